@@ -1,0 +1,77 @@
+"""Settings of what is read: `[data]` and `[[data.sources]]` of run.toml."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+class ConfigError(Exception):
+    """A setting, or something a setting names, is wrong."""
+
+    exit_code = 2
+
+
+class DataError(Exception):
+    """Records or media break the rules. The message carries `file:line id: field: what is wrong`."""
+
+    exit_code = 65
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One file of records."""
+
+    path: str
+    name: str = ""  # metrics key; default: the file's stem
+    media_root: str | dict[str, str] = ""  # one folder, or one per modality
+
+    @property
+    def key(self) -> str:
+        return self.name or Path(self.path).stem
+
+    def root(self, modality: str) -> str:
+        """Folder that media of `modality` must stand in."""
+        if isinstance(self.media_root, dict):
+            return self.media_root.get(modality, "")
+        return self.media_root
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    template: Literal["auto", "chatml", "vicuna_v1", "llama2", "mistral", "plain"] = "auto"
+    max_length: int = 2048
+    placeholders: Literal["as_written", "first"] = "as_written"
+    media_wrap: tuple[str, ...] = ()
+    image_fit: Literal["pad", "square"] = "pad"
+    max_images: int = 0
+    order: Literal["modality_length", "length", "random", "sequential"] = "modality_length"
+    max_pixels: int = 64_000_000
+    workers: int = 4
+    follow_links: bool = False
+    on_bad_sample: Literal["quarantine", "error"] = "quarantine"
+    max_bad_fraction: float = 0.001
+    sources: tuple[SourceConfig, ...] = field(default=())
+    validation: tuple[SourceConfig, ...] = field(default=())
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values, one line each; keys as in run.toml."""
+        found = []
+        if self.max_length < 1:
+            found.append(f"data.max_length = {self.max_length} is not positive")
+        if len(self.media_wrap) not in (0, 2):
+            found.append(f"data.media_wrap = {list(self.media_wrap)} is not a pair [before, after]")
+        if self.max_images < 0:
+            found.append(f"data.max_images = {self.max_images} is negative; 0 means no limit")
+        if self.max_pixels < 1:
+            found.append(f"data.max_pixels = {self.max_pixels} is not positive")
+        if self.workers < 0:
+            found.append(f"data.workers = {self.workers} is negative")
+        if not 0 <= self.max_bad_fraction < 1:
+            found.append(f"data.max_bad_fraction = {self.max_bad_fraction} is not in [0, 1)")
+        for table, sources in (("sources", self.sources), ("validation", self.validation)):
+            keys = [source.key for source in sources]
+            for key in sorted({k for k in keys if keys.count(k) > 1}):
+                found.append(f"two data.{table} are called {key!r}: give each a name of its own")
+        return found
