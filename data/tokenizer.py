@@ -1,0 +1,122 @@
+"""Loads, extends, saves and recognises tokenizers, so that a text has the same ids in training and ever after."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
+
+from data.config import ConfigError
+
+TELLING_STRINGS = (
+    "Hello world",
+    " leading space",
+    "two  spaces\tand a tab ",
+    "one\ntwo\n\nthree\n\n\n",
+    "</s>USER: next",
+    "<s>A</s> B",
+    "before <image>\nafter<image>",
+    "3.14159 and 2024",
+    "caf\u00e9 cafe\u0301 \u6f22\u5b57",
+    "\U0001f642\U0001f468\u200d\U0001f469\u200d\U0001f467",
+)
+"""Where tokenizers of one vocabulary are known to differ: prefix spaces, text after special tokens, newlines, bytes, BOS."""
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    tokenizer: PreTrainedTokenizerFast
+    num_known: int  # tokens before any was added
+    new_ids: tuple[int, ...]  # of the tokens it did not have
+
+
+def load_tokenizer(path: str, added: Sequence[str], cache_dir: str = "") -> Vocabulary:
+    """The tokenizer of a folder or hub id, which reads every string of `added` as one special token.
+
+    A token that it already has keeps its id. Raises `ConfigError` if there is no tokenizer that knows where in the text
+    its tokens stand.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir or None, trust_remote_code=False)
+    except Exception as error:  # transformers raises nearly every kind here, for one reason: it cannot be loaded
+        raise ConfigError(f"model.llm.path = {path!r}: no tokenizer can be loaded: {_hint(path) or error}") from error
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"model.llm.path = {path!r}: {type(tokenizer).__name__} gives no offsets; a folder with tokenizer.json is needed"
+        )
+    if bad := [token for token in added if not token or token != token.strip()]:
+        raise ConfigError(f"model.llm.new_tokens: {bad[0]!r} is blank or has white space around it")
+    known = tokenizer.get_vocab()
+    num_known = len(tokenizer)
+    wanted = list(dict.fromkeys(added))
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in wanted], special_tokens=True)
+    new_ids = tuple(tokenizer.convert_tokens_to_ids(t) for t in wanted if t not in known)
+    return Vocabulary(tokenizer, num_known, new_ids)
+
+
+def _hint(path: str) -> str:
+    folder = Path(path)
+    names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    if not folder.is_dir() and (folder.is_absolute() or path.startswith(".")):
+        return "there is no such folder"
+    if "tokenizer.json" not in names and "tokenizer.model" in names and importlib.util.find_spec("sentencepiece") is None:
+        return "it holds only tokenizer.model; install the extra `sentencepiece` to convert it"
+    return ""
+
+
+def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The id that fills rows up. It says nothing: what is padding follows from lengths, so the eos id serves as well."""
+    for value in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if value is not None:
+            return int(value)
+    return 0
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, chat_template: str | None = None) -> None:
+    """Writes a folder that loads with the same ids in every version of transformers; same tokenizer, same bytes.
+
+    `chat_template` replaces the tokenizer's own. The class written is PreTrainedTokenizerFast, which uses tokenizer.json
+    as it stands: Llama's classes build its normaliser anew, and `save_pretrained` forgets how they were told to.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["truncation"] = backend["padding"] = None  # left there by whoever called the tokenizer last
+    named = {key: str(getattr(tokenizer, key)) for key in _NAMED if getattr(tokenizer, key) is not None}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": tokenizer.model_max_length,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "padding_side": "right",
+        "clean_up_tokenization_spaces": False,
+        **named,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in (("tokenizer.json", backend), ("tokenizer_config.json", config), ("special_tokens_map.json", named)):
+        (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    template = chat_template if chat_template is not None else tokenizer.chat_template
+    if template is not None and not isinstance(template, str):
+        template = tokenizer.get_chat_template()
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> dict[str, list[int]]:
+    """Ids of ten strings by which tokenizers differ, with the tokens the tokenizer adds by itself."""
+    return {text: list(tokenizer(text)["input_ids"]) for text in TELLING_STRINGS}
+
+
+def check_fingerprint(tokenizer: PreTrainedTokenizerFast, expected: dict[str, list[int]]) -> None:
+    """Raises `ConfigError` if a string of `expected` has other ids now."""
+    for text, ids in expected.items():
+        found = list(tokenizer(text)["input_ids"])
+        if found != ids:
+            raise ConfigError(
+                f"the tokenizer has changed: {text!r} is {found} with transformers {transformers.__version__}, it was {ids}; "
+                "restore the tokenizer's files, or use the version of transformers that processor.json names"
+            )
