@@ -1,0 +1,173 @@
+"""Pixels equal the Hugging Face processors to the bit; nothing outside the root, the formats or the limits is opened."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipImageProcessorPil
+
+from data.image import MediaError, load_image, read_image
+from model.batch import MediaSpec
+
+CLIP = MediaSpec(30, 10, 1, "patch", "shortest_edge", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+SIGLIP = MediaSpec(30, 10, 0, "patch", "exact", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+SIZES = [(30, 30), (64, 48), (47, 65), (31, 200), (7, 5), (100, 29)]
+
+
+def noise(size: tuple[int, int], mode: str = "RGB", seed: int = 0) -> Image.Image:
+    width, height = size
+    picture = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8), "RGBA")
+    if mode == "I;16":
+        return Image.fromarray(np.random.default_rng(seed).integers(0, 65536, (height, width), dtype=np.uint16))
+    return picture if mode == "RGBA" else picture.convert("RGB").convert(mode)
+
+
+def saved(folder: Path, picture: Image.Image, name: str = "a.png", **options: object) -> str:
+    picture.save(folder / name, **options)
+    return name
+
+
+def load(folder: Path, name: str, spec: MediaSpec = CLIP, fit: str = "pad", max_pixels: int = 10**6, links: bool = False) -> Tensor:
+    return load_image(name, str(folder), spec, fit, max_pixels=max_pixels, follow_links=links)
+
+
+def reference(processor: object, picture: Image.Image) -> Tensor:
+    return processor(picture, return_tensors="pt")["pixel_values"][0]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("fit", ["pad", "square"])
+def test_clip_and_llava_to_the_bit(tmp_path: Path, size: tuple[int, int], fit: str) -> None:
+    sizes = {"size": {"shortest_edge": 30}, "crop_size": {"height": 30, "width": 30}}
+    processor = LlavaImageProcessorPil(do_pad=True, **sizes) if fit == "pad" else CLIPImageProcessorPil(**sizes)
+    ours = load(tmp_path, saved(tmp_path, noise(size)), CLIP, fit)
+    assert ours.shape == (3, 30, 30) and ours.dtype == torch.float32
+    assert torch.equal(ours, reference(processor, noise(size)))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_siglip_to_the_bit(tmp_path: Path, size: tuple[int, int]) -> None:
+    processor = SiglipImageProcessorPil(size={"height": 30, "width": 30})
+    assert torch.equal(load(tmp_path, saved(tmp_path, noise(size)), SIGLIP, "square"), reference(processor, noise(size)))
+
+
+MODES = [("L", "a.png"), ("RGBA", "a.png"), ("P", "a.png"), ("LA", "a.png"), ("I;16", "a.png"), ("CMYK", "a.jpg")]
+
+
+@pytest.mark.parametrize("mode,name", MODES)
+def test_every_mode_by_the_one_conversion_of_llava(tmp_path: Path, mode: str, name: str) -> None:
+    saved(tmp_path, noise((40, 33), mode), name)
+    with Image.open(tmp_path / name) as stored:
+        assert stored.mode == mode
+        converted = stored.convert("RGB")
+    sizes = {"size": {"shortest_edge": 30}, "crop_size": {"height": 30, "width": 30}}
+    ours = load(tmp_path, name, CLIP, "square")
+    assert torch.equal(ours, reference(CLIPImageProcessorPil(**sizes), converted))
+
+
+def test_padding_is_the_mean_colour_around_the_centred_picture(tmp_path: Path) -> None:
+    pixels = load(tmp_path, saved(tmp_path, Image.new("RGB", (30, 10), "white")))
+    colour = torch.tensor([int(m * 255) / 255 for m in CLIP.mean])
+    expected = (colour - torch.tensor(CLIP.mean)) / torch.tensor(CLIP.std)
+    torch.testing.assert_close(pixels[:, 0, 0], expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(pixels[:, 29, 29], expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(pixels[:, 15, 15], (1 - torch.tensor(CLIP.mean)) / torch.tensor(CLIP.std), atol=1e-6, rtol=0)
+
+
+def test_exif_does_not_rotate(tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    picture = noise((30, 30))
+    assert torch.equal(load(tmp_path, saved(tmp_path, picture, exif=turned)), load(tmp_path, saved(tmp_path, picture, "b.png")))
+
+
+def test_an_animation_gives_its_first_frame(tmp_path: Path) -> None:
+    red, blue = (Image.new("RGB", (30, 30), colour) for colour in ("red", "blue"))
+    red.save(tmp_path / "a.gif", save_all=True, append_images=[blue], duration=10)
+    assert torch.equal(load(tmp_path, "a.gif"), load(tmp_path, saved(tmp_path, red)))
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.gif", "a.bmp"])
+def test_a_file_cut_in_half_is_an_error(tmp_path: Path, name: str) -> None:
+    saved(tmp_path, noise((64, 64)), name)
+    assert load(tmp_path, name).shape == (3, 30, 30)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(MediaError, match=f"{name}.*cannot be decoded|{name}.*none of"):
+        load(tmp_path, name)
+
+
+@pytest.mark.parametrize("name", ["a.tiff", "a.ppm", "a.ico"])
+def test_other_formats_stay_closed(tmp_path: Path, name: str) -> None:
+    saved(tmp_path, noise((32, 32)), name)
+    with pytest.raises(MediaError, match="none of JPEG, PNG, WEBP, GIF, BMP"):
+        load(tmp_path, name)
+
+
+def test_the_pixel_limit_is_read_from_the_header(tmp_path: Path) -> None:
+    saved(tmp_path, Image.new("L", (100, 100)))
+    assert load(tmp_path, "a.png", max_pixels=10_000).shape == (3, 30, 30)
+    header_only = (tmp_path / "a.png").read_bytes()[:60]
+    (tmp_path / "a.png").write_bytes(header_only)
+    with pytest.raises(MediaError, match=r"100 x 100 = 10000 pixels; data.max_pixels allows 9999"):
+        load(tmp_path, "a.png", max_pixels=9_999)
+
+
+@pytest.mark.parametrize("fit", ["pad", "square"])
+def test_a_strip_does_not_grow_without_limit(tmp_path: Path, fit: str) -> None:
+    saved(tmp_path, Image.new("L", (9_000, 1)))
+    with pytest.raises(MediaError, match="9000 x 1: so narrow"):
+        load(tmp_path, "a.png", fit=fit, max_pixels=10_000)
+
+
+def test_paths_stay_inside_their_root(tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "root2"
+    (root / "sub").mkdir(parents=True)
+    outside.mkdir()
+    saved(root, noise((30, 30)))
+    saved(outside, noise((30, 30), seed=1))
+    inner = load(root, "a.png")
+    assert torch.equal(load(root, "sub/../a.png"), inner)
+    for path, reason in [
+        (str(root / "a.png"), "absolute"),
+        ("../root2/a.png", "leaves media_root"),
+        ("missing.png", "does not exist"),
+        ("sub", "not a regular file"),
+        ("https://example.org/a.png", "does not exist"),
+        ("a\0.png", "no usable path"),
+    ]:
+        with pytest.raises(MediaError, match=reason):
+            load(root, path)
+
+
+def test_links_leave_the_root_only_when_told(tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "root2"
+    root.mkdir()
+    outside.mkdir()
+    saved(outside, noise((30, 30)))
+    saved(root, noise((30, 30), seed=1))
+    os.symlink(outside, root / "out")
+    os.symlink(root / "a.png", root / "in.png")
+    assert torch.equal(load(root, "in.png"), load(root, "a.png"))
+    with pytest.raises(MediaError, match=r"data\.follow_links = true"):
+        load(root, "out/a.png")
+    assert torch.equal(load(root, "out/a.png", links=True), load(outside, "a.png"))
+    with pytest.raises(MediaError, match="leaves media_root"):
+        load(root, "out/../../root2/a.png", links=True)
+
+
+def test_an_empty_root_is_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, noise((30, 30)))
+    monkeypatch.chdir(tmp_path)
+    expected = read_image(tmp_path / "a.png", CLIP, "pad", max_pixels=10**6)
+    assert torch.equal(load_image("a.png", "", CLIP, "pad", max_pixels=10**6, follow_links=False), expected)
+
+
+def test_a_pipe_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(MediaError, match="not a regular file"):
+        load(tmp_path, "a.png")
