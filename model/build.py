@@ -1,0 +1,74 @@
+"""From a card to a model: structure on meta first, then every weight from the newest place that holds it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from model.card import ModelCard, draw_card
+from model.config import ConfigError, LoraConfig, ModelConfig
+from model.llm import Vocabulary, build_llm, head_weight
+from model.lora import add_lora, target_paths
+from model.multimodal import MultimodalLM
+from model.origins import weight_layers
+from model.projector import build_projector
+from model.trainable import apply_tune
+from model.vision import VisionTower
+from model.weights import materialise, parameters_on_meta
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def resolve_dtype(name: str, device: torch.device) -> str:
+    """`auto` is bfloat16 on CUDA and float32 elsewhere."""
+    return name if name != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+
+
+def build_model(
+    config: ModelConfig,
+    lora: LoraConfig | None = None,
+    vocabulary: Vocabulary | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    seed: int = 42,
+) -> MultimodalLM:
+    """A model on one device with its weights, tuned as `config` says, in training mode."""
+    device = torch.device(device)
+    card = draw_card(config, lora or LoraConfig(), vocabulary or Vocabulary())
+    model = assemble(card, DTYPES[resolve_dtype(config.dtype, device)])
+    materialise(model, weight_layers(card, model, seed), frozen_dtype=model.dtype, device=device)
+    return model
+
+
+def assemble(card: ModelCard, dtype: torch.dtype) -> MultimodalLM:
+    """The structure: parameters on meta, buffers real, adapters injected, `tune` applied. Computes in `dtype`."""
+    config = card.model
+    check_parts(config)
+    parts: dict[str, nn.Module] = {}
+    with parameters_on_meta():
+        llm = build_llm(card.hugging_face["llm"], config.attention, card.vocabulary)
+        head_weight(llm)
+        if config.vision is not None and config.vision_projector is not None:
+            tower = VisionTower(card.hugging_face["vision"], config.vision.layer, config.vision.select)
+            width: int = llm.get_input_embeddings().embedding_dim  # type: ignore[operator]
+            parts = {"vision": tower, "vision_projector": build_projector(config.vision_projector.kind, tower.hidden_size, width)}
+    model = MultimodalLM(llm, parts, card.specs, dtype)
+    model.stop_ids, model.pad_id = card.stop_ids, card.pad_id
+    inject(model, card)
+    apply_tune(model, config, card.lora)
+    return model
+
+
+def inject(model: MultimodalLM, card: ModelCard) -> None:
+    """Adapters into the parts whose own `tune` is lora, nowhere else."""
+    parts = {name: model.get_submodule(name) for name, part in card.model.parts().items() if part.tune == "lora"}
+    if parts:
+        with parameters_on_meta():
+            paths = target_paths(parts, card.lora.targets, model.llm.get_output_embeddings())  # type: ignore[operator]
+            add_lora(model, paths, card.lora)
+
+
+def check_parts(config: ModelConfig) -> None:
+    if (config.vision is None) != (config.vision_projector is None):
+        given, other = ("vision", "vision_projector") if config.vision else ("vision_projector", "vision")
+        raise ConfigError(f"[model.{given}] has no effect without [model.{other}]: give both or none")

@@ -1,0 +1,109 @@
+"""model.json: everything that decides a model's structure, and where its weights come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from model.batch import MediaSpec
+from model.config import ConfigError, LlmConfig, LoraConfig, ModelConfig, VisionConfig, VisionProjectorConfig
+from model.files import dump_json, sampled_digest
+from model.hub import weight_files
+from model.llm import Vocabulary, llm_config
+from model.vision import vision_config, vision_spec
+
+NAME = "model.json"
+PART_CONFIGS: dict[str, Any] = {"llm": LlmConfig, "vision": VisionConfig, "vision_projector": VisionProjectorConfig}
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """A model without its weights."""
+
+    model: ModelConfig
+    lora: LoraConfig
+    hugging_face: dict[str, dict[str, Any]]  # config.json of each part that has one
+    specs: dict[str, MediaSpec]
+    vocabulary: Vocabulary
+    tokens: tuple[str, ...] = ()  # what was added to the base tokenizer, in order
+    stop_ids: tuple[int, ...] = ()
+    pad_id: int = 0
+    bases: dict[str, str] = field(default_factory=dict)  # digest of the base weights of each part
+    transformers: str = transformers.__version__
+
+    def to_json(self) -> dict[str, Any]:
+        value = dataclasses.asdict(self)
+        value["specs"] = {name: spec.to_json() for name, spec in self.specs.items()}
+        return value
+
+    @property
+    def lora_parts(self) -> frozenset[str]:
+        """Parts that carry adapters."""
+        return frozenset(name for name, part in self.model.parts().items() if part.tune == "lora")
+
+
+def draw_card(
+    config: ModelConfig,
+    lora: LoraConfig,
+    vocabulary: Vocabulary,
+    *,
+    tokens: tuple[str, ...] = (),
+    stop_ids: tuple[int, ...] = (),
+    pad_id: int = 0,
+) -> ModelCard:
+    """The card of a model that does not exist yet, from the JSON files of its parts."""
+    hugging_face = {"llm": llm_config(config.llm, config.cache_dir)}
+    if config.vision is not None:
+        hugging_face["vision"] = vision_config(config.vision, config.cache_dir)
+    return ModelCard(config, lora, hugging_face, media_specs(config), vocabulary, tokens, stop_ids, pad_id)
+
+
+def media_specs(config: ModelConfig) -> dict[str, MediaSpec]:
+    """Facts that `data` needs, by modality, from JSON files alone: no weight is read."""
+    return {} if config.vision is None else {"image": vision_spec(config.vision, config.cache_dir)}
+
+
+def base_digests(config: ModelConfig) -> dict[str, str]:
+    """A fingerprint of the base weights of each part."""
+    paths = {name: part.path for name, part in config.parts().items() if not isinstance(part, VisionProjectorConfig)}
+    return {name: sampled_digest(weight_files(f"model.{name}.path", path, config.cache_dir)) for name, path in paths.items()}
+
+
+def write_card(card: ModelCard, folder: Path) -> None:
+    (folder / NAME).write_text(dump_json(card.to_json()))
+
+
+def read_card(folder: Path) -> ModelCard:
+    """The card in a final/ folder or a checkpoint; ConfigError when it has none or it cannot be read."""
+    try:
+        value = json.loads((folder / NAME).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} is no final/ or checkpoint folder of ours: {NAME} cannot be read ({error})") from error
+    try:
+        return _card(value)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{folder / NAME} does not describe a model this version can build: {error}") from error
+
+
+def _card(value: dict[str, Any]) -> ModelCard:
+    model = dict(value["model"])
+    for name, config in PART_CONFIGS.items():
+        model[name] = None if model[name] is None else config(**_tuples(model[name]))
+    return ModelCard(
+        **{
+            **_tuples(value),
+            "model": ModelConfig(**model),
+            "lora": LoraConfig(**_tuples(value["lora"])),
+            "vocabulary": Vocabulary(**_tuples(value["vocabulary"])),
+            "specs": {name: MediaSpec.from_json(spec) for name, spec in value["specs"].items()},
+        }
+    )
+
+
+def _tuples(value: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}

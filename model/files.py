@@ -1,0 +1,147 @@
+"""Weight files: safetensors read by rows and written as a stream; other people's .bin files through one reader."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A tensor that is read when it is needed, whole or by rows of dim 0. What `read` returns may be a view of a file."""
+
+    shape: tuple[int, ...]
+    read: Callable[[int, int], Tensor]
+
+    def all(self) -> Tensor:
+        return self.read(0, self.shape[0] if self.shape else 1)
+
+
+Tensors = dict[str, Rows]
+
+
+def read_weights(path: Path) -> Tensors:
+    """Every tensor of a .safetensors or .bin file, by name; nothing is read but names and shapes (.bin: mapped)."""
+    return read_bin(path) if path.suffix in (".bin", ".pt", ".pth") else read_safetensors(path)
+
+
+def read_safetensors(path: Path) -> Tensors:
+    file = safe_open(path, framework="pt")
+
+    def rows(name: str) -> Rows:
+        part = file.get_slice(name)
+        shape = tuple(part.get_shape())
+        return Rows(shape, lambda a, b: part[a:b] if shape else file.get_tensor(name))
+
+    return {name: rows(name) for name in file.keys()}  # noqa: SIM118  not a dict
+
+
+def read_bin(path: Path) -> Tensors:
+    """Other people's pickled weights, the only ones this project ever reads: tensors alone, no other object is built."""
+    log.warning("reading %s: a pickle, with weights_only=True; safetensors is the safer format", path)
+    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise ValueError(f"{path} is no dictionary of tensors")
+    return {name: in_memory(t) for name, t in loaded.items()}
+
+
+def in_memory(tensor: Tensor) -> Rows:
+    return Rows(tuple(tensor.shape), lambda a, b: tensor[a:b] if tensor.dim() else tensor)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor about to be written: its type and shape now, its values when the writer gets to it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    value: Callable[[], Tensor | None]  # None on ranks that only take part in the collective
+
+
+def write_safetensors(out: BinaryIO | None, entries: dict[str, Entry]) -> dict[str, str]:
+    """Write what `safetensors.torch.save_file` would, one tensor in memory at a time. Returns sha256 of each tensor's bytes.
+
+    With `out` None (ranks other than 0) nothing is written, but every `value` is called, in the same order on every rank.
+    """
+    names = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))
+    if out is not None:
+        out.write(header(entries, names))
+    digests = {}
+    for name in names:
+        tensor = entries[name].value()
+        if out is None:
+            continue
+        if tensor is None or tuple(tensor.shape) != entries[name].shape:
+            raise ValueError(f"{name}: expected shape {entries[name].shape}, got {None if tensor is None else tuple(tensor.shape)}")
+        data = as_bytes(tensor.to(entries[name].dtype))
+        digests[name] = hashlib.sha256(data).hexdigest()
+        out.write(data)
+    return digests
+
+
+def header(entries: dict[str, Entry], names: Iterable[str]) -> bytes:
+    # One metadata entry only: with more, the library's own writer orders them differently in every process.
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        begin, entry = end, entries[name]
+        end += torch.Size(entry.shape).numel() * entry.dtype.itemsize
+        table[name] = {"dtype": CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def tensor_digests(path: Path) -> Iterator[tuple[str, str]]:
+    """sha256 of every tensor's bytes as they stand in a safetensors file."""
+    for name, rows in read_safetensors(path).items():
+        yield name, hashlib.sha256(as_bytes(rows.all())).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sampled_digest(paths: Iterable[Path]) -> str:
+    """A fingerprint of large files: size, and 64 blocks of 64 KiB spread evenly. Finds another file, not one flipped bit."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size};".encode())
+        with path.open("rb") as file:
+            for k in range(64):
+                file.seek(size * k // 64)
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()
+
+
+def dump_json(value: object) -> str:
+    """JSON with stable bytes: sorted keys, two spaces, a final newline."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,0 +1,49 @@
+"""Answers: decoding with the key-value cache, greedy or sampled, a whole batch at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig
+
+from model.attention import masked_attention
+from model.batch import Batch
+
+if TYPE_CHECKING:
+    from model.multimodal import MultimodalLM
+
+
+def generate(
+    model: MultimodalLM, batch: Batch, max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None
+) -> list[list[int]]:
+    """New ids of each row, cut before its first stop token. `batch` holds prompts padded on the LEFT.
+
+    temperature 0 is greedy; otherwise samples from softmax(logits / temperature) cut to the `top_p` nucleus, from the
+    global generator, or from one seeded with `seed` that leaves the global one as it was.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens = {max_new_tokens} is not positive")
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+    # Every field that matters is given: a folder's own generation_config would otherwise decide.
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(model.stop_ids) or None,
+        pad_token_id=model.pad_id,
+        use_cache=True,
+        **sampling,
+    )
+    mask = batch.attention_mask if batch.attention_mask is not None else torch.ones_like(batch.input_ids)
+    with torch.no_grad(), masked_attention(model.llm), torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        llm: Any = model.llm
+        ids = llm.generate(inputs_embeds=model.embed(batch), attention_mask=mask, generation_config=config)
+    return [_until_stop(row, model.stop_ids) for row in ids.tolist()]
+
+
+def _until_stop(ids: list[int], stop_ids: tuple[int, ...]) -> list[int]:
+    end = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
+    return ids[:end]

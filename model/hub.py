@@ -1,0 +1,54 @@
+"""Files of a Hugging Face folder or hub id."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import cached_file
+
+from model.config import ConfigError
+
+
+def find_file(setting: str, path: str, name: str, cache_dir: str = "") -> Path | None:
+    """`name` inside the folder or hub id `path`; None when it has none. `setting` is the key that errors name."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    if folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
+        raise ConfigError(f"{setting} = {path!r} is no folder: give a Hugging Face folder or a hub id like 'org/name'")
+    try:
+        found = cached_file(path, name, cache_dir=cache_dir or None, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{setting} = {path!r} is neither a folder nor a hub id that can be read: {reason}") from error
+    return Path(found) if found else None
+
+
+def read_json(setting: str, path: str, name: str, cache_dir: str = "") -> dict[str, Any]:
+    """The JSON object in `name`; ConfigError when the file is missing or is something else."""
+    file = find_file(setting, path, name, cache_dir)
+    if file is None:
+        raise ConfigError(f"{setting} = {path!r} holds no {name}")
+    try:
+        value = json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{setting} = {path!r}: {name} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{setting} = {path!r}: {name} is not a JSON object")
+    return value
+
+
+def weight_files(setting: str, path: str, cache_dir: str = "") -> list[Path]:
+    """The files that hold the weights: safetensors before .bin, one file or the shards of an index."""
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        if index := find_file(setting, path, f"{stem}.{suffix}.index.json", cache_dir):
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if any(Path(name).name != name for name in names):
+                raise ConfigError(f"{setting} = {path!r}: {index.name} names files outside its folder")
+            files = [find_file(setting, path, name, cache_dir) for name in names]
+            if None in files:
+                raise ConfigError(f"{setting} = {path!r}: {names[files.index(None)]} is missing, but {index.name} names it")
+            return [file for file in files if file is not None]
+        if single := find_file(setting, path, f"{stem}.{suffix}", cache_dir):
+            return [single]
+    raise ConfigError(f"{setting} = {path!r} holds no model.safetensors and no pytorch_model.bin")

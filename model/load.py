@@ -1,0 +1,60 @@
+"""A trained model for use: from a final/ folder or a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from model.build import DTYPES, assemble, resolve_dtype
+from model.card import ModelCard, read_card
+from model.config import ConfigError
+from model.multimodal import MultimodalLM
+from model.origins import base_layers, run_layers
+from model.weights import materialise
+
+
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    merge_lora: bool = True,
+    base: dict[str, str] | None = None,
+) -> MultimodalLM:
+    """The model of a final/ folder or checkpoint-N, in eval mode and without gradients.
+
+    `merge_lora`: adapters are merged into their weights in float32, then rounded to `dtype` once. `base` names bases that
+    moved: {"llm": path, "vision": path, "init_from": path}. ConfigError when something is missing or changed.
+    """
+    folder, device = Path(path), torch.device(device)
+    card = rebased(read_card(folder), base or {})
+    name = dtype if isinstance(dtype, str) else card.model.dtype
+    target = dtype if isinstance(dtype, torch.dtype) else DTYPES[resolve_dtype(name, device)]
+    card = for_use(card, merge_lora)
+    model = assemble(card, target)
+    layers = [*run_layers(folder, card, model, "load_model"), *base_layers(card, model)]
+    model.requires_grad_(False)
+    materialise(model, layers, frozen_dtype=target, device=device)
+    model.trainable_parts = frozenset()
+    return model.eval()  # type: ignore[return-value]
+
+
+def for_use(card: ModelCard, merge_lora: bool) -> ModelCard:
+    """The card whose structure is built: without adapters when they are merged."""
+    if not merge_lora:
+        return card
+    parts = {n: replace(part, tune="frozen") for n, part in card.model.parts().items() if part.tune == "lora"}  # type: ignore[arg-type]
+    return replace(card, model=replace(card.model, **parts))  # type: ignore[arg-type]
+
+
+def rebased(card: ModelCard, base: dict[str, str]) -> ModelCard:
+    model = card.model
+    for name, path in base.items():
+        if name == "init_from":
+            model = replace(model, init_from=path)
+        elif name in card.hugging_face:
+            model = replace(model, **{name: replace(getattr(model, name), path=path)})
+        else:
+            raise ConfigError(f"base: {name!r} is not one of {', '.join([*card.hugging_face, 'init_from'])}")
+    return replace(card, model=model)

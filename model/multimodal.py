@@ -1,0 +1,101 @@
+"""The model: embed, encode, project, splice, decode, loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from model.attention import NAME
+from model.batch import Batch, Media, MediaSpec
+from model.generate import generate
+from model.llm import head_weight
+from model.loss import Term, text_term
+from model.splice import splice
+
+ENCODERS = {"image": ("vision", "vision_projector")}
+"""Encoder and projector by modality. A modality is an entry here, not a branch below."""
+
+
+class MultimodalLM(nn.Module):
+    """A causal language model that reads media through encoders and projectors. Attribute names are the parts' names."""
+
+    def __init__(self, llm: nn.Module, parts: dict[str, nn.Module], specs: dict[str, MediaSpec], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.llm = llm
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.specs = specs
+        self.dtype = dtype  # of the computation; parameters may be kept in another one
+        self.trainable_parts: frozenset[str] = frozenset()
+        self.stop_ids: tuple[int, ...] = ()
+        self.pad_id = 0
+
+    def forward(self, batch: Batch) -> dict[str, Term]:
+        """Loss terms of a micro-batch, each a sum and its count: `text` is the cross entropy of supervised positions."""
+        decoder = self.llm.get_decoder()  # type: ignore[operator]
+        # Our attention needs no mask; building one would be a host sync.
+        mask = None if self._is_maskless() else batch.attention_mask
+        hidden = decoder(
+            inputs_embeds=self.embed(batch), attention_mask=mask, position_ids=batch.position_ids, use_cache=False
+        ).last_hidden_state
+        weight = head_weight(self.llm).to(self.dtype)
+        return {"text": text_term(hidden, weight, batch.labels, batch.supervised)}
+
+    def embed(self, batch: Batch) -> Tensor:
+        """input_ids (B, T) with media spliced in -> (B, T, D).
+
+        Every modality takes part in every batch, with no rows where there is nothing: ranks must run the same
+        collectives, and trainable parts must get a gradient, whatever their batch holds.
+        """
+        embeds = self.llm.get_input_embeddings()(batch.input_ids)  # type: ignore[operator]
+        for modality in self.specs:
+            media = batch.media.get(modality)
+            features = self._features(modality, media)
+            embeds = splice(embeds, features, media or self._no_media(modality))
+        return embeds
+
+    def _features(self, modality: str, media: Media | None) -> Tensor:
+        """Projected feature rows (K, D) of one modality; K = 0 when the batch holds none."""
+        encoder_name, projector_name = ENCODERS[modality]
+        encoder, projector = self.get_submodule(encoder_name), self.get_submodule(projector_name)
+        trainable = encoder_name in self.trainable_parts
+        if media is None and not trainable and not isinstance(encoder.tower, FSDPModule):
+            rows = torch.zeros(0, int(encoder.hidden_size), dtype=self.dtype, device=self._device())  # type: ignore[arg-type]
+        else:
+            media = media or self._no_media(modality)
+            with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
+                encoded = encoder(media.values.to(self.dtype))  # (N, L, C)
+            rows = encoded.flatten(0, 1).index_select(0, media.rows)
+        return projector(rows)
+
+    def _no_media(self, modality: str) -> Media:
+        size, device = self.specs[modality].size, self._device()
+        none = torch.zeros(0, dtype=torch.long, device=device)
+        return Media(torch.zeros(1, 3, size, size, device=device), none, none)
+
+    def _device(self) -> torch.device:
+        return next(self.llm.parameters()).device
+
+    def _is_maskless(self) -> bool:
+        config: Any = self.llm.config
+        return config._attn_implementation == NAME
+
+    def train(self, mode: bool = True) -> MultimodalLM:
+        """Training mode for parts that learn; frozen parts stay in eval mode, whatever is asked."""
+        super().train(mode)
+        for name, part in self.named_children():
+            part.train(mode and name in self.trainable_parts)
+        return self
+
+    def loss(self, batch: Batch) -> tuple[Tensor, int]:
+        """Summed cross entropy () and number of supervised positions: the text term of training, without a graph."""
+        with torch.no_grad():
+            term = self(batch.to(self._device()))["text"]
+        return term.sum, term.num_addends
+
+    def generate(self, batch: Batch, max_new_tokens: int = 32, **sampling: Any) -> list[list[int]]:
+        """New token ids of each row, up to and without the stop token; see `model.generate.generate`."""
+        return generate(self, batch.to(self._device()), max_new_tokens, **sampling)

@@ -1,0 +1,178 @@
+"""Where the weights of a model come from, newest first: earlier runs, adapters and projectors named, bases, new draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from model.card import ModelCard, read_card
+from model.config import ConfigError
+from model.files import Rows, Tensors, read_weights
+from model.hub import weight_files
+from model.initial import grown, initial_adapter, initial_tensors
+from model.lora import adapted, is_adapter
+from model.manifest import NAME as MANIFEST
+from model.manifest import UnsoundCheckpoint, verify
+from model.multimodal import MultimodalLM
+from model.peft import read_adapter
+from model.shards import weight_tensors
+from model.weights import Adapter, Layer
+
+PREFIXES = ("", "vision_model.", "vision_tower.vision_model.", "model.vision_tower.")
+"""What stands before a tower's names in the files of others."""
+LLAVA_PROJECTOR = "mm_projector."
+
+
+def weight_layers(card: ModelCard, model: MultimodalLM, seed: int) -> list[Layer]:
+    """Origins of a new run's weights: init_from, then what a part's `path` and `lora.path` name, bases, new parts."""
+    return [*given_layers(card, model), *base_layers(card, model), Layer("new", lambda: new_tensors(card, model, seed))]
+
+
+def given_layers(card: ModelCard, model: MultimodalLM) -> list[Layer]:
+    """What the configuration names beside the bases. Two that claim one part are an error."""
+    layers, config = [], card.model
+    if config.init_from:
+        layers += run_layers(Path(config.init_from), card, model, "model.init_from")
+    # Only the named run itself is looked into: what lies below it is opened when it is needed.
+    claimed = set(layers[0].tensors) if layers else set()
+    if config.vision_projector is not None and config.vision_projector.path:
+        if any(name.startswith("vision_projector.") for name in claimed):
+            raise ConfigError("model.vision_projector.path and model.init_from both hold the projector: name one of them")
+        path = Path(config.vision_projector.path)
+        layers.append(Layer(str(path), lambda: projector_tensors(path)))
+    if card.lora.path:
+        if any(is_adapter(name) for name in claimed):
+            raise ConfigError("lora.path and model.init_from both hold adapters: name one of them")
+        layers.append(Layer(card.lora.path, lambda: read_adapter(Path(card.lora.path), card.lora)))
+    return layers
+
+
+def run_layers(folder: Path, card: ModelCard, model: MultimodalLM, setting: str) -> list[Layer]:
+    """A final/ folder or checkpoint and everything below it that is no base of `card`.
+
+    Adapters go on in parts that `card` tunes by LoRA, elsewhere they are merged in float32.
+    """
+    saved = read_card(folder)
+    check_same_bases(saved, card, folder, setting)
+    going_on = saved.lora_parts & card.lora_parts
+    if going_on:
+        check_same_lora(saved, card, folder)
+    tensors = saved_tensors(folder)
+    merged = {name for name in tensors if is_adapter(name) and name.partition(".")[0] not in going_on}
+    pairs = adapter_pairs({name: tensors[name] for name in merged}, saved.lora.scale)
+    kept = {name: rows for name, rows in tensors.items() if name not in merged}
+    return [Layer(str(folder), lambda: fitted(kept, card, saved, model), pairs), *given_layers(saved, model)]
+
+
+def saved_tensors(folder: Path) -> Tensors:
+    """Tensors of a final/ folder or checkpoint by full name; a checkpoint is verified first."""
+    if (folder / MANIFEST).exists():
+        try:
+            verify(folder)
+        except UnsoundCheckpoint as error:
+            raise ConfigError(f"{folder} is damaged: {error}") from error
+        return weight_tensors(folder)
+    found: Tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        part = path.stem.partition("-")[0]
+        prefix = "" if part == "lora" else f"{part}."
+        found |= {prefix + name: rows for name, rows in read_weights(path).items()}
+    return found
+
+
+def adapter_pairs(tensors: Tensors, scale: float) -> dict[str, Adapter]:
+    paths = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
+    return {f"{p}.weight": Adapter(tensors[f"{p}.lora_A"], tensors[f"{p}.lora_B"], scale) for p in paths}
+
+
+def check_same_bases(saved: ModelCard, card: ModelCard, folder: Path, setting: str) -> None:
+    """An earlier run's weights fit only on the bases it was trained on."""
+    for name in saved.hugging_face:
+        if name not in card.hugging_face:
+            raise ConfigError(f"{setting} = {str(folder)!r} was trained with a {name} part: configure [model.{name}] as well")
+        if saved.hugging_face[name] != card.hugging_face[name]:
+            raise ConfigError(f"{setting} = {str(folder)!r} was trained on another {name} model than model.{name}.path names")
+
+
+def check_same_lora(saved: ModelCard, card: ModelCard, folder: Path) -> None:
+    for key in ("rank", "alpha", "rslora", "targets"):
+        if getattr(saved.lora, key) != getattr(card.lora, key):
+            raise ConfigError(
+                f"lora.{key} = {getattr(card.lora, key)!r}, but the adapter in {folder} was trained with "
+                f"{getattr(saved.lora, key)!r}: use the same, or merge it first with tools.merge_lora"
+            )
+
+
+def base_layers(card: ModelCard, model: MultimodalLM) -> list[Layer]:
+    """The Hugging Face folders, opened only when something is needed from them."""
+    config = card.model
+    layers = [Layer(config.llm.path, lambda: llm_tensors(card, model))]
+    if config.vision is not None:
+        path = config.vision.path
+        layers.append(Layer(path, lambda: tower_tensors(path, model.get_submodule("vision"), config.cache_dir)))
+    return layers
+
+
+def llm_tensors(card: ModelCard, model: MultimodalLM) -> Tensors:
+    found: Tensors = {}
+    for path in weight_files("model.llm.path", card.model.llm.path, card.model.cache_dir):
+        found |= {f"llm.{name}": rows for name, rows in read_weights(path).items()}
+    return fitted(found, card, None, model)
+
+
+def fitted(tensors: Tensors, card: ModelCard, saved: ModelCard | None, model: MultimodalLM) -> Tensors:
+    """The same tensors with vocabulary matrices grown to the model's; rows of tokens their origin knows stay."""
+    known = set(saved.vocabulary.new_ids) if saved else set()
+    new_ids = tuple(token for token in card.vocabulary.new_ids if token not in known)
+    for name, num_rows in vocabulary_matrices(model).items():
+        if name in tensors and (new_ids or tensors[name].shape[0] != num_rows):
+            tensors = {**tensors, name: grown(tensors[name], num_rows, card.vocabulary, new_ids)}
+    return tensors
+
+
+def vocabulary_matrices(model: MultimodalLM) -> dict[str, int]:
+    """Full names of the embedding and the head, with their rows."""
+    matrices = [model.llm.get_input_embeddings().weight, model.llm.get_output_embeddings().weight]  # type: ignore[operator]
+    return {
+        name: parameter.shape[0]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if any(parameter is matrix for matrix in matrices)
+    }
+
+
+def tower_tensors(path: str, tower: nn.Module, cache_dir: str) -> Tensors:
+    """The tower's own tensors out of a folder that may hold more, under whatever prefix they stand."""
+    files: Tensors = {}
+    for file in weight_files("model.vision.path", path, cache_dir):
+        files |= read_weights(file)
+    wanted = [name.removeprefix("tower.") for name, _ in tower.named_parameters() if not is_adapter(name)]
+    prefix = next((p for p in PREFIXES if wanted and p + wanted[0] in files), "")
+    return {f"vision.tower.{name}": files[prefix + name] for name in wanted if prefix + name in files}
+
+
+def projector_tensors(path: Path) -> Tensors:
+    """A projector by itself: ours (keys `0.weight`), or LLaVA's mm_projector.bin (keys `model.mm_projector.0.weight`)."""
+    file = path / "vision_projector.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(f"model.vision_projector.path = {str(path)!r} does not exist")
+    found: dict[str, Rows] = {}
+    for name, rows in read_weights(file).items():
+        if LLAVA_PROJECTOR in name:
+            found["vision_projector." + name.partition(LLAVA_PROJECTOR)[2]] = rows
+        elif file.suffix == ".safetensors":
+            found[f"vision_projector.{name}"] = rows
+    if not found:
+        raise ConfigError(f"model.vision_projector.path = {str(path)!r} holds no projector: no key has {LLAVA_PROJECTOR!r}")
+    return found
+
+
+def new_tensors(card: ModelCard, model: MultimodalLM, seed: int) -> Tensors:
+    """First values of what no file holds: a projector that learns, and adapters."""
+    found: Tensors = {}
+    projector = card.model.vision_projector
+    if projector is not None and projector.tune != "frozen":
+        found |= initial_tensors("vision_projector", model.get_submodule("vision_projector"), seed)
+    for path, layer in adapted(model):
+        found |= initial_adapter(path, layer.lora_A, layer.lora_B, seed)
+    return found

@@ -1,0 +1,54 @@
+"""What learns: `tune` per part, and the table that says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from model.config import LoraConfig, ModelConfig
+from model.lora import adapted, is_adapter
+from model.multimodal import MultimodalLM
+
+
+@dataclass(frozen=True)
+class PartRow:
+    """One line of the printed table."""
+
+    part: str
+    tune: str
+    num_parameters: int
+    num_trainable: int
+
+
+def apply_tune(model: MultimodalLM, config: ModelConfig, lora: LoraConfig) -> None:
+    """Set requires_grad of every parameter by its part's `tune`, and put frozen parts into eval mode."""
+    for name, part in config.parts().items():
+        module = model.get_submodule(name)
+        module.requires_grad_(part.tune == "full")
+        if part.tune == "lora":
+            _tune_adapters(module, lora)
+    model.trainable_parts = frozenset(
+        name for name, part in model.named_children() if any(p.requires_grad for p in part.parameters())
+    )
+    model.train(model.training)
+
+
+def _tune_adapters(part: nn.Module, lora: LoraConfig) -> None:
+    for name, parameter in part.named_parameters():
+        if is_adapter(name) or (lora.bias == "all" and name.rpartition(".")[2] == "bias"):
+            parameter.requires_grad_(True)
+    if lora.bias == "lora_only":
+        for _, layer in adapted(part):
+            if layer.bias is not None:
+                layer.bias.requires_grad_(True)
+
+
+def part_table(model: MultimodalLM, config: ModelConfig) -> list[PartRow]:
+    """Parameters and trainable parameters per part; a tied matrix counts once."""
+    rows = []
+    for name, part in config.parts().items():
+        parameters = list(model.get_submodule(name).parameters())
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        rows.append(PartRow(name, part.tune, sum(p.numel() for p in parameters), trainable))
+    return rows

@@ -1,0 +1,132 @@
+"""Where every parameter's value comes from: layers of tensors, newest first; and putting them into a model built on meta."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from model.config import ConfigError
+from model.files import Rows, Tensors
+from model.lora import merge_rows
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A pair to be merged into the weight below it."""
+
+    lora_a: Rows
+    lora_b: Rows
+    scale: float
+
+    def onto(self, weight: Rows) -> Rows:
+        """Rows a:b of W + scale * B A need rows a:b of W and of B alone, so a sharded load merges its own rows."""
+        return Rows(weight.shape, lambda a, b: merge_rows(weight.read(a, b), self.lora_a.all(), self.lora_b.read(a, b), self.scale))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One origin of weights. It is opened when a name is first asked for that no newer layer holds."""
+
+    origin: str  # for messages
+    open: Callable[[], Tensors]
+    adapters: dict[str, Adapter] = field(default_factory=dict)  # by full name of the weight they are merged into
+
+    @cached_property
+    def tensors(self) -> Tensors:
+        return self.open()
+
+
+def resolve(name: str, layers: list[Layer]) -> Rows | None:
+    """The newest value of a parameter, adapters of newer layers merged on top; None when no layer holds it."""
+    for depth, layer in enumerate(layers):
+        if adapter := layer.adapters.get(name):
+            below = resolve(name, layers[depth + 1 :])
+            return adapter.onto(below) if below else None
+        if name in layer.tensors:
+            return layer.tensors[name]
+    return None
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built inside have parameters without storage, and real buffers: `inv_freq` and its like are in no file."""
+    original = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.data.to("meta"), requires_grad=param.requires_grad)
+        original(self, name, param)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def materialise(model: nn.Module, layers: list[Layer], *, frozen_dtype: torch.dtype, device: torch.device) -> None:
+    """Give every parameter its value and its device: trainable ones in float32, frozen ones in `frozen_dtype`.
+
+    A sharded parameter reads its own rows only, so no rank ever holds the whole model. ConfigError when a value is
+    missing or has another shape.
+    """
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    found: dict[str, Tensor] = {}
+    missing, misshapen = [], []
+    for name, parameter in model.named_parameters():
+        names = aliases[id(parameter)]
+        rows = next((r for r in (resolve(alias, layers) for alias in names) if r is not None), None)
+        if rows is None:
+            missing.append(name)
+        elif rows.shape != tuple(parameter.shape):
+            misshapen.append(f"{name}: {list(rows.shape)} in the file, {list(parameter.shape)} in the model")
+        else:
+            value = nn.Parameter(_local(parameter, rows, frozen_dtype, device), requires_grad=parameter.requires_grad)
+            found.update(dict.fromkeys(names, value))  # tied parameters stay one
+    _refuse(missing, misshapen, layers)
+    model.load_state_dict(found, strict=False, assign=True)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+
+
+def _local(parameter: nn.Parameter, rows: Rows, frozen_dtype: torch.dtype, device: torch.device) -> Tensor:
+    dtype = torch.float32 if parameter.requires_grad else frozen_dtype
+    start, stop = local_range(parameter)
+    value = rows.read(start, stop)
+    # A copy always: what was read may be a view of a mapped file that is replaced while it is in use.
+    value = value.to(device=device, dtype=dtype, copy=True).contiguous()
+    if not isinstance(parameter, DTensor):
+        return value
+    return DTensor.from_local(
+        value, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
+
+
+def local_range(tensor: Tensor) -> tuple[int, int]:
+    """First and last row (exclusive) of dim 0 that this rank holds. `fully_shard` cuts into ceil(n / ranks); late ranks may hold none."""
+    if not isinstance(tensor, DTensor):
+        return 0, tensor.shape[0] if tensor.dim() else 1
+    mesh: Any = tensor.device_mesh
+    chunk = -(-tensor.shape[0] // mesh.size(mesh.ndim - 1))
+    first = min(mesh.get_local_rank(mesh.ndim - 1) * chunk, tensor.shape[0])
+    return first, first + tensor.to_local().shape[0]
+
+
+def _refuse(missing: list[str], misshapen: list[str], layers: list[Layer]) -> None:
+    if not missing and not misshapen:
+        return
+    origins = ", ".join(layer.origin for layer in layers)
+    lines = [f"no value for {name}" for name in missing[:5]] + misshapen[:5]
+    more = len(missing) + len(misshapen) - len(lines)
+    tail = f"\n  ... and {more} more" if more > 0 else ""
+    raise ConfigError(f"weights do not fit the model (read: {origins}):\n  " + "\n  ".join(lines) + tail)
