@@ -1,0 +1,93 @@
+"""Proof on rows of a source that what is learned is what the design says, before anything is trained on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from data.config import DataError
+from data.index import RecordIndex
+from data.record import Record, RecordError, parse
+from data.render import apply
+from data.template import Encoded, Template
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was proven, for the log."""
+
+    source: str
+    rows: tuple[int, ...]  # that were checked
+    num_tokens: int
+    num_supervised: int
+    bad: tuple[str, ...]  # records met on the way that break the rules; they are counted when they are read
+
+    def __str__(self) -> str:
+        bad = f", {len(self.bad)} bad records passed over" if self.bad else ""
+        return f"{self.source}: {len(self.rows)} rows certified, {self.num_supervised} of {self.num_tokens} tokens supervised{bad}"
+
+
+def certify(template: Template, index: RecordIndex, source_key: str, num_rows: int = 8) -> Certificate:
+    """Checks up to `num_rows` rows spread over the source; rows that break the rules of records are passed over.
+
+    Raises `DataError` if a row's ids differ from the reference, an answer or its end is not learned, anything else is, or
+    the prompt's ids are no prefix of the row's; or if no row can be encoded at all.
+    """
+    rows, bad, num_tokens, num_supervised = [], [], 0, 0
+    for i in _spread(len(index), 8 * num_rows):
+        if len(rows) == num_rows:
+            break
+        try:
+            record = parse(index.raw(i), index.where(i))
+            encoded = template.encode(record)
+        except RecordError as error:
+            bad.append(str(error))
+            continue
+        if problem := _problem(template, record, encoded):
+            raise DataError(f"{record.where} {record.id}: data.template {template.name!r} is not proven: {problem}")
+        rows.append(i)
+        num_tokens += len(encoded.input_ids)
+        num_supervised += sum(encoded.supervised)
+    if not rows:
+        raise DataError(f"data.sources {source_key!r}: none of {len(bad)} rows can be encoded; the first: {bad[0]}")
+    return Certificate(source_key, tuple(rows), num_tokens, num_supervised, tuple(bad))
+
+
+def _spread(length: int, count: int) -> Iterator[int]:
+    """Up to `count` rows, halving the gaps as it goes: however few are taken, they come from all over the file."""
+    bits = max(1, (length - 1).bit_length())
+    order = (int(f"{k:0{bits}b}"[::-1], 2) for k in range(1 << bits))
+    for taken, row in enumerate(row for row in order if row < length):
+        if taken == count:
+            return
+        yield row
+
+
+def _problem(template: Template, record: Record, encoded: Encoded) -> str:
+    """What is wrong with a row, or nothing. Every answer comes from another path than the one under proof."""
+    ids, supervised = encoded.input_ids, encoded.supervised
+    if any(learned and i in template.placeholder_ids.values() for i, learned in zip(ids, supervised)):
+        return "a placeholder is supervised"
+    runs = [k for k in range(len(ids)) if supervised[k] and not (k and supervised[k - 1])]
+    answers = sum(turn.role == "assistant" for turn in record.turns)
+    if len(runs) != answers:
+        return f"{len(runs)} supervised stretches, {answers} answers"
+    ends = [k for k in range(len(ids)) if supervised[k] and not (k + 1 < len(ids) and supervised[k + 1])]
+    if template.end_is_token and any(ids[k] not in template.stop_ids for k in ends):
+        return "an answer's last supervised token does not end its turn"
+    if template.prompt(replace(record, turns=record.turns[:-1])) != ids[: runs[-1]]:
+        return "the prompt's ids are not the row's up to its last answer"
+    return _reference_problem(template, record, ids)
+
+
+def _reference_problem(template: Template, record: Record, ids: list[int]) -> str:
+    """Compares with the tokenizer's own one-shot path, where that exists: no control token written in, nothing stripped."""
+    messages = template.messages(record)
+    if any(m["ours"] is None for c in messages for m in template.written.finditer(c["content"])):
+        return ""
+    text = apply(template.tokenizer, template.source, messages)
+    reference = template.tokenizer(text[len(template.lead) :], add_special_tokens=bool(template.lead))["input_ids"]
+    if list(reference) == ids or any(m["role"] == "assistant" and m["content"][:1].isspace() for m in messages):
+        return ""
+    at = next((k for k, (a, b) in enumerate(zip(reference, ids)) if a != b), min(len(reference), len(ids)))
+    return f"ids differ from the tokenizer's own for the same text, first at {at}"

@@ -1,0 +1,206 @@
+"""Records become token ids and, in the same pass, which of them are learned. Placeholders stay one id each."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedTokenizerFast
+
+from data.config import ConfigError
+from data.formats import FORMATS, freeze_date
+from data.placeholders import only_placeholders, placeholders_first, wrap, wrapped_pattern
+from data.record import Record, RecordError, Turn
+from data.render import Message, RenderError, Span, Tokens, render, supervise, tokenize
+from model.batch import PLACEHOLDERS
+
+
+@dataclass(frozen=True)
+class Encoded:
+    input_ids: list[int]
+    supervised: list[bool]  # the assistant's tokens and what ends its turns
+    round_ends: list[int]  # ids up to and including round k, a user's and an assistant's turn
+
+
+@dataclass(frozen=True)
+class Template:
+    """How conversations are written for one tokenizer. Made by `load_template`."""
+
+    name: str
+    source: str  # Jinja; with the token that the tokenizer puts before a text by itself
+    tokenizer: PreTrainedTokenizerFast
+    placeholders: str  # as_written | first
+    media_wrap: tuple[str, ...]
+    lead: str  # that token, in a format of ours; "" if the chat template writes it
+    ends: re.Pattern[str]  # what ends an assistant's turn
+    written: re.Pattern[str]  # control tokens that a content may not use, or, as group "ours", wrapped placeholders
+    control_ids: frozenset[int]
+    placeholder_ids: dict[str, int]  # by modality
+    stop_ids: tuple[int, ...] = ()  # ids that end an assistant's turn
+
+    @property
+    def end_is_token(self) -> bool:
+        """Whether turns end with a control token; a newline, which `plain` has, may be part of the answer's last token."""
+        return self.name not in FORMATS or bool(FORMATS[self.name].needs)
+
+    def encode(self, record: Record) -> Encoded:
+        """Ids of the whole conversation. An answer's leading white space is dropped where the prompt would swallow it.
+
+        Raises `RecordError` if the template cannot express the record, nothing is learned, or an unknown token would be.
+        """
+        text, spans, tokens, supervised = self._encode(record, self.messages(record))
+        if not any(supervised):
+            raise self._error(record, "no token is supervised")
+        unknown = self.tokenizer.unk_token_id
+        if unknown is not None and unknown not in self.stop_ids and any(s and i == unknown for i, s in zip(tokens.ids, supervised)):
+            raise self._error(record, f"an answer holds what the tokenizer only knows as {self.tokenizer.unk_token}")
+        return Encoded(tokens.ids, supervised, _round_ends(text, spans, tokens))
+
+    def prompt(self, record: Record) -> list[int]:
+        """Ids up to where the answer to the record's last turn, which is the user's, starts. Raises `RecordError`."""
+        asked = replace(record, turns=(*record.turns, Turn("assistant", "x")))
+        text, spans, *_ = self._encode(record, self.messages(asked))
+        # Never a second rendering: some templates write more before an answer than their generation prompt says.
+        cut = spans[-1].prompt
+        return self._tokenize(text[:cut], spans[:-1]).ids
+
+    def messages(self, record: Record) -> list[Message]:
+        """Turns as the template gets them: placeholders in their places, wrapped. Raises `RecordError`."""
+        contents = [turn.content for turn in record.turns]
+        if self.name in FORMATS and FORMATS[self.name].placeholders_only:
+            if [turn.role for turn in record.turns] != ["user", "assistant"]:
+                raise self._error(record, f"{len(contents)} turns; template {self.name!r} takes one question and one answer")
+            contents[0] = only_placeholders(contents[0])
+            if not contents[0]:
+                raise self._error(record, f"no placeholder in the question; template {self.name!r} keeps nothing else of it")
+        arranged = [placeholders_first(c) if self.placeholders == "first" else c for c in contents]
+        return [{"role": t.role, "content": wrap(c, self.media_wrap)} for t, c in zip(record.turns, arranged)]
+
+    def _encode(self, record: Record, messages: list[Message]) -> tuple[str, list[Span], Tokens, list[bool]]:
+        try:
+            for _ in range(2):
+                text, spans = render(self.tokenizer, self.source, messages, self.ends)
+                tokens = self._tokenize(text, spans)
+                supervised, glued = supervise(spans, tokens, self.control_ids)
+                if not glued:
+                    break
+                messages = [{**m, "content": m["content"].lstrip()} if i in glued else m for i, m in enumerate(messages)]
+            else:
+                raise RenderError("an answer's first token holds the end of its prompt")
+        except RenderError as error:
+            raise self._error(record, str(error)) from None
+        self._check(record, spans, tokens)
+        return text, spans, tokens, supervised
+
+    def _tokenize(self, text: str, spans: Sequence[Span]) -> Tokens:
+        """Ids of a rendering, BOS as the tokenizer would put it: as an id, for as text it changes what follows in some."""
+        found = [match for s in spans for match in self.written.finditer(text, s.start, s.stop) if match["ours"] is None]
+        tokens = tokenize(self.tokenizer, text, [match.span() for match in found], len(self.lead))
+        if not self.lead:
+            return tokens
+        bos = self.tokenizer.convert_tokens_to_ids(self.lead)
+        return Tokens([bos, *tokens.ids], [0, *tokens.starts], [len(self.lead), *tokens.stops])
+
+    def _check(self, record: Record, spans: list[Span], tokens: Tokens) -> None:
+        for span in spans:
+            if not self.control_ids.isdisjoint(tokens.inside(span.start, span.stop)):
+                raise self._error(record, "the tokenizer makes a control token of a content's plain text")
+        for modality in PLACEHOLDERS:
+            given = sum(m.modality == modality for m in record.media)
+            if given and modality not in self.placeholder_ids:
+                raise RecordError(record.where, record.id, modality, f"{given} files, but the model has no part for this modality")
+            written = tokens.ids.count(self.placeholder_ids.get(modality, -1))
+            if written != given:
+                raise RecordError(record.where, record.id, modality, f"{written} placeholders in the ids, {given} files")
+
+    def _error(self, record: Record, reason: str) -> RecordError:
+        return RecordError(record.where, record.id, "conversations", reason)
+
+
+def _round_ends(text: str, spans: list[Span], tokens: Tokens) -> list[int]:
+    """Where rounds end: after the turn's end and what the template writes after the last one, if it is there as well."""
+    tail = text[spans[-1].end :]
+    ends = []
+    for span in spans[:-1]:
+        if span.role == "assistant":
+            stop = span.end + (len(tail) if text.startswith(tail, span.end) else 0)
+            ends.append(bisect_left(tokens.starts, stop))
+    return [*ends, len(tokens.ids)]
+
+
+def load_template(
+    name: str, tokenizer: PreTrainedTokenizerFast, *, placeholders: str, media_wrap: tuple[str, ...], allowed: Sequence[str] = ()
+) -> Template:
+    """Template `name` for `tokenizer`, tried on a short conversation.
+
+    `allowed` are control tokens that contents may use: configured new tokens. Raises `ConfigError` if the tokenizer lacks
+    what the template needs.
+    """
+    if name != "auto" and name not in FORMATS:
+        raise ConfigError(f"data.template = {name!r} is not known; allowed: auto, {', '.join(FORMATS)}")
+    if not tokenizer.is_fast:
+        raise ConfigError(f"data.template: {type(tokenizer).__name__} gives no offsets; a folder with tokenizer.json is needed")
+    needs = FORMATS[name].needs if name in FORMATS else ()
+    for token in needs:
+        _check_single(name, tokenizer, token)
+    free = {*PLACEHOLDERS.values(), *allowed} - set(needs)
+    special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special and t.content not in free}
+    control = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)"
+    known = tokenizer.get_vocab()
+    lead = _lead(tokenizer) if name in FORMATS else ""
+    template = Template(
+        name=name,
+        source=("{{ bos_token }}" if lead else "") + FORMATS[name].source if name in FORMATS else _own_source(tokenizer),
+        tokenizer=tokenizer,
+        placeholders=placeholders,
+        media_wrap=tuple(media_wrap),
+        lead=lead,
+        ends=re.compile(re.escape(FORMATS[name].end) if name in FORMATS else control),
+        written=re.compile(f"(?P<ours>{wrapped_pattern(media_wrap)})|{control}"),
+        control_ids=frozenset(special.values()),
+        placeholder_ids={modality: known[token] for modality, token in PLACEHOLDERS.items() if token in known},
+    )
+    return replace(template, stop_ids=_stop_ids(template))
+
+
+def _check_single(name: str, tokenizer: PreTrainedTokenizerFast, token: str) -> None:
+    if token not in tokenizer.get_vocab() or tokenizer(token, add_special_tokens=False)["input_ids"][-1:] != [
+        tokenizer.get_vocab()[token]
+    ]:
+        raise ConfigError(
+            f"data.template = {name!r} ends or starts turns with {token!r}, which is no single token of this tokenizer; "
+            f'choose another template, or add it: model.llm.new_tokens = ["{token}"]'
+        )
+
+
+def _own_source(tokenizer: PreTrainedTokenizerFast) -> str:
+    try:
+        return freeze_date(tokenizer.get_chat_template())
+    except ValueError:
+        raise ConfigError(f"data.template = 'auto': the tokenizer has no chat template; name one: {', '.join(FORMATS)}") from None
+
+
+def _lead(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The token that the tokenizer puts before every text by itself, or nothing."""
+    with_it, without = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    added = len(with_it) > len(without) and with_it[0] == tokenizer.bos_token_id
+    return tokenizer.bos_token if added else ""
+
+
+def _stop_ids(template: Template) -> tuple[int, ...]:
+    """The last id of an answer, as a short conversation shows it, and the tokenizer's eos."""
+    tokenizer = template.tokenizer
+    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        text, spans = render(tokenizer, template.source, probe, template.ends)
+    except RenderError as error:
+        raise ConfigError(f"data.template = {template.name!r} cannot be used with this tokenizer: {error}") from error
+    tokens = tokenize(tokenizer, text, [], len(template.lead))
+    supervised, _ = supervise(spans, tokens, template.control_ids)
+    if not any(supervised):
+        raise ConfigError(f"data.template = {template.name!r} leaves nothing to learn with this tokenizer")
+    last = len(supervised) - 1 - supervised[::-1].index(True)
+    eos = tokenizer.eos_token_id
+    return tuple(dict.fromkeys([tokens.ids[last], *([] if eos is None else [eos])]))

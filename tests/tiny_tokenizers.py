@@ -1,0 +1,188 @@
+"""Tokenizers of every kind the trainer meets, made in the process: small vocabularies, real pipelines and chat templates."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+CORPUS = [
+    "A chat between a curious user and an artificial intelligence assistant. USER: What is this? ASSISTANT: A cat sits on a mat.",
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    "system user assistant model human [INST] <<SYS>> What colour is the car in the picture? It is red.",
+    "one two  three\nfour\n\nfive 1 2 3 456",
+] * 4
+
+QWEN = """\
+{%- if messages[0]['role'] == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
+{%- else %}
+    {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message['role'] != 'system' %}
+        {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}"""
+QWEN3 = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' }}
+    {%- if message['role'] == 'assistant' and loop.last %}{{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+    {{- (message['content'].lstrip('\\n') if message['role'] == 'assistant' else message['content']) + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
+LLAMA3 = """\
+{{- bos_token }}
+{%- if not date_string is defined %}{%- set date_string = strftime_now("%d %b %Y") %}{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: " + date_string + "\\n\\n" }}
+{%- if messages[0]['role'] == 'system' %}
+    {{- messages[0]['content'] | trim }}{%- set turns = messages[1:] %}
+{%- else %}
+    {%- set turns = messages %}
+{%- endif %}
+{{- "<|eot_id|>" }}
+{%- for message in turns %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}"""
+MISTRAL = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if message['role'] == 'user' %}{{- '[INST] ' + message['content'] + ' [/INST]' }}
+    {%- elif message['role'] == 'assistant' %}{{- ' ' + message['content'] + eos_token }}
+    {%- else %}{{- raise_exception('Only user and assistant roles are supported!') }}{% endif %}
+{%- endfor %}"""
+PHI3 = """\
+{%- for message in messages %}
+    {{- '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{% else %}{{- eos_token }}{% endif %}"""
+
+_CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_LLAMA3_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+
+def _wrap(tokenizer: Tokenizer, special: tuple[str, ...], **named: str) -> PreTrainedTokenizerFast:
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **named)
+
+
+def _bos(tokenizer: Tokenizer, token: str) -> None:
+    pair = (token, tokenizer.token_to_id(token))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{token} $A", pair=f"{token} $A $B", special_tokens=[pair])
+
+
+def byte_level(special: tuple[str, ...], bos: str = "", qwen_split: bool = True) -> Tokenizer:
+    """GPT-2's bytes; with `qwen_split` newlines are cut as Qwen 2 and Llama 3 cut them, so that they can merge."""
+    tokenizer = Tokenizer(models.BPE())
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        if qwen_split
+        else r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    )
+    from tokenizers import Regex
+
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.normalizer = normalizers.NFC()
+    trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator([*CORPUS, "\n\n x\n\n y"] * 2, trainer)
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    if bos:
+        _bos(tokenizer, bos)
+    return tokenizer
+
+
+def sentence_piece(kind: str) -> Tokenizer:
+    """Llama's BPE with bytes to fall back to. `kind`: prepend (legacy), first or always (Metaspace)."""
+    trained = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    trained.normalizer = normalizers.Replace(" ", "\u2581")
+    trained.pre_tokenizer = pre_tokenizers.Split("\u2581", behavior="merged_with_next")
+    alphabet = [chr(c) for c in range(33, 127)] + ["\u2581"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=620,
+        special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=False,
+    )
+    trained.train_from_iterator([" " + line.replace("\n", " ") for line in CORPUS], trainer)
+    import json
+
+    state = json.loads(trained.to_str())
+    state["added_tokens"] = []
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = None, None  # type: ignore[assignment]
+    if kind == "prepend":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
+    strip = decoders.Strip(content=" ", left=1)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>")])
+    _bos(tokenizer, "<s>")
+    return tokenizer
+
+
+@cache
+def tiny_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """One of `NAMES`, with <image> added. Shared: tests do not change it."""
+    tokenizer = NAMES[name]()
+    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
+    return tokenizer
+
+
+def _qwen(template: str = QWEN) -> PreTrainedTokenizerFast:
+    named = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    return _wrap(byte_level(_CHATML_TOKENS), (), chat_template=template, **named)
+
+
+def _llama3() -> PreTrainedTokenizerFast:
+    tokenizer = byte_level(_LLAMA3_TOKENS, bos="<|begin_of_text|>")
+    return _wrap(tokenizer, (), chat_template=LLAMA3, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
+
+
+def _llama(kind: str, template: str | None = None) -> PreTrainedTokenizerFast:
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return _wrap(sentence_piece(kind), (), chat_template=template, **named)
+
+
+def _mistral3() -> PreTrainedTokenizerFast:
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return _wrap(sentence_piece("always"), ("[INST]", "[/INST]"), chat_template=MISTRAL, **named)
+
+
+def _phi3() -> PreTrainedTokenizerFast:
+    tokenizer = sentence_piece("prepend")
+    roles = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False, rstrip=True) for t in roles])
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    return _wrap(tokenizer, ("<|endoftext|>",), chat_template=PHI3, bos_token="<s>", eos_token="<|endoftext|>", unk_token="<unk>")
+
+
+def _gpt2(bos: bool) -> PreTrainedTokenizerFast:
+    """Byte-level with Llama's names for the control tokens and no chat template."""
+    tokenizer = byte_level(("<s>", "</s>", *_CHATML_TOKENS), bos="<s>" if bos else "", qwen_split=False)
+    return _wrap(tokenizer, (), bos_token="<s>", eos_token="</s>")
+
+
+NAMES = {
+    "qwen": _qwen,
+    "qwen3": lambda: _qwen(QWEN3),
+    "llama3": _llama3,
+    "mistral": lambda: _llama("prepend", MISTRAL),
+    "mistral3": _mistral3,
+    "phi3": _phi3,
+    "llama": lambda: _llama("prepend"),
+    "llama_first": lambda: _llama("first"),
+    "llama_always": lambda: _llama("always"),
+    "bytes": lambda: _gpt2(bos=False),
+    "bytes_bos": lambda: _gpt2(bos=True),
+}
