@@ -1,0 +1,59 @@
+"""Samples become one `Batch`. All that the model looks up by position is computed here, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+
+from data.sample import Sample, SampleMedia
+from model.batch import IGNORE_INDEX, Batch, Media
+
+BLANK = -1  # sample and source of a row that is only padding
+
+
+def collate(samples: Sequence[Sample], pad_id: int, side: Literal["right", "left"] = "right") -> Batch:
+    """One row (T of the longest) per sample, filled up on `side`; training pads on the right, prompts for generation on the left.
+
+    No samples give one row of one pad token, which supervises nothing and has no mask: a rank without work runs it like any other.
+    Positions count real tokens. Rows of media come in reading order: by sample, then by place in it.
+    """
+    lengths = [len(sample.input_ids) for sample in samples]
+    num_rows, width = max(len(samples), 1), max([*lengths, 1])
+    input_ids = np.full((num_rows, width), pad_id, dtype=np.int64)
+    labels = np.full((num_rows, width), IGNORE_INDEX, dtype=np.int64)
+    mask = np.zeros((num_rows, width), dtype=np.int64)
+    starts = [width - length if side == "left" else 0 for length in lengths]
+    for row, (sample, start, length) in enumerate(zip(samples, starts, lengths)):
+        input_ids[row, start : start + length] = sample.input_ids
+        labels[row, start : start + length] = sample.labels
+        mask[row, start : start + length] = 1
+    positions = np.maximum(mask.cumsum(1) - 1, 0) if side == "left" else np.tile(np.arange(width), (num_rows, 1))
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        attention_mask=torch.from_numpy(mask) if samples and not mask.all() else None,
+        position_ids=torch.from_numpy(positions),
+        supervised=torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX)),
+        sample_ids=torch.tensor([sample.sample_id for sample in samples] or [BLANK]),
+        source_ids=torch.tensor([sample.source_id for sample in samples] or [BLANK]),
+        num_real_tokens=sum(lengths),
+        media=_media(samples, [row * width + start for row, start in enumerate(starts)]),
+    )
+
+
+def _media(samples: Sequence[Sample], offsets: list[int]) -> dict[str, Media]:
+    """Media by modality; offsets[i] is the flat position of the first token of sample i."""
+    found: dict[str, list[tuple[int, SampleMedia]]] = {}
+    for sample, offset in zip(samples, offsets):
+        for modality, media in sample.media.items():
+            found.setdefault(modality, []).extend((offset + medium.start, medium) for medium in media)
+    return {modality: _joined(placed) for modality, placed in found.items()}
+
+
+def _joined(placed: list[tuple[int, SampleMedia]]) -> Media:
+    slots = torch.cat([torch.arange(first, first + medium.length) for first, medium in placed])
+    # Every encoder row of every medium is used, so row k of the flattened output simply goes to slot k.
+    return Media(torch.cat([medium.values for _, medium in placed]), torch.arange(len(slots)), slots)

@@ -1,0 +1,118 @@
+"""Record i of all sources, as a sample or as the reason why there is none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.config import DataConfig, SourceConfig
+from data.image import load_image
+from data.index import RecordIndex
+from data.record import MediaRef, RecordError, parse
+from data.sample import Sample, TooLongError, assemble, check_media
+from data.template import Template
+from model.batch import MediaSpec
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A record that is not trained on. No other takes its place."""
+
+    sample_id: int
+    source: str
+    where: str  # file:line
+    id: str
+    reason: str  # "field: what is wrong"
+    too_long: bool  # not even its first round fits: counted apart
+
+
+class MultimodalDataset(Dataset[Sample | Rejected]):
+    """All records of all sources, numbered in the order of the sources. Opens nothing but what an item needs."""
+
+    lengths: np.ndarray  # (N,) int32 planned tokens
+    modalities: np.ndarray  # (N,) int8: 0 text only, 1 has an image
+    source_ids: np.ndarray  # (N,) int64
+    source_names: list[str]
+
+    def __init__(
+        self,
+        indexes: list[RecordIndex],
+        sources: tuple[SourceConfig, ...],
+        template: Template,
+        specs: dict[str, MediaSpec],
+        config: DataConfig,
+        excluded: frozenset[int] = frozenset(),
+    ) -> None:
+        self._indexes, self._sources, self._template = indexes, sources, template
+        self._specs, self._config, self._excluded = specs, config, excluded
+        sizes = [len(index) for index in indexes]
+        self._starts = np.cumsum([0, *sizes])
+        # What is longer is cut to whole rounds, so it never takes more than this.
+        planned = np.concatenate([index.lengths for index in indexes])
+        self.lengths = np.minimum(planned, config.max_length).astype(np.int32)
+        self.modalities = np.concatenate([index.modalities for index in indexes])
+        self.source_ids = np.repeat(np.arange(len(sizes)), sizes)
+        self.source_names = [source.key for source in sources]
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, i: int) -> Sample | Rejected:
+        """The sample, or why there is none. Raises `RecordError` instead when data.on_bad_sample is "error".
+
+        A record that is too long is rejected either way: it breaks no rule.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} is not in [0, {len(self)})")
+        source_id = int(self.source_ids[i])
+        index, row = self._indexes[source_id], int(i - self._starts[source_id])
+        name = self.source_names[source_id]
+        if i in self._excluded:
+            return Rejected(i, name, index.where(row), "", "quarantined by an earlier start", False)
+        try:
+            return self._sample(i, source_id, index, row)
+        except RecordError as error:
+            too_long = isinstance(error, TooLongError)
+            if self._config.on_bad_sample == "error" and not too_long:
+                raise
+            return Rejected(i, name, error.where, error.id, f"{error.field}: {error.reason}", too_long)
+
+    def _sample(self, i: int, source_id: int, index: RecordIndex, row: int) -> Sample:
+        config, source = self._config, self._sources[source_id]
+
+        def read(ref: MediaRef) -> Tensor:
+            root, spec = source.root(ref.modality), self._specs[ref.modality]
+            pixels = load_image(
+                ref.path, root, spec, config.image_fit, max_pixels=config.max_pixels, follow_links=config.follow_links
+            )
+            return pixels[None]
+
+        record = parse(index.raw(row), index.where(row))
+        check_media(record, self._specs, config.max_images)
+        return assemble(
+            record,
+            self._template.encode(record),
+            self._template.placeholder_ids,
+            self._specs,
+            read,
+            max_length=config.max_length,
+            sample_id=i,
+            source_id=source_id,
+        )
+
+
+def open_dataset(
+    sources: tuple[SourceConfig, ...],
+    config: DataConfig,
+    template: Template,
+    specs: dict[str, MediaSpec],
+    index_folder: Path,
+    excluded: frozenset[int] = frozenset(),
+) -> MultimodalDataset:
+    """The dataset of `sources`, with their indexes in `index_folder`, built there where they are missing or stale."""
+    indexes = [RecordIndex.open(source, index_folder, specs) for source in sources]
+    return MultimodalDataset(indexes, sources, template, specs, config, excluded)

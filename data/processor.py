@@ -1,0 +1,167 @@
+"""Records to batches outside training: the same template and media code that training used, read from the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from data.collate import collate
+from data.config import ConfigError, DataConfig
+from data.formats import freeze_date
+from data.image import load_image, read_image
+from data.record import MediaRef, Record, parse
+from data.sample import Sample, assemble, check_media
+from data.template import Encoded, Template, load_template
+from data.tokenizer import check_fingerprint, fingerprint, load_tokenizer, pad_id, save_tokenizer
+from model.batch import PLACEHOLDERS, Batch, MediaSpec
+
+FILE = "processor.json"
+_VERSION = 1
+_CONFIG_KEYS = ("image_fit", "max_length", "max_images", "max_pixels")
+
+
+@dataclass(frozen=True)
+class Processor:
+    """Turns records into batches and ids into text. Made by `make_processor` or `load_processor`."""
+
+    template: Template
+    specs: dict[str, MediaSpec]
+    config: DataConfig
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return self.template.tokenizer
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        return self.template.stop_ids
+
+    def __call__(self, records: Sequence[dict[str, Any]], answers: bool = False, media_root: str | None = None) -> Batch:
+        """A batch of records in the form that training reads.
+
+        answers=True: whole conversations with labels, right-padded, as in training. answers=False: prompts, left-padded, for
+        `generate`: all turns up to the answer that is asked for, without it where the record holds one; of any length.
+        media_root: the folder that media must stand in, as a source's; None: a person names the files, from the current
+        directory or by absolute paths. Raises `RecordError`, called `records:i` after the record's place, for the first bad one.
+        """
+        read = self._reader(media_root)
+        samples = [self._sample(i, record, answers, read) for i, record in enumerate(records)]
+        return collate(samples, pad_id(self.tokenizer), "right" if answers else "left")
+
+    def decode(self, ids: Sequence[Sequence[int]] | Tensor) -> list[str]:
+        """Text of each row up to its first stop id, without special tokens and the white space around it."""
+        rows = ids.tolist() if isinstance(ids, Tensor) else ids
+        return [self.tokenizer.decode(self._before_stop(row), skip_special_tokens=True).strip() for row in rows]
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the tokenizer's files and processor.json; same processor, same bytes."""
+        folder = Path(folder)
+        save_tokenizer(self.tokenizer, folder, chat_template=self.template.source)
+        text = json.dumps(self._to_json(), indent=2, sort_keys=True, ensure_ascii=False)
+        (folder / FILE).write_text(text + "\n", encoding="utf-8")
+
+    def _reader(self, media_root: str | None) -> Callable[[MediaRef], Tensor]:
+        config = self.config
+
+        def read(ref: MediaRef) -> Tensor:
+            spec = self.specs[ref.modality]
+            if media_root is None:
+                return read_image(ref.path, spec, config.image_fit, max_pixels=config.max_pixels)[None]
+            limits: dict[str, Any] = {"max_pixels": config.max_pixels, "follow_links": config.follow_links}
+            return load_image(ref.path, media_root, spec, config.image_fit, **limits)[None]
+
+        return read
+
+    def _sample(self, i: int, raw: dict[str, Any], answers: bool, read: Callable[[MediaRef], Tensor]) -> Sample:
+        record = parse(raw, f"records:{i}", needs_answer=answers)
+        check_media(record, self.specs, self.config.max_images)
+        encoded = self.template.encode(record) if answers else self._prompt(record)
+        limit = self.config.max_length if answers else None
+        placeholders = self.template.placeholder_ids
+        return assemble(record, encoded, placeholders, self.specs, read, max_length=limit, sample_id=i, source_id=0)
+
+    def _prompt(self, record: Record) -> Encoded:
+        asked = replace(record, turns=record.turns[:-1]) if record.turns[-1].role == "assistant" else record
+        ids = self.template.prompt(asked)
+        return Encoded(ids, [False] * len(ids), [len(ids)])
+
+    def _before_stop(self, ids: Sequence[int]) -> Sequence[int]:
+        stop = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
+        return ids[:stop]
+
+    def _to_json(self) -> dict[str, Any]:
+        template = self.template
+        described = {
+            "name": template.name,
+            "jinja": template.source,
+            "placeholders": template.placeholders,
+            "media_wrap": list(template.media_wrap),
+            "allowed": _allowed(template),
+        }
+        return {
+            "version": _VERSION,
+            "transformers": transformers.__version__,
+            "template": described,
+            "specs": {modality: spec.to_json() for modality, spec in self.specs.items()},
+            "fingerprint": fingerprint(self.tokenizer),
+            "stop_ids": list(self.stop_ids),
+            **{key: getattr(self.config, key) for key in _CONFIG_KEYS},
+        }
+
+
+def make_processor(template: Template, specs: dict[str, MediaSpec], config: DataConfig) -> Processor:
+    """The processor of a run that trains with `template`, `specs` and `config`."""
+    return Processor(template, specs, config)
+
+
+def load_processor(folder: str | Path) -> Processor:
+    """The processor that a run wrote into its final/ or a checkpoint.
+
+    Raises `ConfigError` if files are missing or of another version, or if this machine's transformers reads the tokenizer's
+    files in another way than the run did.
+    """
+    folder = Path(folder)
+    stored = _read_json(folder / FILE)
+    try:
+        described, specs = stored["template"], {m: MediaSpec.from_json(spec) for m, spec in stored["specs"].items()}
+        placeholders, media_wrap = described["placeholders"], tuple(described["media_wrap"])
+        config = DataConfig(described["name"], placeholders=placeholders, media_wrap=media_wrap)
+        config = replace(config, **{key: stored[key] for key in _CONFIG_KEYS})
+        expected, jinja, allowed = stored["fingerprint"], described["jinja"], described["allowed"]
+        stop_ids = tuple(stored["stop_ids"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{folder / FILE} is damaged: {type(error).__name__} {error}; take it from the run again") from error
+    tokenizer = load_tokenizer(str(folder), ()).tokenizer
+    check_fingerprint(tokenizer, expected)
+    template = load_template(config.template, tokenizer, placeholders=placeholders, media_wrap=media_wrap, allowed=allowed)
+    # What is stored has its date frozen already; loading may freeze it once more, which changes the text but not what it renders.
+    if template.source not in (jinja, freeze_date(jinja)) or template.stop_ids != stop_ids:
+        raise ConfigError(f"{folder}: template {template.name!r} is not the one the run used; restore the files of the run")
+    return Processor(replace(template, source=jinja), specs, config)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}; name a final/ or checkpoint folder of a run") from error
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged: {error}; take it from the run again") from error
+    if not isinstance(stored, dict) or stored.get("version") != _VERSION:
+        found = stored.get("version") if isinstance(stored, dict) else stored
+        raise ConfigError(f"{file} has version {found!r}, this program reads {_VERSION}")
+    return stored
+
+
+def _allowed(template: Template) -> list[str]:
+    """Special tokens, other than placeholders, that contents may use: the run's own new tokens."""
+    special = {i: t.content for i, t in template.tokenizer.added_tokens_decoder.items() if t.special}
+    return [text for i, text in sorted(special.items()) if i not in template.control_ids and text not in PLACEHOLDERS.values()]
