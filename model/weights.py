@@ -113,7 +113,7 @@ def _local(parameter: nn.Parameter, rows: Rows, frozen_dtype: torch.dtype, devic
 
 
 def local_range(tensor: Tensor) -> tuple[int, int]:
-    """First and last row (exclusive) of dim 0 that this rank holds. `fully_shard` cuts into ceil(n / ranks); late ranks may hold none."""
+    """First and last row (exclusive) of dim 0 that this rank holds; `fully_shard` leaves late ranks empty when rows are few."""
     if not isinstance(tensor, DTensor):
         return 0, tensor.shape[0] if tensor.dim() else 1
     mesh: Any = tensor.device_mesh

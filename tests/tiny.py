@@ -90,4 +90,4 @@ def spread(model: torch.nn.Module) -> None:
     """Random values in every parameter, biases and norms too: a program that forgets one gives other numbers."""
     for parameter in model.parameters():
         with torch.no_grad():
-            parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.1))
+            parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -1,0 +1,87 @@
+"""Ranks for tests: processes of one forkserver that has imported everything already, talking gloo over a file store."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainer.distributed import World
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    [
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor",
+        "transformers.models.qwen2.modeling_qwen2",
+        "transformers.models.clip.modeling_clip",
+        "trainer.main",
+    ]
+)
+
+
+def run_ranks(fn: Callable[..., Any], size: int, *args: Any, seconds: float = 90) -> list[Any]:
+    """fn(world, *args) on `size` ranks; what each returned. AssertionError with the traceback of the first that raised."""
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank in range(size):
+            ours, theirs = SERVER.Pipe()
+            process = SERVER.Process(target=_rank, args=(fn, rank, size, os.path.join(folder, "store"), theirs, args, seconds))
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        try:
+            return _collect(pipes, seconds)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _collect(pipes: list[Connection], seconds: float) -> list[Any]:
+    answers: dict[int, Any] = {}
+    end = time.monotonic() + seconds
+    while len(answers) < len(pipes):
+        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in answers]
+        ready = wait(waiting, max(0.0, end - time.monotonic()))
+        if not ready:
+            raise TimeoutError(f"no answer in {seconds} s from ranks {[r for r in range(len(pipes)) if r not in answers]}")
+        for pipe in ready:
+            rank = pipes.index(pipe)  # type: ignore[arg-type]
+            try:
+                good, answer = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
+            except EOFError:
+                raise AssertionError(f"rank {rank} died") from None
+            if not good:
+                raise AssertionError(f"rank {rank}:\n{answer}")
+            answers[rank] = answer
+    return [answers[rank] for rank in range(len(pipes))]
+
+
+def _rank(
+    fn: Callable[..., Any], rank: int, size: int, store: str, pipe: Connection, args: tuple[Any, ...], seconds: float
+) -> None:
+    # End of file on the pipe: pytest is gone, and so must this process be.
+    threading.Thread(target=lambda: (pipe.poll(None), os._exit(1)), daemon=True).start()
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
+        )
+        answer: tuple[bool, Any] = (True, fn(World(rank, rank, size, torch.device("cpu")), *args))
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    pipe.send_bytes(pickle.dumps(answer))
+    os._exit(0)  # no exit handlers: peers may hang

@@ -1,0 +1,152 @@
+"""Laws 1, 2 and 3: one process, DDP and FSDP2 on 2, 3 and 4 ranks take the same steps, whatever each rank's batch holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data.collate import collate
+from data.sample import Sample, SampleMedia
+from data.sampler import deal
+from model.batch import IGNORE_INDEX, Batch, MediaMeta, num_tokens
+from model.build import assemble
+from model.card import draw_card
+from model.config import LlmConfig, LoraConfig, ModelConfig, VisionConfig, VisionProjectorConfig
+from model.llm import Vocabulary
+from model.origins import weight_layers
+from model.weights import materialise
+from tests.ranks import run_ranks
+from tests.tiny import save_llm, save_tower
+from trainer.config import OptimConfig, ParallelConfig
+from trainer.distributed import World
+from trainer.optim import build_optimizer, set_learning_rates
+from trainer.parallel import checkpoint_activations, replicate, shard
+from trainer.step import train_step
+
+NUM_STEPS, GLOBAL_BATCH = 5, 10
+TUNES: dict[str, dict[str, Any]] = {
+    "full": {"llm": "full", "vision": "full", "vision_projector": "full"},
+    "projector": {"llm": "frozen", "vision": "frozen", "vision_projector": "full"},
+    "lora": {"llm": "lora", "vision": "lora", "vision_projector": "full"},
+}
+
+
+def config_of(folder: Path, tune: str) -> ModelConfig:
+    chosen = TUNES[tune]
+    return ModelConfig(
+        LlmConfig(str(folder / "llm"), chosen["llm"]),
+        VisionConfig(str(folder / "vision"), chosen["vision"]),
+        VisionProjectorConfig(tune=chosen["vision_projector"]),
+        dtype="float32",
+    )
+
+
+def make_sample(index: int, width: int, rng: np.random.Generator) -> Sample:
+    """Text only, one picture or two; every fifth one supervises nothing."""
+    num_images = index % 3
+    length = int(rng.integers(6, 12)) + num_images * width
+    ids = rng.integers(0, 300, length)
+    labels = np.full(length, IGNORE_INDEX)
+    if index % 5:
+        labels[-4:-1] = ids[-3:]
+    pictures = [
+        SampleMedia(torch.from_numpy(rng.standard_normal((1, 3, 16, 16))).float(), 1 + k * (width + 1), width)
+        for k in range(num_images)
+    ]
+    return Sample(index, 0, ids, labels, {"image": pictures} if pictures else {})
+
+
+def step_batches(step: int, world: World, micro_batch_size: int, width: int) -> list[Batch]:
+    """This rank's micro-batches of a step; samples and steps are the same for every world."""
+    rng = np.random.default_rng(step)
+    samples = [make_sample(i, width, rng) for i in range(GLOBAL_BATCH if step < NUM_STEPS - 1 else 2)]
+    lengths = np.array([len(s.input_ids) for s in samples])
+    dealt = deal(np.arange(len(samples)), lengths, world.size, micro_batch_size)
+    return [collate([samples[i] for i in ids], 0) for ids in dealt[world.rank]]
+
+
+def losses_and_norms(
+    world: World,
+    folder: Path,
+    tune: str,
+    strategy: str,
+    recompute: bool,
+    micro_batch_size: int,
+    dtype: str = "float32",
+    clip_norm: float = 1.0,
+) -> list[float]:
+    """Loss and gradient norm of five steps."""
+    config, lora = config_of(folder, tune), LoraConfig(rank=2, dropout=0.0)
+    card = draw_card(config, lora, Vocabulary(321, 320, (320,)))
+    model = assemble(card, getattr(torch, dtype))
+    if recompute:
+        checkpoint_activations(model)
+    sharded = strategy == "fsdp" and world.size > 1
+    if sharded:
+        shard(model, ParallelConfig(), world)
+    materialise(model, weight_layers(card, model, 7), frozen_dtype=model.dtype, device=world.device)
+    wrapped = model if sharded else replicate(model, world)
+    # A large eps keeps Adam from turning rounding into signs, a modest rate from amplifying it step by step.
+    optim = OptimConfig(lr=0.1, eps=1.0, clip_norm=clip_norm)
+    optimizer = build_optimizer(model, config, optim)
+    set_learning_rates(optimizer, 1.0)
+    width = num_tokens(model.specs["image"], MediaMeta())
+    found: list[float] = []
+    for step in range(NUM_STEPS):
+        batches = step_batches(step, world, micro_batch_size, width)
+        count = world.sum(torch.tensor(float(sum(b.num_supervised for b in batches))))
+        result = train_step(wrapped, optimizer, batches, world, seed=0, step=step, clip_norm=optim.clip_norm)
+        total = world.sum(torch.cat(result.addends).sum())
+        found += [(total / count.clamp(min=1)).item(), result.grad_norm.item()]
+    return found
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parts")
+    save_llm(folder / "llm", "qwen2_tied")
+    save_tower(folder / "vision", "clip")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(parts: Path) -> dict[str, list[float]]:
+    """One process, the whole step in one micro-batch."""
+    return {tune: run_ranks(losses_and_norms, 1, parts, tune, "ddp", False, GLOBAL_BATCH)[0] for tune in TUNES}
+
+
+@pytest.mark.parametrize("tune", TUNES)
+@pytest.mark.parametrize(
+    ("size", "strategy", "recompute", "micro_batch_size"),
+    [
+        (1, "ddp", True, 3),
+        (2, "ddp", False, 2),
+        (2, "fsdp", True, 2),
+        (3, "ddp", True, 1),
+        (3, "fsdp", False, 4),
+        (4, "ddp", False, 3),
+        (4, "fsdp", True, 1),
+        (4, "fsdp", False, 3),
+    ],
+)
+def test_same_numbers_however_it_is_run(
+    parts: Path, expected: dict[str, list[float]], tune: str, size: int, strategy: str, recompute: bool, micro_batch_size: int
+) -> None:
+    found = run_ranks(losses_and_norms, size, parts, tune, strategy, recompute, micro_batch_size)
+    for rank in found:
+        assert rank == found[0]
+    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(expected[tune]), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("tune", TUNES)
+def test_strategies_cast_alike_to_the_bit_in_bfloat16(parts: Path, tune: str) -> None:
+    """Without clipping, whose norm sums shards in another order: the losses of five steps are equal bit for bit."""
+    ddp, fsdp = (
+        run_ranks(losses_and_norms, 2, parts, tune, s, r, 2, "bfloat16", 0.0)[0] for s, r in (("ddp", True), ("fsdp", False))
+    )
+    assert ddp[::2] == fsdp[::2]
+    torch.testing.assert_close(torch.tensor(ddp), torch.tensor(fsdp), rtol=1e-6, atol=0)

@@ -1,0 +1,108 @@
+"""Values that are wrong by themselves or against each other, and settings that can have no effect."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from model.config import LoraConfig
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
+
+
+def problems_of(config: RunConfig) -> list[str]:
+    """Every problem of a well-typed configuration, one line each."""
+    return [*config.data.problems(), *_values(config), *_pairs(config), *_parts(config), *_no_effect(config)]
+
+
+def _values(config: RunConfig) -> Iterator[str]:
+    positive = {
+        "batch.global_batch_size": config.batch.global_batch_size,
+        "batch.micro_batch_size": config.batch.micro_batch_size,
+        "optim.lr": config.optim.lr,
+        "optim.eps": config.optim.eps,
+        "lora.rank": config.lora.rank,
+        "lora.alpha": config.lora.alpha,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep": config.checkpoint.keep,
+        "validation.every": config.validation.every,
+        "validation.max_samples": config.validation.max_samples,
+        "log.every": config.log.every,
+        "faults.max_nonfinite": config.faults.max_nonfinite,
+    }
+    for name, value in positive.items():
+        if not value > 0 or not math.isfinite(value):
+            yield f"{name} = {value} is not positive"
+    not_negative: dict[str, Any] = {
+        "seed": config.seed,
+        "optim.projector_lr": config.optim.projector_lr,
+        "optim.weight_decay": config.optim.weight_decay,
+        "optim.clip_norm": config.optim.clip_norm,
+        "optim.warmup_steps": config.optim.warmup_steps or 0,
+        "train.max_steps": config.train.max_steps or 0,
+        **{f"model.{name}.lr": part.lr for name, part in config.model.parts().items()},
+    }
+    for name, value in not_negative.items():
+        if not value >= 0 or not math.isfinite(value):
+            yield f"{name} = {value} is negative or not finite"
+    if config.train.epochs is not None and not 0 < config.train.epochs < math.inf:
+        yield f"train.epochs = {config.train.epochs} is not positive; train.max_steps = 0 builds a model without training"
+    if not 0 <= (config.optim.warmup_ratio or 0) <= 1:
+        yield f"optim.warmup_ratio = {config.optim.warmup_ratio} is not in [0, 1]"
+    if not 0 <= config.lora.dropout < 1:
+        yield f"lora.dropout = {config.lora.dropout} is not in [0, 1)"
+    if not all(0 <= beta < 1 for beta in config.optim.betas):
+        yield f"optim.betas = {list(config.optim.betas)} are not in [0, 1)"
+
+
+def _pairs(config: RunConfig) -> Iterator[str]:
+    if config.train.epochs is not None and config.train.max_steps is not None:
+        yield "train.epochs and train.max_steps are both named: name one"
+    if config.optim.warmup_ratio is not None and config.optim.warmup_steps is not None:
+        yield "optim.warmup_ratio and optim.warmup_steps are both named: name one"
+    if not config.data.sources and config.train.max_steps != 0:
+        yield "data.sources is empty: name at least one [[data.sources]] with its path (train.max_steps = 0 needs none)"
+    # A micro-batch larger than the step it is part of could never be filled.
+    if config.batch.micro_batch_size > config.batch.global_batch_size:
+        yield (
+            f"batch.micro_batch_size = {config.batch.micro_batch_size} is larger than "
+            f"batch.global_batch_size = {config.batch.global_batch_size}"
+        )
+    if config.checkpoint.resume not in ("auto", "none") and "checkpoint-" not in config.checkpoint.resume:
+        yield f"checkpoint.resume = {config.checkpoint.resume!r} is not 'auto' | 'none' | a checkpoint-N folder"
+
+
+def _parts(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    if model.vision is not None and model.vision_projector is None:
+        yield "[model.vision] has no effect without [model.vision_projector]: give both or none"
+    if model.vision_projector is not None and model.vision is None:
+        yield "[model.vision_projector] has no effect without [model.vision]: give both or none"
+    tuned = [name for name, part in model.parts().items() if part.tune != "frozen"]
+    if not tuned and config.train.max_steps != 0:
+        yield "nothing learns: every part has tune = 'frozen' (train.max_steps = 0 writes a model without training)"
+    projector = model.vision_projector
+    if projector is not None and projector.tune == "frozen" and not projector.path and not model.init_from:
+        yield "model.vision_projector.tune = 'frozen' without weights: name its path, or model.init_from"
+
+
+def _no_effect(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    parts = model.parts()
+    if config.lora != LoraConfig() and not any(part.tune == "lora" for part in parts.values()):
+        yield "[lora] has no effect: no part has tune = 'lora'"
+    for name, part in parts.items():
+        if part.lr and part.tune == "frozen":
+            yield f"model.{name}.lr = {part.lr} has no effect: model.{name}.tune = 'frozen'"
+    projector = model.vision_projector
+    if config.optim.projector_lr and (projector is None or projector.tune == "frozen" or projector.lr):
+        why = "there is none" if projector is None else "it is frozen" if projector.tune == "frozen" else "it has an lr of its own"
+        yield f"optim.projector_lr = {config.optim.projector_lr} has no effect on the vision projector: {why}"
+    if config.parallel.strategy == "ddp" and not config.parallel.reshard_after_forward:
+        yield "parallel.reshard_after_forward = false has no effect with parallel.strategy = 'ddp'"
+    if model.vision is None:
+        for key in ("media_wrap", "max_images"):
+            if getattr(config.data, key):
+                yield f"data.{key} has no effect: no media part is configured"

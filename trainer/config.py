@@ -1,0 +1,115 @@
+"""run.toml: the sections of what happens and when, and the root that holds all sections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from data.config import DataConfig
+from model.config import ConfigError, LoraConfig, ModelConfig
+from trainer.checks import problems_of
+from trainer.planned import PLANNED
+from trainer.schema import Reader, apply_override, read_toml
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    global_batch_size: int = 128
+    micro_batch_size: int = 4
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 2e-5
+    projector_lr: float = 0.0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_ratio: float | None = None
+    warmup_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    epochs: float | None = None
+    max_steps: int | None = None
+    deterministic: bool = False
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    strategy: Literal["ddp", "fsdp"] = "fsdp"
+    reshard_after_forward: bool = True
+    activation_checkpointing: Literal["none", "full"] = "none"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 500
+    keep: int = 3
+    resume: str = "auto"
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    every: int = 500
+    max_samples: int = 512
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every: int = 10
+
+
+@dataclass(frozen=True)
+class FaultsConfig:
+    max_nonfinite: int = 3
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run. Every section stands beside the code that reads it; this class only puts them together."""
+
+    output_dir: str
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    seed: int = 42
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
+
+
+def load_config(path: str, overrides: list[str] | None = None) -> RunConfig:
+    """The run described by a TOML file and `section.key=value` overrides, defaults filled in."""
+    tables = read_toml(path)
+    for text in overrides or []:
+        apply_override(tables, text)
+    return parse_config(tables, path)
+
+
+def parse_config(tables: dict[str, Any], origin: str) -> RunConfig:
+    """RunConfig from plain tables; one ConfigError with every problem."""
+    reader = Reader(PLANNED)
+    config = reader.table(RunConfig, tables, "")
+    problems = reader.problems + (problems_of(config) if config is not None else [])
+    if problems:
+        raise ConfigError(f"{origin}:\n" + "\n".join(f"  - {line}" for line in problems))
+    return filled(config)
+
+
+def filled(config: RunConfig) -> RunConfig:
+    """Defaults of the settings of which only one of a pair may be named."""
+    train, optim = config.train, config.optim
+    if train.epochs is None and train.max_steps is None:
+        train = replace(train, epochs=1.0)
+    if optim.warmup_ratio is None and optim.warmup_steps is None:
+        optim = replace(optim, warmup_ratio=0.03)
+    return replace(config, train=train, optim=optim)

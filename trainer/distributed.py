@@ -1,0 +1,113 @@
+"""Processes: one frozen World, made once, and the only place that calls torch.distributed collectives by hand."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from model.config import ConfigError
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is. Every method but `is_main` is a collective: all ranks call it, in the same order."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def mesh(self) -> DeviceMesh:
+        return init_device_mesh(self.device.type, (self.size,))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place; on CUDA the host does not wait."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            self.sum(torch.zeros((), device=self.device)).item()
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank; as JSON, because the library's own object collectives unpickle. A host sync."""
+        if self.size == 1:
+            return [value]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([data.numel()], device=self.device))
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
+        padded[: data.numel()] = data
+        rows = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(rows, padded)
+        return [json.loads(bytes(row[: int(size)].tolist())) for row, size in zip(rows, sizes)]
+
+    def broadcast_json(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        return self.gather_json(value if self.is_main else None)[0]
+
+
+def start_world() -> World:
+    """Join the process group that torchrun describes in the environment, or make one of this process alone, without a port."""
+    die_with_parent()
+    rank, local_rank, size = (int(os.environ.get(name, default)) for name, default in ENVIRONMENT)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    else:
+        join(backend)
+    return World(rank, local_rank, size, device)
+
+
+ENVIRONMENT = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+
+
+def join(backend: str) -> None:
+    try:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"the ranks cannot meet at {address} ({reason}). A port in use: choose another one with --master_port, or start "
+            "one process with `python -m trainer.main`, which needs none"
+        ) from error
+
+
+def stop_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its launcher dies: torchrun's workers are sessions of their own and would run on."""
+    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    parent = os.getppid()
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the kernel was asked
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,80 @@
+"""AdamW groups (part x decay, each named) and the clipped, skippable update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from model.config import ModelConfig
+from model.multimodal import MultimodalLM
+from trainer.config import OptimConfig
+
+
+def learning_rates(model: ModelConfig, optim: OptimConfig) -> dict[str, float]:
+    """The peak learning rate of each part: its own, then projector_lr for projectors, then optim.lr."""
+    rates = {}
+    for name, part in model.parts().items():
+        default = optim.projector_lr or optim.lr if name.endswith("_projector") else optim.lr
+        rates[name] = part.lr or default
+    return rates
+
+
+def build_optimizer(model: MultimodalLM, config: ModelConfig, optim: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW over the trainable parameters. Norms, biases and other vectors are never decayed."""
+    groups = []
+    for part, lr in learning_rates(config, optim).items():
+        named = [(name, p) for name, p in model.get_submodule(part).named_parameters() if p.requires_grad]
+        for kind, decay in (("decay", optim.weight_decay), ("no_decay", 0.0)):
+            chosen = [p for _, p in named if (p.dim() > 1) == (kind == "decay")]
+            if chosen:
+                groups.append({"params": chosen, "name": f"{part}/{kind}", "lr": lr, "peak_lr": lr, "weight_decay": decay})
+    check_groups(model, groups)
+    return torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def check_groups(model: nn.Module, groups: list[dict]) -> None:
+    """Every trainable parameter is in exactly one group."""
+    grouped = [id(p) for group in groups for p in group["params"]]
+    trainable = [id(p) for p in model.parameters() if p.requires_grad]
+    if sorted(grouped) != sorted(trainable):
+        raise RuntimeError(f"{len(grouped)} parameters in optimizer groups, {len(trainable)} trainable")
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, multiplier: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * multiplier
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Norm over all ranks (), identical on each; sharded and replicated gradients may be mixed. One collective if any is sharded."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    shards = [g.to_local() for g in grads if isinstance(g, DTensor)]
+    whole = [g for g in grads if not isinstance(g, DTensor)]
+    total = _squares(shards, grads)
+    if shards and dist.get_world_size() > 1:
+        dist.all_reduce(total)
+    return (total + _squares(whole, grads)).sqrt()
+
+
+def _squares(tensors: list[Tensor], grads: list[Tensor]) -> Tensor:
+    if not tensors:
+        return torch.zeros((), device=grads[0].device)
+    return torch.stack(torch._foreach_norm(tensors, dtype=torch.float32)).square().sum()
+
+
+def clipped_update(optimizer: torch.optim.Optimizer, norm: Tensor, clip_norm: float) -> Tensor:
+    """One update with gradients scaled to at most `clip_norm` (0 = off); nothing at all where `norm` is not finite.
+
+    The fused kernel clips and skips by itself, so the host never waits. Returns 1.0 where the update was skipped, (), on
+    the device. The norm is the same on all ranks, so all skip alike.
+    """
+    optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+    scale = torch.clamp(norm / clip_norm, min=1.0) if clip_norm else torch.ones_like(norm)
+    optimizer.grad_scale = scale  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return optimizer.found_inf  # type: ignore[attr-defined]

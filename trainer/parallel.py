@@ -1,0 +1,135 @@
+"""Wrapping from outside: activation checkpointing, then FSDP2 per block or DDP. One meaning for both: backward leaves
+gradients summed over ranks, in float32, and parameters compute in the model's dtype in the modules that own them.
+
+No `from __future__ import annotations` here: DDP refuses a communication hook whose annotations are strings.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from model.llm import blocks, head_weight
+from model.multimodal import ENCODERS, MultimodalLM
+from trainer.config import ParallelConfig
+from trainer.distributed import World
+
+
+def checkpoint_activations(model: MultimodalLM) -> None:
+    """Recompute the blocks of every part on the gradient's path in backward. Names of parameters do not change.
+
+    Transformers' own switch does nothing in eval mode, which frozen parts are in.
+    """
+    parts = [block_owner(model, name) for name in ("llm", *model.trainable_parts - {"llm"}) if has_blocks(model, name)]
+    for part in parts:
+        for block in blocks(part):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def block_owner(model: MultimodalLM, part: str) -> nn.Module:
+    """The module whose blocks are sharded and recomputed: the decoder, or the tower inside its wrapper."""
+    module = model.get_submodule(part)
+    return module.get_decoder() if part == "llm" else module.tower  # type: ignore[operator, return-value]
+
+
+def has_blocks(model: MultimodalLM, part: str) -> bool:
+    return part == "llm" or part in {encoder for encoder, _ in ENCODERS.values()}
+
+
+def shard(model: MultimodalLM, config: ParallelConfig, world: World) -> None:
+    """FSDP2 (ZeRO-3) on a model that is still on meta: every block a unit of its own, towers, then the rest."""
+    mesh = world.mesh()
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if model.dtype == torch.float32 else model.dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    tied = model.llm.get_input_embeddings().weight is head_weight(model.llm)  # type: ignore[operator]
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": config.reshard_after_forward}
+    for name in [n for n, _ in model.named_children() if has_blocks(model, n)]:
+        owner = block_owner(model, name)
+        for block in blocks(owner):
+            fully_shard(block, **options)
+        if name != "llm":
+            fully_shard(owner, **options)
+            if name not in model.trainable_parts:
+                # Its output carries no gradient: gathering it again for backward would be for nobody.
+                for module in owner.modules():
+                    if isinstance(module, FSDPModule):
+                        module.set_unshard_in_backward(False)
+    # Embedding, norm, head and projectors: gathered once per micro-batch and kept to the end of backward.
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+    if tied and model.llm.get_input_embeddings().weight is not head_weight(model.llm):  # type: ignore[operator]
+        raise RuntimeError("sharding untied the head from the embedding")
+
+
+def cast_for_compute(model: nn.Module, dtype: torch.dtype) -> None:
+    """Without FSDP: every module computes with its own parameters in `dtype`, the float32 masters stay. Names do not change."""
+    for module in model.modules():
+        if any(p is not None and p.dtype != dtype for p in module._parameters.values()):
+            module.forward = functools.partial(_cast_forward, module, module.forward, dtype)
+
+
+def _cast_forward(module: nn.Module, forward: Callable[..., Any], dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
+    masters = dict(module._parameters)
+    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+        # Their callers may have looked at the master's dtype to prepare the input, as CLIP's embeddings do.
+        args = tuple(a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+    try:
+        for name, p in masters.items():
+            module._parameters[name] = None if p is None else p.to(dtype)  # type: ignore[assignment]
+        return forward(*args, **kwargs)
+    finally:
+        module._parameters.update(masters)
+
+
+def replicate(model: MultimodalLM, world: World) -> nn.Module:
+    """DDP, or the bare model in a world of one. Every rank has read the same weights: nothing is broadcast."""
+    cast_for_compute(model, model.dtype)
+    if world.size == 1:
+        return model
+    ddp = DistributedDataParallel(model, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
+    ddp.register_comm_hook(None, sum_gradients)
+    return ddp
+
+
+def sum_gradients(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """DDP hook: sum instead of mean. The loss already carries the denominator of the whole step."""
+    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0])
+
+
+@contextmanager
+def gradient_sync(wrapped: nn.Module, *, last: bool) -> Iterator[None]:
+    """Around forward AND backward of one micro-batch: gradients are summed over ranks on the last one.
+
+    DDP decides in forward; a second sum of what is already summed would be silent and wrong, hence one context for both.
+    FSDP2 under full tuning sums at every micro-batch instead: unsharded gradients of the whole model would not fit.
+    """
+    if isinstance(wrapped, DistributedDataParallel):
+        with nullcontext() if last else wrapped.no_sync():
+            yield
+        return
+    if isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_gradient_sync(last or sums_every_micro_batch(wrapped))
+    yield
+
+
+def sums_every_micro_batch(wrapped: nn.Module) -> bool:
+    """Whether most of what is sharded also learns."""
+    cached = getattr(wrapped, "_mostly_trainable", None)
+    if cached is None:
+        sizes = [(p.numel(), p.requires_grad) for p in wrapped.parameters()]
+        cached = 2 * sum(n for n, learns in sizes if learns) > sum(n for n, _ in sizes)
+        wrapped._mostly_trainable = cached  # type: ignore[assignment]
+    return cached
