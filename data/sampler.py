@@ -14,9 +14,9 @@ import torch
 
 ORDERS = ("modality_length", "length", "random", "sequential")
 WINDOW = 128
-"""Optimizer steps that are sorted by length together. A step then holds 1/128 of the lengths of its window, which leaves under
-1 % of padding on a LLaVA-like mix (`tools.bench_sampler`; 32 leave 3 %), while a run of thousands of steps still has dozens of
-windows, drawn anew each epoch."""
+"""Optimizer steps that are sorted by length together. A step then spans 1/128 of its window's lengths, which leaves about 1 % of
+padding on a LLaVA-like mix (`tools.bench_sampler`; 32 leave 3 %), while a run of thousands of steps still has dozens of windows,
+drawn anew each epoch."""
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,14 @@ def our_steps(lengths: np.ndarray, modalities: np.ndarray, world_size: int, micr
     return [[rank[micro] for rank in ranks] for ranks in dealt for micro in range(len(ranks[0]))]
 
 
+def guessed_steps(lengths: np.ndarray, modalities: np.ndarray, world_size: int, micro_batch_size: int) -> list[MicroStep]:
+    """Ours when texts are only known to about 10 %, as from their bytes: what an index plans with."""
+    image_tokens = np.where(modalities == 1, IMAGE_TOKENS, 0)
+    error = np.exp(np.random.default_rng(10).normal(0, 0.1, len(lengths)))
+    planned = np.minimum(image_tokens + (lengths - image_tokens) * error, MAX_LENGTH).astype(np.int32)
+    return our_steps(planned, modalities, world_size, micro_batch_size)
+
+
 def llava_steps(lengths: np.ndarray, modalities: np.ndarray, world_size: int, micro_batch_size: int) -> list[MicroStep]:
     """One epoch of LLaVA's order. It groups by text; true token counts stand in for its word counts, which flatters it."""
     signed = np.where(modalities == 1, lengths - IMAGE_TOKENS, -lengths).tolist()
@@ -91,7 +99,12 @@ def main() -> None:
     print(f"{len(lengths)} samples, mean length {lengths.mean():.0f}, micro-batches of {options.micro_batch_size}")
     print("| order | ranks | useful per padded slot | useful per slot of the slowest rank | planning an epoch |")
     print("|---|---|---|---|---|")
-    plans: dict[str, Plan] = {"ours": our_steps, "LLaVA": llava_steps, "random": random_steps}
+    plans: dict[str, Plan] = {
+        "ours": our_steps,
+        "ours, texts known to 10 %": guessed_steps,
+        "LLaVA": llava_steps,
+        "random": random_steps,
+    }
     for world_size in options.ranks:
         for name, plan in plans.items():
             start = time.perf_counter()
