@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from data.config import DataError
+from data.formats import FORMATS
 from data.index import RecordIndex
 from data.record import Record, RecordError, parse
 from data.render import apply
@@ -33,7 +34,9 @@ def certify(template: Template, index: RecordIndex, source_key: str, num_rows: i
     Raises `DataError` if a row's ids differ from the reference, an answer or its end is not learned, anything else is, or
     the prompt's ids are no prefix of the row's; or if no row can be encoded at all.
     """
-    rows, bad, num_tokens, num_supervised = [], [], 0, 0
+    rows: list[int] = []
+    bad: list[str] = []
+    num_tokens = num_supervised = 0
     for i in _spread(len(index), 8 * num_rows):
         if len(rows) == num_rows:
             break
@@ -85,8 +88,9 @@ def _reference_problem(template: Template, record: Record, ids: list[int]) -> st
     messages = template.messages(record)
     if any(m["ours"] is None for c in messages for m in template.written.finditer(c["content"])):
         return ""
-    text = apply(template.tokenizer, template.source, messages)
-    reference = template.tokenizer(text[len(template.lead) :], add_special_tokens=bool(template.lead))["input_ids"]
+    own = template.name in FORMATS  # of ours: the tokenizer itself decides what comes before the text
+    text = apply(template.tokenizer, FORMATS[template.name].source if own else template.source, messages)
+    reference = template.tokenizer(text, add_special_tokens=own)["input_ids"]
     if list(reference) == ids or any(m["role"] == "assistant" and m["content"][:1].isspace() for m in messages):
         return ""
     at = next((k for k, (a, b) in enumerate(zip(reference, ids)) if a != b), min(len(reference), len(ids)))

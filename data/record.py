@@ -84,16 +84,8 @@ def parse(raw: Any, where: str, *, needs_answer: bool = True) -> Record:
 
 
 def _kind(value: Any) -> str:
-    names = {
-        "NoneType": "null",
-        "dict": "object",
-        "list": "list",
-        "str": "string",
-        "bool": "boolean",
-        "int": "number",
-        "float": "number",
-    }
-    return names.get(type(value).__name__, type(value).__name__)
+    names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
+    return names.get(type(value), "null")
 
 
 def _id(raw: dict[str, Any], default: str) -> str:
@@ -151,8 +143,8 @@ def _part(part: Any, field: str, inline: list[MediaRef]) -> str:
         raise _Problem(field, f"is no text, image or image_url part (type {kind!r})" + _unsupported_note(kind))
     modality = _MEDIA_PARTS[kind]
     holder = part.get(kind)
-    values = [*(holder.get(k) for k in ("url", "path") if isinstance(holder, dict)), part.get("path"), part.get("url")]
-    path = next((v for v in [holder if isinstance(holder, str) else None, *values] if v is not None), None)
+    places = [*(holder.get(k) for k in ("path", "url")), None] if isinstance(holder, dict) else [holder]
+    path = next((v for v in [*places, part.get("path"), part.get("url")] if v is not None), None)
     if path is not None:
         inline.append(MediaRef(modality, _path(path, field)))
     return PLACEHOLDERS[modality]
@@ -220,9 +212,8 @@ def _check_order(turns: tuple[Turn, ...], needs_answer: bool) -> None:
         if turn.role != (expected := ("user", "assistant")[i % 2]):
             raise _Problem("conversations", f"turn {i + 1} is the {turn.role}'s, the {expected}'s is due")
     if not spoken or (needs_answer and spoken[-1].role != "assistant"):
-        raise _Problem(
-            "conversations", f"{'no turn is left' if not spoken else 'the last turn is the user'}; an answer must come last"
-        )
+        state = "the last turn is the user's" if spoken else "no turn is left"
+        raise _Problem("conversations", f"{state}; an answer must come last")
 
 
 def _check_placeholders(turns: tuple[Turn, ...], media: tuple[MediaRef, ...]) -> None:

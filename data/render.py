@@ -19,6 +19,9 @@ from data.record import MARKS
 
 Message = dict[str, str]  # role, content
 
+# White space that no template writes, on both sides of a mark: gone where a template strips contents.
+_EDGE = "\u2003"
+
 
 class RenderError(Exception):
     """The template or the tokenizer cannot express this conversation faithfully."""
@@ -90,18 +93,16 @@ def render(
 def _rebuild(tokenizer: PreTrainedTokenizerFast, source: str, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
     """The text made of the template's literals and the contents, and the contents' borders."""
     opening, closing = MARKS
-    # Two spaces on both sides of a mark: a template that strips contents removes both, one with spaces of its own adds.
-    marked = [{**m, "content": f"  {opening}{i}{closing}  "} for i, m in enumerate(messages)]
-    parts = re.split(f"( *){opening}(\\d+){closing}( *)", apply(tokenizer, source, marked))
+    marked = [{**m, "content": f"{_EDGE}{opening}{i}{closing}{_EDGE}"} for i, m in enumerate(messages)]
+    parts = re.split(f"({_EDGE}?){opening}(\\d+){closing}({_EDGE}?)", apply(tokenizer, source, marked))
     if [int(i) for i in parts[2::4]] != list(range(len(messages))):
         raise RenderError("the template drops, repeats or reorders messages")
     text, borders = parts[0], []
     for message, lead, trail, literal in zip(messages, parts[1::4], parts[3::4], parts[4::4]):
-        content = message["content"] if len(lead) >= 2 else message["content"].lstrip()
-        content = content if len(trail) >= 2 else content.rstrip()
-        text += lead[2:] if len(lead) >= 2 else lead
+        content = message["content"] if lead else message["content"].lstrip()
+        content = content if trail else content.rstrip()
         borders.append((len(text), len(text) + len(content)))
-        text += content + (trail[2:] if len(trail) >= 2 else trail) + literal
+        text += content + literal
     return text, borders
 
 

@@ -91,7 +91,7 @@ class Template:
                 raise RenderError("an answer's first token holds the end of its prompt")
         except RenderError as error:
             raise self._error(record, str(error)) from None
-        self._check(record, spans, tokens)
+        self._check(record, text, spans, tokens)
         return text, spans, tokens, supervised
 
     def _tokenize(self, text: str, spans: Sequence[Span]) -> Tokens:
@@ -103,9 +103,11 @@ class Template:
         bos = self.tokenizer.convert_tokens_to_ids(self.lead)
         return Tokens([bos, *tokens.ids], [0, *tokens.starts], [len(self.lead), *tokens.stops])
 
-    def _check(self, record: Record, spans: list[Span], tokens: Tokens) -> None:
+    def _check(self, record: Record, text: str, spans: list[Span], tokens: Tokens) -> None:
         for span in spans:
-            if not self.control_ids.isdisjoint(tokens.inside(span.start, span.stop)):
+            ours = [m.span() for m in self.written.finditer(text, span.start, span.stop) if m["ours"] is not None]
+            borders = [span.start, *(border for pair in ours for border in pair), span.stop]
+            if any(not self.control_ids.isdisjoint(tokens.inside(a, b)) for a, b in zip(borders[::2], borders[1::2])):
                 raise self._error(record, "the tokenizer makes a control token of a content's plain text")
         for modality in PLACEHOLDERS:
             given = sum(m.modality == modality for m in record.media)
@@ -159,7 +161,7 @@ def load_template(
         lead=lead,
         ends=re.compile(re.escape(FORMATS[name].end) if name in FORMATS else control),
         written=re.compile(f"(?P<ours>{wrapped_pattern(media_wrap)})|{control}"),
-        control_ids=frozenset(special.values()),
+        control_ids=frozenset(special.values()) - _only_unknown(tokenizer),
         placeholder_ids={modality: known[token] for modality, token in PLACEHOLDERS.items() if token in known},
     )
     return replace(template, stop_ids=_stop_ids(template))
@@ -173,6 +175,12 @@ def _check_single(name: str, tokenizer: PreTrainedTokenizerFast, token: str) -> 
             f"data.template = {name!r} ends or starts turns with {token!r}, which is no single token of this tokenizer; "
             f'choose another template, or add it: model.llm.new_tokens = ["{token}"]'
         )
+
+
+def _only_unknown(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """The id of the unknown token, unless it says something else as well, as GPT-2's does."""
+    said = {tokenizer.bos_token_id, tokenizer.eos_token_id, None}
+    return {tokenizer.unk_token_id} - said
 
 
 def _own_source(tokenizer: PreTrainedTokenizerFast) -> str:

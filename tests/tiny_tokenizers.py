@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 CORPUS = [
@@ -86,8 +87,6 @@ def byte_level(special: tuple[str, ...], bos: str = "", qwen_split: bool = True)
         if qwen_split
         else r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     )
-    from tokenizers import Regex
-
     split = pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
@@ -114,8 +113,6 @@ def sentence_piece(kind: str) -> Tokenizer:
         show_progress=False,
     )
     trained.train_from_iterator([" " + line.replace("\n", " ") for line in CORPUS], trainer)
-    import json
-
     state = json.loads(trained.to_str())
     state["added_tokens"] = []
     tokenizer = Tokenizer.from_str(json.dumps(state))
@@ -171,6 +168,16 @@ def _gpt2(bos: bool) -> PreTrainedTokenizerFast:
     """Byte-level with Llama's names for the control tokens and no chat template."""
     tokenizer = byte_level(("<s>", "</s>", *_CHATML_TOKENS), bos="<s>" if bos else "", qwen_split=False)
     return _wrap(tokenizer, (), bos_token="<s>", eos_token="</s>")
+
+
+def unigram() -> PreTrainedTokenizerFast:
+    """Unigram with "</s>" among its pieces: plain text can come out as a control token."""
+    pieces = [("<unk>", 0.0), ("<s>", -1.0), ("</s>", -1.0), *((c, -5.0) for c in ["\u2581", *map(chr, range(33, 127))])]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace()
+    special = ("<unk>", "<s>", "</s>", "<image>")
+    return _wrap(tokenizer, special, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 NAMES = {

@@ -1,0 +1,208 @@
+"""Laws of the index: every record's bytes are that record's, wherever it stands; a changed file is never read by old borders."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import index as index_module
+from data.config import ConfigError, DataError, SourceConfig
+from data.index import RecordIndex
+from data.record import RecordError
+from model.batch import MediaMeta, MediaSpec, num_tokens
+
+SPEC = MediaSpec(28, 14, 1, "patch", "exact", (0.5,) * 3, (0.5,) * 3)
+QA = {"id": "q", "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat on a mat."}]}
+PICTURE = {**QA, "id": "p", "image": "a.png"}
+
+
+def open_index(path: Path, folder: Path | None = None, **specs: MediaSpec) -> RecordIndex:
+    return RecordIndex.open(SourceConfig(str(path)), folder or path.parent / "index", specs)
+
+
+def write(path: Path, text: str | bytes) -> Path:
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+TEXTS = st.text(st.sampled_from('ab"\\{}[],:\n \t漢🙂\u2028'), max_size=12)
+VALUES = st.recursive(
+    TEXTS | st.integers() | st.booleans() | st.none() | st.floats(allow_nan=False),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=8,
+)
+OBJECTS = st.lists(st.dictionaries(TEXTS, VALUES, max_size=4), min_size=1, max_size=6)
+LAYOUTS = st.fixed_dictionaries({"indent": st.sampled_from([None, 0, 1, 4, "\t"]), "ensure_ascii": st.booleans()})
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(objects=OBJECTS, layout=LAYOUTS, before=st.sampled_from(["", " ", "\r\n\t"]), bom=st.booleans())
+def test_array_borders_give_what_json_gives(objects: list[Any], layout: dict[str, Any], before: str, bom: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        text = before + json.dumps(objects, **layout) + before
+        index = open_index(write(Path(folder, "rows.json"), (b"\xef\xbb\xbf" if bom else b"") + text.encode()))
+        assert [index.raw(i) for i in range(len(index))] == objects
+        starts = [text[: text_index(text, index, i, bom)].count("\n") + 1 for i in range(len(index))]
+        assert [index.where(i) for i in range(len(index))] == [f"rows.json:{line}" for line in starts]
+
+
+def text_index(text: str, index: RecordIndex, i: int, bom: bool) -> int:
+    """Where record `i` starts in the text: the decoder's own count, not the index's."""
+    at = text.index("[") + 1
+    for k in range(i + 1):
+        while text[at] in " \t\r\n,":
+            at += 1
+        if k < i:
+            at = json.JSONDecoder().raw_decode(text, at)[1]
+    return at
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(objects=OBJECTS, newline=st.sampled_from(["\n", "\r\n", "\n\n", "\n \r\n"]), last=st.booleans(), bom=st.booleans())
+def test_lines_give_what_json_gives(objects: list[Any], newline: str, last: bool, bom: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        text = newline.join(json.dumps(value, ensure_ascii=False) for value in objects) + (newline if last else "")
+        index = open_index(write(Path(folder, "rows.jsonl"), (b"\xef\xbb\xbf" if bom else b"") + text.encode()))
+        assert [index.raw(i) for i in range(len(index))] == objects
+        assert [index.where(i) for i in range(len(index))] == [
+            f"rows.jsonl:{1 + i * newline.count(chr(10))}" for i in range(len(objects))
+        ]
+
+
+def test_planned_lengths_count_text_and_images(tmp_path: Path) -> None:
+    two = {**PICTURE, "image": ["a", "b"]}
+    index = open_index(write(tmp_path / "m.json", json.dumps([QA, PICTURE, two])), image=SPEC)
+    image, text = num_tokens(SPEC, MediaMeta()), 1 + 15 // 4
+    placed = (len("<image>\nWhat?") // 4 + 15 // 4, len("<image>\n<image>\nWhat?") // 4 + 15 // 4)
+    assert index.lengths.tolist() == [text, placed[0] + image, placed[1] + 2 * image]
+    assert index.modalities.tolist() == [0, 1, 1]
+    assert (index.lengths.dtype, index.modalities.dtype) == (np.int32, np.int8)
+    # Another tower plans other lengths from the same sidecar.
+    assert open_index(tmp_path / "m.json").lengths.tolist() == [text, *placed]
+
+
+def test_a_line_that_is_no_json_is_found_when_it_is_read(tmp_path: Path) -> None:
+    lines = [json.dumps(QA), '{"id": 3,', json.dumps(PICTURE), "\udcff"]
+    index = open_index(write(tmp_path / "m.jsonl", "\n".join(lines).encode("utf-8", "surrogateescape")))
+    assert len(index) == 4 and index.raw(2) == PICTURE and index.lengths.min() >= 1
+    for i, line in ((1, 2), (3, 4)):
+        with pytest.raises(RecordError, match=rf"^m.jsonl:{line} {line}: json: cannot be decoded: "):
+            index.raw(i)
+
+
+def test_a_record_that_breaks_in_an_array_is_found_when_it_is_read(tmp_path: Path) -> None:
+    index = open_index(write(tmp_path / "m.json", f'[{{"id": 1,}},\n{json.dumps(QA)}]'))
+    assert index.raw(1) == QA
+    with pytest.raises(RecordError, match=r"^m.json:1 1: json: "):
+        index.raw(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("m.json", "", "is empty; expected at least one record"),
+        ("m.jsonl", "\n \n", "m.jsonl: holds no record"),
+        ("m.json", " [ ] ", "m.json: holds no record"),
+        ("m.json", '\n{"id": 1}', "m.json:2: the file is no array; name it .jsonl if"),
+        ("m.json", '[{"a": 1},\n 3]', "m.json:2: expected the '{' of the next record; found '3]'"),
+        ("m.json", '[{"a": 1},]', "m.json:1: expected the '{' of the next record; found ']'"),
+        ("m.json", '[{"a": 1}\n{"a": 2}]', "m.json:2: expected ',' or ']' after a record"),
+        ("m.json", '[{"a": 1}', "expected ',' or ']' after a record; found its end"),
+        (
+            "m.json",
+            '[\n{"a": 1},\n{"a": "b}, {"c": 2}]',
+            "m.json:3: the record that starts here never ends; a quote or a bracket is missing",
+        ),
+        ("m.json", '[{"a": 1}]\nx', "m.json:2: there is more after the end of the array; found 'x'"),
+    ],
+)
+def test_files_that_are_no_list_of_records_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        open_index(write(tmp_path / name, text))
+    assert message in str(caught.value)
+    assert not list(tmp_path.glob("index/*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("none.json", "is no file"), ("*.json", "patterns are not expanded"), ("a.parquet", "neither .json nor .jsonl")],
+)
+def test_paths_that_cannot_be_read_are_refused(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        open_index(tmp_path / name)
+
+
+def count_scans(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    scanned: list[Path] = []
+    scan = index_module._scan
+    monkeypatch.setattr(index_module, "_scan", lambda path: scanned.append(path) or scan(path))
+    return scanned
+
+
+def test_the_sidecar_is_used_again_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scanned, path = count_scans(monkeypatch), write(tmp_path / "m.jsonl", json.dumps(QA))
+    open_index(path)
+    assert open_index(path).raw(0) == QA and len(scanned) == 1
+    os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
+    open_index(path)
+    assert len(scanned) == 2
+    before = path.stat().st_mtime_ns
+    write(path, json.dumps(QA) + "\n" + json.dumps(PICTURE))
+    os.utime(path, ns=(before, before))
+    assert len(open_index(path)) == 2 and len(scanned) == 3
+
+
+def test_a_damaged_sidecar_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scanned, path = count_scans(monkeypatch), write(tmp_path / "m.jsonl", json.dumps(QA))
+    open_index(path)
+    (sidecar,) = tmp_path.glob("index/*")
+    for damage in (b"", sidecar.read_bytes()[:-8], b"junk", pickle.dumps([1])):
+        sidecar.write_bytes(damage)
+        assert open_index(path).raw(0) == QA
+    assert len(scanned) == 5
+
+
+def test_two_files_of_one_name_do_not_share_a_sidecar(tmp_path: Path) -> None:
+    for name, value in (("a", QA), ("b", PICTURE)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "m.jsonl", json.dumps(value))
+    indices = [open_index(tmp_path / name / "m.jsonl", tmp_path / "index") for name in "ab"]
+    assert [index.raw(0) for index in indices] == [QA, PICTURE]
+    assert len(list(tmp_path.glob("index/*"))) == 2
+
+
+def _open_and_read(path: Path, barrier: Any, results: Any) -> None:
+    barrier.wait()
+    index = open_index(path)
+    results.put([index.raw(i)["id"] for i in range(len(index))])
+
+
+def test_two_processes_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.json", json.dumps([{"id": i} for i in range(500)]))
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(2), context.Queue()
+    workers = [context.Process(target=_open_and_read, args=(path, barrier, results)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    found = [results.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join(60)
+    assert found == [list(range(500))] * 2
+    assert [p.suffix for p in tmp_path.glob("index/*")] == [".npy"]
+
+
+def test_a_pickled_index_is_the_same(tmp_path: Path) -> None:
+    index = open_index(write(tmp_path / "m.json", json.dumps([QA, PICTURE])), image=SPEC)
+    stored = pickle.dumps(index)
+    copy = pickle.loads(stored)
+    assert len(stored) < 1000 and copy.raw(1) == PICTURE and copy.lengths.tolist() == index.lengths.tolist()
