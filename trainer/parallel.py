@@ -76,9 +76,35 @@ def shard(model: MultimodalLM, config: ParallelConfig, world: World) -> None:
 
 def cast_for_compute(model: nn.Module, dtype: torch.dtype) -> None:
     """Without FSDP: every module computes with its own parameters in `dtype`, the float32 masters stay. Names do not change."""
+    owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
-        if any(p is not None and p.dtype != dtype for p in module._parameters.values()):
-            module.forward = functools.partial(_cast_forward, module, module.forward, dtype)
+        for name, p in module._parameters.items():
+            if p is not None and p.dtype != dtype:
+                owners.setdefault(p, []).append((module, name))
+    for module in {module for pairs in owners.values() for module, _ in pairs}:
+        module.forward = functools.partial(_cast_forward, module, module.forward, dtype)
+    if shared := {p: pairs for p, pairs in owners.items() if len(pairs) > 1}:
+        model.forward = functools.partial(_cast_shared, shared, model.forward, dtype)
+
+
+def _cast_shared(
+    shared: dict[nn.Parameter, list[tuple[nn.Module, str]]],
+    forward: Callable[..., Any],
+    dtype: torch.dtype,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """A tied matrix is cast once for all who use it, so that its gradients add up in `dtype`, as they do under FSDP2."""
+    try:
+        for p, pairs in shared.items():
+            cast = p.to(dtype)
+            for module, name in pairs:
+                module._parameters[name] = cast  # type: ignore[assignment]
+        return forward(*args, **kwargs)
+    finally:
+        for p, pairs in shared.items():
+            for module, name in pairs:
+                module._parameters[name] = p
 
 
 def _cast_forward(module: nn.Module, forward: Callable[..., Any], dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
