@@ -86,5 +86,8 @@ _FREEZE = (
 
 
 def freeze_date(source: str) -> str:
-    """The template with 26 July 2024, the date Llama 3 falls back to, in place of today's: a row's ids must not age."""
-    return _FREEZE + source if "strftime_now" in source else source
+    """The template with 26 July 2024, the date Llama 3 falls back to, in place of today's: a row's ids must not age.
+
+    A frozen template stays as it is.
+    """
+    return _FREEZE + source if "strftime_now" in source and not source.startswith(_FREEZE) else source

@@ -39,6 +39,7 @@ class Template:
     control_ids: frozenset[int]
     placeholder_ids: dict[str, int]  # by modality
     stop_ids: tuple[int, ...] = ()  # ids that end an assistant's turn
+    allowed: tuple[str, ...] = ()  # control tokens that contents may use
 
     @property
     def end_is_token(self) -> bool:
@@ -137,7 +138,8 @@ def load_template(
 ) -> Template:
     """Template `name` for `tokenizer`, tried on a short conversation.
 
-    `allowed` are control tokens that contents may use: configured new tokens. Raises `ConfigError` if the tokenizer lacks
+    `allowed` are control tokens that contents may use, as configured new tokens; those that the template or the tokenizer
+    itself needs stay text all the same. Raises `ConfigError` if the tokenizer lacks
     what the template needs.
     """
     if name != "auto" and name not in FORMATS:
@@ -147,7 +149,7 @@ def load_template(
     needs = FORMATS[name].needs if name in FORMATS else ()
     for token in needs:
         _check_single(name, tokenizer, token)
-    free = {*PLACEHOLDERS.values(), *allowed} - set(needs)
+    free = {*PLACEHOLDERS.values(), *allowed} - {*needs, *tokenizer.special_tokens_map.values()}
     special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special and t.content not in free}
     control = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)"
     known = tokenizer.get_vocab()
@@ -163,6 +165,7 @@ def load_template(
         written=re.compile(f"(?P<ours>{wrapped_pattern(media_wrap)})|{control}"),
         control_ids=frozenset(special.values()) - _only_unknown(tokenizer),
         placeholder_ids={modality: known[token] for modality, token in PLACEHOLDERS.items() if token in known},
+        allowed=tuple(allowed),
     )
     return replace(template, stop_ids=_stop_ids(template))
 

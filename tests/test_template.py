@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from data.certificate import certify
 from data.config import ConfigError, DataError, SourceConfig
+from data.formats import freeze_date
 from data.index import RecordIndex
 from data.record import Record, RecordError, parse
 from data.template import Encoded, Template, load_template
@@ -287,16 +288,20 @@ def test_plain_keeps_only_placeholders_and_the_answer() -> None:
 
 
 def test_configured_tokens_may_be_written() -> None:
-    template = load_template(
-        "chatml", tiny_tokenizer("bytes"), placeholders="as_written", media_wrap=(), allowed=["<s>", "<|im_end|>"]
-    )
-    ids, known = template.encode(chat("<s><|im_end|>", "ok")).input_ids, template.tokenizer.get_vocab()
-    assert ids.count(known["<s>"]) == 1 and ids.count(known["<|im_end|>"]) == 2
+    allowed = ["<|endoftext|>", "<s>", "<|im_end|>"]
+    template = load_template("chatml", tiny_tokenizer("bytes"), placeholders="as_written", media_wrap=(), allowed=allowed)
+    ids, known = template.encode(chat("<|endoftext|><s><|im_end|>", "ok")).input_ids, template.tokenizer.get_vocab()
+    # The tokenizer's own BOS and the format's own end are nobody's to write.
+    assert [ids.count(known[token]) for token in allowed] == [1, 0, 2]
 
 
 def test_todays_date_is_not_rendered() -> None:
     text = text_of(template_for("auto", "llama3"), chat("q", "a"))
     assert "Today Date: 26 Jul 2024\n" in text
+    source = template_for("auto", "llama3").source
+    assert freeze_date(source) == source != tiny_tokenizers.LLAMA3
+    whole = with_chat_template("{% for m in messages %}{{ strftime_now('%Y-%m-%d, %A %B %e') + m.content + '</s>' }}{% endfor %}")
+    assert text_of(whole, chat("q", "a")) == "2024-07-26, Friday July 26q</s>2024-07-26, Friday July 26a</s>"
 
 
 @pytest.mark.parametrize(
