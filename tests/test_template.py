@@ -264,6 +264,8 @@ def test_placeholders_first_and_wrapped() -> None:
     first = template_for("chatml", "qwen", placeholders="first")
     record = chat("Look <image> and\n<image>", "ok", "again", "yes", **images)
     assert text_of(first, record).startswith("<|im_start|>user\n<image>\n<image>\nLook  and<|im_end|>")
+    around = text_of(first, chat("\n Look <image>\n", "ok", image="a"))
+    assert around.startswith("<|im_start|>user\n<image>\nLook<|im_end|>")
     assert text_of(first, chat("<image>", "ok", image="a")).startswith("<|im_start|>user\n<image><|im_end|>")
     wrapped = template_for("chatml", "qwen", media_wrap=("<Image>", "</Image>"))
     assert "<Image><image></Image>\nand <Image><image></Image>" in text_of(wrapped, chat("<image>\nand <image>", "ok", **images))
@@ -414,3 +416,38 @@ def test_a_prompt_that_ends_in_a_space_is_refused(tmp_path: Path) -> None:
     spaced += "{% if add_generation_prompt %}assistant: {% endif %}"
     with pytest.raises(DataError, match="an answer's first token holds the end of its prompt"):
         certify(with_chat_template(spaced), index_of(tmp_path, rows(9)), "rows")
+
+
+class Tampered(Template):
+    """A template whose supervision is wrong at one place."""
+
+    def encode(self, record: Record) -> Encoded:
+        encoded = super().encode(record)
+        ids, supervised = encoded.input_ids, list(encoded.supervised)
+        low, high = stretches(encoded)[-1]
+        image = ids.index(self.placeholder_ids["image"])
+        changes = {"media": (image, True), "question": (image + 1, True), "hole": (high - 2, False), "late": (low, False)}
+        at, value = changes[self.name.removeprefix("tampered ")]
+        supervised[at] = value
+        return dataclasses.replace(encoded, supervised=supervised)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("media", "a placeholder is supervised"),
+        ("question", "2 supervised stretches, 1 answers"),
+        ("hole", "2 supervised stretches, 1 answers"),
+        ("late", "the prompt's ids are not the row's up to its last answer"),
+    ],
+)
+def test_wrong_supervision_is_not_certified(tmp_path: Path, change: str, message: str) -> None:
+    sound = template_for("auto", "qwen")
+    fields = {field.name: getattr(sound, field.name) for field in dataclasses.fields(Template)}
+    row = {
+        "id": 1,
+        "image": "a",
+        "conversations": [{"from": "human", "value": "<image> q"}, {"from": "gpt", "value": "one two three"}],
+    }
+    with pytest.raises(DataError, match=message):
+        certify(Tampered(**{**fields, "name": f"tampered {change}"}), index_of(tmp_path, [row]), "rows")
