@@ -47,7 +47,7 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
         config: DataConfig,
         excluded: frozenset[int] = frozenset(),
     ) -> None:
-        self._indexes, self._sources, self._template = indexes, sources, template
+        self.indexes, self.sources, self._template = indexes, sources, template
         self._specs, self._config, self._excluded = specs, config, excluded
         sizes = [len(index) for index in indexes]
         self._starts = np.cumsum([0, *sizes])
@@ -69,7 +69,7 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} is not in [0, {len(self)})")
         source_id = int(self.source_ids[i])
-        index, row = self._indexes[source_id], int(i - self._starts[source_id])
+        index, row = self.indexes[source_id], int(i - self._starts[source_id])
         name = self.source_names[source_id]
         if i in self._excluded:
             return Rejected(i, name, index.where(row), "", "quarantined by an earlier start", False)
@@ -82,7 +82,7 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
             return Rejected(i, name, error.where, error.id, f"{error.field}: {error.reason}", too_long)
 
     def _sample(self, i: int, source_id: int, index: RecordIndex, row: int) -> Sample:
-        config, source = self._config, self._sources[source_id]
+        config, source = self._config, self.sources[source_id]
 
         def read(ref: MediaRef) -> Tensor:
             root, spec = source.root(ref.modality), self._specs[ref.modality]

@@ -20,7 +20,7 @@ from data.record import MediaRef, Record, parse
 from data.sample import Sample, assemble, check_media
 from data.template import Encoded, Template, load_template
 from data.tokenizer import check_fingerprint, fingerprint, load_tokenizer, pad_id, save_tokenizer
-from model.batch import PLACEHOLDERS, Batch, MediaSpec
+from model.batch import Batch, MediaSpec
 
 FILE = "processor.json"
 _VERSION = 1
@@ -104,7 +104,7 @@ class Processor:
             "jinja": template.source,
             "placeholders": template.placeholders,
             "media_wrap": list(template.media_wrap),
-            "allowed": _allowed(template),
+            "allowed": list(template.allowed),
         }
         return {
             "version": _VERSION,
@@ -159,9 +159,3 @@ def _read_json(file: Path) -> dict[str, Any]:
         found = stored.get("version") if isinstance(stored, dict) else stored
         raise ConfigError(f"{file} has version {found!r}, this program reads {_VERSION}")
     return stored
-
-
-def _allowed(template: Template) -> list[str]:
-    """Special tokens, other than placeholders, that contents may use: the run's own new tokens."""
-    special = {i: t.content for i, t in template.tokenizer.added_tokens_decoder.items() if t.special}
-    return [text for i, text in sorted(special.items()) if i not in template.control_ids and text not in PLACEHOLDERS.values()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import nn
 
@@ -19,7 +21,7 @@ from model.weights import materialise, parameters_on_meta
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def resolve_dtype(name: str, device: torch.device) -> str:
+def resolve_dtype(name: Literal["auto", "float32", "bfloat16"], device: torch.device) -> Literal["float32", "bfloat16"]:
     """`auto` is bfloat16 on CUDA and float32 elsewhere."""
     return name if name != "auto" else "bfloat16" if device.type == "cuda" else "float32"
 

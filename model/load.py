@@ -12,7 +12,7 @@ from model.card import ModelCard, read_card
 from model.config import ConfigError
 from model.multimodal import MultimodalLM
 from model.origins import base_layers, run_layers
-from model.weights import materialise
+from model.weights import find_values, materialise
 
 
 def load_model(
@@ -29,8 +29,7 @@ def load_model(
     """
     folder, device = Path(path), torch.device(device)
     card = rebased(read_card(folder), base or {})
-    name = dtype if isinstance(dtype, str) else card.model.dtype
-    target = dtype if isinstance(dtype, torch.dtype) else DTYPES[resolve_dtype(name, device)]
+    target = dtype_of(dtype, card, device)
     card = for_use(card, merge_lora)
     model = assemble(card, target)
     layers = [*run_layers(folder, card, model, "load_model"), *base_layers(card, model)]
@@ -38,6 +37,22 @@ def load_model(
     materialise(model, layers, frozen_dtype=target, device=device)
     model.trainable_parts = frozenset()
     return model.eval()  # type: ignore[return-value]
+
+
+def dtype_of(dtype: str | torch.dtype | None, card: ModelCard, device: torch.device) -> torch.dtype:
+    """What was asked for, else what the model was trained to compute in."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype = {dtype!r} is not {' | '.join(DTYPES)}")
+    return DTYPES[dtype or resolve_dtype(card.model.dtype, device)]
+
+
+def check_loadable(folder: Path) -> None:
+    """Every parameter of the saved model has a value of the right shape somewhere. Nothing but names and shapes is read."""
+    card = for_use(read_card(folder), merge_lora=False)
+    model = assemble(card, torch.float32)
+    find_values(model, [*run_layers(folder, card, model, "final"), *base_layers(card, model)])
 
 
 def for_use(card: ModelCard, merge_lora: bool) -> ModelCard:

@@ -77,26 +77,32 @@ def materialise(model: nn.Module, layers: list[Layer], *, frozen_dtype: torch.dt
     A sharded parameter reads its own rows only, so no rank ever holds the whole model. ConfigError when a value is
     missing or has another shape.
     """
-    aliases: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(name)
-    found: dict[str, Tensor] = {}
-    missing, misshapen = [], []
-    for name, parameter in model.named_parameters():
-        names = aliases[id(parameter)]
-        rows = next((r for r in (resolve(alias, layers) for alias in names) if r is not None), None)
-        if rows is None:
-            missing.append(name)
-        elif rows.shape != tuple(parameter.shape):
-            misshapen.append(f"{name}: {list(rows.shape)} in the file, {list(parameter.shape)} in the model")
-        else:
-            value = nn.Parameter(_local(parameter, rows, frozen_dtype, device), requires_grad=parameter.requires_grad)
-            found.update(dict.fromkeys(names, value))  # tied parameters stay one
-    _refuse(missing, misshapen, layers)
-    model.load_state_dict(found, strict=False, assign=True)
+    values: dict[str, Tensor] = {}
+    for parameter, names, rows in find_values(model, layers):
+        value = nn.Parameter(_local(parameter, rows, frozen_dtype, device), requires_grad=parameter.requires_grad)
+        values.update(dict.fromkeys(names, value))  # tied parameters stay one
+    model.load_state_dict(values, strict=False, assign=True)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
+
+
+def find_values(model: nn.Module, layers: list[Layer]) -> list[tuple[nn.Parameter, list[str], Rows]]:
+    """Each parameter with all its names and where its value stands. ConfigError when one has none, or of another shape."""
+    aliases: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(parameter, []).append(name)
+    found, missing, misshapen = [], [], []
+    for parameter, names in aliases.items():
+        rows = next((r for r in (resolve(name, layers) for name in names) if r is not None), None)
+        if rows is None:
+            missing.append(names[0])
+        elif rows.shape != tuple(parameter.shape):
+            misshapen.append(f"{names[0]}: {list(rows.shape)} in the file, {list(parameter.shape)} in the model")
+        else:
+            found.append((parameter, names, rows))
+    _refuse(missing, misshapen, layers)
+    return found
 
 
 def _local(parameter: nn.Parameter, rows: Rows, frozen_dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,0 +1,118 @@
+"""`torchrun --nproc_per_node=N -m trainer.main --cfg run.toml [section.key=value ...]`: the table of contents of a run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+from trainer import exits
+from trainer.checkpoint import restore
+from trainer.config import RunConfig, load_config
+from trainer.distributed import World, start_world, stop_world
+from trainer.export import write_final
+from trainer.loop import Loop
+from trainer.metrics import MetricsLog
+from trainer.report import plan
+from trainer.resume import choose, read_state
+from trainer.schema import to_tables, to_toml
+from trainer.setup import Setup, build, make_deterministic, resolved
+from trainer.sources import open_data
+
+
+def run(config: RunConfig, world: World | None = None) -> int:
+    """Train as `config` says; returns the exit code. Errors are reported in one line, and in exit.json."""
+    rank, folder, progress = int(os.environ.get("RANK", "0")), Path(config.output_dir), exits.Progress()
+    try:
+        own = world is None
+        world = world or start_world()
+        rank = world.rank
+        prepare_folder(folder, world)
+        train(resolved(config, world), world, progress)
+        exits.record(folder, exits.DONE, "done", progress.step, rank)
+        if own:
+            stop_world()
+        return exits.DONE
+    except (Exception, KeyboardInterrupt) as error:
+        return exits.report_failure(error, folder, progress.step, rank)
+
+
+def train(config: RunConfig, world: World, progress: exits.Progress) -> None:
+    """Data, model, resume, plan, loop, final: in this order, each proven before the next."""
+    make_deterministic(config)
+    data = open_data(config, world)
+    checkpoint, damaged = choose(config, world)
+    state = read_state(checkpoint, config, data.sampler.lengths if data.sampler else None) if checkpoint else None
+    setup = build(config, data, world)
+    first_step = progress.step = state["step"] if state else 0
+    if checkpoint and state and setup.trained:
+        restore(checkpoint, setup.trained, state["optimizer_steps"])
+    if world.is_main:
+        Path(config.output_dir, "run.toml").write_text(to_toml(to_tables(config)))
+        print(plan(setup, checkpoint, damaged), flush=True)
+    if setup.trained and first_step < setup.total_steps:
+        Loop(setup, first_step, state["meter"] if state else None, progress).run()
+    finish(setup, first_step, world)
+
+
+def finish(setup: Setup, first_step: int, world: World) -> None:
+    """Write final/, unless an earlier start of this run has and nothing was trained since."""
+    folder = Path(setup.config.output_dir)
+    step = max(first_step, setup.total_steps)
+    if world.broadcast_json(first_step > 0 and first_step >= setup.total_steps and final_step(folder) == first_step):
+        say(world, f"nothing left to do: {folder / 'final'} holds step {first_step}")
+        return
+    if not (folder / "metrics.jsonl").exists():
+        MetricsLog(folder, step, world)
+    target = write_final(setup.model, setup.data.card, setup.data.processor, folder, step, world)
+    say(world, f"wrote and proved {target}")
+
+
+def final_step(folder: Path) -> int | None:
+    """The step that final/ holds."""
+    path = folder / "final" / "provenance.json"
+    return json.loads(path.read_text())["step"] if path.is_file() else None
+
+
+def prepare_folder(folder: Path, world: World) -> None:
+    """Make the run folder and forget how the last start ended. Collective."""
+    problem = ""
+    if world.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            exits.clear(folder, world.rank)
+        except OSError as error:
+            problem = f"output_dir = {str(folder)!r} cannot be written: {error.strerror}"
+    if text := world.broadcast_json(problem):
+        raise exits.SaveError(text)
+
+
+def say(world: World, text: str) -> None:
+    if world.is_main:
+        print(text, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="trainer.main", description="Train a multimodal model as a run.toml describes it.")
+    parser.add_argument("--cfg", required=True, help="the run file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # Many ranks and workers share a machine; the tokenizer's own threads would fight them.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        config = load_config(arguments.cfg, arguments.overrides)
+    except Exception as error:
+        return exits.report_failure(error, None, None, int(os.environ.get("RANK", "0")))
+    return run(config)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: a failed rank must leave at once, while its peers may still hang in a collective with it.
+    os._exit(code)

@@ -50,7 +50,7 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, multiplier: float) -> N
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Norm over all ranks (), identical on each; sharded and replicated gradients may be mixed. One collective if any is sharded."""
+    """Norm over all ranks (), identical on each; sharded and replicated gradients may be mixed. A collective if any is sharded."""
     grads = [p.grad for p in parameters if p.grad is not None]
     shards = [g.to_local() for g in grads if isinstance(g, DTensor)]
     whole = [g for g in grads if not isinstance(g, DTensor)]

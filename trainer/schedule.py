@@ -14,7 +14,7 @@ def warmup_steps(config: OptimConfig, total: int) -> int:
 
 
 def multiplier(config: OptimConfig, step: int, total: int) -> float:
-    """Factor on the peak learning rate at 0-based `step`: 0 at the start of a warm-up, 1 at its end, then the curve to 0 at `total`."""
+    """Factor on the peak learning rate at 0-based `step`: 0 to 1 while warming up, then the curve, which ends at 0 at `total`."""
     warmup = warmup_steps(config, total)
     if step < warmup:
         return step / warmup

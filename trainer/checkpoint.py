@@ -1,0 +1,168 @@
+"""Checkpoints: sharded safetensors and JSON, complete only when the manifest is written and the folder has its name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.processor import Processor
+from model.card import ModelCard, write_card
+from model.files import dump_json
+from model.manifest import UnsoundCheckpoint, verify, write_manifest
+from model.shards import WEIGHTS, checkpoint_tensors, write_shard
+from model.weights import local_range
+from trainer.distributed import World
+from trainer.exits import ProofError, SaveError
+
+PREFIX = "checkpoint-"
+STATE = "state.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What learns: parameters by full name, and the optimizer over them."""
+
+    parameters: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer
+
+
+class Checkpointer:
+    """Writes, keeps and finds the checkpoints of one run folder."""
+
+    def __init__(self, folder: Path, keep: int, world: World) -> None:
+        self.folder, self.keep, self.world = folder, keep, world
+        self.run_id = str(world.broadcast_json(uuid.uuid4().hex))
+
+    def save(self, step: int, trained: Trained, state: dict[str, Any], card: ModelCard, processor: Processor) -> Path:
+        """Write checkpoint-`step`. Collective. SaveError on every rank when any of them fails; older ones stay as they are."""
+        target = self.folder / f"{PREFIX}{step}"
+        temporary = self.folder / f".{PREFIX}{step}.saving"
+        self._together(lambda: _fresh_folder(temporary), main_only=True)
+        self._together(lambda: write_shard(temporary, self.world.rank, self.world.size, _tensors(trained, self.world)))
+
+        def finish() -> None:
+            optimizer_steps = {name: _step_of(trained.optimizer, p) for name, p in trained.parameters.items()}
+            (temporary / STATE).write_text(dump_json({**state, "step": step, "optimizer_steps": optimizer_steps}))
+            write_card(card, temporary)
+            processor.save(temporary)
+            write_manifest(temporary, {"step": step, "run_id": self.run_id})
+            _sync_to_disk(temporary)
+            if target.exists():
+                shutil.rmtree(target)
+            temporary.rename(target)
+            self._prune()
+
+        self._together(finish, main_only=True)
+        return target
+
+    def _together(self, action: Callable[[], None], *, main_only: bool = False) -> None:
+        """Run on every rank or on rank 0; all learn whether any failed, and all raise."""
+        problem = ""
+        if not main_only or self.world.is_main:
+            try:
+                action()
+            except OSError as error:
+                problem = f"{error.strerror or error}: {error.filename or self.folder}"
+        problems = [f"rank {rank}: {text}" for rank, text in enumerate(self.world.gather_json(problem)) if text]
+        if problems:
+            raise SaveError(
+                f"a checkpoint cannot be written to {self.folder}: {'; '.join(problems)}. Earlier checkpoints are intact"
+            )
+
+    def _prune(self) -> None:
+        for path in checkpoints(self.folder)[: -self.keep]:
+            shutil.rmtree(path)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Folders named checkpoint-N, oldest first."""
+    found = [p for p in folder.glob(f"{PREFIX}*") if p.is_dir() and p.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+
+
+def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose every file is as its manifest says, and what was wrong with newer ones, which are moved away.
+
+    ProofError when there are checkpoints and none is sound: that is never a fresh start.
+    """
+    damaged: list[str] = []
+    for path in reversed(checkpoints(folder)):
+        try:
+            verify(path)
+            return path, damaged
+        except UnsoundCheckpoint as error:
+            aside = path.with_name(f"damaged-{path.name}")
+            if aside.exists():
+                shutil.rmtree(aside)
+            path.rename(aside)
+            damaged.append(f"{error}; moved to {aside.name}")
+    if damaged or any(folder.glob(f"damaged-{PREFIX}*")):
+        raise ProofError(f"{folder} has checkpoints and none is sound: {'; '.join(damaged) or 'all were moved aside before'}")
+    return None, []
+
+
+def restore(folder: Path, trained: Trained, optimizer_steps: dict[str, float]) -> None:
+    """Put a checkpoint's weights and moments into the live ones, each rank its own rows, whoever wrote them."""
+    saved = checkpoint_tensors(folder)
+    names = {name.removeprefix(WEIGHTS) for name in saved if name.startswith(WEIGHTS)}
+    if names != set(trained.parameters):
+        raise ProofError(f"{folder} holds other parameters than this run trains: {sorted(names ^ set(trained.parameters))[:5]}")
+    for name, parameter in trained.parameters.items():
+        _fill(parameter.data, saved, WEIGHTS + name)
+        if f"{MOMENTS[0]}/{name}" not in saved:  # saved before its first update
+            continue
+        state: dict[str, Tensor] = {"step": torch.tensor(optimizer_steps[name], dtype=torch.float32, device=parameter.device)}
+        for moment in MOMENTS:
+            state[moment] = torch.zeros_like(parameter.data)
+            _fill(state[moment], saved, f"{moment}/{name}")
+        trained.optimizer.state[parameter] = state
+
+
+def _fill(tensor: Tensor, saved: dict[str, Any], name: str) -> None:
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    if saved[name].shape != tuple(tensor.shape):
+        raise ProofError(f"{name} has shape {list(saved[name].shape)} in the checkpoint and {list(tensor.shape)} in the model")
+    local.copy_(saved[name].read(*local_range(tensor)))
+
+
+def _tensors(trained: Trained, world: World) -> dict[str, Tensor]:
+    """What this rank writes: its shards; of what all ranks hold whole, rank 0's copy only."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in trained.parameters.items():
+        if not world.is_main and not hasattr(parameter, "to_local"):
+            continue
+        found[WEIGHTS + name] = parameter.data
+        for moment in MOMENTS:
+            if moment in trained.optimizer.state.get(parameter, {}):
+                found[f"{moment}/{name}"] = trained.optimizer.state[parameter][moment]
+    return found
+
+
+def _step_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> float:
+    state = optimizer.state.get(parameter, {})
+    return float(state["step"]) if "step" in state else 0.0
+
+
+def _fresh_folder(path: Path) -> None:
+    with suppress(FileNotFoundError):
+        shutil.rmtree(path)
+    path.mkdir(parents=True)
+
+
+def _sync_to_disk(folder: Path) -> None:
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

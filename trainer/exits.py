@@ -1,0 +1,80 @@
+"""How a start ends: one line for people, exit.json for programs, a code for the shell."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.files import dump_json
+
+DONE, INTERNAL, CONFIG, DATA, PROOF, CANNOT_WRITE, STOPPED = 0, 1, 2, 65, 70, 73, 75
+NAME = "exit.json"
+
+
+@dataclass
+class Progress:
+    """Completed steps, for the message of a run that fails."""
+
+    step: int | None = None
+
+
+class ProofError(Exception):
+    """Something that was to be proven is not so: a save, a checkpoint, or finite numbers."""
+
+    exit_code = PROOF
+
+
+class SaveError(Exception):
+    """Something could not be written."""
+
+    exit_code = CANNOT_WRITE
+
+
+def code_of(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + 2
+    return getattr(error, "exit_code", INTERNAL)
+
+
+def clear(output_dir: Path, rank: int) -> None:
+    """Forget how the start before this one ended."""
+    if rank == 0:
+        (output_dir / NAME).unlink(missing_ok=True)
+
+
+def record(output_dir: Path | None, code: int, reason: str, step: int | None, rank: int) -> bool:
+    """Write exit.json unless another rank was first. Returns whether this rank is the one to speak."""
+    if output_dir is None or not output_dir.is_dir():
+        return rank == 0
+    temporary = output_dir / f".{NAME}.{rank}.{os.getpid()}"
+    value: dict[str, Any] = {"code": code, "reason": reason, "step": step, "rank": rank}
+    try:
+        temporary.write_text(dump_json(value))
+        os.link(temporary, output_dir / NAME)  # fails where the file exists: the first reason is the true one
+        return True
+    except FileExistsError:
+        return False
+    except OSError:
+        return rank == 0
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def report_failure(error: BaseException, output_dir: Path | None, step: int | None, rank: int) -> int:
+    """Say once, on the rank that failed first, what went wrong. Returns the exit code."""
+    code = code_of(error)
+    if code == INTERNAL:
+        # A collective fails because a peer has; that one knows why and is given time to say so.
+        time.sleep(1.0 if "RANK" in os.environ else 0.0)
+    reason = str(error) or type(error).__name__
+    if record(output_dir, code, reason, step, rank):
+        if code == INTERNAL:
+            traceback.print_exception(error, file=sys.stderr)
+        where = "" if step is None else f" after step {step}"
+        print(f"trainer: rank {rank} stopped{where}: {reason}", file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,152 @@
+"""final/: what was trained, streamed to rank 0 one parameter at a time, reopened and compared before the run says so."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.processor import Processor
+from model.build import DTYPES
+from model.card import ModelCard, base_digests, write_card
+from model.files import Entry, dump_json, file_digest, tensor_digests, write_safetensors
+from model.load import check_loadable
+from model.lora import is_adapter
+from model.multimodal import MultimodalLM
+from trainer.distributed import World
+from trainer.exits import ProofError, SaveError
+from trainer.gather import gather_hooks
+
+SHARD_BYTES = 5 * 10**9
+"""Larger parts are written as several files."""
+
+
+def write_final(model: MultimodalLM, card: ModelCard, processor: Processor, folder: Path, step: int, world: World) -> Path:
+    """Write and prove `folder`/final. Collective. ProofError when what stands on disk is not what was trained."""
+    temporary, target = folder / ".final.saving", folder / "final"
+    problem, digests = "", {}
+    files = list(weight_files_of(model, card))
+    if world.is_main:
+        problem = _attempt(lambda: _prepare(temporary))
+    _raise_together(problem, world, SaveError)
+    for name, tensors in files:
+        digests[name] = _stream(temporary / name, tensors, card, world)
+    if world.is_main:
+        problem = _attempt(lambda: _finish(temporary, target, card, processor, digests, step, folder))
+    _raise_together(problem, world, ProofError if problem.startswith("proof: ") else SaveError)
+    return target
+
+
+def weight_files_of(model: MultimodalLM, card: ModelCard) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """File names and the tensors in each, by their names in the file."""
+    for name, part in card.model.parts().items():
+        # A projector is small and nothing works without it: it is there even if it did not learn.
+        if part.tune == "full" or name.endswith("_projector"):
+            tensors: dict[str, Tensor] = dict(model.get_submodule(name).named_parameters())
+            yield from _split(name, tensors, DTYPES[card.model.dtype])
+    adapters: dict[str, Tensor] = {
+        name: p
+        for name, p in model.named_parameters()
+        if is_adapter(name) or (p.requires_grad and name.partition(".")[0] in card.lora_parts)
+    }
+    if adapters:
+        yield "lora.safetensors", adapters
+
+
+def _split(part: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    groups: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        num_bytes = tensor.numel() * dtype.itemsize
+        if groups[-1] and size + num_bytes > SHARD_BYTES:
+            groups.append({})
+            size = 0
+        groups[-1][name] = tensor
+        size += num_bytes
+    if not tensors:
+        return
+    for i, group in enumerate(groups, 1):
+        yield f"{part}.safetensors" if len(groups) == 1 else f"{part}-{i:05d}-of-{len(groups):05d}.safetensors", group
+
+
+def _stream(path: Path, tensors: dict[str, Tensor], card: ModelCard, world: World) -> dict[str, str]:
+    """Write one file; returns the digest of each tensor as it was when it was written. Collective."""
+    is_base = path.name.startswith(("llm", "vision.", "vision-"))
+    dtype = DTYPES[card.model.dtype] if is_base else torch.float32  # bases are rounded once, all else stays exact
+    hooks = gather_hooks(tensors)
+    entries = {name: Entry(dtype, tuple(t.shape), hooks[name]) for name, t in tensors.items()}
+    problem, digests = "", {}
+    with ExitStack() as stack:
+        out = None
+        if world.is_main:
+            try:
+                out = stack.enter_context(path.open("wb"))
+            except OSError as error:
+                problem = f"{error.strerror}: {path}"
+        _raise_together(problem, world, SaveError)
+        try:
+            digests = write_safetensors(out, entries)
+        except OSError as error:
+            # The others are inside the next gather: this rank must leave, and they will be told by its absence.
+            raise SaveError(f"{error.strerror}: {path}") from error
+    return digests
+
+
+def _prepare(temporary: Path) -> None:
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+
+
+def _finish(
+    temporary: Path, target: Path, card: ModelCard, processor: Processor, digests: dict[str, dict[str, str]], step: int, run: Path
+) -> None:
+    write_card(replace(card, bases=base_digests(card.model)), temporary)
+    processor.save(temporary)
+    prove(temporary, digests)
+    provenance = {
+        "run": str(run),
+        "step": step,
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "torch": torch.__version__,
+    }
+    (temporary / "provenance.json").write_text(dump_json(provenance))
+    if target.exists():
+        shutil.rmtree(target)
+    temporary.rename(target)
+
+
+def prove(folder: Path, digests: dict[str, dict[str, str]]) -> None:
+    """Reopen every file, compare each tensor's bytes with the live weight's, resolve every parameter of the model anew."""
+    for name, expected in digests.items():
+        found = dict(tensor_digests(folder / name))
+        if wrong := sorted(key for key in {*expected, *found} if expected.get(key) != found.get(key)):
+            raise ProofError(f"{folder / name}: {len(wrong)} tensors differ from the trained ones: {wrong[:3]}")
+    check_loadable(folder)
+    files = {name: {"sha256": file_digest(folder / name), "tensors": len(tensors)} for name, tensors in digests.items()}
+    proof: dict[str, Any] = {"files": files, "compared": "every tensor's bytes, after reopening, with the live weights"}
+    (folder / "proof.json").write_text(dump_json(proof))
+
+
+def _attempt(action: Any) -> str:
+    try:
+        action()
+    except OSError as error:
+        return f"{error.strerror or error}: {error.filename or ''}"
+    except Exception as error:
+        return f"proof: final/ cannot be used: {error}"
+    return ""
+
+
+def _raise_together(problem: str, world: World, kind: type[Exception]) -> None:
+    """Collective: every rank raises what rank 0 found."""
+    text = world.broadcast_json(problem)
+    if text:
+        raise (ProofError if text.startswith("proof: ") else kind)(text.removeprefix("proof: "))

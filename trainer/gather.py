@@ -1,0 +1,35 @@
+"""Gather hooks: a sharded parameter becomes whole on rank 0, one at a time, when a writer asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+GatherHook = Callable[[], Tensor | None]
+
+
+def gather_hooks(tensors: dict[str, Tensor]) -> dict[str, GatherHook]:
+    """A hook per tensor. Calling one is a collective: every rank calls the same hooks in the same order.
+
+    Rank 0 gets the whole tensor on the CPU, the others None, and nobody ever holds more than one.
+    """
+    return {name: lambda tensor=tensor: gathered(tensor) for name, tensor in tensors.items()}  # type: ignore[misc]
+
+
+def gathered(tensor: Tensor) -> Tensor | None:
+    """The whole tensor on rank 0, None elsewhere. Collective for sharded tensors."""
+    is_main = dist.get_rank() == 0
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().cpu() if is_main else None
+    local, size = tensor.to_local().detach(), tensor.device_mesh.size()
+    chunk = -(-tensor.shape[0] // size)
+    # Late ranks hold fewer rows or none; a gather wants equal pieces.
+    padded = local.new_zeros(chunk, *tensor.shape[1:])
+    padded[: local.shape[0]] = local
+    pieces = [torch.empty_like(padded) for _ in range(size)] if is_main else None
+    dist.gather(padded, pieces, dst=0)
+    return torch.cat(pieces)[: tensor.shape[0]].cpu() if pieces is not None else None

@@ -1,0 +1,120 @@
+"""The calendar: step after step, and when to log, validate and save."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data.loader import MicroBatch, train_batches
+from trainer.checkpoint import Checkpointer
+from trainer.exits import Progress, ProofError
+from trainer.metrics import Meter, MetricsLog
+from trainer.optim import set_learning_rates
+from trainer.quarantine import Quarantine
+from trainer.resume import run_state
+from trainer.schedule import multiplier
+from trainer.setup import Setup
+from trainer.step import train_step
+from trainer.validate import validate
+
+
+class Loop:
+    """One run from `first_step` to its last. Nothing between two due dates waits for the device."""
+
+    def __init__(self, setup: Setup, first_step: int, totals: dict[str, Any] | None, progress: Progress) -> None:
+        config, world = setup.config, setup.world
+        if setup.trained is None or setup.data.train is None or setup.data.sampler is None:
+            raise ValueError("nothing to train")
+        self.setup, self.first_step, self.progress = setup, first_step, progress
+        self.optimizer = setup.trained.optimizer
+        folder = Path(config.output_dir)
+        self.meter = Meter(setup.data.train.source_names, world)
+        if totals is not None:
+            self.meter.restore(totals)
+        self.log = MetricsLog(folder, first_step, world)
+        self.quarantine = Quarantine(folder, len(setup.data.train), config.data.max_bad_fraction)
+        self.checkpointer = Checkpointer(folder, config.checkpoint.keep, world)
+
+    def run(self) -> None:
+        """All steps that are left. Ends with a checkpoint of the last one."""
+        total = self.setup.total_steps
+        bar = tqdm(total=total, initial=self.first_step, unit="step", disable=not self.setup.world.is_main, dynamic_ncols=True)
+        batches = self._batches()
+        with bar:
+            for step in range(self.first_step, total):
+                started = time.perf_counter()
+                micro_batches = next(batches)
+                self._step(step, micro_batches, time.perf_counter() - started)
+                self.progress.step = step + 1
+                bar.update()
+                self._due(step + 1, bar)
+
+    def _batches(self) -> Any:
+        setup, config = self.setup, self.setup.config
+        return train_batches(
+            setup.data.train,  # type: ignore[arg-type]
+            setup.data.sampler,  # type: ignore[arg-type]
+            pad_id=setup.data.pad_id,
+            rank=setup.world.rank,
+            world_size=setup.world.size,
+            micro_batch_size=config.batch.micro_batch_size,
+            first_step=self.first_step,
+            last_step=setup.total_steps,
+            workers=config.data.workers,
+            pin_memory=setup.world.device.type == "cuda",
+        )
+
+    def _step(self, step: int, micro_batches: list[MicroBatch], wait: float) -> None:
+        setup, config = self.setup, self.setup.config
+        for micro_batch in micro_batches:
+            self.quarantine.add(micro_batch.rejected, step)
+        set_learning_rates(self.optimizer, multiplier(config.optim, step, setup.total_steps))
+        batches = [micro_batch.batch.to(setup.world.device) for micro_batch in micro_batches]
+        result = train_step(
+            setup.wrapped, self.optimizer, batches, setup.world, seed=config.seed, step=step, clip_norm=config.optim.clip_norm
+        )
+        self.meter.add(batches, result, wait)
+
+    def _due(self, done: int, bar: tqdm) -> None:
+        """What `done` completed steps make due, in this order on every rank."""
+        config, last = self.setup.config, done == self.setup.total_steps
+        saves = last or done % config.checkpoint.every == 0
+        if last or done == 1 or done % config.log.every == 0:
+            self._log(done, bar)
+        if self.setup.data.validation is not None and (last or done % config.validation.every == 0):
+            self.log.write(done, validate(self.setup))
+        if saves:
+            self.quarantine.flush(self.setup.world)
+            self._check_finite()
+            self._save(done)
+            self.log.write_trainer_state(done, self.setup.total_steps)
+
+    def _log(self, done: int, bar: tqdm) -> None:
+        self.quarantine.flush(self.setup.world)
+        values = self.meter.read()
+        rates: dict[str, float] = {}
+        for group in self.optimizer.param_groups:
+            rates[f"train/lr/{group['name'].partition('/')[0]}"] = group["lr"]
+        self.log.write(done, values | rates)
+        bar.set_postfix_str(
+            f"loss {values['train/loss']:.4f}, lr {max(rates.values()):.2e}, {values['perf/tokens_per_second']:,.0f} tokens/s"
+        )
+        self._check_finite()
+
+    def _check_finite(self) -> None:
+        """Host sync. The same on every rank, because the norm that decides is."""
+        in_a_row, limit = int(self.meter.skipped_in_a_row.item()), self.setup.config.faults.max_nonfinite
+        if in_a_row >= limit:
+            raise ProofError(
+                f"loss or gradient was not finite for {in_a_row} steps in a row (faults.max_nonfinite = {limit}); those updates "
+                "were skipped and the weights are sound. Lower optim.lr, or look at the data of these steps"
+            )
+
+    def _save(self, done: int) -> None:
+        setup = self.setup
+        lengths = setup.data.sampler.lengths  # type: ignore[union-attr]
+        state = {**run_state(setup.config, lengths), "meter": self.meter.totals()}
+        self.checkpointer.save(done, setup.trained, state, setup.data.card, setup.data.processor)  # type: ignore[arg-type]

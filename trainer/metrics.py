@@ -1,0 +1,144 @@
+"""What a run says about itself: sums kept on the device between logged steps, one JSON line each time they are read."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.batch import Batch
+from model.files import dump_json
+from trainer.distributed import World
+from trainer.step import StepResult
+
+NAME = "metrics.jsonl"
+HUGGING_FACE_NAMES = {"train/loss": "loss", "train/grad_norm": "grad_norm", "val/loss": "eval_loss"}
+
+
+class SourceSums:
+    """Cross entropy and supervised positions per source, summed on the device."""
+
+    def __init__(self, num_sources: int, device: torch.device) -> None:
+        self.values = torch.zeros(2, num_sources, dtype=torch.float64, device=device)
+
+    def add(self, batch: Batch, addends: Tensor) -> None:
+        sources = batch.source_ids[batch.supervised // batch.labels.shape[1]]
+        self.values[0].index_add_(0, sources, addends.double())
+        self.values[1].index_add_(0, sources, torch.ones_like(addends, dtype=torch.float64))
+
+
+def mean_losses(sums: Tensor, names: list[str], prefix: str) -> dict[str, float]:
+    """Token-weighted losses from summed (2, sources): over all of them, and per source that had any."""
+    (losses, counts) = sums.tolist()
+    found = {f"{prefix}/{name}/loss": loss / n for name, loss, n in zip(names, losses, counts) if n}
+    total = sum(counts)
+    return {f"{prefix}/loss": sum(losses) / total if total else math.nan, **found}
+
+
+class Meter:
+    """Everything about training since the last logged line. Adding costs no host sync, reading is a collective and one."""
+
+    def __init__(self, source_names: list[str], world: World) -> None:
+        self.names, self.world = source_names, world
+        self.skipped_in_a_row = torch.zeros((), device=world.device)
+        self.grad_norm = torch.zeros((), device=world.device)
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums = SourceSums(len(self.names), self.world.device)
+        self.skipped = torch.zeros((), device=self.world.device)
+        self.num_tokens = 0
+        self.wait = 0.0
+        self.since = time.perf_counter()
+
+    def add(self, batches: list[Batch], result: StepResult, wait: float) -> None:
+        """`wait`: seconds this rank waited for its data."""
+        for batch, addends in zip(batches, result.addends):
+            self.sums.add(batch, addends)
+            self.num_tokens += batch.num_real_tokens
+        self.skipped += result.skipped
+        self.skipped_in_a_row = (self.skipped_in_a_row + result.skipped) * result.skipped
+        self.grad_norm = result.grad_norm
+        self.wait += wait
+
+    def totals(self) -> dict[str, Any]:
+        """Sums over ranks as plain numbers. Collective, host sync."""
+        facts = torch.tensor([float(self.num_tokens), self.wait], dtype=torch.float64, device=self.world.device)
+        flat = self.world.sum(torch.cat([self.sums.values.flatten(), facts]))
+        sums = flat[:-2].view_as(self.sums.values)
+        return {"sums": sums.tolist(), "num_tokens": flat[-2].item(), "wait": flat[-1].item(), "skipped": self.skipped.item()}
+
+    def restore(self, totals: dict[str, Any]) -> None:
+        """Go on with sums of before; rank 0 holds them all, so that they count once."""
+        self.skipped += totals["skipped"]
+        if self.world.is_main:
+            self.sums.values += torch.tensor(totals["sums"], dtype=torch.float64, device=self.world.device)
+            self.num_tokens += int(totals["num_tokens"])
+
+    def read(self) -> dict[str, Any]:
+        """The metrics of a line, and a new beginning. Collective, host sync."""
+        totals, seconds = self.totals(), time.perf_counter() - self.since
+        sums = torch.tensor(totals["sums"])
+        line = {
+            **mean_losses(sums, self.names, "train"),
+            "train/grad_norm": self.grad_norm.item(),
+            "train/skipped_steps": int(totals["skipped"]),
+            "train/tokens": int(totals["num_tokens"]),
+            "train/supervised_tokens": int(sums[1].sum()),
+            "perf/tokens_per_second": totals["num_tokens"] / seconds,
+            "perf/data_wait": totals["wait"] / self.world.size / seconds,
+            "mem/peak_gib": peak_gib(self.world.device),
+        }
+        self.reset()
+        return line
+
+
+def peak_gib(device: torch.device) -> float:
+    """Peak memory of this process: on the device, or in RAM where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class MetricsLog:
+    """metrics.jsonl and trainer_state.json, on rank 0."""
+
+    def __init__(self, folder: Path, resumed_step: int, world: World) -> None:
+        self.path, self.active = folder / NAME, world.is_main
+        self.history: list[dict[str, Any]] = []
+        if self.active and self.path.exists():
+            lines = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
+            # Lines of steps that will be run again would stand there twice.
+            self.history = [line for line in lines if line["step"] <= resumed_step and resumed_step]
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        if not self.active:
+            return
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        line = {"step": step, **plain}
+        self.history.append(line)
+        with self.path.open("a") as out:
+            out.write(json.dumps(line) + "\n")
+
+    def write_trainer_state(self, step: int, max_steps: int) -> None:
+        """The log as scripts for Hugging Face's Trainer read it."""
+        if not self.active:
+            return
+        history = [
+            {**{new: line[old] for old, new in HUGGING_FACE_NAMES.items() if old in line}, **_rate(line), "step": line["step"]}
+            for line in self.history
+        ]
+        value = {"global_step": step, "max_steps": max_steps, "log_history": history}
+        (self.path.parent / "trainer_state.json").write_text(dump_json(value))
+
+
+def _rate(line: dict[str, Any]) -> dict[str, Any]:
+    rates = [value for key, value in line.items() if key.startswith("train/lr/")]
+    return {"learning_rate": max(rates)} if rates else {}

@@ -1,0 +1,73 @@
+"""Records that could not be trained on: each stands once in quarantine.jsonl, stays out on resume, and too many stop the run."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data.config import DataError
+from data.dataset import Rejected
+from trainer.distributed import World
+
+NAME = "quarantine.jsonl"
+FLOOR = 8
+"""Bad records that are always tolerated, however small the dataset."""
+
+
+def read_excluded(folder: Path) -> frozenset[int]:
+    """Sample ids that earlier starts quarantined."""
+    return frozenset(row["sample_id"] for row in _rows(folder))
+
+
+class Quarantine:
+    """Collects what ranks rejected; rank 0 writes it down, all ranks count alike."""
+
+    def __init__(self, folder: Path, num_records: int, max_bad_fraction: float) -> None:
+        self.folder = folder
+        self.limit = max(FLOOR, int(num_records * max_bad_fraction))
+        self.known = {row["sample_id"]: row for row in _rows(folder)}
+        self.waiting: list[dict[str, Any]] = []
+
+    def add(self, rejected: tuple[Rejected, ...], step: int) -> None:
+        self.waiting += [{**asdict(item), "step": step} for item in rejected if item.sample_id not in self.known]
+
+    def flush(self, world: World) -> None:
+        """Collective, and a host sync. DataError on every rank when more records are bad than `max_bad_fraction` allows."""
+        if not int(world.sum(_count(self.waiting, world)).item()):
+            return
+        rows = [row for rank in world.gather_json(self.waiting) for row in rank]
+        self.waiting = []
+        new = {
+            row["sample_id"]: row for row in sorted(rows, key=lambda row: row["sample_id"]) if row["sample_id"] not in self.known
+        }
+        self.known |= new
+        if world.is_main:
+            with (self.folder / NAME).open("a", encoding="utf-8") as out:
+                out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new.values())
+        self.check()
+
+    def check(self) -> None:
+        bad = [row for row in self.known.values() if not row["too_long"]]
+        if len(bad) > self.limit:
+            source, count = Counter(row["source"] for row in bad).most_common(1)[0]
+            last = bad[-1]
+            raise DataError(
+                f"{len(bad)} records are bad, data.max_bad_fraction allows {self.limit}; worst source: {source!r} with {count}; "
+                f"one of them: {last['reason']}. All stand in {self.folder / NAME}"
+            )
+
+
+def _count(rows: list[Any], world: World) -> Any:
+    import torch
+
+    return torch.tensor(float(len(rows)), device=world.device)
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    path = folder / NAME
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

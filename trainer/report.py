@@ -1,0 +1,52 @@
+"""What a run prints before it does it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from model.trainable import part_table
+from trainer.optim import learning_rates
+from trainer.schedule import warmup_steps
+from trainer.setup import Setup
+
+
+def plan(setup: Setup, resume: Path | None, damaged: list[str]) -> str:
+    """Parts, batch arithmetic, sharding, data and the resume point, for people."""
+    lines = [*_parts(setup), "", *_batches(setup), *_data(setup)]
+    lines += [f"damaged   {text}" for text in damaged]
+    lines.append(f"start     {'from ' + str(resume) if resume else 'fresh'}, writing to {setup.config.output_dir}")
+    return "\n".join(lines)
+
+
+def _parts(setup: Setup) -> list[str]:
+    config = setup.config
+    rates = learning_rates(config.model, config.optim)
+    head = f"{'part':<18}{'parameters':>15}{'trainable':>15}  {'tune':<8}{'lr':>10}{'weight decay':>14}"
+    rows = [head]
+    for row in part_table(setup.model, config.model):
+        lr, decay = ("-", "-") if row.num_trainable == 0 else (f"{rates[row.part]:.3g}", f"{config.optim.weight_decay:g}")
+        rows.append(f"{row.part:<18}{row.num_parameters:>15,}{row.num_trainable:>15,}  {row.tune:<8}{lr:>10}{decay:>14}")
+    return rows
+
+
+def _batches(setup: Setup) -> list[str]:
+    config, world, sampler = setup.config, setup.world, setup.data.sampler
+    per_rank = -(-config.batch.global_batch_size // world.size)
+    accumulated = -(-per_rank // config.batch.micro_batch_size)
+    strategy = config.parallel.strategy if world.size > 1 else "one process"
+    lines = [
+        f"batch     {config.batch.global_batch_size} samples per step on {world.size} rank(s): up to {per_rank} per rank in "
+        f"{accumulated} micro-batch(es) of {config.batch.micro_batch_size}",
+        f"parallel  {strategy} on {world.device.type}, computing in {config.model.dtype}, "
+        f"activation checkpointing {config.parallel.activation_checkpointing}",
+    ]
+    if sampler is not None:
+        lines.append(
+            f"steps     {setup.total_steps} in all, {sampler.steps_per_epoch} per epoch of {len(sampler.lengths):,} samples, "
+            f"{warmup_steps(config.optim, setup.total_steps)} of warm-up, {config.optim.schedule}"
+        )
+    return lines
+
+
+def _data(setup: Setup) -> list[str]:
+    return [f"data      {line}" for line in setup.data.certificates]

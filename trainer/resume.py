@@ -1,0 +1,99 @@
+"""Where a start begins: at step 0, or at a checkpoint of the same run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.config import ConfigError
+from model.manifest import UnsoundCheckpoint, verify
+from trainer.checkpoint import STATE, checkpoints, newest_sound
+from trainer.config import RunConfig
+from trainer.distributed import World
+from trainer.exits import ProofError
+from trainer.schema import to_tables
+
+MAY_CHANGE = (
+    "output_dir",
+    "parallel.",
+    "batch.micro_batch_",
+    "checkpoint.",
+    "log.",
+    "validation.",
+    "faults.",
+    "data.workers",
+    "train.max_steps",
+    "train.epochs",
+    "model.cache_dir",
+)
+
+
+def choose(config: RunConfig, world: World) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from and what to tell about damaged ones. Rank 0 looks, all obey. Collective."""
+    answer: dict[str, Any] = {"path": None, "damaged": [], "error": None}
+    if world.is_main:
+        try:
+            path, damaged = _choose(config)
+            answer |= {"path": str(path) if path else None, "damaged": damaged}
+        except (ConfigError, ProofError) as error:
+            answer["error"] = [type(error).__name__, str(error)]
+    answer = world.broadcast_json(answer)
+    if answer["error"]:
+        name, text = answer["error"]
+        raise ConfigError(text) if name == "ConfigError" else ProofError(text)
+    return Path(answer["path"]) if answer["path"] else None, answer["damaged"]
+
+
+def _choose(config: RunConfig) -> tuple[Path | None, list[str]]:
+    folder, resume = Path(config.output_dir), config.checkpoint.resume
+    if resume == "auto":
+        return newest_sound(folder)
+    if resume == "none":
+        if found := checkpoints(folder):
+            raise ConfigError(
+                f"checkpoint.resume = 'none', but {folder} holds {found[-1].name}: use another output_dir, or resume = 'auto'"
+            )
+        return None, []
+    path = Path(resume)
+    if not path.is_dir():
+        raise ConfigError(f"checkpoint.resume = {resume!r}: no such folder")
+    try:
+        verify(path)
+    except UnsoundCheckpoint as error:
+        raise ProofError(f"checkpoint.resume = {resume!r} is damaged: {error}") from error
+    return path, []
+
+
+def run_state(config: RunConfig, lengths: np.ndarray | None) -> dict[str, Any]:
+    """What a checkpoint remembers of the run, to refuse going on with another one."""
+    return {"config": to_tables(config), "lengths": digest_of(lengths)}
+
+
+def digest_of(lengths: np.ndarray | None) -> str:
+    """Fingerprint of the planned lengths, which decide the order of the data."""
+    return "" if lengths is None else hashlib.sha256(np.ascontiguousarray(lengths, dtype=np.int64).tobytes()).hexdigest()
+
+
+def read_state(path: Path, config: RunConfig, lengths: np.ndarray | None) -> dict[str, Any]:
+    """The state of a checkpoint; ConfigError with every difference when it is of another run."""
+    state = json.loads((path / STATE).read_text())
+    before, now = flat(state["config"]), flat(to_tables(config))
+    different = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)]
+    if different:
+        lines = "".join(f"\n  - {key}: {before.get(key)!r} in the checkpoint, {now.get(key)!r} now" for key in different)
+        raise ConfigError(f"{path} is of a run with other settings; use them, or another output_dir:{lines}")
+    if state["lengths"] != digest_of(lengths):
+        raise ConfigError(f"{path}: the data of this run has changed since (number or lengths of records): use another output_dir")
+    return state
+
+
+def flat(tables: Any, path: str = "") -> dict[str, Any]:
+    """Nested tables as one level of dotted keys."""
+    if isinstance(tables, dict | list) and tables:
+        items = tables.items() if isinstance(tables, dict) else enumerate(tables)
+        return {k: v for key, value in items for k, v in flat(value, f"{path}.{key}" if path else str(key)).items()}
+    return {path: tables}

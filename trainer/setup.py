@@ -1,0 +1,92 @@
+"""The parts of a run in the order they come to life: structure, sharding, weights, optimizer, proof of gradients."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from data.collate import collate
+from model.build import DTYPES, assemble, resolve_dtype
+from model.config import ConfigError
+from model.multimodal import MultimodalLM
+from model.origins import weight_layers
+from model.weights import materialise
+from trainer.checkpoint import Trained
+from trainer.config import RunConfig
+from trainer.distributed import World
+from trainer.optim import build_optimizer
+from trainer.parallel import checkpoint_activations, replicate, shard
+from trainer.sources import RunData
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that is ready to step."""
+
+    config: RunConfig
+    world: World
+    data: RunData
+    model: MultimodalLM  # the model itself, for names and modes
+    wrapped: nn.Module  # what is called: the model, its FSDP2 form, or DDP around it
+    trained: Trained | None  # None when nothing learns
+    total_steps: int
+
+
+def resolved(config: RunConfig, world: World) -> RunConfig:
+    """The configuration with what depends on the machine filled in."""
+    return replace(config, model=replace(config.model, dtype=resolve_dtype(config.model.dtype, world.device)))
+
+
+def make_deterministic(config: RunConfig) -> None:
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def num_steps(config: RunConfig, data: RunData) -> int:
+    """Optimizer steps of the whole run."""
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    steps = data.sampler.steps_per_epoch if data.sampler else 0
+    return math.ceil((config.train.epochs or 0) * steps)
+
+
+def build(config: RunConfig, data: RunData, world: World) -> Setup:
+    """Every rank builds the structure on meta, shards it, and then reads its own rows of the weights."""
+    model = assemble(data.card, DTYPES[config.model.dtype])
+    if config.parallel.activation_checkpointing == "full":
+        checkpoint_activations(model)
+    sharded = config.parallel.strategy == "fsdp" and world.size > 1
+    if sharded:
+        shard(model, config.parallel, world)
+    layers = weight_layers(data.card, model, config.seed)
+    materialise(model, layers, frozen_dtype=model.dtype, device=world.device)
+    learns = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    total = num_steps(config, data)
+    if not learns or total == 0:
+        return Setup(config, world, data, model, model, None, total)
+    wrapped = model if sharded else replicate(model, world)
+    model.train()
+    prove_gradients(wrapped, model, data.pad_id, world)
+    optimizer = build_optimizer(model, config.model, config.optim)
+    return Setup(config, world, data, model, wrapped, Trained(dict(learns), optimizer), total)
+
+
+def prove_gradients(wrapped: nn.Module, model: MultimodalLM, pad_id: int, world: World) -> None:
+    """One throw-away backward on a blank batch: whatever learns must get a gradient, or the run does not start.
+
+    It also makes DDP settle its buckets before weights are restored, so that a resumed run sums in the same order. Collective.
+    """
+    wrapped(collate([], pad_id).to(world.device))["text"].sum.backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    for p in model.parameters():
+        p.grad = None
+    if without:
+        raise ConfigError(
+            f"{len(without)} trainable parameters cannot be reached by the loss, for example {without[0]}: "
+            "set the tune of their part to 'frozen'"
+        )

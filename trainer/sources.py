@@ -1,0 +1,98 @@
+"""Opening the data of a run: tokenizer, template, specs, datasets and their certificates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.certificate import certify
+from data.config import DataError, SourceConfig
+from data.dataset import MultimodalDataset, open_dataset
+from data.processor import Processor, make_processor
+from data.sampler import Sampler
+from data.template import load_template
+from data.tokenizer import load_tokenizer, pad_id
+from model.batch import PLACEHOLDERS
+from model.card import ModelCard, draw_card, media_specs, read_card
+from model.config import ConfigError
+from model.llm import Vocabulary
+from trainer.config import RunConfig
+from trainer.distributed import World
+from trainer.quarantine import read_excluded
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads, and the card of the model that can read it."""
+
+    card: ModelCard
+    processor: Processor
+    train: MultimodalDataset | None
+    validation: MultimodalDataset | None
+    sampler: Sampler | None
+    certificates: tuple[str, ...]
+
+    @property
+    def pad_id(self) -> int:
+        return self.card.pad_id
+
+
+def open_data(config: RunConfig, world: World) -> RunData:
+    """Everything the run reads, checked; no weight is touched. Rank 0 builds missing indexes, the others then map them."""
+    added = added_tokens(config)
+    specs = media_specs(config.model)
+    vocabulary = load_tokenizer(config.model.llm.path, added, config.model.cache_dir)
+    data = config.data
+    template = load_template(
+        data.template, vocabulary.tokenizer, placeholders=data.placeholders, media_wrap=data.media_wrap, allowed=added
+    )
+    card = draw_card(
+        config.model,
+        config.lora,
+        Vocabulary(len(vocabulary.tokenizer), vocabulary.num_known, vocabulary.new_ids),
+        tokens=added,
+        stop_ids=template.stop_ids,
+        pad_id=pad_id(vocabulary.tokenizer),
+    )
+    folder = Path(config.output_dir)
+
+    def opened(sources: tuple[SourceConfig, ...], excluded: frozenset[int]) -> MultimodalDataset:
+        return open_dataset(sources, data, template, specs, folder / "index", excluded)
+
+    if world.is_main:
+        opened(data.sources + data.validation, frozenset())
+    world.barrier()  # collective: the indexes exist now
+    train = opened(data.sources, read_excluded(folder)) if data.sources else None
+    validation = opened(data.validation, frozenset()) if data.validation else None
+    if train is not None:
+        check_fed(train, config)
+    sampler = None
+    if train is not None:
+        sampler = Sampler(train.lengths, train.modalities, config.batch.global_batch_size, config.seed, data.order)
+    certificates = tuple(
+        str(certify(template, index, source.key))
+        for dataset in (train, validation)
+        if dataset is not None
+        for source, index in zip(dataset.sources, dataset.indexes)
+    )
+    return RunData(card, make_processor(template, specs, data), train, validation, sampler, certificates)
+
+
+def added_tokens(config: RunConfig) -> tuple[str, ...]:
+    """Tokens added to the base tokenizer, in order: those of the run it starts from, placeholders, new ones."""
+    inherited = read_card(Path(config.model.init_from)).tokens if config.model.init_from else ()
+    placeholders = tuple(PLACEHOLDERS[modality] for modality in media_specs(config.model))
+    return tuple(dict.fromkeys((*inherited, *placeholders, *config.model.llm.new_tokens)))
+
+
+def check_fed(dataset: MultimodalDataset, config: RunConfig) -> None:
+    """A configured part that no record feeds is a mistake, and so is a medium that no part reads."""
+    if len(dataset) == 0:
+        raise DataError("data.sources hold no records: there is nothing to train on")
+    has_images = bool(np.any(dataset.modalities > 0))
+    if config.model.vision is not None and not has_images:
+        raise ConfigError("[model.vision] can never be fed: no record of data.sources has an image; remove the part or add data")
+    if config.model.vision is None and has_images:
+        raise ConfigError("records of data.sources have images, but no [model.vision] is configured to read them")

@@ -1,0 +1,33 @@
+"""Validation loss: token-weighted over all ranks, and per source."""
+
+from __future__ import annotations
+
+import torch
+
+from data.loader import validation_batches
+from trainer.metrics import SourceSums, mean_losses
+from trainer.setup import Setup
+
+
+def validate(setup: Setup) -> dict[str, float]:
+    """val/loss and val/<source>/loss over the same records at every call. Collective."""
+    dataset, world, config = setup.data.validation, setup.world, setup.config
+    if dataset is None:
+        return {}
+    sums = SourceSums(len(dataset.source_names), world.device)
+    batches = validation_batches(
+        dataset,
+        pad_id=setup.data.pad_id,
+        rank=world.rank,
+        world_size=world.size,
+        micro_batch_size=config.batch.micro_batch_size,
+        max_samples=config.validation.max_samples,
+        workers=0,
+    )
+    setup.model.eval()
+    with torch.no_grad():
+        for micro in batches:
+            batch = micro.batch.to(world.device)
+            sums.add(batch, setup.wrapped(batch)["text"].addends)
+    setup.model.train()
+    return mean_losses(world.sum(sums.values), dataset.source_names, "val")
