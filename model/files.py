@@ -16,6 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+SHARD_BYTES = 5 * 10**9
+"""Weights of more bytes are written as several files."""
 CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -79,6 +81,23 @@ class Entry:
     shape: tuple[int, ...]
     value: Callable[[], Tensor | None]  # None on ranks that only take part in the collective
 
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def split_by_size(entries: dict[str, Entry], max_bytes: int) -> list[dict[str, Entry]]:
+    """The entries in order, cut into files of at most `max_bytes`; a larger tensor has a file of its own."""
+    groups: list[dict[str, Entry]] = [{}]
+    size = 0
+    for name, entry in entries.items():
+        if groups[-1] and size + entry.num_bytes > max_bytes:
+            groups.append({})
+            size = 0
+        groups[-1][name] = entry
+        size += entry.num_bytes
+    return groups
+
 
 def write_safetensors(out: BinaryIO | None, entries: dict[str, Entry]) -> dict[str, str]:
     """Write what `safetensors.torch.save_file` would, one tensor in memory at a time. Returns sha256 of each tensor's bytes.
@@ -107,7 +126,7 @@ def header(entries: dict[str, Entry], names: Iterable[str]) -> bytes:
     end = 0
     for name in names:
         begin, entry = end, entries[name]
-        end += torch.Size(entry.shape).numel() * entry.dtype.itemsize
+        end += entry.num_bytes
         table[name] = {"dtype": CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from torch import nn
@@ -11,7 +12,7 @@ from model.config import ConfigError
 from model.files import Rows, Tensors, read_weights
 from model.hub import weight_files
 from model.initial import grown, initial_adapter, initial_tensors
-from model.lora import adapted, is_adapter
+from model.lora import SUFFIXES, adapted, is_adapter
 from model.manifest import NAME as MANIFEST
 from model.manifest import UnsoundCheckpoint, verify
 from model.multimodal import MultimodalLM
@@ -29,23 +30,28 @@ def weight_layers(card: ModelCard, model: MultimodalLM, seed: int) -> list[Layer
     return [*given_layers(card, model), *base_layers(card, model), Layer("new", lambda: new_tensors(card, model, seed))]
 
 
-def given_layers(card: ModelCard, model: MultimodalLM) -> list[Layer]:
-    """What the configuration names beside the bases. Two that claim one part are an error."""
+def given_layers(card: ModelCard, model: MultimodalLM, held: Collection[str] = ()) -> list[Layer]:
+    """What the configuration names beside the bases, but for what is `held` already. Two that claim one part are an error."""
     layers, config = [], card.model
     if config.init_from:
         layers += run_layers(Path(config.init_from), card, model, "model.init_from")
     # Only the named run itself is looked into: what lies below it is opened when it is needed.
     claimed = set(layers[0].tensors) if layers else set()
-    if config.vision_projector is not None and config.vision_projector.path:
-        if any(name.startswith("vision_projector.") for name in claimed):
+    if config.vision_projector is not None and config.vision_projector.path and not _any_projector(held):
+        if _any_projector(claimed):
             raise ConfigError("model.vision_projector.path and model.init_from both hold the projector: name one of them")
         path = Path(config.vision_projector.path)
         layers.append(Layer(str(path), lambda: projector_tensors(path)))
-    if card.lora.path:
-        if any(is_adapter(name) for name in claimed):
+    if card.lora.path and not any(map(is_adapter, held)):
+        if any(map(is_adapter, claimed)):
             raise ConfigError("lora.path and model.init_from both hold adapters: name one of them")
-        layers.append(Layer(card.lora.path, lambda: read_adapter(Path(card.lora.path), card.lora)))
+        wanted = {f"{path}{suffix}" for path, _ in adapted(model) for suffix in SUFFIXES}
+        layers.append(Layer(card.lora.path, lambda: read_adapter(Path(card.lora.path), card.lora, wanted)))
     return layers
+
+
+def _any_projector(names: Collection[str]) -> bool:
+    return any(name.startswith("vision_projector.") for name in names)
 
 
 def run_layers(folder: Path, card: ModelCard, model: MultimodalLM, setting: str) -> list[Layer]:
@@ -62,14 +68,14 @@ def run_layers(folder: Path, card: ModelCard, model: MultimodalLM, setting: str)
     merged = {name for name in tensors if is_adapter(name) and name.partition(".")[0] not in going_on}
     pairs = adapter_pairs({name: tensors[name] for name in merged}, saved.lora.scale)
     kept = {name: rows for name, rows in tensors.items() if name not in merged}
-    return [Layer(str(folder), lambda: fitted(kept, card, saved, model), pairs), *given_layers(saved, model)]
+    return [Layer(str(folder), lambda: fitted(kept, card, saved, model), pairs), *given_layers(saved, model, tensors)]
 
 
-def saved_tensors(folder: Path) -> Tensors:
-    """Tensors of a final/ folder or checkpoint by full name; a checkpoint is verified first."""
+def saved_tensors(folder: Path, check: Callable[[Path], object] = verify) -> Tensors:
+    """Tensors of a final/ folder or checkpoint by full name; a checkpoint goes through `check` first."""
     if (folder / MANIFEST).exists():
         try:
-            verify(folder)
+            check(folder)
         except UnsoundCheckpoint as error:
             raise ConfigError(f"{folder} is damaged: {error}") from error
         return weight_tensors(folder)
@@ -141,12 +147,13 @@ def vocabulary_matrices(model: MultimodalLM) -> dict[str, int]:
     }
 
 
-def tower_tensors(path: str, tower: nn.Module, cache_dir: str) -> Tensors:
-    """The tower's own tensors out of a folder that may hold more, under whatever prefix they stand."""
+def tower_tensors(path: str, tower: nn.Module, cache_dir: str, others: tuple[str, ...] = ()) -> Tensors:
+    """The tower's own tensors, and `others` that it does not build, out of a folder that may hold more, under any prefix."""
     files: Tensors = {}
     for file in weight_files("model.vision.path", path, cache_dir):
         files |= read_weights(file)
-    wanted = [name.removeprefix("tower.") for name, _ in tower.named_parameters() if not is_adapter(name)]
+    own = [name.removeprefix("tower.") for name, _ in tower.named_parameters() if not is_adapter(name)]
+    wanted = [*own, *others]
     prefix = next((p for p in PREFIXES if wanted and p + wanted[0] in files), "")
     return {f"vision.tower.{name}": files[prefix + name] for name in wanted if prefix + name in files}
 

@@ -1,0 +1,107 @@
+"""Hands a run over to others: its adapter files, LLaVA's projector, a PEFT folder, or a whole folder for transformers.
+
+SOURCE is a final/ folder or any checkpoint-N of a run. OUT must not exist yet, or be empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+if __name__ == "__main__":  # started as a file, its own folder is on the path and not the checkout
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from data.processor import load_processor
+from model import export_hf, export_llava
+from model.card import ModelCard, read_card
+from model.config import ConfigError
+from model.files import dump_json
+from model.load import load_model
+from model.peft import OUR_CONFIG, OURS, WEIGHTS, adapter_config, write_config
+from model.trained import llm_adapter, projector, trained_files, write_file
+from tools.llava_folder import prove_folder, write_folder
+from tools.output_folder import listing, new_folder
+from trainer.exits import code_of
+
+
+def to_safetensors(source: Path, out: Path, card: ModelCard) -> str:
+    """One file per part that was trained beside the language model's own weights."""
+    files = trained_files(source, card)
+    if not files:
+        raise ConfigError(f"{source} trained nothing beside the language model's own weights; copy its llm*.safetensors instead")
+    for name, tensors in files.items():
+        write_file(out / name, tensors)
+    if OURS in files:
+        lora = card.lora
+        (out / OUR_CONFIG).write_text(dump_json({"rank": lora.rank, "alpha": lora.alpha, "rslora": lora.rslora}))
+    keys = {"vision_projector.safetensors": "model.vision_projector.path", OURS: "lora.path"}
+    named = " ".join(f"{key}={{out}}" for file, key in keys.items() if file in files)
+    return f"python -m trainer.main --cfg run.toml {named}" if named else "python -m tools.export_adapter --help"
+
+
+def to_llava(source: Path, out: Path, card: ModelCard) -> str:
+    """LLaVA's mm_projector.bin."""
+    export_llava.check_exportable(card)
+    path = export_llava.write_projector(out, projector(source, card))
+    return f"(in LLaVA) python llava/train/train_mem.py --pretrain_mm_mlp_adapter {{out}}/{path.name} ..."
+
+
+def to_peft(source: Path, out: Path, card: ModelCard) -> str:
+    """A PEFT adapter folder for the language model. Other trained parts are not in it."""
+    tensors, paths = llm_adapter(source, card)
+    write_file(out / WEIGHTS, tensors)
+    write_config(out, adapter_config(card.lora, card.model.llm.path, paths))
+    return (
+        'python -c "from peft import PeftModel; from transformers import AutoModelForCausalLM as M; '
+        f"PeftModel.from_pretrained(M.from_pretrained({card.model.llm.path!r}), '{{out}}')\""
+    )
+
+
+def to_hf(source: Path, out: Path, card: ModelCard) -> str:
+    """A merged folder for LlavaForConditionalGeneration and AutoProcessor, reopened and compared."""
+    export_hf.check_exportable(card)
+    model, processor = load_model(source), load_processor(source)
+    write_folder(out, card, model, processor)
+    difference = prove_folder(out, model, processor)
+    print(f"reopened with transformers: ids and pixels equal, logits within {difference:.1e} of the largest")
+    return "python -c \"from transformers import LlavaForConditionalGeneration as M; M.from_pretrained('{out}')\""
+
+
+TARGETS: dict[str, Callable[[Path, Path, ModelCard], str]] = {
+    "safetensors": to_safetensors,
+    "llava": to_llava,
+    "peft": to_peft,
+    "hf": to_hf,
+}
+"""What writes each kind of folder and returns the command to type next."""
+
+
+def export(source: Path, out: Path, target: str = "safetensors") -> None:
+    """Write `out`, whole or not at all, and say what it holds."""
+    card = read_card(source)
+    with new_folder(out) as folder:
+        following = TARGETS[target](source, folder, card)
+    print(f"{out}:\n{listing(out)}\nnext: {following.replace('{out}', str(out))}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="export_adapter", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="a final/ folder or a checkpoint-N")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
+    described = "\n".join(f"{name}: {(write.__doc__ or '').strip()}" for name, write in TARGETS.items())
+    parser.add_argument("--for", dest="target", choices=TARGETS, default="safetensors", help=described)
+    given = parser.parse_args(arguments)
+    try:
+        export(given.source, given.out, given.target)
+    except Exception as error:
+        if (code := code_of(error)) == 1:
+            raise
+        print(f"export_adapter: {error}", file=sys.stderr)
+        return code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,118 @@
+"""Merges a run's adapters into their weights: SOURCE, a final/ folder or checkpoint-N, becomes OUT, a final/ without adapters.
+
+W + scale * B A is computed in float32 and rounded to the run's dtype once. Logits are compared before OUT appears.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+if __name__ == "__main__":  # started as a file, its own folder is on the path and not the checkout
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+from torch import Tensor
+
+from data.processor import Processor, load_processor
+from model.card import ModelCard, read_card, write_card
+from model.config import ConfigError, ModelConfig
+from model.files import SHARD_BYTES, Entry, dump_json, file_digest, in_memory, split_by_size, tensor_digests, write_safetensors
+from model.load import load_model
+from model.trained import changed_parts, projector, write_file
+from tools.output_folder import listing, new_folder
+from tools.proofs import batch_of, check_close, logits, sample
+from trainer.exits import ProofError, code_of
+
+
+def merge(source: Path, out: Path) -> None:
+    """Write `out` and print what it holds. ConfigError when there is nothing to merge, ProofError when logits differ."""
+    card = read_card(source)
+    if not card.lora_parts:
+        raise ConfigError(f"{source} has no adapters: no part of it has tune = 'lora'; it can be used as it is")
+    processor = load_processor(source)
+    with new_folder(out) as folder:
+        difference = prove_merge(source, processor)
+        write_merged(source, folder, card, processor)
+        rounding = rounding_of(source, folder, processor)
+    print(f"float32 logits: merged and unmerged within {difference:.1e} of the largest")
+    print(f"weights are stored in {read_card(out).model.dtype}: rounding them moves logits by {rounding:.1e}")
+    print(f"{out}:\n{listing(out)}\nnext: python -m tools.chat {out}")
+
+
+def prove_merge(source: Path, processor: Processor) -> float:
+    """Largest relative difference of float32 logits with the adapters merged and beside their weights."""
+    unmerged, merged = (logits_of(source, processor, merge_lora) for merge_lora in (False, True))
+    return check_close(merged, unmerged, "merged and unmerged model")
+
+
+def logits_of(folder: Path, processor: Processor, merge_lora: bool) -> Tensor:
+    with sample(processor) as record:
+        # One model at a time: two in float32 may not fit.
+        return logits(load_model(folder, dtype=torch.float32, merge_lora=merge_lora), batch_of(processor, record))
+
+
+def write_merged(source: Path, folder: Path, card: ModelCard, processor: Processor) -> None:
+    """Every part that is not its base's any more, whole; the rest of a final/ folder. What was written is read back."""
+    model = load_model(source)
+    parts = changed_parts(source, card)
+    for part in sorted(parts - {"vision_projector"}):
+        named = model.get_submodule(part).named_parameters()
+        entries = {name: Entry(model.dtype, tuple(p.shape), in_memory(p.detach()).all) for name, p in named}
+        write_part(folder, part, entries)
+    if card.model.vision_projector is not None and (tensors := projector(source, card)):
+        write_file(folder / "vision_projector.safetensors", tensors)
+    dtype = str(model.dtype).removeprefix("torch.")
+    write_card(replace(card, model=replace(standalone(card.model, parts), dtype=dtype)), folder)  # type: ignore[arg-type]
+    processor.save(folder)
+    files = {path.name: {"sha256": file_digest(path)} for path in sorted(folder.glob("*.safetensors"))}
+    proof = {"files": files, "compared": "float32 logits of a sample, merged and unmerged; every tensor's bytes after reopening"}
+    (folder / "proof.json").write_text(dump_json(proof))
+
+
+def write_part(folder: Path, part: str, entries: dict[str, Entry]) -> None:
+    groups = split_by_size(entries, SHARD_BYTES)
+    for i, group in enumerate(groups, 1):
+        name = f"{part}.safetensors" if len(groups) == 1 else f"{part}-{i:05d}-of-{len(groups):05d}.safetensors"
+        with (folder / name).open("wb") as out:
+            written = write_safetensors(out, group)
+        if dict(tensor_digests(folder / name)) != written:
+            raise ProofError(f"{folder / name}: what was read back is not what was written")
+
+
+def standalone(config: ModelConfig, parts: set[str]) -> ModelConfig:
+    """The configuration of a model whose `parts` stand in its own folder: nothing of an earlier run is needed."""
+    llm = replace(config.llm, tune="full" if "llm" in parts else config.llm.tune)
+    vision, projector = config.vision, config.vision_projector
+    if vision is not None and "vision" in parts:
+        vision = replace(vision, tune="full")
+    if projector is not None:
+        projector = replace(projector, path="")
+    return replace(config, llm=llm, vision=vision, vision_projector=projector, init_from="")
+
+
+def rounding_of(source: Path, folder: Path, processor: Processor) -> float:
+    """How far what was written is from the unmerged model, relative to the largest logit."""
+    written, exact = logits_of(folder, processor, True), logits_of(source, processor, False)
+    return float((written - exact).abs().max() / exact.abs().max())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="merge_lora", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="a final/ folder or a checkpoint-N with adapters")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
+    given = parser.parse_args(arguments)
+    try:
+        merge(given.source, given.out)
+    except Exception as error:
+        if (code := code_of(error)) == 1:
+            raise
+        print(f"merge_lora: {error}", file=sys.stderr)
+        return code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,48 @@
+"""A folder that appears under its name only when it is complete, and the lines that say what it holds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from model.config import ConfigError
+from trainer.exits import SaveError
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out`, renamed to it at the end and removed after an error.
+
+    ConfigError when `out` is there already and holds something, SaveError when nothing can be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not an empty folder: name another one, or remove it")
+    temporary = out.absolute().parent / f".{out.name}.{os.getpid()}"
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+    except OSError as error:
+        raise SaveError(f"{out} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def listing(folder: Path) -> str:
+    """Files with their sizes, one line each."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return "\n".join(f"  {size_text(path.stat().st_size):>10}  {path.relative_to(folder)}" for path in files)
+
+
+def size_text(num_bytes: int) -> str:
+    size = float(num_bytes)
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

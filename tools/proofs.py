@@ -1,0 +1,74 @@
+"""What the export tools compare before they report success: one sample with a picture, through two models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data.processor import Processor
+from model.batch import Batch
+from model.multimodal import MultimodalLM
+from trainer.exits import ProofError
+
+TOLERANCE = 1e-4
+"""Of float32 logits, relative to the largest: far above rounding, far below what a wrong weight does."""
+
+
+@contextmanager
+def sample(processor: Processor) -> Iterator[dict[str, Any]]:
+    """A record of one round, with a picture that is not square if the model sees; the picture is gone afterwards."""
+    with TemporaryDirectory() as folder:
+        parts: list[dict[str, Any]] = []
+        if "image" in processor.specs:
+            file = Path(folder) / "sample.png"
+            picture().save(file)
+            parts.append({"type": "image", "path": str(file)})
+        if processor.template.name != "plain":
+            parts.append({"type": "text", "text": "What is this?"})
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "A picture."}]}
+        yield {"messages": [{"role": "user", "content": parts}, answer]}
+
+
+def picture() -> Image.Image:
+    """37 x 23 pixels, no two neighbours alike."""
+    image = Image.new("RGB", (37, 23))
+    image.putdata([((7 * i) % 256, (31 * i) % 256, (101 * i) % 256) for i in range(37 * 23)])
+    return image
+
+
+def batch_of(processor: Processor, record: dict[str, Any]) -> Batch:
+    """The record as training saw such records, however long it is."""
+    return replace(processor, config=replace(processor.config, max_length=1 << 20))([record], answers=True)
+
+
+def logits(model: MultimodalLM, batch: Batch) -> Tensor:
+    """Logits (T, V) float32 of the one row of `batch`."""
+    llm: Any = model.llm
+    with torch.no_grad():
+        return llm(inputs_embeds=model.embed(batch), position_ids=batch.position_ids, use_cache=False).logits[0].float()
+
+
+def in_float32(model: MultimodalLM) -> MultimodalLM:
+    """The model itself, computing in float32 on the values it has."""
+    model.dtype = torch.float32
+    return model.float()
+
+
+def check_close(found: Tensor, expected: Tensor, what: str) -> float:
+    """Largest relative difference; ProofError when it is more than rounding."""
+    if found.shape != expected.shape:
+        raise ProofError(f"{what}: logits of shape {list(found.shape)}, expected {list(expected.shape)}")
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if not difference <= TOLERANCE:  # not a number is no proof either
+        raise ProofError(
+            f"{what}: logits differ by {difference:.2e} of the largest, more than {TOLERANCE:.0e}: nothing was written"
+        )
+    return difference
