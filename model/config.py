@@ -60,7 +60,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class LoraConfig:
     rank: int = 64
-    alpha: float = 16
+    alpha: float = 16.0
     dropout: float = 0.05
     bias: Literal["none", "all", "lora_only"] = "none"
     targets: str | tuple[str, ...] = field(default="all-linear")

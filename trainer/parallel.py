@@ -5,6 +5,7 @@ No `from __future__ import annotations` here: DDP refuses a communication hook w
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -125,7 +126,9 @@ def replicate(model: MultimodalLM, world: World) -> nn.Module:
     cast_for_compute(model, model.dtype)
     if world.size == 1:
         return model
-    ddp = DistributedDataParallel(model, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"  # renamed in torch 2.13
+    ddp = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True, **{buffers: False})
     ddp.register_comm_hook(None, sum_gradients)
     return ddp
 
@@ -140,22 +143,13 @@ def gradient_sync(wrapped: nn.Module, *, last: bool) -> Iterator[None]:
     """Around forward AND backward of one micro-batch: gradients are summed over ranks on the last one.
 
     DDP decides in forward; a second sum of what is already summed would be silent and wrong, hence one context for both.
-    FSDP2 under full tuning sums at every micro-batch instead: unsharded gradients of the whole model would not fit.
+    FSDP2 sums at every micro-batch when the whole LLM learns: its unsharded gradients would not fit.
     """
     if isinstance(wrapped, DistributedDataParallel):
         with nullcontext() if last else wrapped.no_sync():
             yield
         return
     if isinstance(wrapped, FSDPModule):
-        wrapped.set_requires_gradient_sync(last or sums_every_micro_batch(wrapped))
+        tunes_whole_llm = head_weight(wrapped.llm).requires_grad  # type: ignore[arg-type]
+        wrapped.set_requires_gradient_sync(last or tunes_whole_llm)
     yield
-
-
-def sums_every_micro_batch(wrapped: nn.Module) -> bool:
-    """Whether most of what is sharded also learns."""
-    cached = getattr(wrapped, "_mostly_trainable", None)
-    if cached is None:
-        sizes = [(p.numel(), p.requires_grad) for p in wrapped.parameters()]
-        cached = 2 * sum(n for n, learns in sizes if learns) > sum(n for n, _ in sizes)
-        wrapped._mostly_trainable = cached  # type: ignore[assignment]
-    return cached

@@ -118,6 +118,8 @@ class Reader:
     def _fits(hint: Any, value: Any) -> bool:
         if get_origin(hint) is Literal:
             return value in get_args(hint) and not isinstance(value, bool)
+        if get_origin(hint) is tuple:
+            return False
         if get_origin(hint) is dict:
             return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
         if hint is float:

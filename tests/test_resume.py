@@ -1,0 +1,197 @@
+"""Law 8: stopped after any step and started again, a run ends with the same bytes; what is damaged is never used."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.runs import config_of, save_parts, save_records
+from trainer import loop
+from trainer.distributed import World
+from trainer.main import run
+
+LORA: dict[str, Any] = {
+    "model": {"llm": {"tune": "lora"}, "vision": {"tune": "frozen"}},
+    "lora": {"rank": 2, "dropout": 0.3},
+}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    save_parts(folder)
+    save_records(folder)
+    return folder
+
+
+class Start(NamedTuple):
+    code: int
+    seen: list[list[int]]  # this rank's sample ids of every step it ran
+    said: str
+
+
+def start(world: World, folder: Path, output_dir: Path, sections: dict[str, Any]) -> Start:
+    """One start of a run on one rank."""
+    seen: list[list[int]] = []
+    original = loop.train_step
+
+    def recording(wrapped: Any, optimizer: Any, batches: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append([i for batch in batches for i in batch.sample_ids.tolist() if i >= 0])
+        return original(wrapped, optimizer, batches, *args, **kwargs)
+
+    loop.train_step = recording
+    try:
+        config = config_of(
+            folder, **{"output_dir": str(output_dir), "checkpoint": {"every": 1, "keep": 99}, "log": {"every": 1}, **sections}
+        )
+        with redirect_stdout(io.StringIO()) as said:
+            return Start(run(config, world), seen, said.getvalue())
+    finally:
+        loop.train_step = original
+
+
+def weights(output_dir: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in (output_dir / "final").iterdir() if p.name != "provenance.json"}
+
+
+def cut(output_dir: Path, target: Path, step: int) -> Path:
+    """The run as it stood when it was killed after `step` was saved."""
+    shutil.copytree(output_dir, target)
+    shutil.rmtree(target / "final")
+    for path in target.glob("checkpoint-*"):
+        if int(path.name.partition("-")[2]) > step:
+            shutil.rmtree(path)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("size", "strategy", "stops"),
+    [(1, "ddp", (1, 3, 5)), (2, "ddp", (1, 4)), (2, "fsdp", (3,)), (3, "ddp", (4,)), (4, "ddp", (2,)), (4, "fsdp", (3,))],
+)
+def test_stopped_anywhere_ends_with_the_same_bytes(
+    parts: Path, tmp_path: Path, size: int, strategy: str, stops: tuple[int, ...]
+) -> None:
+    workers = 1 if (size, strategy) == (2, "fsdp") else 0
+    whole = {**LORA, "parallel": {"strategy": strategy}, "data": {"workers": workers}}
+    assert {code for code, _, _ in run_ranks(start, size, parts, tmp_path / "whole", whole)} == {0}
+    for step in stops:
+        again = cut(tmp_path / "whole", tmp_path / f"stopped{step}", step)
+        (again / "metrics.jsonl").write_text((tmp_path / "whole" / "metrics.jsonl").read_text() + '{"step": 9')
+        answers = run_ranks(start, size, parts, again, whole)
+        assert {code for code, _, _ in answers} == {0}
+        assert all(len(seen) == 6 - step for _, seen, _ in answers)
+        assert weights(again) == weights(tmp_path / "whole")
+        lines, expected = (metrics(folder) for folder in (again, tmp_path / "whole"))
+        assert lines == expected
+
+
+def metrics(output_dir: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["train/loss"]) for line in lines]
+
+
+def test_another_number_of_ranks_keeps_order_and_losses(parts: Path, tmp_path: Path) -> None:
+    """2 -> 4 -> 3 -> 1 ranks, DDP and FSDP2 in turn, against one process: the same samples in every step, losses within 1e-6."""
+    sections: dict[str, Any] = {"optim": {"lr": 1e-2, "eps": 1.0, "schedule": "constant"}, "train": {"max_steps": 8}}
+    assert start_alone(parts, tmp_path / "whole", sections)[0] == 0
+    expected = start_alone(parts, tmp_path / "order", sections)[1]
+    found: list[list[int]] = []
+    for until, size, strategy in ((2, 2, "fsdp"), (4, 4, "ddp"), (6, 3, "fsdp"), (8, 1, "ddp")):
+        changed = {**sections, "train": {"max_steps": until}, "parallel": {"strategy": strategy}}
+        answers = run_ranks(start, size, parts, tmp_path / "elastic", changed)
+        assert {code for code, _, _ in answers} == {0}
+        found += [sorted(i for _, seen, _ in answers for i in seen[step]) for step in range(2)]
+    assert found == [sorted(ids) for ids in expected]
+    assert sorted(i for ids in found[:4] for i in ids) == list(range(22))  # an epoch: each sample once
+    for (step, loss), (same_step, other) in zip(metrics(tmp_path / "elastic"), metrics(tmp_path / "whole"), strict=True):
+        assert step == same_step
+        assert loss == pytest.approx(other, rel=1e-6)
+
+
+def start_alone(parts: Path, output_dir: Path, sections: dict[str, Any]) -> Start:
+    return run_ranks(start, 1, parts, output_dir, sections)[0]
+
+
+@pytest.fixture(scope="module")
+def finished(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert start_alone(parts, folder, LORA)[0] == 0
+    return folder
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+DAMAGE = {
+    "flipped": lambda folder: flip(folder / "rank-00000-of-00001.safetensors"),
+    "torn": lambda folder: (folder / "state.json").write_text('{"step": 4'),
+    "missing": lambda folder: (folder / "model.json").unlink(),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "edited manifest": lambda folder: (folder / "manifest.json").write_text(
+        (folder / "manifest.json").read_text().replace("4", "5")
+    ),
+    "stale": lambda folder: (shutil.rmtree(folder), shutil.copytree(folder.with_name("checkpoint-3"), folder)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(parts: Path, finished: Path, tmp_path: Path, damage: str) -> None:
+    again = cut(finished, tmp_path / "again", 4)
+    DAMAGE[damage](again / "checkpoint-4")
+    code, seen, said = start_alone(parts, again, LORA)
+    assert (code, len(seen)) == (0, 3)  # from step 3
+    assert (again / "damaged-checkpoint-4").is_dir()
+    assert weights(again) == weights(finished)
+    assert "checkpoint-4" in said and "moved to damaged-checkpoint-4" in said
+
+
+def failure(parts: Path, output_dir: Path, sections: dict[str, Any]) -> tuple[int, str]:
+    code = start_alone(parts, output_dir, sections).code
+    written = json.loads((output_dir / "exit.json").read_text())
+    assert written["code"] == code
+    return code, written["reason"]
+
+
+def test_none_sound_is_never_a_fresh_start(parts: Path, finished: Path, tmp_path: Path) -> None:
+    again = cut(finished, tmp_path / "again", 2)
+    for path in again.glob("checkpoint-*"):
+        flip(path / "model.json")
+    code, reason = failure(parts, again, LORA)
+    assert code == 70 and "none is sound" in reason
+    assert failure(parts, again, LORA)[0] == 70  # nor at the next start
+
+
+def test_another_run_is_refused_with_every_difference(parts: Path, finished: Path, tmp_path: Path) -> None:
+    again = cut(finished, tmp_path / "again", 4)
+    code, reason = failure(parts, again, {**LORA, "seed": 1, "optim": {"lr": 5e-3}})
+    assert code == 2
+    assert "seed: 42 in the checkpoint, 1 now" in reason and "optim.lr: 0.01 in the checkpoint, 0.005 now" in reason
+    code, reason = failure(parts, again, {**LORA, "checkpoint": {"resume": "none"}})
+    assert code == 2 and "resume = 'auto'" in reason
+    other = {**LORA, "lora": {"rank": 3}, "checkpoint": {"resume": str(finished / "checkpoint-6")}}
+    code, reason = failure(parts, tmp_path / "other", other)
+    assert code == 2 and "lora.rank" in reason
+
+
+def test_a_finished_run_has_nothing_left_to_do(parts: Path, finished: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(finished, again)
+    before = {p.name: p.stat().st_mtime_ns for p in (again / "final").iterdir()}
+    code, seen, said = start_alone(parts, again, LORA)
+    assert (code, seen) == (0, []) and "nothing left to do" in said
+    assert {p.name: p.stat().st_mtime_ns for p in (again / "final").iterdir()} == before
+
+
+def test_keeps_the_newest_only(parts: Path, tmp_path: Path) -> None:
+    assert start_alone(parts, tmp_path / "run", {**LORA, "checkpoint": {"every": 1, "keep": 2}})[0] == 0
+    assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
