@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from data.tokenizer import save_tokenizer
+from tests.ranks import run_ranks
 from tests.tiny import VOCAB, save_llm, save_tower
 from tests.tiny_tokenizers import NAMES
+from trainer import loop
 from trainer.config import RunConfig, parse_config
+from trainer.distributed import World
+from trainer.main import run
 
 NUM_RECORDS = 22
 
@@ -80,3 +86,42 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def config_of(folder: Path, **sections: Any) -> RunConfig:
     return parse_config(tables(folder, **sections), "test")
+
+
+class Start(NamedTuple):
+    code: int
+    seen: list[list[int]]  # this rank's sample ids of every step it ran
+    said: str
+
+
+def start(world: World, folder: Path, output_dir: Path, sections: dict[str, Any]) -> Start:
+    """One start of a run on one rank."""
+    seen: list[list[int]] = []
+    original = loop.train_step
+
+    def recording(wrapped: Any, optimizer: Any, batches: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append([i for batch in batches for i in batch.sample_ids.tolist() if i >= 0])
+        return original(wrapped, optimizer, batches, *args, **kwargs)
+
+    loop.train_step = recording
+    try:
+        config = config_of(
+            folder, **{"output_dir": str(output_dir), "checkpoint": {"every": 1, "keep": 99}, "log": {"every": 1}, **sections}
+        )
+        with redirect_stdout(io.StringIO()) as said:
+            return Start(run(config, world), seen, said.getvalue())
+    finally:
+        loop.train_step = original
+
+
+def start_alone(parts: Path, output_dir: Path, sections: dict[str, Any]) -> Start:
+    """The same in one process."""
+    return run_ranks(start, 1, parts, output_dir, sections)[0]
+
+
+def failure_of(parts: Path, output_dir: Path, sections: dict[str, Any]) -> tuple[int, str]:
+    """A start that fails: its exit code and its reason, as exit.json tells them."""
+    code = start_alone(parts, output_dir, sections).code
+    written = json.loads((output_dir / "exit.json").read_text())
+    assert written["code"] == code != 0
+    return code, written["reason"]

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
-from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from tests.ranks import run_ranks
-from tests.runs import config_of, save_parts, save_records
-from trainer import loop
-from trainer.distributed import World
-from trainer.main import run
+from tests.runs import failure_of, save_parts, save_records, start, start_alone
 
 LORA: dict[str, Any] = {
     "model": {"llm": {"tune": "lora"}, "vision": {"tune": "frozen"}},
@@ -29,32 +24,6 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_parts(folder)
     save_records(folder)
     return folder
-
-
-class Start(NamedTuple):
-    code: int
-    seen: list[list[int]]  # this rank's sample ids of every step it ran
-    said: str
-
-
-def start(world: World, folder: Path, output_dir: Path, sections: dict[str, Any]) -> Start:
-    """One start of a run on one rank."""
-    seen: list[list[int]] = []
-    original = loop.train_step
-
-    def recording(wrapped: Any, optimizer: Any, batches: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append([i for batch in batches for i in batch.sample_ids.tolist() if i >= 0])
-        return original(wrapped, optimizer, batches, *args, **kwargs)
-
-    loop.train_step = recording
-    try:
-        config = config_of(
-            folder, **{"output_dir": str(output_dir), "checkpoint": {"every": 1, "keep": 99}, "log": {"every": 1}, **sections}
-        )
-        with redirect_stdout(io.StringIO()) as said:
-            return Start(run(config, world), seen, said.getvalue())
-    finally:
-        loop.train_step = original
 
 
 def weights(output_dir: Path) -> dict[str, bytes]:
@@ -115,10 +84,6 @@ def test_another_number_of_ranks_keeps_order_and_losses(parts: Path, tmp_path: P
         assert loss == pytest.approx(other, rel=1e-6)
 
 
-def start_alone(parts: Path, output_dir: Path, sections: dict[str, Any]) -> Start:
-    return run_ranks(start, 1, parts, output_dir, sections)[0]
-
-
 @pytest.fixture(scope="module")
 def finished(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
@@ -155,31 +120,24 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(parts: Path, f
     assert "checkpoint-4" in said and "moved to damaged-checkpoint-4" in said
 
 
-def failure(parts: Path, output_dir: Path, sections: dict[str, Any]) -> tuple[int, str]:
-    code = start_alone(parts, output_dir, sections).code
-    written = json.loads((output_dir / "exit.json").read_text())
-    assert written["code"] == code
-    return code, written["reason"]
-
-
 def test_none_sound_is_never_a_fresh_start(parts: Path, finished: Path, tmp_path: Path) -> None:
     again = cut(finished, tmp_path / "again", 2)
     for path in again.glob("checkpoint-*"):
         flip(path / "model.json")
-    code, reason = failure(parts, again, LORA)
+    code, reason = failure_of(parts, again, LORA)
     assert code == 70 and "none is sound" in reason
-    assert failure(parts, again, LORA)[0] == 70  # nor at the next start
+    assert failure_of(parts, again, LORA)[0] == 70  # nor at the next start
 
 
 def test_another_run_is_refused_with_every_difference(parts: Path, finished: Path, tmp_path: Path) -> None:
     again = cut(finished, tmp_path / "again", 4)
-    code, reason = failure(parts, again, {**LORA, "seed": 1, "optim": {"lr": 5e-3}})
+    code, reason = failure_of(parts, again, {**LORA, "seed": 1, "optim": {"lr": 5e-3}})
     assert code == 2
     assert "seed: 42 in the checkpoint, 1 now" in reason and "optim.lr: 0.01 in the checkpoint, 0.005 now" in reason
-    code, reason = failure(parts, again, {**LORA, "checkpoint": {"resume": "none"}})
+    code, reason = failure_of(parts, again, {**LORA, "checkpoint": {"resume": "none"}})
     assert code == 2 and "resume = 'auto'" in reason
     other = {**LORA, "lora": {"rank": 3}, "checkpoint": {"resume": str(finished / "checkpoint-6")}}
-    code, reason = failure(parts, tmp_path / "other", other)
+    code, reason = failure_of(parts, tmp_path / "other", other)
     assert code == 2 and "lora.rank" in reason
 
 

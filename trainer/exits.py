@@ -41,10 +41,9 @@ def code_of(error: BaseException) -> int:
     return getattr(error, "exit_code", INTERNAL)
 
 
-def clear(output_dir: Path, rank: int) -> None:
+def clear(output_dir: Path) -> None:
     """Forget how the start before this one ended."""
-    if rank == 0:
-        (output_dir / NAME).unlink(missing_ok=True)
+    (output_dir / NAME).unlink(missing_ok=True)
 
 
 def record(output_dir: Path | None, code: int, reason: str, step: int | None, rank: int) -> bool:

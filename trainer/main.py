@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+from model.config import ConfigError
 from trainer import exits
 from trainer.checkpoint import restore
 from trainer.config import RunConfig, load_config
@@ -18,7 +19,7 @@ from trainer.loop import Loop
 from trainer.metrics import MetricsLog
 from trainer.report import plan
 from trainer.resume import choose, read_state
-from trainer.schema import to_tables, to_toml
+from trainer.schema import apply_override, read_toml, to_tables, to_toml
 from trainer.setup import Setup, build, make_deterministic, resolved
 from trainer.sources import open_data
 
@@ -32,7 +33,8 @@ def run(config: RunConfig, world: World | None = None) -> int:
         rank = world.rank
         prepare_folder(folder, world)
         train(resolved(config, world), world, progress)
-        exits.record(folder, exits.DONE, "done", progress.step, rank)
+        if world.is_main:
+            exits.record(folder, exits.DONE, "done", progress.step, rank)
         if own:
             stop_world()
         return exits.DONE
@@ -83,7 +85,7 @@ def prepare_folder(folder: Path, world: World) -> None:
     if world.is_main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            exits.clear(folder, world.rank)
+            exits.clear(folder)
         except OSError as error:
             problem = f"output_dir = {str(folder)!r} cannot be written: {error.strerror}"
     if text := world.broadcast_json(problem):
@@ -106,8 +108,26 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load_config(arguments.cfg, arguments.overrides)
     except Exception as error:
-        return exits.report_failure(error, None, None, int(os.environ.get("RANK", "0")))
+        # Every rank reads the same file and finds the same: one of them tells.
+        if int(os.environ.get("RANK", "0")) == 0:
+            if folder := named_folder(arguments.cfg, arguments.overrides):
+                exits.clear(folder)
+            exits.report_failure(error, folder, None, 0)
+        return exits.code_of(error)
     return run(config)
+
+
+def named_folder(path: str, overrides: list[str]) -> Path | None:
+    """output_dir of a run file that is wrong elsewhere, so that exit.json can tell; None where it names none."""
+    try:
+        tables = read_toml(path)
+        for text in overrides:
+            apply_override(tables, text)
+        folder = Path(tables["output_dir"])
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    except (ConfigError, KeyError, TypeError, OSError):
+        return None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,157 @@
+"""What goes wrong for people: one clear message each, the documented code in exit.json, no traceback of ours, no hang."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import failure_of, save_parts, save_records, start_alone, tables
+from trainer.main import main
+from trainer.schema import to_toml
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("errors")
+    save_parts(folder)
+    save_records(folder)
+    return folder
+
+
+def broken_records(folder: Path, **changes: Any) -> Path:
+    """A copy of the records whose record 3 has other fields."""
+    records = json.loads((folder / "train.json").read_text())
+    records[4] |= changes
+    path = folder / "broken.json"
+    path.write_text(json.dumps(records, indent=1))
+    return path
+
+
+def source(folder: Path, path: Path) -> dict[str, Any]:
+    return {"path": str(path), "media_root": str(folder / "images")}
+
+
+CONFIGURATION: dict[str, tuple[dict[str, Any], str]] = {
+    "model folder": ({"model": {"llm": {"path": "./nowhere"}}}, "model.llm.path = './nowhere'"),
+    "tower folder": ({"model": {"vision": {"path": "./nowhere"}}}, "model.vision.path = './nowhere' is no folder"),
+    "data file": ({"data": {"sources": [{"path": "nowhere.json"}]}}, "nowhere.json"),
+    "init_from": ({"model": {"init_from": "nowhere"}}, "no final/ or checkpoint folder"),
+    "projector path": ({"model": {"vision_projector": {"path": "nowhere.bin"}}}, "model.vision_projector.path = 'nowhere.bin'"),
+    "lora path": ({"model": {"llm": {"tune": "lora"}}, "lora": {"path": "nowhere"}}, "lora.path = 'nowhere'"),
+    "lora pattern": ({"model": {"llm": {"tune": "lora"}}, "lora": {"targets": ["*.qproj"]}}, "'*.qproj' matches no linear layer"),
+    "projector kind": ({"model": {"vision_projector": {"kind": "mlp0x_gelu"}}}, "'mlp0x_gelu' is not"),
+    "identity": ({"model": {"vision_projector": {"kind": "identity"}}}, "needs equal widths"),
+    "layer": ({"model": {"vision": {"layer": -9}}}, "model.vision.layer = -9 is not in [-4, 3]"),
+    "attention": ({"model": {"attention": "warp"}}, "model.attention = 'warp'"),
+    "template": ({"data": {"template": "llama2"}}, "llama2"),
+    "no vision part": ({"model": {"vision": None, "vision_projector": None}}, "no [model.vision] is configured"),
+    "resume": ({"checkpoint": {"resume": "runs/checkpoint-9"}}, "no such folder"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGURATION)
+def test_configuration_errors_exit_with_2(parts: Path, tmp_path: Path, case: str) -> None:
+    sections, expected = CONFIGURATION[case]
+    code, reason = failure_of(parts, tmp_path / "run", sections)
+    assert code == 2 and expected in reason
+
+
+def test_a_part_that_nothing_feeds_is_an_error(parts: Path, tmp_path: Path) -> None:
+    texts = [r for r in json.loads((parts / "train.json").read_text()) if "image" not in r]
+    (parts / "texts.json").write_text(json.dumps(texts))
+    code, reason = failure_of(parts, tmp_path / "run", {"data": {"sources": [source(parts, parts / "texts.json")]}})
+    assert code == 2 and "[model.vision] can never be fed" in reason
+
+
+DATA: dict[str, tuple[dict[str, Any], str]] = {
+    "placeholders": ({"image": ["4_0.png", "1_0.png"]}, "r4: image"),
+    "missing image": ({"image": "gone.png"}, "gone.png"),
+    "outside": ({"image": "../train.json"}, "../train.json"),
+    "empty answer": ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": ""}], "image": None}, "r4: "),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_data_errors_name_file_line_and_id(parts: Path, tmp_path: Path, case: str) -> None:
+    changes, expected = DATA[case]
+    sections = {"data": {"sources": [source(parts, broken_records(parts, **changes))], "on_bad_sample": "error"}}
+    code, reason = failure_of(parts, tmp_path / "run", sections)
+    assert code == 65
+    assert "broken.json:" in reason and "r4" in reason and expected in reason
+
+
+def test_a_quarantined_record_stands_in_the_file_once_and_the_run_goes_on(parts: Path, tmp_path: Path) -> None:
+    sections = {"data": {"sources": [source(parts, broken_records(parts, image="gone.png"))]}, "train": {"max_steps": 9}}
+    assert start_alone(parts, tmp_path / "run", sections).code == 0  # two epochs
+    lines = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
+    assert len(lines) == 1
+    row = json.loads(lines[0])
+    assert (row["sample_id"], row["source"], row["id"]) == (4, "broken", "r4") and "gone.png" in row["reason"]
+
+
+def test_too_many_bad_records_stop_the_run(parts: Path, tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    shutil.copytree(parts / "images", root)
+    for path in list(root.glob("*_0.png"))[:10]:
+        path.write_bytes(path.read_bytes()[:60])
+    sections = {"data": {"sources": [{"path": str(parts / "train.json"), "media_root": str(root)}]}}
+    code, reason = failure_of(parts, tmp_path / "run", sections)
+    assert code == 65
+    assert "data.max_bad_fraction allows 8" in reason and "worst source: 'train'" in reason and "quarantine.jsonl" in reason
+
+
+def test_no_samples(parts: Path, tmp_path: Path) -> None:
+    (tmp_path / "none.json").write_text("[]")
+    code, reason = failure_of(parts, tmp_path / "run", {"data": {"sources": [source(parts, tmp_path / "none.json")]}})
+    assert code == 65 and "none.json" in reason
+
+
+def test_numbers_that_stay_non_finite_stop_the_run(parts: Path, tmp_path: Path) -> None:
+    """A learning rate that blows the weights up: updates are skipped, then the run ends with 70."""
+    sections = {"optim": {"lr": 1e30, "clip_norm": 0.0, "schedule": "constant", "warmup_steps": 0}, "train": {"max_steps": 20}}
+    code, reason = failure_of(parts, tmp_path / "run", sections)
+    assert code == 70 and "not finite for" in reason and "faults.max_nonfinite = 3" in reason
+
+
+def test_a_folder_that_cannot_be_written(parts: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert start_alone(parts, tmp_path / "file" / "run", {}).code == 73
+
+
+def test_a_broken_run_file_is_told_in_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(f'output_dir = "{tmp_path / "run"}"\nsed = 1\n[model.llm]\npath = 3\n')
+    assert main(["--cfg", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert "sed is not a setting; did you mean 'seed'?" in said and "model.llm.path = 3 is not a string" in said
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 2
+
+
+def test_a_port_in_use_is_named(parts: Path, tmp_path: Path) -> None:
+    """Ranks started by hand, without torchrun: rank 0 cannot listen."""
+    (tmp_path / "run.toml").write_text(to_toml(tables(parts, output_dir=str(tmp_path / "run"))))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        environment = {
+            "RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "PATH": "/usr/bin:/bin",
+        }
+        command = [sys.executable, "-m", "trainer.main", "--cfg", str(tmp_path / "run.toml")]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert f"127.0.0.1:{port}" in done.stderr and "choose another one" in done.stderr and "Traceback" not in done.stderr
