@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +29,6 @@ def generate(
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
-    # Every field that matters is given: a folder's own generation_config would otherwise decide.
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=list(model.stop_ids) or None,
@@ -36,12 +37,22 @@ def generate(
         **sampling,
     )
     mask = batch.attention_mask if batch.attention_mask is not None else torch.ones_like(batch.input_ids)
-    with torch.no_grad(), masked_attention(model.llm), torch.random.fork_rng(enabled=seed is not None):
+    with torch.no_grad(), masked_attention(model.llm), no_settings(model.llm), torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         llm: Any = model.llm
         ids = llm.generate(inputs_embeds=model.embed(batch), attention_mask=mask, generation_config=config)
     return [_until_stop(row, model.stop_ids) for row in ids.tolist()]
+
+
+@contextmanager
+def no_settings(llm: Any) -> Iterator[None]:
+    """Inside, the model has no generation settings of its own: those in a folder's files would fill in what is not given."""
+    before, llm.generation_config = llm.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        llm.generation_config = before
 
 
 def _until_stop(ids: list[int], stop_ids: tuple[int, ...]) -> list[int]:

@@ -1,0 +1,146 @@
+"""Our decoder without masks and our loss of supervised rows equal the plain Hugging Face model with its own mask and loss."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from model import attention, loss
+from model.batch import IGNORE_INDEX, Batch
+from model.build import build_model
+from model.config import ConfigError, LlmConfig, ModelConfig
+from model.llm import Vocabulary, check_supported, head_weight
+from model.multimodal import MultimodalLM
+from tests.tiny import LLMS, VOCAB, save_llm
+
+LENGTHS = [21, 13, 5]  # two are longer than the sliding window of 8
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def batch(supervised_share: float = 0.5) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    width = max(LENGTHS)
+    mask = (torch.arange(width) < torch.tensor(LENGTHS)[:, None]).long()
+    ids = torch.randint(0, VOCAB, mask.shape, generator=generator)
+    shifted = torch.cat([ids[:, 1:], torch.zeros(len(LENGTHS), 1, dtype=torch.long)], 1)
+    valid = torch.arange(width) < torch.tensor(LENGTHS)[:, None] - 1
+    chosen = valid & (torch.rand(mask.shape, generator=generator) < supervised_share)
+    labels = torch.where(chosen, shifted, IGNORE_INDEX)
+    return Batch(
+        input_ids=ids * mask,
+        labels=labels,
+        attention_mask=mask,
+        position_ids=torch.arange(width).expand(len(LENGTHS), -1).contiguous(),
+        supervised=chosen.flatten().nonzero().flatten(),
+        sample_ids=torch.arange(len(LENGTHS)),
+        source_ids=torch.zeros(len(LENGTHS), dtype=torch.long),
+        num_real_tokens=sum(LENGTHS),
+    )
+
+
+def ours(folder: Path, attention_name: str = "sdpa") -> MultimodalLM:
+    return build_model(ModelConfig(LlmConfig(str(folder), "full"), dtype="float32", attention=attention_name))
+
+
+def theirs(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").train()
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name.removeprefix("llm."): p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", LLMS)
+def test_hidden_states_of_real_tokens_equal_those_under_a_mask(tmp_path: Path, family: str) -> None:
+    save_llm(tmp_path, family)
+    data, plain = batch(), theirs(tmp_path)
+    real = data.attention_mask.bool()  # type: ignore[union-attr]
+    with torch.no_grad():
+        expected = plain(input_ids=data.input_ids, attention_mask=data.attention_mask).logits[real]
+        model = ours(tmp_path)
+        assert model.llm.config._attn_implementation == attention.NAME
+        embeds = model.embed(data)
+        hidden = model.llm.get_decoder()(inputs_embeds=embeds, position_ids=data.position_ids, use_cache=False).last_hidden_state
+        found = (hidden @ head_weight(model.llm).T)[real]
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", LLMS)
+def test_loss_and_every_gradient_equal_those_of_full_logits(
+    tmp_path: Path, family: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_llm(tmp_path, family)
+    data = batch()
+    monkeypatch.setattr(loss.text_term, "__defaults__", (5,))  # chunks of 5 rows; the last one is not full
+    assert data.num_supervised > 5 and data.num_supervised % 5
+    model, plain = ours(tmp_path, name), theirs(tmp_path)
+    term = model(data)["text"]
+    term.sum.backward()
+    logits = plain(input_ids=data.input_ids, attention_mask=data.attention_mask).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), data.labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    expected.backward()
+    torch.testing.assert_close(term.sum, expected, **TOLERANCE)
+    assert term.num_addends == data.num_supervised
+    found, wanted = gradients(model), gradients(plain)
+    assert found.keys() == wanted.keys()
+    for key, value in found.items():
+        torch.testing.assert_close(value, wanted[key], rtol=1e-4, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_tied"])
+def test_a_batch_without_supervision_gives_every_parameter_a_gradient_of_zeros(tmp_path: Path, family: str) -> None:
+    model = ours(save_llm(tmp_path, family))
+    term = model(batch(0.0))["text"]
+    assert term.sum.item() == 0.0 and term.num_addends == 0
+    term.sum.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_tied_matrices_are_one_parameter_and_untied_ones_two(tmp_path: Path) -> None:
+    for family, count in (("qwen2_tied", 1), ("qwen2", 2)):
+        model = ours(save_llm(tmp_path / family, family))
+        head, embeddings = head_weight(model.llm), model.llm.get_input_embeddings().weight  # type: ignore[operator]
+        assert len({id(head), id(embeddings)}) == count
+        assert sum(p.shape == (VOCAB, 32) for p in model.parameters()) == count
+
+
+def test_our_attention_refuses_what_it_cannot_honour(tmp_path: Path) -> None:
+    model, data = ours(save_llm(tmp_path)), batch()
+    with pytest.raises(ValueError, match="no mask, no cache"):
+        model.llm(inputs_embeds=model.embed(data), attention_mask=torch.zeros(3, 1, 21, 21), use_cache=False)
+
+
+@pytest.mark.parametrize("name", ["flash_typo", "varlen"])
+def test_an_attention_nobody_knows_is_a_configuration_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.attention = '{name}'"):
+        ours(save_llm(tmp_path), name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("granite", {"logits_scaling": 8.0}, "changes its logits"),
+        ("cohere", {"logit_scale": 0.0625}, "changes its logits"),
+        ("gemma2", {"final_logit_softcapping": 30.0}, "changes its logits"),
+        ("gemma2", {"final_logit_softcapping": None, "attn_logit_softcapping": 50.0}, "use 'eager'"),
+        ("mixtral", {}, "mixture of experts"),
+        ("qwen3_moe", {}, "mixture of experts"),
+    ],
+)
+def test_models_whose_loss_would_be_wrong_are_refused(kind: str, changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        check_supported(AutoConfig.for_model(kind, **changes), "sdpa")
+
+
+def test_rows_of_the_vocabulary() -> None:
+    assert Vocabulary().rows(320) == 320
+    assert Vocabulary(size=320).rows(320) == 320
+    assert Vocabulary(size=100).rows(320) == 320
+    assert Vocabulary(size=321).rows(320) == 384
+    assert Vocabulary(size=384).rows(320) == 384
