@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
 from model.card import ModelCard, read_card
 from model.config import ConfigError
-from model.files import Rows, Tensors, read_weights
+from model.files import Rows, Tensors, read_weights, sampled_digest
 from model.hub import weight_files
 from model.initial import grown, initial_adapter, initial_tensors
 from model.lora import SUFFIXES, adapted, is_adapter
@@ -27,7 +28,10 @@ LLAVA_PROJECTOR = "mm_projector."
 
 def weight_layers(card: ModelCard, model: MultimodalLM, seed: int) -> list[Layer]:
     """Origins of a new run's weights: init_from, then what a part's `path` and `lora.path` name, bases, new parts."""
-    return [*given_layers(card, model), *base_layers(card, model), Layer("new", lambda: new_tensors(card, model, seed))]
+    given = given_layers(card, model)
+    # An earlier run's weights mean something only on the very bases it was trained on.
+    bases = read_card(Path(card.model.init_from)).bases if card.model.init_from else card.bases
+    return [*given, *base_layers(replace(card, bases=bases), model), Layer("new", lambda: new_tensors(card, model, seed))]
 
 
 def given_layers(card: ModelCard, model: MultimodalLM, held: Collection[str] = ()) -> list[Layer]:
@@ -111,18 +115,32 @@ def check_same_lora(saved: ModelCard, card: ModelCard, folder: Path) -> None:
 
 
 def base_layers(card: ModelCard, model: MultimodalLM) -> list[Layer]:
-    """The Hugging Face folders, opened only when something is needed from them."""
+    """The Hugging Face folders, opened only when something is needed from them.
+
+    ConfigError then, if they are not those whose digests the card has.
+    """
     config = card.model
     layers = [Layer(config.llm.path, lambda: llm_tensors(card, model))]
     if config.vision is not None:
-        path = config.vision.path
-        layers.append(Layer(path, lambda: tower_tensors(path, model.get_submodule("vision"), config.cache_dir)))
+        tower, path = model.get_submodule("vision"), config.vision.path
+        layers.append(Layer(path, lambda: tower_tensors(path, tower, config.cache_dir, digest=card.bases.get("vision", ""))))
     return layers
+
+
+def base_files(part: str, path: str, cache_dir: str, digest: str) -> list[Path]:
+    """Weight files of a base; ConfigError when their fingerprint is not `digest` ("" = not known)."""
+    files = weight_files(f"model.{part}.path", path, cache_dir)
+    if digest and sampled_digest(files) != digest:
+        raise ConfigError(
+            f"model.{part}.path = {path!r} holds other weights than the ones this run was trained on: restore them, or name "
+            f"the folder where they are, as load_model(..., base={{{part!r}: path}})"
+        )
+    return files
 
 
 def llm_tensors(card: ModelCard, model: MultimodalLM) -> Tensors:
     found: Tensors = {}
-    for path in weight_files("model.llm.path", card.model.llm.path, card.model.cache_dir):
+    for path in base_files("llm", card.model.llm.path, card.model.cache_dir, card.bases.get("llm", "")):
         found |= {f"llm.{name}": rows for name, rows in read_weights(path).items()}
     return fitted(found, card, None, model)
 
@@ -147,10 +165,10 @@ def vocabulary_matrices(model: MultimodalLM) -> dict[str, int]:
     }
 
 
-def tower_tensors(path: str, tower: nn.Module, cache_dir: str, others: tuple[str, ...] = ()) -> Tensors:
+def tower_tensors(path: str, tower: nn.Module, cache_dir: str, others: tuple[str, ...] = (), digest: str = "") -> Tensors:
     """The tower's own tensors, and `others` that it does not build, out of a folder that may hold more, under any prefix."""
     files: Tensors = {}
-    for file in weight_files("model.vision.path", path, cache_dir):
+    for file in base_files("vision", path, cache_dir, digest):
         files |= read_weights(file)
     own = [name.removeprefix("tower.") for name, _ in tower.named_parameters() if not is_adapter(name)]
     wanted = [*own, *others]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from data.config import DataConfig
 from data.processor import Processor, make_processor
@@ -115,10 +117,8 @@ def save_checkpoint(run: Run, folder: Path, num_ranks: int = 2, step: int = 7) -
     return target
 
 
-def write_rows(folder: Path, rank: int, num_ranks: int, tensors: dict[str, torch.Tensor]) -> None:
+def write_rows(folder: Path, rank: int, num_ranks: int, tensors: dict[str, Tensor]) -> None:
     """The rows that `rank` of `num_ranks` holds of each tensor; none of small ones on late ranks."""
-    import json
-
     shares = {}
     layout = {}
     for name, tensor in tensors.items():
@@ -142,5 +142,10 @@ def one_process() -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def with_llm(run: Run, **changes: Any) -> ModelConfig:
-    return replace(run.card.model, llm=replace(run.card.model.llm, **changes))
+def values(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []

@@ -1,0 +1,173 @@
+"""Runs that start from earlier runs: what goes on, what is merged, what is refused; and what load_model gives back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.build import build_model
+from model.config import ConfigError, LlmConfig, LoraConfig, ModelConfig
+from model.load import load_model
+from model.multimodal import MultimodalLM
+from tests.finals import NO_LORA, build, config_of, same, save_checkpoint, save_final, save_parts, trainable, trained, values
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Path:
+    return save_parts(tmp_path / "parts")
+
+
+def start(config: ModelConfig, lora: LoraConfig = NO_LORA) -> MultimodalLM:
+    return build(config, lora, seed=99).model
+
+
+@pytest.mark.parametrize("save", [save_final, save_checkpoint])
+def test_lora_goes_on_from_lora(parts: Path, tmp_path: Path, save: object) -> None:
+    before = trained(config_of(parts, "lora", "lora"))
+    folder = save(before, tmp_path)  # type: ignore[operator]
+    same(values(start(config_of(parts, "lora", "lora", init_from=str(folder)))), values(before.model))
+
+
+def merged(run: MultimodalLM) -> dict[str, Tensor]:
+    """Weights with the adapters in them, computed apart from the code under test."""
+    found = {}
+    named = values(run)
+    for name, value in named.items():
+        if name.endswith((".lora_A", ".lora_B")):
+            continue
+        path = name.removesuffix(".weight")
+        if f"{path}.lora_A" in named:
+            value = (
+                value.double() + NO_LORA.alpha / NO_LORA.rank * named[f"{path}.lora_B"].double() @ named[f"{path}.lora_A"].double()
+            )
+        found[name] = value.float()
+    return found
+
+
+@pytest.mark.parametrize("tune", ["full", "frozen"])
+@pytest.mark.parametrize("save", [save_final, save_checkpoint])
+def test_lora_is_merged_where_it_does_not_go_on(parts: Path, tmp_path: Path, save: object, tune: str) -> None:
+    before = trained(config_of(parts, "lora", "lora"))
+    folder = save(before, tmp_path)  # type: ignore[operator]
+    found, expected = values(start(config_of(parts, tune, "frozen", init_from=str(folder)))), merged(before.model)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7)
+    base = load_file(parts / "llm" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+    assert (found["llm.model.layers.0.self_attn.q_proj.weight"] - base).abs().max() > 1e-3
+
+
+def test_full_then_lora_starts_equal_and_adapts_what_was_trained(parts: Path, tmp_path: Path) -> None:
+    before = trained(config_of(parts, "full", "full"))
+    found = values(start(config_of(parts, "lora", "frozen", init_from=str(save_final(before, tmp_path)))))
+    same({n: v for n, v in found.items() if ".lora_" not in n}, values(before.model))
+    assert all(not v.any() for n, v in found.items() if n.endswith(".lora_B"))
+    assert all(v.abs().max() > 0 for n, v in found.items() if n.endswith(".lora_A"))
+
+
+def test_a_third_stage_stands_on_both_before_it(parts: Path, tmp_path: Path) -> None:
+    """A projector alone, then LoRA, then the projector alone again on the merged model: every stage's weights are there."""
+    first = trained(config_of(parts, "frozen"), seed=1)
+    first_final = str(save_final(first, tmp_path / "1"))
+    second = trained(config_of(parts, "lora", init_from=first_final), seed=2)
+    assert torch.equal(second.model.get_parameter("llm.lm_head.weight"), first.model.get_parameter("llm.lm_head.weight"))
+    second_final = str(save_final(second, tmp_path / "2"))
+    third = trained(config_of(parts, "frozen", init_from=second_final), seed=3)
+    expected = merged(second.model)
+    for name, value in values(third.model).items():
+        if not name.startswith("vision_projector."):
+            torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7)
+    final = save_final(third, tmp_path / "3")
+    same(values(load_model(final)), values(third.model))
+
+
+@pytest.mark.parametrize("tune", ["frozen", "lora", "full"])
+@pytest.mark.parametrize("save", [save_final, save_checkpoint])
+def test_load_model_gives_what_was_trained(parts: Path, tmp_path: Path, save: object, tune: str) -> None:
+    run = trained(config_of(parts, tune, tune))
+    folder = save(run, tmp_path)  # type: ignore[operator]
+    net = load_model(folder, merge_lora=False)
+    same(values(net), values(run.model))
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+    assert net.stop_ids == run.processor.stop_ids
+    found, expected = values(load_model(folder)), merged(run.model)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7)
+
+
+def test_a_moved_base_is_named_and_may_be_given(parts: Path, tmp_path: Path) -> None:
+    folder = save_final(trained(config_of(parts, "lora")), tmp_path)
+    moved = parts.with_name("moved")
+    expected = values(load_model(folder))
+    parts.rename(moved)
+    with pytest.raises(ConfigError, match=r"model\.(llm|vision)\.path = .* is no folder"):
+        load_model(folder)
+    same(values(load_model(folder, base={"llm": str(moved / "llm"), "vision": str(moved / "vision")})), expected)
+    with pytest.raises(ConfigError, match="base: 'audio' is not one of llm, vision, init_from"):
+        load_model(folder, base={"audio": "x"})
+
+
+def test_a_base_that_changed_since_is_refused(parts: Path, tmp_path: Path) -> None:
+    folder = save_final(trained(config_of(parts, "lora")), tmp_path)
+    tensors = load_file(parts / "llm" / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, parts / "llm" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"other weights than the ones this run was trained on"):
+        load_model(folder)
+    with pytest.raises(ConfigError, match=r"model\.llm\.path = .* holds other weights"):
+        start(config_of(parts, "lora", init_from=str(folder)))
+
+
+def test_a_finished_run_needs_no_adapter_or_projector_it_started_from(parts: Path, tmp_path: Path) -> None:
+    before = save_final(trained(config_of(parts, "lora")), tmp_path / "1")
+    lora = replace(NO_LORA, path=str(before))
+    run = trained(config_of(parts, "lora", path=str(before)), lora)
+    folder = save_final(run, tmp_path / "2")
+    before.rename(tmp_path / "gone")
+    same(values(load_model(folder, merge_lora=False)), values(run.model))
+    assert load_model(folder)(run.processor([], answers=True))["text"].num_addends == 0
+
+
+def test_two_origins_of_one_part_are_an_error(parts: Path, tmp_path: Path) -> None:
+    folder = str(save_final(trained(config_of(parts, "lora")), tmp_path))
+    with pytest.raises(ConfigError, match=r"model\.vision_projector\.path and model\.init_from both hold the projector"):
+        start(config_of(parts, "lora", init_from=folder, path=folder))
+    with pytest.raises(ConfigError, match=r"lora\.path and model\.init_from both hold adapters"):
+        start(config_of(parts, "lora", init_from=folder), replace(NO_LORA, path=folder))
+
+
+def test_an_earlier_run_on_other_bases_or_with_other_lora_is_refused(parts: Path, tmp_path: Path) -> None:
+    folder = str(save_final(trained(config_of(parts, "lora")), tmp_path))
+    with pytest.raises(ConfigError, match=r"lora\.rank = 4, but the adapter in .* was trained with 2"):
+        start(config_of(parts, "lora", init_from=folder), LoraConfig(rank=4))
+    other = save_parts(tmp_path / "other", "llama")
+    with pytest.raises(ConfigError, match="was trained on another llm model"):
+        start(config_of(other, "lora", init_from=folder))
+    with pytest.raises(ConfigError, match=r"configure .model.vision. as well"):
+        build_model(ModelConfig(LlmConfig(str(parts / "llm")), init_from=folder))
+
+
+def test_a_damaged_checkpoint_and_a_folder_of_something_else_are_refused(parts: Path, tmp_path: Path) -> None:
+    folder = save_checkpoint(trained(config_of(parts, "lora")), tmp_path)
+    file = folder / "rank-00001-of-00002.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"rank-00001-of-00002.safetensors was changed"):
+        load_model(folder)
+    with pytest.raises(ConfigError, match=r"is no final/ or checkpoint folder of ours: model\.json"):
+        load_model(parts)
+
+
+def test_first_values_depend_on_the_seed_and_the_name_alone(parts: Path) -> None:
+    config = config_of(parts, "lora")
+    first, again, other = (trainable(build(config, seed=seed).model) for seed in (1, 1, 2))
+    for name, value in first.items():
+        assert torch.equal(value, again[name])
+        assert name.endswith(".lora_B") or not torch.equal(value, other[name]), name
+    assert len({v.flatten()[0].item() for n, v in first.items() if not n.endswith("lora_B")}) > 10
