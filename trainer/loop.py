@@ -88,7 +88,6 @@ class Loop:
             self.log.write(done, validate(self.setup))
         if saves:
             self.quarantine.flush(self.setup.world)
-            self._check_finite()
             self._save(done)
             self.log.write_trainer_state(done, self.setup.total_steps)
 
@@ -105,8 +104,8 @@ class Loop:
         self._check_finite()
 
     def _check_finite(self) -> None:
-        """Host sync. The same on every rank, because the norm that decides is."""
-        in_a_row, limit = int(self.meter.skipped_in_a_row.item()), self.setup.config.faults.max_nonfinite
+        """After the meter was read; the same on every rank."""
+        in_a_row, limit = self.meter.num_skipped_in_a_row, self.setup.config.faults.max_nonfinite
         if in_a_row >= limit:
             raise ProofError(
                 f"loss or gradient was not finite for {in_a_row} steps in a row (faults.max_nonfinite = {limit}); those updates "
@@ -117,4 +116,5 @@ class Loop:
         setup = self.setup
         lengths = setup.data.sampler.lengths  # type: ignore[union-attr]
         state = {**run_state(setup.config, lengths), "meter": self.meter.totals()}
+        self._check_finite()
         self.checkpointer.save(done, setup.trained, state, setup.data.card, setup.data.processor)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import json
 import math
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,32 @@ NAME = "metrics.jsonl"
 HUGGING_FACE_NAMES = {"train/loss": "loss", "train/grad_norm": "grad_norm", "val/loss": "eval_loss"}
 
 
+FOLD = 64
+"""Micro-batches whose addends are kept before they are summed: summing each one at once would cost a dozen kernels a step."""
+
+
 class SourceSums:
-    """Cross entropy and supervised positions per source, summed on the device."""
+    """Cross entropy and supervised positions per source, on the device."""
 
     def __init__(self, num_sources: int, device: torch.device) -> None:
         self.values = torch.zeros(2, num_sources, dtype=torch.float64, device=device)
+        self.waiting: list[tuple[Batch, Tensor]] = []
 
     def add(self, batch: Batch, addends: Tensor) -> None:
-        sources = batch.source_ids[batch.supervised // batch.labels.shape[1]]
-        self.values[0].index_add_(0, sources, addends.double())
-        self.values[1].index_add_(0, sources, torch.ones_like(addends, dtype=torch.float64))
+        """`addends` (S,) of the supervised positions of `batch`."""
+        # Of the batch only the small tensors are kept alive, not its pictures.
+        self.waiting.append((replace(batch, media={}), addends))
+        if len(self.waiting) >= FOLD:
+            self.total()
+
+    def total(self) -> Tensor:
+        """(2, sources): sums and counts so far, of this rank."""
+        if self.waiting:
+            sources = torch.cat([b.source_ids[b.supervised // b.labels.shape[1]] for b, _ in self.waiting])
+            addends = torch.cat([a for _, a in self.waiting]).double()
+            self.values.index_add_(1, sources, torch.stack([addends, torch.ones_like(addends)]))
+            self.waiting = []
+        return self.values
 
 
 def mean_losses(sums: Tensor, names: list[str], prefix: str) -> dict[str, float]:
@@ -46,13 +63,14 @@ class Meter:
 
     def __init__(self, source_names: list[str], world: World) -> None:
         self.names, self.world = source_names, world
-        self.skipped_in_a_row = torch.zeros((), device=world.device)
+        self.num_skipped_in_a_row = 0
         self.grad_norm = torch.zeros((), device=world.device)
         self.reset()
 
     def reset(self) -> None:
         self.sums = SourceSums(len(self.names), self.world.device)
-        self.skipped = torch.zeros((), device=self.world.device)
+        self.skipped: list[Tensor] = []
+        self.num_skipped = 0
         self.num_tokens = 0
         self.wait = 0.0
         self.since = time.perf_counter()
@@ -62,21 +80,31 @@ class Meter:
         for batch, addends in zip(batches, result.addends):
             self.sums.add(batch, addends)
             self.num_tokens += batch.num_real_tokens
-        self.skipped += result.skipped
-        self.skipped_in_a_row = (self.skipped_in_a_row + result.skipped) * result.skipped
+        self.skipped.append(result.skipped)
         self.grad_norm = result.grad_norm
         self.wait += wait
 
     def totals(self) -> dict[str, Any]:
         """Sums over ranks as plain numbers. Collective, host sync."""
+        self._count_skipped()
+        sums = self.sums.total()
         facts = torch.tensor([float(self.num_tokens), self.wait], dtype=torch.float64, device=self.world.device)
-        flat = self.world.sum(torch.cat([self.sums.values.flatten(), facts]))
-        sums = flat[:-2].view_as(self.sums.values)
-        return {"sums": sums.tolist(), "num_tokens": flat[-2].item(), "wait": flat[-1].item(), "skipped": self.skipped.item()}
+        flat = self.world.sum(torch.cat([sums.flatten(), facts]))
+        *numbers, num_tokens, wait = flat.tolist()
+        both = [numbers[: len(self.names)], numbers[len(self.names) :]]
+        return {"sums": both, "num_tokens": num_tokens, "wait": wait, "skipped": self.num_skipped}
+
+    def _count_skipped(self) -> None:
+        """Host sync. The same on every rank, because the norm that decides is."""
+        flags = torch.stack(self.skipped).tolist() if self.skipped else []
+        self.skipped = []
+        for flag in flags:
+            self.num_skipped_in_a_row = self.num_skipped_in_a_row + 1 if flag else 0
+            self.num_skipped += bool(flag)
 
     def restore(self, totals: dict[str, Any]) -> None:
         """Go on with sums of before; rank 0 holds them all, so that they count once."""
-        self.skipped += totals["skipped"]
+        self.num_skipped = totals["skipped"]
         if self.world.is_main:
             self.sums.values += torch.tensor(totals["sums"], dtype=torch.float64, device=self.world.device)
             self.num_tokens += int(totals["num_tokens"])
@@ -84,11 +112,11 @@ class Meter:
     def read(self) -> dict[str, Any]:
         """The metrics of a line, and a new beginning. Collective, host sync."""
         totals, seconds = self.totals(), time.perf_counter() - self.since
-        sums = torch.tensor(totals["sums"])
+        sums = torch.tensor(totals["sums"], dtype=torch.float64)
         line = {
             **mean_losses(sums, self.names, "train"),
             "train/grad_norm": self.grad_norm.item(),
-            "train/skipped_steps": int(totals["skipped"]),
+            "train/skipped_steps": totals["skipped"],
             "train/tokens": int(totals["num_tokens"]),
             "train/supervised_tokens": int(sums[1].sum()),
             "perf/tokens_per_second": totals["num_tokens"] / seconds,

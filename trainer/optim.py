@@ -24,12 +24,15 @@ def learning_rates(model: ModelConfig, optim: OptimConfig) -> dict[str, float]:
 
 
 def build_optimizer(model: MultimodalLM, config: ModelConfig, optim: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the trainable parameters. Norms, biases and other vectors are never decayed."""
+    """Fused AdamW over the trainable parameters. Norms, biases and other vectors are never decayed; without weight decay a
+    part is one group, because every group is a kernel launch of its own.
+    """
     groups = []
     for part, lr in learning_rates(config, optim).items():
         named = [(name, p) for name, p in model.get_submodule(part).named_parameters() if p.requires_grad]
-        for kind, decay in (("decay", optim.weight_decay), ("no_decay", 0.0)):
-            chosen = [p for _, p in named if (p.dim() > 1) == (kind == "decay")]
+        kinds = {"decay": optim.weight_decay, "no_decay": 0.0} if optim.weight_decay else {"no_decay": 0.0}
+        for kind, decay in kinds.items():
+            chosen = [p for _, p in named if len(kinds) == 1 or (p.dim() > 1) == (kind == "decay")]
             if chosen:
                 groups.append({"params": chosen, "name": f"{part}/{kind}", "lr": lr, "peak_lr": lr, "weight_decay": decay})
     check_groups(model, groups)
@@ -54,16 +57,16 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     grads = [p.grad for p in parameters if p.grad is not None]
     shards = [g.to_local() for g in grads if isinstance(g, DTensor)]
     whole = [g for g in grads if not isinstance(g, DTensor)]
-    total = _squares(shards, grads)
-    if shards and dist.get_world_size() > 1:
+    if not shards:
+        return _norm(whole)
+    total = _norm(shards).square()
+    if dist.get_world_size() > 1:
         dist.all_reduce(total)
-    return (total + _squares(whole, grads)).sqrt()
+    return (total + _norm(whole).square()).sqrt() if whole else total.sqrt()
 
 
-def _squares(tensors: list[Tensor], grads: list[Tensor]) -> Tensor:
-    if not tensors:
-        return torch.zeros((), device=grads[0].device)
-    return torch.stack(torch._foreach_norm(tensors, dtype=torch.float32)).square().sum()
+def _norm(tensors: list[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, dtype=torch.float32)))
 
 
 def clipped_update(optimizer: torch.optim.Optimizer, norm: Tensor, clip_norm: float) -> Tensor:
@@ -72,7 +75,8 @@ def clipped_update(optimizer: torch.optim.Optimizer, norm: Tensor, clip_norm: fl
     The fused kernel clips and skips by itself, so the host never waits. Returns 1.0 where the update was skipped, (), on
     the device. The norm is the same on all ranks, so all skip alike.
     """
-    optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+    # Zero times a norm that is not finite is NaN, which differs from zero.
+    optimizer.found_inf = (norm * 0).ne(0).float()  # type: ignore[attr-defined]
     scale = torch.clamp(norm / clip_norm, min=1.0) if clip_norm else torch.ones_like(norm)
     optimizer.grad_scale = scale  # type: ignore[attr-defined]
     optimizer.step()

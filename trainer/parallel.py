@@ -126,9 +126,10 @@ def replicate(model: MultimodalLM, world: World) -> nn.Module:
     cast_for_compute(model, model.dtype)
     if world.size == 1:
         return model
-    parameters = inspect.signature(DistributedDataParallel).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"  # renamed in torch 2.13
-    ddp = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True, **{buffers: False})
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # renamed in torch 2.13
+    options: dict[str, Any] = {"init_sync": False, "gradient_as_bucket_view": True, name: False}
+    ddp = DistributedDataParallel(model, **options)
     ddp.register_comm_hook(None, sum_gradients)
     return ddp
 

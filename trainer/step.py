@@ -43,10 +43,16 @@ def train_step(
     addends = []
     for i, batch in enumerate(batches):
         # Dropout depends on nothing but these four, so a resumed run draws the same numbers.
-        torch.manual_seed(seed_of(seed, step, world.rank, i))
+        seed_dropout(seed_of(seed, step, world.rank, i), world.device)
         with gradient_sync(wrapped, last=i == len(batches) - 1):
             term = wrapped(batch)["text"]
             (term.sum / count).backward()
         addends.append(term.addends)
     norm = gradient_norm(p for group in optimizer.param_groups for p in group["params"])  # collective
     return StepResult(addends, norm, clipped_update(optimizer, norm, clip_norm))
+
+
+def seed_dropout(seed: int, device: torch.device) -> None:
+    """Seed the generator that dropout on `device` draws from. `torch.manual_seed` would look at every back end each time."""
+    generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+    generator.manual_seed(seed)

@@ -30,4 +30,4 @@ def validate(setup: Setup) -> dict[str, float]:
             batch = micro.batch.to(world.device)
             sums.add(batch, setup.wrapped(batch)["text"].addends)
     setup.model.train()
-    return mean_losses(world.sum(sums.values), dataset.source_names, "val")
+    return mean_losses(world.sum(sums.total()), dataset.source_names, "val")

@@ -1,0 +1,243 @@
+"""What a step costs beside the model: ours, a bare loop around the same wrapped model, and Hugging Face's Trainer around it.
+
+Counts are exact and repeat: host syncs, operators dispatched, Python and C calls, each per step in a steady state (the
+difference of a long and a short run). CPU seconds are medians of interleaved rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from data.collate import collate
+from data.sample import Sample, SampleMedia
+from model.batch import IGNORE_INDEX, Batch, MediaMeta, num_tokens
+from model.build import build_model
+from model.config import LlmConfig, ModelConfig, VisionConfig, VisionProjectorConfig
+from model.multimodal import MultimodalLM
+from tools.make_demo import write_parts
+from trainer.config import OptimConfig
+from trainer.distributed import World, start_world
+from trainer.metrics import Meter
+from trainer.optim import build_optimizer, set_learning_rates
+from trainer.parallel import replicate
+from trainer.schedule import multiplier
+from trainer.step import train_step
+
+LONG, SHORT = 136, 8
+SYNCS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "unique_consecutive", "allclose"}
+HIDDEN_SYNCS = ("tolist", "cpu", "numpy")
+"""Tensor methods that copy to the host without an operator that the dispatcher would see."""
+
+
+class Counter(TorchDispatchMode):
+    """Operators and host syncs inside the `with`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_ops = self.num_syncs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num_ops += 1
+        name = func.overloadpacket.__name__
+        indexes = args[1] if name in ("index", "index_put", "index_put_") and len(args) > 1 else ()
+        by_mask = any(isinstance(i, Tensor) and i.dtype == torch.bool for i in indexes)
+        self.num_syncs += name in SYNCS or by_mask
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def hidden_syncs(counter: Counter) -> Iterator[None]:
+    """Count what the dispatcher does not see."""
+    originals = {name: getattr(Tensor, name) for name in HIDDEN_SYNCS}
+
+    def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counter.num_syncs += 1
+            return original(*args, **kwargs)
+
+        return call
+
+    try:
+        for name, original in originals.items():
+            setattr(Tensor, name, counted(original))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(Tensor, name, original)
+
+
+def make_batches(model: MultimodalLM, num: int, size: int) -> list[Batch]:
+    """Deterministic batches of one picture per sample and four supervised tokens."""
+    rng = np.random.default_rng(0)
+    spec = model.specs["image"]
+    width = num_tokens(spec, MediaMeta())
+
+    def sample(i: int) -> Sample:
+        ids = rng.integers(0, 200, width + 20)
+        labels = np.full(len(ids), IGNORE_INDEX)
+        labels[-5:-1] = ids[-4:]
+        values = torch.from_numpy(rng.standard_normal((1, 3, spec.size, spec.size))).float()
+        return Sample(i, 0, ids, labels, {"image": [SampleMedia(values, 1, width)]})
+
+    return [collate([sample(i) for i in range(size)], 0) for _ in range(num)]
+
+
+def ours(model: MultimodalLM, config: ModelConfig, batches: list[Batch], world: World) -> Callable[[int], None]:
+    """What the loop does in a step that is not logged."""
+    optim = OptimConfig(lr=1e-4)
+    wrapped, optimizer, meter = replicate(model, world), build_optimizer(model, config, optim), Meter(["bench"], world)
+
+    def run(steps: int) -> None:
+        for step in range(steps):
+            set_learning_rates(optimizer, multiplier(optim, step, steps))
+            batch = [batches[step % len(batches)].to(world.device)]
+            result = train_step(wrapped, optimizer, batch, world, seed=0, step=step, clip_norm=optim.clip_norm)
+            meter.add(batch, result, 0.0)
+
+    return run
+
+
+def bare(model: MultimodalLM, config: ModelConfig, batches: list[Batch], world: World) -> Callable[[int], None]:
+    """The shortest loop that trains the same model with the library's own clipping and scheduler."""
+    optimizer = build_optimizer(model, config, OptimConfig(lr=1e-4))
+
+    def run(steps: int) -> None:
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (steps + 1))
+        for step in range(steps):
+            term = model(batches[step % len(batches)].to(world.device))["text"]
+            (term.sum / term.num_addends).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+class ForTrainer(nn.Module):
+    """The same model behind the interface that Hugging Face's Trainer wants."""
+
+    def __init__(self, model: MultimodalLM, batches: list[Batch]) -> None:
+        super().__init__()
+        self.model, self.batches = model, batches
+
+    def forward(self, labels: Tensor, num_items_in_batch: Any = None) -> dict[str, Tensor]:
+        term = self.model(self.batches[labels.shape[0] % len(self.batches)])["text"]
+        return {"loss": term.sum / term.num_addends}
+
+
+def hugging_face(model: MultimodalLM, batches: list[Batch], folder: str) -> Callable[[int], None]:
+    """Trainer with everything optional switched off; its data loader hands over next to nothing."""
+    from transformers import Trainer, TrainingArguments
+
+    wrapped = ForTrainer(model, batches)
+
+    def run(steps: int) -> None:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=1,
+            optim="adamw_torch_fused",
+            learning_rate=1e-4,
+            max_grad_norm=1.0,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
+        rows = [{"labels": torch.zeros(1, dtype=torch.long)} for _ in range(steps)]
+        trainer = Trainer(model=wrapped, args=arguments, train_dataset=rows)
+        trainer.can_return_loss = True
+        trainer.train()
+
+    return run
+
+
+def per_step(measure: Callable[[Callable[[int], None], int], tuple[float, ...]], run: Callable[[int], None]) -> tuple[float, ...]:
+    """Cost of one step in a steady state: start-up and teardown are in both runs, so they cancel."""
+    long, short = measure(run, LONG), measure(run, SHORT)
+    return tuple((a - b) / (LONG - SHORT) for a, b in zip(long, short))
+
+
+def count_ops(run: Callable[[int], None], steps: int) -> tuple[float, ...]:
+    with Counter() as counter, hidden_syncs(counter):
+        run(steps)
+    return counter.num_syncs, counter.num_ops
+
+
+def count_calls(run: Callable[[int], None], steps: int) -> tuple[float, ...]:
+    calls = 0
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        run(steps)
+    finally:
+        sys.setprofile(None)
+    return (float(calls),)
+
+
+def cpu_seconds(run: Callable[[int], None], steps: int) -> tuple[float, ...]:
+    start = time.process_time()
+    run(steps)
+    return (time.process_time() - start,)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tools.bench_step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--batch", type=int, default=8, help="samples per step (default 8)")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of the CPU time (default 5)")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    world = start_world()
+    with tempfile.TemporaryDirectory() as folder:
+        write_parts(Path(folder))
+        llm, vision = LlmConfig(f"{folder}/llm", "full"), VisionConfig(f"{folder}/vision", "full")
+        config = ModelConfig(llm, vision, VisionProjectorConfig(), dtype="float32")
+        models = [build_model(config) for _ in range(3)]
+        batches = make_batches(models[0], 4, arguments.batch)
+        runs = {
+            "ours": ours(models[0], config, batches, world),
+            "bare loop": bare(models[1], config, batches, world),
+            "Trainer": hugging_face(models[2], batches, f"{folder}/out"),
+        }
+        report(runs, arguments.rounds)
+    return 0
+
+
+def report(runs: dict[str, Callable[[int], None]], rounds: int) -> None:
+    for run in runs.values():
+        run(2)
+    counts = {name: (*per_step(count_ops, run), *per_step(count_calls, run)) for name, run in runs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            seconds[name] += per_step(cpu_seconds, run)
+    print(f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, one thread, one process")
+    print(f"{'per step':<12}{'host syncs':>12}{'operators':>12}{'Python calls':>14}{'CPU ms (median)':>17}{'calls / bare':>14}")
+    for name, (syncs, ops, calls) in counts.items():
+        ratio, ms = calls / counts["bare loop"][2], 1e3 * statistics.median(seconds[name])
+        print(f"{name:<12}{syncs:>12.2f}{ops:>12.1f}{calls:>14.1f}{ms:>17.2f}{ratio:>14.3f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
