@@ -53,6 +53,8 @@ def to_peft(source: Path, out: Path, card: ModelCard) -> str:
     tensors, paths = llm_adapter(source, card)
     write_file(out / WEIGHTS, tensors)
     write_config(out, adapter_config(card.lora, card.model.llm.path, paths))
+    if card.vocabulary.new_ids:
+        print(f"not in an adapter: {len(card.vocabulary.new_ids)} new rows of the vocabulary ({', '.join(card.tokens)})")
     return (
         'python -c "from peft import PeftModel; from transformers import AutoModelForCausalLM as M; '
         f"PeftModel.from_pretrained(M.from_pretrained({card.model.llm.path!r}), '{{out}}')\""
