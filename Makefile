@@ -1,0 +1,28 @@
+# `make install` puts everything into .venv in this checkout; every other target uses it and installs it first where it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.installed
+
+.PHONY: install demo test test-long lint
+
+install: $(READY)
+
+$(READY): setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e '.[demo,plot,test]'
+	touch $(READY)
+
+# Trains twice on real pictures, on two processes: minutes on two CPU cores.
+demo: $(READY)
+	$(BIN)/python -m tools.demo runs/demo
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" tests
+
+test-long: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long tests
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

@@ -1,0 +1,141 @@
+"""The whole way once, on real pictures: data, two trainings, accuracy before and after each, exports, curves, an answer.
+
+Needs no network and no GPU: a few minutes on two CPU cores. Fails (exit code 70) if the accuracy on held-out pictures is too low.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.config import ConfigError
+from tools.cli import run
+from tools.demo_runs import QUESTIONS
+from trainer.exits import ProofError
+
+MARK = ".demo"  # file that says a folder is the demo's own and may be replaced
+WANTED = {"digit": 0.85, "parity": 0.90}
+"""Exact match on held-out pictures that each run must reach."""
+
+
+@dataclass(frozen=True)
+class Score:
+    task: str
+    before: float
+    after: float
+
+
+def module(name: str, *arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", name, *map(str, arguments)]
+
+
+def trained_by(ranks: int, config: Path) -> list[str]:
+    launch = ("--standalone", f"--nproc_per_node={ranks}", "-m", "trainer.main")
+    return module("torch.distributed.run", *launch, "--cfg", config)
+
+
+def do(title: str, command: list[str], quiet: bool = False) -> str:
+    """Says what is done and by which command, and does it. Returns the command's stdout; `quiet` keeps it from the terminal."""
+    print(f"\n== {title}\n   $ {shlex.join(['python', *command[1:]])}", flush=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TOKENIZERS_PARALLELISM": "false"}
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        for line in process.stdout or ():
+            lines.append(line)
+            if not quiet:
+                print(f"   {line}", end="", flush=True)
+    if process.returncode:
+        raise ProofError(f"{title!r} failed with exit code {process.returncode}; its own message stands above")
+    return "".join(lines)
+
+
+def score(folder: Path, final: Path, task: str, when: str) -> float:
+    """Part of the held-out pictures that a model answers exactly right."""
+    title = f"{when}: what does it answer to {QUESTIONS[task]!r} on pictures it has not seen?"
+    arguments = ("--data", folder / f"{task}_test.json", "--media-root", folder / "images", "--max-new-tokens", "16")
+    result = json.loads(do(title, module("tools.evaluate", final, *arguments), quiet=True).splitlines()[-1])
+    print(f"   {result['exact_match']:.1%} of {result['samples']} exactly right, loss {result['loss']:.3f}")
+    return result["exact_match"]
+
+
+def train(folder: Path, task: str, ranks: int, before: float, title: str) -> Score:
+    do(title, trained_by(ranks, folder / f"{task}.toml"))
+    return Score(task, before, score(folder, folder / task / "final", task, "After"))
+
+
+def hand_over(folder: Path) -> None:
+    """What one does with a trained model: files for others, curves, a question."""
+    final = folder / "parity" / "final"
+    do("Take out what was trained: projector and adapter", module("tools.export_adapter", final, folder / "export"))
+    do("The adapter again, for PEFT", module("tools.export_adapter", final, folder / "export-peft", "--for", "peft"))
+    for task in QUESTIONS:
+        do(f"Draw the curves of {task}", module("tools.plot_run", folder / task))
+    record = json.loads((folder / "parity_test.json").read_text())[0]
+    picture = folder / "images" / record["image"]
+    do(f"Ask about one picture; right would be {record['conversations'][1]['value']!r}", asked(final, picture))
+
+
+def asked(final: Path, picture: Path) -> list[str]:
+    return module("tools.chat", final, "--image", picture, QUESTIONS["parity"])
+
+
+def summary(folder: Path, scores: list[Score], seconds: float) -> str:
+    lines = [f"\n{'question':<30}{'before':>8}{'after':>8}{'wanted':>8}"]
+    lines += [f"{QUESTIONS[s.task]:<30}{s.before:>8.1%}{s.after:>8.1%}{WANTED[s.task]:>8.0%}" for s in scores]
+    places = {
+        "trained models": "digit/final, parity/final",
+        "projector, adapter": "export, export-peft",
+        "curves": "digit/curves.png, parity/curves.png",
+        "run files": "digit.toml, parity.toml: start your own from one of these",
+    }
+    lines += [f"\nin {folder}, after {seconds:.0f} seconds:", *(f"  {what:<20}{where}" for what, where in places.items())]
+    return "\n".join(lines)
+
+
+def demo(folder: Path, ranks: int) -> None:
+    started = time.monotonic()
+    clear(folder)
+    do("Write pictures, questions, untrained parts and run files", module("tools.make_demo", folder))
+    untrained = folder / "untrained"
+    nothing = ("train.max_steps=0", f"output_dir={untrained}")
+    do("Put the parts together without training", module("trainer.main", "--cfg", folder / "digit.toml", *nothing))
+    before = score(folder, untrained / "final", "digit", "Before")
+    first = train(folder, "digit", ranks, before, f"Train everything, on {ranks} processes (FSDP2)")
+    before = score(folder, folder / "digit" / "final", "parity", "Before")
+    second = train(
+        folder, "parity", ranks, before, f"Train an adapter and the projector for another question, on {ranks} processes (DDP)"
+    )
+    hand_over(folder)
+    print(summary(folder, [first, second], time.monotonic() - started))
+    if low := [s for s in (first, second) if s.after < WANTED[s.task]]:
+        raise ProofError(", ".join(f"{s.task} reached {s.after:.3f}, {WANTED[s.task]} was wanted" for s in low))
+
+
+def clear(folder: Path) -> None:
+    """Runs would go on where they stopped, so an earlier demo is removed; a folder of anyone else's is left alone."""
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / MARK).is_file():
+            raise ConfigError(f"{folder} holds something else than a demo: name a new folder")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).write_text("tools.demo replaces this folder when it runs again\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tools.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
+    parser.add_argument("--ranks", type=int, default=2, help="processes that train together (2)")
+    options = parser.parse_args(argv)
+    return run("demo", lambda: demo(options.folder, options.ranks))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

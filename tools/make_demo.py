@@ -1,0 +1,136 @@
+"""Everything a first run needs, offline: real pictures with questions and answers, tiny untrained parts and two run files.
+
+The pictures are the 1,797 handwritten digits that scikit-learn ships. The parts are a Qwen2 and a CLIP tower of 768 thousand
+parameters with random weights, as Hugging Face folders, with a tokenizer trained here. Written twice, the bytes are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from data.tokenizer import save_tokenizer
+from model.config import ConfigError
+from tools.cli import run
+from tools.demo_runs import DIGIT_RUN, PARITY_RUN, QUESTIONS
+
+NUM_TRAIN = 1500  # of 1,797; the rest is held out
+SIDE, VOCAB, SEED = 32, 300, 0
+MEAN, STD = 0.5, 0.5
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
+def answer(task: str, digit: int) -> str:
+    return str(digit) if task == "digit" else ("even", "odd")[digit % 2]
+
+
+def write_data(folder: Path) -> None:
+    """folder/images and TASK_train.json, TASK_test.json: LLaVA's records, every picture in one split only."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ConfigError("the demo's pictures come from scikit-learn, the extra `demo`: pip install -e '.[demo]'") from error
+    pictures, digits = load_digits(return_X_y=True)
+    order = np.random.default_rng(SEED).permutation(len(digits))
+    for split, chosen in (("train", order[:NUM_TRAIN]), ("test", order[NUM_TRAIN:])):
+        (folder / "images" / split).mkdir(parents=True, exist_ok=True)
+        for i in chosen:
+            grey = Image.fromarray((pictures[i].reshape(8, 8) * (255 / 16)).astype(np.uint8))
+            grey.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(folder / "images" / split / f"{i:04d}.png")
+        for task in QUESTIONS:
+            records = [record(task, split, int(i), int(digits[i])) for i in chosen]
+            (folder / f"{task}_{split}.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+
+
+def record(task: str, split: str, number: int, digit: int) -> dict[str, Any]:
+    asked = {"from": "human", "value": f"<image>\n{QUESTIONS[task]}"}
+    said = {"from": "gpt", "value": answer(task, digit)}
+    return {"id": f"{task}-{number:04d}", "image": f"{split}/{number:04d}.png", "conversations": [asked, said]}
+
+
+def train_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of at most `VOCAB` tokens with ChatML's control tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    control = [AddedToken(text, special=True, normalized=False) for text in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=control, initial_alphabet=alphabet, show_progress=False)
+    corpus = [*QUESTIONS.values(), "system user assistant", *(answer(task, digit) for task in QUESTIONS for digit in range(10))]
+    tokenizer.train_from_iterator(corpus * 10, trainer)
+    named = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, model_max_length=512, **named)
+
+
+def write_parts(folder: Path) -> None:
+    """folder/llm and folder/vision: random weights, as a hub would hold them."""
+    tokenizer = train_tokenizer()
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    llm = Qwen2Config(
+        vocab_size=VOCAB, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, **sizes, **ids
+    )
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    tower = CLIPVisionConfig(image_size=SIDE, patch_size=8, **sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        Qwen2ForCausalLM(llm).save_pretrained(folder / "llm")
+        CLIPVisionModel(tower).save_pretrained(folder / "vision")
+    save_tokenizer(tokenizer, folder / "llm")
+    text = json.dumps(image_processor(), indent=2, sort_keys=True)
+    (folder / "vision" / "preprocessor_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def image_processor() -> dict[str, Any]:
+    """What CLIPImageProcessor reads."""
+    square = {"height": SIDE, "width": SIDE}
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        **{"do_convert_rgb": True, "do_resize": True, "size": {"shortest_edge": SIDE}, "resample": 3},
+        **{"do_center_crop": True, "crop_size": square, "do_rescale": True, "rescale_factor": 1 / 255},
+        **{"do_normalize": True, "image_mean": [MEAN] * 3, "image_std": [STD] * 3},
+    }
+
+
+def write_runs(folder: Path) -> None:
+    """folder/digit.toml and folder/parity.toml. Paths in them are as `folder` was given."""
+    for name, text in (("digit", DIGIT_RUN), ("parity", PARITY_RUN)):
+        # A JSON string of a path is a TOML string as well.
+        (folder / f"{name}.toml").write_text(
+            text.replace("@", json.dumps(folder.as_posix(), ensure_ascii=False)[1:-1]), encoding="utf-8"
+        )
+
+
+def make(folder: Path) -> None:
+    try:
+        write_data(folder)
+        write_parts(folder)
+        write_runs(folder)
+    except OSError as error:
+        raise ConfigError(f"{error.filename or folder} cannot be written: {error.strerror}") from error
+    print(f"{folder}: digit.toml, parity.toml, their records and pictures, llm/ and vision/")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="tools.make_demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="where to write; the run files name it as it is given here")
+    options = parser.parse_args(argv)
+    return run("make_demo", lambda: make(options.folder))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

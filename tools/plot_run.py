@@ -1,0 +1,126 @@
+"""Curves of a run as one PNG: losses, learning rates, gradient norm and throughput over optimizer steps."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data.config import DataError
+from model.config import ConfigError
+from tools.cli import run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Curve = tuple[list[int], list[float]]
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl; one that a running or killed process has not finished, the last, is left out."""
+    file = folder / "metrics.jsonl"
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}; name the output_dir of a run that has trained") from error
+    lines = []
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        try:
+            value = json.loads(line)
+            lines.append({"step": int(value["step"]), **value})
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{file.name}:{number}: is no line of metrics: {error}; the file was changed by hand") from error
+    if not lines:
+        raise ConfigError(f"{file} holds no logged step yet")
+    return lines
+
+
+def curve(lines: list[dict[str, Any]], key: str) -> Curve:
+    """Steps and values of `key`, where it was logged as a finite number; JSON has null for the others."""
+    points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def matching(lines: list[dict[str, Any]], prefix: str, suffix: str = "") -> dict[str, str]:
+    """Keys that stand between `prefix` and `suffix`, by what is between, in the order they were first logged."""
+    keys = dict.fromkeys(key for line in lines for key in line)
+    between = {key: key[len(prefix) : len(key) - len(suffix)] for key in keys if key.startswith(prefix) and key.endswith(suffix)}
+    return {name: key for key, name in between.items() if name}
+
+
+def draw_losses(axes: Axes, lines: list[dict[str, Any]]) -> None:
+    """Training and validation, and each source by itself where there are several."""
+    for kind, colour, style in (("train", "tab:blue", "-"), ("val", "tab:orange", "o-")):
+        steps, values = curve(lines, f"{kind}/loss")
+        if steps:
+            axes.plot(steps, values, style, color=colour, label=f"{kind}, last {values[-1]:.4g}", zorder=3, markersize=4)
+        sources = matching(lines, f"{kind}/", "/loss")
+        for name, key in sources.items() if len(sources) > 1 else ():
+            axes.plot(
+                *curve(lines, key), linewidth=1, alpha=0.7, linestyle="-" if kind == "train" else "--", label=f"{kind} {name}"
+            )
+    axes.set(title="loss", ylim=(0, None))
+    axes.legend(fontsize="small")
+
+
+def draw_rates(axes: Axes, lines: list[dict[str, Any]]) -> None:
+    groups: dict[tuple[float, ...], list[str]] = {}
+    for part, key in matching(lines, "train/lr/").items():
+        groups.setdefault(tuple(curve(lines, key)[1]), []).append(part)
+    for parts in groups.values():  # parts with the same rate share a line, else the last drawn would hide the others
+        axes.plot(*curve(lines, f"train/lr/{parts[0]}"), label=", ".join(parts))
+    axes.set(title="learning rate", ylim=(0, None))
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    axes.legend(fontsize="small")
+
+
+def draw_one(axes: Axes, lines: list[dict[str, Any]], key: str, title: str) -> None:
+    steps, values = curve(lines, key)
+    axes.plot(steps, values, color="tab:blue", marker="o" if len(steps) == 1 else None)
+    axes.set(title=title, ylim=(0, None))
+
+
+def plot(folder: Path, out: Path) -> None:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("drawing needs matplotlib, the extra `plot`: pip install -e '.[plot]'") from error
+    lines = read_metrics(folder)
+    figure = Figure(figsize=(11, 7), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    (losses, rates), (norm, speed) = figure.subplots(2, 2, sharex=True)
+    draw_losses(losses, lines)
+    draw_rates(rates, lines)
+    draw_one(norm, lines, "train/grad_norm", "gradient norm, before clipping")
+    draw_one(speed, lines, "perf/tokens_per_second", "tokens per second, all ranks")
+    for axes in (losses, rates, norm, speed):
+        axes.grid(alpha=0.3)
+        axes.margins(x=0.02)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in (norm, speed):
+        axes.set_xlabel("optimizer steps")
+    figure.suptitle(f"{folder.resolve().name}, {lines[-1]['step']} steps")
+    try:
+        figure.savefig(out, format="png")
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written: {error.strerror}") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tools.plot_run", description=__doc__)
+    parser.add_argument("run", metavar="RUN", type=Path, help="the output_dir of a run; it may still be going")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the PNG to write; default: RUN/curves.png")
+    options = parser.parse_args(argv)
+    out = options.out or options.run / "curves.png"
+
+    def action() -> None:
+        plot(options.run, out)
+        print(out)
+
+    return run("plot_run", action)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
