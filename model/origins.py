@@ -45,7 +45,7 @@ def given_layers(card: ModelCard, model: MultimodalLM, held: Collection[str] = (
         if _any_projector(claimed):
             raise ConfigError("model.vision_projector.path and model.init_from both hold the projector: name one of them")
         path = Path(config.vision_projector.path)
-        layers.append(Layer(str(path), lambda: projector_tensors(path)))
+        layers.append(Layer(str(path), lambda: projector_tensors(path), prefix="vision_projector."))
     if card.lora.path and not any(map(is_adapter, held)):
         if any(map(is_adapter, claimed)):
             raise ConfigError("lora.path and model.init_from both hold adapters: name one of them")
@@ -120,10 +120,11 @@ def base_layers(card: ModelCard, model: MultimodalLM) -> list[Layer]:
     ConfigError then, if they are not those whose digests the card has.
     """
     config = card.model
-    layers = [Layer(config.llm.path, lambda: llm_tensors(card, model))]
+    layers = [Layer(config.llm.path, lambda: llm_tensors(card, model), prefix="llm.")]
     if config.vision is not None:
         tower, path = model.get_submodule("vision"), config.vision.path
-        layers.append(Layer(path, lambda: tower_tensors(path, tower, config.cache_dir, digest=card.bases.get("vision", ""))))
+        digest = card.bases.get("vision", "")
+        layers.append(Layer(path, lambda: tower_tensors(path, tower, config.cache_dir, digest=digest), prefix="vision."))
     return layers
 
 

@@ -32,11 +32,12 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Layer:
-    """One origin of weights. It is opened when a name is first asked for that no newer layer holds."""
+    """One origin of weights. It is opened when a name that begins with `prefix` is first asked for and no newer layer holds it."""
 
     origin: str  # for messages
     open: Callable[[], Tensors]
     adapters: dict[str, Adapter] = field(default_factory=dict)  # by full name of the weight they are merged into
+    prefix: str = ""
 
     @cached_property
     def tensors(self) -> Tensors:
@@ -49,7 +50,7 @@ def resolve(name: str, layers: list[Layer]) -> Rows | None:
         if adapter := layer.adapters.get(name):
             below = resolve(name, layers[depth + 1 :])
             return adapter.onto(below) if below else None
-        if name in layer.tensors:
+        if name.startswith(layer.prefix) and name in layer.tensors:
             return layer.tensors[name]
     return None
 
