@@ -1,0 +1,174 @@
+"""Checkpoints across strategies and ranks, gather hooks, and saves that fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from model.files import Entry, write_safetensors
+from model.manifest import UnsoundCheckpoint, verify, write_manifest
+from model.shards import checkpoint_tensors, write_shard
+from tests.ranks import run_ranks
+from tests.runs import failure_of, save_parts, save_records, start_alone
+from trainer import checkpoint as module
+from trainer.checkpoint import Checkpointer, Trained, newest_sound, restore
+from trainer.distributed import World
+from trainer.exits import SaveError
+from trainer.gather import gather_hooks
+
+
+def toy(world: World, strategy: str) -> Trained:
+    """Odd sizes, so that four ranks get uneven and empty shards; two updates, so that moments exist."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3, bias=False), nn.Linear(3, 1))
+    if strategy == "fsdp":
+        fully_shard(model, mesh=world.mesh())
+    parameters = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.1, fused=True)
+    for step in range(2):
+        for i, p in enumerate(parameters.values()):
+            full = torch.sin(torch.arange(p.numel(), dtype=torch.float32) + i + step).view(p.shape)
+            p.grad = _like(p, full)
+        optimizer.step()
+    return Trained(dict(parameters), optimizer)
+
+
+def _like(p: Any, full: torch.Tensor) -> Any:
+    if not isinstance(p, DTensor):
+        return full
+    return torch.distributed.tensor.distribute_tensor(full, p.device_mesh, p.placements)
+
+
+def values(trained: Trained) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, p in trained.parameters.items():
+        for key, tensor in {"weight": p.data, **trained.optimizer.state[p]}.items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            found[f"{name}/{key}"] = whole.detach().clone()
+    return found
+
+
+def write(world: World, folder: Path, strategy: str) -> dict[str, torch.Tensor]:
+    trained = toy(world, strategy)
+    write_shard(folder, world.rank, world.size, module._tensors(trained, world))
+    return values(trained)
+
+
+def read(world: World, folder: Path, strategy: str) -> dict[str, torch.Tensor]:
+    trained = toy(world, strategy)
+    for p in trained.parameters.values():
+        p.data.zero_()
+    trained.optimizer.state.clear()
+    restore(folder, trained, dict.fromkeys(trained.parameters, 2.0))
+    return values(trained)
+
+
+@pytest.mark.parametrize(("strategy", "size"), [("fsdp", 4), ("fsdp", 3), ("ddp", 2), ("ddp", 1)])
+def test_written_under_one_strategy_and_read_under_any_other(tmp_path: Path, strategy: str, size: int) -> None:
+    expected = run_ranks(write, size, tmp_path, strategy)[0]
+    for other, ranks in (("fsdp", 2), ("fsdp", 4), ("ddp", 2), ("ddp", 1)):
+        for found in run_ranks(read, ranks, tmp_path, other):
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_missing_rows_are_noticed(tmp_path: Path) -> None:
+    run_ranks(write, 3, tmp_path, "fsdp")
+    for path in tmp_path.glob("rank-00001-*"):
+        path.unlink()
+    with pytest.raises(UnsoundCheckpoint, match=r"do not fit together|are missing"):
+        checkpoint_tensors(tmp_path)
+
+
+def gather_all(world: World) -> list[Any]:
+    trained = toy(world, "fsdp")
+    hooks = gather_hooks({name: p.data for name, p in trained.parameters.items()})
+    return [(hook(), p.full_tensor()) for hook, p in zip(hooks.values(), trained.parameters.values())]  # type: ignore[attr-defined]
+
+
+def test_gather_hooks_make_parameters_whole_on_rank_0_alone() -> None:
+    first, *others = run_ranks(gather_all, 4)
+    assert all(torch.equal(ours, whole) for ours, whole in first)
+    assert all(ours is None for rank in others for ours, _ in rank)
+
+
+def test_the_streamed_file_has_the_bytes_of_the_library_s(tmp_path: Path) -> None:
+    tensors = {
+        "b": torch.randn(3, 4),
+        "a.é": torch.randn(2).bfloat16(),
+        "c": torch.arange(5),
+        "scalar": torch.tensor(1.5),
+        "empty": torch.zeros(0, 3),
+    }
+    with (tmp_path / "ours").open("wb") as out:
+        entries = {n: Entry(t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()}  # type: ignore[misc]
+        write_safetensors(out, entries)
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_parts(folder)
+    save_records(folder)
+    return folder
+
+
+def test_a_checkpoint_holds_no_frozen_weight_and_no_pickle(parts: Path, tmp_path: Path) -> None:
+    sections = {"model": {"llm": {"tune": "lora"}, "vision": {"tune": "frozen"}}, "lora": {"rank": 2}, "train": {"max_steps": 1}}
+    assert start_alone(parts, tmp_path / "run", sections).code == 0
+    folder = tmp_path / "run" / "checkpoint-1"
+    verify(folder)
+    assert {p.suffix for p in folder.iterdir()} <= {".json", ".safetensors", ".jinja"}
+    names = {n for p in folder.glob("*.safetensors") for n in load_file(p)}
+    assert names and all("lora_" in n or "/vision_projector." in n for n in names)
+
+
+def save_into_failing(world: World, folder: Path, failing: int) -> str:
+    trained = toy(world, "fsdp")
+    checkpointer = Checkpointer(folder, 2, world)
+    original = module.write_shard
+
+    def broken(*args: Any) -> None:
+        if world.rank == failing:
+            raise OSError(28, "No space left on device", "shard")
+        original(*args)
+
+    module.write_shard = broken
+    try:
+        checkpointer.save(7, trained, {}, None, None)  # type: ignore[arg-type]
+        return "saved"
+    except SaveError as error:
+        return str(error)
+    finally:
+        module.write_shard = original
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_save_that_fails_on_one_rank_fails_on_all_and_leaves_older_ones_alone(tmp_path: Path, failing: int) -> None:
+    old = tmp_path / "checkpoint-3"
+    old.mkdir()
+    (old / "x.json").write_text("{}")
+    write_manifest(old, {"step": 3, "run_id": "r"})
+    for text in run_ranks(save_into_failing, 2, tmp_path, failing):
+        assert f"rank {failing}: No space left on device: shard" in text and "Earlier checkpoints are intact" in text
+    assert newest_sound(tmp_path) == (old, [])
+
+
+def test_an_unwritable_run_folder_ends_with_73(parts: Path, tmp_path: Path) -> None:
+    """A file where the temporary folder must go: it cannot be made."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".checkpoint-2.saving").write_text("in the way")
+    code, reason = failure_of(parts, run, {})
+    assert code == 73 and "a checkpoint cannot be written" in reason
+    assert json.loads((run / "exit.json").read_text())["step"] == 2
