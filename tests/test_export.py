@@ -1,4 +1,4 @@
-"""Parts and projectors handed over: what was trained, under the names that its readers know, and never more read than is written."""
+"""Parts and projectors handed over: what was trained, under the names its readers know, and never more read than is written."""
 
 from __future__ import annotations
 
