@@ -95,7 +95,24 @@ def test_a_quarantined_record_stands_in_the_file_once_and_the_run_goes_on(parts:
     lines = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
     assert len(lines) == 1
     row = json.loads(lines[0])
-    assert (row["sample_id"], row["source"], row["id"]) == (4, "broken", "r4") and "gone.png" in row["reason"]
+    assert (row["sample_id"], row["source"], row["id"], row["split"]) == (4, "broken", "r4", "train")
+    assert "gone.png" in row["reason"]
+    with (tmp_path / "run" / "quarantine.jsonl").open("a") as out:
+        out.write('{"split": "train", "sample')  # a crash in the middle of a line
+    validation = [source(parts, broken_records(parts, image="gone.png"))]
+    again = {"data": {**sections["data"], "validation": validation}, "train": {"max_steps": 9}, "validation": {"every": 1}}
+    for path in (tmp_path / "run").glob("checkpoint-*"):
+        shutil.rmtree(path)
+    assert start_alone(parts, tmp_path / "run", again).code == 0
+    lines = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
+    assert len(lines) == 3 and json.loads(lines[2])["split"] == "validation"
+
+
+def test_bad_validation_records_are_written_down_as_well(parts: Path, tmp_path: Path) -> None:
+    sections = {"data": {"validation": [source(parts, broken_records(parts, image="gone.png"))]}, "validation": {"every": 2}}
+    assert start_alone(parts, tmp_path / "run", sections).code == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert [(row["split"], row["id"], row["step"]) for row in rows] == [("validation", "r4", 2)]
 
 
 def test_too_many_bad_records_stop_the_run(parts: Path, tmp_path: Path) -> None:

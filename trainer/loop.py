@@ -85,7 +85,7 @@ class Loop:
         if last or done == 1 or done % config.log.every == 0:
             self._log(done, bar)
         if self.setup.data.validation is not None and (last or done % config.validation.every == 0):
-            self.log.write(done, validate(self.setup))
+            self.log.write(done, validate(self.setup, self.quarantine, done))
         if saves:
             self.quarantine.flush(self.setup.world)
             self._save(done)

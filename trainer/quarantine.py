@@ -8,18 +8,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data.config import DataError
 from data.dataset import Rejected
 from trainer.distributed import World
 
 NAME = "quarantine.jsonl"
+TRAIN, VALIDATION = "train", "validation"
 FLOOR = 8
 """Bad records that are always tolerated, however small the dataset."""
 
 
 def read_excluded(folder: Path) -> frozenset[int]:
     """Sample ids that earlier starts quarantined."""
-    return frozenset(row["sample_id"] for row in _rows(folder))
+    return frozenset(row["sample_id"] for row in _rows(folder) if row["split"] == TRAIN)
 
 
 class Quarantine:
@@ -28,24 +31,27 @@ class Quarantine:
     def __init__(self, folder: Path, num_records: int, max_bad_fraction: float) -> None:
         self.folder = folder
         self.limit = max(FLOOR, int(num_records * max_bad_fraction))
-        self.known = {row["sample_id"]: row for row in _rows(folder)}
+        self.known = {_key(row): row for row in _rows(folder)}
         self.waiting: list[dict[str, Any]] = []
 
-    def add(self, rejected: tuple[Rejected, ...], step: int) -> None:
-        self.waiting += [{**asdict(item), "step": step} for item in rejected if item.sample_id not in self.known]
+    def add(self, rejected: tuple[Rejected, ...], step: int, split: str = TRAIN) -> None:
+        """`step`: the one that would have used them; each is written once, the first time it is met."""
+        rows = [{**asdict(item), "split": split, "step": step} for item in rejected]
+        self.waiting += [row for row in rows if _key(row) not in self.known]
 
     def flush(self, world: World) -> None:
         """Collective, and a host sync. DataError on every rank when more records are bad than `max_bad_fraction` allows."""
-        if not int(world.sum(_count(self.waiting, world)).item()):
+        if not world.sum(torch.tensor(float(len(self.waiting)), device=world.device)).item():
             return
         rows = [row for rank in world.gather_json(self.waiting) for row in rank]
         self.waiting = []
-        new = {
-            row["sample_id"]: row for row in sorted(rows, key=lambda row: row["sample_id"]) if row["sample_id"] not in self.known
-        }
+        new = {_key(row): row for row in sorted(rows, key=_key) if _key(row) not in self.known}
         self.known |= new
         if world.is_main:
-            with (self.folder / NAME).open("a", encoding="utf-8") as out:
+            path = self.folder / NAME
+            torn = path.exists() and not path.read_bytes().endswith(b"\n")
+            with path.open("a", encoding="utf-8") as out:
+                out.write("\n" * torn)
                 out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new.values())
         self.check()
 
@@ -60,14 +66,14 @@ class Quarantine:
             )
 
 
-def _count(rows: list[Any], world: World) -> Any:
-    import torch
-
-    return torch.tensor(float(len(rows)), device=world.device)
+def _key(row: dict[str, Any]) -> tuple[str, int]:
+    return row["split"], row["sample_id"]
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
     path = folder / NAME
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    # A line without its end was cut by a crash: that record will be met and written again.
+    return [json.loads(line) for line in lines if line.endswith("}\n")]

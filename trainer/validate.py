@@ -6,11 +6,12 @@ import torch
 
 from data.loader import validation_batches
 from trainer.metrics import SourceSums, mean_losses
+from trainer.quarantine import VALIDATION, Quarantine
 from trainer.setup import Setup
 
 
-def validate(setup: Setup) -> dict[str, float]:
-    """val/loss and val/<source>/loss over the same records at every call. Collective."""
+def validate(setup: Setup, quarantine: Quarantine, step: int) -> dict[str, float]:
+    """val/loss and val/<source>/loss over the same records at every call. Collective. Bad records are quarantined."""
     dataset, world, config = setup.data.validation, setup.world, setup.config
     if dataset is None:
         return {}
@@ -27,7 +28,9 @@ def validate(setup: Setup) -> dict[str, float]:
     setup.model.eval()
     with torch.no_grad():
         for micro in batches:
+            quarantine.add(micro.rejected, step, VALIDATION)
             batch = micro.batch.to(world.device)
             sums.add(batch, setup.wrapped(batch)["text"].addends)
     setup.model.train()
+    quarantine.flush(world)
     return mean_losses(world.sum(sums.total()), dataset.source_names, "val")
