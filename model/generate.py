@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from model.attention import masked_attention
-from model.batch import Batch
-
-if TYPE_CHECKING:
-    from model.multimodal import MultimodalLM
 
 
 def generate(
-    model: MultimodalLM, batch: Batch, max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None
+    llm: nn.Module,
+    embeds: Tensor,
+    mask: Tensor,
+    max_new_tokens: int,
+    *,
+    stop_ids: tuple[int, ...],
+    pad_id: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
 ) -> list[list[int]]:
-    """New ids of each row, cut before its first stop token. `batch` holds prompts padded on the LEFT.
+    """New ids of each row, cut before its first stop id. embeds (B, T, D) and mask (B, T) are prompts padded on the LEFT.
 
     temperature 0 is greedy; otherwise samples from softmax(logits / temperature) cut to the `top_p` nucleus, from the
     global generator, or from one seeded with `seed` that leaves the global one as it was.
@@ -31,18 +37,16 @@ def generate(
         sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        eos_token_id=list(model.stop_ids) or None,
-        pad_token_id=model.pad_id,
+        eos_token_id=list(stop_ids) or None,
+        pad_token_id=pad_id,
         use_cache=True,
         **sampling,
     )
-    mask = batch.attention_mask if batch.attention_mask is not None else torch.ones_like(batch.input_ids)
-    with torch.no_grad(), masked_attention(model.llm), no_settings(model.llm), torch.random.fork_rng(enabled=seed is not None):
+    with torch.no_grad(), masked_attention(llm), no_settings(llm), torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        llm: Any = model.llm
-        ids = llm.generate(inputs_embeds=model.embed(batch), attention_mask=mask, generation_config=config)
-    return [_until_stop(row, model.stop_ids) for row in ids.tolist()]
+        ids = llm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+    return [_until_stop(row, stop_ids) for row in ids.tolist()]
 
 
 @contextmanager

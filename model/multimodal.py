@@ -97,5 +97,11 @@ class MultimodalLM(nn.Module):
         return term.sum, term.num_addends
 
     def generate(self, batch: Batch, max_new_tokens: int = 32, **sampling: Any) -> list[list[int]]:
-        """New token ids of each row, up to and without the stop token; see `model.generate.generate`."""
-        return generate(self, batch.to(self._device()), max_new_tokens, **sampling)
+        """New token ids of each row, up to and without the stop token. Prompts are padded on the left; `sampling` may hold
+        temperature, top_p and seed, see `model.generate.generate`.
+        """
+        batch = batch.to(self._device())
+        mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
+        with torch.no_grad():
+            embeds = self.embed(batch)
+        return generate(self.llm, embeds, mask, max_new_tokens, stop_ids=self.stop_ids, pad_id=self.pad_id, **sampling)

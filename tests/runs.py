@@ -16,9 +16,10 @@ from tests.ranks import run_ranks
 from tests.tiny import VOCAB, save_llm, save_tower
 from tests.tiny_tokenizers import NAMES
 from trainer import loop
-from trainer.config import RunConfig, parse_config
+from trainer.config import RunConfig
 from trainer.distributed import World
 from trainer.main import run
+from trainer.runfile import parse_config
 
 NUM_RECORDS = 22
 

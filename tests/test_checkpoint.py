@@ -17,7 +17,7 @@ from model.files import Entry, write_safetensors
 from model.manifest import UnsoundCheckpoint, verify, write_manifest
 from model.shards import checkpoint_tensors, write_shard
 from tests.ranks import run_ranks
-from tests.runs import failure_of, save_parts, save_records, start_alone
+from tests.runs import failure_of, start_alone
 from trainer import checkpoint as module
 from trainer.checkpoint import Checkpointer, Trained, newest_sound, restore
 from trainer.distributed import World
@@ -113,14 +113,6 @@ def test_the_streamed_file_has_the_bytes_of_the_library_s(tmp_path: Path) -> Non
         write_safetensors(out, entries)
     save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    save_parts(folder)
-    save_records(folder)
-    return folder
 
 
 def test_a_checkpoint_holds_no_frozen_weight_and_no_pickle(parts: Path, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from model.config import ConfigError
 from tests.runs import merged
-from trainer.config import load_config, parse_config
 from trainer.planned import KEYS, VALUES
+from trainer.runfile import load_config, parse_config
 from trainer.schema import to_tables, to_toml
 
 MINIMAL: dict[str, Any] = {

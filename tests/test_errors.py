@@ -12,24 +12,16 @@ from typing import Any
 
 import pytest
 
-from tests.runs import failure_of, save_parts, save_records, start_alone, tables
+from tests.runs import failure_of, start_alone, tables
 from trainer.main import main
 from trainer.schema import to_toml
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("errors")
-    save_parts(folder)
-    save_records(folder)
-    return folder
-
-
-def broken_records(folder: Path, **changes: Any) -> Path:
-    """A copy of the records whose record 3 has other fields."""
-    records = json.loads((folder / "train.json").read_text())
+def broken_records(parts: Path, folder: Path, **changes: Any) -> Path:
+    """A copy of the records in `folder` whose record 4 has other fields."""
+    records = json.loads((parts / "train.json").read_text())
     records[4] |= changes
     path = folder / "broken.json"
     path.write_text(json.dumps(records, indent=1))
@@ -67,8 +59,8 @@ def test_configuration_errors_exit_with_2(parts: Path, tmp_path: Path, case: str
 
 def test_a_part_that_nothing_feeds_is_an_error(parts: Path, tmp_path: Path) -> None:
     texts = [r for r in json.loads((parts / "train.json").read_text()) if "image" not in r]
-    (parts / "texts.json").write_text(json.dumps(texts))
-    code, reason = failure_of(parts, tmp_path / "run", {"data": {"sources": [source(parts, parts / "texts.json")]}})
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    code, reason = failure_of(parts, tmp_path / "run", {"data": {"sources": [source(parts, tmp_path / "texts.json")]}})
     assert code == 2 and "[model.vision] can never be fed" in reason
 
 
@@ -83,14 +75,14 @@ DATA: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", DATA)
 def test_data_errors_name_file_line_and_id(parts: Path, tmp_path: Path, case: str) -> None:
     changes, expected = DATA[case]
-    sections = {"data": {"sources": [source(parts, broken_records(parts, **changes))], "on_bad_sample": "error"}}
+    sections = {"data": {"sources": [source(parts, broken_records(parts, tmp_path, **changes))], "on_bad_sample": "error"}}
     code, reason = failure_of(parts, tmp_path / "run", sections)
     assert code == 65
     assert "broken.json:" in reason and "r4" in reason and expected in reason
 
 
 def test_a_quarantined_record_stands_in_the_file_once_and_the_run_goes_on(parts: Path, tmp_path: Path) -> None:
-    sections = {"data": {"sources": [source(parts, broken_records(parts, image="gone.png"))]}, "train": {"max_steps": 9}}
+    sections = {"data": {"sources": [source(parts, broken_records(parts, tmp_path, image="gone.png"))]}, "train": {"max_steps": 9}}
     assert start_alone(parts, tmp_path / "run", sections).code == 0  # two epochs
     lines = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
     assert len(lines) == 1
@@ -99,7 +91,7 @@ def test_a_quarantined_record_stands_in_the_file_once_and_the_run_goes_on(parts:
     assert "gone.png" in row["reason"]
     with (tmp_path / "run" / "quarantine.jsonl").open("a") as out:
         out.write('{"split": "train", "sample')  # a crash in the middle of a line
-    validation = [source(parts, broken_records(parts, image="gone.png"))]
+    validation = [source(parts, broken_records(parts, tmp_path, image="gone.png"))]
     again = {"data": {**sections["data"], "validation": validation}, "train": {"max_steps": 9}, "validation": {"every": 1}}
     for path in (tmp_path / "run").glob("checkpoint-*"):
         shutil.rmtree(path)
@@ -109,7 +101,10 @@ def test_a_quarantined_record_stands_in_the_file_once_and_the_run_goes_on(parts:
 
 
 def test_bad_validation_records_are_written_down_as_well(parts: Path, tmp_path: Path) -> None:
-    sections = {"data": {"validation": [source(parts, broken_records(parts, image="gone.png"))]}, "validation": {"every": 2}}
+    sections = {
+        "data": {"validation": [source(parts, broken_records(parts, tmp_path, image="gone.png"))]},
+        "validation": {"every": 2},
+    }
     assert start_alone(parts, tmp_path / "run", sections).code == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
     assert [(row["split"], row["id"], row["step"]) for row in rows] == [("validation", "r4", 2)]

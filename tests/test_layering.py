@@ -17,9 +17,10 @@ MAY_IMPORT = {
     "trainer": {"trainer", "data", "model"},
     "tools": {"tools", "trainer", "data", "model"},
 }
-EXTERNAL = {"torch", "transformers", "safetensors", "PIL", "numpy", "tqdm", "jinja2"}
-EXTRAS = {"matplotlib", "sklearn", "tokenizers"}
-"""Imported where they are used, by tools alone; tokenizers comes with transformers, jinja2 with torch."""
+EXTERNAL = {"torch", "transformers", "safetensors", "PIL", "numpy", "tqdm", "jinja2", "tokenizers"}
+"""What is always there; jinja2 comes with torch, tokenizers with transformers."""
+EXTRAS = {"matplotlib", "sklearn"}
+"""Imported where they are used, by tools alone."""
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "base", "misc"}
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from data import load_processor
 from model import load_model
 from tests.ranks import run_ranks
-from tests.runs import save_parts, save_records, start, start_alone
+from tests.runs import start, start_alone
 from tests.test_equivalence import step_batches
 from tests.test_trainable import ALONE, build
 from tools.bench_step import Counter, hidden_syncs
@@ -22,14 +22,6 @@ from trainer.metrics import FOLD, Meter, SourceSums
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.parallel import checkpoint_activations, replicate
 from trainer.step import train_step
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("loop")
-    save_parts(folder)
-    save_records(folder)
-    return folder
 
 
 def lines_of(output_dir: Path) -> list[dict[str, Any]]:

@@ -10,20 +10,12 @@ from typing import Any
 import pytest
 
 from tests.ranks import run_ranks
-from tests.runs import failure_of, save_parts, save_records, start, start_alone
+from tests.runs import failure_of, start, start_alone
 
 LORA: dict[str, Any] = {
     "model": {"llm": {"tune": "lora"}, "vision": {"tune": "frozen"}},
     "lora": {"rank": 2, "dropout": 0.3},
 }
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("resume")
-    save_parts(folder)
-    save_records(folder)
-    return folder
 
 
 def weights(output_dir: Path) -> dict[str, bytes]:

@@ -25,8 +25,8 @@ from model.batch import IGNORE_INDEX, Batch
 from tests.runs import save_parts, save_records, tables
 from tools import chat, evaluate, inspect_data, plot_run
 from tools.cli import printable
-from trainer.config import load_config, parse_config
 from trainer.main import run
+from trainer.runfile import load_config, parse_config
 from trainer.schema import to_toml
 
 ROOT = Path(__file__).parent.parent

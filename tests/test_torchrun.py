@@ -14,18 +14,10 @@ from typing import Any
 
 import pytest
 
-from tests.runs import save_parts, save_records, tables
+from tests.runs import tables
 from trainer.schema import to_toml
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("torchrun")
-    save_parts(folder)
-    save_records(folder)
-    return folder
 
 
 def command(parts: Path, output_dir: Path, **sections: Any) -> list[str]:

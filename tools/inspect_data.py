@@ -25,7 +25,8 @@ from model.batch import IGNORE_INDEX
 from model.card import media_specs
 from model.config import ConfigError
 from tools.cli import printable, run
-from trainer.config import RunConfig, load_config
+from trainer.config import RunConfig
+from trainer.runfile import load_config
 from trainer.sources import added_tokens
 
 GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from model.config import LoraConfig
-
-if TYPE_CHECKING:
-    from trainer.config import RunConfig
+from trainer.config import RunConfig
 
 
 def problems_of(config: RunConfig) -> list[str]:

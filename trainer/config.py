@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 from data.config import DataConfig
-from model.config import ConfigError, LoraConfig, ModelConfig
-from trainer.checks import problems_of
-from trainer.planned import PLANNED
-from trainer.schema import Reader, apply_override, read_toml
+from model.config import LoraConfig, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -85,31 +82,3 @@ class RunConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     log: LogConfig = field(default_factory=LogConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
-
-
-def load_config(path: str, overrides: list[str] | None = None) -> RunConfig:
-    """The run described by a TOML file and `section.key=value` overrides, defaults filled in."""
-    tables = read_toml(path)
-    for text in overrides or []:
-        apply_override(tables, text)
-    return parse_config(tables, path)
-
-
-def parse_config(tables: dict[str, Any], origin: str) -> RunConfig:
-    """RunConfig from plain tables; one ConfigError with every problem."""
-    reader = Reader(PLANNED)
-    config = reader.table(RunConfig, tables, "")
-    problems = reader.problems + (problems_of(config) if config is not None else [])
-    if problems:
-        raise ConfigError(f"{origin}:\n" + "\n".join(f"  - {line}" for line in problems))
-    return filled(config)
-
-
-def filled(config: RunConfig) -> RunConfig:
-    """Defaults of the settings of which only one of a pair may be named."""
-    train, optim = config.train, config.optim
-    if train.epochs is None and train.max_steps is None:
-        train = replace(train, epochs=1.0)
-    if optim.warmup_ratio is None and optim.warmup_steps is None:
-        optim = replace(optim, warmup_ratio=0.03)
-    return replace(config, train=train, optim=optim)

@@ -12,13 +12,14 @@ from pathlib import Path
 from model.config import ConfigError
 from trainer import exits
 from trainer.checkpoint import restore
-from trainer.config import RunConfig, load_config
+from trainer.config import RunConfig
 from trainer.distributed import World, start_world, stop_world
 from trainer.export import write_final
 from trainer.loop import Loop
 from trainer.metrics import MetricsLog
 from trainer.report import plan
 from trainer.resume import choose, read_state
+from trainer.runfile import load_config
 from trainer.schema import apply_override, read_toml, to_tables, to_toml
 from trainer.setup import Setup, build, make_deterministic, resolved
 from trainer.sources import open_data
