@@ -14,7 +14,8 @@ from data.processor import Processor, load_processor
 from data.record import RecordError, parse
 from model.config import ConfigError
 from model.multimodal import MultimodalLM
-from tools.cli import add_model_options, load, printable, run
+from tools.cli import printable, run
+from tools.final import add_model_options, load
 
 Turns = list[dict[str, str]]  # "from" and "value", as in records
 

@@ -33,6 +33,14 @@ class Score:
     after: float
 
 
+class StepError(Exception):
+    """A command of the demo failed; it has said why."""
+
+    def __init__(self, title: str, exit_code: int) -> None:
+        super().__init__(f"{title!r} failed with exit code {exit_code}; what it said itself stands above")
+        self.exit_code = exit_code
+
+
 def module(name: str, *arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", name, *map(str, arguments)]
 
@@ -42,26 +50,21 @@ def trained_by(ranks: int, config: Path) -> list[str]:
     return module("torch.distributed.run", *launch, "--cfg", config)
 
 
-def do(title: str, command: list[str], quiet: bool = False) -> str:
-    """Says what is done and by which command, and does it. Returns the command's stdout; `quiet` keeps it from the terminal."""
+def do(title: str, command: list[str], capture: bool = False) -> str:
+    """Says what is done and by which command, and does it. Returns the command's stdout if that is captured."""
     print(f"\n== {title}\n   $ {shlex.join(['python', *command[1:]])}", flush=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TOKENIZERS_PARALLELISM": "false"}
-    lines = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        for line in process.stdout or ():
-            lines.append(line)
-            if not quiet:
-                print(f"   {line}", end="", flush=True)
-    if process.returncode:
-        raise ProofError(f"{title!r} failed with exit code {process.returncode}; its own message stands above")
-    return "".join(lines)
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE if capture else None)
+    if done.returncode:
+        raise StepError(title, done.returncode)
+    return done.stdout or ""
 
 
 def score(folder: Path, final: Path, task: str, when: str) -> float:
     """Part of the held-out pictures that a model answers exactly right."""
     title = f"{when}: what does it answer to {QUESTIONS[task]!r} on pictures it has not seen?"
     arguments = ("--data", folder / f"{task}_test.json", "--media-root", folder / "images", "--max-new-tokens", "16")
-    result = json.loads(do(title, module("tools.evaluate", final, *arguments), quiet=True).splitlines()[-1])
+    result = json.loads(do(title, module("tools.evaluate", final, *arguments), capture=True).splitlines()[-1])
     print(f"   {result['exact_match']:.1%} of {result['samples']} exactly right, loss {result['loss']:.3f}")
     return result["exact_match"]
 
@@ -75,7 +78,6 @@ def hand_over(folder: Path) -> None:
     """What one does with a trained model: files for others, curves, a question."""
     final = folder / "parity" / "final"
     do("Take out what was trained: projector and adapter", module("tools.export_adapter", final, folder / "export"))
-    do("The adapter again, for PEFT", module("tools.export_adapter", final, folder / "export-peft", "--for", "peft"))
     for task in QUESTIONS:
         do(f"Draw the curves of {task}", module("tools.plot_run", folder / task))
     record = json.loads((folder / "parity_test.json").read_text())[0]
@@ -92,7 +94,7 @@ def summary(folder: Path, scores: list[Score], seconds: float) -> str:
     lines += [f"{QUESTIONS[s.task]:<30}{s.before:>8.1%}{s.after:>8.1%}{WANTED[s.task]:>8.0%}" for s in scores]
     places = {
         "trained models": "digit/final, parity/final",
-        "projector, adapter": "export, export-peft",
+        "projector, adapter": "export",
         "curves": "digit/curves.png, parity/curves.png",
         "run files": "digit.toml, parity.toml: start your own from one of these",
     }

@@ -24,7 +24,8 @@ from data.processor import Processor, load_processor
 from data.record import Record, RecordError, parse
 from model.config import ConfigError
 from model.multimodal import MultimodalLM
-from tools.cli import add_model_options, load, run
+from tools.cli import run
+from tools.final import add_model_options, load
 
 
 @dataclass(frozen=True)

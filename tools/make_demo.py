@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging
 
 from data.tokenizer import save_tokenizer
 from model.config import ConfigError
@@ -62,6 +62,8 @@ def record(task: str, split: str, number: int, digit: int) -> dict[str, Any]:
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE of at most `VOCAB` tokens with ChatML's control tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -129,6 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="where to write; the run files name it as it is given here")
     options = parser.parse_args(argv)
+    logging.disable_progress_bar()
     return run("make_demo", lambda: make(options.folder))
 
 
