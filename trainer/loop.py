@@ -84,12 +84,14 @@ class Loop:
         saves = last or done % config.checkpoint.every == 0
         if last or done == 1 or done % config.log.every == 0:
             self._log(done, bar)
+        started = time.perf_counter()
         if self.setup.data.validation is not None and (last or done % config.validation.every == 0):
             self.log.write(done, validate(self.setup, self.quarantine, done))
         if saves:
             self.quarantine.flush(self.setup.world)
             self._save(done)
             self.log.write_trainer_state(done, self.setup.total_steps)
+        self.meter.since += time.perf_counter() - started  # tokens per second are those of training
 
     def _log(self, done: int, bar: tqdm) -> None:
         self.quarantine.flush(self.setup.world)
