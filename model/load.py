@@ -11,7 +11,7 @@ from model.build import DTYPES, assemble, resolve_dtype
 from model.card import ModelCard, read_card
 from model.config import ConfigError
 from model.multimodal import MultimodalLM
-from model.origins import base_layers, run_layers
+from model.origins import base_layers, run_layers, saved_tensors
 from model.weights import find_values, materialise
 
 
@@ -53,6 +53,16 @@ def check_loadable(folder: Path) -> None:
     card = for_use(read_card(folder), merge_lora=False)
     model = assemble(card, torch.float32)
     find_values(model, [*run_layers(folder, card, model, "final"), *base_layers(card, model)])
+
+
+def settled(folder: Path, card: ModelCard) -> ModelCard:
+    """`card` without the run it was started from, if `folder` itself holds all that came from there: it may then be deleted."""
+    if not card.model.init_from:
+        return card
+    model = assemble(card, torch.float32)
+    layers = run_layers(Path(card.model.init_from), card, model, "model.init_from")
+    given = {name for layer in layers for name in (*layer.tensors, *layer.adapters)}
+    return card if given - set(saved_tensors(folder)) else replace(card, model=replace(card.model, init_from=""))
 
 
 def for_use(card: ModelCard, merge_lora: bool) -> ModelCard:

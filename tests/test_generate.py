@@ -113,6 +113,18 @@ def test_after_the_prompt_one_token_at_a_time_passes_through(run: tuple[Path, Mu
     assert widths == [batch.input_ids.shape[1], 1, 1, 1]
 
 
+def test_once_every_row_has_stopped_nothing_is_computed(run: tuple[Path, MultimodalLM, Processor], tmp_path: Path) -> None:
+    _, net, processor = run
+    net.stop_ids = ()
+    batch = processor(prompts(tmp_path), media_root=str(tmp_path))
+    net.stop_ids = tuple({ids[2] for ids in net.generate(batch, max_new_tokens=NEW)})
+    passes: list[int] = []
+    hook = net.llm.get_decoder().register_forward_pre_hook(lambda module, args: passes.append(1))  # type: ignore[operator]
+    assert max(map(len, net.generate(batch, max_new_tokens=NEW))) <= 2
+    hook.remove()
+    assert len(passes) <= 3
+
+
 def test_training_attention_is_back_afterwards_even_after_an_error(
     run: tuple[Path, MultimodalLM, Processor], tmp_path: Path
 ) -> None:

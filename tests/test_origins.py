@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.build import build_model
+from model.card import read_card, write_card
 from model.config import ConfigError, LlmConfig, LoraConfig, ModelConfig
-from model.load import load_model
+from model.load import load_model, settled
 from model.multimodal import MultimodalLM
 from tests.finals import NO_LORA, build, config_of, same, save_checkpoint, save_final, save_parts, trainable, trained, values
 
@@ -131,6 +132,19 @@ def test_a_finished_run_needs_no_adapter_or_projector_it_started_from(parts: Pat
     before.rename(tmp_path / "gone")
     same(values(load_model(folder, merge_lora=False)), values(run.model))
     assert load_model(folder)(run.processor([], answers=True))["text"].num_addends == 0
+
+
+def test_a_run_that_holds_all_that_it_was_given_may_lose_its_origin(parts: Path, tmp_path: Path) -> None:
+    """LLaVA's two stages: the second holds the first one's projector. A frozen model with a merged adapter holds nothing of it."""
+    first = save_final(trained(config_of(parts, "frozen"), seed=1), tmp_path / "1")
+    second = trained(config_of(parts, "lora", init_from=str(first)), seed=2)
+    folder = save_final(second, tmp_path / "2")
+    write_card(settled(folder, read_card(folder)), folder)
+    third = save_final(trained(config_of(parts, "frozen", init_from=str(folder)), seed=3), tmp_path / "3")
+    assert settled(third, read_card(third)) == read_card(third)
+    first.rename(tmp_path / "gone")
+    same(values(load_model(folder, merge_lora=False)), values(second.model))
+    assert load_model(third).get_parameter("vision_projector.0.weight").shape == (32, 24)
 
 
 def test_two_origins_of_one_part_are_an_error(parts: Path, tmp_path: Path) -> None:
