@@ -79,6 +79,9 @@ def test_every_problem_stands_in_one_message() -> None:
         ({"model": {"llm": {"tune": "frozen", "lr": 1.0}}}, "model.llm.lr = 1.0 has no effect"),
         ({"model": {"vision_projector": {"lr": 1.0}}, "optim": {"projector_lr": 1.0}}, "it has an lr of its own"),
         ({"parallel": {"strategy": "ddp", "reshard_after_forward": False}}, "has no effect with parallel.strategy = 'ddp'"),
+        ({"validation": {"every": 3}}, "[validation] has no effect"),
+        ({"data": {"on_bad_sample": "error", "max_bad_fraction": 0.5}}, "data.max_bad_fraction has no effect"),
+        ({"model": {"vision": None, "vision_projector": None}, "data": {"image_fit": "square"}}, "data.image_fit has no effect"),
         ({"lora": {"targets": 3}}, "lora.targets = 3 is not a string or a list of strings"),
     ],
 )

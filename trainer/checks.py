@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from data.config import DataConfig
 from model.config import LoraConfig
-from trainer.config import RunConfig
+from trainer.config import RunConfig, ValidationConfig
 
 
 def problems_of(config: RunConfig) -> list[str]:
@@ -101,6 +102,10 @@ def _no_effect(config: RunConfig) -> Iterator[str]:
     if config.parallel.strategy == "ddp" and not config.parallel.reshard_after_forward:
         yield "parallel.reshard_after_forward = false has no effect with parallel.strategy = 'ddp'"
     if model.vision is None:
-        for key in ("media_wrap", "max_images"):
-            if getattr(config.data, key):
+        for key in ("media_wrap", "max_images", "max_pixels", "image_fit", "placeholders", "follow_links"):
+            if getattr(config.data, key) != getattr(DataConfig(), key):
                 yield f"data.{key} has no effect: no media part is configured"
+    if config.data.on_bad_sample == "error" and config.data.max_bad_fraction != DataConfig().max_bad_fraction:
+        yield "data.max_bad_fraction has no effect with data.on_bad_sample = 'error': the first bad record stops the run"
+    if config.validation != ValidationConfig() and not config.data.validation:
+        yield "[validation] has no effect without [[data.validation]]"

@@ -16,7 +16,6 @@ from trainer.config import RunConfig
 from trainer.distributed import World, start_world, stop_world
 from trainer.export import write_final
 from trainer.loop import Loop
-from trainer.metrics import MetricsLog
 from trainer.report import plan
 from trainer.resume import choose, read_state
 from trainer.runfile import load_config
@@ -68,8 +67,6 @@ def finish(setup: Setup, first_step: int, world: World) -> None:
     if world.broadcast_json(first_step > 0 and first_step >= setup.total_steps and final_step(folder) == first_step):
         say(world, f"nothing left to do: {folder / 'final'} holds step {first_step}")
         return
-    if not (folder / "metrics.jsonl").exists():
-        MetricsLog(folder, step, world)
     target = write_final(setup.model, setup.data.card, setup.data.processor, folder, step, world)
     say(world, f"wrote and proved {target}")
 
