@@ -90,10 +90,18 @@ class VisionTower(nn.Module):
         return self.tower(pixel_values=values).last_hidden_state[:, self.num_prefix :]
 
 
+class CopiedRow(nn.Module):
+    """What is left of pooling the CLS row: a copy, because FSDP2 wants no view among a module's outputs."""
+
+    def forward(self, row: Tensor) -> Tensor:
+        return row.clone()
+
+
 def cut(tower: nn.Module) -> nn.Module:
     """Remove what stands behind the last block, so that no parameter is left which the loss cannot reach."""
     if isinstance(getattr(tower, "post_layernorm", None), nn.Module):
-        tower.post_layernorm = nn.Identity()
+        # CLIP normalises only the row that it pools, SigLIP all of them.
+        tower.post_layernorm = CopiedRow() if NUM_PREFIX[tower.config.model_type] else nn.Identity()  # type: ignore[union-attr, index]
     if isinstance(getattr(tower, "head", None), nn.Module):
         tower.head, tower.use_head = None, False  # type: ignore[assignment]
     return tower

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from tests.runs import save_parts, save_records
@@ -10,6 +11,7 @@ from tests.runs import save_parts, save_records
 # Machines that run this are shared and slow at times: a test fails for wrong values, never for being late.
 settings.register_profile("trainer", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("trainer")
+torch.set_num_threads(1)  # two tests' worth of threads on two cores would wait for each other
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from data.processor import Processor, make_processor
 from data.template import load_template
 from data.tokenizer import load_tokenizer, pad_id, save_tokenizer
 from model.build import DTYPES, assemble
-from model.card import ModelCard, draw_card, media_specs, write_card
+from model.card import ModelCard, base_digests, draw_card, media_specs, write_card
 from model.config import LlmConfig, LoraConfig, ModelConfig, VisionConfig, VisionProjectorConfig
 from model.llm import Vocabulary
 from model.manifest import write_manifest
@@ -76,6 +76,7 @@ def build(config: ModelConfig, lora: LoraConfig = NO_LORA, seed: int = 3, **data
         stop_ids=template.stop_ids,
         pad_id=pad_id(vocabulary.tokenizer),
     )
+    card = replace(card, bases=base_digests(config))
     model = assemble(card, DTYPES[config.dtype])
     materialise(model, weight_layers(card, model, seed), frozen_dtype=model.dtype, device=torch.device("cpu"))
     return Run(card, model, make_processor(template, specs, settings))

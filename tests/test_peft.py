@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from data.tokenizer import load_tokenizer
 from model.config import ConfigError, LoraConfig
 from tests.finals import NO_LORA, build, config_of, same, save_checkpoint, save_final, save_parts, trained, values
 from tests.test_lora import LINEAR, logits
@@ -92,3 +93,21 @@ def test_an_adapter_that_would_mean_something_else_here_is_refused(tmp_path: Pat
     refused("peft", "alpha = 8, but")  # PEFT's own default
     file.write_text(json.dumps({**config, "peft_type": "IA3"}))
     refused("peft", "is a IA3 adapter")
+
+
+def test_an_adapter_on_what_an_earlier_run_trained_comes_with_its_base(tmp_path: Path) -> None:
+    """Full tuning, then LoRA by init_from: on the original base the adapter would be wrong without a word."""
+    parts = save_parts(tmp_path / "parts")
+    first = trained(config_of(parts, "full"))
+    second = trained(config_of(parts, "lora", init_from=str(save_final(first, tmp_path / "first"))), seed=5)
+    final = save_final(second, tmp_path / "second")
+    assert export([str(final), str(tmp_path / "out"), "--for", "peft"]) == 0
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base", dtype=torch.float32)
+    assert load_tokenizer(str(tmp_path / "out" / "base"), ()).tokenizer.get_vocab() == second.processor.tokenizer.get_vocab()
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "out" / "base")
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        expected = second.model.eval().llm(input_ids=ids).logits  # type: ignore[operator]
+        found = peft.PeftModel.from_pretrained(base, str(tmp_path / "out")).eval()(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))

@@ -14,9 +14,11 @@ if __name__ == "__main__":  # started as a file, its own folder is on the path a
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data.processor import load_processor
+from data.tokenizer import save_tokenizer
 from model import export_hf, export_llava
 from model.card import ModelCard, read_card
 from model.config import ConfigError
+from model.export_llm import inherits_llm, write_llm
 from model.files import dump_json
 from model.load import load_model
 from model.peft import OUR_CONFIG, OURS, WEIGHTS, adapter_config, write_config
@@ -26,7 +28,7 @@ from tools.output_folder import listing, new_folder
 from trainer.exits import code_of
 
 
-def to_safetensors(source: Path, out: Path, card: ModelCard) -> str:
+def to_safetensors(source: Path, out: Path, card: ModelCard, _: Path) -> str:
     """One file per part that was trained beside the language model's own weights."""
     files = trained_files(source, card)
     if not files:
@@ -38,30 +40,40 @@ def to_safetensors(source: Path, out: Path, card: ModelCard) -> str:
         (out / OUR_CONFIG).write_text(dump_json({"rank": lora.rank, "alpha": lora.alpha, "rslora": lora.rslora}))
     keys = {"vision_projector.safetensors": "model.vision_projector.path", OURS: "lora.path"}
     named = " ".join(f"{key}={{out}}" for file, key in keys.items() if file in files)
+    if OURS in files and inherits_llm(source, card):
+        print(f"the adapter sits on what {card.model.init_from} trained: to go on, name that as model.init_from, not lora.path")
+        named = ""
     return f"python -m trainer.main --cfg run.toml {named}" if named else "python -m tools.export_adapter --help"
 
 
-def to_llava(source: Path, out: Path, card: ModelCard) -> str:
+def to_llava(source: Path, out: Path, card: ModelCard, _: Path) -> str:
     """LLaVA's mm_projector.bin."""
     export_llava.check_exportable(card)
     path = export_llava.write_projector(out, projector(source, card))
     return f"(in LLaVA) python llava/train/train_mem.py --pretrain_mm_mlp_adapter {{out}}/{path.name} ..."
 
 
-def to_peft(source: Path, out: Path, card: ModelCard) -> str:
-    """A PEFT adapter folder for the language model. Other trained parts are not in it."""
+def to_peft(source: Path, out: Path, card: ModelCard, named: Path) -> str:
+    """A PEFT adapter folder for the language model, with the model it sits on if an earlier run trained that."""
     tensors, paths = llm_adapter(source, card)
-    write_file(out / WEIGHTS, tensors)
-    write_config(out, adapter_config(card.lora, card.model.llm.path, paths))
-    if card.vocabulary.new_ids:
+    base = card.model.llm.path
+    if inherits_llm(source, card):
+        base = str(named / "base")
+        (out / "base").mkdir()
+        write_llm(source, out / "base", card)
+        save_tokenizer(load_processor(source).tokenizer, out / "base")
+        print(f"an earlier run trained the language model: it stands in {base}, where the adapter belongs")
+    elif card.vocabulary.new_ids:
         print(f"not in an adapter: {len(card.vocabulary.new_ids)} new rows of the vocabulary ({', '.join(card.tokens)})")
+    write_file(out / WEIGHTS, tensors)
+    write_config(out, adapter_config(card.lora, base, paths))
     return (
         'python -c "from peft import PeftModel; from transformers import AutoModelForCausalLM as M; '
-        f"PeftModel.from_pretrained(M.from_pretrained({card.model.llm.path!r}), '{{out}}')\""
+        f"PeftModel.from_pretrained(M.from_pretrained({base!r}), '{{out}}')\""
     )
 
 
-def to_hf(source: Path, out: Path, card: ModelCard) -> str:
+def to_hf(source: Path, out: Path, card: ModelCard, _: Path) -> str:
     """A merged folder for LlavaForConditionalGeneration and AutoProcessor, reopened and compared."""
     export_hf.check_exportable(card)
     model, processor = load_model(source), load_processor(source)
@@ -71,20 +83,20 @@ def to_hf(source: Path, out: Path, card: ModelCard) -> str:
     return "python -c \"from transformers import LlavaForConditionalGeneration as M; M.from_pretrained('{out}')\""
 
 
-TARGETS: dict[str, Callable[[Path, Path, ModelCard], str]] = {
+TARGETS: dict[str, Callable[[Path, Path, ModelCard, Path], str]] = {
     "safetensors": to_safetensors,
     "llava": to_llava,
     "peft": to_peft,
     "hf": to_hf,
 }
-"""What writes each kind of folder and returns the command to type next."""
+"""What writes each kind of folder (source, folder to fill, card, its later name) and returns the command to type next."""
 
 
 def export(source: Path, out: Path, target: str = "safetensors") -> None:
     """Write `out`, whole or not at all, and say what it holds."""
     card = read_card(source)
     with new_folder(out) as folder:
-        following = TARGETS[target](source, folder, card)
+        following = TARGETS[target](source, folder, card, out)
     print(f"{out}:\n{listing(out)}\nnext: {following.replace('{out}', str(out))}")
 
 

@@ -11,36 +11,34 @@ import itertools
 import os
 import sys
 from dataclasses import replace
-from pathlib import Path
+
+import torch
 
 from data.certificate import certify
 from data.config import DataError
-from data.dataset import MultimodalDataset, Rejected, open_dataset
+from data.dataset import MultimodalDataset, Rejected
 from data.index import RecordIndex
 from data.record import MediaRef, parse
 from data.sample import Sample
-from data.template import Template, load_template
-from data.tokenizer import load_tokenizer
+from data.template import Template
 from model.batch import IGNORE_INDEX
-from model.card import media_specs
 from model.config import ConfigError
 from tools.cli import printable, run
 from trainer.config import RunConfig
+from trainer.distributed import World
 from trainer.runfile import load_config
-from trainer.sources import added_tokens
+from trainer.sources import open_data
 
 GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
 
 def open_sources(config: RunConfig) -> tuple[Template, dict[str, MultimodalDataset]]:
     """The template and the datasets of the run, by the table that names them; nothing is certified and no weight is read."""
-    data, added = config.data, added_tokens(config)
-    tokenizer = load_tokenizer(config.model.llm.path, added, config.model.cache_dir).tokenizer
-    template = load_template(data.template, tokenizer, placeholders=data.placeholders, media_wrap=data.media_wrap, allowed=added)
-    specs, folder = media_specs(config.model), Path(config.output_dir, "index")
-    shown = replace(data, on_bad_sample="quarantine")  # bad records are shown as such, whatever the run does about them
-    tables = {"sources": data.sources, "validation": data.validation}
-    return template, {key: open_dataset(sources, shown, template, specs, folder) for key, sources in tables.items() if sources}
+    # Bad records are shown as such, whatever the run does about them.
+    config = replace(config, data=replace(config.data, on_bad_sample="quarantine"))
+    data = open_data(config, World(0, 0, 1, torch.device("cpu")))
+    tables = {"sources": data.train, "validation": data.validation}
+    return data.processor.template, {key: dataset for key, dataset in tables.items() if dataset is not None}
 
 
 def show_source(template: Template, dataset: MultimodalDataset, source_id: int, table: str, num: int, colour: bool) -> bool:

@@ -6,26 +6,22 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from data.processor import Processor
 from model.build import DTYPES
-from model.card import ModelCard, base_digests, write_card
-from model.files import Entry, dump_json, file_digest, tensor_digests, write_safetensors
-from model.load import check_loadable
+from model.card import ModelCard, write_card
+from model.files import SHARD_BYTES, Entry, dump_json, file_digest, split_by_size, tensor_digests, write_safetensors
+from model.load import check_loadable, settled
 from model.lora import is_adapter
 from model.multimodal import MultimodalLM
 from trainer.distributed import World
 from trainer.exits import ProofError, SaveError
 from trainer.gather import gather_hooks
-
-SHARD_BYTES = 5 * 10**9
-"""Larger parts are written as several files."""
 
 
 def write_final(model: MultimodalLM, card: ModelCard, processor: Processor, folder: Path, step: int, world: World) -> Path:
@@ -36,55 +32,45 @@ def write_final(model: MultimodalLM, card: ModelCard, processor: Processor, fold
     if world.is_main:
         problem = _attempt(lambda: _prepare(temporary))
     _raise_together(problem, world, SaveError)
-    for name, tensors in files:
-        digests[name] = _stream(temporary / name, tensors, card, world)
+    for name, entries in files:
+        digests[name] = _stream(temporary / name, entries, world)
     if world.is_main:
         problem = _attempt(lambda: _finish(temporary, target, card, processor, digests, step, folder))
     _raise_together(problem, world, ProofError if problem.startswith("proof: ") else SaveError)
     return target
 
 
-def weight_files_of(model: MultimodalLM, card: ModelCard) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """File names and the tensors in each, by their names in the file."""
+def weight_files_of(model: MultimodalLM, card: ModelCard) -> Iterator[tuple[str, dict[str, Entry]]]:
+    """File names and what goes into each: bases rounded once to the model's dtype, all else in float32."""
     for name, part in card.model.parts().items():
+        is_projector = name.endswith("_projector")
         # A projector is small and nothing works without it: it is there even if it did not learn.
-        if part.tune == "full" or name.endswith("_projector"):
-            tensors: dict[str, Tensor] = dict(model.get_submodule(name).named_parameters())
-            yield from _split(name, tensors, DTYPES[card.model.dtype])
-    adapters: dict[str, Tensor] = {
+        if part.tune == "full" or is_projector:
+            dtype = torch.float32 if is_projector else DTYPES[card.model.dtype]
+            groups = split_by_size(_entries(dict(model.get_submodule(name).named_parameters()), dtype), SHARD_BYTES)
+            for i, group in enumerate(groups, 1):
+                suffix = "" if len(groups) == 1 else f"-{i:05d}-of-{len(groups):05d}"
+                if group:
+                    yield f"{name}{suffix}.safetensors", group
+    adapters = {
         name: p
         for name, p in model.named_parameters()
         if is_adapter(name) or (p.requires_grad and name.partition(".")[0] in card.lora_parts)
     }
     if adapters:
-        yield "lora.safetensors", adapters
+        yield "lora.safetensors", _entries(adapters, torch.float32)
 
 
-def _split(part: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    groups: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        num_bytes = tensor.numel() * dtype.itemsize
-        if groups[-1] and size + num_bytes > SHARD_BYTES:
-            groups.append({})
-            size = 0
-        groups[-1][name] = tensor
-        size += num_bytes
-    if not tensors:
-        return
-    for i, group in enumerate(groups, 1):
-        yield f"{part}.safetensors" if len(groups) == 1 else f"{part}-{i:05d}-of-{len(groups):05d}.safetensors", group
-
-
-def _stream(path: Path, tensors: dict[str, Tensor], card: ModelCard, world: World) -> dict[str, str]:
-    """Write one file; returns the digest of each tensor as it was when it was written. Collective."""
-    is_base = path.name.startswith(("llm", "vision.", "vision-"))
-    dtype = DTYPES[card.model.dtype] if is_base else torch.float32  # bases are rounded once, all else stays exact
+def _entries(tensors: dict[str, nn.Parameter], dtype: torch.dtype) -> dict[str, Entry]:
+    """Each tensor with the hook that makes it whole on rank 0 when the writer gets to it."""
     hooks = gather_hooks(tensors)
-    entries = {name: Entry(dtype, tuple(t.shape), hooks[name]) for name, t in tensors.items()}
-    problem, digests = "", {}
+    return {name: Entry(dtype, tuple(t.shape), hooks[name]) for name, t in tensors.items()}
+
+
+def _stream(path: Path, entries: dict[str, Entry], world: World) -> dict[str, str]:
+    """Write one file; returns the digest of each tensor as it was when it was written. Collective."""
+    problem, out = "", None
     with ExitStack() as stack:
-        out = None
         if world.is_main:
             try:
                 out = stack.enter_context(path.open("wb"))
@@ -92,11 +78,10 @@ def _stream(path: Path, tensors: dict[str, Tensor], card: ModelCard, world: Worl
                 problem = f"{error.strerror}: {path}"
         _raise_together(problem, world, SaveError)
         try:
-            digests = write_safetensors(out, entries)
+            return write_safetensors(out, entries)
         except OSError as error:
             # The others are inside the next gather: this rank must leave, and they will be told by its absence.
             raise SaveError(f"{error.strerror}: {path}") from error
-    return digests
 
 
 def _prepare(temporary: Path) -> None:
@@ -108,7 +93,7 @@ def _prepare(temporary: Path) -> None:
 def _finish(
     temporary: Path, target: Path, card: ModelCard, processor: Processor, digests: dict[str, dict[str, str]], step: int, run: Path
 ) -> None:
-    write_card(replace(card, bases=base_digests(card.model)), temporary)
+    write_card(settled(temporary, card), temporary)
     processor.save(temporary)
     prove(temporary, digests)
     provenance = {

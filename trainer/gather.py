@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 GatherHook = Callable[[], Tensor | None]
 
 
-def gather_hooks(tensors: dict[str, Tensor]) -> dict[str, GatherHook]:
+def gather_hooks(tensors: Mapping[str, Tensor]) -> dict[str, GatherHook]:
     """A hook per tensor. Calling one is a collective: every rank calls the same hooks in the same order.
 
     Rank 0 gets the whole tensor on the CPU, the others None, and nobody ever holds more than one.

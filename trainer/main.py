@@ -21,7 +21,7 @@ from trainer.resume import choose, read_state
 from trainer.runfile import load_config
 from trainer.schema import apply_override, read_toml, to_tables, to_toml
 from trainer.setup import Setup, build, make_deterministic, resolved
-from trainer.sources import open_data
+from trainer.sources import certify_all, open_data, with_bases
 
 
 def run(config: RunConfig, world: World | None = None) -> int:
@@ -45,7 +45,8 @@ def run(config: RunConfig, world: World | None = None) -> int:
 def train(config: RunConfig, world: World, progress: exits.Progress) -> None:
     """Data, model, resume, plan, loop, final: in this order, each proven before the next."""
     make_deterministic(config)
-    data = open_data(config, world)
+    data = with_bases(open_data(config, world), world)
+    certificates = certify_all(data, config)
     checkpoint, damaged = choose(config, world)
     state = read_state(checkpoint, config, data.sampler.lengths if data.sampler else None) if checkpoint else None
     setup = build(config, data, world)
@@ -54,7 +55,7 @@ def train(config: RunConfig, world: World, progress: exits.Progress) -> None:
         restore(checkpoint, setup.trained, state["optimizer_steps"])
     if world.is_main:
         Path(config.output_dir, "run.toml").write_text(to_toml(to_tables(config)))
-        print(plan(setup, checkpoint, damaged), flush=True)
+        print(plan(setup, certificates, checkpoint, damaged), flush=True)
     if setup.trained and first_step < setup.total_steps:
         Loop(setup, first_step, state["meter"] if state else None, progress).run()
     finish(setup, first_step, world)

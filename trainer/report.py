@@ -10,9 +10,10 @@ from trainer.schedule import warmup_steps
 from trainer.setup import Setup
 
 
-def plan(setup: Setup, resume: Path | None, damaged: list[str]) -> str:
+def plan(setup: Setup, certificates: list[str], resume: Path | None, damaged: list[str]) -> str:
     """Parts, batch arithmetic, sharding, data and the resume point, for people."""
-    lines = [*_parts(setup), "", *_batches(setup), *_data(setup)]
+    lines = [*_parts(setup), "", *_batches(setup)]
+    lines += [f"data      {line}" for line in certificates]
     lines += [f"damaged   {text}" for text in damaged]
     lines.append(f"start     {'from ' + str(resume) if resume else 'fresh'}, writing to {setup.config.output_dir}")
     return "\n".join(lines)
@@ -46,7 +47,3 @@ def _batches(setup: Setup) -> list[str]:
             f"{warmup_steps(config.optim, setup.total_steps)} of warm-up, {config.optim.schedule}"
         )
     return lines
-
-
-def _data(setup: Setup) -> list[str]:
-    return [f"data      {line}" for line in setup.data.certificates]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from data.sampler import Sampler
 from data.template import load_template
 from data.tokenizer import load_tokenizer, pad_id
 from model.batch import PLACEHOLDERS
-from model.card import ModelCard, draw_card, media_specs, read_card
+from model.card import ModelCard, base_digests, draw_card, media_specs, read_card
 from model.config import ConfigError
 from model.llm import Vocabulary
 from trainer.config import RunConfig
@@ -32,7 +32,6 @@ class RunData:
     train: MultimodalDataset | None
     validation: MultimodalDataset | None
     sampler: Sampler | None
-    certificates: tuple[str, ...]
 
     @property
     def pad_id(self) -> int:
@@ -40,7 +39,7 @@ class RunData:
 
 
 def open_data(config: RunConfig, world: World) -> RunData:
-    """Everything the run reads, checked; no weight is touched. Rank 0 builds missing indexes, the others then map them."""
+    """Everything the run reads; no weight is loaded. Rank 0 builds missing indexes, the others then map them. Collective."""
     added = added_tokens(config)
     specs = media_specs(config.model)
     vocabulary = load_tokenizer(config.model.llm.path, added, config.model.cache_dir)
@@ -66,18 +65,38 @@ def open_data(config: RunConfig, world: World) -> RunData:
     world.barrier()  # collective: the indexes exist now
     train = opened(data.sources, read_excluded(folder)) if data.sources else None
     validation = opened(data.validation, frozenset()) if data.validation else None
-    if train is not None:
-        check_fed(train, config)
     sampler = None
     if train is not None:
         sampler = Sampler(train.lengths, train.modalities, config.batch.global_batch_size, config.seed, data.order)
-    certificates = tuple(
-        str(certify(template, index, source.key))
-        for dataset in (train, validation)
-        if dataset is not None
+    return RunData(card, make_processor(template, specs, data), train, validation, sampler)
+
+
+def with_bases(data: RunData, world: World) -> RunData:
+    """The same with fingerprints of the base weights on the card. Rank 0 looks, so a hub id is downloaded once. Collective."""
+    answer: dict[str, str] = {}
+    if world.is_main:
+        try:
+            answer = base_digests(data.card.model)
+        except ConfigError as error:
+            answer = {"error": str(error)}
+    found = world.broadcast_json(answer)
+    if "error" in found:
+        raise ConfigError(found["error"])
+    return replace(data, card=replace(data.card, bases=found))
+
+
+def certify_all(data: RunData, config: RunConfig) -> list[str]:
+    """One line per source: what was proven of its rows. DataError when a source cannot be proven, ConfigError when the
+    model's parts and the data do not go together.
+    """
+    if data.train is not None:
+        check_fed(data.train, config)
+    opened = [dataset for dataset in (data.train, data.validation) if dataset is not None]
+    return [
+        str(certify(data.processor.template, index, source.key))
+        for dataset in opened
         for source, index in zip(dataset.sources, dataset.indexes)
-    )
-    return RunData(card, make_processor(template, specs, data), train, validation, sampler, certificates)
+    ]
 
 
 def added_tokens(config: RunConfig) -> tuple[str, ...]:

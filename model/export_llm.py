@@ -1,0 +1,36 @@
+"""The language model by itself, as a Hugging Face folder: what an adapter sits on when an earlier run trained it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from model.build import assemble
+from model.card import ModelCard
+from model.export_hf import write_weights
+from model.files import Entry, dump_json, in_memory
+from model.load import load_model
+from model.lora import is_adapter
+from model.multimodal import MultimodalLM
+from model.origins import run_layers
+
+
+def inherits_llm(folder: Path, card: ModelCard) -> bool:
+    """Whether the run's adapter sits on other weights than the base folder's: an earlier run trained or merged some."""
+    below = run_layers(folder, card, assemble(card, torch.float32), "SOURCE")[1:]
+    names = {name for layer in below for name in (*layer.tensors, *layer.adapters)}
+    return any(name.startswith("llm.") and not is_adapter(name) for name in names)
+
+
+def write_llm(source: Path, folder: Path, card: ModelCard) -> None:
+    """config.json, model*.safetensors and generation_config.json of the LLM of `source`, its own adapters left out."""
+    model: MultimodalLM = load_model(source, merge_lora=False)
+    named = {name: p.detach() for name, p in model.llm.named_parameters() if not is_adapter(name)}
+    write_weights(folder, {n: Entry(model.dtype, tuple(p.shape), in_memory(p).all) for n, p in named.items()})
+    rows = model.llm.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    dtype = str(model.dtype).removeprefix("torch.")
+    config = {**card.hugging_face["llm"], "vocab_size": rows, "dtype": dtype, "architectures": [type(model.llm).__name__]}
+    (folder / "config.json").write_text(dump_json(config))
+    stops = {"eos_token_id": list(card.stop_ids), "pad_token_id": card.pad_id}
+    (folder / "generation_config.json").write_text(dump_json(stops))
