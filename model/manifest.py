@@ -16,9 +16,20 @@ class UnsoundCheckpoint(Exception):
     """A checkpoint that is incomplete or was changed; the message names the file and what is wrong with it."""
 
 
-def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    """Sizes and sha256 of every file in `folder`, `facts` (step, run id), and a digest over all of that."""
-    files = {p.name: {"size": p.stat().st_size, "sha256": file_digest(p)} for p in sorted(folder.iterdir()) if p.name != NAME}
+def file_facts(folder: Path, pattern: str = "*") -> dict[str, dict[str, Any]]:
+    """Size and sha256 of the files in `folder` whose names match, by name."""
+    paths = sorted(path for path in folder.glob(pattern) if path.name != NAME)
+    return {path.name: {"size": path.stat().st_size, "sha256": file_digest(path)} for path in paths}
+
+
+def write_manifest(folder: Path, facts: dict[str, Any], known: dict[str, dict[str, Any]] | None = None) -> None:
+    """Sizes and sha256 of every file in `folder`, `facts` (step, run id), and a digest over all of that.
+
+    `known`: what `file_facts` said of some of them already.
+    """
+    known = known or {}
+    others = {path.name for path in folder.iterdir()} - {NAME, *known}
+    files = known | {name: facts for other in others for name, facts in file_facts(folder, other).items()}
     body = {**facts, "files": files}
     (folder / NAME).write_text(dump_json({**body, "digest": _digest(body)}))
 

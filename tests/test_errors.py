@@ -152,6 +152,8 @@ def test_a_broken_run_file_is_told_in_one_message(tmp_path: Path, capsys: pytest
 def test_a_port_in_use_is_named(parts: Path, tmp_path: Path) -> None:
     """Ranks started by hand, without torchrun: rank 0 cannot listen."""
     (tmp_path / "run.toml").write_text(to_toml(tables(parts, output_dir=str(tmp_path / "run"))))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "exit.json").write_text('{"code": 0, "reason": "done"}')  # of an earlier start
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -165,5 +167,5 @@ def test_a_port_in_use_is_named(parts: Path, tmp_path: Path) -> None:
         }
         command = [sys.executable, "-m", "trainer.main", "--cfg", str(tmp_path / "run.toml")]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2
+    assert done.returncode == json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 2
     assert f"127.0.0.1:{port}" in done.stderr and "choose another one" in done.stderr and "Traceback" not in done.stderr

@@ -17,7 +17,7 @@ from torch import Tensor
 from data.processor import Processor
 from model.card import ModelCard, write_card
 from model.files import dump_json
-from model.manifest import UnsoundCheckpoint, verify, write_manifest
+from model.manifest import UnsoundCheckpoint, file_facts, verify, write_manifest
 from model.shards import WEIGHTS, checkpoint_tensors, write_shard
 from model.weights import local_range
 from trainer.distributed import World
@@ -49,14 +49,17 @@ class Checkpointer:
         temporary = self.folder / f".{PREFIX}{step}.saving"
         self._together(lambda: _fresh_folder(temporary), main_only=True)
         self._together(lambda: write_shard(temporary, self.world.rank, self.world.size, _tensors(trained, self.world)))
+        # Each rank reads back its own shard: one rank alone would take as long as all of them together.
+        own = self._together(lambda: file_facts(temporary, f"rank-{self.world.rank:05d}-*"))
+        known = {name: facts for rank in own for name, facts in (rank or {}).items()}
 
         def finish() -> None:
             optimizer_steps = {name: _step_of(trained.optimizer, p) for name, p in trained.parameters.items()}
             (temporary / STATE).write_text(dump_json({**state, "step": step, "optimizer_steps": optimizer_steps}))
             write_card(card, temporary)
             processor.save(temporary)
-            write_manifest(temporary, {"step": step, "run_id": self.run_id})
-            _sync_to_disk(temporary)
+            write_manifest(temporary, {"step": step, "run_id": self.run_id}, known)
+            sync_to_disk(temporary)
             if target.exists():
                 shutil.rmtree(target)
             temporary.rename(target)
@@ -65,19 +68,22 @@ class Checkpointer:
         self._together(finish, main_only=True)
         return target
 
-    def _together(self, action: Callable[[], None], *, main_only: bool = False) -> None:
-        """Run on every rank or on rank 0; all learn whether any failed, and all raise."""
-        problem = ""
+    def _together(self, action: Callable[[], Any], *, main_only: bool = False) -> list[Any]:
+        """Run on every rank or on rank 0; what each returned. All learn whether any failed, and all raise."""
+        problem, found = "", None
         if not main_only or self.world.is_main:
             try:
-                action()
+                found = action()
             except OSError as error:
                 problem = f"{error.strerror or error}: {error.filename or self.folder}"
-        problems = [f"rank {rank}: {text}" for rank, text in enumerate(self.world.gather_json(problem)) if text]
+        answers = self.world.gather_json([problem, found])
+        problems = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(answers) if text]
         if problems:
             raise SaveError(
                 f"a checkpoint cannot be written to {self.folder}: {'; '.join(problems)}. Earlier checkpoints are intact"
             )
+
+        return [answer for _, answer in answers]
 
     def _prune(self) -> None:
         for path in checkpoints(self.folder)[: -self.keep]:
@@ -87,7 +93,23 @@ class Checkpointer:
 def checkpoints(folder: Path) -> list[Path]:
     """Folders named checkpoint-N, oldest first."""
     found = [p for p in folder.glob(f"{PREFIX}*") if p.is_dir() and p.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix(PREFIX))
+
+
+def set_aside(folder: Path, step: int) -> list[str]:
+    """Rename checkpoints beyond `step`: a run that goes back there takes another way, and would mistake them for its own."""
+    told = []
+    for path in checkpoints(folder):
+        if step_of(path) > step:
+            aside = path.with_name(f"abandoned-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            told.append(f"{path} is beyond step {step}; moved to {aside.name}")
+    return told
 
 
 def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
@@ -159,7 +181,8 @@ def _fresh_folder(path: Path) -> None:
     path.mkdir(parents=True)
 
 
-def _sync_to_disk(folder: Path) -> None:
+def sync_to_disk(folder: Path) -> None:
+    """Until the disk has it, a machine that stops may leave a folder with its name and without its content."""
     for path in (*folder.iterdir(), folder):
         descriptor = os.open(path, os.O_RDONLY)
         try:

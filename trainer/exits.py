@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 from model.files import dump_json
 
-DONE, INTERNAL, CONFIG, DATA, PROOF, CANNOT_WRITE, STOPPED = 0, 1, 2, 65, 70, 73, 75
+DONE, INTERNAL, CONFIG, DATA, PROOF, CANNOT_WRITE, INTERRUPTED = 0, 1, 2, 65, 70, 73, 130
 NAME = "exit.json"
 
 
@@ -35,9 +36,14 @@ class SaveError(Exception):
     exit_code = CANNOT_WRITE
 
 
+NO_WRITING = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EIO, errno.EFBIG}
+
+
 def code_of(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
-        return 128 + 2
+        return INTERRUPTED
+    if isinstance(error, OSError) and error.errno in NO_WRITING:
+        return CANNOT_WRITE
     return getattr(error, "exit_code", INTERNAL)
 
 
@@ -50,18 +56,15 @@ def record(output_dir: Path | None, code: int, reason: str, step: int | None, ra
     """Write exit.json unless another rank was first. Returns whether this rank is the one to speak."""
     if output_dir is None or not output_dir.is_dir():
         return rank == 0
-    temporary = output_dir / f".{NAME}.{rank}.{os.getpid()}"
     value: dict[str, Any] = {"code": code, "reason": reason, "step": step, "rank": rank}
     try:
-        temporary.write_text(dump_json(value))
-        os.link(temporary, output_dir / NAME)  # fails where the file exists: the first reason is the true one
+        with (output_dir / NAME).open("x") as out:  # fails where the file exists: the first reason is the true one
+            out.write(dump_json(value))
         return True
     except FileExistsError:
         return False
     except OSError:
         return rank == 0
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def report_failure(error: BaseException, output_dir: Path | None, step: int | None, rank: int) -> int:
@@ -77,3 +80,10 @@ def report_failure(error: BaseException, output_dir: Path | None, step: int | No
         where = "" if step is None else f" after step {step}"
         print(f"trainer: rank {rank} stopped{where}: {reason}", file=sys.stderr, flush=True)
     return code
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file so that readers, and a start after a crash, find either the old or the new one."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text)
+    temporary.replace(path)

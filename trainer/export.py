@@ -15,10 +15,12 @@ from torch import nn
 from data.processor import Processor
 from model.build import DTYPES
 from model.card import ModelCard, write_card
-from model.files import SHARD_BYTES, Entry, dump_json, file_digest, split_by_size, tensor_digests, write_safetensors
+from model.files import SHARD_BYTES, Entry, dump_json, split_by_size, tensor_digests, write_safetensors
 from model.load import check_loadable, settled
 from model.lora import is_adapter
 from model.multimodal import MultimodalLM
+from model.proof import file_facts
+from trainer.checkpoint import sync_to_disk
 from trainer.distributed import World
 from trainer.exits import ProofError, SaveError
 from trainer.gather import gather_hooks
@@ -28,6 +30,7 @@ def write_final(model: MultimodalLM, card: ModelCard, processor: Processor, fold
     """Write and prove `folder`/final. Collective. ProofError when what stands on disk is not what was trained."""
     temporary, target = folder / ".final.saving", folder / "final"
     problem, digests = "", {}
+    check_masters(model)
     files = list(weight_files_of(model, card))
     if world.is_main:
         problem = _attempt(lambda: _prepare(temporary))
@@ -38,6 +41,12 @@ def write_final(model: MultimodalLM, card: ModelCard, processor: Processor, fold
         problem = _attempt(lambda: _finish(temporary, target, card, processor, digests, step, folder))
     _raise_together(problem, world, ProofError if problem.startswith("proof: ") else SaveError)
     return target
+
+
+def check_masters(model: MultimodalLM) -> None:
+    """What learns is at hand in float32; anything else would be a copy made for computing."""
+    if rounded := [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]:
+        raise ProofError(f"{len(rounded)} trained parameters are not float32, for example {rounded[0]}: final/ would be rounded")
 
 
 def weight_files_of(model: MultimodalLM, card: ModelCard) -> Iterator[tuple[str, dict[str, Entry]]]:
@@ -103,9 +112,13 @@ def _finish(
         "torch": torch.__version__,
     }
     (temporary / "provenance.json").write_text(dump_json(provenance))
+    sync_to_disk(temporary)
+    previous = target.with_name(".final.previous")
+    shutil.rmtree(previous, ignore_errors=True)
     if target.exists():
-        shutil.rmtree(target)
+        target.rename(previous)
     temporary.rename(target)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def prove(folder: Path, digests: dict[str, dict[str, str]]) -> None:
@@ -115,7 +128,7 @@ def prove(folder: Path, digests: dict[str, dict[str, str]]) -> None:
         if wrong := sorted(key for key in {*expected, *found} if expected.get(key) != found.get(key)):
             raise ProofError(f"{folder / name}: {len(wrong)} tensors differ from the trained ones: {wrong[:3]}")
     check_loadable(folder)
-    files = {name: {"sha256": file_digest(folder / name), "tensors": len(tensors)} for name, tensors in digests.items()}
+    files = {name: {**file_facts(folder / name), "tensors": len(tensors)} for name, tensors in digests.items()}
     proof: dict[str, Any] = {"files": files, "compared": "every tensor's bytes, after reopening, with the live weights"}
     (folder / "proof.json").write_text(dump_json(proof))
 

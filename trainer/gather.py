@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -25,11 +24,12 @@ def gathered(tensor: Tensor) -> Tensor | None:
     is_main = dist.get_rank() == 0
     if not isinstance(tensor, DTensor):
         return tensor.detach().cpu() if is_main else None
-    local, size = tensor.to_local().detach(), tensor.device_mesh.size()
+    # On the CPU and into place: two copies on the accelerator would not fit beside a model that fills it.
+    local, size = tensor.to_local().detach().cpu(), tensor.device_mesh.size()
     chunk = -(-tensor.shape[0] // size)
     # Late ranks hold fewer rows or none; a gather wants equal pieces.
     padded = local.new_zeros(chunk, *tensor.shape[1:])
     padded[: local.shape[0]] = local
-    pieces = [torch.empty_like(padded) for _ in range(size)] if is_main else None
-    dist.gather(padded, pieces, dst=0)
-    return torch.cat(pieces)[: tensor.shape[0]].cpu() if pieces is not None else None
+    whole = local.new_empty(chunk * size, *tensor.shape[1:]) if is_main else None
+    dist.gather(padded, list(whole.split(chunk)) if whole is not None else None, dst=0)
+    return whole[: tensor.shape[0]] if whole is not None else None

@@ -13,12 +13,18 @@ from trainer.checkpoint import Checkpointer
 from trainer.exits import Progress, ProofError
 from trainer.metrics import Meter, MetricsLog
 from trainer.optim import set_learning_rates
-from trainer.quarantine import Quarantine
+from trainer.quarantine import TRAIN, VALIDATION, Quarantine
 from trainer.resume import run_state
 from trainer.schedule import multiplier
 from trainer.setup import Setup
 from trainer.step import train_step
 from trainer.validate import validate
+
+
+def num_records(setup: Setup) -> dict[str, int]:
+    """Records by split."""
+    datasets = {TRAIN: setup.data.train, VALIDATION: setup.data.validation}
+    return {split: len(dataset) for split, dataset in datasets.items() if dataset is not None}
 
 
 class Loop:
@@ -35,7 +41,8 @@ class Loop:
         if totals is not None:
             self.meter.restore(totals)
         self.log = MetricsLog(folder, first_step, world)
-        self.quarantine = Quarantine(folder, len(setup.data.train), config.data.max_bad_fraction)
+        self.quarantine = Quarantine(folder, num_records(setup), config.data.max_bad_fraction)
+        self.quarantine.check()
         self.checkpointer = Checkpointer(folder, config.checkpoint.keep, world)
 
     def run(self) -> None:

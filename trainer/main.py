@@ -11,11 +11,12 @@ from pathlib import Path
 
 from model.config import ConfigError
 from trainer import exits
-from trainer.checkpoint import restore
+from trainer.checkpoint import restore, set_aside
 from trainer.config import RunConfig
 from trainer.distributed import World, start_world, stop_world
 from trainer.export import write_final
 from trainer.loop import Loop
+from trainer.quarantine import start_afresh
 from trainer.report import plan
 from trainer.resume import choose, read_state
 from trainer.runfile import load_config
@@ -29,9 +30,9 @@ def run(config: RunConfig, world: World | None = None) -> int:
     rank, folder, progress = int(os.environ.get("RANK", "0")), Path(config.output_dir), exits.Progress()
     try:
         own = world is None
+        prepare_folder(folder, world.rank if world else rank)
         world = world or start_world()
         rank = world.rank
-        prepare_folder(folder, world)
         train(resolved(config, world), world, progress)
         if world.is_main:
             exits.record(folder, exits.DONE, "done", progress.step, rank)
@@ -45,16 +46,25 @@ def run(config: RunConfig, world: World | None = None) -> int:
 def train(config: RunConfig, world: World, progress: exits.Progress) -> None:
     """Data, model, resume, plan, loop, final: in this order, each proven before the next."""
     make_deterministic(config)
+    checkpoint, damaged = choose(config, world)
+    if world.is_main and not checkpoint:
+        start_afresh(Path(config.output_dir))
     data = with_bases(open_data(config, world), world)
     certificates = certify_all(data, config)
-    checkpoint, damaged = choose(config, world)
-    state = read_state(checkpoint, config, data.sampler.lengths if data.sampler else None) if checkpoint else None
+    state = read_state(checkpoint, config, data) if checkpoint else None
+    if checkpoint and config.train.max_steps == 0:
+        raise ConfigError(
+            f"train.max_steps = 0 builds a model without training, but {config.output_dir} holds {checkpoint.name}: use another "
+            "output_dir; tools load and export from a checkpoint as from final/"
+        )
     setup = build(config, data, world)
     first_step = progress.step = state["step"] if state else 0
     if checkpoint and state and setup.trained:
         restore(checkpoint, setup.trained, state["optimizer_steps"])
     if world.is_main:
-        Path(config.output_dir, "run.toml").write_text(to_toml(to_tables(config)))
+        if config.checkpoint.resume not in ("auto", "none"):
+            damaged += set_aside(Path(config.output_dir), first_step)
+        exits.replace_text(Path(config.output_dir, "run.toml"), to_toml(to_tables(config)))
         print(plan(setup, certificates, checkpoint, damaged), flush=True)
     if setup.trained and first_step < setup.total_steps:
         Loop(setup, first_step, state["meter"] if state else None, progress).run()
@@ -78,17 +88,14 @@ def final_step(folder: Path) -> int | None:
     return json.loads(path.read_text())["step"] if path.is_file() else None
 
 
-def prepare_folder(folder: Path, world: World) -> None:
-    """Make the run folder and forget how the last start ended. Collective."""
-    problem = ""
-    if world.is_main:
+def prepare_folder(folder: Path, rank: int) -> None:
+    """Make the run folder and forget how the last start ended, before anything can fail that must be told there."""
+    if rank == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             exits.clear(folder)
         except OSError as error:
-            problem = f"output_dir = {str(folder)!r} cannot be written: {error.strerror}"
-    if text := world.broadcast_json(problem):
-        raise exits.SaveError(text)
+            raise exits.SaveError(f"output_dir = {str(folder)!r} cannot be written: {error.strerror}") from error
 
 
 def say(world: World, text: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from model.batch import Batch
 from model.files import dump_json
 from trainer.distributed import World
+from trainer.exits import replace_text
 from trainer.step import StepResult
 
 NAME = "metrics.jsonl"
@@ -92,7 +93,8 @@ class Meter:
         flat = self.world.sum(torch.cat([sums.flatten(), facts]))
         *numbers, num_tokens, wait = flat.tolist()
         both = [numbers[: len(self.names)], numbers[len(self.names) :]]
-        return {"sums": both, "num_tokens": num_tokens, "wait": wait, "skipped": self.num_skipped}
+        seconds = time.perf_counter() - self.since
+        return {"sums": both, "num_tokens": num_tokens, "wait": wait, "skipped": self.num_skipped, "seconds": seconds}
 
     def _count_skipped(self) -> None:
         """Host sync. The same on every rank, because the norm that decides is."""
@@ -105,13 +107,16 @@ class Meter:
     def restore(self, totals: dict[str, Any]) -> None:
         """Go on with sums of before; rank 0 holds them all, so that they count once."""
         self.num_skipped = totals["skipped"]
+        self.since -= totals["seconds"]
         if self.world.is_main:
             self.sums.values += torch.tensor(totals["sums"], dtype=torch.float64, device=self.world.device)
             self.num_tokens += int(totals["num_tokens"])
+            self.wait += totals["wait"]
 
     def read(self) -> dict[str, Any]:
         """The metrics of a line, and a new beginning. Collective, host sync."""
-        totals, seconds = self.totals(), time.perf_counter() - self.since
+        totals = self.totals()
+        seconds = totals["seconds"]
         sums = torch.tensor(totals["sums"], dtype=torch.float64)
         line = {
             **mean_losses(sums, self.names, "train"),
@@ -141,10 +146,10 @@ class MetricsLog:
         self.path, self.active = folder / NAME, world.is_main
         self.history: list[dict[str, Any]] = []
         if self.active and self.path.exists():
-            lines = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
+            lines = [json.loads(line) for line in self.path.read_text().split("\n") if line.endswith("}")]
             # Lines of steps that will be run again would stand there twice.
             self.history = [line for line in lines if line["step"] <= resumed_step and resumed_step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+            replace_text(self.path, "".join(json.dumps(line) + "\n" for line in self.history))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         if not self.active:
@@ -164,7 +169,7 @@ class MetricsLog:
             for line in self.history
         ]
         value = {"global_step": step, "max_steps": max_steps, "log_history": history}
-        (self.path.parent / "trainer_state.json").write_text(dump_json(value))
+        replace_text(self.path.parent / "trainer_state.json", dump_json(value))
 
 
 def _rate(line: dict[str, Any]) -> dict[str, Any]:

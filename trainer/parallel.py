@@ -154,3 +154,10 @@ def gradient_sync(wrapped: nn.Module, *, last: bool) -> Iterator[None]:
         tunes_whole_llm = head_weight(wrapped.llm).requires_grad  # type: ignore[arg-type]
         wrapped.set_requires_gradient_sync(last or tunes_whole_llm)
     yield
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what a forward without backward left gathered: until then `parameters()` are the copies made for computing."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -25,12 +25,20 @@ def read_excluded(folder: Path) -> frozenset[int]:
     return frozenset(row["sample_id"] for row in _rows(folder) if row["split"] == TRAIN)
 
 
+def start_afresh(folder: Path) -> None:
+    """A run that starts at step 0 judges its records anew: they may have been mended, and numbers may mean others now."""
+    path = folder / NAME
+    if path.exists():
+        path.replace(folder / f"previous-{NAME}")
+
+
 class Quarantine:
     """Collects what ranks rejected; rank 0 writes it down, all ranks count alike."""
 
-    def __init__(self, folder: Path, num_records: int, max_bad_fraction: float) -> None:
+    def __init__(self, folder: Path, num_records: dict[str, int], max_bad_fraction: float) -> None:
+        """`num_records` by split."""
         self.folder = folder
-        self.limit = max(FLOOR, int(num_records * max_bad_fraction))
+        self.limits = {split: max(FLOOR, int(num * max_bad_fraction)) for split, num in num_records.items()}
         self.known = {_key(row): row for row in _rows(folder)}
         self.waiting: list[dict[str, Any]] = []
 
@@ -52,16 +60,20 @@ class Quarantine:
             torn = path.exists() and not path.read_bytes().endswith(b"\n")
             with path.open("a", encoding="utf-8") as out:
                 out.write("\n" * torn)
-                out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new.values())
+                out.writelines(json.dumps(row) + "\n" for row in new.values())  # ASCII: no id can break a line
         self.check()
 
     def check(self) -> None:
-        bad = [row for row in self.known.values() if not row["too_long"]]
-        if len(bad) > self.limit:
+        """DataError when a split has more bad records than allowed; those that are too long do not count."""
+        for split, limit in self.limits.items():
+            self._check([row for row in self.known.values() if row["split"] == split and not row["too_long"]], limit)
+
+    def _check(self, bad: list[dict[str, Any]], limit: int) -> None:
+        if len(bad) > limit:
             source, count = Counter(row["source"] for row in bad).most_common(1)[0]
             last = bad[-1]
             raise DataError(
-                f"{len(bad)} records are bad, data.max_bad_fraction allows {self.limit}; worst source: {source!r} with {count}; "
+                f"{len(bad)} records are bad, data.max_bad_fraction allows {limit}; worst source: {source!r} with {count}; "
                 f"one of them: {last['reason']}. All stand in {self.folder / NAME}"
             )
 
@@ -74,6 +86,6 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     path = folder / NAME
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
     # A line without its end was cut by a crash: that record will be met and written again.
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
+    return [json.loads(line) for line in lines if line.endswith("}")]

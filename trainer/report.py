@@ -14,7 +14,7 @@ def plan(setup: Setup, certificates: list[str], resume: Path | None, damaged: li
     """Parts, batch arithmetic, sharding, data and the resume point, for people."""
     lines = [*_parts(setup), "", *_batches(setup)]
     lines += [f"data      {line}" for line in certificates]
-    lines += [f"damaged   {text}" for text in damaged]
+    lines += [f"aside     {text}" for text in damaged]
     lines.append(f"start     {'from ' + str(resume) if resume else 'fresh'}, writing to {setup.config.output_dir}")
     return "\n".join(lines)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from model.card import ModelCard, read_card
 from model.config import ConfigError
 from model.manifest import UnsoundCheckpoint, verify
 from trainer.checkpoint import STATE, checkpoints, newest_sound
@@ -16,6 +17,7 @@ from trainer.config import RunConfig
 from trainer.distributed import World
 from trainer.exits import ProofError
 from trainer.schema import to_tables
+from trainer.sources import RunData
 
 MAY_CHANGE = (
     "output_dir",
@@ -26,6 +28,8 @@ MAY_CHANGE = (
     "validation.",
     "faults.",
     "data.workers",
+    "data.max_bad_fraction",
+    "data.on_bad_sample",
     "train.max_steps",
     "train.epochs",
     "model.cache_dir",
@@ -78,8 +82,9 @@ def digest_of(lengths: np.ndarray | None) -> str:
     return "" if lengths is None else hashlib.sha256(np.ascontiguousarray(lengths, dtype=np.int64).tobytes()).hexdigest()
 
 
-def read_state(path: Path, config: RunConfig, lengths: np.ndarray | None) -> dict[str, Any]:
+def read_state(path: Path, config: RunConfig, data: RunData) -> dict[str, Any]:
     """The state of a checkpoint; ConfigError with every difference when it is of another run."""
+    lengths = data.sampler.lengths if data.sampler else None
     state = json.loads((path / STATE).read_text())
     before, now = flat(state["config"]), flat(to_tables(config))
     different = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)]
@@ -88,7 +93,19 @@ def read_state(path: Path, config: RunConfig, lengths: np.ndarray | None) -> dic
         raise ConfigError(f"{path} is of a run with other settings; use them, or another output_dir:{lines}")
     if state["lengths"] != digest_of(lengths):
         raise ConfigError(f"{path}: the data of this run has changed since (number or lengths of records): use another output_dir")
+    check_same_model(path, data.card)
     return state
+
+
+def check_same_model(path: Path, card: ModelCard) -> None:
+    """What the configuration names by path is still the same: bases, tokenizer, pictures' preparation, the run it came from."""
+    saved = read_card(path)
+    for key in ("bases", "hugging_face", "tokens", "vocabulary", "stop_ids", "specs"):
+        if getattr(saved, key) != getattr(card, key):
+            raise ConfigError(
+                f"{path}: {key} of the model changed since ({getattr(saved, key)} in the checkpoint, {getattr(card, key)} now): "
+                "restore the files that model.*.path and model.init_from name, or use another output_dir"
+            )
 
 
 def flat(tables: Any, path: str = "") -> dict[str, Any]:

@@ -17,6 +17,7 @@ from data.tokenizer import load_tokenizer, pad_id
 from model.batch import PLACEHOLDERS
 from model.card import ModelCard, base_digests, draw_card, media_specs, read_card
 from model.config import ConfigError
+from model.files import sampled_digest
 from model.llm import Vocabulary
 from trainer.config import RunConfig
 from trainer.distributed import World
@@ -76,13 +77,29 @@ def with_bases(data: RunData, world: World) -> RunData:
     answer: dict[str, str] = {}
     if world.is_main:
         try:
-            answer = base_digests(data.card.model)
+            answer = base_digests(data.card.model) | given_digests(data.card)
         except ConfigError as error:
             answer = {"error": str(error)}
     found = world.broadcast_json(answer)
     if "error" in found:
         raise ConfigError(found["error"])
     return replace(data, card=replace(data.card, bases=found))
+
+
+def given_digests(card: ModelCard) -> dict[str, str]:
+    """Fingerprints of what the configuration names beside the bases, so that a resumed run notices when it was replaced."""
+    projector = card.model.vision_projector
+    named = {
+        "model.init_from": card.model.init_from,
+        "lora.path": card.lora.path,
+        "model.vision_projector.path": projector.path if projector else "",
+    }
+    found = {}
+    for key, path in named.items():
+        files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
+        if path and all(file.is_file() for file in files):
+            found[key] = sampled_digest(files)
+    return found
 
 
 def certify_all(data: RunData, config: RunConfig) -> list[str]:

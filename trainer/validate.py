@@ -6,6 +6,7 @@ import torch
 
 from data.loader import validation_batches
 from trainer.metrics import SourceSums, mean_losses
+from trainer.parallel import reshard
 from trainer.quarantine import VALIDATION, Quarantine
 from trainer.setup import Setup
 
@@ -23,7 +24,7 @@ def validate(setup: Setup, quarantine: Quarantine, step: int) -> dict[str, float
         world_size=world.size,
         micro_batch_size=config.batch.micro_batch_size,
         max_samples=config.validation.max_samples,
-        workers=0,
+        workers=config.data.workers,
     )
     setup.model.eval()
     with torch.no_grad():
@@ -32,5 +33,6 @@ def validate(setup: Setup, quarantine: Quarantine, step: int) -> dict[str, float
             batch = micro.batch.to(world.device)
             sums.add(batch, setup.wrapped(batch)["text"].addends)
     setup.model.train()
+    reshard(setup.model)
     quarantine.flush(world)
     return mean_losses(world.sum(sums.total()), dataset.source_names, "val")
