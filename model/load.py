@@ -32,7 +32,7 @@ def load_model(
     target = dtype_of(dtype, card, device)
     card = for_use(card, merge_lora)
     model = assemble(card, target)
-    layers = [*run_layers(folder, card, model, "load_model"), *base_layers(card, model)]
+    layers = [*run_layers(folder, card, model, "load_model", "quick"), *base_layers(card, model)]
     model.requires_grad_(False)
     materialise(model, layers, frozen_dtype=target, device=device)
     model.trainable_parts = frozenset()
@@ -49,20 +49,27 @@ def dtype_of(dtype: str | torch.dtype | None, card: ModelCard, device: torch.dev
 
 
 def check_loadable(folder: Path) -> None:
-    """Every parameter of the saved model has a value of the right shape somewhere. Nothing but names and shapes is read."""
+    """Every parameter of the model that `folder` is about to hold has a value of the right shape somewhere.
+
+    Called before proof.json is written. Of `folder` nothing but names and shapes is read.
+    """
     card = for_use(read_card(folder), merge_lora=False)
     model = assemble(card, torch.float32)
-    find_values(model, [*run_layers(folder, card, model, "final"), *base_layers(card, model)])
+    find_values(model, [*run_layers(folder, card, model, "final", "being_written"), *base_layers(card, model)])
 
 
 def settled(folder: Path, card: ModelCard) -> ModelCard:
-    """`card` without the run it was started from, if `folder` itself holds all that came from there: it may then be deleted."""
+    """`card` without the run it was started from, if `folder`, being written, holds all that came from there: it may go then."""
     if not card.model.init_from:
         return card
     model = assemble(card, torch.float32)
-    layers = run_layers(Path(card.model.init_from), card, model, "model.init_from")
+    layers = run_layers(Path(card.model.init_from), card, model, "model.init_from", "quick")
     given = {name for layer in layers for name in (*layer.tensors, *layer.adapters)}
-    return card if given - set(saved_tensors(folder)) else replace(card, model=replace(card.model, init_from=""))
+    return (
+        card
+        if given - set(saved_tensors(folder, proof="being_written"))
+        else replace(card, model=replace(card.model, init_from=""))
+    )
 
 
 def for_use(card: ModelCard, merge_lora: bool) -> ModelCard:

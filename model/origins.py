@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from model.agreement import check_same_bases, check_same_lora
 from model.card import ModelCard, read_card
 from model.config import ConfigError
 from model.files import Rows, Tensors, read_weights, sampled_digest
@@ -18,6 +19,7 @@ from model.manifest import NAME as MANIFEST
 from model.manifest import UnsoundCheckpoint, verify
 from model.multimodal import MultimodalLM
 from model.peft import read_adapter
+from model.proof import Check, check_proof
 from model.shards import weight_tensors
 from model.weights import Adapter, Layer
 
@@ -34,11 +36,11 @@ def weight_layers(card: ModelCard, model: MultimodalLM, seed: int) -> list[Layer
     return [*given, *base_layers(replace(card, bases=bases), model), Layer("new", lambda: new_tensors(card, model, seed))]
 
 
-def given_layers(card: ModelCard, model: MultimodalLM, held: Collection[str] = ()) -> list[Layer]:
+def given_layers(card: ModelCard, model: MultimodalLM, held: Collection[str] = (), proof: Check = "full") -> list[Layer]:
     """What the configuration names beside the bases, but for what is `held` already. Two that claim one part are an error."""
     layers, config = [], card.model
     if config.init_from:
-        layers += run_layers(Path(config.init_from), card, model, "model.init_from")
+        layers += run_layers(Path(config.init_from), card, model, "model.init_from", proof)
     # Only the named run itself is looked into: what lies below it is opened when it is needed.
     claimed = set(layers[0].tensors) if layers else set()
     if config.vision_projector is not None and config.vision_projector.path and not _any_projector(held):
@@ -58,8 +60,8 @@ def _any_projector(names: Collection[str]) -> bool:
     return any(name.startswith("vision_projector.") for name in names)
 
 
-def run_layers(folder: Path, card: ModelCard, model: MultimodalLM, setting: str) -> list[Layer]:
-    """A final/ folder or checkpoint and everything below it that is no base of `card`.
+def run_layers(folder: Path, card: ModelCard, model: MultimodalLM, setting: str, proof: Check = "full") -> list[Layer]:
+    """A final/ folder or checkpoint and everything below it that is no base of `card`; each final/ checked by its `proof`.
 
     Adapters go on in parts that `card` tunes by LoRA, elsewhere they are merged in float32.
     """
@@ -68,21 +70,23 @@ def run_layers(folder: Path, card: ModelCard, model: MultimodalLM, setting: str)
     going_on = saved.lora_parts & card.lora_parts
     if going_on:
         check_same_lora(saved, card, folder)
-    tensors = saved_tensors(folder)
+    tensors = saved_tensors(folder, proof=proof)
     merged = {name for name in tensors if is_adapter(name) and name.partition(".")[0] not in going_on}
     pairs = adapter_pairs({name: tensors[name] for name in merged}, saved.lora.scale)
     kept = {name: rows for name, rows in tensors.items() if name not in merged}
-    return [Layer(str(folder), lambda: fitted(kept, card, saved, model), pairs), *given_layers(saved, model, tensors)]
+    below: Check = "quick" if proof == "being_written" else proof
+    return [Layer(str(folder), lambda: fitted(kept, card, saved, model), pairs), *given_layers(saved, model, tensors, below)]
 
 
-def saved_tensors(folder: Path, check: Callable[[Path], object] = verify) -> Tensors:
-    """Tensors of a final/ folder or checkpoint by full name; a checkpoint goes through `check` first."""
+def saved_tensors(folder: Path, check: Callable[[Path], object] = verify, proof: Check = "full") -> Tensors:
+    """Tensors of a final/ folder or checkpoint by full name. A checkpoint goes through `check` first, a final/ through `proof`."""
     if (folder / MANIFEST).exists():
         try:
             check(folder)
         except UnsoundCheckpoint as error:
             raise ConfigError(f"{folder} is damaged: {error}") from error
         return weight_tensors(folder)
+    check_proof(folder, proof)
     found: Tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
         part = path.stem.partition("-")[0]
@@ -94,24 +98,6 @@ def saved_tensors(folder: Path, check: Callable[[Path], object] = verify) -> Ten
 def adapter_pairs(tensors: Tensors, scale: float) -> dict[str, Adapter]:
     paths = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
     return {f"{p}.weight": Adapter(tensors[f"{p}.lora_A"], tensors[f"{p}.lora_B"], scale) for p in paths}
-
-
-def check_same_bases(saved: ModelCard, card: ModelCard, folder: Path, setting: str) -> None:
-    """An earlier run's weights fit only on the bases it was trained on."""
-    for name in saved.hugging_face:
-        if name not in card.hugging_face:
-            raise ConfigError(f"{setting} = {str(folder)!r} was trained with a {name} part: configure [model.{name}] as well")
-        if saved.hugging_face[name] != card.hugging_face[name]:
-            raise ConfigError(f"{setting} = {str(folder)!r} was trained on another {name} model than model.{name}.path names")
-
-
-def check_same_lora(saved: ModelCard, card: ModelCard, folder: Path) -> None:
-    for key in ("rank", "alpha", "rslora", "targets"):
-        if getattr(saved.lora, key) != getattr(card.lora, key):
-            raise ConfigError(
-                f"lora.{key} = {getattr(card.lora, key)!r}, but the adapter in {folder} was trained with "
-                f"{getattr(saved.lora, key)!r}: use the same, or merge it first with tools.merge_lora"
-            )
 
 
 def base_layers(card: ModelCard, model: MultimodalLM) -> list[Layer]:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from model import proof
 from model.build import build_model
 from model.card import read_card, write_card
 from model.config import ConfigError, LlmConfig, LoraConfig, ModelConfig
 from model.load import load_model, settled
 from model.multimodal import MultimodalLM
+from model.trained import trained_files
 from tests.finals import NO_LORA, build, config_of, same, save_checkpoint, save_final, save_parts, trainable, trained, values
 
 
@@ -185,3 +192,83 @@ def test_first_values_depend_on_the_seed_and_the_name_alone(parts: Path) -> None
         assert torch.equal(value, again[name])
         assert name.endswith(".lora_B") or not torch.equal(value, other[name]), name
     assert len({v.flatten()[0].item() for n, v in first.items() if not n.endswith("lora_B")}) > 10
+
+
+def _flipped(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 0x40
+    file.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    r"lora\.safetensors is missing, but proof\.json lists it": lambda final: (final / "lora.safetensors").unlink(),
+    r"vision-00002\.safetensors is not listed in proof\.json": lambda final: shutil.copy(
+        final / "vision_projector.safetensors", final / "vision-00002.safetensors"
+    ),
+    r"lora\.safetensors is damaged: it has \d+ bytes, not the \d+": lambda final: os.truncate(final / "lora.safetensors", 999),
+    r"lora\.safetensors is damaged: its checksum": lambda final: _flipped(final / "lora.safetensors"),
+    r"final/proof\.json cannot be read": lambda final: (final / "proof.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("reason", DAMAGES)
+def test_a_final_that_is_incomplete_or_damaged_is_refused_by_whoever_reads_it(parts: Path, tmp_path: Path, reason: str) -> None:
+    """A tensor that is missing would fall through to the base's, and nobody would know."""
+    final = save_final(trained(config_of(parts, "lora")), tmp_path)
+    later = save_final(trained(config_of(parts, "frozen", init_from=str(final))), tmp_path / "later")
+    DAMAGES[reason](final)
+    for use in (
+        lambda: load_model(final),
+        lambda: load_model(later),
+        lambda: trained_files(final, read_card(final)),
+        lambda: start(config_of(parts, "lora", init_from=str(final))),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            use()
+
+
+def test_large_finals_are_read_twice_only_where_a_run_or_an_export_starts(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final = save_final(trained(config_of(parts, "lora")), tmp_path)
+    _flipped(final / "lora.safetensors")
+    monkeypatch.setattr(proof, "QUICK_BYTES", 1)
+    load_model(final)  # its size is right
+    with pytest.raises(ConfigError, match="is damaged: its checksum"):
+        start(config_of(parts, "lora", init_from=str(final)))
+    facts = json.loads((final / "proof.json").read_text())
+    for entry in facts["files"].values():
+        del entry["size"]  # as earlier versions wrote it
+    (final / "proof.json").write_text(json.dumps(facts))
+    with pytest.raises(ConfigError, match="is damaged: its checksum"):
+        load_model(final)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"layer": -3}, r"model\.vision\.layer = -3, but .* was trained with -2"),
+        ({"select": "cls_patch"}, r"model\.vision\.select = 'cls_patch', but .* was trained with 'patch'"),
+        ({"kind": "linear"}, r"model\.vision_projector\.kind = 'linear', but .* was trained with 'mlp2x_gelu'"),
+    ],
+)
+def test_a_projector_is_not_carried_over_to_other_features(
+    parts: Path, tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    folder = save_final(trained(config_of(parts, "frozen")), tmp_path)
+    with pytest.raises(ConfigError, match=reason):
+        start(config_of(parts, "frozen", init_from=str(folder), **changes))
+
+
+def test_the_same_layer_counted_from_the_other_end_is_the_same(parts: Path, tmp_path: Path) -> None:
+    run = trained(config_of(parts, "frozen"))
+    found = start(config_of(parts, "frozen", init_from=str(save_final(run, tmp_path)), layer=2))
+    same(values(found), values(run.model))
+
+
+def test_other_preparation_of_pictures_is_refused_with_both_values(parts: Path, tmp_path: Path) -> None:
+    folder = save_final(trained(config_of(parts, "frozen")), tmp_path)
+    file = parts / "vision" / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rescale_factor": 1.0}))
+    with pytest.raises(ConfigError, match=r"image rescale = 1\.0, but .* was trained with 0\.0039"):
+        start(config_of(parts, "frozen", init_from=str(folder)))

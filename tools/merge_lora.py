@@ -19,8 +19,9 @@ from torch import Tensor
 from data.processor import Processor, load_processor
 from model.card import ModelCard, read_card, write_card
 from model.config import ConfigError, ModelConfig
-from model.files import SHARD_BYTES, Entry, dump_json, file_digest, in_memory, split_by_size, tensor_digests, write_safetensors
+from model.files import SHARD_BYTES, Entry, dump_json, in_memory, split_by_size, tensor_digests, write_safetensors
 from model.load import load_model
+from model.proof import file_facts
 from model.trained import changed_parts, projector, write_file
 from tools.output_folder import listing, new_folder
 from tools.proofs import batch_of, check_close, logits, sample
@@ -67,7 +68,7 @@ def write_merged(source: Path, folder: Path, card: ModelCard, processor: Process
     dtype = str(model.dtype).removeprefix("torch.")
     write_card(replace(card, model=replace(standalone(card.model, parts), dtype=dtype)), folder)  # type: ignore[arg-type]
     processor.save(folder)
-    files = {path.name: {"sha256": file_digest(path)} for path in sorted(folder.glob("*.safetensors"))}
+    files = {path.name: file_facts(path) for path in sorted(folder.glob("*.safetensors"))}
     proof = {"files": files, "compared": "float32 logits of a sample, merged and unmerged; every tensor's bytes after reopening"}
     (folder / "proof.json").write_text(dump_json(proof))
 

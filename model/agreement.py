@@ -1,0 +1,60 @@
+"""Whether an earlier run's weights mean the same in a new model: bases, features, adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from model.card import ModelCard
+from model.config import ConfigError
+from model.llm import hugging_face_config
+from model.vision import num_blocks
+
+
+def check_same_bases(saved: ModelCard, card: ModelCard, folder: Path, setting: str) -> None:
+    """An earlier run's weights fit only on the bases it was trained on."""
+    for name in saved.hugging_face:
+        if name not in card.hugging_face:
+            raise ConfigError(f"{setting} = {str(folder)!r} was trained with a {name} part: configure [model.{name}] as well")
+        if saved.hugging_face[name] != card.hugging_face[name]:
+            raise ConfigError(f"{setting} = {str(folder)!r} was trained on another {name} model than model.{name}.path names")
+    if "vision" in saved.hugging_face:
+        check_same_features(saved, card, folder, setting)
+
+
+def check_same_features(saved: ModelCard, card: ModelCard, folder: Path, setting: str) -> None:
+    """A projector, and the model behind it, understands only the features it was trained on, made the same way."""
+    now = _features(card)
+    pairs = {key: (then, now[key]) for key, then in _features(saved).items() if then != now[key]}
+    if "model.vision.layer" in pairs and _same_layer(saved, card):
+        del pairs["model.vision.layer"]
+    for modality, spec in saved.specs.items():
+        new = card.specs[modality].to_json()
+        pairs |= {f"{modality} {k}": (old, new[k]) for k, old in spec.to_json().items() if k != "select" and old != new[k]}
+    if pairs:
+        differences = "; ".join(
+            f"{key} = {new!r}, but {str(folder)!r} was trained with {old!r}" for key, (old, new) in pairs.items()
+        )
+        raise ConfigError(f"{setting}: {differences}: use the same values")
+
+
+def _features(card: ModelCard) -> dict[str, Any]:
+    vision, projector = card.model.vision, card.model.vision_projector
+    assert vision is not None and projector is not None
+    return {"model.vision.layer": vision.layer, "model.vision.select": vision.select, "model.vision_projector.kind": projector.kind}
+
+
+def _same_layer(one: ModelCard, other: ModelCard) -> bool:
+    """Layers may be counted from either end."""
+    config: Any = hugging_face_config("model.vision.path", one.hugging_face["vision"])
+    first, second = (num_blocks(card.model.vision.layer, config.num_hidden_layers) for card in (one, other))  # type: ignore[union-attr]
+    return first == second
+
+
+def check_same_lora(saved: ModelCard, card: ModelCard, folder: Path) -> None:
+    for key in ("rank", "alpha", "rslora", "targets"):
+        if getattr(saved.lora, key) != getattr(card.lora, key):
+            raise ConfigError(
+                f"lora.{key} = {getattr(card.lora, key)!r}, but the adapter in {folder} was trained with "
+                f"{getattr(saved.lora, key)!r}: use the same, or merge it first with tools.merge_lora"
+            )
