@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import pickle
 import struct
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from model.config import ConfigError
 
 log = logging.getLogger(__name__)
 SHARD_BYTES = 5 * 10**9
@@ -45,12 +49,18 @@ Tensors = dict[str, Rows]
 
 
 def read_weights(path: Path) -> Tensors:
-    """Every tensor of a .safetensors or .bin file, by name; nothing is read but names and shapes (.bin: mapped)."""
+    """Every tensor of a .safetensors or .bin file, by name; nothing is read but names and shapes (.bin: mapped).
+
+    ConfigError when the file is damaged or is something else.
+    """
     return read_bin(path) if path.suffix in (".bin", ".pt", ".pth") else read_safetensors(path)
 
 
 def read_safetensors(path: Path) -> Tensors:
-    file = safe_open(path, framework="pt")
+    try:
+        file = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ConfigError(f"{path} is cut short or is no safetensors file ({error}): restore it, or download it again") from error
 
     def rows(name: str) -> Rows:
         part = file.get_slice(name)
@@ -63,9 +73,18 @@ def read_safetensors(path: Path) -> Tensors:
 def read_bin(path: Path) -> Tensors:
     """Other people's pickled weights, the only ones this project ever reads: tensors alone, no other object is built."""
     log.warning("reading %s: a pickle, with weights_only=True; safetensors is the safer format", path)
-    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise ValueError(f"{path} is no dictionary of tensors")
+    try:
+        # Files from before PyTorch 1.6 are no zip archives, and only those can be mapped.
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"{path} is cut short, or holds more than tensors ({reason}): download it again, or convert it to safetensors"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path} holds a {type(loaded).__name__}, not tensors by name: save its state_dict instead")
+    if other := [f"{name!r} ({type(value).__name__})" for name, value in loaded.items() if not isinstance(value, Tensor)]:
+        raise ConfigError(f"{path} holds more than tensors: {', '.join(other[:3])}: save the dictionary of tensors alone")
     return {name: in_memory(t) for name, t in loaded.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, CLIPVisionModel
 from model.build import assemble, build_model
 from model.card import draw_card
 from model.config import ConfigError, LlmConfig, ModelConfig
-from model.files import in_memory
+from model.files import in_memory, read_weights
 from model.initial import grown
 from model.llm import Vocabulary
 from model.weights import parameters_on_meta
@@ -167,3 +168,35 @@ def test_any_rows_of_a_grown_matrix_are_those_of_the_whole() -> None:
     for start in range(16):
         for stop in range(start, 17):
             assert torch.equal(rows.read(start, stop), whole[start:stop])
+
+
+def test_a_legacy_bin_is_read(tmp_path: Path) -> None:
+    torch.save({"a": torch.arange(3.0)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    assert read_weights(tmp_path / "old.bin")["a"].all().tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("a.bin", {"a": torch.ones(2), "epoch": 3}, r"a\.bin holds more than tensors: 'epoch' \(int\)"),
+        ("a.bin", [torch.ones(2)], r"a\.bin holds a list, not tensors by name"),
+        ("a.bin", torch.ones(2), r"a\.bin holds a Tensor, not tensors by name"),
+    ],
+)
+def test_a_bin_that_is_no_dictionary_of_tensors_is_refused(tmp_path: Path, name: str, value: object, reason: str) -> None:
+    torch.save(value, tmp_path / name)
+    with pytest.raises(ConfigError, match=reason):
+        read_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+@pytest.mark.parametrize("kind", ["a.safetensors", "zip.bin", "legacy.bin"])
+def test_a_file_that_is_cut_short_is_named(tmp_path: Path, kind: str, share: float) -> None:
+    file, tensors = tmp_path / kind, {"a": torch.ones(500)}
+    if kind == "a.safetensors":
+        save_file(tensors, file)
+    else:
+        torch.save(tensors, file, _use_new_zipfile_serialization=kind == "zip.bin")
+    os.truncate(file, int(file.stat().st_size * share))
+    with pytest.raises(ConfigError, match=rf"{kind} is cut short"):
+        read_weights(file)
