@@ -53,12 +53,19 @@ def train_batches(
         for step in range(first_step, last_step):
             yield deal(sampler.step(step), sampler.lengths, world_size, micro_batch_size)[rank]
 
-    batches = _load(dataset, (ids for share in shares() for ids in share), pad_id, workers, pin_memory)
     full = sampler.global_batch_size
+    # A step is awaited whole before its first forward: workers must be able to have the next one ready by then.
+    ahead = prefetch_factor(num_micro_batches(full, world_size, micro_batch_size), workers)
+    batches = _load(dataset, (ids for share in shares() for ids in share), pad_id, workers, pin_memory, ahead)
     short = len(sampler.lengths) % full or full
     for step in range(first_step, last_step):
         is_short = (step + 1) % sampler.steps_per_epoch == 0
         yield [next(batches) for _ in range(num_micro_batches(short if is_short else full, world_size, micro_batch_size))]
+
+
+def prefetch_factor(micro_batches_per_step: int, workers: int) -> int | None:
+    """Micro-batches each worker makes ahead of time: together more than a step, so that none waits for the last one."""
+    return max(2, -(-micro_batches_per_step // workers) + 1) if workers else None
 
 
 def validation_batches(
@@ -71,9 +78,10 @@ def validation_batches(
     max_samples: int,
     workers: int,
 ) -> Iterator[MicroBatch]:
-    """This rank's share of at most about `max_samples` records (0: all), the same ones at every call.
+    """This rank's share of at most `max_samples` records (0: all), the same ones at every call.
 
-    They are spread evenly over each source, in proportion to its size and at least one of each. Every rank gets equally many
+    They are spread evenly over each source, in proportion to its size and at least one of each, even where there are more
+    sources than `max_samples`. Every rank gets equally many
     micro-batches, blank ones where it has no sample.
     """
     ids = _spread(np.bincount(dataset.source_ids), max_samples)
@@ -81,14 +89,25 @@ def validation_batches(
 
 
 def _spread(sizes: np.ndarray, max_samples: int) -> np.ndarray:
-    """Ids over all sources of about `max_samples` records; source s holds sizes[s] consecutive ids."""
-    total = int(sizes.sum())
-    wanted = min(max_samples or total, total)
+    """Distinct ids over all sources, min(max_samples, all) of them or one per source; source s holds sizes[s] consecutive ids."""
     starts = np.cumsum(sizes) - sizes
-    shares = np.minimum(np.maximum(sizes * wanted // total, 1), sizes)
-    rest = wanted - int(shares.sum())
-    if rest > 0:  # rounding left fewer over than there are sources: to those it cost most
-        shares[np.argsort(-(sizes * wanted % total), kind="stable")[:rest]] += 1
+    least = np.minimum(sizes, 1)
+    total = int(sizes.sum())
+    wanted = max(min(max_samples or total, total), int(least.sum()))
+    # In proportion to size; whom that gives less than one gets one, and the others share what is left.
+    shares = least.copy()
+    open_ = sizes > 0
+    while open_.any():
+        rest = wanted - int(least[~open_].sum())
+        parts = sizes * rest
+        whole = int(sizes[open_].sum())
+        small = open_ & (parts < whole)
+        if not small.any():
+            shares[open_] = parts[open_] // whole
+            order = np.flatnonzero(open_)[np.argsort(-(parts[open_] % whole), kind="stable")]
+            shares[order[: wanted - int(shares.sum())]] += 1  # to those that rounding cost most
+            break
+        open_ = open_ & ~small
     return np.concatenate([start + np.arange(n) * size // n for start, n, size in zip(starts, shares, sizes) if n])
 
 
@@ -108,13 +127,14 @@ class _MicroBatches(Dataset[MicroBatch | DataError]):
 
 
 def _load(
-    dataset: MultimodalDataset, ids: Iterable[np.ndarray], pad_id: int, workers: int, pin_memory: bool
+    dataset: MultimodalDataset, ids: Iterable[np.ndarray], pad_id: int, workers: int, pin_memory: bool, ahead: int | None = None
 ) -> Iterator[MicroBatch]:
     loader = DataLoader(
         _MicroBatches(dataset, pad_id),
         batch_size=None,
         sampler=ids,
         num_workers=workers,
+        prefetch_factor=ahead,
         collate_fn=_unchanged,
         pin_memory=pin_memory,
         worker_init_fn=_prepare_worker,

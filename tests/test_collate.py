@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data.collate import collate
 from data.config import DataError
 from data.dataset import MultimodalDataset
-from data.loader import MicroBatch, train_batches, validation_batches
+from data.loader import MicroBatch, _spread, prefetch_factor, train_batches, validation_batches
 from data.sampler import Sampler
 from model.batch import IGNORE_INDEX, Batch
 from tests.tiny_data import WIDTH, dataset, datasets, grey, image_id, level, sample, talk
@@ -105,8 +107,8 @@ def test_no_samples_are_one_blank_token() -> None:
 def steps(data: MultimodalDataset, **options: Any) -> Iterator[list[MicroBatch]]:
     sampler = Sampler(data.lengths, data.modalities, 5, 0, "modality_length")
     last = 2 * sampler.steps_per_epoch
-    given = {"rank": 0, "world_size": 1, "micro_batch_size": 2, "first_step": 0, "last_step": last, "workers": 0} | options
-    return train_batches(data, sampler, pad_id=PAD, pin_memory=False, **given)
+    settings = {"rank": 0, "world_size": 1, "micro_batch_size": 2, "first_step": 0, "last_step": last, "workers": 0} | options
+    return train_batches(data, sampler, pad_id=PAD, pin_memory=False, **settings)
 
 
 def contents(batch: Batch) -> list[Any]:
@@ -196,3 +198,23 @@ def test_validation_is_spread_over_every_source(folder: Path, max_samples: int, 
         assert ids == sorted(i for micro in run(0, 1) for i in micro.batch.sample_ids.tolist() if i >= 0)
     of_first = [i for i in ids if i < 20]
     assert max_samples != 10 or (min(np.diff(of_first)) >= 2 and max(np.diff(of_first)) <= 3)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(0, 200))
+def test_validation_records_are_distinct_as_many_as_asked_for_and_of_every_source(sizes: list[int], max_samples: int) -> None:
+    ids = _spread(np.array(sizes), max_samples)
+    assert len(set(ids.tolist())) == len(ids) == max(min(max_samples or sum(sizes), sum(sizes)), len(sizes))
+    found = np.bincount(np.repeat(np.arange(len(sizes)), sizes)[ids], minlength=len(sizes))
+    assert found.min() >= 1 and (found <= sizes).all()
+    exact = np.array(sizes) * len(ids) / sum(sizes)
+    assert (found[exact >= 1] <= np.ceil(exact[exact >= 1])).all()
+
+
+def test_a_record_of_a_small_source_is_not_validated_twice() -> None:
+    assert len(set(_spread(np.array([1, 10, 10, 10]), 17).tolist())) == 17
+
+
+@pytest.mark.parametrize(("per_step", "workers", "expected"), [(16, 4, 5), (17, 4, 6), (1, 4, 2), (4, 1, 5), (8, 0, None)])
+def test_workers_prepare_more_than_a_step(per_step: int, workers: int, expected: int | None) -> None:
+    assert prefetch_factor(per_step, workers) == expected
+    assert expected is None or workers * expected > per_step
