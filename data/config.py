@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
+
+from model.batch import PLACEHOLDERS
 
 
 class ConfigError(Exception):
@@ -36,6 +40,13 @@ class SourceConfig:
         if isinstance(self.media_root, dict):
             return self.media_root.get(modality, "")
         return self.media_root
+
+    @property
+    def roots(self) -> dict[str, str]:
+        """Every folder that is named, by how run.toml names it."""
+        if isinstance(self.media_root, dict):
+            return {f"media_root.{modality}": folder for modality, folder in self.media_root.items()}
+        return {"media_root": self.media_root} if self.media_root else {}
 
 
 @dataclass(frozen=True)
@@ -74,4 +85,14 @@ class DataConfig:
             keys = [source.key for source in sources]
             for key in sorted({k for k in keys if keys.count(k) > 1}):
                 found.append(f"two data.{table} are called {key!r}: give each a name of its own")
+            found += [line for source in sources for line in _root_problems(source, table)]
         return found
+
+
+def _root_problems(source: SourceConfig, table: str) -> Iterator[str]:
+    """A key of media_root that is no modality would leave the modality's root to be the current directory."""
+    for key in source.media_root if isinstance(source.media_root, dict) else ():
+        if key not in PLACEHOLDERS:
+            near = get_close_matches(key, PLACEHOLDERS, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            yield f"data.{table} {source.key!r}: media_root.{key} is not one of {', '.join(PLACEHOLDERS)}{hint}"

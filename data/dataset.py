@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.config import DataConfig, SourceConfig
+from data.config import ConfigError, DataConfig, SourceConfig
 from data.image import load_image
 from data.index import RecordIndex
 from data.record import MediaRef, RecordError, parse
@@ -113,6 +113,20 @@ def open_dataset(
     index_folder: Path,
     excluded: frozenset[int] = frozenset(),
 ) -> MultimodalDataset:
-    """The dataset of `sources`, with their indexes in `index_folder`, built there where they are missing or stale."""
+    """The dataset of `sources`, with their indexes in `index_folder`, built there where they are missing or stale.
+
+    ConfigError when a source or a media_root is not there.
+    """
+    check_roots(sources)
     indexes = [RecordIndex.open(source, index_folder, specs) for source in sources]
     return MultimodalDataset(indexes, sources, template, specs, config, excluded)
+
+
+def check_roots(sources: tuple[SourceConfig, ...]) -> None:
+    """One message for a folder that is not there, in place of one for each of its pictures."""
+    for source in sources:
+        for key, folder in source.roots.items():
+            if not Path(folder).is_dir():
+                raise ConfigError(
+                    f"data.sources {source.key!r}: {key} = {folder!r} is no folder: name the one that media paths begin in"
+                )

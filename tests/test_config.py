@@ -160,3 +160,17 @@ def test_whatever_is_written_there_is_one_clear_error_or_a_run(tables: dict[str,
         parse_config(merged(MINIMAL, tables), "fuzz")
     except ConfigError as error:
         assert str(error).startswith("fuzz:\n  - ")
+
+
+@pytest.mark.parametrize("table", ["sources", "validation"])
+def test_a_media_root_of_no_modality_is_named_with_the_nearest_one(table: str) -> None:
+    wrong = [{"path": "b.json", "media_root": {"images": "x"}}]
+    text = problems(data={table: wrong})
+    assert f"data.{table} 'b': media_root.images is not one of image; did you mean 'image'?" in text
+
+
+@pytest.mark.parametrize("tune", ["frozen", "lora"])
+def test_new_tokens_are_refused_where_their_rows_cannot_learn(tune: str) -> None:
+    text = problems(model={"llm": {"tune": tune, "new_tokens": ["<a>"]}})
+    assert f"model.llm.new_tokens = ['<a>'] could never be learned with model.llm.tune = '{tune}'" in text
+    parse_config(merged(MINIMAL, {"model": {"llm": {"tune": "full", "new_tokens": ["<a>"]}}}), "x")

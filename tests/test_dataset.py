@@ -1,6 +1,7 @@
 """A record becomes a sample exactly, or a located reason; never another record."""
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.dataset import Rejected
+from data.config import ConfigError, DataConfig
+from data.dataset import Rejected, open_dataset
 from data.record import RecordError, parse
 from model.batch import IGNORE_INDEX
-from tests.tiny_data import SPECS, WIDTH, dataset, datasets, grey, image_id, level, sample, talk, template
+from tests.tiny_data import SPECS, WIDTH, dataset, datasets, grey, image_id, level, sample, source, talk, template
 
 
 def rejected(item: object) -> Rejected:
@@ -140,3 +142,12 @@ def test_planned_lengths_know_that_too_long_is_cut(tmp_path: Path) -> None:
     data = dataset(tmp_path, [talk("Hi", "a" * 4000), talk("Hi", "b")], max_length=100)
     assert data.lengths.dtype == np.int32
     assert data.lengths[0] == 100 > data.lengths[1] > 0
+
+
+@pytest.mark.parametrize("per_modality", [False, True])
+def test_a_media_root_that_is_not_there_is_one_error_and_not_one_per_picture(tmp_path: Path, per_modality: bool) -> None:
+    gone = str(tmp_path / "gone")
+    made = replace(source(tmp_path, [talk("Hi", "a")]), media_root={"image": gone} if per_modality else gone)
+    key = "media_root.image" if per_modality else "media_root"
+    with pytest.raises(ConfigError, match=rf"data\.sources 'mix': {key} = '.*gone' is no folder"):
+        open_dataset((made,), DataConfig(), template(), SPECS, tmp_path / "index")

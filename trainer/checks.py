@@ -82,6 +82,11 @@ def _parts(config: RunConfig) -> Iterator[str]:
     tuned = [name for name, part in model.parts().items() if part.tune != "frozen"]
     if not tuned and config.train.max_steps != 0:
         yield "nothing learns: every part has tune = 'frozen' (train.max_steps = 0 writes a model without training)"
+    if model.llm.new_tokens and model.llm.tune != "full":
+        yield (
+            f"model.llm.new_tokens = {list(model.llm.new_tokens)} could never be learned with model.llm.tune = {model.llm.tune!r}: "
+            "their rows would stay the mean of the others; use tune = 'full', or leave them out (those of model.init_from stay)"
+        )
     projector = model.vision_projector
     if projector is not None and projector.tune == "frozen" and not projector.path and not model.init_from:
         yield "model.vision_projector.tune = 'frozen' without weights: name its path, or model.init_from"
