@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from model import attention
 from model.config import ConfigError, LlmConfig
 from model.hub import read_json
 
+log = logging.getLogger(__name__)
+LOGIT_CHANGES: dict[str, float | None] = {
+    "logits_scaling": 1,
+    "logit_scale": 1,
+    "lm_head_multiplier": 1,
+    "output_multiplier": 1,
+    "logits_mup_width_multiplier": 1,
+    "final_logit_softcapping": None,
+    "logits_soft_cap": None,
+    "output_logit_soft_cap": None,
+}
+"""What models of transformers do between the decoder's output and the loss beside the head's product, and when it is nothing."""
 ROW_MULTIPLE = 64
 """A grown vocabulary matrix has a multiple of this many rows, which matrix kernels like."""
 
@@ -38,8 +51,13 @@ def llm_config(config: LlmConfig, cache_dir: str = "") -> dict[str, Any]:
 def hugging_face_config(setting: str, value: dict[str, Any]) -> PretrainedConfig:
     """A config object from plain JSON. Code that a folder brings along is never run."""
     kind = value.get("model_type")
+    if value.get("auto_map") and kind not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"{setting}: config.json wants code of its own (auto_map), and transformers knows no model_type {kind!r}; that code is "
+            "never run: choose a folder whose model_type transformers has"
+        )
     if value.get("auto_map"):
-        raise ConfigError(f"{setting}: config.json wants code of its own (auto_map); only classes of transformers are used")
+        log.warning("%s: config.json names code of its own, which is not run: transformers has model_type %r", setting, kind)
     try:
         return AutoConfig.for_model(**{k: v for k, v in value.items() if k not in ("transformers_version", "auto_map")})
     except (ValueError, TypeError, KeyError) as error:
@@ -53,22 +71,51 @@ def build_llm(value: dict[str, Any], attention_name: str, vocabulary: Vocabulary
     check_supported(config, attention_name)
     config.use_cache = False
     try:
-        return AutoModelForCausalLM.from_config(
+        llm = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=attention.implementation(attention_name), trust_remote_code=False
         )
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"model.llm or model.attention = {attention_name!r}: {error}") from error
+    except (ValueError, ImportError, KeyError, AttributeError) as error:
+        raise ConfigError(f"model.llm or model.attention = {attention_name!r}: {type(error).__name__}: {error}") from error
+    check_causal(llm, attention_name)
+    return llm
 
 
 def check_supported(config: PretrainedConfig, attention_name: str) -> None:
     """Refuse models whose head or attention does more than a matrix product: the loss here would be silently wrong."""
-    for name, neutral in (("logits_scaling", 1), ("logit_scale", 1), ("final_logit_softcapping", None)):
+    for name, neutral in LOGIT_CHANGES.items():
         if getattr(config, name, neutral) not in (neutral, None):
             raise ConfigError(f"model.llm.path: {config.model_type} changes its logits ({name}), which is not supported yet")
     if getattr(config, "attn_logit_softcapping", None) and attention_name != "eager":
         raise ConfigError(f"model.attention = {attention_name!r} drops the attention soft cap of {config.model_type}: use 'eager'")
     if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
         raise ConfigError(f"model.llm.path: {config.model_type} is a mixture of experts, which is not supported yet")
+    check_attention(config, attention_name)
+
+
+def check_attention(config: PretrainedConfig, attention_name: str) -> None:
+    """Our attention needs a class that calls the function it is given and needs nothing else: others see the future."""
+    if attention.implementation(attention_name) != attention.NAME:
+        return
+    llm_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if llm_class is None:
+        raise ConfigError(f"model.llm.path: transformers has no causal language model of model_type {config.model_type!r}")
+    # What transformers' own dispatch asks: a class may set the flag and still choose among classes of its own.
+    if not llm_class._supports_sdpa or not llm_class._can_set_attn_implementation():
+        raise ConfigError(
+            f"model.attention = {attention_name!r}: {llm_class.__name__} does not compute by scaled_dot_product_attention alone, "
+            "so positions could see what comes after them, or sinks and soft caps be lost; use model.attention = 'eager'"
+        )
+
+
+def check_causal(llm: nn.Module, attention_name: str) -> None:
+    """Every layer that asks our attention for a result asks for a causal one, and for nothing that it does not compute."""
+    if attention.implementation(attention_name) != attention.NAME:
+        return
+    name, kind = type(llm).__name__, f"model.attention = {attention_name!r}"
+    if found := [path for path, module in llm.named_modules() if getattr(module, "is_causal", True) is False]:
+        raise ConfigError(f"{kind}: {found[0]} of {name} is not causal: positions would see what comes after them; use 'eager'")
+    if found := [path for path, _ in llm.named_parameters() if "sink" in path.rpartition(".")[2]]:
+        raise ConfigError(f"{kind} drops the attention sinks of {name} ({found[0]}): use 'eager'")
 
 
 def head_weight(llm: nn.Module) -> nn.Parameter:

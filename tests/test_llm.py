@@ -13,7 +13,7 @@ from model import attention, loss
 from model.batch import IGNORE_INDEX, Batch
 from model.build import build_model
 from model.config import ConfigError, LlmConfig, ModelConfig
-from model.llm import Vocabulary, check_supported, head_weight
+from model.llm import LOGIT_CHANGES, Vocabulary, build_llm, check_causal, check_supported, head_weight, hugging_face_config
 from model.multimodal import MultimodalLM
 from tests.tiny import LLMS, VOCAB, save_llm
 
@@ -144,3 +144,62 @@ def test_rows_of_the_vocabulary() -> None:
     assert Vocabulary(size=100).rows(320) == 320
     assert Vocabulary(size=321).rows(320) == 384
     assert Vocabulary(size=384).rows(320) == 384
+
+
+BASE = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": VOCAB}
+
+
+@pytest.mark.parametrize("name", LOGIT_CHANGES)
+def test_whatever_changes_logits_is_refused_and_its_neutral_value_is_not(name: str) -> None:
+    neutral = LOGIT_CHANGES[name]
+    check_supported(AutoConfig.for_model("qwen2", **{name: neutral}), "sdpa")
+    with pytest.raises(ConfigError, match=rf"changes its logits \({name}\)"):
+        check_supported(AutoConfig.for_model("qwen2", **{name: 0.5}), "sdpa")
+
+
+def test_falcon_h1_and_recurrent_gemma_are_refused_for_their_logits() -> None:
+    for kind, changes in (("falcon_h1", {"lm_head_multiplier": 0.02}), ("recurrent_gemma", {})):
+        with pytest.raises(ConfigError, match="changes its logits"):
+            check_supported(AutoConfig.for_model(kind, **changes), "sdpa")
+
+
+@pytest.mark.parametrize("kind", ["bloom", "xglm", "falcon", "gptj", "gpt_neox_japanese", "trocr", "mvp", "granite_swa"])
+def test_our_attention_is_refused_where_it_would_not_be_used(kind: str) -> None:
+    """These would see the future without a mask, or fail with a KeyError."""
+    with pytest.raises(ConfigError, match=r"model\.attention = 'sdpa': .* use model\.attention = 'eager'"):
+        build_llm({"model_type": kind, **BASE}, "sdpa", Vocabulary())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "stablelm", "opt", "phi3", "gemma", "olmo2", "qwen3", "biogpt"])
+def test_no_position_sees_the_future_in_other_families(kind: str) -> None:
+    torch.manual_seed(0)
+    llm: Any = build_llm({"model_type": kind, **BASE, "num_key_value_heads": 4, "pad_token_id": 0}, "sdpa", Vocabulary()).eval()
+    embeds = torch.randn(1, 9, 32)
+    changed = torch.cat([embeds[:, :-1], torch.randn(1, 1, 32)], 1)
+    with torch.no_grad():
+        first, second = (llm.get_decoder()(inputs_embeds=e, use_cache=False).last_hidden_state for e in (embeds, changed))
+    torch.testing.assert_close(first[:, :-1], second[:, :-1])
+    assert (first[:, -1] - second[:, -1]).abs().max() > 1e-3
+
+
+def test_a_layer_that_is_not_causal_or_has_sinks_is_refused(tmp_path: Path) -> None:
+    llm = ours(save_llm(tmp_path)).llm
+    check_causal(llm, "sdpa")
+    layer: Any = llm.get_submodule("model.layers.1.self_attn")
+    layer.sinks = torch.nn.Parameter(torch.zeros(4))
+    with pytest.raises(ConfigError, match=r"drops the attention sinks of Qwen2ForCausalLM \(model\.layers\.1\.self_attn\.sinks\)"):
+        check_causal(llm, "sdpa")
+    check_causal(llm, "eager")
+    layer.is_causal = False
+    with pytest.raises(ConfigError, match=r"model\.layers\.1\.self_attn of Qwen2ForCausalLM is not causal"):
+        check_causal(llm, "sdpa")
+
+
+def test_code_of_a_folder_is_never_run_and_not_needed_where_transformers_knows_the_type(tmp_path: Path) -> None:
+    own = {"AutoConfig": "configuration_x.Config", "AutoModelForCausalLM": "modeling_x.Model"}
+    for name in ("configuration_x", "modeling_x"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('run')")
+    config = hugging_face_config("model.llm.path", {"model_type": "phi3", "hidden_size": 48, "auto_map": own})
+    assert (type(config).__name__, config.hidden_size) == ("Phi3Config", 48)
+    with pytest.raises(ConfigError, match=r"wants code of its own .* knows no model_type 'qwen_of_old'"):
+        hugging_face_config("model.llm.path", {"model_type": "qwen_of_old", "auto_map": own})
