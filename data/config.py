@@ -11,6 +11,9 @@ from typing import Literal
 from model.batch import PLACEHOLDERS
 
 
+MAX_WORKERS = 512
+
+
 class ConfigError(Exception):
     """A setting, or something a setting names, is wrong."""
 
@@ -79,6 +82,10 @@ class DataConfig:
             found.append(f"data.max_pixels = {self.max_pixels} is not positive")
         if self.workers < 0:
             found.append(f"data.workers = {self.workers} is negative")
+        if self.workers > MAX_WORKERS:
+            found.append(
+                f"data.workers = {self.workers} is more than {MAX_WORKERS}: they are processes of every rank; 2 to 16 are usual"
+            )
         if not 0 <= self.max_bad_fraction < 1:
             found.append(f"data.max_bad_fraction = {self.max_bad_fraction} is not in [0, 1)")
         for table, sources in (("sources", self.sources), ("validation", self.validation)):

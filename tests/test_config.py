@@ -82,6 +82,7 @@ def test_every_problem_stands_in_one_message() -> None:
         ({"validation": {"every": 3}}, "[validation] has no effect"),
         ({"data": {"on_bad_sample": "error", "max_bad_fraction": 0.5}}, "data.max_bad_fraction has no effect"),
         ({"model": {"vision": None, "vision_projector": None}, "data": {"image_fit": "square"}}, "data.image_fit has no effect"),
+        ({"data": {"workers": 10_000}}, "data.workers = 10000 is more than 512"),
         ({"lora": {"targets": 3}}, "lora.targets = 3 is not a string or a list of strings"),
     ],
 )
