@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import pickle
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -76,7 +75,9 @@ def read_bin(path: Path) -> Tensors:
     try:
         # Files from before PyTorch 1.6 are no zip archives, and only those can be mapped.
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever its bytes make the reader stumble over
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"{path} is cut short, or holds more than tensors ({reason}): download it again, or convert it to safetensors"
