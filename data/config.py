@@ -10,7 +10,6 @@ from typing import Literal
 
 from model.batch import PLACEHOLDERS
 
-
 MAX_WORKERS = 512
 
 
