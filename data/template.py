@@ -176,7 +176,7 @@ def _check_single(name: str, tokenizer: PreTrainedTokenizerFast, token: str) -> 
     ]:
         raise ConfigError(
             f"data.template = {name!r} ends or starts turns with {token!r}, which is no single token of this tokenizer; "
-            f'choose another template, or add it: model.llm.new_tokens = ["{token}"]'
+            f'choose another template, or add it with model.llm.new_tokens = ["{token}"] and model.llm.tune = "full"'
         )
 
 

@@ -18,6 +18,10 @@ from model.llm import Vocabulary, llm_config
 from model.vision import vision_config, vision_spec
 
 NAME = "model.json"
+MOVED = (
+    "relative paths start where the run was started; name what has moved with base={'init_from': PATH} of load_model, "
+    "or --base init_from=PATH of the tools"
+)
 PART_CONFIGS: dict[str, Any] = {"llm": LlmConfig, "vision": VisionConfig, "vision_projector": VisionProjectorConfig}
 
 
@@ -83,7 +87,8 @@ def read_card(folder: Path) -> ModelCard:
     try:
         value = json.loads((folder / NAME).read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder} is no final/ or checkpoint folder of ours: {NAME} cannot be read ({error})") from error
+        hint = f"did you mean {folder / 'final'}?" if (folder / "final" / NAME).is_file() else MOVED
+        raise ConfigError(f"{folder} is no final/ or checkpoint folder of ours: {NAME} cannot be read ({error}); {hint}") from error
     try:
         return _card(value)
     except (KeyError, TypeError, AttributeError) as error:

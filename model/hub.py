@@ -28,7 +28,8 @@ def read_json(setting: str, path: str, name: str, cache_dir: str = "") -> dict[s
     """The JSON object in `name`; ConfigError when the file is missing or is something else."""
     file = find_file(setting, path, name, cache_dir)
     if file is None:
-        raise ConfigError(f"{setting} = {path!r} holds no {name}")
+        there = "" if Path(path).is_dir() else ", or it cannot be reached: give a folder, or a model.cache_dir that holds it"
+        raise ConfigError(f"{setting} = {path!r} holds no {name}{there}")
     try:
         value = json.loads(file.read_text())
     except ValueError as error:

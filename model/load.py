@@ -28,11 +28,11 @@ def load_model(
     moved: {"llm": path, "vision": path, "init_from": path}. ConfigError when something is missing or changed.
     """
     folder, device = Path(path), torch.device(device)
-    card = rebased(read_card(folder), base or {})
-    target = dtype_of(dtype, card, device)
-    card = for_use(card, merge_lora)
+    saved = rebased(read_card(folder), base or {})
+    target = dtype_of(dtype, saved, device)
+    card = for_use(saved, merge_lora)
     model = assemble(card, target)
-    layers = [*run_layers(folder, card, model, "load_model", "quick"), *base_layers(card, model)]
+    layers = [*run_layers(folder, card, model, "load_model", "quick", saved), *base_layers(card, model)]
     model.requires_grad_(False)
     materialise(model, layers, frozen_dtype=target, device=device)
     model.trainable_parts = frozenset()

@@ -60,12 +60,15 @@ def _any_projector(names: Collection[str]) -> bool:
     return any(name.startswith("vision_projector.") for name in names)
 
 
-def run_layers(folder: Path, card: ModelCard, model: MultimodalLM, setting: str, proof: Check = "full") -> list[Layer]:
+def run_layers(
+    folder: Path, card: ModelCard, model: MultimodalLM, setting: str, proof: Check = "full", saved: ModelCard | None = None
+) -> list[Layer]:
     """A final/ folder or checkpoint and everything below it that is no base of `card`; each final/ checked by its `proof`.
 
-    Adapters go on in parts that `card` tunes by LoRA, elsewhere they are merged in float32.
+    Adapters go on in parts that `card` tunes by LoRA, elsewhere they are merged in float32. `saved`: the folder's own card
+    with paths of what has moved since.
     """
-    saved = read_card(folder)
+    saved = saved or read_card(folder)
     check_same_bases(saved, card, folder, setting)
     going_on = saved.lora_parts & card.lora_parts
     if going_on:

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from model import load_model
+from model.config import ConfigError
 from model.shards import weight_tensors
 from tests.ranks import run_ranks
-from tests.runs import failure_of, start, start_alone
+from tests.runs import failure_of, start, start_alone, tables
+from trainer.distributed import World
+from trainer.main import prepare_folder
+from trainer.schema import to_toml
+
+ROOT = Path(__file__).parent.parent
 
 LORA: dict[str, Any] = {
     "model": {"llm": {"tune": "lora"}, "vision": {"tune": "frozen"}, "dtype": "bfloat16"},
@@ -100,3 +109,48 @@ def test_going_back_to_an_earlier_checkpoint_leaves_the_other_way_aside(parts: P
     names = sorted(p.name for p in run.glob("*checkpoint-*"))
     assert names == ["abandoned-checkpoint-3", "abandoned-checkpoint-4", "checkpoint-3"]
     assert load_model(run / "final", base=None).specs
+
+
+def test_a_run_whose_records_are_all_too_long_is_an_error(parts: Path, tmp_path: Path) -> None:
+    code, reason = failure_of(parts, tmp_path / "run", {"data": {"max_length": 5}})
+    assert code == 65 and "none of the 22 train records can be used" in reason and "data.max_length is 5" in reason
+
+
+def hold(world: World, folder: Path, parts: Path) -> int:
+    """A second start, while this process is in the folder."""
+    prepare_folder(folder, 0)
+    return subprocess.run(
+        [sys.executable, "-m", "trainer.main", "--cfg", str(folder / "again.toml")], cwd=ROOT, capture_output=True, check=False
+    ).returncode
+
+
+def test_two_runs_do_not_share_a_folder(parts: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "again.toml").write_text(to_toml(tables(parts, output_dir=str(run))))
+    assert run_ranks(hold, 1, run, parts) == [73]
+    assert not (run / "exit.json").exists()  # it would be the first one's
+    assert start_alone(parts, run, {"train": {"max_steps": 1}}).code == 0  # gone with its process
+
+
+def test_what_is_in_the_way_of_final_is_told_before_training(parts: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "final").write_text("in the way")
+    code, reason = failure_of(parts, tmp_path / "run", {})
+    assert code == 73 and "final is in the way" in reason
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["step"] is None
+
+
+def test_a_parent_run_that_moved_is_named(parts: Path, tmp_path: Path) -> None:
+    full = {"train": {"max_steps": 1}}
+    assert start_alone(parts, tmp_path / "first", full).code == 0
+    second = {**LORA, "model": {**LORA["model"], "init_from": str(tmp_path / "first" / "final")}}
+    assert start_alone(parts, tmp_path / "second", second).code == 0
+    expected = dict(load_model(tmp_path / "second" / "final").named_parameters())
+    (tmp_path / "first").rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match="init_from=PATH"):
+        load_model(tmp_path / "second" / "final")
+    found = load_model(tmp_path / "second" / "final", base={"init_from": str(tmp_path / "moved" / "final")})
+    assert all(torch.equal(p, expected[name]) for name, p in found.named_parameters())
+    code, reason = failure_of(parts, tmp_path / "third", {**LORA, "model": {**LORA["model"], "init_from": str(tmp_path / "moved")}})
+    assert code == 2 and f"did you mean {tmp_path / 'moved' / 'final'}" in reason

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -106,7 +107,8 @@ def evaluate(options: argparse.Namespace) -> None:
                 bar.set_postfix_str(f"exact match {totals.exact / totals.samples:.3f}")
     if options.predictions:
         write_lines(options.predictions, predictions)
-    print(json.dumps(totals.result()))
+    result = totals.result()
+    print(json.dumps({key: value if math.isfinite(value) else None for key, value in result.items()}))
 
 
 def write_lines(path: str, values: list[dict[str, str]]) -> None:

@@ -43,7 +43,9 @@ def to_safetensors(source: Path, out: Path, card: ModelCard, _: Path) -> str:
     if OURS in files and inherits_llm(source, card):
         print(f"the adapter sits on what {card.model.init_from} trained: to go on, name that as model.init_from, not lora.path")
         named = ""
-    return f"python -m trainer.main --cfg run.toml {named}" if named else "python -m tools.export_adapter --help"
+    if card.model.llm.tune == "full":
+        print("not exported: llm (tune = 'full'), which is the language model itself; --for hf writes all of it")
+    return f"python -m trainer.main --cfg run.toml {named or f'model.init_from={source}'}"
 
 
 def to_llava(source: Path, out: Path, card: ModelCard, _: Path) -> str:

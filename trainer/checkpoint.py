@@ -129,7 +129,10 @@ def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
             path.rename(aside)
             damaged.append(f"{error}; moved to {aside.name}")
     if damaged or any(folder.glob(f"damaged-{PREFIX}*")):
-        raise ProofError(f"{folder} has checkpoints and none is sound: {'; '.join(damaged) or 'all were moved aside before'}")
+        raise ProofError(
+            f"{folder} has checkpoints and none is sound: {'; '.join(damaged) or 'all were moved aside before'}. "
+            "Restore one from a copy, use another output_dir, or remove the damaged- folders to start anew"
+        )
     return None, []
 
 

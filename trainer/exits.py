@@ -15,6 +15,7 @@ from model.files import dump_json
 
 DONE, INTERNAL, CONFIG, DATA, PROOF, CANNOT_WRITE, INTERRUPTED = 0, 1, 2, 65, 70, 73, 130
 NAME = "exit.json"
+INTERRUPT = "interrupted; the same command goes on from the last checkpoint"
 
 
 @dataclass
@@ -36,7 +37,16 @@ class SaveError(Exception):
     exit_code = CANNOT_WRITE
 
 
-NO_WRITING = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EIO, errno.EFBIG}
+class BusyError(SaveError):
+    """Another process holds the run folder."""
+
+
+NO_WRITING = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EROFS", "EACCES", "EPERM", "EDQUOT", "EIO", "EFBIG", "EISDIR", "ENOTDIR")
+    if hasattr(errno, name)
+}
+"""Errors of the system that mean a file cannot be written, whoever tried."""
 
 
 def code_of(error: BaseException) -> int:
@@ -73,7 +83,7 @@ def report_failure(error: BaseException, output_dir: Path | None, step: int | No
     if code == INTERNAL:
         # A collective fails because a peer has; that one knows why and is given time to say so.
         time.sleep(1.0 if "RANK" in os.environ else 0.0)
-    reason = str(error) or type(error).__name__
+    reason = INTERRUPT if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
     if record(output_dir, code, reason, step, rank):
         if code == INTERNAL:
             traceback.print_exception(error, file=sys.stderr)

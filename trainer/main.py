@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import fcntl
 import json
 import logging
 import os
@@ -16,7 +18,8 @@ from trainer.config import RunConfig
 from trainer.distributed import World, start_world, stop_world
 from trainer.export import write_final
 from trainer.loop import Loop
-from trainer.quarantine import start_afresh
+from trainer.quarantine import NAME as QUARANTINE
+from trainer.quarantine import read_rows, start_afresh
 from trainer.report import plan
 from trainer.resume import choose, read_state
 from trainer.runfile import load_config
@@ -39,6 +42,8 @@ def run(config: RunConfig, world: World | None = None) -> int:
         if own:
             stop_world()
         return exits.DONE
+    except exits.BusyError as error:
+        return exits.report_failure(error, None, None, rank)  # exit.json is the other process's
     except (Exception, KeyboardInterrupt) as error:
         return exits.report_failure(error, folder, progress.step, rank)
 
@@ -76,9 +81,11 @@ def finish(setup: Setup, first_step: int, world: World) -> None:
     folder = Path(setup.config.output_dir)
     step = max(first_step, setup.total_steps)
     if world.broadcast_json(first_step > 0 and first_step >= setup.total_steps and final_step(folder) == first_step):
-        say(world, f"nothing left to do: {folder / 'final'} holds step {first_step}")
+        say(world, f"nothing left to do: {folder / 'final'} holds step {first_step}, the run asks for {setup.total_steps}")
         return
     target = write_final(setup.model, setup.data.card, setup.data.processor, folder, step, world)
+    if num_left_out := len(read_rows(folder)):
+        say(world, f"{num_left_out} records could not be used: {folder / QUARANTINE} says why")
     say(world, f"wrote and proved {target}")
 
 
@@ -93,9 +100,28 @@ def prepare_folder(folder: Path, rank: int) -> None:
     if rank == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            lock(folder)
             exits.clear(folder)
+        except BlockingIOError as error:
+            raise exits.BusyError(f"output_dir = {str(folder)!r}: another process trains into it; use another one") from error
         except OSError as error:
             raise exits.SaveError(f"output_dir = {str(folder)!r} cannot be written: {error.strerror}") from error
+        if (folder / "final").exists() and not (folder / "final").is_dir():
+            raise exits.SaveError(f"{folder / 'final'} is in the way: final/ will be a folder; remove it")
+
+
+def lock(folder: Path) -> None:
+    """Keep other processes out of the run folder until this one ends, however it does. BlockingIOError when one is in it.
+
+    A record lock: forked data workers do not inherit it, so the next start need not wait for them. Where the file system knows
+    no locks there is none.
+    """
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)  # stays open: closing it would unlock
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise BlockingIOError from error
 
 
 def say(world: World, text: str) -> None:

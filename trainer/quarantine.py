@@ -22,7 +22,7 @@ FLOOR = 8
 
 def read_excluded(folder: Path) -> frozenset[int]:
     """Sample ids that earlier starts quarantined."""
-    return frozenset(row["sample_id"] for row in _rows(folder) if row["split"] == TRAIN)
+    return frozenset(row["sample_id"] for row in read_rows(folder) if row["split"] == TRAIN)
 
 
 def start_afresh(folder: Path) -> None:
@@ -37,9 +37,9 @@ class Quarantine:
 
     def __init__(self, folder: Path, num_records: dict[str, int], max_bad_fraction: float) -> None:
         """`num_records` by split."""
-        self.folder = folder
+        self.folder, self.num_records = folder, num_records
         self.limits = {split: max(FLOOR, int(num * max_bad_fraction)) for split, num in num_records.items()}
-        self.known = {_key(row): row for row in _rows(folder)}
+        self.known = {_key(row): row for row in read_rows(folder)}
         self.waiting: list[dict[str, Any]] = []
 
     def add(self, rejected: tuple[Rejected, ...], step: int, split: str = TRAIN) -> None:
@@ -64,8 +64,11 @@ class Quarantine:
         self.check()
 
     def check(self) -> None:
-        """DataError when a split has more bad records than allowed; those that are too long do not count."""
+        """DataError when a split has more bad records than allowed, those that are too long not counted, or none that is good."""
         for split, limit in self.limits.items():
+            rows = [row for row in self.known.values() if row["split"] == split]
+            if len(rows) >= self.num_records[split]:
+                raise DataError(f"none of the {len(rows)} {split} records can be used; the last: {rows[-1]['reason']}")
             self._check([row for row in self.known.values() if row["split"] == split and not row["too_long"]], limit)
 
     def _check(self, bad: list[dict[str, Any]], limit: int) -> None:
@@ -82,7 +85,7 @@ def _key(row: dict[str, Any]) -> tuple[str, int]:
     return row["split"], row["sample_id"]
 
 
-def _rows(folder: Path) -> list[dict[str, Any]]:
+def read_rows(folder: Path) -> list[dict[str, Any]]:
     path = folder / NAME
     if not path.is_file():
         return []
