@@ -9,7 +9,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -33,6 +34,22 @@ SERVER.set_forkserver_preload(
 
 def run_ranks(fn: Callable[..., Any], size: int, *args: Any, seconds: float = 90) -> list[Any]:
     """fn(world, *args) on `size` ranks; what each returned. AssertionError with the traceback of the first that raised."""
+    with _running(fn, size, args, seconds) as pipes:
+        return _collect(pipes, seconds)
+
+
+def kill_ranks(fn: Callable[..., Any], size: int, *args: Any, after: float, seconds: float = 90) -> list[Any] | None:
+    """The same, but all ranks get SIGKILL `after` seconds: None, unless every one has answered before."""
+    with _running(fn, size, args, seconds) as pipes:
+        try:
+            return _collect(pipes, after)
+        except TimeoutError:
+            return None
+
+
+@contextmanager
+def _running(fn: Callable[..., Any], size: int, args: tuple[Any, ...], seconds: float) -> Iterator[list[Connection]]:
+    """The pipes of `size` ranks that were started; at the end all are killed at once."""
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(size):
@@ -43,10 +60,11 @@ def run_ranks(fn: Callable[..., Any], size: int, *args: Any, seconds: float = 90
             pipes.append(ours)
             processes.append(process)
         try:
-            return _collect(pipes, seconds)
+            yield pipes
         finally:
             for process in processes:
                 process.kill()
+            for process in processes:
                 process.join()
 
 
@@ -76,6 +94,8 @@ def _rank(
     # End of file on the pipe: pytest is gone, and so must this process be.
     threading.Thread(target=lambda: (pipe.poll(None), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
+    # As in a process of its own. A child of a forkserver would start another one for its data workers, which imports it all again.
+    multiprocessing.set_start_method("fork", force=True)
     try:
         dist.init_process_group(
             "gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=seconds)

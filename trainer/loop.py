@@ -96,8 +96,9 @@ class Loop:
             self.log.write(done, validate(self.setup, self.quarantine, done))
         if saves:
             self.quarantine.flush(self.setup.world)
-            self._save(done)
+            # Before the checkpoint: after the last one a start has nothing left to do, and would never write it.
             self.log.write_trainer_state(done, self.setup.total_steps)
+            self._save(done)
         self.meter.since += time.perf_counter() - started  # tokens per second are those of training
 
     def _log(self, done: int, bar: tqdm) -> None:
