@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from data.sample import Sample, SampleMedia
 from model.batch import IGNORE_INDEX, Batch, Media
@@ -31,17 +32,25 @@ def collate(samples: Sequence[Sample], pad_id: int, side: Literal["right", "left
         labels[row, start : start + length] = sample.labels
         mask[row, start : start + length] = 1
     positions = np.maximum(mask.cumsum(1) - 1, 0) if side == "left" else np.tile(np.arange(width), (num_rows, 1))
+    supervised = np.flatnonzero(labels != IGNORE_INDEX)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
         attention_mask=torch.from_numpy(mask) if samples and not mask.all() else None,
         position_ids=torch.from_numpy(positions),
-        supervised=torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX)),
-        sample_ids=torch.tensor([sample.sample_id for sample in samples] or [BLANK]),
-        source_ids=torch.tensor([sample.source_id for sample in samples] or [BLANK]),
-        num_real_tokens=sum(lengths),
+        supervised=torch.from_numpy(supervised),
+        owners=torch.from_numpy(supervised // width),
+        **_names(samples),
         media=_media(samples, [row * width + start for row, start in enumerate(starts)]),
     )
+
+
+def _names(samples: Sequence[Sample]) -> dict[str, Any]:
+    return {
+        "sample_ids": torch.tensor([sample.sample_id for sample in samples] or [BLANK]),
+        "source_ids": torch.tensor([sample.source_id for sample in samples] or [BLANK]),
+        "lengths": tuple(len(sample.input_ids) for sample in samples),
+    }
 
 
 def _media(samples: Sequence[Sample], offsets: list[int]) -> dict[str, Media]:
@@ -54,6 +63,20 @@ def _media(samples: Sequence[Sample], offsets: list[int]) -> dict[str, Media]:
 
 
 def _joined(placed: list[tuple[int, SampleMedia]]) -> Media:
+    """All media of one modality; rows of clips are filled up with zeros to the longest, and none of those becomes a token."""
+    media = [medium for _, medium in placed]
     slots = torch.cat([torch.arange(first, first + medium.length) for first, medium in placed])
-    # Every encoder row of every medium is used, so row k of the flattened output simply goes to slot k.
-    return Media(torch.cat([medium.values for _, medium in placed]), torch.arange(len(slots)), slots)
+    longest = max(medium.values.shape[-1] for medium in media)
+    values = torch.cat([F.pad(medium.values, (0, longest - medium.values.shape[-1])) for medium in media])
+    width = max(medium.width for medium in media)
+    tokens = np.array([count for medium in media for count in medium.tokens])
+    rows = np.flatnonzero(np.arange(width) < tokens[:, None])
+    frames = [count for medium in media for count in medium.frames]
+    return Media(
+        values,
+        torch.from_numpy(rows),
+        slots,
+        lengths=torch.tensor(frames) if frames else None,
+        ends=torch.tensor([first + medium.length - 1 for first, medium in placed]),
+        labels=torch.tensor([medium.label for medium in media]),
+    )

@@ -25,41 +25,64 @@ class DataError(Exception):
     exit_code = 65
 
 
+TemplateName = Literal[
+    "auto",
+    "chatml",
+    "gemma",
+    "internlm2",
+    "llama2",
+    "llama3",
+    "mistral",
+    "mpt",
+    "phi3",
+    "plain",
+    "vicuna_v1",
+    "vita_mixtral",
+    "vita_qwen",
+]
+
+
 @dataclass(frozen=True)
 class SourceConfig:
-    """One file of records."""
+    """Records of one kind: a file, or all files of a pattern."""
 
-    path: str
+    path: str  # .json | .jsonl | .parquet | .tar; with * ? [] every file that matches, in the order of their names
     name: str = ""  # metrics key; default: the file's stem
-    media_root: str | dict[str, str] = ""  # one folder, or one per modality
+    media_root: str | dict[str, str] = ""  # one folder, or one per kind of medium and per `set` of records
+    weight: float = 1.0  # how often each record is drawn per epoch
+    take: str = "all"  # all | first:N | end:N | random:N, N records or N%
 
     @property
     def key(self) -> str:
         return self.name or Path(self.path).stem
 
-    def root(self, modality: str) -> str:
-        """Folder that media of `modality` must stand in."""
-        if isinstance(self.media_root, dict):
-            return self.media_root.get(modality, "")
-        return self.media_root
-
     @property
     def roots(self) -> dict[str, str]:
         """Every folder that is named, by how run.toml names it."""
         if isinstance(self.media_root, dict):
-            return {f"media_root.{modality}": folder for modality, folder in self.media_root.items()}
+            return {f"media_root.{kind}": folder for kind, folder in self.media_root.items()}
         return {"media_root": self.media_root} if self.media_root else {}
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    template: Literal["auto", "chatml", "vicuna_v1", "llama2", "mistral", "plain"] = "auto"
+    template: TemplateName = "auto"
     max_length: int = 2048
     placeholders: Literal["as_written", "first"] = "as_written"
     media_wrap: tuple[str, ...] = ()
-    image_fit: Literal["pad", "square"] = "pad"
+    image_fit: Literal["pad", "square", "tiles"] = "pad"
+    image_decode: Literal["exact", "fast"] = "exact"
+    min_tiles: int = 1
+    max_tiles: int = 1
+    thumbnail: bool = True
     max_images: int = 0
     order: Literal["modality_length", "length", "random", "sequential"] = "modality_length"
+    packing: bool = False
+    state_tokens: Literal["none", "glyphs", "digits"] = "none"
+    fps: float = 1.0
+    min_frames: int = 4
+    max_frames: int = 16
+    max_seconds: float = 30.0
     max_pixels: int = 64_000_000
     workers: int = 4
     follow_links: bool = False
@@ -96,9 +119,7 @@ class DataConfig:
 
 
 def _root_problems(source: SourceConfig, table: str) -> Iterator[str]:
-    """A key of media_root that is no modality would leave the modality's root to be the current directory."""
+    """A misspelt kind would be taken for the name of a set, and the kind's media for media without a folder."""
     for key in source.media_root if isinstance(source.media_root, dict) else ():
-        if key not in PLACEHOLDERS:
-            near = get_close_matches(key, PLACEHOLDERS, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            yield f"data.{table} {source.key!r}: media_root.{key} is not one of {', '.join(PLACEHOLDERS)}{hint}"
+        if key not in PLACEHOLDERS and (near := get_close_matches(key, PLACEHOLDERS, 1, 0.75)):
+            yield f"data.{table} {source.key!r}: media_root.{key} is no kind of medium; did you mean {near[0]!r}?"

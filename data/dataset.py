@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 from torch.utils.data import Dataset
 
+from data.blob import Blob, MediaError, resolve
 from data.config import ConfigError, DataConfig, SourceConfig
-from data.image import load_image
 from data.index import RecordIndex
-from data.record import MediaRef, RecordError, parse
-from data.sample import Sample, TooLongError, assemble, check_media
+from data.media import RecordMedia
+from data.record import MediaRef, Record, RecordError, parse
+from data.sample import Sample, TooLongError, assemble, check_media, measured_length
 from data.template import Template
 from model.batch import MediaSpec
 
@@ -74,35 +75,63 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
         if i in self._excluded:
             return Rejected(i, name, index.where(row), "", "quarantined by an earlier start", False)
         try:
-            return self._sample(i, source_id, index, row)
+            return self._sample(i, source_id)
         except RecordError as error:
             too_long = isinstance(error, TooLongError)
             if self._config.on_bad_sample == "error" and not too_long:
                 raise
             return Rejected(i, name, error.where, error.id, f"{error.field}: {error.reason}", too_long)
 
-    def _sample(self, i: int, source_id: int, index: RecordIndex, row: int) -> Sample:
-        config, source = self._config, self.sources[source_id]
-
-        def read(ref: MediaRef) -> Tensor:
-            root, spec = source.root(ref.modality), self._specs[ref.modality]
-            pixels = load_image(
-                ref.path, root, spec, config.image_fit, max_pixels=config.max_pixels, follow_links=config.follow_links
-            )
-            return pixels[None]
-
+    def record(self, i: int) -> Record:
+        """The record of sample `i`. Raises `RecordError`."""
+        source_id = int(self.source_ids[i])
+        index, row = self.indexes[source_id], int(i - self._starts[source_id])
         record = parse(index.raw(row), index.where(row))
-        check_media(record, self._specs, config.max_images)
+        check_media(record, self._specs, self._config.max_images)
+        return record
+
+    def media(self, i: int, record: Record) -> RecordMedia:
+        """The media of `record`, which is the one of sample `i`."""
+        source_id = int(self.source_ids[i])
+        index, row = self.indexes[source_id], int(i - self._starts[source_id])
+        locate = partial(_locate, index, row, self.sources[source_id], self._config.follow_links)
+        return RecordMedia(record, locate, self._specs, self._config)
+
+    def measure(self, i: int) -> int:
+        """Tokens of sample `i`, exactly, without decoding its media. Raises `RecordError`."""
+        record = self.record(i)
+        encoded = self._template.encode(record)
+        return measured_length(encoded, self._template.placeholder_ids, self.media(i, record), self._config.max_length)
+
+    def _sample(self, i: int, source_id: int) -> Sample:
+        record = self.record(i)
         return assemble(
-            record,
             self._template.encode(record),
             self._template.placeholder_ids,
-            self._specs,
-            read,
-            max_length=config.max_length,
+            self.media(i, record),
+            max_length=self._config.max_length,
             sample_id=i,
             source_id=source_id,
         )
+
+
+def _locate(index: RecordIndex, row: int, source: SourceConfig, follow_links: bool, ref: MediaRef) -> Blob:
+    """Where the bytes of a medium are: beside the record, if its file is an archive, else in the source's folder."""
+    if (found := index.blob(row, ref)) is not None:
+        return found
+    path = resolve(ref.path, root_of(source, ref), follow_links=follow_links)
+    return Blob(path, path)
+
+
+def root_of(source: SourceConfig, ref: MediaRef) -> str:
+    """The folder that `ref` stands in: that of its set, of its kind, or the only one. Raises `MediaError` if none is named."""
+    if not isinstance(source.media_root, dict):
+        return source.media_root
+    key = ref.set or ref.kind
+    if key not in source.media_root:
+        what = f"set {ref.set!r}" if ref.set else f"kind {ref.kind!r} and no set"
+        raise MediaError(f"{ref.path!r} is of {what}; media_root of {source.key!r} has folders for {', '.join(source.media_root)}")
+    return source.media_root[key]
 
 
 def open_dataset(

@@ -8,16 +8,15 @@ nothing is rotated: EXIF orientation is ignored.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from data.config import DataError
-from model.batch import MediaSpec
+from data.blob import Blob, MediaError
+from data.config import DataConfig
+from data.record import MediaRef
+from model.batch import ImageSpec, MediaMeta
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """Formats that may be decoded; of an animation the first frame. The others of Pillow's forty are attack surface."""
@@ -25,48 +24,25 @@ MAX_GROWTH = 4
 """Padding or resizing may make a picture this many times `max_pixels`: a strip of 1 x 60 million pixels would become a square."""
 
 
-class MediaError(DataError):
-    """A medium cannot be used. The message is the reason alone; whoever knows the record adds where it stands."""
+def measure(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, num_media: int) -> MediaMeta:
+    """One view per picture: nothing has to be opened to know that."""
+    return MediaMeta()
 
 
-def load_image(path: str, root: str, spec: MediaSpec, fit: str, *, max_pixels: int, follow_links: bool) -> Tensor:
-    """Pixels (3, S, S) float32 of the picture at `path` inside `root`, S = spec.size; raises MediaError.
+def load(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, meta: MediaMeta) -> Tensor:
+    """Pixels (meta.num_rows, 3, S, S) float32, S = spec.size. Raises MediaError.
 
-    fit: pad (to a square of the mean colour first, as LLaVA) | square (the tower's own processor: CLIP crops, SigLIP distorts).
+    config.image_fit: pad (to a square of the mean colour first, as LLaVA) | square (the tower's own processor: CLIP crops, SigLIP
+    distorts).
     """
-    return read_image(resolve(path, root, follow_links=follow_links), spec, fit, max_pixels=max_pixels)
+    return normalise(_fit(_decode(blob, spec, config.image_fit, config.max_pixels), spec, config.image_fit), spec)[None]
 
 
-def resolve(path: str, root: str, *, follow_links: bool) -> str:
-    """The file that `path` of a record names inside `root` ("" = the current directory); MediaError when it would leave it."""
-    if os.path.isabs(path):
-        raise MediaError(f"{path!r} is absolute; write it relative to the source's media_root {root!r}")
-    base = os.path.abspath(root)
-    named = os.path.normpath(os.path.join(base, path))
-    if not _inside(named, base):
-        raise MediaError(f"{path!r} leaves media_root {root!r}")
-    if follow_links:
-        return named
-    try:
-        real, real_base = os.path.realpath(named), os.path.realpath(base)
-    except (OSError, ValueError) as error:
-        raise MediaError(f"{path!r} is no usable path: {error}") from error
-    if not _inside(real, real_base):
-        raise MediaError(f"{path!r} is a link that leaves media_root {root!r}; set data.follow_links = true to allow it")
-    return real
-
-
-def read_image(file: str | Path, spec: MediaSpec, fit: str, *, max_pixels: int) -> Tensor:
-    """Pixels (3, S, S) float32 of a file that a person named; no root confines it. Raises MediaError."""
-    return normalise(_fit(_decode(os.fspath(file), spec, fit, max_pixels), spec, fit), spec)
-
-
-def _decode(file: str, spec: MediaSpec, fit: str, max_pixels: int) -> Image.Image:
+def _decode(blob: Blob, spec: ImageSpec, fit: str, max_pixels: int) -> Image.Image:
     """The picture in RGB, whatever mode it was stored in; its size is judged by the header, before anything is decoded."""
-    if not os.path.isfile(file):  # opening a pipe or a device would wait for ever
-        raise MediaError(f"{file!r} {'is not a regular file' if os.path.exists(file) else 'does not exist'}")
+    file = blob.name
     try:
-        with Image.open(file, formats=FORMATS) as picture:
+        with blob.open() as stream, Image.open(stream, formats=FORMATS) as picture:
             _check_size(file, picture.size, spec, fit, max_pixels)
             picture.load()
             return picture.convert("RGB")
@@ -79,7 +55,7 @@ def _decode(file: str, spec: MediaSpec, fit: str, max_pixels: int) -> Image.Imag
         raise MediaError(f"{file!r} cannot be decoded: {error or type(error).__name__}") from error
 
 
-def normalise(picture: Image.Image, spec: MediaSpec) -> Tensor:
+def normalise(picture: Image.Image, spec: ImageSpec) -> Tensor:
     """Pixels (3, H, W) float32 of an RGB picture: times spec.rescale in float64, then minus mean, over std in float32.
 
     The order and the types are the processor's; fusing them is 2e-7 off. A byte has 256 values, so each channel is one table.
@@ -91,7 +67,7 @@ def normalise(picture: Image.Image, spec: MediaSpec) -> Tensor:
     return torch.from_numpy(np.stack([tables[channel][pixels[..., channel]] for channel in range(3)]))
 
 
-def _fit(picture: Image.Image, spec: MediaSpec, fit: str) -> Image.Image:
+def _fit(picture: Image.Image, spec: ImageSpec, fit: str) -> Image.Image:
     """The picture as an S x S square of bytes."""
     if fit == "pad":
         picture = _pad_to_square(picture, spec.mean)
@@ -109,7 +85,7 @@ def _pad_to_square(picture: Image.Image, mean: tuple[float, ...]) -> Image.Image
     return canvas
 
 
-def _resized(size: tuple[int, int], spec: MediaSpec) -> tuple[int, int]:
+def _resized(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
     """(width, height) before the crop; the longer edge is cut down to a whole number, as the processor does."""
     if spec.resize == "exact":
         return spec.size, spec.size
@@ -118,7 +94,7 @@ def _resized(size: tuple[int, int], spec: MediaSpec) -> tuple[int, int]:
     return (spec.size, long) if width <= height else (long, spec.size)
 
 
-def _check_size(file: str, size: tuple[int, int], spec: MediaSpec, fit: str, max_pixels: int) -> None:
+def _check_size(file: str, size: tuple[int, int], spec: ImageSpec, fit: str, max_pixels: int) -> None:
     width, height = size
     if width * height > max_pixels:
         raise MediaError(f"{file!r} is {width} x {height} = {width * height} pixels; data.max_pixels allows {max_pixels}")
@@ -126,7 +102,3 @@ def _check_size(file: str, size: tuple[int, int], spec: MediaSpec, fit: str, max
     grown = max(size) ** 2 if fit == "pad" else resized_width * resized_height
     if grown > MAX_GROWTH * max(max_pixels, spec.size**2):
         raise MediaError(f"{file!r} is {width} x {height}: so narrow that fitting it takes {grown} pixels")
-
-
-def _inside(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)

@@ -15,8 +15,9 @@ from typing import Any, NoReturn
 import numpy as np
 from tqdm import tqdm
 
+from data.blob import Blob
 from data.config import ConfigError, DataError, SourceConfig
-from data.record import RecordError, parse
+from data.record import MediaRef, RecordError, parse
 from model.batch import MediaMeta, MediaSpec, num_tokens
 
 _VERSION = 1  # of the table: raise it when a column or a rule changes
@@ -74,6 +75,10 @@ class RecordIndex:
         except (ValueError, RecursionError) as error:
             where = self.where(i)
             raise RecordError(where, where.rpartition(":")[2], "json", f"cannot be decoded: {error}") from None
+
+    def blob(self, i: int, ref: MediaRef) -> Blob | None:
+        """Where a medium of record `i` is, if the records' own file holds it; None: it is a file in the source's folder."""
+        return None
 
     def where(self, i: int) -> str:
         """File name and the line, counted from 1, on which record `i` starts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,23 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from data.blob import Blob, resolve
 from data.collate import collate
 from data.config import ConfigError, DataConfig
 from data.formats import freeze_date
-from data.image import load_image, read_image
+from data.media import RecordMedia
 from data.record import MediaRef, Record, parse
 from data.sample import Sample, assemble, check_media
 from data.template import Encoded, Template, load_template
 from data.tokenizer import check_fingerprint, fingerprint, load_tokenizer, pad_id, save_tokenizer
-from model.batch import Batch, MediaSpec
+from model.batch import Batch, MediaSpec, spec_from_json, spec_to_json
 
 FILE = "processor.json"
-_VERSION = 1
-_CONFIG_KEYS = ("image_fit", "max_length", "max_images", "max_pixels")
+_VERSION = 2
+_CONFIG_KEYS = (
+    *("image_fit", "image_decode", "min_tiles", "max_tiles", "thumbnail", "max_length", "max_images", "max_pixels"),
+    *("state_tokens", "fps", "min_frames", "max_frames", "max_seconds"),
+)
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,7 @@ class Processor:
         media_root: the folder that media must stand in, as a source's; None: a person names the files, from the current
         directory or by absolute paths. Raises `RecordError`, called `records:i` after the record's place, for the first bad one.
         """
-        read = self._reader(media_root)
-        samples = [self._sample(i, record, answers, read) for i, record in enumerate(records)]
+        samples = [self._sample(i, record, answers, media_root) for i, record in enumerate(records)]
         return collate(samples, pad_id(self.tokenizer), "right" if answers else "left")
 
     def decode(self, ids: Sequence[Sequence[int]] | Tensor) -> list[str]:
@@ -68,25 +71,17 @@ class Processor:
         text = json.dumps(self._to_json(), indent=2, sort_keys=True, ensure_ascii=False)
         (folder / FILE).write_text(text + "\n", encoding="utf-8")
 
-    def _reader(self, media_root: str | None) -> Callable[[MediaRef], Tensor]:
-        config = self.config
-
-        def read(ref: MediaRef) -> Tensor:
-            spec = self.specs[ref.modality]
-            if media_root is None:
-                return read_image(ref.path, spec, config.image_fit, max_pixels=config.max_pixels)[None]
-            limits: dict[str, Any] = {"max_pixels": config.max_pixels, "follow_links": config.follow_links}
-            return load_image(ref.path, media_root, spec, config.image_fit, **limits)[None]
-
-        return read
-
-    def _sample(self, i: int, raw: dict[str, Any], answers: bool, read: Callable[[MediaRef], Tensor]) -> Sample:
+    def _sample(self, i: int, raw: dict[str, Any], answers: bool, media_root: str | None) -> Sample:
         record = parse(raw, f"records:{i}", needs_answer=answers)
         check_media(record, self.specs, self.config.max_images)
         encoded = self.template.encode(record) if answers else self._prompt(record)
+        media = RecordMedia(record, lambda ref: self._locate(ref, media_root), self.specs, self.config)
         limit = self.config.max_length if answers else None
-        placeholders = self.template.placeholder_ids
-        return assemble(record, encoded, placeholders, self.specs, read, max_length=limit, sample_id=i, source_id=0)
+        return assemble(encoded, self.template.placeholder_ids, media, max_length=limit, sample_id=i, source_id=0)
+
+    def _locate(self, ref: MediaRef, media_root: str | None) -> Blob:
+        path = ref.path if media_root is None else resolve(ref.path, media_root, follow_links=self.config.follow_links)
+        return Blob(path, path)
 
     def _prompt(self, record: Record) -> Encoded:
         asked = replace(record, turns=record.turns[:-1]) if record.turns[-1].role == "assistant" else record
@@ -110,7 +105,7 @@ class Processor:
             "version": _VERSION,
             "transformers": transformers.__version__,
             "template": described,
-            "specs": {modality: spec.to_json() for modality, spec in self.specs.items()},
+            "specs": {modality: spec_to_json(spec) for modality, spec in self.specs.items()},
             "fingerprint": fingerprint(self.tokenizer),
             "stop_ids": list(self.stop_ids),
             **{key: getattr(self.config, key) for key in _CONFIG_KEYS},
@@ -131,7 +126,7 @@ def load_processor(folder: str | Path) -> Processor:
     folder = Path(folder)
     stored = _read_json(folder / FILE)
     try:
-        described, specs = stored["template"], {m: MediaSpec.from_json(spec) for m, spec in stored["specs"].items()}
+        described, specs = stored["template"], {m: spec_from_json(spec) for m, spec in stored["specs"].items()}
         placeholders, media_wrap = described["placeholders"], tuple(described["media_wrap"])
         config = DataConfig(described["name"], placeholders=placeholders, media_wrap=media_wrap)
         config = replace(config, **{key: stored[key] for key in _CONFIG_KEYS})

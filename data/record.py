@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data.config import DataError
-from model.batch import PLACEHOLDERS
+from model.batch import IGNORE_INDEX, PLACEHOLDERS, READ_BY
 
 MARKS = ("\ue100", "\ue101")
 """Private-use characters with which `data.render` marks contents; a record may not hold them."""
@@ -32,8 +32,18 @@ class Turn:
 
 @dataclass(frozen=True)
 class MediaRef:
-    modality: str
+    """One medium that a record names."""
+
+    kind: str  # image | video | audio
     path: str
+    set: str = ""  # key of media_root that its folder stands under (VITA); "": the one of its kind
+    span: tuple[float, float] | None = None  # seconds of a video that are watched; None: all of it
+    label: int = IGNORE_INDEX  # user state after a clip
+
+    @property
+    def modality(self) -> str:
+        """Whose encoder reads it."""
+        return READ_BY[self.kind]
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,8 @@ class Record:
     media: tuple[MediaRef, ...]  # in reading order of the placeholders
     where: str  # "mix.json:12"
     num_dropped_turns: int = 0
+    negative_turn: int | None = None  # turn that replies to sound that was not meant for the model (VITA `inserted_id`)
+    interrupted: bool = False  # the last answer was cut off: its end token is not learned (VITA `end_tag` false)
 
 
 class RecordError(DataError):
@@ -177,7 +189,7 @@ def _media(raw: dict[str, Any], inline: list[MediaRef]) -> tuple[MediaRef, ...]:
             many = isinstance(raw[key], list)
             named += [MediaRef(modality, _path(v, f"{key}[{i}]" if many else key)) for i, v in enumerate(values)]
     if named and inline:
-        raise _Problem(named[0].modality, "media are named both by the record and by its content parts; keep one")
+        raise _Problem(named[0].kind, "media are named both by the record and by its content parts; keep one")
     return tuple(named or inline)
 
 
@@ -202,7 +214,7 @@ def _place_unplaced(turns: tuple[Turn, ...], media: tuple[MediaRef, ...]) -> tup
     first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
     if first is None:
         return turns
-    content = "".join(PLACEHOLDERS[m.modality] + "\n" for m in media) + turns[first].content
+    content = "".join(PLACEHOLDERS[m.kind] + "\n" for m in media) + turns[first].content
     return turns[:first] + (replace(turns[first], content=content),) + turns[first + 1 :]
 
 
@@ -219,6 +231,6 @@ def _check_order(turns: tuple[Turn, ...], needs_answer: bool) -> None:
 def _check_placeholders(turns: tuple[Turn, ...], media: tuple[MediaRef, ...]) -> None:
     for modality, token in PLACEHOLDERS.items():
         written = sum(turn.content.count(token) for turn in turns)
-        given = sum(m.modality == modality for m in media)
+        given = sum(m.kind == modality for m in media)
         if written != given:
             raise _Problem(modality, f"{written} {token} in the turns, {given} {modality} files in the record")

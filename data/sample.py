@@ -5,25 +5,30 @@ Training and `data.processor` both come through here, so a model sees at inferen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
-from data.image import MediaError
+from data.media import RecordMedia
 from data.record import MediaRef, Record, RecordError
 from data.template import Encoded
-from model.batch import IGNORE_INDEX, MediaMeta, MediaSpec, num_tokens
+from model.batch import IGNORE_INDEX, AudioSpec, MediaMeta, MediaSpec, num_tokens, row_frames, row_tokens, row_width
 
 
 @dataclass(frozen=True)
 class SampleMedia:
     """One medium and the positions its features take: [start, start + length)."""
 
-    values: Tensor  # (n, 3, S, S) float32
+    kind: str  # image | video | audio
+    values: Tensor  # (n, ...) encoder rows: (n, 3, S, S) pixels or (n, M, F) log-mel
     start: int
     length: int
+    tokens: tuple[int, ...]  # (n,) of each row; they sum to `length`
+    width: int  # rows L the encoder makes of each of `values`; those beyond `tokens` come from padding
+    frames: tuple[int, ...] = ()  # (n,) valid mel frames of each row
+    label: int = IGNORE_INDEX  # user state after it
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,9 @@ class TooLongError(RecordError):
 
 
 def assemble(
-    record: Record,
     encoded: Encoded,
     placeholder_ids: dict[str, int],
-    specs: dict[str, MediaSpec],
-    read: Callable[[MediaRef], Tensor],
+    media: RecordMedia,
     *,
     max_length: int | None,
     sample_id: int,
@@ -52,32 +55,50 @@ def assemble(
 ) -> Sample:
     """The sample of a record that its template rendered as `encoded`, where each placeholder is still one id.
 
-    `read` gives the values (n, 3, S, S) of a medium; it is asked only for media that are kept. With a `max_length`, whole
-    rounds are dropped from the end until the rest fits, and their media with them. Raises `RecordError`; `TooLongError`
-    if the first round does not fit.
+    Every medium is measured, and decoded only if it is kept. With a `max_length`, whole rounds are dropped from the end until
+    the rest fits, and their media with them. Raises `RecordError`; `TooLongError` if the first round does not fit.
     """
     ids = np.array(encoded.input_ids, dtype=np.int64)
     at = np.flatnonzero(np.isin(ids, list(placeholder_ids.values())))
+    record, specs = media.record, media.specs
+    metas = [media.measure(ref) for ref in record.media]
     widths = np.ones(len(ids), dtype=np.int64)
-    widths[at] = [num_tokens(specs[ref.modality], MediaMeta()) for ref in record.media]
+    widths[at] = [num_tokens(specs[ref.modality], meta) for ref, meta in zip(record.media, metas)]
     ends = np.cumsum(widths)
     kept = len(ids) if max_length is None else _fitting(record, ends, encoded.round_ends, max_length)
-    media: dict[str, list[SampleMedia]] = {}
-    for position, ref in zip(at[at < kept], record.media):
-        start, length = int(ends[position] - widths[position]), int(widths[position])
-        media.setdefault(ref.modality, []).append(SampleMedia(_read(record, ref, read), start, length))
+    placed: dict[str, list[SampleMedia]] = {}
+    for position, ref, meta in zip(at[at < kept], record.media, metas):
+        start = int(ends[position] - widths[position])
+        placed.setdefault(ref.modality, []).append(_placed(specs[ref.modality], ref, meta, media.load(ref, meta), start))
     expanded = np.repeat(ids[:kept], widths[:kept])
     supervised = np.repeat(np.array(encoded.supervised[:kept], dtype=bool), widths[:kept])
-    return Sample(sample_id, source_id, expanded, _shifted(expanded, supervised), media)
+    return Sample(sample_id, source_id, expanded, _shifted(expanded, supervised), placed)
+
+
+def measured_length(encoded: Encoded, placeholder_ids: dict[str, int], media: RecordMedia, max_length: int) -> int:
+    """Tokens of the sample that `assemble` would make, without decoding a medium. Raises as it does."""
+    ids = np.array(encoded.input_ids, dtype=np.int64)
+    widths = np.ones(len(ids), dtype=np.int64)
+    counts = [num_tokens(media.specs[ref.modality], media.measure(ref)) for ref in media.record.media]
+    widths[np.isin(ids, list(placeholder_ids.values()))] = counts
+    ends = np.cumsum(widths)
+    return int(ends[_fitting(media.record, ends, encoded.round_ends, max_length) - 1])
+
+
+def _placed(spec: MediaSpec, ref: MediaRef, meta: MediaMeta, values: Tensor, start: int) -> SampleMedia:
+    frames = row_frames(spec, meta) if isinstance(spec, AudioSpec) else ()
+    tokens, width = row_tokens(spec, meta), row_width(spec, values.shape[-1])
+    return SampleMedia(ref.kind, values, start, sum(tokens), tokens, width, frames, ref.label)
 
 
 def check_media(record: Record, specs: dict[str, MediaSpec], max_images: int) -> None:
     """Raises `RecordError` for media that no part reads, or for more than `max_images` of them (0: no limit)."""
     for ref in record.media:
         if ref.modality not in specs:
-            raise RecordError(record.where, record.id, ref.modality, "the record has one, the model has no part that reads it")
-    if 0 < max_images < len(record.media):
-        raise RecordError(record.where, record.id, "image", f"{len(record.media)} images; data.max_images allows {max_images}")
+            raise RecordError(record.where, record.id, ref.kind, "the record has one, the model has no part that reads it")
+    num_images = sum(ref.kind == "image" for ref in record.media)
+    if 0 < max_images < num_images:
+        raise RecordError(record.where, record.id, "image", f"{num_images} images; data.max_images allows {max_images}")
 
 
 def _fitting(record: Record, ends: np.ndarray, round_ends: Sequence[int], max_length: int) -> int:
@@ -89,13 +110,6 @@ def _fitting(record: Record, ends: np.ndarray, round_ends: Sequence[int], max_le
         reason = f"the first round takes {ends[round_ends[0] - 1]} tokens, data.max_length is {max_length}"
         raise TooLongError(record.where, record.id, "conversations", reason)
     return max(fitting)
-
-
-def _read(record: Record, ref: MediaRef, read: Callable[[MediaRef], Tensor]) -> Tensor:
-    try:
-        return read(ref)
-    except MediaError as error:
-        raise RecordError(record.where, record.id, ref.modality, str(error)) from error
 
 
 def _shifted(ids: np.ndarray, supervised: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from data.formats import FORMATS, freeze_date
 from data.placeholders import only_placeholders, placeholders_first, wrap, wrapped_pattern
 from data.record import Record, RecordError, Turn
 from data.render import Message, RenderError, Span, Tokens, render, supervise, tokenize
-from model.batch import PLACEHOLDERS
+from model.batch import PLACEHOLDERS, READ_BY
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def load_template(
         ends=re.compile(re.escape(FORMATS[name].end) if name in FORMATS else control),
         written=re.compile(f"(?P<ours>{wrapped_pattern(media_wrap)})|{control}"),
         control_ids=frozenset(special.values()) - _only_unknown(tokenizer),
-        placeholder_ids={modality: known[token] for modality, token in PLACEHOLDERS.items() if token in known},
+        placeholder_ids={m: known[PLACEHOLDERS[m]] for m in sorted(set(READ_BY.values())) if PLACEHOLDERS[m] in known},
         allowed=tuple(allowed),
     )
     return replace(template, stop_ids=_stop_ids(template))

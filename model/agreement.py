@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from model.batch import spec_to_json
 from model.card import ModelCard
 from model.config import ConfigError
 from model.llm import hugging_face_config
@@ -29,8 +30,8 @@ def check_same_features(saved: ModelCard, card: ModelCard, folder: Path, setting
     if "model.vision.layer" in pairs and _same_layer(saved, card):
         del pairs["model.vision.layer"]
     for modality, spec in saved.specs.items():
-        new = card.specs[modality].to_json()
-        pairs |= {f"{modality} {k}": (old, new[k]) for k, old in spec.to_json().items() if k != "select" and old != new[k]}
+        new = spec_to_json(card.specs[modality])
+        pairs |= {f"{modality} {k}": (old, new[k]) for k, old in spec_to_json(spec).items() if k != "select" and old != new[k]}
     if pairs:
         differences = "; ".join(
             f"{key} = {new!r}, but {str(folder)!r} was trained with {old!r}" for key, (old, new) in pairs.items()

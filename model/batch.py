@@ -1,7 +1,8 @@
 """The contract between `data` and `model`: what one micro-batch is, and how many tokens a medium takes.
 
 Shape legend, used in every docstring of this project:
-B batch, T tokens, D hidden, V vocabulary, N media rows, L tokens per row, K spliced rows, S supervised positions.
+B batch, T tokens, D hidden, V vocabulary, N media rows, L tokens per row, K spliced rows, M media, S supervised positions,
+n samples.
 
 Whatever would cost a search or a host sync on the device is computed by `collate` on the CPU and stands here as an index.
 """
@@ -9,6 +10,7 @@ Whatever would cost a search or a host sync on the device is computed by `collat
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +18,15 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
-PLACEHOLDERS = {"image": "<image>"}
-"""The token that stands for one medium in a record's text, by modality."""
+PLACEHOLDERS = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
+"""What stands for one medium in a record's text, by the kind of medium."""
+READ_BY = {"image": "image", "video": "image", "audio": "audio"}
+"""The modality whose encoder reads a kind of medium: the frames of a video are rows of pictures, and `<video>` is no token."""
 
 
 @dataclass(frozen=True)
-class MediaSpec:
-    """JSON-able facts about one modality's encoder: all that `data` needs to prepare its input and count its tokens."""
+class ImageSpec:
+    """JSON-able facts about a vision tower: all that `data` needs to prepare its input and count its tokens."""
 
     size: int  # side of the square input in pixels
     patch: int  # side of one patch in pixels
@@ -34,25 +38,90 @@ class MediaSpec:
     resample: int = 3  # PIL's number of the filter; 3 is bicubic
     rescale: float = 1 / 255
 
-    def to_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
-    @staticmethod
-    def from_json(value: dict[str, Any]) -> MediaSpec:
-        return MediaSpec(**{**value, "mean": tuple(value["mean"]), "std": tuple(value["std"])})
+@dataclass(frozen=True)
+class AudioSpec:
+    """JSON-able facts about an audio encoder: log-mel frames in, one token per `strides` frames out."""
+
+    num_mels: int
+    window_frames: int  # the longest row the encoder takes; longer clips are split
+    full_window: bool  # every row is padded with silence to the whole window, as Whisper was trained
+    strides: tuple[int, ...]  # of the layers that shorten a row, one after the other: n -> (n - 1) // stride + 1
+    sampling_rate: int = 16_000  # samples per second
+    n_fft: int = 400  # samples
+    hop: int = 160  # samples per frame
+
+
+MediaSpec = ImageSpec | AudioSpec
+"""Facts about one modality's encoder."""
+
+
+def image_spec(specs: dict[str, MediaSpec]) -> ImageSpec:
+    """That of the vision tower. Raises `KeyError` if the model has none."""
+    spec = specs["image"]
+    if not isinstance(spec, ImageSpec):
+        raise TypeError(f"the image spec is {type(spec).__name__}")
+    return spec
+
+
+def spec_from_json(value: dict[str, Any]) -> MediaSpec:
+    """What `spec_to_json` wrote. Raises `KeyError` or `TypeError` for anything else."""
+    fields = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items() if name != "kind"}
+    return _SPECS[value["kind"]](**fields)
+
+
+def spec_to_json(spec: MediaSpec) -> dict[str, Any]:
+    """Plain JSON values, with the kind of spec."""
+    kind = next(name for name, cls in _SPECS.items() if isinstance(spec, cls))
+    fields = {name: list(item) if isinstance(item, tuple) else item for name, item in dataclasses.asdict(spec).items()}
+    return {"kind": kind, **fields}
+
+
+_SPECS: dict[str, Any] = {"image": ImageSpec, "audio": AudioSpec}
 
 
 @dataclass(frozen=True)
 class MediaMeta:
     """What is known of one medium before it is decoded."""
 
-    num_rows: int = 1  # encoder rows: views of a picture
+    num_rows: int = 1  # encoder rows: tiles of a picture, frames of a video
+    num_frames: int = 0  # mel frames of a clip
+    grid: tuple[int, int] = (1, 1)  # tiles across and down, without the thumbnail
 
 
 def num_tokens(spec: MediaSpec, meta: MediaMeta) -> int:
     """Tokens one medium takes in the sequence. The only place that counts them: index, expansion and splice all ask here."""
+    return sum(row_tokens(spec, meta))
+
+
+def row_tokens(spec: MediaSpec, meta: MediaMeta) -> tuple[int, ...]:
+    """Tokens of each encoder row of one medium, in order."""
+    if isinstance(spec, AudioSpec):
+        return tuple(_shortened(spec, frames) for frames in row_frames(spec, meta))
     patches = (spec.size // spec.patch) ** 2
-    return meta.num_rows * (patches + (spec.num_prefix if spec.select == "cls_patch" else 0))
+    return (patches + (spec.num_prefix if spec.select == "cls_patch" else 0),) * meta.num_rows
+
+
+def row_frames(spec: AudioSpec, meta: MediaMeta) -> tuple[int, ...]:
+    """Valid mel frames of each encoder row of a clip: whole windows, then the rest."""
+    whole, rest = divmod(meta.num_frames, spec.window_frames)
+    return (spec.window_frames,) * whole + ((rest,) if rest else ())
+
+
+def row_width(spec: MediaSpec, num_frames: int = 0) -> int:
+    """Tokens L that the encoder makes of each row of a batch; `num_frames`: mel frames that rows are padded to."""
+    return _shortened(spec, num_frames) if isinstance(spec, AudioSpec) else row_tokens(spec, MediaMeta())[0]
+
+
+def row_shape(spec: MediaSpec) -> tuple[int, ...]:
+    """Of one encoder row."""
+    return (spec.num_mels, spec.window_frames) if isinstance(spec, AudioSpec) else (3, spec.size, spec.size)
+
+
+def _shortened(spec: AudioSpec, frames: int) -> int:
+    for stride in spec.strides:
+        frames = (frames - 1) // stride + 1
+    return frames
 
 
 @dataclass(frozen=True)
@@ -62,30 +131,47 @@ class Media:
     Row k of the flattened encoder output (N * L, D), k = rows[i], goes to flat position slots[i] = b * T + t.
     """
 
-    values: Tensor  # (N, 3, H, W) float32 pixels
+    values: Tensor  # (N, 3, H, W) pixels, float32 or bytes that are still to be normalised; (N, M, F) log-mel float32
     rows: Tensor  # (K,) int64
     slots: Tensor  # (K,) int64
+    lengths: Tensor | None = None  # (N,) valid mel frames of each row; None: all of a row is valid
+    ends: Tensor | None = None  # (M,) flat position of the last token of each picture, video or clip
+    labels: Tensor | None = None  # (M,) user state after each clip, or IGNORE_INDEX
 
     def to(self, device: torch.device) -> Media:
-        return Media(*(t.to(device, non_blocking=True) for t in (self.values, self.rows, self.slots)))
+        return self._map(lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self) -> Media:
-        return Media(self.values.pin_memory(), self.rows.pin_memory(), self.slots.pin_memory())
+        return self._map(lambda t: t.pin_memory())
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> Media:
+        tensors = (getattr(self, f.name) for f in dataclasses.fields(self))
+        return Media(*(None if t is None else move(t) for t in tensors))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, padded on the right. A batch of no samples is legal: it is one row of padding without supervision."""
+    """One micro-batch: a row per sample padded on the right, or, packed, all samples one after the other in one row.
+
+    A batch of no samples is legal: it is one row of padding without supervision.
+    """
 
     input_ids: Tensor  # (B, T) placeholders already expanded: one id per feature row
     labels: Tensor  # (B, T) already shifted: the target of position t, or IGNORE_INDEX
     attention_mask: Tensor | None  # (B, T) 1 for real tokens; None when nothing is padded
     position_ids: Tensor  # (B, T)
     supervised: Tensor  # (S,) flat positions b * T + t that carry a label
-    sample_ids: Tensor  # (B,) index of each sample over all sources; -1 for a row that is only padding
-    source_ids: Tensor  # (B,)
-    num_real_tokens: int  # without padding
+    owners: Tensor  # (S,) which sample of the batch each of them belongs to
+    sample_ids: Tensor  # (n,) index of each sample over all sources; -1 for padding in place of one
+    source_ids: Tensor  # (n,)
+    lengths: tuple[int, ...]  # (n,) real tokens of each sample, on the CPU
+    segment_lengths: tuple[int, ...] | None = None  # packed: tokens of each segment of the one row; else None
     media: dict[str, Media] = field(default_factory=dict)  # by modality; a modality nobody has is absent
+
+    @property
+    def num_real_tokens(self) -> int:
+        """Without padding."""
+        return sum(self.lengths)
 
     @property
     def num_supervised(self) -> int:
@@ -98,7 +184,7 @@ class Batch:
     def pin_memory(self) -> Batch:
         return self._map(lambda t: t.pin_memory(), {m: v.pin_memory() for m, v in self.media.items()})
 
-    def _map(self, move: Any, media: dict[str, Media]) -> Batch:
+    def _map(self, move: Callable[[Tensor], Tensor], media: dict[str, Media]) -> Batch:
         tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        moved = {name: move(t) for name, t in tensors.items() if isinstance(t, Tensor)}
+        moved: dict[str, Any] = {name: move(t) for name, t in tensors.items() if isinstance(t, Tensor)}
         return dataclasses.replace(self, **moved, media=media)

@@ -10,7 +10,7 @@ from typing import Any
 
 import transformers
 
-from model.batch import MediaSpec
+from model.batch import MediaSpec, spec_from_json, spec_to_json
 from model.config import ConfigError, LlmConfig, LoraConfig, ModelConfig, VisionConfig, VisionProjectorConfig
 from model.files import dump_json, sampled_digest
 from model.hub import weight_files
@@ -42,7 +42,7 @@ class ModelCard:
 
     def to_json(self) -> dict[str, Any]:
         value = dataclasses.asdict(self)
-        value["specs"] = {name: spec.to_json() for name, spec in self.specs.items()}
+        value["specs"] = {name: spec_to_json(spec) for name, spec in self.specs.items()}
         return value
 
     @property
@@ -105,7 +105,7 @@ def _card(value: dict[str, Any]) -> ModelCard:
             "model": ModelConfig(**model),
             "lora": LoraConfig(**_tuples(value["lora"])),
             "vocabulary": Vocabulary(**_tuples(value["vocabulary"])),
-            "specs": {name: MediaSpec.from_json(spec) for name, spec in value["specs"].items()},
+            "specs": {name: spec_from_json(spec) for name, spec in value["specs"].items()},
         }
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from model.batch import MediaMeta, MediaSpec, num_tokens
+from model.batch import ImageSpec, MediaMeta, image_spec, num_tokens
 from model.card import ModelCard
 from model.config import ConfigError
 from model.files import SHARD_BYTES, Entry, dump_json, in_memory, split_by_size, write_safetensors
@@ -42,14 +42,14 @@ def check_exportable(card: ModelCard) -> None:
         raise ConfigError("cannot be written for LlavaForConditionalGeneration: " + "; ".join(problems))
 
 
-def strategy(spec: MediaSpec) -> str:
+def strategy(spec: ImageSpec) -> str:
     """`vision_feature_select_strategy`. `default` drops row 0 whatever it is, so a tower without CLS has to say `full`."""
     return "default" if spec.select == "patch" and spec.num_prefix else "full"
 
 
 def model_config(card: ModelCard, model: MultimodalLM, image_id: int) -> dict[str, Any]:
     """config.json; `image_id` is the placeholder's."""
-    spec, vision = card.specs["image"], dict(card.hugging_face["vision"])
+    spec, vision = image_spec(card.specs), dict(card.hugging_face["vision"])
     vision["num_hidden_layers"] = len(blocks(model.get_submodule("vision.tower")))
     if vision["model_type"] == "siglip_vision_model":
         vision["vision_use_head"] = False
@@ -81,7 +81,7 @@ def model_config(card: ModelCard, model: MultimodalLM, image_id: int) -> dict[st
     }
 
 
-def image_config(spec: MediaSpec, fit: str) -> dict[str, Any]:
+def image_config(spec: ImageSpec, fit: str) -> dict[str, Any]:
     """preprocessor_config.json of pixels like ours. `fit`: pad | square."""
     square = {"height": spec.size, "width": spec.size}
     crops = spec.resize == "shortest_edge" or fit == "pad"
@@ -101,7 +101,7 @@ def image_config(spec: MediaSpec, fit: str) -> dict[str, Any]:
     }
 
 
-def processor_files(spec: MediaSpec, fit: str, placeholder: str) -> dict[str, Any]:
+def processor_files(spec: ImageSpec, fit: str, placeholder: str) -> dict[str, Any]:
     """The JSON files that AutoProcessor reads: the nested one of today's versions and the flat one of older."""
     image = image_config(spec, fit)
     processor = {

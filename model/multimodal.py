@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from model.attention import NAME
-from model.batch import Batch, Media, MediaSpec
+from model.batch import Batch, Media, MediaSpec, row_shape
 from model.generate import generate
 from model.llm import head_weight
 from model.loss import Term, text_term
@@ -72,9 +72,9 @@ class MultimodalLM(nn.Module):
         return projector(rows)
 
     def _no_media(self, modality: str) -> Media:
-        size, device = self.specs[modality].size, self._device()
+        device = self._device()
         none = torch.zeros(0, dtype=torch.long, device=device)
-        return Media(torch.zeros(1, 3, size, size, device=device), none, none)
+        return Media(torch.zeros(1, *row_shape(self.specs[modality]), device=device), none, none)
 
     def _device(self) -> torch.device:
         return next(self.llm.parameters()).device

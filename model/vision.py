@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from model.batch import MediaSpec
+from model.batch import ImageSpec
 from model.config import ConfigError, VisionConfig
 from model.hub import find_file, read_json
 from model.llm import hugging_face_config
@@ -31,7 +31,7 @@ def vision_config(config: VisionConfig, cache_dir: str = "") -> dict[str, Any]:
     return value
 
 
-def vision_spec(config: VisionConfig, cache_dir: str = "") -> MediaSpec:
+def vision_spec(config: VisionConfig, cache_dir: str = "") -> ImageSpec:
     """What data needs to know, from config.json and the image processor's JSON alone."""
     value = hugging_face_config(SETTING, vision_config(config, cache_dir))
     processor = image_processor_config(config.path, cache_dir)
@@ -42,7 +42,7 @@ def vision_spec(config: VisionConfig, cache_dir: str = "") -> MediaSpec:
     num_prefix = NUM_PREFIX[value.model_type]
     if config.select == "cls_patch" and num_prefix == 0:
         raise ConfigError(f"model.vision.select = 'cls_patch' has no effect: {value.model_type} has no CLS row; use 'patch'")
-    return MediaSpec(
+    return ImageSpec(
         size=value.image_size,
         patch=value.patch_size,
         num_prefix=num_prefix,

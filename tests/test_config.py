@@ -167,7 +167,7 @@ def test_whatever_is_written_there_is_one_clear_error_or_a_run(tables: dict[str,
 def test_a_media_root_of_no_modality_is_named_with_the_nearest_one(table: str) -> None:
     wrong = [{"path": "b.json", "media_root": {"images": "x"}}]
     text = problems(data={table: wrong})
-    assert f"data.{table} 'b': media_root.images is not one of image; did you mean 'image'?" in text
+    assert f"data.{table} 'b': media_root.images is no kind of medium; did you mean 'image'?" in text
 
 
 @pytest.mark.parametrize("tune", ["frozen", "lora"])

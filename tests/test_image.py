@@ -10,11 +10,14 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipImageProcessorPil
 
-from data.image import MediaError, load_image, read_image
-from model.batch import MediaSpec
+from data import image
+from data.blob import Blob, MediaError, resolve
+from data.config import DataConfig
+from data.record import MediaRef
+from model.batch import ImageSpec
 
-CLIP = MediaSpec(30, 10, 1, "patch", "shortest_edge", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-SIGLIP = MediaSpec(30, 10, 0, "patch", "exact", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+CLIP = ImageSpec(30, 10, 1, "patch", "shortest_edge", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+SIGLIP = ImageSpec(30, 10, 0, "patch", "exact", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 SIZES = [(30, 30), (64, 48), (47, 65), (31, 200), (7, 5), (100, 29)]
 
 
@@ -31,8 +34,16 @@ def saved(folder: Path, picture: Image.Image, name: str = "a.png", **options: ob
     return name
 
 
-def load(folder: Path, name: str, spec: MediaSpec = CLIP, fit: str = "pad", max_pixels: int = 10**6, links: bool = False) -> Tensor:
-    return load_image(name, str(folder), spec, fit, max_pixels=max_pixels, follow_links=links)
+def load(folder: Path, name: str, spec: ImageSpec = CLIP, fit: str = "pad", max_pixels: int = 10**6, links: bool = False) -> Tensor:
+    path = resolve(name, str(folder), follow_links=links)
+    return decoded(path, spec, fit, max_pixels)
+
+
+def decoded(path: str, spec: ImageSpec, fit: str, max_pixels: int) -> Tensor:
+    """Pixels (3, S, S) of the one view of a picture."""
+    blob, ref = Blob(path, path), MediaRef("image", path)
+    config = DataConfig(image_fit=fit, max_pixels=max_pixels)  # type: ignore[arg-type]
+    return image.load(blob, ref, spec, config, image.measure(blob, ref, spec, config, 1))[0]
 
 
 def reference(processor: object, picture: Image.Image) -> Tensor:
@@ -170,8 +181,8 @@ def test_links_leave_the_root_only_when_told(tmp_path: Path) -> None:
 def test_an_empty_root_is_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path, noise((30, 30)))
     monkeypatch.chdir(tmp_path)
-    expected = read_image(tmp_path / "a.png", CLIP, "pad", max_pixels=10**6)
-    assert torch.equal(load_image("a.png", "", CLIP, "pad", max_pixels=10**6, follow_links=False), expected)
+    expected = decoded(str(tmp_path / "a.png"), CLIP, "pad", 10**6)
+    assert torch.equal(decoded(resolve("a.png", "", follow_links=False), CLIP, "pad", 10**6), expected)
 
 
 def test_a_pipe_does_not_block(tmp_path: Path) -> None:

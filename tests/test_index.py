@@ -19,14 +19,14 @@ from data import index as index_module
 from data.config import ConfigError, DataError, SourceConfig
 from data.index import RecordIndex
 from data.record import RecordError
-from model.batch import MediaMeta, MediaSpec, num_tokens
+from model.batch import ImageSpec, MediaMeta, num_tokens
 
-SPEC = MediaSpec(28, 14, 1, "patch", "exact", (0.5,) * 3, (0.5,) * 3)
+SPEC = ImageSpec(28, 14, 1, "patch", "exact", (0.5,) * 3, (0.5,) * 3)
 QA = {"id": "q", "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat on a mat."}]}
 PICTURE = {**QA, "id": "p", "image": "a.png"}
 
 
-def open_index(path: Path, folder: Path | None = None, **specs: MediaSpec) -> RecordIndex:
+def open_index(path: Path, folder: Path | None = None, **specs: ImageSpec) -> RecordIndex:
     return RecordIndex.open(SourceConfig(str(path)), folder or path.parent / "index", specs)
 
 

@@ -30,15 +30,17 @@ def batch(supervised_share: float = 0.5) -> Batch:
     valid = torch.arange(width) < torch.tensor(LENGTHS)[:, None] - 1
     chosen = valid & (torch.rand(mask.shape, generator=generator) < supervised_share)
     labels = torch.where(chosen, shifted, IGNORE_INDEX)
+    supervised = chosen.flatten().nonzero().flatten()
     return Batch(
         input_ids=ids * mask,
         labels=labels,
         attention_mask=mask,
         position_ids=torch.arange(width).expand(len(LENGTHS), -1).contiguous(),
-        supervised=chosen.flatten().nonzero().flatten(),
+        supervised=supervised,
+        owners=supervised // width,
         sample_ids=torch.arange(len(LENGTHS)),
         source_ids=torch.zeros(len(LENGTHS), dtype=torch.long),
-        num_real_tokens=sum(LENGTHS),
+        lengths=tuple(LENGTHS),
     )
 
 

@@ -12,10 +12,10 @@ from PIL import Image
 from data.config import DataConfig, SourceConfig
 from data.dataset import MultimodalDataset, Sample, open_dataset
 from data.template import Template, load_template
-from model.batch import MediaSpec
+from model.batch import ImageSpec
 from tests.tiny_tokenizers import tiny_tokenizer
 
-SPEC = MediaSpec(16, 8, 1, "patch", "shortest_edge", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+SPEC = ImageSpec(16, 8, 1, "patch", "shortest_edge", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 SPECS = {"image": SPEC}
 WIDTH = 4  # tokens of a picture
 

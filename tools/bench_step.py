@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.collate import collate
 from data.sample import Sample, SampleMedia
-from model.batch import IGNORE_INDEX, Batch, MediaMeta, num_tokens
+from model.batch import IGNORE_INDEX, Batch, MediaMeta, image_spec, num_tokens
 from model.build import build_model
 from model.config import LlmConfig, ModelConfig, VisionConfig, VisionProjectorConfig
 from model.multimodal import MultimodalLM
@@ -83,7 +83,7 @@ def hidden_syncs(counter: Counter) -> Iterator[None]:
 def make_batches(model: MultimodalLM, num: int, size: int) -> list[Batch]:
     """Deterministic batches of one picture per sample and four supervised tokens."""
     rng = np.random.default_rng(0)
-    spec = model.specs["image"]
+    spec = image_spec(model.specs)
     width = num_tokens(spec, MediaMeta())
 
     def sample(i: int) -> Sample:
@@ -91,7 +91,7 @@ def make_batches(model: MultimodalLM, num: int, size: int) -> list[Batch]:
         labels = np.full(len(ids), IGNORE_INDEX)
         labels[-5:-1] = ids[-4:]
         values = torch.from_numpy(rng.standard_normal((1, 3, spec.size, spec.size))).float()
-        return Sample(i, 0, ids, labels, {"image": [SampleMedia(values, 1, width)]})
+        return Sample(i, 0, ids, labels, {"image": [SampleMedia("image", values, 1, width, (width,), width)]})
 
     return [collate([sample(i) for i in range(size)], 0) for _ in range(num)]
 

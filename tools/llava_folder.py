@@ -11,7 +11,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from data.processor import Processor
 from data.tokenizer import pad_id, save_tokenizer
-from model.batch import PLACEHOLDERS, Batch
+from model.batch import PLACEHOLDERS, Batch, image_spec
 from model.card import ModelCard
 from model.export_hf import model_config, processor_files, weights, write_weights
 from model.files import dump_json
@@ -24,7 +24,7 @@ PLACEHOLDER = PLACEHOLDERS["image"]
 
 def write_folder(folder: Path, card: ModelCard, model: MultimodalLM, processor: Processor) -> None:
     """config.json, weights, processor and tokenizer files. `model` is merged, in the dtype that is written."""
-    spec, fit, template = card.specs["image"], processor.config.image_fit, processor.template
+    spec, fit, template = image_spec(card.specs), processor.config.image_fit, processor.template
     files = {
         "config.json": model_config(card, model, template.placeholder_ids["image"]),
         "generation_config.json": {"eos_token_id": list(processor.stop_ids), "pad_token_id": pad_id(processor.tokenizer)},

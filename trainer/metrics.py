@@ -44,7 +44,7 @@ class SourceSums:
     def total(self) -> Tensor:
         """(2, sources): sums and counts so far, of this rank."""
         if self.waiting:
-            sources = torch.cat([b.source_ids[b.supervised // b.labels.shape[1]] for b, _ in self.waiting])
+            sources = torch.cat([b.source_ids[b.owners] for b, _ in self.waiting])
             addends = torch.cat([a for _, a in self.waiting]).double()
             self.values.index_add_(1, sources, torch.stack([addends, torch.ones_like(addends)]))
             self.waiting = []

@@ -1,0 +1,88 @@
+"""Where the bytes of a medium are: a file, a part of an archive, or memory. Nothing is read until somebody asks."""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from data.config import DataError
+
+
+class MediaError(DataError):
+    """A medium cannot be used. The message is the reason alone; whoever knows the record adds where it stands."""
+
+
+@dataclass(frozen=True)
+class Blob:
+    """The bytes of one medium."""
+
+    name: str  # as a person would look for it, for messages
+    path: str = ""  # the file that holds it, or a folder of frames; "" if `data` does
+    start: int = 0  # of the bytes in that file
+    size: int | None = None  # None: up to the end of the file
+    data: bytes | None = None
+
+    @property
+    def is_folder(self) -> bool:
+        return self.data is None and os.path.isdir(self.path)
+
+    def check_exists(self) -> None:
+        """Raises MediaError unless there is a regular file; opening a pipe or a device would wait for ever."""
+        if self.data is None and not os.path.isfile(self.path):
+            raise MediaError(f"{self.name!r} {'is not a regular file' if os.path.exists(self.path) else 'does not exist'}")
+
+    def num_bytes(self) -> int:
+        if self.data is not None:
+            return len(self.data)
+        return os.path.getsize(self.path) - self.start if self.size is None else self.size
+
+    def open(self) -> BinaryIO:
+        """A seekable file of these bytes alone. Raises MediaError if there is none."""
+        self.check_exists()
+        if self.data is not None:
+            return io.BytesIO(self.data)
+        try:
+            file = open(self.path, "rb")  # noqa: SIM115 the caller closes it
+        except OSError as error:
+            raise MediaError(f"{self.name!r} cannot be opened: {error.strerror}") from error
+        if self.size is None and self.start == 0:
+            return file
+        with file:
+            file.seek(self.start)
+            return io.BytesIO(file.read(-1 if self.size is None else self.size))
+
+    def tail(self, count: int) -> bytes:
+        """The last `count` bytes."""
+        if self.data is not None:
+            return self.data[-count:]
+        with open(self.path, "rb") as file:
+            stop = self.start + self.num_bytes()
+            file.seek(max(self.start, stop - count))
+            return file.read(min(count, stop - self.start))
+
+
+def resolve(path: str, root: str, *, follow_links: bool) -> str:
+    """The file that `path` of a record names inside `root` ("" = the current directory); MediaError when it would leave it."""
+    if "\0" in path:
+        raise MediaError(f"{path!r} is no usable path: it holds a null character")
+    if os.path.isabs(path):
+        raise MediaError(f"{path!r} is absolute; write it relative to the source's media_root {root!r}")
+    base = os.path.abspath(root)
+    named = os.path.normpath(os.path.join(base, path))
+    if not _inside(named, base):
+        raise MediaError(f"{path!r} leaves media_root {root!r}")
+    if follow_links:
+        return named
+    try:
+        real, real_base = os.path.realpath(named), os.path.realpath(base)
+    except (OSError, ValueError) as error:
+        raise MediaError(f"{path!r} is no usable path: {error}") from error
+    if not _inside(real, real_base):
+        raise MediaError(f"{path!r} is a link that leaves media_root {root!r}; set data.follow_links = true to allow it")
+    return real
+
+
+def _inside(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)

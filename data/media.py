@@ -1,0 +1,58 @@
+"""One door for all media: measured by their headers, then decoded to the rows an encoder takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from data import image
+from data.blob import Blob, MediaError
+from data.config import DataConfig
+from data.record import MediaRef, Record, RecordError
+from model.batch import MediaMeta, MediaSpec
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How one kind of medium is measured and decoded. Both raise `MediaError`."""
+
+    measure: Callable[[Blob, MediaRef, Any, DataConfig, int], MediaMeta]
+    """From the header alone; the last argument is how many media of its kind the record holds."""
+    load: Callable[[Blob, MediaRef, Any, DataConfig, MediaMeta], Tensor]
+    """Rows (n, ...) of an encoder; raises if what is decoded is not what was measured."""
+
+
+READERS = {"image": Reader(image.measure, image.load)}
+"""By kind of medium. A kind is an entry here and in `model.batch`, not a branch."""
+
+
+@dataclass(frozen=True)
+class RecordMedia:
+    """The media of one record. What is wrong with one of them is raised as `RecordError`."""
+
+    record: Record
+    locate: Callable[[MediaRef], Blob]  # may raise MediaError
+    specs: dict[str, MediaSpec]
+    config: DataConfig
+
+    def measure(self, ref: MediaRef) -> MediaMeta:
+        """What the header says."""
+        num_media = sum(other.kind == ref.kind for other in self.record.media)
+        with self._named(ref):
+            return READERS[ref.kind].measure(self.locate(ref), ref, self.specs[ref.modality], self.config, num_media)
+
+    def load(self, ref: MediaRef, meta: MediaMeta) -> Tensor:
+        """Encoder rows (n, ...) of a medium that was measured as `meta`."""
+        with self._named(ref):
+            return READERS[ref.kind].load(self.locate(ref), ref, self.specs[ref.modality], self.config, meta)
+
+    @contextmanager
+    def _named(self, ref: MediaRef) -> Iterator[None]:
+        try:
+            yield
+        except MediaError as error:
+            raise RecordError(self.record.where, self.record.id, ref.kind, str(error)) from error
