@@ -74,7 +74,7 @@ def test_run_files_are_accepted_and_name_what_is_there(made: Path, monkeypatch: 
         assert config.model.vision is not None
         named = [config.model.llm.path, config.model.vision.path]
         for source in config.data.sources + config.data.validation:
-            named += [source.path, source.root("image")]
+            named += [source.path, *source.roots.values()]
         assert all(Path(path).exists() for path in named)
 
 

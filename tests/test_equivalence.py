@@ -54,7 +54,9 @@ def make_sample(index: int, width: int, rng: np.random.Generator) -> Sample:
     if index % 5:
         labels[-4:-1] = ids[-3:]
     pictures = [
-        SampleMedia(torch.from_numpy(rng.standard_normal((1, 3, 16, 16))).float(), 1 + k * (width + 1), width)
+        SampleMedia(
+            "image", torch.from_numpy(rng.standard_normal((1, 3, 16, 16))).float(), 1 + k * (width + 1), width, (width,), width
+        )
         for k in range(num_images)
     ]
     return Sample(index, 0, ids, labels, {"image": pictures} if pictures else {})

@@ -160,9 +160,10 @@ def test_files_that_changed_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"processor.json cannot be read: No such file"):
         load_processor(tmp_path)
     for changes, reason in [
-        ({"version": 7}, "has version 7, this program reads 1"),
+        ({"version": 7}, "has version 7, this program reads 2"),
         ({"specs": None}, "damaged: KeyError 'specs'"),
-        ({"specs": {"image": {"size": 1}}}, "damaged: KeyError .mean"),
+        ({"specs": {"image": {"size": 1}}}, "damaged: KeyError .kind"),
+        ({"specs": {"image": {"kind": "image", "size": 1}}}, "damaged: TypeError .*patch"),
         ({"stop_ids": [1]}, "is not the one the run used"),
         ({"fingerprint": {"Hello world": [1, 2]}}, "tokenizer has changed: 'Hello world'"),
     ]:
