@@ -14,9 +14,9 @@ from data.config import ConfigError, DataConfig, SourceConfig
 from data.index import RecordIndex
 from data.media import RecordMedia
 from data.record import MediaRef, Record, RecordError, parse
-from data.sample import Sample, TooLongError, assemble, check_media, measured_length
+from data.sample import Sample, TooLongError, assemble, check_media, measured
 from data.template import Template
-from model.batch import MediaSpec
+from model.batch import MediaSpec, num_tokens
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
         config: DataConfig,
         excluded: frozenset[int] = frozenset(),
     ) -> None:
-        self.indexes, self.sources, self._template = indexes, sources, template
-        self._specs, self._config, self._excluded = specs, config, excluded
+        self.indexes, self.sources, self.template = indexes, sources, template
+        self.specs, self.config, self._excluded = specs, config, excluded
         sizes = [len(index) for index in indexes]
         self._starts = np.cumsum([0, *sizes])
         # What is longer is cut to whole rounds, so it never takes more than this.
@@ -78,7 +78,7 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
             return self._sample(i, source_id)
         except RecordError as error:
             too_long = isinstance(error, TooLongError)
-            if self._config.on_bad_sample == "error" and not too_long:
+            if self.config.on_bad_sample == "error" and not too_long:
                 raise
             return Rejected(i, name, error.where, error.id, f"{error.field}: {error.reason}", too_long)
 
@@ -87,29 +87,31 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
         source_id = int(self.source_ids[i])
         index, row = self.indexes[source_id], int(i - self._starts[source_id])
         record = parse(index.raw(row), index.where(row))
-        check_media(record, self._specs, self._config.max_images)
+        check_media(record, self.specs, self.config.max_images)
         return record
 
     def media(self, i: int, record: Record) -> RecordMedia:
         """The media of `record`, which is the one of sample `i`."""
         source_id = int(self.source_ids[i])
         index, row = self.indexes[source_id], int(i - self._starts[source_id])
-        locate = partial(_locate, index, row, self.sources[source_id], self._config.follow_links)
-        return RecordMedia(record, locate, self._specs, self._config)
+        locate = partial(_locate, index, row, self.sources[source_id], self.config.follow_links)
+        return RecordMedia(record, locate, self.specs, self.config)
 
     def measure(self, i: int) -> int:
         """Tokens of sample `i`, exactly, without decoding its media. Raises `RecordError`."""
         record = self.record(i)
-        encoded = self._template.encode(record)
-        return measured_length(encoded, self._template.placeholder_ids, self.media(i, record), self._config.max_length)
+        encoded = self.template.encode(record)
+        media = self.media(i, record)
+        counts = [num_tokens(self.specs[ref.modality], media.measure(ref)) for ref in record.media]
+        return measured(encoded, self.template.placeholder_ids, record, counts, self.config.max_length).length
 
     def _sample(self, i: int, source_id: int) -> Sample:
         record = self.record(i)
         return assemble(
-            self._template.encode(record),
-            self._template.placeholder_ids,
+            self.template.encode(record),
+            self.template.placeholder_ids,
             self.media(i, record),
-            max_length=self._config.max_length,
+            max_length=self.config.max_length,
             sample_id=i,
             source_id=source_id,
         )

@@ -18,12 +18,14 @@ from model.batch import MediaMeta, MediaSpec
 
 @dataclass(frozen=True)
 class Reader:
-    """How one kind of medium is measured and decoded. Both raise `MediaError`."""
+    """How one kind of medium is measured, decoded and checked. All raise `MediaError`."""
 
     measure: Callable[[Blob, MediaRef, Any, DataConfig, int], MediaMeta]
     """From the header alone; the last argument is how many media of its kind the record holds."""
     load: Callable[[Blob, MediaRef, Any, DataConfig, MediaMeta], Tensor]
     """Rows (n, ...) of an encoder; raises if what is decoded is not what was measured."""
+    check: Callable[[Blob], None] = Blob.check_exists
+    """Cheap: finds what is missing, of a foreign format or cut short, without decoding it."""
 
 
 READERS = {"image": Reader(image.measure, image.load)}
@@ -49,6 +51,11 @@ class RecordMedia:
         """Encoder rows (n, ...) of a medium that was measured as `meta`."""
         with self._named(ref):
             return READERS[ref.kind].load(self.locate(ref), ref, self.specs[ref.modality], self.config, meta)
+
+    def check(self, ref: MediaRef) -> None:
+        """Raises if the file is missing, of a foreign format or cut short; nothing is decoded."""
+        with self._named(ref):
+            READERS[ref.kind].check(self.locate(ref))
 
     @contextmanager
     def _named(self, ref: MediaRef) -> Iterator[None]:

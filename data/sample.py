@@ -40,6 +40,15 @@ class Sample:
     media: dict[str, list[SampleMedia]]  # by modality, in reading order
 
 
+@dataclass(frozen=True)
+class Measured:
+    """How long a sample is, known before its media are decoded."""
+
+    length: int  # tokens in all
+    supervised: int  # targets
+    media: int  # tokens of media
+
+
 class TooLongError(RecordError):
     """Not even the first round of a record fits."""
 
@@ -75,14 +84,15 @@ def assemble(
     return Sample(sample_id, source_id, expanded, _shifted(expanded, supervised), placed)
 
 
-def measured_length(encoded: Encoded, placeholder_ids: dict[str, int], media: RecordMedia, max_length: int) -> int:
-    """Tokens of the sample that `assemble` would make, without decoding a medium. Raises as it does."""
+def measured(encoded: Encoded, placeholder_ids: dict[str, int], record: Record, counts: Sequence[int], max_length: int) -> Measured:
+    """What `assemble` would make of a record whose media take `counts` tokens each. Raises `TooLongError` as it does."""
     ids = np.array(encoded.input_ids, dtype=np.int64)
+    is_medium = np.isin(ids, list(placeholder_ids.values()))
     widths = np.ones(len(ids), dtype=np.int64)
-    counts = [num_tokens(media.specs[ref.modality], media.measure(ref)) for ref in media.record.media]
-    widths[np.isin(ids, list(placeholder_ids.values()))] = counts
+    widths[is_medium] = counts
     ends = np.cumsum(widths)
-    return int(ends[_fitting(media.record, ends, encoded.round_ends, max_length) - 1])
+    kept = _fitting(record, ends, encoded.round_ends, max_length)
+    return Measured(int(ends[kept - 1]), sum(encoded.supervised[1:kept]), int(widths[:kept][is_medium[:kept]].sum()))
 
 
 def _placed(spec: MediaSpec, ref: MediaRef, meta: MediaMeta, values: Tensor, start: int) -> SampleMedia:

@@ -119,7 +119,7 @@ def test_every_error_is_located(tmp_path: Path, bad: Any, reason: str) -> None:
 
 def test_a_picture_without_a_vision_part_is_named(tmp_path: Path) -> None:
     data = dataset(tmp_path, [talk("Hi", "a", images=[grey(tmp_path, 1)])])
-    without = type(data)(data.indexes, data.sources, template(), {}, data._config)
+    without = type(data)(data.indexes, data.sources, template(), {}, data.config)
     assert "no part that reads it" in rejected(without[0]).reason and "image" in SPECS
 
 
