@@ -13,6 +13,7 @@ from model.batch import Batch, Media, MediaSpec, row_shape
 from model.generate import generate
 from model.llm import head_weight
 from model.loss import Term, text_term
+from model.pixels import normalised
 from model.splice import splice
 
 ENCODERS = {"image": ("vision", "vision_projector")}
@@ -67,7 +68,7 @@ class MultimodalLM(nn.Module):
         else:
             media = media or self._no_media(modality)
             with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
-                encoded = encoder(media.values.to(self.dtype))  # (N, L, C)
+                encoded = encoder(normalised(media.values, self.specs[modality], self.dtype))  # (N, L, C)
             rows = encoded.flatten(0, 1).index_select(0, media.rows)
         return projector(rows)
 
