@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
+from data.mixing import take_problem
 from model.batch import PLACEHOLDERS
 
 MAX_WORKERS = 512
@@ -49,8 +51,8 @@ class SourceConfig:
     path: str  # .json | .jsonl | .parquet | .tar; with * ? [] every file that matches, in the order of their names
     name: str = ""  # metrics key; default: the file's stem
     media_root: str | dict[str, str] = ""  # one folder, or one per kind of medium and per `set` of records
-    weight: float = 1.0  # how often each record is drawn per epoch
-    take: str = "all"  # all | first:N | end:N | random:N, N records or N%
+    weight: float = 1.0  # how often each record is drawn per epoch; 0.25: a quarter, the next epoch another one
+    take: str = "all"  # all | first:N | end:N | random:N, N records or N%: what takes part at all
 
     @property
     def key(self) -> str:
@@ -114,8 +116,17 @@ class DataConfig:
             keys = [source.key for source in sources]
             for key in sorted({k for k in keys if keys.count(k) > 1}):
                 found.append(f"two data.{table} are called {key!r}: give each a name of its own")
-            found += [line for source in sources for line in _root_problems(source, table)]
+            found += [line for source in sources for line in (*_share_problems(source, table), *_root_problems(source, table))]
         return found
+
+
+def _share_problems(source: SourceConfig, table: str) -> Iterator[str]:
+    if not 0 < source.weight < math.inf:
+        yield f"data.{table} {source.key!r}: weight = {source.weight} is not positive; to draw nothing from a source, leave it out"
+    if table == "validation" and source.weight != 1:
+        yield f"data.validation {source.key!r}: weight = {source.weight} has no effect: every validation reads the same records"
+    if problem := take_problem(source.take):
+        yield f"data.{table} {source.key!r}: take = {source.take!r} {problem}"
 
 
 def _root_problems(source: SourceConfig, table: str) -> Iterator[str]:

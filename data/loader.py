@@ -57,7 +57,7 @@ def train_batches(
     # A step is awaited whole before its first forward: workers must be able to have the next one ready by then.
     ahead = prefetch_factor(num_micro_batches(full, world_size, micro_batch_size), workers)
     batches = _load(dataset, (ids for share in shares() for ids in share), pad_id, workers, pin_memory, ahead)
-    short = len(sampler.lengths) % full or full
+    short = sampler.samples_per_epoch % full or full
     for step in range(first_step, last_step):
         is_short = (step + 1) % sampler.steps_per_epoch == 0
         yield [next(batches) for _ in range(num_micro_batches(short if is_short else full, world_size, micro_batch_size))]

@@ -1,16 +1,17 @@
 """The data order: which samples make up each optimizer step, and how the ranks share a step.
 
-Both are pure functions of (seed, epoch, position, global batch, planned lengths). Neither the number of ranks nor the number
+Both are pure functions of (seed, epoch, position, global batch, planned lengths, pools). Neither the number of ranks nor the number
 of workers enters the order, so a run may be resumed with others and sees the same samples in the same steps.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+
+from data.mixing import Pool, generator_of
 
 ORDERS = ("modality_length", "length", "random", "sequential")
 WINDOW = 128
@@ -26,6 +27,7 @@ class Sampler:
     modality_length: a step holds one modality, of similar lengths (Liu et al. 2023, LLaVA); what is left of each modality after
     whole steps, a random part of it, forms mixed steps of similar lengths. length: the same without regard to modality.
     random: a permutation. sequential: as in the files. The last step of an epoch is short when the samples do not divide.
+    With `pools`, an epoch holds what each of them draws for it, so a sample may stand in it several times or not at all.
     """
 
     lengths: np.ndarray  # (N,) planned tokens of each sample
@@ -33,6 +35,7 @@ class Sampler:
     global_batch_size: int
     seed: int
     order: str
+    pools: tuple[Pool, ...] = ()  # none: every sample once
     _last: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -44,32 +47,40 @@ class Sampler:
             raise ValueError(f"{len(self.lengths)} lengths and {len(self.modalities)} modalities: need one of each per sample")
 
     @property
+    def samples_per_epoch(self) -> int:
+        """The same in every epoch."""
+        return sum(pool.places for pool in self.pools) if self.pools else len(self.lengths)
+
+    @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.lengths) // self.global_batch_size)
+        return -(-self.samples_per_epoch // self.global_batch_size)
 
     def step(self, step: int) -> np.ndarray:
         """Sample ids (n,) of 0-based optimizer step `step` over all epochs; n = global_batch_size but for the last of an epoch."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch not in self._last:
-            self._last.clear()
+            # Two are kept: while batches of the next epoch are made ahead, others still ask for this one's.
+            for old in sorted(self._last, key=lambda e: abs(e - epoch))[1:]:
+                del self._last[old]
             self._last[epoch] = self.epoch(epoch)
         start = position * self.global_batch_size
         return self._last[epoch][start : start + self.global_batch_size]
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """All sample ids (N,) in the order of epoch `epoch`: step s of it is [s * G : (s + 1) * G]."""
+        """Sample ids (samples_per_epoch,) in the order of epoch `epoch`: step s of it is [s * G : (s + 1) * G]."""
+        drawn = np.concatenate([pool.draw(epoch) for pool in self.pools]) if self.pools else np.arange(len(self.lengths))
         if self.order == "sequential":
-            return np.arange(len(self.lengths))
-        generator = _generator(self.seed, epoch)
+            return drawn
+        generator = generator_of(f"data order {self.seed} {epoch}")
         if self.order == "random":
-            return _shuffled(np.arange(len(self.lengths)), generator)
-        groups = self.modalities if self.order == "modality_length" else np.zeros(len(self.lengths), dtype=np.int8)
-        return self._grouped(groups, generator)
+            return _shuffled(drawn, generator)
+        groups = self.modalities[drawn] if self.order == "modality_length" else np.zeros(len(drawn), dtype=np.int8)
+        return self._grouped(drawn, groups, generator)
 
-    def _grouped(self, groups: np.ndarray, generator: torch.Generator) -> np.ndarray:
+    def _grouped(self, drawn: np.ndarray, groups: np.ndarray, generator: torch.Generator) -> np.ndarray:
         size, steps, rest = self.global_batch_size, [], []
         for group in np.unique(groups):
-            ids = _shuffled(np.flatnonzero(groups == group), generator)
+            ids = _shuffled(drawn[groups == group], generator)
             whole = len(ids) - len(ids) % size
             steps.append(self._by_length(ids[:whole]))
             rest.append(ids[whole:])
@@ -77,16 +88,31 @@ class Sampler:
         left = _shuffled(np.concatenate(rest), generator)
         whole = len(left) - len(left) % size
         steps.append(self._by_length(left[:whole]))
-        full = np.concatenate(steps)
-        return np.concatenate([full[_shuffled(np.arange(len(full)), generator)].reshape(-1), left[whole:]])
+        return self._in_random_order(steps, left[whole:], generator)
+
+    def _in_random_order(self, steps: list[np.ndarray], short: np.ndarray, generator: torch.Generator) -> np.ndarray:
+        """All whole steps, drawn, then the `short` one; each is written to its place, because copies of an epoch take time."""
+        num_steps = sum(map(len, steps))
+        places = np.argsort(_shuffled(np.arange(num_steps), generator))
+        order = np.empty(num_steps * self.global_batch_size + len(short), dtype=np.int64)
+        rows = order[: num_steps * self.global_batch_size].reshape(-1, self.global_batch_size)
+        for group, where in zip(steps, np.split(places, np.cumsum([len(group) for group in steps])[:-1])):
+            rows[where] = group
+        order[rows.size :] = short
+        return order
 
     def _by_length(self, ids: np.ndarray) -> np.ndarray:
-        """Whole steps (M, G) of similar lengths out of shuffled `ids` (M * G,): sorted within windows of equal size."""
+        """Whole steps (M, G) of similar lengths out of shuffled `ids` (M * G,), in their place: sorted within equal windows."""
         steps = len(ids) // self.global_batch_size
         windows = max(-(-steps // WINDOW), min(2, steps))  # two at least, or a small set is cut the same way each epoch
-        window = np.arange(len(ids)) // self.global_batch_size * windows // max(steps, 1)
-        key = (window << 32) + self.lengths[ids].astype(np.int64)
-        return ids[np.argsort(key, kind="stable")].reshape(-1, self.global_batch_size)
+        places = np.arange(-(-steps // max(windows, 1)) * self.global_batch_size)
+        for window in range(windows):
+            start, stop = (-(-w * steps // windows) * self.global_batch_size for w in (window, window + 1))
+            # Length and place in one number: a plain sort is several times faster than a stable argsort, and gives the same.
+            keys = (self.lengths[ids[start:stop]].astype(np.int64) << 32) + places[: stop - start]
+            keys.sort()
+            ids[start:stop] = ids[start:stop][keys & 0xFFFFFFFF]
+        return ids.reshape(-1, self.global_batch_size)
 
 
 def deal(ids: np.ndarray, lengths: np.ndarray, world_size: int, micro_batch_size: int) -> list[list[np.ndarray]]:
@@ -118,12 +144,6 @@ def deal(ids: np.ndarray, lengths: np.ndarray, world_size: int, micro_batch_size
 def num_micro_batches(num_samples: int, world_size: int, micro_batch_size: int) -> int:
     """Micro-batches that every rank runs for a step of `num_samples`; at least one, so that all take part."""
     return max(1, -(-num_samples // (world_size * micro_batch_size)))
-
-
-def _generator(seed: int, epoch: int) -> torch.Generator:
-    """One generator for all draws of an epoch. Hashed, because seed + epoch would give seed 1 the second epoch of seed 0."""
-    digest = hashlib.sha256(f"data order {seed} {epoch}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 
 
 def _shuffled(ids: np.ndarray, generator: torch.Generator) -> np.ndarray:

@@ -1,0 +1,109 @@
+"""How much of each source an epoch holds: `take` chooses its records once, `weight` says how often each is drawn.
+
+All of it is a pure function of (seed, source, epoch). `take` is LLaVA-NeXT's sampling_strategy, its random draw seeded here where
+that one uses the global generator; a weight below 1 replaces VITA's data_ratio, which draws the same part in every epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+
+TAKE = re.compile(r"(first|end|random):([0-9]+)(\.[0-9]+)?(%)?")
+TAKE_FORMS = "'all' | 'first:N' | 'end:N' | 'random:N', N a number of records (first:1000) or a percentage (random:12.5%)"
+
+
+def take_problem(take: str) -> str:
+    """What is wrong with a `take`, or nothing."""
+    if take == "all":
+        return ""
+    found = TAKE.fullmatch(take)
+    if found is None or (found[3] and not found[4]):
+        return f"is none of {TAKE_FORMS}"
+    if not 0 < Fraction(found[2] + (found[3] or "")) <= (100 if found[4] else math.inf):
+        return "takes nothing: N must be positive" if not found[4] else "must take more than 0% and at most 100%"
+    return ""
+
+
+def take_count(take: str, size: int) -> int:
+    """Records that `take` leaves of `size`, percentages rounded up; never more than there are."""
+    found = TAKE.fullmatch(take)
+    if found is None:
+        return size
+    number = Fraction(found[2] + (found[3] or ""))
+    return min(size, math.ceil(number * size / 100) if found[4] else int(number))
+
+
+def take_rows(take: str, size: int, seed: int, name: str) -> np.ndarray:
+    """Rows of a source that take part, ascending. random: without repetition, the same in every epoch."""
+    count, how = take_count(take, size), take.partition(":")[0]
+    if how == "random":
+        return np.sort(torch.randperm(size, generator=generator_of(f"take {seed} {name}"))[:count].numpy())
+    return np.arange(size - count, size) if how == "end" else np.arange(count)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The records of one source that take part in a run, and how many places an epoch has for them.
+
+    Places are numbered over all epochs. They are filled from an endless sequence of orders of the pool, each drawn anew, so that
+    none is drawn twice before all were drawn once, wherever an epoch ends.
+    """
+
+    name: str
+    ids: np.ndarray  # (M,) sample ids, ascending
+    size: int  # records of the whole source
+    weight: float
+    seed: int
+    in_order: bool  # as in the file instead of drawn
+
+    @property
+    def places(self) -> int:
+        """Per epoch, the same in all of them; at least one, so that no source is lost to rounding."""
+        return max(1, round(self.weight * len(self.ids)))
+
+    def draw(self, epoch: int) -> np.ndarray:
+        """Sample ids (places,) of one epoch."""
+        start, stop = epoch * self.places, (epoch + 1) * self.places
+        parts = []
+        for cycle in range(start // len(self.ids), -(-stop // len(self.ids))):
+            first = cycle * len(self.ids)
+            parts.append(self._cycle(cycle, max(start - first, 0), min(stop - first, len(self.ids))))
+        return np.concatenate(parts)
+
+    def counts(self, num_epochs: int) -> np.ndarray:
+        """(M,) how often the first `num_epochs` epochs hold each record of `ids`."""
+        cycles, rest = divmod(num_epochs * self.places, len(self.ids))
+        counts = np.full(len(self.ids), cycles)
+        counts[np.searchsorted(self.ids, self._cycle(cycles, 0, rest))] += 1
+        return counts
+
+    def _cycle(self, cycle: int, start: int, stop: int) -> np.ndarray:
+        """Places [start, stop) of one order of the pool. A whole one need not be drawn: the sampler orders what it gets."""
+        if self.in_order or stop - start in (0, len(self.ids)):
+            return self.ids[start:stop]
+        order = torch.randperm(len(self.ids), generator=generator_of(f"mixing {self.seed} {self.name} {cycle}"))
+        return self.ids[order[start:stop].numpy()]
+
+
+def make_pools(
+    names: Sequence[str], sizes: Sequence[int], takes: Sequence[str], weights: Sequence[float], seed: int, in_order: bool
+) -> tuple[Pool, ...]:
+    """One pool per source, of sample ids numbered in the order of the sources."""
+    starts = np.cumsum([0, *sizes])
+    return tuple(
+        Pool(name, int(start) + take_rows(take, size, seed, name), size, weight, seed, in_order)
+        for name, start, size, take, weight in zip(names, starts, sizes, takes, weights)
+    )
+
+
+def generator_of(text: str) -> torch.Generator:
+    """A generator of its own for every purpose. Hashed, because sums of seeds and numbers would meet again."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big"))
