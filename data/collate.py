@@ -69,8 +69,8 @@ def _joined(placed: list[tuple[int, SampleMedia]]) -> Media:
     longest = max(medium.values.shape[-1] for medium in media)
     values = torch.cat([F.pad(medium.values, (0, longest - medium.values.shape[-1])) for medium in media])
     width = max(medium.width for medium in media)
-    tokens = np.array([count for medium in media for count in medium.tokens])
-    rows = np.flatnonzero(np.arange(width) < tokens[:, None])
+    firsts = np.cumsum([0, *(len(medium.values) for medium in media)])
+    rows = np.concatenate([_moved(medium, first, width, int(firsts[-1])) for medium, first in zip(media, firsts)])
     frames = [count for medium in media for count in medium.frames]
     return Media(
         values,
@@ -80,3 +80,9 @@ def _joined(placed: list[tuple[int, SampleMedia]]) -> Media:
         ends=torch.tensor([first + medium.length - 1 for first, medium in placed]),
         labels=torch.tensor([medium.label for medium in media]),
     )
+
+
+def _moved(medium: SampleMedia, first: int, width: int, num_rows: int) -> np.ndarray:
+    """Its rows where the encoder rows of all media, `num_rows` of them, are `width` wide and its own begin at `first`."""
+    row, place = np.divmod(medium.rows, medium.width)
+    return np.where(medium.rows < 0, num_rows * width - 1 - medium.rows, (first + row) * width + place)

@@ -14,7 +14,7 @@ from torch import Tensor
 from data.media import RecordMedia
 from data.record import MediaRef, Record, RecordError
 from data.template import Encoded
-from model.batch import IGNORE_INDEX, AudioSpec, MediaMeta, MediaSpec, num_tokens, row_frames, row_tokens, row_width
+from model.batch import IGNORE_INDEX, AudioSpec, MediaMeta, MediaSpec, num_tokens, row_frames, row_width, token_rows
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class SampleMedia:
     values: Tensor  # (n, ...) encoder rows: (n, 3, S, S) pixels or (n, M, F) log-mel
     start: int
     length: int
-    tokens: tuple[int, ...]  # (n,) of each row; they sum to `length`
-    width: int  # rows L the encoder makes of each of `values`; those beyond `tokens` come from padding
+    rows: np.ndarray  # (length,) int64 which projected row each token is, see `model.batch.token_rows`
+    width: int  # rows L the encoder and its projector make of each of `values`, those of padding included
     frames: tuple[int, ...] = ()  # (n,) valid mel frames of each row
     label: int = IGNORE_INDEX  # user state after it
 
@@ -97,8 +97,9 @@ def measured(encoded: Encoded, placeholder_ids: dict[str, int], record: Record, 
 
 def _placed(spec: MediaSpec, ref: MediaRef, meta: MediaMeta, values: Tensor, start: int) -> SampleMedia:
     frames = row_frames(spec, meta) if isinstance(spec, AudioSpec) else ()
-    tokens, width = row_tokens(spec, meta), row_width(spec, values.shape[-1])
-    return SampleMedia(ref.kind, values, start, sum(tokens), tokens, width, frames, ref.label)
+    width = row_width(spec, values.shape[-1])
+    rows = token_rows(spec, meta, width)
+    return SampleMedia(ref.kind, values, start, len(rows), rows, width, frames, ref.label)
 
 
 def check_media(record: Record, specs: dict[str, MediaSpec], max_images: int) -> None:

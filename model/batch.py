@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +38,8 @@ class ImageSpec:
     std: tuple[float, ...]
     resample: int = 3  # PIL's number of the filter; 3 is bicubic
     rescale: float = 1 / 255
+    shrink: int = 1  # the projector makes one token of shrink x shrink patches
+    queries: int = 0  # tokens the projector makes of each view whatever its size; 0: as many as patches
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class AudioSpec:
     sampling_rate: int = 16_000  # samples per second
     n_fft: int = 400  # samples
     hop: int = 160  # samples per frame
+    num_prompts: int = 0  # learned rows before every clip
 
 
 MediaSpec = ImageSpec | AudioSpec
@@ -91,15 +95,32 @@ class MediaMeta:
 
 def num_tokens(spec: MediaSpec, meta: MediaMeta) -> int:
     """Tokens one medium takes in the sequence. The only place that counts them: index, expansion and splice all ask here."""
-    return sum(row_tokens(spec, meta))
+    extra = spec.num_prompts if isinstance(spec, AudioSpec) else 0
+    return extra + sum(row_tokens(spec, meta))
 
 
 def row_tokens(spec: MediaSpec, meta: MediaMeta) -> tuple[int, ...]:
     """Tokens of each encoder row of one medium, in order."""
     if isinstance(spec, AudioSpec):
         return tuple(_shortened(spec, frames) for frames in row_frames(spec, meta))
-    patches = (spec.size // spec.patch) ** 2
-    return (patches + (spec.num_prefix if spec.select == "cls_patch" else 0),) * meta.num_rows
+    return (view_tokens(spec),) * meta.num_rows
+
+
+def view_tokens(spec: ImageSpec) -> int:
+    """Tokens of one view of a picture."""
+    patches = (spec.size // spec.patch // spec.shrink) ** 2
+    return spec.queries or patches + (spec.num_prefix if spec.select == "cls_patch" else 0)
+
+
+def token_rows(spec: MediaSpec, meta: MediaMeta, width: int) -> np.ndarray:
+    """Which projected row each token of one medium is, (num_tokens,) int64.
+
+    Row l of the medium's encoder row n is n * width + l; -1, -2 ... are the projector's own extra rows 0, 1 ...
+    """
+    tokens = np.array(row_tokens(spec, meta), dtype=np.int64)
+    rows = np.flatnonzero(np.arange(width) < tokens[:, None])
+    prompts = spec.num_prompts if isinstance(spec, AudioSpec) else 0
+    return np.concatenate([-1 - np.arange(prompts), rows])
 
 
 def row_frames(spec: AudioSpec, meta: MediaMeta) -> tuple[int, ...]:
@@ -110,7 +131,7 @@ def row_frames(spec: AudioSpec, meta: MediaMeta) -> tuple[int, ...]:
 
 def row_width(spec: MediaSpec, num_frames: int = 0) -> int:
     """Tokens L that the encoder makes of each row of a batch; `num_frames`: mel frames that rows are padded to."""
-    return _shortened(spec, num_frames) if isinstance(spec, AudioSpec) else row_tokens(spec, MediaMeta())[0]
+    return _shortened(spec, num_frames) if isinstance(spec, AudioSpec) else view_tokens(spec)
 
 
 def row_shape(spec: MediaSpec) -> tuple[int, ...]:
@@ -128,7 +149,8 @@ def _shortened(spec: AudioSpec, frames: int) -> int:
 class Media:
     """Encoder input of one modality, for all samples of a batch in reading order.
 
-    Row k of the flattened encoder output (N * L, D), k = rows[i], goes to flat position slots[i] = b * T + t.
+    Row k of the flattened projector output (N * L, D), k = rows[i], goes to flat position slots[i] = b * T + t. Rows from N * L
+    on are those that the projector itself holds: a line break between rows of tiles, prompts before a clip.
     """
 
     values: Tensor  # (N, 3, H, W) pixels, float32 or bytes that are still to be normalised; (N, M, F) log-mel float32

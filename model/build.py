@@ -7,11 +7,12 @@ from typing import Literal
 import torch
 from torch import nn
 
+from model.audio import AudioEncoder
 from model.card import ModelCard, draw_card
 from model.config import ConfigError, LoraConfig, ModelConfig
 from model.llm import Vocabulary, build_llm, head_weight
 from model.lora import add_lora, target_paths
-from model.multimodal import MultimodalLM
+from model.multimodal import ENCODERS, MultimodalLM
 from model.origins import weight_layers
 from model.projector import build_projector
 from model.trainable import apply_tune
@@ -50,10 +51,17 @@ def assemble(card: ModelCard, dtype: torch.dtype) -> MultimodalLM:
     with parameters_on_meta():
         llm = build_llm(card.hugging_face["llm"], config.attention, card.vocabulary)
         head_weight(llm)
+        width: int = llm.get_input_embeddings().embedding_dim  # type: ignore[operator]
         if config.vision is not None and config.vision_projector is not None:
             tower = VisionTower(card.hugging_face["vision"], config.vision.layer, config.vision.select)
-            width: int = llm.get_input_embeddings().embedding_dim  # type: ignore[operator]
-            parts = {"vision": tower, "vision_projector": build_projector(config.vision_projector.kind, tower.hidden_size, width)}
+            kind = config.vision_projector.kind
+            parts["vision"] = tower
+            parts["vision_projector"] = build_projector("model.vision_projector", kind, tower.hidden_size, width)
+        if config.audio is not None and config.audio_projector is not None:
+            encoder = AudioEncoder(card.hugging_face["audio"])
+            kind = config.audio_projector.kind
+            parts["audio"] = encoder
+            parts["audio_projector"] = build_projector("model.audio_projector", kind, encoder.hidden_size, width)
     model = MultimodalLM(llm, parts, card.specs, dtype)
     model.stop_ids, model.pad_id = card.stop_ids, card.pad_id
     inject(model, card)
@@ -71,6 +79,8 @@ def inject(model: MultimodalLM, card: ModelCard) -> None:
 
 
 def check_parts(config: ModelConfig) -> None:
-    if (config.vision is None) != (config.vision_projector is None):
-        given, other = ("vision", "vision_projector") if config.vision else ("vision_projector", "vision")
-        raise ConfigError(f"[model.{given}] has no effect without [model.{other}]: give both or none")
+    for pair in ENCODERS.values():
+        configured = [name for name in pair if getattr(config, name) is not None]
+        if len(configured) == 1:
+            (other,) = set(pair) - set(configured)
+            raise ConfigError(f"[model.{configured[0]}] has no effect without [model.{other}]: give both or none")

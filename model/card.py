@@ -10,11 +10,23 @@ from typing import Any
 
 import transformers
 
+from model.audio import audio_config, audio_spec
 from model.batch import MediaSpec, spec_from_json, spec_to_json
-from model.config import ConfigError, LlmConfig, LoraConfig, ModelConfig, VisionConfig, VisionProjectorConfig
+from model.config import (
+    AudioConfig,
+    AudioProjectorConfig,
+    ConfigError,
+    LlmConfig,
+    LoraConfig,
+    ModelConfig,
+    StateHeadConfig,
+    VisionConfig,
+    VisionProjectorConfig,
+)
 from model.files import dump_json, sampled_digest
 from model.hub import weight_files
 from model.llm import Vocabulary, llm_config
+from model.projector import shrunk
 from model.vision import vision_config, vision_spec
 
 NAME = "model.json"
@@ -22,7 +34,14 @@ MOVED = (
     "relative paths start where the run was started; name what has moved with base={'init_from': PATH} of load_model, "
     "or --base init_from=PATH of the tools"
 )
-PART_CONFIGS: dict[str, Any] = {"llm": LlmConfig, "vision": VisionConfig, "vision_projector": VisionProjectorConfig}
+PART_CONFIGS: dict[str, Any] = {
+    "llm": LlmConfig,
+    "vision": VisionConfig,
+    "vision_projector": VisionProjectorConfig,
+    "audio": AudioConfig,
+    "audio_projector": AudioProjectorConfig,
+    "state_head": StateHeadConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -64,17 +83,24 @@ def draw_card(
     hugging_face = {"llm": llm_config(config.llm, config.cache_dir)}
     if config.vision is not None:
         hugging_face["vision"] = vision_config(config.vision, config.cache_dir)
+    if config.audio is not None:
+        hugging_face["audio"] = audio_config(config.audio, config.cache_dir)
     return ModelCard(config, lora, hugging_face, media_specs(config), vocabulary, tokens, stop_ids, pad_id)
 
 
 def media_specs(config: ModelConfig) -> dict[str, MediaSpec]:
     """Facts that `data` needs, by modality, from JSON files alone: no weight is read."""
-    return {} if config.vision is None else {"image": vision_spec(config.vision, config.cache_dir)}
+    specs: dict[str, MediaSpec] = {}
+    if config.vision is not None and config.vision_projector is not None:
+        specs["image"] = shrunk(vision_spec(config.vision, config.cache_dir), config.vision_projector)
+    if config.audio is not None and config.audio_projector is not None:
+        specs["audio"] = audio_spec(config.audio, config.audio_projector, config.cache_dir)
+    return specs
 
 
 def base_digests(config: ModelConfig) -> dict[str, str]:
     """A fingerprint of the base weights of each part."""
-    paths = {name: part.path for name, part in config.parts().items() if not isinstance(part, VisionProjectorConfig)}
+    paths = {name: getattr(config, name).path for name in ("llm", "vision", "audio") if getattr(config, name) is not None}
     return {name: sampled_digest(weight_files(f"model.{name}.path", path, config.cache_dir)) for name, path in paths.items()}
 
 

@@ -17,28 +17,73 @@ class LlmConfig:
     """Any Hugging Face causal language model."""
 
     path: str
-    tune: Literal["frozen", "lora", "full"] = "lora"
+    tune: Literal["frozen", "lora", "full", "new_tokens"] = "lora"
     new_tokens: tuple[str, ...] = ()
+    router_loss: float = 0.0  # coefficient of the load-balancing loss of a mixture of experts
     lr: float = 0.0  # 0 = optim.lr
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A CLIP or SigLIP tower, cut after the hidden state that is read."""
+    """A vision tower, cut after the hidden state that is read."""
 
     path: str
-    tune: Literal["frozen", "lora", "full"] = "frozen"
+    tune: Literal["frozen", "lora", "full", "positions"] = "frozen"
     layer: int = -2
     select: Literal["patch", "cls_patch"] = "patch"
+    image_size: int = 0  # 0 = the tower's own; else its position embeddings are resized
+    scales: tuple[int, ...] = ()  # S2: further square sizes, features concatenated on channels
     lr: float = 0.0
 
 
 @dataclass(frozen=True)
 class VisionProjectorConfig:
-    kind: str = "mlp2x_gelu"  # linear | mlpNx_gelu | identity
+    kind: str = "mlp2x_gelu"  # linear | mlpNx_gelu | identity | pixel_shuffle_mlp | pool_mlp | conv_mlp | resampler
     tune: Literal["frozen", "full"] = "full"
     path: str = ""
     lr: float = 0.0  # 0 = optim.projector_lr
+
+
+@dataclass(frozen=True)
+class AudioConfig:
+    """A Whisper encoder."""
+
+    path: str
+    tune: Literal["frozen", "lora", "full"] = "frozen"
+    window: Literal["full", "clip"] = "full"  # every clip in the window it was trained on | its own frames only
+    lr: float = 0.0
+
+
+@dataclass(frozen=True)
+class AudioProjectorConfig:
+    kind: str = "conv_mlp"  # linear | mlpNx_gelu | pool_mlp | conv_mlp
+    tune: Literal["frozen", "full", "prompts"] = "full"
+    prompts: int = 0  # learned vectors put before every clip
+    path: str = ""
+    lr: float = 0.0  # 0 = optim.projector_lr
+
+
+@dataclass(frozen=True)
+class StateHeadConfig:
+    """Classes of the user's state, read at the end of every clip."""
+
+    classes: int = 0
+    class_weights: tuple[float, ...] = ()  # one per class; () = all 1
+    loss_weight: float = 1.0
+    tune: Literal["frozen", "full"] = "full"
+    lr: float = 0.0
+
+
+PartConfig = LlmConfig | VisionConfig | VisionProjectorConfig | AudioConfig | AudioProjectorConfig | StateHeadConfig
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """How the frozen weights of the language model are stored."""
+
+    bits: Literal[16, 8, 4] = 16
+    type: Literal["nf4", "fp4"] = "nf4"
+    double: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,15 +91,18 @@ class ModelConfig:
     llm: LlmConfig
     vision: VisionConfig | None = None
     vision_projector: VisionProjectorConfig | None = None
+    audio: AudioConfig | None = None
+    audio_projector: AudioProjectorConfig | None = None
+    state_head: StateHeadConfig | None = None
     init_from: str = ""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute; what trains keeps float32 masters
     attention: str = "sdpa"
     cache_dir: str = ""
 
-    def parts(self) -> dict[str, LlmConfig | VisionConfig | VisionProjectorConfig]:
+    def parts(self) -> dict[str, PartConfig]:
         """Configured parts by name, in the order data flows through them."""
-        named = {"vision": self.vision, "vision_projector": self.vision_projector, "llm": self.llm}
-        return {name: part for name, part in named.items() if part is not None}
+        names = ("vision", "vision_projector", "audio", "audio_projector", "llm", "state_head")
+        return {name: part for name in names if (part := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)

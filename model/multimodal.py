@@ -16,7 +16,7 @@ from model.loss import Term, text_term
 from model.pixels import normalised
 from model.splice import splice
 
-ENCODERS = {"image": ("vision", "vision_projector")}
+ENCODERS = {"image": ("vision", "vision_projector"), "audio": ("audio", "audio_projector")}
 """Encoder and projector by modality. A modality is an entry here, not a branch below."""
 
 
@@ -64,13 +64,16 @@ class MultimodalLM(nn.Module):
         encoder, projector = self.get_submodule(encoder_name), self.get_submodule(projector_name)
         trainable = encoder_name in self.trainable_parts
         if media is None and not trainable and not isinstance(encoder.tower, FSDPModule):
-            rows = torch.zeros(0, int(encoder.hidden_size), dtype=self.dtype, device=self._device())  # type: ignore[arg-type]
+            media, shape = self._no_media(modality), (1, int(encoder.blank_length), int(encoder.hidden_size))  # type: ignore[arg-type]
+            encoded = torch.zeros(shape, dtype=self.dtype, device=self._device())
         else:
             media = media or self._no_media(modality)
             with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
-                encoded = encoder(normalised(media.values, self.specs[modality], self.dtype))  # (N, L, C)
-            rows = encoded.flatten(0, 1).index_select(0, media.rows)
-        return projector(rows)
+                encoded = encoder(normalised(media.values, self.specs[modality], self.dtype), media.lengths)  # (N, L, C)
+        rows = projector(encoded, encoder.valid_rows(media.lengths)).flatten(0, 1)  # type: ignore[operator]
+        if (extra := getattr(projector, "extra", None)) is not None:
+            rows = torch.cat([rows, extra.to(rows.dtype)])
+        return rows.index_select(0, media.rows)
 
     def _no_media(self, modality: str) -> Media:
         device = self._device()

@@ -83,9 +83,14 @@ class VisionTower(nn.Module):
         config.num_hidden_layers = num_blocks(layer, config.num_hidden_layers)
         self.num_prefix = NUM_PREFIX[config.model_type] if select == "patch" else 0
         self.hidden_size: int = config.hidden_size
+        grid = config.image_size // config.patch_size
+        self.blank_length = grid**2 + NUM_PREFIX[config.model_type] - self.num_prefix  # rows of one view
         self.tower = cut(AutoModel.from_config(config, dtype=torch.float32, attn_implementation="sdpa"))
 
-    def forward(self, values: Tensor) -> Tensor:
+    def valid_rows(self, lengths: Tensor | None) -> None:
+        """Every row of a picture is valid."""
+
+    def forward(self, values: Tensor, lengths: Tensor | None = None) -> Tensor:
         # The selection stays outside `tower`: a sharded module must not return a view.
         return self.tower(pixel_values=values).last_hidden_state[:, self.num_prefix :]
 

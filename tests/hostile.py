@@ -52,7 +52,10 @@ def schema_kinds() -> dict[str, Kind]:
         "reserved character": (record(question="\ue100"), "U+E100"),
         "id is a list": (record(id=[1]), "id: is a list"),
         "unknown content part": (
-            record(conversations=..., messages=[{"role": "user", "content": [{"type": "smell"}]}, {"role": "assistant", "content": "b"}]),
+            record(
+                conversations=...,
+                messages=[{"role": "user", "content": [{"type": "smell"}]}, {"role": "assistant", "content": "b"}],
+            ),
             "type 'smell'",
         ),
         "longer than max_length": (record(answer="word " * 2_000_000), "the first round takes"),

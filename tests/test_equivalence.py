@@ -45,6 +45,10 @@ def config_of(folder: Path, tune: str) -> ModelConfig:
     )
 
 
+def noise(rng: np.random.Generator) -> torch.Tensor:
+    return torch.from_numpy(rng.standard_normal((1, 3, 16, 16))).float()
+
+
 def make_sample(index: int, width: int, rng: np.random.Generator) -> Sample:
     """Text only, one picture or two; every fifth one supervises nothing."""
     num_images = index % 3
@@ -53,12 +57,7 @@ def make_sample(index: int, width: int, rng: np.random.Generator) -> Sample:
     labels = np.full(length, IGNORE_INDEX)
     if index % 5:
         labels[-4:-1] = ids[-3:]
-    pictures = [
-        SampleMedia(
-            "image", torch.from_numpy(rng.standard_normal((1, 3, 16, 16))).float(), 1 + k * (width + 1), width, (width,), width
-        )
-        for k in range(num_images)
-    ]
+    pictures = [SampleMedia("image", noise(rng), 1 + k * (width + 1), width, np.arange(width), width) for k in range(num_images)]
     return Sample(index, 0, ids, labels, {"image": pictures} if pictures else {})
 
 

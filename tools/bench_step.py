@@ -91,7 +91,7 @@ def make_batches(model: MultimodalLM, num: int, size: int) -> list[Batch]:
         labels = np.full(len(ids), IGNORE_INDEX)
         labels[-5:-1] = ids[-4:]
         values = torch.from_numpy(rng.standard_normal((1, 3, spec.size, spec.size))).float()
-        return Sample(i, 0, ids, labels, {"image": [SampleMedia("image", values, 1, width, (width,), width)]})
+        return Sample(i, 0, ids, labels, {"image": [SampleMedia("image", values, 1, width, np.arange(width), width)]})
 
     return [collate([sample(i) for i in range(size)], 0) for _ in range(num)]
 
