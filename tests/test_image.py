@@ -1,23 +1,33 @@
 """Pixels equal the Hugging Face processors to the bit; nothing outside the root, the formats or the limits is opened."""
 
+import io
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFilter
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipImageProcessorPil
+from transformers.image_utils import load_image
 
 from data import image
 from data.blob import Blob, MediaError, resolve
 from data.config import DataConfig
 from data.record import MediaRef
 from model.batch import ImageSpec
+from model.pixels import normalised
 
 CLIP = ImageSpec(30, 10, 1, "patch", "shortest_edge", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 SIGLIP = ImageSpec(30, 10, 0, "patch", "exact", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+SIDES = {"size": {"shortest_edge": 30}, "crop_size": {"height": 30, "width": 30}}
+CLIP_PROCESSOR, LLAVA = CLIPImageProcessorPil(**SIDES), LlavaImageProcessorPil(do_pad=True, **SIDES)
+SIGLIP_PROCESSOR = SiglipImageProcessorPil(size={"height": 30, "width": 30})
 SIZES = [(30, 30), (64, 48), (47, 65), (31, 200), (7, 5), (100, 29)]
 
 
@@ -46,6 +56,18 @@ def decoded(path: str, spec: ImageSpec, fit: str, max_pixels: int) -> Tensor:
     return image.load(blob, ref, spec, config, image.measure(blob, ref, spec, config, 1))[0]
 
 
+def loaded(data: bytes, spec: ImageSpec, **config: object) -> Tensor:
+    """The same, of a picture in memory."""
+    blob, ref, settings = Blob("memory", data=data), MediaRef("image", "memory"), DataConfig(**config)  # type: ignore[arg-type]
+    return image.load(blob, ref, spec, settings, image.measure(blob, ref, spec, settings, 1))[0]
+
+
+def encoded(picture: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
 def reference(processor: object, picture: Image.Image) -> Tensor:
     return processor(picture, return_tensors="pt")["pixel_values"][0]
 
@@ -53,31 +75,49 @@ def reference(processor: object, picture: Image.Image) -> Tensor:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("fit", ["pad", "square"])
 def test_clip_and_llava_to_the_bit(tmp_path: Path, size: tuple[int, int], fit: str) -> None:
-    sizes = {"size": {"shortest_edge": 30}, "crop_size": {"height": 30, "width": 30}}
-    processor = LlavaImageProcessorPil(do_pad=True, **sizes) if fit == "pad" else CLIPImageProcessorPil(**sizes)
     ours = load(tmp_path, saved(tmp_path, noise(size)), CLIP, fit)
     assert ours.shape == (3, 30, 30) and ours.dtype == torch.float32
-    assert torch.equal(ours, reference(processor, noise(size)))
+    assert torch.equal(ours, reference(LLAVA if fit == "pad" else CLIP_PROCESSOR, noise(size)))
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_siglip_to_the_bit(tmp_path: Path, size: tuple[int, int]) -> None:
-    processor = SiglipImageProcessorPil(size={"height": 30, "width": 30})
-    assert torch.equal(load(tmp_path, saved(tmp_path, noise(size)), SIGLIP, "square"), reference(processor, noise(size)))
+    ours = load(tmp_path, saved(tmp_path, noise(size)), SIGLIP, "square")
+    assert torch.equal(ours, reference(SIGLIP_PROCESSOR, noise(size)))
 
 
-MODES = [("L", "a.png"), ("RGBA", "a.png"), ("P", "a.png"), ("LA", "a.png"), ("I;16", "a.png"), ("CMYK", "a.jpg")]
+@settings(max_examples=60, deadline=None)
+@given(width=st.integers(1, 150), height=st.integers(1, 150), fit=st.sampled_from(["pad", "square"]), seed=st.integers(0, 9))
+def test_any_size_to_the_bit(width: int, height: int, fit: str, seed: int) -> None:
+    picture = noise((width, height), seed=seed)
+    ours = loaded(encoded(picture, "PNG"), CLIP, image_fit=fit)
+    assert torch.equal(ours, reference(LLAVA if fit == "pad" else CLIP_PROCESSOR, picture))
 
 
-@pytest.mark.parametrize("mode,name", MODES)
-def test_every_mode_by_the_one_conversion_of_llava(tmp_path: Path, mode: str, name: str) -> None:
-    saved(tmp_path, noise((40, 33), mode), name)
-    with Image.open(tmp_path / name) as stored:
+MODES = [("L", "PNG"), ("1", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("LA", "PNG"), ("L", "JPEG"), ("CMYK", "JPEG")]
+MODES += [("RGBA", "WEBP"), ("P", "GIF"), ("P", "BMP")]
+
+
+@pytest.mark.parametrize("mode,kind", MODES)
+@pytest.mark.parametrize("fit,processor", [("pad", LLAVA), ("square", CLIP_PROCESSOR)])
+def test_every_mode_as_load_image_converts_it(tmp_path: Path, mode: str, kind: str, fit: str, processor: object) -> None:
+    saved(tmp_path, noise((40, 33), mode), "a", format=kind)
+    with Image.open(tmp_path / "a") as stored:
         assert stored.mode == mode
-        converted = stored.convert("RGB")
-    sizes = {"size": {"shortest_edge": 30}, "crop_size": {"height": 30, "width": 30}}
-    ours = load(tmp_path, name, CLIP, "square")
-    assert torch.equal(ours, reference(CLIPImageProcessorPil(**sizes), converted))
+    assert torch.equal(load(tmp_path, "a", CLIP, fit), reference(processor, load_image(str(tmp_path / "a"))))
+
+
+def test_transparency_of_a_palette_is_dropped_too(tmp_path: Path) -> None:
+    saved(tmp_path, noise((40, 33), "P"), transparency=7)
+    assert torch.equal(load(tmp_path, "a.png"), reference(LLAVA, load_image(str(tmp_path / "a.png"))))
+
+
+def test_sixteen_bits_keep_their_high_bytes(tmp_path: Path) -> None:
+    deep = noise((40, 33), "I;16")
+    high = Image.fromarray((np.asarray(deep) >> 8).astype(np.uint8))
+    ours = load(tmp_path, saved(tmp_path, deep))
+    assert torch.equal(ours, load(tmp_path, saved(tmp_path, high, "b.png")))
+    assert len(ours.unique()) > 100  # where Pillow's own conversion would make nearly all of it white
 
 
 def test_padding_is_the_mean_colour_around_the_centred_picture(tmp_path: Path) -> None:
@@ -89,11 +129,38 @@ def test_padding_is_the_mean_colour_around_the_centred_picture(tmp_path: Path) -
     torch.testing.assert_close(pixels[:, 15, 15], (1 - torch.tensor(CLIP.mean)) / torch.tensor(CLIP.std), atol=1e-6, rtol=0)
 
 
-def test_exif_does_not_rotate(tmp_path: Path) -> None:
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    picture = noise((30, 30))
-    assert torch.equal(load(tmp_path, saved(tmp_path, picture, exif=turned)), load(tmp_path, saved(tmp_path, picture, "b.png")))
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
+def test_pictures_are_upright_as_load_image_turns_them(tmp_path: Path, orientation: int, name: str) -> None:
+    tag = Image.Exif()
+    tag[0x0112] = orientation
+    saved(tmp_path, noise((50, 33)), name, exif=tag)
+    upright = load_image(str(tmp_path / name))
+    assert upright.size == ((33, 50) if orientation >= 5 else (50, 33))
+    assert torch.equal(load(tmp_path, name, CLIP, "pad"), reference(LLAVA, upright))
+    assert torch.equal(load(tmp_path, name, CLIP, "square"), reference(CLIP_PROCESSOR, upright))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_an_orientation_behind_the_pixels_of_a_png_counts(tmp_path: Path, orientation: int) -> None:
+    tag = Image.Exif()
+    tag[0x0112] = orientation
+    early = encoded(noise((50, 33)), "PNG", exif=tag)
+    start = early.index(b"eXIf") - 4
+    chunk = early[start : start + 12 + int.from_bytes(early[start : start + 4], "big")]
+    late = early.replace(chunk, b"").replace(early[-12:], chunk + early[-12:])
+    (tmp_path / "a.png").write_bytes(late)
+    assert late != early and load_image(str(tmp_path / "a.png")).size == ((33, 50) if orientation == 6 else (50, 33))
+    assert torch.equal(load(tmp_path, "a.png"), loaded(early, CLIP))
+    blob = Blob("a.png", str(tmp_path / "a.png"))
+    assert image.size(blob, CLIP, DataConfig()) == load_image(str(tmp_path / "a.png")).size
+
+
+@pytest.mark.parametrize("exif", [b"", b"garbage!!!!", b"II*\0\xff\xff\xff\x7f", b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_an_orientation_that_cannot_be_read_is_none(exif: bytes) -> None:
+    picture = noise((50, 33))
+    assert torch.equal(loaded(encoded(picture, "JPEG", exif=b"Exif\0\0" + exif), CLIP), loaded(encoded(picture, "JPEG"), CLIP))
 
 
 def test_an_animation_gives_its_first_frame(tmp_path: Path) -> None:
