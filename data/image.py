@@ -42,7 +42,7 @@ def load(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, meta: M
     distorts) | tiles (distorted to whole tiles, row by row; then all of it in one, if there are several and config.thumbnail).
     """
     needed = (lambda size: _needed(size, spec, config, meta)) if config.image_decode == "fast" else None
-    picture = decode.decode(blob, lambda size: _judge(blob.name, size, spec, config), needed)
+    picture = decode.decode(blob, lambda size: judge(blob.name, size, spec, config), needed)
     if config.image_fit != "tiles":
         return _rows([_view(picture, spec, config.image_fit)], spec, config)
     return _rows(_tiles(picture, spec, meta), spec, config)
@@ -55,7 +55,7 @@ def frame_rows(picture: Image.Image, spec: ImageSpec, config: DataConfig) -> Ten
 
 def size(blob: Blob, spec: ImageSpec, config: DataConfig) -> Size:
     """Width and height of the upright picture, by its header. Raises MediaError for sizes that `load` refuses."""
-    return decode.header_size(blob, lambda size: _judge(blob.name, size, spec, config))
+    return decode.header_size(blob, lambda size: judge(blob.name, size, spec, config))
 
 
 def check_file(blob: Blob) -> None:
@@ -65,7 +65,8 @@ def check_file(blob: Blob) -> None:
             raise MediaError(f"{blob.name!r} is cut short or damaged: {missing}")
 
 
-def _judge(name: str, size: Size, spec: ImageSpec, config: DataConfig) -> None:
+def judge(name: str, size: Size, spec: ImageSpec, config: DataConfig) -> None:
+    """Raises MediaError for a picture or a frame that is too large, or too narrow to be fitted."""
     width, height = size
     limit = config.max_pixels
     if width * height > limit:
