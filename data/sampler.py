@@ -58,13 +58,22 @@ class Sampler:
     def step(self, step: int) -> np.ndarray:
         """Sample ids (n,) of 0-based optimizer step `step` over all epochs; n = global_batch_size but for the last of an epoch."""
         epoch, position = divmod(step, self.steps_per_epoch)
+        start = position * self.global_batch_size
+        return self._cached(epoch)[start : start + self.global_batch_size]
+
+    def before(self, step: int) -> tuple[int, np.ndarray]:
+        """Whole epochs that come before `step`, and the sample ids of the begun one that do."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        ids = self._cached(epoch)[: position * self.global_batch_size] if position else np.zeros(0, dtype=np.int64)
+        return epoch, ids
+
+    def _cached(self, epoch: int) -> np.ndarray:
         if epoch not in self._last:
             # Two are kept: while batches of the next epoch are made ahead, others still ask for this one's.
             for old in sorted(self._last, key=lambda e: abs(e - epoch))[1:]:
                 del self._last[old]
             self._last[epoch] = self.epoch(epoch)
-        start = position * self.global_batch_size
-        return self._last[epoch][start : start + self.global_batch_size]
+        return self._last[epoch]
 
     def epoch(self, epoch: int) -> np.ndarray:
         """Sample ids (samples_per_epoch,) in the order of epoch `epoch`: step s of it is [s * G : (s + 1) * G]."""

@@ -90,7 +90,7 @@ def test_sums_do_not_depend_on_when_they_are_folded() -> None:
     for i in range(FOLD + 3):
         sums.add(batch, torch.full((batch.num_supervised,), float(i)))
     expected = batch.num_supervised * sum(range(FOLD + 3))
-    assert sums.total().tolist() == [[expected], [batch.num_supervised * (FOLD + 3)]]
+    assert sums.total().tolist() == [[expected], [batch.num_supervised * (FOLD + 3)], [batch.num_real_tokens * (FOLD + 3)]]
 
 
 @pytest.fixture(scope="module")
