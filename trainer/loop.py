@@ -64,10 +64,9 @@ class Loop:
         return train_batches(
             setup.data.train,  # type: ignore[arg-type]
             setup.data.sampler,  # type: ignore[arg-type]
+            setup.batch_plan,
             pad_id=setup.data.pad_id,
             rank=setup.world.rank,
-            world_size=setup.world.size,
-            micro_batch_size=config.batch.micro_batch_size,
             first_step=self.first_step,
             last_step=setup.total_steps,
             workers=config.data.workers,

@@ -33,11 +33,14 @@ def _parts(setup: Setup) -> list[str]:
 def _batches(setup: Setup) -> list[str]:
     config, world, sampler = setup.config, setup.world, setup.data.sampler
     per_rank = -(-config.batch.global_batch_size // world.size)
-    accumulated = -(-per_rank // config.batch.micro_batch_size)
     strategy = config.parallel.strategy if world.size > 1 else "one process"
+    if config.data.packing:
+        shared = f"packed into micro-batches of up to {config.batch.micro_batch_tokens:,} tokens, as many as each step needs"
+    else:
+        accumulated = -(-per_rank // config.batch.micro_batch_size)
+        shared = f"up to {per_rank} per rank in {accumulated} micro-batch(es) of {config.batch.micro_batch_size}"
     lines = [
-        f"batch     {config.batch.global_batch_size} samples per step on {world.size} rank(s): up to {per_rank} per rank in "
-        f"{accumulated} micro-batch(es) of {config.batch.micro_batch_size}",
+        f"batch     {config.batch.global_batch_size} samples per step on {world.size} rank(s): {shared}",
         f"parallel  {strategy} on {world.device.type}, computing in {config.model.dtype}, "
         f"activation checkpointing {config.parallel.activation_checkpointing}",
     ]
