@@ -1,4 +1,4 @@
-"""A corpus of what reaches a trainer in practice: records and files that are wrong, each in one way, with what must be said of it."""
+"""A corpus of what reaches a trainer in practice: records and files that are wrong, each in one way, and what must be said."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ def schema_kinds() -> dict[str, Kind]:
         "reserved character": (record(question="\ue100"), "U+E100"),
         "id is a list": (record(id=[1]), "id: is a list"),
         "unknown content part": (
-            record(conversations=..., messages=[{"role": "user", "content": [{"type": "smell"}]}, {"role": "assistant", "content": "b"}]),
+            record(
+                conversations=...,
+                messages=[{"role": "user", "content": [{"type": "smell"}]}, {"role": "assistant", "content": "b"}],
+            ),
             "type 'smell'",
         ),
         "longer than max_length": (record(answer="word " * 2_000_000), "the first round takes"),
