@@ -13,6 +13,8 @@ from data.blob import MediaError
 
 _CUT_SECONDS = 1.0
 """All streams of a whole file end no earlier than this before the length that its header declares."""
+_INDEXED = ("mov", "matroska")
+"""Formats in which a jump ends at the key frame that was asked for. In others it is a search, and may end in the wrong place."""
 _TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 """By degrees counterclockwise."""
 
@@ -37,8 +39,10 @@ def read_timeline(container: Any, stream: Any, name: str) -> Timeline:
     declared = (container.duration or 0) / 1e6
     if not packets:
         raise MediaError(f"{name!r} holds no frame")
-    if last < declared - _CUT_SECONDS or packets[-1].is_corrupt:
+    if last < declared - _CUT_SECONDS:
         raise MediaError(f"{name!r} declares {declared:.2f} s and holds {last:.2f} s: it is cut off")
+    if packets[-1].is_corrupt:
+        raise MediaError(f"{name!r} ends within a frame, after {last:.2f} s: it is cut off")
     shown = [packet for packet in packets if not packet.is_discard]
     by_stamp = container.format.name != "avi" and len({packet.pts for packet in shown} - {None}) == len(shown)
     keys = sorted(packet.pts for packet in shown if packet.is_keyframe) if by_stamp else []
@@ -92,17 +96,18 @@ def _counted(container: Any, stream: Any, timeline: Timeline, wanted: Sequence[i
 
 
 def _stamped(container: Any, stream: Any, timeline: Timeline, wanted: Sequence[int]) -> Iterator[Any]:
-    frames: Iterator[Any] | None = None
-    last, stamps, keys = timeline.begin, timeline.stamps or [], timeline.keys
-    for stamp in (stamps[number] for number in wanted):
+    stamps, keys = timeline.stamps or [], timeline.keys
+    frames, due = _from(container, stream, timeline.begin), 0  # number of the frame that comes next
+    for number in wanted:
+        stamp = stamps[number]
         key = keys[bisect_right(keys, stamp) - 1]
-        if frames is None or key > last:
+        if key > stamps[due] and container.format.name.startswith(_INDEXED):
             frames = _from(container, stream, key)
         frame = _at(frames, stamp)
-        if frame is None:  # some formats jump too far
+        if frame is None:  # the jump went too far
             frames = _from(container, stream, timeline.begin)
             frame = _at(frames, stamp)
-        last = stamp
+        due = min(number + 1, len(stamps) - 1)
         yield frame
 
 
