@@ -142,10 +142,10 @@ def _work(parts: Sequence[Part], work: Callable[[Part], bool], workers: int) -> 
                 pipe.send_bytes(b"done")
                 return
             try:
-                pipe.send_bytes(b"%d %d" % (place, work(parts[place])))
+                answer = b"%d %d" % (place, work(parts[place]))
             except OSError as error:  # nothing can be written: the parent says so
-                pipe.send_bytes(b"failed %d" % (error.errno or 0))
-                return
+                answer = b"failed %d" % (error.errno or 0)
+            pipe.send_bytes(answer)
 
     pipes, processes = [], []
     try:
