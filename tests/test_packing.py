@@ -19,9 +19,12 @@ from data.packing import deal_packed
 from data.sampler import Sampler
 from model.batch import IGNORE_INDEX
 from tests.ranks import run_ranks
-from tests.runs import Start, start, start_alone
+from tests.runs import Start, merged, start, start_alone
+from tests.test_config import MINIMAL, problems
 from tests.tiny_data import WIDTH, dataset, grey, level, talk
 from tools.bench_sampler import efficiency, llava_like_mix, our_steps
+from trainer.runfile import parse_config
+from trainer.schema import to_tables
 
 PAD = 0
 
@@ -151,7 +154,7 @@ def test_a_step_holds_what_the_sampler_says_on_any_ranks_with_any_workers_and_bu
 
 def test_validation_is_packed_and_whole(data: MultimodalDataset) -> None:
     for world_size in (1, 3):
-        options = {"pad_id": PAD, "max_samples": 0, "workers": 0}
+        options: dict[str, Any] = {"pad_id": PAD, "max_samples": 0, "workers": 0}
         ranks = [list(validation_batches(data, BatchPlan(world_size, 4, 70), rank=r, **options)) for r in range(world_size)]
         assert len({len(rank) for rank in ranks}) == 1
         assert sorted(i for rank in ranks for i in ids_of(rank)) == list(range(12))
@@ -168,6 +171,39 @@ def test_a_sample_longer_than_planned_is_named_and_left_out_on_any_number_of_ran
     assert found[1] == found[2] and len(found[1]) == 2  # once in each of the two epochs
     assert found[1][0][1] == "mix.jsonl:6"
     assert found[1][0][2].startswith(f"length: {real} tokens, {real - 3} were planned: ") and "tools.check_data" in found[1][0][2]
+
+
+@pytest.mark.parametrize(
+    ("data", "batch", "attention", "expected"),
+    [
+        ({"packing": True}, {}, "sdpa", "batch.micro_batch_tokens = 0 is less than data.max_length = 2048"),
+        (
+            {"packing": True, "max_length": 99},
+            {"micro_batch_tokens": 98},
+            "varlen",
+            "tokens = 98 is less than data.max_length = 99",
+        ),
+        ({"packing": True}, {"micro_batch_tokens": -1}, "sdpa", "batch.micro_batch_tokens = -1 is negative"),
+        ({}, {"micro_batch_tokens": 4096}, "sdpa", "batch.micro_batch_tokens = 4096 has no effect with data.packing = false"),
+        ({}, {}, "varlen", "model.attention = 'varlen' is for packed samples"),
+        (
+            {"packing": True},
+            {"micro_batch_tokens": 4096, "micro_batch_size": 8},
+            "sdpa",
+            "batch.micro_batch_size = 8 has no effect",
+        ),
+        ({"packing": True}, {"micro_batch_tokens": 4096}, "eager", "'eager' with data.packing = true: packed samples would attend"),
+    ],
+)
+def test_contradictions_are_refused(data: dict[str, Any], batch: dict[str, Any], attention: str, expected: str) -> None:
+    assert expected in problems(data=data, batch=batch, model={"attention": attention})
+
+
+def test_a_packed_configuration_is_accepted_again() -> None:
+    """Resolved, it names micro_batch_size too; the default of that may be more than a small step holds."""
+    sections = {"data": {"packing": True}, "batch": {"micro_batch_tokens": 2048, "global_batch_size": 2}}
+    config = parse_config(merged(MINIMAL, {**sections, "model": {"attention": "varlen"}}), "x")
+    assert parse_config(to_tables(config), "x") == config
 
 
 def lines_of(output_dir: Path) -> list[dict[str, Any]]:
