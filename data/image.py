@@ -9,8 +9,6 @@ fraction of its size, with the same geometry; the error is stated in docs/benchm
 
 from __future__ import annotations
 
-from math import ceil
-
 import numpy as np
 import torch
 from PIL import Image
@@ -20,6 +18,7 @@ from data import decode, endings, tiles
 from data.blob import Blob, MediaError
 from data.config import DataConfig
 from data.decode import Picture, Size
+from data.fit import needed_size, resized_size, views, whole
 from data.record import MediaRef
 from model.batch import ImageSpec, MediaMeta
 
@@ -41,16 +40,14 @@ def load(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, meta: M
     config.image_fit: pad (to a square of the mean colour first, as LLaVA) | square (the tower's own processor: CLIP crops, SigLIP
     distorts) | tiles (distorted to whole tiles, row by row; then all of it in one, if there are several and config.thumbnail).
     """
-    needed = (lambda size: _needed(size, spec, config, meta)) if config.image_decode == "fast" else None
+    needed = (lambda size: needed_size(size, spec, config.image_fit, meta)) if config.image_decode == "fast" else None
     picture = decode.decode(blob, lambda size: judge(blob.name, size, spec, config), needed)
-    if config.image_fit != "tiles":
-        return _rows([_view(picture, spec, config.image_fit)], spec, config)
-    return _rows(_tiles(picture, spec, meta), spec, config)
+    return _rows(views(picture, spec, config.image_fit, meta), spec, config)
 
 
 def frame_rows(picture: Image.Image, spec: ImageSpec, config: DataConfig) -> Tensor:
     """Pixels (1, 3, S, S), typed as `load` types them, of a decoded RGB picture as one view: a frame is never cut into tiles."""
-    return _rows([_view(Picture.of(picture), spec, config.image_fit)], spec, config)
+    return _rows([whole(Picture.of(picture), spec, config.image_fit)], spec, config)
 
 
 def size(blob: Blob, spec: ImageSpec, config: DataConfig) -> Size:
@@ -71,91 +68,24 @@ def judge(name: str, size: Size, spec: ImageSpec, config: DataConfig) -> None:
     limit = config.max_pixels
     if width * height > limit:
         raise MediaError(f"{name!r} is {width} x {height} = {width * height} pixels; data.max_pixels allows {limit}")
-    resized_width, resized_height = _resized(size, spec, config.image_fit)
+    resized_width, resized_height = resized_size(size, spec, config.image_fit)
     grown = max(size) ** 2 if config.image_fit == "pad" else resized_width * resized_height
     if grown > MAX_GROWTH * max(limit, spec.size**2):
         raise MediaError(f"{name!r} is {width} x {height}: so narrow that fitting it takes {grown} pixels")
 
 
-def _resized(size: Size, spec: ImageSpec, fit: str) -> Size:
-    """(width, height) before the crop; the longer edge is cut down to a whole number, as CLIP's processor does."""
-    if spec.resize == "exact" or fit == "tiles":
-        return spec.size, spec.size
-    width, height = size
-    long = int(spec.size * max(size) / min(size))
-    return (spec.size, long) if width <= height else (long, spec.size)
-
-
-def _needed(size: Size, spec: ImageSpec, config: DataConfig, meta: MediaMeta) -> Size:
-    """Pixels that all of a picture of `size` is resized to."""
-    if config.image_fit == "pad":
-        return ceil(size[0] * spec.size / max(size)), ceil(size[1] * spec.size / max(size))
-    if config.image_fit == "tiles":
-        return meta.grid[0] * spec.size, meta.grid[1] * spec.size
-    return _resized(size, spec, config.image_fit)
-
-
-def _view(picture: Picture, spec: ImageSpec, fit: str) -> Image.Image:
-    """All of the picture as one S x S square of bytes."""
-    if fit == "pad":
-        return _padded(picture, spec)
-    resized = picture.image.resize(_resized(picture.size, spec, fit), spec.resample, picture.box)
-    left, top = (resized.width - spec.size) // 2, (resized.height - spec.size) // 2
-    return resized.crop((left, top, left + spec.size, top + spec.size))
-
-
-def _tiles(picture: Picture, spec: ImageSpec, meta: MediaMeta) -> list[Image.Image]:
-    (across, down), side = meta.grid, spec.size
-    whole = picture.image.resize((across * side, down * side), spec.resample, picture.box)
-    corners = [(column * side, row * side) for row in range(down) for column in range(across)]
-    views = [whole.crop((left, top, left + side, top + side)) for left, top in corners]
-    return views if meta.num_rows == len(views) else [*views, _view(picture, spec, "tiles")]
-
-
-def _padded(picture: Picture, spec: ImageSpec) -> Image.Image:
-    """The picture in the middle of a square of the mean colour, resized to S x S.
-
-    Pillow resizes rows, then columns. So bars above and below are put on when the rows are done: to the bit the same, for less.
-    """
-    image, (left, top, right, bottom) = picture.image, picture.box
-    (width, height), side = picture.size, max(picture.size)
-    colour = tuple(int(value * 255) for value in spec.mean)
-    if width >= height:
-        image = image.resize((spec.size, image.height), spec.resample, (left, 0, right, image.height))
-        scale = (bottom - top) / height
-        offset, first, last = _span((side - height) // 2 * scale, side * scale, top)
-        canvas = Image.new("RGB", (spec.size, ceil(last)), colour)
-        canvas.paste(image, (0, offset))
-        return canvas.resize((spec.size, spec.size), spec.resample, (0, first, spec.size, last))
-    scale = (right - left) / width
-    offset, first, last = _span((side - width) // 2 * scale, side * scale, left)
-    canvas = Image.new("RGB", (ceil(last), image.height), colour)
-    canvas.paste(image, (offset, 0))
-    return canvas.resize((spec.size, spec.size), spec.resample, (first, top, last, bottom))
-
-
-def _span(bar: float, side: float, start: float) -> tuple[int, float, float]:
-    """At which whole pixel of a canvas an image goes, and from where to where the canvas is then the square of `side`.
-
-    In it, `bar` pixels come before the picture, which begins `start` pixels into the image.
-    """
-    offset = ceil(bar - start)
-    first = offset + start - bar
-    return offset, first, first + side
-
-
-def _rows(views: list[Image.Image], spec: ImageSpec, config: DataConfig) -> Tensor:
-    """(n, 3, S, S) of RGB squares: bytes if decoded fast, else float32 as the processors compute it.
+def _rows(squares: list[Image.Image], spec: ImageSpec, config: DataConfig) -> Tensor:
+    """(n, 3, S, S) of n RGB squares: bytes if decoded fast, else float32 as the processors compute it.
 
     They do: times spec.rescale in float64; minus mean, over std in float32. A byte has 256 values, so a channel is one table.
     """
-    planes = [[np.asarray(plane) for plane in view.split()] for view in views]
+    planes = [[np.asarray(plane) for plane in square.split()] for square in squares]
     if config.image_decode == "fast":
         return torch.from_numpy(np.array(planes))
     levels = (np.arange(256, dtype=np.float64) * spec.rescale).astype(np.float32)
     mean, std = np.array(spec.mean, dtype=np.float32), np.array(spec.std, dtype=np.float32)
     tables = (levels - mean[:, None]) / std[:, None]
-    pixels = np.empty((len(views), 3, spec.size, spec.size), dtype=np.float32)
+    pixels = np.empty((len(squares), 3, spec.size, spec.size), dtype=np.float32)
     for row, channels in enumerate(planes):
         for channel, plane in enumerate(channels):
             np.take(tables[channel], plane, out=pixels[row, channel], mode="clip")  # "raise" would copy `out` first
