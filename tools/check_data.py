@@ -29,6 +29,7 @@ from model.config import ConfigError
 from tools.cli import printable, run
 from trainer.config import RunConfig
 from trainer.distributed import World
+from trainer.plan_lengths import processors
 from trainer.runfile import load_config
 from trainer.sources import open_data
 
@@ -141,11 +142,6 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     with temporary.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)  # ASCII: no id can break a line
     temporary.replace(path)
-
-
-def processors() -> int:
-    """Those this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main(argv: list[str] | None = None) -> int:

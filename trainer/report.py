@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from data.lengths import EXACT
 from model.trainable import part_table
 from trainer.optim import learning_rates
 from trainer.schedule import warmup_steps
@@ -49,4 +50,6 @@ def _batches(setup: Setup) -> list[str]:
             f"steps     {setup.total_steps} in all, {sampler.steps_per_epoch} per epoch of {len(sampler.lengths):,} samples, "
             f"{warmup_steps(config.optim, setup.total_steps)} of warm-up, {config.optim.schedule}"
         )
+        hint = "" if setup.data.lengths_kind == EXACT else "; before a first start, python -m tools.check_data makes them exact"
+        lines.append(f"lengths   {setup.data.lengths_kind}, for the whole run{hint}")
     return lines

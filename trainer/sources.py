@@ -10,6 +10,7 @@ import numpy as np
 from data.certificate import certify
 from data.config import DataError, SourceConfig
 from data.dataset import MultimodalDataset, open_dataset
+from data.lengths import ESTIMATED
 from data.mixing import Pool, make_pools
 from data.processor import Processor, make_processor
 from data.sampler import Sampler
@@ -20,6 +21,7 @@ from model.card import ModelCard, base_digests, draw_card, media_specs, read_car
 from model.config import ConfigError
 from model.files import sampled_digest
 from model.llm import Vocabulary
+from trainer import plan_lengths
 from trainer.config import RunConfig
 from trainer.distributed import World
 from trainer.quarantine import TRAIN, VALIDATION, read_excluded
@@ -39,7 +41,7 @@ class RunData:
     sampler: Sampler | None
     pools: tuple[Pool, ...] = ()  # what each source of `train` gives
     validation_pools: tuple[Pool, ...] = ()
-    lengths_kind: str = "estimated"  # exact | estimated: what the plan of the run rests on
+    lengths_kind: str = ESTIMATED  # exact | partly exact | estimated: what the plan of the run rests on
 
     @property
     def num_records(self) -> dict[str, int]:
@@ -52,8 +54,11 @@ class RunData:
         return self.card.pad_id
 
 
-def open_data(config: RunConfig, world: World) -> RunData:
-    """Everything the run reads; no weight is loaded. Rank 0 builds missing indexes, the others then map them. Collective."""
+def open_data(config: RunConfig, world: World, *, first_start: bool = False) -> RunData:
+    """Everything the run reads; no weight is loaded. Rank 0 builds missing indexes, the others then map them. Collective.
+
+    first_start: the run begins at step 0, and by what lengths it is planned is settled now.
+    """
     added = added_tokens(config)
     specs = media_specs(config.model)
     vocabulary = load_tokenizer(config.model.llm.path, added, config.model.cache_dir)
@@ -79,16 +84,22 @@ def open_data(config: RunConfig, world: World) -> RunData:
     def opened(sources: tuple[SourceConfig, ...], excluded: frozenset[int]) -> MultimodalDataset:
         return open_dataset(sources, data, template, specs, folder / "index", excluded)
 
+    tables = {TRAIN: data.sources, VALIDATION: data.validation}
     if world.is_main:
-        opened(data.sources + data.validation, frozenset())
-    world.barrier()  # collective: the indexes exist now
-    train = opened(data.sources, read_excluded(folder)) if data.sources else None
-    validation = opened(data.validation, frozenset()) if data.validation else None
+        found = {split: opened(sources, frozenset()) for split, sources in tables.items() if sources}
+        if first_start:
+            plan_lengths.settle(found, config)
+    world.barrier()  # collective: the indexes exist now, and lengths are settled
+    excluded = {TRAIN: read_excluded(folder), VALIDATION: frozenset[int]()}
+    datasets = {split: opened(sources, excluded[split]) for split, sources in tables.items() if sources}
+    kinds = plan_lengths.use(datasets, config)
+    train, validation = (datasets.get(split) for split in tables)
     pools, held_out = (() if dataset is None else pools_of(dataset, config) for dataset in (train, validation))
     sampler = None
     if train is not None:
         sampler = Sampler(train.lengths, train.modalities, config.batch.global_batch_size, config.seed, data.order, pools)
-    return RunData(card, make_processor(template, specs, data), train, validation, sampler, pools, held_out)
+    processor = make_processor(template, specs, data)
+    return RunData(card, processor, train, validation, sampler, pools, held_out, kinds.get(TRAIN, ESTIMATED))
 
 
 def pools_of(dataset: MultimodalDataset, config: RunConfig) -> tuple[Pool, ...]:
