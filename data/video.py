@@ -5,8 +5,8 @@ Which frames are taken is a rule in seconds, the same for every kind of video an
 - one every 1 / data.fps seconds, from the start of the range (`video_range` of the record, else all of the video) on;
 - if these are more than data.max_frames or than the range has frames, or fewer than data.min_frames, then as many as the limit
   says, spread evenly in time from the range's first frame to its last;
-- at each of these moments the frame that is on the screen. One that would be taken twice leaves its place to the next, so
-  frames repeat only where the range has fewer of them than data.min_frames.
+- at each of these moments the frame that is on the screen. One that would be taken twice leaves its place to a neighbour,
+  so frames repeat only where the range has fewer of them than data.min_frames.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _range(span: tuple[float, float] | None, end: float, name: str) -> tuple[flo
         raise MediaError(
             f"video_range [{begin:g}, {stop:g}] is no range of seconds: it must begin at 0 or later and before it ends"
         )
-    if begin >= end or stop > end + _BEYOND:
+    if begin >= end - _ROUNDING or stop > end + _BEYOND:
         raise MediaError(f"video_range [{begin:g}, {stop:g}] is not in {name!r}, which lasts {end:.2f} s")
     return begin, min(stop, end)
 
