@@ -33,12 +33,17 @@ def take_problem(take: str) -> str:
 
 
 def take_count(take: str, size: int) -> int:
-    """Records that `take` leaves of `size`, percentages rounded up; never more than there are."""
+    """Records that `take` leaves of `size`, percentages rounded up; all of them where it asks for more."""
     found = TAKE.fullmatch(take)
-    if found is None:
-        return size
-    number = Fraction(found[2] + (found[3] or ""))
-    return min(size, math.ceil(number * size / 100) if found[4] else int(number))
+    if found is not None and found[4]:
+        return math.ceil(Fraction(found[2] + (found[3] or "")) * size / 100)
+    return min(size, take_wish(take)) if found else size
+
+
+def take_wish(take: str) -> int:
+    """The number of records that `take` names; 0 where it names a part or all."""
+    found = TAKE.fullmatch(take)
+    return 0 if found is None or found[4] else int(found[2])
 
 
 def take_rows(take: str, size: int, seed: int, name: str) -> np.ndarray:
@@ -60,6 +65,7 @@ class Pool:
     name: str
     ids: np.ndarray  # (M,) sample ids, ascending
     size: int  # records of the whole source
+    take: str
     weight: float
     seed: int
     in_order: bool  # as in the file instead of drawn
@@ -68,6 +74,15 @@ class Pool:
     def places(self) -> int:
         """Per epoch, the same in all of them; at least one, so that no source is lost to rounding."""
         return max(1, round(self.weight * len(self.ids)))
+
+    def __str__(self) -> str:
+        """For people; empty where every epoch holds the whole source once."""
+        taken, short = len(self.ids), self.size < take_wish(self.take)
+        if taken == self.size == self.places and not short:
+            return ""
+        part = f"take {self.take} of {self.size:,} records{', fewer than it asks for' * short}: {taken:,}"
+        every = f"all {self.size:,} records"
+        return f"{self.name}: {every if self.take == 'all' else part}, {self.places:,} samples per epoch (weight {self.weight:g})"
 
     def draw(self, epoch: int) -> np.ndarray:
         """Sample ids (places,) of one epoch."""
@@ -99,7 +114,7 @@ def make_pools(
     """One pool per source, of sample ids numbered in the order of the sources."""
     starts = np.cumsum([0, *sizes])
     return tuple(
-        Pool(name, int(start) + take_rows(take, size, seed, name), size, weight, seed, in_order)
+        Pool(name, int(start) + take_rows(take, size, seed, name), size, take, weight, seed, in_order)
         for name, start, size, take, weight in zip(names, starts, sizes, takes, weights)
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ def messy(parts: Path, folder: Path) -> dict[str, Any]:
     for name, rows in files.items():
         (folder / f"{name}.json").write_text(json.dumps(rows))
         sources.append({"path": str(folder / f"{name}.json"), "media_root": str(parts / "images"), **shares.get(name, {})})
-    return {"data": {"sources": sources, "max_length": 120}, "train": {"max_steps": 9}}
+    every = {"checkpoint": {"every": 2, "keep": 9}, "log": {"every": 3}}
+    return {"data": {"sources": sources, "max_length": 120}, "train": {"max_steps": 9}, **every}
 
 
 def accounts(run: Path) -> tuple[dict[str, Any], list[str], bytes]:
@@ -121,7 +123,7 @@ def test_ranks_stops_and_resumed_runs_leave_the_same_accounts(parts: Path, tmp_p
     assert [row["step"] for row in quarantined] == sorted(row["step"] for row in quarantined)
     assert "records after step 9" in whole.said and "left out by take" in whole.said
     run = tmp_path / "ranks"
-    seldom = {**sections, "parallel": {"strategy": "fsdp"}, "log": {"every": 4}, "checkpoint": {"every": 3, "keep": 9}}
+    seldom = {**sections, "log": {"every": 4}, "checkpoint": {"every": 3, "keep": 9}}
     assert {s.code for s in run_ranks(start, 4, parts, run, seldom)} == {0}
     assert accounts(run) == (ledger, rows, log)
     again = cut(tmp_path / "whole", tmp_path / "again", 2)
@@ -134,12 +136,17 @@ def test_ranks_stops_and_resumed_runs_leave_the_same_accounts(parts: Path, tmp_p
 
 
 def test_a_run_that_fails_leaves_the_ledger_of_the_steps_it_did(parts: Path, tmp_path: Path) -> None:
+    """Pictures that are whole by their first and last bytes, so that only training finds them out."""
     records = json.loads((parts / "train.json").read_text())
-    bad = [{"id": f"bad{i}", "image": "gone.png", "conversations": records[1]["conversations"]} for i in range(10)]
+    shutil.copytree(parts / "images", tmp_path / "images")
+    picture = bytearray((tmp_path / "images" / "1_0.png").read_bytes())
+    picture[200:400] = bytes(200)
+    (tmp_path / "images" / "rotten.png").write_bytes(picture)
+    bad = [{"id": f"bad{i}", "image": "rotten.png", "conversations": records[1]["conversations"]} for i in range(10)]
     sources = []
     for name, rows in (("few", bad[:1] + records[:11]), ("many", records[11:] + bad[1:])):
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
-        sources.append({"path": str(tmp_path / f"{name}.json"), "media_root": str(parts / "images")})
+        sources.append({"path": str(tmp_path / f"{name}.json"), "media_root": str(tmp_path / "images")})
     sections = {"data": {"sources": sources, "order": "sequential"}, "batch": {"global_batch_size": 4}}
     code, reason = failure_of(parts, tmp_path / "run", {**sections, "train": {"max_steps": 30}})
     assert code == 65

@@ -22,7 +22,9 @@ def pool(num: int = 10, weight: float = 1.0, take: str = "all", seed: int = 0, i
 def sampler(pools: tuple[Pool, ...], order: str = "modality_length", batch: int = 4, seed: int = 0) -> Sampler:
     random = np.random.default_rng(3)
     num = sum(p.size for p in pools)
-    return Sampler(random.integers(1, 90, num).astype(np.int32), random.integers(0, 3, num).astype(np.int8), batch, seed, order, pools)
+    return Sampler(
+        random.integers(1, 90, num).astype(np.int32), random.integers(0, 3, num).astype(np.int8), batch, seed, order, pools
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,6 +85,13 @@ def test_whole_cycles_and_parts_of_them() -> None:
     first, second = pool(6, 1.5).draw(0), pool(6, 1.5).draw(1)
     extra, rest = ([i for i in range(6) if (ids == i).sum() == 2] for ids in (first, second))
     assert len(extra) == 3 and sorted(extra + rest) == list(range(6))
+
+
+def test_a_pool_says_what_an_epoch_holds() -> None:
+    assert str(pool(1200)) == str(pool(1200, take="first:100%")) == ""
+    assert str(pool(1200, 0.25)) == "a: all 1,200 records, 300 samples per epoch (weight 0.25)"
+    assert str(pool(1200, take="random:10%")) == "a: take random:10% of 1,200 records: 120, 120 samples per epoch (weight 1)"
+    assert "take first:99 of 7 records, fewer than it asks for: 7" in str(pool(7, take="first:99"))
 
 
 def test_in_order_an_epoch_goes_on_where_the_last_one_ended() -> None:

@@ -52,4 +52,5 @@ def _batches(setup: Setup) -> list[str]:
         )
         hint = "" if setup.data.lengths_kind == EXACT else "; before a first start, python -m tools.check_data makes them exact"
         lines.append(f"lengths   {setup.data.lengths_kind}, for the whole run{hint}")
+        lines += [f"mix       {text}" for pool in setup.data.pools if (text := str(pool))]
     return lines
