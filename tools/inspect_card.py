@@ -116,7 +116,7 @@ def _media(boxes: list[Box], album: Album) -> str:
 
 def _figure(box: Box, number: int, album: Album) -> str:
     name = f"{box.medium.kind} {number}"
-    wide = " class=wide" if box.medium.kind != "image" or len(box.medium.tokens) > 1 else ""
+    wide = " class=wide" if box.medium.kind != "image" else ""
     caption = f"<figcaption><b>{name}</b> {visible(box.path)}<br>{box.facts}{_resolution(box)}</figcaption>"
     made = "".join(_rows(box, album, f'alt="{name}: {visible(box.path)}"'))
     seen = f"<button aria-label='{name} in full size'>{made}</button>" if made else f"<div class=gone>{album.full}</div>"
@@ -156,7 +156,8 @@ def _arranged(box: Box, images: list[str]) -> Iterator[str]:
         yield f"<div class='row strip'>{''.join(images)}</div>" if images else ""
         return
     across, down = box.grid
+    row = "row tiles" if across * down > 1 else "row"
     for start in range(0, min(across * down, len(images)), across):
-        yield f"<div class=row>{''.join(images[start : start + across])}</div>"
+        yield f"<div class='{row}'>{''.join(images[start : start + across])}</div>"
     if images[across * down :]:
         yield f"<div class='row thumb'>{''.join(images[across * down :])}</div>"

@@ -23,7 +23,7 @@ from trainer.runfile import load_config
 from trainer.sources import open_data
 from trainer.step_log import read_step
 
-KIND_BITS = {"image": 1, "video": 2, "audio": 4}
+KIND_BITS = {kind: 1 << n for n, kind in enumerate(PLACEHOLDERS)}
 """Of `MultimodalDataset.modalities`."""
 SPLITS = {"sources": TRAIN, "validation": VALIDATION}
 """The split of quarantine.jsonl by the table of run.toml."""

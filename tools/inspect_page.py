@@ -47,19 +47,19 @@ article > header { max-width: none; padding: .7rem 1rem .6rem; margin: 0; border
 .share .all { fill: var(--faint); } .share .read { fill: var(--line); } .share .media { fill: var(--box-line); }
 .share .learned { fill: var(--learn-line); }
 .note { max-width: none; margin: .5rem 0 0; padding: .3rem .6rem; border-radius: .4rem; background: var(--warn);
-  color: var(--warn-ink);
-  font-size: .9rem; overflow-wrap: anywhere; }
+  color: var(--warn-ink); font-size: .9rem; overflow-wrap: anywhere; }
 .note.bad { background: var(--bad); color: var(--bad-ink); }
 .body { display: flex; flex-wrap: wrap; gap: 1rem; padding: .9rem 1rem 1rem; align-items: flex-start; }
 .media { flex: 0 1 auto; max-width: min(21rem, 100%); min-width: 0; display: flex; flex-wrap: wrap; gap: .8rem; }
 .text { flex: 1 1 24rem; min-width: 0; margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.75; }
 figure { margin: 0; max-width: 100%; }
 figure.wide { width: 100%; }
-figcaption { font-size: .8rem; line-height: 1.35; margin-top: .25rem; overflow-wrap: anywhere; }
+figcaption { contain: inline-size; font-size: .8rem; line-height: 1.35; margin-top: .25rem; overflow-wrap: anywhere; }
 figure button { display: block; padding: 0; border: 0; background: none; cursor: zoom-in; max-width: 100%; text-align: left; }
 figure.wide button { width: 100%; }
 .row { display: flex; gap: 2px; margin-bottom: 2px; }
 .row img { min-width: 0; flex: 0 1 auto; }
+.row.tiles img { max-width: 9rem; }
 .row.thumb { margin-top: 6px; } .row.thumb img { width: 5rem; }
 .strip { flex-wrap: wrap; }
 .strip img { width: 5rem; }
@@ -81,13 +81,12 @@ pre.raw { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; flex: 1 1 1
 #status:empty { visibility: hidden; }
 #none { padding: 3rem 0; text-align: center; }
 kbd { white-space: nowrap; border: 1px solid var(--line); border-bottom-width: 2px; border-radius: .25rem; padding: 0 .3rem;
-  font: inherit;
-  font-size: .8rem; }
+  font: inherit; font-size: .8rem; }
 dialog { border: 1px solid var(--line); border-radius: .6rem; background: var(--sheet); color: var(--ink); padding: 1rem;
   max-width: 96vw; max-height: 94vh; }
 dialog::backdrop { background: rgb(0 0 0 / .6); }
 dialog .row img { flex: none; max-width: none; } dialog .strip { flex-wrap: wrap; }
-dialog .row.strip img, dialog .row.thumb img { width: auto; }
+dialog .row.strip img, dialog .row.thumb img { width: auto; } dialog .row.tiles img { max-width: none; }
 dialog .sound img { width: auto; height: auto; max-width: none; }
 dialog button { font: inherit; padding: .2rem .8rem; }
 @media (max-width: 44rem) { .tools { position: static; } html { scroll-padding-top: 1rem; } }
@@ -100,6 +99,12 @@ const find = id => document.getElementById(id);
 const list = find("list"), cards = [...list.children], status = find("status"), big = find("big");
 const chosen = ["source", "kind", "state", "order", "words"].map(find);
 
+let ordered = "file";
+function arrange(order) {
+  const sign = order === "longest" ? -1 : 1, key = order === "file" ? "place" : "tokens";
+  list.append(...[...cards].sort((a, b) => sign * (a.dataset[key] - b.dataset[key]) || a.dataset.place - b.dataset.place));
+  ordered = order;
+}
 function show() {
   const [source, kind, state, order, words] = chosen.map(field => field.value);
   const wanted = words.trim().toLowerCase();
@@ -112,9 +117,7 @@ function show() {
     card.hidden = !fits;
     count += fits;
   }
-  const sign = order === "longest" ? -1 : 1, key = order === "file" ? "place" : "tokens";
-  const sorted = [...cards].sort((a, b) => sign * (a.dataset[key] - b.dataset[key]) || a.dataset.place - b.dataset.place);
-  list.append(...sorted);
+  if (order !== ordered) arrange(order);
   find("count").textContent = count + " of " + cards.length + " shown";
   find("none").hidden = count > 0;
 }
