@@ -158,7 +158,7 @@ def open_dataset(
     ConfigError when a source or a media_root is not there.
     """
     check_roots(sources)
-    indexes = [RecordIndex.open(source, index_folder, specs) for source in sources]
+    indexes = [RecordIndex.open(source, index_folder, specs, config) for source in sources]
     return MultimodalDataset(indexes, sources, template, specs, config, excluded)
 
 
