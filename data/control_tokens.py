@@ -11,7 +11,9 @@ from data.config import ConfigError
 
 def check_single(name: str, tokenizer: PreTrainedTokenizerFast, needs: Sequence[str]) -> None:
     """Raises one `ConfigError` for all that template `name` needs and the tokenizer does not read as a single token."""
-    missing = [token for token in needs if not _is_single(tokenizer, token)]
+    known = tokenizer.get_vocab()
+    read = {token: tokenizer(token, add_special_tokens=False)["input_ids"][-1:] for token in needs}
+    missing = [token for token in needs if token not in known or read[token] != [known[token]]]
     if missing:
         what, which = ("is no single token", "it") if len(missing) == 1 else ("are no single tokens", "them")
         listed = ", ".join(f'"{token}"' for token in missing)
@@ -19,11 +21,6 @@ def check_single(name: str, tokenizer: PreTrainedTokenizerFast, needs: Sequence[
             f"data.template = {name!r} ends or starts turns with {', '.join(map(repr, missing))}, which {what} of this tokenizer; "
             f'choose another template, or add {which} with model.llm.new_tokens = [{listed}] and model.llm.tune = "full"'
         )
-
-
-def _is_single(tokenizer: PreTrainedTokenizerFast, token: str) -> bool:
-    known = tokenizer.get_vocab()
-    return token in known and tokenizer(token, add_special_tokens=False)["input_ids"][-1:] == [known[token]]
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast, free: Collection[str]) -> dict[str, int]:

@@ -76,7 +76,7 @@ def _negative_turn(value: Any, turns: tuple[Turn, ...], dropped: int | None) -> 
         return None
     if isinstance(value, bool) or not isinstance(value, int):
         raise FieldError("inserted_id", f"is {kind_of(value)}, not the number of a turn, counted from 0")
-    written = {i + (dropped is not None and i >= dropped): i for i in range(len(turns)) if _answers_sound(turns, i)}
+    written = {i + (dropped is not None): i for i in range(len(turns)) if _answers_sound(turns, i)}
     if value not in written:
         allowed = ", ".join(map(str, written)) or "none"
         raise FieldError("inserted_id", f"turn {str(value)[:60]} answers no turn with <audio>; turns that do: {allowed}")

@@ -47,16 +47,16 @@ def vita_system(kind: str) -> str:
 
 MPT = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
 VITA = {kind: vita_system(kind) for kind in ("text", "image", "video")}
-AUTO = ["qwen", "qwen3", "llama3", "mistral", "mistral3", "phi3", "gemma", "internlm2"]
+AUTO = ["qwen", "qwen3", "llama3", "mistral", "mistral3", "phi3"]
 PAIRS = [
     *((name, "auto") for name in AUTO),
     *((name, "chatml") for name in ("qwen", "bytes", "bytes_bos")),
     *itertools.product(("llama", "llama_first", "llama_always", "bytes", "bytes_bos"), ("vicuna_v1", "llama2", "mistral", "plain")),
     ("qwen", "plain"),
     *((name, name) for name in ("llama3", "gemma", "phi3", "internlm2")),
-    *(("qwen", "mpt"), ("bytes_bos", "mpt"), ("qwen", "vita_qwen"), ("llama", "vita_mixtral"), ("llama_first", "vita_mixtral")),
+    *(("qwen", "mpt"), ("qwen", "vita_qwen"), ("llama", "vita_mixtral"), ("llama_first", "vita_mixtral")),
 ]
-TRIMMED = [("llama3", "auto"), ("llama3", "llama3"), ("gemma", "auto"), ("gemma", "gemma")]
+TRIMMED = [("llama3", "auto"), ("llama3", "llama3"), ("gemma", "gemma")]
 ENDS = {
     "qwen": "<|im_end|>",
     "qwen3": "<|im_end|>",
@@ -64,8 +64,6 @@ ENDS = {
     "mistral": "</s>",
     "mistral3": "</s>",
     "phi3": "<|end|>",
-    "gemma": "<end_of_turn>",
-    "internlm2": "<|im_end|>",
 }
 OWN_ENDS = {
     **dict.fromkeys(("chatml", "internlm2", "mpt", "vita_qwen"), "<|im_end|>"),
