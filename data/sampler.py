@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from data.mixing import Pool, generator_of
+from data.mixing import Pool, generator_of, numbers, permutation
 
 ORDERS = ("modality_length", "length", "random", "sequential")
 WINDOW = 128
@@ -77,7 +77,7 @@ class Sampler:
 
     def epoch(self, epoch: int) -> np.ndarray:
         """Sample ids (samples_per_epoch,) in the order of epoch `epoch`: step s of it is [s * G : (s + 1) * G]."""
-        drawn = np.concatenate([pool.draw(epoch) for pool in self.pools]) if self.pools else np.arange(len(self.lengths))
+        drawn = np.concatenate([pool.draw(epoch) for pool in self.pools]) if self.pools else numbers(len(self.lengths))
         if self.order == "sequential":
             return drawn
         generator = generator_of(f"data order {self.seed} {epoch}")
@@ -103,7 +103,7 @@ class Sampler:
         """All whole steps, drawn, then the `short` one; each is written to its place, because copies of an epoch take time."""
         num_steps = sum(map(len, steps))
         places = np.argsort(_shuffled(np.arange(num_steps), generator))
-        order = np.empty(num_steps * self.global_batch_size + len(short), dtype=np.int64)
+        order = np.empty(num_steps * self.global_batch_size + len(short), dtype=short.dtype)
         rows = order[: num_steps * self.global_batch_size].reshape(-1, self.global_batch_size)
         for group, where in zip(steps, np.split(places, np.cumsum([len(group) for group in steps])[:-1])):
             rows[where] = group
@@ -156,4 +156,4 @@ def num_micro_batches(num_samples: int, world_size: int, micro_batch_size: int) 
 
 
 def _shuffled(ids: np.ndarray, generator: torch.Generator) -> np.ndarray:
-    return ids[torch.randperm(len(ids), generator=generator).numpy()]
+    return ids[permutation(len(ids), generator)]
