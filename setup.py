@@ -11,7 +11,7 @@ EXTRAS = {
     "parquet": ["pyarrow"],
     "sentencepiece": ["sentencepiece"],
 }
-USED_BY_TESTS = ("plot", "demo", "sentencepiece")
+USED_BY_TESTS = ("media", "plot", "demo", "sentencepiece", "parquet")
 TEST = ["pytest", "hypothesis", "ruff", "mypy", "peft", "accelerate"]
 
 setup(

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from data.config import DataError
 from data.formats import FORMATS
 from data.index import RecordIndex
+from data.messages import media_kinds
 from data.record import Record, RecordError, parse
-from data.render import apply
+from data.render import Message, apply
 from data.template import Encoded, Template
+from data.turns import MARKS
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,11 @@ def _problem(template: Template, record: Record, encoded: Encoded) -> str:
     if len(runs) != answers:
         return f"{len(runs)} supervised stretches, {answers} answers"
     ends = [k for k in range(len(ids)) if supervised[k] and not (k + 1 < len(ids) and supervised[k + 1])]
-    if template.end_is_token and any(ids[k] not in template.stop_ids for k in ends):
+    closed = ends[:-1] if record.interrupted else ends
+    if template.end_is_token and any(ids[k] not in template.stop_ids for k in closed):
         return "an answer's last supervised token does not end its turn"
+    if record.interrupted and (ends[-1] != len(ids) - 1 or (template.end_is_token and ids[-1] in template.stop_ids)):
+        return "something follows an interrupted answer"
     if template.prompt(replace(record, turns=record.turns[:-1])) != ids[: runs[-1]]:
         return "the prompt's ids are not the row's up to its last answer"
     return _reference_problem(template, record, ids)
@@ -89,9 +94,19 @@ def _reference_problem(template: Template, record: Record, ids: list[int]) -> st
     if any(m["ours"] is None for c in messages for m in template.written.finditer(c["content"])):
         return ""
     own = template.name in FORMATS  # of ours: the tokenizer itself decides what comes before the text
-    text = apply(template.tokenizer, FORMATS[template.name].source if own else template.source, messages)
+    text = _reference_text(template, record, messages, FORMATS[template.name].source if own else template.source)
     reference = template.tokenizer(text, add_special_tokens=own)["input_ids"]
     if list(reference) == ids or any(m["role"] == "assistant" and m["content"][:1].isspace() for m in messages):
         return ""
     at = next((k for k, (a, b) in enumerate(zip(reference, ids)) if a != b), min(len(reference), len(ids)))
     return f"ids differ from the tokenizer's own for the same text, first at {at}"
+
+
+def _reference_text(template: Template, record: Record, messages: list[Message], source: str) -> str:
+    """The template's own rendering, up to the end of an interrupted answer."""
+    kinds = media_kinds(record)
+    text = apply(template.tokenizer, source, messages, kinds)
+    if not record.interrupted:
+        return text
+    marked = apply(template.tokenizer, source, [*messages[:-1], {**messages[-1], "content": MARKS[0]}], kinds)
+    return text.removesuffix(marked.rpartition(MARKS[0])[2])

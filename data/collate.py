@@ -45,6 +45,31 @@ def collate(samples: Sequence[Sample], pad_id: int, side: Literal["right", "left
     )
 
 
+def collate_packed(samples: Sequence[Sample], pad_id: int) -> Batch:
+    """All samples one after the other in one row (1, T), T their tokens together: no padding, no mask.
+
+    Positions start anew with every sample, and `segment_lengths` tells the attention where each one ends. The last position of
+    a sample has no target, so no label reaches over a border. No samples give one segment of one pad token.
+    """
+    ids = [sample.input_ids for sample in samples] or [np.array([pad_id])]
+    lengths = [len(part) for part in ids]
+    borders = np.cumsum([0, *lengths])
+    labels = np.concatenate([sample.labels for sample in samples] or [np.array([IGNORE_INDEX])])
+    supervised = np.flatnonzero(labels != IGNORE_INDEX)
+    return Batch(
+        input_ids=torch.from_numpy(np.concatenate(ids)[None]),
+        labels=torch.from_numpy(labels[None]),
+        attention_mask=None,
+        position_ids=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])[None]),
+        supervised=torch.from_numpy(supervised),
+        owners=torch.from_numpy(np.searchsorted(borders, supervised, side="right") - 1),
+        **_names(samples),
+        segment_lengths=tuple(lengths),
+        segment_borders=torch.from_numpy(borders.astype(np.int32)),
+        media=_media(samples, borders[:-1].tolist()),
+    )
+
+
 def _names(samples: Sequence[Sample]) -> dict[str, Any]:
     return {
         "sample_ids": torch.tensor([sample.sample_id for sample in samples] or [BLANK]),

@@ -13,6 +13,7 @@ from data.mixing import take_problem
 from model.batch import PLACEHOLDERS
 
 MAX_WORKERS = 512
+MAX_TILES = 256
 
 
 class ConfigError(Exception):
@@ -104,6 +105,7 @@ class DataConfig:
             found.append(f"data.max_images = {self.max_images} is negative; 0 means no limit")
         if self.max_pixels < 1:
             found.append(f"data.max_pixels = {self.max_pixels} is not positive")
+        found += [*_tile_problems(self), *_time_problems(self)]
         if self.workers < 0:
             found.append(f"data.workers = {self.workers} is negative")
         if self.workers > MAX_WORKERS:
@@ -118,6 +120,28 @@ class DataConfig:
                 found.append(f"two data.{table} are called {key!r}: give each a name of its own")
             found += [line for source in sources for line in (*_share_problems(source, table), *_root_problems(source, table))]
         return found
+
+
+def _tile_problems(config: DataConfig) -> Iterator[str]:
+    if config.image_fit != "tiles":
+        for key, default in (("min_tiles", 1), ("max_tiles", 1), ("thumbnail", True)):
+            if (value := getattr(config, key)) != default:
+                yield f"data.{key} = {str(value).lower()} has no effect unless data.image_fit = 'tiles'"
+    elif not 1 <= config.min_tiles <= config.max_tiles:
+        yield f"data.min_tiles = {config.min_tiles} is not in [1, data.max_tiles = {config.max_tiles}]"
+    elif config.max_tiles == 1:
+        yield "data.image_fit = 'tiles' cuts nothing with data.max_tiles = 1: set it to what a picture may take, as 6 or 12"
+    elif config.max_tiles > MAX_TILES:
+        yield f"data.max_tiles = {config.max_tiles} is more than {MAX_TILES}: they are views of one picture; 6 to 40 are usual"
+
+
+def _time_problems(config: DataConfig) -> Iterator[str]:
+    if not 0 < config.fps < math.inf:
+        yield f"data.fps = {config.fps} is no number of frames per second; 1 to 4 are usual"
+    if not 1 <= config.min_frames <= config.max_frames:
+        yield f"data.min_frames = {config.min_frames} is not in [1, data.max_frames = {config.max_frames}]"
+    if not 0 < config.max_seconds < math.inf:
+        yield f"data.max_seconds = {config.max_seconds} is no length of a clip; 30 is one window of Whisper"
 
 
 def _share_problems(source: SourceConfig, table: str) -> Iterator[str]:

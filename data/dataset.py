@@ -77,10 +77,19 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
         try:
             return self._sample(i, source_id)
         except RecordError as error:
-            too_long = isinstance(error, TooLongError)
-            if self.config.on_bad_sample == "error" and not too_long:
-                raise
-            return Rejected(i, name, error.where, error.id, f"{error.field}: {error.reason}", too_long)
+            return self._rejected(i, error)
+
+    def reject(self, i: int, field: str, reason: str) -> Rejected:
+        """Sample `i`, which could be made, as one that is not trained on. Raises `RecordError` instead as `[]` does."""
+        record = self.record(i)
+        return self._rejected(i, RecordError(record.where, record.id, field, reason))
+
+    def _rejected(self, i: int, error: RecordError) -> Rejected:
+        too_long = isinstance(error, TooLongError)
+        if self.config.on_bad_sample == "error" and not too_long:
+            raise error
+        name = self.source_names[int(self.source_ids[i])]
+        return Rejected(i, name, error.where, error.id, f"{error.field}: {error.reason}", too_long)
 
     def record(self, i: int) -> Record:
         """The record of sample `i`. Raises `RecordError`."""
@@ -149,7 +158,7 @@ def open_dataset(
     ConfigError when a source or a media_root is not there.
     """
     check_roots(sources)
-    indexes = [RecordIndex.open(source, index_folder, specs) for source in sources]
+    indexes = [RecordIndex.open(source, index_folder, specs, config) for source in sources]
     return MultimodalDataset(indexes, sources, template, specs, config, excluded)
 
 

@@ -1,4 +1,9 @@
-"""Chat formats of our own: Jinja texts that write what the systems they come from write, to the character."""
+"""Chat formats of our own: Jinja texts that write what the systems they come from write, to the character.
+
+`llama3`, `gemma`, `phi3` and `internlm2` are the families' own chat templates, for tokenizers that come without one; where a
+family writes no system turn of its own, neither do they. The token that a tokenizer puts before every text by itself (BOS) is
+no part of a format.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Format:
-    source: str  # Jinja, without the token a tokenizer puts before a text by itself
+    source: str  # Jinja; it may ask `media_kinds`, the kinds of media that a record holds
     end: str  # ends an assistant's turn
     needs: tuple[str, ...]  # must be single tokens
     placeholders_only: bool = False  # the user's words are thrown away
@@ -21,10 +26,27 @@ _LLAMA2_SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
     "and assist the user with a variety of tasks using natural language."
 )
+_MPT_SYSTEM = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+# In the place and the form of VITA's persona, in words of our own: a name and a maker are for whoever trains to claim. To go
+# on from VITA's weights with VITA's words, write them into the records as their system turn.
+_VITA_SYSTEM = (
+    "You are an assistant for text, pictures, video and speech. \\n"
+    "- Be helpful, honest and harmless. \\n"
+    "- Talk with the user fluently, in the language that the user chooses. \\n"
+    "- When the user points out a mistake in an answer, apologise and work out the right one together."
+)
+_VITA_SEEN = " \\n- Answer strictly from what the {0} shows; when the {0} does not show what is asked, say so."
 
 _CHATML = """\
 {%- for message in messages %}
 {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+_MPT = """\
+{%- if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\n' + SYSTEM + '<|im_end|>' }}{% endif %}
+{%- for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
@@ -37,13 +59,17 @@ _VICUNA = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
 
-# The system text stands inside the first [INST]; SEP is written before every later one.
-_INST = """\
+_SPLIT_SYSTEM = """\
 {%- if messages[0]['role'] == 'system' %}
 {%- set system = messages[0]['content'] %}{% set turns = messages[1:] %}
 {%- else %}
 {%- set system = SYSTEM %}{% set turns = messages %}
-{%- endif %}
+{%- endif %}"""
+
+# The system text stands inside the first [INST]; SEP is written before every later one.
+_INST = (
+    _SPLIT_SYSTEM
+    + """
 {%- for message in turns %}
 {%- if message['role'] == 'user' %}
 {%- if not loop.first %}{{ SEP }}{% endif %}
@@ -52,11 +78,56 @@ _INST = """\
 {{- message['content'] + ' [/INST]' }}
 {%- else %}{{ ' ' + message['content'] + ' </s>' }}{% endif %}
 {%- endfor %}"""
+)
+
+_LLAMA3 = """\
+{%- for message in messages %}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
+
+_GEMMA = """\
+{%- if messages[0]['role'] == 'system' %}
+{{- raise_exception('gemma has no system turn; put its words into the first question') }}
+{%- endif %}
+{%- for message in messages %}
+{%- set role = 'model' if message['role'] == 'assistant' else 'user' %}
+{{- '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
+
+_PHI3 = """\
+{%- for message in messages %}
+{{- '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ '<|endoftext|>' }}{% endif %}"""
 
 _PLAIN = """\
 {%- for message in messages %}
 {{- message['content'] }}{% if message['role'] == 'assistant' %}{{ '\\n' }}{% endif %}
 {%- endfor %}"""
+
+# VITA has three system texts. A record with an image takes that for images, as VITA asks for images first.
+_BY_MEDIA = """\
+{%- set kinds = media_kinds | default([]) %}
+{%- if 'image' in kinds %}{% set SYSTEM = SYSTEM + IMAGE %}
+{%- elif 'video' in kinds %}{% set SYSTEM = SYSTEM + VIDEO %}{% endif %}"""
+
+_VITA_MIXTRAL = """
+{{- 'system:' + system + '</s>' }}
+{%- for message in turns %}
+{{- '\\n' + ('user:' if message['role'] == 'user' else 'bot:') + message['content'] + '</s>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '\\nbot:' }}{% endif %}"""
+
+# No newline after the last turn.
+_VITA_QWEN = """
+{{- '<|im_start|>system\\n' + system + '<|im_end|>\\n' }}
+{%- for message in turns %}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}
+{%- if not loop.last or add_generation_prompt %}{{ '\\n' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 
 def _with(source: str, **values: str) -> str:
@@ -64,12 +135,25 @@ def _with(source: str, **values: str) -> str:
     return "".join(f'{{%- set {name} = "{value}" %}}' for name, value in values.items()) + source
 
 
+def _vita(source: str) -> str:
+    seen = {kind.upper(): _VITA_SEEN.format(kind) for kind in ("image", "video")}
+    return _with(_BY_MEDIA + _SPLIT_SYSTEM + source, SYSTEM=_VITA_SYSTEM, **seen)
+
+
+_IM = ("<|im_start|>", "<|im_end|>")
 FORMATS = {
-    "chatml": Format(_CHATML, "<|im_end|>", ("<|im_start|>", "<|im_end|>")),
-    "vicuna_v1": Format(_with(_VICUNA, SYSTEM=_VICUNA_SYSTEM), "</s>", ("</s>",)),  # LLaVA conv_vicuna_v1
+    "chatml": Format(_CHATML, "<|im_end|>", _IM),
+    "gemma": Format(_GEMMA, "<end_of_turn>", ("<start_of_turn>", "<end_of_turn>")),
+    "internlm2": Format(_CHATML, "<|im_end|>", _IM),  # ChatML after a BOS, which its tokenizer puts there
     "llama2": Format(_with(_INST, SYSTEM=_LLAMA2_SYSTEM, SEP="<s>"), "</s>", ("<s>", "</s>")),  # LLaVA conv_llava_llama_2
+    "llama3": Format(_LLAMA3, "<|eot_id|>", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
     "mistral": Format(_with(_INST, SYSTEM="", SEP=""), "</s>", ("</s>",)),  # LLaVA mistral_instruct
+    "mpt": Format(_with(_MPT, SYSTEM=_MPT_SYSTEM), "<|im_end|>", _IM),  # LLaVA conv_mpt
+    "phi3": Format(_PHI3, "<|end|>", ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")),
     "plain": Format(_PLAIN, "\n", (), placeholders_only=True),  # LLaVA conv_llava_plain
+    "vicuna_v1": Format(_with(_VICUNA, SYSTEM=_VICUNA_SYSTEM), "</s>", ("</s>",)),  # LLaVA conv_vicuna_v1
+    "vita_mixtral": Format(_vita(_VITA_MIXTRAL), "</s>", ("</s>",)),  # VITA mixtral_two
+    "vita_qwen": Format(_vita(_VITA_QWEN), "<|im_end|>", _IM),  # VITA 1.5 qwen2p5_instruct
 }
 
 # 26 July 2024 by strftime's directives; longer ones first, since they are replaced one after the other.

@@ -1,9 +1,10 @@
 """Pictures: from a path in a record to the pixels its vision tower was trained on.
 
-The pixels are those of the Hugging Face processors with the PIL back end, bit for bit: CLIP (shortest edge, centre crop),
-SigLIP (both edges at once) and LLaVA (padded to a square of the mean colour, expand2square). As in LLaVA's training every mode
-becomes RGB by Pillow's conversion, which drops alpha (transformers 5.17 does so too, 5.23 lays transparent pictures on white), and
-nothing is rotated: EXIF orientation is ignored.
+The pixels are those of the Hugging Face processors with the PIL back end for what `load_image` returns, bit for bit: CLIP (shortest
+edge, centre crop), SigLIP (both edges at once), LLaVA (padded to a square of the mean colour) and InternVL (tiles).
+
+With data.image_decode = "fast" they stay bytes, which the model normalises (`model.pixels`), and a large JPEG is decoded at a
+fraction of its size, with the same geometry; the error is stated in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -13,92 +14,79 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data import decode, endings, tiles
 from data.blob import Blob, MediaError
 from data.config import DataConfig
+from data.decode import Picture, Size
+from data.fit import needed_size, resized_size, views, whole
 from data.record import MediaRef
 from model.batch import ImageSpec, MediaMeta
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""Formats that may be decoded; of an animation the first frame. The others of Pillow's forty are attack surface."""
 MAX_GROWTH = 4
 """Padding or resizing may make a picture this many times `max_pixels`: a strip of 1 x 60 million pixels would become a square."""
 
 
 def measure(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, num_media: int) -> MediaMeta:
-    """One view per picture: nothing has to be opened to know that."""
-    return MediaMeta()
+    """Rows of a picture among `num_media` of its sample, by its header; one row needs no look at the file. Raises MediaError."""
+    if config.image_fit != "tiles":
+        return MediaMeta()
+    max_tiles = tiles.budget(config.max_tiles, num_media)
+    return tiles.plan(size(blob, spec, config), spec.size, config.min_tiles, max_tiles, config.thumbnail)
 
 
 def load(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, meta: MediaMeta) -> Tensor:
-    """Pixels (meta.num_rows, 3, S, S) float32, S = spec.size. Raises MediaError.
+    """Pixels (meta.num_rows, 3, S, S), S = spec.size: float32 normalised, or uint8 if decoded fast. Raises MediaError.
 
     config.image_fit: pad (to a square of the mean colour first, as LLaVA) | square (the tower's own processor: CLIP crops, SigLIP
-    distorts).
+    distorts) | tiles (distorted to whole tiles, row by row; then all of it in one, if there are several and config.thumbnail).
     """
-    return normalise(_fit(_decode(blob, spec, config.image_fit, config.max_pixels), spec, config.image_fit), spec)[None]
+    needed = (lambda size: needed_size(size, spec, config.image_fit, meta)) if config.image_decode == "fast" else None
+    picture = decode.decode(blob, lambda size: judge(blob.name, size, spec, config), needed)
+    return _rows(views(picture, spec, config.image_fit, meta), spec, config)
 
 
-def _decode(blob: Blob, spec: ImageSpec, fit: str, max_pixels: int) -> Image.Image:
-    """The picture in RGB, whatever mode it was stored in; its size is judged by the header, before anything is decoded."""
-    file = blob.name
-    try:
-        with blob.open() as stream, Image.open(stream, formats=FORMATS) as picture:
-            _check_size(file, picture.size, spec, fit, max_pixels)
-            picture.load()
-            return picture.convert("RGB")
-    except MediaError:
-        raise
-    except Image.UnidentifiedImageError as error:
-        raise MediaError(f"{file!r} is none of {', '.join(FORMATS)}") from error
-    # Pillow's decoders raise whatever broken bytes lead them to: OSError, SyntaxError, struct.error, IndexError ...
-    except Exception as error:
-        raise MediaError(f"{file!r} cannot be decoded: {error or type(error).__name__}") from error
+def frame_rows(picture: Image.Image, spec: ImageSpec, config: DataConfig) -> Tensor:
+    """Pixels (1, 3, S, S), typed as `load` types them, of a decoded RGB picture as one view: a frame is never cut into tiles."""
+    return _rows([whole(Picture.of(picture), spec, config.image_fit)], spec, config)
 
 
-def normalise(picture: Image.Image, spec: ImageSpec) -> Tensor:
-    """Pixels (3, H, W) float32 of an RGB picture: times spec.rescale in float64, then minus mean, over std in float32.
+def size(blob: Blob, spec: ImageSpec, config: DataConfig) -> Size:
+    """Width and height of the upright picture, by its header. Raises MediaError for sizes that `load` refuses."""
+    return decode.header_size(blob, lambda size: judge(blob.name, size, spec, config))
 
-    The order and the types are the processor's; fusing them is 2e-7 off. A byte has 256 values, so each channel is one table.
+
+def check_file(blob: Blob) -> None:
+    """Raises MediaError unless the header is that of a picture and the file is whole, as its markers tell. Decodes nothing."""
+    with decode.opened(blob) as (stream, picture):
+        if missing := endings.MISSING[str(picture.format)](stream, blob.num_bytes()):
+            raise MediaError(f"{blob.name!r} is cut short or damaged: {missing}")
+
+
+def judge(name: str, size: Size, spec: ImageSpec, config: DataConfig) -> None:
+    """Raises MediaError for a picture or a frame that is too large, or too narrow to be fitted."""
+    width, height = size
+    limit = config.max_pixels
+    if width * height > limit:
+        raise MediaError(f"{name!r} is {width} x {height} = {width * height} pixels; data.max_pixels allows {limit}")
+    resized_width, resized_height = resized_size(size, spec, config.image_fit)
+    grown = max(size) ** 2 if config.image_fit == "pad" else resized_width * resized_height
+    if grown > MAX_GROWTH * max(limit, spec.size**2):
+        raise MediaError(f"{name!r} is {width} x {height}: so narrow that fitting it takes {grown} pixels")
+
+
+def _rows(squares: list[Image.Image], spec: ImageSpec, config: DataConfig) -> Tensor:
+    """(n, 3, S, S) of n RGB squares: bytes if decoded fast, else float32 as the processors compute it.
+
+    They do: times spec.rescale in float64; minus mean, over std in float32. A byte has 256 values, so a channel is one table.
     """
+    planes = [[np.asarray(plane) for plane in square.split()] for square in squares]
+    if config.image_decode == "fast":
+        return torch.from_numpy(np.array(planes))
     levels = (np.arange(256, dtype=np.float64) * spec.rescale).astype(np.float32)
     mean, std = np.array(spec.mean, dtype=np.float32), np.array(spec.std, dtype=np.float32)
     tables = (levels - mean[:, None]) / std[:, None]
-    pixels = np.asarray(picture)
-    return torch.from_numpy(np.stack([tables[channel][pixels[..., channel]] for channel in range(3)]))
-
-
-def _fit(picture: Image.Image, spec: ImageSpec, fit: str) -> Image.Image:
-    """The picture as an S x S square of bytes."""
-    if fit == "pad":
-        picture = _pad_to_square(picture, spec.mean)
-    elif fit != "square":
-        raise ValueError(f"image_fit = {fit!r} is neither pad nor square")
-    resized = picture.resize(_resized(picture.size, spec), resample=spec.resample)
-    left, top = (resized.width - spec.size) // 2, (resized.height - spec.size) // 2
-    return resized.crop((left, top, left + spec.size, top + spec.size))
-
-
-def _pad_to_square(picture: Image.Image, mean: tuple[float, ...]) -> Image.Image:
-    side = max(picture.size)
-    canvas = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))
-    canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-    return canvas
-
-
-def _resized(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
-    """(width, height) before the crop; the longer edge is cut down to a whole number, as the processor does."""
-    if spec.resize == "exact":
-        return spec.size, spec.size
-    width, height = size
-    long = int(spec.size * max(size) / min(size))
-    return (spec.size, long) if width <= height else (long, spec.size)
-
-
-def _check_size(file: str, size: tuple[int, int], spec: ImageSpec, fit: str, max_pixels: int) -> None:
-    width, height = size
-    if width * height > max_pixels:
-        raise MediaError(f"{file!r} is {width} x {height} = {width * height} pixels; data.max_pixels allows {max_pixels}")
-    resized_width, resized_height = _resized(size, spec)
-    grown = max(size) ** 2 if fit == "pad" else resized_width * resized_height
-    if grown > MAX_GROWTH * max(max_pixels, spec.size**2):
-        raise MediaError(f"{file!r} is {width} x {height}: so narrow that fitting it takes {grown} pixels")
+    pixels = np.empty((len(squares), 3, spec.size, spec.size), dtype=np.float32)
+    for row, channels in enumerate(planes):
+        for channel, plane in enumerate(channels):
+            np.take(tables[channel], plane, out=pixels[row, channel], mode="clip")  # "raise" would copy `out` first
+    return torch.from_numpy(pixels)

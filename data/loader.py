@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,12 +12,42 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data.collate import collate
+from data.collate import collate, collate_packed
 from data.config import DataError
 from data.dataset import MultimodalDataset, Rejected
+from data.mixing import Pool
+from data.packing import deal_packed
 from data.sample import Sample
 from data.sampler import Sampler, deal, num_micro_batches
 from model.batch import Batch
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a step becomes micro-batches: so many samples to each, padded, or packed up to so many tokens."""
+
+    world_size: int
+    micro_batch_size: int
+    micro_batch_tokens: int = 0  # packing; 0 = padding
+
+    @property
+    def is_packed(self) -> bool:
+        return self.micro_batch_tokens > 0
+
+    def deal(self, ids: np.ndarray, lengths: np.ndarray, costs: np.ndarray | None = None) -> list[list[np.ndarray]]:
+        """result[rank][micro-batch]: the samples of a step, equally many micro-batches for every rank, at least one.
+
+        `lengths` (N,) planned tokens and `costs` (N,) work by sample id; only packing asks for the second.
+        """
+        if self.is_packed:
+            return deal_packed(ids, lengths, self.world_size, self.micro_batch_tokens, costs)
+        return deal(ids, lengths, self.world_size, self.micro_batch_size)
+
+    def micro_batches_per_step(self, lengths: np.ndarray, global_batch_size: int) -> int:
+        """Of a full step with samples of mean length, as an estimate."""
+        if self.is_packed:
+            return math.ceil(global_batch_size * float(lengths.mean()) / (self.world_size * self.micro_batch_tokens))
+        return num_micro_batches(global_batch_size, self.world_size, self.micro_batch_size)
 
 
 @dataclass(frozen=True)
@@ -25,6 +56,7 @@ class MicroBatch:
 
     batch: Batch
     rejected: tuple[Rejected, ...] = ()
+    ends_step: bool = True
 
     def pin_memory(self) -> MicroBatch:
         return replace(self, batch=self.batch.pin_memory())
@@ -33,34 +65,37 @@ class MicroBatch:
 def train_batches(
     dataset: MultimodalDataset,
     sampler: Sampler,
+    plan: BatchPlan,
     *,
     pad_id: int,
     rank: int,
-    world_size: int,
-    micro_batch_size: int,
     first_step: int,
     last_step: int,
     workers: int,
     pin_memory: bool,
+    costs: np.ndarray | None = None,
 ) -> Iterator[list[MicroBatch]]:
     """This rank's micro-batches of each optimizer step in [first_step, last_step), steps counted over all epochs.
 
     Every rank gets equally many per step, blank ones where it has no sample. Order and content do not depend on `workers`.
-    Raises `DataError` where the dataset does.
+    When packing, a sample that turns out longer than it was planned is rejected, so that no micro-batch passes its budget; which
+    ones are does not depend on the number of ranks. Raises `DataError` where the dataset does.
     """
 
-    def shares() -> Iterator[list[np.ndarray]]:
+    def shares() -> Iterator[_Share]:
         for step in range(first_step, last_step):
-            yield deal(sampler.step(step), sampler.lengths, world_size, micro_batch_size)[rank]
+            parts = plan.deal(sampler.step(step), sampler.lengths, costs)[rank]
+            yield from (_Share(ids, micro == len(parts) - 1) for micro, ids in enumerate(parts))
 
-    full = sampler.global_batch_size
     # A step is awaited whole before its first forward: workers must be able to have the next one ready by then.
-    ahead = prefetch_factor(num_micro_batches(full, world_size, micro_batch_size), workers)
-    batches = _load(dataset, (ids for share in shares() for ids in share), pad_id, workers, pin_memory, ahead)
-    short = sampler.samples_per_epoch % full or full
-    for step in range(first_step, last_step):
-        is_short = (step + 1) % sampler.steps_per_epoch == 0
-        yield [next(batches) for _ in range(num_micro_batches(short if is_short else full, world_size, micro_batch_size))]
+    ahead = prefetch_factor(plan.micro_batches_per_step(sampler.lengths, sampler.global_batch_size), workers)
+    made = _MicroBatches(dataset, pad_id, plan.is_packed, sampler.lengths if plan.is_packed else None)
+    step: list[MicroBatch] = []
+    for micro_batch in _load(made, shares(), workers, pin_memory, ahead):
+        step.append(micro_batch)
+        if micro_batch.ends_step:
+            yield step
+            step = []
 
 
 def prefetch_factor(micro_batches_per_step: int, workers: int) -> int | None:
@@ -70,22 +105,24 @@ def prefetch_factor(micro_batches_per_step: int, workers: int) -> int | None:
 
 def validation_batches(
     dataset: MultimodalDataset,
+    plan: BatchPlan,
     *,
     pad_id: int,
     rank: int,
-    world_size: int,
-    micro_batch_size: int,
     max_samples: int,
     workers: int,
+    pools: Sequence[Pool] = (),
 ) -> Iterator[MicroBatch]:
-    """This rank's share of at most `max_samples` records (0: all), the same ones at every call.
+    """This rank's share of at most `max_samples` records (0: all) of `pools` (none: of all), the same ones at every call.
 
     They are spread evenly over each source, in proportion to its size and at least one of each, even where there are more
-    sources than `max_samples`. Every rank gets equally many
-    micro-batches, blank ones where it has no sample.
+    sources than `max_samples`. Every rank gets equally many micro-batches, blank ones where it has no sample. None is rejected
+    for its length when packing: without a graph a micro-batch somewhat over its budget does no harm.
     """
-    ids = _spread(np.bincount(dataset.source_ids), max_samples)
-    return _load(dataset, iter(deal(ids, dataset.lengths, world_size, micro_batch_size)[rank]), pad_id, workers, False)
+    taken = [pool.ids for pool in pools] or np.split(np.arange(len(dataset)), np.cumsum(np.bincount(dataset.source_ids))[:-1])
+    ids = np.concatenate(taken)[_spread(np.array([len(rows) for rows in taken]), max_samples)]
+    shares = (_Share(part, True) for part in plan.deal(ids, dataset.lengths)[rank])
+    return _load(_MicroBatches(dataset, pad_id, plan.is_packed), shares, workers, False)
 
 
 def _spread(sizes: np.ndarray, max_samples: int) -> np.ndarray:
@@ -111,28 +148,49 @@ def _spread(sizes: np.ndarray, max_samples: int) -> np.ndarray:
     return np.concatenate([start + np.arange(n) * size // n for start, n, size in zip(starts, shares, sizes) if n])
 
 
+@dataclass(frozen=True)
+class _Share:
+    """The sample ids of one micro-batch of one rank."""
+
+    ids: np.ndarray
+    ends_step: bool
+
+
 class _MicroBatches(Dataset[MicroBatch | DataError]):
-    """One micro-batch per list of sample ids. Errors come as values: a worker would wrap them in a traceback."""
+    """One micro-batch per share of ids. Errors come as values: a worker would wrap them in a traceback."""
 
-    def __init__(self, dataset: MultimodalDataset, pad_id: int) -> None:
-        self._dataset, self._pad_id = dataset, pad_id
+    def __init__(self, dataset: MultimodalDataset, pad_id: int, is_packed: bool, planned: np.ndarray | None = None) -> None:
+        """`planned` (N,): the tokens a sample may have at most, by id; None: any number."""
+        self._dataset, self._pad_id, self._planned = dataset, pad_id, planned
+        self._collate = collate_packed if is_packed else collate
 
-    def __getitem__(self, ids: np.ndarray) -> MicroBatch | DataError:
+    def __getitem__(self, share: _Share) -> MicroBatch | DataError:
         try:
-            items = [self._dataset[int(i)] for i in ids]
+            items = [self._item(int(i)) for i in share.ids]
         except DataError as error:
             return error
         samples = [item for item in items if isinstance(item, Sample)]
-        return MicroBatch(collate(samples, self._pad_id), tuple(item for item in items if isinstance(item, Rejected)))
+        rejected = tuple(item for item in items if isinstance(item, Rejected))
+        return MicroBatch(self._collate(samples, self._pad_id), rejected, share.ends_step)
+
+    def _item(self, i: int) -> Sample | Rejected:
+        item = self._dataset[i]
+        if self._planned is None or isinstance(item, Rejected) or len(item.input_ids) <= self._planned[i]:
+            return item
+        reason = (
+            f"{len(item.input_ids)} tokens, {self._planned[i]} were planned: the record or its media changed, "
+            "or were never measured; run tools.check_data again, and start in another output_dir"
+        )
+        return self._dataset.reject(i, "length", reason)
 
 
 def _load(
-    dataset: MultimodalDataset, ids: Iterable[np.ndarray], pad_id: int, workers: int, pin_memory: bool, ahead: int | None = None
+    made: _MicroBatches, shares: Iterable[_Share], workers: int, pin_memory: bool, ahead: int | None = None
 ) -> Iterator[MicroBatch]:
     loader = DataLoader(
-        _MicroBatches(dataset, pad_id),
+        made,
         batch_size=None,
-        sampler=ids,
+        sampler=shares,
         num_workers=workers,
         prefetch_factor=ahead,
         collate_fn=_unchanged,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from data import image
+from data import audio, image, video
 from data.blob import Blob, MediaError
 from data.config import DataConfig
 from data.record import MediaRef, Record, RecordError
@@ -21,14 +21,18 @@ class Reader:
     """How one kind of medium is measured, decoded and checked. All raise `MediaError`."""
 
     measure: Callable[[Blob, MediaRef, Any, DataConfig, int], MediaMeta]
-    """From the header alone; the last argument is how many media of its kind the record holds."""
+    """Exactly, and as cheaply as the format allows; the last argument is how many media of its kind the record holds."""
     load: Callable[[Blob, MediaRef, Any, DataConfig, MediaMeta], Tensor]
     """Rows (n, ...) of an encoder; raises if what is decoded is not what was measured."""
     check: Callable[[Blob], None] = Blob.check_exists
     """Cheap: finds what is missing, of a foreign format or cut short, without decoding it."""
 
 
-READERS = {"image": Reader(image.measure, image.load)}
+READERS = {
+    "image": Reader(image.measure, image.load, image.check_file),
+    "video": Reader(video.measure, video.load, video.check),
+    "audio": Reader(audio.measure, audio.load, audio.check),
+}
 """By kind of medium. A kind is an entry here and in `model.batch`, not a branch."""
 
 

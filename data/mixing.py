@@ -33,20 +33,25 @@ def take_problem(take: str) -> str:
 
 
 def take_count(take: str, size: int) -> int:
-    """Records that `take` leaves of `size`, percentages rounded up; never more than there are."""
+    """Records that `take` leaves of `size`, percentages rounded up; all of them where it asks for more."""
     found = TAKE.fullmatch(take)
-    if found is None:
-        return size
-    number = Fraction(found[2] + (found[3] or ""))
-    return min(size, math.ceil(number * size / 100) if found[4] else int(number))
+    if found is not None and found[4]:
+        return math.ceil(Fraction(found[2] + (found[3] or "")) * size / 100)
+    return min(size, take_wish(take)) if found else size
+
+
+def take_wish(take: str) -> int:
+    """The number of records that `take` names; 0 where it names a part or all."""
+    found = TAKE.fullmatch(take)
+    return 0 if found is None or found[4] else int(found[2])
 
 
 def take_rows(take: str, size: int, seed: int, name: str) -> np.ndarray:
     """Rows of a source that take part, ascending. random: without repetition, the same in every epoch."""
     count, how = take_count(take, size), take.partition(":")[0]
     if how == "random":
-        return np.sort(torch.randperm(size, generator=generator_of(f"take {seed} {name}"))[:count].numpy())
-    return np.arange(size - count, size) if how == "end" else np.arange(count)
+        return np.sort(permutation(size, generator_of(f"take {seed} {name}"))[:count])
+    return numbers(size)[size - count :] if how == "end" else numbers(count)
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class Pool:
     name: str
     ids: np.ndarray  # (M,) sample ids, ascending
     size: int  # records of the whole source
+    take: str
     weight: float
     seed: int
     in_order: bool  # as in the file instead of drawn
@@ -68,6 +74,15 @@ class Pool:
     def places(self) -> int:
         """Per epoch, the same in all of them; at least one, so that no source is lost to rounding."""
         return max(1, round(self.weight * len(self.ids)))
+
+    def __str__(self) -> str:
+        """For people; empty where every epoch holds the whole source once."""
+        taken, short = len(self.ids), self.size < take_wish(self.take)
+        if taken == self.size == self.places and not short:
+            return ""
+        part = f"take {self.take} of {self.size:,} records{', fewer than it asks for' * short}: {taken:,}"
+        every = f"all {self.size:,} records"
+        return f"{self.name}: {every if self.take == 'all' else part}, {self.places:,} samples per epoch (weight {self.weight:g})"
 
     def draw(self, epoch: int) -> np.ndarray:
         """Sample ids (places,) of one epoch."""
@@ -89,21 +104,30 @@ class Pool:
         """Places [start, stop) of one order of the pool. A whole one need not be drawn: the sampler orders what it gets."""
         if self.in_order or stop - start in (0, len(self.ids)):
             return self.ids[start:stop]
-        order = torch.randperm(len(self.ids), generator=generator_of(f"mixing {self.seed} {self.name} {cycle}"))
-        return self.ids[order[start:stop].numpy()]
+        return self.ids[permutation(len(self.ids), generator_of(f"mixing {self.seed} {self.name} {cycle}"))[start:stop]]
 
 
 def make_pools(
     names: Sequence[str], sizes: Sequence[int], takes: Sequence[str], weights: Sequence[float], seed: int, in_order: bool
 ) -> tuple[Pool, ...]:
     """One pool per source, of sample ids numbered in the order of the sources."""
-    starts = np.cumsum([0, *sizes])
+    ids = np.split(numbers(sum(sizes)), np.cumsum(sizes)[:-1])
     return tuple(
-        Pool(name, int(start) + take_rows(take, size, seed, name), size, weight, seed, in_order)
-        for name, start, size, take, weight in zip(names, starts, sizes, takes, weights)
+        Pool(name, own[take_rows(take, len(own), seed, name)], len(own), take, weight, seed, in_order)
+        for name, own, take, weight in zip(names, ids, takes, weights)
     )
 
 
 def generator_of(text: str) -> torch.Generator:
     """A generator of its own for every purpose. Hashed, because sums of seeds and numbers would meet again."""
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big"))
+
+
+def numbers(count: int) -> np.ndarray:
+    """0, 1, ... in four bytes each as long as they fit: planning an epoch of millions is mostly moving memory."""
+    return np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
+
+
+def permutation(count: int, generator: torch.Generator) -> np.ndarray:
+    """The same draw in whatever width."""
+    return torch.randperm(count, generator=generator, dtype=torch.int32 if count < 2**31 else torch.int64).numpy()

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
-from model.batch import PLACEHOLDERS
+from model.batch import PLACEHOLDERS, READ_BY
 
-_PLACEHOLDER = re.compile("|".join(map(re.escape, PLACEHOLDERS.values())))
+KINDS = {token: kind for kind, token in PLACEHOLDERS.items()}
+"""The kind of medium that a placeholder stands for."""
+
+_PLACEHOLDER = re.compile("|".join(map(re.escape, KINDS)))
+_SEEN = re.compile("|".join(re.escape(token) for kind, token in PLACEHOLDERS.items() if READ_BY[kind] == "image"))
+
+
+def kinds_in(content: str) -> list[str]:
+    """Kinds of the media that the placeholders of `content` stand for, in reading order."""
+    return [KINDS[token] for token in _PLACEHOLDER.findall(content)]
+
+
+def leading(kinds: Iterable[str]) -> str:
+    """Placeholders as they stand before a turn's words: what is seen on a line of its own, what is heard without one (VITA)."""
+    return "".join(PLACEHOLDERS[kind] + ("\n" if READ_BY[kind] == "image" else "") for kind in kinds)
 
 
 def placeholders_first(content: str) -> str:
-    """Placeholders moved before the turn's words, each on a line of its own (LLaVA `preprocess_multimodal`, VITA)."""
-    found = _PLACEHOLDER.findall(content)
-    return ("".join(token + "\n" for token in found) + _PLACEHOLDER.sub("", content).strip()).strip() if found else content
+    """Placeholders of every kind moved before the turn's words, in their order (LLaVA `preprocess_multimodal`, VITA)."""
+    found = kinds_in(content)
+    return (leading(found) + _PLACEHOLDER.sub("", content).strip()).strip() if found else content
 
 
 def only_placeholders(content: str) -> str:
@@ -20,15 +35,20 @@ def only_placeholders(content: str) -> str:
     return "".join(_PLACEHOLDER.findall(content))
 
 
+def as_read(content: str) -> str:
+    """Every placeholder as that of the modality that reads its medium: `<video>` becomes `<image>`."""
+    return _PLACEHOLDER.sub(lambda found: PLACEHOLDERS[READ_BY[KINDS[found[0]]]], content)
+
+
 def wrap(content: str, media_wrap: tuple[str, ...]) -> str:
-    """Every placeholder between the pair `media_wrap`, or the content as it is if there is no pair."""
+    """Every placeholder of a picture or a video between the pair `media_wrap`, as LLaVA does; unchanged if there is no pair."""
     if not media_wrap:
         return content
     before, after = media_wrap
-    return _PLACEHOLDER.sub(lambda found: before + found[0] + after, content)
+    return _SEEN.sub(lambda found: before + found[0] + after, content)
 
 
 def wrapped_pattern(media_wrap: tuple[str, ...]) -> str:
     """Finds what `wrap` writes."""
     before, after = map(re.escape, media_wrap or ("", ""))
-    return f"{before}(?:{_PLACEHOLDER.pattern}){after}"
+    return f"{before}(?:{_SEEN.pattern}){after}"

@@ -136,7 +136,14 @@ def load_processor(folder: str | Path) -> Processor:
         raise ConfigError(f"{folder / FILE} is damaged: {type(error).__name__} {error}; take it from the run again") from error
     tokenizer = load_tokenizer(str(folder), ()).tokenizer
     check_fingerprint(tokenizer, expected)
-    template = load_template(config.template, tokenizer, placeholders=placeholders, media_wrap=media_wrap, allowed=allowed)
+    template = load_template(
+        config.template,
+        tokenizer,
+        placeholders=placeholders,
+        media_wrap=media_wrap,
+        allowed=allowed,
+        state_tokens=config.state_tokens,
+    )
     # What is stored has its date frozen already; loading may freeze it once more, which changes the text but not what it renders.
     if template.source not in (jinja, freeze_date(jinja)) or template.stop_ids != stop_ids:
         raise ConfigError(f"{folder}: template {template.name!r} is not the one the run used; restore the files of the run")

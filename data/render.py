@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from data.record import MARKS
+from data.turns import MARKS
 
 Message = dict[str, str]  # role, content
 
@@ -55,16 +55,27 @@ class Tokens:
         return self.ids[bisect_left(self.starts, low) : bisect_right(self.stops, high)]
 
 
-def apply(tokenizer: PreTrainedTokenizerFast, source: str, messages: Sequence[Message], ask: bool = False) -> str:
-    """The template's own rendering. Raises `RenderError` with the template's words if it refuses."""
+def apply(
+    tokenizer: PreTrainedTokenizerFast, source: str, messages: Sequence[Message], kinds: Sequence[str] = (), ask: bool = False
+) -> str:
+    """The template's own rendering; `kinds` of media are its variable `media_kinds`.
+
+    Raises `RenderError` with the template's words if it refuses.
+    """
     try:
-        return tokenizer.apply_chat_template(list(messages), chat_template=source, tokenize=False, add_generation_prompt=ask)
+        return tokenizer.apply_chat_template(
+            list(messages), chat_template=source, tokenize=False, add_generation_prompt=ask, media_kinds=list(kinds)
+        )
     except (TemplateError, TypeError, ValueError) as error:
         raise RenderError(f"the template refuses the conversation: {error}") from error
 
 
 def render(
-    tokenizer: PreTrainedTokenizerFast, source: str, messages: Sequence[Message], ends: re.Pattern[str]
+    tokenizer: PreTrainedTokenizerFast,
+    source: str,
+    messages: Sequence[Message],
+    ends: re.Pattern[str],
+    kinds: Sequence[str] = (),
 ) -> tuple[str, list[Span]]:
     """The conversation's text and where every turn stands in it.
 
@@ -73,8 +84,8 @@ def render(
     that generation has to produce.
     Raises `RenderError` if the template drops, reorders or rewrites contents or ends a turn with nothing.
     """
-    text, contents = _rebuild(tokenizer, source, messages)
-    if text != apply(tokenizer, source, messages):
+    text, contents = _rebuild(tokenizer, source, messages, kinds)
+    if text != apply(tokenizer, source, messages, kinds):
         raise RenderError("the template rewrites a content of this conversation")
     spans = []
     for i, (message, (start, stop)) in enumerate(zip(messages, contents)):
@@ -83,18 +94,20 @@ def render(
             limit = contents[i + 1][0] if i + 1 < len(contents) else len(text)
             if (found := ends.search(text, stop, limit)) is None:
                 raise RenderError("no token ends the assistant's turn")
-            asked = apply(tokenizer, source, messages[:i], ask=True)
+            asked = apply(tokenizer, source, messages[:i], kinds, ask=True)
             prompt = len(asked) if text.startswith(asked) and text[len(asked) : start].isspace() else start
             after = found.end()
         spans.append(Span(message["role"], prompt, start, stop, after))
     return text, spans
 
 
-def _rebuild(tokenizer: PreTrainedTokenizerFast, source: str, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+def _rebuild(
+    tokenizer: PreTrainedTokenizerFast, source: str, messages: Sequence[Message], kinds: Sequence[str]
+) -> tuple[str, list[tuple[int, int]]]:
     """The text made of the template's literals and the contents, and the contents' borders."""
     opening, closing = MARKS
     marked = [{**m, "content": f"{_EDGE}{opening}{i}{closing}{_EDGE}"} for i, m in enumerate(messages)]
-    parts = re.split(f"({_EDGE}?){opening}(\\d+){closing}({_EDGE}?)", apply(tokenizer, source, marked))
+    parts = re.split(f"({_EDGE}?){opening}(\\d+){closing}({_EDGE}?)", apply(tokenizer, source, marked, kinds))
     if [int(i) for i in parts[2::4]] != list(range(len(messages))):
         raise RenderError("the template drops, repeats or reorders messages")
     text, borders = parts[0], []

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from data.mixing import Pool, generator_of
+from data.mixing import Pool, generator_of, numbers, permutation
 
 ORDERS = ("modality_length", "length", "random", "sequential")
 WINDOW = 128
@@ -58,17 +58,26 @@ class Sampler:
     def step(self, step: int) -> np.ndarray:
         """Sample ids (n,) of 0-based optimizer step `step` over all epochs; n = global_batch_size but for the last of an epoch."""
         epoch, position = divmod(step, self.steps_per_epoch)
+        start = position * self.global_batch_size
+        return self._cached(epoch)[start : start + self.global_batch_size]
+
+    def before(self, step: int) -> tuple[int, np.ndarray]:
+        """Whole epochs that come before `step`, and the sample ids of the begun one that do."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        ids = self._cached(epoch)[: position * self.global_batch_size] if position else np.zeros(0, dtype=np.int64)
+        return epoch, ids
+
+    def _cached(self, epoch: int) -> np.ndarray:
         if epoch not in self._last:
             # Two are kept: while batches of the next epoch are made ahead, others still ask for this one's.
             for old in sorted(self._last, key=lambda e: abs(e - epoch))[1:]:
                 del self._last[old]
             self._last[epoch] = self.epoch(epoch)
-        start = position * self.global_batch_size
-        return self._last[epoch][start : start + self.global_batch_size]
+        return self._last[epoch]
 
     def epoch(self, epoch: int) -> np.ndarray:
         """Sample ids (samples_per_epoch,) in the order of epoch `epoch`: step s of it is [s * G : (s + 1) * G]."""
-        drawn = np.concatenate([pool.draw(epoch) for pool in self.pools]) if self.pools else np.arange(len(self.lengths))
+        drawn = np.concatenate([pool.draw(epoch) for pool in self.pools]) if self.pools else numbers(len(self.lengths))
         if self.order == "sequential":
             return drawn
         generator = generator_of(f"data order {self.seed} {epoch}")
@@ -94,7 +103,7 @@ class Sampler:
         """All whole steps, drawn, then the `short` one; each is written to its place, because copies of an epoch take time."""
         num_steps = sum(map(len, steps))
         places = np.argsort(_shuffled(np.arange(num_steps), generator))
-        order = np.empty(num_steps * self.global_batch_size + len(short), dtype=np.int64)
+        order = np.empty(num_steps * self.global_batch_size + len(short), dtype=short.dtype)
         rows = order[: num_steps * self.global_batch_size].reshape(-1, self.global_batch_size)
         for group, where in zip(steps, np.split(places, np.cumsum([len(group) for group in steps])[:-1])):
             rows[where] = group
@@ -147,4 +156,4 @@ def num_micro_batches(num_samples: int, world_size: int, micro_batch_size: int) 
 
 
 def _shuffled(ids: np.ndarray, generator: torch.Generator) -> np.ndarray:
-    return ids[torch.randperm(len(ids), generator=generator).numpy()]
+    return ids[permutation(len(ids), generator)]

@@ -10,10 +10,13 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedTokenizerFast
 
 from data.config import ConfigError
+from data.control_tokens import check_single, lead_token, only_unknown, special_ids
 from data.formats import FORMATS, freeze_date
-from data.placeholders import only_placeholders, placeholders_first, wrap, wrapped_pattern
+from data.messages import Wording, media_kinds, write_messages
+from data.placeholders import wrapped_pattern
 from data.record import Record, RecordError, Turn
 from data.render import Message, RenderError, Span, Tokens, render, supervise, tokenize
+from data.state_tokens import STATE_TOKENS, check_state_tokens
 from model.batch import PLACEHOLDERS, READ_BY
 
 
@@ -22,6 +25,17 @@ class Encoded:
     input_ids: list[int]
     supervised: list[bool]  # the assistant's tokens and what ends its turns
     round_ends: list[int]  # ids up to and including round k, a user's and an assistant's turn
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A record as text and ids."""
+
+    text: str
+    spans: list[Span]
+    tail: str  # what the template writes after the end of the last turn, there or not
+    tokens: Tokens
+    supervised: list[bool]
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,7 @@ class Template:
     placeholder_ids: dict[str, int]  # by modality
     stop_ids: tuple[int, ...] = ()  # ids that end an assistant's turn
     allowed: tuple[str, ...] = ()  # control tokens that contents may use
+    state_tokens: str = "none"  # none | glyphs | digits
 
     @property
     def end_is_token(self) -> bool:
@@ -51,38 +66,32 @@ class Template:
 
         Raises `RecordError` if the template cannot express the record, nothing is learned, or an unknown token would be.
         """
-        text, spans, tokens, supervised = self._encode(record, self.messages(record))
+        row = self._encode(record)
+        ids, supervised = row.tokens.ids, row.supervised
         if not any(supervised):
             raise self._error(record, "no token is supervised")
         unknown = self.tokenizer.unk_token_id
-        if unknown is not None and unknown not in self.stop_ids and any(s and i == unknown for i, s in zip(tokens.ids, supervised)):
+        if unknown is not None and unknown not in self.stop_ids and any(s and i == unknown for i, s in zip(ids, supervised)):
             raise self._error(record, f"an answer holds what the tokenizer only knows as {self.tokenizer.unk_token}")
-        return Encoded(tokens.ids, supervised, _round_ends(text, spans, tokens))
+        return Encoded(ids, supervised, _round_ends(row))
 
     def prompt(self, record: Record) -> list[int]:
         """Ids up to where the answer to the record's last turn, which is the user's, starts. Raises `RecordError`."""
-        asked = replace(record, turns=(*record.turns, Turn("assistant", "x")))
-        text, spans, *_ = self._encode(record, self.messages(asked))
+        row = self._encode(replace(record, turns=(*record.turns, Turn("assistant", "x"))))
         # Never a second rendering: some templates write more before an answer than their generation prompt says.
-        cut = spans[-1].prompt
-        return self._tokenize(text[:cut], spans[:-1]).ids
+        cut = row.spans[-1].prompt
+        return self._tokenize(row.text[:cut], row.spans[:-1]).ids
 
     def messages(self, record: Record) -> list[Message]:
-        """Turns as the template gets them: placeholders in their places, wrapped. Raises `RecordError`."""
-        contents = [turn.content for turn in record.turns]
-        if self.name in FORMATS and FORMATS[self.name].placeholders_only:
-            if [turn.role for turn in record.turns] != ["user", "assistant"]:
-                raise self._error(record, f"{len(contents)} turns; template {self.name!r} takes one question and one answer")
-            contents[0] = only_placeholders(contents[0])
-            if not contents[0]:
-                raise self._error(record, f"no placeholder in the question; template {self.name!r} keeps nothing else of it")
-        arranged = [placeholders_first(c) if self.placeholders == "first" else c for c in contents]
-        return [{"role": t.role, "content": wrap(c, self.media_wrap)} for t, c in zip(record.turns, arranged)]
+        """Turns as the template gets them. Raises `RecordError`."""
+        only = self.name in FORMATS and FORMATS[self.name].placeholders_only
+        return write_messages(record, Wording(self.name, self.placeholders, self.media_wrap, self.state_tokens, only))
 
-    def _encode(self, record: Record, messages: list[Message]) -> tuple[str, list[Span], Tokens, list[bool]]:
+    def _encode(self, record: Record) -> _Row:
+        messages = self.messages(record)
         try:
             for _ in range(2):
-                text, spans = render(self.tokenizer, self.source, messages, self.ends)
+                text, spans, tail = self._render(record, messages)
                 tokens = self._tokenize(text, spans)
                 supervised, glued = supervise(spans, tokens, self.control_ids)
                 if not glued:
@@ -93,7 +102,16 @@ class Template:
         except RenderError as error:
             raise self._error(record, str(error)) from None
         self._check(record, text, spans, tokens)
-        return text, spans, tokens, supervised
+        return _Row(text, spans, tail, tokens, supervised)
+
+    def _render(self, record: Record, messages: list[Message]) -> tuple[str, list[Span], str]:
+        """Text, turns and tail. An interrupted answer is the text's end: nothing says that it is over (VITA `end_tag`)."""
+        text, spans = render(self.tokenizer, self.source, messages, self.ends, media_kinds(record))
+        tail = text[spans[-1].end :]
+        if record.interrupted and spans[-1].role == "assistant":
+            stop = spans[-1].stop
+            return text[:stop], [*spans[:-1], replace(spans[-1], end=stop)], tail
+        return text, spans, tail
 
     def _tokenize(self, text: str, spans: Sequence[Span]) -> Tokens:
         """Ids of a rendering, BOS as the tokenizer would put it: as an id, for as text it changes what follows in some."""
@@ -110,50 +128,56 @@ class Template:
             borders = [span.start, *(border for pair in ours for border in pair), span.stop]
             if any(not self.control_ids.isdisjoint(tokens.inside(a, b)) for a, b in zip(borders[::2], borders[1::2])):
                 raise self._error(record, "the tokenizer makes a control token of a content's plain text")
-        for modality in PLACEHOLDERS:
-            given = sum(m.modality == modality for m in record.media)
+        for modality in sorted(set(READ_BY.values())):
+            given = [media.kind for media in record.media if media.modality == modality]
             if given and modality not in self.placeholder_ids:
-                raise RecordError(record.where, record.id, modality, f"{given} files, but the model has no part for this modality")
+                raise RecordError(
+                    record.where, record.id, given[0], f"{len(given)} files, but the model has no part for this modality"
+                )
             written = tokens.ids.count(self.placeholder_ids.get(modality, -1))
-            if written != given:
-                raise RecordError(record.where, record.id, modality, f"{written} placeholders in the ids, {given} files")
+            if written != len(given):
+                raise RecordError(record.where, record.id, modality, f"{written} placeholders in the ids, {len(given)} files")
 
     def _error(self, record: Record, reason: str) -> RecordError:
         return RecordError(record.where, record.id, "conversations", reason)
 
 
-def _round_ends(text: str, spans: list[Span], tokens: Tokens) -> list[int]:
+def _round_ends(row: _Row) -> list[int]:
     """Where rounds end: after the turn's end and what the template writes after the last one, if it is there as well."""
-    tail = text[spans[-1].end :]
     ends = []
-    for span in spans[:-1]:
+    for span in row.spans[:-1]:
         if span.role == "assistant":
-            stop = span.end + (len(tail) if text.startswith(tail, span.end) else 0)
-            ends.append(bisect_left(tokens.starts, stop))
-    return [*ends, len(tokens.ids)]
+            stop = span.end + (len(row.tail) if row.text.startswith(row.tail, span.end) else 0)
+            ends.append(bisect_left(row.tokens.starts, stop))
+    return [*ends, len(row.tokens.ids)]
 
 
 def load_template(
-    name: str, tokenizer: PreTrainedTokenizerFast, *, placeholders: str, media_wrap: tuple[str, ...], allowed: Sequence[str] = ()
+    name: str,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    placeholders: str,
+    media_wrap: tuple[str, ...],
+    allowed: Sequence[str] = (),
+    state_tokens: str = "none",
 ) -> Template:
     """Template `name` for `tokenizer`, tried on a short conversation.
 
     `allowed` are control tokens that contents may use, as configured new tokens; those that the template or the tokenizer
-    itself needs stay text all the same. Raises `ConfigError` if the tokenizer lacks
-    what the template needs.
+    itself needs stay text all the same. Raises `ConfigError` if the tokenizer lacks what the template or the states need.
     """
     if name != "auto" and name not in FORMATS:
         raise ConfigError(f"data.template = {name!r} is not known; allowed: auto, {', '.join(FORMATS)}")
     if not tokenizer.is_fast:
         raise ConfigError(f"data.template: {type(tokenizer).__name__} gives no offsets; a folder with tokenizer.json is needed")
     needs = FORMATS[name].needs if name in FORMATS else ()
-    for token in needs:
-        _check_single(name, tokenizer, token)
-    free = {*PLACEHOLDERS.values(), *allowed} - {*needs, *tokenizer.special_tokens_map.values()}
-    special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special and t.content not in free}
+    check_single(name, tokenizer, needs)
+    check_state_tokens(tokenizer, state_tokens)
+    states = STATE_TOKENS[state_tokens].values()
+    special = special_ids(tokenizer, {*PLACEHOLDERS.values(), *allowed, *states} - {*needs, *tokenizer.special_tokens_map.values()})
     control = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)"
     known = tokenizer.get_vocab()
-    lead = _lead(tokenizer) if name in FORMATS else ""
+    lead = lead_token(tokenizer) if name in FORMATS else ""
     template = Template(
         name=name,
         source=("{{ bos_token }}" if lead else "") + FORMATS[name].source if name in FORMATS else _own_source(tokenizer),
@@ -163,27 +187,12 @@ def load_template(
         lead=lead,
         ends=re.compile(re.escape(FORMATS[name].end) if name in FORMATS else control),
         written=re.compile(f"(?P<ours>{wrapped_pattern(media_wrap)})|{control}"),
-        control_ids=frozenset(special.values()) - _only_unknown(tokenizer),
+        control_ids=frozenset(special.values()) - only_unknown(tokenizer),
         placeholder_ids={m: known[PLACEHOLDERS[m]] for m in sorted(set(READ_BY.values())) if PLACEHOLDERS[m] in known},
         allowed=tuple(allowed),
+        state_tokens=state_tokens,
     )
     return replace(template, stop_ids=_stop_ids(template))
-
-
-def _check_single(name: str, tokenizer: PreTrainedTokenizerFast, token: str) -> None:
-    if token not in tokenizer.get_vocab() or tokenizer(token, add_special_tokens=False)["input_ids"][-1:] != [
-        tokenizer.get_vocab()[token]
-    ]:
-        raise ConfigError(
-            f"data.template = {name!r} ends or starts turns with {token!r}, which is no single token of this tokenizer; "
-            f'choose another template, or add it with model.llm.new_tokens = ["{token}"] and model.llm.tune = "full"'
-        )
-
-
-def _only_unknown(tokenizer: PreTrainedTokenizerFast) -> set[int]:
-    """The id of the unknown token, unless it says something else as well, as GPT-2's does."""
-    said = {tokenizer.bos_token_id, tokenizer.eos_token_id, None}
-    return {tokenizer.unk_token_id} - said
 
 
 def _own_source(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -191,13 +200,6 @@ def _own_source(tokenizer: PreTrainedTokenizerFast) -> str:
         return freeze_date(tokenizer.get_chat_template())
     except ValueError:
         raise ConfigError(f"data.template = 'auto': the tokenizer has no chat template; name one: {', '.join(FORMATS)}") from None
-
-
-def _lead(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The token that the tokenizer puts before every text by itself, or nothing."""
-    with_it, without = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    added = len(with_it) > len(without) and with_it[0] == tokenizer.bos_token_id
-    return tokenizer.bos_token if added else ""
 
 
 def _stop_ids(template: Template) -> tuple[int, ...]:

@@ -188,6 +188,7 @@ class Batch:
     source_ids: Tensor  # (n,)
     lengths: tuple[int, ...]  # (n,) real tokens of each sample, on the CPU
     segment_lengths: tuple[int, ...] | None = None  # packed: tokens of each segment of the one row; else None
+    segment_borders: Tensor | None = None  # (n + 1,) int32, packed: where each segment starts, and the end of the last
     media: dict[str, Media] = field(default_factory=dict)  # by modality; a modality nobody has is absent
 
     @property

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from model.attention import NAME
+from model.attention import decoder_options
 from model.batch import Batch, Media, MediaSpec, row_shape
 from model.generate import generate
 from model.llm import head_weight
@@ -37,11 +37,9 @@ class MultimodalLM(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Term]:
         """Loss terms of a micro-batch, each a sum and its count: `text` is the cross entropy of supervised positions."""
         decoder = self.llm.get_decoder()  # type: ignore[operator]
-        # Our attention needs no mask; building one would be a host sync.
-        mask = None if self._is_maskless() else batch.attention_mask
-        hidden = decoder(
-            inputs_embeds=self.embed(batch), attention_mask=mask, position_ids=batch.position_ids, use_cache=False
-        ).last_hidden_state
+        options = decoder_options(self.llm, batch)
+        embeds = self.embed(batch)
+        hidden = decoder(inputs_embeds=embeds, position_ids=batch.position_ids, use_cache=False, **options).last_hidden_state
         weight = head_weight(self.llm).to(self.dtype)
         return {"text": text_term(hidden, weight, batch.labels, batch.supervised)}
 
@@ -82,10 +80,6 @@ class MultimodalLM(nn.Module):
 
     def _device(self) -> torch.device:
         return next(self.llm.parameters()).device
-
-    def _is_maskless(self) -> bool:
-        config: Any = self.llm.config
-        return config._attn_implementation == NAME
 
     def train(self, mode: bool = True) -> MultimodalLM:
         """Training mode for parts that learn; frozen parts stay in eval mode, whatever is asked."""

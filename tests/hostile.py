@@ -1,4 +1,4 @@
-"""A corpus of what reaches a trainer in practice: records and files that are wrong, each in one way, with what must be said of it."""
+"""A corpus of what reaches a trainer in practice: records and files that are wrong, each in one way, and what must be said."""
 
 from __future__ import annotations
 

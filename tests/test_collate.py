@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from data.collate import collate
 from data.config import DataError
 from data.dataset import MultimodalDataset
-from data.loader import MicroBatch, _spread, prefetch_factor, train_batches, validation_batches
+from data.loader import BatchPlan, MicroBatch, _spread, prefetch_factor, train_batches, validation_batches
 from data.sampler import Sampler
 from model.batch import IGNORE_INDEX, Batch
 from tests.tiny_data import WIDTH, dataset, datasets, grey, image_id, level, sample, talk
@@ -107,8 +107,9 @@ def test_no_samples_are_one_blank_token() -> None:
 def steps(data: MultimodalDataset, **options: Any) -> Iterator[list[MicroBatch]]:
     sampler = Sampler(data.lengths, data.modalities, 5, 0, "modality_length")
     last = 2 * sampler.steps_per_epoch
-    settings = {"rank": 0, "world_size": 1, "micro_batch_size": 2, "first_step": 0, "last_step": last, "workers": 0} | options
-    return train_batches(data, sampler, pad_id=PAD, pin_memory=False, **settings)
+    plan = BatchPlan(options.pop("world_size", 1), 2)
+    settings = {"rank": 0, "first_step": 0, "last_step": last, "workers": 0} | options
+    return train_batches(data, sampler, plan, pad_id=PAD, pin_memory=False, **settings)
 
 
 def contents(batch: Batch) -> list[Any]:
@@ -187,8 +188,8 @@ def test_validation_is_spread_over_every_source(folder: Path, max_samples: int, 
     data = datasets(folder, named)
 
     def run(rank: int, world_size: int) -> list[MicroBatch]:
-        options = {"pad_id": PAD, "micro_batch_size": 3, "max_samples": max_samples, "workers": 0}
-        return list(validation_batches(data, rank=rank, world_size=world_size, **options))
+        plan = BatchPlan(world_size, 3)
+        return list(validation_batches(data, plan, pad_id=PAD, rank=rank, max_samples=max_samples, workers=0))
 
     for world_size in (1, 2, 4):
         ranks = [run(rank, world_size) for rank in range(world_size)]

@@ -113,11 +113,29 @@ def test_too_many_bad_records_stop_the_run(parts: Path, tmp_path: Path) -> None:
     root = tmp_path / "images"
     shutil.copytree(parts / "images", root)
     for path in list(root.glob("*_0.png"))[:10]:
-        path.write_bytes(path.read_bytes()[:60])
+        # Whole by its markers, but with no pixels that could be unpacked: found when they are decoded.
+        path.write_bytes(path.read_bytes().replace(b"IDAT\x78", b"IDAT\x00"))
     sections = {"data": {"sources": [{"path": str(parts / "train.json"), "media_root": str(root)}]}}
     code, reason = failure_of(parts, tmp_path / "run", sections)
     assert code == 65
     assert "data.max_bad_fraction allows 8" in reason and "worst source: 'train'" in reason and "quarantine.jsonl" in reason
+
+
+def test_too_many_cut_pictures_stop_the_run_before_weights_are_read(parts: Path, tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    shutil.copytree(parts / "images", root)
+    for path in list(root.glob("*_0.png"))[:10]:
+        path.write_bytes(path.read_bytes()[:60])
+    shutil.copytree(parts / "llm", tmp_path / "llm")
+    (tmp_path / "llm" / "model.safetensors").write_bytes(b"no weights")
+    sections = {
+        "model": {"llm": {"path": str(tmp_path / "llm")}},
+        "data": {"sources": [{"path": str(parts / "train.json"), "media_root": str(root)}]},
+    }
+    code, reason = failure_of(parts, tmp_path / "run", sections)
+    assert code == 65 and "at least 10 of 22 train records are bad, data.max_bad_fraction allows 8" in reason
+    assert "worst source: 'train' with 10" in reason and "train.json:" in reason and "cut short" in reason
+    assert not (tmp_path / "run" / "quarantine.jsonl").exists()
 
 
 def test_no_samples(parts: Path, tmp_path: Path) -> None:

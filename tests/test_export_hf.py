@@ -96,6 +96,19 @@ def test_every_template_is_rendered_alike_by_transformers(tmp_path: Path, templa
     assert export([str(save_final(run, tmp_path)), str(tmp_path / "hf"), "--for", "hf"]) == 0
 
 
+def test_pictures_that_were_sent_as_bytes_are_the_same_and_tiles_are_refused(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bytes").mkdir(), (tmp_path / "tiles").mkdir()
+    bytes_, tiles = (
+        save_final(trained(config_of(parts), **data), tmp_path / name)
+        for name, data in [("bytes", {"image_decode": "fast"}), ("tiles", {"image_fit": "tiles", "max_tiles": 4})]
+    )
+    assert export([str(bytes_), str(tmp_path / "hf"), "--for", "hf"]) == 0
+    assert export([str(tiles), str(tmp_path / "hf2"), "--for", "hf"]) == 2
+    assert "data.image_fit = 'tiles'" in capsys.readouterr().err and not (tmp_path / "hf2").exists()
+
+
 def test_weights_are_rounded_once_and_a_tied_head_is_left_out(tmp_path: Path) -> None:
     run = trained(config_of(save_parts(tmp_path, "qwen2_tied"), dtype="bfloat16"))
     assert export([str(save_final(run, tmp_path)), str(tmp_path / "hf"), "--for", "hf"]) == 0

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import index as index_module
-from data.config import ConfigError, DataError, SourceConfig
-from data.index import RecordIndex
+from data.config import ConfigError, DataConfig, DataError, SourceConfig
+from data.index import FORMATS, RecordIndex
 from data.record import RecordError
-from model.batch import ImageSpec, MediaMeta, num_tokens
+from model.batch import AudioSpec, ImageSpec, MediaMeta, num_tokens
 
 SPEC = ImageSpec(28, 14, 1, "patch", "exact", (0.5,) * 3, (0.5,) * 3)
+SOUND = AudioSpec(80, 3000, False, (1, 2))
 QA = {"id": "q", "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat on a mat."}]}
 PICTURE = {**QA, "id": "p", "image": "a.png"}
 
@@ -79,16 +80,56 @@ def test_lines_give_what_json_gives(objects: list[Any], newline: str, last: bool
         ]
 
 
-def test_planned_lengths_count_text_and_images(tmp_path: Path) -> None:
+def test_planned_lengths_count_text_and_media(tmp_path: Path) -> None:
     two = {**PICTURE, "image": ["a", "b"]}
-    index = open_index(write(tmp_path / "m.json", json.dumps([QA, PICTURE, two])), image=SPEC)
+    seen = {**QA, "video": "v.mp4", "audios": ["a.wav"]}
+    path = write(tmp_path / "m.json", json.dumps([QA, PICTURE, two, seen]))
+    index = RecordIndex.open(SourceConfig(str(path)), tmp_path, {"image": SPEC, "audio": SOUND}, DataConfig(max_frames=3))
     image, text = num_tokens(SPEC, MediaMeta()), 1 + 15 // 4
-    placed = (len("<image>\nWhat?") // 4 + 15 // 4, len("<image>\n<image>\nWhat?") // 4 + 15 // 4)
-    assert index.lengths.tolist() == [text, placed[0] + image, placed[1] + 2 * image]
-    assert index.modalities.tolist() == [0, 1, 1]
+    seconds = num_tokens(SOUND, MediaMeta(num_frames=1000))
+    assert index.lengths.tolist() == [text, text + image, text + 2 * image, text + 3 * image + seconds]
+    assert index.modalities.tolist() == [0, 1, 1, 2 | 4]
+    assert [index.num_media(kind).tolist() for kind in ("image", "video", "audio")] == [[0, 1, 2, 0], [0, 0, 0, 1], [0, 0, 0, 1]]
     assert (index.lengths.dtype, index.modalities.dtype) == (np.int32, np.int8)
-    # Another tower plans other lengths from the same sidecar.
-    assert open_index(tmp_path / "m.json").lengths.tolist() == [text, *placed]
+    # Another tower plans other lengths from the same sidecar, other tiles more of them.
+    assert open_index(tmp_path / "m.json", tmp_path).lengths.tolist() == [text] * 4
+    tiles = DataConfig(image_fit="tiles", max_tiles=4)
+    tiled = RecordIndex.open(SourceConfig(str(path)), tmp_path, {"image": SPEC}, tiles)
+    assert tiled.lengths.tolist()[1] == text + num_tokens(SPEC, MediaMeta(num_rows=3 + 1))
+
+
+def test_a_pattern_is_one_source_in_the_order_of_the_names(tmp_path: Path) -> None:
+    for name in ("b", "a", "c/a"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / f"{name}.jsonl", "\n".join(json.dumps({**QA, "id": f"{name}{k}"}) for k in range(2)))
+    index = open_index(tmp_path / "?.jsonl")
+    assert [index.raw(i)["id"] for i in range(len(index))] == ["a0", "a1", "b0", "b1"]
+    assert [index.where(i) for i in range(4)] == ["a.jsonl:1", "a.jsonl:2", "b.jsonl:1", "b.jsonl:2"]
+    deep = open_index(tmp_path / "**" / "a.jsonl")
+    assert [deep.where(i) for i in range(4)] == ["a.jsonl:1", "a.jsonl:2", "c/a.jsonl:1", "c/a.jsonl:2"]
+    # One more file, and the table is another one.
+    write(tmp_path / "d.jsonl", json.dumps(QA))
+    assert len(open_index(tmp_path / "?.jsonl")) == 5
+
+
+def test_more_files_than_may_be_open(tmp_path: Path) -> None:
+    for k in range(40):
+        write(tmp_path / f"{k:02}.jsonl", json.dumps({**QA, "id": k}))
+    before = len(os.listdir("/proc/self/fd"))
+    index = open_index(tmp_path / "*.jsonl")
+    assert [index.raw(i)["id"] for i in [*range(40), *range(40)]] == [*range(40), *range(40)]
+    assert len(os.listdir("/proc/self/fd")) <= before + 33
+    del index
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_that_became_shorter_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.jsonl", "\n".join([json.dumps(QA)] * 3))
+    index = open_index(path)
+    path.write_bytes(path.read_bytes()[:-10])
+    assert index.raw(1) == QA
+    with pytest.raises(RecordError, match=r"^m.jsonl:3 3: json: cannot be read: the file has become shorter"):
+        index.raw(2)
 
 
 def test_a_line_that_is_no_json_is_found_when_it_is_read(tmp_path: Path) -> None:
@@ -135,17 +176,27 @@ def test_files_that_are_no_list_of_records_are_refused(tmp_path: Path, name: str
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("none.json", "is no file"), ("*.json", "patterns are not expanded"), ("a.parquet", "neither .json nor .jsonl")],
+    [
+        ("none.json", "none.json' is no file"),
+        ("x*.json", "matches no file"),
+        ("a.csv", r"a.csv' is of no kind that is read \(.json, .jsonl, .parquet, .tar\)"),
+        ("b.*", r"matches '.*b.tar.gz', which is of no kind that is read .*; unpack it"),
+        ("[ac].*", "matches '.*', which is of no kind"),
+        ("d.*", r"d.json' and '.*d.jsonl'.*: make each a source"),
+    ],
 )
 def test_paths_that_cannot_be_read_are_refused(tmp_path: Path, name: str, message: str) -> None:
+    for made in ("a.csv", "b.tar.gz", "d.json", "d.jsonl"):
+        write(tmp_path / made, "x")
     with pytest.raises(ConfigError, match=message):
         open_index(tmp_path / name)
 
 
 def count_scans(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     scanned: list[Path] = []
-    scan = index_module._scan
-    monkeypatch.setattr(index_module, "_scan", lambda path: scanned.append(path) or scan(path))
+    kind = FORMATS[".jsonl"]
+    counting = replace(kind, scan=lambda path, advance: scanned.append(path) or kind.scan(path, advance))
+    monkeypatch.setitem(FORMATS, ".jsonl", counting)
     return scanned
 
 
@@ -198,7 +249,7 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
     for worker in workers:
         worker.join(60)
     assert found == [list(range(500))] * 2
-    assert [p.suffix for p in tmp_path.glob("index/*")] == [".npy"]
+    assert [p.suffix for p in tmp_path.glob("index/*")] == [".index"]
 
 
 def test_a_pickled_index_is_the_same(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ MAY_IMPORT = {
 }
 EXTERNAL = {"torch", "transformers", "safetensors", "PIL", "numpy", "tqdm", "jinja2", "tokenizers"}
 """What is always there; jinja2 comes with torch, tokenizers with transformers."""
-EXTRAS = {"matplotlib", "sklearn"}
-"""Imported where they are used, by tools alone."""
+EXTRAS = {"av", "matplotlib", "pyarrow", "sklearn"}
+"""Imported where they are used, never with a module."""
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "base", "misc"}
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 

@@ -118,7 +118,7 @@ def test_our_attention_refuses_what_it_cannot_honour(tmp_path: Path) -> None:
         model.llm(inputs_embeds=model.embed(data), attention_mask=torch.zeros(3, 1, 21, 21), use_cache=False)
 
 
-@pytest.mark.parametrize("name", ["flash_typo", "varlen"])
+@pytest.mark.parametrize("name", ["flash_typo", "Varlen"])
 def test_an_attention_nobody_knows_is_a_configuration_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=rf"model\.attention = '{name}'"):
         ours(save_llm(tmp_path), name)

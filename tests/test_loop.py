@@ -15,6 +15,7 @@ from model import load_model
 from tests.ranks import run_ranks
 from tests.runs import start, start_alone
 from tests.test_equivalence import step_batches
+from tests.test_resume import cut
 from tests.test_trainable import ALONE, build
 from tools.bench_step import Counter, hidden_syncs
 from trainer.config import OptimConfig
@@ -84,13 +85,42 @@ def test_training_metrics_are_sums_over_all_steps_since_the_line_before(parts: P
     assert state["log_history"][1]["loss"] == some[1]["train/loss"]
 
 
+def test_tokens_are_counted_per_source_and_go_on_after_a_resume(parts: Path, tmp_path: Path) -> None:
+    """Against the processor, one record at a time; stopped between two lines of the log."""
+    records = json.loads((parts / "train.json").read_text())
+    groups = {"texts": [r for r in records if "image" not in r], "pictures": [r for r in records if "image" in r]}
+    sources = []
+    for name, group in groups.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(group))
+        sources.append({"path": str(tmp_path / f"{name}.json"), "media_root": str(parts / "images"), "weight": 0.5})
+    sections: dict[str, Any] = {"data": {"sources": sources}, "log": {"every": 5}}
+    whole = start_alone(parts, tmp_path / "whole", sections)
+    again = cut(tmp_path / "whole", tmp_path / "again", 3)
+    assert start_alone(parts, again, sections).code == whole.code == 0
+    processor, rows = load_processor(tmp_path / "whole" / "final"), [*groups["texts"], *groups["pictures"]]
+    lines = lines_of(tmp_path / "whole")
+    assert [line["step"] for line in lines] == [1, 5, 6]
+    for line, steps in zip(lines, ((0, 1), (1, 5), (5, 6))):
+        expected = {f"train/{name}/{what}": 0 for name in groups for what in ("tokens", "supervised_tokens")}
+        for i in (i for step in whole.seen[slice(*steps)] for i in step):
+            batch = processor([rows[i]], answers=True, media_root=str(parts / "images"))
+            name = "texts" if i < len(groups["texts"]) else "pictures"
+            expected[f"train/{name}/tokens"] += batch.num_real_tokens
+            expected[f"train/{name}/supervised_tokens"] += batch.num_supervised
+        assert {key: line[key] for key in expected} == expected and 0 < line["train/tokens"]
+        assert line["train/tokens"] == line["train/texts/tokens"] + line["train/pictures/tokens"]
+    for line, same in zip(lines, lines_of(again), strict=True):
+        timed = [key for key in line if key.startswith(("perf/", "mem/"))]
+        assert {k: v for k, v in line.items() if k not in timed} == {k: v for k, v in same.items() if k not in timed}
+
+
 def test_sums_do_not_depend_on_when_they_are_folded() -> None:
     batch = step_batches(0, ALONE, 4, 4)[0]
     sums = SourceSums(1, torch.device("cpu"))
     for i in range(FOLD + 3):
         sums.add(batch, torch.full((batch.num_supervised,), float(i)))
     expected = batch.num_supervised * sum(range(FOLD + 3))
-    assert sums.total().tolist() == [[expected], [batch.num_supervised * (FOLD + 3)]]
+    assert sums.total().tolist() == [[expected], [batch.num_supervised * (FOLD + 3)], [batch.num_real_tokens * (FOLD + 3)]]
 
 
 @pytest.fixture(scope="module")

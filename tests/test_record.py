@@ -6,6 +6,8 @@ import pickle
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data.record import MediaRef, Record, RecordError, Turn, parse
 
@@ -113,19 +115,35 @@ def turns(*values: str, roles: str = "hghghg") -> dict[str, Any]:
         (record(image=["a", None]), "image[1]: is a null, not a path"),
         (record(image="https://x.org/a.jpg"), "image: 'https://x.org/a.jpg' is a URL; only paths of local files are read"),
         (record(images=["a.jpg"]), "image: both 'image' and 'images' are there; keep one"),
-        (record(video="v.mp4"), "video: video is not supported yet"),
-        (record(audio=["a.wav"]), "audio: audio is not supported yet"),
-        (turns("<video>\nq", "a"), "conversations[0].value: holds <video>; video is not supported yet"),
-        (turns("<audio>", "a"), "conversations[0].value: holds <audio>; audio is not supported yet"),
+        (record(video="v.mp4"), "video: 0 <video> in the turns, 1 video files in the record"),
+        (record(audio=["a.wav"]), "audio: 0 <audio> in the turns, 1 audio files in the record"),
+        (turns("<video>\nq", "a"), "video: 1 <video> in the turns, 0 video files in the record"),
+        (turns("<audio>", "a"), "audio: 1 <audio> in the turns, 0 audio files in the record"),
+        (turns("q", "a", "q", "<audio>"), "conversations[3].value: holds <audio>; media cannot stand in an answer"),
+        (turns("q", "<video>"), "conversations[1].value: holds <video>; media cannot stand in an answer"),
         (turns("q \ue100", "a"), "conversations[0].value: holds the private-use character U+E100, which the trainer reserves"),
         (turns("q", "a\ue101"), "conversations[1].value: holds the private-use character U+E101"),
         (turns("q \ud800", "a"), "conversations[0].value: holds half of a surrogate pair"),
         (
-            messages([{"type": "input_audio"}], "a"),
-            "messages[0].content[0]: is no text, image or image_url part (type 'input_audio'); video and",
+            messages([{"type": "file"}], "a"),
+            "messages[0].content[0]: is no text and none of the parts image, image_url, video, video_url, audio, audio_url, "
+            "input_audio (type 'file')",
         ),
-        (messages(["x"], "a"), "messages[0].content[0]: is no text, image or image_url part (type None)"),
+        (messages(["x"], "a"), "messages[0].content[0]: is no text and none of the parts image, "),
         (messages([{"type": "text", "text": 3}], "a"), "messages[0].content[0]: is no text"),
+        (messages([{"type": "video", "path": 3}], "a"), "messages[0].content[0]: is a number, not a path"),
+        (
+            messages([{"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}], "a"),
+            "messages[0].content[0]: holds the bytes of a medium (data); only paths of local files are read",
+        ),
+        (
+            messages([{"type": "image", "base64": "AAAA"}], "a"),
+            "messages[0].content[0]: holds the bytes of a medium (base64); only paths of local files are read",
+        ),
+        (
+            messages([{"type": "video_url", "video_url": {"url": "https://x.org/v.mp4"}}], "a"),
+            "messages[0].content[0]: 'https://x.org/v.mp4' is a URL",
+        ),
         (
             messages([{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}], "a"),
             "messages[0].content[0]: 'data:image/png;base64,AAAA' is a URL",
@@ -148,3 +166,196 @@ def test_errors_survive_the_way_from_a_worker() -> None:
         parse(turns("q"), "mix.json:12")
     error = pickle.loads(pickle.dumps(caught.value))
     assert str(error) == str(caught.value) and (error.where, error.id, error.field) == ("mix.json:12", "7", "conversations")
+
+
+V, A = {"type": "video", "path": "v.mp4"}, {"type": "audio", "path": "a.wav"}
+
+
+@pytest.mark.parametrize(
+    ("raw", "kind", "path"),
+    [
+        ({"video": "v.mp4", **turns("<video>\nq", "a")}, "video", "v.mp4"),
+        ({"videos": ["v.mp4"], **turns("<video>\nq", "a")}, "video", "v.mp4"),
+        (messages([V, {"type": "text", "text": "q"}], "a"), "video", "v.mp4"),
+        (messages([{"type": "video_url", "video_url": {"url": "v.mp4"}}, {"type": "text", "text": "q"}], "a"), "video", "v.mp4"),
+        ({"video": "v.mp4", **messages([{"type": "video"}, {"type": "text", "text": "q"}], "a")}, "video", "v.mp4"),
+        ({"audio": "a.wav", **turns("<audio>\nq", "a")}, "audio", "a.wav"),
+        ({"audios": ["a.wav"], **turns("<audio>\nq", "a")}, "audio", "a.wav"),
+        (messages([A, {"type": "text", "text": "q"}], "a"), "audio", "a.wav"),
+        (messages([{"type": "audio_url", "audio_url": "a.wav"}, {"type": "text", "text": "q"}], "a"), "audio", "a.wav"),
+        (
+            messages([{"type": "input_audio", "input_audio": {"path": "a.wav"}}, {"type": "text", "text": "q"}], "a"),
+            "audio",
+            "a.wav",
+        ),
+    ],
+)
+def test_videos_and_clips_are_named_as_images_are(raw: dict[str, Any], kind: str, path: str) -> None:
+    parsed = parse(raw, "m.json:1")
+    assert parsed.media == (MediaRef(kind, path),)
+    assert parsed.turns == (Turn("user", f"<{kind}>\nq"), Turn("assistant", "a"))
+
+
+def test_media_of_all_kinds_without_placeholders_are_put_first() -> None:
+    raw = {"audio": "a", "video": ["v", "w"], "image": "i", **turns("What?", "x")}
+    parsed = parse(raw, "m.json:1")
+    assert parsed.turns[0].content == "<image>\n<video>\n<video>\n<audio>What?"
+    assert [(m.kind, m.path) for m in parsed.media] == [("image", "i"), ("video", "v"), ("video", "w"), ("audio", "a")]
+
+
+KINDS = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
+
+
+@st.composite
+def mixed(draw: st.DrawFn) -> tuple[list[list[str]], bool]:
+    """Pieces of every question, among them placeholders of all kinds; and whether the file has a leading answer."""
+    piece = st.sampled_from(["a", " ", "\n", *KINDS.values()])
+    return draw(st.lists(st.lists(piece, max_size=5), min_size=1, max_size=4)), draw(st.booleans())
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(drawn=mixed())
+def test_the_kth_placeholder_is_the_kth_file_of_its_kind(drawn: tuple[list[list[str]], bool]) -> None:
+    questions, leading = drawn
+    order = [piece.strip("<>") for question in questions for piece in question if piece.startswith("<")]
+    files = {kind: [f"{kind}{k}" for k in range(order.count(kind))] for kind in KINDS}
+    expected = [(kind, f"{kind}{order[:n].count(kind)}") for n, kind in enumerate(order)]
+    spoken = [turn for question in questions for turn in (("human", "".join(question)), ("gpt", "ok"))]
+    by_key = [{"from": role, "value": value} for role, value in ([("gpt", "Hi.")] if leading else []) + spoken]
+    parsed = parse({**{f"{kind}s": paths for kind, paths in files.items()}, "conversations": by_key}, "m.json:1")
+    assert [(m.kind, m.path) for m in parsed.media] == expected
+    # The same media named where they stand, as content parts.
+    left = iter(path for _, path in expected)
+    by_part: list[Any] = []
+    for question in questions:
+        parts = [
+            {"type": p.strip("<>"), "path": next(left)} if p.startswith("<") else {"type": "text", "text": p} for p in question
+        ]
+        by_part += [{"role": "user", "content": parts}, {"role": "assistant", "content": "ok"}]
+    assert parse({"messages": by_part}, "m.json:1").media == parsed.media
+
+
+def test_what_is_said_of_media_goes_to_the_right_one() -> None:
+    raw = {
+        "image": ["i", "j"],
+        "set": ["one", "two"],
+        "audio": ["a", "b"],
+        "audio_state": [1, 0],
+        **turns("<audio><image>", "x", "<image><audio>", "y"),
+    }
+    assert parse(raw, "m.json:1").media == (
+        MediaRef("audio", "a", label=1),
+        MediaRef("image", "i", "one"),
+        MediaRef("image", "j", "two"),
+        MediaRef("audio", "b", label=0),
+    )
+    watched = {
+        "video": ["v", "w"],
+        "video_range": [[0, 1.5], [2, 4]],
+        "image": "i",
+        "set": "s",
+        **turns("<video><image><video>", "x"),
+    }
+    assert parse(watched, "m.json:1").media == (
+        MediaRef("video", "v", "s", (0.0, 1.5)),
+        MediaRef("image", "i", "s"),
+        MediaRef("video", "w", "s", (2.0, 4.0)),
+    )
+    one = {"video": "v", "video_range": [3, 5], **turns("<video>", "x")}
+    assert parse(one, "m.json:1").media == (MediaRef("video", "v", "", (3.0, 5.0)),)
+    inline = {**messages([A], "x"), "audio_state": 2}
+    assert parse(inline, "m.json:1").media == (MediaRef("audio", "a.wav", label=2),)
+
+
+def test_fields_that_are_null_are_absent_and_a_set_may_have_nothing_to_place() -> None:
+    nothing = dict.fromkeys(("videos", "audio", "audio_state", "video_range", "set", "inserted_id", "end_tag"))
+    assert parse(record(**nothing), "mix.json:12") == EXPECTED
+    assert parse({"set": "sharegpt4", **turns("q", "a")}, "m.json:1").media == ()
+
+
+def clips(*values: str, **extra: Any) -> dict[str, Any]:
+    return {"audio": [f"{k}.wav" for k in range("".join(values).count("<audio>"))], **turns(*values), **extra}
+
+
+@pytest.mark.parametrize(
+    ("raw", "negative_turn"),
+    [
+        (clips("<audio>", "a", inserted_id=1), 1),
+        (clips("<audio>", "a", "<audio>", "b", inserted_id=3), 3),
+        # Turns are counted as the file has them: a leading answer that is dropped counts.
+        ({**clips("<audio>"), **turns("hi", "<audio>", "a", "q", "b", roles="ghghg"), "inserted_id": 2}, 1),
+        ({**clips("<audio>"), **turns("be brief", "hi", "<audio>", "a", roles="sghg"), "inserted_id": 3}, 2),
+        ({**clips("<audio>"), **turns("be brief", "<audio>", "a", roles="shg"), "inserted_id": 2}, 2),
+        ({"audio": "unplaced.wav", **turns("q", "a"), "inserted_id": 1}, 1),
+    ],
+)
+def test_the_reply_to_negative_audio_is_found(raw: dict[str, Any], negative_turn: int) -> None:
+    parsed = parse(raw, "m.json:1")
+    assert parsed.negative_turn == negative_turn and parsed.turns[negative_turn].content in ("a", "b")
+
+
+def test_interrupted_replies() -> None:
+    assert parse(clips("<audio>", "a", end_tag=False), "m.json:1").interrupted
+    assert not parse(clips("<audio>", "a", end_tag=True), "m.json:1").interrupted
+    assert not parse(clips("<audio>", "a"), "m.json:1").interrupted
+
+
+LEADING = {**clips("<audio>"), **turns("hi", "<audio>", "a", "q", "b", roles="ghghg")}
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (record(set=["s", "t"]), "set: 2 sets, 1 images in the record; one each is needed"),
+        (record(set=""), "set: is empty"),
+        (record(set=3), "set: is a number, not the name of a set"),
+        (record(set=[None]), "set[0]: is a null, not the name of a set"),
+        (
+            {"image": "i", "video": "v", "set": ["s"], **turns("<image><video>", "a")},
+            "set: is a list, one per image, but the record",
+        ),
+        (record(video_range=[0, 1]), "video_range: 1 ranges, 0 videos in the record"),
+        ({"videos": ["v", "w"], "video_range": [0, 1], **turns("q", "a")}, "video_range: 1 ranges, 2 videos in the record"),
+        *(
+            ({"video": "v", "video_range": value, **turns("q", "a")}, f"video_range: {reason}")
+            for value, reason in [
+                ([2, 1], "starts at 2.0 s and ends at 1.0 s; the end must come later"),
+                ([1, 1], "starts at 1.0 s and ends at 1.0 s"),
+                ([-1, 1], "[-1, 1] is no [start, end] in seconds"),
+                ([0, float("inf")], "[0, inf] is no [start, end]"),
+                ([float("nan"), 1], "[nan, 1] is no [start, end]"),
+                ([0, 10**400], "[0, 1000"),
+                ([False, True], "[False, True] is no [start, end]"),
+                ([0], "[0] is no [start, end]"),
+                ([], "[] is no [start, end]"),
+                ("0-1", "0-1 is no [start, end]"),
+            ]
+        ),
+        ({"video": "v", "video_range": [["0", 1]], **turns("q", "a")}, "video_range[0]: ['0', 1] is no [start, end] in seconds"),
+        (record(audio_state=1), "audio_state: 1 classes, 0 clips in the record"),
+        (clips("<audio><audio>", "a", audio_state=1), "audio_state: 1 classes, 2 clips in the record; one each is needed"),
+        (clips("<audio>", "a", audio_state=[1, 0]), "audio_state: 2 classes, 1 clips in the record"),
+        (clips("<audio>", "a", audio_state=-1), "audio_state: -1 is no class; classes are whole numbers from 0 on"),
+        (clips("<audio>", "a", audio_state=[True]), "audio_state[0]: True is no class"),
+        (clips("<audio>", "a", audio_state=2**40), "audio_state: 1099511627776 is no class"),
+        (clips("<audio>", "a", inserted_id="1"), "inserted_id: is a string, not the number of a turn, counted from 0"),
+        (clips("<audio>", "a", inserted_id=True), "inserted_id: is a boolean, not the number of a turn"),
+        (clips("<audio>", "a", inserted_id=0), "inserted_id: turn 0 answers no turn with <audio>; turns that do: 1"),
+        (clips("<audio>", "a", "q", "b", inserted_id=3), "inserted_id: turn 3 answers no turn with <audio>; turns that do: 1"),
+        (clips("<audio>", "a", inserted_id=-1), "inserted_id: turn -1 answers no turn with <audio>"),
+        ({**LEADING, "inserted_id": 0}, "inserted_id: turn 0 answers no turn with <audio>; turns that do: 2"),
+        ({**LEADING, "inserted_id": 1}, "inserted_id: turn 1 answers no turn with <audio>; turns that do: 2"),
+        (record(inserted_id=1), "inserted_id: turn 1 answers no turn with <audio>; turns that do: none"),
+        (record(end_tag=False), "end_tag: is only for records with audio; remove it"),
+        (record(end_tag=True), "end_tag: is only for records with audio; remove it"),
+        (clips("<audio>", "a", end_tag="no"), "end_tag: is a string, not true or false"),
+        (
+            {**messages([V], "a"), "audio": "b"},
+            "audio: media are named both by the record and by its content parts; keep one",
+        ),
+    ],
+)
+def test_what_is_said_of_media_is_checked(raw: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecordError) as caught:
+        parse(raw, "mix.json:12")
+    assert str(caught.value).startswith(f"mix.json:12 7: {message}")

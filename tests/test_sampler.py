@@ -1,5 +1,7 @@
 """The order is a function of seed, epoch and position; LLaVA's is reproduced, and beaten."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -67,6 +69,15 @@ def test_seed_and_epoch_both_draw_anew() -> None:
     orders = [make("random", seed=seed).epoch(epoch) for seed in (0, 1) for epoch in (0, 1)]
     assert len({order.tobytes() for order in orders}) == 4
     assert np.array_equal(make("sequential").epoch(3), np.arange(1003))
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"), [("modality_length", "7f0036a5e29b1faa"), ("length", "79bcd9c94ee9689b"), ("random", "8cd374cbdafb92f5")]
+)
+def test_the_order_of_a_seed_never_changes(order: str, expected: str) -> None:
+    """A run that was begun with an earlier version goes on with the samples it would have seen."""
+    both = np.concatenate([make(order).epoch(epoch) for epoch in (0, 1)])
+    assert hashlib.sha256(both.astype("<i4").tobytes()).hexdigest()[:16] == expected
 
 
 def test_the_global_generator_neither_matters_nor_moves() -> None:

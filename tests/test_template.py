@@ -32,13 +32,31 @@ LLAMA2 = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, and "
     "assist the user with a variety of tasks using natural language."
 )
+
+
+def vita_system(kind: str) -> str:
+    """VITA's place for a system text, filled with our own words; the text of each kind is put together here once more."""
+    base = (
+        "You are an assistant for text, pictures, video and speech. \n- Be helpful, honest and harmless. \n"
+        "- Talk with the user fluently, in the language that the user chooses. \n"
+        "- When the user points out a mistake in an answer, apologise and work out the right one together."
+    )
+    seen = f" \n- Answer strictly from what the {kind} shows; when the {kind} does not show what is asked, say so."
+    return base if kind == "text" else base + seen
+
+
+MPT = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+VITA = {kind: vita_system(kind) for kind in ("text", "image", "video")}
 AUTO = ["qwen", "qwen3", "llama3", "mistral", "mistral3", "phi3"]
 PAIRS = [
     *((name, "auto") for name in AUTO),
     *((name, "chatml") for name in ("qwen", "bytes", "bytes_bos")),
     *itertools.product(("llama", "llama_first", "llama_always", "bytes", "bytes_bos"), ("vicuna_v1", "llama2", "mistral", "plain")),
     ("qwen", "plain"),
+    *((name, name) for name in ("llama3", "gemma", "phi3", "internlm2")),
+    *(("qwen", "mpt"), ("qwen", "vita_qwen"), ("llama", "vita_mixtral"), ("llama_first", "vita_mixtral")),
 ]
+TRIMMED = [("llama3", "auto"), ("llama3", "llama3"), ("gemma", "gemma")]
 ENDS = {
     "qwen": "<|im_end|>",
     "qwen3": "<|im_end|>",
@@ -47,7 +65,11 @@ ENDS = {
     "mistral3": "</s>",
     "phi3": "<|end|>",
 }
-OWN_ENDS = {"chatml": "<|im_end|>", "vicuna_v1": "</s>", "llama2": " </s>", "mistral": " </s>", "plain": "\n"}
+OWN_ENDS = {
+    **dict.fromkeys(("chatml", "internlm2", "mpt", "vita_qwen"), "<|im_end|>"),
+    **{"vicuna_v1": "</s>", "vita_mixtral": "</s>", "llama2": " </s>", "mistral": " </s>", "plain": "\n"},
+    **{"llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "phi3": "<|end|>"},
+}
 
 PIECES = [
     "A cat",
@@ -96,8 +118,27 @@ def llava_text(name: str, messages: list[tuple[str, str]]) -> str:
     """The conversation as the replaced systems write it, told in Python and apart from the Jinja texts under test."""
     system = messages[0][1] if messages[0][0] == "system" else None
     turns = messages[1:] if system is not None else messages
-    if name == "chatml":
+    if name in ("chatml", "internlm2"):
         return "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in messages)
+    if name == "mpt":
+        header = f"<|im_start|>system\n{MPT if system is None else system}<|im_end|>"
+        return header + "".join(f"<|im_start|>{role}\n{content}<|im_end|>" for role, content in turns)
+    if name == "llama3":
+        return "".join(f"<|start_header_id|>{role}<|end_header_id|>\n\n{content.strip()}<|eot_id|>" for role, content in messages)
+    if name == "gemma":
+        return "".join(f"<start_of_turn>{role}\n{content.strip()}<end_of_turn>\n" for role, content in messages).replace(
+            "<start_of_turn>assistant\n", "<start_of_turn>model\n"
+        )
+    if name == "phi3":
+        return "".join(f"<|{role}|>\n{content}<|end|>\n" for role, content in messages) + "<|endoftext|>"
+    if name.startswith("vita"):
+        system = VITA["image" if any("<image>" in content for _, content in turns) else "text"] if system is None else system
+    if name == "vita_mixtral":
+        roles = {"user": "user", "assistant": "bot"}
+        return f"system:{system}</s>" + "".join(f"\n{roles[role]}:{content}</s>" for role, content in turns)
+    if name == "vita_qwen":
+        blocks = [("system", system), *turns]
+        return "\n".join(f"<|im_start|>{role}\n{content}<|im_end|>" for role, content in blocks)
     if name == "plain":
         return "<image>" * turns[0][1].count("<image>") + turns[1][1] + "\n"
     if name == "vicuna_v1":
@@ -136,10 +177,10 @@ def stretches(encoded: Encoded) -> list[tuple[int, int]]:
 
 def refused(template: Template, tokenizer: str, record: Record) -> bool:
     """Whether the tokenizer's own chat template cannot express the record; then we must say so too."""
-    if template.name != "auto":
+    if template.name not in ("auto", "gemma"):
         return False
     rewritten = tokenizer == "qwen3" and any(t.role == "assistant" and t.content.startswith("\n") for t in record.turns)
-    return rewritten or (tokenizer.startswith("mistral") and record.turns[0].role == "system")
+    return rewritten or (tokenizer.startswith(("mistral", "gemma")) and record.turns[0].role == "system")
 
 
 def check_laws(template: Template, tokenizer: str, record: Record) -> Encoded:
@@ -152,7 +193,7 @@ def check_laws(template: Template, tokenizer: str, record: Record) -> Encoded:
     assert len(learned) == len(answers)
     for (low, high), answer in zip(learned, answers):
         text = template.tokenizer.decode(ids[low:high], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        stripped = answer.rstrip() if tokenizer == "llama3" and template.name == "auto" else answer
+        stripped = answer.rstrip() if (tokenizer, template.name) in TRIMMED else answer
         expected = unicodedata.normalize("NFC", stripped + end)
         assert unicodedata.normalize("NFC", text).lstrip() == expected.lstrip()
     assert not any(s and i == template.placeholder_ids["image"] for i, s in zip(ids, supervised))
@@ -212,6 +253,8 @@ def test_dropping_rounds_gives_the_shorter_records_ids(tokenizer: str, name: str
     for k, end in enumerate(encoded.round_ends):
         turns = record.turns[: first + 2 * (k + 1)]
         media = record.media[: sum(turn.content.count("<image>") for turn in turns)]
+        if name.startswith("vita") and bool(media) != bool(record.media):
+            continue  # the system text is the one of the whole record
         shorter = template.encode(dataclasses.replace(record, turns=turns, media=media))
         assert shorter.input_ids == encoded.input_ids[:end]
         assert shorter.supervised == encoded.supervised[:end]
@@ -313,8 +356,8 @@ def test_todays_date_is_not_rendered() -> None:
         (
             "chatml",
             "llama",
-            re.escape("""'<|im_start|>', which is no single token of this tokenizer; choose another template, or add it with \
-model.llm.new_tokens = ["<|im_start|>"] and model.llm.tune = "full\""""),
+            re.escape("""'<|im_start|>', '<|im_end|>', which are no single tokens of this tokenizer; choose another template, or \
+add them with model.llm.new_tokens = ["<|im_start|>", "<|im_end|>"] and model.llm.tune = "full\""""),
         ),
         ("vicuna_v1", "qwen", "'</s>', which is no single token"),
         ("vicuna", "qwen", "'vicuna' is not known; allowed: auto, chatml"),

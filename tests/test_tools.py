@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from data.processor import Processor
 from model import MultimodalLM, load_model
 from model.batch import IGNORE_INDEX, Batch
 from tests.runs import save_parts, save_records, tables
-from tools import chat, evaluate, inspect_data, plot_run
+from tools import chat, cli, evaluate, inspect_data, plot_run
 from tools.cli import printable
 from trainer.main import run
 from trainer.runfile import load_config, parse_config
@@ -281,6 +282,16 @@ def test_plot_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_recipes_are_accepted(recipe: Path) -> None:
     config = load_config(str(recipe))
     assert config.output_dir == f"runs/{recipe.stem}" and f"--cfg recipes/{recipe.name}" in recipe.read_text()
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert cli.run("tool", lambda: print("more than anyone reads")) == cli.NOBODY_READS
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""
 
 
 def test_tools_explain_themselves(capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,6 +65,22 @@ PHI3 = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{% else %}{{- eos_token }}{% endif %}"""
 
+GEMMA = """\
+{{- bos_token }}
+{%- if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+{%- for message in messages %}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}
+    {{- '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) }}
+    {{- '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<start_of_turn>model\\n' }}{% endif %}"""
+INTERNLM2 = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
+
 _CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _LLAMA3_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
@@ -164,6 +180,22 @@ def _phi3() -> PreTrainedTokenizerFast:
     return _wrap(tokenizer, ("<|endoftext|>",), chat_template=PHI3, bos_token="<s>", eos_token="<|endoftext|>", unk_token="<unk>")
 
 
+def _gemma() -> PreTrainedTokenizerFast:
+    """SentencePiece that puts no space before a text, with a BOS of its own."""
+    tokenizer = sentence_piece("prepend")
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    _bos(tokenizer, "<bos>")
+    return _wrap(tokenizer, (), chat_template=GEMMA, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+
+
+def _internlm2() -> PreTrainedTokenizerFast:
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return _wrap(sentence_piece("prepend"), _CHATML_TOKENS[1:], chat_template=INTERNLM2, **named)
+
+
 def _gpt2(bos: bool) -> PreTrainedTokenizerFast:
     """Byte-level with Llama's names for the control tokens and no chat template."""
     tokenizer = byte_level(("<s>", "</s>", *_CHATML_TOKENS), bos="<s>" if bos else "", qwen_split=False)
@@ -187,6 +219,8 @@ NAMES = {
     "mistral": lambda: _llama("prepend", MISTRAL),
     "mistral3": _mistral3,
     "phi3": _phi3,
+    "gemma": _gemma,
+    "internlm2": _internlm2,
     "llama": lambda: _llama("prepend"),
     "llama_first": lambda: _llama("first"),
     "llama_always": lambda: _llama("always"),

@@ -1,7 +1,8 @@
-"""How much of the padded work is useful: our data order beside a random one and LLaVA's, on lengths like those of its 665k mix.
+"""How much of the work is useful: our data order, packed and padded, beside a random one and LLaVA's, on lengths like those of
+its 665k mix.
 
-Useful is the sum of true lengths. Padded is what a rank computes, its micro-batch's rows times the longest of them; slowest rank
-counts every rank as busy as the busiest of the same micro-step, for which all of them wait.
+Useful is the sum of true lengths. What a rank computes of a micro-batch is its tokens if it is packed, else its rows times the
+longest of them; slowest rank counts every rank as busy as the busiest of the same micro-step, for which all of them wait.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
-from data.sampler import Sampler, deal
+from data.loader import BatchPlan
+from data.sampler import Sampler
 from tools.llava_sampler import modality_length_grouped
 
 NUM_IMAGE, NUM_TEXT = 624_000, 41_000
@@ -48,10 +51,18 @@ def llava_like_mix(scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     return lengths[order], modalities[order]
 
 
-def our_steps(lengths: np.ndarray, modalities: np.ndarray, world_size: int, micro_batch_size: int) -> list[MicroStep]:
-    """One epoch of `modality_length`, one micro-batch per rank and step."""
-    sampler = Sampler(lengths, modalities, world_size * micro_batch_size, 0, "modality_length")
-    dealt = [deal(sampler.step(step), lengths, world_size, micro_batch_size) for step in range(sampler.steps_per_epoch)]
+def our_steps(
+    lengths: np.ndarray,
+    modalities: np.ndarray,
+    world_size: int,
+    micro_batch_size: int,
+    budget: int = 0,
+    order: str = "modality_length",
+) -> list[MicroStep]:
+    """One epoch of steps of `micro_batch_size` samples per rank: one micro-batch of each, or packed up to `budget` tokens."""
+    sampler = Sampler(lengths, modalities, world_size * micro_batch_size, 0, order)
+    plan = BatchPlan(world_size, micro_batch_size, budget)
+    dealt = [plan.deal(sampler.step(step), lengths) for step in range(sampler.steps_per_epoch)]
     return [[rank[micro] for rank in ranks] for ranks in dealt for micro in range(len(ranks[0]))]
 
 
@@ -75,10 +86,11 @@ def random_steps(lengths: np.ndarray, modalities: np.ndarray, world_size: int, m
     return _cut(np.random.default_rng(0).permutation(len(lengths)), world_size, micro_batch_size)
 
 
-def efficiency(steps: list[MicroStep], lengths: np.ndarray) -> Efficiency:
-    """Useful over padded slots of an epoch; a rank without samples computes nothing but waits."""
-    work = np.array([[len(ids) * lengths[ids].max() if len(ids) else 0 for ids in ranks] for ranks in steps], dtype=np.int64)
-    useful = sum(int(lengths[ids].sum()) for ranks in steps for ids in ranks)
+def efficiency(steps: list[MicroStep], lengths: np.ndarray, is_packed: bool = False) -> Efficiency:
+    """Useful over computed slots of an epoch; a rank without samples computes nothing but waits."""
+    tokens = np.array([[lengths[ids].sum() for ids in ranks] for ranks in steps], dtype=np.int64)
+    padded = np.array([[len(ids) * lengths[ids].max(initial=0) for ids in ranks] for ranks in steps], dtype=np.int64)
+    work, useful = tokens if is_packed else padded, int(tokens.sum())
     return Efficiency(useful / int(work.sum()), useful / int(work.shape[1] * work.max(axis=1).sum()))
 
 
@@ -92,26 +104,29 @@ def _cut(order: np.ndarray, world_size: int, micro_batch_size: int) -> list[Micr
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])
-    parser.add_argument("--micro-batch-size", type=int, default=16)
+    parser.add_argument("--micro-batch-size", type=int, default=16, help="samples per rank and step")
+    parser.add_argument("--micro-batch-tokens", type=int, nargs="+", default=[4096, 8192, 16384], help="budgets to pack for")
     parser.add_argument("--scale", type=float, default=1.0, help="part of the 665 000 samples to plan")
     options = parser.parse_args()
     lengths, modalities = llava_like_mix(options.scale)
-    print(f"{len(lengths)} samples, mean length {lengths.mean():.0f}, micro-batches of {options.micro_batch_size}")
-    print("| order | ranks | useful per padded slot | useful per slot of the slowest rank | planning an epoch |")
+    print(f"{len(lengths)} samples, mean length {lengths.mean():.0f}, {options.micro_batch_size} per rank and step")
+    print("| order | ranks | useful per computed slot | useful per slot of the slowest rank | planning an epoch |")
     print("|---|---|---|---|---|")
-    plans: dict[str, Plan] = {
-        "ours": our_steps,
-        "ours, texts known to 10 %": guessed_steps,
-        "LLaVA": llava_steps,
-        "random": random_steps,
+    plans: dict[str, tuple[Plan, bool]] = {
+        **{f"ours, packed, {budget}": (partial(our_steps, budget=budget), True) for budget in options.micro_batch_tokens},
+        **{f"random, packed, {b}": (partial(our_steps, budget=b, order="random"), True) for b in options.micro_batch_tokens},
+        "ours, padded": (our_steps, False),
+        "ours, padded, texts known to 10 %": (guessed_steps, False),
+        "LLaVA": (llava_steps, False),
+        "random": (random_steps, False),
     }
     for world_size in options.ranks:
-        for name, plan in plans.items():
+        for name, (plan, is_packed) in plans.items():
             start = time.perf_counter()
             steps = plan(lengths, modalities, world_size, options.micro_batch_size)
             seconds = time.perf_counter() - start
-            found = efficiency(steps, lengths)
-            print(f"| {name} | {world_size} | {found.per_rank:.4f} | {found.slowest_rank:.4f} | {seconds:.2f} s |")
+            found = efficiency(steps, lengths, is_packed)
+            print(f"| {name} | {world_size} | {found.per_rank:.4f} | {found.slowest_rank:.4f} | {seconds:.2f} s |", flush=True)
 
 
 if __name__ == "__main__":

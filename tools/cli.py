@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
-INTERRUPTED = 130
+INTERRUPTED, NOBODY_READS = 130, 141
 
 
 def run(name: str, action: Callable[[], None]) -> int:
@@ -15,8 +16,12 @@ def run(name: str, action: Callable[[], None]) -> int:
     """
     try:
         action()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes what is left when it ends
+        return NOBODY_READS
     except Exception as error:
         code = getattr(error, "exit_code", None)
         if code is None:

@@ -1,7 +1,8 @@
-"""What the model will see: the first samples of every source as they reach it, with what is learned marked.
+"""What the model will see: samples of every source as they reach it, with what is learned marked, in the terminal or as a page.
 
-Supervised tokens are green, or stand in {+ +} where there is no terminal or NO_COLOR is set. A medium is shown by the tokens it
-takes and its file. Indexes are written where the run itself will look for them.
+In the terminal supervised tokens are green, or stand in {+ +} where it is none or NO_COLOR is set; a medium is shown by the tokens
+it takes and its file. --html writes one file for a browser, with the pictures, the frames and the sounds that the model receives.
+Indexes are written where the run itself will look for them; no weight is read.
 """
 
 from __future__ import annotations
@@ -10,103 +11,126 @@ import argparse
 import itertools
 import os
 import sys
-from dataclasses import replace
-
-import torch
+from pathlib import Path
 
 from data.certificate import certify
 from data.config import DataError
-from data.dataset import MultimodalDataset, Rejected
-from data.index import RecordIndex
-from data.record import MediaRef, parse
-from data.sample import Sample
-from data.template import Template
-from model.batch import IGNORE_INDEX
 from model.config import ConfigError
 from tools.cli import printable, run
-from trainer.config import RunConfig
-from trainer.distributed import World
-from trainer.runfile import load_config
-from trainer.sources import open_data
+from tools.inspect_choice import KINDS, Source, Wanted, choose, config_of, open_sources
+from tools.inspect_entry import Box, Entry
+from tools.inspect_html import Shown, page
 
 GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
+NUM_PRINTED, NUM_ON_PAGE = 3, 50
 
 
-def open_sources(config: RunConfig) -> tuple[Template, dict[str, MultimodalDataset]]:
-    """The template and the datasets of the run, by the table that names them; nothing is certified and no weight is read."""
-    # Bad records are shown as such, whatever the run does about them.
-    config = replace(config, data=replace(config.data, on_bad_sample="quarantine"))
-    data = open_data(config, World(0, 0, 1, torch.device("cpu")))
-    tables = {"sources": data.train, "validation": data.validation}
-    return data.processor.template, {key: dataset for key, dataset in tables.items() if dataset is not None}
-
-
-def show_source(template: Template, dataset: MultimodalDataset, source_id: int, table: str, num: int, colour: bool) -> bool:
-    """Prints one source; whether it is certified."""
-    index, source = dataset.indexes[source_id], dataset.sources[source_id]
-    name = f"data.{table} {source.key}: {source.path}"
-    with_media, planned = int((index.modalities > 0).sum()), index.lengths.mean()
-    print(f"{name}\n{'=' * len(name)}\n{len(index):,} records, {with_media:,} with media, {planned:.0f} tokens planned on average")
+def certified(source: Source) -> tuple[str, bool]:
+    """The certificate of a source or why it has none, and whether the run would refuse it."""
+    index = source.dataset.indexes[source.source_id]
     try:
-        print(f"certificate: {certify(template, index, source.key)}")
-        certified = True
+        return str(certify(source.dataset.template, index, source.config.key)), False
     except DataError as error:
-        print(f"certificate: REFUSED: {printable(str(error))}")
-        certified = False
-    first = int((dataset.source_ids < source_id).sum())
-    for row in range(min(num, len(index))):
-        print()
-        print(entry(dataset[first + row], index, row, template, colour))
+        return str(error), True
+
+
+def print_source(source: Source, colour: bool) -> bool:
+    """Prints one source; whether the run would refuse it."""
+    name = f"data.{source.table} {source.config.key}: {source.config.path}"
+    ids = source.pool.ids
+    media = [f"{int((source.dataset.modalities[ids] > 0).sum()):,} with media"]
+    media += [f"{count:,} with {kind}" for kind, count in source.kinds.items()]
+    planned = f"{source.dataset.lengths[ids].mean():.0f} tokens planned on average ({source.opened.lengths_kind})"
+    certificate, refused = certified(source)
+    print(f"{name}\n{'=' * len(name)}")
+    print(", ".join(filter(None, [f"{source.pool.size:,} records", source.part, *media, planned])))
+    print(f"certificate: {'REFUSED: ' * refused}{printable(certificate)}")
+    for entry in source.entries():
+        print(f"\n{printed(entry, colour)}")
     print()
-    return certified
+    return refused
 
 
-def entry(item: Sample | Rejected, index: RecordIndex, row: int, template: Template, colour: bool) -> str:
+def printed(entry: Entry, colour: bool) -> str:
     """A headline with the record's place and lengths, and the sample; or why there is none."""
-    if isinstance(item, Rejected):
-        return printable(f"{item.where} {item.id}: {'too long' if item.too_long else 'bad'}, not trained on: {item.reason}")
-    record = parse(index.raw(row), index.where(row))
-    return f"{record.where} {printable(record.id)}: {lengths(item)}\n{shown(item, record.media, template, colour)}"
+    headline = f"{entry.where} {entry.id}:"
+    if entry.status not in ("trained", "shortened"):
+        return printable(f"{headline} {entry.status}, not trained on: {entry.reason}")
+    parts = [f"{entry.num_tokens} tokens", f"{entry.num_learned} supervised"]
+    for modality, boxes in itertools.groupby(sorted(entry.boxes, key=_modality), key=_modality):
+        parts.append(f"{sum(box.medium.length for box in boxes)} of {modality}")
+    parts += [f"{entry.planned} planned", *([entry.reason] if entry.reason else [])]
+    return f"{printable(f'{headline} ' + ', '.join(parts))}\n{shown(entry, colour)}"
 
 
-def lengths(sample: Sample) -> str:
-    media = {modality: sum(medium.length for medium in found) for modality, found in sample.media.items()}
-    parts = [f"{len(sample.input_ids)} tokens", f"{int((sample.labels != IGNORE_INDEX).sum())} supervised"]
-    return ", ".join([*parts, *(f"{tokens} of {modality}" for modality, tokens in media.items())])
+def _modality(box: Box) -> str:
+    return box.medium.kind
 
 
-def shown(sample: Sample, media: tuple[MediaRef, ...], template: Template, colour: bool) -> str:
+def shown(entry: Entry, colour: bool) -> str:
     """The sample as text: stretches of supervised tokens, of other ones, and media, in their order."""
-    learned = [False, *(sample.labels[:-1] != IGNORE_INDEX).tolist()]  # labels are shifted: position t says what t + 1 is
-    files = {modality: iter([ref.path for ref in media if ref.modality == modality]) for modality in sample.media}
-    placed = {medium.start: (modality, medium.length) for modality, found in sample.media.items() for medium in found}
-    inside = {t for start, (_, length) in placed.items() for t in range(start, start + length)}
-    pieces: list[str] = []
-    for key, group in itertools.groupby(range(len(sample.input_ids)), key=lambda t: (t in inside, learned[t])):
-        positions = list(group)
-        if key[0]:
-            for modality, length in (placed[t] for t in positions if t in placed):
-                text = f"[{modality} {length} tokens: {printable(next(files[modality]))}]"
-                pieces.append(f"{DIM}{text}{RESET}" if colour else text)
+    stretches: list[str] = []
+    for mark, group in itertools.groupby(entry.pieces, key=lambda piece: "box" if isinstance(piece, Box) else piece.learned):
+        if mark == "box":
+            texts = [f"[{box.medium.kind} {box.facts}: {printable(box.path)}]" for box in group if isinstance(box, Box)]
+            stretches += [f"{DIM}{text}{RESET}" if colour else text for text in texts]
             continue
-        text = printable(template.tokenizer.decode(sample.input_ids[positions].tolist(), skip_special_tokens=False))
+        text = printable("".join(piece.text for piece in group if not isinstance(piece, Box)))
         left, right = (GREEN, RESET) if colour else ("{+", "+}")
-        pieces.append(f"{left}{text}{right}" if key[1] else text)
-    return "".join(pieces).rstrip("\n")
+        stretches.append(f"{left}{text}{right}" if mark else text)
+    return "".join(stretches).rstrip("\n")
+
+
+def write_page(file: Path, title: str, words: str, sources: list[Source]) -> list[bool]:
+    """Writes the page; which sources the run would refuse."""
+    shown = []
+    for source in sources:
+        certificate, refused = certified(source)
+        about = Shown(
+            table=source.table,
+            name=source.config.key,
+            path=source.config.path,
+            size=source.pool.size,
+            part=source.part,
+            kinds=source.kinds,
+            lengths=source.dataset.lengths[source.pool.ids],
+            lengths_kind=source.opened.lengths_kind,
+            certificate=certificate,
+            refused=refused,
+            num_shown=len(source.chosen),
+        )
+        shown.append((about, source.entries()))
+    text = page(title, words, sources[0].opened.config.data.max_length, shown)
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--html {file} cannot be written: {error.strerror}") from error
+    print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB, {sum(len(s.chosen) for s in sources):,} records: open it in a browser")
+    return [source.refused for source, _ in shown]
+
+
+def wanted_of(options: argparse.Namespace) -> Wanted:
+    if options.num is not None and options.num < 0:
+        raise ConfigError(f"--num {options.num} is negative")
+    if options.step is not None and (options.run is None or options.longest or options.quarantined):
+        raise ConfigError("--step shows what one step of a run was trained on: it needs --run and goes with no other choice")
+    num = options.num
+    if num is None and options.step is None:
+        num = NUM_ON_PAGE if options.html else NUM_PRINTED
+    only = (options.longest, options.quarantined, options.html is not None and options.step is None, options.step)
+    return Wanted(num, options.source, options.modality, *only)
 
 
 def inspect(options: argparse.Namespace) -> None:
-    if options.num < 0:
-        raise ConfigError(f"--num {options.num} is negative")
-    config = load_config(options.cfg, options.overrides)
+    wanted = wanted_of(options)
+    config = config_of(options.cfg, options.run, options.overrides)
+    sources = choose(open_sources(config), wanted)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    template, datasets = open_sources(config)
-    refused = [
-        source.key
-        for table, dataset in datasets.items()
-        for i, source in enumerate(dataset.sources)
-        if not show_source(template, dataset, i, table, options.num, colour)
-    ]
+    if options.html:
+        refusals = write_page(options.html, options.cfg or options.run, wanted.words, sources)
+    else:
+        refusals = [print_source(source, colour) for source in sources]
+    refused = [source.config.key for source, bad in zip(sources, refusals) if bad]
     if refused:
         raise DataError(f"the run would refuse {', '.join(refused)}: see the certificates above")
 
@@ -115,8 +139,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="tools.inspect_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cfg", required=True, help="the run file")
-    parser.add_argument("--num", type=int, default=3, help="samples of each source (3)")
+    parser.add_argument("--cfg", help="the run file")
+    parser.add_argument("--run", help="in its place: the folder of a run, whose own run.toml is read")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page for a browser, in place of printing")
+    parser.add_argument("--num", type=int, help=f"samples of each source ({NUM_PRINTED}; {NUM_ON_PAGE} on a page; all of a step)")
+    parser.add_argument("--source", default="", metavar="NAME", help="this source alone")
+    parser.add_argument("--modality", default="", choices=KINDS, help="records that hold this kind of medium, or text alone")
+    order = parser.add_mutually_exclusive_group()
+    order.add_argument("--longest", action="store_true", help="the longest ones, by planned length")
+    order.add_argument("--quarantined", action="store_true", help="what the run quarantined")
+    order.add_argument("--step", type=int, metavar="N", help="with --run: what brought it from N to N + 1 completed steps")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
     options = parser.parse_intermixed_args(argv)  # options may stand before the last positional
     return run("inspect_data", lambda: inspect(options))

@@ -13,9 +13,11 @@ from data.processor import Processor
 from data.tokenizer import pad_id, save_tokenizer
 from model.batch import PLACEHOLDERS, Batch, image_spec
 from model.card import ModelCard
+from model.config import ConfigError
 from model.export_hf import model_config, processor_files, weights, write_weights
 from model.files import dump_json
 from model.multimodal import MultimodalLM
+from model.pixels import normalised
 from tools.proofs import batch_of, check_close, in_float32, logits, sample
 from trainer.exits import ProofError
 
@@ -23,8 +25,15 @@ PLACEHOLDER = PLACEHOLDERS["image"]
 
 
 def write_folder(folder: Path, card: ModelCard, model: MultimodalLM, processor: Processor) -> None:
-    """config.json, weights, processor and tokenizer files. `model` is merged, in the dtype that is written."""
+    """config.json, weights, processor and tokenizer files. `model` is merged, in the dtype that is written.
+
+    ConfigError where the run saw pictures in tiles.
+    """
     spec, fit, template = image_spec(card.specs), processor.config.image_fit, processor.template
+    if fit == "tiles":
+        raise ConfigError(
+            "cannot be written for LlavaForConditionalGeneration: data.image_fit = 'tiles', its processor has one view"
+        )
     files = {
         "config.json": model_config(card, model, template.placeholder_ids["image"]),
         "generation_config.json": {"eos_token_id": list(processor.stop_ids), "pad_token_id": pad_id(processor.tokenizer)},
@@ -69,7 +78,7 @@ def prove_folder(folder: Path, model: MultimodalLM, processor: Processor) -> flo
     """
     with sample(processor) as record:
         batch = batch_of(processor, record)
-        inputs = _inputs(folder, record, batch)
+        inputs = _inputs(folder, record, batch, processor)
     expected = logits(in_float32(model), batch)
     theirs, report = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names and kind != "error_msgs"}
@@ -80,11 +89,13 @@ def prove_folder(folder: Path, model: MultimodalLM, processor: Processor) -> flo
     return check_close(found, expected, "LlavaForConditionalGeneration and this model")
 
 
-def _inputs(folder: Path, record: dict[str, Any], batch: Batch) -> dict[str, Any]:
+def _inputs(folder: Path, record: dict[str, Any], batch: Batch, processor: Processor) -> dict[str, Any]:
     reader = AutoProcessor.from_pretrained(folder, backend="pil")
     inputs = reader.apply_chat_template(record["messages"], tokenize=True, return_dict=True, return_tensors="pt")
     if inputs["input_ids"].tolist() != batch.input_ids.tolist():
         raise ProofError(f"AutoProcessor gives other ids: {inputs['input_ids'].tolist()} and not {batch.input_ids.tolist()}")
-    if not torch.equal(inputs["pixel_values"], batch.media["image"].values):
+    values = batch.media["image"].values
+    seen = normalised(values, image_spec(processor.specs), torch.float32)
+    if not torch.allclose(inputs["pixel_values"], seen, rtol=0, atol=1e-6 if values.dtype == torch.uint8 else 0):
         raise ProofError("AutoProcessor gives other pixels than training saw")
     return dict(inputs)

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from data.config import DataConfig
+from model.attention import OURS
 from model.config import LoraConfig
-from trainer.config import RunConfig, ValidationConfig
+from trainer.config import BatchConfig, RunConfig, ValidationConfig
 
 
 def problems_of(config: RunConfig) -> list[str]:
     """Every problem of a well-typed configuration, one line each."""
-    return [*config.data.problems(), *_values(config), *_pairs(config), *_parts(config), *_no_effect(config)]
+    return [*config.data.problems(), *_values(config), *_pairs(config), *_packing(config), *_parts(config), *_no_effect(config)]
 
 
 def _values(config: RunConfig) -> Iterator[str]:
@@ -36,6 +37,7 @@ def _values(config: RunConfig) -> Iterator[str]:
             yield f"{name} = {value} is not positive"
     not_negative: dict[str, Any] = {
         "seed": config.seed,
+        "batch.micro_batch_tokens": config.batch.micro_batch_tokens,
         "optim.projector_lr": config.optim.projector_lr,
         "optim.weight_decay": config.optim.weight_decay,
         "optim.clip_norm": config.optim.clip_norm,
@@ -64,13 +66,38 @@ def _pairs(config: RunConfig) -> Iterator[str]:
     if not config.data.sources and config.train.max_steps != 0:
         yield "data.sources is empty: name at least one [[data.sources]] with its path (train.max_steps = 0 needs none)"
     # A micro-batch larger than the step it is part of could never be filled.
-    if config.batch.micro_batch_size > config.batch.global_batch_size:
+    if not config.data.packing and config.batch.micro_batch_size > config.batch.global_batch_size:
         yield (
             f"batch.micro_batch_size = {config.batch.micro_batch_size} is larger than "
             f"batch.global_batch_size = {config.batch.global_batch_size}"
         )
     if config.checkpoint.resume not in ("auto", "none") and "checkpoint-" not in config.checkpoint.resume:
         yield f"checkpoint.resume = {config.checkpoint.resume!r} is not 'auto' | 'none' | a checkpoint-N folder"
+
+
+def _packing(config: RunConfig) -> Iterator[str]:
+    batch, attention = config.batch, config.model.attention
+    if not config.data.packing:
+        if batch.micro_batch_tokens > 0:
+            yield f"batch.micro_batch_tokens = {batch.micro_batch_tokens} has no effect with data.packing = false"
+        if attention == "varlen":
+            yield "model.attention = 'varlen' is for packed samples: set data.packing = true, or use 'sdpa'"
+        return
+    if batch.micro_batch_tokens < config.data.max_length:
+        yield (
+            f"batch.micro_batch_tokens = {batch.micro_batch_tokens} is less than data.max_length = {config.data.max_length}: with "
+            "data.packing = true it is the tokens of one micro-batch, which must hold the longest sample"
+        )
+    if batch.micro_batch_size != BatchConfig().micro_batch_size:
+        yield (
+            f"batch.micro_batch_size = {batch.micro_batch_size} has no effect with data.packing = true: "
+            "micro-batches are filled up to batch.micro_batch_tokens"
+        )
+    if attention not in OURS:
+        yield (
+            f"model.attention = {attention!r} with data.packing = true: packed samples would attend to each other; "
+            f"use {' or '.join(map(repr, OURS))}"
+        )
 
 
 def _parts(config: RunConfig) -> Iterator[str]:

@@ -13,6 +13,7 @@ from model.config import LoraConfig, ModelConfig
 class BatchConfig:
     global_batch_size: int = 128
     micro_batch_size: int = 4
+    micro_batch_tokens: int = 0  # packing: what a micro-batch holds at most
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,16 @@ from tqdm import tqdm
 from data.loader import MicroBatch, train_batches
 from trainer.checkpoint import Checkpointer
 from trainer.exits import Progress, ProofError
+from trainer.ledger import table, write_ledger
 from trainer.metrics import Meter, MetricsLog
 from trainer.optim import set_learning_rates
-from trainer.quarantine import TRAIN, VALIDATION, Quarantine
+from trainer.quarantine import Quarantine
 from trainer.resume import run_state
 from trainer.schedule import multiplier
 from trainer.setup import Setup
 from trainer.step import train_step
+from trainer.step_log import StepLog
 from trainer.validate import validate
-
-
-def num_records(setup: Setup) -> dict[str, int]:
-    """Records by split."""
-    datasets = {TRAIN: setup.data.train, VALIDATION: setup.data.validation}
-    return {split: len(dataset) for split, dataset in datasets.items() if dataset is not None}
 
 
 class Loop:
@@ -41,12 +38,23 @@ class Loop:
         if totals is not None:
             self.meter.restore(totals)
         self.log = MetricsLog(folder, first_step, world)
-        self.quarantine = Quarantine(folder, num_records(setup), config.data.max_bad_fraction)
+        self.step_log = StepLog(folder, setup.data.sampler, first_step, world)
+        self.quarantine = Quarantine(folder, setup.data.num_records, config.data.max_bad_fraction)
+        self.num_accounted = first_step  # steps whose bad records are written down
         self.quarantine.check()
         self.checkpointer = Checkpointer(folder, config.checkpoint.keep, world)
 
     def run(self) -> None:
-        """All steps that are left. Ends with a checkpoint of the last one."""
+        """All steps that are left. Ends with a checkpoint of the last one. A run that fails leaves a ledger too."""
+        try:
+            self._run()
+        except BaseException:
+            with suppress(OSError):  # what ended the run is the reason to tell
+                self._account()
+            raise
+        self._account(told=True)
+
+    def _run(self) -> None:
         total = self.setup.total_steps
         bar = tqdm(total=total, initial=self.first_step, unit="step", disable=not self.setup.world.is_main, dynamic_ncols=True)
         batches = self._batches()
@@ -64,10 +72,9 @@ class Loop:
         return train_batches(
             setup.data.train,  # type: ignore[arg-type]
             setup.data.sampler,  # type: ignore[arg-type]
+            setup.batch_plan,
             pad_id=setup.data.pad_id,
             rank=setup.world.rank,
-            world_size=setup.world.size,
-            micro_batch_size=config.batch.micro_batch_size,
             first_step=self.first_step,
             last_step=setup.total_steps,
             workers=config.data.workers,
@@ -84,6 +91,7 @@ class Loop:
             setup.wrapped, self.optimizer, batches, setup.world, seed=config.seed, step=step, clip_norm=config.optim.clip_norm
         )
         self.meter.add(batches, result, wait)
+        self.step_log.done(step + 1)
 
     def _due(self, done: int, bar: tqdm) -> None:
         """What `done` completed steps make due, in this order on every rank."""
@@ -94,15 +102,33 @@ class Loop:
         started = time.perf_counter()
         if self.setup.data.validation is not None and (last or done % config.validation.every == 0):
             self.log.write(done, validate(self.setup, self.quarantine, done))
+            self.quarantine.check()
         if saves:
-            self.quarantine.flush(self.setup.world)
-            # Before the checkpoint: after the last one a start has nothing left to do, and would never write it.
+            self._flush(done)
+            # Before the checkpoint: after the last one a start has nothing left to do, and would never write them.
+            self._account()
             self.log.write_trainer_state(done, self.setup.total_steps)
             self._save(done)
         self.meter.since += time.perf_counter() - started  # tokens per second are those of training
 
-    def _log(self, done: int, bar: tqdm) -> None:
+    def _flush(self, done: int) -> None:
+        """Write down what is known of the samples of `done` steps. Collective. DataError when too many were bad."""
+        self.step_log.flush()
         self.quarantine.flush(self.setup.world)
+        self.num_accounted = done
+        self.quarantine.check()
+
+    def _account(self, told: bool = False) -> None:
+        """ledger.json, on rank 0; `told`: for people too."""
+        setup = self.setup
+        if setup.world.is_main and setup.data.sampler is not None:
+            folder = Path(setup.config.output_dir)
+            ledger = write_ledger(folder, setup.data.sampler, self.num_accounted, setup.total_steps)
+            if told:
+                print(f"records after step {self.num_accounted}\n{table(ledger)}", flush=True)
+
+    def _log(self, done: int, bar: tqdm) -> None:
+        self._flush(done)
         values = self.meter.read()
         rates: dict[str, float] = {}
         for group in self.optimizer.param_groups:

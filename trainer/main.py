@@ -20,6 +20,7 @@ from trainer.export import write_final
 from trainer.loop import Loop
 from trainer.quarantine import NAME as QUARANTINE
 from trainer.quarantine import read_rows, start_afresh
+from trainer.quick_check import quick_check
 from trainer.report import plan
 from trainer.resume import choose, read_state
 from trainer.runfile import load_config
@@ -54,8 +55,10 @@ def train(config: RunConfig, world: World, progress: exits.Progress) -> None:
     checkpoint, damaged = choose(config, world)
     if world.is_main and not checkpoint:
         start_afresh(Path(config.output_dir))
-    data = with_bases(open_data(config, world), world)
+    data = with_bases(open_data(config, world, first_start=checkpoint is None), world)
     certificates = certify_all(data, config)
+    for line in quick_check(data, config, world):
+        say(world, f"data      {line}")
     state = read_state(checkpoint, config, data) if checkpoint else None
     if checkpoint and config.train.max_steps == 0:
         raise ConfigError(

@@ -28,10 +28,10 @@ FOLD = 64
 
 
 class SourceSums:
-    """Cross entropy and supervised positions per source, on the device."""
+    """Cross entropy, supervised positions and real tokens per source, on the device."""
 
     def __init__(self, num_sources: int, device: torch.device) -> None:
-        self.values = torch.zeros(2, num_sources, dtype=torch.float64, device=device)
+        self.values = torch.zeros(3, num_sources, dtype=torch.float64, device=device)
         self.waiting: list[tuple[Batch, Tensor]] = []
 
     def add(self, batch: Batch, addends: Tensor) -> None:
@@ -42,18 +42,22 @@ class SourceSums:
             self.total()
 
     def total(self) -> Tensor:
-        """(2, sources): sums and counts so far, of this rank."""
+        """(3, sources): cross entropy, supervised positions and tokens so far, of this rank. No host sync."""
         if self.waiting:
             sources = torch.cat([b.source_ids[b.owners] for b, _ in self.waiting])
             addends = torch.cat([a for _, a in self.waiting]).double()
-            self.values.index_add_(1, sources, torch.stack([addends, torch.ones_like(addends)]))
+            self.values[:2].index_add_(1, sources, torch.stack([addends, torch.ones_like(addends)]))
+            # A blank batch has a source of -1 and no length: the slice leaves it out.
+            owners = torch.cat([b.source_ids[: len(b.lengths)] for b, _ in self.waiting])
+            lengths = torch.tensor([n for b, _ in self.waiting for n in b.lengths], dtype=torch.float64)
+            self.values[2].index_add_(0, owners, lengths.to(self.values.device, non_blocking=True))
             self.waiting = []
         return self.values
 
 
 def mean_losses(sums: Tensor, names: list[str], prefix: str) -> dict[str, float]:
-    """Token-weighted losses from summed (2, sources): over all of them, and per source that had any."""
-    (losses, counts) = sums.tolist()
+    """Token-weighted losses from summed (3, sources): over all of them, and per source that had any."""
+    losses, counts, _ = sums.tolist()
     found = {f"{prefix}/{name}/loss": loss / n for name, loss, n in zip(names, losses, counts) if n}
     total = sum(counts)
     return {f"{prefix}/loss": sum(losses) / total if total else math.nan, **found}
@@ -72,7 +76,6 @@ class Meter:
         self.sums = SourceSums(len(self.names), self.world.device)
         self.skipped: list[Tensor] = []
         self.num_skipped = 0
-        self.num_tokens = 0
         self.wait = 0.0
         self.since = time.perf_counter()
 
@@ -80,7 +83,6 @@ class Meter:
         """`wait`: seconds this rank waited for its data."""
         for batch, addends in zip(batches, result.addends):
             self.sums.add(batch, addends)
-            self.num_tokens += batch.num_real_tokens
         self.skipped.append(result.skipped)
         self.grad_norm = result.grad_norm
         self.wait += wait
@@ -89,12 +91,11 @@ class Meter:
         """Sums over ranks as plain numbers. Collective, host sync."""
         self._count_skipped()
         sums = self.sums.total()
-        facts = torch.tensor([float(self.num_tokens), self.wait], dtype=torch.float64, device=self.world.device)
-        flat = self.world.sum(torch.cat([sums.flatten(), facts]))
-        *numbers, num_tokens, wait = flat.tolist()
-        both = [numbers[: len(self.names)], numbers[len(self.names) :]]
+        wait = torch.tensor([self.wait], dtype=torch.float64, device=self.world.device)
+        flat = self.world.sum(torch.cat([sums.flatten(), wait]))
+        found = flat[:-1].view_as(sums).tolist()
         seconds = time.perf_counter() - self.since
-        return {"sums": both, "num_tokens": num_tokens, "wait": wait, "skipped": self.num_skipped, "seconds": seconds}
+        return {"sums": found, "wait": flat[-1].item(), "skipped": self.num_skipped, "seconds": seconds}
 
     def _count_skipped(self) -> None:
         """Host sync. The same on every rank, because the norm that decides is."""
@@ -110,7 +111,6 @@ class Meter:
         self.since -= totals["seconds"]
         if self.world.is_main:
             self.sums.values += torch.tensor(totals["sums"], dtype=torch.float64, device=self.world.device)
-            self.num_tokens += int(totals["num_tokens"])
             self.wait += totals["wait"]
 
     def read(self) -> dict[str, Any]:
@@ -118,13 +118,16 @@ class Meter:
         totals = self.totals()
         seconds = totals["seconds"]
         sums = torch.tensor(totals["sums"], dtype=torch.float64)
+        num_supervised, num_tokens = int(sums[1].sum()), int(sums[2].sum())
         line = {
             **mean_losses(sums, self.names, "train"),
+            **{f"train/{name}/tokens": int(count) for name, count in zip(self.names, sums[2])},
+            **{f"train/{name}/supervised_tokens": int(count) for name, count in zip(self.names, sums[1])},
             "train/grad_norm": self.grad_norm.item(),
             "train/skipped_steps": totals["skipped"],
-            "train/tokens": int(totals["num_tokens"]),
-            "train/supervised_tokens": int(sums[1].sum()),
-            "perf/tokens_per_second": totals["num_tokens"] / seconds,
+            "train/tokens": num_tokens,
+            "train/supervised_tokens": num_supervised,
+            "perf/tokens_per_second": num_tokens / seconds,
             "perf/data_wait": totals["wait"] / self.world.size / seconds,
             "mem/peak_gib": peak_gib(self.world.device),
         }

@@ -36,49 +36,69 @@ class Quarantine:
     """Collects what ranks rejected; rank 0 writes it down, all ranks count alike."""
 
     def __init__(self, folder: Path, num_records: dict[str, int], max_bad_fraction: float) -> None:
-        """`num_records` by split."""
+        """`num_records` by split: those that take part."""
         self.folder, self.num_records = folder, num_records
         self.limits = {split: max(FLOOR, int(num * max_bad_fraction)) for split, num in num_records.items()}
-        self.known = {_key(row): row for row in read_rows(folder)}
+        self.known: set[tuple[str, int]] = set()
+        self.num_bad: dict[str, Counter[str]] = {split: Counter() for split in num_records}  # by source
+        self.num_too_long: Counter[str] = Counter()  # by split
+        self.last: dict[tuple[str, bool], str] = {}  # reason, by split and whether it is the length
         self.waiting: list[dict[str, Any]] = []
+        self._count(read_rows(folder))
 
     def add(self, rejected: tuple[Rejected, ...], step: int, split: str = TRAIN) -> None:
-        """`step`: the one that would have used them; each is written once, the first time it is met."""
+        """`step`: the 0-based one that would have used them; each is written once, with the first it was met in."""
         rows = [{**asdict(item), "split": split, "step": step} for item in rejected]
         self.waiting += [row for row in rows if _key(row) not in self.known]
 
     def flush(self, world: World) -> None:
-        """Collective, and a host sync. DataError on every rank when more records are bad than `max_bad_fraction` allows."""
+        """Collective, and a host sync. What it writes depends neither on the ranks nor on how often it is called."""
         if not world.sum(torch.tensor(float(len(self.waiting)), device=world.device)).item():
             return
         rows = [row for rank in world.gather_json(self.waiting) for row in rank]
         self.waiting = []
-        new = {_key(row): row for row in sorted(rows, key=_key) if _key(row) not in self.known}
-        self.known |= new
+        new = self._count(sorted(rows, key=lambda row: (row["step"], *_key(row))))
         if world.is_main:
             path = self.folder / NAME
             torn = path.exists() and not path.read_bytes().endswith(b"\n")
             with path.open("a", encoding="utf-8") as out:
                 out.write("\n" * torn)
-                out.writelines(json.dumps(row) + "\n" for row in new.values())  # ASCII: no id can break a line
-        self.check()
+                out.writelines(json.dumps(row) + "\n" for row in new)  # ASCII: no id can break a line
+
+    def _count(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those of `rows` that were not known; they are now."""
+        new = []
+        for row in rows:
+            split, key = row["split"], _key(row)
+            if key in self.known or split not in self.num_records:
+                continue
+            self.known.add(key)
+            self.last[split, row["too_long"]] = row["reason"]
+            if row["too_long"]:
+                self.num_too_long[split] += 1
+            else:
+                self.num_bad[split][row["source"]] += 1
+            new.append(row)
+        return new
 
     def check(self) -> None:
-        """DataError when a split has more bad records than allowed, those that are too long not counted, or none that is good."""
-        for split, limit in self.limits.items():
-            rows = [row for row in self.known.values() if row["split"] == split]
-            if len(rows) >= self.num_records[split]:
-                raise DataError(f"none of the {len(rows)} {split} records can be used; the last: {rows[-1]['reason']}")
-            self._check([row for row in self.known.values() if row["split"] == split and not row["too_long"]], limit)
+        """DataError when a split has more bad records than allowed, those that are too long not counted, or none that is good.
 
-    def _check(self, bad: list[dict[str, Any]], limit: int) -> None:
-        if len(bad) > limit:
-            source, count = Counter(row["source"] for row in bad).most_common(1)[0]
-            last = bad[-1]
-            raise DataError(
-                f"{len(bad)} records are bad, data.max_bad_fraction allows {limit}; worst source: {source!r} with {count}; "
-                f"one of them: {last['reason']}. All stand in {self.folder / NAME}"
-            )
+        The same on every rank after a flush.
+        """
+        for split, limit in self.limits.items():
+            bad, num = self.num_bad[split].total(), self.num_records[split]
+            if bad + self.num_too_long[split] >= num:
+                reason = self.last.get((split, True)) or self.last[split, False]
+                raise DataError(f"none of the {num} {split} records can be used; one of them: {reason}")
+            if bad > limit:
+                (source, count), *others = self.num_bad[split].most_common()
+                rest = "".join(f", {name!r} {n}" for name, n in others)
+                raise DataError(
+                    f"{bad} of {num} {split} records are bad, data.max_bad_fraction allows {limit}; worst source: {source!r} with "
+                    f"{count}{rest}; one of them: {self.last[split, False]}. All stand in {self.folder / NAME}; "
+                    "`python -m tools.check_data` finds all of them before a run"
+                )
 
 
 def _key(row: dict[str, Any]) -> tuple[str, int]:

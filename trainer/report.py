@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from data.lengths import EXACT
 from model.trainable import part_table
 from trainer.optim import learning_rates
 from trainer.schedule import warmup_steps
@@ -33,11 +34,14 @@ def _parts(setup: Setup) -> list[str]:
 def _batches(setup: Setup) -> list[str]:
     config, world, sampler = setup.config, setup.world, setup.data.sampler
     per_rank = -(-config.batch.global_batch_size // world.size)
-    accumulated = -(-per_rank // config.batch.micro_batch_size)
     strategy = config.parallel.strategy if world.size > 1 else "one process"
+    if config.data.packing:
+        shared = f"packed into micro-batches of up to {config.batch.micro_batch_tokens:,} tokens, as many as each step needs"
+    else:
+        accumulated = -(-per_rank // config.batch.micro_batch_size)
+        shared = f"up to {per_rank} per rank in {accumulated} micro-batch(es) of {config.batch.micro_batch_size}"
     lines = [
-        f"batch     {config.batch.global_batch_size} samples per step on {world.size} rank(s): up to {per_rank} per rank in "
-        f"{accumulated} micro-batch(es) of {config.batch.micro_batch_size}",
+        f"batch     {config.batch.global_batch_size} samples per step on {world.size} rank(s): {shared}",
         f"parallel  {strategy} on {world.device.type}, computing in {config.model.dtype}, "
         f"activation checkpointing {config.parallel.activation_checkpointing}",
     ]
@@ -46,4 +50,7 @@ def _batches(setup: Setup) -> list[str]:
             f"steps     {setup.total_steps} in all, {sampler.steps_per_epoch} per epoch of {len(sampler.lengths):,} samples, "
             f"{warmup_steps(config.optim, setup.total_steps)} of warm-up, {config.optim.schedule}"
         )
+        hint = "" if setup.data.lengths_kind == EXACT else "; before a first start, python -m tools.check_data makes them exact"
+        lines.append(f"lengths   {setup.data.lengths_kind}, for the whole run{hint}")
+        lines += [f"mix       {text}" for pool in setup.data.pools if (text := str(pool))]
     return lines

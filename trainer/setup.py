@@ -6,10 +6,14 @@ import math
 import os
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from data.collate import collate
+from data.collate import collate, collate_packed
+from data.loader import BatchPlan
+from data.sample import Sample
+from model.batch import IGNORE_INDEX
 from model.build import DTYPES, assemble, resolve_dtype
 from model.config import ConfigError
 from model.multimodal import MultimodalLM
@@ -19,8 +23,10 @@ from trainer.checkpoint import Trained
 from trainer.config import RunConfig
 from trainer.distributed import World
 from trainer.optim import build_optimizer
-from trainer.parallel import checkpoint_activations, replicate, shard
+from trainer.parallel import checkpoint_activations, replicate, reshard, shard
 from trainer.sources import RunData
+
+PROOF_LENGTH = 8  # tokens of a sample in the proof of isolation
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,12 @@ class Setup:
     wrapped: nn.Module  # what is called: the model, its FSDP2 form, or DDP around it
     trained: Trained | None  # None when nothing learns
     total_steps: int
+
+    @property
+    def batch_plan(self) -> BatchPlan:
+        """How steps and validation become micro-batches, on this number of ranks."""
+        batch = self.config.batch
+        return BatchPlan(self.world.size, batch.micro_batch_size, batch.micro_batch_tokens)
 
 
 def resolved(config: RunConfig, world: World) -> RunConfig:
@@ -72,6 +84,8 @@ def build(config: RunConfig, data: RunData, world: World) -> Setup:
     wrapped = model if sharded else replicate(model, world)
     model.train()
     prove_gradients(wrapped, model, data.pad_id, world)
+    if config.data.packing:
+        prove_isolation(model, data.pad_id, world)
     optimizer = build_optimizer(model, config.model, config.optim)
     return Setup(config, world, data, model, wrapped, Trained(dict(learns), optimizer), total)
 
@@ -90,3 +104,35 @@ def prove_gradients(wrapped: nn.Module, model: MultimodalLM, pad_id: int, world:
             f"{len(without)} trainable parameters cannot be reached by the loss, for example {without[0]}: "
             "set the tune of their part to 'frozen'"
         )
+
+
+def prove_isolation(model: MultimodalLM, pad_id: int, world: World) -> None:
+    """Two packed samples, and the same two with another first one: the second must not notice, to the bit. Collective, host sync.
+
+    Models that do more than attention (recurrent or convolutional layers), or that lose what they are told of the segments on the
+    way to it, would mix samples without a word. Raises `ConfigError`.
+    """
+    rows, length = model.llm.get_input_embeddings().weight.shape[0], PROOF_LENGTH  # type: ignore[operator]
+
+    def addends(first: int) -> Tensor:
+        samples = [_counting(first, length, rows), _counting(0, length, rows)]
+        return model(collate_packed(samples, pad_id).to(world.device))["text"].addends.chunk(2)[1]
+
+    model.eval()
+    try:
+        with torch.no_grad():
+            same = torch.equal(addends(0), addends(length))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"data.packing = true: {type(model.llm).__name__} cannot take packed samples: {error}") from error
+    model.train()
+    reshard(model)
+    if not same:
+        raise ConfigError(
+            f"data.packing = true: packed samples of {type(model.llm).__name__} see each other; set data.packing = false"
+        )
+
+
+def _counting(start: int, length: int, vocabulary: int) -> Sample:
+    """A sample of `length` ids that count up from `start`, all of which but the first are supervised."""
+    ids = (start + np.arange(length)) % vocabulary
+    return Sample(0, 0, ids, np.append(ids[1:], IGNORE_INDEX), {})

@@ -10,18 +10,24 @@ import numpy as np
 from data.certificate import certify
 from data.config import DataError, SourceConfig
 from data.dataset import MultimodalDataset, open_dataset
+from data.lengths import ESTIMATED
+from data.mixing import Pool, make_pools
 from data.processor import Processor, make_processor
 from data.sampler import Sampler
 from data.template import load_template
 from data.tokenizer import load_tokenizer, pad_id
-from model.batch import PLACEHOLDERS
+from model.batch import PLACEHOLDERS, READ_BY
 from model.card import ModelCard, base_digests, draw_card, media_specs, read_card
 from model.config import ConfigError
 from model.files import sampled_digest
 from model.llm import Vocabulary
+from trainer import plan_lengths
 from trainer.config import RunConfig
 from trainer.distributed import World
-from trainer.quarantine import read_excluded
+from trainer.quarantine import TRAIN, VALIDATION, read_excluded
+
+PARTS = {"image": "vision", "audio": "audio"}
+"""The part that reads each modality."""
 
 
 @dataclass(frozen=True)
@@ -33,20 +39,37 @@ class RunData:
     train: MultimodalDataset | None
     validation: MultimodalDataset | None
     sampler: Sampler | None
+    pools: tuple[Pool, ...] = ()  # what each source of `train` gives
+    validation_pools: tuple[Pool, ...] = ()
+    lengths_kind: str = ESTIMATED  # exact | partly exact | estimated: what the plan of the run rests on
+
+    @property
+    def num_records(self) -> dict[str, int]:
+        """Records that take part, by split; a split without sources is absent."""
+        pools = {TRAIN: self.pools, VALIDATION: self.validation_pools}
+        return {split: sum(len(pool.ids) for pool in found) for split, found in pools.items() if found}
 
     @property
     def pad_id(self) -> int:
         return self.card.pad_id
 
 
-def open_data(config: RunConfig, world: World) -> RunData:
-    """Everything the run reads; no weight is loaded. Rank 0 builds missing indexes, the others then map them. Collective."""
+def open_data(config: RunConfig, world: World, *, first_start: bool = False) -> RunData:
+    """Everything the run reads; no weight is loaded. Rank 0 builds missing indexes, the others then map them. Collective.
+
+    first_start: the run begins at step 0, and by what lengths it is planned is settled now.
+    """
     added = added_tokens(config)
     specs = media_specs(config.model)
     vocabulary = load_tokenizer(config.model.llm.path, added, config.model.cache_dir)
     data = config.data
     template = load_template(
-        data.template, vocabulary.tokenizer, placeholders=data.placeholders, media_wrap=data.media_wrap, allowed=added
+        data.template,
+        vocabulary.tokenizer,
+        placeholders=data.placeholders,
+        media_wrap=data.media_wrap,
+        allowed=added,
+        state_tokens=data.state_tokens,
     )
     card = draw_card(
         config.model,
@@ -61,15 +84,35 @@ def open_data(config: RunConfig, world: World) -> RunData:
     def opened(sources: tuple[SourceConfig, ...], excluded: frozenset[int]) -> MultimodalDataset:
         return open_dataset(sources, data, template, specs, folder / "index", excluded)
 
+    tables = {TRAIN: data.sources, VALIDATION: data.validation}
     if world.is_main:
-        opened(data.sources + data.validation, frozenset())
-    world.barrier()  # collective: the indexes exist now
-    train = opened(data.sources, read_excluded(folder)) if data.sources else None
-    validation = opened(data.validation, frozenset()) if data.validation else None
+        found = {split: opened(sources, frozenset()) for split, sources in tables.items() if sources}
+        if first_start:
+            plan_lengths.settle(found, config)
+    world.barrier()  # collective: the indexes exist now, and lengths are settled
+    excluded = {TRAIN: read_excluded(folder), VALIDATION: frozenset[int]()}
+    datasets = {split: opened(sources, excluded[split]) for split, sources in tables.items() if sources}
+    kinds = plan_lengths.use(datasets, config)
+    train, validation = (datasets.get(split) for split in tables)
+    pools, held_out = (() if dataset is None else pools_of(dataset, config) for dataset in (train, validation))
     sampler = None
     if train is not None:
-        sampler = Sampler(train.lengths, train.modalities, config.batch.global_batch_size, config.seed, data.order)
-    return RunData(card, make_processor(template, specs, data), train, validation, sampler)
+        sampler = Sampler(train.lengths, train.modalities, config.batch.global_batch_size, config.seed, data.order, pools)
+    processor = make_processor(template, specs, data)
+    return RunData(card, processor, train, validation, sampler, pools, held_out, kinds.get(TRAIN, ESTIMATED))
+
+
+def pools_of(dataset: MultimodalDataset, config: RunConfig) -> tuple[Pool, ...]:
+    """What `take` and `weight` make of each source."""
+    sources = dataset.sources
+    return make_pools(
+        [source.key for source in sources],
+        [len(index) for index in dataset.indexes],
+        [source.take for source in sources],
+        [source.weight for source in sources],
+        config.seed,
+        config.data.order == "sequential",
+    )
 
 
 def with_bases(data: RunData, world: World) -> RunData:
@@ -107,7 +150,7 @@ def certify_all(data: RunData, config: RunConfig) -> list[str]:
     model's parts and the data do not go together.
     """
     if data.train is not None:
-        check_fed(data.train, config)
+        check_fed(data.train, data.pools)
     opened = [dataset for dataset in (data.train, data.validation) if dataset is not None]
     return [
         str(certify(data.processor.template, index, source.key))
@@ -123,12 +166,27 @@ def added_tokens(config: RunConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*inherited, *placeholders, *config.model.llm.new_tokens)))
 
 
-def check_fed(dataset: MultimodalDataset, config: RunConfig) -> None:
+def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...]) -> None:
     """A configured part that no record feeds is a mistake, and so is a medium that no part reads."""
-    if len(dataset) == 0:
+    if not any(len(pool.ids) for pool in pools):
         raise DataError("data.sources hold no records: there is nothing to train on")
-    has_images = bool(np.any(dataset.modalities > 0))
-    if config.model.vision is not None and not has_images:
-        raise ConfigError("[model.vision] can never be fed: no record of data.sources has an image; remove the part or add data")
-    if config.model.vision is None and has_images:
-        raise ConfigError("records of data.sources have images, but no [model.vision] is configured to read them")
+    found = {pool.name: int(np.bitwise_or.reduce(dataset.modalities[pool.ids])) for pool in pools if len(pool.ids)}
+    # The n-th kind of medium is bit n of what an index says of its records.
+    kinds = {kind: [name for name, bits in found.items() if bits >> n & 1] for n, kind in enumerate(PLACEHOLDERS)}
+    for modality in dataset.specs:
+        read = [kind for kind in PLACEHOLDERS if READ_BY[kind] == modality]
+        if not any(kinds[kind] for kind in read):
+            raise ConfigError(
+                f"[model.{PARTS[modality]}] can never be fed: no record of data.sources has {' or '.join(map(_one, read))}; "
+                "remove the part or add data"
+            )
+    for kind, names in kinds.items():
+        if names and READ_BY[kind] not in dataset.specs:
+            raise ConfigError(
+                f"records of data.sources {', '.join(map(repr, names))} have {_one(kind)}, but no "
+                f"[model.{PARTS[READ_BY[kind]]}] is configured to read them"
+            )
+
+
+def _one(kind: str) -> str:
+    return f"{'a' if kind == 'video' else 'an'} {kind}"

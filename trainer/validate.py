@@ -12,19 +12,19 @@ from trainer.setup import Setup
 
 
 def validate(setup: Setup, quarantine: Quarantine, step: int) -> dict[str, float]:
-    """val/loss and val/<source>/loss over the same records at every call. Collective. Bad records are quarantined."""
+    """val/loss and val/<source>/loss over the same records at every call. Collective. Bad records go to the quarantine."""
     dataset, world, config = setup.data.validation, setup.world, setup.config
     if dataset is None:
         return {}
     sums = SourceSums(len(dataset.source_names), world.device)
     batches = validation_batches(
         dataset,
+        setup.batch_plan,
         pad_id=setup.data.pad_id,
         rank=world.rank,
-        world_size=world.size,
-        micro_batch_size=config.batch.micro_batch_size,
         max_samples=config.validation.max_samples,
         workers=config.data.workers,
+        pools=setup.data.validation_pools,
     )
     setup.model.eval()
     with torch.no_grad():

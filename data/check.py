@@ -1,0 +1,170 @@
+"""One record, checked as far as that goes without decoding its media: every problem it has, its exact length, what it holds.
+
+Checks of a whole dataset (`data.check_run`) and of a few records at the start of a run both come through here.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass, replace
+
+from data import image
+from data.blob import Blob, MediaError
+from data.dataset import MultimodalDataset, root_of
+from data.media import RecordMedia
+from data.picture_hash import picture_hash
+from data.record import MediaRef, Record, RecordError
+from data.sample import Measured, TooLongError, measured
+from model.batch import PLACEHOLDERS, AudioSpec, MediaMeta, MediaSpec, image_spec, num_tokens
+
+BAD, TOO_LONG = "bad", "too_long"
+_SAMPLED = 4096  # bytes at the start, in the middle and at the end that stand for a file's content
+_WORD = re.compile(r"\w+")
+_PLACEHOLDER = re.compile("|".join(map(re.escape, PLACEHOLDERS.values())))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a record is not trained on as it is written."""
+
+    kind: str  # bad | too_long: those are counted apart and never stop a run
+    where: str  # file:line
+    id: str
+    field: str
+    reason: str
+
+    @property
+    def is_bad(self) -> bool:
+        return self.kind == BAD
+
+    def __str__(self) -> str:
+        return f"{self.where} {self.id}: {self.field}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class CheckedMedium:
+    """What is known of one medium; zeros for what could not be found out."""
+
+    kind: str  # image | video | audio
+    watched: str = ""  # its file, or "" where the records' own file holds it
+    tokens: int = 0
+    rows: int = 0  # views of a picture, frames of a video
+    width: int = 0  # pixels, of a picture
+    height: int = 0
+    milliseconds: int = 0  # of a clip
+    content: int = 0  # 64 bits, equal for equal bytes: of the size and parts of the bytes
+    picture: int = 0  # 64 bits, alike for pictures that look alike; where asked for
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is known of one record."""
+
+    problems: tuple[Problem, ...] = ()
+    size: Measured | None = None  # None where it has no length
+    text: int = 0  # 64 bits, equal for equal conversations; 0 for a record that cannot be read
+    words: int = 0  # the same without regard to case, spaces, punctuation and placeholders
+    media: tuple[CheckedMedium, ...] = ()
+
+
+def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, near: bool = False) -> Checked:
+    """All that is wrong with sample `i`, and what it holds. Never raises.
+
+    decode: media are decoded in full. near: pictures are decoded small, to be compared with others.
+    """
+    try:
+        record = dataset.record(i)
+    except Exception as error:
+        return Checked((_problem(dataset, i, error),))
+    media = dataset.media(i, record)
+    media = replace(media, locate=functools.cache(media.locate))
+    problems: list[Problem] = []
+    found: list[CheckedMedium] = []
+    metas: list[MediaMeta] = []
+    for ref in record.media:
+        medium = CheckedMedium(ref.kind, _watched(dataset, i, ref))
+        try:
+            meta = media.measure(ref)
+            metas.append(meta)
+            medium = _sized(medium, media.specs[ref.modality], meta)
+            medium = _examined(media, ref, meta, medium, decode, near)
+        except Exception as error:
+            problems.append(_problem(dataset, i, error))
+        found.append(medium)
+    size = None
+    try:
+        encoded = dataset.template.encode(record)
+        if len(metas) == len(record.media):
+            counts = [num_tokens(dataset.specs[ref.modality], meta) for ref, meta in zip(record.media, metas)]
+            size = measured(encoded, dataset.template.placeholder_ids, record, counts, dataset.config.max_length)
+    except Exception as error:
+        problems.append(_problem(dataset, i, error))
+    return Checked(tuple(problems), size, _text_key(record), _words_key(record), tuple(found))
+
+
+def _problem(dataset: MultimodalDataset, i: int, error: Exception) -> Problem:
+    """Whatever went wrong, with the record's place: a fault of a reader must not end a check of a million others."""
+    if isinstance(error, RecordError):
+        kind = TOO_LONG if isinstance(error, TooLongError) else BAD
+        return Problem(kind, error.where, error.id, error.field, error.reason)
+    source_id = int(dataset.source_ids[i])
+    where = dataset.indexes[source_id].where(i - int(dataset.source_ids.searchsorted(source_id)))
+    return Problem(BAD, where, where.rpartition(":")[2], "record", f"cannot be used: {type(error).__name__}: {error}")
+
+
+def _watched(dataset: MultimodalDataset, i: int, ref: MediaRef) -> str:
+    """Where the medium stands as it is named, links unresolved: the file's change of state makes a result stale."""
+    try:
+        root = root_of(dataset.sources[int(dataset.source_ids[i])], ref)
+    except MediaError:
+        return ""
+    return os.path.abspath(os.path.join(root, ref.path)).replace("\0", "")
+
+
+def _sized(medium: CheckedMedium, spec: MediaSpec, meta: MediaMeta) -> CheckedMedium:
+    milliseconds = meta.num_frames * spec.hop * 1000 // spec.sampling_rate if isinstance(spec, AudioSpec) else 0
+    return replace(medium, tokens=num_tokens(spec, meta), rows=meta.num_rows, milliseconds=milliseconds)
+
+
+def _examined(media: RecordMedia, ref: MediaRef, meta: MediaMeta, medium: CheckedMedium, decode: bool, near: bool) -> CheckedMedium:
+    """The medium with what its bytes tell. Raises `RecordError`."""
+    media.check(ref)
+    if decode:
+        media.load(ref, meta)
+    blob = media.locate(ref)
+    try:
+        if ref.kind == "image":
+            width, height = image.size(blob, image_spec(media.specs), media.config)
+            picture = picture_hash(blob) if near else 0
+            medium = replace(medium, width=width, height=height, picture=picture)
+    except MediaError as error:
+        raise RecordError(media.record.where, media.record.id, ref.kind, str(error)) from error
+    return replace(medium, content=_content_key(blob))
+
+
+def _content_key(blob: Blob) -> int:
+    """Equal bytes have equal keys; of a folder, its files' names and sizes stand for them."""
+    if blob.is_folder:
+        with os.scandir(blob.path) as entries:
+            names = sorted((entry.name, entry.stat().st_size) for entry in entries)
+        return _key(json.dumps(names).encode())
+    return _key(blob.num_bytes().to_bytes(8, "little") + blob.sampled(_SAMPLED))
+
+
+def _text_key(record: Record) -> int:
+    said = [[turn.role, turn.content] for turn in record.turns]
+    marks = [[ref.kind, ref.span, ref.label] for ref in record.media]
+    return _key(json.dumps([said, marks, record.negative_turn, record.interrupted]).encode())
+
+
+def _words_key(record: Record) -> int:
+    said = [[turn.role, _WORD.findall(_PLACEHOLDER.sub(" ", turn.content).casefold())] for turn in record.turns]
+    return _key(json.dumps(said).encode())
+
+
+def _key(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

@@ -1,0 +1,41 @@
+"""What a tokenizer says of its control tokens: which a template may lean on, and which a person may not write."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from transformers import PreTrainedTokenizerFast
+
+from data.config import ConfigError
+
+
+def check_single(name: str, tokenizer: PreTrainedTokenizerFast, needs: Sequence[str]) -> None:
+    """Raises one `ConfigError` for all that template `name` needs and the tokenizer does not read as a single token."""
+    known = tokenizer.get_vocab()
+    read = {token: tokenizer(token, add_special_tokens=False)["input_ids"][-1:] for token in needs}
+    missing = [token for token in needs if token not in known or read[token] != [known[token]]]
+    if missing:
+        what, which = ("is no single token", "it") if len(missing) == 1 else ("are no single tokens", "them")
+        listed = ", ".join(f'"{token}"' for token in missing)
+        raise ConfigError(
+            f"data.template = {name!r} ends or starts turns with {', '.join(map(repr, missing))}, which {what} of this tokenizer; "
+            f'choose another template, or add {which} with model.llm.new_tokens = [{listed}] and model.llm.tune = "full"'
+        )
+
+
+def special_ids(tokenizer: PreTrainedTokenizerFast, free: Collection[str]) -> dict[str, int]:
+    """Control tokens and their ids, without those that contents are free to use."""
+    return {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special and t.content not in free}
+
+
+def only_unknown(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """The id of the unknown token, unless it says something else as well, as GPT-2's does."""
+    said = {tokenizer.bos_token_id, tokenizer.eos_token_id, None}
+    return {tokenizer.unk_token_id} - said
+
+
+def lead_token(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The token that the tokenizer puts before every text by itself, or nothing."""
+    with_it, without = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    added = len(with_it) > len(without) and with_it[0] == tokenizer.bos_token_id
+    return tokenizer.bos_token if added else ""

@@ -1,0 +1,112 @@
+"""Is a picture's file whole? Told by its markers, without decoding: `verify()` of Pillow lets a JPEG pass that was cut in half.
+
+Each function here returns what is missing, or None. Bytes behind the end (padding, a film in a phone's photo) are no fault.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import BinaryIO
+
+_TAIL = 1 << 12
+_JPEG_SCAN, _JPEG_END = 0xDA, b"\xff\xd9"
+_JPEG_ALONE = (0x00, 0x01, *range(0xD0, 0xDA))
+"""What has no length: a stuffed byte, TEM, RST0 to RST7, SOI, EOI."""
+
+
+def jpeg(stream: BinaryIO, num_bytes: int) -> str | None:
+    """Among the pixels nothing can be taken for the end marker: there 0xFF is followed by 0x00."""
+    start = _jpeg_scan(stream)
+    if start is None:
+        return "it ends before its first scan"
+    # The end is looked for where it should be, and among all bytes only if something follows it.
+    for begin in (max(start, num_bytes - _TAIL), start):
+        stream.seek(begin)
+        if _JPEG_END in stream.read():
+            return None
+    return "its end-of-image marker is missing"
+
+
+def _jpeg_scan(stream: BinaryIO) -> int | None:
+    """Where the first scan begins. Segments before it are jumped over: a thumbnail in one of them has an end of its own."""
+    stream.seek(2)
+    while len(head := stream.read(2)) == 2:
+        if head[0] != 0xFF or head[1] == 0xFF:  # junk or a fill byte: the marker may begin one byte on
+            stream.seek(-1, 1)
+        elif head[1] == _JPEG_SCAN:
+            return stream.tell()
+        elif head[1] not in _JPEG_ALONE:
+            stream.seek(max(int.from_bytes(stream.read(2), "big") - 2, 0), 1)
+    return None
+
+
+def png(stream: BinaryIO, num_bytes: int) -> str | None:
+    kind, end = b"", 0
+    for kind, end in png_chunks(stream):
+        if end > num_bytes:
+            return f"its chunk {kind!r} ends at byte {end} of {num_bytes}"
+    return None if kind == b"IEND" else "its IEND chunk is missing"
+
+
+def png_chunks(stream: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Kind of each chunk and the byte behind it, up to IEND or the end of the file."""
+    position, kind = 8, b""
+    while kind != b"IEND":
+        stream.seek(position)
+        head = stream.read(8)
+        if len(head) < 8:
+            return
+        length, kind = struct.unpack(">I4s", head)
+        position += 12 + length  # length, kind, data, checksum
+        yield kind, position
+
+
+def gif(stream: BinaryIO, num_bytes: int) -> str | None:
+    """From block to block, since any byte of a frame may look like the trailer; what begins no block is passed, as Pillow does."""
+    stream.seek(0)
+    data = stream.read()
+    position = 13 + _gif_colours(data[10:11])
+    while position < num_bytes:
+        block = data[position]
+        if block == 0x3B:
+            return None
+        if block == 0x2C:  # a frame: nine bytes, its colours, one byte, its data
+            position += 11 + _gif_colours(data[position + 9 : position + 10])
+        elif block == 0x21:
+            position += 2
+        else:
+            position += 1
+            continue
+        while position < num_bytes and data[position]:
+            position += 1 + data[position]
+        position += 1
+    return "its trailer is missing"
+
+
+def _gif_colours(flags: bytes) -> int:
+    """Bytes of the table of colours that `flags` announce."""
+    return 3 << ((flags[0] & 7) + 1) if flags and flags[0] & 0x80 else 0
+
+
+def webp(stream: BinaryIO, num_bytes: int) -> str | None:
+    stream.seek(4)
+    end = struct.unpack("<I", stream.read(4))[0] + 8
+    return f"it should have {end} bytes and has {num_bytes}" if end > num_bytes else None
+
+
+def bmp(stream: BinaryIO, num_bytes: int) -> str | None:
+    """The size that stands in the header is often wrong; that of uncompressed pixels follows from their number."""
+    stream.seek(0)
+    head = stream.read(54).ljust(54, b"\0")
+    size, pixels, info = struct.unpack("<2xI4xII", head[:18])
+    if info == 12:
+        (width, height, bits), compression = struct.unpack("<HH2xH", head[18:26]), 0
+    else:
+        width, height, bits, compression = struct.unpack("<ii2xHI", head[18:34])
+    end = size if compression in (1, 2) else pixels + (width * bits + 31) // 32 * 4 * abs(height)
+    return f"it should have {end} bytes and has {num_bytes}" if end > num_bytes else None
+
+
+MISSING = {"JPEG": jpeg, "MPO": jpeg, "PNG": png, "GIF": gif, "WEBP": webp, "BMP": bmp}
+"""By Pillow's name of the format; MPO is a JPEG with further pictures behind it."""

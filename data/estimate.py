@@ -1,0 +1,156 @@
+"""Tokens that a record is planned with before anything of it is rendered: a guess from its bytes.
+
+Every text of a turn counts a token per four bytes of UTF-8, at least one; a medium counts what one of its kind usually takes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.config import DataConfig
+from data.events import Events, after_colon, spelling
+from data.record import RecordError, parse
+from data.table import KINDS
+from model.batch import READ_BY, AudioSpec, MediaMeta, MediaSpec, num_tokens
+
+BYTES_PER_TOKEN = 4
+_AUDIO_SECONDS = 10.0
+_TEXT_KEYS = (b"value", b"content")
+_MEDIA_KEYS = tuple(key.encode() for kind in KINDS for key in (kind, kind + "s"))
+_TEXT_LEVEL, _MEDIA_LEVEL = 3, 1  # brackets that are open around a turn's text, and around a record's own keys
+
+
+def media_tokens(specs: dict[str, MediaSpec], config: DataConfig) -> dict[str, int]:
+    """Tokens one medium of each kind is planned with; 0 for a kind that no part reads.
+
+    A picture in tiles has half of the most; a video all the frames it may have; a clip lasts ten seconds.
+    """
+    found = {}
+    for kind in KINDS:
+        spec = specs.get(READ_BY[kind])
+        found[kind] = 0 if spec is None else num_tokens(spec, _usual(kind, spec, config))
+    return found
+
+
+def _usual(kind: str, spec: MediaSpec, config: DataConfig) -> MediaMeta:
+    if isinstance(spec, AudioSpec):
+        seconds = min(_AUDIO_SECONDS, config.max_seconds)
+        return MediaMeta(num_frames=max(1, int(seconds * spec.sampling_rate) // spec.hop))
+    if kind == "video":
+        return MediaMeta(num_rows=config.max_frames)
+    if config.image_fit != "tiles":
+        return MediaMeta()
+    tiles = math.ceil((config.min_tiles + config.max_tiles) / 2)
+    return MediaMeta(num_rows=tiles + (config.thumbnail and tiles > 1))
+
+
+def by_size(num_bytes: int) -> int:
+    """Tokens of a record whose texts are not known."""
+    return max(1, num_bytes // BYTES_PER_TOKEN)
+
+
+def by_parsing(raw: bytes) -> tuple[int, tuple[int, ...]]:
+    """Planned text tokens of a record and how many media of each of `KINDS` it names; one that breaks the rules has none."""
+    try:
+        record = parse(json.loads(raw.decode("utf-8")), "", needs_answer=False)
+    except (ValueError, RecursionError, RecordError):  # found and named when the record is read
+        return by_size(len(raw)), (0,) * len(KINDS)
+    text = sum(by_size(len(turn.content.encode())) for turn in record.turns)
+    return text, tuple(sum(ref.kind == kind for ref in record.media) for kind in KINDS)
+
+
+@dataclass(frozen=True)
+class Plans:
+    """Of the n records of a window."""
+
+    text_tokens: np.ndarray  # (n,) int32
+    media: np.ndarray  # (n, 3) int16
+
+
+@dataclass(frozen=True)
+class _Strings:
+    """Strings of a window (s,): events of their quotes, bytes between them, brackets open around them."""
+
+    opens: np.ndarray
+    closes: np.ndarray
+    length: np.ndarray
+    level: np.ndarray
+
+
+def plan_records(window: np.ndarray, events: Events, depth: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Plans:
+    """Plans of the records at [start, stop) of a window; all `events` are of theirs, their quotes in pairs.
+
+    The texts are what the keys "value" and "content" of turns hold, the media what the record's own keys name. Records whose
+    texts are lists of parts, or whose media are no strings, are parsed.
+    """
+    quotes = np.flatnonzero(events.quote)
+    opens, closes = quotes[0::2], quotes[1::2]
+    strings = _Strings(opens, closes, events.at[closes] - events.at[opens] - 1, depth[opens])
+    first, last = np.searchsorted(events.at, start), np.searchsorted(events.at, stop)
+    tokens, in_parts = _texts(window, events, strings, first, last)
+    media, nested = _media(window, events, depth, strings, first)
+    tokens = np.where(tokens > 0, tokens, np.maximum(1, (stop - start) // BYTES_PER_TOKEN))
+    for i in sorted({*in_parts.tolist(), *nested.tolist()}):
+        tokens[i], media[i] = by_parsing(window[start[i] : stop[i]].tobytes())
+    return Plans(tokens.astype(np.int32), np.minimum(media, np.iinfo(np.int16).max).astype(np.int16))
+
+
+def _texts(
+    window: np.ndarray, events: Events, strings: _Strings, first: np.ndarray, last: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of the texts of each record (n,), 0 where there is none; records whose texts are lists."""
+    keys, _ = _keys(window, events, strings, _TEXT_LEVEL, _TEXT_KEYS)
+    is_key, begins = after_colon(window, events.at[strings.closes[keys]])
+    value = np.minimum(keys + 1, len(strings.opens) - 1)
+    is_text = is_key & (events.at[strings.opens[value]] == begins)
+    listed = strings.opens[keys[is_key & (window[begins] == ord("["))]]
+    value = value[is_text]
+    saved = events.saved[strings.closes[value]] - events.saved[strings.opens[value]]
+    tokens = np.maximum(1, (strings.length[value] - saved) // BYTES_PER_TOKEN)
+    total = np.concatenate([[0], np.cumsum(tokens)])
+    low, high = (np.searchsorted(strings.opens[value], border) for border in (first, last))
+    return total[high] - total[low], _owners(first, listed)
+
+
+def _media(
+    window: np.ndarray, events: Events, depth: np.ndarray, strings: _Strings, first: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Media of each kind that each record's own keys name (n, 3); records whose lists of them hold more than strings."""
+    media = np.zeros((len(first), len(KINDS)), dtype=np.int64)
+    keys, kinds = _keys(window, events, strings, _MEDIA_LEVEL, _MEDIA_KEYS)
+    kinds //= len(_MEDIA_KEYS) // len(KINDS)
+    is_key, begins = after_colon(window, events.at[strings.closes[keys]])
+    owners = _owners(first, strings.opens[keys])
+    is_path, is_list = (is_key & (window[begins] == ord(byte)) for byte in '"[')
+    np.add.at(media, (owners[is_path], kinds[is_path]), 1)
+    if not is_list.any():
+        return media, owners[:0]
+    opening = np.searchsorted(events.at, begins[is_list])
+    brackets = np.flatnonzero(np.diff(depth, prepend=0))
+    closing = brackets[np.searchsorted(brackets, opening, side="right")]
+    num_strings = np.searchsorted(strings.opens, closing) - np.searchsorted(strings.opens, opening)
+    np.add.at(media, (owners[is_list], kinds[is_list]), num_strings)
+    return media, owners[is_list][depth[closing] > depth[opening]]
+
+
+def _keys(
+    window: np.ndarray, events: Events, strings: _Strings, level: int, words: tuple[bytes, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Strings at `level` that are one of `words`: their numbers in order, and which word each is."""
+    here = np.flatnonzero(strings.level == level)
+    length = strings.length[here]
+    alike = {size: here[length == size] for size in {len(word) for word in words}}
+    found = [alike[len(word)] for word in words]
+    found = [some[spelling(window, events.at[strings.opens[some]] + 1, word)] for some, word in zip(found, words)]
+    keys, which = np.concatenate(found), np.repeat(np.arange(len(words)), [len(some) for some in found])
+    order = np.argsort(keys, kind="stable")
+    return keys[order], which[order]
+
+
+def _owners(first: np.ndarray, events: np.ndarray) -> np.ndarray:
+    """Records that events belong to."""
+    return np.searchsorted(first, events, side="right") - 1

@@ -1,0 +1,27 @@
+"""Reading one value of a record: what it is, whether it can be a path, and the error that names its field."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_REMOTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://|data:")
+_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+
+
+class FieldError(Exception):
+    """A field and what is wrong with it, before the record's place is known."""
+
+
+def kind_of(value: Any) -> str:
+    """What JSON calls the value, with its article."""
+    return _KINDS.get(type(value), "a null")
+
+
+def path_of(value: Any, field: str) -> str:
+    """A path that may name a local file. Raises `FieldError` for anything else, URLs among it."""
+    if not isinstance(value, str) or not value:
+        raise FieldError(field, "is an empty path" if value == "" else f"is {kind_of(value)}, not a path")
+    if _REMOTE.match(value):
+        raise FieldError(field, f"{value[:60]!r} is a URL; only paths of local files are read")
+    return value

@@ -1,0 +1,182 @@
+"""Records in .parquet files: the columns are the keys of a record, and pictures may be columns of bytes (extra `parquet`).
+
+A medium's column holds paths, bytes, or the structs {"bytes", "path"} of Hugging Face's datasets, one or a list of them.
+`conversations` and `messages` are lists of structs, or strings of JSON. Files are read by row groups, the smallest part that
+can be read alone: where media stand in the file, row groups of few rows make random access fast.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.blob import Blob, MediaError
+from data.config import ConfigError, DataError
+from data.media_refs import MediaRef
+from data.rows import RowError, decoded
+from data.scan import Advance, plan_lines
+from data.shards import Shards
+from data.table import KINDS, Table
+
+_MEDIA_COLUMNS = tuple(key for kind in KINDS for key in (kind, f"{kind}s"))
+_TURN_COLUMNS = ("conversations", "messages")
+_ROWS_AT_ONCE = 1024
+
+
+class ParquetRows:
+    """Rows of .parquet files. A process keeps the row group it read last, once without media and once of each medium's column."""
+
+    def __init__(self, shards: Shards, table: Table) -> None:
+        self._shards, self._table = shards, table
+        self._kept: dict[str, tuple[Any, Any]] = {}  # by column of media, "" for all that is none: what it is of, and rows
+
+    def __reduce__(self) -> tuple[type[ParquetRows], tuple[Shards, Table]]:
+        return ParquetRows, (self._shards, self._table)
+
+    def raw(self, i: int) -> Any:
+        return _record(self._row(i, ""))
+
+    def blob(self, i: int, ref: MediaRef) -> Blob | None:
+        for column in (ref.kind, f"{ref.kind}s"):
+            try:
+                values = self._row(i, column).get(column)
+            except RowError as error:
+                raise MediaError(f"{ref.path!r} {error}") from None
+            names = _names(column, values)
+            if ref.path in names and (content := _content(_listed(values)[names.index(ref.path)])) is not None:
+                name = f"{self._shards.names[self._table.file_of(i)]}:{self.place(i)}:{ref.path}"
+                return Blob(name, data=content)
+        return None
+
+    def place(self, i: int) -> str:
+        return str(self._table.line[i])
+
+    def _row(self, i: int, column: str) -> dict[str, Any]:
+        file, group, row = self._table.file_of(i), int(self._table.start[i]), int(self._table.stop[i])
+        wanted = (os.getpid(), file, group)  # what was opened before a fork is not shared after it
+        if self._kept.get(column, (None, None))[0] != wanted:
+            self._kept.pop(column, None)  # first, or two groups would be held at once
+            try:
+                opened = _open(self._shards.paths[file])
+                leaves = _light(opened) if not column else [leaf for leaf in _leaves(opened) if leaf.split(".")[0] == column]
+                self._kept[column] = wanted, opened.read_row_group(group, columns=leaves, use_threads=False)
+            except (OSError, DataError, _arrow().lib.ArrowException) as error:
+                raise RowError(f"cannot be read: {error}") from None
+        return next(iter(self._kept[column][1].slice(row, 1).to_pylist()), {})
+
+
+def scan_parquet(path: Path, advance: Advance) -> Table:
+    """The table of a .parquet file. Raises `DataError` if it is damaged, has no column of turns, or no row."""
+    opened = _open(str(path))
+    if not set(_TURN_COLUMNS) & set(opened.schema_arrow.names):
+        raise DataError(f"{path}: has no column {' or '.join(_TURN_COLUMNS)}; its columns: {', '.join(opened.schema_arrow.names)}")
+    plans = []
+    sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
+    for group in range(len(sizes)):
+        try:
+            rows = opened.read_row_group(group, columns=_light(opened), use_threads=False)
+        except (OSError, _arrow().lib.ArrowException) as error:
+            raise DataError(f"{path}: row group {group} cannot be read: {error}") from None
+        plans += [_plans(rows.slice(first, _ROWS_AT_ONCE)) for first in range(0, rows.num_rows, _ROWS_AT_ONCE)]
+        advance(opened.metadata.row_group(group).total_byte_size)
+    if not plans:
+        raise DataError(f"{path}: holds no record")
+    return Table(
+        start=np.repeat(np.arange(len(sizes)), sizes),
+        stop=np.concatenate([np.arange(size) for size in sizes]),
+        line=np.arange(1, sum(sizes) + 1),
+        text_tokens=np.concatenate([plan.text_tokens for plan in plans]),
+        media=np.concatenate([plan.media for plan in plans]),
+    )
+
+
+def _plans(rows: Any) -> Any:
+    lines = []
+    for row in rows.to_pylist():
+        try:
+            lines.append(json.dumps(_record(row), ensure_ascii=False, default=str))
+        except RowError:  # found and named when the record is read
+            lines.append(json.dumps(row, ensure_ascii=False, default=str))
+    return plan_lines("\n".join(lines).encode("utf-8", "surrogatepass"))
+
+
+def _open(path: str) -> Any:
+    _arrow()
+    from pyarrow import parquet
+
+    try:
+        return parquet.ParquetFile(path)
+    except _arrow().lib.ArrowException as error:
+        raise DataError(f"{path}: is no readable parquet file: {error}") from None
+
+
+def _arrow() -> Any:
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise ConfigError("reading .parquet files needs pyarrow: pip install -e '.[parquet]'") from error
+    return pyarrow
+
+
+def _leaves(opened: Any) -> list[str]:
+    return [opened.schema.column(i).path for i in range(len(opened.schema))]
+
+
+def _light(opened: Any) -> list[str]:
+    """Columns that a record is made of, without the bytes of its media: those are read when they are asked for."""
+    leaves, found = _leaves(opened), []
+    for i, leaf in enumerate(leaves):
+        column = opened.schema.column(i)
+        is_bytes = column.physical_type == "BYTE_ARRAY" and column.logical_type.type == "NONE"
+        # Bytes without a path beside them are all there is to tell that a row has a medium.
+        beside = any(other != leaf and other.startswith(leaf.removesuffix("bytes")) for other in leaves)
+        if not is_bytes or (leaf.split(".")[0] in _MEDIA_COLUMNS and not (leaf.endswith(".bytes") and beside)):
+            found.append(leaf)
+    return found
+
+
+def _record(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as the JSON of a record: media by name, turns decoded, what is null left out. Raises `RowError`."""
+    found = {key: value for key, value in row.items() if value is not None}
+    for column in _MEDIA_COLUMNS:
+        if column in found:
+            names = _names(column, found[column])
+            found[column] = names if isinstance(found[column], list) else names[0]
+    for column in _TURN_COLUMNS:
+        if isinstance(found.get(column), str):
+            found[column] = decoded(found[column].encode("utf-8", "surrogatepass"))
+        elif column in found:
+            found[column] = _without_nulls(found[column])
+    return found
+
+
+def _without_nulls(value: Any) -> Any:
+    """All structs of a column have the same fields; those that a record does not use are null."""
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _names(column: str, value: Any) -> list[Any]:
+    """What a record calls the media of one of its columns: their paths, or, where those do not tell them apart, their places."""
+    values = _listed(value)
+    paths = [item.get("path") if isinstance(item, dict) else None if isinstance(item, bytes) else item for item in values]
+    places = [f"{column}[{k}]" for k in range(len(values))]
+    if all(isinstance(item, dict | bytes) for item in values) and len(set(paths)) < len(paths):
+        return places
+    return [place if path is None or (isinstance(path, str) and "://" in path) else path for path, place in zip(paths, places)]
+
+
+def _content(value: Any) -> bytes | None:
+    content = value.get("bytes") if isinstance(value, dict) else value
+    return content if isinstance(content, bytes) else None

@@ -1,0 +1,64 @@
+"""How the records of one kind of file are read by number: the seam between the index and its formats."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Protocol
+
+from data.blob import Blob
+from data.media_refs import MediaRef
+from data.shards import Shards
+from data.table import Table
+
+
+class RowError(Exception):
+    """A record cannot be had. The message is the reason alone; the index adds where it stands."""
+
+
+class Rows(Protocol):
+    """Records of a source, all of whose files are of one kind. Forked and pickled copies may be used side by side."""
+
+    def raw(self, i: int) -> Any:
+        """The JSON value of record `i`. Raises `RowError`."""
+
+    def blob(self, i: int, ref: MediaRef) -> Blob | None:
+        """Where a medium of record `i` is, if the records' own file holds it. Raises `MediaError`."""
+
+    def place(self, i: int) -> str:
+        """Where in its file record `i` is, for a person: a line, a row, a key."""
+
+
+class JsonRows:
+    """Objects of .json arrays and lines of .jsonl files."""
+
+    def __init__(self, shards: Shards, table: Table) -> None:
+        self._shards, self._table = shards, table
+
+    def raw(self, i: int) -> Any:
+        return decoded(read(self._shards, self._table, i))
+
+    def blob(self, i: int, ref: MediaRef) -> Blob | None:
+        return None
+
+    def place(self, i: int) -> str:
+        return str(self._table.line[i])
+
+
+def read(shards: Shards, table: Table, i: int) -> bytes:
+    """The bytes of record `i`. Raises `RowError`."""
+    start, stop = int(table.start[i]), int(table.stop[i])
+    try:
+        found = shards.read(table.file_of(i), start, stop)
+    except OSError as error:
+        raise RowError(f"cannot be read: {error.strerror}") from None
+    if len(found) < stop - start:
+        raise RowError("cannot be read: the file has become shorter since it was indexed")
+    return found
+
+
+def decoded(text: bytes) -> Any:
+    """The JSON value that `text` spells. Raises `RowError`."""
+    try:
+        return json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"cannot be decoded: {error}") from None

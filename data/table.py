@@ -1,0 +1,128 @@
+"""What is known of every record of a source, as columns: in memory while it is built, afterwards mapped from one file."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import tempfile
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.batch import PLACEHOLDERS
+
+KINDS = tuple(PLACEHOLDERS)
+"""Kinds of media, in the order of the columns of `Table.media`."""
+_VERSION = 2  # of the columns: raise it when one of them or a rule of planning changes
+_ALIGNED = 64  # bytes
+
+
+_NONE = partial(np.zeros, 0, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns of the N records of F files; M members of archives."""
+
+    start: np.ndarray  # (N,) int64 first byte of the record in its file; parquet: its row group
+    stop: np.ndarray  # (N,) int64 one past its last byte; parquet: its row in the group
+    line: np.ndarray  # (N,) int64 line it starts on, parquet row; counted from 1
+    text_tokens: np.ndarray  # (N,) int32 planned tokens of its texts
+    media: np.ndarray  # (N, 3) int16 how many media of each of `KINDS`
+    file_stops: np.ndarray = field(default_factory=_NONE)  # (F,) records up to and including each file
+    member_stops: np.ndarray = field(default_factory=_NONE)  # (N,) members up to and including each record's
+    members: np.ndarray = field(
+        default_factory=partial(np.zeros, (0, 2), dtype=np.int64)
+    )  # (M, 2) first byte of each member, and its size
+    name_stops: np.ndarray = field(default_factory=_NONE)  # (M,) bytes of names up to and including each member's
+    names: np.ndarray = field(
+        default_factory=partial(np.zeros, 0, dtype=np.uint8)
+    )  # UTF-8 of the members' names, one after the other
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def file_of(self, i: int) -> int:
+        """Which file record `i` is in."""
+        return int(np.searchsorted(self.file_stops, i, side="right"))
+
+    def members_of(self, i: int) -> list[tuple[str, int, int]]:
+        """Name, first byte and size of each member of record `i` of an archive."""
+        first = int(self.member_stops[i - 1]) if i else 0
+        found = []
+        for k in range(first, int(self.member_stops[i])):
+            name = self.names[self.name_stops[k - 1] if k else 0 : self.name_stops[k]]
+            found.append((name.tobytes().decode("utf-8", "surrogateescape"), int(self.members[k, 0]), int(self.members[k, 1])))
+        return found
+
+
+def joined(tables: list[Table]) -> Table:
+    """One table of the records of several files, in order; what counts up goes on counting."""
+    columns = {f.name: np.concatenate([getattr(table, f.name) for table in tables]) for f in fields(Table)}
+    for name, counted in (("member_stops", "members"), ("name_stops", "names")):
+        before = np.cumsum([0] + [len(getattr(table, counted)) for table in tables])[:-1]
+        columns[name] = columns[name] + np.repeat(before, [len(getattr(table, name)) for table in tables])
+    columns["file_stops"] = np.cumsum([len(table) for table in tables])
+    return Table(**columns)
+
+
+def stamps(paths: list[Path]) -> list[list[Any]]:
+    """Name, size in bytes and time of change in ns of each file: what a table is valid for."""
+    found = [(path, path.stat()) for path in paths]
+    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in found]
+
+
+def write_table(sidecar: Path, table: Table, files: list[list[Any]]) -> None:
+    """Header and columns are one file and appear at once: readers never see a half, or a mixture of two writers."""
+    columns = {f.name: np.ascontiguousarray(getattr(table, f.name)) for f in fields(Table)}
+    layout = [[name, column.dtype.str, list(column.shape)] for name, column in columns.items()]
+    header = json.dumps({"version": _VERSION, "files": files, "columns": layout}).encode() + b"\n"
+    sidecar.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=sidecar.parent, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(header)
+            file.write(bytes(-file.tell() % _ALIGNED))
+            for column in columns.values():
+                file.write(column.tobytes())
+                file.write(bytes(-file.tell() % _ALIGNED))
+            file.flush()
+            os.fsync(file.fileno())  # or a crash of the machine could leave the name with other bytes
+        os.replace(name, sidecar)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read_header(sidecar: Path) -> list[list[Any]] | None:
+    """`stamps` of the files that a whole table of this version was made of; None: there is none."""
+    try:
+        with sidecar.open("rb") as file:
+            header = json.loads(file.readline())
+            sizes = [np.dtype(dtype).itemsize * int(np.prod(shape)) for _, dtype, shape in header["columns"]]
+            end = _aligned(file.tell()) + sum(map(_aligned, sizes))
+            whole = header["version"] == _VERSION and os.fstat(file.fileno()).st_size == end
+    except (OSError, ValueError, TypeError, KeyError):  # missing, cut short, or something else
+        return None
+    return header["files"] if whole else None
+
+
+def map_table(sidecar: Path) -> Table:
+    """The table that `read_header` has approved; its pages are shared by all processes that map it."""
+    with sidecar.open("rb") as file:
+        header = file.readline()
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    columns, at = {}, _aligned(len(header))
+    for name, dtype, shape in json.loads(header)["columns"]:
+        count = int(np.prod(shape))
+        columns[name] = np.frombuffer(mapped, dtype, count, at if count else 0).reshape(shape)
+        at += _aligned(columns[name].nbytes)
+    return Table(**columns)
+
+
+def _aligned(size: int) -> int:
+    return size + -size % _ALIGNED

@@ -1,0 +1,160 @@
+"""Laws of the scanner: it finds what a decoder finds, whatever stands in the strings, and its windows leave no trace."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import scan as scan_module
+from data.borders import array_borders, line_borders
+from data.config import DataError
+from data.scan import scan
+from data.table import KINDS, Table, joined
+
+TEXTS = st.text(st.sampled_from('ab"\\{}[],:\n \t\x7f/é漢🙂\u2028'), max_size=20)
+TURNS = st.lists(st.tuples(st.sampled_from(["human", "gpt"]), TEXTS), min_size=1, max_size=4)
+PATHS = st.none() | TEXTS | st.lists(TEXTS, max_size=3)
+OTHERS = st.recursive(
+    st.none() | st.integers() | st.sampled_from(["value", "content", "image", "conversations"]) | TEXTS,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["value", "image", "x", "a"]), inner, max_size=2),
+    max_leaves=5,
+)
+LAYOUTS = st.fixed_dictionaries(
+    {
+        "indent": st.sampled_from([None, 0, 2, "\t"]),
+        "ensure_ascii": st.booleans(),
+        "separators": st.sampled_from([None, (",", ":"), (" ,\n", " :\t ")]),
+    }
+)
+
+
+@st.composite
+def records(draw: st.DrawFn) -> dict[str, Any]:
+    """Well-formed in both spellings, with keys of no account before and after, some of them misleading."""
+    turns = draw(TURNS)
+    spelt = {
+        "conversations": [{"from": role, "value": text} for role, text in turns],
+        "messages": [{"content": text, "role": role} for role, text in turns],
+    }
+    key = draw(st.sampled_from(sorted(spelt)))
+    media = {
+        word: draw(PATHS) for word in draw(st.sets(st.sampled_from(["image", "images", "video", "audio", "audios"]), max_size=3))
+    }
+    return {"meta": draw(OTHERS), **media, key: spelt[key], "note": draw(OTHERS)}
+
+
+def planned_text(record: dict[str, Any]) -> int:
+    """By the decoder: every string that stands under "value" or "content" of an object in a list of the record."""
+    lists = [value for value in record.values() if isinstance(value, list)]
+    holders = [item for value in lists for item in value if isinstance(item, dict)]
+    texts = [item[key] for item in holders for key in ("value", "content") if isinstance(item.get(key), str)]
+    # An object in an object in the record stands as deep as a turn does.
+    nested = [v for value in record.values() if isinstance(value, dict) for v in value.values() if isinstance(v, dict)]
+    texts += [item[key] for item in nested for key in ("value", "content") if isinstance(item.get(key), str)]
+    return sum(max(1, len(text.encode()) // 4) for text in texts)
+
+
+def planned_media(record: dict[str, Any], kind: str) -> int:
+    values = [record.get(key) for key in (kind, f"{kind}s")]
+    return sum(len(value) if isinstance(value, list) else isinstance(value, str) for value in values)
+
+
+def table_of(name: str, content: bytes, window: int) -> Table:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan_module, "WINDOW", window)
+        path = Path(folder, name)
+        path.write_bytes(content)
+        return scan(path, lambda size: None)
+
+
+def same(one: Table, other: Table) -> bool:
+    return all(np.array_equal(getattr(one, f.name), getattr(other, f.name)) for f in fields(Table))
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(rows=st.lists(records(), min_size=1, max_size=6), layout=LAYOUTS, window=st.integers(1, 300))
+def test_an_array_is_planned_as_its_records_say(rows: list[dict[str, Any]], layout: dict[str, Any], window: int) -> None:
+    content = json.dumps(rows, **layout).encode()
+    table = table_of("m.json", content, window)
+    assert [json.loads(content[a:b]) for a, b in zip(table.start, table.stop)] == rows
+    assert table.text_tokens.tolist() == [planned_text(row) for row in rows]
+    assert table.media.tolist() == [[planned_media(row, kind) for kind in KINDS] for row in rows]
+    assert table.line.tolist() == [1 + content[:start].count(b"\n") for start in table.start]
+    assert same(table, table_of("m.json", content, 1 << 22))
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    rows=st.lists(records() | st.just("broken"), min_size=1, max_size=6),
+    ascii_=st.booleans(),
+    broken=st.text(st.sampled_from('"\\{}[]:,a \t'), min_size=1, max_size=12).filter(str.strip),
+    newline=st.sampled_from(["\n", "\r\n", " \n\n\t"]),
+    window=st.integers(1, 300),
+)
+def test_a_broken_line_is_alone_with_it(rows: list[Any], ascii_: bool, broken: str, newline: str, window: int) -> None:
+    lines = [broken if row == "broken" else json.dumps(row, ensure_ascii=ascii_) for row in rows]
+    content = newline.join(lines).encode()
+    table = table_of("m.jsonl", content, window)
+    assert [content[a:b] for a, b in zip(table.start, table.stop)] == [line.strip().encode() for line in lines]
+    assert table.line.tolist() == [1 + newline.count("\n") * i for i in range(len(lines))]
+    for i, row in enumerate(rows):
+        if row != "broken":
+            assert (table.text_tokens[i], table.media[i].tolist()) == (planned_text(row), [planned_media(row, k) for k in KINDS])
+    assert table.text_tokens.min() >= 1
+    assert same(table, table_of("m.jsonl", content, 1 << 22))
+
+
+def borders_or_error(name: str, content: bytes, window: int) -> Any:
+    try:
+        table = table_of(name, content, window)
+    except DataError as error:
+        return str(error).rpartition(name)[2]
+    return list(zip(table.start.tolist(), table.stop.tolist()))
+
+
+JUNK = st.lists(
+    st.sampled_from([b'{"a": 1}', b'"', b"\\", b"{", b"}", b"[", b"]", b",", b" ", b"\n", b"a", b'\\"', b'{"b": "\\\\"}'])
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(junk=JUNK, whole=st.booleans(), window=st.integers(1, 20))
+def test_junk_is_read_or_refused_as_byte_by_byte(junk: list[bytes], whole: bool, window: int) -> None:
+    array = b"[" + b",".join(junk) + b"]" if whole else b"".join(junk)
+    for name, content, exact in (("m.json", array, array_borders), ("m.jsonl", b"".join(junk), line_borders)):
+        try:
+            expected: Any = list(exact(content, 0, name)) or f": {'is empty' if not content else 'holds no record'}"
+        except DataError as error:
+            expected = str(error).rpartition(name)[2]
+        if not content:
+            expected = ": is empty; expected at least one record"
+        assert borders_or_error(name, content, window) == borders_or_error(name, content, 1 << 22) == expected
+
+
+def test_parts_are_planned_by_parsing() -> None:
+    parts = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "x" * 40}]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "y" * 8}]}
+    plain = {"conversations": [{"from": "human", "value": "x" * 40}, {"from": "gpt", "value": "y" * 8}]}
+    table = table_of("m.json", json.dumps([plain, row, plain]).encode(), 1 << 22)
+    text = len("<image>\n" + "x" * 40) // 4 + 8 // 4
+    assert table.text_tokens.tolist() == [12, text, 12] and table.media.tolist() == [[0, 0, 0], [1, 0, 0], [0, 0, 0]]
+
+
+def test_a_record_without_texts_is_planned_by_its_size() -> None:
+    table = table_of("m.jsonl", json.dumps({"id": "x" * 91}).encode() + b"\n3", 1 << 22)
+    assert table.text_tokens.tolist() == [25, 1]
+
+
+def test_files_are_joined_in_order(tmp_path: Path) -> None:
+    one, two = (table_of("m.jsonl", b"\n".join([b"{}"] * count), 1 << 22) for count in (2, 3))
+    both = joined([one, two])
+    assert len(both) == 5 and [both.file_of(i) for i in range(5)] == [0, 0, 1, 1, 1]
+    assert both.start.tolist() == [*one.start, *two.start]

@@ -1,0 +1,140 @@
+"""How many pictures a core prepares in a second: ours, exact and fast, beside LLaVA's path, from JPEG bytes to the batch's pixels.
+
+LLaVA: Image.open and convert, expand2square, the Hugging Face CLIP processor. Every repetition takes each path in turn, over the
+same pictures, in one thread; time is that of the process (CPU), not of the clock. The pictures are made up: shades of every size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessorPil
+
+from data import image
+from data.blob import Blob
+from data.config import DataConfig
+from data.record import MediaRef
+from model.batch import ImageSpec, MediaMeta
+from model.pixels import normalised
+
+SIDE = 336
+SPEC = ImageSpec(SIDE, 14, 1, "patch", "shortest_edge", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+SIZES = ((2048, 1536), (1280, 960), (640, 480), (480, 640))
+"""The largest first: until a process has freed blocks of a size, malloc asks the kernel for each anew, to LLaVA's disadvantage."""
+QUALITY = 92
+AMPLITUDE, DECAY = 1.3, 0.42
+
+Prepare = Callable[[bytes], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """CPU seconds for one picture."""
+
+    least: float
+    median: float
+
+
+def photograph(size: tuple[int, int], seed: int) -> Image.Image:
+    """Noise of every scale, weaker octave by octave, so that the JPEG has as many bytes as a camera's."""
+    width, height = size
+    random = np.random.default_rng(seed)
+    layers = np.zeros((height, width, 3), dtype=np.float32)
+    cells = 4
+    while cells <= max(size):
+        across, down = max(cells * width // max(size), 1), max(cells * height // max(size), 1)
+        noise = Image.fromarray(random.integers(0, 256, (down, across, 3), dtype=np.uint8))
+        layers += (
+            (np.asarray(noise.resize(size, Image.Resampling.BICUBIC), dtype=np.float32) - 128) * AMPLITUDE / (cells / 4) ** DECAY
+        )
+        cells *= 2
+    return Image.fromarray((128 + layers).clip(0, 255).astype(np.uint8))
+
+
+def jpeg(size: tuple[int, int], seed: int) -> bytes:
+    buffer = io.BytesIO()
+    photograph(size, seed).save(buffer, "JPEG", quality=QUALITY)
+    return buffer.getvalue()
+
+
+def llava() -> Prepare:
+    """The pixels of LLaVA's training: image_aspect_ratio = pad."""
+    processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    colour = tuple(int(value * 255) for value in processor.image_mean)
+
+    def prepare(data: bytes) -> torch.Tensor:
+        picture = Image.open(io.BytesIO(data)).convert("RGB")
+        side = max(picture.size)
+        square = Image.new("RGB", (side, side), colour)
+        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+        return processor.preprocess(square, return_tensors="pt")["pixel_values"]
+
+    return prepare
+
+
+def ours(mode: str) -> Prepare:
+    config = DataConfig(image_fit="pad", image_decode=mode)  # type: ignore[arg-type]
+    return lambda data: image.load(Blob("picture", data=data), MediaRef("image", "picture"), SPEC, config, MediaMeta())
+
+
+def timed(paths: dict[str, Prepare], pictures: list[bytes], repeats: int) -> dict[str, Timed]:
+    """Each path over all pictures, interleaved, `repeats` times after one that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in paths}
+    for repeat in range(repeats + 1):
+        for name, prepare in paths.items():
+            start = time.process_time()
+            for data in pictures:
+                prepare(data)
+            if repeat:
+                seconds[name].append((time.process_time() - start) / len(pictures))
+    return {name: Timed(min(found), statistics.median(found)) for name, found in seconds.items()}
+
+
+def error(pictures: list[bytes]) -> tuple[float, float]:
+    """Mean and largest difference of fast and exact pixels, in standard deviations of the tower's normalisation."""
+    pairs = [(ours("exact")(data), normalised(ours("fast")(data), SPEC, torch.float32)) for data in pictures]
+    differences = torch.stack([(exact - fast).abs() for exact, fast in pairs])
+    return float(differences.mean()), float(differences.max())
+
+
+def report(sizes: tuple[tuple[int, int], ...] = SIZES, num_pictures: int = 4, repeats: int = 7) -> list[str]:
+    """A table in Markdown, a line per size and path."""
+    torch.set_num_threads(1)
+    paths = {"LLaVA": llava(), "ours, exact": ours("exact"), "ours, fast": ours("fast")}
+    lines = ["| JPEG | path | CPU ms, least | median | pictures per second and core | x LLaVA | error: mean, largest |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for size in sizes:
+        pictures = [jpeg(size, seed) for seed in range(num_pictures)]
+        found = timed(paths, pictures, repeats)
+        kilobytes = sum(map(len, pictures)) / len(pictures) / 1000
+        if not torch.equal(paths["LLaVA"](pictures[0]), paths["ours, exact"](pictures[0])):
+            raise AssertionError(f"the exact path differs from LLaVA's at {size}")
+        mean, largest = error(pictures)
+        for name, taken in found.items():
+            wrong = f"{mean:.1g}, {largest:.1g}" if name == "ours, fast" else "0"
+            columns = [f"{size[0]} x {size[1]}, {kilobytes:.0f} kB", name, f"{taken.least * 1e3:.1f}", f"{taken.median * 1e3:.1f}"]
+            columns += [f"{1 / taken.median:.0f}", f"{found['LLaVA'].median / taken.median:.2f}", wrong]
+            lines.append("| " + " | ".join(columns) + " |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=4, help="of each size")
+    parser.add_argument("--repeats", type=int, default=7)
+    options = parser.parse_args()
+    print(f"load average {os.getloadavg()[0]:.1f}")
+    print("\n".join(report(SIZES, options.pictures, options.repeats)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Every record of every source, checked before any weight is read: what a run could not train on, and what the data hold.
+
+Records are parsed, rendered and counted; media are looked up and their headers and ends read. What is found is kept in the run
+folder: a check that was stopped goes on, one of unchanged data takes seconds, and a run that starts afterwards plans by exact
+lengths. Exit code 65 when a record breaks the rules. Records that are too long, duplicates, and what validation shares with
+training are told and leave it at 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.check_report import field_of, match_row, problem_rows, summary, table
+from data.check_run import Depth, SourceFound, check_dataset, remove_stale
+from data.config import DataError
+from data.dataset import MultimodalDataset
+from data.duplicates import find_duplicates
+from data.lengths import FROZEN
+from model.config import ConfigError
+from tools.cli import printable, run
+from trainer.config import RunConfig
+from trainer.distributed import World
+from trainer.plan_lengths import processors
+from trainer.runfile import load_config
+from trainer.sources import open_data
+
+SHOWN = 20  # problems of each field, and duplicates of each kind
+BAD_FILE, DUPLICATES_FILE = "bad.jsonl", "duplicates.jsonl"
+MATCHES = {
+    "duplicate": "records repeat an earlier one of their split",
+    "leak": "records of validation stand in training as well",
+    "shared_medium": "media of validation stand in training as well",
+    "near_duplicate": "records nearly repeat an earlier one of their split",
+    "near_leak": "records of validation stand in training nearly the same",
+    "near_shared_medium": "pictures of validation look like one in training",
+}
+
+
+def check(options: argparse.Namespace) -> None:
+    if options.workers < 1:
+        raise ConfigError(f"--workers {options.workers} is not positive")
+    config = load_config(options.cfg, options.overrides)
+    datasets = opened(config)
+    index_folder = Path(config.output_dir) / "index"
+    depth = Depth(options.decode, options.near)
+    found = {
+        split: check_dataset(dataset, index_folder, depth=depth, workers=options.workers, name=f"check {split}")
+        for split, dataset in datasets.items()
+    }
+    remove_stale(index_folder, list(datasets.values()))
+    out = Path(options.out or config.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    counts = told(datasets, found, out)
+    matches = told_duplicates(datasets, found, out, options.near)
+    print(lengths_note(config))
+    num_bad = sum(source["bad"] for sources in counts.values() for source in sources.values())
+    print(json.dumps({"bad": num_bad, "duplicates": matches, **counts}))
+    if num_bad:
+        raise DataError(f"{num_bad} records break the rules; all stand in {out / BAD_FILE}")
+
+
+def opened(config: RunConfig) -> dict[str, MultimodalDataset]:
+    """The datasets of the run by split; no weight is read."""
+    data = open_data(config, World(0, 0, 1, torch.device("cpu")))
+    datasets = {"train": data.train, "validation": data.validation}
+    present = {split: dataset for split, dataset in datasets.items() if dataset is not None}
+    if not present:
+        raise ConfigError("data.sources is empty: there is nothing to check")
+    return present
+
+
+def told(datasets: dict[str, MultimodalDataset], found: dict[str, list[SourceFound]], out: Path) -> dict[str, dict[str, Any]]:
+    """Prints every source and writes bad.jsonl; the summaries by split and source."""
+    counts: dict[str, dict[str, Any]] = {}
+    rows: list[Iterator[dict[str, Any]]] = []
+    for split, dataset in datasets.items():
+        for source, one in zip(dataset.sources, found[split]):
+            counts.setdefault(split, {})[source.key] = summary(one.found)
+            rows.append(problem_rows(split, source.key, one.found))
+            name = f"{split} {source.key}: {source.path}"
+            cached = f" ({one.num_cached} of {one.num_parts} parts cached)" if one.num_cached else ""
+            print(f"\n{name}{cached}\n{'=' * len(name)}")
+            print("\n".join(table(counts[split][source.key])))
+            for line in shown(one):
+                print(printable(line))
+    write_lines(out / BAD_FILE, itertools.chain.from_iterable(rows))
+    return counts
+
+
+def shown(one: SourceFound) -> Iterator[str]:
+    """The first problems of each field."""
+    seen: Counter[tuple[str, str]] = Counter()
+    for _, problem in one.found.problems:
+        field = (problem.kind, field_of(problem))
+        seen[field] += 1
+        if seen[field] <= SHOWN:
+            yield f"  {problem}"
+    for (kind, name), count in seen.items():
+        if count > SHOWN:
+            yield f"  ... and {count - SHOWN:,} more of {name}" + (", too long" if kind != "bad" else "")
+
+
+def told_duplicates(
+    datasets: dict[str, MultimodalDataset], found: dict[str, list[SourceFound]], out: Path, near: bool
+) -> dict[str, int]:
+    """Prints what is there more than once and writes duplicates.jsonl; how many by kind."""
+    train, validation = ([one.found for one in found.get(split, [])] for split in ("train", "validation"))
+    sources = [(split, s.key, i) for split, dataset in datasets.items() for s, i in zip(dataset.sources, dataset.indexes)]
+    matches = find_duplicates(train, validation, near=near)
+    counts = Counter(match.kind for match in matches)
+    write_lines(out / DUPLICATES_FILE, (match_row(match, sources) for match in matches))
+    for kind, meaning in MATCHES.items():
+        if counts[kind]:
+            print(f"\n{counts[kind]:,} {meaning}")
+        for match in itertools.islice((match for match in matches if match.kind == kind), SHOWN):
+            row = match_row(match, sources)
+            place, other = (f"{row[p + 'file']}:{row[p + 'line']} {row[p + 'id']}" for p in ("", "other_"))
+            print(printable(f"  {place}: as {other}"))
+        if counts[kind] > SHOWN:
+            print(f"  ... and {counts[kind] - SHOWN:,} more in {out / DUPLICATES_FILE}")
+    return dict(sorted(counts.items()))
+
+
+def lengths_note(config: RunConfig) -> str:
+    if (Path(config.output_dir) / FROZEN).exists():
+        return f"\nthe run in {config.output_dir} keeps the lengths it was first planned by; a new one plans by the exact ones"
+    return "\nlengths are exact now: the run plans by them"
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """One JSON object per line; the file appears at once."""
+    temporary = path.with_name(f".{path.name}.new")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)  # ASCII: no id can break a line
+    temporary.replace(path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="tools.check_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cfg", required=True, help="the run file")
+    parser.add_argument("--workers", type=int, default=processors(), help="processes (one per processor)")
+    parser.add_argument("--out", default="", help=f"folder of {BAD_FILE} and {DUPLICATES_FILE} (the run's)")
+    parser.add_argument("--decode", action="store_true", help="decode all media in full: slow, and finds what headers hide")
+    parser.add_argument("--near", action="store_true", help="decode pictures small, to find those that look alike: slow")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
+    options = parser.parse_intermixed_args(argv)  # options may stand before the last positional
+    # Worker processes share the machine; the tokenizer's own threads would fight them.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return run("check_data", lambda: check(options))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,162 @@
+"""Which records of a run the inspector shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.config import SourceConfig
+from data.dataset import MultimodalDataset
+from data.mixing import Pool
+from model.batch import PLACEHOLDERS
+from model.config import ConfigError
+from tools.inspect_entry import Entry, entry_of
+from trainer.config import RunConfig
+from trainer.distributed import World
+from trainer.quarantine import TRAIN, VALIDATION, read_rows
+from trainer.runfile import load_config
+from trainer.sources import open_data
+from trainer.step_log import read_step
+
+KIND_BITS = {kind: 1 << n for n, kind in enumerate(PLACEHOLDERS)}
+"""Of `MultimodalDataset.modalities`."""
+SPLITS = {"sources": TRAIN, "validation": VALIDATION}
+"""The split of quarantine.jsonl by the table of run.toml."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a person asks for."""
+
+    num: int | None  # of each source; None: all
+    source: str = ""
+    kind: str = ""  # image | video | audio | text
+    longest: bool = False
+    quarantined: bool = False
+    spread: bool = False  # evenly over each source, not its first ones
+    step: int | None = None
+
+    @property
+    def words(self) -> str:
+        """The choice as a person would say it."""
+        if self.step is not None:
+            return f"the samples of step {self.step}"
+        which = "the longest" if self.longest else "quarantined ones" if self.quarantined else ""
+        which = which or ("spread evenly over the file" if self.spread else "the first ones")
+        only = {"": "", "text": ", text only"}.get(self.kind, f", with {self.kind}")
+        return f"{'all' if self.num is None else f'up to {self.num}'} records of each source{only}: {which}"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The data of a run. No weight is read, nothing is certified."""
+
+    config: RunConfig
+    datasets: dict[str, MultimodalDataset]  # by the table of run.toml that names them
+    pools: dict[str, tuple[Pool, ...]]  # the records of each source that take part, by table
+    quarantined: dict[str, dict[int, dict[str, Any]]]  # rows of quarantine.jsonl by table and sample
+    lengths_kind: str  # exact | estimated
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of a run and which of its samples are shown."""
+
+    opened: Opened
+    table: str
+    source_id: int
+    chosen: tuple[int, ...]  # sample ids
+
+    @property
+    def dataset(self) -> MultimodalDataset:
+        return self.opened.datasets[self.table]
+
+    @property
+    def config(self) -> SourceConfig:
+        return self.dataset.sources[self.source_id]
+
+    @property
+    def pool(self) -> Pool:
+        return self.opened.pools[self.table][self.source_id]
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Records that take part and hold each kind of medium; kinds that none holds are absent."""
+        held = self.dataset.modalities[self.pool.ids]
+        counts = {kind: int(((held & bit) > 0).sum()) for kind, bit in KIND_BITS.items()}
+        return {kind: count for kind, count in counts.items() if count}
+
+    @property
+    def part(self) -> str:
+        """How much of the source the run uses, where that is not all of it once per epoch."""
+        notes = []
+        if len(self.pool.ids) < self.pool.size:
+            notes.append(f"{len(self.pool.ids):,} of them take part (take = {self.config.take!r})")
+        if self.pool.places != len(self.pool.ids):
+            notes.append(f"{self.pool.places:,} are drawn each epoch (weight = {self.config.weight:g})")
+        return ", ".join(notes)
+
+    def entries(self) -> Iterator[Entry]:
+        """One at a time: the media of a sample take room."""
+        rows = self.opened.quarantined[self.table]
+        return (entry_of(self.dataset, i, rows) for i in self.chosen)
+
+
+def config_of(cfg: str | None, run: str | None, overrides: list[str]) -> RunConfig:
+    """The configuration of a run file, or of a run by its folder, wherever that was moved."""
+    if (cfg is None) == (run is None):
+        raise ConfigError("name a run file with --cfg, or a run's folder with --run: one of them")
+    if cfg is not None:
+        return load_config(cfg, overrides)
+    return replace(load_config(str(Path(str(run)) / "run.toml"), overrides), output_dir=str(run))
+
+
+def open_sources(config: RunConfig) -> Opened:
+    """Indexes are written where the run itself looks for them."""
+    # Bad records are shown as such, whatever the run does about them.
+    data = open_data(replace(config, data=replace(config.data, on_bad_sample="quarantine")), World(0, 0, 1, torch.device("cpu")))
+    tables = {"sources": data.train, "validation": data.validation}
+    rows = read_rows(Path(config.output_dir))
+    found = {table: {row["sample_id"]: row for row in rows if row["split"] == split} for table, split in SPLITS.items()}
+    datasets = {table: dataset for table, dataset in tables.items() if dataset is not None}
+    pools = {"sources": data.pools, "validation": data.validation_pools}
+    return Opened(config, datasets, pools, found, data.lengths_kind)
+
+
+def choose(opened: Opened, wanted: Wanted) -> list[Source]:
+    """Every source that is asked for, with its samples. ConfigError for a source, a quarantine or a step that is not there."""
+    names = [source.key for dataset in opened.datasets.values() for source in dataset.sources]
+    if wanted.source and wanted.source not in names:
+        raise ConfigError(f"--source {wanted.source!r} is none of the run's: {', '.join(dict.fromkeys(names))}")
+    if wanted.quarantined and not any(opened.quarantined.values()):
+        raise ConfigError(f"--quarantined: {opened.config.output_dir!r} holds no quarantine.jsonl with records in it")
+    step = None if wanted.step is None else read_step(opened.config.output_dir, wanted.step)
+    return [
+        Source(opened, table, i, tuple(_chosen(opened, table, i, wanted, step).tolist()))
+        for table, dataset in opened.datasets.items()
+        for i, source in enumerate(dataset.sources)
+        if wanted.source in ("", source.key) and (step is None or table == "sources")
+    ]
+
+
+def _chosen(opened: Opened, table: str, source_id: int, wanted: Wanted, step: np.ndarray | None) -> np.ndarray:
+    dataset = opened.datasets[table]
+    ids = opened.pools[table][source_id].ids if step is None else step[dataset.source_ids[step] == source_id]
+    if wanted.kind:
+        bits = dataset.modalities[ids]
+        ids = ids[bits == 0 if wanted.kind == "text" else (bits & KIND_BITS[wanted.kind]) > 0]
+    if wanted.quarantined:
+        ids = ids[np.isin(ids, list(opened.quarantined[table]))]
+    num = len(ids) if wanted.num is None else min(wanted.num, len(ids))
+    if wanted.longest:
+        return ids[np.argsort(-dataset.lengths[ids], kind="stable")][:num]
+    return ids[np.arange(num) * len(ids) // max(num, 1)] if wanted.spread else ids[:num]
+
+
+KINDS = (*PLACEHOLDERS, "text")
+"""What --modality may be."""

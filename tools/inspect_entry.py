@@ -1,0 +1,206 @@
+"""A record as a person wants to see it: where it stands, how long it is, what is learned of it, token by token and box by box.
+
+The terminal and the page of `tools.inspect_data` show the same entries.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from data.dataset import MultimodalDataset, Rejected
+from data.media import RecordMedia
+from data.record import MediaRef, Record, RecordError
+from data.sample import Sample, SampleMedia
+from data.template import Template
+from model.batch import IGNORE_INDEX, AudioSpec, MediaSpec
+
+Status = Literal["trained", "shortened", "too long", "bad", "quarantined"]
+RAW_LIMIT = 4000
+"""Characters of a rejected record that are shown as they stand in the file."""
+MAX_CHARACTER_TOKENS = 8
+"""Tokens that are awaited to make one character whole: four bytes of it, and what a decoder may put around them."""
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Neighbouring tokens that make whole characters: nearly always one."""
+
+    ids: tuple[int, ...]
+    tokens: tuple[str, ...]  # as the tokenizer spells them
+    text: str
+    learned: bool
+    special: bool  # a control token of the tokenizer
+
+
+@dataclass(frozen=True)
+class Box:
+    """One medium in the place of its tokens."""
+
+    path: str  # as the record names it
+    medium: SampleMedia
+    spec: MediaSpec
+    grid: tuple[int, int]  # tiles across and down, without the thumbnail
+    span: tuple[float, float] | None  # seconds of a video that are watched
+
+    @property
+    def has_thumbnail(self) -> bool:
+        return len(self.medium.tokens) > self.grid[0] * self.grid[1]
+
+    @property
+    def extent(self) -> str:
+        """Its size in the unit of its kind, or nothing for a picture that is seen in one view."""
+        if isinstance(self.spec, AudioSpec):
+            return f"{sum(self.medium.frames) * self.spec.hop / self.spec.sampling_rate:.2f} s"
+        if self.medium.kind == "video":
+            watched = f" from {self.span[0]:g} s to {self.span[1]:g} s" if self.span else ""
+            return f"{len(self.medium.tokens)} frames{watched}"
+        if len(self.medium.tokens) > 1:
+            return f"{self.grid[0]} x {self.grid[1]} tiles{' + thumbnail' * self.has_thumbnail}"
+        return ""
+
+    @property
+    def num_columns(self) -> int:
+        """Mel frames of all rows of a clip, padding included."""
+        return self.medium.values.shape[0] * self.medium.values.shape[-1]
+
+    @property
+    def state(self) -> str:
+        """The user state that is learned after it, or nothing."""
+        return "" if self.medium.label == IGNORE_INDEX else f"state {self.medium.label}"
+
+    @property
+    def facts(self) -> str:
+        return ", ".join(filter(None, (f"{self.medium.length:,} tokens", self.extent, self.state)))
+
+
+@dataclass(frozen=True)
+class Entry:
+    sample_id: int
+    where: str  # file:line
+    id: str
+    status: Status
+    planned: int  # tokens, as the order of the run knows them
+    kinds: tuple[str, ...]  # of media, each once; none: text only
+    reason: str = ""  # why it is not trained on, or not all of it
+    raw: str = ""  # of a record that is not trained on
+    pieces: tuple[Piece | Box, ...] = ()
+    num_tokens: int = 0
+    num_learned: int = 0
+
+    @property
+    def boxes(self) -> list[Box]:
+        return [piece for piece in self.pieces if isinstance(piece, Box)]
+
+
+def entry_of(dataset: MultimodalDataset, i: int, quarantined: dict[int, dict[str, Any]]) -> Entry:
+    """Sample `i`; `quarantined` are the rows of the run's quarantine.jsonl by sample."""
+    item, planned = dataset[i], int(dataset.lengths[i])
+    row = quarantined.get(i)
+    if row is not None or isinstance(item, Rejected):
+        return _rejected(dataset, i, planned, item, row)
+    record = dataset.record(i)
+    rounds, dropped = _rounds(dataset.template, record, item)
+    notes = [f"{dropped} of {rounds} rounds dropped: they do not fit"] if dropped else []
+    notes += ["a first turn of the assistant was dropped: nobody had asked"] if record.num_dropped_turns else []
+    return Entry(
+        sample_id=i,
+        where=record.where,
+        id=record.id,
+        status="shortened" if notes else "trained",
+        planned=planned,
+        kinds=_kinds(record),
+        reason="; ".join(notes),
+        pieces=tuple(_pieces(item, record, dataset.media(i, record), dataset.template.tokenizer)),
+        num_tokens=len(item.input_ids),
+        num_learned=int((item.labels != IGNORE_INDEX).sum()),
+    )
+
+
+def _rejected(dataset: MultimodalDataset, i: int, planned: int, item: Sample | Rejected, row: dict[str, Any] | None) -> Entry:
+    source_id = int(dataset.source_ids[i])
+    index, number = dataset.indexes[source_id], i - int(np.searchsorted(dataset.source_ids, source_id))
+    try:
+        record: Record | None = dataset.record(i)
+    except RecordError:
+        record = None
+    try:
+        raw = json.dumps(index.raw(number), indent=1, ensure_ascii=False, default=lambda value: f"({type(value).__name__})")
+    except RecordError as error:
+        raw = error.reason
+    status: Status = "bad"
+    reason, name = "", record.id if record else ""
+    if isinstance(item, Rejected):
+        status, reason, name = "too long" if item.too_long else "bad", item.reason, item.id or name
+    if row is not None:
+        status, reason, name = "quarantined", f"at step {row['step']}: {row['reason']}", name or row["id"]
+    more = f"\n... {len(raw) - RAW_LIMIT:,} characters more" if len(raw) > RAW_LIMIT else ""
+    kinds = _kinds(record) if record else ()
+    return Entry(i, index.where(number), name, status, planned, kinds, reason, raw[:RAW_LIMIT] + more)
+
+
+def _kinds(record: Record) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(ref.kind for ref in record.media))
+
+
+def _rounds(template: Template, record: Record, sample: Sample) -> tuple[int, int]:
+    """Rounds of the record, and how many of them the sample left out at its end."""
+    lengths = [medium.length for found in sample.media.values() for medium in found]
+    kept = len(sample.input_ids) - sum(lengths) + len(lengths)  # each medium is one id before it is expanded
+    ends = template.encode(record).round_ends
+    return len(ends), sum(end > kept for end in ends)
+
+
+def _pieces(sample: Sample, record: Record, media: RecordMedia, tokenizer: PreTrainedTokenizerFast) -> Iterator[Piece | Box]:
+    """All of the sample in its order."""
+    learned = [False, *(sample.labels[:-1] != IGNORE_INDEX).tolist()]  # labels are shifted: position t says what t + 1 is
+    boxes = sorted(_boxes(sample, record, media), key=lambda box: box.medium.start)
+    ids, at = sample.input_ids.tolist(), 0
+    for box in boxes:
+        yield from token_pieces(tokenizer, ids[at : box.medium.start], learned[at : box.medium.start], ids[max(at - 1, 0) : at])
+        yield box
+        at = box.medium.start + box.medium.length
+    yield from token_pieces(tokenizer, ids[at:], learned[at:], ids[max(at - 1, 0) : at])
+
+
+def _boxes(sample: Sample, record: Record, media: RecordMedia) -> Iterator[Box]:
+    for modality, found in sample.media.items():
+        refs = [ref for ref in record.media if ref.modality == modality]
+        for medium, ref in zip(found, refs):  # media of dropped rounds have no place in the sample
+            yield Box(ref.path, medium, media.specs[modality], _grid(medium, ref, media), ref.span)
+
+
+def _grid(medium: SampleMedia, ref: MediaRef, media: RecordMedia) -> tuple[int, int]:
+    return media.measure(ref).grid if medium.kind == "image" else (len(medium.tokens), 1)
+
+
+def token_pieces(
+    tokenizer: PreTrainedTokenizerFast, ids: list[int], learned: list[bool], before: list[int] | None = None
+) -> Iterator[Piece]:
+    """Every id once, in pieces whose texts together are the text of all ids. `before`: ids that stand in front of them.
+
+    A token is decoded behind its forerunner: alone, tokenizers of the sentencepiece family would lose its leading space.
+    """
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+    def text_of(of: list[int]) -> str:
+        return str(tokenizer.decode(of, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    context: list[int] = before or []
+    group: list[int] = []
+    for t, id in enumerate(ids):
+        group.append(id)
+        known, text = text_of(context), text_of([*context, *group])
+        ends = t + 1 == len(ids) or learned[t + 1] != learned[t] or len(group) == MAX_CHARACTER_TOKENS
+        if text.endswith(BROKEN) and not ends:
+            continue  # the rest of the character is in the next token
+        fresh = text[len(known) :] if text.startswith(known) else text_of(group)
+        spelt = tuple(tokenizer.convert_ids_to_tokens(group))
+        yield Piece(tuple(group), spelt, fresh, learned[t], id in special and len(group) == 1)
+        context, group = group, []

@@ -1,0 +1,153 @@
+"""The inspector's page: one file with everything in it, that asks nothing of a network and runs nothing that came with the data.
+
+Same entries, same bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from model.batch import PLACEHOLDERS
+from tools.inspect_card import LEARNED_FROM, STATUSES, TEXT_ONLY, card, visible
+from tools.inspect_entry import Entry
+from tools.inspect_page import SCRIPT, STYLE
+from tools.inspect_pictures import Album
+
+MAX_PICTURE_BYTES = 48 << 20
+"""Of all pictures of a page together; a browser opens such a page in seconds."""
+BINS = 40
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One source and what is shown of it."""
+
+    table: str  # sources | validation
+    name: str
+    path: str
+    size: int  # records
+    part: str  # how much of them the run uses, if not all once per epoch
+    kinds: dict[str, int]  # records that hold each kind of medium
+    lengths: np.ndarray  # (N,) planned tokens of all records that take part
+    lengths_kind: str  # exact | estimated
+    certificate: str
+    refused: bool
+    num_shown: int
+
+    @property
+    def key(self) -> str:
+        return self.name if self.table == "sources" else f"{self.name} (validation)"
+
+
+def page(title: str, chosen: str, max_length: int, sources: Sequence[tuple[Shown, Iterable[Entry]]]) -> str:
+    """The whole document. `chosen` says in words which records are shown. Entries are taken one by one: their media take room."""
+    seen: list[tuple[tuple[str, ...], str]] = []
+    cards: list[str] = []
+    for source, entries in sources:
+        album = Album(MAX_PICTURE_BYTES // len(sources))
+        for entry in entries:
+            cards.append(card(entry, source.key, len(cards), max_length, album))
+            seen.append((entry.kinds, entry.status))
+    shown = [source for source, _ in sources]
+    return "".join(
+        [
+            f"<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n{_policy()}\n",
+            "<meta name=viewport content='width=device-width, initial-scale=1'>\n",
+            f"<title>What the model sees: {visible(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n",
+            _head(title, chosen, shown),
+            _tools(shown, seen),
+            "<main>\n<div id=list>\n",
+            *cards,
+            "</div>\n<p id=none class=soft hidden>No sample fits these filters.</p>\n</main>\n",
+            "<div id=status role=status aria-live=polite></div>\n",
+            "<dialog id=big aria-label='Picture in full size'><div id=large></div>",
+            "<form method=dialog><p><button>Close</button></p></form></dialog>\n",
+            f"<script>{SCRIPT}</script>\n</body>\n</html>\n",
+        ]
+    )
+
+
+def _policy() -> str:
+    """Even a mistake in escaping could load nothing and run nothing: only these two texts are allowed, by their digests."""
+    style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (STYLE, SCRIPT))
+    rules = f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; script-src 'sha256-{script}'; base-uri 'none'"
+    return f'<meta http-equiv=Content-Security-Policy content="{rules}">'
+
+
+def _head(title: str, chosen: str, sources: list[Shown]) -> str:
+    return (
+        f"<header>\n<h1>What the model sees</h1>\n<p class=soft>{visible(title)}: {visible(chosen)}</p>\n"
+        "<p><mark>Green, underlined text</mark> is what the model is trained to write: the loss is measured on it and on nothing"
+        " else. All other text and every <span class=box>box</span>, which stands for the tokens of a picture, a video or a sound,"
+        " is only read on the way there.</p>\n"
+        "<p class=soft>Pictures have the pixels that the model receives; click one for its full size. The bar of a sample is its"
+        " length against the longest allowed: blue media, grey text that is read, green text that is learned. Point at a token for"
+        " its number. Keys: <kbd>/</kbd> search, <kbd>j</kbd>&nbsp;<kbd>k</kbd> next and previous sample, <kbd>Tab</kbd> into a"
+        " text and <kbd>←</kbd>&nbsp;<kbd>→</kbd> from token to token.</p>\n"
+        f"<div class=sources>\n{''.join(map(_source, sources))}</div>\n</header>\n"
+    )
+
+
+def _source(source: Shown) -> str:
+    kinds = ", ".join(f"{count:,} with {kind}" for kind, count in source.kinds.items()) or "text only"
+    facts = ", ".join(filter(None, [f"{source.size:,} records", source.part, kinds]))
+    proof = f"<p class='note bad'>The run would refuse this source: {visible(source.certificate)}</p>"
+    return (
+        f"<section class=source>\n<h2>{visible(source.key)}</h2>\n<p class=soft><code>{visible(source.path)}</code></p>\n"
+        f"<p>{visible(facts)}; {source.num_shown:,} shown here.</p>\n"
+        + (proof if source.refused else f"<p class=soft>✓ {visible(source.certificate)}</p>")
+        + f"\n{_histogram(source)}</section>\n"
+    )
+
+
+def _histogram(source: Shown) -> str:
+    """Planned lengths of all records, as bars over the axis of tokens."""
+    lengths = source.lengths
+    if not len(lengths):
+        return ""
+    median, most, longest = (int(np.quantile(lengths, q, method="higher")) for q in (0.5, 0.99, 1))
+    facts = f"tokens of a record, {source.lengths_kind}: median {median:,}, 99 % up to {most:,}, longest {longest:,}"
+    counts, edges = np.histogram(lengths, bins=min(BINS, longest + 1), range=(0, longest + 1))
+    step = 320 / len(counts)
+    bars = []
+    for k, count in enumerate(counts.tolist()):
+        if count:
+            height = max(58 * count / counts.max(), 1)
+            of = f"{int(np.ceil(edges[k]))} to {int(np.ceil(edges[k + 1])) - 1} tokens: {count:,} records"
+            at = f"x={k * step:.2f} y={64 - height:.2f} width={step * 0.86:.2f} height={height:.2f}"
+            bars.append(f"<rect class=bar {at}><title>{of}</title></rect>")
+    return (
+        f"<svg viewBox='0 0 320 84' role=img aria-label='{facts}'>{''.join(bars)}<path class=axis d='M0 64.5H320'/>"
+        f"<text x=0 y=79>0</text><text x=160 y=79 text-anchor=middle>median {median:,}, 99 % up to {most:,}</text>"
+        f"<text x=320 y=79 text-anchor=end>{longest:,}</text></svg>\n<p class=soft>Length in tokens, {source.lengths_kind}.</p>\n"
+    )
+
+
+def _tools(sources: list[Shown], seen: list[tuple[tuple[str, ...], str]]) -> str:
+    """Filters for what there is; `seen` are the kinds of media and the status of every card."""
+    held = {kind: kind for kind in PLACEHOLDERS if any(kind in kinds for kinds, _ in seen)}
+    held |= {TEXT_ONLY: "text only"} if any(not kinds for kinds, _ in seen) else {}
+    states = {key: text for key, text in STATUSES.items() if any(status == key for _, status in seen)}
+    out = {"out": "not trained on"} if set(states) - set(LEARNED_FROM) else {}
+    orders = {"file": "by source", "longest": "longest first", "shortest": "shortest first"}
+    fields = [
+        _select("source", "Source", {"": "all", **{source.key: source.key for source in sources}}),
+        _select("kind", "Holds", {"": "anything", **held}),
+        _select("state", "State", {"": "any", **out, **states}),
+        _select("order", "Order", orders),
+    ]
+    return (
+        f"<div class=tools><div role=search>\n{''.join(fields)}"
+        "<input id=words type=search placeholder='Search text, id, file' aria-label='Search text, id, file'>\n"
+        f"<span id=count role=status>{len(seen)} of {len(seen)} shown</span>\n</div></div>\n"
+    )
+
+
+def _select(name: str, label: str, options: dict[str, str]) -> str:
+    inside = "".join(f'<option value="{visible(value)}">{visible(text)}</option>' for value, text in options.items())
+    return f"<label>{label} <select id={name} autocomplete=off>{inside}</select></label>\n"

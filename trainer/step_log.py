@@ -1,0 +1,75 @@
+"""samples.bin: which samples every optimizer step held, so that a spike of the curve leads to its records.
+
+One row per step, of global_batch_size little-endian integers; places the last step of an epoch does not fill are -1. Places of
+records that were quarantined are there: quarantine.jsonl says which those are. samples.json holds the width and type of a row.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from data.sampler import Sampler
+from model.config import ConfigError
+from model.files import dump_json
+from trainer.distributed import World
+from trainer.exits import replace_text
+
+NAME, SHAPE = "samples.bin", "samples.json"
+EMPTY = -1
+
+
+class StepLog:
+    """Writes samples.bin on rank 0, a few steps at a time."""
+
+    def __init__(self, folder: Path, sampler: Sampler, first_step: int, world: World) -> None:
+        """Keeps the rows before `first_step`; rows that are missing there, lost with the machine, are made again from the plan."""
+        self.path, self.sampler, self.active = folder / NAME, sampler, world.is_main
+        self.dtype = np.dtype("<i4" if len(sampler.lengths) < 2**31 else "<i8")
+        self.num_written = self.num_done = 0
+        if not self.active:
+            return
+        width = sampler.global_batch_size
+        replace_text(folder / SHAPE, dump_json({"global_batch_size": width, "dtype": self.dtype.str}))
+        with self.path.open("ab") as out:
+            self.num_written = min(first_step, out.tell() // (width * self.dtype.itemsize))
+            out.truncate(self.num_written * width * self.dtype.itemsize)
+        self.done(first_step)
+        self.flush()
+
+    def done(self, step: int) -> None:
+        """`step` steps are completed."""
+        self.num_done = step
+
+    def flush(self) -> None:
+        """Write the rows of all steps that are done."""
+        if not self.active or self.num_written == self.num_done:
+            return
+        rows = np.full((self.num_done - self.num_written, self.sampler.global_batch_size), EMPTY, dtype=self.dtype)
+        for row, step in zip(rows, range(self.num_written, self.num_done)):
+            ids = self.sampler.step(step)
+            row[: len(ids)] = ids
+        with self.path.open("ab") as out:
+            out.write(rows.tobytes())
+        self.num_written = self.num_done
+
+
+def read_step(folder: str | Path, step: int) -> np.ndarray:
+    """Sample ids (n,) int64 of 0-based `step` of the run in `folder`, in the order of the plan: the step that brought the run from
+    `step` to `step + 1` completed ones. ConfigError when no such step is on record.
+    """
+    shape_path, path = Path(folder) / SHAPE, Path(folder) / NAME
+    try:
+        shape = json.loads(shape_path.read_text())
+        width, dtype = int(shape["global_batch_size"]), np.dtype(str(shape["dtype"]))
+        num_bytes = path.stat().st_size
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder} has no record of its steps: {SHAPE} or {NAME} cannot be read ({error})") from error
+    num_steps = num_bytes // (width * dtype.itemsize)
+    if not 0 <= step < num_steps:
+        there = f"steps 0 to {num_steps - 1}" if num_steps else "no step"
+        raise ConfigError(f"step {step} is not on record: {path} holds {there}")
+    row = np.fromfile(path, dtype, width, offset=step * width * dtype.itemsize)
+    return row[row != EMPTY].astype(np.int64)
