@@ -125,7 +125,7 @@ def _figure(box: Box, number: int, album: Album) -> str:
 
 def _resolution(box: Box) -> str:
     if isinstance(box.spec, ImageSpec):
-        return f", {box.spec.size} x {box.spec.size} pixels{' each' * (len(box.medium.tokens) > 1)}"
+        return f", {box.spec.size} x {box.spec.size} pixels{' each' * (len(box.medium.values) > 1)}"
     return f", {box.spec.num_mels} pitches{', grey: padding' * (sum(box.medium.frames) < box.num_columns)}"
 
 

@@ -51,7 +51,7 @@ class Box:
 
     @property
     def has_thumbnail(self) -> bool:
-        return len(self.medium.tokens) > self.grid[0] * self.grid[1]
+        return len(self.medium.values) > self.grid[0] * self.grid[1]
 
     @property
     def extent(self) -> str:
@@ -60,8 +60,8 @@ class Box:
             return f"{sum(self.medium.frames) * self.spec.hop / self.spec.sampling_rate:.2f} s"
         if self.medium.kind == "video":
             watched = f" from {self.span[0]:g} s to {self.span[1]:g} s" if self.span else ""
-            return f"{len(self.medium.tokens)} frames{watched}"
-        if len(self.medium.tokens) > 1:
+            return f"{len(self.medium.values)} frames{watched}"
+        if len(self.medium.values) > 1:
             return f"{self.grid[0]} x {self.grid[1]} tiles{' + thumbnail' * self.has_thumbnail}"
         return ""
 
@@ -177,7 +177,7 @@ def _boxes(sample: Sample, record: Record, media: RecordMedia) -> Iterator[Box]:
 
 
 def _grid(medium: SampleMedia, ref: MediaRef, media: RecordMedia) -> tuple[int, int]:
-    return media.measure(ref).grid if medium.kind == "image" else (len(medium.tokens), 1)
+    return media.measure(ref).grid if medium.kind == "image" else (len(medium.values), 1)
 
 
 def token_pieces(
