@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from data.config import DataConfig
-from model.attention import OURS
-from model.config import LoraConfig
+from model.config import OUR_ATTENTION, LoraConfig
 from trainer.config import BatchConfig, RunConfig, ValidationConfig
 
 
@@ -93,10 +92,10 @@ def _packing(config: RunConfig) -> Iterator[str]:
             f"batch.micro_batch_size = {batch.micro_batch_size} has no effect with data.packing = true: "
             "micro-batches are filled up to batch.micro_batch_tokens"
         )
-    if attention not in OURS:
+    if attention not in OUR_ATTENTION:
         yield (
             f"model.attention = {attention!r} with data.packing = true: packed samples would attend to each other; "
-            f"use {' or '.join(map(repr, OURS))}"
+            f"use {' or '.join(map(repr, OUR_ATTENTION))}"
         )
 
 
