@@ -133,7 +133,7 @@ def _no_effect(config: RunConfig) -> Iterator[str]:
     if config.parallel.strategy == "ddp" and not config.parallel.reshard_after_forward:
         yield "parallel.reshard_after_forward = false has no effect with parallel.strategy = 'ddp'"
     if model.vision is None:
-        for key in ("media_wrap", "max_images", "max_pixels", "image_fit", "placeholders", "follow_links"):
+        for key in ("media_wrap", "max_images", "max_pixels", "image_fit", "image_decode", "placeholders", "follow_links"):
             if getattr(config.data, key) != getattr(DataConfig(), key):
                 yield f"data.{key} has no effect: no media part is configured"
     if config.data.on_bad_sample == "error" and config.data.max_bad_fraction != DataConfig().max_bad_fraction:
