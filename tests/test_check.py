@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -20,68 +21,73 @@ from data.check_report import percentiles, summary
 from data.check_run import Depth, SourceFound, check_dataset, remove_stale
 from data.config import DataConfig, SourceConfig
 from data.dataset import MultimodalDataset, Rejected, open_dataset
+from data.sample import Sample
 from data.template import load_template
 from model.batch import AudioSpec
 from tests.hostile import hostile, record
-from tests.tiny_data import SPECS, datasets, grey, sample, talk, template
+from tests.tiny_data import SPECS, datasets, grey, talk, template
 from tests.tiny_media import tone, wav
 from tests.tiny_tokenizers import tiny_tokenizer
 
-CLEAN = 4  # records after each hostile one
+CLEAN = 2  # records after each hostile one
 AUDIO = AudioSpec(num_mels=80, window_frames=3000, full_window=False, strides=(1, 2))
 
 
+class Corpus(NamedTuple):
+    """Records of every hostile kind with clean ones between them, what a run makes of each, and what a full check found."""
+
+    dataset: MultimodalDataset
+    items: list[Sample | Rejected]
+    bad: dict[int, Rejected]
+    found: SourceFound
+
+
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[MultimodalDataset, dict[int, str], Path]:
-    """Records of every hostile kind with clean ones between them, the words that must be said of each, and their folder."""
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     folder = tmp_path_factory.mktemp("hostile")
     (folder / "media").mkdir()
-    lines, words = [], {}
-    for line, expected in hostile(folder / "media").values():
-        words[len(lines)] = expected
-        lines += [line, *(record("sound.png" if k % 2 else None, answer=f"Cat {len(lines)} {k}.") for k in range(CLEAN))]
+    lines = []
+    for line, _ in hostile(folder / "media").values():
+        lines += [line, *(record("sound.png" if k else None, answer=f"Cat {len(lines)} {k}.") for k in range(CLEAN))]
     (folder / "mix.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     source = SourceConfig(str(folder / "mix.jsonl"), media_root=str(folder / "media"))
-    config = DataConfig(max_images=4, max_length=400)
-    return open_dataset((source,), config, template(), SPECS, folder / "index"), words, folder
-
-
-def test_what_a_run_would_reject_is_found_and_nothing_else(corpus: tuple[MultimodalDataset, dict[int, str], Path]) -> None:
-    dataset, words, _ = corpus
-    assert len(words) >= 40
-    for i in range(len(dataset)):
-        problems, item = check_record(dataset, i, decode=True).problems, dataset[i]
-        assert bool(problems) == isinstance(item, Rejected) == (i in words), (i, problems)
-        if isinstance(item, Rejected):
-            (problem,) = problems
-            assert item.reason.startswith(f"{problem.field}: ")
-            assert (problem.where, problem.id, problem.kind == TOO_LONG) == (item.where, item.id, item.too_long)
-
-
-def test_headers_and_ends_tell_all_but_damage_in_the_middle(corpus: tuple[MultimodalDataset, dict[int, str], Path]) -> None:
-    dataset, words, _ = corpus
-    unseen = [words[i] for i in words if not check_record(dataset, i).problems]
-    assert unseen == ["damaged.png"]
-
-
-def test_counts_are_exact_and_lengths_those_of_the_samples(corpus: tuple[MultimodalDataset, dict[int, str], Path]) -> None:
-    dataset, words, folder = corpus
+    dataset = open_dataset((source,), DataConfig(max_images=4, max_length=400), template(), SPECS, folder / "index")
+    items = [dataset[i] for i in range(len(dataset))]
+    bad = {i: item for i, item in enumerate(items) if isinstance(item, Rejected)}
+    assert list(bad) == list(range(0, len(dataset), CLEAN + 1)) and len(bad) >= 40
     (found,) = check_dataset(dataset, folder / "index", depth=Depth(decode=True))
-    for i in range(len(dataset)):
-        if i not in words:
-            made = sample(dataset, i)
-            assert found.found["lengths"][i] == len(made.input_ids) == dataset.measure(i)
-            assert found.found["supervised"][i] == int((made.labels != -100).sum())
-            assert found.found["media_tokens"][i] == sum(medium.length for medium in made.media.get("image", []))
-    rejected = {i: item for i in words if isinstance(item := dataset[i], Rejected)}
-    too_long = [i for i, item in rejected.items() if item.too_long]
-    counts = summary(found.found)
+    return Corpus(dataset, items, bad, found)
+
+
+def test_what_a_run_would_reject_is_found_and_nothing_else(corpus: Corpus) -> None:
+    problems = dict(corpus.found.found.problems)
+    assert len(problems) == len(corpus.found.found.problems)  # one each
+    assert list(problems) == list(corpus.bad)
+    for i, item in corpus.bad.items():
+        one = problems[i]
+        assert item.reason.startswith(f"{one.field}: ")
+        assert (one.where, one.id, one.kind == TOO_LONG) == (item.where, item.id, item.too_long)
+
+
+def test_headers_and_ends_tell_all_but_damage_in_the_middle(corpus: Corpus) -> None:
+    unseen = [item.reason for i, item in corpus.bad.items() if not item.too_long and not check_record(corpus.dataset, i).problems]
+    assert len(unseen) == 1 and "damaged.png" in unseen[0]
+
+
+def test_counts_are_exact_and_lengths_those_of_the_samples(corpus: Corpus) -> None:
+    dataset, found = corpus.dataset, corpus.found.found
+    for i, made in enumerate(corpus.items):
+        if isinstance(made, Sample):
+            assert found["lengths"][i] == len(made.input_ids) == dataset.measure(i)
+            assert found["supervised"][i] == int((made.labels != -100).sum())
+            assert found["media_tokens"][i] == sum(medium.length for medium in made.media.get("image", []))
+    counts, too_long = summary(found), [i for i, item in corpus.bad.items() if item.too_long]
     assert counts["records"] == len(dataset) and counts["too_long"] == len(too_long) == 1
-    assert counts["bad"] == len(words) - 1 and counts["ok"] == len(dataset) - len(words)
-    fields = Counter(item.reason.split(":")[0].split("[")[0].split(".")[0] for i, item in rejected.items() if i not in too_long)
+    assert counts["bad"] == len(corpus.bad) - 1 and counts["ok"] == len(dataset) - len(corpus.bad)
+    fields = Counter(re.split(r"[:.\[]", item.reason)[0] for item in corpus.bad.values() if not item.too_long)
     assert counts["bad_by_field"] == dict(fields)
-    assert found.measurement().bad.tolist() == sorted(set(words) - set(too_long))
-    assert counts["tokens"] == found.found["lengths"].sum() and counts["images"] > len(words) * CLEAN / 2 - 1
+    assert corpus.found.measurement().bad.tolist() == sorted(set(corpus.bad) - set(too_long))
+    assert counts["tokens"] == found["lengths"].sum() and counts["images"] > len(corpus.bad)
 
 
 def mixed(folder: Path, num: int = 40, **config: Any) -> MultimodalDataset:
