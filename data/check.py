@@ -42,7 +42,9 @@ class Problem:
         return self.kind == BAD
 
     def __str__(self) -> str:
-        return f"{self.where} {self.id}: {self.field}: {self.reason}"
+        """In one line, with escapes for what a terminal could obey: records may hold anything."""
+        text = f"{self.where} {self.id}: {self.field}: {self.reason}"
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,8 @@ def opened(blob: Blob) -> Iterator[tuple[BinaryIO, Image.Image]]:
         raise
     except UnidentifiedImageError as error:
         raise MediaError(f"{name!r} {_unknown(blob)}") from error
+    except Image.DecompressionBombError as error:  # Pillow's own limit, asked before ours
+        raise MediaError(f"{name!r} has more pixels than any data.max_pixels allows: {error}") from error
     # Pillow's decoders raise whatever broken bytes lead them to: OSError, SyntaxError, struct.error, IndexError ...
     except Exception as error:
         raise MediaError(f"{name!r} cannot be decoded: {error or type(error).__name__}") from error

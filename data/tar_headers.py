@@ -56,10 +56,10 @@ def members(data: mmap.mmap, name: str) -> Iterator[Member]:
 
 def _checked(header: bytes, at: int, name: str) -> int:
     """The kind of member that a sound header announces."""
-    if len(header) < _BLOCK:
-        _damaged(at, name, "the archive is cut short: its end mark is missing")
     if header[:2] == b"\x1f\x8b":
         _damaged(at, name, "the archive is compressed; unpack it with gunzip, a compressed one cannot be read in place")
+    if len(header) < _BLOCK:
+        _damaged(at, name, "the archive is cut short: its end mark is missing")
     total = sum(header) - sum(header[148:156]) + 8 * ord(" ")
     if total != _number(header[148:156], at, name):
         _damaged(at, name, "no header of a member, or a damaged one")

@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from model.batch import Batch
+from model.config import OUR_ATTENTION
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -23,8 +24,6 @@ except ImportError:
     varlen_attn = None  # type: ignore[assignment]
 
 VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters.keys() if varlen_attn is not None else frozenset()
-OURS = ("sdpa", "varlen")
-"""Values of `model.attention` that mean this module; `varlen` says that rows are packed."""
 NAME = "trainer_causal"
 PACKED = "trainer_packed"
 VARLEN_DTYPES = (torch.bfloat16, torch.float16)
@@ -123,7 +122,7 @@ def register() -> None:
 
 def implementation(setting: str) -> str:
     """Name transformers knows `model.attention` by. Ours chooses between its two functions batch by batch."""
-    return NAME if setting in OURS else setting
+    return NAME if setting in OUR_ATTENTION else setting
 
 
 def decoder_options(llm: nn.Module, batch: Batch) -> dict[str, Any]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+OUR_ATTENTION = ("sdpa", "varlen")
+"""Values of `model.attention` that mean `model.attention` itself; `varlen` says that rows are packed."""
+
 
 class ConfigError(Exception):
     """A setting, or something a setting names, is wrong."""
@@ -96,7 +99,7 @@ class ModelConfig:
     state_head: StateHeadConfig | None = None
     init_from: str = ""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute; what trains keeps float32 masters
-    attention: str = "sdpa"
+    attention: str = "sdpa"  # sdpa | varlen | eager | any name transformers registers
     cache_dir: str = ""
 
     def parts(self) -> dict[str, PartConfig]:

@@ -91,11 +91,9 @@ def test_silence_is_a_clip() -> None:
     assert meta.num_frames == 100 and torch.allclose(rows, torch.full_like(rows, -1.5))
 
 
-@pytest.mark.parametrize(
-    ("bits", "is_float", "error"), [(8, False, 2**-8), (16, False, 2**-16), (24, False, 2**-24), (32, False, 2**-24)]
-)
+@pytest.mark.parametrize(("bits", "error"), [(8, 2**-8), (16, 2**-16), (24, 2**-24), (32, 2**-24)])
 @pytest.mark.parametrize("extensible", [False, True])
-def test_every_width_of_whole_numbers_is_read(bits: int, is_float: bool, error: float, extensible: bool) -> None:
+def test_every_width_of_whole_numbers_is_read(bits: int, error: float, extensible: bool) -> None:
     samples = noise(1001, 2) * 0.9
     header = {"tag": 0xFFFE} if extensible else {}
     data = wav(samples, 22_050, bits, junk=b"LIST" + struct.pack("<I", 3) + b"abc\0", **header)
@@ -109,9 +107,11 @@ def test_every_width_of_whole_numbers_is_read(bits: int, is_float: bool, error: 
 
 
 @pytest.mark.parametrize("bits", [32, 64])
-def test_floats_are_read_as_they_are(bits: int) -> None:
+@pytest.mark.parametrize("tag", [3, 0xFFFE])
+def test_floats_are_read_as_they_are(bits: int, tag: int) -> None:
     samples = noise(777) * 1.5
-    assert torch.equal(read_sound(in_memory(wav(samples, 8000, bits, is_float=True)), 30)[1], torch.from_numpy(samples[:, 0]))
+    data = wav(samples, 8000, bits, is_float=True, tag=tag)
+    assert torch.equal(read_sound(in_memory(data), 30)[1], torch.from_numpy(samples[:, 0]))
 
 
 def test_flac_is_its_wav_to_the_bit_and_mp3_is_close() -> None:

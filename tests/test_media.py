@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import AddedToken
 
 from data.collate import collate, collate_packed
@@ -190,3 +192,12 @@ def test_what_is_wrong_is_told_with_its_record(media: Path, record: dict[str, An
 def test_the_promised_counts() -> None:
     for name, seconds in SECONDS.items():
         assert sum(row_tokens(FULL, MediaMeta(num_frames=-(-round(seconds * 16_000) // 160)))) == NUM_TOKENS[name]
+
+
+def test_workers_decode_what_the_parent_decodes(media: Path) -> None:
+    source = data(media, RECORDS, OWN)
+    collect = partial(collate, pad_id=PAD)
+    alone, helped = (list(DataLoader(source, 2, num_workers=workers, collate_fn=collect)) for workers in (0, 2))
+    for one, other in zip(alone, helped, strict=True):
+        assert torch.equal(one.input_ids, other.input_ids) and one.media.keys() == other.media.keys()
+        assert all(torch.equal(one.media[m].values, other.media[m].values) for m in one.media)

@@ -18,13 +18,18 @@ from data.loader import BatchPlan, MicroBatch, train_batches, validation_batches
 from data.packing import deal_packed
 from data.sampler import Sampler
 from model.batch import IGNORE_INDEX
+from model.build import assemble
+from model.card import draw_card
+from model.config import LlmConfig, LoraConfig, ModelConfig, VisionConfig, VisionProjectorConfig
+from model.llm import Vocabulary
 from tests.ranks import run_ranks
-from tests.runs import Start, merged, start, start_alone
+from tests.runs import merged, start
 from tests.test_config import MINIMAL, problems
 from tests.tiny_data import WIDTH, dataset, grey, level, talk
 from tools.bench_sampler import efficiency, llava_like_mix, our_steps
 from trainer.runfile import parse_config
 from trainer.schema import to_tables
+from trainer.work import sample_costs
 
 PAD = 0
 
@@ -173,6 +178,20 @@ def test_a_sample_longer_than_planned_is_named_and_left_out_on_any_number_of_ran
     assert found[1][0][2].startswith(f"length: {real} tokens, {real - 3} were planned: ") and "tools.check_data" in found[1][0][2]
 
 
+def test_a_sample_costs_its_tokens_and_what_its_media_cost_their_encoder(parts: Path, data: MultimodalDataset) -> None:
+    """Operations per weight and token: frozen tower two, frozen language model, through which gradients pass, four, tuned six."""
+    tunings: list[tuple[Any, float]] = [(("full", "frozen"), 2 / 6), (("frozen", "full"), 6 / 4), (("lora", "lora"), 4 / 4)]
+    for tunes, passes in tunings:
+        llm, vision = LlmConfig(str(parts / "llm"), tunes[0]), VisionConfig(str(parts / "vision"), tunes[1])
+        config = ModelConfig(llm, vision, VisionProjectorConfig(), dtype="float32")
+        model: Any = assemble(draw_card(config, LoraConfig(rank=2), Vocabulary()), torch.float32)
+        tower, decoder = (
+            sum(p.numel() for p in part.parameters()) for part in (model.vision.tower.encoder.layers, model.llm.model.layers)
+        )
+        expected = [data.lengths[i] + WIDTH * (i % 3) * passes * tower / decoder for i in range(11)]
+        np.testing.assert_allclose(sample_costs(model, config, data)[:11], expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("data", "batch", "attention", "expected"),
     [
@@ -206,42 +225,40 @@ def test_a_packed_configuration_is_accepted_again() -> None:
     assert parse_config(to_tables(config), "x") == config
 
 
-def lines_of(output_dir: Path) -> list[dict[str, Any]]:
+def run_of(parts: Path, output_dir: Path, size: int, steps: int, packing: bool, strategy: str = "ddp") -> list[dict[str, Any]]:
+    """The metrics of a run, packed or padded, on `size` ranks, with recomputation under FSDP2."""
+    held_out = [{"path": str(parts / "train.json"), "media_root": str(parts / "images")}]
+    parallel = {"strategy": strategy, "activation_checkpointing": "full" if strategy == "fsdp" else "none"}
+    sections: dict[str, Any] = {
+        "data": {"max_length": 64, "validation": held_out, "packing": packing},
+        "batch": {"micro_batch_size": None, "micro_batch_tokens": 64} if packing else {},
+        "validation": {"every": 2},
+        "train": {"max_steps": steps},
+        "optim": {"lr": 1e-3, "schedule": "constant"},
+        "parallel": parallel,
+    }
+    assert {s.code for s in run_ranks(start, size, parts, output_dir, sections)} == {0}
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-PACKED: dict[str, Any] = {
-    "data": {"packing": True, "max_length": 64},
-    "batch": {"micro_batch_size": None, "micro_batch_tokens": 64},
-}
+def assert_same_lines(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert [line["step"] for line in found] == [line["step"] for line in expected] and len(expected) > 4
+    for one, other in zip(found, expected):
+        for key in ("train/loss", "train/grad_norm", "val/loss", "train/tokens", "train/supervised_tokens"):
+            assert (key in one) == (key in other)
+            assert key not in one or one[key] == pytest.approx(other[key], rel=3e-6)
 
 
 def test_a_packed_run_is_the_unpacked_one(parts: Path, tmp_path: Path) -> None:
-    """From records to losses: the same steps, packed on one rank, on two under FSDP2, with recomputation, and resumed on one."""
-    held_out = [{"path": str(parts / "train.json"), "media_root": str(parts / "images")}]
-    common: dict[str, Any] = {
-        "data": {"max_length": 64, "validation": held_out},
-        "validation": {"every": 2},
-        "train": {"max_steps": 4},
-        "optim": {"lr": 1e-3, "schedule": "constant"},
-    }
+    """From records to losses, on two ranks against one."""
+    expected = run_of(parts, tmp_path / "padded", 1, 4, packing=False)
+    assert_same_lines(run_of(parts, tmp_path / "packed", 2, 4, packing=True), expected)
 
-    def packed(output_dir: Path, size: int, **sections: Any) -> list[Start]:
-        merged = {**common, "data": {**common["data"], **PACKED["data"]}, "batch": PACKED["batch"], **sections}
-        return run_ranks(start, size, parts, output_dir, merged)
 
-    assert start_alone(parts, tmp_path / "padded", common).code == 0
-    expected = lines_of(tmp_path / "padded")
-    sharded = {"strategy": "fsdp", "activation_checkpointing": "full"}
-    runs = {"one": (1, {}), "ddp": (2, {}), "fsdp": (2, {"parallel": sharded})}
-    for name, (size, sections) in runs.items():
-        assert {s.code for s in packed(tmp_path / name, size, **sections)} == {0}
-    assert {s.code for s in packed(tmp_path / "again", 2, train={"max_steps": 2})} == {0}
-    assert {s.code for s in packed(tmp_path / "again", 1)} == {0}
-    for name in (*runs, "again"):
-        found = lines_of(tmp_path / name)
-        assert [line["step"] for line in found] == [line["step"] for line in expected]
-        for one, other in zip(found[-3:], expected[-3:]):
-            for key in ("train/loss", "train/grad_norm", "val/loss", "train/tokens", "train/supervised_tokens"):
-                assert (key in one) == (key in other)
-                assert key not in one or one[key] == pytest.approx(other[key], rel=3e-6)
+@pytest.mark.long
+@pytest.mark.parametrize(("size", "strategy"), [(1, "ddp"), (2, "fsdp"), (3, "fsdp"), (4, "ddp")])
+def test_it_is_so_on_any_ranks_and_after_a_resume_with_others(parts: Path, tmp_path: Path, size: int, strategy: str) -> None:
+    """Two steps on one number of ranks, two more on another."""
+    expected = run_of(parts, tmp_path / "padded", 1, 4, packing=False)
+    run_of(parts, tmp_path / "packed", size, 2, packing=True, strategy=strategy)
+    assert_same_lines(run_of(parts, tmp_path / "packed", 3 - min(size, 2), 4, packing=True), expected)

@@ -248,3 +248,14 @@ def test_without_pyav_folders_and_animations_are_read(monkeypatch: pytest.Monkey
     assert len(load(blob(folder(tmp_path / "frames", greys(5))))) == len(load(Blob("v", data=GIF), fps=2.0)) - 1
     with pytest.raises(MediaError, match=r"pip install -e '\.\[media\]'"):
         load(Blob("v", data=MP4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [({"fps": 0.0}, "fps"), ({"fps": float("inf")}, "fps"), ({"min_frames": 0}, "min_frames"), ({"min_frames": 17}, "min_frames")]
+    + [({"max_seconds": value}, "max_seconds") for value in (0.0, -1.0, float("nan"))],
+)
+def test_impossible_limits_are_refused(changes: dict[str, Any], key: str) -> None:
+    (problem,) = DataConfig(**changes).problems()
+    assert problem.startswith(f"data.{key} = {changes[key]} is no")
+    assert DataConfig().problems() == []

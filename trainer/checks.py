@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from data.config import DataConfig
-from model.attention import OURS
-from model.config import LoraConfig
+from model.config import OUR_ATTENTION, LoraConfig
 from trainer.config import BatchConfig, RunConfig, ValidationConfig
 
 
@@ -93,10 +92,10 @@ def _packing(config: RunConfig) -> Iterator[str]:
             f"batch.micro_batch_size = {batch.micro_batch_size} has no effect with data.packing = true: "
             "micro-batches are filled up to batch.micro_batch_tokens"
         )
-    if attention not in OURS:
+    if attention not in OUR_ATTENTION:
         yield (
             f"model.attention = {attention!r} with data.packing = true: packed samples would attend to each other; "
-            f"use {' or '.join(map(repr, OURS))}"
+            f"use {' or '.join(map(repr, OUR_ATTENTION))}"
         )
 
 
@@ -134,7 +133,7 @@ def _no_effect(config: RunConfig) -> Iterator[str]:
     if config.parallel.strategy == "ddp" and not config.parallel.reshard_after_forward:
         yield "parallel.reshard_after_forward = false has no effect with parallel.strategy = 'ddp'"
     if model.vision is None:
-        for key in ("media_wrap", "max_images", "max_pixels", "image_fit", "placeholders", "follow_links"):
+        for key in ("media_wrap", "max_images", "max_pixels", "image_fit", "image_decode", "placeholders", "follow_links"):
             if getattr(config.data, key) != getattr(DataConfig(), key):
                 yield f"data.{key} has no effect: no media part is configured"
     if config.data.on_bad_sample == "error" and config.data.max_bad_fraction != DataConfig().max_bad_fraction:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from data.dataset import MultimodalDataset
 from data.loader import MicroBatch, train_batches
 from trainer.checkpoint import Checkpointer
 from trainer.exits import Progress, ProofError
@@ -22,6 +24,7 @@ from trainer.setup import Setup
 from trainer.step import train_step
 from trainer.step_log import StepLog
 from trainer.validate import validate
+from trainer.work import sample_costs
 
 
 class Loop:
@@ -67,10 +70,11 @@ class Loop:
                 bar.update()
                 self._due(step + 1, bar)
 
-    def _batches(self) -> Any:
+    def _batches(self) -> Iterator[list[MicroBatch]]:
         setup, config = self.setup, self.setup.config
+        train: MultimodalDataset = setup.data.train  # type: ignore[assignment]
         return train_batches(
-            setup.data.train,  # type: ignore[arg-type]
+            train,
             setup.data.sampler,  # type: ignore[arg-type]
             setup.batch_plan,
             pad_id=setup.data.pad_id,
@@ -79,6 +83,7 @@ class Loop:
             last_step=setup.total_steps,
             workers=config.data.workers,
             pin_memory=setup.world.device.type == "cuda",
+            costs=sample_costs(setup.model, config.model, train) if config.data.packing else None,
         )
 
     def _step(self, step: int, micro_batches: list[MicroBatch], wait: float) -> None:
