@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,27 @@ def seed_of(*words: object) -> int:
 
 
 def initial_tensors(part: str, module: nn.Module, seed: int) -> Tensors:
-    """Values for the linear layers of a new part, as `nn.Linear` draws them (uniform, bound 1 / sqrt(in))."""
+    """Values for every parameter of a new part: matrices, kernels and their biases as torch's own layers draw them (uniform,
+    bound 1 / sqrt(fan in)), norms 1 and 0, and bare parameters normal with the deviation that their module's `spreads` names.
+    """
     found: Tensors = {}
-    for name, layer in module.named_modules():
-        if isinstance(layer, nn.Linear):
-            for kind, parameter in layer.named_parameters(recurse=False):
-                full = ".".join(filter(None, (part, name, kind)))
-                found[full] = uniform(full, tuple(parameter.shape), 1 / math.sqrt(layer.in_features), seed)
+    for path, layer in module.named_modules():
+        for kind, parameter in layer.named_parameters(recurse=False):
+            full = ".".join(filter(None, (part, path, kind)))
+            found[full] = first_value(full, layer, kind, tuple(parameter.shape), seed)
     return found
+
+
+def first_value(full: str, layer: nn.Module, kind: str, shape: tuple[int, ...], seed: int) -> Rows:
+    """Of the parameter `kind` of `layer`, whose full name is `full`. TypeError for one that nobody says how to draw."""
+    if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
+        return uniform(full, shape, 1 / math.sqrt(math.prod(layer.weight.shape[1:])), seed)
+    if isinstance(layer, nn.LayerNorm):
+        return constant(shape, 1.0 if kind == "weight" else 0.0)
+    spreads: dict[str, float] = getattr(layer, "spreads", {})  # type: ignore[assignment]
+    if kind not in spreads:
+        raise TypeError(f"{full}: {type(layer).__name__} does not say how its {kind} starts")
+    return normal(full, shape, spreads[kind], seed)
 
 
 def initial_adapter(path: str, lora_a: Tensor, lora_b: Tensor, seed: int) -> Tensors:
@@ -35,14 +49,27 @@ def initial_adapter(path: str, lora_a: Tensor, lora_b: Tensor, seed: int) -> Ten
     name = f"{path}.lora_A"
     return {
         name: uniform(name, shape_a, 1 / math.sqrt(shape_a[1]), seed),
-        f"{path}.lora_B": Rows(shape_b, lambda a, b: torch.zeros(b - a, *shape_b[1:])),
+        f"{path}.lora_B": constant(shape_b, 0.0),
     }
 
 
+def constant(shape: tuple[int, ...], value: float) -> Rows:
+    return Rows(shape, lambda a, b: torch.full((b - a, *shape[1:]), value))
+
+
 def uniform(name: str, shape: tuple[int, ...], bound: float, seed: int) -> Rows:
+    return _drawn(name, shape, seed, lambda whole, generator: whole.uniform_(-bound, bound, generator=generator))
+
+
+def normal(name: str, shape: tuple[int, ...], deviation: float, seed: int) -> Rows:
+    return _drawn(name, shape, seed, lambda whole, generator: whole.normal_(0.0, deviation, generator=generator))
+
+
+def _drawn(name: str, shape: tuple[int, ...], seed: int, draw: Callable[[Tensor, torch.Generator], Tensor]) -> Rows:
+    """The whole tensor is drawn and then cut: whatever rows a rank reads, they are those of every other rank."""
+
     def read(start: int, stop: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed_of(seed, name))
-        return torch.empty(shape).uniform_(-bound, bound, generator=generator)[start:stop]
+        return draw(torch.empty(shape), torch.Generator().manual_seed(seed_of(seed, name)))[start:stop]
 
     return Rows(shape, read)
 
