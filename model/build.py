@@ -53,7 +53,7 @@ def assemble(card: ModelCard, dtype: torch.dtype) -> MultimodalLM:
         head_weight(llm)
         width: int = llm.get_input_embeddings().embedding_dim  # type: ignore[operator]
         if config.vision is not None and config.vision_projector is not None:
-            tower = VisionTower(card.hugging_face["vision"], config.vision.layer, config.vision.select)
+            tower = VisionTower(card.hugging_face["vision"], config.vision)
             kind = config.vision_projector.kind
             parts["vision"] = tower
             parts["vision_projector"] = build_projector("model.vision_projector", kind, tower.hidden_size, width)

@@ -28,6 +28,7 @@ PREFIXES = (
 )
 POST_NORM = ("post_layernorm.weight", "post_layernorm.bias")
 """Stands behind the hidden state that is read, so the tower never builds it; transformers' classes have it all the same."""
+TOWERS = ("clip_vision_model", "siglip_vision_model")
 PROCESSORS = {"shortest_edge": "CLIPImageProcessor", "exact": "SiglipImageProcessor"}
 
 
@@ -38,6 +39,10 @@ def check_exportable(card: ModelCard) -> None:
         problems.append("the run has no vision part")
     elif card.model.vision_projector.kind != KIND:
         problems.append(f"model.vision_projector.kind = {card.model.vision_projector.kind!r}: LLaVA's classes have {KIND!r} only")
+    if (kind := card.hugging_face.get("vision", {}).get("model_type")) not in (*TOWERS, None):
+        problems.append(f"model.vision.path: {kind!r} is not {' | '.join(TOWERS)}")
+    if card.model.vision is not None and card.model.vision.scales:
+        problems.append(f"model.vision.scales = {list(card.model.vision.scales)}: LLaVA's classes see one size")
     if problems:
         raise ConfigError("cannot be written for LlavaForConditionalGeneration: " + "; ".join(problems))
 
@@ -50,6 +55,7 @@ def strategy(spec: ImageSpec) -> str:
 def model_config(card: ModelCard, model: MultimodalLM, image_id: int) -> dict[str, Any]:
     """config.json; `image_id` is the placeholder's."""
     spec, vision = image_spec(card.specs), dict(card.hugging_face["vision"])
+    vision["image_size"] = spec.size
     vision["num_hidden_layers"] = len(blocks(model.get_submodule("vision.tower")))
     if vision["model_type"] == "siglip_vision_model":
         vision["vision_use_head"] = False
@@ -122,7 +128,8 @@ def weights(card: ModelCard, model: MultimodalLM) -> dict[str, Entry]:
         old, new = next((old, new) for old, new in PREFIXES if name.startswith(old))
         found[new + name.removeprefix(old)] = _entry(parameter, model)
     path = card.model.vision.path if card.model.vision else ""
-    base = tower_tensors(path, model.get_submodule("vision"), card.model.cache_dir, POST_NORM)
+    tower: Any = model.get_submodule("vision")
+    base = tower_tensors(path, tower, card.model.cache_dir, POST_NORM)
     for name in POST_NORM:
         if (rows := base.get(f"vision.tower.{name}")) is None:
             raise ConfigError(f"model.vision.path = {path!r} holds no {name}, which transformers' class of this tower needs")

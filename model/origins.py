@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
-
-from torch import nn
+from typing import Any
 
 from model.agreement import check_same_bases, check_same_lora
 from model.card import ModelCard, read_card
@@ -19,12 +18,13 @@ from model.manifest import NAME as MANIFEST
 from model.manifest import UnsoundCheckpoint, verify
 from model.multimodal import MultimodalLM
 from model.peft import read_adapter
+from model.positions import resized
 from model.proof import Check, check_proof
 from model.shards import weight_tensors
+from model.towers import own_names
+from model.vision import VisionTower
 from model.weights import Adapter, Layer
 
-PREFIXES = ("", "vision_model.", "vision_tower.vision_model.", "model.vision_tower.")
-"""What stands before a tower's names in the files of others."""
 LLAVA_PROJECTOR = "mm_projector."
 
 
@@ -111,7 +111,8 @@ def base_layers(card: ModelCard, model: MultimodalLM) -> list[Layer]:
     config = card.model
     layers = [Layer(config.llm.path, lambda: llm_tensors(card, model), prefix="llm.")]
     if config.vision is not None:
-        tower, path = model.get_submodule("vision"), config.vision.path
+        tower: Any = model.get_submodule("vision")
+        path = config.vision.path
         digest = card.bases.get("vision", "")
         layers.append(Layer(path, lambda: tower_tensors(path, tower, config.cache_dir, digest=digest), prefix="vision."))
     return layers
@@ -155,15 +156,22 @@ def vocabulary_matrices(model: MultimodalLM) -> dict[str, int]:
     }
 
 
-def tower_tensors(path: str, tower: nn.Module, cache_dir: str, others: tuple[str, ...] = (), digest: str = "") -> Tensors:
-    """The tower's own tensors, and `others` that it does not build, out of a folder that may hold more, under any prefix."""
+def tower_tensors(path: str, tower: VisionTower, cache_dir: str, others: tuple[str, ...] = (), digest: str = "") -> Tensors:
+    """The tower's own tensors, and `others` that it does not build, out of a folder that may hold more, under any prefix.
+
+    Position embeddings fit the size of picture that the tower was built for.
+    """
     files: Tensors = {}
     for file in base_files("vision", path, cache_dir, digest):
         files |= read_weights(file)
-    own = [name.removeprefix("tower.") for name, _ in tower.named_parameters() if not is_adapter(name)]
-    wanted = [*own, *others]
-    prefix = next((p for p in PREFIXES if wanted and p + wanted[0] in files), "")
-    return {f"vision.tower.{name}": files[prefix + name] for name in wanted if prefix + name in files}
+    shapes = {name: tuple(p.shape) for name, p in tower.tower.named_parameters() if not is_adapter(name)}
+    wanted = [*shapes, *others]
+    here = own_names(files, wanted, tower.kind)
+    found = {name: here[name] for name in wanted if name in here}
+    name = tower.kind.positions
+    if tower.resizes and name in found:
+        found[name] = resized(found[name], shapes[name], tower.kind)
+    return {f"vision.tower.{name}": rows for name, rows in found.items()}
 
 
 def projector_tensors(path: Path) -> Tensors:

@@ -12,23 +12,28 @@ from model.batch import ImageSpec
 from model.config import ConfigError, VisionConfig
 from model.hub import find_file, read_json
 from model.llm import hugging_face_config
+from model.scales import merged, tiles
+from model.towers import TOWERS, cut, num_prefix, side, standard
 
 SETTING = "model.vision.path"
-NUM_PREFIX = {"clip_vision_model": 1, "siglip_vision_model": 0}
-"""Rows in front of the patches, by model_type of the towers that are supported."""
-RESIZE = {"CLIPImageProcessor": "shortest_edge", "CLIPFeatureExtractor": "shortest_edge", "SiglipImageProcessor": "exact"}
-"""How each image processor resizes, by class name without `Fast` or `Pil`."""
+RESIZE = {
+    "CLIPImageProcessor": "shortest_edge",
+    "CLIPFeatureExtractor": "shortest_edge",
+    "BitImageProcessor": "shortest_edge",
+    "SiglipImageProcessor": "exact",
+    "ViTImageProcessor": "exact",
+    "GotOcr2ImageProcessor": "exact",
+}
+"""How each image processor resizes, by class name without `Fast` or `Pil`; `shortest_edge` goes to the side of its crop."""
 
 
 def vision_config(config: VisionConfig, cache_dir: str = "") -> dict[str, Any]:
-    """config.json of the tower itself; a CLIP or SigLIP folder holds it inside the config of both towers."""
+    """config.json of the tower itself as transformers' class wants it; folders of larger models hold it inside their own."""
     value = read_json(SETTING, config.path, "config.json", cache_dir)
     value = value.get("vision_config", value)
     if "model_type" not in value:
         raise ConfigError(f"{SETTING} = {config.path!r}: config.json names no model_type for the vision tower")
-    if value["model_type"] not in NUM_PREFIX:
-        raise ConfigError(f"{SETTING} = {config.path!r}: {value['model_type']!r} is not {' | '.join(NUM_PREFIX)}")
-    return value
+    return standard(f"{SETTING} = {config.path!r}", value)
 
 
 def vision_spec(config: VisionConfig, cache_dir: str = "") -> ImageSpec:
@@ -39,13 +44,15 @@ def vision_spec(config: VisionConfig, cache_dir: str = "") -> ImageSpec:
     resize = RESIZE.get(kind.removesuffix("Pil").removesuffix("Fast"))
     if resize is None:
         raise ConfigError(f"{SETTING} = {config.path!r}: image processor {kind!r} is not {' | '.join(RESIZE)}")
-    num_prefix = NUM_PREFIX[value.model_type]
-    if config.select == "cls_patch" and num_prefix == 0:
+    rows = num_prefix(value)
+    if config.select == "cls_patch" and rows == 0:
         raise ConfigError(f"model.vision.select = 'cls_patch' has no effect: {value.model_type} has no CLS row; use 'patch'")
+    sizes = view_sizes(config, value)
     return ImageSpec(
-        size=value.image_size,
-        patch=value.patch_size,
-        num_prefix=num_prefix,
+        size=sizes[-1],
+        # With scales the picture arrives in the largest size, and a row of features stands for this many of its pixels.
+        patch=side(value.patch_size, SETTING, "patch_size") * (sizes[-1] // sizes[0]),
+        num_prefix=rows,
         select=config.select,
         resize=resize,
         mean=tuple(processor["image_mean"]),
@@ -53,6 +60,23 @@ def vision_spec(config: VisionConfig, cache_dir: str = "") -> ImageSpec:
         resample=processor.get("resample", 3),
         rescale=processor.get("rescale_factor", 1 / 255),
     )
+
+
+def view_sizes(config: VisionConfig, value: Any) -> tuple[int, ...]:
+    """Sides in pixels at which a picture is seen: that of the tower's input first, then `scales`. `value`: the tower's config."""
+    own, patch = side(value.image_size, SETTING, "image_size"), side(value.patch_size, SETTING, "patch_size")
+    base = config.image_size or own
+    if base != own and (base < patch or base % patch):
+        raise ConfigError(f"model.vision.image_size = {base} is no multiple of the tower's patch of {patch} pixels")
+    sizes = (base, *config.scales)
+    if sorted(set(sizes)) != list(sizes) or any(size % base for size in sizes):
+        raise ConfigError(
+            f"model.vision.scales = {list(config.scales)} are not multiples of the tower's {base} pixels, growing from one to the "
+            f"next: as [{2 * base}, {3 * base}]"
+        )
+    if config.scales and config.select != "patch":
+        raise ConfigError("model.vision.scales with select = 'cls_patch': several views have several CLS rows; use 'patch'")
+    return sizes
 
 
 def image_processor_config(path: str, cache_dir: str) -> dict[str, Any]:
@@ -75,38 +99,39 @@ def num_blocks(layer: int, total: int) -> int:
 
 
 class VisionTower(nn.Module):
-    """Pixels (N, 3, S, S) -> features (N, L, C): the raw output of the last block that is built."""
+    """Pixels (N, 3, S, S) -> features (N, L, C): the raw output of the last block that is built.
 
-    def __init__(self, value: dict[str, Any], layer: int, select: str) -> None:
+    With `scales` S is the largest of them, C is the tower's width times the number of sizes, and L the rows of one view.
+    """
+
+    def __init__(self, value: dict[str, Any], config: VisionConfig) -> None:
         super().__init__()
-        config: Any = hugging_face_config(SETTING, value)
-        config.num_hidden_layers = num_blocks(layer, config.num_hidden_layers)
-        self.num_prefix = NUM_PREFIX[config.model_type] if select == "patch" else 0
-        self.hidden_size: int = config.hidden_size
-        grid = config.image_size // config.patch_size
-        self.blank_length = grid**2 + NUM_PREFIX[config.model_type] - self.num_prefix  # rows of one view
-        self.tower = cut(AutoModel.from_config(config, dtype=torch.float32, attn_implementation="sdpa"))
+        found: Any = hugging_face_config(SETTING, value)
+        self.sizes = view_sizes(config, found)
+        self.resizes = config.image_size != 0
+        found.image_size = self.sizes[0] if isinstance(found.image_size, int) else (self.sizes[0], self.sizes[0])
+        found.num_hidden_layers = num_blocks(config.layer, found.num_hidden_layers)
+        self.kind = TOWERS[found.model_type]
+        self.num_prefix = num_prefix(found) if config.select == "patch" else 0
+        self.hidden_size: int = found.hidden_size * len(self.sizes)
+        grid = self.sizes[0] // side(found.patch_size, SETTING, "patch_size")
+        self.blank_length = grid**2 + num_prefix(found) - self.num_prefix  # rows of one view
+        self.tower = cut(AutoModel.from_config(found, dtype=torch.float32, attn_implementation="sdpa"))
+
+    @property
+    def positions(self) -> nn.Parameter:
+        """What `tune = "positions"` trains."""
+        return self.tower.get_parameter(self.kind.positions)
 
     def valid_rows(self, lengths: Tensor | None) -> None:
         """Every row of a picture is valid."""
 
     def forward(self, values: Tensor, lengths: Tensor | None = None) -> Tensor:
+        if len(self.sizes) == 1:
+            return self._encode(values)
+        # One call for the squares of all sizes: ranks run the same collectives, and small squares fill the device.
+        return merged(self._encode(tiles(values, self.sizes)), self.sizes)
+
+    def _encode(self, values: Tensor) -> Tensor:
         # The selection stays outside `tower`: a sharded module must not return a view.
         return self.tower(pixel_values=values).last_hidden_state[:, self.num_prefix :]
-
-
-class CopiedRow(nn.Module):
-    """What is left of pooling the CLS row: a copy, because FSDP2 wants no view among a module's outputs."""
-
-    def forward(self, row: Tensor) -> Tensor:
-        return row.clone()
-
-
-def cut(tower: nn.Module) -> nn.Module:
-    """Remove what stands behind the last block, so that no parameter is left which the loss cannot reach."""
-    if isinstance(getattr(tower, "post_layernorm", None), nn.Module):
-        # CLIP normalises only the row that it pools, SigLIP all of them.
-        tower.post_layernorm = CopiedRow() if NUM_PREFIX[tower.config.model_type] else nn.Identity()  # type: ignore[union-attr, index]
-    if isinstance(getattr(tower, "head", None), nn.Module):
-        tower.head, tower.use_head = None, False  # type: ignore[assignment]
-    return tower

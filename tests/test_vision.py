@@ -22,7 +22,7 @@ def tower(folder: Path, layer: int, select: str = "patch") -> VisionTower:
     """Our tower with the folder's weights."""
     config = VisionConfig(str(folder), layer=layer, select=select)  # type: ignore[arg-type]
     with parameters_on_meta():
-        built = VisionTower(vision_config(config), layer, select)
+        built = VisionTower(vision_config(config), config)
     root = torch.nn.ModuleDict({"vision": built})
     layers = [Layer(str(folder), lambda: tower_tensors(str(folder), built, ""))]
     materialise(root, layers, frozen_dtype=torch.float32, device=torch.device("cpu"))
@@ -107,6 +107,6 @@ def test_facts_come_from_json_alone(tmp_path: Path) -> None:
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": {**flat, "image_processor_type": "BitX"}}))
     with pytest.raises(ConfigError, match="image processor 'BitX' is not CLIPImageProcessor"):
         vision_spec(VisionConfig(str(folder)))
-    (folder / "config.json").write_text(json.dumps({"model_type": "dinov2"}))
-    with pytest.raises(ConfigError, match="'dinov2' is not clip_vision_model"):
+    (folder / "config.json").write_text(json.dumps({"model_type": "swin"}))
+    with pytest.raises(ConfigError, match="'swin' is not clip_vision_model"):
         vision_spec(VisionConfig(str(folder)))
