@@ -107,7 +107,7 @@ def test_tokens_are_counted_per_source_and_go_on_after_a_resume(parts: Path, tmp
             name = "texts" if i < len(groups["texts"]) else "pictures"
             expected[f"train/{name}/tokens"] += batch.num_real_tokens
             expected[f"train/{name}/supervised_tokens"] += batch.num_supervised
-        assert {key: line[key] for key in expected} == expected and 0 < line["train/tokens"]
+        assert {key: line[key] for key in expected} == expected and line["train/tokens"] > 0
         assert line["train/tokens"] == line["train/texts/tokens"] + line["train/pictures/tokens"]
     for line, same in zip(lines, lines_of(again), strict=True):
         timed = [key for key in line if key.startswith(("perf/", "mem/"))]
