@@ -110,11 +110,14 @@ def check(parts: Path, output_dir: Path, sections: dict[str, Any]) -> None:
     assert check_data.main(["--cfg", str(path), "--workers", "1"]) == 0
 
 
-def test_a_check_in_the_middle_of_a_run_changes_nothing_of_it(parts: Path, tmp_path: Path) -> None:
+def test_a_check_in_the_middle_of_a_run_changes_nothing_of_it(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sections = {"data": {"order": "length"}, "train": {"max_steps": 6}, "optim": {"schedule": "constant"}}
     whole = start_alone(parts, tmp_path / "whole", sections)
     first = start_alone(parts, tmp_path / "cut", {**sections, "train": {"max_steps": 3}})
     check(parts, tmp_path / "cut", sections)
+    assert "keeps the lengths it was first planned by" in capsys.readouterr().out
     second = start_alone(parts, tmp_path / "cut", sections)
     assert (whole.code, first.code, second.code) == (0, 0, 0)
     assert first.seen + second.seen == whole.seen and weights(tmp_path / "cut") == weights(tmp_path / "whole")
