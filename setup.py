@@ -26,7 +26,7 @@ setup(
         "transformers>=5.17",
         "safetensors",
         "pillow>=12.3",
-        "numpy",
+        "numpy>=2",
         "tqdm",
         "Jinja2>=3.1.6",  # renders chat templates, which come with models from anywhere
     ],

@@ -12,9 +12,12 @@ import os
 import re
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from data import image
 from data.blob import Blob, MediaError
 from data.dataset import MultimodalDataset, root_of
+from data.index import RecordIndex
 from data.media import RecordMedia
 from data.picture_hash import picture_hash
 from data.record import MediaRef, Record, RecordError
@@ -113,14 +116,22 @@ def _problem(dataset: MultimodalDataset, i: int, error: Exception) -> Problem:
     if isinstance(error, RecordError):
         kind = TOO_LONG if isinstance(error, TooLongError) else BAD
         return Problem(kind, error.where, error.id, error.field, error.reason)
-    source_id = int(dataset.source_ids[i])
-    where = dataset.indexes[source_id].where(i - int(dataset.source_ids.searchsorted(source_id)))
+    index, row = _place(dataset, i)
+    where = index.where(row)
     return Problem(BAD, where, where.rpartition(":")[2], "record", f"cannot be used: {type(error).__name__}: {error}")
 
 
+def _place(dataset: MultimodalDataset, i: int) -> tuple[RecordIndex, int]:
+    source_id = int(dataset.source_ids[i])
+    return dataset.indexes[source_id], i - int(np.searchsorted(dataset.source_ids, source_id))
+
+
 def _watched(dataset: MultimodalDataset, i: int, ref: MediaRef) -> str:
-    """Where the medium stands as it is named, links unresolved: the file's change of state makes a result stale."""
+    """Where the medium stands as it is named, links unresolved: when that file changes a result is stale. "" in an archive."""
+    index, row = _place(dataset, i)
     try:
+        if index.blob(row, ref) is not None:
+            return ""
         root = root_of(dataset.sources[int(dataset.source_ids[i])], ref)
     except MediaError:
         return ""

@@ -35,7 +35,7 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
     """All records of all sources, numbered in the order of the sources. Opens nothing but what an item needs."""
 
     lengths: np.ndarray  # (N,) int32 planned tokens
-    modalities: np.ndarray  # (N,) int8: 0 text only, 1 has an image
+    modalities: np.ndarray  # (N,) int8 bits: 1 has an image, 2 a video, 4 audio; 0 is text only
     source_ids: np.ndarray  # (N,) int64
     source_names: list[str]
 

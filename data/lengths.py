@@ -6,7 +6,6 @@ The order of the data follows from them, so they may not change under a run: not
 from __future__ import annotations
 
 import dataclasses
-import glob
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ import numpy as np
 
 from data.config import SourceConfig
 from data.dataset import MultimodalDataset
+from data.index import source_files
 from data.sidecar import array_text, read_arrays, safe_name, text_array, write_arrays
 from model.batch import spec_to_json
 
@@ -52,7 +52,7 @@ def identities(dataset: MultimodalDataset) -> list[str]:
 
 
 def _of_source(source: SourceConfig) -> dict[str, Any]:
-    files = [(os.path.abspath(path), os.stat(path)) for path in source_files(source)]
+    files = [(str(path), path.stat()) for path in source_files(source)]
     return {
         "files": [(path, stat.st_size, stat.st_mtime_ns) for path, stat in files],
         "media_root": {key: os.path.abspath(folder) for key, folder in source.roots.items()},
@@ -61,11 +61,6 @@ def _of_source(source: SourceConfig) -> dict[str, Any]:
 
 def _digest(said: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def source_files(source: SourceConfig) -> list[str]:
-    """The files that a source's path names, in the order of their names."""
-    return [source.path] if os.path.isfile(source.path) else sorted(glob.glob(source.path))
 
 
 def write_measurement(index_folder: Path, key: str, identity: str, found: Measurement) -> None:

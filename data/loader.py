@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import signal
 from collections.abc import Iterable, Iterator, Sequence
@@ -195,7 +196,7 @@ def _load(
         prefetch_factor=ahead,
         collate_fn=_unchanged,
         pin_memory=pin_memory,
-        worker_init_fn=_prepare_worker,
+        worker_init_fn=prepare_worker,
         generator=torch.Generator(),  # or each start of the loader would draw from the global one
     )
     for item in loader:
@@ -208,8 +209,12 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _prepare_worker(worker: int) -> None:
-    """One thread each, and no reaction to signals: a stop request reaches every process of a job, and the main one acts on it."""
+def prepare_worker(worker: int) -> None:
+    """One thread each, and no reaction to signals: a stop request reaches every process of a job, and the main one acts on it.
+
+    What it inherits is not looked at by its garbage collector: that would copy every page with a Python object of the parent.
+    """
+    gc.freeze()
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -22,7 +22,7 @@ from data.table import KINDS, Table
 Advance = Callable[[int], object]
 """Is told how many bytes of a file have been dealt with."""
 WINDOW = 1 << 22  # bytes
-_LARGEST = 1 << 28  # bytes; a longer record is looked for one by one
+_LARGEST = 1 << 26  # bytes; a longer record is looked for one by one: its events could take twenty times its size
 _BRACE, _ARRAY_END, _COMMA, _NEWLINE = b"{],\n"
 _JSON_SPACE, _SPACE = np.zeros((2, 256), dtype=bool)
 _JSON_SPACE[list(b" \t\r\n")] = True

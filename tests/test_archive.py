@@ -13,16 +13,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from data.blob import MediaError
-from data.config import DataError, SourceConfig
+from data.config import DataConfig, DataError, SourceConfig
+from data.dataset import open_dataset
 from data.index import RecordIndex
 from data.record import MediaRef, RecordError, parse
 from data.tar_headers import Member, members
 from model.batch import ImageSpec, MediaMeta, num_tokens
+from tests.tiny_data import SPECS, dataset, grey, level, sample, talk, template
 
 SPEC = ImageSpec(28, 14, 1, "patch", "exact", (0.5,) * 3, (0.5,) * 3)
 TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat on a mat."}]
@@ -209,3 +213,24 @@ def test_no_byte_of_a_header_can_be_flipped_unseen(tmp_path: Path) -> None:
     found = [read(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :]) for at in range(512)]
     # A leading zero of the checksum becomes a space, which says the same.
     assert all(one is None or (one == read(whole) and 148 <= at < 150) for at, one in enumerate(found))
+
+
+def test_a_sample_is_the_same_wherever_its_picture_lies(tmp_path: Path) -> None:
+    names = [grey(tmp_path, shade) for shade in (10, 200)]
+    records = [talk("<image>\nWhat?", "A cat.", images=names[0], id="0"), talk("Who?", "I.", images=names[1], id="1")]
+    lines = dataset(tmp_path, records)
+    files = [(f"{k}.json", json.dumps(record).encode()) for k, record in enumerate(records)]
+    pictures = [(tmp_path / name).read_bytes() for name in names]
+    # Its name in the archive is what the record says, its key is the record's.
+    files = [(name.replace("0.json", "10.json").replace("1.json", "200.json"), content) for name, content in files]
+    pack(tmp_path / "m.tar", files + list(zip(names, pictures)))
+    columns = {"conversations": [record["conversations"] for record in records]}
+    columns["image"] = [{"bytes": content, "path": name} for content, name in zip(pictures, names)]
+    parquet.write_table(pyarrow.table(columns), tmp_path / "m.parquet")
+    for name in ("m.tar", "m.parquet"):
+        other = open_dataset((SourceConfig(str(tmp_path / name)),), DataConfig(), template(), SPECS, tmp_path / "index")
+        assert other.lengths.tolist() == lines.lengths.tolist()
+        for i, shade in enumerate((10, 200)):
+            ours, expected = sample(other, i), sample(lines, i)
+            assert ours.input_ids.tolist() == expected.input_ids.tolist()
+            assert level(ours.media["image"][0].values[0]) == level(expected.media["image"][0].values[0]) == shade

@@ -30,10 +30,13 @@ from tests.ranks import run_ranks
 from tests.test_equivalence import config_of, make_sample
 from tests.test_trainable import ALONE
 from tests.tiny import LLMS, save_llm, save_tower
-from trainer.config import ParallelConfig
+from tools.bench_step import Counter, hidden_syncs
+from trainer.config import OptimConfig, ParallelConfig
 from trainer.distributed import World
+from trainer.optim import build_optimizer
 from trainer.parallel import checkpoint_activations, gradient_sync, replicate, shard
 from trainer.setup import prove_isolation
+from trainer.step import train_step
 
 WIDTH, NUM_SAMPLES = 4, 7
 Gradients = dict[str, Tensor]
@@ -315,6 +318,15 @@ def test_what_would_be_wrong_is_refused() -> None:
     two_rows = [t.repeat(2, 1, 1, 1) for t in (q, k, v)]
     with pytest.raises(ValueError, match="do not describe"):
         packed_attention(Layer(), two_rows[0], two_rows[1], two_rows[2], None, **known)
+
+
+def test_a_packed_step_never_waits_for_the_device(folders: Path) -> None:
+    model = build(folders / "mistral", "lora")
+    optimizer = build_optimizer(model, config_of(folders / "mistral", "lora"), OptimConfig())
+    batches = [collate_packed(samples(), 0), collate_packed([], 0)]
+    with Counter() as counter, hidden_syncs(counter):
+        train_step(model, optimizer, batches, ALONE, seed=0, step=0, clip_norm=1.0)
+    assert counter.num_syncs == 0 and counter.num_ops > 100
 
 
 def test_labels_never_reach_over_a_border() -> None:

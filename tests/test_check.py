@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import signal
+import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 from transformers import AddedToken
 
 from data import check_run
@@ -240,6 +244,30 @@ def test_sounds_are_measured_in_seconds_and_cut_ones_are_found(tmp_path: Path) -
     assert counts["seconds_per_clip"] == [2.0, 2.0, 5.0, 5.0, 5.0]
     assert [row for row, _ in found.found.problems] == [2, 3] and "cut.wav" in found.found.problems[0][1].reason
     assert found.found["media_tokens"][:2].tolist() == [100, 250]
+
+
+def test_media_in_archives_are_checked_where_they_lie(tmp_path: Path, calls: list[int]) -> None:
+    for level in (1, 2):
+        grey(tmp_path, level)
+    picture, line = (tmp_path / "1.png").read_bytes(), json.dumps(talk("<image>What?", "This.", images="1.png"))
+    packed: dict[str, bytes] = {}
+    for i in range(32):
+        packed |= {f"{i:02}.json": line.replace("1.png", f"{i:02}.png").encode(), f"{i:02}.png": picture[: 60 if i == 5 else None]}
+    packed["77.json"] = line.encode()  # its picture is in no member
+    with tarfile.open(tmp_path / "mix.tar", "w") as archive:
+        for name, content in packed.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    rows = [json.loads(line) | {"image": {"bytes": picture[: 60 if i == 5 else None], "path": "1.png"}} for i in range(32)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=8)
+    for name, bad in (("mix.tar", [5, 32]), ("rows.parquet", [5])):
+        data = open_dataset((SourceConfig(str(tmp_path / name)),), DataConfig(), template(), SPECS, tmp_path / "index")
+        data.measure(0)  # whatever a process opens lazily is open when it is forked
+        (found,) = check_dataset(data, tmp_path / "index", workers=2)
+        assert [row for row, _ in found.found.problems] == bad and found.found.files == {}
+        assert summary(found.found)["images"] == len(data) and (found.found["contents"] != 0).sum() == len(data) - len(bad)
+    assert calls == []
 
 
 def test_percentiles_are_values_that_occur() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
+import tomllib
 import wave
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from tokenizers import AddedToken
 
 from data.config import DataConfig
 from data.dataset import MultimodalDataset, open_dataset
+from data.record import parse
 from data.template import Template, load_template
 from model.batch import AudioSpec, ImageSpec, MediaSpec
 from tests.inspect_reader import Page
@@ -28,6 +31,7 @@ from tools import inspect_data
 from tools.inspect_entry import RAW_LIMIT, Box, entry_of, token_pieces
 from tools.inspect_html import Shown, page
 from tools.inspect_pictures import EXACT_SIDE, Album, picture, pixels, sound
+from trainer.runfile import parse_config
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -164,3 +168,15 @@ def test_a_rejected_record_is_shown_as_it_stands(tmp_path: Path) -> None:
     assert json.loads(lost.raw)["image"] == "none.png" and lost.kinds == ("image",) and not lost.pieces
     row: dict[str, Any] = {"step": 3, "reason": "image: was cut", "id": "lost"}
     assert entry_of(data, 2, {2: row}).reason == "at step 3: image: was cut"
+
+
+def test_records_and_sources_of_the_docs_are_accepted() -> None:
+    docs = Path(__file__).parent.parent / "docs" / "data.md"
+    blocks = dict(re.findall(r"```(json|toml)\n(.*?)```", docs.read_text(encoding="utf-8"), re.DOTALL))
+    records = [parse(json.loads(line), f"data.md:{i}") for i, line in enumerate(blocks["json"].splitlines())]
+    assert [tuple(ref.kind for ref in record.media) for record in records] == [
+        *[("image",), ("image", "image"), ("image",)],
+        *[("video",), ("audio",), ()],
+    ]
+    config = parse_config({"output_dir": "run", "model": {"llm": {"path": "llm"}}, **tomllib.loads(blocks["toml"])}, "data.md")
+    assert [source.key for source in config.data.sources] == ["llava_v1_5_mix665k", "speech"]

@@ -43,6 +43,8 @@ def check_ended_as(whole: Path, killed: Path) -> None:
     assert metrics(killed) == metrics(whole)
     assert json.loads((killed / "trainer_state.json").read_text())["global_step"] == metrics(whole)[-1][0]
     assert quarantined(killed) == quarantined(whole) and len(quarantined(whole)) == 1
+    for name in ("ledger.json", "samples.bin"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
     assert json.loads((killed / "exit.json").read_text())["code"] == 0
     assert not list(killed.glob("damaged-*"))
 

@@ -145,3 +145,19 @@ def test_a_finished_run_has_nothing_left_to_do(parts: Path, finished: Path, tmp_
 def test_keeps_the_newest_only(parts: Path, tmp_path: Path) -> None:
     assert start_alone(parts, tmp_path / "run", {**LORA, "checkpoint": {"every": 1, "keep": 2}})[0] == 0
     assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
+
+
+def test_records_that_were_edited_in_their_places_are_noticed(parts: Path, tmp_path: Path) -> None:
+    """As many records as before, and lengths that were frozen at the first start."""
+    records = json.loads((parts / "train.json").read_text())
+    path, output_dir = tmp_path / "train.json", tmp_path / "run"
+    sections: dict[str, Any] = {
+        "data": {"sources": [{"path": str(path), "media_root": str(parts / "images")}]},
+        "train": {"max_steps": 2},
+    }
+    path.write_text(json.dumps(records))
+    assert start_alone(parts, output_dir, sections).code == 0
+    records[3]["conversations"][1]["value"] += ", and a dog that is much longer than it was before"
+    path.write_text(json.dumps(records))
+    code, reason = failure_of(parts, output_dir, {**sections, "train": {"max_steps": 4}})
+    assert code == 2 and "the data of this run has changed since" in reason

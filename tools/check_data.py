@@ -24,9 +24,9 @@ from data.check_run import Depth, SourceFound, check_dataset, remove_stale
 from data.config import DataError
 from data.dataset import MultimodalDataset
 from data.duplicates import find_duplicates
-from data.lengths import FROZEN
 from model.config import ConfigError
 from tools.cli import printable, run
+from trainer.checkpoint import checkpoints
 from trainer.config import RunConfig
 from trainer.distributed import World
 from trainer.plan_lengths import processors
@@ -131,7 +131,7 @@ def told_duplicates(
 
 
 def lengths_note(config: RunConfig) -> str:
-    if (Path(config.output_dir) / FROZEN).exists():
+    if checkpoints(Path(config.output_dir)):
         return f"\nthe run in {config.output_dir} keeps the lengths it was first planned by; a new one plans by the exact ones"
     return "\nlengths are exact now: the run plans by them"
 

@@ -91,7 +91,8 @@ def _note(entry: Entry) -> str:
 
 def _text(entry: Entry) -> str:
     if entry.status not in LEARNED_FROM:
-        return f"<pre class=raw>{_marked(entry.raw)}</pre>\n"
+        lines = entry.raw.split("\n")  # ours, as the JSON was laid out here
+        return "<pre class=raw>" + "\n".join(map(visible, lines)) + "</pre>\n"
     numbers = {id(box): k for k, box in enumerate(entry.boxes, 1)}
     made = (_inline(piece, numbers[id(piece)]) if isinstance(piece, Box) else _token(piece) for piece in entry.pieces)
     return f"<div class=text tabindex=0 role=group aria-label='text of the sample'>{''.join(made)}</div>\n"

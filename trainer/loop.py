@@ -18,7 +18,7 @@ from trainer.ledger import table, write_ledger
 from trainer.metrics import Meter, MetricsLog
 from trainer.optim import set_learning_rates
 from trainer.quarantine import Quarantine
-from trainer.resume import run_state
+from trainer.resume import digest_of, run_state
 from trainer.schedule import multiplier
 from trainer.setup import Setup
 from trainer.step import train_step
@@ -45,6 +45,7 @@ class Loop:
         self.quarantine = Quarantine(folder, setup.data.num_records, config.data.max_bad_fraction)
         self.num_accounted = first_step  # steps whose bad records are written down
         self.quarantine.check()
+        self.lengths = digest_of(setup.data)
         self.checkpointer = Checkpointer(folder, config.checkpoint.keep, world)
 
     def run(self) -> None:
@@ -155,7 +156,6 @@ class Loop:
 
     def _save(self, done: int) -> None:
         setup = self.setup
-        lengths = setup.data.sampler.lengths  # type: ignore[union-attr]
-        state = {**run_state(setup.config, lengths), "meter": self.meter.totals()}
+        state = {**run_state(setup.config, self.lengths), "meter": self.meter.totals()}
         self._check_finite()
         self.checkpointer.save(done, setup.trained, state, setup.data.card, setup.data.processor)  # type: ignore[arg-type]

@@ -72,26 +72,33 @@ def _choose(config: RunConfig) -> tuple[Path | None, list[str]]:
     return path, []
 
 
-def run_state(config: RunConfig, lengths: np.ndarray | None) -> dict[str, Any]:
-    """What a checkpoint remembers of the run, to refuse going on with another one."""
-    return {"config": to_tables(config), "lengths": digest_of(lengths)}
+def run_state(config: RunConfig, lengths: str) -> dict[str, Any]:
+    """What a checkpoint remembers of the run, to refuse going on with another one. `lengths`: their `digest_of`."""
+    return {"config": to_tables(config), "lengths": lengths}
 
 
-def digest_of(lengths: np.ndarray | None) -> str:
-    """Fingerprint of the planned lengths, which decide the order of the data."""
-    return "" if lengths is None else hashlib.sha256(np.ascontiguousarray(lengths, dtype=np.int64).tobytes()).hexdigest()
+def digest_of(data: RunData) -> str:
+    """Fingerprint of what decides the order of the data, planned lengths and modalities, and of the sizes of the records.
+
+    The planned lengths were frozen at the first start: they alone would not notice that a file was edited since.
+    """
+    if data.train is None:
+        return ""
+    digest = hashlib.sha256()
+    for array in (data.train.lengths, data.train.modalities, *(index.lengths for index in data.train.indexes)):
+        digest.update(np.ascontiguousarray(array, dtype=np.int32).tobytes())
+    return digest.hexdigest()
 
 
 def read_state(path: Path, config: RunConfig, data: RunData) -> dict[str, Any]:
     """The state of a checkpoint; ConfigError with every difference when it is of another run."""
-    lengths = data.sampler.lengths if data.sampler else None
     state = json.loads((path / STATE).read_text())
     before, now = flat(state["config"]), flat(to_tables(config))
     different = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)]
     if different:
         lines = "".join(f"\n  - {key}: {before.get(key)!r} in the checkpoint, {now.get(key)!r} now" for key in different)
         raise ConfigError(f"{path} is of a run with other settings; use them, or another output_dir:{lines}")
-    if state["lengths"] != digest_of(lengths):
+    if state["lengths"] != digest_of(data):
         raise ConfigError(f"{path}: the data of this run has changed since (number or lengths of records): use another output_dir")
     check_same_model(path, data.card)
     return state

@@ -189,4 +189,4 @@ def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...]) -> None:
 
 
 def _one(kind: str) -> str:
-    return f"{'a' if kind == 'video' else 'an'} {kind}"
+    return {"video": "a video", "audio": "an audio clip"}.get(kind, f"an {kind}")

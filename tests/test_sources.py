@@ -1,0 +1,76 @@
+"""A part that nothing feeds and a medium that nothing reads are refused; validation reads what `take` leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data.config import DataError
+from data.loader import BatchPlan, validation_batches
+from data.mixing import Pool, make_pools
+from model.config import ConfigError
+from tests.tiny_data import datasets, talk
+from trainer.sources import check_fed
+
+IMAGE, VIDEO, AUDIO = 1, 2, 4
+
+
+def fed(bits: list[int], modalities: tuple[str, ...], take: str = "all") -> tuple[Any, tuple[Pool, ...]]:
+    """Two sources of records that hold media as `bits` say, half of them each, and the modalities that parts read."""
+    half = len(bits) // 2
+    pools = make_pools(["a", "b"], [half, len(bits) - half], ["all", take], [1.0, 1.0], 0, False)
+    return SimpleNamespace(modalities=np.array(bits, dtype=np.int8), specs=dict.fromkeys(modalities)), pools
+
+
+@pytest.mark.parametrize(
+    ("bits", "modalities"),
+    [
+        ([0, 0, 0, 0], ()),
+        ([0, IMAGE, 0, 0], ("image",)),
+        ([0, 0, 0, VIDEO], ("image",)),  # its frames are pictures
+        ([0, IMAGE | AUDIO, 0, 0], ("image", "audio")),
+        ([AUDIO, 0, 0, VIDEO], ("image", "audio")),
+    ],
+)
+def test_parts_and_media_that_go_together(bits: list[int], modalities: tuple[str, ...]) -> None:
+    check_fed(*fed(bits, modalities))
+
+
+@pytest.mark.parametrize(
+    ("bits", "modalities", "take", "reason"),
+    [
+        ([0, 0, 0, AUDIO], ("image", "audio"), "all", r"\[model.vision\] can never be fed: .* has an image or a video"),
+        ([0, IMAGE, 0, VIDEO], ("image", "audio"), "all", r"\[model.audio\] can never be fed: .* has an audio clip"),
+        ([0, 0, 0, IMAGE], ("image",), "first:1", r"\[model.vision\] can never be fed"),  # the one that would is not taken
+        ([0, 0, VIDEO, 0], (), "all", r"records of data.sources 'b' have a video, but no \[model.vision\]"),
+        ([IMAGE, 0, AUDIO, AUDIO], ("image",), "all", r"records of data.sources 'b' have an audio clip, but no \[model.audio\]"),
+        ([IMAGE, 0, IMAGE | VIDEO, 0], (), "all", r"data.sources 'a', 'b' have an image"),
+    ],
+)
+def test_parts_and_media_that_do_not(bits: list[int], modalities: tuple[str, ...], take: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        check_fed(*fed(bits, modalities, take))
+
+
+def test_nothing_to_train_on() -> None:
+    with pytest.raises(DataError, match="no records"):
+        check_fed(*fed([], ()))
+
+
+def test_validation_reads_what_take_leaves_of_each_source(tmp_path: Path) -> None:
+    data = datasets(tmp_path, {name: [talk(f"{i}", "a") for i in range(n)] for name, n in (("a", 20), ("b", 4), ("c", 9))})
+    pools = make_pools(["a", "b", "c"], [20, 4, 9], ["end:50%", "all", "first:1"], [1.0, 1.0, 1.0], 0, False)
+
+    def ids(max_samples: int, world_size: int) -> list[int]:
+        plan = BatchPlan(world_size, 3)
+        options: dict[str, Any] = {"pad_id": 0, "max_samples": max_samples, "workers": 0, "pools": pools}
+        micros = [m for rank in range(world_size) for m in validation_batches(data, plan, rank=rank, **options)]
+        return sorted(i for micro in micros for i in micro.batch.sample_ids.tolist() if i >= 0)
+
+    assert ids(0, 1) == ids(0, 2) == [*range(10, 20), *range(20, 24), 24]
+    few = ids(6, 2)
+    assert len(few) == 6 and set(few) < set(ids(0, 1)) and 24 in few
