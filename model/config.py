@@ -44,6 +44,7 @@ class VisionProjectorConfig:
     kind: str = "mlp2x_gelu"  # linear | mlpNx_gelu | identity | pixel_shuffle_mlp | pool_mlp | conv_mlp | resampler
     tune: Literal["frozen", "full"] = "full"
     path: str = ""
+    queries: int = 0  # resampler: tokens of each view; 0 = 64
     lr: float = 0.0  # 0 = optim.projector_lr
 
 

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from model.batch import ImageSpec
 from model.config import ConfigError, VisionProjectorConfig
+from model.grid_projector import SHRINK, ConvMlp, PixelShuffleMlp, PoolMlp
+from model.resampler import QUERIES, Resampler
+
+SETTING = "model.vision_projector"
+GRID_KINDS: dict[str, Callable[[int, int], nn.Module]] = {
+    "pixel_shuffle_mlp": PixelShuffleMlp,
+    "pool_mlp": PoolMlp,
+    "conv_mlp": ConvMlp,
+}
+"""Those that make one token of a square of patches."""
+RESAMPLER = "resampler"
 
 
 class Pointwise(nn.Sequential):
@@ -49,6 +61,27 @@ def build_projector(setting: str, kind: str, in_features: int, out_features: int
     return Pointwise(*layers)
 
 
+def build_vision_projector(config: VisionProjectorConfig, in_features: int, out_features: int) -> nn.Module:
+    """The projector of a tower's patches, as `build_projector` makes it or one of the kinds that give fewer tokens."""
+    if config.kind in GRID_KINDS:
+        return GRID_KINDS[config.kind](in_features, out_features)
+    if config.kind == RESAMPLER:
+        return Resampler(in_features, out_features, config.queries or QUERIES)
+    return build_projector(SETTING, config.kind, in_features, out_features)
+
+
 def shrunk(spec: ImageSpec, projector: VisionProjectorConfig) -> ImageSpec:
-    """The tower's spec with what the projector makes of its grid."""
-    return dataclasses.replace(spec)
+    """The tower's spec with what the projector makes of its grid. ConfigError when it cannot be made of this one."""
+    if projector.kind == RESAMPLER:
+        return dataclasses.replace(spec, queries=projector.queries or QUERIES)
+    if projector.kind not in GRID_KINDS:
+        return spec
+    grid = spec.size // spec.patch
+    if spec.select != "patch":
+        raise ConfigError(f"{SETTING}.kind = {projector.kind!r} takes patches alone: set model.vision.select = 'patch'")
+    if grid % SHRINK:
+        raise ConfigError(
+            f"{SETTING}.kind = {projector.kind!r} makes one token of {SHRINK} x {SHRINK} patches, but a view has "
+            f"{grid} x {grid}: choose a model.vision.image_size that is a multiple of {SHRINK * spec.patch}, or another kind"
+        )
+    return dataclasses.replace(spec, shrink=SHRINK)

@@ -1,0 +1,60 @@
+"""Projectors that make one token of 2 x 2 patches: a quarter of the tokens."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+SHRINK = 2
+"""Patches on a side of what becomes one token."""
+
+
+def squares(features: Tensor) -> Tensor:
+    """Patches (N, g * g, C) of square views, row by row -> (N, g / 2, g / 2, 2, 2, C): each square's own rows and columns last."""
+    grid = math.isqrt(features.shape[1])
+    cut = features.unflatten(1, (grid // SHRINK, SHRINK, grid // SHRINK, SHRINK))
+    return cut.transpose(2, 3)
+
+
+class PixelShuffleMlp(nn.Sequential):
+    """InternVL's `mlp1` after its pixel shuffle (version 2): features (N, g * g, C) -> (N, g * g / 4, out).
+
+    The channels of a square's four patches side by side, row by row; LayerNorm, Linear, GELU, Linear. State keys are InternVL's.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        wide = in_features * SHRINK**2
+        layers = (nn.LayerNorm(wide), nn.Linear(wide, out_features), nn.GELU(), nn.Linear(out_features, out_features))
+        super().__init__(*layers)
+
+    def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+        return super().forward(squares(features).flatten(3).flatten(1, 2))
+
+
+class PoolMlp(nn.Sequential):
+    """The mean of a square's four patches, then `mlp2x_gelu`: features (N, g * g, C) -> (N, g * g / 4, out)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features))
+
+    def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+        return super().forward(squares(features).mean(dim=(3, 4)).flatten(1, 2))
+
+
+class ConvMlp(nn.Sequential):
+    """LLaVA-NeXT's `pooler`: a 2 x 2 convolution of stride 2, GELU, Linear: features (N, g * g, C) -> (N, g * g / 4, out).
+
+    A kernel that meets each patch once is a matrix on the four side by side: VITA's `minigpt` with a layer behind it.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(nn.Conv2d(in_features, out_features, SHRINK, SHRINK), nn.GELU(), nn.Linear(out_features, out_features))
+
+    def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+        grid = math.isqrt(features.shape[1])
+        convolution, *rest = self
+        found = convolution(features.transpose(1, 2).unflatten(2, (grid, grid))).flatten(2).transpose(1, 2)
+        for layer in rest:
+            found = layer(found)
+        return found
