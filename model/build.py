@@ -14,7 +14,7 @@ from model.llm import Vocabulary, build_llm, head_weight
 from model.lora import add_lora, target_paths
 from model.multimodal import ENCODERS, MultimodalLM
 from model.origins import weight_layers
-from model.projector import build_projector
+from model.projector import build_projector, build_vision_projector
 from model.trainable import apply_tune
 from model.vision import VisionTower
 from model.weights import materialise, parameters_on_meta
@@ -54,9 +54,8 @@ def assemble(card: ModelCard, dtype: torch.dtype) -> MultimodalLM:
         width: int = llm.get_input_embeddings().embedding_dim  # type: ignore[operator]
         if config.vision is not None and config.vision_projector is not None:
             tower = VisionTower(card.hugging_face["vision"], config.vision)
-            kind = config.vision_projector.kind
             parts["vision"] = tower
-            parts["vision_projector"] = build_projector("model.vision_projector", kind, tower.hidden_size, width)
+            parts["vision_projector"] = build_vision_projector(config.vision_projector, tower.hidden_size, width)
         if config.audio is not None and config.audio_projector is not None:
             encoder = AudioEncoder(card.hugging_face["audio"])
             kind = config.audio_projector.kind
