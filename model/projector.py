@@ -21,6 +21,8 @@ GRID_KINDS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 """Those that make one token of a square of patches."""
 RESAMPLER = "resampler"
+POINTWISE = "'linear' | 'mlp1x_gelu' ... 'mlp9x_gelu' | 'identity'"
+VISION_KINDS = f"{POINTWISE} | {' | '.join(map(repr, GRID_KINDS))} | {RESAMPLER!r}"
 
 
 class Pointwise(nn.Sequential):
@@ -42,6 +44,11 @@ class Identity(nn.Module):
         return features
 
 
+def is_pointwise(kind: str) -> bool:
+    """Whether it is a kind that projects each row by itself."""
+    return kind in ("linear", "identity") or re.fullmatch(r"mlp[1-9]x_gelu", kind) is not None
+
+
 def build_projector(setting: str, kind: str, in_features: int, out_features: int) -> nn.Module:
     """A module (features (N, L, in), lengths (N,) valid rows of each or None) -> (N, L', out). `setting` is its table's name."""
     if kind == "linear":
@@ -53,10 +60,10 @@ def build_projector(setting: str, kind: str, in_features: int, out_features: int
                 f"language model takes {out_features}: use 'linear' or 'mlp2x_gelu'"
             )
         return Identity()
-    if (match := re.fullmatch(r"mlp([1-9])x_gelu", kind)) is None:
-        raise ConfigError(f"{setting}.kind = {kind!r} is not 'linear' | 'mlp1x_gelu' ... 'mlp9x_gelu' | 'identity'")
+    if not is_pointwise(kind):
+        raise ConfigError(f"{setting}.kind = {kind!r} is not {POINTWISE}")
     layers: list[nn.Module] = [nn.Linear(in_features, out_features)]
-    for _ in range(1, int(match[1])):
+    for _ in range(1, int(kind[3])):
         layers += [nn.GELU(), nn.Linear(out_features, out_features)]
     return Pointwise(*layers)
 
@@ -67,6 +74,8 @@ def build_vision_projector(config: VisionProjectorConfig, in_features: int, out_
         return GRID_KINDS[config.kind](in_features, out_features)
     if config.kind == RESAMPLER:
         return Resampler(in_features, out_features, config.queries or QUERIES)
+    if not is_pointwise(config.kind):
+        raise ConfigError(f"{SETTING}.kind = {config.kind!r} is not {VISION_KINDS}")
     return build_projector(SETTING, config.kind, in_features, out_features)
 
 

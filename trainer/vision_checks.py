@@ -1,0 +1,30 @@
+"""What is wrong with `[model.vision]` and its projector by themselves: what depends on a folder is found when its JSON is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from model.config import ModelConfig
+from model.projector import GRID_KINDS, RESAMPLER, VISION_KINDS, is_pointwise
+
+
+def vision_problems(model: ModelConfig) -> Iterator[str]:
+    """One line each."""
+    vision, projector = model.vision, model.vision_projector
+    if vision is not None:
+        if vision.image_size < 0:
+            yield f"model.vision.image_size = {vision.image_size} is negative; 0 is the tower's own"
+        if any(size <= 0 for size in vision.scales):
+            yield f"model.vision.scales = {list(vision.scales)} are not all positive"
+        if vision.scales and vision.select != "patch":
+            yield "model.vision.scales with model.vision.select = 'cls_patch': several views have several CLS rows; use 'patch'"
+    if projector is None:
+        return
+    if not is_pointwise(projector.kind) and projector.kind not in (*GRID_KINDS, RESAMPLER):
+        yield f"model.vision_projector.kind = {projector.kind!r} is not {VISION_KINDS}"
+    if projector.queries < 0:
+        yield f"model.vision_projector.queries = {projector.queries} is negative"
+    if projector.queries and projector.kind != RESAMPLER:
+        yield f"model.vision_projector.queries = {projector.queries} has no effect with kind = {projector.kind!r}"
+    if vision is not None and vision.select != "patch" and projector.kind in GRID_KINDS:
+        yield f"model.vision_projector.kind = {projector.kind!r} takes patches alone: set model.vision.select = 'patch'"
