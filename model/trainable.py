@@ -28,6 +28,8 @@ def apply_tune(model: MultimodalLM, config: ModelConfig, lora: LoraConfig) -> No
         module.requires_grad_(part.tune == "full")
         if part.tune == "lora":
             _tune_adapters(module, lora)
+        if part.tune == "positions":
+            module.positions.requires_grad_(True)  # type: ignore[union-attr, operator]
     model.trainable_parts = frozenset(
         name for name, part in model.named_children() if any(p.requires_grad for p in part.parameters())
     )

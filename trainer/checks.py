@@ -9,11 +9,20 @@ from typing import Any
 from data.config import DataConfig
 from model.config import OUR_ATTENTION, LoraConfig
 from trainer.config import BatchConfig, RunConfig, ValidationConfig
+from trainer.vision_checks import vision_problems
 
 
 def problems_of(config: RunConfig) -> list[str]:
     """Every problem of a well-typed configuration, one line each."""
-    return [*config.data.problems(), *_values(config), *_pairs(config), *_packing(config), *_parts(config), *_no_effect(config)]
+    return [
+        *config.data.problems(),
+        *_values(config),
+        *_pairs(config),
+        *_packing(config),
+        *_parts(config),
+        *vision_problems(config.model),
+        *_no_effect(config),
+    ]
 
 
 def _values(config: RunConfig) -> Iterator[str]:

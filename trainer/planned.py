@@ -7,8 +7,6 @@ KEYS = (
     "model.audio_projector",
     "model.state_head",
     "model.llm.router_loss",
-    "model.vision.image_size",
-    "model.vision.scales",
     "parallel.shard_size",
     "parallel.compile",
     "parallel.cpu_offload",
@@ -22,7 +20,6 @@ KEYS = (
 VALUES = (
     "model.dtype = 'float16'",
     "model.llm.tune = 'new_tokens'",
-    "model.vision.tune = 'positions'",
     "data.image_fit = 'anyres'",
     "optim.schedule = 'wsd'",
     "parallel.strategy = 'hsdp'",
