@@ -10,6 +10,12 @@ import torch
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    InternVLVisionConfig,
+    InternVLVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -44,9 +50,15 @@ TOWER_SIZES: dict[str, Any] = {
     "image_size": 16,
     "patch_size": 8,
 }
-TOWERS: dict[str, tuple[Any, Any, str]] = {
-    "clip": (CLIPVisionConfig, CLIPVisionModel, "CLIPImageProcessor"),
-    "siglip": (SiglipVisionConfig, SiglipVisionModel, "SiglipImageProcessor"),
+INTERN_RMS: dict[str, Any] = {"norm_type": "rms_norm", "use_qk_norm": True, "attention_bias": False}
+TOWERS: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
+    "clip": (CLIPVisionConfig, CLIPVisionModel, "CLIPImageProcessor", {}),
+    "siglip": (SiglipVisionConfig, SiglipVisionModel, "SiglipImageProcessor", {}),
+    "dinov2": (Dinov2Config, Dinov2Model, "BitImageProcessor", {"mlp_ratio": 2}),
+    "dinov2_swiglu": (Dinov2Config, Dinov2Model, "BitImageProcessor", {"mlp_ratio": 2, "use_swiglu_ffn": True}),
+    "registers": (Dinov2WithRegistersConfig, Dinov2WithRegistersModel, "BitImageProcessor", {"num_register_tokens": 3}),
+    "internvit": (InternVLVisionConfig, InternVLVisionModel, "CLIPImageProcessor", {"attention_bias": True}),
+    "internvit_rms": (InternVLVisionConfig, InternVLVisionModel, "GotOcr2ImageProcessor", INTERN_RMS),
 }
 
 
@@ -62,9 +74,9 @@ def save_llm(folder: Path, family: str = "qwen2", **overrides: Any) -> Path:
 
 def save_tower(folder: Path, family: str = "clip", **overrides: Any) -> Path:
     """A random vision tower with its image processor's JSON in `folder`."""
-    config_class, model_class, processor = TOWERS[family]
+    config_class, model_class, processor, extra = TOWERS[family]
     torch.manual_seed(2)
-    model = model_class(config_class(**{**TOWER_SIZES, **overrides}))
+    model = model_class(config_class(**{**TOWER_SIZES, **extra, **overrides}))
     spread(model)
     model.save_pretrained(folder)
     side = {**TOWER_SIZES, **overrides}["image_size"]
@@ -80,7 +92,7 @@ def save_tower(folder: Path, family: str = "clip", **overrides: Any) -> Path:
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
         "do_convert_rgb": True,
-        **(crop if family == "clip" else {"size": square}),
+        **(crop if processor in ("CLIPImageProcessor", "BitImageProcessor") else {"size": square}),
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(values))
     return folder
