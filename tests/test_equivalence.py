@@ -81,7 +81,20 @@ def losses_and_norms(
     clip_norm: float = 1.0,
 ) -> list[float]:
     """Loss and gradient norm of five steps."""
-    config, lora = config_of(folder, tune), LoraConfig(rank=2, dropout=0.0)
+    return run_steps(world, config_of(folder, tune), strategy, recompute, micro_batch_size, dtype, clip_norm)
+
+
+def run_steps(
+    world: World,
+    config: ModelConfig,
+    strategy: str,
+    recompute: bool,
+    micro_batch_size: int,
+    dtype: str = "float32",
+    clip_norm: float = 1.0,
+) -> list[float]:
+    """The same, of any model whose pictures are 16 pixels wide."""
+    lora = LoraConfig(rank=2, dropout=0.0)
     card = draw_card(config, lora, Vocabulary(321, 320, (320,)))
     model = assemble(card, getattr(torch, dtype))
     if recompute:
