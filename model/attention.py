@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -38,20 +39,48 @@ def causal_attention(
     attention_mask: Tensor | None,
     *,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query (B, H, T, D), key and value (B, Hkv, T, D) -> (B, T, H, D), None.
 
     Padding on the right is never seen by a real token, so causality alone is enough. A sliding window shorter than T
-    is the one case where it is not: then the band is written out.
+    is the one case where it is not: then the band is written out. So are the scores (B, H, T, T) if they are capped.
     """
     length = query.shape[2]
     if attention_mask is not None or key.shape[2] != length:
         raise ValueError(f"{NAME} takes whole right-padded sequences: no mask, no cache")
+    if softcap is not None:
+        return _capped(query, key, value, _band(query, sliding_window), softcap, **kwargs), None
     if sliding_window is not None and length > sliding_window:
-        ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
-        attention_mask = ones.tril_().triu_(1 - sliding_window)[None, None]
+        attention_mask = _band(query, sliding_window)[None, None]
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _band(query: Tensor, sliding_window: int | None) -> Tensor:
+    """(T, T): what each position sees."""
+    ones = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril_()
+    return ones if sliding_window is None else ones.triu_(1 - sliding_window)
+
+
+def _capped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    softcap: float,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> Tensor:
+    """Attention whose scores are cap * tanh(score / cap), as Gemma 2 has it: no kernel of sdpa or varlen does that."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
+    shares = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (F.dropout(shares, dropout) @ value).transpose(1, 2).contiguous()
 
 
 def packed_attention(
@@ -82,9 +111,17 @@ def packed_attention(
     return torch.cat([causal_attention(module, q, k, v, None, **kwargs)[0] for q, k, v in parts], 1), None
 
 
-def takes_varlen(query: Tensor, value: Tensor, *, dropout: float = 0.0, is_causal: bool | None = None, **_: Any) -> bool:
+def takes_varlen(
+    query: Tensor,
+    value: Tensor,
+    *,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> bool:
     """Whether the one kernel for all segments computes what is asked for, here."""
-    if not query.is_cuda or not {"window_size", "scale"} <= VARLEN_OPTIONS:
+    if softcap is not None or not query.is_cuda or not {"window_size", "scale"} <= VARLEN_OPTIONS:
         return False
     width = query.shape[-1]
     fits = query.dtype in VARLEN_DTYPES and width == value.shape[-1] <= VARLEN_HEAD and width % 8 == 0
@@ -148,7 +185,8 @@ def masked_attention(llm: nn.Module) -> Iterator[None]:
     """Inside, the language model uses an attention that honours masks and a cache, as left-padded generation needs."""
     config: Any = llm.config
     before = config._attn_implementation
-    config._attn_implementation = "sdpa" if before in (NAME, PACKED) else before
+    masked = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"  # transformers' sdpa drops a soft cap
+    config._attn_implementation = masked if before in (NAME, PACKED) else before
     try:
         yield
     finally:

@@ -11,21 +11,13 @@ from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from model import attention
-from model.config import ConfigError, LlmConfig
+from model.config import OUR_ATTENTION, ConfigError, LlmConfig
 from model.hub import read_json
+from model.logits import logit_change
 
 log = logging.getLogger(__name__)
-LOGIT_CHANGES: dict[str, float | None] = {
-    "logits_scaling": 1,
-    "logit_scale": 1,
-    "lm_head_multiplier": 1,
-    "output_multiplier": 1,
-    "logits_mup_width_multiplier": 1,
-    "final_logit_softcapping": None,
-    "logits_soft_cap": None,
-    "output_logit_soft_cap": None,
-}
-"""What models of transformers do between the decoder's output and the loss beside the head's product, and when it is nothing."""
+CAPPED_ATTENTION = (*OUR_ATTENTION, "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+"""Values of `model.attention` that honour a soft cap of attention scores."""
 ROW_MULTIPLE = 64
 """A grown vocabulary matrix has a multiple of this many rows, which matrix kernels like."""
 
@@ -65,7 +57,10 @@ def hugging_face_config(setting: str, value: dict[str, Any]) -> PretrainedConfig
 
 
 def build_llm(value: dict[str, Any], attention_name: str, vocabulary: Vocabulary) -> nn.Module:
-    """The model of config.json `value`, with room for `vocabulary`; weights are whatever the caller's context makes them."""
+    """The model of config.json `value`, with room for `vocabulary`; weights are whatever the caller's context makes them.
+
+    Its `logit_change` is what it does with its head's products (model.logits).
+    """
     attention.register()
     config = hugging_face_config("model.llm.path", {**value, "vocab_size": vocabulary.rows(value.get("vocab_size", 0))})
     check_supported(config, attention_name)
@@ -77,16 +72,22 @@ def build_llm(value: dict[str, Any], attention_name: str, vocabulary: Vocabulary
     except (ValueError, ImportError, KeyError, AttributeError) as error:
         raise ConfigError(f"model.llm or model.attention = {attention_name!r}: {type(error).__name__}: {error}") from error
     check_causal(llm, attention_name)
+    head_weight(llm)
+    llm.logit_change = logit_change(llm)
     return llm
 
 
 def check_supported(config: PretrainedConfig, attention_name: str) -> None:
-    """Refuse models whose head or attention does more than a matrix product: the loss here would be silently wrong."""
-    for name, neutral in LOGIT_CHANGES.items():
-        if getattr(config, name, neutral) not in (neutral, None):
-            raise ConfigError(f"model.llm.path: {config.model_type} changes its logits ({name}), which is not supported yet")
-    if getattr(config, "attn_logit_softcapping", None) and attention_name != "eager":
-        raise ConfigError(f"model.attention = {attention_name!r} drops the attention soft cap of {config.model_type}: use 'eager'")
+    """Refuse models whose structure or attention is more than is computed here: the loss would be silently wrong."""
+    if config.get_text_config() is not config:
+        raise ConfigError(
+            f"model.llm.path: {config.model_type} is a model of several parts, not a language model: name a folder of the latter"
+        )
+    if getattr(config, "attn_logit_softcapping", None) and attention_name not in CAPPED_ATTENTION:
+        raise ConfigError(
+            f"model.attention = {attention_name!r} drops the attention soft cap of {config.model_type}: "
+            f"use one of {', '.join(CAPPED_ATTENTION)}"
+        )
     if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
         raise ConfigError(f"model.llm.path: {config.model_type} is a mixture of experts, which is not supported yet")
     check_attention(config, attention_name)
@@ -99,8 +100,10 @@ def check_attention(config: PretrainedConfig, attention_name: str) -> None:
     llm_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if llm_class is None:
         raise ConfigError(f"model.llm.path: transformers has no causal language model of model_type {config.model_type!r}")
-    # What transformers' own dispatch asks: a class may set the flag and still choose among classes of its own.
-    if not llm_class._supports_sdpa or not llm_class._can_set_attn_implementation():
+    # What transformers' own dispatch asks: a class may set the flag and still choose among classes of its own. A soft cap is
+    # why some classes do not set it, and ours computes that.
+    supported = llm_class._supports_sdpa or getattr(config, "attn_logit_softcapping", None)
+    if not supported or not llm_class._can_set_attn_implementation():
         raise ConfigError(
             f"model.attention = {attention_name!r}: {llm_class.__name__} does not compute by scaled_dot_product_attention alone, "
             "so positions could see what comes after them, or sinks and soft caps be lost; use model.attention = 'eager'"

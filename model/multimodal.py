@@ -41,7 +41,8 @@ class MultimodalLM(nn.Module):
         embeds = self.embed(batch)
         hidden = decoder(inputs_embeds=embeds, position_ids=batch.position_ids, use_cache=False, **options).last_hidden_state
         weight = head_weight(self.llm).to(self.dtype)
-        return {"text": text_term(hidden, weight, batch.labels, batch.supervised)}
+        change: Any = self.llm.logit_change
+        return {"text": text_term(hidden, weight, batch.labels, batch.supervised, change=change)}
 
     def embed(self, batch: Batch) -> Tensor:
         """input_ids (B, T) with media spliced in -> (B, T, D).

@@ -13,7 +13,7 @@ from model import attention, loss
 from model.batch import IGNORE_INDEX, Batch
 from model.build import build_model
 from model.config import ConfigError, LlmConfig, ModelConfig
-from model.llm import LOGIT_CHANGES, Vocabulary, build_llm, check_causal, check_supported, head_weight, hugging_face_config
+from model.llm import Vocabulary, build_llm, check_causal, check_supported, head_weight, hugging_face_config
 from model.multimodal import MultimodalLM
 from tests.tiny import LLMS, VOCAB, save_llm
 
@@ -127,10 +127,6 @@ def test_an_attention_nobody_knows_is_a_configuration_error(tmp_path: Path, name
 @pytest.mark.parametrize(
     ("kind", "changes", "reason"),
     [
-        ("granite", {"logits_scaling": 8.0}, "changes its logits"),
-        ("cohere", {"logit_scale": 0.0625}, "changes its logits"),
-        ("gemma2", {"final_logit_softcapping": 30.0}, "changes its logits"),
-        ("gemma2", {"final_logit_softcapping": None, "attn_logit_softcapping": 50.0}, "use 'eager'"),
         ("mixtral", {}, "mixture of experts"),
         ("qwen3_moe", {}, "mixture of experts"),
     ],
@@ -149,20 +145,6 @@ def test_rows_of_the_vocabulary() -> None:
 
 
 BASE = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": VOCAB}
-
-
-@pytest.mark.parametrize("name", LOGIT_CHANGES)
-def test_whatever_changes_logits_is_refused_and_its_neutral_value_is_not(name: str) -> None:
-    neutral = LOGIT_CHANGES[name]
-    check_supported(AutoConfig.for_model("qwen2", **{name: neutral}), "sdpa")
-    with pytest.raises(ConfigError, match=rf"changes its logits \({name}\)"):
-        check_supported(AutoConfig.for_model("qwen2", **{name: 0.5}), "sdpa")
-
-
-def test_falcon_h1_and_recurrent_gemma_are_refused_for_their_logits() -> None:
-    for kind, changes in (("falcon_h1", {"lm_head_multiplier": 0.02}), ("recurrent_gemma", {})):
-        with pytest.raises(ConfigError, match="changes its logits"):
-            check_supported(AutoConfig.for_model(kind, **changes), "sdpa")
 
 
 @pytest.mark.parametrize("kind", ["bloom", "xglm", "falcon", "gptj", "gpt_neox_japanese", "trocr", "mvp", "granite_swa"])

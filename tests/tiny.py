@@ -10,18 +10,34 @@ import torch
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
     Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     InternVLVisionConfig,
     InternVLVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -42,6 +58,51 @@ LLMS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 8}),
 }
+LAYERS = ["sliding_attention", "full_attention"]
+LLAMA3 = {"rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+MULTIPLIERS = {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.5, "logits_scaling": 4.0}
+GEMMA = {"head_dim": 16, "pad_token_id": 0}
+FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    **LLMS,
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
+    "llama3": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"rope_parameters": {"rope_type": "llama3", "original_max_position_embeddings": 16, **LLAMA3}},
+    ),
+    "mistral_nemo": (MistralConfig, MistralForCausalLM, {"head_dim": 16, "sliding_window": None}),
+    "phi3": (
+        Phi3Config,
+        Phi3ForCausalLM,
+        {
+            "pad_token_id": 0,
+            "sliding_window": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "gemma": (GemmaConfig, GemmaForCausalLM, GEMMA),
+    "gemma2": (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        {
+            **GEMMA,
+            "sliding_window": 8,
+            "layer_types": LAYERS,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 4,
+        },
+    ),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, {**GEMMA, "sliding_window": 8, "layer_types": LAYERS}),
+    "granite": (GraniteConfig, GraniteForCausalLM, {"pad_token_id": 0, **MULTIPLIERS}),
+    "cohere": (CohereConfig, CohereForCausalLM, {"pad_token_id": 0, "logit_scale": 0.25}),
+    "cohere2": (
+        Cohere2Config,
+        Cohere2ForCausalLM,
+        {"pad_token_id": 0, "logit_scale": 0.25, "sliding_window": 8, "layer_types": LAYERS},
+    ),
+}
+"""Every kind of language model that differs in more than its name: LLMS for tests of all that surrounds one."""
 TOWER_SIZES: dict[str, Any] = {
     "hidden_size": 24,
     "intermediate_size": 40,
@@ -64,7 +125,7 @@ TOWERS: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
 
 def save_llm(folder: Path, family: str = "qwen2", **overrides: Any) -> Path:
     """A random causal LM with its files (no tokenizer) in `folder`."""
-    config_class, model_class, extra = LLMS[family]
+    config_class, model_class, extra = FAMILIES[family]
     torch.manual_seed(1)
     model = model_class(config_class(**{**SIZES, **extra, **overrides}))
     spread(model)

@@ -1,0 +1,122 @@
+"""What a causal language model does with its head's products before they are logits, found by asking the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ConfigError
+
+SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier")
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
+"""Settings by which families scale their logits or cap them softly. One name may mean a factor here and a divisor there."""
+NUM_ROWS, NUM_COLUMNS = 8, 16
+SPREAD = 8.0
+"""Standard deviation of the products that are compared: wide enough to feel a cap of 30 to 50."""
+TOLERANCE = 1e-5
+"""Of the largest logit."""
+
+
+@dataclass(frozen=True)
+class LogitChange:
+    """x -> scale * x, then cap * tanh(x / cap) if there is a cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, products: Tensor) -> Tensor:
+        logits = products if self.scale == 1.0 else products * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def gradient(self, logits: Tensor, grad: Tensor) -> Tensor:
+        """Gradient at the products from `grad` at the logits. `grad` may be overwritten."""
+        if self.cap is not None:
+            grad = grad.mul_(1 - (logits / self.cap).square())
+        return grad if self.scale == 1.0 else grad.mul_(self.scale)
+
+
+UNCHANGED = LogitChange()
+
+
+def logit_change(llm: nn.Module) -> LogitChange:
+    """The change under which products of a few random rows equal the logits that `llm` makes of them.
+
+    Only the head is asked, with a small random matrix in place of its own, so parameters may be on meta. ConfigError when
+    nothing that the config names explains the logits: a loss computed from the products would be silently wrong.
+    """
+    config: Any = llm.config
+    width: int = llm.get_input_embeddings().embedding_dim  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, NUM_ROWS, width, generator=generator)
+    weight = torch.randn(NUM_COLUMNS, width, generator=generator) * (SPREAD / width**0.5)
+    logits = _asked(llm, hidden, weight)
+    for change in _candidates(config):
+        if logits.shape == (1, NUM_ROWS, NUM_COLUMNS) and _close(change(hidden @ weight.T), logits):
+            return change
+    raise ConfigError(
+        f"model.llm.path: {type(llm).__name__} changes its logits after the head's product in a way that is not supported: "
+        f"neither {', '.join(SCALES)} nor {', '.join(CAPS)} of its config.json explains them"
+    )
+
+
+def _candidates(config: Any) -> Iterator[LogitChange]:
+    scales, caps = ([float(v) for name in names if _is_number(v := getattr(config, name, None))] for names in (SCALES, CAPS))
+    factors = [1.0, *scales, *(1 / value for value in scales)]
+    for cap, scale in product((None, *caps), factors):
+        yield LogitChange(scale, cap)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value != 0
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max())
+
+
+def _asked(llm: nn.Module, hidden: Tensor, weight: Tensor) -> Tensor:
+    """Logits that `llm` makes of a decoder's output `hidden` with a head of `weight`."""
+    with torch.no_grad(), _answering(llm, hidden, weight):
+        try:
+            logits: Tensor = llm(inputs_embeds=torch.zeros_like(hidden), use_cache=False).logits
+        except (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError) as error:
+            raise ConfigError(
+                f"model.llm.path: {type(llm).__name__} cannot be asked what it does with its logits ({error}); not supported"
+            ) from error
+    if logits.is_meta:
+        raise ConfigError(f"model.llm.path: {type(llm).__name__} does more than its decoder before the head; not supported")
+    return logits.float()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a decoder returns, as far as a head looks at it: anything else that it is asked for is None."""
+
+    last_hidden_state: Tensor
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, place: Any) -> Any:
+        return (self.last_hidden_state,)[place]
+
+
+@contextmanager
+def _answering(llm: Any, hidden: Tensor, weight: Tensor) -> Iterator[None]:
+    """Inside, the decoder answers `hidden` whatever it is given, and the head's matrix is `weight`."""
+    decoder, head = llm.get_decoder(), llm.get_output_embeddings()
+    forwards = [(decoder, lambda *_, **__: Answer(hidden)), (head, lambda x: F.linear(x, weight))]
+    try:
+        for module, forward in forwards:
+            module.forward = forward
+        yield
+    finally:
+        for module, _ in forwards:
+            del module.forward
