@@ -114,23 +114,19 @@ DINO_NAMES = (
     (".attention.attention.key.", ".attention.k_proj."),
     (".attention.attention.value.", ".attention.v_proj."),
     (".attention.output.dense.", ".attention.o_proj."),
+    (".mlp.weights_out.", ".mlp.down_proj."),
 )
 """Of DINOv2: in files, and in memory from transformers 5.23 on."""
 
 
 def intern_vit(tensors: Tensors) -> Tensors:
-    """Tensors of a published InternViT under transformers' names; its fused qkv matrices are read in thirds."""
-    found: Tensors = {}
-    for name, rows in replaced(tensors, INTERN_VIT_NAMES).items():
-        if ".attention.qkv." in name:
-            found |= {name.replace(".qkv.", f".{letter}_proj."): _third(rows, i) for i, letter in enumerate("qkv")}
-        else:
-            found[name] = rows
-    return found
+    """Tensors of a published InternViT under transformers' names."""
+    parts = (".attention.q_proj.", ".attention.k_proj.", ".attention.v_proj.")
+    return divided(replaced(tensors, INTERN_VIT_NAMES), ".attention.qkv.", parts)
 
 
 def dino(tensors: Tensors) -> Tensors:
-    return replaced(tensors, DINO_NAMES)
+    return divided(replaced(tensors, DINO_NAMES), ".mlp.weights_in.", (".mlp.gate_proj.", ".mlp.up_proj."))
 
 
 def replaced(tensors: Tensors, pairs: tuple[tuple[str, str], ...]) -> Tensors:
@@ -143,8 +139,19 @@ def replaced(tensors: Tensors, pairs: tuple[tuple[str, str], ...]) -> Tensors:
     return found
 
 
-def _third(rows: Rows, i: int) -> Rows:
-    size = rows.shape[0] // 3
+def divided(tensors: Tensors, fused: str, parts: tuple[str, ...]) -> Tensors:
+    """The same tensors, those with `fused` in their names as several: equal shares of their rows, read from where they stand."""
+    found: Tensors = {}
+    for name, rows in tensors.items():
+        if fused in name:
+            found |= {name.replace(fused, part): _share(rows, i, len(parts)) for i, part in enumerate(parts)}
+        else:
+            found[name] = rows
+    return found
+
+
+def _share(rows: Rows, i: int, num: int) -> Rows:
+    size = rows.shape[0] // num
     return Rows((size, *rows.shape[1:]), lambda a, b: rows.read(i * size + a, i * size + b))
 
 
