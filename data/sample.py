@@ -103,13 +103,23 @@ def _placed(spec: MediaSpec, ref: MediaRef, meta: MediaMeta, values: Tensor, sta
 
 
 def check_media(record: Record, specs: dict[str, MediaSpec], max_images: int) -> None:
-    """Raises `RecordError` for media that no part reads, or for more than `max_images` of them (0: no limit)."""
+    """Raises `RecordError` for media and states that no part reads, or for more than `max_images` of them (0: no limit)."""
     for ref in record.media:
         if ref.modality not in specs:
             raise RecordError(record.where, record.id, ref.kind, "the record has one, the model has no part that reads it")
+        if ref.label != IGNORE_INDEX and (problem := _state_problem(specs[ref.modality], ref.label)):
+            raise RecordError(record.where, record.id, "audio_state", problem)
     num_images = sum(ref.kind == "image" for ref in record.media)
     if 0 < max_images < num_images:
         raise RecordError(record.where, record.id, "image", f"{num_images} images; data.max_images allows {max_images}")
+
+
+def _state_problem(spec: MediaSpec, state: int) -> str:
+    """What is wrong with the class `state` of a clip; "" if a state head learns it."""
+    classes = spec.num_states if isinstance(spec, AudioSpec) else 0
+    if classes == 0:
+        return f"the record has class {state}, the model has no [model.state_head] that reads it"
+    return "" if state < classes else f"{state} is no class: model.state_head.classes = {classes}, so they are 0 to {classes - 1}"
 
 
 def _fitting(record: Record, ends: np.ndarray, round_ends: Sequence[int], max_length: int) -> int:

@@ -54,6 +54,7 @@ class AudioSpec:
     n_fft: int = 400  # samples
     hop: int = 160  # samples per frame
     num_prompts: int = 0  # learned rows before every clip
+    num_states: int = 0  # classes of the user's state after a clip; 0: nothing reads it
 
 
 MediaSpec = ImageSpec | AudioSpec

@@ -15,6 +15,8 @@ from model.lora import add_lora, target_paths
 from model.multimodal import ENCODERS, MultimodalLM
 from model.origins import weight_layers
 from model.projector import build_projector, build_vision_projector
+from model.router import RouterTap
+from model.state_head import StateHead
 from model.trainable import apply_tune
 from model.vision import VisionTower
 from model.weights import materialise, parameters_on_meta
@@ -61,7 +63,11 @@ def assemble(card: ModelCard, dtype: torch.dtype) -> MultimodalLM:
             kind = config.audio_projector.kind
             parts["audio"] = encoder
             parts["audio_projector"] = build_projector("model.audio_projector", kind, encoder.hidden_size, width)
+        if config.state_head is not None:
+            parts["state_head"] = StateHead(width, config.state_head)
     model = MultimodalLM(llm, parts, card.specs, dtype)
+    if config.llm.router_loss:
+        model.routers = RouterTap(llm.get_decoder(), config.llm.router_loss)  # type: ignore[operator]
     model.stop_ids, model.pad_id = card.stop_ids, card.pad_id
     inject(model, card)
     apply_tune(model, config, card.lora)
@@ -83,3 +89,5 @@ def check_parts(config: ModelConfig) -> None:
         if len(configured) == 1:
             (other,) = set(pair) - set(configured)
             raise ConfigError(f"[model.{configured[0]}] has no effect without [model.{other}]: give both or none")
+    if config.state_head is not None and config.audio is None:
+        raise ConfigError("[model.state_head] has no effect without [model.audio]: it reads the end of every clip")

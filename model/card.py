@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,8 @@ def media_specs(config: ModelConfig) -> dict[str, MediaSpec]:
     if config.vision is not None and config.vision_projector is not None:
         specs["image"] = shrunk(vision_spec(config.vision, config.cache_dir), config.vision_projector)
     if config.audio is not None and config.audio_projector is not None:
-        specs["audio"] = audio_spec(config.audio, config.audio_projector, config.cache_dir)
+        spec = audio_spec(config.audio, config.audio_projector, config.cache_dir)
+        specs["audio"] = replace(spec, num_states=config.state_head.classes if config.state_head is not None else 0)
     return specs
 
 

@@ -88,8 +88,6 @@ def check_supported(config: PretrainedConfig, attention_name: str) -> None:
             f"model.attention = {attention_name!r} drops the attention soft cap of {config.model_type}: "
             f"use one of {', '.join(CAPPED_ATTENTION)}"
         )
-    if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
-        raise ConfigError(f"model.llm.path: {config.model_type} is a mixture of experts, which is not supported yet")
     check_attention(config, attention_name)
 
 

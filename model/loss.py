@@ -1,10 +1,13 @@
 """Cross entropy of the supervised rows alone, without ever holding their full logits."""
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from model.batch import Batch
 from model.logits import UNCHANGED, LogitChange
 
 CHUNK = 2048
@@ -16,6 +19,7 @@ class Term(NamedTuple):
 
     sum: Tensor  # () float32, with graph
     addends: Tensor  # (S,) float32, what was summed, without graph
+    ratios: Mapping[str, Tensor] = MappingProxyType({})  # what the log shows beside: (2,) sum and count by name, without graph
 
     @property
     def num_addends(self) -> int:
@@ -37,6 +41,18 @@ class NewRows(NamedTuple):
         taken = grad.index_select(1, self.ids)
         grad.index_fill_(1, self.ids, 0.0)
         return taken
+
+
+class LossTerm(Protocol):
+    """A term beside that of the text. Over a step it is the sum of its terms, over its counts, times the coefficient."""
+
+    coefficient: float
+
+    def count(self, batch: Batch) -> Tensor | float:
+        """What the sum of `term` is divided by, once all of a step are added: known before the forward, without a host sync."""
+
+    def term(self, hidden: Tensor, batch: Batch) -> Term:
+        """Of the decoder's output (B, T, D)."""
 
 
 class ChunkedLoss(torch.autograd.Function):

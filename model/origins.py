@@ -10,6 +10,7 @@ from typing import Any
 from model.agreement import check_same_bases, check_same_lora
 from model.card import ModelCard, read_card
 from model.config import ConfigError
+from model.experts import fused
 from model.files import Rows, Tensors, read_weights, sampled_digest
 from model.hub import weight_files
 from model.initial import grown, initial_adapter, initial_tensors
@@ -133,7 +134,7 @@ def llm_tensors(card: ModelCard, model: MultimodalLM) -> Tensors:
     found: Tensors = {}
     for path in base_files("llm", card.model.llm.path, card.model.cache_dir, card.bases.get("llm", "")):
         found |= {f"llm.{name}": rows for name, rows in read_weights(path).items()}
-    return fitted(found, card, None, model)
+    return fitted(fused(found), card, None, model)
 
 
 def fitted(tensors: Tensors, card: ModelCard, saved: ModelCard | None, model: MultimodalLM) -> Tensors:
@@ -191,11 +192,14 @@ def projector_tensors(path: Path) -> Tensors:
 
 
 def new_tensors(card: ModelCard, model: MultimodalLM, seed: int) -> Tensors:
-    """First values of what no file holds: a projector that learns, and adapters."""
+    """First values of what no file holds: projectors and a state head that learn, and adapters."""
     found: Tensors = {}
     projector = card.model.vision_projector
     if projector is not None and projector.tune != "frozen":
         found |= initial_tensors("vision_projector", model.get_submodule("vision_projector"), seed)
+    head = card.model.state_head
+    if head is not None and head.tune != "frozen":
+        found |= initial_tensors("state_head", model.get_submodule("state_head"), seed)
     for path, layer in adapted(model):
         found |= initial_adapter(path, layer.lora_A, layer.lora_B, seed)
     return found

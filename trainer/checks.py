@@ -127,6 +127,27 @@ def _parts(config: RunConfig) -> Iterator[str]:
         yield "model.vision_projector.tune = 'frozen' without weights: name its path, or model.init_from"
 
 
+def _terms(config: RunConfig) -> Iterator[str]:
+    """The terms of the loss beside the text."""
+    model, head = config.model, config.model.state_head
+    if not 0 <= model.llm.router_loss < math.inf:
+        yield f"model.llm.router_loss = {model.llm.router_loss} is negative or not finite; 0 means none, 0.001 to 0.02 are usual"
+    if head is None:
+        return
+    if model.audio is None:
+        yield "[model.state_head] has no effect without [model.audio]: it reads the end of every clip"
+    if head.classes < 2:
+        yield f"model.state_head.classes = {head.classes} is nothing to choose from: give at least 2"
+    if head.class_weights and len(head.class_weights) != head.classes:
+        yield f"model.state_head.class_weights = {list(head.class_weights)} are not one for each of {head.classes} classes"
+    if not all(0 < weight < math.inf for weight in head.class_weights):
+        yield f"model.state_head.class_weights = {list(head.class_weights)} are not all positive"
+    if not 0 < head.loss_weight < math.inf:
+        yield f"model.state_head.loss_weight = {head.loss_weight} is not positive; without its loss, leave [model.state_head] out"
+    if head.tune == "frozen" and not model.init_from:
+        yield "model.state_head.tune = 'frozen' without weights: name model.init_from"
+
+
 def _no_effect(config: RunConfig) -> Iterator[str]:
     model = config.model
     parts = model.parts()

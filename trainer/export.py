@@ -52,13 +52,13 @@ def check_masters(model: MultimodalLM) -> None:
 def weight_files_of(model: MultimodalLM, card: ModelCard) -> Iterator[tuple[str, dict[str, Entry]]]:
     """File names and what goes into each: bases rounded once to the model's dtype, all else in float32."""
     for name, part in card.model.parts().items():
-        is_projector = name.endswith("_projector")
+        is_ours = name.endswith("_projector") or name == "state_head"
         tensors = dict(model.get_submodule(name).named_parameters())
         if part.tune == "positions":
             tensors = {inner: p for inner, p in tensors.items() if p.requires_grad}
-        # A projector is small and nothing works without it: it is there even if it did not learn.
-        if part.tune in ("full", "positions") or is_projector:
-            dtype = DTYPES[card.model.dtype] if part.tune == "full" and not is_projector else torch.float32
+        # What is ours is small and in no base: it is there even if it did not learn.
+        if part.tune in ("full", "positions") or is_ours:
+            dtype = DTYPES[card.model.dtype] if part.tune == "full" and not is_ours else torch.float32
             groups = split_by_size(_entries(tensors, dtype), SHARD_BYTES)
             for i, group in enumerate(groups, 1):
                 suffix = "" if len(groups) == 1 else f"-{i:05d}-of-{len(groups):05d}"

@@ -55,6 +55,30 @@ class SourceSums:
         return self.values
 
 
+class Ratios:
+    """Sums and counts of what terms beside the text show, by name, on the device; the same names on every rank."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, ratios: dict[str, Tensor]) -> None:
+        """(2,) sum and count of each name. No host sync."""
+        for name, ratio in ratios.items():
+            self.values[name] = self.values[name] + ratio if name in self.values else ratio.double()
+
+    def total(self, world: World) -> dict[str, list[float]]:
+        """Sum and count of each name over ranks. Collective if there is any, and a host sync."""
+        if not self.values:
+            return {}
+        sums = world.sum(torch.stack(list(self.values.values())))
+        return dict(zip(self.values, sums.tolist()))
+
+
+def means(totals: dict[str, list[float]], prefix: str) -> dict[str, float]:
+    """What `Ratios.total` found as quotients; nothing for a name that counted nothing."""
+    return {f"{prefix}/{name}": total / count for name, (total, count) in totals.items() if count}
+
+
 def mean_losses(sums: Tensor, names: list[str], prefix: str) -> dict[str, float]:
     """Token-weighted losses from summed (3, sources): over all of them, and per source that had any."""
     losses, counts, _ = sums.tolist()
@@ -74,6 +98,7 @@ class Meter:
 
     def reset(self) -> None:
         self.sums = SourceSums(len(self.names), self.world.device)
+        self.ratios = Ratios()
         self.skipped: list[Tensor] = []
         self.num_skipped = 0
         self.wait = 0.0
@@ -83,6 +108,8 @@ class Meter:
         """`wait`: seconds this rank waited for its data."""
         for batch, addends in zip(batches, result.addends):
             self.sums.add(batch, addends)
+        for ratios in result.ratios:
+            self.ratios.add(ratios)
         self.skipped.append(result.skipped)
         self.grad_norm = result.grad_norm
         self.wait += wait
@@ -95,7 +122,13 @@ class Meter:
         flat = self.world.sum(torch.cat([sums.flatten(), wait]))
         found = flat[:-1].view_as(sums).tolist()
         seconds = time.perf_counter() - self.since
-        return {"sums": found, "wait": flat[-1].item(), "skipped": self.num_skipped, "seconds": seconds}
+        return {
+            "sums": found,
+            "ratios": self.ratios.total(self.world),
+            "wait": flat[-1].item(),
+            "skipped": self.num_skipped,
+            "seconds": seconds,
+        }
 
     def _count_skipped(self) -> None:
         """Host sync. The same on every rank, because the norm that decides is."""
@@ -109,8 +142,12 @@ class Meter:
         """Go on with sums of before; rank 0 holds them all, so that they count once."""
         self.num_skipped = totals["skipped"]
         self.since -= totals["seconds"]
+        device = self.world.device
+        for name, ratio in totals.get("ratios", {}).items():  # checkpoints of before there were other terms have none
+            before = torch.tensor(ratio, dtype=torch.float64, device=device)
+            self.ratios.add({name: before if self.world.is_main else torch.zeros_like(before)})
         if self.world.is_main:
-            self.sums.values += torch.tensor(totals["sums"], dtype=torch.float64, device=self.world.device)
+            self.sums.values += torch.tensor(totals["sums"], dtype=torch.float64, device=device)
             self.wait += totals["wait"]
 
     def read(self) -> dict[str, Any]:
@@ -121,6 +158,7 @@ class Meter:
         num_supervised, num_tokens = int(sums[1].sum()), int(sums[2].sum())
         line = {
             **mean_losses(sums, self.names, "train"),
+            **means(totals["ratios"], "train"),
             **{f"train/{name}/tokens": int(count) for name, count in zip(self.names, sums[2])},
             **{f"train/{name}/supervised_tokens": int(count) for name, count in zip(self.names, sums[1])},
             "train/grad_norm": self.grad_norm.item(),

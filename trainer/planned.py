@@ -5,8 +5,6 @@ KEYS = (
     "quantize",
     "model.audio",
     "model.audio_projector",
-    "model.state_head",
-    "model.llm.router_loss",
     "parallel.shard_size",
     "parallel.compile",
     "parallel.cpu_offload",

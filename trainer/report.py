@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data.lengths import EXACT
+from model.experts import fused_parameters
 from model.trainable import part_table
 from trainer.optim import learning_rates
 from trainer.schedule import warmup_steps
@@ -28,7 +29,15 @@ def _parts(setup: Setup) -> list[str]:
     for row in part_table(setup.model, config.model):
         lr, decay = ("-", "-") if row.num_trainable == 0 else (f"{rates[row.part]:.3g}", f"{config.optim.weight_decay:g}")
         rows.append(f"{row.part:<18}{row.num_parameters:>15,}{row.num_trainable:>15,}  {row.tune:<8}{lr:>10}{decay:>14}")
-    return rows
+    return [*rows, *_experts(setup)]
+
+
+def _experts(setup: Setup) -> list[str]:
+    """What adapters do not reach, said where a person looks for what learns."""
+    experts = fused_parameters(setup.model.llm)
+    if not experts or setup.config.model.llm.tune != "lora":
+        return []
+    return [f"experts   stay as they are: LoRA reaches linear layers, not the {len(experts)} fused parameters as llm.{experts[0]}"]
 
 
 def _batches(setup: Setup) -> list[str]:

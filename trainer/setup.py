@@ -95,7 +95,8 @@ def prove_gradients(wrapped: nn.Module, model: MultimodalLM, pad_id: int, world:
 
     It also makes DDP settle its buckets before weights are restored, so that a resumed run sums in the same order. Collective.
     """
-    wrapped(collate([], pad_id).to(world.device))["text"].sum.backward()
+    terms = wrapped(collate([], pad_id).to(world.device))
+    torch.stack([term.sum for term in terms.values()]).sum().backward()
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     for p in model.parameters():
         p.grad = None

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from model.batch import Batch
 from model.initial import seed_of
+from model.loss import Term
 from trainer.distributed import World
 from trainer.optim import clipped_update, gradient_norm
 from trainer.parallel import gradient_sync
@@ -21,6 +24,7 @@ class StepResult:
     addends: list[Tensor]  # cross entropy of each supervised position of this rank, (S,) per micro-batch
     grad_norm: Tensor  # () over all ranks, before clipping
     skipped: Tensor  # () 1.0 where the update was skipped because the norm is not finite
+    ratios: list[dict[str, Tensor]]  # what other terms show, (2,) sum and count by name, per micro-batch
 
 
 def train_step(
@@ -33,23 +37,46 @@ def train_step(
     step: int,
     clip_norm: float,
 ) -> StepResult:
-    """Update on the mean loss over every supervised position of the global batch. No host sync.
+    """Update on the sum of all terms, each the mean over what it counts in the global batch. No host sync.
 
-    The one denominator is the count over all micro-batches and ranks: each micro-batch adds its sum divided by it, and
+    A term has one denominator, its count over all micro-batches and ranks: each micro-batch adds its sum divided by it, and
     gradients are summed over ranks, so the result does not depend on how the samples were shared out.
     """
-    num_supervised = sum(batch.num_supervised for batch in batches)
-    count = world.sum(torch.full((), float(num_supervised), device=world.device)).clamp_(min=1.0)  # collective
-    addends = []
+    shares = divisors(wrapped, batches, world)
+    addends: list[Tensor] = []
+    ratios: list[dict[str, Tensor]] = []
     for i, batch in enumerate(batches):
         # Dropout depends on nothing but these four, so a resumed run draws the same numbers.
         seed_dropout(seed_of(seed, step, world.rank, i), world.device)
         with gradient_sync(wrapped, last=i == len(batches) - 1):
-            term = wrapped(batch)["text"]
-            (term.sum / count).backward()
-        addends.append(term.addends)
+            terms: dict[str, Term] = wrapped(batch)
+            # One backward on the sum: a sharded block must not be reached by a router's term before that of the text.
+            total_loss(terms, shares).backward()
+        addends.append(terms["text"].addends)
+        ratios.append(ratios_of(terms))
     norm = gradient_norm(p for group in optimizer.param_groups for p in group["params"])  # collective
-    return StepResult(addends, norm, clipped_update(optimizer, norm, clip_norm))
+    return StepResult(addends, norm, clipped_update(optimizer, norm, clip_norm), ratios)
+
+
+def divisors(wrapped: nn.Module, batches: list[Batch], world: World) -> dict[str, Tensor]:
+    """What the sum of each term is divided by: its count over all ranks, over its coefficient. One collective, no host sync."""
+    model: Any = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
+    found = model.counts(batches).values()
+    on_device = [c if isinstance(c, Tensor) else torch.full((), c, device=world.device) for c in found]
+    counts = world.sum(torch.stack(on_device))  # collective
+    # Where nothing was counted the sum is zero as well. A count may be a sum of weights, and lie between 0 and 1.
+    counts = counts + (counts == 0)
+    return {name: count / factor for (name, factor), count in zip(model.coefficients().items(), counts.unbind())}
+
+
+def total_loss(terms: dict[str, Term], shares: dict[str, Tensor]) -> Tensor:
+    """() this micro-batch's part of the loss of the step."""
+    return torch.stack([term.sum / shares[name] for name, term in terms.items()]).sum()
+
+
+def ratios_of(terms: dict[str, Term]) -> dict[str, Tensor]:
+    """Sum and count of everything that terms beside the text show, by name."""
+    return {name: ratio for term in terms.values() for name, ratio in term.ratios.items()}
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:

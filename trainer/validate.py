@@ -1,22 +1,26 @@
-"""Validation loss: token-weighted over all ranks, and per source."""
+"""Validation loss: token-weighted over all ranks, and per source; and what other terms of the loss show."""
 
 from __future__ import annotations
 
 import torch
 
 from data.loader import validation_batches
-from trainer.metrics import SourceSums, mean_losses
+from trainer.metrics import Ratios, SourceSums, mean_losses, means
 from trainer.parallel import reshard
 from trainer.quarantine import VALIDATION, Quarantine
 from trainer.setup import Setup
+from trainer.step import ratios_of
 
 
 def validate(setup: Setup, quarantine: Quarantine, step: int) -> dict[str, float]:
-    """val/loss and val/<source>/loss over the same records at every call. Collective. Bad records go to the quarantine."""
+    """val/loss, val/<source>/loss and val/<term>_loss over the same records at every call. Collective.
+
+    Bad records go to the quarantine.
+    """
     dataset, world, config = setup.data.validation, setup.world, setup.config
     if dataset is None:
         return {}
-    sums = SourceSums(len(dataset.source_names), world.device)
+    sums, ratios = SourceSums(len(dataset.source_names), world.device), Ratios()
     batches = validation_batches(
         dataset,
         setup.batch_plan,
@@ -31,8 +35,11 @@ def validate(setup: Setup, quarantine: Quarantine, step: int) -> dict[str, float
         for micro in batches:
             quarantine.add(micro.rejected, step, VALIDATION)
             batch = micro.batch.to(world.device)
-            sums.add(batch, setup.wrapped(batch)["text"].addends)
+            terms = setup.wrapped(batch)
+            sums.add(batch, terms["text"].addends)
+            ratios.add(ratios_of(terms))
     setup.model.train()
     reshard(setup.model)
     quarantine.flush(world)
-    return mean_losses(world.sum(sums.total()), dataset.source_names, "val")
+    losses = mean_losses(world.sum(sums.total()), dataset.source_names, "val")
+    return losses | means(ratios.total(world), "val")

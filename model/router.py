@@ -1,0 +1,90 @@
+"""Mixtures of experts: the load-balancing loss of their routers, tapped where they are called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.batch import Batch
+from model.config import ConfigError
+from model.loss import Term
+
+ROUTER = "TopKRouter"
+"""How transformers ends the class names of modules that choose experts; the first thing they return are logits (tokens, E)."""
+
+
+class RouterTap:
+    """The term `router`: keeps what the routers of a decoder compute in a forward, and makes the balancing loss of it.
+
+    Hooks are asked, not the model: a sharded decoder returns no router logits. They are silent outside a forward of ours, so
+    blocks that run again in backward, and generation, leave nothing behind.
+    """
+
+    def __init__(self, decoder: nn.Module, coefficient: float) -> None:
+        """ConfigError if nothing in `decoder` chooses experts."""
+        self.coefficient = coefficient
+        self.routers: list[Any] = [module for module in decoder.modules() if type(module).__name__.endswith(ROUTER)]
+        if not self.routers:
+            raise ConfigError(
+                f"model.llm.router_loss = {coefficient} has no effect: {type(decoder).__name__} is no mixture of experts "
+                f"(no module of it is called ...{ROUTER}); set it to 0"
+            )
+        self.kept: list[Tensor] | None = None
+        for module in self.routers:
+            module.register_forward_hook(self._keep)
+
+    def listen(self) -> None:
+        """Keep what routers compute from now on, until `term` takes it."""
+        self.kept = []
+
+    def _keep(self, module: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> None:
+        if self.kept is not None:
+            self.kept.append(output[0].flatten(0, -2))
+
+    def count(self, batch: Batch) -> float:
+        """Samples."""
+        return float(len(batch.lengths))
+
+    def term(self, hidden: Tensor, batch: Batch) -> Term:
+        """Summed over the samples of `batch`, each over its own real tokens. RuntimeError if a router was not called."""
+        logits, self.kept = self.kept or [], None
+        if len(logits) != len(self.routers):
+            raise RuntimeError(f"{len(logits)} of {len(self.routers)} routers were called: their balance is not known")
+        losses = balancing_losses(logits, token_owners(batch), len(batch.lengths), self.routers[0].top_k)
+        total = losses.sum()
+        count = torch.full_like(total, self.count(batch), requires_grad=False)
+        return Term(total, losses.detach(), {"router_loss": torch.stack([total.detach(), count])})
+
+
+def balancing_losses(logits: list[Tensor], owners: Tensor, num_samples: int, top_k: int) -> Tensor:
+    """Load-balancing loss of each sample, (n,) float32: E * sum over experts of (share of choices) * (mean probability), over
+    all layers and the sample's own tokens (Fedus et al. 2021, equations 4 to 6; Mixtral's form, one sample at a time).
+
+    logits: (tokens, E) of each layer; owners (tokens,): which sample a token is of, `num_samples` for padding.
+    """
+    probs = [layer.float().softmax(-1) for layer in logits]
+    chosen = torch.zeros_like(probs[0], requires_grad=False)
+    for layer in probs:
+        picked = layer.detach().topk(top_k, -1).indices
+        chosen.scatter_add_(-1, picked, torch.ones_like(picked, dtype=chosen.dtype))
+    num_experts = chosen.shape[-1]
+    found = torch.cat([torch.stack(probs).sum(0), chosen, torch.full_like(chosen[:, :1], len(logits))], -1)
+    # One bin more than samples: what falls into the last one is padding.
+    sums = found.new_zeros(num_samples + 1, found.shape[-1]).index_add(0, owners, found)[:num_samples]
+    mass, choices, tokens = sums.split([num_experts, num_experts, 1], -1)
+    return num_experts * (mass / tokens * (choices / tokens)).sum(-1)
+
+
+def token_owners(batch: Batch) -> Tensor:
+    """Which sample of `batch` each position is of, (B * T,) int64; their number for padding. No host sync."""
+    num_rows, length = batch.input_ids.shape
+    device = batch.input_ids.device
+    if batch.segment_borders is not None:
+        positions = torch.arange(length, dtype=batch.segment_borders.dtype, device=device)
+        return torch.searchsorted(batch.segment_borders[1:], positions, right=True)
+    rows = torch.arange(num_rows, device=device)[:, None].expand(num_rows, length)
+    if batch.attention_mask is not None:
+        rows = rows.where(batch.attention_mask.bool(), len(batch.lengths))
+    return rows.flatten()
