@@ -11,6 +11,15 @@ from model.config import ConfigError
 from model.llm import hugging_face_config
 from model.vision import num_blocks
 
+FEATURES = (
+    ("vision", "layer"),
+    ("vision", "select"),
+    ("vision_projector", "kind"),
+    ("audio", "window"),
+    ("audio_projector", "kind"),
+)
+"""Part and setting."""
+
 
 def check_same_bases(saved: ModelCard, card: ModelCard, folder: Path, setting: str) -> None:
     """An earlier run's weights fit only on the bases it was trained on."""
@@ -19,19 +28,21 @@ def check_same_bases(saved: ModelCard, card: ModelCard, folder: Path, setting: s
             raise ConfigError(f"{setting} = {str(folder)!r} was trained with a {name} part: configure [model.{name}] as well")
         if saved.hugging_face[name] != card.hugging_face[name]:
             raise ConfigError(f"{setting} = {str(folder)!r} was trained on another {name} model than model.{name}.path names")
-    if "vision" in saved.hugging_face:
-        check_same_features(saved, card, folder, setting)
+    check_same_features(saved, card, folder, setting)
 
 
 def check_same_features(saved: ModelCard, card: ModelCard, folder: Path, setting: str) -> None:
     """A projector, and the model behind it, understands only the features it was trained on, made the same way."""
     now = _features(card)
-    pairs = {key: (then, now[key]) for key, then in _features(saved).items() if then != now[key]}
+    pairs: dict[str, Any] = {key: (then, now[key]) for key, then in _features(saved).items() if then != now[key]}
     if "model.vision.layer" in pairs and _same_layer(saved, card):
         del pairs["model.vision.layer"]
     for modality, spec in saved.specs.items():
-        new = spec_to_json(card.specs[modality])
-        pairs |= {f"{modality} {k}": (old, new[k]) for k, old in spec_to_json(spec).items() if k != "select" and old != new[k]}
+        old, new = spec_to_json(spec), spec_to_json(card.specs[modality])
+        changed = {k for k in old if old[k] != new[k]} - {"select", "full_window"}  # both are named among the settings
+        if old.get("num_prompts") == 0:
+            changed.discard("num_prompts")  # prompts may be put before clips that had none; learned ones are never dropped
+        pairs |= {f"{modality} {k}": (old[k], new[k]) for k in sorted(changed)}
     if pairs:
         differences = "; ".join(
             f"{key} = {new!r}, but {str(folder)!r} was trained with {old!r}" for key, (old, new) in pairs.items()
@@ -40,9 +51,9 @@ def check_same_features(saved: ModelCard, card: ModelCard, folder: Path, setting
 
 
 def _features(card: ModelCard) -> dict[str, Any]:
-    vision, projector = card.model.vision, card.model.vision_projector
-    assert vision is not None and projector is not None
-    return {"model.vision.layer": vision.layer, "model.vision.select": vision.select, "model.vision_projector.kind": projector.kind}
+    """Settings that decide what features mean, of the parts that there are."""
+    parts = card.model.parts()
+    return {f"model.{name}.{key}": getattr(parts[name], key) for name, key in FEATURES if name in parts}
 
 
 def _same_layer(one: ModelCard, other: ModelCard) -> bool:

@@ -136,8 +136,10 @@ def row_width(spec: MediaSpec, num_frames: int = 0) -> int:
 
 
 def row_shape(spec: MediaSpec) -> tuple[int, ...]:
-    """Of one encoder row."""
-    return (spec.num_mels, spec.window_frames) if isinstance(spec, AudioSpec) else (3, spec.size, spec.size)
+    """Of one blank encoder row: the shortest there is, where rows are not all of one length."""
+    if isinstance(spec, AudioSpec):
+        return (spec.num_mels, spec.window_frames if spec.full_window else 2)
+    return (3, spec.size, spec.size)
 
 
 def _shortened(spec: AudioSpec, frames: int) -> int:

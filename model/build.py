@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from model.audio import AudioEncoder
+from model.audio_projector import build_audio_projector
 from model.card import ModelCard, draw_card
 from model.config import ConfigError, LoraConfig, ModelConfig
 from model.llm import Vocabulary, build_llm, head_weight
 from model.lora import add_lora, target_paths
 from model.multimodal import ENCODERS, MultimodalLM
 from model.origins import weight_layers
-from model.projector import build_projector, build_vision_projector
+from model.projector import build_vision_projector
 from model.router import RouterTap
 from model.state_head import StateHead
 from model.trainable import apply_tune
@@ -59,10 +60,9 @@ def assemble(card: ModelCard, dtype: torch.dtype) -> MultimodalLM:
             parts["vision"] = tower
             parts["vision_projector"] = build_vision_projector(config.vision_projector, tower.hidden_size, width)
         if config.audio is not None and config.audio_projector is not None:
-            encoder = AudioEncoder(card.hugging_face["audio"])
-            kind = config.audio_projector.kind
+            encoder = AudioEncoder(card.hugging_face["audio"], config.audio.window == "full")
             parts["audio"] = encoder
-            parts["audio_projector"] = build_projector("model.audio_projector", kind, encoder.hidden_size, width)
+            parts["audio_projector"] = build_audio_projector(config.audio_projector, encoder.hidden_size, width)
         if config.state_head is not None:
             parts["state_head"] = StateHead(width, config.state_head)
     model = MultimodalLM(llm, parts, card.specs, dtype)

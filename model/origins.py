@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from model.agreement import check_same_bases, check_same_lora
+from model.audio import audio_tensors
 from model.card import ModelCard, read_card
-from model.config import ConfigError
+from model.config import ConfigError, ModelConfig
 from model.experts import fused
 from model.files import Rows, Tensors, read_weights, sampled_digest
 from model.hub import weight_files
@@ -44,11 +46,7 @@ def given_layers(card: ModelCard, model: MultimodalLM, held: Collection[str] = (
         layers += run_layers(Path(config.init_from), card, model, "model.init_from", proof)
     # Only the named run itself is looked into: what lies below it is opened when it is needed.
     claimed = set(layers[0].tensors) if layers else set()
-    if config.vision_projector is not None and config.vision_projector.path and not _any_projector(held):
-        if _any_projector(claimed):
-            raise ConfigError("model.vision_projector.path and model.init_from both hold the projector: name one of them")
-        path = Path(config.vision_projector.path)
-        layers.append(Layer(str(path), lambda: projector_tensors(path), prefix="vision_projector."))
+    layers += projector_layers(config, held, claimed)
     if card.lora.path and not any(map(is_adapter, held)):
         if any(map(is_adapter, claimed)):
             raise ConfigError("lora.path and model.init_from both hold adapters: name one of them")
@@ -57,8 +55,20 @@ def given_layers(card: ModelCard, model: MultimodalLM, held: Collection[str] = (
     return layers
 
 
-def _any_projector(names: Collection[str]) -> bool:
-    return any(name.startswith("vision_projector.") for name in names)
+def projector_layers(config: ModelConfig, held: Collection[str], claimed: Collection[str]) -> list[Layer]:
+    """What the `path` of each projector names, but for one that is `held`. ConfigError for one that is `claimed` already."""
+    layers = []
+    for part, projector in (("vision_projector", config.vision_projector), ("audio_projector", config.audio_projector)):
+        if projector is None or not projector.path or _holds(held, part):
+            continue
+        if _holds(claimed, part):
+            raise ConfigError(f"model.{part}.path and model.init_from both hold the projector: name one of them")
+        layers.append(Layer(projector.path, partial(projector_tensors, Path(projector.path), part), prefix=f"{part}."))
+    return layers
+
+
+def _holds(names: Collection[str], part: str) -> bool:
+    return any(name.startswith(f"{part}.") for name in names)
 
 
 def run_layers(
@@ -116,6 +126,10 @@ def base_layers(card: ModelCard, model: MultimodalLM) -> list[Layer]:
         path = config.vision.path
         digest = card.bases.get("vision", "")
         layers.append(Layer(path, lambda: tower_tensors(path, tower, config.cache_dir, digest=digest), prefix="vision."))
+    if config.audio is not None:
+        encoder, files = model.get_submodule("audio"), partial(base_files, "audio", config.audio.path, config.cache_dir)
+        sums = card.bases.get("audio", "")
+        layers.append(Layer(config.audio.path, lambda: audio_tensors(files(sums), encoder), prefix="audio."))
     return layers
 
 
@@ -175,28 +189,31 @@ def tower_tensors(path: str, tower: VisionTower, cache_dir: str, others: tuple[s
     return {f"vision.tower.{name}": rows for name, rows in found.items()}
 
 
-def projector_tensors(path: Path) -> Tensors:
+def projector_tensors(path: Path, part: str = "vision_projector") -> Tensors:
     """A projector by itself: ours (keys `0.weight`), or LLaVA's mm_projector.bin (keys `model.mm_projector.0.weight`)."""
-    file = path / "vision_projector.safetensors" if path.is_dir() else path
+    file = path / f"{part}.safetensors" if path.is_dir() else path
     if not file.is_file():
-        raise ConfigError(f"model.vision_projector.path = {str(path)!r} does not exist")
+        raise ConfigError(f"model.{part}.path = {str(path)!r} " + (f"holds no {file.name}" if path.is_dir() else "does not exist"))
     found: dict[str, Rows] = {}
     for name, rows in read_weights(file).items():
-        if LLAVA_PROJECTOR in name:
+        if LLAVA_PROJECTOR in name and part == "vision_projector":
             found["vision_projector." + name.partition(LLAVA_PROJECTOR)[2]] = rows
         elif file.suffix == ".safetensors":
-            found[f"vision_projector.{name}"] = rows
+            found[f"{part}.{name}"] = rows
     if not found:
-        raise ConfigError(f"model.vision_projector.path = {str(path)!r} holds no projector: no key has {LLAVA_PROJECTOR!r}")
+        raise ConfigError(f"model.{part}.path = {str(path)!r} holds no projector: no key has {LLAVA_PROJECTOR!r}")
     return found
 
 
 def new_tensors(card: ModelCard, model: MultimodalLM, seed: int) -> Tensors:
     """First values of what no file holds: projectors and a state head that learn, and adapters."""
     found: Tensors = {}
-    projector = card.model.vision_projector
-    if projector is not None and projector.tune != "frozen":
-        found |= initial_tensors("vision_projector", model.get_submodule("vision_projector"), seed)
+    for part in ("vision_projector", "audio_projector"):
+        projector = card.model.parts().get(part)
+        if projector is not None and projector.tune != "frozen":
+            new = initial_tensors(part, model.get_submodule(part), seed)
+            # Prompts alone: what they stand before must have been trained, and comes from a file.
+            found |= {name: rows for name, rows in new.items() if projector.tune == "full" or name == f"{part}.extra"}
     head = card.model.state_head
     if head is not None and head.tune != "frozen":
         found |= initial_tensors("state_head", model.get_submodule("state_head"), seed)

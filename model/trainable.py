@@ -30,6 +30,8 @@ def apply_tune(model: MultimodalLM, config: ModelConfig, lora: LoraConfig) -> No
             _tune_adapters(module, lora)
         if part.tune == "positions":
             module.positions.requires_grad_(True)  # type: ignore[union-attr, operator]
+        if part.tune == "prompts":
+            module.extra.requires_grad_(True)  # type: ignore[operator, union-attr]
     model.trainable_parts = frozenset(
         name for name, part in model.named_children() if any(p.requires_grad for p in part.parameters())
     )

@@ -17,6 +17,7 @@ from model.peft import OURS, peft_name
 from model.weights import resolve
 
 PROJECTOR = "vision_projector"
+PROJECTORS = (PROJECTOR, "audio_projector")
 
 
 def trained_files(folder: Path, card: ModelCard) -> dict[str, Tensors]:
@@ -31,22 +32,23 @@ def trained_files(folder: Path, card: ModelCard) -> dict[str, Tensors]:
             files.setdefault(OURS, {})[name] = rows
         elif part != "llm":
             files.setdefault(f"{part}.safetensors", {})[inner] = rows
-    if card.model.vision_projector is not None and f"{PROJECTOR}.safetensors" not in files:
-        inherited = projector(folder, card)
-        files |= {f"{PROJECTOR}.safetensors": inherited} if inherited else {}
+    for part in PROJECTORS:
+        if part in card.model.parts() and f"{part}.safetensors" not in files:
+            inherited = projector(folder, card, part)
+            files |= {f"{part}.safetensors": inherited} if inherited else {}
     return files
 
 
-def projector(folder: Path, card: ModelCard) -> Tensors:
-    """The projector that a run ended with, keys relative to it: trained by the run itself or by one before it."""
+def projector(folder: Path, card: ModelCard, part: str = PROJECTOR) -> Tensors:
+    """The projector `part` that a run ended with, keys relative to it: trained by the run itself or by one before it."""
     found = saved_tensors(folder, check_sizes)
-    own = {n.removeprefix(f"{PROJECTOR}."): rows for n, rows in found.items() if n.startswith(f"{PROJECTOR}.")}
+    own = {n.removeprefix(f"{part}."): rows for n, rows in found.items() if n.startswith(f"{part}.")}
     if own:
         return own
     card = for_use(card, merge_lora=True)
     model = assemble(card, torch.float32)
     layers = run_layers(folder, card, model, "SOURCE")
-    values = {name: resolve(f"{PROJECTOR}.{name}", layers) for name, _ in model.get_submodule(PROJECTOR).named_parameters()}
+    values = {name: resolve(f"{part}.{name}", layers) for name, _ in model.get_submodule(part).named_parameters()}
     return {name: rows for name, rows in values.items() if rows is not None}
 
 
@@ -59,9 +61,9 @@ def changed_parts(folder: Path, card: ModelCard) -> set[str]:
 
 def llm_adapter(folder: Path, card: ModelCard) -> tuple[Tensors, list[str]]:
     """The language model's adapter under PEFT's names, and full paths of the adapted modules. ConfigError when there is none."""
-    if "vision" in card.lora_parts:
+    if others := sorted(card.lora_parts - {"llm"}):
         raise ConfigError(
-            "model.vision.tune = 'lora': a PEFT folder of the language model has no place for the tower's adapters; "
+            f"model.{others[-1]}.tune = 'lora': a PEFT folder of the language model has no place for its adapters; "
             "merge them with `python -m tools.merge_lora`, or export with --for hf"
         )
     if "llm" not in card.lora_parts:

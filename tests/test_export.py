@@ -158,7 +158,7 @@ def test_what_a_target_cannot_hold_is_refused_with_the_reason(
         ("identity", "hf", "kind = 'identity'"),
         ("identity", "llava", "kind = 'identity' has no mm_projector.bin in LLaVA"),
         ("identity", "safetensors", "trained nothing beside the language model's own weights"),
-        ("tower", "peft", "no place for the tower's adapters"),
+        ("tower", "peft", "no place for its adapters"),
         ("full", "peft", "model.llm.tune = 'full': the run has no LoRA adapter"),
     ]:
         assert export([str(finals[name]), str(tmp_path / "out"), "--for", target]) == 2

@@ -110,10 +110,11 @@ def _packing(config: RunConfig) -> Iterator[str]:
 
 def _parts(config: RunConfig) -> Iterator[str]:
     model = config.model
-    if model.vision is not None and model.vision_projector is None:
-        yield "[model.vision] has no effect without [model.vision_projector]: give both or none"
-    if model.vision_projector is not None and model.vision is None:
-        yield "[model.vision_projector] has no effect without [model.vision]: give both or none"
+    parts = model.parts()
+    for pair in (("vision", "vision_projector"), ("audio", "audio_projector")):
+        for one, other in (pair, pair[::-1]):
+            if one in parts and other not in parts:
+                yield f"[model.{one}] has no effect without [model.{other}]: give both or none"
     tuned = [name for name, part in model.parts().items() if part.tune != "frozen"]
     if not tuned and config.train.max_steps != 0:
         yield "nothing learns: every part has tune = 'frozen' (train.max_steps = 0 writes a model without training)"
@@ -122,9 +123,14 @@ def _parts(config: RunConfig) -> Iterator[str]:
             f"model.llm.new_tokens = {list(model.llm.new_tokens)} could never be learned with model.llm.tune = {model.llm.tune!r}: "
             "their rows would stay the mean of the others; use tune = 'full', or leave them out (those of model.init_from stay)"
         )
-    projector = model.vision_projector
-    if projector is not None and projector.tune == "frozen" and not projector.path and not model.init_from:
-        yield "model.vision_projector.tune = 'frozen' without weights: name its path, or model.init_from"
+    for name, projector in (("vision_projector", model.vision_projector), ("audio_projector", model.audio_projector)):
+        if projector is not None and projector.tune != "full" and not projector.path and not model.init_from:
+            yield f"model.{name}.tune = {projector.tune!r} without weights: name its path, or model.init_from"
+    if (audio := model.audio_projector) is not None:
+        if audio.prompts < 0:
+            yield f"model.audio_projector.prompts = {audio.prompts} is negative"
+        if audio.tune == "prompts" and audio.prompts == 0:
+            yield "model.audio_projector.tune = 'prompts' has nothing to learn: set model.audio_projector.prompts"
 
 
 def _terms(config: RunConfig) -> Iterator[str]:
@@ -156,17 +162,29 @@ def _no_effect(config: RunConfig) -> Iterator[str]:
     for name, part in parts.items():
         if part.lr and part.tune == "frozen":
             yield f"model.{name}.lr = {part.lr} has no effect: model.{name}.tune = 'frozen'"
-    projector = model.vision_projector
-    if config.optim.projector_lr and (projector is None or projector.tune == "frozen" or projector.lr):
-        why = "there is none" if projector is None else "it is frozen" if projector.tune == "frozen" else "it has an lr of its own"
-        yield f"optim.projector_lr = {config.optim.projector_lr} has no effect on the vision projector: {why}"
+    projectors = {name: part for name, part in parts.items() if name.endswith("_projector")}
+    if config.optim.projector_lr and all(part.tune == "frozen" or part.lr for part in projectors.values()):
+        why = {n: "it is frozen" if part.tune == "frozen" else "it has an lr of its own" for n, part in projectors.items()}
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in why.items()) or "there is no projector"
+        yield f"optim.projector_lr = {config.optim.projector_lr} has no effect: {reasons}"
     if config.parallel.strategy == "ddp" and not config.parallel.reshard_after_forward:
         yield "parallel.reshard_after_forward = false has no effect with parallel.strategy = 'ddp'"
-    if model.vision is None:
-        for key in ("media_wrap", "max_images", "max_pixels", "image_fit", "image_decode", "placeholders", "follow_links"):
-            if getattr(config.data, key) != getattr(DataConfig(), key):
-                yield f"data.{key} has no effect: no media part is configured"
+    yield from _unread(config)
     if config.data.on_bad_sample == "error" and config.data.max_bad_fraction != DataConfig().max_bad_fraction:
         yield "data.max_bad_fraction has no effect with data.on_bad_sample = 'error': the first bad record stops the run"
     if config.validation != ValidationConfig() and not config.data.validation:
         yield "[validation] has no effect without [[data.validation]]"
+
+
+OF_PICTURES = ("media_wrap", "max_images", "max_pixels", "image_fit", "image_decode", "fps", "min_frames", "max_frames")
+"""Settings of [data] that mean nothing where no part reads pictures or videos."""
+
+
+def _unread(config: RunConfig) -> Iterator[str]:
+    """Settings of media that no part reads."""
+    needed = {"vision": OF_PICTURES, "audio": ("max_seconds",), "vision or audio": ("placeholders", "follow_links")}
+    for readers, keys in needed.items():
+        if not config.model.parts().keys() & set(readers.split(" or ")):
+            for key in keys:
+                if getattr(config.data, key) != getattr(DataConfig(), key):
+                    yield f"data.{key} has no effect: no [model.{readers.replace(' or ', '] or [model.')}] is configured"

@@ -3,8 +3,6 @@
 KEYS = (
     "stage",
     "quantize",
-    "model.audio",
-    "model.audio_projector",
     "parallel.shard_size",
     "parallel.compile",
     "parallel.cpu_offload",

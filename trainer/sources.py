@@ -131,11 +131,11 @@ def with_bases(data: RunData, world: World) -> RunData:
 
 def given_digests(card: ModelCard) -> dict[str, str]:
     """Fingerprints of what the configuration names beside the bases, so that a resumed run notices when it was replaced."""
-    projector = card.model.vision_projector
+    parts = card.model.parts().items()
     named = {
         "model.init_from": card.model.init_from,
         "lora.path": card.lora.path,
-        "model.vision_projector.path": projector.path if projector else "",
+        **{f"model.{name}.path": part.path for name, part in parts if name.endswith("_projector")},  # type: ignore[union-attr]
     }
     found = {}
     for key, path in named.items():
