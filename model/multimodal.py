@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from model.attention import decoder_options
+from model.attention import decoder_options, masked_attention
 from model.batch import Batch, Media, MediaSpec, row_shape
+from model.config import ConfigError
 from model.generate import generate
 from model.llm import head_weight
-from model.loss import Term, text_term
+from model.loss import LossTerm, Term, text_term
 from model.pixels import normalised
+from model.router import RouterTap
 from model.splice import splice
+from model.state_head import StateHead
 
 ENCODERS = {"image": ("vision", "vision_projector"), "audio": ("audio", "audio_projector")}
 """Encoder and projector by modality. A modality is an entry here, not a branch below."""
@@ -31,18 +36,57 @@ class MultimodalLM(nn.Module):
         self.specs = specs
         self.dtype = dtype  # of the computation; parameters may be kept in another one
         self.trainable_parts: frozenset[str] = frozenset()
+        self.routers: RouterTap | None = None
         self.stop_ids: tuple[int, ...] = ()
         self.pad_id = 0
 
+    @property
+    def other_terms(self) -> dict[str, LossTerm]:
+        """What is learned beside the text, by term. One more is an entry here."""
+        sources: dict[str, Any] = {"state": getattr(self, "state_head", None), "router": self.routers}
+        return {name: source for name, source in sources.items() if source is not None}
+
+    def coefficients(self) -> dict[str, float]:
+        """Factor of each term in the loss; that of the text comes first and is 1."""
+        return {"text": 1.0, **{name: source.coefficient for name, source in self.other_terms.items()}}
+
+    def counts(self, batches: Sequence[Batch]) -> dict[str, Tensor | float]:
+        """What the sum of each term over `batches` is divided by, known without running them. No host sync."""
+        counts: dict[str, Tensor | float] = {"text": float(sum(batch.num_supervised for batch in batches))}
+        for name, source in self.other_terms.items():
+            counts[name] = sum(source.count(batch) for batch in batches)
+        return counts
+
     def forward(self, batch: Batch) -> dict[str, Term]:
-        """Loss terms of a micro-batch, each a sum and its count: `text` is the cross entropy of supervised positions."""
+        """Loss terms of a micro-batch, those of `coefficients`: `text` is the cross entropy of supervised positions."""
+        if self.routers is not None:
+            self.routers.listen()
+        hidden = self.decode(batch)
+        weight = head_weight(self.llm).to(self.dtype)
+        change: Any = self.llm.logit_change
+        text = text_term(hidden, weight, batch.labels, batch.supervised, change=change)
+        return {"text": text, **{name: source.term(hidden, batch) for name, source in self.other_terms.items()}}
+
+    def decode(self, batch: Batch) -> Tensor:
+        """The decoder's last hidden state (B, T, D)."""
         decoder = self.llm.get_decoder()  # type: ignore[operator]
         options = decoder_options(self.llm, batch)
         embeds = self.embed(batch)
-        hidden = decoder(inputs_embeds=embeds, position_ids=batch.position_ids, use_cache=False, **options).last_hidden_state
-        weight = head_weight(self.llm).to(self.dtype)
-        change: Any = self.llm.logit_change
-        return {"text": text_term(hidden, weight, batch.labels, batch.supervised, change=change)}
+        return decoder(inputs_embeds=embeds, position_ids=batch.position_ids, use_cache=False, **options).last_hidden_state
+
+    def user_state(self, batch: Batch) -> Tensor:
+        """Probabilities (M, classes) float32 of the user's state after each of the M clips of `batch`, in reading order.
+
+        Rows may be padded on either side, or packed. ConfigError if the model has no [model.state_head].
+        """
+        head = getattr(self, "state_head", None)
+        if not isinstance(head, StateHead):
+            raise ConfigError("this model reads no user state: it was built without [model.state_head]")
+        batch = batch.to(self._device())
+        # Prompts are padded on the left, which causality alone does not hide.
+        attention = masked_attention(self.llm) if batch.segment_lengths is None else nullcontext()
+        with torch.no_grad(), attention:
+            return head.logits(self.decode(batch), batch).softmax(-1)
 
     def embed(self, batch: Batch) -> Tensor:
         """input_ids (B, T) with media spliced in -> (B, T, D).
