@@ -21,7 +21,7 @@ def problems_of(config: RunConfig) -> list[str]:
         *_packing(config),
         *_parts(config),
         *vision_problems(config.model),
-        *_no_effect(config),
+        *idle_settings(config),
     ]
 
 
@@ -86,8 +86,6 @@ def _pairs(config: RunConfig) -> Iterator[str]:
 def _packing(config: RunConfig) -> Iterator[str]:
     batch, attention = config.batch, config.model.attention
     if not config.data.packing:
-        if batch.micro_batch_tokens > 0:
-            yield f"batch.micro_batch_tokens = {batch.micro_batch_tokens} has no effect with data.packing = false"
         if attention == "varlen":
             yield "model.attention = 'varlen' is for packed samples: set data.packing = true, or use 'sdpa'"
         return
@@ -95,11 +93,6 @@ def _packing(config: RunConfig) -> Iterator[str]:
         yield (
             f"batch.micro_batch_tokens = {batch.micro_batch_tokens} is less than data.max_length = {config.data.max_length}: with "
             "data.packing = true it is the tokens of one micro-batch, which must hold the longest sample"
-        )
-    if batch.micro_batch_size != BatchConfig().micro_batch_size:
-        yield (
-            f"batch.micro_batch_size = {batch.micro_batch_size} has no effect with data.packing = true: "
-            "micro-batches are filled up to batch.micro_batch_tokens"
         )
     if attention not in OUR_ATTENTION:
         yield (
@@ -154,7 +147,8 @@ def _terms(config: RunConfig) -> Iterator[str]:
         yield "model.state_head.tune = 'frozen' without weights: name model.init_from"
 
 
-def _no_effect(config: RunConfig) -> Iterator[str]:
+def idle_settings(config: RunConfig) -> Iterator[str]:
+    """Settings that can have no effect beside the others; every line begins with the key, or with the [table]."""
     model = config.model
     parts = model.parts()
     if config.lora != LoraConfig() and not any(part.tune == "lora" for part in parts.values()):
@@ -167,6 +161,14 @@ def _no_effect(config: RunConfig) -> Iterator[str]:
         why = {n: "it is frozen" if part.tune == "frozen" else "it has an lr of its own" for n, part in projectors.items()}
         reasons = "; ".join(f"{name}: {reason}" for name, reason in why.items()) or "there is no projector"
         yield f"optim.projector_lr = {config.optim.projector_lr} has no effect: {reasons}"
+    batch = config.batch
+    if batch.micro_batch_tokens > 0 and not config.data.packing:
+        yield f"batch.micro_batch_tokens = {batch.micro_batch_tokens} has no effect with data.packing = false"
+    if config.data.packing and batch.micro_batch_size != BatchConfig().micro_batch_size:
+        yield (
+            f"batch.micro_batch_size = {batch.micro_batch_size} has no effect with data.packing = true: "
+            "micro-batches are filled up to batch.micro_batch_tokens"
+        )
     if config.parallel.strategy == "ddp" and not config.parallel.reshard_after_forward:
         yield "parallel.reshard_after_forward = false has no effect with parallel.strategy = 'ddp'"
     yield from _unread(config)
