@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from model import attention, loss
 from model.batch import IGNORE_INDEX, Batch
 from model.build import build_model
 from model.config import ConfigError, LlmConfig, ModelConfig
-from model.llm import Vocabulary, build_llm, check_causal, check_supported, head_weight, hugging_face_config
+from model.llm import Vocabulary, build_llm, check_causal, head_weight, hugging_face_config
 from model.multimodal import MultimodalLM
 from tests.tiny import LLMS, VOCAB, save_llm
 
@@ -122,18 +122,6 @@ def test_our_attention_refuses_what_it_cannot_honour(tmp_path: Path) -> None:
 def test_an_attention_nobody_knows_is_a_configuration_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=rf"model\.attention = '{name}'"):
         ours(save_llm(tmp_path), name)
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes", "reason"),
-    [
-        ("mixtral", {}, "mixture of experts"),
-        ("qwen3_moe", {}, "mixture of experts"),
-    ],
-)
-def test_models_whose_loss_would_be_wrong_are_refused(kind: str, changes: dict[str, Any], reason: str) -> None:
-    with pytest.raises(ConfigError, match=reason):
-        check_supported(AutoConfig.for_model(kind, **changes), "sdpa")
 
 
 def test_rows_of_the_vocabulary() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from data.config import DataConfig
 from model.config import OUR_ATTENTION, LoraConfig
 from trainer.config import BatchConfig, RunConfig, ValidationConfig
+from trainer.term_checks import term_problems
 from trainer.vision_checks import vision_problems
 
 
@@ -21,6 +22,7 @@ def problems_of(config: RunConfig) -> list[str]:
         *_packing(config),
         *_parts(config),
         *vision_problems(config.model),
+        *term_problems(config.model),
         *idle_settings(config),
     ]
 
@@ -124,27 +126,6 @@ def _parts(config: RunConfig) -> Iterator[str]:
             yield f"model.audio_projector.prompts = {audio.prompts} is negative"
         if audio.tune == "prompts" and audio.prompts == 0:
             yield "model.audio_projector.tune = 'prompts' has nothing to learn: set model.audio_projector.prompts"
-
-
-def _terms(config: RunConfig) -> Iterator[str]:
-    """The terms of the loss beside the text."""
-    model, head = config.model, config.model.state_head
-    if not 0 <= model.llm.router_loss < math.inf:
-        yield f"model.llm.router_loss = {model.llm.router_loss} is negative or not finite; 0 means none, 0.001 to 0.02 are usual"
-    if head is None:
-        return
-    if model.audio is None:
-        yield "[model.state_head] has no effect without [model.audio]: it reads the end of every clip"
-    if head.classes < 2:
-        yield f"model.state_head.classes = {head.classes} is nothing to choose from: give at least 2"
-    if head.class_weights and len(head.class_weights) != head.classes:
-        yield f"model.state_head.class_weights = {list(head.class_weights)} are not one for each of {head.classes} classes"
-    if not all(0 < weight < math.inf for weight in head.class_weights):
-        yield f"model.state_head.class_weights = {list(head.class_weights)} are not all positive"
-    if not 0 < head.loss_weight < math.inf:
-        yield f"model.state_head.loss_weight = {head.loss_weight} is not positive; without its loss, leave [model.state_head] out"
-    if head.tune == "frozen" and not model.init_from:
-        yield "model.state_head.tune = 'frozen' without weights: name model.init_from"
 
 
 def idle_settings(config: RunConfig) -> Iterator[str]:
