@@ -26,7 +26,7 @@ from tests.tiny_media import STEP, animation, compressed, film, folder, greys, t
 from tests.tiny_tokenizers import tiny_tokenizer
 
 IMAGE = ImageSpec(16, 8, 1, "patch", "shortest_edge", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-FULL, OWN = (AudioSpec(20, 100, whole, (2, 2)) for whole in (True, False))  # windows of a second, 25 tokens each
+FULL, OWN = (AudioSpec(20, 100, whole, (2, 2), num_states=4) for whole in (True, False))  # a second each, of 25 tokens
 PAD = 3
 SECONDS = {"a.wav": 0.4, "b.mp3": 2.35, "c.flac": 1.0, "d.wav": 0.013}
 NUM_TOKENS = {"a.wav": 10, "b.mp3": 25 + 25 + 9, "c.flac": 25, "d.wav": 1}
