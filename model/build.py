@@ -14,6 +14,7 @@ from model.config import ConfigError, LoraConfig, ModelConfig
 from model.llm import Vocabulary, build_llm, head_weight
 from model.lora import add_lora, target_paths
 from model.multimodal import ENCODERS, MultimodalLM
+from model.new_tokens import add_new_rows
 from model.origins import weight_layers
 from model.projector import build_vision_projector
 from model.router import RouterTap
@@ -70,6 +71,8 @@ def assemble(card: ModelCard, dtype: torch.dtype) -> MultimodalLM:
         model.routers = RouterTap(llm.get_decoder(), config.llm.router_loss)  # type: ignore[operator]
     model.stop_ids, model.pad_id = card.stop_ids, card.pad_id
     inject(model, card)
+    if config.llm.tune == "new_tokens":
+        add_new_rows(llm, card.vocabulary.tuned_ids)
     apply_tune(model, config, card.lora)
     return model
 

@@ -29,6 +29,7 @@ class Vocabulary:
     size: int = 0  # tokens after adding; 0 = the matrix stays as it is
     num_known: int = 0  # tokens the base tokenizer had
     new_ids: tuple[int, ...] = ()  # ids of tokens it did not have: their rows start as the mean of the known ones
+    tuned_ids: tuple[int, ...] = ()  # those of them that tune = "new_tokens" trains, ascending
 
     def rows(self, base_rows: int) -> int:
         """Rows of a matrix that had `base_rows`: it never shrinks, and grows to a multiple of ROW_MULTIPLE."""

@@ -73,10 +73,9 @@ def settled(folder: Path, card: ModelCard) -> ModelCard:
 
 
 def for_use(card: ModelCard, merge_lora: bool) -> ModelCard:
-    """The card whose structure is built: without adapters when they are merged."""
-    if not merge_lora:
-        return card
-    parts = {n: replace(part, tune="frozen") for n, part in card.model.parts().items() if part.tune == "lora"}  # type: ignore[arg-type]
+    """The card whose structure is built: without adapters when they are merged, and never with new rows beside a matrix."""
+    merged = ("lora", "new_tokens") if merge_lora else ("new_tokens",)
+    parts = {n: replace(part, tune="frozen") for n, part in card.model.parts().items() if part.tune in merged}  # type: ignore[arg-type]
     return replace(card, model=replace(card.model, **parts))  # type: ignore[arg-type]
 
 

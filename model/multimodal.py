@@ -16,6 +16,7 @@ from model.config import ConfigError
 from model.generate import generate
 from model.llm import head_weight
 from model.loss import LossTerm, Term, text_term
+from model.new_tokens import new_head_rows
 from model.pixels import normalised
 from model.router import RouterTap
 from model.splice import splice
@@ -64,7 +65,8 @@ class MultimodalLM(nn.Module):
         hidden = self.decode(batch)
         weight = head_weight(self.llm).to(self.dtype)
         change: Any = self.llm.logit_change
-        text = text_term(hidden, weight, batch.labels, batch.supervised, change=change)
+        new = new_head_rows(self.llm, self.dtype)
+        text = text_term(hidden, weight, batch.labels, batch.supervised, change=change, new=new)
         return {"text": text, **{name: source.term(hidden, batch) for name, source in self.other_terms.items()}}
 
     def decode(self, batch: Batch) -> Tensor:

@@ -20,6 +20,8 @@ from model.lora import SUFFIXES, adapted, is_adapter
 from model.manifest import NAME as MANIFEST
 from model.manifest import UnsoundCheckpoint, verify
 from model.multimodal import MultimodalLM
+from model.new_tokens import FILE as NEW_ROWS
+from model.new_tokens import first_rows, is_new_rows, row_patches
 from model.peft import read_adapter
 from model.positions import resized
 from model.proof import Check, check_proof
@@ -36,7 +38,9 @@ def weight_layers(card: ModelCard, model: MultimodalLM, seed: int) -> list[Layer
     given = given_layers(card, model)
     # An earlier run's weights mean something only on the very bases it was trained on.
     bases = read_card(Path(card.model.init_from)).bases if card.model.init_from else card.bases
-    return [*given, *base_layers(replace(card, bases=bases), model), Layer("new", lambda: new_tensors(card, model, seed))]
+    layers = [*given, *base_layers(replace(card, bases=bases), model)]
+    new = Layer("new", lambda: new_tensors(card, model, seed) | first_rows(model, card.vocabulary.tuned_ids, layers))
+    return [*layers, new]
 
 
 def given_layers(card: ModelCard, model: MultimodalLM, held: Collection[str] = (), proof: Check = "full") -> list[Layer]:
@@ -76,8 +80,8 @@ def run_layers(
 ) -> list[Layer]:
     """A final/ folder or checkpoint and everything below it that is no base of `card`; each final/ checked by its `proof`.
 
-    Adapters go on in parts that `card` tunes by LoRA, elsewhere they are merged in float32. `saved`: the folder's own card
-    with paths of what has moved since.
+    Adapters go on in parts that `card` tunes by LoRA, elsewhere they are merged in float32; rows of new tokens always are.
+    `saved`: the folder's own card with paths of what has moved since.
     """
     saved = saved or read_card(folder)
     check_same_bases(saved, card, folder, setting)
@@ -87,9 +91,13 @@ def run_layers(
     tensors = saved_tensors(folder, proof=proof)
     merged = {name for name in tensors if is_adapter(name) and name.partition(".")[0] not in going_on}
     pairs = adapter_pairs({name: tensors[name] for name in merged}, saved.lora.scale)
-    kept = {name: rows for name, rows in tensors.items() if name not in merged}
+    patches = row_patches(tensors, saved.vocabulary.tuned_ids, str(folder))
+    kept = {name: rows for name, rows in tensors.items() if name not in merged and not is_new_rows(name)}
     below: Check = "quick" if proof == "being_written" else proof
-    return [Layer(str(folder), lambda: fitted(kept, card, saved, model), pairs), *given_layers(saved, model, tensors, below)]
+    return [
+        Layer(str(folder), lambda: fitted(kept, card, saved, model), {**pairs, **patches}),
+        *given_layers(saved, model, tensors, below),
+    ]
 
 
 def saved_tensors(folder: Path, check: Callable[[Path], object] = verify, proof: Check = "full") -> Tensors:
@@ -104,7 +112,7 @@ def saved_tensors(folder: Path, check: Callable[[Path], object] = verify, proof:
     found: Tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
         part = path.stem.partition("-")[0]
-        prefix = "" if part == "lora" else f"{part}."
+        prefix = "" if part == "lora" or path.name == NEW_ROWS else f"{part}."
         found |= {prefix + name: rows for name, rows in read_weights(path).items()}
     return found
 

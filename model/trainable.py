@@ -9,6 +9,7 @@ from torch import nn
 from model.config import LoraConfig, ModelConfig
 from model.lora import adapted, is_adapter
 from model.multimodal import MultimodalLM
+from model.new_tokens import is_new_rows
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ def apply_tune(model: MultimodalLM, config: ModelConfig, lora: LoraConfig) -> No
         module.requires_grad_(part.tune == "full")
         if part.tune == "lora":
             _tune_adapters(module, lora)
+        for inner, parameter in module.named_parameters():
+            if part.tune == "new_tokens" and is_new_rows(inner):
+                parameter.requires_grad_(True)
         if part.tune == "positions":
             module.positions.requires_grad_(True)  # type: ignore[union-attr, operator]
         if part.tune == "prompts":

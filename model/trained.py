@@ -12,6 +12,8 @@ from model.config import ConfigError
 from model.files import Entry, Rows, Tensors, read_safetensors, tensor_digests, write_safetensors
 from model.load import for_use
 from model.manifest import check_sizes
+from model.new_tokens import FILE as NEW_ROWS
+from model.new_tokens import is_new_rows
 from model.origins import run_layers, saved_tensors
 from model.peft import OURS, peft_name
 from model.weights import resolve
@@ -28,7 +30,9 @@ def trained_files(folder: Path, card: ModelCard) -> dict[str, Tensors]:
     files: dict[str, Tensors] = {}
     for name, rows in saved_tensors(folder, check_sizes).items():
         part, _, inner = name.partition(".")
-        if part in card.lora_parts:
+        if is_new_rows(name):
+            files.setdefault(NEW_ROWS, {})[name] = rows
+        elif part in card.lora_parts:
             files.setdefault(OURS, {})[name] = rows
         elif part != "llm":
             files.setdefault(f"{part}.safetensors", {})[inner] = rows

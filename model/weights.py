@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,12 @@ from torch.distributed.tensor import DTensor
 from model.config import ConfigError
 from model.files import Rows, Tensors
 from model.lora import merge_rows
+
+
+class Merged(Protocol):
+    """What a layer adds to the weight below it."""
+
+    def onto(self, weight: Rows) -> Rows: ...
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Layer:
 
     origin: str  # for messages
     open: Callable[[], Tensors]
-    adapters: dict[str, Adapter] = field(default_factory=dict)  # by full name of the weight they are merged into
+    adapters: Mapping[str, Merged] = field(default_factory=dict)  # by full name of the weight they are merged into
     prefix: str = ""
 
     @cached_property

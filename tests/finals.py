@@ -30,6 +30,7 @@ from tests.tiny import save_llm, save_tower
 from tests.tiny_tokenizers import NAMES
 from trainer.distributed import World
 from trainer.export import write_final
+from trainer.sources import tuned_ids
 
 NO_LORA = LoraConfig(rank=2, dropout=0.0)
 
@@ -72,7 +73,7 @@ def build(config: ModelConfig, lora: LoraConfig = NO_LORA, seed: int = 3, **data
     card = draw_card(
         config,
         lora,
-        Vocabulary(len(vocabulary.tokenizer), vocabulary.num_known, vocabulary.new_ids),
+        Vocabulary(len(vocabulary.tokenizer), vocabulary.num_known, vocabulary.new_ids, tuned_ids(config.llm, vocabulary)),
         stop_ids=template.stop_ids,
         pad_id=pad_id(vocabulary.tokenizer),
     )

@@ -21,6 +21,7 @@ from model.config import ConfigError
 from model.export_llm import inherits_llm, write_llm
 from model.files import dump_json
 from model.load import load_model
+from model.new_tokens import FILE as NEW_ROWS
 from model.peft import OUR_CONFIG, OURS, WEIGHTS, adapter_config, write_config
 from model.trained import llm_adapter, projector, trained_files, write_file
 from tools.llava_folder import prove_folder, write_folder
@@ -40,6 +41,8 @@ def to_safetensors(source: Path, out: Path, card: ModelCard, _: Path) -> str:
         (out / OUR_CONFIG).write_text(dump_json({"rank": lora.rank, "alpha": lora.alpha, "rslora": lora.rslora}))
     keys = {"vision_projector.safetensors": "model.vision_projector.path", OURS: "lora.path"}
     named = " ".join(f"{key}={{out}}" for file, key in keys.items() if file in files)
+    if NEW_ROWS in files:
+        named = ""  # they belong to the ids of the run's tokenizer, which only the run's folder has
     if OURS in files and inherits_llm(source, card):
         print(f"the adapter sits on what {card.model.init_from} trained: to go on, name that as model.init_from, not lora.path")
         named = ""

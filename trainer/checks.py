@@ -113,10 +113,13 @@ def _parts(config: RunConfig) -> Iterator[str]:
     tuned = [name for name, part in model.parts().items() if part.tune != "frozen"]
     if not tuned and config.train.max_steps != 0:
         yield "nothing learns: every part has tune = 'frozen' (train.max_steps = 0 writes a model without training)"
-    if model.llm.new_tokens and model.llm.tune != "full":
+    if model.llm.tune == "new_tokens" and not model.llm.new_tokens:
+        yield "model.llm.tune = 'new_tokens' trains the rows of model.llm.new_tokens, which names none"
+    if model.llm.new_tokens and model.llm.tune not in ("full", "new_tokens"):
         yield (
             f"model.llm.new_tokens = {list(model.llm.new_tokens)} could never be learned with model.llm.tune = {model.llm.tune!r}: "
-            "their rows would stay the mean of the others; use tune = 'full', or leave them out (those of model.init_from stay)"
+            "their rows would stay the mean of the others; use tune = 'new_tokens' or 'full', or leave them out "
+            "(those of model.init_from stay)"
         )
     for name, projector in (("vision_projector", model.vision_projector), ("audio_projector", model.audio_projector)):
         if projector is not None and projector.tune != "full" and not projector.path and not model.init_from:

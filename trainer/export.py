@@ -19,6 +19,8 @@ from model.files import SHARD_BYTES, Entry, dump_json, split_by_size, tensor_dig
 from model.load import check_loadable, settled
 from model.lora import is_adapter
 from model.multimodal import MultimodalLM
+from model.new_tokens import FILE as NEW_ROWS
+from model.new_tokens import is_new_rows
 from model.proof import file_facts
 from trainer.checkpoint import sync_to_disk
 from trainer.distributed import World
@@ -69,6 +71,8 @@ def weight_files_of(model: MultimodalLM, card: ModelCard) -> Iterator[tuple[str,
         for name, p in model.named_parameters()
         if is_adapter(name) or (p.requires_grad and name.partition(".")[0] in card.lora_parts)
     }
+    if rows := {name: p for name, p in model.named_parameters() if is_new_rows(name)}:
+        yield NEW_ROWS, _entries(rows, torch.float32)
     if adapters:
         yield "lora.safetensors", _entries(adapters, torch.float32)
 

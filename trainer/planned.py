@@ -15,7 +15,6 @@ KEYS = (
 )
 VALUES = (
     "model.dtype = 'float16'",
-    "model.llm.tune = 'new_tokens'",
     "data.image_fit = 'anyres'",
     "optim.schedule = 'wsd'",
     "parallel.strategy = 'hsdp'",

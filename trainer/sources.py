@@ -15,10 +15,11 @@ from data.mixing import Pool, make_pools
 from data.processor import Processor, make_processor
 from data.sampler import Sampler
 from data.template import load_template
+from data.tokenizer import Vocabulary as Tokens
 from data.tokenizer import load_tokenizer, pad_id
 from model.batch import PLACEHOLDERS, READ_BY
 from model.card import ModelCard, base_digests, draw_card, media_specs, read_card
-from model.config import ConfigError
+from model.config import ConfigError, LlmConfig
 from model.files import sampled_digest
 from model.llm import Vocabulary
 from trainer import plan_lengths
@@ -74,7 +75,7 @@ def open_data(config: RunConfig, world: World, *, first_start: bool = False) -> 
     card = draw_card(
         config.model,
         config.lora,
-        Vocabulary(len(vocabulary.tokenizer), vocabulary.num_known, vocabulary.new_ids),
+        Vocabulary(len(vocabulary.tokenizer), vocabulary.num_known, vocabulary.new_ids, tuned_ids(config.model.llm, vocabulary)),
         tokens=added,
         stop_ids=template.stop_ids,
         pad_id=pad_id(vocabulary.tokenizer),
@@ -164,6 +165,22 @@ def added_tokens(config: RunConfig) -> tuple[str, ...]:
     inherited = read_card(Path(config.model.init_from)).tokens if config.model.init_from else ()
     placeholders = tuple(PLACEHOLDERS[modality] for modality in media_specs(config.model))
     return tuple(dict.fromkeys((*inherited, *placeholders, *config.model.llm.new_tokens)))
+
+
+def tuned_ids(llm: LlmConfig, vocabulary: Tokens) -> tuple[int, ...]:
+    """Ids of the tokens whose rows are all that learns of the language model, ascending; () unless its `tune` says so.
+
+    ConfigError for a token that the base tokenizer has: its row is the base model's, and is not new.
+    """
+    if llm.tune != "new_tokens":
+        return ()
+    ids = {token: int(vocabulary.tokenizer.convert_tokens_to_ids(token)) for token in llm.new_tokens}
+    if known := [token for token, id in ids.items() if id not in vocabulary.new_ids]:
+        raise ConfigError(
+            f"model.llm.new_tokens: {', '.join(map(repr, known))} are in the tokenizer of model.llm.path already, so their rows "
+            "are not new and tune = 'new_tokens' does not train them: remove them, or use tune = 'full'"
+        )
+    return tuple(sorted(ids.values()))
 
 
 def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...]) -> None:
