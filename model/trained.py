@@ -37,7 +37,7 @@ def trained_files(folder: Path, card: ModelCard) -> dict[str, Tensors]:
         elif part != "llm":
             files.setdefault(f"{part}.safetensors", {})[inner] = rows
     for part in PROJECTORS:
-        if part in card.model.parts() and f"{part}.safetensors" not in files:
+        if part in card.model.parts() and (f"{part}.safetensors" not in files or not _whole(card, part)):
             inherited = projector(folder, card, part)
             files |= {f"{part}.safetensors": inherited} if inherited else {}
     return files
@@ -47,13 +47,18 @@ def projector(folder: Path, card: ModelCard, part: str = PROJECTOR) -> Tensors:
     """The projector `part` that a run ended with, keys relative to it: trained by the run itself or by one before it."""
     found = saved_tensors(folder, check_sizes)
     own = {n.removeprefix(f"{part}."): rows for n, rows in found.items() if n.startswith(f"{part}.")}
-    if own:
+    if own and _whole(card, part):
         return own
     card = for_use(card, merge_lora=True)
     model = assemble(card, torch.float32)
     layers = run_layers(folder, card, model, "SOURCE")
     values = {name: resolve(f"{part}.{name}", layers) for name, _ in model.get_submodule(part).named_parameters()}
     return {name: rows for name, rows in values.items() if rows is not None}
+
+
+def _whole(card: ModelCard, part: str) -> bool:
+    """Whether a checkpoint holds all of a projector that it holds something of, and not its prompts alone."""
+    return card.model.parts()[part].tune == "full"
 
 
 def changed_parts(folder: Path, card: ModelCard) -> set[str]:

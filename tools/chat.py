@@ -1,6 +1,7 @@
 """One answer to a question, or, without a question, a conversation: one line of stdin per turn, until it ends.
 
-Images belong to the first turn; they stand before its text, or where the text says <image>.
+Media belong to the first turn; they stand before its text, or where the text says <image>, <video> and <audio>. A question that
+is spoken needs no text: "". A model trained with state tokens says whether it accepts what it hears.
 """
 
 from __future__ import annotations
@@ -12,43 +13,63 @@ from typing import Any
 
 from data.processor import Processor, load_processor
 from data.record import RecordError, parse
+from data.state_tokens import split_state
+from model.batch import PLACEHOLDERS
 from model.config import ConfigError
 from model.multimodal import MultimodalLM
 from tools.cli import printable, run
 from tools.final import add_model_options, load
 
 Turns = list[dict[str, str]]  # "from" and "value", as in records
+Media = dict[str, list[str]]  # files by kind
+Answer = tuple[str | None, str]  # what the model says it answers, see `data.state_tokens`, and the text
+STATES = {
+    "audio": "accepted: speech that was meant for the model",
+    "text": "accepted: a question in writing",
+    "negative": "rejected: the sound was not meant for the model",
+}
 
 
-def answerer(net: MultimodalLM, processor: Processor, images: list[str], options: argparse.Namespace) -> Callable[[Turns], str]:
+def answerer(net: MultimodalLM, processor: Processor, media: Media, options: argparse.Namespace) -> Callable[[Turns], Answer]:
     """What answers the last of some turns."""
     sampling: dict[str, Any] = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
 
-    def answer(turns: Turns) -> str:
-        batch = processor([record(turns, images)])
-        return processor.decode(net.generate(batch, max_new_tokens=options.max_new_tokens, **sampling))[0]
+    def answer(turns: Turns) -> Answer:
+        ids = net.generate(processor([record(turns, media)]), max_new_tokens=options.max_new_tokens, **sampling)
+        # With special tokens: a state may be one. The template writes it anew, so the history must not hold it.
+        state, _ = split_state(processor.tokenizer.decode(ids[0]), processor.config.state_tokens)
+        return state, split_state(processor.decode(ids)[0], processor.config.state_tokens)[1].strip()
 
     return answer
 
 
-def record(turns: Turns, images: list[str]) -> dict[str, Any]:
-    return {"conversations": turns, **({"image": images} if images else {})}
+def record(turns: Turns, media: Media) -> dict[str, Any]:
+    return {"conversations": turns, **{kind: files for kind, files in media.items() if files}}
 
 
-def converse(answer: Callable[[Turns], str], images: list[str], *, prompt: str) -> None:
-    """Answers line by line. A round that no record could hold, as one with an empty answer, is shown and then forgotten."""
+def converse(answer: Callable[[Turns], Answer], media: Media, *, prompt: str) -> None:
+    """Answers line by line. A round that no record could hold, as one with an empty answer, is shown and then forgotten, and so is
+    one that the model rejects.
+    """
     turns: Turns = []
     while (line := read_line(prompt)) is not None:
         asked = [*turns, {"from": "human", "value": line}]
         try:
-            text = answer(asked)
-            print(printable(text), flush=True)
+            state, text = answer(asked)
+            show(state, text, "; this round is not kept" if state == "negative" else "")
             asked.append({"from": "gpt", "value": text})
-            parse(record(asked, images), "conversation")
+            parse(record(asked, media), "conversation")
         except RecordError as error:
             print(f"chat: {error.field}: {printable(error.reason)}; this round is not kept", file=sys.stderr)
             continue
-        turns = asked
+        turns = turns if state == "negative" else asked
+
+
+def show(state: str | None, text: str, note: str = "") -> None:
+    """The answer on stdout, what it answers on stderr."""
+    if state is not None:
+        print(f"chat: {STATES[state]}{note}", file=sys.stderr, flush=True)
+    print(printable(text), flush=True)
 
 
 def read_line(prompt: str) -> str | None:
@@ -69,18 +90,20 @@ def chat(options: argparse.Namespace) -> None:
     if options.temperature == 0 and (options.top_p < 1 or options.seed is not None):
         raise ConfigError("--top-p and --seed have no effect at --temperature 0, where the likeliest token is always taken")
     processor = load_processor(options.final)
-    answer = answerer(load(options), processor, options.image, options)
+    media = {kind: getattr(options, kind) for kind in PLACEHOLDERS}
+    answer = answerer(load(options), processor, media, options)
     if options.question is None:
-        converse(answer, options.image, prompt="> " if sys.stdin.isatty() else "")
+        converse(answer, media, prompt="> " if sys.stdin.isatty() else "")
     else:
-        print(printable(answer([{"from": "human", "value": options.question}])))
+        show(*answer([{"from": "human", "value": options.question}]))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tools.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(parser)
     parser.add_argument("question", nargs="?", help="without it, a conversation is read from stdin")
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given more than once")
+    for kind, what in (("image", "a picture"), ("audio", "a clip"), ("video", "a video, or a folder of its frames")):
+        parser.add_argument(f"--{kind}", action="append", default=[], metavar="FILE", help=f"{what}; may be given more than once")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (512)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token; above, samples")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this much probability (1)")

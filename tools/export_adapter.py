@@ -23,7 +23,7 @@ from model.files import dump_json
 from model.load import load_model
 from model.new_tokens import FILE as NEW_ROWS
 from model.peft import OUR_CONFIG, OURS, WEIGHTS, adapter_config, write_config
-from model.trained import llm_adapter, projector, trained_files, write_file
+from model.trained import PROJECTORS, llm_adapter, projector, trained_files, write_file
 from tools.llava_folder import prove_folder, write_folder
 from tools.output_folder import listing, new_folder
 from trainer.exits import code_of
@@ -39,7 +39,7 @@ def to_safetensors(source: Path, out: Path, card: ModelCard, _: Path) -> str:
     if OURS in files:
         lora = card.lora
         (out / OUR_CONFIG).write_text(dump_json({"rank": lora.rank, "alpha": lora.alpha, "rslora": lora.rslora}))
-    keys = {"vision_projector.safetensors": "model.vision_projector.path", OURS: "lora.path"}
+    keys = {**{f"{part}.safetensors": f"model.{part}.path" for part in PROJECTORS}, OURS: "lora.path"}
     named = " ".join(f"{key}={{out}}" for file, key in keys.items() if file in files)
     if NEW_ROWS in files:
         named = ""  # they belong to the ids of the run's tokenizer, which only the run's folder has
