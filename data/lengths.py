@@ -104,16 +104,21 @@ def best_lengths(dataset: MultimodalDataset, index_folder: Path) -> tuple[np.nda
     return np.minimum(np.concatenate(chosen), dataset.config.max_length).astype(np.int32), kind
 
 
-def freeze_lengths(datasets: dict[str, MultimodalDataset], run_folder: Path) -> None:
-    """Fixes by what lengths a run that starts at step 0 is planned; datasets by split. One process does this."""
+def freeze_lengths(datasets: dict[str, MultimodalDataset], run_folder: Path, index_folder: Path | None = None) -> None:
+    """Fixes by what lengths a run that starts at step 0 is planned; datasets by split. One process does this.
+
+    `index_folder`: where checks keep what they measured, if not in `run_folder`/index.
+    """
     arrays: dict[str, np.ndarray] = {}
     for split, dataset in datasets.items():
-        lengths, kind = best_lengths(dataset, run_folder / "index")
+        lengths, kind = best_lengths(dataset, index_folder or run_folder / "index")
         arrays |= {split: lengths, f"{split}_kind": text_array(kind)}
     write_arrays(run_folder / FROZEN, arrays)
 
 
-def planned_lengths(dataset: MultimodalDataset, run_folder: Path, split: str) -> tuple[np.ndarray, str]:
+def planned_lengths(
+    dataset: MultimodalDataset, run_folder: Path, split: str, index_folder: Path | None = None
+) -> tuple[np.ndarray, str]:
     """Lengths (N,) int32 of `split`, and "exact", "partly exact" or "estimated".
 
     Those the run was frozen with, for as long as the number of records is the same; without any, the best there are today.
@@ -121,4 +126,4 @@ def planned_lengths(dataset: MultimodalDataset, run_folder: Path, split: str) ->
     frozen = read_arrays(run_folder / FROZEN) or {}
     if split in frozen and len(frozen[split]) == len(dataset):
         return frozen[split], array_text(frozen[f"{split}_kind"])
-    return best_lengths(dataset, run_folder / "index")
+    return best_lengths(dataset, index_folder or run_folder / "index")

@@ -44,7 +44,9 @@ class Checkpointer:
         self.run_id = str(world.broadcast_json(uuid.uuid4().hex))
 
     def save(self, step: int, trained: Trained, state: dict[str, Any], card: ModelCard, processor: Processor) -> Path:
-        """Write checkpoint-`step`. Collective. SaveError on every rank when any of them fails; older ones stay as they are."""
+        """Write checkpoint-`step`, counted over the whole run. Collective. SaveError on every rank when any of them fails; older
+        ones stay as they are.
+        """
         target = self.folder / f"{PREFIX}{step}"
         temporary = self.folder / f".{PREFIX}{step}.saving"
         self._together(lambda: _fresh_folder(temporary), main_only=True)
@@ -58,7 +60,8 @@ class Checkpointer:
             (temporary / STATE).write_text(dump_json({**state, "step": step, "optimizer_steps": optimizer_steps}))
             write_card(card, temporary)
             processor.save(temporary)
-            write_manifest(temporary, {"step": step, "run_id": self.run_id}, known)
+            stage = {"stage": state["stage"]} if state.get("stage") else {}
+            write_manifest(temporary, {"step": step, "run_id": self.run_id, **stage}, known)
             sync_to_disk(temporary)
             if target.exists():
                 shutil.rmtree(target)

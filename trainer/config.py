@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from data.config import DataConfig
 from model.config import LoraConfig, ModelConfig
@@ -67,8 +67,23 @@ class FaultsConfig:
 
 
 @dataclass(frozen=True)
+class StageConfig:
+    """One stage of a curriculum: what it sets differently from the stage that comes first."""
+
+    name: str
+    settings: dict[str, Any]
+
+    def to_tables(self) -> dict[str, Any]:
+        """A [[stage]] of run.toml."""
+        return {"name": self.name, **self.settings}
+
+
+@dataclass(frozen=True)
 class RunConfig:
-    """A whole run. Every section stands beside the code that reads it; this class only puts them together."""
+    """A whole run. Every section stands beside the code that reads it; this class only puts them together.
+
+    Of a curriculum the sections are those of its first stage.
+    """
 
     output_dir: str
     model: ModelConfig
@@ -83,3 +98,4 @@ class RunConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     log: LogConfig = field(default_factory=LogConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
+    stage: tuple[StageConfig, ...] = ()

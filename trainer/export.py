@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -119,6 +120,11 @@ def _finish(
         "torch": torch.__version__,
     }
     (temporary / "provenance.json").write_text(dump_json(provenance))
+    put_in_place(temporary, target)
+
+
+def put_in_place(temporary: Path, target: Path) -> None:
+    """Rename a complete folder, in place of one that may be there: a reader finds either the old or the new one."""
     sync_to_disk(temporary)
     previous = target.with_name(".final.previous")
     shutil.rmtree(previous, ignore_errors=True)
@@ -126,6 +132,38 @@ def _finish(
         target.rename(previous)
     temporary.rename(target)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def final_step(folder: Path) -> int | None:
+    """The step that final/ holds."""
+    path = folder / "final" / "provenance.json"
+    return json.loads(path.read_text())["step"] if path.is_file() else None
+
+
+def publish(source: Path, target: Path, world: World) -> None:
+    """The proven folder `source` stands at `target` as well: the same files under a second name where the disk can do that, else
+    copies. Nothing is done if it is there already. Collective.
+    """
+    problem = ""
+    if world.is_main and not _same_proof(source, target):
+        problem = _attempt(lambda: _link(source, target))
+    _raise_together(problem, world, SaveError)
+
+
+def _same_proof(source: Path, target: Path) -> bool:
+    facts = [folder / name for name in ("provenance.json", "proof.json") for folder in (source, target)]
+    return all(path.is_file() for path in facts) and all(a.read_bytes() == b.read_bytes() for a, b in zip(facts[::2], facts[1::2]))
+
+
+def _link(source: Path, target: Path) -> None:
+    temporary = target.with_name(".final.saving")
+    _prepare(temporary)
+    for path in sorted(source.iterdir()):
+        try:
+            (temporary / path.name).hardlink_to(path)
+        except OSError:
+            shutil.copy2(path, temporary / path.name)
+    put_in_place(temporary, target)
 
 
 def prove(folder: Path, digests: dict[str, dict[str, str]]) -> None:

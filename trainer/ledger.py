@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from data.sampler import Sampler
 from model.files import dump_json
 from trainer.exits import replace_text
 from trainer.quarantine import TRAIN, read_rows
+from trainer.stages import Place
 
 NAME = "ledger.json"
 
@@ -66,10 +66,10 @@ def ledger_of(sampler: Sampler, step: int, total_steps: int, rows: Sequence[dict
     return found
 
 
-def write_ledger(folder: Path, sampler: Sampler, step: int, total_steps: int) -> list[SourceLedger]:
-    """ledger.json of the run in `folder`, from its plan and its quarantine.jsonl."""
-    found = ledger_of(sampler, step, total_steps, read_rows(folder))
-    replace_text(folder / NAME, dump_json({"step": step, "sources": [asdict(row) for row in found]}))
+def write_ledger(place: Place, sampler: Sampler, step: int, total_steps: int) -> list[SourceLedger]:
+    """ledger.json of a run or stage, from its plan and its rows of quarantine.jsonl."""
+    found = ledger_of(sampler, step, total_steps, read_rows(place.run_folder, place.name))
+    replace_text(place.folder / NAME, dump_json({"step": step, "sources": [asdict(row) for row in found]}))
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -28,7 +27,11 @@ from trainer.work import sample_costs
 
 
 class Loop:
-    """One run from `first_step` to its last. Nothing between two due dates waits for the device."""
+    """One run, or stage of one, from its `first_step` to its last. Nothing between two due dates waits for the device.
+
+    Steps are the stage's own: its order, schedule and seeds are those of a run by itself. What the whole run keeps, checkpoints and
+    metrics, counts the steps of earlier stages too.
+    """
 
     def __init__(self, setup: Setup, first_step: int, totals: dict[str, Any] | None, progress: Progress) -> None:
         config, world = setup.config, setup.world
@@ -36,17 +39,17 @@ class Loop:
             raise ValueError("nothing to train")
         self.setup, self.first_step, self.progress = setup, first_step, progress
         self.optimizer = setup.trained.optimizer
-        folder = Path(config.output_dir)
+        place = self.place = setup.place
         self.meter = Meter(setup.data.train.source_names, world)
         if totals is not None:
             self.meter.restore(totals)
-        self.log = MetricsLog(folder, first_step, world)
-        self.step_log = StepLog(folder, setup.data.sampler, first_step, world)
-        self.quarantine = Quarantine(folder, setup.data.num_records, config.data.max_bad_fraction)
+        self.log = MetricsLog(place.run_folder, place.first_step + first_step, world, place.name)
+        self.step_log = StepLog(place.folder, setup.data.sampler, first_step, world, place.first_step)
+        self.quarantine = Quarantine(place.run_folder, setup.data.num_records, config.data.max_bad_fraction, place.name)
         self.num_accounted = first_step  # steps whose bad records are written down
         self.quarantine.check()
         self.lengths = digest_of(setup.data)
-        self.checkpointer = Checkpointer(folder, config.checkpoint.keep, world)
+        self.checkpointer = Checkpointer(place.run_folder, config.checkpoint.keep, world)
 
     def run(self) -> None:
         """All steps that are left. Ends with a checkpoint of the last one. A run that fails leaves a ledger too."""
@@ -60,14 +63,21 @@ class Loop:
 
     def _run(self) -> None:
         total = self.setup.total_steps
-        bar = tqdm(total=total, initial=self.first_step, unit="step", disable=not self.setup.world.is_main, dynamic_ncols=True)
+        bar = tqdm(
+            desc=self.place.name or None,
+            total=total,
+            initial=self.first_step,
+            unit="step",
+            disable=not self.setup.world.is_main,
+            dynamic_ncols=True,
+        )
         batches = self._batches()
         with bar:
             for step in range(self.first_step, total):
                 started = time.perf_counter()
                 micro_batches = next(batches)
                 self._step(step, micro_batches, time.perf_counter() - started)
-                self.progress.step = step + 1
+                self.progress.step = self.place.first_step + step + 1
                 bar.update()
                 self._due(step + 1, bar)
 
@@ -107,13 +117,13 @@ class Loop:
             self._log(done, bar)
         started = time.perf_counter()
         if self.setup.data.validation is not None and (last or done % config.validation.every == 0):
-            self.log.write(done, validate(self.setup, self.quarantine, done))
+            self.log.write(self.place.first_step + done, validate(self.setup, self.quarantine, done))
             self.quarantine.check()
         if saves:
             self._flush(done)
             # Before the checkpoint: after the last one a start has nothing left to do, and would never write them.
             self._account()
-            self.log.write_trainer_state(done, self.setup.total_steps)
+            self.log.write_trainer_state(self.place.first_step + done, self.place.first_step + self.setup.total_steps)
             self._save(done)
         self.meter.since += time.perf_counter() - started  # tokens per second are those of training
 
@@ -128,8 +138,7 @@ class Loop:
         """ledger.json, on rank 0; `told`: for people too."""
         setup = self.setup
         if setup.world.is_main and setup.data.sampler is not None:
-            folder = Path(setup.config.output_dir)
-            ledger = write_ledger(folder, setup.data.sampler, self.num_accounted, setup.total_steps)
+            ledger = write_ledger(self.place, setup.data.sampler, self.num_accounted, setup.total_steps)
             if told:
                 print(f"records after step {self.num_accounted}\n{table(ledger)}", flush=True)
 
@@ -139,7 +148,7 @@ class Loop:
         rates: dict[str, float] = {}
         for group in self.optimizer.param_groups:
             rates[f"train/lr/{group['name'].partition('/')[0]}"] = group["lr"]
-        self.log.write(done, values | rates)
+        self.log.write(self.place.first_step + done, values | rates)
         bar.set_postfix_str(
             f"loss {values['train/loss']:.4f}, lr {max(rates.values()):.2e}, {values['perf/tokens_per_second']:,.0f} tokens/s"
         )
@@ -156,6 +165,6 @@ class Loop:
 
     def _save(self, done: int) -> None:
         setup = self.setup
-        state = {**run_state(setup.config, self.lengths), "meter": self.meter.totals()}
+        state = {**run_state(self.place, self.lengths), "meter": self.meter.totals()}
         self._check_finite()
-        self.checkpointer.save(done, setup.trained, state, setup.data.card, setup.data.processor)  # type: ignore[arg-type]
+        self.checkpointer.save(self.place.first_step + done, setup.trained, state, setup.data.card, setup.data.processor)  # type: ignore[arg-type]

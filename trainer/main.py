@@ -5,28 +5,30 @@ from __future__ import annotations
 import argparse
 import errno
 import fcntl
-import json
 import logging
 import os
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from model.config import ConfigError
 from trainer import exits
-from trainer.checkpoint import restore, set_aside
+from trainer.checkpoint import restore, set_aside, step_of
 from trainer.config import RunConfig
 from trainer.distributed import World, start_world, stop_world
-from trainer.export import write_final
+from trainer.export import final_step, publish, write_final
 from trainer.loop import Loop
 from trainer.quarantine import NAME as QUARANTINE
 from trainer.quarantine import read_rows, start_afresh
 from trainer.quick_check import quick_check
 from trainer.report import plan
-from trainer.resume import choose, read_state
+from trainer.resume import check_state, choose, left_of
 from trainer.runfile import load_config
 from trainer.schema import apply_override, read_toml, to_tables, to_toml
 from trainer.setup import Setup, build, make_deterministic, resolved
-from trainer.sources import certify_all, open_data, with_bases
+from trainer.sources import certify_all, check_stages, open_data, with_bases
+from trainer.stages import Place, outline, places_of
 
 
 def run(config: RunConfig, world: World | None = None) -> int:
@@ -49,53 +51,82 @@ def run(config: RunConfig, world: World | None = None) -> int:
         return exits.report_failure(error, folder, progress.step, rank)
 
 
-def train(config: RunConfig, world: World, progress: exits.Progress) -> None:
-    """Data, model, resume, plan, loop, final: in this order, each proven before the next."""
-    make_deterministic(config)
-    checkpoint, damaged = choose(config, world)
-    if world.is_main and not checkpoint:
-        start_afresh(Path(config.output_dir))
-    data = with_bases(open_data(config, world, first_start=checkpoint is None), world)
+def train(root: RunConfig, world: World, progress: exits.Progress) -> None:
+    """Every stage that is left of a run, one after the other; most runs are one stage."""
+    make_deterministic(root)
+    checkpoint, damaged = choose(root, world)
+    places = places_of(root)
+    check_stages(places)
+    for line in outline(places):
+        say(world, line)
+    state = None
+    if checkpoint:
+        places, state = left_of(checkpoint, places, world)
+        if world.is_main and root.checkpoint.resume not in ("auto", "none"):
+            damaged += set_aside(Path(root.output_dir), step_of(checkpoint))
+    first_step = places[0].first_step
+    for place in places:
+        start = Start(checkpoint, state, damaged)
+        first_step = train_stage(replace(place, first_step=first_step), start, world, progress)
+        checkpoint, state, damaged = None, None, []
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a stage begins with."""
+
+    checkpoint: Path | None
+    state: dict[str, Any] | None  # of the checkpoint; None when the stage begins at its first step
+    damaged: list[str]  # what to tell about checkpoints that were moved aside
+
+
+def train_stage(place: Place, start: Start, world: World, progress: exits.Progress) -> int:
+    """Data, model, resume, plan, loop, final: in this order, each proven before the next. Returns the run's completed steps."""
+    config, checkpoint, state = place.config, start.checkpoint if start.state else None, start.state
+    if world.is_main:
+        place.folder.mkdir(parents=True, exist_ok=True)
+        if not state:
+            start_afresh(place.run_folder, [stage.name for stage in place.root.stage[: place.number - 1]])
+    data = with_bases(open_data(config, world, first_start=state is None, place=place), world)
     certificates = certify_all(data, config)
     for line in quick_check(data, config, world):
         say(world, f"data      {line}")
-    state = read_state(checkpoint, config, data) if checkpoint else None
-    if checkpoint and config.train.max_steps == 0:
-        raise ConfigError(
-            f"train.max_steps = 0 builds a model without training, but {config.output_dir} holds {checkpoint.name}: use another "
-            "output_dir; tools load and export from a checkpoint as from final/"
-        )
-    setup = build(config, data, world)
-    first_step = progress.step = state["step"] if state else 0
+    if checkpoint and state:
+        check_state(checkpoint, state, data)
+        if config.train.max_steps == 0:
+            raise ConfigError(
+                f"train.max_steps = 0 builds a model without training, but {config.output_dir} holds {checkpoint.name}: use "
+                "another output_dir; tools load and export from a checkpoint as from final/"
+            )
+    setup = build(place, data, world)
+    first_step = state["step"] - place.first_step if state else 0
+    progress.step = place.first_step + first_step
     if checkpoint and state and setup.trained:
         restore(checkpoint, setup.trained, state["optimizer_steps"])
     if world.is_main:
-        if config.checkpoint.resume not in ("auto", "none"):
-            damaged += set_aside(Path(config.output_dir), first_step)
-        exits.replace_text(Path(config.output_dir, "run.toml"), to_toml(to_tables(config)))
-        print(plan(setup, certificates, checkpoint, damaged), flush=True)
+        exits.replace_text(Path(config.output_dir, "run.toml"), to_toml(to_tables(place.root)))
+        print(plan(setup, certificates, checkpoint, start.damaged), flush=True)
     if setup.trained and first_step < setup.total_steps:
         Loop(setup, first_step, state["meter"] if state else None, progress).run()
-    finish(setup, first_step, world)
+    return finish(setup, first_step, world)
 
 
-def finish(setup: Setup, first_step: int, world: World) -> None:
-    """Write final/, unless an earlier start of this run has and nothing was trained since."""
-    folder = Path(setup.config.output_dir)
-    step = max(first_step, setup.total_steps)
-    if world.broadcast_json(first_step > 0 and first_step >= setup.total_steps and final_step(folder) == first_step):
-        say(world, f"nothing left to do: {folder / 'final'} holds step {first_step}, the run asks for {setup.total_steps}")
-        return
-    target = write_final(setup.model, setup.data.card, setup.data.processor, folder, step, world)
-    if num_left_out := len(read_rows(folder)):
-        say(world, f"{num_left_out} records could not be used: {folder / QUARANTINE} says why")
-    say(world, f"wrote and proved {target}")
-
-
-def final_step(folder: Path) -> int | None:
-    """The step that final/ holds."""
-    path = folder / "final" / "provenance.json"
-    return json.loads(path.read_text())["step"] if path.is_file() else None
+def finish(setup: Setup, first_step: int, world: World) -> int:
+    """Write final/, unless an earlier start of this run has and nothing was trained since. Returns the run's completed steps."""
+    place = setup.place
+    step = place.first_step + max(first_step, setup.total_steps)
+    finished = first_step > 0 and first_step >= setup.total_steps and final_step(place.folder) == step
+    if world.broadcast_json(finished):
+        say(world, f"nothing left to do: {place.folder / 'final'} holds step {step}, the run asks for {setup.total_steps}")
+    else:
+        target = write_final(setup.model, setup.data.card, setup.data.processor, place.folder, step, world)
+        if num_left_out := len(read_rows(place.run_folder, place.name)):
+            say(world, f"{num_left_out} records could not be used: {place.run_folder / QUARANTINE} says why")
+        say(world, f"wrote and proved {target}")
+    if place.name and place.is_last:
+        publish(place.folder / "final", place.run_folder / "final", world)
+        say(world, f"it is {place.run_folder / 'final'} as well")
+    return step
 
 
 def prepare_folder(folder: Path, rank: int) -> None:

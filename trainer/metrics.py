@@ -183,8 +183,9 @@ def peak_gib(device: torch.device) -> float:
 class MetricsLog:
     """metrics.jsonl and trainer_state.json, on rank 0."""
 
-    def __init__(self, folder: Path, resumed_step: int, world: World) -> None:
-        self.path, self.active = folder / NAME, world.is_main
+    def __init__(self, folder: Path, resumed_step: int, world: World, stage: str = "") -> None:
+        """Steps are those of the whole run; `stage`: what its lines are marked with."""
+        self.path, self.active, self.stage = folder / NAME, world.is_main, {"stage": stage} if stage else {}
         self.history: list[dict[str, Any]] = []
         if self.active and self.path.exists():
             lines = [json.loads(line) for line in self.path.read_text().split("\n") if line.endswith("}")]
@@ -196,7 +197,7 @@ class MetricsLog:
         if not self.active:
             return
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        line = {"step": step, **plain}
+        line = {"step": step, **self.stage, **plain}
         self.history.append(line)
         with self.path.open("a") as out:
             out.write(json.dumps(line) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from data.config import DataError
 from data.dataset import Rejected
 from trainer.distributed import World
+from trainer.exits import replace_text
 
 NAME = "quarantine.jsonl"
 TRAIN, VALIDATION = "train", "validation"
@@ -20,35 +22,42 @@ FLOOR = 8
 """Bad records that are always tolerated, however small the dataset."""
 
 
-def read_excluded(folder: Path) -> frozenset[int]:
-    """Sample ids that earlier starts quarantined."""
-    return frozenset(row["sample_id"] for row in read_rows(folder) if row["split"] == TRAIN)
+def read_excluded(folder: Path, stage: str = "") -> frozenset[int]:
+    """Sample ids of a stage that earlier starts quarantined."""
+    return frozenset(row["sample_id"] for row in read_rows(folder, stage) if row["split"] == TRAIN)
 
 
-def start_afresh(folder: Path) -> None:
-    """A run that starts at step 0 judges its records anew: they may have been mended, and numbers may mean others now."""
+def start_afresh(folder: Path, finished: Collection[str] = ()) -> None:
+    """What starts at step 0 judges its records anew: they may have been mended, and numbers may mean others now.
+
+    Rows of `finished` stages stay.
+    """
     path = folder / NAME
-    if path.exists():
+    if finished:
+        kept = [row for row in read_rows(folder, None) if row.get("stage", "") in finished]
+        if path.exists():
+            replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    elif path.exists():
         path.replace(folder / f"previous-{NAME}")
 
 
 class Quarantine:
     """Collects what ranks rejected; rank 0 writes it down, all ranks count alike."""
 
-    def __init__(self, folder: Path, num_records: dict[str, int], max_bad_fraction: float) -> None:
-        """`num_records` by split: those that take part."""
-        self.folder, self.num_records = folder, num_records
+    def __init__(self, folder: Path, num_records: dict[str, int], max_bad_fraction: float, stage: str = "") -> None:
+        """`num_records` by split: those that take part. Each stage counts its own sample ids."""
+        self.folder, self.num_records, self.stage = folder, num_records, {"stage": stage} if stage else {}
         self.limits = {split: max(FLOOR, int(num * max_bad_fraction)) for split, num in num_records.items()}
         self.known: set[tuple[str, int]] = set()
         self.num_bad: dict[str, Counter[str]] = {split: Counter() for split in num_records}  # by source
         self.num_too_long: Counter[str] = Counter()  # by split
         self.last: dict[tuple[str, bool], str] = {}  # reason, by split and whether it is the length
         self.waiting: list[dict[str, Any]] = []
-        self._count(read_rows(folder))
+        self._count(read_rows(folder, stage))
 
     def add(self, rejected: tuple[Rejected, ...], step: int, split: str = TRAIN) -> None:
         """`step`: the 0-based one that would have used them; each is written once, with the first it was met in."""
-        rows = [{**asdict(item), "split": split, "step": step} for item in rejected]
+        rows = [{**self.stage, **asdict(item), "split": split, "step": step} for item in rejected]
         self.waiting += [row for row in rows if _key(row) not in self.known]
 
     def flush(self, world: World) -> None:
@@ -105,10 +114,12 @@ def _key(row: dict[str, Any]) -> tuple[str, int]:
     return row["split"], row["sample_id"]
 
 
-def read_rows(folder: Path) -> list[dict[str, Any]]:
+def read_rows(folder: Path, stage: str | None = "") -> list[dict[str, Any]]:
+    """Rows of a stage, of a run that has none, or (None) all there are."""
     path = folder / NAME
     if not path.is_file():
         return []
     *lines, _ = path.read_text(encoding="utf-8").split("\n")
     # A line without its end was cut by a crash: that record will be met and written again.
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return [row for row in rows if stage is None or row.get("stage", "") == stage]

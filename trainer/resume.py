@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,15 @@ import numpy as np
 from model.card import ModelCard, read_card
 from model.config import ConfigError
 from model.manifest import UnsoundCheckpoint, verify
-from trainer.checkpoint import STATE, checkpoints, newest_sound
+from trainer.checkpoint import STATE, checkpoints, newest_sound, step_of
 from trainer.config import RunConfig
+from trainer.curriculum import stage_tables
 from trainer.distributed import World
 from trainer.exits import ProofError
+from trainer.export import final_step
 from trainer.schema import to_tables
 from trainer.sources import RunData
+from trainer.stages import Place, resume_place
 
 MAY_CHANGE = (
     "output_dir",
@@ -34,6 +39,7 @@ MAY_CHANGE = (
     "train.epochs",
     "model.cache_dir",
 )
+LENGTH = ("train.max_steps", "train.epochs")
 
 
 def choose(config: RunConfig, world: World) -> tuple[Path | None, list[str]]:
@@ -72,9 +78,13 @@ def _choose(config: RunConfig) -> tuple[Path | None, list[str]]:
     return path, []
 
 
-def run_state(config: RunConfig, lengths: str) -> dict[str, Any]:
-    """What a checkpoint remembers of the run, to refuse going on with another one. `lengths`: their `digest_of`."""
-    return {"config": to_tables(config), "lengths": lengths}
+def run_state(place: Place, lengths: str) -> dict[str, Any]:
+    """What a checkpoint remembers of the run, to go on in the right stage and to refuse going on with another run.
+
+    `lengths`: their `digest_of`.
+    """
+    state = {"config": to_tables(place.root), "lengths": lengths}
+    return {**state, "stage": place.name, "first_step": place.first_step} if place.name else state
 
 
 def digest_of(data: RunData) -> str:
@@ -90,18 +100,42 @@ def digest_of(data: RunData) -> str:
     return digest.hexdigest()
 
 
-def read_state(path: Path, config: RunConfig, data: RunData) -> dict[str, Any]:
-    """The state of a checkpoint; ConfigError with every difference when it is of another run."""
+def read_state(path: Path, root: RunConfig, finished: Collection[str] = ()) -> dict[str, Any]:
+    """The state of a checkpoint; ConfigError with every difference when it is of another run.
+
+    `finished`: stages whose length is settled.
+    """
     state = json.loads((path / STATE).read_text())
-    before, now = flat(state["config"]), flat(to_tables(config))
-    different = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)]
-    if different:
-        lines = "".join(f"\n  - {key}: {before.get(key)!r} in the checkpoint, {now.get(key)!r} now" for key in different)
-        raise ConfigError(f"{path} is of a run with other settings; use them, or another output_dir:{lines}")
+    before, now = (stage_tables(tables) for tables in (state["config"], to_tables(root)))
+    lines = []
+    for name in dict.fromkeys([*before, *now]):
+        old, new = flat(before.get(name, {})), flat(now.get(name, {}))
+        for key in sorted({*old, *new}):
+            if old.get(key) != new.get(key) and ((name in finished and key in LENGTH) or not key.startswith(MAY_CHANGE)):
+                where = f"stage {name}: " if name else ""
+                lines.append(f"{where}{key}: {old.get(key)!r} in the checkpoint, {new.get(key)!r} now")
+    if lines:
+        told = "".join(f"\n  - {line}" for line in lines)
+        raise ConfigError(f"{path} is of a run with other settings; use them, or another output_dir:{told}")
+    return state
+
+
+def left_of(checkpoint: Path, places: list[Place], world: World) -> tuple[list[Place], dict[str, Any] | None]:
+    """Stages that a run resumed from `checkpoint` has still to do, and the state in which the first of them goes on. Collective."""
+    # Its files were verified when it was chosen.
+    place = resume_place(places, json.loads((checkpoint / STATE).read_text()))
+    step, after = step_of(checkpoint), places[place.number :]
+    # A stage is over when its final/ is proven; the last one is asked again, as it may have been made longer.
+    over = bool(after) and bool(world.broadcast_json(final_step(place.folder) == step))
+    state = read_state(checkpoint, place.root, [earlier.name for earlier in places[: place.number - (not over)]])
+    return ([replace(after[0], first_step=step), *after[1:]], None) if over else ([place, *after], state)
+
+
+def check_state(path: Path, state: dict[str, Any], data: RunData) -> None:
+    """ConfigError when the data or the model of the stage that goes on have changed since the checkpoint."""
     if state["lengths"] != digest_of(data):
         raise ConfigError(f"{path}: the data of this run has changed since (number or lengths of records): use another output_dir")
     check_same_model(path, data.card)
-    return state
 
 
 def check_same_model(path: Path, card: ModelCard) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from model.config import ConfigError
 from trainer.checks import problems_of
 from trainer.config import RunConfig
+from trainer.curriculum import read_curriculum
 from trainer.planned import PLANNED
 from trainer.schema import Reader, apply_override, read_toml
 
@@ -22,12 +23,19 @@ def load_config(path: str, overrides: list[str] | None = None) -> RunConfig:
 
 def parse_config(tables: dict[str, Any], origin: str) -> RunConfig:
     """RunConfig from plain tables; one ConfigError with every problem."""
-    reader = Reader(PLANNED)
-    config = reader.table(RunConfig, tables, "")
-    problems = reader.problems + (problems_of(config) if config is not None else [])
-    if problems:
+    config, problems = read_curriculum(tables, filled) if tables.get("stage") else read_run(tables)
+    if config is None or problems:
         raise ConfigError(f"{origin}:\n" + "\n".join(f"  - {line}" for line in problems))
-    return filled(config)
+    return config
+
+
+def read_run(tables: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
+    """The run of a file without stages, or every problem of it."""
+    reader = Reader(PLANNED)
+    config = reader.table(RunConfig, {key: value for key, value in tables.items() if (key, value) != ("stage", [])}, "")
+    if config is None:
+        return None, reader.problems
+    return filled(config), problems_of(config)
 
 
 def filled(config: RunConfig) -> RunConfig:

@@ -153,6 +153,8 @@ def to_tables(config: Any) -> dict[str, Any]:
     """A dataclass as plain tables; None, which TOML has not, is left out."""
 
     def plain(value: Any) -> Any:
+        if hasattr(value, "to_tables"):
+            return value.to_tables()
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             named = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
             return {key: plain(v) for key, v in named.items() if v is not None}

@@ -25,6 +25,7 @@ from trainer.distributed import World
 from trainer.optim import build_optimizer
 from trainer.parallel import checkpoint_activations, replicate, reshard, shard
 from trainer.sources import RunData
+from trainer.stages import Place
 
 PROOF_LENGTH = 8  # tokens of a sample in the proof of isolation
 
@@ -40,6 +41,7 @@ class Setup:
     wrapped: nn.Module  # what is called: the model, its FSDP2 form, or DDP around it
     trained: Trained | None  # None when nothing learns
     total_steps: int
+    place: Place
 
     @property
     def batch_plan(self) -> BatchPlan:
@@ -67,8 +69,9 @@ def num_steps(config: RunConfig, data: RunData) -> int:
     return math.ceil((config.train.epochs or 0) * steps)
 
 
-def build(config: RunConfig, data: RunData, world: World) -> Setup:
+def build(place: Place, data: RunData, world: World) -> Setup:
     """Every rank builds the structure on meta, shards it, and then reads its own rows of the weights."""
+    config = place.config
     model = assemble(data.card, DTYPES[config.model.dtype])
     if config.parallel.activation_checkpointing == "full":
         checkpoint_activations(model)
@@ -80,14 +83,14 @@ def build(config: RunConfig, data: RunData, world: World) -> Setup:
     learns = {name: p for name, p in model.named_parameters() if p.requires_grad}
     total = num_steps(config, data)
     if not learns or total == 0:
-        return Setup(config, world, data, model, model, None, total)
+        return Setup(config, world, data, model, model, None, total, place)
     wrapped = model if sharded else replicate(model, world)
     model.train()
     prove_gradients(wrapped, model, data.pad_id, world)
     if config.data.packing:
         prove_isolation(model, data.pad_id, world)
     optimizer = build_optimizer(model, config.model, config.optim)
-    return Setup(config, world, data, model, wrapped, Trained(dict(learns), optimizer), total)
+    return Setup(config, world, data, model, wrapped, Trained(dict(learns), optimizer), total, place)
 
 
 def prove_gradients(wrapped: nn.Module, model: MultimodalLM, pad_id: int, world: World) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from data.certificate import certify
 from data.config import DataError, SourceConfig
 from data.dataset import MultimodalDataset, open_dataset
+from data.index import source_files
 from data.lengths import ESTIMATED
 from data.mixing import Pool, make_pools
 from data.processor import Processor, make_processor
@@ -26,6 +27,7 @@ from trainer import plan_lengths
 from trainer.config import RunConfig
 from trainer.distributed import World
 from trainer.quarantine import TRAIN, VALIDATION, read_excluded
+from trainer.stages import Place
 
 PARTS = {"image": "vision", "audio": "audio"}
 """The part that reads each modality."""
@@ -55,11 +57,13 @@ class RunData:
         return self.card.pad_id
 
 
-def open_data(config: RunConfig, world: World, *, first_start: bool = False) -> RunData:
-    """Everything the run reads; no weight is loaded. Rank 0 builds missing indexes, the others then map them. Collective.
+def open_data(config: RunConfig, world: World, *, first_start: bool = False, place: Place | None = None) -> RunData:
+    """Everything the run, or one `place` of it, reads; no weight is loaded. Rank 0 builds missing indexes, the others then map
+    them. Collective.
 
-    first_start: the run begins at step 0, and by what lengths it is planned is settled now.
+    first_start: the run or stage begins at step 0, and by what lengths it is planned is settled now.
     """
+    place = place or Place(config, config)
     added = added_tokens(config)
     specs = media_specs(config.model)
     vocabulary = load_tokenizer(config.model.llm.path, added, config.model.cache_dir)
@@ -89,11 +93,11 @@ def open_data(config: RunConfig, world: World, *, first_start: bool = False) -> 
     if world.is_main:
         found = {split: opened(sources, frozenset()) for split, sources in tables.items() if sources}
         if first_start:
-            plan_lengths.settle(found, config)
+            plan_lengths.settle(found, config, place.folder)
     world.barrier()  # collective: the indexes exist now, and lengths are settled
-    excluded = {TRAIN: read_excluded(folder), VALIDATION: frozenset[int]()}
+    excluded = {TRAIN: read_excluded(folder, place.name), VALIDATION: frozenset[int]()}
     datasets = {split: opened(sources, excluded[split]) for split, sources in tables.items() if sources}
-    kinds = plan_lengths.use(datasets, config)
+    kinds = plan_lengths.use(datasets, config, place.folder)
     train, validation = (datasets.get(split) for split in tables)
     pools, held_out = (() if dataset is None else pools_of(dataset, config) for dataset in (train, validation))
     sampler = None
@@ -101,6 +105,24 @@ def open_data(config: RunConfig, world: World, *, first_start: bool = False) -> 
         sampler = Sampler(train.lengths, train.modalities, config.batch.global_batch_size, config.seed, data.order, pools)
     processor = make_processor(template, specs, data)
     return RunData(card, processor, train, validation, sampler, pools, held_out, kinds.get(TRAIN, ESTIMATED))
+
+
+def check_stages(places: list[Place]) -> None:
+    """Every stage's parts and sources are there, as far as names and JSON tell, before the first one trains for days.
+
+    One ConfigError for all of them. A run without stages finds out when it opens them.
+    """
+    problems = []
+    for place in places if len(places) > 1 else ():
+        data = place.config.data
+        checks = [lambda source=source: source_files(source) for source in (*data.sources, *data.validation)]
+        for check in (lambda place=place: media_specs(place.config.model), *checks):
+            try:
+                check()  # type: ignore[operator]
+            except ConfigError as error:
+                problems.append(f"\n  - stage {place.name}: {error}")
+    if problems:
+        raise ConfigError("what later stages need is not there:" + "".join(dict.fromkeys(problems)))
 
 
 def pools_of(dataset: MultimodalDataset, config: RunConfig) -> tuple[Pool, ...]:

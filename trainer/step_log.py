@@ -24,15 +24,18 @@ EMPTY = -1
 class StepLog:
     """Writes samples.bin on rank 0, a few steps at a time."""
 
-    def __init__(self, folder: Path, sampler: Sampler, first_step: int, world: World) -> None:
-        """Keeps the rows before `first_step`; rows that are missing there, lost with the machine, are made again from the plan."""
+    def __init__(self, folder: Path, sampler: Sampler, first_step: int, world: World, steps_before: int = 0) -> None:
+        """`steps_before`: those of the run's earlier stages; the rows are of this stage alone, and its steps count from 0.
+
+        Keeps the rows before `first_step`; rows that are missing there, lost with the machine, are made again from the plan."""
         self.path, self.sampler, self.active = folder / NAME, sampler, world.is_main
         self.dtype = np.dtype("<i4" if len(sampler.lengths) < 2**31 else "<i8")
         self.num_written = self.num_done = 0
         if not self.active:
             return
         width = sampler.global_batch_size
-        replace_text(folder / SHAPE, dump_json({"global_batch_size": width, "dtype": self.dtype.str}))
+        shape = {"global_batch_size": width, "dtype": self.dtype.str}
+        replace_text(folder / SHAPE, dump_json(shape | ({"steps_before": steps_before} if steps_before else {})))
         with self.path.open("ab") as out:
             self.num_written = min(first_step, out.tell() // (width * self.dtype.itemsize))
             out.truncate(self.num_written * width * self.dtype.itemsize)
