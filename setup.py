@@ -11,7 +11,7 @@ EXTRAS = {
     "parquet": ["pyarrow"],
     "sentencepiece": ["sentencepiece"],
 }
-USED_BY_TESTS = ("media", "plot", "demo", "sentencepiece", "parquet")
+USED_BY_TESTS = ("media", "plot", "demo", "sentencepiece", "parquet", "quantize")
 TEST = ["pytest", "hypothesis", "ruff", "mypy", "peft", "accelerate"]
 
 setup(

@@ -64,6 +64,12 @@ def _same_layer(one: ModelCard, other: ModelCard) -> bool:
 
 
 def check_same_lora(saved: ModelCard, card: ModelCard, folder: Path) -> None:
+    """Adapters go on only as they were, and on the matrices they were trained on."""
+    if saved.quantize != card.quantize:
+        raise ConfigError(
+            f"quantize = {card.quantize}, but the adapter in {folder} was trained with {saved.quantize}: use the same, or merge it "
+            "first with tools.merge_lora"
+        )
     for key in ("rank", "alpha", "rslora", "targets"):
         if getattr(saved.lora, key) != getattr(card.lora, key):
             raise ConfigError(

@@ -10,13 +10,14 @@ from torch import nn
 from model.audio import AudioEncoder
 from model.audio_projector import build_audio_projector
 from model.card import ModelCard, draw_card
-from model.config import ConfigError, LoraConfig, ModelConfig
+from model.config import ConfigError, LoraConfig, ModelConfig, QuantizeConfig
 from model.llm import Vocabulary, build_llm, head_weight
 from model.lora import add_lora, target_paths
 from model.multimodal import ENCODERS, MultimodalLM
 from model.new_tokens import add_new_rows
 from model.origins import weight_layers
 from model.projector import build_vision_projector
+from model.quantized import quantise
 from model.router import RouterTap
 from model.state_head import StateHead
 from model.trainable import apply_tune
@@ -38,10 +39,11 @@ def build_model(
     *,
     device: str | torch.device = "cpu",
     seed: int = 42,
+    quantize: QuantizeConfig = QuantizeConfig(),  # noqa: B008  frozen
 ) -> MultimodalLM:
     """A model on one device with its weights, tuned as `config` says, in training mode."""
     device = torch.device(device)
-    card = draw_card(config, lora or LoraConfig(), vocabulary or Vocabulary())
+    card = draw_card(config, lora or LoraConfig(), vocabulary or Vocabulary(), quantize=quantize)
     model = assemble(card, DTYPES[resolve_dtype(config.dtype, device)])
     materialise(model, weight_layers(card, model, seed), frozen_dtype=model.dtype, device=device)
     return model
@@ -71,6 +73,9 @@ def assemble(card: ModelCard, dtype: torch.dtype) -> MultimodalLM:
         model.routers = RouterTap(llm.get_decoder(), config.llm.router_loss)  # type: ignore[operator]
     model.stop_ids, model.pad_id = card.stop_ids, card.pad_id
     inject(model, card)
+    if card.quantize.bits != 16:
+        check_stays(config, card.quantize)
+        quantise(llm, card.quantize)
     if config.llm.tune == "new_tokens":
         add_new_rows(llm, card.vocabulary.tuned_ids)
     apply_tune(model, config, card.lora)
@@ -84,6 +89,15 @@ def inject(model: MultimodalLM, card: ModelCard) -> None:
         with parameters_on_meta():
             paths = target_paths(parts, card.lora.targets, model.llm.get_output_embeddings())  # type: ignore[operator]
             add_lora(model, paths, card.lora)
+
+
+def check_stays(config: ModelConfig, quantize: QuantizeConfig) -> None:
+    """Codes cannot learn."""
+    if config.llm.tune == "full":
+        raise ConfigError(
+            f"quantize.bits = {quantize.bits} with model.llm.tune = 'full': a matrix stored in {quantize.bits} bits cannot learn; "
+            "use model.llm.tune = 'lora' or 'frozen', or quantize.bits = 16"
+        )
 
 
 def check_parts(config: ModelConfig) -> None:

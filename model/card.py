@@ -19,6 +19,7 @@ from model.config import (
     LlmConfig,
     LoraConfig,
     ModelConfig,
+    QuantizeConfig,
     StateHeadConfig,
     VisionConfig,
     VisionProjectorConfig,
@@ -58,6 +59,7 @@ class ModelCard:
     pad_id: int = 0
     bases: dict[str, str] = field(default_factory=dict)  # digest of the base weights of each part
     transformers: str = transformers.__version__
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)  # how the llm's matrices are stored
 
     def to_json(self) -> dict[str, Any]:
         value = dataclasses.asdict(self)
@@ -78,6 +80,7 @@ def draw_card(
     tokens: tuple[str, ...] = (),
     stop_ids: tuple[int, ...] = (),
     pad_id: int = 0,
+    quantize: QuantizeConfig = QuantizeConfig(),  # noqa: B008  frozen
 ) -> ModelCard:
     """The card of a model that does not exist yet, from the JSON files of its parts."""
     hugging_face = {"llm": llm_config(config.llm, config.cache_dir)}
@@ -85,7 +88,7 @@ def draw_card(
         hugging_face["vision"] = vision_config(config.vision, config.cache_dir)
     if config.audio is not None:
         hugging_face["audio"] = audio_config(config.audio, config.cache_dir)
-    return ModelCard(config, lora, hugging_face, media_specs(config), vocabulary, tokens, stop_ids, pad_id)
+    return ModelCard(config, lora, hugging_face, media_specs(config), vocabulary, tokens, stop_ids, pad_id, quantize=quantize)
 
 
 def media_specs(config: ModelConfig) -> dict[str, MediaSpec]:
@@ -131,6 +134,7 @@ def _card(value: dict[str, Any]) -> ModelCard:
             **_tuples(value),
             "model": ModelConfig(**model),
             "lora": LoraConfig(**_tuples(value["lora"])),
+            "quantize": QuantizeConfig(**value.get("quantize", {})),
             "vocabulary": Vocabulary(**_tuples(value["vocabulary"])),
             "specs": {name: spec_from_json(spec) for name, spec in value["specs"].items()},
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,20 +15,27 @@ from model.load import load_model
 from model.lora import is_adapter
 from model.multimodal import MultimodalLM
 from model.origins import run_layers
+from model.quantized import STORED, quantised
 
 
 def inherits_llm(folder: Path, card: ModelCard) -> bool:
     """Whether the run's adapter sits on other weights than the base folder's: an earlier run trained or merged some."""
     below = run_layers(folder, card, assemble(card, torch.float32), "SOURCE")[1:]
-    names = {name for layer in below for name in (*layer.tensors, *layer.adapters)}
+    names = {name for layer in below for name in (*layer.tensors, *layer.adapters, *layer.stored)}
     return any(name.startswith("llm.") and not is_adapter(name) for name in names)
 
 
 def write_llm(source: Path, folder: Path, card: ModelCard) -> None:
-    """config.json, model*.safetensors and generation_config.json of the LLM of `source`, its own adapters left out."""
+    """config.json, model*.safetensors and generation_config.json of the LLM of `source`, its own adapters left out.
+
+    Matrices that are stored quantised are written as what they compute with.
+    """
     model: MultimodalLM = load_model(source, merge_lora=False)
-    named = {name: p.detach() for name, p in model.llm.named_parameters() if not is_adapter(name)}
-    write_weights(folder, {n: Entry(model.dtype, tuple(p.shape), in_memory(p).all) for n, p in named.items()})
+    plain = {n: p.detach() for n, p in model.llm.named_parameters() if not is_adapter(n) and not n.endswith(STORED)}
+    entries = {n: Entry(model.dtype, tuple(p.shape), in_memory(p).all) for n, p in plain.items()}
+    for path, layer in quantised(model.llm):
+        entries[f"{path}.weight"] = Entry(model.dtype, layer.shape, partial(layer.matrix, model.dtype))
+    write_weights(folder, entries)
     rows = model.llm.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     dtype = str(model.dtype).removeprefix("torch.")
     config = {**card.hugging_face["llm"], "vocab_size": rows, "dtype": dtype, "architectures": [type(model.llm).__name__]}

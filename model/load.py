@@ -9,7 +9,7 @@ import torch
 
 from model.build import DTYPES, assemble, resolve_dtype
 from model.card import ModelCard, read_card
-from model.config import ConfigError
+from model.config import ConfigError, QuantizeConfig
 from model.multimodal import MultimodalLM
 from model.origins import base_layers, run_layers, saved_tensors
 from model.weights import find_values, materialise
@@ -24,8 +24,9 @@ def load_model(
 ) -> MultimodalLM:
     """The model of a final/ folder or checkpoint-N, in eval mode and without gradients.
 
-    `merge_lora`: adapters are merged into their weights in float32, then rounded to `dtype` once. `base` names bases that
-    moved: {"llm": path, "vision": path, "init_from": path}. ConfigError when something is missing or changed.
+    `merge_lora`: adapters are merged into their weights in float32, then rounded to `dtype` once; weights that were trained on
+    quantised are what they were then, read back in float32. Without it the model is stored as it was trained. `base` names
+    bases that moved: {"llm": path, "vision": path, "init_from": path}. ConfigError when something is missing or changed.
     """
     folder, device = Path(path), torch.device(device)
     saved = rebased(read_card(folder), base or {})
@@ -64,7 +65,7 @@ def settled(folder: Path, card: ModelCard) -> ModelCard:
         return card
     model = assemble(card, torch.float32)
     layers = run_layers(Path(card.model.init_from), card, model, "model.init_from", "quick")
-    given = {name for layer in layers for name in (*layer.tensors, *layer.adapters)}
+    given = {name for layer in layers for name in (*layer.tensors, *layer.adapters, *layer.stored)}
     return (
         card
         if given - set(saved_tensors(folder, proof="being_written"))
@@ -73,10 +74,14 @@ def settled(folder: Path, card: ModelCard) -> ModelCard:
 
 
 def for_use(card: ModelCard, merge_lora: bool) -> ModelCard:
-    """The card whose structure is built: without adapters when they are merged, and never with new rows beside a matrix."""
+    """The card whose structure is built: without adapters when they are merged, and without codes to merge them into.
+
+    New rows never stand beside their matrix.
+    """
     merged = ("lora", "new_tokens") if merge_lora else ("new_tokens",)
     parts = {n: replace(part, tune="frozen") for n, part in card.model.parts().items() if part.tune in merged}  # type: ignore[arg-type]
-    return replace(card, model=replace(card.model, **parts))  # type: ignore[arg-type]
+    card = replace(card, model=replace(card.model, **parts))  # type: ignore[arg-type]
+    return replace(card, quantize=QuantizeConfig()) if merge_lora else card
 
 
 def rebased(card: ModelCard, base: dict[str, str]) -> ModelCard:

@@ -28,9 +28,12 @@ class LoraLinear(nn.Linear):
         self.scale = config.scale
         self.dropout = nn.Dropout(config.dropout)
 
+    def multiply(self, x: Tensor) -> Tensor:
+        """W x + b, without the adapter."""
+        return F.linear(x, self.weight, self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
-        base = F.linear(x, self.weight, self.bias)
-        return base + self.scale * F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)
+        return self.multiply(x) + self.scale * F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)
 
 
 def target_paths(parts: dict[str, nn.Module], targets: str | tuple[str, ...], head: nn.Module | None) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from model.agreement import check_same_bases, check_same_lora
 from model.audio import audio_tensors
 from model.card import ModelCard, read_card
-from model.config import ConfigError, ModelConfig
+from model.config import ConfigError, ModelConfig, QuantizeConfig
 from model.experts import fused
 from model.files import Rows, Tensors, read_weights, sampled_digest
 from model.hub import weight_files
@@ -25,6 +25,7 @@ from model.new_tokens import first_rows, is_new_rows, row_patches
 from model.peft import read_adapter
 from model.positions import resized
 from model.proof import Check, check_proof
+from model.quantized import matrices
 from model.shards import weight_tensors
 from model.towers import own_names
 from model.vision import VisionTower
@@ -91,13 +92,23 @@ def run_layers(
     tensors = saved_tensors(folder, proof=proof)
     merged = {name for name in tensors if is_adapter(name) and name.partition(".")[0] not in going_on}
     pairs = adapter_pairs({name: tensors[name] for name in merged}, saved.lora.scale)
+    stored = stored_matrices(saved, card, model, pairs)
     patches = row_patches(tensors, saved.vocabulary.tuned_ids, str(folder))
     kept = {name: rows for name, rows in tensors.items() if name not in merged and not is_new_rows(name)}
     below: Check = "quick" if proof == "being_written" else proof
-    return [
-        Layer(str(folder), lambda: fitted(kept, card, saved, model), {**pairs, **patches}),
-        *given_layers(saved, model, tensors, below),
-    ]
+    own = Layer(str(folder), lambda: fitted(kept, card, saved, model), {**pairs, **patches}, stored=stored)
+    return [own, *given_layers(saved, model, tensors, below)]
+
+
+def stored_matrices(saved: ModelCard, card: ModelCard, model: MultimodalLM, merged: Collection[str]) -> dict[str, QuantizeConfig]:
+    """Matrices that an earlier run computed with as quantised, and that are to be now what they were then.
+
+    One that is quantised again in the same way, nothing `merged` into it, is packed from the same values instead.
+    """
+    if saved.quantize.bits == 16:
+        return {}
+    names = [f"llm.{path}.weight" for path, _ in matrices(model.llm)]
+    return {name: saved.quantize for name in names if name in merged or saved.quantize != card.quantize}
 
 
 def saved_tensors(folder: Path, check: Callable[[Path], object] = verify, proof: Check = "full") -> Tensors:

@@ -10,6 +10,7 @@ from model.config import LoraConfig, ModelConfig
 from model.lora import adapted, is_adapter
 from model.multimodal import MultimodalLM
 from model.new_tokens import is_new_rows
+from model.quantized import num_parameters
 
 
 @dataclass(frozen=True)
@@ -58,5 +59,5 @@ def part_table(model: MultimodalLM, config: ModelConfig) -> list[PartRow]:
     for name, part in config.parts().items():
         parameters = list(model.get_submodule(name).parameters())
         trainable = sum(p.numel() for p in parameters if p.requires_grad)
-        rows.append(PartRow(name, part.tune, sum(p.numel() for p in parameters), trainable))
+        rows.append(PartRow(name, part.tune, num_parameters(model.get_submodule(name)), trainable))
     return rows

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from model.config import ConfigError
+from model.config import ConfigError, QuantizeConfig
 from model.files import Rows, Tensors
 from model.lora import merge_rows
+from model.quantize import dequantised, pack
+from model.quantized import STORED, Quantised, quantised
 
 
 class Merged(Protocol):
@@ -44,6 +46,7 @@ class Layer:
     open: Callable[[], Tensors]
     adapters: Mapping[str, Merged] = field(default_factory=dict)  # by full name of the weight they are merged into
     prefix: str = ""
+    stored: dict[str, QuantizeConfig] = field(default_factory=dict)  # matrices that it knows only as quantised, by full name
 
     @cached_property
     def tensors(self) -> Tensors:
@@ -51,11 +54,16 @@ class Layer:
 
 
 def resolve(name: str, layers: list[Layer]) -> Rows | None:
-    """The newest value of a parameter, adapters of newer layers merged on top; None when no layer holds it."""
+    """The newest value of a parameter, adapters of newer layers merged on top; None when no layer holds it.
+
+    An adapter that was trained on a quantised matrix is merged into what that matrix was then.
+    """
     for depth, layer in enumerate(layers):
-        if adapter := layer.adapters.get(name):
+        adapter, config = layer.adapters.get(name), layer.stored.get(name)
+        if adapter or config:
             below = resolve(name, layers[depth + 1 :])
-            return adapter.onto(below) if below else None
+            below = dequantised(below, config) if below and config else below
+            return adapter.onto(below) if adapter and below else below
         if name.startswith(layer.prefix) and name in layer.tensors:
             return layer.tensors[name]
     return None
@@ -81,12 +89,15 @@ def parameters_on_meta() -> Iterator[None]:
 def materialise(model: nn.Module, layers: list[Layer], *, frozen_dtype: torch.dtype, device: torch.device) -> None:
     """Give every parameter its value and its device: trainable ones in float32, frozen ones in `frozen_dtype`.
 
-    A sharded parameter reads its own rows only, so no rank ever holds the whole model. ConfigError when a value is
-    missing or has another shape.
+    A sharded parameter reads its own rows only, and a quantised matrix is packed piece by piece, so no rank ever holds the whole
+    model. ConfigError when a value is missing or has another shape.
     """
     values: dict[str, Tensor] = {}
-    for parameter, names, rows in find_values(model, layers):
-        value = nn.Parameter(_local(parameter, rows, frozen_dtype, device), requires_grad=parameter.requires_grad)
+    for owner, names, rows in find_values(model, layers):
+        if isinstance(owner, Quantised):
+            values |= _packed(owner, names[0], rows, device)
+            continue
+        value = nn.Parameter(_local(owner, rows, frozen_dtype, device), requires_grad=owner.requires_grad)
         values.update(dict.fromkeys(names, value))  # tied parameters stay one
     model.load_state_dict(values, strict=False, assign=True)
     for module in model.modules():
@@ -94,20 +105,28 @@ def materialise(model: nn.Module, layers: list[Layer], *, frozen_dtype: torch.dt
             module._buffers[name] = None if buffer is None else buffer.to(device)
 
 
-def find_values(model: nn.Module, layers: list[Layer]) -> list[tuple[nn.Parameter, list[str], Rows]]:
-    """Each parameter with all its names and where its value stands. ConfigError when one has none, or of another shape."""
-    aliases: dict[nn.Parameter, list[str]] = {}
+Owner = nn.Parameter | Quantised
+
+
+def find_values(model: nn.Module, layers: list[Layer]) -> list[tuple[Owner, list[str], Rows]]:
+    """Each parameter with all its names and where its value stands; in place of codes and scales, their layer with the name of
+    the matrix. ConfigError when one has no value, or of another shape.
+    """
+    aliases: dict[Owner, list[str]] = {layer: [f"{path}.weight"] for path, layer in quantised(model)}
+    stored = {path + suffix for path, _ in quantised(model) for suffix in STORED}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(parameter, []).append(name)
-    found, missing, misshapen = [], [], []
-    for parameter, names in aliases.items():
+        if name not in stored:
+            aliases.setdefault(parameter, []).append(name)
+    found: list[tuple[Owner, list[str], Rows]] = []
+    missing, misshapen = [], []
+    for owner, names in aliases.items():
         rows = next((r for r in (resolve(name, layers) for name in names) if r is not None), None)
         if rows is None:
             missing.append(names[0])
-        elif rows.shape != tuple(parameter.shape):
-            misshapen.append(f"{names[0]}: {list(rows.shape)} in the file, {list(parameter.shape)} in the model")
+        elif rows.shape != tuple(owner.shape):
+            misshapen.append(f"{names[0]}: {list(rows.shape)} in the file, {list(owner.shape)} in the model")
         else:
-            found.append((parameter, names, rows))
+            found.append((owner, names, rows))
     _refuse(missing, misshapen, layers)
     return found
 
@@ -117,7 +136,22 @@ def _local(parameter: nn.Parameter, rows: Rows, frozen_dtype: torch.dtype, devic
     start, stop = local_range(parameter)
     value = rows.read(start, stop)
     # A copy always: what was read may be a view of a mapped file that is replaced while it is in use.
-    value = value.to(device=device, dtype=dtype, copy=True).contiguous()
+    return _placed(parameter, value.to(device=device, dtype=dtype, copy=True).contiguous())
+
+
+def _packed(layer: Quantised, name: str, rows: Rows, device: torch.device) -> dict[str, Tensor]:
+    """Codes and scales by full name, this rank's rows of them; what they rest on goes into the layer's buffers."""
+    packed = pack(rows, layer.quantize, *local_range(layer.codes))
+    layer.nested, layer.offset = packed.nested, packed.offset
+    path = name.removesuffix(".weight")
+    return {
+        f"{path}.{kind}": nn.Parameter(_placed(getattr(layer, kind), getattr(packed, kind).to(device)), requires_grad=False)
+        for kind in ("codes", "scales")
+    }
+
+
+def _placed(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """This rank's rows as the parameter holds them."""
     if not isinstance(parameter, DTensor):
         return value
     return DTensor.from_local(

@@ -19,7 +19,7 @@ from data.template import load_template
 from data.tokenizer import load_tokenizer, pad_id, save_tokenizer
 from model.build import DTYPES, assemble
 from model.card import ModelCard, base_digests, draw_card, media_specs, write_card
-from model.config import LlmConfig, LoraConfig, ModelConfig, VisionConfig, VisionProjectorConfig
+from model.config import LlmConfig, LoraConfig, ModelConfig, QuantizeConfig, VisionConfig, VisionProjectorConfig
 from model.llm import Vocabulary
 from model.manifest import write_manifest
 from model.multimodal import MultimodalLM
@@ -58,7 +58,10 @@ def config_of(parts: Path, llm: str = "lora", vision: str = "frozen", **options:
     return ModelConfig(LlmConfig(str(parts / "llm"), llm), tower, projector, **{"dtype": "float32", **options})  # type: ignore[arg-type]
 
 
-def build(config: ModelConfig, lora: LoraConfig = NO_LORA, seed: int = 3, **data: Any) -> Run:
+WHOLE = QuantizeConfig()
+
+
+def build(config: ModelConfig, lora: LoraConfig = NO_LORA, seed: int = 3, quantize: QuantizeConfig = WHOLE, **data: Any) -> Run:
     """A model as a run starts with it."""
     specs = media_specs(config)
     vocabulary = load_tokenizer(config.llm.path, ("<image>", *config.llm.new_tokens))
@@ -76,6 +79,7 @@ def build(config: ModelConfig, lora: LoraConfig = NO_LORA, seed: int = 3, **data
         Vocabulary(len(vocabulary.tokenizer), vocabulary.num_known, vocabulary.new_ids, tuned_ids(config.llm, vocabulary)),
         stop_ids=template.stop_ids,
         pad_id=pad_id(vocabulary.tokenizer),
+        quantize=quantize,
     )
     card = replace(card, bases=base_digests(config))
     model = assemble(card, DTYPES[config.dtype])

@@ -19,7 +19,7 @@ MAY_IMPORT = {
 }
 EXTERNAL = {"torch", "transformers", "safetensors", "PIL", "numpy", "tqdm", "jinja2", "tokenizers"}
 """What is always there; jinja2 comes with torch, tokenizers with transformers."""
-EXTRAS = {"av", "matplotlib", "pyarrow", "sklearn"}
+EXTRAS = {"av", "bitsandbytes", "matplotlib", "pyarrow", "sklearn"}
 """Imported where they are used, never with a module."""
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "base", "misc"}
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))

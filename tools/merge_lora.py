@@ -1,6 +1,7 @@
 """Merges a run's adapters into their weights: SOURCE, a final/ folder or checkpoint-N, becomes OUT, a final/ without adapters.
 
-W + scale * B A is computed in float32 and rounded to the run's dtype once. Logits are compared before OUT appears.
+W + scale * B A is computed in float32 and rounded to the run's dtype once. Where W was stored in 4 or 8 bits, it is what was
+read back from those: the adapter was trained beside that, and makes up for its errors. Logits are compared before OUT appears.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from data.processor import Processor, load_processor
 from model.card import ModelCard, read_card, write_card
-from model.config import ConfigError, ModelConfig
+from model.config import ConfigError, ModelConfig, QuantizeConfig
 from model.files import SHARD_BYTES, Entry, dump_json, in_memory, split_by_size, tensor_digests, write_safetensors
 from model.load import load_model
 from model.proof import file_facts
@@ -66,7 +67,8 @@ def write_merged(source: Path, folder: Path, card: ModelCard, processor: Process
     if card.model.vision_projector is not None and (tensors := projector(source, card)):
         write_file(folder / "vision_projector.safetensors", tensors)
     dtype = str(model.dtype).removeprefix("torch.")
-    write_card(replace(card, model=replace(standalone(card.model, parts), dtype=dtype)), folder)  # type: ignore[arg-type]
+    alone = replace(standalone(card.model, parts), dtype=dtype)  # type: ignore[arg-type]
+    write_card(replace(card, model=alone, quantize=QuantizeConfig()), folder)
     processor.save(folder)
     files = {path.name: file_facts(path) for path in sorted(folder.glob("*.safetensors"))}
     proof = {"files": files, "compared": "float32 logits of a sample, merged and unmerged; every tensor's bytes after reopening"}

@@ -9,6 +9,7 @@ from typing import Any
 from data.config import DataConfig
 from model.config import OUR_ATTENTION, LoraConfig
 from trainer.config import BatchConfig, RunConfig, ValidationConfig
+from trainer.quantize_checks import quantize_problems
 from trainer.term_checks import term_problems
 from trainer.vision_checks import vision_problems
 
@@ -23,6 +24,7 @@ def problems_of(config: RunConfig) -> list[str]:
         *_parts(config),
         *vision_problems(config.model),
         *term_problems(config.model),
+        *quantize_problems(config.quantize, config.model),
         *idle_settings(config),
     ]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from data.config import DataConfig
-from model.config import LoraConfig, ModelConfig
+from model.config import LoraConfig, ModelConfig, QuantizeConfig
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     seed: int = 42
     lora: LoraConfig = field(default_factory=LoraConfig)
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -80,7 +80,7 @@ def cast_for_compute(model: nn.Module, dtype: torch.dtype) -> None:
     owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, p in module._parameters.items():
-            if p is not None and p.dtype != dtype:
+            if p is not None and p.is_floating_point() and p.dtype != dtype:  # codes of a quantised matrix stay what they are
                 owners.setdefault(p, []).append((module, name))
     for module in {module for pairs in owners.values() for module, _ in pairs}:
         module.forward = functools.partial(_cast_forward, module, module.forward, dtype)
@@ -115,7 +115,8 @@ def _cast_forward(module: nn.Module, forward: Callable[..., Any], dtype: torch.d
         args = tuple(a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
     try:
         for name, p in masters.items():
-            module._parameters[name] = None if p is None else p.to(dtype)  # type: ignore[assignment]
+            cast = p is not None and p.is_floating_point()
+            module._parameters[name] = p.to(dtype) if cast else p  # type: ignore[assignment, union-attr]
         return forward(*args, **kwargs)
     finally:
         module._parameters.update(masters)

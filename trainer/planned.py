@@ -1,7 +1,6 @@
 """Settings that the contract names and that are not built yet: they are refused with a reason, never ignored."""
 
 KEYS = (
-    "quantize",
     "parallel.shard_size",
     "parallel.compile",
     "parallel.cpu_offload",

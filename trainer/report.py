@@ -6,6 +6,7 @@ from pathlib import Path
 
 from data.lengths import EXACT
 from model.experts import fused_parameters
+from model.quantized import quantised
 from model.trainable import part_table
 from trainer.optim import learning_rates
 from trainer.schedule import warmup_steps
@@ -53,6 +54,7 @@ def _batches(setup: Setup) -> list[str]:
         f"batch     {config.batch.global_batch_size} samples per step on {world.size} rank(s): {shared}",
         f"parallel  {strategy} on {world.device.type}, computing in {config.model.dtype}, "
         f"activation checkpointing {config.parallel.activation_checkpointing}",
+        *_quantised(setup),
     ]
     if sampler is not None:
         lines.append(
@@ -63,3 +65,17 @@ def _batches(setup: Setup) -> list[str]:
         lines.append(f"lengths   {setup.data.lengths_kind}, for the whole run{hint}")
         lines += [f"mix       {text}" for pool in setup.data.pools if (text := str(pool))]
     return lines
+
+
+def _quantised(setup: Setup) -> list[str]:
+    """What the matrices of the language model take, and would take in the type that is computed in."""
+    config, layers = setup.config.quantize, [layer for _, layer in quantised(setup.model)]
+    if not layers:
+        return []
+    taken = sum(p.numel() for layer in layers for p in (layer.codes, layer.scales))
+    whole = sum(layer.in_features * layer.out_features for layer in layers) * setup.model.dtype.itemsize
+    kind = f" ({config.type}{', double' if config.double else ''})" if config.bits == 4 else ""
+    return [
+        f"quantised {len(layers)} matrices of llm in {config.bits} bits{kind}: {taken / 2**20:,.1f} MiB in place of "
+        f"{whole / 2**20:,.1f} in {setup.config.model.dtype}; head, embeddings and norms stay as they are"
+    ]

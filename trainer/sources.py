@@ -83,6 +83,7 @@ def open_data(config: RunConfig, world: World, *, first_start: bool = False, pla
         tokens=added,
         stop_ids=template.stop_ids,
         pad_id=pad_id(vocabulary.tokenizer),
+        quantize=config.quantize,
     )
     folder = Path(config.output_dir)
 
