@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig
 
 from model.config import ConfigError
@@ -14,13 +14,6 @@ from model.files import Rows, Tensors
 
 PREFIXES = ("", "vision_model.", "vision_tower.vision_model.", "model.vision_tower.", "vision_tower.")
 """What stands before a tower's names in the files of others."""
-
-
-class CopiedRow(nn.Module):
-    """What is left of pooling the CLS row: a copy, because FSDP2 wants no view among a module's outputs."""
-
-    def forward(self, row: Tensor) -> Tensor:
-        return row.clone()
 
 
 @dataclass(frozen=True)
@@ -44,7 +37,13 @@ def cut(tower: nn.Module) -> nn.Module:
             setattr(tower.get_submodule(owner), name, replacement())
     if hasattr(tower, "use_head"):
         tower.use_head = False  # type: ignore[assignment]
+    tower.register_forward_hook(_rows_alone)
     return tower
+
+
+def _rows_alone(tower: nn.Module, args: object, output: Any) -> Any:
+    """Without the pooled row, which is a view: FSDP2, whose own hook comes later, wants none among a module's outputs."""
+    return type(output)(last_hidden_state=output.last_hidden_state)
 
 
 def num_prefix(config: PretrainedConfig) -> int:
@@ -163,8 +162,7 @@ ORIGINAL_INTERN_VIT = "intern_vit_6b"
 """model_type of every InternViT as it was published, whatever its size."""
 _DINO: dict[str, Callable[[], nn.Module | None]] = {"layernorm": nn.Identity, "embeddings.mask_token": _nothing}
 TOWERS = {
-    # CLIP normalises only the row that it pools, SigLIP and DINOv2 all of them.
-    "clip_vision_model": TowerKind("embeddings.position_embedding.weight", 1, {"post_layernorm": CopiedRow}),
+    "clip_vision_model": TowerKind("embeddings.position_embedding.weight", 1, {"post_layernorm": nn.Identity}),
     "siglip_vision_model": TowerKind("embeddings.position_embedding.weight", 0, {"post_layernorm": nn.Identity, "head": _nothing}),
     "dinov2": TowerKind("embeddings.position_embeddings", 1, _DINO, renamed=dino),
     "dinov2_with_registers": TowerKind("embeddings.position_embeddings", 1, _DINO, antialias=True, renamed=dino),
