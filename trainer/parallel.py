@@ -83,9 +83,17 @@ def cast_for_compute(model: nn.Module, dtype: torch.dtype) -> None:
             if p is not None and p.is_floating_point() and p.dtype != dtype:  # codes of a quantised matrix stay what they are
                 owners.setdefault(p, []).append((module, name))
     for module in {module for pairs in owners.values() for module, _ in pairs}:
-        module.forward = functools.partial(_cast_forward, module, module.forward, dtype)
+        module.forward = _cast_inside(module, module.forward, dtype)
     if shared := {p: pairs for p, pairs in owners.items() if len(pairs) > 1}:
         model.forward = functools.partial(_cast_shared, shared, model.forward, dtype)
+
+
+def _cast_inside(module: nn.Module, forward: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+    """`forward` with its own parameters cast. A recomputed block is cast inside: backward runs what stands there a second time."""
+    if isinstance(forward, functools.partial) and forward.func is checkpoint:
+        inner = functools.partial(_cast_forward, module, forward.args[0], dtype)
+        return functools.partial(checkpoint, inner, **forward.keywords)
+    return functools.partial(_cast_forward, module, forward, dtype)
 
 
 def _cast_shared(
