@@ -14,7 +14,7 @@ from model.load import for_use
 from model.manifest import check_sizes
 from model.new_tokens import FILE as NEW_ROWS
 from model.new_tokens import is_new_rows
-from model.origins import run_layers, saved_tensors
+from model.origins import of_adapter, run_layers, saved_tensors
 from model.peft import OURS, peft_name
 from model.weights import resolve
 
@@ -32,7 +32,7 @@ def trained_files(folder: Path, card: ModelCard) -> dict[str, Tensors]:
         part, _, inner = name.partition(".")
         if is_new_rows(name):
             files.setdefault(NEW_ROWS, {})[name] = rows
-        elif part in card.lora_parts:
+        elif of_adapter(name, card):
             files.setdefault(OURS, {})[name] = rows
         elif part != "llm":
             files.setdefault(f"{part}.safetensors", {})[inner] = rows
@@ -65,7 +65,7 @@ def changed_parts(folder: Path, card: ModelCard) -> set[str]:
     """Parts of which some weight is not the base's: this run or one before it trained it, or merged an adapter into it."""
     card = for_use(card, merge_lora=True)
     layers = run_layers(folder, card, assemble(card, torch.float32), "SOURCE")
-    return {name.partition(".")[0] for layer in layers for name in (*layer.tensors, *layer.adapters)}
+    return {name.partition(".")[0] for layer in layers for name in (*layer.tensors, *layer.adapters, *layer.stored)}
 
 
 def llm_adapter(folder: Path, card: ModelCard) -> tuple[Tensors, list[str]]:
@@ -77,7 +77,7 @@ def llm_adapter(folder: Path, card: ModelCard) -> tuple[Tensors, list[str]]:
         )
     if "llm" not in card.lora_parts:
         raise ConfigError(f"model.llm.tune = {card.model.llm.tune!r}: the run has no LoRA adapter to export")
-    found = {name: rows for name, rows in saved_tensors(folder, check_sizes).items() if name.startswith("llm.")}
+    found = {name: rows for name, rows in saved_tensors(folder, check_sizes).items() if of_adapter(name, card)}
     paths = [name.removesuffix(".lora_A") for name in found if name.endswith(".lora_A")]
     return {peft_name(name, set(paths)): rows for name, rows in found.items()}, paths
 
