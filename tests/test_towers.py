@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -248,16 +249,32 @@ CASES: dict[str, tuple[str, str, VisionProjectorConfig, dict[str, Any]]] = {
 }
 
 
-def run_cases(world: World, configs: dict[str, ModelConfig], micro_batch_size: int) -> dict[str, list[float]]:
-    """All in one process per rank: starting it takes longer than a case."""
-    return {case: run_steps(world, config, "fsdp", False, micro_batch_size) for case, config in configs.items()}
+def run_cases(
+    world: World, configs: dict[str, ModelConfig], strategy: str, recompute: bool, micro_batch_size: int, dtype: str = "float32"
+) -> dict[str, list[float]]:
+    """All in one process per rank: starting it takes longer than a case. Clipping would sum shards in another order."""
+    clip_norm = 1.0 if dtype == "float32" else 0.0
+    return {
+        case: run_steps(world, config, strategy, recompute, micro_batch_size, dtype, clip_norm) for case, config in configs.items()
+    }
+
+
+def configs_of(parts: Path, cases: Iterable[str]) -> dict[str, ModelConfig]:
+    found = {}
+    for case in cases:
+        family, tune, projector, settings = CASES[case]
+        found[case] = run_config(parts, family, tune, projector, **settings)
+    return found
 
 
 @pytest.fixture(scope="module")
 def steps(parts: Path) -> list[dict[str, list[float]]]:
     """Loss and gradient norm of five steps of every case: alone, and of each of two ranks."""
-    configs = {case: run_config(parts, f, tune, projector, **settings) for case, (f, tune, projector, settings) in CASES.items()}
-    return [run_ranks(run_cases, 1, configs, 10)[0], *run_ranks(run_cases, 2, configs, 2)]
+    configs = configs_of(parts, CASES)
+    return [
+        run_ranks(run_cases, 1, configs, "ddp", False, 10, seconds=300)[0],
+        *run_ranks(run_cases, 2, configs, "fsdp", False, 2, seconds=300),
+    ]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -266,3 +283,19 @@ def test_two_sharded_ranks_take_the_steps_of_one_process(steps: list[dict[str, l
     assert first == second
     torch.testing.assert_close(torch.tensor(first), torch.tensor(alone), rtol=1e-6, atol=1e-7)
     assert alone[0] != alone[2]
+
+
+def test_a_block_that_owns_parameters_is_recomputed_as_it_was_computed(parts: Path) -> None:
+    """InternViT's layer scales belong to the block itself: cast in forward, they must be in backward too."""
+    configs = configs_of(parts, ["internvit", "dinov2"])
+    kept, recomputed = (run_ranks(run_cases, 1, configs, "ddp", again, 5, "bfloat16")[0] for again in (False, True))
+    assert kept == recomputed
+
+
+@pytest.mark.long
+def test_strategies_cast_every_tower_alike_to_the_bit_in_bfloat16(parts: Path) -> None:
+    configs = configs_of(parts, CASES)
+    ddp, fsdp = (run_ranks(run_cases, 2, configs, s, r, 2, "bfloat16", seconds=300)[0] for s, r in (("ddp", True), ("fsdp", False)))
+    for case in CASES:
+        assert ddp[case][::2] == fsdp[case][::2]
+        torch.testing.assert_close(torch.tensor(ddp[case]), torch.tensor(fsdp[case]), rtol=1e-6, atol=0)
