@@ -63,16 +63,19 @@ def _same_layer(one: ModelCard, other: ModelCard) -> bool:
     return first == second
 
 
-def check_same_lora(saved: ModelCard, card: ModelCard, folder: Path) -> None:
-    """Adapters go on only as they were, and on the matrices they were trained on."""
-    if saved.quantize != card.quantize:
+LORA_SHAPE = ("rank", "alpha", "rslora", "targets")
+
+
+def going_on(saved: ModelCard, card: ModelCard, folder: Path) -> frozenset[str]:
+    """Parts whose adapters go on as they were, on the matrices they were trained on. All others are merged: into parts that carry
+    none now, and below adapters of another shape, which start anew.
+    """
+    if any(getattr(saved.lora, key) != getattr(card.lora, key) for key in LORA_SHAPE):
+        return frozenset()
+    parts = saved.lora_parts & card.lora_parts
+    if parts and saved.quantize != card.quantize:
         raise ConfigError(
             f"quantize = {card.quantize}, but the adapter in {folder} was trained with {saved.quantize}: use the same, or merge it "
             "first with tools.merge_lora"
         )
-    for key in ("rank", "alpha", "rslora", "targets"):
-        if getattr(saved.lora, key) != getattr(card.lora, key):
-            raise ConfigError(
-                f"lora.{key} = {getattr(card.lora, key)!r}, but the adapter in {folder} was trained with "
-                f"{getattr(saved.lora, key)!r}: use the same, or merge it first with tools.merge_lora"
-            )
+    return parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import torch
 from model.build import DTYPES, assemble, resolve_dtype
 from model.card import ModelCard, read_card
 from model.config import ConfigError, QuantizeConfig
+from model.files import Tensors
 from model.multimodal import MultimodalLM
 from model.origins import base_layers, run_layers, saved_tensors
-from model.weights import find_values, materialise
+from model.weights import find_values, materialise, resolve
 
 
 def load_model(
@@ -71,6 +73,18 @@ def settled(folder: Path, card: ModelCard) -> ModelCard:
         if given - set(saved_tensors(folder, proof="being_written"))
         else replace(card, model=replace(card.model, init_from=""))
     )
+
+
+def inherited_tensors(card: ModelCard, held: Collection[str]) -> Tensors:
+    """Values, as they are now, of what the run named by model.init_from gave and `held` does not hold: with them a final/ needs
+    no earlier run. No tensor has been read.
+    """
+    path, model = Path(card.model.init_from), assemble(card, torch.float32)
+    layers = run_layers(path, card, model, "model.init_from", "quick")
+    given = {name for layer in layers for name in (*layer.tensors, *layer.adapters, *layer.stored)}
+    layers += base_layers(replace(card, bases=read_card(path).bases), model)
+    values = {name: resolve(name, layers) for name in sorted(given - set(held))}
+    return {name: rows for name, rows in values.items() if rows is not None}
 
 
 def for_use(card: ModelCard, merge_lora: bool) -> ModelCard:

@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from model.agreement import check_same_bases, check_same_lora
+from model.agreement import check_same_bases, going_on
 from model.audio import audio_tensors
 from model.card import ModelCard, read_card
-from model.config import ConfigError, ModelConfig, QuantizeConfig
+from model.config import ConfigError, QuantizeConfig
 from model.experts import fused
-from model.files import Rows, Tensors, read_weights, sampled_digest
+from model.files import Tensors, read_weights, sampled_digest
 from model.hub import weight_files
 from model.initial import grown, initial_adapter, initial_tensors
 from model.lora import SUFFIXES, adapted, is_adapter
@@ -24,14 +24,13 @@ from model.new_tokens import FILE as NEW_ROWS
 from model.new_tokens import first_rows, is_new_rows, row_patches
 from model.peft import read_adapter
 from model.positions import resized
+from model.projector_files import projector_layers
 from model.proof import Check, check_proof
 from model.quantized import matrices
 from model.shards import weight_tensors
 from model.towers import own_names
 from model.vision import VisionTower
 from model.weights import Adapter, Layer
-
-LLAVA_PROJECTOR = "mm_projector."
 
 
 def weight_layers(card: ModelCard, model: MultimodalLM, seed: int) -> list[Layer]:
@@ -50,7 +49,7 @@ def given_layers(card: ModelCard, model: MultimodalLM, held: Collection[str] = (
     if config.init_from:
         layers += run_layers(Path(config.init_from), card, model, "model.init_from", proof)
     # Only the named run itself is looked into: what lies below it is opened when it is needed.
-    claimed = set(layers[0].tensors) if layers else set()
+    claimed = {name for layer in layers[:2] for name in layer.tensors}
     layers += projector_layers(config, held, claimed)
     if card.lora.path and not any(map(is_adapter, held)):
         if any(map(is_adapter, claimed)):
@@ -58,22 +57,6 @@ def given_layers(card: ModelCard, model: MultimodalLM, held: Collection[str] = (
         wanted = {f"{path}{suffix}" for path, _ in adapted(model) for suffix in SUFFIXES}
         layers.append(Layer(card.lora.path, lambda: read_adapter(Path(card.lora.path), card.lora, wanted)))
     return layers
-
-
-def projector_layers(config: ModelConfig, held: Collection[str], claimed: Collection[str]) -> list[Layer]:
-    """What the `path` of each projector names, but for one that is `held`. ConfigError for one that is `claimed` already."""
-    layers = []
-    for part, projector in (("vision_projector", config.vision_projector), ("audio_projector", config.audio_projector)):
-        if projector is None or not projector.path or _holds(held, part):
-            continue
-        if _holds(claimed, part):
-            raise ConfigError(f"model.{part}.path and model.init_from both hold the projector: name one of them")
-        layers.append(Layer(projector.path, partial(projector_tensors, Path(projector.path), part), prefix=f"{part}."))
-    return layers
-
-
-def _holds(names: Collection[str], part: str) -> bool:
-    return any(name.startswith(f"{part}.") for name in names)
 
 
 def run_layers(
@@ -86,18 +69,30 @@ def run_layers(
     """
     saved = saved or read_card(folder)
     check_same_bases(saved, card, folder, setting)
-    going_on = saved.lora_parts & card.lora_parts
-    if going_on:
-        check_same_lora(saved, card, folder)
+    parts = going_on(saved, card, folder)
     tensors = saved_tensors(folder, proof=proof)
-    merged = {name for name in tensors if is_adapter(name) and name.partition(".")[0] not in going_on}
+    merged = {name for name in tensors if is_adapter(name) and name.partition(".")[0] not in parts}
     pairs = adapter_pairs({name: tensors[name] for name in merged}, saved.lora.scale)
     stored = stored_matrices(saved, card, model, pairs)
     patches = row_patches(tensors, saved.vocabulary.tuned_ids, str(folder))
     kept = {name: rows for name, rows in tensors.items() if name not in merged and not is_new_rows(name)}
     below: Check = "quick" if proof == "being_written" else proof
-    own = Layer(str(folder), lambda: fitted(kept, card, saved, model), {**pairs, **patches}, stored=stored)
-    return [own, *given_layers(saved, model, tensors, below)]
+    # What stands on a weight must be above it, and a final/ may hold both.
+    beside = {name: rows for name, rows in kept.items() if of_adapter(name, saved)}
+    own = Layer(str(folder), lambda: beside, {**pairs, **patches}, stored=stored)
+    weights = Layer(str(folder), lambda: fitted({n: rows for n, rows in kept.items() if n not in beside}, card, saved, model))
+    return [own, weights, *map(without_adapters, given_layers(saved, model, tensors, below))]
+
+
+def of_adapter(name: str, card: ModelCard) -> bool:
+    """Whether a tensor belongs to what LoRA trains: an adapter, or a bias beside it."""
+    learns_bias = name.endswith(".bias") and card.lora.bias != "none"
+    return name.partition(".")[0] in card.lora_parts and (is_adapter(name) or learns_bias)
+
+
+def without_adapters(layer: Layer) -> Layer:
+    """An origin below a run, whose adapters that run holds itself or has merged: new ones must not find the old."""
+    return replace(layer, open=lambda: {name: rows for name, rows in layer.tensors.items() if not is_adapter(name)})
 
 
 def stored_matrices(saved: ModelCard, card: ModelCard, model: MultimodalLM, merged: Collection[str]) -> dict[str, QuantizeConfig]:
@@ -206,22 +201,6 @@ def tower_tensors(path: str, tower: VisionTower, cache_dir: str, others: tuple[s
     if tower.resizes and name in found:
         found[name] = resized(found[name], shapes[name], tower.kind)
     return {f"vision.tower.{name}": rows for name, rows in found.items()}
-
-
-def projector_tensors(path: Path, part: str = "vision_projector") -> Tensors:
-    """A projector by itself: ours (keys `0.weight`), or LLaVA's mm_projector.bin (keys `model.mm_projector.0.weight`)."""
-    file = path / f"{part}.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise ConfigError(f"model.{part}.path = {str(path)!r} " + (f"holds no {file.name}" if path.is_dir() else "does not exist"))
-    found: dict[str, Rows] = {}
-    for name, rows in read_weights(file).items():
-        if LLAVA_PROJECTOR in name and part == "vision_projector":
-            found["vision_projector." + name.partition(LLAVA_PROJECTOR)[2]] = rows
-        elif file.suffix == ".safetensors":
-            found[f"{part}.{name}"] = rows
-    if not found:
-        raise ConfigError(f"model.{part}.path = {str(path)!r} holds no projector: no key has {LLAVA_PROJECTOR!r}")
-    return found
 
 
 def new_tensors(card: ModelCard, model: MultimodalLM, seed: int) -> Tensors:

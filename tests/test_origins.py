@@ -162,10 +162,28 @@ def test_two_origins_of_one_part_are_an_error(parts: Path, tmp_path: Path) -> No
         start(config_of(parts, "lora", init_from=folder), replace(NO_LORA, path=folder))
 
 
-def test_an_earlier_run_on_other_bases_or_with_other_lora_is_refused(parts: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_another_shape_is_merged_and_a_new_one_starts(parts: Path, tmp_path: Path) -> None:
+    before = trained(config_of(parts, "lora"))
+    found = values(start(config_of(parts, "lora", init_from=str(save_final(before, tmp_path))), LoraConfig(rank=4)))
+    expected = merged(before.model)
+    assert all(not v.any() for n, v in found.items() if n.endswith(".lora_B"))
+    assert {v.shape[0] for n, v in found.items() if n.endswith(".lora_A")} == {4}
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_a_new_adapter_never_takes_over_one_that_was_merged_long_ago(parts: Path, tmp_path: Path) -> None:
+    """LoRA twice, then full: an adapter of the same shape after that starts from nothing."""
+    first = save_final(trained(config_of(parts, "lora"), seed=1), tmp_path / "1")
+    second = save_final(trained(config_of(parts, "lora", init_from=str(first)), seed=2), tmp_path / "2")
+    third = trained(config_of(parts, "full", init_from=str(second)), seed=3)
+    found = values(start(config_of(parts, "lora", init_from=str(save_final(third, tmp_path / "3")))))
+    same({n: v for n, v in found.items() if ".lora_" not in n}, values(third.model))
+    assert all(not v.any() for n, v in found.items() if n.endswith(".lora_B"))
+
+
+def test_an_earlier_run_on_other_bases_is_refused(parts: Path, tmp_path: Path) -> None:
     folder = str(save_final(trained(config_of(parts, "lora")), tmp_path))
-    with pytest.raises(ConfigError, match=r"lora\.rank = 4, but the adapter in .* was trained with 2"):
-        start(config_of(parts, "lora", init_from=folder), LoraConfig(rank=4))
     other = save_parts(tmp_path / "other", "llama")
     with pytest.raises(ConfigError, match="was trained on another llm model"):
         start(config_of(other, "lora", init_from=folder))

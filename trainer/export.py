@@ -17,11 +17,12 @@ from data.processor import Processor
 from model.build import DTYPES
 from model.card import ModelCard, write_card
 from model.files import SHARD_BYTES, Entry, dump_json, split_by_size, tensor_digests, write_safetensors
-from model.load import check_loadable, settled
+from model.load import check_loadable, inherited_tensors, settled
 from model.lora import is_adapter
 from model.multimodal import MultimodalLM
 from model.new_tokens import FILE as NEW_ROWS
 from model.new_tokens import is_new_rows
+from model.peft import OURS
 from model.proof import file_facts
 from trainer.checkpoint import sync_to_disk
 from trainer.distributed import World
@@ -29,12 +30,19 @@ from trainer.exits import ProofError, SaveError
 from trainer.gather import gather_hooks
 
 
-def write_final(model: MultimodalLM, card: ModelCard, processor: Processor, folder: Path, step: int, world: World) -> Path:
-    """Write and prove `folder`/final. Collective. ProofError when what stands on disk is not what was trained."""
+def write_final(
+    model: MultimodalLM, card: ModelCard, processor: Processor, folder: Path, step: int, world: World, alone: bool = False
+) -> Path:
+    """Write and prove `folder`/final. Collective. ProofError when what stands on disk is not what was trained.
+
+    `alone`: it also holds what the run named by model.init_from has given, and needs that no more.
+    """
     temporary, target = folder / ".final.saving", folder / "final"
     problem, digests = "", {}
     check_masters(model)
     files = list(weight_files_of(model, card))
+    if alone and card.model.init_from:
+        files = with_inherited(files, card, world)
     if world.is_main:
         problem = _attempt(lambda: _prepare(temporary))
     _raise_together(problem, world, SaveError)
@@ -62,11 +70,7 @@ def weight_files_of(model: MultimodalLM, card: ModelCard) -> Iterator[tuple[str,
         # What is ours is small and in no base: it is there even if it did not learn.
         if part.tune in ("full", "positions") or is_ours:
             dtype = DTYPES[card.model.dtype] if part.tune == "full" and not is_ours else torch.float32
-            groups = split_by_size(_entries(tensors, dtype), SHARD_BYTES)
-            for i, group in enumerate(groups, 1):
-                suffix = "" if len(groups) == 1 else f"-{i:05d}-of-{len(groups):05d}"
-                if group:
-                    yield f"{name}{suffix}.safetensors", group
+            yield from split_files(name, _entries(tensors, dtype))
     adapters = {
         name: p
         for name, p in model.named_parameters()
@@ -75,7 +79,44 @@ def weight_files_of(model: MultimodalLM, card: ModelCard) -> Iterator[tuple[str,
     if rows := {name: p for name, p in model.named_parameters() if is_new_rows(name)}:
         yield NEW_ROWS, _entries(rows, torch.float32)
     if adapters:
-        yield "lora.safetensors", _entries(adapters, torch.float32)
+        yield OURS, _entries(adapters, torch.float32)
+
+
+Files = list[tuple[str, dict[str, Entry]]]
+
+
+def with_inherited(files: Files, card: ModelCard, world: World) -> Files:
+    """The same with what earlier runs trained or merged and this one left as it was: read from their files, not from the live
+    model, which may have it rounded.
+    """
+    held = {name if file in (OURS, NEW_ROWS) else f"{part_of(file)}.{name}" for file, entries in files for name in entries}
+    added: dict[str, dict[str, Entry]] = {}
+    for name, rows in inherited_tensors(card, held).items():
+        part, _, inner = name.partition(".")
+        # A quantised matrix is packed again from what stands here: it must be the very values it was packed from.
+        rounds = part in card.hugging_face and card.quantize.bits == 16
+        value = rows.all if world.is_main else _nothing
+        added.setdefault(part, {})[inner] = Entry(DTYPES[card.model.dtype] if rounds else torch.float32, rows.shape, value)
+    for part, entries in added.items():
+        own = {name: entry for file, group in files if part_of(file) == part for name, entry in group.items()}
+        files = [item for item in files if part_of(item[0]) != part] + list(split_files(part, {**own, **entries}))
+    return files
+
+
+def _nothing() -> None:
+    """What ranks other than 0 have to give to a file of which rank 0 reads all."""
+
+
+def part_of(file: str) -> str:
+    return Path(file).stem.partition("-")[0]
+
+
+def split_files(part: str, entries: dict[str, Entry]) -> Iterator[tuple[str, dict[str, Entry]]]:
+    """The weights of a part as one file, or as many as they need."""
+    groups = [group for group in split_by_size(entries, SHARD_BYTES) if group]
+    for i, group in enumerate(groups, 1):
+        suffix = "" if len(groups) == 1 else f"-{i:05d}-of-{len(groups):05d}"
+        yield f"{part}{suffix}.safetensors", group
 
 
 def _entries(tensors: dict[str, nn.Parameter], dtype: torch.dtype) -> dict[str, Entry]:

@@ -119,7 +119,7 @@ def finish(setup: Setup, first_step: int, world: World) -> int:
     if world.broadcast_json(finished):
         say(world, f"nothing left to do: {place.folder / 'final'} holds step {step}, the run asks for {setup.total_steps}")
     else:
-        target = write_final(setup.model, setup.data.card, setup.data.processor, place.folder, step, world)
+        target = write_final(setup.model, setup.data.card, setup.data.processor, place.folder, step, world, bool(place.name))
         if num_left_out := len(read_rows(place.run_folder, place.name)):
             say(world, f"{num_left_out} records could not be used: {place.run_folder / QUARANTINE} says why")
         say(world, f"wrote and proved {target}")
