@@ -62,8 +62,6 @@ def train(root: RunConfig, world: World, progress: exits.Progress) -> None:
     state = None
     if checkpoint:
         places, state = left_of(checkpoint, places, world)
-        if world.is_main and root.checkpoint.resume not in ("auto", "none"):
-            damaged += set_aside(Path(root.output_dir), step_of(checkpoint))
     first_step = places[0].first_step
     for place in places:
         start = Start(checkpoint, state, damaged)
@@ -104,6 +102,8 @@ def train_stage(place: Place, start: Start, world: World, progress: exits.Progre
     if checkpoint and state and setup.trained:
         restore(checkpoint, setup.trained, state["optimizer_steps"])
     if world.is_main:
+        if start.checkpoint and config.checkpoint.resume not in ("auto", "none"):
+            start.damaged.extend(set_aside(place.run_folder, step_of(start.checkpoint)))
         exits.replace_text(Path(config.output_dir, "run.toml"), to_toml(to_tables(place.root)))
         print(plan(setup, certificates, checkpoint, start.damaged), flush=True)
     if setup.trained and first_step < setup.total_steps:

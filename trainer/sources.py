@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data.certificate import certify
+from data.config import ConfigError as SettingError
 from data.config import DataError, SourceConfig
 from data.dataset import MultimodalDataset, open_dataset
 from data.index import source_files
@@ -120,7 +121,7 @@ def check_stages(places: list[Place]) -> None:
         for check in (lambda place=place: media_specs(place.config.model), *checks):
             try:
                 check()  # type: ignore[operator]
-            except ConfigError as error:
+            except (ConfigError, SettingError) as error:
                 problems.append(f"\n  - stage {place.name}: {error}")
     if problems:
         raise ConfigError("what later stages need is not there:" + "".join(dict.fromkeys(problems)))
