@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from data.sample import Sample, SampleMedia
 from model.batch import IGNORE_INDEX, Batch, Media
@@ -92,7 +93,7 @@ def _joined(placed: list[tuple[int, SampleMedia]]) -> Media:
     media = [medium for _, medium in placed]
     slots = torch.cat([torch.arange(first, first + medium.length) for first, medium in placed])
     longest = max(medium.values.shape[-1] for medium in media)
-    values = torch.cat([F.pad(medium.values, (0, longest - medium.values.shape[-1])) for medium in media])
+    values = torch.cat([_filled(medium.values, longest) for medium in media])
     width = max(medium.width for medium in media)
     tokens = np.array([count for medium in media for count in medium.tokens])
     rows = np.flatnonzero(np.arange(width) < tokens[:, None])
@@ -105,3 +106,9 @@ def _joined(placed: list[tuple[int, SampleMedia]]) -> Media:
         ends=torch.tensor([first + medium.length - 1 for first, medium in placed]),
         labels=torch.tensor([medium.label for medium in media]),
     )
+
+
+def _filled(rows: Tensor, width: int) -> Tensor:
+    """Rows (n, ..., width), zeros behind; those of pictures are as wide already, and are not copied."""
+    missing = width - rows.shape[-1]
+    return F.pad(rows, (0, missing)) if missing else rows
