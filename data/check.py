@@ -17,6 +17,7 @@ import numpy as np
 from data import image
 from data.blob import Blob, MediaError
 from data.dataset import MultimodalDataset, root_of
+from data.fields import printable
 from data.index import RecordIndex
 from data.media import RecordMedia
 from data.picture_hash import picture_hash
@@ -45,9 +46,8 @@ class Problem:
         return self.kind == BAD
 
     def __str__(self) -> str:
-        """In one line, with escapes for what a terminal could obey: records may hold anything."""
-        text = f"{self.where} {self.id}: {self.field}: {self.reason}"
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        """In one line that is safe to print."""
+        return printable(f"{self.where} {self.id}: {self.field}: {self.reason}")
 
 
 @dataclass(frozen=True)

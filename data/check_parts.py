@@ -78,7 +78,7 @@ def state_of(path: str) -> tuple[int, int]:
     """Size and time of a file, by which it is known to be the same."""
     try:
         state = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # or no path at all
         return _MISSING
     return state.st_size, state.st_mtime_ns
 

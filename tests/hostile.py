@@ -100,6 +100,7 @@ def path_kinds(root: Path) -> dict[str, Kind]:
         "pipe": (record("pipe.png"), "is not a regular file"),
         "folder": (record("folder.png"), "is not a regular file"),
         "null character in a path": (record("a\0.png"), "null character"),
+        "half a surrogate in a path": (record("\ud800.png"), "image: '\\ud800.png' holds half of a surrogate pair"),
         "path of 5,000 characters": (record("a" * 5000), "aaaa"),
     }
 
