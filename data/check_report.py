@@ -38,7 +38,7 @@ def summary(found: Found) -> dict[str, Any]:
         "images": int(images.sum()),
         "videos": int(videos.sum()),
         "audios": int(clips.sum()),
-        "missing_files": found.num_missing,
+        "missing_files": len(found.missing),
         "tokens": tokens,
         "supervised_tokens": int(found["supervised"].sum()),
         "media_tokens": int(found["media_tokens"].sum()),

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ def _read(path: Path) -> Found:
     found = read_part(path)
     if found is None:
         raise RuntimeError(f"{path} was written and cannot be read; remove it and start again")
-    return found
+    return replace(found, files=found.missing)  # before the next part is read
 
 
 def _work(parts: Sequence[Part], work: Callable[[Part], bool], workers: int) -> Iterator[tuple[int, bool]]:

@@ -21,10 +21,12 @@ from transformers import AddedToken
 
 from data import check_run
 from data.check import TOO_LONG, check_record
+from data.check_parts import read_part
 from data.check_report import percentiles, summary
-from data.check_run import Depth, SourceFound, check_dataset, remove_stale
+from data.check_run import Depth, SourceFound, check_dataset, parts_of, remove_stale
 from data.config import DataConfig, SourceConfig
 from data.dataset import MultimodalDataset, Rejected, open_dataset
+from data.lengths import identities
 from data.sample import Sample
 from data.template import load_template
 from model.batch import AudioSpec
@@ -280,3 +282,14 @@ def test_a_fault_of_a_reader_is_a_problem_of_its_record(tmp_path: Path, monkeypa
     monkeypatch.setattr(type(data.template), "encode", lambda *_: 1 / 0)
     (problem,) = check_record(data, 4).problems
     assert str(problem) == "mix.jsonl:5 5: record: cannot be used: ZeroDivisionError: division by zero"
+
+
+def test_of_all_files_only_the_missing_ones_are_held(tmp_path: Path) -> None:
+    """Millions of paths and their states would be gigabytes; each part keeps its own on disk, to tell when it is stale."""
+    records = [talk("<image>", "A.", images=grey(tmp_path, 7)), talk("<image>", "A.", images="gone.png"), talk("Hi", "Hello.")]
+    data = datasets(tmp_path, {"mix": records})
+    (found,) = check_dataset(data, tmp_path / "index")
+    assert found.found.files == found.found.missing == {str(tmp_path / "gone.png"): (-1, -1)}
+    (part,) = parts_of(data, 0, tmp_path / "index", identities(data)[0])
+    kept = read_part(part.path)
+    assert kept is not None and sorted(kept.files) == [str(tmp_path / "7.png"), str(tmp_path / "gone.png")]
