@@ -18,6 +18,8 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     try:
         with os.fdopen(descriptor, "wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())  # a run whose planned lengths are lost with the machine cannot go on
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
+
+import numpy as np
 
 from data.check_run import check_dataset
 from data.dataset import MultimodalDataset
 from data.lengths import freeze_lengths, planned_lengths
+from model.config import ConfigError
 from trainer.config import RunConfig
+from trainer.distributed import World
 
 
 def settle(datasets: dict[str, MultimodalDataset], config: RunConfig) -> None:
@@ -31,6 +36,21 @@ def use(datasets: dict[str, MultimodalDataset], config: RunConfig) -> dict[str, 
     for split, dataset in datasets.items():
         dataset.lengths, kinds[split] = planned_lengths(dataset, Path(config.output_dir), split)
     return kinds
+
+
+def agree(datasets: dict[str, MultimodalDataset], world: World) -> None:
+    """ConfigError, on all ranks alike, unless all of them plan by the same lengths. Collective.
+
+    Ranks that share out steps by different plans run different numbers of micro-batches and wait for each other for ever. It takes
+    a source that is written while the run starts, or a shared folder that shows one machine an older file than another.
+    """
+    arrays = [array for dataset in datasets.values() for array in (dataset.lengths, dataset.modalities)]
+    digests = world.gather_json([hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() for array in arrays])
+    if others := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
+        raise ConfigError(
+            f"{len(others)} of {world.size} ranks, rank {others[0]} among them, read other records or planned lengths than rank 0: "
+            "a source was changed while the run started, or output_dir and data are not the same files on all machines; start again"
+        )
 
 
 def processors() -> int:

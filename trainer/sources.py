@@ -93,6 +93,7 @@ def open_data(config: RunConfig, world: World, *, first_start: bool = False) -> 
     excluded = {TRAIN: read_excluded(folder), VALIDATION: frozenset[int]()}
     datasets = {split: opened(sources, excluded[split]) for split, sources in tables.items() if sources}
     kinds = plan_lengths.use(datasets, config)
+    plan_lengths.agree(datasets, world)  # collective
     train, validation = (datasets.get(split) for split in tables)
     pools, held_out = (() if dataset is None else pools_of(dataset, config) for dataset in (train, validation))
     sampler = None
