@@ -43,7 +43,7 @@ def certify(template: Template, index: RecordIndex, source_key: str, num_rows: i
         if len(rows) == num_rows:
             break
         try:
-            record = parse(index.raw(i), index.where(i))
+            record = parse(index.raw(i), index.where(i), index.name(i))
             encoded = template.encode(record)
         except RecordError as error:
             bad.append(str(error))

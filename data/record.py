@@ -36,14 +36,14 @@ class RecordError(DataError):
         return type(self), (self.where, self.id, self.field, self.reason)  # workers send it to their parent
 
 
-def parse(raw: Any, where: str, *, needs_answer: bool = True) -> Record:
+def parse(raw: Any, where: str, name: str = "", *, needs_answer: bool = True) -> Record:
     """The record that `raw`, one decoded JSON value, stands for.
 
     Guaranteed: an optional system turn, then user and assistant in turn; no blank answer; as many placeholders as media of
-    each kind, none of them in an answer. A field that is null is absent. A record without an id is called by its line.
+    each kind, none of them in an answer. A field that is null is absent. A record without an id is called `name`, or by its line.
     `needs_answer=False` lets the last turn be the user's. Raises `RecordError`.
     """
-    name = where.rpartition(":")[2]
+    name = name or where.rpartition(":")[2]
     try:
         if not isinstance(raw, dict):
             raise FieldError("record", f"is {kind_of(raw)}, not an object")
