@@ -17,9 +17,9 @@ import numpy as np
 
 from data.check import Checked, CheckedMedium, Problem
 from data.sidecar import array_text, read_arrays, text_array, write_arrays
+from data.table import KINDS
 
 PART = 1024  # records
-KINDS = ("image", "video", "audio")
 _RECORD = {"lengths": np.int32, "supervised": np.int32, "media_tokens": np.int32, "texts": np.uint64, "words": np.uint64}
 _MEDIUM = {
     **{"kinds": np.int8, "tokens": np.int32, "rows": np.int32, "widths": np.int32, "heights": np.int32},
