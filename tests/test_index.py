@@ -141,6 +141,8 @@ def test_a_line_that_is_no_json_is_found_when_it_is_read(tmp_path: Path) -> None
     for i, line in ((1, 2), (3, 4)):
         with pytest.raises(RecordError, match=rf"^m.jsonl:{line} {line}: json: cannot be decoded: "):
             index.raw(i)
+    with pytest.raises(RecordError, match=r"cannot be decoded: Expecting .*, at character 10 of the record$"):
+        index.raw(1)
 
 
 def test_a_record_that_breaks_in_an_array_is_found_when_it_is_read(tmp_path: Path) -> None:
