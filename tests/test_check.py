@@ -293,3 +293,12 @@ def test_of_all_files_only_the_missing_ones_are_held(tmp_path: Path) -> None:
     (part,) = parts_of(data, 0, tmp_path / "index", identities(data)[0])
     kept = read_part(part.path)
     assert kept is not None and sorted(kept.files) == [str(tmp_path / "7.png"), str(tmp_path / "gone.png")]
+
+
+def test_every_part_that_is_done_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_run, "PART", 2)
+    data = datasets(tmp_path, {name: [talk("Hi", "Hello.")] * 5 for name in ("a", "b")})
+    told: list[int] = []
+    for workers in (1, 2):
+        check_dataset(data, tmp_path / "index", workers=workers, part_done=lambda: told.append(1))
+    assert sum(told) == 12

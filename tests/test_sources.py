@@ -17,6 +17,7 @@ from data.mixing import Pool, make_pools
 from model.config import ConfigError
 from tests.ranks import run_ranks
 from tests.tiny_data import datasets, talk
+from trainer import plan_lengths
 from trainer.distributed import World
 from trainer.plan_lengths import agree
 from trainer.quarantine import NAME, Quarantine, read_rows
@@ -108,3 +109,24 @@ def test_a_line_of_the_quarantine_that_a_crash_cut_is_left_behind(tmp_path: Path
         quarantine.flush(world)
         quarantine.flush(world)
         assert [row["sample_id"] for row in read_rows(tmp_path)] == [1] * bool(whole) + [2]
+
+
+def wait_for_rank_0(world: World) -> int:
+    """How often a rank gave or got a sign while rank 0 measured three parts."""
+    signs = 0
+
+    def sign(*said: Any) -> bool:
+        nonlocal signs
+        signs += 1
+        return tell(*said)
+
+    tell, plan_lengths._tell = plan_lengths._tell, sign
+    if world.is_main:
+        for _ in range(3):
+            sign(world, False)
+    plan_lengths.wait(world)
+    return signs
+
+
+def test_ranks_wait_for_the_first_one_in_steps_however_long_it_takes() -> None:
+    assert run_ranks(wait_for_rank_0, 3) == [4, 4, 4] and run_ranks(wait_for_rank_0, 1) == [4]

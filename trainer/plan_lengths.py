@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from data.check_run import check_dataset
 from data.dataset import MultimodalDataset
@@ -16,9 +18,9 @@ from trainer.config import RunConfig
 from trainer.distributed import World
 
 
-def settle(datasets: dict[str, MultimodalDataset], config: RunConfig) -> None:
+def settle(datasets: dict[str, MultimodalDataset], config: RunConfig, world: World) -> None:
     """Freezes the best lengths there are for the whole life of the run. Packing needs exact ones: what no check has measured yet is
-    measured now, by as many processes as the machine has processors, while the other ranks wait.
+    measured now, by as many processes as the machine has processors. On rank 0, while the others `wait`.
     """
     folder = Path(config.output_dir)
     if config.data.packing:
@@ -26,8 +28,22 @@ def settle(datasets: dict[str, MultimodalDataset], config: RunConfig) -> None:
             print(
                 f"data.packing: measuring the {len(dataset):,} records of {split}, as python -m tools.check_data would", flush=True
             )
-            check_dataset(dataset, folder / "index", workers=processors(), name=f"measure {split}")
+            alive = partial(_tell, world, False)
+            check_dataset(dataset, folder / "index", workers=processors(), name=f"measure {split}", part_done=alive)
     freeze_lengths(datasets, folder)
+
+
+def wait(world: World) -> None:
+    """Until rank 0 is at the same place. It gives signs of life on the way: no single collective may take half an hour, and to
+    measure millions of records can. Collective.
+    """
+    while not _tell(world, world.is_main):
+        pass
+
+
+def _tell(world: World, done: bool) -> bool:
+    """Whether rank 0 says that it is done. Collective, and a host sync."""
+    return bool(world.sum(torch.full((1,), float(done), device=world.device)).item())
 
 
 def use(datasets: dict[str, MultimodalDataset], config: RunConfig) -> dict[str, str]:

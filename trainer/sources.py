@@ -88,8 +88,8 @@ def open_data(config: RunConfig, world: World, *, first_start: bool = False) -> 
     if world.is_main:
         found = {split: opened(sources, frozenset()) for split, sources in tables.items() if sources}
         if first_start:
-            plan_lengths.settle(found, config)
-    world.barrier()  # collective: the indexes exist now, and lengths are settled
+            plan_lengths.settle(found, config, world)
+    plan_lengths.wait(world)  # collective: the indexes exist now, and lengths are settled
     excluded = {TRAIN: read_excluded(folder), VALIDATION: frozenset[int]()}
     datasets = {split: opened(sources, excluded[split]) for split, sources in tables.items() if sources}
     kinds = plan_lengths.use(datasets, config)
