@@ -43,7 +43,7 @@ def certify(template: Template, index: RecordIndex, source_key: str, num_rows: i
         if len(rows) == num_rows:
             break
         try:
-            record = parse(index.raw(i), index.where(i))
+            record = parse(index.raw(i), index.where(i), index.name(i))
             encoded = template.encode(record)
         except RecordError as error:
             bad.append(str(error))
@@ -95,7 +95,7 @@ def _reference_problem(template: Template, record: Record, ids: list[int]) -> st
         return ""
     own = template.name in FORMATS  # of ours: the tokenizer itself decides what comes before the text
     text = _reference_text(template, record, messages, FORMATS[template.name].source if own else template.source)
-    reference = template.tokenizer(text, add_special_tokens=own)["input_ids"]
+    reference = template.tokenizer(text, add_special_tokens=own, verbose=False)["input_ids"]
     if list(reference) == ids or any(m["role"] == "assistant" and m["content"][:1].isspace() for m in messages):
         return ""
     at = next((k for k, (a, b) in enumerate(zip(reference, ids)) if a != b), min(len(reference), len(ids)))

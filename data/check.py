@@ -12,22 +12,20 @@ import os
 import re
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from data import image
 from data.blob import Blob, MediaError
 from data.dataset import MultimodalDataset, root_of
-from data.index import RecordIndex
+from data.fields import printable
 from data.media import RecordMedia
 from data.picture_hash import picture_hash
+from data.placeholders import without_placeholders
 from data.record import MediaRef, Record, RecordError
 from data.sample import Measured, TooLongError, measured
-from model.batch import PLACEHOLDERS, AudioSpec, MediaMeta, MediaSpec, image_spec, num_tokens
+from model.batch import AudioSpec, MediaMeta, MediaSpec, image_spec, num_tokens
 
 BAD, TOO_LONG = "bad", "too_long"
 _SAMPLED = 4096  # bytes at the start, in the middle and at the end that stand for a file's content
 _WORD = re.compile(r"\w+")
-_PLACEHOLDER = re.compile("|".join(map(re.escape, PLACEHOLDERS.values())))
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,8 @@ class Problem:
         return self.kind == BAD
 
     def __str__(self) -> str:
-        """In one line, with escapes for what a terminal could obey: records may hold anything."""
-        text = f"{self.where} {self.id}: {self.field}: {self.reason}"
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        """In one line that is safe to print."""
+        return printable(f"{self.where} {self.id}: {self.field}: {self.reason}")
 
 
 @dataclass(frozen=True)
@@ -116,23 +113,17 @@ def _problem(dataset: MultimodalDataset, i: int, error: Exception) -> Problem:
     if isinstance(error, RecordError):
         kind = TOO_LONG if isinstance(error, TooLongError) else BAD
         return Problem(kind, error.where, error.id, error.field, error.reason)
-    index, row = _place(dataset, i)
-    where = index.where(row)
-    return Problem(BAD, where, where.rpartition(":")[2], "record", f"cannot be used: {type(error).__name__}: {error}")
-
-
-def _place(dataset: MultimodalDataset, i: int) -> tuple[RecordIndex, int]:
-    source_id = int(dataset.source_ids[i])
-    return dataset.indexes[source_id], i - int(np.searchsorted(dataset.source_ids, source_id))
+    _, index, row = dataset.place(i)
+    return Problem(BAD, index.where(row), index.name(row), "record", f"cannot be used: {type(error).__name__}: {error}")
 
 
 def _watched(dataset: MultimodalDataset, i: int, ref: MediaRef) -> str:
     """Where the medium stands as it is named, links unresolved: when that file changes a result is stale. "" in an archive."""
-    index, row = _place(dataset, i)
+    source_id, index, row = dataset.place(i)
     try:
         if index.blob(row, ref) is not None:
             return ""
-        root = root_of(dataset.sources[int(dataset.source_ids[i])], ref)
+        root = root_of(dataset.sources[source_id], ref)
     except MediaError:
         return ""
     return os.path.abspath(os.path.join(root, ref.path)).replace("\0", "")
@@ -175,7 +166,7 @@ def _text_key(record: Record) -> int:
 
 
 def _words_key(record: Record) -> int:
-    said = [[turn.role, _WORD.findall(_PLACEHOLDER.sub(" ", turn.content).casefold())] for turn in record.turns]
+    said = [[turn.role, _WORD.findall(without_placeholders(turn.content).casefold())] for turn in record.turns]
     return _key(json.dumps(said).encode())
 
 

@@ -17,13 +17,13 @@ import numpy as np
 
 from data.check import Checked, CheckedMedium, Problem
 from data.sidecar import array_text, read_arrays, text_array, write_arrays
+from data.table import KINDS
 
 PART = 1024  # records
-KINDS = ("image", "video", "audio")
 _RECORD = {"lengths": np.int32, "supervised": np.int32, "media_tokens": np.int32, "texts": np.uint64, "words": np.uint64}
 _MEDIUM = {
     **{"kinds": np.int8, "tokens": np.int32, "rows": np.int32, "widths": np.int32, "heights": np.int32},
-    **{"milliseconds": np.int64, "contents": np.uint64, "pictures": np.uint64, "watched": np.int32},
+    **{"milliseconds": np.int64, "contents": np.uint64, "pictures": np.uint64},
 }
 _MISSING = (-1, -1)
 _FLAGS = ("decode", "near")
@@ -31,29 +31,29 @@ _FLAGS = ("decode", "near")
 
 @dataclass(frozen=True)
 class Found:
-    """What is known of a stretch of records of one source, as columns: N records, M media, F files."""
+    """What is known of a stretch of records of one source, as columns: N records, M media."""
 
     columns: dict[
         str, np.ndarray
     ]  # (N,) lengths, supervised, media_tokens, texts, words; (M,) owners (row of the record), kinds ...
     problems: list[tuple[int, Problem]]  # with the row of the record
-    files: dict[str, tuple[int, int]]  # size and time of every medium that is a file of its own; (-1, -1): missing
+    files: dict[str, tuple[int, int]]  # size and time of media that are files of their own; (-1, -1): missing
 
     def __getitem__(self, column: str) -> np.ndarray:
         return self.columns[column]
 
     @property
-    def num_missing(self) -> int:
-        """Files that are named and not there."""
-        return sum(state == _MISSING for state in self.files.values())
+    def missing(self) -> dict[str, tuple[int, int]]:
+        """Those of `files` that are named and not there."""
+        return {path: state for path, state in self.files.items() if state == _MISSING}
 
 
 def found_of(checked: Sequence[Checked]) -> Found:
     """The columns of records that were checked one after the other."""
     media = [(row, medium) for row, one in enumerate(checked) for medium in one.media]
-    paths = {path: place for place, path in enumerate(sorted({medium.watched for _, medium in media if medium.watched}))}
+    paths = sorted({medium.watched for _, medium in media if medium.watched})
     columns = _columns(_RECORD, [_record_row(one) for one in checked])
-    columns |= _columns(_MEDIUM, [_medium_row(medium, paths) for _, medium in media])
+    columns |= _columns(_MEDIUM, [_medium_row(medium) for _, medium in media])
     columns["owners"] = np.array([row for row, _ in media], dtype=np.int64)
     problems = [(row, problem) for row, one in enumerate(checked) for problem in one.problems]
     return Found(columns, problems, {path: state_of(path) for path in paths})
@@ -64,9 +64,9 @@ def _record_row(one: Checked) -> tuple[int, ...]:
     return *size, one.text, one.words
 
 
-def _medium_row(medium: CheckedMedium, paths: dict[str, int]) -> tuple[int, ...]:
+def _medium_row(medium: CheckedMedium) -> tuple[int, ...]:
     sizes = (medium.tokens, medium.rows, medium.width, medium.height, medium.milliseconds)
-    return KINDS.index(medium.kind), *sizes, medium.content, medium.picture, paths.get(medium.watched, -1)
+    return KINDS.index(medium.kind), *sizes, medium.content, medium.picture
 
 
 def _columns(types: dict[str, Any], rows: list[tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -78,7 +78,7 @@ def state_of(path: str) -> tuple[int, int]:
     """Size and time of a file, by which it is known to be the same."""
     try:
         state = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # or no path at all
         return _MISSING
     return state.st_size, state.st_mtime_ns
 
@@ -111,18 +111,9 @@ def is_current(found: Found) -> bool:
 
 
 def joined(parts: Sequence[Found], sizes: Sequence[int]) -> Found:
-    """The parts of one source as a whole; `sizes` records each."""
+    """The parts of one source as a whole; `sizes` records each. Of the files only the missing ones: all may be millions."""
     starts = np.cumsum([0, *sizes[:-1]])
-    files = {path: state for part in parts for path, state in part.files.items()}
-    places = {path: place for place, path in enumerate(files)}
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0].columns}
     columns["owners"] = np.concatenate([part["owners"] + start for part, start in zip(parts, starts)])
-    columns["watched"] = np.concatenate([_renumbered(part, places) for part in parts])
     problems = [(row + int(start), problem) for part, start in zip(parts, starts) for row, problem in part.problems]
-    return Found(columns, problems, files)
-
-
-def _renumbered(part: Found, places: dict[str, int]) -> np.ndarray:
-    """Which file each medium of a part is, among those of the whole source; -1: none of its own."""
-    numbers = np.array([*(places[path] for path in part.files), -1], dtype=np.int64)
-    return numbers[part["watched"]]
+    return Found(columns, problems, {path: state for part in parts for path, state in part.missing.items()})

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from data.check import BAD, TOO_LONG, Problem
-from data.check_parts import KINDS, Found
+from data.check_parts import Found
 from data.duplicates import Match
 from data.index import RecordIndex
+from data.table import KINDS
 
 PERCENTILES = (0, 50, 90, 99, 100)
 LONGEST_ASPECT = 12
@@ -38,7 +39,7 @@ def summary(found: Found) -> dict[str, Any]:
         "images": int(images.sum()),
         "videos": int(videos.sum()),
         "audios": int(clips.sum()),
-        "missing_files": found.num_missing,
+        "missing_files": len(found.missing),
         "tokens": tokens,
         "supervised_tokens": int(found["supervised"].sum()),
         "media_tokens": int(found["media_tokens"].sum()),
@@ -113,7 +114,7 @@ def _named(record: int, sources: Sequence[tuple[str, str, RecordIndex]]) -> dict
             raw = index.raw(record)
             name = raw.get("id") if isinstance(raw, dict) else None
             place = _place(index.where(record))
-            return {"split": split, "source": key, **place, "id": str(place["line"] if name is None else name)}
+            return {"split": split, "source": key, **place, "id": index.name(record) if name is None else str(name)}
         record -= len(index)
     raise IndexError(record)
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -58,12 +58,19 @@ class Part:
 
 
 def check_dataset(
-    dataset: MultimodalDataset, index_folder: Path, *, depth: Depth = Depth(), workers: int = 1, name: str = "check"
+    dataset: MultimodalDataset,
+    index_folder: Path,
+    *,
+    depth: Depth = Depth(),
+    workers: int = 1,
+    name: str = "check",
+    part_done: Callable[[], object] = lambda: None,
 ) -> list[SourceFound]:
     """Everything that is wrong with any record of `dataset`, and what its sources hold.
 
     What is found stands in `index_folder` as soon as a part is done, lengths once a source is: a check that is stopped goes on
     where it was. `workers` processes share the work; the result does not depend on their number. Raises `RuntimeError` if one dies.
+    `part_done` is called after each of its parts.
     """
     names = identities(dataset)
     parts = [part for source_id, name in enumerate(names) for part in parts_of(dataset, source_id, index_folder, name)]
@@ -72,6 +79,7 @@ def check_dataset(
         for place, was_cached in _work(parts, lambda part: check_part(dataset, part, depth), workers):
             cached[place] = was_cached
             bar.update(parts[place].stop - parts[place].start)
+            part_done()
     results = []
     for source_id, (source, identity) in enumerate(zip(dataset.sources, names)):
         own = [place for place, part in enumerate(parts) if part.source_id == source_id]
@@ -120,7 +128,7 @@ def _read(path: Path) -> Found:
     found = read_part(path)
     if found is None:
         raise RuntimeError(f"{path} was written and cannot be read; remove it and start again")
-    return found
+    return replace(found, files=found.missing)  # before the next part is read
 
 
 def _work(parts: Sequence[Part], work: Callable[[Part], bool], workers: int) -> Iterator[tuple[int, bool]]:

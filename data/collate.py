@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from data.sample import Sample, SampleMedia
 from model.batch import IGNORE_INDEX, Batch, Media
@@ -92,7 +93,7 @@ def _joined(placed: list[tuple[int, SampleMedia]]) -> Media:
     media = [medium for _, medium in placed]
     slots = torch.cat([torch.arange(first, first + medium.length) for first, medium in placed])
     longest = max(medium.values.shape[-1] for medium in media)
-    values = torch.cat([F.pad(medium.values, (0, longest - medium.values.shape[-1])) for medium in media])
+    values = torch.cat([_filled(medium.values, longest) for medium in media])
     width = max(medium.width for medium in media)
     firsts = np.cumsum([0, *(len(medium.values) for medium in media)])
     rows = np.concatenate([_moved(medium, first, width, int(firsts[-1])) for medium, first in zip(media, firsts)])
@@ -111,3 +112,9 @@ def _moved(medium: SampleMedia, first: int, width: int, num_rows: int) -> np.nda
     """Its rows where the encoder rows of all media, `num_rows` of them, are `width` wide and its own begin at `first`."""
     row, place = np.divmod(medium.rows, medium.width)
     return np.where(medium.rows < 0, num_rows * width - 1 - medium.rows, (first + row) * width + place)
+
+
+def _filled(rows: Tensor, width: int) -> Tensor:
+    """Rows (n, ..., width), zeros behind; those of pictures are as wide already, and are not copied."""
+    missing = width - rows.shape[-1]
+    return F.pad(rows, (0, missing)) if missing else rows

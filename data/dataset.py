@@ -69,13 +69,11 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
         """
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} is not in [0, {len(self)})")
-        source_id = int(self.source_ids[i])
-        index, row = self.indexes[source_id], int(i - self._starts[source_id])
-        name = self.source_names[source_id]
         if i in self._excluded:
-            return Rejected(i, name, index.where(row), "", "quarantined by an earlier start", False)
+            source_id, index, row = self.place(i)
+            return Rejected(i, self.source_names[source_id], index.where(row), "", "quarantined by an earlier start", False)
         try:
-            return self._sample(i, source_id)
+            return self._sample(i)
         except RecordError as error:
             return self._rejected(i, error)
 
@@ -91,18 +89,21 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
         name = self.source_names[int(self.source_ids[i])]
         return Rejected(i, name, error.where, error.id, f"{error.field}: {error.reason}", too_long)
 
+    def place(self, i: int) -> tuple[int, RecordIndex, int]:
+        """The source of sample `i`, that source's index, and the row in it."""
+        source_id = int(self.source_ids[i])
+        return source_id, self.indexes[source_id], int(i - self._starts[source_id])
+
     def record(self, i: int) -> Record:
         """The record of sample `i`. Raises `RecordError`."""
-        source_id = int(self.source_ids[i])
-        index, row = self.indexes[source_id], int(i - self._starts[source_id])
-        record = parse(index.raw(row), index.where(row))
+        _, index, row = self.place(i)
+        record = parse(index.raw(row), index.where(row), index.name(row))
         check_media(record, self.specs, self.config.max_images)
         return record
 
     def media(self, i: int, record: Record) -> RecordMedia:
         """The media of `record`, which is the one of sample `i`."""
-        source_id = int(self.source_ids[i])
-        index, row = self.indexes[source_id], int(i - self._starts[source_id])
+        source_id, index, row = self.place(i)
         locate = partial(_locate, index, row, self.sources[source_id], self.config.follow_links)
         return RecordMedia(record, locate, self.specs, self.config)
 
@@ -114,7 +115,7 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
         counts = [num_tokens(self.specs[ref.modality], media.measure(ref)) for ref in record.media]
         return measured(encoded, self.template.placeholder_ids, record, counts, self.config.max_length).length
 
-    def _sample(self, i: int, source_id: int) -> Sample:
+    def _sample(self, i: int) -> Sample:
         record = self.record(i)
         return assemble(
             self.template.encode(record),
@@ -122,7 +123,7 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
             self.media(i, record),
             max_length=self.config.max_length,
             sample_id=i,
-            source_id=source_id,
+            source_id=int(self.source_ids[i]),
         )
 
 

@@ -9,19 +9,18 @@ conversion clips it to white. A broken EXIF block counts as none, where `load_im
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from data.blob import Blob, MediaError
 from data.endings import png_chunks
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""Formats that may be decoded; of an animation the first frame. The others of Pillow's forty are attack surface."""
 Size = tuple[int, int]
 """Width and height."""
 _ORIENTATION = 0x0112
@@ -38,13 +37,17 @@ _TURNS = {
 }
 _METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 """Chunks of a PNG that may hold an orientation."""
-_STARTS = {
-    "JPEG": re.compile(rb"\xff\xd8"),
-    "PNG": re.compile(rb"\x89PNG"),
-    "WEBP": re.compile(rb"RIFF....WEBP", re.DOTALL),
-    "GIF": re.compile(rb"GIF8"),
-    "BMP": re.compile(rb"BM"),
+_FORMATS: dict[str, tuple[re.Pattern[bytes], Callable[[BinaryIO], Any]]] = {
+    "JPEG": (re.compile(rb"\xff\xd8"), JpegImagePlugin.jpeg_factory),
+    "PNG": (re.compile(rb"\x89PNG"), PngImagePlugin.PngImageFile),
+    "WEBP": (re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImagePlugin.WebPImageFile),
+    "GIF": (re.compile(rb"GIF8"), GifImagePlugin.GifImageFile),
+    "BMP": (re.compile(rb"BM"), BmpImagePlugin.BmpImageFile),
 }
+"""How each format that may be decoded begins, and what reads its header; of an animation the first frame counts. The others of
+Pillow's forty are attack surface."""
+_NO_HEADER = (SyntaxError, IndexError, TypeError, struct.error)
+"""What Pillow's readers raise for a header that is none."""
 Side = TypeVar("Side", int, float)
 
 
@@ -89,31 +92,38 @@ def decode(blob: Blob, judge: Callable[[Size], None], needed: Callable[[Size], S
 
 @contextmanager
 def opened(blob: Blob) -> Iterator[tuple[BinaryIO, Image.Image]]:
-    """Its stream and its header; whatever goes wrong inside is raised as MediaError with the name of the file."""
+    """Its stream and its header; whatever goes wrong inside is raised as MediaError with the name of the file.
+
+    How many pixels are too many is for the caller to judge, before anything is decoded: `Image.open` would ask a limit of its own
+    first, which is one for the whole process.
+    """
     name = blob.name
     try:
-        with blob.open() as stream, Image.open(stream, formats=FORMATS) as picture:
+        with blob.open() as stream, _header(stream, name) as picture:
             yield stream, picture
     except MediaError:
         raise
-    except UnidentifiedImageError as error:
-        raise MediaError(f"{name!r} {_unknown(blob)}") from error
-    except Image.DecompressionBombError as error:  # Pillow's own limit, asked before ours
-        raise MediaError(f"{name!r} has more pixels than any data.max_pixels allows: {error}") from error
+    except Image.DecompressionBombError as error:  # Pillow asks its limit all the same inside a WEBP, and of a GIF's later frames
+        raise MediaError(f"{name!r} has more pixels than Pillow decodes of its format, whatever data.max_pixels allows") from error
     # Pillow's decoders raise whatever broken bytes lead them to: OSError, SyntaxError, struct.error, IndexError ...
     except Exception as error:
         raise MediaError(f"{name!r} cannot be decoded: {error or type(error).__name__}") from error
 
 
-def _unknown(blob: Blob) -> str:
-    with blob.open() as stream:
-        start = stream.read(12)
+def _header(stream: BinaryIO, name: str) -> Image.Image:
+    """The picture before any of its pixels; by the first bytes of its file, never by its name."""
+    start = stream.read(12)
+    stream.seek(0)
     if not start:
-        return "is empty: it has 0 bytes"
-    for kind, pattern in _STARTS.items():
+        raise MediaError(f"{name!r} is empty: it has 0 bytes")
+    for kind, (pattern, read) in _FORMATS.items():
         if pattern.match(start):
-            return f"cannot be decoded: it begins as {kind}, but its header is broken, cut short or of no pixels"
-    return f"is none of {', '.join(FORMATS)}: it begins with {start!r}"
+            try:
+                return read(stream)
+            except _NO_HEADER as error:
+                reason = f"it begins as {kind}, but its header is broken, cut short or of no pixels"
+                raise MediaError(f"{name!r} cannot be decoded: {reason}") from error
+    raise MediaError(f"{name!r} is none of {', '.join(_FORMATS)}: it begins with {start!r}")
 
 
 def _orientation(picture: Image.Image, stream: BinaryIO) -> int:

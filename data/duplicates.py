@@ -11,7 +11,8 @@ from itertools import combinations
 
 import numpy as np
 
-from data.check_parts import KINDS, Found
+from data.check_parts import Found
+from data.table import KINDS
 
 MAX_DISTANCE = 3
 """Bits of 64 by which pictures that look alike may differ; copies of one picture in other sizes and qualities differ by 0 to 2."""

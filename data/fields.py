@@ -1,7 +1,8 @@
-"""Reading one value of a record: what it is, whether it can be a path, and the error that names its field."""
+"""Reading one value of a record: what it is, whether it can be a path, the error that names its field, and how to print it."""
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
@@ -24,4 +25,13 @@ def path_of(value: Any, field: str) -> str:
         raise FieldError(field, "is an empty path" if value == "" else f"is {kind_of(value)}, not a path")
     if _REMOTE.match(value):
         raise FieldError(field, f"{value[:60]!r} is a URL; only paths of local files are read")
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        raise FieldError(field, f"{value[:60]!r} holds half of a surrogate pair, which no file's name can") from None
     return value
+
+
+def printable(text: str, keep: str = "") -> str:
+    """The text with escapes for what a terminal could obey, but for the characters of `keep`: records may hold anything."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)

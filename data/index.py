@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from data.record import RecordError
 from data.rows import JsonRows, RowError, Rows
 from data.scan import Advance, scan
 from data.shards import Shards
+from data.sidecar import safe_name
 from data.table import KINDS, Table, joined, map_table, read_header, stamps, write_table
 from model.batch import MediaSpec
 
@@ -75,11 +75,11 @@ class RecordIndex:
         paths = source_files(source)
         files, kind = stamps(paths), FORMATS[paths[0].suffix]
         digest = hashlib.sha256(os.path.abspath(source.path).encode()).hexdigest()[:8]
-        sidecar = folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', source.key)}-{digest}.index"
+        sidecar = folder / f"{safe_name(source.key)}-{digest}.index"
         if read_header(sidecar) != files:
             size = sum(size for _, size, _ in files)
             with tqdm(total=size, unit="B", unit_scale=True, desc=f"index {source.key}", delay=3, leave=False) as bar:
-                write_table(sidecar, joined([kind.scan(path, bar.update) for path in paths]), files)
+                write_table(sidecar, joined([_scanned(kind, path, bar.update) for path in paths]), files)
         return RecordIndex(sidecar, media_tokens(specs, config), bool(source.media_root))
 
     def __len__(self) -> int:
@@ -97,7 +97,7 @@ class RecordIndex:
         try:
             return self._rows.raw(i)
         except RowError as error:
-            raise RecordError(self.where(i), self._rows.place(i), "json", str(error)) from None
+            raise RecordError(self.where(i), self.name(i), "json", str(error)) from None
 
     def blob(self, i: int, ref: MediaRef) -> Blob | None:
         """Where a medium of record `i` is, if the records' own file holds it; None: it is a file in the source's folder.
@@ -112,6 +112,23 @@ class RecordIndex:
     def where(self, i: int) -> str:
         """File name and the line, the row or the key of record `i`; lines and rows count from 1."""
         return f"{self._shards.names[self._table.file_of(i)]}:{self._rows.place(i)}"
+
+    def name(self, i: int) -> str:
+        """What record `i` is called if it has no id: its line, row or key; of several on one line, `[k]`, the k-th of its array
+        counted from 0.
+        """
+        file = self._table.file_of(i)
+        first = int(self._table.file_stops[file - 1]) if file else 0
+        places = [self._rows.place(k) for k in range(max(i - 1, first), min(i + 2, int(self._table.file_stops[file])))]
+        place = self._rows.place(i)
+        return place if places.count(place) == 1 else f"[{i - first}]"
+
+
+def _scanned(kind: Format, path: Path, advance: Advance) -> Table:
+    try:
+        return kind.scan(path, advance)
+    except OSError as error:  # by itself it would be told as something that cannot be written
+        raise ConfigError(f"data.sources: {path} cannot be read: {error.strerror}") from error
 
 
 def source_files(source: SourceConfig) -> list[Path]:

@@ -30,6 +30,11 @@ def placeholders_first(content: str) -> str:
     return (leading(found) + _PLACEHOLDER.sub("", content).strip()).strip() if found else content
 
 
+def without_placeholders(content: str) -> str:
+    """The words, with a space in place of each placeholder."""
+    return _PLACEHOLDER.sub(" ", content)
+
+
 def only_placeholders(content: str) -> str:
     """The placeholders without the words around them."""
     return "".join(_PLACEHOLDER.findall(content))

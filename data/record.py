@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.config import DataError
-from data.fields import FieldError, kind_of
+from data.fields import FieldError, kind_of, printable
 from data.media_refs import MediaRef, media_by_kind
 from data.turns import Turn, check_order, in_reading_order, leading_answer, place_unplaced, read_turns
 from model.batch import PLACEHOLDERS
@@ -26,24 +26,24 @@ class Record:
 
 
 class RecordError(DataError):
-    """One record breaks the rules."""
+    """One record breaks the rules. The message is one line that is safe to print; what it is made of stands as it is."""
 
     def __init__(self, where: str, id: str, field: str, reason: str) -> None:
-        super().__init__(f"{where} {id}: {field}: {reason}")
+        super().__init__(printable(f"{where} {id}: {field}: {reason}"))
         self.where, self.id, self.field, self.reason = where, id, field, reason
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.where, self.id, self.field, self.reason)  # workers send it to their parent
 
 
-def parse(raw: Any, where: str, *, needs_answer: bool = True) -> Record:
+def parse(raw: Any, where: str, name: str = "", *, needs_answer: bool = True) -> Record:
     """The record that `raw`, one decoded JSON value, stands for.
 
     Guaranteed: an optional system turn, then user and assistant in turn; no blank answer; as many placeholders as media of
-    each kind, none of them in an answer. A field that is null is absent. A record without an id is called by its line.
+    each kind, none of them in an answer. A field that is null is absent. A record without an id is called `name`, or by its line.
     `needs_answer=False` lets the last turn be the user's. Raises `RecordError`.
     """
-    name = where.rpartition(":")[2]
+    name = name or where.rpartition(":")[2]
     try:
         if not isinstance(raw, dict):
             raise FieldError("record", f"is {kind_of(raw)}, not an object")

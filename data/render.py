@@ -145,7 +145,8 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, text: str, written: Sequence[tu
 
 
 def _call(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    # verbose: else transformers warns of texts longer than its own limit; data.max_length is ours.
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return list(encoded["input_ids"]), list(encoded["offset_mapping"])
 
 

@@ -60,5 +60,7 @@ def decoded(text: bytes) -> Any:
     """The JSON value that `text` spells. Raises `RowError`."""
     try:
         return json.loads(text.decode("utf-8"))
+    except json.JSONDecodeError as error:  # its own text counts lines from the record on, and reads like a line of the file
+        raise RowError(f"cannot be decoded: {error.msg}, at character {error.pos + 1} of the record") from None
     except (ValueError, RecursionError) as error:
         raise RowError(f"cannot be decoded: {error}") from None

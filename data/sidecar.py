@@ -6,22 +6,34 @@ import os
 import re
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 
-def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """All of them in one file, which appears at once: readers never see a half. Same arrays, same bytes."""
+@contextmanager
+def appearing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which appears at `path` once all of it is on disk: readers see no half, and no mixture of two writers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # or a crash of the machine could leave the name with other bytes
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """All of them in one file. Same arrays, same bytes."""
+    with appearing(path) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray] | None:

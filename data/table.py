@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import tempfile
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from data.sidecar import appearing
 from model.batch import PLACEHOLDERS
 
 KINDS = tuple(PLACEHOLDERS)
@@ -77,25 +77,16 @@ def stamps(paths: list[Path]) -> list[list[Any]]:
 
 
 def write_table(sidecar: Path, table: Table, files: list[list[Any]]) -> None:
-    """Header and columns are one file and appear at once: readers never see a half, or a mixture of two writers."""
+    """Header and columns in one file."""
     columns = {f.name: np.ascontiguousarray(getattr(table, f.name)) for f in fields(Table)}
     layout = [[name, column.dtype.str, list(column.shape)] for name, column in columns.items()]
     header = json.dumps({"version": _VERSION, "files": files, "columns": layout}).encode() + b"\n"
-    sidecar.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=sidecar.parent, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(header)
+    with appearing(sidecar) as file:
+        file.write(header)
+        file.write(bytes(-file.tell() % _ALIGNED))
+        for column in columns.values():
+            file.write(column.tobytes())
             file.write(bytes(-file.tell() % _ALIGNED))
-            for column in columns.values():
-                file.write(column.tobytes())
-                file.write(bytes(-file.tell() % _ALIGNED))
-            file.flush()
-            os.fsync(file.fileno())  # or a crash of the machine could leave the name with other bytes
-        os.replace(name, sidecar)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def read_header(sidecar: Path) -> list[list[Any]] | None:

@@ -50,10 +50,14 @@ def _turn(value: Any, field: str, role_key: str, content_key: str, inline: list[
     if not isinstance(value, dict):
         raise FieldError(field, f"is {kind_of(value)}, not an object")
     said_by = value.get(role_key)
+    if said_by is None:
+        raise FieldError(f"{field}.{role_key}", f"missing; a turn has {role_key!r} and {content_key!r}")
     if not isinstance(said_by, str) or said_by not in _ROLES:
         raise FieldError(f"{field}.{role_key}", f"{said_by!r} is no role; allowed: {', '.join(_ROLES)}")
     role = _ROLES[said_by]
     content = value.get(content_key)
+    if content_key not in value:
+        raise FieldError(f"{field}.{content_key}", f"missing; a turn has {role_key!r} and {content_key!r}")
     if isinstance(content, list) and content_key == "content":
         # Lines of their own: the same sample then has the same text in both spellings.
         content = "\n".join(_part(part, f"{field}.{content_key}[{j}]", inline) for j, part in enumerate(content))
@@ -127,5 +131,5 @@ def check_order(turns: tuple[Turn, ...], needs_answer: bool) -> None:
         if turn.role != (expected := ("user", "assistant")[i % 2]):
             raise FieldError("conversations", f"turn {i + 1} is the {turn.role}'s, the {expected}'s is due")
     if not spoken or (needs_answer and spoken[-1].role != "assistant"):
-        state = "the last turn is the user's" if spoken else "no turn is left"
+        state = "the last turn is the user's" if spoken else "no turn is left that anybody asked for"
         raise FieldError("conversations", f"{state}; an answer must come last")

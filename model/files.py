@@ -183,4 +183,6 @@ def sampled_digest(paths: Iterable[Path]) -> str:
 
 def dump_json(value: object) -> str:
     """JSON with stable bytes: sorted keys, two spaces, a final newline."""
-    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    # Half of a surrogate pair, as in a file's name that is no UTF-8, can be written as an escape alone: to JSON it is the same.
+    return text.encode("utf-8", "backslashreplace").decode()

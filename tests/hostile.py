@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tests.tiny_media import wav
+
 Kind = tuple[bytes, str]
 """A line of a .jsonl file, and words of the reason for which it is not trained on."""
 
@@ -58,7 +60,7 @@ def schema_kinds() -> dict[str, Kind]:
             ),
             "type 'smell'",
         ),
-        "longer than max_length": (record(answer="word " * 100_000), "the first round takes"),
+        "longer than max_length": (record(answer="word " * 1_000), "the first round takes"),
         "clip state without a clip": (record(audio_state=1), "audio_state"),
         "interrupted without a clip": (record(end_tag=False), "end_tag"),
         "reply to noise without a clip": (record(inserted_id=1), "inserted_id"),
@@ -98,6 +100,7 @@ def path_kinds(root: Path) -> dict[str, Kind]:
         "pipe": (record("pipe.png"), "is not a regular file"),
         "folder": (record("folder.png"), "is not a regular file"),
         "null character in a path": (record("a\0.png"), "null character"),
+        "half a surrogate in a path": (record("\ud800.png"), "image: '\\ud800.png' holds half of a surrogate pair"),
         "path of 5,000 characters": (record("a" * 5000), "aaaa"),
     }
 
@@ -120,10 +123,73 @@ def picture_kinds(root: Path) -> dict[str, Kind]:
         "damaged.png": lambda file: damaged(noise, file),
         "header.png": lambda file: file.write_bytes(b"\x89PNG\r\n\x1a\n"),
     }
-    expected = {"bomb.png": "than any data.max_pixels allows", "strip.png": "so narrow"}
+    expected = {"bomb.png": "data.max_pixels allows", "strip.png": "so narrow"}
     for name, write in named.items():
         write(root / name)
     return {f"picture {name}": (record(name), expected.get(name, name)) for name in named}
+
+
+def video_kinds(root: Path) -> dict[str, Kind]:
+    """Videos that are not there, are broken, or are watched where they have nothing. film.gif lasts 0.4 seconds."""
+    greys = [Image.new("RGB", (20, 20), (60 * i,) * 3) for i in range(4)]
+    greys[0].save(root / "film.gif", save_all=True, append_images=greys[1:], duration=100)
+    (root / "cut_film.gif").write_bytes((root / "film.gif").read_bytes()[:-40])
+    (root / "text.mp4").write_text("not a film")
+    for folder, content in (("no_frames", "times.txt"), ("bad_frame", "1.png")):
+        (root / folder).mkdir()
+        (root / folder / content).write_text("0.0")
+    return {
+        "missing video": (film("gone.mp4"), "does not exist"),
+        "video out of the root": (film("../outside.png"), "leaves media_root"),
+        "cut video": (film("cut_film.gif"), "cut_film.gif"),
+        "text named as a video": (film("text.mp4"), "text.mp4"),
+        "folder without frames": (film("no_frames"), "is a folder without frames"),
+        "folder with a frame that is text": (film("bad_frame"), "bad_frame/1.png' is none of"),
+        "range that runs backwards": (film("film.gif", [0.3, 0.1]), "the end must come later"),
+        "range behind the end": (film("film.gif", [7, 8]), "is not in '"),
+        "range that ends far behind the end": (film("film.gif", [0, 60]), "which lasts 0.40 s"),
+        "range before the start": (film("film.gif", [-1, 0.2]), "is no [start, end] in seconds"),
+        "range of no numbers": (film("film.gif", ["0:00", "0:01"]), "is no [start, end] in seconds"),
+        "two ranges of one video": (film("film.gif", [[0, 0.1], [0.2, 0.3]]), "2 ranges, 1 videos"),
+        "range without a video": (record("sound.png", video_range=[0, 1]), "1 ranges, 0 videos"),
+    }
+
+
+def film(path: str, span: Any = ...) -> bytes:
+    return record(question="<video>\nWhat happens?", video=path, video_range=span)
+
+
+def sound_kinds(root: Path) -> dict[str, Kind]:
+    """Clips that are no sound ones; sound.wav is. They need a part that hears."""
+    quiet = np.full((1600, 1), 0.1, dtype=np.float32)
+    nan, loud = quiet.copy(), quiet * 32_768
+    nan[800] = np.nan
+    whole = wav(quiet, 16_000)
+    contents = {
+        "gone.wav": (None, "does not exist"),
+        "cut.wav": (whole[: len(whole) // 2], "it is cut off"),
+        "cut_header.wav": (whole[:30], "is a WAV file without samples"),
+        "zero.wav": (wav(quiet[:0], 16_000), "holds no samples"),
+        "nan.wav": (wav(nan, 16_000, 32, is_float=True), "1 samples that are no finite number"),
+        "loud.wav": (wav(loud, 16_000, 32, is_float=True), "without being scaled to it"),
+        "absurd_rate.wav": (wav(quiet, 16_000, told_rate=2**32 - 1), "4294967295 samples per second"),
+        "no_rate.wav": (wav(quiet, 16_000, told_rate=0), "0 samples per second"),
+        "absurd_channels.wav": (wav(quiet, 16_000, told_channels=65_535), "absurd_channels.wav"),
+        "absurd_size.wav": (wav(quiet, 16_000, size=2**32 - 2), "declares 4294967294 bytes of samples"),
+        "long.wav": (wav(np.zeros((3_100, 1), dtype=np.float32), 1_000), "lasts 3.10 s; data.max_seconds allows 3"),
+        "text.wav": (b"not a sound", "text.wav"),
+        "empty.wav": (b"", "empty.wav"),
+        "picture.wav": (png(20, 20), "picture.wav"),
+    }
+    (root / "sound.wav").write_bytes(whole)
+    for name, (content, _) in contents.items():
+        if content is not None:
+            (root / name).write_bytes(content)
+    return {f"clip {name}": (clip(name), words) for name, (_, words) in contents.items()}
+
+
+def clip(path: str) -> bytes:
+    return record(question="<audio>", audio=path)
 
 
 def cut(picture: Image.Image, file: Path) -> None:
@@ -151,6 +217,6 @@ def png(width: int, height: int) -> bytes:
 
 
 def hostile(root: Path) -> dict[str, Kind]:
-    """Every kind by name; their files are written into `root`."""
+    """Every kind that a model which only sees can meet, by name; their files are written into `root`."""
     Image.new("RGB", (20, 20), "red").save(root / "sound.png")
-    return {**schema_kinds(), **placeholder_kinds(), **path_kinds(root), **picture_kinds(root)}
+    return {**schema_kinds(), **placeholder_kinds(), **path_kinds(root), **picture_kinds(root), **video_kinds(root)}

@@ -21,10 +21,12 @@ from transformers import AddedToken
 
 from data import check_run
 from data.check import TOO_LONG, check_record
+from data.check_parts import read_part
 from data.check_report import percentiles, summary
-from data.check_run import Depth, SourceFound, check_dataset, remove_stale
+from data.check_run import Depth, SourceFound, check_dataset, parts_of, remove_stale
 from data.config import DataConfig, SourceConfig
 from data.dataset import MultimodalDataset, Rejected, open_dataset
+from data.lengths import identities
 from data.sample import Sample
 from data.template import load_template
 from model.batch import AudioSpec
@@ -75,7 +77,7 @@ def test_what_a_run_would_reject_is_found_and_nothing_else(corpus: Corpus) -> No
 
 def test_headers_and_ends_tell_all_but_damage_in_the_middle(corpus: Corpus) -> None:
     unseen = [item.reason for i, item in corpus.bad.items() if not item.too_long and not check_record(corpus.dataset, i).problems]
-    assert len(unseen) == 1 and "damaged.png" in unseen[0]
+    assert len(unseen) == 2 and "damaged.png" in unseen[0] and "bad_frame/1.png" in unseen[1]  # frames of a folder are not opened
 
 
 def test_counts_are_exact_and_lengths_those_of_the_samples(corpus: Corpus) -> None:
@@ -280,3 +282,23 @@ def test_a_fault_of_a_reader_is_a_problem_of_its_record(tmp_path: Path, monkeypa
     monkeypatch.setattr(type(data.template), "encode", lambda *_: 1 / 0)
     (problem,) = check_record(data, 4).problems
     assert str(problem) == "mix.jsonl:5 5: record: cannot be used: ZeroDivisionError: division by zero"
+
+
+def test_of_all_files_only_the_missing_ones_are_held(tmp_path: Path) -> None:
+    """Millions of paths and their states would be gigabytes; each part keeps its own on disk, to tell when it is stale."""
+    records = [talk("<image>", "A.", images=grey(tmp_path, 7)), talk("<image>", "A.", images="gone.png"), talk("Hi", "Hello.")]
+    data = datasets(tmp_path, {"mix": records})
+    (found,) = check_dataset(data, tmp_path / "index")
+    assert found.found.files == found.found.missing == {str(tmp_path / "gone.png"): (-1, -1)}
+    (part,) = parts_of(data, 0, tmp_path / "index", identities(data)[0])
+    kept = read_part(part.path)
+    assert kept is not None and sorted(kept.files) == [str(tmp_path / "7.png"), str(tmp_path / "gone.png")]
+
+
+def test_every_part_that_is_done_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_run, "PART", 2)
+    data = datasets(tmp_path, {name: [talk("Hi", "Hello.")] * 5 for name in ("a", "b")})
+    told: list[int] = []
+    for workers in (1, 2):
+        check_dataset(data, tmp_path / "index", workers=workers, part_done=lambda: told.append(1))
+    assert sum(told) == 12

@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
+from data.config import DataError
+from data.record import RecordError
 from tests.runs import failure_of, start_alone, tables
+from trainer import exits
 from trainer.main import main
 from trainer.schema import to_toml
 
@@ -186,3 +189,17 @@ def test_a_port_in_use_is_named(parts: Path, tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 2
     assert f"127.0.0.1:{port}" in done.stderr and "choose another one" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_name_that_is_no_text_is_told_in_one_line_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half of a surrogate pair can be written to no file, and a terminal would obey the rest."""
+    error = RecordError("m.json:3", "\ud800\x1b[31m", "image", "gone\nm.json:4 b: forged")
+    assert exits.report_failure(error, tmp_path, 0, 0) == 65
+    told = "m.json:3 \\ud800\\x1b[31m: image: gone\\nm.json:4 b: forged"
+    assert json.loads((tmp_path / "exit.json").read_text())["reason"] == told
+    assert capsys.readouterr().err == f"trainer: rank 0 stopped after step 0: {told}\n"
+    assert (error.id, error.reason) == ("\ud800\x1b[31m", "gone\nm.json:4 b: forged")
+    assert exits.report_failure(DataError("\udcff.json: is empty"), tmp_path / "none", None, 0) == 65
+    (tmp_path / "exit.json").unlink()
+    assert exits.report_failure(DataError("\udcff.json: is empty"), tmp_path, None, 0) == 65
+    assert json.loads((tmp_path / "exit.json").read_text())["reason"] == "\udcff.json: is empty"

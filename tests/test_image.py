@@ -1,6 +1,9 @@
 """Pixels equal the Hugging Face processors to the bit; nothing outside the root, the formats or the limits is opened."""
 
 import os
+import struct
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +177,32 @@ def test_the_pixel_limit_is_read_from_the_header(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(header_only)
     with pytest.raises(MediaError, match=r"100 x 100 = 10000 pixels; data.max_pixels allows 9999"):
         load(tmp_path, "a.png", max_pixels=9_999)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
+def test_the_limit_is_ours_and_not_the_one_of_pillow(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's holds for the whole process, and would make a larger data.max_pixels idle. It alone warns, too."""
+    data = encoded(noise((100, 100)), kind)
+    usual = loaded(data, CLIP, max_pixels=10_000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000)
+    if kind == "WEBP":
+        with pytest.raises(MediaError, match="more pixels than Pillow decodes of its format"):
+            loaded(data, CLIP, max_pixels=10_000)
+        return
+    with warnings.catch_warnings(action="error"):
+        assert torch.equal(loaded(data, CLIP, max_pixels=10_000), usual)
+    with pytest.raises(MediaError, match=r"data\.max_pixels allows 9999"):
+        loaded(data, CLIP, max_pixels=9_999)
+    assert Image.MAX_IMAGE_PIXELS == 1_000
+
+
+@pytest.mark.parametrize("side", [30_000, 2**31 - 1])
+def test_a_bomb_is_judged_by_its_header(side: int) -> None:
+    header = struct.pack(">II5B", side, side, 8, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    idat = struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    with pytest.raises(MediaError, match=f"{side} x {side} = {side * side} pixels; data.max_pixels allows 64000000"):
+        loaded(data + idat, CLIP)
 
 
 @pytest.mark.parametrize("fit", ["pad", "square"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -140,6 +141,8 @@ def test_a_line_that_is_no_json_is_found_when_it_is_read(tmp_path: Path) -> None
     for i, line in ((1, 2), (3, 4)):
         with pytest.raises(RecordError, match=rf"^m.jsonl:{line} {line}: json: cannot be decoded: "):
             index.raw(i)
+    with pytest.raises(RecordError, match=r"cannot be decoded: Expecting .*, at character 10 of the record$"):
+        index.raw(1)
 
 
 def test_a_record_that_breaks_in_an_array_is_found_when_it_is_read(tmp_path: Path) -> None:
@@ -147,6 +150,19 @@ def test_a_record_that_breaks_in_an_array_is_found_when_it_is_read(tmp_path: Pat
     assert index.raw(1) == QA
     with pytest.raises(RecordError, match=r"^m.json:1 1: json: "):
         index.raw(0)
+
+
+def test_records_without_an_id_that_share_a_line_are_told_apart(tmp_path: Path) -> None:
+    lines = f'[{json.dumps(QA)}, {json.dumps(QA)},\n{json.dumps(QA)},\n{json.dumps(QA)}, {{"no": 1,}}]'
+    write(tmp_path / "a.json", lines)
+    write(tmp_path / "b.json", json.dumps([QA, QA]))
+    write(tmp_path / "c.json", json.dumps([QA]))
+    index = open_index(tmp_path / "?.json")
+    assert [index.name(i) for i in range(8)] == ["[0]", "[1]", "2", "[3]", "[4]", "[0]", "[1]", "1"]
+    with pytest.raises(RecordError, match=r"^a.json:3 \[4\]: json: "):
+        index.raw(4)
+    rows = open_index(write(tmp_path / "m.jsonl", f"{json.dumps(QA)}\n\n{json.dumps(QA)}"))
+    assert [rows.name(i) for i in range(2)] == ["1", "3"]
 
 
 @pytest.mark.parametrize(
@@ -285,3 +301,15 @@ def test_a_pickled_index_is_the_same(tmp_path: Path) -> None:
     stored = pickle.dumps(index)
     copy = pickle.loads(stored)
     assert len(stored) < 1000 and copy.raw(1) == PICTURE and copy.lengths.tolist() == index.lengths.tolist()
+
+
+def test_a_file_that_may_not_be_read_is_a_wrong_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no folder that cannot be written, which is what the system's error alone would be told as."""
+    path = write(tmp_path / "m.jsonl", json.dumps(QA))
+
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(ConfigError, match=r"m\.jsonl cannot be read: Permission denied"):
+        open_index(path)

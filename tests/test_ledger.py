@@ -109,6 +109,7 @@ def test_ranks_stops_and_resumed_runs_leave_the_same_accounts(parts: Path, tmp_p
     sections = messy(parts, tmp_path)
     whole = start_alone(parts, tmp_path / "whole", sections)
     assert whole.code == 0, whole.said
+    assert "5 per epoch of 29 samples" in whole.said
     ledger, rows, log = accounts(tmp_path / "whole")
     assert ledger["step"] == 9 and all(columns(row) == row["size"] for row in ledger["sources"])
     clean, broken, rest = ledger["sources"]

@@ -8,12 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from data.config import DataError
+from data.dataset import Rejected
 from data.loader import BatchPlan, validation_batches
 from data.mixing import Pool, make_pools
 from model.config import ConfigError
+from tests.ranks import run_ranks
 from tests.tiny_data import datasets, talk
+from trainer import plan_lengths
+from trainer.distributed import World
+from trainer.plan_lengths import agree
+from trainer.quarantine import NAME, Quarantine, read_rows
 from trainer.sources import check_fed
 
 IMAGE, VIDEO, AUDIO = 1, 2, 4
@@ -74,3 +81,52 @@ def test_validation_reads_what_take_leaves_of_each_source(tmp_path: Path) -> Non
     assert ids(0, 1) == ids(0, 2) == [*range(10, 20), *range(20, 24), 24]
     few = ids(6, 2)
     assert len(few) == 6 and set(few) < set(ids(0, 1)) and 24 in few
+
+
+def disagree(world: World) -> str:
+    """What ranks are told, of which the last one read a record that was longer by then."""
+    lengths = np.array([3, 4, 5 + (world.rank == world.size - 1 > 0)], dtype=np.int32)
+    data: Any = {"train": SimpleNamespace(lengths=lengths, modalities=np.zeros(3, dtype=np.int8))}
+    try:
+        agree(data, world)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_would_plan_differently_are_told_before_they_wait_for_each_other() -> None:
+    assert disagree(World(0, 0, 1, torch.device("cpu"))) == ""
+    told = run_ranks(disagree, 3)
+    assert len(set(told)) == 1 and "1 of 3 ranks, rank 2 among them, read other records or planned lengths than rank 0" in told[0]
+
+
+def test_a_line_of_the_quarantine_that_a_crash_cut_is_left_behind(tmp_path: Path) -> None:
+    world = World(0, 0, 1, torch.device("cpu"))
+    for whole in ("", '{"sample_id": 1, "split": "train", "source": "a", "reason": "r", "too_long": false}\n'):
+        (tmp_path / NAME).write_text(f'{whole}{{"sample_id": 2, "spl')
+        quarantine = Quarantine(tmp_path, {"train": 9}, 0.0)
+        quarantine.add((Rejected(2, "a", "a.json:3", "x", "image: gone", False),), 4)
+        quarantine.flush(world)
+        quarantine.flush(world)
+        assert [row["sample_id"] for row in read_rows(tmp_path)] == [1] * bool(whole) + [2]
+
+
+def wait_for_rank_0(world: World) -> int:
+    """How often a rank gave or got a sign while rank 0 measured three parts."""
+    signs = 0
+
+    def sign(*said: Any) -> bool:
+        nonlocal signs
+        signs += 1
+        return tell(*said)
+
+    tell, plan_lengths._tell = plan_lengths._tell, sign
+    if world.is_main:
+        for _ in range(3):
+            sign(world, False)
+    plan_lengths.wait(world)
+    return signs
+
+
+def test_ranks_wait_for_the_first_one_in_steps_however_long_it_takes() -> None:
+    assert run_ranks(wait_for_rank_0, 3) == [4, 4, 4] and run_ranks(wait_for_rank_0, 1) == [4]

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import itertools
 import json
+import logging
 import re
 import unicodedata
 from pathlib import Path
@@ -338,6 +339,19 @@ def test_configured_tokens_may_be_written() -> None:
     ids, known = template.encode(chat("<|endoftext|><s><|im_end|>", "ok")).input_ids, template.tokenizer.get_vocab()
     # The tokenizer's own BOS and the format's own end are nobody's to write.
     assert [ids.count(known[token]) for token in allowed] == [1, 0, 2]
+
+
+def test_a_text_longer_than_the_tokenizers_own_limit_is_nothing_to_warn_of(caplog: pytest.LogCaptureFixture) -> None:
+    """transformers would foretell indexing errors; what is too long is for data.max_length to say."""
+    template = template_for("chatml", "bytes")
+    template.tokenizer.model_max_length = 4
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        assert len(template.encode(chat("a long question", "and its answer")).input_ids) > 4
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 def test_todays_date_is_not_rendered() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from tokenizers import AddedToken
 
 from data.config import DataConfig, SourceConfig
 from data.dataset import MultimodalDataset, Sample, open_dataset
@@ -22,6 +24,13 @@ WIDTH = 4  # tokens of a picture
 
 def template(**options: Any) -> Template:
     return load_template("auto", tiny_tokenizer("qwen"), **{"placeholders": "as_written", "media_wrap": (), **options})
+
+
+def hearing_template() -> Template:
+    """The same for a model that has a part for sound."""
+    tokenizer = copy.deepcopy(tiny_tokenizer("qwen"))
+    tokenizer.add_tokens([AddedToken("<audio>", special=True, normalized=False)], special_tokens=True)
+    return load_template("auto", tokenizer, placeholders="as_written", media_wrap=())
 
 
 def image_id() -> int:

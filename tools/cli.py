@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from data import fields
+
 INTERRUPTED, NOBODY_READS = 130, 141
 
 
@@ -32,5 +34,5 @@ def run(name: str, action: Callable[[], None]) -> int:
 
 
 def printable(text: str) -> str:
-    """The text as it may go to a terminal: records and models could hold its control sequences."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    """The text as it may go to a terminal, in its lines: records and models could hold its control sequences."""
+    return fields.printable(text, keep="\n\t")

@@ -64,7 +64,7 @@ def open_records(path: str, processor: Processor, folder: str) -> RecordIndex:
     """The records of `path`, each read once: a broken one is a `RecordError` before any model is loaded."""
     index = RecordIndex.open(SourceConfig(path), Path(folder), processor.specs)
     for i in range(len(index)):
-        parse(index.raw(i), index.where(i))
+        parse(index.raw(i), index.where(i), index.name(i))
     return index
 
 
@@ -75,7 +75,7 @@ def answers(
     order = np.argsort(-index.lengths, kind="stable")
     for ids in np.split(order, range(batch_size, len(order), batch_size)):
         raw = [index.raw(i) for i in ids]
-        records = [parse(value, index.where(i)) for i, value in zip(ids, raw)]
+        records = [parse(value, index.where(i), index.name(i)) for i, value in zip(ids, raw)]
         try:
             prompts, whole = processor(raw, media_root=media_root), processor(raw, answers=True, media_root=media_root)
         except RecordError as error:  # the processor only knows which of these records it was

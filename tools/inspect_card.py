@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator
 
+from data.fields import printable
 from model.batch import ImageSpec
 from tools.inspect_entry import Box, Entry, Piece
 from tools.inspect_pictures import Album, picture, pixels, sound
@@ -24,11 +25,7 @@ TINY = 144
 
 def visible(text: str) -> str:
     """Safe in a text and in a quoted attribute."""
-    return html.escape("".join(_shown(c) for c in text))
-
-
-def _shown(c: str) -> str:
-    return c if c.isprintable() else c.encode("unicode_escape").decode()
+    return html.escape(printable(text))
 
 
 def _marked(text: str) -> str:

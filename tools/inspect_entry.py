@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from data.dataset import MultimodalDataset, Rejected
@@ -124,8 +123,7 @@ def entry_of(dataset: MultimodalDataset, i: int, quarantined: dict[int, dict[str
 
 
 def _rejected(dataset: MultimodalDataset, i: int, planned: int, item: Sample | Rejected, row: dict[str, Any] | None) -> Entry:
-    source_id = int(dataset.source_ids[i])
-    index, number = dataset.indexes[source_id], i - int(np.searchsorted(dataset.source_ids, source_id))
+    _, index, number = dataset.place(i)
     try:
         record: Record | None = dataset.record(i)
     except RecordError:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.fields import printable
 from model.files import dump_json
 
 DONE, INTERNAL, CONFIG, DATA, PROOF, CANNOT_WRITE, INTERRUPTED = 0, 1, 2, 65, 70, 73, 130
@@ -88,7 +89,7 @@ def report_failure(error: BaseException, output_dir: Path | None, step: int | No
         if code == INTERNAL:
             traceback.print_exception(error, file=sys.stderr)
         where = "" if step is None else f" after step {step}"
-        print(f"trainer: rank {rank} stopped{where}: {reason}", file=sys.stderr, flush=True)
+        print(printable(f"trainer: rank {rank} stopped{where}: {reason}", keep="\n\t"), file=sys.stderr, flush=True)
     return code
 
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from functools import partial
 from pathlib import Path
+
+import numpy as np
+import torch
 
 from data.check_run import check_dataset
 from data.dataset import MultimodalDataset
 from data.lengths import freeze_lengths, planned_lengths
+from model.config import ConfigError
 from trainer.config import RunConfig
+from trainer.distributed import World
 
 
-def settle(datasets: dict[str, MultimodalDataset], config: RunConfig, folder: Path) -> None:
+def settle(datasets: dict[str, MultimodalDataset], config: RunConfig, folder: Path, world: World) -> None:
     """Freezes the best lengths there are for the whole life of the run. Packing needs exact ones: what no check has measured yet is
-    measured now, by as many processes as the machine has processors, while the other ranks wait. They are kept in `folder`.
+    measured now, by as many processes as the machine has processors. On rank 0, while the others `wait`. They are kept in `folder`.
     """
     index_folder = Path(config.output_dir) / "index"
     if config.data.packing:
@@ -21,8 +28,22 @@ def settle(datasets: dict[str, MultimodalDataset], config: RunConfig, folder: Pa
             print(
                 f"data.packing: measuring the {len(dataset):,} records of {split}, as python -m tools.check_data would", flush=True
             )
-            check_dataset(dataset, index_folder, workers=processors(), name=f"measure {split}")
+            alive = partial(_tell, world, False)
+            check_dataset(dataset, index_folder, workers=processors(), name=f"measure {split}", part_done=alive)
     freeze_lengths(datasets, folder, index_folder)
+
+
+def wait(world: World) -> None:
+    """Until rank 0 is at the same place. It gives signs of life on the way: no single collective may take half an hour, and to
+    measure millions of records can. Collective.
+    """
+    while not _tell(world, world.is_main):
+        pass
+
+
+def _tell(world: World, done: bool) -> bool:
+    """Whether rank 0 says that it is done. Collective, and a host sync."""
+    return bool(world.sum(torch.full((1,), float(done), device=world.device)).item())
 
 
 def use(datasets: dict[str, MultimodalDataset], config: RunConfig, folder: Path) -> dict[str, str]:
@@ -31,6 +52,21 @@ def use(datasets: dict[str, MultimodalDataset], config: RunConfig, folder: Path)
     for split, dataset in datasets.items():
         dataset.lengths, kinds[split] = planned_lengths(dataset, folder, split, Path(config.output_dir) / "index")
     return kinds
+
+
+def agree(datasets: dict[str, MultimodalDataset], world: World) -> None:
+    """ConfigError, on all ranks alike, unless all of them plan by the same lengths. Collective.
+
+    Ranks that share out steps by different plans run different numbers of micro-batches and wait for each other for ever. It takes
+    a source that is written while the run starts, or a shared folder that shows one machine an older file than another.
+    """
+    arrays = [array for dataset in datasets.values() for array in (dataset.lengths, dataset.modalities)]
+    digests = world.gather_json([hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() for array in arrays])
+    if others := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
+        raise ConfigError(
+            f"{len(others)} of {world.size} ranks, rank {others[0]} among them, read other records or planned lengths than rank 0: "
+            "a source was changed while the run started, or output_dir and data are not the same files on all machines; start again"
+        )
 
 
 def processors() -> int:

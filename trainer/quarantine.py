@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import asdict
@@ -69,9 +70,8 @@ class Quarantine:
         new = self._count(sorted(rows, key=lambda row: (row["step"], *_key(row))))
         if world.is_main:
             path = self.folder / NAME
-            torn = path.exists() and not path.read_bytes().endswith(b"\n")
             with path.open("a", encoding="utf-8") as out:
-                out.write("\n" * torn)
+                out.write("\n" * _is_torn(path))
                 out.writelines(json.dumps(row) + "\n" for row in new)  # ASCII: no id can break a line
 
     def _count(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -108,6 +108,15 @@ class Quarantine:
                     f"{count}{rest}; one of them: {self.last[split, False]}. All stand in {self.folder / NAME}; "
                     "`python -m tools.check_data` finds all of them before a run"
                 )
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether a crash left the last line without its end."""
+    with path.open("rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
 
 
 def _key(row: dict[str, Any]) -> tuple[str, int]:

@@ -58,7 +58,7 @@ def _batches(setup: Setup) -> list[str]:
     ]
     if sampler is not None:
         lines.append(
-            f"steps     {setup.total_steps} in all, {sampler.steps_per_epoch} per epoch of {len(sampler.lengths):,} samples, "
+            f"steps     {setup.total_steps} in all, {sampler.steps_per_epoch} per epoch of {sampler.samples_per_epoch:,} samples, "
             f"{warmup_steps(config.optim, setup.total_steps)} of warm-up, {config.optim.schedule}"
         )
         hint = "" if setup.data.lengths_kind == EXACT else "; before a first start, python -m tools.check_data makes them exact"

@@ -95,11 +95,12 @@ def open_data(config: RunConfig, world: World, *, first_start: bool = False, pla
     if world.is_main:
         found = {split: opened(sources, frozenset()) for split, sources in tables.items() if sources}
         if first_start:
-            plan_lengths.settle(found, config, place.folder)
-    world.barrier()  # collective: the indexes exist now, and lengths are settled
+            plan_lengths.settle(found, config, place.folder, world)
+    plan_lengths.wait(world)  # collective: the indexes exist now, and lengths are settled
     excluded = {TRAIN: read_excluded(folder, place.name), VALIDATION: frozenset[int]()}
     datasets = {split: opened(sources, excluded[split]) for split, sources in tables.items() if sources}
     kinds = plan_lengths.use(datasets, config, place.folder)
+    plan_lengths.agree(datasets, world)  # collective
     train, validation = (datasets.get(split) for split in tables)
     pools, held_out = (() if dataset is None else pools_of(dataset, config) for dataset in (train, validation))
     sampler = None
