@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,12 @@ def answer(task: str, digit: int) -> str:
     return str(digit) if task == "digit" else ("even", "odd")[digit % 2]
 
 
+CORPUS = [*QUESTIONS.values(), "system user assistant", *(answer(task, digit) for task in QUESTIONS for digit in range(10))]
+
+
 def write_data(folder: Path) -> None:
     """folder/images and TASK_train.json, TASK_test.json: LLaVA's records, every picture in one split only."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ConfigError("the demo's pictures come from scikit-learn, the extra `demo`: pip install -e '.[demo]'") from error
-    pictures, digits = load_digits(return_X_y=True)
-    order = np.random.default_rng(SEED).permutation(len(digits))
+    pictures, digits, order = load_pictures()
     for split, chosen in (("train", order[:NUM_TRAIN]), ("test", order[NUM_TRAIN:])):
         (folder / "images" / split).mkdir(parents=True, exist_ok=True)
         for i in chosen:
@@ -54,14 +53,24 @@ def write_data(folder: Path) -> None:
             (folder / f"{task}_{split}.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 
+def load_pictures() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """scikit-learn's pictures (n, 64), their digits (n,), and the order (n,) whose first `NUM_TRAIN` are learned from."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ConfigError("the demo's pictures come from scikit-learn, the extra `demo`: pip install -e '.[demo]'") from error
+    pictures, digits = load_digits(return_X_y=True)
+    return pictures, digits, np.random.default_rng(SEED).permutation(len(digits))
+
+
 def record(task: str, split: str, number: int, digit: int) -> dict[str, Any]:
     asked = {"from": "human", "value": f"<image>\n{QUESTIONS[task]}"}
     said = {"from": "gpt", "value": answer(task, digit)}
     return {"id": f"{task}-{number:04d}", "image": f"{split}/{number:04d}.png", "conversations": [asked, said]}
 
 
-def train_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of at most `VOCAB` tokens with ChatML's control tokens."""
+def train_tokenizer(corpus: Sequence[str], vocab: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of at most `vocab` tokens with ChatML's control tokens, and its words joined from those of `corpus`."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -69,21 +78,19 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     control = [AddedToken(text, special=True, normalized=False) for text in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=control, initial_alphabet=alphabet, show_progress=False)
-    corpus = [*QUESTIONS.values(), "system user assistant", *(answer(task, digit) for task in QUESTIONS for digit in range(10))]
-    tokenizer.train_from_iterator(corpus * 10, trainer)
+    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=control, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([*corpus] * 10, trainer)
     named = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, model_max_length=512, **named)
 
 
-def write_parts(folder: Path) -> None:
+def write_parts(folder: Path, tokenizer: PreTrainedTokenizerFast, vocab: int) -> None:
     """folder/llm and folder/vision: random weights, as a hub would hold them."""
-    tokenizer = train_tokenizer()
     tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
     # The 0.02 of wide models would leave the tied head too small: run 2, which cannot change it, would never be sure of an answer.
     shape: dict[str, Any] = {"num_key_value_heads": 2, "initializer_range": 0.1, "tie_word_embeddings": True}
-    llm = Qwen2Config(vocab_size=VOCAB, max_position_embeddings=512, **shape, **sizes, **tokens)
+    llm = Qwen2Config(vocab_size=vocab, max_position_embeddings=512, **shape, **sizes, **tokens)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
     tower = CLIPVisionConfig(image_size=SIDE, patch_size=8, **sizes)
     with torch.random.fork_rng(devices=[]):
@@ -118,7 +125,7 @@ def write_runs(folder: Path) -> None:
 def make(folder: Path) -> None:
     try:
         write_data(folder)
-        write_parts(folder)
+        write_parts(folder, train_tokenizer(CORPUS, VOCAB), VOCAB)
         write_runs(folder)
     except OSError as error:
         raise ConfigError(f"{error.filename or folder} cannot be written: {error.strerror}") from error

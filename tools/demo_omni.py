@@ -1,0 +1,163 @@
+"""The second act: one model learns to read, see, watch and hear, in five stages; accuracy of each sense before and after each.
+
+Needs no network and no GPU: minutes on two CPU cores. Fails (exit code 70) if a stage does not teach what it is there for, or
+takes too much from what was known before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from model.config import ConfigError
+from tools.cli import run
+from tools.demo import clear, do, module, trained_by
+from tools.make_omni import KINDS, WHICH
+from trainer.config import TrainConfig, ValidationConfig
+from trainer.exits import ProofError
+from trainer.runfile import load_config
+from trainer.schema import to_tables, to_toml
+from trainer.stages import Place, places_of
+
+TEACHES = {"text": "text", "align_vision": "image", "vision": "video", "align_audio": "audio", "together": "noise"}
+"""What each stage of the run file is there for."""
+READERS = {"image": "vision", "video": "vision", "audio": "audio", "noise": "audio"}
+"""The part without which a model cannot be asked about it."""
+RISE, LEAST, LOST = 0.2, 0.8, 0.05
+"""What a stage must add to what it teaches; the least accuracy at the end; the most that pictures may lose to sounds."""
+
+Accuracy = dict[str, float]
+"""Exact match on held-out records, by kind."""
+
+
+def known(place: Place) -> list[str]:
+    """Kinds of records that a model of this stage can read."""
+    return [kind for kind in KINDS if kind not in READERS or READERS[kind] in place.config.model.parts()]
+
+
+def untrained(folder: Path, place: Place) -> Path:
+    """The model that a stage begins with: what the stages before have trained, and its new parts as they are drawn."""
+    out = folder / "before" / place.name
+    nothing = {"train": TrainConfig(max_steps=0), "validation": ValidationConfig()}
+    config = replace(place.config, output_dir=str(out), **nothing)  # type: ignore[arg-type]
+    out.mkdir(parents=True)
+    file = out.with_suffix(".toml")
+    file.write_text(to_toml(to_tables(config)), encoding="utf-8")
+    do(f"Put together what stage {place.name!r} begins with", module("trainer.main", "--cfg", file))
+    return out / "final"
+
+
+def accuracy(folder: Path, final: Path, kinds: list[str], when: str) -> Accuracy:
+    """What tools.evaluate finds, told apart by kind."""
+    tests = {kind: json.loads((folder / f"{kind}_test.json").read_text()) for kind in kinds}
+    kind_of = {record["id"]: kind for kind, records in tests.items() for record in records}
+    records, answers = folder / f"test_{len(kinds)}.json", folder / "answers.jsonl"
+    records.write_text(json.dumps([record for found in tests.values() for record in found], indent=1) + "\n")
+    arguments = ("--data", records, "--media-root", folder / "media", "--max-new-tokens", "4", "--batch-size", "64")
+    do(f"{when}: what does it answer?", module("tools.evaluate", final, *arguments, "--predictions", answers), capture=True)
+    right = dict.fromkeys(kinds, 0)
+    for line in map(json.loads, answers.read_text().splitlines()):
+        right[kind_of[line["id"]]] += line["generated"] == line["expected"]
+    found = {kind: right[kind] / len(tests[kind]) for kind in kinds}
+    print("   " + ", ".join(f"{kind} {value:.1%}" for kind, value in found.items()), flush=True)
+    return found
+
+
+def measure(folder: Path, places: list[Place]) -> list[Accuracy]:
+    """Accuracy at the start and after each stage, each time of all that the next stage's model can read."""
+    found = []
+    for before, after in zip([None, *places], [*places, None]):
+        if after is not None and (before is None or known(before) != known(after)):
+            found.append(accuracy(folder, untrained(folder, after), known(after), f"Before stage {after.name!r}"))
+        elif before is not None:
+            found.append(accuracy(folder, before.folder / "final", known(before), f"After stage {before.name!r}"))
+    return found
+
+
+def shortfalls(names: list[str], found: list[Accuracy]) -> list[str]:
+    """What was promised and is not so; `found` has one entry more than stages, that of the start."""
+    lines = []
+    for number, name in enumerate(names):
+        kind = TEACHES[name]
+        if (rise := found[number + 1][kind] - found[number][kind]) < RISE:
+            lines.append(f"stage {name} raised {kind} by {rise:.3f}, {RISE} was wanted")
+    lines += [f"{kind} ends at {value:.3f}, {LEAST} was wanted" for kind, value in found[-1].items() if value < LEAST]
+    deaf = next(values for values in found if "audio" in values)  # its audio parts have not been trained yet
+    if (lost := deaf["image"] - found[-1]["image"]) > LOST:
+        lines.append(f"images lost {lost:.3f} when audio was added, {LOST} at most was wanted")
+    return lines
+
+
+def table(names: list[str], found: list[Accuracy]) -> str:
+    """Kinds down, stages across; a star where a stage teaches the kind."""
+    lines = ["\n" + f"{'exact match':<12}" + "".join(f"{name:>14}" for name in ("start", *names))]
+    for kind in KINDS:
+        cells = [f"{values[kind]:.1%}" if kind in values else "" for values in found]
+        cells = [cell + ("*" if i and TEACHES[names[i - 1]] == kind else " ") for i, cell in enumerate(cells)]
+        lines.append(f"{kind:<12}" + "".join(f"{cell:>14}" for cell in cells))
+    return "\n".join([*lines, "* what the stage is there for; empty: the model has no part that could read it"])
+
+
+def draw(out: Path, names: list[str], found: list[Accuracy]) -> None:
+    """One curve per kind over the stages, as a PNG."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("drawing needs matplotlib, the extra `plot`: pip install -e '.[plot]'") from error
+    figure = Figure(figsize=(8, 4.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for kind in KINDS:
+        steps = [i for i, values in enumerate(found) if kind in values]
+        axes.plot(steps, [found[i][kind] for i in steps], "o-", label=kind)
+    axes.axhline(LEAST, color="grey", linewidth=0.8, linestyle="--")
+    axes.set_xticks(range(len(found)), ["start", *names])
+    axes.set(title="held-out accuracy after each stage", ylim=(-0.03, 1.03), ylabel="exact match")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend()
+    figure.savefig(out, format="png")
+
+
+def asked(folder: Path) -> list[str]:
+    """The command that plays one held-out melody to the trained model."""
+    record: dict[str, Any] = json.loads((folder / "audio_test.json").read_text())[7]
+    return module("tools.chat", folder / "run" / "final", "--audio", folder / "media" / record["audio"], WHICH)
+
+
+def demo(folder: Path, ranks: int) -> None:
+    started = time.monotonic()
+    clear(folder)
+    do("Write records, media, untrained parts and the run file", module("tools.make_omni", folder))
+    places = places_of(load_config(str(folder / "omni.toml")))
+    names = [place.name for place in places]
+    do(f"Train {len(places)} stages, on {ranks} processes", trained_by(ranks, folder / "omni.toml"))
+    trained = time.monotonic()
+    found = measure(folder, places)
+    (folder / "accuracy.json").write_text(json.dumps(dict(zip(("start", *names), found)), indent=1) + "\n")
+    draw(folder / "omni.png", names, found)
+    do("Play it one melody; right would be '7'", asked(folder))
+    print(table(names, found))
+    seconds = time.monotonic() - started
+    print(f"\nin {folder}, after {seconds:.0f} seconds, {trained - started:.0f} of them to train: omni.toml, omni.png, run/final")
+    if low := shortfalls(names, found):
+        raise ProofError("; ".join(low))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="tools.demo_omni", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/omni"), metavar="DIR", help="default: runs/omni")
+    parser.add_argument("--ranks", type=int, default=2, help="processes that train together (2)")
+    options = parser.parse_args(argv)
+    return run("demo_omni", lambda: demo(options.folder, options.ranks))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
