@@ -75,7 +75,7 @@ def has_audio(i: int) -> bool:
     return "audio" in SHAPES[i % len(SHAPES)]
 
 
-@pytest.mark.parametrize("window", ["full", "clip"])
+@pytest.mark.parametrize("window", [pytest.param("full", marks=pytest.mark.long), "clip"])
 def test_every_rank_steps_alike_whether_it_hears_or_not(hearing: Path, tmp_path: Path, window: str) -> None:
     """All parts learn. DDP and FSDP2 on two ranks against one process: the same losses, and nobody waits for anybody."""
     steady = {
