@@ -15,7 +15,7 @@ from data.sampler import deal
 from model.batch import IGNORE_INDEX, Batch, MediaMeta, num_tokens
 from model.build import assemble
 from model.card import draw_card
-from model.config import LlmConfig, LoraConfig, ModelConfig, VisionConfig, VisionProjectorConfig
+from model.config import LlmConfig, LoraConfig, ModelConfig, QuantizeConfig, VisionConfig, VisionProjectorConfig
 from model.llm import Vocabulary
 from model.origins import weight_layers
 from model.weights import materialise
@@ -28,6 +28,7 @@ from trainer.parallel import checkpoint_activations, replicate, shard
 from trainer.step import train_step
 
 NUM_STEPS, GLOBAL_BATCH = 5, 10
+WHOLE = QuantizeConfig()
 TUNES: dict[str, dict[str, Any]] = {
     "full": {"llm": "full", "vision": "full", "vision_projector": "full"},
     "projector": {"llm": "frozen", "vision": "frozen", "vision_projector": "full"},
@@ -92,10 +93,11 @@ def run_steps(
     micro_batch_size: int,
     dtype: str = "float32",
     clip_norm: float = 1.0,
+    quantize: QuantizeConfig = WHOLE,
 ) -> list[float]:
     """The same, of any model whose pictures are 16 pixels wide."""
     lora = LoraConfig(rank=2, dropout=0.0)
-    card = draw_card(config, lora, Vocabulary(321, 320, (320,)))
+    card = draw_card(config, lora, Vocabulary(321, 320, (320,)), quantize=quantize)
     model = assemble(card, getattr(torch, dtype))
     if recompute:
         checkpoint_activations(model)
