@@ -32,6 +32,7 @@ from trainer.distributed import World
 from trainer.plan_lengths import processors
 from trainer.runfile import load_config
 from trainer.sources import open_data
+from trainer.stages import Place, place_to_read
 
 SHOWN = 20  # problems of each field, and duplicates of each kind
 BAD_FILE, DUPLICATES_FILE = "bad.jsonl", "duplicates.jsonl"
@@ -48,16 +49,18 @@ MATCHES = {
 def check(options: argparse.Namespace) -> None:
     if options.workers < 1:
         raise ConfigError(f"--workers {options.workers} is not positive")
-    config = load_config(options.cfg, options.overrides)
-    datasets = opened(config)
+    place = place_to_read(load_config(options.cfg, options.overrides), options.stage)
+    config = place.config
+    datasets = opened(place)
     index_folder = Path(config.output_dir) / "index"
     depth = Depth(options.decode, options.near)
     found = {
         split: check_dataset(dataset, index_folder, depth=depth, workers=options.workers, name=f"check {split}")
         for split, dataset in datasets.items()
     }
-    remove_stale(index_folder, list(datasets.values()))
-    out = Path(options.out or config.output_dir)
+    if not place.name:  # other stages keep what was found of their data in the same folder
+        remove_stale(index_folder, list(datasets.values()))
+    out = Path(options.out or place.folder)
     out.mkdir(parents=True, exist_ok=True)
     counts = told(datasets, found, out)
     matches = told_duplicates(datasets, found, out, options.near)
@@ -68,9 +71,9 @@ def check(options: argparse.Namespace) -> None:
         raise DataError(f"{num_bad} records break the rules; all stand in {out / BAD_FILE}")
 
 
-def opened(config: RunConfig) -> dict[str, MultimodalDataset]:
-    """The datasets of the run by split; no weight is read."""
-    data = open_data(config, World(0, 0, 1, torch.device("cpu")))
+def opened(place: Place) -> dict[str, MultimodalDataset]:
+    """The datasets of the run or stage by split; no weight is read."""
+    data = open_data(place.config, World(0, 0, 1, torch.device("cpu")), place=place)
     datasets = {"train": data.train, "validation": data.validation}
     present = {split: dataset for split, dataset in datasets.items() if dataset is not None}
     if not present:
@@ -149,6 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="tools.check_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cfg", required=True, help="the run file")
+    parser.add_argument("--stage", default="", metavar="NAME", help="of a file with [[stage]] tables: this one")
     parser.add_argument("--workers", type=int, default=processors(), help="processes (one per processor)")
     parser.add_argument("--out", default="", help=f"folder of {BAD_FILE} and {DUPLICATES_FILE} (the run's)")
     parser.add_argument("--decode", action="store_true", help="decode all media in full: slow, and finds what headers hide")

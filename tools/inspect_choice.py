@@ -21,6 +21,7 @@ from trainer.distributed import World
 from trainer.quarantine import TRAIN, VALIDATION, read_rows
 from trainer.runfile import load_config
 from trainer.sources import open_data
+from trainer.stages import Place, place_to_read
 from trainer.step_log import read_step
 
 KIND_BITS = {kind: 1 << n for n, kind in enumerate(PLACEHOLDERS)}
@@ -56,11 +57,15 @@ class Wanted:
 class Opened:
     """The data of a run. No weight is read, nothing is certified."""
 
-    config: RunConfig
+    place: Place
     datasets: dict[str, MultimodalDataset]  # by the table of run.toml that names them
     pools: dict[str, tuple[Pool, ...]]  # the records of each source that take part, by table
     quarantined: dict[str, dict[int, dict[str, Any]]]  # rows of quarantine.jsonl by table and sample
     lengths_kind: str  # exact | estimated
+
+    @property
+    def config(self) -> RunConfig:
+        return self.place.config
 
 
 @dataclass(frozen=True)
@@ -107,25 +112,26 @@ class Source:
         return (entry_of(self.dataset, i, rows) for i in self.chosen)
 
 
-def config_of(cfg: str | None, run: str | None, overrides: list[str]) -> RunConfig:
-    """The configuration of a run file, or of a run by its folder, wherever that was moved."""
+def place_of(cfg: str | None, run: str | None, overrides: list[str], stage: str = "") -> Place:
+    """A run or one stage of it, by its run file or by its folder, wherever that was moved."""
     if (cfg is None) == (run is None):
         raise ConfigError("name a run file with --cfg, or a run's folder with --run: one of them")
     if cfg is not None:
-        return load_config(cfg, overrides)
-    return replace(load_config(str(Path(str(run)) / "run.toml"), overrides), output_dir=str(run))
+        return place_to_read(load_config(cfg, overrides), stage)
+    return place_to_read(replace(load_config(str(Path(str(run)) / "run.toml"), overrides), output_dir=str(run)), stage)
 
 
-def open_sources(config: RunConfig) -> Opened:
+def open_sources(place: Place) -> Opened:
     """Indexes are written where the run itself looks for them."""
     # Bad records are shown as such, whatever the run does about them.
-    data = open_data(replace(config, data=replace(config.data, on_bad_sample="quarantine")), World(0, 0, 1, torch.device("cpu")))
+    config = replace(place.config, data=replace(place.config.data, on_bad_sample="quarantine"))
+    data = open_data(config, World(0, 0, 1, torch.device("cpu")), place=place)
     tables = {"sources": data.train, "validation": data.validation}
-    rows = read_rows(Path(config.output_dir))
+    rows = read_rows(place.run_folder, place.name)
     found = {table: {row["sample_id"]: row for row in rows if row["split"] == split} for table, split in SPLITS.items()}
     datasets = {table: dataset for table, dataset in tables.items() if dataset is not None}
     pools = {"sources": data.pools, "validation": data.validation_pools}
-    return Opened(config, datasets, pools, found, data.lengths_kind)
+    return Opened(place, datasets, pools, found, data.lengths_kind)
 
 
 def choose(opened: Opened, wanted: Wanted) -> list[Source]:
@@ -135,7 +141,7 @@ def choose(opened: Opened, wanted: Wanted) -> list[Source]:
         raise ConfigError(f"--source {wanted.source!r} is none of the run's: {', '.join(dict.fromkeys(names))}")
     if wanted.quarantined and not any(opened.quarantined.values()):
         raise ConfigError(f"--quarantined: {opened.config.output_dir!r} holds no quarantine.jsonl with records in it")
-    step = None if wanted.step is None else read_step(opened.config.output_dir, wanted.step)
+    step = None if wanted.step is None else read_step(opened.place.folder, wanted.step)
     return [
         Source(opened, table, i, tuple(_chosen(opened, table, i, wanted, step).tolist()))
         for table, dataset in opened.datasets.items()

@@ -17,7 +17,7 @@ from data.certificate import certify
 from data.config import DataError
 from model.config import ConfigError
 from tools.cli import printable, run
-from tools.inspect_choice import KINDS, Source, Wanted, choose, config_of, open_sources
+from tools.inspect_choice import KINDS, Source, Wanted, choose, open_sources, place_of
 from tools.inspect_entry import Box, Entry
 from tools.inspect_html import Shown, page
 
@@ -123,8 +123,7 @@ def wanted_of(options: argparse.Namespace) -> Wanted:
 
 def inspect(options: argparse.Namespace) -> None:
     wanted = wanted_of(options)
-    config = config_of(options.cfg, options.run, options.overrides)
-    sources = choose(open_sources(config), wanted)
+    sources = choose(open_sources(place_of(options.cfg, options.run, options.overrides, options.stage)), wanted)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     if options.html:
         refusals = write_page(options.html, options.cfg or options.run, wanted.words, sources)
@@ -141,6 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--cfg", help="the run file")
     parser.add_argument("--run", help="in its place: the folder of a run, whose own run.toml is read")
+    parser.add_argument("--stage", default="", metavar="NAME", help="of a run with [[stage]] tables: this one")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page for a browser, in place of printing")
     parser.add_argument("--num", type=int, help=f"samples of each source ({NUM_PRINTED}; {NUM_ON_PAGE} on a page; all of a step)")
     parser.add_argument("--source", default="", metavar="NAME", help="this source alone")

@@ -27,8 +27,8 @@ from trainer.resume import check_state, choose, left_of
 from trainer.runfile import load_config
 from trainer.schema import apply_override, read_toml, to_tables, to_toml
 from trainer.setup import Setup, build, make_deterministic, resolved
-from trainer.sources import certify_all, check_stages, open_data, with_bases
-from trainer.stages import Place, outline, places_of
+from trainer.sources import certify_all, open_data, with_bases
+from trainer.stages import Place, check_stages, outline, places_of
 
 
 def run(config: RunConfig, world: World | None = None) -> int:

@@ -15,10 +15,12 @@ from trainer.setup import Setup
 
 def plan(setup: Setup, certificates: list[str], resume: Path | None, damaged: list[str]) -> str:
     """Parts, batch arithmetic, sharding, data and the resume point, for people."""
-    lines = [*_parts(setup), "", *_batches(setup)]
+    place, origin = setup.place, setup.config.model.init_from or "the bases"
+    lines = ["", f"{place}, from {origin}"] if place.name else []
+    lines += [*_parts(setup), "", *_batches(setup)]
     lines += [f"data      {line}" for line in certificates]
     lines += [f"aside     {text}" for text in damaged]
-    lines.append(f"start     {'from ' + str(resume) if resume else 'fresh'}, writing to {setup.config.output_dir}")
+    lines.append(f"start     {'from ' + str(resume) if resume else 'fresh'}, writing to {place.folder}")
     return "\n".join(lines)
 
 

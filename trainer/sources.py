@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from data.certificate import certify
-from data.config import ConfigError as SettingError
 from data.config import DataError, SourceConfig
 from data.dataset import MultimodalDataset, open_dataset
-from data.index import source_files
 from data.lengths import ESTIMATED
 from data.mixing import Pool, make_pools
 from data.processor import Processor, make_processor
@@ -21,9 +20,10 @@ from data.tokenizer import Vocabulary as Tokens
 from data.tokenizer import load_tokenizer, pad_id
 from model.batch import PLACEHOLDERS, READ_BY
 from model.card import ModelCard, base_digests, draw_card, media_specs, read_card
-from model.config import ConfigError, LlmConfig
+from model.config import ConfigError, LlmConfig, ModelConfig
 from model.files import sampled_digest
 from model.llm import Vocabulary
+from model.multimodal import ENCODERS
 from trainer import plan_lengths
 from trainer.config import RunConfig
 from trainer.distributed import World
@@ -110,24 +110,6 @@ def open_data(config: RunConfig, world: World, *, first_start: bool = False, pla
     return RunData(card, processor, train, validation, sampler, pools, held_out, kinds.get(TRAIN, ESTIMATED))
 
 
-def check_stages(places: list[Place]) -> None:
-    """Every stage's parts and sources are there, as far as names and JSON tell, before the first one trains for days.
-
-    One ConfigError for all of them. A run without stages finds out when it opens them.
-    """
-    problems = []
-    for place in places if len(places) > 1 else ():
-        data = place.config.data
-        checks = [lambda source=source: source_files(source) for source in (*data.sources, *data.validation)]
-        for check in (lambda place=place: media_specs(place.config.model), *checks):
-            try:
-                check()  # type: ignore[operator]
-            except (ConfigError, SettingError) as error:
-                problems.append(f"\n  - stage {place.name}: {error}")
-    if problems:
-        raise ConfigError("what later stages need is not there:" + "".join(dict.fromkeys(problems)))
-
-
 def pools_of(dataset: MultimodalDataset, config: RunConfig) -> tuple[Pool, ...]:
     """What `take` and `weight` make of each source."""
     sources = dataset.sources
@@ -176,7 +158,7 @@ def certify_all(data: RunData, config: RunConfig) -> list[str]:
     model's parts and the data do not go together.
     """
     if data.train is not None:
-        check_fed(data.train, data.pools)
+        check_fed(data.train, data.pools, carried(config.model))
     opened = [dataset for dataset in (data.train, data.validation) if dataset is not None]
     return [
         str(certify(data.processor.template, index, source.key))
@@ -208,8 +190,14 @@ def tuned_ids(llm: LlmConfig, vocabulary: Tokens) -> tuple[int, ...]:
     return tuple(sorted(ids.values()))
 
 
-def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...]) -> None:
-    """A configured part that no record feeds is a mistake, and so is a medium that no part reads."""
+def carried(model: ModelConfig) -> frozenset[str]:
+    """Modalities whose frozen parts an earlier run has trained: they come along, also where nothing is fed to them."""
+    frozen = {name for name, part in model.parts().items() if part.tune == "frozen"}
+    return frozenset(kind for kind, names in ENCODERS.items() if model.init_from and frozen.issuperset(names))
+
+
+def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...], carried: Collection[str] = ()) -> None:
+    """A configured part that no record feeds is a mistake, unless it is `carried`, and so is a medium that no part reads."""
     if not any(len(pool.ids) for pool in pools):
         raise DataError("data.sources hold no records: there is nothing to train on")
     found = {pool.name: int(np.bitwise_or.reduce(dataset.modalities[pool.ids])) for pool in pools if len(pool.ids)}
@@ -217,7 +205,7 @@ def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...]) -> None:
     kinds = {kind: [name for name, bits in found.items() if bits >> n & 1] for n, kind in enumerate(PLACEHOLDERS)}
     for modality in dataset.specs:
         read = [kind for kind in PLACEHOLDERS if READ_BY[kind] == modality]
-        if not any(kinds[kind] for kind in read):
+        if modality not in carried and not any(kinds[kind] for kind in read):
             raise ConfigError(
                 f"[model.{PARTS[modality]}] can never be fed: no record of data.sources has {' or '.join(map(_one, read))}; "
                 "remove the part or add data"

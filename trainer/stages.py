@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data.config import ConfigError as SettingError
+from data.index import source_files
+from model.card import media_specs
 from model.config import ConfigError
 from trainer.config import RunConfig
 from trainer.curriculum import stage_tables
@@ -57,6 +60,28 @@ def places_of(root: RunConfig) -> list[Place]:
     return found
 
 
+def place_to_read(root: RunConfig, name: str = "") -> Place:
+    """The stage `name` for whoever only looks at its data, also when the stages before it have not run.
+
+    ConfigError when there is no such stage, or when none is named of several.
+    """
+    places = {place.name: place for place in places_of(root)}
+    if name not in places:
+        known = ", ".join(repr(known) for known in places if known)
+        raise ConfigError(
+            f"--stage {name!r}: " + (f"the run's stages are {known}: name one of them" if known else "the run has no [[stage]]")
+        )
+    place = places[name]
+    if place.number == 1 or Path(place.config.model.init_from).is_dir():
+        return place
+    # Its tokens, where the stage before is not there to be asked.
+    earlier = list(places.values())[: place.number]
+    tokens = tuple(dict.fromkeys(token for one in earlier for token in one.config.model.llm.new_tokens))
+    model = place.config.model
+    model = replace(model, init_from=root.model.init_from, llm=replace(model.llm, new_tokens=tokens))
+    return replace(place, config=replace(place.config, model=model))
+
+
 def outline(places: list[Place]) -> list[str]:
     """One line per stage, for people; nothing without a curriculum."""
     lines = []
@@ -64,7 +89,7 @@ def outline(places: list[Place]) -> list[str]:
         if place.name:
             train, tunes = place.config.train, {name: part.tune for name, part in place.config.model.parts().items()}
             learns = ", ".join(f"{name} {tune}" for name, tune in tunes.items() if tune != "frozen") or "nothing"
-            length = f"{train.epochs:g} epochs" if train.max_steps is None else f"{train.max_steps} steps"
+            length = f"{train.epochs:g} epoch(s)" if train.max_steps is None else f"{train.max_steps} step(s)"
             lines.append(f"stage     {place.number} of {place.count}: {place.name}, {length}, learns {learns}")
     return lines
 
@@ -79,3 +104,21 @@ def resume_place(places: list[Place], state: dict[str, Any]) -> Place:
     raise ConfigError(
         f"the checkpoint is of stage {name!r}, and this run's stages are {known}: use its run file, or another output_dir"
     )
+
+
+def check_stages(places: list[Place]) -> None:
+    """Every stage's parts and sources are there, as far as names and JSON tell, before the first one trains for days.
+
+    One ConfigError for all of them. A run without stages finds out when it opens them.
+    """
+    problems = []
+    for place in places if len(places) > 1 else ():
+        data = place.config.data
+        checks = [lambda source=source: source_files(source) for source in (*data.sources, *data.validation)]
+        for check in (lambda place=place: media_specs(place.config.model), *checks):
+            try:
+                check()  # type: ignore[operator]
+            except (ConfigError, SettingError) as error:
+                problems.append(f"\n  - stage {place.name}: {error}")
+    if problems:
+        raise ConfigError("what later stages need is not there:" + "".join(dict.fromkeys(problems)))

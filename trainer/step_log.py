@@ -61,18 +61,19 @@ class StepLog:
 
 def read_step(folder: str | Path, step: int) -> np.ndarray:
     """Sample ids (n,) int64 of 0-based `step` of the run in `folder`, in the order of the plan: the step that brought the run from
-    `step` to `step + 1` completed ones. ConfigError when no such step is on record.
+    `step` to `step + 1` completed ones, those of earlier stages counted. ConfigError when no such step is on record.
     """
     shape_path, path = Path(folder) / SHAPE, Path(folder) / NAME
     try:
         shape = json.loads(shape_path.read_text())
         width, dtype = int(shape["global_batch_size"]), np.dtype(str(shape["dtype"]))
+        before = int(shape.get("steps_before", 0))
         num_bytes = path.stat().st_size
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder} has no record of its steps: {SHAPE} or {NAME} cannot be read ({error})") from error
     num_steps = num_bytes // (width * dtype.itemsize)
-    if not 0 <= step < num_steps:
-        there = f"steps 0 to {num_steps - 1}" if num_steps else "no step"
+    if not 0 <= step - before < num_steps:
+        there = f"steps {before} to {before + num_steps - 1}" if num_steps else "no step"
         raise ConfigError(f"step {step} is not on record: {path} holds {there}")
-    row = np.fromfile(path, dtype, width, offset=step * width * dtype.itemsize)
+    row = np.fromfile(path, dtype, width, offset=(step - before) * width * dtype.itemsize)
     return row[row != EMPTY].astype(np.int64)
