@@ -1,4 +1,4 @@
-"""Training beside a quantised language model: alike on any ranks, the base untouched, memory divided, the loss close to that of LoRA."""
+"""Training beside a quantised language model: alike on any ranks, its base untouched, its memory divided, its loss close to LoRA."""
 
 from __future__ import annotations
 
