@@ -1,0 +1,150 @@
+"""LoRA beside a base in 16, 8 and 4 bits: bytes of its matrices and of all parameters on each rank, seconds to load and per step,
+and the loss after the same steps. The peer is LoRA on the base as it is. One process, or several:
+
+    torchrun --nproc_per_node=2 -m tools.bench_quantize --strategy fsdp
+
+The base learns a random chain of tokens first; the adapters learn another one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from data.collate import collate
+from data.sample import Sample
+from model.batch import Batch
+from model.build import DTYPES, assemble
+from model.card import draw_card
+from model.config import LlmConfig, LoraConfig, ModelConfig, QuantizeConfig
+from model.llm import Vocabulary
+from model.multimodal import MultimodalLM
+from model.origins import weight_layers
+from model.quantized import matrices
+from model.weights import materialise
+from trainer.config import OptimConfig, ParallelConfig
+from trainer.distributed import World, start_world, stop_world
+from trainer.optim import build_optimizer, set_learning_rates
+from trainer.parallel import replicate, shard
+from trainer.step import train_step
+
+VOCAB, LENGTH, GLOBAL_BATCH = 512, 32, 16
+SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+KINDS = {
+    "LoRA": QuantizeConfig(),
+    "8 bits": QuantizeConfig(8),
+    "4 bits, nf4": QuantizeConfig(4, double=False),
+    "4 bits, nf4, double": QuantizeConfig(4),
+    "4 bits, fp4, double": QuantizeConfig(4, "fp4"),
+}
+
+
+def batches(world: World, task: int, steps: int) -> Iterator[list[Batch]]:
+    """This rank's share of each step: chains in which one token in ten is any."""
+    rng = np.random.default_rng(task)
+    following = rng.permutation(VOCAB)
+    for _ in range(steps):
+        ids = rng.integers(0, VOCAB, (GLOBAL_BATCH, LENGTH))
+        for t in range(1, LENGTH):
+            ids[:, t] = np.where(rng.random(GLOBAL_BATCH) < 0.9, following[ids[:, t - 1]], ids[:, t])
+        rows = [Sample(i, 0, row, np.append(row[1:], -100), {}) for i, row in enumerate(ids)]
+        yield [collate(rows[world.rank :: world.size], 0).to(world.device)]
+
+
+def train(model: MultimodalLM, config: ModelConfig, world: World, sharded: bool, task: int, steps: int, lr: float) -> list[float]:
+    """The loss of every step."""
+    model.train()
+    wrapped = model if sharded else replicate(model, world)
+    optimizer = build_optimizer(model, config, OptimConfig(lr=lr))
+    found = []
+    for step, batch in enumerate(batches(world, task, steps)):
+        set_learning_rates(optimizer, 1.0)
+        result = train_step(wrapped, optimizer, batch, world, seed=0, step=step, clip_norm=1.0)
+        sums = torch.stack([torch.cat(result.addends).sum(), torch.tensor(float(batch[0].num_supervised), device=world.device)])
+        total, count = world.sum(sums).tolist()
+        found.append(total / count)
+    return found
+
+
+def build(config: ModelConfig, quantize: QuantizeConfig, world: World, sharded: bool) -> MultimodalLM:
+    card = draw_card(config, LoraConfig(rank=16, dropout=0.0), Vocabulary(), quantize=quantize)
+    model = assemble(card, DTYPES[config.dtype])
+    if sharded:
+        shard(model, ParallelConfig(), world)
+    materialise(model, weight_layers(card, model, 0), frozen_dtype=model.dtype, device=world.device)
+    return model
+
+
+def make_base(folder: Path, world: World, steps: int) -> None:
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=VOCAB, tie_word_embeddings=True, **SIZES)).save_pretrained(folder)
+    config, alone = ModelConfig(LlmConfig(str(folder), "full"), dtype="float32"), World(0, 0, 1, world.device)
+    model = build(config, QuantizeConfig(), alone, False)
+    losses = train(model, config, alone, False, 1, steps, 1e-3)
+    model.llm.save_pretrained(folder)  # type: ignore[operator]
+    print(f"base: {sum(p.numel() for p in model.parameters()):,} parameters; loss {losses[0]:.3f} -> {losses[-1]:.3f}", flush=True)
+
+
+def held(model: MultimodalLM) -> tuple[int, int]:
+    """Bytes on this rank: of the matrices that can be quantised, without adapters, and of all parameters and their buffers."""
+
+    def size(tensors: Iterator[torch.Tensor]) -> int:
+        local = (t.to_local() if hasattr(t, "to_local") else t for t in tensors)
+        return sum(t.numel() * t.itemsize for t in local)
+
+    layers = [linear for _, linear in matrices(model.llm)]
+    stored = [t for layer in layers for t in (*layer.parameters(), *layer.buffers()) if t.dim() != 1 and not t.requires_grad]
+    return size(iter(stored)), size(p for p in model.parameters())
+
+
+def measure(name: str, config: ModelConfig, world: World, sharded: bool, steps: int) -> str:
+    start = time.perf_counter()
+    model = build(config, KINDS[name], world, sharded)
+    loading = time.perf_counter() - start
+    of_matrices, of_all = held(model)
+    start = time.perf_counter()
+    losses = train(model, config, world, sharded, 2, steps, 2e-3)
+    per_step = (time.perf_counter() - start) / steps
+    tail = losses[-10:]
+    ends = f"{losses[0]:.3f} -> {sum(tail) / len(tail):.4f}"
+    return f"{name:<22}{of_matrices:>12,}{of_all:>12,}{loading:>10.2f}{per_step * 1000:>10.0f}   {ends}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="bench_quantize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--strategy", choices=("ddp", "fsdp"), default="ddp")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
+    parser.add_argument("--steps", type=int, default=150, help="of the base, and of each adapter")
+    given = parser.parse_args()
+    world = start_world()
+    sharded = given.strategy == "fsdp" and world.size > 1
+    with tempfile.TemporaryDirectory() if world.is_main else nullcontext("") as folder:
+        folder = world.broadcast_json(folder)
+        if world.is_main:
+            make_base(Path(folder), world, given.steps)
+        world.barrier()
+        config = ModelConfig(LlmConfig(folder, "lora"), dtype=given.dtype)
+        if world.is_main:
+            print(f"{world.size} rank(s), {given.strategy}, {given.dtype}; bytes are those of one rank")
+            print(f"{'base':<22}{'matrices':>12}{'all':>12}{'load s':>10}{'step ms':>10}   loss")
+        for name in KINDS:
+            line = measure(name, config, world, sharded, given.steps)
+            if world.is_main:
+                print(line, flush=True)
+        world.barrier()
+    stop_world()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
