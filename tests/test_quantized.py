@@ -157,9 +157,12 @@ def test_a_merged_run_stands_alone(parts: Path, tmp_path: Path, quantize: Quanti
 
 
 @pytest.mark.parametrize("quantize", [NF4, FP4], ids=["nf4", "fp4"])
-def test_peft_computes_the_same_on_bitsandbytes_layers(parts: Path, tmp_path: Path, quantize: QuantizeConfig) -> None:
+def test_peft_computes_the_same_on_bitsandbytes_layers(
+    parts: Path, tmp_path: Path, quantize: QuantizeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = trained(config_of(parts), quantize=quantize)
     assert export([str(save_final(run, tmp_path)), str(tmp_path / "out"), "--for", "peft"]) == 0
+    assert f"trained beside {parts / 'llm'} in 4 bits: load that so" in capsys.readouterr().out
     base = by_bitsandbytes(parts / "llm", quantize)
     known = base.get_input_embeddings().weight.shape[0]  # our matrix has a row for the placeholder as well
     close(logits(peft.PeftModel.from_pretrained(base, str(tmp_path / "out"))), logits(run.model)[:, :known])
@@ -216,6 +219,16 @@ def test_an_inherited_language_model_is_exported_as_it_computes(parts: Path, tmp
     close(logits(peft.PeftModel.from_pretrained(base, str(tmp_path / "out"))), logits(run.model))
 
 
+def test_rows_of_new_tokens_learn_beside_codes(parts: Path, tmp_path: Path) -> None:
+    config = config_of(parts, "new_tokens")
+    config = replace(config, llm=replace(config.llm, new_tokens=("<a>", "<b>")))
+    run = trained(config, quantize=NF4)
+    assert not list(adapted(run.model)) and len(list(quantised(run.model))) == 14
+    folder = save_final(run, tmp_path)
+    for merge_lora in (False, True):
+        close(logits(load_model(folder, merge_lora=merge_lora)), logits(run.model))
+
+
 def test_experts_are_no_linear_layers(tmp_path: Path) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -263,4 +276,3 @@ def test_only_adapters_biases_and_dropout_are_new_in_an_adapted_layer(parts: Pat
     layer.eval()
     whole = nn.functional.linear(x, layer.matrix(torch.float32), layer.bias)
     torch.testing.assert_close(layer(x), whole + layer.scale * x @ layer.lora_A.T @ layer.lora_B.T)
-    assert replace(NF4) == layer.quantize

@@ -1,4 +1,4 @@
-"""Training beside a quantised language model: alike on any ranks, its base untouched, its memory divided, its loss close to LoRA."""
+"""Training beside a quantised language model: alike on any ranks, its base untouched, memory divided, loss close to LoRA's."""
 
 from __future__ import annotations
 

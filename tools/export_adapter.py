@@ -68,7 +68,9 @@ def to_peft(source: Path, out: Path, card: ModelCard, named: Path) -> str:
         write_llm(source, out / "base", card)
         save_tokenizer(load_processor(source).tokenizer, out / "base")
         print(f"an earlier run trained the language model: it stands in {base}, where the adapter belongs")
-    elif card.vocabulary.new_ids:
+    elif card.quantize.bits != 16:
+        print(f"the adapter was trained beside {base} in {card.quantize.bits} bits: load that so, or use tools.merge_lora")
+    if base == card.model.llm.path and card.vocabulary.new_ids:
         print(f"not in an adapter: {len(card.vocabulary.new_ids)} new rows of the vocabulary ({', '.join(card.tokens)})")
     write_file(out / WEIGHTS, tensors)
     write_config(out, adapter_config(card.lora, base, paths))
