@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.sample import Sample, SampleMedia
-from model.batch import IGNORE_INDEX, Batch, Media
+from model.batch import IGNORE_INDEX, ONE_ROW, Batch, Media
 
 BLANK = -1  # sample and source of a row that is only padding
 
@@ -96,16 +96,28 @@ def _joined(placed: list[tuple[int, SampleMedia]]) -> Media:
     values = torch.cat([_filled(medium.values, longest) for medium in media])
     width = max(medium.width for medium in media)
     firsts = np.cumsum([0, *(len(medium.values) for medium in media)])
-    rows = np.concatenate([_moved(medium, first, width, int(firsts[-1])) for medium, first in zip(media, firsts)])
+    moved = [_moved(medium, first, width, int(firsts[-1])) for medium, first in zip(media, firsts)]
     frames = [count for medium in media for count in medium.frames]
+    weighted = any(medium.weights is not None for medium in media)
     return Media(
         values,
-        torch.from_numpy(rows),
+        torch.from_numpy(np.concatenate([_four(rows) for rows in moved] if weighted else moved)),
         slots,
         lengths=torch.tensor(frames) if frames else None,
         ends=torch.tensor([first + medium.length - 1 for first, medium in placed]),
         labels=torch.tensor([medium.label for medium in media]),
+        weights=torch.from_numpy(np.concatenate([_weights(medium) for medium in media])) if weighted else None,
     )
+
+
+def _four(rows: np.ndarray) -> np.ndarray:
+    """(K,) or (K, 4) -> (K, 4)."""
+    return rows if rows.ndim == 2 else np.repeat(rows[:, None], 4, axis=1)
+
+
+def _weights(medium: SampleMedia) -> np.ndarray:
+    """(K, 4) float32, also of a medium each token of which is one row."""
+    return np.tile(np.array(ONE_ROW, dtype=np.float32), (medium.length, 1)) if medium.weights is None else medium.weights
 
 
 def _moved(medium: SampleMedia, first: int, width: int, num_rows: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -14,6 +15,13 @@ from model.batch import PLACEHOLDERS
 
 MAX_WORKERS = 512
 MAX_TILES = 256
+
+
+GridSize = tuple[int, int] | str
+"""A grid of tiles: [width, height] in pixels, its tiles across and down as "2x1", or all from one to another as "1x1...6x6"."""
+NEXT_GRID: tuple[GridSize, ...] = ("1x2", "2x1", "2x2", "3x1", "1x3")
+"""LLaVA-NeXT's, in its order."""
+GRID_NAME = re.compile(r"([1-9]\d?)x([1-9]\d?)(?:\.\.\.([1-9]\d?)x([1-9]\d?))?")
 
 
 class ConfigError(Exception):
@@ -73,11 +81,13 @@ class DataConfig:
     max_length: int = 2048
     placeholders: Literal["as_written", "first"] = "as_written"
     media_wrap: tuple[str, ...] = ()
-    image_fit: Literal["pad", "square", "tiles"] = "pad"
+    image_fit: Literal["pad", "square", "tiles", "anyres"] = "pad"
     image_decode: Literal["exact", "fast"] = "exact"
     min_tiles: int = 1
     max_tiles: int = 1
     thumbnail: bool = True
+    image_grid: tuple[GridSize, ...] = ()  # anyres: grids of tiles to choose from; () = LLaVA-NeXT's
+    anyres_max: int = 0  # anyres: a picture has at most about as many tokens as this many tiles (anyres_max_9); 0 = no limit
     max_images: int = 0
     order: Literal["modality_length", "length", "random", "sequential"] = "modality_length"
     packing: bool = False
@@ -105,7 +115,7 @@ class DataConfig:
             found.append(f"data.max_images = {self.max_images} is negative; 0 means no limit")
         if self.max_pixels < 1:
             found.append(f"data.max_pixels = {self.max_pixels} is not positive")
-        found += [*_tile_problems(self), *_time_problems(self)]
+        found += [*_tile_problems(self), *_grid_problems(self), *_time_problems(self)]
         if self.workers < 0:
             found.append(f"data.workers = {self.workers} is negative")
         if self.workers > MAX_WORKERS:
@@ -133,6 +143,30 @@ def _tile_problems(config: DataConfig) -> Iterator[str]:
         yield "data.image_fit = 'tiles' cuts nothing with data.max_tiles = 1: set it to what a picture may take, as 6 or 12"
     elif config.max_tiles > MAX_TILES:
         yield f"data.max_tiles = {config.max_tiles} is more than {MAX_TILES}: they are views of one picture; 6 to 40 are usual"
+
+
+def _grid_problems(config: DataConfig) -> Iterator[str]:
+    if config.image_fit != "anyres":
+        for key, value, default in (("image_grid", list(config.image_grid), []), ("anyres_max", config.anyres_max, 0)):
+            if value != default:
+                yield f"data.{key} = {value} has no effect unless data.image_fit = 'anyres'"
+        return
+    if config.anyres_max < 0:
+        yield f"data.anyres_max = {config.anyres_max} is negative; 0 means no limit"
+    for i, size in enumerate(config.image_grid):
+        if isinstance(size, str):
+            yield from _grid_name_problems(i, size)
+        elif min(size) < 1:
+            yield f"data.image_grid.{i} = {list(size)} is not [width, height] in pixels"
+
+
+def _grid_name_problems(i: int, text: str) -> Iterator[str]:
+    match = GRID_NAME.fullmatch(text)
+    across, down, wide, high = (int(word) for word in match.groups("0")) if match else (0, 0, 0, 0)
+    if match is None or (wide and (wide < across or high < down)):
+        yield f"data.image_grid.{i} = {text!r} is no grid: write '2x1' (tiles across, down), '1x1...6x6' or [width, height]"
+    elif max(across * down, wide * high) > MAX_TILES:
+        yield f"data.image_grid.{i} = {text!r} has more than {MAX_TILES} tiles: they are views of one picture; 4 to 36 are usual"
 
 
 def _time_problems(config: DataConfig) -> Iterator[str]:

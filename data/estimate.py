@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data import anyres
 from data.config import DataConfig
 from data.events import Events, after_colon, spelling
 from data.record import RecordError, parse
@@ -27,7 +28,7 @@ _TEXT_LEVEL, _MEDIA_LEVEL = 3, 1  # brackets that are open around a turn's text,
 def media_tokens(specs: dict[str, MediaSpec], config: DataConfig) -> dict[str, int]:
     """Tokens one medium of each kind is planned with; 0 for a kind that no part reads.
 
-    A picture in tiles has half of the most; a video all the frames it may have; a clip lasts ten seconds.
+    A picture in tiles has half of the most, of grids the middle one; a video all the frames it may have; a clip lasts ten seconds.
     """
     found = {}
     for kind in KINDS:
@@ -42,6 +43,8 @@ def _usual(kind: str, spec: MediaSpec, config: DataConfig) -> MediaMeta:
         return MediaMeta(num_frames=max(1, int(seconds * spec.sampling_rate) // spec.hop))
     if kind == "video":
         return MediaMeta(num_rows=config.max_frames)
+    if config.image_fit == "anyres":
+        return anyres.usual(spec.size, config)
     if config.image_fit != "tiles":
         return MediaMeta()
     tiles = math.ceil((config.min_tiles + config.max_tiles) / 2)

@@ -6,12 +6,15 @@ from math import ceil
 
 from PIL import Image
 
+from data import anyres
 from data.decode import Picture, Size
 from model.batch import ImageSpec, MediaMeta
 
 
 def views(picture: Picture, spec: ImageSpec, fit: str, meta: MediaMeta) -> list[Image.Image]:
     """The meta.num_rows squares (S, S) of a picture; `fit` is data.image_fit."""
+    if fit == "anyres":
+        return anyres.views(picture, spec, meta)
     if fit != "tiles":
         return [whole(picture, spec, fit)]
     (across, down), side = meta.grid, spec.size
@@ -32,7 +35,7 @@ def whole(picture: Picture, spec: ImageSpec, fit: str) -> Image.Image:
 
 def resized_size(size: Size, spec: ImageSpec, fit: str) -> Size:
     """(width, height) before the crop; the longer edge is cut down to a whole number, as CLIP's processor does."""
-    if spec.resize == "exact" or fit == "tiles":
+    if spec.resize == "exact" or fit in ("tiles", "anyres"):
         return spec.size, spec.size
     width, height = size
     long = int(spec.size * max(size) / min(size))
@@ -45,6 +48,9 @@ def needed_size(size: Size, spec: ImageSpec, fit: str, meta: MediaMeta) -> Size:
         return ceil(size[0] * spec.size / max(size)), ceil(size[1] * spec.size / max(size))
     if fit == "tiles":
         return meta.grid[0] * spec.size, meta.grid[1] * spec.size
+    if fit == "anyres":
+        width, height = anyres.fitted_size(size, meta.grid, spec.size)
+        return max(width, spec.size), max(height, spec.size)
     return resized_size(size, spec, fit)
 
 

@@ -40,7 +40,7 @@ class Frames:
 
 def open_frames(blob: Blob, spec: ImageSpec, config: DataConfig) -> AbstractContextManager[Frames]:
     """The frames of a video, which stays open as long as the context. All that is wrong with it is a MediaError."""
-    return _opener(blob)(blob, spec, config)
+    return _opener(blob)(blob, spec, image.one_view(config))
 
 
 def check(blob: Blob) -> None:

@@ -1,7 +1,8 @@
 """Pictures: from a path in a record to the pixels its vision tower was trained on.
 
 The pixels are those of the Hugging Face processors with the PIL back end for what `load_image` returns, bit for bit: CLIP (shortest
-edge, centre crop), SigLIP (both edges at once), LLaVA (padded to a square of the mean colour) and InternVL (tiles).
+edge, centre crop), SigLIP (both edges at once), LLaVA (padded to a square of the mean colour), InternVL (tiles) and LLaVA-NeXT
+(anyres).
 
 With data.image_decode = "fast" they stay bytes, which the model normalises (`model.pixels`), and a large JPEG is decoded at a
 fraction of its size, with the same geometry; the error is stated in docs/benchmarks.md.
@@ -9,12 +10,14 @@ fraction of its size, with the same geometry; the error is stated in docs/benchm
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from data import decode, endings, tiles
+from data import anyres, decode, endings, tiles
 from data.blob import Blob, MediaError
 from data.config import DataConfig
 from data.decode import Picture, Size
@@ -28,6 +31,8 @@ MAX_GROWTH = 4
 
 def measure(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, num_media: int) -> MediaMeta:
     """Rows of a picture among `num_media` of its sample, by its header; one row needs no look at the file. Raises MediaError."""
+    if config.image_fit == "anyres" and num_media == 1:
+        return anyres.plan(size(blob, spec, config), spec.size, config)
     if config.image_fit != "tiles":
         return MediaMeta()
     max_tiles = tiles.budget(config.max_tiles, num_media)
@@ -38,15 +43,23 @@ def load(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, meta: M
     """Pixels (meta.num_rows, 3, S, S), S = spec.size: float32 normalised, or uint8 if decoded fast. Raises MediaError.
 
     config.image_fit: pad (to a square of the mean colour first, as LLaVA) | square (the tower's own processor: CLIP crops, SigLIP
-    distorts) | tiles (distorted to whole tiles, row by row; then all of it in one, if there are several and config.thumbnail).
+    distorts) | tiles (distorted to whole tiles, row by row; then all of it in one, if there are several and config.thumbnail) |
+    anyres (all of it distorted to one view, then tiles of its own aspect in black; one of several pictures as pad).
     """
+    config = config if meta.num_rows > 1 else one_view(config)
     needed = (lambda size: needed_size(size, spec, config.image_fit, meta)) if config.image_decode == "fast" else None
     picture = decode.decode(blob, lambda size: judge(blob.name, size, spec, config), needed)
     return _rows(views(picture, spec, config.image_fit, meta), spec, config)
 
 
+def one_view(config: DataConfig) -> DataConfig:
+    """How a frame, or one of several pictures, is seen: anyres cuts only what is alone, as LLaVA-NeXT does, and pads the rest."""
+    return replace(config, image_fit="pad") if config.image_fit == "anyres" else config
+
+
 def frame_rows(picture: Image.Image, spec: ImageSpec, config: DataConfig) -> Tensor:
     """Pixels (1, 3, S, S), typed as `load` types them, of a decoded RGB picture as one view: a frame is never cut into tiles."""
+    config = one_view(config)
     return _rows([whole(Picture.of(picture), spec, config.image_fit)], spec, config)
 
 

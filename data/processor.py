@@ -26,7 +26,8 @@ from model.batch import Batch, MediaSpec, spec_from_json, spec_to_json
 FILE = "processor.json"
 _VERSION = 2
 _CONFIG_KEYS = (
-    *("image_fit", "image_decode", "min_tiles", "max_tiles", "thumbnail", "max_length", "max_images", "max_pixels"),
+    *("image_fit", "image_decode", "min_tiles", "max_tiles", "thumbnail", "image_grid", "anyres_max"),
+    *("max_length", "max_images", "max_pixels"),
     *("state_tokens", "fps", "min_frames", "max_frames", "max_seconds"),
 )
 
@@ -130,6 +131,7 @@ def load_processor(folder: str | Path) -> Processor:
         placeholders, media_wrap = described["placeholders"], tuple(described["media_wrap"])
         config = DataConfig(described["name"], placeholders=placeholders, media_wrap=media_wrap)
         config = replace(config, **{key: stored[key] for key in _CONFIG_KEYS})
+        config = replace(config, image_grid=tuple(tuple(s) if isinstance(s, list) else s for s in stored["image_grid"]))
         expected, jinja, allowed = stored["fingerprint"], described["jinja"], described["allowed"]
         stop_ids = tuple(stored["stop_ids"])
     except (KeyError, TypeError, AttributeError) as error:

@@ -14,7 +14,7 @@ from torch import Tensor
 from data.media import RecordMedia
 from data.record import MediaRef, Record, RecordError
 from data.template import Encoded
-from model.batch import IGNORE_INDEX, AudioSpec, MediaMeta, MediaSpec, num_tokens, row_frames, row_width, token_rows
+from model.batch import IGNORE_INDEX, AudioSpec, MediaMeta, MediaSpec, num_tokens, row_frames, row_width, token_rows, token_weights
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,11 @@ class SampleMedia:
     values: Tensor  # (n, ...) encoder rows: (n, 3, S, S) pixels or (n, M, F) log-mel
     start: int
     length: int
-    rows: np.ndarray  # (length,) int64 which projected row each token is, see `model.batch.token_rows`
+    rows: np.ndarray  # (length,) or (length, 4) int64 which projected rows each token is, see `model.batch.token_rows`
     width: int  # rows L the encoder and its projector make of each of `values`, those of padding included
     frames: tuple[int, ...] = ()  # (n,) valid mel frames of each row
     label: int = IGNORE_INDEX  # user state after it
+    weights: np.ndarray | None = None  # (length, 4) float32, of the rows of each token
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _placed(spec: MediaSpec, ref: MediaRef, meta: MediaMeta, values: Tensor, sta
     frames = row_frames(spec, meta) if isinstance(spec, AudioSpec) else ()
     width = row_width(spec, values.shape[-1])
     rows = token_rows(spec, meta, width)
-    return SampleMedia(ref.kind, values, start, len(rows), rows, width, frames, ref.label)
+    return SampleMedia(ref.kind, values, start, len(rows), rows, width, frames, ref.label, token_weights(spec, meta))
 
 
 def check_media(record: Record, specs: dict[str, MediaSpec], max_images: int) -> None:

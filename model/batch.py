@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.anyres import TileMap, map_rows, map_weights, tile_map
+
 IGNORE_INDEX = -100
 PLACEHOLDERS = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
 """What stands for one medium in a record's text, by the kind of medium."""
@@ -40,6 +42,7 @@ class ImageSpec:
     rescale: float = 1 / 255
     shrink: int = 1  # the projector makes one token of shrink x shrink patches
     queries: int = 0  # tokens the projector makes of each view whatever its size; 0: as many as patches
+    newline: bool = False  # the projector has a line break: behind each line of tiles, or behind a picture or video without them
 
 
 @dataclass(frozen=True)
@@ -91,17 +94,22 @@ class MediaMeta:
 
     num_rows: int = 1  # encoder rows: tiles of a picture, frames of a video
     num_frames: int = 0  # mel frames of a clip
-    grid: tuple[int, int] = (1, 1)  # tiles across and down, without the thumbnail
+    grid: tuple[int, int] = (1, 1)  # tiles across and down, without the thumbnail or the base view
+    size: tuple[int, int] = (0, 0)  # of a picture whose tiles keep its aspect, in pixels (width, height); else (0, 0)
+    max_tiles: int = 0  # more tokens than these many tiles have are shrunk to as many; 0: they stay
 
 
 def num_tokens(spec: MediaSpec, meta: MediaMeta) -> int:
     """Tokens one medium takes in the sequence. The only place that counts them: index, expansion and splice all ask here."""
-    extra = spec.num_prompts if isinstance(spec, AudioSpec) else 0
-    return extra + sum(row_tokens(spec, meta))
+    if isinstance(spec, AudioSpec):
+        return spec.num_prompts + sum(row_tokens(spec, meta))
+    if (tiles := _tile_map(spec, meta)) is not None:
+        return view_tokens(spec) + tiles.num_tokens
+    return sum(row_tokens(spec, meta)) + spec.newline
 
 
 def row_tokens(spec: MediaSpec, meta: MediaMeta) -> tuple[int, ...]:
-    """Tokens of each encoder row of one medium, in order."""
+    """Tokens of each encoder row of one medium, in order; of a picture whose tiles keep its aspect, those of its bars too."""
     if isinstance(spec, AudioSpec):
         return tuple(_shortened(spec, frames) for frames in row_frames(spec, meta))
     return (view_tokens(spec),) * meta.num_rows
@@ -114,14 +122,38 @@ def view_tokens(spec: ImageSpec) -> int:
 
 
 def token_rows(spec: MediaSpec, meta: MediaMeta, width: int) -> np.ndarray:
-    """Which projected row each token of one medium is, (num_tokens,) int64.
+    """Which projected row each token of one medium is, (num_tokens,) int64; (num_tokens, 4) where `token_weights` has weights.
 
     Row l of the medium's encoder row n is n * width + l; -1, -2 ... are the projector's own extra rows 0, 1 ...
     """
+    if isinstance(spec, ImageSpec) and (tiles := _tile_map(spec, meta)) is not None:
+        found = map_rows(tiles, width)
+        base = np.arange(view_tokens(spec))
+        return np.concatenate([base if found.ndim == 1 else np.repeat(base[:, None], 4, axis=1), found])
     tokens = np.array(row_tokens(spec, meta), dtype=np.int64)
     rows = np.flatnonzero(np.arange(width) < tokens[:, None])
-    prompts = spec.num_prompts if isinstance(spec, AudioSpec) else 0
-    return np.concatenate([-1 - np.arange(prompts), rows])
+    if isinstance(spec, AudioSpec):
+        return np.concatenate([-1 - np.arange(spec.num_prompts), rows])
+    return np.concatenate([rows, np.full(int(spec.newline), -1)])
+
+
+def token_weights(spec: MediaSpec, meta: MediaMeta) -> np.ndarray | None:
+    """Weights (num_tokens, 4) float32 of the rows that are summed to each token; None where every token is one row."""
+    tiles = _tile_map(spec, meta) if isinstance(spec, ImageSpec) else None
+    if tiles is None or not tiles.is_shrunk:
+        return None
+    base = np.tile(np.array(ONE_ROW, dtype=np.float32), (num_tokens(spec, meta) - tiles.num_tokens, 1))
+    return np.concatenate([base, map_weights(tiles)])
+
+
+ONE_ROW = (1.0, 0.0, 0.0, 0.0)
+"""Weights of a token that is its first row."""
+
+
+def _tile_map(spec: ImageSpec, meta: MediaMeta) -> TileMap | None:
+    if meta.size == (0, 0):
+        return None
+    return tile_map(meta.size, meta.grid, spec.size // spec.patch // spec.shrink, meta.max_tiles)
 
 
 def row_frames(spec: AudioSpec, meta: MediaMeta) -> tuple[int, ...]:
@@ -157,11 +189,12 @@ class Media:
     """
 
     values: Tensor  # (N, 3, H, W) pixels, float32 or bytes that are still to be normalised; (N, M, F) log-mel float32
-    rows: Tensor  # (K,) int64
+    rows: Tensor  # (K,) int64, or (K, 4)
     slots: Tensor  # (K,) int64
     lengths: Tensor | None = None  # (N,) valid mel frames of each row; None: all of a row is valid
     ends: Tensor | None = None  # (M,) flat position of the last token of each picture, video or clip
     labels: Tensor | None = None  # (M,) user state after each clip, or IGNORE_INDEX
+    weights: Tensor | None = None  # (K, 4) float32: a token is the sum of its rows times these; None: it is its one row
 
     def to(self, device: torch.device) -> Media:
         return self._map(lambda t: t.to(device, non_blocking=True))

@@ -45,6 +45,7 @@ class VisionProjectorConfig:
     tune: Literal["frozen", "full"] = "full"
     path: str = ""
     queries: int = 0  # resampler: tokens of each view; 0 = 64
+    newline: bool = False  # a learned line break behind every line of tiles: for data.image_fit = "anyres"
     lr: float = 0.0  # 0 = optim.projector_lr
 
 

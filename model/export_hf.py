@@ -43,6 +43,8 @@ def check_exportable(card: ModelCard) -> None:
         problems.append(f"model.vision.path: {kind!r} is not {' | '.join(TOWERS)}")
     if card.model.vision is not None and card.model.vision.scales:
         problems.append(f"model.vision.scales = {list(card.model.vision.scales)}: LLaVA's classes see one size")
+    if card.model.vision_projector is not None and card.model.vision_projector.newline:
+        problems.append("model.vision_projector.newline = true: its pictures have no line breaks")
     if problems:
         raise ConfigError("cannot be written for LlavaForConditionalGeneration: " + "; ".join(problems))
 

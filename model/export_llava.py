@@ -12,6 +12,7 @@ from model.files import Tensors
 
 NAME = "mm_projector.bin"
 PREFIX = "model.mm_projector."
+NEWLINE = "image_newline"  # stands beside the projector in LLaVA-NeXT's files, not in it
 
 
 def check_exportable(card: ModelCard) -> None:
@@ -26,7 +27,8 @@ def check_exportable(card: ModelCard) -> None:
 
 
 def write_projector(folder: Path, tensors: Tensors) -> Path:
-    """Write `tensors`, keys relative to the projector, under LLaVA's names: model.mm_projector.0.weight ..."""
+    """Write `tensors`, keys relative to the projector, under LLaVA's names: model.mm_projector.0.weight, model.image_newline ..."""
     path = folder / NAME
-    torch.save({PREFIX + name: rows.all().clone() for name, rows in tensors.items()}, path)
+    names = {name: f"model.{NEWLINE}" if name == NEWLINE else PREFIX + name for name in tensors}
+    torch.save({names[name]: rows.all().clone() for name, rows in tensors.items()}, path)
     return path

@@ -33,14 +33,14 @@ def initial_tensors(part: str, module: nn.Module, seed: int) -> Tensors:
 
 def first_value(full: str, layer: nn.Module, kind: str, shape: tuple[int, ...], seed: int) -> Rows:
     """Of the parameter `kind` of `layer`, whose full name is `full`. TypeError for one that nobody says how to draw."""
+    spreads: dict[str, float] = getattr(layer, "spreads", {})  # type: ignore[assignment]
+    if kind in spreads:  # first: a plain layer may hold one beside its own
+        return normal(full, shape, spreads[kind], seed)
     if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
         return uniform(full, shape, 1 / math.sqrt(math.prod(layer.weight.shape[1:])), seed)
     if isinstance(layer, nn.LayerNorm):
         return constant(shape, 1.0 if kind == "weight" else 0.0)
-    spreads: dict[str, float] = getattr(layer, "spreads", {})  # type: ignore[assignment]
-    if kind not in spreads:
-        raise TypeError(f"{full}: {type(layer).__name__} does not say how its {kind} starts")
-    return normal(full, shape, spreads[kind], seed)
+    raise TypeError(f"{full}: {type(layer).__name__} does not say how its {kind} starts")
 
 
 def initial_adapter(path: str, lora_a: Tensor, lora_b: Tensor, seed: int) -> Tensors:

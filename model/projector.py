@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from model.batch import ImageSpec
@@ -69,7 +70,16 @@ def build_projector(setting: str, kind: str, in_features: int, out_features: int
 
 
 def build_vision_projector(config: VisionProjectorConfig, in_features: int, out_features: int) -> nn.Module:
-    """The projector of a tower's patches, as `build_projector` makes it or one of the kinds that give fewer tokens."""
+    """The projector of a tower's patches, with `image_newline` (out,) if it has a line break, which starts as LLaVA-NeXT's does."""
+    module = _vision_layers(config, in_features, out_features)
+    if config.newline:
+        module.image_newline = nn.Parameter(torch.empty(out_features))
+        module.spreads = {**getattr(module, "spreads", {}), "image_newline": out_features**-0.5}  # type: ignore[dict-item, assignment]
+    return module
+
+
+def _vision_layers(config: VisionProjectorConfig, in_features: int, out_features: int) -> nn.Module:
+    """As `build_projector` makes them, or of one of the kinds that give fewer tokens."""
     if config.kind in GRID_KINDS:
         return GRID_KINDS[config.kind](in_features, out_features)
     if config.kind == RESAMPLER:
@@ -81,6 +91,7 @@ def build_vision_projector(config: VisionProjectorConfig, in_features: int, out_
 
 def shrunk(spec: ImageSpec, projector: VisionProjectorConfig) -> ImageSpec:
     """The tower's spec with what the projector makes of its grid. ConfigError when it cannot be made of this one."""
+    spec = dataclasses.replace(spec, newline=projector.newline)
     if projector.kind == RESAMPLER:
         return dataclasses.replace(spec, queries=projector.queries or QUERIES)
     if projector.kind not in GRID_KINDS:

@@ -10,7 +10,7 @@ from model.config import ConfigError, ModelConfig
 from model.files import Rows, Tensors, read_weights
 from model.weights import Layer
 
-LLAVA_PROJECTOR = "mm_projector."
+LLAVA_PROJECTOR, LLAVA_NEWLINE = "mm_projector.", "image_newline"
 
 
 def projector_layers(config: ModelConfig, held: Collection[str], claimed: Collection[str]) -> list[Layer]:
@@ -39,6 +39,8 @@ def projector_tensors(path: Path, part: str) -> Tensors:
     for name, rows in read_weights(file).items():
         if llavas and llavas in name:
             found[f"{part}.{name.partition(llavas)[2]}"] = rows
+        elif llavas and name.rpartition(".")[2] == LLAVA_NEWLINE:
+            found[f"{part}.{LLAVA_NEWLINE}"] = rows
         elif file.suffix == ".safetensors":
             found[f"{part}.{name}"] = rows
     if not found:

@@ -1,8 +1,22 @@
 """Media features over the embeddings of their placeholders."""
 
+import torch
 from torch import Tensor
 
 from model.batch import Media
+
+
+def taken(rows: Tensor, media: Media) -> Tensor:
+    """One feature row (K, D) for each placeholder out of all that a projector gives, (N * L + E, D): one of them or a sum of four.
+
+    Sums are made in float32, so that in bfloat16 a token that is one row stays that row to the bit beside others that are sums.
+    """
+    if media.weights is None:
+        return rows.index_select(0, media.rows)
+    total = torch.zeros(media.rows.shape[0], rows.shape[1], dtype=torch.float32, device=rows.device)
+    for row, weight in zip(media.rows.unbind(1), media.weights.unbind(1)):
+        total = total + rows.index_select(0, row).float() * weight[:, None]
+    return total.to(rows.dtype)
 
 
 def splice(embeds: Tensor, features: Tensor, media: Media) -> Tensor:

@@ -27,12 +27,12 @@ PLACEHOLDER = PLACEHOLDERS["image"]
 def write_folder(folder: Path, card: ModelCard, model: MultimodalLM, processor: Processor) -> None:
     """config.json, weights, processor and tokenizer files. `model` is merged, in the dtype that is written.
 
-    ConfigError where the run saw pictures in tiles.
+    ConfigError where the run cut pictures into tiles.
     """
     spec, fit, template = image_spec(card.specs), processor.config.image_fit, processor.template
-    if fit == "tiles":
+    if fit in ("tiles", "anyres"):
         raise ConfigError(
-            "cannot be written for LlavaForConditionalGeneration: data.image_fit = 'tiles', its processor has one view"
+            f"cannot be written for LlavaForConditionalGeneration: data.image_fit = {fit!r}, its processor has one view"
         )
     files = {
         "config.json": model_config(card, model, template.placeholder_ids["image"]),

@@ -11,7 +11,7 @@ from model.config import OUR_ATTENTION, LoraConfig
 from trainer.config import BatchConfig, RunConfig, ValidationConfig
 from trainer.quantize_checks import quantize_problems
 from trainer.term_checks import term_problems
-from trainer.vision_checks import vision_problems
+from trainer.vision_checks import anyres_problems, vision_problems
 
 
 def problems_of(config: RunConfig) -> list[str]:
@@ -23,6 +23,7 @@ def problems_of(config: RunConfig) -> list[str]:
         *_packing(config),
         *_parts(config),
         *vision_problems(config.model),
+        *anyres_problems(config.data, config.model),
         *term_problems(config.model),
         *quantize_problems(config.quantize, config.model),
         *idle_settings(config),

@@ -13,7 +13,6 @@ KEYS = (
 )
 VALUES = (
     "model.dtype = 'float16'",
-    "data.image_fit = 'anyres'",
     "optim.schedule = 'wsd'",
     "parallel.strategy = 'hsdp'",
     "parallel.activation_checkpointing = 'selective'",

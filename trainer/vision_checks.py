@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from data.config import DataConfig
 from model.config import ModelConfig
 from model.projector import GRID_KINDS, RESAMPLER, VISION_KINDS, is_pointwise
 
@@ -28,3 +29,19 @@ def vision_problems(model: ModelConfig) -> Iterator[str]:
         yield f"model.vision_projector.queries = {projector.queries} has no effect with kind = {projector.kind!r}"
     if vision is not None and vision.select != "patch" and projector.kind in GRID_KINDS:
         yield f"model.vision_projector.kind = {projector.kind!r} takes patches alone: set model.vision.select = 'patch'"
+
+
+def anyres_problems(data: DataConfig, model: ModelConfig) -> Iterator[str]:
+    """What pictures in tiles of their own aspect ask of the parts that read them."""
+    vision, projector = model.vision, model.vision_projector
+    if data.image_fit != "anyres" or vision is None or projector is None:
+        return
+    if not projector.newline:
+        yield (
+            "data.image_fit = 'anyres' ends every line of tiles in a learned line break: set model.vision_projector.newline = true"
+        )
+    why = "data.image_fit = 'anyres' makes one map of the patches of all tiles"
+    if vision.select != "patch":
+        yield f"{why}: set model.vision.select = 'patch'"
+    if projector.kind == RESAMPLER:
+        yield f"{why}, and model.vision_projector.kind = {RESAMPLER!r} leaves none: use another kind"
