@@ -11,6 +11,9 @@ import pytest
 from torch import Tensor
 
 from model import load_model
+from model.card import read_card
+from model.export_llm import inherits_llm
+from model.trained import trained_files
 from tests.finals import same, values
 from tests.ranks import kill_ranks, run_ranks
 from tests.runs import Start, failure_of, merged, start, start_alone
@@ -142,6 +145,26 @@ def test_it_equals_the_stages_run_by_hand(parts: Path, tmp_path: Path, whole: Pa
         same(
             values(load_model(before, merge_lora=False)), values(load_model(whole / "stages" / folder / "final", merge_lora=False))
         )
+
+
+def test_an_adapter_on_trained_weights_is_still_known_from_them(whole: Path) -> None:
+    """The last stage's final/ holds both: the LLM that an earlier stage trained, and its own adapter."""
+    folder = whole / "final"
+    files = trained_files(folder, read_card(folder))
+    assert len(files["lora.safetensors"]) == 28 and all(".lora_" in name for name in files["lora.safetensors"])
+    assert inherits_llm(folder, read_card(folder))
+    first = whole / "stages" / "02-adapt" / "final"
+    assert not inherits_llm(first, read_card(first))
+
+
+def test_in_bfloat16_what_was_merged_is_rounded_once(parts: Path, tmp_path: Path) -> None:
+    """A final/ holds what the stage computed with; of the checkpoint, which holds no frozen weight, it is merged at every load."""
+    run = tmp_path / "run"
+    sections = {"lora": {"rank": 2}, "model": {"dtype": "bfloat16"}, "stage": [ADAPT, ALIGN]}
+    begun = start_alone(parts, run, sections)
+    assert begun.code == 0, begun.said
+    found, expected = (values(load_model(run / name, dtype="bfloat16")) for name in ("final", "checkpoint-4"))
+    same(found, expected)
 
 
 def cut(whole: Path, target: Path, step: int, *, with_final: bool = True) -> Path:

@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from model.agreement import LORA_SHAPE
 from model.config import PartConfig
 from trainer.checks import idle_settings, problems_of
 from trainer.config import RunConfig, StageConfig
 from trainer.planned import PLANNED
 from trainer.schema import Reader, to_tables
+from trainer.tables import difference, has, merged, value_of, without
 
 NAME = re.compile(r"[a-z0-9_-]+")
 RUN_WIDE = ("output_dir", "stage", "checkpoint.resume", "train.deterministic")
 """Settings that one stage cannot have for itself."""
-PAIRS = (("train", "epochs", "max_steps"), ("optim", "warmup_ratio", "warmup_steps"))
-"""Settings of which a run names one: a stage that names the other one means that instead."""
 FREE = {"tune", "lr", "router_loss", "new_tokens", "prompts", "class_weights", "loss_weight"}
 """Settings of a part that may change from stage to stage; what its weights mean hangs on all others."""
 
@@ -45,69 +45,8 @@ def read_curriculum(tables: dict[str, Any], filled: Callable[[RunConfig], RunCon
     if problems or any(draft.config is None for draft in drafts):
         return None, problems
     configs = [to_tables(draft.config) for draft in drafts]
-    stages = tuple(StageConfig(draft.name, _difference(configs[0], config)) for draft, config in zip(drafts, configs))
+    stages = tuple(StageConfig(draft.name, difference(configs[0], config)) for draft, config in zip(drafts, configs))
     return replace(drafts[0].config, stage=stages), []  # type: ignore[type-var]
-
-
-def stage_tables(tables: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Complete tables of every stage of a resolved run by name; the run itself under no name where it has none."""
-    base = {key: value for key, value in tables.items() if key != "stage"}
-    stages = tables.get("stage") or [{"name": ""}]
-    return {stage["name"]: merged(base, {k: v for k, v in stage.items() if k != "name"}) for stage in stages}
-
-
-def merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Tables merge, arrays and values are replaced; of two settings that exclude each other, the one of `own` holds."""
-    base = _without_rivals(base, own)
-    return _merged(base, own)
-
-
-def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    found = dict(base)
-    for key, value in own.items():
-        both = isinstance(value, dict) and isinstance(found.get(key), dict)
-        found[key] = _merged(found[key], value) if both else value
-    return found
-
-
-def _without_rivals(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    for section, one, other in PAIRS:
-        for named, rival in ((one, other), (other, one)):
-            if has(own, f"{section}.{named}"):
-                base = without(base, f"{section}.{rival}")
-    return base
-
-
-def has(tables: Any, key: str) -> bool:
-    """Whether the dotted `key` stands in the tables."""
-    for word in key.split("."):
-        if not isinstance(tables, dict) or word not in tables:
-            return False
-        tables = tables[word]
-    return True
-
-
-def without(tables: dict[str, Any], key: str) -> dict[str, Any]:
-    """The same without the dotted `key`."""
-    if not has(tables, key):
-        return tables
-    word, _, rest = key.partition(".")
-    kept = {name: value for name, value in tables.items() if name != word}
-    return {**kept, word: without(tables[word], rest)} if rest else kept
-
-
-def _difference(base: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """What has to be merged into `base` to get `other`."""
-    found = {}
-    for key, value in other.items():
-        if key not in base:
-            found[key] = value
-        elif isinstance(value, dict) and isinstance(base[key], dict):
-            if inner := _difference(base[key], value):
-                found[key] = inner
-        elif value != base[key]:
-            found[key] = value
-    return found
 
 
 def _drafts(stages: Any) -> tuple[list[Draft], list[str]]:
@@ -135,12 +74,12 @@ def _read(draft: Draft, base: dict[str, Any], earlier: list[Draft], filled: Call
     before = earlier[-1].config if earlier else None
     claimed = _claims(earlier)
     for key in claimed:
-        if _value(draft.own, key):
+        if value_of(draft.own, key):
             draft.problems.append(f"{key} has no effect: the part comes from the stage before it")
     for key in claimed:
         base = without(base, key)
     tables = merged(base, draft.own)
-    if earlier and _value(tables, "model.llm.tune") in (None, "frozen", "lora") and not has(draft.own, "model.llm.new_tokens"):
+    if earlier and value_of(tables, "model.llm.tune") in (None, "frozen", "lora") and not has(draft.own, "model.llm.new_tokens"):
         tables = without(tables, "model.llm.new_tokens")  # an earlier stage has added and trained them
     while True:
         reader = Reader(PLANNED)
@@ -166,12 +105,6 @@ def _key(line: str) -> str:
     return line.split(" ", 1)[0].strip("[]")
 
 
-def _value(tables: Any, key: str) -> Any:
-    for word in key.split("."):
-        tables = tables.get(word) if isinstance(tables, dict) else None
-    return tables
-
-
 def _claims(earlier: list[Draft]) -> list[str]:
     """Settings that name where weights come from, of what an earlier stage has already."""
     keys = ["model.init_from"] if earlier else []
@@ -191,6 +124,9 @@ def _border(name: str, before: RunConfig, now: RunConfig) -> Iterator[str]:
         yield f"[model.{part}] is missing: stage {name!r} has it, and the weights of all its parts go on"
     for part in sorted(old.keys() & new.keys()):
         yield from _same_meaning(part, name, old[part], new[part])
+    same_lora = all(getattr(before.lora, key) == getattr(now.lora, key) for key in LORA_SHAPE)
+    if old["llm"].tune == new["llm"].tune == "lora" and same_lora and before.quantize != now.quantize:
+        yield f"quantize = {now.quantize}, but the adapter of stage {name!r}, which goes on, was trained with {before.quantize}"
     for part in sorted(new.keys() - old.keys()):
         if part not in ("llm", "vision", "audio") and new[part].tune != "full" and not getattr(new[part], "path", ""):
             yield f"model.{part}.tune = {new[part].tune!r} without weights: stage {name!r} has no such part, and no path is named"

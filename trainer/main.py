@@ -55,7 +55,7 @@ def train(root: RunConfig, world: World, progress: exits.Progress) -> None:
     """Every stage that is left of a run, one after the other; most runs are one stage."""
     make_deterministic(root)
     checkpoint, damaged = choose(root, world)
-    places = places_of(root)
+    places = [replace(place, config=resolved(place.config, world)) for place in places_of(root)]
     check_stages(places)
     for line in outline(places):
         say(world, line)

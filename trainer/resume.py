@@ -16,13 +16,13 @@ from model.config import ConfigError
 from model.manifest import UnsoundCheckpoint, verify
 from trainer.checkpoint import STATE, checkpoints, newest_sound, step_of
 from trainer.config import RunConfig
-from trainer.curriculum import stage_tables
 from trainer.distributed import World
 from trainer.exits import ProofError
 from trainer.export import final_step
 from trainer.schema import to_tables
 from trainer.sources import RunData
 from trainer.stages import Place, resume_place
+from trainer.tables import stage_tables
 
 MAY_CHANGE = (
     "output_dir",

@@ -11,8 +11,8 @@ from data.index import source_files
 from model.card import media_specs
 from model.config import ConfigError
 from trainer.config import RunConfig
-from trainer.curriculum import stage_tables
 from trainer.schema import Reader, to_tables
+from trainer.tables import stage_tables
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,76 @@
+"""Tables of run.toml as plain data: merged, compared, cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PAIRS = (("train", "epochs", "max_steps"), ("optim", "warmup_ratio", "warmup_steps"))
+"""Settings of which a run names one: a stage that names the other one means that instead."""
+
+
+def stage_tables(tables: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Complete tables of every stage of a resolved run by name; the run itself under no name where it has none."""
+    base = {key: value for key, value in tables.items() if key != "stage"}
+    stages = tables.get("stage") or [{"name": ""}]
+    return {stage["name"]: merged(base, {k: v for k, v in stage.items() if k != "name"}) for stage in stages}
+
+
+def merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Tables merge, arrays and values are replaced; of two settings that exclude each other, the one of `own` holds."""
+    base = _without_rivals(base, own)
+    return _merged(base, own)
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    found = dict(base)
+    for key, value in own.items():
+        both = isinstance(value, dict) and isinstance(found.get(key), dict)
+        found[key] = _merged(found[key], value) if both else value
+    return found
+
+
+def _without_rivals(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    for section, one, other in PAIRS:
+        for named, rival in ((one, other), (other, one)):
+            if has(own, f"{section}.{named}"):
+                base = without(base, f"{section}.{rival}")
+    return base
+
+
+def has(tables: Any, key: str) -> bool:
+    """Whether the dotted `key` stands in the tables."""
+    for word in key.split("."):
+        if not isinstance(tables, dict) or word not in tables:
+            return False
+        tables = tables[word]
+    return True
+
+
+def without(tables: dict[str, Any], key: str) -> dict[str, Any]:
+    """The same without the dotted `key`."""
+    if not has(tables, key):
+        return tables
+    word, _, rest = key.partition(".")
+    kept = {name: value for name, value in tables.items() if name != word}
+    return {**kept, word: without(tables[word], rest)} if rest else kept
+
+
+def difference(base: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """What has to be merged into `base` to get `other`."""
+    found = {}
+    for key, value in other.items():
+        if key not in base:
+            found[key] = value
+        elif isinstance(value, dict) and isinstance(base[key], dict):
+            if inner := difference(base[key], value):
+                found[key] = inner
+        elif value != base[key]:
+            found[key] = value
+    return found
+
+
+def value_of(tables: Any, key: str) -> Any:
+    """What stands at the dotted `key`; None where nothing does."""
+    for word in key.split("."):
+        tables = tables.get(word) if isinstance(tables, dict) else None
+    return tables
