@@ -32,7 +32,7 @@ WHICH, WHERE, NOTHING = "Which digit is this?", "Which way does it move?", "noth
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 FILLERS = ("um", "well", "so", "the", "and", "you", "know", "like")
 SPLITS = ("train", "test")
-COUNTS = {"text": (3000, 300), "video": (900, 200), "audio": (1200, 300), "noise": (400, 150)}
+COUNTS = {"text": (3000, 200), "video": (900, 200), "audio": (1200, 200), "noise": (400, 100)}
 """Records of each split; of pictures there are as many as scikit-learn has."""
 SECONDS, MELS = 2, 40  # the encoder's window; a melody is a third of it
 

@@ -65,8 +65,10 @@ media_root = "@/media"
 [[stage.data.sources]]
 path = "@/text_train.json"
 weight = 0.2
+[stage.optim]
+lr = 5e-4
 [stage.train]
-max_steps = 200
+max_steps = 250
 
 [[stage]]                    # 4. Sounds become words that it knows already. All that sees and reads stays as it is.
 name = "align_audio"
@@ -92,7 +94,7 @@ path = "@/image_train.json"
 media_root = "@/media"
 weight = 0.02
 [stage.train]
-max_steps = 300
+max_steps = 200
 
 [[stage]]                    # 5. All together, and noise, to which the answer is that it was nothing.
 name = "together"
