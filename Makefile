@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: install demo test test-long lint
+.PHONY: install demo demo-omni test test-long lint
 
 install: $(READY)
 
@@ -15,6 +15,10 @@ $(READY): setup.py constraints.txt
 # Trains twice on real pictures, on two processes: minutes on two CPU cores.
 demo: $(READY)
 	$(BIN)/python -m tools.demo runs/demo
+
+# Its second act: sentences, pictures, clips and sounds in a curriculum of five stages, on two processes.
+demo-omni: $(READY)
+	$(BIN)/python -m tools.demo_omni runs/omni
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" tests
