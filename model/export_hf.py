@@ -25,6 +25,7 @@ PREFIXES = (
     ("vision.tower.", "vision_tower.vision_model."),
     ("vision_projector.0.", "multi_modal_projector.linear_1."),
     ("vision_projector.2.", "multi_modal_projector.linear_2."),
+    ("vision_projector.image_newline", "image_newline"),
 )
 POST_NORM = ("post_layernorm.weight", "post_layernorm.bias")
 """Stands behind the hidden state that is read, so the tower never builds it; transformers' classes have it all the same."""
