@@ -77,11 +77,17 @@ def _folder(blob: Blob, spec: ImageSpec, config: DataConfig) -> Iterator[Frames]
 
 
 def _names(blob: Blob) -> list[str]:
-    with os.scandir(blob.path) as entries:
-        found = [entry.name for entry in entries if entry.name.lower().endswith(_PICTURES) and not entry.name.startswith(".")]
+    names = os.listdir(blob.path)
+    found = [name for name in names if name.lower().endswith(_PICTURES) and not name.startswith(".")]
     if not found:
         raise MediaError(f"{blob.name!r} is a folder without frames; their names end with {', '.join(_PICTURES)}")
-    return sorted(found, key=lambda name: ([int(part) if part.isdigit() else part for part in re.split("([0-9]+)", name)], name))
+    return sorted(found, key=_natural)
+
+
+def _natural(name: str) -> tuple[list[str | int], str]:
+    """Sorts by the values of the numbers in names: "9.png" before "10.png"."""
+    parts = re.split("([0-9]+)", name)  # every second one is a number
+    return [int(part) if k % 2 else part for k, part in enumerate(parts)], name
 
 
 @contextmanager
@@ -92,6 +98,7 @@ def _animation(blob: Blob, spec: ImageSpec, config: DataConfig) -> Iterator[Fram
         starts = [0.0]
         for i in range(getattr(picture, "n_frames", 1)):
             starts.append(starts[-1] + _seconds(picture, i))
+            image.judge(blob.name, picture.size, spec, config)  # a later frame of a GIF may make the picture larger
 
         def rows(wanted: Sequence[int]) -> Iterator[Tensor]:
             for i in wanted:

@@ -67,3 +67,6 @@ class RecordMedia:
             yield
         except MediaError as error:
             raise RecordError(self.record.where, self.record.id, ref.kind, str(error)) from error
+        except OSError as error:  # of a disk that fails, or a folder that may not be listed; no reason to end a run
+            reason = f"{ref.path!r} cannot be read: {error.strerror or error}"
+            raise RecordError(self.record.where, self.record.id, ref.kind, reason) from error

@@ -1,5 +1,7 @@
 """A record becomes a sample exactly, or a located reason; never another record."""
 
+import errno
+import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.blob import Blob
 from data.config import ConfigError, DataConfig
 from data.dataset import Rejected, open_dataset
 from data.record import RecordError, parse
@@ -151,3 +154,18 @@ def test_a_media_root_that_is_not_there_is_one_error_and_not_one_per_picture(tmp
     key = "media_root.image" if per_modality else "media_root"
     with pytest.raises(ConfigError, match=rf"data\.sources 'mix': {key} = '.*gone' is no folder"):
         open_dataset((made,), DataConfig(), template(), SPECS, tmp_path / "index")
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_disk_that_fails_costs_a_record_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    (tmp_path / "frames").mkdir()
+    name = grey(tmp_path, 3) if kind == "image" else "frames"
+    data = dataset(tmp_path, [talk(f"<{kind}>", "A cat.") | {kind: name}])
+
+    def fails(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Blob if kind == "image" else os, "open" if kind == "image" else "listdir", fails)
+    item = data[0]
+    assert isinstance(item, Rejected) and (item.where, item.id) == ("mix.jsonl:1", "1")
+    assert item.reason.startswith(f"{kind}: ") and name in item.reason and item.reason.endswith("Input/output error")

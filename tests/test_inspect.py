@@ -144,12 +144,15 @@ def ids_of(made: Page) -> list[int]:
     return [int(re.search(r"sample (\d+)", card.headline)[1]) for card in made.cards]  # type: ignore[index]
 
 
-def test_choices(folder: Path) -> None:
+def test_choices(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, _ = seen(folder)
     assert ids_of(page_of(folder, "--source", "<b>other</b>")) == [8]
     assert ids_of(page_of(folder, "--num", "2")) == [0, 4, 8], "spread over each source"
     assert ids_of(page_of(folder, "--modality", "text")) == [0, 3, 6, 8]
     assert ids_of(page_of(folder, "--modality", "image", "--num", "9")) == [1, 2, 4, 5, 7]
+    capsys.readouterr()
+    assert inspect_data.main(["--cfg", str(folder / "run.toml"), "--modality", "video", "--source", "train"]) == 0
+    assert "none fits the choice" in capsys.readouterr().out
     longest = ids_of(page_of(folder, "--longest", "--num", "3", "--source", "train"))
     assert longest == sorted(range(8), key=lambda i: (-data.lengths[i], i))[:3]
     assert ids_of(page_of(folder, "data.sources.0.take='first:3'")) == [0, 1, 2, 8], "what the run leaves out is not shown"

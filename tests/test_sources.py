@@ -30,7 +30,9 @@ def fed(bits: list[int], modalities: tuple[str, ...], take: str = "all") -> tupl
     """Two sources of records that hold media as `bits` say, half of them each, and the modalities that parts read."""
     half = len(bits) // 2
     pools = make_pools(["a", "b"], [half, len(bits) - half], ["all", take], [1.0, 1.0], 0, False)
-    return SimpleNamespace(modalities=np.array(bits, dtype=np.int8), specs=dict.fromkeys(modalities)), pools
+    index = SimpleNamespace(where=lambda row: f"records:{row}")
+    place = {"place": lambda i: (0, index, i)}
+    return SimpleNamespace(modalities=np.array(bits, dtype=np.int8), specs=dict.fromkeys(modalities), **place), pools
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,13 @@ def test_parts_and_media_that_go_together(bits: list[int], modalities: tuple[str
         ([0, IMAGE, 0, VIDEO], ("image", "audio"), "all", r"\[model.audio\] can never be fed: .* has an audio clip"),
         ([0, 0, 0, IMAGE], ("image",), "first:1", r"\[model.vision\] can never be fed"),  # the one that would is not taken
         ([0, 0, VIDEO, 0], (), "all", r"records of data.sources 'b' have a video, but no \[model.vision\]"),
-        ([IMAGE, 0, AUDIO, AUDIO], ("image",), "all", r"records of data.sources 'b' have an audio clip, but no \[model.audio\]"),
+        (
+            [IMAGE, 0, AUDIO, AUDIO],
+            ("image",),
+            "all",
+            r"sources 'b' have an audio clip, but no .*: 2 in all, the first at records:2",
+        ),
+        ([0, 0, AUDIO, AUDIO], (), "end:1", r"1 in all, the first at records:3"),
         ([IMAGE, 0, IMAGE | VIDEO, 0], (), "all", r"data.sources 'a', 'b' have an image"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,13 @@ def test_a_folder_is_read_in_the_natural_order_of_its_names(tmp_path: Path) -> N
     assert numbers(load(blob(path), (3.0, 5.0), fps=2.0)) == [6, 7, 8, 9]
 
 
+def test_digits_that_are_no_numbers_are_letters(tmp_path: Path) -> None:
+    path = folder(tmp_path / "frames", greys(2))
+    for i, name in enumerate(["\u00b2.png", "\u0663 1.png"], 2):
+        greys(4)[i].save(path / name)
+    assert numbers(load(blob(path), **ALL)) == [0, 1, 2, 3]
+
+
 def test_frames_are_pictures_to_the_bit(tmp_path: Path) -> None:
     pictures = [Image.effect_noise((40, 30), 90).convert("RGB") for _ in range(2)]
     path = folder(tmp_path / "frames", pictures)
@@ -190,6 +198,16 @@ def test_a_film_in_a_sound_file_is_no_cover_picture() -> None:
 
 
 MP4, WEBM, GIF = FILMS["mp4"], FILMS["webm"], FILMS["GIF"]
+
+
+def taller(gif: bytes, side: int, height: int) -> bytes:
+    """A GIF of frames of `side` pixels whose last one declares another height."""
+    extent = struct.pack("<BHHHH", 0x2C, 0, 0, side, side)
+    before, found, after = gif.rpartition(extent)
+    assert found
+    return before + struct.pack("<BHHHH", 0x2C, 0, 0, side, height) + after
+
+
 BROKEN: dict[str, tuple[bytes, str]] = {
     "empty file": (b"", "cannot be decoded"),
     "text": (b"no video at all" * 99, "cannot be decoded"),
@@ -200,6 +218,10 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "cut WEBP": (FILMS["WEBP"][:-9], "(cut short|cannot be decoded)"),
     "GIF of no frames": (GIF[:13] + b";", "cannot be decoded"),
     "too large": (film(greys(2, (320, 320))), "320 x 320 = 102400 pixels; data.max_pixels allows 10000"),
+    "GIF that grows": (
+        taller(animation(greys(3, (20, 20)), 100), 20, 600),
+        "20 x 600 = 12000 pixels; data.max_pixels allows 10000",
+    ),
     "too large GIF": (animation(greys(2, (320, 320)), 100), "320 x 320 = 102400 pixels; data.max_pixels allows 10000"),
 }
 

@@ -47,7 +47,7 @@ def print_source(source: Source, colour: bool) -> bool:
     print(f"certificate: {'REFUSED: ' * refused}{printable(certificate)}")
     for entry in source.entries():
         print(f"\n{printed(entry, colour)}")
-    print()
+    print("" if source.chosen else "\nnone of its records is shown: none fits the choice\n")
     return refused
 
 

@@ -210,11 +210,14 @@ def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...], carried: Coll
                 f"[model.{PARTS[modality]}] can never be fed: no record of data.sources has {' or '.join(map(_one, read))}; "
                 "remove the part or add data"
             )
-    for kind, names in kinds.items():
+    for n, (kind, names) in enumerate(kinds.items()):
         if names and READ_BY[kind] not in dataset.specs:
+            ids = np.concatenate([pool.ids for pool in pools])
+            held = ids[dataset.modalities[ids] >> n & 1 > 0]
+            _, index, row = dataset.place(int(held[0]))
             raise ConfigError(
                 f"records of data.sources {', '.join(map(repr, names))} have {_one(kind)}, but no "
-                f"[model.{PARTS[READ_BY[kind]]}] is configured to read them"
+                f"[model.{PARTS[READ_BY[kind]]}] is configured to read them: {len(held):,} in all, the first at {index.where(row)}"
             )
 
 
