@@ -18,14 +18,13 @@ from model.llm import head_weight
 from model.loss import LossTerm, Term, text_term
 from model.new_tokens import new_head_rows
 from model.pixels import normalised
+from model.projector_files import OWN_ROWS
 from model.router import RouterTap
 from model.splice import splice, taken
 from model.state_head import StateHead
 
 ENCODERS = {"image": ("vision", "vision_projector"), "audio": ("audio", "audio_projector")}
 """Encoder and projector by modality. A modality is an entry here, not a branch below."""
-EXTRA = ("extra", "image_newline")
-"""Under which names a projector holds rows of its own: prompts before a clip, the line break of pictures."""
 
 
 class MultimodalLM(nn.Module):
@@ -118,7 +117,7 @@ class MultimodalLM(nn.Module):
             with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
                 encoded = encoder(normalised(media.values, self.specs[modality], self.dtype), media.lengths)  # (N, L, C)
         rows = projector(encoded, encoder.valid_rows(media.lengths)).flatten(0, 1)  # type: ignore[operator]
-        for name in EXTRA:
+        for name in OWN_ROWS:
             if (extra := getattr(projector, name, None)) is not None:
                 rows = torch.cat([rows, extra.reshape(-1, rows.shape[-1]).to(rows.dtype)])
         return taken(rows, media)

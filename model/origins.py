@@ -50,7 +50,7 @@ def given_layers(card: ModelCard, model: MultimodalLM, held: Collection[str] = (
         layers += run_layers(Path(config.init_from), card, model, "model.init_from", proof)
     # Only the named run itself is looked into: what lies below it is opened when it is needed.
     claimed = {name for layer in layers[:2] for name in layer.tensors}
-    layers += projector_layers(config, held, claimed)
+    layers += projector_layers(config, model, held, claimed)
     if card.lora.path and not any(map(is_adapter, held)):
         if any(map(is_adapter, claimed)):
             raise ConfigError("lora.path and model.init_from both hold adapters: name one of them")

@@ -172,6 +172,22 @@ def test_a_line_break_ends_every_line_and_every_other_picture(size: tuple[int, i
     assert token_rows(SPEC, MediaMeta(num_rows=3), 16).tolist() == [*range(48), -1]  # a video of three frames
 
 
+@pytest.mark.parametrize("size", [(90, 31), (641, 480), (100, 1500)])
+def test_bytes_of_a_fast_decode_are_the_same_views(size: tuple[int, int]) -> None:
+    meta, exact = loaded(picture(size), config())
+    again, fast = loaded(picture(size), config(image_decode="fast"))
+    assert again == meta and fast.dtype == torch.uint8
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    torch.testing.assert_close((fast / 255 - mean) / std, exact, rtol=0, atol=1e-5)
+    buffer = io.BytesIO()
+    gradient = Image.radial_gradient("L").convert("RGB").resize(size)
+    gradient.save(buffer, "JPEG", quality=95)
+    meta, exact = loaded(buffer.getvalue(), config())
+    drafted = loaded(buffer.getvalue(), config(image_decode="fast"))[1]
+    assert meta.size == size and len(drafted) == meta.num_rows
+    assert float(((drafted / 255 - mean) / std - exact).abs().mean()) < 0.05
+
+
 def test_sums_leave_single_rows_beside_them_as_they_are() -> None:
     meta = image.anyres.plan((80, 80), 20, config(2))
     weights = token_weights(SPEC, meta)

@@ -173,7 +173,7 @@ def test_a_line_break_starts_as_llava_nexts_and_is_asked_for_where_it_is_missing
     assert newline.shape == (32,) and 0.6 < float(newline.std()) * 32**0.5 < 1.4
     without = build(replace(config, vision_projector=replace(config.vision_projector, newline=False)))  # type: ignore[type-var]
     assert "vision_projector.image_newline" not in values(without.model)
-    with pytest.raises(ConfigError, match="image newline = True, but .* was trained with False"):
+    with pytest.raises(ConfigError, match=r"image newline = True, but .* was trained with False"):
         build(replace(config, init_from=str(save_final(without, tmp_path))))
 
 
@@ -239,3 +239,17 @@ def parse_problems(sections: dict[str, Any], folder: Path) -> str:
     with pytest.raises(ConfigError) as caught:
         parse_config(tables(folder, **sections), "test")
     return str(caught.value)
+
+
+def test_a_projector_by_itself_is_whole_and_of_its_kind_but_for_a_new_line_break(tmp_path: Path) -> None:
+    first = trained(settings_of(tmp_path, newline=False))
+    assert export([str(save_final(first, tmp_path)), str(tmp_path / "out")]) == 0
+    config = first.card.model
+    assert config.vision_projector is not None
+    named = replace(config.vision_projector, path=str(tmp_path / "out"))
+    for kind, problem in (("mlp3x_gelu", r"lacks .*projector\.4\.bias"), ("mlp1x_gelu", r"holds .*projector\.2\.bias.* has not")):
+        with pytest.raises(ConfigError, match=problem):
+            build(replace(config, vision_projector=replace(named, kind=kind)))
+    new = values(build(replace(config, vision_projector=replace(named, newline=True))).model.get_submodule("vision_projector"))
+    assert new.pop("image_newline").any()
+    same(new, values(first.model.get_submodule("vision_projector")))
