@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,10 +63,9 @@ def pictures(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 def text_examples(split: str, rng: np.random.Generator) -> Iterator[Example]:
     """Sentences that are all different, over both splits: they are drawn from one sequence and divided."""
-    rng, found = np.random.default_rng(SEED), dict[str, Example]()
-    wanted = sum(COUNTS["text"])
-    while len(found) < wanted:
-        example = sentence(rng)
+    both, found = np.random.default_rng(SEED), dict[str, Example]()
+    while len(found) < sum(COUNTS["text"]):
+        example = sentence(both)
         found.setdefault(example.asked, example)
     examples, first = list(found.values()), COUNTS["text"][0]
     yield from examples[:first] if split == "train" else examples[first:]
@@ -100,7 +99,7 @@ def noise_examples(split: str, rng: np.random.Generator) -> Iterator[Example]:
 class Kind:
     """What is asked about, its examples, and how its medium is stored."""
 
-    examples: Any
+    examples: Callable[[str, np.random.Generator], Iterator[Example]]
     medium: str = ""  # of the record; none for text
     ending: str = ""
 
