@@ -172,11 +172,16 @@ def test_a_rejected_record_is_shown_as_it_stands(tmp_path: Path) -> None:
 
 def test_records_and_sources_of_the_docs_are_accepted() -> None:
     docs = Path(__file__).parent.parent / "docs" / "data.md"
-    blocks = dict(re.findall(r"```(json|toml)\n(.*?)```", docs.read_text(encoding="utf-8"), re.DOTALL))
-    records = [parse(json.loads(line), f"data.md:{i}") for i, line in enumerate(blocks["json"].splitlines())]
+    blocks = re.findall(r"```(json|toml)\n(.*?)```", docs.read_text(encoding="utf-8"), re.DOTALL)
+    (lines,) = (text for kind, text in blocks if kind == "json")
+    records = [parse(json.loads(line), f"data.md:{i}") for i, line in enumerate(lines.splitlines())]
     assert [tuple(ref.kind for ref in record.media) for record in records] == [
         *[("image",), ("image", "image"), ("image",)],
         *[("video",), ("audio",), ()],
     ]
-    config = parse_config({"output_dir": "run", "model": {"llm": {"path": "llm"}}, **tomllib.loads(blocks["toml"])}, "data.md")
+    run = {"output_dir": "run", "model": {"llm": {"path": "llm"}}}
+    mixed, *others = (tomllib.loads(text) for kind, text in blocks if kind == "toml")
+    config = parse_config({**run, **mixed}, "data.md")
     assert [source.key for source in config.data.sources] == ["llava_v1_5_mix665k", "speech"]
+    for tables in others:  # they show other settings of the same data
+        parse_config({**run, **tables, "data": {**tables["data"], "sources": mixed["data"]["sources"]}}, "data.md")
