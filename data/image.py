@@ -82,7 +82,8 @@ def judge(name: str, size: Size, spec: ImageSpec, config: DataConfig) -> None:
     if width * height > limit:
         raise MediaError(f"{name!r} is {width} x {height} = {width * height} pixels; data.max_pixels allows {limit}")
     resized_width, resized_height = resized_size(size, spec, config.image_fit)
-    grown = max(size) ** 2 if config.image_fit == "pad" else resized_width * resized_height
+    # Pillow brings a picture to its new width first, at its old height.
+    grown = max(size) ** 2 if config.image_fit == "pad" else resized_width * max(height, resized_height)
     if grown > MAX_GROWTH * max(limit, spec.size**2):
         raise MediaError(f"{name!r} is {width} x {height}: so narrow that fitting it takes {grown} pixels")
 

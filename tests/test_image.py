@@ -205,6 +205,13 @@ def test_a_bomb_is_judged_by_its_header(side: int) -> None:
         loaded(data + idat, CLIP)
 
 
+def test_a_strip_that_becomes_wide_at_its_old_height_is_refused(tmp_path: Path) -> None:
+    """SigLIP's square is small, but Pillow passes through 30 x 200,000 pixels on the way."""
+    saved(tmp_path, Image.new("L", (1, 200_000)))
+    with pytest.raises(MediaError, match="1 x 200000: so narrow"):
+        load(tmp_path, "a.png", SIGLIP, "square")
+
+
 @pytest.mark.parametrize("fit", ["pad", "square"])
 def test_a_strip_does_not_grow_without_limit(tmp_path: Path, fit: str) -> None:
     saved(tmp_path, Image.new("L", (9_000, 1)))
