@@ -19,7 +19,8 @@ def check_single(name: str, tokenizer: PreTrainedTokenizerFast, needs: Sequence[
         listed = ", ".join(f'"{token}"' for token in missing)
         raise ConfigError(
             f"data.template = {name!r} ends or starts turns with {', '.join(map(repr, missing))}, which {what} of this tokenizer; "
-            f'choose another template, or add {which} with model.llm.new_tokens = [{listed}] and model.llm.tune = "full"'
+            f'choose another template, or add {which} with model.llm.new_tokens = [{listed}] and model.llm.tune = "new_tokens" '
+            '(nothing else of the language model learns) or "full"'
         )
 
 

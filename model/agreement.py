@@ -40,8 +40,8 @@ def check_same_features(saved: ModelCard, card: ModelCard, folder: Path, setting
     for modality, spec in saved.specs.items():
         old, new = spec_to_json(spec), spec_to_json(card.specs[modality])
         changed = {k for k in old if old[k] != new[k]} - {"select", "full_window"}  # both are named among the settings
-        if old.get("num_prompts") == 0:
-            changed.discard("num_prompts")  # prompts may be put before clips that had none; learned ones are never dropped
+        # Prompts may be put before clips that had none, and a head may begin to read their ends; what was learned is never dropped.
+        changed -= {key for key in ("num_prompts", "num_states") if old.get(key) == 0}
         pairs |= {f"{modality} {k}": (old[k], new[k]) for k in sorted(changed)}
     if pairs:
         differences = "; ".join(

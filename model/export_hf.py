@@ -46,6 +46,10 @@ def check_exportable(card: ModelCard) -> None:
         problems.append(f"model.vision.scales = {list(card.model.vision.scales)}: LLaVA's classes see one size")
     if card.model.vision_projector is not None and card.model.vision_projector.newline:
         problems.append("model.vision_projector.newline = true: its pictures have no line breaks")
+    if heard := [name for name in ("audio", "audio_projector", "state_head") if name in card.model.parts()]:
+        problems.append(
+            f"[model.{'], [model.'.join(heard)}]: LLaVA's classes do not hear; --for safetensors writes each part's file"
+        )
     if problems:
         raise ConfigError("cannot be written for LlavaForConditionalGeneration: " + "; ".join(problems))
 

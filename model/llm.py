@@ -92,6 +92,24 @@ def check_supported(config: PretrainedConfig, attention_name: str) -> None:
     check_attention(config, attention_name)
 
 
+def check_positions(value: dict[str, Any], max_length: int) -> None:
+    """Refuse lengths at which the positions of a sample would turn by other angles where a longer one is in its micro-batch.
+
+    `value`: config.json of the language model. transformers chooses the angles of `longrope` and `dynamic` by the longest sample.
+    """
+    config = hugging_face_config("model.llm.path", value)
+    found = getattr(config, "rope_parameters", None) or {}
+    for rope in [found] if "rope_type" in found else [rope for rope in found.values() if isinstance(rope, dict)]:
+        limits = {"longrope": rope.get("original_max_position_embeddings"), "dynamic": config.max_position_embeddings}
+        limit = limits.get(rope.get("rope_type", "default"))
+        if limit and max_length > limit:
+            raise ConfigError(
+                f"data.max_length = {max_length} with model.llm.path, whose rope_type = {rope['rope_type']!r} changes the angles "
+                f"of all positions as soon as one sample of a micro-batch is longer than {limit} tokens: the loss would depend on "
+                f"how samples are put together; set data.max_length = {limit} or less, or choose another model"
+            )
+
+
 def check_attention(config: PretrainedConfig, attention_name: str) -> None:
     """Our attention needs a class that calls the function it is given and needs nothing else: others see the future."""
     if attention.implementation(attention_name) != attention.NAME:

@@ -13,9 +13,9 @@ from model import attention, loss
 from model.batch import IGNORE_INDEX, Batch
 from model.build import build_model
 from model.config import ConfigError, LlmConfig, ModelConfig
-from model.llm import Vocabulary, build_llm, check_causal, head_weight, hugging_face_config
+from model.llm import Vocabulary, build_llm, check_causal, check_positions, head_weight, hugging_face_config
 from model.multimodal import MultimodalLM
-from tests.tiny import LLMS, VOCAB, save_llm
+from tests.tiny import LLMS, SIZES, VOCAB, save_llm
 
 LENGTHS = [21, 13, 5]  # two are longer than the sliding window of 8
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -175,3 +175,18 @@ def test_code_of_a_folder_is_never_run_and_not_needed_where_transformers_knows_t
     assert (type(config).__name__, config.hidden_size) == ("Phi3Config", 48)
     with pytest.raises(ConfigError, match=r"wants code of its own .* knows no model_type 'qwen_of_old'"):
         hugging_face_config("model.llm.path", {"model_type": "qwen_of_old", "auto_map": own})
+
+
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rope", "limit"), [("phi3", LONG, 64), ("llama", {"rope_type": "dynamic", "factor": 2.0}, 512)]
+)
+def test_lengths_at_which_angles_depend_on_the_longest_sample_are_refused(model_type: str, rope: Any, limit: int) -> None:
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "original_max_position_embeddings": 64}
+    value = {"model_type": model_type, **SIZES, **tokens, "rope_parameters": {"rope_theta": 1e4, **rope}}
+    check_positions(value, limit)
+    with pytest.raises(ConfigError, match=f"{rope['rope_type']}.* longer than {limit} tokens.*set data.max_length = {limit} or"):
+        check_positions(value, limit + 1)
+    check_positions({"model_type": "llama", **SIZES}, 100_000)

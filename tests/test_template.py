@@ -371,7 +371,7 @@ def test_todays_date_is_not_rendered() -> None:
             "chatml",
             "llama",
             re.escape("""'<|im_start|>', '<|im_end|>', which are no single tokens of this tokenizer; choose another template, or \
-add them with model.llm.new_tokens = ["<|im_start|>", "<|im_end|>"] and model.llm.tune = "full\""""),
+add them with model.llm.new_tokens = ["<|im_start|>", "<|im_end|>"] and model.llm.tune = "new_tokens\""""),
         ),
         ("vicuna_v1", "qwen", "'</s>', which is no single token"),
         ("vicuna", "qwen", "'vicuna' is not known; allowed: auto, chatml"),

@@ -28,7 +28,7 @@ from model.batch import IGNORE_INDEX, Batch, MediaMeta, image_spec, num_tokens
 from model.build import build_model
 from model.config import LlmConfig, ModelConfig, VisionConfig, VisionProjectorConfig
 from model.multimodal import MultimodalLM
-from tools.make_demo import write_parts
+from tools.make_demo import CORPUS, VOCAB, train_tokenizer, write_parts
 from trainer.config import OptimConfig
 from trainer.distributed import World, start_world
 from trainer.metrics import Meter
@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     world = start_world()
     with tempfile.TemporaryDirectory() as folder:
-        write_parts(Path(folder))
+        write_parts(Path(folder), train_tokenizer(CORPUS, VOCAB), VOCAB)
         llm, vision = LlmConfig(f"{folder}/llm", "full"), VisionConfig(f"{folder}/vision", "full")
         config = ModelConfig(llm, vision, VisionProjectorConfig(), dtype="float32")
         models = [build_model(config) for _ in range(3)]

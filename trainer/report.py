@@ -27,11 +27,11 @@ def plan(setup: Setup, certificates: list[str], resume: Path | None, damaged: li
 def _parts(setup: Setup) -> list[str]:
     config = setup.config
     rates = learning_rates(config.model, config.optim)
-    head = f"{'part':<18}{'parameters':>15}{'trainable':>15}  {'tune':<8}{'lr':>10}{'weight decay':>14}"
+    head = f"{'part':<18}{'parameters':>15}{'trainable':>15}  {'tune':<10}{'lr':>10}{'weight decay':>14}"
     rows = [head]
     for row in part_table(setup.model, config.model):
         lr, decay = ("-", "-") if row.num_trainable == 0 else (f"{rates[row.part]:.3g}", f"{config.optim.weight_decay:g}")
-        rows.append(f"{row.part:<18}{row.num_parameters:>15,}{row.num_trainable:>15,}  {row.tune:<8}{lr:>10}{decay:>14}")
+        rows.append(f"{row.part:<18}{row.num_parameters:>15,}{row.num_trainable:>15,}  {row.tune:<10}{lr:>10}{decay:>14}")
     return [*rows, *_experts(setup)]
 
 

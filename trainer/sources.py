@@ -22,7 +22,7 @@ from model.batch import PLACEHOLDERS, READ_BY
 from model.card import ModelCard, base_digests, draw_card, media_specs, read_card
 from model.config import ConfigError, LlmConfig, ModelConfig
 from model.files import sampled_digest
-from model.llm import Vocabulary
+from model.llm import Vocabulary, check_positions
 from model.multimodal import ENCODERS
 from trainer import plan_lengths
 from trainer.config import RunConfig
@@ -86,6 +86,7 @@ def open_data(config: RunConfig, world: World, *, first_start: bool = False, pla
         pad_id=pad_id(vocabulary.tokenizer),
         quantize=config.quantize,
     )
+    check_positions(card.hugging_face["llm"], data.max_length)
     folder = Path(config.output_dir)
 
     def opened(sources: tuple[SourceConfig, ...], excluded: frozenset[int]) -> MultimodalDataset:
