@@ -174,12 +174,14 @@ def test_prompts_are_learned_alone_before_what_an_earlier_run_trained(
 
 
 def test_a_head_may_begin_to_read_what_was_learned_without_one_and_never_goes_unsaid(
-    hearing: Path, aligned: Path, tmp_path: Path
+    hearing: Path, aligned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """VITA's last stage: the encoder and its projector come from a run that predicted no states."""
     given = heard(hearing, {"tune": "full"}, model={"init_from": str(aligned / "final")}, train={"max_steps": 0})
     headed = merged(given, {"model": {"state_head": {"classes": 3}}})
     assert start_alone(hearing, tmp_path / "headed", headed).code == 0
+    assert export_adapter.main([str(tmp_path / "headed/final"), str(tmp_path / "out"), "--for", "hf"]) == 2
+    assert "[model.audio], [model.audio_projector], [model.state_head]" in capsys.readouterr().err
     dropped = merged(given, {"model": {"init_from": str(tmp_path / "headed/final")}})
     code, said = failure_of(hearing, tmp_path / "dropped", dropped)
     assert code == 2 and "audio num_states = 0, but" in said and "was trained with 3" in said
