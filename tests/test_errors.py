@@ -43,7 +43,6 @@ CONFIGURATION: dict[str, tuple[dict[str, Any], str]] = {
     "projector path": ({"model": {"vision_projector": {"path": "nowhere.bin"}}}, "model.vision_projector.path = 'nowhere.bin'"),
     "lora path": ({"model": {"llm": {"tune": "lora"}}, "lora": {"path": "nowhere"}}, "lora.path = 'nowhere'"),
     "lora pattern": ({"model": {"llm": {"tune": "lora"}}, "lora": {"targets": ["*.qproj"]}}, "'*.qproj' matches no linear layer"),
-    "projector kind": ({"model": {"vision_projector": {"kind": "mlp0x_gelu"}}}, "'mlp0x_gelu' is not"),
     "identity": ({"model": {"vision_projector": {"kind": "identity"}}}, "needs equal widths"),
     "layer": ({"model": {"vision": {"layer": -9}}}, "model.vision.layer = -9 is not in [-4, 3]"),
     "attention": ({"model": {"attention": "warp"}}, "model.attention = 'warp'"),

@@ -82,7 +82,7 @@ def test_every_kind_of_bad_clip_is_named_and_the_clips_between_them_are_read(tmp
     assert len(dataset) == 2 * len(kinds)
     for place, (name, (_, words)) in enumerate(kinds.items()):
         (sound,) = good(dataset[2 * place]).media["audio"]
-        assert (sound.frames, sound.tokens) == ((10,), (5,))  # 0.1 s in hops of 10 ms, halved once
+        assert (sound.frames, sound.length) == ((10,), 5)  # 0.1 s in hops of 10 ms, halved once
         item = dataset[2 * place + 1]
         assert isinstance(item, Rejected) and item.where == f"clips.jsonl:{2 * place + 2}", name
         assert item.reason.startswith("audio: ") and words in item.reason, (name, item.reason)

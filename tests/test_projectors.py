@@ -187,6 +187,7 @@ def test_grids_that_do_not_fit_are_named(spec: dict[str, Any], kind: str, expect
         ({"scales": (0,)}, {}, "model.vision.scales = [0] are not all positive"),
         ({"scales": (32,), "select": "cls_patch"}, {}, "several views have several CLS rows"),
         ({}, {"kind": "mlp"}, "model.vision_projector.kind = 'mlp' is not 'linear' | 'mlp1x_gelu'"),
+        ({}, {"kind": "mlp0x_gelu"}, "model.vision_projector.kind = 'mlp0x_gelu' is not"),
         ({}, {"kind": "resampler", "queries": -3}, "model.vision_projector.queries = -3 is negative"),
         ({}, {"queries": 8}, "model.vision_projector.queries = 8 has no effect with kind = 'mlp2x_gelu'"),
         ({"select": "cls_patch"}, {"kind": "pool_mlp"}, "kind = 'pool_mlp' takes patches alone"),
