@@ -68,7 +68,7 @@ def open_data(config: RunConfig, world: World, *, first_start: bool = False, pla
     added = added_tokens(config)
     specs = media_specs(config.model)
     vocabulary = load_tokenizer(config.model.llm.path, added, config.model.cache_dir)
-    data = config.data
+    data, folder = config.data, Path(config.output_dir)
     template = load_template(
         data.template,
         vocabulary.tokenizer,
@@ -87,7 +87,6 @@ def open_data(config: RunConfig, world: World, *, first_start: bool = False, pla
         quantize=config.quantize,
     )
     check_positions(card.hugging_face["llm"], data.max_length)
-    folder = Path(config.output_dir)
 
     def opened(sources: tuple[SourceConfig, ...], excluded: frozenset[int]) -> MultimodalDataset:
         return open_dataset(sources, data, template, specs, folder / "index", excluded)
