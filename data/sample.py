@@ -116,11 +116,13 @@ def check_media(record: Record, specs: dict[str, MediaSpec], max_images: int) ->
 
 
 def _state_problem(spec: MediaSpec, state: int) -> str:
-    """What is wrong with the class `state` of a clip; "" if a state head learns it."""
+    """What is wrong with the class `state` of a clip. A model without a state head does not read it, and may share the file."""
     classes = spec.num_states if isinstance(spec, AudioSpec) else 0
-    if classes == 0:
-        return f"the record has class {state}, the model has no [model.state_head] that reads it"
-    return "" if state < classes else f"{state} is no class: model.state_head.classes = {classes}, so they are 0 to {classes - 1}"
+    return (
+        ""
+        if state < classes or classes == 0
+        else f"{state} is no class: model.state_head.classes = {classes}, so they are 0 to {classes - 1}"
+    )
 
 
 def _fitting(record: Record, ends: np.ndarray, round_ends: Sequence[int], max_length: int) -> int:

@@ -40,8 +40,9 @@ def check_same_features(saved: ModelCard, card: ModelCard, folder: Path, setting
     for modality, spec in saved.specs.items():
         old, new = spec_to_json(spec), spec_to_json(card.specs[modality])
         changed = {k for k in old if old[k] != new[k]} - {"select", "full_window"}  # both are named among the settings
-        # Prompts may be put before clips that had none, and a head may begin to read their ends; what was learned is never dropped.
-        changed -= {key for key in ("num_prompts", "num_states") if old.get(key) == 0}
+        # Prompts may be put before clips that had none, line breaks behind tiles, and a head may begin to read the ends of clips;
+        # what was learned is never dropped.
+        changed -= {key for key in ("num_prompts", "num_states", "newline") if not old.get(key)}
         pairs |= {f"{modality} {k}": (old[k], new[k]) for k in sorted(changed)}
     if pairs:
         differences = "; ".join(

@@ -167,14 +167,17 @@ def test_a_line_break_goes_to_llava_and_comes_back(tmp_path: Path, capsys: pytes
     assert "model.vision_projector.newline = true" in capsys.readouterr().err and not (tmp_path / "hf").exists()
 
 
-def test_a_line_break_starts_as_llava_nexts_and_is_asked_for_where_it_is_missing(tmp_path: Path) -> None:
+def test_a_line_break_starts_as_llava_nexts_in_a_run_that_goes_on_too_and_is_never_dropped(tmp_path: Path) -> None:
     config = settings_of(tmp_path, kind="linear")
     newline = build(config).model.get_parameter("vision_projector.image_newline").detach()
     assert newline.shape == (32,) and 0.6 < float(newline.std()) * 32**0.5 < 1.4
     without = build(replace(config, vision_projector=replace(config.vision_projector, newline=False)))  # type: ignore[type-var]
     assert "vision_projector.image_newline" not in values(without.model)
-    with pytest.raises(ConfigError, match=r"image newline = True, but .* was trained with False"):
-        build(replace(config, init_from=str(save_final(without, tmp_path))))
+    going_on = build(replace(config, init_from=str(save_final(without, tmp_path / "without"))))
+    assert torch.equal(going_on.model.get_parameter("vision_projector.image_newline"), newline)
+    with_it = save_final(build(config), tmp_path / "with")
+    with pytest.raises(ConfigError, match=r"image newline = False, but .* was trained with True"):
+        build(replace(without.card.model, init_from=str(with_it)))
 
 
 def test_what_anyres_needs_is_asked_for_at_once(tmp_path: Path) -> None:
@@ -233,6 +236,21 @@ def test_every_rank_steps_alike_and_a_run_needs_a_line_break(seeing: Path, tmp_p
     same(values(load_model(tmp_path / "fsdp" / "final").get_submodule("vision_projector")), held)
     without = parse_problems({"model": {"vision_projector": {"newline": False}}, "data": given["data"]}, seeing)
     assert "set model.vision_projector.newline = true" in without
+
+
+def test_a_stage_may_begin_to_end_lines_and_none_may_stop(seeing: Path, tmp_path: Path) -> None:
+    """LLaVA-NeXT's order: the projector is aligned on padded pictures, tiles and their line break come later."""
+    grids = {"name": "grids", "model": {"vision_projector": {"newline": True}}, "data": {"image_fit": "anyres", "max_length": 512}}
+    given: dict[str, Any] = {"train": {"max_steps": 1}, "stage": [{"name": "align"}, grids]}
+    answer = start_alone(seeing, tmp_path / "run", given)
+    assert answer.code == 0, answer.said
+    aligned, final = (tmp_path / "run" / place / "vision_projector.safetensors" for place in ("stages/01-align/final", "final"))
+    assert "image_newline" not in load_file(aligned) and bool(load_file(final)["image_newline"].any())
+    back = {
+        **given,
+        "stage": [grids, {"name": "pad", "model": {"vision_projector": {"newline": False}}, "data": {"image_fit": "pad"}}],
+    }
+    assert "model.vision_projector.newline = False, but stage 'grids' has True" in parse_problems(back, seeing)
 
 
 def parse_problems(sections: dict[str, Any], folder: Path) -> str:

@@ -157,17 +157,20 @@ def test_a_frozen_head_goes_on_as_it_was(heard: Path, whole: Path, tmp_path: Pat
     assert "LoRA reaches linear layers, not the 4 fused parameters as llm.model.layers.0.mlp.experts.gate_up_proj" in answer.said
 
 
-@pytest.mark.parametrize(
-    ("state_head", "reason"),
-    [
-        (None, "the model has no [model.state_head] that reads it"),
-        ({"classes": 2, "class_weights": []}, "r2: audio_state: 2 is no class: model.state_head.classes = 2, so they are 0 to 1"),
-    ],
-)
-def test_a_state_that_no_head_learns_is_a_data_error(heard: Path, tmp_path: Path, state_head: Any, reason: str) -> None:
-    sections = sections_of(heard, model={"state_head": state_head}, data={"on_bad_sample": "error", "order": "sequential"})
+def test_a_state_beyond_the_heads_classes_is_a_data_error(heard: Path, tmp_path: Path) -> None:
+    model = {"state_head": {"classes": 2, "class_weights": []}}
+    sections = sections_of(heard, model=model, data={"on_bad_sample": "error", "order": "sequential"})
     code, said = failure_of(heard, tmp_path / "run", sections)
-    assert code == 65 and reason in said and said.startswith("train.json:") and " audio_state: " in said
+    assert code == 65 and said.startswith("train.json:")
+    assert "r2: audio_state: 2 is no class: model.state_head.classes = 2, so they are 0 to 1" in said
+
+
+def test_a_model_without_a_head_shares_the_file_and_logs_no_state(heard: Path, tmp_path: Path) -> None:
+    """A curriculum's stages before the head train on the records of the stage that has it."""
+    sections = sections_of(heard, model={"state_head": None}, data={"on_bad_sample": "error", "order": "sequential"})
+    assert start_alone(heard, tmp_path / "run", sections).code == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines and not any("train/state_loss" in line for line in lines)
 
 
 def test_a_router_loss_of_a_dense_model_is_refused_before_weights_are_read(heard: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from trainer.tables import difference, has, merged, value_of, without
 NAME = re.compile(r"[a-z0-9_-]+")
 RUN_WIDE = ("output_dir", "stage", "checkpoint.resume", "train.deterministic")
 """Settings that one stage cannot have for itself."""
-FREE = {"tune", "lr", "router_loss", "new_tokens", "prompts", "class_weights", "loss_weight"}
+FREE = {"tune", "lr", "router_loss", "new_tokens", "prompts", "newline", "class_weights", "loss_weight"}
 """Settings of a part that may change from stage to stage; what its weights mean hangs on all others."""
 
 
@@ -136,7 +136,7 @@ def _same_meaning(part: str, name: str, old: PartConfig, new: PartConfig) -> Ite
     free = FREE | ({"path"} if part.endswith("_projector") else set())
     for setting in fields(old):
         then, now = getattr(old, setting.name), getattr(new, setting.name)
-        dropped = setting.name == "prompts" and then and now != then
+        dropped = setting.name in ("prompts", "newline") and then and now != then
         if then != now and (setting.name not in free or dropped):
             yield f"model.{part}.{setting.name} = {now!r}, but stage {name!r} has {then!r}: weights go on only where it is the same"
 
