@@ -47,6 +47,16 @@ def kill_ranks(fn: Callable[..., Any], size: int, *args: Any, after: float, seco
             return None
 
 
+def kill_ranks_when(due: Callable[[], bool], fn: Callable[..., Any], size: int, *args: Any, seconds: float = 90) -> None:
+    """The same, as soon as `due` says so. TimeoutError if it never does."""
+    end = time.monotonic() + seconds
+    with _running(fn, size, args, seconds):
+        while not due():
+            if time.monotonic() > end:
+                raise TimeoutError(f"nothing was due in {seconds} s")
+            time.sleep(0.02)
+
+
 @contextmanager
 def _running(fn: Callable[..., Any], size: int, args: tuple[Any, ...], seconds: float) -> Iterator[list[Connection]]:
     """The pipes of `size` ranks that were started; at the end all are killed at once."""

@@ -15,7 +15,7 @@ from model.card import read_card
 from model.export_llm import inherits_llm
 from model.trained import trained_files
 from tests.finals import same, values
-from tests.ranks import kill_ranks, run_ranks
+from tests.ranks import kill_ranks_when, run_ranks
 from tests.runs import Start, failure_of, merged, start, start_alone
 from trainer import main
 from trainer.distributed import World
@@ -213,8 +213,7 @@ def test_two_ranks_killed_in_every_stage_end_with_the_same_bytes(parts: Path, tm
     assert {answer.code for answer in run_ranks(start, 2, parts, tmp_path / "whole", sections, seconds=300)} == {0}
     killed = tmp_path / "killed"
     for first in (1, 3, 5, 8, 11):
-        while not any(int(path.name.partition("-")[2]) >= first for path in killed.glob("checkpoint-*")):
-            assert kill_ranks(start, 2, parts, killed, sections, after=4.0) is None
+        kill_ranks_when(lambda first=first: (killed / f"checkpoint-{first}").is_dir(), start, 2, parts, killed, sections)  # type: ignore[misc]
     assert {answer.code for answer in run_ranks(start, 2, parts, killed, sections, seconds=300)} == {0}
     assert finals(killed) == finals(tmp_path / "whole")
     assert metrics(killed) == metrics(tmp_path / "whole")
