@@ -107,10 +107,9 @@ def _rank(
     # As in a process of its own. A child of a forkserver would start another one for its data workers, which imports it all again.
     multiprocessing.set_start_method("fork", force=True)
     try:
-        dist.init_process_group(
-            "gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
-        )
-        answer: tuple[bool, Any] = (True, fn(World(rank, rank, size, torch.device("cpu")), *args))
+        shared = dist.FileStore(store, size)
+        dist.init_process_group("gloo", store=shared, rank=rank, world_size=size, timeout=timedelta(seconds=seconds))
+        answer: tuple[bool, Any] = (True, fn(World(rank, rank, size, torch.device("cpu"), shared), *args))
     except BaseException:
         answer = (False, traceback.format_exc())
     pipe.send_bytes(pickle.dumps(answer))

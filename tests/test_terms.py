@@ -221,7 +221,7 @@ def test_all_counts_of_a_step_are_one_collective(folders: Path) -> None:
     model, world = build_model(config), CountingWorld(0, 0, 1, torch.device("cpu"))
     data = samples(spec_of(config))
     batches = [collate(data[:4], 0), collate([], 0), collate_packed(data[4:], 0)]
-    shares = divisors(model, batches, world)
+    shares, _ = divisors(model, batches, world)
     clips = [clip.label for sample in data for clip in sample.media.get("audio", [])]
     supervised = sum(int((sample.labels != IGNORE_INDEX).sum()) for sample in data)
     weight = sum(WEIGHTS[label] for label in clips if label != IGNORE_INDEX)
@@ -240,7 +240,7 @@ def test_what_counted_nothing_divides_by_one_and_is_not_logged(folders: Path) ->
     config = config_of(folders, "mixture")
     model = build_model(config)
     blank = collate([], 0)
-    shares = divisors(model, [blank], ALONE)
+    shares, _ = divisors(model, [blank], ALONE)
     terms = model(blank)
     assert total_loss(terms, shares).item() == 0.0
     ratios = Ratios()
@@ -255,7 +255,8 @@ def restored_totals(world: World) -> dict[str, Any]:
     meter = Meter(["x"], world)
     meter.restore(before)
     at_once = meter.totals()["ratios"]
-    step = StepResult([], torch.zeros(()), torch.zeros(()), [{"router_loss": torch.tensor([0.5, 1.0])}])
+    zero = torch.zeros(())
+    step = StepResult([], zero, zero, [{"router_loss": torch.tensor([0.5, 1.0])}], zero, zero, zero)
     meter.add([], step, 0.0)
     return {"at_once": at_once, "after": meter.totals()["ratios"]}
 

@@ -71,6 +71,12 @@ class Checkpointer:
         self._together(finish, main_only=True)
         return target
 
+    def check(self) -> None:
+        """SaveError when the save under way has failed. Not a collective: called after every step, it looks and goes on."""
+
+    def wait(self) -> None:
+        """Until nothing is being saved any more. SaveError when that failed. Collective."""
+
     def _together(self, action: Callable[[], Any], *, main_only: bool = False) -> list[Any]:
         """Run on every rank or on rank 0; what each returned. All learn whether any failed, and all raise."""
         problem, found = "", None

@@ -38,7 +38,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    strategy: Literal["ddp", "fsdp"] = "fsdp"
+    strategy: Literal["ddp", "fsdp", "hsdp"] = "fsdp"
+    shard_size: int = 0  # hsdp: ranks that share one copy
     reshard_after_forward: bool = True
     activation_checkpointing: Literal["none", "full"] = "none"
 
@@ -64,6 +65,8 @@ class LogConfig:
 @dataclass(frozen=True)
 class FaultsConfig:
     max_nonfinite: int = 3
+    stall_seconds: float = 600.0
+    grace_seconds: float = 120.0
 
 
 @dataclass(frozen=True)

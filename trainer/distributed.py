@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -23,12 +23,19 @@ TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class World:
-    """Who this process is. Every method but `is_main` is a collective: all ranks call it, in the same order."""
+    """Who this process is. Every method but `is_main` and `channel` is a collective: all ranks call it, in the same order."""
 
     rank: int
     local_rank: int
     size: int
     device: torch.device
+    store: dist.Store = field(default_factory=dist.HashStore, compare=False, repr=False)
+
+    def channel(self, name: str) -> dist.Store:
+        """A place to leave and find small texts by key, shared by all ranks and apart from those of other names. Not a collective,
+        and a connection of its own: a thread may use it while others wait in theirs.
+        """
+        return dist.PrefixStore(name, self.store.clone())  # type: ignore[attr-defined]  # torch declares it nowhere
 
     @property
     def is_main(self) -> bool:
@@ -75,19 +82,19 @@ def start_world() -> World:
     if cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    if size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
-    else:
-        join(backend)
-    return World(rank, local_rank, size, device)
+    store = dist.HashStore() if size == 1 else meet()
+    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=TIMEOUT)
+    return World(rank, local_rank, size, device, store)
 
 
 ENVIRONMENT = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
 
 
-def join(backend: str) -> None:
+def meet() -> dist.Store:
+    """The store at the address that the launcher names: where ranks find each other."""
     try:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        return store
     except (dist.DistError, RuntimeError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         reason = str(error).strip().splitlines()[0]

@@ -7,23 +7,27 @@ import os
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data.fields import printable
 from model.files import dump_json
+from trainer.steering import Steering
+from trainer.watch import Watch
 
-DONE, INTERNAL, CONFIG, DATA, PROOF, CANNOT_WRITE, INTERRUPTED = 0, 1, 2, 65, 70, 73, 130
+DONE, INTERNAL, CONFIG, DATA, PROOF, CANNOT_WRITE, STOPPED, INTERRUPTED = 0, 1, 2, 65, 70, 73, 75, 130
 NAME = "exit.json"
 INTERRUPT = "interrupted; the same command goes on from the last checkpoint"
 
 
 @dataclass
 class Progress:
-    """Completed steps, for the message of a run that fails."""
+    """Completed steps, for the message of a run that fails; what is asked of it and what it is doing."""
 
     step: int | None = None
+    steering: Steering = field(default_factory=Steering)
+    watch: Watch = field(default_factory=Watch)
 
 
 class ProofError(Exception):
@@ -36,6 +40,12 @@ class SaveError(Exception):
     """Something could not be written."""
 
     exit_code = CANNOT_WRITE
+
+
+class StopRequested(Exception):
+    """Someone asked the run to stop, and everything is saved."""
+
+    exit_code = STOPPED
 
 
 class BusyError(SaveError):

@@ -12,7 +12,8 @@ from tqdm import tqdm
 from data.dataset import MultimodalDataset
 from data.loader import MicroBatch, train_batches
 from trainer.checkpoint import Checkpointer
-from trainer.exits import Progress, ProofError
+from trainer.exits import Progress, ProofError, StopRequested
+from trainer.later import Later
 from trainer.ledger import table, write_ledger
 from trainer.metrics import Meter, MetricsLog
 from trainer.optim import set_learning_rates
@@ -20,7 +21,8 @@ from trainer.quarantine import Quarantine
 from trainer.resume import digest_of, run_state
 from trainer.schedule import multiplier
 from trainer.setup import Setup
-from trainer.step import train_step
+from trainer.steering import EVALUATE, SAVE, STOP, WISHES
+from trainer.step import StepResult, train_step
 from trainer.step_log import StepLog
 from trainer.validate import validate
 from trainer.work import sample_costs
@@ -49,6 +51,7 @@ class Loop:
         self.num_accounted = first_step  # steps whose bad records are written down
         self.quarantine.check()
         self.lengths = digest_of(setup.data)
+        self.steering, self.watch, self.later = progress.steering, progress.watch, Later(world.device)
         self.checkpointer = Checkpointer(place.run_folder, config.checkpoint.keep, world)
 
     def run(self) -> None:
@@ -75,11 +78,13 @@ class Loop:
         with bar:
             for step in range(self.first_step, total):
                 started = time.perf_counter()
+                self.watch.at("data", self.place.first_step + step)
                 micro_batches = next(batches)
                 self._step(step, micro_batches, time.perf_counter() - started)
                 self.progress.step = self.place.first_step + step + 1
                 bar.update()
                 self._due(step + 1, bar)
+        self.checkpointer.wait()
 
     def _batches(self) -> Iterator[list[MicroBatch]]:
         setup, config = self.setup, self.setup.config
@@ -102,30 +107,55 @@ class Loop:
         for micro_batch in micro_batches:
             self.quarantine.add(micro_batch.rejected, step)
         set_learning_rates(self.optimizer, multiplier(config.optim, step, setup.total_steps))
+        self.watch.at("copy", self.place.first_step + step, [i for m in micro_batches for i in m.batch.sample_ids.tolist()])
         batches = [micro_batch.batch.to(setup.world.device) for micro_batch in micro_batches]
         result = train_step(
-            setup.wrapped, self.optimizer, batches, setup.world, seed=config.seed, step=step, clip_norm=config.optim.clip_norm
+            setup.wrapped,
+            self.optimizer,
+            batches,
+            setup.world,
+            seed=config.seed,
+            step=step,
+            clip_norm=config.optim.clip_norm,
+            told=self.steering.told(),
+            mark=self.watch.mark,
         )
+        self._hear(result)
         self.meter.add(batches, result, wait)
         self.step_log.done(step + 1)
+
+    def _hear(self, result: StepResult) -> None:
+        """What all ranks told in the step before this one; the same on every rank, and nobody waits for the device."""
+        heard = self.later.push(result.heard)
+        self.checkpointer.check()
+        if heard is not None:
+            self.steering.hear(heard[: len(WISHES)])
 
     def _due(self, done: int, bar: tqdm) -> None:
         """What `done` completed steps make due, in this order on every rank."""
         config, last = self.setup.config, done == self.setup.total_steps
-        saves = last or done % config.checkpoint.every == 0
+        stops = self.steering.take(STOP)
+        saves = self.steering.take(SAVE) or stops or last or done % config.checkpoint.every == 0
+        evaluates = self.steering.take(EVALUATE) or ((last or done % config.validation.every == 0) and not stops)
+        self.watch.at("log", self.place.first_step + done)
         if last or done == 1 or done % config.log.every == 0:
             self._log(done, bar)
         started = time.perf_counter()
-        if self.setup.data.validation is not None and (last or done % config.validation.every == 0):
+        if self.setup.data.validation is not None and evaluates:
+            self.watch.mark("validation")
             self.log.write(self.place.first_step + done, validate(self.setup, self.quarantine, done))
             self.quarantine.check()
         if saves:
+            self.watch.mark("save")
             self._flush(done)
             # Before the checkpoint: after the last one a start has nothing left to do, and would never write them.
             self._account()
             self.log.write_trainer_state(self.place.first_step + done, self.place.first_step + self.setup.total_steps)
             self._save(done)
         self.meter.since += time.perf_counter() - started  # tokens per second are those of training
+        if stops and not last:
+            self.checkpointer.wait()
+            raise StopRequested(f"stopped on request; checkpoint-{self.place.first_step + done} is written")
 
     def _flush(self, done: int) -> None:
         """Write down what is known of the samples of `done` steps. Collective. DataError when too many were bad."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,21 +53,33 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, multiplier: float) -> N
         group["lr"] = group["peak_lr"] * multiplier
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Norm over all ranks (), identical on each; sharded and replicated gradients may be mixed. A collective if any is sharded."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    shards = [g.to_local() for g in grads if isinstance(g, DTensor)]
-    whole = [g for g in grads if not isinstance(g, DTensor)]
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
+    """Norm over all ranks (), identical on each, and those of this rank's own gradients (parameters,), as `in_norm_order` has them.
+
+    Sharded and replicated gradients may be mixed. A collective if any is sharded: over the ranks that share one copy.
+    """
+    shards, whole = _shards_first(p.grad for p in parameters if p.grad is not None)
+    norms = torch.stack(torch._foreach_norm([*(g.to_local() for g in shards), *whole], dtype=torch.float32))
     if not shards:
-        return _norm(whole)
-    total = _norm(shards).square()
-    if dist.get_world_size() > 1:
-        dist.all_reduce(total)
-    return (total + _norm(whole).square()).sqrt() if whole else total.sqrt()
+        return torch.linalg.vector_norm(norms), norms
+    total = torch.linalg.vector_norm(norms[: len(shards)]).square()
+    mesh = shards[0].device_mesh
+    if mesh.size(mesh.ndim - 1) > 1:
+        dist.all_reduce(total, group=mesh.get_group(mesh.ndim - 1))
+    return (total + torch.linalg.vector_norm(norms[len(shards) :]).square()).sqrt() if whole else total.sqrt(), norms
 
 
-def _norm(tensors: list[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, dtype=torch.float32)))
+def in_norm_order(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """The order in which `gradient_norm` gives the norms of single gradients."""
+    shards, whole = _shards_first(parameters)
+    return [*shards, *whole]
+
+
+def _shards_first(tensors: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+    found: tuple[list[Any], list[Any]] = ([], [])
+    for tensor in tensors:
+        found[not isinstance(tensor, DTensor)].append(tensor)
+    return found
 
 
 def clipped_update(optimizer: torch.optim.Optimizer, norm: Tensor, clip_norm: float) -> Tensor:

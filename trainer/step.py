@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,9 @@ class StepResult:
     grad_norm: Tensor  # () over all ranks, before clipping
     skipped: Tensor  # () 1.0 where the update was skipped because the norm is not finite
     ratios: list[dict[str, Tensor]]  # what other terms show, (2,) sum and count by name, per micro-batch
+    losses: Tensor  # (micro-batches,) this rank's share of the loss
+    norms: Tensor  # (parameters,) of this rank's gradients, in the order of the optimizer's groups: which one was not finite
+    heard: Tensor  # (notes,) what `told` sums to over all ranks
 
 
 def train_step(
@@ -36,37 +40,55 @@ def train_step(
     seed: int,
     step: int,
     clip_norm: float,
+    told: Sequence[float] = (),
+    mark: Callable[[str], None] = lambda phase: None,
 ) -> StepResult:
     """Update on the sum of all terms, each the mean over what it counts in the global batch. No host sync.
 
     A term has one denominator, its count over all micro-batches and ranks: each micro-batch adds its sum divided by it, and
     gradients are summed over ranks, so the result does not depend on how the samples were shared out.
+
+    `told`: numbers of this rank that ride along in the collective of the counts; `mark` is called with the name of each phase.
     """
-    shares = divisors(wrapped, batches, world)
+    mark("count")
+    shares, heard = divisors(wrapped, batches, world, told)
     addends: list[Tensor] = []
     ratios: list[dict[str, Tensor]] = []
+    losses: list[Tensor] = []
     for i, batch in enumerate(batches):
         # Dropout depends on nothing but these four, so a resumed run draws the same numbers.
         seed_dropout(seed_of(seed, step, world.rank, i), world.device)
         with gradient_sync(wrapped, last=i == len(batches) - 1):
+            mark("forward")
             terms: dict[str, Term] = wrapped(batch)
             # One backward on the sum: a sharded block must not be reached by a router's term before that of the text.
-            total_loss(terms, shares).backward()
+            loss = total_loss(terms, shares)
+            mark("backward")
+            # A loss that is not finite may have finite gradients; times NaN they are not, and every rank skips the update.
+            loss.backward(1 + 0 * loss.detach())
         addends.append(terms["text"].addends)
         ratios.append(ratios_of(terms))
-    norm = gradient_norm(p for group in optimizer.param_groups for p in group["params"])  # collective
-    return StepResult(addends, norm, clipped_update(optimizer, norm, clip_norm), ratios)
+        losses.append(loss.detach())
+    mark("update")
+    norm, norms = gradient_norm(p for group in optimizer.param_groups for p in group["params"])  # collective
+    skipped = clipped_update(optimizer, norm, clip_norm)
+    return StepResult(addends, norm, skipped, ratios, torch.stack(losses), norms, heard)
 
 
-def divisors(wrapped: nn.Module, batches: list[Batch], world: World) -> dict[str, Tensor]:
-    """What the sum of each term is divided by: its count over all ranks, over its coefficient. One collective, no host sync."""
+def divisors(
+    wrapped: nn.Module, batches: list[Batch], world: World, told: Sequence[float] = ()
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What the sum of each term is divided by: its count over all ranks, over its coefficient; and the sums of `told` over all
+    ranks. One collective, no host sync.
+    """
     model: Any = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
-    found = model.counts(batches).values()
+    found = [*model.counts(batches).values(), *told]
     on_device = [c if isinstance(c, Tensor) else torch.full((), c, device=world.device) for c in found]
-    counts = world.sum(torch.stack(on_device))  # collective
+    sums = world.sum(torch.stack(on_device))  # collective
+    counts, heard = sums[: len(sums) - len(told)], sums[len(sums) - len(told) :]
     # Where nothing was counted the sum is zero as well. A count may be a sum of weights, and lie between 0 and 1.
     counts = counts + (counts == 0)
-    return {name: count / factor for (name, factor), count in zip(model.coefficients().items(), counts.unbind())}
+    return {name: count / factor for (name, factor), count in zip(model.coefficients().items(), counts.unbind())}, heard
 
 
 def total_loss(terms: dict[str, Term], shares: dict[str, Tensor]) -> Tensor:
