@@ -19,10 +19,11 @@ from model.shards import checkpoint_tensors, write_shard
 from tests.ranks import run_ranks
 from tests.runs import failure_of, start_alone
 from trainer import checkpoint as module
-from trainer.checkpoint import Checkpointer, Trained, newest_sound, restore
+from trainer.checkpoint import Checkpointer, Trained, restore
 from trainer.distributed import World
 from trainer.exits import SaveError
 from trainer.gather import gather_hooks
+from trainer.retention import newest_sound
 
 
 def toy(world: World, strategy: str) -> Trained:

@@ -26,10 +26,10 @@ from data.dataset import MultimodalDataset
 from data.duplicates import find_duplicates
 from model.config import ConfigError
 from tools.cli import printable, run
-from trainer.checkpoint import checkpoints
 from trainer.config import RunConfig
 from trainer.distributed import World
 from trainer.plan_lengths import processors
+from trainer.retention import checkpoints
 from trainer.runfile import load_config
 from trainer.sources import open_data
 from trainer.stages import Place, place_to_read

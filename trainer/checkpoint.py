@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,14 @@ from torch import Tensor
 from data.processor import Processor
 from model.card import ModelCard, write_card
 from model.files import dump_json
-from model.manifest import UnsoundCheckpoint, file_facts, verify, write_manifest
+from model.manifest import file_facts, write_manifest
 from model.shards import WEIGHTS, checkpoint_tensors, write_shard
 from model.weights import local_range
+from trainer.disk import fresh_folder, sync_to_disk
 from trainer.distributed import World
 from trainer.exits import ProofError, SaveError
+from trainer.retention import PREFIX, prune
 
-PREFIX = "checkpoint-"
 STATE = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -49,7 +48,7 @@ class Checkpointer:
         """
         target = self.folder / f"{PREFIX}{step}"
         temporary = self.folder / f".{PREFIX}{step}.saving"
-        self._together(lambda: _fresh_folder(temporary), main_only=True)
+        self._together(lambda: fresh_folder(temporary), main_only=True)
         self._together(lambda: write_shard(temporary, self.world.rank, self.world.size, _tensors(trained, self.world)))
         # Each rank reads back its own shard: one rank alone would take as long as all of them together.
         own = self._together(lambda: file_facts(temporary, f"rank-{self.world.rank:05d}-*"))
@@ -66,7 +65,7 @@ class Checkpointer:
             if target.exists():
                 shutil.rmtree(target)
             temporary.rename(target)
-            self._prune()
+            prune(self.folder, self.keep)
 
         self._together(finish, main_only=True)
         return target
@@ -93,56 +92,6 @@ class Checkpointer:
             )
 
         return [answer for _, answer in answers]
-
-    def _prune(self) -> None:
-        for path in checkpoints(self.folder)[: -self.keep]:
-            shutil.rmtree(path)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Folders named checkpoint-N, oldest first."""
-    found = [p for p in folder.glob(f"{PREFIX}*") if p.is_dir() and p.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=step_of)
-
-
-def step_of(path: Path) -> int:
-    return int(path.name.removeprefix(PREFIX))
-
-
-def set_aside(folder: Path, step: int) -> list[str]:
-    """Rename checkpoints beyond `step`: a run that goes back there takes another way, and would mistake them for its own."""
-    told = []
-    for path in checkpoints(folder):
-        if step_of(path) > step:
-            aside = path.with_name(f"abandoned-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            told.append(f"{path} is beyond step {step}; moved to {aside.name}")
-    return told
-
-
-def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose every file is as its manifest says, and what was wrong with newer ones, which are moved away.
-
-    ProofError when there are checkpoints and none is sound: that is never a fresh start.
-    """
-    damaged: list[str] = []
-    for path in reversed(checkpoints(folder)):
-        try:
-            verify(path)
-            return path, damaged
-        except UnsoundCheckpoint as error:
-            aside = path.with_name(f"damaged-{path.name}")
-            if aside.exists():
-                shutil.rmtree(aside)
-            path.rename(aside)
-            damaged.append(f"{error}; moved to {aside.name}")
-    if damaged or any(folder.glob(f"damaged-{PREFIX}*")):
-        raise ProofError(
-            f"{folder} has checkpoints and none is sound: {'; '.join(damaged) or 'all were moved aside before'}. "
-            "Restore one from a copy, use another output_dir, or remove the damaged- folders to start anew"
-        )
-    return None, []
 
 
 def restore(folder: Path, trained: Trained, optimizer_steps: dict[str, float]) -> None:
@@ -185,19 +134,3 @@ def _tensors(trained: Trained, world: World) -> dict[str, Tensor]:
 def _step_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> float:
     state = optimizer.state.get(parameter, {})
     return float(state["step"]) if "step" in state else 0.0
-
-
-def _fresh_folder(path: Path) -> None:
-    with suppress(FileNotFoundError):
-        shutil.rmtree(path)
-    path.mkdir(parents=True)
-
-
-def sync_to_disk(folder: Path) -> None:
-    """Until the disk has it, a machine that stops may leave a folder with its name and without its content."""
-    for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

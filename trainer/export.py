@@ -24,7 +24,7 @@ from model.new_tokens import FILE as NEW_ROWS
 from model.new_tokens import is_new_rows
 from model.peft import OURS
 from model.proof import file_facts
-from trainer.checkpoint import sync_to_disk
+from trainer.disk import put_in_place
 from trainer.distributed import World
 from trainer.exits import ProofError, SaveError
 from trainer.gather import gather_hooks
@@ -162,17 +162,6 @@ def _finish(
     }
     (temporary / "provenance.json").write_text(dump_json(provenance))
     put_in_place(temporary, target)
-
-
-def put_in_place(temporary: Path, target: Path) -> None:
-    """Rename a complete folder, in place of one that may be there: a reader finds either the old or the new one."""
-    sync_to_disk(temporary)
-    previous = target.with_name(".final.previous")
-    shutil.rmtree(previous, ignore_errors=True)
-    if target.exists():
-        target.rename(previous)
-    temporary.rename(target)
-    shutil.rmtree(previous, ignore_errors=True)
 
 
 def final_step(folder: Path) -> int | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from model.config import ConfigError
 from trainer import exits
-from trainer.checkpoint import restore, set_aside, step_of
+from trainer.checkpoint import restore
 from trainer.config import RunConfig
 from trainer.distributed import World, start_world, stop_world
 from trainer.export import final_step, publish, write_final
@@ -24,6 +24,7 @@ from trainer.quarantine import read_rows, start_afresh
 from trainer.quick_check import quick_check
 from trainer.report import plan
 from trainer.resume import check_state, choose, left_of
+from trainer.retention import set_aside, step_of
 from trainer.runfile import load_config
 from trainer.schema import apply_override, read_toml, to_tables, to_toml
 from trainer.setup import Setup, build, make_deterministic, resolved

@@ -14,11 +14,12 @@ import numpy as np
 from model.card import ModelCard, read_card
 from model.config import ConfigError
 from model.manifest import UnsoundCheckpoint, verify
-from trainer.checkpoint import STATE, checkpoints, newest_sound, step_of
+from trainer.checkpoint import STATE
 from trainer.config import RunConfig
 from trainer.distributed import World
 from trainer.exits import ProofError
 from trainer.export import final_step
+from trainer.retention import checkpoints, newest_sound, step_of
 from trainer.schema import to_tables
 from trainer.sources import RunData
 from trainer.stages import Place, resume_place
