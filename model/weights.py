@@ -169,6 +169,14 @@ def local_range(tensor: Tensor) -> tuple[int, int]:
     return first, first + tensor.to_local().shape[0]
 
 
+def is_first_copy(tensor: Tensor, rank: int) -> bool:
+    """Whether this rank is the one to write its rows: each is held by several where whole copies are."""
+    if not isinstance(tensor, DTensor):
+        return rank == 0
+    mesh: Any = tensor.device_mesh
+    return all(mesh.get_local_rank(dim) == 0 for dim in range(mesh.ndim - 1))
+
+
 def _refuse(missing: list[str], misshapen: list[str], layers: list[Layer]) -> None:
     if not missing and not misshapen:
         return

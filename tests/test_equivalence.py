@@ -1,4 +1,4 @@
-"""Laws 1, 2 and 3: one process, DDP and FSDP2 on 2, 3 and 4 ranks take the same steps, whatever each rank's batch holds."""
+"""Laws 1, 2 and 3: one process, DDP, FSDP2 and HSDP on 2, 3 and 4 ranks take the same steps, whatever each rank's batch holds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.tiny import save_llm, save_tower
 from trainer.config import OptimConfig, ParallelConfig
 from trainer.distributed import World
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.parallel import checkpoint_activations, replicate, shard
+from trainer.parallel import checkpoint_activations, is_sharded, replicate, shard
 from trainer.step import train_step
 
 NUM_STEPS, GLOBAL_BATCH = 5, 10
@@ -71,6 +71,11 @@ def step_batches(step: int, world: World, micro_batch_size: int, width: int) -> 
     return [collate([samples[i] for i in ids], 0) for ids in dealt[world.rank]]
 
 
+def parallel_of(strategy: str) -> ParallelConfig:
+    """hsdp: two ranks to a copy."""
+    return ParallelConfig(strategy, 2 if strategy == "hsdp" else 0)  # type: ignore[arg-type]
+
+
 def losses_and_norms(
     world: World,
     folder: Path,
@@ -101,9 +106,10 @@ def run_steps(
     model = assemble(card, getattr(torch, dtype))
     if recompute:
         checkpoint_activations(model)
-    sharded = strategy == "fsdp" and world.size > 1
+    parallel = parallel_of(strategy)
+    sharded = is_sharded(parallel, world)
     if sharded:
-        shard(model, ParallelConfig(), world)
+        shard(model, parallel, world)
     materialise(model, weight_layers(card, model, 7), frozen_dtype=model.dtype, device=world.device)
     wrapped = model if sharded else replicate(model, world)
     # A large eps keeps Adam from turning rounding into signs, a modest rate from amplifying it step by step.
@@ -147,6 +153,7 @@ def expected(parts: Path) -> dict[str, list[float]]:
         (4, "ddp", False, 3),
         (4, "fsdp", True, 1),
         (4, "fsdp", False, 3),
+        (4, "hsdp", True, 1),
     ],
 )
 def test_same_numbers_however_it_is_run(

@@ -17,7 +17,7 @@ from model.card import ModelCard, write_card
 from model.files import dump_json
 from model.manifest import file_facts, write_manifest
 from model.shards import WEIGHTS, checkpoint_tensors, write_shard
-from model.weights import local_range
+from model.weights import is_first_copy, local_range
 from trainer.disk import fresh_folder, sync_to_disk
 from trainer.distributed import World
 from trainer.exits import ProofError, SaveError
@@ -119,10 +119,10 @@ def _fill(tensor: Tensor, saved: dict[str, Any], name: str) -> None:
 
 
 def _tensors(trained: Trained, world: World) -> dict[str, Tensor]:
-    """What this rank writes: its shards; of what all ranks hold whole, rank 0's copy only."""
+    """What this rank writes: its shards of the first copy; of what all ranks hold whole, rank 0's copy only."""
     found: dict[str, Tensor] = {}
     for name, parameter in trained.parameters.items():
-        if not world.is_main and not hasattr(parameter, "to_local"):
+        if not is_first_copy(parameter, world.rank):
             continue
         found[WEIGHTS + name] = parameter.data
         for moment in MOMENTS:

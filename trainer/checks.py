@@ -84,6 +84,11 @@ def _pairs(config: RunConfig) -> Iterator[str]:
             f"batch.micro_batch_size = {config.batch.micro_batch_size} is larger than "
             f"batch.global_batch_size = {config.batch.global_batch_size}"
         )
+    if config.parallel.strategy == "hsdp" and config.parallel.shard_size < 2:
+        yield (
+            f"parallel.shard_size = {config.parallel.shard_size} with parallel.strategy = 'hsdp': name the ranks that share one "
+            "copy, 2 or more and a divisor of all ranks, as a rule the accelerators of one machine"
+        )
     if config.checkpoint.resume not in ("auto", "none") and "checkpoint-" not in config.checkpoint.resume:
         yield f"checkpoint.resume = {config.checkpoint.resume!r} is not 'auto' | 'none' | a checkpoint-N folder"
 
@@ -155,6 +160,11 @@ def idle_settings(config: RunConfig) -> Iterator[str]:
         yield (
             f"batch.micro_batch_size = {batch.micro_batch_size} has no effect with data.packing = true: "
             "micro-batches are filled up to batch.micro_batch_tokens"
+        )
+    if config.parallel.strategy != "hsdp" and config.parallel.shard_size:
+        yield (
+            f"parallel.shard_size = {config.parallel.shard_size} has no effect with parallel.strategy = "
+            f"{config.parallel.strategy!r}: it is the ranks that share one copy under 'hsdp'"
         )
     if config.parallel.strategy == "ddp" and not config.parallel.reshard_after_forward:
         yield "parallel.reshard_after_forward = false has no effect with parallel.strategy = 'ddp'"

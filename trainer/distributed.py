@@ -41,8 +41,13 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def mesh(self) -> DeviceMesh:
-        return init_device_mesh(self.device.type, (self.size,))
+    def mesh(self, shard_size: int = 0) -> DeviceMesh:
+        """All ranks in a row; with `shard_size`, which divides them, in rows of so many that share one copy. Neighbours share: of
+        several machines, as a rule, those of one.
+        """
+        if not shard_size:
+            return init_device_mesh(self.device.type, (self.size,))
+        return init_device_mesh(self.device.type, (self.size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place; on CUDA the host does not wait."""

@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from model.weights import is_first_copy
+
 GatherHook = Callable[[], Tensor | None]
 
 
@@ -20,16 +22,19 @@ def gather_hooks(tensors: Mapping[str, Tensor]) -> dict[str, GatherHook]:
 
 
 def gathered(tensor: Tensor) -> Tensor | None:
-    """The whole tensor on rank 0, None elsewhere. Collective for sharded tensors."""
+    """The whole tensor on rank 0, None elsewhere. Collective for sharded tensors, among the ranks that share the first copy."""
     is_main = dist.get_rank() == 0
     if not isinstance(tensor, DTensor):
         return tensor.detach().cpu() if is_main else None
+    mesh = tensor.device_mesh
+    if not is_first_copy(tensor, dist.get_rank()):
+        return None
     # On the CPU and into place: two copies on the accelerator would not fit beside a model that fills it.
-    local, size = tensor.to_local().detach().cpu(), tensor.device_mesh.size()
+    local, size = tensor.to_local().detach().cpu(), mesh.size(mesh.ndim - 1)
     chunk = -(-tensor.shape[0] // size)
     # Late ranks hold fewer rows or none; a gather wants equal pieces.
     padded = local.new_zeros(chunk, *tensor.shape[1:])
     padded[: local.shape[0]] = local
     whole = local.new_empty(chunk * size, *tensor.shape[1:]) if is_main else None
-    dist.gather(padded, list(whole.split(chunk)) if whole is not None else None, dst=0)
+    dist.gather(padded, list(whole.split(chunk)) if whole is not None else None, dst=0, group=mesh.get_group(mesh.ndim - 1))
     return whole[: tensor.shape[0]] if whole is not None else None

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from model.config import ModelConfig
 from model.multimodal import MultimodalLM
+from model.weights import is_first_copy
 from trainer.config import OptimConfig
 
 
@@ -56,16 +57,18 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, multiplier: float) -> N
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
     """Norm over all ranks (), identical on each, and those of this rank's own gradients (parameters,), as `in_norm_order` has them.
 
-    Sharded and replicated gradients may be mixed. A collective if any is sharded: over the ranks that share one copy.
+    Sharded and replicated gradients may be mixed. A collective if any is sharded. Of several copies the first one's shards count,
+    on all ranks: sums of each copy by itself might round apart, and so would the copies from then on.
     """
     shards, whole = _shards_first(p.grad for p in parameters if p.grad is not None)
     norms = torch.stack(torch._foreach_norm([*(g.to_local() for g in shards), *whole], dtype=torch.float32))
     if not shards:
         return torch.linalg.vector_norm(norms), norms
     total = torch.linalg.vector_norm(norms[: len(shards)]).square()
-    mesh = shards[0].device_mesh
-    if mesh.size(mesh.ndim - 1) > 1:
-        dist.all_reduce(total, group=mesh.get_group(mesh.ndim - 1))
+    if shards[0].device_mesh.size() > 1:
+        if not is_first_copy(shards[0], dist.get_rank()):
+            total *= 0  # a product: what is not finite stays so
+        dist.all_reduce(total)
     return (total + torch.linalg.vector_norm(norms[len(shards) :]).square()).sqrt() if whole else total.sqrt(), norms
 
 

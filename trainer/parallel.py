@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from model.config import ConfigError
 from model.llm import blocks, head_weight
 from model.multimodal import ENCODERS, MultimodalLM
 from trainer.config import ParallelConfig
@@ -44,9 +45,30 @@ def has_blocks(model: MultimodalLM, part: str) -> bool:
     return part == "llm" or part in {encoder for encoder, _ in ENCODERS.values()}
 
 
+def is_sharded(config: ParallelConfig, world: World) -> bool:
+    """Whether ranks share copies of the weights. One process holds all of them, whatever the strategy."""
+    return config.strategy != "ddp" and world.size > 1
+
+
+def check_sharing(config: ParallelConfig, num_ranks: int) -> None:
+    """ConfigError when `num_ranks` cannot form copies of parallel.shard_size ranks. One process has nothing to share."""
+    size = config.shard_size
+    if config.strategy != "hsdp" or num_ranks == 1 or (1 < size < num_ranks and num_ranks % size == 0):
+        return
+    allowed = [str(n) for n in range(2, num_ranks) if num_ranks % n == 0]
+    choose = f"set it to {' or '.join(allowed)}, or" if allowed else "no number of ranks does;"
+    raise ConfigError(
+        f"parallel.shard_size = {size} with {num_ranks} ranks: it is the ranks that share one copy, and must divide {num_ranks} "
+        f"into two copies or more; {choose} use parallel.strategy = 'fsdp', one copy over all ranks, or 'ddp', one on each"
+    )
+
+
 def shard(model: MultimodalLM, config: ParallelConfig, world: World) -> None:
-    """FSDP2 (ZeRO-3) on a model that is still on meta: every block a unit of its own, towers, then the rest."""
-    mesh = world.mesh()
+    """FSDP2 (ZeRO-3) on a model that is still on meta: every block a unit of its own, towers, then the rest. With hsdp every
+    `shard_size` ranks share a copy (Zhao et al. 2023, PyTorch FSDP, "hybrid sharding"): gradients are summed among them, then over
+    the copies.
+    """
+    mesh = world.mesh(config.shard_size if config.strategy == "hsdp" else 0)
     policy = MixedPrecisionPolicy(
         param_dtype=None if model.dtype == torch.float32 else model.dtype,
         reduce_dtype=torch.float32,
@@ -153,7 +175,8 @@ def gradient_sync(wrapped: nn.Module, *, last: bool) -> Iterator[None]:
     """Around forward AND backward of one micro-batch: gradients are summed over ranks on the last one.
 
     DDP decides in forward; a second sum of what is already summed would be silent and wrong, hence one context for both.
-    FSDP2 sums at every micro-batch when the whole LLM learns: its unsharded gradients would not fit.
+    FSDP2 sums at every micro-batch when the whole LLM learns: its unsharded gradients would not fit. Copies of hsdp are summed
+    over on the last one alone: until then each keeps its own shards.
     """
     if isinstance(wrapped, DistributedDataParallel):
         with nullcontext() if last else wrapped.no_sync():
@@ -162,6 +185,7 @@ def gradient_sync(wrapped: nn.Module, *, last: bool) -> Iterator[None]:
     if isinstance(wrapped, FSDPModule):
         tunes_whole_llm = head_weight(wrapped.llm).requires_grad  # type: ignore[arg-type]
         wrapped.set_requires_gradient_sync(last or tunes_whole_llm)
+        wrapped.set_requires_all_reduce(last)  # without copies there is none
     yield
 
 

@@ -1,7 +1,6 @@
 """Settings that the contract names and that are not built yet: they are refused with a reason, never ignored."""
 
 KEYS = (
-    "parallel.shard_size",
     "parallel.compile",
     "parallel.cpu_offload",
     "log.tensorboard",
@@ -14,7 +13,6 @@ KEYS = (
 VALUES = (
     "model.dtype = 'float16'",
     "optim.schedule = 'wsd'",
-    "parallel.strategy = 'hsdp'",
     "parallel.activation_checkpointing = 'selective'",
 )
 PLANNED = {

@@ -8,6 +8,7 @@ from data.lengths import EXACT
 from model.experts import fused_parameters
 from model.quantized import quantised
 from model.trainable import part_table
+from trainer.config import ParallelConfig
 from trainer.optim import learning_rates
 from trainer.schedule import warmup_steps
 from trainer.setup import Setup
@@ -46,7 +47,7 @@ def _experts(setup: Setup) -> list[str]:
 def _batches(setup: Setup) -> list[str]:
     config, world, sampler = setup.config, setup.world, setup.data.sampler
     per_rank = -(-config.batch.global_batch_size // world.size)
-    strategy = config.parallel.strategy if world.size > 1 else "one process"
+    strategy = sharing(config.parallel, world.size)
     if config.data.packing:
         shared = f"packed into micro-batches of up to {config.batch.micro_batch_tokens:,} tokens, as many as each step needs"
     else:
@@ -67,6 +68,15 @@ def _batches(setup: Setup) -> list[str]:
         lines.append(f"lengths   {setup.data.lengths_kind}, for the whole run{hint}")
         lines += [f"mix       {text}" for pool in setup.data.pools if (text := str(pool))]
     return lines
+
+
+def sharing(config: ParallelConfig, num_ranks: int) -> str:
+    """Who holds which weights."""
+    if num_ranks == 1:
+        return "one process"
+    if config.strategy == "hsdp":
+        return f"hsdp: {num_ranks // config.shard_size} copies of {config.shard_size} ranks"
+    return config.strategy
 
 
 def _quantised(setup: Setup) -> list[str]:

@@ -23,7 +23,7 @@ from trainer.checkpoint import Trained
 from trainer.config import RunConfig
 from trainer.distributed import World
 from trainer.optim import build_optimizer
-from trainer.parallel import checkpoint_activations, replicate, reshard, shard
+from trainer.parallel import check_sharing, checkpoint_activations, is_sharded, replicate, reshard, shard
 from trainer.sources import RunData
 from trainer.stages import Place
 
@@ -51,7 +51,8 @@ class Setup:
 
 
 def resolved(config: RunConfig, world: World) -> RunConfig:
-    """The configuration with what depends on the machine filled in."""
+    """The configuration with what depends on the machine filled in. ConfigError when it does not suit the number of ranks."""
+    check_sharing(config.parallel, world.size)
     return replace(config, model=replace(config.model, dtype=resolve_dtype(config.model.dtype, world.device)))
 
 
@@ -75,7 +76,7 @@ def build(place: Place, data: RunData, world: World) -> Setup:
     model = assemble(data.card, DTYPES[config.model.dtype])
     if config.parallel.activation_checkpointing == "full":
         checkpoint_activations(model)
-    sharded = config.parallel.strategy == "fsdp" and world.size > 1
+    sharded = is_sharded(config.parallel, world)
     if sharded:
         shard(model, config.parallel, world)
     layers = weight_layers(data.card, model, config.seed)
