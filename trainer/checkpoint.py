@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from model.files import dump_json
 from model.manifest import file_facts, write_manifest
 from model.shards import WEIGHTS, checkpoint_tensors, write_shard
 from model.weights import is_first_copy, local_range
-from trainer.disk import fresh_folder, sync_to_disk
+from trainer.disk import fresh_folder, put_in_place, sync_run
 from trainer.distributed import World
 from trainer.exits import ProofError, SaveError
 from trainer.retention import PREFIX, prune
@@ -61,10 +60,8 @@ class Checkpointer:
             processor.save(temporary)
             stage = {"stage": state["stage"]} if state.get("stage") else {}
             write_manifest(temporary, {"step": step, "run_id": self.run_id, **stage}, known)
-            sync_to_disk(temporary)
-            if target.exists():
-                shutil.rmtree(target)
-            temporary.rename(target)
+            sync_run(self.folder)
+            put_in_place(temporary, target)
             prune(self.folder, self.keep)
 
         self._together(finish, main_only=True)

@@ -101,10 +101,3 @@ def report_failure(error: BaseException, output_dir: Path | None, step: int | No
         where = "" if step is None else f" after step {step}"
         print(printable(f"trainer: rank {rank} stopped{where}: {reason}", keep="\n\t"), file=sys.stderr, flush=True)
     return code
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file so that readers, and a start after a crash, find either the old or the new one."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -10,7 +10,7 @@ import numpy as np
 
 from data.sampler import Sampler
 from model.files import dump_json
-from trainer.exits import replace_text
+from trainer.disk import replace_text
 from trainer.quarantine import TRAIN, read_rows
 from trainer.stages import Place
 

@@ -16,6 +16,7 @@ from model.config import ConfigError
 from trainer import exits
 from trainer.checkpoint import restore
 from trainer.config import RunConfig
+from trainer.disk import replace_text
 from trainer.distributed import World, start_world, stop_world
 from trainer.export import final_step, publish, write_final
 from trainer.loop import Loop
@@ -105,7 +106,7 @@ def train_stage(place: Place, start: Start, world: World, progress: exits.Progre
     if world.is_main:
         if start.checkpoint and config.checkpoint.resume not in ("auto", "none"):
             start.damaged.extend(set_aside(place.run_folder, step_of(start.checkpoint)))
-        exits.replace_text(Path(config.output_dir, "run.toml"), to_toml(to_tables(place.root)))
+        replace_text(Path(config.output_dir, "run.toml"), to_toml(to_tables(place.root)))
         print(plan(setup, certificates, checkpoint, start.damaged), flush=True)
     if setup.trained and first_step < setup.total_steps:
         Loop(setup, first_step, state["meter"] if state else None, progress).run()

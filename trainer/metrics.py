@@ -15,8 +15,8 @@ from torch import Tensor
 
 from model.batch import Batch
 from model.files import dump_json
+from trainer.disk import replace_text
 from trainer.distributed import World
-from trainer.exits import replace_text
 from trainer.step import StepResult
 
 NAME = "metrics.jsonl"

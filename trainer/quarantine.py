@@ -14,8 +14,8 @@ import torch
 
 from data.config import DataError
 from data.dataset import Rejected
+from trainer.disk import move, replace_text
 from trainer.distributed import World
-from trainer.exits import replace_text
 
 NAME = "quarantine.jsonl"
 TRAIN, VALIDATION = "train", "validation"
@@ -39,7 +39,7 @@ def start_afresh(folder: Path, finished: Collection[str] = ()) -> None:
         if path.exists():
             replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
     elif path.exists():
-        path.replace(folder / f"previous-{NAME}")
+        move(path, folder / f"previous-{NAME}")
 
 
 class Quarantine:

@@ -14,8 +14,8 @@ import numpy as np
 from data.sampler import Sampler
 from model.config import ConfigError
 from model.files import dump_json
+from trainer.disk import replace_text
 from trainer.distributed import World
-from trainer.exits import replace_text
 
 NAME, SHAPE = "samples.bin", "samples.json"
 EMPTY = -1
