@@ -30,8 +30,8 @@ def toy(world: World, strategy: str) -> Trained:
     """Odd sizes, so that four ranks get uneven and empty shards; two updates, so that moments exist."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3, bias=False), nn.Linear(3, 1))
-    if strategy == "fsdp":
-        fully_shard(model, mesh=world.mesh())
+    if strategy != "ddp":
+        fully_shard(model, mesh=world.mesh(2 if strategy == "hsdp" else 0))
     parameters = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(parameters.values(), lr=0.1, fused=True)
     for step in range(2):
@@ -72,10 +72,10 @@ def read(world: World, folder: Path, strategy: str) -> dict[str, torch.Tensor]:
     return values(trained)
 
 
-@pytest.mark.parametrize(("strategy", "size"), [("fsdp", 4), ("fsdp", 3), ("ddp", 2), ("ddp", 1)])
+@pytest.mark.parametrize(("strategy", "size"), [("fsdp", 4), ("fsdp", 3), ("hsdp", 4), ("ddp", 2), ("ddp", 1)])
 def test_written_under_one_strategy_and_read_under_any_other(tmp_path: Path, strategy: str, size: int) -> None:
     expected = run_ranks(write, size, tmp_path, strategy)[0]
-    for other, ranks in (("fsdp", 2), ("fsdp", 4), ("ddp", 2), ("ddp", 1)):
+    for other, ranks in (("fsdp", 2), ("fsdp", 4), ("hsdp", 4), ("ddp", 2), ("ddp", 1)):
         for found in run_ranks(read, ranks, tmp_path, other):
             assert found.keys() == expected.keys()
             assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -89,14 +89,15 @@ def test_missing_rows_are_noticed(tmp_path: Path) -> None:
         checkpoint_tensors(tmp_path)
 
 
-def gather_all(world: World) -> list[Any]:
-    trained = toy(world, "fsdp")
+def gather_all(world: World, strategy: str) -> list[Any]:
+    trained = toy(world, strategy)
     hooks = gather_hooks({name: p.data for name, p in trained.parameters.items()})
     return [(hook(), p.full_tensor()) for hook, p in zip(hooks.values(), trained.parameters.values())]  # type: ignore[attr-defined]
 
 
-def test_gather_hooks_make_parameters_whole_on_rank_0_alone() -> None:
-    first, *others = run_ranks(gather_all, 4)
+@pytest.mark.parametrize("strategy", ["fsdp", "hsdp"])
+def test_gather_hooks_make_parameters_whole_on_rank_0_alone(strategy: str) -> None:
+    first, *others = run_ranks(gather_all, 4, strategy)
     assert all(torch.equal(ours, whole) for ours, whole in first)
     assert all(ours is None for rank in others for ours, _ in rank)
 
