@@ -1,4 +1,4 @@
-"""HSDP: several copies of the weights, each shared by some of the ranks, are one model; and numbers of ranks that cannot form them."""
+"""HSDP: several copies of the weights, each shared by some of the ranks, are one model; and ranks that cannot form such copies."""
 
 from __future__ import annotations
 
