@@ -20,9 +20,8 @@ from model.weights import is_first_copy, local_range
 from trainer.disk import fresh_folder, put_in_place, sync_run
 from trainer.distributed import World
 from trainer.exits import ProofError, SaveError
-from trainer.retention import PREFIX, prune
+from trainer.retention import PREFIX, STATE, prune
 
-STATE = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -62,7 +61,7 @@ class Checkpointer:
             write_manifest(temporary, {"step": step, "run_id": self.run_id, **stage}, known)
             sync_run(self.folder)
             put_in_place(temporary, target)
-            prune(self.folder, self.keep)
+            prune(self.folder, self.keep, target)
 
         self._together(finish, main_only=True)
         return target

@@ -13,13 +13,12 @@ import numpy as np
 
 from model.card import ModelCard, read_card
 from model.config import ConfigError
-from model.manifest import UnsoundCheckpoint, verify
-from trainer.checkpoint import STATE
 from trainer.config import RunConfig
+from trainer.disk import clean_leftovers
 from trainer.distributed import World
-from trainer.exits import ProofError
+from trainer.exits import ProofError, SaveError
 from trainer.export import final_step
-from trainer.retention import checkpoints, newest_sound, step_of
+from trainer.retention import STATE, checkpoints, newest_sound, step_of, verify_together
 from trainer.schema import to_tables
 from trainer.sources import RunData
 from trainer.stages import Place, resume_place
@@ -44,39 +43,42 @@ LENGTH = ("train.max_steps", "train.epochs")
 
 
 def choose(config: RunConfig, world: World) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from and what to tell about damaged ones. Rank 0 looks, all obey. Collective."""
-    answer: dict[str, Any] = {"path": None, "damaged": [], "error": None}
+    """The checkpoint to go on from, and what to tell of what was not finished or damaged. Collective.
+
+    Rank 0 looks at names, all ranks read the files. What an earlier start left unfinished is removed first.
+    """
+    folder, resume = Path(config.output_dir), config.checkpoint.resume
+    told = _cleaned(folder, world)
+    if resume == "auto":
+        path, damaged = newest_sound(folder, world)
+        return path, told + damaged
+    problem = ""
+    if resume == "none":
+        if world.is_main and (found := checkpoints(folder)):
+            problem = f"'none', but {folder} holds {found[-1].name}: use another output_dir, or resume = 'auto'"
+    elif world.is_main and not Path(resume).is_dir():
+        problem = f"{resume!r}: no such folder"
+    if problem := world.broadcast_json(problem):
+        raise ConfigError(f"checkpoint.resume = {problem}")
+    if resume == "none":
+        return None, told
+    if problem := verify_together(Path(resume), world):
+        raise ProofError(f"checkpoint.resume = {resume!r} is damaged: {problem}")
+    return Path(resume), told
+
+
+def _cleaned(folder: Path, world: World) -> list[str]:
+    """Rank 0 removes what is unfinished; on every rank what was. SaveError when it cannot. Collective."""
+    problem, told = "", []
     if world.is_main:
         try:
-            path, damaged = _choose(config)
-            answer |= {"path": str(path) if path else None, "damaged": damaged}
-        except (ConfigError, ProofError) as error:
-            answer["error"] = [type(error).__name__, str(error)]
-    answer = world.broadcast_json(answer)
-    if answer["error"]:
-        name, text = answer["error"]
-        raise ConfigError(text) if name == "ConfigError" else ProofError(text)
-    return Path(answer["path"]) if answer["path"] else None, answer["damaged"]
-
-
-def _choose(config: RunConfig) -> tuple[Path | None, list[str]]:
-    folder, resume = Path(config.output_dir), config.checkpoint.resume
-    if resume == "auto":
-        return newest_sound(folder)
-    if resume == "none":
-        if found := checkpoints(folder):
-            raise ConfigError(
-                f"checkpoint.resume = 'none', but {folder} holds {found[-1].name}: use another output_dir, or resume = 'auto'"
-            )
-        return None, []
-    path = Path(resume)
-    if not path.is_dir():
-        raise ConfigError(f"checkpoint.resume = {resume!r}: no such folder")
-    try:
-        verify(path)
-    except UnsoundCheckpoint as error:
-        raise ProofError(f"checkpoint.resume = {resume!r} is damaged: {error}") from error
-    return path, []
+            told = clean_leftovers(folder)
+        except OSError as error:
+            problem = f"what an earlier start left in {folder} cannot be removed: {error.strerror}: {error.filename}"
+    problem, told = world.broadcast_json([problem, told])
+    if problem:
+        raise SaveError(problem)
+    return list(told)
 
 
 def run_state(place: Place, lengths: str) -> dict[str, Any]:
@@ -101,12 +103,26 @@ def digest_of(data: RunData) -> str:
     return digest.hexdigest()
 
 
+def load_state(path: Path) -> dict[str, Any]:
+    """What stands in a checkpoint beside its tensors. ProofError when it is not what a run of ours writes."""
+    try:
+        state = json.loads((path / STATE).read_bytes())
+        parts = {"config": dict, "lengths": str, "meter": dict, "optimizer_steps": dict, "step": int}
+        if wrong := [key for key, kind in parts.items() if not isinstance(state[key], kind)]:
+            raise ProofError(
+                f"{path / STATE}: {wrong[0]} is a {type(state[wrong[0]]).__name__}; it is no checkpoint of this trainer"
+            )
+        return dict(state)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ProofError(f"{path / STATE} is not what this trainer writes ({type(error).__name__}: {str(error)[:200]})") from error
+
+
 def read_state(path: Path, root: RunConfig, finished: Collection[str] = ()) -> dict[str, Any]:
     """The state of a checkpoint; ConfigError with every difference when it is of another run.
 
     `finished`: stages whose length is settled.
     """
-    state = json.loads((path / STATE).read_text())
+    state = load_state(path)
     before, now = (stage_tables(tables) for tables in (state["config"], to_tables(root)))
     lines = []
     for name in dict.fromkeys([*before, *now]):
@@ -123,8 +139,7 @@ def read_state(path: Path, root: RunConfig, finished: Collection[str] = ()) -> d
 
 def left_of(checkpoint: Path, places: list[Place], world: World) -> tuple[list[Place], dict[str, Any] | None]:
     """Stages that a run resumed from `checkpoint` has still to do, and the state in which the first of them goes on. Collective."""
-    # Its files were verified when it was chosen.
-    place = resume_place(places, json.loads((checkpoint / STATE).read_text()))
+    place = resume_place(places, load_state(checkpoint))
     step, after = step_of(checkpoint), places[place.number :]
     # A stage is over when its final/ is proven; the last one is asked again, as it may have been made longer.
     over = bool(after) and bool(world.broadcast_json(final_step(place.folder) == step))
