@@ -17,6 +17,7 @@ import numpy as np
 
 from data.blob import Blob, MediaError
 from data.config import DataError
+from data.limits import MAX_RECORD_BYTES
 from data.media_refs import MediaRef
 from data.rows import RowError, decoded, read
 from data.scan import WINDOW, Advance, plan_lines
@@ -105,7 +106,9 @@ def _plans(data: mmap.mmap, texts: list[Member]) -> Iterator[tuple[np.ndarray, n
     size = 0
     for member in texts:
         # Only between values, and so of no account; a blank line would be none.
-        lines.append(data[member.start : member.start + member.size].translate(_ONE_LINE).strip() or b"0")
+        # What is too large is refused when it is read.
+        size_read = member.size if member.size <= MAX_RECORD_BYTES else 0
+        lines.append(data[member.start : member.start + size_read].translate(_ONE_LINE).strip() or b"0")
         size += len(lines[-1])
         if size > WINDOW:
             plans = plan_lines(b"\n".join(lines))

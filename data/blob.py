@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from data.config import DataError
+from data.limits import MAX_MEMBER_BYTES, open_regular
 
 
 class MediaError(DataError):
@@ -44,20 +45,22 @@ class Blob:
         if self.data is not None:
             return io.BytesIO(self.data)
         try:
-            file = open(self.path, "rb")  # noqa: SIM115 the caller closes it
+            file = open_regular(self.path)
         except OSError as error:
-            raise MediaError(f"{self.name!r} cannot be opened: {error.strerror}") from error
+            raise MediaError(f"{self.name!r} cannot be opened: {error.strerror or error}") from error
         if self.size is None and self.start == 0:
             return file
         with file:
+            if not 0 <= self.num_bytes() <= MAX_MEMBER_BYTES or self.start < 0:
+                raise MediaError(f"{self.name!r} has {self.num_bytes()} bytes in its archive; at most {MAX_MEMBER_BYTES} are read")
             file.seek(self.start)
-            return io.BytesIO(file.read(-1 if self.size is None else self.size))
+            return io.BytesIO(file.read(self.num_bytes()))
 
     def tail(self, count: int) -> bytes:
         """The last `count` bytes."""
         if self.data is not None:
             return self.data[-count:]
-        with open(self.path, "rb") as file:
+        with open_regular(self.path) as file:
             stop = self.start + self.num_bytes()
             file.seek(max(self.start, stop - count))
             return file.read(min(count, stop - self.start))
@@ -70,7 +73,7 @@ class Blob:
         places = (0, (size - count) // 2, size - count)
         if self.data is not None:
             return b"".join(self.data[at : at + count] for at in places)
-        with open(self.path, "rb") as file:
+        with open_regular(self.path) as file:
             return b"".join(os.pread(file.fileno(), count, self.start + at) for at in places)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from data.config import DataError
+from data.limits import MAX_RECORD_BYTES
 
 BOM = b"\xef\xbb\xbf"
 # Up to the next bracket outside strings. Possessive: a match never backtracks, whatever the file holds.
@@ -24,6 +25,10 @@ def line_borders(data: mmap.mmap, start: int, name: str) -> Iterator[tuple[int, 
     while start < len(data):
         newline = data.find(b"\n", start)
         stop = newline if newline >= 0 else len(data)
+        if stop - start > MAX_RECORD_BYTES:  # refused when it is read, so space around it does not matter
+            yield start, stop
+            start = stop + 1
+            continue
         line = data[start:stop]
         if body := line.strip():
             low = start + len(line) - len(line.lstrip())

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from data.check import Checked, CheckedMedium, Problem
-from data.sidecar import array_text, read_arrays, text_array, write_arrays
+from data.limits import parse_json
+from data.sidecar import read_arrays, text_array, write_arrays
 from data.table import KINDS
 
 PART = 1024  # records
@@ -25,6 +26,7 @@ _MEDIUM = {
     **{"kinds": np.int8, "tokens": np.int32, "rows": np.int32, "widths": np.int32, "heights": np.int32},
     **{"milliseconds": np.int64, "contents": np.uint64, "pictures": np.uint64},
 }
+_LAYOUT = {name: (np.dtype(kind), 1) for name, kind in {**_RECORD, **_MEDIUM, "owners": np.int64, "said": np.uint8}.items()}
 _MISSING = (-1, -1)
 _FLAGS = ("decode", "near")
 
@@ -96,13 +98,17 @@ def write_part(path: Path, found: Found, *, decode: bool, near: bool) -> None:
 def read_part(path: Path, *, decode: bool = False, near: bool = False) -> Found | None:
     """What was found there, if a check as deep as that found it; None if none did."""
     arrays = read_arrays(path)
-    if arrays is None or "said" not in arrays:
+    if arrays is None or {name: (array.dtype, array.ndim) for name, array in arrays.items()} != _LAYOUT:
         return None
-    said = json.loads(array_text(arrays.pop("said")))
-    if (decode and "decode" not in said["flags"]) or (near and "near" not in said["flags"]):
+    try:
+        said = parse_json(arrays.pop("said").tobytes())
+        if (decode and "decode" not in said["flags"]) or (near and "near" not in said["flags"]):
+            return None
+        problems = [(int(row), Problem(*rest)) for row, *rest in said["problems"]]
+        files = {path: (size, time) for path, (size, time) in said["files"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError):  # damaged, or of another version
         return None
-    problems = [(row, Problem(*rest)) for row, *rest in said["problems"]]
-    return Found(arrays, problems, {path: (size, time) for path, (size, time) in said["files"].items()})
+    return Found(arrays, problems, files)
 
 
 def is_current(found: Found) -> bool:

@@ -5,7 +5,6 @@ Every text of a turn counts a token per four bytes of UTF-8, at least one; a med
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ import numpy as np
 from data import anyres
 from data.config import DataConfig
 from data.events import Events, after_colon, spelling
+from data.limits import parse_json
 from data.record import RecordError, parse
 from data.table import KINDS
 from model.batch import READ_BY, AudioSpec, MediaMeta, MediaSpec, num_tokens
@@ -59,8 +59,8 @@ def by_size(num_bytes: int) -> int:
 def by_parsing(raw: bytes) -> tuple[int, tuple[int, ...]]:
     """Planned text tokens of a record and how many media of each of `KINDS` it names; one that breaks the rules has none."""
     try:
-        record = parse(json.loads(raw.decode("utf-8")), "", needs_answer=False)
-    except (ValueError, RecursionError, RecordError):  # found and named when the record is read
+        record = parse(parse_json(raw), "", needs_answer=False)
+    except (ValueError, RecordError):  # found and named when the record is read
         return by_size(len(raw)), (0,) * len(KINDS)
     text = sum(by_size(len(turn.content.encode())) for turn in record.turns)
     return text, tuple(sum(ref.kind == kind for ref in record.media) for kind in KINDS)

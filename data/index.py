@@ -76,7 +76,7 @@ class RecordIndex:
         files, kind = stamps(paths), FORMATS[paths[0].suffix]
         digest = hashlib.sha256(os.path.abspath(source.path).encode()).hexdigest()[:8]
         sidecar = folder / f"{safe_name(source.key)}-{digest}.index"
-        if read_header(sidecar) != files:
+        if read_header(sidecar, all_bytes=True) != files:
             size = sum(size for _, size, _ in files)
             with tqdm(total=size, unit="B", unit_scale=True, desc=f"index {source.key}", delay=3, leave=False) as bar:
                 write_table(sidecar, joined([_scanned(kind, path, bar.update) for path in paths]), files)

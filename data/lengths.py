@@ -18,7 +18,7 @@ import numpy as np
 from data.config import SourceConfig
 from data.dataset import MultimodalDataset
 from data.index import source_files
-from data.sidecar import array_text, read_arrays, safe_name, text_array, write_arrays
+from data.sidecar import read_arrays, safe_name, text_array, write_arrays
 from model.batch import spec_to_json
 
 FROZEN = "planned_lengths.npz"
@@ -78,10 +78,14 @@ def read_measurements(dataset: MultimodalDataset, index_folder: Path) -> list[Me
 
 
 def _read(path: Path, num_records: int) -> Measurement | None:
-    found = read_arrays(path)
-    if found is None or set(found) != {"lengths", "bad"} or len(found["lengths"]) != num_records:
+    found = read_arrays(path) or {}
+    if not _is_column(found.get("lengths"), np.int32, num_records) or not _is_column(found.get("bad"), np.int64):
         return None
     return Measurement(found["lengths"], found["bad"])
+
+
+def _is_column(array: np.ndarray | None, dtype: type, length: int | None = None) -> bool:
+    return array is not None and array.dtype == dtype and array.ndim == 1 and length in (None, len(array))
 
 
 def measurement_path(index_folder: Path, key: str, identity: str) -> Path:
@@ -124,6 +128,7 @@ def planned_lengths(
     Those the run was frozen with, for as long as the number of records is the same; without any, the best there are today.
     """
     frozen = read_arrays(run_folder / FROZEN) or {}
-    if split in frozen and len(frozen[split]) == len(dataset):
-        return frozen[split], array_text(frozen[f"{split}_kind"])
+    kind = frozen.get(f"{split}_kind")
+    if _is_column(frozen.get(split), np.int32, len(dataset)) and kind is not None and kind.dtype == np.uint8:
+        return frozen[split], kind.tobytes().decode("utf-8", "replace")
     return best_lengths(dataset, index_folder or run_folder / "index")

@@ -6,6 +6,7 @@ import json
 from typing import Any, Protocol
 
 from data.blob import Blob
+from data.limits import MAX_RECORD_BYTES, parse_json
 from data.media_refs import MediaRef
 from data.shards import Shards
 from data.table import Table
@@ -47,6 +48,10 @@ class JsonRows:
 def read(shards: Shards, table: Table, i: int) -> bytes:
     """The bytes of record `i`. Raises `RowError`."""
     start, stop = int(table.start[i]), int(table.stop[i])
+    if not 0 <= start <= stop:
+        raise RowError("cannot be read: its index is damaged; remove the run's index folder and start again")
+    if stop - start > MAX_RECORD_BYTES:
+        raise RowError(f"has {stop - start} bytes; at most {MAX_RECORD_BYTES} are read")
     try:
         found = shards.read(table.file_of(i), start, stop)
     except OSError as error:
@@ -59,8 +64,8 @@ def read(shards: Shards, table: Table, i: int) -> bytes:
 def decoded(text: bytes) -> Any:
     """The JSON value that `text` spells. Raises `RowError`."""
     try:
-        return json.loads(text.decode("utf-8"))
+        return parse_json(text)
     except json.JSONDecodeError as error:  # its own text counts lines from the record on, and reads like a line of the file
         raise RowError(f"cannot be decoded: {error.msg}, at character {error.pos + 1} of the record") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise RowError(f"cannot be decoded: {error}") from None

@@ -17,6 +17,7 @@ from data.borders import BOM, array_borders, array_start, count_lines, line_bord
 from data.config import DataError
 from data.estimate import Plans, by_parsing, plan_records
 from data.events import Events, find_events, nesting
+from data.limits import MAX_RECORD_BYTES
 from data.table import KINDS, Table
 
 Advance = Callable[[int], object]
@@ -208,7 +209,8 @@ def _one_by_one(data: mmap.mmap, first: int, path: Path) -> Table:
     for start, stop in (array_borders if path.suffix == ".json" else line_borders)(data, first, str(path)):
         line += count_lines(data, seen, start)
         seen = start
-        tokens, counts = by_parsing(data[start:stop])
+        # What is too large is refused when it is read; a copy of it is not made to plan for it.
+        tokens, counts = by_parsing(data[start : min(stop, start + MAX_RECORD_BYTES + 1)])
         rows.append((start, stop, line, tokens))
         media.append(counts)
     columns = np.array(rows, dtype=np.int64).reshape(-1, 4)

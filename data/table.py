@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import mmap
-import os
+import zlib
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -12,13 +13,20 @@ from typing import Any
 
 import numpy as np
 
+from data.limits import open_regular, parse_json
 from data.sidecar import appearing
 from model.batch import PLACEHOLDERS
 
 KINDS = tuple(PLACEHOLDERS)
 """Kinds of media, in the order of the columns of `Table.media`."""
-_VERSION = 2  # of the columns: raise it when one of them or a rule of planning changes
+_VERSION = 3  # of the columns: raise it when one of them or a rule of planning changes
 _ALIGNED = 64  # bytes
+_LAYOUT = {
+    **dict.fromkeys(("start", "stop", "line", "file_stops", "member_stops", "members", "name_stops"), "<i8"),
+    **{"text_tokens": "<i4", "media": "<i2", "names": "|u1"},
+}
+"""Type of each column in a file."""
+_PIECE = 1 << 20  # bytes
 
 
 _NONE = partial(np.zeros, 0, dtype=np.int64)
@@ -78,38 +86,71 @@ def stamps(paths: list[Path]) -> list[list[Any]]:
 
 def write_table(sidecar: Path, table: Table, files: list[list[Any]]) -> None:
     """Header and columns in one file."""
-    columns = {f.name: np.ascontiguousarray(getattr(table, f.name)) for f in fields(Table)}
+    columns = {f.name: np.ascontiguousarray(getattr(table, f.name), dtype=_LAYOUT[f.name]) for f in fields(Table)}
     layout = [[name, column.dtype.str, list(column.shape)] for name, column in columns.items()]
-    header = json.dumps({"version": _VERSION, "files": files, "columns": layout}).encode() + b"\n"
+    body = [padded for column in columns.values() for padded in (column.tobytes(), bytes(-column.nbytes % _ALIGNED))]
+    crc = 0
+    for piece in body:
+        crc = zlib.crc32(piece, crc)
+    header = json.dumps({"version": _VERSION, "files": files, "columns": layout, "crc32": crc}).encode() + b"\n"
     with appearing(sidecar) as file:
         file.write(header)
         file.write(bytes(-file.tell() % _ALIGNED))
-        for column in columns.values():
-            file.write(column.tobytes())
-            file.write(bytes(-file.tell() % _ALIGNED))
+        file.writelines(body)
 
 
-def read_header(sidecar: Path) -> list[list[Any]] | None:
-    """`stamps` of the files that a whole table of this version was made of; None: there is none."""
+def read_header(sidecar: Path, *, all_bytes: bool = False) -> list[list[Any]] | None:
+    """`stamps` of the files that a whole table of this version was made of; None: there is none.
+
+    `all_bytes`: its checksum is compared as well, so that not one flipped bit is believed.
+    """
     try:
-        with sidecar.open("rb") as file:
-            header = json.loads(file.readline())
-            sizes = [np.dtype(dtype).itemsize * int(np.prod(shape)) for _, dtype, shape in header["columns"]]
-            end = _aligned(file.tell()) + sum(map(_aligned, sizes))
-            whole = header["version"] == _VERSION and os.fstat(file.fileno()).st_size == end
-    except (OSError, ValueError, TypeError, KeyError):  # missing, cut short, or something else
+        with open_regular(sidecar) as file:
+            line = file.readline(_LONGEST_HEADER)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        header = parse_json(line)
+        sizes = _sizes(header)
+        begin = _aligned(len(line))
+        whole = header["version"] == _VERSION and len(mapped) == begin + sum(map(_aligned, sizes)) and line.endswith(b"\n")
+        if whole and all_bytes:
+            crc = 0
+            for at in range(begin, len(mapped), _PIECE):
+                crc = zlib.crc32(mapped[at : at + _PIECE], crc)
+            whole = header["crc32"] == crc and not any(mapped[len(line) : begin])
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):  # missing, cut short, or something else
         return None
     return header["files"] if whole else None
 
 
+_LONGEST_HEADER = 1 << 26
+
+
+def _sizes(header: dict[str, Any]) -> list[int]:
+    """Bytes of each column. Raises what `read_header` expects unless they are those of a table that agree in their lengths."""
+    shapes = {}
+    for name, dtype, shape in header["columns"]:
+        if dtype != _LAYOUT[name] or not all(type(n) is int and n >= 0 for n in shape):
+            raise ValueError(f"column {name!r} is not as it is written")
+        shapes[name] = tuple(shape)
+    n, m = shapes["start"], shapes["name_stops"]
+    wanted = {**dict.fromkeys(("start", "stop", "line", "text_tokens"), n), "media": (*n, len(KINDS)), "members": (*m, 2)}
+    lines_up = all(shapes[name] == shape for name, shape in wanted.items()) and shapes["member_stops"] in (n, (0,))
+    if not lines_up or list(shapes) != [f.name for f in fields(Table)] or any(len(shapes[name]) != 1 for name in _FLAT):
+        raise ValueError("columns do not agree")
+    return [np.dtype(_LAYOUT[name]).itemsize * math.prod(shape) for name, shape in shapes.items()]
+
+
+_FLAT = ("start", "file_stops", "name_stops", "names")
+
+
 def map_table(sidecar: Path) -> Table:
     """The table that `read_header` has approved; its pages are shared by all processes that map it."""
-    with sidecar.open("rb") as file:
-        header = file.readline()
+    with open_regular(sidecar) as file:
+        header = file.readline(_LONGEST_HEADER)
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     columns, at = {}, _aligned(len(header))
     for name, dtype, shape in json.loads(header)["columns"]:
-        count = int(np.prod(shape))
+        count = math.prod(shape)
         columns[name] = np.frombuffer(mapped, dtype, count, at if count else 0).reshape(shape)
         at += _aligned(columns[name].nbytes)
     return Table(**columns)

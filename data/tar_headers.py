@@ -14,6 +14,9 @@ _BLOCK = 512  # bytes
 _ZEROS = bytes(_BLOCK)
 _REGULAR, _WITHOUT_DATA = b"0\x007", b"123456"
 _PAX, _PAX_FOR_ALL, _LONG_NAME, _LONG_LINK, _SPARSE = b"xgLKS"
+_MAX_EXTENSION = 1 << 20
+"""Bytes of a header that says something of other members: names and times."""
+_MAX_DIGITS = 20  # of a number: no file has so many bytes
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ def members(data: mmap.mmap, name: str) -> Iterator[Member]:
         if stop > len(data):
             _damaged(at, name, "the archive is cut short in what begins here")
         if is_extension:
+            if size > _MAX_EXTENSION:
+                _damaged(at, name, f"a header of {size} bytes; at most {_MAX_EXTENSION} are read")
             _extend(kind, data[start:stop], own, shared, at, name)
         elif kind in _REGULAR and not (path := said.get("path") or _name(header)).endswith("/"):
             yield Member(_clean(path), start, size)
@@ -70,14 +75,14 @@ def _number(field: bytes, at: int, name: str) -> int:
     """Octal digits, or big-endian bytes after a set bit (GNU)."""
     if field[0] & 0x80:
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
-    try:
-        return int(field.strip(b" \0") or b"0", 8)
-    except ValueError:
+    digits = field.strip(b" \0") or b"0"
+    if digits.strip(b"01234567"):  # int() would take signs and underscores too
         _damaged(at, name, "no header of a member, or a damaged one")
+    return int(digits, 8)
 
 
 def _pax_size(digits: str, at: int, name: str) -> int:
-    if not (digits.isascii() and digits.isdigit()):
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= _MAX_DIGITS):
         _damaged(at, name, f"a damaged pax header: size {digits[:20]!r}")
     return int(digits)
 
@@ -88,7 +93,7 @@ def _extend(kind: int, body: bytes, own: dict[str, str], shared: dict[str, str],
         own["path"] = _text(body.rstrip(b"\0"))
     while kind in (_PAX, _PAX_FOR_ALL) and body.strip(b"\0"):
         length, space, _ = body.partition(b" ")
-        if not space or not length.isdigit() or not len(length) + 1 < int(length) <= len(body):
+        if not space or not length.isdigit() or len(length) > _MAX_DIGITS or not len(length) + 1 < int(length) <= len(body):
             _damaged(at, name, "a damaged pax header")
         key, _, value = body[len(length) + 1 : int(length) - 1].partition(b"=")
         (own if kind == _PAX else shared)[_text(key)] = _text(value)

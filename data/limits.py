@@ -1,0 +1,60 @@
+"""How much of a stranger's file is believed: bytes of a record and of a medium, depth of JSON, regular files alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+MAX_RECORD_BYTES = 1 << 26
+"""Of one record's JSON. Media stand in files of their own; a text of this size is no sample."""
+MAX_JSON_BYTES = 1 << 26
+"""Of a JSON file that describes something."""
+MAX_JSON_DEPTH = 64
+MAX_TOKENIZER_BYTES = 1 << 28
+"""Of each file of a tokenizer; the largest vocabularies take a tenth of it."""
+MAX_MEMBER_BYTES = 1 << 31
+"""Of a medium inside an archive, which is held in memory to be read."""
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """The file, opened for reading. OSError for what is no regular file: a pipe or a device would be waited for without end."""
+    # Asked of what was opened, not of the path: that may be exchanged in between.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{str(path)!r} is not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def load_json(path: Path) -> Any:
+    """The value in a JSON file. OSError when it cannot be read, ValueError when it is no JSON, or larger or deeper than allowed."""
+    with open_regular(path) as file:
+        text = file.read(MAX_JSON_BYTES + 1)
+    if len(text) > MAX_JSON_BYTES:
+        raise ValueError(f"it has more than {MAX_JSON_BYTES} bytes")
+    return parse_json(text)
+
+
+def parse_json(text: bytes) -> Any:
+    """The value that `text` spells. ValueError when it is no JSON, or deeper than MAX_JSON_DEPTH brackets."""
+    try:
+        value = json.loads(text.decode("utf-8"))
+    except RecursionError:
+        raise ValueError(f"it is nested deeper than {MAX_JSON_DEPTH}") from None
+    if text.count(b"[") + text.count(b"{") > MAX_JSON_DEPTH:
+        _check_depth(value)
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        level = [
+            item for held in level if isinstance(held, dict | list) for item in (held.values() if isinstance(held, dict) else held)
+        ]
+        if not level:
+            return
+    raise ValueError(f"it is nested deeper than {MAX_JSON_DEPTH}")

@@ -1,0 +1,55 @@
+"""Small files of strangers: regular ones of bounded size, and JSON of bounded depth. What is more is refused, never read."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+MAX_JSON_BYTES = 1 << 26
+"""Of a JSON file that describes something: the longest index of a model's shards has a few million bytes."""
+MAX_JSON_DEPTH = 64
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """The file, opened for reading. OSError for what is no regular file: a pipe or a device would be waited for without end."""
+    # Asked of what was opened, not of the path: that may be exchanged in between.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is no regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def load_json(path: Path) -> Any:
+    """The value in a JSON file. OSError when it cannot be read, ValueError when it is no JSON, or larger or deeper than allowed."""
+    with open_regular(path) as file:
+        data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise ValueError(f"it has more than {MAX_JSON_BYTES} bytes")
+    return parse_json(data)
+
+
+def parse_json(data: bytes) -> Any:
+    """The value that `data` spells. ValueError when it is no JSON, or deeper than MAX_JSON_DEPTH brackets."""
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except RecursionError:
+        raise ValueError(f"it is nested deeper than {MAX_JSON_DEPTH}") from None
+    if data.count(b"[") + data.count(b"{") > MAX_JSON_DEPTH:
+        check_depth(value)
+    return value
+
+
+def check_depth(value: Any) -> None:
+    """ValueError when lists and objects stand more than MAX_JSON_DEPTH deep in each other."""
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        level = [
+            item for held in level if isinstance(held, dict | list) for item in (held.values() if isinstance(held, dict) else held)
+        ]
+        if not level:
+            return
+    raise ValueError(f"it is nested deeper than {MAX_JSON_DEPTH}")
