@@ -58,24 +58,6 @@ def metrics(output_dir: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["train/loss"]) for line in lines]
 
 
-def test_another_number_of_ranks_keeps_order_and_losses(parts: Path, tmp_path: Path) -> None:
-    """2 -> 4 -> 3 -> 1 ranks, DDP and FSDP2 in turn, against one process: the same samples in every step, losses within 1e-6."""
-    sections: dict[str, Any] = {"optim": {"lr": 1e-2, "eps": 1.0, "schedule": "constant"}, "train": {"max_steps": 8}}
-    assert start_alone(parts, tmp_path / "whole", sections)[0] == 0
-    expected = start_alone(parts, tmp_path / "order", sections)[1]
-    found: list[list[int]] = []
-    for until, size, strategy in ((2, 2, "fsdp"), (4, 4, "ddp"), (6, 3, "fsdp"), (8, 1, "ddp")):
-        changed = {**sections, "train": {"max_steps": until}, "parallel": {"strategy": strategy}}
-        answers = run_ranks(start, size, parts, tmp_path / "elastic", changed)
-        assert {code for code, _, _ in answers} == {0}
-        found += [sorted(i for _, seen, _ in answers for i in seen[step]) for step in range(2)]
-    assert found == [sorted(ids) for ids in expected]
-    assert sorted(i for ids in found[:4] for i in ids) == list(range(22))  # an epoch: each sample once
-    for (step, loss), (same_step, other) in zip(metrics(tmp_path / "elastic"), metrics(tmp_path / "whole"), strict=True):
-        assert step == same_step
-        assert loss == pytest.approx(other, rel=1e-6)
-
-
 @pytest.fixture(scope="module")
 def finished(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
