@@ -16,7 +16,7 @@ from trainer.schema import Reader, to_tables
 from trainer.tables import difference, has, merged, value_of, without
 
 NAME = re.compile(r"[a-z0-9_-]+")
-RUN_WIDE = ("output_dir", "stage", "checkpoint.resume", "train.deterministic")
+RUN_WIDE = ("output_dir", "stage", "checkpoint.resume", "train.deterministic", "faults.grace_seconds")
 """Settings that one stage cannot have for itself."""
 FREE = {"tune", "lr", "router_loss", "new_tokens", "prompts", "newline", "class_weights", "loss_weight"}
 """Settings of a part that may change from stage to stage; what its weights mean hangs on all others."""

@@ -77,7 +77,8 @@ def record(output_dir: Path | None, code: int, reason: str, step: int | None, ra
     """Write exit.json unless another rank was first. Returns whether this rank is the one to speak."""
     if output_dir is None or not output_dir.is_dir():
         return rank == 0
-    value: dict[str, Any] = {"code": code, "reason": reason, "step": step, "rank": rank}
+    launch = {"launch": os.environ["TORCHELASTIC_RUN_ID"]} if "TORCHELASTIC_RUN_ID" in os.environ else {}
+    value: dict[str, Any] = {"code": code, "reason": reason, "step": step, "rank": rank, **launch}
     try:
         with (output_dir / NAME).open("x") as out:  # fails where the file exists: the first reason is the true one
             out.write(dump_json(value))

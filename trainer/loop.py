@@ -12,7 +12,8 @@ from tqdm import tqdm
 from data.dataset import MultimodalDataset
 from data.loader import MicroBatch, train_batches
 from trainer.checkpoint import Checkpointer
-from trainer.exits import Progress, ProofError, StopRequested
+from trainer.exits import Progress, StopRequested
+from trainer.health import Health, forget_after, hearable, split
 from trainer.later import Later
 from trainer.ledger import table, write_ledger
 from trainer.metrics import Meter, MetricsLog
@@ -22,7 +23,7 @@ from trainer.resume import digest_of, run_state
 from trainer.schedule import multiplier
 from trainer.setup import Setup
 from trainer.steering import EVALUATE, SAVE, STOP, WISHES
-from trainer.step import StepResult, train_step
+from trainer.step import train_step
 from trainer.step_log import StepLog
 from trainer.validate import validate
 from trainer.work import sample_costs
@@ -44,7 +45,7 @@ class Loop:
         place = self.place = setup.place
         self.meter = Meter(setup.data.train.source_names, world)
         if totals is not None:
-            self.meter.restore(totals)
+            self.meter.restore({key: value for key, value in totals.items() if key != "health"})
         self.log = MetricsLog(place.run_folder, place.first_step + first_step, world, place.name)
         self.step_log = StepLog(place.folder, setup.data.sampler, first_step, world, place.first_step)
         self.quarantine = Quarantine(place.run_folder, setup.data.num_records, config.data.max_bad_fraction, place.name)
@@ -52,6 +53,9 @@ class Loop:
         self.quarantine.check()
         self.lengths = digest_of(setup.data)
         self.steering, self.watch, self.later = progress.steering, progress.watch, Later(world.device)
+        self.health = Health(setup, totals["health"] if totals and "health" in totals else None)
+        if world.is_main:
+            forget_after(place.run_folder, place.first_step + first_step)
         self.checkpointer = Checkpointer(place.run_folder, config.checkpoint.keep, world)
 
     def run(self) -> None:
@@ -80,6 +84,7 @@ class Loop:
                 started = time.perf_counter()
                 self.watch.at("data", self.place.first_step + step)
                 micro_batches = next(batches)
+                self.steering.heeded = True
                 self._step(step, micro_batches, time.perf_counter() - started)
                 self.progress.step = self.place.first_step + step + 1
                 bar.update()
@@ -107,7 +112,7 @@ class Loop:
         for micro_batch in micro_batches:
             self.quarantine.add(micro_batch.rejected, step)
         set_learning_rates(self.optimizer, multiplier(config.optim, step, setup.total_steps))
-        self.watch.at("copy", self.place.first_step + step, [i for m in micro_batches for i in m.batch.sample_ids.tolist()])
+        self.watch.at("copy", self.place.first_step + step, [m.batch.sample_ids.tolist() for m in micro_batches])
         batches = [micro_batch.batch.to(setup.world.device) for micro_batch in micro_batches]
         result = train_step(
             setup.wrapped,
@@ -117,31 +122,42 @@ class Loop:
             seed=config.seed,
             step=step,
             clip_norm=config.optim.clip_norm,
-            told=self.steering.told(),
+            told=[*self.steering.told(), self.health.told()],
             mark=self.watch.mark,
         )
-        self._hear(result)
+        self._hear(self.later.push(hearable(result)))
+        self.checkpointer.check()
+        self.health.add(step, batches, result)
         self.meter.add(batches, result, wait)
         self.step_log.done(step + 1)
 
-    def _hear(self, result: StepResult) -> None:
-        """What all ranks told in the step before this one; the same on every rank, and nobody waits for the device."""
-        heard = self.later.push(result.heard)
-        self.checkpointer.check()
-        if heard is not None:
-            self.steering.hear(heard[: len(WISHES)])
+    def _hear(self, values: list[float] | None) -> None:
+        """What is known of the step before this one; the same on every rank, and nobody waits for the device."""
+        if values is not None:
+            notes, own = split(values, len(WISHES) + 1)
+            self.steering.hear(notes[:-1])
+            self.health.hear(notes[-1], *own)
+
+    def _settle(self) -> None:
+        """What is known of this step, at once: nothing is saved before its numbers were looked at. Collective, host sync."""
+        self._hear(self.later.pop())
+        self.health.settle()
 
     def _due(self, done: int, bar: tqdm) -> None:
         """What `done` completed steps make due, in this order on every rank."""
         config, last = self.setup.config, done == self.setup.total_steps
-        stops = self.steering.take(STOP)
-        saves = self.steering.take(SAVE) or stops or last or done % config.checkpoint.every == 0
-        evaluates = self.steering.take(EVALUATE) or ((last or done % config.validation.every == 0) and not stops)
+        saves = self.steering.take(SAVE) or STOP in self.steering.agreed or last or done % config.checkpoint.every == 0
+        if saves:
+            self._settle()
+            self.steering.take(SAVE)  # asked for in this very step: this is it
+        reason = self.steering.reason(STOP)
+        stops = not last and self.steering.take(STOP)  # what is over need not be stopped; between stages it is asked again
+        evaluates = self._evaluates(done, last, stops)
         self.watch.at("log", self.place.first_step + done)
         if last or done == 1 or done % config.log.every == 0:
             self._log(done, bar)
         started = time.perf_counter()
-        if self.setup.data.validation is not None and evaluates:
+        if evaluates:
             self.watch.mark("validation")
             self.log.write(self.place.first_step + done, validate(self.setup, self.quarantine, done))
             self.quarantine.check()
@@ -153,9 +169,15 @@ class Loop:
             self.log.write_trainer_state(self.place.first_step + done, self.place.first_step + self.setup.total_steps)
             self._save(done)
         self.meter.since += time.perf_counter() - started  # tokens per second are those of training
-        if stops and not last:
+        if stops:
             self.checkpointer.wait()
-            raise StopRequested(f"stopped on request; checkpoint-{self.place.first_step + done} is written")
+            raise StopRequested(f"stopped on request ({reason}); checkpoint-{self.place.first_step + done} is written")
+
+    def _evaluates(self, done: int, last: bool, stops: bool) -> bool:
+        asked, there = self.steering.take(EVALUATE), self.setup.data.validation is not None
+        if asked and not there and self.setup.world.is_main:
+            tqdm.write("EVAL was asked for, and the run has no [[data.validation]]")
+        return there and (asked or ((last or done % self.setup.config.validation.every == 0) and not stops))
 
     def _flush(self, done: int) -> None:
         """Write down what is known of the samples of `done` steps. Collective. DataError when too many were bad."""
@@ -182,19 +204,8 @@ class Loop:
         bar.set_postfix_str(
             f"loss {values['train/loss']:.4f}, lr {max(rates.values()):.2e}, {values['perf/tokens_per_second']:,.0f} tokens/s"
         )
-        self._check_finite()
-
-    def _check_finite(self) -> None:
-        """After the meter was read; the same on every rank."""
-        in_a_row, limit = self.meter.num_skipped_in_a_row, self.setup.config.faults.max_nonfinite
-        if in_a_row >= limit:
-            raise ProofError(
-                f"loss or gradient was not finite for {in_a_row} steps in a row (faults.max_nonfinite = {limit}); those updates "
-                "were skipped and the weights are sound. Lower optim.lr, or look at the data of these steps"
-            )
 
     def _save(self, done: int) -> None:
         setup = self.setup
-        state = {**run_state(self.place, self.lengths), "meter": self.meter.totals()}
-        self._check_finite()
+        state = {**run_state(self.place, self.lengths), "meter": {**self.meter.state(), "health": self.health.state()}}
         self.checkpointer.save(self.place.first_step + done, setup.trained, state, setup.data.card, setup.data.processor)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config import ConfigError
-from trainer import exits
+from trainer import exits, signals
 from trainer.checkpoint import restore
 from trainer.config import RunConfig
 from trainer.disk import replace_text
@@ -23,6 +23,7 @@ from trainer.loop import Loop
 from trainer.quarantine import NAME as QUARANTINE
 from trainer.quarantine import read_rows, start_afresh
 from trainer.quick_check import quick_check
+from trainer.rehearsal import rehearse
 from trainer.report import plan
 from trainer.resume import check_state, choose, left_of
 from trainer.retention import set_aside, step_of
@@ -31,17 +32,19 @@ from trainer.schema import apply_override, read_toml, to_tables, to_toml
 from trainer.setup import Setup, build, make_deterministic, resolved
 from trainer.sources import certify_all, open_data, with_bases
 from trainer.stages import Place, check_stages, outline, places_of
+from trainer.steering import STOP
 
 
 def run(config: RunConfig, world: World | None = None) -> int:
     """Train as `config` says; returns the exit code. Errors are reported in one line, and in exit.json."""
     rank, folder, progress = int(os.environ.get("RANK", "0")), Path(config.output_dir), exits.Progress()
     try:
-        own = world is None
-        prepare_folder(folder, world.rank if world else rank)
-        world = world or start_world()
-        rank = world.rank
-        train(resolved(config, world), world, progress)
+        own, rank = world is None, world.rank if world else rank
+        signals.check_restart(folder)
+        prepare_folder(folder, rank)
+        with signals.listening(folder, rank, progress, config.faults.grace_seconds):
+            world = world or start_world()
+            train(resolved(config, world), world, progress)
         if world.is_main:
             exits.record(folder, exits.DONE, "done", progress.step, rank)
         if own:
@@ -59,7 +62,7 @@ def train(root: RunConfig, world: World, progress: exits.Progress) -> None:
     checkpoint, damaged = choose(root, world)
     places = [replace(place, config=resolved(place.config, world)) for place in places_of(root)]
     check_stages(places)
-    for line in outline(places):
+    for line in (*outline(places), *signals.launcher_lines(root.faults.grace_seconds)):
         say(world, line)
     state = None
     if checkpoint:
@@ -68,6 +71,9 @@ def train(root: RunConfig, world: World, progress: exits.Progress) -> None:
     for place in places:
         start = Start(checkpoint, state, damaged)
         first_step = train_stage(replace(place, first_step=first_step), start, world, progress)
+        progress.steering.heeded = False
+        if not place.is_last and progress.steering.take_between(STOP, world):
+            raise exits.StopRequested(f"stopped on request after {place}, whose final/ is written")
         checkpoint, state, damaged = None, None, []
 
 
@@ -109,6 +115,8 @@ def train_stage(place: Place, start: Start, world: World, progress: exits.Progre
         replace_text(Path(config.output_dir, "run.toml"), to_toml(to_tables(place.root)))
         print(plan(setup, certificates, checkpoint, start.damaged), flush=True)
     if setup.trained and first_step < setup.total_steps:
+        progress.watch.at("heaviest", place.first_step + first_step)
+        say(world, rehearse(setup, first_step))
         Loop(setup, first_step, state["meter"] if state else None, progress).run()
     return finish(setup, first_step, world)
 

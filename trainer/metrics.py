@@ -6,6 +6,7 @@ import json
 import math
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,6 @@ class Meter:
 
     def __init__(self, source_names: list[str], world: World) -> None:
         self.names, self.world = source_names, world
-        self.num_skipped_in_a_row = 0
         self.grad_norm = torch.zeros((), device=world.device)
         self.reset()
 
@@ -115,7 +115,7 @@ class Meter:
         self.wait += wait
 
     def totals(self) -> dict[str, Any]:
-        """Sums over ranks as plain numbers. Collective, host sync."""
+        """Sums over ranks as plain numbers; NaN after a step whose loss was none. Collective, host sync."""
         self._count_skipped()
         sums = self.sums.total()
         wait = torch.tensor([self.wait], dtype=torch.float64, device=self.world.device)
@@ -130,16 +130,18 @@ class Meter:
             "seconds": seconds,
         }
 
+    def state(self) -> dict[str, Any]:
+        """`totals` as JSON for a checkpoint, which holds no number that is not finite: null in its place. Collective, host sync."""
+        return _changed(self.totals(), lambda number: number if math.isfinite(number) else None)
+
     def _count_skipped(self) -> None:
         """Host sync. The same on every rank, because the norm that decides is."""
-        flags = torch.stack(self.skipped).tolist() if self.skipped else []
+        self.num_skipped += int(torch.stack(self.skipped).sum().item()) if self.skipped else 0
         self.skipped = []
-        for flag in flags:
-            self.num_skipped_in_a_row = self.num_skipped_in_a_row + 1 if flag else 0
-            self.num_skipped += bool(flag)
 
     def restore(self, totals: dict[str, Any]) -> None:
-        """Go on with sums of before; rank 0 holds them all, so that they count once."""
+        """Go on with the `state` of before; rank 0 holds all sums, so that they count once."""
+        totals = _changed(totals, lambda number: math.nan if number is None else number)
         self.num_skipped = totals["skipped"]
         self.since -= totals["seconds"]
         device = self.world.device
@@ -171,6 +173,13 @@ class Meter:
         }
         self.reset()
         return line
+
+
+def _changed(value: Any, change: Callable[[Any], Any]) -> Any:
+    """JSON with every number and null replaced."""
+    if isinstance(value, dict):
+        return {key: _changed(item, change) for key, item in value.items()}
+    return [_changed(item, change) for item in value] if isinstance(value, list) else change(value)
 
 
 def peak_gib(device: torch.device) -> float:

@@ -8,7 +8,6 @@ KEYS = (
     "log.project",
     "log.run_name",
     "faults.stall_seconds",
-    "faults.grace_seconds",
 )
 VALUES = (
     "model.dtype = 'float16'",

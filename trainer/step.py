@@ -40,7 +40,7 @@ def train_step(
     seed: int,
     step: int,
     clip_norm: float,
-    told: Sequence[float] = (),
+    told: Sequence[float | Tensor] = (),
     mark: Callable[[str], None] = lambda phase: None,
 ) -> StepResult:
     """Update on the sum of all terms, each the mean over what it counts in the global batch. No host sync.
@@ -76,7 +76,7 @@ def train_step(
 
 
 def divisors(
-    wrapped: nn.Module, batches: list[Batch], world: World, told: Sequence[float] = ()
+    wrapped: nn.Module, batches: list[Batch], world: World, told: Sequence[float | Tensor] = ()
 ) -> tuple[dict[str, Tensor], Tensor]:
     """What the sum of each term is divided by: its count over all ranks, over its coefficient; and the sums of `told` over all
     ranks. One collective, no host sync.
