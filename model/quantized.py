@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from model import quantize
 from model.config import ConfigError, QuantizeConfig
 from model.experts import fused_parameters
 from model.lora import LoraLinear
@@ -106,3 +108,22 @@ def num_parameters(root: nn.Module) -> int:
     """As if nothing was quantised; a tied matrix counts once."""
     stored = sum(layer.codes.numel() + layer.scales.numel() for _, layer in quantised(root))
     return sum(p.numel() for p in root.parameters()) - stored + sum(math.prod(layer.shape) for _, layer in quantised(root))
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Inside, quantised layers on meta have shapes and no values: bitsandbytes computes on real tensors only."""
+    original = quantize._dense_blocks
+
+    def shaped(codes: Tensor, absmax: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+        return torch.empty(len(codes) * quantize.BLOCK, dtype=dtype, device=codes.device)
+
+    def unnested(scales: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
+        return torch.empty(scales.shape, dtype=torch.float32, device=scales.device)
+
+    nest = quantize._unnest
+    quantize._dense_blocks, quantize._unnest = shaped, unnested
+    try:
+        yield
+    finally:
+        quantize._dense_blocks, quantize._unnest = original, nest

@@ -188,7 +188,8 @@ def test_a_sample_costs_its_tokens_and_what_its_media_cost_their_encoder(parts: 
         tower, decoder = (
             sum(p.numel() for p in part.parameters()) for part in (model.vision.tower.encoder.layers, model.llm.model.layers)
         )
-        expected = [data.lengths[i] + WIDTH * (i % 3) * passes * tower / decoder for i in range(11)]
+        rows = WIDTH + 1  # the tower computes on its CLS row too
+        expected = [data.lengths[i] + rows * (i % 3) * passes * tower / decoder for i in range(11)]
         np.testing.assert_allclose(sample_costs(model, config, data)[:11], expected, rtol=1e-5)
 
 

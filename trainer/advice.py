@@ -1,0 +1,132 @@
+"""What would make a run fit: other settings, each with the memory that it takes, as the simulation has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from data.collate import collate, collate_packed
+from data.sample import Sample
+from data.sampler import num_micro_batches
+from model.batch import Batch
+from model.card import ModelCard
+from model.config import ConfigError
+from trainer.config import RunConfig
+from trainer.footprint import Footprint, footprint
+
+GIB = 2**30
+SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Change:
+    """Settings in place of those of the run, and what a rank takes with them."""
+
+    settings: str
+    needed: Footprint
+
+
+@dataclass(frozen=True)
+class Heavy:
+    """The heaviest micro-batch and how it came about: what a smaller one is cut from."""
+
+    config: RunConfig
+    card: ModelCard
+    num_ranks: int
+    samples: Sequence[Sample]
+    num_micro_batches: int
+
+    def batch(self, count: int | None = None) -> Batch:
+        """Of the first `count` samples, which are the longest; None: of all."""
+        return (collate_packed if self.config.data.packing else collate)(self.samples[:count], self.card.pad_id)
+
+    def needed(self, count: int | None = None, **changes: Any) -> Footprint:
+        """With `count` samples, and `changes` of [parallel]."""
+        parallel = replace(self.config.parallel, **changes)
+        micros = self.num_micro_batches
+        if count is not None and not self.config.data.packing:
+            micros = num_micro_batches(self.config.batch.global_batch_size, self.num_ranks, count)
+        return footprint(self.card, parallel, self.num_ranks, self.batch(count), micros)
+
+
+def advice(heavy: Heavy, limit: Callable[[Footprint], float]) -> str:
+    """What to set so that a rank takes at most `limit(what it takes now, as simulated)` bytes, for people."""
+    now = heavy.needed()
+    allowed = limit(now)
+    changes = list(fitting(heavy, allowed))
+    if not changes:
+        least = least_change(heavy)
+        return f"No one setting makes it fit; {told(least)} comes nearest: use more or larger devices, or a smaller model"
+    return "What fits: " + "; ".join(told(change) for change in changes[:SHOWN])
+
+
+def told(change: Change) -> str:
+    return f"{change.settings} ({change.needed.total / GIB:.1f} GiB)"
+
+
+def fitting(heavy: Heavy, allowed: float) -> Iterator[Change]:
+    """Changes that take no more than `allowed`; those that leave the training's numbers as they are come first."""
+    for change in (smaller(heavy, allowed), *other_settings(heavy)):
+        if change is not None and change.needed.total <= allowed:
+            yield change
+    if heavy.config.parallel.activation_checkpointing == "none":
+        change = smaller(heavy, allowed, activation_checkpointing="full")
+        if change is not None and change.needed.total <= allowed:
+            yield replace(change, settings=f"{change.settings} with parallel.activation_checkpointing = 'full'")
+    if (change := with_lora(heavy)) is not None and change.needed.total <= allowed:
+        yield change
+
+
+def smaller(heavy: Heavy, allowed: float, **changes: Any) -> Change | None:
+    """The most samples of the heaviest micro-batch that fit, by bisection; None where not even one does, or all were one."""
+    low, high, best = 1, len(heavy.samples) - 1, None
+    while low <= high:
+        middle = (low + high) // 2
+        needed = heavy.needed(middle, **changes)
+        if needed.total <= allowed:
+            best, low = (middle, needed), middle + 1
+        else:
+            high = middle - 1
+    return None if best is None else Change(_size(heavy, best[0]), best[1])
+
+
+def _size(heavy: Heavy, count: int) -> str:
+    if heavy.config.data.packing:
+        tokens = sum(len(sample.input_ids) for sample in heavy.samples[:count])
+        return f"batch.micro_batch_tokens = {max(tokens, heavy.config.data.max_length)}"
+    return f"batch.micro_batch_size = {count}"
+
+
+def other_settings(heavy: Heavy) -> Iterator[Change]:
+    """Changes of [parallel] that leave the numbers as they are."""
+    parallel = heavy.config.parallel
+    if parallel.activation_checkpointing == "none":
+        yield Change("parallel.activation_checkpointing = 'full'", heavy.needed(activation_checkpointing="full"))
+    if heavy.num_ranks > 1 and parallel.strategy != "fsdp":
+        yield Change("parallel.strategy = 'fsdp'", heavy.needed(strategy="fsdp", shard_size=0))
+        if parallel.activation_checkpointing == "none":
+            settings = "parallel.strategy = 'fsdp' with parallel.activation_checkpointing = 'full'"
+            yield Change(settings, heavy.needed(strategy="fsdp", shard_size=0, activation_checkpointing="full"))
+
+
+def with_lora(heavy: Heavy) -> Change | None:
+    """Adapters in place of the whole language model: another training, which needs no moments of all weights."""
+    model = heavy.card.model
+    if model.llm.tune != "full":
+        return None
+    try:
+        changed = replace(heavy, card=replace(heavy.card, model=replace(model, llm=replace(model.llm, tune="lora"))))
+        return Change(f"model.llm.tune = 'lora' (lora.rank = {heavy.config.lora.rank})", changed.needed())
+    except ConfigError:  # a model without linear layers to adapt
+        return None
+
+
+def least_change(heavy: Heavy) -> Change:
+    """Of all changes and what they come to together, the one that takes least."""
+    found = [*other_settings(heavy), Change("the run as it is", heavy.needed())]
+    recomputes = Change(
+        f"{_size(heavy, 1)} with parallel.activation_checkpointing = 'full'", heavy.needed(1, activation_checkpointing="full")
+    )
+    found += [recomputes, *filter(None, [with_lora(heavy)])]
+    return min(found, key=lambda change: change.needed.total)

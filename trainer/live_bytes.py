@@ -1,0 +1,121 @@
+"""Bytes that a forward and backward hold at one time, found without computing: the real model's code runs on meta tensors, and
+every storage that an operation makes is counted from its birth to its death.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True)
+class Live:
+    """Of one micro-batch, in bytes, without parameters, buffers and the batch itself."""
+
+    activations: int  # the most that is alive at one time, gradients of parameters not counted
+    with_gradients: int  # the same where gradients of parameters begin at none and stay
+
+
+def live_bytes(model: nn.Module, forward: Callable[[], Tensor], known: Iterable[Tensor]) -> Live:
+    """What `forward()` (-> the loss) and its backward hold on meta. `known` tensors, which exist before, are not counted.
+
+    Attention counts as its fused kernels: what they save is linear in the length. The gradients of parameters are dropped.
+    """
+    counter = _Counter([*model.parameters(), *model.buffers(), *known])
+    hooks = [p.register_post_accumulate_grad_hook(counter.given_up) for p in model.parameters() if p.requires_grad]
+    try:
+        with _fused_attention(), counter:
+            loss = forward()
+            if loss.requires_grad:
+                loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Live(counter.peak, counter.peak_with_gradients)
+
+
+class _Counter(TorchDispatchMode):
+    """Follows storages. A gradient leaves the count of activations as soon as it is its parameter's."""
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self._seen = {_key(tensor) for tensor in known}
+        self._known = known  # alive, so that no new storage takes the place of one
+        self._live = self._gradients = 0
+        self.peak = self.peak_with_gradients = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, Tensor):
+                self._born(leaf)
+        self.peak = max(self.peak, self._live)
+        self.peak_with_gradients = max(self.peak_with_gradients, self._live + self._gradients)
+        return found
+
+    def _born(self, tensor: Tensor) -> None:
+        key = _key(tensor)
+        if key in self._seen:
+            return
+        storage = tensor.untyped_storage()
+        size = storage.nbytes()
+        self._seen.add(key)
+        self._live += size
+        weakref.finalize(storage, self._died, key, size)
+
+    def _died(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self._live -= size
+
+    def given_up(self, parameter: Tensor) -> None:
+        """The gradient of `parameter` is whole."""
+        if parameter.grad is not None:
+            self._gradients += parameter.grad.untyped_storage().nbytes()
+        parameter.grad = None
+
+
+def _key(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """`scaled_dot_product_attention` on meta as its fused kernels have it; the generic one would hold all scores."""
+    original = F.scaled_dot_product_attention
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        return _Attention.apply(query, key, value)  # type: ignore[no-any-return, no-untyped-call]
+
+    # The name itself: a mode would not be there in backward, where blocks are recomputed.
+    F.scaled_dot_product_attention = fused  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
+
+
+class _Attention(torch.autograd.Function):
+    """query (..., H, T, D), key and value (..., Hkv, S, D) -> (..., H, T, Dv): shapes only."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # The kernels write (..., T, H, D) and hand out a transposed view, which the caller need not copy.
+        shape = (*query.shape[:-3], query.shape[-2], query.shape[-3], value.shape[-1])
+        found = query.new_empty(shape).transpose(-2, -3)
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, found, sums)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        query, key, value, _, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
