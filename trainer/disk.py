@@ -11,7 +11,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 SAVING, PREVIOUS, REMOVING, TRIAL, NEW = ".saving", ".previous", ".removing-", ".trial-", ".new"
@@ -46,7 +46,8 @@ def sync_run(folder: Path) -> None:
         for path in sorted(place.iterdir()):
             # Not .lock: closing any descriptor of it would give this process's lock away.
             if not path.name.startswith(".") and path.is_file() and not path.is_symlink():
-                sync_file(path)
+                with suppress(FileNotFoundError):  # a request, as STOP, is taken away when it is heard
+                    sync_file(path)
         sync_file(place)
 
 
@@ -158,8 +159,3 @@ def is_leftover(name: str) -> bool:
     inner, _, ending = name[1:].partition(SAVING)
     saving = SAVING in name and (ending == "" or ending.startswith("-")) and bool(inner)
     return saving or name.startswith((REMOVING, TRIAL)) or (name.endswith(NEW) and len(name) > len(NEW) + 1)
-
-
-def total_bytes(paths: Iterable[Path]) -> int:
-    """What is in those of the files that are there."""
-    return sum(path.stat().st_size for path in paths if path.is_file())
