@@ -11,6 +11,8 @@ from PIL import Image
 
 from data.blob import MediaError
 
+MAX_FRAMES = 2_000_000
+"""Of a film: nine hours of sixty frames a second."""
 _CUT_SECONDS = 1.0
 """All streams of a whole file end no earlier than this before the length that its header declares."""
 _INDEXED = ("mov", "matroska")
@@ -35,7 +37,7 @@ def read_timeline(container: Any, stream: Any, name: str) -> Timeline:
 
     AVI knows no presentation times: there frames come as they are decoded, at the times of the packets.
     """
-    packets, last = _packets(container, stream)
+    packets, last = _packets(container, stream, name)
     declared = (container.duration or 0) / 1e6
     if not packets:
         raise MediaError(f"{name!r} holds no frame")
@@ -61,9 +63,22 @@ def read_timeline(container: Any, stream: Any, name: str) -> Timeline:
     return Timeline(starts, starts[-1] + stays, times if keys else None, keys, begin)
 
 
-def _packets(container: Any, stream: Any) -> tuple[list[Any], float]:
+@dataclass(frozen=True)
+class _Packet:
+    """What is asked of a packet; the packet itself would keep its bytes in memory, and all of them are the file."""
+
+    pts: Any  # int, or None: without a time
+    dts: Any
+    duration: int
+    is_keyframe: bool
+    is_discard: bool
+    is_corrupt: bool
+
+
+def _packets(container: Any, stream: Any, name: str) -> tuple[list[_Packet], float]:
     """Those of `stream` in the order of decoding, and the second at which the last packet of any stream ends."""
-    packets, last = [], 0.0
+    packets: list[_Packet] = []
+    last = 0.0
     for packet in container.demux():
         time = packet.pts if packet.pts is not None else packet.dts
         if not packet.size:  # the end of a stream
@@ -71,7 +86,10 @@ def _packets(container: Any, stream: Any) -> tuple[list[Any], float]:
         if time is not None:
             last = max(last, float((time + (packet.duration or 0)) * packet.time_base))
         if packet.stream_index == stream.index:
-            packets.append(packet)
+            flags = bool(packet.is_keyframe), bool(packet.is_discard), bool(packet.is_corrupt)
+            packets.append(_Packet(packet.pts, packet.dts, packet.duration or 0, *flags))
+            if len(packets) > MAX_FRAMES:
+                raise MediaError(f"{name!r} has more than {MAX_FRAMES} frames; cut it into shorter films")
     return packets, last
 
 

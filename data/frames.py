@@ -24,6 +24,10 @@ from model.batch import ImageSpec, MediaMeta
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 """Names of the files in a folder that are its frames; others beside them, such as a list of times, are none."""
 _ANIMATION = re.compile(rb"GIF8|RIFF....WEBP", re.DOTALL)
+MAX_FRAMES = 20_000
+"""Of an animation, every frame of which is gone through to know when it is shown."""
+MAX_WORK = 16
+"""An animation's frames together have at most this many times `max_pixels`: a gigapixel takes some ten seconds."""
 _SHORTEST, _UNTIMED = 0.02, 0.1
 """An animation's frame that stays for less than the first is shown for the second, as browsers do; in seconds."""
 
@@ -95,8 +99,9 @@ def _animation(blob: Blob, spec: ImageSpec, config: DataConfig) -> Iterator[Fram
     image.check_file(blob)
     with opened_picture(blob) as (_, picture):
         image.judge(blob.name, picture.size, spec, config)
-        starts = [0.0]
-        for i in range(getattr(picture, "n_frames", 1)):
+        starts, count = [0.0], getattr(picture, "n_frames", 1)
+        _judge_work(blob.name, count, picture.size, config)
+        for i in range(count):
             starts.append(starts[-1] + _seconds(picture, i))
             image.judge(blob.name, picture.size, spec, config)  # a later frame of a GIF may make the picture larger
 
@@ -106,6 +111,16 @@ def _animation(blob: Blob, spec: ImageSpec, config: DataConfig) -> Iterator[Fram
                 yield image.frame_rows(picture.convert("RGB"), spec, config)
 
         yield Frames(starts[:-1], starts[-1], rows)
+
+
+def _judge_work(name: str, count: int, size: tuple[int, int], config: DataConfig) -> None:
+    """Raises MediaError for an animation whose frames take too long to step through: a small file can hold hours of work."""
+    if count > MAX_FRAMES:
+        raise MediaError(f"{name!r} has {count} frames; an animation of at most {MAX_FRAMES} is read")
+    if (pixels := count * size[0] * size[1]) > MAX_WORK * config.max_pixels:
+        raise MediaError(
+            f"{name!r} has {count} frames of {size[0]} x {size[1]} = {pixels} pixels; {MAX_WORK} x data.max_pixels are read"
+        )
 
 
 def _seconds(picture: Image.Image, i: int) -> float:

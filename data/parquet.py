@@ -25,6 +25,8 @@ from data.table import KINDS, Table
 _MEDIA_COLUMNS = tuple(key for kind in KINDS for key in (kind, f"{kind}s"))
 _TURN_COLUMNS = ("conversations", "messages")
 _ROWS_AT_ONCE = 1024
+MAX_GROUP_BYTES, MAX_GROUP_ROWS = 1 << 32, 1 << 24
+"""Of the columns of a row group that are held in memory together, unpacked."""
 
 
 class ParquetRows:
@@ -63,7 +65,7 @@ class ParquetRows:
             try:
                 opened = _open(self._shards.paths[file])
                 leaves = _light(opened) if not column else [leaf for leaf in _leaves(opened) if leaf.split(".")[0] == column]
-                self._kept[column] = wanted, opened.read_row_group(group, columns=leaves, use_threads=False)
+                self._kept[column] = wanted, _group(opened, group, leaves)
             except (OSError, DataError, _arrow().lib.ArrowException) as error:
                 raise RowError(f"cannot be read: {error}") from None
         return next(iter(self._kept[column][1].slice(row, 1).to_pylist()), {})
@@ -74,13 +76,13 @@ def scan_parquet(path: Path, advance: Advance) -> Table:
     opened = _open(str(path))
     if not set(_TURN_COLUMNS) & set(opened.schema_arrow.names):
         raise DataError(f"{path}: has no column {' or '.join(_TURN_COLUMNS)}; its columns: {', '.join(opened.schema_arrow.names)}")
-    plans = []
-    sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
-    for group in range(len(sizes)):
+    plans, sizes = [], []
+    for group in range(opened.num_row_groups):
         try:
-            rows = opened.read_row_group(group, columns=_light(opened), use_threads=False)
-        except (OSError, _arrow().lib.ArrowException) as error:
+            rows = _group(opened, group, _light(opened))
+        except (OSError, DataError, _arrow().lib.ArrowException) as error:
             raise DataError(f"{path}: row group {group} cannot be read: {error}") from None
+        sizes.append(rows.num_rows)  # what there is, not what the file says
         plans += [_plans(rows.slice(first, _ROWS_AT_ONCE)) for first in range(0, rows.num_rows, _ROWS_AT_ONCE)]
         advance(opened.metadata.row_group(group).total_byte_size)
     if not plans:
@@ -110,8 +112,21 @@ def _open(path: str) -> Any:
 
     try:
         return parquet.ParquetFile(path)
-    except _arrow().lib.ArrowException as error:
+    except (OSError, _arrow().lib.ArrowException) as error:
         raise DataError(f"{path}: is no readable parquet file: {error}") from None
+
+
+def _group(opened: Any, group: int, leaves: list[str]) -> Any:
+    """Columns of one row group. DataError when they say of themselves that they do not fit into memory."""
+    facts = opened.metadata.row_group(group)
+    columns = [facts.column(i) for i in range(facts.num_columns)]
+    size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema in leaves)
+    if size > MAX_GROUP_BYTES or facts.num_rows > MAX_GROUP_ROWS:
+        raise DataError(
+            f"it holds {facts.num_rows} rows of {size} bytes; at most {MAX_GROUP_ROWS} and {MAX_GROUP_BYTES} are read at once: "
+            "write the file with smaller row groups"
+        )
+    return opened.read_row_group(group, columns=leaves, use_threads=False)
 
 
 def _arrow() -> Any:

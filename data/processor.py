@@ -16,6 +16,7 @@ from data.blob import Blob, resolve
 from data.collate import collate
 from data.config import ConfigError, DataConfig
 from data.formats import freeze_date
+from data.limits import load_json
 from data.media import RecordMedia
 from data.record import MediaRef, Record, parse
 from data.sample import Sample, assemble, check_media
@@ -154,7 +155,7 @@ def load_processor(folder: str | Path) -> Processor:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        stored = load_json(file)
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}; name a final/ or checkpoint folder of a run") from error
     except ValueError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import transformers
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from data.config import ConfigError
+from data.limits import MAX_TOKENIZER_BYTES
 
 TELLING_STRINGS = (
     "Hello world",
@@ -43,6 +45,7 @@ def load_tokenizer(path: str, added: Sequence[str], cache_dir: str = "") -> Voca
     A token that it already has keeps its id. Raises `ConfigError` if there is no tokenizer that knows where in the text
     its tokens stand.
     """
+    _check_files(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir or None, trust_remote_code=False)
     except Exception as error:  # transformers raises nearly every kind here, for one reason: it cannot be loaded
@@ -59,6 +62,28 @@ def load_tokenizer(path: str, added: Sequence[str], cache_dir: str = "") -> Voca
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in wanted], special_tokens=True)
     new_ids = tuple(tokenizer.convert_tokens_to_ids(t) for t in wanted if t not in known)
     return Vocabulary(tokenizer, num_known, new_ids)
+
+
+def _check_files(path: str) -> None:
+    """ConfigError for a folder with a file that the library would wait for, or could not hold; for a name that is neither a
+    folder's nor a hub id.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        if not _HUB_ID.fullmatch(path) or ".." in path:
+            reason = _hint(path) or "it is neither a folder nor a hub id like 'org/name'"
+            raise ConfigError(f"model.llm.path = {path!r}: no tokenizer can be loaded: {reason}")
+        return
+    for file in folder.glob("*"):
+        if file.suffix in _SUFFIXES and not file.is_dir():
+            if not file.is_file():
+                raise ConfigError(f"model.llm.path: {file} is not a regular file")
+            if file.stat().st_size > MAX_TOKENIZER_BYTES:
+                raise ConfigError(f"model.llm.path: {file} has more than {MAX_TOKENIZER_BYTES} bytes, which no tokenizer has")
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 
 
 def _hint(path: str) -> str:

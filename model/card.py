@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import transformers
 
 from model.audio import audio_config, audio_spec
 from model.batch import MediaSpec, spec_from_json, spec_to_json
+from model.bounded import load_json
 from model.config import (
     AudioConfig,
     AudioProjectorConfig,
@@ -115,13 +115,13 @@ def write_card(card: ModelCard, folder: Path) -> None:
 def read_card(folder: Path) -> ModelCard:
     """The card in a final/ folder or a checkpoint; ConfigError when it has none or it cannot be read."""
     try:
-        value = json.loads((folder / NAME).read_text())
+        value = load_json(folder / NAME)
     except (OSError, ValueError) as error:
         hint = f"did you mean {folder / 'final'}?" if (folder / "final" / NAME).is_file() else MOVED
         raise ConfigError(f"{folder} is no final/ or checkpoint folder of ours: {NAME} cannot be read ({error}); {hint}") from error
     try:
         return _card(value)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(f"{folder / NAME} does not describe a model this version can build: {error}") from error
 
 

@@ -10,15 +10,21 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from model.bounded import open_regular
 from model.config import ConfigError
 
 log = logging.getLogger(__name__)
+READABLE = (
+    *("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"),
+    *("F8_E4M3", "F8_E5M2"),
+)
+"""Types of numbers that may stand in a safetensors file, by the format's names."""
 SHARD_BYTES = 5 * 10**9
 """Weights of more bytes are written as several files."""
 CODES = {
@@ -56,17 +62,25 @@ def read_weights(path: Path) -> Tensors:
 
 
 def read_safetensors(path: Path) -> Tensors:
+    """The library holds the header to 100 MB, and its offsets to the file, to the shapes and to each other."""
     try:
-        file = safe_open(path, framework="pt")
+        with open_regular(path):
+            file = safe_open(path, framework="pt")
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a dict
     except SafetensorError as error:
         raise ConfigError(f"{path} is cut short or is no safetensors file ({error}): restore it, or download it again") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    if unknown := [f"{name!r} ({part.get_dtype()})" for name, part in slices.items() if part.get_dtype() not in READABLE]:
+        raise ConfigError(
+            f"{path} holds numbers of a type that is not read: {', '.join(unknown[:3])}; known: {', '.join(READABLE)}"
+        )
 
-    def rows(name: str) -> Rows:
-        part = file.get_slice(name)
+    def rows(name: str, part: Any) -> Rows:
         shape = tuple(part.get_shape())
         return Rows(shape, lambda a, b: part[a:b] if shape else file.get_tensor(name))
 
-    return {name: rows(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    return {name: rows(name, part) for name, part in slices.items()}
 
 
 def read_bin(path: Path) -> Tensors:
@@ -74,7 +88,7 @@ def read_bin(path: Path) -> Tensors:
     log.warning("reading %s: a pickle, with weights_only=True; safetensors is the safer format", path)
     try:
         # Files from before PyTorch 1.6 are no zip archives, and only those can be mapped.
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_plain_zip(path))
     except (OSError, MemoryError):
         raise
     except Exception as error:  # whatever its bytes make the reader stumble over
@@ -84,9 +98,24 @@ def read_bin(path: Path) -> Tensors:
         ) from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path} holds a {type(loaded).__name__}, not tensors by name: save its state_dict instead")
-    if other := [f"{name!r} ({type(value).__name__})" for name, value in loaded.items() if not isinstance(value, Tensor)]:
+    if other := [f"{name!r} ({type(value).__name__})" for name, value in loaded.items() if not _is_plain(name, value)]:
         raise ConfigError(f"{path} holds more than tensors: {', '.join(other[:3])}: save the dictionary of tensors alone")
     return {name: in_memory(t) for name, t in loaded.items()}
+
+
+def _is_plain_zip(path: Path) -> bool:
+    """ValueError for an archive that is larger unpacked than packed: torch never writes one."""
+    with open_regular(path) as file:
+        if not zipfile.is_zipfile(file):
+            return False
+        with zipfile.ZipFile(file) as archive:
+            if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                raise ValueError("its members are compressed")
+    return True
+
+
+def _is_plain(name: object, value: object) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
 
 
 def in_memory(tensor: Tensor) -> Rows:
@@ -124,7 +153,7 @@ def write_safetensors(out: BinaryIO | None, entries: dict[str, Entry]) -> dict[s
 
     With `out` None (ranks other than 0) nothing is written, but every `value` is called, in the same order on every rank.
     """
-    names = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))
+    names = file_order(entries)
     if out is not None:
         out.write(header(entries, names))
     digests = {}
@@ -138,6 +167,11 @@ def write_safetensors(out: BinaryIO | None, entries: dict[str, Entry]) -> dict[s
         digests[name] = hashlib.sha256(data).hexdigest()
         out.write(data)
     return digests
+
+
+def file_order(entries: dict[str, Entry]) -> list[str]:
+    """Names as the library's own writer orders them: no number stands at an odd place."""
+    return sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))
 
 
 def header(entries: dict[str, Entry], names: Iterable[str]) -> bytes:

@@ -18,6 +18,9 @@ from model.logits import logit_change
 log = logging.getLogger(__name__)
 CAPPED_ATTENTION = (*OUR_ATTENTION, "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Values of `model.attention` that honour a soft cap of attention scores."""
+MAX_LAYERS = 10_000
+"""More would be built for hours before anything could be compared with it."""
+NAMES_OF_CODE = ("transformers_version", "auto_map", "attn_implementation", "experts_implementation", "custom_pipelines")
 ROW_MULTIPLE = 64
 """A grown vocabulary matrix has a multiple of this many rows, which matrix kernels like."""
 
@@ -42,8 +45,12 @@ def llm_config(config: LlmConfig, cache_dir: str = "") -> dict[str, Any]:
 
 
 def hugging_face_config(setting: str, value: dict[str, Any]) -> PretrainedConfig:
-    """A config object from plain JSON. Code that a folder brings along is never run."""
+    """A config object from plain JSON. Code that a folder brings along, or names, is never run."""
     kind = value.get("model_type")
+    if not isinstance(kind, str):
+        raise ConfigError(f"{setting}: model_type = {kind!r} in config.json is no name of a kind of model")
+    if too_many := {k: n for k, n in value.items() if "layers" in k and isinstance(n, int) and n > MAX_LAYERS}:
+        raise ConfigError(f"{setting}: {too_many} in config.json is more than {MAX_LAYERS} layers")
     if value.get("auto_map") and kind not in CONFIG_MAPPING:
         raise ConfigError(
             f"{setting}: config.json wants code of its own (auto_map), and transformers knows no model_type {kind!r}; that code is "
@@ -52,9 +59,15 @@ def hugging_face_config(setting: str, value: dict[str, Any]) -> PretrainedConfig
     if value.get("auto_map"):
         log.warning("%s: config.json names code of its own, which is not run: transformers has model_type %r", setting, kind)
     try:
-        return AutoConfig.for_model(**{k: v for k, v in value.items() if k not in ("transformers_version", "auto_map")})
-    except (ValueError, TypeError, KeyError) as error:
+        return AutoConfig.for_model(**without_code(value))
+    except Exception as error:  # the classes of transformers check their values each in its own way, or stumble over them
         raise ConfigError(f"{setting}: transformers knows no model_type {kind!r}, or refuses its values: {error}") from error
+
+
+def without_code(value: dict[str, Any]) -> dict[str, Any]:
+    """config.json without what says which code computes: a class beside it, or kernels that transformers would download."""
+    kept = {k: v for k, v in value.items() if k not in NAMES_OF_CODE and not k.startswith("_")}
+    return {k: without_code(v) if isinstance(v, dict) else v for k, v in kept.items()}
 
 
 def build_llm(value: dict[str, Any], attention_name: str, vocabulary: Vocabulary) -> nn.Module:
@@ -80,6 +93,10 @@ def build_llm(value: dict[str, Any], attention_name: str, vocabulary: Vocabulary
 
 def check_supported(config: PretrainedConfig, attention_name: str) -> None:
     """Refuse models whose structure or attention is more than is computed here: the loss would be silently wrong."""
+    if not attention_name.isidentifier():
+        raise ConfigError(
+            f"model.attention = {attention_name!r} is no name that transformers registers; kernels of the hub are code, never run"
+        )
     if config.get_text_config() is not config:
         raise ConfigError(
             f"model.llm.path: {config.model_type} is a model of several parts, not a language model: name a folder of the latter"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from model.bounded import load_json
 from model.config import ConfigError, LoraConfig
 from model.files import Rows, Tensors, dump_json, read_safetensors
 from model.lora import is_adapter
@@ -46,10 +46,22 @@ def _read_ours(path: Path, lora: LoraConfig) -> Tensors:
     for name in (OUR_CONFIG, CARD):
         beside = file.with_name(name)
         if beside.is_file():
-            config = json.loads(beside.read_text())
-            config = config["lora"] if name == CARD else config
+            value = _read_json(beside)
+            config = value.get("lora") if name == CARD else value
+            if not isinstance(config, dict) or not config.keys() >= {"rank", "alpha", "rslora"}:
+                raise ConfigError(f"lora.path = {str(path)!r}: {beside.name} does not say rank, alpha and rslora")
             _check(path, {key: config[key] for key in ("rank", "alpha", "rslora")}, lora)
     return read_safetensors(file)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = load_json(file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"lora.path: {file} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"lora.path: {file} is not a JSON object")
+    return value
 
 
 def _check(path: Path, config: dict[str, Any], lora: LoraConfig) -> None:
@@ -61,7 +73,7 @@ def _check(path: Path, config: dict[str, Any], lora: LoraConfig) -> None:
 
 
 def _read_peft(folder: Path, lora: LoraConfig) -> Tensors:
-    config = {**DEFAULTS, **json.loads((folder / CONFIG).read_text())}
+    config = {**DEFAULTS, **_read_json(folder / CONFIG)}
     if config.get("peft_type", "LORA") != "LORA":
         raise ConfigError(f"lora.path = {str(folder)!r} is a {config['peft_type']} adapter, not LORA")
     if other := [key for key in OTHER_MATHS if config.get(key)]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from model.bounded import load_json
 from model.config import ConfigError
 from model.files import file_digest
 
@@ -43,7 +43,7 @@ def check_proof(folder: Path, check: Check) -> None:
 def read_proof(folder: Path) -> dict[str, dict[str, Any]]:
     """Facts of every weight file by name; ConfigError when there is no proof.json or it cannot be read."""
     try:
-        files: dict[str, dict[str, Any]] = json.loads((folder / NAME).read_bytes())["files"]
+        files: dict[str, dict[str, Any]] = load_json(folder / NAME)["files"]
         if not all(isinstance(facts["sha256"], str) for facts in files.values()):
             raise TypeError("a sha256 is no string")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
