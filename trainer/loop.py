@@ -25,6 +25,7 @@ from trainer.setup import Setup
 from trainer.steering import EVALUATE, SAVE, STOP, WISHES
 from trainer.step import train_step
 from trainer.step_log import StepLog
+from trainer.trial import prove_saving
 from trainer.validate import validate
 from trainer.work import sample_costs
 
@@ -69,6 +70,8 @@ class Loop:
         self._account(told=True)
 
     def _run(self) -> None:
+        self.watch.at("proof", self.place.first_step + self.first_step)
+        self.checkpointer.room = prove_saving(self.setup, self.checkpointer, self.place.first_step + self.first_step, self._state())
         total = self.setup.total_steps
         bar = tqdm(
             desc=self.place.name or None,
@@ -207,5 +210,14 @@ class Loop:
 
     def _save(self, done: int) -> None:
         setup = self.setup
-        state = {**run_state(self.place, self.lengths), "meter": {**self.meter.state(), "health": self.health.state()}}
-        self.checkpointer.save(self.place.first_step + done, setup.trained, state, setup.data.card, setup.data.processor)  # type: ignore[arg-type]
+        self.checkpointer.save(
+            self.place.first_step + done,
+            setup.trained,  # type: ignore[arg-type]
+            self._state(),
+            setup.data.card,
+            setup.data.processor,
+        )
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors. Collective, host sync."""
+        return {**run_state(self.place, self.lengths), "meter": {**self.meter.state(), "health": self.health.state()}}
