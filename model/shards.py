@@ -5,19 +5,39 @@ Any number of ranks, under any strategy, may have written them; a tensor is put 
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from model.files import Entry, Rows, Tensors, dump_json, read_safetensors, write_safetensors
+from model.files import Entry, Rows, Tensors, as_bytes, dump_json, file_order, header, read_safetensors
 from model.manifest import UnsoundCheckpoint
 from model.weights import local_range
 
 WEIGHTS = "weights/"
 """Prefix of the trained parameters among a checkpoint's tensors; the optimizer's are called exp_avg/ and exp_avg_sq/."""
+PIECE_BYTES = 4 << 20
+"""What is written at once. Whoever writes beside a training thread holds the interpreter's lock only between two pieces."""
+EXPONENTS: dict[torch.dtype, tuple[Any, int]] = {
+    torch.float64: (np.uint64, 0x7FF0 << 48),
+    torch.float32: (np.uint32, 0x7F80 << 16),
+    torch.float16: (np.uint16, 0x7C00),
+    torch.bfloat16: (np.uint16, 0x7F80),
+}
+"""Bits that are all set in infinities and NaN alone, by type."""
+
+
+class BadShard(Exception):
+    """What was to be saved is not sound, or was not found on disk as it was written; the message names the tensor or the file."""
 
 
 @dataclass(frozen=True)
@@ -29,20 +49,137 @@ class Piece:
     shape: tuple[int, ...]  # of the whole tensor
 
 
-def write_shard(folder: Path, rank: int, world_size: int, tensors: dict[str, Tensor]) -> None:
-    """Write this rank's rows of `tensors` (plain or sharded) as rank-RRRRR-of-WWWWW.safetensors and .json."""
-    stem = f"rank-{rank:05d}-of-{world_size:05d}"
-    entries, layout = {}, {}
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor's bytes stand among the data of a file: [begin, end)."""
+
+    name: str
+    dtype: torch.dtype
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """A rank's file before anything is written: its header, its tensors in order, and what its JSON says of them."""
+
+    header: bytes
+    places: list[Place]
+    layout: dict[str, dict[str, Any]]
+
+    def name_at(self, position: int) -> str:
+        """The tensor that has the data's byte at `position`."""
+        return self.places[bisect_right(self.places, position, key=lambda place: place.begin) - 1].name
+
+
+Chunks = Callable[[], Iterator[tuple[torch.dtype, memoryview]]]
+"""A file's data in order, each with the type of its numbers; it is gone through twice, to write and to compare."""
+
+
+def plan_shard(tensors: dict[str, Tensor]) -> ShardPlan:
+    """The file of this rank's rows of `tensors` (plain or sharded); those of which it has none are left out."""
+    entries: dict[str, Entry] = {}
+    layout: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         first, stop = local_range(tensor)
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         if tensor.dim() and first == stop:
             continue
         layout[name] = {"first": first, "shape": list(tensor.shape)}
-        entries[name] = Entry(local.dtype, tuple(local.shape), lambda local=local: local)  # type: ignore[misc]
-    with (folder / f"{stem}.safetensors").open("wb") as out:
-        write_safetensors(out, entries)
-    (folder / f"{stem}.json").write_text(dump_json(layout))
+        rows = local(tensor)
+        entries[name] = Entry(rows.dtype, tuple(rows.shape), lambda: None)
+    places, end = [], 0
+    for name in file_order(entries):
+        begin, end = end, end + entries[name].num_bytes
+        places.append(Place(name, entries[name].dtype, begin, end))
+    return ShardPlan(header(entries, [place.name for place in places]), places, layout)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's rows, without a copy."""
+    with torch.no_grad():
+        return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def write_shard(folder: Path, rank: int, world_size: int, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Write this rank's rows of `tensors` as rank-RRRRR-of-WWWWW.safetensors and .json. Returns and raises as `write_planned`."""
+    plan = plan_shard(tensors)
+    return write_planned(folder, rank, world_size, plan, lambda: _live(plan, tensors))
+
+
+def write_planned(folder: Path, rank: int, world_size: int, plan: ShardPlan, chunks: Chunks) -> dict[str, dict[str, Any]]:
+    """Write both files of a rank, and read back what the disk has. Returns size and sha256 of each, by name.
+
+    BadShard when a number is not finite, or when the files are read back otherwise than they were written.
+    """
+    stem = f"rank-{rank:05d}-of-{world_size:05d}"
+    data, layout = folder / f"{stem}.safetensors", folder / f"{stem}.json"
+    text = dump_json(plan.layout).encode()
+    facts = {data.name: _write(data, _checked(plan, chunks)), layout.name: _write(layout, iter([memoryview(text)]))}
+    _compare(data, chain([memoryview(plan.header)], (chunk for _, chunk in chunks())))
+    _compare(layout, iter([memoryview(text)]))
+    return facts
+
+
+def pieces(dtype: torch.dtype, data: memoryview) -> Iterator[tuple[torch.dtype, memoryview]]:
+    """`data` cut for writing."""
+    for begin in range(0, len(data), PIECE_BYTES):
+        yield dtype, data[begin : begin + PIECE_BYTES]
+
+
+def _live(plan: ShardPlan, tensors: dict[str, Tensor]) -> Iterator[tuple[torch.dtype, memoryview]]:
+    """From the tensors themselves, one on the host at a time."""
+    for place in plan.places:
+        yield from pieces(place.dtype, as_bytes(local(tensors[place.name])))
+
+
+def _checked(plan: ShardPlan, chunks: Chunks) -> Iterator[memoryview]:
+    """Header and data; BadShard instead of the first piece in which a number is not finite."""
+    yield memoryview(plan.header)
+    position = 0
+    for dtype, chunk in chunks():
+        if dtype in EXPONENTS:
+            kind, exponent = EXPONENTS[dtype]
+            bits = np.frombuffer(chunk, dtype=kind)
+            wrong = (bits & kind(exponent)) == exponent
+            if wrong.any():
+                name = plan.name_at(position + int(wrong.argmax()) * bits.itemsize)
+                raise BadShard(f"{name} holds numbers that are not finite")
+        position += len(chunk)
+        yield chunk
+
+
+def _write(path: Path, chunks: Iterator[memoryview]) -> dict[str, Any]:
+    """Until the disk has it. The checksum is of the bytes as they are handed over."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as out:
+        for chunk in chunks:
+            digest.update(chunk)
+            size += out.write(chunk)
+        out.flush()
+        os.fsync(out.fileno())
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _compare(path: Path, chunks: Iterator[memoryview]) -> None:
+    """BadShard unless the file holds `chunks`, one after the other, and nothing more."""
+    space = np.empty(PIECE_BYTES, dtype=np.uint8)
+    with path.open("rb", buffering=0) as file:
+        for chunk in chunks:
+            for begin in range(0, len(chunk), PIECE_BYTES):
+                expected = np.frombuffer(chunk[begin : begin + PIECE_BYTES], dtype=np.uint8)
+                found = space[: len(expected)]
+                if _fill(file, memoryview(found)) != len(expected) or not np.array_equal(found, expected):  # type: ignore[arg-type]
+                    raise BadShard(f"{path} is read back otherwise than it was written: the disk or the memory is failing")
+        if file.read(1):
+            raise BadShard(f"{path} is longer than what was written")
+
+
+def _fill(file: Any, space: memoryview) -> int:
+    """Bytes read into `space`, fewer than fit only at the end of the file."""
+    count = 0
+    while count < len(space) and (got := file.readinto(space[count:])):
+        count += got
+    return count
 
 
 def checkpoint_tensors(folder: Path) -> Tensors:

@@ -13,17 +13,29 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from model.card import ModelCard
+from model.config import LlmConfig, LoraConfig, ModelConfig
 from model.files import Entry, write_safetensors
+from model.llm import Vocabulary
 from model.manifest import UnsoundCheckpoint, verify, write_manifest
 from model.shards import checkpoint_tensors, write_shard
 from tests.ranks import run_ranks
-from tests.runs import failure_of, start_alone
+from tests.runs import start, start_alone
 from trainer import checkpoint as module
 from trainer.checkpoint import Checkpointer, Trained, restore
 from trainer.distributed import World
 from trainer.exits import SaveError
 from trainer.gather import gather_hooks
 from trainer.retention import newest_sound
+
+CARD = ModelCard(ModelConfig(LlmConfig("llm")), LoraConfig(), {}, {}, Vocabulary(4, 4))
+
+
+class Nothing:
+    """In place of a processor."""
+
+    def save(self, folder: Path) -> None:
+        (folder / "processor.json").write_text("{}")
 
 
 def toy(world: World, strategy: str) -> Trained:
@@ -128,23 +140,23 @@ def test_a_checkpoint_holds_no_frozen_weight_and_no_pickle(parts: Path, tmp_path
 
 
 def save_into_failing(world: World, folder: Path, failing: int) -> str:
-    trained = toy(world, "fsdp")
-    checkpointer = Checkpointer(folder, 2, world)
-    original = module.write_shard
+    original = module.write_planned
 
-    def broken(*args: Any) -> None:
+    def broken(*args: Any) -> Any:
         if world.rank == failing:
             raise OSError(28, "No space left on device", "shard")
-        original(*args)
+        return original(*args)
 
-    module.write_shard = broken
+    module.write_planned = broken  # type: ignore[assignment]
     try:
-        checkpointer.save(7, trained, {}, None, None)  # type: ignore[arg-type]
+        checkpointer = Checkpointer(folder, 2, world)
+        checkpointer.save(7, toy(world, "fsdp"), {}, CARD, Nothing())  # type: ignore[arg-type]
+        checkpointer.wait()
         return "saved"
     except SaveError as error:
         return str(error)
     finally:
-        module.write_shard = original
+        module.write_planned = original
 
 
 @pytest.mark.parametrize("failing", [0, 1])
@@ -158,11 +170,18 @@ def test_a_save_that_fails_on_one_rank_fails_on_all_and_leaves_older_ones_alone(
     assert newest_sound(tmp_path) == (old, [])
 
 
+def start_where_nothing_can_be_written(world: World, parts: Path, output_dir: Path) -> int:
+    """A run folder that turns read-only once the run is under way."""
+
+    def make_folder(path: Path) -> None:
+        raise OSError(30, "Read-only file system", str(path))
+
+    module.make_folder = make_folder
+    return start(world, parts, output_dir, {"checkpoint": {"every": 2, "keep": 2}}).code
+
+
 def test_an_unwritable_run_folder_ends_with_73(parts: Path, tmp_path: Path) -> None:
-    """A file where the temporary folder must go: it cannot be made."""
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / ".checkpoint-2.saving").write_text("in the way")
-    code, reason = failure_of(parts, run, {})
-    assert code == 73 and "a checkpoint cannot be written" in reason
-    assert json.loads((run / "exit.json").read_text())["step"] == 2
+    assert run_ranks(start_where_nothing_can_be_written, 1, parts, tmp_path / "run") == [73]
+    told = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert told["code"] == 73 and "a checkpoint cannot be written" in told["reason"] and "Read-only" in told["reason"]
+    assert 2 <= told["step"] <= 4  # at the latest when the next one is due
