@@ -12,7 +12,7 @@ from tqdm import tqdm
 from data.dataset import MultimodalDataset
 from data.loader import MicroBatch, train_batches
 from trainer.checkpoint import Checkpointer
-from trainer.exits import Progress, StopRequested
+from trainer.exits import INTERNAL, Progress, StopRequested, code_of
 from trainer.health import Health, forget_after, hearable, split
 from trainer.later import Later
 from trainer.ledger import table, write_ledger
@@ -28,6 +28,9 @@ from trainer.step_log import StepLog
 from trainer.trial import prove_saving
 from trainer.validate import validate
 from trainer.work import sample_costs
+
+PEERS = 5.0
+"""Seconds that a save under way gets when a run ends by an error of its own, or by that of another rank."""
 
 
 class Loop:
@@ -63,7 +66,9 @@ class Loop:
         """All steps that are left. Ends with a checkpoint of the last one. A run that fails leaves a ledger too."""
         try:
             self._run()
-        except BaseException:
+        except BaseException as error:
+            # A checkpoint that is nearly there is worth a wait; if a rank has died it will never be complete.
+            self.checkpointer.settle(PEERS if code_of(error) == INTERNAL else self.setup.config.faults.grace_seconds)
             with suppress(OSError):  # what ended the run is the reason to tell
                 self._account()
             raise
