@@ -33,7 +33,7 @@ def live_bytes(model: nn.Module, forward: Callable[[], Tensor], known: Iterable[
     counter = _Counter([*model.parameters(), *model.buffers(), *known])
     hooks = [p.register_post_accumulate_grad_hook(counter.given_up) for p in model.parameters() if p.requires_grad]
     try:
-        with _fused_attention(), counter:
+        with _shapes_alone(), counter:
             loss = forward()
             if loss.requires_grad:
                 loss.backward()
@@ -88,19 +88,41 @@ def _key(tensor: Tensor) -> int:
 
 
 @contextmanager
-def _fused_attention() -> Iterator[None]:
-    """`scaled_dot_product_attention` on meta as its fused kernels have it; the generic one would hold all scores."""
-    original = F.scaled_dot_product_attention
+def _shapes_alone() -> Iterator[None]:
+    """Inside, operations that have no form on meta, or a wasteful one, are stand-ins that hold what their kernels hold."""
 
-    def fused(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        return _Attention.apply(query, key, value)  # type: ignore[no-any-return, no-untyped-call]
+    def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+        return _Attention.apply(query, key, value)
 
-    # The name itself: a mode would not be there in backward, where blocks are recomputed.
-    F.scaled_dot_product_attention = fused  # type: ignore[assignment]
+    def grouped(rows: Tensor, weights: Tensor, *_: Any, **__: Any) -> Any:
+        return _Grouped.apply(rows, weights)
+
+    # The names themselves: a mode would not be there in backward, where blocks are recomputed.
+    stand_ins = [(F, "scaled_dot_product_attention", attention), (F, "grouped_mm", grouped), (torch, "_grouped_mm", grouped)]
+    originals = [(module, name, getattr(module, name)) for module, name, _ in stand_ins if hasattr(module, name)]
+    for module, name, stand_in in stand_ins:
+        if hasattr(module, name):
+            setattr(module, name, stand_in)
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = original
+        for module, name, original in originals:
+            setattr(module, name, original)
+
+
+class _Grouped(torch.autograd.Function):
+    """Rows (S, in), each times its group's matrix of weights (E, in, out) -> (S, out): shapes only."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights)
+        return rows.new_empty(rows.shape[0], weights.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        rows, weights = ctx.saved_tensors
+        of_rows, of_weights = ctx.needs_input_grad
+        return torch.empty_like(rows) if of_rows else None, torch.empty_like(weights) if of_weights else None
 
 
 class _Attention(torch.autograd.Function):

@@ -1,0 +1,142 @@
+"""Will it fit? What a run takes of every rank's memory and of the disk, before any weight is read.
+
+Parameters, gradients and the optimizer are exact; activations are simulated: the heaviest micro-batch of the epoch goes through
+the real model without values. Read are JSON files, the tokenizer, the index of the data and the records of that micro-batch; with
+--no-data, samples of data.max_length tokens stand for them. The last line of stdout is JSON. Exit code 2: the run file is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from dataclasses import dataclass, replace
+
+import torch
+
+from data.loader import BatchPlan
+from model.config import ConfigError
+from tools.cli import printable, run
+from tools.plan_table import as_json, table
+from trainer.advice import Change, Heavy, fitting, least_change
+from trainer.config import RunConfig
+from trainer.device_memory import total_memory
+from trainer.distributed import World
+from trainer.file_sizes import checkpoint_bytes, final_bytes
+from trainer.footprint import Footprint, on_meta, sharing_ranks
+from trainer.heaviest import find_heaviest, read_samples
+from trainer.made_up import made_up_samples
+from trainer.parallel import check_sharing
+from trainer.runfile import load_config
+from trainer.setup import num_steps, resolved
+from trainer.sources import RunData, open_data
+from trainer.stages import place_to_read
+from trainer.work import media_memory, sample_costs
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is told."""
+
+    heavy: Heavy
+    strategies: dict[str, Footprint]  # the configured one first
+    calendar: dict[str, int]  # steps, samples and tokens; empty without data
+    checkpoint_bytes: int
+    final_bytes: int
+    memory: float  # bytes of a rank; 0: not known
+    changes: list[Change]  # that would make it fit, when it does not
+    nearest: Change | None  # when nothing does
+
+    @property
+    def fits(self) -> bool | None:
+        configured = next(iter(self.strategies.values()))
+        return configured.total <= self.memory if self.memory else None
+
+
+def plan(options: argparse.Namespace) -> None:
+    if options.ranks < 1:
+        raise ConfigError(f"--ranks {options.ranks} is not positive")
+    if options.memory is not None and not (options.memory > 0 and math.isfinite(options.memory)):
+        raise ConfigError(f"--memory {options.memory} is not a positive number of GiB")
+    place = place_to_read(load_config(options.cfg, options.overrides), options.stage)
+    check_sharing(place.config.parallel, options.ranks)
+    device = torch.device(options.device)
+    alone = World(0, 0, 1, torch.device("cpu"))
+    config = resolved(place.config, replace(alone, device=device))
+    if options.no_data:
+        config = replace(config, data=replace(config.data, sources=(), validation=()))
+    data = open_data(config, alone, place=replace(place, config=config))
+    memory = options.memory * GIB if options.memory else float(total_memory(device))
+    found = planned(config, data, options.ranks, memory)
+    print(printable("\n".join(table(found))))
+    print(json.dumps(as_json(found)))
+
+
+def planned(config: RunConfig, data: RunData, num_ranks: int, memory: float) -> Plan:
+    """Everything about a run on `num_ranks` ranks of `memory` bytes each."""
+    heavy, calendar = heaviest_of(config, data, num_ranks)
+    strategies = {config.parallel.strategy: heavy.needed()}
+    for strategy, shard_size in others(config, num_ranks):
+        strategies[strategy] = heavy.needed(strategy=strategy, shard_size=shard_size)
+    changes: list[Change] = []
+    nearest = None
+    if memory and strategies[config.parallel.strategy].total > memory:
+        changes = list(fitting(heavy, memory))
+        nearest = None if changes else least_change(heavy)
+    model = on_meta(data.card, config.parallel, computes=False)
+    shards = checkpoint_bytes(model, sharing_ranks(config.parallel, num_ranks), num_ranks)
+    return Plan(heavy, strategies, calendar, shards, final_bytes(model, data.card), memory, changes, nearest)
+
+
+def others(config: RunConfig, num_ranks: int) -> list[tuple[str, int]]:
+    """Strategies beside the configured one, with their shard size; hsdp in two copies, where ranks form them and none is set."""
+    if num_ranks == 1:
+        return []
+    size = config.parallel.shard_size or (num_ranks // 2 if num_ranks % 2 == 0 and num_ranks > 2 else 0)
+    known = [("ddp", 0), ("fsdp", 0), *([("hsdp", size)] if size else [])]
+    return [(name, shard_size) for name, shard_size in known if name != config.parallel.strategy]
+
+
+def heaviest_of(config: RunConfig, data: RunData, num_ranks: int) -> tuple[Heavy, dict[str, int]]:
+    """The heaviest micro-batch of the first epoch, and what a run of these data comes to."""
+    batch, sampler = config.batch, data.sampler
+    if sampler is None or data.train is None:
+        micros = 2 if config.data.packing else -(-batch.global_batch_size // (num_ranks * batch.micro_batch_size))
+        return Heavy(config, data.card, num_ranks, made_up_samples(config, data), micros), {}
+    deal = BatchPlan(num_ranks, batch.micro_batch_size, batch.micro_batch_tokens)
+    model = on_meta(data.card, config.parallel, computes=False)
+    media = media_memory(model, data.train, config.parallel.activation_checkpointing != "none")
+    costs = sample_costs(model, config.model, data.train) if deal.is_packed else None
+    found = find_heaviest(sampler, deal, media, costs, 0, sampler.steps_per_epoch)
+    samples = read_samples(data.train, found.ids, deal.is_packed)
+    _, ids = sampler.before(sampler.steps_per_epoch - 1)
+    tokens = sum(int(sampler.lengths[part].sum(dtype="int64")) for part in (ids, sampler.step(sampler.steps_per_epoch - 1)))
+    calendar = {
+        "steps": num_steps(config, data),
+        "steps_per_epoch": sampler.steps_per_epoch,
+        "samples_per_epoch": sampler.samples_per_epoch,
+        "tokens_per_epoch": tokens,
+    }
+    return Heavy(config, data.card, num_ranks, samples, found.num_micro_batches), calendar
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tools.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--cfg", required=True, help="the run file")
+    parser.add_argument("--stage", default="", metavar="NAME", help="of a file with [[stage]] tables: this one")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes that train together (1)")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="of each rank (default: this machine's device)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if cuda else "cpu", help="what it will run on")
+    parser.add_argument("--no-data", action="store_true", help="the data are elsewhere: plan by data.max_length")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
+    options = parser.parse_intermixed_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return run("plan", lambda: plan(options))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

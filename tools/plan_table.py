@@ -1,0 +1,124 @@
+"""How `tools.plan` tells what it found: a table of at most 100 columns for people, one object for programs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from model.trainable import part_table
+from trainer.advice import told
+from trainer.footprint import Footprint, on_meta
+from trainer.rehearsal import described
+
+if TYPE_CHECKING:
+    from tools.plan import Plan
+
+ROWS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "activations": "activations, at most",
+    "gathered": "whole blocks gathered",
+    "unsummed": "gradients before the sum",
+    "total": "total",
+}
+
+
+def table(plan: Plan) -> list[str]:
+    """For people."""
+    return [*_parts(plan), "", *_strategies(plan), "", *_run(plan), *_advice(plan)]
+
+
+def _parts(plan: Plan) -> list[str]:
+    """What each part takes on a rank of the configured strategy."""
+    heavy, (footprint, *_) = plan.heavy, plan.strategies.values()
+    held = {part.part: part for part in footprint.holdings}
+    lines = [f"{'part':<17}{'parameters':>15}{'trainable':>15}  {'tune':<10}{'weights':>12}{'gradients':>12}{'optimizer':>12}"]
+    for row in part_table(on_meta(heavy.card, heavy.config.parallel, computes=False), heavy.card.model):
+        part = held[row.part]
+        sizes = "".join(f"{size(value):>12}" for value in (part.weights + part.buffers, part.gradients, part.optimizer))
+        lines.append(f"{row.part:<17}{row.num_parameters:>15,}{row.num_trainable:>15,}  {row.tune:<10}{sizes}")
+    return lines
+
+
+def _strategies(plan: Plan) -> list[str]:
+    """All strategies side by side; the configured one is marked."""
+    config, ranks = plan.heavy.config, plan.heavy.num_ranks
+    names = [f"{name} *" if i == 0 and ranks > 1 else name for i, name in enumerate(plan.strategies)]
+    if ranks == 1:
+        names = ["one process"]
+    lines = [f"{f'on each of {ranks} ranks' if ranks > 1 else 'memory':<28}" + "".join(f"{name:>14}" for name in names)]
+    for key, label in ROWS.items():
+        values = [getattr(found, key) for found in plan.strategies.values()]
+        if any(values):
+            lines.append(f"{label:<28}" + "".join(f"{size(value):>14}" for value in values))
+    if plan.memory:
+        fits = ["yes" if found.total <= plan.memory else "no" for found in plan.strategies.values()]
+        lines.append(f"{f'fits in {plan.memory / 2**30:.1f} GiB':<28}" + "".join(f"{answer:>14}" for answer in fits))
+    if "hsdp" in plan.strategies and config.parallel.strategy != "hsdp":
+        lines.append(f"hsdp: parallel.shard_size = {config.parallel.shard_size or ranks // 2}")
+    return lines
+
+
+def _run(plan: Plan) -> list[str]:
+    heavy, calendar = plan.heavy, plan.calendar
+    lines = [
+        f"heaviest    {described(heavy.batch())}",
+        f"            one of {heavy.num_micro_batches} micro-batch(es) in its step, computing in {heavy.card.model.dtype}",
+    ]
+    if calendar:
+        lines.append(
+            f"steps       {calendar['steps']:,} in all, {calendar['steps_per_epoch']:,} per epoch of "
+            f"{calendar['samples_per_epoch']:,} samples, {calendar['tokens_per_epoch']:,} tokens"
+        )
+    else:
+        lines.append("steps       not known without the data; samples of data.max_length tokens were made up")
+    kept = heavy.config.checkpoint.keep
+    lines.append(
+        f"checkpoint  {size(plan.checkpoint_bytes)} each, {size(plan.checkpoint_bytes * kept)} for the {kept} that are kept"
+    )
+    lines.append(f"final       {size(plan.final_bytes)} of weights")
+    return lines
+
+
+def _advice(plan: Plan) -> list[str]:
+    if plan.fits is not False:
+        return []
+    lines = ["", f"It does not fit in {plan.memory / 2**30:.1f} GiB. What would:"]
+    lines += [f"  {told(change)}" for change in plan.changes]
+    if plan.nearest is not None:
+        lines.append(f"  nothing by itself; nearest comes {told(plan.nearest)}")
+    return lines
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """For programs: sizes in bytes."""
+    heavy = plan.heavy
+    batch = heavy.batch()
+    strategies = {name: _sizes(found) for name, found in plan.strategies.items()}
+    configured = next(iter(plan.strategies.values()))
+    return {
+        "ranks": heavy.num_ranks,
+        "strategy": heavy.config.parallel.strategy,
+        "parts": {part.part: {k: v for k, v in asdict(part).items() if k != "part"} for part in configured.holdings},
+        "strategies": strategies,
+        "heaviest": {"samples": len(heavy.samples), "tokens": batch.input_ids.numel(), "micro_batches": heavy.num_micro_batches},
+        **plan.calendar,
+        "checkpoint_bytes": plan.checkpoint_bytes,
+        "final_bytes": plan.final_bytes,
+        "memory": int(plan.memory) or None,
+        "fits": plan.fits,
+        "would_fit": {change.settings: change.needed.total for change in plan.changes},
+    }
+
+
+def _sizes(found: Footprint) -> dict[str, int]:
+    return {key: getattr(found, key) for key in ROWS}
+
+
+def size(value: float) -> str:
+    """Bytes for people."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= scale:
+            return f"{value / scale:,.2f} {unit}"
+    return f"{value:.0f} B"
