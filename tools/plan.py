@@ -78,7 +78,7 @@ def plan(options: argparse.Namespace) -> None:
 def planned(config: RunConfig, data: RunData, num_ranks: int, memory: float) -> Plan:
     """Everything about a run on `num_ranks` ranks of `memory` bytes each."""
     heavy, calendar = heaviest_of(config, data, num_ranks)
-    strategies = {config.parallel.strategy: heavy.needed()}
+    strategies: dict[str, Footprint] = {config.parallel.strategy: heavy.needed()}
     for strategy, shard_size in others(config, num_ranks):
         strategies[strategy] = heavy.needed(strategy=strategy, shard_size=shard_size)
     changes: list[Change] = []

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from model.trainable import part_table
 from trainer.advice import told
-from trainer.footprint import Footprint, on_meta
+from trainer.footprint import Footprint, on_meta, size
 from trainer.rehearsal import described
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def _strategies(plan: Plan) -> list[str]:
             lines.append(f"{label:<28}" + "".join(f"{size(value):>14}" for value in values))
     if plan.memory:
         fits = ["yes" if found.total <= plan.memory else "no" for found in plan.strategies.values()]
-        lines.append(f"{f'fits in {plan.memory / 2**30:.1f} GiB':<28}" + "".join(f"{answer:>14}" for answer in fits))
+        lines.append(f"{f'fits in {size(plan.memory)}':<28}" + "".join(f"{answer:>14}" for answer in fits))
     if "hsdp" in plan.strategies and config.parallel.strategy != "hsdp":
         lines.append(f"hsdp: parallel.shard_size = {config.parallel.shard_size or ranks // 2}")
     return lines
@@ -74,9 +74,7 @@ def _run(plan: Plan) -> list[str]:
     else:
         lines.append("steps       not known without the data; samples of data.max_length tokens were made up")
     kept = heavy.config.checkpoint.keep
-    lines.append(
-        f"checkpoint  {size(plan.checkpoint_bytes)} each, {size(plan.checkpoint_bytes * kept)} for the {kept} that are kept"
-    )
+    lines.append(f"checkpoint  {size(plan.checkpoint_bytes)} each, {kept} are kept: {size(plan.checkpoint_bytes * kept)}")
     lines.append(f"final       {size(plan.final_bytes)} of weights")
     return lines
 
@@ -84,7 +82,7 @@ def _run(plan: Plan) -> list[str]:
 def _advice(plan: Plan) -> list[str]:
     if plan.fits is not False:
         return []
-    lines = ["", f"It does not fit in {plan.memory / 2**30:.1f} GiB. What would:"]
+    lines = ["", f"It does not fit in {size(plan.memory)}. What would:"]
     lines += [f"  {told(change)}" for change in plan.changes]
     if plan.nearest is not None:
         lines.append(f"  nothing by itself; nearest comes {told(plan.nearest)}")
@@ -114,11 +112,3 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 def _sizes(found: Footprint) -> dict[str, int]:
     return {key: getattr(found, key) for key in ROWS}
-
-
-def size(value: float) -> str:
-    """Bytes for people."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if value >= scale:
-            return f"{value / scale:,.2f} {unit}"
-    return f"{value:.0f} B"

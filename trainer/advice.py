@@ -13,9 +13,8 @@ from model.batch import Batch
 from model.card import ModelCard
 from model.config import ConfigError
 from trainer.config import RunConfig
-from trainer.footprint import Footprint, footprint
+from trainer.footprint import Footprint, footprint, size
 
-GIB = 2**30
 SHOWN = 4
 
 
@@ -62,7 +61,7 @@ def advice(heavy: Heavy, limit: Callable[[Footprint], float]) -> str:
 
 
 def told(change: Change) -> str:
-    return f"{change.settings} ({change.needed.total / GIB:.1f} GiB)"
+    return f"{change.settings} ({size(change.needed.total)})"
 
 
 def fitting(heavy: Heavy, allowed: float) -> Iterator[Change]:
