@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import stat
 from contextlib import suppress
 from pathlib import Path
 
 SAVING, PREVIOUS, REMOVING, TRIAL, NEW = ".saving", ".previous", ".removing-", ".trial-", ".new"
+LEFTOVER = re.compile(r"\.(.+\.saving(-.*)?|removing-.*|trial-.*|.+\.new)", re.DOTALL)
 
 
 def sync_file(path: Path) -> None:
@@ -154,8 +156,4 @@ def clean_leftovers(folder: Path) -> list[str]:
 
 def is_leftover(name: str) -> bool:
     """Whether a file or folder of this name is one that only an unfinished save or removal leaves."""
-    if not name.startswith("."):
-        return False
-    inner, _, ending = name[1:].partition(SAVING)
-    saving = SAVING in name and (ending == "" or ending.startswith("-")) and bool(inner)
-    return saving or name.startswith((REMOVING, TRIAL)) or (name.endswith(NEW) and len(name) > len(NEW) + 1)
+    return LEFTOVER.fullmatch(name) is not None
