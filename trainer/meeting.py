@@ -1,0 +1,78 @@
+"""A place in the launcher's store for the ranks of one start, apart from what ranks of earlier starts have left there.
+
+A launcher that starts its ranks again keeps its store, with the addresses of ranks that are gone. No number that it hands out tells
+one start from another on all machines: a launcher that was itself started again counts from zero.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from datetime import timedelta
+
+import torch.distributed as dist
+
+HELLO = "hello"
+"""Under this key every rank of every start adds its name; under each name rank 0 answers with the place."""
+POLL_SECONDS = 0.05
+
+
+def own_place(store: dist.Store, rank: int, size: int, seconds: float) -> dist.Store:
+    """The same fresh place on all ranks of a start, in which `here_keys` of all of them stand. Collective.
+
+    Raises `NotMet` with the ranks that are missing after `seconds`.
+    """
+    name, keys = uuid.uuid4().hex, here_keys(size)
+    store.append(HELLO, name + " ")  # type: ignore[attr-defined]  # torch declares it nowhere
+    if rank == 0:
+        place = dist.PrefixStore(name, store)
+        place.set(keys[0], "")
+        if not _answered(store, name, place, keys, seconds):
+            raise NotMet(_missing(place, keys))
+        return place
+    try:
+        store.wait([name], timedelta(seconds=seconds))
+    except RuntimeError as error:
+        raise NotMet([0]) from error
+    place = dist.PrefixStore(store.get(name).decode(), store)
+    place.set(keys[rank], "")
+    try:
+        place.wait(keys, timedelta(seconds=seconds))
+    except RuntimeError as error:
+        raise NotMet(_missing(place, keys)) from error
+    return place
+
+
+def _missing(place: dist.Store, keys: list[str]) -> list[int]:
+    """Ranks that are not there; rank 0, where the store itself has gone."""
+    try:
+        return [rank for rank, key in enumerate(keys) if not place.check([key])]
+    except RuntimeError:
+        return [0]
+
+
+class NotMet(Exception):
+    """Some ranks of this start did not come."""
+
+    def __init__(self, missing: list[int]) -> None:
+        super().__init__(f"ranks {missing} did not come")
+        self.missing = missing
+
+
+def here_keys(size: int) -> list[str]:
+    return [f"here/{rank}" for rank in range(size)]
+
+
+def _answered(store: dist.Store, place_name: str, place: dist.Store, keys: list[str], seconds: float) -> bool:
+    """On rank 0: tell the place to whoever says hello, until all are there. Names that dead ranks have left do no harm."""
+    answered: set[str] = set()
+    end = time.monotonic() + seconds
+    while not place.check(keys):
+        if time.monotonic() > end:
+            return False
+        for name in store.get(HELLO).decode().split():
+            if name not in answered:
+                answered.add(name)
+                store.set(name, place_name)
+        time.sleep(POLL_SECONDS)
+    return True
