@@ -62,6 +62,10 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def exclude(self, ids: frozenset[int]) -> None:
+        """From now on these and no others are rejected without a look. Workers that have begun know nothing of it."""
+        self._excluded = ids
+
     def __getitem__(self, i: int) -> Sample | Rejected:
         """The sample, or why there is none. Raises `RecordError` instead when data.on_bad_sample is "error".
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from model.config import ConfigError
+from trainer.meeting import NotMet, own_place
 
 TIMEOUT = timedelta(minutes=30)
 
@@ -98,8 +99,10 @@ ENVIRONMENT = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
 def meet() -> dist.Store:
     """The store at the address that the launcher names: where ranks find each other."""
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        return store
+        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        return own_place(store, rank, size, TIMEOUT.total_seconds())
+    except NotMet as error:
+        raise ConfigError(f"{error} within {TIMEOUT}: look at what their machines say") from error
     except (dist.DistError, RuntimeError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         reason = str(error).strip().splitlines()[0]

@@ -50,6 +50,7 @@ class Quarantine:
         self.folder, self.num_records, self.stage = folder, num_records, {"stage": stage} if stage else {}
         self.limits = {split: max(FLOOR, int(num * max_bad_fraction)) for split, num in num_records.items()}
         self.known: set[tuple[str, int]] = set()
+        self.steps: dict[int, int] = {}  # of training, by sample id: the one that met it first
         self.num_bad: dict[str, Counter[str]] = {split: Counter() for split in num_records}  # by source
         self.num_too_long: Counter[str] = Counter()  # by split
         self.last: dict[tuple[str, bool], str] = {}  # reason, by split and whether it is the length
@@ -74,6 +75,15 @@ class Quarantine:
                 out.write("\n" * _is_torn(path))
                 out.writelines(json.dumps(row) + "\n" for row in new)  # ASCII: no id can break a line
 
+    def out_at(self, step: int, steps_per_epoch: int) -> frozenset[int]:
+        """Sample ids that are out from 0-based `step` to the end of its epoch: those met before this epoch, and those that an
+        earlier start met in a step which is now done again.
+
+        What this epoch has met in earlier steps is looked at again if it comes twice, however often the run was stopped since.
+        """
+        epoch = step - step % steps_per_epoch
+        return frozenset(i for i, met in self.steps.items() if not epoch <= met < step)
+
     def _count(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Those of `rows` that were not known; they are now."""
         new = []
@@ -82,6 +92,8 @@ class Quarantine:
             if key in self.known or split not in self.num_records:
                 continue
             self.known.add(key)
+            if split == TRAIN:
+                self.steps[row["sample_id"]] = row["step"]
             self.last[split, row["too_long"]] = row["reason"]
             if row["too_long"]:
                 self.num_too_long[split] += 1
