@@ -54,6 +54,7 @@ class Loop:
         self.step_log = StepLog(place.folder, setup.data.sampler, first_step, world, place.first_step)
         self.quarantine = Quarantine(place.run_folder, setup.data.num_records, config.data.max_bad_fraction, place.name)
         self.num_accounted = first_step  # steps whose bad records are written down
+        self.left_out: frozenset[int] = frozenset()
         self.quarantine.check()
         self.lengths = digest_of(setup.data)
         self.steering, self.watch, self.later = progress.steering, progress.watch, Later(world.device)
@@ -86,9 +87,10 @@ class Loop:
             disable=not self.setup.world.is_main,
             dynamic_ncols=True,
         )
-        batches = self._batches()
+        batches: Iterator[list[MicroBatch]] | None = None
         with bar:
             for step in range(self.first_step, total):
+                batches = self._leave_out(step, batches)
                 started = time.perf_counter()
                 self.watch.at("data", self.place.first_step + step)
                 micro_batches = next(batches)
@@ -99,16 +101,31 @@ class Loop:
                 self._due(step + 1, bar)
         self.checkpointer.wait()
 
-    def _batches(self) -> Iterator[list[MicroBatch]]:
+    def _leave_out(self, step: int, batches: Iterator[list[MicroBatch]] | None) -> Iterator[list[MicroBatch]]:
+        """The batches from `step` on. An epoch begins without what was quarantined before it, even if it could be read again by
+        now: a resumed run leaves that out too. Collective at the border of an epoch, and a host sync.
+        """
+        steps_per_epoch = self.setup.data.sampler.steps_per_epoch  # type: ignore[union-attr]
+        if batches is not None and step % steps_per_epoch:
+            return batches
+        self.watch.at("log", self.place.first_step + step)
+        self._flush(step)
+        out = self.quarantine.out_at(step, steps_per_epoch)
+        if batches is None or out != self.left_out:
+            self.left_out, batches = out, self._batches(step, out)
+        return batches
+
+    def _batches(self, first_step: int, left_out: frozenset[int]) -> Iterator[list[MicroBatch]]:
         setup, config = self.setup, self.setup.config
         train: MultimodalDataset = setup.data.train  # type: ignore[assignment]
+        train.exclude(left_out)
         return train_batches(
             train,
             setup.data.sampler,  # type: ignore[arg-type]
             setup.batch_plan,
             pad_id=setup.data.pad_id,
             rank=setup.world.rank,
-            first_step=self.first_step,
+            first_step=first_step,
             last_step=setup.total_steps,
             workers=config.data.workers,
             pin_memory=setup.world.device.type == "cuda",
