@@ -87,11 +87,11 @@ def whole(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[in
 @pytest.mark.parametrize(
     ("size", "strategy", "asks"),
     [
-        (3, "ddp", ((1, 2, "SIGTERM"),)),
-        (2, "fsdp", ((0, 2, "SIGTERM"), (1, 2, "SIGTERM"), (1, 3, "SIGTERM"))),
-        (2, "ddp", ((1, 0, "SIGUSR1"),)),
+        pytest.param(3, "ddp", ((1, 2, "SIGTERM"),), marks=pytest.mark.long),
+        (2, "fsdp", ((1, 2, "SIGTERM"), (1, 3, "SIGTERM"))),
+        pytest.param(2, "ddp", ((1, 0, "SIGUSR1"),), marks=pytest.mark.long),
         (1, "ddp", ((0, 2, "SIGINT"), (0, 3, "SIGINT"))),
-        (2, "ddp", ((0, 1, "STOP"),)),
+        pytest.param(2, "ddp", ((0, 1, "STOP"),), marks=pytest.mark.long),
     ],
 )
 def test_a_request_stops_all_ranks_after_the_same_step_and_nothing_is_lost(
@@ -110,6 +110,7 @@ def test_a_request_stops_all_ranks_after_the_same_step_and_nothing_is_lost(
     assert weights(folder) == weights(whole(size, strategy))
 
 
+@pytest.mark.long
 def test_save_and_evaluate_between_lines_of_the_log(parts: Path, tmp_path: Path) -> None:
     """Each once, on all ranks after the same step, and training goes on to the same bytes."""
     validation = {"data": {"validation": [{"path": str(parts / "train.json"), "media_root": str(parts / "images")}]}}
@@ -156,7 +157,7 @@ def test_a_stop_in_the_last_step_changes_nothing(parts: Path, tmp_path: Path, wh
     assert weights(folder) == weights(whole(1, "ddp"))
 
 
-@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_stop_at_the_end_of_a_stage_waits_for_its_final(parts: Path, tmp_path: Path, step: int) -> None:
     stages = [{"name": "one", "train": {"max_steps": 3}}, {"name": "two", "train": {"max_steps": 2}}]
     sections = {**LORA, **NEVER, "stage": stages}
@@ -182,6 +183,7 @@ def start_saving(world: World, parts: Path, folder: Path, sections: dict[str, An
     return start(world, parts, folder, sections)
 
 
+@pytest.mark.long
 def test_a_signal_during_a_save(parts: Path, tmp_path: Path, whole: Callable[[int, str], Path]) -> None:
     sections = merged(RARELY, {"checkpoint": {"every": 2}})
     answers = run_ranks(start_saving, 2, parts, tmp_path / "run", sections)

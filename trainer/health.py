@@ -108,7 +108,7 @@ class Health:
         found = [rank["parameter"] for rank in ranks if rank["parameter"] is not None]
         name = _names(self.setup.trained)[min(found)] if found else None
         origins = [i for i, rank in enumerate(ranks) if not all(map(math.isfinite, rank["losses"]))]
-        samples = sorted({i for rank in ranks for i in rank["samples"]}) or self._samples(evidence.step)
+        samples = sorted({i for rank in ranks for i in rank["samples"]}) or sorted(self._samples(evidence.step))
         self.last = {
             **self._row("nonfinite", evidence.step),
             "samples": samples,
