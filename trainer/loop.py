@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
 from data.dataset import MultimodalDataset
 from data.loader import MicroBatch, train_batches
+from data.workers import Reading, named
 from trainer.checkpoint import Checkpointer
 from trainer.exits import INTERNAL, Progress, StopRequested, code_of
 from trainer.health import Health, forget_after, hearable, split
@@ -20,6 +22,7 @@ from trainer.metrics import Meter, MetricsLog
 from trainer.optim import set_learning_rates
 from trainer.quarantine import Quarantine
 from trainer.resume import digest_of, run_state
+from trainer.room import unwritable
 from trainer.schedule import multiplier
 from trainer.setup import Setup
 from trainer.steering import EVALUATE, SAVE, STOP, WISHES
@@ -72,6 +75,8 @@ class Loop:
             self.checkpointer.settle(PEERS if code_of(error) == INTERNAL else self.setup.config.faults.grace_seconds)
             with suppress(OSError):  # what ended the run is the reason to tell
                 self._account()
+            if told := unwritable(error, self.place.run_folder, self.checkpointer.room):
+                raise told from error
             raise
         self._account(told=True)
 
@@ -130,6 +135,7 @@ class Loop:
             workers=config.data.workers,
             pin_memory=setup.world.device.type == "cuda",
             costs=sample_costs(setup.model, config.model, train) if config.data.packing else None,
+            reading=self.watch.read(Reading(config.data.workers), partial(named, train)),
         )
 
     def _step(self, step: int, micro_batches: list[MicroBatch], wait: float) -> None:
@@ -184,7 +190,7 @@ class Loop:
         started = time.perf_counter()
         if evaluates:
             self.watch.mark("validation")
-            self.log.write(self.place.first_step + done, validate(self.setup, self.quarantine, done))
+            self.log.write(self.place.first_step + done, validate(self.setup, self.quarantine, done, self.watch))
             self.quarantine.check()
         if saves:
             self.watch.mark("save")

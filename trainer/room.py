@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 from collections.abc import Iterable, Mapping
@@ -14,9 +15,11 @@ from model.files import Entry, dump_json, file_order, header
 from model.shards import WEIGHTS, plan_shard
 from model.weights import is_first_copy
 from trainer.distributed import World
-from trainer.exits import SaveError
+from trainer.exits import NO_WRITING, SaveError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Errors that only writing has, and that come without the name of the file."""
 ADVICE = "Free space, lower checkpoint.keep, or use another output_dir"
 
 
@@ -76,9 +79,9 @@ def shortage(folder: Path, needed: int, spent: int = 0) -> str:
     try:
         free = free_bytes(folder) + spent
     except OSError as error:
-        return f"It takes {size(needed)}; what is free in {folder} cannot be told: {error.strerror}"
+        return f"A save takes {size(needed)}; what is free in {folder} cannot be told: {error.strerror}"
     missing = f"{size(needed - free)} are missing. {ADVICE}" if free < needed else "that is enough"
-    return f"It takes {size(needed)}, and {size(free)} are free on the file system of {folder}: {missing}"
+    return f"A save takes {size(needed)}, and {size(free)} are free on the file system of {folder}: {missing}"
 
 
 def written_bytes(folder: Path) -> int:
@@ -104,6 +107,21 @@ def prove_room(room: Room, world: World) -> None:
             )
     if problem := world.broadcast_json(problem):
         raise SaveError(problem)
+
+
+def unwritable(error: BaseException, folder: Path, room: Room | None) -> SaveError | None:
+    """What to tell instead of an error of the system that came of writing a file of the run other than a checkpoint; None when it
+    is something else.
+    """
+    if not isinstance(error, OSError):
+        return None
+    name = str(error.filename or "")
+    if error.errno not in FULL and not (error.errno in NO_WRITING and name.startswith(str(folder))):
+        return None
+    needed = room.checkpoint if room else 0
+    return SaveError(
+        f"{name or 'a file of the run'} cannot be written: {error.strerror}. {shortage(folder, needed)}. Checkpoints are intact"
+    )
 
 
 def look_ahead(room: Room) -> str:

@@ -57,9 +57,9 @@ def tight(room: Room) -> str:
     """What to add when there is room for the next checkpoint, but not for as many as are to be kept."""
     free, held = free_bytes(room.folder), len(checkpoints(room.folder)) * room.checkpoint
     missing = room.in_the_long_run - held - free
-    return f"; {size(missing)} ARE MISSING for as many checkpoints: the run will end when the disk is full. {ADVICE}" * (
-        missing > 0
-    )
+    if missing <= 0:
+        return ""
+    return f"; {size(missing)} ARE MISSING for as many checkpoints: the run will end when the disk is full. {ADVICE}"
 
 
 def trial_save(
