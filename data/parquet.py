@@ -25,8 +25,8 @@ from data.table import KINDS, Table
 _MEDIA_COLUMNS = tuple(key for kind in KINDS for key in (kind, f"{kind}s"))
 _TURN_COLUMNS = ("conversations", "messages")
 _ROWS_AT_ONCE = 1024
-MAX_GROUP_BYTES, MAX_GROUP_ROWS = 1 << 32, 1 << 24
-"""Of the columns of a row group that are held in memory together, unpacked."""
+MAX_GROUP_BYTES, MAX_GROUP_ROWS = 1 << 33, 1 << 24
+"""Of a row group, unpacked and with its media; whole columns of it are held in memory."""
 
 
 class ParquetRows:
@@ -66,9 +66,9 @@ class ParquetRows:
                 opened = _open(self._shards.paths[file])
                 leaves = _light(opened) if not column else [leaf for leaf in _leaves(opened) if leaf.split(".")[0] == column]
                 self._kept[column] = wanted, _group(opened, group, leaves)
-            except (OSError, DataError, _arrow().lib.ArrowException) as error:
+            except _damage() as error:
                 raise RowError(f"cannot be read: {error}") from None
-        return next(iter(self._kept[column][1].slice(row, 1).to_pylist()), {})
+        return _values(self._kept[column][1], row)
 
 
 def scan_parquet(path: Path, advance: Advance) -> Table:
@@ -80,7 +80,7 @@ def scan_parquet(path: Path, advance: Advance) -> Table:
     for group in range(opened.num_row_groups):
         try:
             rows = _group(opened, group, _light(opened))
-        except (OSError, DataError, _arrow().lib.ArrowException) as error:
+        except _damage() as error:
             raise DataError(f"{path}: row group {group} cannot be read: {error}") from None
         sizes.append(rows.num_rows)  # what there is, not what the file says
         plans += [_plans(rows.slice(first, _ROWS_AT_ONCE)) for first in range(0, rows.num_rows, _ROWS_AT_ONCE)]
@@ -96,9 +96,31 @@ def scan_parquet(path: Path, advance: Advance) -> Table:
     )
 
 
+def _values(rows: Any, k: int) -> dict[str, Any]:
+    """Row k of a table, {} where it has none. Raises `RowError` for one that is damaged."""
+    try:
+        return next(iter(rows.slice(k, 1).to_pylist()), {})
+    except _damage() as error:
+        raise RowError(f"cannot be decoded: {error}") from None
+
+
+def _all_values(rows: Any) -> list[dict[str, Any]]:
+    """Every row of a table; {} for those that are damaged."""
+    try:
+        return rows.to_pylist()
+    except _damage():
+        found: list[dict[str, Any]] = []
+        for k in range(rows.num_rows):
+            try:
+                found.append(_values(rows, k))
+            except RowError:
+                found.append({})
+        return found
+
+
 def _plans(rows: Any) -> Any:
     lines = []
-    for row in rows.to_pylist():
+    for row in _all_values(rows):
         try:
             lines.append(json.dumps(_record(row), ensure_ascii=False, default=str))
         except RowError:  # found and named when the record is read
@@ -111,22 +133,28 @@ def _open(path: str) -> Any:
     from pyarrow import parquet
 
     try:
-        return parquet.ParquetFile(path)
-    except (OSError, _arrow().lib.ArrowException) as error:
+        opened = parquet.ParquetFile(path)
+        _ = opened.schema_arrow.names, _leaves(opened)  # read here, so that what is broken in them is told here
+        return opened
+    except _damage() as error:
         raise DataError(f"{path}: is no readable parquet file: {error}") from None
 
 
 def _group(opened: Any, group: int, leaves: list[str]) -> Any:
     """Columns of one row group. DataError when they say of themselves that they do not fit into memory."""
     facts = opened.metadata.row_group(group)
-    columns = [facts.column(i) for i in range(facts.num_columns)]
-    size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema in leaves)
-    if size > MAX_GROUP_BYTES or facts.num_rows > MAX_GROUP_ROWS:
+    # Of the whole group: to ask a column of a damaged file for its own size ends the process.
+    if facts.total_byte_size > MAX_GROUP_BYTES or facts.num_rows > MAX_GROUP_ROWS:
         raise DataError(
-            f"it holds {facts.num_rows} rows of {size} bytes; at most {MAX_GROUP_ROWS} and {MAX_GROUP_BYTES} are read at once: "
-            "write the file with smaller row groups"
+            f"it holds {facts.num_rows} rows of {facts.total_byte_size} bytes; at most {MAX_GROUP_ROWS} and {MAX_GROUP_BYTES} are "
+            "read at once: write the file with smaller row groups"
         )
     return opened.read_row_group(group, columns=leaves, use_threads=False)
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    """What pyarrow makes of broken bytes, of names that are no UTF-8, of dates of no calendar."""
+    return DataError, OSError, ValueError, OverflowError, KeyError, _arrow().lib.ArrowException
 
 
 def _arrow() -> Any:

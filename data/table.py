@@ -117,9 +117,10 @@ def read_header(sidecar: Path, *, all_bytes: bool = False) -> list[list[Any]] | 
             for at in range(begin, len(mapped), _PIECE):
                 crc = zlib.crc32(mapped[at : at + _PIECE], crc)
             whole = header["crc32"] == crc and not any(mapped[len(line) : begin])
+        files = header["files"]
     except (OSError, ValueError, TypeError, KeyError, OverflowError):  # missing, cut short, or something else
         return None
-    return header["files"] if whole else None
+    return files if whole else None
 
 
 _LONGEST_HEADER = 1 << 26

@@ -89,7 +89,7 @@ def read_bin(path: Path) -> Tensors:
     try:
         # Files from before PyTorch 1.6 are no zip archives, and only those can be mapped.
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_plain_zip(path))
-    except (OSError, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:  # whatever its bytes make the reader stumble over
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

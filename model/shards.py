@@ -6,7 +6,6 @@ Any number of ranks, under any strategy, may have written them; a tensor is put 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.bounded import load_json
 from model.files import Entry, Rows, Tensors, as_bytes, dump_json, file_order, header, read_safetensors
 from model.manifest import UnsoundCheckpoint
 from model.weights import local_range
@@ -183,13 +183,28 @@ def _fill(file: Any, space: memoryview) -> int:
 
 
 def checkpoint_tensors(folder: Path) -> Tensors:
-    """Every tensor of a checkpoint by its name in the files, whole again; UnsoundCheckpoint when rows are missing."""
+    """Every tensor of a checkpoint by its name in the files, whole again; UnsoundCheckpoint when rows are missing, or when the
+    files of a rank do not say the same.
+    """
     pieces: dict[str, list[Piece]] = {}
     for path in sorted(folder.glob("rank-*.json")):
         file = read_safetensors(path.with_suffix(".safetensors"))
-        for name, facts in json.loads(path.read_text()).items():
-            pieces.setdefault(name, []).append(Piece(facts["first"], file[name], tuple(facts["shape"])))
+        for name, (first, shape) in _read_layout(path).items():
+            if name not in file or file[name].shape[1:] != shape[1:] or len(file[name].shape) != len(shape):
+                raise UnsoundCheckpoint(f"{path}: {name} is of shape {list(shape)}, and its rows are not in the file beside it")
+            pieces.setdefault(name, []).append(Piece(first, file[name], shape))
     return {name: _joined(folder, name, parts) for name, parts in pieces.items()}
+
+
+def _read_layout(path: Path) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """First row and whole shape of each tensor that a rank wrote."""
+    try:
+        found = {name: (facts["first"], tuple(facts["shape"])) for name, facts in load_json(path).items()}
+        if wrong := [name for name, (first, shape) in found.items() if not all(type(n) is int and n >= 0 for n in (first, *shape))]:
+            raise ValueError(f"{wrong[0]!r} has no shape")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UnsoundCheckpoint(f"{path} is not what a rank writes: {type(error).__name__}: {error}") from error
+    return found
 
 
 def weight_tensors(folder: Path) -> Tensors:
