@@ -5,134 +5,161 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
-import sys
+import signal
+import subprocess
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.ranks import kill_ranks, run_ranks
-from tests.runs import Start, start, start_alone
-from tests.test_resume import LORA, metrics, weights
-from trainer.distributed import World
+from tests.kills import FSYNC, INSTANT, Point, difference, ending_of, start_and_kill, start_observed
+from tests.ranks import run_ranks
+from tests.runs import merged
+from tests.test_resume import LORA
+from tests.test_torchrun import ROOT, command, wait_until_gone, workers
 
-KILLS = 20
-CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link"}
+KILLS, LAUNCHER_KILLS = 25, 20
+PHASES = {"start", "index", "load", "data", "copy", "count", "forward", "backward", "update", "log", "save", "final", FSYNC}
+"""At least these are seen in every run; others, as validation, where there is some."""
+ALIGN = {"name": "align", "model": {"llm": {"tune": "frozen"}}, "train": {"max_steps": 3}}
+ADAPT = {"name": "adapt", "model": {"llm": {"tune": "lora"}}, "lora": {"rank": 2, "dropout": 0.3}, "train": {"max_steps": 4}}
+STAGES = {"model": {"vision": {"tune": "frozen"}}, "stage": [ALIGN, ADAPT]}
+ACCUMULATED = {"batch": {"micro_batch_size": 1}}
+PACKED = {"data": {"packing": True, "max_length": 64}, "batch": {"micro_batch_size": None, "micro_batch_tokens": 64}}
+VALIDATED = {"validation": {"every": 2}}
+RARE = {"checkpoint": {"every": 3, "keep": 1}, "log": {"every": 2}}
+CASES: dict[str, tuple[int, str, int, dict[str, Any]]] = {
+    "one process": (1, "ddp", 0, merged(LORA, VALIDATED)),
+    "ddp, lora dropout": (2, "ddp", 0, LORA),
+    "fsdp, lora dropout, workers, validation": (2, "fsdp", 2, merged(LORA, VALIDATED)),
+    "ddp, accumulation, workers": (2, "ddp", 2, ACCUMULATED),
+    "fsdp, accumulation": (2, "fsdp", 0, ACCUMULATED),
+    "ddp, packing, workers": (2, "ddp", 2, merged(LORA, PACKED)),
+    "fsdp, packing, validation": (2, "fsdp", 0, merged(PACKED, VALIDATED)),
+    "ddp, stages, workers": (2, "ddp", 2, STAGES),
+    "fsdp, stages": (2, "fsdp", 0, STAGES),
+    "ddp on three, accumulation": (3, "ddp", 0, merged(LORA, ACCUMULATED)),
+    "hsdp on four": (4, "hsdp", 0, LORA),
+    "fsdp, a checkpoint every third step": (2, "fsdp", 2, merged(LORA, RARE)),
+}
 
 
-def sections_of(parts: Path, folder: Path, strategy: str, steps: int, **data: Any) -> dict[str, Any]:
-    """A run that mostly saves, forgets old checkpoints, and meets one record whose picture is missing."""
+def sections_of(parts: Path, folder: Path, strategy: str, num_workers: int, changes: dict[str, Any]) -> dict[str, Any]:
+    """A run that saves often, forgets old checkpoints, and meets one record whose picture is missing."""
     records = json.loads((parts / "train.json").read_text())
     records[5]["image"] = "gone.png"
     path = folder / "train.json"
     path.write_text(json.dumps(records))
-    return {
-        **LORA,
-        "data": {"sources": [{"path": str(path), "media_root": str(parts / "images")}], **data},
-        "train": {"max_steps": steps},
+    source = {"path": str(path), "media_root": str(parts / "images")}
+    base: dict[str, Any] = {
+        "data": {"sources": [source], "workers": num_workers},
+        "train": {"max_steps": 7},
         "checkpoint": {"every": 1, "keep": 2},
-        "parallel": {"strategy": strategy},
+        "parallel": {"strategy": strategy, **({"shard_size": 2} if strategy == "hsdp" else {})},
     }
+    found = merged(base, changes)
+    if "validation" in changes:
+        held_out = {"path": str(parts / "train.json"), "media_root": str(parts / "images"), "name": "held_out"}
+        found = merged(found, {"data": {"validation": [held_out]}})
+    return merged(found, {"train": None}) if "stage" in changes else found
 
 
-def check_ended_as(whole: Path, killed: Path) -> None:
-    """The same bytes, the same curve, the same quarantine; no checkpoint was found damaged on the way."""
-    assert weights(killed) == weights(whole)
-    assert metrics(killed) == metrics(whole)
-    assert json.loads((killed / "trainer_state.json").read_text())["global_step"] == metrics(whole)[-1][0]
-    assert quarantined(killed) == quarantined(whole) and len(quarantined(whole)) == 1
-    for name in ("ledger.json", "samples.bin"):
-        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
-    assert json.loads((killed / "exit.json").read_text())["code"] == 0
-    assert not list(killed.glob("damaged-*"))
+def points(draw: random.Random, visits: list[dict[str, int]]) -> Iterator[Point | None]:
+    """Every phase once, in any order, then phases and instants in turn; None is an instant."""
+    phases = sorted({phase for rank in visits for phase in rank})
+    for phase in draw.sample(phases, len(phases)):
+        yield drawn(draw, visits, phase)
+    while True:
+        yield None
+        yield drawn(draw, visits, draw.choice(phases))
 
 
-def quarantined(output_dir: Path) -> list[tuple[int, str]]:
-    rows = [json.loads(line) for line in (output_dir / "quarantine.jsonl").read_text().splitlines() if line]
-    return [(row["sample_id"], row["reason"]) for row in rows]
+def drawn(draw: random.Random, visits: list[dict[str, int]], phase: str) -> Point:
+    rank = draw.choice([rank for rank, found in enumerate(visits) if phase in found])
+    return Point(rank, phase, draw.randint(1, (visits[rank][phase] + 1) // 2))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", CASES)
+def test_killed_anywhere_it_ends_with_the_same_bytes(parts: Path, tmp_path: Path, case: str) -> None:
+    """Ranks die in every phase and at any instant, time and again in the same run, over as many runs as come to their end."""
+    size, strategy, num_workers, changes = CASES[case]
+    sections = sections_of(parts, tmp_path, strategy, num_workers, changes)
+    draw = random.Random(case)
+    whole = tmp_path / "whole"
+    began = time.monotonic()
+    answers = run_ranks(start_observed, size, parts, whole, sections, None, seconds=300)
+    seconds = time.monotonic() - began
+    assert {begun.code for begun, _ in answers} == {0}, answers[0][0].said
+    expected, visits = ending_of(whole), [found for _, found in answers]
+    assert visits[0].keys() >= PHASES and ("validation" in visits[0]) == ("validation" in changes)
+    killed: Counter[str] = Counter()
+    number, plan = 1, points(draw, visits)
+    point = next(plan)
+    while sum(killed.values()) < KILLS:
+        found = start_and_kill(size, parts, tmp_path / f"run{number}", sections, point, after=draw.uniform(0, seconds))
+        if found is None:
+            killed[point.phase if point else INSTANT] += 1
+            point = next(plan)
+            continue
+        check_ending(tmp_path / f"run{number}", found, expected)
+        number += 1  # the same point again, from the beginning
+    found = start_and_kill(size, parts, tmp_path / f"run{number}", sections, Point(0, "", 0), 0)
+    check_ending(tmp_path / f"run{number}", found, expected)
+    assert killed.keys() >= {phase for rank in visits for phase in rank}
+    print(f"\n{case}: {sum(killed.values())} kills in {number} runs that ended alike: {dict(killed)}")
+
+
+def check_ending(output_dir: Path, answers: Any, expected: dict[str, Any]) -> None:
+    assert {begun.code for begun, _ in answers} == {0}, answers[0][0].said
+    assert difference(ending_of(output_dir), expected) == []
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_killed_at_random_instants_it_ends_with_the_same_bytes(parts: Path, tmp_path: Path, strategy: str) -> None:
-    """All ranks at once, twenty times, over as many runs as end in the meantime."""
-    sections = sections_of(parts, tmp_path, strategy, 12, workers=1)
-    whole, twice = tmp_path / "whole", tmp_path / "twice"
-    for folder in (whole, twice):  # the second one is timed: the forkserver is there by then
-        began = time.monotonic()
-        assert {answer.code for answer in run_ranks(start, 2, parts, folder, sections)} == {0}
-        seconds = time.monotonic() - began
-    check_ended_as(whole, twice)
-    draw = random.Random(0)
-    kills = runs = 0
-    while kills < KILLS:
-        runs += 1
-        killed = tmp_path / f"killed{runs}"
-        answers: list[Start] | None = None
-        while answers is None:
-            if kills == KILLS:
-                answers = run_ranks(start, 2, parts, killed, sections)
-                break
-            answers = kill_ranks(start, 2, parts, killed, sections, after=draw.uniform(0, seconds))
-            kills += answers is None
-        assert {answer.code for answer in answers} == {0}, answers[0].said
-        check_ended_as(whole, killed)
+def test_killed_under_torchrun_it_ends_with_the_same_bytes(parts: Path, tmp_path: Path, strategy: str) -> None:
+    """The launcher, a rank or everything at any instant; the same command again, and torchrun's own restarts in between."""
+    sections = {**sections_of(parts, tmp_path, strategy, 1, LORA), "log": {"every": 1}}
+    whole = tmp_path / "whole"
+    began = time.monotonic()
+    assert launch(parts, whole, sections).wait(300) == 0
+    seconds = time.monotonic() - began
+    expected = ending_of(whole)
+    draw, kills, number = random.Random(strategy), 0, 1
+    killed: Counter[str] = Counter()
+    while kills < LAUNCHER_KILLS // 2:
+        folder = tmp_path / f"run{number}"
+        launcher = launch(parts, folder, sections)
+        try:
+            launcher.wait(draw.uniform(0.3 * seconds, seconds))
+        except subprocess.TimeoutExpired:
+            kills += 1
+            victim = draw.choice(["launcher", "rank", "all"])
+            killed[victim] += 1
+            kill(launcher, folder, victim, draw)
+        if launcher.wait(300) == 0:
+            assert difference(ending_of(folder), expected) == []
+            number += 1
+        wait_until_gone(folder)
+    assert launch(parts, tmp_path / f"run{number}", sections).wait(300) == 0
+    assert difference(ending_of(tmp_path / f"run{number}"), expected) == []
+    print(f"\ntorchrun, {strategy}: {kills} kills in {number} runs that ended alike: {dict(killed)}")
 
 
-def start_photographed(world: World, parts: Path, output_dir: Path, sections: dict[str, Any], album: Path) -> list[str]:
-    """A run whose folder is copied before every change of a file, and once more with a file that is opened to be written empty.
-
-    Each copy is what SIGKILL at that instant would leave behind. Returns what each of them precedes.
-    """
-    captions: list[str] = []
-
-    def photograph(event: str, path: Path, emptied: bool) -> None:
-        target = album / str(len(captions))
-        shutil.copytree(output_dir, target)
-        if emptied:
-            (target / path.relative_to(output_dir)).write_bytes(b"")
-        captions.append(f"{event} {path}{' (emptied)' * emptied}")
-
-    def watch(event: str, args: tuple[Any, ...]) -> None:
-        writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
-        if busy or not (writes or event in CHANGES) or not output_dir.is_dir():
-            return
-        path = Path(str(args[0]))
-        if path.is_absolute() and not path.is_relative_to(output_dir):
-            return
-        busy.append(True)
-        photograph(event, path, False)
-        if writes and args[2] & os.O_TRUNC and path.is_absolute():  # others are inside a folder that is being removed
-            photograph(event, path, True)
-        busy.pop()
-
-    busy: list[bool] = []
-    sys.addaudithook(watch)
-    code, _, said = start(world, parts, output_dir, sections)
-    busy.append(True)
-    assert code == 0, said
-    return captions
+def launch(parts: Path, output_dir: Path, sections: dict[str, Any]) -> subprocess.Popen[bytes]:
+    line = command(parts, output_dir, **sections)
+    line.insert(line.index("-m", 4), "--max-restarts=1")
+    return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("done", [0, 2])
-def test_killed_before_any_change_of_a_file_it_ends_with_the_same_bytes(parts: Path, tmp_path: Path, done: int) -> None:
-    """In a run of four steps, and in one that is made longer after `done` steps, whose final/ is replaced."""
-    sections = sections_of(parts, tmp_path, "ddp", 4, workers=0)
-    whole, album = tmp_path / "whole", tmp_path / "album"
-    finals = []
-    if done:
-        assert start_alone(parts, whole, {**sections, "train": {"max_steps": done}}).code == 0
-        finals.append(weights(whole))
-    captions = run_ranks(start_photographed, 1, parts, whole, sections, album)[0]
-    finals.append(weights(whole))
-    assert {"os.rename", "os.rmdir", "open"} <= {caption.split()[0] for caption in captions}
-    for i, caption in enumerate(captions):
-        killed = album / str(i)
-        assert not (killed / "final").exists() or weights(killed) in finals, f"before {caption}"
-        code, _, said = start_alone(parts, killed, sections)
-        assert code == 0, f"killed before {caption}: {said}"
-        check_ended_as(whole, killed)
-        shutil.rmtree(killed)
+def kill(launcher: subprocess.Popen[bytes], output_dir: Path, victim: str, draw: random.Random) -> None:
+    ranks = [pid for pid in workers(output_dir) if pid != launcher.pid]
+    chosen = {"launcher": [launcher.pid], "rank": draw.sample(ranks, min(1, len(ranks))), "all": [launcher.pid, *ranks]}[victim]
+    for pid in chosen:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
