@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import math
-import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +18,7 @@ from data.mixing import Pool
 from data.packing import deal_packed
 from data.sample import Sample
 from data.sampler import Sampler, deal, num_micro_batches
+from data.workers import Reading, WorkerError, named, prepare_worker, unexpected
 from model.batch import Batch
 
 
@@ -75,12 +74,14 @@ def train_batches(
     workers: int,
     pin_memory: bool,
     costs: np.ndarray | None = None,
+    reading: Reading | None = None,
 ) -> Iterator[list[MicroBatch]]:
     """This rank's micro-batches of each optimizer step in [first_step, last_step), steps counted over all epochs.
 
     Every rank gets equally many per step, blank ones where it has no sample. Order and content do not depend on `workers`.
     When packing, a sample that turns out longer than it was planned is rejected, so that no micro-batch passes its budget; which
-    ones are does not depend on the number of ranks. Raises `DataError` where the dataset does.
+    ones are does not depend on the number of ranks. Raises `DataError` where the dataset does, `WorkerError` when a worker dies.
+    `reading` tells any thread which samples are being read.
     """
 
     def shares() -> Iterator[_Share]:
@@ -90,7 +91,8 @@ def train_batches(
 
     # A step is awaited whole before its first forward: workers must be able to have the next one ready by then.
     ahead = prefetch_factor(plan.micro_batches_per_step(sampler.lengths, sampler.global_batch_size), workers)
-    made = _MicroBatches(dataset, pad_id, plan.is_packed, sampler.lengths if plan.is_packed else None)
+    planned = sampler.lengths if plan.is_packed else None
+    made = _MicroBatches(dataset, pad_id, plan.is_packed, planned, reading or Reading(workers))
     step: list[MicroBatch] = []
     for micro_batch in _load(made, shares(), workers, pin_memory, ahead):
         step.append(micro_batch)
@@ -113,6 +115,7 @@ def validation_batches(
     max_samples: int,
     workers: int,
     pools: Sequence[Pool] = (),
+    reading: Reading | None = None,
 ) -> Iterator[MicroBatch]:
     """This rank's share of at most `max_samples` records (0: all) of `pools` (none: of all), the same ones at every call.
 
@@ -123,7 +126,7 @@ def validation_batches(
     taken = [pool.ids for pool in pools] or np.split(np.arange(len(dataset)), np.cumsum(np.bincount(dataset.source_ids))[:-1])
     ids = np.concatenate(taken)[_spread(np.array([len(rows) for rows in taken]), max_samples)]
     shares = (_Share(part, True) for part in plan.deal(ids, dataset.lengths)[rank])
-    return _load(_MicroBatches(dataset, pad_id, plan.is_packed), shares, workers, False)
+    return _load(_MicroBatches(dataset, pad_id, plan.is_packed, None, reading or Reading(workers)), shares, workers, False)
 
 
 def _spread(sizes: np.ndarray, max_samples: int) -> np.ndarray:
@@ -157,24 +160,31 @@ class _Share:
     ends_step: bool
 
 
-class _MicroBatches(Dataset[MicroBatch | DataError]):
+class _MicroBatches(Dataset[MicroBatch | DataError | WorkerError]):
     """One micro-batch per share of ids. Errors come as values: a worker would wrap them in a traceback."""
 
-    def __init__(self, dataset: MultimodalDataset, pad_id: int, is_packed: bool, planned: np.ndarray | None = None) -> None:
+    def __init__(
+        self, dataset: MultimodalDataset, pad_id: int, is_packed: bool, planned: np.ndarray | None, reading: Reading
+    ) -> None:
         """`planned` (N,): the tokens a sample may have at most, by id; None: any number."""
-        self._dataset, self._pad_id, self._planned = dataset, pad_id, planned
+        self._dataset, self._pad_id, self._planned, self._reading = dataset, pad_id, planned, reading
         self._collate = collate_packed if is_packed else collate
 
-    def __getitem__(self, share: _Share) -> MicroBatch | DataError:
+    def __getitem__(self, share: _Share) -> MicroBatch | DataError | WorkerError:
         try:
             items = [self._item(int(i)) for i in share.ids]
         except DataError as error:
             return error
+        except Exception as error:  # as text: a worker's would lose its traceback, and not say what was read
+            return unexpected(error, [named(self._dataset, i) for i in self._reading.own()])
+        finally:
+            self._reading.end()
         samples = [item for item in items if isinstance(item, Sample)]
         rejected = tuple(item for item in items if isinstance(item, Rejected))
         return MicroBatch(self._collate(samples, self._pad_id), rejected, share.ends_step)
 
     def _item(self, i: int) -> Sample | Rejected:
+        self._reading.begin(i)
         item = self._dataset[i]
         if self._planned is None or isinstance(item, Rejected) or len(item.input_ids) <= self._planned[i]:
             return item
@@ -200,22 +210,10 @@ def _load(
         generator=torch.Generator(),  # or each start of the loader would draw from the global one
     )
     for item in loader:
-        if isinstance(item, DataError):
+        if isinstance(item, (DataError, WorkerError)):
             raise item
         yield item
 
 
 def _unchanged(item: Any) -> Any:
     return item
-
-
-def prepare_worker(worker: int) -> None:
-    """One thread each, and no reaction to signals: a stop request reaches every process of a job, and the main one acts on it.
-
-    What it inherits is not looked at by its garbage collector: that would copy every page with a Python object of the parent.
-    """
-    gc.freeze()
-    torch.set_num_threads(1)
-    signal.set_wakeup_fd(-1)  # or signals of a worker would be heard as those of the main process
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)

@@ -57,11 +57,32 @@ def kill_ranks_when(due: Callable[[], bool], fn: Callable[..., Any], size: int, 
             time.sleep(0.02)
 
 
+def exit_codes(fn: Callable[..., Any], size: int, *args: Any, seconds: float = 60) -> tuple[list[int | None], float]:
+    """fn on `size` ranks that end by themselves: their exit codes, below 0 for a signal, and the seconds from when the first
+    one ended to the last. TimeoutError where some are left.
+    """
+    with _running(fn, size, args, seconds) as pipes:
+        processes = pipes.processes
+        wait([process.sentinel for process in processes], seconds)
+        first = time.monotonic()
+        for process in processes:
+            process.join(max(0.0, first + seconds - time.monotonic()))
+        if left := [rank for rank, process in enumerate(processes) if process.exitcode is None]:
+            raise TimeoutError(f"ranks {left} have not ended in {seconds} s")
+        return [process.exitcode for process in processes], time.monotonic() - first
+
+
+class Pipes(list[Connection]):
+    """To ranks, by number."""
+
+    processes: list[Any]
+
+
 @contextmanager
-def _running(fn: Callable[..., Any], size: int, args: tuple[Any, ...], seconds: float) -> Iterator[list[Connection]]:
+def _running(fn: Callable[..., Any], size: int, args: tuple[Any, ...], seconds: float) -> Iterator[Pipes]:
     """The pipes of `size` ranks that were started; at the end all are killed at once."""
     with tempfile.TemporaryDirectory() as folder:
-        pipes, processes = [], []
+        pipes, processes = Pipes(), []
         for rank in range(size):
             ours, theirs = SERVER.Pipe()
             process = SERVER.Process(target=_rank, args=(fn, rank, size, os.path.join(folder, "store"), theirs, args, seconds))
@@ -69,6 +90,7 @@ def _running(fn: Callable[..., Any], size: int, args: tuple[Any, ...], seconds: 
             theirs.close()
             pipes.append(ours)
             processes.append(process)
+        pipes.processes = processes
         try:
             yield pipes
         finally:

@@ -44,6 +44,7 @@ def _values(config: RunConfig) -> Iterator[str]:
         "validation.max_samples": config.validation.max_samples,
         "log.every": config.log.every,
         "faults.max_nonfinite": config.faults.max_nonfinite,
+        "faults.stall_seconds": config.faults.stall_seconds,
     }
     for name, value in positive.items():
         if not value > 0 or not math.isfinite(value):

@@ -20,6 +20,7 @@ from model.config import ConfigError
 from trainer.meeting import NotMet, own_place
 
 TIMEOUT = timedelta(minutes=30)
+START_SECONDS = 600.0  # for all ranks to come
 
 
 @dataclass(frozen=True)
@@ -97,19 +98,47 @@ ENVIRONMENT = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
 
 
 def meet() -> dist.Store:
-    """The store at the address that the launcher names: where ranks find each other."""
+    """The store at the address that the launcher names, where ranks find each other, once all of them are there.
+
+    Raises `ConfigError`, with the ranks that did not come within START_SECONDS.
+    """
+    address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    rank, _, size = (int(os.environ.get(name, default)) for name, default in ENVIRONMENT)
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        return own_place(store, rank, size, TIMEOUT.total_seconds())
-    except NotMet as error:
-        raise ConfigError(f"{error} within {TIMEOUT}: look at what their machines say") from error
-    except (dist.DistError, RuntimeError, ValueError) as error:
-        address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-        reason = str(error).strip().splitlines()[0]
+        store = open_store(rank, size)
+    except (dist.DistError, RuntimeError, ValueError, KeyError) as error:
+        reason = f"{error} is not set" if isinstance(error, KeyError) else str(error).strip().splitlines()[0]
         raise ConfigError(
             f"the ranks cannot meet at {address} ({reason}). A port in use: choose another one with --master_port, or start "
             "one process with `python -m trainer.main`, which needs none"
         ) from error
+    try:
+        place = own_place(store, rank, size, START_SECONDS)
+    except NotMet as error:
+        who = absent(error.missing, size)
+        raise ConfigError(f"{who} {START_SECONDS:.0f} s to {address}: look at what their machines say") from error
+    place.set_timeout(TIMEOUT)
+    return place
+
+
+def open_store(rank: int, size: int) -> dist.Store:
+    """A connection to the launcher's store, or to that of rank 0, which is made here. It does not wait for the other ranks."""
+    from_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        size,
+        rank == 0 and not from_launcher,
+        timeout=timedelta(seconds=START_SECONDS),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+
+
+def absent(missing: list[int], size: int) -> str:
+    """Who did not come, for people."""
+    who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:16]))}{' ...' * (len(missing) > 16)}"
+    return f"{who} of {size} did not come within"
 
 
 def stop_world() -> None:

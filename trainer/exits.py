@@ -9,12 +9,15 @@ import time
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data.fields import printable
 from model.files import dump_json
 from trainer.steering import Steering
 from trainer.watch import Watch
+
+if TYPE_CHECKING:
+    from trainer.guard import Guard
 
 DONE, INTERNAL, CONFIG, DATA, PROOF, CANNOT_WRITE, STOPPED, INTERRUPTED = 0, 1, 2, 65, 70, 73, 75, 130
 NAME = "exit.json"
@@ -73,10 +76,13 @@ def clear(output_dir: Path) -> None:
     (output_dir / NAME).unlink(missing_ok=True)
 
 
-def record(output_dir: Path | None, code: int, reason: str, step: int | None, rank: int) -> bool:
-    """Write exit.json unless another rank was first. Returns whether this rank is the one to speak."""
+def record(output_dir: Path | None, code: int, reason: str, step: int | None, rank: int, *, speaks: bool | None = None) -> bool:
+    """Write exit.json unless another rank was first. Returns whether this rank is the one to speak; where the file cannot be
+    written that is the one that `speaks`, by default rank 0.
+    """
+    speaks = rank == 0 if speaks is None else speaks
     if output_dir is None or not output_dir.is_dir():
-        return rank == 0
+        return speaks
     launch = {"launch": os.environ["TORCHELASTIC_RUN_ID"]} if "TORCHELASTIC_RUN_ID" in os.environ else {}
     value: dict[str, Any] = {"code": code, "reason": reason, "step": step, "rank": rank, **launch}
     try:
@@ -86,19 +92,37 @@ def record(output_dir: Path | None, code: int, reason: str, step: int | None, ra
     except FileExistsError:
         return False
     except OSError:
-        return rank == 0
+        return speaks
 
 
-def report_failure(error: BaseException, output_dir: Path | None, step: int | None, rank: int) -> int:
-    """Say once, on the rank that failed first, what went wrong. Returns the exit code."""
-    code = code_of(error)
-    if code == INTERNAL:
-        # A collective fails because a peer has; that one knows why and is given time to say so.
-        time.sleep(1.0 if "RANK" in os.environ else 0.0)
-    reason = INTERRUPT if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
-    if record(output_dir, code, reason, step, rank):
-        if code == INTERNAL:
+def tell(
+    output_dir: Path | None,
+    code: int,
+    reason: str,
+    step: int | None,
+    rank: int,
+    speaks: bool | None = None,
+    error: BaseException | None = None,
+) -> None:
+    """exit.json and one line for people, on the rank that is the first to speak; `rank` is the one to blame."""
+    if record(output_dir, code, reason, step, rank, speaks=speaks):
+        if error is not None:
             traceback.print_exception(error, file=sys.stderr)
         where = "" if step is None else f" after step {step}"
         print(printable(f"trainer: rank {rank} stopped{where}: {reason}", keep="\n\t"), file=sys.stderr, flush=True)
-    return code
+
+
+def report_failure(error: BaseException, output_dir: Path | None, step: int | None, rank: int, guard: Guard | None = None) -> int:
+    """Say once for all ranks what went wrong, on the one that found out. Returns the exit code, with `guard` that of all ranks."""
+    code = code_of(error)
+    reason = INTERRUPT if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
+    shown = error if code == INTERNAL else None
+    if guard is None:
+        tell(output_dir, code, reason, step, rank, error=shown)
+        return code
+    found = guard.failed(error, code, reason)
+    speaks, is_own = found.by == rank, found.by == found.culprit == rank
+    if not speaks:
+        time.sleep(0.5)  # who found out tells, unless it has died since
+    tell(output_dir, found.code, found.reason, step if is_own else found.step, found.culprit, speaks, shown if is_own else None)
+    return found.code

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
-import fcntl
 import logging
 import os
 import sys
@@ -14,11 +12,14 @@ from typing import Any
 
 from model.config import ConfigError
 from trainer import exits, signals
+from trainer.agreement import agree
 from trainer.checkpoint import restore
 from trainer.config import RunConfig
 from trainer.disk import replace_text
 from trainer.distributed import World, start_world, stop_world
 from trainer.export import final_step, publish, write_final
+from trainer.guard import Guard
+from trainer.lock import FolderLock
 from trainer.loop import Loop
 from trainer.quarantine import NAME as QUARANTINE
 from trainer.quarantine import read_rows, start_afresh
@@ -38,22 +39,40 @@ from trainer.steering import STOP
 def run(config: RunConfig, world: World | None = None) -> int:
     """Train as `config` says; returns the exit code. Errors are reported in one line, and in exit.json."""
     rank, folder, progress = int(os.environ.get("RANK", "0")), Path(config.output_dir), exits.Progress()
+    lock: FolderLock | None = None
     try:
-        own, rank = world is None, world.rank if world else rank
+        rank = world.rank if world else rank
         signals.check_restart(folder)
-        prepare_folder(folder, rank)
+        lock = prepare_folder(folder, rank)
         with signals.listening(folder, rank, progress, config.faults.grace_seconds):
-            world = world or start_world()
-            train(resolved(config, world), world, progress)
-        if world.is_main:
-            exits.record(folder, exits.DONE, "done", progress.step, rank)
-        if own:
-            stop_world()
-        return exits.DONE
+            return attended(config, world, progress, lock)
     except exits.BusyError as error:
         return exits.report_failure(error, None, None, rank)  # exit.json is the other process's
     except (Exception, KeyboardInterrupt) as error:
         return exits.report_failure(error, folder, progress.step, rank)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def attended(config: RunConfig, world: World | None, progress: exits.Progress, lock: FolderLock | None) -> int:
+    """The run once the ranks have met: they look after each other until the last message is said. Returns the exit code."""
+    own, folder = world is None, Path(config.output_dir)
+    world = world or start_world()
+    guard = Guard(progress.watch, world, folder, config.faults.stall_seconds, lock).start()
+    try:
+        config = resolved(config, world)
+        agree(config, world)
+        train(config, world, progress)
+        if world.is_main:
+            exits.record(folder, exits.DONE, "done", progress.step, world.rank)
+    except (Exception, KeyboardInterrupt) as error:
+        return exits.report_failure(progress.watch.explained(error), folder, progress.step, world.rank, guard)
+    finally:
+        guard.stop()
+    if own:
+        stop_world()
+    return exits.DONE
 
 
 def train(root: RunConfig, world: World, progress: exits.Progress) -> None:
@@ -93,6 +112,7 @@ def train_stage(place: Place, start: Start, world: World, progress: exits.Progre
         place.folder.mkdir(parents=True, exist_ok=True)
         if not state:
             start_afresh(place.run_folder, [stage.name for stage in place.root.stage[: place.number - 1]])
+    progress.watch.mark("index")
     data = with_bases(open_data(config, world, first_start=state is None, place=place), world)
     certificates = certify_all(data, config)
     for line in quick_check(data, config, world):
@@ -104,6 +124,7 @@ def train_stage(place: Place, start: Start, world: World, progress: exits.Progre
                 f"train.max_steps = 0 builds a model without training, but {config.output_dir} holds {checkpoint.name}: use "
                 "another output_dir; tools load and export from a checkpoint as from final/"
             )
+    progress.watch.mark("load")
     setup = build(place, data, world)
     first_step = state["step"] - place.first_step if state else 0
     progress.step = place.first_step + first_step
@@ -118,6 +139,7 @@ def train_stage(place: Place, start: Start, world: World, progress: exits.Progre
         progress.watch.at("heaviest", place.first_step + first_step)
         say(world, rehearse(setup, first_step))
         Loop(setup, first_step, state["meter"] if state else None, progress).run()
+    progress.watch.mark("final")
     return finish(setup, first_step, world)
 
 
@@ -139,33 +161,22 @@ def finish(setup: Setup, first_step: int, world: World) -> int:
     return step
 
 
-def prepare_folder(folder: Path, rank: int) -> None:
-    """Make the run folder and forget how the last start ended, before anything can fail that must be told there."""
-    if rank == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock(folder)
-            exits.clear(folder)
-        except BlockingIOError as error:
-            raise exits.BusyError(f"output_dir = {str(folder)!r}: another process trains into it; use another one") from error
-        except OSError as error:
-            raise exits.SaveError(f"output_dir = {str(folder)!r} cannot be written: {error.strerror}") from error
-        if (folder / "final").exists() and not (folder / "final").is_dir():
-            raise exits.SaveError(f"{folder / 'final'} is in the way: final/ will be a folder; remove it")
+def prepare_folder(folder: Path, rank: int) -> FolderLock | None:
+    """Make the run folder and forget how the last start ended, before anything can fail that must be told there.
 
-
-def lock(folder: Path) -> None:
-    """Keep other processes out of the run folder until this one ends, however it does. BlockingIOError when one is in it.
-
-    A record lock: forked data workers do not inherit it, so the next start need not wait for them. Where the file system knows
-    no locks there is none.
+    Rank 0 holds it from then on.
     """
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)  # stays open: closing it would unlock
+    if rank != 0:
+        return None
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(folder)
+        exits.clear(folder)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise BlockingIOError from error
+        raise exits.SaveError(f"output_dir = {str(folder)!r} cannot be written: {error.strerror}") from error
+    if (folder / "final").exists() and not (folder / "final").is_dir():
+        raise exits.SaveError(f"{folder / 'final'} is in the way: final/ will be a folder; remove it")
+    return lock
 
 
 def say(world: World, text: str) -> None:

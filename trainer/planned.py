@@ -7,7 +7,6 @@ KEYS = (
     "log.wandb",
     "log.project",
     "log.run_name",
-    "faults.stall_seconds",
 )
 VALUES = (
     "model.dtype = 'float16'",

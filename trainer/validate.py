@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from data.loader import validation_batches
+from data.workers import Reading, named
 from trainer.metrics import Ratios, SourceSums, mean_losses, means
 from trainer.parallel import reshard
 from trainer.quarantine import VALIDATION, Quarantine
 from trainer.setup import Setup
 from trainer.step import ratios_of
+from trainer.watch import Watch
 
 
-def validate(setup: Setup, quarantine: Quarantine, step: int) -> dict[str, float]:
+def validate(setup: Setup, quarantine: Quarantine, step: int, watch: Watch | None = None) -> dict[str, float]:
     """val/loss, val/<source>/loss and val/<term>_loss over the same records at every call. Collective.
 
-    Bad records go to the quarantine.
+    Bad records go to the quarantine. Every micro-batch is marked in `watch`.
     """
-    dataset, world, config = setup.data.validation, setup.world, setup.config
+    dataset, world, config, watch = setup.data.validation, setup.world, setup.config, watch or Watch()
     if dataset is None:
         return {}
+    trained, reading = watch.reading, watch.read(Reading(config.data.workers), partial(named, dataset), VALIDATION)
     sums, ratios = SourceSums(len(dataset.source_names), world.device), Ratios()
     batches = validation_batches(
         dataset,
@@ -29,15 +34,18 @@ def validate(setup: Setup, quarantine: Quarantine, step: int) -> dict[str, float
         max_samples=config.validation.max_samples,
         workers=config.data.workers,
         pools=setup.data.validation_pools,
+        reading=reading,
     )
     setup.model.eval()
     with torch.no_grad():
         for micro in batches:
             quarantine.add(micro.rejected, step, VALIDATION)
+            watch.at(VALIDATION, watch.beat.step, [micro.batch.sample_ids.tolist()])
             batch = micro.batch.to(world.device)
             terms = setup.wrapped(batch)
             sums.add(batch, terms["text"].addends)
             ratios.add(ratios_of(terms))
+    watch.reading = trained
     setup.model.train()
     reshard(setup.model)
     quarantine.flush(world)

@@ -1,0 +1,116 @@
+"""Processes that read samples: what each is at, what to say when one dies, and that none outlives its rank."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+
+import torch
+from torch.utils.data import get_worker_info
+
+from data.dataset import MultimodalDataset
+from data.record import RecordError
+
+NOTHING = -1
+DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? (\d+)[\d, ]*\)(?: is)? (killed by signal: [^.]+|exited unexpectedly[^.]*)")
+"""How torch tells that a worker is dead; it may do so anywhere in the main thread."""
+
+
+class WorkerError(RuntimeError):
+    """A worker died, or met an error that no record should cause. Says which samples it was reading."""
+
+
+class Reading:
+    """Which sample each worker is reading, in memory that they share: any thread of the rank may look.
+
+    Without workers the rank's main thread is the only one.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._table = torch.full((max(workers, 1), 2), NOTHING, dtype=torch.int64).share_memory_()  # process, sample
+
+    def begin(self, sample_id: int) -> None:
+        self._row()[1] = sample_id
+
+    def end(self) -> None:
+        self._row()[1] = NOTHING
+
+    def own(self) -> list[int]:
+        """What the calling process is reading."""
+        return [int(i) for i in self._row()[1:] if i != NOTHING]
+
+    def samples(self, pid: int | None = None) -> list[int]:
+        """What all of them are reading, or process `pid`."""
+        return [sample for process, sample in self._table.tolist() if sample != NOTHING and pid in (None, process)]
+
+    def pids(self) -> list[int]:
+        """Workers that have begun, the rank itself left out."""
+        return [process for process, _ in self._table.tolist() if process not in (NOTHING, os.getpid())]
+
+    def _row(self) -> torch.Tensor:
+        info = get_worker_info()
+        row = self._table[0 if info is None else info.id]
+        row[0] = os.getpid()
+        return row
+
+
+def named(dataset: MultimodalDataset, sample_id: int) -> str:
+    """What people call a sample: "id (file:line)"."""
+    try:
+        record = dataset.record(sample_id)
+        return f"{record.id} ({record.where})"
+    except RecordError as error:
+        return f"{error.id} ({error.where})"
+
+
+def unexpected(error: Exception, names: list[str]) -> WorkerError:
+    """An error that is no fault of a record, with the samples that were read and its traceback as a note."""
+    found = WorkerError(f"{type(error).__name__} while {', '.join(names)} was read: {error}")
+    found.add_note("".join(traceback.format_exception(error)))
+    return found
+
+
+def explained(error: BaseException, reading: Reading | None, name: Callable[[int], str]) -> BaseException:
+    """`error`; or, where torch says by it that a worker of `reading` died, one that says of what and while it read what."""
+    death = DEATH.search(str(error)) if isinstance(error, RuntimeError) else None
+    if death is None:
+        return error
+    names = [name(i) for i in reading.samples(int(death[1]))] if reading else []
+    how = f"was {death[2]}" if death[2].startswith("killed") else death[2]
+    work = f"read {', '.join(names)}" if names else "waited for work"
+    memory = ": the machine may have run out of memory (see dmesg)" if "Killed" in how else ""
+    told = WorkerError(f"data worker {death[1]} {how.strip()} while it {work}{memory}")
+    told.__cause__ = error
+    return told
+
+
+def end_with_parent() -> None:
+    """Ask the kernel to kill this process when the thread that forked it ends, as it does with its process."""
+    if sys.platform != "linux":
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it ended before the kernel was asked
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def prepare_worker(worker: int) -> None:
+    """One thread each, no life without its rank, and no reaction to signals: a stop request reaches every process of a job, and
+    the main one acts on it.
+
+    What it inherits is not looked at by its garbage collector: that would copy every page with a Python object of the parent.
+    """
+    end_with_parent()
+    gc.freeze()
+    torch.set_num_threads(1)
+    signal.set_wakeup_fd(-1)  # or signals of a worker would be heard as those of the main process
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
