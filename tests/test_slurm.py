@@ -42,9 +42,9 @@ def submit(folder: Path, *overrides: str, text: str = "", **environment: str) ->
         (commands / name).write_text(script)
         (commands / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "70003", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}
-    path = {"PATH": f"{commands}:{os.environ['PATH']}", "LOG": str(log), "RUN_FOLDER": str(run), "NEWEST": "12"}
+    variables = {"PATH": f"{commands}:{os.environ['PATH']}", "LOG": str(log), "RUN_FOLDER": str(run), "NEWEST": "12"}
     command = ["bash", str(SCRIPT), str(folder / "run.toml"), *overrides]
-    done = subprocess.run(command, env={**path, **job, **environment}, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env={**variables, **job, **environment}, capture_output=True, text=True, timeout=60, check=False)
     queued = log / "scontrol"
     assert not queued.exists() or queued.read_text() == "requeue 70003\n"
     return done.returncode, queued.exists(), done.stderr
