@@ -200,7 +200,7 @@ def test_a_spike_is_noted_with_its_samples_and_the_window_survives(parts: Path, 
     assert faults(again) == [row]
 
 
-@pytest.mark.parametrize("noise", [0.05, 0.1])
+@pytest.mark.parametrize("noise", [pytest.param(0.05, marks=pytest.mark.long), 0.1])
 def test_ordinary_noise_is_no_spike_and_three_times_as_much_is_one(noise: float) -> None:
     draw = random.Random(0)
     for seen in ("steady", "falling", "two kinds"):

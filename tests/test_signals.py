@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from data.loader import prepare_worker
+from data.workers import prepare_worker
 from tests import ranks
 from tests.ranks import SERVER, run_ranks
 from tests.runs import Start, merged, start, start_alone
@@ -134,7 +135,7 @@ def start_counting_saves(world: World, parts: Path, folder: Path, sections: dict
         saved.append(step)
         return original(self, step, *args)
 
-    Checkpointer.save = save  # type: ignore[method-assign]
+    Checkpointer.save = save  # type: ignore[method-assign, assignment]
     answer = start_asked(world, parts, folder, sections, asks)
     assert answer.code == 0 and ("no [[data.validation]]" in answer.said) == ("EVAL" in str(asks)), answer.said
     return saved
@@ -179,7 +180,7 @@ def start_saving(world: World, parts: Path, folder: Path, sections: dict[str, An
             ask(folder, "SIGTERM")
         return original(self, step, *args)
 
-    Checkpointer.save = save  # type: ignore[method-assign]
+    Checkpointer.save = save  # type: ignore[method-assign, assignment]
     return start(world, parts, folder, sections)
 
 
@@ -279,7 +280,8 @@ def test_handlers_are_there_while_a_run_is_and_only_then(tmp_path: Path) -> None
 
 
 def test_another_thread_leaves_signals_alone(tmp_path: Path) -> None:
-    before, found = [signal.getsignal(number) for number in signals.SIGNALS], []
+    found: list[Any] = []
+    before = [signal.getsignal(number) for number in signals.SIGNALS]
 
     def listen() -> None:
         with signals.listening(tmp_path, 0, exits.Progress(), 60.0):
@@ -291,16 +293,22 @@ def test_another_thread_leaves_signals_alone(tmp_path: Path) -> None:
     assert found == before
 
 
-def worker_dispositions(world: World) -> tuple[list[Any], int]:
-    with signals.listening(Path("nowhere"), 0, exits.Progress(), 60.0):
-        before = signal.set_wakeup_fd(-1)
-        signal.set_wakeup_fd(before)
-        prepare_worker(0)
-        return [signal.getsignal(number) for number in signals.SIGNALS], signal.set_wakeup_fd(-1)
+def work() -> None:
+    prepare_worker(0)
+    deaf = all(signal.getsignal(number) is signal.SIG_IGN for number in signals.SIGNALS)
+    os._exit(0 if deaf and signal.set_wakeup_fd(-1) == -1 else 1)
 
 
-def test_a_data_worker_hears_nothing_and_passes_nothing_on() -> None:
-    assert run_ranks(worker_dispositions, 1) == [([signal.SIG_IGN] * 3, -1)]
+def worker_code(world: World, folder: Path) -> int | None:
+    with signals.listening(folder, 0, exits.Progress(), 60.0):
+        worker = multiprocessing.Process(target=work)
+        worker.start()
+        worker.join()
+        return worker.exitcode
+
+
+def test_a_data_worker_hears_nothing_and_passes_nothing_on(tmp_path: Path) -> None:
+    assert run_ranks(worker_code, 1, tmp_path) == [0]
 
 
 def test_a_wish_is_told_once_and_fulfilled_once() -> None:
