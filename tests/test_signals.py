@@ -334,9 +334,10 @@ def test_torchrun_does_not_restart_what_was_stopped(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "two")
     signals.check_restart(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
-    (tmp_path / "exit.json").unlink()
-    exits.record(tmp_path, 70, "failed", 3, 0)
-    signals.check_restart(tmp_path)
+    for code, reason in ((70, "failed"), (75, "SIGTERM before the first step; there is no checkpoint yet")):
+        (tmp_path / "exit.json").unlink()
+        exits.record(tmp_path, code, reason, 3, 0)
+        signals.check_restart(tmp_path)
 
 
 def test_a_launcher_that_kills_too_soon_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ REQUESTS = {"STOP": STOP, "SAVE": SAVE, "EVAL": EVALUATE}
 SAME_SECONDS = 5.0
 """Signals this long after the first are the same request: srun and torchrun both pass it on."""
 LOOK_SECONDS = 1.0
+TOO_EARLY = "before the first step"
 TORCHRUN_SECONDS = 30
 """From SIGTERM to SIGKILL, unless torchrun is told otherwise."""
 
@@ -138,7 +139,7 @@ class Listener:
 
     def _stop(self, reason: str) -> None:
         if not self.progress.steering.heeded:
-            self._leave(f"{reason} before the first step")
+            self._leave(f"{reason} {TOO_EARLY}")
         self._follow_peer()
         self.asked = self.asked if self.asked is not None else time.monotonic()
         self.progress.steering.wish(STOP, reason)
@@ -174,12 +175,16 @@ class Listener:
 
 
 def check_restart(folder: Path) -> None:
-    """StopRequested where torchrun restarts a run that was stopped on request: --max-restarts is for those that failed."""
+    """StopRequested where torchrun restarts a run that was stopped on request: --max-restarts is for those that failed.
+
+    A signal before the first step was torchrun's own, to ranks whose peer had died: asked to end itself, it restarts nobody.
+    """
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return
     try:
         last = json.loads((folder / exits.NAME).read_text())
         stopped = last["code"] == exits.STOPPED and last["launch"] == os.environ.get("TORCHELASTIC_RUN_ID")
+        stopped = stopped and TOO_EARLY not in last["reason"]
     except (OSError, ValueError, KeyError, TypeError):
         return
     if stopped:
