@@ -15,7 +15,7 @@ from trainer import exits, signals
 from trainer.agreement import agree
 from trainer.checkpoint import restore
 from trainer.config import RunConfig
-from trainer.disk import replace_text
+from trainer.disk import make_folder, replace_text
 from trainer.distributed import World, start_world, stop_world
 from trainer.export import final_step, publish, write_final
 from trainer.guard import Guard
@@ -67,12 +67,20 @@ def attended(config: RunConfig, world: World | None, progress: exits.Progress, l
         if world.is_main:
             exits.record(folder, exits.DONE, "done", progress.step, world.rank)
     except (Exception, KeyboardInterrupt) as error:
-        return exits.report_failure(progress.watch.explained(error), folder, progress.step, world.rank, guard)
+        return ended(error, folder, progress, world.rank, guard)
     finally:
         guard.stop()
     if own:
         stop_world()
     return exits.DONE
+
+
+def ended(error: BaseException, folder: Path, progress: exits.Progress, rank: int, guard: Guard) -> int:
+    """The exit code of a run that failed, once people are told."""
+    try:
+        return exits.report_failure(progress.watch.explained(error), folder, progress.step, rank, guard)
+    except RuntimeError as later:  # torch interrupts the main thread, wherever it is, to say that a data worker died
+        return exits.report_failure(progress.watch.explained(later), folder, progress.step, rank, guard)
 
 
 def train(root: RunConfig, world: World, progress: exits.Progress) -> None:
@@ -109,7 +117,7 @@ def train_stage(place: Place, start: Start, world: World, progress: exits.Progre
     """Data, model, resume, plan, loop, final: in this order, each proven before the next. Returns the run's completed steps."""
     config, checkpoint, state = place.config, start.checkpoint if start.state else None, start.state
     if world.is_main:
-        place.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(place.folder)
         if not state:
             start_afresh(place.run_folder, [stage.name for stage in place.root.stage[: place.number - 1]])
     progress.watch.mark("index")
@@ -169,7 +177,7 @@ def prepare_folder(folder: Path, rank: int) -> FolderLock | None:
     if rank != 0:
         return None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock = FolderLock(folder)
         exits.clear(folder)
     except OSError as error:
