@@ -53,8 +53,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def card_of(folder: Path, tunes: Tunes, dtype: Any = "float32", llm: str = "llm", quantize: QuantizeConfig = WHOLE) -> ModelCard:
-    vision = (VisionConfig(str(folder / "vision"), tunes[1]), VisionProjectorConfig(tune=tunes[2])) if tunes[1] else (None, None)
-    config = ModelConfig(LlmConfig(str(folder / llm), tunes[0]), *vision, dtype=dtype)
+    vision = VisionConfig(str(folder / "vision"), tunes[1]) if tunes[1] else None
+    projector = VisionProjectorConfig(tune=tunes[2]) if tunes[1] else None
+    config = ModelConfig(LlmConfig(str(folder / llm), tunes[0]), vision, projector, dtype=dtype)
     return draw_card(config, LoraConfig(rank=8, dropout=0.05), Vocabulary(), quantize=quantize)
 
 
@@ -152,7 +153,7 @@ def test_codes_of_a_quantised_model_count_as_they_are_stored(folder: Path) -> No
     assert planned == {part: (bytes_of(module.parameters()), bytes_of(module.buffers())) for part, module in found.items()}
 
 
-def measured_peak(model: MultimodalLM, batch: Batch, trace: Path) -> int:
+def measured_peak(model: torch.nn.Module, batch: Batch, trace: Path) -> int:
     """Bytes that the allocator of the CPU held at most in a forward and backward, above what was there: gradients were."""
     forward_backward(model, batch)
     with profile(profile_memory=True, activities=[ProfilerActivity.CPU]) as seen:
@@ -195,6 +196,23 @@ def test_activations_are_within_a_tenth_of_what_is_measured(folder: Path, tmp_pa
     assert planned.activations - given == pytest.approx(measured_peak(model, batch, tmp_path / "trace.json"), rel=0.1)
 
 
+def sharded_peak(world: World, folder: Path, config: ParallelConfig, tunes: Tunes, dtype: Any, trace: str) -> int:
+    _, wrapped = built(card_of(folder, tunes, dtype), config, world)
+    return measured_peak(wrapped, heavy_batch(), Path(f"{trace}-{world.rank}.json"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recomputes", ["none", "full"])
+@pytest.mark.parametrize(("tunes", "dtype"), [(("full", "full", "full"), "float32"), (("lora", "frozen", "full"), "bfloat16")])
+def test_blocks_that_sharding_gathers_are_within_a_quarter(
+    folder: Path, tmp_path: Path, recomputes: Any, tunes: Tunes, dtype: str
+) -> None:
+    config = ParallelConfig("fsdp", activation_checkpointing=recomputes)
+    planned = footprint(card_of(folder, tunes, dtype), config, 2, heavy_batch(), 1)
+    for peak in run_ranks(sharded_peak, 2, folder, config, tunes, dtype, str(tmp_path / "trace")):
+        assert planned.activations + planned.gathered == pytest.approx(peak, rel=0.25)
+
+
 def test_a_storage_counts_from_its_birth_to_its_death() -> None:
     """Three products of a chain, of which the first two are kept for backward, and the gradients on the way back."""
     weights = [torch.nn.Parameter(torch.empty(10, 10, device="meta")) for _ in range(3)]
@@ -228,7 +246,7 @@ def planned(
     """What the tool prints, and its last line."""
     folder.mkdir(exist_ok=True)
     path = folder / "run.toml"
-    path.write_text(to_toml(tables(parts, output_dir=str(folder / "run"), **sections)))
+    path.write_text(to_toml({**tables(parts, **sections), "output_dir": str(folder / "run")}))
     code = plan.main(["--cfg", str(path), *options])
     out, err = capsys.readouterr()
     assert code == 0, err
@@ -288,6 +306,6 @@ def test_what_is_wrong_is_told_with_code_2(
     parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], reason: str
 ) -> None:
     path = tmp_path / "run.toml"
-    path.write_text(to_toml(tables(parts, output_dir=str(tmp_path / "run"))))
+    path.write_text(to_toml({**tables(parts), "output_dir": str(tmp_path / "run")}))
     assert plan.main(["--cfg", str(path), *options]) == 2
     assert reason in capsys.readouterr().err
