@@ -23,7 +23,7 @@ from model.manifest import write_manifest
 from model.shards import WEIGHTS, ShardPlan, checkpoint_tensors, local, write_planned, write_shard
 from model.weights import is_first_copy, local_range
 from trainer.background import Agreement, Task, attempt, raise_problem
-from trainer.disk import SAVING, TRIAL, make_folder, put_in_place, remove_folder, sync_run
+from trainer.disk import SAVING, TRIAL, make_folder, put_in_place, remove_folder, replace_text, sync_run
 from trainer.distributed import World
 from trainer.exits import ProofError
 from trainer.retention import PREFIX, STATE, prune
@@ -71,8 +71,18 @@ class Checkpointer:
         if short:
             print(f"save      rank {self.world.rank}: training waits while checkpoints are written: {short}", flush=True)
 
-    def save(self, step: int, trained: Trained, state: dict[str, Any], card: ModelCard, processor: Processor) -> Path:
+    def save(
+        self,
+        step: int,
+        trained: Trained,
+        state: dict[str, Any],
+        card: ModelCard,
+        processor: Processor,
+        before: dict[Path, str] | None = None,
+    ) -> Path:
         """Begin to write checkpoint-`step`, counted over the whole run; every rank calls it.
+
+        `before`: texts of other files of the run folder, which the disk has once the checkpoint has its name; rank 0 writes them.
 
         When it returns all values are taken: weights, moments and `state` may change. It waits for the save before, and raises
         SaveError or ProofError when that failed.
@@ -81,7 +91,7 @@ class Checkpointer:
         if self.papers is None:
             self.prepare(trained, card, processor)
         tensors = _tensors(trained, self.world)
-        note = Note(step, json.loads(dump_json(state)), [*trained.parameters], _steps(trained))
+        note = Note(step, json.loads(dump_json(state)), [*trained.parameters], _steps(trained), before or {})
         work = partial(self._write, note, self.staging.take(tensors) if self.staging else tensors)
         self.task = Task(work, f"{PREFIX}{step}")
         if self.staging is None:
@@ -137,6 +147,8 @@ class Checkpointer:
         stage = {"stage": note.state["stage"]} if note.state.get("stage") else {}
         known = {name: of for files in facts for name, of in files.items()}
         write_manifest(temporary, {"step": note.step, "run_id": self.run_id, **stage}, known)
+        for path, text in note.before.items():
+            replace_text(path, text)
         sync_run(self.folder)
         target = self.folder / f"{PREFIX}{note.step}"
         put_in_place(temporary, target)
@@ -156,6 +168,7 @@ class Note:
     state: dict[str, Any]
     names: list[str]
     optimizer_steps: Tensor  # (parameters,) on the device: nobody has waited for it
+    before: dict[Path, str]
 
     def all(self) -> dict[str, Any]:
         steps = self.optimizer_steps.tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,8 +70,17 @@ def ledger_of(sampler: Sampler, step: int, total_steps: int, rows: Sequence[dict
 def write_ledger(place: Place, sampler: Sampler, step: int, total_steps: int) -> list[SourceLedger]:
     """ledger.json of a run or stage, from its plan and its rows of quarantine.jsonl."""
     found = ledger_of(sampler, step, total_steps, read_rows(place.run_folder, place.name))
-    replace_text(place.folder / NAME, dump_json({"step": step, "sources": [asdict(row) for row in found]}))
+    replace_text(place.folder / NAME, _text(found, step))
     return found
+
+
+def ledger_file(place: Place, sampler: Sampler, step: int, total_steps: int) -> dict[Path, str]:
+    """The same, path and content, for somebody else to write."""
+    return {place.folder / NAME: _text(ledger_of(sampler, step, total_steps, read_rows(place.run_folder, place.name)), step)}
+
+
+def _text(ledger: list[SourceLedger], step: int) -> str:
+    return dump_json({"step": step, "sources": [asdict(row) for row in ledger]})
 
 
 def table(ledger: Sequence[SourceLedger]) -> str:

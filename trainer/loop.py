@@ -17,7 +17,7 @@ from trainer.checkpoint import Checkpointer
 from trainer.exits import INTERNAL, Progress, StopRequested, code_of
 from trainer.health import Health, forget_after, hearable, split
 from trainer.later import Later
-from trainer.ledger import table, write_ledger
+from trainer.ledger import ledger_file, table, write_ledger
 from trainer.metrics import Meter, MetricsLog
 from trainer.optim import set_learning_rates
 from trainer.quarantine import Quarantine
@@ -195,9 +195,6 @@ class Loop:
         if saves:
             self.watch.mark("save")
             self._flush(done)
-            # Before the checkpoint: after the last one a start has nothing left to do, and would never write them.
-            self._account()
-            self.log.write_trainer_state(self.place.first_step + done, self.place.first_step + self.setup.total_steps)
             self._save(done)
         self.meter.since += time.perf_counter() - started  # tokens per second are those of training
         if stops:
@@ -237,13 +234,18 @@ class Loop:
         )
 
     def _save(self, done: int) -> None:
-        setup = self.setup
+        setup, first_step = self.setup, self.place.first_step
+        # Before the checkpoint: after the last one a start has nothing left to do, and would never write them.
+        before = self.log.trainer_state(first_step + done, first_step + setup.total_steps)
+        if setup.world.is_main and setup.data.sampler is not None:
+            before |= ledger_file(self.place, setup.data.sampler, self.num_accounted, setup.total_steps)
         self.checkpointer.save(
-            self.place.first_step + done,
+            first_step + done,
             setup.trained,  # type: ignore[arg-type]
             self._state(),
             setup.data.card,
             setup.data.processor,
+            before,
         )
 
     def _state(self) -> dict[str, Any]:

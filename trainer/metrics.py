@@ -211,16 +211,16 @@ class MetricsLog:
         with self.path.open("a") as out:
             out.write(json.dumps(line) + "\n")
 
-    def write_trainer_state(self, step: int, max_steps: int) -> None:
-        """The log as scripts for Hugging Face's Trainer read it."""
+    def trainer_state(self, step: int, max_steps: int) -> dict[Path, str]:
+        """trainer_state.json, path and content: the log as scripts for Hugging Face's Trainer read it. On rank 0."""
         if not self.active:
-            return
+            return {}
         history = [
             {**{new: line[old] for old, new in HUGGING_FACE_NAMES.items() if old in line}, **_rate(line), "step": line["step"]}
             for line in self.history
         ]
         value = {"global_step": step, "max_steps": max_steps, "log_history": history}
-        replace_text(self.path.parent / "trainer_state.json", dump_json(value))
+        return {self.path.parent / "trainer_state.json": dump_json(value)}
 
 
 def _rate(line: dict[str, Any]) -> dict[str, Any]:
