@@ -167,7 +167,7 @@ class _MicroBatches(Dataset[MicroBatch | DataError | WorkerError]):
         self, dataset: MultimodalDataset, pad_id: int, is_packed: bool, planned: np.ndarray | None, reading: Reading
     ) -> None:
         """`planned` (N,): the tokens a sample may have at most, by id; None: any number."""
-        self._dataset, self._pad_id, self._planned, self._reading = dataset, pad_id, planned, reading
+        self._dataset, self._pad_id, self._planned, self.reading = dataset, pad_id, planned, reading
         self._collate = collate_packed if is_packed else collate
 
     def __getitem__(self, share: _Share) -> MicroBatch | DataError | WorkerError:
@@ -176,15 +176,15 @@ class _MicroBatches(Dataset[MicroBatch | DataError | WorkerError]):
         except DataError as error:
             return error
         except Exception as error:  # as text: a worker's would lose its traceback, and not say what was read
-            return unexpected(error, [named(self._dataset, i) for i in self._reading.own()])
+            return unexpected(error, [named(self._dataset, i) for i in self.reading.own()])
         finally:
-            self._reading.end()
+            self.reading.end()
         samples = [item for item in items if isinstance(item, Sample)]
         rejected = tuple(item for item in items if isinstance(item, Rejected))
         return MicroBatch(self._collate(samples, self._pad_id), rejected, share.ends_step)
 
     def _item(self, i: int) -> Sample | Rejected:
-        self._reading.begin(i)
+        self.reading.begin(i)
         item = self._dataset[i]
         if self._planned is None or isinstance(item, Rejected) or len(item.input_ids) <= self._planned[i]:
             return item
@@ -209,7 +209,15 @@ def _load(
         worker_init_fn=prepare_worker,
         generator=torch.Generator(),  # or each start of the loader would draw from the global one
     )
-    for item in loader:
+    batches = iter(loader)
+    while True:
+        try:
+            item = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError:  # torch does not say how a worker died that it finds dead
+            made.reading.codes = {worker.pid: worker.exitcode for worker in getattr(batches, "_workers", ())}
+            raise
         if isinstance(item, (DataError, WorkerError)):
             raise item
         yield item

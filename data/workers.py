@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import multiprocessing
@@ -19,8 +20,8 @@ from data.dataset import MultimodalDataset
 from data.record import RecordError
 
 NOTHING = -1
-DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? (\d+)[\d, ]*\)(?: is)? (killed by signal: [^.]+|exited unexpectedly[^.]*)")
-"""How torch tells that a worker is dead; it may do so anywhere in the main thread."""
+DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? (\d+)[\d, ]*\) ((?:is killed by signal|exited unexpectedly)[^.]*)")
+"""How torch tells that a worker is dead."""
 
 
 class WorkerError(RuntimeError):
@@ -34,6 +35,7 @@ class Reading:
     """
 
     def __init__(self, workers: int) -> None:
+        self.codes: dict[int, int | None] = {}  # exit codes that torch has asked for
         self._table = torch.full((max(workers, 1), 2), NOTHING, dtype=torch.int64).share_memory_()  # process, sample
 
     def begin(self, sample_id: int) -> None:
@@ -53,6 +55,18 @@ class Reading:
     def pids(self) -> list[int]:
         """Workers that have begun, the rank itself left out."""
         return [process for process, _ in self._table.tolist() if process not in (NOTHING, os.getpid())]
+
+    def deaths(self) -> dict[int, str]:
+        """Of workers that did not end by themselves: what ended them. For the process that started them."""
+        found = {}
+        for pid in self.pids():
+            code = self.codes.get(pid)
+            with contextlib.suppress(OSError):  # torch was told, and keeps it to itself
+                if status := os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                    code = status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
+            if code:
+                found[pid] = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return found
 
     def _row(self) -> torch.Tensor:
         info = get_worker_info()
@@ -78,15 +92,21 @@ def unexpected(error: Exception, names: list[str]) -> WorkerError:
 
 
 def explained(error: BaseException, reading: Reading | None, name: Callable[[int], str]) -> BaseException:
-    """`error`; or, where torch says by it that a worker of `reading` died, one that says of what and while it read what."""
-    death = DEATH.search(str(error)) if isinstance(error, RuntimeError) else None
-    if death is None:
+    """`error`; or, where it comes from the death of a worker of `reading`, one that says of what and while it read what.
+
+    Torch tells of it anywhere in the main thread, or what the worker was sending breaks off.
+    """
+    if reading is None or isinstance(error, WorkerError) or not isinstance(error, (RuntimeError, OSError, EOFError)):
         return error
-    names = [name(i) for i in reading.samples(int(death[1]))] if reading else []
-    how = f"was {death[2]}" if death[2].startswith("killed") else death[2]
+    named_in = DEATH.search(str(error))
+    deaths = reading.deaths() or ({int(named_in[1]): named_in[2]} if named_in else {})
+    if not deaths:
+        return error
+    pid, how = next(iter(deaths.items()))
+    names = [name(i) for i in reading.samples(pid)]
     work = f"read {', '.join(names)}" if names else "waited for work"
-    memory = ": the machine may have run out of memory (see dmesg)" if "Killed" in how else ""
-    told = WorkerError(f"data worker {death[1]} {how.strip()} while it {work}{memory}")
+    memory = ": the machine may have run out of memory (see dmesg)" if "KILL" in how.upper() else ""
+    told = WorkerError(f"data worker {pid} {how} while it {work}{memory}")
     told.__cause__ = error
     return told
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -57,10 +57,16 @@ def kill_ranks_when(due: Callable[[], bool], fn: Callable[..., Any], size: int, 
             time.sleep(0.02)
 
 
-def exit_codes(fn: Callable[..., Any], size: int, *args: Any, seconds: float = 60) -> tuple[list[int | None], float]:
-    """fn on `size` ranks that end by themselves: their exit codes, below 0 for a signal, and the seconds from when the first
-    one ended to the last. TimeoutError where some are left.
-    """
+class Ends(NamedTuple):
+    """How ranks ended that were expected to end by themselves."""
+
+    codes: list[int]  # exit codes, below 0 for a signal
+    seconds: float  # from when the first one ended to the last
+    pids: list[int]
+
+
+def ends_of(fn: Callable[..., Any], size: int, *args: Any, seconds: float = 60) -> Ends:
+    """fn on `size` ranks, none of which comes back from it. TimeoutError where some have not ended."""
     with _running(fn, size, args, seconds) as pipes:
         processes = pipes.processes
         wait([process.sentinel for process in processes], seconds)
@@ -69,7 +75,7 @@ def exit_codes(fn: Callable[..., Any], size: int, *args: Any, seconds: float = 6
             process.join(max(0.0, first + seconds - time.monotonic()))
         if left := [rank for rank, process in enumerate(processes) if process.exitcode is None]:
             raise TimeoutError(f"ranks {left} have not ended in {seconds} s")
-        return [process.exitcode for process in processes], time.monotonic() - first
+        return Ends([process.exitcode for process in processes], time.monotonic() - first, [process.pid for process in processes])
 
 
 class Pipes(list[Connection]):

@@ -27,7 +27,7 @@ TICK_SECONDS = 2.0  # between two looks, at most
 BROKEN_TICK_SECONDS = 0.2  # after a collective broke
 LOST_SECONDS = 10.0  # a store that fails, or a culprit that is looked for
 GRACE_SECONDS = 5.0  # for a main thread to end by itself, with the error that all ranks come to
-LEAVE_SECONDS = 5.0  # for messages and stacks, which a file system that hangs may hold up
+LEAVE_SECONDS = 6.0  # for messages and stacks, which a file system that hangs may hold up
 NAME_SECONDS = 2.0  # to look samples up, in files that may be what hangs
 OF_PEERS = re.compile(r"gloo|nccl|connection (was )?(closed|reset)|broken pipe|remote process", re.IGNORECASE)
 """What a collective says on a rank whose peer has failed."""

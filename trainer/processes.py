@@ -62,7 +62,7 @@ def _stat(pid: int) -> tuple[str, str]:
         return "?", ""
 
 
-def show_and_end(process: Process, seconds: float = 1.5) -> None:
+def show_and_end(process: Process, seconds: float = 3.0) -> None:
     """Have it write its stacks, as `trainer.stacks` arranged, and wake it so that it can leave; kill it if it does not."""
     if process.state() in (None, GONE, DEFUNCT) or process.pid == os.getpid():
         return

@@ -1,0 +1,139 @@
+"""Nothing hangs: whatever happens to one rank or its workers, all ranks leave soon, and say who, where and on which sample."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.hangs import check
+from tests.ranks import run_ranks
+from tests.runs import config_of
+from trainer import distributed
+from trainer.agreement import differences
+from trainer.distributed import World
+from trainer.judge import Judge, place_of
+from trainer.main import run
+from trainer.processes import GONE, RUNNING, Process, myself
+from trainer.watch import Watch
+
+CASES = [
+    ("ddp", 1, "stopped", "backward", 2),
+    ("ddp", 0, "killed", "forward", 1),
+    ("fsdp", 1, "raising", "update", 1),
+    ("fsdp", 0, "sleeping", "forward", 2),
+    ("ddp", 1, "worker sleeping", "data", 4),
+    ("ddp", 1, "worker killed", "data", 4),
+]
+
+
+@pytest.mark.parametrize(("strategy", "culprit", "how", "phase", "step"), CASES)
+def test_all_ranks_leave_and_the_culprit_is_named(
+    parts: Path, tmp_path: Path, strategy: str, culprit: int, how: str, phase: str, step: int
+) -> None:
+    check(parts, tmp_path / "run", strategy, 2, culprit, how, phase, step)
+
+
+def beat(number: int, phase: str = "forward", place: tuple[int, int] = (3, 2), **more: Any) -> dict[str, Any]:
+    return {"number": number, "phase": phase, "step": place[0], "place": list(place), "moves": 7, "waiting": False, **more}
+
+
+def judged(beats: dict[int, list[dict[str, Any]]], seconds: float = 10.0) -> tuple[tuple[int, ...], str] | None:
+    """What comes of ranks whose beats are these at one second each, and whose last one is told again until `seconds`."""
+    judge = Judge(beats, 5.0, 0.0)
+    number = 0
+    for second in range(int(seconds) + 1):
+        for rank, told in beats.items():
+            number += 1
+            judge.hear(rank, {**told[min(second, len(told) - 1)], "number": number}, float(second))
+        if found := judge.absent(float(second)) or judge.stuck(float(second)):
+            return found.culprits, found.what
+    return None
+
+
+def test_the_one_behind_is_to_blame() -> None:
+    waits = beat(0, "backward", (3, 3), waiting=True)
+    assert judged({0: [waits], 1: [beat(0)], 2: [waits]}) == ((1,), "has not come on for 5 s")
+    # Behind by a step, though it began to wait last.
+    moving = [beat(0, place=(2, k)) for k in range(4)]
+    found = judged({0: [waits], 1: moving, 2: [waits]})
+    assert found is not None and found[0] == (1,)
+
+
+def test_of_those_at_one_place_the_one_that_waits_for_nobody_is_to_blame() -> None:
+    waits = beat(0, waiting=True)
+    assert judged({0: [waits], 1: [beat(0)], 2: [waits]}) == ((1,), "has not come on for 5 s")
+    found = judged({0: [waits], 1: [waits]})
+    assert found is not None and found[0] == (0, 1) and "the network" in found[1]
+
+
+def test_what_takes_long_by_its_nature_or_goes_on_is_left_alone() -> None:
+    loads = beat(0, "load", (-1, 1))
+    assert judged({0: [loads], 1: [loads]}) is None
+    assert judged({0: [beat(0, waiting=True)], 1: [loads]}) is None
+    assert judged({0: [beat(0)], 1: [{**beat(0), "moves": k} for k in range(11)]}) is None  # slow, and alive
+    assert judged({0: [beat(0, "done", (3, 9))], 1: [beat(0, "final", (3, 8))]}) is None
+
+
+def test_a_rank_that_is_not_heard_of_is_to_blame_and_a_judge_that_was_stopped_itself_is_not_hasty() -> None:
+    judge = Judge(range(2), 5.0, 0.0)
+    for second in range(5):
+        judge.hear(0, beat(second), float(second))
+        judge.hear(1, beat(0), float(second))
+    assert judge.absent(4.9) is None
+    assert (found := judge.absent(5.0)) is not None and found.culprits == (1,) and "no sign of life for 5 s" in found.what
+    judge.forgive(100.0)
+    assert judge.absent(104.9) is None and judge.absent(105.0) is not None
+    judge.broken = True  # a collective has broken: five seconds are enough, however long ranks may take otherwise
+    patient = Judge(range(2), 600.0, 0.0)
+    patient.hear(0, beat(1), 90.0)
+    assert patient.absent(95.0) is None
+    patient.broken = True
+    assert (found := patient.absent(94.0)) is not None and found.culprits == (1,)
+
+
+def test_processes_are_known_again() -> None:
+    me = myself()
+    assert me.state() == RUNNING
+    assert Process(me.host, me.machine, me.pid, str(int(me.started) + 1)).state() == GONE  # its number was given to another
+    assert Process(me.host, "another machine", me.pid, me.started).state() is None
+
+
+def test_a_watch_tells_the_samples_of_the_micro_batch() -> None:
+    watch = Watch()
+    watch.at("copy", 6, [[4, 9], [2, -1]])
+    assert watch.now()["samples"] == [4, 9, 2]
+    watch.mark("forward")
+    watch.mark("backward")
+    watch.mark("forward")
+    now = watch.now()
+    assert (now["phase"], now["step"], now["samples"], now["place"]) == ("forward", 6, [2], (6, 3))
+    assert place_of(now, ["r2 (a.json:3)"]) == "in forward of step 7, sample r2 (a.json:3)"
+    watch.at("log", 7)
+    assert place_of(watch.now(), []) == "in log after step 7" and watch.now()["place"] == (7, 0)
+
+
+def start_apart(world: World, parts: Path, output_dir: Path) -> int:
+    return run(config_of(parts, output_dir=str(output_dir), seed=42 + world.rank, optim={"lr": 1e-2}), world)
+
+
+def test_ranks_with_different_settings_are_told_which(parts: Path, tmp_path: Path) -> None:
+    assert run_ranks(start_apart, 2, parts, tmp_path / "run") == [2, 2]
+    reason = json.loads((tmp_path / "run" / "exit.json").read_text())["reason"]
+    assert "seed is 42 on rank 0 and 43 on rank 1" in reason and "optim.lr" not in reason
+    lines = differences({"a": 1, "b": 2}, {1: {"a": 1, "b": 3}, 2: {"a": 1, "b": 3, "c": 4}})
+    assert lines == ["b is 2 on rank 0 and 3 on ranks 1, 2", "c is None on rank 0 and 4 on rank 2"]
+
+
+def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setattr(distributed, "START_SECONDS", 0.2)
+    with pytest.raises(distributed.ConfigError, match="ranks 1, 2 of 3 did not come within"):
+        distributed.meet()
+    monkeypatch.delenv("MASTER_ADDR")
+    with pytest.raises(distributed.ConfigError, match="'MASTER_ADDR' is not set"):
+        distributed.meet()
