@@ -118,9 +118,8 @@ def _judge_work(name: str, count: int, size: tuple[int, int], config: DataConfig
     if count > MAX_FRAMES:
         raise MediaError(f"{name!r} has {count} frames; an animation of at most {MAX_FRAMES} is read")
     if (pixels := count * size[0] * size[1]) > MAX_WORK * config.max_pixels:
-        raise MediaError(
-            f"{name!r} has {count} frames of {size[0]} x {size[1]} = {pixels} pixels; {MAX_WORK} x data.max_pixels are read"
-        )
+        told = f"{count} frames of {size[0]} x {size[1]} = {pixels} pixels"
+        raise MediaError(f"{name!r} has {told}; at most {MAX_WORK} times data.max_pixels is read")
 
 
 def _seconds(picture: Image.Image, i: int) -> float:

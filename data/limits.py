@@ -50,11 +50,10 @@ def parse_json(text: bytes) -> Any:
 
 
 def _check_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(MAX_JSON_DEPTH + 1):
-        level = [
-            item for held in level if isinstance(held, dict | list) for item in (held.values() if isinstance(held, dict) else held)
-        ]
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_JSON_DEPTH):
+        children = (item for held in level for item in (held.values() if isinstance(held, dict) else held))
+        level = [item for item in children if isinstance(item, dict | list)]
         if not level:
             return
     raise ValueError(f"it is nested deeper than {MAX_JSON_DEPTH}")

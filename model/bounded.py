@@ -45,11 +45,10 @@ def parse_json(data: bytes) -> Any:
 
 def check_depth(value: Any) -> None:
     """ValueError when lists and objects stand more than MAX_JSON_DEPTH deep in each other."""
-    level = [value]
-    for _ in range(MAX_JSON_DEPTH + 1):
-        level = [
-            item for held in level if isinstance(held, dict | list) for item in (held.values() if isinstance(held, dict) else held)
-        ]
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_JSON_DEPTH):
+        children = (item for held in level for item in (held.values() if isinstance(held, dict) else held))
+        level = [item for item in children if isinstance(item, dict | list)]
         if not level:
             return
     raise ValueError(f"it is nested deeper than {MAX_JSON_DEPTH}")

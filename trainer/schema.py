@@ -43,9 +43,10 @@ def read_toml(path: str) -> dict[str, Any]:
 
 def check_depth(value: Any, where: str) -> None:
     """ConfigError when tables and arrays stand more than MAX_DEPTH deep in each other: what reads them recurses."""
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        level = [i for held in level if isinstance(held, dict | list) for i in (held.values() if isinstance(held, dict) else held)]
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        children = (item for held in level for item in (held.values() if isinstance(held, dict) else held))
+        level = [item for item in children if isinstance(item, dict | list)]
         if not level:
             return
     raise ConfigError(f"{where}: nested deeper than {MAX_DEPTH}")
