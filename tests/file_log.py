@@ -110,9 +110,11 @@ def recorded(folder: Path) -> Iterator[FileLog]:
     fsync = os.fsync
 
     def concerns(event: str, args: tuple[Any, ...]) -> bool:
+        if isinstance(args[0], int):  # a file that is open: its name was seen
+            return event != "open"
         if event == "open":
             writes = bool(args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
-            return writes and not isinstance(args[0], int) and within(log.folder, args[0])
+            return writes and within(log.folder, args[0])
         # Inside a folder that is being removed, names are relative to it.
         return event in NAMES and (within(log.folder, args[0]) or not os.path.isabs(os.fsdecode(args[0])))
 
