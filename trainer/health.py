@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from data.record import RecordError
 from model.batch import Batch
 from trainer.checkpoint import Trained
 from trainer.disk import replace_text
+from trainer.evidence import NUM_SUSPECTS, Evidence, bad_samples, first_bad, highest
 from trainer.exits import ProofError
 from trainer.optim import in_norm_order
 from trainer.setup import Setup
@@ -30,22 +31,8 @@ from trainer.spikes import Spikes
 from trainer.step import StepResult
 
 NAME = "faults.jsonl"
-NUM_SUSPECTS = 4
-"""Samples of highest loss that each rank names for a spike."""
 NUM_NAMED = 8
 """Samples whose records are looked up; more are told by number alone."""
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What is kept of a step until its numbers are read: small tensors, on the device."""
-
-    step: int  # 0-based, of the stage
-    batches: list[Batch]  # without media
-    addends: list[Tensor]
-    losses: Tensor
-    norms: Tensor
-    skipped: bool = False
 
 
 class Health:
@@ -168,39 +155,6 @@ def forget_after(folder: Path, step: int) -> None:
     *lines, _ = path.read_text().split("\n")
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
     replace_text(path, "".join(line + "\n" for line in kept))
-
-
-def own_losses(batch: Batch, addends: Tensor) -> Tensor:
-    """(n,) cross entropy of each sample of a batch, summed over its supervised positions."""
-    sums = torch.zeros(len(batch.sample_ids), dtype=addends.dtype, device=addends.device)
-    return sums.index_add_(0, batch.owners, addends)
-
-
-def bad_samples(evidence: Evidence) -> list[int]:
-    """Samples of this rank whose own cross entropy is not finite; where there are none, those of micro-batches whose loss is not.
-
-    Host sync."""
-    found, near = [], []
-    for batch, addends, loss in zip(evidence.batches, evidence.addends, evidence.losses.tolist()):
-        ids = batch.sample_ids.tolist()
-        found += [i for i, own in zip(ids, own_losses(batch, addends).tolist()) if i >= 0 and not math.isfinite(own)]
-        near += [i for i in ids if i >= 0 and not math.isfinite(loss)]
-    return found or near
-
-
-def highest(evidence: Evidence) -> list[tuple[int, float]]:
-    """Samples of this rank with the highest mean cross entropy, and that, highest first. Host sync."""
-    found: list[tuple[int, float]] = []
-    for batch, addends in zip(evidence.batches, evidence.addends):
-        counts = torch.bincount(batch.owners, minlength=len(batch.sample_ids)).clamp(min=1)
-        means = own_losses(batch, addends) / counts
-        found += [(i, own) for i, own in zip(batch.sample_ids.tolist(), means.tolist()) if i >= 0]
-    return sorted(found, key=lambda pair: -pair[1])[:NUM_SUSPECTS]
-
-
-def first_bad(norms: Tensor) -> int | None:
-    """Place of the first norm that is not finite. Host sync."""
-    return next((i for i, norm in enumerate(norms.tolist()) if not math.isfinite(norm)), None)
 
 
 def _names(trained: Trained | None) -> list[str]:

@@ -1,0 +1,59 @@
+"""What a step leaves behind until its numbers are read, and which samples and gradients it accuses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.batch import Batch
+
+NUM_SUSPECTS = 4
+"""Samples of highest loss that each rank names for a spike."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is kept of a step until its numbers are read: small tensors, on the device."""
+
+    step: int  # 0-based, of the stage
+    batches: list[Batch]  # without media
+    addends: list[Tensor]
+    losses: Tensor
+    norms: Tensor
+    skipped: bool = False
+
+
+def own_losses(batch: Batch, addends: Tensor) -> Tensor:
+    """(n,) cross entropy of each sample of a batch, summed over its supervised positions."""
+    sums = torch.zeros(len(batch.sample_ids), dtype=addends.dtype, device=addends.device)
+    return sums.index_add_(0, batch.owners, addends)
+
+
+def bad_samples(evidence: Evidence) -> list[int]:
+    """Samples of this rank whose own cross entropy is not finite; where there are none, those of micro-batches whose loss is not.
+
+    Host sync."""
+    found, near = [], []
+    for batch, addends, loss in zip(evidence.batches, evidence.addends, evidence.losses.tolist()):
+        ids = batch.sample_ids.tolist()
+        found += [i for i, own in zip(ids, own_losses(batch, addends).tolist()) if i >= 0 and not math.isfinite(own)]
+        near += [i for i in ids if i >= 0 and not math.isfinite(loss)]
+    return found or near
+
+
+def highest(evidence: Evidence) -> list[tuple[int, float]]:
+    """Samples of this rank with the highest mean cross entropy, and that, highest first. Host sync."""
+    found: list[tuple[int, float]] = []
+    for batch, addends in zip(evidence.batches, evidence.addends):
+        counts = torch.bincount(batch.owners, minlength=len(batch.sample_ids)).clamp(min=1)
+        means = own_losses(batch, addends) / counts
+        found += [(i, own) for i, own in zip(batch.sample_ids.tolist(), means.tolist()) if i >= 0]
+    return sorted(found, key=lambda pair: -pair[1])[:NUM_SUSPECTS]
+
+
+def first_bad(norms: Tensor) -> int | None:
+    """Place of the first norm that is not finite. Host sync."""
+    return next((i for i, norm in enumerate(norms.tolist()) if not math.isfinite(norm)), None)
