@@ -7,7 +7,7 @@ rename, unlink, rmdir, truncate) and one around every fsync, with the bytes of a
 killed        SIGKILL: the system lives on and finishes what it was told. The state is the photograph.
 power cut     Only what was fsynced is there for sure: of a file its bytes as of its last fsync, of a folder its names as of the
               folder's last fsync. What came after may be there or not: each folder shows its names as of any moment since, and the
-              bytes of a file that was not fsynced are there, lost (empty), cut in half, or zeros.
+              bytes of a file that were not fsynced are there, lost, cut in half, or zeros.
 """
 
 from __future__ import annotations
@@ -199,12 +199,22 @@ def add(history: list[Any], value: Any) -> None:
         history.append(value)
 
 
+def synced_part(history: list[bytes]) -> bytes:
+    """What an fsync had put on the disk of a file that has only grown since; nothing of one that was written anew."""
+    return history[0] if history[-1].startswith(history[0]) else b""
+
+
+def half(history: list[bytes]) -> bytes:
+    first = len(synced_part(history))
+    return history[-1][: first + (len(history[-1]) - first) // 2]
+
+
 LOST: dict[str, Callable[[list[bytes]], bytes]] = {
     "there": lambda history: history[-1],
     "as fsynced": lambda history: history[0],
-    "lost": lambda history: b"",
-    "half": lambda history: history[-1][: len(history[-1]) // 2],
-    "zeros": lambda history: bytes(len(history[-1])),
+    "lost": synced_part,
+    "half": half,
+    "zeros": lambda history: synced_part(history) + bytes(len(history[-1]) - len(synced_part(history))),
 }
 """Bytes of a file that was changed since its last fsync."""
 
