@@ -57,6 +57,8 @@ def scan(path: Path, advance: Advance) -> Table:
     first = len(BOM) if data[: len(BOM)] == BOM else 0
     is_array = path.suffix == ".json"
     at = array_start(data, first, str(path)) if is_array else first
+    if at == len(data) and not is_array:  # a byte order mark alone
+        raise DataError(f"{path}: holds no record")
     try:
         table = _assembled(_parts(data, at, _array_window if is_array else _line_window, advance), count_lines(data, 0, at))
     except _Irregular:

@@ -77,7 +77,7 @@ def whole_life(world: World, place: Path, workers: int) -> list[Any]:
     return [*codes, len(processor.decode(answer))]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [2, pytest.param(0, marks=pytest.mark.long)])
 def test_a_whole_run_does_nothing_that_it_should_not(place: Path, workers: int) -> None:
     answer, found = events(place, whole_life, workers)
     assert found == []
@@ -167,7 +167,7 @@ class Leaking:
 
 
 def in_a_worker(world: World, place: Path) -> None:
-    loader = DataLoader(Leaking(place), batch_size=None, num_workers=1)  # type: ignore[arg-type]
+    loader: DataLoader[Any] = DataLoader(Leaking(place), batch_size=None, num_workers=1)  # type: ignore[arg-type]
     list(loader)
 
 

@@ -11,10 +11,11 @@ import pytest
 from data import limits
 from data.blob import Blob, MediaError
 from data.config import ConfigError as SettingError
-from data.config import DataConfig
+from data.config import DataConfig, DataError
 from data.dataset import Rejected
 from data.frames import _judge_work
 from data.rows import RowError, decoded
+from data.scan import scan
 from data.sidecar import read_arrays, write_arrays
 from data.tokenizer import load_tokenizer
 from model import bounded
@@ -69,6 +70,12 @@ def test_records_that_are_too_deep_or_too_long_are_quarantined(tmp_path: Path, m
     assert reasons[0] == reasons[4] == ""
     assert "nested deeper than 64" in reasons[1] and "has 5" in reasons[2] and "at most 4000 are read" in reasons[2]
     assert "at most 4000" in reasons[3]
+
+
+def test_a_file_of_a_byte_order_mark_alone_holds_no_record(tmp_path: Path) -> None:
+    (tmp_path / "mix.jsonl").write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(DataError, match="holds no record"):
+        scan(tmp_path / "mix.jsonl", lambda size: None)
 
 
 @pytest.mark.parametrize("depth", [62, 64, 65, 900, 100_000])
