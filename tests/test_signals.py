@@ -361,7 +361,7 @@ def leave(world: World, parts: Path, folder: Path, sections: dict[str, Any]) -> 
 @pytest.mark.long
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_asked_at_random_instants_it_ends_with_the_same_bytes(parts: Path, tmp_path: Path, strategy: str) -> None:
-    """Thirty signals each, to one rank or to both, over as many runs as end in the meantime. No rank outlives them."""
+    """Signals to one rank or to both until fifteen starts were ended by them, over as many runs as end in the meantime."""
     sections = {
         **LORA,
         "train": {"max_steps": 40},
@@ -374,8 +374,8 @@ def test_asked_at_random_instants_it_ends_with_the_same_bytes(parts: Path, tmp_p
     began = time.monotonic()
     assert codes_of(leave, 2, parts, plain, sections) == [0, 0]
     seconds, draw = time.monotonic() - began, random.Random(0)
-    num_signals = runs = num_saved = 0
-    while num_signals < 30:
+    num_stopped = runs = num_saved = 0
+    while num_stopped < 15:
         runs += 1
         folder, codes = tmp_path / f"asked{runs}", [1, 1]
         while codes != [0, 0]:
@@ -383,17 +383,16 @@ def test_asked_at_random_instants_it_ends_with_the_same_bytes(parts: Path, tmp_p
             whom, after = draw.choice([(0,), (1,), (0, 1)]), draw.uniform(0.3, seconds)
 
             def act(pids: list[int], whom: tuple[int, ...] = whom, number: str = number, after: float = after) -> None:
-                nonlocal num_signals
                 time.sleep(after)
                 for rank in whom:
-                    if num_signals < 30 and Path(f"/proc/{pids[rank]}").exists():
-                        os.kill(pids[rank], signal.Signals[number])
-                num_signals += 1
+                    os.kill(pids[rank], signal.Signals[number])  # one that has ended waits to be joined: it is no other's yet
 
             codes = codes_of(leave, 2, parts, folder, sections, act=act)
             assert set(codes) <= {0, 75, 1, -15, -10}, codes  # 1: its peer left; negative: before anything was there to listen
+            num_stopped += codes != [0, 0]
             num_saved += codes == [75, 75]
         assert weights(folder) == weights(plain)
         assert metrics(folder) == metrics(plain)
         assert not list(folder.glob("damaged-*"))
-    assert num_saved >= 5
+    print(f"{strategy}: {num_stopped} starts ended by a signal, {num_saved} of them with a save, {runs} runs")
+    assert num_saved >= 3
