@@ -89,8 +89,10 @@ def read_bin(path: Path) -> Tensors:
     try:
         # Files from before PyTorch 1.6 are no zip archives, and only those can be mapped.
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_plain_zip(path))
-    except MemoryError:
-        raise
+    except MemoryError as error:
+        raise ConfigError(
+            f"{path} asks for more memory than there is: it is damaged, or too large; convert it to safetensors"
+        ) from error
     except Exception as error:  # whatever its bytes make the reader stumble over
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
