@@ -5,8 +5,6 @@ Any number of ranks, under any strategy, may have written them; a tensor is put 
 
 from __future__ import annotations
 
-import hashlib
-import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,12 +19,11 @@ from torch import Tensor
 from model.bounded import load_json
 from model.files import Entry, Rows, Tensors, as_bytes, dump_json, file_order, header, read_safetensors
 from model.manifest import UnsoundCheckpoint
+from model.read_back import PIECE_BYTES, BadShard, compare, write
 from model.weights import local_range
 
 WEIGHTS = "weights/"
 """Prefix of the trained parameters among a checkpoint's tensors; the optimizer's are called exp_avg/ and exp_avg_sq/."""
-PIECE_BYTES = 4 << 20
-"""What is written at once. Whoever writes beside a training thread holds the interpreter's lock only between two pieces."""
 EXPONENTS: dict[torch.dtype, tuple[Any, int]] = {
     torch.float64: (np.uint64, 0x7FF0 << 48),
     torch.float32: (np.uint32, 0x7F80 << 16),
@@ -34,10 +31,6 @@ EXPONENTS: dict[torch.dtype, tuple[Any, int]] = {
     torch.bfloat16: (np.uint16, 0x7F80),
 }
 """Bits that are all set in infinities and NaN alone, by type."""
-
-
-class BadShard(Exception):
-    """What was to be saved is not sound, or was not found on disk as it was written; the message names the tensor or the file."""
 
 
 @dataclass(frozen=True)
@@ -114,13 +107,13 @@ def write_planned(folder: Path, rank: int, world_size: int, plan: ShardPlan, chu
     stem = f"rank-{rank:05d}-of-{world_size:05d}"
     data, layout = folder / f"{stem}.safetensors", folder / f"{stem}.json"
     text = dump_json(plan.layout).encode()
-    facts = {data.name: _write(data, _checked(plan, chunks)), layout.name: _write(layout, iter([memoryview(text)]))}
-    _compare(data, chain([memoryview(plan.header)], (chunk for _, chunk in chunks())))
-    _compare(layout, iter([memoryview(text)]))
+    facts = {data.name: write(data, _checked(plan, chunks)), layout.name: write(layout, iter([memoryview(text)]))}
+    compare(data, chain([memoryview(plan.header)], (chunk for _, chunk in chunks())))
+    compare(layout, iter([memoryview(text)]))
     return facts
 
 
-def pieces(dtype: torch.dtype, data: memoryview) -> Iterator[tuple[torch.dtype, memoryview]]:
+def cut(dtype: torch.dtype, data: memoryview) -> Iterator[tuple[torch.dtype, memoryview]]:
     """`data` cut for writing."""
     for begin in range(0, len(data), PIECE_BYTES):
         yield dtype, data[begin : begin + PIECE_BYTES]
@@ -129,7 +122,7 @@ def pieces(dtype: torch.dtype, data: memoryview) -> Iterator[tuple[torch.dtype, 
 def _live(plan: ShardPlan, tensors: dict[str, Tensor]) -> Iterator[tuple[torch.dtype, memoryview]]:
     """From the tensors themselves, one on the host at a time."""
     for place in plan.places:
-        yield from pieces(place.dtype, as_bytes(local(tensors[place.name])))
+        yield from cut(place.dtype, as_bytes(local(tensors[place.name])))
 
 
 def _checked(plan: ShardPlan, chunks: Chunks) -> Iterator[memoryview]:
@@ -146,40 +139,6 @@ def _checked(plan: ShardPlan, chunks: Chunks) -> Iterator[memoryview]:
                 raise BadShard(f"{name} holds numbers that are not finite")
         position += len(chunk)
         yield chunk
-
-
-def _write(path: Path, chunks: Iterator[memoryview]) -> dict[str, Any]:
-    """Until the disk has it. The checksum is of the bytes as they are handed over."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb") as out:
-        for chunk in chunks:
-            digest.update(chunk)
-            size += out.write(chunk)
-        out.flush()
-        os.fsync(out.fileno())
-    return {"size": size, "sha256": digest.hexdigest()}
-
-
-def _compare(path: Path, chunks: Iterator[memoryview]) -> None:
-    """BadShard unless the file holds `chunks`, one after the other, and nothing more."""
-    space = np.empty(PIECE_BYTES, dtype=np.uint8)
-    with path.open("rb", buffering=0) as file:
-        for chunk in chunks:
-            for begin in range(0, len(chunk), PIECE_BYTES):
-                expected = np.frombuffer(chunk[begin : begin + PIECE_BYTES], dtype=np.uint8)
-                found = space[: len(expected)]
-                if _fill(file, memoryview(found)) != len(expected) or not np.array_equal(found, expected):  # type: ignore[arg-type]
-                    raise BadShard(f"{path} is read back otherwise than it was written: the disk or the memory is failing")
-        if file.read(1):
-            raise BadShard(f"{path} is longer than what was written")
-
-
-def _fill(file: Any, space: memoryview) -> int:
-    """Bytes read into `space`, fewer than fit only at the end of the file."""
-    count = 0
-    while count < len(space) and (got := file.readinto(space[count:])):
-        count += got
-    return count
 
 
 def checkpoint_tensors(folder: Path) -> Tensors:

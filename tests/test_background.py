@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from model import shards
-from model.manifest import verify
-from model.shards import BadShard, plan_shard, write_shard
+from model.manifest import file_facts, verify
+from model.read_back import BadShard
+from model.shards import plan_shard, write_shard
 from tests.ranks import run_ranks
 from tests.runs import start
 from tests.test_checkpoint import CARD, Nothing, toy
@@ -192,7 +193,7 @@ def fail_at(world: World, folder: Path, value: float, name: str) -> tuple[str, s
         parameter = trained.parameters["2.weight" if world.size == 1 else "0.weight"]
         tensor = parameter if name == "weights" else trained.optimizer.state[parameter][name]
         with torch.no_grad():
-            tensor.to_local()[-1, -1] = value  # type: ignore[attr-defined]
+            tensor.to_local()[-1, -1] = value  # type: ignore[union-attr]
     save(checkpointer, 2, trained)
     end = time.monotonic() + 30
     while time.monotonic() < end:
@@ -228,7 +229,7 @@ def test_the_tensor_that_is_not_finite_is_named(tmp_path: Path, dtype: torch.dty
 
 @pytest.mark.parametrize("harm", ["flipped", "longer", "shorter", "layout"])
 def test_what_is_read_back_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str) -> None:
-    original = shards._write
+    original = shards.write
 
     def failing_disk(path: Path, chunks: Any) -> dict[str, Any]:
         facts = original(path, chunks)
@@ -238,7 +239,7 @@ def test_what_is_read_back_otherwise_is_refused(tmp_path: Path, monkeypatch: pyt
         path.write_bytes(data + b"x" if harm == "longer" else data[:-1] if harm == "shorter" else data)
         return facts
 
-    monkeypatch.setattr(shards, "_write", failing_disk)
+    monkeypatch.setattr(shards, "write", failing_disk)
     checkpointer = checkpointer_of(ALONE, tmp_path)
     save(checkpointer, 1, toy(ALONE, "ddp"))
     with pytest.raises(ProofError, match=r"rank 0: .*rank-00000-of-00001\.(safetensors|json)"):
@@ -250,8 +251,6 @@ def test_files_are_the_library_s_and_facts_are_those_of_the_files(tmp_path: Path
     trained = many(ALONE, "many")
     tensors = module._tensors(trained, ALONE)
     facts = write_shard(tmp_path, 0, 1, tensors)
-    from model.manifest import file_facts
-
     assert facts == file_facts(tmp_path)
     found = load_file(tmp_path / "rank-00000-of-00001.safetensors")
     assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
@@ -296,9 +295,9 @@ def start_saving(world: World, parts: Path, output_dir: Path, strategy: str, how
         time.sleep(0.3 if how == "raising" else 0.05)
         return write(*args)
 
-    Checkpointer.save = saved  # type: ignore[method-assign]
+    Checkpointer.save = saved  # type: ignore[assignment,method-assign]
     if how != "waiting":
-        module.write_planned = slow
+        module.write_planned = slow  # type: ignore[assignment]
     sections = {**LORA, "train": {"max_steps": 4}, "parallel": {"strategy": strategy}}
     return start(world, parts, output_dir, sections).code
 

@@ -1,7 +1,8 @@
 """What a save costs training: ours, a copy of the same bytes, torch.save, and torch.distributed.checkpoint, in one run.
 
 Everybody saves the same tensors, in turn, so that a busy machine hurts all alike. A stall is the time for which the caller is not
-given back control; what happens afterwards is waited for before the next one begins. Disk: until fsync has returned.
+given back control; what happens afterwards is waited for before the next one begins. CPU is that of the caller's thread within the
+stall, which a busy machine changes less. On disk: raw write and ours have called fsync by then, and ours has read it back.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from trainer.distributed import World, start_world, stop_world
 LORA_ROWS = 16
 """Half of the tensors are as small as LoRA's."""
 CARD = ModelCard(ModelConfig(LlmConfig("")), LoraConfig(), {}, {}, Vocabulary(1, 1))
-Timed = tuple[float, float]
-"""Seconds until control came back, and until the disk had it."""
+Timed = tuple[float, float, float]
+"""Seconds until control came back, of the caller's CPU within them, and until the disk had it."""
 
 
 class NoProcessor:
@@ -101,11 +102,11 @@ def savers(trained: Trained, world: World, folder: Path) -> dict[str, Callable[[
 
 
 def timed(action: Callable[[], Any], rest: Callable[[Any], Any] = lambda _: None) -> Timed:
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.thread_time()
     found = action()
-    back = time.perf_counter()
+    back, cpu = time.perf_counter() - start, time.thread_time() - cpu
     rest(found)
-    return back - start, time.perf_counter() - start
+    return back, cpu, time.perf_counter() - start
 
 
 def compare(trained: Trained, world: World, folder: Path, rounds: int) -> None:
@@ -117,14 +118,15 @@ def compare(trained: Trained, world: World, folder: Path, rounds: int) -> None:
             result = save(i)
             if i:  # the first round makes folders and fills caches
                 found.setdefault(name, []).append(result)
-    copy = statistics.median(stall for stall, _ in found["copy"])
+    copy, copy_cpu, _ = map(statistics.median, zip(*found["copy"]))
     print(f"{num_bytes / 1e6:,.0f} MB in {len(tensors_of(trained)):,} tensors, {rounds} saves each")
-    print(f"{'':<16}{'stall ms':>10}{'worst':>9}{'/ copy':>8}{'worst / copy':>14}{'on disk s':>11}{'MB/s':>8}")
+    print(f"{'':<16}{'stall ms':>10}{'worst':>9}{'/ copy':>8}{'worst / copy':>14}{'CPU / copy':>12}{'on disk s':>11}{'MB/s':>8}")
     for name, results in found.items():
-        stalls, whole = [stall for stall, _ in results], statistics.median(seconds for _, seconds in results)
-        middle, worst = statistics.median(stalls), max(stalls)
+        middle, cpu, whole = map(statistics.median, zip(*results))
+        worst = max(stall for stall, _, _ in results)
         disk = f"{whole:>11.2f}{num_bytes / whole / 1e6:>8,.0f}" if name != "copy" else ""
-        print(f"{name:<16}{1e3 * middle:>10.1f}{1e3 * worst:>9.1f}{middle / copy:>8.2f}{worst / copy:>14.2f}{disk}")
+        stall = f"{1e3 * middle:>10.1f}{1e3 * worst:>9.1f}{middle / copy:>8.2f}{worst / copy:>14.2f}"
+        print(f"{name:<16}{stall}{cpu / copy_cpu:>12.2f}{disk}")
 
 
 def slow_down(world: World, folder: Path, steps: int, every: int, rounds: int) -> None:
@@ -136,10 +138,10 @@ def slow_down(world: World, folder: Path, steps: int, every: int, rounds: int) -
     inputs = torch.randn(192, 512)
     checkpointer = Checkpointer(folder / "loop", 1, world)
     checkpointer.prepare(trained, CARD, NoProcessor())  # type: ignore[arg-type]
-    found: dict[bool, list[Timed]] = {False: [], True: []}
+    found: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     total = 0
 
-    def run(saving: bool) -> Timed:
+    def run(saving: bool) -> tuple[float, float]:
         nonlocal total
         wall, cpu = time.perf_counter(), time.thread_time()
         for _ in range(steps):
@@ -182,7 +184,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {load}, torch {torch.__version__}, one thread, one process")
     try:
         compare(make_trained(arguments.megabytes * 10**6), world, folder, arguments.saves)
-        slow_down(world, folder, arguments.steps, 50, arguments.rounds)
+        if arguments.rounds:
+            slow_down(world, folder, arguments.steps, 50, arguments.rounds)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         stop_world()

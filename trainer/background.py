@@ -11,7 +11,7 @@ from typing import Any
 from torch.distributed import Store
 
 from model.manifest import UnsoundCheckpoint
-from model.shards import BadShard
+from model.read_back import BadShard
 from trainer.distributed import TIMEOUT
 from trainer.exits import ProofError, SaveError
 

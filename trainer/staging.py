@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.shards import ShardPlan, local, pieces, plan_shard
+from model.shards import ShardPlan, cut, local, plan_shard
 
 SMALL = 1 << 20
 """Tensors of fewer bytes are copied together: thousands of them, as LoRA has, would cost more in calls than in copying."""
@@ -90,7 +90,7 @@ class Staging:
         """What was taken, in the order of the file."""
         data = memoryview(self.buffer.numpy())  # type: ignore[arg-type]
         for run in self.runs:
-            yield from pieces(run.dtype, data[run.begin : run.end])
+            yield from cut(run.dtype, data[run.begin : run.end])
 
 
 def _runs(plan: ShardPlan) -> Iterator[Run]:
