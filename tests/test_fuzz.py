@@ -26,10 +26,10 @@ PATIENCE = 60
 """Seconds after which a case counts as one that never ends; the machine may be slow."""
 QUICK = {"examples": 4, "batch": 5}
 LONG_CASES = {
-    **{"run file": 60_000, "overrides": 60_000, "json lines": 25_000, "json array": 25_000, "tar": 25_000, "parquet": 6_000},
-    **{"index": 30_000, "measurements": 60_000, "pictures": 60_000, "sounds": 40_000, "animations": 20_000, "films": 6_000},
-    **{"safetensors": 60_000, "bin": 20_000, "manifest": 100_000, "layout": 40_000, "state": 60_000, "config.json": 20_000},
-    **{"model.json": 40_000},
+    **{"run file": 20_000, "overrides": 20_000, "json lines": 8_000, "json array": 8_000, "tar": 8_000, "parquet": 3_000},
+    **{"index": 10_000, "measurements": 20_000, "pictures": 20_000, "sounds": 12_000, "animations": 8_000, "films": 3_000},
+    **{"safetensors": 20_000, "bin": 6_000, "manifest": 40_000, "layout": 10_000, "state": 20_000, "config.json": 6_000},
+    **{"model.json": 10_000},
 }
 
 
