@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sys
 import time
@@ -93,6 +94,15 @@ def record(output_dir: Path | None, code: int, reason: str, step: int | None, ra
         return False
     except OSError:
         return speaks
+
+
+def told(output_dir: Path) -> dict[str, Any] | None:
+    """What a rank of this start has told already, if one has."""
+    try:
+        found: dict[str, Any] = json.loads((output_dir / NAME).read_text())
+        return found if {"code", "reason", "step", "rank"} <= found.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def tell(

@@ -90,8 +90,18 @@ class Guard:
     def _of_peers(self) -> Verdict | None:
         """Who broke the collective that this rank was in."""
         self.judge.broken, self.beats.tick = True, BROKEN_TICK_SECONDS
-        self.beats.agreed.wait(min(self.stall_seconds, LOST_SECONDS) + 4 * self.tick)
+        end = time.monotonic() + min(self.stall_seconds, LOST_SECONDS) + 4 * self.tick
+        while not self.beats.agreed.wait(BROKEN_TICK_SECONDS) and time.monotonic() < end:
+            if found := self._told():
+                return self.beats.agree(found)
         return self.beats.verdict
+
+    def _told(self) -> Verdict | None:
+        """What a rank has told that left without asking the others: one that was stopped by a signal, say."""
+        found = exits.told(self.run_folder)
+        if found is None or found["code"] == exits.DONE:
+            return None
+        return Verdict(found["code"], found["reason"], found["rank"], found["rank"], found["step"], stacks=False)
 
     def _tell(self) -> dict[str, Any]:
         beat = {**self.watch.now(), "process": self.process.to_json(), "broken": self.judge.broken}
@@ -120,7 +130,7 @@ class Guard:
         if found := self._lost_store(now):
             return found
         finding = self.judge.absent(now) or (self.judge.stuck(now) if self.world.is_main else None)
-        return None if finding is None else self._blame(finding)
+        return None if finding is None else self._told() or self._blame(finding)
 
     def _lost_store(self, now: float) -> Verdict | None:
         """The process that keeps the store is gone or stopped: rank 0, or its launcher."""
