@@ -12,11 +12,12 @@ from tests.hangs import check
 from tests.ranks import run_ranks
 from tests.runs import config_of
 from trainer import distributed
+from trainer import judge as judge_module
 from trainer.agreement import differences
 from trainer.distributed import World
 from trainer.judge import Judge, place_of
 from trainer.main import run
-from trainer.processes import GONE, RUNNING, Process, myself
+from trainer.processes import GONE, HALTED, RUNNING, Process, myself
 from trainer.watch import Watch
 
 CASES = [
@@ -67,6 +68,13 @@ def test_of_those_at_one_place_the_one_that_waits_for_nobody_is_to_blame() -> No
     assert judged({0: [waits], 1: [beat(0)], 2: [waits]}) == ((1,), "has not come on for 5 s")
     found = judged({0: [waits], 1: [waits]})
     assert found is not None and found[0] == (0, 1) and "the network" in found[1]
+
+
+def test_one_that_is_stopped_is_told_as_such_however_lately_its_thread_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would never leave by itself, as one that only does not come on does."""
+    monkeypatch.setattr(judge_module, "state_of", lambda beat: HALTED if beat.get("pid") == 1 else RUNNING)
+    waits = beat(0, "backward", (3, 3), waiting=True)
+    assert judged({0: [waits], 1: [beat(0, pid=1)]}) == ((1,), "has been stopped (SIGSTOP, or a debugger) for 5 s")
 
 
 def test_what_takes_long_by_its_nature_or_goes_on_is_left_alone() -> None:

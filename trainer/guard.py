@@ -16,10 +16,10 @@ from data.workers import WorkerError
 from trainer import exits
 from trainer.beats import Beats, bounded
 from trainer.distributed import World
-from trainer.judge import SHOWN, Finding, Judge, Verdict, place_of, state_of
+from trainer.judge import SHOWN, Finding, Judge, Verdict, place_of
 from trainer.lock import FolderLock
 from trainer.page import Page, forget, newest
-from trainer.processes import DEFUNCT, GONE, HALTED, Process, myself, show_and_end
+from trainer.processes import DEFUNCT, GONE, Process, myself, show_and_end
 from trainer.stacks import Stacks
 from trainer.watch import Watch
 
@@ -136,10 +136,12 @@ class Guard:
         """The process that keeps the store is gone or stopped: rank 0, or its launcher."""
         main, error, silent = self.judge.seen[0].beat, self.beats.error, now - self.beats.heard_at
         is_broken = error is not None and now - error[0] >= min(self.stall_seconds, LOST_SECONDS)
-        if main.get("phase") == "done" or not (is_broken or silent >= self.stall_seconds):
+        # Rank 0 sees the others, and may know better: it comes first.
+        limit = self.stall_seconds + (0 if self.world.is_main else 1 + 3 * self.tick)
+        if main.get("phase") == "done" or not (is_broken or silent >= limit):
             return None
-        if not self.world.is_main and state_of(main) in (GONE, DEFUNCT, HALTED):
-            return None  # it is told as rank 0's fault
+        if self.judge.halted():
+            return None  # it is told as that rank's fault
         reason = (
             f"rank {self.world.rank} has not reached the other ranks for {silent:.0f} s{f' ({error[1]})' if error else ''}: the "
             f"process they meet in, rank 0 or its launcher, is dead, stopped or cannot be reached; "
@@ -156,7 +158,7 @@ class Guard:
         hosts = sorted({p["host"] for p in processes if p["machine"] != self.process.machine})
         who = f"rank{'s' * (len(beats) > 1)} {', '.join(map(str, beats))}{' on ' * bool(hosts)}{', '.join(hosts)}"
         reason = f"{who} {finding.what} {self._where(beat)}; {self._see()}"
-        return self._verdict(reason, first, beat.get("step"), () if finding.answers else tuple(processes))
+        return self._verdict(reason, first, beat.get("step"), tuple(processes))
 
     def _last(self, beat: dict[str, Any]) -> dict[str, Any]:
         """Where a rank was last: the store is told once a tick."""

@@ -36,7 +36,7 @@ class Verdict:
     raised: bool = False  # an error that all ranks may come to by themselves
     stacks: bool = True
     machine: str = ""  # that of `by`
-    end: tuple[dict[str, Any], ...] = ()  # processes that will not leave by themselves
+    end: tuple[dict[str, Any], ...] = ()  # processes to be ended if they do not leave by themselves
 
     def dumps(self) -> str:
         return json.dumps(asdict(self))
@@ -100,10 +100,17 @@ class Judge:
     def _silent(self, now: float) -> Finding | None:
         broken = self.broken or any(seen.beat.get("broken") for seen in self.seen.values())
         limit = min(self.stall_seconds, NO_WORD_SECONDS) if broken else self.stall_seconds
-        for rank, seen in self._open().items():
-            if (silent := now - seen.renewed) >= limit:
-                return Finding((rank,), SILENT.get(state_of(seen.beat) or "", UNREACHABLE).format(silent))
-        return None
+        silent = {rank: now - seen.renewed for rank, seen in self._open().items() if now - seen.renewed >= limit}
+        if not silent:
+            return None
+        states = {rank: state_of(self.seen[rank].beat) or "" for rank in silent}
+        # One that is stopped may hold up what the others tell: it comes before those that are only not heard of.
+        rank = min(silent, key=lambda rank: (states[rank] != HALTED, rank))
+        return Finding((rank,), SILENT.get(states[rank], UNREACHABLE).format(silent[rank]))
+
+    def halted(self) -> bool:
+        """Whether a rank of this machine is known to be stopped or dead."""
+        return any(state_of(seen.beat) in (GONE, DEFUNCT, HALTED) for seen in self._open().values())
 
     def stuck(self, now: float) -> Finding | None:
         """Those that keep all others waiting, where one has not come on for too long. It takes the beats of all ranks."""
@@ -119,6 +126,8 @@ class Judge:
         busy = {rank: seen for rank, seen in last.items() if not seen.beat["waiting"]}
         last = busy or last
         seconds = max(now - seen.moved for seen in last.values())
+        if halted := tuple(rank for rank, seen in last.items() if state_of(seen.beat) == HALTED):
+            return Finding(halted, SILENT[HALTED].format(seconds))  # its thread told so lately that it is not missed yet
         several = len(last) > 1
         hint = ", all waiting in one collective (is the network down?)," if several and not busy else ""
         return Finding(tuple(last), f"{'have' if several else 'has'} not come on for {seconds:.0f} s{hint}", answers=True)

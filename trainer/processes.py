@@ -62,18 +62,26 @@ def _stat(pid: int) -> tuple[str, str]:
         return "?", ""
 
 
-def show_and_end(process: Process, seconds: float = 3.0) -> None:
-    """Have it write its stacks, as `trainer.stacks` arranged, and wake it so that it can leave; kill it if it does not."""
+def show_and_end(process: Process, seconds: float = 4.0) -> None:
+    """Unless it leaves by itself, have it write its stacks, as `trainer.stacks` arranged, and wake it; kill it if it stays."""
     if process.state() in (None, GONE, DEFUNCT) or process.pid == os.getpid():
         return
     try:
+        if process.state() == RUNNING and _left(process, seconds / 2):
+            return
         os.kill(process.pid, signal.SIGUSR2)
         os.kill(process.pid, signal.SIGCONT)
-        end = time.monotonic() + seconds
-        while process.state() not in (GONE, DEFUNCT):
-            if time.monotonic() > end:
-                os.kill(process.pid, signal.SIGKILL)
-                break
-            time.sleep(0.05)
+        if not _left(process, seconds / 2):
+            os.kill(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         return
+
+
+def _left(process: Process, seconds: float) -> bool:
+    """Whether it ends in that time."""
+    end = time.monotonic() + seconds
+    while process.state() not in (GONE, DEFUNCT):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
