@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -70,10 +70,9 @@ class Quarantine:
         self.waiting = []
         new = self._count(sorted(rows, key=lambda row: (row["step"], *_key(row))))
         if world.is_main:
-            path = self.folder / NAME
-            with path.open("a", encoding="utf-8") as out:
-                out.write("\n" * _is_torn(path))
-                out.writelines(json.dumps(row) + "\n" for row in new)  # ASCII: no id can break a line
+            with (self.folder / NAME).open("ab+") as out:
+                _cut_torn(out)
+                out.writelines(f"{json.dumps(row)}\n".encode() for row in new)  # ASCII: no id can break a line
 
     def out_at(self, step: int, steps_per_epoch: int) -> frozenset[int]:
         """Sample ids that are out from 0-based `step` to the end of its epoch: those met before this epoch, and those that an
@@ -122,13 +121,13 @@ class Quarantine:
                 )
 
 
-def _is_torn(path: Path) -> bool:
-    """Whether a crash left the last line without its end."""
-    with path.open("rb") as file:
-        if not file.seek(0, os.SEEK_END):
-            return False
+def _cut_torn(file: BinaryIO) -> None:
+    """Take away a last line that a crash has left without its end: what it told of is met, and written, again."""
+    if file.seek(0, os.SEEK_END):
         file.seek(-1, os.SEEK_END)
-        return file.read() != b"\n"
+        if file.read() != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def _key(row: dict[str, Any]) -> tuple[str, int]:
