@@ -63,14 +63,15 @@ def _stat(pid: int) -> tuple[str, str]:
 
 
 def show_and_end(process: Process, seconds: float = 4.0) -> None:
-    """Unless it leaves by itself, have it write its stacks, as `trainer.stacks` arranged, and wake it; kill it if it stays."""
+    """Wake it, so that it leaves by itself; else have it write its stacks, as `trainer.stacks` arranged, and kill it."""
     if process.state() in (None, GONE, DEFUNCT) or process.pid == os.getpid():
         return
     try:
-        if process.state() == RUNNING and _left(process, seconds / 2):
-            return
-        os.kill(process.pid, signal.SIGUSR2)
         os.kill(process.pid, signal.SIGCONT)
+        if _left(process, seconds / 2):
+            return
+        # Not before: while other threads run, an interpreter that writes down their stacks from a signal may crash.
+        os.kill(process.pid, signal.SIGUSR2)
         if not _left(process, seconds / 2):
             os.kill(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
