@@ -50,12 +50,12 @@ def start_failing(world: World, parts: Path, output_dir: Path, sections: dict[st
 
 
 def _spoil_marks(how: str, output_dir: Path, phase: str, step: int) -> None:
-    mark, at = Watch.mark, Watch.at
+    mark, at, numbers = Watch.mark, Watch.at, itertools.count()
 
     def spoilt(original: Callable[..., None]) -> Callable[..., None]:
         def marking(self: Watch, name: str, *rest: Any) -> None:
             original(self, name, *rest)
-            if (self.beat.phase, self.beat.step) == (phase, step):
+            if (self.beat.phase, self.beat.step) == (phase, step) and next(numbers) == 0:  # once: it may be woken
                 fail(how, output_dir)
 
         return marking
