@@ -245,33 +245,50 @@ def test_a_start_that_keeps_fewer_makes_room_for_itself(parts: Path, tmp_path: P
     assert {name for name in names(tmp_path / "run") if "checkpoint" in name} == {"checkpoint-6"}
 
 
-def final_without_room(world: World, parts: Path, folder: Path) -> tuple[Start, Start]:
-    """Rank 0 fails in the middle of a file of final/, while the others give their rows to it."""
-    sections = {**STEPS, "model": {}, "lora": None, "parallel": {"strategy": "fsdp"}}
-    original = main.write_final
+@contextmanager
+def no_new_weights() -> Iterator[None]:
+    """As where no inode is left."""
+    original = Path.open
 
-    def failing_final(*args: Any, **kwargs: Any) -> Any:
-        with files_up_to(30_000):
-            return original(*args, **kwargs)
+    def opened(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if self.suffix == ".safetensors" and mode == "wb":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+        return original(self, mode, *args, **kwargs)
 
-    main.write_final = failing_final
+    Path.open = opened  # type: ignore[assignment,method-assign]
     try:
-        broken = start(world, parts, folder, sections)
+        yield
     finally:
-        main.write_final = original
-    world.barrier()
-    assert "final" not in names(folder)
-    if world.is_main:
-        assert not [name for name in names(folder) if ".saving" in name]
-        assert "A save takes" in json.loads((folder / "exit.json").read_text())["reason"]
-    world.barrier()
-    return broken, start(world, parts, folder, sections)
+        Path.open = original  # type: ignore[method-assign]
+
+
+def final_without_room(world: World, parts: Path, folder: Path) -> list[Start]:
+    """Rank 0 fails in the middle of a file of final/, then at its first byte, while the others give their rows to it."""
+    sections = {**STEPS, "model": {}, "lora": None, "parallel": {"strategy": "fsdp"}}
+    original, found = main.write_final, []
+    for fault in (lambda: files_up_to(30_000), no_new_weights):
+
+        def failing_final(*args: Any, fault: Callable[[], AbstractContextManager[None]] = fault, **kwargs: Any) -> Any:
+            with fault():
+                return original(*args, **kwargs)
+
+        main.write_final = failing_final
+        try:
+            found.append(start(world, parts, folder, sections))
+        finally:
+            main.write_final = original
+        world.barrier()
+        assert "final" not in names(folder)
+        if world.is_main:
+            assert not [name for name in names(folder) if ".saving" in name]
+            assert "A save takes" in json.loads((folder / "exit.json").read_text())["reason"]
+        world.barrier()
+    return [*found, start(world, parts, folder, sections)]
 
 
 def test_no_rank_waits_for_one_that_cannot_write_final(parts: Path, tmp_path: Path) -> None:
-    for broken, again in run_ranks(final_without_room, 2, parts, tmp_path / "run"):
-        assert (broken.code, len(broken.seen)) == (73, 4), broken.said
-        assert (again.code, again.seen) == (0, []), again.said
+    for ends in run_ranks(final_without_room, 2, parts, tmp_path / "run"):
+        assert [(end.code, len(end.seen)) for end in ends] == [(73, 4), (73, 0), (0, 0)], ends[-1].said
     assert (tmp_path / "run" / "final" / "proof.json").is_file()
 
 

@@ -68,40 +68,43 @@ def check_masters(model: MultimodalLM) -> None:
 
 def _stream(path: Path, entries: dict[str, Entry], world: World) -> dict[str, str]:
     """Write one file; returns the digest of each tensor as it was when it was written. Collective. SaveError on every rank."""
-    problem, digests = "", {}
-    if world.is_main:
-        try:
-            with path.open("wb") as file:
-                out = Drain(file)
-                digests = write_safetensors(out, entries)  # type: ignore[arg-type]
-                out.check()
-        except OSError as error:
-            problem = f"{error.strerror}: {path}"
-    else:
-        digests = write_safetensors(None, entries)
-    _raise_together(problem, world, SaveError)
+    out = Drain(path) if world.is_main else None
+    try:
+        digests = write_safetensors(out, entries)  # type: ignore[arg-type]
+    finally:
+        if out is not None:
+            out.close()
+    _raise_together("" if out is None or out.error is None else f"{out.error.strerror}: {path}", world, SaveError)
     return digests
 
 
 class Drain:
-    """A file that takes everything and writes nothing after its first failure: the other ranks are inside the next gather, and
-    would wait there for a rank that has left.
+    """A new file that takes everything and writes nothing after its first failure, be it that it cannot be opened: the other ranks
+    are inside the next gather, and would wait there for a rank that has left.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
+    def __init__(self, path: Path) -> None:
         self.error: OSError | None = None
+        self.file: BinaryIO | None = None
+        try:
+            self.file = path.open("wb")
+        except OSError as error:
+            self.error = error
 
     def write(self, data: bytes) -> None:
-        if self.error is None:
+        if self.file is not None and self.error is None:
             try:
                 self.file.write(data)
             except OSError as error:
                 self.error = error
 
-    def check(self) -> None:
-        if self.error is not None:
-            raise self.error
+    def close(self) -> None:
+        """What was held back goes to the disk, or is an error as well."""
+        if self.file is not None:
+            try:
+                self.file.close()
+            except OSError as error:
+                self.error = self.error or error
 
 
 def _finish(
