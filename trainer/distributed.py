@@ -9,6 +9,7 @@ import signal
 import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,7 +83,6 @@ class World:
 
 def start_world() -> World:
     """Join the process group that torchrun describes in the environment, or make one of this process alone, without a port."""
-    die_with_parent()
     rank, local_rank, size = (int(os.environ.get(name, default)) for name, default in ENVIRONMENT)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -147,11 +147,23 @@ def stop_world() -> None:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its launcher dies: torchrun's workers are sessions of their own and would run on."""
+    """Ask the kernel to kill this process when its launcher dies: torchrun's workers are sessions of their own and would run on.
+
+    Where the launcher is dead already, because this process took its time to begin, it ends here.
+    """
     if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     parent = os.getppid()
     pr_set_pdeathsig = 1
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the kernel was asked
+    if os.getppid() != parent or not may_launch(parent):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def may_launch(pid: int) -> bool:
+    """Whether a process can be torchrun, which is Python. Who takes in orphans is not, as a rule: init, a shell, SLURM's step."""
+    try:
+        line = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return pid != 1
+    return b"python" in line or b"torch" in line

@@ -16,7 +16,7 @@ from trainer.agreement import agree
 from trainer.checkpoint import restore
 from trainer.config import RunConfig
 from trainer.disk import make_folder, replace_text
-from trainer.distributed import World, start_world, stop_world
+from trainer.distributed import World, die_with_parent, start_world, stop_world
 from trainer.export import final_step, publish, write_final
 from trainer.guard import Guard
 from trainer.lock import FolderLock
@@ -40,6 +40,8 @@ def run(config: RunConfig, world: World | None = None) -> int:
     """Train as `config` says; returns the exit code. Errors are reported in one line, and in exit.json."""
     rank, folder, progress = int(os.environ.get("RANK", "0")), Path(config.output_dir), exits.Progress()
     lock: FolderLock | None = None
+    if world is None:
+        die_with_parent()  # before anything is held that the next start has to wait for
     try:
         rank = world.rank if world else rank
         signals.check_restart(folder)
