@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 
@@ -22,6 +23,8 @@ from data.record import RecordError
 NOTHING = -1
 DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? (\d+)[\d, ]*\) ((?:is killed by signal|exited unexpectedly)[^.]*)")
 """How torch tells that a worker is dead."""
+
+DEATH_SECONDS = 1.0  # what a worker sends breaks off a little before it is dead
 
 
 class WorkerError(RuntimeError):
@@ -99,7 +102,12 @@ def explained(error: BaseException, reading: Reading | None, name: Callable[[int
     if reading is None or isinstance(error, WorkerError) or not isinstance(error, (RuntimeError, OSError, EOFError)):
         return error
     named_in = DEATH.search(str(error))
-    deaths = reading.deaths() or ({int(named_in[1]): named_in[2]} if named_in else {})
+    broke_off = isinstance(error, (EOFError, ConnectionError))
+    end = time.monotonic() + (DEATH_SECONDS if broke_off else 0.0)
+    while not (deaths := reading.deaths()) and time.monotonic() < end:
+        time.sleep(0.02)
+    if named_in and not deaths:
+        deaths = {int(named_in[1]): named_in[2]}
     if not deaths:
         return error
     pid, how = next(iter(deaths.items()))
