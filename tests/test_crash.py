@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tests.ranks import run_ranks
 from tests.test_checkpoint import toy
 from trainer.checkpoint import Checkpointer
 from trainer.disk import clean_leftovers, put_in_place
-from trainer.distributed import World
+from trainer.distributed import World, may_launch
 from trainer.quarantine import Quarantine
 from trainer.retention import newest_sound, step_of
 
@@ -161,3 +162,12 @@ def test_a_line_that_a_crash_has_cut_goes_when_the_next_one_is_written(tmp_path:
             path = tmp_path / "quarantine.jsonl"
             path.write_bytes(path.read_bytes() + tail)
     assert [json.loads(line)["sample_id"] for line in path.read_text().splitlines()] == [3, 7]
+
+
+def test_a_rank_knows_whether_its_launcher_is_gone() -> None:
+    """Python may be torchrun; whoever takes in orphans is not."""
+    with subprocess.Popen(["sleep", "30"]) as other:
+        found = may_launch(other.pid)
+        other.kill()
+    assert not found
+    assert may_launch(os.getpid())

@@ -101,7 +101,7 @@ def start_often(world: World, parts: Path, output_dir: Path, sections: dict[str,
 @pytest.mark.long
 def test_two_hundred_starts_of_one_run(parts: Path, tmp_path: Path) -> None:
     """Each makes the run one step longer; it ends as one that was never stopped, and the process holds no more than early on."""
-    sections = {**LORA, "optim": {"lr": 1e-2, "schedule": "constant"}, "checkpoint": {"every": 1, "keep": 2}}
+    sections = {**LORA, "optim": {"lr": 1e-2, "schedule": "constant", "warmup_ratio": 0.0}, "checkpoint": {"every": 1, "keep": 2}}
     samples = run_ranks(start_often, 1, parts, tmp_path / "often", sections, STARTS, seconds=3600)[0]
     whole = {**sections, "train": {"max_steps": STARTS}}
     assert run_ranks(start, 1, parts, tmp_path / "whole", whole, seconds=3600)[0].code == 0
