@@ -19,7 +19,7 @@ from model.shards import weight_tensors
 from tests.ranks import run_ranks
 from tests.runs import failure_of, start, start_alone, tables
 from trainer.distributed import World
-from trainer.main import prepare_folder
+from trainer.lock import hold
 from trainer.schema import to_toml
 
 ROOT = Path(__file__).parent.parent
@@ -116,19 +116,20 @@ def test_a_run_whose_records_are_all_too_long_is_an_error(parts: Path, tmp_path:
     assert code == 65 and "none of the 22 train records can be used" in reason and "data.max_length is 5" in reason
 
 
-def hold(world: World, folder: Path, parts: Path) -> int:
+def hold_and_start(world: World, folder: Path, parts: Path) -> int:
     """A second start, while this process is in the folder."""
-    prepare_folder(folder, 0)
-    return subprocess.run(
-        [sys.executable, "-m", "trainer.main", "--cfg", str(folder / "again.toml")], cwd=ROOT, capture_output=True, check=False
-    ).returncode
+    held = hold(folder)
+    command = [sys.executable, "-m", "trainer.main", "--cfg", str(folder / "again.toml")]
+    code = subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode
+    held.release()
+    return code
 
 
 def test_two_runs_do_not_share_a_folder(parts: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "again.toml").write_text(to_toml(tables(parts, output_dir=str(run))))
-    assert run_ranks(hold, 1, run, parts) == [73]
+    assert run_ranks(hold_and_start, 1, run, parts) == [73]
     assert not (run / "exit.json").exists()  # it would be the first one's
     assert start_alone(parts, run, {"train": {"max_steps": 1}}).code == 0  # gone with its process
 

@@ -87,11 +87,24 @@ def start_world() -> World:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
+        check_devices(rank, local_rank)
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     store = dist.HashStore() if size == 1 else meet()
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=TIMEOUT)
     return World(rank, local_rank, size, device, store)
+
+
+def check_devices(rank: int, local_rank: int) -> None:
+    """`ConfigError` where this machine has no device left for the rank."""
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        by = "" if visible is None else f" (CUDA_VISIBLE_DEVICES = {visible!r})"
+        raise ConfigError(
+            f"rank {rank} is number {local_rank} of its machine, counted from 0, and that has {count} CUDA devices{by}: start one "
+            f"process for each, --nproc_per_node={count}"
+        )
 
 
 ENVIRONMENT = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))

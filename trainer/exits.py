@@ -6,14 +6,17 @@ import errno
 import json
 import os
 import sys
+import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.fields import printable
 from model.files import dump_json
+from trainer.disk import NEW
 from trainer.steering import Steering
 from trainer.watch import Watch
 
@@ -30,6 +33,7 @@ class Progress:
     """Completed steps, for the message of a run that fails; what is asked of it and what it is doing."""
 
     step: int | None = None
+    has_met: bool = False  # the other ranks, and with them the one that holds the run folder
     steering: Steering = field(default_factory=Steering)
     watch: Watch = field(default_factory=Watch)
 
@@ -82,18 +86,23 @@ def record(output_dir: Path | None, code: int, reason: str, step: int | None, ra
     written that is the one that `speaks`, by default rank 0.
     """
     speaks = rank == 0 if speaks is None else speaks
-    if output_dir is None or not output_dir.is_dir():
+    if output_dir is None:
         return speaks
     launch = {"launch": os.environ["TORCHELASTIC_RUN_ID"]} if "TORCHELASTIC_RUN_ID" in os.environ else {}
     value: dict[str, Any] = {"code": code, "reason": reason, "step": step, "rank": rank, **launch}
+    temporary = output_dir / f".{NAME}-{rank}-{threading.get_ident()}{NEW}"
     try:
-        with (output_dir / NAME).open("x") as out:  # fails where the file exists: the first reason is the true one
-            out.write(dump_json(value))
+        temporary.write_text(dump_json(value))  # first: on a full disk nobody has claimed to have told
+        (output_dir / NAME).open("x").close()  # fails where the file exists: the first reason is the true one
+        temporary.replace(output_dir / NAME)
         return True
     except FileExistsError:
         return False
     except OSError:
         return speaks
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def told(output_dir: Path) -> dict[str, Any] | None:

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from trainer.exits import BusyError
+from trainer.disk import make_folder
+from trainer.exits import BusyError, SaveError, clear
 
 LOCK, LEASE = ".lock", ".lease"
 RELEASE_SECONDS = 10.0  # how long a start waits for a run that is dying; as long a lease is good that nobody renews
@@ -32,16 +33,16 @@ class FolderLock:
     holder, if it lives after all.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Waits up to RELEASE_SECONDS for another process to leave. Raises `BusyError`, or OSError where nothing can be written."""
+    def __init__(self, folder: Path, *, waits: bool = True) -> None:
+        """Waits up to RELEASE_SECONDS for another process to leave, if it `waits`. Raises BusyError; OSError where it cannot write."""
         self.folder, self.problem = folder, ""
         self._descriptor: int | None = None
         self._lease: _Lease | None = None
-        end, told = time.monotonic() + RELEASE_SECONDS, False
+        end, told = time.monotonic() + (RELEASE_SECONDS if waits else 0.0), False
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
         try:
             while not self._taken(descriptor):
-                if time.monotonic() > end:
+                if time.monotonic() >= end:
                     raise BusyError(f"output_dir = {str(folder)!r}: another process trains into it; use another one")
                 if not told:
                     print(f"waiting for another process to leave {folder}", flush=True)
@@ -76,6 +77,28 @@ class FolderLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def hold(folder: Path, *, waits: bool = True) -> FolderLock:
+    """Make the run folder, hold it from then on and forget how the last start ended, before anything can fail that must be told
+    there. For rank 0. `waits`: for a run that is dying.
+    """
+    lock: FolderLock | None = None
+    try:
+        make_folder(folder)
+        lock = FolderLock(folder, waits=waits)
+        clear(folder)
+        return lock
+    except OSError as error:
+        if lock is not None:
+            lock.release()
+        raise SaveError(f"output_dir = {str(folder)!r} cannot be written: {error.strerror}") from error
+
+
+def check_room_for_final(folder: Path) -> None:
+    """SaveError where something else has that name."""
+    if (folder / "final").exists() and not (folder / "final").is_dir():
+        raise SaveError(f"{folder / 'final'} is in the way: final/ will be a folder; remove it")
 
 
 class _Lease:

@@ -19,7 +19,7 @@ from trainer.disk import make_folder, replace_text
 from trainer.distributed import World, die_with_parent, start_world, stop_world
 from trainer.export import final_step, publish, write_final
 from trainer.guard import Guard
-from trainer.lock import FolderLock
+from trainer.lock import FolderLock, check_room_for_final, hold
 from trainer.loop import Loop
 from trainer.quarantine import NAME as QUARANTINE
 from trainer.quarantine import read_rows, start_afresh
@@ -45,13 +45,14 @@ def run(config: RunConfig, world: World | None = None) -> int:
     try:
         rank = world.rank if world else rank
         signals.check_restart(folder)
-        lock = prepare_folder(folder, rank)
+        lock = hold(folder) if rank == 0 else None
+        if lock is not None:
+            check_room_for_final(folder)
         with signals.listening(folder, rank, progress, config.faults.grace_seconds):
             return attended(config, world, progress, lock)
-    except exits.BusyError as error:
-        return exits.report_failure(error, None, None, rank)  # exit.json is the other process's
     except (Exception, KeyboardInterrupt) as error:
-        return exits.report_failure(error, folder, progress.step, rank)
+        # What rank 0 does not hold is another run's, which would take exit.json for the word of a rank of its own.
+        return exits.report_failure(error, folder if lock or rank else None, progress.step, rank)
     finally:
         if lock is not None:
             lock.release()
@@ -61,7 +62,9 @@ def attended(config: RunConfig, world: World | None, progress: exits.Progress, l
     """The run once the ranks have met: they look after each other until the last message is said. Returns the exit code."""
     own, folder = world is None, Path(config.output_dir)
     world = world or start_world()
+    progress.has_met = True
     guard = Guard(progress.watch, world, folder, config.faults.stall_seconds, lock).start()
+    code = exits.DONE
     try:
         config = resolved(config, world)
         agree(config, world)
@@ -69,12 +72,12 @@ def attended(config: RunConfig, world: World | None, progress: exits.Progress, l
         if world.is_main:
             exits.record(folder, exits.DONE, "done", progress.step, world.rank)
     except (Exception, KeyboardInterrupt) as error:
-        return ended(error, folder, progress, world.rank, guard)
+        code = ended(error, folder, progress, world.rank, guard)
     finally:
         guard.stop()
-    if own:
+    if own and (code == exits.DONE or world.size == 1):  # after a failure peers may stand in a collective, and it would wait
         stop_world()
-    return exits.DONE
+    return code
 
 
 def ended(error: BaseException, folder: Path, progress: exits.Progress, rank: int, guard: Guard) -> int:
@@ -171,24 +174,6 @@ def finish(setup: Setup, first_step: int, world: World) -> int:
     return step
 
 
-def prepare_folder(folder: Path, rank: int) -> FolderLock | None:
-    """Make the run folder and forget how the last start ended, before anything can fail that must be told there.
-
-    Rank 0 holds it from then on.
-    """
-    if rank != 0:
-        return None
-    try:
-        make_folder(folder)
-        lock = FolderLock(folder)
-        exits.clear(folder)
-    except OSError as error:
-        raise exits.SaveError(f"output_dir = {str(folder)!r} cannot be written: {error.strerror}") from error
-    if (folder / "final").exists() and not (folder / "final").is_dir():
-        raise exits.SaveError(f"{folder / 'final'} is in the way: final/ will be a folder; remove it")
-    return lock
-
-
 def say(world: World, text: str) -> None:
     if world.is_main:
         print(text, flush=True)
@@ -207,11 +192,21 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         # Every rank reads the same file and finds the same: one of them tells.
         if int(os.environ.get("RANK", "0")) == 0:
-            if folder := named_folder(arguments.cfg, arguments.overrides):
-                exits.clear(folder)
-            exits.report_failure(error, folder, None, 0)
+            refuse(error, named_folder(arguments.cfg, arguments.overrides))
         return exits.code_of(error)
     return run(config)
+
+
+def refuse(error: Exception, folder: Path | None) -> None:
+    """Tell what is wrong with a run file, and in exit.json unless another process trains into the folder it names."""
+    lock: FolderLock | None = None
+    try:
+        lock = hold(folder, waits=False) if folder else None
+    except exits.SaveError:
+        folder = None
+    exits.report_failure(error, folder, None, 0)
+    if lock is not None:
+        lock.release()
 
 
 def named_folder(path: str, overrides: list[str]) -> Path | None:
@@ -220,9 +215,7 @@ def named_folder(path: str, overrides: list[str]) -> Path | None:
         tables = read_toml(path)
         for text in overrides:
             apply_override(tables, text)
-        folder = Path(tables["output_dir"])
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        return Path(tables["output_dir"])
     except (ConfigError, KeyError, TypeError, OSError):
         return None
 

@@ -162,9 +162,10 @@ class Listener:
 
     def _leave(self, reason: str) -> None:
         """Record why, and end this process as it stands."""
-        found = checkpoints(self.folder)
-        last = f"the last checkpoint is {found[-1].name}" if found else "there is no checkpoint yet"
-        if exits.record(self.folder, exits.STOPPED, f"{reason}; {last}", self.progress.step, self.rank):
+        last = _last_of(self.folder)
+        # Without rank 0 nobody has seen yet whether the folder is this start's, or that of a run under way.
+        knows = self.rank == 0 or self.progress.has_met
+        if knows and exits.record(self.folder, exits.STOPPED, f"{reason}; {last}", self.progress.step, self.rank):
             self._say(f"rank {self.rank} stopped at once: {reason}; {last}")
         os._exit(exits.STOPPED)
 
@@ -172,6 +173,14 @@ class Listener:
         # Not through sys.stderr: the main thread may be stopped with its lock.
         with suppress(OSError):
             os.write(2, f"trainer: {text}\n".encode(errors="backslashreplace"))
+
+
+def _last_of(folder: Path) -> str:
+    try:
+        found = checkpoints(folder)
+    except OSError as error:  # whatever is wrong with the folder keeps nobody from leaving
+        return f"{folder} cannot be read: {error.strerror}"
+    return f"the last checkpoint is {found[-1].name}" if found else "there is no checkpoint yet"
 
 
 def check_restart(folder: Path) -> None:
