@@ -14,17 +14,24 @@ PIECE_BYTES = 4 << 20
 """What is written at once. Whoever writes beside a training thread holds the interpreter's lock only between two pieces."""
 
 
+SYNC_BYTES = 1 << 30
+"""The disk has at most so much to catch up with at the end of a file: one fsync of all could take as long as if nothing went on."""
+
+
 class BadShard(Exception):
     """What was to be saved is not sound, or was not found on disk as it was written; the message names the tensor or the file."""
 
 
 def write(path: Path, chunks: Iterator[memoryview]) -> dict[str, Any]:
     """Until the disk has it. The checksum is of the bytes as they are handed over."""
-    digest, size = hashlib.sha256(), 0
+    digest, size, synced = hashlib.sha256(), 0, 0
     with path.open("wb") as out:
         for chunk in chunks:
             digest.update(chunk)
             size += out.write(chunk)
+            if size - synced >= SYNC_BYTES:
+                os.fsync(out.fileno())
+                synced = size
         out.flush()
         os.fsync(out.fileno())
     return {"size": size, "sha256": digest.hexdigest()}

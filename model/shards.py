@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from model.bounded import load_json
+from model.config import ConfigError
 from model.files import Entry, Rows, Tensors, as_bytes, dump_json, file_order, header, read_safetensors
 from model.manifest import UnsoundCheckpoint
 from model.read_back import PIECE_BYTES, BadShard, compare, write
@@ -96,7 +97,7 @@ def local(tensor: Tensor) -> Tensor:
 def write_shard(folder: Path, rank: int, world_size: int, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     """Write this rank's rows of `tensors` as rank-RRRRR-of-WWWWW.safetensors and .json. Returns and raises as `write_planned`."""
     plan = plan_shard(tensors)
-    return write_planned(folder, rank, world_size, plan, lambda: _live(plan, tensors))
+    return write_planned(folder, rank, world_size, plan, lambda: live(plan, tensors))
 
 
 def write_planned(folder: Path, rank: int, world_size: int, plan: ShardPlan, chunks: Chunks) -> dict[str, dict[str, Any]]:
@@ -119,7 +120,7 @@ def cut(dtype: torch.dtype, data: memoryview) -> Iterator[tuple[torch.dtype, mem
         yield dtype, data[begin : begin + PIECE_BYTES]
 
 
-def _live(plan: ShardPlan, tensors: dict[str, Tensor]) -> Iterator[tuple[torch.dtype, memoryview]]:
+def live(plan: ShardPlan, tensors: dict[str, Tensor]) -> Iterator[tuple[torch.dtype, memoryview]]:
     """From the tensors themselves, one on the host at a time."""
     for place in plan.places:
         yield from cut(place.dtype, as_bytes(local(tensors[place.name])))
@@ -147,7 +148,10 @@ def checkpoint_tensors(folder: Path) -> Tensors:
     """
     pieces: dict[str, list[Piece]] = {}
     for path in sorted(folder.glob("rank-*.json")):
-        file = read_safetensors(path.with_suffix(".safetensors"))
+        try:
+            file = read_safetensors(path.with_suffix(".safetensors"))
+        except ConfigError as error:
+            raise UnsoundCheckpoint(str(error)) from error
         for name, (first, shape) in _read_layout(path).items():
             if name not in file or file[name].shape[1:] != shape[1:] or len(file[name].shape) != len(shape):
                 raise UnsoundCheckpoint(f"{path}: {name} is of shape {list(shape)}, and its rows are not in the file beside it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -13,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from model import shards
+from model import read_back, shards
 from model.manifest import file_facts, verify
 from model.read_back import BadShard
-from model.shards import plan_shard, write_shard
+from model.shards import Chunks, ShardPlan, plan_shard, write_shard
 from tests.ranks import run_ranks
 from tests.runs import start
 from tests.test_checkpoint import CARD, Nothing, toy
@@ -324,3 +325,30 @@ def test_a_run_that_fails_while_it_saves_still_has_that_checkpoint(parts: Path, 
     assert [path.name for path in checkpoints(tmp_path / "run")][-1] == "checkpoint-3"
     verify(tmp_path / "run" / "checkpoint-3")
     assert not list((tmp_path / "run").glob(".checkpoint*"))
+
+
+def start_long_save(world: World, parts: Path, output_dir: Path) -> int:
+    """A run whose last save takes three times as long as a stall may, and comes on all the time."""
+    write = module.write_planned
+
+    def slow(folder: Path, rank: int, world_size: int, plan: ShardPlan, chunks: Chunks) -> Any:
+        for _ in range(6):
+            time.sleep(0.5)
+            list(chunks())
+        return write(folder, rank, world_size, plan, chunks)
+
+    module.write_planned = slow
+    sections = {**LORA, "train": {"max_steps": 1}, "data": {"workers": 0}, "faults": {"stall_seconds": 1.0}}
+    return start(world, parts, output_dir, sections).code
+
+
+def test_a_save_that_takes_long_and_comes_on_is_no_stall(parts: Path, tmp_path: Path) -> None:
+    assert run_ranks(start_long_save, 1, parts, tmp_path / "run") == [0]
+
+
+def test_a_large_file_is_on_its_way_to_the_disk_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(read_back, "SYNC_BYTES", 10)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    facts = read_back.write(tmp_path / "file", iter([memoryview(bytes([i]) * 4) for i in range(7)]))
+    assert facts["size"] == 28 == synced[-1] and len(synced) == 3

@@ -6,16 +6,19 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 from torch.distributed import Store
 
 from model.manifest import UnsoundCheckpoint
 from model.read_back import BadShard
-from trainer.distributed import TIMEOUT
 from trainer.exits import ProofError, SaveError
 
 PAUSE = 0.25  # seconds between two looks into the store, at most
+PATIENCE = timedelta(hours=24)
+"""Of a rank for another one: where few ranks write for many, those have long to wait. One that is dead or does not come on ends the
+run by other means."""
 KINDS: dict[str, type[Exception]] = {"proof": ProofError, "write": SaveError, "internal": RuntimeError}
 """How a problem is raised, the gravest first."""
 
@@ -38,9 +41,11 @@ class Task:
     def under_way(self) -> bool:
         return self.thread.is_alive()
 
-    def outcome(self) -> None:
-        """Wait for its end, and raise what it raised."""
-        self.thread.join()
+    def outcome(self, waiting: Callable[[], None] = lambda: None) -> None:
+        """Wait for its end, and raise what it raised. `waiting` is called now and then on the way."""
+        while self.under_way:
+            waiting()
+            self.thread.join(PAUSE)
         if self.error is not None:
             raise self.error
 
@@ -83,7 +88,7 @@ class Agreement:
         problems, facts = [], []
         for rank in range(self.size):
             key = self._key(self.number, rank)
-            missing = [["write", f"nothing was heard of it for {TIMEOUT}"], None]
+            missing = [["write", f"nothing was heard of it for {PATIENCE}"], None]
             problem, found = self._await(key) or missing
             self.store.delete_key(key)
             facts.append(found)
@@ -101,7 +106,7 @@ class Agreement:
     def ruling(self) -> Problem:
         """The outcome, as soon as rank 0 has ruled."""
         found = self._await(self._key(self.number, "done"))
-        return ["write", f"rank 0: nothing was heard of it for {TIMEOUT}"] if found is None else found
+        return ["write", f"rank 0: nothing was heard of it for {PATIENCE}"] if found is None else found
 
     def _key(self, number: int, name: object) -> str:
         return f"{self.prefix}/{number}/{name}"
@@ -109,7 +114,7 @@ class Agreement:
     def _await(self, key: str) -> Any:
         """The value of a key, as soon as it is there; None when it is not for too long."""
         # Looked for and not waited for: a wait that runs out fills the screen with the library's warnings.
-        end, pause = time.monotonic() + TIMEOUT.total_seconds(), PAUSE / 64
+        end, pause = time.monotonic() + PATIENCE.total_seconds(), PAUSE / 64
         while not self.store.check([key]):
             if time.monotonic() > end:
                 return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import uuid
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from data.processor import Processor
 from model.card import ModelCard, write_card
 from model.files import dump_json
 from model.manifest import write_manifest
-from model.shards import WEIGHTS, ShardPlan, checkpoint_tensors, local, write_planned, write_shard
+from model.shards import WEIGHTS, Chunks, ShardPlan, checkpoint_tensors, live, local, plan_shard, write_planned
 from model.weights import is_first_copy, local_range
 from trainer.background import Agreement, Task, attempt, raise_problem
 from trainer.disk import SAVING, TRIAL, make_folder, put_in_place, remove_folder, replace_text, sync_run
@@ -44,14 +45,16 @@ class Trained:
 class Checkpointer:
     """Writes the checkpoints of one run folder, beside training: at most one at a time, each complete before it has its name."""
 
-    def __init__(self, folder: Path, keep: int, world: World) -> None:
-        self.folder, self.keep, self.world = folder, keep, world
+    def __init__(self, folder: Path, keep: int, world: World, alive: Callable[[], None] = lambda: None) -> None:
+        """`alive` is told that a save comes on, for as long as training waits for it."""
+        self.folder, self.keep, self.world, self.alive = folder, keep, world, alive
         self.run_id = str(world.broadcast_json(uuid.uuid4().hex))
         self.agreement = Agreement(world.channel("save"), self.run_id, world.rank, world.size)
         self.task: Task | None = None
         self.staging: Staging | None = None  # where host memory is short there is none, and training waits
         self.papers: dict[str, bytes] | None = None
         self.room: Room | None = None  # what saves take, once it was proven that they fit
+        self.num_chunks = self.num_told = 0  # pieces that this rank has written or compared, and those that `alive` knows of
 
     def prepare(self, trained: Trained, card: ModelCard, processor: Processor) -> None:
         """Allocate the memory of all saves, moments included that do not exist yet, and write down what is the same in all of them.
@@ -109,7 +112,12 @@ class Checkpointer:
         """Until nothing is being saved any more. SaveError or ProofError when that failed, on every rank."""
         task, self.task = self.task, None
         if task is not None:
-            task.outcome()
+            task.outcome(self._come_on)
+
+    def _come_on(self) -> None:
+        if self.num_told != self.num_chunks:
+            self.num_told = self.num_chunks
+            self.alive()
 
     def settle(self, seconds: float) -> None:
         """For a run that has failed already: let a save under way come to its end, within `seconds`. It raises nothing."""
@@ -134,10 +142,20 @@ class Checkpointer:
 
     def _write_shard(self, temporary: Path, shard: ShardPlan | dict[str, Tensor]) -> dict[str, Any]:
         make_folder(temporary)
-        if isinstance(shard, dict) or self.staging is None:
-            return write_shard(temporary, self.world.rank, self.world.size, shard)  # type: ignore[arg-type]
-        self.staging.ready()
-        return write_planned(temporary, self.world.rank, self.world.size, shard, self.staging.chunks)
+        if isinstance(shard, dict):
+            plan = plan_shard(shard)
+            chunks: Chunks = partial(live, plan, shard)
+        else:
+            staging: Staging = self.staging  # type: ignore[assignment]
+            staging.ready()
+            plan, chunks = shard, staging.chunks
+
+        def counted() -> Iterator[tuple[torch.dtype, memoryview]]:
+            for chunk in chunks():
+                yield chunk
+                self.num_chunks += 1
+
+        return write_planned(temporary, self.world.rank, self.world.size, plan, counted)
 
     def _finish(self, temporary: Path, note: Note, facts: list[dict[str, Any]]) -> None:
         """On rank 0, when every shard is on disk."""
@@ -194,6 +212,8 @@ def restore(folder: Path, trained: Trained, optimizer_steps: dict[str, float]) -
         _fill(parameter.data, saved, WEIGHTS + name)
         if f"{MOMENTS[0]}/{name}" not in saved:  # saved before its first update
             continue
+        if not isinstance(optimizer_steps.get(name), int | float):
+            raise ProofError(f"{folder / STATE} does not say how many updates {name} had")
         state: dict[str, Tensor] = {"step": torch.tensor(optimizer_steps[name], dtype=torch.float32, device=parameter.device)}
         for moment in MOMENTS:
             state[moment] = torch.zeros_like(parameter.data)
@@ -203,8 +223,9 @@ def restore(folder: Path, trained: Trained, optimizer_steps: dict[str, float]) -
 
 def _fill(tensor: Tensor, saved: dict[str, Any], name: str) -> None:
     local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    if saved[name].shape != tuple(tensor.shape):
-        raise ProofError(f"{name} has shape {list(saved[name].shape)} in the checkpoint and {list(tensor.shape)} in the model")
+    if name not in saved or saved[name].shape != tuple(tensor.shape):
+        found = list(saved[name].shape) if name in saved else "no values"
+        raise ProofError(f"{name} has {found} in the checkpoint and shape {list(tensor.shape)} in the model")
     local.copy_(saved[name].read(*local_range(tensor)))
 
 

@@ -64,7 +64,7 @@ class Loop:
         self.health = Health(setup, totals["health"] if totals and "health" in totals else None)
         if world.is_main:
             forget_after(place.run_folder, place.first_step + first_step)
-        self.checkpointer = Checkpointer(place.run_folder, config.checkpoint.keep, world)
+        self.checkpointer = Checkpointer(place.run_folder, config.checkpoint.keep, world, self.watch.alive)
 
     def run(self) -> None:
         """All steps that are left. Ends with a checkpoint of the last one. A run that fails leaves a ledger too."""
