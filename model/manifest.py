@@ -23,6 +23,8 @@ Facts = dict[str, dict[str, Any]]
 class UnsoundCheckpoint(Exception):
     """A checkpoint that is incomplete or was changed; the message names the file and what is wrong with it."""
 
+    exit_code = 70
+
 
 def file_facts(folder: Path, pattern: str = "*") -> Facts:
     """Size and sha256 of the files in `folder` whose names match, by name."""

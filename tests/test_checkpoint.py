@@ -24,7 +24,7 @@ from tests.runs import start, start_alone
 from trainer import checkpoint as module
 from trainer.checkpoint import Checkpointer, Trained, restore
 from trainer.distributed import World
-from trainer.exits import SaveError
+from trainer.exits import ProofError, SaveError, code_of
 from trainer.gather import gather_hooks
 from trainer.retention import newest_sound
 
@@ -97,8 +97,28 @@ def test_missing_rows_are_noticed(tmp_path: Path) -> None:
     run_ranks(write, 3, tmp_path, "fsdp")
     for path in tmp_path.glob("rank-00001-*"):
         path.unlink()
-    with pytest.raises(UnsoundCheckpoint, match=r"do not fit together|are missing"):
+    with pytest.raises(UnsoundCheckpoint, match=r"do not fit together|are missing") as caught:
         checkpoint_tensors(tmp_path)
+    assert code_of(caught.value) == 70
+    (tmp_path / "rank-00000-of-00003.safetensors").write_bytes(b"short")
+    with pytest.raises(UnsoundCheckpoint, match="is cut short"):
+        checkpoint_tensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "steps", "reason"),
+    [
+        ("exp_avg_sq/", 1.0, "exp_avg_sq/.* has no values in the checkpoint"),
+        ("", None, "state.json does not say how many updates"),
+    ],
+)
+def test_what_a_checkpoint_does_not_say_is_named(tmp_path: Path, left_out: str, steps: float | None, reason: str) -> None:
+    world = World(0, 0, 1, torch.device("cpu"))
+    trained = toy(world, "ddp")
+    tensors = {name: t for name, t in module._tensors(trained, world).items() if not left_out or not name.startswith(left_out)}
+    write_shard(tmp_path, 0, 1, tensors)
+    with pytest.raises(ProofError, match=reason):
+        restore(tmp_path, trained, {} if steps is None else dict.fromkeys(trained.parameters, steps))
 
 
 def gather_all(world: World, strategy: str) -> list[Any]:

@@ -139,6 +139,12 @@ def test_records_that_were_edited_in_their_places_are_noticed(parts: Path, tmp_p
     }
     path.write_text(json.dumps(records))
     assert start_alone(parts, output_dir, sections).code == 0
+    planned = output_dir / "planned_lengths.npz"
+    whole = planned.read_bytes()
+    planned.write_bytes(whole[:100])
+    code, reason = failure_of(parts, output_dir, {**sections, "train": {"max_steps": 4}})
+    assert code == 2 and f"{planned}, which this run is planned by, is damaged" in reason
+    planned.write_bytes(whole)
     records[3]["conversations"][1]["value"] += ", and a dog that is much longer than it was before"
     path.write_text(json.dumps(records))
     code, reason = failure_of(parts, output_dir, {**sections, "train": {"max_steps": 4}})

@@ -12,7 +12,8 @@ import torch
 
 from data.check_run import check_dataset
 from data.dataset import MultimodalDataset
-from data.lengths import freeze_lengths, planned_lengths
+from data.lengths import FROZEN, freeze_lengths, planned_lengths
+from data.sidecar import read_arrays
 from model.config import ConfigError
 from trainer.config import RunConfig
 from trainer.distributed import World
@@ -47,8 +48,16 @@ def _tell(world: World, done: bool) -> bool:
 
 
 def use(datasets: dict[str, MultimodalDataset], config: RunConfig, folder: Path) -> dict[str, str]:
-    """Lets each dataset plan by the lengths frozen in `folder`, or the best there are; whether they are exact, by split."""
+    """Lets each dataset plan by the lengths frozen in `folder`, or the best there are; whether they are exact, by split.
+
+    ConfigError when what was frozen cannot be read.
+    """
     kinds = {}
+    if (folder / FROZEN).exists() and read_arrays(folder / FROZEN) is None:
+        raise ConfigError(
+            f"{folder / FROZEN}, which this run is planned by, is damaged: restore it from a copy, or remove it: the run goes on "
+            "if the lengths that are known today are those it began with"
+        )
     for split, dataset in datasets.items():
         dataset.lengths, kinds[split] = planned_lengths(dataset, folder, split, Path(config.output_dir) / "index")
     return kinds

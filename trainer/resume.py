@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from data.lengths import FROZEN
 from model.card import ModelCard, read_card
 from model.config import ConfigError
 from trainer.config import RunConfig
@@ -150,7 +151,10 @@ def left_of(checkpoint: Path, places: list[Place], world: World) -> tuple[list[P
 def check_state(path: Path, state: dict[str, Any], data: RunData) -> None:
     """ConfigError when the data or the model of the stage that goes on have changed since the checkpoint."""
     if state["lengths"] != digest_of(data):
-        raise ConfigError(f"{path}: the data of this run has changed since (number or lengths of records): use another output_dir")
+        raise ConfigError(
+            f"{path}: the data of this run has changed since (number or lengths of records), or {FROZEN}, which it is "
+            "planned by, was lost: restore it, or use another output_dir"
+        )
     check_same_model(path, data.card)
 
 
