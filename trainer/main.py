@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,10 +84,18 @@ def attended(config: RunConfig, world: World | None, progress: exits.Progress, l
 
 def ended(error: BaseException, folder: Path, progress: exits.Progress, rank: int, guard: Guard) -> int:
     """The exit code of a run that failed, once people are told."""
+    # Torch interrupts the main thread, wherever it is, to say that a data worker died: not while people are told.
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    try:
+        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if is_main_thread else None
+    except RuntimeError as later:
+        before, error = None, later
     try:
         return exits.report_failure(progress.watch.explained(error), folder, progress.step, rank, guard)
-    except RuntimeError as later:  # torch interrupts the main thread, wherever it is, to say that a data worker died
-        return exits.report_failure(progress.watch.explained(later), folder, progress.step, rank, guard)
+    finally:
+        guard.stop()
+        if before is not None:
+            signal.signal(signal.SIGCHLD, before)
 
 
 def train(root: RunConfig, world: World, progress: exits.Progress) -> None:
