@@ -97,7 +97,7 @@ def test_a_quarantined_record_stands_in_the_file_once_and_the_run_goes_on(parts:
         out.write('{"split": "train", "sample')  # a crash in the middle of a line
     (root / "7_0.png").unlink()
     assert start_alone(parts, tmp_path / "run", {**sections, "train": {"max_steps": 16}}).code == 0
-    first, _, last = path.read_text().splitlines()
+    first, last = path.read_text().splitlines()
     assert json.loads(first) == row and json.loads(last)["sample_id"] == 7
 
 

@@ -34,7 +34,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path, *, waits: bool = True) -> None:
-        """Waits up to RELEASE_SECONDS for another process to leave, if it `waits`. Raises BusyError; OSError where it cannot write."""
+        """`waits`: up to RELEASE_SECONDS for another process to leave. BusyError where it stays; OSError where it cannot write."""
         self.folder, self.problem = folder, ""
         self._descriptor: int | None = None
         self._lease: _Lease | None = None
