@@ -86,6 +86,9 @@ def test_of_a_sharded_checkpoint_nothing_else_is_read(parts: Path, tmp_path: Pat
                 def get_shape(self) -> list[int]:
                     return part.get_shape()
 
+                def get_dtype(self) -> str:
+                    return part.get_dtype()
+
                 def __getitem__(self, index: Any) -> Tensor:
                     if recorder.inside:
                         read.add(name)
