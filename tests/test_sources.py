@@ -110,7 +110,7 @@ def test_ranks_that_would_plan_differently_are_told_before_they_wait_for_each_ot
 
 def test_a_line_of_the_quarantine_that_a_crash_cut_is_left_behind(tmp_path: Path) -> None:
     world = World(0, 0, 1, torch.device("cpu"))
-    for whole in ("", '{"sample_id": 1, "split": "train", "source": "a", "reason": "r", "too_long": false}\n'):
+    for whole in ("", '{"sample_id": 1, "split": "train", "step": 0, "source": "a", "reason": "r", "too_long": false}\n'):
         (tmp_path / NAME).write_text(f'{whole}{{"sample_id": 2, "spl')
         quarantine = Quarantine(tmp_path, {"train": 9}, 0.0)
         quarantine.add((Rejected(2, "a", "a.json:3", "x", "image: gone", False),), 4)

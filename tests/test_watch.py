@@ -15,6 +15,7 @@ from trainer import distributed
 from trainer import judge as judge_module
 from trainer.agreement import differences
 from trainer.distributed import World
+from trainer.guard import is_of_peers
 from trainer.judge import Judge, place_of
 from trainer.main import run
 from trainer.processes import GONE, HALTED, RUNNING, Process, myself
@@ -145,3 +146,18 @@ def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("MASTER_ADDR")
     with pytest.raises(distributed.ConfigError, match="'MASTER_ADDR' is not set"):
         distributed.meet()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"), True),
+        (RuntimeError("NCCL error in: NCCLUtils.cpp:94, remote process exited or there was a network error"), True),
+        (BrokenPipeError(32, "Broken pipe"), False),  # of whoever read what the run prints
+        (FileNotFoundError(2, "No such file or directory", "igloo.png"), False),
+        (RuntimeError("size mismatch for igloo"), False),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+    ],
+)
+def test_what_a_collective_says_is_told_from_a_fault_of_this_rank(error: Exception, expected: bool) -> None:
+    assert is_of_peers(error) == expected

@@ -29,7 +29,7 @@ LOST_SECONDS = 10.0  # a store that fails, or a culprit that is looked for
 GRACE_SECONDS = 5.0  # for a main thread to end by itself, with the error that all ranks come to
 LEAVE_SECONDS = 6.0  # for messages and stacks, which a file system that hangs may hold up
 NAME_SECONDS = 2.0  # to look samples up, in files that may be what hangs
-OF_PEERS = re.compile(r"gloo|nccl|connection (was )?(closed|reset)|broken pipe|remote process", re.IGNORECASE)
+OF_PEERS = re.compile(r"\bgloo\b|nccl|connection (was )?(closed|reset)|broken pipe|remote process", re.IGNORECASE)
 """What a collective says on a rank whose peer has failed."""
 
 
@@ -74,8 +74,7 @@ class Guard:
             return Verdict(code, reason, rank, rank, beat["step"], raised=True, stacks=False)
         if code == exits.INTERNAL:
             self.stacks.dump(error)
-        of_peers = OF_PEERS.search(str(error)) and not isinstance(error, WorkerError)
-        if code == exits.INTERNAL and of_peers:
+        if code == exits.INTERNAL and is_of_peers(error):
             if found := self._of_peers():
                 self._finish(found)
                 return found
@@ -214,6 +213,11 @@ class Guard:
             self.stacks.note(verdict.culprit, f"{verdict.reason}\nIt could not write its stacks any more.")
         elif first:
             show_and_end(process)
+
+
+def is_of_peers(error: BaseException) -> bool:
+    """Whether a collective failed: torch raises RuntimeErrors there. A pipe to people that breaks is an OSError."""
+    return isinstance(error, RuntimeError) and not isinstance(error, WorkerError) and bool(OF_PEERS.search(str(error)))
 
 
 def described(error: BaseException) -> str:

@@ -25,6 +25,7 @@ from trainer.checkpoint import Trained
 from trainer.disk import replace_text
 from trainer.evidence import NUM_SUSPECTS, Evidence, bad_samples, first_bad, highest
 from trainer.exits import ProofError
+from trainer.json_lines import read_sound
 from trainer.optim import in_norm_order
 from trainer.setup import Setup
 from trainer.spikes import Spikes
@@ -152,9 +153,8 @@ def forget_after(folder: Path, step: int) -> None:
     path = folder / NAME
     if not path.exists():
         return
-    *lines, _ = path.read_text().split("\n")
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    replace_text(path, "".join(line + "\n" for line in kept))
+    kept = [row for row in read_sound(path, {"step": int}) if row["step"] <= step]
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _names(trained: Trained | None) -> list[str]:

@@ -18,6 +18,7 @@ from model.batch import Batch
 from model.files import dump_json
 from trainer.disk import replace_text
 from trainer.distributed import World
+from trainer.json_lines import read_sound
 from trainer.step import StepResult
 
 NAME = "metrics.jsonl"
@@ -197,9 +198,9 @@ class MetricsLog:
         self.path, self.active, self.stage = folder / NAME, world.is_main, {"stage": stage} if stage else {}
         self.history: list[dict[str, Any]] = []
         if self.active and self.path.exists():
-            lines = [json.loads(line) for line in self.path.read_text().split("\n") if line.endswith("}")]
             # Lines of steps that will be run again would stand there twice.
-            self.history = [line for line in lines if line["step"] <= resumed_step and resumed_step]
+            lines = read_sound(self.path, {"step": int}) if resumed_step else []
+            self.history = [line for line in lines if line["step"] <= resumed_step]
             replace_text(self.path, "".join(json.dumps(line) + "\n" for line in self.history))
 
     def write(self, step: int, values: dict[str, Any]) -> None:

@@ -16,9 +16,12 @@ from data.config import DataError
 from data.dataset import Rejected
 from trainer.disk import move, replace_text
 from trainer.distributed import World
+from trainer.json_lines import read_lines
 
 NAME = "quarantine.jsonl"
 TRAIN, VALIDATION = "train", "validation"
+FIELDS = {"split": str, "sample_id": int, "step": int, "source": str, "reason": str, "too_long": bool}
+"""What every row has, and more."""
 FLOOR = 8
 """Bad records that are always tolerated, however small the dataset."""
 
@@ -135,11 +138,9 @@ def _key(row: dict[str, Any]) -> tuple[str, int]:
 
 
 def read_rows(folder: Path, stage: str | None = "") -> list[dict[str, Any]]:
-    """Rows of a stage, of a run that has none, or (None) all there are."""
-    path = folder / NAME
-    if not path.is_file():
-        return []
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    # A line without its end was cut by a crash: that record will be met and written again.
-    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    """Rows of a stage, of a run that has none, or (None) all there are. DataError where the file was damaged."""
+    rows, problems = read_lines(folder / NAME, FIELDS)
+    if problems:
+        more = f"; {len(problems) - 1} more lines are none either" if len(problems) > 1 else ""
+        raise DataError(f"{problems[0]}{more}. Restore the file, or remove the line: its record is looked at again")
     return [row for row in rows if stage is None or row.get("stage", "") == stage]

@@ -19,6 +19,7 @@ from trainer.distributed import World
 
 NAME, SHAPE = "samples.bin", "samples.json"
 EMPTY = -1
+TYPES = ("<i4", "<i8")
 
 
 class StepLog:
@@ -29,7 +30,7 @@ class StepLog:
 
         Keeps the rows before `first_step`; rows that are missing there, lost with the machine, are made again from the plan."""
         self.path, self.sampler, self.active = folder / NAME, sampler, world.is_main
-        self.dtype = np.dtype("<i4" if len(sampler.lengths) < 2**31 else "<i8")
+        self.dtype = np.dtype(TYPES[0] if len(sampler.lengths) < 2**31 else TYPES[1])
         self.num_written = self.num_done = 0
         if not self.active:
             return
@@ -66,7 +67,9 @@ def read_step(folder: str | Path, step: int) -> np.ndarray:
     shape_path, path = Path(folder) / SHAPE, Path(folder) / NAME
     try:
         shape = json.loads(shape_path.read_text())
-        width, dtype = int(shape["global_batch_size"]), np.dtype(str(shape["dtype"]))
+        width, dtype = int(shape["global_batch_size"]), np.dtype(TYPES[TYPES.index(shape["dtype"])])
+        if width < 1:
+            raise ValueError(f"global_batch_size = {width}")
         before = int(shape.get("steps_before", 0))
         num_bytes = path.stat().st_size
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,0 +1,67 @@
+"""Files of the run folder that were damaged: told where and how, or left out with a word where nothing depends on them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data.config import DataError
+from model.config import ConfigError
+from trainer.distributed import World
+from trainer.health import forget_after
+from trainer.metrics import MetricsLog
+from trainer.quarantine import Quarantine, read_rows
+from trainer.step_log import read_step
+
+ALONE = World(0, 0, 1, torch.device("cpu"))
+ROW = {"split": "train", "sample_id": 3, "step": 1, "source": "a", "reason": "gone", "too_long": False}
+DAMAGED = {
+    "no JSON": b'{"step": 1, "split"',
+    "no text": b'{"step": 1, "split": "\xff"}',
+    "no object": b"[1]",
+    "step = '1' is no int": b'{"step": "1"}',
+    "step = None is no int": b"{}",
+}
+
+
+def write(path: Path, row: dict[str, Any], line: bytes) -> None:
+    path.write_bytes(b"%s\n%s\n%s\n" % (json.dumps(row).encode(), line, json.dumps({**row, "step": 2}).encode()))
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_line_of_a_log_is_left_out_with_a_word(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("metrics.jsonl", "faults.jsonl"):
+        write(tmp_path / name, {"step": 1, "a": 0.1}, DAMAGED[kind])
+    log = MetricsLog(tmp_path, 2, ALONE)
+    forget_after(tmp_path, 2)
+    for name in ("metrics.jsonl", "faults.jsonl"):
+        assert [json.loads(line) for line in (tmp_path / name).read_text().splitlines()] == [{"step": i, "a": 0.1} for i in (1, 2)]
+    assert len(log.history) == 2
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and f"{tmp_path / 'metrics.jsonl'}:2: is no" in said[0].replace(": step", ": is no")
+
+
+@pytest.mark.parametrize("line", [b"not a row", b'{"split": "train", "sample_id": 4, "step": 1}', b'{"split": 3}'])
+def test_a_damaged_row_of_the_quarantine_is_an_error_that_names_it(line: bytes, tmp_path: Path) -> None:
+    write(tmp_path / "quarantine.jsonl", ROW, line)
+    with pytest.raises(DataError, match=r"quarantine\.jsonl:2: .* its record is looked at again"):
+        Quarantine(tmp_path, {"train": 9}, 0.0)
+
+
+def test_what_a_power_cut_leaves_is_no_damage(tmp_path: Path) -> None:
+    write(tmp_path / "quarantine.jsonl", ROW, bytes(20) + json.dumps(ROW).encode())
+    with (tmp_path / "quarantine.jsonl").open("ab") as out:
+        out.write(b'{"split": "tr')
+    assert [row["step"] for row in read_rows(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("shape", [{"dtype": "O"}, {"dtype": "V0"}, {"global_batch_size": 0}, {"global_batch_size": -2}])
+def test_a_record_of_steps_that_was_changed_is_an_error(shape: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "samples.json").write_text(json.dumps({"global_batch_size": 2, "dtype": "<i4", **shape}))
+    (tmp_path / "samples.bin").write_bytes(bytes(64))
+    with pytest.raises(ConfigError, match="no record of its steps"):
+        read_step(tmp_path, 1)
