@@ -210,17 +210,21 @@ def _load(
         generator=torch.Generator(),  # or each start of the loader would draw from the global one
     )
     batches = iter(loader)
-    while True:
-        try:
-            item = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError:  # torch does not say how a worker died that it finds dead
-            made.reading.codes = {worker.pid: worker.exitcode for worker in getattr(batches, "_workers", ())}
-            raise
-        if isinstance(item, (DataError, WorkerError)):
-            raise item
-        yield item
+    try:
+        while True:
+            try:
+                item = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError:  # torch does not say how a worker died that it finds dead
+                made.reading.codes = {worker.pid: worker.exitcode for worker in getattr(batches, "_workers", ())}
+                raise
+            if isinstance(item, (DataError, WorkerError)):
+                raise item
+            yield item
+    finally:
+        # Workers end with their iterator, which an error's traceback would keep: an interpreter that exits waits for them for ever.
+        del batches
 
 
 def _unchanged(item: Any) -> Any:

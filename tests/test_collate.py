@@ -1,5 +1,6 @@
 """Batches: padding, positions, and every picture at the placeholders of its own record; the same ones with any workers."""
 
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -161,8 +162,9 @@ def test_a_resumed_loader_goes_on(many: MultimodalDataset) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_data_error_arrives_as_its_message(folder: Path, workers: int) -> None:
     data = dataset(folder, [talk("Hi", "a", images=["missing.png"], id="x")], on_bad_sample="error")
-    with pytest.raises(DataError, match=r"^mix.jsonl:1 x: image: .*missing.png' does not exist$"):
+    with pytest.raises(DataError, match=r"^mix.jsonl:1 x: image: .*missing.png' does not exist$") as caught:
         list(steps(data, workers=workers))
+    assert caught.tb is not None and not multiprocessing.active_children()  # deaf to SIGTERM, they would hold up who exits
 
 
 class _Signals(MultimodalDataset):
