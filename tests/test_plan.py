@@ -287,6 +287,34 @@ def test_what_would_fit_is_computed_and_fits(parts: Path, tmp_path: Path, capsys
     assert smaller["heaviest"]["samples"] == size
 
 
+def test_nothing_is_advised_that_is_set_already_or_cannot_be(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A packed micro-batch holds data.max_length tokens or more, however few its first sample has."""
+    lora = {"model": {"llm": {"tune": "lora"}}, "lora": {"rank": 2}}
+    packed = {**lora, "data": {"packing": True, "max_length": 256}, "batch": {"micro_batch_tokens": 256, "micro_batch_size": None}}
+    sections = {**packed, "parallel": {"activation_checkpointing": "full"}}
+    _, whole = planned(parts, tmp_path / "plan", capsys, **sections)
+    total = whole["strategies"]["ddp"]["total"]
+    out, found = planned(parts, tmp_path / "plan", capsys, "--memory", repr((total - 1) / 2**30), **sections)
+    assert whole["heaviest"]["samples"] > 1 and found["would_fit"].keys() == {"quantize.bits = 4"}
+    _, changed = planned(parts, tmp_path / "plan", capsys, **sections, quantize={"bits": 4})
+    assert found["would_fit"]["quantize.bits = 4"] == changed["strategies"]["ddp"]["total"] < total
+    out, _ = planned(parts, tmp_path / "plan", capsys, "--memory", "1e-9", **sections)
+    assert "nearest comes\n  quantize.bits = 4 (" in out
+
+
+def test_ranks_of_a_machine_share_its_memory_and_a_device_that_is_not_there_has_none(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out, found = planned(parts, tmp_path / "plan", capsys, "--device", "cuda")
+    assert (found["memory"], found["fits"]) == (None, None) and "fits: not known" in out and "--memory" in out
+    monkeypatch.setattr(plan, "total_memory", lambda device: 3000)
+    for device, ranks, memory in (("cpu", 1, 3000), ("cpu", 3, 1000), ("cuda", 3, 3000)):
+        assert planned(parts, tmp_path / "plan", capsys, "--device", device, "--ranks", str(ranks))[1]["memory"] == memory
+
+
 def test_a_plan_needs_no_data(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sources = {"data": {"sources": [{"path": str(tmp_path / "elsewhere.json")}], "max_length": 256}}
     _, found = planned(parts, tmp_path / "plan", capsys, "--no-data", **sources)

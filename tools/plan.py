@@ -15,7 +15,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from data.lengths import EXACT
 from data.loader import BatchPlan
+from data.sample import Sample
 from model.config import ConfigError
 from tools.cli import printable, run
 from tools.plan_table import as_json, table
@@ -44,6 +46,7 @@ class Plan:
     heavy: Heavy
     strategies: dict[str, Footprint]  # the configured one first
     calendar: dict[str, int]  # steps, samples and tokens; empty without data
+    lengths: str  # exact | partly exact | estimated: what the calendar and the heaviest micro-batch rest on
     checkpoint_bytes: int
     final_bytes: int
     memory: float  # bytes of a rank; 0: not known
@@ -69,7 +72,8 @@ def plan(options: argparse.Namespace) -> None:
     if options.no_data:
         config = replace(config, data=replace(config.data, sources=(), validation=()))
     data = open_data(config, alone, place=replace(place, config=config))
-    memory = options.memory * GIB if options.memory else float(total_memory(device))
+    sharing = options.ranks if device.type == "cpu" else 1  # processes of one machine; a GPU is its rank's alone
+    memory = options.memory * GIB if options.memory else total_memory(device) / sharing
     found = planned(config, data, options.ranks, memory)
     print(printable("\n".join(table(found))))
     print(json.dumps(as_json(found)))
@@ -88,7 +92,7 @@ def planned(config: RunConfig, data: RunData, num_ranks: int, memory: float) -> 
         nearest = None if changes else least_change(heavy)
     model = on_meta(data.card, config.parallel, computes=False)
     shards = checkpoint_bytes(model, sharing_ranks(config.parallel, num_ranks), num_ranks)
-    return Plan(heavy, strategies, calendar, shards, final_bytes(model, data.card), memory, changes, nearest)
+    return Plan(heavy, strategies, calendar, data.lengths_kind, shards, final_bytes(model, data.card), memory, changes, nearest)
 
 
 def others(config: RunConfig, num_ranks: int) -> list[tuple[str, int]]:
@@ -111,7 +115,10 @@ def heaviest_of(config: RunConfig, data: RunData, num_ranks: int) -> tuple[Heavy
     media = media_memory(model, data.train, config.parallel.activation_checkpointing != "none")
     costs = sample_costs(model, config.model, data.train) if deal.is_packed else None
     found = find_heaviest(sampler, deal, media, costs, 0, sampler.steps_per_epoch)
-    samples = read_samples(data.train, found.ids, deal.is_packed)
+    if deal.is_packed and data.lengths_kind != EXACT:  # a run measures before it packs; here records may be longer than planned
+        samples = filled(read_samples(data.train, found.ids, False), batch.micro_batch_tokens)
+    else:
+        samples = read_samples(data.train, found.ids, deal.is_packed)
     _, ids = sampler.before(sampler.steps_per_epoch - 1)
     tokens = sum(int(sampler.lengths[part].sum(dtype="int64")) for part in (ids, sampler.step(sampler.steps_per_epoch - 1)))
     calendar = {
@@ -123,13 +130,25 @@ def heaviest_of(config: RunConfig, data: RunData, num_ranks: int) -> tuple[Heavy
     return Heavy(config, data.card, num_ranks, samples, found.num_micro_batches), calendar
 
 
+def filled(samples: list[Sample], num_tokens: int) -> list[Sample]:
+    """As many of the samples as there is room for."""
+    kept, left = [], num_tokens
+    for sample in samples:
+        if len(sample.input_ids) <= left:
+            kept.append(sample)
+            left -= len(sample.input_ids)
+    return kept
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tools.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
     parser.add_argument("--cfg", required=True, help="the run file")
     parser.add_argument("--stage", default="", metavar="NAME", help="of a file with [[stage]] tables: this one")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes that train together (1)")
-    parser.add_argument("--memory", type=float, metavar="GIB", help="of each rank (default: this machine's device)")
+    parser.add_argument(
+        "--memory", type=float, metavar="GIB", help="of each rank (default: this machine's GPU, or its share of the RAM)"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if cuda else "cpu", help="what it will run on")
     parser.add_argument("--no-data", action="store_true", help="the data are elsewhere: plan by data.max_length")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")

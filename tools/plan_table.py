@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from data.lengths import EXACT
 from model.trainable import part_table
 from trainer.advice import told
 from trainer.footprint import Footprint, on_meta, size
@@ -33,7 +34,9 @@ def _parts(plan: Plan) -> list[str]:
     """What each part takes on a rank of the configured strategy."""
     heavy, (footprint, *_) = plan.heavy, plan.strategies.values()
     held = {part.part: part for part in footprint.holdings}
-    lines = [f"{'part':<17}{'parameters':>15}{'trainable':>15}  {'tune':<10}{'weights':>12}{'gradients':>12}{'optimizer':>12}"]
+    ranks, strategy = heavy.num_ranks, heavy.config.parallel.strategy
+    lines = [f"sizes are those on each of {ranks} ranks with parallel.strategy = {strategy!r}"] if ranks > 1 else []
+    lines += [f"{'part':<17}{'parameters':>15}{'trainable':>15}  {'tune':<10}{'weights':>12}{'gradients':>12}{'optimizer':>12}"]
     for row in part_table(on_meta(heavy.card, heavy.config.parallel, computes=False), heavy.card.model):
         part = held[row.part]
         sizes = "".join(f"{size(value):>12}" for value in (part.weights + part.buffers, part.gradients, part.optimizer))
@@ -55,6 +58,8 @@ def _strategies(plan: Plan) -> list[str]:
     if plan.memory:
         fits = ["yes" if found.total <= plan.memory else "no" for found in plan.strategies.values()]
         lines.append(f"{f'fits in {size(plan.memory)}':<28}" + "".join(f"{answer:>14}" for answer in fits))
+    else:
+        lines.append("fits: not known, as this machine has no such device; name the memory of a rank with --memory")
     if "hsdp" in plan.strategies and config.parallel.strategy != "hsdp":
         lines.append(f"hsdp: parallel.shard_size = {config.parallel.shard_size or ranks // 2}")
     return lines
@@ -71,11 +76,15 @@ def _run(plan: Plan) -> list[str]:
             f"steps       {calendar['steps']:,} in all, {calendar['steps_per_epoch']:,} per epoch of "
             f"{calendar['samples_per_epoch']:,} samples, {calendar['tokens_per_epoch']:,} tokens"
         )
+        if plan.lengths != EXACT:
+            lines.append(f"lengths     {plan.lengths}: python -m tools.check_data measures every record, as a packed run does")
     else:
         lines.append("steps       not known without the data; samples of data.max_length tokens were made up")
     kept = heavy.config.checkpoint.keep
-    lines.append(f"checkpoint  {size(plan.checkpoint_bytes)} each, {kept} are kept: {size(plan.checkpoint_bytes * kept)}")
+    lines.append(f"checkpoint  {size(plan.checkpoint_bytes)} of tensors each")
     lines.append(f"final       {size(plan.final_bytes)} of weights")
+    most = plan.checkpoint_bytes * (kept + 1) + plan.final_bytes
+    lines.append(f"disk        {size(most)} at most: checkpoint.keep = {kept}, one more being written, and final/")
     return lines
 
 
@@ -85,7 +94,7 @@ def _advice(plan: Plan) -> list[str]:
     lines = ["", f"It does not fit in {size(plan.memory)}. What would:"]
     lines += [f"  {told(change)}" for change in plan.changes]
     if plan.nearest is not None:
-        lines.append(f"  nothing by itself; nearest comes {told(plan.nearest)}")
+        lines += ["  nothing by itself; nearest comes", f"  {told(plan.nearest)}"]
     return lines
 
 
@@ -102,6 +111,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "strategies": strategies,
         "heaviest": {"samples": len(heavy.samples), "tokens": batch.input_ids.numel(), "micro_batches": heavy.num_micro_batches},
         **plan.calendar,
+        **({"lengths": plan.lengths} if plan.calendar else {}),
         "checkpoint_bytes": plan.checkpoint_bytes,
         "final_bytes": plan.final_bytes,
         "memory": int(plan.memory) or None,

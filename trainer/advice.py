@@ -11,7 +11,7 @@ from data.sample import Sample
 from data.sampler import num_micro_batches
 from model.batch import Batch
 from model.card import ModelCard
-from model.config import ConfigError
+from model.config import ConfigError, QuantizeConfig
 from trainer.config import RunConfig
 from trainer.footprint import Footprint, footprint, size
 
@@ -73,13 +73,14 @@ def fitting(heavy: Heavy, allowed: float) -> Iterator[Change]:
         change = smaller(heavy, allowed, activation_checkpointing="full")
         if change is not None and change.needed.total <= allowed:
             yield replace(change, settings=f"{change.settings} with parallel.activation_checkpointing = 'full'")
-    if (change := with_lora(heavy)) is not None and change.needed.total <= allowed:
-        yield change
+    for other in (with_lora(heavy), with_four_bits(heavy)):
+        if other is not None and other.needed.total <= allowed:
+            yield other
 
 
 def smaller(heavy: Heavy, allowed: float, **changes: Any) -> Change | None:
     """The most samples of the heaviest micro-batch that fit, by bisection; None where not even one does, or all were one."""
-    low, high, best = 1, len(heavy.samples) - 1, None
+    low, high, best = fewest(heavy), len(heavy.samples) - 1, None
     while low <= high:
         middle = (low + high) // 2
         needed = heavy.needed(middle, **changes)
@@ -90,10 +91,21 @@ def smaller(heavy: Heavy, allowed: float, **changes: Any) -> Change | None:
     return None if best is None else Change(_size(heavy, best[0]), best[1])
 
 
+def fewest(heavy: Heavy) -> int:
+    """Samples of the smallest micro-batch that may be set: a packed one is filled up to data.max_length tokens at least."""
+    if not heavy.config.data.packing:
+        return 1
+    counts = range(2, len(heavy.samples) + 1)
+    return max((count for count in counts if _tokens(heavy, count) <= heavy.config.data.max_length), default=1)
+
+
+def _tokens(heavy: Heavy, count: int) -> int:
+    return sum(len(sample.input_ids) for sample in heavy.samples[:count])
+
+
 def _size(heavy: Heavy, count: int) -> str:
     if heavy.config.data.packing:
-        tokens = sum(len(sample.input_ids) for sample in heavy.samples[:count])
-        return f"batch.micro_batch_tokens = {max(tokens, heavy.config.data.max_length)}"
+        return f"batch.micro_batch_tokens = {max(_tokens(heavy, count), heavy.config.data.max_length)}"
     return f"batch.micro_batch_size = {count}"
 
 
@@ -121,11 +133,24 @@ def with_lora(heavy: Heavy) -> Change | None:
         return None
 
 
+def with_four_bits(heavy: Heavy) -> Change | None:
+    """The language model's matrices quantised, where they do not learn: another training as well."""
+    if heavy.card.model.llm.tune == "full" or heavy.card.quantize.bits != 16:
+        return None
+    try:
+        changed = replace(heavy, card=replace(heavy.card, quantize=QuantizeConfig(bits=4)))
+        return Change("quantize.bits = 4", changed.needed())
+    except ConfigError:  # a mixture of experts, which 4 bits do not reach
+        return None
+
+
 def least_change(heavy: Heavy) -> Change:
     """Of all changes and what they come to together, the one that takes least."""
-    found = [*other_settings(heavy), Change("the run as it is", heavy.needed())]
-    recomputes = Change(
-        f"{_size(heavy, 1)} with parallel.activation_checkpointing = 'full'", heavy.needed(1, activation_checkpointing="full")
-    )
-    found += [recomputes, *filter(None, [with_lora(heavy)])]
+    found, least = [Change("the run as it is", heavy.needed()), *other_settings(heavy)], fewest(heavy)
+    if least < len(heavy.samples):
+        found.append(Change(_size(heavy, least), heavy.needed(least)))
+        if heavy.config.parallel.activation_checkpointing == "none":
+            settings = f"{_size(heavy, least)} with parallel.activation_checkpointing = 'full'"
+            found.append(Change(settings, heavy.needed(least, activation_checkpointing="full")))
+    found += filter(None, [with_lora(heavy), with_four_bits(heavy)])
     return min(found, key=lambda change: change.needed.total)

@@ -49,7 +49,9 @@ def usage(device: torch.device) -> Usage:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes that one process may take of `device` when it is alone there; 0 where the system does not tell."""
+    """Bytes that one process may take of `device` when it is alone there; 0 where there is none, or the system does not tell."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return 0
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return usage(device).total
