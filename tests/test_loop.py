@@ -12,12 +12,14 @@ import torch.nn.functional as F
 
 from data import load_processor
 from model import load_model
+from model.files import dump_json
 from tests.ranks import run_ranks
 from tests.runs import start, start_alone
 from tests.test_equivalence import step_batches
 from tests.test_resume import cut
 from tests.test_trainable import ALONE, build
 from tools.bench_step import Counter, hidden_syncs
+from trainer import metrics
 from trainer.config import OptimConfig
 from trainer.metrics import FOLD, Meter, SourceSums
 from trainer.optim import build_optimizer, set_learning_rates
@@ -83,6 +85,25 @@ def test_training_metrics_are_sums_over_all_steps_since_the_line_before(parts: P
     state = json.loads((tmp_path / "some" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"]] == [1, 4, 6]
     assert state["log_history"][1]["loss"] == some[1]["train/loss"]
+
+
+def test_the_log_for_other_scripts_makes_every_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the log has become: training waits for it at every save."""
+    log, made = metrics.MetricsLog(tmp_path, 0, ALONE), list[object]()
+
+    def counted(value: object) -> str:
+        made.append(value)
+        return dump_json(value)
+
+    monkeypatch.setattr(metrics, "dump_json", counted)
+    for step in range(4):
+        if step:
+            log.write(step, {"train/loss": 1.5, "train/lr/llm": 0.1 * step, "train/lr/vision": 0.1})
+        text = log.trainer_state(step, 9)[tmp_path / "trainer_state.json"]
+        state = json.loads(text)
+        assert text == dump_json(state) and (state["global_step"], state["max_steps"]) == (step, 9)
+        assert [entry["step"] for entry in state["log_history"]] == [*range(1, step + 1)] and len(made) == step
+    assert state["log_history"][2] == {"step": 3, "loss": 1.5, "learning_rate": 0.1 * 3}
 
 
 def test_tokens_are_counted_per_source_and_go_on_after_a_resume(parts: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import torch
@@ -197,6 +198,7 @@ class MetricsLog:
         """Steps are those of the whole run; `stage`: what its lines are marked with."""
         self.path, self.active, self.stage = folder / NAME, world.is_main, {"stage": stage} if stage else {}
         self.history: list[dict[str, Any]] = []
+        self.rows: list[str] = []  # of trainer_state.json, as far as they were asked for
         if self.active and self.path.exists():
             # Lines of steps that will be run again would stand there twice.
             lines = read_sound(self.path, {"step": int}) if resumed_step else []
@@ -216,12 +218,17 @@ class MetricsLog:
         """trainer_state.json, path and content: the log as scripts for Hugging Face's Trainer read it. On rank 0."""
         if not self.active:
             return {}
-        history = [
-            {**{new: line[old] for old, new in HUGGING_FACE_NAMES.items() if old in line}, **_rate(line), "step": line["step"]}
-            for line in self.history
-        ]
-        value = {"global_step": step, "max_steps": max_steps, "log_history": history}
-        return {self.path.parent / "trainer_state.json": dump_json(value)}
+        # Training waits for this: a line is made once, not at every save.
+        self.rows += [_as_hugging_face(line) for line in self.history[len(self.rows) :]]
+        history = "[\n" + ",\n".join(self.rows) + "\n  ]" if self.rows else "[]"
+        text = f'{{\n  "global_step": {step},\n  "log_history": {history},\n  "max_steps": {max_steps}\n}}\n'
+        return {self.path.parent / "trainer_state.json": text}
+
+
+def _as_hugging_face(line: dict[str, Any]) -> str:
+    """One of log_history, as `dump_json` would write it there."""
+    names = {new: line[old] for old, new in HUGGING_FACE_NAMES.items() if old in line}
+    return indent(dump_json({**names, **_rate(line), "step": line["step"]}).rstrip(), "    ")
 
 
 def _rate(line: dict[str, Any]) -> dict[str, Any]:
