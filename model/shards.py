@@ -24,7 +24,8 @@ from model.read_back import PIECE_BYTES, BadShard, compare, write
 from model.weights import local_range
 
 WEIGHTS = "weights/"
-"""Prefix of the trained parameters among a checkpoint's tensors; the optimizer's are called exp_avg/ and exp_avg_sq/."""
+"""Prefix of the trained parameters among a checkpoint's tensors; the optimizer's are called after MOMENTS."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
 EXPONENTS: dict[torch.dtype, tuple[Any, int]] = {
     torch.float64: (np.uint64, 0x7FF0 << 48),
     torch.float32: (np.uint32, 0x7F80 << 16),

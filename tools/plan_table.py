@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from data.lengths import EXACT
 from model.trainable import part_table
 from trainer.advice import told
-from trainer.footprint import Footprint, on_meta, size
+from trainer.footprint import Footprint, on_meta
 from trainer.rehearsal import described
+from trainer.room import size as rounded
 
 if TYPE_CHECKING:
     from tools.plan import Plan
@@ -118,6 +119,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "fits": plan.fits,
         "would_fit": {change.settings: change.needed.total for change in plan.changes},
     }
+
+
+def size(value: float) -> str:
+    """Bytes, exact enough for sums to be checked."""
+    return rounded(value, 2)
 
 
 def _sizes(found: Footprint) -> dict[str, int]:

@@ -13,7 +13,8 @@ from model.batch import Batch
 from model.card import ModelCard
 from model.config import ConfigError, QuantizeConfig
 from trainer.config import RunConfig
-from trainer.footprint import Footprint, footprint, size
+from trainer.footprint import Footprint, footprint
+from trainer.room import size
 
 SHOWN = 4
 
@@ -61,7 +62,7 @@ def advice(heavy: Heavy, limit: Callable[[Footprint], float]) -> str:
 
 
 def told(change: Change) -> str:
-    return f"{change.settings} ({size(change.needed.total)})"
+    return f"{change.settings} ({size(change.needed.total, 2)})"
 
 
 def fitting(heavy: Heavy, allowed: float) -> Iterator[Change]:

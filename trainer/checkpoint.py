@@ -21,7 +21,7 @@ from data.processor import Processor
 from model.card import ModelCard, write_card
 from model.files import dump_json
 from model.manifest import write_manifest
-from model.shards import WEIGHTS, Chunks, ShardPlan, checkpoint_tensors, live, local, plan_shard, write_planned
+from model.shards import MOMENTS, WEIGHTS, Chunks, ShardPlan, checkpoint_tensors, live, local, plan_shard, write_planned
 from model.weights import is_first_copy, local_range
 from trainer.background import Agreement, Task, attempt, raise_problem
 from trainer.disk import SAVING, TRIAL, make_folder, put_in_place, remove_folder, replace_text, sync_run
@@ -30,8 +30,6 @@ from trainer.exits import ProofError
 from trainer.retention import PREFIX, STATE, prune
 from trainer.room import Room, look_ahead, shortage, written_bytes
 from trainer.staging import Staging, available_bytes, short_of_memory
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ import torch
 from model.card import ModelCard
 from model.files import Entry, file_order, header
 from model.multimodal import MultimodalLM
-from model.shards import WEIGHTS
-from trainer.checkpoint import MOMENTS
+from model.shards import MOMENTS, WEIGHTS
 from trainer.final_files import weight_files_of
 from trainer.footprint import local_numel
 

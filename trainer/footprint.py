@@ -158,11 +158,3 @@ def gathered_bytes(model: MultimodalLM, config: ParallelConfig) -> int:
 
 def _whole(module: nn.Module) -> int:
     return sum(p.numel() * p.itemsize for p in module.parameters())
-
-
-def size(value: float) -> str:
-    """Bytes for people."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if value >= scale:
-            return f"{value / scale:,.2f} {unit}"
-    return f"{value:.0f} B"

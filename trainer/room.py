@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import resource
 from collections.abc import Iterable, Mapping
@@ -12,12 +13,11 @@ from pathlib import Path
 from torch import Tensor
 
 from model.files import Entry, dump_json, file_order, header
-from model.shards import WEIGHTS, plan_shard
+from model.shards import MOMENTS, WEIGHTS, plan_shard
 from model.weights import is_first_copy
 from trainer.distributed import World
 from trainer.exits import NO_WRITING, SaveError
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """Errors that only writing has, and that come without the name of the file."""
 ADVICE = "Free space, lower checkpoint.keep, or use another output_dir"
@@ -135,9 +135,9 @@ def look_ahead(room: Room) -> str:
     return f"THE NEXT CHECKPOINT DOES NOT FIT and will end the run. {shortage(room.folder, room.checkpoint)}"
 
 
-def size(count: int) -> str:
+def size(count: float, digits: int = 1) -> str:
     """Bytes for people, never fewer than there are when it is said that they are missing."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= scale:
-            return f"{-(-count * 10 // scale) / 10:,.1f} {unit}"
-    return f"{count} bytes"
+            return f"{math.ceil(count * 10**digits / scale) / 10**digits:,.{digits}f} {unit}"
+    return f"{count:.0f} bytes"

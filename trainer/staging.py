@@ -118,6 +118,8 @@ def _page_lock(staging: Staging) -> None:
     runtime: Any = torch.cuda.cudart()
     address, size = staging.buffer.data_ptr(), staging.buffer.numel()
     if int(runtime.cudaHostRegister(address, size, 0)) != 0:
+        with suppress(RuntimeError):  # the device keeps the error, and its next kernel would be blamed for it
+            torch.zeros(1, device="cuda").add_(1)
         raise MemoryError(f"{size:,} bytes of host memory for checkpoints cannot be page-locked (`ulimit -l`)")
     weakref.finalize(staging, runtime.cudaHostUnregister, address).atexit = False
 
