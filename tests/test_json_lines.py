@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from data.config import DataError
 from model.config import ConfigError
+from trainer.accounts import Accounts
 from trainer.distributed import World
 from trainer.health import forget_after
 from trainer.metrics import MetricsLog
@@ -50,6 +52,16 @@ def test_a_damaged_row_of_the_quarantine_is_an_error_that_names_it(line: bytes, 
     write(tmp_path / "quarantine.jsonl", ROW, line)
     with pytest.raises(DataError, match=r"quarantine\.jsonl:2: .* its record is looked at again"):
         Quarantine(tmp_path, {"train": 9}, 0.0)
+
+
+def test_a_ledger_that_cannot_be_made_is_not_what_ended_a_run(tmp_path: Path) -> None:
+    write(tmp_path / "quarantine.jsonl", ROW, b"not a row")
+    accounts: Any = object.__new__(Accounts)
+    accounts.place, accounts.world = SimpleNamespace(run_folder=tmp_path, folder=tmp_path, name=""), ALONE
+    accounts.sampler, accounts.num_steps, accounts.total_steps = None, 1, 2
+    accounts.leave()
+    with pytest.raises(DataError, match="quarantine"):
+        accounts.close()
 
 
 def test_what_a_power_cut_leaves_is_no_damage(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -100,6 +101,24 @@ def test_a_folder_that_fails_keeps_nobody_from_leaving(tmp_path: Path, monkeypat
         listener._stop("SIGTERM")
 
 
+def test_a_folder_that_hangs_holds_no_run_up_that_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached, goes_on = threading.Event(), threading.Event()
+
+    def hanging(self: signals.Listener, name: str) -> bool:
+        if threading.current_thread() is self.thread:
+            reached.set()
+            goes_on.wait()
+        return False
+
+    monkeypatch.setattr(signals.Listener, "_removed", hanging)
+    monkeypatch.setattr(signals, "LOOK_SECONDS", 0.01)
+    with signals.listening(tmp_path, 0, exits.Progress(), 60.0):
+        reached.wait()
+    (left,) = [thread for thread in threading.enumerate() if thread.name == "signals"]
+    goes_on.set()
+    left.join()
+
+
 def test_exit_json_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a disk that is full nobody claims to have told, so whoever speaks does."""
 
@@ -123,6 +142,22 @@ def test_more_ranks_than_devices_are_told_as_such(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=r"rank 6 is number 2 .* has 2 .*--nproc_per_node=2"):
         distributed.start_world()
+
+
+def test_an_error_of_a_device_is_left_to_the_rank_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    def meet() -> None:
+        raise ConfigError("not met")
+
+    monkeypatch.setenv("TORCH_NCCL_RETHROW_CUDA_ERRORS", "1")
+    monkeypatch.delenv("TORCH_NCCL_RETHROW_CUDA_ERRORS")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(distributed, "meet", meet)
+    with pytest.raises(ConfigError, match="not met"):
+        distributed.start_world()
+    assert os.environ["TORCH_NCCL_RETHROW_CUDA_ERRORS"] == "0"
 
 
 def test_a_run_file_whose_folder_is_in_the_way_is_told(parts: Path, tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ def start_world() -> World:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         check_devices(rank, local_rank)
+        # Or a thread of the library's aborts the process at the first error of a device or a peer, before this rank has told it.
+        os.environ.setdefault("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0")
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     store = dist.HashStore() if size == 1 else meet()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -13,21 +12,19 @@ from tqdm import tqdm
 from data.dataset import MultimodalDataset
 from data.loader import MicroBatch, train_batches
 from data.workers import Reading, named
+from trainer.accounts import Accounts
 from trainer.checkpoint import Checkpointer
 from trainer.exits import INTERNAL, Progress, StopRequested, code_of
 from trainer.health import Health, forget_after, hearable, split
 from trainer.later import Later
-from trainer.ledger import ledger_file, table, write_ledger
 from trainer.metrics import Meter, MetricsLog
 from trainer.optim import set_learning_rates
-from trainer.quarantine import Quarantine
 from trainer.resume import digest_of, run_state
 from trainer.room import unwritable
 from trainer.schedule import multiplier
 from trainer.setup import Setup
 from trainer.steering import EVALUATE, SAVE, STOP, WISHES
 from trainer.step import train_step
-from trainer.step_log import StepLog
 from trainer.trial import prove_saving
 from trainer.validate import validate
 from trainer.work import sample_costs
@@ -54,11 +51,8 @@ class Loop:
         if totals is not None:
             self.meter.restore({key: value for key, value in totals.items() if key != "health"})
         self.log = MetricsLog(place.run_folder, place.first_step + first_step, world, place.name)
-        self.step_log = StepLog(place.folder, setup.data.sampler, first_step, world, place.first_step)
-        self.quarantine = Quarantine(place.run_folder, setup.data.num_records, config.data.max_bad_fraction, place.name)
-        self.num_accounted = first_step  # steps whose bad records are written down
+        self.accounts = Accounts(setup, first_step)
         self.left_out: frozenset[int] = frozenset()
-        self.quarantine.check()
         self.lengths = digest_of(setup.data)
         self.steering, self.watch, self.later = progress.steering, progress.watch, Later(world.device)
         self.health = Health(setup, totals["health"] if totals and "health" in totals else None)
@@ -73,12 +67,11 @@ class Loop:
         except BaseException as error:
             # A checkpoint that is nearly there is worth a wait; if a rank has died it will never be complete.
             self.checkpointer.settle(PEERS if code_of(error) == INTERNAL else self.setup.config.faults.grace_seconds)
-            with suppress(OSError):  # what ended the run is the reason to tell
-                self._account()
+            self.accounts.leave()
             if told := unwritable(error, self.place.run_folder, self.checkpointer.room):
                 raise told from error
             raise
-        self._account(told=True)
+        self.accounts.close()
 
     def _run(self) -> None:
         self.watch.at("proof", self.place.first_step + self.first_step)
@@ -114,8 +107,8 @@ class Loop:
         if batches is not None and step % steps_per_epoch:
             return batches
         self.watch.at("log", self.place.first_step + step)
-        self._flush(step)
-        out = self.quarantine.out_at(step, steps_per_epoch)
+        self.accounts.flush(step)
+        out = self.accounts.quarantine.out_at(step, steps_per_epoch)
         if batches is None or out != self.left_out:
             self.left_out, batches = out, self._batches(step, out)
         return batches
@@ -141,7 +134,7 @@ class Loop:
     def _step(self, step: int, micro_batches: list[MicroBatch], wait: float) -> None:
         setup, config = self.setup, self.setup.config
         for micro_batch in micro_batches:
-            self.quarantine.add(micro_batch.rejected, step)
+            self.accounts.quarantine.add(micro_batch.rejected, step)
         set_learning_rates(self.optimizer, multiplier(config.optim, step, setup.total_steps))
         self.watch.at("copy", self.place.first_step + step, [m.batch.sample_ids.tolist() for m in micro_batches])
         batches = [micro_batch.batch.to(setup.world.device) for micro_batch in micro_batches]
@@ -160,7 +153,7 @@ class Loop:
         self.checkpointer.check()
         self.health.add(step, batches, result)
         self.meter.add(batches, result, wait)
-        self.step_log.done(step + 1)
+        self.accounts.step_log.done(step + 1)
 
     def _hear(self, values: list[float] | None) -> None:
         """What is known of the step before this one; the same on every rank, and nobody waits for the device."""
@@ -190,11 +183,11 @@ class Loop:
         started = time.perf_counter()
         if evaluates:
             self.watch.mark("validation")
-            self.log.write(self.place.first_step + done, validate(self.setup, self.quarantine, done, self.watch))
-            self.quarantine.check()
+            self.log.write(self.place.first_step + done, validate(self.setup, self.accounts.quarantine, done, self.watch))
+            self.accounts.quarantine.check()
         if saves:
             self.watch.mark("save")
-            self._flush(done)
+            self.accounts.flush(done)
             self._save(done)
         self.meter.since += time.perf_counter() - started  # tokens per second are those of training
         if stops:
@@ -207,23 +200,8 @@ class Loop:
             tqdm.write("EVAL was asked for, and the run has no [[data.validation]]")
         return there and (asked or ((last or done % self.setup.config.validation.every == 0) and not stops))
 
-    def _flush(self, done: int) -> None:
-        """Write down what is known of the samples of `done` steps. Collective. DataError when too many were bad."""
-        self.step_log.flush()
-        self.quarantine.flush(self.setup.world)
-        self.num_accounted = done
-        self.quarantine.check()
-
-    def _account(self, told: bool = False) -> None:
-        """ledger.json, on rank 0; `told`: for people too."""
-        setup = self.setup
-        if setup.world.is_main and setup.data.sampler is not None:
-            ledger = write_ledger(self.place, setup.data.sampler, self.num_accounted, setup.total_steps)
-            if told:
-                print(f"records after step {self.num_accounted}\n{table(ledger)}", flush=True)
-
     def _log(self, done: int, bar: tqdm) -> None:
-        self._flush(done)
+        self.accounts.flush(done)
         values = self.meter.read()
         rates: dict[str, float] = {}
         for group in self.optimizer.param_groups:
@@ -236,9 +214,7 @@ class Loop:
     def _save(self, done: int) -> None:
         setup, first_step = self.setup, self.place.first_step
         # Before the checkpoint: after the last one a start has nothing left to do, and would never write them.
-        before = self.log.trainer_state(first_step + done, first_step + setup.total_steps)
-        if setup.world.is_main and setup.data.sampler is not None:
-            before |= ledger_file(self.place, setup.data.sampler, self.num_accounted, setup.total_steps)
+        before = self.log.trainer_state(first_step + done, first_step + setup.total_steps) | self.accounts.ledger()
         self.checkpointer.save(
             first_step + done,
             setup.trained,  # type: ignore[arg-type]

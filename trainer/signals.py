@@ -80,10 +80,12 @@ class Listener:
 
     def close(self) -> None:
         self.ended = True
-        self.outbox.send(b"\0")
-        self.thread.join()
-        self.inbox.close()
-        self.outbox.close()
+        with suppress(BlockingIOError):
+            self.outbox.send(b"\0")
+        self.thread.join(LOOK_SECONDS)
+        if not self.thread.is_alive():  # it may stand in a file system that hangs, and holds nobody else up
+            self.inbox.close()
+            self.outbox.close()
 
     def _forget_old(self) -> None:
         """Requests of a run that has ended are none of this one."""

@@ -1,0 +1,50 @@
+"""Which records the steps of a stage took and what became of them: samples.bin, quarantine.jsonl and ledger.json agree."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from data.config import DataError
+from trainer.ledger import ledger_file, table, write_ledger
+from trainer.quarantine import Quarantine
+from trainer.setup import Setup
+from trainer.step_log import StepLog
+
+
+class Accounts:
+    """Of one stage, from its `first_step` on."""
+
+    def __init__(self, setup: Setup, first_step: int) -> None:
+        """DataError when too many records were bad before."""
+        if setup.data.sampler is None:
+            raise ValueError("nothing to train")
+        place, fraction = setup.place, setup.config.data.max_bad_fraction
+        self.place, self.world, self.sampler, self.total_steps = place, setup.world, setup.data.sampler, setup.total_steps
+        self.step_log = StepLog(place.folder, self.sampler, first_step, setup.world, place.first_step)
+        self.quarantine = Quarantine(place.run_folder, setup.data.num_records, fraction, place.name)
+        self.num_steps = first_step  # those whose bad records are written down
+        self.quarantine.check()
+
+    def flush(self, done: int) -> None:
+        """Write down what is known of the samples of `done` steps. Collective. DataError when too many were bad."""
+        self.step_log.flush()
+        self.quarantine.flush(self.world)
+        self.num_steps = done
+        self.quarantine.check()
+
+    def ledger(self) -> dict[Path, str]:
+        """ledger.json, path and content, for a checkpoint to write; on rank 0."""
+        return ledger_file(self.place, self.sampler, self.num_steps, self.total_steps) if self.world.is_main else {}
+
+    def close(self) -> None:
+        """ledger.json, on rank 0, and the same for people."""
+        if self.world.is_main:
+            ledger = write_ledger(self.place, self.sampler, self.num_steps, self.total_steps)
+            print(f"records after step {self.num_steps}\n{table(ledger)}", flush=True)
+
+    def leave(self) -> None:
+        """ledger.json, on rank 0, of a run that has failed. It raises nothing: what ended the run is the reason to tell."""
+        if self.world.is_main:
+            with suppress(OSError, DataError):
+                write_ledger(self.place, self.sampler, self.num_steps, self.total_steps)
