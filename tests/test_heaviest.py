@@ -135,11 +135,15 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["train/loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def short_of_memory(world: World, folder: Path, output_dir: Path, sections: dict[str, Any], limit: int) -> Start:
+def short_of_memory(
+    world: World, folder: Path, output_dir: Path, sections: dict[str, Any], limit: int, runs_on_meta: bool = True
+) -> Start:
     """A start on a device where decoding more than `limit` positions runs out of memory."""
     decode = MultimodalLM.decode
 
     def limited(self: MultimodalLM, batch: Any) -> Any:
+        if batch.input_ids.is_meta and not runs_on_meta:
+            raise RuntimeError("it looks at values")
         if not batch.input_ids.is_meta and batch.input_ids.numel() > limit:
             raise torch.OutOfMemoryError("planted")
         return decode(self, batch)
@@ -158,6 +162,9 @@ def test_out_of_memory_names_the_batch_and_a_micro_batch_that_fits(parts: Path, 
     assert "What fits: batch.micro_batch_size = 1 (" in reason and "parallel.activation_checkpointing = 'full'" in reason
     smaller = {"train": {"max_steps": 2}, "batch": {"micro_batch_size": 1}}
     assert run_ranks(short_of_memory, 1, parts, tmp_path / "run", smaller, 60)[0].code == 0
+    assert run_ranks(short_of_memory, 1, parts, tmp_path / "other", {"train": {"max_steps": 2}}, 60, False)[0].code == 2
+    reason = json.loads((tmp_path / "other" / "exit.json").read_text())["reason"]
+    assert reason.startswith("out of memory on rank 0") and "cannot be told without running it (it looks at values)" in reason
 
 
 def less_left(world: World, folder: Path, output_dir: Path, sections: dict[str, Any], free: int) -> Start:

@@ -337,3 +337,16 @@ def test_what_is_wrong_is_told_with_code_2(
     path.write_text(to_toml({**tables(parts), "output_dir": str(tmp_path / "run")}))
     assert plan.main(["--cfg", str(path), *options]) == 2
     assert reason in capsys.readouterr().err
+
+
+def test_a_model_that_looks_at_values_is_told(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def looking(self: MultimodalLM, batch: Batch) -> Tensor:
+        return torch.zeros(int(batch.input_ids.max()))
+
+    monkeypatch.setattr(MultimodalLM, "decode", looking)
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml({**tables(parts), "output_dir": str(tmp_path / "run")}))
+    assert plan.main(["--cfg", str(path)]) == 2
+    assert "takes cannot be told without running it" in capsys.readouterr().err

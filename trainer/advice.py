@@ -17,6 +17,7 @@ from trainer.footprint import Footprint, footprint
 from trainer.room import size
 
 SHOWN = 4
+RECOMPUTES = "parallel.activation_checkpointing = 'full'"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,10 @@ class Heavy:
 
 def advice(heavy: Heavy, limit: Callable[[Footprint], float]) -> str:
     """What to set so that a rank takes at most `limit(what it takes now, as simulated)` bytes, for people."""
-    now = heavy.needed()
+    try:
+        now = heavy.needed()
+    except ConfigError as error:
+        return f"What would fit is not known: {error}. A smaller micro-batch takes less, and so does {RECOMPUTES}"
     allowed = limit(now)
     changes = list(fitting(heavy, allowed))
     if not changes:
@@ -73,7 +77,7 @@ def fitting(heavy: Heavy, allowed: float) -> Iterator[Change]:
     if heavy.config.parallel.activation_checkpointing == "none":
         change = smaller(heavy, allowed, activation_checkpointing="full")
         if change is not None and change.needed.total <= allowed:
-            yield replace(change, settings=f"{change.settings} with parallel.activation_checkpointing = 'full'")
+            yield replace(change, settings=f"{change.settings} with {RECOMPUTES}")
     for other in (with_lora(heavy), with_four_bits(heavy)):
         if other is not None and other.needed.total <= allowed:
             yield other
@@ -114,11 +118,11 @@ def other_settings(heavy: Heavy) -> Iterator[Change]:
     """Changes of [parallel] that leave the numbers as they are."""
     parallel = heavy.config.parallel
     if parallel.activation_checkpointing == "none":
-        yield Change("parallel.activation_checkpointing = 'full'", heavy.needed(activation_checkpointing="full"))
+        yield Change(RECOMPUTES, heavy.needed(activation_checkpointing="full"))
     if heavy.num_ranks > 1 and parallel.strategy != "fsdp":
         yield Change("parallel.strategy = 'fsdp'", heavy.needed(strategy="fsdp", shard_size=0))
         if parallel.activation_checkpointing == "none":
-            settings = "parallel.strategy = 'fsdp' with parallel.activation_checkpointing = 'full'"
+            settings = f"parallel.strategy = 'fsdp' with {RECOMPUTES}"
             yield Change(settings, heavy.needed(strategy="fsdp", shard_size=0, activation_checkpointing="full"))
 
 
@@ -151,7 +155,7 @@ def least_change(heavy: Heavy) -> Change:
     if least < len(heavy.samples):
         found.append(Change(_size(heavy, least), heavy.needed(least)))
         if heavy.config.parallel.activation_checkpointing == "none":
-            settings = f"{_size(heavy, least)} with parallel.activation_checkpointing = 'full'"
+            settings = f"{_size(heavy, least)} with {RECOMPUTES}"
             found.append(Change(settings, heavy.needed(least, activation_checkpointing="full")))
     found += filter(None, [with_lora(heavy), with_four_bits(heavy)])
     return min(found, key=lambda change: change.needed.total)

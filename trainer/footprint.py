@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from model.batch import Batch
 from model.build import DTYPES, assemble
 from model.card import ModelCard
+from model.config import ConfigError
 from model.llm import blocks, head_weight
 from model.multimodal import MultimodalLM
 from model.quantized import without_kernels
@@ -66,13 +67,17 @@ def sharing_ranks(config: ParallelConfig, num_ranks: int) -> int:
 
 
 def footprint(card: ModelCard, config: ParallelConfig, num_ranks: int, batch: Batch, num_micro_batches: int) -> Footprint:
-    """Of a model whose `batch` is on any device: only its shapes count. No weight is read. RuntimeError where some operation of
+    """Of a model whose `batch` is on any device: only its shapes count. No weight is read. ConfigError where some operation of
     the model cannot run without values.
     """
     ways = sharing_ranks(config, num_ranks)
     model = on_meta(card, config, computes=ways > 1)
     held = tuple(holdings(model, card, ways))
-    live = simulated(model, batch)
+    try:
+        live = simulated(model, batch)
+    except RuntimeError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"what {type(model.llm).__name__} takes cannot be told without running it ({reason})") from error
     gathers = gathered_bytes(model, config) if ways > 1 else 0
     unsummed = 0
     if ways > 1 and num_micro_batches > 1 and not head_weight(model.llm).requires_grad:
