@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from model.card import ModelCard
-from model.files import Entry, file_order, header
+from model.files import Entry
 from model.multimodal import MultimodalLM
 from model.shards import MOMENTS, WEIGHTS
+from trainer import room
 from trainer.final_files import weight_files_of
 from trainer.footprint import local_numel
+from trainer.room import file_bytes
 
 
 def checkpoint_bytes(model: MultimodalLM, ways: int, num_ranks: int) -> int:
@@ -30,13 +32,9 @@ def _shard_bytes(model: MultimodalLM, ways: int, rank: int) -> int:
             shape = (rows, *p.shape[1:]) if p.dim() else ()
             for kind in (WEIGHTS, *(f"{moment}/" for moment in MOMENTS)):
                 entries[kind + name] = Entry(torch.float32, shape, lambda: None)
-    return _file_bytes(entries)
+    return file_bytes(entries)
 
 
 def final_bytes(model: MultimodalLM, card: ModelCard) -> int:
     """Of the weights in final/, without what an earlier run trained and this one only passes on."""
-    return sum(_file_bytes(entries) for _, entries in weight_files_of(model, card))
-
-
-def _file_bytes(entries: dict[str, Entry]) -> int:
-    return len(header(entries, file_order(entries))) + sum(entry.num_bytes for entry in entries.values())
+    return room.final_bytes(weight_files_of(model, card))[0]

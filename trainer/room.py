@@ -64,8 +64,13 @@ def shard_bytes(parameters: Mapping[str, Tensor], world: World) -> tuple[int, in
 
 def final_bytes(files: Iterable[tuple[str, dict[str, Entry]]]) -> tuple[int, int]:
     """Of the weight files of final/ in all, and of the largest; exact."""
-    sizes = [len(header(entries, file_order(entries))) + sum(entry.num_bytes for entry in entries.values()) for _, entries in files]
+    sizes = [file_bytes(entries) for _, entries in files]
     return sum(sizes), max(sizes, default=0)
+
+
+def file_bytes(entries: dict[str, Entry]) -> int:
+    """Of one safetensors file; exact."""
+    return len(header(entries, file_order(entries))) + sum(entry.num_bytes for entry in entries.values())
 
 
 def free_bytes(folder: Path) -> int:
