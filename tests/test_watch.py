@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.hangs import check
 from tests.ranks import run_ranks
@@ -19,7 +20,7 @@ from trainer.guard import is_of_peers
 from trainer.judge import Judge, place_of
 from trainer.main import run
 from trainer.processes import GONE, HALTED, RUNNING, Process, myself
-from trainer.watch import Watch
+from trainer.watch import WAITING, Watch
 
 CASES = [
     ("ddp", 1, "stopped", "backward", 2),
@@ -161,3 +162,9 @@ def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_what_a_collective_says_is_told_from_a_fault_of_this_rank(error: Exception, expected: bool) -> None:
     assert is_of_peers(error) == expected
+
+
+def test_who_waits_for_a_device_waits_for_the_others() -> None:
+    """The numbers of the step before are asked for by an event, and that comes after its collectives."""
+    file = torch.cuda.Event.synchronize.__code__.co_filename
+    assert any(place in file for place in WAITING)

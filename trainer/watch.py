@@ -17,8 +17,8 @@ BEFORE_UPDATE = ("data", "copy", "count", "forward", "backward", "update")
 """Phases of a step that is not completed yet; `log`, `validation` and `save` come after one."""
 UNLIMITED = ("start", "index", "load", "proof", "final", "done")
 """Phases that take as long as they take; in every other one a run has to make progress."""
-WAITING = ("torch/distributed/", "torch/autograd/graph.py")
-"""Where Python stands while a rank waits for others: in a collective, or in a backward that runs some."""
+WAITING = ("torch/distributed/", "torch/autograd/graph.py", "torch/cuda/streams.py")
+"""Where Python stands while a rank waits for others: in a collective, in a backward that runs some, or for a device that does."""
 
 
 @dataclass(frozen=True)
