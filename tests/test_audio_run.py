@@ -109,7 +109,7 @@ def test_a_frozen_encoder_is_skipped_where_nothing_is_heard_and_costs_no_collect
     assert found.keys() == other.keys() and all(torch.equal(found[key], other[key]) for key in found)
 
 
-@pytest.mark.parametrize(("size", "strategy"), [(1, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize(("size", "strategy"), [(1, "ddp"), pytest.param(2, "fsdp", marks=pytest.mark.long)])
 def test_a_run_that_hears_resumes_with_the_same_bytes(hearing: Path, tmp_path: Path, size: int, strategy: str) -> None:
     given = sections(hearing, {"tune": "lora"}, {"kind": "conv_mlp", "prompts": 2}, parallel={"strategy": strategy})
     given = merged(given, {"lora": {"rank": 2, "dropout": 0.3}, "train": {"max_steps": 4}})

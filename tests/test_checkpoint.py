@@ -84,7 +84,16 @@ def read(world: World, folder: Path, strategy: str) -> dict[str, torch.Tensor]:
     return values(trained)
 
 
-@pytest.mark.parametrize(("strategy", "size"), [("fsdp", 4), ("fsdp", 3), ("hsdp", 4), ("ddp", 2), ("ddp", 1)])
+@pytest.mark.parametrize(
+    ("strategy", "size"),
+    [
+        ("fsdp", 4),
+        pytest.param("fsdp", 3, marks=pytest.mark.long),
+        ("hsdp", 4),
+        ("ddp", 2),
+        pytest.param("ddp", 1, marks=pytest.mark.long),
+    ],
+)
 def test_written_under_one_strategy_and_read_under_any_other(tmp_path: Path, strategy: str, size: int) -> None:
     expected = run_ranks(write, size, tmp_path, strategy)[0]
     for other, ranks in (("fsdp", 2), ("fsdp", 4), ("hsdp", 4), ("ddp", 2), ("ddp", 1)):

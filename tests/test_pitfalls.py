@@ -126,6 +126,7 @@ def hold_and_start(world: World, folder: Path, parts: Path) -> int:
     return code
 
 
+@pytest.mark.long  # the second one waits ten seconds for the first to end
 def test_two_runs_do_not_share_a_folder(parts: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

@@ -52,7 +52,7 @@ def alone(parts: Path) -> Callable[[QuantizeConfig], list[float]]:
 @pytest.mark.parametrize(
     ("size", "strategy", "quantize"),
     [
-        (2, "ddp", NF4),
+        pytest.param(2, "ddp", NF4, marks=LONG),
         (2, "fsdp", NF4),
         pytest.param(3, "fsdp", FP4, marks=LONG),
         pytest.param(2, "fsdp", EIGHT, marks=LONG),
@@ -72,7 +72,8 @@ def test_same_numbers_however_it_is_run(
     torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(alone(quantize)), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("quantize", [NF4, pytest.param(EIGHT, marks=LONG)], ids=["nf4", "8 bits"])
+@pytest.mark.long
+@pytest.mark.parametrize("quantize", [NF4, EIGHT], ids=["nf4", "8 bits"])
 def test_strategies_cast_alike_to_the_bit_in_bfloat16(parts: Path, quantize: QuantizeConfig) -> None:
     ddp, fsdp = (run_ranks(losses_and_norms, 2, parts, s, quantize, "bfloat16", 0.0)[0] for s in ("ddp", "fsdp"))
     assert ddp[::2] == fsdp[::2]
@@ -130,6 +131,7 @@ def test_a_run_learns_is_resumed_to_the_same_bytes_and_leaves_its_base_alone(
     assert len(list(quantised(beside))) == 14 and not list(quantised(merged))
 
 
+@pytest.mark.long
 def test_the_loss_is_close_to_that_of_lora_on_the_whole_base(parts: Path, tmp_path: Path) -> None:
     """Of the fall of the loss that LoRA achieves, 4 bits miss less than 3 %, 8 bits less than 0.1 %."""
     ends = {}
