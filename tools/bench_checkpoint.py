@@ -115,6 +115,7 @@ def compare(trained: Trained, world: World, folder: Path, rounds: int) -> None:
     by_name = savers(trained, world, folder)
     for i in range(rounds + 1):
         for name, save in by_name.items():
+            os.sync()  # or what one has left to the system to write is paid for by the next
             result = save(i)
             if i:  # the first round makes folders and fills caches
                 found.setdefault(name, []).append(result)
