@@ -44,7 +44,8 @@ from tests.tiny_media import animation, film, greys, tone, wav
 from trainer.exits import ProofError
 from trainer.resume import read_state
 from trainer.runfile import load_config, parse_config
-from trainer.schema import apply_override, to_tables, to_toml
+from trainer.schema import to_tables
+from trainer.toml_files import apply_override, to_toml
 
 TOLD = (ConfigError, SettingError, DataError)
 """DataError has RecordError, MediaError and TooLongError below it."""

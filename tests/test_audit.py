@@ -28,7 +28,7 @@ from tests.runs import config_of, save_parts, save_records, tables
 from tools import check_data, export_adapter
 from trainer.distributed import World
 from trainer.main import run
-from trainer.schema import to_toml
+from trainer.toml_files import to_toml
 
 LORA = {"model": {"llm": {"tune": "lora"}, "vision": {"tune": "frozen"}}, "lora": {"rank": 2}}
 

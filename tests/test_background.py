@@ -24,9 +24,10 @@ from tests.test_checkpoint import CARD, Nothing, toy
 from trainer import checkpoint as module
 from trainer import staging
 from trainer.background import Agreement
-from trainer.checkpoint import Checkpointer, Trained
+from trainer.checkpoint import Checkpointer
 from trainer.distributed import World
 from trainer.exits import ProofError, SaveError
+from trainer.restore import Trained
 from trainer.retention import checkpoints
 
 ALONE = World(0, 0, 1, torch.device("cpu"))

@@ -22,10 +22,11 @@ from model.shards import checkpoint_tensors, write_shard
 from tests.ranks import run_ranks
 from tests.runs import start, start_alone
 from trainer import checkpoint as module
-from trainer.checkpoint import Checkpointer, Trained, restore
+from trainer.checkpoint import Checkpointer
 from trainer.distributed import World
 from trainer.exits import ProofError, SaveError, code_of
 from trainer.gather import gather_hooks
+from trainer.restore import Trained, restore
 from trainer.retention import newest_sound
 
 CARD = ModelCard(ModelConfig(LlmConfig("llm")), LoraConfig(), {}, {}, Vocabulary(4, 4))

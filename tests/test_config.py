@@ -14,7 +14,8 @@ from model.config import ConfigError
 from tests.runs import merged
 from trainer.planned import KEYS, VALUES
 from trainer.runfile import load_config, parse_config
-from trainer.schema import to_tables, to_toml
+from trainer.schema import to_tables
+from trainer.toml_files import to_toml
 
 MINIMAL: dict[str, Any] = {
     "output_dir": "runs/x",

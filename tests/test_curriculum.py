@@ -16,8 +16,9 @@ from tests.test_config import MINIMAL, VALUES_OF_TOML
 from trainer.config import RunConfig
 from trainer.resume import flat
 from trainer.runfile import load_config, parse_config
-from trainer.schema import to_tables, to_toml
+from trainer.schema import to_tables
 from trainer.stages import places_of
+from trainer.toml_files import to_toml
 
 FROZEN: dict[str, Any] = {"llm": {"tune": "frozen"}}
 SEEING: dict[str, Any] = {"name": "see", "model": FROZEN}

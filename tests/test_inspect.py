@@ -23,8 +23,8 @@ from tools.inspect_pictures import pixels
 from trainer.main import run
 from trainer.quarantine import NAME
 from trainer.runfile import parse_config
-from trainer.schema import to_toml
 from trainer.step_log import read_step
+from trainer.toml_files import to_toml
 
 HOSTILE = "</mark><script>alert(1)</script><img src=x onerror=alert(2)> & \"q\" 'a' \u202egnp.exe \u0007 \u00a0"
 

@@ -20,7 +20,7 @@ from tests.ranks import run_ranks
 from tests.runs import failure_of, start, start_alone, tables
 from trainer.distributed import World
 from trainer.lock import hold
-from trainer.schema import to_toml
+from trainer.toml_files import to_toml
 
 ROOT = Path(__file__).parent.parent
 

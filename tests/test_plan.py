@@ -34,7 +34,7 @@ from trainer.footprint import footprint, holdings, local_numel, on_meta, sharing
 from trainer.live_bytes import live_bytes
 from trainer.optim import build_optimizer
 from trainer.parallel import checkpoint_activations, gradient_sync, is_sharded, replicate, shard
-from trainer.schema import to_toml
+from trainer.toml_files import to_toml
 
 SIZE, PATCHES, LENGTH = 32, 16, 120
 WHOLE = QuantizeConfig()

@@ -21,7 +21,7 @@ from tests.runs import config_of, tables
 from tests.test_lock import Holder
 from trainer import distributed, exits, main, signals
 from trainer.distributed import World
-from trainer.schema import to_toml
+from trainer.toml_files import to_toml
 
 
 def start_again(world: World, parts: Path, folder: Path) -> tuple[list[int], list[str]]:

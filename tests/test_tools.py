@@ -28,7 +28,7 @@ from tools import chat, cli, evaluate, inspect_data, plot_run
 from tools.cli import printable
 from trainer.main import run
 from trainer.runfile import load_config, parse_config
-from trainer.schema import to_toml
+from trainer.toml_files import to_toml
 
 ROOT = Path(__file__).parent.parent
 NEW_TOKENS = 6

@@ -26,8 +26,9 @@ from torch import nn
 from model.card import ModelCard
 from model.config import LlmConfig, LoraConfig, ModelConfig
 from model.llm import Vocabulary
-from trainer.checkpoint import Checkpointer, Trained
+from trainer.checkpoint import Checkpointer
 from trainer.distributed import World, start_world, stop_world
+from trainer.restore import Trained
 
 LORA_ROWS = 16
 """Half of the tensors are as small as LoRA's."""

@@ -20,8 +20,9 @@ from tools.make_omni import KINDS, WHICH
 from trainer.config import TrainConfig, ValidationConfig
 from trainer.exits import ProofError
 from trainer.runfile import load_config
-from trainer.schema import to_tables, to_toml
+from trainer.schema import to_tables
 from trainer.stages import Place, places_of
+from trainer.toml_files import to_toml
 
 TEACHES = {"text": "text", "align_vision": "image", "vision": "video", "align_audio": "audio", "together": "noise"}
 """What each stage of the run file is there for."""

@@ -21,23 +21,15 @@ from data.processor import Processor
 from model.card import ModelCard, write_card
 from model.files import dump_json
 from model.manifest import write_manifest
-from model.shards import MOMENTS, WEIGHTS, Chunks, ShardPlan, checkpoint_tensors, live, local, plan_shard, write_planned
-from model.weights import is_first_copy, local_range
+from model.shards import MOMENTS, WEIGHTS, Chunks, ShardPlan, live, local, plan_shard, write_planned
+from model.weights import is_first_copy
 from trainer.background import Agreement, Task, attempt, raise_problem
 from trainer.disk import SAVING, TRIAL, make_folder, put_in_place, remove_folder, replace_text, sync_run
 from trainer.distributed import World
-from trainer.exits import ProofError
+from trainer.restore import Trained
 from trainer.retention import PREFIX, STATE, prune
 from trainer.room import Room, look_ahead, shortage, written_bytes
 from trainer.staging import Staging, available_bytes, short_of_memory
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What learns: parameters by full name, and the optimizer over them."""
-
-    parameters: dict[str, Tensor]
-    optimizer: torch.optim.Optimizer
 
 
 class Checkpointer:
@@ -198,33 +190,6 @@ def _papers(folder: Path, card: ModelCard, processor: Processor) -> dict[str, by
         write_card(card, Path(name))
         processor.save(Path(name))
         return {path.name: path.read_bytes() for path in sorted(Path(name).iterdir())}
-
-
-def restore(folder: Path, trained: Trained, optimizer_steps: dict[str, float]) -> None:
-    """Put a checkpoint's weights and moments into the live ones, each rank its own rows, whoever wrote them."""
-    saved = checkpoint_tensors(folder)
-    names = {name.removeprefix(WEIGHTS) for name in saved if name.startswith(WEIGHTS)}
-    if names != set(trained.parameters):
-        raise ProofError(f"{folder} holds other parameters than this run trains: {sorted(names ^ set(trained.parameters))[:5]}")
-    for name, parameter in trained.parameters.items():
-        _fill(parameter.data, saved, WEIGHTS + name)
-        if f"{MOMENTS[0]}/{name}" not in saved:  # saved before its first update
-            continue
-        if not isinstance(optimizer_steps.get(name), int | float):
-            raise ProofError(f"{folder / STATE} does not say how many updates {name} had")
-        state: dict[str, Tensor] = {"step": torch.tensor(optimizer_steps[name], dtype=torch.float32, device=parameter.device)}
-        for moment in MOMENTS:
-            state[moment] = torch.zeros_like(parameter.data)
-            _fill(state[moment], saved, f"{moment}/{name}")
-        trained.optimizer.state[parameter] = state
-
-
-def _fill(tensor: Tensor, saved: dict[str, Any], name: str) -> None:
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    if name not in saved or saved[name].shape != tuple(tensor.shape):
-        found = list(saved[name].shape) if name in saved else "no values"
-        raise ProofError(f"{name} has {found} in the checkpoint and shape {list(tensor.shape)} in the model")
-    local.copy_(saved[name].read(*local_range(tensor)))
 
 
 def _tensors(trained: Trained, world: World, *, moments: bool = True) -> dict[str, Tensor]:

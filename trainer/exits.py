@@ -128,7 +128,9 @@ def tell(
         if error is not None:
             traceback.print_exception(error, file=sys.stderr)
         where = "" if step is None else f" after step {step}"
-        print(printable(f"trainer: rank {rank} stopped{where}: {reason}", keep="\n\t"), file=sys.stderr, flush=True)
+        line_of_its_own = "" if step is None else "\n"  # a progress bar stands where the cursor is
+        text = f"{line_of_its_own}trainer: rank {rank} stopped{where}: {reason}"
+        print(printable(text, keep="\n\t"), file=sys.stderr, flush=True)
 
 
 def report_failure(error: BaseException, output_dir: Path | None, step: int | None, rank: int, guard: Guard | None = None) -> int:

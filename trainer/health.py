@@ -21,12 +21,12 @@ from tqdm import tqdm
 from data.dataset import MultimodalDataset
 from data.record import RecordError
 from model.batch import Batch
-from trainer.checkpoint import Trained
 from trainer.disk import replace_text
 from trainer.evidence import NUM_SUSPECTS, Evidence, bad_samples, first_bad, highest
 from trainer.exits import ProofError
 from trainer.json_lines import read_sound
 from trainer.optim import in_norm_order
+from trainer.restore import Trained
 from trainer.setup import Setup
 from trainer.spikes import Spikes
 from trainer.step import StepResult

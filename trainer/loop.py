@@ -192,7 +192,8 @@ class Loop:
         self.meter.since += time.perf_counter() - started  # tokens per second are those of training
         if stops:
             self.checkpointer.wait()
-            raise StopRequested(f"stopped on request ({reason}); checkpoint-{self.place.first_step + done} is written")
+            name = f"checkpoint-{self.place.first_step + done}"
+            raise StopRequested(f"stopped on request ({reason}); {name} is written, and the same command goes on from there")
 
     def _evaluates(self, done: int, last: bool, stops: bool) -> bool:
         asked, there = self.steering.take(EVALUATE), self.setup.data.validation is not None

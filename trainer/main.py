@@ -15,7 +15,6 @@ from typing import Any
 from model.config import ConfigError
 from trainer import exits, signals
 from trainer.agreement import agree
-from trainer.checkpoint import restore
 from trainer.config import RunConfig
 from trainer.disk import make_folder, replace_text
 from trainer.distributed import World, die_with_parent, start_world, stop_world
@@ -28,14 +27,16 @@ from trainer.quarantine import read_rows, start_afresh
 from trainer.quick_check import quick_check
 from trainer.rehearsal import rehearse
 from trainer.report import plan
+from trainer.restore import restore
 from trainer.resume import check_state, choose, left_of
 from trainer.retention import set_aside, step_of
 from trainer.runfile import load_config
-from trainer.schema import apply_override, read_toml, to_tables, to_toml
+from trainer.schema import to_tables
 from trainer.setup import Setup, build, make_deterministic, resolved
 from trainer.sources import certify_all, open_data, with_bases
 from trainer.stages import Place, check_stages, outline, places_of
 from trainer.steering import STOP
+from trainer.toml_files import apply_override, read_toml, to_toml
 
 
 def run(config: RunConfig, world: World | None = None) -> int:
@@ -115,7 +116,7 @@ def train(root: RunConfig, world: World, progress: exits.Progress) -> None:
         first_step = train_stage(replace(place, first_step=first_step), start, world, progress)
         progress.steering.heeded = False
         if not place.is_last and progress.steering.take_between(STOP, world):
-            raise exits.StopRequested(f"stopped on request after {place}, whose final/ is written")
+            raise exits.StopRequested(f"stopped on request after {place}, whose final/ is written; the same command goes on")
         checkpoint, state, damaged = None, None, []
 
 

@@ -10,7 +10,8 @@ from trainer.checks import problems_of
 from trainer.config import RunConfig
 from trainer.curriculum import read_curriculum
 from trainer.planned import PLANNED
-from trainer.schema import Reader, apply_override, read_toml
+from trainer.schema import Reader
+from trainer.toml_files import apply_override, read_toml
 
 
 def load_config(path: str, overrides: list[str] | None = None) -> RunConfig:

@@ -19,11 +19,11 @@ from model.config import ConfigError
 from model.multimodal import MultimodalLM
 from model.origins import weight_layers
 from model.weights import materialise
-from trainer.checkpoint import Trained
 from trainer.config import RunConfig
 from trainer.distributed import World
 from trainer.optim import build_optimizer
 from trainer.parallel import check_sharing, checkpoint_activations, is_sharded, replicate, reshard, shard
+from trainer.restore import Trained
 from trainer.sources import RunData
 from trainer.stages import Place
 
