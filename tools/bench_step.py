@@ -31,11 +31,15 @@ from model.multimodal import MultimodalLM
 from tools.make_demo import CORPUS, VOCAB, train_tokenizer, write_parts
 from trainer.config import OptimConfig
 from trainer.distributed import World, start_world
+from trainer.health import hearable
+from trainer.later import Later
 from trainer.metrics import Meter
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.parallel import replicate
 from trainer.schedule import multiplier
+from trainer.steering import Steering
 from trainer.step import train_step
+from trainer.watch import Watch
 
 LONG, SHORT = 136, 8
 SYNCS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "unique_consecutive", "allclose"}
@@ -100,12 +104,21 @@ def ours(model: MultimodalLM, config: ModelConfig, batches: list[Batch], world: 
     """What the loop does in a step that is not logged."""
     optim = OptimConfig(lr=1e-4)
     wrapped, optimizer, meter = replicate(model, world), build_optimizer(model, config, optim), Meter(["bench"], world)
+    steering, watch, later = Steering(), Watch(), Later(world.device)
+    ids = [[b.sample_ids.tolist()] for b in batches]  # the loop reads them from batches that are not on the device yet
 
     def run(steps: int) -> None:
+        share: Tensor | float = 0.0  # of the loss of the step before: it is told with the counts, and judged
         for step in range(steps):
             set_learning_rates(optimizer, multiplier(optim, step, steps))
             batch = [batches[step % len(batches)].to(world.device)]
-            result = train_step(wrapped, optimizer, batch, world, seed=0, step=step, clip_norm=optim.clip_norm)
+            watch.at("copy", step, ids[step % len(ids)])
+            told = [*steering.told(), share]
+            result = train_step(
+                wrapped, optimizer, batch, world, seed=0, step=step, clip_norm=optim.clip_norm, told=told, mark=watch.mark
+            )
+            later.push(hearable(result))
+            share = result.losses.sum()
             meter.add(batch, result, 0.0)
 
     return run
