@@ -1,4 +1,7 @@
-"""Small files of strangers: regular ones of bounded size, and JSON of bounded depth. What is more is refused, never read."""
+"""Small files of strangers: regular ones of bounded size, and JSON of bounded depth. What is more is refused, never read.
+
+The same stands in data.limits: `data` takes nothing of `model` but the batch.
+"""
 
 from __future__ import annotations
 
@@ -38,17 +41,17 @@ def parse_json(data: bytes) -> Any:
         value = json.loads(data.decode("utf-8"))
     except RecursionError:
         raise ValueError(f"it is nested deeper than {MAX_JSON_DEPTH}") from None
-    if data.count(b"[") + data.count(b"{") > MAX_JSON_DEPTH:
-        check_depth(value)
+    if data.count(b"[") + data.count(b"{") > MAX_JSON_DEPTH and is_deeper(value, MAX_JSON_DEPTH):
+        raise ValueError(f"it is nested deeper than {MAX_JSON_DEPTH}")
     return value
 
 
-def check_depth(value: Any) -> None:
-    """ValueError when lists and objects stand more than MAX_JSON_DEPTH deep in each other."""
+def is_deeper(value: Any, depth: int) -> bool:
+    """Whether lists and objects stand more than `depth` deep in each other."""
     level = [value] if isinstance(value, dict | list) else []
-    for _ in range(MAX_JSON_DEPTH):
+    for _ in range(depth):
         children = (item for held in level for item in (held.values() if isinstance(held, dict) else held))
         level = [item for item in children if isinstance(item, dict | list)]
         if not level:
-            return
-    raise ValueError(f"it is nested deeper than {MAX_JSON_DEPTH}")
+            return False
+    return True

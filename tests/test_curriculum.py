@@ -14,9 +14,8 @@ from model.config import ConfigError
 from tests.runs import merged
 from tests.test_config import MINIMAL, VALUES_OF_TOML
 from trainer.config import RunConfig
-from trainer.resume import flat
 from trainer.runfile import load_config, parse_config
-from trainer.schema import to_tables
+from trainer.schema import flat, to_tables
 from trainer.stages import places_of
 from trainer.toml_files import to_toml
 

@@ -13,7 +13,7 @@ import transformers
 from model.config import ConfigError
 from trainer.config import RunConfig
 from trainer.distributed import World
-from trainer.schema import to_tables
+from trainer.schema import flat, to_tables
 
 SHOWN = 8  # differences that a message names
 
@@ -35,14 +35,6 @@ def agree(config: RunConfig, world: World) -> None:
         raise ConfigError(
             "the ranks were started with different settings:\n" + "\n".join(f"  - {line}" for line in lines[:SHOWN]) + more
         )
-
-
-def flat(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one, with keys as `optim.lr`."""
-    found: dict[str, Any] = {}
-    for key, value in tables.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
 
 
 def differences(first: dict[str, Any], others: dict[int, dict[str, Any]]) -> list[str]:

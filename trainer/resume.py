@@ -20,7 +20,7 @@ from trainer.distributed import World
 from trainer.exits import ProofError, SaveError
 from trainer.export import final_step
 from trainer.retention import STATE, checkpoints, newest_sound, step_of, verify_together
-from trainer.schema import to_tables
+from trainer.schema import flat, to_tables
 from trainer.sources import RunData
 from trainer.stages import Place, resume_place
 from trainer.tables import stage_tables
@@ -167,11 +167,3 @@ def check_same_model(path: Path, card: ModelCard) -> None:
                 f"{path}: {key} of the model changed since ({getattr(saved, key)} in the checkpoint, {getattr(card, key)} now): "
                 "restore the files that model.*.path and model.init_from name, or use another output_dir"
             )
-
-
-def flat(tables: Any, path: str = "") -> dict[str, Any]:
-    """Nested tables as one level of dotted keys."""
-    if (isinstance(tables, dict) and tables) or (isinstance(tables, list) and any(isinstance(item, dict) for item in tables)):
-        items = tables.items() if isinstance(tables, dict) else enumerate(tables)
-        return {k: v for key, value in items for k, v in flat(value, f"{path}.{key}" if path else str(key)).items()}
-    return {path: tables}

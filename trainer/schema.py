@@ -124,3 +124,11 @@ def to_tables(config: Any) -> dict[str, Any]:
         return dict(value) if isinstance(value, dict) else value
 
     return plain(config)
+
+
+def flat(tables: Any, path: str = "") -> dict[str, Any]:
+    """Nested tables as one level of dotted keys."""
+    if (isinstance(tables, dict) and tables) or (isinstance(tables, list) and any(isinstance(item, dict) for item in tables)):
+        items = tables.items() if isinstance(tables, dict) else enumerate(tables)
+        return {k: v for key, value in items for k, v in flat(value, f"{path}.{key}" if path else str(key)).items()}
+    return {path: tables}

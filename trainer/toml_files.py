@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from model.bounded import is_deeper
 from model.config import ConfigError
 
 MAX_BYTES = 1_000_000
@@ -40,13 +41,8 @@ def read_toml(path: str) -> dict[str, Any]:
 
 def check_depth(value: Any, where: str) -> None:
     """ConfigError when tables and arrays stand more than MAX_DEPTH deep in each other: what reads them recurses."""
-    level = [value] if isinstance(value, dict | list) else []
-    for _ in range(MAX_DEPTH):
-        children = (item for held in level for item in (held.values() if isinstance(held, dict) else held))
-        level = [item for item in children if isinstance(item, dict | list)]
-        if not level:
-            return
-    raise ConfigError(f"{where}: nested deeper than {MAX_DEPTH}")
+    if is_deeper(value, MAX_DEPTH):
+        raise ConfigError(f"{where}: nested deeper than {MAX_DEPTH}")
 
 
 def apply_override(tables: dict[str, Any], text: str) -> None:
