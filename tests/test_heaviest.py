@@ -220,3 +220,7 @@ def test_a_containers_limit_counts_and_its_cached_files_do_not(tmp_path: Path) -
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 250\nactive_file 100\n")
     assert cgroup_limit(tmp_path) == (650, 1000)
+    (tmp_path / "old" / "memory").mkdir(parents=True)
+    for name, text in (("limit_in_bytes", "900"), ("usage_in_bytes", "800"), ("stat", "cache 200\ninactive_file 150\n")):
+        (tmp_path / "old" / "memory" / f"memory.{name}").write_text(text)
+    assert cgroup_limit(tmp_path / "old") == (250, 900)

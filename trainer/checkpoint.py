@@ -24,12 +24,13 @@ from model.manifest import write_manifest
 from model.shards import MOMENTS, WEIGHTS, Chunks, ShardPlan, live, local, plan_shard, write_planned
 from model.weights import is_first_copy
 from trainer.background import Agreement, Task, attempt, raise_problem
+from trainer.device_memory import available_bytes
 from trainer.disk import SAVING, TRIAL, make_folder, put_in_place, remove_folder, replace_text, sync_run
 from trainer.distributed import World
 from trainer.restore import Trained
 from trainer.retention import PREFIX, STATE, prune
 from trainer.room import Room, look_ahead, shortage, written_bytes
-from trainer.staging import Staging, available_bytes, short_of_memory
+from trainer.staging import Staging, short_of_memory
 
 
 class Checkpointer:

@@ -11,6 +11,11 @@ import torch
 
 STATUS, CLEAR, MEMINFO = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
+CGROUP_FILES = (
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+)
+"""Limit, use and what it is made of, in the second version of control groups and in the first."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,11 @@ def usage(device: torch.device) -> Usage:
     return Usage(now, max(status.get("VmHWM", 0), now), free, total)
 
 
+def available_bytes() -> int:
+    """Host memory that this process could still get; as much as one likes where the system does not say."""
+    return usage(torch.device("cpu")).free or 1 << 62
+
+
 def total_memory(device: torch.device) -> int:
     """Bytes that one process may take of `device` when it is alone there; 0 where there is none, or the system does not tell."""
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -59,15 +69,17 @@ def total_memory(device: torch.device) -> int:
 
 def cgroup_limit(folder: Path = CGROUP) -> tuple[int, int] | None:
     """What a container may still take, and what it may take in all; None without a limit. Cached files count as free."""
-    try:
-        limit = (folder / "memory.max").read_text().strip()
-        if limit == "max":
-            return None
-        taken = int((folder / "memory.current").read_text())
-        counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return max(int(limit) - taken + int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0)), 0), int(limit)
-    except (OSError, ValueError):
-        return None
+    for names in CGROUP_FILES:
+        try:
+            limit, taken, counts = ((folder / name).read_text() for name in names)
+            if limit.strip() == "max":
+                return None
+            cached = dict(line.split() for line in counts.splitlines())
+            files = sum(int(cached.get(key, 0)) for key in ("inactive_file", "active_file"))
+            return max(int(limit) - int(taken) + files, 0), int(limit)
+        except (OSError, ValueError):
+            continue
+    return None
 
 
 def _kib(path: Path) -> dict[str, int]:

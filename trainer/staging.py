@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,21 +121,6 @@ def _page_lock(staging: Staging) -> None:
             torch.zeros(1, device="cuda").add_(1)
         raise MemoryError(f"{size:,} bytes of host memory for checkpoints cannot be page-locked (`ulimit -l`)")
     weakref.finalize(staging, runtime.cudaHostUnregister, address).atexit = False
-
-
-def available_bytes() -> int:
-    """Host memory that this process could still get, under the limit of its control group; as much as one likes where the system
-    does not say.
-    """
-    found = [1 << 62]
-    with suppress(OSError, ValueError, IndexError):
-        line = next(text for text in Path("/proc/meminfo").read_text().splitlines() if text.startswith("MemAvailable:"))
-        found.append(int(line.split()[1]) << 10)
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        with suppress(OSError, ValueError):
-            group = Path("/sys/fs/cgroup")
-            found.append(int((group / limit).read_text()) - int((group / used).read_text()))
-    return min(found)
 
 
 def short_of_memory(ranks: list[tuple[str, int, int]]) -> str:
