@@ -23,6 +23,7 @@ class Record:
     num_dropped_turns: int = 0
     negative_turn: int | None = None  # of `turns`: replies to sound that was not meant for the model (VITA `inserted_id`)
     interrupted: bool = False  # the last answer was cut off: its end token is not learned (VITA `end_tag` false)
+    tools: tuple[dict[str, Any], ...] = ()  # what the template is told that the assistant may call
 
 
 class RecordError(DataError):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data.fields import FieldError, kind_of, path_of
@@ -26,8 +27,10 @@ _BYTES = ("data", "base64", "bytes")
 
 @dataclass(frozen=True)
 class Turn:
-    role: str  # system | user | assistant
+    role: str  # system | user | assistant | tool
     content: str  # with its placeholders, as in "<image>\nWhat is this?"
+    learn: bool = True  # of an assistant's turn: whether it is supervised; it is read either way
+    extra: Mapping[str, Any] = field(default_factory=dict)  # what the template gets beside role and content: tool_calls ...
 
 
 def read_turns(raw: dict[str, Any]) -> tuple[tuple[Turn, ...], list[MediaRef]]:
