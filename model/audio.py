@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +14,9 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from model.audio_projector import masked, mean_of_pairs, projector_strides, shortened, valid
 from model.batch import AudioSpec
 from model.config import AudioConfig, AudioProjectorConfig, ConfigError
-from model.files import Tensors, read_weights
 from model.hub import find_file, read_json
 from model.llm import hugging_face_config
-from model.lora import is_adapter
+from model.quantised_base import check_settings
 
 SETTING = "model.audio.path"
 PREFIXES = ("model.encoder.", "encoder.", "", "audio_tower.", "model.audio_tower.")
@@ -53,8 +50,9 @@ KINDS = {"whisper": Kind(), "qwen2_audio_encoder": Kind(pooled=True, masked=True
 
 def audio_config(config: AudioConfig, cache_dir: str = "") -> dict[str, Any]:
     """config.json of the encoder; a Qwen2-Audio folder holds it inside that of the whole model."""
-    value = read_json(SETTING, config.path, "config.json", cache_dir)
-    value = value.get("audio_config") or value
+    whole = read_json(SETTING, config.path, "config.json", cache_dir)
+    check_settings(SETTING, config.path, whole)
+    value = whole.get("audio_config") or whole
     if value.get("model_type") not in KINDS:
         raise ConfigError(f"{SETTING} = {config.path!r}: {value.get('model_type')!r} is not {' | '.join(KINDS)}")
     return value
@@ -158,13 +156,3 @@ class AudioEncoder(nn.Module):
 
     def forward(self, values: Tensor, lengths: Tensor | None = None) -> Tensor:
         return self.tower(values, lengths, self.full_window)
-
-
-def audio_tensors(files: Iterable[Path], encoder: nn.Module) -> Tensors:
-    """The encoder's own tensors out of weight files that may hold more, under any prefix."""
-    found: Tensors = {}
-    for file in files:
-        found |= read_weights(file)
-    wanted = [name.removeprefix("tower.") for name, _ in encoder.named_parameters() if not is_adapter(name)]
-    prefix = next((p for p in PREFIXES if p + wanted[0] in found), "")
-    return {f"audio.tower.{name}": found[prefix + name] for name in wanted if prefix + name in found}

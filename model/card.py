@@ -28,6 +28,7 @@ from model.files import dump_json, sampled_digest
 from model.hub import weight_files
 from model.llm import Vocabulary, llm_config
 from model.projector import shrunk
+from model.quantised_base import check_dequantizable, check_settings, quantisation, without_quantisation
 from model.vision import vision_config, vision_spec
 
 NAME = "model.json"
@@ -83,12 +84,22 @@ def draw_card(
     quantize: QuantizeConfig = QuantizeConfig(),  # noqa: B008  frozen
 ) -> ModelCard:
     """The card of a model that does not exist yet, from the JSON files of its parts."""
-    hugging_face = {"llm": llm_config(config.llm, config.cache_dir)}
+    hugging_face = {"llm": language_model(config)}
     if config.vision is not None:
         hugging_face["vision"] = vision_config(config.vision, config.cache_dir)
     if config.audio is not None:
         hugging_face["audio"] = audio_config(config.audio, config.cache_dir)
     return ModelCard(config, lora, hugging_face, media_specs(config), vocabulary, tokens, stop_ids, pad_id, quantize=quantize)
+
+
+def language_model(config: ModelConfig) -> dict[str, Any]:
+    """config.json of the language model as its weights will be: without a quantisation that `dequantize` undoes."""
+    value = llm_config(config.llm, config.cache_dir)
+    if not config.llm.dequantize:
+        check_settings("model.llm.path", config.llm.path, value)
+        return value
+    check_dequantizable(config.llm.path, quantisation(value))
+    return without_quantisation(value)
 
 
 def media_specs(config: ModelConfig) -> dict[str, MediaSpec]:

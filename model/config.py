@@ -22,6 +22,7 @@ class LlmConfig:
     path: str
     tune: Literal["frozen", "lora", "full", "new_tokens"] = "lora"
     new_tokens: tuple[str, ...] = ()
+    dequantize: bool = False  # an FP8 folder: its matrices times their scales, as transformers with dequantize=True
     router_loss: float = 0.0  # coefficient of the load-balancing loss of a mixture of experts
     lr: float = 0.0  # 0 = optim.lr
 

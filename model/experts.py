@@ -41,6 +41,9 @@ def fused(tensors: Tensors) -> Tensors:
 def _stacked(where: str, experts: dict[int, dict[str, Rows]], choices: tuple[tuple[str, ...], ...]) -> Rows:
     """Expert after expert, the pieces of each one below the other."""
     names = next((names for names in choices if names[0] in experts[min(experts)]), choices[0])
+    known = {name for pieces in FUSED.values() for group in pieces if group[0] in experts[min(experts)] for name in group}
+    if unknown := [f"{where}.{e}.{name}.weight" for e, pieces in experts.items() for name in pieces if name not in known]:
+        raise ConfigError(f"model.llm.path: the files hold {unknown[0]}, which no expert of this model has, and would be lost")
     missing = [f"{where}.{e}.{name}.weight" for e in range(max(experts) + 1) for name in names if name not in experts.get(e, {})]
     if missing:
         raise ConfigError(f"model.llm.path: the files lack {len(missing)} tensors of experts, for example {missing[0]}")

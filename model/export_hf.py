@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
+from model.bases import tower_tensors
 from model.batch import ImageSpec, MediaMeta, image_spec, num_tokens
 from model.card import ModelCard
 from model.config import ConfigError
 from model.files import SHARD_BYTES, Entry, dump_json, in_memory, split_by_size, write_safetensors
 from model.llm import blocks, head_weight
 from model.multimodal import MultimodalLM
-from model.origins import tower_tensors
 
 KIND = "mlp2x_gelu"
 PREFIXES = (

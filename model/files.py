@@ -20,23 +20,16 @@ from model.bounded import open_regular
 from model.config import ConfigError
 
 log = logging.getLogger(__name__)
-READABLE = (
-    *("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"),
-    *("F8_E4M3", "F8_E5M2"),
-)
+STORED_TYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu},
+}
 """Types of numbers that may stand in a safetensors file, by the format's names."""
 SHARD_BYTES = 5 * 10**9
 """Weights of more bytes are written as several files."""
-CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+CODES = {dtype: code for code, dtype in STORED_TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -45,6 +38,7 @@ class Rows:
 
     shape: tuple[int, ...]
     read: Callable[[int, int], Tensor]
+    dtype: torch.dtype | None = None  # of the numbers in the file; None for what was computed from them
 
     def all(self) -> Tensor:
         return self.read(0, self.shape[0] if self.shape else 1)
@@ -71,14 +65,14 @@ def read_safetensors(path: Path) -> Tensors:
         raise ConfigError(f"{path} is cut short or is no safetensors file ({error}): restore it, or download it again") from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
-    if unknown := [f"{name!r} ({part.get_dtype()})" for name, part in slices.items() if part.get_dtype() not in READABLE]:
+    if unknown := [f"{name!r} ({part.get_dtype()})" for name, part in slices.items() if part.get_dtype() not in STORED_TYPES]:
         raise ConfigError(
-            f"{path} holds numbers of a type that is not read: {', '.join(unknown[:3])}; known: {', '.join(READABLE)}"
+            f"{path} holds numbers of a type that is not read: {', '.join(unknown[:3])}; known: {', '.join(STORED_TYPES)}"
         )
 
     def rows(name: str, part: Any) -> Rows:
         shape = tuple(part.get_shape())
-        return Rows(shape, lambda a, b: part[a:b] if shape else file.get_tensor(name))
+        return Rows(shape, lambda a, b: part[a:b] if shape else file.get_tensor(name), STORED_TYPES[part.get_dtype()])
 
     return {name: rows(name, part) for name, part in slices.items()}
 
@@ -121,7 +115,7 @@ def _is_plain(name: object, value: object) -> bool:
 
 
 def in_memory(tensor: Tensor) -> Rows:
-    return Rows(tuple(tensor.shape), lambda a, b: tensor[a:b] if tensor.dim() else tensor)
+    return Rows(tuple(tensor.shape), lambda a, b: tensor[a:b] if tensor.dim() else tensor, tensor.dtype)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
+from model.bases import base_layers
 from model.build import DTYPES, assemble, resolve_dtype
 from model.card import ModelCard, read_card
 from model.config import ConfigError, QuantizeConfig
 from model.files import Tensors
 from model.multimodal import MultimodalLM
-from model.origins import base_layers, run_layers, saved_tensors
+from model.origins import run_layers, saved_tensors
 from model.weights import find_values, materialise, resolve
 
 

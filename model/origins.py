@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from model.agreement import check_same_bases, going_on
-from model.audio import audio_tensors
+from model.bases import base_layers, fitted
 from model.card import ModelCard, read_card
 from model.config import ConfigError, QuantizeConfig
-from model.experts import fused
-from model.files import Tensors, read_weights, sampled_digest
-from model.hub import weight_files
-from model.initial import grown, initial_adapter, initial_tensors
+from model.files import Tensors, read_weights
+from model.initial import initial_adapter, initial_tensors
 from model.lora import SUFFIXES, adapted, is_adapter
 from model.manifest import NAME as MANIFEST
 from model.manifest import UnsoundCheckpoint, verify
@@ -23,13 +19,10 @@ from model.multimodal import MultimodalLM
 from model.new_tokens import FILE as NEW_ROWS
 from model.new_tokens import first_rows, is_new_rows, row_patches
 from model.peft import read_adapter
-from model.positions import resized
 from model.projector_files import projector_layers
 from model.proof import Check, check_proof
 from model.quantized import matrices
 from model.shards import weight_tensors
-from model.towers import own_names
-from model.vision import VisionTower
 from model.weights import Adapter, Layer
 
 
@@ -126,81 +119,6 @@ def saved_tensors(folder: Path, check: Callable[[Path], object] = verify, proof:
 def adapter_pairs(tensors: Tensors, scale: float) -> dict[str, Adapter]:
     paths = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
     return {f"{p}.weight": Adapter(tensors[f"{p}.lora_A"], tensors[f"{p}.lora_B"], scale) for p in paths}
-
-
-def base_layers(card: ModelCard, model: MultimodalLM) -> list[Layer]:
-    """The Hugging Face folders, opened only when something is needed from them.
-
-    ConfigError then, if they are not those whose digests the card has.
-    """
-    config = card.model
-    layers = [Layer(config.llm.path, lambda: llm_tensors(card, model), prefix="llm.")]
-    if config.vision is not None:
-        tower: Any = model.get_submodule("vision")
-        path = config.vision.path
-        digest = card.bases.get("vision", "")
-        layers.append(Layer(path, lambda: tower_tensors(path, tower, config.cache_dir, digest=digest), prefix="vision."))
-    if config.audio is not None:
-        encoder, files = model.get_submodule("audio"), partial(base_files, "audio", config.audio.path, config.cache_dir)
-        sums = card.bases.get("audio", "")
-        layers.append(Layer(config.audio.path, lambda: audio_tensors(files(sums), encoder), prefix="audio."))
-    return layers
-
-
-def base_files(part: str, path: str, cache_dir: str, digest: str) -> list[Path]:
-    """Weight files of a base; ConfigError when their fingerprint is not `digest` ("" = not known)."""
-    files = weight_files(f"model.{part}.path", path, cache_dir)
-    if digest and sampled_digest(files) != digest:
-        raise ConfigError(
-            f"model.{part}.path = {path!r} holds other weights than the ones this run was trained on: restore them, or name "
-            f"the folder where they are, as load_model(..., base={{{part!r}: path}})"
-        )
-    return files
-
-
-def llm_tensors(card: ModelCard, model: MultimodalLM) -> Tensors:
-    found: Tensors = {}
-    for path in base_files("llm", card.model.llm.path, card.model.cache_dir, card.bases.get("llm", "")):
-        found |= {f"llm.{name}": rows for name, rows in read_weights(path).items()}
-    return fitted(fused(found), card, None, model)
-
-
-def fitted(tensors: Tensors, card: ModelCard, saved: ModelCard | None, model: MultimodalLM) -> Tensors:
-    """The same tensors with vocabulary matrices grown to the model's; rows of tokens their origin knows stay."""
-    known = set(saved.vocabulary.new_ids) if saved else set()
-    new_ids = tuple(token for token in card.vocabulary.new_ids if token not in known)
-    for name, num_rows in vocabulary_matrices(model).items():
-        if name in tensors and (new_ids or tensors[name].shape[0] != num_rows):
-            tensors = {**tensors, name: grown(tensors[name], num_rows, card.vocabulary, new_ids)}
-    return tensors
-
-
-def vocabulary_matrices(model: MultimodalLM) -> dict[str, int]:
-    """Full names of the embedding and the head, with their rows."""
-    matrices = [model.llm.get_input_embeddings().weight, model.llm.get_output_embeddings().weight]  # type: ignore[operator]
-    return {
-        name: parameter.shape[0]
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if any(parameter is matrix for matrix in matrices)
-    }
-
-
-def tower_tensors(path: str, tower: VisionTower, cache_dir: str, others: tuple[str, ...] = (), digest: str = "") -> Tensors:
-    """The tower's own tensors, and `others` that it does not build, out of a folder that may hold more, under any prefix.
-
-    Position embeddings fit the size of picture that the tower was built for.
-    """
-    files: Tensors = {}
-    for file in base_files("vision", path, cache_dir, digest):
-        files |= read_weights(file)
-    shapes = {name: tuple(p.shape) for name, p in tower.tower.named_parameters() if not is_adapter(name)}
-    wanted = [*shapes, *others]
-    here = own_names(files, wanted, tower.kind)
-    found = {name: here[name] for name in wanted if name in here}
-    name = tower.kind.positions
-    if tower.resizes and name in found:
-        found[name] = resized(found[name], shapes[name], tower.kind)
-    return {f"vision.tower.{name}": rows for name, rows in found.items()}
 
 
 def new_tensors(card: ModelCard, model: MultimodalLM, seed: int) -> Tensors:

@@ -59,13 +59,23 @@ def side(value: int | list[int] | tuple[int, ...], setting: str, name: str) -> i
     return int(sides.pop())
 
 
-def own_names(tensors: Tensors, wanted: list[str], kind: TowerKind) -> Tensors:
-    """Of all tensors of a folder, those of its tower under the names of transformers' class, of which `wanted` are some."""
-    candidates: list[Tensors] = []
+def own_names(setting: str, tensors: Tensors, wanted: list[str], kind: TowerKind) -> tuple[str, Tensors]:
+    """Of all tensors of a folder, those of its tower under the names of transformers' class, of which `wanted` are some, and the
+    prefix that they have in the files. ConfigError when two prefixes have towers.
+    """
+    found: dict[str, Tensors] = {}
     for prefix in PREFIXES:
         here = {name.removeprefix(prefix): rows for name, rows in tensors.items() if name.startswith(prefix)}
-        candidates += [here, kind.renamed(here)] if kind.renamed else [here]
-    return max(candidates, key=lambda names: sum(name in names for name in wanted))
+        forms = [here, kind.renamed(here)] if kind.renamed else [here]
+        found[prefix] = max(forms, key=lambda names: sum(name in names for name in wanted))
+    counts = {prefix: sum(name in names for name in wanted) for prefix, names in found.items()}
+    best = max(counts, key=lambda prefix: counts[prefix])
+    if rivals := [prefix for prefix, count in counts.items() if count and prefix != best]:
+        raise ConfigError(
+            f"{setting}: the files hold two towers, under {best + '...'!r} and under {rivals[0] + '...'!r}; which of them is meant "
+            "is for you to say: save that one into a folder of its own"
+        )
+    return best, found[best]
 
 
 def standard(setting: str, value: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from model.batch import ImageSpec
 from model.config import ConfigError, VisionConfig
 from model.hub import find_file, read_json
 from model.llm import hugging_face_config
+from model.quantised_base import check_settings
 from model.scales import merged, tiles
 from model.towers import TOWERS, cut, num_prefix, side, standard
 
@@ -29,8 +30,9 @@ RESIZE = {
 
 def vision_config(config: VisionConfig, cache_dir: str = "") -> dict[str, Any]:
     """config.json of the tower itself as transformers' class wants it; folders of larger models hold it inside their own."""
-    value = read_json(SETTING, config.path, "config.json", cache_dir)
-    value = value.get("vision_config", value)
+    whole = read_json(SETTING, config.path, "config.json", cache_dir)
+    check_settings(SETTING, config.path, whole)
+    value = whole.get("vision_config", whole)
     if "model_type" not in value:
         raise ConfigError(f"{SETTING} = {config.path!r}: config.json names no model_type for the vision tower")
     return standard(f"{SETTING} = {config.path!r}", value)
@@ -110,7 +112,8 @@ class VisionTower(nn.Module):
         self.sizes = view_sizes(config, found)
         self.resizes = config.image_size != 0
         found.image_size = self.sizes[0] if isinstance(found.image_size, int) else (self.sizes[0], self.sizes[0])
-        found.num_hidden_layers = num_blocks(config.layer, found.num_hidden_layers)
+        self.num_blocks = num_blocks(config.layer, found.num_hidden_layers), found.num_hidden_layers  # built, all
+        found.num_hidden_layers = self.num_blocks[0]
         self.kind = TOWERS[found.model_type]
         self.num_prefix = num_prefix(found) if config.select == "patch" else 0
         self.hidden_size: int = found.hidden_size * len(self.sizes)
@@ -122,6 +125,10 @@ class VisionTower(nn.Module):
     def positions(self) -> nn.Parameter:
         """What `tune = "positions"` trains."""
         return self.tower.get_parameter(self.kind.positions)
+
+    def is_behind(self, name: str) -> bool:
+        """Whether a tensor of the tower's class stands behind its last block, so that no hidden state needs it."""
+        return any(name == path or name.startswith(f"{path}.") for path in self.kind.behind)
 
     def valid_rows(self, lengths: Tensor | None) -> None:
         """Every row of a picture is valid."""

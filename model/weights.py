@@ -100,6 +100,7 @@ def materialise(model: nn.Module, layers: list[Layer], *, frozen_dtype: torch.dt
         value = nn.Parameter(_local(owner, rows, frozen_dtype, device), requires_grad=owner.requires_grad)
         values.update(dict.fromkeys(names, value))  # tied parameters stay one
     model.load_state_dict(values, strict=False, assign=True)
+    _load_buffers(model, layers)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
@@ -108,15 +109,29 @@ def materialise(model: nn.Module, layers: list[Layer], *, frozen_dtype: torch.dt
 Owner = nn.Parameter | Quantised
 
 
+def owners(model: nn.Module) -> dict[Owner, list[str]]:
+    """Each parameter with all its names; in place of codes and scales, their layer with the name of the matrix."""
+    found: dict[Owner, list[str]] = {layer: [f"{path}.weight"] for path, layer in quantised(model)}
+    stored = {path + suffix for path, _ in quantised(model) for suffix in STORED}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in stored:
+            found.setdefault(parameter, []).append(name)
+    return found
+
+
+def kept_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Buffers that files hold, as a router's corrections: full name, module and name in it. Others are made anew."""
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, module, name
+
+
 def find_values(model: nn.Module, layers: list[Layer]) -> list[tuple[Owner, list[str], Rows]]:
     """Each parameter with all its names and where its value stands; in place of codes and scales, their layer with the name of
     the matrix. ConfigError when one has no value, or of another shape.
     """
-    aliases: dict[Owner, list[str]] = {layer: [f"{path}.weight"] for path, layer in quantised(model)}
-    stored = {path + suffix for path, _ in quantised(model) for suffix in STORED}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name not in stored:
-            aliases.setdefault(parameter, []).append(name)
+    aliases = owners(model)
     found: list[tuple[Owner, list[str], Rows]] = []
     missing, misshapen = [], []
     for owner, names in aliases.items():
@@ -129,6 +144,18 @@ def find_values(model: nn.Module, layers: list[Layer]) -> list[tuple[Owner, list
             found.append((owner, names, rows))
     _refuse(missing, misshapen, layers)
     return found
+
+
+def _load_buffers(model: nn.Module, layers: list[Layer]) -> None:
+    """Values of buffers that files hold, whole on every rank. ConfigError when one is missing or of another shape."""
+    found = {name: (module, key, resolve(name, layers)) for name, module, key in kept_buffers(model)}
+    shapes = {name: tuple(module._buffers[key].shape) for name, (module, key, _) in found.items()}  # type: ignore[union-attr]
+    missing = [name for name, (_, _, rows) in found.items() if rows is None]
+    wrong = {name: rows.shape for name, (_, _, rows) in found.items() if rows is not None and rows.shape != shapes[name]}
+    _refuse(missing, [f"{name}: {list(s)} in the file, {list(shapes[name])} in the model" for name, s in wrong.items()], layers)
+    for module, key, rows in found.values():
+        if rows is not None:
+            module._buffers[key] = rows.all().to(dtype=module._buffers[key].dtype, copy=True)  # type: ignore[union-attr]
 
 
 def _local(parameter: nn.Parameter, rows: Rows, frozen_dtype: torch.dtype, device: torch.device) -> Tensor:

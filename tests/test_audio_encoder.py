@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import WhisperModel
 
-from model.audio import AudioEncoder, audio_config, audio_spec, audio_tensors
+from model.audio import AudioEncoder, audio_config, audio_spec
 from model.audio_projector import build_audio_projector, mean_of_pairs, projector_strides
+from model.bases import audio_tensors
 from model.batch import AudioSpec, MediaMeta, num_tokens, row_frames, row_shape, row_tokens, row_width, token_rows
 from model.config import AudioConfig, AudioProjectorConfig, ConfigError
-from model.hub import weight_files
 from model.initial import initial_tensors
 from model.weights import Layer, materialise, parameters_on_meta
 from tests.tiny_audio import MELS, joined, save_qwen2_audio, save_whisper, wave
@@ -47,7 +47,7 @@ def encoder(folder: Path, window: str = "full") -> AudioEncoder:
     value = audio_config(AudioConfig(str(folder)))
     with parameters_on_meta():
         built = AudioEncoder(value, window == "full")
-    part("audio", built, Layer(str(folder), lambda: audio_tensors(weight_files("x", str(folder)), built)))
+    part("audio", built, Layer(str(folder), lambda: audio_tensors(str(folder), built)))
     return built.eval().requires_grad_(False)
 
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from model.bases import tower_tensors
 from model.config import ConfigError, LlmConfig, ModelConfig, VisionConfig, VisionProjectorConfig
 from model.files import in_memory
-from model.origins import tower_tensors
 from model.positions import resized
 from model.scales import merged, tiles
 from model.towers import TOWERS as KINDS
