@@ -55,6 +55,7 @@ class Template:
     stop_ids: tuple[int, ...] = ()  # ids that end an assistant's turn
     allowed: tuple[str, ...] = ()  # control tokens that contents may use
     state_tokens: str = "none"  # none | glyphs | digits
+    unread: frozenset[int] = frozenset()  # ids of tokens whose rows mean nothing: padding beyond the base's matrix
 
     @property
     def end_is_token(self) -> bool:
@@ -123,6 +124,9 @@ class Template:
         return Tokens([bos, *tokens.ids], [0, *tokens.starts], [len(self.lead), *tokens.stops])
 
     def _check(self, record: Record, text: str, spans: list[Span], tokens: Tokens) -> None:
+        if found := self.unread.intersection(tokens.ids):
+            token = self.tokenizer.convert_ids_to_tokens(min(found))
+            raise self._error(record, f"the template writes {token!r}, which has no row in the base's embedding and learns none")
         for span in spans:
             ours = [m.span() for m in self.written.finditer(text, span.start, span.stop) if m["ours"] is not None]
             borders = [span.start, *(border for pair in ours for border in pair), span.stop]
@@ -160,11 +164,13 @@ def load_template(
     media_wrap: tuple[str, ...],
     allowed: Sequence[str] = (),
     state_tokens: str = "none",
+    unread: frozenset[int] = frozenset(),
 ) -> Template:
     """Template `name` for `tokenizer`, tried on a short conversation.
 
     `allowed` are control tokens that contents may use, as configured new tokens; those that the template or the tokenizer
-    itself needs stay text all the same. Raises `ConfigError` if the tokenizer lacks what the template or the states need.
+    itself needs stay text all the same. No record may hold an id of `unread`. Raises `ConfigError` if the tokenizer lacks what
+    the template or the states need.
     """
     if name != "auto" and name not in FORMATS:
         raise ConfigError(f"data.template = {name!r} is not known; allowed: auto, {', '.join(FORMATS)}")
@@ -191,6 +197,7 @@ def load_template(
         placeholder_ids={m: known[PLACEHOLDERS[m]] for m in sorted(set(READ_BY.values())) if PLACEHOLDERS[m] in known},
         allowed=tuple(allowed),
         state_tokens=state_tokens,
+        unread=unread,
     )
     return replace(template, stop_ids=_stop_ids(template))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 from torch import nn
 
@@ -35,14 +35,11 @@ def base_layers(card: ModelCard, model: MultimodalLM) -> list[Layer]:
     config = card.model
     layers = [Layer(config.llm.path, lambda: llm_tensors(card, model), prefix="llm.")]
 
-    def add(part: str, path: str, read: Callable[[str, Any, str, str], Tensors]) -> None:
-        encoder, digest = model.get_submodule(part), card.bases.get(part, "")
-        layers.append(Layer(path, lambda: read(path, encoder, config.cache_dir, digest), prefix=f"{part}."))
-
-    if config.vision is not None:
-        add("vision", config.vision.path, lambda *given: tower_tensors(*given[:3], digest=given[3]))
-    if config.audio is not None:
-        add("audio", config.audio.path, audio_tensors)
+    readers: dict[str, Callable[..., Tensors]] = {"vision": tower_tensors, "audio": audio_tensors}
+    for part, read in readers.items():
+        if (settings := getattr(config, part)) is not None:
+            opened = partial(read, settings.path, model.get_submodule(part), config.cache_dir, digest=card.bases.get(part, ""))
+            layers.append(Layer(settings.path, opened, prefix=f"{part}."))
     return layers
 
 

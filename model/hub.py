@@ -96,9 +96,9 @@ def folder_tensors(setting: str, path: str, cache_dir: str = "") -> Tensors:
             found[name], where[name] = rows, file.name
     wrong = [(name, file) for name, file in chosen.places.items() if where.get(name) != file]
     if wrong and chosen.index is not None:
-        (name, file), more = wrong[0], f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        (name, shard), more = wrong[0], f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise ConfigError(
-            f"{setting} = {path!r}: {chosen.index.name} says that {file} holds {name}{more}, but it does not: the files do not "
+            f"{setting} = {path!r}: {chosen.index.name} says that {shard} holds {name}{more}, but it does not: the files do not "
             "belong together; download them again"
         )
     return found

@@ -21,6 +21,8 @@ CAPPED_ATTENTION = (*OUR_ATTENTION, "eager", "flash_attention_2", "flash_attenti
 MAX_LAYERS = 10_000
 """More would be built for hours before anything could be compared with it."""
 NAMES_OF_CODE = ("transformers_version", "auto_map", "attn_implementation", "experts_implementation", "custom_pipelines")
+SIGNS_OF_PART = {"audio": {"num_mel_bins", "audio_config"}, "vision": {"vision_config", "patch_size", "image_size"}}
+"""Keys of config.json that only models of sound and of pictures have."""
 ROW_MULTIPLE = 64
 """A grown vocabulary matrix has a multiple of this many rows, which matrix kernels like."""
 
@@ -40,8 +42,32 @@ class Vocabulary:
 
 
 def llm_config(config: LlmConfig, cache_dir: str = "") -> dict[str, Any]:
-    """config.json of the language model."""
-    return read_json("model.llm.path", config.path, "config.json", cache_dir)
+    """config.json of the language model. ConfigError when the folder is known to hold something else."""
+    value = read_json("model.llm.path", config.path, "config.json", cache_dir)
+    check_language_model(config.path, value)
+    return value
+
+
+def check_language_model(path: str, value: dict[str, Any]) -> None:
+    """Refuse a folder of pictures' or sounds' models, which have no words: its tokenizer or its head would be missed first."""
+    kind = value.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        return  # what reads the structure says so
+    if CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING and not CONFIG_MAPPING[kind]().is_encoder_decoder:
+        return
+    text = value.get("text_config")
+    if isinstance(text, dict) and CONFIG_MAPPING.get(text.get("model_type"), None) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return  # a model of several parts, one of which speaks: `check_supported` says so
+    for part, keys in SIGNS_OF_PART.items():
+        if keys & value.keys():
+            raise ConfigError(
+                f"model.llm.path = {path!r} is no language model: {kind!r} in config.json is what [model.{part}] reads; name it as "
+                f"model.{part}.path, and a folder of a causal language model here"
+            )
+    raise ConfigError(
+        f"model.llm.path = {path!r}: transformers has no causal language model of model_type {kind!r}: name a folder of one, as "
+        "Qwen2, Llama or Gemma"
+    )
 
 
 def hugging_face_config(setting: str, value: dict[str, Any]) -> PretrainedConfig:

@@ -35,10 +35,7 @@ SIGNS = (
 """Ends of tensor names that only quantised files have, and the methods that write them."""
 SCALE, ACTIVATION = "_scale_inv", (".activation_scale", ".input_scale")
 """What FP8 files add to a matrix's name, and scales of activations, which no weight depends on."""
-PLAIN = (
-    "name a folder that holds the same model in bfloat16, float16 or float32; to train on few bits, name that one and set "
-    "quantize.bits = 8 or 4"
-)
+PLAIN = "name a folder that holds the same model in bfloat16, float16 or float32 (with quantize.bits = 8 or 4 to train on few bits)"
 
 
 def quantisation(value: dict[str, Any]) -> dict[str, Any] | None:
@@ -92,7 +89,7 @@ def check_plain(setting: str, path: str, settings: dict[str, Any] | None, tensor
         numbers = str(tensors[found].dtype).removeprefix("torch.")
         seen = f"for example {found} is {numbers} {list(tensors[found].shape)}"
     fp8 = str((settings or {}).get("quant_method")) == "fp8" and setting == "model.llm.path"
-    wish = ", or set model.llm.dequantize = true to read it as transformers does with dequantize=True" if fp8 else ""
+    wish = "; or set model.llm.dequantize = true to read it as transformers does with dequantize=True" if fp8 else ""
     raise ConfigError(
         f"{setting} = {path!r} is stored quantised ({name or 'integers or 8-bit floats'}): {seen}. Its codes are no weights and "
         f"cannot be trained on: {PLAIN}{wish}"

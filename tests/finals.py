@@ -30,7 +30,7 @@ from tests.tiny import save_llm, save_tower
 from tests.tiny_tokenizers import NAMES
 from trainer.distributed import World
 from trainer.export import write_final
-from trainer.sources import tuned_ids
+from trainer.vocabulary import tuned_ids
 
 NO_LORA = LoraConfig(rank=2, dropout=0.0)
 

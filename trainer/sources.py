@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,20 +17,21 @@ from data.mixing import Pool, make_pools
 from data.processor import Processor, make_processor
 from data.sampler import Sampler
 from data.template import load_template
-from data.tokenizer import Vocabulary as Tokens
 from data.tokenizer import load_tokenizer, pad_id
 from model.batch import PLACEHOLDERS, READ_BY
 from model.card import ModelCard, base_digests, draw_card, media_specs, read_card
-from model.config import ConfigError, LlmConfig, ModelConfig
+from model.config import ConfigError, ModelConfig
 from model.files import sampled_digest
-from model.llm import Vocabulary, check_positions
+from model.llm import check_positions
 from model.multimodal import ENCODERS
 from trainer import plan_lengths
 from trainer.config import RunConfig
 from trainer.distributed import World
 from trainer.quarantine import TRAIN, VALIDATION, read_excluded
 from trainer.stages import Place
+from trainer.vocabulary import check_surplus, num_base_rows, plan_vocabulary
 
+log = logging.getLogger(__name__)
 PARTS = {"image": "vision", "audio": "audio"}
 """The part that reads each modality."""
 
@@ -67,8 +69,12 @@ def open_data(config: RunConfig, world: World, *, first_start: bool = False, pla
     place = place or Place(config, config)
     added = added_tokens(config)
     specs = media_specs(config.model)
+    num_rows = num_base_rows(config.model)  # first: a folder that is no language model has no tokenizer either
     vocabulary = load_tokenizer(config.model.llm.path, added, config.model.cache_dir)
+    surplus = check_surplus(config.model, vocabulary, num_rows)
     data, folder = config.data, Path(config.output_dir)
+    if surplus.learned and world.is_main:
+        log.warning("%s", surplus)
     template = load_template(
         data.template,
         vocabulary.tokenizer,
@@ -76,11 +82,12 @@ def open_data(config: RunConfig, world: World, *, first_start: bool = False, pla
         media_wrap=data.media_wrap,
         allowed=added,
         state_tokens=data.state_tokens,
+        unread=surplus.unread,
     )
     card = draw_card(
         config.model,
         config.lora,
-        Vocabulary(len(vocabulary.tokenizer), vocabulary.num_known, vocabulary.new_ids, tuned_ids(config.model.llm, vocabulary)),
+        plan_vocabulary(config.model, vocabulary, num_rows),
         tokens=added,
         stop_ids=template.stop_ids,
         pad_id=pad_id(vocabulary.tokenizer),
@@ -172,22 +179,6 @@ def added_tokens(config: RunConfig) -> tuple[str, ...]:
     inherited = read_card(Path(config.model.init_from)).tokens if config.model.init_from else ()
     placeholders = tuple(PLACEHOLDERS[modality] for modality in media_specs(config.model))
     return tuple(dict.fromkeys((*inherited, *placeholders, *config.model.llm.new_tokens)))
-
-
-def tuned_ids(llm: LlmConfig, vocabulary: Tokens) -> tuple[int, ...]:
-    """Ids of the tokens whose rows are all that learns of the language model, ascending; () unless its `tune` says so.
-
-    ConfigError for a token that the base tokenizer has: its row is the base model's, and is not new.
-    """
-    if llm.tune != "new_tokens":
-        return ()
-    ids = {token: int(vocabulary.tokenizer.convert_tokens_to_ids(token)) for token in llm.new_tokens}
-    if known := [token for token, id in ids.items() if id not in vocabulary.new_ids]:
-        raise ConfigError(
-            f"model.llm.new_tokens: {', '.join(map(repr, known))} are in the tokenizer of model.llm.path already, so their rows "
-            "are not new and tune = 'new_tokens' does not train them: remove them, or use tune = 'full'"
-        )
-    return tuple(sorted(ids.values()))
 
 
 def carried(model: ModelConfig) -> frozenset[str]:
