@@ -79,7 +79,8 @@ def check_plain(setting: str, path: str, settings: dict[str, Any] | None, tensor
     found = evidence(tensors, wanted)
     if settings is None and found is None:
         return
-    name = method(settings) if settings is not None else next((kind for end, kind in SIGNS if found and found.endswith(end)), "")
+    signs = (kind for end, kind in SIGNS if any(tensor.endswith(end) for tensor in tensors))
+    name = method(settings) if settings is not None else next(signs, "integers or 8-bit floats")
     if found is None:
         seen = (
             "config.json says so in quantization_config; if its weights are plain numbers after all, remove quantization_config "
@@ -91,7 +92,7 @@ def check_plain(setting: str, path: str, settings: dict[str, Any] | None, tensor
     fp8 = str((settings or {}).get("quant_method")) == "fp8" and setting == "model.llm.path"
     wish = "; or set model.llm.dequantize = true to read it as transformers does with dequantize=True" if fp8 else ""
     raise ConfigError(
-        f"{setting} = {path!r} is stored quantised ({name or 'integers or 8-bit floats'}): {seen}. Its codes are no weights and "
+        f"{setting} = {path!r} is stored quantised ({name}): {seen}. Its codes are no weights and "
         f"cannot be trained on: {PLAIN}{wish}"
     )
 
