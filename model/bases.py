@@ -15,6 +15,7 @@ from model.experts import fused
 from model.files import Tensors, sampled_digest
 from model.hub import folder_tensors, read_json, weight_files
 from model.initial import grown
+from model.llm import hugging_face_config
 from model.lora import is_adapter
 from model.multimodal import MultimodalLM
 from model.new_tokens import is_new_rows
@@ -80,14 +81,14 @@ def file_names(module: nn.Module) -> dict[str, int]:
         for name in names
         if not is_adapter(name) and not is_new_rows(name)
     }
-    return found | {name: len(found) + n for n, (name, _, _) in enumerate(kept_buffers(module))}
+    return found | {name: -1 - n for n, (name, _, _) in enumerate(kept_buffers(module))}
 
 
 def check_vocabulary(card: ModelCard, tensors: Tensors, model: MultimodalLM) -> None:
     """Refuse matrices of other rows than config.json says: transformers does, and nobody knows which of the two is meant."""
-    told = card.hugging_face["llm"].get("vocab_size")
+    told = hugging_face_config(LLM, card.hugging_face["llm"]).vocab_size
     for name in vocabulary_matrices(model):
-        if told is not None and name in tensors and tensors[name].shape[0] != told:
+        if name in tensors and tensors[name].shape[0] != told:
             raise ConfigError(
                 f"{LLM} = {card.model.llm.path!r}: vocab_size = {told} in config.json, but {name.removeprefix('llm.')} has "
                 f"{tensors[name].shape[0]} rows in the files: restore the config.json that belongs to them"

@@ -18,6 +18,7 @@ from model.config import ConfigError
 from model.files import SHARD_BYTES, Entry, dump_json, in_memory, split_by_size, write_safetensors
 from model.llm import blocks, head_weight
 from model.multimodal import MultimodalLM
+from model.weights import kept_buffers
 
 KIND = "mlp2x_gelu"
 PREFIXES = (
@@ -131,9 +132,10 @@ def processor_files(spec: ImageSpec, fit: str, placeholder: str) -> dict[str, An
 def weights(card: ModelCard, model: MultimodalLM) -> dict[str, Entry]:
     """Every tensor of the folder by its name there, in the model's dtype. A tied head is left out."""
     found: dict[str, Entry] = {}
-    for name, parameter in model.named_parameters():
+    buffers: dict[str, Any] = {name: module._buffers[key] for name, module, key in kept_buffers(model)}
+    for name, value in (*model.named_parameters(), *buffers.items()):
         old, new = next((old, new) for old, new in PREFIXES if name.startswith(old))
-        found[new + name.removeprefix(old)] = _entry(parameter, model)
+        found[new + name.removeprefix(old)] = _entry(value, model) if name not in buffers else _kept(value)
     path = card.model.vision.path if card.model.vision else ""
     tower: Any = model.get_submodule("vision")
     base = tower_tensors(path, tower, card.model.cache_dir, POST_NORM)
@@ -146,6 +148,11 @@ def weights(card: ModelCard, model: MultimodalLM) -> dict[str, Entry]:
 
 def _entry(tensor: Tensor, model: MultimodalLM) -> Entry:
     return Entry(model.dtype, tuple(tensor.shape), in_memory(tensor.detach()).all)
+
+
+def _kept(buffer: Tensor) -> Entry:
+    """A buffer keeps its type: a router's corrections decide by small differences."""
+    return Entry(buffer.dtype, tuple(buffer.shape), in_memory(buffer).all)
 
 
 def write_weights(folder: Path, entries: dict[str, Entry], max_bytes: int = SHARD_BYTES) -> None:

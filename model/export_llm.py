@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from model.lora import is_adapter
 from model.multimodal import MultimodalLM
 from model.origins import run_layers
 from model.quantized import STORED, quantised
+from model.weights import kept_buffers
 
 
 def inherits_llm(folder: Path, card: ModelCard) -> bool:
@@ -35,6 +37,8 @@ def write_llm(source: Path, folder: Path, card: ModelCard) -> None:
     entries = {n: Entry(model.dtype, tuple(p.shape), in_memory(p).all) for n, p in plain.items()}
     for path, layer in quantised(model.llm):
         entries[f"{path}.weight"] = Entry(model.dtype, layer.shape, partial(layer.matrix, model.dtype))
+    buffers: dict[str, Any] = {name: module._buffers[key] for name, module, key in kept_buffers(model.llm)}
+    entries |= {name: Entry(value.dtype, tuple(value.shape), in_memory(value).all) for name, value in buffers.items()}
     write_weights(folder, entries)
     rows = model.llm.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     dtype = str(model.dtype).removeprefix("torch.")

@@ -23,6 +23,7 @@ MAX_LAYERS = 10_000
 NAMES_OF_CODE = ("transformers_version", "auto_map", "attn_implementation", "experts_implementation", "custom_pipelines")
 SIGNS_OF_PART = {"audio": {"num_mel_bins", "audio_config"}, "vision": {"vision_config", "patch_size", "image_size"}}
 """Keys of config.json that only models of sound and of pictures have."""
+SEVERAL_PARTS = "{} is a model of several parts, not a language model: name a folder of the latter"
 ROW_MULTIPLE = 64
 """A grown vocabulary matrix has a multiple of this many rows, which matrix kernels like."""
 
@@ -50,14 +51,13 @@ def llm_config(config: LlmConfig, cache_dir: str = "") -> dict[str, Any]:
 
 def check_language_model(path: str, value: dict[str, Any]) -> None:
     """Refuse a folder of pictures' or sounds' models, which have no words: its tokenizer or its head would be missed first."""
-    kind = value.get("model_type")
+    kind, text = value.get("model_type"), value.get("text_config")
     if kind not in CONFIG_MAPPING:
         return  # what reads the structure says so
+    if isinstance(text, dict) and CONFIG_MAPPING.get(text.get("model_type"), None) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(f"model.llm.path = {path!r}: {SEVERAL_PARTS.format(kind)}")
     if CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING and not CONFIG_MAPPING[kind]().is_encoder_decoder:
         return
-    text = value.get("text_config")
-    if isinstance(text, dict) and CONFIG_MAPPING.get(text.get("model_type"), None) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return  # a model of several parts, one of which speaks: `check_supported` says so
     for part, keys in SIGNS_OF_PART.items():
         if keys & value.keys():
             raise ConfigError(
@@ -102,7 +102,8 @@ def build_llm(value: dict[str, Any], attention_name: str, vocabulary: Vocabulary
     Its `logit_change` is what it does with its head's products (model.logits).
     """
     attention.register()
-    config = hugging_face_config("model.llm.path", {**value, "vocab_size": vocabulary.rows(value.get("vocab_size", 0))})
+    base_rows = getattr(hugging_face_config("model.llm.path", value), "vocab_size", 0)
+    config = hugging_face_config("model.llm.path", {**value, "vocab_size": vocabulary.rows(base_rows)})
     check_supported(config, attention_name)
     config.use_cache = False
     try:
@@ -124,9 +125,7 @@ def check_supported(config: PretrainedConfig, attention_name: str) -> None:
             f"model.attention = {attention_name!r} is no name that transformers registers; kernels of the hub are code, never run"
         )
     if config.get_text_config() is not config:
-        raise ConfigError(
-            f"model.llm.path: {config.model_type} is a model of several parts, not a language model: name a folder of the latter"
-        )
+        raise ConfigError(f"model.llm.path: {SEVERAL_PARTS.format(config.model_type)}")
     if getattr(config, "attn_logit_softcapping", None) and attention_name not in CAPPED_ATTENTION:
         raise ConfigError(
             f"model.attention = {attention_name!r} drops the attention soft cap of {config.model_type}: "

@@ -25,7 +25,7 @@ FP8: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size"
 class Form:
     """One stored form of a part."""
 
-    part: str  # llm | llm_tied | mixture | corrected | clip | siglip | dinov2 | whisper: the plain folder it is made of
+    part: str  # llm | llm_tied | gpt2 | mixture | corrected | clip | siglip | dinov2 | whisper: the plain folder it is made of
     name: str
     expected: str  # EQUAL, or words of the refusal
     make: Callable[[Path], object] = lambda folder: None
@@ -42,6 +42,7 @@ class Form:
 PARTS = {
     "llm": "language model",
     "llm_tied": "language model, head tied",
+    "gpt2": "GPT-2",
     "mixture": "Mixtral",
     "corrected": "GLM-4-MoE",
     "clip": "CLIP tower",
@@ -232,6 +233,7 @@ LLM_FORMS = [
     Form("llm_tied", "no head in the file", EQUAL),
     Form("llm_tied", "a head equal to the embedding", EQUAL, changed(lambda t: t.update({HEAD: t[EMBEDDING].clone()}))),
     Form("llm_tied", "names without `model.` (AutoModel)", EQUAL, headless),
+    Form("gpt2", "as published: no prefix, causal masks among the weights", EQUAL),
     Form("mixture", "experts one by one", EQUAL),
     Form("corrected", "a router's corrections, which are buffers", EQUAL),
     Form(

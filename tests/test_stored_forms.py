@@ -20,6 +20,8 @@ from transformers import (
     FineGrainedFP8Config,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     WhisperConfig,
 )
 from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
@@ -30,8 +32,11 @@ from data.template import load_template
 from data.tokenizer import load_tokenizer, save_tokenizer
 from model.build import build_model
 from model.config import AudioConfig, AudioProjectorConfig, ConfigError, LlmConfig, ModelConfig, VisionConfig, VisionProjectorConfig
+from model.export_llm import write_llm
 from model.files import in_memory
 from model.quantised_base import dequantised_fp8
+from tests.finals import config_of as run_config
+from tests.finals import save_final, save_parts, trained
 from tests.stored_forms import ENCODER_FORMS, EQUAL, FP8, LLM_FORMS, Form, read, write
 from tests.test_router import save_mixture
 from tests.tiny import SIZES, save_llm, save_tower, spread
@@ -57,6 +62,17 @@ def save_corrected(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+def save_published_gpt2(folder: Path) -> None:
+    """GPT-2 as OpenAI's folder has it: names without `transformer.`, causal masks among the weights, a tied head."""
+    sizes = {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    torch.manual_seed(1)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+    spread(model)
+    model.save_pretrained(folder)
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64, dtype=torch.uint8) for i in range(2)}
+    write(folder, {name.removeprefix("transformer."): t for name, t in read(folder).items()} | masks)
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plain folder of each kind of part."""
@@ -66,6 +82,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_mixture(root / "mixture", "mixtral")
     merge_shards(root / "mixture")
     save_corrected(root / "corrected")
+    save_published_gpt2(root / "gpt2")
     for family in ("clip", "siglip", "dinov2"):
         save_tower(root / family, family)
     save_whisper(root / "whisper", seconds=1)
@@ -151,6 +168,19 @@ def test_a_stored_form_is_equal_or_refused(form: Form, plain: Path, tmp_path: Pa
         build_model(config)
     assert form.expected in str(refusal.value)
     assert str(folder) in str(refusal.value) or "experts" in str(refusal.value)
+
+
+def test_a_folder_written_for_an_adapter_keeps_what_buffers_hold(plain: Path, tmp_path: Path) -> None:
+    """As the base of a PEFT folder: transformers would fill a missing correction with zeros."""
+    folder = save_parts(tmp_path / "parts")
+    shutil.rmtree(folder / "llm")
+    shutil.copytree(plain / "corrected", folder / "llm")
+    save_tokenizer(NAMES["qwen"](), folder / "llm")
+    run = trained(run_config(folder, "lora"))
+    write_llm(save_final(run, tmp_path), tmp_path, run.card)
+    written, expected = read(tmp_path), read(plain / "corrected")
+    kept = [name for name in expected if name.endswith("correction_bias")]
+    assert kept and all(torch.equal(written[name], expected[name]) for name in kept)
 
 
 # Vocabularies
