@@ -64,12 +64,12 @@ def refuse_unknown(
     setting: str, path: str, names: Iterable[str], own: Collection[str], excused: Callable[[str], bool], what: str, num_blocks: int
 ) -> None:
     """ConfigError naming every tensor that is neither `own` nor `excused`. `num_blocks`: as config.json says."""
-    names = list(names)
+    names = dict.fromkeys(names)
     unknown = [name for name in names if name not in own and not excused(name)]
     if not unknown:
         return
     listed = ", ".join(unknown[:SHOWN]) + (f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else "")
-    lines = [f"{setting} = {path!r} holds {len(unknown)} tensors that {what} has no place for, and would be lost: {listed}"]
+    lines = [f"{setting} = {path!r} holds {len(unknown)} tensor(s) that {what} has no place for, which would be lost: {listed}"]
     blocks = {int(match[1]) for name in unknown if (match := BLOCK.search(name))}
     if num_blocks and blocks and min(blocks) >= num_blocks:
         lines.append(f"config.json has {num_blocks} layers, the files go on to layer {max(blocks)} (counted from 0)")

@@ -140,4 +140,6 @@ def _near_miss(path: str) -> str:
         return f": {shards[0]} is a shard, and its index (model.safetensors.index.json or pytorch_model.bin.index.json) is missing"
     if names & {"adapter_model.safetensors", "adapter_model.bin"}:
         return ": it is an adapter: name its base here and the adapter as lora.path"
+    if any(name.endswith(".gguf") for name in names):
+        return ": .gguf is llama.cpp's format; name the folder that it was converted from"
     return ""

@@ -133,6 +133,8 @@ def dequantised_fp8(setting: str, tensors: Tensors, settings: dict[str, Any]) ->
     the whole matrix. ConfigError for codes without scales and scales without codes.
     """
     block = settings.get("weight_block_size")
+    if block is not None and not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
+        raise ConfigError(f"{setting}: weight_block_size = {block!r} in config.json is not two positive integers, or null")
     found: Tensors = {}
     for name, rows in tensors.items():
         if name.endswith(ACTIVATION):
@@ -145,7 +147,7 @@ def dequantised_fp8(setting: str, tensors: Tensors, settings: dict[str, Any]) ->
     return found
 
 
-def _scaled(setting: str, name: str, codes: Rows, scales: Rows | None, block: Any) -> Rows:
+def _scaled(setting: str, name: str, codes: Rows, scales: Rows | None, block: list[int] | None) -> Rows:
     """A matrix of codes (out, in) times its scales, read by rows."""
     if scales is None or codes.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2) or len(codes.shape) != 2:
         kind = f"{str(codes.dtype).removeprefix('torch.')} {list(codes.shape)}"

@@ -245,6 +245,7 @@ LLM_FORMS = [
     Form("llm", "FP8, a scale per block", EQUAL, fp8((8, 16)), {"dequantize": True}),
     Form("llm", "FP8, a scale per matrix", EQUAL, fp8(None), {"dequantize": True}),
     Form("llm", "FP8, scales in bytes (UE8M0)", EQUAL, fp8((16, 16), exponents=True), {"dequantize": True}),
+    Form("corrected", "FP8, a scale per block, experts one by one", EQUAL, fp8((8, 16)), {"dequantize": True}),
     Form("llm", "FP8, a scale per block", "is stored quantised (fp8, e4m3)", fp8((8, 16))),
     Form("llm", "FP8 without quantization_config", "float8_e4m3fn", both(fp8((8, 16)), config(quantization_config=None))),
     Form(
@@ -314,6 +315,7 @@ LLM_FORMS = [
         f"model.safetensors, and {SECOND}",
         lambda f: shutil.copy(f / "model.safetensors", f / SECOND),
     ),
+    Form("llm", "GGUF", "llama.cpp's format", lambda f: (f / "model.safetensors").rename(f / "model.gguf")),
     Form("llm", "shards without an index", "is a shard, and its index", both(to_shards, lambda f: (f / INDEX).unlink())),
     Form("llm", "a shard missing", f"{SECOND} is missing", both(to_shards, lambda f: (f / SECOND).unlink())),
     Form("llm", "a tensor that the index names missing", "says that model-00002-of-00002.safetensors holds", lost),

@@ -211,7 +211,7 @@ FITS, LEARNED, UNREAD = (
     "trained; a record that holds it is refused",
 )
 ENDS = "`<|im_start|>` and `<|im_end|>`"
-LOST = "2 tokens beyond the 420 rows of the embedding: '<|im_start|>' (420), '<|im_end|>' (421)"
+LOST = "2 token(s) beyond the 420 rows of the embedding: '<|im_start|>' (420), '<|im_end|>' (421)"
 BOTH = ("<|im_start|>", "<|im_end|>")
 VOCABULARIES = [
     Words("nothing", "lora", FITS),
@@ -219,7 +219,7 @@ VOCABULARIES = [
     Words(ENDS, "frozen", LOST),
     Words(ENDS, "full", LEARNED),
     Words(ENDS, "new_tokens", LEARNED, BOTH),
-    Words(ENDS, "new_tokens", "1 tokens beyond the 420 rows of the embedding: '<|im_end|>' (421)", BOTH[:1]),
+    Words(ENDS, "new_tokens", "1 token(s) beyond the 420 rows of the embedding: '<|im_end|>' (421)", BOTH[:1]),
     Words("`<image>`", "lora", FITS, sees=True),
     Words("`<image>`", "lora", "'<image>' (422)"),
     Words("the padding token", "lora", UNREAD),

@@ -75,7 +75,7 @@ def check_surplus(model: ModelConfig, tokens: Tokens, num_rows: int) -> Surplus:
     padding = _padding(tokens)
     if lost := {token: i for token, i in found.items() if token not in learned and token != padding}:
         raise ConfigError(
-            f"model.llm.path = {model.llm.path!r}: its tokenizer has {len(lost)} tokens beyond the {num_rows} rows of the "
+            f"model.llm.path = {model.llm.path!r}: its tokenizer has {len(lost)} token(s) beyond the {num_rows} rows of the "
             f"embedding: {_listed(lost)}; their rows would be the mean of the others, and with model.llm.tune = "
             f"{model.llm.tune!r} never learn. Use tune = 'full', or tune = 'new_tokens' with them in model.llm.new_tokens, or the "
             "tokenizer that belongs to this base"
