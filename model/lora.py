@@ -73,6 +73,14 @@ def adapted(root: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
             yield name, module
 
 
+def learning_biases(part: nn.Module, bias: str) -> Iterator[str]:
+    """Names of the biases of `part` that learn beside its adapters; `bias`: none | lora_only | all, of all its layers."""
+    if bias == "all":
+        yield from (name for name, _ in part.named_parameters() if name.rpartition(".")[2] == "bias")
+    if bias == "lora_only":
+        yield from (f"{path}.bias" for path, layer in adapted(part) if layer.bias is not None)
+
+
 def is_adapter(name: str) -> bool:
     """Whether a parameter's full name is that of an adapter matrix."""
     return name.endswith(SUFFIXES)

@@ -16,7 +16,7 @@ from model.experts import fused
 from model.files import Tensors, read_weights, sampled_digest
 from model.hub import weight_files
 from model.initial import grown, initial_adapter, initial_tensors
-from model.lora import SUFFIXES, adapted, is_adapter
+from model.lora import adapted, is_adapter
 from model.manifest import NAME as MANIFEST
 from model.manifest import UnsoundCheckpoint, verify
 from model.multimodal import MultimodalLM
@@ -54,8 +54,8 @@ def given_layers(card: ModelCard, model: MultimodalLM, held: Collection[str] = (
     if card.lora.path and not any(map(is_adapter, held)):
         if any(map(is_adapter, claimed)):
             raise ConfigError("lora.path and model.init_from both hold adapters: name one of them")
-        wanted = {f"{path}{suffix}" for path, _ in adapted(model) for suffix in SUFFIXES}
-        layers.append(Layer(card.lora.path, lambda: read_adapter(Path(card.lora.path), card.lora, wanted)))
+        parts = {name: model.get_submodule(name) for name in sorted(card.lora_parts)}
+        layers.append(Layer(card.lora.path, lambda: read_adapter(Path(card.lora.path), card.lora, parts)))
     return layers
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from model.bounded import is_deeper
+from model.bounded import is_deeper, shown
 from model.config import ConfigError
 
 MAX_BYTES = 1_000_000
@@ -18,7 +18,6 @@ MAX_OVERRIDE = 100_000
 """Characters of one override."""
 INTEGERS = range(-(2**63), 2**63)
 """TOML's; Python's parser takes any."""
-SHOWN = 200
 BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -82,12 +81,6 @@ def _override_value(text: str) -> Any:
         return text
     # A line break in it would begin another key, which nobody would see again.
     return tables["value"] if tables.keys() == {"value"} else text
-
-
-def shown(value: Any) -> str:
-    """A value as messages show it: they stay readable whatever it holds."""
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
 
 
 def to_toml(tables: dict[str, Any]) -> str:
