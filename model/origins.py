@@ -24,7 +24,7 @@ from model.new_tokens import FILE as NEW_ROWS
 from model.new_tokens import first_rows, is_new_rows, row_patches
 from model.peft import read_adapter
 from model.positions import resized
-from model.projector_files import projector_layers
+from model.projector_files import check_llavas_parts, projector_layers
 from model.proof import Check, check_proof
 from model.quantized import matrices
 from model.shards import weight_tensors
@@ -54,6 +54,7 @@ def given_layers(card: ModelCard, model: MultimodalLM, held: Collection[str] = (
     if card.lora.path and not any(map(is_adapter, held)):
         if any(map(is_adapter, claimed)):
             raise ConfigError("lora.path and model.init_from both hold adapters: name one of them")
+        check_llavas_parts(card)
         parts = {name: model.get_submodule(name) for name in sorted(card.lora_parts)}
         layers.append(Layer(card.lora.path, lambda: read_adapter(Path(card.lora.path), card.lora, parts)))
     return layers

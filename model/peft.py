@@ -11,7 +11,7 @@ from torch import nn
 from model.bounded import SHOWN, load_json, shown
 from model.config import ConfigError, LoraConfig
 from model.files import Rows, Tensors, dump_json, read_safetensors, read_weights
-from model.lora import SUFFIXES, adapted, is_adapter, learning_biases
+from model.lora import HEAD_STAYS, SUFFIXES, adapted, at_head, is_adapter, learning_biases
 from model.peft_settings import DEFAULTS, problems
 
 PREFIX = "base_model.model."
@@ -35,17 +35,24 @@ def read_adapter(path: Path, lora: LoraConfig, parts: Mapping[str, nn.Module]) -
     else:
         found, bias = _read_ours(path, lora, parts)
     _check_bias(path, bias, lora.bias)
-    wanted = {f"{part}.{name}{suffix}" for part, module in parts.items() for name, _ in adapted(module) for suffix in SUFFIXES}
-    _compare(path, {name for name in found if is_adapter(name)}, wanted, "lora.targets must name the layers it was trained on")
-    biases = {f"{part}.{name}" for part, module in parts.items() for name in learning_biases(module, bias)}
-    rest = {name for name in found if not is_adapter(name)}
-    if foreign := sorted(rest - {name for name in rest if name.endswith(".bias")}):
+    _check_names(path, set(found), bias, parts)
+    return found
+
+
+def _check_names(path: Path, found: set[str], bias: str, parts: Mapping[str, nn.Module]) -> None:
+    adapters, biases = {name for name in found if is_adapter(name)}, {name for name in found if name.endswith(".bias")}
+    for name in sorted(adapters):
+        if at_head(inner := name.rpartition(".")[0], parts):
+            raise ConfigError(f"lora.path = {str(path)!r} adapts {inner}: {inner} is the head, {HEAD_STAYS}; or {TO_MERGE}")
+    if foreign := sorted(found - adapters - biases):
         raise ConfigError(
             f"lora.path = {str(path)!r} holds {shown(foreign[0])} ({len(foreign)} such), which is no part of an adapter here: "
             f"{TO_MERGE}"
         )
-    _compare(path, rest, biases, f"with bias = {bias!r} it holds the biases that learned with it, and no others")
-    return found
+    wanted = {f"{part}.{name}{suffix}" for part, module in parts.items() for name, _ in adapted(module) for suffix in SUFFIXES}
+    _compare(path, adapters, wanted, "lora.targets must name the layers it was trained on")
+    learned = {f"{part}.{name}" for part, module in parts.items() for name in learning_biases(module, bias)}
+    _compare(path, biases, learned, f"with bias = {bias!r} it holds the biases that learned with it, and no others")
 
 
 def _compare(path: Path, found: set[str], wanted: set[str], hint: str) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 from torch import nn
 
 from model.bounded import listed, shown
+from model.card import ModelCard
 from model.config import ConfigError, ModelConfig
 from model.files import Tensors, read_weights
 from model.weights import Layer
 
-LLAVA_PROJECTOR, LLAVA_NEWLINE = "mm_projector.", "image_newline"
+LLAVA_PROJECTOR, LLAVA_NEWLINE, LLAVA_TRAINED = "mm_projector.", "image_newline", "non_lora_trainables.bin"
 LLAVA_BESIDE = {
     "embed_tokens": "rows of the vocabulary, trained with mm_use_im_start_end",
     "lm_head": "the head of the language model",
@@ -41,6 +42,16 @@ def projector_layers(config: ModelConfig, model: nn.Module, held: Collection[str
             )
         )
     return layers
+
+
+def check_llavas_parts(card: ModelCard) -> None:
+    """LLaVA writes the projector of a LoRA run beside its adapter; with another one the adapter would mean nothing."""
+    projector, beside = card.model.vision_projector, Path(card.lora.path) / LLAVA_TRAINED
+    if projector is not None and not projector.path and not card.model.init_from and beside.is_file():
+        raise ConfigError(
+            f"lora.path = {card.lora.path!r} holds {LLAVA_TRAINED} as well, with the projector that was trained beside it: "
+            f"name that as model.vision_projector.path = {str(beside)!r}"
+        )
 
 
 def _holds(names: Collection[str], part: str) -> bool:
@@ -97,7 +108,7 @@ def _llavas(stored: Tensors, path: Path, part: str) -> Tensors:
         known = [why for word, why in LLAVA_BESIDE.items() if any(word in name for name in beside)]
         raise ConfigError(
             f"model.{part}.path = {str(path)!r} holds {len(beside)} tensors beside the projector, as {shown(beside[0])}, which "
-            f"would be dropped{': ' + '; '.join(known) if known else ''}. To start from the projector alone, save its tensors (with "
-            f"{LLAVA_PROJECTOR!r} in their names) to a file of their own"
+            f"would be dropped{': ' + '; '.join(known) if known else ''}. To start from the projector alone, save those with "
+            f"{LLAVA_PROJECTOR!r} in their names to a file of their own"
         )
     return found

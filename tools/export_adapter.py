@@ -117,7 +117,8 @@ def export(source: Path, out: Path, target: str = "safetensors") -> None:
     card = read_card(source)
     with new_folder(out) as folder:
         following = TARGETS[target](source, folder, card, out)
-    print(f"{out}:\n{listing(out)}\nnext: {following.replace('{out}', shlex.quote(str(out)))}")
+    following = following.replace("'{out}'", repr(str(out))).replace("{out}", shlex.quote(str(out)))
+    print(f"{out}:\n{listing(out)}\nnext: {following}")
 
 
 def main(arguments: list[str] | None = None) -> int:
