@@ -15,6 +15,7 @@ from typing import Any
 if __name__ == "__main__":  # started as a file, its own folder is on the path and not the checkout
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from data.fields import message
 from data.processor import load_processor
 from data.tokenizer import save_tokenizer
 from model import export_hf, export_llava
@@ -25,6 +26,7 @@ from model.files import dump_json
 from model.load import load_model
 from model.peft import INHERITS, OUR_CONFIG, OURS, WEIGHTS, adapter_config, write_config
 from model.trained import PROJECTORS, changed_parts, llm_adapter, projector, trained_files, write_file
+from tools.cli import printable
 from tools.llava_folder import prove_folder, write_folder
 from tools.output_folder import listing, new_folder
 from trainer.exits import code_of
@@ -133,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if (code := code_of(error)) == 1:
             raise
-        print(f"export_adapter: {error}", file=sys.stderr)
+        print(f"export_adapter: {printable(message(str(error)))}", file=sys.stderr)
         return code
     return 0
 

@@ -20,6 +20,7 @@ from tools.cli import printable, run
 from tools.inspect_choice import KINDS, Source, Wanted, choose, open_sources, place_of
 from tools.inspect_entry import Box, Entry
 from tools.inspect_html import Shown, page
+from trainer.toml_files import undashed
 
 GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 NUM_PRINTED, NUM_ON_PAGE = 3, 50
@@ -150,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     order.add_argument("--quarantined", action="store_true", help="what the run quarantined")
     order.add_argument("--step", type=int, metavar="N", help="with --run: what brought it from N to N + 1 completed steps")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
-    options = parser.parse_intermixed_args(argv)  # options may stand before the last positional
+    options = parser.parse_intermixed_args(undashed(argv))  # options may stand before the last positional
     return run("inspect_data", lambda: inspect(options))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ MAX_OVERRIDE = 100_000
 """Characters of one override."""
 INTEGERS = range(-(2**63), 2**63)
 """TOML's; Python's parser takes any."""
+DASHED = re.compile(r"--(output_dir=|seed=|[a-z_]+\.)")
+"""Of a setting on a command line, as other trainers have them."""
 BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -70,6 +73,13 @@ def apply_override(tables: dict[str, Any], text: str) -> None:
         raise ConfigError(f"{shown(text)} names no key of a table")
     here[last] = _override_value(value)
     check_depth(tables, shown(text))
+
+
+def undashed(words: list[str] | None) -> list[str]:
+    """The words of a command line (None: this process's own), with settings that are written as options, `--section.key=value`,
+    as the settings that they name: no option has a dot in its name.
+    """
+    return [word[2:] if DASHED.match(word) else word for word in (sys.argv[1:] if words is None else words)]
 
 
 def _override_value(text: str) -> Any:
