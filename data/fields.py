@@ -59,4 +59,4 @@ def printable(text: str, keep: str = "") -> str:
 
 def record_line(where: str, id: str, field: str, reason: str) -> str:
     """What is wrong with a record, in one line that is safe to print and short whatever the record holds."""
-    return printable(f"{where} {bounded(id)}: {bounded(field)}: {bounded(reason, LINE // 2)}")
+    return printable(f"{bounded(where, LINE // 2)} {bounded(id)}: {bounded(field)}: {bounded(reason, LINE // 2)}")

@@ -49,7 +49,10 @@ CASES: dict[str, tuple[Callable[[Path], ModelConfig], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+LONG = ("adapters of two parts", "a whole tower")
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.long) if case in LONG else case for case in CASES])
 def test_following_the_printed_settings_gives_the_same_model(tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
     make, expected = CASES[case]
     config = make(save_parts(tmp_path / "par ts", vocab_size=448))  # with a space, as paths may have

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from data.certificate import certify
 from data.config import DataError
+from data.fields import bounded
 from model.config import ConfigError
 from tools.cli import printable, run
 from tools.inspect_choice import KINDS, Source, Wanted, choose, open_sources, place_of
@@ -37,7 +38,7 @@ def certified(source: Source) -> tuple[str, bool]:
 
 def print_source(source: Source, colour: bool) -> bool:
     """Prints one source; whether the run would refuse it."""
-    name = f"data.{source.table} {source.config.key}: {source.config.path}"
+    name = printable(f"data.{source.table} {source.config.key}: {source.config.path}")
     ids = source.pool.ids
     media = [f"{int((source.dataset.modalities[ids] > 0).sum()):,} with media"]
     media += [f"{count:,} with {kind}" for kind, count in source.kinds.items()]
@@ -54,7 +55,7 @@ def print_source(source: Source, colour: bool) -> bool:
 
 def printed(entry: Entry, colour: bool) -> str:
     """A headline with the record's place and lengths, and the sample; or why there is none."""
-    headline = f"{entry.where} {entry.id}:"
+    headline = f"{entry.where} {bounded(entry.id)}:"
     if entry.status not in ("trained", "shortened"):
         return printable(f"{headline} {entry.status}, not trained on: {entry.reason}")
     parts = [f"{entry.num_tokens} tokens", f"{entry.num_learned} supervised"]
