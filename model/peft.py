@@ -30,8 +30,11 @@ def read_adapter(path: Path, lora: LoraConfig, parts: Mapping[str, nn.Module]) -
     `parts`: the modules that carry adapters now. ConfigError unless the file's adapters are exactly theirs, its biases those that
     it says learned, and [lora] scales them as they were trained.
     """
-    if path.is_dir() and (path / CONFIG).is_file():
-        found, bias = _read_peft(path, lora)
+    folder = path.parent if path.name in (WEIGHTS, PICKLED) else path
+    if (folder / CONFIG).is_file():
+        if (folder / OURS).is_file():
+            raise ConfigError(f"lora.path = {str(path)!r} holds two adapters, a {CONFIG} of PEFT and a {OURS}: keep one of them")
+        found, bias = _read_peft(folder, lora)
     else:
         found, bias = _read_ours(path, lora, parts)
     _check_bias(path, bias, lora.bias)

@@ -111,10 +111,10 @@ def test_pictures_that_were_sent_as_bytes_are_the_same_and_tiles_are_refused(
     assert "data.image_fit = 'tiles'" in capsys.readouterr().err and not (tmp_path / "hf2").exists()
 
 
-@pytest.mark.parametrize(
-    ("family", "does"),
-    [("gemma2", "caps its logits at 3"), pytest.param("granite", "multiplies its logits by 0.25", marks=pytest.mark.long)],
-)
+BARE = [("gemma2", "caps its logits at 3"), pytest.param("granite", "multiplies its logits by 0.25", marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize(("family", "does"), BARE)
 def test_logits_that_llavas_class_would_not_make_are_refused_before_anything_is_written(
     tmp_path: Path, family: str, does: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,6 +70,9 @@ def to_llava(source: Path, out: Path, card: ModelCard, _: Path) -> str:
     """LLaVA's mm_projector.bin."""
     export_llava.check_exportable(card)
     path = export_llava.write_projector(out, projector(source, card))
+    others = [f"{name} (tune = {part.tune!r})" for name, part in card.model.parts().items() if part.tune != "frozen"]
+    if others := [text for text in others if not text.startswith("vision_projector ")]:
+        print(f"not exported: {', '.join(others)}: LLaVA reads the projector alone from this file")
     return f"(in LLaVA) python llava/train/train_mem.py --pretrain_mm_mlp_adapter {{out}}/{path.name} ..."
 
 
