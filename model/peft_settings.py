@@ -18,8 +18,6 @@ DEFAULTS: dict[str, Any] = {
     "alpha_pattern": None,
 }
 """What PEFT takes for a key that adapter_config.json leaves out."""
-COMPARED = ("r", "lora_alpha", "use_rslora", "bias")
-"""Held against [lora] by `model.peft`, tensors of biases among them."""
 SELECTORS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 """Which layers PEFT adapts; tensors of all others it leaves unread."""
 NO_EFFECT = (
@@ -62,7 +60,7 @@ def problems(config: dict[str, Any], paths: set[str]) -> Iterator[str]:
     if config.get("task_type") not in TASKS:
         yield f"has task_type = {shown(config['task_type'])} of PEFT, which puts another head on the model; 'CAUSAL_LM' is read"
     for key, why in REFUSED.items():
-        if not _is_empty(config.get(key)):
+        if not _is_empty(config.get(key)) or config.get(key) == {}:  # of which PEFT makes the defaults of a variant
             yield f"uses {key} = {shown(config[key])} of PEFT, which is not supported here: {why}"
     known = {*DEFAULTS, *SELECTORS, *NO_EFFECT, *REFUSED, "peft_type", "task_type"}
     for key in sorted(config.keys() - known):
@@ -97,7 +95,7 @@ def _unselected(config: dict[str, Any], paths: set[str]) -> Iterator[str]:
     """
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
     numbers, parents = config.get("layers_to_transform"), config.get("layers_pattern")
-    if targets is None:
+    if not targets:
         yield "names no target_modules: which layers PEFT would adapt then depends on its version"
     numbers = [numbers] if isinstance(numbers, int) else numbers or []
     parents = [parents] if isinstance(parents, str) else parents or []

@@ -38,6 +38,7 @@ class Form(NamedTuple):
     peft: dict[str, Any] = {}  # noqa: RUF012  never changed
     asked: dict[str, Any] = {}  # noqa: RUF012
     change: Callable[[Path], None] | None = None
+    converted: bool = False  # saved by PEFT's own conversion to an adapter of the base as it was
 
 
 def setting(**values: Any) -> Callable[[Path], None]:
@@ -98,6 +99,9 @@ FORMS: dict[str, Form] = {
     "`rank_pattern` of another rank": Form("uses rank_pattern", {"rank_pattern": {"q_proj": 2}}),
     "`alpha_pattern` of another alpha": Form("uses alpha_pattern", {"alpha_pattern": {"q_proj": 2}}),
     "`init_lora_weights = \"pissa\"`": Form(INIT, {"init_lora_weights": "pissa"}),
+    "`init_lora_weights = \"pissa\"`, converted by PEFT": Form(
+        EQUAL, {"init_lora_weights": "pissa"}, {"rank": 8, "alpha": 16}, converted=True
+    ),
     "`init_lora_weights = \"pissa_niter_4\"`": Form(INIT, {"init_lora_weights": "pissa_niter_4"}),
     "`init_lora_weights = \"olora\"`": Form(INIT, {"init_lora_weights": "olora"}),
     "`init_lora_weights = \"corda\"`": Form(INIT, change=setting(init_lora_weights="corda")),
@@ -129,6 +133,7 @@ FORMS: dict[str, Form] = {
 INITS = ("gaussian", "orthogonal", "mica", False)
 FORMS |= {f"`init_lora_weights = {json.dumps(kind)}`": Form(EQUAL, {"init_lora_weights": kind}) for kind in INITS}
 FORMS['`init_lora_weights = "eva"`'] = Form(EQUAL, {"init_lora_weights": "eva", "eva_config": peft.EvaConfig()})
+FORMS["`kasa_config = {}`, which means its defaults"] = Form("uses kasa_config = {}", change=setting(kasa_config={}))
 OTHERS: dict[str, Any] = {
     "layer_replication": [[0, 2], [1, 2]],
     "use_bdlora": {"nblocks": 2},
@@ -147,16 +152,20 @@ def test_every_setting_of_peft_has_its_answer() -> None:
     assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= known
 
 
-def randomised(base: torch.nn.Module, config: dict[str, Any], folder: Path) -> None:
+def randomised(base: torch.nn.Module, form: Form, folder: Path) -> None:
     """An adapter as PEFT saves it, every tensor that learns away from its start."""
     torch.manual_seed(3)
-    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **config}
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **form.peft}
     wrapped = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings))  # type: ignore[arg-type]
+    first = {"path_initial_model_for_weight_conversion": str(folder / "first")} if form.converted else {}
+    if first:
+        wrapped.peft_config["default"].init_lora_weights = True  # as PEFT's guide has it: the first adapter changes no base
+        wrapped.save_pretrained(str(folder / "first"))
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if parameter.requires_grad or "lora_" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    wrapped.save_pretrained(str(folder))
+    wrapped.save_pretrained(str(folder), **first)
 
 
 def ours(base: Path, folder: Path, asked: dict[str, Any]) -> Tensor:
@@ -188,7 +197,7 @@ def test_every_stored_adapter_is_what_peft_makes_of_it_or_is_refused_by_name(
     found = {}
     for i, (what, form) in enumerate(FORMS.items()):
         folder = tmp_path / str(i)
-        randomised(base, form.peft, folder)
+        randomised(base, form, folder)
         if form.change:
             form.change(folder)
 
