@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from data import image
 from data.blob import Blob, MediaError
 from data.dataset import MultimodalDataset, root_of
-from data.fields import printable
+from data.fields import record_line
 from data.media import RecordMedia
 from data.picture_hash import picture_hash
 from data.placeholders import without_placeholders
@@ -44,7 +44,7 @@ class Problem:
 
     def __str__(self) -> str:
         """In one line that is safe to print."""
-        return printable(f"{self.where} {self.id}: {self.field}: {self.reason}")
+        return record_line(self.where, self.id, self.field, self.reason)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
+from data.fields import MAX_NAME, bounded
 from data.mixing import take_problem
 from model.batch import PLACEHOLDERS
 
@@ -128,6 +129,12 @@ class DataConfig:
             keys = [source.key for source in sources]
             for key in sorted({k for k in keys if keys.count(k) > 1}):
                 found.append(f"two data.{table} are called {key!r}: give each a name of its own")
+            for source in sources:
+                if len(source.name) > MAX_NAME:
+                    found.append(
+                        f"data.{table}: name = {bounded(repr(source.name), MAX_NAME)} has more than {MAX_NAME} characters: it "
+                        "is a key of metrics and a part of file names"
+                    )
             found += [line for source in sources for line in (*_share_problems(source, table), *_root_problems(source, table))]
         return found
 

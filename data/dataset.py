@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from data.blob import Blob, MediaError, resolve
 from data.config import ConfigError, DataConfig, SourceConfig
+from data.fields import LINE, bounded
 from data.index import RecordIndex
 from data.media import RecordMedia
 from data.record import MediaRef, Record, RecordError, parse
@@ -91,7 +92,7 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
         if self.config.on_bad_sample == "error" and not too_long:
             raise error
         name = self.source_names[int(self.source_ids[i])]
-        return Rejected(i, name, error.where, error.id, f"{error.field}: {error.reason}", too_long)
+        return Rejected(i, name, error.where, bounded(error.id), bounded(f"{error.field}: {error.reason}", LINE), too_long)
 
     def place(self, i: int) -> tuple[int, RecordIndex, int]:
         """The source of sample `i`, that source's index, and the row in it."""

@@ -32,6 +32,31 @@ def path_of(value: Any, field: str) -> str:
     return value
 
 
+SHOWN = 200
+"""Characters of a value in a message."""
+MAX_NAME = 100
+"""Characters of a source's name, which keys of metrics and names of files are made of."""
+LINE, LINES = 2_000, 200
+"""Characters of a line of a message, and lines: more is no message, whatever it was made of."""
+
+
+def bounded(text: str, most: int = SHOWN) -> str:
+    """The text as a message shows it: its beginning, and how long it is, where it is longer than `most` characters."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+
+
+def message(text: str) -> str:
+    """A whole message within bounds. Every error goes through here before it is printed or written down."""
+    lines = text.split("\n")
+    more = [f"... and {len(lines) - LINES} more lines"] if len(lines) > LINES else []
+    return "\n".join([*(bounded(line, LINE) for line in lines[:LINES]), *more])
+
+
 def printable(text: str, keep: str = "") -> str:
     """The text with escapes for what a terminal could obey, but for the characters of `keep`: records may hold anything."""
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def record_line(where: str, id: str, field: str, reason: str) -> str:
+    """What is wrong with a record, in one line that is safe to print and short whatever the record holds."""
+    return printable(f"{bounded(where, LINE // 2)} {bounded(id)}: {bounded(field)}: {bounded(reason, LINE // 2)}")

@@ -20,6 +20,7 @@ from data.limits import load_json
 from data.media import RecordMedia
 from data.record import MediaRef, Record, parse
 from data.sample import Sample, assemble, check_media
+from data.state_tokens import split_state
 from data.template import Encoded, Template, load_template
 from data.tokenizer import check_fingerprint, fingerprint, load_tokenizer, pad_id, save_tokenizer
 from model.batch import Batch, MediaSpec, spec_from_json, spec_to_json
@@ -65,6 +66,16 @@ class Processor:
         """Text of each row up to its first stop id, without special tokens and the white space around it."""
         rows = ids.tolist() if isinstance(ids, Tensor) else ids
         return [self.tokenizer.decode(self._before_stop(row), skip_special_tokens=True).strip() for row in rows]
+
+    def answers(self, ids: Sequence[Sequence[int]] | Tensor) -> list[tuple[str | None, str]]:
+        """Of each row of generated ids: the state it starts with (see `data.state_tokens`; None without), and its text, in which
+        neither the state nor a special token is left: the text that a record would hold.
+        """
+        rows = ids.tolist() if isinstance(ids, Tensor) else ids
+        # With special tokens: a state may be one.
+        whole = [self.tokenizer.decode(self._before_stop(row)) for row in rows]
+        states = [split_state(text, self.config.state_tokens)[0] for text in whole]
+        return [(state, split_state(text, self.config.state_tokens)[1].strip()) for state, text in zip(states, self.decode(rows))]
 
     def save(self, folder: str | Path) -> None:
         """Writes the tokenizer's files and processor.json; same processor, same bytes."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.config import DataError
-from data.fields import FieldError, kind_of, printable
+from data.fields import FieldError, kind_of, record_line
 from data.media_refs import MediaRef, media_by_kind
 from data.turns import Turn, check_order, in_reading_order, leading_answer, place_unplaced, read_turns
 from model.batch import PLACEHOLDERS
@@ -30,7 +30,7 @@ class RecordError(DataError):
     """One record breaks the rules. The message is one line that is safe to print; what it is made of stands as it is."""
 
     def __init__(self, where: str, id: str, field: str, reason: str) -> None:
-        super().__init__(printable(f"{where} {id}: {field}: {reason}"))
+        super().__init__(record_line(where, id, field, reason))
         self.where, self.id, self.field, self.reason = where, id, field, reason
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from data.fields import MAX_NAME
 from data.limits import open_regular
 
 
@@ -87,5 +88,5 @@ def text_array(text: str) -> np.ndarray:
 
 
 def safe_name(key: str) -> str:
-    """A source's key as part of a file's name."""
-    return re.sub(r"[^A-Za-z0-9._-]", "_", key)
+    """A source's key as part of a file's name, which a file system bounds; what makes it unique stands behind it."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", key[:MAX_NAME])

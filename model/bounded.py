@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -55,3 +56,19 @@ def is_deeper(value: Any, depth: int) -> bool:
         if not level:
             return False
     return True
+
+
+SHOWN, LISTED = 200, 8
+"""Characters of a value in a message, and values of a list."""
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: they stay readable whatever it holds."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
+
+
+def listed(values: Sequence[Any]) -> str:
+    """A few of the values as messages show them, and how many more there are."""
+    more = f" and {len(values) - LISTED} more" if len(values) > LISTED else ""
+    return ", ".join(map(shown, values[:LISTED])) + more

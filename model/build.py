@@ -87,7 +87,7 @@ def inject(model: MultimodalLM, card: ModelCard) -> None:
     parts = {name: model.get_submodule(name) for name, part in card.model.parts().items() if part.tune == "lora"}
     if parts:
         with parameters_on_meta():
-            paths = target_paths(parts, card.lora.targets, model.llm.get_output_embeddings())  # type: ignore[operator]
+            paths = target_paths(parts, card.lora.targets)
             add_lora(model, paths, card.lora)
 
 

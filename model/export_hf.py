@@ -16,9 +16,10 @@ from model.batch import ImageSpec, MediaMeta, image_spec, num_tokens
 from model.card import ModelCard
 from model.config import ConfigError
 from model.files import SHARD_BYTES, Entry, dump_json, in_memory, split_by_size, write_safetensors
-from model.llm import blocks, head_weight
+from model.llm import blocks, build_llm, head_weight
+from model.logits import LogitChange
 from model.multimodal import MultimodalLM
-from model.weights import kept_buffers
+from model.weights import kept_buffers, parameters_on_meta
 
 KIND = "mlp2x_gelu"
 PREFIXES = (
@@ -51,8 +52,24 @@ def check_exportable(card: ModelCard) -> None:
         problems.append(
             f"[model.{'], [model.'.join(heard)}]: LLaVA's classes do not hear; --for safetensors writes each part's file"
         )
+    problems += head_problems(card)
     if problems:
         raise ConfigError("cannot be written for LlavaForConditionalGeneration: " + "; ".join(problems))
+
+
+def head_problems(card: ModelCard) -> list[str]:
+    """What the language model does with its head's products that LLaVA's classes, which have a bare head, do not."""
+    with parameters_on_meta():
+        llm: Any = build_llm(card.hugging_face["llm"], card.model.attention, card.vocabulary)
+    change: LogitChange = llm.logit_change
+    done = [f"multiplies its logits by {change.scale:g}"] if change.scale != 1.0 else []
+    done += [f"caps its logits at {change.cap:g}"] if change.cap is not None else []
+    if not done:
+        return []
+    return [
+        f"model.llm.path: {type(llm).__name__} {' and '.join(done)}, and LLaVA's classes apply the bare head, so every logit would "
+        "be another; --for peft and tools.merge_lora keep the model's own class"
+    ]
 
 
 def strategy(spec: ImageSpec) -> str:

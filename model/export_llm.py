@@ -20,11 +20,11 @@ from model.quantized import STORED, quantised
 from model.weights import kept_buffers
 
 
-def inherits_llm(folder: Path, card: ModelCard) -> bool:
-    """Whether the run's adapter sits on other weights than the base folder's: an earlier run trained or merged some."""
+def inherited_parts(folder: Path, card: ModelCard) -> set[str]:
+    """Parts of which an earlier run trained or merged some weight, so that an adapter of this run sits on more than a base."""
     below = run_layers(folder, card, assemble(card, torch.float32), "SOURCE")[1:]
     names = {name for layer in below for name in (*layer.tensors, *layer.adapters, *layer.stored)}
-    return any(name.startswith("llm.") and not is_adapter(name) for name in names)
+    return {name.partition(".")[0] for name in names if not is_adapter(name)}
 
 
 def write_llm(source: Path, folder: Path, card: ModelCard) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.bounded import shown
 from model.config import ConfigError, LoraConfig
 
 ALL_LINEAR = "all-linear"
 SUFFIXES = (".lora_A", ".lora_B")
+HEAD_STAYS = (
+    "which is never adapted: the loss multiplies by its bare matrix piece by piece; leave it out, or train it with "
+    "model.llm.tune = 'full'"
+)
 
 
 class LoraLinear(nn.Linear):
@@ -36,27 +42,59 @@ class LoraLinear(nn.Linear):
         return self.multiply(x) + self.scale * F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)
 
 
-def target_paths(parts: dict[str, nn.Module], targets: str | tuple[str, ...], head: nn.Module | None) -> list[str]:
+def target_paths(parts: dict[str, nn.Module], targets: str | tuple[str, ...]) -> list[str]:
     """Full paths, as `llm.model.layers.0.self_attn.q_proj`, of the linear layers of `parts` that `targets` names.
 
     `all-linear` means every one but the head. A pattern (`*` matches anything, dots too) that matches none is an error.
     """
-    linear = [
-        f"{part}.{name}"
-        for part, module in parts.items()
-        for name, child in module.named_modules()
-        if type(child) is nn.Linear and child is not head
-    ]
+    linear = [path for path, module in _modules(parts) if type(module) is nn.Linear and not at_head(path, parts)]
+    if not linear:
+        raise ConfigError(f"lora: the parts tuned by LoRA ({', '.join(parts)}) have no linear layer that an adapter could stand in")
     if targets == ALL_LINEAR:
         return linear
     patterns = (targets,) if isinstance(targets, str) else targets
+    if not patterns:
+        raise ConfigError(f"lora.targets = [] names no layer: name patterns of full paths, as {linear[0]!r}, or {ALL_LINEAR!r}")
     for pattern in patterns:
         if not any(fnmatchcase(path, pattern) for path in linear):
             raise ConfigError(
-                f"lora.targets: {pattern!r} matches no linear layer of the parts tuned by LoRA ({', '.join(parts)}); "
-                f"full paths look like {linear[0]!r}; '*' matches anything"
+                f"lora.targets: {shown(pattern)} matches no linear layer of the parts tuned by LoRA ({', '.join(parts)})"
+                f"{_why(pattern, parts, linear)}; full paths look like {linear[0]!r}; '*' matches anything"
             )
     return [path for path in linear if any(fnmatchcase(path, pattern) for pattern in patterns)]
+
+
+def _modules(parts: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    for part, module in parts.items():
+        yield from ((f"{part}.{name}" if name else part, child) for name, child in module.named_modules())
+
+
+def _why(pattern: str, parts: dict[str, nn.Module], linear: list[str]) -> str:
+    """What a pattern names that matches no linear layer, with what stands before it in the message."""
+    named = [(path, module) for path, module in _modules(parts) if fnmatchcase(path, pattern)]
+    for path, module in named:
+        if at_head(path, parts):
+            return f": {path} is the head, {HEAD_STAYS}"
+        if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
+            return f": {path} holds its experts fused in one parameter each, which adapters do not reach"
+    if named:
+        return f": {named[0][0]} is a {type(named[0][1]).__name__}, and adapters stand in linear layers"
+    for path in linear:
+        if fnmatchcase(f"{path}.weight", pattern):
+            return f": it names a parameter; write {pattern.removesuffix('.weight')!r}, the layer"
+        if path.endswith(f".{pattern}"):
+            return f": patterns are of whole paths; write {f'*.{pattern}'!r}"
+    return ""
+
+
+def at_head(path: str, parts: Mapping[str, nn.Module]) -> bool:
+    """Whether the full path is that of the language model's head."""
+    part, _, name = path.partition(".")
+    llm: Any = parts.get(part) if part == "llm" else None
+    try:
+        return llm is not None and llm.get_submodule(name) is llm.get_output_embeddings()
+    except AttributeError:  # no such layer
+        return False
 
 
 def add_lora(root: nn.Module, paths: list[str], config: LoraConfig) -> None:
@@ -71,6 +109,14 @@ def adapted(root: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     for name, module in root.named_modules():
         if isinstance(module, LoraLinear):
             yield name, module
+
+
+def learning_biases(part: nn.Module, bias: str) -> Iterator[str]:
+    """Names of the biases of `part` that learn beside its adapters; `bias`: none | lora_only | all, of all its layers."""
+    if bias == "all":
+        yield from (name for name, _ in part.named_parameters() if name.rpartition(".")[2] == "bias")
+    if bias == "lora_only":
+        yield from (f"{path}.bias" for path, layer in adapted(part) if layer.bias is not None)
 
 
 def is_adapter(name: str) -> bool:

@@ -12,14 +12,14 @@ from model.card import ModelCard, read_card
 from model.config import ConfigError, QuantizeConfig
 from model.files import Tensors, read_weights
 from model.initial import initial_adapter, initial_tensors
-from model.lora import SUFFIXES, adapted, is_adapter
+from model.lora import adapted, is_adapter
 from model.manifest import NAME as MANIFEST
 from model.manifest import UnsoundCheckpoint, verify
 from model.multimodal import MultimodalLM
 from model.new_tokens import FILE as NEW_ROWS
 from model.new_tokens import first_rows, is_new_rows, row_patches
 from model.peft import read_adapter
-from model.projector_files import projector_layers
+from model.projector_files import check_llavas_parts, projector_layers
 from model.proof import Check, check_proof
 from model.quantized import matrices
 from model.shards import weight_tensors
@@ -47,8 +47,9 @@ def given_layers(card: ModelCard, model: MultimodalLM, held: Collection[str] = (
     if card.lora.path and not any(map(is_adapter, held)):
         if any(map(is_adapter, claimed)):
             raise ConfigError("lora.path and model.init_from both hold adapters: name one of them")
-        wanted = {f"{path}{suffix}" for path, _ in adapted(model) for suffix in SUFFIXES}
-        layers.append(Layer(card.lora.path, lambda: read_adapter(Path(card.lora.path), card.lora, wanted)))
+        check_llavas_parts(card)
+        parts = {name: model.get_submodule(name) for name in sorted(card.lora_parts)}
+        layers.append(Layer(card.lora.path, lambda: read_adapter(Path(card.lora.path), card.lora, parts)))
     return layers
 
 

@@ -2,47 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from model.bounded import load_json
+from torch import nn
+
+from model.bounded import SHOWN, load_json, shown
 from model.config import ConfigError, LoraConfig
-from model.files import Rows, Tensors, dump_json, read_safetensors
-from model.lora import is_adapter
+from model.files import Rows, Tensors, dump_json, read_safetensors, read_weights
+from model.lora import HEAD_STAYS, SUFFIXES, adapted, at_head, is_adapter, learning_biases
+from model.peft_settings import DEFAULTS, problems
 
 PREFIX = "base_model.model."
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 OURS, OUR_CONFIG, CARD = "lora.safetensors", "lora.json", "model.json"
-DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 8, "use_rslora": False}
-"""What PEFT takes for a key that adapter_config.json leaves out."""
-OTHER_MATHS = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "use_qalora", "lora_bias")
-"""Settings of PEFT under which the same tensors mean something that LoRA here is not."""
+INHERITS = "inherits"
+"""Key of lora.json: the adapter sits on weights that an earlier run trained, not on the base's."""
+BIASES = ("none", "lora_only", "all")
+"""Values of `bias`, each with more learning biases than the one before."""
+TO_MERGE = "merge it into its base with PEFT (merge_and_unload) and name the result as model.llm.path"
 
 
-def read_adapter(path: Path, lora: LoraConfig, wanted: Collection[str]) -> Tensors:
-    """Adapter tensors by full name, from our lora.safetensors, a folder that holds it, or a PEFT folder.
+def read_adapter(path: Path, lora: LoraConfig, parts: Mapping[str, nn.Module]) -> Tensors:
+    """Every tensor of an adapter by full name, from our lora.safetensors, a folder that holds it, or a PEFT folder.
 
-    ConfigError unless its adapters are exactly `wanted` and [lora] scales them as they were trained.
+    `parts`: the modules that carry adapters now. ConfigError unless the file's adapters are exactly theirs, its biases those that
+    it says learned, and [lora] scales them as they were trained.
     """
-    if path.is_dir() and (path / CONFIG).is_file():
-        found = _read_peft(path, lora)
+    folder = path.parent if path.name in (WEIGHTS, PICKLED) else path
+    if (folder / CONFIG).is_file():
+        if (folder / OURS).is_file():
+            raise ConfigError(f"lora.path = {str(path)!r} holds two adapters, a {CONFIG} of PEFT and a {OURS}: keep one of them")
+        found, bias = _read_peft(folder, lora)
     else:
-        found = _read_ours(path, lora)
-    differing = sorted({name for name in found if is_adapter(name)} ^ set(wanted))
-    if differing:
-        side = "has no" if differing[0] in wanted else "also has"
-        raise ConfigError(
-            f"lora.path = {str(path)!r} {side} {differing[0]} ({len(differing)} such differences between it and this model): "
-            f"lora.targets must name the layers it was trained on"
-        )
+        found, bias = _read_ours(path, lora, parts)
+    _check_bias(path, bias, lora.bias)
+    _check_names(path, set(found), bias, parts)
     return found
 
 
-def _read_ours(path: Path, lora: LoraConfig) -> Tensors:
+def _check_names(path: Path, found: set[str], bias: str, parts: Mapping[str, nn.Module]) -> None:
+    adapters, biases = {name for name in found if is_adapter(name)}, {name for name in found if name.endswith(".bias")}
+    for name in sorted(adapters):
+        if at_head(inner := name.rpartition(".")[0], parts):
+            raise ConfigError(f"lora.path = {str(path)!r} adapts {inner}: {inner} is the head, {HEAD_STAYS}; or {TO_MERGE}")
+    if foreign := sorted(found - adapters - biases):
+        raise ConfigError(
+            f"lora.path = {str(path)!r} holds {shown(foreign[0])} ({len(foreign)} such), which is no part of an adapter here: "
+            f"{TO_MERGE}"
+        )
+    wanted = {f"{part}.{name}{suffix}" for part, module in parts.items() for name, _ in adapted(module) for suffix in SUFFIXES}
+    _compare(path, adapters, wanted, "lora.targets must name the layers it was trained on")
+    learned = {f"{part}.{name}" for part, module in parts.items() for name in learning_biases(module, bias)}
+    _compare(path, biases, learned, f"with bias = {bias!r} it holds the biases that learned with it, and no others")
+
+
+def _compare(path: Path, found: set[str], wanted: set[str], hint: str) -> None:
+    if differing := sorted(found ^ wanted):
+        side = "has no" if differing[0] in wanted else "also has"
+        raise ConfigError(
+            f"lora.path = {str(path)!r} {side} {differing[0][:SHOWN]} ({len(differing)} such differences between it and this "
+            f"model): {hint}"
+        )
+
+
+def _check_bias(path: Path, then: object, now: str) -> None:
+    if then not in BIASES:
+        raise ConfigError(f"lora.path = {str(path)!r} has bias = {shown(then)}: {' | '.join(map(repr, BIASES))} are known")
+    if BIASES.index(then) > BIASES.index(now):
+        raise ConfigError(
+            f"lora.path = {str(path)!r} was trained with bias = {then!r}, but lora.bias = {now!r}: its trained biases would be "
+            f"lost; set lora.bias = {then!r}"
+        )
+
+
+def _read_ours(path: Path, lora: LoraConfig, parts: Collection[str]) -> tuple[Tensors, str]:
+    """The tensors, and which biases are among them."""
     file = path / OURS if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(f"lora.path = {str(path)!r} is neither a PEFT folder nor a {OURS}")
+    found, said = read_safetensors(file), []
     for name in (OUR_CONFIG, CARD):
         beside = file.with_name(name)
         if beside.is_file():
@@ -51,7 +91,24 @@ def _read_ours(path: Path, lora: LoraConfig) -> Tensors:
             if not isinstance(config, dict) or not config.keys() >= {"rank", "alpha", "rslora"}:
                 raise ConfigError(f"lora.path = {str(path)!r}: {beside.name} does not say rank, alpha and rslora")
             _check(path, {key: config[key] for key in ("rank", "alpha", "rslora")}, lora)
-    return read_safetensors(file)
+            said += [config["bias"]] if "bias" in config else []
+            _check_base(path, file.parent, value, parts)
+    # Files from before lora.json said it: biases that are there are those that learn now, or it is an error.
+    learned = lora.bias if any(not is_adapter(name) for name in found) else "none"
+    return found, said[0] if said else learned
+
+
+def _check_base(path: Path, folder: Path, described: dict[str, Any], parts: Collection[str]) -> None:
+    """An adapter means something on the weights that it was trained on alone."""
+    model = described.get("model")
+    earlier = model.get("init_from") if isinstance(model, dict) else described.get(INHERITS)
+    beside = [file.name for part in parts for file in sorted(folder.glob(f"{part}[.-]*safetensors"))] if model else []
+    if earlier or beside:
+        what = f"beside it in {beside[0]}" if beside else "that an earlier run trained"
+        raise ConfigError(
+            f"lora.path = {str(path)!r} holds an adapter of weights {what}, not of the base's: name its run as model.init_from "
+            "instead"
+        )
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -68,26 +125,39 @@ def _check(path: Path, config: dict[str, Any], lora: LoraConfig) -> None:
     for key, value in config.items():
         if getattr(lora, key) != value:
             raise ConfigError(
-                f"lora.path = {str(path)!r} was trained with {key} = {value!r}, but lora.{key} = {getattr(lora, key)!r}"
+                f"lora.path = {str(path)!r} was trained with {key} = {shown(value)}, but lora.{key} = {getattr(lora, key)!r}"
             )
 
 
-def _read_peft(folder: Path, lora: LoraConfig) -> Tensors:
+def _read_peft(folder: Path, lora: LoraConfig) -> tuple[Tensors, str]:
+    """The tensors under our names, and which biases are among them."""
     config = {**DEFAULTS, **_read_json(folder / CONFIG)}
-    if config.get("peft_type", "LORA") != "LORA":
-        raise ConfigError(f"lora.path = {str(folder)!r} is a {config['peft_type']} adapter, not LORA")
-    if other := [key for key in OTHER_MATHS if config.get(key)]:
-        raise ConfigError(
-            f"lora.path = {str(folder)!r} uses {other[0]} = {config[other[0]]!r} of PEFT, which is not supported here"
-        )
-    _check(folder, {"rank": config["r"], "alpha": config["lora_alpha"], "rslora": config["use_rslora"]}, lora)
-    if not (folder / WEIGHTS).is_file():
+    # As PEFT itself: the pickle is read where there is no other file.
+    file = next((folder / name for name in (WEIGHTS, PICKLED) if (folder / name).is_file()), None)
+    if file is None:
         raise ConfigError(f"lora.path = {str(folder)!r} holds no {WEIGHTS}")
     found: dict[str, Rows] = {}
-    for name, rows in read_safetensors(folder / WEIGHTS).items():
-        plain = name.removeprefix(PREFIX).replace(".base_layer", "")
-        found["llm." + (plain.removesuffix(".weight") if "lora_" in plain else plain)] = rows
-    return found
+    for name, rows in read_weights(file).items():
+        if not name.startswith(PREFIX) or (ours := our_name(name)) in found:
+            raise ConfigError(
+                f"lora.path = {str(folder)!r}: {file.name} holds {shown(name)}, which PEFT would not read: its names "
+                f"begin with {PREFIX!r}"
+            )
+        found[ours] = rows
+    paths = {name.rpartition(".")[0].removeprefix("llm.") for name in found if is_adapter(name)}
+    if wrong := list(problems(config, paths)):
+        raise ConfigError(f"lora.path = {str(folder)!r} " + "; it ".join(wrong))
+    _check(folder, {"rank": config["r"], "alpha": config["lora_alpha"], "rslora": config["use_rslora"]}, lora)
+    return found, config["bias"]
+
+
+def our_name(name: str) -> str:
+    """Full name here of a tensor that PEFT calls `name`: the opposite of `peft_name`."""
+    plain = name.removeprefix(PREFIX)
+    for suffix in SUFFIXES:
+        plain = plain.removesuffix(".weight") if plain.endswith(f"{suffix}.weight") else plain
+    path, _, kind = plain.rpartition(".")
+    return f"llm.{path.removesuffix('.base_layer')}.{kind}"
 
 
 def peft_name(name: str, paths: Collection[str]) -> str:

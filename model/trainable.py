@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from model.config import LoraConfig, ModelConfig
-from model.lora import adapted, is_adapter
+from model.lora import is_adapter, learning_biases
 from model.multimodal import MultimodalLM
 from model.new_tokens import is_new_rows
 from model.quantized import num_parameters
@@ -44,13 +44,10 @@ def apply_tune(model: MultimodalLM, config: ModelConfig, lora: LoraConfig) -> No
 
 
 def _tune_adapters(part: nn.Module, lora: LoraConfig) -> None:
+    biases = set(learning_biases(part, lora.bias))
     for name, parameter in part.named_parameters():
-        if is_adapter(name) or (lora.bias == "all" and name.rpartition(".")[2] == "bias"):
+        if is_adapter(name) or name in biases:
             parameter.requires_grad_(True)
-    if lora.bias == "lora_only":
-        for _, layer in adapted(part):
-            if layer.bias is not None:
-                layer.bias.requires_grad_(True)
 
 
 def part_table(model: MultimodalLM, config: ModelConfig) -> list[PartRow]:

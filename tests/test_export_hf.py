@@ -9,18 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration
 
 from model.export_hf import write_weights
 from model.load import load_model
 from tests.finals import Run, config_of, same, save_checkpoint, save_final, save_parts, trained
 from tests.tiny_data import talk
 from tools.export_adapter import main as export
+from tools.merge_lora import main as merge
 from tools.proofs import picture
 
 
@@ -107,6 +109,34 @@ def test_pictures_that_were_sent_as_bytes_are_the_same_and_tiles_are_refused(
     assert export([str(bytes_), str(tmp_path / "hf"), "--for", "hf"]) == 0
     assert export([str(tiles), str(tmp_path / "hf2"), "--for", "hf"]) == 2
     assert "data.image_fit = 'tiles'" in capsys.readouterr().err and not (tmp_path / "hf2").exists()
+
+
+BARE = [("gemma2", "caps its logits at 3"), pytest.param("granite", "multiplies its logits by 0.25", marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize(("family", "does"), BARE)
+def test_logits_that_llavas_class_would_not_make_are_refused_before_anything_is_written(
+    tmp_path: Path, family: str, does: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Elsewhere the language model keeps its own class, and its logits."""
+    parts = save_parts(tmp_path, family, vocab_size=448)
+    run = trained(config_of(parts))
+    final = save_final(run, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("tools.export_adapter.load_model", None)
+        assert export([str(final), str(tmp_path / "hf"), "--for", "hf"]) == 2
+    said = capsys.readouterr().err
+    assert does in said and "LLaVA's classes apply the bare head" in said and not (tmp_path / "hf").exists()
+    assert export([str(final), str(tmp_path / "peft"), "--for", "peft"]) == 0
+    assert merge([str(final), str(tmp_path / "merged")]) == 0
+    base = AutoModelForCausalLM.from_pretrained(parts / "llm", dtype=torch.float32)
+    ids, known = torch.arange(5, 25)[None], run.card.vocabulary.num_known
+    models: list[Any] = [peft.PeftModel.from_pretrained(base, str(tmp_path / "peft")).eval(), load_model(tmp_path / "merged").llm]
+    with torch.no_grad():
+        expected = run.model.eval().llm(input_ids=ids).logits[..., :known]  # type: ignore[operator]
+        for model in models:
+            found = model(input_ids=ids).logits[..., :known]
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_weights_are_rounded_once_and_a_tied_head_is_left_out(tmp_path: Path) -> None:

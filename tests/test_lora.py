@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from model.build import build_model
 from model.config import ConfigError, LlmConfig, LoraConfig, ModelConfig
 from model.load import load_model
-from model.lora import LoraLinear, adapted
+from model.lora import LoraLinear, adapted, target_paths
 from model.multimodal import MultimodalLM
 from tests.finals import NO_LORA, build, config_of, save_final, save_parts, trainable, trained, values
 from tests.test_llm import batch
@@ -130,6 +130,38 @@ def test_patterns_are_full_paths_and_each_must_match(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as error:
             build(config_of(parts, "lora", "frozen"), replace(NO_LORA, targets=("llm.*.q_proj", wrong)))
         assert repr(wrong) in str(error.value) and "llm.model.layers.0.self_attn.q_proj" in str(error.value)
+
+
+WHY = {
+    "llm.lm_head": "llm.lm_head is the head, which is never adapted",
+    "*.input_layernorm": "is a Qwen2RMSNorm, and adapters stand in linear layers",
+    "llm.model.embed_tokens": "is a Embedding, and",
+    "llm.*.q_proj.weight": "it names a parameter; write 'llm.*.q_proj', the layer",
+    "q_proj": "patterns are of whole paths; write '*.q_proj'",
+    "x" * 5000: "... (5002 characters) matches no linear layer",
+}
+
+
+@pytest.mark.parametrize("pattern", WHY)
+def test_a_pattern_that_names_no_linear_layer_says_what_it_names(tmp_path: Path, pattern: str) -> None:
+    save_llm(tmp_path)
+    with pytest.raises(ConfigError, match=r"matches no linear layer .*full paths look like") as error:
+        build_model(ModelConfig(LlmConfig(str(tmp_path), "lora")), LoraConfig(rank=2, targets=("llm.*.v_proj", pattern)))
+    assert WHY[pattern] in str(error.value) and len(str(error.value)) < 1000
+
+
+def test_experts_and_models_without_linear_layers_are_named() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.zeros(2, 3, 4))
+
+    part = nn.ModuleDict({"experts": Experts(), "q": nn.Linear(2, 2)})
+    with pytest.raises(ConfigError, match=r"vision\.experts holds its experts fused in one parameter each"):
+        target_paths({"vision": part}, ("*.experts",))
+    for wrong, reason in ((nn.Conv1d(1, 1, 1), "no linear layer that an adapter"), (part, r"lora\.targets = \[\] names no layer")):
+        with pytest.raises(ConfigError, match=reason):
+            target_paths({"vision": nn.Sequential(wrong)}, ())
 
 
 def test_bias_says_which_biases_train(tmp_path: Path) -> None:

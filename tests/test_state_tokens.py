@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from data.certificate import certify
 from data.config import ConfigError, DataConfig
-from data.processor import load_processor, make_processor
+from data.processor import Processor, load_processor, make_processor
 from data.record import Record, RecordError, parse
 from data.state_tokens import STATE_TOKENS, split_state
 from data.template import Template, load_template
+from model.batch import Batch
 from tests.test_formats import index_of, talk, template, text
 from tests.tiny_data import SPECS
 from tests.tiny_tokenizers import NAMES, unigram
+from tools import evaluate
 
 GLYPHS = {"audio": "☞", "negative": "☟", "text": "☜"}
 DIGITS = {"audio": "<1>", "negative": "<2>", "text": "<3>"}
@@ -137,6 +140,37 @@ def test_states_may_be_control_tokens(name: str) -> None:
     assert states == [known["☞"], known["☜"], known["☟"]]
     starts = [k for k, s in enumerate(encoded.supervised) if s and not encoded.supervised[k - 1]]
     assert [encoded.input_ids[k] for k in starts] == states
+
+
+class Parrot:
+    """A model that has learned every record by heart, states and all."""
+
+    def __init__(self, texts: dict[str, str], processor: Processor) -> None:
+        self.texts, self.processor = texts, processor
+
+    def generate(self, prompts: Batch, max_new_tokens: int) -> list[list[int]]:
+        asked = [self.processor.tokenizer.decode(row) for row in prompts.input_ids.tolist()]
+        answers = [next(a for q, a in self.texts.items() if q in text) for text in asked]
+        return [[*self.processor.tokenizer(a, add_special_tokens=False)["input_ids"], *self.processor.stop_ids] for a in answers]
+
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
+        return torch.zeros(()), 1
+
+
+@pytest.mark.parametrize("made", [template("vita_qwen", state_tokens="digits"), single("qwen")], ids=["text", "control token"])
+def test_an_answer_that_was_learned_with_its_state_matches_its_record(made: Template, tmp_path: Path) -> None:
+    """`tools.evaluate` and `tools.chat` read answers by the same function."""
+    processor = make_processor(made, {}, DataConfig("vita_qwen", state_tokens=made.state_tokens))  # type: ignore[arg-type]
+    token = STATE_TOKENS[processor.config.state_tokens]["text"]
+    rows = [{"conversations": [{"from": "human", "value": f"q{i}?"}, {"from": "gpt", "value": f"answer {i}"}]} for i in range(3)]
+    net: Any = Parrot({f"q{i}?": f"{token}answer {i}" for i in range(3)} | {"q2?": f"{token} other"}, processor)
+    options: dict[str, Any] = {"media_root": "", "max_new_tokens": 9, "batch_size": 2}
+    totals = evaluate.Totals()
+    for answered in evaluate.answers(net, processor, index_of(tmp_path, rows), **options):
+        totals.add(answered)
+    assert totals.result()["exact_match"] == 2 / 3
+    ids = net.generate(processor(rows[:1]), 9)
+    assert processor.answers(ids) == [("text", "answer 0")] and processor.answers([[]]) == [(None, "")]
 
 
 def test_a_saved_processor_writes_them_too(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 from data.processor import Processor, load_processor
 from data.record import RecordError, parse
-from data.state_tokens import split_state
 from model.batch import PLACEHOLDERS
 from model.config import ConfigError
 from model.multimodal import MultimodalLM
@@ -36,9 +35,7 @@ def answerer(net: MultimodalLM, processor: Processor, media: Media, options: arg
 
     def answer(turns: Turns) -> Answer:
         ids = net.generate(processor([record(turns, media)]), max_new_tokens=options.max_new_tokens, **sampling)
-        # With special tokens: a state may be one. The template writes it anew, so the history must not hold it.
-        state, _ = split_state(processor.tokenizer.decode(ids[0]), processor.config.state_tokens)
-        return state, split_state(processor.decode(ids)[0], processor.config.state_tokens)[1].strip()
+        return processor.answers(ids)[0]  # without its state: the template writes that anew
 
     return answer
 

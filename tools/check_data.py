@@ -33,6 +33,7 @@ from trainer.retention import checkpoints
 from trainer.runfile import load_config
 from trainer.sources import open_data
 from trainer.stages import Place, place_to_read
+from trainer.toml_files import undashed
 
 SHOWN = 20  # problems of each field, and duplicates of each kind
 BAD_FILE, DUPLICATES_FILE = "bad.jsonl", "duplicates.jsonl"
@@ -158,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--decode", action="store_true", help="decode all media in full: slow, and finds what headers hide")
     parser.add_argument("--near", action="store_true", help="decode pictures small, to find those that look alike: slow")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
-    options = parser.parse_intermixed_args(argv)  # options may stand before the last positional
+    options = parser.parse_intermixed_args(undashed(argv))  # options may stand before the last positional
     # Worker processes share the machine; the tokenizer's own threads would fight them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return run("check_data", lambda: check(options))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 from data import fields
+from trainer.exits import INTERNAL, code_of
 
 INTERRUPTED, NOBODY_READS = 130, 141
 
@@ -25,11 +26,10 @@ def run(name: str, action: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes what is left when it ends
         return NOBODY_READS
     except Exception as error:
-        code = getattr(error, "exit_code", None)
-        if code is None:
+        if (code := code_of(error)) == INTERNAL:
             raise
-        print(f"{name}: {printable(str(error))}", file=sys.stderr)
-        return int(code)
+        print(f"{name}: {printable(fields.message(str(error)))}", file=sys.stderr)
+        return code
     return 0
 
 

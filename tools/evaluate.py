@@ -1,7 +1,8 @@
 """Greedy answers to held-out records, compared with theirs.
 
 A record's prompt is all of it before its last answer. exact_match: the part of records whose generated text equals that answer,
-white space around both stripped. loss: cross entropy per supervised token, over all answers of the kept rounds, as in training.
+without its state token, white space around both stripped. loss: cross entropy per supervised token, over all answers of the kept
+rounds, as in training.
 Progress goes to stderr; the last line of stdout is JSON: {"samples", "exact_match", "loss"}.
 """
 
@@ -81,9 +82,9 @@ def answers(
         except RecordError as error:  # the processor only knows which of these records it was
             record = records[int(error.where.rpartition(":")[2])]
             raise RecordError(record.where, record.id, error.field, error.reason) from None
-        texts = processor.decode(net.generate(prompts, max_new_tokens=max_new_tokens))
+        said = processor.answers(net.generate(prompts, max_new_tokens=max_new_tokens))
         loss_sum, num_supervised = net.loss(whole)
-        yield Answered(records, texts, loss_sum.item(), num_supervised)
+        yield Answered(records, [text for _, text in said], loss_sum.item(), num_supervised)
 
 
 def evaluate(options: argparse.Namespace) -> None:

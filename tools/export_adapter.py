@@ -6,24 +6,27 @@ SOURCE is a final/ folder or any checkpoint-N of a run. OUT must not exist yet, 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # started as a file, its own folder is on the path and not the checkout
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from data.fields import message
 from data.processor import load_processor
 from data.tokenizer import save_tokenizer
 from model import export_hf, export_llava
 from model.card import ModelCard, read_card
 from model.config import ConfigError
-from model.export_llm import inherits_llm, write_llm
+from model.export_llm import inherited_parts, write_llm
 from model.files import dump_json
 from model.load import load_model
-from model.new_tokens import FILE as NEW_ROWS
-from model.peft import OUR_CONFIG, OURS, WEIGHTS, adapter_config, write_config
-from model.trained import PROJECTORS, llm_adapter, projector, trained_files, write_file
+from model.peft import INHERITS, OUR_CONFIG, OURS, WEIGHTS, adapter_config, write_config
+from model.trained import PROJECTORS, changed_parts, llm_adapter, projector, trained_files, write_file
+from tools.cli import printable
 from tools.llava_folder import prove_folder, write_folder
 from tools.output_folder import listing, new_folder
 from trainer.exits import code_of
@@ -36,25 +39,40 @@ def to_safetensors(source: Path, out: Path, card: ModelCard, _: Path) -> str:
         raise ConfigError(f"{source} trained nothing beside the language model's own weights; copy its llm*.safetensors instead")
     for name, tensors in files.items():
         write_file(out / name, tensors)
+    inherits = OURS in files and bool(inherited_parts(source, card) & card.lora_parts)
     if OURS in files:
-        lora = card.lora
-        (out / OUR_CONFIG).write_text(dump_json({"rank": lora.rank, "alpha": lora.alpha, "rslora": lora.rslora}))
-    keys = {**{f"{part}.safetensors": f"model.{part}.path" for part in PROJECTORS}, OURS: "lora.path"}
-    named = " ".join(f"{key}={{out}}" for file, key in keys.items() if file in files)
-    if NEW_ROWS in files:
-        named = ""  # they belong to the ids of the run's tokenizer, which only the run's folder has
-    if OURS in files and inherits_llm(source, card):
-        print(f"the adapter sits on what {card.model.init_from} trained: to go on, name that as model.init_from, not lora.path")
-        named = ""
+        settings: dict[str, Any] = {key: getattr(card.lora, key) for key in ("rank", "alpha", "rslora", "bias")}
+        (out / OUR_CONFIG).write_text(dump_json({**settings, INHERITS: inherits}))
     if card.model.llm.tune == "full":
         print("not exported: llm (tune = 'full'), which is the language model itself; --for hf writes all of it")
-    return f"python -m trainer.main --cfg run.toml {named or f'model.init_from={source}'}"
+    return f"python -m trainer.main --cfg run.toml {to_go_on(source, card, set(files), inherits)}"
+
+
+def to_go_on(source: Path, card: ModelCard, files: set[str], inherits: bool) -> str:
+    """Settings beside those of the run's own file under which a run starts from all that `source` has learned.
+
+    The exported `files` themselves, where each has a setting and no weight comes from elsewhere; else the run that made them.
+    """
+    parts = [part for part in PROJECTORS if part in card.model.parts()]
+    keys = {**{f"{part}.safetensors": f"model.{part}.path" for part in parts}, OURS: "lora.path"}
+    # Without reading a language model that was trained whole: what a run holds of it is known without its bytes.
+    if files <= keys.keys() and not inherits and card.model.llm.tune != "full":
+        covered = {file.removesuffix(".safetensors") for file in files} | (card.lora_parts if OURS in files else set())
+        if changed_parts(source, card) <= covered:
+            return " ".join(f"{key}={{out}}" for file, key in keys.items() if file in files) + " model.init_from="
+    if alone := sorted(files - keys.keys()) + ([OURS] if inherits else []):
+        print(f"no setting reads {', '.join(alone)} alone: to go on with all that was trained, the run itself is named")
+    named = {"lora.path": card.lora.path, **{f"model.{part}.path": getattr(card.model, part).path for part in parts}}
+    return " ".join([f"model.init_from={shlex.quote(str(source))}", *(f"{key}=" for key, path in named.items() if path)])
 
 
 def to_llava(source: Path, out: Path, card: ModelCard, _: Path) -> str:
     """LLaVA's mm_projector.bin."""
     export_llava.check_exportable(card)
     path = export_llava.write_projector(out, projector(source, card))
+    others = [f"{name} (tune = {part.tune!r})" for name, part in card.model.parts().items() if part.tune != "frozen"]
+    if others := [text for text in others if not text.startswith("vision_projector ")]:
+        print(f"not exported: {', '.join(others)}: LLaVA reads the projector alone from this file")
     return f"(in LLaVA) python llava/train/train_mem.py --pretrain_mm_mlp_adapter {{out}}/{path.name} ..."
 
 
@@ -62,7 +80,7 @@ def to_peft(source: Path, out: Path, card: ModelCard, named: Path) -> str:
     """A PEFT adapter folder for the language model, with the model it sits on if an earlier run trained that."""
     tensors, paths = llm_adapter(source, card)
     base = card.model.llm.path
-    if inherits_llm(source, card):
+    if "llm" in inherited_parts(source, card):
         base = str(named / "base")
         (out / "base").mkdir()
         write_llm(source, out / "base", card)
@@ -104,7 +122,8 @@ def export(source: Path, out: Path, target: str = "safetensors") -> None:
     card = read_card(source)
     with new_folder(out) as folder:
         following = TARGETS[target](source, folder, card, out)
-    print(f"{out}:\n{listing(out)}\nnext: {following.replace('{out}', str(out))}")
+    following = following.replace("'{out}'", repr(str(out))).replace("{out}", shlex.quote(str(out)))
+    print(f"{out}:\n{listing(out)}\nnext: {following}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -119,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if (code := code_of(error)) == 1:
             raise
-        print(f"export_adapter: {error}", file=sys.stderr)
+        print(f"export_adapter: {printable(message(str(error)))}", file=sys.stderr)
         return code
     return 0
 

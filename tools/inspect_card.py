@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator
 
-from data.fields import printable
+from data.fields import bounded, printable
 from model.batch import ImageSpec
 from tools.inspect_entry import Box, Entry, Piece
 from tools.inspect_pictures import Album, picture, pixels, sound
@@ -45,7 +45,7 @@ def card(entry: Entry, source: str, place: int, max_length: int, album: Album) -
     tokens = entry.num_tokens or entry.planned
     return (
         f'<article tabindex=0 data-source="{visible(source)}" data-kinds="{kinds}" data-status="{entry.status}"'
-        f' data-tokens="{tokens}" data-place="{place}" aria-label="sample {visible(entry.id)}">\n'
+        f' data-tokens="{tokens}" data-place="{place}" aria-label="sample {visible(bounded(entry.id))}">\n'
         f"<header>{_headline(entry, source)}{_share(entry, max_length)}{_note(entry)}</header>\n"
         f"<div class=body>\n{_media(entry.boxes, album)}{_text(entry)}</div>\n</article>\n"
     )
@@ -57,7 +57,7 @@ def _headline(entry: Entry, source: str) -> str:
         learned = f"<b>{entry.num_learned:,}</b> learned ({entry.num_learned / entry.num_tokens:.1%})"
         planned = f"<b>{entry.num_tokens:,}</b> tokens, {learned}, {planned}"
     return (
-        f"<div class=top><h2>{visible(entry.id or entry.where)}</h2>"
+        f"<div class=top><h2>{visible(bounded(entry.id) or entry.where)}</h2>"
         f"<span class=sub>{visible(source)} · {visible(entry.where)} · sample {entry.sample_id}</span>"
         f"<span class=nums>{planned}</span></div>"
     )

@@ -15,11 +15,13 @@ from pathlib import Path
 
 from data.certificate import certify
 from data.config import DataError
+from data.fields import bounded
 from model.config import ConfigError
 from tools.cli import printable, run
 from tools.inspect_choice import KINDS, Source, Wanted, choose, open_sources, place_of
 from tools.inspect_entry import Box, Entry
 from tools.inspect_html import Shown, page
+from trainer.toml_files import undashed
 
 GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 NUM_PRINTED, NUM_ON_PAGE = 3, 50
@@ -36,7 +38,7 @@ def certified(source: Source) -> tuple[str, bool]:
 
 def print_source(source: Source, colour: bool) -> bool:
     """Prints one source; whether the run would refuse it."""
-    name = f"data.{source.table} {source.config.key}: {source.config.path}"
+    name = printable(f"data.{source.table} {source.config.key}: {source.config.path}")
     ids = source.pool.ids
     media = [f"{int((source.dataset.modalities[ids] > 0).sum()):,} with media"]
     media += [f"{count:,} with {kind}" for kind, count in source.kinds.items()]
@@ -53,7 +55,7 @@ def print_source(source: Source, colour: bool) -> bool:
 
 def printed(entry: Entry, colour: bool) -> str:
     """A headline with the record's place and lengths, and the sample; or why there is none."""
-    headline = f"{entry.where} {entry.id}:"
+    headline = f"{entry.where} {bounded(entry.id)}:"
     if entry.status not in ("trained", "shortened"):
         return printable(f"{headline} {entry.status}, not trained on: {entry.reason}")
     parts = [f"{entry.num_tokens} tokens", f"{entry.num_learned} supervised"]
@@ -150,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     order.add_argument("--quarantined", action="store_true", help="what the run quarantined")
     order.add_argument("--step", type=int, metavar="N", help="with --run: what brought it from N to N + 1 completed steps")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
-    options = parser.parse_intermixed_args(argv)  # options may stand before the last positional
+    options = parser.parse_intermixed_args(undashed(argv))  # options may stand before the last positional
     return run("inspect_data", lambda: inspect(options))
 
 

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # started as a file, its own folder is on the path a
 import torch
 from torch import Tensor
 
+from data.fields import message
 from data.processor import Processor, load_processor
 from model.card import ModelCard, read_card, write_card
 from model.config import ConfigError, ModelConfig, QuantizeConfig
@@ -24,6 +25,7 @@ from model.files import SHARD_BYTES, Entry, dump_json, in_memory, split_by_size,
 from model.load import load_model
 from model.proof import file_facts
 from model.trained import changed_parts, projector, write_file
+from tools.cli import printable
 from tools.output_folder import listing, new_folder
 from tools.proofs import batch_of, check_close, logits, sample
 from trainer.exits import ProofError, code_of
@@ -112,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if (code := code_of(error)) == 1:
             raise
-        print(f"merge_lora: {error}", file=sys.stderr)
+        print(f"merge_lora: {printable(message(str(error)))}", file=sys.stderr)
         return code
     return 0
 

@@ -34,6 +34,7 @@ from trainer.runfile import load_config
 from trainer.setup import num_steps, resolved
 from trainer.sources import RunData, open_data
 from trainer.stages import place_to_read
+from trainer.toml_files import undashed
 from trainer.work import media_memory, sample_costs
 
 GIB = 2**30
@@ -152,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if cuda else "cpu", help="what it will run on")
     parser.add_argument("--no-data", action="store_true", help="the data are elsewhere: plan by data.max_length")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
-    options = parser.parse_intermixed_args(argv)
+    options = parser.parse_intermixed_args(undashed(argv))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return run("plan", lambda: plan(options))
 

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from data.fields import MAX_NAME
 from model.agreement import LORA_SHAPE
+from model.bounded import shown
 from model.config import PartConfig
 from trainer.checks import idle_settings, problems_of
 from trainer.config import RunConfig, StageConfig
@@ -52,13 +54,17 @@ def read_curriculum(tables: dict[str, Any], filled: Callable[[RunConfig], RunCon
 def _drafts(stages: Any) -> tuple[list[Draft], list[str]]:
     """Stages with usable names, and what is wrong with the others."""
     if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
-        return [], [f"stage = {stages!r} is not a list of tables: write [[stage]], with a name"]
+        return [], [f"stage = {shown(stages)} is not a list of tables: write [[stage]], with a name"]
     drafts: list[Draft] = []
     problems = []
     for number, stage in enumerate(stages, 1):
         name = stage.get("name")
         if not isinstance(name, str) or not NAME.fullmatch(name):
-            problems.append(f"stage {number}: name = {name!r} is not made of a-z, 0-9, _ and -: every [[stage]] needs such a name")
+            problems.append(
+                f"stage {number}: name = {shown(name)} is not made of a-z, 0-9, _ and -: every [[stage]] needs such a name"
+            )
+        elif len(name) > MAX_NAME:
+            problems.append(f"stage {number}: name has {len(name)} characters, more than {MAX_NAME}: it is part of a folder's name")
         elif name in [draft.name for draft in drafts]:
             problems.append(f"stage {number}: name = {name!r} is the name of an earlier stage: their folders would be one")
         else:

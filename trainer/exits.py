@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.fields import printable
+from data.fields import message, printable
 from model.files import dump_json
 from trainer.disk import NEW
 from trainer.steering import Steering
@@ -62,7 +62,7 @@ class BusyError(SaveError):
 
 NO_WRITING = {
     getattr(errno, name)
-    for name in ("ENOSPC", "EROFS", "EACCES", "EPERM", "EDQUOT", "EIO", "EFBIG", "EISDIR", "ENOTDIR")
+    for name in ("ENOSPC", "EROFS", "EACCES", "EPERM", "EDQUOT", "EIO", "EFBIG", "EISDIR", "ENOTDIR", "EEXIST", "ENAMETOOLONG")
     if hasattr(errno, name)
 }
 """Errors of the system that mean a file cannot be written, whoever tried."""
@@ -85,7 +85,7 @@ def record(output_dir: Path | None, code: int, reason: str, step: int | None, ra
     """Write exit.json unless another rank was first. Returns whether this rank is the one to speak; where the file cannot be
     written that is the one that `speaks`, by default rank 0.
     """
-    speaks = rank == 0 if speaks is None else speaks
+    speaks, reason = rank == 0 if speaks is None else speaks, message(reason)
     if output_dir is None:
         return speaks
     launch = {"launch": os.environ["TORCHELASTIC_RUN_ID"]} if "TORCHELASTIC_RUN_ID" in os.environ else {}
@@ -129,7 +129,7 @@ def tell(
             traceback.print_exception(error, file=sys.stderr)
         where = "" if step is None else f" after step {step}"
         line_of_its_own = "" if step is None else "\n"  # a progress bar stands where the cursor is
-        text = f"{line_of_its_own}trainer: rank {rank} stopped{where}: {reason}"
+        text = f"{line_of_its_own}trainer: rank {rank} stopped{where}: {message(reason)}"
         print(printable(text, keep="\n\t"), file=sys.stderr, flush=True)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.dataset import MultimodalDataset
+from data.fields import bounded
 from data.record import RecordError
 from model.batch import Batch
 from trainer.disk import replace_text
@@ -167,7 +168,7 @@ def _names(trained: Trained | None) -> list[str]:
 def _record(dataset: MultimodalDataset, i: int) -> str:
     _, index, row = dataset.place(i)
     try:
-        return f"{index.where(row)} {dataset.record(i).id}"
+        return f"{index.where(row)} {bounded(dataset.record(i).id)}"
     except (RecordError, OSError):
         return index.where(row)
 

@@ -92,13 +92,8 @@ def hold(folder: Path, *, waits: bool = True) -> FolderLock:
     except OSError as error:
         if lock is not None:
             lock.release()
-        raise SaveError(f"output_dir = {str(folder)!r} cannot be written: {error.strerror}") from error
-
-
-def check_room_for_final(folder: Path) -> None:
-    """SaveError where something else has that name."""
-    if (folder / "final").exists() and not (folder / "final").is_dir():
-        raise SaveError(f"{folder / 'final'} is in the way: final/ will be a folder; remove it")
+        where = f" ({error.filename})" if error.filename and str(error.filename) != str(folder) else ""
+        raise SaveError(f"output_dir = {str(folder)!r} cannot be written: {error.strerror}{where}") from error
 
 
 class _Lease:

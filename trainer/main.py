@@ -20,7 +20,7 @@ from trainer.disk import make_folder, replace_text
 from trainer.distributed import World, die_with_parent, start_world, stop_world
 from trainer.export import final_step, publish, write_final
 from trainer.guard import Guard
-from trainer.lock import FolderLock, check_room_for_final, hold
+from trainer.lock import FolderLock, hold
 from trainer.loop import Loop
 from trainer.quarantine import NAME as QUARANTINE
 from trainer.quarantine import read_rows, start_afresh
@@ -30,13 +30,14 @@ from trainer.report import plan
 from trainer.restore import restore
 from trainer.resume import check_state, choose, left_of
 from trainer.retention import set_aside, step_of
+from trainer.run_folder import check_names
 from trainer.runfile import load_config
 from trainer.schema import to_tables
 from trainer.setup import Setup, build, make_deterministic, resolved
 from trainer.sources import certify_all, open_data, with_bases
 from trainer.stages import Place, check_stages, outline, places_of
 from trainer.steering import STOP
-from trainer.toml_files import apply_override, read_toml, to_toml
+from trainer.toml_files import apply_override, read_toml, to_toml, undashed
 
 
 def run(config: RunConfig, world: World | None = None) -> int:
@@ -50,7 +51,7 @@ def run(config: RunConfig, world: World | None = None) -> int:
         signals.check_restart(folder)
         lock = hold(folder) if rank == 0 else None
         if lock is not None:
-            check_room_for_final(folder)
+            check_names(folder)
         with signals.listening(folder, rank, progress, config.faults.grace_seconds):
             return attended(config, world, progress, lock)
     except (Exception, KeyboardInterrupt) as error:
@@ -194,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="trainer.main", description="Train a multimodal model as a run.toml describes it.")
     parser.add_argument("--cfg", required=True, help="the run file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(undashed(argv))
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # Many ranks and workers share a machine; the tokenizer's own threads would fight them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

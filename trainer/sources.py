@@ -154,7 +154,8 @@ def given_digests(card: ModelCard) -> dict[str, str]:
     }
     found = {}
     for key, path in named.items():
-        files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
+        folder = Path(path).is_dir()
+        files = sorted(f for f in Path(path).iterdir() if f.suffix in (".safetensors", ".bin")) if folder else [Path(path)]
         if path and all(file.is_file() for file in files):
             found[key] = sampled_digest(files)
     return found

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from model.bounded import is_deeper
+from model.bounded import is_deeper, shown
 from model.config import ConfigError
 
 MAX_BYTES = 1_000_000
@@ -18,7 +19,8 @@ MAX_OVERRIDE = 100_000
 """Characters of one override."""
 INTEGERS = range(-(2**63), 2**63)
 """TOML's; Python's parser takes any."""
-SHOWN = 200
+DASHED = re.compile(r"--(output_dir=|seed=|[a-z_]+\.)")
+"""Of a setting on a command line, as other trainers have them."""
 BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -73,6 +75,13 @@ def apply_override(tables: dict[str, Any], text: str) -> None:
     check_depth(tables, shown(text))
 
 
+def undashed(words: list[str] | None) -> list[str]:
+    """The words of a command line (None: this process's own), with settings that are written as options, `--section.key=value`,
+    as the settings that they name: no option has a dot in its name.
+    """
+    return [word[2:] if DASHED.match(word) else word for word in (sys.argv[1:] if words is None else words)]
+
+
 def _override_value(text: str) -> Any:
     try:
         tables = tomllib.loads(f"value = {text}")
@@ -82,12 +91,6 @@ def _override_value(text: str) -> Any:
         return text
     # A line break in it would begin another key, which nobody would see again.
     return tables["value"] if tables.keys() == {"value"} else text
-
-
-def shown(value: Any) -> str:
-    """A value as messages show it: they stay readable whatever it holds."""
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
 
 
 def to_toml(tables: dict[str, Any]) -> str:
