@@ -6,16 +6,19 @@ shown. libav marks them and keeps their frames back; the key frame that the othe
 
 from __future__ import annotations
 
+import struct
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from PIL import Image
 
 from data.av_packets import Packet, frames_from, read_packets
 from data.blob import MediaError
+from data.display_matrix import transposition
 
 _CUT_SECONDS = 1.0
 """All streams of a whole file end no earlier than this before the length that its header declares."""
@@ -44,23 +47,44 @@ def read_timeline(container: Any, stream: Any, name: str) -> Timeline:
     """
     packets, last = read_packets(container, stream, name)
     _check_whole(container, packets, last, name)
-    begin = min((packet.dts for packet in packets if packet.dts is not None), default=0)
-    by_stamp = container.format.name != "avi"
-    known = _told_apart(container, stream, packets, begin) if by_stamp else None
-    shown = [packet for packet in packets if not packet.is_discard] if known is None else known
-
-    def time_of(packet: Packet) -> Any:
-        return packet.pts if by_stamp and packet.pts is not None else packet.dts
-
-    shown = sorted((packet for packet in shown if time_of(packet) is not None), key=time_of)
-    if not shown:
+    begin = _begin(container, packets)
+    shown = [packet for packet in packets if not packet.is_discard]
+    known = None
+    if _goes_back(packets):
+        come = (frame.pts for frame in frames_from(container, stream, begin) or ())
+        times = list(accumulate((pts for pts in come if pts is not None), max))
+    elif container.format.name == "avi":
+        times = [packet.dts for packet in shown if packet.dts is not None]
+    elif (known := _told_apart(container, stream, packets, begin)) is not None:
+        times = [packet.pts for packet in known]
+    else:
+        times = [time for packet in shown if (time := packet.dts if packet.pts is None else packet.pts) is not None]
+    if not times:
         raise MediaError(f"{name!r} holds {len(packets)} packets of video, and no frame that can be decoded and has a time")
-    starts = [float((time_of(packet) - time_of(shown[0])) * stream.time_base) for packet in shown]
-    stays = float(shown[-1].duration * stream.time_base) if shown[-1].duration else starts[-1] / max(1, len(starts) - 1)
+    times = sorted(times)
+    starts = [float((time - times[0]) * stream.time_base) for time in times]
+    final = max(shown, key=lambda packet: packet.dts or 0 if packet.pts is None else packet.pts)
+    stays = float(final.duration * stream.time_base) if final.duration else starts[-1] / max(1, len(starts) - 1)
     if known is None:
         return Timeline(starts, starts[-1] + stays, None, [], {}, begin)
-    stamps, places = [packet.pts for packet in shown], [packet.place for packet in shown]
-    return Timeline(starts, starts[-1] + stays, stamps, places, _keys(packets), begin)
+    return Timeline(starts, starts[-1] + stays, times, [packet.place for packet in known], _keys(packets), begin)
+
+
+def _begin(container: Any, packets: Sequence[Packet]) -> int:
+    """A time from which a jump ends at the first packet. MP4 looks among shown frames only, unless the time is before all."""
+    first = min((packet.dts for packet in packets if packet.dts is not None), default=0)
+    return first - 1 if container.format.name.startswith("mov") else first
+
+
+def _goes_back(packets: Sequence[Packet]) -> bool:
+    """Whether an edit list shows several stretches: between frames that are shown, decoding begins anew with one that is not.
+
+    Which frames come out at such a seam depends on the decoder, so all of them are decoded to know their times.
+    """
+    shown = [packet for packet in packets if not packet.is_discard]
+    latest = max((packet.pts for packet in shown if packet.pts is not None), default=0)
+    between = packets[shown[0].place : shown[-1].place]
+    return any(packet.is_discard and packet.is_keyframe and packet.pts is not None and packet.pts < latest for packet in between)
 
 
 def _check_whole(container: Any, packets: Sequence[Packet], last: float, name: str) -> None:
@@ -154,10 +178,9 @@ def _at(frames: Iterator[Any] | None, stamp: int) -> Any:
     return later if later is not None and later.pts == stamp else None
 
 
-_TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
-
-
-def upright(frame: Any) -> Image.Image:
-    """The frame in RGB, turned as the file says it should be shown."""
+def upright(frame: Any, name: str = "the video") -> Image.Image:
+    """The frame in RGB, turned and mirrored as its file says. Raises MediaError for a turn that is no whole number of quarters."""
     picture: Image.Image = frame.to_image()
-    return picture.transpose(_TURNS[frame.rotation % 360]) if frame.rotation % 360 in _TURNS else picture
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    move = transposition(struct.unpack("=9i", bytes(matrix)), name) if matrix is not None else None
+    return picture if move is None else picture.transpose(move)
