@@ -106,13 +106,14 @@ def _told_apart(container: Any, stream: Any, packets: Sequence[Packet], begin: i
     gives them out is asked of it, from the beginning to the first frame after them: it leaves them out of an open group.
     """
     key = next((packet for packet in packets if packet.is_keyframe and packet.pts is not None), None)
+    follower = next((packet.place for packet in packets if key and packet.pts is not None and packet.pts > key.pts), 0)
     shown = [packet for packet in packets if not packet.is_discard]
-    timed = sorted((packet for packet in shown if packet.pts is not None), key=lambda packet: packet.pts)
-    follower = next((packet.place for packet in packets if key and packet.pts is not None and packet.pts > key.pts), len(packets))
-    untimed = [packet.place for packet in shown if packet.pts is None]
-    if (untimed and untimed[-1] > follower) or len({packet.pts for packet in timed}) < len(timed):
+    # Matroska has no times before 0: such frames have none there, or that of the key frame.
+    clipped = {p.place for p in shown if key and p.place < follower and p.pts in (None, key.pts) and p is not key}
+    timed = sorted((p for p in shown if p.pts is not None and p.place not in clipped), key=lambda packet: packet.pts)
+    if len(timed) + len(clipped) < len(shown) or len({packet.pts for packet in timed}) < len(timed):
         return None
-    if key and timed and timed[0].pts >= key.pts and not untimed:
+    if key and timed and timed[0].pts >= key.pts and not clipped:
         return timed
     come: list[int] = []
     for frame in frames_from(container, stream, begin) or ():
