@@ -29,7 +29,7 @@ def opened(blob: Blob, kind: str) -> Iterator[tuple[Any, Any]]:
     with blob.open() as file:
         foreign = foreign_format(file.read(HEAD))
     if foreign is not None:
-        raise MediaError(f"{blob.name!r} cannot be decoded: it is {foreign}. Convert it to what is read ({READ})")
+        raise MediaError(f"{blob.name!r} cannot be decoded: it is {foreign}. What is read: {READ[kind]}")
     try:
         import av
     except ImportError as error:
@@ -45,7 +45,7 @@ def opened(blob: Blob, kind: str) -> Iterator[tuple[Any, Any]]:
     # PyAV raises what broken bytes lead it to: its own errors, ValueError, EOFError, UnicodeDecodeError ...
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        told = "" if known else f"; it is none of what is read ({READ}), or broken"
+        told = "" if known else f"; it is broken, or none of what is read: {READ[kind]}"
         raise MediaError(f"{blob.name!r} cannot be decoded: {reason}{told}") from error
 
 
@@ -54,7 +54,7 @@ def _stream(container: Any, kind: str, name: str) -> Any:
 
     streams = [s for s in container.streams if s.type == kind and not s.disposition & Disposition.attached_pic]
     if streams and streams[0].codec_context is None:
-        raise MediaError(f"{name!r} holds {kind} in a coding that libav does not decode; convert it to what is read ({READ})")
+        raise MediaError(f"{name!r} holds {kind} in a coding that libav does not decode; what is read: {READ[kind]}")
     if not streams:
         held = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
         raise MediaError(f"{name!r} holds no {kind} that can be decoded; it holds {held}")

@@ -6,11 +6,11 @@ import re
 
 HEAD = 16
 """Bytes that tell a format."""
-READ = (
-    "sound: WAV, W64, FLAC, MP3, AAC, Ogg, AIFF, CAF, AU, AMR, WavPack, WMA; "
-    "video: MP4, MOV, MKV, WEBM, AVI, FLV, TS, MPG, WMV, GIF, WEBP"
-)
-"""What is read, for messages."""
+READ = {
+    "audio": "WAV, W64, FLAC, MP3, AAC, Ogg, AIFF, CAF, AU, AMR, WavPack, WMA, and the sound of MP4, MOV, MKV and the like",
+    "video": "MP4, MOV, MKV, WEBM, AVI, FLV, TS, MPG, WMV, Ogg, GIF, WEBP, or a folder of pictures",
+}
+"""Formats that are read, for messages."""
 _START = rb"\x00?\x00\x00\x01"  # of a unit of a raw stream
 _FORMATS = {
     "a NIST SPHERE file (TIMIT and others name theirs .wav)": rb"NIST_1A",

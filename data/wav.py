@@ -17,7 +17,7 @@ from data.blob import MediaError
 _WHOLE, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
 _BITS = {_WHOLE: (8, 16, 24, 32), _FLOAT: (32, 64)}
 _NO_SIZE = 0xFFFFFFFF
-_UNKNOWN_SIZES = (0, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, _NO_SIZE, 0x7FFFFFFF - 36, _NO_SIZE - 36)
+_UNKNOWN_SIZES = (0, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, _NO_SIZE, 0x7FFFFFFF - 36, _NO_SIZE - 36, 2**64 - 1)
 """What stands for the size of the samples in a file that was written into a pipe: by speech services, sox, arecord, ffmpeg."""
 MAX_CHUNKS = 1000
 """Chunks that may stand before the samples; real files have fewer than ten."""
