@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from data.blob import Blob, MediaError
+from data.foreign import HEAD, READ, foreign_format
 
 FORMATS = (
     *("mov", "matroska", "avi", "flv", "mpegts", "mpeg", "asf", "ogg"),
@@ -25,27 +26,36 @@ FORMATS = (
 @contextmanager
 def opened(blob: Blob, kind: str) -> Iterator[tuple[Any, Any]]:
     """The container and its first stream of `kind`: "video" (no cover picture) or "audio". What fails inside is a MediaError."""
+    with blob.open() as file:
+        foreign = foreign_format(file.read(HEAD))
+    if foreign is not None:
+        raise MediaError(f"{blob.name!r} cannot be decoded: it is {foreign}. What is read: {READ[kind]}")
     try:
         import av
     except ImportError as error:
         raise MediaError(f"{blob.name!r} needs PyAV to be read: pip install -e '.[media]'") from error
+    known = False  # whether the format is one that is read
     options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"}
     try:
         with blob.open() as file, av.open(file, options=options, metadata_errors="replace") as container:
+            known = True
             yield container, _stream(container, kind, blob.name)
     except MediaError:
         raise
     # PyAV raises what broken bytes lead it to: its own errors, ValueError, EOFError, UnicodeDecodeError ...
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise MediaError(f"{blob.name!r} cannot be decoded: {reason}") from error
+        told = "" if known else f"; it is broken, or none of what is read: {READ[kind]}"
+        raise MediaError(f"{blob.name!r} cannot be decoded: {reason}{told}") from error
 
 
 def _stream(container: Any, kind: str, name: str) -> Any:
     from av.stream import Disposition
 
     streams = [s for s in container.streams if s.type == kind and not s.disposition & Disposition.attached_pic]
-    if not streams or streams[0].codec_context is None:
+    if streams and streams[0].codec_context is None:
+        raise MediaError(f"{name!r} holds {kind} in a coding that libav does not decode; what is read: {READ[kind]}")
+    if not streams:
         held = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
         raise MediaError(f"{name!r} holds no {kind} that can be decoded; it holds {held}")
     streams[0].codec_context.thread_count = 1

@@ -21,6 +21,7 @@ from data.picture_hash import picture_hash
 from data.placeholders import without_placeholders
 from data.record import MediaRef, Record, RecordError
 from data.sample import Measured, TooLongError, measured
+from data.sound import is_unsized
 from model.batch import AudioSpec, MediaMeta, MediaSpec, image_spec, num_tokens
 
 BAD, TOO_LONG = "bad", "too_long"
@@ -59,6 +60,7 @@ class CheckedMedium:
     height: int = 0
     milliseconds: int = 0  # of a clip
     content: int = 0  # 64 bits, equal for equal bytes: of the size and parts of the bytes
+    unsized: bool = False  # a WAV file that does not say how long it is
     picture: int = 0  # 64 bits, alike for pictures that look alike; where asked for
 
 
@@ -145,6 +147,8 @@ def _examined(media: RecordMedia, ref: MediaRef, meta: MediaMeta, medium: Checke
             width, height = image.size(blob, image_spec(media.specs), media.config)
             picture = picture_hash(blob) if near else 0
             medium = replace(medium, width=width, height=height, picture=picture)
+        elif ref.kind == "audio":
+            medium = replace(medium, unsized=is_unsized(blob))
     except MediaError as error:
         raise RecordError(media.record.where, media.record.id, ref.kind, str(error)) from error
     return replace(medium, content=_content_key(blob))

@@ -24,7 +24,7 @@ PART = 1024  # records
 _RECORD = {"lengths": np.int32, "supervised": np.int32, "media_tokens": np.int32, "texts": np.uint64, "words": np.uint64}
 _MEDIUM = {
     **{"kinds": np.int8, "tokens": np.int32, "rows": np.int32, "widths": np.int32, "heights": np.int32},
-    **{"milliseconds": np.int64, "contents": np.uint64, "pictures": np.uint64},
+    **{"milliseconds": np.int64, "contents": np.uint64, "pictures": np.uint64, "unsized": np.int8},
 }
 _LAYOUT = {name: (np.dtype(kind), 1) for name, kind in {**_RECORD, **_MEDIUM, "owners": np.int64, "said": np.uint8}.items()}
 _MISSING = (-1, -1)
@@ -68,7 +68,7 @@ def _record_row(one: Checked) -> tuple[int, ...]:
 
 def _medium_row(medium: CheckedMedium) -> tuple[int, ...]:
     sizes = (medium.tokens, medium.rows, medium.width, medium.height, medium.milliseconds)
-    return KINDS.index(medium.kind), *sizes, medium.content, medium.picture
+    return KINDS.index(medium.kind), *sizes, medium.content, medium.picture, medium.unsized
 
 
 def _columns(types: dict[str, Any], rows: list[tuple[int, ...]]) -> dict[str, np.ndarray]:

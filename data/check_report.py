@@ -49,6 +49,7 @@ def summary(found: Found) -> dict[str, Any]:
         "image_aspect": percentiles(np.round(aspects, 2)),
         "images_of_extreme_aspect": int((aspects > LONGEST_ASPECT).sum()),
         "frames_per_video": percentiles(found["rows"][videos & (found["tokens"] > 0)]),
+        "audios_without_size": int(found["unsized"].sum()),
         "audio_seconds": round(float(found["milliseconds"].sum()) / 1000, 3),
         "seconds_per_clip": percentiles(found["milliseconds"][clips & (found["tokens"] > 0)] / 1000),
     }
@@ -85,6 +86,8 @@ def table(counts: dict[str, Any]) -> Iterator[str]:
         yield f"frames   {_spread(counts['frames_per_video'])} per video"
     if counts["seconds_per_clip"]:
         yield f"sound    {counts['audio_seconds'] / 3600:.2f} hours; {_spread(counts['seconds_per_clip'])} seconds per clip"
+    if counts["audios_without_size"]:
+        yield f"         {counts['audios_without_size']:,} of them WAV files without a size, which are read to their end"
 
 
 def _spread(values: list[float]) -> str:

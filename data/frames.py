@@ -140,7 +140,7 @@ def _file(blob: Blob, spec: ImageSpec, config: DataConfig) -> Iterator[Frames]:
         def rows(wanted: Sequence[int]) -> Iterator[Tensor]:
             for frame in decoded(container, stream, timeline, wanted, blob.name):
                 image.judge(blob.name, (frame.width, frame.height), spec, config)
-                yield image.frame_rows(upright(frame), spec, config)
+                yield image.frame_rows(upright(frame, blob.name), spec, config)
 
         yield Frames(timeline.starts, timeline.end, rows)
 

@@ -60,6 +60,12 @@ def check_sound(blob: Blob) -> None:
             _check_header(blob.name, facts.rate, facts.num_channels)
 
 
+def is_unsized(blob: Blob) -> bool:
+    """Whether it is a WAV file that does not say how long it is, and was read to its end. Raises MediaError."""
+    header = _wav_header(blob)
+    return header is not None and header.is_open
+
+
 def _wav_header(blob: Blob) -> WavHeader | None:
     with blob.open() as stream:
         header = read_header(stream, blob.name, blob.num_bytes())

@@ -23,7 +23,7 @@ from data.blob import Blob, MediaError
 from data.config import DataConfig
 from data.record import MediaRef
 from data.resample import resample, resampled_length
-from data.sound import read_sound, sound_length
+from data.sound import is_unsized, read_sound, sound_length
 from model.batch import AudioSpec, MediaMeta, row_frames
 from tests.tiny_media import compressed, tone, wav
 
@@ -104,6 +104,39 @@ def test_every_width_of_whole_numbers_is_read(bits: int, error: float, extensibl
             assert (theirs.getnframes(), theirs.getframerate()) == (1001, 22_050)
             raw = np.frombuffer(theirs.readframes(1001), dtype=np.uint8).reshape(1001, 2, bits // 8)
         assert raw.tobytes() in data
+
+
+@pytest.mark.parametrize("size", [0, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFFFFFF - 36])
+def test_a_file_from_a_pipe_is_read_to_its_end(size: int) -> None:
+    samples = noise(1001, 2)
+    expected = read_sound(in_memory(wav(samples, 16_000)), 30)[1]
+    data = in_memory(wav(samples, 16_000, size=size, junk=b"LIST\4\0\0\0abcd") + b"\x01")  # cut within a sample
+    audio.check(data)
+    assert sound_length(data, 30).num_samples == 1001 and is_unsized(data) and not is_unsized(in_memory(wav(samples, 16_000)))
+    assert torch.equal(read_sound(data, 30)[1], expected)
+    with pytest.raises(MediaError, match=r"lasts 0\.06 s; data\.max_seconds allows 0\.05"):
+        read_sound(data, 0.05)
+
+
+@pytest.mark.parametrize("after", [b"", b"LIST\4\0\0\0abcd", b"LIST\3\0\0\0abc\0id3 \0\0\0\0"])
+def test_chunks_behind_no_samples_are_no_samples(after: bytes) -> None:
+    with pytest.raises(MediaError, match=r"'a\.wav' holds no samples"):
+        read_sound(in_memory(wav(noise(0), 16_000) + after), 30)
+
+
+@pytest.mark.parametrize("size", [2000, 2002, 0, 2**64 - 1])
+@pytest.mark.parametrize("kind", [b"RF64", b"BW64"])
+def test_a_size_of_64_bits_is_read(kind: bytes, size: int) -> None:
+    samples = noise(1000)
+    plain = wav(samples, 16_000, size=0xFFFFFFFF)
+    wide = b"ds64" + struct.pack("<IQQQI", 28, 0, size, 0, 0)
+    data = in_memory(kind + plain[4:12] + wide + plain[12:])
+    if size == 2002:
+        with pytest.raises(MediaError, match="declares 2002 bytes of samples and holds 2000: it is cut off"):
+            read_sound(data, 30)
+    else:
+        assert is_unsized(data) == (size != 2000)
+        assert torch.equal(read_sound(data, 30)[1], read_sound(in_memory(wav(samples, 16_000)), 30)[1])
 
 
 @pytest.mark.parametrize("bits", [32, 64])
@@ -188,6 +221,11 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "text": (b"this is not a sound" * 50, "cannot be decoded"),
     "no samples": (wav(CLIP[:0], 16_000), "holds no samples"),
     "cut off": (wav(CLIP, 16_000)[:-7], "declares 3200 bytes of samples and holds 3193: it is cut off"),
+    "16-bit floats": (wav(CLIP, 16_000, 16, is_float=True), "WAV file of 16-bit floats; what is read: whole numbers of 8, 16, 24"),
+    "SPHERE": (b"NIST_1A\n   1024\n" + bytes(3000), r"it is a NIST SPHERE file \(.*\)\. What is read: WAV, W64, FLAC"),
+    "AC-3": (b"\x0b\x77" + bytes(3000), "it is a raw AC-3 stream. What is read: WAV"),
+    "H.264": (b"\0\0\0\1\x67\x64" + bytes(3000), "it is a raw H.264 stream. What is read: WAV"),
+    "W64 that is none": (b"riff" + bytes(3000), "it is broken, or none of what is read: WAV, W64, FLAC"),
     "2^31 samples": (wav(CLIP, 16_000, size=2**32 - 2), "declares 4294967294 bytes of samples and holds 3200"),
     "half a sample": (wav(CLIP, 16_000, size=3199), "no whole number of 2"),
     "rate 0": (wav(CLIP, 16_000, told_rate=0), "has 0 samples per second; 1000 to 192000 are read"),

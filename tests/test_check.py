@@ -22,7 +22,7 @@ from transformers import AddedToken
 from data import check_run
 from data.check import TOO_LONG, check_record
 from data.check_parts import read_part
-from data.check_report import percentiles, summary
+from data.check_report import percentiles, summary, table
 from data.check_run import Depth, SourceFound, check_dataset, parts_of, remove_stale
 from data.config import DataConfig, SourceConfig
 from data.dataset import MultimodalDataset, Rejected, open_dataset
@@ -231,8 +231,8 @@ def test_settings_that_change_no_record_change_nothing(tmp_path: Path, calls: li
 
 def test_sounds_are_measured_in_seconds_and_cut_ones_are_found(tmp_path: Path) -> None:
     (tmp_path / "two.wav").write_bytes(wav(tone(2, 16_000), 16_000))
-    (tmp_path / "five.wav").write_bytes(wav(tone(5, 8_000), 8_000))
     (tmp_path / "cut.wav").write_bytes(wav(tone(1, 16_000), 16_000)[:-4000])
+    (tmp_path / "five.wav").write_bytes(wav(tone(5, 8_000), 8_000, size=0xFFFFFFFF))  # from a pipe
     spoken = [talk("<audio>", "Hello.") | {"audio": name} for name in ("two.wav", "five.wav", "cut.wav", "gone.wav")]
     (tmp_path / "mix.jsonl").write_text("\n".join(map(json.dumps, spoken)))
     source = SourceConfig(str(tmp_path / "mix.jsonl"), media_root=str(tmp_path))
@@ -243,7 +243,8 @@ def test_sounds_are_measured_in_seconds_and_cut_ones_are_found(tmp_path: Path) -
     (found,) = check_dataset(data, tmp_path / "index")
     counts = summary(found.found)
     assert (counts["audios"], counts["ok"], counts["bad"], counts["missing_files"]) == (4, 2, 2, 1)
-    assert counts["seconds_per_clip"] == [2.0, 2.0, 5.0, 5.0, 5.0]
+    assert counts["seconds_per_clip"] == [2.0, 2.0, 5.0, 5.0, 5.0] and counts["audios_without_size"] == 1
+    assert any("1 of them WAV files without a size, which are read to their end" in line for line in table(counts))
     assert [row for row, _ in found.found.problems] == [2, 3] and "cut.wav" in found.found.problems[0][1].reason
     assert found.found["media_tokens"][:2].tolist() == [100, 250]
 
