@@ -177,4 +177,4 @@ def test_three_ranks_step_as_one_process_with_every_projector_kind(parts: Path) 
     assert ranks[0] == ranks[1] == ranks[2]
     for kinds, one, three in zip(PAIRS, alone, ranks[0]):
         assert not any(one[2::3]) and not any(three[2::3]), f"{kinds}: an update was skipped"
-        torch.testing.assert_close(torch.tensor(three), torch.tensor(one), rtol=ULP, atol=0, msg=lambda m, kinds=kinds: f"{kinds}: {m}")
+        torch.testing.assert_close(torch.tensor(three), torch.tensor(one), rtol=ULP, atol=0, msg="-".join(kinds))
