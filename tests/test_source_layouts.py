@@ -107,7 +107,7 @@ def unfed(parts: Path, folder: Path, records: list[Any]) -> DataError:
 def test_a_part_that_is_not_fed_because_records_break_a_rule_names_the_rule(parts: Path, tmp_path: Path) -> None:
     content = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]
     asked = [{"role": "user", "content": content}]
-    wrong = [{"messages": [*asked, {"role": "cat", "content": "Yes."}]}] * 5 + [{"messages": asked}] * 2
+    wrong = [{"messages": [*asked, {"role": "cat", "content": "Yes."}]}] * 5 + [{"messages": [*asked, *asked]}] * 2
     said = str(unfed(parts, tmp_path, [*wrong, talk("Hi", "Yes.")]))
     assert said.startswith("7 of 8 records looked at break the rules: 5 as m.jsonl:1 1: messages[1].role: ")
     assert "; 2 as m.jsonl:6 6: " in said
