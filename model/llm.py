@@ -119,8 +119,8 @@ def check_positions(value: dict[str, Any], max_length: int) -> None:
     table = 0 if ropes(config) else num_positions(config)
     if table and max_length > table:
         raise ConfigError(
-            f"data.max_length = {max_length} with model.llm.path, whose {config.model_type} has a table of {table} positions: longer "
-            f"samples would read beyond it; set data.max_length = {table} or less, or choose another model"
+            f"data.max_length = {max_length} with model.llm.path, whose {config.model_type} has a table of {table} positions: "
+            f"longer samples would read beyond it; set data.max_length = {table} or less, or choose another model"
         )
     for rope in ropes(config):
         limits = {"longrope": rope.get("original_max_position_embeddings"), "dynamic": config.max_position_embeddings}
