@@ -168,9 +168,10 @@ def certify_all(data: RunData, config: RunConfig) -> list[str]:
             check_fed(data.train, data.pools, carried(config.model))
         except UnfedError as error:
             # A record that breaks the rules has no media that count: the rule it breaks is what to mend first.
-            if refused := refused_records(data.train, data.pools):
+            share, refused = refused_records(data.train, data.pools)
+            if share > 0.5:
                 raise DataError(f"{refused}. Without them {error}") from error
-            raise
+            raise ConfigError(f"{error}; {refused}" if refused else str(error)) from error
     opened = [dataset for dataset in (data.train, data.validation) if dataset is not None]
     return [
         str(certify(data.processor.template, index, source.key))
@@ -233,8 +234,10 @@ def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...], carried: Coll
             )
 
 
-def refused_records(dataset: MultimodalDataset, pools: Sequence[Pool], count: int = 200) -> str:
-    """Why up to `count` records, spread over all, break the rules: reasons with their numbers and the first of each; or nothing."""
+def refused_records(dataset: MultimodalDataset, pools: Sequence[Pool], count: int = 200) -> tuple[float, str]:
+    """Which share of up to `count` records, spread over all, break the rules, and the reasons with their numbers and the first of
+    each; nothing where all are good.
+    """
     ids = np.concatenate([pool.ids for pool in pools])
     looked_at = ids[:: -(-len(ids) // count)]
     found: dict[str, list[str]] = {}
@@ -246,7 +249,8 @@ def refused_records(dataset: MultimodalDataset, pools: Sequence[Pool], count: in
     reasons = sorted(found.values(), key=len, reverse=True)
     told = "; ".join(f"{len(errors):,} as {errors[0]}" for errors in reasons[:3])
     num = sum(map(len, reasons))
-    return f"{num:,} of {len(looked_at):,} records looked at break the rules: {told}" if num else ""
+    said = f"{num:,} of {len(looked_at):,} records looked at break the rules: {told}" if num else ""
+    return num / len(looked_at), said
 
 
 SPECIFIC = re.compile(r"'[^']*'|\d+")
