@@ -17,6 +17,8 @@ BOM = b"\xef\xbb\xbf"
 # Up to the next bracket outside strings. Possessive: a match never backtracks, whatever the file holds.
 _BRACKET = re.compile(rb'(?:[^"{}\[\]]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+([{}\[\]])', re.DOTALL)
 _PIECE = 1 << 20  # bytes
+_KEY = re.compile(rb'"([^"\\]*)"\s*:\s*\Z')
+_LONGEST_KEY, _NUM_KEYS = 200, 8  # bytes that are looked at for one, and how many are told
 _SPACE = re.compile(rb"[ \t\r\n]*+")
 
 
@@ -63,8 +65,42 @@ def array_start(data: mmap.mmap, start: int, name: str) -> int:
     """Place of whatever comes first in the array. Raises `DataError` if the file is none."""
     at = skip_space(data, start)
     if data[at : at + 1] != b"[":
+        if keys := _list_keys(data, at, name):
+            _broken(
+                data,
+                at,
+                name,
+                f"the file is one JSON object, not a list of records; if they are the list under {' or '.join(map(repr, keys))}, "
+                "write that list alone into a file",
+            )
         _broken(data, at, name, "the file is no array; name it .jsonl if it holds one object per line")
     return skip_space(data, at + 1)
+
+
+def check_encoding(data: mmap.mmap, name: str) -> None:
+    """Raise `DataError` for bytes that begin as compressed files and UTF-16 do, whatever the file is called."""
+    if data[:2] == b"\x1f\x8b" or data[:4] in (b"PK\x03\x04", b"\x28\xb5\x2f\xfd") or data[:3] == b"BZh":
+        raise DataError(f"{name}: is compressed; unpack it: a compressed file cannot be read at any place")
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or (data[:1] in (b"[", b"{") and data[1:2] == b"\0"):
+        raise DataError(f"{name}: is UTF-16; JSON is UTF-8: save it as that")
+
+
+def _list_keys(data: mmap.mmap, at: int, name: str) -> list[str]:
+    """Keys that hold lists, if the file is one object that is no record itself; else nothing."""
+    if data[at : at + 1] != b"{":
+        return []
+    try:
+        if skip_space(data, _object_end(data, at, name)) != len(data):
+            return []
+    except DataError:  # it never ends
+        return []
+    found, at = [], at + 1
+    while (match := _BRACKET.match(data, at)) is not None and match[1] in b"{[":
+        opening = match.start(1)
+        if match[1] == b"[" and (key := _KEY.search(data[max(at, opening - _LONGEST_KEY) : opening])):
+            found.append(key[1].decode("utf-8", "replace"))
+        at = _object_end(data, opening, name)
+    return [] if {"conversations", "messages"} & set(found) else found[:_NUM_KEYS]
 
 
 def skip_space(data: mmap.mmap, at: int) -> int:

@@ -73,6 +73,7 @@ class Checked:
     text: int = 0  # 64 bits, equal for equal conversations; 0 for a record that cannot be read
     words: int = 0  # the same without regard to case, spaces, punctuation and placeholders
     media: tuple[CheckedMedium, ...] = ()
+    whole: int = 0  # tokens of all rounds, also of a record that is too long; 0 where they were not counted
 
 
 def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, near: bool = False) -> Checked:
@@ -99,15 +100,17 @@ def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, ne
         except Exception as error:
             problems.append(_problem(dataset, i, error))
         found.append(medium)
-    size = None
+    size, whole = None, 0
     try:
         encoded = dataset.template.encode(record)
         if len(metas) == len(record.media):
             counts = [num_tokens(dataset.specs[ref.modality], meta) for ref, meta in zip(record.media, metas)]
             size = measured(encoded, dataset.template.placeholder_ids, record, counts, dataset.config.max_length)
+            whole = size.whole
     except Exception as error:
+        whole = getattr(error, "whole", 0)
         problems.append(_problem(dataset, i, error))
-    return Checked(tuple(problems), size, _text_key(record), _words_key(record), tuple(found))
+    return Checked(tuple(problems), size, _text_key(record), _words_key(record), tuple(found), whole)
 
 
 def _problem(dataset: MultimodalDataset, i: int, error: Exception) -> Problem:

@@ -102,6 +102,7 @@ class DataConfig:
     follow_links: bool = False
     on_bad_sample: Literal["quarantine", "error"] = "quarantine"
     max_bad_fraction: float = 0.001
+    max_too_long_fraction: float = 0.1  # of each source: more records that cannot fit max_length end the start
     sources: tuple[SourceConfig, ...] = field(default=())
     validation: tuple[SourceConfig, ...] = field(default=())
 
@@ -125,6 +126,8 @@ class DataConfig:
             )
         if not 0 <= self.max_bad_fraction < 1:
             found.append(f"data.max_bad_fraction = {self.max_bad_fraction} is not in [0, 1)")
+        if not 0 <= self.max_too_long_fraction <= 1:
+            found.append(f"data.max_too_long_fraction = {self.max_too_long_fraction} is not in [0, 1]; 1 allows any number")
         for table, sources in (("sources", self.sources), ("validation", self.validation)):
             keys = [source.key for source in sources]
             for key in sorted({k for k in keys if keys.count(k) > 1}):

@@ -51,6 +51,16 @@ def _usual(kind: str, spec: MediaSpec, config: DataConfig) -> MediaMeta:
     return MediaMeta(num_rows=tiles + (config.thumbnail and tiles > 1))
 
 
+def least_tokens(specs: dict[str, MediaSpec], config: DataConfig) -> dict[str, int]:
+    """Tokens that one medium of each kind takes at least; 0 for a kind that no part reads."""
+    found = {}
+    for kind in KINDS:
+        spec = specs.get(READ_BY[kind])
+        rows = {"image": config.min_tiles if config.image_fit == "tiles" else 1, "video": config.min_frames}.get(kind, 1)
+        found[kind] = 0 if spec is None else num_tokens(spec, MediaMeta(num_rows=rows, num_frames=1))
+    return found
+
+
 def by_size(num_bytes: int) -> int:
     """Tokens of a record whose texts are not known."""
     return max(1, num_bytes // BYTES_PER_TOKEN)

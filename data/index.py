@@ -45,7 +45,7 @@ FORMATS = {
     ".parquet": Format(scan_parquet, ParquetRows, holds_media=True),
     ".tar": Format(scan_tar, TarRows, holds_media=True),
 }
-"""By suffix. A kind of file is an entry here, not a branch."""
+"""By suffix, in whatever case. A kind of file is an entry here, not a branch."""
 
 
 class RecordIndex:
@@ -61,7 +61,7 @@ class RecordIndex:
             raise ConfigError(f"{sidecar} is no index, or is damaged; start again to have it built")
         self._sidecar, self._tokens, self._has_folder = sidecar, tokens, has_folder
         self._table, self._shards = map_table(sidecar), Shards([path for path, _, _ in files])
-        kind = FORMATS[Path(files[0][0]).suffix]
+        kind = FORMATS[Path(files[0][0]).suffix.lower()]
         self._rows, self._alone = kind.rows(self._shards, self._table), kind.holds_media and not has_folder
         self.lengths, self.modalities = _planned(self._table, tokens)
 
@@ -73,7 +73,7 @@ class RecordIndex:
         that is no list of records.
         """
         paths = source_files(source)
-        files, kind = stamps(paths), FORMATS[paths[0].suffix]
+        files, kind = stamps(paths), FORMATS[paths[0].suffix.lower()]
         digest = hashlib.sha256(os.path.abspath(source.path).encode()).hexdigest()[:8]
         sidecar = folder / f"{safe_name(source.key)}-{digest}.index"
         if read_header(sidecar, all_bytes=True) != files:
@@ -138,9 +138,13 @@ def source_files(source: SourceConfig) -> list[Path]:
     found = [source.path] if is_file else sorted(path for path in glob.glob(source.path, recursive=True) if os.path.isfile(path))
     if not found:
         raise ConfigError(f"{name} {'matches no file' if glob.has_magic(source.path) else 'is no file'}")
-    suffixes = {Path(path).suffix: path for path in found}
+    suffixes = {Path(path).suffix.lower(): path for path in found}
     if unknown := next((path for suffix, path in suffixes.items() if suffix not in FORMATS), None):
-        hint = "; unpack it: a compressed file cannot be read at any place" if unknown.endswith((".gz", ".tgz", ".zst")) else ""
+        hint = (
+            "; unpack it: a compressed file cannot be read at any place"
+            if unknown.lower().endswith((".gz", ".tgz", ".zst"))
+            else ""
+        )
         which = "is" if is_file else f"matches {unknown!r}, which is"
         raise ConfigError(f"{name} {which} of no kind that is read ({', '.join(FORMATS)}){hint}")
     if len(suffixes) > 1:

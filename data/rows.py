@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import cache
+from pathlib import Path
 from typing import Any, Protocol
 
 from data.blob import Blob
-from data.limits import MAX_RECORD_BYTES, parse_json
+from data.limits import MAX_RECORD_BYTES, open_regular, parse_json
 from data.media_refs import MediaRef
 from data.shards import Shards
 from data.table import Table
@@ -36,13 +38,52 @@ class JsonRows:
         self._shards, self._table = shards, table
 
     def raw(self, i: int) -> Any:
-        return decoded(read(self._shards, self._table, i))
+        text = read(self._shards, self._table, i)
+        try:
+            value = decoded(text)
+        except RowError as error:
+            raise RowError(f"{error}{layout_advice(self._path_of(i))}") from None
+        if isinstance(value, list) and (advice := layout_advice(self._path_of(i))):
+            raise RowError(f"is a list{advice}")
+        return value
+
+    def _path_of(self, i: int) -> str:
+        return self._shards.paths[self._table.file_of(i)]
 
     def blob(self, i: int, ref: MediaRef) -> Blob | None:
         return None
 
     def place(self, i: int) -> str:
         return str(self._table.line[i])
+
+
+@cache
+def layout_advice(path: str) -> str:
+    """What a .jsonl file looks like by its first lines if not like one object per line; "" where nothing is odd about them."""
+    if not path.lower().endswith(".jsonl"):
+        return ""
+    try:
+        with open_regular(Path(path)) as file:
+            head = file.read(_HEAD)
+    except OSError:
+        return ""
+    first, _, rest = head.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
+    if first.startswith(b"[") and not (rest.strip() and _is_value(first)):
+        return "; the file begins as one JSON array does, not with one object per line: name it .json"
+    if first.strip() == b"{" and rest.lstrip().startswith(b'"'):
+        return "; the file's records take several lines each: a .jsonl file has one per line, a .json file holds an array of them"
+    return ""
+
+
+_HEAD = 1 << 16  # bytes
+
+
+def _is_value(text: bytes) -> bool:
+    try:
+        parse_json(text)
+    except ValueError:
+        return False
+    return True
 
 
 def read(shards: Shards, table: Table, i: int) -> bytes:

@@ -48,10 +48,13 @@ class Measured:
     length: int  # tokens in all
     supervised: int  # targets
     media: int  # tokens of media
+    whole: int = 0  # tokens of all rounds, those included that do not fit
 
 
 class TooLongError(RecordError):
     """Not even the first round of a record fits."""
+
+    whole = 0  # tokens of all its rounds, where they were counted
 
 
 def assemble(
@@ -93,7 +96,7 @@ def measured(encoded: Encoded, placeholder_ids: dict[str, int], record: Record, 
     widths[is_medium] = counts
     ends = np.cumsum(widths)
     kept = _fitting(record, ends, encoded.round_ends, max_length)
-    return Measured(int(ends[kept - 1]), sum(encoded.supervised[1:kept]), int(widths[:kept][is_medium[:kept]].sum()))
+    return Measured(int(ends[kept - 1]), sum(encoded.supervised[1:kept]), int(widths[:kept][is_medium[:kept]].sum()), int(ends[-1]))
 
 
 def _placed(spec: MediaSpec, ref: MediaRef, meta: MediaMeta, values: Tensor, start: int) -> SampleMedia:
@@ -132,7 +135,9 @@ def _fitting(record: Record, ends: np.ndarray, round_ends: Sequence[int], max_le
     fitting = [stop for stop in round_ends if ends[stop - 1] <= max_length]
     if not fitting:
         reason = f"the first round takes {ends[round_ends[0] - 1]} tokens, data.max_length is {max_length}"
-        raise TooLongError(record.where, record.id, "conversations", reason)
+        error = TooLongError(record.where, record.id, "conversations", reason)
+        error.whole = int(ends[-1])
+        raise error
     return max(fitting)
 
 

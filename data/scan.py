@@ -13,7 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from data.borders import BOM, array_borders, array_start, count_lines, line_borders, skip_space
+from data.borders import (
+    BOM,
+    array_borders,
+    array_start,
+    check_encoding,
+    count_lines,
+    line_borders,
+    skip_space,
+)
 from data.config import DataError
 from data.estimate import Plans, by_parsing, plan_records
 from data.events import Events, find_events, nesting
@@ -54,8 +62,9 @@ def scan(path: Path, advance: Advance) -> Table:
     with path.open("rb") as file:
         # Not closed here: arrays may still look at it while an error passes.
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    check_encoding(data, str(path))
     first = len(BOM) if data[: len(BOM)] == BOM else 0
-    is_array = path.suffix == ".json"
+    is_array = path.suffix.lower() == ".json"
     at = array_start(data, first, str(path)) if is_array else first
     if at == len(data) and not is_array:  # a byte order mark alone
         raise DataError(f"{path}: holds no record")
@@ -208,7 +217,7 @@ def _stripped(window: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np
 def _one_by_one(data: mmap.mmap, first: int, path: Path) -> Table:
     """The same without numpy; raises `DataError` where an array is broken."""
     line, seen, rows, media = 1, 0, [], []
-    for start, stop in (array_borders if path.suffix == ".json" else line_borders)(data, first, str(path)):
+    for start, stop in (array_borders if path.suffix.lower() == ".json" else line_borders)(data, first, str(path)):
         line += count_lines(data, seen, start)
         seen = start
         # What is too large is refused when it is read; a copy of it is not made to plan for it.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from model.audio_projector import masked, mean_of_pairs, projector_strides, shortened, valid
+from model.audio_projector import convolved, masked, mean_of_pairs, projector_strides, shortened, valid
 from model.batch import AudioSpec
 from model.config import AudioConfig, AudioProjectorConfig, ConfigError
 from model.hub import find_file, read_json
@@ -117,8 +117,8 @@ class Tower(WhisperEncoder):
         for silence in Whisper's own full window, which it was trained to hear.
         """
         kept = None if full_window else lengths
-        rows = F.gelu(self.conv1(masked(values.transpose(1, 2), kept).transpose(1, 2)))
-        rows = F.gelu(self.conv2(masked(rows.transpose(1, 2), kept).transpose(1, 2))).transpose(1, 2)
+        rows = F.gelu(convolved(self.conv1, masked(values.transpose(1, 2), kept).transpose(1, 2)))
+        rows = F.gelu(convolved(self.conv2, masked(rows.transpose(1, 2), kept).transpose(1, 2))).transpose(1, 2)
         lengths = shortened(lengths, 2)
         rows = rows + self.embed_positions(torch.arange(rows.shape[1], device=rows.device))
         rows = F.dropout(rows, self.dropout, self.training)

@@ -73,10 +73,22 @@ class ConvMlp(nn.Module):
         self.linear = nn.Linear(2 * in_features, out_features)
 
     def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
-        rows = self.conv1(masked(features, lengths).transpose(1, 2)).transpose(1, 2)
+        rows = convolved(self.conv1, masked(features, lengths).transpose(1, 2)).transpose(1, 2)
         rows = masked(F.gelu(rows), shortened(lengths, 2))
-        rows = self.conv2(rows.transpose(1, 2)).transpose(1, 2)
+        rows = convolved(self.conv2, rows.transpose(1, 2)).transpose(1, 2)
         return self.linear(F.gelu(self.norm(rows)))
+
+
+def convolved(layer: nn.Conv1d, rows: Tensor) -> Tensor:
+    """Apply a convolution whose padding keeps the length, stride aside, to rows (N, C, L) -> (N, C', ceil(L / stride)).
+
+    Rows shorter than the kernel get zeros behind, as the padding itself puts there, and the surplus output is cut off. In bfloat16
+    on a CPU (torch 2.13, oneDNN) the weight gradient of a strided convolution over one position is stale memory.
+    """
+    length, missing = rows.shape[-1], layer.kernel_size[0] - rows.shape[-1]
+    if missing <= 0:
+        return layer(rows)
+    return layer(F.pad(rows, (0, missing)))[..., : (length - 1) // layer.stride[0] + 1]
 
 
 def shortened(lengths: Tensor | None, stride: int) -> Tensor | None:

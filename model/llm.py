@@ -135,13 +135,19 @@ def check_supported(config: PretrainedConfig, attention_name: str) -> None:
 
 
 def check_positions(value: dict[str, Any], max_length: int) -> None:
-    """Refuse lengths at which the positions of a sample would turn by other angles where a longer one is in its micro-batch.
+    """Refuse lengths beyond a table of positions, and those at which the positions of a sample would turn by other angles where a
+    longer one is in its micro-batch.
 
     `value`: config.json of the language model. transformers chooses the angles of `longrope` and `dynamic` by the longest sample.
     """
     config = hugging_face_config("model.llm.path", value)
-    found = getattr(config, "rope_parameters", None) or {}
-    for rope in [found] if "rope_type" in found else [rope for rope in found.values() if isinstance(rope, dict)]:
+    table = 0 if ropes(config) else num_positions(config)
+    if table and max_length > table:
+        raise ConfigError(
+            f"data.max_length = {max_length} with model.llm.path, whose {config.model_type} has a table of {table} positions: "
+            f"longer samples would read beyond it; set data.max_length = {table} or less, or choose another model"
+        )
+    for rope in ropes(config):
         limits = {"longrope": rope.get("original_max_position_embeddings"), "dynamic": config.max_position_embeddings}
         limit = limits.get(rope.get("rope_type", "default"))
         if limit and max_length > limit:
@@ -150,6 +156,33 @@ def check_positions(value: dict[str, Any], max_length: int) -> None:
                 f"of all positions as soon as one sample of a micro-batch is longer than {limit} tokens: the loss would depend on "
                 f"how samples are put together; set data.max_length = {limit} or less, or choose another model"
             )
+
+
+def positions_note(value: dict[str, Any], max_length: int) -> str:
+    """One line where samples may be longer than the language model of config.json `value` was trained for, or nothing."""
+    limit = num_positions(hugging_face_config("model.llm.path", value))
+    if not limit or max_length <= limit:
+        return ""
+    return (
+        f"data.max_length = {max_length} is more than the {limit} positions that the language model was made for "
+        f"(max_position_embeddings): it has never seen later ones; set data.max_length = {limit} unless it is to learn them"
+    )
+
+
+def num_positions(config: PretrainedConfig) -> int:
+    """How many positions a model was made for, those that a rope's factor stretches it to included; 0: it does not say."""
+    stretched = [
+        int(rope["factor"] * rope["original_max_position_embeddings"])
+        for rope in ropes(config)
+        if rope.get("factor") and rope.get("original_max_position_embeddings")
+    ]
+    return max([getattr(config, "max_position_embeddings", None) or 0, *stretched])
+
+
+def ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """Settings of each kind of rotary positions of a model; none where positions are a table, or none at all."""
+    found = getattr(config, "rope_parameters", None) or {}
+    return [found] if "rope_type" in found else [rope for rope in found.values() if isinstance(rope, dict)]
 
 
 def check_attention(config: PretrainedConfig, attention_name: str) -> None:

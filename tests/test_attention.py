@@ -33,9 +33,9 @@ from tests.tiny import LLMS, save_llm, save_tower
 from tools.bench_step import Counter, hidden_syncs
 from trainer.config import OptimConfig, ParallelConfig
 from trainer.distributed import World
+from trainer.isolation import prove_isolation
 from trainer.optim import build_optimizer
 from trainer.parallel import checkpoint_activations, gradient_sync, replicate, shard
-from trainer.setup import prove_isolation
 from trainer.step import train_step
 
 WIDTH, NUM_SAMPLES = 4, 7

@@ -13,7 +13,7 @@ from model import attention, loss
 from model.batch import IGNORE_INDEX, Batch
 from model.build import build_model
 from model.config import ConfigError, LlmConfig, ModelConfig
-from model.llm import Vocabulary, build_llm, check_causal, check_positions, head_weight, hugging_face_config
+from model.llm import Vocabulary, build_llm, check_causal, check_positions, head_weight, hugging_face_config, positions_note
 from model.multimodal import MultimodalLM
 from tests.tiny import LLMS, SIZES, VOCAB, save_llm
 
@@ -190,3 +190,21 @@ def test_lengths_at_which_angles_depend_on_the_longest_sample_are_refused(model_
     with pytest.raises(ConfigError, match=f"{rope['rope_type']}.* longer than {limit} tokens.*set data.max_length = {limit} or"):
         check_positions(value, limit + 1)
     check_positions({"model_type": "llama", **SIZES}, 100_000)
+
+
+def test_lengths_beyond_a_models_positions_are_refused_for_tables_and_told_for_rotations() -> None:
+    for kind in ("gpt2", "opt", "gptj"):
+        limit = hugging_face_config("x", {"model_type": kind}).max_position_embeddings
+        check_positions({"model_type": kind}, limit)
+        with pytest.raises(
+            ConfigError, match=rf"whose {kind} has a table of {limit} positions: .* set data.max_length = {limit} or"
+        ):
+            check_positions({"model_type": kind}, limit + 1)
+    llama = {"model_type": "llama", "max_position_embeddings": 512}
+    assert positions_note(llama, 512) == ""
+    assert positions_note(llama, 513).startswith("data.max_length = 513 is more than the 512 positions that the language model was")
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
+    assert (
+        positions_note({**llama, "rope_parameters": rope}, 2048) == "" != positions_note({**llama, "rope_parameters": rope}, 2049)
+    )
+    assert positions_note({"model_type": "bloom"}, 10**6) == ""

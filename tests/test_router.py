@@ -33,9 +33,11 @@ from model.origins import weight_layers
 from model.router import token_owners
 from model.weights import materialise
 from tests.ranks import run_ranks
+from tests.test_trainable import ALONE
 from tests.tiny import SIZES, VOCAB, save_llm, spread
 from trainer.config import OptimConfig, ParallelConfig
 from trainer.distributed import World
+from trainer.isolation import prove_isolation
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.parallel import checkpoint_activations, replicate, shard
 from trainer.step import train_step
@@ -149,6 +151,7 @@ def test_padded_packed_and_any_micro_batch_give_the_mean_over_samples(folders: P
     model, data = build_model(config_of(folders / family)), samples()
     if recompute:
         checkpoint_activations(model)
+    prove_isolation(model, 0, ALONE)
     expected = loss_and_gradients(model, [collate([sample], 0) for sample in data])
     each = [model(collate([sample], 0))["router"].sum.item() for sample in data]
     assert max(each) - min(each) > 0.01, "samples that balance alike would hide a wrong mean"
@@ -223,6 +226,8 @@ def steps_on_ranks(world: World, folder: Path, strategy: str, recompute: bool, l
     materialise(model, weight_layers(card, model, 7), frozen_dtype=torch.float32, device=world.device)
     wrapped = model if sharded else replicate(model, world)
     model.train()
+    if layout == "packed":
+        prove_isolation(model, 0, world)
     optimizer = build_optimizer(model, config, OptimConfig(lr=0.1, eps=1.0))
     set_learning_rates(optimizer, 1.0)
     make = {"padded": collate, "packed": collate_packed}[layout]

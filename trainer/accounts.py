@@ -6,8 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from data.config import DataError
-from trainer.ledger import ledger_file, table, write_ledger
-from trainer.quarantine import Quarantine
+from trainer.ledger import ledger_file, ledger_of, table, write_ledger
+from trainer.quarantine import NAME, TRAIN, Quarantine, read_rows
 from trainer.setup import Setup
 from trainer.step_log import StepLog
 
@@ -32,6 +32,22 @@ class Accounts:
         self.quarantine.flush(self.world)
         self.num_steps = done
         self.quarantine.check()
+
+    def check_used(self) -> None:
+        """DataError, on all ranks alike, when not one sample of all steps so far could be trained on. Collective, after `flush`."""
+        told = None
+        if self.world.is_main:
+            rows = read_rows(self.place.run_folder, self.place.name)
+            ledger = ledger_of(self.sampler, self.num_steps, self.total_steps, rows)
+            if not any(row.trained for row in ledger):
+                num = sum(row.too_long + row.quarantined for row in ledger)
+                reason = next((f"{row['where']} {row['id']}: {row['reason']}" for row in rows if row["split"] == TRAIN), "")
+                told = [num, reason]
+        if told := self.world.broadcast_json(told):
+            raise DataError(
+                f"nothing was learned: none of the {told[0]} records that {self.num_steps} steps asked for could be used; one of "
+                f"them: {told[1]}. No final/ is written; {self.place.run_folder / NAME} has all of them"
+            )
 
     def ledger(self) -> dict[Path, str]:
         """ledger.json, path and content, for a checkpoint to write; on rank 0."""

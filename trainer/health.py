@@ -45,13 +45,15 @@ class Health:
         self.setup, self.world, self.place = setup, setup.world, setup.place
         self.limit = setup.config.faults.max_nonfinite
         self.in_a_row = int((totals or {}).get("in_a_row", 0))
+        # Checkpoints of before they were counted say nothing of updates: there were some.
+        self.num_updates = int((totals or {"num_updates": 0}).get("num_updates", 1))
         self.spikes = Spikes((totals or {}).get("losses", []))
         self.last: dict[str, Any] = {}  # the row of the last step that was not finite
         self.kept: list[Evidence] = []  # the last two steps at most
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint remembers. After `settle`, or it would forget the last step."""
-        return {"in_a_row": self.in_a_row, "losses": self.spikes.losses}
+        return {"in_a_row": self.in_a_row, "losses": self.spikes.losses, "num_updates": self.num_updates}
 
     def told(self) -> Tensor | float:
         """What this rank tells the others in a step: its share of the loss of the step before."""
@@ -70,6 +72,7 @@ class Health:
             self._judge_loss(self.kept.pop(0), loss)
         if not skipped:
             self.in_a_row = 0
+            self.num_updates += 1
             return
         self.in_a_row += 1
         self.kept[-1] = replace(self.kept[-1], skipped=True)
@@ -82,6 +85,15 @@ class Health:
         for evidence in self.kept:
             self._judge_loss(evidence, self.world.sum(evidence.losses.sum()).item())
         self.kept = []
+
+    def check_updates(self, num_steps: int) -> None:
+        """ProofError when all updates of the stage's `num_steps` steps were skipped. After `settle`."""
+        if self.num_updates == 0:
+            raise ProofError(
+                f"nothing was learned: all {num_steps} updates were skipped, because loss or gradient was not finite. In the last "
+                f"one: {_described(self.last)}. No final/ is written; {NAME} has all of them. Lower optim.lr, or look at these "
+                "samples"
+            )
 
     def _judge_loss(self, evidence: Evidence, loss: float) -> None:
         if evidence.skipped or not math.isfinite(loss):

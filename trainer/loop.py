@@ -174,6 +174,8 @@ class Loop:
         if saves:
             self._settle()
             self.steering.take(SAVE)  # asked for in this very step: this is it
+        if last:
+            self._check_learned(done)
         reason = self.steering.reason(STOP)
         stops = not last and self.steering.take(STOP)  # what is over need not be stopped; between stages it is asked again
         evaluates = self._evaluates(done, last, stops)
@@ -194,6 +196,15 @@ class Loop:
             self.checkpointer.wait()
             name = f"checkpoint-{self.place.first_step + done}"
             raise StopRequested(f"stopped on request ({reason}); {name} is written, and the same command goes on from there")
+
+    def _check_learned(self, done: int) -> None:
+        """Before the last step is saved, so that a start after this one comes to the same end: what it would write is no result.
+
+        Collective, host sync.
+        """
+        self.health.check_updates(done)
+        self.accounts.flush(done)
+        self.accounts.check_used()
 
     def _evaluates(self, done: int, last: bool, stops: bool) -> bool:
         asked, there = self.steering.take(EVALUATE), self.setup.data.validation is not None

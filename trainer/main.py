@@ -21,6 +21,7 @@ from trainer.distributed import World, die_with_parent, start_world, stop_world
 from trainer.export import final_step, publish, write_final
 from trainer.guard import Guard
 from trainer.lock import FolderLock, hold
+from trainer.look_ahead import look_ahead
 from trainer.loop import Loop
 from trainer.quarantine import NAME as QUARANTINE
 from trainer.quarantine import read_rows, start_afresh
@@ -111,6 +112,9 @@ def train(root: RunConfig, world: World, progress: exits.Progress) -> None:
     state = None
     if checkpoint:
         places, state = left_of(checkpoint, places, world)
+    progress.watch.mark("index")
+    for line in look_ahead(root, places[1:], world):
+        say(world, line)
     first_step = places[0].first_step
     for place in places:
         start = Start(checkpoint, state, damaged)

@@ -5,7 +5,6 @@ What it finds is told, and ends the start if there is too much of it. It leaves 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,7 +20,8 @@ from data.mixing import Pool
 from trainer.config import RunConfig
 from trainer.distributed import World
 from trainer.quarantine import FLOOR, TRAIN, VALIDATION
-from trainer.sources import RunData
+from trainer.sources import PARTS, RunData, carried
+from trainer.too_long import Lengths, Media, large_media, never_fed, refusal, surely
 
 MAX_RECORDS, MAX_SECONDS = 2000, 5.0
 LEAST = 16  # records of each source, however small its share
@@ -38,11 +38,13 @@ class Look:
     dataset: MultimodalDataset
     known: np.ndarray  # sample ids that an earlier check found bad
     drawn: np.ndarray  # sample ids spread over the others
+    num_measured: int = 0  # records that an earlier check found too long
     num_checked: int = 0
     num_drawn: int = 0  # of the checked ones
     num_bad_drawn: int = 0
     num_too_long: int = 0
     bad: list[Problem] = field(default_factory=list)  # the first one of each bad record
+    lengths: Lengths = field(default_factory=Lengths)
 
     def add(self, checked: Checked, is_drawn: bool) -> None:
         bad = [problem for problem in checked.problems if problem.is_bad]
@@ -50,31 +52,54 @@ class Look:
         self.num_checked += 1
         self.num_drawn += is_drawn
         self.num_bad_drawn += is_drawn and bool(bad)
-        self.num_too_long += not bad and any(problem.kind == TOO_LONG for problem in checked.problems)
+        too_long = not bad and any(problem.kind == TOO_LONG for problem in checked.problems)
+        self.num_too_long += too_long
+        if not bad:
+            whole = checked.whole or self.dataset.config.max_length + 1
+            self.lengths.add(whole, None if too_long or checked.size is None else checked.size.length)
 
     def at_least(self) -> int:
         """Bad records there are for sure: those found, or what the drawn ones stand for, chance granted."""
-        surely = self.num_bad_drawn - CERTAIN * math.sqrt(self.num_bad_drawn)
-        return max(len(self.bad), int(surely * (len(self.pool.ids) - len(self.known)) / max(self.num_drawn, 1)))
+        return max(len(self.bad), self._standing_for(self.num_bad_drawn))
+
+    @property
+    def media(self) -> Media:
+        """Media that do not fit, whatever else is in their records."""
+        return large_media(self.dataset, self.pool.ids)
+
+    def too_long_at_least(self) -> int:
+        """Records that are too long for sure. What an earlier check measured counts where that is still found to be so."""
+        measured = self.num_measured if self.num_too_long else 0
+        return max(self.num_too_long, measured, self.media.num_records, self._standing_for(self.num_too_long))
+
+    def _standing_for(self, num_drawn: int) -> int:
+        return int(surely(num_drawn, CERTAIN) * (len(self.pool.ids) - len(self.known)) / max(self.num_drawn, 1))
 
     def __str__(self) -> str:
         known = f", of them {len(self.known):,} that tools.check_data found bad" if len(self.known) else ""
         too_long = f", {self.num_too_long} too long" if self.num_too_long else ""
         head = f"looked at {self.num_checked:,} of {len(self.pool.ids):,} records{known}: {len(self.bad)} bad{too_long}"
-        return "\n".join([f"{self.split} {self.pool.name}: {head}", *(f"          {problem}" for problem in self.bad[:SHOWN])])
+        note = self.lengths.note(self.dataset.config.max_length)
+        return "\n".join(
+            [f"{self.split} {self.pool.name}: {head}", *(f"          {line}" for line in (*self.bad[:SHOWN], note) if line)]
+        )
 
 
 def quick_check(data: RunData, config: RunConfig, world: World) -> list[str]:
     """One entry per source: how much was looked at, and the first problems by file, line and id. Collective.
 
     Rank 0 looks; every rank raises the same `DataError`: when more records are bad for sure than data.max_bad_fraction allows, or,
-    with data.on_bad_sample = "error", when any is. Nothing is looked at where nothing will be trained.
+    with data.on_bad_sample = "error", when any is; and when more of a source are too long than data.max_too_long_fraction allows.
+    Nothing is looked at where nothing will be trained.
     """
     answer: dict[str, list[str]] = {"said": [], "error": []}
     if world.is_main and config.train.max_steps != 0:
         looks = planned(data, Path(config.output_dir) / "index")
         carry_out(looks, MAX_SECONDS)
-        answer = {"said": [str(look) for look in looks], "error": refusals(looks, config)}
+        reasons = [*refusals(looks, config), *too_long(looks, config)]
+        if data.train is not None and not reasons:
+            reasons = never_fed(data.train, data.pools, PARTS, carried(config.model))
+        answer = {"said": [str(look) for look in looks], "error": reasons}
     answer = world.broadcast_json(answer)
     if answer["error"]:
         raise DataError("; ".join(answer["error"]))
@@ -93,8 +118,9 @@ def planned(data: RunData, index_folder: Path) -> list[Look]:
         for pool, measurement in zip(pools, read_measurements(dataset, index_folder)):
             bad = np.empty(0, dtype=np.int64) if measurement is None else measurement.bad + first
             is_known = np.isin(pool.ids, bad)  # not numpy's functions for sets: they take minutes for millions
+            num_measured = 0 if measurement is None else int((measurement.lengths[pool.ids[~is_known] - first] == 0).sum())
             share = max(LEAST, MAX_RECORDS * len(pool.ids) // total)
-            looks.append(Look(split, pool, dataset, pool.ids[is_known], _spread(pool.ids[~is_known], share)))
+            looks.append(Look(split, pool, dataset, pool.ids[is_known], _spread(pool.ids[~is_known], share), num_measured))
             first += pool.size
     return looks
 
@@ -131,6 +157,22 @@ def refusals(looks: Iterable[Look], config: RunConfig) -> list[str]:
                 f"{worst.pool.name!r} with {worst.at_least()}; one of them: {worst.bad[0]}. `python -m tools.check_data` names all"
             )
     return reasons
+
+
+def too_long(looks: Iterable[Look], config: RunConfig) -> list[str]:
+    """One reason for each source of which too many records do not fit."""
+    found = [
+        refusal(
+            f"{look.split} source {look.pool.name!r}",
+            look.too_long_at_least(),
+            len(look.pool.ids),
+            look.lengths,
+            look.media,
+            config.data,
+        )
+        for look in looks
+    ]
+    return [reason for reason in found if reason]
 
 
 def _spread(ids: np.ndarray, count: int) -> np.ndarray:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from data.lengths import EXACT
 from model.experts import fused_parameters
+from model.llm import positions_note
 from model.quantized import quantised
 from model.trainable import part_table
 from trainer.config import ParallelConfig
@@ -66,6 +67,8 @@ def _batches(setup: Setup) -> list[str]:
         )
         hint = "" if setup.data.lengths_kind == EXACT else "; before a first start, python -m tools.check_data makes them exact"
         lines.append(f"lengths   {setup.data.lengths_kind}, for the whole run{hint}")
+        if note := positions_note(setup.data.card.hugging_face["llm"], config.data.max_length):
+            lines.append(f"positions {note}")
         lines += [f"mix       {text}" for pool in setup.data.pools if (text := str(pool))]
     return lines
 

@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "faults.",
     "data.workers",
     "data.max_bad_fraction",
+    "data.max_too_long_fraction",
     "data.on_bad_sample",
     "train.max_steps",
     "train.epochs",

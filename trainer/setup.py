@@ -6,14 +6,11 @@ import math
 import os
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from data.collate import collate, collate_packed
+from data.collate import collate
 from data.loader import BatchPlan
-from data.sample import Sample
-from model.batch import IGNORE_INDEX
 from model.build import DTYPES, assemble, resolve_dtype
 from model.config import ConfigError
 from model.multimodal import MultimodalLM
@@ -21,13 +18,12 @@ from model.origins import weight_layers
 from model.weights import materialise
 from trainer.config import RunConfig
 from trainer.distributed import World
+from trainer.isolation import prove_isolation
 from trainer.optim import build_optimizer
-from trainer.parallel import check_sharing, checkpoint_activations, is_sharded, replicate, reshard, shard
+from trainer.parallel import check_sharing, checkpoint_activations, is_sharded, replicate, shard
 from trainer.restore import Trained
 from trainer.sources import RunData
 from trainer.stages import Place
-
-PROOF_LENGTH = 8  # tokens of a sample in the proof of isolation
 
 
 @dataclass(frozen=True)
@@ -109,35 +105,3 @@ def prove_gradients(wrapped: nn.Module, model: MultimodalLM, pad_id: int, world:
             f"{len(without)} trainable parameters cannot be reached by the loss, for example {without[0]}: "
             "set the tune of their part to 'frozen'"
         )
-
-
-def prove_isolation(model: MultimodalLM, pad_id: int, world: World) -> None:
-    """Two packed samples, and the same two with another first one: the second must not notice, to the bit. Collective, host sync.
-
-    Models that do more than attention (recurrent or convolutional layers), or that lose what they are told of the segments on the
-    way to it, would mix samples without a word. Raises `ConfigError`.
-    """
-    rows, length = model.llm.get_input_embeddings().weight.shape[0], PROOF_LENGTH  # type: ignore[operator]
-
-    def addends(first: int) -> Tensor:
-        samples = [_counting(first, length, rows), _counting(0, length, rows)]
-        return model(collate_packed(samples, pad_id).to(world.device))["text"].addends.chunk(2)[1]
-
-    model.eval()
-    try:
-        with torch.no_grad():
-            same = torch.equal(addends(0), addends(length))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"data.packing = true: {type(model.llm).__name__} cannot take packed samples: {error}") from error
-    model.train()
-    reshard(model)
-    if not same:
-        raise ConfigError(
-            f"data.packing = true: packed samples of {type(model.llm).__name__} see each other; set data.packing = false"
-        )
-
-
-def _counting(start: int, length: int, vocabulary: int) -> Sample:
-    """A sample of `length` ids that count up from `start`, all of which but the first are supervised."""
-    ids = (start + np.arange(length)) % vocabulary
-    return Sample(0, 0, ids, np.append(ids[1:], IGNORE_INDEX), {})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from data.dataset import MultimodalDataset, open_dataset
 from data.lengths import ESTIMATED
 from data.mixing import Pool, make_pools
 from data.processor import Processor, make_processor
+from data.record import RecordError
 from data.sampler import Sampler
 from data.template import load_template
 from data.tokenizer import load_tokenizer, pad_id
@@ -161,12 +163,23 @@ def given_digests(card: ModelCard) -> dict[str, str]:
     return found
 
 
+class UnfedError(ConfigError):
+    """No record feeds a part."""
+
+
 def certify_all(data: RunData, config: RunConfig) -> list[str]:
     """One line per source: what was proven of its rows. DataError when a source cannot be proven, ConfigError when the
     model's parts and the data do not go together.
     """
     if data.train is not None:
-        check_fed(data.train, data.pools, carried(config.model))
+        try:
+            check_fed(data.train, data.pools, carried(config.model))
+        except UnfedError as error:
+            # A record that breaks the rules has no media that count: the rule it breaks is what to mend first.
+            share, refused = refused_records(data.train, data.pools)
+            if share > 0.5:
+                raise DataError(f"{refused}. Without them {error}") from error
+            raise ConfigError(f"{error}; {refused}" if refused else str(error)) from error
     opened = [dataset for dataset in (data.train, data.validation) if dataset is not None]
     return [
         str(certify(data.processor.template, index, source.key))
@@ -198,7 +211,7 @@ def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...], carried: Coll
     for modality in dataset.specs:
         read = [kind for kind in PLACEHOLDERS if READ_BY[kind] == modality]
         if modality not in carried and not any(kinds[kind] for kind in read):
-            raise ConfigError(
+            raise UnfedError(
                 f"[model.{PARTS[modality]}] can never be fed: no record of data.sources has {' or '.join(map(_one, read))}; "
                 "remove the part or add data"
             )
@@ -211,6 +224,29 @@ def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...], carried: Coll
                 f"records of data.sources {', '.join(map(repr, names))} have {_one(kind)}, but no "
                 f"[model.{PARTS[READ_BY[kind]]}] is configured to read them: {len(held):,} in all, the first at {index.where(row)}"
             )
+
+
+def refused_records(dataset: MultimodalDataset, pools: Sequence[Pool], count: int = 200) -> tuple[float, str]:
+    """Which share of up to `count` records, spread over all, break the rules, and the reasons with their numbers and the first of
+    each; nothing where all are good.
+    """
+    ids = np.concatenate([pool.ids for pool in pools])
+    looked_at = ids[:: -(-len(ids) // count)]
+    found: dict[str, list[str]] = {}
+    for i in looked_at:
+        try:
+            dataset.record(int(i))
+        except RecordError as error:
+            found.setdefault(SPECIFIC.sub("...", f"{error.field}: {error.reason}"), []).append(str(error))
+    reasons = sorted(found.values(), key=len, reverse=True)
+    told = "; ".join(f"{len(errors):,} as {errors[0]}" for errors in reasons[:3])
+    num = sum(map(len, reasons))
+    said = f"{num:,} of {len(looked_at):,} records looked at break the rules: {told}" if num else ""
+    return num / len(looked_at), said
+
+
+SPECIFIC = re.compile(r"'[^']*'|\d+")
+"""What differs in the reasons of records that break the same rule."""
 
 
 def _one(kind: str) -> str:
