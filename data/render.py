@@ -141,22 +141,23 @@ class Renderer:
             return None
         tail = piece.tail
         ask = openings.__wrapped__ if len(tail) > _LONG_TAIL else openings
-        for opening in ask(self.tokenizer, self.source, before["role"], tail):
-            if text.startswith(opening, place) and place + len(opening) <= limit:
-                return place + len(opening)
+        for opening, is_prompt in ask(self.tokenizer, self.source, before["role"], tail):
+            end = place + len(opening)
+            if text.startswith(opening, place) and end <= limit and (is_prompt or text[end:limit].isspace()):
+                return end
         return None
 
 
 @lru_cache(maxsize=512)
-def openings(tokenizer: PreTrainedTokenizerFast, source: str, role: str, tail: str) -> tuple[str, ...]:
+def openings(tokenizer: PreTrainedTokenizerFast, source: str, role: str, tail: str) -> tuple[tuple[str, bool], ...]:
     """What the template writes from the end of a turn's words, which `tail` follows, to where an answer is generated; longest first.
 
-    Several, where it has switches for thoughts.
+    Several, where it has switches for thoughts. False: it writes no generation prompt, and this is what ends the turn before.
     """
     mark = f"{OPEN}{CLOSE}"
     turn = {"role": role, "content": f"x{mark}{tail}"}
     question = {"role": "user", "content": "x"}
-    found = set()
+    found: dict[str, bool] = {}
     forms = [Abilities(null_content=null, text_arguments=text) for text in (False, True) for null in (False, True)]
     for form in forms if role == "tool" else forms[:1]:
         call = calling(form.null_content, form.text_arguments)
@@ -164,12 +165,13 @@ def openings(tokenizer: PreTrainedTokenizerFast, source: str, role: str, tail: s
         messages = [question, call, linked] if role == "tool" else [turn]
         for switch in ({}, dict.fromkeys(_SWITCHES, False), dict.fromkeys(_SWITCHES, True)):
             try:
-                before, marked, after = apply(tokenizer, source, messages, ask=True, **switch).rpartition(mark)
+                asked, plain = (apply(tokenizer, source, messages, ask=ask, **switch) for ask in (True, False))
             except RenderError:
                 continue
-            if marked:
-                found.add(after)
-    return tuple(sorted(found, key=len, reverse=True))
+            if mark in asked:
+                after = asked.rpartition(mark)[2]
+                found[after] = found.get(after, False) or asked != plain
+    return tuple(sorted(found.items(), key=lambda pair: len(pair[0]), reverse=True))
 
 
 def _places(messages: Sequence[Message], pieces: Sequence[Piece], read: Read) -> tuple[list[list[tuple[int, Piece]]], int]:

@@ -296,7 +296,10 @@ def _with_ends(template: Template) -> Template:
     if template.abilities.calls:
         try:
             call = calling(template.abilities.null_content, template.abilities.text_arguments)
-            found += [id for id in [_last_id(template, [question, call])] if id is not None]
+            if (called := _last_id(template, [question, call])) is not None and called != end:
+                found.append(called)
+                closes = "|".join(re.escape(tokenizer.convert_ids_to_tokens(id)) for id in found)
+                template = replace(template, closes=re.compile(closes))
         except RenderError:
             pass  # records with calls are refused for it, each with the reason
     eos = tokenizer.eos_token_id
