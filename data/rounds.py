@@ -21,7 +21,7 @@ class TooLongError(RecordError):
 
 
 def round_starts(roles: Sequence[str]) -> list[int]:
-    """Turns that begin a round: the user's. The first round begins with the conversation; a tool call and its answer are of one round."""
+    """Turns that begin a round: the first, and each of the user's but the first. A call and what answers it are of one round."""
     return [0, *[i for i, role in enumerate(roles) if role == "user"][1:]]
 
 
@@ -30,8 +30,8 @@ def rounds_that_may_fit(
 ) -> int | None:
     """How many of the first rounds can have up to `limit` tokens; None: all of them, as the conversation is not long.
 
-    Words are tokenised until they have twice as many, or all were: no way in which a template joins them halves their number. Reasoning
-    does not count, because a template may leave it out.
+    Words are tokenised until they have twice as many, or all were: no way in which a template joins them halves their number.
+    Reasoning does not count, because a template may leave it out.
     """
     starts = round_starts([message["role"] for message in messages])
     enough = _CHARACTERS * limit

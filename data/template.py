@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerFast
 
@@ -22,6 +22,9 @@ from data.rounds import TooLongError, round_starts, rounds_that_may_fit
 from data.state_tokens import STATE_TOKENS, check_state_tokens
 from data.tokens import Tokens, supervise, tokenize
 from model.batch import PLACEHOLDERS, READ_BY
+
+
+_NOTHING = re.compile("(?!)")
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,9 @@ class Template:
     stop_ids: tuple[int, ...] = ()  # ids that end an assistant's turn
     allowed: tuple[str, ...] = ()  # control tokens that contents may use
     state_tokens: str = "none"  # none | glyphs | digits
-    tags: re.Pattern[str] = re.compile("(?!)")  # that the template names, as <think>
-    abilities: Abilities = Abilities()
-    closes: re.Pattern[str] = re.compile("(?!)")  # ends a turn that calls tools, where it ends as others do
+    tags: re.Pattern[str] = _NOTHING  # that the template names, as <think>
+    abilities: Abilities = field(default_factory=Abilities)
+    closes: re.Pattern[str] = _NOTHING  # ends a turn that calls tools, where it ends as others do
 
     @property
     def end_is_token(self) -> bool:
@@ -84,7 +87,12 @@ class Template:
         ids, supervised = row.tokens.ids[: ends[-1]], row.supervised[: ends[-1]]
         if not any(supervised):
             if len(ends) < num_rounds:
-                raise TooLongError(record.where, record.id, "conversations", "no round that fits has an answer to learn")
+                raise TooLongError(
+                    record.where,
+                    record.id,
+                    "conversations",
+                    f"no round that fits has an answer to learn, data.max_length is {max_length}",
+                )
             raise self._error(record, "no token is supervised")
         unknown = self.tokenizer.unk_token_id
         if unknown is not None and unknown not in self.stop_ids and any(s and i == unknown for i, s in zip(ids, supervised)):
@@ -118,9 +126,9 @@ class Template:
         return self._first(record, kept, stand_in=False)
 
     def _stand_in(self, turn: Turn) -> Turn:
-        """A turn with other words in the places of its own."""
+        """A turn with another word in each place of its own, among the same tags."""
         parts = re.split(f"({self.tags.pattern})", turn.content)
-        parts[::2] = ["x".join((part[: len(part) - len(part.lstrip())], part[len(part.rstrip()) :])) if part.strip() else part for part in parts[::2]]
+        parts[::2] = [re.sub(r"\S(?:.*\S)?", "x", part, flags=re.DOTALL) for part in parts[::2]]
         extra = {key: "x" if isinstance(value, str) else value for key, value in turn.extra.items()}
         return Turn("assistant", "".join(parts), extra=extra)
 
@@ -135,7 +143,7 @@ class Template:
         return kept
 
     def _first(self, record: Record, kept: int | None, stand_in: bool = True) -> Record:
-        """The first rounds of the record; a short one stands in for those that follow, since the last may be written differently."""
+        """The first rounds of the record, and a short one in place of those that follow: a template may write the last differently."""
         starts = round_starts([turn.role for turn in record.turns])
         if kept is None or kept == len(starts):
             return record
@@ -166,9 +174,7 @@ class Template:
         self._check(record, rendering, tokens)
         return _Row(rendering, tail, tokens, supervised)
 
-    def _render(
-        self, record: Record, messages: list[Message], kinds: tuple[str, ...], late: set[int]
-    ) -> tuple[Rendering, str]:
+    def _render(self, record: Record, messages: list[Message], kinds: tuple[str, ...], late: set[int]) -> tuple[Rendering, str]:
         """Text, turns and tail. An interrupted answer is the text's end: nothing says that it is over (VITA `end_tag`)."""
         learn = [turn.learn for turn in record.turns]
         found = self._renderer.render(messages, learn, kinds, record.tools, frozenset(late))
