@@ -105,9 +105,8 @@ def _problem(template: Template, record: Record, encoded: Encoded) -> str:
     ends = [k for k in range(len(ids)) if supervised[k] and not (k + 1 < len(ids) and supervised[k + 1])]
     is_last = record.turns[-1].learn
     if template.end_is_token and not (record.interrupted and is_last):
-        ending = [
-            ids[k] in template.stop_ids or (ids[k] in template.control_ids and (n or not is_last)) for n, k in enumerate(ends[::-1])
-        ]
+        inner = template.control_ids.union(template.stop_ids)  # answers before the last may end otherwise, as those of gpt-oss do
+        ending = [ids[k] in (template.stop_ids if is_last and k == ends[-1] else inner) for k in ends]
         if not all(ending):
             return "an answer's last supervised token does not end its turn"
     if record.interrupted and is_last and (ends[-1] != len(ids) - 1 or (template.end_is_token and ids[-1] in template.stop_ids)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -116,13 +116,13 @@ class Renderer:
         guards = {place - 1 for place in read.guards}
         spans = []
         for i, message in enumerate(messages):
-            spans.append(_span(message["role"], found[i], text, learn[i]))
-            if message["role"] == "assistant":
+            span = _span(message["role"], found[i], text, learn[i])
+            if span.role == "assistant":
                 limit = next((found[j][0][0] for j in range(i + 1, len(messages)) if messages[j]["role"] != "system"), len(text))
-                end = self._end(text, spans[-1].stop, limit, guards, bool(message.get("tool_calls")))
-                prompt = None if i in late or i == 0 else self._prompt(text, messages[i - 1], found[i - 1], found[i][0][0])
-                at = spans[-1].start if prompt is None else prompt
-                spans[-1] = Span("assistant", at, spans[-1].start, spans[-1].stop, end, learn[i])
+                end = self._end(text, span.stop, limit, guards, bool(message.get("tool_calls")))
+                known = None if i in late or i == 0 else self._prompt(text, messages[i - 1], found[i - 1], found[i], span.start)
+                span = replace(span, prompt=span.start if known is None else known, end=end)
+            spans.append(span)
         written = [self.written.match(text, start) for start in sorted(guards)]
         apart = _apart(messages, marker.pieces, read, spans)
         return Rendering(text, spans, [match.span() for match in written if match], removed, apart)
@@ -134,16 +134,18 @@ class Renderer:
                     return match.end()
         raise RenderError("no token ends the assistant's turn")
 
-    def _prompt(self, text: str, before: Message, found: list[tuple[int, Piece]], limit: int) -> int | None:
-        """Where the generation prompt ends that stands after the turn `before`, if one does."""
-        place, piece = found[-1]
+    def _prompt(
+        self, text: str, before: Message, asked: list[tuple[int, Piece]], found: list[tuple[int, Piece]], start: int
+    ) -> int | None:
+        """Where the generation prompt ends that stands between the turn `before` and an answer, if one does."""
+        place, piece = asked[-1]
         if before["role"] == "assistant":
             return None
         tail = piece.tail
         ask = openings.__wrapped__ if len(tail) > _LONG_TAIL else openings
         for opening, is_prompt in ask(self.tokenizer, self.source, before["role"], tail):
             end = place + len(opening)
-            if text.startswith(opening, place) and end <= limit and (is_prompt or text[end:limit].isspace()):
+            if text.startswith(opening, place) and end <= found[0][0] and (is_prompt or text[end:start].isspace()):
                 return end
         return None
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from data.abilities import Message
-from data.record import RecordError
+from data.placeholders import kinds_in
+from data.record import Record, RecordError, Turn
 
 _CHARACTERS = 16
 """As many characters per allowed token are never looked at twice: what is shorter is simply tokenised."""
@@ -68,3 +70,22 @@ def _kept(message: Message, tags: re.Pattern[str]) -> str:
 
 def _count(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
     return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def first_rounds(record: Record, kept: int | None, whole: bool = True) -> Record:
+    """The first rounds of the record, and a short one in place of those that follow: a template may write the last differently."""
+    starts = round_starts([turn.role for turn in record.turns])
+    if kept is None or kept == len(starts):
+        return record
+    turns = record.turns[: starts[kept]]
+    media = record.media[: sum(len(kinds_in(turn.content)) for turn in turns)]
+    last = (Turn("user", "x"), Turn("assistant", "x")) if whole else ()
+    return replace(record, turns=(*turns, *last), media=media, interrupted=False)
+
+
+def stand_in(turn: Turn, tags: re.Pattern[str]) -> Turn:
+    """A turn with another word in each place of its own, among the same tags."""
+    parts = re.split(f"({tags.pattern})", turn.content)
+    parts[::2] = [re.sub(r"\S(?:.*\S)?", "x", part, flags=re.DOTALL) for part in parts[::2]]
+    extra = {key: "x" if isinstance(value, str) else value for key, value in turn.extra.items()}
+    return Turn("assistant", "".join(parts), extra=extra)
