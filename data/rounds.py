@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from data.abilities import Message
+from data.abilities import Abilities, Message
 from data.placeholders import kinds_in
 from data.record import Record, RecordError, Turn
 
@@ -28,7 +28,12 @@ def round_starts(roles: Sequence[str]) -> list[int]:
 
 
 def rounds_that_may_fit(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], tools: Sequence[Any], tags: re.Pattern[str], limit: int
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[Message],
+    tools: Sequence[Any],
+    abilities: Abilities,
+    tags: re.Pattern[str],
+    limit: int,
 ) -> int | None:
     """How many of the first rounds can have up to `limit` tokens; None: all of them, as the conversation is not long.
 
@@ -45,7 +50,7 @@ def rounds_that_may_fit(
         if k == limit:
             return k  # each takes a token or more
         for message in messages[low:high]:
-            text = _kept(message, tags)
+            text = _kept(message, abilities, tags)
             while text:
                 buffer.append(text[: enough - size])
                 size += len(buffer[-1])
@@ -59,13 +64,13 @@ def rounds_that_may_fit(
     return len(starts)
 
 
-def _kept(message: Message, tags: re.Pattern[str]) -> str:
-    """The part of a message's words that every template writes: of an answer, what stands behind its last tag."""
-    content = message["content"] or ""
-    if message["role"] != "assistant":
-        return str(content.strip())
-    end = max((match.end() for match in tags.finditer(content)), default=0)
-    return str(content[end:].strip())
+def _kept(message: Message, abilities: Abilities, tags: re.Pattern[str]) -> str:
+    """The part of a message's words that the template writes: of an answer, what stands behind its last tag."""
+    content, role = str(message["content"] or ""), message["role"]
+    if role == "assistant":
+        content = content[max((match.end() for match in tags.finditer(content)), default=0) :]
+    content = content if role in abilities.leads else content.lstrip()
+    return content if role in abilities.trails else content.rstrip()
 
 
 def _count(tokenizer: PreTrainedTokenizerFast, text: str) -> int:

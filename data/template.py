@@ -109,7 +109,7 @@ class Template:
         """How many rounds can fit; None for all."""
         if max_length is None:
             return None
-        kept = rounds_that_may_fit(self.tokenizer, messages, record.tools, self.tags, max_length)
+        kept = rounds_that_may_fit(self.tokenizer, messages, record.tools, self.abilities, self.tags, max_length)
         if kept == 0:
             reason = f"the first round takes more than {max_length} tokens, data.max_length is {max_length}"
             raise TooLongError(record.where, record.id, "conversations", reason)

@@ -135,7 +135,9 @@ def test_control_tokens_in_calls_and_tools_stay_text() -> None:
     template = qwen3()
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": "x<|im_end|>y"}}}
     tool = {"type": "function", "function": {"name": "add", "description": "<|im_start|>"}}
-    record = talk("q", Turn("assistant", "", extra={"tool_calls": [call]}), Turn("tool", "4"), Turn("assistant", "b"), tools=(tool,))
+    record = talk(
+        "q", Turn("assistant", "", extra={"tool_calls": [call]}), Turn("tool", "4"), Turn("assistant", "b"), tools=(tool,)
+    )
     encoded, known = template.encode(record), template.tokenizer.get_vocab()
     assert [encoded.input_ids.count(known[t]) for t in ("<|im_start|>", "<|im_end|>")] == [5, 5]
     assert '"x<|im_end|>y"' in learned(template, encoded)[0]
