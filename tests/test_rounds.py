@@ -75,7 +75,7 @@ def test_a_record_that_is_not_long_is_encoded_whole() -> None:
 def test_a_text_that_cannot_fit_is_known_after_a_limits_worth(text: str, work: dict[str, int]) -> None:
     made = template("qwen3", "auto")
     work["characters"] = 0
-    with pytest.raises(TooLongError, match="the first round takes more than 64 tokens, data.max_length is 64"):
+    with pytest.raises(TooLongError, match=r"the first round takes more than 64 tokens, data\.max_length is 64"):
         made.encode(Record("r", (Turn("user", text), Turn("assistant", "a")), (), "f.json:7"), LIMIT)
     assert work["characters"] <= 64 * LIMIT
     later = Record("r", (*talk(1).turns, Turn("user", text), Turn("assistant", "a")), (), "f.json:7")

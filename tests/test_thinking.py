@@ -24,7 +24,9 @@ CLOSED = """\
 # As gpt-oss: a channel for each part of an answer, another end for the last one.
 CHANNELS = """\
 {%- for m in messages %}{{ '<|im_start|>' + m.role }}
-{%- if m.role == 'assistant' and m.thinking and loop.last %}{{ ' analysis<s>' + m.thinking + '<|im_end|><|im_start|>assistant' }}{% endif %}
+{%- if m.role == 'assistant' and m.thinking and loop.last %}
+{{- ' analysis<s>' + m.thinking + '<|im_end|><|im_start|>assistant' }}
+{%- endif %}
 {%- if m.role == 'assistant' %}{{ ' final<s>' + m.content + ('</s>' if loop.last else '<|im_end|>') }}
 {%- else %}{{ '<s>' + m.content + '<|im_end|>' }}{% endif %}
 {%- endfor %}

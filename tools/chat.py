@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from data.processor import Processor, load_processor
-from data.record import RecordError, parse
+from data.record import Record, RecordError, Turn, parse
 from data.state_tokens import split_state
+from data.template import THOUGHTFUL
 from model.batch import PLACEHOLDERS
 from model.config import ConfigError
 from model.multimodal import MultimodalLM
@@ -35,7 +36,9 @@ def answerer(net: MultimodalLM, processor: Processor, media: Media, options: arg
     sampling: dict[str, Any] = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
 
     def answer(turns: Turns) -> Answer:
-        ids = net.generate(processor([record(turns, media)]), max_new_tokens=options.max_new_tokens, **sampling)
+        ids = net.generate(
+            processor([record(turns, media)], thinking=options.thinking), max_new_tokens=options.max_new_tokens, **sampling
+        )
         # With special tokens: a state may be one. The template writes it anew, so the history must not hold it.
         state, _ = split_state(processor.tokenizer.decode(ids[0]), processor.config.state_tokens)
         return state, split_state(processor.decode(ids)[0], processor.config.state_tokens)[1].strip()
@@ -82,6 +85,12 @@ def read_line(prompt: str) -> str | None:
             return None
 
 
+def prompts_alike(processor: Processor) -> bool:
+    """Whether the template asks for an answer in one way only."""
+    asked = Record("question", (Turn("user", "a"),), (), "question")
+    return processor.template.prompt(asked) == processor.template.prompt(asked, THOUGHTFUL)
+
+
 def chat(options: argparse.Namespace) -> None:
     if options.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens {options.max_new_tokens} is not positive")
@@ -90,6 +99,8 @@ def chat(options: argparse.Namespace) -> None:
     if options.temperature == 0 and (options.top_p < 1 or options.seed is not None):
         raise ConfigError("--top-p and --seed have no effect at --temperature 0, where the likeliest token is always taken")
     processor = load_processor(options.final)
+    if options.thinking and prompts_alike(processor):
+        raise ConfigError("--thinking has no effect: the run's template has the same prompt for answers with and without a thought")
     media = {kind: getattr(options, kind) for kind in PLACEHOLDERS}
     answer = answerer(load(options), processor, media, options)
     if options.question is None:
@@ -108,6 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token; above, samples")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this much probability (1)")
     parser.add_argument("--seed", type=int, default=None, help="of the sampling")
+    parser.add_argument("--thinking", action="store_true", help="ask as for answers that begin with a thought (docs/thinking.md)")
     options = parser.parse_intermixed_args(argv)  # options may stand before the last positional
     return run("chat", lambda: chat(options))
 
