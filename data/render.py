@@ -7,6 +7,7 @@ the marks are the places of the words.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -186,7 +187,7 @@ def _places(messages: Sequence[Message], pieces: Sequence[Piece], read: Read) ->
         if start is None or stop is None:
             _missing(messages, piece, k == last.get(piece.turn))
             removed.add(piece.turn)
-        elif piece.kind in (CONTENT, REASONING) and read.text[start:stop] != piece.text:
+        elif piece.kind in (CONTENT, REASONING) and not _same(read.text[start:stop], piece, messages):
             raise RenderError("the template rewrites a content of this conversation")
         elif piece.kind == CONTENT and 2 * k in read.repeated:
             raise RenderError("the template drops, repeats or reorders messages")
@@ -200,6 +201,12 @@ def _places(messages: Sequence[Message], pieces: Sequence[Piece], read: Read) ->
         if message["role"] != "system":
             place = turn[-1][0]
     return found, len(removed)
+
+
+def _same(written: str, piece: Piece, messages: Sequence[Message]) -> bool:
+    """Whether the words are as they were; of a tool, JSON may be made of them (gpt-oss)."""
+    is_tool = messages[piece.turn]["role"] == "tool"
+    return written == piece.text or (is_tool and written == json.dumps(piece.text, ensure_ascii=False)[1:-1])
 
 
 def _missing(messages: Sequence[Message], piece: Piece, is_answer: bool) -> None:
