@@ -26,10 +26,13 @@ class Certificate:
     num_tokens: int
     num_supervised: int
     bad: tuple[str, ...]  # records met on the way that break the rules; they are counted when they are read
+    removed: int = 0  # answers of which the template leaves something out
 
     def __str__(self) -> str:
         bad = f", {len(self.bad)} bad records passed over" if self.bad else ""
-        return f"{self.source}: {len(self.rows)} rows certified, {self.num_supervised} of {self.num_tokens} tokens supervised{bad}"
+        removed = f", the thoughts of {self.removed} answers left out by the template" if self.removed else ""
+        supervised = f"{self.num_supervised} of {self.num_tokens} tokens supervised"
+        return f"{self.source}: {len(self.rows)} rows certified, {supervised}{removed}{bad}"
 
 
 class UnprovenError(RecordError):
@@ -63,7 +66,7 @@ def certify(
     """
     rows: list[int] = []
     bad: list[str] = []
-    num_tokens = num_supervised = 0
+    num_tokens = num_supervised = removed = 0
     for i in _spread(len(index), 8 * num_rows):
         if len(rows) == num_rows:
             break
@@ -78,9 +81,10 @@ def certify(
         rows.append(i)
         num_tokens += len(encoded.input_ids)
         num_supervised += sum(encoded.supervised)
+        removed += encoded.removed
     if not rows:
         raise DataError(f"data.sources {source_key!r}: none of {len(bad)} rows can be encoded; the first: {bad[0]}")
-    return Certificate(source_key, tuple(rows), num_tokens, num_supervised, tuple(bad))
+    return Certificate(source_key, tuple(rows), num_tokens, num_supervised, tuple(bad), removed)
 
 
 def _spread(length: int, count: int) -> Iterator[int]:

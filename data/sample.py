@@ -49,6 +49,7 @@ class Measured:
     length: int  # tokens in all
     supervised: int  # targets
     media: int  # tokens of media
+    removed: int = 0  # answers of which the template leaves something out, see `data.encoded.Encoded`
 
 
 def assemble(
@@ -91,7 +92,9 @@ def measured(encoded: Encoded, placeholder_ids: dict[str, int], record: Record, 
     widths[is_medium] = counts[: int(is_medium.sum())]
     ends = np.cumsum(widths)
     kept = _fitting(record, ends, encoded, max_length)
-    return Measured(int(ends[kept - 1]), sum(encoded.supervised[1:kept]), int(widths[:kept][is_medium[:kept]].sum()))
+    return Measured(
+        int(ends[kept - 1]), sum(encoded.supervised[1:kept]), int(widths[:kept][is_medium[:kept]].sum()), encoded.removed
+    )
 
 
 def _placed(spec: MediaSpec, ref: MediaRef, meta: MediaMeta, values: Tensor, start: int) -> SampleMedia:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data.certificate import proven
 from data.messages import media_kinds
 from data.record import Record, RecordError, Turn
 from data.render import RenderError, apply
@@ -105,7 +106,7 @@ def calls(question: str, answer: str, tools: tuple[dict[str, Any], ...], later: 
 def outcome(template: Template, kind: str, record: Record) -> Outcome:
     """What became of one conversation."""
     try:
-        encoded = template.encode(record)
+        encoded = proven(template, record)
     except RecordError as error:
         return Outcome(kind, _refusal(template, record, error), str(error))
     if encoded.input_ids == own_ids(template, record):
