@@ -18,7 +18,7 @@ class Encoded:
     input_ids: list[int]
     supervised: list[bool]  # the assistant's tokens and what ends its turns
     round_ends: list[int]  # ids up to and including round k, a user's turn and all that answer it
-    num_rounds: int = 0  # of the record; more than `round_ends` where the last ones cannot fit and were not tokenised
+    num_rounds: int = 0  # that can be told apart; more than `round_ends` where the last ones cannot fit and were not tokenised
     removed: int = 0  # answers of which the template leaves something out: the thoughts before the last question
 
 

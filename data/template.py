@@ -62,25 +62,25 @@ class Template:
         Raises `RecordError` if the template cannot express the record, nothing is learned, or an unknown token would be;
         `TooLongError` if not even the first round can fit.
         """
-        messages, num_rounds = self.messages(record), len(round_starts([turn.role for turn in record.turns]))
-        kept = self._kept(record, messages, max_length)
-        trimmed = first_rounds(record, kept)
+        messages = self.messages(record)
+        trimmed = first_rounds(record, self._kept(record, messages, max_length))
         row = self._encode(trimmed, messages if trimmed is record else self.messages(trimmed), media_kinds(record))
-        ends = round_ends(row)[:kept]
+        ends, num_rounds = round_ends(row), len(round_starts([turn.role for turn in record.turns]))
+        if trimmed is not record:
+            if not row.rendering.first_round_apart:
+                raise self._too_long(
+                    record, f"its rounds, which go together in this template, take more than {max_length} tokens", max_length
+                )
+            ends = ends[:-1]  # without the one that stands in for the others
         ids, supervised = row.tokens.ids[: ends[-1]], row.supervised[: ends[-1]]
         if not any(supervised):
-            if len(ends) < num_rounds:
-                raise TooLongError(
-                    record.where,
-                    record.id,
-                    "conversations",
-                    f"no round that fits has an answer to learn, data.max_length is {max_length}",
-                )
+            if trimmed is not record:
+                raise self._too_long(record, "no round that fits has an answer to learn", max_length)
             raise self._error(record, "no token is supervised")
         unknown = self.tokenizer.unk_token_id
         if unknown is not None and unknown not in self.stop_ids and any(s and i == unknown for i, s in zip(ids, supervised)):
             raise self._error(record, f"an answer holds what the tokenizer only knows as {self.tokenizer.unk_token}")
-        return Encoded(ids, supervised, ends, num_rounds, row.rendering.removed)
+        return Encoded(ids, supervised, ends, len(ends) if trimmed is record else num_rounds, row.rendering.removed)
 
     def prompt(self, record: Record, like: Turn | None = None) -> list[int]:
         """Ids up to where the answer to the record's last turn starts. Raises `RecordError`.
@@ -114,8 +114,7 @@ class Template:
             return None
         kept = rounds_that_may_fit(self.tokenizer, messages, record.tools, self.abilities, self.tags, max_length)
         if kept == 0:
-            reason = f"the first round takes more than {max_length} tokens, data.max_length is {max_length}"
-            raise TooLongError(record.where, record.id, "conversations", reason)
+            raise self._too_long(record, f"the first round takes more than {max_length} tokens", max_length)
         return kept
 
     def _encode(self, record: Record, messages: list[Message], kinds: tuple[str, ...]) -> Row:
@@ -163,6 +162,9 @@ class Template:
             return tokens
         bos = self.tokenizer.convert_tokens_to_ids(self.lead)
         return Tokens([bos, *tokens.ids], [0, *tokens.starts], [len(self.lead), *tokens.stops])
+
+    def _too_long(self, record: Record, reason: str, max_length: int | None) -> TooLongError:
+        return TooLongError(record.where, record.id, "conversations", f"{reason}, data.max_length is {max_length}")
 
     def _error(self, record: Record, reason: str) -> RecordError:
         return RecordError(record.where, record.id, "conversations", reason)

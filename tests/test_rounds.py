@@ -116,3 +116,20 @@ def test_rounds_that_fit_without_an_answer_to_learn_are_too_long() -> None:
     turns = tuple(dataclasses.replace(turn, learn=k > 700) for k, turn in enumerate(record.turns))
     with pytest.raises(TooLongError, match="no round that fits has an answer to learn"):
         made.encode(dataclasses.replace(record, turns=turns), LIMIT)
+
+
+LAST = """\
+{%- for m in messages if m.role != 'system' %}
+{{- '<s>' + (messages[0].content if loop.revindex == 2 and messages[0].role == 'system' else '') + m.content + '</s>' }}
+{%- endfor %}"""
+
+
+def test_rounds_go_together_where_the_template_writes_the_systems_words_last() -> None:
+    base = tiny_tokenizer("bytes").backend_tokenizer
+    copy = type(tiny_tokenizer("bytes"))(tokenizer_object=base, chat_template=LAST)
+    made = load_template("auto", copy, placeholders="as_written", media_wrap=())
+    with_system = lambda n: dataclasses.replace(talk(n), turns=(Turn("system", "Be brief."), *talk(n).turns))  # noqa: E731
+    encoded = made.encode(with_system(3), 4096)
+    assert encoded.round_ends == [len(encoded.input_ids)] and len(made.encode(talk(3)).round_ends) == 3
+    with pytest.raises(TooLongError, match="its rounds, which go together in this template, take more than 64 tokens"):
+        made.encode(with_system(100), LIMIT)
