@@ -14,13 +14,15 @@ from dataclasses import dataclass, replace
 
 from data import image
 from data.blob import Blob, MediaError
+from data.certificate import proven
 from data.dataset import MultimodalDataset, root_of
 from data.fields import record_line
 from data.media import RecordMedia
 from data.picture_hash import picture_hash
 from data.placeholders import without_placeholders
 from data.record import MediaRef, Record, RecordError
-from data.sample import Measured, TooLongError, measured
+from data.rounds import TooLongError
+from data.sample import Measured, measured
 from data.sound import is_unsized
 from model.batch import AudioSpec, MediaMeta, MediaSpec, image_spec, num_tokens
 
@@ -64,6 +66,10 @@ class CheckedMedium:
     picture: int = 0  # 64 bits, alike for pictures that look alike; where asked for
 
 
+LOOK_TOKENS = 1 << 18
+"""So many tokens of a record that does not fit are counted, to tell what length would hold it."""
+
+
 @dataclass(frozen=True)
 class Checked:
     """What is known of one record."""
@@ -100,9 +106,9 @@ def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, ne
         except Exception as error:
             problems.append(_problem(dataset, i, error))
         found.append(medium)
-    size, whole = None, 0
+    size, whole, is_too_long = None, 0, False
     try:
-        encoded = dataset.template.encode(record)
+        encoded = proven(dataset.template, record, dataset.config.max_length)
         if len(metas) == len(record.media):
             counts = [num_tokens(dataset.specs[ref.modality], meta) for ref, meta in zip(record.media, metas)]
             size = measured(encoded, dataset.template.placeholder_ids, record, counts, dataset.config.max_length)
@@ -110,7 +116,24 @@ def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, ne
     except Exception as error:
         whole = getattr(error, "whole", 0)
         problems.append(_problem(dataset, i, error))
+        is_too_long = isinstance(error, TooLongError)
+    if not whole and (size or is_too_long) and len(metas) == len(record.media):
+        whole = _whole_length(dataset, record, metas)
     return Checked(tuple(problems), size, _text_key(record), _words_key(record), tuple(found), whole)
+
+
+def _whole_length(dataset: MultimodalDataset, record: Record, metas: list[MediaMeta]) -> int:
+    """Return the tokens of all rounds of a record that is not trained on whole; of a huge one a number that they are more than."""
+    limit = max(2 * dataset.config.max_length, LOOK_TOKENS)
+    try:
+        encoded = dataset.template.encode(record, limit)
+    except TooLongError:
+        return limit + 1
+    except RecordError:  # a round that is not trained on breaks a rule
+        return dataset.config.max_length + 1
+    media = sum(num_tokens(dataset.specs[ref.modality], meta) for ref, meta in zip(record.media, metas))
+    is_complete = len(encoded.round_ends) >= encoded.num_rounds
+    return len(encoded.input_ids) - len(metas) + media if is_complete else limit + 1
 
 
 def _problem(dataset: MultimodalDataset, i: int, error: Exception) -> Problem:

@@ -15,13 +15,14 @@ from transformers import PreTrainedTokenizerFast
 from data.blob import Blob, resolve
 from data.collate import collate
 from data.config import ConfigError, DataConfig
+from data.encoded import Encoded
 from data.formats import freeze_date
 from data.limits import load_json
 from data.media import RecordMedia
 from data.record import MediaRef, Record, parse
 from data.sample import Sample, assemble, check_media
 from data.state_tokens import split_state
-from data.template import Encoded, Template, load_template
+from data.template import THOUGHTFUL, Template, load_template
 from data.tokenizer import check_fingerprint, fingerprint, load_tokenizer, pad_id, save_tokenizer
 from model.batch import Batch, MediaSpec, spec_from_json, spec_to_json
 
@@ -51,15 +52,18 @@ class Processor:
         """Ids that end an answer."""
         return self.template.stop_ids
 
-    def __call__(self, records: Sequence[dict[str, Any]], answers: bool = False, media_root: str | None = None) -> Batch:
+    def __call__(
+        self, records: Sequence[dict[str, Any]], answers: bool = False, media_root: str | None = None, thinking: bool = False
+    ) -> Batch:
         """A batch of records in the form that training reads.
 
         answers=True: whole conversations with labels, right-padded, as in training. answers=False: prompts, left-padded, for
         `generate`: all turns up to the answer that is asked for, without it where the record holds one; of any length.
         media_root: the folder that media must stand in, as a source's; None: a person names the files, from the current
-        directory or by absolute paths. Raises `RecordError`, called `records:i` after the record's place, for the first bad one.
+        directory or by absolute paths. thinking: prompts are those of answers that begin with a thought, where a record has no
+        answer that says so. Raises `RecordError`, called `records:i` after the record's place, for the first bad one.
         """
-        samples = [self._sample(i, record, answers, media_root) for i, record in enumerate(records)]
+        samples = [self._sample(i, record, answers, media_root, thinking) for i, record in enumerate(records)]
         return collate(samples, pad_id(self.tokenizer), "right" if answers else "left")
 
     def decode(self, ids: Sequence[Sequence[int]] | Tensor) -> list[str]:
@@ -84,21 +88,23 @@ class Processor:
         text = json.dumps(self._to_json(), indent=2, sort_keys=True, ensure_ascii=False)
         (folder / FILE).write_text(text + "\n", encoding="utf-8")
 
-    def _sample(self, i: int, raw: dict[str, Any], answers: bool, media_root: str | None) -> Sample:
+    def _sample(self, i: int, raw: dict[str, Any], answers: bool, media_root: str | None, thinking: bool) -> Sample:
         record = parse(raw, f"records:{i}", needs_answer=answers)
         check_media(record, self.specs, self.config.max_images)
-        encoded = self.template.encode(record) if answers else self._prompt(record)
-        media = RecordMedia(record, lambda ref: self._locate(ref, media_root), self.specs, self.config)
         limit = self.config.max_length if answers else None
+        encoded = self.template.encode(record, limit) if answers else self._prompt(record, thinking)
+        media = RecordMedia(record, lambda ref: self._locate(ref, media_root), self.specs, self.config)
         return assemble(encoded, self.template.placeholder_ids, media, max_length=limit, sample_id=i, source_id=0)
 
     def _locate(self, ref: MediaRef, media_root: str | None) -> Blob:
         path = ref.path if media_root is None else resolve(ref.path, media_root, follow_links=self.config.follow_links)
         return Blob(path, path)
 
-    def _prompt(self, record: Record) -> Encoded:
-        asked = replace(record, turns=record.turns[:-1]) if record.turns[-1].role == "assistant" else record
-        ids = self.template.prompt(asked)
+    def _prompt(self, record: Record, thinking: bool) -> Encoded:
+        answer = THOUGHTFUL if thinking else None
+        if record.turns[-1].role == "assistant":
+            record, answer = replace(record, turns=record.turns[:-1]), record.turns[-1]
+        ids = self.template.prompt(record, answer)
         return Encoded(ids, [False] * len(ids), [len(ids)])
 
     def _before_stop(self, ids: Sequence[int]) -> Sequence[int]:

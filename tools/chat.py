@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from data.processor import Processor, load_processor
-from data.record import RecordError, parse
+from data.record import Record, RecordError, Turn, parse
+from data.template import THOUGHTFUL
 from model.batch import PLACEHOLDERS
 from model.config import ConfigError
 from model.multimodal import MultimodalLM
@@ -34,7 +35,8 @@ def answerer(net: MultimodalLM, processor: Processor, media: Media, options: arg
     sampling: dict[str, Any] = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
 
     def answer(turns: Turns) -> Answer:
-        ids = net.generate(processor([record(turns, media)]), max_new_tokens=options.max_new_tokens, **sampling)
+        batch = processor([record(turns, media)], thinking=options.thinking)
+        ids = net.generate(batch, max_new_tokens=options.max_new_tokens, **sampling)
         return processor.answers(ids)[0]  # without its state: the template writes that anew
 
     return answer
@@ -79,6 +81,12 @@ def read_line(prompt: str) -> str | None:
             return None
 
 
+def prompts_alike(processor: Processor) -> bool:
+    """Whether the template asks for an answer in one way only."""
+    asked = Record("question", (Turn("user", "a"),), (), "question")
+    return processor.template.prompt(asked) == processor.template.prompt(asked, THOUGHTFUL)
+
+
 def chat(options: argparse.Namespace) -> None:
     if options.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens {options.max_new_tokens} is not positive")
@@ -87,6 +95,8 @@ def chat(options: argparse.Namespace) -> None:
     if options.temperature == 0 and (options.top_p < 1 or options.seed is not None):
         raise ConfigError("--top-p and --seed have no effect at --temperature 0, where the likeliest token is always taken")
     processor = load_processor(options.final)
+    if options.thinking and prompts_alike(processor):
+        raise ConfigError("--thinking has no effect: the run's template has the same prompt for answers with and without a thought")
     media = {kind: getattr(options, kind) for kind in PLACEHOLDERS}
     answer = answerer(load(options), processor, media, options)
     if options.question is None:
@@ -105,6 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token; above, samples")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this much probability (1)")
     parser.add_argument("--seed", type=int, default=None, help="of the sampling")
+    parser.add_argument("--thinking", action="store_true", help="ask as for answers that begin with a thought (docs/thinking.md)")
     options = parser.parse_intermixed_args(argv)  # options may stand before the last positional
     return run("chat", lambda: chat(options))
 

@@ -182,7 +182,7 @@ def certify_all(data: RunData, config: RunConfig) -> list[str]:
             raise ConfigError(f"{error}; {refused}" if refused else str(error)) from error
     opened = [dataset for dataset in (data.train, data.validation) if dataset is not None]
     return [
-        str(certify(data.processor.template, index, source.key))
+        str(certify(data.processor.template, index, source.key, max_length=config.data.max_length))
         for dataset in opened
         for source, index in zip(dataset.sources, dataset.indexes)
     ]
