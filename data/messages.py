@@ -27,7 +27,7 @@ def media_kinds(record: Record) -> tuple[str, ...]:
 
 
 def write_messages(record: Record, wording: Wording) -> list[Message]:
-    """One message per turn. Raises `RecordError` if the wording cannot express the record."""
+    """One message per turn, with all that the template gets of it. Raises `RecordError` if the wording cannot express them."""
     contents = [turn.content for turn in record.turns]
     if wording.placeholders_only:
         if [turn.role for turn in record.turns] != ["user", "assistant"]:
@@ -42,7 +42,7 @@ def write_messages(record: Record, wording: Wording) -> list[Message]:
         for i, turn in enumerate(record.turns):
             if turn.role == "assistant":
                 contents[i] = tokens[state_of(record, i)] + _stateless(record, contents[i], wording.state_tokens)
-    return [{"role": turn.role, "content": content} for turn, content in zip(record.turns, contents)]
+    return [{"role": turn.role, "content": content, **turn.extra} for turn, content in zip(record.turns, contents)]
 
 
 def _stateless(record: Record, answer: str, state_tokens: str) -> str:
