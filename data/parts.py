@@ -23,8 +23,10 @@ _SILENT = ("detail", "format", "cache_control", "id")
 class Parts:
     """Reads the content parts of one record; the media whose paths stand inside them are kept in `media`."""
 
-    def __init__(self) -> None:
+    def __init__(self, raw: dict[str, Any]) -> None:
+        """`raw` is the record: parts of media that its own keys name need no path."""
         self.media: list[MediaRef] = []
+        self._named = {kind for kind in PLACEHOLDERS if not (is_absent(raw.get(kind)) and is_absent(raw.get(f"{kind}s")))}
         self._seen: Counter[str] = Counter()  # parts of each kind of medium
 
     def text(self, parts: list[Any], field: str) -> str:
@@ -42,16 +44,16 @@ class Parts:
         kind, holder = _PARTS[name], part.get(name)
         boxes = [part, holder] if isinstance(holder, dict) else [part]
         if key := next((key for box in boxes for key in _BYTES if not is_absent(box.get(key))), None):
-            raise FieldError(
-                field,
-                f"holds the bytes of a medium ({key}); only paths of local files are read here: save it as a file and name its "
-                f'path, or give the record a key "{kind}s" beside {{"type": "{kind}"}} (a column of .parquet may hold bytes)',
-            )
+            raise FieldError(field, f"holds the bytes of a medium ({key}); {_readable(kind)}")
         for box in boxes:
             _check_keys(box, ("type", "index", *_SILENT, *_PATHS, *((name,) if box is part else ())), field)
         self._check_index(part.get("index"), kind, field)
         places = [box.get(key) for box in boxes for key in _PATHS] + ([] if isinstance(holder, dict) else [holder])
         paths = list(dict.fromkeys(path_of(value, field) for value in places if value is not None))
+        if (
+            isinstance(holder, dict) and not paths and kind not in self._named
+        ):  # a .parquet file may hold bytes there, which are not read with the text
+            raise FieldError(field, f"has {name!r} without a path; {_readable(kind)}")
         if len(paths) > 1:
             raise FieldError(field, f"names {paths[0][:60]!r} and {paths[1][:60]!r}; keep one")
         self.media += [MediaRef(kind, path) for path in paths]
@@ -63,6 +65,13 @@ class Parts:
         self._seen[kind] += 1
         if index is not None and (isinstance(index, bool) or index != due):
             raise FieldError(f"{field}.index", f"is {str(index)[:60]}, but this is {kind} {due}: media stand in reading order")
+
+
+def _readable(kind: str) -> str:
+    return (
+        f'only paths of local files are read here: save it as a file and name its path, or give the record a key "{kind}s" '
+        f'beside {{"type": "{kind}"}} (a column of .parquet may hold bytes)'
+    )
 
 
 def _check_keys(box: dict[str, Any], known: tuple[str, ...], field: str) -> None:

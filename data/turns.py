@@ -48,7 +48,7 @@ def read_turns(raw: dict[str, Any]) -> tuple[tuple[Turn, ...], list[MediaRef]]:
     field, keys = found[0], _KEYS[found[0]]
     if not isinstance(raw[field], list) or not raw[field]:
         raise FieldError(field, f"is {'empty' if raw[field] == [] else kind_of(raw[field])}, not a list of turns")
-    parts = Parts()
+    parts = Parts(raw)
     turns = tuple(_turn(value, f"{field}[{i}]", keys, parts) for i, value in enumerate(raw[field]))
     return turns, parts.media
 

@@ -396,6 +396,10 @@ def test_pictures_inside_parts_are_paths_or_the_records_own() -> None:
         ),
         ({"type": "image", "image": "a.jpg", "path": "b.jpg"}, "messages[0].content[0]: names 'b.jpg' and 'a.jpg'; keep one"),
         ({"type": "image", "image": [1]}, "messages[0].content[0]: is a list, not a path"),
+        (
+            {"type": "image", "image": {}},
+            "messages[0].content[0]: has 'image' without a path; only paths of local files are read here",
+        ),
         ({"type": "image", "index": 1}, "messages[0].content[0].index: is 1, but this is image 0: media stand in reading order"),
         (
             {"type": "image", "image": "a.jpg", "max_pixels": 9},
