@@ -20,6 +20,12 @@ _SILENT = ("detail", "format", "cache_control", "id")
 """Keys of a part that carry nothing here: how large a picture is seen is said by the run file, a file's kind by its bytes."""
 
 
+def kind_of_part(part: Any) -> str | None:
+    """The kind of medium that a content part stands for, sound or not."""
+    name = part.get("type") if isinstance(part, dict) else None
+    return _PARTS.get(name) if isinstance(name, str) else None
+
+
 class Parts:
     """Reads the content parts of one record; the media whose paths stand inside them are kept in `media`."""
 
