@@ -70,6 +70,7 @@ class Checked:
     size: Measured | None = None  # None where it has no length
     text: int = 0  # 64 bits, equal for equal conversations; 0 for a record that cannot be read
     words: int = 0  # the same without regard to case, spaces, punctuation and placeholders
+    unlearned: int = 0  # answers that are read and not learned, because the record says so
     media: tuple[CheckedMedium, ...] = ()
 
 
@@ -105,7 +106,7 @@ def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, ne
             size = measured(encoded, dataset.template.placeholder_ids, record, counts, dataset.config.max_length)
     except Exception as error:
         problems.append(_problem(dataset, i, error))
-    return Checked(tuple(problems), size, _text_key(record), _words_key(record), tuple(found))
+    return Checked(tuple(problems), size, _text_key(record), _words_key(record), record.num_unlearned, tuple(found))
 
 
 def _problem(dataset: MultimodalDataset, i: int, error: Exception) -> Problem:
@@ -160,14 +161,15 @@ def _content_key(blob: Blob) -> int:
 
 
 def _text_key(record: Record) -> int:
-    said = [[turn.role, turn.content] for turn in record.turns]
+    said = [[turn.role, turn.content, turn.learn, dict(turn.extra)] for turn in record.turns]
     marks = [[ref.kind, ref.span, ref.label] for ref in record.media]
-    return _key(json.dumps([said, marks, record.negative_turn, record.interrupted]).encode())
+    return _key(json.dumps([said, marks, record.negative_turn, record.interrupted, record.tools]).encode())
 
 
 def _words_key(record: Record) -> int:
-    said = [[turn.role, _WORD.findall(without_placeholders(turn.content).casefold())] for turn in record.turns]
-    return _key(json.dumps(said).encode())
+    texts = [(turn.role, turn.content + json.dumps(dict(turn.extra) or "", ensure_ascii=False)) for turn in record.turns]
+    texts += [("tools", json.dumps(tool, ensure_ascii=False)) for tool in record.tools]
+    return _key(json.dumps([[role, _WORD.findall(without_placeholders(text).casefold())] for role, text in texts]).encode())
 
 
 def _key(data: bytes) -> int:

@@ -80,9 +80,10 @@ def _record_texts(record: Record) -> Iterator[str]:
     """All that a template writes of a record."""
     for turn in record.turns:
         yield turn.content
-        for key in (*THOUGHT_KEYS, "tool_calls"):
-            if (value := turn.extra.get(key)) is not None:
-                yield value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        if thought := turn.extra.get("reasoning_content"):
+            yield thought
+        if calls := turn.extra.get("tool_calls"):
+            yield json.dumps(calls, ensure_ascii=False)
     if record.tools:
         yield json.dumps(record.tools, ensure_ascii=False)
 

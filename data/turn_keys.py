@@ -13,7 +13,7 @@ from data.tool_calls import read_calls
 LEARN_KEYS = ("weight", "loss", "trainable", "train")
 """Whether an answer is learned: OpenAI's and FastChat's 0 or 1, and the booleans of ms-swift, verl and axolotl."""
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""What an assistant thinks before it answers; a template reads one of them at most."""
+"""What an assistant thinks before it answers, by the names of several formats; the first is ours."""
 _CALL_KEYS = ("tool_calls", "function_call")
 _TOOL_KEYS = ("tool_call_id", "name")
 SILENT_KEYS = frozenset(
@@ -74,12 +74,14 @@ def for_template(turn: dict[str, Any], role: str, field: str) -> dict[str, Any]:
     thoughts = {key: turn[key] for key in THOUGHT_KEYS if not is_absent(turn.get(key))}
     for key, value in thoughts.items():
         _check_role(role, "assistant", f"{field}.{key}")
-        found[key] = _text(value, f"{field}.{key}")
+        found["reasoning_content"] = _text(value, f"{field}.{key}")
     if len(thoughts) > 1:
         raise FieldError(f"{field}.{min(thoughts)}", f"{' and '.join(map(repr, thoughts))} are there; keep one")
-    if not is_absent(turn.get("tool_call_id")):
-        _check_role(role, "tool", f"{field}.tool_call_id")
-    return found | {key: _text(turn[key], f"{field}.{key}") for key in _TOOL_KEYS if not is_absent(turn.get(key))}
+    for key in _TOOL_KEYS:
+        if not is_absent(turn.get(key)):
+            _check_role(role, "tool", f"{field}.{key}")
+            found[key] = _text(turn[key], f"{field}.{key}")
+    return found
 
 
 def check_keys(turn: dict[str, Any], own: tuple[str, str], field: str) -> None:

@@ -173,8 +173,8 @@ def test_what_is_thought_goes_to_the_template() -> None:
     for key in ("reasoning_content", "reasoning", "thinking"):
         for raw in both(ASK, {**ANSWER, key: "two and two make four"}):
             parsed = parse(raw, "m.json:1")
-            assert parsed.turns[1] == Turn("assistant", "4", extra={key: "two and two make four"})
-            assert write_messages(parsed, WORDING)[1] == {**ANSWER, key: "two and two make four"}
+            assert parsed.turns[1] == Turn("assistant", "4", extra={"reasoning_content": "two and two make four"})
+            assert write_messages(parsed, WORDING)[1] == {**ANSWER, "reasoning_content": "two and two make four"}
         assert parse(chat(ASK, {**ANSWER, key: ""}), "m.json:1") == parse(chat(ASK, ANSWER), "m.json:1")
 
 
@@ -247,6 +247,7 @@ def test_an_answer_behind_results_replies_to_its_user() -> None:
             chat({**ASK, "tool_call_id": "c1"}, ANSWER),
             "messages[0].tool_call_id: stands on a turn of the user; only a turn of the tool",
         ),
+        (chat({**ASK, "name": "Ann"}, ANSWER), "messages[0].name: stands on a turn of the user; only a turn of the tool has one"),
         (chat(ASK, ANSWER, tools="add"), "tools: 'add' is no JSON"),
         (chat(ASK, ANSWER, tools={"add": ADD}), "tools: is an object, not a list of tools"),
         (chat(ASK, ANSWER, tools=["3"]), "tools[0]: is a number, not an object"),
