@@ -70,8 +70,8 @@ class Checked:
     size: Measured | None = None  # None where it has no length
     text: int = 0  # 64 bits, equal for equal conversations; 0 for a record that cannot be read
     words: int = 0  # the same without regard to case, spaces, punctuation and placeholders
-    unlearned: int = 0  # answers that are read and not learned, because the record says so
     media: tuple[CheckedMedium, ...] = ()
+    unlearned: int = 0  # answers that are read and not learned, because the record says so
 
 
 def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, near: bool = False) -> Checked:
@@ -106,7 +106,8 @@ def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, ne
             size = measured(encoded, dataset.template.placeholder_ids, record, counts, dataset.config.max_length)
     except Exception as error:
         problems.append(_problem(dataset, i, error))
-    return Checked(tuple(problems), size, _text_key(record), _words_key(record), record.num_unlearned, tuple(found))
+    unlearned = record.num_unlearned
+    return Checked(tuple(problems), size, _text_key(record), _words_key(record), tuple(found), unlearned=unlearned)
 
 
 def _problem(dataset: MultimodalDataset, i: int, error: Exception) -> Problem:
