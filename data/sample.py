@@ -76,7 +76,6 @@ def assemble(
     widths[at] = [num_tokens(specs[ref.modality], meta) for ref, meta in zip(record.media, metas)]
     ends = np.cumsum(widths)
     kept = len(ids) if max_length is None else _fitting(record, ends, encoded.round_ends, max_length)
-    _check_learned(record, encoded, kept)
     placed: dict[str, list[SampleMedia]] = {}
     for position, ref, meta in zip(at[at < kept], record.media, metas):
         start = int(ends[position] - widths[position])
@@ -94,7 +93,6 @@ def measured(encoded: Encoded, placeholder_ids: dict[str, int], record: Record, 
     widths[is_medium] = counts
     ends = np.cumsum(widths)
     kept = _fitting(record, ends, encoded.round_ends, max_length)
-    _check_learned(record, encoded, kept)
     return Measured(int(ends[kept - 1]), sum(encoded.supervised[1:kept]), int(widths[:kept][is_medium[:kept]].sum()))
 
 
@@ -136,12 +134,6 @@ def _fitting(record: Record, ends: np.ndarray, round_ends: Sequence[int], max_le
         reason = f"the first round takes {ends[round_ends[0] - 1]} tokens, data.max_length is {max_length}"
         raise TooLongError(record.where, record.id, "conversations", reason)
     return max(fitting)
-
-
-def _check_learned(record: Record, encoded: Encoded, kept: int) -> None:
-    """Raises `TooLongError` where the answers of the rounds that fit are all marked as not to be learned."""
-    if kept < len(encoded.input_ids) and not any(encoded.supervised[:kept]):
-        raise TooLongError(record.where, record.id, "conversations", "no answer of the rounds that fit is to be learned")
 
 
 def _shifted(ids: np.ndarray, supervised: np.ndarray) -> np.ndarray:
