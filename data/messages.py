@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from data.abilities import Message
 from data.placeholders import as_read, only_placeholders, placeholders_first, wrap
 from data.record import Record, RecordError
-from data.render import Message
 from data.state_tokens import STATE_TOKENS, split_state, state_of
 
 

@@ -161,7 +161,7 @@ def certify_all(data: RunData, config: RunConfig) -> list[str]:
         check_fed(data.train, data.pools, carried(config.model))
     opened = [dataset for dataset in (data.train, data.validation) if dataset is not None]
     return [
-        str(certify(data.processor.template, index, source.key))
+        str(certify(data.processor.template, index, source.key, max_length=config.data.max_length))
         for dataset in opened
         for source, index in zip(dataset.sources, dataset.indexes)
     ]
