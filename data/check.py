@@ -73,6 +73,7 @@ class Checked:
     words: int = 0  # the same without regard to case, spaces, punctuation and placeholders
     media: tuple[CheckedMedium, ...] = ()
     unlearned: int = 0  # answers that are read and not learned, because the record says so
+    removed: int = 0  # answers of which the template leaves something out: the thoughts before the last question
 
 
 def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, near: bool = False) -> Checked:
@@ -99,16 +100,17 @@ def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, ne
         except Exception as error:
             problems.append(_problem(dataset, i, error))
         found.append(medium)
-    size = None
+    size, removed = None, 0
     try:
         encoded = proven(dataset.template, record, dataset.config.max_length)
+        removed = encoded.removed
         if len(metas) == len(record.media):
             counts = [num_tokens(dataset.specs[ref.modality], meta) for ref, meta in zip(record.media, metas)]
             size = measured(encoded, dataset.template.placeholder_ids, record, counts, dataset.config.max_length)
     except Exception as error:
         problems.append(_problem(dataset, i, error))
-    unlearned = record.num_unlearned
-    return Checked(tuple(problems), size, _text_key(record), _words_key(record), tuple(found), unlearned=unlearned)
+    keys = _text_key(record), _words_key(record)
+    return Checked(tuple(problems), size, *keys, tuple(found), unlearned=record.num_unlearned, removed=removed)
 
 
 def _problem(dataset: MultimodalDataset, i: int, error: Exception) -> Problem:

@@ -13,7 +13,7 @@ import pytest
 from data.dataset import Rejected
 from data.sample import Sample
 from model.batch import IGNORE_INDEX
-from tests.runs import tables
+from tests.runs import save_parts, tables
 from tests.tiny_data import WIDTH, dataset, grey, sample, talk
 from tools import check_data, inspect_data
 from tools.inspect_entry import Box, Entry, entry_of
@@ -93,3 +93,27 @@ def test_the_tools_count_and_show_them(parts: Path, tmp_path: Path, capsys: pyte
     assert "Grey, underlined text" in page and page.count("<b>1</b> answers not learned") == 4
     grey_tokens = re.findall(r'<span class=(?:"s u"|u) title="[^"]*">([^<]*)</span>', page.partition("<main>")[2])
     assert "".join(grey_tokens) == "WRONG&lt;|im_end|&gt;" * 4
+
+
+def test_thoughts_that_a_template_leaves_out_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two of three answers think, one of them before the last question: Qwen3's template writes none there."""
+    save_parts(tmp_path, tokenizer="qwen3")
+    turns = [
+        {"role": "user", "content": "1?"},
+        {"role": "assistant", "content": "1", "reasoning_content": "hm", "weight": 0},
+        {"role": "user", "content": "2?"},
+        {"role": "assistant", "content": "2", "thinking": "so"},
+    ]
+    (tmp_path / "keys.jsonl").write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"messages": turns[2:]}) + "\n")
+    described = tables(tmp_path, data={"sources": [{"path": str(tmp_path / "keys.jsonl")}]})
+    described["model"] = {"llm": described["model"]["llm"]}
+    (tmp_path / "run.toml").write_text(to_toml(described))
+    assert check_data.main(["--cfg", str(tmp_path / "run.toml")]) == 0
+    said = capsys.readouterr().out
+    assert "thoughts 1 left out: the template writes none" in said
+    counts = json.loads(said.splitlines()[-1])["train"]["keys"]
+    assert (counts["answers_not_learned"], counts["answers_without_thoughts"]) == (1, 1)
+    assert inspect_data.main(["--cfg", str(tmp_path / "run.toml")]) == 0
+    said = capsys.readouterr().out
+    assert ", 1 answer not learned ({- -}), 1 earlier answer without thoughts," in said
+    assert "assistant\n{-1<|im_end|>-}" in said and "{+<think>\nso\n</think>\n\n2<|im_end|>+}" in said

@@ -56,6 +56,7 @@ def _headline(entry: Entry, source: str) -> str:
     if entry.num_tokens:
         learned = f"<b>{entry.num_learned:,}</b> learned ({entry.num_learned / entry.num_tokens:.1%})"
         left = f"<b>{entry.num_unlearned:,}</b> answers not learned, " if entry.num_unlearned else ""
+        left += f"<b>{entry.num_removed:,}</b> earlier answers without thoughts, " if entry.num_removed else ""
         planned = f"<b>{entry.num_tokens:,}</b> tokens, {learned}, {left}{planned}"
     return (
         f"<div class=top><h2>{visible(entry.id or entry.where)}</h2>"

@@ -62,6 +62,8 @@ def printed(entry: Entry, colour: bool) -> str:
     parts = [f"{entry.num_tokens} tokens", f"{entry.num_learned} supervised"]
     if entry.num_unlearned:
         parts.append(f"{entry.num_unlearned} answer{'s' * (entry.num_unlearned > 1)} not learned ({'grey' if colour else '{- -}'})")
+    if entry.num_removed:
+        parts.append(f"{entry.num_removed} earlier answer{'s' * (entry.num_removed > 1)} without thoughts")
     for modality, boxes in itertools.groupby(sorted(entry.boxes, key=_modality), key=_modality):
         parts.append(f"{sum(box.medium.length for box in boxes)} of {modality}")
     parts += [f"{entry.planned} planned", *([entry.reason] if entry.reason else [])]

@@ -17,7 +17,7 @@ from data.dataset import MultimodalDataset, Rejected
 from data.media import RecordMedia
 from data.record import MediaRef, Record, RecordError
 from data.sample import Sample, SampleMedia
-from data.template import Template
+from data.template import Encoded, Template
 from model.batch import IGNORE_INDEX, AudioSpec, MediaSpec
 from tools.inspect_tokens import Piece, token_pieces
 
@@ -81,6 +81,7 @@ class Entry:
     num_tokens: int = 0
     num_learned: int = 0
     num_unlearned: int = 0  # answers that are read and not learned, because the record says so
+    num_removed: int = 0  # answers of which the template leaves something out: thoughts
 
     @property
     def boxes(self) -> list[Box]:
@@ -94,7 +95,8 @@ def entry_of(dataset: MultimodalDataset, i: int, quarantined: dict[int, dict[str
     if row is not None or isinstance(item, Rejected):
         return _rejected(dataset, i, planned, item, row)
     record = dataset.record(i)
-    rounds, dropped = _rounds(dataset.template, record, item)
+    encoded = dataset.template.encode(record)
+    rounds, dropped = _rounds(encoded, item)
     notes = [f"{dropped} of {rounds} rounds dropped: they do not fit"] if dropped else []
     notes += ["a first turn of the assistant was dropped: nobody had asked"] if record.num_dropped_turns else []
     return Entry(
@@ -105,10 +107,11 @@ def entry_of(dataset: MultimodalDataset, i: int, quarantined: dict[int, dict[str
         planned=planned,
         kinds=_kinds(record),
         reason="; ".join(notes),
-        pieces=tuple(_pieces(item, record, dataset.media(i, record), dataset.template)),
+        pieces=tuple(_pieces(item, record, dataset.media(i, record), dataset.template, encoded)),
         num_tokens=len(item.input_ids),
         num_learned=int((item.labels != IGNORE_INDEX).sum()),
         num_unlearned=record.num_unlearned,
+        num_removed=encoded.removed,
     )
 
 
@@ -137,19 +140,18 @@ def _kinds(record: Record) -> tuple[str, ...]:
     return tuple(dict.fromkeys(ref.kind for ref in record.media))
 
 
-def _rounds(template: Template, record: Record, sample: Sample) -> tuple[int, int]:
+def _rounds(encoded: Encoded, sample: Sample) -> tuple[int, int]:
     """Rounds of the record, and how many of them the sample left out at its end."""
     lengths = [medium.length for found in sample.media.values() for medium in found]
     kept = len(sample.input_ids) - sum(lengths) + len(lengths)  # each medium is one id before it is expanded
-    ends = template.encode(record).round_ends
-    return len(ends), sum(end > kept for end in ends)
+    return len(encoded.round_ends), sum(end > kept for end in encoded.round_ends)
 
 
-def _pieces(sample: Sample, record: Record, media: RecordMedia, template: Template) -> Iterator[Piece | Box]:
+def _pieces(sample: Sample, record: Record, media: RecordMedia, template: Template, encoded: Encoded) -> Iterator[Piece | Box]:
     """All of the sample in its order."""
     learned = [False, *(sample.labels[:-1] != IGNORE_INDEX).tolist()]  # labels are shifted: position t says what t + 1 is
     boxes = sorted(_boxes(sample, record, media), key=lambda box: box.medium.start)
-    answers = _answers(record, template, boxes)[: len(learned)] if record.num_unlearned else learned
+    answers = _answers(record, template, encoded.input_ids, boxes)[: len(learned)] if record.num_unlearned else learned
     ids, at = sample.input_ids.tolist(), 0
     for start, box in [*((box.medium.start, box) for box in boxes), (len(ids), None)]:
         part = slice(at, start)
@@ -159,9 +161,8 @@ def _pieces(sample: Sample, record: Record, media: RecordMedia, template: Templa
             at = start + box.medium.length
 
 
-def _answers(record: Record, template: Template, boxes: list[Box]) -> list[bool]:
-    """Which tokens would be learned if the record did not say of some answers that they are not."""
-    ids = template.encode(record).input_ids
+def _answers(record: Record, template: Template, ids: list[int], boxes: list[Box]) -> list[bool]:
+    """Which tokens would be learned if the record did not say of some answers that they are not; `ids` are the record's."""
     other = template.encode(replace(record, turns=tuple(replace(turn, learn=True) for turn in record.turns)))
     answers = np.zeros(len(ids), dtype=bool)
     # Nearly always the same ids; white space at the start of an answer may be written in two ways.
