@@ -17,7 +17,7 @@ _REFUSED = {
     "documents": "changes what the template writes and is not read here",
     "history": "holds earlier turns and is not read here; write them as turns",
 }
-_COPIES = ("prompt", "completion", "instruction", "input", "output", "query", "response", "system_prompt")
+_COPIES = frozenset({"prompt", "completion", "instruction", "input", "output", "query", "response", "system_prompt"})
 """Keys of formats without turns. Many sets keep them beside the turns they were made into: harmless if nothing else is in them."""
 
 
@@ -38,13 +38,14 @@ def with_system(raw: dict[str, Any], turns: tuple[Turn, ...]) -> tuple[Turn, ...
 
 def check_record_keys(raw: dict[str, Any], turns: tuple[Turn, ...]) -> None:
     """Raises `FieldError` for a key that another trainer would act on and that is not read here."""
-    for key, reason in _REFUSED.items():
-        if not is_absent(raw.get(key)):
-            raise FieldError(key, f"{reason}: remove it")
-    if isinstance(raw.get("label"), bool):  # of any other kind it is a note
-        raise FieldError("label", "says whether the answer is wanted; preferences are not learned here: remove it")
-    for key in _COPIES:
-        if not is_absent(value := raw.get(key)) and not _is_copy(value, turns):
+    for key, value in raw.items():
+        if is_absent(value):
+            continue
+        if key in _REFUSED:
+            raise FieldError(key, f"{_REFUSED[key]}: remove it")
+        if key == "label" and isinstance(value, bool):  # of any other kind it is a note
+            raise FieldError(key, "says whether the answer is wanted; preferences are not learned here: remove it")
+        if key in _COPIES and not _is_copy(value, turns):
             raise FieldError(key, "holds what no turn of the record says, and is not read here; make it a turn, or remove it")
 
 

@@ -41,6 +41,9 @@ SILENT_KEYS = frozenset(
 """Keys that sets carry on their turns and that change neither a prompt nor what is learned in any trainer."""
 
 
+_KNOWN = SILENT_KEYS.union(LEARN_KEYS, THOUGHT_KEYS, _CALL_KEYS, _TOOL_KEYS)
+
+
 def is_learned(turn: dict[str, Any], role: str, field: str) -> bool:
     """Whether the turn is supervised if it is an answer. Raises `FieldError` for values that say neither, or both."""
     said = {key: _learns(key, turn[key], field) for key in LEARN_KEYS if turn.get(key) is not None}
@@ -86,9 +89,8 @@ def for_template(turn: dict[str, Any], role: str, field: str) -> dict[str, Any]:
 
 def check_keys(turn: dict[str, Any], own: tuple[str, str], field: str) -> None:
     """Raises `FieldError` for a key with a value that is none of the turn's `own` two and that nobody knows."""
-    known = {*own, *LEARN_KEYS, *THOUGHT_KEYS, *_CALL_KEYS, *_TOOL_KEYS}
     for key, value in turn.items():
-        if key not in known and key not in SILENT_KEYS and not is_absent(value):
+        if key not in own and key not in _KNOWN and not is_absent(value):
             raise FieldError(
                 f"{field}.{key}",
                 f"is {kind_of(value)} under a key that is not read on a turn; it may change the prompt or what is learned: remove "

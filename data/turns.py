@@ -63,6 +63,8 @@ def _turn(value: Any, field: str, keys: tuple[str, str], parts: Parts) -> Turn:
     if not isinstance(said_by, str) or said_by not in _ROLES:
         raise FieldError(f"{field}.{role_key}", f"{repr(said_by)[:60]} is no role; allowed: {', '.join(_ROLES)}")
     role = _ROLES[said_by]
+    if len(value) == 2 and content_key in value and said_by not in _CALL_ROLES:  # most turns say nothing more
+        return Turn(role, _content(value, role, field, keys, False, parts))
     learn, extra = is_learned(value, role, field), for_template(value, role, field)
     if said_by in _CALL_ROLES:
         if "tool_calls" in extra:
