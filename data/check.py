@@ -80,6 +80,8 @@ class Checked:
     words: int = 0  # the same without regard to case, spaces, punctuation and placeholders
     media: tuple[CheckedMedium, ...] = ()
     whole: int = 0  # tokens of all rounds, also of a record that is too long; 0 where they were not counted
+    unlearned: int = 0  # answers that are read and not learned, because the record says so
+    removed: int = 0  # answers of which the template leaves something out: the thoughts before the last question
 
 
 def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, near: bool = False) -> Checked:
@@ -106,9 +108,10 @@ def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, ne
         except Exception as error:
             problems.append(_problem(dataset, i, error))
         found.append(medium)
-    size, whole, is_too_long = None, 0, False
+    size, whole, removed, is_too_long = None, 0, 0, False
     try:
         encoded = proven(dataset.template, record, dataset.config.max_length)
+        removed = encoded.removed
         if len(metas) == len(record.media):
             counts = [num_tokens(dataset.specs[ref.modality], meta) for ref, meta in zip(record.media, metas)]
             size = measured(encoded, dataset.template.placeholder_ids, record, counts, dataset.config.max_length)
@@ -119,7 +122,8 @@ def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, ne
         is_too_long = isinstance(error, TooLongError)
     if not whole and (size or is_too_long) and len(metas) == len(record.media):
         whole = _whole_length(dataset, record, metas)
-    return Checked(tuple(problems), size, _text_key(record), _words_key(record), tuple(found), whole)
+    keys = _text_key(record), _words_key(record)
+    return Checked(tuple(problems), size, *keys, tuple(found), whole, unlearned=record.num_unlearned, removed=removed)
 
 
 def _whole_length(dataset: MultimodalDataset, record: Record, metas: list[MediaMeta]) -> int:
@@ -190,14 +194,15 @@ def _content_key(blob: Blob) -> int:
 
 
 def _text_key(record: Record) -> int:
-    said = [[turn.role, turn.content] for turn in record.turns]
+    said = [[turn.role, turn.content, turn.learn, dict(turn.extra)] for turn in record.turns]
     marks = [[ref.kind, ref.span, ref.label] for ref in record.media]
-    return _key(json.dumps([said, marks, record.negative_turn, record.interrupted]).encode())
+    return _key(json.dumps([said, marks, record.negative_turn, record.interrupted, record.tools]).encode())
 
 
 def _words_key(record: Record) -> int:
-    said = [[turn.role, _WORD.findall(without_placeholders(turn.content).casefold())] for turn in record.turns]
-    return _key(json.dumps(said).encode())
+    texts = [(turn.role, turn.content + json.dumps(dict(turn.extra) or "", ensure_ascii=False)) for turn in record.turns]
+    texts += [("tools", json.dumps(tool, ensure_ascii=False)) for tool in record.tools]
+    return _key(json.dumps([[role, _WORD.findall(without_placeholders(text).casefold())] for role, text in texts]).encode())
 
 
 def _key(data: bytes) -> int:

@@ -21,7 +21,10 @@ from data.sidecar import read_arrays, text_array, write_arrays
 from data.table import KINDS
 
 PART = 1024  # records
-_RECORD = {"lengths": np.int32, "supervised": np.int32, "media_tokens": np.int32, "texts": np.uint64, "words": np.uint64}
+_RECORD = {
+    **{"lengths": np.int32, "supervised": np.int32, "media_tokens": np.int32, "texts": np.uint64, "words": np.uint64},
+    **{"unlearned": np.int32, "removed": np.int32},
+}
 _MEDIUM = {
     **{"kinds": np.int8, "tokens": np.int32, "rows": np.int32, "widths": np.int32, "heights": np.int32},
     **{"milliseconds": np.int64, "contents": np.uint64, "pictures": np.uint64, "unsized": np.int8},
@@ -37,7 +40,7 @@ class Found:
 
     columns: dict[
         str, np.ndarray
-    ]  # (N,) lengths, supervised, media_tokens, texts, words; (M,) owners (row of the record), kinds ...
+    ]  # (N,) lengths, supervised, media_tokens, texts, words, unlearned, removed; (M,) owners (row of the record), kinds ...
     problems: list[tuple[int, Problem]]  # with the row of the record
     files: dict[str, tuple[int, int]]  # size and time of media that are files of their own; (-1, -1): missing
 
@@ -63,7 +66,7 @@ def found_of(checked: Sequence[Checked]) -> Found:
 
 def _record_row(one: Checked) -> tuple[int, ...]:
     size = (0, 0, 0) if one.size is None else (one.size.length, one.size.supervised, one.size.media)
-    return *size, one.text, one.words
+    return *size, one.text, one.words, one.unlearned, one.removed
 
 
 def _medium_row(medium: CheckedMedium) -> tuple[int, ...]:

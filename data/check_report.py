@@ -42,6 +42,8 @@ def summary(found: Found) -> dict[str, Any]:
         "missing_files": len(found.missing),
         "tokens": tokens,
         "supervised_tokens": int(found["supervised"].sum()),
+        "answers_not_learned": int(found["unlearned"].sum()),
+        "answers_without_thoughts": int(found["removed"].sum()),
         "media_tokens": int(found["media_tokens"].sum()),
         "tokens_per_record": percentiles(found["lengths"][measured]),
         "image_width": percentiles(found["widths"][sized]),
@@ -77,6 +79,10 @@ def table(counts: dict[str, Any]) -> Iterator[str]:
         shares = (counts[key] / counts["tokens"] for key in ("supervised_tokens", "media_tokens"))
         yield "tokens   {:,}: {:.1%} learned, {:.1%} of media".format(counts["tokens"], *shares)
         yield "         " + _spread(counts["tokens_per_record"]) + " per record"
+    if counts["answers_not_learned"]:
+        yield f"answers  {counts['answers_not_learned']:,} not learned: their turns say so (weight, loss, trainable or train)"
+    if counts["answers_without_thoughts"]:
+        yield f"thoughts {counts['answers_without_thoughts']:,} left out: the template writes none before the last question"
     if counts["image_width"]:
         yield f"width    {_spread(counts['image_width'])} pixels"
         yield f"height   {_spread(counts['image_height'])} pixels"

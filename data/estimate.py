@@ -1,12 +1,16 @@
 """Tokens that a record is planned with before anything of it is rendered: a guess from its bytes.
 
-Every text of a turn counts a token per four bytes of UTF-8, at least one; a medium counts what one of its kind usually takes.
+Every text of a turn counts a token per four bytes of UTF-8, at least one, and so do thoughts, calls and tools; a medium counts
+what one of its kind usually takes.
 """
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -14,15 +18,19 @@ from data import anyres
 from data.config import DataConfig
 from data.events import Events, after_colon, spelling
 from data.limits import parse_json
-from data.record import RecordError, parse
+from data.parts import kind_of_part
+from data.record import Record, RecordError, parse
 from data.table import KINDS
+from data.turn_keys import THOUGHT_KEYS
 from model.batch import READ_BY, AudioSpec, MediaMeta, MediaSpec, num_tokens
 
 BYTES_PER_TOKEN = 4
 _AUDIO_SECONDS = 10.0
 _TEXT_KEYS = (b"value", b"content")
+_THOUGHT_KEYS = tuple(key.encode() for key in THOUGHT_KEYS)
+_CALL_KEYS, _TOOL_KEYS = (b"tool_calls", b"function_call"), (b"tools", b"functions")
 _MEDIA_KEYS = tuple(key.encode() for kind in KINDS for key in (kind, kind + "s"))
-_TEXT_LEVEL, _MEDIA_LEVEL = 3, 1  # brackets that are open around a turn's text, and around a record's own keys
+_TEXT_LEVEL, _RECORD_LEVEL = 3, 1  # brackets that are open around a turn's text, and around a record's own keys
 
 
 def media_tokens(specs: dict[str, MediaSpec], config: DataConfig) -> dict[str, int]:
@@ -67,13 +75,42 @@ def by_size(num_bytes: int) -> int:
 
 
 def by_parsing(raw: bytes) -> tuple[int, tuple[int, ...]]:
-    """Planned text tokens of a record and how many media of each of `KINDS` it names; one that breaks the rules has none."""
+    """Planned text tokens of a record and how many media of each of `KINDS` it names, which one that breaks a rule does as well."""
+    value: Any = None
     try:
-        record = parse(parse_json(raw), "", needs_answer=False)
+        value = parse_json(raw)
+        record = parse(value, "", needs_answer=False)
     except (ValueError, RecordError):  # found and named when the record is read
-        return by_size(len(raw)), (0,) * len(KINDS)
-    text = sum(by_size(len(turn.content.encode())) for turn in record.turns)
+        return by_size(len(raw)), _written_media(value)
+    text = sum(by_size(len(text.encode())) for text in _record_texts(record))
     return text, tuple(sum(ref.kind == kind for ref in record.media) for kind in KINDS)
+
+
+def _record_texts(record: Record) -> Iterator[str]:
+    """All that a template writes of a record."""
+    for turn in record.turns:
+        yield turn.content
+        if thought := turn.extra.get("reasoning_content"):
+            yield thought
+        if calls := turn.extra.get("tool_calls"):
+            yield json.dumps(calls, ensure_ascii=False)
+    if record.tools:
+        yield json.dumps(record.tools, ensure_ascii=False)
+
+
+def _written_media(value: Any) -> tuple[int, ...]:
+    """Media that a record which breaks a rule would have without its fault: else a part would seem to be fed by nothing."""
+    found = dict.fromkeys(KINDS, 0)
+    if isinstance(value, dict):
+        for kind in KINDS:
+            named = value.get(kind) if value.get(kind) is not None else value.get(f"{kind}s")
+            found[kind] = 0 if named is None else len(named) if isinstance(named, list) else 1
+        if not any(found.values()) and isinstance(turns := value.get("messages"), list):
+            contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
+            for part in (part for content in contents if isinstance(content, list) for part in content):
+                if (held := kind_of_part(part)) is not None:
+                    found[held] += 1
+    return tuple(found.values())
 
 
 @dataclass(frozen=True)
@@ -97,8 +134,9 @@ class _Strings:
 def plan_records(window: np.ndarray, events: Events, depth: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Plans:
     """Plans of the records at [start, stop) of a window; all `events` are of theirs, their quotes in pairs.
 
-    The texts are what the keys "value" and "content" of turns hold, the media what the record's own keys name. Records whose
-    texts are lists of parts, or whose media are no strings, are parsed.
+    The texts are what the keys "value" and "content" of turns hold, with their thoughts and the record's "system"; the media
+    what the record's own keys name. Records whose texts are lists of parts, whose media are no strings, or that have tools or
+    calls, are parsed.
     """
     quotes = np.flatnonzero(events.quote)
     opens, closes = quotes[0::2], quotes[1::2]
@@ -115,15 +153,22 @@ def plan_records(window: np.ndarray, events: Events, depth: np.ndarray, start: n
 def _texts(
     window: np.ndarray, events: Events, strings: _Strings, first: np.ndarray, last: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of the texts of each record (n,), 0 where there is none; records whose texts are lists."""
-    keys, _ = _keys(window, events, strings, _TEXT_LEVEL, _TEXT_KEYS)
+    """Tokens of the texts of each record (n,), 0 where there is none; records whose texts are lists, or that have calls."""
+    said, which = _keys(window, events, strings, _TEXT_LEVEL, (*_TEXT_KEYS, *_THOUGHT_KEYS, *_CALL_KEYS))
+    beside, _ = _keys(window, events, strings, _RECORD_LEVEL, (b"system", *_TOOL_KEYS))
+    keys = np.concatenate([said, beside])
+    optional = np.concatenate([which >= len(_TEXT_KEYS), np.ones(len(beside), dtype=bool)])
+    order = np.argsort(keys, kind="stable")
+    keys, optional = keys[order], optional[order]
     is_key, begins = after_colon(window, events.at[strings.closes[keys]])
     value = np.minimum(keys + 1, len(strings.opens) - 1)
     is_text = is_key & (events.at[strings.opens[value]] == begins)
-    listed = strings.opens[keys[is_key & (window[begins] == ord("["))]]
-    value = value[is_text]
+    is_nested = (window[begins] == ord("[")) | (optional & (window[begins] == ord("{")))
+    listed = strings.opens[keys[is_key & is_nested]]
+    value, optional = value[is_text], optional[is_text]
     saved = events.saved[strings.closes[value]] - events.saved[strings.opens[value]]
-    tokens = np.maximum(1, (strings.length[value] - saved) // BYTES_PER_TOKEN)
+    length = strings.length[value]
+    tokens = np.where(optional & (length == 0), 0, np.maximum(1, (length - saved) // BYTES_PER_TOKEN))
     total = np.concatenate([[0], np.cumsum(tokens)])
     low, high = (np.searchsorted(strings.opens[value], border) for border in (first, last))
     return total[high] - total[low], _owners(first, listed)
@@ -134,7 +179,7 @@ def _media(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Media of each kind that each record's own keys name (n, 3); records whose lists of them hold more than strings."""
     media = np.zeros((len(first), len(KINDS)), dtype=np.int64)
-    keys, kinds = _keys(window, events, strings, _MEDIA_LEVEL, _MEDIA_KEYS)
+    keys, kinds = _keys(window, events, strings, _RECORD_LEVEL, _MEDIA_KEYS)
     kinds //= len(_MEDIA_KEYS) // len(KINDS)
     is_key, begins = after_colon(window, events.at[strings.closes[keys]])
     owners = _owners(first, strings.opens[keys])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 _REMOTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://|data:")
@@ -19,12 +20,27 @@ def kind_of(value: Any) -> str:
     return _KINDS.get(type(value), "a null")
 
 
+def is_absent(value: Any) -> bool:
+    """Whether a value says nothing: null, or an empty string, list or object."""
+    return value is None or value in ("", [], {})
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """All strings of a JSON value, the keys of its objects among them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in [*value, *value.values()] if isinstance(value, dict) else value:
+            yield from strings_in(item)
+
+
 def path_of(value: Any, field: str) -> str:
     """A path that may name a local file. Raises `FieldError` for anything else, URLs among it."""
     if not isinstance(value, str) or not value:
         raise FieldError(field, "is an empty path" if value == "" else f"is {kind_of(value)}, not a path")
     if _REMOTE.match(value):
-        raise FieldError(field, f"{value[:60]!r} is a URL; only paths of local files are read")
+        more = ": write the path without file://" if value.startswith("file://") else ""
+        raise FieldError(field, f"{value[:60]!r} is a URL; only paths of local files are read{more}")
     try:
         os.fsencode(value)
     except UnicodeEncodeError:

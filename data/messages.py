@@ -27,7 +27,7 @@ def media_kinds(record: Record) -> tuple[str, ...]:
 
 
 def write_messages(record: Record, wording: Wording) -> list[Message]:
-    """One message per turn. Raises `RecordError` if the wording cannot express the record."""
+    """One message per turn, with all that the template gets of it. Raises `RecordError` if the wording cannot express them."""
     contents = [turn.content for turn in record.turns]
     if wording.placeholders_only:
         if [turn.role for turn in record.turns] != ["user", "assistant"]:

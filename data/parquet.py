@@ -1,7 +1,8 @@
 """Records in .parquet files: the columns are the keys of a record, and pictures may be columns of bytes (extra `parquet`).
 
 A medium's column holds paths, bytes, or the structs {"bytes", "path"} of Hugging Face's datasets, one or a list of them.
-`conversations` and `messages` are lists of structs, or strings of JSON. Files are read by row groups, the smallest part that
+Media that are null, or structs of nulls, are absent. `conversations`, `messages` and `tools` are lists of structs, or strings
+of JSON. Files are read by row groups, the smallest part that
 can be read alone: where media stand in the file, row groups of few rows make random access fast.
 """
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from data.blob import Blob, MediaError
 from data.config import ConfigError, DataError
+from data.media_column import content_of, is_unnamed, listed, names_of, present
 from data.media_refs import MediaRef
 from data.rows import RowError, decoded
 from data.scan import Advance, plan_lines
@@ -24,6 +26,7 @@ from data.table import KINDS, Table
 
 _MEDIA_COLUMNS = tuple(key for kind in KINDS for key in (kind, f"{kind}s"))
 _TURN_COLUMNS = ("conversations", "messages")
+_TOOL_COLUMNS = ("tools", "functions")
 _ROWS_AT_ONCE = 1024
 MAX_GROUP_BYTES, MAX_GROUP_ROWS = 1 << 33, 1 << 24
 """Of a row group, unpacked and with its media; whole columns of it are held in memory."""
@@ -40,7 +43,10 @@ class ParquetRows:
         return ParquetRows, (self._shards, self._table)
 
     def raw(self, i: int) -> Any:
-        return _record(self._row(i, ""))
+        row = self._row(i, "")
+        # Without a path only the bytes, which are not read with the text, say whether there is a medium.
+        unsure = [column for column in _MEDIA_COLUMNS if any(map(is_unnamed, listed(row.get(column))))]
+        return _record(row | {column: self._row(i, column).get(column) for column in unsure})
 
     def blob(self, i: int, ref: MediaRef) -> Blob | None:
         for column in (ref.kind, f"{ref.kind}s"):
@@ -48,8 +54,9 @@ class ParquetRows:
                 values = self._row(i, column).get(column)
             except RowError as error:
                 raise MediaError(f"{ref.path!r} {error}") from None
-            names = _names(column, values)
-            if ref.path in names and (content := _content(_listed(values)[names.index(ref.path)])) is not None:
+            there = present(values)
+            names = names_of(column, there)
+            if ref.path in names and (content := content_of(there[names.index(ref.path)])) is not None:
                 name = f"{self._shards.names[self._table.file_of(i)]}:{self.place(i)}:{ref.path}"
                 return Blob(name, data=content)
         return None
@@ -187,10 +194,10 @@ def _record(row: dict[str, Any]) -> dict[str, Any]:
     found = {key: value for key, value in row.items() if value is not None}
     for column in _MEDIA_COLUMNS:
         if column in found:
-            names = _names(column, found[column])
-            found[column] = names if isinstance(found[column], list) else names[0]
-    for column in _TURN_COLUMNS:
-        if isinstance(found.get(column), str):
+            names = names_of(column, present(found[column]))
+            found[column] = names if isinstance(found[column], list) else next(iter(names), None)
+    for column in (*_TURN_COLUMNS, *_TOOL_COLUMNS):
+        if isinstance(found.get(column), str) and column in _TURN_COLUMNS:
             found[column] = decoded(found[column].encode("utf-8", "surrogatepass"))
         elif column in found:
             found[column] = _without_nulls(found[column])
@@ -204,22 +211,3 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return value
-
-
-def _listed(value: Any) -> list[Any]:
-    return [] if value is None else value if isinstance(value, list) else [value]
-
-
-def _names(column: str, value: Any) -> list[Any]:
-    """What a record calls the media of one of its columns: their paths, or, where those do not tell them apart, their places."""
-    values = _listed(value)
-    paths = [item.get("path") if isinstance(item, dict) else None if isinstance(item, bytes) else item for item in values]
-    places = [f"{column}[{k}]" for k in range(len(values))]
-    if all(isinstance(item, dict | bytes) for item in values) and len(set(paths)) < len(paths):
-        return places
-    return [place if path is None or (isinstance(path, str) and "://" in path) else path for path, place in zip(paths, places)]
-
-
-def _content(value: Any) -> bytes | None:
-    content = value.get("bytes") if isinstance(value, dict) else value
-    return content if isinstance(content, bytes) else None

@@ -8,7 +8,9 @@ from typing import Any
 from data.config import DataError
 from data.fields import FieldError, kind_of, record_line
 from data.media_refs import MediaRef, media_by_kind
-from data.turns import Turn, check_order, in_reading_order, leading_answer, place_unplaced, read_turns
+from data.record_keys import check_record_keys, with_system
+from data.tool_calls import read_tools
+from data.turns import Turn, check_order, check_words, in_reading_order, leading_answer, place_unplaced, read_turns
 from model.batch import PLACEHOLDERS
 
 __all__ = ["MediaRef", "Record", "RecordError", "Turn", "parse"]
@@ -25,6 +27,11 @@ class Record:
     interrupted: bool = False  # the last answer was cut off: its end token is not learned (VITA `end_tag` false)
     tools: tuple[dict[str, Any], ...] = ()  # what the template is told that the assistant may call
 
+    @property
+    def num_unlearned(self) -> int:
+        """Answers that are read and not learned."""
+        return sum(turn.role == "assistant" and not turn.learn for turn in self.turns)
+
 
 class RecordError(DataError):
     """One record breaks the rules. The message is one line that is safe to print; what it is made of stands as it is."""
@@ -40,26 +47,31 @@ class RecordError(DataError):
 def parse(raw: Any, where: str, name: str = "", *, needs_answer: bool = True) -> Record:
     """The record that `raw`, one decoded JSON value, stands for.
 
-    Guaranteed: an optional system turn, then user and assistant in turn; no blank answer; as many placeholders as media of
-    each kind, none of them in an answer. A field that is null is absent. A record without an id is called `name`, or by its line.
-    `needs_answer=False` lets the last turn be the user's. Raises `RecordError`.
+    Guaranteed: an optional system turn, then user and assistant in turn, results of tools behind the calls of an assistant; no
+    blank answer without calls; as many placeholders as media of each kind, none of them in an answer; unless `needs_answer` is
+    false, an answer that is learned. A field that is null is absent. A record without an id is called `name`, or by its line.
+    `needs_answer=False` lets the last turn be the user's or a tool's. Raises `RecordError`.
     """
     name = name or where.rpartition(":")[2]
     try:
         if not isinstance(raw, dict):
             raise FieldError("record", f"is {kind_of(raw)}, not an object")
         name = _id(raw, name)
-        turns, inline = read_turns(raw)
+        written, inline = read_turns(raw)
+        turns = with_system(raw, written)
+        check_record_keys(raw, turns)
+        tools = read_tools(raw)
+        check_words(list(tools), "tools")
         media = media_by_kind(raw, inline)
         dropped = leading_answer(turns)
         kept = place_unplaced(tuple(turn for i, turn in enumerate(turns) if i != dropped), media)
         check_order(kept, needs_answer)
         ordered = in_reading_order(kept, media)
-        negative_turn = _negative_turn(raw.get("inserted_id"), kept, dropped)
+        negative_turn = _negative_turn(raw.get("inserted_id"), kept, len(written) - len(kept))
         interrupted = _interrupted(raw.get("end_tag"), len(media["audio"]))
     except FieldError as error:
         raise RecordError(where, name, *error.args) from None
-    return Record(name, kept, ordered, where, len(turns) - len(kept), negative_turn, interrupted)
+    return Record(name, kept, ordered, where, len(turns) - len(kept), negative_turn, interrupted, tools)
 
 
 def _id(raw: dict[str, Any], default: str) -> str:
@@ -71,13 +83,13 @@ def _id(raw: dict[str, Any], default: str) -> str:
     return str(value)
 
 
-def _negative_turn(value: Any, turns: tuple[Turn, ...], dropped: int | None) -> int | None:
-    """The turn that `inserted_id` names. It counts turns as they are written in the file, a dropped one among them."""
+def _negative_turn(value: Any, turns: tuple[Turn, ...], shift: int) -> int | None:
+    """The turn that `inserted_id` names. It counts turns as they stand in the file: `shift` more than here before any answer."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int):
         raise FieldError("inserted_id", f"is {kind_of(value)}, not the number of a turn, counted from 0")
-    written = {i + (dropped is not None): i for i in range(len(turns)) if _answers_sound(turns, i)}
+    written = {i + shift: i for i in range(len(turns)) if _answers_sound(turns, i)}
     if value not in written:
         allowed = ", ".join(map(str, written)) or "none"
         raise FieldError("inserted_id", f"turn {str(value)[:60]} answers no turn with <audio>; turns that do: {allowed}")

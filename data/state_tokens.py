@@ -23,11 +23,12 @@ def state_of(record: Record, i: int) -> str:
     """What the assistant's turn `i` replies to: audio | negative | text.
 
     Records without media get states as well. VITA's do not, since its pass for media skips them; a model that is read by
-    its first token has to write one each time.
+    its first token has to write one each time. Behind results of tools the assistant still replies to its user.
     """
     if i == record.negative_turn:
         return "negative"
-    return "audio" if PLACEHOLDERS["audio"] in record.turns[i - 1].content else "text"
+    asked = next(turn for turn in reversed(record.turns[:i]) if turn.role == "user")
+    return "audio" if PLACEHOLDERS["audio"] in asked.content else "text"
 
 
 def split_state(text: str, state_tokens: str) -> tuple[str | None, str]:

@@ -177,8 +177,9 @@ def test_records_and_sources_of_the_docs_are_accepted() -> None:
     records = [parse(json.loads(line), f"data.md:{i}") for i, line in enumerate(lines.splitlines())]
     assert [tuple(ref.kind for ref in record.media) for record in records] == [
         *[("image",), ("image", "image"), ("image",)],
-        *[("video",), ("audio",), ()],
+        *[("video",), ("audio",), (), (), ()],
     ]
+    assert [record.num_unlearned for record in records] == [0] * 6 + [1, 0] and len(records[-1].tools) == 1
     run = {"output_dir": "run", "model": {"llm": {"path": "llm"}}}
     mixed, *others = (tomllib.loads(text) for kind, text in blocks if kind == "toml")
     config = parse_config({**run, **mixed}, "data.md")

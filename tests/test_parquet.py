@@ -84,6 +84,57 @@ def test_pictures_in_columns(tmp_path: Path, value: Any, names: list[str], conte
     assert blob is None or blob.name == f"m.parquet:3:{names[0]}"
 
 
+NOTHING: dict[str, Any] = {"bytes": None, "path": None}
+ABSENT: list[tuple[Any, Any, list[str]]] = [
+    (NOTHING, {"bytes": b"one", "path": None}, ["image[0]"]),
+    (NOTHING, {"bytes": b"one", "path": "1.png"}, ["1.png"]),
+    ({"bytes": None, "path": ""}, {"bytes": b"one", "path": ""}, ["image[0]"]),
+    ({"bytes": None}, {"bytes": b"one"}, ["image[0]"]),
+    ([NOTHING, None], [None, {"bytes": b"one", "path": None}, NOTHING], ["image[0]"]),
+    ([NOTHING], [NOTHING, {"bytes": b"one", "path": "1.png"}], ["1.png"]),
+    ([None], [None, "1.png"], ["1.png"]),
+    ([None], [None, b"one"], ["image[0]"]),
+]
+
+
+@pytest.mark.parametrize(("value", "other", "names"), ABSENT)
+def test_pictures_that_are_null_are_absent(tmp_path: Path, value: Any, other: Any, names: list[str]) -> None:
+    """A row without a picture may hold a struct of nulls, and a list null entries: neither is a picture to be looked for."""
+    path = written(tmp_path / "m.parquet", {"image": [value, other], "conversations": [TURNS] * 2})
+    index = opened(path, str(tmp_path))
+    assert parse(index.raw(0), "x:1").media == () and parse(index.raw(0), "x:1").turns[0].content == "What?"
+    record = parse(index.raw(1), "x:1")
+    assert [ref.path for ref in record.media] == names
+    assert content(index, 1, names[0]) == (None if other == [None, "1.png"] else b"one")
+
+
+def test_tools_and_calls_are_as_their_json(tmp_path: Path) -> None:
+    """Structs of one column have the same fields: those that a tool or a call has not are null, and no part of its definition."""
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": {key: {"type": "string"}}}} for name, key in ("fx", "gy")
+    ]
+    calls = [{"type": "function", "function": {"name": name, "arguments": {key: "1"}}} for name, key in ("fx", "gy")]
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    path = written(tmp_path / "m.parquet", {"messages": [turns], "tools": [tools]})
+    record = parse(opened(path).raw(0), "x:1")
+    assert list(record.tools) == tools and record.turns[1].extra["tool_calls"] == calls
+    spelt = written(tmp_path / "n.parquet", {"messages": [json.dumps(turns)], "tools": [json.dumps(tools)]})
+    assert parse(opened(spelt).raw(0), "x:1") == record
+
+
+def test_bytes_inside_parts_are_refused_by_name(tmp_path: Path) -> None:
+    parts = [
+        {"type": "image", "text": None, "image": {"bytes": b"1", "path": None}},
+        {"type": "text", "text": "What?", "image": None},
+    ]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": "A cat on a mat."}]}]
+    index = opened(written(tmp_path / "m.parquet", {"messages": [turns]}))
+    with pytest.raises(
+        RecordError, match=r"messages\[0\].content\[0\]: has 'image' without a path; only paths of local files are read"
+    ):
+        parse(index.raw(0), "x:1")
+
+
 def test_bytes_are_not_read_with_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     column = [{"bytes": b"one", "path": "1.png"}] * 2
     index = opened(written(tmp_path / "m.parquet", {"images": column, "conversations": [TURNS] * 2}))

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from data import scan as scan_module
 from data.borders import array_borders, line_borders
 from data.config import DataError
+from data.estimate import by_parsing
 from data.scan import scan
 from data.table import KINDS, Table, joined
 
@@ -146,6 +147,43 @@ def test_parts_are_planned_by_parsing() -> None:
     table = table_of("m.json", json.dumps([plain, row, plain]).encode(), 1 << 22)
     text = len("<image>\n" + "x" * 40) // 4 + 8 // 4
     assert table.text_tokens.tolist() == [12, text, 12] and table.media.tolist() == [[0, 0, 0], [1, 0, 0], [0, 0, 0]]
+
+
+def test_all_that_a_template_writes_is_planned() -> None:
+    """Thoughts and a system text beside the turns as turns are; calls and tools by their JSON."""
+    said = [
+        {"role": "user", "content": "q" * 8},
+        {"role": "assistant", "content": "y" * 8, "reasoning_content": "z" * 16, "weight": 0},
+    ]
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    tool = {"type": "function", "function": {"name": "f"}}
+    rows: list[Any] = [
+        {"messages": said},
+        {"system": "s" * 12, "messages": said},
+        {"system": "", "messages": [said[0], {**said[1], "reasoning_content": ""}], "tools": None},
+        {"messages": [said[0], {"role": "assistant", "content": "", "tool_calls": [call]}]},
+        {"tools": [tool], "messages": said, "note": [{"tool_calls": "[", "content": 3}]},
+        {"messages": said, "functions": json.dumps([tool])},
+    ]
+    expected = [2 + 2 + 4, 3 + 2 + 2 + 4, 2 + 2, 2 + 1 + len(json.dumps([call])) // 4, 8 + len(json.dumps([tool])) // 4]
+    table = table_of("m.jsonl", "\n".join(map(json.dumps, rows)).encode(), 1 << 22)
+    assert table.text_tokens.tolist()[:5] == expected
+    assert table.text_tokens[5] >= 8 and table.media.max() == 0
+    one_by_one = [by_parsing(json.dumps(row).encode())[0] for row in rows]
+    assert table.text_tokens.tolist()[:5] == one_by_one[:5]
+
+
+def test_media_of_records_that_break_a_rule_are_counted() -> None:
+    """What is wrong with them is told when they are read; that there is no picture at all would be another fault."""
+    remote = [{"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}, {"type": "image", "image": {"bytes": "AA"}}, 3]
+    rows: list[Any] = [
+        {"messages": [{"role": "user", "content": remote}, {"role": "assistant", "content": "y"}, 3]},
+        {"images": [{"path": "a.png"}], "videos": [[1], [2]], "messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        {"messages": [{"role": "user", "content": [{"type": ["image"]}, {"type": "audio"}, {"type": "text", "text": "x"}]}]},
+    ]
+    table = table_of("m.jsonl", "\n".join(map(json.dumps, rows)).encode(), 1 << 22)
+    assert table.media.tolist() == [[2, 0, 0], [1, 2, 0], [0, 0, 1]]
+    assert table_of("m.jsonl", b"[1]\n{}\n{", 1 << 22).media.tolist() == [[0, 0, 0]] * 3
 
 
 def test_a_record_without_texts_is_planned_by_its_size() -> None:

@@ -55,7 +55,9 @@ def _headline(entry: Entry, source: str) -> str:
     planned = f"<span class=soft title='by which batches are planned'>planned {entry.planned:,}</span>"
     if entry.num_tokens:
         learned = f"<b>{entry.num_learned:,}</b> learned ({entry.num_learned / entry.num_tokens:.1%})"
-        planned = f"<b>{entry.num_tokens:,}</b> tokens, {learned}, {planned}"
+        left = f"<b>{entry.num_unlearned:,}</b> answers not learned, " if entry.num_unlearned else ""
+        left += f"<b>{entry.num_removed:,}</b> earlier answers without thoughts, " if entry.num_removed else ""
+        planned = f"<b>{entry.num_tokens:,}</b> tokens, {learned}, {left}{planned}"
     return (
         f"<div class=top><h2>{visible(bounded(entry.id) or entry.where)}</h2>"
         f"<span class=sub>{visible(source)} · {visible(entry.where)} · sample {entry.sample_id}</span>"
@@ -96,7 +98,9 @@ def _text(entry: Entry) -> str:
 
 
 def _token(piece: Piece) -> str:
-    name, kind = "mark" if piece.learned else "span", " class=s" if piece.special else ""
+    classes = ["s"] * piece.special + ["u"] * piece.passed_over
+    kind = f' class="{" ".join(classes)}"' if len(classes) > 1 else f" class={classes[0]}" if classes else ""
+    name = "mark" if piece.learned else "span"
     title = " ".join(f"{id} {visible(token)}" for id, token in zip(piece.ids, piece.tokens))
     return f'<{name}{kind} title="{title}">{_marked(piece.text)}</{name}>'
 

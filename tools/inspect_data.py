@@ -1,7 +1,8 @@
 """What the model will see: samples of every source as they reach it, with what is learned marked, in the terminal or as a page.
 
-In the terminal supervised tokens are green, or stand in {+ +} where it is none or NO_COLOR is set; a medium is shown by the tokens
-it takes and its file. --html writes one file for a browser, with the pictures, the frames and the sounds that the model receives.
+In the terminal supervised tokens are green, or stand in {+ +} where it is none or NO_COLOR is set; answers that are not learned,
+because their turns say so, are grey, or stand in {- -}; a medium is shown by the tokens it takes and its file. --html writes one
+file for a browser, with the pictures, the frames and the sounds that the model receives.
 Indexes are written where the run itself will look for them; no weight is read.
 """
 
@@ -19,11 +20,13 @@ from data.fields import bounded
 from model.config import ConfigError
 from tools.cli import printable, run
 from tools.inspect_choice import KINDS, Source, Wanted, choose, open_sources, place_of
-from tools.inspect_entry import Box, Entry
+from tools.inspect_entry import Box, Entry, Piece
 from tools.inspect_html import Shown, page
 from trainer.toml_files import undashed
 
-GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
+GREEN, GREY, DIM, RESET = "\x1b[32m", "\x1b[90m", "\x1b[2m", "\x1b[0m"
+MARKS = {"learned": (GREEN, "{+", "+}"), "passed over": (GREY, "{-", "-}")}
+"""The colour of a stretch of tokens, and what stands around it where there is none."""
 NUM_PRINTED, NUM_ON_PAGE = 3, 50
 
 
@@ -59,6 +62,10 @@ def printed(entry: Entry, colour: bool) -> str:
     if entry.status not in ("trained", "shortened"):
         return printable(f"{headline} {entry.status}, not trained on: {entry.reason}")
     parts = [f"{entry.num_tokens} tokens", f"{entry.num_learned} supervised"]
+    if entry.num_unlearned:
+        parts.append(f"{entry.num_unlearned} answer{'s' * (entry.num_unlearned > 1)} not learned ({'grey' if colour else '{- -}'})")
+    if entry.num_removed:
+        parts.append(f"{entry.num_removed} earlier answer{'s' * (entry.num_removed > 1)} without thoughts")
     for modality, boxes in itertools.groupby(sorted(entry.boxes, key=_modality), key=_modality):
         parts.append(f"{sum(box.medium.length for box in boxes)} of {modality}")
     parts += [f"{entry.planned} planned", *([entry.reason] if entry.reason else [])]
@@ -72,15 +79,21 @@ def _modality(box: Box) -> str:
 def shown(entry: Entry, colour: bool) -> str:
     """The sample as text: stretches of supervised tokens, of other ones, and media, in their order."""
     stretches: list[str] = []
-    for mark, group in itertools.groupby(entry.pieces, key=lambda piece: "box" if isinstance(piece, Box) else piece.learned):
+    for mark, group in itertools.groupby(entry.pieces, key=_mark):
         if mark == "box":
             texts = [f"[{box.medium.kind} {box.facts}: {printable(box.path)}]" for box in group if isinstance(box, Box)]
             stretches += [f"{DIM}{text}{RESET}" if colour else text for text in texts]
             continue
         text = printable("".join(piece.text for piece in group if not isinstance(piece, Box)))
-        left, right = (GREEN, RESET) if colour else ("{+", "+}")
-        stretches.append(f"{left}{text}{right}" if mark else text)
+        hue, left, right = MARKS.get(mark, ("", "", ""))
+        stretches.append(f"{hue}{text}{RESET if hue else ''}" if colour else f"{left}{text}{right}")
     return "".join(stretches).rstrip("\n")
+
+
+def _mark(piece: Piece | Box) -> str:
+    if isinstance(piece, Box):
+        return "box"
+    return "learned" if piece.learned else "passed over" if piece.passed_over else "read"
 
 
 def write_page(file: Path, title: str, words: str, sources: list[Source]) -> list[bool]:

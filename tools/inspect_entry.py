@@ -5,37 +5,25 @@ The terminal and the page of `tools.inspect_data` show the same entries.
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from transformers import PreTrainedTokenizerFast
+import numpy as np
 
 from data.dataset import MultimodalDataset, Rejected
 from data.media import RecordMedia
 from data.record import MediaRef, Record, RecordError
 from data.sample import Sample, SampleMedia
-from data.template import Template
+from data.template import Encoded, Template
 from model.batch import IGNORE_INDEX, AudioSpec, MediaSpec
+from tools.inspect_tokens import Piece, token_pieces
 
 Status = Literal["trained", "shortened", "too long", "bad", "quarantined"]
 RAW_LIMIT = 4000
 """Characters of a rejected record that are shown as they stand in the file."""
-MAX_CHARACTER_TOKENS = 8
-"""Tokens that are awaited to make one character whole: four bytes of it, and what a decoder may put around them."""
-BROKEN = "\N{REPLACEMENT CHARACTER}"
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Neighbouring tokens that make whole characters: nearly always one."""
-
-    ids: tuple[int, ...]
-    tokens: tuple[str, ...]  # as the tokenizer spells them
-    text: str
-    learned: bool
-    special: bool  # a control token of the tokenizer
 
 
 @dataclass(frozen=True)
@@ -92,6 +80,8 @@ class Entry:
     pieces: tuple[Piece | Box, ...] = ()
     num_tokens: int = 0
     num_learned: int = 0
+    num_unlearned: int = 0  # answers that are read and not learned, because the record says so
+    num_removed: int = 0  # answers of which the template leaves something out: thoughts
 
     @property
     def boxes(self) -> list[Box]:
@@ -105,7 +95,8 @@ def entry_of(dataset: MultimodalDataset, i: int, quarantined: dict[int, dict[str
     if row is not None or isinstance(item, Rejected):
         return _rejected(dataset, i, planned, item, row)
     record = dataset.record(i)
-    rounds, dropped = _rounds(dataset.template, record, item)
+    encoded = dataset.template.encode(record)
+    rounds, dropped = _rounds(encoded, item)
     notes = [f"{dropped} of {rounds} rounds dropped: they do not fit"] if dropped else []
     notes += ["a first turn of the assistant was dropped: nobody had asked"] if record.num_dropped_turns else []
     return Entry(
@@ -116,9 +107,11 @@ def entry_of(dataset: MultimodalDataset, i: int, quarantined: dict[int, dict[str
         planned=planned,
         kinds=_kinds(record),
         reason="; ".join(notes),
-        pieces=tuple(_pieces(item, record, dataset.media(i, record), dataset.template.tokenizer)),
+        pieces=tuple(_pieces(item, record, dataset.media(i, record), dataset.template, encoded)),
         num_tokens=len(item.input_ids),
         num_learned=int((item.labels != IGNORE_INDEX).sum()),
+        num_unlearned=record.num_unlearned,
+        num_removed=encoded.removed,
     )
 
 
@@ -147,24 +140,43 @@ def _kinds(record: Record) -> tuple[str, ...]:
     return tuple(dict.fromkeys(ref.kind for ref in record.media))
 
 
-def _rounds(template: Template, record: Record, sample: Sample) -> tuple[int, int]:
+def _rounds(encoded: Encoded, sample: Sample) -> tuple[int, int]:
     """Rounds of the record, and how many of them the sample left out at its end."""
     lengths = [medium.length for found in sample.media.values() for medium in found]
     kept = len(sample.input_ids) - sum(lengths) + len(lengths)  # each medium is one id before it is expanded
-    ends = template.encode(record).round_ends
-    return len(ends), sum(end > kept for end in ends)
+    return len(encoded.round_ends), sum(end > kept for end in encoded.round_ends)
 
 
-def _pieces(sample: Sample, record: Record, media: RecordMedia, tokenizer: PreTrainedTokenizerFast) -> Iterator[Piece | Box]:
+def _pieces(sample: Sample, record: Record, media: RecordMedia, template: Template, encoded: Encoded) -> Iterator[Piece | Box]:
     """All of the sample in its order."""
     learned = [False, *(sample.labels[:-1] != IGNORE_INDEX).tolist()]  # labels are shifted: position t says what t + 1 is
     boxes = sorted(_boxes(sample, record, media), key=lambda box: box.medium.start)
+    answers = _answers(record, template, encoded.input_ids, boxes)[: len(learned)] if record.num_unlearned else learned
     ids, at = sample.input_ids.tolist(), 0
-    for box in boxes:
-        yield from token_pieces(tokenizer, ids[at : box.medium.start], learned[at : box.medium.start], ids[max(at - 1, 0) : at])
-        yield box
-        at = box.medium.start + box.medium.length
-    yield from token_pieces(tokenizer, ids[at:], learned[at:], ids[max(at - 1, 0) : at])
+    for start, box in [*((box.medium.start, box) for box in boxes), (len(ids), None)]:
+        part = slice(at, start)
+        yield from token_pieces(template.tokenizer, ids[part], learned[part], ids[max(at - 1, 0) : at], answers[part])
+        if box is not None:
+            yield box
+            at = start + box.medium.length
+
+
+def _answers(record: Record, template: Template, ids: list[int], boxes: list[Box]) -> list[bool]:
+    """Which tokens would be learned if the record did not say of some answers that they are not; `ids` are the record's."""
+    other = template.encode(replace(record, turns=tuple(replace(turn, learn=True) for turn in record.turns)))
+    answers = np.zeros(len(ids), dtype=bool)
+    # Nearly always the same ids; white space at the start of an answer may be written in two ways.
+    for theirs, ours, length in [(0, 0, len(ids))] if ids == other.input_ids else _matching(other.input_ids, ids):
+        answers[ours : ours + length] = other.supervised[theirs : theirs + length]
+    widths = np.ones(len(ids), dtype=np.int64)
+    placeholders = np.flatnonzero(np.isin(ids, list(template.placeholder_ids.values())))
+    widths[placeholders[: len(boxes)]] = [box.medium.length for box in boxes]
+    return np.repeat(answers, widths).tolist()
+
+
+def _matching(one: list[int], other: list[int]) -> list[tuple[int, int, int]]:
+    blocks = difflib.SequenceMatcher(None, one, other, autojunk=False).get_matching_blocks()
+    return [(block.a, block.b, block.size) for block in blocks]
 
 
 def _boxes(sample: Sample, record: Record, media: RecordMedia) -> Iterator[Box]:
@@ -176,29 +188,3 @@ def _boxes(sample: Sample, record: Record, media: RecordMedia) -> Iterator[Box]:
 
 def _grid(medium: SampleMedia, ref: MediaRef, media: RecordMedia) -> tuple[int, int]:
     return media.measure(ref).grid if medium.kind == "image" else (len(medium.values), 1)
-
-
-def token_pieces(
-    tokenizer: PreTrainedTokenizerFast, ids: list[int], learned: list[bool], before: list[int] | None = None
-) -> Iterator[Piece]:
-    """Every id once, in pieces whose texts together are the text of all ids. `before`: ids that stand in front of them.
-
-    A token is decoded behind its forerunner: alone, tokenizers of the sentencepiece family would lose its leading space.
-    """
-    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-
-    def text_of(of: list[int]) -> str:
-        return str(tokenizer.decode(of, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    context: list[int] = before or []
-    group: list[int] = []
-    for t, id in enumerate(ids):
-        group.append(id)
-        known, text = text_of(context), text_of([*context, *group])
-        ends = t + 1 == len(ids) or learned[t + 1] != learned[t] or len(group) == MAX_CHARACTER_TOKENS
-        if text.endswith(BROKEN) and not ends:
-            continue  # the rest of the character is in the next token
-        fresh = text[len(known) :] if text.startswith(known) else text_of(group)
-        spelt = tuple(tokenizer.convert_ids_to_tokens(group))
-        yield Piece(tuple(group), spelt, fresh, learned[t], id in special and len(group) == 1)
-        context, group = group, []

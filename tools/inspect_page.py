@@ -1,7 +1,7 @@
 """Style and script of the inspector's page. Nothing in them comes from data, and the page's policy lets nothing else run.
 
 Colours hold a contrast of 4.5 or more on their grounds, light and dark; what is learned is underlined too, for those who do not
-see green.
+see green, and so are answers that are not learned, in grey.
 """
 
 STYLE = """
@@ -69,7 +69,9 @@ img.tiny { image-rendering: pixelated; }
 .sound { margin-bottom: 2px; } .sound img { width: 100%; height: 84px; }
 .gone { font-size: .8rem; padding: .4rem .6rem; border: 1px dashed var(--line); border-radius: .4rem; color: var(--soft); }
 mark { background: var(--learn); color: var(--learn-ink); box-shadow: inset 0 -2px 0 var(--learn-line); padding: .12em 0; }
-.text .s { color: var(--mark); } .text mark.s { color: var(--learn-ink); font-weight: 600; }
+.u { background: var(--faint); color: var(--soft); box-shadow: inset 0 -2px 0 var(--soft); padding: .12em 0; }
+.text .s { color: var(--mark); } .text .u.s { color: var(--soft); font-weight: 600; }
+.text mark.s { color: var(--learn-ink); font-weight: 600; }
 .text span:hover, .text mark:hover, .text .here { outline: 1.5px solid var(--focus); }
 .box { display: inline-block; background: var(--box); color: var(--box-ink); border: 1px solid var(--box-line);
   border-radius: .35rem; padding: 0 .45rem; line-height: 1.5; max-width: 100%; }
@@ -124,9 +126,10 @@ function show() {
 for (const field of chosen) field.addEventListener("input", show);
 
 const isToken = node => node instanceof Element && node.matches(".text > [title]");
+const fate = token => token.matches("mark") ? "learned" : token.matches(".u") ? "of an answer that is not learned" : "only read";
 function tell(token) {
   document.querySelector(".here")?.classList.remove("here");
-  status.textContent = token ? token.title + (token.matches("mark") ? ", learned" : ", only read") : "";
+  status.textContent = token ? token.title + ", " + fate(token) : "";
 }
 list.addEventListener("mouseover", event => {
   const token = event.target.closest(".text > [title]");
