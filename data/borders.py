@@ -59,6 +59,16 @@ def array_borders(data: mmap.mmap, start: int, name: str) -> Iterator[tuple[int,
         _broken(data, rest, name, "there is more after the end of the array")
 
 
+def next_object(data: mmap.mmap, at: int, is_first: bool, name: str) -> tuple[int, int] | None:
+    """Borders of the object that comes next in an array, at its start or after an object; None if something else does."""
+    at = skip_space(data, at)
+    if not is_first:
+        if data[at : at + 1] != b",":
+            return None
+        at = skip_space(data, at + 1)
+    return (at, _object_end(data, at, name)) if data[at : at + 1] == b"{" else None
+
+
 def array_start(data: mmap.mmap, start: int, name: str) -> int:
     """Place of whatever comes first in the array. Raises `DataError` if the file is none."""
     at = skip_space(data, start)

@@ -18,7 +18,7 @@ from data.blob import Blob, MediaError
 from data.config import ConfigError, DataError
 from data.media_refs import MediaRef
 from data.rows import RowError, decoded
-from data.scan import Advance, plan_lines
+from data.scan import Advance, plan_values
 from data.shards import Shards
 from data.table import KINDS, Table
 
@@ -35,6 +35,9 @@ class ParquetRows:
     def __init__(self, shards: Shards, table: Table) -> None:
         self._shards, self._table = shards, table
         self._kept: dict[str, tuple[Any, Any]] = {}  # by column of media, "" for all that is none: what it is of, and rows
+        self._called: dict[
+            str, tuple[int, dict[str, bytes | None]]
+        ] = {}  # by column of media: the row asked for last, and its media
 
     def __reduce__(self) -> tuple[type[ParquetRows], tuple[Shards, Table]]:
         return ParquetRows, (self._shards, self._table)
@@ -45,17 +48,25 @@ class ParquetRows:
     def blob(self, i: int, ref: MediaRef) -> Blob | None:
         for column in (ref.kind, f"{ref.kind}s"):
             try:
-                values = self._row(i, column).get(column)
+                content = self._media(i, column).get(ref.path)
             except RowError as error:
                 raise MediaError(f"{ref.path!r} {error}") from None
-            names = _names(column, values)
-            if ref.path in names and (content := _content(_listed(values)[names.index(ref.path)])) is not None:
+            if content is not None:
                 name = f"{self._shards.names[self._table.file_of(i)]}:{self.place(i)}:{ref.path}"
                 return Blob(name, data=content)
         return None
 
     def place(self, i: int) -> str:
         return str(self._table.line[i])
+
+    def _media(self, i: int, column: str) -> dict[str, bytes | None]:
+        """Contents by name of what stands in a column of media of row `i`; where a name stands twice, the first."""
+        if self._called.get(column, (-1, {}))[0] != i:
+            self._called.pop(column, None)  # first, or the media of two rows would be held at once
+            values = self._row(i, column).get(column)
+            named = list(zip(_names(column, values), map(_content, _listed(values))))
+            self._called[column] = i, {name: content for name, content in reversed(named) if isinstance(name, str)}
+        return self._called[column][1]
 
     def _row(self, i: int, column: str) -> dict[str, Any]:
         file, group, row = self._table.file_of(i), int(self._table.start[i]), int(self._table.stop[i])
@@ -122,10 +133,11 @@ def _plans(rows: Any) -> Any:
     lines = []
     for row in _all_values(rows):
         try:
-            lines.append(json.dumps(_record(row), ensure_ascii=False, default=str))
+            text = json.dumps(_record(row), ensure_ascii=False, default=str)
         except RowError:  # found and named when the record is read
-            lines.append(json.dumps(row, ensure_ascii=False, default=str))
-    return plan_lines("\n".join(lines).encode("utf-8", "surrogatepass"))
+            text = json.dumps(row, ensure_ascii=False, default=str)
+        lines.append(text.encode("utf-8", "surrogatepass"))
+    return plan_values(lines)
 
 
 def _open(path: str) -> Any:

@@ -1,0 +1,166 @@
+"""What one hostile record costs a start: CPU seconds and peak memory until step 1 is done, with the record beside those without it.
+
+200 sound records with pictures and tiny untrained parts; beside them one record of 50,000 rounds, of 20,000 pictures, of 60 MiB of
+text, or all three. Every start is a process of its own, and starts of all cases take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers.utils import logging
+
+from tools.make_demo import CORPUS, SIDE, VOCAB, train_tokenizer, write_parts
+
+NUM_GOOD, NUM_PICTURES = 200, 8
+LIMIT = 1.2
+"""Of both ratios."""
+
+
+def hostile() -> dict[str, dict[str, Any]]:
+    """The records by what is too much in them."""
+    rounds = [turn for _ in range(50_000) for turn in _round("Which digit is this?", "seven")]
+    names = ["0.png"] * 20_000
+    return {
+        "rounds": {"id": "rounds", "conversations": rounds},
+        "pictures": {"id": "pictures", "image": names, "conversations": _round("<image>\n" * len(names), "seven")},
+        "text": {"id": "text", "conversations": _round("Which digit is this? " * (60 * 2**20 // 21), "seven")},
+    }
+
+
+def _round(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one start until its first step is done."""
+
+    cpu: float  # seconds
+    seconds: float
+    mib: float  # resident at most
+
+    def over(self, other: Cost) -> Cost:
+        return Cost(self.cpu / other.cpu, self.seconds / other.seconds, self.mib / other.mib)
+
+
+def make(folder: Path, chosen: list[str]) -> dict[str, Path]:
+    """Parts, pictures and one run file per case."""
+    write_parts(folder, train_tokenizer(CORPUS, VOCAB), VOCAB)
+    (folder / "images").mkdir()
+    random = np.random.default_rng(0)
+    for i in range(NUM_PICTURES):
+        Image.fromarray(random.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(folder / "images" / f"{i}.png")
+    good = [
+        {"id": f"r{i}", "image": f"{i % NUM_PICTURES}.png", "conversations": _round("<image>\nWhich digit is this?", "seven")}
+        for i in range(NUM_GOOD)
+    ]
+    bad = hostile()
+    cases = {"none": [], **{name: [bad[name]] for name in chosen}, **({"all": [bad[n] for n in chosen]} if len(chosen) > 1 else {})}
+    return {name: _write_case(folder, name, good, records) for name, records in cases.items()}
+
+
+def _write_case(folder: Path, name: str, good: list[dict[str, Any]], records: list[dict[str, Any]]) -> Path:
+    """The run file of a case; what is hostile stands in the middle of the sound ones."""
+    half = len(good) // 2
+    data, run = folder / f"{name}.json", folder / f"{name}.toml"
+    data.write_text(json.dumps([*good[:half], *records, *good[half:]]))
+    run.write_text(
+        f"""
+output_dir = "{folder / "run" / name}"
+model = {{ llm = {{ path = "{folder / "llm"}", tune = "full" }}, vision = {{ path = "{folder / "vision"}" }}, vision_projector = {{}} }}
+data = {{ max_length = 512, workers = 0, sources = [{{ path = "{data}", media_root = "{folder / "images"}" }}] }}
+batch = {{ global_batch_size = 8, micro_batch_size = 4 }}
+train = {{ max_steps = 20 }}
+parallel = {{ strategy = "ddp" }}
+"""
+    )
+    return run
+
+
+def start(run: Path) -> Cost:
+    """One start in a process of its own. RuntimeError if it does not reach its first step."""
+    out = run.parent / "run" / run.stem
+    command = [sys.executable, "-m", "tools.bench_starts", "--child", str(run)]
+    began = time.perf_counter()
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True)
+    seconds = time.perf_counter() - began
+    subprocess.run(["rm", "-rf", str(out)], check=True)
+    if done.returncode:
+        raise RuntimeError(f"{run.stem}: {done.stderr[-2000:]}")
+    cpu, mib = map(float, done.stdout.split()[-2:])
+    return Cost(cpu, seconds, mib)
+
+
+def child(run: str) -> int:
+    """Train, and leave at the end of the first step with what it took."""
+    from trainer import loop
+    from trainer.main import main
+
+    original: Callable[..., Any] = loop.train_step
+
+    def first(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        print(f"{used.ru_utime + used.ru_stime} {used.ru_maxrss / 1024}", flush=True)
+        os._exit(0)
+
+    loop.train_step = first
+    return main(["--cfg", run])
+
+
+def measure(cases: dict[str, Path], times: int) -> dict[str, Cost]:
+    """Medians of `times` starts of each case, which take turns."""
+    found: dict[str, list[Cost]] = {name: [] for name in cases}
+    for _ in range(times):
+        for name, run in cases.items():
+            found[name].append(start(run))
+    return {
+        name: Cost(*(statistics.median(values) for values in zip(*((c.cpu, c.seconds, c.mib) for c in costs))))
+        for name, costs in found.items()
+    }
+
+
+def report(found: dict[str, Cost]) -> bool:
+    """Prints one line per case; whether all are within LIMIT."""
+    base, fine = found["none"], True
+    print(f"{'hostile record':<16}{'CPU s':>8}{'ratio':>7}{'seconds':>9}{'MiB':>8}{'ratio':>7}")
+    for name, cost in found.items():
+        ratio = cost.over(base)
+        fine &= max(ratio.cpu, ratio.mib) <= LIMIT
+        print(f"{name:<16}{cost.cpu:>8.2f}{ratio.cpu:>7.2f}{cost.seconds:>9.2f}{cost.mib:>8.0f}{ratio.mib:>7.2f}")
+    print(f"limit of both ratios {LIMIT}: {'kept' if fine else 'NOT KEPT'}")
+    return fine
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="tools.bench_starts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--times", type=int, default=3, help="starts of each case (default: 3)")
+    parser.add_argument("--only", nargs="+", choices=("rounds", "pictures", "text"), default=["rounds", "pictures", "text"])
+    parser.add_argument("--child", metavar="RUN", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.child:
+        return child(options.child)
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        return 0 if report(measure(make(Path(folder), options.only), options.times)) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
