@@ -121,7 +121,7 @@ def _assembled(parts: Iterator[tuple[int, _Part]], line: int) -> Table:
 def _object_alone(data: mmap.mmap, at: int, is_first: bool, name: str) -> _Part:
     """The next object of an array, which is larger than any window."""
     found = next_object(data, at, is_first, name)
-    if found is None:
+    if found is None or found[1] == len(data):  # the end of the array is due
         raise _Irregular
     return _alone(data, at, *found)
 
