@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from data.config import DataError
@@ -30,8 +30,11 @@ class Certificate:
         return f"{self.source}: {len(self.rows)} rows certified, {self.num_supervised} of {self.num_tokens} tokens supervised{bad}"
 
 
-def certify(template: Template, index: RecordIndex, source_key: str, num_rows: int = 8) -> Certificate:
-    """Checks up to `num_rows` rows spread over the source; rows that break the rules of records are passed over.
+def certify(
+    template: Template, index: RecordIndex, source_key: str, num_rows: int = 8, alive: Callable[[str], object] = lambda at: None
+) -> Certificate:
+    """Checks up to `num_rows` rows spread over the source; rows that break the rules of records are passed over. `alive` is told
+    which row is next.
 
     Raises `DataError` if a row's ids differ from the reference, an answer or its end is not learned, anything else is, or
     the prompt's ids are no prefix of the row's; or if no row can be encoded at all.
@@ -42,6 +45,7 @@ def certify(template: Template, index: RecordIndex, source_key: str, num_rows: i
     for i in _spread(len(index), 8 * num_rows):
         if len(rows) == num_rows:
             break
+        alive(index.where(i))
         try:
             record = parse(index.raw(i), index.where(i), index.name(i))
             encoded = template.encode(record)

@@ -94,7 +94,9 @@ def scan_parquet(path: Path, advance: Advance) -> Table:
         except _damage() as error:
             raise DataError(f"{path}: row group {group} cannot be read: {error}") from None
         sizes.append(rows.num_rows)  # what there is, not what the file says
-        plans += [_plans(rows.slice(first, _ROWS_AT_ONCE)) for first in range(0, rows.num_rows, _ROWS_AT_ONCE)]
+        for first in range(0, rows.num_rows, _ROWS_AT_ONCE):
+            plans.append(_plans(rows.slice(first, _ROWS_AT_ONCE)))
+            advance(0)  # a group may take minutes
         advance(opened.metadata.row_group(group).total_byte_size)
     if not plans:
         raise DataError(f"{path}: holds no record")

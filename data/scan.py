@@ -138,9 +138,16 @@ def _alone(data: mmap.mmap, at: int, start: int, stop: int) -> _Part:
     """The record at [start, stop) as all that a window at `at` holds."""
     tokens, counts = _plan(data, start, stop)
     plans = Plans(np.array([tokens], dtype=np.int32), np.array([counts], dtype=np.int16))
-    borders = (np.array([place - at]) for place in (start, stop))
-    lines = count_lines(data, at, start)
-    return _Part(*borders, np.array([lines]), plans, stop - at, lines + count_lines(data, start, stop), stop == len(data))
+    line = count_lines(data, at, start)
+    return _Part(
+        start=np.array([start - at]),
+        stop=np.array([stop - at]),
+        line=np.array([line]),
+        plans=plans,
+        size=stop - at,
+        lines=line + count_lines(data, start, stop),
+        is_last=stop == len(data),
+    )
 
 
 def _plan(data: mmap.mmap, start: int, stop: int) -> tuple[int, tuple[int, ...]]:

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from tools.make_demo import CORPUS, SIDE, VOCAB, train_tokenizer, write_parts
+from trainer.toml_files import to_toml
 
 NUM_GOOD, NUM_PICTURES = 200, 8
 LIMIT = 1.2
@@ -79,16 +81,19 @@ def _write_case(folder: Path, name: str, good: list[dict[str, Any]], records: li
     half = len(good) // 2
     data, run = folder / f"{name}.json", folder / f"{name}.toml"
     data.write_text(json.dumps([*good[:half], *records, *good[half:]]))
-    run.write_text(
-        f"""
-output_dir = "{folder / "run" / name}"
-model = {{ llm = {{ path = "{folder / "llm"}", tune = "full" }}, vision = {{ path = "{folder / "vision"}" }}, vision_projector = {{}} }}
-data = {{ max_length = 512, workers = 0, sources = [{{ path = "{data}", media_root = "{folder / "images"}" }}] }}
-batch = {{ global_batch_size = 8, micro_batch_size = 4 }}
-train = {{ max_steps = 20 }}
-parallel = {{ strategy = "ddp" }}
-"""
-    )
+    tables = {
+        "output_dir": str(folder / "run" / name),
+        "model": {
+            "llm": {"path": str(folder / "llm"), "tune": "full"},
+            "vision": {"path": str(folder / "vision")},
+            "vision_projector": {},
+        },
+        "data": {"max_length": 512, "workers": 0, "sources": [{"path": str(data), "media_root": str(folder / "images")}]},
+        "batch": {"global_batch_size": 8, "micro_batch_size": 4},
+        "train": {"max_steps": 20},
+        "parallel": {"strategy": "ddp"},
+    }
+    run.write_text(to_toml(tables))
     return run
 
 
@@ -99,7 +104,7 @@ def start(run: Path) -> Cost:
     began = time.perf_counter()
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True)
     seconds = time.perf_counter() - began
-    subprocess.run(["rm", "-rf", str(out)], check=True)
+    shutil.rmtree(out, ignore_errors=True)
     if done.returncode:
         raise RuntimeError(f"{run.stem}: {done.stderr[-2000:]}")
     cpu, mib = map(float, done.stdout.split()[-2:])
@@ -113,13 +118,13 @@ def child(run: str) -> int:
 
     original: Callable[..., Any] = loop.train_step
 
-    def first(*args: Any, **kwargs: Any) -> None:
+    def first(*args: Any, **kwargs: Any) -> Any:
         original(*args, **kwargs)
         used = resource.getrusage(resource.RUSAGE_SELF)
         print(f"{used.ru_utime + used.ru_stime} {used.ru_maxrss / 1024}", flush=True)
         os._exit(0)
 
-    loop.train_step = first
+    loop.train_step = first  # type: ignore[assignment]
     return main(["--cfg", run])
 
 
