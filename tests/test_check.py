@@ -295,9 +295,7 @@ def test_of_all_files_only_the_missing_ones_are_held(tmp_path: Path) -> None:
     assert kept is not None and sorted(kept.files) == [str(tmp_path / "7.png"), str(tmp_path / "gone.png")]
 
 
-def test_every_record_and_every_part_that_is_done_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_record_and_every_part_that_is_done_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_run, "PART", 2)
     data = datasets(tmp_path, {name: [talk("Hi", "Hello.")] * 5 for name in ("a", "b")})
     told: list[str] = []
