@@ -40,3 +40,8 @@ def lead_token(tokenizer: PreTrainedTokenizerFast) -> str:
     with_it, without = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     added = len(with_it) > len(without) and with_it[0] == tokenizer.bos_token_id
     return tokenizer.bos_token if added else ""
+
+
+def thought_tags(source: str) -> set[str]:
+    """Tags of thoughts that a chat template looks for in contents, control tokens or not: in an answer, they are its structure."""
+    return {tag for tag in ("<think>", "</think>") if tag in source}

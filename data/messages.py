@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from data.abilities import Message
 from data.placeholders import as_read, only_placeholders, placeholders_first, wrap
 from data.record import Record, RecordError
-from data.render import Message
 from data.state_tokens import STATE_TOKENS, split_state, state_of
 
 
@@ -42,7 +42,7 @@ def write_messages(record: Record, wording: Wording) -> list[Message]:
         for i, turn in enumerate(record.turns):
             if turn.role == "assistant":
                 contents[i] = tokens[state_of(record, i)] + _stateless(record, contents[i], wording.state_tokens)
-    return [{"role": turn.role, "content": content} for turn, content in zip(record.turns, contents)]
+    return [{"role": turn.role, "content": content, **turn.extra} for turn, content in zip(record.turns, contents)]
 
 
 def _stateless(record: Record, answer: str, state_tokens: str) -> str:

@@ -1,30 +1,34 @@
-"""A conversation as text, as ids, and which ids are learned, in one pass.
+"""A conversation as text, and where every turn stands in it.
 
-Answers are never searched for in text or ids, where repeats and role names mislead. The chat template is rendered with
-private-use marks in place of the contents; what it does to them is read off, the text is rebuilt with the real contents,
-and must equal the template's own rendering of them.
+Answers are never searched for in a text, where repeats and role names mislead. The chat template renders the conversation as it is, and
+once more with marks inside the words (`data.marks`): without the marks, that must be the same text, so the places of the marks
+are the places of the words.
 """
 
 from __future__ import annotations
 
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from data.turns import MARKS
+from data.abilities import Abilities, Message, calling
+from data.marks import CALL, CLOSE, CONTENT, OPEN, REASONING, TOOLS, Marker, Piece, Read, read_marks
 
-Message = dict[str, str]  # role, content
-
-# White space that no template writes, on both sides of a mark: gone where a template strips contents.
-_EDGE = "\u2003"
+# What templates call the choice between an answer with and without a thought, where they leave it to whoever asks.
+_SWITCHES = ("enable_thinking", "thinking")
+_LONG_TAIL = 1000  # characters
 
 
 class RenderError(Exception):
-    """The template or the tokenizer cannot express this conversation faithfully."""
+    """The template or the tokenizer cannot express this conversation faithfully. `field` is of the record."""
+
+    def __init__(self, reason: str, field: str = "conversations") -> None:
+        super().__init__(reason)
+        self.field = field
 
 
 @dataclass(frozen=True)
@@ -32,161 +36,192 @@ class Span:
     """Where one turn stands in the text."""
 
     role: str
-    prompt: int  # generation of this turn would start here
-    start: int  # its content is text[start:stop]
+    prompt: int  # of an assistant's turn: what is generated starts here
+    start: int  # its words are text[start:stop], with whatever the template writes between them
     stop: int
     end: int  # after the token that ends an assistant's turn
+    learn: bool  # whether text[prompt:end] is
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """Ids and the characters they stand for, in order."""
-
-    ids: list[int]
-    starts: list[int]
-    stops: list[int]
-
-    def between(self, low: int, high: int) -> slice:
-        """Tokens that overlap text[low:high]. Overlap, because the bytes of one emoji are several tokens of equal offsets."""
-        return slice(bisect_right(self.stops, low), bisect_left(self.starts, high))
-
-    def inside(self, low: int, high: int) -> list[int]:
-        """Ids of the tokens that stand wholly in text[low:high]."""
-        return self.ids[bisect_left(self.starts, low) : bisect_right(self.stops, high)]
+class Rendering:
+    text: str
+    spans: list[Span]
+    written: list[tuple[int, int]]  # borders of the control tokens that a person wrote
+    removed: int  # answers of which the template left something out
+    first_round_apart: bool  # nothing of what precedes the first question stands after the first answer
 
 
 def apply(
-    tokenizer: PreTrainedTokenizerFast, source: str, messages: Sequence[Message], kinds: Sequence[str] = (), ask: bool = False
+    tokenizer: PreTrainedTokenizerFast,
+    source: str,
+    messages: Sequence[Message],
+    kinds: Sequence[str] = (),
+    tools: Sequence[Any] = (),
+    ask: bool = False,
+    **switches: bool,
 ) -> str:
     """The template's own rendering; `kinds` of media are its variable `media_kinds`.
 
     Raises `RenderError` with the template's words if it refuses.
     """
+    given: dict[str, Any] = {"tools": list(tools)} if tools else {}
     try:
         return tokenizer.apply_chat_template(
-            list(messages), chat_template=source, tokenize=False, add_generation_prompt=ask, media_kinds=list(kinds)
+            list(messages),
+            chat_template=source,
+            tokenize=False,
+            add_generation_prompt=ask,
+            media_kinds=list(kinds),
+            **given,
+            **switches,
         )
-    except (TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # a template is somebody else's program
         raise RenderError(f"the template refuses the conversation: {error}") from error
 
 
-def render(
-    tokenizer: PreTrainedTokenizerFast,
-    source: str,
-    messages: Sequence[Message],
-    ends: re.Pattern[str],
-    kinds: Sequence[str] = (),
-) -> tuple[str, list[Span]]:
-    """The conversation's text and where every turn stands in it.
+@dataclass(frozen=True)
+class Renderer:
+    """One chat template of one tokenizer."""
 
-    The first match of `ends` after an answer ends its turn. What stands between the generation prompt and the answer, if
-    only white space, belongs to the answer: Llama 2 and Mistral write a space there, and some tokenizers give it a token
-    that generation has to produce.
-    Raises `RenderError` if the template drops, reorders or rewrites contents or ends a turn with nothing.
+    tokenizer: PreTrainedTokenizerFast
+    source: str  # Jinja
+    ends: re.Pattern[str]  # its first match after an answer ends the turn
+    closes: re.Pattern[str]  # after tool calls, one of these does, if there is one
+    written: re.Pattern[str]  # control tokens that a person may not write, or, as group "ours", wrapped placeholders
+    tags: re.Pattern[str]
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        learn: Sequence[bool],
+        kinds: Sequence[str] = (),
+        tools: Sequence[Any] = (),
+        late: frozenset[int] = frozenset(),
+    ) -> Rendering:
+        """The conversation's text and where every turn stands in it. Two renderings in all, however many rounds there are.
+
+        Generated, and learned where `learn` says so, is what stands after the template's generation prompt: the longest of those that it
+        has. The answers `late` are learned from their own words on. Raises `RenderError` if the template drops, reorders or
+        rewrites contents or ends a turn with nothing.
+        """
+        text = apply(self.tokenizer, self.source, messages, kinds, tools)
+        marker = Marker(self.written, self.tags)
+        given = marker.tree(-1, TOOLS, list(tools))
+        marked = [marker.message(i, message) for i, message in enumerate(messages)]
+        read = read_marks(apply(self.tokenizer, self.source, marked, kinds, given))
+        if read.text != text:
+            raise RenderError("the template rewrites a content of this conversation")
+        found, removed = _places(messages, marker.pieces, read)
+        guards = {place - 1 for place in read.guards}
+        spans = []
+        for i, message in enumerate(messages):
+            spans.append(_span(message["role"], found[i], text, learn[i]))
+            if message["role"] == "assistant":
+                limit = next((found[j][0][0] for j in range(i + 1, len(messages)) if messages[j]["role"] != "system"), len(text))
+                end = self._end(text, spans[-1].stop, limit, guards, bool(message.get("tool_calls")))
+                prompt = None if i in late or i == 0 else self._prompt(text, messages[i - 1], found[i - 1], found[i][0][0])
+                at = spans[-1].start if prompt is None else prompt
+                spans[-1] = Span("assistant", at, spans[-1].start, spans[-1].stop, end, learn[i])
+        written = [self.written.match(text, start) for start in sorted(guards)]
+        apart = _apart(messages, marker.pieces, read, spans)
+        return Rendering(text, spans, [match.span() for match in written if match], removed, apart)
+
+    def _end(self, text: str, stop: int, limit: int, guards: set[int], calls: bool) -> int:
+        for pattern in (self.closes, self.ends) if calls else (self.ends,):
+            for match in pattern.finditer(text, stop, limit):
+                if match.start() not in guards:
+                    return match.end()
+        raise RenderError("no token ends the assistant's turn")
+
+    def _prompt(self, text: str, before: Message, found: list[tuple[int, Piece]], limit: int) -> int | None:
+        """Where the generation prompt ends that stands after the turn `before`, if one does."""
+        place, piece = found[-1]
+        if before["role"] == "assistant":
+            return None
+        tail = piece.tail
+        ask = openings.__wrapped__ if len(tail) > _LONG_TAIL else openings
+        for opening, is_prompt in ask(self.tokenizer, self.source, before["role"], tail):
+            end = place + len(opening)
+            if text.startswith(opening, place) and end <= limit and (is_prompt or text[end:limit].isspace()):
+                return end
+        return None
+
+
+@lru_cache(maxsize=512)
+def openings(tokenizer: PreTrainedTokenizerFast, source: str, role: str, tail: str) -> tuple[tuple[str, bool], ...]:
+    """What the template writes from the end of a turn's words, which `tail` follows, to where an answer is generated; longest first.
+
+    Several, where it has switches for thoughts. False: it writes no generation prompt, and this is what ends the turn before.
     """
-    text, contents = _rebuild(tokenizer, source, messages, kinds)
-    if text != apply(tokenizer, source, messages, kinds):
-        raise RenderError("the template rewrites a content of this conversation")
-    spans = []
-    for i, (message, (start, stop)) in enumerate(zip(messages, contents)):
-        prompt = after = start
-        if message["role"] == "assistant":
-            limit = contents[i + 1][0] if i + 1 < len(contents) else len(text)
-            if (found := ends.search(text, stop, limit)) is None:
-                raise RenderError("no token ends the assistant's turn")
-            asked = apply(tokenizer, source, messages[:i], kinds, ask=True)
-            prompt = len(asked) if text.startswith(asked) and text[len(asked) : start].isspace() else start
-            after = found.end()
-        spans.append(Span(message["role"], prompt, start, stop, after))
-    return text, spans
+    mark = f"{OPEN}{CLOSE}"
+    turn = {"role": role, "content": f"x{mark}{tail}"}
+    question = {"role": "user", "content": "x"}
+    found: dict[str, bool] = {}
+    forms = [Abilities(null_content=null, text_arguments=text) for text in (False, True) for null in (False, True)]
+    for form in forms if role == "tool" else forms[:1]:
+        call = calling(form.null_content, form.text_arguments)
+        linked = {**turn, "tool_call_id": call["tool_calls"][0]["id"], "name": "qzname"}
+        messages = [question, call, linked] if role == "tool" else [turn]
+        for switch in ({}, dict.fromkeys(_SWITCHES, False), dict.fromkeys(_SWITCHES, True)):
+            try:
+                asked, plain = (apply(tokenizer, source, messages, ask=ask, **switch) for ask in (True, False))
+            except RenderError:
+                continue
+            if mark in asked:
+                after = asked.rpartition(mark)[2]
+                found[after] = found.get(after, False) or asked != plain
+    return tuple(sorted(found.items(), key=lambda pair: len(pair[0]), reverse=True))
 
 
-def _rebuild(
-    tokenizer: PreTrainedTokenizerFast, source: str, messages: Sequence[Message], kinds: Sequence[str]
-) -> tuple[str, list[tuple[int, int]]]:
-    """The text made of the template's literals and the contents, and the contents' borders."""
-    opening, closing = MARKS
-    marked = [{**m, "content": f"{_EDGE}{opening}{i}{closing}{_EDGE}"} for i, m in enumerate(messages)]
-    parts = re.split(f"({_EDGE}?){opening}(\\d+){closing}({_EDGE}?)", apply(tokenizer, source, marked, kinds))
-    if [int(i) for i in parts[2::4]] != list(range(len(messages))):
+def _places(messages: Sequence[Message], pieces: Sequence[Piece], read: Read) -> tuple[list[list[tuple[int, Piece]]], int]:
+    """By turn, the pieces of its words that the template wrote, in order, and how many answers it shortened. Raises `RenderError`."""
+    found: list[list[tuple[int, Piece]]] = [[] for _ in messages]
+    removed: set[int] = set()
+    last = {piece.turn: k for k, piece in enumerate(pieces) if piece.kind == CONTENT}
+    for k, piece in enumerate(pieces):
+        start, stop = read.at.get(2 * k), read.at.get(2 * k + 1)
+        if start is None or stop is None:
+            _missing(messages, piece, k == last.get(piece.turn))
+            removed.add(piece.turn)
+        elif piece.kind in (CONTENT, REASONING) and read.text[start:stop] != piece.text:
+            raise RenderError("the template rewrites a content of this conversation")
+        elif piece.kind == CONTENT and 2 * k in read.repeated:
+            raise RenderError("the template drops, repeats or reorders messages")
+        elif piece.kind != TOOLS:
+            found[piece.turn] += [(start, piece), (stop, piece)]
+    place = 0
+    for message, turn in zip(messages, found):
+        turn.sort(key=lambda pair: pair[0])
+        if not turn or (message["role"] != "system" and turn[0][0] < place):
+            raise RenderError("the template drops, repeats or reorders messages")
+        if message["role"] != "system":
+            place = turn[-1][0]
+    return found, len(removed)
+
+
+def _missing(messages: Sequence[Message], piece: Piece, is_answer: bool) -> None:
+    """Raises `RenderError` unless a template may leave the piece out: reasoning, and what stands before the last tag of an answer."""
+    if piece.kind in (TOOLS, CALL):
+        raise RenderError("the chat template does not render them; remove them or take another template", piece.kind)
+    if piece.kind == CONTENT and (is_answer or messages[piece.turn]["role"] != "assistant"):
+        if messages[piece.turn].get("tool_calls"):
+            raise RenderError("the chat template drops the text that stands beside them; remove it", CALL)
         raise RenderError("the template drops, repeats or reorders messages")
-    text, borders = parts[0], []
-    for message, lead, trail, literal in zip(messages, parts[1::4], parts[3::4], parts[4::4]):
-        content = message["content"] if lead else message["content"].lstrip()
-        content = content if trail else content.rstrip()
-        borders.append((len(text), len(text) + len(content)))
-        text += content + literal
-    return text, borders
 
 
-def tokenize(tokenizer: PreTrainedTokenizerFast, text: str, written: Sequence[tuple[int, int]], first: int = 0) -> Tokens:
-    """Ids of text[first:]. Each border pair of `written` is a control token that a person wrote: it stays plain text.
-
-    Equals `apply_chat_template(sanitize_control_tokens=True)` of transformers 5.23, which older versions have not.
-    """
-    cuts = [cut for pair in written for cut in pair]
-    tokens = Tokens([], [], [])
-    for k, (low, high) in enumerate(zip([first, *cuts], [*cuts, len(text)])):
-        if low == high:
-            continue
-        if k % 2:
-            ids = _after_newline(tokenizer, text[low:high], plain=True)[0]
-            offsets = [(low, high)] * len(ids)
-        elif k:
-            ids, offsets = _after_newline(tokenizer, text[low:high], plain=False)
-            offsets = [(a + low, b + low) for a, b in offsets]
-        else:
-            ids, offsets = _call(tokenizer, text[low:high])
-            offsets = [(a + low, b + low) for a, b in offsets]
-        tokens.ids.extend(ids)
-        tokens.starts.extend(a for a, _ in offsets)
-        tokens.stops.extend(b for _, b in offsets)
-    return tokens
+def _span(role: str, found: list[tuple[int, Piece]], text: str, learn: bool) -> Span:
+    """The turn from its first to its last word, with the white space and the tags around them as far as they are there."""
+    (start, first), (stop, last) = found[0], found[-1]
+    if first.kind != CALL:
+        start -= next(len(head) for head in (first.head, first.head.lstrip(), "") if text.endswith(head, 0, start))
+    if last.kind != CALL:
+        stop += next(len(tail) for tail in (last.tail, last.tail.rstrip(), "") if text.startswith(tail, stop))
+    return Span(role, start, start, stop, stop, learn and role == "assistant")
 
 
-def _call(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    # verbose: else transformers warns of texts longer than its own limit; data.max_length is ours.
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return list(encoded["input_ids"]), list(encoded["offset_mapping"])
-
-
-def _after_newline(tokenizer: PreTrainedTokenizerFast, piece: str, plain: bool) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of a piece from the middle of a text: a newline before it keeps SentencePiece from adding its prefix space.
-
-    If the newline grows together with the piece it cannot be taken off again; such tokenizers add no prefix space.
-    """
-    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    for before in ("\n", ""):
-        ids, offsets = _without_added_tokens(tokenizer, before + piece) if plain else _call(tokenizer, before + piece)
-        skip = len(newline) if before else 0
-        if not before or ids[:skip] == newline:
-            break
-    return ids[skip:], [(a - len(before), b - len(before)) for a, b in offsets[skip:]]
-
-
-def _without_added_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids by the bare model, which knows no added token; offsets are not needed and are empty."""
-    backend = tokenizer.backend_tokenizer
-    text = backend.normalizer.normalize_str(text) if backend.normalizer else text
-    pieces = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)] if backend.pre_tokenizer else [text]
-    return [token.id for piece in pieces for token in backend.model.tokenize(piece)], []
-
-
-def supervise(spans: Sequence[Span], tokens: Tokens, control_ids: frozenset[int]) -> tuple[list[bool], list[int]]:
-    """Which tokens are learned: those of the answers and of what ends them; and the turns whose start is inside a token.
-
-    A newline of the prompt and one of the answer may grow together: the prompt's ids are then no prefix of the row's. A
-    control token that swallows the white space after it (Phi-3) does no such harm; it is not learned.
-    """
-    supervised, glued = [False] * len(tokens.ids), []
-    for i, span in enumerate(spans):
-        if span.role != "assistant":
-            continue
-        found = tokens.between(span.prompt, span.end)
-        first = found.start
-        while first < found.stop and tokens.starts[first] < span.prompt:
-            if tokens.ids[first] not in control_ids and i not in glued:
-                glued.append(i)
-            first += 1
-        supervised[first : found.stop] = [True] * (found.stop - first)
-    return supervised, glued
+def _apart(messages: Sequence[Message], pieces: Sequence[Piece], read: Read, spans: Sequence[Span]) -> bool:
+    """Whether tools and the system's words stand before the first answer: else a round cannot be dropped without them."""
+    first = next((span.stop for span in spans if span.role == "assistant"), len(read.text))
+    early = [k for k, piece in enumerate(pieces) if piece.turn < 0 or messages[piece.turn]["role"] == "system"]
+    return all(read.at[2 * k] <= first for k in early)

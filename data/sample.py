@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data.media import RecordMedia
 from data.record import MediaRef, Record, RecordError
+from data.rounds import TooLongError
 from data.template import Encoded
 from model.batch import IGNORE_INDEX, AudioSpec, MediaMeta, MediaSpec, num_tokens, row_frames, row_width, token_rows, token_weights
 
@@ -48,10 +49,6 @@ class Measured:
     length: int  # tokens in all
     supervised: int  # targets
     media: int  # tokens of media
-
-
-class TooLongError(RecordError):
-    """Not even the first round of a record fits."""
 
 
 def assemble(

@@ -9,14 +9,18 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerFast
 
+from data.abilities import Abilities, Message, calling, find_abilities
 from data.config import ConfigError
-from data.control_tokens import check_single, lead_token, only_unknown, special_ids
+from data.control_tokens import check_single, lead_token, only_unknown, special_ids, thought_tags
 from data.formats import FORMATS, freeze_date
+from data.marks import tags_of
 from data.messages import Wording, media_kinds, write_messages
-from data.placeholders import wrapped_pattern
+from data.placeholders import kinds_in, wrapped_pattern
 from data.record import Record, RecordError, Turn
-from data.render import Message, RenderError, Span, Tokens, render, supervise, tokenize
+from data.render import Renderer, RenderError, Rendering, apply
+from data.rounds import TooLongError, round_starts, rounds_that_may_fit
 from data.state_tokens import STATE_TOKENS, check_state_tokens
+from data.tokens import Tokens, supervise, tokenize
 from model.batch import PLACEHOLDERS, READ_BY
 
 
@@ -24,15 +28,16 @@ from model.batch import PLACEHOLDERS, READ_BY
 class Encoded:
     input_ids: list[int]
     supervised: list[bool]  # the assistant's tokens and what ends its turns
-    round_ends: list[int]  # ids up to and including round k, a user's and an assistant's turn
+    round_ends: list[int]  # ids up to and including round k, a user's turn and all that answer it
+    num_rounds: int = 0  # of the record; more than `round_ends` where the last ones cannot fit and were not tokenised
+    removed: int = 0  # answers of which the template leaves something out: the thoughts before the last question
 
 
 @dataclass(frozen=True)
 class _Row:
     """A record as text and ids."""
 
-    text: str
-    spans: list[Span]
+    rendering: Rendering
     tail: str  # what the template writes after the end of the last turn, there or not
     tokens: Tokens
     supervised: list[bool]
@@ -55,79 +60,140 @@ class Template:
     stop_ids: tuple[int, ...] = ()  # ids that end an assistant's turn
     allowed: tuple[str, ...] = ()  # control tokens that contents may use
     state_tokens: str = "none"  # none | glyphs | digits
+    tags: re.Pattern[str] = re.compile("(?!)")  # that the template names, as <think>
+    abilities: Abilities = Abilities()
+    closes: re.Pattern[str] = re.compile("(?!)")  # ends a turn that calls tools, where it ends as others do
 
     @property
     def end_is_token(self) -> bool:
         """Whether turns end with a control token; a newline, which `plain` has, may be part of the answer's last token."""
         return self.name not in FORMATS or bool(FORMATS[self.name].needs)
 
-    def encode(self, record: Record) -> Encoded:
+    def encode(self, record: Record, max_length: int | None = None) -> Encoded:
         """Ids of the whole conversation. An answer's leading white space is dropped where the prompt would swallow it.
 
-        Raises `RecordError` if the template cannot express the record, nothing is learned, or an unknown token would be.
+        With a `max_length`, last rounds that cannot fit by far are neither rendered nor tokenised, and leave no ids.
+        Raises `RecordError` if the template cannot express the record, nothing is learned, or an unknown token would be;
+        `TooLongError` if not even the first round can fit.
         """
-        row = self._encode(record)
-        ids, supervised = row.tokens.ids, row.supervised
+        messages, num_rounds = self.messages(record), len(round_starts([turn.role for turn in record.turns]))
+        kept = self._kept(record, messages, max_length)
+        trimmed = self._first(record, kept)
+        row = self._encode(trimmed, messages if trimmed is record else self.messages(trimmed), media_kinds(record))
+        ends = _round_ends(row)[:kept]
+        ids, supervised = row.tokens.ids[: ends[-1]], row.supervised[: ends[-1]]
         if not any(supervised):
+            if len(ends) < num_rounds:
+                raise TooLongError(record.where, record.id, "conversations", "no round that fits has an answer to learn")
             raise self._error(record, "no token is supervised")
         unknown = self.tokenizer.unk_token_id
         if unknown is not None and unknown not in self.stop_ids and any(s and i == unknown for i, s in zip(ids, supervised)):
             raise self._error(record, f"an answer holds what the tokenizer only knows as {self.tokenizer.unk_token}")
-        return Encoded(ids, supervised, _round_ends(row))
+        return Encoded(ids, supervised, ends, num_rounds, row.rendering.removed)
 
-    def prompt(self, record: Record) -> list[int]:
-        """Ids up to where the answer to the record's last turn, which is the user's, starts. Raises `RecordError`."""
-        row = self._encode(replace(record, turns=(*record.turns, Turn("assistant", "x"))))
+    def prompt(self, record: Record, like: Turn | None = None) -> list[int]:
+        """Ids up to where the answer to the record's last turn starts. Raises `RecordError`.
+
+        Templates with thoughts have two prompts: that of an answer without one, or that of an answer `like` this one.
+        """
+        record = replace(record, turns=(*record.turns, Turn("assistant", "x") if like is None else self._stand_in(like)))
+        row = self._encode(record, self.messages(record), media_kinds(record)).rendering
         # Never a second rendering: some templates write more before an answer than their generation prompt says.
         cut = row.spans[-1].prompt
-        return self._tokenize(row.text[:cut], row.spans[:-1]).ids
+        return self._tokenize(row.text[:cut], [pair for pair in row.written if pair[1] <= cut]).ids
 
     def messages(self, record: Record) -> list[Message]:
         """Turns as the template gets them. Raises `RecordError`."""
         only = self.name in FORMATS and FORMATS[self.name].placeholders_only
-        return write_messages(record, Wording(self.name, self.placeholders, self.media_wrap, self.state_tokens, only))
+        messages = write_messages(record, Wording(self.name, self.placeholders, self.media_wrap, self.state_tokens, only))
+        if key := next((key for message in messages if (key := self.abilities.lacking(message))), ""):
+            what = "turns of tools" if key == "tool" else "them"
+            reason = f"the chat template does not render {what}; remove them or take another template"
+            raise RecordError(record.where, record.id, key, reason)
+        return [self.abilities.express(message) for message in messages]
 
-    def _encode(self, record: Record) -> _Row:
-        messages = self.messages(record)
+    def fitting(self, record: Record, max_length: int) -> Record:
+        """The record, without last rounds that cannot fit by far. Raises `TooLongError` if the first one cannot."""
+        kept = self._kept(record, self.messages(record), max_length)
+        return self._first(record, kept, stand_in=False)
+
+    def _stand_in(self, turn: Turn) -> Turn:
+        """A turn with other words in the places of its own."""
+        parts = re.split(f"({self.tags.pattern})", turn.content)
+        parts[::2] = ["x".join((part[: len(part) - len(part.lstrip())], part[len(part.rstrip()) :])) if part.strip() else part for part in parts[::2]]
+        extra = {key: "x" if isinstance(value, str) else value for key, value in turn.extra.items()}
+        return Turn("assistant", "".join(parts), extra=extra)
+
+    def _kept(self, record: Record, messages: list[Message], max_length: int | None) -> int | None:
+        """How many rounds can fit; None for all."""
+        if max_length is None:
+            return None
+        kept = rounds_that_may_fit(self.tokenizer, messages, record.tools, self.tags, max_length)
+        if kept == 0:
+            reason = f"the first round takes more than {max_length} tokens, data.max_length is {max_length}"
+            raise TooLongError(record.where, record.id, "conversations", reason)
+        return kept
+
+    def _first(self, record: Record, kept: int | None, stand_in: bool = True) -> Record:
+        """The first rounds of the record; a short one stands in for those that follow, since the last may be written differently."""
+        starts = round_starts([turn.role for turn in record.turns])
+        if kept is None or kept == len(starts):
+            return record
+        turns = record.turns[: starts[kept]]
+        media = record.media[: sum(len(kinds_in(turn.content)) for turn in turns)]
+        last = (Turn("user", "x"), Turn("assistant", "x")) if stand_in else ()
+        return replace(record, turns=(*turns, *last), media=media, interrupted=False)
+
+    def _encode(self, record: Record, messages: list[Message], kinds: tuple[str, ...]) -> _Row:
+        late: set[int] = set()
         try:
-            for _ in range(2):
-                text, spans, tail = self._render(record, messages)
-                tokens = self._tokenize(text, spans)
-                supervised, glued = supervise(spans, tokens, self.control_ids)
+            for _ in range(3):
+                rendering, tail = self._render(record, messages, kinds, late)
+                tokens = self._tokenize(rendering.text, rendering.written)
+                supervised, glued = supervise(rendering.spans, tokens, self.control_ids)
                 if not glued:
                     break
-                messages = [{**m, "content": m["content"].lstrip()} if i in glued else m for i, m in enumerate(messages)]
+                for i in glued:
+                    content = messages[i]["content"] or ""
+                    if content[:1].isspace():
+                        messages[i] = {**messages[i], "content": content.lstrip()}
+                    else:
+                        late.add(i)
             else:
                 raise RenderError("an answer's first token holds the end of its prompt")
         except RenderError as error:
-            raise self._error(record, str(error)) from None
-        self._check(record, text, spans, tokens)
-        return _Row(text, spans, tail, tokens, supervised)
+            raise RecordError(record.where, record.id, error.field, str(error)) from None
+        self._check(record, rendering, tokens)
+        return _Row(rendering, tail, tokens, supervised)
 
-    def _render(self, record: Record, messages: list[Message]) -> tuple[str, list[Span], str]:
+    def _render(
+        self, record: Record, messages: list[Message], kinds: tuple[str, ...], late: set[int]
+    ) -> tuple[Rendering, str]:
         """Text, turns and tail. An interrupted answer is the text's end: nothing says that it is over (VITA `end_tag`)."""
-        text, spans = render(self.tokenizer, self.source, messages, self.ends, media_kinds(record))
-        tail = text[spans[-1].end :]
-        if record.interrupted and spans[-1].role == "assistant":
-            stop = spans[-1].stop
-            return text[:stop], [*spans[:-1], replace(spans[-1], end=stop)], tail
-        return text, spans, tail
+        learn = [turn.learn for turn in record.turns]
+        found = self._renderer.render(messages, learn, kinds, record.tools, frozenset(late))
+        last = found.spans[-1]
+        tail = found.text[last.end :]
+        if record.interrupted and last.role == "assistant":
+            spans = [*found.spans[:-1], replace(last, end=last.stop)]
+            return replace(found, text=found.text[: last.stop], spans=spans), tail
+        return found, tail
 
-    def _tokenize(self, text: str, spans: Sequence[Span]) -> Tokens:
+    @property
+    def _renderer(self) -> Renderer:
+        return Renderer(self.tokenizer, self.source, self.ends, self.closes, self.written, self.tags)
+
+    def _tokenize(self, text: str, written: Sequence[tuple[int, int]]) -> Tokens:
         """Ids of a rendering, BOS as the tokenizer would put it: as an id, for as text it changes what follows in some."""
-        found = [match for s in spans for match in self.written.finditer(text, s.start, s.stop) if match["ours"] is None]
-        tokens = tokenize(self.tokenizer, text, [match.span() for match in found], len(self.lead))
+        tokens = tokenize(self.tokenizer, text, written, len(self.lead))
         if not self.lead:
             return tokens
         bos = self.tokenizer.convert_tokens_to_ids(self.lead)
         return Tokens([bos, *tokens.ids], [0, *tokens.starts], [len(self.lead), *tokens.stops])
 
-    def _check(self, record: Record, text: str, spans: list[Span], tokens: Tokens) -> None:
-        for span in spans:
-            ours = [m.span() for m in self.written.finditer(text, span.start, span.stop) if m["ours"] is not None]
-            borders = [span.start, *(border for pair in ours for border in pair), span.stop]
-            if any(not self.control_ids.isdisjoint(tokens.inside(a, b)) for a, b in zip(borders[::2], borders[1::2])):
-                raise self._error(record, "the tokenizer makes a control token of a content's plain text")
+    def _check(self, record: Record, rendering: Rendering, tokens: Tokens) -> None:
+        if self._control_in_plain(rendering, tokens):
+            raise self._error(record, "the tokenizer makes a control token of a content's plain text")
         for modality in sorted(set(READ_BY.values())):
             given = [media.kind for media in record.media if media.modality == modality]
             if given and modality not in self.placeholder_ids:
@@ -138,16 +204,25 @@ class Template:
             if written != len(given):
                 raise RecordError(record.where, record.id, modality, f"{written} placeholders in the ids, {len(given)} files")
 
+    def _control_in_plain(self, rendering: Rendering, tokens: Tokens) -> bool:
+        """Whether a control id stands for another text than its token, or for one that a person wrote."""
+        plain = {start for start, _ in rendering.written}
+        return any(
+            id in self.control_ids
+            and (start in plain or rendering.text[start:stop].strip() != self.tokenizer.convert_ids_to_tokens(id))
+            for id, start, stop in zip(tokens.ids, tokens.starts, tokens.stops)
+        )
+
     def _error(self, record: Record, reason: str) -> RecordError:
         return RecordError(record.where, record.id, "conversations", reason)
 
 
 def _round_ends(row: _Row) -> list[int]:
     """Where rounds end: after the turn's end and what the template writes after the last one, if it is there as well."""
-    ends = []
-    for span in row.spans[:-1]:
-        if span.role == "assistant":
-            stop = span.end + (len(row.tail) if row.text.startswith(row.tail, span.end) else 0)
+    text, spans, ends = row.rendering.text, row.rendering.spans, []
+    for span, after in zip(spans, spans[1:] if row.rendering.first_round_apart else ()):
+        if span.role == "assistant" and after.role == "user":
+            stop = span.end + (len(row.tail) if text.startswith(row.tail, span.end) else 0)
             ends.append(bisect_left(row.tokens.starts, stop))
     return [*ends, len(row.tokens.ids)]
 
@@ -174,13 +249,15 @@ def load_template(
     check_single(name, tokenizer, needs)
     check_state_tokens(tokenizer, state_tokens)
     states = STATE_TOKENS[state_tokens].values()
-    special = special_ids(tokenizer, {*PLACEHOLDERS.values(), *allowed, *states} - {*needs, *tokenizer.special_tokens_map.values()})
+    lead = lead_token(tokenizer) if name in FORMATS else ""
+    source = ("{{ bos_token }}" if lead else "") + FORMATS[name].source if name in FORMATS else _own_source(tokenizer)
+    free = {*PLACEHOLDERS.values(), *allowed, *states, *thought_tags(source)}
+    special = special_ids(tokenizer, free - {*needs, *tokenizer.special_tokens_map.values()})
     control = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)"
     known = tokenizer.get_vocab()
-    lead = lead_token(tokenizer) if name in FORMATS else ""
     template = Template(
         name=name,
-        source=("{{ bos_token }}" if lead else "") + FORMATS[name].source if name in FORMATS else _own_source(tokenizer),
+        source=source,
         tokenizer=tokenizer,
         placeholders=placeholders,
         media_wrap=tuple(media_wrap),
@@ -191,8 +268,10 @@ def load_template(
         placeholder_ids={m: known[PLACEHOLDERS[m]] for m in sorted(set(READ_BY.values())) if PLACEHOLDERS[m] in known},
         allowed=tuple(allowed),
         state_tokens=state_tokens,
+        tags=tags_of(source, re.compile(control)),
+        abilities=find_abilities(lambda messages: apply(tokenizer, source, messages)),
     )
-    return replace(template, stop_ids=_stop_ids(template))
+    return _with_ends(template)
 
 
 def _own_source(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -202,18 +281,34 @@ def _own_source(tokenizer: PreTrainedTokenizerFast) -> str:
         raise ConfigError(f"data.template = 'auto': the tokenizer has no chat template; name one: {', '.join(FORMATS)}") from None
 
 
-def _stop_ids(template: Template) -> tuple[int, ...]:
-    """The last id of an answer, as a short conversation shows it, and the tokenizer's eos."""
-    tokenizer = template.tokenizer
-    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+def _with_ends(template: Template) -> Template:
+    """The template with what ends its answers and its calls of tools, as short conversations show it, and the tokenizer's eos."""
+    question: Message = {"role": "user", "content": "a"}
     try:
-        text, spans = render(tokenizer, template.source, probe, template.ends)
+        end = _last_id(template, [question, {"role": "assistant", "content": "b"}])
     except RenderError as error:
         raise ConfigError(f"data.template = {template.name!r} cannot be used with this tokenizer: {error}") from error
-    tokens = tokenize(tokenizer, text, [], len(template.lead))
-    supervised, _ = supervise(spans, tokens, template.control_ids)
-    if not any(supervised):
+    if end is None:
         raise ConfigError(f"data.template = {template.name!r} leaves nothing to learn with this tokenizer")
-    last = len(supervised) - 1 - supervised[::-1].index(True)
+    tokenizer, found = template.tokenizer, [end]
+    if template.name not in FORMATS:
+        template = replace(template, closes=re.compile(re.escape(tokenizer.convert_ids_to_tokens(end))))
+    if template.abilities.calls:
+        try:
+            call = calling(template.abilities.null_content, template.abilities.text_arguments)
+            if (called := _last_id(template, [question, call])) is not None and called != end:
+                found.append(called)
+                closes = "|".join(re.escape(tokenizer.convert_ids_to_tokens(id)) for id in found)
+                template = replace(template, closes=re.compile(closes))
+        except RenderError:
+            pass  # records with calls are refused for it, each with the reason
     eos = tokenizer.eos_token_id
-    return tuple(dict.fromkeys([tokens.ids[last], *([] if eos is None else [eos])]))
+    return replace(template, stop_ids=tuple(dict.fromkeys([*found, *([] if eos is None else [eos])])))
+
+
+def _last_id(template: Template, messages: list[Message]) -> int | None:
+    """The last id that is learned of a conversation."""
+    rendering = template._renderer.render(messages, [True] * len(messages))
+    tokens = tokenize(template.tokenizer, rendering.text, [], len(template.lead))
+    supervised, _ = supervise(rendering.spans, tokens, template.control_ids)
+    return next((id for id, learned in zip(reversed(tokens.ids), reversed(supervised)) if learned), None)

@@ -180,8 +180,7 @@ def refused(template: Template, tokenizer: str, record: Record) -> bool:
     """Whether the tokenizer's own chat template cannot express the record; then we must say so too."""
     if template.name not in ("auto", "gemma"):
         return False
-    rewritten = tokenizer == "qwen3" and any(t.role == "assistant" and t.content.startswith("\n") for t in record.turns)
-    return rewritten or (tokenizer.startswith(("mistral", "gemma")) and record.turns[0].role == "system")
+    return tokenizer.startswith(("mistral", "gemma")) and record.turns[0].role == "system"
 
 
 def check_laws(template: Template, tokenizer: str, record: Record) -> Encoded:

