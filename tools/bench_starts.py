@@ -1,7 +1,8 @@
 """What one hostile record costs a start: CPU seconds and peak memory until step 1 is done, with the record beside those without it.
 
 200 sound records with pictures and tiny untrained parts; beside them one record of 50,000 rounds, of 20,000 pictures, of 60 MiB of
-text, or all three. Every start is a process of its own, and starts of all cases take turns.
+text, or all three: each is refused. With --within, records that are just small enough to be read: 16,000 rounds, 8,000 pictures,
+15 MiB. Every start is a process of its own, and starts of all cases take turns.
 """
 
 from __future__ import annotations
@@ -33,14 +34,19 @@ LIMIT = 1.2
 """Of both ratios."""
 
 
-def hostile() -> dict[str, dict[str, Any]]:
+ASKED = "Which digit is this? "
+BEYOND, WITHIN = (50_000, 20_000, 60 << 20), (16_000, 8_000, 15 << 20)
+"""Rounds, pictures and bytes of text of a record that is refused, and of one that is read."""
+
+
+def hostile(num_rounds: int, num_pictures: int, num_bytes: int) -> dict[str, dict[str, Any]]:
     """The records by what is too much in them."""
-    rounds = [turn for _ in range(50_000) for turn in _round("Which digit is this?", "seven")]
-    names = ["0.png"] * 20_000
+    rounds = [turn for _ in range(num_rounds) for turn in _round(ASKED, "seven")]
+    names = ["0.png"] * num_pictures
     return {
         "rounds": {"id": "rounds", "conversations": rounds},
-        "pictures": {"id": "pictures", "image": names, "conversations": _round("<image>\n" * len(names), "seven")},
-        "text": {"id": "text", "conversations": _round("Which digit is this? " * (60 * 2**20 // 21), "seven")},
+        "pictures": {"id": "pictures", "image": names, "conversations": _round("<image>\n" * num_pictures, "seven")},
+        "text": {"id": "text", "conversations": _round(ASKED * (num_bytes // len(ASKED)), "seven")},
     }
 
 
@@ -60,7 +66,7 @@ class Cost:
         return Cost(self.cpu / other.cpu, self.seconds / other.seconds, self.mib / other.mib)
 
 
-def make(folder: Path, chosen: list[str]) -> dict[str, Path]:
+def make(folder: Path, chosen: list[str], sizes: tuple[int, int, int]) -> dict[str, Path]:
     """Parts, pictures and one run file per case."""
     write_parts(folder, train_tokenizer(CORPUS, VOCAB), VOCAB)
     (folder / "images").mkdir()
@@ -71,7 +77,7 @@ def make(folder: Path, chosen: list[str]) -> dict[str, Path]:
         {"id": f"r{i}", "image": f"{i % NUM_PICTURES}.png", "conversations": _round("<image>\nWhich digit is this?", "seven")}
         for i in range(NUM_GOOD)
     ]
-    bad = hostile()
+    bad = hostile(*sizes)
     cases = {"none": [], **{name: [bad[name]] for name in chosen}, **({"all": [bad[n] for n in chosen]} if len(chosen) > 1 else {})}
     return {name: _write_case(folder, name, good, records) for name, records in cases.items()}
 
@@ -158,13 +164,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--times", type=int, default=3, help="starts of each case (default: 3)")
     parser.add_argument("--only", nargs="+", choices=("rounds", "pictures", "text"), default=["rounds", "pictures", "text"])
+    parser.add_argument("--within", action="store_true", help="records that are just small enough to be read")
     parser.add_argument("--child", metavar="RUN", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.child:
         return child(options.child)
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        return 0 if report(measure(make(Path(folder), options.only), options.times)) else 1
+        return 0 if report(measure(make(Path(folder), options.only, WITHIN if options.within else BEYOND), options.times)) else 1
 
 
 if __name__ == "__main__":
