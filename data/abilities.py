@@ -13,6 +13,8 @@ Ask = Callable[[Sequence[Message]], str]
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _QUESTION: Message = {"role": "user", "content": "a"}
+_GAP = "\n" * 8  # more than any template writes by itself
+_WORDS = {"user": "a", "assistant": "b"}
 _CALL = {"type": "function", "id": "call00000", "function": {"name": "qzname", "arguments": {"qzkey": "qzvalue"}}}
 
 
@@ -25,6 +27,8 @@ class Abilities:
     null_content: bool = False  # ... only beside a content that is null, as DeepSeek-V3's does
     text_arguments: bool = False  # ... only with arguments that are JSON texts
     tool_turns: bool = False  # it writes a tool's turn in a way of its own
+    leads: frozenset[str] = frozenset()  # roles whose white space it keeps before their words
+    trails: frozenset[str] = frozenset()  # and after them
 
     def express(self, message: Message) -> Message:
         """The message in the form that the template reads."""
@@ -57,17 +61,26 @@ def _with_text(call: Mapping[str, Any]) -> dict[str, Any]:
 
 def find_abilities(ask: Ask) -> Abilities:
     """Asks the template behind `ask` with words that it cannot know."""
-    said = {key: _answer(ask, {"role": "assistant", "content": "b", key: "qzthought"}) for key in REASONING_KEYS}
+    said = {key: _answer(ask, _QUESTION, {"role": "assistant", "content": "b", key: "qzthought"}) for key in REASONING_KEYS}
     reasoning = next((key for key, text in said.items() if "qzthought" in text), "")
     forms = [(null, text) for text in (False, True) for null in (False, True)]
     found = next((form for form in forms if _writes_calls(ask, *form)), None)
-    abilities = Abilities(reasoning, found is not None, *(found or (False, False)))
-    return Abilities(reasoning, abilities.calls, abilities.null_content, abilities.text_arguments, _writes_tools(ask, abilities))
+    null, text = found or (False, False)
+    edges = _answer(ask, {"role": "user", "content": f"{_GAP}a{_GAP}"}, {"role": "assistant", "content": f"{_GAP}b{_GAP}"})
+    return Abilities(
+        reasoning=reasoning,
+        calls=found is not None,
+        null_content=null,
+        text_arguments=text,
+        tool_turns=_writes_tools(ask, [calling(null, text)] if found else []),
+        leads=frozenset(role for role, word in _WORDS.items() if f"{_GAP}{word}" in edges),
+        trails=frozenset(role for role, word in _WORDS.items() if f"{word}{_GAP}" in edges),
+    )
 
 
-def _answer(ask: Ask, *answer: Message) -> str:
+def _answer(ask: Ask, *messages: Message) -> str:
     try:
-        return ask([_QUESTION, *answer])
+        return ask(messages)
     except Exception:  # whatever a template stumbles over, it does not write
         return ""
 
@@ -79,13 +92,12 @@ def calling(null_content: bool = False, text_arguments: bool = False) -> Message
 
 
 def _writes_calls(ask: Ask, null_content: bool, text_arguments: bool) -> bool:
-    text = _answer(ask, calling(null_content, text_arguments))
+    text = _answer(ask, _QUESTION, calling(null_content, text_arguments))
     return all(word in text for word in ("qzname", "qzkey", "qzvalue"))
 
 
-def _writes_tools(ask: Ask, abilities: Abilities) -> bool:
+def _writes_tools(ask: Ask, before: Sequence[Message]) -> bool:
     """Whether a tool's turn is written, and in another way than a user's and an assistant's."""
-    before = [calling(abilities.null_content, abilities.text_arguments)] if abilities.calls else []
     turn = {"content": "qzresult", "tool_call_id": "call00000", "name": "qzname"}
-    written = [_answer(ask, *before, {**turn, "role": role}) for role in ("tool", "user", "assistant")]
+    written = [_answer(ask, _QUESTION, *before, {**turn, "role": role}) for role in ("tool", "user", "assistant")]
     return "qzresult" in written[0] and written[0] not in written[1:]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from data.abilities import Message
 from data.config import DataError
 from data.formats import FORMATS
 from data.index import RecordIndex
 from data.messages import media_kinds
 from data.record import Record, RecordError, parse
-from data.render import Message, apply
+from data.render import apply
 from data.template import Encoded, Template
 from data.turns import MARKS
 
@@ -30,8 +32,34 @@ class Certificate:
         return f"{self.source}: {len(self.rows)} rows certified, {self.num_supervised} of {self.num_tokens} tokens supervised{bad}"
 
 
+class UnprovenError(RecordError):
+    """A record whose ids or whose supervision are not what they have to be."""
+
+
+def proven(template: Template, record: Record, max_length: int | None = None) -> Encoded:
+    """The encoded record, with the proof that every row of a certificate passes: what this accepts, a start accepts.
+
+    Raises `RecordError`; `UnprovenError` if the proof fails. Last rounds that cannot fit into `max_length` have no part in it.
+    """
+    if max_length is None:
+        encoded = of = template.encode(record)
+    else:
+        encoded = of = template.encode(record, max_length)
+        fitted = template.fitting(record, max_length)
+        if fitted is not record:
+            record, of = fitted, template.encode(fitted)
+    if problem := _problem(template, record, of):
+        raise UnprovenError(record.where, record.id, f"data.template {template.name!r} is not proven", problem)
+    return encoded
+
+
 def certify(
-    template: Template, index: RecordIndex, source_key: str, num_rows: int = 8, alive: Callable[[str], object] = lambda at: None
+    template: Template,
+    index: RecordIndex,
+    source_key: str,
+    num_rows: int = 8,
+    max_length: int | None = None,
+    alive: Callable[[str], object] = lambda at: None,
 ) -> Certificate:
     """Checks up to `num_rows` rows spread over the source; rows that break the rules of records are passed over. `alive` is told
     which row is next.
@@ -48,12 +76,12 @@ def certify(
         alive(index.where(i))
         try:
             record = parse(index.raw(i), index.where(i), index.name(i))
-            encoded = template.encode(record)
+            encoded = proven(template, record, max_length)
+        except UnprovenError as error:
+            raise DataError(str(error)) from None
         except RecordError as error:
             bad.append(str(error))
             continue
-        if problem := _problem(template, record, encoded):
-            raise DataError(f"{record.where} {record.id}: data.template {template.name!r} is not proven: {problem}")
         rows.append(i)
         num_tokens += len(encoded.input_ids)
         num_supervised += sum(encoded.supervised)
@@ -78,16 +106,19 @@ def _problem(template: Template, record: Record, encoded: Encoded) -> str:
     if any(learned and i in template.placeholder_ids.values() for i, learned in zip(ids, supervised)):
         return "a placeholder is supervised"
     runs = [k for k in range(len(ids)) if supervised[k] and not (k and supervised[k - 1])]
-    answers = sum(turn.role == "assistant" for turn in record.turns)
+    answers = sum(turn.role == "assistant" and turn.learn for turn in record.turns)
     if len(runs) != answers:
         return f"{len(runs)} supervised stretches, {answers} answers"
     ends = [k for k in range(len(ids)) if supervised[k] and not (k + 1 < len(ids) and supervised[k + 1])]
-    closed = ends[:-1] if record.interrupted else ends
-    if template.end_is_token and any(ids[k] not in template.stop_ids for k in closed):
-        return "an answer's last supervised token does not end its turn"
-    if record.interrupted and (ends[-1] != len(ids) - 1 or (template.end_is_token and ids[-1] in template.stop_ids)):
+    is_last = record.turns[-1].learn
+    if template.end_is_token and not (record.interrupted and is_last):
+        inner = template.control_ids.union(template.stop_ids)  # answers before the last may end otherwise, as those of gpt-oss do
+        ending = [ids[k] in (template.stop_ids if is_last and k == ends[-1] else inner) for k in ends]
+        if not all(ending):
+            return "an answer's last supervised token does not end its turn"
+    if record.interrupted and is_last and (ends[-1] != len(ids) - 1 or (template.end_is_token and ids[-1] in template.stop_ids)):
         return "something follows an interrupted answer"
-    if template.prompt(replace(record, turns=record.turns[:-1])) != ids[: runs[-1]]:
+    if is_last and template.prompt(replace(record, turns=record.turns[:-1]), record.turns[-1]) != ids[: runs[-1]]:
         return "the prompt's ids are not the row's up to its last answer"
     return _reference_problem(template, record, ids)
 
@@ -95,12 +126,13 @@ def _problem(template: Template, record: Record, encoded: Encoded) -> str:
 def _reference_problem(template: Template, record: Record, ids: list[int]) -> str:
     """Compares with the tokenizer's own one-shot path, where that exists: no control token written in, nothing stripped."""
     messages = template.messages(record)
-    if any(m["ours"] is None for c in messages for m in template.written.finditer(c["content"])):
+    said = json.dumps([messages, record.tools], ensure_ascii=False)
+    if any(match["ours"] is None for match in template.written.finditer(said)):
         return ""
     own = template.name in FORMATS  # of ours: the tokenizer itself decides what comes before the text
     text = _reference_text(template, record, messages, FORMATS[template.name].source if own else template.source)
     reference = template.tokenizer(text, add_special_tokens=own, verbose=False)["input_ids"]
-    if list(reference) == ids or any(m["role"] == "assistant" and m["content"][:1].isspace() for m in messages):
+    if list(reference) == ids or any(m["role"] == "assistant" and (m["content"] or "")[:1].isspace() for m in messages):
         return ""
     at = next((k for k, (a, b) in enumerate(zip(reference, ids)) if a != b), min(len(reference), len(ids)))
     return f"ids differ from the tokenizer's own for the same text, first at {at}"
@@ -109,8 +141,8 @@ def _reference_problem(template: Template, record: Record, ids: list[int]) -> st
 def _reference_text(template: Template, record: Record, messages: list[Message], source: str) -> str:
     """The template's own rendering, up to the end of an interrupted answer."""
     kinds = media_kinds(record)
-    text = apply(template.tokenizer, source, messages, kinds)
+    text = apply(template.tokenizer, source, messages, kinds, record.tools)
     if not record.interrupted:
         return text
-    marked = apply(template.tokenizer, source, [*messages[:-1], {**messages[-1], "content": MARKS[0]}], kinds)
+    marked = apply(template.tokenizer, source, [*messages[:-1], {**messages[-1], "content": MARKS[0]}], kinds, record.tools)
     return text.removesuffix(marked.rpartition(MARKS[0])[2])

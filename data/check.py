@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from data import image
 from data.blob import Blob, MediaError
+from data.certificate import proven
 from data.dataset import MultimodalDataset, root_of
 from data.fields import printable
 from data.media import RecordMedia
@@ -99,7 +100,7 @@ def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, ne
         found.append(medium)
     size = None
     try:
-        encoded = dataset.template.encode(record)
+        encoded = proven(dataset.template, record, dataset.config.max_length)
         if len(metas) == len(record.media):
             counts = [num_tokens(dataset.specs[ref.modality], meta) for ref, meta in zip(record.media, metas)]
             size = measured(encoded, dataset.template.placeholder_ids, record, counts, dataset.config.max_length)

@@ -120,7 +120,7 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
     def measure(self, i: int) -> int:
         """Tokens of sample `i`, exactly, without decoding its media. Raises `RecordError`."""
         record = self.record(i)
-        encoded = self.template.encode(record)
+        encoded = self.template.encode(record, self.config.max_length)
         media = self.media(i, record)
         counts = [num_tokens(self.specs[ref.modality], media.measure(ref)) for ref in record.media]
         return measured(encoded, self.template.placeholder_ids, record, counts, self.config.max_length).length
@@ -128,7 +128,7 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
     def _sample(self, i: int) -> Sample:
         record = self.record(i)
         return assemble(
-            self.template.encode(record),
+            self.template.encode(record, self.config.max_length),
             self.template.placeholder_ids,
             self.media(i, record),
             max_length=self.config.max_length,

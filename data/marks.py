@@ -1,7 +1,7 @@
 """Marks inside a record's words: they show where a template puts these words, and change nothing of what it does with them.
 
-Marks stand inside of white space and of the tags that the template itself names, because a template strips the one and looks for the
-other: `<think>` and `</think>` stay as they are, and what stands before, between and after them is found again piece by piece.
+Marks stand inside of white space and of the tags that the template itself names, because a template strips the one and looks for
+the other: `<think>` and `</think>` stay as they are, and what stands before, between and after them is found piece by piece.
 """
 
 from __future__ import annotations

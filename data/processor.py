@@ -76,9 +76,9 @@ class Processor:
     def _sample(self, i: int, raw: dict[str, Any], answers: bool, media_root: str | None) -> Sample:
         record = parse(raw, f"records:{i}", needs_answer=answers)
         check_media(record, self.specs, self.config.max_images)
-        encoded = self.template.encode(record) if answers else self._prompt(record)
-        media = RecordMedia(record, lambda ref: self._locate(ref, media_root), self.specs, self.config)
         limit = self.config.max_length if answers else None
+        encoded = self.template.encode(record, limit) if answers else self._prompt(record)
+        media = RecordMedia(record, lambda ref: self._locate(ref, media_root), self.specs, self.config)
         return assemble(encoded, self.template.placeholder_ids, media, max_length=limit, sample_id=i, source_id=0)
 
     def _locate(self, ref: MediaRef, media_root: str | None) -> Blob:
@@ -86,8 +86,8 @@ class Processor:
         return Blob(path, path)
 
     def _prompt(self, record: Record) -> Encoded:
-        asked = replace(record, turns=record.turns[:-1]) if record.turns[-1].role == "assistant" else record
-        ids = self.template.prompt(asked)
+        answer = record.turns[-1] if record.turns[-1].role == "assistant" else None
+        ids = self.template.prompt(record if answer is None else replace(record, turns=record.turns[:-1]), answer)
         return Encoded(ids, [False] * len(ids), [len(ids)])
 
     def _before_stop(self, ids: Sequence[int]) -> Sequence[int]:

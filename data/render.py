@@ -1,15 +1,15 @@
 """A conversation as text, and where every turn stands in it.
 
-Answers are never searched for in a text, where repeats and role names mislead. The chat template renders the conversation as it is, and
-once more with marks inside the words (`data.marks`): without the marks, that must be the same text, so the places of the marks
-are the places of the words.
+Answers are never searched for in a text, where repeats and role names mislead. The chat template renders the conversation as it
+is, and once more with marks inside the words (`data.marks`): without the marks, that must be the same text, so the places of
+the marks are the places of the words.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -59,7 +59,7 @@ def apply(
     kinds: Sequence[str] = (),
     tools: Sequence[Any] = (),
     ask: bool = False,
-    **switches: bool,
+    switches: Mapping[str, bool] | None = None,
 ) -> str:
     """The template's own rendering; `kinds` of media are its variable `media_kinds`.
 
@@ -74,7 +74,7 @@ def apply(
             add_generation_prompt=ask,
             media_kinds=list(kinds),
             **given,
-            **switches,
+            **(switches or {}),
         )
     except Exception as error:  # a template is somebody else's program
         raise RenderError(f"the template refuses the conversation: {error}") from error
@@ -101,9 +101,9 @@ class Renderer:
     ) -> Rendering:
         """The conversation's text and where every turn stands in it. Two renderings in all, however many rounds there are.
 
-        Generated, and learned where `learn` says so, is what stands after the template's generation prompt: the longest of those that it
-        has. The answers `late` are learned from their own words on. Raises `RenderError` if the template drops, reorders or
-        rewrites contents or ends a turn with nothing.
+        Generated, and learned where `learn` says so, is what stands after the template's generation prompt: the longest of
+        those that it has. The answers `late` are learned from their own words on. Raises `RenderError` if the template drops,
+        reorders or rewrites contents or ends a turn with nothing.
         """
         text = apply(self.tokenizer, self.source, messages, kinds, tools)
         marker = Marker(self.written, self.tags)
@@ -116,13 +116,13 @@ class Renderer:
         guards = {place - 1 for place in read.guards}
         spans = []
         for i, message in enumerate(messages):
-            spans.append(_span(message["role"], found[i], text, learn[i]))
-            if message["role"] == "assistant":
+            span = _span(message["role"], found[i], text, learn[i])
+            if span.role == "assistant":
                 limit = next((found[j][0][0] for j in range(i + 1, len(messages)) if messages[j]["role"] != "system"), len(text))
-                end = self._end(text, spans[-1].stop, limit, guards, bool(message.get("tool_calls")))
-                prompt = None if i in late or i == 0 else self._prompt(text, messages[i - 1], found[i - 1], found[i][0][0])
-                at = spans[-1].start if prompt is None else prompt
-                spans[-1] = Span("assistant", at, spans[-1].start, spans[-1].stop, end, learn[i])
+                end = self._end(text, span.stop, limit, guards, bool(message.get("tool_calls")))
+                known = None if i in late or i == 0 else self._prompt(text, messages[i - 1], found[i - 1], found[i], span.start)
+                span = replace(span, prompt=span.start if known is None else known, end=end)
+            spans.append(span)
         written = [self.written.match(text, start) for start in sorted(guards)]
         apart = _apart(messages, marker.pieces, read, spans)
         return Rendering(text, spans, [match.span() for match in written if match], removed, apart)
@@ -134,25 +134,27 @@ class Renderer:
                     return match.end()
         raise RenderError("no token ends the assistant's turn")
 
-    def _prompt(self, text: str, before: Message, found: list[tuple[int, Piece]], limit: int) -> int | None:
-        """Where the generation prompt ends that stands after the turn `before`, if one does."""
-        place, piece = found[-1]
+    def _prompt(
+        self, text: str, before: Message, asked: list[tuple[int, Piece]], found: list[tuple[int, Piece]], start: int
+    ) -> int | None:
+        """Where the generation prompt ends that stands between the turn `before` and an answer, if one does."""
+        place, piece = asked[-1]
         if before["role"] == "assistant":
             return None
         tail = piece.tail
         ask = openings.__wrapped__ if len(tail) > _LONG_TAIL else openings
         for opening, is_prompt in ask(self.tokenizer, self.source, before["role"], tail):
             end = place + len(opening)
-            if text.startswith(opening, place) and end <= limit and (is_prompt or text[end:limit].isspace()):
+            if text.startswith(opening, place) and end <= found[0][0] and (is_prompt or text[end:start].isspace()):
                 return end
         return None
 
 
 @lru_cache(maxsize=512)
 def openings(tokenizer: PreTrainedTokenizerFast, source: str, role: str, tail: str) -> tuple[tuple[str, bool], ...]:
-    """What the template writes from the end of a turn's words, which `tail` follows, to where an answer is generated; longest first.
+    """All that the template may write from the end of a turn's words, which `tail` follows, to where an answer is generated.
 
-    Several, where it has switches for thoughts. False: it writes no generation prompt, and this is what ends the turn before.
+    Longest first; several, where it has switches for thoughts. False: it has no generation prompt, and this ends the turn before.
     """
     mark = f"{OPEN}{CLOSE}"
     turn = {"role": role, "content": f"x{mark}{tail}"}
@@ -165,17 +167,17 @@ def openings(tokenizer: PreTrainedTokenizerFast, source: str, role: str, tail: s
         messages = [question, call, linked] if role == "tool" else [turn]
         for switch in ({}, dict.fromkeys(_SWITCHES, False), dict.fromkeys(_SWITCHES, True)):
             try:
-                asked, plain = (apply(tokenizer, source, messages, ask=ask, **switch) for ask in (True, False))
+                prompt, plain = (apply(tokenizer, source, messages, ask=asked, switches=switch) for asked in (True, False))
             except RenderError:
                 continue
-            if mark in asked:
-                after = asked.rpartition(mark)[2]
-                found[after] = found.get(after, False) or asked != plain
+            if mark in prompt:
+                after = prompt.rpartition(mark)[2]
+                found[after] = found.get(after, False) or prompt != plain
     return tuple(sorted(found.items(), key=lambda pair: len(pair[0]), reverse=True))
 
 
 def _places(messages: Sequence[Message], pieces: Sequence[Piece], read: Read) -> tuple[list[list[tuple[int, Piece]]], int]:
-    """By turn, the pieces of its words that the template wrote, in order, and how many answers it shortened. Raises `RenderError`."""
+    """By turn, the pieces of its words that the template wrote, in order; and how many answers it shortened."""
     found: list[list[tuple[int, Piece]]] = [[] for _ in messages]
     removed: set[int] = set()
     last = {piece.turn: k for k, piece in enumerate(pieces) if piece.kind == CONTENT}
@@ -201,7 +203,7 @@ def _places(messages: Sequence[Message], pieces: Sequence[Piece], read: Read) ->
 
 
 def _missing(messages: Sequence[Message], piece: Piece, is_answer: bool) -> None:
-    """Raises `RenderError` unless a template may leave the piece out: reasoning, and what stands before the last tag of an answer."""
+    """Raises `RenderError` unless a template may leave the piece out: reasoning, and what stands before an answer's last tag."""
     if piece.kind in (TOOLS, CALL):
         raise RenderError("the chat template does not render them; remove them or take another template", piece.kind)
     if piece.kind == CONTENT and (is_answer or messages[piece.turn]["role"] != "assistant"):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from data.abilities import Message
-from data.record import RecordError
+from data.abilities import Abilities, Message
+from data.placeholders import kinds_in
+from data.record import Record, RecordError, Turn
 
 _CHARACTERS = 16
 """As many characters per allowed token are never looked at twice: what is shorter is simply tokenised."""
@@ -21,17 +23,22 @@ class TooLongError(RecordError):
 
 
 def round_starts(roles: Sequence[str]) -> list[int]:
-    """Turns that begin a round: the user's. The first round begins with the conversation; a tool call and its answer are of one round."""
+    """Turns that begin a round: the first, and each of the user's but the first. A call and what answers it are of one round."""
     return [0, *[i for i, role in enumerate(roles) if role == "user"][1:]]
 
 
 def rounds_that_may_fit(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], tools: Sequence[Any], tags: re.Pattern[str], limit: int
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[Message],
+    tools: Sequence[Any],
+    abilities: Abilities,
+    tags: re.Pattern[str],
+    limit: int,
 ) -> int | None:
     """How many of the first rounds can have up to `limit` tokens; None: all of them, as the conversation is not long.
 
-    Words are tokenised until they have twice as many, or all were: no way in which a template joins them halves their number. Reasoning
-    does not count, because a template may leave it out.
+    Words are tokenised until they have twice as many, or all were: no way in which a template joins them halves their number.
+    Reasoning does not count, because a template may leave it out.
     """
     starts = round_starts([message["role"] for message in messages])
     enough = _CHARACTERS * limit
@@ -43,7 +50,7 @@ def rounds_that_may_fit(
         if k == limit:
             return k  # each takes a token or more
         for message in messages[low:high]:
-            text = _kept(message, tags)
+            text = _kept(message, abilities, tags)
             while text:
                 buffer.append(text[: enough - size])
                 size += len(buffer[-1])
@@ -57,14 +64,33 @@ def rounds_that_may_fit(
     return len(starts)
 
 
-def _kept(message: Message, tags: re.Pattern[str]) -> str:
-    """The part of a message's words that every template writes: of an answer, what stands behind its last tag."""
-    content = message["content"] or ""
-    if message["role"] != "assistant":
-        return str(content.strip())
-    end = max((match.end() for match in tags.finditer(content)), default=0)
-    return str(content[end:].strip())
+def _kept(message: Message, abilities: Abilities, tags: re.Pattern[str]) -> str:
+    """The part of a message's words that the template writes: of an answer, what stands behind its last tag."""
+    content, role = str(message["content"] or ""), message["role"]
+    if role == "assistant":
+        content = content[max((match.end() for match in tags.finditer(content)), default=0) :]
+    content = content if role in abilities.leads else content.lstrip()
+    return content if role in abilities.trails else content.rstrip()
 
 
 def _count(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
     return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def first_rounds(record: Record, kept: int | None, whole: bool = True) -> Record:
+    """The first rounds of the record, and a short one in place of those that follow: a template may write the last differently."""
+    starts = round_starts([turn.role for turn in record.turns])
+    if kept is None or kept == len(starts):
+        return record
+    turns = record.turns[: starts[kept]]
+    media = record.media[: sum(len(kinds_in(turn.content)) for turn in turns)]
+    last = (Turn("user", "x"), Turn("assistant", "x")) if whole else ()
+    return replace(record, turns=(*turns, *last), media=media, interrupted=False)
+
+
+def stand_in(turn: Turn, tags: re.Pattern[str]) -> Turn:
+    """A turn with another word in each place of its own, among the same tags."""
+    parts = re.split(f"({tags.pattern})", turn.content)
+    parts[::2] = [re.sub(r"\S(?:.*\S)?", "x", part, flags=re.DOTALL) for part in parts[::2]]
+    extra = {key: "x" if isinstance(value, str) else value for key, value in turn.extra.items()}
+    return Turn("assistant", "".join(parts), extra=extra)

@@ -68,13 +68,14 @@ def assemble(
     ids = np.array(encoded.input_ids, dtype=np.int64)
     at = np.flatnonzero(np.isin(ids, list(placeholder_ids.values())))
     record, specs = media.record, media.specs
-    metas = [media.measure(ref) for ref in record.media]
+    refs = record.media[: len(at)]  # those of rounds that cannot fit are not even looked at
+    metas = [media.measure(ref) for ref in refs]
     widths = np.ones(len(ids), dtype=np.int64)
-    widths[at] = [num_tokens(specs[ref.modality], meta) for ref, meta in zip(record.media, metas)]
+    widths[at] = [num_tokens(specs[ref.modality], meta) for ref, meta in zip(refs, metas)]
     ends = np.cumsum(widths)
-    kept = len(ids) if max_length is None else _fitting(record, ends, encoded.round_ends, max_length)
+    kept = len(ids) if max_length is None else _fitting(record, ends, encoded, max_length)
     placed: dict[str, list[SampleMedia]] = {}
-    for position, ref, meta in zip(at[at < kept], record.media, metas):
+    for position, ref, meta in zip(at[at < kept], refs, metas):
         start = int(ends[position] - widths[position])
         placed.setdefault(ref.modality, []).append(_placed(specs[ref.modality], ref, meta, media.load(ref, meta), start))
     expanded = np.repeat(ids[:kept], widths[:kept])
@@ -83,13 +84,13 @@ def assemble(
 
 
 def measured(encoded: Encoded, placeholder_ids: dict[str, int], record: Record, counts: Sequence[int], max_length: int) -> Measured:
-    """What `assemble` would make of a record whose media take `counts` tokens each. Raises `TooLongError` as it does."""
+    """What `assemble` would make of a record whose first media take `counts` tokens each. Raises `TooLongError` as it does."""
     ids = np.array(encoded.input_ids, dtype=np.int64)
     is_medium = np.isin(ids, list(placeholder_ids.values()))
     widths = np.ones(len(ids), dtype=np.int64)
-    widths[is_medium] = counts
+    widths[is_medium] = counts[: int(is_medium.sum())]
     ends = np.cumsum(widths)
-    kept = _fitting(record, ends, encoded.round_ends, max_length)
+    kept = _fitting(record, ends, encoded, max_length)
     return Measured(int(ends[kept - 1]), sum(encoded.supervised[1:kept]), int(widths[:kept][is_medium[:kept]].sum()))
 
 
@@ -122,14 +123,16 @@ def _state_problem(spec: MediaSpec, state: int) -> str:
     )
 
 
-def _fitting(record: Record, ends: np.ndarray, round_ends: Sequence[int], max_length: int) -> int:
+def _fitting(record: Record, ends: np.ndarray, encoded: Encoded, max_length: int) -> int:
     """How many of the unexpanded ids are kept; ends[i] is the expanded length up to and including id i."""
     if len(ends) == 0 or ends[-1] <= max_length:
         return len(ends)
-    fitting = [stop for stop in round_ends if ends[stop - 1] <= max_length]
+    fitting = [stop for stop in encoded.round_ends if ends[stop - 1] <= max_length]
+    reason = f"the first round takes {ends[encoded.round_ends[0] - 1]} tokens"
+    if fitting and not any(encoded.supervised[: max(fitting)]):
+        fitting, reason = [], "no round that fits has an answer to learn"
     if not fitting:
-        reason = f"the first round takes {ends[round_ends[0] - 1]} tokens, data.max_length is {max_length}"
-        raise TooLongError(record.where, record.id, "conversations", reason)
+        raise TooLongError(record.where, record.id, "conversations", f"{reason}, data.max_length is {max_length}")
     return max(fitting)
 
 

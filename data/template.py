@@ -3,44 +3,27 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerFast
 
 from data.abilities import Abilities, Message, calling, find_abilities
 from data.config import ConfigError
 from data.control_tokens import check_single, lead_token, only_unknown, special_ids, thought_tags
+from data.encoded import Encoded, Row, check_row, round_ends
 from data.formats import FORMATS, freeze_date
 from data.marks import tags_of
 from data.messages import Wording, media_kinds, write_messages
-from data.placeholders import kinds_in, wrapped_pattern
+from data.placeholders import wrapped_pattern
 from data.record import Record, RecordError, Turn
 from data.render import Renderer, RenderError, Rendering, apply
-from data.rounds import TooLongError, round_starts, rounds_that_may_fit
+from data.rounds import TooLongError, first_rounds, round_starts, rounds_that_may_fit, stand_in
 from data.state_tokens import STATE_TOKENS, check_state_tokens
 from data.tokens import Tokens, supervise, tokenize
 from model.batch import PLACEHOLDERS, READ_BY
 
-
-@dataclass(frozen=True)
-class Encoded:
-    input_ids: list[int]
-    supervised: list[bool]  # the assistant's tokens and what ends its turns
-    round_ends: list[int]  # ids up to and including round k, a user's turn and all that answer it
-    num_rounds: int = 0  # of the record; more than `round_ends` where the last ones cannot fit and were not tokenised
-    removed: int = 0  # answers of which the template leaves something out: the thoughts before the last question
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A record as text and ids."""
-
-    rendering: Rendering
-    tail: str  # what the template writes after the end of the last turn, there or not
-    tokens: Tokens
-    supervised: list[bool]
+_NOTHING = re.compile("(?!)")
 
 
 @dataclass(frozen=True)
@@ -60,9 +43,9 @@ class Template:
     stop_ids: tuple[int, ...] = ()  # ids that end an assistant's turn
     allowed: tuple[str, ...] = ()  # control tokens that contents may use
     state_tokens: str = "none"  # none | glyphs | digits
-    tags: re.Pattern[str] = re.compile("(?!)")  # that the template names, as <think>
-    abilities: Abilities = Abilities()
-    closes: re.Pattern[str] = re.compile("(?!)")  # ends a turn that calls tools, where it ends as others do
+    tags: re.Pattern[str] = _NOTHING  # that the template names, as <think>
+    abilities: Abilities = field(default_factory=Abilities)
+    closes: re.Pattern[str] = _NOTHING  # ends a turn that calls tools, where it ends as others do
 
     @property
     def end_is_token(self) -> bool:
@@ -78,13 +61,18 @@ class Template:
         """
         messages, num_rounds = self.messages(record), len(round_starts([turn.role for turn in record.turns]))
         kept = self._kept(record, messages, max_length)
-        trimmed = self._first(record, kept)
+        trimmed = first_rounds(record, kept)
         row = self._encode(trimmed, messages if trimmed is record else self.messages(trimmed), media_kinds(record))
-        ends = _round_ends(row)[:kept]
+        ends = round_ends(row)[:kept]
         ids, supervised = row.tokens.ids[: ends[-1]], row.supervised[: ends[-1]]
         if not any(supervised):
             if len(ends) < num_rounds:
-                raise TooLongError(record.where, record.id, "conversations", "no round that fits has an answer to learn")
+                raise TooLongError(
+                    record.where,
+                    record.id,
+                    "conversations",
+                    f"no round that fits has an answer to learn, data.max_length is {max_length}",
+                )
             raise self._error(record, "no token is supervised")
         unknown = self.tokenizer.unk_token_id
         if unknown is not None and unknown not in self.stop_ids and any(s and i == unknown for i, s in zip(ids, supervised)):
@@ -96,7 +84,7 @@ class Template:
 
         Templates with thoughts have two prompts: that of an answer without one, or that of an answer `like` this one.
         """
-        record = replace(record, turns=(*record.turns, Turn("assistant", "x") if like is None else self._stand_in(like)))
+        record = replace(record, turns=(*record.turns, Turn("assistant", "x") if like is None else stand_in(like, self.tags)))
         row = self._encode(record, self.messages(record), media_kinds(record)).rendering
         # Never a second rendering: some templates write more before an answer than their generation prompt says.
         cut = row.spans[-1].prompt
@@ -115,36 +103,19 @@ class Template:
     def fitting(self, record: Record, max_length: int) -> Record:
         """The record, without last rounds that cannot fit by far. Raises `TooLongError` if the first one cannot."""
         kept = self._kept(record, self.messages(record), max_length)
-        return self._first(record, kept, stand_in=False)
-
-    def _stand_in(self, turn: Turn) -> Turn:
-        """A turn with other words in the places of its own."""
-        parts = re.split(f"({self.tags.pattern})", turn.content)
-        parts[::2] = ["x".join((part[: len(part) - len(part.lstrip())], part[len(part.rstrip()) :])) if part.strip() else part for part in parts[::2]]
-        extra = {key: "x" if isinstance(value, str) else value for key, value in turn.extra.items()}
-        return Turn("assistant", "".join(parts), extra=extra)
+        return first_rounds(record, kept, whole=False)
 
     def _kept(self, record: Record, messages: list[Message], max_length: int | None) -> int | None:
         """How many rounds can fit; None for all."""
         if max_length is None:
             return None
-        kept = rounds_that_may_fit(self.tokenizer, messages, record.tools, self.tags, max_length)
+        kept = rounds_that_may_fit(self.tokenizer, messages, record.tools, self.abilities, self.tags, max_length)
         if kept == 0:
             reason = f"the first round takes more than {max_length} tokens, data.max_length is {max_length}"
             raise TooLongError(record.where, record.id, "conversations", reason)
         return kept
 
-    def _first(self, record: Record, kept: int | None, stand_in: bool = True) -> Record:
-        """The first rounds of the record; a short one stands in for those that follow, since the last may be written differently."""
-        starts = round_starts([turn.role for turn in record.turns])
-        if kept is None or kept == len(starts):
-            return record
-        turns = record.turns[: starts[kept]]
-        media = record.media[: sum(len(kinds_in(turn.content)) for turn in turns)]
-        last = (Turn("user", "x"), Turn("assistant", "x")) if stand_in else ()
-        return replace(record, turns=(*turns, *last), media=media, interrupted=False)
-
-    def _encode(self, record: Record, messages: list[Message], kinds: tuple[str, ...]) -> _Row:
+    def _encode(self, record: Record, messages: list[Message], kinds: tuple[str, ...]) -> Row:
         late: set[int] = set()
         try:
             for _ in range(3):
@@ -163,12 +134,11 @@ class Template:
                 raise RenderError("an answer's first token holds the end of its prompt")
         except RenderError as error:
             raise RecordError(record.where, record.id, error.field, str(error)) from None
-        self._check(record, rendering, tokens)
-        return _Row(rendering, tail, tokens, supervised)
+        row = Row(rendering, tail, tokens, supervised)
+        check_row(record, row, self.tokenizer, self.control_ids, self.placeholder_ids)
+        return row
 
-    def _render(
-        self, record: Record, messages: list[Message], kinds: tuple[str, ...], late: set[int]
-    ) -> tuple[Rendering, str]:
+    def _render(self, record: Record, messages: list[Message], kinds: tuple[str, ...], late: set[int]) -> tuple[Rendering, str]:
         """Text, turns and tail. An interrupted answer is the text's end: nothing says that it is over (VITA `end_tag`)."""
         learn = [turn.learn for turn in record.turns]
         found = self._renderer.render(messages, learn, kinds, record.tools, frozenset(late))
@@ -191,40 +161,8 @@ class Template:
         bos = self.tokenizer.convert_tokens_to_ids(self.lead)
         return Tokens([bos, *tokens.ids], [0, *tokens.starts], [len(self.lead), *tokens.stops])
 
-    def _check(self, record: Record, rendering: Rendering, tokens: Tokens) -> None:
-        if self._control_in_plain(rendering, tokens):
-            raise self._error(record, "the tokenizer makes a control token of a content's plain text")
-        for modality in sorted(set(READ_BY.values())):
-            given = [media.kind for media in record.media if media.modality == modality]
-            if given and modality not in self.placeholder_ids:
-                raise RecordError(
-                    record.where, record.id, given[0], f"{len(given)} files, but the model has no part for this modality"
-                )
-            written = tokens.ids.count(self.placeholder_ids.get(modality, -1))
-            if written != len(given):
-                raise RecordError(record.where, record.id, modality, f"{written} placeholders in the ids, {len(given)} files")
-
-    def _control_in_plain(self, rendering: Rendering, tokens: Tokens) -> bool:
-        """Whether a control id stands for another text than its token, or for one that a person wrote."""
-        plain = {start for start, _ in rendering.written}
-        return any(
-            id in self.control_ids
-            and (start in plain or rendering.text[start:stop].strip() != self.tokenizer.convert_ids_to_tokens(id))
-            for id, start, stop in zip(tokens.ids, tokens.starts, tokens.stops)
-        )
-
     def _error(self, record: Record, reason: str) -> RecordError:
         return RecordError(record.where, record.id, "conversations", reason)
-
-
-def _round_ends(row: _Row) -> list[int]:
-    """Where rounds end: after the turn's end and what the template writes after the last one, if it is there as well."""
-    text, spans, ends = row.rendering.text, row.rendering.spans, []
-    for span, after in zip(spans, spans[1:] if row.rendering.first_round_apart else ()):
-        if span.role == "assistant" and after.role == "user":
-            stop = span.end + (len(row.tail) if text.startswith(row.tail, span.end) else 0)
-            ends.append(bisect_left(row.tokens.starts, stop))
-    return [*ends, len(row.tokens.ids)]
 
 
 def load_template(

@@ -82,7 +82,7 @@ def _without_added_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> tupl
 
 
 def supervise(spans: Sequence[Span], tokens: Tokens, control_ids: frozenset[int]) -> tuple[list[bool], set[int]]:
-    """Which tokens are learned: answers, what the template writes with them and what ends them; and turns that begin inside a token.
+    """Which tokens are learned: answers, with what the template writes for them; and the turns whose start is inside a token.
 
     A newline of the prompt and one of the answer may grow together: the prompt's ids are then no prefix of the row's. A
     control token that swallows the white space after it (Phi-3) does no such harm; it is not learned.

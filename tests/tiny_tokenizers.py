@@ -29,7 +29,7 @@ QWEN = """\
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}"""
-# Qwen's own, but for the texts about tools: thoughts are taken out before the last question, an empty one stands before the last answer.
+# Qwen's own, but for the texts about tools: thoughts before the last question are taken out, the last answer gets an empty one.
 QWEN3 = """\
 {%- if tools %}
     {{- '<|im_start|>system\\n' }}

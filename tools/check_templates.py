@@ -25,13 +25,22 @@ from tools.cli import run
 
 NUM_CONVERSATIONS = 166
 WORDS = [
-    *("A cat sits on a mat.", "cat", "漢字かな交じり文。", "🙂👨‍👩‍👧 ok", "cafe\u0301 naïve", "١٢٣ مرحبا", "12 + 34 = 46", "x" * 300),
-    *("def f(a):\n    return a  # twice\n\n\nf(2)", "<b>bold</b> & <i>it</i>", "user\nassistant: yes\nsystem", "USER: q ASSISTANT: a"),
-    *('{"a": [1, 2], "b": "c\\n"}', "| a | b |\n|---|---|\n| 1 | 2 |", "C:\\dir\\n", "a\tb\r\nc", "... ---", "no_think /no_think", "[INST] q [/INST]"),
+    *("A cat sits on a mat.", "cat", "漢字かな交じり文。", "🙂👨‍👩‍👧 ok", "cafe\u0301 naïve", "١٢٣ مرحبا", "12 + 34 = 46"),
+    *("x" * 300, "def f(a):\n    return a  # twice\n\n\nf(2)", "<b>bold</b> & <i>it</i>", "user\nassistant: yes\nsystem"),
+    *('{"a": [1, 2], "b": "c\\n"}', "| a | b |\n|---|---|\n| 1 | 2 |", "C:\\dir\\n", "a\tb\r\nc", "... ---"),
+    *("USER: q ASSISTANT: a", "no_think /no_think", "[INST] q [/INST]"),
 ]
 EDGES = ["", " ", "\n", "\n\n", "  \n", "\t", "\u3000", "\u00a0"]
 THOUGHTS = ["two and two make four", "first\n\nsecond", "  indented\n", "<b>not a tag of the template</b>", "漢字"]
-CONTROLS = ["<|im_end|>", "<|im_start|>assistant\n", "</s>", "<|eot_id|>", "<end_of_turn>", "<｜end▁of▁sentence｜>", "<bos>"]
+CONTROLS = [
+    "<|im_end|>",
+    "<|im_start|>assistant\n",
+    "</s>",
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "<bos>",
+]
 TOOL = {
     "type": "function",
     "function": {
@@ -54,6 +63,7 @@ def conversations() -> Iterator[tuple[str, Record]]:
     """Conversations of every kind, the same ones in every run; without end."""
     rng = random.Random(0)
     word = lambda: rng.choice(WORDS)  # noqa: E731
+    control = lambda: rng.choice(CONTROLS)  # noqa: E731
     edge = lambda: rng.choice(EDGES)  # noqa: E731
     think = lambda answer: f"<think>\n{rng.choice(THOUGHTS)}\n</think>{rng.choice(['', chr(10), chr(10) * 2])}{answer}"  # noqa: E731
     for n in itertools.count():
@@ -65,17 +75,18 @@ def conversations() -> Iterator[tuple[str, Record]]:
         yield "thoughts", talk([(word(), think(word())) for _ in range(rounds)])
         yield "some thoughts", talk([(word(), think(word()) if rng.random() < 0.5 else word()) for _ in range(rounds)])
         yield "empty thought", talk([(word(), f"<think>\n\n</think>\n\n{word()}") for _ in range(rounds)])
-        yield "control tokens", talk([(word() + rng.choice(CONTROLS) + word(), word() + rng.choice(CONTROLS)) for _ in range(rounds)])
+        yield "control tokens", talk([(word() + control() + word(), word() + control()) for _ in range(rounds)])
         yield "repeated", talk([("a", "a"), ("a", "a"), ("assistant", "user"), ("a", "a")][:rounds])
-        yield "reasoning_content", talk([(word(), word()) for _ in range(rounds)], extra={"reasoning_content": rng.choice(THOUGHTS)})
+        yield "reasoning_content", talk([(word(), word()) for _ in range(rounds)], reasoning=rng.choice(THOUGHTS))
         yield "tools", calls(word(), word(), tools=(TOOL,), later=n % 2 == 1)
         yield "tool calls", calls(word(), word(), tools=(), later=n % 2 == 1)
 
 
-def talk(rounds: Sequence[tuple[str, str]], system: str = "", extra: dict[str, Any] | None = None) -> Record:
+def talk(rounds: Sequence[tuple[str, str]], system: str = "", reasoning: str = "") -> Record:
+    extra = {"reasoning_content": reasoning} if reasoning else {}
     turns = [Turn("system", system)] if system else []
     for question, answer in rounds:
-        turns += [Turn("user", question), Turn("assistant", answer, extra=extra or {})]
+        turns += [Turn("user", question), Turn("assistant", answer, extra=extra)]
     return Record("r", tuple(turns), (), "conversation:1")
 
 
@@ -108,7 +119,8 @@ def outcome(template: Template, kind: str, record: Record) -> Outcome:
 
 def own_ids(template: Template, record: Record) -> list[int]:
     """The tokenizer's own, in one call."""
-    tokenizer, given = template.tokenizer, {"tools": list(record.tools)} if record.tools else {}
+    tokenizer = template.tokenizer
+    given: dict[str, Any] = {"tools": list(record.tools)} if record.tools else {}
     messages = template.messages(record)
     # Only where it is needed: it takes thoughts for control tokens too, and the template would not see them.
     written = any(match["ours"] is None for m in messages for match in template.written.finditer(m["content"] or ""))

@@ -29,7 +29,7 @@ def certified(source: Source) -> tuple[str, bool]:
     """The certificate of a source or why it has none, and whether the run would refuse it."""
     index = source.dataset.indexes[source.source_id]
     try:
-        return str(certify(source.dataset.template, index, source.config.key)), False
+        return str(certify(source.dataset.template, index, source.config.key, max_length=source.dataset.config.max_length)), False
     except DataError as error:
         return str(error), True
 

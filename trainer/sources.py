@@ -171,7 +171,7 @@ def certify_all(data: RunData, config: RunConfig, alive: Callable[[str], object]
         check_fed(data.train, data.pools, carried(config.model))
     opened = [dataset for dataset in (data.train, data.validation) if dataset is not None]
     return [
-        str(certify(data.processor.template, index, source.key, alive=alive))
+        str(certify(data.processor.template, index, source.key, max_length=config.data.max_length, alive=alive))
         for dataset in opened
         for source, index in zip(dataset.sources, dataset.indexes)
     ]
