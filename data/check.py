@@ -74,10 +74,11 @@ class Checked:
     media: tuple[CheckedMedium, ...] = ()
 
 
-def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, near: bool = False) -> Checked:
+def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, near: bool = False, keys: bool = True) -> Checked:
     """All that is wrong with sample `i`, and what it holds. Never raises.
 
     decode: media are decoded in full. near: pictures are decoded small, to be compared with others.
+    keys: its texts get keys, by which they are compared with others; of a long one they cost more than all the rest.
     """
     try:
         record = dataset.record(i)
@@ -106,7 +107,7 @@ def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, ne
             size = measured(encoded, dataset.template.placeholder_ids, record, counts, dataset.config.max_length)
     except Exception as error:
         problems.append(_problem(dataset, i, error))
-    return Checked(tuple(problems), size, _text_key(record), _words_key(record), tuple(found))
+    return Checked(tuple(problems), size, *((_text_key(record), _words_key(record)) if keys else (0, 0)), tuple(found))
 
 
 def _problem(dataset: MultimodalDataset, i: int, error: Exception) -> Problem:

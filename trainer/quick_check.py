@@ -107,7 +107,7 @@ def carry_out(looks: list[Look], seconds: float, alive: Callable[[str], object] 
     queue += [(look, i, is_drawn) for _, look, i, is_drawn in sorted(drawn, key=lambda item: item[0])]
     for look, i, is_drawn in queue:
         alive(look.dataset.where(i))
-        look.add(check_record(look.dataset, i), is_drawn)
+        look.add(check_record(look.dataset, i, keys=False), is_drawn)
         if time.monotonic() > end:
             return
 
