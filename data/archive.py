@@ -20,7 +20,7 @@ from data.config import DataError
 from data.limits import MAX_RECORD_BYTES
 from data.media_refs import MediaRef
 from data.rows import RowError, decoded, read
-from data.scan import WINDOW, Advance, plan_lines
+from data.scan import WINDOW, Advance, plan_values
 from data.shards import Shards
 from data.table import KINDS, Table
 from data.tar_headers import Member, members
@@ -32,6 +32,8 @@ EXTENSIONS = {
 }
 """Kinds of members that a record need not name."""
 _RECORD = "json"
+_Inside = tuple[str, int, int]
+"""Name, first byte and size of a member."""
 
 
 class TarRows:
@@ -39,9 +41,10 @@ class TarRows:
 
     def __init__(self, shards: Shards, table: Table) -> None:
         self._shards, self._table = shards, table
+        self._called: tuple[int, dict[str, list[_Inside]]] = (-1, {})  # the record that was asked for last, its members by name
 
     def raw(self, i: int) -> Any:
-        names = [name for name, _, _ in self._table.members_of(i)]
+        names = [name for name, _, _ in self._members(i)]
         if (count := sum(_extension(name) == _RECORD for name in names)) != 1:
             raise RowError(f"{count or 'no'} member{'s are' if count else ' is'} called {self.place(i)}.{_RECORD}")
         value = decoded(read(self._shards, self._table, i))
@@ -49,8 +52,9 @@ class TarRows:
 
     def blob(self, i: int, ref: MediaRef) -> Blob | None:
         file = self._table.file_of(i)
-        inside = self._table.members_of(i)
-        found = [member for member in inside if ref.path in (member[0], _base(member[0]))]
+        if self._called[0] != i:
+            self._called = i, _by_name(self._members(i))
+        found = self._called[1].get(ref.path, [])
         if len(found) > 1:
             raise MediaError(f"{ref.path!r} is the name of {len(found)} members of {self._shards.names[file]}")
         for name, start, size in found:
@@ -58,7 +62,10 @@ class TarRows:
         return None
 
     def place(self, i: int) -> str:
-        return _key(self._table.members_of(i)[0][0])
+        return _key(next(self._table.members_of(i))[0])
+
+    def _members(self, i: int) -> list[_Inside]:
+        return list(self._table.members_of(i))
 
 
 def scan_tar(path: Path, advance: Advance) -> Table:
@@ -86,7 +93,7 @@ def _table(data: mmap.mmap, records: list[list[Member]]) -> Table:
     names = [member.name.encode("utf-8", "surrogateescape") for member in inside]
     plans = list(_plans(data, texts))
     media = np.concatenate([plan[1] for plan in plans])
-    unnamed = np.array([_counts(group) for group in records], dtype=np.int16)
+    unnamed = np.minimum([_counts(group) for group in records], np.iinfo(np.int16).max).astype(np.int16)
     return Table(
         start=np.array([member.start for member in texts], dtype=np.int64),
         stop=np.array([member.start + member.size for member in texts], dtype=np.int64),
@@ -105,17 +112,17 @@ def _plans(data: mmap.mmap, texts: list[Member]) -> Iterator[tuple[np.ndarray, n
     lines: list[bytes] = []
     size = 0
     for member in texts:
-        # Only between values, and so of no account; a blank line would be none.
         # What is too large is refused when it is read.
         size_read = member.size if member.size <= MAX_RECORD_BYTES else 0
+        # Line ends stand between values only, and so are of no account; a blank line would be none.
         lines.append(data[member.start : member.start + size_read].translate(_ONE_LINE).strip() or b"0")
         size += len(lines[-1])
         if size > WINDOW:
-            plans = plan_lines(b"\n".join(lines))
+            plans = plan_values(lines)
             yield plans.text_tokens, plans.media
             lines, size = [], 0
     if lines:
-        plans = plan_lines(b"\n".join(lines))
+        plans = plan_values(lines)
         yield plans.text_tokens, plans.media
 
 
@@ -129,6 +136,15 @@ def _key(name: str) -> str:
 
 def _base(name: str) -> str:
     return name.rpartition("/")[2]
+
+
+def _by_name(inside: list[_Inside]) -> dict[str, list[_Inside]]:
+    """Members by their paths and by their files' names."""
+    found: dict[str, list[_Inside]] = {}
+    for member in inside:
+        for called in {member[0], _base(member[0])}:
+            found.setdefault(called, []).append(member)
+    return found
 
 
 def _extension(name: str) -> str:

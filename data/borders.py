@@ -14,8 +14,11 @@ from data.config import DataError
 from data.limits import MAX_RECORD_BYTES
 
 BOM = b"\xef\xbb\xbf"
-# Up to the next bracket outside strings. Possessive: a match never backtracks, whatever the file holds.
-_BRACKET = re.compile(rb'(?:[^"{}\[\]]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+([{}\[\]])', re.DOTALL)
+# Possessive: a match never backtracks, whatever the file holds.
+_INSIDE = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)  # of a string
+_BRACKET = re.compile(
+    rb'((?:[^"{}\[\]]++|"' + _INSIDE.pattern + rb'")*+)([{}\[\]])?', re.DOTALL
+)  # up to the next one outside strings
 _PIECE = 1 << 20  # bytes
 _KEY = re.compile(rb'"([^"\\]*)"\s*:\s*\Z')
 _LONGEST_KEY, _NUM_KEYS = 200, 8  # bytes that are looked at for one, and how many are told
@@ -59,6 +62,16 @@ def array_borders(data: mmap.mmap, start: int, name: str) -> Iterator[tuple[int,
         at = skip_space(data, at + 1)
     if (rest := skip_space(data, at + 1)) != len(data):
         _broken(data, rest, name, "there is more after the end of the array")
+
+
+def next_object(data: mmap.mmap, at: int, is_first: bool, name: str) -> tuple[int, int] | None:
+    """Borders of the object that comes next in an array, at its start or after an object; None if something else does."""
+    at = skip_space(data, at)
+    if not is_first:
+        if data[at : at + 1] != b",":
+            return None
+        at = skip_space(data, at + 1)
+    return (at, _object_end(data, at, name)) if data[at : at + 1] == b"{" else None
 
 
 def array_start(data: mmap.mmap, start: int, name: str) -> int:
@@ -111,12 +124,27 @@ def skip_space(data: mmap.mmap, at: int) -> int:
 
 def _object_end(data: mmap.mmap, start: int, name: str) -> int:
     depth, at = 0, start
-    while (match := _BRACKET.match(data, at)) is not None:
-        at = match.end()
-        depth += 1 if match[1] in b"{[" else -1
-        if depth == 0:
-            return at
+    # A piece at a time: no other thread runs during a match.
+    while (match := _BRACKET.match(data, at, at + _PIECE)) and (at := match.end() if match.end() > at else _string_end(data, at)):
+        if match[2]:
+            depth += 1 if match[2] in b"{[" else -1
+            if depth == 0:
+                return at
     _broken(data, start, name, "the record that starts here never ends; a quote or a bracket is missing")
+
+
+def _string_end(data: mmap.mmap, at: int) -> int:
+    """Place after the string that opens at `at`, which is longer than a piece; 0 if there is none or it never ends."""
+    is_open, at = data[at : at + 1] == b'"', at + 1
+    while is_open and at < len(data):
+        piece = data[at : at + _PIECE]
+        plain = b'"' not in piece and b"\\" not in piece
+        end = len(piece) if plain else _INSIDE.match(piece).end()  # type: ignore[union-attr]  # it matches nothing, too
+        if data[at + end : at + end + 1] == b'"':
+            return at + end + 1
+        is_open = end > 0
+        at += end
+    return 0
 
 
 def _broken(data: mmap.mmap, at: int, name: str, reason: str) -> NoReturn:

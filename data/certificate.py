@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from data.abilities import Message
@@ -57,9 +57,15 @@ def proven(template: Template, record: Record, max_length: int | None = None) ->
 
 
 def certify(
-    template: Template, index: RecordIndex, source_key: str, num_rows: int = 8, max_length: int | None = None
+    template: Template,
+    index: RecordIndex,
+    source_key: str,
+    num_rows: int = 8,
+    max_length: int | None = None,
+    alive: Callable[[str], object] = lambda at: None,
 ) -> Certificate:
-    """Checks up to `num_rows` rows spread over the source; rows that break the rules of records are passed over.
+    """Checks up to `num_rows` rows spread over the source; rows that break the rules of records are passed over. `alive` is told
+    which row is next.
 
     Raises `DataError` if a row's ids differ from the reference, an answer or its end is not learned, anything else is, or
     the prompt's ids are no prefix of the row's; or if no row can be encoded at all.
@@ -70,6 +76,7 @@ def certify(
     for i in _spread(len(index), 8 * num_rows):
         if len(rows) == num_rows:
             break
+        alive(index.where(i))
         try:
             record = parse(index.raw(i), index.where(i), index.name(i))
             encoded = proven(template, record, max_length)

@@ -84,10 +84,11 @@ class Checked:
     removed: int = 0  # answers of which the template leaves something out: the thoughts before the last question
 
 
-def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, near: bool = False) -> Checked:
+def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, near: bool = False, keys: bool = True) -> Checked:
     """All that is wrong with sample `i`, and what it holds. Never raises.
 
     decode: media are decoded in full. near: pictures are decoded small, to be compared with others.
+    keys: its texts get keys, by which they are compared with others; of a long one they cost more than all the rest.
     """
     try:
         record = dataset.record(i)
@@ -122,8 +123,8 @@ def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, ne
         is_too_long = isinstance(error, TooLongError)
     if not whole and (size or is_too_long) and len(metas) == len(record.media):
         whole = _whole_length(dataset, record, metas)
-    keys = _text_key(record), _words_key(record)
-    return Checked(tuple(problems), size, *keys, tuple(found), whole, unlearned=record.num_unlearned, removed=removed)
+    said = (_text_key(record), _words_key(record)) if keys else (0, 0)
+    return Checked(tuple(problems), size, *said, tuple(found), whole, unlearned=record.num_unlearned, removed=removed)
 
 
 def _whole_length(dataset: MultimodalDataset, record: Record, metas: list[MediaMeta]) -> int:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
@@ -23,6 +24,7 @@ from data.lengths import Measurement, identities, measurement_path, write_measur
 from data.sidecar import safe_name
 
 FOLDER = "check"
+_AT = b"at "
 
 
 @dataclass(frozen=True)
@@ -64,22 +66,22 @@ def check_dataset(
     depth: Depth = Depth(),
     workers: int = 1,
     name: str = "check",
-    part_done: Callable[[], object] = lambda: None,
+    alive: Callable[[str], object] = lambda at: None,
 ) -> list[SourceFound]:
     """Everything that is wrong with any record of `dataset`, and what its sources hold.
 
     What is found stands in `index_folder` as soon as a part is done, lengths once a source is: a check that is stopped goes on
     where it was. `workers` processes share the work; the result does not depend on their number. Raises `RuntimeError` if one dies.
-    `part_done` is called after each of its parts.
+    `alive` is told now and then which record one of them is at.
     """
     names = identities(dataset)
     parts = [part for source_id, name in enumerate(names) for part in parts_of(dataset, source_id, index_folder, name)]
     cached = np.zeros(len(parts), dtype=bool)
     with tqdm(total=len(dataset), desc=name, unit="record", unit_scale=True, delay=1, dynamic_ncols=True) as bar:
-        for place, was_cached in _work(parts, lambda part: check_part(dataset, part, depth), workers):
+        for place, was_cached in _work(parts, lambda part, tell: check_part(dataset, part, depth, tell), workers, alive):
             cached[place] = was_cached
             bar.update(parts[place].stop - parts[place].start)
-            part_done()
+            alive(dataset.where(parts[place].start))
     results = []
     for source_id, (source, identity) in enumerate(zip(dataset.sources, names)):
         own = [place for place, part in enumerate(parts) if part.source_id == source_id]
@@ -100,12 +102,17 @@ def parts_of(dataset: MultimodalDataset, source_id: int, index_folder: Path, ide
     ]
 
 
-def check_part(dataset: MultimodalDataset, part: Part, depth: Depth) -> bool:
-    """Checks the records of `part` and writes down what it found. Returns whether that was there already."""
+def check_part(dataset: MultimodalDataset, part: Part, depth: Depth, alive: Callable[[str], object] = lambda at: None) -> bool:
+    """Checks the records of `part` and writes down what it found. Returns whether that was there already. `alive` is told which
+    record is next.
+    """
     known = read_part(part.path, decode=depth.decode, near=depth.near)
     if known is not None and is_current(known):
         return True
-    checked = [check_record(dataset, i, decode=depth.decode, near=depth.near) for i in range(part.start, part.stop)]
+    checked = []
+    for i in range(part.start, part.stop):
+        alive(dataset.where(i))
+        checked.append(check_record(dataset, i, decode=depth.decode, near=depth.near))
     write_part(part.path, found_of(checked), decode=depth.decode, near=depth.near)
     return False
 
@@ -131,11 +138,14 @@ def _read(path: Path) -> Found:
     return replace(found, files=found.missing)  # before the next part is read
 
 
-def _work(parts: Sequence[Part], work: Callable[[Part], bool], workers: int) -> Iterator[tuple[int, bool]]:
-    """work(part) for all of them: (place, answer) as they are done, in any order."""
+_Alive = Callable[[str], object]
+
+
+def _work(parts: Sequence[Part], work: Callable[[Part, _Alive], bool], workers: int, alive: _Alive) -> Iterator[tuple[int, bool]]:
+    """work(part, alive) for all of them: (place, answer) as they are done, in any order."""
     workers = min(workers, len(parts) // 2)  # a process is not worth starting for less
     if workers < 2:
-        yield from ((place, work(part)) for place, part in enumerate(parts))
+        yield from ((place, work(part, alive)) for place, part in enumerate(parts))
         return
     context = multiprocessing.get_context("fork")  # the dataset is shared, never copied
     counter, lock, parent = context.RawValue("q", 0), context.Lock(), os.getpid()
@@ -150,7 +160,7 @@ def _work(parts: Sequence[Part], work: Callable[[Part], bool], workers: int) -> 
                 pipe.send_bytes(b"done")
                 return
             try:
-                answer = b"%d %d" % (place, work(parts[place]))
+                answer = b"%d %d" % (place, work(parts[place], _sender(pipe)))
             except OSError as error:  # nothing can be written: the parent says so
                 answer = b"failed %d" % (error.errno or 0)
             pipe.send_bytes(answer)
@@ -164,14 +174,27 @@ def _work(parts: Sequence[Part], work: Callable[[Part], bool], workers: int) -> 
             theirs.close()  # or its end would never be seen here
             pipes.append(ours)
             processes.append(process)
-        yield from _answers(pipes)
+        yield from _answers(pipes, alive)
     finally:
         for process in processes:
             process.kill()
             process.join()
 
 
-def _answers(pipes: list[Any]) -> Iterator[tuple[int, bool]]:
+def _sender(pipe: Connection) -> _Alive:
+    """Tells the parent process where this one is, once a second at most."""
+    told = 0.0
+
+    def send(at: str) -> None:
+        nonlocal told
+        if time.monotonic() - told > 1.0:
+            told = time.monotonic()
+            pipe.send_bytes(_AT + at.encode("utf-8", "backslashreplace"))
+
+    return send
+
+
+def _answers(pipes: list[Any], alive: _Alive) -> Iterator[tuple[int, bool]]:
     working = list(pipes)
     while working:
         for pipe in wait(working):
@@ -183,6 +206,9 @@ def _answers(pipes: list[Any]) -> Iterator[tuple[int, bool]]:
                 ) from None
             if answer == b"done":
                 working.remove(pipe)
+                continue
+            if answer.startswith(_AT):
+                alive(answer.removeprefix(_AT).decode())
                 continue
             if answer.startswith(b"failed"):
                 code = int(answer.split()[1])

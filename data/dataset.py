@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -100,6 +101,11 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
         source_id = int(self.source_ids[i])
         return source_id, self.indexes[source_id], int(i - self._starts[source_id])
 
+    def where(self, i: int) -> str:
+        """File and line of sample `i`."""
+        _, index, row = self.place(i)
+        return index.where(row)
+
     def record(self, i: int) -> Record:
         """The record of sample `i`. Raises `RecordError`."""
         _, index, row = self.place(i)
@@ -159,13 +165,14 @@ def open_dataset(
     specs: dict[str, MediaSpec],
     index_folder: Path,
     excluded: frozenset[int] = frozenset(),
+    alive: Callable[[str], object] = lambda at: None,
 ) -> MultimodalDataset:
     """The dataset of `sources`, with their indexes in `index_folder`, built there where they are missing or stale.
 
-    ConfigError when a source or a media_root is not there.
+    `alive` is told now and then which file is read for it. ConfigError when a source or a media_root is not there.
     """
     check_roots(sources)
-    indexes = [RecordIndex.open(source, index_folder, specs, config) for source in sources]
+    indexes = [RecordIndex.open(source, index_folder, specs, config, alive) for source in sources]
     return MultimodalDataset(indexes, sources, template, specs, config, excluded)
 
 

@@ -69,8 +69,8 @@ def folded(keys: np.ndarray, owners: np.ndarray, parts: np.ndarray) -> np.ndarra
     """(N,) uint64: each record's key with those of its media mixed in, in their order."""
     mixed = _mixed(keys)
     places = np.arange(len(owners)) - np.searchsorted(owners, owners)
-    for place in range(int(places.max(initial=-1)) + 1):
-        at = places == place
+    order, borders = np.argsort(places, kind="stable"), np.cumsum(np.bincount(places))
+    for at in np.split(order, borders[:-1]):  # all first media, then all second ones: each is looked at once
         mixed[owners[at]] = _mixed(mixed[owners[at]] ^ parts[at])
     return mixed
 

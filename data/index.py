@@ -66,11 +66,17 @@ class RecordIndex:
         self.lengths, self.modalities = _planned(self._table, tokens)
 
     @staticmethod
-    def open(source: SourceConfig, folder: Path, specs: dict[str, MediaSpec], config: DataConfig = _DEFAULTS) -> RecordIndex:
+    def open(
+        source: SourceConfig,
+        folder: Path,
+        specs: dict[str, MediaSpec],
+        config: DataConfig = _DEFAULTS,
+        alive: Callable[[str], object] = lambda at: None,
+    ) -> RecordIndex:
         """The index of `source`; its sidecar in `folder` is used if size and time of every file agree with it, else built.
 
-        Several processes may do so at once. Raises `ConfigError` for a path that cannot be read, `DataError` for a file
-        that is no list of records.
+        Several processes may do so at once. `alive` is told now and then which file is read. Raises `ConfigError` for a path that
+        cannot be read, `DataError` for a file that is no list of records.
         """
         paths = source_files(source)
         files, kind = stamps(paths), FORMATS[paths[0].suffix.lower()]
@@ -79,7 +85,7 @@ class RecordIndex:
         if read_header(sidecar, all_bytes=True) != files:
             size = sum(size for _, size, _ in files)
             with tqdm(total=size, unit="B", unit_scale=True, desc=f"index {source.key}", delay=3, leave=False) as bar:
-                write_table(sidecar, joined([_scanned(kind, path, bar.update) for path in paths]), files)
+                write_table(sidecar, joined([_scanned(kind, path, _both(bar.update, alive, path.name)) for path in paths]), files)
         return RecordIndex(sidecar, media_tokens(specs, config), bool(source.media_root))
 
     def __len__(self) -> int:
@@ -122,6 +128,16 @@ class RecordIndex:
         places = [self._rows.place(k) for k in range(max(i - 1, first), min(i + 2, int(self._table.file_stops[file])))]
         place = self._rows.place(i)
         return place if places.count(place) == 1 else f"[{i - first}]"
+
+
+def _both(advance: Advance, alive: Callable[[str], object], name: str) -> Advance:
+    """Tells a bar and whoever waits for the index."""
+
+    def told(num_bytes: int) -> None:
+        advance(num_bytes)
+        alive(name)
+
+    return told
 
 
 def _scanned(kind: Format, path: Path, advance: Advance) -> Table:

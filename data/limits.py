@@ -8,8 +8,14 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-MAX_RECORD_BYTES = 1 << 26
-"""Of one record's JSON. Media stand in files of their own; a text of this size is no sample."""
+MAX_RECORD_BYTES = 1 << 24
+"""Of one record's JSON. Media stand in files of their own; a text of this size is longer than any context that is trained."""
+MAX_RECORD_BRACKETS = 1 << 20
+"""Of one record's JSON: objects and lists take twenty times their bytes in memory."""
+MAX_TURNS = 1 << 15
+"""Of one record. A turn takes several tokens: so many fill a million of them."""
+MAX_MEDIA = 1 << 13
+"""Of one kind in one record: the frames of two hours, one a second. Each of them is a file to be opened."""
 MAX_JSON_BYTES = 1 << 26
 """Of a JSON file that describes something."""
 MAX_JSON_DEPTH = 64

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -47,9 +49,8 @@ class RecordMedia:
 
     def measure(self, ref: MediaRef) -> MediaMeta:
         """What the header says."""
-        num_media = sum(other.kind == ref.kind for other in self.record.media)
         with self._named(ref):
-            return READERS[ref.kind].measure(self.locate(ref), ref, self.specs[ref.modality], self.config, num_media)
+            return READERS[ref.kind].measure(self.locate(ref), ref, self.specs[ref.modality], self.config, self._counts[ref.kind])
 
     def load(self, ref: MediaRef, meta: MediaMeta) -> Tensor:
         """Encoder rows (n, ...) of a medium that was measured as `meta`."""
@@ -60,6 +61,11 @@ class RecordMedia:
         """Raises if the file is missing, of a foreign format or cut short; nothing is decoded."""
         with self._named(ref):
             READERS[ref.kind].check(self.locate(ref))
+
+    @cached_property
+    def _counts(self) -> Counter[str]:
+        """How many media of each kind the record holds."""
+        return Counter(ref.kind for ref in self.record.media)
 
     @contextmanager
     def _named(self, ref: MediaRef) -> Iterator[None]:

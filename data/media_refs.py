@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from data.fields import FieldError, kind_of, path_of
+from data.limits import MAX_MEDIA
 from model.batch import IGNORE_INDEX, PLACEHOLDERS, READ_BY
 
 _KEYS = {kind: (kind, f"{kind}s") for kind in PLACEHOLDERS}
@@ -39,6 +41,8 @@ def media_by_kind(raw: dict[str, Any], inline: list[MediaRef]) -> dict[str, list
     named = {kind: _named(raw, kind) for kind in PLACEHOLDERS}
     if inline and (twice := next((kind for kind, refs in named.items() if refs), None)):
         raise FieldError(twice, "media are named both by the record and by its content parts; keep one")
+    for kind, count in Counter(ref.kind for ref in inline).items():
+        _check_limit(kind, count, kind)
     found = {kind: [ref for ref in inline if ref.kind == kind] for kind in PLACEHOLDERS} if inline else named
     images, videos, clips = found["image"], found["video"], found["audio"]
     folders = _sets(raw.get("set"), len(images), len(videos))
@@ -61,7 +65,13 @@ def _named(raw: dict[str, Any], kind: str) -> list[MediaRef]:
     key, value = keys[0], raw[keys[0]]
     if not isinstance(value, list):
         return [MediaRef(kind, path_of(value, key))]
+    _check_limit(key, len(value), kind)
     return [MediaRef(kind, path_of(path, f"{key}[{i}]")) for i, path in enumerate(value)]
+
+
+def _check_limit(field: str, count: int, kind: str) -> None:
+    if count > MAX_MEDIA:
+        raise FieldError(field, f"names {count} {kind} files; at most {MAX_MEDIA} are read: make several records of it")
 
 
 def _sets(value: Any, num_images: int, num_videos: int) -> list[str]:

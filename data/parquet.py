@@ -20,7 +20,7 @@ from data.config import ConfigError, DataError
 from data.media_column import content_of, is_unnamed, listed, names_of, present
 from data.media_refs import MediaRef
 from data.rows import RowError, decoded
-from data.scan import Advance, plan_lines
+from data.scan import Advance, plan_values
 from data.shards import Shards
 from data.table import KINDS, Table
 
@@ -38,6 +38,9 @@ class ParquetRows:
     def __init__(self, shards: Shards, table: Table) -> None:
         self._shards, self._table = shards, table
         self._kept: dict[str, tuple[Any, Any]] = {}  # by column of media, "" for all that is none: what it is of, and rows
+        self._called: dict[
+            str, tuple[int, dict[str, bytes | None]]
+        ] = {}  # by column of media: the row asked for last, and its media
 
     def __reduce__(self) -> tuple[type[ParquetRows], tuple[Shards, Table]]:
         return ParquetRows, (self._shards, self._table)
@@ -51,18 +54,25 @@ class ParquetRows:
     def blob(self, i: int, ref: MediaRef) -> Blob | None:
         for column in (ref.kind, f"{ref.kind}s"):
             try:
-                values = self._row(i, column).get(column)
+                content = self._media(i, column).get(ref.path)
             except RowError as error:
                 raise MediaError(f"{ref.path!r} {error}") from None
-            there = present(values)
-            names = names_of(column, there)
-            if ref.path in names and (content := content_of(there[names.index(ref.path)])) is not None:
+            if content is not None:
                 name = f"{self._shards.names[self._table.file_of(i)]}:{self.place(i)}:{ref.path}"
                 return Blob(name, data=content)
         return None
 
     def place(self, i: int) -> str:
         return str(self._table.line[i])
+
+    def _media(self, i: int, column: str) -> dict[str, bytes | None]:
+        """Contents by name of what stands in a column of media of row `i`; where a name stands twice, the first."""
+        if self._called.get(column, (-1, {}))[0] != i:
+            self._called.pop(column, None)  # first, or the media of two rows would be held at once
+            values = present(self._row(i, column).get(column))
+            named = list(zip(names_of(column, values), map(content_of, values)))
+            self._called[column] = i, {name: content for name, content in reversed(named) if isinstance(name, str)}
+        return self._called[column][1]
 
     def _row(self, i: int, column: str) -> dict[str, Any]:
         file, group, row = self._table.file_of(i), int(self._table.start[i]), int(self._table.stop[i])
@@ -90,7 +100,9 @@ def scan_parquet(path: Path, advance: Advance) -> Table:
         except _damage() as error:
             raise DataError(f"{path}: row group {group} cannot be read: {error}") from None
         sizes.append(rows.num_rows)  # what there is, not what the file says
-        plans += [_plans(rows.slice(first, _ROWS_AT_ONCE)) for first in range(0, rows.num_rows, _ROWS_AT_ONCE)]
+        for first in range(0, rows.num_rows, _ROWS_AT_ONCE):
+            plans.append(_plans(rows.slice(first, _ROWS_AT_ONCE)))
+            advance(0)  # a group may take minutes
         advance(opened.metadata.row_group(group).total_byte_size)
     if not plans:
         raise DataError(f"{path}: holds no record")
@@ -129,10 +141,11 @@ def _plans(rows: Any) -> Any:
     lines = []
     for row in _all_values(rows):
         try:
-            lines.append(json.dumps(_record(row), ensure_ascii=False, default=str))
+            text = json.dumps(_record(row), ensure_ascii=False, default=str)
         except RowError:  # found and named when the record is read
-            lines.append(json.dumps(row, ensure_ascii=False, default=str))
-    return plan_lines("\n".join(lines).encode("utf-8", "surrogatepass"))
+            text = json.dumps(row, ensure_ascii=False, default=str)
+        lines.append(text.encode("utf-8", "surrogatepass"))
+    return plan_values(lines)
 
 
 def _open(path: str) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data.blob import Blob
-from data.limits import MAX_RECORD_BYTES, open_regular, parse_json
+from data.limits import MAX_RECORD_BRACKETS, MAX_RECORD_BYTES, open_regular, parse_json
 from data.media_refs import MediaRef
 from data.shards import Shards
 from data.table import Table
@@ -104,6 +104,8 @@ def read(shards: Shards, table: Table, i: int) -> bytes:
 
 def decoded(text: bytes) -> Any:
     """The JSON value that `text` spells. Raises `RowError`."""
+    if (count := text.count(b"[") + text.count(b"{")) > MAX_RECORD_BRACKETS:
+        raise RowError(f"has {count} opening brackets; at most {MAX_RECORD_BRACKETS} are read")
     try:
         return parse_json(text)
     except json.JSONDecodeError as error:  # its own text counts lines from the record on, and reads like a line of the file

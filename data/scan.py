@@ -20,6 +20,7 @@ from data.borders import (
     check_encoding,
     count_lines,
     line_borders,
+    next_object,
     skip_space,
 )
 from data.config import DataError
@@ -31,7 +32,7 @@ from data.table import KINDS, Table
 Advance = Callable[[int], object]
 """Is told how many bytes of a file have been dealt with."""
 WINDOW = 1 << 22  # bytes
-_LARGEST = 1 << 26  # bytes; a longer record is looked for one by one: its events could take twenty times its size
+_LARGEST = 1 << 22  # bytes; a longer record is looked for by itself: its events could take twenty times its size
 _BRACE, _ARRAY_END, _COMMA, _NEWLINE = b"{],\n"
 _JSON_SPACE, _SPACE = np.zeros((2, 256), dtype=bool)
 _JSON_SPACE[list(b" \t\r\n")] = True
@@ -69,7 +70,7 @@ def scan(path: Path, advance: Advance) -> Table:
     if at == len(data) and not is_array:  # a byte order mark alone
         raise DataError(f"{path}: holds no record")
     try:
-        table = _assembled(_parts(data, at, _array_window if is_array else _line_window, advance), count_lines(data, 0, at))
+        table = _assembled(_parts(data, at, path, advance), count_lines(data, 0, at))
     except _Irregular:
         table = _one_by_one(data, first, path)
     if not len(table):
@@ -77,26 +78,30 @@ def scan(path: Path, advance: Advance) -> Table:
     return table
 
 
-def plan_lines(lines: bytes) -> Plans:
-    """Plans of JSON values, one per line, none of them blank."""
-    return _line_window(np.frombuffer(lines, np.uint8), True, True).plans  # type: ignore[union-attr]
+def plan_values(values: list[bytes]) -> Plans:
+    """Plans of JSON values, none of them blank or with a line end in it. Those that are too large to be read take no room."""
+    lines = b"\n".join(value if len(value) <= _LARGEST else b"0" for value in values)
+    plans = _line_window(np.frombuffer(lines, np.uint8), True, True).plans  # type: ignore[union-attr]
+    for i, value in enumerate(values):
+        if _LARGEST < len(value) <= MAX_RECORD_BYTES:
+            plans.text_tokens[i], plans.media[i] = by_parsing(value)
+    return plans
 
 
-_Scan = Callable[[np.ndarray, bool, bool], _Part | None]
-"""Of a window, which may be the first one and may reach the end of the file; None: it holds no whole record."""
-
-
-def _parts(data: mmap.mmap, at: int, scan_window: _Scan, advance: Advance) -> Iterator[tuple[int, _Part]]:
+def _parts(data: mmap.mmap, at: int, path: Path, advance: Advance) -> Iterator[tuple[int, _Part]]:
     """Each window's records and where it begins."""
+    scan_window, scan_one = (_array_window, _object_alone) if path.suffix == ".json" else (_line_window, _line_alone)
     size, is_first = WINDOW, True
     while True:
         window = np.frombuffer(data, np.uint8, min(size, len(data) - at), at)
         part = scan_window(window, is_first, at + len(window) == len(data))
         if part is None:
-            if at + len(window) == len(data) or size >= _LARGEST:
+            if at + len(window) == len(data):
                 raise _Irregular
-            size *= 2
-            continue
+            if size < _LARGEST:
+                size *= 2
+                continue
+            part = scan_one(data, at, is_first, str(path))
         yield at, part
         advance(part.size)
         at, size, is_first = at + part.size, WINDOW, False
@@ -121,6 +126,43 @@ def _assembled(parts: Iterator[tuple[int, _Part]], line: int) -> Table:
         text_tokens=np.concatenate([plan.text_tokens for plan in plans]),
         media=np.concatenate([plan.media for plan in plans]),
     )
+
+
+def _object_alone(data: mmap.mmap, at: int, is_first: bool, name: str) -> _Part:
+    """The next object of an array, which is larger than any window."""
+    found = next_object(data, at, is_first, name)
+    if found is None or found[1] == len(data):  # the end of the array is due
+        raise _Irregular
+    return _alone(data, at, *found)
+
+
+def _line_alone(data: mmap.mmap, at: int, is_first: bool, name: str) -> _Part:
+    """The next line that is not blank; larger than any window, or behind as much white space."""
+    found = next(line_borders(data, at, name), None)
+    if found is None:
+        raise _Irregular
+    return _alone(data, at, *found)
+
+
+def _alone(data: mmap.mmap, at: int, start: int, stop: int) -> _Part:
+    """The record at [start, stop) as all that a window at `at` holds."""
+    tokens, counts = _plan(data, start, stop)
+    plans = Plans(np.array([tokens], dtype=np.int32), np.array([counts], dtype=np.int16))
+    line = count_lines(data, at, start)
+    return _Part(
+        start=np.array([start - at]),
+        stop=np.array([stop - at]),
+        line=np.array([line]),
+        plans=plans,
+        size=stop - at,
+        lines=line + count_lines(data, start, stop),
+        is_last=stop == len(data),
+    )
+
+
+def _plan(data: mmap.mmap, start: int, stop: int) -> tuple[int, tuple[int, ...]]:
+    """Text tokens and media of one record. What is too large is refused when it is read: no copy is made, no room planned."""
+    return (1, (0,) * len(KINDS)) if stop - start > MAX_RECORD_BYTES else by_parsing(data[start:stop])
 
 
 def _array_window(window: np.ndarray, is_first: bool, is_end: bool) -> _Part | None:
@@ -220,8 +262,7 @@ def _one_by_one(data: mmap.mmap, first: int, path: Path) -> Table:
     for start, stop in (array_borders if path.suffix.lower() == ".json" else line_borders)(data, first, str(path)):
         line += count_lines(data, seen, start)
         seen = start
-        # What is too large is refused when it is read; a copy of it is not made to plan for it.
-        tokens, counts = by_parsing(data[start : min(stop, start + MAX_RECORD_BYTES + 1)])
+        tokens, counts = _plan(data, start, stop)
         rows.append((start, stop, line, tokens))
         media.append(counts)
     columns = np.array(rows, dtype=np.int64).reshape(-1, 4)

@@ -6,6 +6,7 @@ import json
 import math
 import mmap
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -58,14 +59,12 @@ class Table:
         """Which file record `i` is in."""
         return int(np.searchsorted(self.file_stops, i, side="right"))
 
-    def members_of(self, i: int) -> list[tuple[str, int, int]]:
+    def members_of(self, i: int) -> Iterator[tuple[str, int, int]]:
         """Name, first byte and size of each member of record `i` of an archive."""
         first = int(self.member_stops[i - 1]) if i else 0
-        found = []
         for k in range(first, int(self.member_stops[i])):
             name = self.names[self.name_stops[k - 1] if k else 0 : self.name_stops[k]]
-            found.append((name.tobytes().decode("utf-8", "surrogateescape"), int(self.members[k, 0]), int(self.members[k, 1])))
-        return found
+            yield name.tobytes().decode("utf-8", "surrogateescape"), int(self.members[k, 0]), int(self.members[k, 1])
 
 
 def joined(tables: list[Table]) -> Table:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data.fields import FieldError, kind_of, strings_in
+from data.limits import MAX_TURNS
 from data.media_refs import MediaRef
 from data.parts import Parts
 from data.placeholders import kinds_in, leading
@@ -48,6 +50,8 @@ def read_turns(raw: dict[str, Any]) -> tuple[tuple[Turn, ...], list[MediaRef]]:
     field, keys = found[0], _KEYS[found[0]]
     if not isinstance(raw[field], list) or not raw[field]:
         raise FieldError(field, f"is {'empty' if raw[field] == [] else kind_of(raw[field])}, not a list of turns")
+    if len(raw[field]) > MAX_TURNS:
+        raise FieldError(field, f"has {len(raw[field])} turns; at most {MAX_TURNS} are read: make several records of it")
     parts = Parts(raw)
     turns = tuple(_turn(value, f"{field}[{i}]", keys, parts) for i, value in enumerate(raw[field]))
     return turns, parts.media
@@ -134,10 +138,10 @@ def place_unplaced(turns: tuple[Turn, ...], media: dict[str, list[MediaRef]]) ->
 def in_reading_order(turns: tuple[Turn, ...], media: dict[str, list[MediaRef]]) -> tuple[MediaRef, ...]:
     """All media as their placeholders stand: the k-th `<image>` is the k-th image, and so on. Raises `FieldError`."""
     written = [kind for turn in turns for kind in kinds_in(turn.content)]
+    counts = Counter(written)
     for kind, refs in media.items():
-        if written.count(kind) != len(refs):
-            reason = f"{written.count(kind)} {PLACEHOLDERS[kind]} in the turns, {len(refs)} {kind} files in the record"
-            raise FieldError(kind, reason)
+        if counts[kind] != len(refs):
+            raise FieldError(kind, f"{counts[kind]} {PLACEHOLDERS[kind]} in the turns, {len(refs)} {kind} files in the record")
     left = {kind: iter(refs) for kind, refs in media.items()}
     return tuple(next(left[kind]) for kind in written)
 

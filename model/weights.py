@@ -86,14 +86,22 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def materialise(model: nn.Module, layers: list[Layer], *, frozen_dtype: torch.dtype, device: torch.device) -> None:
+def materialise(
+    model: nn.Module,
+    layers: list[Layer],
+    *,
+    frozen_dtype: torch.dtype,
+    device: torch.device,
+    alive: Callable[[str], object] = lambda name: None,
+) -> None:
     """Give every parameter its value and its device: trainable ones in float32, frozen ones in `frozen_dtype`.
 
     A sharded parameter reads its own rows only, and a quantised matrix is packed piece by piece, so no rank ever holds the whole
-    model. ConfigError when a value is missing or has another shape.
+    model. `alive` is told each name before it is read. ConfigError when a value is missing or has another shape.
     """
     values: dict[str, Tensor] = {}
     for owner, names, rows in find_values(model, layers):
+        alive(names[0])
         if isinstance(owner, Quantised):
             values |= _packed(owner, names[0], rows, device)
             continue

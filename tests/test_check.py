@@ -296,10 +296,15 @@ def test_of_all_files_only_the_missing_ones_are_held(tmp_path: Path) -> None:
     assert kept is not None and sorted(kept.files) == [str(tmp_path / "7.png"), str(tmp_path / "gone.png")]
 
 
-def test_every_part_that_is_done_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_record_and_every_part_that_is_done_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_run, "PART", 2)
     data = datasets(tmp_path, {name: [talk("Hi", "Hello.")] * 5 for name in ("a", "b")})
-    told: list[int] = []
-    for workers in (1, 2):
-        check_dataset(data, tmp_path / "index", workers=workers, part_done=lambda: told.append(1))
-    assert sum(told) == 12
+    told: list[str] = []
+    check_dataset(data, tmp_path / "index", alive=told.append)
+    assert set(told) == {f"{name}.jsonl:{line}" for name in ("a", "b") for line in range(1, 6)} and len(told) == 10 + 6
+    told.clear()
+    check_dataset(data, tmp_path / "index", workers=2, alive=told.append)
+    assert sorted(told) == [f"{name}.jsonl:{line}" for name in ("a", "b") for line in (1, 3, 5)]  # found on disk, part by part
+    told.clear()
+    check_dataset(data, tmp_path / "anew", workers=2, alive=told.append)
+    assert len(told) >= 6 + 1 and {place.partition(":")[0] for place in told} == {"a.jsonl", "b.jsonl"}

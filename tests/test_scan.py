@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import borders as borders_module
 from data import scan as scan_module
 from data.borders import array_borders, line_borders
 from data.config import DataError
@@ -196,3 +197,49 @@ def test_files_are_joined_in_order(tmp_path: Path) -> None:
     both = joined([one, two])
     assert len(both) == 5 and [both.file_of(i) for i in range(5)] == [0, 0, 1, 1, 1]
     assert both.start.tolist() == [*one.start, *two.start]
+
+
+TALKS = st.lists(
+    st.tuples(TEXTS.filter(str.strip), TEXTS.filter(str.strip)).map(
+        lambda said: {"conversations": [{"from": "human", "value": said[0]}, {"from": "gpt", "value": said[1]}]}
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(rows=TALKS, layout=LAYOUTS, largest=st.integers(2, 300))
+def test_records_larger_than_a_window_leave_no_trace(rows: list[dict[str, Any]], layout: dict[str, Any], largest: int) -> None:
+    """Whatever is larger than `largest` is looked for by itself, in pieces as small."""
+    lines = "\n\n".join(json.dumps(row, ensure_ascii=layout["ensure_ascii"]) for row in rows) + "\n \n"
+    for name, content in (("m.json", json.dumps(rows, **layout).encode()), ("m.jsonl", lines.encode())):
+        expected = table_of(name, content, 1 << 22)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scan_module, "_LARGEST", largest)
+            patch.setattr(borders_module, "_PIECE", largest)
+            assert same(expected, table_of(name, content, largest))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(junk=JUNK, piece=st.integers(2, 9))
+def test_junk_in_pieces_is_refused_as_in_one(junk: list[bytes], piece: int) -> None:
+    content = b"[" + b",".join(junk) + b"]"
+    with pytest.MonkeyPatch.context() as patch:
+        expected = borders_or_error("m.json", content, 1 << 22)
+        patch.setattr(scan_module, "_LARGEST", piece)
+        patch.setattr(borders_module, "_PIECE", piece)
+        assert borders_or_error("m.json", content, piece) == expected
+
+
+def test_what_is_too_large_to_be_read_is_neither_parsed_nor_given_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan_module, "_LARGEST", 200)
+    monkeypatch.setattr(scan_module, "MAX_RECORD_BYTES", 300)
+    parsed: list[int] = []
+    by_parsing = scan_module.by_parsing
+    monkeypatch.setattr(scan_module, "by_parsing", lambda raw: parsed.append(len(raw)) or by_parsing(raw))
+    rows = [{"conversations": [{"from": "human", "value": "x" * n}, {"from": "gpt", "value": "y" * 8}]} for n in (4, 150, 1000, 4)]
+    for name, content in (("m.json", json.dumps(rows)), ("m.jsonl", "\n".join(map(json.dumps, rows)))):
+        assert table_of(name, content.encode(), 50).text_tokens.tolist() == [3, 39, 1, 3]
+    assert len(parsed) == 2 and max(parsed) < 300
+    assert scan_module.plan_values([json.dumps(row).encode() for row in rows]).text_tokens.tolist() == [3, 39, 1, 3]

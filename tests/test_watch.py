@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from data.dataset import MultimodalDataset
+from data.template import Template
+from tests import hangs
 from tests.hangs import check
-from tests.ranks import run_ranks
+from tests.ranks import ends_of, run_ranks
 from tests.runs import config_of
 from trainer import distributed
 from trainer import judge as judge_module
+from trainer import watch as watch_module
 from trainer.agreement import differences
 from trainer.distributed import World
 from trainer.guard import is_of_peers
-from trainer.judge import Judge, place_of
+from trainer.judge import LEAST_AT_START, Judge, place_of
 from trainer.main import run
 from trainer.processes import GONE, HALTED, RUNNING, Process, myself
-from trainer.watch import WAITING, Watch
+from trainer.watch import STARTING, WAITING, Watch
 
 CASES = [
     ("ddp", 1, "stopped", "backward", 2),
@@ -80,11 +87,61 @@ def test_one_that_is_stopped_is_told_as_such_however_lately_its_thread_told(monk
 
 
 def test_what_takes_long_by_its_nature_or_goes_on_is_left_alone() -> None:
-    loads = beat(0, "load", (-1, 1))
-    assert judged({0: [loads], 1: [loads]}) is None
-    assert judged({0: [beat(0, waiting=True)], 1: [loads]}) is None
+    ends = beat(0, "final", (9, 1))
+    assert judged({0: [ends], 1: [ends]}, 60.0) is None
     assert judged({0: [beat(0)], 1: [{**beat(0), "moves": k} for k in range(11)]}) is None  # slow, and alive
     assert judged({0: [beat(0, "done", (3, 9))], 1: [beat(0, "final", (3, 8))]}) is None
+
+
+def test_phases_of_a_start_are_watched_with_more_patience() -> None:
+    certifies = beat(0, "certify", (-1, 3), at="mix.json:17") | {"step": None}
+    waits = certifies | {"waiting": True}
+    assert judged({0: [certifies], 1: [waits]}, LEAST_AT_START - 1) is None
+    assert judged({0: [certifies], 1: [waits]}, LEAST_AT_START) == ((0,), "has not come on for 20 s")
+    assert judged({0: [certifies]}, LEAST_AT_START) == ((0,), "has not come on for 20 s")  # a process alone judges itself
+    assert place_of(certifies, []) == "in certify, before the first step, at mix.json:17"
+    for phase in STARTING:
+        found = judged({0: [waits | {"phase": phase}], 1: [certifies | {"phase": phase}]}, LEAST_AT_START)
+        assert found is not None and found[0] == (1,), phase
+    reads = [beat(0, "load", (-1, 5)) | {"bytes": k} for k in range(100)]
+    assert judged({0: reads, 1: [beat(0, "load", (-1, 5), waiting=True)]}, 90.0) is None  # from a slow disk, say
+
+
+def test_a_watch_tells_how_far_a_long_phase_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch_module, "traffic", lambda: 5)
+    watch = Watch()
+    watch.mark("load")
+    place = watch.now()["place"]
+    watch.alive("llm.head.weight")
+    now = watch.now()
+    assert (now["at"], now["bytes"], now["place"]) == ("llm.head.weight", 5, place)  # other ranks tell other names
+    watch.mark("certify")
+    assert (watch.now()["at"], watch.now()["bytes"]) == ("", 0)
+
+
+def start_stuck(world: World, parts: Path, output_dir: Path, culprit: int, where: str) -> int:
+    """A run whose rank `culprit` hangs in what `where` names."""
+    judge_module.LEAST_AT_START = 2 * hangs.STALL_SECONDS  # phases before it may take as long on a busy machine
+    os.setsid()
+    holder, name = {"certify": (Template, "encode"), "check": (MultimodalDataset, "record")}[where]
+    if world.rank == culprit:
+        setattr(holder, name, lambda *args: time.sleep(hangs.FOREVER))
+    sections = {"faults": {"stall_seconds": hangs.STALL_SECONDS}, "output_dir": str(output_dir)}
+    os._exit(run(config_of(parts, **sections), world))
+
+
+@pytest.mark.parametrize(("size", "culprit", "where"), [(2, 1, "certify"), (1, 0, "check")])
+def test_a_start_that_is_stuck_on_a_record_ends_and_names_it(
+    parts: Path, tmp_path: Path, size: int, culprit: int, where: str
+) -> None:
+    ends = ends_of(start_stuck, size, parts, tmp_path / "run", culprit, where)
+    told = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert ends.codes == [1] * size and (told["code"], told["rank"]) == (1, culprit), told
+    expected = (
+        rf"rank {culprit} has not come on for \d+ s in {where}, before the first step, at train.json:\d+; stacks of all ranks"
+    )
+    assert re.match(expected, told["reason"]), told
+    assert "File" in (tmp_path / "run" / "stacks" / f"rank-{culprit:05d}.txt").read_text()
 
 
 def test_a_rank_that_is_not_heard_of_is_to_blame_and_a_judge_that_was_stopped_itself_is_not_hasty() -> None:

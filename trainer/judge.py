@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from trainer.processes import DEFUNCT, GONE, HALTED, Process
-from trainer.watch import BEFORE_UPDATE, UNLIMITED
+from trainer.watch import BEFORE_UPDATE, STARTING, UNLIMITED
 
 NO_WORD_SECONDS = 5.0
 """After a collective broke on some rank: how long another rank may give no sign of life."""
+LEAST_AT_START = 20.0
+"""Seconds that a phase of a start may take at least without a sign of progress: the first use of a library imports it."""
 SHOWN = 4  # samples that a message names
 
 
@@ -70,7 +72,7 @@ class Judge:
         seen = self.seen[rank]
         if beat.get("number") != seen.beat.get("number"):
             seen.renewed, seen.gone = now, False
-        if (beat["place"], beat["moves"]) != (seen.beat.get("place"), seen.beat.get("moves")):
+        if any(beat.get(key) != seen.beat.get(key) for key in ("place", "moves", "bytes")):
             seen.moved = now
         seen.beat = beat
 
@@ -115,12 +117,11 @@ class Judge:
     def stuck(self, now: float) -> Finding | None:
         """Those that keep all others waiting, where one has not come on for too long. It takes the beats of all ranks."""
         ranks = self._open()
-        still = [s for s in ranks.values() if s.beat and s.beat["phase"] not in UNLIMITED and now - s.moved >= self.stall_seconds]
-        if not still or any(not seen.beat for seen in ranks.values()):
+        if any(not seen.beat for seen in ranks.values()) or not any(self._is_still(seen, now) for seen in ranks.values()):
             return None
         behind = min(tuple(seen.beat["place"]) for seen in ranks.values())
         last = {rank: seen for rank, seen in ranks.items() if tuple(seen.beat["place"]) == behind}
-        if any(seen.beat["phase"] in UNLIMITED or now - seen.moved < self.stall_seconds for seen in last.values()):
+        if not all(self._is_still(seen, now) for seen in last.values()):
             return None
         # Where all stand in the same phase, those that do not wait in a collective keep the others waiting.
         busy = {rank: seen for rank, seen in last.items() if not seen.beat["waiting"]}
@@ -131,6 +132,12 @@ class Judge:
         several = len(last) > 1
         hint = ", all waiting in one collective (is the network down?)," if several and not busy else ""
         return Finding(tuple(last), f"{'have' if several else 'has'} not come on for {seconds:.0f} s{hint}", answers=True)
+
+    def _is_still(self, seen: _Seen, now: float) -> bool:
+        """Whether a rank has not come on for longer than its phase may take."""
+        phase = seen.beat["phase"]
+        patience = max(self.stall_seconds, LEAST_AT_START) if phase in STARTING else self.stall_seconds
+        return phase not in UNLIMITED and now - seen.moved >= patience
 
 
 UNREACHABLE = "has given no sign of life for {:.0f} s: it is dead, stopped or cannot be reached"
@@ -146,7 +153,7 @@ def state_of(beat: dict[str, Any]) -> str | None:
 
 
 def place_of(beat: dict[str, Any], names: list[str]) -> str:
-    """Phase, step and samples of a beat, for people: "in backward of step 7, samples r17 (train.json:18)"."""
+    """Phase, step and samples of a beat, or what it is at, for people: "in backward of step 7, samples r17 (train.json:18)"."""
     phase, step = beat.get("phase", "start"), beat.get("step")
     if step is None:
         where = f"in {phase}, before the first step"
@@ -154,6 +161,8 @@ def place_of(beat: dict[str, Any], names: list[str]) -> str:
         where = f"in {phase} of step {step + 1}"
     else:
         where = f"in {phase} after step {step}"
+    if at := beat.get("at"):
+        where += f", at {at}"
     if not names:
         return where
     more = f" and {len(beat['samples']) - len(names)} more" if len(beat["samples"]) > len(names) else ""

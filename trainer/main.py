@@ -141,10 +141,13 @@ def train_stage(place: Place, start: Start, world: World, progress: exits.Progre
         make_folder(place.folder)
         if not state:
             start_afresh(place.run_folder, [stage.name for stage in place.root.stage[: place.number - 1]])
-    progress.watch.mark("index")
-    data = with_bases(open_data(config, world, first_start=state is None, place=place), world)
-    certificates = certify_all(data, config)
-    for line in quick_check(data, config, world):
+    watch = progress.watch
+    watch.mark("index")
+    data = with_bases(open_data(config, world, first_start=state is None, place=place, alive=watch.alive), world)
+    watch.mark("certify")
+    certificates = certify_all(data, config, watch.alive)
+    watch.mark("check")
+    for line in quick_check(data, config, world, watch.alive):
         say(world, f"data      {line}")
     if checkpoint and state:
         check_state(checkpoint, state, data)
@@ -153,22 +156,23 @@ def train_stage(place: Place, start: Start, world: World, progress: exits.Progre
                 f"train.max_steps = 0 builds a model without training, but {config.output_dir} holds {checkpoint.name}: use "
                 "another output_dir; tools load and export from a checkpoint as from final/"
             )
-    progress.watch.mark("load")
-    setup = build(place, data, world)
+    watch.mark("load")
+    setup = build(place, data, world, watch.alive)
     first_step = state["step"] - place.first_step if state else 0
     progress.step = place.first_step + first_step
     if checkpoint and state and setup.trained:
-        restore(checkpoint, setup.trained, state["optimizer_steps"])
+        watch.mark("restore")
+        restore(checkpoint, setup.trained, state["optimizer_steps"], watch.alive)
     if world.is_main:
         if start.checkpoint and config.checkpoint.resume not in ("auto", "none"):
             start.damaged.extend(set_aside(place.run_folder, step_of(start.checkpoint)))
         replace_text(Path(config.output_dir, "run.toml"), to_toml(to_tables(place.root)))
         print(plan(setup, certificates, checkpoint, start.damaged), flush=True)
     if setup.trained and first_step < setup.total_steps:
-        progress.watch.at("heaviest", place.first_step + first_step)
+        watch.at("heaviest", place.first_step + first_step)
         say(world, rehearse(setup, first_step))
         Loop(setup, first_step, state["meter"] if state else None, progress).run()
-    progress.watch.mark("final")
+    watch.mark("final")
     return finish(setup, first_step, world)
 
 

@@ -66,6 +66,8 @@ def newest(beat: dict[str, Any]) -> dict[str, Any]:
     num, *samples = SAMPLES.unpack_from(content, PLACE.size)
     if moves < beat["moves"]:  # of another process
         return beat
+    if moves > beat["moves"]:  # it is elsewhere by now
+        beat = {**beat, "at": ""}
     reads = phase.rstrip(b"\0") == b"data" and beat["phase"] == "data"  # what its workers read stands in the beat
     found = {"phase": phase.rstrip(b"\0").decode(), "step": None if step < 0 else step, "place": [step, part], "moves": moves}
     return {**beat, **found, **({} if reads else {"samples": samples[: min(num, MOST)]})}

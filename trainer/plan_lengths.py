@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from functools import partial
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,26 @@ from model.config import ConfigError
 from trainer.config import RunConfig
 from trainer.distributed import World
 
+SIGN_SECONDS = 60.0
 
-def settle(datasets: dict[str, MultimodalDataset], config: RunConfig, folder: Path, world: World) -> None:
+
+class Signs:
+    """Signs of life of rank 0, to its own watch and to the ranks that `wait`: no single collective may take half an hour, and to
+    index or measure millions of records can.
+    """
+
+    def __init__(self, world: World, alive: Callable[[str], object]) -> None:
+        self._world, self._alive, self._told = world, alive, time.monotonic()
+
+    def __call__(self, at: str) -> None:
+        """Collective with a turn of `wait` once in SIGN_SECONDS."""
+        self._alive(at)
+        if time.monotonic() - self._told > SIGN_SECONDS:
+            _tell(self._world, False)
+            self._told = time.monotonic()
+
+
+def settle(datasets: dict[str, MultimodalDataset], config: RunConfig, folder: Path, signs: Signs) -> None:
     """Freezes the best lengths there are for the whole life of the run. Packing needs exact ones: what no check has measured yet is
     measured now, by as many processes as the machine has processors. On rank 0, while the others `wait`. They are kept in `folder`.
     """
@@ -29,15 +48,12 @@ def settle(datasets: dict[str, MultimodalDataset], config: RunConfig, folder: Pa
             print(
                 f"data.packing: measuring the {len(dataset):,} records of {split}, as python -m tools.check_data would", flush=True
             )
-            alive = partial(_tell, world, False)
-            check_dataset(dataset, index_folder, workers=processors(), name=f"measure {split}", part_done=alive)
+            check_dataset(dataset, index_folder, workers=processors(), name=f"measure {split}", alive=signs)
     freeze_lengths(datasets, folder, index_folder)
 
 
 def wait(world: World) -> None:
-    """Until rank 0 is at the same place. It gives signs of life on the way: no single collective may take half an hour, and to
-    measure millions of records can. Collective.
-    """
+    """Until rank 0 is at the same place; it gives `Signs` on the way. Collective."""
     while not _tell(world, world.is_main):
         pass
 

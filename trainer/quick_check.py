@@ -6,7 +6,7 @@ What it finds is told, and ends the start if there is too much of it. It leaves 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,7 +85,7 @@ class Look:
         )
 
 
-def quick_check(data: RunData, config: RunConfig, world: World) -> list[str]:
+def quick_check(data: RunData, config: RunConfig, world: World, alive: Callable[[str], object] = lambda at: None) -> list[str]:
     """One entry per source: how much was looked at, and the first problems by file, line and id. Collective.
 
     Rank 0 looks; every rank raises the same `DataError`: when more records are bad for sure than data.max_bad_fraction allows, or,
@@ -95,7 +95,7 @@ def quick_check(data: RunData, config: RunConfig, world: World) -> list[str]:
     answer: dict[str, list[str]] = {"said": [], "error": []}
     if world.is_main and config.train.max_steps != 0:
         looks = planned(data, Path(config.output_dir) / "index")
-        carry_out(looks, MAX_SECONDS)
+        carry_out(looks, MAX_SECONDS, alive)
         reasons = [*refusals(looks, config), *too_long(looks, config)]
         if data.train is not None and not reasons:
             reasons = never_fed(data.train, data.pools, PARTS, carried(config.model))
@@ -125,14 +125,15 @@ def planned(data: RunData, index_folder: Path) -> list[Look]:
     return looks
 
 
-def carry_out(looks: list[Look], seconds: float) -> None:
+def carry_out(looks: list[Look], seconds: float, alive: Callable[[str], object] = lambda at: None) -> None:
     """Looks at all that is planned or at what there is time for: the known ones of every source first, then all sources alike."""
     end = time.monotonic() + seconds
     queue = [(look, int(i), False) for look in looks for i in look.known[:MAX_RECORDS]]
     drawn = [((k + 1) / len(look.drawn), look, int(i), True) for look in looks for k, i in enumerate(look.drawn)]
     queue += [(look, i, is_drawn) for _, look, i, is_drawn in sorted(drawn, key=lambda item: item[0])]
     for look, i, is_drawn in queue:
-        look.add(check_record(look.dataset, i), is_drawn)
+        alive(look.dataset.where(i))
+        look.add(check_record(look.dataset, i, keys=False), is_drawn)
         if time.monotonic() > end:
             return
 

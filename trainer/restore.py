@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,18 @@ class Trained:
     optimizer: torch.optim.Optimizer
 
 
-def restore(folder: Path, trained: Trained, optimizer_steps: dict[str, float]) -> None:
-    """Put a checkpoint's weights and moments into the live ones, each rank its own rows, whoever wrote them."""
+def restore(
+    folder: Path, trained: Trained, optimizer_steps: dict[str, float], alive: Callable[[str], object] = lambda name: None
+) -> None:
+    """Put a checkpoint's weights and moments into the live ones, each rank its own rows, whoever wrote them. `alive` is told each
+    name before it is read.
+    """
     saved = checkpoint_tensors(folder)
     names = {name.removeprefix(WEIGHTS) for name in saved if name.startswith(WEIGHTS)}
     if names != set(trained.parameters):
         raise ProofError(f"{folder} holds other parameters than this run trains: {sorted(names ^ set(trained.parameters))[:5]}")
     for name, parameter in trained.parameters.items():
+        alive(name)
         _fill(parameter.data, saved, WEIGHTS + name)
         if f"{MOMENTS[0]}/{name}" not in saved:  # saved before its first update
             continue

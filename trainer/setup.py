@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,8 +67,8 @@ def num_steps(config: RunConfig, data: RunData) -> int:
     return math.ceil((config.train.epochs or 0) * steps)
 
 
-def build(place: Place, data: RunData, world: World) -> Setup:
-    """Every rank builds the structure on meta, shards it, and then reads its own rows of the weights."""
+def build(place: Place, data: RunData, world: World, alive: Callable[[str], object] = lambda at: None) -> Setup:
+    """Every rank builds the structure on meta, shards it, and then reads its own rows of the weights; `alive` is told which."""
     config = place.config
     model = assemble(data.card, DTYPES[config.model.dtype])
     if config.parallel.activation_checkpointing == "full":
@@ -76,7 +77,7 @@ def build(place: Place, data: RunData, world: World) -> Setup:
     if sharded:
         shard(model, config.parallel, world)
     layers = weight_layers(data.card, model, config.seed)
-    materialise(model, layers, frozen_dtype=model.dtype, device=world.device)
+    materialise(model, layers, frozen_dtype=model.dtype, device=world.device, alive=alive)
     learns = {name: p for name, p in model.named_parameters() if p.requires_grad}
     total = num_steps(config, data)
     if not learns or total == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -62,11 +62,19 @@ class RunData:
         return self.card.pad_id
 
 
-def open_data(config: RunConfig, world: World, *, first_start: bool = False, place: Place | None = None) -> RunData:
+def open_data(
+    config: RunConfig,
+    world: World,
+    *,
+    first_start: bool = False,
+    place: Place | None = None,
+    alive: Callable[[str], object] = lambda at: None,
+) -> RunData:
     """Everything the run, or one `place` of it, reads; no weight is loaded. Rank 0 builds missing indexes, the others then map
     them. Collective.
 
-    first_start: the run or stage begins at step 0, and by what lengths it is planned is settled now.
+    first_start: the run or stage begins at step 0, and by what lengths it is planned is settled now. alive: is told now and then
+    what is read.
     """
     place = place or Place(config, config)
     added = added_tokens(config)
@@ -97,17 +105,18 @@ def open_data(config: RunConfig, world: World, *, first_start: bool = False, pla
     )
     check_positions(card.hugging_face["llm"], data.max_length)
 
-    def opened(sources: tuple[SourceConfig, ...], excluded: frozenset[int]) -> MultimodalDataset:
-        return open_dataset(sources, data, template, specs, folder / "index", excluded)
+    def opened(sources: tuple[SourceConfig, ...], excluded: frozenset[int], told: Callable[[str], object]) -> MultimodalDataset:
+        return open_dataset(sources, data, template, specs, folder / "index", excluded, told)
 
     tables = {TRAIN: data.sources, VALIDATION: data.validation}
     if world.is_main:
-        found = {split: opened(sources, frozenset()) for split, sources in tables.items() if sources}
+        signs = plan_lengths.Signs(world, alive)
+        found = {split: opened(sources, frozenset(), signs) for split, sources in tables.items() if sources}
         if first_start:
-            plan_lengths.settle(found, config, place.folder, world)
+            plan_lengths.settle(found, config, place.folder, signs)
     plan_lengths.wait(world)  # collective: the indexes exist now, and lengths are settled
     excluded = {TRAIN: read_excluded(folder, place.name), VALIDATION: frozenset[int]()}
-    datasets = {split: opened(sources, excluded[split]) for split, sources in tables.items() if sources}
+    datasets = {split: opened(sources, excluded[split], alive) for split, sources in tables.items() if sources}
     kinds = plan_lengths.use(datasets, config, place.folder)
     plan_lengths.agree(datasets, world)  # collective
     train, validation = (datasets.get(split) for split in tables)
@@ -167,9 +176,10 @@ class UnfedError(ConfigError):
     """No record feeds a part."""
 
 
-def certify_all(data: RunData, config: RunConfig) -> list[str]:
-    """One line per source: what was proven of its rows. DataError when a source cannot be proven, ConfigError when the
-    model's parts and the data do not go together.
+def certify_all(data: RunData, config: RunConfig, alive: Callable[[str], object] = lambda at: None) -> list[str]:
+    """One line per source: what was proven of its rows; `alive` is told which row is next.
+
+    DataError when a source cannot be proven, ConfigError when the model's parts and the data do not go together.
     """
     if data.train is not None:
         try:
@@ -182,7 +192,7 @@ def certify_all(data: RunData, config: RunConfig) -> list[str]:
             raise ConfigError(f"{error}; {refused}" if refused else str(error)) from error
     opened = [dataset for dataset in (data.train, data.validation) if dataset is not None]
     return [
-        str(certify(data.processor.template, index, source.key, max_length=config.data.max_length))
+        str(certify(data.processor.template, index, source.key, max_length=config.data.max_length, alive=alive))
         for dataset in opened
         for source, index in zip(dataset.sources, dataset.indexes)
     ]

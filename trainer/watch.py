@@ -11,11 +11,16 @@ from typing import Any
 
 from data.workers import Reading, explained
 from trainer.page import Page
+from trainer.traffic import traffic
 
 VALIDATION = "validation"
 BEFORE_UPDATE = ("data", "copy", "count", "forward", "backward", "update")
 """Phases of a step that is not completed yet; `log`, `validation` and `save` come after one."""
-UNLIMITED = ("start", "index", "load", "proof", "final", "done")
+STARTING = ("start", "index", "certify", "check", "load", "restore", "proof")
+"""Phases of a start. They are watched as steps are, with more patience: modules are imported in them."""
+BY_BYTES = ("start", "index", "load", "restore")
+"""Phases in which bytes that are read or written are progress."""
+UNLIMITED = ("final", "done")
 """Phases that take as long as they take; in every other one a run has to make progress."""
 WAITING = ("torch/distributed/", "torch/autograd/graph.py", "torch/cuda/streams.py")
 """Where Python stands while a rank waits for others: in a collective, in a backward that runs some, or for a device that does."""
@@ -31,6 +36,7 @@ class Beat:
     part: int = 0  # marks since the step changed
     moves: int = 0  # marks and signs of progress since the start
     since: float = 0.0  # time.monotonic() of this process
+    at: str = ""  # a file, a record, a tensor: how far the phase has come
 
     @property
     def place(self) -> tuple[int, int]:
@@ -66,10 +72,12 @@ class Watch:
         flat = tuple(i for group in self._groups for i in group)
         self._set(Beat(phase, step, flat, part, beat.moves + 1, time.monotonic()))
 
-    def alive(self) -> None:
-        """A phase that takes long has come on: for work that ranks do not share, which `mark` must not count."""
+    def alive(self, at: str = "") -> None:
+        """A phase that takes long has come on, and is `at` some place now: for work that ranks do not share, which `mark` must not
+        count.
+        """
         beat = self.beat
-        self._set(Beat(beat.phase, beat.step, beat.samples, beat.part, beat.moves + 1, beat.since))
+        self._set(Beat(beat.phase, beat.step, beat.samples, beat.part, beat.moves + 1, beat.since, at))
 
     def _set(self, beat: Beat) -> None:
         if self.page is not None:
@@ -94,6 +102,8 @@ class Watch:
             "place": beat.place,
             "page": str(self.page.path) if self.page else None,
             "moves": beat.moves,
+            "bytes": traffic() if beat.phase in BY_BYTES else 0,
+            "at": beat.at,
             "seconds": round(time.monotonic() - beat.since, 3),
             "waiting": is_waiting(self._main),
         }

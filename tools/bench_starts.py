@@ -1,0 +1,178 @@
+"""What one hostile record costs a start: CPU seconds and peak memory until step 1 is done, with the record beside those without it.
+
+200 sound records with pictures and tiny untrained parts; beside them one record of 50,000 rounds, of 20,000 pictures, of 60 MiB of
+text, or all three: each is refused. With --within, records that are just small enough to be read: 16,000 rounds, 8,000 pictures,
+15 MiB. Every start is a process of its own, and starts of all cases take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers.utils import logging
+
+from tools.make_demo import CORPUS, SIDE, VOCAB, train_tokenizer, write_parts
+from trainer.toml_files import to_toml
+
+NUM_GOOD, NUM_PICTURES = 200, 8
+LIMIT = 1.2
+"""Of both ratios."""
+
+
+ASKED = "Which digit is this? "
+BEYOND, WITHIN = (50_000, 20_000, 60 << 20), (16_000, 8_000, 15 << 20)
+"""Rounds, pictures and bytes of text of a record that is refused, and of one that is read."""
+
+
+def hostile(num_rounds: int, num_pictures: int, num_bytes: int) -> dict[str, dict[str, Any]]:
+    """The records by what is too much in them."""
+    rounds = [turn for _ in range(num_rounds) for turn in _round(ASKED, "seven")]
+    names = ["0.png"] * num_pictures
+    return {
+        "rounds": {"id": "rounds", "conversations": rounds},
+        "pictures": {"id": "pictures", "image": names, "conversations": _round("<image>\n" * num_pictures, "seven")},
+        "text": {"id": "text", "conversations": _round(ASKED * (num_bytes // len(ASKED)), "seven")},
+    }
+
+
+def _round(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one start until its first step is done."""
+
+    cpu: float  # seconds
+    seconds: float
+    mib: float  # resident at most
+
+    def over(self, other: Cost) -> Cost:
+        return Cost(self.cpu / other.cpu, self.seconds / other.seconds, self.mib / other.mib)
+
+
+def make(folder: Path, chosen: list[str], sizes: tuple[int, int, int]) -> dict[str, Path]:
+    """Parts, pictures and one run file per case."""
+    write_parts(folder, train_tokenizer(CORPUS, VOCAB), VOCAB)
+    (folder / "images").mkdir()
+    random = np.random.default_rng(0)
+    for i in range(NUM_PICTURES):
+        Image.fromarray(random.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(folder / "images" / f"{i}.png")
+    good = [
+        {"id": f"r{i}", "image": f"{i % NUM_PICTURES}.png", "conversations": _round("<image>\nWhich digit is this?", "seven")}
+        for i in range(NUM_GOOD)
+    ]
+    bad = hostile(*sizes)
+    cases = {"none": [], **{name: [bad[name]] for name in chosen}, **({"all": [bad[n] for n in chosen]} if len(chosen) > 1 else {})}
+    return {name: _write_case(folder, name, good, records) for name, records in cases.items()}
+
+
+def _write_case(folder: Path, name: str, good: list[dict[str, Any]], records: list[dict[str, Any]]) -> Path:
+    """The run file of a case; what is hostile stands in the middle of the sound ones."""
+    half = len(good) // 2
+    data, run = folder / f"{name}.json", folder / f"{name}.toml"
+    data.write_text(json.dumps([*good[:half], *records, *good[half:]]))
+    tables = {
+        "output_dir": str(folder / "run" / name),
+        "model": {
+            "llm": {"path": str(folder / "llm"), "tune": "full"},
+            "vision": {"path": str(folder / "vision")},
+            "vision_projector": {},
+        },
+        "data": {"max_length": 512, "workers": 0, "sources": [{"path": str(data), "media_root": str(folder / "images")}]},
+        "batch": {"global_batch_size": 8, "micro_batch_size": 4},
+        "train": {"max_steps": 20},
+        "parallel": {"strategy": "ddp"},
+    }
+    run.write_text(to_toml(tables))
+    return run
+
+
+def start(run: Path) -> Cost:
+    """One start in a process of its own. RuntimeError if it does not reach its first step."""
+    out = run.parent / "run" / run.stem
+    command = [sys.executable, "-m", "tools.bench_starts", "--child", str(run)]
+    began = time.perf_counter()
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True)
+    seconds = time.perf_counter() - began
+    shutil.rmtree(out, ignore_errors=True)
+    if done.returncode:
+        raise RuntimeError(f"{run.stem}: {done.stderr[-2000:]}")
+    cpu, mib = map(float, done.stdout.split()[-2:])
+    return Cost(cpu, seconds, mib)
+
+
+def child(run: str) -> int:
+    """Train, and leave at the end of the first step with what it took."""
+    from trainer import loop
+    from trainer.main import main
+
+    original: Callable[..., Any] = loop.train_step
+
+    def first(*args: Any, **kwargs: Any) -> Any:
+        original(*args, **kwargs)
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        print(f"{used.ru_utime + used.ru_stime} {used.ru_maxrss / 1024}", flush=True)
+        os._exit(0)
+
+    loop.train_step = first  # type: ignore[assignment]
+    return main(["--cfg", run])
+
+
+def measure(cases: dict[str, Path], times: int) -> dict[str, Cost]:
+    """Medians of `times` starts of each case, which take turns."""
+    found: dict[str, list[Cost]] = {name: [] for name in cases}
+    for _ in range(times):
+        for name, run in cases.items():
+            found[name].append(start(run))
+    return {
+        name: Cost(*(statistics.median(values) for values in zip(*((c.cpu, c.seconds, c.mib) for c in costs))))
+        for name, costs in found.items()
+    }
+
+
+def report(found: dict[str, Cost]) -> bool:
+    """Prints one line per case; whether all are within LIMIT."""
+    base, fine = found["none"], True
+    print(f"{'hostile record':<16}{'CPU s':>8}{'ratio':>7}{'seconds':>9}{'MiB':>8}{'ratio':>7}")
+    for name, cost in found.items():
+        ratio = cost.over(base)
+        fine &= max(ratio.cpu, ratio.mib) <= LIMIT
+        print(f"{name:<16}{cost.cpu:>8.2f}{ratio.cpu:>7.2f}{cost.seconds:>9.2f}{cost.mib:>8.0f}{ratio.mib:>7.2f}")
+    print(f"limit of both ratios {LIMIT}: {'kept' if fine else 'NOT KEPT'}")
+    return fine
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="tools.bench_starts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--times", type=int, default=3, help="starts of each case (default: 3)")
+    parser.add_argument("--only", nargs="+", choices=("rounds", "pictures", "text"), default=["rounds", "pictures", "text"])
+    parser.add_argument("--within", action="store_true", help="records that are just small enough to be read")
+    parser.add_argument("--child", metavar="RUN", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.child:
+        return child(options.child)
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        return 0 if report(measure(make(Path(folder), options.only, WITHIN if options.within else BEYOND), options.times)) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
