@@ -22,6 +22,7 @@ from trainer.export import final_step, publish, write_final
 from trainer.guard import Guard
 from trainer.lock import FolderLock, check_room_for_final, hold
 from trainer.loop import Loop
+from trainer.open_files import check_limit, raise_limit
 from trainer.quarantine import NAME as QUARANTINE
 from trainer.quarantine import read_rows, start_afresh
 from trainer.quick_check import quick_check
@@ -43,6 +44,7 @@ def run(config: RunConfig, world: World | None = None) -> int:
     """Train as `config` says; returns the exit code. Errors are reported in one line, and in exit.json."""
     rank, folder, progress = int(os.environ.get("RANK", "0")), Path(config.output_dir), exits.Progress()
     lock: FolderLock | None = None
+    raise_limit()
     if world is None:
         die_with_parent()  # before anything is held that the next start has to wait for
     try:
@@ -139,6 +141,7 @@ def train_stage(place: Place, start: Start, world: World, progress: exits.Progre
     progress.watch.mark("index")
     data = with_bases(open_data(config, world, first_start=state is None, place=place), world)
     certificates = certify_all(data, config)
+    check_limit(config.data)
     for line in quick_check(data, config, world):
         say(world, f"data      {line}")
     if checkpoint and state:
