@@ -17,11 +17,12 @@ from data.config import DataError
 from data.dataset import MultimodalDataset, Rejected
 from data.mixing import Pool
 from data.packing import deal_packed
-from data.parcel import Parcel
+from data.parcel import packed
 from data.sample import Sample
 from data.sampler import Sampler, deal, num_micro_batches
 from data.workers import Reading, WorkerError, named, prepare_worker, unexpected
 from model.batch import Batch
+
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -161,7 +162,7 @@ class _Share:
     ends_step: bool
 
 
-class _MicroBatches(Dataset[list[MicroBatch] | Parcel | DataError | WorkerError]):
+class _MicroBatches(Dataset[list[MicroBatch] | DataError | WorkerError]):
     """The micro-batches of a share. Errors come as values: a worker would wrap them in a traceback."""
 
     def __init__(
@@ -171,17 +172,17 @@ class _MicroBatches(Dataset[list[MicroBatch] | Parcel | DataError | WorkerError]
         self._dataset, self._pad_id, self._planned, self.reading = dataset, pad_id, planned, reading
         self._collate = collate_packed if is_packed else collate
 
-    def __getitem__(self, share: _Share) -> list[MicroBatch] | Parcel | DataError | WorkerError:
+    def __getitem__(self, share: _Share) -> list[MicroBatch] | DataError | WorkerError:
         last = len(share.micro_batches) - 1 if share.ends_step else None
         try:
             found = [self._micro_batch(ids, micro == last) for micro, ids in enumerate(share.micro_batches)]
+            return found if get_worker_info() is None else packed(found)
         except DataError as error:
             return error
         except Exception as error:  # as text: a worker's would lose its traceback, and not say what was read
             return unexpected(error, [named(self._dataset, i) for i in self.reading.own()])
         finally:
             self.reading.end()
-        return found if get_worker_info() is None else Parcel(found)
 
     def _micro_batch(self, ids: np.ndarray, ends_step: bool) -> MicroBatch:
         items = [self._item(int(i)) for i in ids]

@@ -1,7 +1,7 @@
 """What a data worker sends to its rank: all tensors of a few micro-batches in one piece of memory, one open file on the way.
 
-Torch shares each tensor by a file of its own, which stays open in the rank as long as the tensor lives: a step of many micro-batches
-passes the usual limit of 1,024. Here the rank closes the one file as soon as it has mapped it, and no name in /dev/shm is left
+Torch shares each tensor by a file of its own, which stays open in the rank as long as the tensor lives: a step of many
+micro-batches passes the usual limit of 1,024. Here the rank closes the one file as soon as it has mapped it, and no name in /dev/shm is left
 behind by a worker that is killed.
 """
 
@@ -39,39 +39,53 @@ class _Place:
 
 
 class Parcel:
-    """Anything of dataclasses, dicts, lists and tuples; sent to another process it arrives as its bare contents.
+    """Contents without their tensors, and the memory that those were written to; in another process it arrives as the contents."""
 
-    Arrived encoder input is a view of the shared memory, and other tensors are copies: who keeps labels keeps no pictures. What
-    cannot be sent or received for want of open files or memory arrives as a `WorkerError`.
-    """
-
-    def __init__(self, contents: Any) -> None:
-        self.contents = contents
+    def __init__(self, told: Any, descriptor: int, size: int) -> None:
+        self._told, self._descriptor, self._size = told, descriptor, size
 
     def __reduce__(self) -> tuple[Any, ...]:
-        tensors: list[tuple[_Place, Tensor]] = []
-        told = _replaced(self.contents, Tensor, lambda tensor, stays: _placed(tensors, tensor, stays))
-        size = tensors[-1][0].stop if tensors else 0
-        if size == 0 or not hasattr(os, "memfd_create"):
-            return _as_they_are, (self.contents,)
+        """Pickled once. What is raised here would be printed, and the batch waited for for ever."""
         try:
-            descriptor = os.memfd_create("micro-batches", os.MFD_CLOEXEC)
-            try:
-                os.ftruncate(descriptor, size)
-                for place, tensor in tensors:
-                    _write(descriptor, tensor, place.start)
-                return _received, (told, DupFd(descriptor), size)
-            finally:
-                os.close(descriptor)
+            return _received, (self._told, DupFd(self._descriptor), self._size)
         except OSError as error:
-            failed = f"a data worker cannot send a batch of {size:,} bytes"
-            if error.errno in NO_FILE:
-                return OpenFilesError, (f"{failed}: {OPEN_FILES}",)
-            return WorkerError, (f"{failed}: {error.strerror}",)
+            told = _problem(error)
+            return type(told), told.args
+        finally:
+            os.close(self._descriptor)
 
 
-def _as_they_are(contents: Any) -> Any:
-    return contents
+def packed(contents: Any) -> Any:
+    """`contents`, anything of dataclasses, dicts, lists and tuples, in the form in which a worker sends it.
+
+    Encoder input arrives as a view of the shared memory, and other tensors as copies: who keeps labels keeps no pictures. Where it
+    cannot be sent for want of open files or memory the `WorkerError` to send is returned.
+    """
+    tensors: list[tuple[_Place, Tensor]] = []
+    told = _replaced(contents, Tensor, lambda tensor, stays: _placed(tensors, tensor, stays))
+    size = tensors[-1][0].stop if tensors else 0
+    if size == 0 or not hasattr(os, "memfd_create"):
+        return contents  # a file per tensor, as torch does it
+    try:
+        descriptor = os.memfd_create("micro-batches", os.MFD_CLOEXEC)
+    except OSError as error:
+        return _problem(error)
+    try:
+        os.ftruncate(descriptor, size)
+        for place, tensor in tensors:
+            _write(descriptor, tensor, place.start)
+    except BaseException as error:
+        os.close(descriptor)
+        if isinstance(error, OSError):
+            return _problem(error)
+        raise
+    return Parcel(told, descriptor, size)
+
+
+def _problem(error: OSError) -> WorkerError:
+    if error.errno in NO_FILE:
+        return OpenFilesError(f"a data worker cannot send a batch: {OPEN_FILES}")
+    return WorkerError(f"a data worker cannot send a batch: {error.strerror}")
 
 
 def _received(told: Any, handle: Any, size: int) -> Any:
@@ -116,7 +130,10 @@ def _placed(tensors: list[tuple[_Place, Tensor]], tensor: Tensor, stays: bool) -
 
 
 def _write(descriptor: int, tensor: Tensor, at: int) -> None:
-    data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    flat = tensor.contiguous().reshape(-1)
+    if flat.numel() < 2:  # its stride may be anything
+        flat = flat.new_empty(flat.shape).copy_(flat)
+    data = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
     while data:
         written = os.pwrite(descriptor, data[:_MOST_AT_ONCE], at)
         data, at = data[written:], at + written

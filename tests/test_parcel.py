@@ -1,4 +1,4 @@
-"""Batches come from workers in one piece: the same to the bit, with few open files however many there are, and nothing left behind."""
+"""Batches come from workers in one piece: the same to the bit, with few open files, and with nothing left behind."""
 
 from __future__ import annotations
 
@@ -148,7 +148,9 @@ def test_a_rank_without_files_says_so(tmp_path: Path) -> None:
         list(batches)
 
 
-@pytest.mark.parametrize("per_step, workers, together", [(2, 4, 1), (16, 0, 1), (17, 0, 2), (16, 4, 1), (128, 8, 4), (10_000, 8, 313)])
+@pytest.mark.parametrize(
+    "per_step, workers, together", [(2, 4, 1), (16, 0, 1), (17, 0, 2), (16, 4, 1), (128, 8, 4), (10_000, 8, 313)]
+)
 def test_a_step_is_made_in_few_pieces(per_step: int, workers: int, together: int) -> None:
     assert micro_batches_together(per_step, workers) == together
 

@@ -56,8 +56,8 @@ def explained(error: BaseException) -> BaseException:
         return error
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     told = ConfigError(
-        f"no more files can be opened: this process may have {limit:,} open ({error}). Raise the limit (`ulimit -n`, LimitNOFILE of "
-        "a service), or lower data.workers"
+        f"no more files can be opened: this process may have {limit:,} open ({error}). Raise the limit (`ulimit -n`, LimitNOFILE "
+        "of a service), or lower data.workers"
     )
     told.__cause__ = error
     return told
