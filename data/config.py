@@ -100,6 +100,7 @@ class DataConfig:
     workers: int = 4
     follow_links: bool = False
     on_bad_sample: Literal["quarantine", "error"] = "quarantine"
+    on_change: Literal["refuse", "accept"] = "refuse"  # a run goes on, and its sources hold something else than when it began
     max_bad_fraction: float = 0.001
     sources: tuple[SourceConfig, ...] = field(default=())
     validation: tuple[SourceConfig, ...] = field(default=())

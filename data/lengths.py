@@ -24,7 +24,7 @@ from model.batch import spec_to_json
 FROZEN = "planned_lengths.npz"
 EXACT, PARTLY, ESTIMATED = "exact", "partly exact", "estimated"
 _VERSION = 2  # of what is measured and checked: raise it when a rule changes
-_NO_MATTER = ("workers", "order", "packing", "on_bad_sample", "max_bad_fraction", "sources", "validation")
+_NO_MATTER = ("workers", "order", "packing", "on_bad_sample", "on_change", "max_bad_fraction", "sources", "validation")
 """Settings of [data] that change neither a record's length nor whether it is sound."""
 
 

@@ -1,8 +1,8 @@
 """What a data worker sends to its rank: all tensors of a few micro-batches in one piece of memory, one open file on the way.
 
 Torch shares each tensor by a file of its own, which stays open in the rank as long as the tensor lives: a step of many
-micro-batches passes the usual limit of 1,024. Here the rank closes the one file as soon as it has mapped it, and no name in /dev/shm is left
-behind by a worker that is killed.
+micro-batches passes the usual limit of 1,024. Here the rank closes the one file as soon as it has mapped it, and a worker that is
+killed leaves no name in /dev/shm.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from trainer.restore import restore
 from trainer.resume import check_state, choose, left_of
 from trainer.retention import set_aside, step_of
 from trainer.runfile import load_config
+from trainer.same_data import is_accepted, same_data
 from trainer.schema import to_tables
 from trainer.setup import Setup, build, make_deterministic, resolved
 from trainer.sources import certify_all, open_data, with_bases
@@ -144,8 +145,10 @@ def train_stage(place: Place, start: Start, world: World, progress: exits.Progre
     check_limit(config.data)
     for line in quick_check(data, config, world):
         say(world, f"data      {line}")
+    for line in same_data(place, data, world, state["step"] if state else None):
+        say(world, f"data      {line}")
     if checkpoint and state:
-        check_state(checkpoint, state, data)
+        check_state(checkpoint, state, data, is_accepted(place, data))
         if config.train.max_steps == 0:
             raise ConfigError(
                 f"train.max_steps = 0 builds a model without training, but {config.output_dir} holds {checkpoint.name}: use "
