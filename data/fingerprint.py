@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ _BLOCKS, _BLOCK_BYTES, _END_BYTES = 64, 1 << 16, 1 << 12
 
 def fingerprint(dataset: MultimodalDataset) -> dict[str, Any]:
     """JSON-able, by source: "files" with rows [path, size, time in ns, digest of blocks, digest of all or ""], and "media" with
-    rows [path, size, time, digest of ends].
+    rows [name, size, time, digest of ends], called as a record names them.
     """
     found, left = {}, WHOLE_BYTES
     for number, source in enumerate(dataset.sources):
@@ -39,7 +38,8 @@ def fingerprint(dataset: MultimodalDataset) -> dict[str, Any]:
             size, time = _stamp(path)
             left -= size
             files.append([path, size, time, _blocks(path, size, len(paths)), _whole(path) if left >= 0 else ""])
-        found[source.key] = {"files": files, "media": list(_media(dataset, number))}
+        media = [[name, *_stamp(path), _ends(path)] for name, path in _media(dataset, number).items()]
+        found[source.key] = {"files": files, "media": media}
     return found
 
 
@@ -49,7 +49,7 @@ def changes(before: dict[str, Any], dataset: MultimodalDataset) -> list[str]:
     A file whose size and time are as they were is compared by its blocks; one whose time alone is another by all of its bytes.
     """
     lines = []
-    for source in dataset.sources:
+    for number, source in enumerate(dataset.sources):
         then, paths = before.get(source.key, {"files": [], "media": []}), list(map(str, source_files(source)))
         known = dict(zip(Shards([path for path, *_ in then["files"]]).names, then["files"]))
         names = dict(zip(Shards(paths).names, paths))
@@ -57,7 +57,8 @@ def changes(before: dict[str, Any], dataset: MultimodalDataset) -> list[str]:
         lines += [f"{path} is gone" for name, (path, *_) in known.items() if name not in names]
         both = [(path, known[name][1:]) for name, path in names.items() if name in known]
         lines += [line for path, rest in both if (line := _file_change(path, len(paths), *rest))]
-        lines += [line for path, *rest in then["media"] if (line := _medium_change(path, *rest))]
+        media = _media(dataset, number)
+        lines += [line for name, *rest in then["media"] if name in media and (line := _medium_change(media[name], *rest))]
     return lines
 
 
@@ -77,29 +78,27 @@ def _medium_change(path: str, size: int, time: int, ends: str) -> str:
         now, changed = _stamp(path)
         if now != size:
             return f"{path} has {now:,} bytes, and had {size:,}"
-        same = changed == time or _ends(path, size) == ends
+        same = changed == time or _ends(path) == ends
         return "" if same else f"{path} holds something else in as many bytes"
     except OSError:  # quarantined when a step meets it
         return ""
 
 
-def _media(dataset: MultimodalDataset, source_id: int) -> Iterator[list[Any]]:
-    """Of records spread over the source; what cannot be found is left out here, and told when a step meets it."""
-    ids, seen = np.flatnonzero(dataset.source_ids == source_id), set()
+def _media(dataset: MultimodalDataset, source_id: int) -> dict[str, str]:
+    """Files by the names that records spread over the source give them; what cannot be found is told when a step meets it."""
+    ids, found = np.flatnonzero(dataset.source_ids == source_id), {}
     for i in ids[:: max(1, -(-len(ids) // MEDIA))].tolist():
         try:
             record = dataset.record(i)
             locate = dataset.media(i, record).locate
-            paths = [
-                blob.path for ref in record.media[:_MEDIA_PER_RECORD] if (blob := locate(ref)).start == 0 and blob.size is None
-            ]
+            blobs = [(f"{ref.set or ref.kind}:{ref.path}", locate(ref)) for ref in record.media[:_MEDIA_PER_RECORD]]
         except (RecordError, MediaError):
             continue
-        for path in paths:
-            if path and path not in seen and os.path.isfile(path):
-                seen.add(path)
-                size, time = _stamp(path)
-                yield [path, size, time, _ends(path, size)]
+        # Of an archive they are compared with the archive.
+        found.update(
+            {name: blob.path for name, blob in blobs if (blob.start, blob.size) == (0, None) and os.path.isfile(blob.path)}
+        )
+    return found
 
 
 def _stamp(path: str) -> tuple[int, int]:
@@ -113,8 +112,8 @@ def _blocks(path: str, size: int, count: int) -> str:
     return _digest(path, [size * k // blocks for k in range(blocks)], _BLOCK_BYTES)
 
 
-def _ends(path: str, size: int) -> str:
-    return _digest(path, [0, max(0, size - _END_BYTES)], _END_BYTES)
+def _ends(path: str) -> str:
+    return _digest(path, [0, max(0, os.path.getsize(path) - _END_BYTES)], _END_BYTES)
 
 
 def _digest(path: str, starts: list[int], count: int) -> str:
