@@ -38,7 +38,7 @@ def fingerprint(dataset: MultimodalDataset) -> dict[str, Any]:
             size, time = _stamp(path)
             left -= size
             files.append([path, size, time, _blocks(path, size, len(paths)), _whole(path) if left >= 0 else ""])
-        media = [[name, *_stamp(path), _ends(path)] for name, path in _media(dataset, number).items()]
+        media = [[name, *known] for name, path in _media(dataset, number).items() if (known := _medium(path))]
         found[source.key] = {"files": files, "media": media}
     return found
 
@@ -71,6 +71,14 @@ def _file_change(path: str, count: int, size: int, time: int, blocks: str, whole
     if changed != time and not whole:
         return f"{path} was written since; it is too large to have been read whole, so nobody knows whether it is the same"
     return ""
+
+
+def _medium(path: str) -> tuple[int, int, str] | None:
+    """None for what cannot be read, which is told when a step meets it."""
+    try:
+        return *_stamp(path), _ends(path)
+    except OSError:
+        return None
 
 
 def _medium_change(path: str, size: int, time: int, ends: str) -> str:

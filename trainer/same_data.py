@@ -34,6 +34,8 @@ def same_data(place: Place, data: RunData, world: World, step: int | None) -> li
             told = _noted(place, data) if step is None else _compared(place, data, step)
         except ConfigError as error:
             problem = str(error)
+        except OSError as error:
+            problem = f"{error.filename}, which the data of this run are known by: {error.strerror}"
     problem, told = world.broadcast_json([problem, told])
     if problem:
         raise ConfigError(problem)
