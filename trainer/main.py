@@ -104,6 +104,7 @@ def ended(error: BaseException, folder: Path, progress: exits.Progress, rank: in
 
 def train(root: RunConfig, world: World, progress: exits.Progress) -> None:
     """Every stage that is left of a run, one after the other; most runs are one stage."""
+    check_limit(root.data)  # before a file that cannot be opened is taken for one that is not there
     make_deterministic(root)
     checkpoint, damaged = choose(root, world)
     places = [replace(place, config=resolved(place.config, world)) for place in places_of(root)]

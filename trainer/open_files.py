@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import resource
 from pathlib import Path
 
 from data.config import DataConfig
-from data.index import source_files
 from data.shards import MAX_OPEN
 from data.workers import NO_FILE
 from model.config import ConfigError
@@ -34,7 +34,7 @@ def check_limit(data: DataConfig) -> None:
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if limit == resource.RLIM_INFINITY:
         return
-    kept = sum(min(MAX_OPEN, len(source_files(source))) for source in (*data.sources, *data.validation))
+    kept = sum(MAX_OPEN if glob.has_magic(source.path) else 1 for source in (*data.sources, *data.validation))
     loaders = 2 if data.validation else 1  # workers of both are there while one is validated
     needed = open_files() + kept + PER_WORKER * data.workers * loaders + SPARE
     if needed > limit:
