@@ -101,6 +101,7 @@ class DataConfig:
     workers: int = 4
     follow_links: bool = False
     on_bad_sample: Literal["quarantine", "error"] = "quarantine"
+    on_change: Literal["refuse", "accept"] = "refuse"  # a run goes on, and its sources hold something else than when it began
     max_bad_fraction: float = 0.001
     max_too_long_fraction: float = 0.1  # of each source: more records that cannot fit max_length end the start
     sources: tuple[SourceConfig, ...] = field(default=())

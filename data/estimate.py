@@ -22,7 +22,7 @@ from data.parts import kind_of_part
 from data.record import Record, RecordError, parse
 from data.table import KINDS
 from data.turn_keys import THOUGHT_KEYS
-from model.batch import READ_BY, AudioSpec, MediaMeta, MediaSpec, num_tokens
+from model.batch import READ_BY, AudioSpec, MediaMeta, MediaSpec, num_tokens, row_shape
 
 BYTES_PER_TOKEN = 4
 _AUDIO_SECONDS = 10.0
@@ -42,6 +42,22 @@ def media_tokens(specs: dict[str, MediaSpec], config: DataConfig) -> dict[str, i
     for kind in KINDS:
         spec = specs.get(READ_BY[kind])
         found[kind] = 0 if spec is None else num_tokens(spec, _usual(kind, spec, config))
+    return found
+
+
+def media_bytes(specs: dict[str, MediaSpec], config: DataConfig) -> dict[str, int]:
+    """Bytes of encoder input that one medium of each kind is planned with; 0 for a kind that no part reads."""
+    found = {}
+    for kind in KINDS:
+        spec = specs.get(READ_BY[kind])
+        size = 1 if kind != "audio" and config.image_decode == "fast" else 4
+        if spec is None:
+            found[kind] = 0
+        elif isinstance(spec, AudioSpec):
+            frames = _usual(kind, spec, config).num_frames
+            found[kind] = size * spec.num_mels * max(frames, spec.window_frames if spec.full_window else 0)
+        else:
+            found[kind] = size * _usual(kind, spec, config).num_rows * math.prod(row_shape(spec))
     return found
 
 

@@ -24,7 +24,8 @@ from model.batch import spec_to_json
 FROZEN = "planned_lengths.npz"
 EXACT, PARTLY, ESTIMATED = "exact", "partly exact", "estimated"
 _VERSION = 3  # of what is measured and checked: raise it when a rule changes
-_NO_MATTER = ("workers", "order", "packing", "on_bad_sample", "max_bad_fraction", "max_too_long_fraction", "sources", "validation")
+_FAULTS = ("on_bad_sample", "on_change", "max_bad_fraction", "max_too_long_fraction")
+_NO_MATTER = ("workers", "order", "packing", *_FAULTS, "sources", "validation")
 """Settings of [data] that change neither a record's length nor whether it is sound."""
 
 

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from data.ahead import micro_batches_together, planned_bytes, prefetch_factor
 from data.collate import collate, collate_packed
 from data.config import DataError
 from data.dataset import MultimodalDataset, Rejected
 from data.mixing import Pool
 from data.packing import deal_packed
+from data.parcel import packed
 from data.sample import Sample
 from data.sampler import Sampler, deal, num_micro_batches
 from data.workers import Reading, WorkerError, named, prepare_worker, unexpected
@@ -84,26 +86,25 @@ def train_batches(
     `reading` tells any thread which samples are being read.
     """
 
+    per_step = plan.micro_batches_per_step(sampler.lengths, sampler.global_batch_size)
+    together = micro_batches_together(per_step, workers)
+
     def shares() -> Iterator[_Share]:
         for step in range(first_step, last_step):
             parts = plan.deal(sampler.step(step), sampler.lengths, costs)[rank]
-            yield from (_Share(ids, micro == len(parts) - 1) for micro, ids in enumerate(parts))
+            for start in range(0, len(parts), together):
+                yield _Share(parts[start : start + together], start + together >= len(parts))
 
-    # A step is awaited whole before its first forward: workers must be able to have the next one ready by then.
-    ahead = prefetch_factor(plan.micro_batches_per_step(sampler.lengths, sampler.global_batch_size), workers)
     planned = sampler.lengths if plan.is_packed else None
     made = _MicroBatches(dataset, pad_id, plan.is_packed, planned, reading or Reading(workers))
+    pieces = -(-per_step // together)
+    ahead = prefetch_factor(pieces, workers, planned_bytes(dataset) * sampler.global_batch_size / (plan.world_size * pieces))
     step: list[MicroBatch] = []
-    for micro_batch in _load(made, shares(), workers, pin_memory, ahead):
-        step.append(micro_batch)
-        if micro_batch.ends_step:
+    for share in _load(made, shares(), workers, pin_memory, ahead):
+        step += share
+        if share[-1].ends_step:
             yield step
             step = []
-
-
-def prefetch_factor(micro_batches_per_step: int, workers: int) -> int | None:
-    """Micro-batches each worker makes ahead of time: together more than a step, so that none waits for the last one."""
-    return max(2, -(-micro_batches_per_step // workers) + 1) if workers else None
 
 
 def validation_batches(
@@ -125,8 +126,9 @@ def validation_batches(
     """
     taken = [pool.ids for pool in pools] or np.split(np.arange(len(dataset)), np.cumsum(np.bincount(dataset.source_ids))[:-1])
     ids = np.concatenate(taken)[_spread(np.array([len(rows) for rows in taken]), max_samples)]
-    shares = (_Share(part, True) for part in plan.deal(ids, dataset.lengths)[rank])
-    return _load(_MicroBatches(dataset, pad_id, plan.is_packed, None, reading or Reading(workers)), shares, workers, False)
+    shares = (_Share([part], True) for part in plan.deal(ids, dataset.lengths)[rank])
+    made = _MicroBatches(dataset, pad_id, plan.is_packed, None, reading or Reading(workers))
+    return (micro_batch for share in _load(made, shares, workers, False) for micro_batch in share)
 
 
 def _spread(sizes: np.ndarray, max_samples: int) -> np.ndarray:
@@ -154,14 +156,14 @@ def _spread(sizes: np.ndarray, max_samples: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Share:
-    """The sample ids of one micro-batch of one rank."""
+    """The sample ids of one micro-batch of one rank after the other."""
 
-    ids: np.ndarray
+    micro_batches: list[np.ndarray]
     ends_step: bool
 
 
-class _MicroBatches(Dataset[MicroBatch | DataError | WorkerError]):
-    """One micro-batch per share of ids. Errors come as values: a worker would wrap them in a traceback."""
+class _MicroBatches(Dataset[list[MicroBatch] | DataError | WorkerError]):
+    """The micro-batches of a share. Errors come as values: a worker would wrap them in a traceback."""
 
     def __init__(
         self, dataset: MultimodalDataset, pad_id: int, is_packed: bool, planned: np.ndarray | None, reading: Reading
@@ -170,18 +172,23 @@ class _MicroBatches(Dataset[MicroBatch | DataError | WorkerError]):
         self._dataset, self._pad_id, self._planned, self.reading = dataset, pad_id, planned, reading
         self._collate = collate_packed if is_packed else collate
 
-    def __getitem__(self, share: _Share) -> MicroBatch | DataError | WorkerError:
+    def __getitem__(self, share: _Share) -> list[MicroBatch] | DataError | WorkerError:
+        last = len(share.micro_batches) - 1 if share.ends_step else None
         try:
-            items = [self._item(int(i)) for i in share.ids]
+            found = [self._micro_batch(ids, micro == last) for micro, ids in enumerate(share.micro_batches)]
+            return found if get_worker_info() is None else packed(found)
         except DataError as error:
             return error
         except Exception as error:  # as text: a worker's would lose its traceback, and not say what was read
             return unexpected(error, [named(self._dataset, i) for i in self.reading.own()])
         finally:
             self.reading.end()
+
+    def _micro_batch(self, ids: np.ndarray, ends_step: bool) -> MicroBatch:
+        items = [self._item(int(i)) for i in ids]
         samples = [item for item in items if isinstance(item, Sample)]
         rejected = tuple(item for item in items if isinstance(item, Rejected))
-        return MicroBatch(self._collate(samples, self._pad_id), rejected, share.ends_step)
+        return MicroBatch(self._collate(samples, self._pad_id), rejected, ends_step)
 
     def _item(self, i: int) -> Sample | Rejected:
         self.reading.begin(i)
@@ -197,7 +204,7 @@ class _MicroBatches(Dataset[MicroBatch | DataError | WorkerError]):
 
 def _load(
     made: _MicroBatches, shares: Iterable[_Share], workers: int, pin_memory: bool, ahead: int | None = None
-) -> Iterator[MicroBatch]:
+) -> Iterator[list[MicroBatch]]:
     loader = DataLoader(
         made,
         batch_size=None,

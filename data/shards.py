@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 
-_MAX_OPEN = 32  # a source may be thousands of files, a process may open about a thousand
+MAX_OPEN = 32  # a source may be thousands of files, a process may open about a thousand
 
 
 class Shards:
@@ -26,7 +26,7 @@ class Shards:
     def _descriptor(self, file: int) -> int:
         if file not in self._open:
             self._open[file] = os.open(self.paths[file], os.O_RDONLY | os.O_CLOEXEC)
-            if len(self._open) > _MAX_OPEN:
+            if len(self._open) > MAX_OPEN:
                 os.close(self._open.popitem(last=False)[1])
         self._open.move_to_end(file)
         return self._open[file]

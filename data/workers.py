@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import gc
 import multiprocessing
 import os
@@ -13,10 +14,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils.data import get_worker_info
 
+from data.config import ConfigError
 from data.dataset import MultimodalDataset
 from data.record import RecordError
 
@@ -24,11 +27,25 @@ NOTHING = -1
 DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? (\d+)[\d, ]*\) ((?:is killed by signal|exited unexpectedly)[^.]*)")
 """How torch tells that a worker is dead."""
 
+OPEN_FILES = (
+    "it has as many files open as a process may have here: raise the limit (`ulimit -n`, LimitNOFILE of a service), or lower "
+    "data.workers"
+)
+NO_FILE = (errno.EMFILE, errno.ENFILE)
+NO_FILE_CODE = 71
+"""Exit code of a worker that can open no more files, as sysexits.h calls it: EX_OSERR."""
+
 DEATH_SECONDS = 1.0  # what a worker sends breaks off a little before it is dead
 
 
 class WorkerError(RuntimeError):
     """A worker died, or met an error that no record should cause. Says which samples it was reading."""
+
+
+class OpenFilesError(WorkerError):
+    """A process may open no more files, so that no batch gets from a worker to its rank."""
+
+    exit_code = ConfigError.exit_code  # a limit is set wrongly, and the next start would meet it again
 
 
 class Reading:
@@ -67,7 +84,9 @@ class Reading:
             with contextlib.suppress(OSError):  # torch was told, and keeps it to itself
                 if status := os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                     code = status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
-            if code:
+            if code == NO_FILE_CODE:
+                found[pid] = f"ended, because {OPEN_FILES},"
+            elif code:
                 found[pid] = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return found
 
@@ -114,7 +133,8 @@ def explained(error: BaseException, reading: Reading | None, name: Callable[[int
     names = [name(i) for i in reading.samples(pid)]
     work = f"read {', '.join(names)}" if names else "waited for work"
     memory = ": the machine may have run out of memory (see dmesg)" if "KILL" in how.upper() else ""
-    told = WorkerError(f"data worker {pid} {how} while it {work}{memory}")
+    kind = OpenFilesError if OPEN_FILES in how else WorkerError
+    told = kind(f"data worker {pid} {how} while it {work}{memory}")
     told.__cause__ = error
     return told
 
@@ -142,3 +162,13 @@ def prepare_worker(worker: int) -> None:
     signal.set_wakeup_fd(-1)  # or signals of a worker would be heard as those of the main process
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _end_without_files
+
+
+def _end_without_files(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """End the worker where a thread can open no more files: the one of multiprocessing that hands over batches prints a traceback
+    and tries again at once, for ever.
+    """
+    if isinstance(error, OSError) and error.errno in NO_FILE:
+        os._exit(NO_FILE_CODE)
+    sys.__excepthook__(kind, error, trace)

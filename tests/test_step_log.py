@@ -12,7 +12,7 @@ import pytest
 from data.mixing import make_pools
 from data.sampler import Sampler
 from model.config import ConfigError
-from tests.runs import start_alone
+from tests.runs import failure_of, start_alone
 from tests.test_resume import LORA, cut
 from tests.test_trainable import ALONE
 from trainer.distributed import World
@@ -92,3 +92,48 @@ def test_what_a_run_trained_on_is_on_record_whole_and_resumed(parts: Path, tmp_p
         logged = [sorted(read_step(run, step).tolist()) for step in range(6)]
         assert [[i for i in ids if i != 5] for ids in logged] == [sorted(ids) for ids in whole.seen]
         assert any(5 in ids for ids in logged)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "of another run", "garbage"])
+def test_a_log_that_the_plan_does_not_bear_out_is_written_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    log = StepLog(tmp_path, sampler(), 0, ALONE)
+    log.done(12)
+    log.flush()
+    path = tmp_path / "samples.bin"
+    rows = np.fromfile(path, "<i4").reshape(12, 8)
+    rows[3] = {"flipped": np.roll(rows[3], 1), "of another run": rows[4], "garbage": np.full(8, 2**31 - 1)}[damage]
+    path.write_bytes(rows.tobytes())
+    StepLog(tmp_path, sampler(), 9, ALONE)
+    check(tmp_path, 9)
+    assert f"{path} holds other samples than the plan for step 3" in capsys.readouterr().out
+    StepLog(tmp_path, sampler(), 9, ALONE)
+    assert not capsys.readouterr().out
+
+
+def test_a_row_that_is_no_list_of_samples_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "samples.json").write_text('{"global_batch_size": 3, "dtype": "<i4"}')
+    (tmp_path / "samples.bin").write_bytes(np.array([1, -7, 2], "<i4").tobytes())
+    with pytest.raises(ConfigError, match="damaged at step 0"):
+        read_step(tmp_path, 0)
+
+
+def test_what_is_lost_of_a_run_is_told_when_it_goes_on(parts: Path, tmp_path: Path) -> None:
+    records = json.loads((parts / "train.json").read_text())
+    for i in range(1, 22, 3):
+        records[i]["image"] = "gone.png"
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    sources = [{"path": str(tmp_path / "train.json"), "media_root": str(parts / "images")}]
+    run = tmp_path / "run"
+    assert start_alone(parts, run, {"data": {"sources": sources}, "train": {"max_steps": 2}}).code == 0
+    rows = (run / "quarantine.jsonl").read_text().splitlines(keepends=True)
+    assert rows
+    (run / "metrics.jsonl").unlink()
+    (run / "quarantine.jsonl").unlink()
+    found = start_alone(parts, run, {"data": {"sources": sources}, "train": {"max_steps": 3}})
+    assert found.code == 0 and "metrics.jsonl is not there: the curve begins anew after step 2" in found.said
+    assert f"quarantine.jsonl holds 0 of the {len(rows)} records" in found.said
+    (run / "quarantine.jsonl").write_text(rows[0].replace('"source": "train"', '"source": "other"'))
+    code, reason = failure_of(parts, run, {"data": {"sources": sources}, "train": {"max_steps": 4}})
+    assert code == 65 and "quarantine.jsonl is of another run" in reason

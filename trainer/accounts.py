@@ -6,9 +6,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from data.config import DataError
-from trainer.ledger import ledger_file, ledger_of, table, write_ledger
-from trainer.quarantine import NAME, TRAIN, Quarantine, read_rows
+from trainer.ledger import NAME as LEDGER
+from trainer.ledger import ledger_file, ledger_of, num_left_out, table, write_ledger
+from trainer.quarantine import NAME as QUARANTINE
+from trainer.quarantine import TRAIN, VALIDATION, Quarantine, check_rows, read_rows
 from trainer.setup import Setup
+from trainer.sources import RunData
 from trainer.step_log import StepLog
 
 
@@ -24,7 +27,17 @@ class Accounts:
         self.step_log = StepLog(place.folder, self.sampler, first_step, setup.world, place.first_step)
         self.quarantine = Quarantine(place.run_folder, setup.data.num_records, fraction, place.name)
         self.num_steps = first_step  # those whose bad records are written down
+        if first_step:
+            self._check_rows(setup.data, first_step)
         self.quarantine.check()
+
+    def _check_rows(self, data: RunData, first_step: int) -> None:
+        """DataError when what an earlier start quarantined is of another run; a line when some of it was lost."""
+        rows, path = read_rows(self.place.run_folder, self.place.name), self.place.run_folder / QUARANTINE
+        check_rows(rows, {TRAIN: data.train, VALIDATION: data.validation}, path)
+        known = sum(row["split"] == TRAIN and row["step"] < first_step for row in rows)
+        if self.world.is_main and known < (told := num_left_out(self.place.folder, first_step)):
+            print(f"{path} holds {known} of the {told} records that {LEDGER} counts: the others are looked at again", flush=True)
 
     def flush(self, done: int) -> None:
         """Write down what is known of the samples of `done` steps. Collective. DataError when too many were bad."""
@@ -46,7 +59,7 @@ class Accounts:
         if told := self.world.broadcast_json(told):
             raise DataError(
                 f"nothing was learned: none of the {told[0]} records that {self.num_steps} steps asked for could be used; one of "
-                f"them: {told[1]}. No final/ is written; {self.place.run_folder / NAME} has all of them"
+                f"them: {told[1]}. No final/ is written; {self.place.run_folder / QUARANTINE} has all of them"
             )
 
     def ledger(self) -> dict[Path, str]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from data.fields import message, printable
 from model.files import dump_json
 from trainer.disk import NEW
+from trainer.open_files import explained
 from trainer.steering import Steering
 from trainer.watch import Watch
 
@@ -135,6 +136,7 @@ def tell(
 
 def report_failure(error: BaseException, output_dir: Path | None, step: int | None, rank: int, guard: Guard | None = None) -> int:
     """Say once for all ranks what went wrong, on the one that found out. Returns the exit code, with `guard` that of all ranks."""
+    error = explained(error)
     code = code_of(error)
     reason = INTERRUPT if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
     shown = error if code == INTERNAL else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -77,6 +78,16 @@ def write_ledger(place: Place, sampler: Sampler, step: int, total_steps: int) ->
 def ledger_file(place: Place, sampler: Sampler, step: int, total_steps: int) -> dict[Path, str]:
     """The same, path and content, for somebody else to write."""
     return {place.folder / NAME: _text(ledger_of(sampler, step, total_steps, read_rows(place.run_folder, place.name)), step)}
+
+
+def num_left_out(folder: Path, step: int) -> int:
+    """Records that ledger.json counts as too long or quarantined after `step` steps; 0 where it is none of that step."""
+    try:
+        found = json.loads((folder / NAME).read_bytes())
+        rows = found["sources"] if found["step"] == step else []
+        return sum(int(row["too_long"]) + int(row["quarantined"]) for row in rows)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return 0
 
 
 def _text(ledger: list[SourceLedger], step: int) -> str:

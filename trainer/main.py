@@ -23,6 +23,7 @@ from trainer.guard import Guard
 from trainer.lock import FolderLock, hold
 from trainer.look_ahead import look_ahead
 from trainer.loop import Loop
+from trainer.open_files import check_limit, raise_limit
 from trainer.quarantine import NAME as QUARANTINE
 from trainer.quarantine import read_rows, start_afresh
 from trainer.quick_check import quick_check
@@ -33,6 +34,7 @@ from trainer.resume import check_state, choose, left_of
 from trainer.retention import set_aside, step_of
 from trainer.run_folder import check_names
 from trainer.runfile import load_config
+from trainer.same_data import is_accepted, same_data
 from trainer.schema import to_tables
 from trainer.setup import Setup, build, make_deterministic, resolved
 from trainer.sources import certify_all, open_data, with_bases
@@ -45,6 +47,7 @@ def run(config: RunConfig, world: World | None = None) -> int:
     """Train as `config` says; returns the exit code. Errors are reported in one line, and in exit.json."""
     rank, folder, progress = int(os.environ.get("RANK", "0")), Path(config.output_dir), exits.Progress()
     lock: FolderLock | None = None
+    raise_limit()
     if world is None:
         die_with_parent()  # before anything is held that the next start has to wait for
     try:
@@ -103,6 +106,7 @@ def ended(error: BaseException, folder: Path, progress: exits.Progress, rank: in
 
 def train(root: RunConfig, world: World, progress: exits.Progress) -> None:
     """Every stage that is left of a run, one after the other; most runs are one stage."""
+    check_limit(root.data)  # before a file that cannot be opened is taken for one that is not there
     make_deterministic(root)
     checkpoint, damaged = choose(root, world)
     places = [replace(place, config=resolved(place.config, world)) for place in places_of(root)]
@@ -146,11 +150,14 @@ def train_stage(place: Place, start: Start, world: World, progress: exits.Progre
     data = with_bases(open_data(config, world, first_start=state is None, place=place, alive=watch.alive), world)
     watch.mark("certify")
     certificates = certify_all(data, config, watch.alive)
+    check_limit(config.data)
     watch.mark("check")
     for line in quick_check(data, config, world, watch.alive):
         say(world, f"data      {line}")
+    for line in same_data(place, data, world, state["step"] if state else None):
+        say(world, f"data      {line}")
     if checkpoint and state:
-        check_state(checkpoint, state, data)
+        check_state(checkpoint, state, data, is_accepted(place, data))
         if config.train.max_steps == 0:
             raise ConfigError(
                 f"train.max_steps = 0 builds a model without training, but {config.output_dir} holds {checkpoint.name}: use "

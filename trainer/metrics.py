@@ -199,10 +199,14 @@ class MetricsLog:
         self.path, self.active, self.stage = folder / NAME, world.is_main, {"stage": stage} if stage else {}
         self.history: list[dict[str, Any]] = []
         self.rows: list[str] = []  # of trainer_state.json, as far as they were asked for
+        if self.active and resumed_step and not self.path.exists():
+            print(f"{self.path} is not there: the curve begins anew after step {resumed_step}", flush=True)
         if self.active and self.path.exists():
             # Lines of steps that will be run again would stand there twice.
             lines = read_sound(self.path, {"step": int}) if resumed_step else []
             self.history = [line for line in lines if line["step"] <= resumed_step]
+            if resumed_step and not self.history:
+                print(f"{self.path} holds no step up to {resumed_step}: the curve begins anew after it", flush=True)
             replace_text(self.path, "".join(json.dumps(line) + "\n" for line in self.history))
 
     def write(self, step: int, values: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 
 from data.config import DataError
-from data.dataset import Rejected
+from data.dataset import MultimodalDataset, Rejected
 from trainer.disk import move, replace_text
 from trainer.distributed import World
 from trainer.json_lines import read_lines
@@ -43,6 +43,17 @@ def start_afresh(folder: Path, finished: Collection[str] = ()) -> None:
             replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
     elif path.exists():
         move(path, folder / f"previous-{NAME}")
+
+
+def check_rows(rows: Sequence[dict[str, Any]], datasets: Mapping[str, MultimodalDataset | None], path: Path) -> None:
+    """DataError for a row that is of another run: its sample is none of the source that it names."""
+    for row in rows:
+        dataset, i = datasets.get(row["split"]), row["sample_id"]
+        if dataset is not None and not (0 <= i < len(dataset) and dataset.source_names[dataset.source_ids[i]] == row["source"]):
+            raise DataError(
+                f"{path} is of another run: sample {i} of {row['split']} is not of source {row['source']!r} here. Restore the "
+                "file, or remove it: its records are looked at again"
+            )
 
 
 class Quarantine:

@@ -37,6 +37,7 @@ MAY_CHANGE = (
     "data.max_bad_fraction",
     "data.max_too_long_fraction",
     "data.on_bad_sample",
+    "data.on_change",
     "train.max_steps",
     "train.epochs",
     "model.cache_dir",
@@ -149,9 +150,12 @@ def left_of(checkpoint: Path, places: list[Place], world: World) -> tuple[list[P
     return ([replace(after[0], first_step=step), *after[1:]], None) if over else ([place, *after], state)
 
 
-def check_state(path: Path, state: dict[str, Any], data: RunData) -> None:
-    """ConfigError when the data or the model of the stage that goes on have changed since the checkpoint."""
-    if state["lengths"] != digest_of(data):
+def check_state(path: Path, state: dict[str, Any], data: RunData, accepted: bool = False) -> None:
+    """ConfigError when the data or the model of the stage that goes on have changed since the checkpoint.
+
+    `accepted`: other lengths of as many records are wished for.
+    """
+    if state["lengths"] != digest_of(data) and not accepted:
         raise ConfigError(
             f"{path}: the data of this run has changed since (number or lengths of records), or {FROZEN}, which it is "
             "planned by, was lost: restore it, or use another output_dir"

@@ -1,0 +1,155 @@
+"""What a data worker sends to its rank: all tensors of a few micro-batches in one piece of memory, one open file on the way.
+
+Torch shares each tensor by a file of its own, which stays open in the rank as long as the tensor lives: a step of many
+micro-batches passes the usual limit of 1,024. Here the rank closes the one file as soon as it has mapped it, and a worker that is
+killed leaves no name in /dev/shm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.reduction import DupFd
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.workers import NO_FILE, OPEN_FILES, OpenFilesError, WorkerError
+from model.batch import Media
+
+_ALIGNED = 64  # bytes
+_MOST_AT_ONCE = 1 << 30  # bytes; Linux writes at most 2 GiB in one call
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor stands in the memory of a parcel; it stands in the contents instead of the tensor."""
+
+    start: int  # byte
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stays: bool  # a view of the memory, not a copy: encoder input, which is most of it
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+class Parcel:
+    """Contents without their tensors, and the memory that those were written to; in another process it arrives as the contents."""
+
+    def __init__(self, told: Any, descriptor: int, size: int) -> None:
+        self._told, self._descriptor, self._size = told, descriptor, size
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled once. What is raised here would be printed, and the batch waited for for ever."""
+        try:
+            return _received, (self._told, DupFd(self._descriptor), self._size)
+        except OSError as error:
+            told = _problem(error)
+            return type(told), told.args
+        finally:
+            os.close(self._descriptor)
+
+
+def packed(contents: Any) -> Any:
+    """`contents`, anything of dataclasses, dicts, lists and tuples, in the form in which a worker sends it.
+
+    Encoder input arrives as a view of the shared memory, and other tensors as copies: who keeps labels keeps no pictures. Where it
+    cannot be sent for want of open files or memory the `WorkerError` to send is returned.
+    """
+    tensors: list[tuple[_Place, Tensor]] = []
+    told = _replaced(contents, Tensor, lambda tensor, stays: _placed(tensors, tensor, stays))
+    size = tensors[-1][0].stop if tensors else 0
+    if size == 0 or not hasattr(os, "memfd_create"):
+        return contents  # a file per tensor, as torch does it
+    try:
+        descriptor = os.memfd_create("micro-batches", os.MFD_CLOEXEC)
+    except OSError as error:
+        return _problem(error)
+    try:
+        os.ftruncate(descriptor, size)
+        for place, tensor in tensors:
+            _write(descriptor, tensor, place.start)
+    except BaseException as error:
+        os.close(descriptor)
+        if isinstance(error, OSError):
+            return _problem(error)
+        raise
+    return Parcel(told, descriptor, size)
+
+
+def _problem(error: OSError) -> WorkerError:
+    if error.errno in NO_FILE:
+        return OpenFilesError(f"a data worker cannot send a batch: {OPEN_FILES}")
+    return WorkerError(f"a data worker cannot send a batch: {error.strerror}")
+
+
+def _received(told: Any, handle: Any, size: int) -> Any:
+    """The contents, in the process that was sent them."""
+    try:
+        descriptor = handle.detach()
+    except (OSError, RuntimeError) as error:
+        # Python takes a file that comes over the limit out of its message without a word but this one.
+        if getattr(error, "errno", None) in NO_FILE or "ancdata" in str(error):
+            return OpenFilesError(f"a batch cannot be received from a data worker: {OPEN_FILES}")
+        raise  # the worker is dead, and somebody else says of what
+    try:
+        memory = _mapped(descriptor, size)
+    finally:
+        os.close(descriptor)
+    return _replaced(told, _Place, lambda place, _: _tensor(memory, place))
+
+
+def _mapped(descriptor: int, size: int) -> Tensor:
+    """(size,) uint8: the bytes of an open file, shared, which stay when it is closed."""
+    path = f"/proc/self/fd/{descriptor}"
+    if os.path.exists(path):
+        return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+    found = torch.empty(size, dtype=torch.uint8)
+    buffer, at = memoryview(found.numpy()), 0  # type: ignore[arg-type]
+    while at < size:
+        at += os.preadv(descriptor, [buffer[at : at + _MOST_AT_ONCE]], at)
+    return found
+
+
+def _tensor(memory: Tensor, place: _Place) -> Tensor:
+    found = memory[place.start : place.stop].view(place.dtype).view(place.shape)
+    return found if place.stays else found.clone()
+
+
+def _placed(tensors: list[tuple[_Place, Tensor]], tensor: Tensor, stays: bool) -> _Place:
+    """Puts `tensor` behind those that are placed already."""
+    end = tensors[-1][0].stop if tensors else 0
+    place = _Place(end + -end % _ALIGNED, tensor.dtype, tuple(tensor.shape), stays)
+    tensors.append((place, tensor))
+    return place
+
+
+def _write(descriptor: int, tensor: Tensor, at: int) -> None:
+    flat = tensor.contiguous().reshape(-1)
+    if flat.numel() < 2:  # its stride may be anything
+        flat = flat.new_empty(flat.shape).copy_(flat)
+    data = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    while data:
+        written = os.pwrite(descriptor, data[:_MOST_AT_ONCE], at)
+        data, at = data[written:], at + written
+
+
+def _replaced(value: Any, kind: type, change: Callable[[Any, bool], Any], stays: bool = False) -> Any:
+    """`value` with `change` made to everything of a `kind` in it; told to `change` is whether it is encoder input."""
+    if isinstance(value, kind):
+        return change(value, stays)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [f.name for f in dataclasses.fields(value)]
+        is_media = isinstance(value, Media)
+        changed = {n: _replaced(getattr(value, n), kind, change, is_media and n == "values") for n in names}
+        return dataclasses.replace(value, **changed)
+    if isinstance(value, dict):
+        return {key: _replaced(item, kind, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_replaced(item, kind, change) for item in value)
+    return value
