@@ -52,9 +52,10 @@ def llm_config(config: LlmConfig, cache_dir: str = "") -> dict[str, Any]:
 def check_language_model(path: str, value: dict[str, Any]) -> None:
     """Refuse a folder of pictures' or sounds' models, which have no words: its tokenizer or its head would be missed first."""
     kind, text = value.get("model_type"), value.get("text_config")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         return  # what reads the structure says so
-    if isinstance(text, dict) and CONFIG_MAPPING.get(text.get("model_type"), None) in MODEL_FOR_CAUSAL_LM_MAPPING:
+    spoken = str(text.get("model_type")) if isinstance(text, dict) else None
+    if spoken != kind and spoken in CONFIG_MAPPING and CONFIG_MAPPING[spoken] in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(f"model.llm.path = {path!r}: {SEVERAL_PARTS.format(kind)}")
     if CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING and not CONFIG_MAPPING[kind]().is_encoder_decoder:
         return

@@ -18,7 +18,7 @@ from data.mixing import Pool, make_pools
 from data.processor import Processor, make_processor
 from data.record import RecordError
 from data.sampler import Sampler
-from data.template import load_template
+from data.template import Template, load_template
 from data.tokenizer import load_tokenizer, pad_id
 from model.batch import PLACEHOLDERS, READ_BY
 from model.card import ModelCard, base_digests, draw_card, media_specs, read_card
@@ -77,32 +77,8 @@ def open_data(
     what is read.
     """
     place = place or Place(config, config)
-    added = added_tokens(config)
-    specs = media_specs(config.model)
-    num_rows = num_base_rows(config.model)  # first: a folder that is no language model has no tokenizer either
-    vocabulary = load_tokenizer(config.model.llm.path, added, config.model.cache_dir)
-    surplus = check_surplus(config.model, vocabulary, num_rows)
-    data, folder = config.data, Path(config.output_dir)
-    if surplus.learned and world.is_main:
-        log.warning("%s", surplus)
-    template = load_template(
-        data.template,
-        vocabulary.tokenizer,
-        placeholders=data.placeholders,
-        media_wrap=data.media_wrap,
-        allowed=added,
-        state_tokens=data.state_tokens,
-        unread=surplus.unread,
-    )
-    card = draw_card(
-        config.model,
-        config.lora,
-        plan_vocabulary(config.model, vocabulary, num_rows),
-        tokens=added,
-        stop_ids=template.stop_ids,
-        pad_id=pad_id(vocabulary.tokenizer),
-        quantize=config.quantize,
-    )
+    template, card = open_words(config, world)
+    specs, data, folder = card.specs, config.data, Path(config.output_dir)
     check_positions(card.hugging_face["llm"], data.max_length)
 
     def opened(sources: tuple[SourceConfig, ...], excluded: frozenset[int], told: Callable[[str], object]) -> MultimodalDataset:
@@ -126,6 +102,36 @@ def open_data(
         sampler = Sampler(train.lengths, train.modalities, config.batch.global_batch_size, config.seed, data.order, pools)
     processor = make_processor(template, specs, data)
     return RunData(card, processor, train, validation, sampler, pools, held_out, kinds.get(TRAIN, ESTIMATED))
+
+
+def open_words(config: RunConfig, world: World) -> tuple[Template, ModelCard]:
+    """The tokenizer with its template, and the card of the model that has a row for each of its tokens."""
+    added = added_tokens(config)
+    num_rows = num_base_rows(config.model)  # first: a folder that is no language model has no tokenizer either
+    vocabulary = load_tokenizer(config.model.llm.path, added, config.model.cache_dir)
+    surplus = check_surplus(config.model, vocabulary, num_rows)
+    data = config.data
+    if surplus.learned and world.is_main:
+        log.warning("%s", surplus)
+    template = load_template(
+        data.template,
+        vocabulary.tokenizer,
+        placeholders=data.placeholders,
+        media_wrap=data.media_wrap,
+        allowed=added,
+        state_tokens=data.state_tokens,
+        unread=surplus.unread,
+    )
+    card = draw_card(
+        config.model,
+        config.lora,
+        plan_vocabulary(config.model, vocabulary, num_rows),
+        tokens=added,
+        stop_ids=template.stop_ids,
+        pad_id=pad_id(vocabulary.tokenizer),
+        quantize=config.quantize,
+    )
+    return template, card
 
 
 def pools_of(dataset: MultimodalDataset, config: RunConfig) -> tuple[Pool, ...]:
