@@ -20,9 +20,10 @@ from data.formats import freeze_date
 from data.limits import load_json
 from data.media import RecordMedia
 from data.record import MediaRef, Record, parse
+from data.rounds import THOUGHTFUL
 from data.sample import Sample, assemble, check_media
 from data.state_tokens import split_state
-from data.template import THOUGHTFUL, Template, load_template
+from data.template import Template, load_template
 from data.tokenizer import check_fingerprint, fingerprint, load_tokenizer, pad_id, save_tokenizer
 from model.batch import Batch, MediaSpec, spec_from_json, spec_to_json
 

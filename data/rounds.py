@@ -96,3 +96,7 @@ def stand_in(turn: Turn, tags: re.Pattern[str]) -> Turn:
     parts[::2] = [re.sub(r"\S(?:.*\S)?", "x", part, flags=re.DOTALL) for part in parts[::2]]
     extra = {key: "x" if isinstance(value, str) else value for key, value in turn.extra.items()}
     return Turn("assistant", "".join(parts), extra=extra)
+
+
+THOUGHTFUL = Turn("assistant", "<think>\nx\n</think>\n\nx")
+"""An answer that begins with a thought, for `Template.prompt`."""

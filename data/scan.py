@@ -15,7 +15,6 @@ import numpy as np
 
 from data.borders import (
     BOM,
-    array_borders,
     array_start,
     check_encoding,
     count_lines,
@@ -26,8 +25,9 @@ from data.borders import (
 from data.config import DataError
 from data.estimate import Plans, by_parsing, plan_records
 from data.events import Events, find_events, nesting
+from data.exact_scan import one_by_one, plan_record
 from data.limits import MAX_RECORD_BYTES
-from data.table import KINDS, Table
+from data.table import Table
 
 Advance = Callable[[int], object]
 """Is told how many bytes of a file have been dealt with."""
@@ -72,7 +72,7 @@ def scan(path: Path, advance: Advance) -> Table:
     try:
         table = _assembled(_parts(data, at, path, advance), count_lines(data, 0, at))
     except _Irregular:
-        table = _one_by_one(data, first, path)
+        table = one_by_one(data, first, path)
     if not len(table):
         raise DataError(f"{path}: holds no record")
     return table
@@ -146,7 +146,7 @@ def _line_alone(data: mmap.mmap, at: int, is_first: bool, name: str) -> _Part:
 
 def _alone(data: mmap.mmap, at: int, start: int, stop: int) -> _Part:
     """The record at [start, stop) as all that a window at `at` holds."""
-    tokens, counts = _plan(data, start, stop)
+    tokens, counts = plan_record(data, start, stop)
     plans = Plans(np.array([tokens], dtype=np.int32), np.array([counts], dtype=np.int16))
     line = count_lines(data, at, start)
     return _Part(
@@ -158,11 +158,6 @@ def _alone(data: mmap.mmap, at: int, start: int, stop: int) -> _Part:
         lines=line + count_lines(data, start, stop),
         is_last=stop == len(data),
     )
-
-
-def _plan(data: mmap.mmap, start: int, stop: int) -> tuple[int, tuple[int, ...]]:
-    """Text tokens and media of one record. What is too large is refused when it is read: no copy is made, no room planned."""
-    return (1, (0,) * len(KINDS)) if stop - start > MAX_RECORD_BYTES else by_parsing(data[start:stop])
 
 
 def _array_window(window: np.ndarray, is_first: bool, is_end: bool) -> _Part | None:
@@ -254,17 +249,3 @@ def _stripped(window: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np
         line = window[low[i] : high[i]].tobytes()
         low[i], high[i] = low[i] + len(line) - len(line.lstrip()), high[i] - len(line) + len(line.rstrip())
     return low, np.maximum(low, high)
-
-
-def _one_by_one(data: mmap.mmap, first: int, path: Path) -> Table:
-    """The same without numpy; raises `DataError` where an array is broken."""
-    line, seen, rows, media = 1, 0, [], []
-    for start, stop in (array_borders if path.suffix.lower() == ".json" else line_borders)(data, first, str(path)):
-        line += count_lines(data, seen, start)
-        seen = start
-        tokens, counts = _plan(data, start, stop)
-        rows.append((start, stop, line, tokens))
-        media.append(counts)
-    columns = np.array(rows, dtype=np.int64).reshape(-1, 4)
-    per_kind = np.array(media, dtype=np.int16).reshape(-1, len(KINDS))
-    return Table(columns[:, 0], columns[:, 1], columns[:, 2], columns[:, 3].astype(np.int32), per_kind)

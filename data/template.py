@@ -23,9 +23,6 @@ from data.state_tokens import STATE_TOKENS, check_state_tokens
 from data.tokens import Tokens, supervise, tokenize
 from model.batch import PLACEHOLDERS, READ_BY
 
-THOUGHTFUL = Turn("assistant", "<think>\nx\n</think>\n\nx")
-"""An answer that begins with a thought, for `Template.prompt`."""
-
 _NOTHING = re.compile("(?!)")
 
 

@@ -19,9 +19,9 @@ from tests.ranks import run_ranks
 from tests.tiny_data import datasets, talk
 from trainer import plan_lengths
 from trainer.distributed import World
+from trainer.feeding import check_fed
 from trainer.plan_lengths import agree
 from trainer.quarantine import NAME, Quarantine, read_rows
-from trainer.sources import check_fed
 
 IMAGE, VIDEO, AUDIO = 1, 2, 4
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from data.processor import Processor, load_processor
 from data.record import Record, RecordError, Turn, parse
-from data.template import THOUGHTFUL
+from data.rounds import THOUGHTFUL
 from model.batch import PLACEHOLDERS
 from model.config import ConfigError
 from model.multimodal import MultimodalLM

@@ -19,8 +19,9 @@ from data.lengths import read_measurements
 from data.mixing import Pool
 from trainer.config import RunConfig
 from trainer.distributed import World
+from trainer.feeding import PARTS, carried
 from trainer.quarantine import FLOOR, TRAIN, VALIDATION
-from trainer.sources import PARTS, RunData, carried
+from trainer.sources import RunData
 from trainer.too_long import Lengths, Media, large_media, never_fed, refusal, surely
 
 MAX_RECORDS, MAX_SECONDS = 2000, 5.0

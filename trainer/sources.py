@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 from data.certificate import certify
 from data.config import DataError, SourceConfig
@@ -16,26 +13,23 @@ from data.dataset import MultimodalDataset, open_dataset
 from data.lengths import ESTIMATED
 from data.mixing import Pool, make_pools
 from data.processor import Processor, make_processor
-from data.record import RecordError
 from data.sampler import Sampler
 from data.template import Template, load_template
 from data.tokenizer import load_tokenizer, pad_id
-from model.batch import PLACEHOLDERS, READ_BY
+from model.batch import PLACEHOLDERS
 from model.card import ModelCard, base_digests, draw_card, media_specs, read_card
-from model.config import ConfigError, ModelConfig
+from model.config import ConfigError
 from model.files import sampled_digest
 from model.llm import check_positions
-from model.multimodal import ENCODERS
 from trainer import plan_lengths
 from trainer.config import RunConfig
 from trainer.distributed import World
+from trainer.feeding import UnfedError, carried, check_fed, refused_records
 from trainer.quarantine import TRAIN, VALIDATION, read_excluded
 from trainer.stages import Place
 from trainer.vocabulary import check_surplus, num_base_rows, plan_vocabulary
 
 log = logging.getLogger(__name__)
-PARTS = {"image": "vision", "audio": "audio"}
-"""The part that reads each modality."""
 
 
 @dataclass(frozen=True)
@@ -178,10 +172,6 @@ def given_digests(card: ModelCard) -> dict[str, str]:
     return found
 
 
-class UnfedError(ConfigError):
-    """No record feeds a part."""
-
-
 def certify_all(data: RunData, config: RunConfig, alive: Callable[[str], object] = lambda at: None) -> list[str]:
     """One line per source: what was proven of its rows; `alive` is told which row is next.
 
@@ -209,61 +199,3 @@ def added_tokens(config: RunConfig) -> tuple[str, ...]:
     inherited = read_card(Path(config.model.init_from)).tokens if config.model.init_from else ()
     placeholders = tuple(PLACEHOLDERS[modality] for modality in media_specs(config.model))
     return tuple(dict.fromkeys((*inherited, *placeholders, *config.model.llm.new_tokens)))
-
-
-def carried(model: ModelConfig) -> frozenset[str]:
-    """Modalities whose frozen parts an earlier run has trained: they come along, also where nothing is fed to them."""
-    frozen = {name for name, part in model.parts().items() if part.tune == "frozen"}
-    return frozenset(kind for kind, names in ENCODERS.items() if model.init_from and frozen.issuperset(names))
-
-
-def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...], carried: Collection[str] = ()) -> None:
-    """A configured part that no record feeds is a mistake, unless it is `carried`, and so is a medium that no part reads."""
-    if not any(len(pool.ids) for pool in pools):
-        raise DataError("data.sources hold no records: there is nothing to train on")
-    found = {pool.name: int(np.bitwise_or.reduce(dataset.modalities[pool.ids])) for pool in pools if len(pool.ids)}
-    # The n-th kind of medium is bit n of what an index says of its records.
-    kinds = {kind: [name for name, bits in found.items() if bits >> n & 1] for n, kind in enumerate(PLACEHOLDERS)}
-    for modality in dataset.specs:
-        read = [kind for kind in PLACEHOLDERS if READ_BY[kind] == modality]
-        if modality not in carried and not any(kinds[kind] for kind in read):
-            raise UnfedError(
-                f"[model.{PARTS[modality]}] can never be fed: no record of data.sources has {' or '.join(map(_one, read))}; "
-                "remove the part or add data"
-            )
-    for n, (kind, names) in enumerate(kinds.items()):
-        if names and READ_BY[kind] not in dataset.specs:
-            ids = np.concatenate([pool.ids for pool in pools])
-            held = ids[dataset.modalities[ids] >> n & 1 > 0]
-            _, index, row = dataset.place(int(held[0]))
-            raise ConfigError(
-                f"records of data.sources {', '.join(map(repr, names))} have {_one(kind)}, but no "
-                f"[model.{PARTS[READ_BY[kind]]}] is configured to read them: {len(held):,} in all, the first at {index.where(row)}"
-            )
-
-
-def refused_records(dataset: MultimodalDataset, pools: Sequence[Pool], count: int = 200) -> tuple[float, str]:
-    """Which share of up to `count` records, spread over all, break the rules, and the reasons with their numbers and the first of
-    each; nothing where all are good.
-    """
-    ids = np.concatenate([pool.ids for pool in pools])
-    looked_at = ids[:: -(-len(ids) // count)]
-    found: dict[str, list[str]] = {}
-    for i in looked_at:
-        try:
-            dataset.record(int(i))
-        except RecordError as error:
-            found.setdefault(SPECIFIC.sub("...", f"{error.field}: {error.reason}"), []).append(str(error))
-    reasons = sorted(found.values(), key=len, reverse=True)
-    told = "; ".join(f"{len(errors):,} as {errors[0]}" for errors in reasons[:3])
-    num = sum(map(len, reasons))
-    said = f"{num:,} of {len(looked_at):,} records looked at break the rules: {told}" if num else ""
-    return num / len(looked_at), said
-
-
-SPECIFIC = re.compile(r"'[^']*'|\d+")
-"""What differs in the reasons of records that break the same rule."""
-
-
-def _one(kind: str) -> str:
-    return {"video": "a video", "audio": "an audio clip"}.get(kind, f"an {kind}")
