@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model import load_model
 from model.card import read_card
-from model.export_llm import inherits_llm
+from model.export_llm import inherited_parts
 from model.trained import trained_files
 from tests.finals import same, values
 from tests.ranks import kill_ranks_when, run_ranks
@@ -152,9 +152,9 @@ def test_an_adapter_on_trained_weights_is_still_known_from_them(whole: Path) -> 
     folder = whole / "final"
     files = trained_files(folder, read_card(folder))
     assert len(files["lora.safetensors"]) == 28 and all(".lora_" in name for name in files["lora.safetensors"])
-    assert inherits_llm(folder, read_card(folder))
+    assert "llm" in inherited_parts(folder, read_card(folder))
     first = whole / "stages" / "02-adapt" / "final"
-    assert not inherits_llm(first, read_card(first))
+    assert "llm" not in inherited_parts(first, read_card(first))
 
 
 def test_in_bfloat16_what_was_merged_is_rounded_once(parts: Path, tmp_path: Path) -> None:
