@@ -1,6 +1,6 @@
 """Installs `model`, `data`, `trainer` and `tools`. Versions are pinned in constraints.txt, in no other place."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 EXTRAS = {
     "media": ["av"],
@@ -20,7 +20,7 @@ setup(
     description="A trainer for vision-language models by hand on raw PyTorch",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["model", "data", "trainer", "tools"],
+    packages=find_packages(include=["model*", "data*", "trainer*", "tools*"]),
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.anyres import TileMap, map_rows, map_weights, tile_map
+from model.tile_tokens import TileMap, map_rows, map_weights, tile_map
 
 IGNORE_INDEX = -100
 PLACEHOLDERS = {"image": "<image>", "video": "<video>", "audio": "<audio>"}

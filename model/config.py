@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 OUR_ATTENTION = ("sdpa", "varlen")
-"""Values of `model.attention` that mean `model.attention` itself; `varlen` says that rows are packed."""
+"""Values of `model.llm.attention` that mean `model.llm.attention` itself; `varlen` says that rows are packed."""
 
 
 class ConfigError(Exception):

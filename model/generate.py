@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from model.attention import masked_attention
+from model.llm.attention import masked_attention
 
 
 def generate(

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from model.bases import base_layers
 from model.build import DTYPES, assemble, resolve_dtype
 from model.card import ModelCard, read_card
 from model.config import ConfigError, QuantizeConfig
-from model.files import Tensors
+from model.files.tensor_files import Tensors
 from model.multimodal import MultimodalLM
-from model.origins import run_layers, saved_tensors
-from model.weights import find_values, materialise, resolve
+from model.weights.bases import base_layers
+from model.weights.materialise import find_values, materialise, resolve
+from model.weights.origins import run_layers, saved_tensors
 
 
 def load_model(

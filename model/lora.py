@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.bounded import shown
 from model.config import ConfigError, LoraConfig
+from model.files.untrusted import shown
 
 ALL_LINEAR = "all-linear"
 SUFFIXES = (".lora_A", ".lora_B")

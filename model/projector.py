@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from model.batch import ImageSpec
 from model.config import ConfigError, VisionProjectorConfig
-from model.grid_projector import SHRINK, ConvMlp, PixelShuffleMlp, PoolMlp
-from model.resampler import QUERIES, Resampler
+from model.vision.grid_projector import SHRINK, ConvMlp, PixelShuffleMlp, PoolMlp
+from model.vision.resampler import QUERIES, Resampler
 
 SETTING = "model.vision_projector"
 GRID_KINDS: dict[str, Callable[[int, int], nn.Module]] = {

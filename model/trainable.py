@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from model.config import LoraConfig, ModelConfig
+from model.llm.new_tokens import is_new_rows
+from model.llm.quantized_linear import num_parameters
 from model.lora import is_adapter, learning_biases
 from model.multimodal import MultimodalLM
-from model.new_tokens import is_new_rows
-from model.quantized import num_parameters
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.files import dump_json
-from model.manifest import NAME
+from model.files.manifest import NAME
+from model.files.tensor_files import dump_json
 
 
 @dataclass(frozen=True)

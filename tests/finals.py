@@ -20,12 +20,12 @@ from data.tokenizer import load_tokenizer, pad_id, save_tokenizer
 from model.build import DTYPES, assemble
 from model.card import ModelCard, base_digests, draw_card, media_specs, write_card
 from model.config import LlmConfig, LoraConfig, ModelConfig, QuantizeConfig, VisionConfig, VisionProjectorConfig
-from model.llm import Vocabulary
-from model.manifest import write_manifest
+from model.files.manifest import write_manifest
+from model.files.shards import WEIGHTS, write_shard
+from model.llm.causal_lm import Vocabulary
 from model.multimodal import MultimodalLM
-from model.origins import weight_layers
-from model.shards import WEIGHTS, write_shard
-from model.weights import materialise
+from model.weights.materialise import materialise
+from model.weights.origins import weight_layers
 from tests.tiny import save_llm, save_tower
 from tests.tiny_tokenizers import NAMES
 from trainer.distributed import World

@@ -32,11 +32,11 @@ from data.sample import Sample
 from model.batch import AudioSpec, MediaSpec
 from model.card import read_card
 from model.config import ConfigError
-from model.files import Rows, read_weights
-from model.llm import hugging_face_config
-from model.manifest import NAME as MANIFEST
-from model.manifest import UnsoundCheckpoint, verify, write_manifest
-from model.shards import checkpoint_tensors, write_shard
+from model.files.manifest import NAME as MANIFEST
+from model.files.manifest import UnsoundCheckpoint, verify, write_manifest
+from model.files.shards import checkpoint_tensors, write_shard
+from model.files.tensor_files import Rows, read_weights
+from model.llm.causal_lm import hugging_face_config
 from tests.hostile import png
 from tests.runs import tables
 from tests.tiny_data import SPEC, SPECS, grey, talk, template

@@ -27,9 +27,9 @@ from data.blob import Blob
 from data.config import ConfigError, DataConfig
 from data.estimate import media_tokens
 from data.record import MediaRef
-from model.anyres import tile_map
 from model.batch import ImageSpec, Media, MediaMeta, num_tokens, row_width, token_rows, token_weights
 from model.splice import taken
+from model.tile_tokens import tile_map
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SPEC = ImageSpec(20, 5, 1, "patch", "shortest_edge", MEAN, STD, newline=True)

@@ -20,8 +20,8 @@ from data.config import DataConfig
 from data.processor import load_processor
 from model.batch import IGNORE_INDEX, Batch
 from model.config import ConfigError, ModelConfig
-from model.export_hf import model_config, weights, write_weights
-from model.files import dump_json
+from model.exports.hugging_face import model_config, weights, write_weights
+from model.files.tensor_files import dump_json
 from model.load import load_model
 from tests.finals import Run, build, config_of, same, save_checkpoint, save_final, save_parts, trained, values
 from tests.ranks import run_ranks

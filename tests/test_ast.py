@@ -13,7 +13,7 @@ FILES = [
     *(path for folder in ("model", "data", "trainer", "tools") for path in sorted((ROOT / folder).rglob("*.py"))),
     ROOT / "setup.py",
 ]
-READER = "model/files.py"
+READER = "model/files/tensor_files.py"
 """The one file that reads other people's pickled weights."""
 STARTERS = {"tools/demo.py", "tools/demo_omni.py", "tools/demo_runs.py", "tools/omni_runs.py", "tools/bench_checkpoint.py"}
 """Files that start other programs: commands as lists, never through a shell."""

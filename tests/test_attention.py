@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from data.collate import collate, collate_packed
 from data.loader import BatchPlan
 from data.sample import Sample
-from model import attention
-from model.attention import packed_attention
 from model.batch import IGNORE_INDEX, Batch
 from model.build import assemble, build_model
 from model.card import draw_card
 from model.config import ConfigError, LlmConfig, LoraConfig, ModelConfig
-from model.llm import Vocabulary
+from model.llm import attention
+from model.llm.attention import packed_attention
+from model.llm.causal_lm import Vocabulary
 from model.multimodal import MultimodalLM
-from model.origins import weight_layers
-from model.weights import materialise
+from model.weights.materialise import materialise
+from model.weights.origins import weight_layers
 from tests.ranks import run_ranks
 from tests.test_equivalence import config_of, make_sample
 from tests.test_trainable import ALONE

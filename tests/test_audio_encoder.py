@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import WhisperModel
 
-from model.audio import AudioEncoder, audio_config, audio_spec
-from model.audio_projector import build_audio_projector, mean_of_pairs, projector_strides
-from model.bases import audio_tensors
+from model.audio.encoder import AudioEncoder, audio_config, audio_spec
+from model.audio.projector import build_audio_projector, mean_of_pairs, projector_strides
 from model.batch import AudioSpec, MediaMeta, num_tokens, row_frames, row_shape, row_tokens, row_width, token_rows
 from model.config import AudioConfig, AudioProjectorConfig, ConfigError
-from model.initial import initial_tensors
-from model.weights import Layer, materialise, parameters_on_meta
+from model.weights.bases import audio_tensors
+from model.weights.initial_values import initial_tensors
+from model.weights.materialise import Layer, materialise, parameters_on_meta
 from tests.tiny_audio import MELS, joined, save_qwen2_audio, save_whisper, wave
 
 CLIPS = [0.3, 0.37, 3.54, 29.9, 65.0]  # an odd number of frames is where a stride could reach past the end

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from model import read_back, shards
-from model.manifest import file_facts, verify
-from model.read_back import BadShard
-from model.shards import Chunks, ShardPlan, plan_shard, write_shard
+from model.files import shards
+from model.files import verified_write as read_back
+from model.files.manifest import file_facts, verify
+from model.files.shards import Chunks, ShardPlan, plan_shard, write_shard
+from model.files.verified_write import BadShard
 from tests.ranks import run_ranks
 from tests.runs import start
 from tests.test_checkpoint import CARD, Nothing, toy

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from data.collate import collate
 from data.sample import Sample, SampleMedia
-from model.audio_projector import convolved
+from model.audio.projector import convolved
 from model.batch import IGNORE_INDEX, AudioSpec, MediaMeta, num_tokens, row_width, token_rows
 from model.build import assemble
 from model.card import draw_card
@@ -25,10 +25,10 @@ from model.config import (
     VisionConfig,
     VisionProjectorConfig,
 )
-from model.llm import Vocabulary
+from model.llm.causal_lm import Vocabulary
 from model.multimodal import MultimodalLM
-from model.origins import weight_layers
-from model.weights import materialise
+from model.weights.materialise import materialise
+from model.weights.origins import weight_layers
 from tests.ranks import run_ranks
 from tests.test_equivalence import noise
 from tests.tiny import save_llm, save_tower

@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor
 
 from model.card import ModelCard
 from model.config import LlmConfig, LoraConfig, ModelConfig
-from model.files import Entry, write_safetensors
-from model.llm import Vocabulary
-from model.manifest import UnsoundCheckpoint, verify, write_manifest
-from model.shards import checkpoint_tensors, write_shard
+from model.files.manifest import UnsoundCheckpoint, verify, write_manifest
+from model.files.shards import checkpoint_tensors, write_shard
+from model.files.tensor_files import Entry, write_safetensors
+from model.llm.causal_lm import Vocabulary
 from tests.ranks import run_ranks
 from tests.runs import start, start_alone
 from trainer import checkpoint as module

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from model.manifest import verify, write_manifest
-from model.shards import WEIGHTS, weight_tensors, write_shard
+from model.files.manifest import verify, write_manifest
+from model.files.shards import WEIGHTS, weight_tensors, write_shard
 from tests.corruptions import KINDS, Others, corrupt
 from tests.ranks import run_ranks
 from tests.runs import start

@@ -16,7 +16,7 @@ import torch
 from data.dataset import Rejected
 from model.card import ModelCard
 from model.config import LlmConfig, LoraConfig, ModelConfig
-from model.llm import Vocabulary
+from model.llm.causal_lm import Vocabulary
 from tests.file_log import Event, State, distinct, in_order, killed, power_cuts, recorded, write_state
 from tests.ranks import run_ranks
 from tests.test_checkpoint import toy

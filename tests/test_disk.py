@@ -16,8 +16,8 @@ import torch
 
 from model.card import ModelCard
 from model.config import LlmConfig, LoraConfig, ModelConfig
-from model.llm import Vocabulary
-from model.manifest import verify
+from model.files.manifest import verify
+from model.llm.causal_lm import Vocabulary
 from tests.ranks import run_ranks
 from tests.test_checkpoint import toy
 from trainer import disk

@@ -16,10 +16,10 @@ from model.batch import IGNORE_INDEX, Batch, MediaMeta, num_tokens
 from model.build import assemble
 from model.card import draw_card
 from model.config import LlmConfig, LoraConfig, ModelConfig, QuantizeConfig, VisionConfig, VisionProjectorConfig
-from model.llm import Vocabulary
+from model.llm.causal_lm import Vocabulary
 from model.multimodal import MultimodalLM
-from model.origins import weight_layers
-from model.weights import materialise
+from model.weights.materialise import materialise
+from model.weights.origins import weight_layers
 from tests.ranks import run_ranks
 from tests.tiny import save_llm, save_tower
 from trainer.config import OptimConfig, ParallelConfig

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import model.files
 from model.build import build_model
+from model.files import tensor_files
 from tests.finals import NO_LORA, Run, build, config_of, same, save_checkpoint, save_final, save_parts, trainable, trained, values
 from tools.export_adapter import main as export
 from tools.merge_lora import main as merge
@@ -96,11 +96,11 @@ def test_of_a_sharded_checkpoint_nothing_else_is_read(parts: Path, tmp_path: Pat
 
             return Slice()
 
-    safe_open = model.files.safe_open
-    monkeypatch.setattr(model.files, "safe_open", Recorder)
+    safe_open = tensor_files.safe_open
+    monkeypatch.setattr(tensor_files, "safe_open", Recorder)
     digested: list[str] = []
-    digest = model.files.file_digest
-    monkeypatch.setattr("model.manifest.file_digest", lambda path: digested.append(path.name) or digest(path))
+    digest = tensor_files.file_digest
+    monkeypatch.setattr("model.files.manifest.file_digest", lambda path: digested.append(path.name) or digest(path))
     assert export([str(folder), str(tmp_path / "out")]) == 0
     assert read == {f"weights/vision_projector.{name}" for name in ("0.weight", "0.bias", "2.weight", "2.bias")}
     assert digested == []

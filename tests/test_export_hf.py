@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration
 
-from model.export_hf import write_weights
+from model.exports.hugging_face import write_weights
 from model.load import load_model
 from tests.finals import Run, config_of, same, save_checkpoint, save_final, save_parts, trained
 from tests.tiny_data import talk
@@ -154,7 +154,7 @@ def test_weights_are_rounded_once_and_a_tied_head_is_left_out(tmp_path: Path) ->
 
 
 def test_large_weights_are_written_in_shards(parts: Path, tmp_path: Path) -> None:
-    from model.export_hf import weights
+    from model.exports.hugging_face import weights
 
     folder = save_final(trained(config_of(parts)), tmp_path)
     export([str(folder), str(tmp_path / "hf"), "--for", "hf"])

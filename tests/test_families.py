@@ -16,11 +16,11 @@ from model.batch import IGNORE_INDEX, Batch
 from model.build import assemble
 from model.card import draw_card
 from model.config import ConfigError, LlmConfig, LoraConfig, ModelConfig
-from model.llm import Vocabulary, build_llm, check_supported, head_weight, hugging_face_config
-from model.logits import LogitChange, logit_change
+from model.llm.causal_lm import Vocabulary, build_llm, check_supported, head_weight, hugging_face_config
+from model.logit_scaling import LogitChange, logit_change
 from model.loss import text_term
-from model.origins import weight_layers
-from model.weights import materialise
+from model.weights.materialise import materialise
+from model.weights.origins import weight_layers
 from tests.ranks import run_ranks
 from tests.test_llm import BASE, TOLERANCE, gradients, ours, theirs
 from tests.test_loss import case

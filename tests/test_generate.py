@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, LlavaForConditionalGeneration
 
 from data.processor import Processor
-from model.attention import NAME
+from model.llm.attention import NAME
 from model.load import load_model
 from model.multimodal import MultimodalLM
 from tests.finals import build, config_of, save_final, save_parts

@@ -16,7 +16,7 @@ from data.loader import BatchPlan
 from data.sampler import Sampler
 from model.batch import AudioSpec, ImageSpec
 from model.multimodal import MultimodalLM
-from model.vision import VisionTower
+from model.vision.tower import VisionTower
 from tests.ranks import run_ranks
 from tests.runs import Start, start, start_alone
 from tests.test_resume import LORA, weights

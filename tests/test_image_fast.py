@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from model.batch import ImageSpec
-from model.pixels import normalised
+from model.vision.normalise import normalised
 from tests.pictures import CLIP, SIGLIP, SIZES, encoded, loaded, noise
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import attention
-from model.attention import causal_attention
 from model.build import build_model
 from model.config import ConfigError, LlmConfig, LoraConfig, ModelConfig
+from model.llm import attention
+from model.llm.attention import causal_attention
 from model.multimodal import MultimodalLM
 from tests.test_router import MIXTURES, save_mixture
 from tests.test_trainable import ALONE

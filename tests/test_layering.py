@@ -111,7 +111,7 @@ def test_nothing_unpickles_evaluates_or_starts_a_shell() -> None:
             assert called not in {"eval", "exec", "pickle.load", "pickle.loads", "os.system", "os.popen"}, path
             assert keywords.get("shell", "False") == "False" and keywords.get("trust_remote_code", "False") == "False", path
         assert not imports(path) & {"pickle", "shelve", "marshal"}, path
-    assert readers == ["model.files"]
+    assert readers == ["model.files.tensor_files"]
 
 
 def test_the_contract_is_cheap_to_import() -> None:

@@ -25,10 +25,10 @@ from model.config import (
     VisionConfig,
     VisionProjectorConfig,
 )
-from model.llm import Vocabulary
+from model.llm.causal_lm import Vocabulary
 from model.multimodal import MultimodalLM
-from model.origins import weight_layers
-from model.weights import materialise
+from model.weights.materialise import materialise
+from model.weights.origins import weight_layers
 from tests.ranks import run_ranks
 from tests.runs import save_parts
 from tests.tiny_audio import save_whisper

@@ -18,11 +18,11 @@ from data.rows import RowError, decoded
 from data.scan import scan
 from data.sidecar import read_arrays, write_arrays
 from data.tokenizer import load_tokenizer
-from model import bounded
 from model.config import ConfigError
-from model.files import read_weights
-from model.hub import find_file, read_json
-from model.llm import hugging_face_config
+from model.files import untrusted as bounded
+from model.files.hub import find_file, read_json
+from model.files.tensor_files import read_weights
+from model.llm.causal_lm import hugging_face_config
 from tests.tiny_data import dataset, talk
 from trainer.toml_files import MAX_OVERRIDE, apply_override, read_toml, to_toml
 

@@ -9,11 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from model import attention, loss
+from model import loss
 from model.batch import IGNORE_INDEX, Batch
 from model.build import build_model
 from model.config import ConfigError, LlmConfig, ModelConfig
-from model.llm import Vocabulary, build_llm, check_causal, check_positions, head_weight, hugging_face_config, positions_note
+from model.llm import attention
+from model.llm.causal_lm import (
+    Vocabulary,
+    build_llm,
+    check_causal,
+    check_positions,
+    head_weight,
+    hugging_face_config,
+    positions_note,
+)
 from model.multimodal import MultimodalLM
 from tests.tiny import LLMS, SIZES, VOCAB, save_llm
 

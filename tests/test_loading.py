@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import files
 from model.build import assemble, build_model
 from model.card import draw_card
 from model.config import LoraConfig
-from model.files import Rows, Tensors
-from model.llm import Vocabulary
-from model.origins import weight_layers
-from model.weights import materialise
+from model.files import tensor_files as files
+from model.files.tensor_files import Rows, Tensors
+from model.llm.causal_lm import Vocabulary
+from model.weights.materialise import materialise
+from model.weights.origins import weight_layers
 from tests.ranks import run_ranks
 from tests.test_equivalence import config_of
 from tests.tiny import save_llm, save_tower

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from data import load_processor
 from model import load_model
-from model.files import dump_json
+from model.files.tensor_files import dump_json
 from tests.ranks import run_ranks
 from tests.runs import start, start_alone
 from tests.test_equivalence import step_batches

@@ -54,8 +54,8 @@ def test_a_merge_that_changes_the_model_is_a_failed_proof(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save_final(trained(config_of(parts)), tmp_path)
-    right = sys.modules["model.weights"].merge_rows  # type: ignore[attr-defined]
-    monkeypatch.setattr("model.weights.merge_rows", lambda w, a, b, scale: right(w, a, b, scale / 2))
+    right = sys.modules["model.weights.materialise"].merge_rows  # type: ignore[attr-defined]
+    monkeypatch.setattr("model.weights.materialise.merge_rows", lambda w, a, b, scale: right(w, a, b, scale / 2))
     assert merge([str(folder), str(tmp_path / "out")]) == 70
     assert "merged and unmerged model: logits differ" in capsys.readouterr().err and not (tmp_path / "out").exists()
 

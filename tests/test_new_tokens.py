@@ -21,11 +21,11 @@ from model.batch import IGNORE_INDEX, Batch
 from model.build import assemble, build_model
 from model.card import draw_card
 from model.config import ConfigError, LlmConfig, LoraConfig, ModelConfig
-from model.llm import Vocabulary
+from model.llm.causal_lm import Vocabulary
 from model.load import load_model
 from model.multimodal import MultimodalLM
-from model.origins import weight_layers
-from model.weights import materialise
+from model.weights.materialise import materialise
+from model.weights.origins import weight_layers
 from tests.finals import Run, config_of, save_checkpoint, save_final, save_parts, trained
 from tests.ranks import run_ranks
 from tests.runs import failure_of, start_alone

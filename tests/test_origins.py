@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model import proof
 from model.build import build_model
 from model.card import read_card, write_card
 from model.config import ConfigError, LlmConfig, LoraConfig, ModelConfig
+from model.exports.trained_files import trained_files
+from model.files import proof
 from model.load import load_model, settled
 from model.multimodal import MultimodalLM
-from model.trained import trained_files
 from tests.finals import NO_LORA, build, config_of, same, save_checkpoint, save_final, save_parts, trainable, trained, values
 
 

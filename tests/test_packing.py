@@ -21,7 +21,7 @@ from model.batch import IGNORE_INDEX
 from model.build import assemble
 from model.card import draw_card
 from model.config import LlmConfig, LoraConfig, ModelConfig, VisionConfig, VisionProjectorConfig
-from model.llm import Vocabulary
+from model.llm.causal_lm import Vocabulary
 from tests.ranks import run_ranks
 from tests.runs import merged, start
 from tests.test_config import MINIMAL, problems

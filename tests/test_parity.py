@@ -21,7 +21,7 @@ from data.config import DataConfig
 from data.dataset import open_dataset
 from data.sample import Sample
 from model.batch import IGNORE_INDEX, Batch
-from model.export_hf import PREFIXES
+from model.exports.hugging_face import PREFIXES
 from tests.finals import Run, build, config_of, save_final, save_parts, trainable
 from tests.tiny_data import source, talk
 from tools.export_adapter import main as export

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from model import load_model
 from model.config import ConfigError
-from model.shards import weight_tensors
+from model.files.shards import weight_tensors
 from tests.ranks import run_ranks
 from tests.runs import failure_of, start, start_alone, tables
 from trainer.distributed import World

@@ -16,7 +16,7 @@ from data.record import MediaRef
 from model.batch import AudioSpec, Batch, ImageSpec
 from model.build import build_model
 from model.config import LlmConfig, ModelConfig, VisionConfig, VisionProjectorConfig
-from model.pixels import normalised
+from model.vision.normalise import normalised
 from tests.tiny import save_llm, save_tower
 from tests.tiny_data import SPECS, dataset, sample, talk
 

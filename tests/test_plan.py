@@ -19,10 +19,10 @@ from model.batch import IGNORE_INDEX, Batch
 from model.build import DTYPES, assemble
 from model.card import ModelCard, draw_card
 from model.config import LlmConfig, LoraConfig, ModelConfig, QuantizeConfig, VisionConfig, VisionProjectorConfig
-from model.llm import Vocabulary
+from model.llm.causal_lm import Vocabulary
 from model.multimodal import MultimodalLM
-from model.origins import weight_layers
-from model.weights import materialise
+from model.weights.materialise import materialise
+from model.weights.origins import weight_layers
 from tests.ranks import run_ranks
 from tests.runs import start, tables
 from tests.test_router import save_mixture

@@ -21,10 +21,10 @@ from data.sample import Sample, SampleMedia
 from model.batch import IGNORE_INDEX, ImageSpec, MediaMeta, num_tokens
 from model.build import build_model
 from model.config import ConfigError, LlmConfig, LoraConfig, ModelConfig, VisionConfig, VisionProjectorConfig
-from model.initial import initial_tensors
 from model.load import load_model
 from model.multimodal import MultimodalLM
 from model.projector import GRID_KINDS, build_vision_projector, shrunk
+from model.weights.initial_values import initial_tensors
 from tests.finals import build, config_of, same, save_checkpoint, save_final, save_parts, trained, values
 from tests.test_equivalence import step_batches
 from tests.test_trainable import ALONE

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model import quantize
 from model.config import ConfigError, QuantizeConfig
-from model.files import Rows, in_memory
-from model.quantize import BLOCK, Packed, dense, dequantised, layout, pack, product
+from model.files.tensor_files import Rows, in_memory
+from model.llm import quantize
+from model.llm.quantize import BLOCK, Packed, dense, dequantised, layout, pack, product
 
 FOUR = [QuantizeConfig(4, kind, double) for kind in ("nf4", "fp4") for double in (True, False)]  # type: ignore[arg-type]
 EIGHT = QuantizeConfig(8)

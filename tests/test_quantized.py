@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM
 from model.build import build_model
 from model.card import read_card
 from model.config import ConfigError, LlmConfig, LoraConfig, ModelConfig, QuantizeConfig
-from model.files import in_memory
-from model.llm import head_weight
+from model.files.tensor_files import in_memory
+from model.llm.causal_lm import head_weight
+from model.llm.quantize import dequantised
+from model.llm.quantized_linear import Quantised, QuantLoraLinear, num_parameters, quantised
 from model.load import load_model
 from model.lora import adapted
 from model.multimodal import MultimodalLM
-from model.quantize import dequantised
-from model.quantized import Quantised, QuantLoraLinear, num_parameters, quantised
 from tests.finals import NO_LORA, Run, build, config_of, save_checkpoint, save_final, save_parts, trained, values
 from tests.test_config import problems
 from tests.test_llm import batch

@@ -16,12 +16,12 @@ from torch import Tensor
 from model.build import assemble
 from model.card import draw_card
 from model.config import LoraConfig, QuantizeConfig
-from model.files import file_digest
-from model.llm import Vocabulary
+from model.files.tensor_files import file_digest
+from model.llm.causal_lm import Vocabulary
+from model.llm.quantized_linear import quantised
 from model.load import load_model
-from model.origins import weight_layers
-from model.quantized import quantised
-from model.weights import materialise
+from model.weights.materialise import materialise
+from model.weights.origins import weight_layers
 from tests.ranks import run_ranks
 from tests.runs import start, start_alone
 from tests.test_equivalence import config_of, run_steps

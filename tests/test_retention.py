@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from model import manifest as manifest_module
-from model.files import dump_json
-from model.manifest import MAX_BYTES, NAME, UnsoundCheckpoint, check_sizes, read_manifest, verify, write_manifest
+from model.files import manifest as manifest_module
+from model.files.manifest import MAX_BYTES, NAME, UnsoundCheckpoint, check_sizes, read_manifest, verify, write_manifest
+from model.files.tensor_files import dump_json
 from tests.ranks import run_ranks
 from trainer import retention
 from trainer.distributed import World

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from model.files import Entry, write_safetensors
-from model.manifest import verify
+from model.files.manifest import verify
+from model.files.tensor_files import Entry, write_safetensors
 from tests.ranks import run_ranks
 from tests.runs import Start, start
 from tests.test_checkpoint import toy

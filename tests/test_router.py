@@ -25,13 +25,13 @@ from model.batch import IGNORE_INDEX, Batch
 from model.build import assemble, build_model
 from model.card import draw_card
 from model.config import ConfigError, LlmConfig, LoraConfig, ModelConfig
-from model.experts import fused, fused_parameters
-from model.files import in_memory, read_weights
-from model.llm import Vocabulary
+from model.files.tensor_files import in_memory, read_weights
+from model.llm.causal_lm import Vocabulary
+from model.llm.experts import fused, fused_parameters
+from model.llm.router_loss import token_owners
 from model.multimodal import MultimodalLM
-from model.origins import weight_layers
-from model.router import token_owners
-from model.weights import materialise
+from model.weights.materialise import materialise
+from model.weights.origins import weight_layers
 from tests.ranks import run_ranks
 from tests.test_trainable import ALONE
 from tests.tiny import SIZES, VOCAB, save_llm, spread

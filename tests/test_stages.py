@@ -12,8 +12,8 @@ from torch import Tensor
 
 from model import load_model
 from model.card import read_card
-from model.export_llm import inherited_parts
-from model.trained import trained_files
+from model.exports.llm_folder import inherited_parts
+from model.exports.trained_files import trained_files
 from tests.finals import same, values
 from tests.ranks import kill_ranks_when, run_ranks
 from tests.runs import Start, failure_of, merged, start, start_alone

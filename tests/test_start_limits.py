@@ -23,8 +23,8 @@ from data.media import RecordMedia
 from data.media_refs import MediaRef
 from data.record import RecordError, parse
 from data.table import Table
-from model.files import Rows
-from model.weights import Layer, materialise, parameters_on_meta
+from model.files.tensor_files import Rows
+from model.weights.materialise import Layer, materialise, parameters_on_meta
 from tests.tiny_data import SPECS, dataset, grey, talk, template
 from trainer import plan_lengths, traffic
 from trainer.distributed import World

@@ -17,10 +17,10 @@ from model.batch import IGNORE_INDEX, AudioSpec, MediaMeta, row_width, token_row
 from model.build import assemble, build_model
 from model.card import draw_card, media_specs
 from model.config import AudioConfig, AudioProjectorConfig, ConfigError, LlmConfig, LoraConfig, ModelConfig, StateHeadConfig
-from model.llm import Vocabulary
+from model.llm.causal_lm import Vocabulary
 from model.multimodal import MultimodalLM
-from model.origins import weight_layers
-from model.weights import materialise
+from model.weights.materialise import materialise
+from model.weights.origins import weight_layers
 from tests.ranks import run_ranks
 from tests.test_router import save_mixture
 from tests.tiny import save_llm

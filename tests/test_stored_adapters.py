@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from model.build import build_model
 from model.config import ConfigError, LlmConfig, LoraConfig, ModelConfig, VisionProjectorConfig
-from model.peft_settings import DEFAULTS, NO_EFFECT, REFUSED, SELECTORS
 from model.projector import build_vision_projector
-from model.projector_files import whole_projector
+from model.weights.peft_settings import DEFAULTS, NO_EFFECT, REFUSED, SELECTORS
+from model.weights.projector_files import whole_projector
 from tests.tiny import save_llm
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "stored_forms.md"

@@ -31,9 +31,9 @@ from data.template import load_template
 from data.tokenizer import load_tokenizer, save_tokenizer
 from model.build import build_model
 from model.config import AudioConfig, AudioProjectorConfig, ConfigError, LlmConfig, ModelConfig, VisionConfig, VisionProjectorConfig
-from model.export_llm import write_llm
-from model.files import in_memory
-from model.quantised_base import dequantised_fp8
+from model.exports.llm_folder import write_llm
+from model.files.tensor_files import in_memory
+from model.weights.quantised_base import dequantised_fp8
 from tests.finals import config_of as run_config
 from tests.finals import save_final, save_parts, trained
 from tests.stored_forms import ENCODER_FORMS, EQUAL, FP8, LLM_FORMS, Form, read, write

@@ -18,7 +18,7 @@ from data.tokenizer import save_tokenizer
 from model import load_model
 from model.batch import IGNORE_INDEX
 from model.build import build_model
-from model.files import read_safetensors
+from model.files.tensor_files import read_safetensors
 from tests.ranks import run_ranks
 from tests.runs import failure_of, merged, start, start_alone
 from tests.test_loop import lines_of

@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from model.bases import tower_tensors
 from model.config import ConfigError, LlmConfig, ModelConfig, VisionConfig, VisionProjectorConfig
-from model.files import in_memory
-from model.positions import resized
-from model.scales import merged, tiles
-from model.towers import TOWERS as KINDS
-from model.vision import VisionTower, vision_config, vision_spec
-from model.weights import Layer, materialise, parameters_on_meta
+from model.files.tensor_files import in_memory
+from model.vision.multi_scale import merged, tiles
+from model.vision.position_embeddings import resized
+from model.vision.tower import VisionTower, vision_config, vision_spec
+from model.vision.tower_kinds import TOWERS as KINDS
+from model.weights.bases import tower_tensors
+from model.weights.materialise import Layer, materialise, parameters_on_meta
 from tests.ranks import run_ranks
 from tests.test_equivalence import run_steps
 from tests.tiny import TOWER_SIZES, TOWERS, save_llm, save_tower

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import CLIPVisionModel, SiglipVisionModel
 
-from model.bases import tower_tensors
 from model.config import ConfigError, VisionConfig
-from model.llm import blocks
-from model.vision import VisionTower, num_blocks, vision_config, vision_spec
-from model.weights import Layer, materialise, parameters_on_meta
+from model.llm.causal_lm import blocks
+from model.vision.tower import VisionTower, num_blocks, vision_config, vision_spec
+from model.weights.bases import tower_tensors
+from model.weights.materialise import Layer, materialise, parameters_on_meta
 from tests.tiny import TOWER_SIZES, save_tower
 
 TOTAL = TOWER_SIZES["num_hidden_layers"]

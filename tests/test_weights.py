@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, CLIPVisionModel
 from model.build import assemble, build_model
 from model.card import draw_card
 from model.config import ConfigError, LlmConfig, ModelConfig
-from model.files import in_memory, read_weights
-from model.initial import grown
-from model.llm import Vocabulary
-from model.weights import parameters_on_meta
+from model.files.tensor_files import in_memory, read_weights
+from model.llm.causal_lm import Vocabulary
+from model.weights.initial_values import grown
+from model.weights.materialise import parameters_on_meta
 from tests.finals import NO_LORA, build, config_of, same, save_parts, values
 from tests.tiny import LLMS, VOCAB, save_llm
 

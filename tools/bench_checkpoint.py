@@ -25,7 +25,7 @@ from torch import nn
 
 from model.card import ModelCard
 from model.config import LlmConfig, LoraConfig, ModelConfig
-from model.llm import Vocabulary
+from model.llm.causal_lm import Vocabulary
 from trainer.checkpoint import Checkpointer
 from trainer.distributed import World, start_world, stop_world
 from trainer.restore import Trained

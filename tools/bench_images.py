@@ -24,7 +24,7 @@ from data.blob import Blob
 from data.config import DataConfig
 from data.record import MediaRef
 from model.batch import ImageSpec, MediaMeta
-from model.pixels import normalised
+from model.vision.normalise import normalised
 
 SIDE = 336
 SPEC = ImageSpec(SIDE, 14, 1, "patch", "shortest_edge", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))

@@ -25,11 +25,11 @@ from model.batch import Batch
 from model.build import DTYPES, assemble
 from model.card import draw_card
 from model.config import LlmConfig, LoraConfig, ModelConfig, QuantizeConfig
-from model.llm import Vocabulary
+from model.llm.causal_lm import Vocabulary
+from model.llm.quantized_linear import matrices
 from model.multimodal import MultimodalLM
-from model.origins import weight_layers
-from model.quantized import matrices
-from model.weights import materialise
+from model.weights.materialise import materialise
+from model.weights.origins import weight_layers
 from trainer.config import OptimConfig, ParallelConfig
 from trainer.distributed import World, start_world, stop_world
 from trainer.optim import build_optimizer, set_learning_rates

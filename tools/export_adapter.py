@@ -18,14 +18,15 @@ if __name__ == "__main__":  # started as a file, its own folder is on the path a
 from data.fields import message
 from data.processor import load_processor
 from data.tokenizer import save_tokenizer
-from model import export_hf, export_llava
 from model.card import ModelCard, read_card
 from model.config import ConfigError
-from model.export_llm import inherited_parts, write_llm
-from model.files import dump_json
+from model.exports import hugging_face
+from model.exports import llava as export_llava
+from model.exports.llm_folder import inherited_parts, write_llm
+from model.exports.trained_files import PROJECTORS, changed_parts, llm_adapter, projector, trained_files, write_file
+from model.files.tensor_files import dump_json
 from model.load import load_model
-from model.peft import INHERITS, OUR_CONFIG, OURS, WEIGHTS, adapter_config, write_config
-from model.trained import PROJECTORS, changed_parts, llm_adapter, projector, trained_files, write_file
+from model.weights.peft_adapter import INHERITS, OUR_CONFIG, OURS, WEIGHTS, adapter_config, write_config
 from tools.cli import printable
 from tools.llava_folder import prove_folder, write_folder
 from tools.output_folder import listing, new_folder
@@ -100,7 +101,7 @@ def to_peft(source: Path, out: Path, card: ModelCard, named: Path) -> str:
 
 def to_hf(source: Path, out: Path, card: ModelCard, _: Path) -> str:
     """A merged folder for LlavaForConditionalGeneration and AutoProcessor, reopened and compared."""
-    export_hf.check_exportable(card)
+    hugging_face.check_exportable(card)
     model, processor = load_model(source), load_processor(source)
     write_folder(out, card, model, processor)
     difference = prove_folder(out, model, processor)

@@ -14,10 +14,10 @@ from data.tokenizer import pad_id, save_tokenizer
 from model.batch import PLACEHOLDERS, Batch, image_spec
 from model.card import ModelCard
 from model.config import ConfigError
-from model.export_hf import model_config, processor_files, weights, write_weights
-from model.files import dump_json
+from model.exports.hugging_face import model_config, processor_files, weights, write_weights
+from model.files.tensor_files import dump_json
 from model.multimodal import MultimodalLM
-from model.pixels import normalised
+from model.vision.normalise import normalised
 from tools.proofs import batch_of, check_close, in_float32, logits, sample
 from trainer.exits import ProofError
 

@@ -21,10 +21,10 @@ from data.fields import message
 from data.processor import Processor, load_processor
 from model.card import ModelCard, read_card, write_card
 from model.config import ConfigError, ModelConfig, QuantizeConfig
-from model.files import SHARD_BYTES, Entry, dump_json, in_memory, split_by_size, tensor_digests, write_safetensors
+from model.exports.trained_files import changed_parts, projector, write_file
+from model.files.proof import file_facts
+from model.files.tensor_files import SHARD_BYTES, Entry, dump_json, in_memory, split_by_size, tensor_digests, write_safetensors
 from model.load import load_model
-from model.proof import file_facts
-from model.trained import changed_parts, projector, write_file
 from tools.cli import printable
 from tools.output_folder import listing, new_folder
 from tools.proofs import batch_of, check_close, logits, sample

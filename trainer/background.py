@@ -11,8 +11,8 @@ from typing import Any
 
 from torch.distributed import Store
 
-from model.manifest import UnsoundCheckpoint
-from model.read_back import BadShard
+from model.files.manifest import UnsoundCheckpoint
+from model.files.verified_write import BadShard
 from trainer.exits import ProofError, SaveError
 
 PAUSE = 0.25  # seconds between two looks into the store, at most

@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from data.processor import Processor
 from model.card import ModelCard, write_card
-from model.files import dump_json
-from model.manifest import write_manifest
-from model.shards import MOMENTS, WEIGHTS, Chunks, ShardPlan, live, local, plan_shard, write_planned
-from model.weights import is_first_copy
+from model.files.manifest import write_manifest
+from model.files.shards import MOMENTS, WEIGHTS, Chunks, ShardPlan, live, local, plan_shard, write_planned
+from model.files.tensor_files import dump_json
+from model.weights.materialise import is_first_copy
 from trainer.background import Agreement, Task, attempt, raise_problem
 from trainer.device_memory import available_bytes
 from trainer.disk import SAVING, TRIAL, make_folder, put_in_place, remove_folder, replace_text, sync_run

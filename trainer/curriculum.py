@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from data.fields import MAX_NAME
-from model.agreement import LORA_SHAPE
-from model.bounded import shown
 from model.config import PartConfig
+from model.files.untrusted import shown
+from model.weights.compatibility import LORA_SHAPE
 from trainer.checks import idle_settings, problems_of
 from trainer.config import RunConfig, StageConfig
 from trainer.planned import PLANNED

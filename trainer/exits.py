@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.fields import message, printable
-from model.files import dump_json
+from model.files.tensor_files import dump_json
 from trainer.disk import NEW
 from trainer.open_files import explained
 from trainer.steering import Steering

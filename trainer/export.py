@@ -13,10 +13,10 @@ import torch
 
 from data.processor import Processor
 from model.card import ModelCard, write_card
-from model.files import Entry, dump_json, tensor_digests, write_safetensors
+from model.files.proof import file_facts
+from model.files.tensor_files import Entry, dump_json, tensor_digests, write_safetensors
 from model.load import check_loadable, settled
 from model.multimodal import MultimodalLM
-from model.proof import file_facts
 from trainer.disk import SAVING, fresh_folder, put_in_place, remove_folder
 from trainer.distributed import World
 from trainer.exits import ProofError, SaveError

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from model.card import ModelCard
-from model.files import Entry
+from model.files.shards import MOMENTS, WEIGHTS
+from model.files.tensor_files import Entry
 from model.multimodal import MultimodalLM
-from model.shards import MOMENTS, WEIGHTS
 from trainer import room
 from trainer.final_files import weight_files_of
 from trainer.footprint import local_numel

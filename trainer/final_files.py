@@ -10,13 +10,13 @@ from torch import nn
 
 from model.build import DTYPES
 from model.card import ModelCard
-from model.files import SHARD_BYTES, Entry, split_by_size
+from model.files.tensor_files import SHARD_BYTES, Entry, split_by_size
+from model.llm.new_tokens import FILE as NEW_ROWS
+from model.llm.new_tokens import is_new_rows
 from model.load import inherited_tensors
 from model.lora import is_adapter
 from model.multimodal import MultimodalLM
-from model.new_tokens import FILE as NEW_ROWS
-from model.new_tokens import is_new_rows
-from model.peft import OURS
+from model.weights.peft_adapter import OURS
 from trainer.distributed import World
 from trainer.gather import gather_hooks
 

@@ -11,9 +11,9 @@ from model.batch import Batch
 from model.build import DTYPES, assemble
 from model.card import ModelCard
 from model.config import ConfigError
-from model.llm import blocks, head_weight
+from model.llm.causal_lm import blocks, head_weight
+from model.llm.quantized_linear import without_kernels
 from model.multimodal import MultimodalLM
-from model.quantized import without_kernels
 from trainer.config import ParallelConfig
 from trainer.live_bytes import Live, live_bytes
 from trainer.parallel import block_owner, cast_for_compute, checkpoint_activations, has_blocks

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model.batch import Batch
-from model.files import dump_json
+from model.files.tensor_files import dump_json
 from trainer.disk import replace_text
 from trainer.distributed import World
 from trainer.json_lines import read_sound

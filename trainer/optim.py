@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from model.config import ModelConfig
 from model.multimodal import MultimodalLM
-from model.weights import is_first_copy
+from model.weights.materialise import is_first_copy
 from trainer.config import OptimConfig
 
 

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from model.config import ConfigError
-from model.llm import blocks, head_weight
+from model.llm.causal_lm import blocks, head_weight
 from model.multimodal import ENCODERS, MultimodalLM
 from trainer.config import ParallelConfig
 from trainer.distributed import World

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from data.lengths import EXACT
-from model.experts import fused_parameters
-from model.llm import positions_note
-from model.quantized import quantised
+from model.llm.causal_lm import positions_note
+from model.llm.experts import fused_parameters
+from model.llm.quantized_linear import quantised
 from model.trainable import part_table
 from trainer.config import ParallelConfig
 from trainer.optim import learning_rates

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.shards import MOMENTS, WEIGHTS, checkpoint_tensors
-from model.weights import local_range
+from model.files.shards import MOMENTS, WEIGHTS, checkpoint_tensors
+from model.weights.materialise import local_range
 from trainer.exits import ProofError
 from trainer.retention import STATE
 

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from model.card import NAME as CARD
-from model.manifest import UnsoundCheckpoint, changed, check_sizes
+from model.files.manifest import UnsoundCheckpoint, changed, check_sizes
 from trainer.disk import move, move_aside, places, remove_folder
 from trainer.distributed import World
 from trainer.exits import ProofError, SaveError

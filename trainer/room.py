@@ -12,9 +12,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from model.files import Entry, dump_json, file_order, header
-from model.shards import MOMENTS, WEIGHTS, plan_shard
-from model.weights import is_first_copy
+from model.files.shards import MOMENTS, WEIGHTS, plan_shard
+from model.files.tensor_files import Entry, dump_json, file_order, header
+from model.weights.materialise import is_first_copy
 from trainer.distributed import World
 from trainer.exits import NO_WRITING, SaveError
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from data.fingerprint import changes, fingerprint
 from model.config import ConfigError
-from model.files import dump_json
+from model.files.tensor_files import dump_json
 from trainer.disk import replace_text
 from trainer.distributed import World
 from trainer.quarantine import TRAIN, VALIDATION

@@ -7,7 +7,7 @@ import difflib
 import types
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from model.bounded import SHOWN, shown
+from model.files.untrusted import SHOWN, shown
 from trainer.toml_files import INTEGERS
 
 

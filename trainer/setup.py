@@ -15,8 +15,8 @@ from data.loader import BatchPlan
 from model.build import DTYPES, assemble, resolve_dtype
 from model.config import ConfigError
 from model.multimodal import MultimodalLM
-from model.origins import weight_layers
-from model.weights import materialise
+from model.weights.materialise import materialise
+from model.weights.origins import weight_layers
 from trainer.config import RunConfig
 from trainer.distributed import World
 from trainer.isolation import prove_isolation

@@ -19,8 +19,8 @@ from data.tokenizer import load_tokenizer, pad_id
 from model.batch import PLACEHOLDERS
 from model.card import ModelCard, base_digests, draw_card, media_specs, read_card
 from model.config import ConfigError
-from model.files import sampled_digest
-from model.llm import check_positions
+from model.files.tensor_files import sampled_digest
+from model.llm.causal_lm import check_positions
 from trainer import plan_lengths
 from trainer.config import RunConfig
 from trainer.distributed import World

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.shards import ShardPlan, cut, local, plan_shard
+from model.files.shards import ShardPlan, cut, local, plan_shard
 
 SMALL = 1 << 20
 """Tensors of fewer bytes are copied together: thousands of them, as LoRA has, would cost more in calls than in copying."""

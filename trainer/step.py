@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.batch import Batch
-from model.initial import seed_of
 from model.loss import Term
+from model.weights.initial_values import seed_of
 from trainer.distributed import World
 from trainer.optim import clipped_update, gradient_norm
 from trainer.parallel import gradient_sync

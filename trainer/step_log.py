@@ -14,7 +14,7 @@ import numpy as np
 
 from data.sampler import Sampler
 from model.config import ConfigError
-from model.files import dump_json
+from model.files.tensor_files import dump_json
 from trainer.disk import replace_text
 from trainer.distributed import World
 

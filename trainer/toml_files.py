@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from model.bounded import is_deeper, shown
 from model.config import ConfigError
+from model.files.untrusted import is_deeper, shown
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 32

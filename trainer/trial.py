@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from model.files import dump_json
-from model.manifest import verify, write_manifest
-from model.shards import WEIGHTS, local, write_shard
-from model.weights import is_first_copy
+from model.files.manifest import verify, write_manifest
+from model.files.shards import WEIGHTS, local, write_shard
+from model.files.tensor_files import dump_json
+from model.weights.materialise import is_first_copy
 from trainer.background import attempt
 from trainer.checkpoint import Checkpointer
 from trainer.disk import SAVING, TRIAL, fresh_folder, put_in_place, remove_folder

@@ -9,7 +9,7 @@ from data.tokenizer import Vocabulary as Tokens
 from model.batch import PLACEHOLDERS, READ_BY
 from model.card import language_model, read_card
 from model.config import ConfigError, LlmConfig, ModelConfig
-from model.llm import Vocabulary, hugging_face_config
+from model.llm.causal_lm import Vocabulary, hugging_face_config
 
 SHOWN = 8
 

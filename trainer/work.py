@@ -13,10 +13,10 @@ from data.dataset import MultimodalDataset
 from data.estimate import media_tokens
 from model.batch import READ_BY, AudioSpec, MediaMeta, MediaSpec, row_tokens, view_tokens
 from model.config import ModelConfig
-from model.experts import fused_parameters
-from model.llm import blocks
+from model.llm.causal_lm import blocks
+from model.llm.experts import fused_parameters
 from model.multimodal import ENCODERS, MultimodalLM
-from model.vision import VisionTower
+from model.vision.tower import VisionTower
 from trainer.parallel import block_owner
 
 

@@ -1,0 +1,158 @@
+"""The audio encoder: log-mel rows to features, as Whisper's encoder in transformers computes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from model.audio.projector import convolved, masked, mean_of_pairs, projector_strides, shortened, valid
+from model.batch import AudioSpec
+from model.config import AudioConfig, AudioProjectorConfig, ConfigError
+from model.files.hub import find_file, read_json
+from model.llm.causal_lm import hugging_face_config
+from model.weights.quantised_base import check_settings
+
+SETTING = "model.audio.path"
+PREFIXES = ("model.encoder.", "encoder.", "", "audio_tower.", "model.audio_tower.")
+"""What stands before the encoder's names in files: of the whole Whisper, of it without its head, of itself, of Qwen2-Audio."""
+STRUCTURE = (
+    "num_mel_bins",
+    "d_model",
+    "encoder_layers",
+    "encoder_attention_heads",
+    "encoder_ffn_dim",
+    "activation_function",
+    "max_source_positions",
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+)
+"""Values of config.json that an encoder is made of. Layer drop is not among them: ranks would run different collectives."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How encoders of one model_type differ from Whisper's."""
+
+    pooled: bool = False  # the mean of every two rows is taken before the last norm
+    masked: bool = False  # even in the full window no row attends to one beyond its clip
+
+
+KINDS = {"whisper": Kind(), "qwen2_audio_encoder": Kind(pooled=True, masked=True)}
+"""By model_type of config.json."""
+
+
+def audio_config(config: AudioConfig, cache_dir: str = "") -> dict[str, Any]:
+    """config.json of the encoder; a Qwen2-Audio folder holds it inside that of the whole model."""
+    whole = read_json(SETTING, config.path, "config.json", cache_dir)
+    check_settings(SETTING, config.path, whole)
+    value = whole.get("audio_config") or whole
+    if value.get("model_type") not in KINDS:
+        raise ConfigError(f"{SETTING} = {config.path!r}: {value.get('model_type')!r} is not {' | '.join(KINDS)}")
+    return value
+
+
+def audio_spec(config: AudioConfig, projector: AudioProjectorConfig, cache_dir: str = "") -> AudioSpec:
+    """What data needs to know, from JSON files alone. What a folder does not say of its features is Whisper's own value."""
+    value = audio_config(config, cache_dir)
+    structure = encoder_config(value)
+    found = feature_config(config.path, cache_dir)
+    spec = AudioSpec(
+        num_mels=structure.num_mel_bins,
+        window_frames=2 * structure.max_source_positions,
+        full_window=config.window == "full",
+        strides=(*encoder_strides(value), *projector_strides(projector.kind)),
+        sampling_rate=found.get("sampling_rate", 16_000),
+        n_fft=found.get("n_fft", 400),
+        hop=found.get("hop_length", 160),
+        num_prompts=projector.prompts,
+    )
+    window = spec.window_frames * spec.hop
+    check_same(config.path, "feature_size", found.get("feature_size", spec.num_mels), spec.num_mels)
+    check_same(config.path, "chunk_length", found.get("chunk_length", 0) * spec.sampling_rate or window, window)
+    return spec
+
+
+def check_same(path: str, key: str, told: int, needed: int) -> None:
+    if told != needed:
+        raise ConfigError(
+            f"{SETTING} = {path!r}: {key} of the feature extractor makes {told}, the encoder of config.json needs {needed}"
+        )
+
+
+def feature_config(path: str, cache_dir: str) -> dict[str, Any]:
+    """The feature extractor's settings: flat, or what newer folders nest in processor_config.json; empty when there are none."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if find_file(SETTING, path, name, cache_dir):
+            value = read_json(SETTING, path, name, cache_dir)
+            found: dict[str, Any] = value.get("feature_extractor", value)
+            return found
+    return {}
+
+
+def encoder_config(value: dict[str, Any]) -> WhisperConfig:
+    """The encoder's part of config.json `value`, as a Whisper config."""
+    config = hugging_face_config(SETTING, value)
+    return WhisperConfig(**{key: getattr(config, key) for key in STRUCTURE})
+
+
+def encoder_strides(value: dict[str, Any]) -> tuple[int, ...]:
+    """Of the second convolution, and of the pooling if the encoder has one."""
+    return (2, 2) if KINDS[value["model_type"]].pooled else (2,)
+
+
+class Tower(WhisperEncoder):
+    """Whisper's layers, run by ourselves: transformers' own forward takes whole windows only and ignores its mask."""
+
+    kind = Kind()
+
+    def forward(self, values: Tensor, lengths: Tensor | None, full_window: bool) -> Tensor:  # type: ignore[override]
+        """Log-mel (N, M, F) with (N,) valid frames -> (N, L, C). Rows that come from valid frames depend on no other ones, but
+        for silence in Whisper's own full window, which it was trained to hear.
+        """
+        kept = None if full_window else lengths
+        rows = F.gelu(convolved(self.conv1, masked(values.transpose(1, 2), kept).transpose(1, 2)))
+        rows = F.gelu(convolved(self.conv2, masked(rows.transpose(1, 2), kept).transpose(1, 2))).transpose(1, 2)
+        lengths = shortened(lengths, 2)
+        rows = rows + self.embed_positions(torch.arange(rows.shape[1], device=rows.device))
+        rows = F.dropout(rows, self.dropout, self.training)
+        hears_all = lengths is None or (full_window and not self.kind.masked)
+        attended = None if hears_all else valid(lengths, rows.shape[1])[:, None, None]  # type: ignore[arg-type]
+        for layer in self.layers:
+            rows = layer(rows, attended)
+        return self.layer_norm(mean_of_pairs(rows, lengths) if self.kind.pooled else rows)
+
+
+class AudioEncoder(nn.Module):
+    """Log-mel (N, M, F) -> features (N, L, C) of a Whisper encoder; full_window: F is the whole window, with silence at the end."""
+
+    def __init__(self, value: dict[str, Any], full_window: bool) -> None:
+        super().__init__()
+        config = encoder_config(value)
+        self.full_window = full_window
+        self.strides = encoder_strides(value)
+        self.hidden_size: int = config.d_model
+        self.blank_length = 2  # rows
+        self.tower: Tower = Tower._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        self.tower.kind = KINDS[value["model_type"]]
+
+    def requires_grad_(self, requires_grad: bool = True) -> AudioEncoder:
+        """All but the positions: they are sinusoids, which no Whisper ever trained."""
+        super().requires_grad_(requires_grad)
+        self.tower.embed_positions.requires_grad_(False)
+        return self
+
+    def valid_rows(self, lengths: Tensor | None) -> Tensor | None:
+        """Features that come from valid frames, (N,)."""
+        for stride in self.strides:
+            lengths = shortened(lengths, stride)
+        return lengths
+
+    def forward(self, values: Tensor, lengths: Tensor | None = None) -> Tensor:
+        return self.tower(values, lengths, self.full_window)

@@ -1,0 +1,34 @@
+"""mm_projector.bin: the file that LLaVA's training and inference read (`--pretrain_mm_mlp_adapter`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from model.card import ModelCard
+from model.config import ConfigError
+from model.files.tensor_files import Tensors
+
+NAME = "mm_projector.bin"
+PREFIX = "model.mm_projector."
+NEWLINE = "image_newline"  # stands beside the projector in LLaVA-NeXT's files, not in it
+
+
+def check_exportable(card: ModelCard) -> None:
+    """ConfigError when there is no projector, or none of a kind that LLaVA has tensors of."""
+    projector = card.model.vision_projector
+    if projector is None:
+        raise ConfigError("the run has no [model.vision_projector]: there is nothing to export for LLaVA")
+    if projector.kind != "linear" and not projector.kind.startswith("mlp"):
+        raise ConfigError(
+            f"model.vision_projector.kind = {projector.kind!r} has no {NAME} in LLaVA: it reads 'linear' and 'mlpNx_gelu'"
+        )
+
+
+def write_projector(folder: Path, tensors: Tensors) -> Path:
+    """Write `tensors`, keys relative to the projector, under LLaVA's names: model.mm_projector.0.weight, model.image_newline ..."""
+    path = folder / NAME
+    names = {name: f"model.{NEWLINE}" if name == NEWLINE else PREFIX + name for name in tensors}
+    torch.save({names[name]: rows.all().clone() for name, rows in tensors.items()}, path)
+    return path

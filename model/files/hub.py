@@ -1,0 +1,145 @@
+"""Files of a Hugging Face folder or hub id."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import cached_file
+
+from model.config import ConfigError
+from model.files.tensor_files import Tensors, read_weights
+from model.files.untrusted import load_json
+
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+"""owner/name, and nothing that could be read as a path or an address."""
+
+
+def find_file(setting: str, path: str, name: str, cache_dir: str = "") -> Path | None:
+    """`name` inside the folder or hub id `path`; None when it has none. `setting` is the key that errors name."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    if not HUB_ID.fullmatch(path) or ".." in path:
+        raise ConfigError(f"{setting} = {path!r} is no folder: give a Hugging Face folder or a hub id like 'org/name'")
+    try:
+        found = cached_file(path, name, cache_dir=cache_dir or None, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{setting} = {path!r} is neither a folder nor a hub id that can be read: {reason}") from error
+    return Path(found) if found else None
+
+
+def read_json(setting: str, path: str, name: str, cache_dir: str = "") -> dict[str, Any]:
+    """The JSON object in `name`; ConfigError when the file is missing or is something else."""
+    file = find_file(setting, path, name, cache_dir)
+    if file is None:
+        there = "" if Path(path).is_dir() else ", or it cannot be reached: give a folder, or a model.cache_dir that holds it"
+        raise ConfigError(f"{setting} = {path!r} holds no {name}{there}")
+    try:
+        value = load_json(file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{setting} = {path!r}: {name} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{setting} = {path!r}: {name} is not a JSON object")
+    return value
+
+
+@dataclass(frozen=True)
+class WeightSet:
+    """The files that hold a folder's weights, and what their index says of them."""
+
+    files: list[Path]
+    index: Path | None = None
+    places: dict[str, str] = field(default_factory=dict)  # file of each tensor, as the index says; {} without one
+
+
+def weight_files(setting: str, path: str, cache_dir: str = "") -> list[Path]:
+    """The files that hold the weights: safetensors before .bin, one file or the shards of an index."""
+    return weight_set(setting, path, cache_dir).files
+
+
+def weight_set(setting: str, path: str, cache_dir: str = "") -> WeightSet:
+    """The one set of weights of a folder or hub id: safetensors before .bin, as transformers chooses; one file or shards.
+
+    ConfigError when a file is missing, or when two sets of one format stand side by side.
+    """
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        if index := find_file(setting, path, f"{stem}.{suffix}.index.json", cache_dir):
+            found = _indexed(setting, path, index, cache_dir)
+            rival = index.parent / f"{stem}.{suffix}"
+            if rival.name not in found.places.values() and rival.is_file():
+                raise ConfigError(_two_sets(setting, path, index.name, rival.name))
+            _check_strays(setting, path, found.files[0].parent, stem, suffix, {file.name for file in found.files}, index.name)
+            return found
+        if single := find_file(setting, path, f"{stem}.{suffix}", cache_dir):
+            _check_strays(setting, path, single.parent, stem, suffix, set(), single.name)
+            return WeightSet([single])
+    raise ConfigError(f"{setting} = {path!r} holds no model.safetensors and no pytorch_model.bin{_near_miss(path)}")
+
+
+def folder_tensors(setting: str, path: str, cache_dir: str = "") -> Tensors:
+    """Every tensor of a folder or hub id by its name there; nothing is read but names and shapes.
+
+    ConfigError when one stands in two shards, or not in the shard that the index names.
+    """
+    found: Tensors = {}
+    where: dict[str, str] = {}
+    chosen = weight_set(setting, path, cache_dir)
+    for file in chosen.files:
+        for name, rows in read_weights(file).items():
+            if name in found:
+                raise ConfigError(
+                    f"{setting} = {path!r}: {name} stands in two files, {where[name]} and {file.name}: download them again, or "
+                    "save the model again"
+                )
+            found[name], where[name] = rows, file.name
+    wrong = [(name, file) for name, file in chosen.places.items() if where.get(name) != file]
+    if wrong and chosen.index is not None:
+        (name, shard), more = wrong[0], f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise ConfigError(
+            f"{setting} = {path!r}: {chosen.index.name} says that {shard} holds {name}{more}, but it does not: the files do not "
+            "belong together; download them again"
+        )
+    return found
+
+
+def _indexed(setting: str, path: str, index: Path, cache_dir: str) -> WeightSet:
+    """The shards that an index names."""
+    try:
+        places = dict(load_json(index)["weight_map"])
+        names = sorted(set(places.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{setting} = {path!r}: {index.name} is no index of weight files: {error}") from error
+    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise ConfigError(f"{setting} = {path!r}: {index.name} names files outside its folder, or none")
+    files = [find_file(setting, path, name, cache_dir) for name in names]
+    if None in files:
+        raise ConfigError(f"{setting} = {path!r}: {names[files.index(None)]} is missing, but {index.name} names it")
+    return WeightSet([file for file in files if file is not None], index, places)
+
+
+def _check_strays(setting: str, path: str, folder: Path, stem: str, suffix: str, known: set[str], reader: str) -> None:
+    """Refuse shards that nobody names: they are left over from another set of weights, or the index is."""
+    shard = re.compile(rf"{stem}-\d+-of-\d+\.{suffix}")
+    if strays := sorted(file.name for file in folder.iterdir() if shard.fullmatch(file.name) and file.name not in known):
+        raise ConfigError(_two_sets(setting, path, reader, strays[0]))
+
+
+def _two_sets(setting: str, path: str, first: str, second: str) -> str:
+    return (
+        f"{setting} = {path!r} holds two sets of weights: {first}, and {second}, which is no part of it; which of them is meant is "
+        "for you to say: remove the other one"
+    )
+
+
+def _near_miss(path: str) -> str:
+    """A word on shards without an index, or on an adapter, which people name as a base."""
+    names = {file.name for file in Path(path).iterdir()} if Path(path).is_dir() else set()
+    if shards := sorted(name for name in names if re.fullmatch(r"(pytorch_)?model-\d+-of-\d+\.(safetensors|bin)", name)):
+        return f": {shards[0]} is a shard, and its index (model.safetensors.index.json or pytorch_model.bin.index.json) is missing"
+    if names & {"adapter_model.safetensors", "adapter_model.bin"}:
+        return ": it is an adapter: name its base here and the adapter as lora.path"
+    if any(name.endswith(".gguf") for name in names):
+        return ": .gguf is llama.cpp's format; name the folder that it was converted from"
+    return ""

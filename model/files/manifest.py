@@ -1,0 +1,144 @@
+"""manifest.json: what a complete checkpoint consists of. It is written last, and verified before a weight is touched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from model.files.tensor_files import dump_json, file_digest
+
+NAME = "manifest.json"
+MAX_BYTES = 1 << 26
+"""Of manifest.json: several files of each of 100,000 ranks. Nothing larger is read."""
+Facts = dict[str, dict[str, Any]]
+"""Size and sha256 by the name of a file."""
+
+
+class UnsoundCheckpoint(Exception):
+    """A checkpoint that is incomplete or was changed; the message names the file and what is wrong with it."""
+
+    exit_code = 70
+
+
+def file_facts(folder: Path, pattern: str = "*") -> Facts:
+    """Size and sha256 of the files in `folder` whose names match, by name."""
+    paths = sorted(path for path in folder.glob(pattern) if path.name != NAME)
+    return {path.name: {"size": path.stat().st_size, "sha256": file_digest(path)} for path in paths}
+
+
+def write_manifest(folder: Path, facts: dict[str, Any], known: Facts | None = None) -> None:
+    """Sizes and sha256 of every file in `folder`, `facts` (step, run id), and a digest over all of that.
+
+    `known`: what `file_facts` said of some of them already. A file is of this step and this run because its sha256 stands here,
+    beside them and under one digest: files need not say so themselves.
+    """
+    known = known or {}
+    others = {path.name for path in folder.iterdir()} - {NAME, *known}
+    files = known | {name: facts for other in others for name, facts in file_facts(folder, other).items()}
+    body = {**facts, "files": files}
+    (folder / NAME).write_text(dump_json({**body, "digest": _digest(body)}))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, whole and unchanged, every field of its type, every name that of a file right in the folder.
+
+    The files themselves are not looked at. UnsoundCheckpoint otherwise, whatever stands there.
+    """
+    path = folder / NAME
+    try:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
+            raise UnsoundCheckpoint(f"{path} is no file of at most {MAX_BYTES:,} bytes")
+        text = path.read_bytes().decode()
+        manifest = json.loads(text)
+        # To the byte: what else says the same was not written by us, or was written twice.
+        if not isinstance(manifest, dict) or dump_json(manifest) != text:
+            raise UnsoundCheckpoint(f"{path} was changed: it is not as it was written")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UnsoundCheckpoint(f"{path} cannot be read: {type(error).__name__}: {str(error)[:200]}") from error
+    if manifest.get("digest") != _digest({key: value for key, value in manifest.items() if key != "digest"}):
+        raise UnsoundCheckpoint(f"{path} was changed: its digest does not match")
+    if problem := _mistyped(manifest):
+        raise UnsoundCheckpoint(f"{path}: {problem}")
+    return manifest
+
+
+def _mistyped(manifest: dict[str, Any]) -> str:
+    step, files = manifest.get("step"), manifest.get("files")
+    if not _is_count(step):
+        return f"step = {str(step)[:40]!r} is not a number of steps"
+    for key in ("run_id", "stage"):
+        if not isinstance(manifest.get(key, ""), str):
+            return f"{key} is not a string"
+    if not isinstance(files, dict) or not files:
+        return "it names no files"
+    for name, facts in files.items():
+        if name in ("", ".", "..", NAME) or "/" in name or "\\" in name or "\0" in name:
+            return f"{name[:80]!r} is not the name of a file in this folder"
+        if not isinstance(facts, dict) or not _is_count(facts.get("size")) or not _is_sha256(facts.get("sha256")):
+            return f"{name}: size or sha256 is not one"
+    return ""
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_sha256(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def verify(folder: Path, name: str | None = None) -> dict[str, Any]:
+    """The manifest of a sound checkpoint; UnsoundCheckpoint when a file is missing, surplus, cut or changed.
+
+    `name`: what the folder will be called, when it is not called so yet.
+    """
+    manifest = check_sizes(folder, name)
+    if problem := changed(folder, manifest["files"]):
+        raise UnsoundCheckpoint(problem)
+    return manifest
+
+
+def changed(folder: Path, files: Facts, names: Iterable[str] | None = None) -> str:
+    """What is wrong with the bytes of the files of these names, all by default; "" when they are as `files` says.
+
+    For files that `check_sizes` has seen.
+    """
+    for name in files if names is None else names:
+        try:
+            if file_digest(folder / name) != files[name]["sha256"]:
+                return f"{folder / name} was changed: its checksum does not match"
+        except OSError as error:
+            return f"{folder / name} cannot be read: {error.strerror}"
+    return ""
+
+
+def check_sizes(folder: Path, name: str | None = None) -> dict[str, Any]:
+    """As `verify`, but for changed bytes inside a file: those are not read. Links are followed nowhere: they are unsound."""
+    if folder.is_symlink():
+        raise UnsoundCheckpoint(f"{folder} is a link: a checkpoint is a folder; name the one it leads to")
+    manifest = read_manifest(folder)
+    if (name or folder.name) != f"checkpoint-{manifest['step']}":
+        raise UnsoundCheckpoint(f"{folder} holds step {manifest['step']}: the folder was renamed or copied")
+    try:
+        present = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(folder) if entry.name != NAME}
+    except OSError as error:
+        raise UnsoundCheckpoint(f"{folder} cannot be read: {error.strerror}") from error
+    if different := sorted(present.keys() ^ manifest["files"].keys()):
+        raise UnsoundCheckpoint(f"{folder}: files differ from the manifest: {different[:5]}")
+    for file, facts in manifest["files"].items():
+        if not stat.S_ISREG(present[file].st_mode):
+            raise UnsoundCheckpoint(f"{folder / file} is a link, a folder or a device, not a file")
+        if present[file].st_size != facts["size"]:
+            raise UnsoundCheckpoint(f"{folder / file} has {present[file].st_size} bytes, not {facts['size']}")
+    return manifest
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(dump_json(body).encode()).hexdigest()

@@ -1,0 +1,199 @@
+"""Checkpoint tensors in pieces: one safetensors file per rank, and a JSON that says which rows each piece is.
+
+Any number of ranks, under any strategy, may have written them; a tensor is put together from whatever pieces overlap.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.config import ConfigError
+from model.files.manifest import UnsoundCheckpoint
+from model.files.tensor_files import Entry, Rows, Tensors, as_bytes, dump_json, file_order, header, read_safetensors
+from model.files.untrusted import load_json
+from model.files.verified_write import PIECE_BYTES, BadShard, compare, write
+from model.weights.materialise import local_range
+
+WEIGHTS = "weights/"
+"""Prefix of the trained parameters among a checkpoint's tensors; the optimizer's are called after MOMENTS."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+EXPONENTS: dict[torch.dtype, tuple[Any, int]] = {
+    torch.float64: (np.uint64, 0x7FF0 << 48),
+    torch.float32: (np.uint32, 0x7F80 << 16),
+    torch.float16: (np.uint16, 0x7C00),
+    torch.bfloat16: (np.uint16, 0x7F80),
+}
+"""Bits that are all set in infinities and NaN alone, by type."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows [first, first + rows.shape[0]) of a tensor."""
+
+    first: int
+    rows: Rows
+    shape: tuple[int, ...]  # of the whole tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor's bytes stand among the data of a file: [begin, end)."""
+
+    name: str
+    dtype: torch.dtype
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """A rank's file before anything is written: its header, its tensors in order, and what its JSON says of them."""
+
+    header: bytes
+    places: list[Place]
+    layout: dict[str, dict[str, Any]]
+
+    def name_at(self, position: int) -> str:
+        """The tensor that has the data's byte at `position`."""
+        return self.places[bisect_right(self.places, position, key=lambda place: place.begin) - 1].name
+
+
+Chunks = Callable[[], Iterator[tuple[torch.dtype, memoryview]]]
+"""A file's data in order, each with the type of its numbers; it is gone through twice, to write and to compare."""
+
+
+def plan_shard(tensors: dict[str, Tensor]) -> ShardPlan:
+    """The file of this rank's rows of `tensors` (plain or sharded); those of which it has none are left out."""
+    entries: dict[str, Entry] = {}
+    layout: dict[str, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        first, stop = local_range(tensor)
+        if tensor.dim() and first == stop:
+            continue
+        layout[name] = {"first": first, "shape": list(tensor.shape)}
+        rows = local(tensor)
+        entries[name] = Entry(rows.dtype, tuple(rows.shape), lambda: None)
+    places, end = [], 0
+    for name in file_order(entries):
+        begin, end = end, end + entries[name].num_bytes
+        places.append(Place(name, entries[name].dtype, begin, end))
+    return ShardPlan(header(entries, [place.name for place in places]), places, layout)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's rows, without a copy."""
+    with torch.no_grad():
+        return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def write_shard(folder: Path, rank: int, world_size: int, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Write this rank's rows of `tensors` as rank-RRRRR-of-WWWWW.safetensors and .json. Returns and raises as `write_planned`."""
+    plan = plan_shard(tensors)
+    return write_planned(folder, rank, world_size, plan, lambda: live(plan, tensors))
+
+
+def write_planned(folder: Path, rank: int, world_size: int, plan: ShardPlan, chunks: Chunks) -> dict[str, dict[str, Any]]:
+    """Write both files of a rank, and read back what the disk has. Returns size and sha256 of each, by name.
+
+    BadShard when a number is not finite, or when the files are read back otherwise than they were written.
+    """
+    stem = f"rank-{rank:05d}-of-{world_size:05d}"
+    data, layout = folder / f"{stem}.safetensors", folder / f"{stem}.json"
+    text = dump_json(plan.layout).encode()
+    facts = {data.name: write(data, _checked(plan, chunks)), layout.name: write(layout, iter([memoryview(text)]))}
+    compare(data, chain([memoryview(plan.header)], (chunk for _, chunk in chunks())))
+    compare(layout, iter([memoryview(text)]))
+    return facts
+
+
+def cut(dtype: torch.dtype, data: memoryview) -> Iterator[tuple[torch.dtype, memoryview]]:
+    """`data` cut for writing."""
+    for begin in range(0, len(data), PIECE_BYTES):
+        yield dtype, data[begin : begin + PIECE_BYTES]
+
+
+def live(plan: ShardPlan, tensors: dict[str, Tensor]) -> Iterator[tuple[torch.dtype, memoryview]]:
+    """From the tensors themselves, one on the host at a time."""
+    for place in plan.places:
+        yield from cut(place.dtype, as_bytes(local(tensors[place.name])))
+
+
+def _checked(plan: ShardPlan, chunks: Chunks) -> Iterator[memoryview]:
+    """Header and data; BadShard instead of the first piece in which a number is not finite."""
+    yield memoryview(plan.header)
+    position = 0
+    for dtype, chunk in chunks():
+        if dtype in EXPONENTS:
+            kind, exponent = EXPONENTS[dtype]
+            bits = np.frombuffer(chunk, dtype=kind)
+            wrong = (bits & kind(exponent)) == exponent
+            if wrong.any():
+                name = plan.name_at(position + int(wrong.argmax()) * bits.itemsize)
+                raise BadShard(f"{name} holds numbers that are not finite")
+        position += len(chunk)
+        yield chunk
+
+
+def checkpoint_tensors(folder: Path) -> Tensors:
+    """Every tensor of a checkpoint by its name in the files, whole again; UnsoundCheckpoint when rows are missing, or when the
+    files of a rank do not say the same.
+    """
+    pieces: dict[str, list[Piece]] = {}
+    for path in sorted(folder.glob("rank-*.json")):
+        try:
+            file = read_safetensors(path.with_suffix(".safetensors"))
+        except ConfigError as error:
+            raise UnsoundCheckpoint(str(error)) from error
+        for name, (first, shape) in _read_layout(path).items():
+            if name not in file or file[name].shape[1:] != shape[1:] or len(file[name].shape) != len(shape):
+                raise UnsoundCheckpoint(f"{path}: {name} is of shape {list(shape)}, and its rows are not in the file beside it")
+            pieces.setdefault(name, []).append(Piece(first, file[name], shape))
+    return {name: _joined(folder, name, parts) for name, parts in pieces.items()}
+
+
+def _read_layout(path: Path) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """First row and whole shape of each tensor that a rank wrote."""
+    try:
+        found = {name: (facts["first"], tuple(facts["shape"])) for name, facts in load_json(path).items()}
+        if wrong := [name for name, (first, shape) in found.items() if not all(type(n) is int and n >= 0 for n in (first, *shape))]:
+            raise ValueError(f"{wrong[0]!r} has no shape")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UnsoundCheckpoint(f"{path} is not what a rank writes: {type(error).__name__}: {error}") from error
+    return found
+
+
+def weight_tensors(folder: Path) -> Tensors:
+    """The trained parameters of a checkpoint by full name."""
+    return {n.removeprefix(WEIGHTS): rows for n, rows in checkpoint_tensors(folder).items() if n.startswith(WEIGHTS)}
+
+
+def _joined(folder: Path, name: str, parts: list[Piece]) -> Rows:
+    parts = sorted(parts, key=lambda piece: piece.first)
+    shape, end = parts[0].shape, 0
+    for piece in parts:
+        if piece.first != end or piece.shape != shape:
+            raise UnsoundCheckpoint(f"{folder}: the pieces of {name} do not fit together at row {end}")
+        end += piece.rows.shape[0] if shape else 1
+    if shape and end != shape[0]:
+        raise UnsoundCheckpoint(f"{folder}: rows {end} to {shape[0]} of {name} are missing")
+
+    def read(start: int, stop: int) -> Tensor:
+        if not shape:
+            return parts[0].rows.all()
+        found = [
+            piece.rows.read(max(start - piece.first, 0), min(stop - piece.first, piece.rows.shape[0]))
+            for piece in parts
+            if piece.first < stop and start < piece.first + piece.rows.shape[0]
+        ]
+        return torch.cat(found) if found else torch.empty(0, *shape[1:])
+
+    return Rows(shape, read)

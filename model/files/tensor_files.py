@@ -1,0 +1,218 @@
+"""Weight files: safetensors read by rows and written as a stream; other people's .bin files through one reader."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import struct
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from model.config import ConfigError
+from model.files.untrusted import open_regular
+
+log = logging.getLogger(__name__)
+STORED_TYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu},
+}
+"""Types of numbers that may stand in a safetensors file, by the format's names."""
+SHARD_BYTES = 5 * 10**9
+"""Weights of more bytes are written as several files."""
+CODES = {dtype: code for code, dtype in STORED_TYPES.items()}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A tensor that is read when it is needed, whole or by rows of dim 0. What `read` returns may be a view of a file."""
+
+    shape: tuple[int, ...]
+    read: Callable[[int, int], Tensor]
+    dtype: torch.dtype | None = None  # of the numbers in the file; None for what was computed from them
+
+    def all(self) -> Tensor:
+        return self.read(0, self.shape[0] if self.shape else 1)
+
+
+Tensors = dict[str, Rows]
+
+
+def read_weights(path: Path) -> Tensors:
+    """Every tensor of a .safetensors or .bin file, by name; nothing is read but names and shapes (.bin: mapped).
+
+    ConfigError when the file is damaged or is something else.
+    """
+    return read_bin(path) if path.suffix in (".bin", ".pt", ".pth") else read_safetensors(path)
+
+
+def read_safetensors(path: Path) -> Tensors:
+    """The library holds the header to 100 MB, and its offsets to the file, to the shapes and to each other."""
+    try:
+        with open_regular(path):
+            file = safe_open(path, framework="pt")
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    except SafetensorError as error:
+        raise ConfigError(f"{path} is cut short or is no safetensors file ({error}): restore it, or download it again") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    if unknown := [f"{name!r} ({part.get_dtype()})" for name, part in slices.items() if part.get_dtype() not in STORED_TYPES]:
+        raise ConfigError(
+            f"{path} holds numbers of a type that is not read: {', '.join(unknown[:3])}; known: {', '.join(STORED_TYPES)}"
+        )
+
+    def rows(name: str, part: Any) -> Rows:
+        shape = tuple(part.get_shape())
+        return Rows(shape, lambda a, b: part[a:b] if shape else file.get_tensor(name), STORED_TYPES[part.get_dtype()])
+
+    return {name: rows(name, part) for name, part in slices.items()}
+
+
+def read_bin(path: Path) -> Tensors:
+    """Other people's pickled weights, the only ones this project ever reads: tensors alone, no other object is built."""
+    log.warning("reading %s: a pickle, with weights_only=True; safetensors is the safer format", path)
+    try:
+        # Files from before PyTorch 1.6 are no zip archives, and only those can be mapped.
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_plain_zip(path))
+    except MemoryError as error:
+        raise ConfigError(
+            f"{path} asks for more memory than there is: it is damaged, or too large; convert it to safetensors"
+        ) from error
+    except Exception as error:  # whatever its bytes make the reader stumble over
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"{path} is cut short, or holds more than tensors ({reason}): download it again, or convert it to safetensors"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path} holds a {type(loaded).__name__}, not tensors by name: save its state_dict instead")
+    if other := [f"{name!r} ({type(value).__name__})" for name, value in loaded.items() if not _is_plain(name, value)]:
+        raise ConfigError(f"{path} holds more than tensors: {', '.join(other[:3])}: save the dictionary of tensors alone")
+    return {name: in_memory(t) for name, t in loaded.items()}
+
+
+def _is_plain_zip(path: Path) -> bool:
+    """ValueError for an archive that is larger unpacked than packed: torch never writes one."""
+    with open_regular(path) as file:
+        if not zipfile.is_zipfile(file):
+            return False
+        with zipfile.ZipFile(file) as archive:
+            if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                raise ValueError("its members are compressed")
+    return True
+
+
+def _is_plain(name: object, value: object) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
+
+
+def in_memory(tensor: Tensor) -> Rows:
+    return Rows(tuple(tensor.shape), lambda a, b: tensor[a:b] if tensor.dim() else tensor, tensor.dtype)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor about to be written: its type and shape now, its values when the writer gets to it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    value: Callable[[], Tensor | None]  # None on ranks that only take part in the collective
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def split_by_size(entries: dict[str, Entry], max_bytes: int) -> list[dict[str, Entry]]:
+    """The entries in order, cut into files of at most `max_bytes`; a larger tensor has a file of its own."""
+    groups: list[dict[str, Entry]] = [{}]
+    size = 0
+    for name, entry in entries.items():
+        if groups[-1] and size + entry.num_bytes > max_bytes:
+            groups.append({})
+            size = 0
+        groups[-1][name] = entry
+        size += entry.num_bytes
+    return groups
+
+
+def write_safetensors(out: BinaryIO | None, entries: dict[str, Entry]) -> dict[str, str]:
+    """Write what `safetensors.torch.save_file` would, one tensor in memory at a time. Returns sha256 of each tensor's bytes.
+
+    With `out` None (ranks other than 0) nothing is written, but every `value` is called, in the same order on every rank.
+    """
+    names = file_order(entries)
+    if out is not None:
+        out.write(header(entries, names))
+    digests = {}
+    for name in names:
+        tensor = entries[name].value()
+        if out is None:
+            continue
+        if tensor is None or tuple(tensor.shape) != entries[name].shape:
+            raise ValueError(f"{name}: expected shape {entries[name].shape}, got {None if tensor is None else tuple(tensor.shape)}")
+        data = as_bytes(tensor.to(entries[name].dtype))
+        digests[name] = hashlib.sha256(data).hexdigest()
+        out.write(data)
+    return digests
+
+
+def file_order(entries: dict[str, Entry]) -> list[str]:
+    """Names as the library's own writer orders them: no number stands at an odd place."""
+    return sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))
+
+
+def header(entries: dict[str, Entry], names: Iterable[str]) -> bytes:
+    # One metadata entry only: with more, the library's own writer orders them differently in every process.
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        begin, entry = end, entries[name]
+        end += entry.num_bytes
+        table[name] = {"dtype": CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def tensor_digests(path: Path) -> Iterator[tuple[str, str]]:
+    """sha256 of every tensor's bytes as they stand in a safetensors file."""
+    for name, rows in read_safetensors(path).items():
+        yield name, hashlib.sha256(as_bytes(rows.all())).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sampled_digest(paths: Iterable[Path]) -> str:
+    """A fingerprint of large files: size, and 64 blocks of 64 KiB spread evenly. Finds another file, not one flipped bit."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size};".encode())
+        with path.open("rb") as file:
+            for k in range(64):
+                file.seek(size * k // 64)
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()
+
+
+def dump_json(value: object) -> str:
+    """JSON with stable bytes: sorted keys, two spaces, a final newline."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    # Half of a surrogate pair, as in a file's name that is no UTF-8, can be written as an escape alone: to JSON it is the same.
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,129 @@
+"""Linear layers whose matrix is stored in 4 or 8 bits, in the place of those of a frozen language model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ConfigError, QuantizeConfig
+from model.llm import quantize
+from model.llm.experts import fused_parameters
+from model.llm.quantize import Packed, dense, functional, layout, product
+from model.lora import LoraLinear
+
+STORED = (".codes", ".scales")
+
+
+class Quantised(nn.Linear):
+    """A linear layer without its weight (out, in): `codes` and `scales` stand for it, as model.quantize.Packed says.
+
+    Both are uint8 parameters, which FSDP2 shards as any other and never casts; what the scales rest on are float32 buffers that
+    every rank holds whole.
+    """
+
+    nested: Tensor | None
+    offset: Tensor | None
+
+    def store(self, linear: nn.Linear, config: QuantizeConfig) -> None:
+        """Take the place of `linear`, whose values are given later."""
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.quantize = config
+        codes, scales, num_nested = layout(self.shape, config)
+        device = linear.weight.device
+        self.codes = nn.Parameter(torch.empty(codes, dtype=torch.uint8, device=device), requires_grad=False)
+        self.scales = nn.Parameter(torch.empty(scales, dtype=torch.uint8, device=device), requires_grad=False)
+        self.register_buffer("nested", torch.zeros(num_nested) if num_nested else None, persistent=False)
+        self.register_buffer("offset", torch.zeros(()) if num_nested else None, persistent=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the matrix."""
+        return self.out_features, self.in_features
+
+    @property
+    def packed(self) -> Packed:
+        return Packed(self.codes, self.scales, self.nested, self.offset)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return product(x, self.bias, self.packed, self.shape, self.quantize)
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in) that the layer computes with."""
+        return dense(self.packed, self.shape, self.quantize, dtype)
+
+
+class QuantLinear(Quantised):
+    """x (..., in) -> W x + b, W made from its codes for this product alone."""
+
+    def __init__(self, linear: nn.Linear, config: QuantizeConfig) -> None:
+        nn.Module.__init__(self)
+        self.store(linear, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x)
+
+
+class QuantLoraLinear(Quantised, LoraLinear):
+    """An adapted layer whose frozen weight is stored quantised: QLoRA."""
+
+    def __init__(self, linear: LoraLinear, config: QuantizeConfig) -> None:
+        nn.Module.__init__(self)
+        self.store(linear, config)
+        self.lora_A, self.lora_B = linear.lora_A, linear.lora_B
+        self.scale, self.dropout = linear.scale, linear.dropout
+
+
+def quantise(llm: nn.Module, config: QuantizeConfig) -> None:
+    """Store every matrix of `llm` as `config` says, but for its head and its embeddings. ConfigError where not all can be."""
+    functional()
+    if experts := fused_parameters(llm):
+        raise ConfigError(
+            f"quantize.bits = {config.bits}: {type(llm).__name__} is a mixture of experts: {len(experts)} of its parameters (for "
+            f"example {experts[0]}) are no linear layers, and most of the model would stay as it is; use quantize.bits = 16"
+        )
+    for path, linear in matrices(llm):
+        parent, _, name = path.rpartition(".")
+        kind = QuantLoraLinear if isinstance(linear, LoraLinear) else QuantLinear
+        setattr(llm.get_submodule(parent), name, kind(linear, config))  # type: ignore[arg-type]
+
+
+def matrices(llm: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """The linear layers of a language model but for its head, by path: what is quantised, or would be."""
+    head = llm.get_output_embeddings()  # type: ignore[operator]
+    return [(path, module) for path, module in llm.named_modules() if isinstance(module, nn.Linear) and module is not head]
+
+
+def quantised(root: nn.Module) -> Iterator[tuple[str, Quantised]]:
+    """Quantised layers with their full paths."""
+    for path, module in root.named_modules():
+        if isinstance(module, Quantised):
+            yield path, module
+
+
+def num_parameters(root: nn.Module) -> int:
+    """As if nothing was quantised; a tied matrix counts once."""
+    stored = sum(layer.codes.numel() + layer.scales.numel() for _, layer in quantised(root))
+    return sum(p.numel() for p in root.parameters()) - stored + sum(math.prod(layer.shape) for _, layer in quantised(root))
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Inside, quantised layers on meta have shapes and no values: bitsandbytes computes on real tensors only."""
+    original = quantize._dense_blocks
+
+    def shaped(codes: Tensor, absmax: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+        return torch.empty(len(codes) * quantize.BLOCK, dtype=dtype, device=codes.device)
+
+    def unnested(scales: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
+        return torch.empty(scales.shape, dtype=torch.float32, device=scales.device)
+
+    nest = quantize._unnest
+    quantize._dense_blocks, quantize._unnest = shaped, unnested
+    try:
+        yield
+    finally:
+        quantize._dense_blocks, quantize._unnest = original, nest

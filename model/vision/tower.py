@@ -1,0 +1,144 @@
+"""The vision tower, built only as deep as the hidden state that is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel
+
+from model.batch import ImageSpec
+from model.config import ConfigError, VisionConfig
+from model.files.hub import find_file, read_json
+from model.llm.causal_lm import hugging_face_config
+from model.vision.multi_scale import merged, tiles
+from model.vision.tower_kinds import TOWERS, cut, num_prefix, side, standard
+from model.weights.quantised_base import check_settings
+
+SETTING = "model.vision.path"
+RESIZE = {
+    "CLIPImageProcessor": "shortest_edge",
+    "CLIPFeatureExtractor": "shortest_edge",
+    "BitImageProcessor": "shortest_edge",
+    "SiglipImageProcessor": "exact",
+    "ViTImageProcessor": "exact",
+    "GotOcr2ImageProcessor": "exact",
+}
+"""How each image processor resizes, by class name without `Fast` or `Pil`; `shortest_edge` goes to the side of its crop."""
+
+
+def vision_config(config: VisionConfig, cache_dir: str = "") -> dict[str, Any]:
+    """config.json of the tower itself as transformers' class wants it; folders of larger models hold it inside their own."""
+    whole = read_json(SETTING, config.path, "config.json", cache_dir)
+    check_settings(SETTING, config.path, whole)
+    value = whole.get("vision_config", whole)
+    if "model_type" not in value:
+        raise ConfigError(f"{SETTING} = {config.path!r}: config.json names no model_type for the vision tower")
+    return standard(f"{SETTING} = {config.path!r}", value)
+
+
+def vision_spec(config: VisionConfig, cache_dir: str = "") -> ImageSpec:
+    """What data needs to know, from config.json and the image processor's JSON alone."""
+    value = hugging_face_config(SETTING, vision_config(config, cache_dir))
+    processor = image_processor_config(config.path, cache_dir)
+    kind = str(processor.get("image_processor_type", processor.get("feature_extractor_type", "CLIPImageProcessor")))
+    resize = RESIZE.get(kind.removesuffix("Pil").removesuffix("Fast"))
+    if resize is None:
+        raise ConfigError(f"{SETTING} = {config.path!r}: image processor {kind!r} is not {' | '.join(RESIZE)}")
+    rows = num_prefix(value)
+    if config.select == "cls_patch" and rows == 0:
+        raise ConfigError(f"model.vision.select = 'cls_patch' has no effect: {value.model_type} has no CLS row; use 'patch'")
+    sizes = view_sizes(config, value)
+    return ImageSpec(
+        size=sizes[-1],
+        # With scales the picture arrives in the largest size, and a row of features stands for this many of its pixels.
+        patch=side(value.patch_size, SETTING, "patch_size") * (sizes[-1] // sizes[0]),
+        num_prefix=rows,
+        select=config.select,
+        resize=resize,
+        mean=tuple(processor["image_mean"]),
+        std=tuple(processor["image_std"]),
+        resample=processor.get("resample", 3),
+        rescale=processor.get("rescale_factor", 1 / 255),
+    )
+
+
+def view_sizes(config: VisionConfig, value: Any) -> tuple[int, ...]:
+    """Sides in pixels at which a picture is seen: that of the tower's input first, then `scales`. `value`: the tower's config."""
+    own, patch = side(value.image_size, SETTING, "image_size"), side(value.patch_size, SETTING, "patch_size")
+    base = config.image_size or own
+    if base != own and (base < patch or base % patch):
+        raise ConfigError(f"model.vision.image_size = {base} is no multiple of the tower's patch of {patch} pixels")
+    sizes = (base, *config.scales)
+    if sorted(set(sizes)) != list(sizes) or any(size % base for size in sizes):
+        raise ConfigError(
+            f"model.vision.scales = {list(config.scales)} are not multiples of the tower's {base} pixels, growing from one to the "
+            f"next: as [{2 * base}, {3 * base}]"
+        )
+    if config.scales and config.select != "patch":
+        raise ConfigError("model.vision.scales with select = 'cls_patch': several views have several CLS rows; use 'patch'")
+    return sizes
+
+
+def image_processor_config(path: str, cache_dir: str) -> dict[str, Any]:
+    """The flat preprocessor_config.json, or what newer folders nest in processor_config.json."""
+    if find_file(SETTING, path, "preprocessor_config.json", cache_dir):
+        found = read_json(SETTING, path, "preprocessor_config.json", cache_dir)
+    else:
+        found = read_json(SETTING, path, "processor_config.json", cache_dir).get("image_processor", {})
+    if not {"image_mean", "image_std"} <= found.keys():
+        raise ConfigError(f"{SETTING} = {path!r}: no preprocessor_config.json with image_mean and image_std")
+    return found
+
+
+def num_blocks(layer: int, total: int) -> int:
+    """Blocks needed for hidden_states[layer], which has `total` + 1 entries."""
+    wanted = layer if layer >= 0 else total + 1 + layer
+    if not 0 <= wanted <= total:
+        raise ConfigError(f"model.vision.layer = {layer} is not in [{-total - 1}, {total}]: the tower has {total} blocks")
+    return wanted
+
+
+class VisionTower(nn.Module):
+    """Pixels (N, 3, S, S) -> features (N, L, C): the raw output of the last block that is built.
+
+    With `scales` S is the largest of them, C is the tower's width times the number of sizes, and L the rows of one view.
+    """
+
+    def __init__(self, value: dict[str, Any], config: VisionConfig) -> None:
+        super().__init__()
+        found: Any = hugging_face_config(SETTING, value)
+        self.sizes = view_sizes(config, found)
+        self.resizes = config.image_size != 0
+        found.image_size = self.sizes[0] if isinstance(found.image_size, int) else (self.sizes[0], self.sizes[0])
+        self.num_blocks = num_blocks(config.layer, found.num_hidden_layers), found.num_hidden_layers  # built, all
+        found.num_hidden_layers = self.num_blocks[0]
+        self.kind = TOWERS[found.model_type]
+        self.num_prefix = num_prefix(found) if config.select == "patch" else 0
+        self.hidden_size: int = found.hidden_size * len(self.sizes)
+        grid = self.sizes[0] // side(found.patch_size, SETTING, "patch_size")
+        self.blank_length = grid**2 + num_prefix(found) - self.num_prefix  # rows of one view
+        self.tower = cut(AutoModel.from_config(found, dtype=torch.float32, attn_implementation="sdpa"))
+
+    @property
+    def positions(self) -> nn.Parameter:
+        """What `tune = "positions"` trains."""
+        return self.tower.get_parameter(self.kind.positions)
+
+    def is_behind(self, name: str) -> bool:
+        """Whether a tensor of the tower's class stands behind its last block, so that no hidden state needs it."""
+        return any(name == path or name.startswith(f"{path}.") for path in self.kind.behind)
+
+    def valid_rows(self, lengths: Tensor | None) -> None:
+        """Every row of a picture is valid."""
+
+    def forward(self, values: Tensor, lengths: Tensor | None = None) -> Tensor:
+        if len(self.sizes) == 1:
+            return self._encode(values)
+        # One call for the squares of all sizes: ranks run the same collectives, and small squares fill the device.
+        return merged(self._encode(tiles(values, self.sizes)), self.sizes)
+
+    def _encode(self, values: Tensor) -> Tensor:
+        # The selection stays outside `tower`: a sharded module must not return a view.
+        return self.tower(pixel_values=values).last_hidden_state[:, self.num_prefix :]

@@ -1,0 +1,147 @@
+"""Every tensor of a weight file is read, or stands in a named list of what carries nothing; anything else is an error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.config import ConfigError
+from model.files.tensor_files import Rows, Tensors
+
+MADE_ANEW = (
+    re.compile(r"(^|\.)rotary\w*\.(\w*inv_freq|cos_cached|sin_cached)$"),  # angles of positions
+    re.compile(r"(^|\.)position_ids$"),  # 0, 1, 2 ...
+)
+"""Buffers that a model computes by itself; older versions of transformers saved them."""
+MASK = re.compile(r"\.(attn|attention|self_attn)\.(bias|masked_bias)$")
+"""Causal masks of GPT-2's and GPT-NeoX's time, (1, 1, n, n), and the number they fill with, ()."""
+OTHER_PARTS = re.compile(
+    r"(model\.)?(text_model|language_model|multi_modal_projector|vision_tower|audio_tower|decoder|mlp1)\."
+    r"|(model\.)?image_newline$|(text_projection|visual_projection|lm_head|proj_out|classifier)\.|logit_(scale|bias)$"
+)
+"""What stands beside a tower or an encoder in the file of a larger model, by the beginning of its name."""
+BLOCK = re.compile(r"(?:^|\.)(?:layers?|h|blocks)\.(\d+)\.")
+SHOWN = 5
+PIECE_ROWS = 8192
+
+
+def carries_nothing(name: str, rows: Rows) -> bool:
+    """Whether a tensor is a buffer that every model makes anew."""
+    return any(pattern.search(name) for pattern in MADE_ANEW) or bool(MASK.search(name) and len(rows.shape) in (0, 4))
+
+
+def check_llm(setting: str, path: str, tensors: Tensors, llm: nn.Module, own: dict[str, int]) -> None:
+    """Every one of `tensors`, by the names of `llm`, is in `own` (names, and the parameter that each stands for) or ignored.
+
+    ConfigError for others, for a head that is missing, and for two names of one parameter with two values.
+    """
+    ignored = [re.compile(pattern) for pattern in getattr(llm, "_keys_to_ignore_on_load_unexpected", None) or ()]
+
+    def excused(name: str) -> bool:
+        return carries_nothing(name, tensors[name]) or any(pattern.search(name) for pattern in ignored)
+
+    head = [name for name, parameter in llm.named_parameters(remove_duplicate=False) if parameter is _head(llm)]
+    refuse_unknown(setting, path, tensors, own, excused, type(llm).__name__, getattr(llm.config, "num_hidden_layers", 0))
+    if not any(name in tensors for name in head) and any(name in tensors for name in own):
+        raise ConfigError(
+            f"{setting} = {path!r} holds no {head[0]}, and config.json does not tie the head to the embedding "
+            "(tie_word_embeddings = false): it was saved without its head, as AutoModel.save_pretrained does; save it from "
+            "AutoModelForCausalLM, or name the folder that it comes from"
+        )
+    check_ties(setting, path, tensors, own)
+
+
+def _head(llm: Any) -> nn.Parameter:
+    weight: nn.Parameter = llm.get_output_embeddings().weight
+    return weight
+
+
+def refuse_unknown(
+    setting: str, path: str, names: Iterable[str], own: Collection[str], excused: Callable[[str], bool], what: str, num_blocks: int
+) -> None:
+    """ConfigError naming every tensor that is neither `own` nor `excused`. `num_blocks`: as config.json says."""
+    names = dict.fromkeys(names)
+    unknown = [name for name in names if name not in own and not excused(name)]
+    if not unknown:
+        return
+    listed = ", ".join(unknown[:SHOWN]) + (f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else "")
+    lines = [f"{setting} = {path!r} holds {len(unknown)} tensor(s) that {what} has no place for, which would be lost: {listed}"]
+    blocks = {int(match[1]) for name in unknown if (match := BLOCK.search(name))}
+    if num_blocks and blocks and min(blocks) >= num_blocks:
+        lines.append(f"config.json has {num_blocks} layers, the files go on to layer {max(blocks)} (counted from 0)")
+    if missing := [name for name in own if name not in names]:
+        lines.append(f"and holds none of {', '.join(missing[:2])}" + (f" and {len(missing) - 2} more" if len(missing) > 2 else ""))
+    lines.append(_advice(unknown))
+    raise ConfigError("; ".join(lines))
+
+
+def _advice(unknown: list[str]) -> str:
+    if any(".lora_" in name or ".base_layer." in name for name in unknown):
+        return "it holds a LoRA adapter: merge it into the model first, or name the base here and the adapter as lora.path"
+    if any(name.startswith(("module.", "_orig_mod.")) for name in unknown):
+        return "its names have the prefix of a wrapper (DDP, torch.compile): save the state_dict of the model inside it"
+    if any("mm_projector" in name or OTHER_PARTS.match(name) for name in unknown):
+        return (
+            "it holds more than one part of a multimodal model: save each part into a folder of its own, the projector for "
+            "model.vision_projector.path or model.audio_projector.path"
+        )
+    return "restore the config.json that belongs to these files, or save the model again without them"
+
+
+def check_ties(setting: str, path: str, tensors: Tensors, own: dict[str, int]) -> None:
+    """Refuse two names of one parameter that hold two values, as a head beside the embedding it is tied to.
+
+    Both are read whole, in pieces, on every rank; nearly every file holds one name alone.
+    """
+    first: dict[int, str] = {}
+    for name, parameter in own.items():
+        if name in tensors and (other := first.setdefault(parameter, name)) != name and not equal(tensors[name], tensors[other]):
+            raise ConfigError(
+                f"{setting} = {path!r}: {other} and {name} hold different values, but config.json ties them into one "
+                "(tie_word_embeddings = true): set it to false in config.json if both are meant, or remove one of them"
+            )
+
+
+def equal(one: Rows, other: Rows) -> bool:
+    """Whether two tensors hold the same numbers, in whatever types."""
+    if one.shape != other.shape:
+        return False
+    pieces = range(0, one.shape[0] if one.shape else 1, PIECE_ROWS)
+    return all(torch.equal(*(t.read(a, min(a + PIECE_ROWS, (t.shape or (1,))[0])).float() for t in (one, other))) for a in pieces)
+
+
+def prefixed(tensors: Tensors, own: Collection[str], prefix: str) -> Tensors:
+    """The tensors of a decoder that was saved alone, as AutoModel.save_pretrained does, by their names in the whole model."""
+    begin = f"{prefix}."
+    if any(name.startswith(begin) for name in tensors):
+        return tensors
+    return {begin + name if begin + name in own else name: rows for name, rows in tensors.items()}
+
+
+def check_encoder(
+    setting: str, path: str, outside: Collection[str], inside: Tensors, own: Collection[str], behind: Callable[[str], bool],
+    *, num_blocks: tuple[int, int], nested: bool, what: str,
+) -> None:  # fmt: skip
+    """Account for the file of a tower or encoder: `inside` by names of its class, `outside` of its prefix by names of the file.
+
+    `own` is read, `behind` stands behind what is read; of `num_blocks` (built, all) the later ones do. `nested`: the folder is
+    that of a larger model, whose other parts are no business of this one.
+    """
+    built, total = num_blocks
+    suffixes = {name[match.end() :] for name in own if (match := BLOCK.search(name))}
+
+    def excused(name: str) -> bool:
+        if OTHER_PARTS.match(name):
+            return True
+        match = BLOCK.search(name)
+        if match and built <= int(match[1]) < total:
+            return not suffixes or name[match.end() :] in suffixes
+        return carries_nothing(name, inside[name]) or behind(name)
+
+    refuse_unknown(setting, path, inside, own, excused, what, total)
+    if not nested:
+        refuse_unknown(setting, path, outside, (), lambda name: bool(OTHER_PARTS.match(name)), what, 0)

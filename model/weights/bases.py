@@ -1,0 +1,162 @@
+"""Weights of the Hugging Face folders that parts start from: read, accounted for to the last tensor, and fitted to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+from model.audio import encoder as audio
+from model.card import ModelCard
+from model.config import ConfigError
+from model.files.hub import folder_tensors, read_json, weight_files
+from model.files.tensor_files import Tensors, sampled_digest
+from model.llm.causal_lm import hugging_face_config
+from model.llm.experts import fused
+from model.llm.new_tokens import is_new_rows
+from model.lora import is_adapter
+from model.multimodal import MultimodalLM
+from model.vision import tower as vision
+from model.vision.position_embeddings import resized
+from model.vision.tower import VisionTower
+from model.vision.tower_kinds import own_names
+from model.weights.accounting import check_encoder, check_llm, prefixed
+from model.weights.initial_values import grown
+from model.weights.materialise import Layer, kept_buffers, owners
+from model.weights.quantised_base import check_dequantizable, check_plain, dequantised_fp8, quantisation
+
+LLM = "model.llm.path"
+
+
+def base_layers(card: ModelCard, model: MultimodalLM) -> list[Layer]:
+    """The Hugging Face folders, opened only when something is needed from them.
+
+    ConfigError then, if they are not those whose digests the card has, or hold what no part of the model has a place for.
+    """
+    config = card.model
+    layers = [Layer(config.llm.path, lambda: llm_tensors(card, model), prefix="llm.")]
+
+    readers: dict[str, Callable[..., Tensors]] = {"vision": tower_tensors, "audio": audio_tensors}
+    for part, read in readers.items():
+        if (settings := getattr(config, part)) is not None:
+            opened = partial(read, settings.path, model.get_submodule(part), config.cache_dir, digest=card.bases.get(part, ""))
+            layers.append(Layer(settings.path, opened, prefix=f"{part}."))
+    return layers
+
+
+def base_tensors(part: str, path: str, cache_dir: str, digest: str) -> Tensors:
+    """Every tensor of a base; ConfigError when the fingerprint of its files is not `digest` ("" = not known)."""
+    files = weight_files(f"model.{part}.path", path, cache_dir)
+    if digest and sampled_digest(files) != digest:
+        raise ConfigError(
+            f"model.{part}.path = {path!r} holds other weights than the ones this run was trained on: restore them, or name "
+            f"the folder where they are, as load_model(..., base={{{part!r}: path}})"
+        )
+    return folder_tensors(f"model.{part}.path", path, cache_dir)
+
+
+def llm_tensors(card: ModelCard, model: MultimodalLM) -> Tensors:
+    """The language model's tensors by full name, its vocabulary matrices grown to the model's."""
+    config = card.model
+    found = base_tensors("llm", config.llm.path, config.cache_dir, card.bases.get("llm", ""))
+    settings = quantisation(read_json(LLM, config.llm.path, "config.json", config.cache_dir))
+    own = file_names(model.llm)
+    if config.llm.dequantize:
+        check_dequantizable(config.llm.path, settings)
+        found = dequantised_fp8(f"{LLM} = {config.llm.path!r}", found, settings or {})
+    else:
+        check_plain(LLM, config.llm.path, settings, found, own)
+    found = fused(prefixed(found, own, model.llm.base_model_prefix))  # type: ignore[arg-type]
+    check_llm(LLM, config.llm.path, found, model.llm, own)
+    found = {f"llm.{name}": rows for name, rows in found.items()}
+    check_vocabulary(card, found, model)
+    return fitted(found, card, None, model)
+
+
+def file_names(module: nn.Module) -> dict[str, int]:
+    """Names that files have for the parameters and kept buffers of `module`; two of one parameter have one number."""
+    found = {
+        name: number
+        for number, names in enumerate(owners(module).values())
+        for name in names
+        if not is_adapter(name) and not is_new_rows(name)
+    }
+    return found | {name: -1 - n for n, (name, _, _) in enumerate(kept_buffers(module))}
+
+
+def check_vocabulary(card: ModelCard, tensors: Tensors, model: MultimodalLM) -> None:
+    """Refuse matrices of other rows than config.json says: transformers does, and nobody knows which of the two is meant."""
+    told = hugging_face_config(LLM, card.hugging_face["llm"]).vocab_size
+    for name in vocabulary_matrices(model):
+        if name in tensors and tensors[name].shape[0] != told:
+            raise ConfigError(
+                f"{LLM} = {card.model.llm.path!r}: vocab_size = {told} in config.json, but {name.removeprefix('llm.')} has "
+                f"{tensors[name].shape[0]} rows in the files: restore the config.json that belongs to them"
+            )
+
+
+def fitted(tensors: Tensors, card: ModelCard, saved: ModelCard | None, model: MultimodalLM) -> Tensors:
+    """The same tensors with vocabulary matrices grown to the model's; rows of tokens their origin knows stay."""
+    known = set(saved.vocabulary.new_ids) if saved else set()
+    new_ids = tuple(token for token in card.vocabulary.new_ids if token not in known)
+    for name, num_rows in vocabulary_matrices(model).items():
+        if name in tensors and (new_ids or tensors[name].shape[0] != num_rows):
+            tensors = {**tensors, name: grown(tensors[name], num_rows, card.vocabulary, new_ids)}
+    return tensors
+
+
+def vocabulary_matrices(model: MultimodalLM) -> dict[str, int]:
+    """Full names of the embedding and the head, with their rows."""
+    matrices = [model.llm.get_input_embeddings().weight, model.llm.get_output_embeddings().weight]  # type: ignore[operator]
+    return {
+        name: parameter.shape[0]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if any(parameter is matrix for matrix in matrices)
+    }
+
+
+def tower_tensors(path: str, tower: VisionTower, cache_dir: str, others: tuple[str, ...] = (), digest: str = "") -> Tensors:
+    """The tower's own tensors, and `others` that it does not build, out of a folder that may hold more, under any prefix.
+
+    Position embeddings fit the size of picture that the tower was built for.
+    """
+    files = base_tensors("vision", path, cache_dir, digest)
+    shapes = {name: tuple(p.shape) for name, p in tower.tower.named_parameters() if not is_adapter(name)}
+    wanted = [*shapes, *others]
+    prefix, here = own_names(f"{vision.SETTING} = {path!r}", files, wanted, tower.kind)
+    check_plain(vision.SETTING, path, None, here, wanted)
+    nested = "vision_config" in read_json(vision.SETTING, path, "config.json", cache_dir)
+    outside = [name for name in files if not name.startswith(prefix)]
+    check_encoder(
+        vision.SETTING, path, outside, here, wanted, tower.is_behind,
+        num_blocks=tower.num_blocks, nested=nested, what=type(tower.tower).__name__,
+    )  # fmt: skip
+    found = {name: here[name] for name in wanted if name in here}
+    name = tower.kind.positions
+    if tower.resizes and name in found:
+        found[name] = resized(found[name], shapes[name], tower.kind)
+    return {f"vision.tower.{name}": rows for name, rows in found.items()}
+
+
+def audio_tensors(path: str, encoder: nn.Module, cache_dir: str = "", digest: str = "") -> Tensors:
+    """The encoder's own tensors out of a folder that may hold more, under any prefix."""
+    files = base_tensors("audio", path, cache_dir, digest)
+    wanted = [name.removeprefix("tower.") for name, _ in encoder.named_parameters() if not is_adapter(name)]
+    prefixes = [p for p in audio.PREFIXES if p + wanted[0] in files]
+    if len(prefixes) > 1:
+        raise ConfigError(
+            f"{audio.SETTING} = {path!r}: the files hold two encoders, under {' and '.join(f'{p}...' for p in prefixes)}: save the "
+            "one that is meant into a folder of its own"
+        )
+    prefix = prefixes[0] if prefixes else ""
+    here = {name.removeprefix(prefix): rows for name, rows in files.items() if name.startswith(prefix)}
+    check_plain(audio.SETTING, path, None, here, wanted)
+    nested = bool(read_json(audio.SETTING, path, "config.json", cache_dir).get("audio_config"))
+    outside = [name for name in files if not name.startswith(prefix)]
+    total = len(encoder.tower.layers)  # type: ignore[arg-type, union-attr]
+    check_encoder(
+        audio.SETTING, path, outside, here, wanted, lambda name: False,
+        num_blocks=(total, total), nested=nested, what="the audio encoder",
+    )  # fmt: skip
+    return {f"audio.tower.{name}": here[name] for name in wanted if name in here}

@@ -1,0 +1,82 @@
+"""Whether an earlier run's weights mean the same in a new model: bases, features, adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from model.batch import spec_to_json
+from model.card import ModelCard
+from model.config import ConfigError
+from model.llm.causal_lm import hugging_face_config
+from model.vision.tower import num_blocks
+
+FEATURES = (
+    ("vision", "layer"),
+    ("vision", "select"),
+    ("vision_projector", "kind"),
+    ("audio", "window"),
+    ("audio_projector", "kind"),
+)
+"""Part and setting."""
+
+
+def check_same_bases(saved: ModelCard, card: ModelCard, folder: Path, setting: str) -> None:
+    """An earlier run's weights fit only on the bases it was trained on."""
+    for name in saved.hugging_face:
+        if name not in card.hugging_face:
+            raise ConfigError(f"{setting} = {str(folder)!r} was trained with a {name} part: configure [model.{name}] as well")
+        if saved.hugging_face[name] != card.hugging_face[name]:
+            raise ConfigError(f"{setting} = {str(folder)!r} was trained on another {name} model than model.{name}.path names")
+    check_same_features(saved, card, folder, setting)
+
+
+def check_same_features(saved: ModelCard, card: ModelCard, folder: Path, setting: str) -> None:
+    """A projector, and the model behind it, understands only the features it was trained on, made the same way."""
+    now = _features(card)
+    pairs: dict[str, Any] = {key: (then, now[key]) for key, then in _features(saved).items() if then != now[key]}
+    if "model.vision.layer" in pairs and _same_layer(saved, card):
+        del pairs["model.vision.layer"]
+    for modality, spec in saved.specs.items():
+        old, new = spec_to_json(spec), spec_to_json(card.specs[modality])
+        changed = {k for k in old if old[k] != new[k]} - {"select", "full_window"}  # both are named among the settings
+        # Prompts may be put before clips that had none, line breaks behind tiles, and a head may begin to read the ends of clips;
+        # what was learned is never dropped.
+        changed -= {key for key in ("num_prompts", "num_states", "newline") if not old.get(key)}
+        pairs |= {f"{modality} {k}": (old[k], new[k]) for k in sorted(changed)}
+    if pairs:
+        differences = "; ".join(
+            f"{key} = {new!r}, but {str(folder)!r} was trained with {old!r}" for key, (old, new) in pairs.items()
+        )
+        raise ConfigError(f"{setting}: {differences}: use the same values")
+
+
+def _features(card: ModelCard) -> dict[str, Any]:
+    """Settings that decide what features mean, of the parts that there are."""
+    parts = card.model.parts()
+    return {f"model.{name}.{key}": getattr(parts[name], key) for name, key in FEATURES if name in parts}
+
+
+def _same_layer(one: ModelCard, other: ModelCard) -> bool:
+    """Layers may be counted from either end."""
+    config: Any = hugging_face_config("model.vision.path", one.hugging_face["vision"])
+    first, second = (num_blocks(card.model.vision.layer, config.num_hidden_layers) for card in (one, other))  # type: ignore[union-attr]
+    return first == second
+
+
+LORA_SHAPE = ("rank", "alpha", "rslora", "targets")
+
+
+def going_on(saved: ModelCard, card: ModelCard, folder: Path) -> frozenset[str]:
+    """Parts whose adapters go on as they were, on the matrices they were trained on. All others are merged: into parts that carry
+    none now, and below adapters of another shape, which start anew.
+    """
+    if any(getattr(saved.lora, key) != getattr(card.lora, key) for key in LORA_SHAPE):
+        return frozenset()
+    parts = saved.lora_parts & card.lora_parts
+    if parts and saved.quantize != card.quantize:
+        raise ConfigError(
+            f"quantize = {card.quantize}, but the adapter in {folder} was trained with {saved.quantize}: use the same, or merge it "
+            "first with tools.merge_lora"
+        )
+    return parts

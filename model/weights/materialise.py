@@ -1,0 +1,222 @@
+"""Where every parameter's value comes from: layers of tensors, newest first; and putting them into a model built on meta."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from model.config import ConfigError, QuantizeConfig
+from model.files.tensor_files import Rows, Tensors
+from model.llm.quantize import dequantised, pack
+from model.llm.quantized_linear import STORED, Quantised, quantised
+from model.lora import merge_rows
+
+
+class Merged(Protocol):
+    """What a layer adds to the weight below it."""
+
+    def onto(self, weight: Rows) -> Rows: ...
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A pair to be merged into the weight below it."""
+
+    lora_a: Rows
+    lora_b: Rows
+    scale: float
+
+    def onto(self, weight: Rows) -> Rows:
+        """Rows a:b of W + scale * B A need rows a:b of W and of B alone, so a sharded load merges its own rows."""
+        return Rows(weight.shape, lambda a, b: merge_rows(weight.read(a, b), self.lora_a.all(), self.lora_b.read(a, b), self.scale))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One origin of weights. It is opened when a name that begins with `prefix` is first asked for and no newer layer holds it."""
+
+    origin: str  # for messages
+    open: Callable[[], Tensors]
+    adapters: Mapping[str, Merged] = field(default_factory=dict)  # by full name of the weight they are merged into
+    prefix: str = ""
+    stored: dict[str, QuantizeConfig] = field(default_factory=dict)  # matrices that it knows only as quantised, by full name
+
+    @cached_property
+    def tensors(self) -> Tensors:
+        return self.open()
+
+
+def resolve(name: str, layers: list[Layer]) -> Rows | None:
+    """The newest value of a parameter, adapters of newer layers merged on top; None when no layer holds it.
+
+    An adapter that was trained on a quantised matrix is merged into what that matrix was then.
+    """
+    for depth, layer in enumerate(layers):
+        adapter, config = layer.adapters.get(name), layer.stored.get(name)
+        if adapter or config:
+            below = resolve(name, layers[depth + 1 :])
+            below = dequantised(below, config) if below and config else below
+            return adapter.onto(below) if adapter and below else below
+        if name.startswith(layer.prefix) and name in layer.tensors:
+            return layer.tensors[name]
+    return None
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built inside have parameters without storage, and real buffers: `inv_freq` and its like are in no file."""
+    original = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.data.to("meta"), requires_grad=param.requires_grad)
+        original(self, name, param)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def materialise(
+    model: nn.Module,
+    layers: list[Layer],
+    *,
+    frozen_dtype: torch.dtype,
+    device: torch.device,
+    alive: Callable[[str], object] = lambda name: None,
+) -> None:
+    """Give every parameter its value and its device: trainable ones in float32, frozen ones in `frozen_dtype`.
+
+    A sharded parameter reads its own rows only, and a quantised matrix is packed piece by piece, so no rank ever holds the whole
+    model. `alive` is told each name before it is read. ConfigError when a value is missing or has another shape.
+    """
+    values: dict[str, Tensor] = {}
+    for owner, names, rows in find_values(model, layers):
+        alive(names[0])
+        if isinstance(owner, Quantised):
+            values |= _packed(owner, names[0], rows, device)
+            continue
+        value = nn.Parameter(_local(owner, rows, frozen_dtype, device), requires_grad=owner.requires_grad)
+        values.update(dict.fromkeys(names, value))  # tied parameters stay one
+    model.load_state_dict(values, strict=False, assign=True)
+    _load_buffers(model, layers)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+
+
+Owner = nn.Parameter | Quantised
+
+
+def owners(model: nn.Module) -> dict[Owner, list[str]]:
+    """Each parameter with all its names; in place of codes and scales, their layer with the name of the matrix."""
+    found: dict[Owner, list[str]] = {layer: [f"{path}.weight"] for path, layer in quantised(model)}
+    stored = {path + suffix for path, _ in quantised(model) for suffix in STORED}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in stored:
+            found.setdefault(parameter, []).append(name)
+    return found
+
+
+def kept_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Buffers that files hold, as a router's corrections: full name, module and name in it. Others are made anew."""
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, module, name
+
+
+def find_values(model: nn.Module, layers: list[Layer]) -> list[tuple[Owner, list[str], Rows]]:
+    """Each parameter with all its names and where its value stands; in place of codes and scales, their layer with the name of
+    the matrix. ConfigError when one has no value, or of another shape.
+    """
+    aliases = owners(model)
+    found: list[tuple[Owner, list[str], Rows]] = []
+    missing, misshapen = [], []
+    for owner, names in aliases.items():
+        rows = next((r for r in (resolve(name, layers) for name in names) if r is not None), None)
+        if rows is None:
+            missing.append(names[0])
+        elif rows.shape != tuple(owner.shape):
+            misshapen.append(f"{names[0]}: {list(rows.shape)} in the file, {list(owner.shape)} in the model")
+        else:
+            found.append((owner, names, rows))
+    _refuse(missing, misshapen, layers)
+    return found
+
+
+def _load_buffers(model: nn.Module, layers: list[Layer]) -> None:
+    """Values of buffers that files hold, whole on every rank. ConfigError when one is missing or of another shape."""
+    found = {name: (module, key, resolve(name, layers)) for name, module, key in kept_buffers(model)}
+    shapes = {name: tuple(module._buffers[key].shape) for name, (module, key, _) in found.items()}  # type: ignore[union-attr]
+    missing = [name for name, (_, _, rows) in found.items() if rows is None]
+    wrong = {name: rows.shape for name, (_, _, rows) in found.items() if rows is not None and rows.shape != shapes[name]}
+    _refuse(missing, [f"{name}: {list(s)} in the file, {list(shapes[name])} in the model" for name, s in wrong.items()], layers)
+    for module, key, rows in found.values():
+        if rows is not None:
+            module._buffers[key] = rows.all().to(dtype=module._buffers[key].dtype, copy=True)  # type: ignore[union-attr]
+
+
+def _local(parameter: nn.Parameter, rows: Rows, frozen_dtype: torch.dtype, device: torch.device) -> Tensor:
+    dtype = torch.float32 if parameter.requires_grad else frozen_dtype
+    start, stop = local_range(parameter)
+    value = rows.read(start, stop)
+    # A copy always: what was read may be a view of a mapped file that is replaced while it is in use.
+    return _placed(parameter, value.to(device=device, dtype=dtype, copy=True).contiguous())
+
+
+def _packed(layer: Quantised, name: str, rows: Rows, device: torch.device) -> dict[str, Tensor]:
+    """Codes and scales by full name, this rank's rows of them; what they rest on goes into the layer's buffers."""
+    packed = pack(rows, layer.quantize, *local_range(layer.codes))
+    layer.nested, layer.offset = packed.nested, packed.offset
+    path = name.removesuffix(".weight")
+    return {
+        f"{path}.{kind}": nn.Parameter(_placed(getattr(layer, kind), getattr(packed, kind).to(device)), requires_grad=False)
+        for kind in ("codes", "scales")
+    }
+
+
+def _placed(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """This rank's rows as the parameter holds them."""
+    if not isinstance(parameter, DTensor):
+        return value
+    return DTensor.from_local(
+        value, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
+
+
+def local_range(tensor: Tensor) -> tuple[int, int]:
+    """First and last row (exclusive) of dim 0 that this rank holds; `fully_shard` leaves late ranks empty when rows are few."""
+    if not isinstance(tensor, DTensor):
+        return 0, tensor.shape[0] if tensor.dim() else 1
+    mesh: Any = tensor.device_mesh
+    chunk = -(-tensor.shape[0] // mesh.size(mesh.ndim - 1))
+    first = min(mesh.get_local_rank(mesh.ndim - 1) * chunk, tensor.shape[0])
+    return first, first + tensor.to_local().shape[0]
+
+
+def is_first_copy(tensor: Tensor, rank: int) -> bool:
+    """Whether this rank is the one to write its rows: each is held by several where whole copies are."""
+    if not isinstance(tensor, DTensor):
+        return rank == 0
+    mesh: Any = tensor.device_mesh
+    return all(mesh.get_local_rank(dim) == 0 for dim in range(mesh.ndim - 1))
+
+
+def _refuse(missing: list[str], misshapen: list[str], layers: list[Layer]) -> None:
+    if not missing and not misshapen:
+        return
+    origins = ", ".join(layer.origin for layer in layers)
+    lines = [f"no value for {name}" for name in missing[:5]] + misshapen[:5]
+    more = len(missing) + len(misshapen) - len(lines)
+    tail = f"\n  ... and {more} more" if more > 0 else ""
+    raise ConfigError(f"weights do not fit the model (read: {origins}):\n  " + "\n  ".join(lines) + tail)

@@ -1,0 +1,192 @@
+"""PEFT adapter folders: read to continue from, written for other tools (names as PEFT 0.21 writes them)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from model.config import ConfigError, LoraConfig
+from model.files.tensor_files import Rows, Tensors, dump_json, read_safetensors, read_weights
+from model.files.untrusted import SHOWN, load_json, shown
+from model.lora import HEAD_STAYS, SUFFIXES, adapted, at_head, is_adapter, learning_biases
+from model.weights.peft_settings import DEFAULTS, problems
+
+PREFIX = "base_model.model."
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+OURS, OUR_CONFIG, CARD = "lora.safetensors", "lora.json", "model.json"
+INHERITS = "inherits"
+"""Key of lora.json: the adapter sits on weights that an earlier run trained, not on the base's."""
+BIASES = ("none", "lora_only", "all")
+"""Values of `bias`, each with more learning biases than the one before."""
+TO_MERGE = "merge it into its base with PEFT (merge_and_unload) and name the result as model.llm.path"
+
+
+def read_adapter(path: Path, lora: LoraConfig, parts: Mapping[str, nn.Module]) -> Tensors:
+    """Every tensor of an adapter by full name, from our lora.safetensors, a folder that holds it, or a PEFT folder.
+
+    `parts`: the modules that carry adapters now. ConfigError unless the file's adapters are exactly theirs, its biases those that
+    it says learned, and [lora] scales them as they were trained.
+    """
+    folder = path.parent if path.name in (WEIGHTS, PICKLED) else path
+    if (folder / CONFIG).is_file():
+        if (folder / OURS).is_file():
+            raise ConfigError(f"lora.path = {str(path)!r} holds two adapters, a {CONFIG} of PEFT and a {OURS}: keep one of them")
+        found, bias = _read_peft(folder, lora)
+    else:
+        found, bias = _read_ours(path, lora, parts)
+    _check_bias(path, bias, lora.bias)
+    _check_names(path, set(found), bias, parts)
+    return found
+
+
+def _check_names(path: Path, found: set[str], bias: str, parts: Mapping[str, nn.Module]) -> None:
+    adapters, biases = {name for name in found if is_adapter(name)}, {name for name in found if name.endswith(".bias")}
+    for name in sorted(adapters):
+        if at_head(inner := name.rpartition(".")[0], parts):
+            raise ConfigError(f"lora.path = {str(path)!r} adapts {inner}: {inner} is the head, {HEAD_STAYS}; or {TO_MERGE}")
+    if foreign := sorted(found - adapters - biases):
+        raise ConfigError(
+            f"lora.path = {str(path)!r} holds {shown(foreign[0])} ({len(foreign)} such), which is no part of an adapter here: "
+            f"{TO_MERGE}"
+        )
+    wanted = {f"{part}.{name}{suffix}" for part, module in parts.items() for name, _ in adapted(module) for suffix in SUFFIXES}
+    _compare(path, adapters, wanted, "lora.targets must name the layers it was trained on")
+    learned = {f"{part}.{name}" for part, module in parts.items() for name in learning_biases(module, bias)}
+    _compare(path, biases, learned, f"with bias = {bias!r} it holds the biases that learned with it, and no others")
+
+
+def _compare(path: Path, found: set[str], wanted: set[str], hint: str) -> None:
+    if differing := sorted(found ^ wanted):
+        side = "has no" if differing[0] in wanted else "also has"
+        raise ConfigError(
+            f"lora.path = {str(path)!r} {side} {differing[0][:SHOWN]} ({len(differing)} such differences between it and this "
+            f"model): {hint}"
+        )
+
+
+def _check_bias(path: Path, then: object, now: str) -> None:
+    if then not in BIASES:
+        raise ConfigError(f"lora.path = {str(path)!r} has bias = {shown(then)}: {' | '.join(map(repr, BIASES))} are known")
+    if BIASES.index(then) > BIASES.index(now):
+        raise ConfigError(
+            f"lora.path = {str(path)!r} was trained with bias = {then!r}, but lora.bias = {now!r}: its trained biases would be "
+            f"lost; set lora.bias = {then!r}"
+        )
+
+
+def _read_ours(path: Path, lora: LoraConfig, parts: Collection[str]) -> tuple[Tensors, str]:
+    """The tensors, and which biases are among them."""
+    file = path / OURS if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(f"lora.path = {str(path)!r} is neither a PEFT folder nor a {OURS}")
+    found, said = read_safetensors(file), []
+    for name in (OUR_CONFIG, CARD):
+        beside = file.with_name(name)
+        if beside.is_file():
+            value = _read_json(beside)
+            config = value.get("lora") if name == CARD else value
+            if not isinstance(config, dict) or not config.keys() >= {"rank", "alpha", "rslora"}:
+                raise ConfigError(f"lora.path = {str(path)!r}: {beside.name} does not say rank, alpha and rslora")
+            _check(path, {key: config[key] for key in ("rank", "alpha", "rslora")}, lora)
+            said += [config["bias"]] if "bias" in config else []
+            _check_base(path, file.parent, value, parts)
+    # Files from before lora.json said it: biases that are there are those that learn now, or it is an error.
+    learned = lora.bias if any(not is_adapter(name) for name in found) else "none"
+    return found, said[0] if said else learned
+
+
+def _check_base(path: Path, folder: Path, described: dict[str, Any], parts: Collection[str]) -> None:
+    """An adapter means something on the weights that it was trained on alone."""
+    model = described.get("model")
+    earlier = model.get("init_from") if isinstance(model, dict) else described.get(INHERITS)
+    beside = [file.name for part in parts for file in sorted(folder.glob(f"{part}[.-]*safetensors"))] if model else []
+    if earlier or beside:
+        what = f"beside it in {beside[0]}" if beside else "that an earlier run trained"
+        raise ConfigError(
+            f"lora.path = {str(path)!r} holds an adapter of weights {what}, not of the base's: name its run as model.init_from "
+            "instead"
+        )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = load_json(file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"lora.path: {file} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"lora.path: {file} is not a JSON object")
+    return value
+
+
+def _check(path: Path, config: dict[str, Any], lora: LoraConfig) -> None:
+    for key, value in config.items():
+        if getattr(lora, key) != value:
+            raise ConfigError(
+                f"lora.path = {str(path)!r} was trained with {key} = {shown(value)}, but lora.{key} = {getattr(lora, key)!r}"
+            )
+
+
+def _read_peft(folder: Path, lora: LoraConfig) -> tuple[Tensors, str]:
+    """The tensors under our names, and which biases are among them."""
+    config = {**DEFAULTS, **_read_json(folder / CONFIG)}
+    # As PEFT itself: the pickle is read where there is no other file.
+    file = next((folder / name for name in (WEIGHTS, PICKLED) if (folder / name).is_file()), None)
+    if file is None:
+        raise ConfigError(f"lora.path = {str(folder)!r} holds no {WEIGHTS}")
+    found: dict[str, Rows] = {}
+    for name, rows in read_weights(file).items():
+        if not name.startswith(PREFIX) or (ours := our_name(name)) in found:
+            raise ConfigError(
+                f"lora.path = {str(folder)!r}: {file.name} holds {shown(name)}, which PEFT would not read: its names "
+                f"begin with {PREFIX!r}"
+            )
+        found[ours] = rows
+    paths = {name.rpartition(".")[0].removeprefix("llm.") for name in found if is_adapter(name)}
+    if wrong := list(problems(config, paths)):
+        raise ConfigError(f"lora.path = {str(folder)!r} " + "; it ".join(wrong))
+    _check(folder, {"rank": config["r"], "alpha": config["lora_alpha"], "rslora": config["use_rslora"]}, lora)
+    return found, config["bias"]
+
+
+def our_name(name: str) -> str:
+    """Full name here of a tensor that PEFT calls `name`: the opposite of `peft_name`."""
+    plain = name.removeprefix(PREFIX)
+    for suffix in SUFFIXES:
+        plain = plain.removesuffix(".weight") if plain.endswith(f"{suffix}.weight") else plain
+    path, _, kind = plain.rpartition(".")
+    return f"llm.{path.removesuffix('.base_layer')}.{kind}"
+
+
+def peft_name(name: str, paths: Collection[str]) -> str:
+    """PEFT's name of a tensor of the LLM, of whose modules those at `paths` are adapted.
+
+    llm.x.lora_A -> base_model.model.x.lora_A.weight; the bias of an adapted layer stands under its base_layer.
+    """
+    path, _, kind = name.rpartition(".")
+    inner = PREFIX + path.removeprefix("llm.")
+    if is_adapter(name):
+        return f"{inner}.{kind}.weight"
+    return f"{inner}.base_layer.{kind}" if path in paths else f"{inner}.{kind}"
+
+
+def adapter_config(lora: LoraConfig, base: str, paths: Collection[str]) -> dict[str, Any]:
+    """adapter_config.json. Targets are full module paths: short names would hit the vision tower as well."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.rslora,
+        "bias": lora.bias,
+        "target_modules": sorted(path.removeprefix("llm.") for path in paths),
+        "inference_mode": True,
+    }
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    (folder / CONFIG).write_text(dump_json(config))

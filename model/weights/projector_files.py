@@ -1,0 +1,114 @@
+"""Projectors that the configuration names by their own `path`: ours, or LLaVA's."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from model.card import ModelCard
+from model.config import ConfigError, ModelConfig
+from model.files.tensor_files import Tensors, read_weights
+from model.files.untrusted import listed, shown
+from model.weights.materialise import Layer
+
+LLAVA_PROJECTOR, LLAVA_NEWLINE, LLAVA_TRAINED = "mm_projector.", "image_newline", "non_lora_trainables.bin"
+LLAVA_BESIDE = {
+    "embed_tokens": "rows of the vocabulary, trained with mm_use_im_start_end",
+    "lm_head": "the head of the language model",
+    "vision_tower": "a vision tower that was trained; as a Hugging Face folder it can be model.vision.path",
+    "vision_resampler": "a resampler of LLaVA-NeXT",
+    "audio_": "parts that hear",
+    "lora_": "an adapter, which lora.path reads",
+}
+"""What LLaVA and its kin write beside a projector, by a part of its name."""
+OWN_ROWS = ("extra", LLAVA_NEWLINE)
+"""What a projector may hold beside its layers: prompts, the line break."""
+
+
+def projector_layers(config: ModelConfig, model: nn.Module, held: Collection[str], claimed: Collection[str]) -> list[Layer]:
+    """What the `path` of each projector names, but for one that is `held`. ConfigError for one that is `claimed` already."""
+    layers = []
+    for part, projector in (("vision_projector", config.vision_projector), ("audio_projector", config.audio_projector)):
+        if projector is None or not projector.path or _holds(held, part):
+            continue
+        if _holds(claimed, part):
+            raise ConfigError(f"model.{part}.path and model.init_from both hold the projector: name one of them")
+        layers.append(
+            Layer(
+                projector.path, partial(whole_projector, Path(projector.path), part, model.get_submodule(part)), prefix=f"{part}."
+            )
+        )
+    return layers
+
+
+def check_llavas_parts(card: ModelCard) -> None:
+    """LLaVA writes the projector of a LoRA run beside its adapter; with another one the adapter would mean nothing."""
+    projector, beside = card.model.vision_projector, Path(card.lora.path) / LLAVA_TRAINED
+    if projector is not None and not projector.path and not card.model.init_from and beside.is_file():
+        raise ConfigError(
+            f"lora.path = {card.lora.path!r} holds {LLAVA_TRAINED} as well, with the projector that was trained beside it: "
+            f"name that as model.vision_projector.path = {str(beside)!r}"
+        )
+
+
+def _holds(names: Collection[str], part: str) -> bool:
+    return any(name.startswith(f"{part}.") for name in names)
+
+
+def whole_projector(path: Path, part: str, module: nn.Module) -> Tensors:
+    """The tensors of a projector that is to be `module`; ConfigError unless they are its own.
+
+    Rows of its own may be missing, which are then new: LLaVA-NeXT's first stage keeps no line break, and prompts may come later.
+    """
+    found, wanted = projector_tensors(path, part), {f"{part}.{name}" for name, _ in module.named_parameters()}
+    new = {f"{part}.{name}" for name in OWN_ROWS}
+    if foreign := sorted({*found} - wanted):
+        hint = ": set model.vision_projector.newline = true" if foreign == [f"{part}.{LLAVA_NEWLINE}"] else ""
+        raise ConfigError(f"model.{part}.path = {str(path)!r} holds {listed(foreign)}, which this kind of projector has not{hint}")
+    if missing := sorted(wanted - {*found} - new):
+        raise ConfigError(f"model.{part}.path = {str(path)!r} lacks {listed(missing)}: it is a projector of another kind")
+    return found
+
+
+def projector_tensors(path: Path, part: str) -> Tensors:
+    """A projector by itself: ours (keys `0.weight`), or LLaVA's mm_projector.bin (keys `model.mm_projector.0.weight`).
+
+    Whatever the type of the file, every tensor of it is read, or it is a ConfigError that names it.
+    """
+    file = path / f"{part}.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(f"model.{part}.path = {str(path)!r} " + (f"holds no {file.name}" if path.is_dir() else "does not exist"))
+    stored = read_weights(file)
+    if not stored:
+        raise ConfigError(f"model.{part}.path = {str(path)!r} holds no tensor")
+    if part == "vision_projector" and any(LLAVA_PROJECTOR in name for name in stored):
+        return _llavas(stored, path, part)
+    return {f"{part}.{name}": rows for name, rows in stored.items()}
+
+
+def _llavas(stored: Tensors, path: Path, part: str) -> Tensors:
+    """The projector of a file with LLaVA's names. What stands beside it belongs to other parts: ConfigError."""
+    found: Tensors = {}
+    beside = []
+    for name, rows in stored.items():
+        if LLAVA_PROJECTOR in name:
+            inner = name.partition(LLAVA_PROJECTOR)[2]
+        elif name.rpartition(".")[2] == LLAVA_NEWLINE:
+            inner = LLAVA_NEWLINE
+        else:
+            beside.append(name)
+            continue
+        if f"{part}.{inner}" in found:
+            raise ConfigError(f"model.{part}.path = {str(path)!r} holds two tensors for {inner}, one of them as {shown(name)}")
+        found[f"{part}.{inner}"] = rows
+    if beside:
+        known = [why for word, why in LLAVA_BESIDE.items() if any(word in name for name in beside)]
+        raise ConfigError(
+            f"model.{part}.path = {str(path)!r} holds {len(beside)} tensors beside the projector, as {shown(beside[0])}, which "
+            f"would be dropped{': ' + '; '.join(known) if known else ''}. To start from the projector alone, save those with "
+            f"{LLAVA_PROJECTOR!r} in their names to a file of their own"
+        )
+    return found
