@@ -12,7 +12,7 @@ from functools import lru_cache
 from PIL import Image
 
 from data.config import GRID_NAME, MAX_TILES, NEXT_GRID, ConfigError, DataConfig, GridSize
-from data.decode import Picture, Size
+from data.media.image_decode import Picture, Size
 from model.batch import ImageSpec, MediaMeta
 
 

@@ -10,8 +10,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from data.fields import MAX_NAME, bounded
-from data.mixing import take_problem
+from data.order.mixing import take_problem
+from data.records.fields import MAX_NAME, bounded
 from model.batch import PLACEHOLDERS
 
 MAX_WORKERS = 512

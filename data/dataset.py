@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from data.blob import Blob, MediaError, resolve
 from data.config import ConfigError, DataConfig, SourceConfig
-from data.fields import LINE, bounded
-from data.index import RecordIndex
-from data.media import RecordMedia
-from data.record import MediaRef, Record, RecordError, parse
-from data.rounds import TooLongError
+from data.index.record_index import RecordIndex
+from data.media.blob import Blob, MediaError, resolve
+from data.media.record_media import RecordMedia
+from data.records.fields import LINE, bounded
+from data.records.record import MediaRef, Record, RecordError, parse
 from data.sample import Sample, assemble, check_media, measured
-from data.template import Template
+from data.text.rounds import TooLongError
+from data.text.template import Template
 from model.batch import MediaSpec, num_tokens
 
 

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from data.ahead import micro_batches_together, planned_bytes, prefetch_factor
+from data.batch_transport import packed
 from data.collate import collate, collate_packed
 from data.config import DataError
 from data.dataset import MultimodalDataset, Rejected
-from data.mixing import Pool
-from data.packing import deal_packed
-from data.parcel import packed
+from data.order.mixing import Pool
+from data.order.packing import deal_packed
+from data.order.sampler import Sampler, deal, num_micro_batches
+from data.prefetch import micro_batches_together, planned_bytes, prefetch_factor
 from data.sample import Sample
-from data.sampler import Sampler, deal, num_micro_batches
 from data.workers import Reading, WorkerError, named, prepare_worker, unexpected
 from model.batch import Batch
 

@@ -12,19 +12,19 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from data.blob import Blob, resolve
 from data.collate import collate
 from data.config import ConfigError, DataConfig
-from data.encoded import Encoded
-from data.formats import freeze_date
 from data.limits import load_json
-from data.media import RecordMedia
-from data.record import MediaRef, Record, parse
-from data.rounds import THOUGHTFUL
+from data.media.blob import Blob, resolve
+from data.media.record_media import RecordMedia
+from data.records.record import MediaRef, Record, parse
 from data.sample import Sample, assemble, check_media
-from data.state_tokens import split_state
-from data.template import Template, load_template
-from data.tokenizer import check_fingerprint, fingerprint, load_tokenizer, pad_id, save_tokenizer
+from data.text.chat_formats import freeze_date
+from data.text.encoded import Encoded
+from data.text.rounds import THOUGHTFUL
+from data.text.state_tokens import split_state
+from data.text.template import Template, load_template
+from data.text.tokenizer import check_fingerprint, fingerprint, load_tokenizer, pad_id, save_tokenizer
 from model.batch import Batch, MediaSpec, spec_from_json, spec_to_json
 
 FILE = "processor.json"
@@ -73,7 +73,7 @@ class Processor:
         return [self.tokenizer.decode(self._before_stop(row), skip_special_tokens=True).strip() for row in rows]
 
     def answers(self, ids: Sequence[Sequence[int]] | Tensor) -> list[tuple[str | None, str]]:
-        """Of each row of generated ids: the state it starts with (see `data.state_tokens`; None without), and its text, in which
+        """Of each row of generated ids: the state it starts with (see `data.text.state_tokens`; None without), and its text, in which
         neither the state nor a special token is left: the text that a record would hold.
         """
         rows = ids.tolist() if isinstance(ids, Tensor) else ids

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from data.media import RecordMedia
-from data.record import MediaRef, Record, RecordError
-from data.rounds import TooLongError
-from data.template import Encoded
+from data.media.record_media import RecordMedia
+from data.records.record import MediaRef, Record, RecordError
+from data.text.rounds import TooLongError
+from data.text.template import Encoded
 from model.batch import IGNORE_INDEX, AudioSpec, MediaMeta, MediaSpec, num_tokens, row_frames, row_width, token_rows, token_weights
 
 
@@ -50,7 +50,7 @@ class Measured:
     supervised: int  # targets
     media: int  # tokens of media
     whole: int = 0  # tokens of all rounds, those included that do not fit; 0 where they were not counted
-    removed: int = 0  # answers of which the template leaves something out, see `data.encoded.Encoded`
+    removed: int = 0  # answers of which the template leaves something out, see `data.text.encoded.Encoded`
 
 
 def assemble(

@@ -21,7 +21,7 @@ from torch.utils.data import get_worker_info
 
 from data.config import ConfigError
 from data.dataset import MultimodalDataset
-from data.record import RecordError
+from data.records.record import RecordError
 
 NOTHING = -1
 DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? (\d+)[\d, ]*\) ((?:is killed by signal|exited unexpectedly)[^.]*)")

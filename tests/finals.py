@@ -15,8 +15,8 @@ from torch import Tensor
 
 from data.config import DataConfig
 from data.processor import Processor, make_processor
-from data.template import load_template
-from data.tokenizer import load_tokenizer, pad_id, save_tokenizer
+from data.text.template import load_template
+from data.text.tokenizer import load_tokenizer, pad_id, save_tokenizer
 from model.build import DTYPES, assemble
 from model.card import ModelCard, base_digests, draw_card, media_specs, write_card
 from model.config import LlmConfig, LoraConfig, ModelConfig, QuantizeConfig, VisionConfig, VisionProjectorConfig

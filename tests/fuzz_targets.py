@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import audio, image, video
-from data.blob import Blob, MediaError
+from data.check.measured_lengths import Measurement, _read, write_measurement
 from data.config import ConfigError as SettingError
 from data.config import DataConfig, DataError, SourceConfig
 from data.dataset import Rejected, open_dataset
-from data.index import RecordIndex
-from data.lengths import Measurement, _read, write_measurement
-from data.media_refs import MediaRef
+from data.index.record_index import RecordIndex
+from data.media import audio, image, video
+from data.media.blob import Blob, MediaError
+from data.records.media_refs import MediaRef
 from data.sample import Sample
 from model.batch import AudioSpec, MediaSpec
 from model.card import read_card

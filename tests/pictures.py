@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from data import image
-from data.blob import Blob
 from data.config import DataConfig
-from data.record import MediaRef
+from data.media import image
+from data.media.blob import Blob
+from data.records.record import MediaRef
 from model.batch import ImageSpec
 
 CLIP = ImageSpec(30, 10, 1, "patch", "shortest_edge", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))

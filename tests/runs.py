@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from data.tokenizer import save_tokenizer
+from data.text.tokenizer import save_tokenizer
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB, save_llm, save_tower
 from tests.tiny_tokenizers import NAMES

@@ -21,12 +21,12 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
-from data import image
 from data.anyres import best_grid, grids
-from data.blob import Blob
 from data.config import ConfigError, DataConfig
-from data.estimate import media_tokens
-from data.record import MediaRef
+from data.index.token_estimate import media_tokens
+from data.media import image
+from data.media.blob import Blob
+from data.records.record import MediaRef
 from model.batch import ImageSpec, Media, MediaMeta, num_tokens, row_width, token_rows, token_weights
 from model.splice import taken
 from model.tile_tokens import tile_map

@@ -19,12 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from data.blob import MediaError
 from data.config import DataConfig, DataError, SourceConfig
 from data.dataset import open_dataset
-from data.index import RecordIndex
-from data.record import MediaRef, RecordError, parse
-from data.tar_headers import Member, members
+from data.index.record_index import RecordIndex
+from data.index.tar_headers import Member, members
+from data.media.blob import MediaError
+from data.records.record import MediaRef, RecordError, parse
 from model.batch import ImageSpec, MediaMeta, num_tokens
 from tests.tiny_data import SPECS, dataset, grey, level, sample, talk, template
 

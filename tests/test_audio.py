@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import WhisperFeatureExtractor
 
-from data import audio
-from data.audio import log_mel_rows
-from data.blob import Blob, MediaError
 from data.config import DataConfig
-from data.record import MediaRef
-from data.resample import resample, resampled_length
-from data.sound import is_unsized, read_sound, sound_length
+from data.media import audio
+from data.media.audio import log_mel_rows
+from data.media.blob import Blob, MediaError
+from data.media.resample import resample, resampled_length
+from data.media.sound import is_unsized, read_sound, sound_length
+from data.records.record import MediaRef
 from model.batch import AudioSpec, MediaMeta, row_frames
 from tests.tiny_media import compressed, tone, wav
 

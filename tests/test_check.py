@@ -19,16 +19,16 @@ from PIL import Image
 from pyarrow import parquet
 from transformers import AddedToken
 
-from data import check_run
-from data.check import TOO_LONG, check_record
-from data.check_parts import read_part
-from data.check_report import percentiles, summary, table
-from data.check_run import Depth, SourceFound, check_dataset, parts_of, remove_stale
+from data.check import check_dataset as check_run
+from data.check.check_dataset import Depth, SourceFound, check_dataset, parts_of, remove_stale
+from data.check.check_record import TOO_LONG, check_record
+from data.check.found import read_part
+from data.check.measured_lengths import identities
+from data.check.report import percentiles, summary, table
 from data.config import DataConfig, SourceConfig
 from data.dataset import MultimodalDataset, Rejected, open_dataset
-from data.lengths import identities
 from data.sample import Sample
-from data.template import load_template
+from data.text.template import load_template
 from model.batch import AudioSpec
 from tests.hostile import hostile, record
 from tests.tiny_data import SPECS, datasets, grey, talk, template

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import av_video, video
-from data.av_files import opened
-from data.av_video import decoded, read_timeline, upright
-from data.blob import Blob, MediaError
 from data.config import DataConfig
-from data.record import MediaRef
+from data.media import av_video, video
+from data.media.av_files import opened
+from data.media.av_video import decoded, read_timeline, upright
+from data.media.blob import Blob, MediaError
+from data.records.record import MediaRef
 from model.batch import ImageSpec
 from tests.tiny_clips import RATE, cut, original, told, with_edits, with_matrix
 from tests.tiny_media import film

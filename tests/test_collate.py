@@ -17,7 +17,7 @@ from data.collate import collate
 from data.config import DataError
 from data.dataset import MultimodalDataset
 from data.loader import BatchPlan, MicroBatch, _spread, prefetch_factor, train_batches, validation_batches
-from data.sampler import Sampler
+from data.order.sampler import Sampler
 from model.batch import IGNORE_INDEX, Batch
 from tests.tiny_data import WIDTH, dataset, datasets, grey, image_id, level, sample, talk
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.blob import Blob
 from data.config import ConfigError, DataConfig
 from data.dataset import Rejected, open_dataset
-from data.record import RecordError, parse
+from data.media.blob import Blob
+from data.records.record import RecordError, parse
 from model.batch import IGNORE_INDEX
 from tests.tiny_data import SPECS, WIDTH, dataset, datasets, grey, image_id, level, sample, source, talk, template
 

@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import AutoModelForCausalLM, CLIPVisionModel
 
-from data.tokenizer import load_tokenizer
+from data.text.tokenizer import load_tokenizer
 from tools import demo, make_demo
 from trainer.runfile import load_config
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.check_parts import Found
-from data.check_run import Depth, check_dataset
-from data.duplicates import MAX_DISTANCE, Match, close_pairs, find_duplicates, folded
+from data.check.check_dataset import Depth, check_dataset
+from data.check.duplicates import MAX_DISTANCE, Match, close_pairs, find_duplicates, folded
+from data.check.found import Found
 from tests.tiny_data import datasets, talk
 
 HASHES = st.lists(st.integers(0, 2**64 - 1), max_size=12)

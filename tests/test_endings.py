@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.blob import Blob, MediaError
-from data.image import check_file
+from data.media.blob import Blob, MediaError
+from data.media.image import check_file
 
 
 def noise(width: int = 64, height: int = 48, seed: int = 0) -> Image.Image:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from data.collate import collate
+from data.order.sampler import deal
 from data.sample import Sample, SampleMedia
-from data.sampler import deal
 from model.batch import IGNORE_INDEX, Batch, MediaMeta, num_tokens
 from model.build import assemble
 from model.card import draw_card

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from data.config import DataError
-from data.record import RecordError
+from data.records.record import RecordError
 from tests.runs import failure_of, start_alone, tables
 from trainer import exits
 from trainer.main import main

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from data.dataset import MultimodalDataset
-from data.record import RecordError
+from data.records.record import RecordError
 from tests.ranks import run_ranks
 from tests.runs import Start, start
 from tests.test_resume import cut, metrics, weights

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from data.certificate import certify
+from data.check.certificate import certify
 from data.config import ConfigError, DataError, SourceConfig
-from data.formats import FORMATS
-from data.index import RecordIndex
-from data.record import Record, RecordError, parse
-from data.template import Encoded, Template, load_template
+from data.index.record_index import RecordIndex
+from data.records.record import Record, RecordError, parse
+from data.text.chat_formats import FORMATS
+from data.text.template import Encoded, Template, load_template
 from tests.tiny_tokenizers import NAMES
 
 # A tokenizer for each format, and what ends a turn there.

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.loader import BatchPlan
-from data.sampler import Sampler
+from data.order.sampler import Sampler
 from model.batch import AudioSpec, ImageSpec
 from model.multimodal import MultimodalLM
 from model.vision.tower import VisionTower

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.check import check_record
+from data.check.check_record import check_record
 from data.config import DataConfig, SourceConfig
 from data.dataset import Rejected, open_dataset
 from data.sample import Sample

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipImageProcessorPil
 from transformers.image_utils import load_image
 
-from data import image
-from data.blob import Blob, MediaError, resolve
 from data.config import DataConfig
-from data.record import MediaRef
+from data.media import image
+from data.media.blob import Blob, MediaError, resolve
+from data.records.record import MediaRef
 from model.batch import ImageSpec
 from tests.pictures import CLIP, SIGLIP, SIZES, encoded, loaded, noise
 

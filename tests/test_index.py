@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.config import ConfigError, DataConfig, DataError, SourceConfig
-from data.index import FORMATS, RecordIndex
+from data.index.record_index import FORMATS, RecordIndex
 from data.loader import prepare_worker
-from data.record import RecordError
+from data.records.record import RecordError
 from model.batch import AudioSpec, ImageSpec, MediaMeta, num_tokens
 
 SPEC = ImageSpec(28, 14, 1, "patch", "exact", (0.5,) * 3, (0.5,) * 3)

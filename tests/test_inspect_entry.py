@@ -21,8 +21,8 @@ from tokenizers import AddedToken
 
 from data.config import DataConfig
 from data.dataset import MultimodalDataset, open_dataset
-from data.record import parse
-from data.template import Template, load_template
+from data.records.record import parse
+from data.text.template import Template, load_template
 from model.batch import AudioSpec, ImageSpec, MediaSpec
 from tests.inspect_reader import Page
 from tests.tiny_data import SPEC, dataset, grey, sample, source, talk

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from data.config import DataError
 from data.dataset import Rejected
-from data.mixing import make_pools
-from data.sampler import Sampler
+from data.order.mixing import make_pools
+from data.order.sampler import Sampler
 from tests.ranks import run_ranks
 from tests.runs import failure_of, start, start_alone
 from tests.test_resume import cut

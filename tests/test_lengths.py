@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.check_run import check_dataset
-from data.config import DataConfig, SourceConfig
-from data.dataset import MultimodalDataset, open_dataset
-from data.lengths import (
+from data.check.check_dataset import check_dataset
+from data.check.measured_lengths import (
     ESTIMATED,
     EXACT,
     FROZEN,
@@ -23,8 +21,10 @@ from data.lengths import (
     planned_lengths,
     read_measurements,
 )
+from data.config import DataConfig, SourceConfig
+from data.dataset import MultimodalDataset, open_dataset
+from data.index.sidecar import read_arrays, write_arrays
 from data.sample import Sample
-from data.sidecar import read_arrays, write_arrays
 from tests.ranks import run_ranks
 from tests.runs import Start, start, start_alone, tables
 from tests.test_resume import weights

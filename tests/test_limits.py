@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from data import limits
-from data.blob import Blob, MediaError
 from data.config import ConfigError as SettingError
 from data.config import DataConfig, DataError
 from data.dataset import Rejected
-from data.frames import _judge_work
-from data.rows import RowError, decoded
-from data.scan import scan
-from data.sidecar import read_arrays, write_arrays
-from data.tokenizer import load_tokenizer
+from data.index.json_scan import scan
+from data.index.reader import RowError, decoded
+from data.index.sidecar import read_arrays, write_arrays
+from data.media.blob import Blob, MediaError
+from data.media.frames import _judge_work
+from data.text.tokenizer import load_tokenizer
 from model.config import ConfigError
 from model.files import untrusted as bounded
 from model.files.hub import find_file, read_json
@@ -63,8 +63,8 @@ def test_records_that_are_too_deep_or_too_long_are_quarantined(tmp_path: Path, m
     good = talk("Hi", "Hello")
     deep = json.dumps(good | {"extra": 0}).replace("0}", "[" * 65 + "]" * 65 + "}")
     long = json.dumps(talk("Hi", "x" * 5000))
-    monkeypatch.setattr("data.rows.MAX_RECORD_BYTES", 4000)
-    monkeypatch.setattr("data.scan.MAX_RECORD_BYTES", 4000)
+    monkeypatch.setattr("data.index.reader.MAX_RECORD_BYTES", 4000)
+    monkeypatch.setattr("data.index.json_scan.MAX_RECORD_BYTES", 4000)
     found = dataset(tmp_path, [good, deep, long, "[" * 100_000, good])
     reasons = [item.reason if isinstance(item, Rejected) else "" for item in (found[i] for i in range(5))]
     assert reasons[0] == reasons[4] == ""

@@ -19,7 +19,7 @@ from transformers import AddedToken
 from data.collate import collate, collate_packed
 from data.config import DataConfig, SourceConfig
 from data.dataset import MultimodalDataset, Rejected, open_dataset
-from data.template import load_template
+from data.text.template import load_template
 from model.batch import IGNORE_INDEX, AudioSpec, Batch, ImageSpec, Media, MediaMeta, MediaSpec, row_tokens, row_width
 from tests.tiny_data import sample, talk
 from tests.tiny_media import STEP, animation, compressed, film, folder, greys, tone, wav

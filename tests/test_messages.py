@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from data.fields import LINE, LINES, bounded, message
-from data.record import RecordError, parse
+from data.records.fields import LINE, LINES, bounded, message
+from data.records.record import RecordError, parse
 from model.config import ConfigError
 from tests.runs import save_parts, save_records, tables
 from tools import check_data, cli, inspect_data

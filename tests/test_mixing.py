@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.config import DataConfig, SourceConfig
-from data.mixing import Pool, make_pools, take_count, take_rows
-from data.sampler import ORDERS, Sampler
+from data.order.mixing import Pool, make_pools, take_count, take_rows
+from data.order.sampler import ORDERS, Sampler
 
 
 def pool(num: int = 10, weight: float = 1.0, take: str = "all", seed: int = 0, in_order: bool = False, name: str = "a") -> Pool:

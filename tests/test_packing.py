@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from data.collate import collate, collate_packed
 from data.dataset import MultimodalDataset
 from data.loader import BatchPlan, MicroBatch, train_batches, validation_batches
-from data.packing import deal_packed
-from data.sampler import Sampler
+from data.order.packing import deal_packed
+from data.order.sampler import Sampler
 from model.batch import IGNORE_INDEX
 from model.build import assemble
 from model.card import draw_card

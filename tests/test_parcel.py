@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from data.ahead import AHEAD_BYTES, micro_batches_together, planned_bytes, prefetch_factor
 from data.dataset import MultimodalDataset
 from data.loader import BatchPlan, MicroBatch, train_batches
-from data.sampler import Sampler
+from data.order.sampler import Sampler
+from data.prefetch import AHEAD_BYTES, micro_batches_together, planned_bytes, prefetch_factor
 from data.workers import OpenFilesError, WorkerError
 from tests.tiny_data import SPEC, WIDTH, dataset, grey, talk
 

@@ -12,10 +12,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from data.blob import MediaError
 from data.config import ConfigError, DataError, SourceConfig
-from data.index import RecordIndex
-from data.record import MediaRef, RecordError, parse
+from data.index.record_index import RecordIndex
+from data.media.blob import MediaError
+from data.records.record import MediaRef, RecordError, parse
 from model.batch import ImageSpec, MediaMeta, num_tokens
 
 SPEC = ImageSpec(28, 14, 1, "patch", "exact", (0.5,) * 3, (0.5,) * 3)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from data.tokenizer import load_tokenizer
+from data.text.tokenizer import load_tokenizer
 from model.config import ConfigError, LoraConfig
 from tests.finals import NO_LORA, build, config_of, same, save_checkpoint, save_final, save_parts, trained, values
 from tests.test_lora import LINEAR, logits

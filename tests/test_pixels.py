@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from data import image
-from data.blob import Blob
 from data.collate import collate
 from data.config import DataConfig
-from data.record import MediaRef
+from data.media import image
+from data.media.blob import Blob
+from data.records.record import MediaRef
 from model.batch import AudioSpec, Batch, ImageSpec
 from model.build import build_model
 from model.config import LlmConfig, ModelConfig, VisionConfig, VisionProjectorConfig

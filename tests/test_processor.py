@@ -12,8 +12,8 @@ from data import load_processor
 from data.collate import collate
 from data.config import ConfigError, DataConfig
 from data.processor import Processor, make_processor
-from data.record import RecordError
-from data.template import load_template
+from data.records.record import RecordError
+from data.text.template import load_template
 from model.batch import IGNORE_INDEX, Batch
 from tests.tiny_data import SPECS, WIDTH, dataset, grey, image_id, level, sample, talk, template
 from tests.tiny_tokenizers import tiny_tokenizer

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.check_run import check_dataset
+from data.check.check_dataset import check_dataset
 from data.config import DataError
 from tests.runs import config_of, start_alone
 from trainer import quick_check as looking

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.record import MediaRef, Record, RecordError, Turn, parse
+from data.records.record import MediaRef, Record, RecordError, Turn, parse
 
 QA = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
 TURNS = (Turn("user", "<image>\nWhat?"), Turn("assistant", "A cat."))

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from data.messages import Wording, write_messages
-from data.record import MediaRef, RecordError, Turn, parse
-from data.state_tokens import state_of
+from data.records.record import MediaRef, RecordError, Turn, parse
+from data.text.messages import Wording, write_messages
+from data.text.state_tokens import state_of
 
 ASK, ANSWER = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
 ADD = {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer", "default": None}}}}

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from data import render, rounds, tokens
-from data.record import Record, Turn
-from data.rounds import TooLongError
-from data.template import Template, load_template
+from data.records.record import Record, Turn
+from data.text import render, rounds, tokens
+from data.text.rounds import TooLongError
+from data.text.template import Template, load_template
 from tests.tiny_tokenizers import tiny_tokenizer
 
 PAIRS = [

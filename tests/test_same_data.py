@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data.fingerprint import changes, fingerprint
+from data.index.fingerprint import changes, fingerprint
 from tests.runs import failure_of, start_alone
 from tests.tiny_data import dataset, grey, talk
 from trainer.same_data import read_note
@@ -119,7 +119,7 @@ def test_files_that_are_added_or_gone_are_named(tmp_path: Path) -> None:
 def test_what_is_too_large_to_be_read_whole_is_in_doubt_when_it_was_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.fingerprint.WHOLE_BYTES", 1)
+    monkeypatch.setattr("data.index.fingerprint.WHOLE_BYTES", 1)
     data = dataset(tmp_path, [talk("Hi", "a")])
     before = fingerprint(data)
     assert changes(before, data) == []

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.sampler import ORDERS, Sampler, deal, num_micro_batches
+from data.order.sampler import ORDERS, Sampler, deal, num_micro_batches
 from tools.bench_sampler import efficiency, llava_like_mix, llava_steps, our_steps
 from tools.llava_sampler import length_grouped, modality_length_grouped
 

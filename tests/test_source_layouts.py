@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from data.config import DataError, SourceConfig
-from data.index import RecordIndex
-from data.record import RecordError
-from data.rows import layout_advice
+from data.index.reader import layout_advice
+from data.index.record_index import RecordIndex
+from data.records.record import RecordError
 from tests.runs import config_of
 from tests.tiny_data import talk
 from trainer.distributed import World

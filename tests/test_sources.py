@@ -13,7 +13,7 @@ import torch
 from data.config import DataError
 from data.dataset import Rejected
 from data.loader import BatchPlan, validation_batches
-from data.mixing import Pool, make_pools
+from data.order.mixing import Pool, make_pools
 from model.config import ConfigError
 from tests.ranks import run_ranks
 from tests.tiny_data import datasets, talk

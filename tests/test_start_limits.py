@@ -13,16 +13,18 @@ import pytest
 import torch
 from torch import nn
 
-from data import duplicates, media_refs, rows, turns
-from data.certificate import certify
+from data.check import duplicates
+from data.check.certificate import certify
+from data.check.duplicates import folded
 from data.config import DataConfig, SourceConfig
 from data.dataset import Rejected, open_dataset
-from data.duplicates import folded
-from data.index import RecordIndex
-from data.media import RecordMedia
-from data.media_refs import MediaRef
-from data.record import RecordError, parse
-from data.table import Table
+from data.index import reader as rows
+from data.index.record_index import RecordIndex
+from data.index.table import Table
+from data.media.record_media import RecordMedia
+from data.records import media_refs, turns
+from data.records.media_refs import MediaRef
+from data.records.record import RecordError, parse
 from model.files.tensor_files import Rows
 from model.weights.materialise import Layer, materialise, parameters_on_meta
 from tests.tiny_data import SPECS, dataset, grey, talk, template
@@ -118,7 +120,7 @@ def test_bytes_of_a_row_are_decoded_once(tmp_path: Path, monkeypatch: pytest.Mon
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    from data.parquet import ParquetRows
+    from data.index.parquet import ParquetRows
 
     row = talk("<image>" * MANY, "b") | {"images": [{"bytes": bytes([i]), "path": f"{i}.png"} for i in range(MANY)]}
     parquet.write_table(pyarrow.Table.from_pylist([row, row]), tmp_path / "m.parquet")

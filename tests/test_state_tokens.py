@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from data.certificate import certify
+from data.check.certificate import certify
 from data.config import ConfigError, DataConfig
 from data.processor import Processor, load_processor, make_processor
-from data.record import Record, RecordError, parse
-from data.state_tokens import STATE_TOKENS, split_state
-from data.template import Template, load_template
+from data.records.record import Record, RecordError, parse
+from data.text.state_tokens import STATE_TOKENS, split_state
+from data.text.template import Template, load_template
 from model.batch import Batch
 from tests.test_formats import index_of, talk, template, text
 from tests.tiny_data import SPECS

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.mixing import make_pools
-from data.sampler import Sampler
+from data.order.mixing import make_pools
+from data.order.sampler import Sampler
 from model.config import ConfigError
 from tests.runs import failure_of, start_alone
 from tests.test_resume import LORA, cut

@@ -26,9 +26,9 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from data.record import RecordError, parse
-from data.template import load_template
-from data.tokenizer import load_tokenizer, save_tokenizer
+from data.records.record import RecordError, parse
+from data.text.template import load_template
+from data.text.tokenizer import load_tokenizer, save_tokenizer
 from model.build import build_model
 from model.config import AudioConfig, AudioProjectorConfig, ConfigError, LlmConfig, ModelConfig, VisionConfig, VisionProjectorConfig
 from model.exports.llm_folder import write_llm

@@ -16,12 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data.certificate import certify
+from data.check.certificate import certify
 from data.config import ConfigError, DataError, SourceConfig
-from data.formats import freeze_date
-from data.index import RecordIndex
-from data.record import Record, RecordError, parse
-from data.template import Encoded, Template, load_template
+from data.index.record_index import RecordIndex
+from data.records.record import Record, RecordError, parse
+from data.text.chat_formats import freeze_date
+from data.text.template import Encoded, Template, load_template
 from tests import tiny_tokenizers
 from tests.tiny_tokenizers import tiny_tokenizer, unigram
 

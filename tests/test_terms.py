@@ -14,7 +14,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from data import load_processor
 from data.collate import collate, collate_packed
-from data.tokenizer import save_tokenizer
+from data.text.tokenizer import save_tokenizer
 from model import load_model
 from model.batch import IGNORE_INDEX
 from model.build import build_model

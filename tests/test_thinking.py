@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from data.certificate import proven
-from data.record import Record, RecordError, Turn
-from data.template import Encoded, Template, load_template
+from data.check.certificate import proven
+from data.records.record import Record, RecordError, Turn
+from data.text.template import Encoded, Template, load_template
 from tests.tiny_tokenizers import tiny_tokenizer
 
 CALL = {"type": "function", "id": "call00001", "function": {"name": "add", "arguments": {"a": 2, "b": "two"}}}

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data.config import ConfigError
-from data.tokenizer import TELLING_STRINGS, check_fingerprint, fingerprint, load_tokenizer, pad_id, save_tokenizer
+from data.text.tokenizer import TELLING_STRINGS, check_fingerprint, fingerprint, load_tokenizer, pad_id, save_tokenizer
 from tests import tiny_tokenizers
 from tests.tiny_tokenizers import NAMES, tiny_tokenizer
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from data.check_run import check_dataset
+from data.check.check_dataset import check_dataset
 from data.config import DataError
 from tests.runs import config_of, failure_of
 from tests.test_config import problems

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from data import image, video
-from data.blob import Blob, MediaError
 from data.config import DataConfig
-from data.frames import open_frames
-from data.record import MediaRef
+from data.media import image, video
+from data.media.blob import Blob, MediaError
+from data.media.frames import open_frames
+from data.records.record import MediaRef
 from model.batch import ImageSpec
 from tests.tiny_media import STEP, animation, blob, compressed, film, folder, greys, tone
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from data.dataset import MultimodalDataset
-from data.template import Template
+from data.text.template import Template
 from tests import hangs
 from tests.hangs import check
 from tests.ranks import ends_of, run_ranks

@@ -16,7 +16,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from data.audio import log_mel_rows
+from data.media.audio import log_mel_rows
 from model.batch import AudioSpec, MediaMeta, row_frames
 from tests.tiny import SIZES, spread
 

@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 
 from data.config import DataConfig, SourceConfig
 from data.dataset import MultimodalDataset, Sample, open_dataset
-from data.template import Template, load_template
+from data.text.template import Template, load_template
 from model.batch import ImageSpec
 from tests.tiny_tokenizers import tiny_tokenizer
 

@@ -13,7 +13,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from data.blob import Blob
+from data.media.blob import Blob
 
 STEP = 8
 """Frame i of a film is of the grey STEP * i."""

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from data.config import SourceConfig
-from data.index import RecordIndex
+from data.index.record_index import RecordIndex
 from data.loader import prepare_worker
-from data.record import parse
-from data.sampler import Sampler
+from data.order.sampler import Sampler
+from data.records.record import parse
 from model.batch import ImageSpec
 
 SPEC = ImageSpec(336, 14, 1, "patch", "shortest_edge", (0.5,) * 3, (0.5,) * 3)

@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from data import image
-from data.blob import Blob
 from data.config import DataConfig
-from data.record import MediaRef
+from data.media import image
+from data.media.blob import Blob
+from data.records.record import MediaRef
 from model.batch import ImageSpec, MediaMeta
 from model.vision.normalise import normalised
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from data.loader import BatchPlan
-from data.sampler import Sampler
+from data.order.sampler import Sampler
 from tools.llava_sampler import modality_length_grouped
 
 NUM_IMAGE, NUM_TEXT = 624_000, 41_000

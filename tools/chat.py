@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from data.processor import Processor, load_processor
-from data.record import Record, RecordError, Turn, parse
-from data.rounds import THOUGHTFUL
+from data.records.record import Record, RecordError, Turn, parse
+from data.text.rounds import THOUGHTFUL
 from model.batch import PLACEHOLDERS
 from model.config import ConfigError
 from model.multimodal import MultimodalLM
@@ -22,7 +22,7 @@ from tools.final import add_model_options, load
 
 Turns = list[dict[str, str]]  # "from" and "value", as in records
 Media = dict[str, list[str]]  # files by kind
-Answer = tuple[str | None, str]  # what the model says it answers, see `data.state_tokens`, and the text
+Answer = tuple[str | None, str]  # what the model says it answers, see `data.text.state_tokens`, and the text
 STATES = {
     "audio": "accepted: speech that was meant for the model",
     "text": "accepted: a question in writing",

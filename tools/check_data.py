@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from data.check_report import field_of, match_row, problem_rows, summary, table
-from data.check_run import Depth, SourceFound, check_dataset, remove_stale
+from data.check.check_dataset import Depth, SourceFound, check_dataset, remove_stale
+from data.check.duplicates import find_duplicates
+from data.check.report import field_of, match_row, problem_rows, summary, table
 from data.config import DataError
 from data.dataset import MultimodalDataset
-from data.duplicates import find_duplicates
 from model.config import ConfigError
 from tools.cli import printable, run
 from trainer.config import RunConfig

@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data.certificate import proven
-from data.messages import media_kinds
-from data.record import Record, RecordError, Turn
-from data.render import RenderError, apply
-from data.rounds import TooLongError
-from data.template import Template, load_template
-from data.tokenizer import load_tokenizer
+from data.check.certificate import proven
+from data.records.record import Record, RecordError, Turn
+from data.text.messages import media_kinds
+from data.text.render import RenderError, apply
+from data.text.rounds import TooLongError
+from data.text.template import Template, load_template
+from data.text.tokenizer import load_tokenizer
 from tools.cli import run
 
 NUM_CONVERSATIONS = 166

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from data import fields
+from data.records import fields
 from trainer.exits import INTERNAL, code_of
 
 INTERRUPTED, NOBODY_READS = 130, 141

@@ -21,9 +21,9 @@ import numpy as np
 from tqdm import tqdm
 
 from data.config import SourceConfig
-from data.index import RecordIndex
+from data.index.record_index import RecordIndex
 from data.processor import Processor, load_processor
-from data.record import Record, RecordError, parse
+from data.records.record import Record, RecordError, parse
 from model.config import ConfigError
 from model.multimodal import MultimodalLM
 from tools.cli import run

@@ -15,9 +15,9 @@ from typing import Any
 if __name__ == "__main__":  # started as a file, its own folder is on the path and not the checkout
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data.fields import message
 from data.processor import load_processor
-from data.tokenizer import save_tokenizer
+from data.records.fields import message
+from data.text.tokenizer import save_tokenizer
 from model.card import ModelCard, read_card
 from model.config import ConfigError
 from model.exports import hugging_face

@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator
 
-from data.fields import bounded, printable
+from data.records.fields import bounded, printable
 from model.batch import ImageSpec
 from tools.inspect_entry import Box, Entry, Piece
 from tools.inspect_pictures import Album, picture, pixels, sound

@@ -12,7 +12,7 @@ import torch
 
 from data.config import SourceConfig
 from data.dataset import MultimodalDataset
-from data.mixing import Pool
+from data.order.mixing import Pool
 from model.batch import PLACEHOLDERS
 from model.config import ConfigError
 from tools.inspect_entry import Entry, entry_of

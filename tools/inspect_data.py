@@ -14,9 +14,9 @@ import os
 import sys
 from pathlib import Path
 
-from data.certificate import certify
+from data.check.certificate import certify
 from data.config import DataError
-from data.fields import bounded
+from data.records.fields import bounded
 from model.config import ConfigError
 from tools.cli import printable, run
 from tools.inspect_choice import KINDS, Source, Wanted, choose, open_sources, place_of

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import numpy as np
 
 from data.dataset import MultimodalDataset, Rejected
-from data.media import RecordMedia
-from data.record import MediaRef, Record, RecordError
+from data.media.record_media import RecordMedia
+from data.records.record import MediaRef, Record, RecordError
 from data.sample import Sample, SampleMedia
-from data.template import Encoded, Template
+from data.text.template import Encoded, Template
 from model.batch import IGNORE_INDEX, AudioSpec, MediaSpec
 from tools.inspect_tokens import Piece, token_pieces
 

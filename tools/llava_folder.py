@@ -10,7 +10,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from data.processor import Processor
-from data.tokenizer import pad_id, save_tokenizer
+from data.text.tokenizer import pad_id, save_tokenizer
 from model.batch import PLACEHOLDERS, Batch, image_spec
 from model.card import ModelCard
 from model.config import ConfigError

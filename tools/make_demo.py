@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
-from data.tokenizer import save_tokenizer
+from data.text.tokenizer import save_tokenizer
 from model.config import ConfigError
 from tools.cli import run
 from tools.demo_runs import DIGIT_RUN, PARITY_RUN, QUESTIONS

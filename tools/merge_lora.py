@@ -17,8 +17,8 @@ if __name__ == "__main__":  # started as a file, its own folder is on the path a
 import torch
 from torch import Tensor
 
-from data.fields import message
 from data.processor import Processor, load_processor
+from data.records.fields import message
 from model.card import ModelCard, read_card, write_card
 from model.config import ConfigError, ModelConfig, QuantizeConfig
 from model.exports.trained_files import changed_parts, projector, write_file

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from data.lengths import EXACT
+from data.check.measured_lengths import EXACT
 from data.loader import BatchPlan
 from data.sample import Sample
 from model.config import ConfigError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from data.lengths import EXACT
+from data.check.measured_lengths import EXACT
 from model.trainable import part_table
 from trainer.advice import told
 from trainer.footprint import Footprint, on_meta

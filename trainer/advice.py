@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data.collate import collate, collate_packed
+from data.order.sampler import num_micro_batches
 from data.sample import Sample
-from data.sampler import num_micro_batches
 from model.batch import Batch
 from model.card import ModelCard
 from model.config import ConfigError, QuantizeConfig

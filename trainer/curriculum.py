@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from data.fields import MAX_NAME
+from data.records.fields import MAX_NAME
 from model.config import PartConfig
 from model.files.untrusted import shown
 from model.weights.compatibility import LORA_SHAPE

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.fields import message, printable
+from data.records.fields import message, printable
 from model.files.tensor_files import dump_json
 from trainer.disk import NEW
 from trainer.open_files import explained

@@ -9,8 +9,8 @@ import numpy as np
 
 from data.config import DataError
 from data.dataset import MultimodalDataset
-from data.mixing import Pool
-from data.record import RecordError
+from data.order.mixing import Pool
+from data.records.record import RecordError
 from model.batch import PLACEHOLDERS, READ_BY
 from model.config import ConfigError, ModelConfig
 from model.multimodal import ENCODERS

@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.dataset import MultimodalDataset
-from data.fields import bounded
-from data.record import RecordError
+from data.records.fields import bounded
+from data.records.record import RecordError
 from model.batch import Batch
 from trainer.disk import replace_text
 from trainer.evidence import NUM_SUSPECTS, Evidence, bad_samples, first_bad, highest

@@ -9,9 +9,9 @@ import numpy as np
 
 from data.dataset import MultimodalDataset
 from data.loader import BatchPlan
-from data.record import RecordError
+from data.order.sampler import Sampler
+from data.records.record import RecordError
 from data.sample import Sample
-from data.sampler import Sampler
 
 CANDIDATES = 32
 """Packed steps that are dealt out in search of the heaviest micro-batch. Nearly all are filled up to the budget; they differ by

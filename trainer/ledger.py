@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data.sampler import Sampler
+from data.order.sampler import Sampler
 from model.files.tensor_files import dump_json
 from trainer.disk import replace_text
 from trainer.quarantine import TRAIN, read_rows

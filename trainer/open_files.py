@@ -9,7 +9,7 @@ import resource
 from pathlib import Path
 
 from data.config import DataConfig
-from data.shards import MAX_OPEN
+from data.index.source_files import MAX_OPEN
 from data.workers import NO_FILE
 from model.config import ConfigError
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.check_run import check_dataset
+from data.check.check_dataset import check_dataset
+from data.check.measured_lengths import FROZEN, freeze_lengths, planned_lengths
 from data.dataset import MultimodalDataset
-from data.lengths import FROZEN, freeze_lengths, planned_lengths
-from data.sidecar import read_arrays
+from data.index.sidecar import read_arrays
 from model.config import ConfigError
 from trainer.config import RunConfig
 from trainer.distributed import World

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data.check import TOO_LONG, Checked, Problem, check_record
+from data.check.check_record import TOO_LONG, Checked, Problem, check_record
+from data.check.measured_lengths import read_measurements
 from data.config import DataError
 from data.dataset import MultimodalDataset
-from data.lengths import read_measurements
-from data.mixing import Pool
+from data.order.mixing import Pool
 from trainer.config import RunConfig
 from trainer.distributed import World
 from trainer.feeding import PARTS, carried

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.sampler import Sampler
+from data.order.sampler import Sampler
 from model.batch import Batch
 from model.config import ConfigError
 from trainer.advice import Heavy, advice

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data.lengths import EXACT
+from data.check.measured_lengths import EXACT
 from model.llm.causal_lm import positions_note
 from model.llm.experts import fused_parameters
 from model.llm.quantized_linear import quantised

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data.lengths import FROZEN
+from data.check.measured_lengths import FROZEN
 from model.card import ModelCard, read_card
 from model.config import ConfigError
 from trainer.config import RunConfig

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data.fingerprint import changes, fingerprint
+from data.index.fingerprint import changes, fingerprint
 from model.config import ConfigError
 from model.files.tensor_files import dump_json
 from trainer.disk import replace_text

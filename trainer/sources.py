@@ -7,15 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.certificate import certify
+from data.check.certificate import certify
+from data.check.measured_lengths import ESTIMATED
 from data.config import DataError, SourceConfig
 from data.dataset import MultimodalDataset, open_dataset
-from data.lengths import ESTIMATED
-from data.mixing import Pool, make_pools
+from data.order.mixing import Pool, make_pools
+from data.order.sampler import Sampler
 from data.processor import Processor, make_processor
-from data.sampler import Sampler
-from data.template import Template, load_template
-from data.tokenizer import load_tokenizer, pad_id
+from data.text.template import Template, load_template
+from data.text.tokenizer import load_tokenizer, pad_id
 from model.batch import PLACEHOLDERS
 from model.card import ModelCard, base_digests, draw_card, media_specs, read_card
 from model.config import ConfigError

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import ConfigError as SettingError
-from data.index import source_files
+from data.index.record_index import source_files
 from model.card import media_specs
 from model.config import ConfigError
 from trainer.config import RunConfig

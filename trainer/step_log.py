@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.sampler import Sampler
+from data.order.sampler import Sampler
 from model.config import ConfigError
 from model.files.tensor_files import dump_json
 from trainer.disk import replace_text

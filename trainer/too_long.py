@@ -10,8 +10,8 @@ import numpy as np
 
 from data.config import DataConfig
 from data.dataset import MultimodalDataset
-from data.estimate import least_tokens
-from data.mixing import Pool
+from data.index.token_estimate import least_tokens
+from data.order.mixing import Pool
 from model.batch import PLACEHOLDERS, READ_BY
 
 PERCENTILES = (50, 90, 99)

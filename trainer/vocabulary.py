@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.tokenizer import Vocabulary as Tokens
+from data.text.tokenizer import Vocabulary as Tokens
 from model.batch import PLACEHOLDERS, READ_BY
 from model.card import language_model, read_card
 from model.config import ConfigError, LlmConfig, ModelConfig

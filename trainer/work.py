@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from data.dataset import MultimodalDataset
-from data.estimate import media_tokens
+from data.index.token_estimate import media_tokens
 from model.batch import READ_BY, AudioSpec, MediaMeta, MediaSpec, row_tokens, view_tokens
 from model.config import ModelConfig
 from model.llm.causal_lm import blocks

@@ -11,7 +11,7 @@ from model.batch import ImageSpec, MediaSpec
 def normalised(values: Tensor, spec: MediaSpec, dtype: torch.dtype) -> Tensor:
     """Encoder input in `dtype`: bytes (N, 3, S, S) are rescaled and normalised in float32 first, all else is ready and only cast.
 
-    At most 1e-6 of a standard deviation off what `data.image` computes on the CPU, whose rescaling is in float64.
+    At most 1e-6 of a standard deviation off what `data.media.image` computes on the CPU, whose rescaling is in float64.
     """
     if values.dtype != torch.uint8:
         return values.to(dtype)

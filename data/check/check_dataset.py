@@ -1,0 +1,224 @@
+"""A check of every record of a dataset by several processes, part by part; parts that were checked before are not checked again."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.check.check_record import check_record
+from data.check.found import PART, Found, found_of, is_current, joined, read_part, write_part
+from data.check.measured_lengths import Measurement, identities, measurement_path, write_measurement
+from data.dataset import MultimodalDataset
+from data.index.sidecar import safe_name
+
+FOLDER = "check"
+_AT = b"at "
+
+
+@dataclass(frozen=True)
+class Depth:
+    """What is looked at beside records and headers."""
+
+    decode: bool = False  # all of every medium
+    near: bool = False  # what pictures look like
+
+
+@dataclass(frozen=True)
+class SourceFound:
+    """One source, checked."""
+
+    source_id: int
+    found: Found
+    num_parts: int
+    num_cached: int  # parts that an earlier check had done
+
+    def measurement(self) -> Measurement:
+        """What runs plan by."""
+        return Measurement(self.found["lengths"], np.unique([row for row, problem in self.found.problems if problem.is_bad]))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some records of one source."""
+
+    source_id: int
+    start: int  # sample ids
+    stop: int
+    path: Path  # of what is found
+
+
+def check_dataset(
+    dataset: MultimodalDataset,
+    index_folder: Path,
+    *,
+    depth: Depth = Depth(),
+    workers: int = 1,
+    name: str = "check",
+    alive: Callable[[str], object] = lambda at: None,
+) -> list[SourceFound]:
+    """Everything that is wrong with any record of `dataset`, and what its sources hold.
+
+    What is found stands in `index_folder` as soon as a part is done, lengths once a source is: a check that is stopped goes on
+    where it was. `workers` processes share the work; the result does not depend on their number. Raises `RuntimeError` if one dies.
+    `alive` is told now and then which record one of them is at.
+    """
+    names = identities(dataset)
+    parts = [part for source_id, name in enumerate(names) for part in parts_of(dataset, source_id, index_folder, name)]
+    cached = np.zeros(len(parts), dtype=bool)
+    with tqdm(total=len(dataset), desc=name, unit="record", unit_scale=True, delay=1, dynamic_ncols=True) as bar:
+        for place, was_cached in _work(parts, lambda part, tell: check_part(dataset, part, depth, tell), workers, alive):
+            cached[place] = was_cached
+            bar.update(parts[place].stop - parts[place].start)
+            alive(dataset.where(parts[place].start))
+    results = []
+    for source_id, (source, identity) in enumerate(zip(dataset.sources, names)):
+        own = [place for place, part in enumerate(parts) if part.source_id == source_id]
+        found = [_read(parts[place].path) for place in own]
+        whole = joined(found, [parts[place].stop - parts[place].start for place in own])
+        results.append(SourceFound(source_id, whole, len(own), int(cached[own].sum())))
+        write_measurement(index_folder, source.key, identity, results[-1].measurement())
+    return results
+
+
+def parts_of(dataset: MultimodalDataset, source_id: int, index_folder: Path, identity: str) -> list[Part]:
+    """The parts of one source, in order."""
+    first = int(np.searchsorted(dataset.source_ids, source_id))
+    end = first + len(dataset.indexes[source_id])
+    folder = index_folder / FOLDER / f"{safe_name(dataset.sources[source_id].key)}-{identity}"
+    return [
+        Part(source_id, start, min(start + PART, end), folder / f"{start - first:09d}.npz") for start in range(first, end, PART)
+    ]
+
+
+def check_part(dataset: MultimodalDataset, part: Part, depth: Depth, alive: Callable[[str], object] = lambda at: None) -> bool:
+    """Checks the records of `part` and writes down what it found. Returns whether that was there already. `alive` is told which
+    record is next.
+    """
+    known = read_part(part.path, decode=depth.decode, near=depth.near)
+    if known is not None and is_current(known):
+        return True
+    checked = []
+    for i in range(part.start, part.stop):
+        alive(dataset.where(i))
+        checked.append(check_record(dataset, i, decode=depth.decode, near=depth.near))
+    write_part(part.path, found_of(checked), decode=depth.decode, near=depth.near)
+    return False
+
+
+def remove_stale(index_folder: Path, datasets: Sequence[MultimodalDataset]) -> None:
+    """Removes what was found of sources, files or settings that are no longer those of the run."""
+    current = {
+        (safe_name(source.key), identity) for dataset in datasets for source, identity in zip(dataset.sources, identities(dataset))
+    }
+    keep = {f"{key}-{identity}" for key, identity in current}
+    for folder in (index_folder / FOLDER).glob("*"):
+        if folder.name not in keep:
+            shutil.rmtree(folder)
+    for path in index_folder.glob("exact-*.npz"):
+        if path not in {measurement_path(index_folder, key, identity) for key, identity in current}:
+            path.unlink()
+
+
+def _read(path: Path) -> Found:
+    found = read_part(path)
+    if found is None:
+        raise RuntimeError(f"{path} was written and cannot be read; remove it and start again")
+    return replace(found, files=found.missing)  # before the next part is read
+
+
+_Alive = Callable[[str], object]
+
+
+def _work(parts: Sequence[Part], work: Callable[[Part, _Alive], bool], workers: int, alive: _Alive) -> Iterator[tuple[int, bool]]:
+    """work(part, alive) for all of them: (place, answer) as they are done, in any order."""
+    workers = min(workers, len(parts) // 2)  # a process is not worth starting for less
+    if workers < 2:
+        yield from ((place, work(part, alive)) for place, part in enumerate(parts))
+        return
+    context = multiprocessing.get_context("fork")  # the dataset is shared, never copied
+    counter, lock, parent = context.RawValue("q", 0), context.Lock(), os.getpid()
+
+    def run(pipe: Connection) -> None:
+        _prepare()
+        while True:
+            with lock:
+                place = counter.value
+                counter.value = place + 1
+            if place >= len(parts) or os.getppid() != parent:
+                pipe.send_bytes(b"done")
+                return
+            try:
+                answer = b"%d %d" % (place, work(parts[place], _sender(pipe)))
+            except OSError as error:  # nothing can be written: the parent says so
+                answer = b"failed %d" % (error.errno or 0)
+            pipe.send_bytes(answer)
+
+    pipes, processes = [], []
+    try:
+        for _ in range(workers):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=run, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()  # or its end would never be seen here
+            pipes.append(ours)
+            processes.append(process)
+        yield from _answers(pipes, alive)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _sender(pipe: Connection) -> _Alive:
+    """Tells the parent process where this one is, once a second at most."""
+    told = 0.0
+
+    def send(at: str) -> None:
+        nonlocal told
+        if time.monotonic() - told > 1.0:
+            told = time.monotonic()
+            pipe.send_bytes(_AT + at.encode("utf-8", "backslashreplace"))
+
+    return send
+
+
+def _answers(pipes: list[Any], alive: _Alive) -> Iterator[tuple[int, bool]]:
+    working = list(pipes)
+    while working:
+        for pipe in wait(working):
+            try:
+                answer = pipe.recv_bytes()  # type: ignore[union-attr]
+            except EOFError:
+                raise RuntimeError(
+                    "a process of the check died, perhaps for want of memory; start again with fewer workers"
+                ) from None
+            if answer == b"done":
+                working.remove(pipe)
+                continue
+            if answer.startswith(_AT):
+                alive(answer.removeprefix(_AT).decode())
+                continue
+            if answer.startswith(b"failed"):
+                code = int(answer.split()[1])
+                raise OSError(code, f"what the check found cannot be written: {os.strerror(code)}")
+            place, was_cached = map(int, answer.split())
+            yield place, bool(was_cached)
+
+
+def _prepare() -> None:
+    """One thread each; a stop request reaches the parent, which ends the others."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,0 +1,210 @@
+"""One record, checked as far as that goes without decoding its media: every problem it has, its exact length, what it holds.
+
+Checks of a whole dataset (`data.check.check_dataset`) and of a few records at the start of a run both come through here.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass, replace
+
+from data.check.certificate import proven
+from data.check.picture_hash import picture_hash
+from data.dataset import MultimodalDataset, root_of
+from data.media import image
+from data.media.blob import Blob, MediaError
+from data.media.record_media import RecordMedia
+from data.media.sound import is_unsized
+from data.records.fields import record_line
+from data.records.placeholders import without_placeholders
+from data.records.record import MediaRef, Record, RecordError
+from data.sample import Measured, measured
+from data.text.rounds import TooLongError
+from model.batch import AudioSpec, MediaMeta, MediaSpec, image_spec, num_tokens
+
+BAD, TOO_LONG = "bad", "too_long"
+_SAMPLED = 4096  # bytes at the start, in the middle and at the end that stand for a file's content
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a record is not trained on as it is written."""
+
+    kind: str  # bad | too_long: those are counted apart and never stop a run
+    where: str  # file:line
+    id: str
+    field: str
+    reason: str
+
+    @property
+    def is_bad(self) -> bool:
+        return self.kind == BAD
+
+    def __str__(self) -> str:
+        """In one line that is safe to print."""
+        return record_line(self.where, self.id, self.field, self.reason)
+
+
+@dataclass(frozen=True)
+class CheckedMedium:
+    """What is known of one medium; zeros for what could not be found out."""
+
+    kind: str  # image | video | audio
+    watched: str = ""  # its file, or "" where the records' own file holds it
+    tokens: int = 0
+    rows: int = 0  # views of a picture, frames of a video
+    width: int = 0  # pixels, of a picture
+    height: int = 0
+    milliseconds: int = 0  # of a clip
+    content: int = 0  # 64 bits, equal for equal bytes: of the size and parts of the bytes
+    unsized: bool = False  # a WAV file that does not say how long it is
+    picture: int = 0  # 64 bits, alike for pictures that look alike; where asked for
+
+
+LOOK_TOKENS = 1 << 18
+"""So many tokens of a record that does not fit are counted, to tell what length would hold it."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is known of one record."""
+
+    problems: tuple[Problem, ...] = ()
+    size: Measured | None = None  # None where it has no length
+    text: int = 0  # 64 bits, equal for equal conversations; 0 for a record that cannot be read
+    words: int = 0  # the same without regard to case, spaces, punctuation and placeholders
+    media: tuple[CheckedMedium, ...] = ()
+    whole: int = 0  # tokens of all rounds, also of a record that is too long; 0 where they were not counted
+    unlearned: int = 0  # answers that are read and not learned, because the record says so
+    removed: int = 0  # answers of which the template leaves something out: the thoughts before the last question
+
+
+def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, near: bool = False, keys: bool = True) -> Checked:
+    """All that is wrong with sample `i`, and what it holds. Never raises.
+
+    decode: media are decoded in full. near: pictures are decoded small, to be compared with others.
+    keys: its texts get keys, by which they are compared with others; of a long one they cost more than all the rest.
+    """
+    try:
+        record = dataset.record(i)
+    except Exception as error:
+        return Checked((_problem(dataset, i, error),))
+    media = dataset.media(i, record)
+    media = replace(media, locate=functools.cache(media.locate))
+    problems: list[Problem] = []
+    found: list[CheckedMedium] = []
+    metas: list[MediaMeta] = []
+    for ref in record.media:
+        medium = CheckedMedium(ref.kind, _watched(dataset, i, ref))
+        try:
+            meta = media.measure(ref)
+            metas.append(meta)
+            medium = _sized(medium, media.specs[ref.modality], meta)
+            medium = _examined(media, ref, meta, medium, decode, near)
+        except Exception as error:
+            problems.append(_problem(dataset, i, error))
+        found.append(medium)
+    size, whole, removed, is_too_long = None, 0, 0, False
+    try:
+        encoded = proven(dataset.template, record, dataset.config.max_length)
+        removed = encoded.removed
+        if len(metas) == len(record.media):
+            counts = [num_tokens(dataset.specs[ref.modality], meta) for ref, meta in zip(record.media, metas)]
+            size = measured(encoded, dataset.template.placeholder_ids, record, counts, dataset.config.max_length)
+            whole = size.whole
+    except Exception as error:
+        whole = getattr(error, "whole", 0)
+        problems.append(_problem(dataset, i, error))
+        is_too_long = isinstance(error, TooLongError)
+    if not whole and (size or is_too_long) and len(metas) == len(record.media):
+        whole = _whole_length(dataset, record, metas)
+    said = (_text_key(record), _words_key(record)) if keys else (0, 0)
+    return Checked(tuple(problems), size, *said, tuple(found), whole, unlearned=record.num_unlearned, removed=removed)
+
+
+def _whole_length(dataset: MultimodalDataset, record: Record, metas: list[MediaMeta]) -> int:
+    """Return the tokens of all rounds of a record that is not trained on whole; of a huge one a number that they are more than."""
+    limit = max(2 * dataset.config.max_length, LOOK_TOKENS)
+    try:
+        encoded = dataset.template.encode(record, limit)
+    except TooLongError:
+        return limit + 1
+    except RecordError:  # a round that is not trained on breaks a rule
+        return dataset.config.max_length + 1
+    media = sum(num_tokens(dataset.specs[ref.modality], meta) for ref, meta in zip(record.media, metas))
+    is_complete = len(encoded.round_ends) >= encoded.num_rounds
+    return len(encoded.input_ids) - len(metas) + media if is_complete else limit + 1
+
+
+def _problem(dataset: MultimodalDataset, i: int, error: Exception) -> Problem:
+    """Whatever went wrong, with the record's place: a fault of a reader must not end a check of a million others."""
+    if isinstance(error, RecordError):
+        kind = TOO_LONG if isinstance(error, TooLongError) else BAD
+        return Problem(kind, error.where, error.id, error.field, error.reason)
+    _, index, row = dataset.place(i)
+    return Problem(BAD, index.where(row), index.name(row), "record", f"cannot be used: {type(error).__name__}: {error}")
+
+
+def _watched(dataset: MultimodalDataset, i: int, ref: MediaRef) -> str:
+    """Where the medium stands as it is named, links unresolved: when that file changes a result is stale. "" in an archive."""
+    source_id, index, row = dataset.place(i)
+    try:
+        if index.blob(row, ref) is not None:
+            return ""
+        root = root_of(dataset.sources[source_id], ref)
+    except MediaError:
+        return ""
+    return os.path.abspath(os.path.join(root, ref.path)).replace("\0", "")
+
+
+def _sized(medium: CheckedMedium, spec: MediaSpec, meta: MediaMeta) -> CheckedMedium:
+    milliseconds = meta.num_frames * spec.hop * 1000 // spec.sampling_rate if isinstance(spec, AudioSpec) else 0
+    return replace(medium, tokens=num_tokens(spec, meta), rows=meta.num_rows, milliseconds=milliseconds)
+
+
+def _examined(media: RecordMedia, ref: MediaRef, meta: MediaMeta, medium: CheckedMedium, decode: bool, near: bool) -> CheckedMedium:
+    """The medium with what its bytes tell. Raises `RecordError`."""
+    media.check(ref)
+    if decode:
+        media.load(ref, meta)
+    blob = media.locate(ref)
+    try:
+        if ref.kind == "image":
+            width, height = image.size(blob, image_spec(media.specs), media.config)
+            picture = picture_hash(blob) if near else 0
+            medium = replace(medium, width=width, height=height, picture=picture)
+        elif ref.kind == "audio":
+            medium = replace(medium, unsized=is_unsized(blob))
+    except MediaError as error:
+        raise RecordError(media.record.where, media.record.id, ref.kind, str(error)) from error
+    return replace(medium, content=_content_key(blob))
+
+
+def _content_key(blob: Blob) -> int:
+    """Equal bytes have equal keys; of a folder, its files' names and sizes stand for them."""
+    if blob.is_folder:
+        with os.scandir(blob.path) as entries:
+            names = sorted((entry.name, entry.stat().st_size) for entry in entries)
+        return _key(json.dumps(names).encode())
+    return _key(blob.num_bytes().to_bytes(8, "little") + blob.sampled(_SAMPLED))
+
+
+def _text_key(record: Record) -> int:
+    said = [[turn.role, turn.content, turn.learn, dict(turn.extra)] for turn in record.turns]
+    marks = [[ref.kind, ref.span, ref.label] for ref in record.media]
+    return _key(json.dumps([said, marks, record.negative_turn, record.interrupted, record.tools]).encode())
+
+
+def _words_key(record: Record) -> int:
+    texts = [(turn.role, turn.content + json.dumps(dict(turn.extra) or "", ensure_ascii=False)) for turn in record.turns]
+    texts += [("tools", json.dumps(tool, ensure_ascii=False)) for tool in record.tools]
+    return _key(json.dumps([[role, _WORD.findall(without_placeholders(text).casefold())] for role, text in texts]).encode())
+
+
+def _key(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

@@ -1,0 +1,128 @@
+"""What a check found, part by part of a source and on disk: so that it goes on where it was stopped and is not done twice.
+
+A part is as good as new as long as the files of its media are those that were looked at, by size and time. That its records,
+template and settings are the same is what its folder's name says (`data.check.measured_lengths.identities`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.check.check_record import Checked, CheckedMedium, Problem
+from data.index.sidecar import read_arrays, text_array, write_arrays
+from data.index.table import KINDS
+from data.limits import parse_json
+
+PART = 1024  # records
+_RECORD = {
+    **{"lengths": np.int32, "supervised": np.int32, "media_tokens": np.int32, "texts": np.uint64, "words": np.uint64},
+    **{"unlearned": np.int32, "removed": np.int32},
+}
+_MEDIUM = {
+    **{"kinds": np.int8, "tokens": np.int32, "rows": np.int32, "widths": np.int32, "heights": np.int32},
+    **{"milliseconds": np.int64, "contents": np.uint64, "pictures": np.uint64, "unsized": np.int8},
+}
+_LAYOUT = {name: (np.dtype(kind), 1) for name, kind in {**_RECORD, **_MEDIUM, "owners": np.int64, "said": np.uint8}.items()}
+_MISSING = (-1, -1)
+_FLAGS = ("decode", "near")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known of a stretch of records of one source, as columns: N records, M media."""
+
+    columns: dict[
+        str, np.ndarray
+    ]  # (N,) lengths, supervised, media_tokens, texts, words, unlearned, removed; (M,) owners (row of the record), kinds ...
+    problems: list[tuple[int, Problem]]  # with the row of the record
+    files: dict[str, tuple[int, int]]  # size and time of media that are files of their own; (-1, -1): missing
+
+    def __getitem__(self, column: str) -> np.ndarray:
+        return self.columns[column]
+
+    @property
+    def missing(self) -> dict[str, tuple[int, int]]:
+        """Those of `files` that are named and not there."""
+        return {path: state for path, state in self.files.items() if state == _MISSING}
+
+
+def found_of(checked: Sequence[Checked]) -> Found:
+    """The columns of records that were checked one after the other."""
+    media = [(row, medium) for row, one in enumerate(checked) for medium in one.media]
+    paths = sorted({medium.watched for _, medium in media if medium.watched})
+    columns = _columns(_RECORD, [_record_row(one) for one in checked])
+    columns |= _columns(_MEDIUM, [_medium_row(medium) for _, medium in media])
+    columns["owners"] = np.array([row for row, _ in media], dtype=np.int64)
+    problems = [(row, problem) for row, one in enumerate(checked) for problem in one.problems]
+    return Found(columns, problems, {path: state_of(path) for path in paths})
+
+
+def _record_row(one: Checked) -> tuple[int, ...]:
+    size = (0, 0, 0) if one.size is None else (one.size.length, one.size.supervised, one.size.media)
+    return *size, one.text, one.words, one.unlearned, one.removed
+
+
+def _medium_row(medium: CheckedMedium) -> tuple[int, ...]:
+    sizes = (medium.tokens, medium.rows, medium.width, medium.height, medium.milliseconds)
+    return KINDS.index(medium.kind), *sizes, medium.content, medium.picture, medium.unsized
+
+
+def _columns(types: dict[str, Any], rows: list[tuple[int, ...]]) -> dict[str, np.ndarray]:
+    values = zip(*rows) if rows else ((),) * len(types)
+    return {name: np.array(column, dtype=kind) for (name, kind), column in zip(types.items(), values)}
+
+
+def state_of(path: str) -> tuple[int, int]:
+    """Size and time of a file, by which it is known to be the same."""
+    try:
+        state = os.stat(path)
+    except (OSError, ValueError):  # or no path at all
+        return _MISSING
+    return state.st_size, state.st_mtime_ns
+
+
+def write_part(path: Path, found: Found, *, decode: bool, near: bool) -> None:
+    """Keeps what a check of that depth found."""
+    said = {
+        "flags": [name for name, wanted in zip(_FLAGS, (decode, near)) if wanted],
+        "problems": [(row, *astuple(problem)) for row, problem in found.problems],
+        "files": found.files,
+    }
+    write_arrays(path, {**found.columns, "said": text_array(json.dumps(said))})
+
+
+def read_part(path: Path, *, decode: bool = False, near: bool = False) -> Found | None:
+    """What was found there, if a check as deep as that found it; None if none did."""
+    arrays = read_arrays(path)
+    if arrays is None or {name: (array.dtype, array.ndim) for name, array in arrays.items()} != _LAYOUT:
+        return None
+    try:
+        said = parse_json(arrays.pop("said").tobytes())
+        if (decode and "decode" not in said["flags"]) or (near and "near" not in said["flags"]):
+            return None
+        problems = [(int(row), Problem(*rest)) for row, *rest in said["problems"]]
+        files = {path: (size, time) for path, (size, time) in said["files"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError):  # damaged, or of another version
+        return None
+    return Found(arrays, problems, files)
+
+
+def is_current(found: Found) -> bool:
+    """Whether every medium's file is still the one that was looked at."""
+    return all(state_of(path) == state for path, state in found.files.items())
+
+
+def joined(parts: Sequence[Found], sizes: Sequence[int]) -> Found:
+    """The parts of one source as a whole; `sizes` records each. Of the files only the missing ones: all may be millions."""
+    starts = np.cumsum([0, *sizes[:-1]])
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0].columns}
+    columns["owners"] = np.concatenate([part["owners"] + start for part, start in zip(parts, starts)])
+    problems = [(row + int(start), problem) for part, start in zip(parts, starts) for row, problem in part.problems]
+    return Found(columns, problems, {path: state for part in parts for path, state in part.missing.items()})

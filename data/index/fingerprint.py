@@ -1,0 +1,138 @@
+"""What sources hold, in a few numbers: so that a run that goes on notices when they hold something else by now.
+
+A file of records or an archive is known by its size, its time, 64 blocks spread over it and, up to `WHOLE_BYTES` of all files
+together, by all of its bytes; a medium that is a file of its own by its size, its time and its ends, of `MEDIA` records per source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Any
+
+import numpy as np
+
+from data.dataset import MultimodalDataset
+from data.index.record_index import source_files
+from data.index.source_files import Shards
+from data.limits import open_regular
+from data.media.blob import MediaError
+from data.records.record import RecordError
+
+MEDIA = 1000
+"""Records of a source whose media are looked at, spread over it."""
+WHOLE_BYTES = 4 << 30
+"""Bytes of sources that are read whole at a first start, a second or two per GiB; of what is larger the blocks have to do."""
+_MEDIA_PER_RECORD = 4
+_BLOCKS, _BLOCK_BYTES, _END_BYTES = 64, 1 << 16, 1 << 12
+
+
+def fingerprint(dataset: MultimodalDataset) -> dict[str, Any]:
+    """JSON-able, by source: "files" with rows [path, size, time in ns, digest of blocks, digest of all or ""], and "media" with
+    rows [name, size, time, digest of ends], called as a record names them.
+    """
+    found, left = {}, WHOLE_BYTES
+    for number, source in enumerate(dataset.sources):
+        files, paths = [], list(map(str, source_files(source)))
+        for path in paths:
+            size, time = _stamp(path)
+            left -= size
+            files.append([path, size, time, _blocks(path, size, len(paths)), _whole(path) if left >= 0 else ""])
+        media = [[name, *known] for name, path in _media(dataset, number).items() if (known := _medium(path))]
+        found[source.key] = {"files": files, "media": media}
+    return found
+
+
+def changes(before: dict[str, Any], dataset: MultimodalDataset) -> list[str]:
+    """What is another than in `before`, one line for people per file. Missing media are left to the step that asks for them.
+
+    A file whose size and time are as they were is compared by its blocks; one whose time alone is another by all of its bytes.
+    """
+    lines = []
+    for number, source in enumerate(dataset.sources):
+        then, paths = before.get(source.key, {"files": [], "media": []}), list(map(str, source_files(source)))
+        known = dict(zip(Shards([path for path, *_ in then["files"]]).names, then["files"]))
+        names = dict(zip(Shards(paths).names, paths))
+        lines += [f"{path} was added" for name, path in names.items() if name not in known]
+        lines += [f"{path} is gone" for name, (path, *_) in known.items() if name not in names]
+        both = [(path, known[name][1:]) for name, path in names.items() if name in known]
+        lines += [line for path, rest in both if (line := _file_change(path, len(paths), *rest))]
+        media = _media(dataset, number)
+        lines += [line for name, *rest in then["media"] if name in media and (line := _medium_change(media[name], *rest))]
+    return lines
+
+
+def _file_change(path: str, count: int, size: int, time: int, blocks: str, whole: str) -> str:
+    now, changed = _stamp(path)
+    if now != size:
+        return f"{path} has {now:,} bytes, and had {size:,}"
+    if _blocks(path, now, count) != blocks or (changed != time and whole and _whole(path) != whole):
+        return f"{path} holds something else in as many bytes"
+    if changed != time and not whole:
+        return f"{path} was written since; it is too large to have been read whole, so nobody knows whether it is the same"
+    return ""
+
+
+def _medium(path: str) -> tuple[int, int, str] | None:
+    """None for what cannot be read, which is told when a step meets it."""
+    try:
+        return *_stamp(path), _ends(path)
+    except OSError:
+        return None
+
+
+def _medium_change(path: str, size: int, time: int, ends: str) -> str:
+    try:
+        now, changed = _stamp(path)
+        if now != size:
+            return f"{path} has {now:,} bytes, and had {size:,}"
+        same = changed == time or _ends(path) == ends
+        return "" if same else f"{path} holds something else in as many bytes"
+    except OSError:  # quarantined when a step meets it
+        return ""
+
+
+def _media(dataset: MultimodalDataset, source_id: int) -> dict[str, str]:
+    """Files by the names that records spread over the source give them; what cannot be found is told when a step meets it."""
+    ids, found = np.flatnonzero(dataset.source_ids == source_id), {}
+    for i in ids[:: max(1, -(-len(ids) // MEDIA))].tolist():
+        try:
+            record = dataset.record(i)
+            locate = dataset.media(i, record).locate
+            blobs = [(f"{ref.set or ref.kind}:{ref.path}", locate(ref)) for ref in record.media[:_MEDIA_PER_RECORD]]
+        except (RecordError, MediaError):
+            continue
+        # Of an archive they are compared with the archive.
+        found.update(
+            {name: blob.path for name, blob in blobs if (blob.start, blob.size) == (0, None) and os.path.isfile(blob.path)}
+        )
+    return found
+
+
+def _stamp(path: str) -> tuple[int, int]:
+    state = os.stat(path)
+    return state.st_size, state.st_mtime_ns
+
+
+def _blocks(path: str, size: int, count: int) -> str:
+    """Digest of blocks of a file; fewer of each where a source has a large `count` of files. Of a small file they are all of it."""
+    blocks = max(4, min(_BLOCKS, _BLOCKS * _BLOCKS // count))
+    return _digest(path, [size * k // blocks for k in range(blocks)], _BLOCK_BYTES)
+
+
+def _ends(path: str) -> str:
+    return _digest(path, [0, max(0, os.path.getsize(path) - _END_BYTES)], _END_BYTES)
+
+
+def _digest(path: str, starts: list[int], count: int) -> str:
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        for start in starts:
+            file.seek(start)
+            digest.update(file.read(count))
+    return digest.hexdigest()[:32]
+
+
+def _whole(path: str) -> str:
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]

@@ -1,0 +1,226 @@
+"""Records in .parquet files: the columns are the keys of a record, and pictures may be columns of bytes (extra `parquet`).
+
+A medium's column holds paths, bytes, or the structs {"bytes", "path"} of Hugging Face's datasets, one or a list of them.
+Media that are null, or structs of nulls, are absent. `conversations`, `messages` and `tools` are lists of structs, or strings
+of JSON. Files are read by row groups, the smallest part that
+can be read alone: where media stand in the file, row groups of few rows make random access fast.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.config import ConfigError, DataError
+from data.index.json_scan import Advance, plan_values
+from data.index.media_column import content_of, is_unnamed, listed, names_of, present
+from data.index.reader import RowError, decoded
+from data.index.source_files import Shards
+from data.index.table import KINDS, Table
+from data.media.blob import Blob, MediaError
+from data.records.media_refs import MediaRef
+
+_MEDIA_COLUMNS = tuple(key for kind in KINDS for key in (kind, f"{kind}s"))
+_TURN_COLUMNS = ("conversations", "messages")
+_TOOL_COLUMNS = ("tools", "functions")
+_ROWS_AT_ONCE = 1024
+MAX_GROUP_BYTES, MAX_GROUP_ROWS = 1 << 33, 1 << 24
+"""Of a row group, unpacked and with its media; whole columns of it are held in memory."""
+
+
+class ParquetRows:
+    """Rows of .parquet files. A process keeps the row group it read last, once without media and once of each medium's column."""
+
+    def __init__(self, shards: Shards, table: Table) -> None:
+        self._shards, self._table = shards, table
+        self._kept: dict[str, tuple[Any, Any]] = {}  # by column of media, "" for all that is none: what it is of, and rows
+        self._called: dict[
+            str, tuple[int, dict[str, bytes | None]]
+        ] = {}  # by column of media: the row asked for last, and its media
+
+    def __reduce__(self) -> tuple[type[ParquetRows], tuple[Shards, Table]]:
+        return ParquetRows, (self._shards, self._table)
+
+    def raw(self, i: int) -> Any:
+        row = self._row(i, "")
+        # Without a path only the bytes, which are not read with the text, say whether there is a medium.
+        unsure = [column for column in _MEDIA_COLUMNS if any(map(is_unnamed, listed(row.get(column))))]
+        return _record(row | {column: self._row(i, column).get(column) for column in unsure})
+
+    def blob(self, i: int, ref: MediaRef) -> Blob | None:
+        for column in (ref.kind, f"{ref.kind}s"):
+            try:
+                content = self._media(i, column).get(ref.path)
+            except RowError as error:
+                raise MediaError(f"{ref.path!r} {error}") from None
+            if content is not None:
+                name = f"{self._shards.names[self._table.file_of(i)]}:{self.place(i)}:{ref.path}"
+                return Blob(name, data=content)
+        return None
+
+    def place(self, i: int) -> str:
+        return str(self._table.line[i])
+
+    def _media(self, i: int, column: str) -> dict[str, bytes | None]:
+        """Contents by name of what stands in a column of media of row `i`; where a name stands twice, the first."""
+        if self._called.get(column, (-1, {}))[0] != i:
+            self._called.pop(column, None)  # first, or the media of two rows would be held at once
+            values = present(self._row(i, column).get(column))
+            named = list(zip(names_of(column, values), map(content_of, values)))
+            self._called[column] = i, {name: content for name, content in reversed(named) if isinstance(name, str)}
+        return self._called[column][1]
+
+    def _row(self, i: int, column: str) -> dict[str, Any]:
+        file, group, row = self._table.file_of(i), int(self._table.start[i]), int(self._table.stop[i])
+        wanted = (os.getpid(), file, group)  # what was opened before a fork is not shared after it
+        if self._kept.get(column, (None, None))[0] != wanted:
+            self._kept.pop(column, None)  # first, or two groups would be held at once
+            try:
+                opened = _open(self._shards.paths[file])
+                leaves = _light(opened) if not column else [leaf for leaf in _leaves(opened) if leaf.split(".")[0] == column]
+                self._kept[column] = wanted, _group(opened, group, leaves)
+            except _damage() as error:
+                raise RowError(f"cannot be read: {error}") from None
+        return _values(self._kept[column][1], row)
+
+
+def scan_parquet(path: Path, advance: Advance) -> Table:
+    """The table of a .parquet file. Raises `DataError` if it is damaged, has no column of turns, or no row."""
+    opened = _open(str(path))
+    if not set(_TURN_COLUMNS) & set(opened.schema_arrow.names):
+        raise DataError(f"{path}: has no column {' or '.join(_TURN_COLUMNS)}; its columns: {', '.join(opened.schema_arrow.names)}")
+    plans, sizes = [], []
+    for group in range(opened.num_row_groups):
+        try:
+            rows = _group(opened, group, _light(opened))
+        except _damage() as error:
+            raise DataError(f"{path}: row group {group} cannot be read: {error}") from None
+        sizes.append(rows.num_rows)  # what there is, not what the file says
+        for first in range(0, rows.num_rows, _ROWS_AT_ONCE):
+            plans.append(_plans(rows.slice(first, _ROWS_AT_ONCE)))
+            advance(0)  # a group may take minutes
+        advance(opened.metadata.row_group(group).total_byte_size)
+    if not plans:
+        raise DataError(f"{path}: holds no record")
+    return Table(
+        start=np.repeat(np.arange(len(sizes)), sizes),
+        stop=np.concatenate([np.arange(size) for size in sizes]),
+        line=np.arange(1, sum(sizes) + 1),
+        text_tokens=np.concatenate([plan.text_tokens for plan in plans]),
+        media=np.concatenate([plan.media for plan in plans]),
+    )
+
+
+def _values(rows: Any, k: int) -> dict[str, Any]:
+    """Row k of a table, {} where it has none. Raises `RowError` for one that is damaged."""
+    try:
+        return next(iter(rows.slice(k, 1).to_pylist()), {})
+    except _damage() as error:
+        raise RowError(f"cannot be decoded: {error}") from None
+
+
+def _all_values(rows: Any) -> list[dict[str, Any]]:
+    """Every row of a table; {} for those that are damaged."""
+    try:
+        return rows.to_pylist()
+    except _damage():
+        found: list[dict[str, Any]] = []
+        for k in range(rows.num_rows):
+            try:
+                found.append(_values(rows, k))
+            except RowError:
+                found.append({})
+        return found
+
+
+def _plans(rows: Any) -> Any:
+    lines = []
+    for row in _all_values(rows):
+        try:
+            text = json.dumps(_record(row), ensure_ascii=False, default=str)
+        except RowError:  # found and named when the record is read
+            text = json.dumps(row, ensure_ascii=False, default=str)
+        lines.append(text.encode("utf-8", "surrogatepass"))
+    return plan_values(lines)
+
+
+def _open(path: str) -> Any:
+    _arrow()
+    from pyarrow import parquet
+
+    try:
+        opened = parquet.ParquetFile(path)
+        _ = opened.schema_arrow.names, _leaves(opened)  # read here, so that what is broken in them is told here
+        return opened
+    except _damage() as error:
+        raise DataError(f"{path}: is no readable parquet file: {error}") from None
+
+
+def _group(opened: Any, group: int, leaves: list[str]) -> Any:
+    """Columns of one row group. DataError when they say of themselves that they do not fit into memory."""
+    facts = opened.metadata.row_group(group)
+    # Of the whole group: to ask a column of a damaged file for its own size ends the process.
+    if facts.total_byte_size > MAX_GROUP_BYTES or facts.num_rows > MAX_GROUP_ROWS:
+        raise DataError(
+            f"it holds {facts.num_rows} rows of {facts.total_byte_size} bytes; at most {MAX_GROUP_ROWS} and {MAX_GROUP_BYTES} are "
+            "read at once: write the file with smaller row groups"
+        )
+    return opened.read_row_group(group, columns=leaves, use_threads=False)
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    """What pyarrow makes of broken bytes, of names that are no UTF-8, of dates of no calendar."""
+    return DataError, OSError, ValueError, OverflowError, KeyError, _arrow().lib.ArrowException
+
+
+def _arrow() -> Any:
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise ConfigError("reading .parquet files needs pyarrow: pip install -e '.[parquet]'") from error
+    return pyarrow
+
+
+def _leaves(opened: Any) -> list[str]:
+    return [opened.schema.column(i).path for i in range(len(opened.schema))]
+
+
+def _light(opened: Any) -> list[str]:
+    """Columns that a record is made of, without the bytes of its media: those are read when they are asked for."""
+    leaves, found = _leaves(opened), []
+    for i, leaf in enumerate(leaves):
+        column = opened.schema.column(i)
+        is_bytes = column.physical_type == "BYTE_ARRAY" and column.logical_type.type == "NONE"
+        # Bytes without a path beside them are all there is to tell that a row has a medium.
+        beside = any(other != leaf and other.startswith(leaf.removesuffix("bytes")) for other in leaves)
+        if not is_bytes or (leaf.split(".")[0] in _MEDIA_COLUMNS and not (leaf.endswith(".bytes") and beside)):
+            found.append(leaf)
+    return found
+
+
+def _record(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as the JSON of a record: media by name, turns decoded, what is null left out. Raises `RowError`."""
+    found = {key: value for key, value in row.items() if value is not None}
+    for column in _MEDIA_COLUMNS:
+        if column in found:
+            names = names_of(column, present(found[column]))
+            found[column] = names if isinstance(found[column], list) else next(iter(names), None)
+    for column in (*_TURN_COLUMNS, *_TOOL_COLUMNS):
+        if isinstance(found.get(column), str) and column in _TURN_COLUMNS:
+            found[column] = decoded(found[column].encode("utf-8", "surrogatepass"))
+        elif column in found:
+            found[column] = _without_nulls(found[column])
+    return found
+
+
+def _without_nulls(value: Any) -> Any:
+    """All structs of a column have the same fields; those that a record does not use are null."""
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value

@@ -1,0 +1,179 @@
+"""Random access to the records of a source, without holding them: a mapped table of where they are and what they weigh."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from data.config import ConfigError, DataConfig, SourceConfig
+from data.index.json_scan import Advance, scan
+from data.index.parquet import ParquetRows, scan_parquet
+from data.index.reader import JsonRows, RowError, Rows
+from data.index.sidecar import safe_name
+from data.index.source_files import Shards
+from data.index.table import KINDS, Table, joined, map_table, read_header, stamps, write_table
+from data.index.tar_records import TarRows, scan_tar
+from data.index.token_estimate import media_tokens
+from data.media.blob import Blob, MediaError
+from data.records.media_refs import MediaRef
+from data.records.record import RecordError
+from model.batch import MediaSpec
+
+_DEFAULTS = DataConfig()
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one kind of file is indexed and read."""
+
+    scan: Callable[[Path, Advance], Table]
+    rows: Callable[[Shards, Table], Rows]
+    holds_media: bool = False  # beside the records, in the same file
+
+
+FORMATS = {
+    ".json": Format(scan, JsonRows),
+    ".jsonl": Format(scan, JsonRows),
+    ".parquet": Format(scan_parquet, ParquetRows, holds_media=True),
+    ".tar": Format(scan_tar, TarRows, holds_media=True),
+}
+"""By suffix, in whatever case. A kind of file is an entry here, not a branch."""
+
+
+class RecordIndex:
+    """Records of one source by number. Opening maps a table; forked and pickled copies share its pages."""
+
+    lengths: np.ndarray  # (N,) int32 planned tokens of each record, an estimate
+    modalities: np.ndarray  # (N,) int8 bits: 1 has an image, 2 a video, 4 audio; 0 is text only
+
+    def __init__(self, sidecar: Path, tokens: dict[str, int], has_folder: bool) -> None:
+        """Of a sound sidecar; `tokens`: what one medium of each kind is planned with; `has_folder`: media may stand in one."""
+        files = read_header(sidecar)
+        if files is None:
+            raise ConfigError(f"{sidecar} is no index, or is damaged; start again to have it built")
+        self._sidecar, self._tokens, self._has_folder = sidecar, tokens, has_folder
+        self._table, self._shards = map_table(sidecar), Shards([path for path, _, _ in files])
+        kind = FORMATS[Path(files[0][0]).suffix.lower()]
+        self._rows, self._alone = kind.rows(self._shards, self._table), kind.holds_media and not has_folder
+        self.lengths, self.modalities = _planned(self._table, tokens)
+
+    @staticmethod
+    def open(
+        source: SourceConfig,
+        folder: Path,
+        specs: dict[str, MediaSpec],
+        config: DataConfig = _DEFAULTS,
+        alive: Callable[[str], object] = lambda at: None,
+    ) -> RecordIndex:
+        """The index of `source`; its sidecar in `folder` is used if size and time of every file agree with it, else built.
+
+        Several processes may do so at once. `alive` is told now and then which file is read. Raises `ConfigError` for a path that
+        cannot be read, `DataError` for a file that is no list of records.
+        """
+        paths = source_files(source)
+        files, kind = stamps(paths), FORMATS[paths[0].suffix.lower()]
+        digest = hashlib.sha256(os.path.abspath(source.path).encode()).hexdigest()[:8]
+        sidecar = folder / f"{safe_name(source.key)}-{digest}.index"
+        if read_header(sidecar, all_bytes=True) != files:
+            size = sum(size for _, size, _ in files)
+            with tqdm(total=size, unit="B", unit_scale=True, desc=f"index {source.key}", delay=3, leave=False) as bar:
+                write_table(sidecar, joined([_scanned(kind, path, _both(bar.update, alive, path.name)) for path in paths]), files)
+        return RecordIndex(sidecar, media_tokens(specs, config), bool(source.media_root))
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RecordIndex, (self._sidecar, self._tokens, self._has_folder)
+
+    def num_media(self, kind: str) -> np.ndarray:
+        """(N,) how many media of a kind each record names, an estimate as well."""
+        return self._table.media[:, KINDS.index(kind)]
+
+    def raw(self, i: int) -> Any:
+        """The decoded JSON of record `i`. Raises `RecordError` if there is none."""
+        try:
+            return self._rows.raw(i)
+        except RowError as error:
+            raise RecordError(self.where(i), self.name(i), "json", str(error)) from None
+
+    def blob(self, i: int, ref: MediaRef) -> Blob | None:
+        """Where a medium of record `i` is, if the records' own file holds it; None: it is a file in the source's folder.
+
+        Raises `MediaError` if it is neither, because the source has no folder for media.
+        """
+        found = self._rows.blob(i, ref)
+        if found is None and self._alone:
+            raise MediaError(f"{ref.path!r} is not in {self.where(i)}; media that stand elsewhere need the source's media_root")
+        return found
+
+    def where(self, i: int) -> str:
+        """File name and the line, the row or the key of record `i`; lines and rows count from 1."""
+        return f"{self._shards.names[self._table.file_of(i)]}:{self._rows.place(i)}"
+
+    def name(self, i: int) -> str:
+        """What record `i` is called if it has no id: its line, row or key; of several on one line, `[k]`, the k-th of its array
+        counted from 0.
+        """
+        file = self._table.file_of(i)
+        first = int(self._table.file_stops[file - 1]) if file else 0
+        places = [self._rows.place(k) for k in range(max(i - 1, first), min(i + 2, int(self._table.file_stops[file])))]
+        place = self._rows.place(i)
+        return place if places.count(place) == 1 else f"[{i - first}]"
+
+
+def _both(advance: Advance, alive: Callable[[str], object], name: str) -> Advance:
+    """Tells a bar and whoever waits for the index."""
+
+    def told(num_bytes: int) -> None:
+        advance(num_bytes)
+        alive(name)
+
+    return told
+
+
+def _scanned(kind: Format, path: Path, advance: Advance) -> Table:
+    try:
+        return kind.scan(path, advance)
+    except OSError as error:  # by itself it would be told as something that cannot be written
+        raise ConfigError(f"data.sources: {path} cannot be read: {error.strerror}") from error
+
+
+def source_files(source: SourceConfig) -> list[Path]:
+    """Absolute paths of the files of a source, by name. Raises `ConfigError` if there are none or not of one readable kind."""
+    name = f"data.sources path {source.path!r}"
+    is_file = os.path.isfile(source.path)
+    found = [source.path] if is_file else sorted(path for path in glob.glob(source.path, recursive=True) if os.path.isfile(path))
+    if not found:
+        raise ConfigError(f"{name} {'matches no file' if glob.has_magic(source.path) else 'is no file'}")
+    suffixes = {Path(path).suffix.lower(): path for path in found}
+    if unknown := next((path for suffix, path in suffixes.items() if suffix not in FORMATS), None):
+        hint = (
+            "; unpack it: a compressed file cannot be read at any place"
+            if unknown.lower().endswith((".gz", ".tgz", ".zst"))
+            else ""
+        )
+        which = "is" if is_file else f"matches {unknown!r}, which is"
+        raise ConfigError(f"{name} {which} of no kind that is read ({', '.join(FORMATS)}){hint}")
+    if len(suffixes) > 1:
+        raise ConfigError(
+            f"{name} matches files of several kinds, {' and '.join(map(repr, suffixes.values()))}: make each a source"
+        )
+    return [Path(os.path.abspath(path)) for path in found]
+
+
+def _planned(table: Table, tokens: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Planned lengths and modalities of all records."""
+    lengths, modalities = table.text_tokens.astype(np.int64), np.zeros(len(table), dtype=np.int8)
+    for bit, kind in enumerate(KINDS):
+        lengths += table.media[:, bit] * np.int64(tokens[kind])
+        modalities |= (table.media[:, bit] > 0).astype(np.int8) << bit
+    return np.minimum(lengths, np.iinfo(np.int32).max).astype(np.int32), modalities

@@ -1,0 +1,230 @@
+"""Tokens that a record is planned with before anything of it is rendered: a guess from its bytes.
+
+Every text of a turn counts a token per four bytes of UTF-8, at least one, and so do thoughts, calls and tools; a medium counts
+what one of its kind usually takes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data import anyres
+from data.config import DataConfig
+from data.index.json_structure import Events, after_colon, spelling
+from data.index.table import KINDS
+from data.limits import parse_json
+from data.records.content_parts import kind_of_part
+from data.records.record import Record, RecordError, parse
+from data.records.turn_keys import THOUGHT_KEYS
+from model.batch import READ_BY, AudioSpec, MediaMeta, MediaSpec, num_tokens, row_shape
+
+BYTES_PER_TOKEN = 4
+_AUDIO_SECONDS = 10.0
+_TEXT_KEYS = (b"value", b"content")
+_THOUGHT_KEYS = tuple(key.encode() for key in THOUGHT_KEYS)
+_CALL_KEYS, _TOOL_KEYS = (b"tool_calls", b"function_call"), (b"tools", b"functions")
+_MEDIA_KEYS = tuple(key.encode() for kind in KINDS for key in (kind, kind + "s"))
+_TEXT_LEVEL, _RECORD_LEVEL = 3, 1  # brackets that are open around a turn's text, and around a record's own keys
+
+
+def media_tokens(specs: dict[str, MediaSpec], config: DataConfig) -> dict[str, int]:
+    """Tokens one medium of each kind is planned with; 0 for a kind that no part reads.
+
+    A picture in tiles has half of the most, of grids the middle one; a video all the frames it may have; a clip lasts ten seconds.
+    """
+    found = {}
+    for kind in KINDS:
+        spec = specs.get(READ_BY[kind])
+        found[kind] = 0 if spec is None else num_tokens(spec, _usual(kind, spec, config))
+    return found
+
+
+def media_bytes(specs: dict[str, MediaSpec], config: DataConfig) -> dict[str, int]:
+    """Bytes of encoder input that one medium of each kind is planned with; 0 for a kind that no part reads."""
+    found = {}
+    for kind in KINDS:
+        spec = specs.get(READ_BY[kind])
+        size = 1 if kind != "audio" and config.image_decode == "fast" else 4
+        if spec is None:
+            found[kind] = 0
+        elif isinstance(spec, AudioSpec):
+            frames = _usual(kind, spec, config).num_frames
+            found[kind] = size * spec.num_mels * max(frames, spec.window_frames if spec.full_window else 0)
+        else:
+            found[kind] = size * _usual(kind, spec, config).num_rows * math.prod(row_shape(spec))
+    return found
+
+
+def _usual(kind: str, spec: MediaSpec, config: DataConfig) -> MediaMeta:
+    if isinstance(spec, AudioSpec):
+        seconds = min(_AUDIO_SECONDS, config.max_seconds)
+        return MediaMeta(num_frames=max(1, int(seconds * spec.sampling_rate) // spec.hop))
+    if kind == "video":
+        return MediaMeta(num_rows=config.max_frames)
+    if config.image_fit == "anyres":
+        return anyres.usual(spec.size, config)
+    if config.image_fit != "tiles":
+        return MediaMeta()
+    tiles = math.ceil((config.min_tiles + config.max_tiles) / 2)
+    return MediaMeta(num_rows=tiles + (config.thumbnail and tiles > 1))
+
+
+def least_tokens(specs: dict[str, MediaSpec], config: DataConfig) -> dict[str, int]:
+    """Tokens that one medium of each kind takes at least; 0 for a kind that no part reads."""
+    found = {}
+    for kind in KINDS:
+        spec = specs.get(READ_BY[kind])
+        rows = {"image": config.min_tiles if config.image_fit == "tiles" else 1, "video": config.min_frames}.get(kind, 1)
+        found[kind] = 0 if spec is None else num_tokens(spec, MediaMeta(num_rows=rows, num_frames=1))
+    return found
+
+
+def by_size(num_bytes: int) -> int:
+    """Tokens of a record whose texts are not known."""
+    return max(1, num_bytes // BYTES_PER_TOKEN)
+
+
+def by_parsing(raw: bytes) -> tuple[int, tuple[int, ...]]:
+    """Planned text tokens of a record and how many media of each of `KINDS` it names, which one that breaks a rule does as well."""
+    value: Any = None
+    try:
+        value = parse_json(raw)
+        record = parse(value, "", needs_answer=False)
+    except (ValueError, RecordError):  # found and named when the record is read
+        return by_size(len(raw)), _written_media(value)
+    text = sum(by_size(len(text.encode())) for text in _record_texts(record))
+    return text, tuple(sum(ref.kind == kind for ref in record.media) for kind in KINDS)
+
+
+def _record_texts(record: Record) -> Iterator[str]:
+    """All that a template writes of a record."""
+    for turn in record.turns:
+        yield turn.content
+        if thought := turn.extra.get("reasoning_content"):
+            yield thought
+        if calls := turn.extra.get("tool_calls"):
+            yield json.dumps(calls, ensure_ascii=False)
+    if record.tools:
+        yield json.dumps(record.tools, ensure_ascii=False)
+
+
+def _written_media(value: Any) -> tuple[int, ...]:
+    """Media that a record which breaks a rule would have without its fault: else a part would seem to be fed by nothing."""
+    found = dict.fromkeys(KINDS, 0)
+    if isinstance(value, dict):
+        for kind in KINDS:
+            named = value.get(kind) if value.get(kind) is not None else value.get(f"{kind}s")
+            found[kind] = 0 if named is None else len(named) if isinstance(named, list) else 1
+        if not any(found.values()) and isinstance(turns := value.get("messages"), list):
+            contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
+            for part in (part for content in contents if isinstance(content, list) for part in content):
+                if (held := kind_of_part(part)) is not None:
+                    found[held] += 1
+    return tuple(found.values())
+
+
+@dataclass(frozen=True)
+class Plans:
+    """Of the n records of a window."""
+
+    text_tokens: np.ndarray  # (n,) int32
+    media: np.ndarray  # (n, 3) int16
+
+
+@dataclass(frozen=True)
+class _Strings:
+    """Strings of a window (s,): events of their quotes, bytes between them, brackets open around them."""
+
+    opens: np.ndarray
+    closes: np.ndarray
+    length: np.ndarray
+    level: np.ndarray
+
+
+def plan_records(window: np.ndarray, events: Events, depth: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Plans:
+    """Plans of the records at [start, stop) of a window; all `events` are of theirs, their quotes in pairs.
+
+    The texts are what the keys "value" and "content" of turns hold, with their thoughts and the record's "system"; the media
+    what the record's own keys name. Records whose texts are lists of parts, whose media are no strings, or that have tools or
+    calls, are parsed.
+    """
+    quotes = np.flatnonzero(events.quote)
+    opens, closes = quotes[0::2], quotes[1::2]
+    strings = _Strings(opens, closes, events.at[closes] - events.at[opens] - 1, depth[opens])
+    first, last = np.searchsorted(events.at, start), np.searchsorted(events.at, stop)
+    tokens, in_parts = _texts(window, events, strings, first, last)
+    media, nested = _media(window, events, depth, strings, first)
+    tokens = np.where(tokens > 0, tokens, np.maximum(1, (stop - start) // BYTES_PER_TOKEN))
+    for i in sorted({*in_parts.tolist(), *nested.tolist()}):
+        tokens[i], media[i] = by_parsing(window[start[i] : stop[i]].tobytes())
+    return Plans(tokens.astype(np.int32), np.minimum(media, np.iinfo(np.int16).max).astype(np.int16))
+
+
+def _texts(
+    window: np.ndarray, events: Events, strings: _Strings, first: np.ndarray, last: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of the texts of each record (n,), 0 where there is none; records whose texts are lists, or that have calls."""
+    said, which = _keys(window, events, strings, _TEXT_LEVEL, (*_TEXT_KEYS, *_THOUGHT_KEYS, *_CALL_KEYS))
+    beside, _ = _keys(window, events, strings, _RECORD_LEVEL, (b"system", *_TOOL_KEYS))
+    keys = np.concatenate([said, beside])
+    optional = np.concatenate([which >= len(_TEXT_KEYS), np.ones(len(beside), dtype=bool)])
+    order = np.argsort(keys, kind="stable")
+    keys, optional = keys[order], optional[order]
+    is_key, begins = after_colon(window, events.at[strings.closes[keys]])
+    value = np.minimum(keys + 1, len(strings.opens) - 1)
+    is_text = is_key & (events.at[strings.opens[value]] == begins)
+    is_nested = (window[begins] == ord("[")) | (optional & (window[begins] == ord("{")))
+    listed = strings.opens[keys[is_key & is_nested]]
+    value, optional = value[is_text], optional[is_text]
+    saved = events.saved[strings.closes[value]] - events.saved[strings.opens[value]]
+    length = strings.length[value]
+    tokens = np.where(optional & (length == 0), 0, np.maximum(1, (length - saved) // BYTES_PER_TOKEN))
+    total = np.concatenate([[0], np.cumsum(tokens)])
+    low, high = (np.searchsorted(strings.opens[value], border) for border in (first, last))
+    return total[high] - total[low], _owners(first, listed)
+
+
+def _media(
+    window: np.ndarray, events: Events, depth: np.ndarray, strings: _Strings, first: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Media of each kind that each record's own keys name (n, 3); records whose lists of them hold more than strings."""
+    media = np.zeros((len(first), len(KINDS)), dtype=np.int64)
+    keys, kinds = _keys(window, events, strings, _RECORD_LEVEL, _MEDIA_KEYS)
+    kinds //= len(_MEDIA_KEYS) // len(KINDS)
+    is_key, begins = after_colon(window, events.at[strings.closes[keys]])
+    owners = _owners(first, strings.opens[keys])
+    is_path, is_list = (is_key & (window[begins] == ord(byte)) for byte in '"[')
+    np.add.at(media, (owners[is_path], kinds[is_path]), 1)
+    if not is_list.any():
+        return media, owners[:0]
+    opening = np.searchsorted(events.at, begins[is_list])
+    brackets = np.flatnonzero(np.diff(depth, prepend=0))
+    closing = brackets[np.searchsorted(brackets, opening, side="right")]
+    num_strings = np.searchsorted(strings.opens, closing) - np.searchsorted(strings.opens, opening)
+    np.add.at(media, (owners[is_list], kinds[is_list]), num_strings)
+    return media, owners[is_list][depth[closing] > depth[opening]]
+
+
+def _keys(
+    window: np.ndarray, events: Events, strings: _Strings, level: int, words: tuple[bytes, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Strings at `level` that are one of `words`: their numbers in order, and which word each is."""
+    here = np.flatnonzero(strings.level == level)
+    length = strings.length[here]
+    alike = {size: here[length == size] for size in {len(word) for word in words}}
+    found = [alike[len(word)] for word in words]
+    found = [some[spelling(window, events.at[strings.opens[some]] + 1, word)] for some, word in zip(found, words)]
+    keys, which = np.concatenate(found), np.repeat(np.arange(len(words)), [len(some) for some in found])
+    order = np.argsort(keys, kind="stable")
+    return keys[order], which[order]
+
+
+def _owners(first: np.ndarray, events: np.ndarray) -> np.ndarray:
+    """Records that events belong to."""
+    return np.searchsorted(first, events, side="right") - 1

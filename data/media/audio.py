@@ -1,0 +1,97 @@
+"""Clips: from a path in a record to the log-mel rows its audio encoder was trained on.
+
+The features are those of Whisper's extractor in transformers, to 1e-6. A clip longer than the encoder's window is split into
+whole windows and the rest, each normalised by its own maximum, as Whisper would hear them one after the other.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.config import DataConfig
+from data.media.blob import Blob, MediaError
+from data.media.resample import resample, resampled_length
+from data.media.sound import check_sound, read_sound, sound_length
+from data.records.record import MediaRef
+from model.batch import AudioSpec, MediaMeta
+
+_SILENCE = 1e-10
+"""Least power of a mel band, as in Whisper."""
+_HIGHEST = 8000.0
+"""Upper end of the mel bands in Hz, as in Whisper."""
+
+
+def measure(blob: Blob, ref: MediaRef, spec: AudioSpec, config: DataConfig, num_media: int) -> MediaMeta:
+    """The clip's mel frames, one per begun `spec.hop` samples: exact, by the header of a WAV file, by decoding another.
+
+    Raises MediaError.
+    """
+    length = sound_length(blob, config.max_seconds)
+    return MediaMeta(num_frames=_num_frames(resampled_length(length.num_samples, length.rate, spec.sampling_rate), spec))
+
+
+def load(blob: Blob, ref: MediaRef, spec: AudioSpec, config: DataConfig, meta: MediaMeta) -> Tensor:
+    """Log-mel rows (n, M, F) float32: one per window, `model.batch.row_frames` says how many frames of each are valid.
+
+    F is the window if spec.full_window, with silence after the clip as Whisper hears it; else the frames of the longest row, with
+    zeros after a shorter one. Valid frames are the same either way. Raises MediaError.
+    """
+    rate, samples = read_sound(blob, config.max_seconds)
+    wave = resample(samples, rate, spec.sampling_rate)
+    if _num_frames(len(wave), spec) != meta.num_frames:
+        raise MediaError(f"{blob.name!r} was measured as {meta.num_frames} frames and decodes to {_num_frames(len(wave), spec)}")
+    return log_mel_rows(wave, spec)
+
+
+check = check_sound
+
+
+def log_mel_rows(wave: Tensor, spec: AudioSpec) -> Tensor:
+    """(n,) samples at spec.sampling_rate to rows (ceil(n / window), M, F) as `load` describes them."""
+    pieces = wave.split(spec.window_frames * spec.hop)
+    make = _whole_window if spec.full_window else _own_frames
+    rows = [make(piece, spec) for piece in pieces]
+    width = max(row.shape[1] for row in rows)
+    return torch.stack([F.pad(row, (0, width - row.shape[1])) for row in rows])
+
+
+def _whole_window(wave: Tensor, spec: AudioSpec) -> Tensor:
+    mel, silence = _log_mel(wave, spec)
+    return F.pad(mel, (0, spec.window_frames - mel.shape[1]), value=silence)
+
+
+def _own_frames(wave: Tensor, spec: AudioSpec) -> Tensor:
+    return _log_mel(wave, spec)[0][:, : _num_frames(len(wave), spec)]
+
+
+def _log_mel(wave: Tensor, spec: AudioSpec) -> tuple[Tensor, float]:
+    """(M, F) of one window's samples with all frames they reach into, and the value of those after them.
+
+    Zeros follow the samples before the transform, so that the last frames are those of the whole window; beyond these zeros all
+    is silent, whose features are known and are not computed.
+    """
+    room = spec.window_frames * spec.hop - len(wave)
+    padded = F.pad(wave, (0, min(spec.n_fft + spec.hop, room)))
+    window = torch.hann_window(spec.n_fft)
+    power = torch.stft(padded, spec.n_fft, spec.hop, window=window, return_complex=True)[:, :-1].abs() ** 2
+    mel = (_filters(spec.num_mels, spec.n_fft, spec.sampling_rate) @ power.contiguous()).clamp(min=_SILENCE).log10()
+    least = mel.max() - 8
+    silence = torch.maximum(torch.tensor(_SILENCE).log10(), least)
+    return (torch.maximum(mel, least) + 4) / 4, float((silence + 4) / 4)
+
+
+def _num_frames(num_samples: int, spec: AudioSpec) -> int:
+    return -(-num_samples // spec.hop)
+
+
+@lru_cache(maxsize=4)
+def _filters(num_mels: int, n_fft: int, sampling_rate: int) -> Tensor:
+    """(M, n_fft // 2 + 1) float32: how much of each frequency a band takes. Slaney's scale and norm, as in Whisper."""
+    from transformers.audio_utils import mel_filter_bank
+
+    bank = mel_filter_bank(n_fft // 2 + 1, num_mels, 0.0, _HIGHEST, sampling_rate, norm="slaney", mel_scale="slaney")
+    return torch.from_numpy(bank).float().T.contiguous()

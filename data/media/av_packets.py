@@ -1,0 +1,70 @@
+"""The packets of a video stream: what each says of its frame, and the decoding of them from some place on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from data.media.blob import MediaError
+
+MAX_FRAMES = 2_000_000
+"""Of a film: nine hours of sixty frames a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packet:
+    """What is asked of a packet; the packet itself would keep its bytes in memory, and all of them are the file."""
+
+    place: int  # in the order of decoding
+    pts: Any  # int, or None: without a time
+    dts: Any
+    duration: int
+    is_keyframe: bool
+    is_discard: bool  # to be decoded and not to be shown: an edit list leaves it out
+    is_corrupt: bool
+
+
+def read_packets(container: Any, stream: Any, name: str) -> tuple[list[Packet], float]:
+    """Those of `stream` in the order of decoding, and the second at which the last packet of any stream ends."""
+    packets: list[Packet] = []
+    last = 0.0
+    for packet in container.demux():
+        time = packet.pts if packet.pts is not None else packet.dts
+        if not packet.size:  # the end of a stream
+            continue
+        if time is not None:
+            last = max(last, float((time + (packet.duration or 0)) * packet.time_base))
+        if packet.stream_index == stream.index:
+            flags = bool(packet.is_keyframe), bool(packet.is_discard), bool(packet.is_corrupt)
+            packets.append(Packet(len(packets), packet.pts, packet.dts, packet.duration or 0, *flags))
+            if len(packets) > MAX_FRAMES:
+                raise MediaError(f"{name!r} has more than {MAX_FRAMES} frames; cut it into shorter films")
+    return packets, last
+
+
+def frames_from(
+    container: Any, stream: Any, time: int, is_safe: Callable[[Any], bool] = lambda first: True
+) -> Iterator[Any] | None:
+    """The decoded frames from the key frame before `time` on; None if the first packet there, of PyAV, is not a safe one."""
+    container.seek(time, stream=stream, backward=True)
+    packets = container.demux(stream)
+    first = next(packets, None)
+    return _decoded(chain([first], packets)) if first is not None and is_safe(first) else None
+
+
+def _decoded(packets: Iterator[Any]) -> Iterator[Any]:
+    """Frames of `packets`. Those before the first key frame may refer to nothing, in a file that was cut: they are passed over."""
+    from av.error import InvalidDataError
+
+    begun = False
+    for packet in packets:
+        begun = begun or packet.is_keyframe
+        try:
+            frames = packet.decode()
+        except InvalidDataError:
+            if begun:
+                raise
+            continue
+        yield from frames

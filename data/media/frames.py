@@ -1,0 +1,152 @@
+"""The frames of a video and when each comes on: a folder of pictures, an animated GIF or WEBP, or a file that PyAV reads."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from data.config import DataConfig
+from data.media import image
+from data.media.av_files import opened
+from data.media.av_video import Timeline, decoded, read_timeline, upright
+from data.media.blob import Blob, MediaError, resolve
+from data.media.image_decode import opened as opened_picture
+from data.records.record import MediaRef
+from model.batch import ImageSpec, MediaMeta
+
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+"""Names of the files in a folder that are its frames; others beside them, such as a list of times, are none."""
+_ANIMATION = re.compile(rb"GIF8|RIFF....WEBP", re.DOTALL)
+MAX_FRAMES = 20_000
+"""Of an animation, every frame of which is gone through to know when it is shown."""
+MAX_WORK = 16
+"""An animation's frames together have at most this many times `max_pixels`: a gigapixel takes some ten seconds."""
+_SHORTEST, _UNTIMED = 0.02, 0.1
+"""An animation's frame that stays for less than the first is shown for the second, as browsers do; in seconds."""
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Frame i is on the screen from starts[i] until the next one; seconds from the first frame, ascending."""
+
+    starts: Sequence[float]
+    end: float  # when the last one goes
+    rows: Callable[[Sequence[int]], Iterator[Tensor]]
+    """Pixels (1, 3, S, S) of frames whose numbers ascend. Raises MediaError."""
+
+
+def open_frames(blob: Blob, spec: ImageSpec, config: DataConfig) -> AbstractContextManager[Frames]:
+    """The frames of a video, which stays open as long as the context. All that is wrong with it is a MediaError."""
+    return _opener(blob)(blob, spec, image.one_view(config))
+
+
+def check(blob: Blob) -> None:
+    """Raises MediaError for a video that cannot be opened or, by its markers, is cut off. Decodes nothing."""
+    opener = _opener(blob)
+    if opener is _folder:
+        _names(blob)
+    elif opener is _animation:
+        image.check_file(blob)
+    else:
+        with opened(blob, "video") as (_, stream):
+            _size(stream, blob.name)
+
+
+def _opener(blob: Blob) -> Callable[[Blob, ImageSpec, DataConfig], AbstractContextManager[Frames]]:
+    if blob.is_folder:
+        return _folder
+    with blob.open() as stream:
+        return _animation if _ANIMATION.match(stream.read(12)) else _file
+
+
+@contextmanager
+def _folder(blob: Blob, spec: ImageSpec, config: DataConfig) -> Iterator[Frames]:
+    """Pictures in the natural order of their names; they carry no times and count as taken at data.fps."""
+    names = _names(blob)
+
+    def rows(wanted: Sequence[int]) -> Iterator[Tensor]:
+        for i in wanted:
+            path = resolve(names[i], blob.path, follow_links=config.follow_links)
+            picture = Blob(os.path.join(blob.name, names[i]), path)
+            yield image.load(picture, MediaRef("image", path), spec, config, MediaMeta())
+
+    yield Frames([i / config.fps for i in range(len(names))], len(names) / config.fps, rows)
+
+
+def _names(blob: Blob) -> list[str]:
+    names = os.listdir(blob.path)
+    found = [name for name in names if name.lower().endswith(_PICTURES) and not name.startswith(".")]
+    if not found:
+        raise MediaError(f"{blob.name!r} is a folder without frames; their names end with {', '.join(_PICTURES)}")
+    return sorted(found, key=_natural)
+
+
+def _natural(name: str) -> tuple[list[str | int], str]:
+    """Sorts by the values of the numbers in names: "9.png" before "10.png"."""
+    parts = re.split("([0-9]+)", name)  # every second one is a number
+    return [int(part) if k % 2 else part for k, part in enumerate(parts)], name
+
+
+@contextmanager
+def _animation(blob: Blob, spec: ImageSpec, config: DataConfig) -> Iterator[Frames]:
+    image.check_file(blob)
+    with opened_picture(blob) as (_, picture):
+        image.judge(blob.name, picture.size, spec, config)
+        starts, count = [0.0], getattr(picture, "n_frames", 1)
+        _judge_work(blob.name, count, picture.size, config)
+        for i in range(count):
+            starts.append(starts[-1] + _seconds(picture, i))
+            image.judge(blob.name, picture.size, spec, config)  # a later frame of a GIF may make the picture larger
+
+        def rows(wanted: Sequence[int]) -> Iterator[Tensor]:
+            for i in wanted:
+                picture.seek(i)
+                yield image.frame_rows(picture.convert("RGB"), spec, config)
+
+        yield Frames(starts[:-1], starts[-1], rows)
+
+
+def _judge_work(name: str, count: int, size: tuple[int, int], config: DataConfig) -> None:
+    """Raises MediaError for an animation whose frames take too long to step through: a small file can hold hours of work."""
+    if count > MAX_FRAMES:
+        raise MediaError(f"{name!r} has {count} frames; an animation of at most {MAX_FRAMES} is read")
+    if (pixels := count * size[0] * size[1]) > MAX_WORK * config.max_pixels:
+        told = f"{count} frames of {size[0]} x {size[1]} = {pixels} pixels"
+        raise MediaError(f"{name!r} has {told}; at most {MAX_WORK} times data.max_pixels is read")
+
+
+def _seconds(picture: Image.Image, i: int) -> float:
+    """How long frame i stays."""
+    picture.seek(i)
+    if picture.format == "WEBP":
+        picture.load()  # tells the time of a frame only when it is decoded
+    seconds = picture.info.get("duration", 0) / 1000
+    return seconds if seconds >= _SHORTEST else _UNTIMED
+
+
+@contextmanager
+def _file(blob: Blob, spec: ImageSpec, config: DataConfig) -> Iterator[Frames]:
+    with opened(blob, "video") as (container, stream):
+        image.judge(blob.name, _size(stream, blob.name), spec, config)
+        timeline: Timeline = read_timeline(container, stream, blob.name)
+
+        def rows(wanted: Sequence[int]) -> Iterator[Tensor]:
+            for frame in decoded(container, stream, timeline, wanted, blob.name):
+                image.judge(blob.name, (frame.width, frame.height), spec, config)
+                yield image.frame_rows(upright(frame, blob.name), spec, config)
+
+        yield Frames(timeline.starts, timeline.end, rows)
+
+
+def _size(stream: Any, name: str) -> tuple[int, int]:
+    width, height = stream.codec_context.width, stream.codec_context.height
+    if width < 1 or height < 1:
+        raise MediaError(f"{name!r} holds a video of {width} x {height} pixels")
+    return width, height

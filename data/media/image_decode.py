@@ -1,0 +1,166 @@
+"""The one place where picture files are opened and decoded: listed formats, a size judged by the header, upright RGB.
+
+Every picture becomes what `transformers.image_utils.load_image` makes of it, to the bit: turned upright as EXIF or XMP say, then
+RGB by Pillow's conversion, which drops alpha. (The processors of transformers 5.23 lay a transparent picture that nobody converted
+on white; those of 5.17 drop alpha too.) There are two exceptions. A grey picture of 16 bits keeps its high bytes, where Pillow's
+conversion clips it to white. A broken EXIF block counts as none, where `load_image` raises.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO, TypeVar
+
+import numpy as np
+from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+
+from data.media.blob import Blob, MediaError
+from data.media.image_truncation import png_chunks
+
+Size = tuple[int, int]
+"""Width and height."""
+_ORIENTATION = 0x0112
+_SWAPPED, _MIRRORED, _FLIPPED = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
+"""EXIF orientations that exchange the axes first, then turn left to right, then top to bottom."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
+"""Chunks of a PNG that may hold an orientation."""
+_FORMATS: dict[str, tuple[re.Pattern[bytes], Callable[[BinaryIO], Any]]] = {
+    "JPEG": (re.compile(rb"\xff\xd8"), JpegImagePlugin.jpeg_factory),
+    "PNG": (re.compile(rb"\x89PNG"), PngImagePlugin.PngImageFile),
+    "WEBP": (re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImagePlugin.WebPImageFile),
+    "GIF": (re.compile(rb"GIF8"), GifImagePlugin.GifImageFile),
+    "BMP": (re.compile(rb"BM"), BmpImagePlugin.BmpImageFile),
+}
+"""How each format that may be decoded begins, and what reads its header; of an animation the first frame counts. The others of
+Pillow's forty are attack surface."""
+_NO_HEADER = (SyntaxError, IndexError, TypeError, struct.error)
+"""What Pillow's readers raise for a header that is none."""
+Side = TypeVar("Side", int, float)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded picture, upright, in RGB; perhaps decoded at a fraction of its size."""
+
+    image: Image.Image
+    size: Size  # of the picture as it is stored, turned upright
+    box: tuple[float, float, float, float]  # left, top, right, bottom of the picture in `image`, which may hold a part pixel more
+
+    @classmethod
+    def of(cls, image: Image.Image) -> Picture:
+        """All of an RGB image."""
+        return cls(image, image.size, (0, 0, *image.size))
+
+
+def header_size(blob: Blob, judge: Callable[[Size], None]) -> Size:
+    """Size of the upright picture, by its header alone. Raises MediaError, as `judge` does for a size that is refused."""
+    with opened(blob) as (stream, picture):
+        judge(picture.size)
+        return _upright(picture.size, _orientation(picture, stream))
+
+
+def decode(blob: Blob, judge: Callable[[Size], None], needed: Callable[[Size], Size] | None = None) -> Picture:
+    """The picture, once `judge` has let the size in its header pass. Raises MediaError, for files that are cut short too.
+
+    `needed`: of the size of the upright picture, the size it will be resized to. A JPEG that is at least twice as large is then
+    decoded at a half, a quarter or an eighth (libjpeg scales the cosine transform), never below what is needed.
+    """
+    with opened(blob) as (stream, picture):
+        judge(picture.size)
+        orientation = _orientation(picture, stream)
+        size = _upright(picture.size, orientation)
+        drafted = picture.draft(None, _upright(needed(size), orientation)) if needed else None
+        extent = (drafted[1][2], drafted[1][3]) if drafted else picture.size
+        picture.load()
+        image = _rgb(picture)
+        turned = image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+        return Picture(turned, size, _box(turned.size, _upright(extent, orientation), orientation))
+
+
+@contextmanager
+def opened(blob: Blob) -> Iterator[tuple[BinaryIO, Image.Image]]:
+    """Its stream and its header; whatever goes wrong inside is raised as MediaError with the name of the file.
+
+    How many pixels are too many is for the caller to judge, before anything is decoded: `Image.open` would ask a limit of its own
+    first, which is one for the whole process.
+    """
+    name = blob.name
+    try:
+        with blob.open() as stream, _header(stream, name) as picture:
+            yield stream, picture
+    except MediaError:
+        raise
+    except Image.DecompressionBombError as error:  # Pillow asks its limit all the same inside a WEBP, and of a GIF's later frames
+        raise MediaError(f"{name!r} has more pixels than Pillow decodes of its format, whatever data.max_pixels allows") from error
+    # Pillow's decoders raise whatever broken bytes lead them to: OSError, SyntaxError, struct.error, IndexError ...
+    except Exception as error:
+        raise MediaError(f"{name!r} cannot be decoded: {error or type(error).__name__}") from error
+
+
+def _header(stream: BinaryIO, name: str) -> Image.Image:
+    """The picture before any of its pixels; by the first bytes of its file, never by its name."""
+    start = stream.read(12)
+    stream.seek(0)
+    if not start:
+        raise MediaError(f"{name!r} is empty: it has 0 bytes")
+    for kind, (pattern, read) in _FORMATS.items():
+        if pattern.match(start):
+            try:
+                return read(stream)
+            except _NO_HEADER as error:
+                reason = f"it begins as {kind}, but its header is broken, cut short or of no pixels"
+                raise MediaError(f"{name!r} cannot be decoded: {reason}") from error
+    raise MediaError(f"{name!r} is none of {', '.join(_FORMATS)}: it begins with {start!r}")
+
+
+def _orientation(picture: Image.Image, stream: BinaryIO) -> int:
+    """1 to 8; 1 when the file says nothing that can be read.
+
+    Pillow looks for it in a PNG by decoding everything, in case metadata stand behind the pixels; here only if they do.
+    """
+    if picture.format == "PNG" and _has_late_metadata(stream):
+        picture.load()
+    try:
+        found = Image.Image.getexif(picture).get(_ORIENTATION, 1)
+    except Exception:  # the same as for decoders; pixels are sound without it
+        return 1
+    return int(found) if found in range(1, 9) else 1
+
+
+def _has_late_metadata(stream: BinaryIO) -> bool:
+    position = stream.tell()
+    try:
+        kinds = [kind for kind, _ in png_chunks(stream)]
+    finally:
+        stream.seek(position)  # where Pillow goes on to read
+    return b"IDAT" in kinds and any(kind in _METADATA for kind in kinds[kinds.index(b"IDAT") :])
+
+
+def _upright(size: tuple[Side, Side], orientation: int) -> tuple[Side, Side]:
+    return (size[1], size[0]) if orientation in _SWAPPED else size
+
+
+def _box(image: Size, extent: tuple[float, float], orientation: int) -> tuple[float, float, float, float]:
+    """Where a picture of `extent` pixels, which began in the corner of the stored image, stands in the upright one."""
+    left = image[0] - extent[0] if orientation in _MIRRORED else 0.0
+    top = image[1] - extent[1] if orientation in _FLIPPED else 0.0
+    return left, top, left + extent[0], top + extent[1]
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):  # of the listed formats only a grey PNG of 16 bits
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    return picture.convert("RGB")

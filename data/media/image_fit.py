@@ -1,0 +1,90 @@
+"""A decoded picture becomes the squares of bytes that a vision tower sees: padded, cropped, distorted or cut into tiles."""
+
+from __future__ import annotations
+
+from math import ceil
+
+from PIL import Image
+
+from data import anyres
+from data.media.image_decode import Picture, Size
+from model.batch import ImageSpec, MediaMeta
+
+
+def views(picture: Picture, spec: ImageSpec, fit: str, meta: MediaMeta) -> list[Image.Image]:
+    """The meta.num_rows squares (S, S) of a picture; `fit` is data.image_fit."""
+    if fit == "anyres":
+        return anyres.views(picture, spec, meta)
+    if fit != "tiles":
+        return [whole(picture, spec, fit)]
+    (across, down), side = meta.grid, spec.size
+    resized = picture.image.resize((across * side, down * side), spec.resample, picture.box)
+    corners = [(column * side, row * side) for row in range(down) for column in range(across)]
+    tiles = [resized.crop((left, top, left + side, top + side)) for left, top in corners]
+    return tiles if meta.num_rows == len(tiles) else [*tiles, whole(picture, spec, "tiles")]
+
+
+def whole(picture: Picture, spec: ImageSpec, fit: str) -> Image.Image:
+    """All of the picture in one square (S, S)."""
+    if fit == "pad":
+        return _padded(picture, spec)
+    resized = picture.image.resize(resized_size(picture.size, spec, fit), spec.resample, picture.box)
+    left, top = (resized.width - spec.size) // 2, (resized.height - spec.size) // 2
+    return resized.crop((left, top, left + spec.size, top + spec.size))
+
+
+def resized_size(size: Size, spec: ImageSpec, fit: str) -> Size:
+    """(width, height) before the crop; the longer edge is cut down to a whole number, as CLIP's processor does."""
+    if spec.resize == "exact" or fit in ("tiles", "anyres"):
+        return spec.size, spec.size
+    width, height = size
+    long = int(spec.size * max(size) / min(size))
+    return (spec.size, long) if width <= height else (long, spec.size)
+
+
+def needed_size(size: Size, spec: ImageSpec, fit: str, meta: MediaMeta) -> Size:
+    """What a picture of `size` itself is resized to, without bars: decoding more pixels than these is of use to nobody."""
+    if fit == "pad":
+        return ceil(size[0] * spec.size / max(size)), ceil(size[1] * spec.size / max(size))
+    if fit == "tiles":
+        return meta.grid[0] * spec.size, meta.grid[1] * spec.size
+    if fit == "anyres":
+        width, height = anyres.fitted_size(size, meta.grid, spec.size)
+        return max(width, spec.size), max(height, spec.size)
+    return resized_size(size, spec, fit)
+
+
+def _padded(picture: Picture, spec: ImageSpec) -> Image.Image:
+    """The picture in the middle of a square of the mean colour (LLaVA's expand2square), resized to (S, S).
+
+    Pillow resizes rows, then columns. So bars above and below are put on when the rows are done: to the bit the same, for less.
+    """
+    image, (left, top, right, bottom) = picture.image, picture.box
+    (width, height), side, wide = picture.size, max(picture.size), picture.size[0] >= picture.size[1]
+    if wide:
+        image = image.resize((spec.size, image.height), spec.resample, (left, 0, right, image.height))
+    start, stop = (top, bottom) if wide else (left, right)
+    short, length = min(width, height), image.height if wide else image.width
+    scale = (stop - start) / short
+    bar = (side - short) // 2 * scale
+    # Whole pixels are pasted: where the square begins and ends is a fraction then, if the picture was decoded at a fraction.
+    offset = ceil(bar - start)
+    first = offset + start - bar
+    last = first + side * scale
+    colour = tuple(int(value * 255) for value in spec.mean)
+    canvas = Image.new("RGB", (spec.size, ceil(last)) if wide else (ceil(last), image.height), colour)
+    canvas.paste(image, (0, offset) if wide else (offset, 0))
+    end = offset + length - 1
+    _fade(canvas, offset, (1 - start) / min(offset + 1 - first, 1), wide, colour)
+    _fade(canvas, end, (stop - length + 1) / min(last - end, 1), wide, colour)
+    box = (0, first, spec.size, last) if wide else (first, top, last, bottom)
+    return canvas.resize((spec.size, spec.size), spec.resample, box)
+
+
+def _fade(canvas: Image.Image, position: int, share: float, wide: bool, colour: tuple[int, ...]) -> None:
+    """The row, or column, at `position`, of which only `share` shows the picture, takes the rest from the bar beside it."""
+    if share == 1:
+        return
+    strip = (0, position, canvas.width, position + 1) if wide else (position, 0, position + 1, canvas.height)
+    part = canvas.crop(strip)
+    canvas.paste(Image.blend(Image.new("RGB", part.size, colour), part, share), strip)

@@ -1,0 +1,92 @@
+"""Videos: from a path in a record to rows of pictures, which the vision tower reads like any others.
+
+Which frames are taken is a rule in seconds, the same for every kind of video and every frame rate:
+
+- one every 1 / data.fps seconds, from the start of the range (`video_range` of the record, else all of the video) on;
+- if these are more than data.max_frames or than the range has frames, or fewer than data.min_frames, then as many as the limit
+  says, spread evenly in time from the range's first frame to its last;
+- at each of these moments the frame that is on the screen. One that would be taken twice leaves its place to a neighbour,
+  so frames repeat only where the range has fewer of them than data.min_frames.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from data.config import DataConfig
+from data.media import frames
+from data.media.blob import Blob, MediaError
+from data.records.record import MediaRef
+from model.batch import ImageSpec, MediaMeta
+
+_ROUNDING = 1e-6
+"""Seconds that two times may differ by and be the same."""
+_BEYOND = 1.0
+"""Seconds that a range may end after its video: whole seconds are often rounded up."""
+
+check = frames.check
+
+
+def measure(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, num_media: int) -> MediaMeta:
+    """How many frames are taken: by the times in the file, without decoding it (a WEBP animation has to be). Raises MediaError."""
+    with frames.open_frames(blob, spec, config) as video:
+        return MediaMeta(num_rows=len(chosen(video.starts, video.end, ref.span, config, blob.name)))
+
+
+def load(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, meta: MediaMeta) -> Tensor:
+    """Pixels (meta.num_rows, 3, S, S) of the frames in order, typed as those of a picture and never tiled. Raises MediaError."""
+    with frames.open_frames(blob, spec, config) as video:
+        numbers = chosen(video.starts, video.end, ref.span, config, blob.name)
+        if len(numbers) != meta.num_rows:
+            raise MediaError(f"{blob.name!r} was measured as {meta.num_rows} frames and gives {len(numbers)}")
+        distinct = sorted(set(numbers))
+        rows = dict(zip(distinct, video.rows(distinct)))
+    return torch.cat([rows[number] for number in numbers])
+
+
+def chosen(
+    starts: Sequence[float], end: float, span: tuple[float, float] | None, config: DataConfig, name: str = "the video"
+) -> list[int]:
+    """Numbers of the frames that are taken, ascending. `starts` and `end` are those of `data.media.frames.Frames`.
+
+    Raises MediaError for a span that the video does not have.
+    """
+    begin, stop = _range(span, end, name)
+    first = bisect_right(starts, begin + _ROUNDING) - 1
+    last = max(first, bisect_left(starts, stop - _ROUNDING) - 1)
+    due, held = ceil((stop - begin) * config.fps - _ROUNDING), last - first + 1
+    count = max(config.min_frames, min(due, config.max_frames, held))
+    if count == due:
+        moments = [begin + k / config.fps for k in range(count)]
+    elif count == 1:
+        moments = [(begin + stop) / 2]
+    else:
+        moments = [begin + k * (max(starts[last], begin) - begin) / (count - 1) for k in range(count)]
+    shown = [min(bisect_right(starts, moment + _ROUNDING) - 1, last) for moment in moments]
+    return _distinct(shown, last) if count <= held else shown
+
+
+def _range(span: tuple[float, float] | None, end: float, name: str) -> tuple[float, float]:
+    if span is None:
+        return 0.0, end
+    begin, stop = span
+    if not 0 <= begin < stop:
+        raise MediaError(
+            f"video_range [{begin:g}, {stop:g}] is no range of seconds: it must begin at 0 or later and before it ends"
+        )
+    if begin >= end - _ROUNDING or stop > end + _BEYOND:
+        raise MediaError(f"video_range [{begin:g}, {stop:g}] is not in {name!r}, which lasts {end:.2f} s")
+    return begin, min(stop, end)
+
+
+def _distinct(numbers: list[int], last: int) -> list[int]:
+    """The same numbers, moved on where one comes twice and back where they would pass `last`."""
+    ahead: list[int] = []
+    for number in numbers:
+        ahead.append(max(number, ahead[-1] + 1) if ahead else number)
+    return [min(number, last - (len(ahead) - 1 - k)) for k, number in enumerate(ahead)]

@@ -1,0 +1,90 @@
+"""OpenAI's content parts: text, and media whose paths may stand inside them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from data.records.fields import FieldError, is_absent, kind_of, path_of
+from data.records.media_refs import MediaRef
+from model.batch import PLACEHOLDERS
+
+_PARTS = {
+    **dict.fromkeys(("image", "image_url"), "image"),
+    **dict.fromkeys(("video", "video_url"), "video"),
+    **dict.fromkeys(("audio", "audio_url", "input_audio"), "audio"),
+}
+_BYTES = ("data", "base64", "bytes")
+_PATHS = ("path", "url")
+_SILENT = ("detail", "format", "cache_control", "id")
+"""Keys of a part that carry nothing here: how large a picture is seen is said by the run file, a file's kind by its bytes."""
+
+
+def kind_of_part(part: Any) -> str | None:
+    """The kind of medium that a content part stands for, sound or not."""
+    name = part.get("type") if isinstance(part, dict) else None
+    return _PARTS.get(name) if isinstance(name, str) else None
+
+
+class Parts:
+    """Reads the content parts of one record; the media whose paths stand inside them are kept in `media`."""
+
+    def __init__(self, raw: dict[str, Any]) -> None:
+        """`raw` is the record: parts of media that its own keys name need no path."""
+        self.media: list[MediaRef] = []
+        self._named = {kind for kind in PLACEHOLDERS if not (is_absent(raw.get(kind)) and is_absent(raw.get(f"{kind}s")))}
+        self._seen: Counter[str] = Counter()  # parts of each kind of medium
+
+    def text(self, parts: list[Any], field: str) -> str:
+        """Text of a content, each medium a placeholder. Raises `FieldError`."""
+        # Lines of their own: the same sample then has the same text in both spellings.
+        return "\n".join(self._part(part, f"{field}[{j}]") for j, part in enumerate(parts))
+
+    def _part(self, part: Any, field: str) -> str:
+        name = part.get("type") if isinstance(part, dict) else None
+        if name == "text" and isinstance(part.get("text"), str):
+            _check_keys(part, ("type", "text", *_SILENT), field)
+            return part["text"]
+        if not isinstance(name, str) or name not in _PARTS:
+            raise FieldError(field, f"is no text and none of the parts {', '.join(_PARTS)} (type {str(name)[:60]!r})")
+        kind, holder = _PARTS[name], part.get(name)
+        boxes = [part, holder] if isinstance(holder, dict) else [part]
+        if key := next((key for box in boxes for key in _BYTES if not is_absent(box.get(key))), None):
+            raise FieldError(field, f"holds the bytes of a medium ({key}); {_readable(kind)}")
+        for box in boxes:
+            _check_keys(box, ("type", "index", *_SILENT, *_PATHS, *((name,) if box is part else ())), field)
+        self._check_index(part.get("index"), kind, field)
+        places = [box.get(key) for box in boxes for key in _PATHS] + ([] if isinstance(holder, dict) else [holder])
+        paths = list(dict.fromkeys(path_of(value, field) for value in places if value is not None))
+        if (
+            isinstance(holder, dict) and not paths and kind not in self._named
+        ):  # a .parquet file may hold bytes there, which are not read with the text
+            raise FieldError(field, f"has {name!r} without a path; {_readable(kind)}")
+        if len(paths) > 1:
+            raise FieldError(field, f"names {paths[0][:60]!r} and {paths[1][:60]!r}; keep one")
+        self.media += [MediaRef(kind, path) for path in paths]
+        return PLACEHOLDERS[kind]
+
+    def _check_index(self, index: Any, kind: str, field: str) -> None:
+        """The k-th part of a kind is the k-th medium of the record; one that says so by its index may not say another."""
+        due = self._seen[kind]
+        self._seen[kind] += 1
+        if index is not None and (isinstance(index, bool) or index != due):
+            raise FieldError(f"{field}.index", f"is {str(index)[:60]}, but this is {kind} {due}: media stand in reading order")
+
+
+def _readable(kind: str) -> str:
+    return (
+        f'only paths of local files are read here: save it as a file and name its path, or give the record a key "{kind}s" '
+        f'beside {{"type": "{kind}"}} (a column of .parquet may hold bytes)'
+    )
+
+
+def _check_keys(box: dict[str, Any], known: tuple[str, ...], field: str) -> None:
+    """Raises `FieldError` for a key that says something and that nobody reads."""
+    for key, value in box.items():
+        if key not in known and not is_absent(value):
+            more = "; what is watched of a video is said by the record's video_range" if key.startswith("video_") else ""
+            raise FieldError(
+                f"{field}.{key}", f"is {kind_of(value)} that is not read here; a part has {', '.join(known)}: remove it{more}"
+            )

@@ -1,0 +1,133 @@
+"""The media that a record names by its own keys or in its content parts, with what it says of each of them."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from data.limits import MAX_MEDIA
+from data.records.fields import FieldError, kind_of, path_of
+from model.batch import IGNORE_INDEX, PLACEHOLDERS, READ_BY
+
+_KEYS = {kind: (kind, f"{kind}s") for kind in PLACEHOLDERS}
+_MAX_CLASS = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class MediaRef:
+    """One medium that a record names."""
+
+    kind: str  # image | video | audio
+    path: str
+    set: str = ""  # key of media_root that its folder stands under (VITA); "": the one of its kind
+    span: tuple[float, float] | None = None  # seconds of a video that are watched; None: all of it
+    label: int = IGNORE_INDEX  # user state after a clip
+
+    @property
+    def modality(self) -> str:
+        """Whose encoder reads it."""
+        return READ_BY[self.kind]
+
+
+def media_by_kind(raw: dict[str, Any], inline: list[MediaRef]) -> dict[str, list[MediaRef]]:
+    """Media of each kind in the order in which the record lists them; `inline` are those of its content parts.
+
+    `set` is the folder of pictures and videos, `video_range` the seconds that are watched, `audio_state` a class per clip.
+    Raises `FieldError`, also for media that are named in both places: their order would be a guess.
+    """
+    named = {kind: _named(raw, kind) for kind in PLACEHOLDERS}
+    if inline and (twice := next((kind for kind, refs in named.items() if refs), None)):
+        raise FieldError(twice, "media are named both by the record and by its content parts; keep one")
+    for kind, count in Counter(ref.kind for ref in inline).items():
+        _check_limit(kind, count, kind)
+    found = {kind: [ref for ref in inline if ref.kind == kind] for kind in PLACEHOLDERS} if inline else named
+    images, videos, clips = found["image"], found["video"], found["audio"]
+    folders = _sets(raw.get("set"), len(images), len(videos))
+    seen = [replace(ref, set=folder) for ref, folder in zip([*images, *videos], folders)]
+    spans = _spans(raw.get("video_range"), len(videos))
+    states = _states(raw.get("audio_state"), len(clips))
+    return {
+        "image": seen[: len(images)],
+        "video": [replace(ref, span=span) for ref, span in zip(seen[len(images) :], spans)],
+        "audio": [replace(ref, label=state) for ref, state in zip(clips, states)],
+    }
+
+
+def _named(raw: dict[str, Any], kind: str) -> list[MediaRef]:
+    keys = [key for key in _KEYS[kind] if raw.get(key) is not None]
+    if len(keys) > 1:
+        raise FieldError(keys[0], f"both {keys[0]!r} and {keys[1]!r} are there; keep one")
+    if not keys:
+        return []
+    key, value = keys[0], raw[keys[0]]
+    if not isinstance(value, list):
+        return [MediaRef(kind, path_of(value, key))]
+    _check_limit(key, len(value), kind)
+    return [MediaRef(kind, path_of(path, f"{key}[{i}]")) for i, path in enumerate(value)]
+
+
+def _check_limit(field: str, count: int, kind: str) -> None:
+    if count > MAX_MEDIA:
+        raise FieldError(field, f"names {count} {kind} files; at most {MAX_MEDIA} are read: make several records of it")
+
+
+def _sets(value: Any, num_images: int, num_videos: int) -> list[str]:
+    """The set of each picture, then of each video (VITA: one for all, or a list of one per picture)."""
+    if value is None:
+        return [""] * (num_images + num_videos)
+    if isinstance(value, list):
+        if num_videos:
+            raise FieldError("set", "is a list, one per image, but the record has videos too; name one set for all")
+        _check_count("set", len(value), "sets", num_images, "images")
+    sets = value if isinstance(value, list) else [value] * (num_images + num_videos)
+    for i, name in enumerate(value if isinstance(value, list) else [value]):
+        if not isinstance(name, str) or not name:
+            field = f"set[{i}]" if isinstance(value, list) else "set"
+            raise FieldError(field, "is empty" if name == "" else f"is {kind_of(name)}, not the name of a set")
+    return sets
+
+
+def _spans(value: Any, num_videos: int) -> Sequence[tuple[float, float] | None]:
+    """The seconds of each video that are watched: [start, end], or a list of such pairs."""
+    if value is None:
+        return [None] * num_videos
+    many = isinstance(value, list) and bool(value) and all(isinstance(pair, list) for pair in value)
+    pairs = value if many else [value]
+    _check_count("video_range", len(pairs), "ranges", num_videos, "videos")
+    return [_span(pair, f"video_range[{i}]" if many else "video_range") for i, pair in enumerate(pairs)]
+
+
+def _span(pair: Any, field: str) -> tuple[float, float]:
+    if not isinstance(pair, list) or len(pair) != 2 or not all(map(_is_seconds, pair)):
+        raise FieldError(field, f"{str(pair)[:60]} is no [start, end] in seconds")
+    start, end = float(pair[0]), float(pair[1])
+    if start >= end:
+        raise FieldError(field, f"starts at {start} s and ends at {end} s; the end must come later")
+    return start, end
+
+
+def _is_seconds(value: Any) -> bool:
+    # Comparisons, not isfinite: it would overflow on a whole number of 400 digits. NaN fails them as well.
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
+
+
+def _states(value: Any, num_clips: int) -> list[int]:
+    """The user's state after each clip."""
+    if value is None:
+        return [IGNORE_INDEX] * num_clips
+    many = isinstance(value, list)
+    states = value if many else [value]
+    _check_count("audio_state", len(states), "classes", num_clips, "clips")
+    for i, state in enumerate(states):
+        if isinstance(state, bool) or not isinstance(state, int) or not 0 <= state <= _MAX_CLASS:
+            field = f"audio_state[{i}]" if many else "audio_state"
+            raise FieldError(field, f"{str(state)[:60]} is no class; classes are whole numbers from 0 on")
+    return states
+
+
+def _check_count(field: str, count: int, what: str, num_media: int, media: str) -> None:
+    if count != num_media:
+        raise FieldError(field, f"{count} {what}, {num_media} {media} in the record; one each is needed")

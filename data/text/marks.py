@@ -1,0 +1,135 @@
+"""Marks inside a record's words: they show where a template puts these words, and change nothing of what it does with them.
+
+Marks stand inside of white space and of the tags that the template itself names, because a template strips the one and looks for
+the other: `<think>` and `</think>` stay as they are, and what stands before, between and after them is found piece by piece.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from data.records.turns import MARKS
+
+OPEN, CLOSE = MARKS
+CONTENT, REASONING, CALL, TOOLS = "content", "reasoning", "tool_calls", "tools"
+_MARK = re.compile(f"{OPEN}(\\d*){CLOSE}")
+_TAG = re.compile(r"</?[A-Za-z_]\w*>|\[/?[A-Z_]+\]|(?<=['\"])/\w+(?=['\"])")
+
+
+def tags_of(source: str, control: re.Pattern[str]) -> re.Pattern[str]:
+    """Finds the tags that the template `source` names, but for control tokens: `<think>`, `[THINK]`, `/no_think`."""
+    found = {tag for tag in _TAG.findall(source) if not control.fullmatch(tag)}
+    return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))) or "(?!)")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Words between two marks, the k-th pair of a conversation."""
+
+    turn: int  # -1 for the tools
+    kind: str  # CONTENT | REASONING | CALL | TOOLS
+    value: str  # the string they are of: value[start:stop] has to stand between the marks, unless it is written as JSON
+    start: int
+    stop: int
+
+    @property
+    def text(self) -> str:
+        return self.value[self.start : self.stop]
+
+    @property
+    def head(self) -> str:
+        return self.value[: self.start]
+
+    @property
+    def tail(self) -> str:
+        return self.value[self.stop :]
+
+
+@dataclass
+class Marker:
+    """Puts marks into the strings of one conversation and remembers what each pair encloses."""
+
+    written: re.Pattern[str]  # control tokens that a person may not write, or, as group "ours", wrapped placeholders
+    tags: re.Pattern[str]
+    pieces: list[Piece] = field(default_factory=list)
+
+    def message(self, turn: int, message: Mapping[str, Any]) -> dict[str, Any]:
+        """The message with marks in its content, its reasoning and its calls."""
+        marked = dict(message)
+        for key, value in message.items():
+            if key == "content" and isinstance(value, str):
+                marked[key] = self._text(turn, CONTENT, value, anchor=message["role"] != "assistant")
+            elif key == "tool_calls":
+                marked[key] = self.tree(turn, CALL, value)
+            elif key not in ("role", "content", "name", "tool_call_id") and isinstance(value, str):
+                marked[key] = self._text(turn, REASONING, value, anchor=False)
+        return marked
+
+    def tree(self, turn: int, kind: str, value: Any, key: str = "") -> Any:
+        """A JSON value with marks in the strings that are names, descriptions or arguments."""
+        if isinstance(value, dict):
+            return {self._guard(k): self.tree(turn, kind, v, k) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.tree(turn, kind, item, key) for item in value]
+        if not isinstance(value, str):
+            return value
+        # Of tools, a name is enough of a proof: a template may leave the rest out. Types and ids are looked into.
+        if key in ("type", "id") or (kind == TOOLS and key != "name"):
+            return self._guard(value)
+        return self._between(turn, kind, value, 0, len(value))
+
+    def _text(self, turn: int, kind: str, value: str, *, anchor: bool) -> str:
+        edges = [0, *(edge for tag in self.tags.finditer(value) for edge in tag.span()), len(value)]
+        parts, at = [], 0
+        for low, high in zip(edges[::2], edges[1::2]):
+            if value[low:high].strip():
+                parts += [value[at:low], self._between(turn, kind, value, low, high)]
+                at = high
+        if not parts and anchor:
+            return value + self._pair(Piece(turn, kind, "", 0, 0), "")
+        return "".join([*parts, value[at:]])
+
+    def _between(self, turn: int, kind: str, value: str, low: int, high: int) -> str:
+        """value[low:high], marked within its white space."""
+        start = high - len(value[low:high].lstrip())
+        stop = max(start, low + len(value[low:high].rstrip()))
+        piece = Piece(turn, kind, value, start, stop)
+        return value[low:start] + self._pair(piece, self._guard(piece.text)) + value[stop:high]
+
+    def _pair(self, piece: Piece, text: str) -> str:
+        k = len(self.pieces)
+        self.pieces.append(piece)
+        return f"{OPEN}{2 * k}{CLOSE}{text}{OPEN}{2 * k + 1}{CLOSE}"
+
+    def _guard(self, text: str) -> str:
+        """The text with an empty mark behind the first character of each control token that a person wrote."""
+        return self.written.sub(lambda m: m[0] if m["ours"] is not None else f"{m[0][0]}{OPEN}{CLOSE}{m[0][1:]}", text)
+
+
+@dataclass(frozen=True)
+class Read:
+    """A rendering without its marks, and where they stood."""
+
+    text: str
+    at: dict[int, int]  # the first place of each mark
+    guards: list[int]  # places of the empty ones
+    repeated: frozenset[int]  # marks that stood there more than once
+
+
+def read_marks(marked: str) -> Read:
+    """Takes the marks out of a rendering."""
+    parts = _MARK.split(marked)
+    at: dict[int, int] = {}
+    guards, repeated, place = [], set(), 0
+    for literal, mark in zip(parts[::2], [*parts[1::2], None]):
+        place += len(literal)
+        if mark == "":
+            guards.append(place)
+        elif mark is not None and int(mark) in at:
+            repeated.add(int(mark))
+        elif mark is not None:
+            at[int(mark)] = place
+    return Read("".join(parts[::2]), at, guards, frozenset(repeated))

@@ -1,0 +1,60 @@
+"""A record's turns as a template gets them: placeholders in their places, wrapped, answers with their state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from data.records.placeholders import as_read, only_placeholders, placeholders_first, wrap
+from data.records.record import Record, RecordError
+from data.text.abilities import Message
+from data.text.state_tokens import STATE_TOKENS, split_state, state_of
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What is done to contents before the template gets them."""
+
+    template: str  # its name, for messages
+    placeholders: str  # as_written | first
+    media_wrap: tuple[str, ...]
+    state_tokens: str  # none | glyphs | digits
+    placeholders_only: bool  # of the question nothing but its placeholders is kept
+
+
+def media_kinds(record: Record) -> tuple[str, ...]:
+    """Kinds of media that the record holds, once each: some templates have a system text for each of them."""
+    return tuple(dict.fromkeys(media.kind for media in record.media))
+
+
+def write_messages(record: Record, wording: Wording) -> list[Message]:
+    """One message per turn, with all that the template gets of it. Raises `RecordError` if the wording cannot express them."""
+    contents = [turn.content for turn in record.turns]
+    if wording.placeholders_only:
+        if [turn.role for turn in record.turns] != ["user", "assistant"]:
+            raise _error(record, f"{len(contents)} turns; template {wording.template!r} takes one question and one answer")
+        contents[0] = only_placeholders(contents[0])
+        if not contents[0]:
+            raise _error(record, f"no placeholder in the question; template {wording.template!r} keeps nothing else of it")
+    if wording.placeholders == "first":
+        contents = [placeholders_first(content) for content in contents]
+    contents = [wrap(as_read(content), wording.media_wrap) for content in contents]
+    if tokens := STATE_TOKENS[wording.state_tokens]:
+        for i, turn in enumerate(record.turns):
+            if turn.role == "assistant":
+                contents[i] = tokens[state_of(record, i)] + _stateless(record, contents[i], wording.state_tokens)
+    return [{"role": turn.role, "content": content, **turn.extra} for turn, content in zip(record.turns, contents)]
+
+
+def _stateless(record: Record, answer: str, state_tokens: str) -> str:
+    """The answer, which may not start with a state of its own: written twice, the second would be read as speech."""
+    state, _ = split_state(answer, state_tokens)
+    if state is not None:
+        token = STATE_TOKENS[state_tokens][state]
+        raise _error(
+            record, f"an answer starts with {token!r}, which data.state_tokens = {state_tokens!r} writes by itself; remove it"
+        )
+    return answer
+
+
+def _error(record: Record, reason: str) -> RecordError:
+    return RecordError(record.where, record.id, "conversations", reason)

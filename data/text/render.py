@@ -1,0 +1,236 @@
+"""A conversation as text, and where every turn stands in it.
+
+Answers are never searched for in a text, where repeats and role names mislead. The chat template renders the conversation as it
+is, and once more with marks inside the words (`data.text.marks`): without the marks, that must be the same text, so the places of
+the marks are the places of the words.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from data.text.abilities import Abilities, Message, calling
+from data.text.marks import CALL, CLOSE, CONTENT, OPEN, REASONING, TOOLS, Marker, Piece, Read, read_marks
+
+# What templates call the choice between an answer with and without a thought, where they leave it to whoever asks.
+_SWITCHES = ("enable_thinking", "thinking")
+_LONG_TAIL = 1000  # characters
+
+
+class RenderError(Exception):
+    """The template or the tokenizer cannot express this conversation faithfully. `field` is of the record."""
+
+    def __init__(self, reason: str, field: str = "conversations") -> None:
+        super().__init__(reason)
+        self.field = field
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where one turn stands in the text."""
+
+    role: str
+    prompt: int  # of an assistant's turn: what is generated starts here
+    start: int  # its words are text[start:stop], with whatever the template writes between them
+    stop: int
+    end: int  # after the token that ends an assistant's turn
+    learn: bool  # whether text[prompt:end] is
+
+
+@dataclass(frozen=True)
+class Rendering:
+    text: str
+    spans: list[Span]
+    written: list[tuple[int, int]]  # borders of the control tokens that a person wrote
+    removed: int  # answers of which the template left something out
+    first_round_apart: bool  # nothing of what precedes the first question stands after the first answer
+
+
+def apply(
+    tokenizer: PreTrainedTokenizerFast,
+    source: str,
+    messages: Sequence[Message],
+    kinds: Sequence[str] = (),
+    tools: Sequence[Any] = (),
+    ask: bool = False,
+    switches: Mapping[str, bool] | None = None,
+) -> str:
+    """The template's own rendering; `kinds` of media are its variable `media_kinds`.
+
+    Raises `RenderError` with the template's words if it refuses.
+    """
+    given: dict[str, Any] = {"tools": list(tools)} if tools else {}
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages),
+            chat_template=source,
+            tokenize=False,
+            add_generation_prompt=ask,
+            media_kinds=list(kinds),
+            **given,
+            **(switches or {}),
+        )
+    except Exception as error:  # a template is somebody else's program
+        raise RenderError(f"the template refuses the conversation: {error}") from error
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """One chat template of one tokenizer."""
+
+    tokenizer: PreTrainedTokenizerFast
+    source: str  # Jinja
+    ends: re.Pattern[str]  # its first match after an answer ends the turn
+    closes: re.Pattern[str]  # after tool calls, one of these does, if there is one
+    written: re.Pattern[str]  # control tokens that a person may not write, or, as group "ours", wrapped placeholders
+    tags: re.Pattern[str]
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        learn: Sequence[bool],
+        kinds: Sequence[str] = (),
+        tools: Sequence[Any] = (),
+        late: frozenset[int] = frozenset(),
+    ) -> Rendering:
+        """The conversation's text and where every turn stands in it. Two renderings in all, however many rounds there are.
+
+        Generated, and learned where `learn` says so, is what stands after the template's generation prompt: the longest of
+        those that it has. The answers `late` are learned from their own words on. Raises `RenderError` if the template drops,
+        reorders or rewrites contents or ends a turn with nothing.
+        """
+        text = apply(self.tokenizer, self.source, messages, kinds, tools)
+        marker = Marker(self.written, self.tags)
+        given = marker.tree(-1, TOOLS, list(tools))
+        marked = [marker.message(i, message) for i, message in enumerate(messages)]
+        read = read_marks(apply(self.tokenizer, self.source, marked, kinds, given))
+        if read.text != text:
+            raise RenderError("the template rewrites a content of this conversation")
+        found, removed = _places(messages, marker.pieces, read)
+        guards = {place - 1 for place in read.guards}
+        spans = []
+        for i, message in enumerate(messages):
+            span = _span(message["role"], found[i], text, learn[i])
+            if span.role == "assistant":
+                limit = next((found[j][0][0] for j in range(i + 1, len(messages)) if messages[j]["role"] != "system"), len(text))
+                end = self._end(text, span.stop, limit, guards, bool(message.get("tool_calls")))
+                known = None if i in late or i == 0 else self._prompt(text, messages[i - 1], found[i - 1], found[i], span.start)
+                span = replace(span, prompt=span.start if known is None else known, end=end)
+            spans.append(span)
+        written = [self.written.match(text, start) for start in sorted(guards)]
+        apart = _apart(messages, marker.pieces, read, spans)
+        return Rendering(text, spans, [match.span() for match in written if match], removed, apart)
+
+    def _end(self, text: str, stop: int, limit: int, guards: set[int], calls: bool) -> int:
+        for pattern in (self.closes, self.ends) if calls else (self.ends,):
+            for match in pattern.finditer(text, stop, limit):
+                if match.start() not in guards:
+                    return match.end()
+        raise RenderError("no token ends the assistant's turn")
+
+    def _prompt(
+        self, text: str, before: Message, asked: list[tuple[int, Piece]], found: list[tuple[int, Piece]], start: int
+    ) -> int | None:
+        """Where the generation prompt ends that stands between the turn `before` and an answer, if one does."""
+        place, piece = asked[-1]
+        if before["role"] == "assistant":
+            return None
+        tail = piece.tail
+        ask = openings.__wrapped__ if len(tail) > _LONG_TAIL else openings
+        for opening, is_prompt in ask(self.tokenizer, self.source, before["role"], tail):
+            end = place + len(opening)
+            if text.startswith(opening, place) and end <= found[0][0] and (is_prompt or text[end:start].isspace()):
+                return end
+        return None
+
+
+@lru_cache(maxsize=512)
+def openings(tokenizer: PreTrainedTokenizerFast, source: str, role: str, tail: str) -> tuple[tuple[str, bool], ...]:
+    """All that the template may write from the end of a turn's words, which `tail` follows, to where an answer is generated.
+
+    Longest first; several, where it has switches for thoughts. False: it has no generation prompt, and this ends the turn before.
+    """
+    mark = f"{OPEN}{CLOSE}"
+    turn = {"role": role, "content": f"x{mark}{tail}"}
+    question = {"role": "user", "content": "x"}
+    found: dict[str, bool] = {}
+    forms = [Abilities(null_content=null, text_arguments=text) for text in (False, True) for null in (False, True)]
+    for form in forms if role == "tool" else forms[:1]:
+        call = calling(form.null_content, form.text_arguments)
+        linked = {**turn, "tool_call_id": call["tool_calls"][0]["id"], "name": "qzname"}
+        messages = [question, call, linked] if role == "tool" else [turn]
+        for switch in ({}, dict.fromkeys(_SWITCHES, False), dict.fromkeys(_SWITCHES, True)):
+            try:
+                prompt, plain = (apply(tokenizer, source, messages, ask=asked, switches=switch) for asked in (True, False))
+            except RenderError:
+                continue
+            if mark in prompt:
+                after = prompt.rpartition(mark)[2]
+                found[after] = found.get(after, False) or prompt != plain
+    return tuple(sorted(found.items(), key=lambda pair: len(pair[0]), reverse=True))
+
+
+def _places(messages: Sequence[Message], pieces: Sequence[Piece], read: Read) -> tuple[list[list[tuple[int, Piece]]], int]:
+    """By turn, the pieces of its words that the template wrote, in order; and how many answers it shortened."""
+    found: list[list[tuple[int, Piece]]] = [[] for _ in messages]
+    removed: set[int] = set()
+    last = {piece.turn: k for k, piece in enumerate(pieces) if piece.kind == CONTENT}
+    for k, piece in enumerate(pieces):
+        start, stop = read.at.get(2 * k), read.at.get(2 * k + 1)
+        if start is None or stop is None:
+            _missing(messages, piece, k == last.get(piece.turn))
+            removed.add(piece.turn)
+        elif piece.kind in (CONTENT, REASONING) and not _same(read.text[start:stop], piece, messages):
+            raise RenderError("the template rewrites a content of this conversation")
+        elif piece.kind == CONTENT and 2 * k in read.repeated:
+            raise RenderError("the template drops, repeats or reorders messages")
+        elif piece.kind != TOOLS:
+            found[piece.turn] += [(start, piece), (stop, piece)]
+    place = 0
+    for message, turn in zip(messages, found):
+        turn.sort(key=lambda pair: pair[0])
+        if not turn or (message["role"] != "system" and turn[0][0] < place):
+            raise RenderError("the template drops, repeats or reorders messages")
+        if message["role"] != "system":
+            place = turn[-1][0]
+    return found, len(removed)
+
+
+def _same(written: str, piece: Piece, messages: Sequence[Message]) -> bool:
+    """Whether the words are as they were; of a tool, JSON may be made of them (gpt-oss)."""
+    is_tool = messages[piece.turn]["role"] == "tool"
+    return written == piece.text or (is_tool and written == json.dumps(piece.text, ensure_ascii=False)[1:-1])
+
+
+def _missing(messages: Sequence[Message], piece: Piece, is_answer: bool) -> None:
+    """Raises `RenderError` unless a template may leave the piece out: reasoning, and what stands before an answer's last tag."""
+    if piece.kind in (TOOLS, CALL):
+        raise RenderError("the chat template does not render them; remove them or take another template", piece.kind)
+    if piece.kind == CONTENT and (is_answer or messages[piece.turn]["role"] != "assistant"):
+        if messages[piece.turn].get("tool_calls"):
+            raise RenderError("the chat template drops the text that stands beside them; remove it", CALL)
+        raise RenderError("the template drops, repeats or reorders messages")
+
+
+def _span(role: str, found: list[tuple[int, Piece]], text: str, learn: bool) -> Span:
+    """The turn from its first to its last word, with the white space and the tags around them as far as they are there."""
+    (start, first), (stop, last) = found[0], found[-1]
+    if first.kind != CALL:
+        start -= next(len(head) for head in (first.head, first.head.lstrip(), "") if text.endswith(head, 0, start))
+    if last.kind != CALL:
+        stop += next(len(tail) for tail in (last.tail, last.tail.rstrip(), "") if text.startswith(tail, stop))
+    return Span(role, start, start, stop, stop, learn and role == "assistant")
+
+
+def _apart(messages: Sequence[Message], pieces: Sequence[Piece], read: Read, spans: Sequence[Span]) -> bool:
+    """Whether tools and the system's words stand before the first answer: else a round cannot be dropped without them."""
+    first = next((span.stop for span in spans if span.role == "assistant"), len(read.text))
+    early = [k for k, piece in enumerate(pieces) if piece.turn < 0 or messages[piece.turn]["role"] == "system"]
+    return all(read.at[2 * k] <= first for k in early)

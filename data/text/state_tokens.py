@@ -1,0 +1,50 @@
+"""State tokens: what a reply answers, said by its first token, so that one decoding step tells whether to speak (VITA).
+
+They are text, learned with the answer: VITA 1.0 writes digits, VITA 1.5 glyphs that are one token each for Qwen 2.5.
+"""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerFast
+
+from data.config import ConfigError
+from data.records.record import Record
+from model.batch import PLACEHOLDERS
+
+STATE_TOKENS: dict[str, dict[str, str]] = {
+    "none": {},
+    "glyphs": {"audio": "\u261e", "negative": "\u261f", "text": "\u261c"},
+    "digits": {"audio": "<1>", "negative": "<2>", "text": "<3>"},
+}
+"""By the name of data.state_tokens: reply to speech, to sound that was not meant for the model, to a text question."""
+
+
+def state_of(record: Record, i: int) -> str:
+    """What the assistant's turn `i` replies to: audio | negative | text.
+
+    Records without media get states as well. VITA's do not, since its pass for media skips them; a model that is read by
+    its first token has to write one each time. Behind results of tools the assistant still replies to its user.
+    """
+    if i == record.negative_turn:
+        return "negative"
+    asked = next(turn for turn in reversed(record.turns[:i]) if turn.role == "user")
+    return "audio" if PLACEHOLDERS["audio"] in asked.content else "text"
+
+
+def split_state(text: str, state_tokens: str) -> tuple[str | None, str]:
+    """The state that a decoded answer starts with, and the rest of it; None and the text as it is if it starts with none."""
+    for state, token in STATE_TOKENS[state_tokens].items():
+        if text.lstrip().startswith(token):
+            return state, text.lstrip().removeprefix(token)
+    return None, text
+
+
+def check_state_tokens(tokenizer: PreTrainedTokenizerFast, state_tokens: str) -> None:
+    """Raises `ConfigError` if the tokenizer cannot write one of them: all states would look alike."""
+    for token in STATE_TOKENS[state_tokens].values():
+        if tokenizer.unk_token_id in tokenizer(token, add_special_tokens=False)["input_ids"]:
+            listed = ", ".join(f'"{token}"' for token in STATE_TOKENS[state_tokens].values())
+            raise ConfigError(
+                f"data.state_tokens = {state_tokens!r}: the tokenizer only knows {token!r} as {tokenizer.unk_token}; add it with "
+                f"model.llm.new_tokens = [{listed}]"
+            )

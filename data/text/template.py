@@ -1,0 +1,258 @@
+"""Records become token ids and, in the same pass, which of them are learned. Placeholders stay one id each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from transformers import PreTrainedTokenizerFast
+
+from data.config import ConfigError
+from data.records.placeholders import wrapped_pattern
+from data.records.record import Record, RecordError, Turn
+from data.text.abilities import Abilities, Message, calling, find_abilities
+from data.text.chat_formats import FORMATS, freeze_date
+from data.text.control_tokens import check_single, lead_token, only_unknown, special_ids, thought_tags
+from data.text.encoded import Encoded, Row, check_row, round_ends
+from data.text.marks import tags_of
+from data.text.messages import Wording, media_kinds, write_messages
+from data.text.render import Renderer, RenderError, Rendering, apply
+from data.text.rounds import TooLongError, first_rounds, round_starts, rounds_that_may_fit, stand_in
+from data.text.state_tokens import STATE_TOKENS, check_state_tokens
+from data.text.tokens import Tokens, supervise, tokenize
+from model.batch import PLACEHOLDERS, READ_BY
+
+_NOTHING = re.compile("(?!)")
+
+
+@dataclass(frozen=True)
+class Template:
+    """How conversations are written for one tokenizer. Made by `load_template`."""
+
+    name: str
+    source: str  # Jinja; with the token that the tokenizer puts before a text by itself
+    tokenizer: PreTrainedTokenizerFast
+    placeholders: str  # as_written | first
+    media_wrap: tuple[str, ...]
+    lead: str  # that token, in a format of ours; "" if the chat template writes it
+    ends: re.Pattern[str]  # what ends an assistant's turn
+    written: re.Pattern[str]  # control tokens that a content may not use, or, as group "ours", wrapped placeholders
+    control_ids: frozenset[int]
+    placeholder_ids: dict[str, int]  # by modality
+    stop_ids: tuple[int, ...] = ()  # ids that end an assistant's turn
+    allowed: tuple[str, ...] = ()  # control tokens that contents may use
+    state_tokens: str = "none"  # none | glyphs | digits
+    unread: frozenset[int] = frozenset()  # ids of tokens whose rows mean nothing: padding beyond the base's matrix
+    tags: re.Pattern[str] = _NOTHING  # that the template names, as <think>
+    abilities: Abilities = field(default_factory=Abilities)
+    closes: re.Pattern[str] = _NOTHING  # ends a turn that calls tools, where it ends as others do
+
+    @property
+    def end_is_token(self) -> bool:
+        """Whether turns end with a control token; a newline, which `plain` has, may be part of the answer's last token."""
+        return self.name not in FORMATS or bool(FORMATS[self.name].needs)
+
+    def encode(self, record: Record, max_length: int | None = None) -> Encoded:
+        """Ids of the whole conversation. An answer's leading white space is dropped where the prompt would swallow it.
+
+        With a `max_length`, last rounds that cannot fit by far are neither rendered nor tokenised, and leave no ids.
+        Raises `RecordError` if the template cannot express the record, nothing is learned, or an unknown token would be;
+        `TooLongError` if not even the first round can fit.
+        """
+        messages = self.messages(record)
+        trimmed = first_rounds(record, self._kept(record, messages, max_length))
+        row = self._encode(trimmed, messages if trimmed is record else self.messages(trimmed), media_kinds(record))
+        ends, num_rounds = round_ends(row), len(round_starts([turn.role for turn in record.turns]))
+        if trimmed is not record:
+            if not row.rendering.first_round_apart:
+                raise self._too_long(
+                    record, f"its rounds, which go together in this template, take more than {max_length} tokens", max_length
+                )
+            ends = ends[:-1]  # without the one that stands in for the others
+        ids, supervised = row.tokens.ids[: ends[-1]], row.supervised[: ends[-1]]
+        if not any(supervised):
+            if trimmed is not record:
+                raise self._too_long(record, "no round that fits has an answer to learn", max_length)
+            raise self._error(record, "no token is supervised")
+        unknown = self.tokenizer.unk_token_id
+        if unknown is not None and unknown not in self.stop_ids and any(s and i == unknown for i, s in zip(ids, supervised)):
+            raise self._error(record, f"an answer holds what the tokenizer only knows as {self.tokenizer.unk_token}")
+        return Encoded(ids, supervised, ends, len(ends) if trimmed is record else num_rounds, row.rendering.removed)
+
+    def prompt(self, record: Record, like: Turn | None = None) -> list[int]:
+        """Ids up to where the answer to the record's last turn starts. Raises `RecordError`.
+
+        Templates with thoughts have two prompts: that of an answer without one, or that of an answer `like` this one.
+        """
+        record = replace(record, turns=(*record.turns, Turn("assistant", "x") if like is None else stand_in(like, self.tags)))
+        row = self._encode(record, self.messages(record), media_kinds(record)).rendering
+        # Never a second rendering: some templates write more before an answer than their generation prompt says.
+        cut = row.spans[-1].prompt
+        return self._tokenize(row.text[:cut], [pair for pair in row.written if pair[1] <= cut]).ids
+
+    def messages(self, record: Record) -> list[Message]:
+        """Turns as the template gets them. Raises `RecordError`."""
+        only = self.name in FORMATS and FORMATS[self.name].placeholders_only
+        messages = write_messages(record, Wording(self.name, self.placeholders, self.media_wrap, self.state_tokens, only))
+        if key := next((key for message in messages if (key := self.abilities.lacking(message))), ""):
+            what = "turns of tools" if key == "tool" else "them"
+            reason = f"the chat template does not render {what}; remove them or take another template"
+            raise RecordError(record.where, record.id, key, reason)
+        return [self.abilities.express(message) for message in messages]
+
+    def fitting(self, record: Record, max_length: int) -> Record:
+        """The record, without last rounds that cannot fit by far. Raises `TooLongError` if the first one cannot."""
+        kept = self._kept(record, self.messages(record), max_length)
+        return first_rounds(record, kept, whole=False)
+
+    def _kept(self, record: Record, messages: list[Message], max_length: int | None) -> int | None:
+        """How many rounds can fit; None for all."""
+        if max_length is None:
+            return None
+        kept = rounds_that_may_fit(self.tokenizer, messages, record.tools, self.abilities, self.tags, max_length)
+        if kept == 0:
+            raise self._too_long(record, f"the first round takes more than {max_length} tokens", max_length)
+        return kept
+
+    def _encode(self, record: Record, messages: list[Message], kinds: tuple[str, ...]) -> Row:
+        late: set[int] = set()
+        try:
+            for _ in range(3):
+                rendering, tail = self._render(record, messages, kinds, late)
+                tokens = self._tokenize(rendering.text, rendering.written)
+                supervised, glued = supervise(rendering.spans, tokens, self.control_ids)
+                if not glued:
+                    break
+                for i in glued:
+                    content = messages[i]["content"] or ""
+                    if content[:1].isspace():
+                        messages[i] = {**messages[i], "content": content.lstrip()}
+                    else:
+                        late.add(i)
+            else:
+                raise RenderError("an answer's first token holds the end of its prompt")
+        except RenderError as error:
+            raise RecordError(record.where, record.id, error.field, str(error)) from None
+        row = Row(rendering, tail, tokens, supervised)
+        check_row(record, row, self.tokenizer, self.control_ids, self.placeholder_ids, self.unread)
+        return row
+
+    def _render(self, record: Record, messages: list[Message], kinds: tuple[str, ...], late: set[int]) -> tuple[Rendering, str]:
+        """Text, turns and tail. An interrupted answer is the text's end: nothing says that it is over (VITA `end_tag`)."""
+        learn = [turn.learn for turn in record.turns]
+        found = self._renderer.render(messages, learn, kinds, record.tools, frozenset(late))
+        last = found.spans[-1]
+        tail = found.text[last.end :]
+        if record.interrupted and last.role == "assistant":
+            spans = [*found.spans[:-1], replace(last, end=last.stop)]
+            return replace(found, text=found.text[: last.stop], spans=spans), tail
+        return found, tail
+
+    @property
+    def _renderer(self) -> Renderer:
+        return Renderer(self.tokenizer, self.source, self.ends, self.closes, self.written, self.tags)
+
+    def _tokenize(self, text: str, written: Sequence[tuple[int, int]]) -> Tokens:
+        """Ids of a rendering, BOS as the tokenizer would put it: as an id, for as text it changes what follows in some."""
+        tokens = tokenize(self.tokenizer, text, written, len(self.lead))
+        if not self.lead:
+            return tokens
+        bos = self.tokenizer.convert_tokens_to_ids(self.lead)
+        return Tokens([bos, *tokens.ids], [0, *tokens.starts], [len(self.lead), *tokens.stops])
+
+    def _too_long(self, record: Record, reason: str, max_length: int | None) -> TooLongError:
+        return TooLongError(record.where, record.id, "conversations", f"{reason}, data.max_length is {max_length}")
+
+    def _error(self, record: Record, reason: str) -> RecordError:
+        return RecordError(record.where, record.id, "conversations", reason)
+
+
+def load_template(
+    name: str,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    placeholders: str,
+    media_wrap: tuple[str, ...],
+    allowed: Sequence[str] = (),
+    state_tokens: str = "none",
+    unread: frozenset[int] = frozenset(),
+) -> Template:
+    """Template `name` for `tokenizer`, tried on a short conversation.
+
+    `allowed` are control tokens that contents may use, as configured new tokens; those that the template or the tokenizer
+    itself needs stay text all the same. No record may hold an id of `unread`. Raises `ConfigError` if the tokenizer lacks what
+    the template or the states need.
+    """
+    if name != "auto" and name not in FORMATS:
+        raise ConfigError(f"data.template = {name!r} is not known; allowed: auto, {', '.join(FORMATS)}")
+    if not tokenizer.is_fast:
+        raise ConfigError(f"data.template: {type(tokenizer).__name__} gives no offsets; a folder with tokenizer.json is needed")
+    needs = FORMATS[name].needs if name in FORMATS else ()
+    check_single(name, tokenizer, needs)
+    check_state_tokens(tokenizer, state_tokens)
+    states = STATE_TOKENS[state_tokens].values()
+    lead = lead_token(tokenizer) if name in FORMATS else ""
+    source = ("{{ bos_token }}" if lead else "") + FORMATS[name].source if name in FORMATS else _own_source(tokenizer)
+    free = {*PLACEHOLDERS.values(), *allowed, *states, *thought_tags(source)}
+    special = special_ids(tokenizer, free - {*needs, *tokenizer.special_tokens_map.values()})
+    control = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)"
+    known = tokenizer.get_vocab()
+    template = Template(
+        name=name,
+        source=source,
+        tokenizer=tokenizer,
+        placeholders=placeholders,
+        media_wrap=tuple(media_wrap),
+        lead=lead,
+        ends=re.compile(re.escape(FORMATS[name].end) if name in FORMATS else control),
+        written=re.compile(f"(?P<ours>{wrapped_pattern(media_wrap)})|{control}"),
+        control_ids=frozenset(special.values()) - only_unknown(tokenizer),
+        placeholder_ids={m: known[PLACEHOLDERS[m]] for m in sorted(set(READ_BY.values())) if PLACEHOLDERS[m] in known},
+        allowed=tuple(allowed),
+        state_tokens=state_tokens,
+        unread=unread,
+        tags=tags_of(source, re.compile(control)),
+        abilities=find_abilities(lambda messages: apply(tokenizer, source, messages)),
+    )
+    return _with_ends(template)
+
+
+def _own_source(tokenizer: PreTrainedTokenizerFast) -> str:
+    try:
+        return freeze_date(tokenizer.get_chat_template())
+    except ValueError:
+        raise ConfigError(f"data.template = 'auto': the tokenizer has no chat template; name one: {', '.join(FORMATS)}") from None
+
+
+def _with_ends(template: Template) -> Template:
+    """The template with what ends its answers and its calls of tools, as short conversations show it, and the tokenizer's eos."""
+    question: Message = {"role": "user", "content": "a"}
+    try:
+        end = _last_id(template, [question, {"role": "assistant", "content": "b"}])
+    except RenderError as error:
+        raise ConfigError(f"data.template = {template.name!r} cannot be used with this tokenizer: {error}") from error
+    if end is None:
+        raise ConfigError(f"data.template = {template.name!r} leaves nothing to learn with this tokenizer")
+    tokenizer, found = template.tokenizer, [end]
+    if template.name not in FORMATS:
+        template = replace(template, closes=re.compile(re.escape(tokenizer.convert_ids_to_tokens(end))))
+    if template.abilities.calls:
+        try:
+            call = calling(template.abilities.null_content, template.abilities.text_arguments)
+            if (called := _last_id(template, [question, call])) is not None and called != end:
+                found.append(called)
+                closes = "|".join(re.escape(tokenizer.convert_ids_to_tokens(id)) for id in found)
+                template = replace(template, closes=re.compile(closes))
+        except RenderError:
+            pass  # records with calls are refused for it, each with the reason
+    eos = tokenizer.eos_token_id
+    return replace(template, stop_ids=tuple(dict.fromkeys([*found, *([] if eos is None else [eos])])))
+
+
+def _last_id(template: Template, messages: list[Message]) -> int | None:
+    """The last id that is learned of a conversation."""
+    rendering = template._renderer.render(messages, [True] * len(messages))
+    tokens = tokenize(template.tokenizer, rendering.text, [], len(template.lead))
+    supervised, _ = supervise(rendering.spans, tokens, template.control_ids)
+    return next((id for id, learned in zip(reversed(tokens.ids), reversed(supervised)) if learned), None)
