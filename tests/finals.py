@@ -28,9 +28,9 @@ from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
 from tests.tiny import save_llm, save_tower
 from tests.tiny_tokenizers import NAMES
-from trainer.distributed import World
-from trainer.export import write_final
-from trainer.vocabulary import tuned_ids
+from trainer.checkpoint.write_final import write_final
+from trainer.distributed.world import World
+from trainer.records.vocabulary import tuned_ids
 
 NO_LORA = LoraConfig(rank=2, dropout=0.0)
 

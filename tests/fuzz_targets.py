@@ -41,11 +41,11 @@ from tests.hostile import png
 from tests.runs import tables
 from tests.tiny_data import SPEC, SPECS, grey, talk, template
 from tests.tiny_media import animation, film, greys, tone, wav
-from trainer.exits import ProofError
-from trainer.resume import read_state
-from trainer.runfile import load_config, parse_config
-from trainer.schema import to_tables
-from trainer.toml_files import apply_override, to_toml
+from trainer.checkpoint.resume import read_state
+from trainer.faults.exit_report import ProofError
+from trainer.runfile.load import load_config, parse_config
+from trainer.runfile.schema import to_tables
+from trainer.runfile.toml_files import apply_override, to_toml
 
 TOLD = (ConfigError, SettingError, DataError)
 """DataError has RecordError, MediaError and TooLongError below it."""

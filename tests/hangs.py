@@ -17,9 +17,9 @@ from torch.utils.data import get_worker_info
 from data.dataset import MultimodalDataset
 from tests.ranks import ends_of
 from tests.runs import config_of
-from trainer.distributed import World
+from trainer.distributed.world import World
+from trainer.faults.phase_tracker import Watch
 from trainer.main import run
-from trainer.watch import Watch
 
 FOREVER = 1000.0
 STALL_SECONDS = 2.0

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from tests.ranks import kill_ranks, run_ranks
 from tests.runs import Start, start
-from trainer.distributed import World
-from trainer.watch import Watch
+from trainer.distributed.world import World
+from trainer.faults.phase_tracker import Watch
 
 FSYNC = "fsync"
 INSTANT = "any instant"

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from trainer.distributed import World
+from trainer.distributed.world import World
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(

@@ -17,9 +17,9 @@ from tests.tiny import VOCAB, save_llm, save_tower
 from tests.tiny_tokenizers import NAMES
 from trainer import loop
 from trainer.config import RunConfig
-from trainer.distributed import World
+from trainer.distributed.world import World
 from trainer.main import run
-from trainer.runfile import parse_config
+from trainer.runfile.load import parse_config
 
 NUM_RECORDS = 22
 

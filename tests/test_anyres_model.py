@@ -31,8 +31,8 @@ from tests.test_anyres import NEXT, ONEVISION, SIZES, pinpoints
 from tests.test_resume import metrics
 from tests.tiny_data import talk
 from tools.export_adapter import main as export
-from trainer.runfile import parse_config
-from trainer.vision_checks import anyres_problems
+from trainer.runfile.load import parse_config
+from trainer.runfile.part_checks import anyres_problems
 
 SIDE = 32  # pixels of a view; 4 x 4 patches
 KINDS: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {

@@ -32,10 +32,10 @@ from tests.test_trainable import ALONE
 from tests.tiny import LLMS, save_llm, save_tower
 from tools.bench_step import Counter, hidden_syncs
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.distributed import World
+from trainer.distributed.parallelize import checkpoint_activations, gradient_sync, replicate, shard
+from trainer.distributed.world import World
 from trainer.isolation import prove_isolation
 from trainer.optim import build_optimizer
-from trainer.parallel import checkpoint_activations, gradient_sync, replicate, shard
 from trainer.step import train_step
 
 WIDTH, NUM_SAMPLES = 4, 7

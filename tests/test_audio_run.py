@@ -30,10 +30,10 @@ from tests.tiny_audio import save_whisper, wave
 from tests.tiny_media import wav
 from tools import chat, export_adapter
 from trainer.config import OptimConfig
-from trainer.distributed import World
+from trainer.distributed.parallelize import replicate
+from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.parallel import replicate
-from trainer.runfile import parse_config
+from trainer.runfile.load import parse_config
 from trainer.step import train_step
 
 TUNES = ("frozen", "lora", "full")

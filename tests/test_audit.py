@@ -26,9 +26,9 @@ from tests.audit import Rules, watch
 from tests.ranks import run_ranks
 from tests.runs import config_of, save_parts, save_records, tables
 from tools import check_data, export_adapter
-from trainer.distributed import World
+from trainer.distributed.world import World
 from trainer.main import run
-from trainer.toml_files import to_toml
+from trainer.runfile.toml_files import to_toml
 
 LORA = {"model": {"llm": {"tune": "lora"}, "vision": {"tune": "frozen"}}, "lora": {"rank": 2}}
 

@@ -22,14 +22,14 @@ from model.files.verified_write import BadShard
 from tests.ranks import run_ranks
 from tests.runs import start
 from tests.test_checkpoint import CARD, Nothing, toy
-from trainer import checkpoint as module
-from trainer import staging
-from trainer.background import Agreement
-from trainer.checkpoint import Checkpointer
-from trainer.distributed import World
-from trainer.exits import ProofError, SaveError
-from trainer.restore import Trained
-from trainer.retention import checkpoints
+from trainer.checkpoint import checkpointer as module
+from trainer.checkpoint import host_staging as staging
+from trainer.checkpoint.background_save import Agreement
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.restore import Trained
+from trainer.checkpoint.retention import checkpoints
+from trainer.distributed.world import World
+from trainer.faults.exit_report import ProofError, SaveError
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 STATE: dict[str, Any] = {"stage": "", "meter": {"seen": [1, 2]}}

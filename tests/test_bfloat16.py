@@ -34,9 +34,9 @@ from tests.test_equivalence import noise
 from tests.tiny import save_llm, save_tower
 from tests.tiny_audio import save_whisper
 from trainer.config import OptimConfig
-from trainer.distributed import World
+from trainer.distributed.parallelize import replicate
+from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.parallel import replicate
 from trainer.step import train_step
 
 PAIRS = (

@@ -11,7 +11,7 @@ import pytest
 
 from tests.runs import tables
 from tools import check_data
-from trainer.toml_files import to_toml
+from trainer.runfile.toml_files import to_toml
 
 
 @pytest.fixture

@@ -21,13 +21,13 @@ from model.files.tensor_files import Entry, write_safetensors
 from model.llm.causal_lm import Vocabulary
 from tests.ranks import run_ranks
 from tests.runs import start, start_alone
-from trainer import checkpoint as module
-from trainer.checkpoint import Checkpointer
-from trainer.distributed import World
-from trainer.exits import ProofError, SaveError, code_of
-from trainer.gather import gather_hooks
-from trainer.restore import Trained, restore
-from trainer.retention import newest_sound
+from trainer.checkpoint import checkpointer as module
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.restore import Trained, restore
+from trainer.checkpoint.retention import newest_sound
+from trainer.distributed.gather import gather_hooks
+from trainer.distributed.world import World
+from trainer.faults.exit_report import ProofError, SaveError, code_of
 
 CARD = ModelCard(ModelConfig(LlmConfig("llm")), LoraConfig(), {}, {}, Vocabulary(4, 4))
 

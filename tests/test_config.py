@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from model.config import ConfigError
 from tests.runs import merged
-from trainer.planned import KEYS, VALUES
-from trainer.runfile import load_config, parse_config
-from trainer.schema import to_tables
-from trainer.toml_files import to_toml
+from trainer.runfile.load import load_config, parse_config
+from trainer.runfile.planned import KEYS, VALUES
+from trainer.runfile.schema import to_tables
+from trainer.runfile.toml_files import to_toml
 
 MINIMAL: dict[str, Any] = {
     "output_dir": "runs/x",

@@ -24,8 +24,8 @@ from tests.corruptions import KINDS, Others, corrupt
 from tests.ranks import run_ranks
 from tests.runs import start
 from tests.test_resume import LORA
-from trainer.exits import ProofError
-from trainer.retention import newest_sound
+from trainer.checkpoint.retention import newest_sound
+from trainer.faults.exit_report import ProofError
 
 QUICK, LONG, FLIPS = 300, 10_000, 1_000
 

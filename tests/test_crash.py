@@ -20,11 +20,11 @@ from model.llm.causal_lm import Vocabulary
 from tests.file_log import Event, State, distinct, in_order, killed, power_cuts, recorded, write_state
 from tests.ranks import run_ranks
 from tests.test_checkpoint import toy
-from trainer.checkpoint import Checkpointer
-from trainer.disk import clean_leftovers, put_in_place
-from trainer.distributed import World, may_launch
-from trainer.quarantine import Quarantine
-from trainer.retention import newest_sound, step_of
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.retention import newest_sound, step_of
+from trainer.distributed.world import World, may_launch
+from trainer.machine.atomic_files import clean_leftovers, put_in_place
+from trainer.records.quarantine import Quarantine
 
 FINALS = {"one": {"a": b"first" * 40, "b": b"same"}, "two": {"a": b"second" * 30, "b": b"same", "c": b""}}
 

@@ -15,7 +15,7 @@ from tests.ranks import run_ranks
 from tests.runs import Start, merged, start
 from tests.test_kill_long import STAGES, sections_of
 from tests.test_resume import LORA
-from trainer.distributed import World
+from trainer.distributed.world import World
 
 SAMPLE = 40
 CASES: dict[str, tuple[int, str, dict[str, Any], int]] = {

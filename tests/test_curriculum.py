@@ -14,10 +14,10 @@ from model.config import ConfigError
 from tests.runs import merged
 from tests.test_config import MINIMAL, VALUES_OF_TOML
 from trainer.config import RunConfig
-from trainer.runfile import load_config, parse_config
-from trainer.schema import flat, to_tables
-from trainer.stages import places_of
-from trainer.toml_files import to_toml
+from trainer.runfile.load import load_config, parse_config
+from trainer.runfile.schema import flat, to_tables
+from trainer.runfile.stages import places_of
+from trainer.runfile.toml_files import to_toml
 
 FROZEN: dict[str, Any] = {"llm": {"tune": "frozen"}}
 SEEING: dict[str, Any] = {"name": "see", "model": FROZEN}

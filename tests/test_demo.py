@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, CLIPVisionModel
 
 from data.text.tokenizer import load_tokenizer
 from tools import demo, make_demo
-from trainer.runfile import load_config
+from trainer.runfile.load import load_config
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from tools import demo_omni, make_omni
 from tools.demo_omni import TEACHES, known, shortfalls, table
 from tools.make_omni import KINDS, SPLITS
 from tools.omni_media import MELODIES, PITCHES, RATE
-from trainer.runfile import load_config
-from trainer.stages import places_of
+from trainer.runfile.load import load_config
+from trainer.runfile.stages import places_of
 
 FEW = {"text": (150, 40), "video": (24, 12), "audio": (40, 20), "noise": (10, 6)}
 STAGES = list(TEACHES)

@@ -20,9 +20,12 @@ from model.files.manifest import verify
 from model.llm.causal_lm import Vocabulary
 from tests.ranks import run_ranks
 from tests.test_checkpoint import toy
-from trainer import disk
-from trainer.checkpoint import Checkpointer
-from trainer.disk import (
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.retention import newest_sound
+from trainer.distributed.world import World
+from trainer.faults.exit_report import SaveError
+from trainer.machine import atomic_files as disk
+from trainer.machine.atomic_files import (
     clean_leftovers,
     fresh_folder,
     is_leftover,
@@ -33,9 +36,6 @@ from trainer.disk import (
     sync_file,
     sync_run,
 )
-from trainer.distributed import World
-from trainer.exits import SaveError
-from trainer.retention import newest_sound
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 CARD = ModelCard(ModelConfig(LlmConfig("llm")), LoraConfig(), {}, {}, Vocabulary(4, 4))

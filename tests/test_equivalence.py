@@ -23,9 +23,9 @@ from model.weights.origins import weight_layers
 from tests.ranks import run_ranks
 from tests.tiny import save_llm, save_tower
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.distributed import World
+from trainer.distributed.parallelize import checkpoint_activations, is_sharded, replicate, shard
+from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.parallel import checkpoint_activations, is_sharded, replicate, shard
 from trainer.step import train_step
 
 NUM_STEPS, GLOBAL_BATCH = 5, 10

@@ -26,9 +26,9 @@ from tests.test_llm import BASE, TOLERANCE, gradients, ours, theirs
 from tests.test_loss import case
 from tests.tiny import FAMILIES, VOCAB, save_llm
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.distributed import World
+from trainer.distributed.parallelize import replicate, shard
+from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.parallel import replicate, shard
 from trainer.step import train_step
 
 SHARDED = ("qwen3", "phi3", "gemma2", "gemma3", "granite", "cohere")

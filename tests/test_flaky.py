@@ -13,8 +13,8 @@ from tests.ranks import run_ranks
 from tests.runs import Start, start
 from tests.test_resume import cut, metrics, weights
 from trainer import loop
-from trainer.distributed import World
-from trainer.quarantine import Quarantine
+from trainer.distributed.world import World
+from trainer.records.quarantine import Quarantine
 
 FLAKY, EPOCH = 4, 4  # the record, and the steps of an epoch
 

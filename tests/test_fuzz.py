@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tests.fuzz_targets import TARGETS, quick_disk
 from tests.mutations import mutated
 from tests.ranks import run_ranks
-from trainer.distributed import World
+from trainer.distributed.world import World
 
 ROOM = 512 << 20
 """Bytes that a case may take beyond what the process has."""

@@ -14,8 +14,8 @@ from model.config import AudioConfig, AudioProjectorConfig, ConfigError, LoraCon
 from tests.finals import NO_LORA, build, config_of, same, save_checkpoint, save_final, save_parts, trained, values
 from tests.tiny_audio import save_whisper
 from tools.export_adapter import main as export
-from trainer.schema import Reader, to_tables
-from trainer.toml_files import apply_override
+from trainer.runfile.schema import Reader, to_tables
+from trainer.runfile.toml_files import apply_override
 
 
 def followed(said: str, config: ModelConfig, lora: LoraConfig) -> tuple[ModelConfig, LoraConfig]:

@@ -19,14 +19,15 @@ from tests.test_equivalence import step_batches
 from tests.test_resume import LORA, cut, weights
 from tests.test_trainable import ALONE
 from tools.bench_step import Counter, hidden_syncs
-from trainer import loop, spikes
+from trainer import loop
 from trainer import step as step_module
-from trainer.distributed import World
-from trainer.health import Health, hearable, split
-from trainer.later import Later
-from trainer.spikes import ENOUGH, WINDOW, Spikes
+from trainer.distributed.world import World
+from trainer.health import spike_detector
+from trainer.health.deferred_read import Later
+from trainer.health.loss_monitor import Health, hearable, split
+from trainer.health.spike_detector import ENOUGH, WINDOW, Spikes
+from trainer.records.sample_log import read_step
 from trainer.step import StepResult
-from trainer.step_log import read_step
 
 QUIET: dict[str, Any] = {**LORA, "log": {"every": 50}}
 
@@ -50,7 +51,7 @@ def start_planted(world: World, parts: Path, folder: Path, sections: dict[str, A
         terms["text"] = terms["text"]._replace(sum=terms["text"].sum + more.sum(), addends=terms["text"].addends + more)
         return terms
 
-    spikes.ENOUGH = 6
+    spike_detector.ENOUGH = 6
     loop.train_step, MultimodalLM.forward = stepping, planted  # type: ignore[method-assign]
     return start(world, parts, folder, sections)
 

@@ -20,11 +20,12 @@ from model.vision.tower import VisionTower
 from tests.ranks import run_ranks
 from tests.runs import Start, start, start_alone
 from tests.test_resume import LORA, weights
-from trainer import main, rehearsal
-from trainer.device_memory import CLEAR, Usage, cgroup_limit, reset_peak, usage
-from trainer.distributed import World
-from trainer.heaviest import cost_of, find_heaviest
-from trainer.work import num_positions, used_weights
+from trainer import main
+from trainer.distributed.world import World
+from trainer.machine.memory_info import CLEAR, Usage, cgroup_limit, reset_peak, usage
+from trainer.memory import rehearsal
+from trainer.memory.heaviest_batch import cost_of, find_heaviest
+from trainer.memory.sample_cost import num_positions, used_weights
 
 CPU = torch.device("cpu")
 

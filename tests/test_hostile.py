@@ -20,9 +20,9 @@ from tests.ranks import run_ranks
 from tests.runs import Start, start
 from tests.test_resume import cut, weights
 from tests.tiny_data import SPECS, hearing_template, template
-from trainer import quick_check
-from trainer.distributed import World
-from trainer.step_log import read_step
+from trainer.distributed.world import World
+from trainer.records import quick_check
+from trainer.records.sample_log import read_step
 
 SHARE = 20  # one record of so many is hostile
 STEPS = 6

@@ -17,8 +17,8 @@ from tests.ranks import run_ranks
 from tests.runs import start
 from tests.test_resume import LORA, cut, metrics, weights
 from trainer.config import ParallelConfig
-from trainer.distributed import World
-from trainer.parallel import check_sharing
+from trainer.distributed.parallelize import check_sharing
+from trainer.distributed.world import World
 from trainer.report import sharing
 
 HSDP: dict[str, Any] = {"parallel": {"strategy": "hsdp", "shard_size": 2}}

@@ -21,10 +21,10 @@ from tools.inspect_entry import Entry, entry_of
 from tools.inspect_page import SCRIPT, STYLE
 from tools.inspect_pictures import pixels
 from trainer.main import run
-from trainer.quarantine import NAME
-from trainer.runfile import parse_config
-from trainer.step_log import read_step
-from trainer.toml_files import to_toml
+from trainer.records.quarantine import NAME
+from trainer.records.sample_log import read_step
+from trainer.runfile.load import parse_config
+from trainer.runfile.toml_files import to_toml
 
 HOSTILE = "</mark><script>alert(1)</script><img src=x onerror=alert(2)> & \"q\" 'a' \u202egnp.exe \u0007 \u00a0"
 

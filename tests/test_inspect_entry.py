@@ -31,7 +31,7 @@ from tools import inspect_data
 from tools.inspect_entry import RAW_LIMIT, Box, entry_of, token_pieces
 from tools.inspect_html import Shown, page
 from tools.inspect_pictures import EXACT_SIDE, Album, picture, pixels, sound
-from trainer.runfile import parse_config
+from trainer.runfile.load import parse_config
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -18,8 +18,8 @@ from model.multimodal import MultimodalLM
 from tests.test_router import MIXTURES, save_mixture
 from tests.test_trainable import ALONE
 from tests.tiny import FAMILIES, save_llm
+from trainer.distributed.parallelize import checkpoint_activations, replicate
 from trainer.isolation import prove_isolation
-from trainer.parallel import checkpoint_activations, replicate
 
 DTYPES = ("float32", "bfloat16")
 KINDS = (*FAMILIES, *MIXTURES)

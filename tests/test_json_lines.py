@@ -12,12 +12,12 @@ import torch
 
 from data.config import DataError
 from model.config import ConfigError
-from trainer.accounts import Accounts
-from trainer.distributed import World
-from trainer.health import forget_after
+from trainer.distributed.world import World
+from trainer.health.loss_monitor import forget_after
 from trainer.metrics import MetricsLog
-from trainer.quarantine import Quarantine, read_rows
-from trainer.step_log import read_step
+from trainer.records.bookkeeping import Accounts
+from trainer.records.quarantine import Quarantine, read_rows
+from trainer.records.sample_log import read_step
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 ROW = {"split": "train", "sample_id": 3, "step": 1, "source": "a", "reason": "gone", "too_long": False}

@@ -33,9 +33,9 @@ from tests.ranks import run_ranks
 from tests.runs import save_parts
 from tests.tiny_audio import save_whisper
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.distributed import World
+from trainer.distributed.parallelize import is_sharded, replicate, shard
+from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.parallel import is_sharded, replicate, shard
 from trainer.step import train_step
 
 SIZE = 4

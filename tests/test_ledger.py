@@ -21,8 +21,8 @@ from tests.ranks import run_ranks
 from tests.runs import failure_of, start, start_alone
 from tests.test_resume import cut
 from tests.test_trainable import ALONE
-from trainer.ledger import SourceLedger, ledger_of, table
-from trainer.quarantine import Quarantine
+from trainer.records.ledger import SourceLedger, ledger_of, table
+from trainer.records.quarantine import Quarantine
 
 COLUMNS = ("trained", "not_reached", "left_out_by_weight", "left_out_by_take", "too_long", "quarantined")
 

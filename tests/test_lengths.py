@@ -30,7 +30,7 @@ from tests.runs import Start, start, start_alone, tables
 from tests.test_resume import weights
 from tests.tiny_data import SPECS, datasets, grey, talk, template
 from tools import check_data
-from trainer.toml_files import to_toml
+from trainer.runfile.toml_files import to_toml
 
 
 def mixed(folder: Path, **config: Any) -> MultimodalDataset:

@@ -24,7 +24,7 @@ from model.files.hub import find_file, read_json
 from model.files.tensor_files import read_weights
 from model.llm.causal_lm import hugging_face_config
 from tests.tiny_data import dataset, talk
-from trainer.toml_files import MAX_OVERRIDE, apply_override, read_toml, to_toml
+from trainer.runfile.toml_files import MAX_OVERRIDE, apply_override, read_toml, to_toml
 
 
 def test_a_run_file_that_is_too_deep_or_holds_absurd_numbers_is_refused(tmp_path: Path) -> None:

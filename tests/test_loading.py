@@ -19,8 +19,8 @@ from tests.ranks import run_ranks
 from tests.test_equivalence import config_of
 from tests.tiny import save_llm, save_tower
 from trainer.config import ParallelConfig
-from trainer.distributed import World
-from trainer.parallel import shard
+from trainer.distributed.parallelize import shard
+from trainer.distributed.world import World
 
 
 def load_sharded(world: World, folder: Path) -> tuple[int, int, dict[str, torch.Tensor]]:

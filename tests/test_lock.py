@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from tests.ranks import SERVER
-from trainer import lock
-from trainer.exits import BusyError
-from trainer.lock import FolderLock
+from trainer.faults.exit_report import BusyError
+from trainer.machine import folder_lock as lock
+from trainer.machine.folder_lock import FolderLock
 
 KINDS = ["lock", "lease"]
 

@@ -21,9 +21,9 @@ from tests.test_trainable import ALONE, build
 from tools.bench_step import Counter, hidden_syncs
 from trainer import metrics
 from trainer.config import OptimConfig
+from trainer.distributed.parallelize import checkpoint_activations, replicate
 from trainer.metrics import FOLD, Meter, SourceSums
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.parallel import checkpoint_activations, replicate
 from trainer.step import train_step
 
 

@@ -21,7 +21,7 @@ import pytest
 from tests.runs import tables
 from tests.test_resume import metrics
 from tests.test_torchrun import ROOT, wait_until_gone, weights, workers
-from trainer.toml_files import to_toml
+from trainer.runfile.toml_files import to_toml
 
 SECTIONS: dict[str, Any] = {"train": {"max_steps": 30}, "checkpoint": {"every": 1, "keep": 3}, "data": {"workers": 1}}
 HSDP: dict[str, Any] = {"parallel": {"strategy": "hsdp", "shard_size": 2}}

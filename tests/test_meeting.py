@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from trainer.meeting import HELLO, NotMet, own_place
+from trainer.distributed.rendezvous import HELLO, NotMet, own_place
 
 
 def meet(path: Path, ranks: list[int], size: int, seconds: float) -> list[str | list[int]]:

@@ -14,12 +14,12 @@ from data.records.record import RecordError, parse
 from model.config import ConfigError
 from tests.runs import save_parts, save_records, tables
 from tools import check_data, cli, inspect_data
-from trainer import exits
-from trainer.exits import SaveError
+from trainer.faults import exit_report
+from trainer.faults.exit_report import SaveError
+from trainer.machine.run_folder import FILES, FOLDERS, check_names
 from trainer.main import main, run
-from trainer.run_folder import FILES, FOLDERS, check_names
-from trainer.runfile import load_config, parse_config
-from trainer.toml_files import to_toml, undashed
+from trainer.runfile.load import load_config, parse_config
+from trainer.runfile.toml_files import to_toml, undashed
 
 LONG = "x" * 100_000
 
@@ -73,7 +73,7 @@ def test_every_error_is_bounded_at_the_door(tmp_path: Path, capsys: pytest.Captu
         raise ConfigError(LONG)
 
     assert cli.run("tool", fails) == 2
-    exits.tell(tmp_path, 2, LONG, None, 0)
+    exit_report.tell(tmp_path, 2, LONG, None, 0)
     assert len(capsys.readouterr().err) < 3 * LINE
     assert len(json.loads((tmp_path / "exit.json").read_text())["reason"]) < 2 * LINE
 

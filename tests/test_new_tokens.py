@@ -33,9 +33,9 @@ from tests.test_config import problems
 from tests.tiny import VOCAB, save_llm
 from tools.export_adapter import main as export
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.distributed import World
+from trainer.distributed.parallelize import replicate, shard
+from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.parallel import replicate, shard
 from trainer.step import train_step
 
 ALONE = World(0, 0, 1, torch.device("cpu"))

@@ -15,9 +15,9 @@ from data.config import DataConfig, SourceConfig
 from model.config import ConfigError
 from tests.runs import tables
 from tests.test_parcel import files_up_to, open_files
-from trainer.exits import CONFIG, report_failure
-from trainer.open_files import check_limit, raise_limit
-from trainer.toml_files import to_toml
+from trainer.faults.exit_report import CONFIG, report_failure
+from trainer.machine.open_files import check_limit, raise_limit
+from trainer.runfile.toml_files import to_toml
 
 ROOT = Path(__file__).parent.parent
 

@@ -27,9 +27,9 @@ from tests.runs import merged, start
 from tests.test_config import MINIMAL, problems
 from tests.tiny_data import WIDTH, dataset, grey, level, talk
 from tools.bench_sampler import efficiency, llava_like_mix, our_steps
-from trainer.runfile import parse_config
-from trainer.schema import to_tables
-from trainer.work import sample_costs
+from trainer.memory.sample_cost import sample_costs
+from trainer.runfile.load import parse_config
+from trainer.runfile.schema import to_tables
 
 PAD = 0
 

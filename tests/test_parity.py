@@ -26,7 +26,7 @@ from tests.finals import Run, build, config_of, save_final, save_parts, trainabl
 from tests.tiny_data import source, talk
 from tools.export_adapter import main as export
 from trainer.config import OptimConfig
-from trainer.distributed import World
+from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.step import train_step
 

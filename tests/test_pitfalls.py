@@ -18,9 +18,9 @@ from model.config import ConfigError
 from model.files.shards import weight_tensors
 from tests.ranks import run_ranks
 from tests.runs import failure_of, start, start_alone, tables
-from trainer.distributed import World
-from trainer.lock import hold
-from trainer.toml_files import to_toml
+from trainer.distributed.world import World
+from trainer.machine.folder_lock import hold
+from trainer.runfile.toml_files import to_toml
 
 ROOT = Path(__file__).parent.parent
 

@@ -29,12 +29,12 @@ from tests.test_router import save_mixture
 from tests.tiny import save_llm, save_tower
 from tools import plan
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.distributed import World
-from trainer.footprint import footprint, holdings, local_numel, on_meta, sharing_ranks
-from trainer.live_bytes import live_bytes
+from trainer.distributed.parallelize import checkpoint_activations, gradient_sync, is_sharded, replicate, shard
+from trainer.distributed.world import World
+from trainer.memory.footprint import footprint, holdings, local_numel, on_meta, sharing_ranks
+from trainer.memory.simulate import live_bytes
 from trainer.optim import build_optimizer
-from trainer.parallel import checkpoint_activations, gradient_sync, is_sharded, replicate, shard
-from trainer.toml_files import to_toml
+from trainer.runfile.toml_files import to_toml
 
 SIZE, PATCHES, LENGTH = 32, 16, 120
 WHOLE = QuantizeConfig()

@@ -31,10 +31,10 @@ from tests.test_trainable import ALONE
 from tests.tiny import LLMS, SIZES, TOWER_SIZES, TOWERS, save_llm, save_tower
 from tools.export_adapter import main as export
 from trainer.config import OptimConfig
+from trainer.distributed.parallelize import replicate
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.parallel import replicate
+from trainer.runfile.part_checks import vision_problems
 from trainer.step import train_step
-from trainer.vision_checks import vision_problems
 
 KINDS = {"linear": 16, "mlp3x_gelu": 16, **dict.fromkeys(GRID_KINDS, 4), "resampler": 64}
 """Tokens of a view of 4 x 4 patches."""

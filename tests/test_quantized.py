@@ -31,7 +31,7 @@ from tests.test_llm import batch
 from tests.tiny import LLMS, save_llm
 from tools.export_adapter import main as export
 from tools.merge_lora import main as merge
-from trainer.quantize_checks import quantize_problems
+from trainer.runfile.quantize_checks import quantize_problems
 
 NF4, FP4, EIGHT = QuantizeConfig(4), QuantizeConfig(4, "fp4", False), QuantizeConfig(8)
 KINDS = pytest.mark.parametrize("quantize", [NF4, FP4, EIGHT], ids=["nf4", "fp4", "8 bits"])
@@ -259,7 +259,7 @@ def test_settings_are_named(table: dict[str, Any], expected: str) -> None:
 
 
 def test_a_missing_package_is_named_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.quantize_checks.find_spec", lambda name: None)
+    monkeypatch.setattr("trainer.runfile.quantize_checks.find_spec", lambda name: None)
     (found,) = quantize_problems(NF4, ModelConfig(LlmConfig("x")))
     assert "pip install -e '.[quantize]'" in found and not list(quantize_problems(QuantizeConfig(), ModelConfig(LlmConfig("x"))))
 

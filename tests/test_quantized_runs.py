@@ -27,8 +27,8 @@ from tests.runs import start, start_alone
 from tests.test_equivalence import config_of, run_steps
 from tests.test_resume import cut, weights
 from trainer.config import ParallelConfig
-from trainer.distributed import World
-from trainer.parallel import shard
+from trainer.distributed.parallelize import shard
+from trainer.distributed.world import World
 
 LONG = pytest.mark.long
 NF4, FP4, EIGHT = QuantizeConfig(4), QuantizeConfig(4, "fp4", False), QuantizeConfig(8)

@@ -12,11 +12,11 @@ import pytest
 from data.check.check_dataset import check_dataset
 from data.config import DataError
 from tests.runs import config_of, start_alone
-from trainer import quick_check as looking
 from trainer.config import RunConfig
-from trainer.distributed import World
-from trainer.quick_check import carry_out, planned, quick_check, refusals
-from trainer.sources import RunData, open_data
+from trainer.distributed.world import World
+from trainer.records import quick_check as looking
+from trainer.records.quick_check import carry_out, planned, quick_check, refusals
+from trainer.records.run_data import RunData, open_data
 
 WORLD = World(0, 0, 1, None)  # type: ignore[arg-type]
 

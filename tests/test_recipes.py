@@ -14,10 +14,10 @@ from tests.ranks import run_ranks
 from tests.runs import Start, merged, save_parts
 from tests.tiny_audio import save_whisper, wave
 from tests.tiny_media import wav
-from trainer.distributed import World
+from trainer.distributed.world import World
 from trainer.main import run
-from trainer.runfile import parse_config
-from trainer.toml_files import read_toml
+from trainer.runfile.load import parse_config
+from trainer.runfile.toml_files import read_toml
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))}
 QUICK = "one_gpu_lora"

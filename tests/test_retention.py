@@ -16,10 +16,10 @@ from model.files import manifest as manifest_module
 from model.files.manifest import MAX_BYTES, NAME, UnsoundCheckpoint, check_sizes, read_manifest, verify, write_manifest
 from model.files.tensor_files import dump_json
 from tests.ranks import run_ranks
-from trainer import retention
-from trainer.distributed import World
-from trainer.exits import ProofError
-from trainer.retention import bases, checkpoints, newest_sound, prune, shares, verify_together
+from trainer.checkpoint import retention
+from trainer.checkpoint.retention import bases, checkpoints, newest_sound, prune, shares, verify_together
+from trainer.distributed.world import World
+from trainer.faults.exit_report import ProofError
 
 
 def make(folder: Path, step: int, config: Any = None, init_from: str = "", run_id: str = "r") -> Path:

@@ -24,14 +24,15 @@ from tests.runs import Start, start
 from tests.test_checkpoint import toy
 from tests.test_disk import ALONE, CARD, Nothing, failing, names, save
 from tests.test_resume import LORA, weights
-from trainer import loop, main, room
-from trainer.checkpoint import Checkpointer
-from trainer.disk import clean_leftovers
-from trainer.distributed import World
-from trainer.exits import SaveError
-from trainer.retention import newest_sound
-from trainer.room import Room, checkpoint_bytes, final_bytes, look_ahead, prove_room, shortage, size
-from trainer.trial import tight, trial_save
+from trainer import loop, main
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.retention import newest_sound
+from trainer.checkpoint.trial_save import tight, trial_save
+from trainer.distributed.world import World
+from trainer.faults.exit_report import SaveError
+from trainer.machine import disk_space
+from trainer.machine.atomic_files import clean_leftovers
+from trainer.machine.disk_space import Room, checkpoint_bytes, final_bytes, look_ahead, prove_room, shortage, size
 
 STEPS: dict[str, Any] = {
     **LORA,
@@ -309,7 +310,7 @@ def filled(folder: Path, left: int) -> Iterator[None]:
     """Something else takes the disk, but for `left` bytes."""
     path = folder.parent / "filler"
     with path.open("wb") as out:
-        os.posix_fallocate(out.fileno(), 0, room.free_bytes(folder.parent) - left)
+        os.posix_fallocate(out.fileno(), 0, disk_space.free_bytes(folder.parent) - left)
     try:
         yield
     finally:

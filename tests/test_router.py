@@ -36,10 +36,10 @@ from tests.ranks import run_ranks
 from tests.test_trainable import ALONE
 from tests.tiny import SIZES, VOCAB, save_llm, spread
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.distributed import World
+from trainer.distributed.parallelize import checkpoint_activations, replicate, shard
+from trainer.distributed.world import World
 from trainer.isolation import prove_isolation
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.parallel import checkpoint_activations, replicate, shard
 from trainer.step import train_step
 
 QWEN = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1, "head_dim": 8}

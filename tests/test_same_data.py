@@ -14,7 +14,7 @@ from PIL import Image
 from data.index.fingerprint import changes, fingerprint
 from tests.runs import failure_of, start_alone
 from tests.tiny_data import dataset, grey, talk
-from trainer.same_data import read_note
+from trainer.records.same_data import read_note
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,11 @@ from tests.ranks import SERVER, run_ranks
 from tests.runs import Start, merged, start, start_alone
 from tests.test_resume import LORA, metrics, weights
 from tests.test_stages import finals
-from trainer import exits, loop, main, signals
-from trainer.checkpoint import Checkpointer
-from trainer.distributed import World
-from trainer.steering import EVALUATE, SAVE, STOP, Steering
+from trainer import loop, main
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.distributed.world import World
+from trainer.faults import exit_report, signals
+from trainer.faults.requests import EVALUATE, SAVE, STOP, Steering
 
 NEVER = {"checkpoint": {"every": 99, "keep": 99}, "log": {"every": 99}}
 RARELY: dict[str, Any] = {**LORA, **NEVER, "train": {"max_steps": 8}}
@@ -224,7 +225,7 @@ def leave_hanging(world: World, parts: Path, folder: Path, sections: dict[str, A
     def hanging(*args: Any, **kwargs: Any) -> Any:
         if next(step) == 2:
             for what in asks:
-                exits.record(folder, 70, "of a peer", 2, 1) if what == "peer" else ask(folder, what)
+                exit_report.record(folder, 70, "of a peer", 2, 1) if what == "peer" else ask(folder, what)
             time.sleep(60)
         return original(*args, **kwargs)
 
@@ -266,7 +267,7 @@ def test_before_the_first_step_a_signal_ends_the_run_at_once(parts: Path, tmp_pa
 
 
 def test_handlers_are_there_while_a_run_is_and_only_then(tmp_path: Path) -> None:
-    progress, before = exits.Progress(), [signal.getsignal(number) for number in signals.SIGNALS]
+    progress, before = exit_report.Progress(), [signal.getsignal(number) for number in signals.SIGNALS]
     progress.steering.heeded = True
     with signals.listening(tmp_path, 0, progress, 60.0):
         os.kill(os.getpid(), signal.SIGCHLD)  # none of ours
@@ -285,7 +286,7 @@ def test_another_thread_leaves_signals_alone(tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in signals.SIGNALS]
 
     def listen() -> None:
-        with signals.listening(tmp_path, 0, exits.Progress(), 60.0):
+        with signals.listening(tmp_path, 0, exit_report.Progress(), 60.0):
             found.extend(signal.getsignal(number) for number in signals.SIGNALS)
 
     thread = threading.Thread(target=listen)
@@ -301,7 +302,7 @@ def work() -> None:
 
 
 def worker_code(world: World, folder: Path) -> int | None:
-    with signals.listening(folder, 0, exits.Progress(), 60.0):
+    with signals.listening(folder, 0, exit_report.Progress(), 60.0):
         worker = multiprocessing.Process(target=work)
         worker.start()
         worker.join()
@@ -327,17 +328,17 @@ def test_a_wish_is_told_once_and_fulfilled_once() -> None:
 
 def test_torchrun_does_not_restart_what_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
-    exits.record(tmp_path, 75, "STOP", 3, 0)
+    exit_report.record(tmp_path, 75, "STOP", 3, 0)
     signals.check_restart(tmp_path)  # the first start of a launch
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with pytest.raises(exits.StopRequested, match="not restarted: STOP"):
+    with pytest.raises(exit_report.StopRequested, match="not restarted: STOP"):
         signals.check_restart(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "two")
     signals.check_restart(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
     for code, reason in ((70, "failed"), (75, "SIGTERM before the first step; there is no checkpoint yet")):
         (tmp_path / "exit.json").unlink()
-        exits.record(tmp_path, code, reason, 3, 0)
+        exit_report.record(tmp_path, code, reason, 3, 0)
         signals.check_restart(tmp_path)
 
 

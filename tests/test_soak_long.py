@@ -17,7 +17,7 @@ from tests.ranks import run_ranks
 from tests.runs import Start, start
 from tests.test_resume import LORA, metrics, weights
 from trainer import loop
-from trainer.distributed import World
+from trainer.distributed.world import World
 
 STEPS, SAMPLES, STARTS = 10_000, 100, 200
 MAX_GROWTH = 4 << 20

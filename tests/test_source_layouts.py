@@ -15,8 +15,8 @@ from data.index.record_index import RecordIndex
 from data.records.record import RecordError
 from tests.runs import config_of
 from tests.tiny_data import talk
-from trainer.distributed import World
-from trainer.sources import certify_all, open_data
+from trainer.distributed.world import World
+from trainer.records.run_data import certify_all, open_data
 
 RECORDS = [talk("Hi", "Yes."), talk("Ho", "No.")]
 WORLD = World(0, 0, 1, None)  # type: ignore[arg-type]

@@ -17,11 +17,11 @@ from data.order.mixing import Pool, make_pools
 from model.config import ConfigError
 from tests.ranks import run_ranks
 from tests.tiny_data import datasets, talk
-from trainer import plan_lengths
-from trainer.distributed import World
-from trainer.feeding import check_fed
-from trainer.plan_lengths import agree
-from trainer.quarantine import NAME, Quarantine, read_rows
+from trainer.distributed.world import World
+from trainer.records import freeze_lengths
+from trainer.records.feeding import check_fed
+from trainer.records.freeze_lengths import agree
+from trainer.records.quarantine import NAME, Quarantine, read_rows
 
 IMAGE, VIDEO, AUDIO = 1, 2, 4
 
@@ -128,11 +128,11 @@ def wait_for_rank_0(world: World) -> int:
         signs += 1
         return tell(*said)
 
-    tell, plan_lengths._tell = plan_lengths._tell, sign
+    tell, freeze_lengths._tell = freeze_lengths._tell, sign
     if world.is_main:
         for _ in range(3):
             sign(world, False)
-    plan_lengths.wait(world)
+    freeze_lengths.wait(world)
     return signs
 
 

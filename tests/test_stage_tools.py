@@ -10,9 +10,9 @@ import pytest
 
 from tests.runs import config_of, start_alone, tables
 from tools import check_data, inspect_data
-from trainer.quarantine import read_rows
-from trainer.step_log import read_step
-from trainer.toml_files import to_toml
+from trainer.records.quarantine import read_rows
+from trainer.records.sample_log import read_step
+from trainer.runfile.toml_files import to_toml
 
 SEE: dict[str, Any] = {"name": "see", "model": {"llm": {"tune": "frozen"}, "vision": {"tune": "frozen"}}, "train": {"max_steps": 2}}
 

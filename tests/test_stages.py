@@ -18,7 +18,7 @@ from tests.finals import same, values
 from tests.ranks import kill_ranks_when, run_ranks
 from tests.runs import Start, failure_of, merged, start, start_alone
 from trainer import main
-from trainer.distributed import World
+from trainer.distributed.world import World
 from trainer.loop import Loop
 
 ALIGN: dict[str, Any] = {

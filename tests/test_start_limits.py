@@ -28,8 +28,9 @@ from data.records.record import RecordError, parse
 from model.files.tensor_files import Rows
 from model.weights.materialise import Layer, materialise, parameters_on_meta
 from tests.tiny_data import SPECS, dataset, grey, talk, template
-from trainer import plan_lengths, traffic
-from trainer.distributed import World
+from trainer.distributed.world import World
+from trainer.machine import io_traffic as traffic
+from trainer.records import freeze_lengths as plan_lengths
 
 MANY = 50
 

@@ -19,9 +19,11 @@ from model.config import ConfigError
 from tests.ranks import run_ranks
 from tests.runs import config_of, tables
 from tests.test_lock import Holder
-from trainer import distributed, exits, main, signals
-from trainer.distributed import World
-from trainer.toml_files import to_toml
+from trainer import main
+from trainer.distributed import world as distributed
+from trainer.distributed.world import World
+from trainer.faults import exit_report, signals
+from trainer.runfile.toml_files import to_toml
 
 
 def start_again(world: World, parts: Path, folder: Path) -> tuple[list[int], list[str]]:
@@ -65,7 +67,7 @@ def test_who_waits_for_a_folder_in_vain_tells_nothing_there(
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trainer.lock.time.sleep", interrupted)
+    monkeypatch.setattr("trainer.machine.folder_lock.time.sleep", interrupted)
     assert main.run(config_of(parts, output_dir=str(held))) == 130
     assert "interrupted" in capsys.readouterr().err and not (held / "exit.json").exists()
 
@@ -79,8 +81,8 @@ def test_a_rank_that_has_not_met_the_others_does_not_know_whose_folder_it_is(
     def leave(code: int) -> None:
         raise SystemExit(code)
 
-    monkeypatch.setattr("trainer.signals.os._exit", leave)
-    listener = signals.Listener(tmp_path, 1, exits.Progress(has_met=has_met), 60.0)
+    monkeypatch.setattr("trainer.faults.signals.os._exit", leave)
+    listener = signals.Listener(tmp_path, 1, exit_report.Progress(has_met=has_met), 60.0)
     with pytest.raises(SystemExit, match="75"):
         listener._stop("SIGTERM")
     assert (tmp_path / "exit.json").exists() == has_met
@@ -93,8 +95,8 @@ def test_a_folder_that_fails_keeps_nobody_from_leaving(tmp_path: Path, monkeypat
     def leave(code: int) -> None:
         raise SystemExit(code)
 
-    listener = signals.Listener(tmp_path, 0, exits.Progress(), 60.0)
-    monkeypatch.setattr("trainer.signals.os._exit", leave)
+    listener = signals.Listener(tmp_path, 0, exit_report.Progress(), 60.0)
+    monkeypatch.setattr("trainer.faults.signals.os._exit", leave)
     for name in ("is_dir", "glob", "open", "write_text"):
         monkeypatch.setattr(Path, name, stale)
     with pytest.raises(SystemExit, match="75"):
@@ -112,7 +114,7 @@ def test_a_folder_that_hangs_holds_no_run_up_that_is_over(tmp_path: Path, monkey
 
     monkeypatch.setattr(signals.Listener, "_removed", hanging)
     monkeypatch.setattr(signals, "LOOK_SECONDS", 0.01)
-    with signals.listening(tmp_path, 0, exits.Progress(), 60.0):
+    with signals.listening(tmp_path, 0, exit_report.Progress(), 60.0):
         reached.wait()
     (left,) = [thread for thread in threading.enumerate() if thread.name == "signals"]
     goes_on.set()
@@ -128,9 +130,9 @@ def test_exit_json_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_text", full)
-        assert exits.record(tmp_path, 70, "a", 1, 1, speaks=True) and not exits.record(tmp_path, 70, "a", 1, 1)
+        assert exit_report.record(tmp_path, 70, "a", 1, 1, speaks=True) and not exit_report.record(tmp_path, 70, "a", 1, 1)
     assert not list(tmp_path.iterdir())
-    assert exits.record(tmp_path, 70, "a", 1, 1) and not exits.record(tmp_path, 75, "b", 1, 0)
+    assert exit_report.record(tmp_path, 70, "a", 1, 1) and not exit_report.record(tmp_path, 75, "b", 1, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["exit.json"]
     assert json.loads((tmp_path / "exit.json").read_text())["reason"] == "a"
 

@@ -26,10 +26,10 @@ from tests.test_router import save_mixture
 from tests.tiny import save_llm
 from tests.tiny_audio import save_whisper
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.distributed import World
+from trainer.distributed.parallelize import checkpoint_activations, replicate, shard
+from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.parallel import checkpoint_activations, replicate, shard
-from trainer.runfile import parse_config
+from trainer.runfile.load import parse_config
 from trainer.step import train_step
 
 CLASSES, WEIGHTS, FACTOR = 3, (0.05, 0.2, 0.1), 0.5

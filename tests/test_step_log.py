@@ -15,8 +15,8 @@ from model.config import ConfigError
 from tests.runs import failure_of, start_alone
 from tests.test_resume import LORA, cut
 from tests.test_trainable import ALONE
-from trainer.distributed import World
-from trainer.step_log import StepLog, read_step
+from trainer.distributed.world import World
+from trainer.records.sample_log import StepLog, read_step
 
 
 def sampler() -> Sampler:

@@ -41,7 +41,7 @@ from tests.test_router import save_mixture
 from tests.tiny import SIZES, save_llm, save_tower, spread
 from tests.tiny_audio import MELS, save_whisper
 from tests.tiny_tokenizers import NAMES
-from trainer.vocabulary import check_surplus, plan_vocabulary
+from trainer.records.vocabulary import check_surplus, plan_vocabulary
 
 FORMS = [*LLM_FORMS, *ENCODER_FORMS]
 PAGE = Path(__file__).parent.parent / "docs" / "stored_forms.md"

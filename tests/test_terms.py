@@ -32,10 +32,10 @@ from tests.tiny_media import tone, wav
 from tests.tiny_tokenizers import NAMES
 from tools.bench_step import Counter, hidden_syncs
 from trainer.config import OptimConfig
-from trainer.distributed import World
+from trainer.distributed.parallelize import checkpoint_activations, replicate
+from trainer.distributed.world import World
 from trainer.metrics import Meter, Ratios, means
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.parallel import checkpoint_activations, replicate
 from trainer.step import StepResult, divisors, ratios_of, total_loss, train_step
 
 NUM_RECORDS = 10

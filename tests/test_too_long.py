@@ -13,13 +13,13 @@ from data.check.check_dataset import check_dataset
 from data.config import DataError
 from tests.runs import config_of, failure_of
 from tests.test_config import problems
-from trainer import quick_check as looking
+from trainer.checkpoint.resume import MAY_CHANGE
 from trainer.config import RunConfig
-from trainer.distributed import World
-from trainer.quick_check import carry_out, planned, quick_check, too_long
-from trainer.resume import MAY_CHANGE
-from trainer.sources import RunData, open_data
-from trainer.too_long import Lengths
+from trainer.distributed.world import World
+from trainer.records import quick_check as looking
+from trainer.records.quick_check import carry_out, planned, quick_check, too_long
+from trainer.records.run_data import RunData, open_data
+from trainer.records.too_long import Lengths
 
 WORLD = World(0, 0, 1, None)  # type: ignore[arg-type]
 BLIND = {"vision": None, "vision_projector": None}

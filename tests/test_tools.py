@@ -27,8 +27,8 @@ from tests.runs import save_parts, save_records, tables
 from tools import chat, cli, evaluate, inspect_data, plot_run
 from tools.cli import printable
 from trainer.main import run
-from trainer.runfile import load_config, parse_config
-from trainer.toml_files import to_toml
+from trainer.runfile.load import load_config, parse_config
+from trainer.runfile.toml_files import to_toml
 
 ROOT = Path(__file__).parent.parent
 NEW_TOKENS = 6

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.runs import tables
-from trainer.toml_files import to_toml
+from trainer.runfile.toml_files import to_toml
 
 ROOT = Path(__file__).parent.parent
 

@@ -25,7 +25,7 @@ from model.weights.materialise import Layer, materialise, parameters_on_meta
 from tests.ranks import run_ranks
 from tests.test_equivalence import run_steps
 from tests.tiny import TOWER_SIZES, TOWERS, save_llm, save_tower
-from trainer.distributed import World
+from trainer.distributed.world import World
 
 TOTAL = TOWER_SIZES["num_hidden_layers"]
 PREFIX = {"siglip": 0, "registers": 4}

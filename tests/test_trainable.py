@@ -20,9 +20,9 @@ from tests.ranks import run_ranks
 from tests.test_equivalence import make_sample, step_batches
 from tests.tiny import save_llm, save_tower
 from trainer.config import OptimConfig
-from trainer.distributed import World
+from trainer.distributed.parallelize import replicate, shard
+from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.parallel import replicate, shard
 from trainer.setup import prove_gradients
 from trainer.step import train_step
 

@@ -15,8 +15,8 @@ from tests.ranks import kill_ranks_when, run_ranks
 from tests.runs import merged, start
 from tests.test_resume import metrics
 from trainer import loop
-from trainer.distributed import World
-from trainer.step_log import read_step
+from trainer.distributed.world import World
+from trainer.records.sample_log import read_step
 
 BAD = 5
 """The record whose picture is missing."""

@@ -18,16 +18,16 @@ from tests import hangs
 from tests.hangs import check
 from tests.ranks import ends_of, run_ranks
 from tests.runs import config_of
-from trainer import distributed
-from trainer import judge as judge_module
-from trainer import watch as watch_module
-from trainer.agreement import differences
-from trainer.distributed import World
-from trainer.guard import is_of_peers
-from trainer.judge import LEAST_AT_START, Judge, place_of
+from trainer.distributed import world as distributed
+from trainer.distributed.rank_consistency import differences
+from trainer.distributed.world import World
+from trainer.faults import hang_diagnosis as judge_module
+from trainer.faults import phase_tracker as watch_module
+from trainer.faults.hang_diagnosis import LEAST_AT_START, Judge, place_of
+from trainer.faults.phase_tracker import STARTING, WAITING, Watch
+from trainer.faults.watchdog import is_of_peers
+from trainer.machine.processes import GONE, HALTED, RUNNING, Process, myself
 from trainer.main import run
-from trainer.processes import GONE, HALTED, RUNNING, Process, myself
-from trainer.watch import STARTING, WAITING, Watch
 
 CASES = [
     ("ddp", 1, "stopped", "backward", 2),

@@ -26,9 +26,9 @@ from torch import nn
 from model.card import ModelCard
 from model.config import LlmConfig, LoraConfig, ModelConfig
 from model.llm.causal_lm import Vocabulary
-from trainer.checkpoint import Checkpointer
-from trainer.distributed import World, start_world, stop_world
-from trainer.restore import Trained
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.restore import Trained
+from trainer.distributed.world import World, start_world, stop_world
 
 LORA_ROWS = 16
 """Half of the tensors are as small as LoRA's."""

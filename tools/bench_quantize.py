@@ -31,9 +31,9 @@ from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.distributed import World, start_world, stop_world
+from trainer.distributed.parallelize import replicate, shard
+from trainer.distributed.world import World, start_world, stop_world
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.parallel import replicate, shard
 from trainer.step import train_step
 
 VOCAB, LENGTH, GLOBAL_BATCH = 512, 32, 16

@@ -27,7 +27,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from tools.make_demo import CORPUS, SIDE, VOCAB, train_tokenizer, write_parts
-from trainer.toml_files import to_toml
+from trainer.runfile.toml_files import to_toml
 
 NUM_GOOD, NUM_PICTURES = 200, 8
 LIMIT = 1.2

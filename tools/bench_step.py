@@ -30,16 +30,16 @@ from model.config import LlmConfig, ModelConfig, VisionConfig, VisionProjectorCo
 from model.multimodal import MultimodalLM
 from tools.make_demo import CORPUS, VOCAB, train_tokenizer, write_parts
 from trainer.config import OptimConfig
-from trainer.distributed import World, start_world
-from trainer.health import hearable
-from trainer.later import Later
+from trainer.distributed.parallelize import replicate
+from trainer.distributed.world import World, start_world
+from trainer.faults.phase_tracker import Watch
+from trainer.faults.requests import Steering
+from trainer.health.deferred_read import Later
+from trainer.health.loss_monitor import hearable
 from trainer.metrics import Meter
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.parallel import replicate
 from trainer.schedule import multiplier
-from trainer.steering import Steering
 from trainer.step import train_step
-from trainer.watch import Watch
 
 LONG, SHORT = 136, 8
 SYNCS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "unique_consecutive", "allclose"}

@@ -26,14 +26,14 @@ from data.config import DataError
 from data.dataset import MultimodalDataset
 from model.config import ConfigError
 from tools.cli import printable, run
+from trainer.checkpoint.retention import checkpoints
 from trainer.config import RunConfig
-from trainer.distributed import World
-from trainer.plan_lengths import processors
-from trainer.retention import checkpoints
-from trainer.runfile import load_config
-from trainer.sources import open_data
-from trainer.stages import Place, place_to_read
-from trainer.toml_files import undashed
+from trainer.distributed.world import World
+from trainer.records.freeze_lengths import processors
+from trainer.records.run_data import open_data
+from trainer.runfile.load import load_config
+from trainer.runfile.stages import Place, place_to_read
+from trainer.runfile.toml_files import undashed
 
 SHOWN = 20  # problems of each field, and duplicates of each kind
 BAD_FILE, DUPLICATES_FILE = "bad.jsonl", "duplicates.jsonl"

@@ -19,7 +19,7 @@ from pathlib import Path
 from model.config import ConfigError
 from tools.cli import run
 from tools.demo_runs import QUESTIONS
-from trainer.exits import ProofError
+from trainer.faults.exit_report import ProofError
 
 MARK = ".demo"  # file that says a folder is the demo's own and may be replaced
 WANTED = {"digit": 0.85, "parity": 0.90}

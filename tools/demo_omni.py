@@ -18,11 +18,11 @@ from tools.cli import run
 from tools.demo import clear, do, module, trained_by
 from tools.make_omni import KINDS, WHICH
 from trainer.config import TrainConfig, ValidationConfig
-from trainer.exits import ProofError
-from trainer.runfile import load_config
-from trainer.schema import to_tables
-from trainer.stages import Place, places_of
-from trainer.toml_files import to_toml
+from trainer.faults.exit_report import ProofError
+from trainer.runfile.load import load_config
+from trainer.runfile.schema import to_tables
+from trainer.runfile.stages import Place, places_of
+from trainer.runfile.toml_files import to_toml
 
 TEACHES = {"text": "text", "align_vision": "image", "vision": "video", "align_audio": "audio", "together": "noise"}
 """What each stage of the run file is there for."""

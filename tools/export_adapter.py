@@ -30,7 +30,7 @@ from model.weights.peft_adapter import INHERITS, OUR_CONFIG, OURS, WEIGHTS, adap
 from tools.cli import printable
 from tools.llava_folder import prove_folder, write_folder
 from tools.output_folder import listing, new_folder
-from trainer.exits import code_of
+from trainer.faults.exit_report import code_of
 
 
 def to_safetensors(source: Path, out: Path, card: ModelCard, _: Path) -> str:

@@ -17,12 +17,12 @@ from model.batch import PLACEHOLDERS
 from model.config import ConfigError
 from tools.inspect_entry import Entry, entry_of
 from trainer.config import RunConfig
-from trainer.distributed import World
-from trainer.quarantine import TRAIN, VALIDATION, read_rows
-from trainer.runfile import load_config
-from trainer.sources import open_data
-from trainer.stages import Place, place_to_read
-from trainer.step_log import read_step
+from trainer.distributed.world import World
+from trainer.records.quarantine import TRAIN, VALIDATION, read_rows
+from trainer.records.run_data import open_data
+from trainer.records.sample_log import read_step
+from trainer.runfile.load import load_config
+from trainer.runfile.stages import Place, place_to_read
 
 KIND_BITS = {kind: 1 << n for n, kind in enumerate(PLACEHOLDERS)}
 """Of `MultimodalDataset.modalities`."""

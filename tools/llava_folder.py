@@ -19,7 +19,7 @@ from model.files.tensor_files import dump_json
 from model.multimodal import MultimodalLM
 from model.vision.normalise import normalised
 from tools.proofs import batch_of, check_close, in_float32, logits, sample
-from trainer.exits import ProofError
+from trainer.faults.exit_report import ProofError
 
 PLACEHOLDER = PLACEHOLDERS["image"]
 

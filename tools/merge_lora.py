@@ -28,7 +28,7 @@ from model.load import load_model
 from tools.cli import printable
 from tools.output_folder import listing, new_folder
 from tools.proofs import batch_of, check_close, logits, sample
-from trainer.exits import ProofError, code_of
+from trainer.faults.exit_report import ProofError, code_of
 
 
 def merge(source: Path, out: Path) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from model.config import ConfigError
-from trainer.exits import SaveError
+from trainer.faults.exit_report import SaveError
 
 
 @contextmanager

@@ -21,21 +21,21 @@ from data.sample import Sample
 from model.config import ConfigError
 from tools.cli import printable, run
 from tools.plan_table import as_json, table
-from trainer.advice import Change, Heavy, fitting, least_change
 from trainer.config import RunConfig
-from trainer.device_memory import total_memory
-from trainer.distributed import World
-from trainer.file_sizes import checkpoint_bytes, final_bytes
-from trainer.footprint import Footprint, on_meta, sharing_ranks
-from trainer.heaviest import find_heaviest, read_samples
-from trainer.made_up import made_up_samples
-from trainer.parallel import check_sharing
-from trainer.runfile import load_config
+from trainer.distributed.parallelize import check_sharing
+from trainer.distributed.world import World
+from trainer.machine.memory_info import total_memory
+from trainer.memory.advice import Change, Heavy, fitting, least_change
+from trainer.memory.file_sizes import checkpoint_bytes, final_bytes
+from trainer.memory.footprint import Footprint, on_meta, sharing_ranks
+from trainer.memory.heaviest_batch import find_heaviest, read_samples
+from trainer.memory.sample_cost import media_memory, sample_costs
+from trainer.memory.synthetic_samples import made_up_samples
+from trainer.records.run_data import RunData, open_data
+from trainer.runfile.load import load_config
+from trainer.runfile.stages import place_to_read
+from trainer.runfile.toml_files import undashed
 from trainer.setup import num_steps, resolved
-from trainer.sources import RunData, open_data
-from trainer.stages import place_to_read
-from trainer.toml_files import undashed
-from trainer.work import media_memory, sample_costs
 
 GIB = 2**30
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from data.check.measured_lengths import EXACT
 from model.trainable import part_table
-from trainer.advice import told
-from trainer.footprint import Footprint, on_meta
-from trainer.rehearsal import described
-from trainer.room import size as rounded
+from trainer.machine.disk_space import size as rounded
+from trainer.memory.advice import told
+from trainer.memory.footprint import Footprint, on_meta
+from trainer.memory.rehearsal import described
 
 if TYPE_CHECKING:
     from tools.plan import Plan

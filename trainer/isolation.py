@@ -13,8 +13,8 @@ from data.sample import Sample
 from model.batch import IGNORE_INDEX, Batch
 from model.config import ConfigError
 from model.multimodal import MultimodalLM
-from trainer.distributed import World
-from trainer.parallel import reshard
+from trainer.distributed.parallelize import reshard
+from trainer.distributed.world import World
 
 LENGTH = 8  # tokens of each of the two samples
 ROUNDING = {torch.float32: 1e-3}

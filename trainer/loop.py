@@ -12,22 +12,22 @@ from tqdm import tqdm
 from data.dataset import MultimodalDataset
 from data.loader import MicroBatch, train_batches
 from data.workers import Reading, named
-from trainer.accounts import Accounts
-from trainer.checkpoint import Checkpointer
-from trainer.exits import INTERNAL, Progress, StopRequested, code_of
-from trainer.health import Health, forget_after, hearable, split
-from trainer.later import Later
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.resume import digest_of, run_state
+from trainer.checkpoint.trial_save import prove_saving
+from trainer.faults.exit_report import INTERNAL, Progress, StopRequested, code_of
+from trainer.faults.requests import EVALUATE, SAVE, STOP, WISHES
+from trainer.health.deferred_read import Later
+from trainer.health.loss_monitor import Health, forget_after, hearable, split
+from trainer.machine.disk_space import unwritable
+from trainer.memory.sample_cost import sample_costs
 from trainer.metrics import Meter, MetricsLog
 from trainer.optim import set_learning_rates
-from trainer.resume import digest_of, run_state
-from trainer.room import unwritable
+from trainer.records.bookkeeping import Accounts
 from trainer.schedule import multiplier
 from trainer.setup import Setup
-from trainer.steering import EVALUATE, SAVE, STOP, WISHES
 from trainer.step import train_step
-from trainer.trial import prove_saving
 from trainer.validate import validate
-from trainer.work import sample_costs
 
 PEERS = 5.0
 """Seconds that a save under way gets when a run ends by an error of its own, or by that of another rank."""

@@ -13,39 +13,39 @@ from pathlib import Path
 from typing import Any
 
 from model.config import ConfigError
-from trainer import exits, signals
-from trainer.agreement import agree
+from trainer.checkpoint.restore import restore
+from trainer.checkpoint.resume import check_state, choose, left_of
+from trainer.checkpoint.retention import set_aside, step_of
+from trainer.checkpoint.write_final import final_step, publish, write_final
 from trainer.config import RunConfig
-from trainer.disk import make_folder, replace_text
-from trainer.distributed import World, die_with_parent, start_world, stop_world
-from trainer.export import final_step, publish, write_final
-from trainer.guard import Guard
-from trainer.lock import FolderLock, hold
-from trainer.look_ahead import look_ahead
+from trainer.distributed.rank_consistency import agree
+from trainer.distributed.world import World, die_with_parent, start_world, stop_world
+from trainer.faults import exit_report, signals
+from trainer.faults.requests import STOP
+from trainer.faults.watchdog import Guard
 from trainer.loop import Loop
-from trainer.open_files import check_limit, raise_limit
-from trainer.quarantine import NAME as QUARANTINE
-from trainer.quarantine import read_rows, start_afresh
-from trainer.quick_check import quick_check
-from trainer.rehearsal import rehearse
+from trainer.machine.atomic_files import make_folder, replace_text
+from trainer.machine.folder_lock import FolderLock, hold
+from trainer.machine.open_files import check_limit, raise_limit
+from trainer.machine.run_folder import check_names
+from trainer.memory.rehearsal import rehearse
+from trainer.records.later_stages import look_ahead
+from trainer.records.quarantine import NAME as QUARANTINE
+from trainer.records.quarantine import read_rows, start_afresh
+from trainer.records.quick_check import quick_check
+from trainer.records.run_data import certify_all, open_data, with_bases
+from trainer.records.same_data import is_accepted, same_data
 from trainer.report import plan
-from trainer.restore import restore
-from trainer.resume import check_state, choose, left_of
-from trainer.retention import set_aside, step_of
-from trainer.run_folder import check_names
-from trainer.runfile import load_config
-from trainer.same_data import is_accepted, same_data
-from trainer.schema import to_tables
+from trainer.runfile.load import load_config
+from trainer.runfile.schema import to_tables
+from trainer.runfile.stages import Place, check_stages, outline, places_of
+from trainer.runfile.toml_files import apply_override, read_toml, to_toml, undashed
 from trainer.setup import Setup, build, make_deterministic, resolved
-from trainer.sources import certify_all, open_data, with_bases
-from trainer.stages import Place, check_stages, outline, places_of
-from trainer.steering import STOP
-from trainer.toml_files import apply_override, read_toml, to_toml, undashed
 
 
 def run(config: RunConfig, world: World | None = None) -> int:
     """Train as `config` says; returns the exit code. Errors are reported in one line, and in exit.json."""
-    rank, folder, progress = int(os.environ.get("RANK", "0")), Path(config.output_dir), exits.Progress()
+    rank, folder, progress = int(os.environ.get("RANK", "0")), Path(config.output_dir), exit_report.Progress()
     lock: FolderLock | None = None
     raise_limit()
     if world is None:
@@ -60,35 +60,35 @@ def run(config: RunConfig, world: World | None = None) -> int:
             return attended(config, world, progress, lock)
     except (Exception, KeyboardInterrupt) as error:
         # What rank 0 does not hold is another run's, which would take exit.json for the word of a rank of its own.
-        return exits.report_failure(error, folder if lock or rank else None, progress.step, rank)
+        return exit_report.report_failure(error, folder if lock or rank else None, progress.step, rank)
     finally:
         if lock is not None:
             lock.release()
 
 
-def attended(config: RunConfig, world: World | None, progress: exits.Progress, lock: FolderLock | None) -> int:
+def attended(config: RunConfig, world: World | None, progress: exit_report.Progress, lock: FolderLock | None) -> int:
     """The run once the ranks have met: they look after each other until the last message is said. Returns the exit code."""
     own, folder = world is None, Path(config.output_dir)
     world = world or start_world()
     progress.has_met = True
     guard = Guard(progress.watch, world, folder, config.faults.stall_seconds, lock).start()
-    code = exits.DONE
+    code = exit_report.DONE
     try:
         config = resolved(config, world)
         agree(config, world)
         train(config, world, progress)
         if world.is_main:
-            exits.record(folder, exits.DONE, "done", progress.step, world.rank)
+            exit_report.record(folder, exit_report.DONE, "done", progress.step, world.rank)
     except (Exception, KeyboardInterrupt) as error:
         code = ended(error, folder, progress, world.rank, guard)
     finally:
         guard.stop()
-    if own and (code == exits.DONE or world.size == 1):  # after a failure peers may stand in a collective, and it would wait
+    if own and (code == exit_report.DONE or world.size == 1):  # after a failure peers may stand in a collective, and it would wait
         stop_world()
     return code
 
 
-def ended(error: BaseException, folder: Path, progress: exits.Progress, rank: int, guard: Guard) -> int:
+def ended(error: BaseException, folder: Path, progress: exit_report.Progress, rank: int, guard: Guard) -> int:
     """The exit code of a run that failed, once people are told."""
     # Torch interrupts the main thread, wherever it is, to say that a data worker died: not while people are told.
     is_main_thread = threading.current_thread() is threading.main_thread()
@@ -97,14 +97,14 @@ def ended(error: BaseException, folder: Path, progress: exits.Progress, rank: in
     except RuntimeError as later:
         before, error = None, later
     try:
-        return exits.report_failure(progress.watch.explained(error), folder, progress.step, rank, guard)
+        return exit_report.report_failure(progress.watch.explained(error), folder, progress.step, rank, guard)
     finally:
         guard.stop()
         if before is not None:
             signal.signal(signal.SIGCHLD, before)
 
 
-def train(root: RunConfig, world: World, progress: exits.Progress) -> None:
+def train(root: RunConfig, world: World, progress: exit_report.Progress) -> None:
     """Every stage that is left of a run, one after the other; most runs are one stage."""
     check_limit(root.data)  # before a file that cannot be opened is taken for one that is not there
     make_deterministic(root)
@@ -125,7 +125,7 @@ def train(root: RunConfig, world: World, progress: exits.Progress) -> None:
         first_step = train_stage(replace(place, first_step=first_step), start, world, progress)
         progress.steering.heeded = False
         if not place.is_last and progress.steering.take_between(STOP, world):
-            raise exits.StopRequested(f"stopped on request after {place}, whose final/ is written; the same command goes on")
+            raise exit_report.StopRequested(f"stopped on request after {place}, whose final/ is written; the same command goes on")
         checkpoint, state, damaged = None, None, []
 
 
@@ -138,7 +138,7 @@ class Start:
     damaged: list[str]  # what to tell about checkpoints that were moved aside
 
 
-def train_stage(place: Place, start: Start, world: World, progress: exits.Progress) -> int:
+def train_stage(place: Place, start: Start, world: World, progress: exit_report.Progress) -> int:
     """Data, model, resume, plan, loop, final: in this order, each proven before the next. Returns the run's completed steps."""
     config, checkpoint, state = place.config, start.checkpoint if start.state else None, start.state
     if world.is_main:
@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
         # Every rank reads the same file and finds the same: one of them tells.
         if int(os.environ.get("RANK", "0")) == 0:
             refuse(error, named_folder(arguments.cfg, arguments.overrides))
-        return exits.code_of(error)
+        return exit_report.code_of(error)
     return run(config)
 
 
@@ -229,9 +229,9 @@ def refuse(error: Exception, folder: Path | None) -> None:
     lock: FolderLock | None = None
     try:
         lock = hold(folder, waits=False) if folder else None
-    except exits.SaveError:
+    except exit_report.SaveError:
         folder = None
-    exits.report_failure(error, folder, None, 0)
+    exit_report.report_failure(error, folder, None, 0)
     if lock is not None:
         lock.release()
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from model.batch import Batch
 from model.files.tensor_files import dump_json
-from trainer.disk import replace_text
-from trainer.distributed import World
-from trainer.json_lines import read_sound
+from trainer.distributed.world import World
+from trainer.machine.atomic_files import replace_text
+from trainer.machine.json_lines import read_sound
 from trainer.step import StepResult
 
 NAME = "metrics.jsonl"

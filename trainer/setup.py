@@ -17,14 +17,14 @@ from model.config import ConfigError
 from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
+from trainer.checkpoint.restore import Trained
 from trainer.config import RunConfig
-from trainer.distributed import World
+from trainer.distributed.parallelize import check_sharing, checkpoint_activations, is_sharded, replicate, shard
+from trainer.distributed.world import World
 from trainer.isolation import prove_isolation
 from trainer.optim import build_optimizer
-from trainer.parallel import check_sharing, checkpoint_activations, is_sharded, replicate, shard
-from trainer.restore import Trained
-from trainer.sources import RunData
-from trainer.stages import Place
+from trainer.records.run_data import RunData
+from trainer.runfile.stages import Place
 
 
 @dataclass(frozen=True)

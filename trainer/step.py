@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from model.batch import Batch
 from model.loss import Term
 from model.weights.initial_values import seed_of
-from trainer.distributed import World
+from trainer.distributed.parallelize import gradient_sync
+from trainer.distributed.world import World
 from trainer.optim import clipped_update, gradient_norm
-from trainer.parallel import gradient_sync
 
 
 @dataclass(frozen=True)

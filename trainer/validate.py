@@ -8,12 +8,12 @@ import torch
 
 from data.loader import validation_batches
 from data.workers import Reading, named
+from trainer.distributed.parallelize import reshard
+from trainer.faults.phase_tracker import Watch
 from trainer.metrics import Ratios, SourceSums, mean_losses, means
-from trainer.parallel import reshard
-from trainer.quarantine import VALIDATION, Quarantine
+from trainer.records.quarantine import VALIDATION, Quarantine
 from trainer.setup import Setup
 from trainer.step import ratios_of
-from trainer.watch import Watch
 
 
 def validate(setup: Setup, quarantine: Quarantine, step: int, watch: Watch | None = None) -> dict[str, float]:

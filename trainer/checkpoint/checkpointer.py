@@ -1,0 +1,214 @@
+"""Checkpoints: sharded safetensors and JSON, complete only when the manifest is written and the folder has its name."""
+
+from __future__ import annotations
+
+import json
+import platform
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.processor import Processor
+from model.card import ModelCard, write_card
+from model.files.manifest import write_manifest
+from model.files.shards import MOMENTS, WEIGHTS, Chunks, ShardPlan, live, local, plan_shard, write_planned
+from model.files.tensor_files import dump_json
+from model.weights.materialise import is_first_copy
+from trainer.checkpoint.background_save import Agreement, Task, attempt, raise_problem
+from trainer.checkpoint.host_staging import Staging, short_of_memory
+from trainer.checkpoint.restore import Trained
+from trainer.checkpoint.retention import PREFIX, STATE, prune
+from trainer.distributed.world import World
+from trainer.machine.atomic_files import SAVING, TRIAL, make_folder, put_in_place, remove_folder, replace_text, sync_run
+from trainer.machine.disk_space import Room, look_ahead, shortage, written_bytes
+from trainer.machine.memory_info import available_bytes
+
+
+class Checkpointer:
+    """Writes the checkpoints of one run folder, beside training: at most one at a time, each complete before it has its name."""
+
+    def __init__(self, folder: Path, keep: int, world: World, alive: Callable[[], None] = lambda: None) -> None:
+        """`alive` is told that a save comes on, for as long as training waits for it."""
+        self.folder, self.keep, self.world, self.alive = folder, keep, world, alive
+        self.run_id = str(world.broadcast_json(uuid.uuid4().hex))
+        self.agreement = Agreement(world.channel("save"), self.run_id, world.rank, world.size)
+        self.task: Task | None = None
+        self.staging: Staging | None = None  # where host memory is short there is none, and training waits
+        self.papers: dict[str, bytes] | None = None
+        self.room: Room | None = None  # what saves take, once it was proven that they fit
+        self.num_chunks = self.num_told = 0  # pieces that this rank has written or compared, and those that `alive` knows of
+
+    def prepare(self, trained: Trained, card: ModelCard, processor: Processor) -> None:
+        """Allocate the memory of all saves, moments included that do not exist yet, and write down what is the same in all of them.
+
+        Collective; the first save does it if nobody has. SaveError on every rank when the folder cannot be written.
+        """
+        problem, papers = attempt(lambda: _papers(self.folder, card, processor) if self.world.is_main else {}, self.folder)
+        needed = (1 + len(MOMENTS)) * sum(local(t).nbytes for t in _tensors(trained, self.world, moments=False).values())
+        answers = self.world.gather_json([problem, platform.node(), needed, available_bytes()])
+        raise_problem(answers[0][0], self._told)
+        self.papers = papers
+        short = short_of_memory([(host, need, free) for _, host, need, free in answers])
+        try:
+            self.staging = None if short else Staging(needed, self.world.device)
+        except MemoryError as error:
+            short = str(error)
+        if short:
+            print(f"save      rank {self.world.rank}: training waits while checkpoints are written: {short}", flush=True)
+
+    def save(
+        self,
+        step: int,
+        trained: Trained,
+        state: dict[str, Any],
+        card: ModelCard,
+        processor: Processor,
+        before: dict[Path, str] | None = None,
+    ) -> Path:
+        """Begin to write checkpoint-`step`, counted over the whole run; every rank calls it.
+
+        `before`: texts of other files of the run folder, which the disk has once the checkpoint has its name; rank 0 writes them.
+
+        When it returns all values are taken: weights, moments and `state` may change. It waits for the save before, and raises
+        SaveError or ProofError when that failed.
+        """
+        self.wait()
+        if self.papers is None:
+            self.prepare(trained, card, processor)
+        tensors = _tensors(trained, self.world)
+        note = Note(step, json.loads(dump_json(state)), [*trained.parameters], _steps(trained), before or {})
+        work = partial(self._write, note, self.staging.take(tensors) if self.staging else tensors)
+        self.task = Task(work, f"{PREFIX}{step}")
+        if self.staging is None:
+            self.wait()
+        return self.folder / f"{PREFIX}{step}"
+
+    def check(self) -> None:
+        """SaveError or ProofError when the save under way has failed. Not a collective: called after every step, it looks and
+        goes on.
+        """
+        if self.task is not None and not self.task.under_way:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until nothing is being saved any more. SaveError or ProofError when that failed, on every rank."""
+        task, self.task = self.task, None
+        if task is not None:
+            task.outcome(self._come_on)
+
+    def _come_on(self) -> None:
+        if self.num_told != self.num_chunks:
+            self.num_told = self.num_chunks
+            self.alive()
+
+    def settle(self, seconds: float) -> None:
+        """For a run that has failed already: let a save under way come to its end, within `seconds`. It raises nothing."""
+        if self.task is not None:
+            self.task.thread.join(seconds)
+
+    def _write(self, note: Note, shard: ShardPlan | dict[str, Tensor]) -> None:
+        """One save, in its own thread on every rank. Nothing of the live model is touched, unless training waits."""
+        temporary = self.folder / f".{PREFIX}{note.step}{SAVING}-{self.run_id[:8]}"
+        self.agreement.report(*attempt(lambda: self._write_shard(temporary, shard), self.folder))
+        if self.world.is_main:
+            problem, facts = self.agreement.reports()
+            if not problem:
+                problem, _ = attempt(lambda: self._finish(temporary, note, facts), self.folder)
+            if problem:  # what tells of it may need the room
+                if problem[0] == "write" and self.room is not None:
+                    problem[1] += f". {shortage(self.folder, self.room.checkpoint, written_bytes(temporary))}"
+                with suppress(OSError):
+                    remove_folder(temporary)
+            self.agreement.rule(problem)
+        raise_problem(self.agreement.ruling(), self._told)
+
+    def _write_shard(self, temporary: Path, shard: ShardPlan | dict[str, Tensor]) -> dict[str, Any]:
+        make_folder(temporary)
+        if isinstance(shard, dict):
+            plan = plan_shard(shard)
+            chunks: Chunks = partial(live, plan, shard)
+        else:
+            staging: Staging = self.staging  # type: ignore[assignment]
+            staging.ready()
+            plan, chunks = shard, staging.chunks
+
+        def counted() -> Iterator[tuple[torch.dtype, memoryview]]:
+            for chunk in chunks():
+                yield chunk
+                self.num_chunks += 1
+
+        return write_planned(temporary, self.world.rank, self.world.size, plan, counted)
+
+    def _finish(self, temporary: Path, note: Note, facts: list[dict[str, Any]]) -> None:
+        """On rank 0, when every shard is on disk."""
+        for name, data in (self.papers or {}).items():
+            (temporary / name).write_bytes(data)
+        (temporary / STATE).write_text(dump_json(note.all()))
+        stage = {"stage": note.state["stage"]} if note.state.get("stage") else {}
+        known = {name: of for files in facts for name, of in files.items()}
+        write_manifest(temporary, {"step": note.step, "run_id": self.run_id, **stage}, known)
+        for path, text in note.before.items():
+            replace_text(path, text)
+        sync_run(self.folder)
+        target = self.folder / f"{PREFIX}{note.step}"
+        put_in_place(temporary, target)
+        prune(self.folder, self.keep, target)
+        if self.room is not None and (told := look_ahead(self.room)):
+            tqdm.write(told)
+
+    def _told(self, text: str) -> str:
+        return f"a checkpoint cannot be written to {self.folder}: {text}. Earlier checkpoints are intact"
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a checkpoint says beside tensors, as of the moment it was asked for."""
+
+    step: int
+    state: dict[str, Any]
+    names: list[str]
+    optimizer_steps: Tensor  # (parameters,) on the device: nobody has waited for it
+    before: dict[Path, str]
+
+    def all(self) -> dict[str, Any]:
+        steps = self.optimizer_steps.tolist()
+        return {**self.state, "step": self.step, "optimizer_steps": dict(zip(self.names, steps, strict=True))}
+
+
+def _papers(folder: Path, card: ModelCard, processor: Processor) -> dict[str, bytes]:
+    """Files that are the same in every checkpoint. Made once, on the main thread: a tokenizer must not be used by two at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f"{TRIAL}papers-", dir=folder) as name:
+        write_card(card, Path(name))
+        processor.save(Path(name))
+        return {path.name: path.read_bytes() for path in sorted(Path(name).iterdir())}
+
+
+def _tensors(trained: Trained, world: World, *, moments: bool = True) -> dict[str, Tensor]:
+    """What this rank writes: its shards of the first copy; of what all ranks hold whole, rank 0's copy only."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in trained.parameters.items():
+        if not is_first_copy(parameter, world.rank):
+            continue
+        found[WEIGHTS + name] = parameter
+        state = trained.optimizer.state.get(parameter, {}) if moments else {}
+        for moment in MOMENTS:
+            if moment in state:
+                found[f"{moment}/{name}"] = state[moment]
+    return found
+
+
+def _steps(trained: Trained) -> Tensor:
+    """(parameters,) updates of each, 0 where there was none yet. No host sync."""
+    states = [trained.optimizer.state.get(parameter, {}) for parameter in trained.parameters.values()]
+    device = next(iter(trained.parameters.values())).device
+    return torch.stack([state["step"] if "step" in state else torch.zeros((), device=device) for state in states])

@@ -1,0 +1,56 @@
+"""What learns, and how a checkpoint is put back into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.files.shards import MOMENTS, WEIGHTS, checkpoint_tensors
+from model.weights.materialise import local_range
+from trainer.checkpoint.retention import STATE
+from trainer.faults.exit_report import ProofError
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What learns: parameters by full name, and the optimizer over them."""
+
+    parameters: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer
+
+
+def restore(
+    folder: Path, trained: Trained, optimizer_steps: dict[str, float], alive: Callable[[str], object] = lambda name: None
+) -> None:
+    """Put a checkpoint's weights and moments into the live ones, each rank its own rows, whoever wrote them. `alive` is told each
+    name before it is read.
+    """
+    saved = checkpoint_tensors(folder)
+    names = {name.removeprefix(WEIGHTS) for name in saved if name.startswith(WEIGHTS)}
+    if names != set(trained.parameters):
+        raise ProofError(f"{folder} holds other parameters than this run trains: {sorted(names ^ set(trained.parameters))[:5]}")
+    for name, parameter in trained.parameters.items():
+        alive(name)
+        _fill(parameter.data, saved, WEIGHTS + name)
+        if f"{MOMENTS[0]}/{name}" not in saved:  # saved before its first update
+            continue
+        if not isinstance(optimizer_steps.get(name), int | float):
+            raise ProofError(f"{folder / STATE} does not say how many updates {name} had")
+        state: dict[str, Tensor] = {"step": torch.tensor(optimizer_steps[name], dtype=torch.float32, device=parameter.device)}
+        for moment in MOMENTS:
+            state[moment] = torch.zeros_like(parameter.data)
+            _fill(state[moment], saved, f"{moment}/{name}")
+        trained.optimizer.state[parameter] = state
+
+
+def _fill(tensor: Tensor, saved: dict[str, Any], name: str) -> None:
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    if name not in saved or saved[name].shape != tuple(tensor.shape):
+        found = list(saved[name].shape) if name in saved else "no values"
+        raise ProofError(f"{name} has {found} in the checkpoint and shape {list(tensor.shape)} in the model")
+    local.copy_(saved[name].read(*local_range(tensor)))

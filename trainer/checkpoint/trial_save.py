@@ -1,0 +1,110 @@
+"""The whole path of a save, with one small tensor of each rank, before anything is trained that could be lost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from model.files.manifest import verify, write_manifest
+from model.files.shards import WEIGHTS, local, write_shard
+from model.files.tensor_files import dump_json
+from model.weights.materialise import is_first_copy
+from trainer.checkpoint.background_save import attempt
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.final_files import final_files
+from trainer.checkpoint.retention import PREFIX, STATE, checkpoints, is_whole, prune
+from trainer.distributed.world import World
+from trainer.faults.exit_report import SaveError
+from trainer.machine.atomic_files import SAVING, TRIAL, fresh_folder, put_in_place, remove_folder
+from trainer.machine.disk_space import ADVICE, Room, checkpoint_bytes, final_bytes, free_bytes, prove_room, shortage, size
+from trainer.setup import Setup
+
+
+def prove_saving(setup: Setup, checkpointer: Checkpointer, step: int, state: dict[str, Any]) -> Room:
+    """What saves will take; SaveError on every rank when one cannot be made or the next ones do not fit. Collective.
+
+    `step`: completed ones of the run. `state`: what a checkpoint says of them. Where room is missing, checkpoints go that
+    checkpoint.keep does not ask for: it may have been lowered.
+    """
+    place, world, folder = setup.place, setup.world, setup.place.run_folder
+    parameters = setup.trained.parameters if setup.trained else {}
+    final, final_largest = final_bytes(final_files(setup.model, setup.data.card, world, bool(place.name)))
+    shards, largest = checkpoint_bytes(parameters, world)
+    if checkpointer.papers is None and setup.trained:
+        checkpointer.prepare(setup.trained, setup.data.card, setup.data.processor)
+    problem, others = trial_save(folder, step, parameters, state, checkpointer.papers or {}, world)
+    if problem:
+        told = world.broadcast_json(shortage(folder, shards + final) if world.is_main else "")
+        raise SaveError(f"nothing can be saved to {folder}, found out before training: {problem}. {told}")
+    # A card and a processor stand in final/ as well, and take as much there.
+    room = Room(folder, shards + others, final + others, max(largest, final_largest), checkpointer.keep)
+    if world.is_main and free_bytes(folder) < room.checkpoint + room.final:
+        newest = folder / f"{PREFIX}{step}"
+        if newest.is_dir() and is_whole(newest):
+            with suppress(OSError):
+                prune(folder, checkpointer.keep, newest)
+    prove_room(room, world)
+    if world.is_main:
+        print(f"disk      {room}{tight(room)}", flush=True)
+    return room
+
+
+def tight(room: Room) -> str:
+    """What to add when there is room for the next checkpoint, but not for as many as are to be kept."""
+    free, held = free_bytes(room.folder), len(checkpoints(room.folder)) * room.checkpoint
+    missing = room.in_the_long_run - held - free
+    if missing <= 0:
+        return ""
+    return f"; {size(missing)} ARE MISSING for as many checkpoints: the run will end when the disk is full. {ADVICE}"
+
+
+def trial_save(
+    folder: Path, step: int, parameters: Mapping[str, Tensor], state: dict[str, Any], papers: Mapping[str, bytes], world: World
+) -> tuple[str, int]:
+    """What went wrong on which ranks, and the bytes that stand beside the tensors of a checkpoint. Collective."""
+    temporary, target = folder / f"{TRIAL}save{SAVING}", folder / f"{TRIAL}save"
+    if problem := _problem(world, attempt(lambda: fresh_folder(temporary), folder)[0] if world.is_main else []):
+        return problem, 0
+    failed, facts = attempt(lambda: write_shard(temporary, world.rank, world.size, _small(parameters, world)), folder)
+    answers = world.gather_json([failed, facts])
+    known = {name: of for _, files in answers for name, of in (files or {}).items()}
+    if problem := _told([failed for failed, _ in answers]):
+        return problem, 0
+
+    def finish() -> int:
+        for name, data in papers.items():
+            (temporary / name).write_bytes(data)
+        text = dump_json({**state, "step": step, "optimizer_steps": dict.fromkeys(parameters, float(step))})
+        (temporary / STATE).write_text(text)
+        write_manifest(temporary, {"step": step, "run_id": TRIAL}, known)
+        verify(temporary, f"{PREFIX}{step}")
+        total = sum(path.stat().st_size for path in temporary.iterdir() if path.name not in known)
+        put_in_place(temporary, target)
+        remove_folder(target)
+        return total
+
+    failed, total = attempt(finish, folder) if world.is_main else ([], 0)
+    if failed:
+        with suppress(OSError):
+            remove_folder(temporary)
+    problem = _problem(world, failed)
+    return problem, int(world.broadcast_json(total) or 0)
+
+
+def _small(parameters: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """The smallest tensor that this rank will save something of."""
+    own = {name: p.detach() for name, p in parameters.items() if is_first_copy(p, world.rank) and local(p).numel()}
+    name = min(own, key=lambda name: (local(own[name]).numel(), name), default=None)
+    return {} if name is None else {WEIGHTS + name: own[name]}
+
+
+def _problem(world: World, failed: list[str]) -> str:
+    return _told(world.gather_json(failed))
+
+
+def _told(failures: list[list[str]]) -> str:
+    return "; ".join(f"rank {rank}: {failed[1]}" for rank, failed in enumerate(failures) if failed)

@@ -1,0 +1,196 @@
+"""Wrapping from outside: activation checkpointing, then FSDP2 per block or DDP. One meaning for both: backward leaves
+gradients summed over ranks, in float32, and parameters compute in the model's dtype in the modules that own them.
+
+No `from __future__ import annotations` here: DDP refuses a communication hook whose annotations are strings.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from model.config import ConfigError
+from model.llm.causal_lm import blocks, head_weight
+from model.multimodal import ENCODERS, MultimodalLM
+from trainer.config import ParallelConfig
+from trainer.distributed.world import World
+
+
+def checkpoint_activations(model: MultimodalLM) -> None:
+    """Recompute the blocks of every part on the gradient's path in backward. Names of parameters do not change.
+
+    Transformers' own switch does nothing in eval mode, which frozen parts are in.
+    """
+    parts = [block_owner(model, name) for name in ("llm", *model.trainable_parts - {"llm"}) if has_blocks(model, name)]
+    for part in parts:
+        for block in blocks(part):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def block_owner(model: MultimodalLM, part: str) -> nn.Module:
+    """The module whose blocks are sharded and recomputed: the decoder, or the tower inside its wrapper."""
+    module = model.get_submodule(part)
+    return module.get_decoder() if part == "llm" else module.tower  # type: ignore[operator, return-value]
+
+
+def has_blocks(model: MultimodalLM, part: str) -> bool:
+    return part == "llm" or part in {encoder for encoder, _ in ENCODERS.values()}
+
+
+def is_sharded(config: ParallelConfig, world: World) -> bool:
+    """Whether ranks share copies of the weights. One process holds all of them, whatever the strategy."""
+    return config.strategy != "ddp" and world.size > 1
+
+
+def check_sharing(config: ParallelConfig, num_ranks: int) -> None:
+    """ConfigError when `num_ranks` cannot form copies of parallel.shard_size ranks. One process has nothing to share."""
+    size = config.shard_size
+    if config.strategy != "hsdp" or num_ranks == 1 or (1 < size < num_ranks and num_ranks % size == 0):
+        return
+    allowed = [str(n) for n in range(2, num_ranks) if num_ranks % n == 0]
+    choose = f"set it to {' or '.join(allowed)}, or" if allowed else "no number of ranks does;"
+    raise ConfigError(
+        f"parallel.shard_size = {size} with {num_ranks} ranks: it is the ranks that share one copy, and must divide {num_ranks} "
+        f"into two copies or more; {choose} use parallel.strategy = 'fsdp', one copy over all ranks, or 'ddp', one on each"
+    )
+
+
+def shard(model: MultimodalLM, config: ParallelConfig, world: World) -> None:
+    """FSDP2 (ZeRO-3) on a model that is still on meta: every block a unit of its own, towers, then the rest. With hsdp every
+    `shard_size` ranks share a copy (Zhao et al. 2023, PyTorch FSDP, "hybrid sharding"): gradients are summed among them, then over
+    the copies.
+    """
+    mesh = world.mesh(config.shard_size if config.strategy == "hsdp" else 0)
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if model.dtype == torch.float32 else model.dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    tied = model.llm.get_input_embeddings().weight is head_weight(model.llm)  # type: ignore[operator]
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": config.reshard_after_forward}
+    for name in [n for n, _ in model.named_children() if has_blocks(model, n)]:
+        owner = block_owner(model, name)
+        for block in blocks(owner):
+            fully_shard(block, **options)
+        if name != "llm":
+            fully_shard(owner, **options)
+            if name not in model.trainable_parts:
+                # Its output carries no gradient: gathering it again for backward would be for nobody.
+                for module in owner.modules():
+                    if isinstance(module, FSDPModule):
+                        module.set_unshard_in_backward(False)
+    # Embedding, norm, head and projectors: gathered once per micro-batch and kept to the end of backward.
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+    if tied and model.llm.get_input_embeddings().weight is not head_weight(model.llm):  # type: ignore[operator]
+        raise RuntimeError("sharding untied the head from the embedding")
+
+
+def cast_for_compute(model: nn.Module, dtype: torch.dtype) -> None:
+    """Without FSDP: every module computes with its own parameters in `dtype`, the float32 masters stay. Names do not change."""
+    owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.is_floating_point() and p.dtype != dtype:  # codes of a quantised matrix stay what they are
+                owners.setdefault(p, []).append((module, name))
+    for module in {module for pairs in owners.values() for module, _ in pairs}:
+        module.forward = _cast_inside(module, module.forward, dtype)
+    if shared := {p: pairs for p, pairs in owners.items() if len(pairs) > 1}:
+        model.forward = functools.partial(_cast_shared, shared, model.forward, dtype)
+
+
+def _cast_inside(module: nn.Module, forward: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+    """`forward` with its own parameters cast. A recomputed block is cast inside: backward runs what stands there a second time."""
+    if isinstance(forward, functools.partial) and forward.func is checkpoint:
+        inner = functools.partial(_cast_forward, module, forward.args[0], dtype)
+        return functools.partial(checkpoint, inner, **forward.keywords)
+    return functools.partial(_cast_forward, module, forward, dtype)
+
+
+def _cast_shared(
+    shared: dict[nn.Parameter, list[tuple[nn.Module, str]]],
+    forward: Callable[..., Any],
+    dtype: torch.dtype,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """A tied matrix is cast once for all who use it, so that its gradients add up in `dtype`, as they do under FSDP2."""
+    try:
+        for p, pairs in shared.items():
+            cast = p.to(dtype)
+            for module, name in pairs:
+                module._parameters[name] = cast  # type: ignore[assignment]
+        return forward(*args, **kwargs)
+    finally:
+        for p, pairs in shared.items():
+            for module, name in pairs:
+                module._parameters[name] = p
+
+
+def _cast_forward(module: nn.Module, forward: Callable[..., Any], dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
+    masters = dict(module._parameters)
+    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+        # Their callers may have looked at the master's dtype to prepare the input, as CLIP's embeddings do.
+        args = tuple(a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+    try:
+        for name, p in masters.items():
+            cast = p is not None and p.is_floating_point()
+            module._parameters[name] = p.to(dtype) if cast else p  # type: ignore[assignment, union-attr]
+        return forward(*args, **kwargs)
+    finally:
+        module._parameters.update(masters)
+
+
+def replicate(model: MultimodalLM, world: World) -> nn.Module:
+    """DDP, or the bare model in a world of one. Every rank has read the same weights: nothing is broadcast."""
+    cast_for_compute(model, model.dtype)
+    if world.size == 1:
+        return model
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # renamed in torch 2.13
+    options: dict[str, Any] = {"init_sync": False, "gradient_as_bucket_view": True, name: False}
+    ddp = DistributedDataParallel(model, **options)
+    ddp.register_comm_hook(None, sum_gradients)
+    return ddp
+
+
+def sum_gradients(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """DDP hook: sum instead of mean. The loss already carries the denominator of the whole step."""
+    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0])
+
+
+@contextmanager
+def gradient_sync(wrapped: nn.Module, *, last: bool) -> Iterator[None]:
+    """Around forward AND backward of one micro-batch: gradients are summed over ranks on the last one.
+
+    DDP decides in forward; a second sum of what is already summed would be silent and wrong, hence one context for both.
+    FSDP2 sums at every micro-batch when the whole LLM learns: its unsharded gradients would not fit. Copies of hsdp are summed
+    over on the last one alone: until then each keeps its own shards.
+    """
+    if isinstance(wrapped, DistributedDataParallel):
+        with nullcontext() if last else wrapped.no_sync():
+            yield
+        return
+    if isinstance(wrapped, FSDPModule):
+        tunes_whole_llm = head_weight(wrapped.llm).requires_grad  # type: ignore[arg-type]
+        wrapped.set_requires_gradient_sync(last or tunes_whole_llm)
+        wrapped.set_requires_all_reduce(last)  # without copies there is none
+    yield
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what a forward without backward left gathered: until then `parameters()` are the copies made for computing."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -1,0 +1,184 @@
+"""Processes: one frozen World, made once, and the only place that calls torch.distributed collectives by hand."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from model.config import ConfigError
+from trainer.distributed.rendezvous import NotMet, own_place
+
+TIMEOUT = timedelta(minutes=30)
+START_SECONDS = 600.0  # for all ranks to come
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is. Every method but `is_main` and `channel` is a collective: all ranks call it, in the same order."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+    store: dist.Store = field(default_factory=dist.HashStore, compare=False, repr=False)
+
+    def channel(self, name: str) -> dist.Store:
+        """A place to leave and find small texts by key, shared by all ranks and apart from those of other names. Not a collective,
+        and a connection of its own: a thread may use it while others wait in theirs.
+        """
+        return dist.PrefixStore(name, self.store.clone())  # type: ignore[attr-defined]  # torch declares it nowhere
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def mesh(self, shard_size: int = 0) -> DeviceMesh:
+        """All ranks in a row; with `shard_size`, which divides them, in rows of so many that share one copy. Neighbours share: of
+        several machines, as a rule, those of one.
+        """
+        if not shard_size:
+            return init_device_mesh(self.device.type, (self.size,))
+        return init_device_mesh(self.device.type, (self.size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place; on CUDA the host does not wait."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            self.sum(torch.zeros((), device=self.device)).item()
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank; as JSON, because the library's own object collectives unpickle. A host sync."""
+        if self.size == 1:
+            return [value]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([data.numel()], device=self.device))
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
+        padded[: data.numel()] = data
+        rows = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(rows, padded)
+        return [json.loads(bytes(row[: int(size)].tolist())) for row, size in zip(rows, sizes)]
+
+    def broadcast_json(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        return self.gather_json(value if self.is_main else None)[0]
+
+
+def start_world() -> World:
+    """Join the process group that torchrun describes in the environment, or make one of this process alone, without a port."""
+    rank, local_rank, size = (int(os.environ.get(name, default)) for name, default in ENVIRONMENT)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        check_devices(rank, local_rank)
+        # Or a thread of the library's aborts the process at the first error of a device or a peer, before this rank has told it.
+        os.environ.setdefault("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0")
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    store = dist.HashStore() if size == 1 else meet()
+    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=TIMEOUT)
+    return World(rank, local_rank, size, device, store)
+
+
+def check_devices(rank: int, local_rank: int) -> None:
+    """`ConfigError` where this machine has no device left for the rank."""
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        by = "" if visible is None else f" (CUDA_VISIBLE_DEVICES = {visible!r})"
+        raise ConfigError(
+            f"rank {rank} is number {local_rank} of its machine, counted from 0, and that has {count} CUDA devices{by}: start one "
+            f"process for each, --nproc_per_node={count}"
+        )
+
+
+ENVIRONMENT = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+
+
+def meet() -> dist.Store:
+    """The store at the address that the launcher names, where ranks find each other, once all of them are there.
+
+    Raises `ConfigError`, with the ranks that did not come within START_SECONDS.
+    """
+    address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    rank, _, size = (int(os.environ.get(name, default)) for name, default in ENVIRONMENT)
+    try:
+        store = open_store(rank, size)
+    except (dist.DistError, RuntimeError, ValueError, KeyError) as error:
+        reason = f"{error} is not set" if isinstance(error, KeyError) else str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"the ranks cannot meet at {address} ({reason}). A port in use: choose another one with --master_port, or start "
+            "one process with `python -m trainer.main`, which needs none"
+        ) from error
+    try:
+        place = own_place(store, rank, size, START_SECONDS)
+    except NotMet as error:
+        who = absent(error.missing, size)
+        raise ConfigError(f"{who} {START_SECONDS:.0f} s to {address}: look at what their machines say") from error
+    place.set_timeout(TIMEOUT)
+    return place
+
+
+def open_store(rank: int, size: int) -> dist.Store:
+    """A connection to the launcher's store, or to that of rank 0, which is made here. It does not wait for the other ranks."""
+    from_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        size,
+        rank == 0 and not from_launcher,
+        timeout=timedelta(seconds=START_SECONDS),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+
+
+def absent(missing: list[int], size: int) -> str:
+    """Who did not come, for people."""
+    who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:16]))}{' ...' * (len(missing) > 16)}"
+    return f"{who} of {size} did not come within"
+
+
+def stop_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its launcher dies: torchrun's workers are sessions of their own and would run on.
+
+    Where the launcher is dead already, because this process took its time to begin, it ends here.
+    """
+    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    parent = os.getppid()
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent or not may_launch(parent):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def may_launch(pid: int) -> bool:
+    """Whether a process can be torchrun, which is Python. Who takes in orphans is not, as a rule: init, a shell, SLURM's step."""
+    try:
+        line = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return pid != 1
+    return b"python" in line or b"torch" in line

@@ -1,0 +1,151 @@
+"""How a start ends: one line for people, exit.json for programs, a code for the shell."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data.records.fields import message, printable
+from model.files.tensor_files import dump_json
+from trainer.faults.phase_tracker import Watch
+from trainer.faults.requests import Steering
+from trainer.machine.atomic_files import NEW
+from trainer.machine.open_files import explained
+
+if TYPE_CHECKING:
+    from trainer.faults.watchdog import Guard
+
+DONE, INTERNAL, CONFIG, DATA, PROOF, CANNOT_WRITE, STOPPED, INTERRUPTED = 0, 1, 2, 65, 70, 73, 75, 130
+NAME = "exit.json"
+INTERRUPT = "interrupted; the same command goes on from the last checkpoint"
+
+
+@dataclass
+class Progress:
+    """Completed steps, for the message of a run that fails; what is asked of it and what it is doing."""
+
+    step: int | None = None
+    has_met: bool = False  # the other ranks, and with them the one that holds the run folder
+    steering: Steering = field(default_factory=Steering)
+    watch: Watch = field(default_factory=Watch)
+
+
+class ProofError(Exception):
+    """Something that was to be proven is not so: a save, a checkpoint, or finite numbers."""
+
+    exit_code = PROOF
+
+
+class SaveError(Exception):
+    """Something could not be written."""
+
+    exit_code = CANNOT_WRITE
+
+
+class StopRequested(Exception):
+    """Someone asked the run to stop, and everything is saved."""
+
+    exit_code = STOPPED
+
+
+class BusyError(SaveError):
+    """Another process holds the run folder."""
+
+
+NO_WRITING = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EROFS", "EACCES", "EPERM", "EDQUOT", "EIO", "EFBIG", "EISDIR", "ENOTDIR", "EEXIST", "ENAMETOOLONG")
+    if hasattr(errno, name)
+}
+"""Errors of the system that mean a file cannot be written, whoever tried."""
+
+
+def code_of(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if isinstance(error, OSError) and error.errno in NO_WRITING:
+        return CANNOT_WRITE
+    return getattr(error, "exit_code", INTERNAL)
+
+
+def clear(output_dir: Path) -> None:
+    """Forget how the start before this one ended."""
+    (output_dir / NAME).unlink(missing_ok=True)
+
+
+def record(output_dir: Path | None, code: int, reason: str, step: int | None, rank: int, *, speaks: bool | None = None) -> bool:
+    """Write exit.json unless another rank was first. Returns whether this rank is the one to speak; where the file cannot be
+    written that is the one that `speaks`, by default rank 0.
+    """
+    speaks, reason = rank == 0 if speaks is None else speaks, message(reason)
+    if output_dir is None:
+        return speaks
+    launch = {"launch": os.environ["TORCHELASTIC_RUN_ID"]} if "TORCHELASTIC_RUN_ID" in os.environ else {}
+    value: dict[str, Any] = {"code": code, "reason": reason, "step": step, "rank": rank, **launch}
+    temporary = output_dir / f".{NAME}-{rank}-{threading.get_ident()}{NEW}"
+    try:
+        temporary.write_text(dump_json(value))  # first: on a full disk nobody has claimed to have told
+        (output_dir / NAME).open("x").close()  # fails where the file exists: the first reason is the true one
+        temporary.replace(output_dir / NAME)
+        return True
+    except FileExistsError:
+        return False
+    except OSError:
+        return speaks
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def told(output_dir: Path) -> dict[str, Any] | None:
+    """What a rank of this start has told already, if one has."""
+    try:
+        found: dict[str, Any] = json.loads((output_dir / NAME).read_text())
+        return found if {"code", "reason", "step", "rank"} <= found.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def tell(
+    output_dir: Path | None,
+    code: int,
+    reason: str,
+    step: int | None,
+    rank: int,
+    speaks: bool | None = None,
+    error: BaseException | None = None,
+) -> None:
+    """exit.json and one line for people, on the rank that is the first to speak; `rank` is the one to blame."""
+    if record(output_dir, code, reason, step, rank, speaks=speaks):
+        if error is not None:
+            traceback.print_exception(error, file=sys.stderr)
+        where = "" if step is None else f" after step {step}"
+        line_of_its_own = "" if step is None else "\n"  # a progress bar stands where the cursor is
+        text = f"{line_of_its_own}trainer: rank {rank} stopped{where}: {message(reason)}"
+        print(printable(text, keep="\n\t"), file=sys.stderr, flush=True)
+
+
+def report_failure(error: BaseException, output_dir: Path | None, step: int | None, rank: int, guard: Guard | None = None) -> int:
+    """Say once for all ranks what went wrong, on the one that found out. Returns the exit code, with `guard` that of all ranks."""
+    error = explained(error)
+    code = code_of(error)
+    reason = INTERRUPT if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
+    shown = error if code == INTERNAL else None
+    if guard is None:
+        tell(output_dir, code, reason, step, rank, error=shown)
+        return code
+    found = guard.failed(error, code, reason)
+    speaks, is_own = found.by == rank, found.by == found.culprit == rank
+    if not speaks:
+        time.sleep(0.5)  # who found out tells, unless it has died since
+    tell(output_dir, found.code, found.reason, step if is_own else found.step, found.culprit, speaks, shown if is_own else None)
+    return found.code

@@ -1,0 +1,207 @@
+"""Bad numbers: a loss or gradient that is not finite, and losses far out of the ordinary, each with the samples behind it.
+
+Ranks agree without a word more: the flag of a skipped update is the same on all, and the loss of a step rides in the collective
+of the next step's counts. Both are read a step after they were made, so nobody waits for the device. What was found stands in
+faults.jsonl, one object per line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.dataset import MultimodalDataset
+from data.records.fields import bounded
+from data.records.record import RecordError
+from model.batch import Batch
+from trainer.checkpoint.restore import Trained
+from trainer.faults.exit_report import ProofError
+from trainer.health.spike_detector import Spikes
+from trainer.health.suspects import NUM_SUSPECTS, Evidence, bad_samples, first_bad, highest
+from trainer.machine.atomic_files import replace_text
+from trainer.machine.json_lines import read_sound
+from trainer.optim import in_norm_order
+from trainer.setup import Setup
+from trainer.step import StepResult
+
+NAME = "faults.jsonl"
+NUM_NAMED = 8
+"""Samples whose records are looked up; more are told by number alone."""
+
+
+class Health:
+    """Judges every step of a stage. All methods are called alike on all ranks, after the same steps."""
+
+    def __init__(self, setup: Setup, totals: dict[str, Any] | None) -> None:
+        """`totals`: `state` of the checkpoint that the stage goes on from."""
+        self.setup, self.world, self.place = setup, setup.world, setup.place
+        self.limit = setup.config.faults.max_nonfinite
+        self.in_a_row = int((totals or {}).get("in_a_row", 0))
+        # Checkpoints of before they were counted say nothing of updates: there were some.
+        self.num_updates = int((totals or {"num_updates": 0}).get("num_updates", 1))
+        self.spikes = Spikes((totals or {}).get("losses", []))
+        self.last: dict[str, Any] = {}  # the row of the last step that was not finite
+        self.kept: list[Evidence] = []  # the last two steps at most
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint remembers. After `settle`, or it would forget the last step."""
+        return {"in_a_row": self.in_a_row, "losses": self.spikes.losses, "num_updates": self.num_updates}
+
+    def told(self) -> Tensor | float:
+        """What this rank tells the others in a step: its share of the loss of the step before."""
+        return self.kept[-1].losses.sum() if self.kept else 0.0
+
+    def add(self, step: int, batches: list[Batch], result: StepResult) -> None:
+        """After `hear`, of a `step` just made. No host sync."""
+        self.kept.append(Evidence(step, [replace(b, media={}) for b in batches], result.addends, result.losses, result.norms))
+
+    def hear(self, loss: float, skipped: float, grad_norm: float) -> None:
+        """Of the last step added: whether it was skipped, and its norm; `loss`, over all ranks, of the step before that one.
+
+        ProofError when too many steps in a row were skipped. Collective when there is something to tell.
+        """
+        if len(self.kept) > 1:
+            self._judge_loss(self.kept.pop(0), loss)
+        if not skipped:
+            self.in_a_row = 0
+            self.num_updates += 1
+            return
+        self.in_a_row += 1
+        self.kept[-1] = replace(self.kept[-1], skipped=True)
+        self._tell_nonfinite(self.kept[-1], grad_norm)
+        if self.in_a_row >= self.limit:
+            raise ProofError(self._verdict())
+
+    def settle(self) -> None:
+        """Nothing of the steps made so far stays unread: before a checkpoint, `hear` done. Collective, host sync."""
+        for evidence in self.kept:
+            self._judge_loss(evidence, self.world.sum(evidence.losses.sum()).item())
+        self.kept = []
+
+    def check_updates(self, num_steps: int) -> None:
+        """ProofError when all updates of the stage's `num_steps` steps were skipped. After `settle`."""
+        if self.num_updates == 0:
+            raise ProofError(
+                f"nothing was learned: all {num_steps} updates were skipped, because loss or gradient was not finite. In the last "
+                f"one: {_described(self.last)}. No final/ is written; {NAME} has all of them. Lower optim.lr, or look at these "
+                "samples"
+            )
+
+    def _judge_loss(self, evidence: Evidence, loss: float) -> None:
+        if evidence.skipped or not math.isfinite(loss):
+            return
+        usual = self.spikes.judge(loss)
+        if usual is not None:
+            self._tell_spike(evidence, loss, usual)
+
+    def _tell_nonfinite(self, evidence: Evidence, grad_norm: float) -> None:
+        """Collective, host sync."""
+        own = {"losses": evidence.losses.tolist(), "samples": bad_samples(evidence), "parameter": first_bad(evidence.norms)}
+        ranks = self.world.gather_json(own)
+        found = [rank["parameter"] for rank in ranks if rank["parameter"] is not None]
+        name = _names(self.setup.trained)[min(found)] if found else None
+        origins = [i for i, rank in enumerate(ranks) if not all(map(math.isfinite, rank["losses"]))]
+        samples = sorted({i for rank in ranks for i in rank["samples"]}) or sorted(self._samples(evidence.step))
+        self.last = {
+            **self._row("nonfinite", evidence.step),
+            "samples": samples,
+            "records": self._records(samples),
+            "part": name.partition(".")[0] if name else None,
+            "parameter": name,
+            "rank": origins[0] if origins else None,
+            "loss": _plain(sum(loss for rank in ranks for loss in rank["losses"])),
+            "grad_norm": _plain(grad_norm),
+        }
+        self._write(self.last, f"step {self.last['step']}: {_described(self.last)}; the update was skipped")
+
+    def _tell_spike(self, evidence: Evidence, loss: float, usual: float) -> None:
+        """Collective, host sync."""
+        ranks = self.world.gather_json(highest(evidence))
+        samples = self._samples(evidence.step)
+        suspects = [[{"sample": i, "loss": _plain(own)} for i, own in rank] for rank in ranks]
+        worst = [i for _, i in sorted(((own, i) for rank in ranks for i, own in rank), reverse=True)][:NUM_SUSPECTS]
+        row = {**self._row("spike", evidence.step), "loss": loss, "usual": usual, "samples": samples, "highest": suspects}
+        text = f"step {row['step']}: loss {loss:.4g}, usually {usual:.4g}; highest are samples {', '.join(map(str, worst))}"
+        self._write({**row, "records": self._records(worst)}, text)
+
+    def _row(self, kind: str, step: int) -> dict[str, Any]:
+        stage = {"stage": self.place.name} if self.place.name else {}
+        return {"kind": kind, "step": self.place.first_step + step + 1, **stage}
+
+    def _samples(self, step: int) -> list[int]:
+        return [int(i) for i in self.setup.data.sampler.step(step)]  # type: ignore[union-attr]
+
+    def _records(self, samples: list[int]) -> list[str]:
+        """`file:line id` of a few samples, in their order; on rank 0 only, which writes them."""
+        dataset: MultimodalDataset = self.setup.data.train  # type: ignore[assignment]
+        return [_record(dataset, i) for i in samples[:NUM_NAMED]] if self.world.is_main else []
+
+    def _write(self, row: dict[str, Any], text: str) -> None:
+        if self.world.is_main:
+            with (self.place.run_folder / NAME).open("a") as out:
+                out.write(json.dumps(row) + "\n")
+            tqdm.write(f"{text} ({self.place.run_folder / NAME})")
+
+    def _verdict(self) -> str:
+        """The same on every rank, but for the records."""
+        last = self.place.first_step + self.kept[-1].step + 1
+        steps = f"steps {last - self.in_a_row + 1} to {last}" if self.in_a_row > 1 else f"step {last}"
+        return (
+            f"loss or gradient was not finite for {self.in_a_row} steps in a row (faults.max_nonfinite = {self.limit}), {steps}; "
+            f"those updates were skipped and the weights are sound. In the last one: {_described(self.last)}. {NAME} has all of "
+            "them. Lower optim.lr, or look at these samples"
+        )
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Faults of steps beyond `step` leave the record: they are run, and found, again. On rank 0."""
+    path = folder / NAME
+    if not path.exists():
+        return
+    kept = [row for row in read_sound(path, {"step": int}) if row["step"] <= step]
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _names(trained: Trained | None) -> list[str]:
+    """Names of what learns, in the order in which a step gives the norms of its gradients."""
+    assert trained is not None
+    names = {id(p): name for name, p in trained.parameters.items()}
+    return [names[id(p)] for p in in_norm_order(p for group in trained.optimizer.param_groups for p in group["params"])]
+
+
+def _record(dataset: MultimodalDataset, i: int) -> str:
+    _, index, row = dataset.place(i)
+    try:
+        return f"{index.where(row)} {bounded(dataset.record(i).id)}"
+    except (RecordError, OSError):
+        return index.where(row)
+
+
+def _described(row: dict[str, Any]) -> str:
+    where = f", first in the gradient of {row['parameter']}" if row["parameter"] else ""
+    rank = "" if row["rank"] is None else f" on rank {row['rank']}"
+    samples = ", ".join(str(i) for i in row["samples"][:NUM_NAMED]) + (" ..." if len(row["samples"]) > NUM_NAMED else "")
+    return f"loss {row['loss']}{rank}, gradient norm {row['grad_norm']}{where}, samples {samples}"
+
+
+def _plain(value: float) -> float | str:
+    """JSON knows no numbers that are not finite."""
+    return value if math.isfinite(value) else str(value)
+
+
+def hearable(result: StepResult) -> Tensor:
+    """(notes + 2,) what is read of a step a step later: what was told, whether it was skipped, its gradient norm. No host sync."""
+    return torch.cat([result.heard, torch.stack([result.skipped.float(), result.grad_norm.float()])])
+
+
+def split(values: Sequence[float], num_notes: int) -> tuple[list[float], list[float]]:
+    """What `hearable` put together: `num_notes` of them, and the rest."""
+    return list(values[:num_notes]), list(values[num_notes:])

@@ -1,0 +1,148 @@
+"""What saving takes and what the disk has: known before the first step, and said when a save fails."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import resource
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from model.files.shards import MOMENTS, WEIGHTS, plan_shard
+from model.files.tensor_files import Entry, dump_json, file_order, header
+from model.weights.materialise import is_first_copy
+from trainer.distributed.world import World
+from trainer.faults.exit_report import NO_WRITING, SaveError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Errors that only writing has, and that come without the name of the file."""
+ADVICE = "Free space, lower checkpoint.keep, or use another output_dir"
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the saves of a run take, in bytes."""
+
+    folder: Path
+    checkpoint: int
+    final: int
+    largest: int  # of all files
+    keep: int
+
+    def __str__(self) -> str:
+        return (
+            f"a checkpoint takes {size(self.checkpoint)}, final/ {size(self.final)}, checkpoint.keep = {self.keep}; "
+            f"{size(free_bytes(self.folder))} are free"
+        )
+
+    @property
+    def in_the_long_run(self) -> int:
+        """What stands on the disk at most: checkpoints that are kept, one being written, and final/."""
+        return (self.keep + 1) * self.checkpoint + self.final
+
+
+def checkpoint_bytes(parameters: Mapping[str, Tensor], world: World, others: int = 0) -> tuple[int, int]:
+    """Bytes of the next checkpoint in all, and of its largest file: weights and two moments with their headers and layouts, exact,
+    and `others`, the files that rank 0 writes beside them. Collective.
+    """
+    own = shard_bytes(parameters, world)
+    answers = world.gather_json(own)
+    return sum(map(sum, answers)) + others, max(map(max, answers))
+
+
+def shard_bytes(parameters: Mapping[str, Tensor], world: World) -> tuple[int, int]:
+    """Of this rank's safetensors file and of its JSON, as soon as there are moments."""
+    tensors = {name: p.detach() for name, p in parameters.items() if is_first_copy(p, world.rank)}
+    plan = plan_shard({prefix + name: t for prefix in (WEIGHTS, *(f"{m}/" for m in MOMENTS)) for name, t in tensors.items()})
+    data = plan.places[-1].end if plan.places else 0
+    return len(plan.header) + data, len(dump_json(plan.layout).encode())
+
+
+def final_bytes(files: Iterable[tuple[str, dict[str, Entry]]]) -> tuple[int, int]:
+    """Of the weight files of final/ in all, and of the largest; exact."""
+    sizes = [file_bytes(entries) for _, entries in files]
+    return sum(sizes), max(sizes, default=0)
+
+
+def file_bytes(entries: dict[str, Entry]) -> int:
+    """Of one safetensors file; exact."""
+    return len(header(entries, file_order(entries))) + sum(entry.num_bytes for entry in entries.values())
+
+
+def free_bytes(folder: Path) -> int:
+    """What this user may still write to the file system of `folder`, under a quota where the system shows one there."""
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
+
+
+def shortage(folder: Path, needed: int, spent: int = 0) -> str:
+    """For people: what a save takes, what there is, and what is missing. `spent`: bytes it has written already."""
+    try:
+        free = free_bytes(folder) + spent
+    except OSError as error:
+        return f"A save takes {size(needed)}; what is free in {folder} cannot be told: {error.strerror}"
+    missing = f"{size(needed - free)} are missing. {ADVICE}" if free < needed else "that is enough"
+    return f"A save takes {size(needed)}, and {size(free)} are free on the file system of {folder}: {missing}"
+
+
+def written_bytes(folder: Path) -> int:
+    """What a save that failed has put into its folder."""
+    try:
+        return sum(path.stat().st_size for path in folder.iterdir())
+    except OSError:
+        return 0
+
+
+def prove_room(room: Room, world: World) -> None:
+    """SaveError on every rank when the next checkpoint and final/ do not fit. Collective."""
+    problem = ""
+    if world.is_main:
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        needed = room.checkpoint + room.final
+        if free_bytes(room.folder) < needed:
+            problem = f"the next checkpoint and final/ do not fit. {shortage(room.folder, needed)}"
+        elif limit != resource.RLIM_INFINITY and limit < room.largest:
+            problem = (
+                f"a file of {size(room.largest)} is to be written to {room.folder}, and this process may write files of "
+                f"{size(limit)}: {size(room.largest - limit)} are missing. Raise the limit (`ulimit -f`)"
+            )
+    if problem := world.broadcast_json(problem):
+        raise SaveError(problem)
+
+
+def unwritable(error: BaseException, folder: Path, room: Room | None) -> SaveError | None:
+    """What to tell instead of an error of the system that came of writing a file of the run other than a checkpoint; None when it
+    is something else.
+    """
+    if not isinstance(error, OSError):
+        return None
+    name = str(error.filename or "")
+    if error.errno not in FULL and not (error.errno in NO_WRITING and name.startswith(str(folder))):
+        return None
+    needed = room.checkpoint if room else 0
+    return SaveError(
+        f"{name or 'a file of the run'} cannot be written: {error.strerror}. {shortage(folder, needed)}. Checkpoints are intact"
+    )
+
+
+def look_ahead(room: Room) -> str:
+    """After a save: what to tell when the next one does not fit; "" when it does."""
+    try:
+        free = free_bytes(room.folder)
+    except OSError:
+        return ""  # the next save will say why
+    if free >= room.checkpoint:
+        return ""
+    return f"THE NEXT CHECKPOINT DOES NOT FIT and will end the run. {shortage(room.folder, room.checkpoint)}"
+
+
+def size(count: float, digits: int = 1) -> str:
+    """Bytes for people, never fewer than there are when it is said that they are missing."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale:
+            return f"{math.ceil(count * 10**digits / scale) / 10**digits:,.{digits}f} {unit}"
+    return f"{count:.0f} bytes"

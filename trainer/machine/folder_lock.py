@@ -1,0 +1,165 @@
+"""One process at a time in a run folder: a lock that ends with its holder, or a lease where the file system knows no locks."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from trainer.faults.exit_report import BusyError, SaveError, clear
+from trainer.machine.atomic_files import make_folder
+
+LOCK, LEASE = ".lock", ".lease"
+RELEASE_SECONDS = 10.0  # how long a start waits for a run that is dying; as long a lease is good that nobody renews
+RENEW_SECONDS = 2.0
+LOOK_SECONDS = 0.2
+NO_LOCKS = {getattr(errno, name) for name in ("ENOLCK", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EINVAL") if hasattr(errno, name)}
+"""Errors of file systems that know no record locks."""
+
+
+class FolderLock:
+    """The run folder is this process's until `release`, or until it ends, however it does.
+
+    A record lock: forked data workers do not inherit it, so the next start need not wait for them. Where there are none, a file
+    that a thread renews: whoever finds it unchanged for RELEASE_SECONDS by its own clock takes it over, and `problem` tells the
+    holder, if it lives after all.
+    """
+
+    def __init__(self, folder: Path, *, waits: bool = True) -> None:
+        """`waits`: up to RELEASE_SECONDS for another process to leave. BusyError where it stays; OSError where it cannot write."""
+        self.folder, self.problem = folder, ""
+        self._descriptor: int | None = None
+        self._lease: _Lease | None = None
+        end, told = time.monotonic() + (RELEASE_SECONDS if waits else 0.0), False
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        try:
+            while not self._taken(descriptor):
+                if time.monotonic() >= end:
+                    raise BusyError(f"output_dir = {str(folder)!r}: another process trains into it; use another one")
+                if not told:
+                    print(f"waiting for another process to leave {folder}", flush=True)
+                    told = True
+                time.sleep(LOOK_SECONDS)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._descriptor = descriptor  # stays open: closing it would unlock
+
+    def _taken(self, descriptor: int) -> bool:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            if error.errno not in NO_LOCKS:
+                raise
+        self._lease = _Lease(self.folder, self._lost)
+        return True
+
+    def _lost(self, holder: str) -> None:
+        self.problem = (
+            f"{holder} took the run folder {self.folder} over: this process had not renewed its lease for {RELEASE_SECONDS:g} s; "
+            "this run stops, so that two do not write into one folder"
+        )
+
+    def release(self) -> None:
+        if self._lease is not None:
+            self._lease.release()
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def hold(folder: Path, *, waits: bool = True) -> FolderLock:
+    """Make the run folder, hold it from then on and forget how the last start ended, before anything can fail that must be told
+    there. For rank 0. `waits`: for a run that is dying.
+    """
+    lock: FolderLock | None = None
+    try:
+        make_folder(folder)
+        lock = FolderLock(folder, waits=waits)
+        clear(folder)
+        return lock
+    except OSError as error:
+        if lock is not None:
+            lock.release()
+        where = f" ({error.filename})" if error.filename and str(error.filename) != str(folder) else ""
+        raise SaveError(f"output_dir = {str(folder)!r} cannot be written: {error.strerror}{where}") from error
+
+
+class _Lease:
+    """A file that its holder changes all the time."""
+
+    def __init__(self, folder: Path, lost: Callable[[str], None]) -> None:
+        self.path, self.id, self.count, self._lost = folder / LEASE, secrets.token_hex(8), 0, lost
+        self._over = threading.Event()
+        self._take(folder)
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread.start()
+
+    def _take(self, folder: Path) -> None:
+        try:
+            with self.path.open("x") as out:
+                out.write(self._text())
+            return
+        except FileExistsError:
+            print(f"waiting to see whether another process holds {folder}: its file system knows no locks", flush=True)
+        text, since, end = self._read(), time.monotonic(), time.monotonic() + 2 * RELEASE_SECONDS
+        while time.monotonic() - since < RELEASE_SECONDS:
+            time.sleep(LOOK_SECONDS)
+            if (now := self._read()) != text:
+                text, since = now, time.monotonic()
+                if now is None:  # its holder released it
+                    break
+            if time.monotonic() > end:
+                raise BusyError(f"output_dir = {str(folder)!r}: {_holder(text)} trains into it; use another one")
+        self._write()
+        time.sleep(2 * LOOK_SECONDS)  # of several that take it over at once the last one to write has it
+        if (left := self._read()) != self._text():
+            raise BusyError(f"output_dir = {str(folder)!r}: {_holder(left)} trains into it; use another one")
+
+    def _renew(self) -> None:
+        while not self._over.wait(RENEW_SECONDS):
+            with suppress(OSError):  # a disk that is full for a moment
+                if (found := self._read()) is not None and f'"{self.id}"' not in found:
+                    self._lost(_holder(found))
+                    return
+                self.count += 1
+                self._write()
+
+    def _text(self) -> str:
+        return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "id": self.id, "count": self.count})
+
+    def _write(self) -> None:
+        temporary = self.path.with_name(f"{LEASE}-{self.id}")
+        temporary.write_text(self._text())
+        temporary.replace(self.path)
+
+    def _read(self) -> str | None:
+        try:
+            return self.path.read_text()
+        except FileNotFoundError:
+            return None
+
+    def release(self) -> None:
+        self._over.set()
+        self._thread.join()
+        if f'"{self.id}"' in (self._read() or ""):
+            self.path.unlink(missing_ok=True)
+
+
+def _holder(text: str | None) -> str:
+    try:
+        found = json.loads(text or "")
+        return f"process {found['pid']} on {found['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"

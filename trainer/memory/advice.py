@@ -1,0 +1,161 @@
+"""What would make a run fit: other settings, each with the memory that it takes, as the simulation has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from data.collate import collate, collate_packed
+from data.order.sampler import num_micro_batches
+from data.sample import Sample
+from model.batch import Batch
+from model.card import ModelCard
+from model.config import ConfigError, QuantizeConfig
+from trainer.config import RunConfig
+from trainer.machine.disk_space import size
+from trainer.memory.footprint import Footprint, footprint
+
+SHOWN = 4
+RECOMPUTES = "parallel.activation_checkpointing = 'full'"
+
+
+@dataclass(frozen=True)
+class Change:
+    """Settings in place of those of the run, and what a rank takes with them."""
+
+    settings: str
+    needed: Footprint
+
+
+@dataclass(frozen=True)
+class Heavy:
+    """The heaviest micro-batch and how it came about: what a smaller one is cut from."""
+
+    config: RunConfig
+    card: ModelCard
+    num_ranks: int
+    samples: Sequence[Sample]
+    num_micro_batches: int
+
+    def batch(self, count: int | None = None) -> Batch:
+        """Of the first `count` samples, which are the longest; None: of all."""
+        return (collate_packed if self.config.data.packing else collate)(self.samples[:count], self.card.pad_id)
+
+    def needed(self, count: int | None = None, **changes: Any) -> Footprint:
+        """With `count` samples, and `changes` of [parallel]."""
+        parallel = replace(self.config.parallel, **changes)
+        micros = self.num_micro_batches
+        if count is not None and not self.config.data.packing:
+            micros = num_micro_batches(self.config.batch.global_batch_size, self.num_ranks, count)
+        return footprint(self.card, parallel, self.num_ranks, self.batch(count), micros)
+
+
+def advice(heavy: Heavy, limit: Callable[[Footprint], float]) -> str:
+    """What to set so that a rank takes at most `limit(what it takes now, as simulated)` bytes, for people."""
+    try:
+        now = heavy.needed()
+    except ConfigError as error:
+        return f"What would fit is not known: {error}. A smaller micro-batch takes less, and so does {RECOMPUTES}"
+    allowed = limit(now)
+    changes = list(fitting(heavy, allowed))
+    if not changes:
+        least = least_change(heavy)
+        return f"No one setting makes it fit; {told(least)} comes nearest: use more or larger devices, or a smaller model"
+    return "What fits: " + "; ".join(told(change) for change in changes[:SHOWN])
+
+
+def told(change: Change) -> str:
+    return f"{change.settings} ({size(change.needed.total, 2)})"
+
+
+def fitting(heavy: Heavy, allowed: float) -> Iterator[Change]:
+    """Changes that take no more than `allowed`; those that leave the training's numbers as they are come first."""
+    for change in (smaller(heavy, allowed), *other_settings(heavy)):
+        if change is not None and change.needed.total <= allowed:
+            yield change
+    if heavy.config.parallel.activation_checkpointing == "none":
+        change = smaller(heavy, allowed, activation_checkpointing="full")
+        if change is not None and change.needed.total <= allowed:
+            yield replace(change, settings=f"{change.settings} with {RECOMPUTES}")
+    for other in (with_lora(heavy), with_four_bits(heavy)):
+        if other is not None and other.needed.total <= allowed:
+            yield other
+
+
+def smaller(heavy: Heavy, allowed: float, **changes: Any) -> Change | None:
+    """The most samples of the heaviest micro-batch that fit, by bisection; None where not even one does, or all were one."""
+    low, high, best = fewest(heavy), len(heavy.samples) - 1, None
+    while low <= high:
+        middle = (low + high) // 2
+        needed = heavy.needed(middle, **changes)
+        if needed.total <= allowed:
+            best, low = (middle, needed), middle + 1
+        else:
+            high = middle - 1
+    return None if best is None else Change(_size(heavy, best[0]), best[1])
+
+
+def fewest(heavy: Heavy) -> int:
+    """Samples of the smallest micro-batch that may be set: a packed one is filled up to data.max_length tokens at least."""
+    if not heavy.config.data.packing:
+        return 1
+    counts = range(2, len(heavy.samples) + 1)
+    return max((count for count in counts if _tokens(heavy, count) <= heavy.config.data.max_length), default=1)
+
+
+def _tokens(heavy: Heavy, count: int) -> int:
+    return sum(len(sample.input_ids) for sample in heavy.samples[:count])
+
+
+def _size(heavy: Heavy, count: int) -> str:
+    if heavy.config.data.packing:
+        return f"batch.micro_batch_tokens = {max(_tokens(heavy, count), heavy.config.data.max_length)}"
+    return f"batch.micro_batch_size = {count}"
+
+
+def other_settings(heavy: Heavy) -> Iterator[Change]:
+    """Changes of [parallel] that leave the numbers as they are."""
+    parallel = heavy.config.parallel
+    if parallel.activation_checkpointing == "none":
+        yield Change(RECOMPUTES, heavy.needed(activation_checkpointing="full"))
+    if heavy.num_ranks > 1 and parallel.strategy != "fsdp":
+        yield Change("parallel.strategy = 'fsdp'", heavy.needed(strategy="fsdp", shard_size=0))
+        if parallel.activation_checkpointing == "none":
+            settings = f"parallel.strategy = 'fsdp' with {RECOMPUTES}"
+            yield Change(settings, heavy.needed(strategy="fsdp", shard_size=0, activation_checkpointing="full"))
+
+
+def with_lora(heavy: Heavy) -> Change | None:
+    """Adapters in place of the whole language model: another training, which needs no moments of all weights."""
+    model = heavy.card.model
+    if model.llm.tune != "full":
+        return None
+    try:
+        changed = replace(heavy, card=replace(heavy.card, model=replace(model, llm=replace(model.llm, tune="lora"))))
+        return Change(f"model.llm.tune = 'lora' (lora.rank = {heavy.config.lora.rank})", changed.needed())
+    except ConfigError:  # a model without linear layers to adapt
+        return None
+
+
+def with_four_bits(heavy: Heavy) -> Change | None:
+    """The language model's matrices quantised, where they do not learn: another training as well."""
+    if heavy.card.model.llm.tune == "full" or heavy.card.quantize.bits != 16:
+        return None
+    try:
+        changed = replace(heavy, card=replace(heavy.card, quantize=QuantizeConfig(bits=4)))
+        return Change("quantize.bits = 4", changed.needed())
+    except ConfigError:  # a mixture of experts, which 4 bits do not reach
+        return None
+
+
+def least_change(heavy: Heavy) -> Change:
+    """Of all changes and what they come to together, the one that takes least."""
+    found, least = [Change("the run as it is", heavy.needed()), *other_settings(heavy)], fewest(heavy)
+    if least < len(heavy.samples):
+        found.append(Change(_size(heavy, least), heavy.needed(least)))
+        if heavy.config.parallel.activation_checkpointing == "none":
+            settings = f"{_size(heavy, least)} with {RECOMPUTES}"
+            found.append(Change(settings, heavy.needed(least, activation_checkpointing="full")))
+    found += filter(None, [with_lora(heavy), with_four_bits(heavy)])
+    return min(found, key=lambda change: change.needed.total)

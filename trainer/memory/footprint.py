@@ -1,0 +1,165 @@
+"""What a run takes of every rank's memory, from its structure alone: exact for what it holds, simulated for what it computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model.batch import Batch
+from model.build import DTYPES, assemble
+from model.card import ModelCard
+from model.config import ConfigError
+from model.llm.causal_lm import blocks, head_weight
+from model.llm.quantized_linear import without_kernels
+from model.multimodal import MultimodalLM
+from trainer.config import ParallelConfig
+from trainer.distributed.parallelize import block_owner, cast_for_compute, checkpoint_activations, has_blocks
+from trainer.memory.simulate import Live, live_bytes
+
+MASTER = 4  # bytes of a number that learns, of its gradient and of each of its two moments: all float32
+STEP = 4  # bytes of an optimizer's count of updates, one per parameter
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Bytes of one part on the rank that holds most of it: the first."""
+
+    part: str
+    weights: int  # float32 where they learn, else in the model's dtype, or quantised
+    gradients: int
+    optimizer: int
+    buffers: int = 0
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one rank in the step of its heaviest micro-batch."""
+
+    holdings: tuple[Holding, ...]
+    activations: int  # at most at one time, with copies made for computing
+    gathered: int  # what sharding makes whole for a while: weights and gradients of the blocks that compute
+    unsummed: int  # whole gradients of micro-batches before the last, where sharded ones are summed at the end only
+
+    @property
+    def weights(self) -> int:
+        return sum(part.weights + part.buffers for part in self.holdings)
+
+    @property
+    def gradients(self) -> int:
+        return sum(part.gradients for part in self.holdings)
+
+    @property
+    def optimizer(self) -> int:
+        return sum(part.optimizer for part in self.holdings)
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.gathered + self.unsummed
+
+
+def sharing_ranks(config: ParallelConfig, num_ranks: int) -> int:
+    """Ranks that share one copy of the weights; 1: every rank has its own."""
+    if config.strategy == "ddp" or num_ranks == 1:
+        return 1
+    return config.shard_size if config.strategy == "hsdp" else num_ranks
+
+
+def footprint(card: ModelCard, config: ParallelConfig, num_ranks: int, batch: Batch, num_micro_batches: int) -> Footprint:
+    """Of a model whose `batch` is on any device: only its shapes count. No weight is read. ConfigError where some operation of
+    the model cannot run without values.
+    """
+    ways = sharing_ranks(config, num_ranks)
+    model = on_meta(card, config, computes=ways > 1)
+    held = tuple(holdings(model, card, ways))
+    try:
+        live = simulated(model, batch)
+    except RuntimeError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"what {type(model.llm).__name__} takes cannot be told without running it ({reason})") from error
+    gathers = gathered_bytes(model, config) if ways > 1 else 0
+    unsummed = 0
+    if ways > 1 and num_micro_batches > 1 and not head_weight(model.llm).requires_grad:
+        unsummed = sum(p.numel() * MASTER for p in model.parameters() if p.requires_grad)
+    activations = live.activations
+    if num_ranks == 1 and num_micro_batches == 1:
+        # Gradients come as activations go; DDP, and every later micro-batch, has all of them from the start.
+        activations = live.with_gradients - sum(part.gradients for part in held)
+    return Footprint(held, activations, gathers, unsummed)
+
+
+def on_meta(card: ModelCard, config: ParallelConfig, *, computes: bool) -> MultimodalLM:
+    """The model as `trainer.setup.build` makes it, without values. `computes`: what learns is in the type that is computed in, as
+    sharding gathers it; else it is float32 and cast where it is used.
+    """
+    model = assemble(card, DTYPES[card.model.dtype])
+    if config.activation_checkpointing == "full":
+        checkpoint_activations(model)
+    made: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay one
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.is_floating_point() and (computes or not p.requires_grad):
+                made.setdefault(p, nn.Parameter(p.to(model.dtype), requires_grad=p.requires_grad))
+                module._parameters[name] = made[p]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to("meta")
+    model.train()
+    if not computes:
+        cast_for_compute(model, model.dtype)
+    return model
+
+
+def holdings(model: MultimodalLM, card: ModelCard, ways: int) -> list[Holding]:
+    """Of every part, on the first of `ways` ranks that share a copy by rows: what learns as its float32 masters."""
+    found = []
+    for name in card.model.parts():
+        part = model.get_submodule(name)
+        learns = [p for p in part.parameters() if p.requires_grad]
+        rows = sum(local_numel(p, ways) for p in learns)
+        frozen = sum(local_numel(p, ways) * p.dtype.itemsize for p in part.parameters() if not p.requires_grad)
+        buffers = sum(b.numel() * b.dtype.itemsize for b in part.buffers())
+        found.append(Holding(name, frozen + rows * MASTER, rows * MASTER, rows * 2 * MASTER + len(learns) * STEP, buffers))
+    return found
+
+
+def local_numel(parameter: Tensor, ways: int, rank: int = 0) -> int:
+    """Numbers of `parameter` on one of `ways` ranks that share it by rows: equally many each, the last ones what is left."""
+    if ways == 1 or not parameter.dim():
+        return parameter.numel()
+    chunk = -(-parameter.shape[0] // ways)
+    mine = min(max(parameter.shape[0] - rank * chunk, 0), chunk)
+    return mine * (parameter.numel() // max(parameter.shape[0], 1))
+
+
+def simulated(model: MultimodalLM, batch: Batch) -> Live:
+    """Bytes that forward and backward of `batch` hold at a time, without computing."""
+    here = batch.to(torch.device("meta"))
+    known = [value for value in vars(here).values() if isinstance(value, Tensor)]
+    known += [value for media in here.media.values() for value in vars(media).values() if isinstance(value, Tensor)]
+
+    def loss() -> Tensor:
+        return torch.stack([term.sum for term in model(here).values()]).sum()
+
+    with without_kernels():
+        found = live_bytes(model, loss, known)
+    size = sum(value.numel() * value.itemsize for value in known)
+    return Live(found.activations + size, found.with_gradients + size)
+
+
+def gathered_bytes(model: MultimodalLM, config: ParallelConfig) -> int:
+    """What one rank holds of whole blocks at most: embedding, head and projectors throughout, and the two largest blocks, as the
+    next one is gathered while one computes; of what learns also its gradient and that in float32 on the way to its owner.
+    """
+    units = {name: list(blocks(block_owner(model, name))) for name, _ in model.named_children() if has_blocks(model, name)}
+    inside = {id(p) for unit in units.values() for block in unit for p in block.parameters()}
+    root = [p for p in model.parameters() if id(p) not in inside]
+    kept = sum(p.numel() * p.itemsize for p in root)
+    sizes = [_whole(block) for unit in units.values() for block in unit]
+    grads = [sum(p.numel() * (p.itemsize + MASTER) for p in b.parameters() if p.requires_grad) for u in units.values() for b in u]
+    here = sum(sizes) if not config.reshard_after_forward else sum(sorted(sizes)[-2:])
+    return kept + here + max(grads)
+
+
+def _whole(module: nn.Module) -> int:
+    return sum(p.numel() * p.itemsize for p in module.parameters())

@@ -1,0 +1,110 @@
+"""What a sample costs in work, so that packed ranks can be given equal work, and in memory, so that the heaviest can be found:
+its tokens, and the encoders behind its media.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from torch import nn
+
+from data.dataset import MultimodalDataset
+from data.index.token_estimate import media_tokens
+from model.batch import READ_BY, AudioSpec, MediaMeta, MediaSpec, row_tokens, view_tokens
+from model.config import ModelConfig
+from model.llm.causal_lm import blocks
+from model.llm.experts import fused_parameters
+from model.multimodal import ENCODERS, MultimodalLM
+from model.vision.tower import VisionTower
+from trainer.distributed.parallelize import block_owner
+
+
+def sample_costs(model: MultimodalLM, config: ModelConfig, dataset: MultimodalDataset) -> np.ndarray:
+    """(N,) float32 work of each sample, in tokens of the language model: its length, plus what its media cost in their encoders.
+
+    Media count as the index does, before anything is decoded: balance needs no more. What grows with the square of a length is
+    left out, as it is small beside the rest at the lengths of one sample.
+    """
+
+    def share(part: str) -> float:
+        return _position_work(model, config, part) / _position_work(model, config, "llm")
+
+    return dataset.lengths.astype(np.float32) + _media_costs(model, dataset, share)
+
+
+def media_memory(model: MultimodalLM, dataset: MultimodalDataset, recomputes: bool) -> np.ndarray:
+    """(N,) float32 memory of the media of each sample in their encoders, in tokens of the language model; `recomputes`: blocks
+    are recomputed in backward. Beside them a sample takes its tokens.
+    """
+
+    def share(part: str) -> float:
+        return _position_memory(model, part, recomputes) / _position_memory(model, "llm", recomputes)
+
+    return _media_costs(model, dataset, share)
+
+
+def _media_costs(model: MultimodalLM, dataset: MultimodalDataset, share: Callable[[str], float]) -> np.ndarray:
+    """(N,) float32; `share` of an encoder: what one of its positions costs, in tokens of the language model."""
+    costs = np.zeros(len(dataset), dtype=np.float32)
+    for kind, tokens in media_tokens(dataset.specs, dataset.config).items():
+        if tokens:
+            modality = READ_BY[kind]
+            part = ENCODERS[modality][0]
+            counts = np.concatenate([index.num_media(kind) for index in dataset.indexes])
+            positions = num_positions(model.get_submodule(part), dataset.specs[modality], tokens)
+            costs += counts.astype(np.float32) * (positions * share(part))
+    return costs
+
+
+def num_positions(encoder: nn.Module, spec: MediaSpec, tokens: int) -> float:
+    """Positions at which the blocks of `encoder` compute for a medium that takes `tokens` in the sequence: patches of every
+    size with what stands before them, however few tokens are made of them; every position of a window that silence fills.
+    """
+    if isinstance(spec, AudioSpec):
+        in_window = sum(row_tokens(spec, MediaMeta(num_frames=spec.window_frames)))
+        windows = (tokens - spec.num_prompts) / in_window
+        return (np.ceil(windows) if spec.full_window else windows) * (spec.window_frames // spec.strides[0])
+    if not isinstance(encoder, VisionTower):
+        raise TypeError(f"pictures are read by a VisionTower, not by {type(encoder).__name__}")
+    squares = sum((size // encoder.sizes[0]) ** 2 for size in encoder.sizes)
+    return tokens / view_tokens(spec) * squares * (encoder.blank_length + encoder.num_prefix)
+
+
+def _position_work(model: MultimodalLM, config: ModelConfig, part: str) -> float:
+    """Operations per position: two per weight it meets in forward, two for the gradient of its input, two for the weights' own."""
+    tune = config.parts()[part].tune
+    return used_weights(blocks(block_owner(model, part)), _experts_of(model, part)) * (
+        2.0 + 2.0 * _carries_gradient(model, part) + 2.0 * (tune == "full")
+    )
+
+
+def used_weights(module: nn.Module, experts_per_token: int) -> float:
+    """Weights that one position meets: of the fused experts of a mixture only those it is sent to."""
+    fused = set(fused_parameters(module))
+    return sum(
+        p.numel() * (min(experts_per_token / p.shape[0], 1.0) if name in fused else 1.0) for name, p in module.named_parameters()
+    )
+
+
+def _experts_of(model: MultimodalLM, part: str) -> int:
+    """Experts that each position of `part` is sent to; without a mixture any number does."""
+    return int(getattr(model.llm.config, "num_experts_per_tok", 1) or 1) if part == "llm" else 1  # type: ignore[union-attr]
+
+
+def _position_memory(model: MultimodalLM, part: str, recomputes: bool) -> float:
+    """Numbers that are alive at once for one position: outputs of all blocks on the gradient's path, of one block elsewhere."""
+    widths = [
+        float(sum(linear.out_features for linear in block.modules() if isinstance(linear, nn.Linear)))
+        for block in blocks(block_owner(model, part))
+    ]
+    if not _carries_gradient(model, part):
+        return max(widths)
+    hidden: int = (
+        model.llm.get_input_embeddings().embedding_dim if part == "llm" else model.get_submodule(part).hidden_size  # type: ignore[operator, assignment, union-attr]
+    )
+    return max(widths) + len(widths) * hidden if recomputes else sum(widths)
+
+
+def _carries_gradient(model: MultimodalLM, part: str) -> bool:
+    return part == "llm" or part in model.trainable_parts

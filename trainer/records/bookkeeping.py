@@ -1,0 +1,79 @@
+"""Which records the steps of a stage took and what became of them: samples.bin, quarantine.jsonl and ledger.json agree."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from data.config import DataError
+from trainer.records.ledger import NAME as LEDGER
+from trainer.records.ledger import ledger_file, ledger_of, num_left_out, table, write_ledger
+from trainer.records.quarantine import NAME as QUARANTINE
+from trainer.records.quarantine import TRAIN, VALIDATION, Quarantine, check_rows, read_rows
+from trainer.records.run_data import RunData
+from trainer.records.sample_log import StepLog
+from trainer.setup import Setup
+
+
+class Accounts:
+    """Of one stage, from its `first_step` on."""
+
+    def __init__(self, setup: Setup, first_step: int) -> None:
+        """DataError when too many records were bad before."""
+        if setup.data.sampler is None:
+            raise ValueError("nothing to train")
+        place, fraction = setup.place, setup.config.data.max_bad_fraction
+        self.place, self.world, self.sampler, self.total_steps = place, setup.world, setup.data.sampler, setup.total_steps
+        self.step_log = StepLog(place.folder, self.sampler, first_step, setup.world, place.first_step)
+        self.quarantine = Quarantine(place.run_folder, setup.data.num_records, fraction, place.name)
+        self.num_steps = first_step  # those whose bad records are written down
+        if first_step:
+            self._check_rows(setup.data, first_step)
+        self.quarantine.check()
+
+    def _check_rows(self, data: RunData, first_step: int) -> None:
+        """DataError when what an earlier start quarantined is of another run; a line when some of it was lost."""
+        rows, path = read_rows(self.place.run_folder, self.place.name), self.place.run_folder / QUARANTINE
+        check_rows(rows, {TRAIN: data.train, VALIDATION: data.validation}, path)
+        known = sum(row["split"] == TRAIN and row["step"] < first_step for row in rows)
+        if self.world.is_main and known < (told := num_left_out(self.place.folder, first_step)):
+            print(f"{path} holds {known} of the {told} records that {LEDGER} counts: the others are looked at again", flush=True)
+
+    def flush(self, done: int) -> None:
+        """Write down what is known of the samples of `done` steps. Collective. DataError when too many were bad."""
+        self.step_log.flush()
+        self.quarantine.flush(self.world)
+        self.num_steps = done
+        self.quarantine.check()
+
+    def check_used(self) -> None:
+        """DataError, on all ranks alike, when not one sample of all steps so far could be trained on. Collective, after `flush`."""
+        told = None
+        if self.world.is_main:
+            rows = read_rows(self.place.run_folder, self.place.name)
+            ledger = ledger_of(self.sampler, self.num_steps, self.total_steps, rows)
+            if not any(row.trained for row in ledger):
+                num = sum(row.too_long + row.quarantined for row in ledger)
+                reason = next((f"{row['where']} {row['id']}: {row['reason']}" for row in rows if row["split"] == TRAIN), "")
+                told = [num, reason]
+        if told := self.world.broadcast_json(told):
+            raise DataError(
+                f"nothing was learned: none of the {told[0]} records that {self.num_steps} steps asked for could be used; one of "
+                f"them: {told[1]}. No final/ is written; {self.place.run_folder / QUARANTINE} has all of them"
+            )
+
+    def ledger(self) -> dict[Path, str]:
+        """ledger.json, path and content, for a checkpoint to write; on rank 0."""
+        return ledger_file(self.place, self.sampler, self.num_steps, self.total_steps) if self.world.is_main else {}
+
+    def close(self) -> None:
+        """ledger.json, on rank 0, and the same for people."""
+        if self.world.is_main:
+            ledger = write_ledger(self.place, self.sampler, self.num_steps, self.total_steps)
+            print(f"records after step {self.num_steps}\n{table(ledger)}", flush=True)
+
+    def leave(self) -> None:
+        """ledger.json, on rank 0, of a run that has failed. It raises nothing: what ended the run is the reason to tell."""
+        if self.world.is_main:
+            with suppress(OSError, DataError):
+                write_ledger(self.place, self.sampler, self.num_steps, self.total_steps)

@@ -1,0 +1,36 @@
+"""Data of stages that are still to come, looked at before the first of them trains for days."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from data.config import ConfigError as SettingError
+from data.config import DataError
+from model.config import ConfigError
+from trainer.config import RunConfig
+from trainer.distributed.world import World
+from trainer.records.quick_check import quick_check
+from trainer.records.run_data import certify_all, open_data
+from trainer.runfile.stages import Place, place_to_read
+from trainer.setup import resolved
+
+
+def look_ahead(root: RunConfig, places: Sequence[Place], world: World) -> Iterator[str]:
+    """Open, certify and check the data of each stage as its own start will; no weight is read. Yields lines for people.
+
+    Tokens that earlier stages add are known from the run file. Indexes that are built here are there when the stage begins.
+    Raises `ConfigError` or `DataError` with the stage's name. Collective.
+    """
+    for place in places:
+        early = place_to_read(root, place.name)  # without the final/ that it starts from, which is not there yet
+        early = replace(early, config=resolved(early.config, world))
+        try:
+            data = open_data(early.config, world, place=early)
+            certify_all(data, place.config)
+            found = quick_check(data, place.config, world)
+        except (ConfigError, SettingError) as error:
+            raise ConfigError(f"stage {place.name}: {error}") from error
+        except DataError as error:
+            raise DataError(f"stage {place.name}: {error}") from error
+        yield from (f"later     {place.name}: {line}" for line in found)

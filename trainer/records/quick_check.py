@@ -1,0 +1,183 @@
+"""A look at the data before weights are read: what an earlier check found bad, and a spread of the rest, within seconds.
+
+What it finds is told, and ends the start if there is too much of it. It leaves no trace: bad records are quarantined when met.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from data.check.check_record import TOO_LONG, Checked, Problem, check_record
+from data.check.measured_lengths import read_measurements
+from data.config import DataError
+from data.dataset import MultimodalDataset
+from data.order.mixing import Pool
+from trainer.config import RunConfig
+from trainer.distributed.world import World
+from trainer.records.feeding import PARTS, carried
+from trainer.records.quarantine import FLOOR, TRAIN, VALIDATION
+from trainer.records.run_data import RunData
+from trainer.records.too_long import Lengths, Media, large_media, never_fed, refusal, surely
+
+MAX_RECORDS, MAX_SECONDS = 2000, 5.0
+LEAST = 16  # records of each source, however small its share
+SHOWN = 3  # problems of each source
+CERTAIN = 4  # standard deviations of chance that are granted to a source before a part of it stands for the whole
+
+
+@dataclass
+class Look:
+    """What is looked at in one source, and what was found so far."""
+
+    split: str
+    pool: Pool  # its records that take part
+    dataset: MultimodalDataset
+    known: np.ndarray  # sample ids that an earlier check found bad
+    drawn: np.ndarray  # sample ids spread over the others
+    num_measured: int = 0  # records that an earlier check found too long
+    num_checked: int = 0
+    num_drawn: int = 0  # of the checked ones
+    num_bad_drawn: int = 0
+    num_too_long: int = 0
+    bad: list[Problem] = field(default_factory=list)  # the first one of each bad record
+    lengths: Lengths = field(default_factory=Lengths)
+
+    def add(self, checked: Checked, is_drawn: bool) -> None:
+        bad = [problem for problem in checked.problems if problem.is_bad]
+        self.bad += bad[:1]
+        self.num_checked += 1
+        self.num_drawn += is_drawn
+        self.num_bad_drawn += is_drawn and bool(bad)
+        too_long = not bad and any(problem.kind == TOO_LONG for problem in checked.problems)
+        self.num_too_long += too_long
+        if not bad:
+            whole = checked.whole or self.dataset.config.max_length + 1
+            self.lengths.add(whole, None if too_long or checked.size is None else checked.size.length)
+
+    def at_least(self) -> int:
+        """Bad records there are for sure: those found, or what the drawn ones stand for, chance granted."""
+        return max(len(self.bad), self._standing_for(self.num_bad_drawn))
+
+    @property
+    def media(self) -> Media:
+        """Media that do not fit, whatever else is in their records."""
+        return large_media(self.dataset, self.pool.ids)
+
+    def too_long_at_least(self) -> int:
+        """Records that are too long for sure. What an earlier check measured counts where that is still found to be so."""
+        measured = self.num_measured if self.num_too_long else 0
+        return max(self.num_too_long, measured, self.media.num_records, self._standing_for(self.num_too_long))
+
+    def _standing_for(self, num_drawn: int) -> int:
+        return int(surely(num_drawn, CERTAIN) * (len(self.pool.ids) - len(self.known)) / max(self.num_drawn, 1))
+
+    def __str__(self) -> str:
+        known = f", of them {len(self.known):,} that tools.check_data found bad" if len(self.known) else ""
+        too_long = f", {self.num_too_long} too long" if self.num_too_long else ""
+        head = f"looked at {self.num_checked:,} of {len(self.pool.ids):,} records{known}: {len(self.bad)} bad{too_long}"
+        note = self.lengths.note(self.dataset.config.max_length)
+        return "\n".join(
+            [f"{self.split} {self.pool.name}: {head}", *(f"          {line}" for line in (*self.bad[:SHOWN], note) if line)]
+        )
+
+
+def quick_check(data: RunData, config: RunConfig, world: World, alive: Callable[[str], object] = lambda at: None) -> list[str]:
+    """One entry per source: how much was looked at, and the first problems by file, line and id. Collective.
+
+    Rank 0 looks; every rank raises the same `DataError`: when more records are bad for sure than data.max_bad_fraction allows, or,
+    with data.on_bad_sample = "error", when any is; and when more of a source are too long than data.max_too_long_fraction allows.
+    Nothing is looked at where nothing will be trained.
+    """
+    answer: dict[str, list[str]] = {"said": [], "error": []}
+    if world.is_main and config.train.max_steps != 0:
+        looks = planned(data, Path(config.output_dir) / "index")
+        carry_out(looks, MAX_SECONDS, alive)
+        reasons = [*refusals(looks, config), *too_long(looks, config)]
+        if data.train is not None and not reasons:
+            reasons = never_fed(data.train, data.pools, PARTS, carried(config.model))
+        answer = {"said": [str(look) for look in looks], "error": reasons}
+    answer = world.broadcast_json(answer)
+    if answer["error"]:
+        raise DataError("; ".join(answer["error"]))
+    return answer["said"]
+
+
+def planned(data: RunData, index_folder: Path) -> list[Look]:
+    """What to look at: of every source a share of MAX_RECORDS as large as its size, and LEAST of it."""
+    splits = ((TRAIN, data.train, data.pools), (VALIDATION, data.validation, data.validation_pools))
+    total = sum(len(pool.ids) for _, _, pools in splits for pool in pools)
+    looks = []
+    for split, dataset, pools in splits:
+        if dataset is None:
+            continue
+        first = 0
+        for pool, measurement in zip(pools, read_measurements(dataset, index_folder)):
+            bad = np.empty(0, dtype=np.int64) if measurement is None else measurement.bad + first
+            is_known = np.isin(pool.ids, bad)  # not numpy's functions for sets: they take minutes for millions
+            num_measured = 0 if measurement is None else int((measurement.lengths[pool.ids[~is_known] - first] == 0).sum())
+            share = max(LEAST, MAX_RECORDS * len(pool.ids) // total)
+            looks.append(Look(split, pool, dataset, pool.ids[is_known], _spread(pool.ids[~is_known], share), num_measured))
+            first += pool.size
+    return looks
+
+
+def carry_out(looks: list[Look], seconds: float, alive: Callable[[str], object] = lambda at: None) -> None:
+    """Looks at all that is planned or at what there is time for: the known ones of every source first, then all sources alike."""
+    end = time.monotonic() + seconds
+    queue = [(look, int(i), False) for look in looks for i in look.known[:MAX_RECORDS]]
+    drawn = [((k + 1) / len(look.drawn), look, int(i), True) for look in looks for k, i in enumerate(look.drawn)]
+    queue += [(look, i, is_drawn) for _, look, i, is_drawn in sorted(drawn, key=lambda item: item[0])]
+    for look, i, is_drawn in queue:
+        alive(look.dataset.where(i))
+        look.add(check_record(look.dataset, i, keys=False), is_drawn)
+        if time.monotonic() > end:
+            return
+
+
+def refusals(looks: Iterable[Look], config: RunConfig) -> list[str]:
+    """Why the run does not start; nothing if it may."""
+    reasons = []
+    for split in (TRAIN, VALIDATION):
+        own = [look for look in looks if look.split == split]
+        bad = [problem for look in own for problem in look.bad]
+        if not bad:
+            continue
+        if config.data.on_bad_sample == "error":
+            reasons.append(f"{bad[0]}" + (f" (and {len(bad) - 1} more bad records)" if len(bad) > 1 else ""))
+            continue
+        num, num_bad = sum(len(look.pool.ids) for look in own), sum(look.at_least() for look in own)
+        limit = max(FLOOR, int(num * config.data.max_bad_fraction))
+        if num_bad > limit:
+            worst = max(own, key=Look.at_least)
+            reasons.append(
+                f"at least {num_bad} of {num} {split} records are bad, data.max_bad_fraction allows {limit}; worst source: "
+                f"{worst.pool.name!r} with {worst.at_least()}; one of them: {worst.bad[0]}. `python -m tools.check_data` names all"
+            )
+    return reasons
+
+
+def too_long(looks: Iterable[Look], config: RunConfig) -> list[str]:
+    """One reason for each source of which too many records do not fit."""
+    found = [
+        refusal(
+            f"{look.split} source {look.pool.name!r}",
+            look.too_long_at_least(),
+            len(look.pool.ids),
+            look.lengths,
+            look.media,
+            config.data,
+        )
+        for look in looks
+    ]
+    return [reason for reason in found if reason]
+
+
+def _spread(ids: np.ndarray, count: int) -> np.ndarray:
+    """Up to `count` of `ids` at equal distances, in an order whose every beginning is spread too; the same at every call."""
+    chosen = ids[np.arange(min(count, len(ids))) * len(ids) // max(min(count, len(ids)), 1)]
+    return np.random.default_rng(0).permutation(chosen)

@@ -1,0 +1,201 @@
+"""Opening the data of a run: tokenizer, template, specs, datasets and their certificates."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data.check.certificate import certify
+from data.check.measured_lengths import ESTIMATED
+from data.config import DataError, SourceConfig
+from data.dataset import MultimodalDataset, open_dataset
+from data.order.mixing import Pool, make_pools
+from data.order.sampler import Sampler
+from data.processor import Processor, make_processor
+from data.text.template import Template, load_template
+from data.text.tokenizer import load_tokenizer, pad_id
+from model.batch import PLACEHOLDERS
+from model.card import ModelCard, base_digests, draw_card, media_specs, read_card
+from model.config import ConfigError
+from model.files.tensor_files import sampled_digest
+from model.llm.causal_lm import check_positions
+from trainer.config import RunConfig
+from trainer.distributed.world import World
+from trainer.records import freeze_lengths
+from trainer.records.feeding import UnfedError, carried, check_fed, refused_records
+from trainer.records.quarantine import TRAIN, VALIDATION, read_excluded
+from trainer.records.vocabulary import check_surplus, num_base_rows, plan_vocabulary
+from trainer.runfile.stages import Place
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads, and the card of the model that can read it."""
+
+    card: ModelCard
+    processor: Processor
+    train: MultimodalDataset | None
+    validation: MultimodalDataset | None
+    sampler: Sampler | None
+    pools: tuple[Pool, ...] = ()  # what each source of `train` gives
+    validation_pools: tuple[Pool, ...] = ()
+    lengths_kind: str = ESTIMATED  # exact | partly exact | estimated: what the plan of the run rests on
+
+    @property
+    def num_records(self) -> dict[str, int]:
+        """Records that take part, by split; a split without sources is absent."""
+        pools = {TRAIN: self.pools, VALIDATION: self.validation_pools}
+        return {split: sum(len(pool.ids) for pool in found) for split, found in pools.items() if found}
+
+    @property
+    def pad_id(self) -> int:
+        return self.card.pad_id
+
+
+def open_data(
+    config: RunConfig,
+    world: World,
+    *,
+    first_start: bool = False,
+    place: Place | None = None,
+    alive: Callable[[str], object] = lambda at: None,
+) -> RunData:
+    """Everything the run, or one `place` of it, reads; no weight is loaded. Rank 0 builds missing indexes, the others then map
+    them. Collective.
+
+    first_start: the run or stage begins at step 0, and by what lengths it is planned is settled now. alive: is told now and then
+    what is read.
+    """
+    place = place or Place(config, config)
+    template, card = open_words(config, world)
+    specs, data, folder = card.specs, config.data, Path(config.output_dir)
+    check_positions(card.hugging_face["llm"], data.max_length)
+
+    def opened(sources: tuple[SourceConfig, ...], excluded: frozenset[int], told: Callable[[str], object]) -> MultimodalDataset:
+        return open_dataset(sources, data, template, specs, folder / "index", excluded, told)
+
+    tables = {TRAIN: data.sources, VALIDATION: data.validation}
+    if world.is_main:
+        signs = freeze_lengths.Signs(world, alive)
+        found = {split: opened(sources, frozenset(), signs) for split, sources in tables.items() if sources}
+        if first_start:
+            freeze_lengths.settle(found, config, place.folder, signs)
+    freeze_lengths.wait(world)  # collective: the indexes exist now, and lengths are settled
+    excluded = {TRAIN: read_excluded(folder, place.name), VALIDATION: frozenset[int]()}
+    datasets = {split: opened(sources, excluded[split], alive) for split, sources in tables.items() if sources}
+    kinds = freeze_lengths.use(datasets, config, place.folder)
+    freeze_lengths.agree(datasets, world)  # collective
+    train, validation = (datasets.get(split) for split in tables)
+    pools, held_out = (() if dataset is None else pools_of(dataset, config) for dataset in (train, validation))
+    sampler = None
+    if train is not None:
+        sampler = Sampler(train.lengths, train.modalities, config.batch.global_batch_size, config.seed, data.order, pools)
+    processor = make_processor(template, specs, data)
+    return RunData(card, processor, train, validation, sampler, pools, held_out, kinds.get(TRAIN, ESTIMATED))
+
+
+def open_words(config: RunConfig, world: World) -> tuple[Template, ModelCard]:
+    """The tokenizer with its template, and the card of the model that has a row for each of its tokens."""
+    added = added_tokens(config)
+    num_rows = num_base_rows(config.model)  # first: a folder that is no language model has no tokenizer either
+    vocabulary = load_tokenizer(config.model.llm.path, added, config.model.cache_dir)
+    surplus = check_surplus(config.model, vocabulary, num_rows)
+    data = config.data
+    if surplus.learned and world.is_main:
+        log.warning("%s", surplus)
+    template = load_template(
+        data.template,
+        vocabulary.tokenizer,
+        placeholders=data.placeholders,
+        media_wrap=data.media_wrap,
+        allowed=added,
+        state_tokens=data.state_tokens,
+        unread=surplus.unread,
+    )
+    card = draw_card(
+        config.model,
+        config.lora,
+        plan_vocabulary(config.model, vocabulary, num_rows),
+        tokens=added,
+        stop_ids=template.stop_ids,
+        pad_id=pad_id(vocabulary.tokenizer),
+        quantize=config.quantize,
+    )
+    return template, card
+
+
+def pools_of(dataset: MultimodalDataset, config: RunConfig) -> tuple[Pool, ...]:
+    """What `take` and `weight` make of each source."""
+    sources = dataset.sources
+    return make_pools(
+        [source.key for source in sources],
+        [len(index) for index in dataset.indexes],
+        [source.take for source in sources],
+        [source.weight for source in sources],
+        config.seed,
+        config.data.order == "sequential",
+    )
+
+
+def with_bases(data: RunData, world: World) -> RunData:
+    """The same with fingerprints of the base weights on the card. Rank 0 looks, so a hub id is downloaded once. Collective."""
+    answer: dict[str, str] = {}
+    if world.is_main:
+        try:
+            answer = base_digests(data.card.model) | given_digests(data.card)
+        except ConfigError as error:
+            answer = {"error": str(error)}
+    found = world.broadcast_json(answer)
+    if "error" in found:
+        raise ConfigError(found["error"])
+    return replace(data, card=replace(data.card, bases=found))
+
+
+def given_digests(card: ModelCard) -> dict[str, str]:
+    """Fingerprints of what the configuration names beside the bases, so that a resumed run notices when it was replaced."""
+    parts = card.model.parts().items()
+    named = {
+        "model.init_from": card.model.init_from,
+        "lora.path": card.lora.path,
+        **{f"model.{name}.path": part.path for name, part in parts if name.endswith("_projector")},  # type: ignore[union-attr]
+    }
+    found = {}
+    for key, path in named.items():
+        folder = Path(path).is_dir()
+        files = sorted(f for f in Path(path).iterdir() if f.suffix in (".safetensors", ".bin")) if folder else [Path(path)]
+        if path and all(file.is_file() for file in files):
+            found[key] = sampled_digest(files)
+    return found
+
+
+def certify_all(data: RunData, config: RunConfig, alive: Callable[[str], object] = lambda at: None) -> list[str]:
+    """One line per source: what was proven of its rows; `alive` is told which row is next.
+
+    DataError when a source cannot be proven, ConfigError when the model's parts and the data do not go together.
+    """
+    if data.train is not None:
+        try:
+            check_fed(data.train, data.pools, carried(config.model))
+        except UnfedError as error:
+            # A record that breaks the rules has no media that count: the rule it breaks is what to mend first.
+            share, refused = refused_records(data.train, data.pools)
+            if share > 0.5:
+                raise DataError(f"{refused}. Without them {error}") from error
+            raise ConfigError(f"{error}; {refused}" if refused else str(error)) from error
+    opened = [dataset for dataset in (data.train, data.validation) if dataset is not None]
+    return [
+        str(certify(data.processor.template, index, source.key, max_length=config.data.max_length, alive=alive))
+        for dataset in opened
+        for source, index in zip(dataset.sources, dataset.indexes)
+    ]
+
+
+def added_tokens(config: RunConfig) -> tuple[str, ...]:
+    """Tokens added to the base tokenizer, in order: those of the run it starts from, placeholders, new ones."""
+    inherited = read_card(Path(config.model.init_from)).tokens if config.model.init_from else ()
+    placeholders = tuple(PLACEHOLDERS[modality] for modality in media_specs(config.model))
+    return tuple(dict.fromkeys((*inherited, *placeholders, *config.model.llm.new_tokens)))

@@ -1,0 +1,190 @@
+"""Values that are wrong by themselves or against each other, and settings that can have no effect."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from data.config import DataConfig
+from model.config import OUR_ATTENTION, LoraConfig
+from trainer.config import BatchConfig, RunConfig, ValidationConfig
+from trainer.runfile.part_checks import anyres_problems, vision_problems
+from trainer.runfile.quantize_checks import quantize_problems
+from trainer.runfile.term_checks import term_problems
+
+
+def problems_of(config: RunConfig) -> list[str]:
+    """Every problem of a well-typed configuration, one line each."""
+    return [
+        *config.data.problems(),
+        *_values(config),
+        *_pairs(config),
+        *_packing(config),
+        *_parts(config),
+        *vision_problems(config.model),
+        *anyres_problems(config.data, config.model),
+        *term_problems(config.model),
+        *quantize_problems(config.quantize, config.model),
+        *idle_settings(config),
+    ]
+
+
+def _values(config: RunConfig) -> Iterator[str]:
+    positive = {
+        "batch.global_batch_size": config.batch.global_batch_size,
+        "batch.micro_batch_size": config.batch.micro_batch_size,
+        "optim.lr": config.optim.lr,
+        "optim.eps": config.optim.eps,
+        "lora.rank": config.lora.rank,
+        "lora.alpha": config.lora.alpha,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep": config.checkpoint.keep,
+        "validation.every": config.validation.every,
+        "validation.max_samples": config.validation.max_samples,
+        "log.every": config.log.every,
+        "faults.max_nonfinite": config.faults.max_nonfinite,
+        "faults.stall_seconds": config.faults.stall_seconds,
+    }
+    for name, value in positive.items():
+        if not value > 0 or not math.isfinite(value):
+            yield f"{name} = {value} is not positive"
+    not_negative: dict[str, Any] = {
+        "seed": config.seed,
+        "batch.micro_batch_tokens": config.batch.micro_batch_tokens,
+        "optim.projector_lr": config.optim.projector_lr,
+        "optim.weight_decay": config.optim.weight_decay,
+        "optim.clip_norm": config.optim.clip_norm,
+        "optim.warmup_steps": config.optim.warmup_steps or 0,
+        "train.max_steps": config.train.max_steps or 0,
+        **{f"model.{name}.lr": part.lr for name, part in config.model.parts().items()},
+    }
+    for name, value in not_negative.items():
+        if not value >= 0 or not math.isfinite(value):
+            yield f"{name} = {value} is negative or not finite"
+    if config.train.epochs is not None and not 0 < config.train.epochs < math.inf:
+        yield f"train.epochs = {config.train.epochs} is not positive; train.max_steps = 0 builds a model without training"
+    if not 0 <= (config.optim.warmup_ratio or 0) <= 1:
+        yield f"optim.warmup_ratio = {config.optim.warmup_ratio} is not in [0, 1]"
+    if not 0 <= config.lora.dropout < 1:
+        yield f"lora.dropout = {config.lora.dropout} is not in [0, 1)"
+    if not all(0 <= beta < 1 for beta in config.optim.betas):
+        yield f"optim.betas = {list(config.optim.betas)} are not in [0, 1)"
+
+
+def _pairs(config: RunConfig) -> Iterator[str]:
+    if config.train.epochs is not None and config.train.max_steps is not None:
+        yield "train.epochs and train.max_steps are both named: name one"
+    if config.optim.warmup_ratio is not None and config.optim.warmup_steps is not None:
+        yield "optim.warmup_ratio and optim.warmup_steps are both named: name one"
+    if not config.data.sources and config.train.max_steps != 0:
+        yield "data.sources is empty: name at least one [[data.sources]] with its path (train.max_steps = 0 needs none)"
+    # A micro-batch larger than the step it is part of could never be filled.
+    if not config.data.packing and config.batch.micro_batch_size > config.batch.global_batch_size:
+        yield (
+            f"batch.micro_batch_size = {config.batch.micro_batch_size} is larger than "
+            f"batch.global_batch_size = {config.batch.global_batch_size}"
+        )
+    if config.parallel.strategy == "hsdp" and config.parallel.shard_size < 2:
+        yield (
+            f"parallel.shard_size = {config.parallel.shard_size} with parallel.strategy = 'hsdp': name the ranks that share one "
+            "copy, 2 or more and a divisor of all ranks, as a rule the accelerators of one machine"
+        )
+    if config.checkpoint.resume not in ("auto", "none") and "checkpoint-" not in config.checkpoint.resume:
+        yield f"checkpoint.resume = {config.checkpoint.resume!r} is not 'auto' | 'none' | a checkpoint-N folder"
+
+
+def _packing(config: RunConfig) -> Iterator[str]:
+    batch, attention = config.batch, config.model.attention
+    if not config.data.packing:
+        if attention == "varlen":
+            yield "model.attention = 'varlen' is for packed samples: set data.packing = true, or use 'sdpa'"
+        return
+    if batch.micro_batch_tokens < config.data.max_length:
+        yield (
+            f"batch.micro_batch_tokens = {batch.micro_batch_tokens} is less than data.max_length = {config.data.max_length}: with "
+            "data.packing = true it is the tokens of one micro-batch, which must hold the longest sample"
+        )
+    if attention not in OUR_ATTENTION:
+        yield (
+            f"model.attention = {attention!r} with data.packing = true: packed samples would attend to each other; "
+            f"use {' or '.join(map(repr, OUR_ATTENTION))}"
+        )
+
+
+def _parts(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    parts = model.parts()
+    for pair in (("vision", "vision_projector"), ("audio", "audio_projector")):
+        for one, other in (pair, pair[::-1]):
+            if one in parts and other not in parts:
+                yield f"[model.{one}] has no effect without [model.{other}]: give both or none"
+    tuned = [name for name, part in model.parts().items() if part.tune != "frozen"]
+    if not tuned and config.train.max_steps != 0:
+        yield "nothing learns: every part has tune = 'frozen' (train.max_steps = 0 writes a model without training)"
+    if model.llm.tune == "new_tokens" and not model.llm.new_tokens:
+        yield "model.llm.tune = 'new_tokens' trains the rows of model.llm.new_tokens, which names none"
+    if model.llm.new_tokens and model.llm.tune not in ("full", "new_tokens"):
+        yield (
+            f"model.llm.new_tokens = {list(model.llm.new_tokens)} could never be learned with model.llm.tune = {model.llm.tune!r}: "
+            "their rows would stay the mean of the others; use tune = 'new_tokens' or 'full', or leave them out "
+            "(those of model.init_from stay)"
+        )
+    for name, projector in (("vision_projector", model.vision_projector), ("audio_projector", model.audio_projector)):
+        if projector is not None and projector.tune != "full" and not projector.path and not model.init_from:
+            yield f"model.{name}.tune = {projector.tune!r} without weights: name its path, or model.init_from"
+    if (audio := model.audio_projector) is not None:
+        if audio.prompts < 0:
+            yield f"model.audio_projector.prompts = {audio.prompts} is negative"
+        if audio.tune == "prompts" and audio.prompts == 0:
+            yield "model.audio_projector.tune = 'prompts' has nothing to learn: set model.audio_projector.prompts"
+
+
+def idle_settings(config: RunConfig) -> Iterator[str]:
+    """Settings that can have no effect beside the others; every line begins with the key, or with the [table]."""
+    model = config.model
+    parts = model.parts()
+    if config.lora != LoraConfig() and not any(part.tune == "lora" for part in parts.values()):
+        yield "[lora] has no effect: no part has tune = 'lora'"
+    for name, part in parts.items():
+        if part.lr and part.tune == "frozen":
+            yield f"model.{name}.lr = {part.lr} has no effect: model.{name}.tune = 'frozen'"
+    projectors = {name: part for name, part in parts.items() if name.endswith("_projector")}
+    if config.optim.projector_lr and all(part.tune == "frozen" or part.lr for part in projectors.values()):
+        why = {n: "it is frozen" if part.tune == "frozen" else "it has an lr of its own" for n, part in projectors.items()}
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in why.items()) or "there is no projector"
+        yield f"optim.projector_lr = {config.optim.projector_lr} has no effect: {reasons}"
+    batch = config.batch
+    if batch.micro_batch_tokens > 0 and not config.data.packing:
+        yield f"batch.micro_batch_tokens = {batch.micro_batch_tokens} has no effect with data.packing = false"
+    if config.data.packing and batch.micro_batch_size != BatchConfig().micro_batch_size:
+        yield (
+            f"batch.micro_batch_size = {batch.micro_batch_size} has no effect with data.packing = true: "
+            "micro-batches are filled up to batch.micro_batch_tokens"
+        )
+    if config.parallel.strategy != "hsdp" and config.parallel.shard_size:
+        yield (
+            f"parallel.shard_size = {config.parallel.shard_size} has no effect with parallel.strategy = "
+            f"{config.parallel.strategy!r}: it is the ranks that share one copy under 'hsdp'"
+        )
+    if config.parallel.strategy == "ddp" and not config.parallel.reshard_after_forward:
+        yield "parallel.reshard_after_forward = false has no effect with parallel.strategy = 'ddp'"
+    yield from _unread(config)
+    if config.data.on_bad_sample == "error" and config.data.max_bad_fraction != DataConfig().max_bad_fraction:
+        yield "data.max_bad_fraction has no effect with data.on_bad_sample = 'error': the first bad record stops the run"
+    if config.validation != ValidationConfig() and not config.data.validation:
+        yield "[validation] has no effect without [[data.validation]]"
+
+
+OF_PICTURES = ("media_wrap", "max_images", "max_pixels", "image_fit", "image_decode", "fps", "min_frames", "max_frames")
+"""Settings of [data] that mean nothing where no part reads pictures or videos."""
+
+
+def _unread(config: RunConfig) -> Iterator[str]:
+    """Settings of media that no part reads."""
+    needed = {"vision": OF_PICTURES, "audio": ("max_seconds",), "vision or audio": ("placeholders", "follow_links")}
+    for readers, keys in needed.items():
+        if not config.model.parts().keys() & set(readers.split(" or ")):
+            for key in keys:
+                if getattr(config.data, key) != getattr(DataConfig(), key):
+                    yield f"data.{key} has no effect: no [model.{readers.replace(' or ', '] or [model.')}] is configured"

@@ -1,0 +1,163 @@
+"""`[[stage]]` tables: merged into the file above them, every stage checked as a run of its own and against the one before."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from data.records.fields import MAX_NAME
+from model.config import PartConfig
+from model.files.untrusted import shown
+from model.weights.compatibility import LORA_SHAPE
+from trainer.config import RunConfig, StageConfig
+from trainer.runfile.checks import idle_settings, problems_of
+from trainer.runfile.merge_tables import difference, has, merged, value_of, without
+from trainer.runfile.planned import PLANNED
+from trainer.runfile.schema import Reader, to_tables
+
+NAME = re.compile(r"[a-z0-9_-]+")
+RUN_WIDE = ("output_dir", "stage", "checkpoint.resume", "train.deterministic", "faults.grace_seconds")
+"""Settings that one stage cannot have for itself."""
+FREE = {"tune", "lr", "router_loss", "new_tokens", "prompts", "newline", "class_weights", "loss_weight"}
+"""Settings of a part that may change from stage to stage; what its weights mean hangs on all others."""
+
+
+@dataclass
+class Draft:
+    """A stage while it is read."""
+
+    name: str
+    own: dict[str, Any]  # what its table says
+    config: RunConfig | None = None
+    problems: list[str] = field(default_factory=list)
+    idle: dict[str, str] = field(default_factory=dict)  # inherited settings that mean nothing here: key and reason
+
+
+def read_curriculum(tables: dict[str, Any], filled: Callable[[RunConfig], RunConfig]) -> tuple[RunConfig | None, list[str]]:
+    """The run of a file that has `[[stage]]` tables, or every problem of every stage, each with the stage in front."""
+    base = {key: value for key, value in tables.items() if key != "stage"}
+    drafts, problems = _drafts(tables["stage"])
+    earlier: list[Draft] = []
+    for draft in drafts:
+        _read(draft, base, earlier, filled)
+        earlier.append(draft)
+    problems += _together(drafts)
+    if problems or any(draft.config is None for draft in drafts):
+        return None, problems
+    configs = [to_tables(draft.config) for draft in drafts]
+    stages = tuple(StageConfig(draft.name, difference(configs[0], config)) for draft, config in zip(drafts, configs))
+    return replace(drafts[0].config, stage=stages), []  # type: ignore[type-var]
+
+
+def _drafts(stages: Any) -> tuple[list[Draft], list[str]]:
+    """Stages with usable names, and what is wrong with the others."""
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        return [], [f"stage = {shown(stages)} is not a list of tables: write [[stage]], with a name"]
+    drafts: list[Draft] = []
+    problems = []
+    for number, stage in enumerate(stages, 1):
+        name = stage.get("name")
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            problems.append(
+                f"stage {number}: name = {shown(name)} is not made of a-z, 0-9, _ and -: every [[stage]] needs such a name"
+            )
+        elif len(name) > MAX_NAME:
+            problems.append(f"stage {number}: name has {len(name)} characters, more than {MAX_NAME}: it is part of a folder's name")
+        elif name in [draft.name for draft in drafts]:
+            problems.append(f"stage {number}: name = {name!r} is the name of an earlier stage: their folders would be one")
+        else:
+            drafts.append(Draft(name, {key: value for key, value in stage.items() if key != "name"}))
+    return drafts, problems
+
+
+def _read(draft: Draft, base: dict[str, Any], earlier: list[Draft], filled: Callable[[RunConfig], RunConfig]) -> None:
+    """Fill in the configuration of a stage and its problems."""
+    for key in RUN_WIDE:
+        if has(draft.own, key):
+            draft.problems.append(f"{key} belongs to the whole run: write it above the first [[stage]]")
+    before = earlier[-1].config if earlier else None
+    claimed = _claims(earlier)
+    for key in claimed:
+        if value_of(draft.own, key):
+            draft.problems.append(f"{key} has no effect: the part comes from the stage before it")
+    for key in claimed:
+        base = without(base, key)
+    tables = merged(base, draft.own)
+    if earlier and value_of(tables, "model.llm.tune") in (None, "frozen", "lora") and not has(draft.own, "model.llm.new_tokens"):
+        tables = without(tables, "model.llm.new_tokens")  # an earlier stage has added and trained them
+    while True:
+        reader = Reader(PLANNED)
+        config = reader.table(RunConfig, tables, "")
+        if config is None:
+            draft.problems += reader.problems
+            return
+        idle = {key: line for line in idle_settings(config) if has(tables, key := _key(line)) and not has(draft.own, key)}
+        if not idle:
+            break
+        # What other stages need may stand above them all: here it is left out.
+        draft.idle |= idle
+        for key in idle:
+            tables = without(tables, key)
+    draft.config = config = filled(config)
+    from_before = replace(config, model=replace(config.model, init_from="the stage before")) if earlier else config
+    draft.problems += problems_of(from_before)
+    if before is not None:
+        draft.problems += _border(earlier[-1].name, before, config)
+
+
+def _key(line: str) -> str:
+    return line.split(" ", 1)[0].strip("[]")
+
+
+def _claims(earlier: list[Draft]) -> list[str]:
+    """Settings that name where weights come from, of what an earlier stage has already."""
+    keys = ["model.init_from"] if earlier else []
+    configs = [draft.config for draft in earlier if draft.config is not None]
+    for name in ("vision_projector", "audio_projector"):
+        if any(name in config.model.parts() for config in configs):
+            keys.append(f"model.{name}.path")
+    if any(part.tune == "lora" for config in configs for part in config.model.parts().values()):
+        keys.append("lora.path")
+    return keys
+
+
+def _border(name: str, before: RunConfig, now: RunConfig) -> Iterator[str]:
+    """What does not fit the stage `name` that comes before."""
+    old, new = before.model.parts(), now.model.parts()
+    for part in old.keys() - new.keys():
+        yield f"[model.{part}] is missing: stage {name!r} has it, and the weights of all its parts go on"
+    for part in sorted(old.keys() & new.keys()):
+        yield from _same_meaning(part, name, old[part], new[part])
+    same_lora = all(getattr(before.lora, key) == getattr(now.lora, key) for key in LORA_SHAPE)
+    if old["llm"].tune == new["llm"].tune == "lora" and same_lora and before.quantize != now.quantize:
+        yield f"quantize = {now.quantize}, but the adapter of stage {name!r}, which goes on, was trained with {before.quantize}"
+    for part in sorted(new.keys() - old.keys()):
+        if part not in ("llm", "vision", "audio") and new[part].tune != "full" and not getattr(new[part], "path", ""):
+            yield f"model.{part}.tune = {new[part].tune!r} without weights: stage {name!r} has no such part, and no path is named"
+
+
+def _same_meaning(part: str, name: str, old: PartConfig, new: PartConfig) -> Iterator[str]:
+    free = FREE | ({"path"} if part.endswith("_projector") else set())
+    for setting in fields(old):
+        then, now = getattr(old, setting.name), getattr(new, setting.name)
+        dropped = setting.name in ("prompts", "newline") and then and now != then
+        if then != now and (setting.name not in free or dropped):
+            yield f"model.{part}.{setting.name} = {now!r}, but stage {name!r} has {then!r}: weights go on only where it is the same"
+
+
+def _together(drafts: list[Draft]) -> list[str]:
+    """All problems; one that every stage has is told once."""
+    found: dict[str, list[str]] = {}
+    for draft in drafts:
+        for line in dict.fromkeys(draft.problems):
+            found.setdefault(line, []).append(draft.name)
+    for key, line in drafts[0].idle.items() if drafts else ():
+        if all(key in draft.idle for draft in drafts):
+            found[line] = [draft.name for draft in drafts]
+    lines = []
+    for line, names in found.items():
+        everywhere = len(names) == len(drafts) > 1
+        lines += ["every stage: " + line] if everywhere else [f"stage {name}: {line}" for name in names]
+    return lines

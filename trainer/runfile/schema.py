@@ -1,0 +1,135 @@
+"""From plain tables to frozen dataclasses and back: strict, and with every problem in one message."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from model.files.untrusted import SHOWN, shown
+from trainer.runfile.toml_files import INTEGERS
+
+
+class Reader:
+    """Collects problems while it turns tables into dataclasses. `planned` explains keys and values that are not built yet."""
+
+    def __init__(self, planned: dict[str, str]) -> None:
+        self.planned = planned
+        self.problems: list[str] = []
+
+    def table(self, cls: Any, value: Any, path: str) -> Any:
+        """An instance of dataclass `cls`, or None when something in it is wrong."""
+        if not isinstance(value, dict):
+            self.problems.append(f"{path or 'the file'} = {shown(value)} is not a table")
+            return None
+        hints, fields = get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+        before, given = len(self.problems), {}
+        for key, item in value.items():
+            name = f"{path}.{key}" if path else key
+            if key not in fields:
+                self.problems.append(self._unknown(name, key, list(fields)))
+            else:
+                given[key] = self.value(hints[key], item, name)
+        for key, f in fields.items():
+            if key not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+                self.problems.append(f"{path + '.' if path else ''}{key} is required")
+        return cls(**given) if len(self.problems) == before else None
+
+    def value(self, hint: Any, value: Any, path: str) -> Any:
+        """`value` as type `hint`; a problem and None when it is of another type."""
+        if f"{path} = {value!r}" in self.planned:
+            self.problems.append(f"{path} = {value!r} {self.planned[f'{path} = {value!r}']}")
+            return None
+        if dataclasses.is_dataclass(hint):
+            return self.table(hint, value, path)
+        origin, args = get_origin(hint), get_args(hint)
+        if origin in (Union, types.UnionType):
+            return self._union(args, value, path)
+        if origin is tuple:
+            return self._tuple(args, value, path)
+        if self._fits(hint, value):
+            return float(value) if hint is float else value
+        self.problems.append(f"{path} = {shown(value)} is not {_words(hint)}{_nearest(value, hint)}")
+        return None
+
+    def _union(self, args: tuple[Any, ...], value: Any, path: str) -> Any:
+        options = [arg for arg in args if arg is not types.NoneType]
+        if len(options) == 1:
+            return self.value(options[0], value, path)
+        for option in options:
+            if get_origin(option) is tuple and isinstance(value, list):
+                return self._tuple(get_args(option), value, path)
+            if self._fits(option, value):
+                return value
+        self.problems.append(f"{path} = {shown(value)} is not {' or '.join(_words(option) for option in options)}")
+        return None
+
+    def _tuple(self, args: tuple[Any, ...], value: Any, path: str) -> Any:
+        if not isinstance(value, list) or (Ellipsis not in args and len(value) != len(args)):
+            length = "" if Ellipsis in args else f" of {len(args)}"
+            self.problems.append(f"{path} = {shown(value)} is not a list{length}")
+            return None
+        hints = [args[0]] * len(value) if Ellipsis in args else args
+        return tuple(self.value(hint, item, f"{path}.{i}") for i, (hint, item) in enumerate(zip(hints, value)))
+
+    @staticmethod
+    def _fits(hint: Any, value: Any) -> bool:
+        if get_origin(hint) is Literal:
+            return value in get_args(hint) and not isinstance(value, bool)
+        if get_origin(hint) is tuple:
+            return False
+        if get_origin(hint) is dict:
+            return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+        if type(value) is int and value not in INTEGERS:
+            return False
+        if hint is float:
+            return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+
+    def _unknown(self, name: str, key: str, known: list[str]) -> str:
+        plain = ".".join(word for word in name.split(".") if not word.isdigit())
+        if plain in self.planned:
+            return f"{name} {self.planned[plain]}"
+        near = difflib.get_close_matches(key[:SHOWN], known, 1, 0.5)
+        name = name if len(name) <= SHOWN else f"{name[:SHOWN]}..."
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"{name} is not a setting; {hint}"
+
+
+def _words(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " | ".join(map(repr, get_args(hint)))
+    names: dict[Any, str] = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+    return names.get(hint, "a table of strings" if get_origin(hint) is dict else "a list of strings")
+
+
+def _nearest(value: Any, hint: Any) -> str:
+    if get_origin(hint) is not Literal or not isinstance(value, str):
+        return ""
+    near = difflib.get_close_matches(value[:SHOWN], [str(v) for v in get_args(hint)], 1, 0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def to_tables(config: Any) -> dict[str, Any]:
+    """A dataclass as plain tables; None, which TOML has not, is left out."""
+
+    def plain(value: Any) -> Any:
+        if hasattr(value, "to_tables"):
+            return value.to_tables()
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            named = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+            return {key: plain(v) for key, v in named.items() if v is not None}
+        if isinstance(value, tuple | list):
+            return [plain(v) for v in value]
+        return dict(value) if isinstance(value, dict) else value
+
+    return plain(config)
+
+
+def flat(tables: Any, path: str = "") -> dict[str, Any]:
+    """Nested tables as one level of dotted keys."""
+    if (isinstance(tables, dict) and tables) or (isinstance(tables, list) and any(isinstance(item, dict) for item in tables)):
+        items = tables.items() if isinstance(tables, dict) else enumerate(tables)
+        return {k: v for key, value in items for k, v in flat(value, f"{path}.{key}" if path else str(key)).items()}
+    return {path: tables}

@@ -1,0 +1,124 @@
+"""A curriculum: where each stage of a run stands, what it starts from and where it writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from data.config import ConfigError as SettingError
+from data.index.record_index import source_files
+from model.card import media_specs
+from model.config import ConfigError
+from trainer.config import RunConfig
+from trainer.runfile.merge_tables import stage_tables
+from trainer.runfile.schema import Reader, to_tables
+
+
+@dataclass(frozen=True)
+class Place:
+    """One stage of a run. A run without a curriculum is a single stage without a name, whose folder is the run's."""
+
+    root: RunConfig  # the run
+    config: RunConfig  # the stage as a run of its own, in the run's folder
+    name: str = ""
+    number: int = 1  # from 1
+    count: int = 1
+    first_step: int = 0  # completed steps of the run when the stage begins
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.root.output_dir)
+
+    @property
+    def folder(self) -> Path:
+        """Of final/, planned lengths, samples.bin and ledger.json: what belongs to this stage alone."""
+        return stage_folder(self.run_folder, self.number, self.name) if self.name else self.run_folder
+
+    @property
+    def is_last(self) -> bool:
+        return self.number == self.count
+
+    def __str__(self) -> str:
+        return f"stage {self.number} of {self.count}, {self.name!r}"
+
+
+def stage_folder(run_folder: Path, number: int, name: str) -> Path:
+    return run_folder / "stages" / f"{number:02d}-{name}"
+
+
+def places_of(root: RunConfig) -> list[Place]:
+    """The stages of a run in order; every one but the first starts from the final/ of the one before."""
+    if not root.stage:
+        return [Place(root, root)]
+    found: list[Place] = []
+    for number, (name, tables) in enumerate(stage_tables(to_tables(root)).items(), 1):
+        config: RunConfig = Reader({}).table(RunConfig, tables, "")
+        if found:
+            config = replace(config, model=replace(config.model, init_from=str(found[-1].folder / "final")))
+        found.append(Place(root, config, name, number, len(root.stage)))
+    return found
+
+
+def place_to_read(root: RunConfig, name: str = "") -> Place:
+    """The stage `name` for whoever only looks at its data, also when the stages before it have not run.
+
+    ConfigError when there is no such stage, or when none is named of several.
+    """
+    places = {place.name: place for place in places_of(root)}
+    if name not in places:
+        known = ", ".join(repr(known) for known in places if known)
+        raise ConfigError(
+            f"--stage {name!r}: " + (f"the run's stages are {known}: name one of them" if known else "the run has no [[stage]]")
+        )
+    place = places[name]
+    if place.number == 1 or Path(place.config.model.init_from).is_dir():
+        return place
+    # Its tokens, where the stage before is not there to be asked.
+    earlier = list(places.values())[: place.number]
+    tokens = tuple(dict.fromkeys(token for one in earlier for token in one.config.model.llm.new_tokens))
+    model = place.config.model
+    model = replace(model, init_from=root.model.init_from, llm=replace(model.llm, new_tokens=tokens))
+    return replace(place, config=replace(place.config, model=model))
+
+
+def outline(places: list[Place]) -> list[str]:
+    """One line per stage, for people; nothing without a curriculum."""
+    lines = []
+    for place in places:
+        if place.name:
+            train, tunes = place.config.train, {name: part.tune for name, part in place.config.model.parts().items()}
+            learns = ", ".join(f"{name} {tune}" for name, tune in tunes.items() if tune != "frozen") or "nothing"
+            length = f"{train.epochs:g} epoch(s)" if train.max_steps is None else f"{train.max_steps} step(s)"
+            lines.append(f"stage     {place.number} of {place.count}: {place.name}, {length}, learns {learns}")
+    return lines
+
+
+def resume_place(places: list[Place], state: dict[str, Any]) -> Place:
+    """The stage a checkpoint was written in."""
+    name = state.get("stage", "")
+    for place in places:
+        if place.name == name:
+            return replace(place, first_step=state.get("first_step", 0))
+    known = ", ".join(repr(place.name) for place in places if place.name) or "none"
+    raise ConfigError(
+        f"the checkpoint is of stage {name!r}, and this run's stages are {known}: use its run file, or another output_dir"
+    )
+
+
+def check_stages(places: list[Place]) -> None:
+    """Every stage's parts and sources are there, as far as names and JSON tell, before the first one trains for days.
+
+    One ConfigError for all of them. A run without stages finds out when it opens them.
+    """
+    problems = []
+    for place in places if len(places) > 1 else ():
+        data = place.config.data
+        checks = [lambda source=source: source_files(source) for source in (*data.sources, *data.validation)]
+        for check in (lambda place=place: media_specs(place.config.model), *checks):
+            try:
+                check()  # type: ignore[operator]
+            except (ConfigError, SettingError) as error:
+                problems.append(f"\n  - stage {place.name}: {error}")
+    if problems:
+        raise ConfigError("what later stages need is not there:" + "".join(dict.fromkeys(problems)))
