@@ -15,7 +15,13 @@ FILES = [
 ]
 READER = "model/files/tensor_files.py"
 """The one file that reads other people's pickled weights."""
-STARTERS = {"tools/demo.py", "tools/demo_omni.py", "tools/demo_runs.py", "tools/omni_runs.py", "tools/bench_checkpoint.py"}
+STARTERS = {
+    "tools/demo.py",
+    "tools/demo_omni.py",
+    "tools/demos/digit_runs.py",
+    "tools/demos/omni_runs.py",
+    "tools/bench_checkpoint.py",
+}
 """Files that start other programs: commands as lists, never through a shell."""
 MODULES = {
     **dict.fromkeys(("pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "copyreg"), "unpickles"),
@@ -99,7 +105,7 @@ def _call_problems(node: ast.Call, name: str) -> Iterator[str]:
 
 
 WRITTEN_BY_US = {
-    "tools/llava_folder.py",
+    "tools/exports/hf_folder.py",
     "tools/bench_images.py",
     "tools/bench_step.py",
     "tools/bench_data.py",

@@ -16,8 +16,8 @@ from model.card import media_specs
 from tests.test_demo import contents
 from tools import demo_omni, make_omni
 from tools.demo_omni import TEACHES, known, shortfalls, table
+from tools.demos.omni_media import MELODIES, PITCHES, RATE
 from tools.make_omni import KINDS, SPLITS
-from tools.omni_media import MELODIES, PITCHES, RATE
 from trainer.runfile.load import load_config
 from trainer.runfile.stages import places_of
 

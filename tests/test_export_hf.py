@@ -22,8 +22,8 @@ from model.load import load_model
 from tests.finals import Run, config_of, same, save_checkpoint, save_final, save_parts, trained
 from tests.tiny_data import talk
 from tools.export_adapter import main as export
+from tools.exports.proofs import picture
 from tools.merge_lora import main as merge
-from tools.proofs import picture
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_a_wrong_export_is_a_failed_proof_and_leaves_nothing(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save_final(trained(config_of(parts)), tmp_path)
-    weights = sys.modules["tools.llava_folder"].weights  # type: ignore[attr-defined]
+    weights = sys.modules["tools.exports.hf_folder"].weights  # type: ignore[attr-defined]
 
     def swapped(card: Any, net: Any) -> Any:
         entries = weights(card, net)
@@ -181,7 +181,7 @@ def test_a_wrong_export_is_a_failed_proof_and_leaves_nothing(
         return {n: e for n, e in weights(card, net).items() if "post_layernorm" not in n}
 
     for wrong, reason in ((swapped, "logits differ by"), (without, "does not load every tensor")):
-        monkeypatch.setattr("tools.llava_folder.weights", wrong)
+        monkeypatch.setattr("tools.exports.hf_folder.weights", wrong)
         assert export([str(folder), str(tmp_path / "out"), "--for", "hf"]) == 70
         assert reason in capsys.readouterr().err
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))

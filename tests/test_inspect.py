@@ -17,9 +17,9 @@ from tests.inspect_reader import Page
 from tests.runs import save_records, tables
 from tests.tiny_data import sample, talk
 from tools import inspect_data
-from tools.inspect_entry import Entry, entry_of
-from tools.inspect_page import SCRIPT, STYLE
-from tools.inspect_pictures import pixels
+from tools.inspector.entry import Entry, entry_of
+from tools.inspector.pictures import pixels
+from tools.inspector.style_and_script import SCRIPT, STYLE
 from trainer.main import run
 from trainer.records.quarantine import NAME
 from trainer.records.sample_log import read_step

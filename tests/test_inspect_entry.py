@@ -28,9 +28,9 @@ from tests.inspect_reader import Page
 from tests.tiny_data import SPEC, dataset, grey, sample, source, talk
 from tests.tiny_tokenizers import NAMES, tiny_tokenizer
 from tools import inspect_data
-from tools.inspect_entry import RAW_LIMIT, Box, entry_of, token_pieces
-from tools.inspect_html import Shown, page
-from tools.inspect_pictures import EXACT_SIDE, Album, picture, pixels, sound
+from tools.inspector.entry import RAW_LIMIT, Box, entry_of, token_pieces
+from tools.inspector.page_html import Shown, page
+from tools.inspector.pictures import EXACT_SIDE, Album, picture, pixels, sound
 from trainer.runfile.load import parse_config
 
 
@@ -155,7 +155,7 @@ def test_a_full_album_takes_no_part_of_a_medium() -> None:
 
 
 def test_pictures_that_have_no_room_are_named(monkeypatch: pytest.MonkeyPatch, media: MultimodalDataset) -> None:
-    monkeypatch.setattr("tools.inspect_html.MAX_PICTURE_BYTES", 100)
+    monkeypatch.setattr("tools.inspector.page_html.MAX_PICTURE_BYTES", 100)
     card = shown_page(media).cards[0]
     assert not card.images and card.headline.count("left out: the pictures of this source fill") == 3
 

@@ -16,7 +16,7 @@ from model.batch import IGNORE_INDEX
 from tests.runs import save_parts, tables
 from tests.tiny_data import WIDTH, dataset, grey, sample, talk
 from tools import check_data, inspect_data
-from tools.inspect_entry import Box, Entry, entry_of
+from tools.inspector.entry import Box, Entry, entry_of
 from trainer.runfile.toml_files import to_toml
 
 MARKS = ({"weight": 0}, {"loss": False}, {"trainable": False}, {"train": False})

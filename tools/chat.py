@@ -18,7 +18,7 @@ from model.batch import PLACEHOLDERS
 from model.config import ConfigError
 from model.multimodal import MultimodalLM
 from tools.cli import printable, run
-from tools.final import add_model_options, load
+from tools.model_options import add_model_options, load
 
 Turns = list[dict[str, str]]  # "from" and "value", as in records
 Media = dict[str, list[str]]  # files by kind

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from model.config import ConfigError
 from tools.cli import run
-from tools.demo_runs import QUESTIONS
+from tools.demos.digit_runs import QUESTIONS
 from trainer.faults.exit_report import ProofError
 
 MARK = ".demo"  # file that says a folder is the demo's own and may be replaced

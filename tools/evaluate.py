@@ -27,7 +27,7 @@ from data.records.record import Record, RecordError, parse
 from model.config import ConfigError
 from model.multimodal import MultimodalLM
 from tools.cli import run
-from tools.final import add_model_options, load
+from tools.model_options import add_model_options, load
 
 
 @dataclass(frozen=True)

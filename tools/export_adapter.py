@@ -28,8 +28,8 @@ from model.files.tensor_files import dump_json
 from model.load import load_model
 from model.weights.peft_adapter import INHERITS, OUR_CONFIG, OURS, WEIGHTS, adapter_config, write_config
 from tools.cli import printable
-from tools.llava_folder import prove_folder, write_folder
-from tools.output_folder import listing, new_folder
+from tools.exports.hf_folder import prove_folder, write_folder
+from tools.exports.output_folder import listing, new_folder
 from trainer.faults.exit_report import code_of
 
 

@@ -19,9 +19,9 @@ from data.config import DataError
 from data.records.fields import bounded
 from model.config import ConfigError
 from tools.cli import printable, run
-from tools.inspect_choice import KINDS, Source, Wanted, choose, open_sources, place_of
-from tools.inspect_entry import Box, Entry, Piece
-from tools.inspect_html import Shown, page
+from tools.inspector.choose import KINDS, Source, Wanted, choose, open_sources, place_of
+from tools.inspector.entry import Box, Entry, Piece
+from tools.inspector.page_html import Shown, page
 from trainer.runfile.toml_files import undashed
 
 GREEN, GREY, DIM, RESET = "\x1b[32m", "\x1b[90m", "\x1b[2m", "\x1b[0m"

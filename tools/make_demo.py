@@ -21,7 +21,7 @@ from transformers.utils import logging
 from data.text.tokenizer import save_tokenizer
 from model.config import ConfigError
 from tools.cli import run
-from tools.demo_runs import DIGIT_RUN, PARITY_RUN, QUESTIONS
+from tools.demos.digit_runs import DIGIT_RUN, PARITY_RUN, QUESTIONS
 
 NUM_TRAIN = 1500  # of 1,797; the rest is held out
 SIDE, VOCAB, SEED = 32, 300, 0

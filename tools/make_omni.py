@@ -23,9 +23,9 @@ from transformers.utils import logging
 
 from model.config import ConfigError
 from tools.cli import run
+from tools.demos.omni_media import DIRECTIONS, melody, moving, noise, picture, wav
+from tools.demos.omni_runs import OMNI_RUN
 from tools.make_demo import NUM_TRAIN, load_pictures, train_tokenizer, write_parts
-from tools.omni_media import DIRECTIONS, melody, moving, noise, picture, wav
-from tools.omni_runs import OMNI_RUN
 
 SEED, VOCAB = 1, 400
 WHICH, WHERE, NOTHING = "Which digit is this?", "Which way does it move?", "nothing"

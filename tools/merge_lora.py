@@ -26,8 +26,8 @@ from model.files.proof import file_facts
 from model.files.tensor_files import SHARD_BYTES, Entry, dump_json, in_memory, split_by_size, tensor_digests, write_safetensors
 from model.load import load_model
 from tools.cli import printable
-from tools.output_folder import listing, new_folder
-from tools.proofs import batch_of, check_close, logits, sample
+from tools.exports.output_folder import listing, new_folder
+from tools.exports.proofs import batch_of, check_close, logits, sample
 from trainer.faults.exit_report import ProofError, code_of
 
 

@@ -18,7 +18,7 @@ from model.exports.hugging_face import model_config, processor_files, weights, w
 from model.files.tensor_files import dump_json
 from model.multimodal import MultimodalLM
 from model.vision.normalise import normalised
-from tools.proofs import batch_of, check_close, in_float32, logits, sample
+from tools.exports.proofs import batch_of, check_close, in_float32, logits, sample
 from trainer.faults.exit_report import ProofError
 
 PLACEHOLDER = PLACEHOLDERS["image"]

@@ -19,7 +19,7 @@ from data.records.record import MediaRef, Record, RecordError
 from data.sample import Sample, SampleMedia
 from data.text.template import Encoded, Template
 from model.batch import IGNORE_INDEX, AudioSpec, MediaSpec
-from tools.inspect_tokens import Piece, token_pieces
+from tools.inspector.tokens import Piece, token_pieces
 
 Status = Literal["trained", "shortened", "too long", "bad", "quarantined"]
 RAW_LIMIT = 4000

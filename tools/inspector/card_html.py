@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 from data.records.fields import bounded, printable
 from model.batch import ImageSpec
-from tools.inspect_entry import Box, Entry, Piece
-from tools.inspect_pictures import Album, picture, pixels, sound
+from tools.inspector.entry import Box, Entry, Piece
+from tools.inspector.pictures import Album, picture, pixels, sound
 
 STATUSES = {"trained": "whole", "shortened": "shortened", "too long": "too long", "bad": "bad", "quarantined": "quarantined"}
 """Every status, and what a person reads."""

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from model.batch import PLACEHOLDERS
-from tools.inspect_card import LEARNED_FROM, STATUSES, TEXT_ONLY, card, visible
-from tools.inspect_entry import Entry
-from tools.inspect_page import SCRIPT, STYLE
-from tools.inspect_pictures import Album
+from tools.inspector.card_html import LEARNED_FROM, STATUSES, TEXT_ONLY, card, visible
+from tools.inspector.entry import Entry
+from tools.inspector.pictures import Album
+from tools.inspector.style_and_script import SCRIPT, STYLE
 
 MAX_PICTURE_BYTES = 48 << 20
 """Of all pictures of a page together; a browser opens such a page in seconds."""

@@ -15,7 +15,7 @@ from data.dataset import MultimodalDataset
 from data.order.mixing import Pool
 from model.batch import PLACEHOLDERS
 from model.config import ConfigError
-from tools.inspect_entry import Entry, entry_of
+from tools.inspector.entry import Entry, entry_of
 from trainer.config import RunConfig
 from trainer.distributed.world import World
 from trainer.records.quarantine import TRAIN, VALIDATION, read_rows
