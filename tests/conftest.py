@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests.runs import save_parts, save_records
+from tests.support.runs import save_parts, save_records
 
 # Machines that run this are shared and slow at times: a test fails for wrong values, never for being late.
 settings.register_profile("trainer", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])

@@ -1,0 +1,219 @@
+"""Our decoder without masks and our loss of supervised rows equal the plain Hugging Face model with its own mask and loss."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from model import loss
+from model.batch import IGNORE_INDEX, Batch
+from model.build import build_model
+from model.config import ConfigError, LlmConfig, ModelConfig
+from model.llm import attention
+from model.llm.causal_lm import (
+    Vocabulary,
+    build_llm,
+    check_causal,
+    check_positions,
+    head_weight,
+    hugging_face_config,
+    positions_note,
+)
+from model.multimodal import MultimodalLM
+from tests.support.tiny import LLMS, SIZES, VOCAB, save_llm
+
+LENGTHS = [21, 13, 5]  # two are longer than the sliding window of 8
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def batch(supervised_share: float = 0.5) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    width = max(LENGTHS)
+    mask = (torch.arange(width) < torch.tensor(LENGTHS)[:, None]).long()
+    ids = torch.randint(0, VOCAB, mask.shape, generator=generator)
+    shifted = torch.cat([ids[:, 1:], torch.zeros(len(LENGTHS), 1, dtype=torch.long)], 1)
+    valid = torch.arange(width) < torch.tensor(LENGTHS)[:, None] - 1
+    chosen = valid & (torch.rand(mask.shape, generator=generator) < supervised_share)
+    labels = torch.where(chosen, shifted, IGNORE_INDEX)
+    supervised = chosen.flatten().nonzero().flatten()
+    return Batch(
+        input_ids=ids * mask,
+        labels=labels,
+        attention_mask=mask,
+        position_ids=torch.arange(width).expand(len(LENGTHS), -1).contiguous(),
+        supervised=supervised,
+        owners=supervised // width,
+        sample_ids=torch.arange(len(LENGTHS)),
+        source_ids=torch.zeros(len(LENGTHS), dtype=torch.long),
+        lengths=tuple(LENGTHS),
+    )
+
+
+def ours(folder: Path, attention_name: str = "sdpa") -> MultimodalLM:
+    return build_model(ModelConfig(LlmConfig(str(folder), "full"), dtype="float32", attention=attention_name))
+
+
+def theirs(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").train()
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name.removeprefix("llm."): p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", LLMS)
+def test_hidden_states_of_real_tokens_equal_those_under_a_mask(tmp_path: Path, family: str) -> None:
+    save_llm(tmp_path, family)
+    data, plain = batch(), theirs(tmp_path)
+    real = data.attention_mask.bool()  # type: ignore[union-attr]
+    with torch.no_grad():
+        expected = plain(input_ids=data.input_ids, attention_mask=data.attention_mask).logits[real]
+        model = ours(tmp_path)
+        assert model.llm.config._attn_implementation == attention.NAME
+        embeds = model.embed(data)
+        hidden = model.llm.get_decoder()(inputs_embeds=embeds, position_ids=data.position_ids, use_cache=False).last_hidden_state
+        found = (hidden @ head_weight(model.llm).T)[real]
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", LLMS)
+def test_loss_and_every_gradient_equal_those_of_full_logits(
+    tmp_path: Path, family: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_llm(tmp_path, family)
+    data = batch()
+    monkeypatch.setattr(loss.text_term, "__defaults__", (5,))  # chunks of 5 rows; the last one is not full
+    assert data.num_supervised > 5 and data.num_supervised % 5
+    model, plain = ours(tmp_path, name), theirs(tmp_path)
+    term = model(data)["text"]
+    term.sum.backward()
+    logits = plain(input_ids=data.input_ids, attention_mask=data.attention_mask).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), data.labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    expected.backward()
+    torch.testing.assert_close(term.sum, expected, **TOLERANCE)
+    assert term.num_addends == data.num_supervised
+    found, wanted = gradients(model), gradients(plain)
+    assert found.keys() == wanted.keys()
+    for key, value in found.items():
+        torch.testing.assert_close(value, wanted[key], rtol=1e-4, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_tied"])
+def test_a_batch_without_supervision_gives_every_parameter_a_gradient_of_zeros(tmp_path: Path, family: str) -> None:
+    model = ours(save_llm(tmp_path, family))
+    term = model(batch(0.0))["text"]
+    assert term.sum.item() == 0.0 and term.num_addends == 0
+    term.sum.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_tied_matrices_are_one_parameter_and_untied_ones_two(tmp_path: Path) -> None:
+    for family, count in (("qwen2_tied", 1), ("qwen2", 2)):
+        model = ours(save_llm(tmp_path / family, family))
+        head, embeddings = head_weight(model.llm), model.llm.get_input_embeddings().weight  # type: ignore[operator]
+        assert len({id(head), id(embeddings)}) == count
+        assert sum(p.shape == (VOCAB, 32) for p in model.parameters()) == count
+
+
+def test_our_attention_refuses_what_it_cannot_honour(tmp_path: Path) -> None:
+    model, data = ours(save_llm(tmp_path)), batch()
+    with pytest.raises(ValueError, match="no mask, no cache"):
+        model.llm(inputs_embeds=model.embed(data), attention_mask=torch.zeros(3, 1, 21, 21), use_cache=False)
+
+
+@pytest.mark.parametrize("name", ["flash_typo", "Varlen"])
+def test_an_attention_nobody_knows_is_a_configuration_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.attention = '{name}'"):
+        ours(save_llm(tmp_path), name)
+
+
+def test_rows_of_the_vocabulary() -> None:
+    assert Vocabulary().rows(320) == 320
+    assert Vocabulary(size=320).rows(320) == 320
+    assert Vocabulary(size=100).rows(320) == 320
+    assert Vocabulary(size=321).rows(320) == 384
+    assert Vocabulary(size=384).rows(320) == 384
+
+
+BASE = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": VOCAB}
+
+
+@pytest.mark.parametrize("kind", ["bloom", "xglm", "falcon", "gptj", "gpt_neox_japanese", "trocr", "mvp", "granite_swa"])
+def test_our_attention_is_refused_where_it_would_not_be_used(kind: str) -> None:
+    """These would see the future without a mask, or fail with a KeyError."""
+    with pytest.raises(ConfigError, match=r"model\.attention = 'sdpa': .* use model\.attention = 'eager'"):
+        build_llm({"model_type": kind, **BASE}, "sdpa", Vocabulary())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "stablelm", "opt", "phi3", "gemma", "olmo2", "qwen3", "biogpt"])
+def test_no_position_sees_the_future_in_other_families(kind: str) -> None:
+    torch.manual_seed(0)
+    llm: Any = build_llm({"model_type": kind, **BASE, "num_key_value_heads": 4, "pad_token_id": 0}, "sdpa", Vocabulary()).eval()
+    embeds = torch.randn(1, 9, 32)
+    changed = torch.cat([embeds[:, :-1], torch.randn(1, 1, 32)], 1)
+    with torch.no_grad():
+        first, second = (llm.get_decoder()(inputs_embeds=e, use_cache=False).last_hidden_state for e in (embeds, changed))
+    torch.testing.assert_close(first[:, :-1], second[:, :-1])
+    assert (first[:, -1] - second[:, -1]).abs().max() > 1e-3
+
+
+def test_a_layer_that_is_not_causal_or_has_sinks_is_refused(tmp_path: Path) -> None:
+    llm = ours(save_llm(tmp_path)).llm
+    check_causal(llm, "sdpa")
+    layer: Any = llm.get_submodule("model.layers.1.self_attn")
+    layer.sinks = torch.nn.Parameter(torch.zeros(4))
+    with pytest.raises(ConfigError, match=r"drops the attention sinks of Qwen2ForCausalLM \(model\.layers\.1\.self_attn\.sinks\)"):
+        check_causal(llm, "sdpa")
+    check_causal(llm, "eager")
+    layer.is_causal = False
+    with pytest.raises(ConfigError, match=r"model\.layers\.1\.self_attn of Qwen2ForCausalLM is not causal"):
+        check_causal(llm, "sdpa")
+
+
+def test_code_of_a_folder_is_never_run_and_not_needed_where_transformers_knows_the_type(tmp_path: Path) -> None:
+    own = {"AutoConfig": "configuration_x.Config", "AutoModelForCausalLM": "modeling_x.Model"}
+    for name in ("configuration_x", "modeling_x"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('run')")
+    config = hugging_face_config("model.llm.path", {"model_type": "phi3", "hidden_size": 48, "auto_map": own})
+    assert (type(config).__name__, config.hidden_size) == ("Phi3Config", 48)
+    with pytest.raises(ConfigError, match=r"wants code of its own .* knows no model_type 'qwen_of_old'"):
+        hugging_face_config("model.llm.path", {"model_type": "qwen_of_old", "auto_map": own})
+
+
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rope", "limit"), [("phi3", LONG, 64), ("llama", {"rope_type": "dynamic", "factor": 2.0}, 512)]
+)
+def test_lengths_at_which_angles_depend_on_the_longest_sample_are_refused(model_type: str, rope: Any, limit: int) -> None:
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "original_max_position_embeddings": 64}
+    value = {"model_type": model_type, **SIZES, **tokens, "rope_parameters": {"rope_theta": 1e4, **rope}}
+    check_positions(value, limit)
+    with pytest.raises(ConfigError, match=f"{rope['rope_type']}.* longer than {limit} tokens.*set data.max_length = {limit} or"):
+        check_positions(value, limit + 1)
+    check_positions({"model_type": "llama", **SIZES}, 100_000)
+
+
+def test_lengths_beyond_a_models_positions_are_refused_for_tables_and_told_for_rotations() -> None:
+    for kind in ("gpt2", "opt", "gptj"):
+        limit = hugging_face_config("x", {"model_type": kind}).max_position_embeddings
+        check_positions({"model_type": kind}, limit)
+        with pytest.raises(
+            ConfigError, match=rf"whose {kind} has a table of {limit} positions: .* set data.max_length = {limit} or"
+        ):
+            check_positions({"model_type": kind}, limit + 1)
+    llama = {"model_type": "llama", "max_position_embeddings": 512}
+    assert positions_note(llama, 512) == ""
+    assert positions_note(llama, 513).startswith("data.max_length = 513 is more than the 512 positions that the language model was")
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
+    assert (
+        positions_note({**llama, "rope_parameters": rope}, 2048) == "" != positions_note({**llama, "rope_parameters": rope}, 2049)
+    )
+    assert positions_note({"model_type": "bloom"}, 10**6) == ""

@@ -1,0 +1,352 @@
+"""tools.plan: what a rank holds and writes to the byte, what it computes with within a tenth, before anything is built."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
+
+from data.collate import collate, collate_packed
+from data.sample import Sample, SampleMedia
+from model.batch import IGNORE_INDEX, Batch
+from model.build import DTYPES, assemble
+from model.card import ModelCard, draw_card
+from model.config import LlmConfig, LoraConfig, ModelConfig, QuantizeConfig, VisionConfig, VisionProjectorConfig
+from model.llm.causal_lm import Vocabulary
+from model.multimodal import MultimodalLM
+from model.weights.materialise import materialise
+from model.weights.origins import weight_layers
+from tests.model.test_router import save_mixture
+from tests.support.ranks import run_ranks
+from tests.support.runs import start, tables
+from tests.support.tiny import save_llm, save_tower
+from tools import plan
+from trainer.config import OptimConfig, ParallelConfig
+from trainer.distributed.parallelize import checkpoint_activations, gradient_sync, is_sharded, replicate, shard
+from trainer.distributed.world import World
+from trainer.memory.footprint import footprint, holdings, local_numel, on_meta, sharing_ranks
+from trainer.memory.simulate import live_bytes
+from trainer.optim import build_optimizer
+from trainer.runfile.toml_files import to_toml
+
+SIZE, PATCHES, LENGTH = 32, 16, 120
+WHOLE = QuantizeConfig()
+LONG = pytest.mark.long
+Tunes = tuple[Any, Any, Any]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("planned")
+    larger = {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4}
+    save_llm(root / "llm", "qwen2", **larger)
+    save_llm(root / "tied", "qwen2_tied", **larger)
+    save_tower(root / "vision", hidden_size=48, intermediate_size=128, num_hidden_layers=4, image_size=SIZE)
+    return root
+
+
+def card_of(folder: Path, tunes: Tunes, dtype: Any = "float32", llm: str = "llm", quantize: QuantizeConfig = WHOLE) -> ModelCard:
+    vision = VisionConfig(str(folder / "vision"), tunes[1]) if tunes[1] else None
+    projector = VisionProjectorConfig(tune=tunes[2]) if tunes[1] else None
+    config = ModelConfig(LlmConfig(str(folder / llm), tunes[0]), vision, projector, dtype=dtype)
+    return draw_card(config, LoraConfig(rank=8, dropout=0.05), Vocabulary(), quantize=quantize)
+
+
+def heavy_batch(packed: bool = False, pictures: bool = True) -> Batch:
+    rng, samples = np.random.default_rng(0), []
+    for i in range(4):
+        ids = rng.integers(0, 300, LENGTH)
+        labels = np.where(np.arange(LENGTH) < LENGTH // 2, IGNORE_INDEX, ids)
+        picture = SampleMedia("image", torch.zeros(1, 3, SIZE, SIZE), 1, PATCHES, np.arange(PATCHES), PATCHES)
+        samples.append(Sample(i, 0, ids, labels, {"image": [picture]} if pictures else {}))
+    return (collate_packed if packed else collate)(samples, 0)
+
+
+def built(card: ModelCard, config: ParallelConfig, world: World) -> tuple[MultimodalLM, torch.nn.Module]:
+    """The real model with its weights, as trainer.setup builds it, and what is called."""
+    model = assemble(card, DTYPES[card.model.dtype])
+    if config.activation_checkpointing == "full":
+        checkpoint_activations(model)
+    sharded = is_sharded(config, world)
+    if sharded:
+        shard(model, config, world)
+    materialise(model, weight_layers(card, model, 7), frozen_dtype=model.dtype, device=world.device)
+    model.train()
+    return model, model if sharded else replicate(model, world)
+
+
+def forward_backward(wrapped: torch.nn.Module, batch: Batch) -> None:
+    with gradient_sync(wrapped, last=True):
+        torch.stack([term.sum for term in wrapped(batch).values()]).sum().backward()
+
+
+def bytes_of(tensors: Any) -> int:
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    return sum(t.numel() * t.itemsize for t in local)
+
+
+HELD: dict[str, tuple[Tunes, Any, str]] = {
+    "full": (("full", "full", "full"), "float32", "llm"),
+    "lora": (("lora", "frozen", "full"), "bfloat16", "llm"),
+    "tied": (("full", "frozen", "full"), "bfloat16", "tied"),
+}
+
+
+def held(world: World, folder: Path, config: ParallelConfig) -> dict[str, dict[str, list[int]]]:
+    """By kind of run and part: bytes of weights, gradients, optimizer and buffers of this rank."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for name, (tunes, dtype, llm) in HELD.items():
+        card = card_of(folder, tunes, dtype, llm)
+        model, wrapped = built(card, config, world)
+        optimizer = build_optimizer(model, card.model, OptimConfig())
+        forward_backward(wrapped, heavy_batch())
+        found[name] = {
+            part: [bytes_of(p.grad for p in model.get_submodule(part).parameters() if p.grad is not None)]
+            for part in card.model.parts()
+        }
+        optimizer.step()
+        for part, sizes in found[name].items():
+            module = model.get_submodule(part)
+            state = [v for p in module.parameters() for v in optimizer.state.get(p, {}).values()]
+            sizes[:] = [bytes_of(module.parameters()), sizes[0], bytes_of(state), bytes_of(module.buffers())]
+    return found
+
+
+STRATEGIES = {
+    "ddp": (ParallelConfig("ddp"), 2),
+    "fsdp": (ParallelConfig("fsdp"), 3),
+    "hsdp": (ParallelConfig("hsdp", shard_size=2), 4),
+}
+
+
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=LONG), "fsdp", pytest.param("hsdp", marks=LONG)])
+def test_every_byte_a_rank_holds_is_known_before_it_is_built(folder: Path, strategy: str) -> None:
+    """Weights, gradients, moments and buffers of every part; three ranks share rows that three does not divide."""
+    config, size = STRATEGIES[strategy]
+    ranks = run_ranks(held, size, folder, config)
+    ways = sharing_ranks(config, size)
+    for name, (tunes, dtype, llm) in HELD.items():
+        card = card_of(folder, tunes, dtype, llm)
+        model = on_meta(card, config, computes=False)
+        planned = {h.part: [h.weights, h.gradients, h.optimizer, h.buffers] for h in holdings(model, card, ways)}
+        assert ranks[0][name] == planned
+        for rank, found in enumerate(ranks):
+            for part, sizes in found[name].items():
+                assert sizes[0] == sum(
+                    local_numel(p, ways, rank % ways) * p.itemsize for p in model.get_submodule(part).parameters()
+                )
+
+
+def test_codes_of_a_quantised_model_count_as_they_are_stored(folder: Path) -> None:
+    card = card_of(folder, ("lora", "frozen", "full"), "bfloat16", quantize=QuantizeConfig(4))
+    world = World(0, 0, 1, torch.device("cpu"))
+    model, _ = built(card, ParallelConfig(), world)
+    planned = {h.part: (h.weights, h.buffers) for h in holdings(on_meta(card, ParallelConfig(), computes=False), card, 1)}
+    found = {part: model.get_submodule(part) for part in card.model.parts()}
+    assert planned == {part: (bytes_of(module.parameters()), bytes_of(module.buffers())) for part, module in found.items()}
+
+
+def measured_peak(model: torch.nn.Module, batch: Batch, trace: Path) -> int:
+    """Bytes that the allocator of the CPU held at most in a forward and backward, above what was there: gradients were."""
+    forward_backward(model, batch)
+    with profile(profile_memory=True, activities=[ProfilerActivity.CPU]) as seen:
+        forward_backward(model, batch)
+    seen.export_chrome_trace(str(trace))
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    return int(np.cumsum([e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])]).max())
+
+
+ACTIVATIONS: dict[str, tuple[dict[str, Any], str, bool]] = {
+    "full": ({"tunes": ("full", "frozen", "full")}, "none", False),
+    "everything": ({"tunes": ("full", "full", "full")}, "none", False),
+    "projector": ({"tunes": ("frozen", "frozen", "full")}, "none", False),
+    "lora": ({"tunes": ("lora", "frozen", "full")}, "none", False),
+    "lora packed": ({"tunes": ("lora", "frozen", "full")}, "none", True),
+    "lora in bfloat16": ({"tunes": ("lora", "frozen", "full"), "dtype": "bfloat16"}, "none", False),
+    "full in bfloat16": ({"tunes": ("full", "frozen", "full"), "dtype": "bfloat16"}, "none", False),
+    "recomputed": ({"tunes": ("full", "frozen", "full")}, "full", False),
+    "lora recomputed, packed, bfloat16": ({"tunes": ("lora", "lora", "full"), "dtype": "bfloat16"}, "full", True),
+    "tied, recomputed": ({"tunes": ("full", "frozen", "full"), "dtype": "bfloat16", "llm": "tied"}, "full", False),
+    "qlora": ({"tunes": ("lora", "frozen", "full"), "quantize": QuantizeConfig(4)}, "none", False),
+    "mixtral": ({"tunes": ("full", None, None), "llm": "mixtral"}, "none", False),
+}
+QUICK = ("full", "lora packed", "lora recomputed, packed, bfloat16")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else LONG) for name in ACTIVATIONS])
+def test_activations_are_within_a_tenth_of_what_is_measured(folder: Path, tmp_path: Path, name: str) -> None:
+    options, recomputes, packed = ACTIVATIONS[name]
+    if options.get("llm") == "mixtral":
+        save_mixture(folder / "mixtral", "mixtral")
+    card = card_of(folder, **options)
+    config = ParallelConfig("ddp", activation_checkpointing=recomputes)  # type: ignore[arg-type]
+    batch = heavy_batch(packed, pictures=options["tunes"][1] is not None)
+    planned = footprint(card, config, 1, batch, 2)
+    model, _ = built(card, config, World(0, 0, 1, torch.device("cpu")))
+    given = bytes_of(
+        v for v in [*vars(batch).values(), *(t for m in batch.media.values() for t in vars(m).values())] if isinstance(v, Tensor)
+    )
+    assert planned.activations - given == pytest.approx(measured_peak(model, batch, tmp_path / "trace.json"), rel=0.1)
+
+
+def sharded_peak(world: World, folder: Path, config: ParallelConfig, tunes: Tunes, dtype: Any, trace: str) -> int:
+    _, wrapped = built(card_of(folder, tunes, dtype), config, world)
+    return measured_peak(wrapped, heavy_batch(), Path(f"{trace}-{world.rank}.json"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recomputes", ["none", "full"])
+@pytest.mark.parametrize(("tunes", "dtype"), [(("full", "full", "full"), "float32"), (("lora", "frozen", "full"), "bfloat16")])
+def test_blocks_that_sharding_gathers_are_within_a_quarter(
+    folder: Path, tmp_path: Path, recomputes: Any, tunes: Tunes, dtype: str
+) -> None:
+    config = ParallelConfig("fsdp", activation_checkpointing=recomputes)
+    planned = footprint(card_of(folder, tunes, dtype), config, 2, heavy_batch(), 1)
+    for peak in run_ranks(sharded_peak, 2, folder, config, tunes, dtype, str(tmp_path / "trace")):
+        assert planned.activations + planned.gathered == pytest.approx(peak, rel=0.25)
+
+
+def test_a_storage_counts_from_its_birth_to_its_death() -> None:
+    """Three products of a chain, of which the first two are kept for backward, and the gradients on the way back."""
+    weights = [torch.nn.Parameter(torch.empty(10, 10, device="meta")) for _ in range(3)]
+    model = torch.nn.ParameterList(weights)
+    x = torch.empty(50, 10, device="meta")
+
+    def loss() -> Tensor:
+        hidden = x
+        for weight in weights:
+            hidden = hidden @ weight
+        return hidden.sum()
+
+    found = live_bytes(model, loss, [x])
+    product, weight = 50 * 10 * 4, 10 * 10 * 4
+    # Two kept products, the gradient that goes on and that of a weight; the one that comes is an expanded number.
+    assert found.activations == pytest.approx(2 * product + product + weight, abs=2 * 4)
+    assert found.with_gradients <= found.activations + 3 * weight
+    assert all(w.grad is None for w in weights)
+
+
+def test_rows_are_shared_as_sharding_shares_them() -> None:
+    matrix = torch.empty(7, 3)
+    assert [local_numel(matrix, 3, rank) for rank in range(3)] == [9, 9, 3]
+    assert [local_numel(torch.empty(2), 4, rank) for rank in range(4)] == [1, 1, 0, 0]
+    assert local_numel(matrix, 1) == 21
+
+
+def planned(
+    parts: Path, folder: Path, capsys: pytest.CaptureFixture[str], *options: str, **sections: Any
+) -> tuple[str, dict[str, Any]]:
+    """What the tool prints, and its last line."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "run.toml"
+    path.write_text(to_toml({**tables(parts, **sections), "output_dir": str(folder / "run")}))
+    code = plan.main(["--cfg", str(path), *options])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert max(map(len, out.splitlines()[:-1])) <= 100
+    return out, json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("size", "strategy"), [(1, "ddp"), pytest.param(3, "fsdp", marks=LONG)])
+def test_files_have_the_sizes_that_were_planned(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int, strategy: str
+) -> None:
+    sections: dict[str, Any] = {
+        "parallel": {"strategy": strategy},
+        "train": {"max_steps": 2},
+        "model": {"llm": {"tune": "lora"}},
+        "lora": {"rank": 2},
+    }
+    out, found = planned(parts, tmp_path / "plan", capsys, "--ranks", str(size), **sections)
+    assert {answer.code for answer in run_ranks(start, size, parts, tmp_path / "run", sections)} == {0}
+    assert found["checkpoint_bytes"] == sum(p.stat().st_size for p in (tmp_path / "run" / "checkpoint-2").glob("*.safetensors"))
+    assert found["final_bytes"] == sum(p.stat().st_size for p in (tmp_path / "run" / "final").glob("*.safetensors"))
+    assert (found["steps"], found["steps_per_epoch"], found["samples_per_epoch"]) == (2, 4, 22)
+    assert found["strategies"].keys() == ({"ddp"} if size == 1 else {"ddp", "fsdp"})
+    assert found["strategies"][strategy]["weights"] == sum(part["weights"] + part["buffers"] for part in found["parts"].values())
+    assert found["fits"] and "fits in" in out
+
+
+def test_what_would_fit_is_computed_and_fits(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    batch = {"micro_batch_size": 6}
+    _, whole = planned(parts, tmp_path / "plan", capsys, batch=batch)
+    limit = whole["strategies"]["ddp"]["total"] * 0.8 / 2**30
+    out, found = planned(parts, tmp_path / "plan", capsys, "--memory", repr(limit), batch=batch)
+    assert found["fits"] is False and "It does not fit" in out
+    assert found["would_fit"] and all(total <= limit * 2**30 for total in found["would_fit"].values())
+    size = next(int(key.rpartition("= ")[2]) for key in found["would_fit"] if key.startswith("batch.micro_batch_size = "))
+    assert 1 <= size < 6
+    _, smaller = planned(parts, tmp_path / "plan", capsys, "--memory", repr(limit), batch={"micro_batch_size": size})
+    assert smaller["heaviest"]["samples"] == size
+
+
+def test_nothing_is_advised_that_is_set_already_or_cannot_be(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A packed micro-batch holds data.max_length tokens or more, however few its first sample has."""
+    lora = {"model": {"llm": {"tune": "lora"}}, "lora": {"rank": 2}}
+    packed = {**lora, "data": {"packing": True, "max_length": 256}, "batch": {"micro_batch_tokens": 256, "micro_batch_size": None}}
+    sections = {**packed, "parallel": {"activation_checkpointing": "full"}}
+    _, whole = planned(parts, tmp_path / "plan", capsys, **sections)
+    total = whole["strategies"]["ddp"]["total"]
+    out, found = planned(parts, tmp_path / "plan", capsys, "--memory", repr((total - 1) / 2**30), **sections)
+    assert whole["heaviest"]["samples"] > 1 and found["would_fit"].keys() == {"quantize.bits = 4"}
+    _, changed = planned(parts, tmp_path / "plan", capsys, **sections, quantize={"bits": 4})
+    assert found["would_fit"]["quantize.bits = 4"] == changed["strategies"]["ddp"]["total"] < total
+    out, _ = planned(parts, tmp_path / "plan", capsys, "--memory", "1e-9", **sections)
+    assert "nearest comes\n  quantize.bits = 4 (" in out
+
+
+def test_ranks_of_a_machine_share_its_memory_and_a_device_that_is_not_there_has_none(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out, found = planned(parts, tmp_path / "plan", capsys, "--device", "cuda")
+    assert (found["memory"], found["fits"]) == (None, None) and "fits: not known" in out and "--memory" in out
+    monkeypatch.setattr(plan, "total_memory", lambda device: 3000)
+    for device, ranks, memory in (("cpu", 1, 3000), ("cpu", 3, 1000), ("cuda", 3, 3000)):
+        assert planned(parts, tmp_path / "plan", capsys, "--device", device, "--ranks", str(ranks))[1]["memory"] == memory
+
+
+def test_a_plan_needs_no_data(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = {"data": {"sources": [{"path": str(tmp_path / "elsewhere.json")}], "max_length": 256}}
+    _, found = planned(parts, tmp_path / "plan", capsys, "--no-data", **sources)
+    assert found["heaviest"]["tokens"] == 2 * 256 and "steps" not in found
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--ranks", "0"], "--ranks 0 is not positive"),
+        (["--memory", "-1"], "--memory -1.0 is not a positive number of GiB"),
+        (["optim.lr=-1.0"], "optim.lr = -1.0 is not positive"),
+        (["--ranks", "3", "parallel.strategy=hsdp", "parallel.shard_size=2"], "parallel.shard_size = 2 with 3 ranks"),
+    ],
+)
+def test_what_is_wrong_is_told_with_code_2(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], reason: str
+) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml({**tables(parts), "output_dir": str(tmp_path / "run")}))
+    assert plan.main(["--cfg", str(path), *options]) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_a_model_that_looks_at_values_is_told(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def looking(self: MultimodalLM, batch: Batch) -> Tensor:
+        return torch.zeros(int(batch.input_ids.max()))
+
+    monkeypatch.setattr(MultimodalLM, "decode", looking)
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml({**tables(parts), "output_dir": str(tmp_path / "run")}))
+    assert plan.main(["--cfg", str(path)]) == 2
+    assert "takes cannot be told without running it" in capsys.readouterr().err

@@ -1,0 +1,356 @@
+"""Saves beside training: what is written is what was there when the save was asked for, and every rank learns how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from model.files import shards
+from model.files import verified_write as read_back
+from model.files.manifest import file_facts, verify
+from model.files.shards import Chunks, ShardPlan, plan_shard, write_shard
+from model.files.verified_write import BadShard
+from tests.support.ranks import run_ranks
+from tests.support.runs import start
+from tests.trainer.test_checkpoint import CARD, Nothing, toy
+from trainer.checkpoint import checkpointer as module
+from trainer.checkpoint import host_staging as staging
+from trainer.checkpoint.background_save import Agreement
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.restore import Trained
+from trainer.checkpoint.retention import checkpoints
+from trainer.distributed.world import World
+from trainer.faults.exit_report import ProofError, SaveError
+
+ALONE = World(0, 0, 1, torch.device("cpu"))
+STATE: dict[str, Any] = {"stage": "", "meter": {"seen": [1, 2]}}
+
+
+def many(world: World, strategy: str) -> Trained:
+    """Tensors of every kind: hundreds of small ones, as LoRA has, one beyond what is copied together, half precision, a number."""
+    if strategy != "many":
+        return toy(world, strategy)
+    torch.manual_seed(5)
+    tensors = {f"lora.{i}.weight": torch.randn(3 + i % 4, 5) for i in range(300)}
+    tensors |= {"large": torch.randn(600, 500), "half": torch.randn(7, 3).bfloat16(), "number": torch.randn(())}
+    parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.1, fused=True)
+    for parameter in parameters.values():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    return Trained(dict(parameters), optimizer)
+
+
+def poison(trained: Trained) -> None:
+    """Everything that is saved becomes something else."""
+    with torch.no_grad():
+        for parameter in trained.parameters.values():
+            for tensor in (parameter, *trained.optimizer.state[parameter].values()):
+                tensor.fill_(float("nan"))
+
+
+def checkpointer_of(world: World, folder: Path) -> Checkpointer:
+    return Checkpointer(folder, 9, world)
+
+
+def save(checkpointer: Checkpointer, step: int, trained: Trained, state: dict[str, Any] = STATE) -> None:
+    checkpointer.save(step, trained, state, CARD, Nothing())  # type: ignore[arg-type]
+
+
+class Gate:
+    """In place of the writer: the files are written once the gate is open."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch | None = None) -> None:
+        self.original, self.opened, self.inside, self.most = module.write_planned, threading.Event(), 0, 0
+        if monkeypatch:
+            monkeypatch.setattr(module, "write_planned", self.write)
+        else:
+            module.write_planned = self.write  # type: ignore[assignment]
+
+    def write(self, *args: Any) -> Any:
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        assert self.opened.wait(30)
+        facts = self.original(*args)
+        self.inside -= 1
+        return facts
+
+
+def save_and_poison(world: World, folder: Path, strategy: str) -> None:
+    trained, state = many(world, strategy), json.loads(json.dumps(STATE))
+    (folder / "expected").mkdir(exist_ok=True)
+    write_shard(folder / "expected", world.rank, world.size, module._tensors(trained, world))
+    checkpointer, gate = checkpointer_of(world, folder), Gate()
+    save(checkpointer, 4, trained, state)
+    poison(trained)
+    state["meter"]["seen"].append("later")
+    checkpointer.check()  # nothing has failed
+    assert not checkpoints(folder)
+    gate.opened.set()
+    checkpointer.wait()
+
+
+@pytest.mark.parametrize(("strategy", "size"), [("many", 1), ("ddp", 2), ("fsdp", 2)])
+def test_what_changes_after_the_save_was_asked_for_is_not_in_it(tmp_path: Path, strategy: str, size: int) -> None:
+    run_ranks(save_and_poison, size, tmp_path, strategy)
+    folder = tmp_path / "checkpoint-4"
+    verify(folder)
+    expected = sorted((tmp_path / "expected").iterdir())
+    assert len(expected) == 2 * size
+    assert all((folder / path.name).read_bytes() == path.read_bytes() for path in expected)
+    told = json.loads((folder / "state.json").read_text())
+    steps = told.pop("optimizer_steps")
+    assert told == {**STATE, "step": 4} and set(steps.values()) == {2.0 if strategy != "many" else 1.0}
+    assert sum(name.startswith("weights/") for name in load_file(folder / expected[1].name)) in (len(steps), len(steps) - 1)
+
+
+def test_one_save_at_a_time_in_the_same_memory_and_nothing_is_left_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, checkpointer, gate = toy(ALONE, "ddp"), checkpointer_of(ALONE, tmp_path), Gate(monkeypatch)
+    before, addresses = threading.active_count(), set()
+    keys = checkpointer.agreement.store.num_keys()
+    for step in range(1, 7):
+        save(checkpointer, step, trained)
+        assert (checkpointer.task and checkpointer.task.under_way) or step > 1
+        gate.opened.set()
+        assert checkpointer.staging
+        addresses.add(checkpointer.staging.buffer.data_ptr())
+    checkpointer.wait()
+    assert gate.most == 1 and len(addresses) == 1 and threading.active_count() == before
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in range(1, 7)]
+    assert checkpointer.agreement.store.num_keys() == keys + 1
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in checkpoints(tmp_path)}
+
+
+def test_the_memory_is_there_before_the_moments_are_and_no_worker_copies_it(tmp_path: Path) -> None:
+    trained, checkpointer = toy(ALONE, "ddp"), checkpointer_of(ALONE, tmp_path)
+    moments = dict(trained.optimizer.state)
+    trained.optimizer.state.clear()
+    checkpointer.prepare(trained, CARD, Nothing())  # type: ignore[arg-type]
+    assert checkpointer.staging
+    address = checkpointer.staging.buffer.data_ptr()
+    save(checkpointer, 0, trained)
+    trained.optimizer.state.update(moments)
+    save(checkpointer, 2, trained)
+    checkpointer.wait()
+    assert checkpointer.staging.buffer.data_ptr() == address
+    names = [set(load_file(next((tmp_path / f"checkpoint-{step}").glob("*.safetensors")))) for step in (0, 2)]
+    assert names[0] < names[1] and len(names[1]) == 3 * len(names[0])
+    flags = mapping_flags(address)
+    assert flags is None or "dc" in flags  # not copied into forked processes
+
+
+def mapping_flags(address: int) -> list[str] | None:
+    """What the system knows of the memory at an address; None where it does not tell."""
+    try:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+    except OSError:
+        return None
+    inside = False
+    for line in lines:
+        head = line.split()[0]
+        if "-" in head and not head.endswith(":"):
+            first, last = (int(part, 16) for part in head.split("-"))
+            inside = first <= address < last
+        elif inside and head == "VmFlags:":
+            return line.split()[1:]
+    return None
+
+
+def test_where_memory_is_short_training_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = many(ALONE, "many")
+    for name, free in (("short", 1000), ("ample", 1 << 40)):
+        monkeypatch.setattr(module, "available_bytes", lambda free=free: free)
+        checkpointer = checkpointer_of(ALONE, tmp_path / name)
+        save(checkpointer, 3, trained)
+        assert (checkpointer.task is None) == (checkpointer.staging is None) == (name == "short")
+        checkpointer.wait()
+        said = capsys.readouterr().out
+        assert ("training waits" in said and "1,000 bytes" in said) == (name == "short")
+    files = [sorted((tmp_path / name / "checkpoint-3").glob("[!m]*")) for name in ("short", "ample")]
+    assert [path.name for path in files[0]] == [path.name for path in files[1]]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*files))
+
+
+def test_memory_is_counted_by_host() -> None:
+    assert staging.short_of_memory([("a", 40, 100), ("a", 40, 101), ("b", 80, 100)]) == ""
+    short = staging.short_of_memory([("a", 10, 100), ("b", 41, 101), ("b", 40, 100)])
+    assert "b has 100 bytes" in short and "takes 81" in short
+
+
+def fail_at(world: World, folder: Path, value: float, name: str) -> tuple[str, str]:
+    """Save, go on, save what is spoilt on the last rank, and step on until it is known."""
+    trained, checkpointer = toy(world, "fsdp"), checkpointer_of(world, folder)
+    save(checkpointer, 1, trained)
+    if world.rank == world.size - 1:
+        parameter = trained.parameters["2.weight" if world.size == 1 else "0.weight"]
+        tensor = parameter if name == "weights" else trained.optimizer.state[parameter][name]
+        with torch.no_grad():
+            tensor.to_local()[-1, -1] = value  # type: ignore[union-attr]
+    save(checkpointer, 2, trained)
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        try:
+            checkpointer.check()
+        except (ProofError, SaveError) as error:
+            return type(error).__name__, str(error)
+        time.sleep(0.01)
+    return "", "nothing was said"
+
+
+@pytest.mark.parametrize(("value", "name"), [(float("nan"), "weights"), (float("-inf"), "exp_avg"), (float("inf"), "exp_avg_sq")])
+def test_nothing_that_is_not_finite_is_saved_and_every_rank_says_where_it_is(tmp_path: Path, value: float, name: str) -> None:
+    for kind, text in run_ranks(fail_at, 2, tmp_path, value, name):
+        assert kind == "ProofError" and f"rank 1: {name}/0.weight holds numbers that are not finite" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    verify(tmp_path / "checkpoint-1")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_the_tensor_that_is_not_finite_is_named(tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "PIECE_BYTES", 64)
+    tensors = {f"t{i}": torch.full((5, 3), torch.finfo(dtype).max, dtype=dtype) for i in range(9)}
+    tensors |= {"whole": torch.full((4,), -1), "small": torch.tensor([torch.finfo(dtype).smallest_normal / 2]).to(dtype)}
+    write_shard(tmp_path, 0, 1, tensors)
+    for i in range(9):
+        for value in (float("nan"), float("inf"), float("-inf")):
+            spoilt = tensors[f"t{i}"].clone()
+            spoilt.view(-1)[i] = value
+            with pytest.raises(BadShard, match=rf"^t{i} holds"):
+                write_shard(tmp_path, 0, 1, tensors | {f"t{i}": spoilt})
+
+
+@pytest.mark.parametrize("harm", ["flipped", "longer", "shorter", "layout"])
+def test_what_is_read_back_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str) -> None:
+    original = shards.write
+
+    def failing_disk(path: Path, chunks: Any) -> dict[str, Any]:
+        facts = original(path, chunks)
+        data = bytearray(path.read_bytes())
+        if (harm == "layout" and path.suffix == ".json") or (harm == "flipped" and path.suffix != ".json"):
+            data[len(data) // 2] ^= 4
+        path.write_bytes(data + b"x" if harm == "longer" else data[:-1] if harm == "shorter" else data)
+        return facts
+
+    monkeypatch.setattr(shards, "write", failing_disk)
+    checkpointer = checkpointer_of(ALONE, tmp_path)
+    save(checkpointer, 1, toy(ALONE, "ddp"))
+    with pytest.raises(ProofError, match=r"rank 0: .*rank-00000-of-00001\.(safetensors|json)"):
+        checkpointer.wait()
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_are_the_library_s_and_facts_are_those_of_the_files(tmp_path: Path) -> None:
+    trained = many(ALONE, "many")
+    tensors = module._tensors(trained, ALONE)
+    facts = write_shard(tmp_path, 0, 1, tensors)
+    assert facts == file_facts(tmp_path)
+    found = load_file(tmp_path / "rank-00000-of-00001.safetensors")
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+    plan = plan_shard(tensors)
+    assert all(plan.name_at(position) == place.name for place in plan.places for position in (place.begin, place.end - 1))
+
+
+def agree(world: World, problems: dict[int, list[str]]) -> tuple[list[str], int]:
+    agreement, ruling = Agreement(world.channel("matter"), "x", world.rank, world.size), ["nothing"]
+    for _ in range(20):
+        agreement.report(problems.get(world.rank, []), world.rank)
+        if world.is_main:
+            problem, facts = agreement.reports()
+            assert facts == [*range(world.size)]
+            agreement.rule(problem)
+        ruling = agreement.ruling()
+    return ruling, agreement.number
+
+
+def test_ranks_agree_on_the_gravest_problem() -> None:
+    assert run_ranks(agree, 3, {}) == [([], 20)] * 3
+    problems = {1: ["write", "full"], 2: ["proof", "odd"]}
+    assert run_ranks(agree, 3, problems) == [(["proof", "rank 1: full; rank 2: odd"], 20)] * 3
+
+
+LORA = {"model": {"llm": {"tune": "lora"}, "vision": {"tune": "frozen"}}, "lora": {"rank": 2, "dropout": 0.1}}
+
+
+def start_saving(world: World, parts: Path, output_dir: Path, strategy: str, how: str) -> int:
+    """A run whose training either waits for every save, or goes on and finds the writer slow; or fails once it has saved."""
+    original, write = Checkpointer.save, module.write_planned
+
+    def saved(self: Checkpointer, step: int, *args: Any) -> Path:
+        path = original(self, step, *args)
+        if how == "waiting":
+            self.wait()
+        elif how == "raising" and step == 3:
+            raise RuntimeError("something else")
+        return path
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.3 if how == "raising" else 0.05)
+        return write(*args)
+
+    Checkpointer.save = saved  # type: ignore[assignment,method-assign]
+    if how != "waiting":
+        module.write_planned = slow  # type: ignore[assignment]
+    sections = {**LORA, "train": {"max_steps": 4}, "parallel": {"strategy": strategy}}
+    return start(world, parts, output_dir, sections).code
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_run_saves_the_same_bytes_whether_training_waits_or_not(parts: Path, tmp_path: Path, strategy: str) -> None:
+    for how in ("waiting", "going on"):
+        assert run_ranks(start_saving, 2, parts, tmp_path / how, strategy, how) == [0, 0]
+    for folder in checkpoints(tmp_path / "waiting"):
+        names = {path.name for path in folder.iterdir()}
+        other = tmp_path / "going on" / folder.name
+        assert len(names) > 8 and names == {path.name for path in other.iterdir()}
+        for name in names - {"manifest.json", "state.json"}:
+            assert (folder / name).read_bytes() == (other / name).read_bytes(), name
+        first, second = (json.loads((path / "state.json").read_text()) for path in (folder, other))
+        for state in (first, second):
+            del state["config"], state["meter"]["seconds"], state["meter"]["wait"]
+        assert first == second
+
+
+def test_a_run_that_fails_while_it_saves_still_has_that_checkpoint(parts: Path, tmp_path: Path) -> None:
+    assert run_ranks(start_saving, 2, parts, tmp_path / "run", "ddp", "raising") == [1, 1]
+    assert [path.name for path in checkpoints(tmp_path / "run")][-1] == "checkpoint-3"
+    verify(tmp_path / "run" / "checkpoint-3")
+    assert not list((tmp_path / "run").glob(".checkpoint*"))
+
+
+def start_long_save(world: World, parts: Path, output_dir: Path) -> int:
+    """A run whose last save takes three times as long as a stall may, and comes on all the time."""
+    write = module.write_planned
+
+    def slow(folder: Path, rank: int, world_size: int, plan: ShardPlan, chunks: Chunks) -> Any:
+        for _ in range(6):
+            time.sleep(0.5)
+            list(chunks())
+        return write(folder, rank, world_size, plan, chunks)
+
+    module.write_planned = slow
+    sections = {**LORA, "train": {"max_steps": 1}, "data": {"workers": 0}, "faults": {"stall_seconds": 1.0}}
+    return start(world, parts, output_dir, sections).code
+
+
+def test_a_save_that_takes_long_and_comes_on_is_no_stall(parts: Path, tmp_path: Path) -> None:
+    assert run_ranks(start_long_save, 1, parts, tmp_path / "run") == [0]
+
+
+def test_a_large_file_is_on_its_way_to_the_disk_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(read_back, "SYNC_BYTES", 10)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    facts = read_back.write(tmp_path / "file", iter([memoryview(bytes([i]) * 4) for i in range(7)]))
+    assert facts["size"] == 28 == synced[-1] and len(synced) == 3

@@ -1,0 +1,93 @@
+"""Groups, the clipped and skippable update, and schedules, against torch and transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from model.build import build_model
+from model.config import LlmConfig, ModelConfig, VisionConfig, VisionProjectorConfig
+from tests.support.tiny import save_llm, save_tower
+from trainer.config import OptimConfig
+from trainer.optim import build_optimizer, clipped_update, gradient_norm, set_learning_rates
+from trainer.schedule import multiplier
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_groups_are_part_times_decay_with_their_own_rates(tmp_path: Path, decay: float) -> None:
+    save_llm(tmp_path / "llm")
+    save_tower(tmp_path / "vision")
+    config = ModelConfig(
+        LlmConfig(str(tmp_path / "llm"), "full"),
+        VisionConfig(str(tmp_path / "vision"), "full", lr=3e-6),
+        VisionProjectorConfig(),
+        dtype="float32",
+    )
+    model = build_model(config)
+    optimizer = build_optimizer(model, config, OptimConfig(lr=2e-5, projector_lr=1e-3, weight_decay=decay))
+    set_learning_rates(optimizer, 0.5)
+    rates = {group["name"].partition("/")[0]: group["lr"] for group in optimizer.param_groups}
+    assert rates == {"llm": 1e-5, "vision": 1.5e-6, "vision_projector": 5e-4}
+    names = {p: name for name, p in model.named_parameters()}
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped)) == len(names)
+    decayed = {names[p] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == ({name for p, name in names.items() if p.dim() > 1} if decay else set())
+
+
+def make(seed: int) -> tuple[list[nn.Parameter], torch.optim.AdamW]:
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((5, 3), (7,), (2, 2, 2))]
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=generator) * 3
+    return parameters, torch.optim.AdamW(parameters, lr=0.1, fused=True)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5, 1e6])
+def test_clipping_equals_the_library_s(clip_norm: float) -> None:
+    (ours, optimizer), (theirs, reference) = make(1), make(1)
+    norm = gradient_norm(ours)[0]
+    expected = torch.nn.utils.clip_grad_norm_(theirs, clip_norm or 1e30)
+    torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
+    assert clipped_update(optimizer, norm, clip_norm).item() == 0
+    reference.step()
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+        assert a.grad is None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_non_finite_step_changes_nothing_and_the_next_one_goes_on(bad: float) -> None:
+    (ours, optimizer), (theirs, reference) = make(2), make(2)
+    clipped_update(optimizer, gradient_norm(ours)[0], 1.0)
+    clipped_update(reference, gradient_norm(theirs)[0], 1.0)
+    before = [p.detach().clone() for p in ours]
+    moments = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in ours]
+    for p in ours:
+        p.grad = torch.ones_like(p)
+    ours[1].grad[3] = bad  # type: ignore[index]
+    assert clipped_update(optimizer, gradient_norm(ours)[0], 1.0).item() == 1
+    for p, value, state in zip(ours, before, moments):
+        assert torch.equal(p, value)
+        assert all(torch.equal(optimizer.state[p][key], state[key]) for key in state)
+    for parameters, stepping in ((ours, optimizer), (theirs, reference)):
+        for p in parameters:
+            p.grad = torch.full_like(p, 0.3)
+        clipped_update(stepping, gradient_norm(parameters)[0], 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("constant", "constant_with_warmup"), ("linear", "linear"), ("cosine", "cosine")])
+@pytest.mark.parametrize(("warmup", "total"), [(0, 10), (3, 10), (10, 10), (1, 1)])
+def test_schedules_equal_transformers_at_every_step(ours: str, theirs: str, warmup: int, total: int) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_scheduler(theirs, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    config = OptimConfig(schedule=ours, warmup_steps=warmup)  # type: ignore[arg-type]
+    for step in range(total):
+        assert multiplier(config, step, total) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        scheduler.step()
