@@ -1,4 +1,4 @@
-"""Find records one by one, by the exact rules of JSON: slower than `data.index.json_scan`, and the source of every error message."""
+"""Find records one by one, by the exact rules of JSON: slower than `json_scan`, and the source of every error message."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Tables of .json and .jsonl files without decoding a record: whole windows of the file at once, by numpy.
 
 A window ends with the last record that is whole in it; the next one begins there, so nothing is carried from one to the other
-and the table does not depend on their size. Whatever is not as expected, and every error message, is left to `data.index.json_borders`.
+and the table does not depend on their size. Whatever is not as expected, and every error message, is left to
+`data.index.json_borders`.
 """
 
 from __future__ import annotations

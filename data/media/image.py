@@ -4,8 +4,8 @@ The pixels are those of the Hugging Face processors with the PIL back end for wh
 edge, centre crop), SigLIP (both edges at once), LLaVA (padded to a square of the mean colour), InternVL (tiles) and LLaVA-NeXT
 (anyres).
 
-With data.image_decode = "fast" they stay bytes, which the model normalises (`model.vision.normalise`), and a large JPEG is decoded at a
-fraction of its size, with the same geometry; the error is stated in docs/benchmarks.md.
+With data.image_decode = "fast" they stay bytes, which the model normalises (`model.vision.normalise`), and a large JPEG is
+decoded at a fraction of its size, with the same geometry; the error is stated in docs/benchmarks.md.
 """
 
 from __future__ import annotations

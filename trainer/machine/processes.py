@@ -63,7 +63,7 @@ def _stat(pid: int) -> tuple[str, str]:
 
 
 def show_and_end(process: Process, seconds: float = 4.0) -> None:
-    """Wake it, so that it leaves by itself; else have it write its stacks, as `trainer.faults.stack_dumps` arranged, and kill it."""
+    """Wake a process, so that it leaves by itself; else have it write its stacks (`trainer.faults.stack_dumps`) and kill it."""
     if process.state() in (None, GONE, DEFUNCT) or process.pid == os.getpid():
         return
     try:
