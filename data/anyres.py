@@ -11,9 +11,10 @@ from functools import lru_cache
 
 from PIL import Image
 
-from data.config import GRID_NAME, MAX_TILES, NEXT_GRID, ConfigError, DataConfig, GridSize
+from data.config import GRID_NAME, MAX_TILES, NEXT_GRID, DataConfig, GridSize
 from data.media.image_decode import Picture, Size
-from model.batch import ImageSpec, MediaMeta
+from model.errors import ConfigError
+from model.media_spec import ImageSpec, MediaMeta
 
 
 def plan(size: Size, side: int, config: DataConfig) -> MediaMeta:

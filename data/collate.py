@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.sample import Sample, SampleMedia
-from model.batch import IGNORE_INDEX, ONE_ROW, Batch, Media
+from model.batch import IGNORE_INDEX, Batch, Media
+from model.media_spec import ONE_ROW
 
 BLANK = -1  # sample and source of a row that is only padding
 

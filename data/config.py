@@ -12,7 +12,7 @@ from typing import Literal
 
 from data.order.mixing import take_problem
 from data.records.fields import MAX_NAME, bounded
-from model.batch import PLACEHOLDERS
+from model.media_spec import PLACEHOLDERS
 
 MAX_WORKERS = 512
 MAX_TILES = 256
@@ -23,18 +23,6 @@ GridSize = tuple[int, int] | str
 NEXT_GRID: tuple[GridSize, ...] = ("1x2", "2x1", "2x2", "3x1", "1x3")
 """LLaVA-NeXT's, in its order."""
 GRID_NAME = re.compile(r"([1-9]\d?)x([1-9]\d?)(?:\.\.\.([1-9]\d?)x([1-9]\d?))?")
-
-
-class ConfigError(Exception):
-    """A setting, or something a setting names, is wrong."""
-
-    exit_code = 2
-
-
-class DataError(Exception):
-    """Records or media break the rules. The message carries `file:line id: field: what is wrong`."""
-
-    exit_code = 65
 
 
 TemplateName = Literal[

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from data.config import ConfigError, DataConfig, SourceConfig
+from data.config import DataConfig, SourceConfig
 from data.index.record_index import RecordIndex
 from data.media.blob import Blob, MediaError, resolve
 from data.media.record_media import RecordMedia
@@ -19,7 +19,8 @@ from data.records.record import MediaRef, Record, RecordError, parse
 from data.sample import Sample, assemble, check_media, measured
 from data.text.rounds import TooLongError
 from data.text.template import Template
-from model.batch import MediaSpec, num_tokens
+from model.errors import ConfigError
+from model.media_spec import MediaSpec, num_tokens
 
 
 @dataclass(frozen=True)

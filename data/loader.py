@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data.batch_transport import packed
 from data.collate import collate, collate_packed
-from data.config import DataError
 from data.dataset import MultimodalDataset, Rejected
 from data.order.mixing import Pool
 from data.order.packing import deal_packed
@@ -22,6 +21,7 @@ from data.prefetch import micro_batches_together, planned_bytes, prefetch_factor
 from data.sample import Sample
 from data.workers import Reading, WorkerError, named, prepare_worker, unexpected
 from model.batch import Batch
+from model.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from data.collate import collate
-from data.config import ConfigError, DataConfig
+from data.config import DataConfig
 from data.limits import load_json
 from data.media.blob import Blob, resolve
 from data.media.record_media import RecordMedia
@@ -25,7 +25,9 @@ from data.text.rounds import THOUGHTFUL
 from data.text.state_tokens import split_state
 from data.text.template import Template, load_template
 from data.text.tokenizer import check_fingerprint, fingerprint, load_tokenizer, pad_id, save_tokenizer
-from model.batch import Batch, MediaSpec, spec_from_json, spec_to_json
+from model.batch import Batch
+from model.errors import ConfigError
+from model.media_spec import MediaSpec, spec_from_json, spec_to_json
 
 FILE = "processor.json"
 _VERSION = 2

@@ -15,7 +15,8 @@ from data.media.record_media import RecordMedia
 from data.records.record import MediaRef, Record, RecordError
 from data.text.rounds import TooLongError
 from data.text.template import Encoded
-from model.batch import IGNORE_INDEX, AudioSpec, MediaMeta, MediaSpec, num_tokens, row_frames, row_width, token_rows, token_weights
+from model.batch import IGNORE_INDEX
+from model.media_spec import AudioSpec, MediaMeta, MediaSpec, num_tokens, row_frames, row_width, token_rows, token_weights
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class SampleMedia:
     values: Tensor  # (n, ...) encoder rows: (n, 3, S, S) pixels or (n, M, F) log-mel
     start: int
     length: int
-    rows: np.ndarray  # (length,) or (length, 4) int64 which projected rows each token is, see `model.batch.token_rows`
+    rows: np.ndarray  # (length,) or (length, 4) int64 which projected rows each token is, see `model.media_spec.token_rows`
     width: int  # rows L the encoder and its projector make of each of `values`, those of padding included
     frames: tuple[int, ...] = ()  # (n,) valid mel frames of each row
     label: int = IGNORE_INDEX  # user state after it

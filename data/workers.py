@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
-from data.config import ConfigError
 from data.dataset import MultimodalDataset
 from data.records.record import RecordError
+from model.errors import ConfigError
 
 NOTHING = -1
 DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? (\d+)[\d, ]*\) ((?:is killed by signal|exited unexpectedly)[^.]*)")

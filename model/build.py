@@ -11,15 +11,16 @@ from model.audio.encoder import AudioEncoder
 from model.audio.projector import build_audio_projector
 from model.audio.state_head import StateHead
 from model.card import ModelCard, draw_card
-from model.config import ConfigError, LoraConfig, ModelConfig, QuantizeConfig
+from model.config import LoraConfig, ModelConfig, QuantizeConfig
+from model.errors import ConfigError
 from model.llm.causal_lm import Vocabulary, build_llm, head_weight
 from model.llm.new_tokens import add_new_rows
 from model.llm.quantized_linear import quantise
 from model.llm.router_loss import RouterTap
 from model.lora import add_lora, target_paths
 from model.multimodal import ENCODERS, MultimodalLM
-from model.projector import build_vision_projector
 from model.trainable import apply_tune
+from model.vision.projector import build_vision_projector
 from model.vision.tower import VisionTower
 from model.weights.materialise import materialise, parameters_on_meta
 from model.weights.origins import weight_layers

@@ -10,11 +10,9 @@ from typing import Any
 import transformers
 
 from model.audio.encoder import audio_config, audio_spec
-from model.batch import MediaSpec, spec_from_json, spec_to_json
 from model.config import (
     AudioConfig,
     AudioProjectorConfig,
-    ConfigError,
     LlmConfig,
     LoraConfig,
     ModelConfig,
@@ -23,11 +21,13 @@ from model.config import (
     VisionConfig,
     VisionProjectorConfig,
 )
+from model.errors import ConfigError
 from model.files.hub import weight_files
 from model.files.tensor_files import dump_json, sampled_digest
 from model.files.untrusted import load_json
 from model.llm.causal_lm import Vocabulary, llm_config
-from model.projector import shrunk
+from model.media_spec import MediaSpec, spec_from_json, spec_to_json
+from model.vision.projector import shrunk
 from model.vision.tower import vision_config, vision_spec
 from model.weights.quantised_base import check_dequantizable, check_settings, quantisation, without_quantisation
 

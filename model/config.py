@@ -9,12 +9,6 @@ OUR_ATTENTION = ("sdpa", "varlen")
 """Values of `model.llm.attention` that mean `model.llm.attention` itself; `varlen` says that rows are packed."""
 
 
-class ConfigError(Exception):
-    """A setting, or something a setting names, is wrong."""
-
-    exit_code = 2
-
-
 @dataclass(frozen=True)
 class LlmConfig:
     """Any Hugging Face causal language model."""

@@ -10,7 +10,8 @@ import torch
 
 from model.build import DTYPES, assemble, resolve_dtype
 from model.card import ModelCard, read_card
-from model.config import ConfigError, QuantizeConfig
+from model.config import QuantizeConfig
+from model.errors import ConfigError
 from model.files.tensor_files import Tensors
 from model.multimodal import MultimodalLM
 from model.weights.bases import base_layers

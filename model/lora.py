@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import ConfigError, LoraConfig
+from model.config import LoraConfig
+from model.errors import ConfigError
 from model.files.untrusted import shown
 
 ALL_LINEAR = "all-linear"

@@ -11,17 +11,18 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from model.audio.state_head import StateHead
-from model.batch import Batch, Media, MediaSpec, row_shape
-from model.config import ConfigError
+from model.batch import Batch, Media
+from model.errors import ConfigError
 from model.generate import generate
 from model.llm.attention import decoder_options, masked_attention
 from model.llm.causal_lm import head_weight
 from model.llm.new_tokens import new_head_rows
 from model.llm.router_loss import RouterTap
 from model.loss import LossTerm, Term, text_term
+from model.media_spec import MediaSpec, row_shape
+from model.projector import OWN_ROWS
 from model.splice import splice, taken
 from model.vision.normalise import normalised
-from model.weights.projector_files import OWN_ROWS
 
 ENCODERS = {"image": ("vision", "vision_projector"), "audio": ("audio", "audio_projector")}
 """Encoder and projector by modality. A modality is an entry here, not a branch below."""

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
-from model.batch import ImageSpec
-from model.config import ConfigError, VisionProjectorConfig
-from model.vision.grid_projector import SHRINK, ConvMlp, PixelShuffleMlp, PoolMlp
-from model.vision.resampler import QUERIES, Resampler
+from model.errors import ConfigError
 
-SETTING = "model.vision_projector"
-GRID_KINDS: dict[str, Callable[[int, int], nn.Module]] = {
-    "pixel_shuffle_mlp": PixelShuffleMlp,
-    "pool_mlp": PoolMlp,
-    "conv_mlp": ConvMlp,
-}
-"""Those that make one token of a square of patches."""
-RESAMPLER = "resampler"
 POINTWISE = "'linear' | 'mlp1x_gelu' ... 'mlp9x_gelu' | 'identity'"
-VISION_KINDS = f"{POINTWISE} | {' | '.join(map(repr, GRID_KINDS))} | {RESAMPLER!r}"
 
 
 class Pointwise(nn.Sequential):
@@ -69,39 +54,8 @@ def build_projector(setting: str, kind: str, in_features: int, out_features: int
     return Pointwise(*layers)
 
 
-def build_vision_projector(config: VisionProjectorConfig, in_features: int, out_features: int) -> nn.Module:
-    """The projector of a tower's patches, with `image_newline` (out,) if it has a line break, which starts as LLaVA-NeXT's does."""
-    module = _vision_layers(config, in_features, out_features)
-    if config.newline:
-        module.image_newline = nn.Parameter(torch.empty(out_features))
-        module.spreads = {**getattr(module, "spreads", {}), "image_newline": out_features**-0.5}  # type: ignore[dict-item, assignment]
-    return module
+LLAVA_PROJECTOR, LLAVA_NEWLINE, LLAVA_TRAINED = "mm_projector.", "image_newline", "non_lora_trainables.bin"
 
 
-def _vision_layers(config: VisionProjectorConfig, in_features: int, out_features: int) -> nn.Module:
-    """As `build_projector` makes them, or of one of the kinds that give fewer tokens."""
-    if config.kind in GRID_KINDS:
-        return GRID_KINDS[config.kind](in_features, out_features)
-    if config.kind == RESAMPLER:
-        return Resampler(in_features, out_features, config.queries or QUERIES)
-    if not is_pointwise(config.kind):
-        raise ConfigError(f"{SETTING}.kind = {config.kind!r} is not {VISION_KINDS}")
-    return build_projector(SETTING, config.kind, in_features, out_features)
-
-
-def shrunk(spec: ImageSpec, projector: VisionProjectorConfig) -> ImageSpec:
-    """The tower's spec with what the projector makes of its grid. ConfigError when it cannot be made of this one."""
-    spec = dataclasses.replace(spec, newline=projector.newline)
-    if projector.kind == RESAMPLER:
-        return dataclasses.replace(spec, queries=projector.queries or QUERIES)
-    if projector.kind not in GRID_KINDS:
-        return spec
-    grid = spec.size // spec.patch
-    if spec.select != "patch":
-        raise ConfigError(f"{SETTING}.kind = {projector.kind!r} takes patches alone: set model.vision.select = 'patch'")
-    if grid % SHRINK:
-        raise ConfigError(
-            f"{SETTING}.kind = {projector.kind!r} makes one token of {SHRINK} x {SHRINK} patches, but a view has "
-            f"{grid} x {grid}: choose a model.vision.image_size that is a multiple of {SHRINK * spec.patch}, or another kind"
-        )
-    return dataclasses.replace(spec, shrink=SHRINK)
+OWN_ROWS = ("extra", LLAVA_NEWLINE)
+"""What a projector may hold beside its layers: prompts, the line break."""

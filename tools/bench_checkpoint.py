@@ -27,8 +27,8 @@ from model.card import ModelCard
 from model.config import LlmConfig, LoraConfig, ModelConfig
 from model.llm.causal_lm import Vocabulary
 from trainer.checkpoint.checkpointer import Checkpointer
-from trainer.checkpoint.restore import Trained
 from trainer.distributed.world import World, start_world, stop_world
+from trainer.optim import Trained
 
 LORA_ROWS = 16
 """Half of the tensors are as small as LoRA's."""

@@ -25,7 +25,7 @@ from data.index.record_index import RecordIndex
 from data.loader import prepare_worker
 from data.order.sampler import Sampler
 from data.records.record import parse
-from model.batch import ImageSpec
+from model.media_spec import ImageSpec
 
 SPEC = ImageSpec(336, 14, 1, "patch", "shortest_edge", (0.5,) * 3, (0.5,) * 3)
 PARTS = ("index", "memory", "plan", "images")

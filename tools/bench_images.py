@@ -23,7 +23,7 @@ from data.config import DataConfig
 from data.media import image
 from data.media.blob import Blob
 from data.records.record import MediaRef
-from model.batch import ImageSpec, MediaMeta
+from model.media_spec import ImageSpec, MediaMeta
 from model.vision.normalise import normalised
 
 SIDE = 336

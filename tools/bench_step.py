@@ -24,9 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.collate import collate
 from data.sample import Sample, SampleMedia
-from model.batch import IGNORE_INDEX, Batch, MediaMeta, image_spec, num_tokens
+from model.batch import IGNORE_INDEX, Batch
 from model.build import build_model
 from model.config import LlmConfig, ModelConfig, VisionConfig, VisionProjectorConfig
+from model.media_spec import MediaMeta, image_spec, num_tokens
 from model.multimodal import MultimodalLM
 from tools.make_demo import CORPUS, VOCAB, train_tokenizer, write_parts
 from trainer.config import OptimConfig

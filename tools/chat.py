@@ -14,8 +14,8 @@ from typing import Any
 from data.processor import Processor, load_processor
 from data.records.record import Record, RecordError, Turn, parse
 from data.text.rounds import THOUGHTFUL
-from model.batch import PLACEHOLDERS
-from model.config import ConfigError
+from model.errors import ConfigError
+from model.media_spec import PLACEHOLDERS
 from model.multimodal import MultimodalLM
 from tools.cli import printable, run
 from tools.model_options import add_model_options, load

@@ -22,9 +22,8 @@ import torch
 from data.check.check_dataset import Depth, SourceFound, check_dataset, remove_stale
 from data.check.duplicates import find_duplicates
 from data.check.report import field_of, match_row, problem_rows, summary, table
-from data.config import DataError
 from data.dataset import MultimodalDataset
-from model.config import ConfigError
+from model.errors import ConfigError, DataError
 from tools.cli import printable, run
 from trainer.checkpoint.retention import checkpoints
 from trainer.config import RunConfig

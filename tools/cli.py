@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from data.records import fields
-from trainer.faults.exit_report import INTERNAL, code_of
+from trainer.errors import INTERNAL, code_of
 
 INTERRUPTED, NOBODY_READS = 130, 141
 

@@ -16,10 +16,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from tools.cli import run
 from tools.demos.digit_runs import QUESTIONS
-from trainer.faults.exit_report import ProofError
+from trainer.errors import ProofError
 
 MARK = ".demo"  # file that says a folder is the demo's own and may be replaced
 WANTED = {"digit": 0.85, "parity": 0.90}

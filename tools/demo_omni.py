@@ -13,12 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from tools.cli import run
 from tools.demo import clear, do, module, trained_by
 from tools.make_omni import KINDS, WHICH
 from trainer.config import TrainConfig, ValidationConfig
-from trainer.faults.exit_report import ProofError
+from trainer.errors import ProofError
 from trainer.runfile.load import load_config
 from trainer.runfile.schema import to_tables
 from trainer.runfile.stages import Place, places_of

@@ -24,7 +24,7 @@ from data.config import SourceConfig
 from data.index.record_index import RecordIndex
 from data.processor import Processor, load_processor
 from data.records.record import Record, RecordError, parse
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.multimodal import MultimodalLM
 from tools.cli import run
 from tools.model_options import add_model_options, load

@@ -19,7 +19,7 @@ from data.processor import load_processor
 from data.records.fields import message
 from data.text.tokenizer import save_tokenizer
 from model.card import ModelCard, read_card
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.exports import hugging_face
 from model.exports import llava as export_llava
 from model.exports.llm_folder import inherited_parts, write_llm
@@ -30,7 +30,7 @@ from model.weights.peft_adapter import INHERITS, OUR_CONFIG, OURS, WEIGHTS, adap
 from tools.cli import printable
 from tools.exports.hf_folder import prove_folder, write_folder
 from tools.exports.output_folder import listing, new_folder
-from trainer.faults.exit_report import code_of
+from trainer.errors import code_of
 
 
 def to_safetensors(source: Path, out: Path, card: ModelCard, _: Path) -> str:

@@ -15,9 +15,8 @@ import sys
 from pathlib import Path
 
 from data.check.certificate import certify
-from data.config import DataError
 from data.records.fields import bounded
-from model.config import ConfigError
+from model.errors import ConfigError, DataError
 from tools.cli import printable, run
 from tools.inspector.choose import KINDS, Source, Wanted, choose, open_sources, place_of
 from tools.inspector.entry import Box, Entry, Piece

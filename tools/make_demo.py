@@ -19,7 +19,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerF
 from transformers.utils import logging
 
 from data.text.tokenizer import save_tokenizer
-from model.config import ConfigError
+from model.errors import ConfigError
 from tools.cli import run
 from tools.demos.digit_runs import DIGIT_RUN, PARITY_RUN, QUESTIONS
 

@@ -21,7 +21,7 @@ from transformers import WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import logging
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from tools.cli import run
 from tools.demos.omni_media import DIRECTIONS, melody, moving, noise, picture, wav
 from tools.demos.omni_runs import OMNI_RUN

@@ -20,7 +20,8 @@ from torch import Tensor
 from data.processor import Processor, load_processor
 from data.records.fields import message
 from model.card import ModelCard, read_card, write_card
-from model.config import ConfigError, ModelConfig, QuantizeConfig
+from model.config import ModelConfig, QuantizeConfig
+from model.errors import ConfigError
 from model.exports.trained_files import changed_parts, projector, write_file
 from model.files.proof import file_facts
 from model.files.tensor_files import SHARD_BYTES, Entry, dump_json, in_memory, split_by_size, tensor_digests, write_safetensors
@@ -28,7 +29,7 @@ from model.load import load_model
 from tools.cli import printable
 from tools.exports.output_folder import listing, new_folder
 from tools.exports.proofs import batch_of, check_close, logits, sample
-from trainer.faults.exit_report import ProofError, code_of
+from trainer.errors import ProofError, code_of
 
 
 def merge(source: Path, out: Path) -> None:

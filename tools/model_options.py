@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.load import load_model
 from model.multimodal import MultimodalLM
 

@@ -18,7 +18,7 @@ import torch
 from data.check.measured_lengths import EXACT
 from data.loader import BatchPlan
 from data.sample import Sample
-from model.config import ConfigError
+from model.errors import ConfigError
 from tools.cli import printable, run
 from tools.plan_table import as_json, table
 from trainer.config import RunConfig

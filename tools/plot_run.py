@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.config import DataError
-from model.config import ConfigError
+from model.errors import ConfigError, DataError
 from tools.cli import run
 
 if TYPE_CHECKING:

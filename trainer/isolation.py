@@ -11,7 +11,7 @@ from torch import Tensor
 from data.collate import collate_packed
 from data.sample import Sample
 from model.batch import IGNORE_INDEX, Batch
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.multimodal import MultimodalLM
 from trainer.distributed.parallelize import reshard
 from trainer.distributed.world import World

@@ -15,7 +15,8 @@ from data.workers import Reading, named
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.resume import digest_of, run_state
 from trainer.checkpoint.trial_save import prove_saving
-from trainer.faults.exit_report import INTERNAL, Progress, StopRequested, code_of
+from trainer.errors import INTERNAL, StopRequested, code_of
+from trainer.faults.exit_report import Progress
 from trainer.faults.requests import EVALUATE, SAVE, STOP, WISHES
 from trainer.health.deferred_read import Later
 from trainer.health.loss_monitor import Health, forget_after, hearable, split

@@ -8,39 +8,22 @@ import os
 import signal
 import sys
 import threading
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from model.config import ConfigError
-from trainer.checkpoint.restore import restore
-from trainer.checkpoint.resume import check_state, choose, left_of
-from trainer.checkpoint.retention import set_aside, step_of
-from trainer.checkpoint.write_final import final_step, publish, write_final
+from model.errors import ConfigError
+from trainer import errors
 from trainer.config import RunConfig
 from trainer.distributed.rank_consistency import agree
 from trainer.distributed.world import World, die_with_parent, start_world, stop_world
 from trainer.faults import exit_report, signals
-from trainer.faults.requests import STOP
 from trainer.faults.watchdog import Guard
-from trainer.loop import Loop
-from trainer.machine.atomic_files import make_folder, replace_text
 from trainer.machine.folder_lock import FolderLock, hold
-from trainer.machine.open_files import check_limit, raise_limit
+from trainer.machine.open_files import raise_limit
 from trainer.machine.run_folder import check_names
-from trainer.memory.rehearsal import rehearse
-from trainer.records.later_stages import look_ahead
-from trainer.records.quarantine import NAME as QUARANTINE
-from trainer.records.quarantine import read_rows, start_afresh
-from trainer.records.quick_check import quick_check
-from trainer.records.run_data import certify_all, open_data, with_bases
-from trainer.records.same_data import is_accepted, same_data
-from trainer.report import plan
+from trainer.run import train
 from trainer.runfile.load import load_config
-from trainer.runfile.schema import to_tables
-from trainer.runfile.stages import Place, check_stages, outline, places_of
-from trainer.runfile.toml_files import apply_override, read_toml, to_toml, undashed
-from trainer.setup import Setup, build, make_deterministic, resolved
+from trainer.runfile.toml_files import apply_override, read_toml, undashed
+from trainer.setup import resolved
 
 
 def run(config: RunConfig, world: World | None = None) -> int:
@@ -72,18 +55,18 @@ def attended(config: RunConfig, world: World | None, progress: exit_report.Progr
     world = world or start_world()
     progress.has_met = True
     guard = Guard(progress.watch, world, folder, config.faults.stall_seconds, lock).start()
-    code = exit_report.DONE
+    code = errors.DONE
     try:
         config = resolved(config, world)
         agree(config, world)
         train(config, world, progress)
         if world.is_main:
-            exit_report.record(folder, exit_report.DONE, "done", progress.step, world.rank)
+            exit_report.record(folder, errors.DONE, "done", progress.step, world.rank)
     except (Exception, KeyboardInterrupt) as error:
         code = ended(error, folder, progress, world.rank, guard)
     finally:
         guard.stop()
-    if own and (code == exit_report.DONE or world.size == 1):  # after a failure peers may stand in a collective, and it would wait
+    if own and (code == errors.DONE or world.size == 1):  # after a failure peers may stand in a collective, and it would wait
         stop_world()
     return code
 
@@ -104,108 +87,6 @@ def ended(error: BaseException, folder: Path, progress: exit_report.Progress, ra
             signal.signal(signal.SIGCHLD, before)
 
 
-def train(root: RunConfig, world: World, progress: exit_report.Progress) -> None:
-    """Every stage that is left of a run, one after the other; most runs are one stage."""
-    check_limit(root.data)  # before a file that cannot be opened is taken for one that is not there
-    make_deterministic(root)
-    checkpoint, damaged = choose(root, world)
-    places = [replace(place, config=resolved(place.config, world)) for place in places_of(root)]
-    check_stages(places)
-    for line in (*outline(places), *signals.launcher_lines(root.faults.grace_seconds)):
-        say(world, line)
-    state = None
-    if checkpoint:
-        places, state = left_of(checkpoint, places, world)
-    progress.watch.mark("index")
-    for line in look_ahead(root, places[1:], world):
-        say(world, line)
-    first_step = places[0].first_step
-    for place in places:
-        start = Start(checkpoint, state, damaged)
-        first_step = train_stage(replace(place, first_step=first_step), start, world, progress)
-        progress.steering.heeded = False
-        if not place.is_last and progress.steering.take_between(STOP, world):
-            raise exit_report.StopRequested(f"stopped on request after {place}, whose final/ is written; the same command goes on")
-        checkpoint, state, damaged = None, None, []
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a stage begins with."""
-
-    checkpoint: Path | None
-    state: dict[str, Any] | None  # of the checkpoint; None when the stage begins at its first step
-    damaged: list[str]  # what to tell about checkpoints that were moved aside
-
-
-def train_stage(place: Place, start: Start, world: World, progress: exit_report.Progress) -> int:
-    """Data, model, resume, plan, loop, final: in this order, each proven before the next. Returns the run's completed steps."""
-    config, checkpoint, state = place.config, start.checkpoint if start.state else None, start.state
-    if world.is_main:
-        make_folder(place.folder)
-        if not state:
-            start_afresh(place.run_folder, [stage.name for stage in place.root.stage[: place.number - 1]])
-    watch = progress.watch
-    watch.mark("index")
-    data = with_bases(open_data(config, world, first_start=state is None, place=place, alive=watch.alive), world)
-    watch.mark("certify")
-    certificates = certify_all(data, config, watch.alive)
-    check_limit(config.data)
-    watch.mark("check")
-    for line in quick_check(data, config, world, watch.alive):
-        say(world, f"data      {line}")
-    for line in same_data(place, data, world, state["step"] if state else None):
-        say(world, f"data      {line}")
-    if checkpoint and state:
-        check_state(checkpoint, state, data, is_accepted(place, data))
-        if config.train.max_steps == 0:
-            raise ConfigError(
-                f"train.max_steps = 0 builds a model without training, but {config.output_dir} holds {checkpoint.name}: use "
-                "another output_dir; tools load and export from a checkpoint as from final/"
-            )
-    watch.mark("load")
-    setup = build(place, data, world, watch.alive)
-    first_step = state["step"] - place.first_step if state else 0
-    progress.step = place.first_step + first_step
-    if checkpoint and state and setup.trained:
-        watch.mark("restore")
-        restore(checkpoint, setup.trained, state["optimizer_steps"], watch.alive)
-    if world.is_main:
-        if start.checkpoint and config.checkpoint.resume not in ("auto", "none"):
-            start.damaged.extend(set_aside(place.run_folder, step_of(start.checkpoint)))
-        replace_text(Path(config.output_dir, "run.toml"), to_toml(to_tables(place.root)))
-        print(plan(setup, certificates, checkpoint, start.damaged), flush=True)
-    if setup.trained and first_step < setup.total_steps:
-        watch.at("heaviest", place.first_step + first_step)
-        say(world, rehearse(setup, first_step))
-        Loop(setup, first_step, state["meter"] if state else None, progress).run()
-    watch.mark("final")
-    return finish(setup, first_step, world)
-
-
-def finish(setup: Setup, first_step: int, world: World) -> int:
-    """Write final/, unless an earlier start of this run has and nothing was trained since. Returns the run's completed steps."""
-    place = setup.place
-    step = place.first_step + max(first_step, setup.total_steps)
-    finished = first_step > 0 and first_step >= setup.total_steps and final_step(place.folder) == step
-    if world.broadcast_json(finished):
-        say(world, f"nothing left to do: {place.folder / 'final'} holds step {step}, the run asks for {setup.total_steps}")
-    else:
-        target = write_final(setup.model, setup.data.card, setup.data.processor, place.folder, step, world, bool(place.name))
-        if num_left_out := len(read_rows(place.run_folder, place.name)):
-            say(world, f"{num_left_out} records could not be used: {place.run_folder / QUARANTINE} says why")
-        say(world, f"wrote and proved {target}")
-    if place.name and place.is_last:
-        publish(place.folder / "final", place.run_folder / "final", world)
-        say(world, f"it is {place.run_folder / 'final'} as well")
-    return step
-
-
-def say(world: World, text: str) -> None:
-    if world.is_main:
-        print(text, flush=True)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="trainer.main", description="Train a multimodal model as a run.toml describes it.")
     parser.add_argument("--cfg", required=True, help="the run file")
@@ -220,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         # Every rank reads the same file and finds the same: one of them tells.
         if int(os.environ.get("RANK", "0")) == 0:
             refuse(error, named_folder(arguments.cfg, arguments.overrides))
-        return exit_report.code_of(error)
+        return errors.code_of(error)
     return run(config)
 
 
@@ -229,7 +110,7 @@ def refuse(error: Exception, folder: Path | None) -> None:
     lock: FolderLock | None = None
     try:
         lock = hold(folder, waits=False) if folder else None
-    except exit_report.SaveError:
+    except errors.SaveError:
         folder = None
     exit_report.report_failure(error, folder, None, 0)
     if lock is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from model.config import ModelConfig
+from model.files.sharding import is_first_copy
 from model.multimodal import MultimodalLM
-from model.weights.materialise import is_first_copy
 from trainer.config import OptimConfig
 
 
@@ -98,3 +99,11 @@ def clipped_update(optimizer: torch.optim.Optimizer, norm: Tensor, clip_norm: fl
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return optimizer.found_inf  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What learns: parameters by full name, and the optimizer over them."""
+
+    parameters: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer

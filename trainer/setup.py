@@ -13,16 +13,15 @@ from torch import nn
 from data.collate import collate
 from data.loader import BatchPlan
 from model.build import DTYPES, assemble, resolve_dtype
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
-from trainer.checkpoint.restore import Trained
 from trainer.config import RunConfig
 from trainer.distributed.parallelize import check_sharing, checkpoint_activations, is_sharded, replicate, shard
 from trainer.distributed.world import World
 from trainer.isolation import prove_isolation
-from trainer.optim import build_optimizer
+from trainer.optim import Trained, build_optimizer
 from trainer.records.run_data import RunData
 from trainer.runfile.stages import Place
 

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from data.config import DataError
 from data.index.record_index import RecordIndex
 from data.records.record import Record, RecordError, parse
 from data.records.turns import MARKS
@@ -15,6 +14,7 @@ from data.text.chat_formats import FORMATS
 from data.text.messages import media_kinds
 from data.text.render import apply
 from data.text.template import Encoded, Template
+from model.errors import DataError
 
 
 @dataclass(frozen=True)

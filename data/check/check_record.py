@@ -24,7 +24,7 @@ from data.records.placeholders import without_placeholders
 from data.records.record import MediaRef, Record, RecordError
 from data.sample import Measured, measured
 from data.text.rounds import TooLongError
-from model.batch import AudioSpec, MediaMeta, MediaSpec, image_spec, num_tokens
+from model.media_spec import AudioSpec, MediaMeta, MediaSpec, image_spec, num_tokens
 
 BAD, TOO_LONG = "bad", "too_long"
 _SAMPLED = 4096  # bytes at the start, in the middle and at the end that stand for a file's content

@@ -19,7 +19,7 @@ from data.config import SourceConfig
 from data.dataset import MultimodalDataset
 from data.index.record_index import source_files
 from data.index.sidecar import read_arrays, safe_name, text_array, write_arrays
-from model.batch import spec_to_json
+from model.media_spec import spec_to_json
 
 FROZEN = "planned_lengths.npz"
 EXACT, PARTLY, ESTIMATED = "exact", "partly exact", "estimated"

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import NoReturn
 
-from data.config import DataError
 from data.limits import MAX_RECORD_BYTES
+from model.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
 # Possessive: a match never backtracks, whatever the file holds.

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-from data.config import DataError
 from data.index.json_borders import (
     BOM,
     array_start,
@@ -29,6 +28,7 @@ from data.index.json_structure import Events, find_events, nesting
 from data.index.table import Table
 from data.index.token_estimate import Plans, by_parsing, plan_records
 from data.limits import MAX_RECORD_BYTES
+from model.errors import DataError
 
 Advance = Callable[[int], object]
 """Is told how many bytes of a file have been dealt with."""

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from data.config import ConfigError, DataError
 from data.index.json_scan import Advance, plan_values
 from data.index.media_column import content_of, is_unnamed, listed, names_of, present
 from data.index.reader import RowError, decoded
@@ -23,6 +22,7 @@ from data.index.source_files import Shards
 from data.index.table import KINDS, Table
 from data.media.blob import Blob, MediaError
 from data.records.media_refs import MediaRef
+from model.errors import ConfigError, DataError
 
 _MEDIA_COLUMNS = tuple(key for kind in KINDS for key in (kind, f"{kind}s"))
 _TURN_COLUMNS = ("conversations", "messages")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data.config import ConfigError, DataConfig, SourceConfig
+from data.config import DataConfig, SourceConfig
 from data.index.json_scan import Advance, scan
 from data.index.parquet import ParquetRows, scan_parquet
 from data.index.reader import JsonRows, RowError, Rows
@@ -25,7 +25,8 @@ from data.index.token_estimate import media_tokens
 from data.media.blob import Blob, MediaError
 from data.records.media_refs import MediaRef
 from data.records.record import RecordError
-from model.batch import MediaSpec
+from model.errors import ConfigError
+from model.media_spec import MediaSpec
 
 _DEFAULTS = DataConfig()
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from data.index.sidecar import appearing
 from data.limits import open_regular, parse_json
-from model.batch import PLACEHOLDERS
+from model.media_spec import PLACEHOLDERS
 
 KINDS = tuple(PLACEHOLDERS)
 """Kinds of media, in the order of the columns of `Table.media`."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
-from data.config import DataError
+from model.errors import DataError
 
 _BLOCK = 512  # bytes
 _ZEROS = bytes(_BLOCK)

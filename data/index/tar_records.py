@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from data.config import DataError
 from data.index.json_scan import WINDOW, Advance, plan_values
 from data.index.reader import RowError, decoded, read
 from data.index.source_files import Shards
@@ -24,6 +23,7 @@ from data.index.tar_headers import Member, members
 from data.limits import MAX_RECORD_BYTES
 from data.media.blob import Blob, MediaError
 from data.records.media_refs import MediaRef
+from model.errors import DataError
 
 EXTENSIONS = {
     **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif", "bmp"), "image"),

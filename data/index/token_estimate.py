@@ -22,7 +22,7 @@ from data.limits import parse_json
 from data.records.content_parts import kind_of_part
 from data.records.record import Record, RecordError, parse
 from data.records.turn_keys import THOUGHT_KEYS
-from model.batch import READ_BY, AudioSpec, MediaMeta, MediaSpec, num_tokens, row_shape
+from model.media_spec import READ_BY, AudioSpec, MediaMeta, MediaSpec, num_tokens, row_shape
 
 BYTES_PER_TOKEN = 4
 _AUDIO_SECONDS = 10.0

@@ -17,7 +17,7 @@ from data.media.blob import Blob, MediaError
 from data.media.resample import resample, resampled_length
 from data.media.sound import check_sound, read_sound, sound_length
 from data.records.record import MediaRef
-from model.batch import AudioSpec, MediaMeta
+from model.media_spec import AudioSpec, MediaMeta
 
 _SILENCE = 1e-10
 """Least power of a mel band, as in Whisper."""
@@ -35,7 +35,7 @@ def measure(blob: Blob, ref: MediaRef, spec: AudioSpec, config: DataConfig, num_
 
 
 def load(blob: Blob, ref: MediaRef, spec: AudioSpec, config: DataConfig, meta: MediaMeta) -> Tensor:
-    """Log-mel rows (n, M, F) float32: one per window, `model.batch.row_frames` says how many frames of each are valid.
+    """Log-mel rows (n, M, F) float32: one per window, `model.media_spec.row_frames` says how many frames of each are valid.
 
     F is the window if spec.full_window, with silence after the clip as Whisper hears it; else the frames of the longest row, with
     zeros after a shorter one. Valid frames are the same either way. Raises MediaError.

@@ -7,8 +7,8 @@ import os
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from data.config import DataError
 from data.limits import MAX_MEMBER_BYTES, open_regular
+from model.errors import DataError
 
 
 class MediaError(DataError):

@@ -19,7 +19,7 @@ from data.media.av_video import Timeline, decoded, read_timeline, upright
 from data.media.blob import Blob, MediaError, resolve
 from data.media.image_decode import opened as opened_picture
 from data.records.record import MediaRef
-from model.batch import ImageSpec, MediaMeta
+from model.media_spec import ImageSpec, MediaMeta
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 """Names of the files in a folder that are its frames; others beside them, such as a list of times, are none."""

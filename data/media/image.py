@@ -26,7 +26,7 @@ from data.media.blob import Blob, MediaError
 from data.media.image_decode import Picture, Size
 from data.media.image_fit import needed_size, resized_size, views, whole
 from data.records.record import MediaRef
-from model.batch import ImageSpec, MediaMeta
+from model.media_spec import ImageSpec, MediaMeta
 
 MAX_GROWTH = 4
 """Padding or resizing may make a picture this many times `max_pixels`: a strip of 1 x 60 million pixels would become a square."""

@@ -8,7 +8,7 @@ from PIL import Image
 
 from data import anyres
 from data.media.image_decode import Picture, Size
-from model.batch import ImageSpec, MediaMeta
+from model.media_spec import ImageSpec, MediaMeta
 
 
 def views(picture: Picture, spec: ImageSpec, fit: str, meta: MediaMeta) -> list[Image.Image]:

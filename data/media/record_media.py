@@ -15,7 +15,7 @@ from data.config import DataConfig
 from data.media import audio, image, video
 from data.media.blob import Blob, MediaError
 from data.records.record import MediaRef, Record, RecordError
-from model.batch import MediaMeta, MediaSpec
+from model.media_spec import MediaMeta, MediaSpec
 
 
 @dataclass(frozen=True)

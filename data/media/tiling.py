@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from model.batch import MediaMeta
+from model.media_spec import MediaMeta
 
 
 def plan(size: tuple[int, int], side: int, min_tiles: int, max_tiles: int, thumbnail: bool) -> MediaMeta:

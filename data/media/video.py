@@ -22,7 +22,7 @@ from data.config import DataConfig
 from data.media import frames
 from data.media.blob import Blob, MediaError
 from data.records.record import MediaRef
-from model.batch import ImageSpec, MediaMeta
+from model.media_spec import ImageSpec, MediaMeta
 
 _ROUNDING = 1e-6
 """Seconds that two times may differ by and be the same."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from data.records.fields import FieldError, is_absent, kind_of, path_of
 from data.records.media_refs import MediaRef
-from model.batch import PLACEHOLDERS
+from model.media_spec import PLACEHOLDERS
 
 _PARTS = {
     **dict.fromkeys(("image", "image_url"), "image"),

@@ -10,7 +10,8 @@ from typing import Any
 
 from data.limits import MAX_MEDIA
 from data.records.fields import FieldError, kind_of, path_of
-from model.batch import IGNORE_INDEX, PLACEHOLDERS, READ_BY
+from model.batch import IGNORE_INDEX
+from model.media_spec import PLACEHOLDERS, READ_BY
 
 _KEYS = {kind: (kind, f"{kind}s") for kind in PLACEHOLDERS}
 _MAX_CLASS = 2**31 - 1

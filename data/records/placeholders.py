@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from model.batch import PLACEHOLDERS, READ_BY
+from model.media_spec import PLACEHOLDERS, READ_BY
 
 KINDS = {token: kind for kind, token in PLACEHOLDERS.items()}
 """The kind of medium that a placeholder stands for."""

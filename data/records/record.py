@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from data.config import DataError
 from data.records.fields import FieldError, kind_of, record_line
 from data.records.media_refs import MediaRef, media_by_kind
 from data.records.record_keys import check_record_keys, with_system
 from data.records.tool_calls import read_tools
 from data.records.turns import Turn, check_order, check_words, in_reading_order, leading_answer, place_unplaced, read_turns
-from model.batch import PLACEHOLDERS
+from model.errors import DataError
+from model.media_spec import PLACEHOLDERS
 
 __all__ = ["MediaRef", "Record", "RecordError", "Turn", "parse"]
 

@@ -15,7 +15,7 @@ from data.records.media_refs import MediaRef
 from data.records.placeholders import kinds_in, leading
 from data.records.tool_calls import read_calls
 from data.records.turn_keys import check_keys, for_template, is_learned
-from model.batch import PLACEHOLDERS
+from model.media_spec import PLACEHOLDERS
 
 MARKS = ("\ue100", "\ue101")
 """Private-use characters with which `data.text.render` marks contents; a record may not hold them."""

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerFast
 
-from data.config import ConfigError
+from model.errors import ConfigError
 
 
 def check_single(name: str, tokenizer: PreTrainedTokenizerFast, needs: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from data.records.record import Record, RecordError
 from data.text.render import Rendering
 from data.text.tokens import Tokens
-from model.batch import READ_BY
+from model.media_spec import READ_BY
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerFast
 
-from data.config import ConfigError
 from data.records.record import Record
-from model.batch import PLACEHOLDERS
+from model.errors import ConfigError
+from model.media_spec import PLACEHOLDERS
 
 STATE_TOKENS: dict[str, dict[str, str]] = {
     "none": {},

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerFast
 
-from data.config import ConfigError
 from data.records.placeholders import wrapped_pattern
 from data.records.record import Record, RecordError, Turn
 from data.text.abilities import Abilities, Message, calling, find_abilities
@@ -21,7 +20,8 @@ from data.text.render import Renderer, RenderError, Rendering, apply
 from data.text.rounds import TooLongError, first_rounds, round_starts, rounds_that_may_fit, stand_in
 from data.text.state_tokens import STATE_TOKENS, check_state_tokens
 from data.text.tokens import Tokens, supervise, tokenize
-from model.batch import PLACEHOLDERS, READ_BY
+from model.errors import ConfigError
+from model.media_spec import PLACEHOLDERS, READ_BY
 
 _NOTHING = re.compile("(?!)")
 

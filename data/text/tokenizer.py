@@ -12,8 +12,8 @@ from pathlib import Path
 import transformers
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
-from data.config import ConfigError
 from data.limits import MAX_TOKENIZER_BYTES
+from model.errors import ConfigError
 
 TELLING_STRINGS = (
     "Hello world",

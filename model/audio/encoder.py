@@ -12,10 +12,10 @@ from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from model.audio.projector import convolved, masked, mean_of_pairs, projector_strides, shortened, valid
-from model.batch import AudioSpec
-from model.config import AudioConfig, AudioProjectorConfig, ConfigError
-from model.files.hub import find_file, read_json
-from model.llm.causal_lm import hugging_face_config
+from model.config import AudioConfig, AudioProjectorConfig
+from model.errors import ConfigError
+from model.files.hub import find_file, hugging_face_config, read_json
+from model.media_spec import AudioSpec
 from model.weights.quantised_base import check_settings
 
 SETTING = "model.audio.path"

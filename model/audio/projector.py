@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import AudioProjectorConfig, ConfigError
+from model.config import AudioProjectorConfig
+from model.errors import ConfigError
 from model.projector import Pointwise
 
 STRIDES: dict[str, tuple[int, ...]] = {"linear": (), "pool_mlp": (2,), "conv_mlp": (2, 2)}
@@ -92,7 +93,7 @@ def convolved(layer: nn.Conv1d, rows: Tensor) -> Tensor:
 
 
 def shortened(lengths: Tensor | None, stride: int) -> Tensor | None:
-    """Valid rows (N,) after a layer of that stride; as `model.batch.row_tokens` counts them."""
+    """Valid rows (N,) after a layer of that stride; as `model.media_spec.row_tokens` counts them."""
     return None if lengths is None else (lengths - 1) // stride + 1
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from model.batch import ImageSpec, MediaMeta, image_spec, num_tokens
 from model.card import ModelCard
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.files.tensor_files import SHARD_BYTES, Entry, dump_json, in_memory, split_by_size, write_safetensors
 from model.llm.causal_lm import blocks, build_llm, head_weight
 from model.logit_scaling import LogitChange
+from model.media_spec import ImageSpec, MediaMeta, image_spec, num_tokens
 from model.multimodal import MultimodalLM
 from model.weights.bases import tower_tensors
 from model.weights.materialise import kept_buffers, parameters_on_meta

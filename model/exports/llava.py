@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from model.card import ModelCard
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.files.tensor_files import Tensors
 
 NAME = "mm_projector.bin"

@@ -8,7 +8,7 @@ import torch
 
 from model.build import assemble
 from model.card import ModelCard
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.files.manifest import check_sizes
 from model.files.tensor_files import Entry, Rows, Tensors, read_safetensors, tensor_digests, write_safetensors
 from model.llm.new_tokens import FILE as NEW_ROWS

@@ -1,13 +1,15 @@
 """Files of a Hugging Face folder or hub id."""
 
+import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.files.tensor_files import Tensors, read_weights
 from model.files.untrusted import load_json
 
@@ -143,3 +145,39 @@ def _near_miss(path: str) -> str:
     if any(name.endswith(".gguf") for name in names):
         return ": .gguf is llama.cpp's format; name the folder that it was converted from"
     return ""
+
+
+log = logging.getLogger(__name__)
+
+
+MAX_LAYERS = 10_000
+"""More would be built for hours before anything could be compared with it."""
+
+
+NAMES_OF_CODE = ("transformers_version", "auto_map", "attn_implementation", "experts_implementation", "custom_pipelines")
+
+
+def hugging_face_config(setting: str, value: dict[str, Any]) -> PretrainedConfig:
+    """A config object from plain JSON. Code that a folder brings along, or names, is never run."""
+    kind = value.get("model_type")
+    if not isinstance(kind, str):
+        raise ConfigError(f"{setting}: model_type = {kind!r} in config.json is no name of a kind of model")
+    if too_many := {k: n for k, n in value.items() if "layers" in k and isinstance(n, int) and n > MAX_LAYERS}:
+        raise ConfigError(f"{setting}: {too_many} in config.json is more than {MAX_LAYERS} layers")
+    if value.get("auto_map") and kind not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"{setting}: config.json wants code of its own (auto_map), and transformers knows no model_type {kind!r}; that code is "
+            "never run: choose a folder whose model_type transformers has"
+        )
+    if value.get("auto_map"):
+        log.warning("%s: config.json names code of its own, which is not run: transformers has model_type %r", setting, kind)
+    try:
+        return AutoConfig.for_model(**without_code(value))
+    except Exception as error:  # the classes of transformers check their values each in its own way, or stumble over them
+        raise ConfigError(f"{setting}: transformers knows no model_type {kind!r}, or refuses its values: {error}") from error
+
+
+def without_code(value: dict[str, Any]) -> dict[str, Any]:
+    """config.json without what says which code computes: a class beside it, or kernels that transformers would download."""
+    kept = {k: v for k, v in value.items() if k not in NAMES_OF_CODE and not k.startswith("_")}
+    return {k: without_code(v) if isinstance(v, dict) else v for k, v in kept.items()}

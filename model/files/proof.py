@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.files.tensor_files import file_digest
 from model.files.untrusted import load_json
 

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.files.manifest import UnsoundCheckpoint
+from model.files.sharding import local_range
 from model.files.tensor_files import Entry, Rows, Tensors, as_bytes, dump_json, file_order, header, read_safetensors
 from model.files.untrusted import load_json
 from model.files.verified_write import PIECE_BYTES, BadShard, compare, write
-from model.weights.materialise import local_range
 
 WEIGHTS = "weights/"
 """Prefix of the trained parameters among a checkpoint's tensors; the optimizer's are called after MOMENTS."""

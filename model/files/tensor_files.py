@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.files.untrusted import open_regular
 
 log = logging.getLogger(__name__)

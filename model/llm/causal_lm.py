@@ -8,19 +8,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
-from model.config import OUR_ATTENTION, ConfigError, LlmConfig
-from model.files.hub import read_json
+from model.config import OUR_ATTENTION, LlmConfig
+from model.errors import ConfigError
+from model.files.hub import hugging_face_config, read_json
 from model.llm import attention
 from model.logit_scaling import logit_change
 
 log = logging.getLogger(__name__)
 CAPPED_ATTENTION = (*OUR_ATTENTION, "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Values of `model.llm.attention` that honour a soft cap of attention scores."""
-MAX_LAYERS = 10_000
-"""More would be built for hours before anything could be compared with it."""
-NAMES_OF_CODE = ("transformers_version", "auto_map", "attn_implementation", "experts_implementation", "custom_pipelines")
 SIGNS_OF_PART = {"audio": {"num_mel_bins", "audio_config"}, "vision": {"vision_config", "patch_size", "image_size"}}
 """Keys of config.json that only models of sound and of pictures have."""
 SEVERAL_PARTS = "{} is a model of several parts, not a language model: name a folder of the latter"
@@ -69,32 +67,6 @@ def check_language_model(path: str, value: dict[str, Any]) -> None:
         f"model.llm.path = {path!r}: transformers has no causal language model of model_type {kind!r}: name a folder of one, as "
         "Qwen2, Llama or Gemma"
     )
-
-
-def hugging_face_config(setting: str, value: dict[str, Any]) -> PretrainedConfig:
-    """A config object from plain JSON. Code that a folder brings along, or names, is never run."""
-    kind = value.get("model_type")
-    if not isinstance(kind, str):
-        raise ConfigError(f"{setting}: model_type = {kind!r} in config.json is no name of a kind of model")
-    if too_many := {k: n for k, n in value.items() if "layers" in k and isinstance(n, int) and n > MAX_LAYERS}:
-        raise ConfigError(f"{setting}: {too_many} in config.json is more than {MAX_LAYERS} layers")
-    if value.get("auto_map") and kind not in CONFIG_MAPPING:
-        raise ConfigError(
-            f"{setting}: config.json wants code of its own (auto_map), and transformers knows no model_type {kind!r}; that code is "
-            "never run: choose a folder whose model_type transformers has"
-        )
-    if value.get("auto_map"):
-        log.warning("%s: config.json names code of its own, which is not run: transformers has model_type %r", setting, kind)
-    try:
-        return AutoConfig.for_model(**without_code(value))
-    except Exception as error:  # the classes of transformers check their values each in its own way, or stumble over them
-        raise ConfigError(f"{setting}: transformers knows no model_type {kind!r}, or refuses its values: {error}") from error
-
-
-def without_code(value: dict[str, Any]) -> dict[str, Any]:
-    """config.json without what says which code computes: a class beside it, or kernels that transformers would download."""
-    kept = {k: v for k, v in value.items() if k not in NAMES_OF_CODE and not k.startswith("_")}
-    return {k: without_code(v) if isinstance(v, dict) else v for k, v in kept.items()}
 
 
 def build_llm(value: dict[str, Any], attention_name: str, vocabulary: Vocabulary) -> nn.Module:

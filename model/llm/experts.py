@@ -7,7 +7,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.files.tensor_files import Rows, Tensors
 
 PIECE = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)\.weight")

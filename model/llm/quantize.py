@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.config import ConfigError, QuantizeConfig
+from model.config import QuantizeConfig
+from model.errors import ConfigError
 from model.files.tensor_files import Rows
 
 BLOCK, NESTED = 64, 256

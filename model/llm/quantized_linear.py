@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from model.config import ConfigError, QuantizeConfig
+from model.config import QuantizeConfig
+from model.errors import ConfigError
 from model.llm import quantize
 from model.llm.experts import fused_parameters
 from model.llm.quantize import Packed, dense, functional, layout, product

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.batch import Batch
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.loss import Term
 
 ROUTER = "TopKRouter"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.batch import ImageSpec, MediaSpec
+from model.media_spec import ImageSpec, MediaSpec
 
 
 def normalised(values: Tensor, spec: MediaSpec, dtype: torch.dtype) -> Tensor:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from model.batch import ImageSpec
-from model.config import ConfigError, VisionConfig
-from model.files.hub import find_file, read_json
-from model.llm.causal_lm import hugging_face_config
+from model.config import VisionConfig
+from model.errors import ConfigError
+from model.files.hub import find_file, hugging_face_config, read_json
+from model.media_spec import ImageSpec
 from model.vision.multi_scale import merged, tiles
 from model.vision.tower_kinds import TOWERS, cut, num_prefix, side, standard
 from model.weights.quantised_base import check_settings

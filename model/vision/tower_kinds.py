@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.files.tensor_files import Rows, Tensors
 
 PREFIXES = ("", "vision_model.", "vision_tower.vision_model.", "model.vision_tower.", "vision_tower.")

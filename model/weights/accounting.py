@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.files.tensor_files import Rows, Tensors
 
 MADE_ANEW = (

@@ -9,10 +9,9 @@ from torch import nn
 
 from model.audio import encoder as audio
 from model.card import ModelCard
-from model.config import ConfigError
-from model.files.hub import folder_tensors, read_json, weight_files
+from model.errors import ConfigError
+from model.files.hub import folder_tensors, hugging_face_config, read_json, weight_files
 from model.files.tensor_files import Tensors, sampled_digest
-from model.llm.causal_lm import hugging_face_config
 from model.llm.experts import fused
 from model.llm.new_tokens import is_new_rows
 from model.lora import is_adapter

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from model.batch import spec_to_json
 from model.card import ModelCard
-from model.config import ConfigError
-from model.llm.causal_lm import hugging_face_config
+from model.errors import ConfigError
+from model.files.hub import hugging_face_config
+from model.media_spec import spec_to_json
 from model.vision.tower import num_blocks
 
 FEATURES = (

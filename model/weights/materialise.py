@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from model.config import ConfigError, QuantizeConfig
+from model.config import QuantizeConfig
+from model.errors import ConfigError
+from model.files.sharding import local_range
 from model.files.tensor_files import Rows, Tensors
 from model.llm.quantize import dequantised, pack
 from model.llm.quantized_linear import STORED, Quantised, quantised
@@ -192,24 +194,6 @@ def _placed(parameter: nn.Parameter, value: Tensor) -> Tensor:
     return DTensor.from_local(
         value, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
     )
-
-
-def local_range(tensor: Tensor) -> tuple[int, int]:
-    """First and last row (exclusive) of dim 0 that this rank holds; `fully_shard` leaves late ranks empty when rows are few."""
-    if not isinstance(tensor, DTensor):
-        return 0, tensor.shape[0] if tensor.dim() else 1
-    mesh: Any = tensor.device_mesh
-    chunk = -(-tensor.shape[0] // mesh.size(mesh.ndim - 1))
-    first = min(mesh.get_local_rank(mesh.ndim - 1) * chunk, tensor.shape[0])
-    return first, first + tensor.to_local().shape[0]
-
-
-def is_first_copy(tensor: Tensor, rank: int) -> bool:
-    """Whether this rank is the one to write its rows: each is held by several where whole copies are."""
-    if not isinstance(tensor, DTensor):
-        return rank == 0
-    mesh: Any = tensor.device_mesh
-    return all(mesh.get_local_rank(dim) == 0 for dim in range(mesh.ndim - 1))
 
 
 def _refuse(missing: list[str], misshapen: list[str], layers: list[Layer]) -> None:

@@ -7,14 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from model.card import ModelCard, read_card
-from model.config import ConfigError, QuantizeConfig
+from model.config import QuantizeConfig
+from model.errors import ConfigError
 from model.files.manifest import NAME as MANIFEST
 from model.files.manifest import UnsoundCheckpoint, verify
 from model.files.proof import Check, check_proof
 from model.files.shards import weight_tensors
 from model.files.tensor_files import Tensors, read_weights
 from model.llm.new_tokens import FILE as NEW_ROWS
-from model.llm.new_tokens import first_rows, is_new_rows, row_patches
+from model.llm.new_tokens import is_new_rows
 from model.llm.quantized_linear import matrices
 from model.lora import adapted, is_adapter
 from model.multimodal import MultimodalLM
@@ -22,6 +23,7 @@ from model.weights.bases import base_layers, fitted
 from model.weights.compatibility import check_same_bases, going_on
 from model.weights.initial_values import initial_adapter, initial_tensors
 from model.weights.materialise import Adapter, Layer
+from model.weights.new_token_rows import first_rows, row_patches
 from model.weights.peft_adapter import read_adapter
 from model.weights.projector_files import check_llavas_parts, projector_layers
 

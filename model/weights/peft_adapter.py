@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from model.config import ConfigError, LoraConfig
+from model.config import LoraConfig
+from model.errors import ConfigError
 from model.files.tensor_files import Rows, Tensors, dump_json, read_safetensors, read_weights
 from model.files.untrusted import SHOWN, load_json, shown
 from model.lora import HEAD_STAYS, SUFFIXES, adapted, at_head, is_adapter, learning_biases

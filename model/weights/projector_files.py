@@ -9,12 +9,13 @@ from pathlib import Path
 from torch import nn
 
 from model.card import ModelCard
-from model.config import ConfigError, ModelConfig
+from model.config import ModelConfig
+from model.errors import ConfigError
 from model.files.tensor_files import Tensors, read_weights
 from model.files.untrusted import listed, shown
+from model.projector import LLAVA_NEWLINE, LLAVA_PROJECTOR, LLAVA_TRAINED, OWN_ROWS
 from model.weights.materialise import Layer
 
-LLAVA_PROJECTOR, LLAVA_NEWLINE, LLAVA_TRAINED = "mm_projector.", "image_newline", "non_lora_trainables.bin"
 LLAVA_BESIDE = {
     "embed_tokens": "rows of the vocabulary, trained with mm_use_im_start_end",
     "lm_head": "the head of the language model",
@@ -24,8 +25,6 @@ LLAVA_BESIDE = {
     "lora_": "an adapter, which lora.path reads",
 }
 """What LLaVA and its kin write beside a projector, by a part of its name."""
-OWN_ROWS = ("extra", LLAVA_NEWLINE)
-"""What a projector may hold beside its layers: prompts, the line break."""
 
 
 def projector_layers(config: ModelConfig, model: nn.Module, held: Collection[str], claimed: Collection[str]) -> list[Layer]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.files.hub import folder_tensors
 from model.files.tensor_files import Rows, Tensors
 

@@ -22,12 +22,14 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
 from data.anyres import best_grid, grids
-from data.config import ConfigError, DataConfig
+from data.config import DataConfig
 from data.index.token_estimate import media_tokens
 from data.media import image
 from data.media.blob import Blob
 from data.records.record import MediaRef
-from model.batch import ImageSpec, Media, MediaMeta, num_tokens, row_width, token_rows, token_weights
+from model.batch import Media
+from model.errors import ConfigError
+from model.media_spec import ImageSpec, MediaMeta, num_tokens, row_width, token_rows, token_weights
 from model.splice import taken
 from model.tile_tokens import tile_map
 

@@ -19,13 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from data.config import DataConfig, DataError, SourceConfig
+from data.config import DataConfig, SourceConfig
 from data.dataset import open_dataset
 from data.index.record_index import RecordIndex
 from data.index.tar_headers import Member, members
 from data.media.blob import MediaError
 from data.records.record import MediaRef, RecordError, parse
-from model.batch import ImageSpec, MediaMeta, num_tokens
+from model.errors import DataError
+from model.media_spec import ImageSpec, MediaMeta, num_tokens
 from tests.support.tiny_data import SPECS, dataset, grey, level, sample, talk, template
 
 SPEC = ImageSpec(28, 14, 1, "patch", "exact", (0.5,) * 3, (0.5,) * 3)

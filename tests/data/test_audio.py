@@ -24,7 +24,7 @@ from data.media.blob import Blob, MediaError
 from data.media.resample import resample, resampled_length
 from data.media.sound import is_unsized, read_sound, sound_length
 from data.records.record import MediaRef
-from model.batch import AudioSpec, MediaMeta, row_frames
+from model.media_spec import AudioSpec, MediaMeta, row_frames
 from tests.support.tiny_media import compressed, tone, wav
 
 FULL = AudioSpec(80, 3000, True, (2,))

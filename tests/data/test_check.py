@@ -29,7 +29,7 @@ from data.config import DataConfig, SourceConfig
 from data.dataset import MultimodalDataset, Rejected, open_dataset
 from data.sample import Sample
 from data.text.template import load_template
-from model.batch import AudioSpec
+from model.media_spec import AudioSpec
 from tests.support.hostile import hostile, record
 from tests.support.tiny_data import SPECS, datasets, grey, talk, template
 from tests.support.tiny_media import tone, wav

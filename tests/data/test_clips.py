@@ -18,7 +18,7 @@ from data.media.av_files import opened
 from data.media.av_video import decoded, read_timeline, upright
 from data.media.blob import Blob, MediaError
 from data.records.record import MediaRef
-from model.batch import ImageSpec
+from model.media_spec import ImageSpec
 from tests.support.tiny_clips import RATE, cut, original, told, with_edits, with_matrix
 from tests.support.tiny_media import film
 

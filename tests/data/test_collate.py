@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.collate import collate
-from data.config import DataError
 from data.dataset import MultimodalDataset
 from data.loader import BatchPlan, MicroBatch, _spread, prefetch_factor, train_batches, validation_batches
 from data.order.sampler import Sampler
 from model.batch import IGNORE_INDEX, Batch
+from model.errors import DataError
 from tests.support.tiny_data import WIDTH, dataset, datasets, grey, image_id, level, sample, talk
 
 PAD = 3

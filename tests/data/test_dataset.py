@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.config import ConfigError, DataConfig
+from data.config import DataConfig
 from data.dataset import Rejected, open_dataset
 from data.media.blob import Blob
 from data.records.record import RecordError, parse
 from model.batch import IGNORE_INDEX
+from model.errors import ConfigError
 from tests.support.tiny_data import SPECS, WIDTH, dataset, datasets, grey, image_id, level, sample, source, talk, template
 
 

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from data.check.certificate import certify
-from data.config import ConfigError, DataError, SourceConfig
+from data.config import SourceConfig
 from data.index.record_index import RecordIndex
 from data.records.record import Record, RecordError, parse
 from data.text.chat_formats import FORMATS
 from data.text.template import Encoded, Template, load_template
+from model.errors import ConfigError, DataError
 from tests.support.tiny_tokenizers import NAMES
 
 # A tokenizer for each format, and what ends a turn there.

@@ -14,7 +14,7 @@ from data.check.check_record import check_record
 from data.config import DataConfig, SourceConfig
 from data.dataset import Rejected, open_dataset
 from data.sample import Sample
-from model.batch import AudioSpec, MediaSpec
+from model.media_spec import AudioSpec, MediaSpec
 from tests.laws.test_resume import cut, weights
 from tests.support.hostile import clip, hostile, record, sound_kinds
 from tests.support.ranks import run_ranks

@@ -20,7 +20,7 @@ from data.config import DataConfig
 from data.media import image
 from data.media.blob import Blob, MediaError, resolve
 from data.records.record import MediaRef
-from model.batch import ImageSpec
+from model.media_spec import ImageSpec
 from tests.support.pictures import CLIP, SIGLIP, SIZES, encoded, loaded, noise
 
 SIDES = {"size": {"shortest_edge": 30}, "crop_size": {"height": 30, "width": 30}}

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model.batch import ImageSpec
+from model.media_spec import ImageSpec
 from model.vision.normalise import normalised
 from tests.support.pictures import CLIP, SIGLIP, SIZES, encoded, loaded, noise
 

@@ -17,11 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.config import ConfigError, DataConfig, DataError, SourceConfig
+from data.config import DataConfig, SourceConfig
 from data.index.record_index import FORMATS, RecordIndex
 from data.loader import prepare_worker
 from data.records.record import RecordError
-from model.batch import AudioSpec, ImageSpec, MediaMeta, num_tokens
+from model.errors import ConfigError, DataError
+from model.media_spec import AudioSpec, ImageSpec, MediaMeta, num_tokens
 
 SPEC = ImageSpec(28, 14, 1, "patch", "exact", (0.5,) * 3, (0.5,) * 3)
 SOUND = AudioSpec(80, 3000, False, (1, 2))

@@ -20,7 +20,8 @@ from data.collate import collate, collate_packed
 from data.config import DataConfig, SourceConfig
 from data.dataset import MultimodalDataset, Rejected, open_dataset
 from data.text.template import load_template
-from model.batch import IGNORE_INDEX, AudioSpec, Batch, ImageSpec, Media, MediaMeta, MediaSpec, row_tokens, row_width
+from model.batch import IGNORE_INDEX, Batch, Media
+from model.media_spec import AudioSpec, ImageSpec, MediaMeta, MediaSpec, row_tokens, row_width
 from tests.support.tiny_data import sample, talk
 from tests.support.tiny_media import STEP, animation, compressed, film, folder, greys, tone, wav
 from tests.support.tiny_tokenizers import tiny_tokenizer

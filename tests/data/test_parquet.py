@@ -12,11 +12,12 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from data.config import ConfigError, DataError, SourceConfig
+from data.config import SourceConfig
 from data.index.record_index import RecordIndex
 from data.media.blob import MediaError
 from data.records.record import MediaRef, RecordError, parse
-from model.batch import ImageSpec, MediaMeta, num_tokens
+from model.errors import ConfigError, DataError
+from model.media_spec import ImageSpec, MediaMeta, num_tokens
 
 SPEC = ImageSpec(28, 14, 1, "patch", "exact", (0.5,) * 3, (0.5,) * 3)
 TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat on a mat."}]

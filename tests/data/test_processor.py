@@ -10,11 +10,12 @@ from transformers import AutoTokenizer
 
 from data import load_processor
 from data.collate import collate
-from data.config import ConfigError, DataConfig
+from data.config import DataConfig
 from data.processor import Processor, make_processor
 from data.records.record import RecordError
 from data.text.template import load_template
 from model.batch import IGNORE_INDEX, Batch
+from model.errors import ConfigError
 from tests.support.tiny_data import SPECS, WIDTH, dataset, grey, image_id, level, sample, talk, template
 from tests.support.tiny_tokenizers import tiny_tokenizer
 

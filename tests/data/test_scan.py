@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.config import DataError
 from data.index import json_borders as borders_module
 from data.index import json_scan as scan_module
 from data.index.json_borders import array_borders, line_borders
 from data.index.json_scan import scan
 from data.index.table import KINDS, Table, joined
 from data.index.token_estimate import by_parsing
+from model.errors import DataError
 
 TEXTS = st.text(st.sampled_from('ab"\\{}[],:\n \t\x7f/é漢🙂\u2028'), max_size=20)
 TURNS = st.lists(st.tuples(st.sampled_from(["human", "gpt"]), TEXTS), min_size=1, max_size=4)

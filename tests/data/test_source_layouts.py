@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from data.config import DataError, SourceConfig
+from data.config import SourceConfig
 from data.index.reader import layout_advice
 from data.index.record_index import RecordIndex
 from data.records.record import RecordError
+from model.errors import DataError
 from tests.support.runs import config_of
 from tests.support.tiny_data import talk
 from trainer.distributed.world import World

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from data.check.certificate import certify
-from data.config import ConfigError, DataConfig
+from data.config import DataConfig
 from data.processor import Processor, load_processor, make_processor
 from data.records.record import Record, RecordError, parse
 from data.text.state_tokens import STATE_TOKENS, split_state
 from data.text.template import Template, load_template
 from model.batch import Batch
+from model.errors import ConfigError
 from tests.data.test_formats import index_of, talk, template, text
 from tests.support.tiny_data import SPECS
 from tests.support.tiny_tokenizers import NAMES, unigram

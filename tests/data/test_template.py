@@ -17,11 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.check.certificate import certify
-from data.config import ConfigError, DataError, SourceConfig
+from data.config import SourceConfig
 from data.index.record_index import RecordIndex
 from data.records.record import Record, RecordError, parse
 from data.text.chat_formats import freeze_date
 from data.text.template import Encoded, Template, load_template
+from model.errors import ConfigError, DataError
 from tests.support import tiny_tokenizers
 from tests.support.tiny_tokenizers import tiny_tokenizer, unigram
 

@@ -15,7 +15,7 @@ from data.media import image
 from data.media.blob import Blob
 from data.media.tiling import best_grid, budget, candidates, plan
 from data.records.record import MediaRef
-from model.batch import ImageSpec, MediaMeta, num_tokens
+from model.media_spec import ImageSpec, MediaMeta, num_tokens
 
 SPEC = ImageSpec(20, 10, 1, "patch", "shortest_edge", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 SIDES = st.integers(1, 4000)

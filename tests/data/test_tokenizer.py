@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data.config import ConfigError
 from data.text.tokenizer import TELLING_STRINGS, check_fingerprint, fingerprint, load_tokenizer, pad_id, save_tokenizer
+from model.errors import ConfigError
 from tests.support import tiny_tokenizers
 from tests.support.tiny_tokenizers import NAMES, tiny_tokenizer
 

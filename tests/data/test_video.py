@@ -23,7 +23,7 @@ from data.media import image, video
 from data.media.blob import Blob, MediaError
 from data.media.frames import open_frames
 from data.records.record import MediaRef
-from model.batch import ImageSpec
+from model.media_spec import ImageSpec
 from tests.support.tiny_media import STEP, animation, blob, compressed, film, folder, greys, tone
 
 SPEC = ImageSpec(16, 8, 1, "patch", "shortest_edge", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))

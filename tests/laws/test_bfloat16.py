@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from data.collate import collate
 from data.sample import Sample, SampleMedia
 from model.audio.projector import convolved
-from model.batch import IGNORE_INDEX, AudioSpec, MediaMeta, num_tokens, row_width, token_rows
+from model.batch import IGNORE_INDEX
 from model.build import assemble
 from model.card import draw_card
 from model.config import (
@@ -26,6 +26,7 @@ from model.config import (
     VisionProjectorConfig,
 )
 from model.llm.causal_lm import Vocabulary
+from model.media_spec import AudioSpec, MediaMeta, num_tokens, row_width, token_rows
 from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers

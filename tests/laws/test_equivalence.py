@@ -12,11 +12,12 @@ import torch
 from data.collate import collate
 from data.order.sampler import deal
 from data.sample import Sample, SampleMedia
-from model.batch import IGNORE_INDEX, Batch, MediaMeta, num_tokens
+from model.batch import IGNORE_INDEX, Batch
 from model.build import assemble
 from model.card import draw_card
 from model.config import LlmConfig, LoraConfig, ModelConfig, QuantizeConfig, VisionConfig, VisionProjectorConfig
 from model.llm.causal_lm import Vocabulary
+from model.media_spec import MediaMeta, num_tokens
 from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.build import build_model
-from model.config import ConfigError, LlmConfig, LoraConfig, ModelConfig
+from model.config import LlmConfig, LoraConfig, ModelConfig
+from model.errors import ConfigError
 from model.llm import attention
 from model.llm.attention import causal_attention
 from model.multimodal import MultimodalLM

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from data import limits
-from data.config import ConfigError as SettingError
-from data.config import DataConfig, DataError
+from data.config import DataConfig
 from data.dataset import Rejected
 from data.index.json_scan import scan
 from data.index.reader import RowError, decoded
@@ -18,11 +17,11 @@ from data.index.sidecar import read_arrays, write_arrays
 from data.media.blob import Blob, MediaError
 from data.media.frames import _judge_work
 from data.text.tokenizer import load_tokenizer
-from model.config import ConfigError
+from model.errors import ConfigError, DataError
+from model.errors import ConfigError as SettingError
 from model.files import untrusted as bounded
-from model.files.hub import find_file, read_json
+from model.files.hub import find_file, hugging_face_config, read_json
 from model.files.tensor_files import read_weights
-from model.llm.causal_lm import hugging_face_config
 from tests.support.tiny_data import dataset, talk
 from trainer.runfile.toml_files import MAX_OVERRIDE, apply_override, read_toml, to_toml
 

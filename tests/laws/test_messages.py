@@ -11,11 +11,11 @@ import pytest
 
 from data.records.fields import LINE, LINES, bounded, message
 from data.records.record import RecordError, parse
-from model.config import ConfigError
+from model.errors import ConfigError
 from tests.support.runs import save_parts, save_records, tables
 from tools import check_data, cli, inspect_data
+from trainer.errors import SaveError
 from trainer.faults import exit_report
-from trainer.faults.exit_report import SaveError
 from trainer.machine.run_folder import FILES, FOLDERS, check_names
 from trainer.main import main, run
 from trainer.runfile.load import load_config, parse_config

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import load_model
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.files.shards import weight_tensors
 from tests.support.ranks import run_ranks
 from tests.support.runs import failure_of, start, start_alone, tables

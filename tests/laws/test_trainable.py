@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from model.batch import MediaMeta, num_tokens
 from model.build import build_model
-from model.config import ConfigError, LlmConfig, LoraConfig, ModelConfig, VisionConfig, VisionProjectorConfig
+from model.config import LlmConfig, LoraConfig, ModelConfig, VisionConfig, VisionProjectorConfig
+from model.errors import ConfigError
+from model.media_spec import MediaMeta, num_tokens
 from model.multimodal import MultimodalLM
 from model.trainable import part_table
 from tests.laws.test_equivalence import make_sample, step_batches

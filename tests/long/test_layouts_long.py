@@ -13,7 +13,7 @@ import torch
 
 from data.collate import collate
 from data.sample import Sample, SampleMedia
-from model.batch import Batch, MediaMeta, num_tokens, row_width, token_rows
+from model.batch import Batch
 from model.build import assemble
 from model.card import draw_card
 from model.config import (
@@ -26,6 +26,7 @@ from model.config import (
     VisionProjectorConfig,
 )
 from model.llm.causal_lm import Vocabulary
+from model.media_spec import MediaMeta, num_tokens, row_width, token_rows
 from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from data.check.check_dataset import check_dataset
-from data.config import DataError
+from model.errors import DataError
 from tests.support.runs import config_of, failure_of
 from tests.trainer.test_config import problems
 from trainer.checkpoint.resume import MAY_CHANGE

@@ -19,7 +19,8 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from data.config import DataConfig
 from data.processor import load_processor
 from model.batch import IGNORE_INDEX, Batch
-from model.config import ConfigError, ModelConfig
+from model.config import ModelConfig
+from model.errors import ConfigError
 from model.exports.hugging_face import model_config, weights, write_weights
 from model.files.tensor_files import dump_json
 from model.load import load_model

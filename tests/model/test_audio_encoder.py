@@ -14,8 +14,9 @@ from transformers import WhisperModel
 
 from model.audio.encoder import AudioEncoder, audio_config, audio_spec
 from model.audio.projector import build_audio_projector, mean_of_pairs, projector_strides
-from model.batch import AudioSpec, MediaMeta, num_tokens, row_frames, row_shape, row_tokens, row_width, token_rows
-from model.config import AudioConfig, AudioProjectorConfig, ConfigError
+from model.config import AudioConfig, AudioProjectorConfig
+from model.errors import ConfigError
+from model.media_spec import AudioSpec, MediaMeta, num_tokens, row_frames, row_shape, row_tokens, row_width, token_rows
 from model.weights.bases import audio_tensors
 from model.weights.initial_values import initial_tensors
 from model.weights.materialise import Layer, materialise, parameters_on_meta

@@ -15,8 +15,10 @@ from model import loss
 from model.batch import IGNORE_INDEX, Batch
 from model.build import assemble
 from model.card import draw_card
-from model.config import ConfigError, LlmConfig, LoraConfig, ModelConfig
-from model.llm.causal_lm import Vocabulary, build_llm, check_supported, head_weight, hugging_face_config
+from model.config import LlmConfig, LoraConfig, ModelConfig
+from model.errors import ConfigError
+from model.files.hub import hugging_face_config
+from model.llm.causal_lm import Vocabulary, build_llm, check_supported, head_weight
 from model.logit_scaling import LogitChange, logit_change
 from model.loss import text_term
 from model.weights.materialise import materialise

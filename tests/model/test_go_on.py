@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from model.config import AudioConfig, AudioProjectorConfig, ConfigError, LoraConfig, ModelConfig, StateHeadConfig
+from model.config import AudioConfig, AudioProjectorConfig, LoraConfig, ModelConfig, StateHeadConfig
+from model.errors import ConfigError
 from tests.support.finals import NO_LORA, build, config_of, same, save_checkpoint, save_final, save_parts, trained, values
 from tests.support.tiny_audio import save_whisper
 from tools.export_adapter import main as export

@@ -12,17 +12,11 @@ from transformers import AutoModelForCausalLM
 from model import loss
 from model.batch import IGNORE_INDEX, Batch
 from model.build import build_model
-from model.config import ConfigError, LlmConfig, ModelConfig
+from model.config import LlmConfig, ModelConfig
+from model.errors import ConfigError
+from model.files.hub import hugging_face_config
 from model.llm import attention
-from model.llm.causal_lm import (
-    Vocabulary,
-    build_llm,
-    check_causal,
-    check_positions,
-    head_weight,
-    hugging_face_config,
-    positions_note,
-)
+from model.llm.causal_lm import Vocabulary, build_llm, check_causal, check_positions, head_weight, positions_note
 from model.multimodal import MultimodalLM
 from tests.support.tiny import LLMS, SIZES, VOCAB, save_llm
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from model.build import build_model
-from model.config import ConfigError, LlmConfig, LoraConfig, ModelConfig
+from model.config import LlmConfig, LoraConfig, ModelConfig
+from model.errors import ConfigError
 from model.load import load_model
 from model.lora import LoraLinear, adapted, target_paths
 from model.multimodal import MultimodalLM

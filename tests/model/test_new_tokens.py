@@ -20,7 +20,8 @@ from data.sample import Sample
 from model.batch import IGNORE_INDEX, Batch
 from model.build import assemble, build_model
 from model.card import draw_card
-from model.config import ConfigError, LlmConfig, LoraConfig, ModelConfig
+from model.config import LlmConfig, LoraConfig, ModelConfig
+from model.errors import ConfigError
 from model.llm.causal_lm import Vocabulary
 from model.load import load_model
 from model.multimodal import MultimodalLM

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from model.build import build_model
 from model.card import read_card, write_card
-from model.config import ConfigError, LlmConfig, LoraConfig, ModelConfig
+from model.config import LlmConfig, LoraConfig, ModelConfig
+from model.errors import ConfigError
 from model.exports.trained_files import trained_files
 from model.files import proof
 from model.load import load_model, settled

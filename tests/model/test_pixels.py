@@ -13,9 +13,10 @@ from data.config import DataConfig
 from data.media import image
 from data.media.blob import Blob
 from data.records.record import MediaRef
-from model.batch import AudioSpec, Batch, ImageSpec
+from model.batch import Batch
 from model.build import build_model
 from model.config import LlmConfig, ModelConfig, VisionConfig, VisionProjectorConfig
+from model.media_spec import AudioSpec, ImageSpec
 from model.vision.normalise import normalised
 from tests.support.tiny import save_llm, save_tower
 from tests.support.tiny_data import SPECS, dataset, sample, talk

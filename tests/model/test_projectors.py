@@ -18,12 +18,14 @@ from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
 from data.collate import collate
 from data.sample import Sample, SampleMedia
-from model.batch import IGNORE_INDEX, ImageSpec, MediaMeta, num_tokens
+from model.batch import IGNORE_INDEX
 from model.build import build_model
-from model.config import ConfigError, LlmConfig, LoraConfig, ModelConfig, VisionConfig, VisionProjectorConfig
+from model.config import LlmConfig, LoraConfig, ModelConfig, VisionConfig, VisionProjectorConfig
+from model.errors import ConfigError
 from model.load import load_model
+from model.media_spec import ImageSpec, MediaMeta, num_tokens
 from model.multimodal import MultimodalLM
-from model.projector import GRID_KINDS, build_vision_projector, shrunk
+from model.vision.projector import GRID_KINDS, build_vision_projector, shrunk
 from model.weights.initial_values import initial_tensors
 from tests.laws.test_equivalence import step_batches
 from tests.laws.test_trainable import ALONE

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.config import ConfigError, QuantizeConfig
+from model.config import QuantizeConfig
+from model.errors import ConfigError
 from model.files.tensor_files import Rows, in_memory
 from model.llm import quantize
 from model.llm.quantize import BLOCK, Packed, dense, dequantised, layout, pack, product

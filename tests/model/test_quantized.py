@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from model.build import build_model
 from model.card import read_card
-from model.config import ConfigError, LlmConfig, LoraConfig, ModelConfig, QuantizeConfig
+from model.config import LlmConfig, LoraConfig, ModelConfig, QuantizeConfig
+from model.errors import ConfigError
 from model.files.tensor_files import in_memory
 from model.llm.causal_lm import head_weight
 from model.llm.quantize import dequantised

@@ -24,7 +24,8 @@ from data.sample import Sample
 from model.batch import IGNORE_INDEX, Batch
 from model.build import assemble, build_model
 from model.card import draw_card
-from model.config import ConfigError, LlmConfig, LoraConfig, ModelConfig
+from model.config import LlmConfig, LoraConfig, ModelConfig
+from model.errors import ConfigError
 from model.files.tensor_files import in_memory, read_weights
 from model.llm.causal_lm import Vocabulary
 from model.llm.experts import fused, fused_parameters

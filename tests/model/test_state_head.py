@@ -13,11 +13,13 @@ from torch import Tensor
 
 from data.collate import collate, collate_packed
 from data.sample import Sample, SampleMedia
-from model.batch import IGNORE_INDEX, AudioSpec, MediaMeta, row_width, token_rows
+from model.batch import IGNORE_INDEX
 from model.build import assemble, build_model
 from model.card import draw_card, media_specs
-from model.config import AudioConfig, AudioProjectorConfig, ConfigError, LlmConfig, LoraConfig, ModelConfig, StateHeadConfig
+from model.config import AudioConfig, AudioProjectorConfig, LlmConfig, LoraConfig, ModelConfig, StateHeadConfig
+from model.errors import ConfigError
 from model.llm.causal_lm import Vocabulary
+from model.media_spec import AudioSpec, MediaMeta, row_width, token_rows
 from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers

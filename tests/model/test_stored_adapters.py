@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from model.build import build_model
-from model.config import ConfigError, LlmConfig, LoraConfig, ModelConfig, VisionProjectorConfig
-from model.projector import build_vision_projector
+from model.config import LlmConfig, LoraConfig, ModelConfig, VisionProjectorConfig
+from model.errors import ConfigError
+from model.vision.projector import build_vision_projector
 from model.weights.peft_settings import DEFAULTS, NO_EFFECT, REFUSED, SELECTORS
 from model.weights.projector_files import whole_projector
 from tests.support.tiny import save_llm

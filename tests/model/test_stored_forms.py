@@ -30,7 +30,8 @@ from data.records.record import RecordError, parse
 from data.text.template import load_template
 from data.text.tokenizer import load_tokenizer, save_tokenizer
 from model.build import build_model
-from model.config import AudioConfig, AudioProjectorConfig, ConfigError, LlmConfig, ModelConfig, VisionConfig, VisionProjectorConfig
+from model.config import AudioConfig, AudioProjectorConfig, LlmConfig, ModelConfig, VisionConfig, VisionProjectorConfig
+from model.errors import ConfigError
 from model.exports.llm_folder import write_llm
 from model.files.tensor_files import in_memory
 from model.weights.quantised_base import dequantised_fp8

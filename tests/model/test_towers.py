@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from model.config import ConfigError, LlmConfig, ModelConfig, VisionConfig, VisionProjectorConfig
+from model.config import LlmConfig, ModelConfig, VisionConfig, VisionProjectorConfig
+from model.errors import ConfigError
 from model.files.tensor_files import in_memory
 from model.vision.multi_scale import merged, tiles
 from model.vision.position_embeddings import resized

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import CLIPVisionModel, SiglipVisionModel
 
-from model.config import ConfigError, VisionConfig
+from model.config import VisionConfig
+from model.errors import ConfigError
 from model.llm.causal_lm import blocks
 from model.vision.tower import VisionTower, num_blocks, vision_config, vision_spec
 from model.weights.bases import tower_tensors

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, CLIPVisionModel
 
 from model.build import assemble, build_model
 from model.card import draw_card
-from model.config import ConfigError, LlmConfig, ModelConfig
+from model.config import LlmConfig, ModelConfig
+from model.errors import ConfigError
 from model.files.tensor_files import in_memory, read_weights
 from model.llm.causal_lm import Vocabulary
 from model.weights.initial_values import grown

@@ -21,28 +21,28 @@ import torch
 from PIL import Image
 
 from data.check.measured_lengths import Measurement, _read, write_measurement
-from data.config import ConfigError as SettingError
-from data.config import DataConfig, DataError, SourceConfig
+from data.config import DataConfig, SourceConfig
 from data.dataset import Rejected, open_dataset
 from data.index.record_index import RecordIndex
 from data.media import audio, image, video
 from data.media.blob import Blob, MediaError
 from data.records.media_refs import MediaRef
 from data.sample import Sample
-from model.batch import AudioSpec, MediaSpec
 from model.card import read_card
-from model.config import ConfigError
+from model.errors import ConfigError, DataError
+from model.errors import ConfigError as SettingError
+from model.files.hub import hugging_face_config
 from model.files.manifest import NAME as MANIFEST
 from model.files.manifest import UnsoundCheckpoint, verify, write_manifest
 from model.files.shards import checkpoint_tensors, write_shard
 from model.files.tensor_files import Rows, read_weights
-from model.llm.causal_lm import hugging_face_config
+from model.media_spec import AudioSpec, MediaSpec
 from tests.support.hostile import png
 from tests.support.runs import tables
 from tests.support.tiny_data import SPEC, SPECS, grey, talk, template
 from tests.support.tiny_media import animation, film, greys, tone, wav
 from trainer.checkpoint.resume import read_state
-from trainer.faults.exit_report import ProofError
+from trainer.errors import ProofError
 from trainer.runfile.load import load_config, parse_config
 from trainer.runfile.schema import to_tables
 from trainer.runfile.toml_files import apply_override, to_toml

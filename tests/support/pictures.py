@@ -13,7 +13,7 @@ from data.config import DataConfig
 from data.media import image
 from data.media.blob import Blob
 from data.records.record import MediaRef
-from model.batch import ImageSpec
+from model.media_spec import ImageSpec
 
 CLIP = ImageSpec(30, 10, 1, "patch", "shortest_edge", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 SIGLIP = ImageSpec(30, 10, 0, "patch", "exact", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

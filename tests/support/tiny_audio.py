@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from data.media.audio import log_mel_rows
-from model.batch import AudioSpec, MediaMeta, row_frames
+from model.media_spec import AudioSpec, MediaMeta, row_frames
 from tests.support.tiny import SIZES, spread
 
 MELS = 10

@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from data.config import DataConfig, SourceConfig
 from data.dataset import MultimodalDataset, Sample, open_dataset
 from data.text.template import Template, load_template
-from model.batch import ImageSpec
+from model.media_spec import ImageSpec
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
 SPEC = ImageSpec(16, 8, 1, "patch", "shortest_edge", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))

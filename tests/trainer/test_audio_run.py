@@ -17,10 +17,12 @@ from torch import Tensor
 
 from data.collate import collate
 from data.sample import Sample, SampleMedia
-from model.batch import Batch, MediaMeta, num_tokens, row_width, token_rows
+from model.batch import Batch
 from model.build import build_model
-from model.config import AudioConfig, AudioProjectorConfig, ConfigError, LlmConfig, LoraConfig, ModelConfig
+from model.config import AudioConfig, AudioProjectorConfig, LlmConfig, LoraConfig, ModelConfig
+from model.errors import ConfigError
 from model.load import load_model
+from model.media_spec import MediaMeta, num_tokens, row_width, token_rows
 from model.multimodal import MultimodalLM
 from tests.laws.test_resume import cut, metrics, weights
 from tests.support.ranks import run_ranks

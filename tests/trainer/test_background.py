@@ -26,10 +26,10 @@ from trainer.checkpoint import checkpointer as module
 from trainer.checkpoint import host_staging as staging
 from trainer.checkpoint.background_save import Agreement
 from trainer.checkpoint.checkpointer import Checkpointer
-from trainer.checkpoint.restore import Trained
 from trainer.checkpoint.retention import checkpoints
 from trainer.distributed.world import World
-from trainer.faults.exit_report import ProofError, SaveError
+from trainer.errors import ProofError, SaveError
+from trainer.optim import Trained
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 STATE: dict[str, Any] = {"stage": "", "meter": {"seen": [1, 2]}}

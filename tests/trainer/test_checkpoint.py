@@ -23,11 +23,12 @@ from tests.support.ranks import run_ranks
 from tests.support.runs import start, start_alone
 from trainer.checkpoint import checkpointer as module
 from trainer.checkpoint.checkpointer import Checkpointer
-from trainer.checkpoint.restore import Trained, restore
+from trainer.checkpoint.restore import restore
 from trainer.checkpoint.retention import newest_sound
 from trainer.distributed.gather import gather_hooks
 from trainer.distributed.world import World
-from trainer.faults.exit_report import ProofError, SaveError, code_of
+from trainer.errors import ProofError, SaveError, code_of
+from trainer.optim import Trained
 
 CARD = ModelCard(ModelConfig(LlmConfig("llm")), LoraConfig(), {}, {}, Vocabulary(4, 4))
 

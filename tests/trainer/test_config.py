@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from tests.support.runs import merged
 from trainer.runfile.load import load_config, parse_config
 from trainer.runfile.planned import KEYS, VALUES

@@ -25,7 +25,7 @@ from tests.support.corruptions import KINDS, Others, corrupt
 from tests.support.ranks import run_ranks
 from tests.support.runs import start
 from trainer.checkpoint.retention import newest_sound
-from trainer.faults.exit_report import ProofError
+from trainer.errors import ProofError
 
 QUICK, LONG, FLIPS = 300, 10_000, 1_000
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from tests.support.runs import merged
 from tests.trainer.test_config import MINIMAL, VALUES_OF_TOML
 from trainer.config import RunConfig

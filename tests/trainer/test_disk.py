@@ -23,7 +23,7 @@ from tests.trainer.test_checkpoint import toy
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.retention import newest_sound
 from trainer.distributed.world import World
-from trainer.faults.exit_report import SaveError
+from trainer.errors import SaveError
 from trainer.machine import atomic_files as disk
 from trainer.machine.atomic_files import (
     clean_leftovers,

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from data.config import DataError
 from data.records.record import RecordError
+from model.errors import DataError
 from tests.support.runs import failure_of, start_alone, tables
 from trainer.faults import exit_report
 from trainer.main import main

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from data.loader import BatchPlan
 from data.order.sampler import Sampler
-from model.batch import AudioSpec, ImageSpec
+from model.media_spec import AudioSpec, ImageSpec
 from model.multimodal import MultimodalLM
 from model.vision.tower import VisionTower
 from tests.laws.test_resume import LORA, weights

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from tests.laws import test_equivalence as same
 from tests.laws.test_resume import LORA, cut, metrics, weights
 from tests.support.ranks import run_ranks

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from data.config import DataError
-from model.config import ConfigError
+from model.errors import ConfigError, DataError
 from trainer.distributed.world import World
 from trainer.health.loss_monitor import forget_after
 from trainer.metrics import MetricsLog

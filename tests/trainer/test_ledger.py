@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.config import DataError
 from data.dataset import Rejected
 from data.order.mixing import make_pools
 from data.order.sampler import Sampler
+from model.errors import DataError
 from tests.laws.test_resume import cut
 from tests.laws.test_trainable import ALONE
 from tests.support.ranks import run_ranks

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support.ranks import SERVER
-from trainer.faults.exit_report import BusyError
+from trainer.errors import BusyError
 from trainer.machine import folder_lock as lock
 from trainer.machine.folder_lock import FolderLock
 

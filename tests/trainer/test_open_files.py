@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from data.config import DataConfig, SourceConfig
-from model.config import ConfigError
+from model.errors import ConfigError
 from tests.data.test_parcel import files_up_to, open_files
 from tests.support.runs import tables
-from trainer.faults.exit_report import CONFIG, report_failure
+from trainer.errors import CONFIG
+from trainer.faults.exit_report import report_failure
 from trainer.machine.open_files import check_limit, raise_limit
 from trainer.runfile.toml_files import to_toml
 

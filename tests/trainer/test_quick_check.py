@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data.check.check_dataset import check_dataset
-from data.config import DataError
+from model.errors import DataError
 from tests.support.runs import config_of, start_alone
 from trainer.config import RunConfig
 from trainer.distributed.world import World

@@ -19,7 +19,7 @@ from tests.support.ranks import run_ranks
 from trainer.checkpoint import retention
 from trainer.checkpoint.retention import bases, checkpoints, newest_sound, prune, shares, verify_together
 from trainer.distributed.world import World
-from trainer.faults.exit_report import ProofError
+from trainer.errors import ProofError
 
 
 def make(folder: Path, step: int, config: Any = None, init_from: str = "", run_id: str = "r") -> Path:

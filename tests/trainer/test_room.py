@@ -29,7 +29,7 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.retention import newest_sound
 from trainer.checkpoint.trial_save import tight, trial_save
 from trainer.distributed.world import World
-from trainer.faults.exit_report import SaveError
+from trainer.errors import SaveError
 from trainer.machine import disk_space
 from trainer.machine.atomic_files import clean_leftovers
 from trainer.machine.disk_space import Room, checkpoint_bytes, final_bytes, look_ahead, prove_room, shortage, size

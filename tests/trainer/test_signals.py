@@ -23,7 +23,7 @@ from tests.support import ranks
 from tests.support.ranks import SERVER, run_ranks
 from tests.support.runs import Start, merged, start, start_alone
 from tests.trainer.test_stages import finals
-from trainer import loop, main
+from trainer import errors, loop, main
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.distributed.world import World
 from trainer.faults import exit_report, signals
@@ -331,7 +331,7 @@ def test_torchrun_does_not_restart_what_was_stopped(tmp_path: Path, monkeypatch:
     exit_report.record(tmp_path, 75, "STOP", 3, 0)
     signals.check_restart(tmp_path)  # the first start of a launch
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with pytest.raises(exit_report.StopRequested, match="not restarted: STOP"):
+    with pytest.raises(errors.StopRequested, match="not restarted: STOP"):
         signals.check_restart(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "two")
     signals.check_restart(tmp_path)

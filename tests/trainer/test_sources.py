@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.config import DataError
 from data.dataset import Rejected
 from data.loader import BatchPlan, validation_batches
 from data.order.mixing import Pool, make_pools
-from model.config import ConfigError
+from model.errors import ConfigError, DataError
 from tests.support.ranks import run_ranks
 from tests.support.tiny_data import datasets, talk
 from trainer.distributed.world import World

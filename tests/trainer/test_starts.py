@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from tests.support.ranks import run_ranks
 from tests.support.runs import config_of, tables
 from tests.trainer.test_lock import Holder

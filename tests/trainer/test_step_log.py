@@ -11,7 +11,7 @@ import pytest
 
 from data.order.mixing import make_pools
 from data.order.sampler import Sampler
-from model.config import ConfigError
+from model.errors import ConfigError
 from tests.laws.test_resume import LORA, cut
 from tests.laws.test_trainable import ALONE
 from tests.support.runs import failure_of, start_alone

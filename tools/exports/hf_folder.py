@@ -11,15 +11,16 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from data.processor import Processor
 from data.text.tokenizer import pad_id, save_tokenizer
-from model.batch import PLACEHOLDERS, Batch, image_spec
+from model.batch import Batch
 from model.card import ModelCard
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.exports.hugging_face import model_config, processor_files, weights, write_weights
 from model.files.tensor_files import dump_json
+from model.media_spec import PLACEHOLDERS, image_spec
 from model.multimodal import MultimodalLM
 from model.vision.normalise import normalised
 from tools.exports.proofs import batch_of, check_close, in_float32, logits, sample
-from trainer.faults.exit_report import ProofError
+from trainer.errors import ProofError
 
 PLACEHOLDER = PLACEHOLDERS["image"]
 

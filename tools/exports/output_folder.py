@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from model.config import ConfigError
-from trainer.faults.exit_report import SaveError
+from model.errors import ConfigError
+from trainer.errors import SaveError
 
 
 @contextmanager

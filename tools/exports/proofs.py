@@ -16,7 +16,7 @@ from torch import Tensor
 from data.processor import Processor
 from model.batch import Batch
 from model.multimodal import MultimodalLM
-from trainer.faults.exit_report import ProofError
+from trainer.errors import ProofError
 
 TOLERANCE = 1e-4
 """Of float32 logits, relative to the largest: far above rounding, far below what a wrong weight does."""

@@ -10,7 +10,7 @@ import html
 from collections.abc import Iterator
 
 from data.records.fields import bounded, printable
-from model.batch import ImageSpec
+from model.media_spec import ImageSpec
 from tools.inspector.entry import Box, Entry, Piece
 from tools.inspector.pictures import Album, picture, pixels, sound
 

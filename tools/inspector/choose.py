@@ -13,8 +13,8 @@ import torch
 from data.config import SourceConfig
 from data.dataset import MultimodalDataset
 from data.order.mixing import Pool
-from model.batch import PLACEHOLDERS
-from model.config import ConfigError
+from model.errors import ConfigError
+from model.media_spec import PLACEHOLDERS
 from tools.inspector.entry import Entry, entry_of
 from trainer.config import RunConfig
 from trainer.distributed.world import World

@@ -18,7 +18,8 @@ from data.media.record_media import RecordMedia
 from data.records.record import MediaRef, Record, RecordError
 from data.sample import Sample, SampleMedia
 from data.text.template import Encoded, Template
-from model.batch import IGNORE_INDEX, AudioSpec, MediaSpec
+from model.batch import IGNORE_INDEX
+from model.media_spec import AudioSpec, MediaSpec
 from tools.inspector.tokens import Piece, token_pieces
 
 Status = Literal["trained", "shortened", "too long", "bad", "quarantined"]

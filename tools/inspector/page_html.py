@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from model.batch import PLACEHOLDERS
+from model.media_spec import PLACEHOLDERS
 from tools.inspector.card_html import LEARNED_FROM, STATUSES, TEXT_ONLY, card, visible
 from tools.inspector.entry import Entry
 from tools.inspector.pictures import Album

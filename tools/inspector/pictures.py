@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model.batch import ImageSpec
+from model.media_spec import ImageSpec
 
 EXACT_SIDE = 128
 """Pictures up to this many pixels wide are kept to the bit, as PNG; larger ones as JPEG, a tenth of the bytes."""

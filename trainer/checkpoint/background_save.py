@@ -13,7 +13,7 @@ from torch.distributed import Store
 
 from model.files.manifest import UnsoundCheckpoint
 from model.files.verified_write import BadShard
-from trainer.faults.exit_report import ProofError, SaveError
+from trainer.errors import ProofError, SaveError
 
 PAUSE = 0.25  # seconds between two looks into the store, at most
 PATIENCE = timedelta(hours=24)

@@ -20,17 +20,17 @@ from tqdm import tqdm
 from data.processor import Processor
 from model.card import ModelCard, write_card
 from model.files.manifest import write_manifest
+from model.files.sharding import is_first_copy
 from model.files.shards import MOMENTS, WEIGHTS, Chunks, ShardPlan, live, local, plan_shard, write_planned
 from model.files.tensor_files import dump_json
-from model.weights.materialise import is_first_copy
 from trainer.checkpoint.background_save import Agreement, Task, attempt, raise_problem
 from trainer.checkpoint.host_staging import Staging, short_of_memory
-from trainer.checkpoint.restore import Trained
 from trainer.checkpoint.retention import PREFIX, STATE, prune
 from trainer.distributed.world import World
 from trainer.machine.atomic_files import SAVING, TRIAL, make_folder, put_in_place, remove_folder, replace_text, sync_run
 from trainer.machine.disk_space import Room, look_ahead, shortage, written_bytes
 from trainer.machine.memory_info import available_bytes
+from trainer.optim import Trained
 
 
 class Checkpointer:

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from model.files.sharding import local_range
 from model.files.shards import MOMENTS, WEIGHTS, checkpoint_tensors
-from model.weights.materialise import local_range
 from trainer.checkpoint.retention import STATE
-from trainer.faults.exit_report import ProofError
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What learns: parameters by full name, and the optimizer over them."""
-
-    parameters: dict[str, Tensor]
-    optimizer: torch.optim.Optimizer
+from trainer.errors import ProofError
+from trainer.optim import Trained
 
 
 def restore(

@@ -13,12 +13,12 @@ import numpy as np
 
 from data.check.measured_lengths import FROZEN
 from model.card import ModelCard, read_card
-from model.config import ConfigError
+from model.errors import ConfigError
 from trainer.checkpoint.retention import STATE, checkpoints, newest_sound, step_of, verify_together
 from trainer.checkpoint.write_final import final_step
 from trainer.config import RunConfig
 from trainer.distributed.world import World
-from trainer.faults.exit_report import ProofError, SaveError
+from trainer.errors import ProofError, SaveError
 from trainer.machine.atomic_files import clean_leftovers
 from trainer.records.run_data import RunData
 from trainer.runfile.merge_tables import stage_tables

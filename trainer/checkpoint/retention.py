@@ -15,7 +15,7 @@ from tqdm import tqdm
 from model.card import NAME as CARD
 from model.files.manifest import UnsoundCheckpoint, changed, check_sizes
 from trainer.distributed.world import World
-from trainer.faults.exit_report import ProofError, SaveError
+from trainer.errors import ProofError, SaveError
 from trainer.machine.atomic_files import move, move_aside, places, remove_folder
 
 PREFIX = "checkpoint-"

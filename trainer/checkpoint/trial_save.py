@@ -10,15 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from model.files.manifest import verify, write_manifest
+from model.files.sharding import is_first_copy
 from model.files.shards import WEIGHTS, local, write_shard
 from model.files.tensor_files import dump_json
-from model.weights.materialise import is_first_copy
 from trainer.checkpoint.background_save import attempt
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.final_files import final_files
 from trainer.checkpoint.retention import PREFIX, STATE, checkpoints, is_whole, prune
 from trainer.distributed.world import World
-from trainer.faults.exit_report import SaveError
+from trainer.errors import SaveError
 from trainer.machine.atomic_files import SAVING, TRIAL, fresh_folder, put_in_place, remove_folder
 from trainer.machine.disk_space import ADVICE, Room, checkpoint_bytes, final_bytes, free_bytes, prove_room, shortage, size
 from trainer.setup import Setup

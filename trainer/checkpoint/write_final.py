@@ -19,7 +19,7 @@ from model.load import check_loadable, settled
 from model.multimodal import MultimodalLM
 from trainer.checkpoint.final_files import final_files
 from trainer.distributed.world import World
-from trainer.faults.exit_report import ProofError, SaveError
+from trainer.errors import ProofError, SaveError
 from trainer.machine.atomic_files import SAVING, fresh_folder, put_in_place, remove_folder
 from trainer.machine.disk_space import final_bytes, shortage, written_bytes
 

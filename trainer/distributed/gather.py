@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from model.weights.materialise import is_first_copy
+from model.files.sharding import is_first_copy
 
 GatherHook = Callable[[], Tensor | None]
 

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.llm.causal_lm import blocks, head_weight
 from model.multimodal import ENCODERS, MultimodalLM
 from trainer.config import ParallelConfig

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from trainer.config import RunConfig
 from trainer.distributed.world import World
 from trainer.runfile.schema import flat, to_tables

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from trainer.distributed.rendezvous import NotMet, own_place
 
 TIMEOUT = timedelta(minutes=30)

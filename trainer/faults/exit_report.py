@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.records.fields import message, printable
 from model.files.tensor_files import dump_json
+from trainer.errors import INTERNAL, code_of
 from trainer.faults.phase_tracker import Watch
 from trainer.faults.requests import Steering
 from trainer.machine.atomic_files import NEW
@@ -24,7 +24,6 @@ from trainer.machine.open_files import explained
 if TYPE_CHECKING:
     from trainer.faults.watchdog import Guard
 
-DONE, INTERNAL, CONFIG, DATA, PROOF, CANNOT_WRITE, STOPPED, INTERRUPTED = 0, 1, 2, 65, 70, 73, 75, 130
 NAME = "exit.json"
 INTERRUPT = "interrupted; the same command goes on from the last checkpoint"
 
@@ -37,44 +36,6 @@ class Progress:
     has_met: bool = False  # the other ranks, and with them the one that holds the run folder
     steering: Steering = field(default_factory=Steering)
     watch: Watch = field(default_factory=Watch)
-
-
-class ProofError(Exception):
-    """Something that was to be proven is not so: a save, a checkpoint, or finite numbers."""
-
-    exit_code = PROOF
-
-
-class SaveError(Exception):
-    """Something could not be written."""
-
-    exit_code = CANNOT_WRITE
-
-
-class StopRequested(Exception):
-    """Someone asked the run to stop, and everything is saved."""
-
-    exit_code = STOPPED
-
-
-class BusyError(SaveError):
-    """Another process holds the run folder."""
-
-
-NO_WRITING = {
-    getattr(errno, name)
-    for name in ("ENOSPC", "EROFS", "EACCES", "EPERM", "EDQUOT", "EIO", "EFBIG", "EISDIR", "ENOTDIR", "EEXIST", "ENAMETOOLONG")
-    if hasattr(errno, name)
-}
-"""Errors of the system that mean a file cannot be written, whoever tried."""
-
-
-def code_of(error: BaseException) -> int:
-    if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED
-    if isinstance(error, OSError) and error.errno in NO_WRITING:
-        return CANNOT_WRITE
-    return getattr(error, "exit_code", INTERNAL)
 
 
 def clear(output_dir: Path) -> None:

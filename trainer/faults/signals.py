@@ -19,9 +19,11 @@ from typing import Any
 
 from torch.distributed.launcher.api import LaunchConfig
 
+from trainer import errors
 from trainer.checkpoint.retention import checkpoints
+from trainer.errors import StopRequested
 from trainer.faults import exit_report
-from trainer.faults.exit_report import Progress, StopRequested
+from trainer.faults.exit_report import Progress
 from trainer.faults.requests import EVALUATE, SAVE, STOP
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -167,9 +169,9 @@ class Listener:
         last = _last_of(self.folder)
         # Without rank 0 nobody has seen yet whether the folder is this start's, or that of a run under way.
         knows = self.rank == 0 or self.progress.has_met
-        if knows and exit_report.record(self.folder, exit_report.STOPPED, f"{reason}; {last}", self.progress.step, self.rank):
+        if knows and exit_report.record(self.folder, errors.STOPPED, f"{reason}; {last}", self.progress.step, self.rank):
             self._say(f"rank {self.rank} stopped at once: {reason}; {last}")
-        os._exit(exit_report.STOPPED)
+        os._exit(errors.STOPPED)
 
     def _say(self, text: str) -> None:
         # Not through sys.stderr: the main thread may be stopped with its lock.
@@ -194,7 +196,7 @@ def check_restart(folder: Path) -> None:
         return
     try:
         last = json.loads((folder / exit_report.NAME).read_text())
-        stopped = last["code"] == exit_report.STOPPED and last["launch"] == os.environ.get("TORCHELASTIC_RUN_ID")
+        stopped = last["code"] == errors.STOPPED and last["launch"] == os.environ.get("TORCHELASTIC_RUN_ID")
         stopped = stopped and TOO_EARLY not in last["reason"]
     except (OSError, ValueError, KeyError, TypeError):
         return

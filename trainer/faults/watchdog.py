@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.workers import WorkerError
+from trainer import errors
 from trainer.distributed.world import World
 from trainer.faults import exit_report
 from trainer.faults.hang_diagnosis import SHOWN, Finding, Judge, Verdict, place_of
@@ -70,18 +71,18 @@ class Guard:
     def failed(self, error: BaseException, code: int, reason: str) -> Verdict:
         """What the run ends with, now that the main thread has failed: on all ranks the first verdict that there was."""
         self._ending, rank, beat = True, self.world.rank, self.watch.now()
-        if code == exit_report.STOPPED:  # all ranks come to it by themselves, with everything saved
+        if code == errors.STOPPED:  # all ranks come to it by themselves, with everything saved
             return Verdict(code, reason, rank, rank, beat["step"], raised=True, stacks=False)
-        if code == exit_report.INTERNAL:
+        if code == errors.INTERNAL:
             self.stacks.dump(error)
-        if code == exit_report.INTERNAL and is_of_peers(error):
+        if code == errors.INTERNAL and is_of_peers(error):
             if found := self._of_peers():
                 self._finish(found)
                 return found
             reason = f"a collective broke, and no rank is known to have failed: {reason}"
-        elif code == exit_report.INTERNAL:
+        elif code == errors.INTERNAL:
             reason = f"rank {rank} {self._where(beat)}: {described(error)}; {self._see()}"
-        own = Verdict(code, reason, rank, rank, beat["step"], raised=True, stacks=code == exit_report.INTERNAL)
+        own = Verdict(code, reason, rank, rank, beat["step"], raised=True, stacks=code == errors.INTERNAL)
         verdict = self.beats.agree(own)
         self._finish(verdict)
         return verdict
@@ -98,7 +99,7 @@ class Guard:
     def _told(self) -> Verdict | None:
         """What a rank has told that left without asking the others: one that was stopped by a signal, say."""
         found = exit_report.told(self.run_folder)
-        if found is None or found["code"] == exit_report.DONE:
+        if found is None or found["code"] == errors.DONE:
             return None
         return Verdict(found["code"], found["reason"], found["rank"], found["rank"], found["step"], stacks=False)
 
@@ -123,7 +124,7 @@ class Guard:
         now = time.monotonic()
         if self.lock is not None and self.lock.problem:
             rank = self.world.rank
-            return Verdict(exit_report.CANNOT_WRITE, self.lock.problem, rank, rank, self.watch.beat.step, stacks=False)
+            return Verdict(errors.CANNOT_WRITE, self.lock.problem, rank, rank, self.watch.beat.step, stacks=False)
         for rank, beat in self.beats.heard.items():
             self.judge.hear(rank, beat, now)
         if found := self._lost_store(now):
@@ -164,7 +165,7 @@ class Guard:
         return newest(beat) if beat.get("process", {}).get("machine") == self.process.machine else beat
 
     def _verdict(self, reason: str, culprit: int, step: int | None, end: tuple[dict[str, Any], ...] = ()) -> Verdict:
-        return Verdict(exit_report.INTERNAL, reason, culprit, self.world.rank, step, machine=self.process.machine, end=end)
+        return Verdict(errors.INTERNAL, reason, culprit, self.world.rank, step, machine=self.process.machine, end=end)
 
     def _where(self, beat: dict[str, Any]) -> str:
         ids = beat.get("samples", [])[:SHOWN]

@@ -22,13 +22,12 @@ from data.dataset import MultimodalDataset
 from data.records.fields import bounded
 from data.records.record import RecordError
 from model.batch import Batch
-from trainer.checkpoint.restore import Trained
-from trainer.faults.exit_report import ProofError
+from trainer.errors import ProofError
 from trainer.health.spike_detector import Spikes
 from trainer.health.suspects import NUM_SUSPECTS, Evidence, bad_samples, first_bad, highest
 from trainer.machine.atomic_files import replace_text
 from trainer.machine.json_lines import read_sound
-from trainer.optim import in_norm_order
+from trainer.optim import Trained, in_norm_order
 from trainer.setup import Setup
 from trainer.step import StepResult
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from model.files.sharding import is_first_copy
 from model.files.shards import MOMENTS, WEIGHTS, plan_shard
 from model.files.tensor_files import Entry, dump_json, file_order, header
-from model.weights.materialise import is_first_copy
 from trainer.distributed.world import World
-from trainer.faults.exit_report import NO_WRITING, SaveError
+from trainer.errors import NO_WRITING, SaveError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """Errors that only writing has, and that come without the name of the file."""

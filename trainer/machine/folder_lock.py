@@ -14,7 +14,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from trainer.faults.exit_report import BusyError, SaveError, clear
+from trainer.errors import BusyError, SaveError
+from trainer.faults.exit_report import clear
 from trainer.machine.atomic_files import make_folder
 
 LOCK, LEASE = ".lock", ".lease"

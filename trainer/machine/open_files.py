@@ -11,7 +11,7 @@ from pathlib import Path
 from data.config import DataConfig
 from data.index.source_files import MAX_OPEN
 from data.workers import NO_FILE
-from model.config import ConfigError
+from model.errors import ConfigError
 
 PER_WORKER = 5
 """In the rank that started a data worker: pipes of its queue both ways, its sentinel, and a socket while it hands over a batch."""

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from trainer.faults.exit_report import SaveError
+from trainer.errors import SaveError
 from trainer.machine.atomic_files import places
 
 FOLDERS = ("index", "final", "stages", "stacks", "check")

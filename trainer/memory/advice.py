@@ -11,7 +11,8 @@ from data.order.sampler import num_micro_batches
 from data.sample import Sample
 from model.batch import Batch
 from model.card import ModelCard
-from model.config import ConfigError, QuantizeConfig
+from model.config import QuantizeConfig
+from model.errors import ConfigError
 from trainer.config import RunConfig
 from trainer.machine.disk_space import size
 from trainer.memory.footprint import Footprint, footprint

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from model.batch import Batch
 from model.build import DTYPES, assemble
 from model.card import ModelCard
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.llm.causal_lm import blocks, head_weight
 from model.llm.quantized_linear import without_kernels
 from model.multimodal import MultimodalLM

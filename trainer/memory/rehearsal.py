@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.order.sampler import Sampler
 from model.batch import Batch
-from model.config import ConfigError
+from model.errors import ConfigError
 from trainer.distributed.parallelize import gradient_sync
 from trainer.machine.memory_info import Usage, reset_peak, usage
 from trainer.memory.advice import Heavy, advice

@@ -11,10 +11,10 @@ from torch import nn
 
 from data.dataset import MultimodalDataset
 from data.index.token_estimate import media_tokens
-from model.batch import READ_BY, AudioSpec, MediaMeta, MediaSpec, row_tokens, view_tokens
 from model.config import ModelConfig
 from model.llm.causal_lm import blocks
 from model.llm.experts import fused_parameters
+from model.media_spec import READ_BY, AudioSpec, MediaMeta, MediaSpec, row_tokens, view_tokens
 from model.multimodal import ENCODERS, MultimodalLM
 from model.vision.tower import VisionTower
 from trainer.distributed.parallelize import block_owner

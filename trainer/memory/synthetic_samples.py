@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from data.sample import Sample, SampleMedia
-from model.batch import IGNORE_INDEX, AudioSpec, MediaMeta, MediaSpec, num_tokens, row_frames, row_shape, row_width, token_rows
+from model.batch import IGNORE_INDEX
+from model.media_spec import AudioSpec, MediaMeta, MediaSpec, num_tokens, row_frames, row_shape, row_width, token_rows
 from trainer.config import RunConfig
 from trainer.records.run_data import RunData
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from data.config import DataError
+from model.errors import DataError
 from trainer.records.ledger import NAME as LEDGER
 from trainer.records.ledger import ledger_file, ledger_of, num_left_out, table, write_ledger
 from trainer.records.quarantine import NAME as QUARANTINE

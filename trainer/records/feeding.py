@@ -7,12 +7,12 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from data.config import DataError
 from data.dataset import MultimodalDataset
 from data.order.mixing import Pool
 from data.records.record import RecordError
-from model.batch import PLACEHOLDERS, READ_BY
-from model.config import ConfigError, ModelConfig
+from model.config import ModelConfig
+from model.errors import ConfigError, DataError
+from model.media_spec import PLACEHOLDERS, READ_BY
 from model.multimodal import ENCODERS
 
 

@@ -15,7 +15,7 @@ from data.check.check_dataset import check_dataset
 from data.check.measured_lengths import FROZEN, freeze_lengths, planned_lengths
 from data.dataset import MultimodalDataset
 from data.index.sidecar import read_arrays
-from model.config import ConfigError
+from model.errors import ConfigError
 from trainer.config import RunConfig
 from trainer.distributed.world import World
 

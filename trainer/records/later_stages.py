@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from data.config import ConfigError as SettingError
-from data.config import DataError
-from model.config import ConfigError
+from model.errors import ConfigError, DataError
+from model.errors import ConfigError as SettingError
 from trainer.config import RunConfig
 from trainer.distributed.world import World
 from trainer.records.quick_check import quick_check

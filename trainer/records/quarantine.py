@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from data.config import DataError
 from data.dataset import MultimodalDataset, Rejected
+from model.errors import DataError
 from trainer.distributed.world import World
 from trainer.machine.atomic_files import move, replace_text
 from trainer.machine.json_lines import read_lines

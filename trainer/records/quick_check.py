@@ -14,9 +14,9 @@ import numpy as np
 
 from data.check.check_record import TOO_LONG, Checked, Problem, check_record
 from data.check.measured_lengths import read_measurements
-from data.config import DataError
 from data.dataset import MultimodalDataset
 from data.order.mixing import Pool
+from model.errors import DataError
 from trainer.config import RunConfig
 from trainer.distributed.world import World
 from trainer.records.feeding import PARTS, carried

@@ -9,18 +9,18 @@ from pathlib import Path
 
 from data.check.certificate import certify
 from data.check.measured_lengths import ESTIMATED
-from data.config import DataError, SourceConfig
+from data.config import SourceConfig
 from data.dataset import MultimodalDataset, open_dataset
 from data.order.mixing import Pool, make_pools
 from data.order.sampler import Sampler
 from data.processor import Processor, make_processor
 from data.text.template import Template, load_template
 from data.text.tokenizer import load_tokenizer, pad_id
-from model.batch import PLACEHOLDERS
 from model.card import ModelCard, base_digests, draw_card, media_specs, read_card
-from model.config import ConfigError
+from model.errors import ConfigError, DataError
 from model.files.tensor_files import sampled_digest
 from model.llm.causal_lm import check_positions
+from model.media_spec import PLACEHOLDERS
 from trainer.config import RunConfig
 from trainer.distributed.world import World
 from trainer.records import freeze_lengths

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from data.index.fingerprint import changes, fingerprint
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.files.tensor_files import dump_json
 from trainer.distributed.world import World
 from trainer.machine.atomic_files import replace_text

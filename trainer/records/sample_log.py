@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data.order.sampler import Sampler
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.files.tensor_files import dump_json
 from trainer.distributed.world import World
 from trainer.machine.atomic_files import replace_text

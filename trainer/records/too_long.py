@@ -12,7 +12,7 @@ from data.config import DataConfig
 from data.dataset import MultimodalDataset
 from data.index.token_estimate import least_tokens
 from data.order.mixing import Pool
-from model.batch import PLACEHOLDERS, READ_BY
+from model.media_spec import PLACEHOLDERS, READ_BY
 
 PERCENTILES = (50, 90, 99)
 HEAVY = 0.2  # share of the tokens looked at that is cut off: worth a line

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.text.tokenizer import Vocabulary as Tokens
-from model.batch import PLACEHOLDERS, READ_BY
 from model.card import language_model, read_card
-from model.config import ConfigError, LlmConfig, ModelConfig
-from model.llm.causal_lm import Vocabulary, hugging_face_config
+from model.config import LlmConfig, ModelConfig
+from model.errors import ConfigError
+from model.files.hub import hugging_face_config
+from model.llm.causal_lm import Vocabulary
+from model.media_spec import PLACEHOLDERS, READ_BY
 
 SHOWN = 8
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from trainer.config import RunConfig
 from trainer.runfile.checks import problems_of
 from trainer.runfile.curriculum import read_curriculum

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from data.config import DataConfig
 from model.config import ModelConfig
-from model.projector import GRID_KINDS, RESAMPLER, VISION_KINDS, is_pointwise
+from model.projector import is_pointwise
+from model.vision.projector import GRID_KINDS, RESAMPLER, VISION_KINDS
 
 
 def vision_problems(model: ModelConfig) -> Iterator[str]:

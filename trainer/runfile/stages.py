@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data.config import ConfigError as SettingError
 from data.index.record_index import source_files
 from model.card import media_specs
-from model.config import ConfigError
+from model.errors import ConfigError
+from model.errors import ConfigError as SettingError
 from trainer.config import RunConfig
 from trainer.runfile.merge_tables import stage_tables
 from trainer.runfile.schema import Reader, to_tables

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.files.untrusted import is_deeper, shown
 
 MAX_BYTES = 1_000_000

@@ -1,0 +1,62 @@
+"""TODO docstring."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model.errors import ConfigError
+from model.files.tensor_files import Rows, Tensors
+from model.llm.new_tokens import SUFFIX, is_new_rows
+from model.weights.materialise import Layer, resolve
+
+
+@dataclass(frozen=True)
+class RowPatch:
+    """Rows to be put into the vocabulary matrix below them."""
+
+    ids: tuple[int, ...]
+    rows: Rows
+
+    def onto(self, weight: Rows) -> Rows:
+        """The matrix with its rows `ids` replaced; a sharded load reads its own rows only."""
+
+        def read(start: int, stop: int) -> Tensor:
+            found = weight.read(start, stop)
+            inside = [(i, token - start) for i, token in enumerate(self.ids) if start <= token < stop]
+            if inside:
+                found = found.float().clone()  # what was read may be a view of a file
+                sources, places = zip(*inside)
+                found[list(places)] = self.rows.all()[list(sources)].float()
+            return found
+
+        return Rows(weight.shape, read)
+
+
+def row_patches(tensors: Tensors, ids: tuple[int, ...], origin: str) -> dict[str, RowPatch]:
+    """Patches by the full name of the matrix they belong to. ConfigError when there are not as many rows as ids."""
+    found = {}
+    for name, rows in tensors.items():
+        if is_new_rows(name):
+            if rows.shape[0] != len(ids):
+                raise ConfigError(f"{origin}: {name} has {rows.shape[0]} rows for the {len(ids)} tokens of its model.json")
+            found[name.removesuffix(SUFFIX) + ".weight"] = RowPatch(ids, rows)
+    return found
+
+
+def first_rows(model: nn.Module, ids: tuple[int, ...], layers: list[Layer]) -> Tensors:
+    """Where new rows start: at what `layers` have in the matrix, which for a token nobody knows is the mean of the known ones."""
+    found: Tensors = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        matrix = resolve(name.removesuffix(SUFFIX) + ".weight", layers) if is_new_rows(name) else None
+        if matrix is not None:
+            found[name] = Rows(tuple(parameter.shape), functools.partial(_rows_of, matrix, ids))
+    return found
+
+
+def _rows_of(matrix: Rows, ids: tuple[int, ...], start: int, stop: int) -> Tensor:
+    # A late rank may hold no row at all.
+    return torch.cat([matrix.read(0, 0).float(), *(matrix.read(i, i + 1).float() for i in ids[start:stop])])
