@@ -75,8 +75,8 @@ class Processor:
         return [self.tokenizer.decode(self._before_stop(row), skip_special_tokens=True).strip() for row in rows]
 
     def answers(self, ids: Sequence[Sequence[int]] | Tensor) -> list[tuple[str | None, str]]:
-        """Return for each row of generated ids the state it starts with (`data.text.state_tokens`; None without) and its text, in which
-        neither the state nor a special token is left: the text that a record would hold.
+        """Return for each row of generated ids its state (`data.text.state_tokens`; None without) and its text, as a record holds it:
+        without the state and without special tokens.
         """
         rows = ids.tolist() if isinstance(ids, Tensor) else ids
         # With special tokens: a state may be one.

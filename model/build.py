@@ -10,10 +10,10 @@ from torch import nn
 from model.audio.encoder import AudioEncoder
 from model.audio.projector import build_audio_projector
 from model.audio.state_head import StateHead
-from model.card import ModelCard, draw_card
+from model.card import ModelCard, make_card
 from model.config import LoraConfig, ModelConfig, QuantizeConfig
 from model.errors import ConfigError
-from model.llm.causal_lm import Vocabulary, build_llm, head_weight
+from model.llm.causal_lm import VocabularyLayout, build_llm, head_weight
 from model.llm.new_tokens import add_new_rows
 from model.llm.quantized_linear import quantise
 from model.llm.router_loss import RouterTap
@@ -36,7 +36,7 @@ def resolve_dtype(name: Literal["auto", "float32", "bfloat16"], device: torch.de
 def build_model(
     config: ModelConfig,
     lora: LoraConfig | None = None,
-    vocabulary: Vocabulary | None = None,
+    vocabulary: VocabularyLayout | None = None,
     *,
     device: str | torch.device = "cpu",
     seed: int = 42,
@@ -44,7 +44,7 @@ def build_model(
 ) -> MultimodalLM:
     """A model on one device with its weights, tuned as `config` says, in training mode."""
     device = torch.device(device)
-    card = draw_card(config, lora or LoraConfig(), vocabulary or Vocabulary(), quantize=quantize)
+    card = make_card(config, lora or LoraConfig(), vocabulary or VocabularyLayout(), quantize=quantize)
     model = assemble(card, DTYPES[resolve_dtype(config.dtype, device)])
     materialise(model, weight_layers(card, model, seed), frozen_dtype=model.dtype, device=device)
     return model

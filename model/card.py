@@ -25,7 +25,7 @@ from model.errors import ConfigError
 from model.files.hub import weight_files
 from model.files.tensor_files import dump_json, sampled_digest
 from model.files.untrusted import load_json
-from model.llm.causal_lm import Vocabulary, llm_config
+from model.llm.causal_lm import VocabularyLayout, llm_config
 from model.media_spec import MediaSpec, spec_from_json, spec_to_json
 from model.vision.projector import shrunk
 from model.vision.tower import vision_config, vision_spec
@@ -54,7 +54,7 @@ class ModelCard:
     lora: LoraConfig
     hugging_face: dict[str, dict[str, Any]]  # config.json of each part that has one
     specs: dict[str, MediaSpec]
-    vocabulary: Vocabulary
+    vocabulary: VocabularyLayout
     tokens: tuple[str, ...] = ()  # what was added to the base tokenizer, in order
     stop_ids: tuple[int, ...] = ()
     pad_id: int = 0
@@ -73,10 +73,10 @@ class ModelCard:
         return frozenset(name for name, part in self.model.parts().items() if part.tune == "lora")
 
 
-def draw_card(
+def make_card(
     config: ModelConfig,
     lora: LoraConfig,
-    vocabulary: Vocabulary,
+    vocabulary: VocabularyLayout,
     *,
     tokens: tuple[str, ...] = (),
     stop_ids: tuple[int, ...] = (),
@@ -146,7 +146,7 @@ def _card(value: dict[str, Any]) -> ModelCard:
             "model": ModelConfig(**model),
             "lora": LoraConfig(**_tuples(value["lora"])),
             "quantize": QuantizeConfig(**value.get("quantize", {})),
-            "vocabulary": Vocabulary(**_tuples(value["vocabulary"])),
+            "vocabulary": VocabularyLayout(**_tuples(value["vocabulary"])),
             "specs": {name: spec_from_json(spec) for name, spec in value["specs"].items()},
         }
     )

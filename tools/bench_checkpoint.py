@@ -25,14 +25,14 @@ from torch import nn
 
 from model.card import ModelCard
 from model.config import LlmConfig, LoraConfig, ModelConfig
-from model.llm.causal_lm import Vocabulary
+from model.llm.causal_lm import VocabularyLayout
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.distributed.world import World, start_world, stop_world
 from trainer.optim import Trained
 
 LORA_ROWS = 16
 """Half of the tensors are as small as LoRA's."""
-CARD = ModelCard(ModelConfig(LlmConfig("")), LoraConfig(), {}, {}, Vocabulary(1, 1))
+CARD = ModelCard(ModelConfig(LlmConfig("")), LoraConfig(), {}, {}, VocabularyLayout(1, 1))
 Timed = tuple[float, float, float]
 """Seconds until control came back, of the caller's CPU within them, and until the disk had it."""
 

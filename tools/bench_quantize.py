@@ -23,9 +23,9 @@ from data.collate import collate
 from data.sample import Sample
 from model.batch import Batch
 from model.build import DTYPES, assemble
-from model.card import draw_card
+from model.card import make_card
 from model.config import LlmConfig, LoraConfig, ModelConfig, QuantizeConfig
-from model.llm.causal_lm import Vocabulary
+from model.llm.causal_lm import VocabularyLayout
 from model.llm.quantized_linear import matrices
 from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
@@ -75,7 +75,7 @@ def train(model: MultimodalLM, config: ModelConfig, world: World, sharded: bool,
 
 
 def build(config: ModelConfig, quantize: QuantizeConfig, world: World, sharded: bool) -> MultimodalLM:
-    card = draw_card(config, LoraConfig(rank=16, dropout=0.0), Vocabulary(), quantize=quantize)
+    card = make_card(config, LoraConfig(rank=16, dropout=0.0), VocabularyLayout(), quantize=quantize)
     model = assemble(card, DTYPES[config.dtype])
     if sharded:
         shard(model, ParallelConfig(), world)

@@ -33,9 +33,9 @@ from tools.make_demo import CORPUS, VOCAB, train_tokenizer, write_parts
 from trainer.config import OptimConfig
 from trainer.distributed.parallelize import replicate
 from trainer.distributed.world import World, start_world
-from trainer.faults.phase_tracker import Watch
-from trainer.faults.requests import Steering
-from trainer.health.deferred_read import Later
+from trainer.faults.phase_tracker import PhaseTracker
+from trainer.faults.requests import Requests
+from trainer.health.deferred_read import DeferredRead
 from trainer.health.loss_monitor import hearable
 from trainer.metrics import Meter
 from trainer.optim import build_optimizer, set_learning_rates
@@ -105,7 +105,7 @@ def ours(model: MultimodalLM, config: ModelConfig, batches: list[Batch], world: 
     """What the loop does in a step that is not logged."""
     optim = OptimConfig(lr=1e-4)
     wrapped, optimizer, meter = replicate(model, world), build_optimizer(model, config, optim), Meter(["bench"], world)
-    steering, watch, later = Steering(), Watch(), Later(world.device)
+    steering, watch, later = Requests(), PhaseTracker(), DeferredRead(world.device)
     ids = [[b.sample_ids.tolist()] for b in batches]  # the loop reads them from batches that are not on the device yet
 
     def run(steps: int) -> None:

@@ -31,7 +31,7 @@ from trainer.distributed.world import World
 from trainer.records.freeze_lengths import processors
 from trainer.records.run_data import open_data
 from trainer.runfile.load import load_config
-from trainer.runfile.stages import Place, place_to_read
+from trainer.runfile.stages import Stage, place_to_read
 from trainer.runfile.toml_files import undashed
 
 SHOWN = 20  # problems of each field, and duplicates of each kind
@@ -71,7 +71,7 @@ def check(options: argparse.Namespace) -> None:
         raise DataError(f"{num_bad} records break the rules; all stand in {out / BAD_FILE}")
 
 
-def opened(place: Place) -> dict[str, MultimodalDataset]:
+def opened(place: Stage) -> dict[str, MultimodalDataset]:
     """The datasets of the run or stage by split; no weight is read."""
     data = open_data(place.config, World(0, 0, 1, torch.device("cpu")), place=place)
     datasets = {"train": data.train, "validation": data.validation}

@@ -21,7 +21,7 @@ from trainer.config import TrainConfig, ValidationConfig
 from trainer.errors import ProofError
 from trainer.runfile.load import load_config
 from trainer.runfile.schema import to_tables
-from trainer.runfile.stages import Place, places_of
+from trainer.runfile.stages import Stage, places_of
 from trainer.runfile.toml_files import to_toml
 
 TEACHES = {"text": "text", "align_vision": "image", "vision": "video", "align_audio": "audio", "together": "noise"}
@@ -35,12 +35,12 @@ Accuracy = dict[str, float]
 """Exact match on held-out records, by kind."""
 
 
-def known(place: Place) -> list[str]:
+def known(place: Stage) -> list[str]:
     """Kinds of records that a model of this stage can read."""
     return [kind for kind in KINDS if kind not in READERS or READERS[kind] in place.config.model.parts()]
 
 
-def untrained(folder: Path, place: Place) -> Path:
+def untrained(folder: Path, place: Stage) -> Path:
     """The model that a stage begins with: what the stages before have trained, and its new parts as they are drawn."""
     out = folder / "before" / place.name
     nothing = {"train": TrainConfig(max_steps=0), "validation": ValidationConfig()}
@@ -68,7 +68,7 @@ def accuracy(folder: Path, final: Path, kinds: list[str], when: str) -> Accuracy
     return found
 
 
-def measure(folder: Path, places: list[Place]) -> list[Accuracy]:
+def measure(folder: Path, places: list[Stage]) -> list[Accuracy]:
     """Accuracy at the start and after each stage, each time of all that the next stage's model can read."""
     found = []
     for before, after in zip([None, *places], [*places, None]):

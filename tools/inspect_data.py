@@ -19,7 +19,7 @@ from data.records.fields import bounded
 from model.errors import ConfigError, DataError
 from tools.cli import printable, run
 from tools.inspector.choose import KINDS, Source, Wanted, choose, open_sources, place_of
-from tools.inspector.entry import Box, Entry, Piece
+from tools.inspector.entry import Box, InspectorEntry, Piece
 from tools.inspector.page_html import Shown, page
 from trainer.runfile.toml_files import undashed
 
@@ -55,7 +55,7 @@ def print_source(source: Source, colour: bool) -> bool:
     return refused
 
 
-def printed(entry: Entry, colour: bool) -> str:
+def printed(entry: InspectorEntry, colour: bool) -> str:
     """A headline with the record's place and lengths, and the sample; or why there is none."""
     headline = f"{entry.where} {bounded(entry.id)}:"
     if entry.status not in ("trained", "shortened"):
@@ -75,7 +75,7 @@ def _modality(box: Box) -> str:
     return box.medium.kind
 
 
-def shown(entry: Entry, colour: bool) -> str:
+def shown(entry: InspectorEntry, colour: bool) -> str:
     """The sample as text: stretches of supervised tokens, of other ones, and media, in their order."""
     stretches: list[str] = []
     for mark, group in itertools.groupby(entry.pieces, key=_mark):

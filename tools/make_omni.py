@@ -96,7 +96,7 @@ def noise_examples(split: str, rng: np.random.Generator) -> Iterator[Example]:
 
 
 @dataclass(frozen=True)
-class Kind:
+class RecordKind:
     """What is asked about, its examples, and how its medium is stored."""
 
     examples: Callable[[str, np.random.Generator], Iterator[Example]]
@@ -105,11 +105,11 @@ class Kind:
 
 
 KINDS = {
-    "text": Kind(text_examples),
-    "image": Kind(image_examples, "image", "png"),
-    "video": Kind(video_examples, "video", "gif"),
-    "audio": Kind(audio_examples, "audio", "wav"),
-    "noise": Kind(noise_examples, "audio", "wav"),
+    "text": RecordKind(text_examples),
+    "image": RecordKind(image_examples, "image", "png"),
+    "video": RecordKind(video_examples, "video", "gif"),
+    "audio": RecordKind(audio_examples, "audio", "wav"),
+    "noise": RecordKind(noise_examples, "audio", "wav"),
 }
 
 

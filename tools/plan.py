@@ -25,7 +25,7 @@ from trainer.config import RunConfig
 from trainer.distributed.parallelize import check_sharing
 from trainer.distributed.world import World
 from trainer.machine.memory_info import total_memory
-from trainer.memory.advice import Change, Heavy, fitting, least_change
+from trainer.memory.advice import Change, MemoryScenario, fitting, least_change
 from trainer.memory.file_sizes import checkpoint_bytes, final_bytes
 from trainer.memory.footprint import Footprint, on_meta, sharing_ranks
 from trainer.memory.heaviest_batch import find_heaviest, read_samples
@@ -44,7 +44,7 @@ GIB = 2**30
 class Plan:
     """All that is told."""
 
-    heavy: Heavy
+    heavy: MemoryScenario
     strategies: dict[str, Footprint]  # the configured one first
     calendar: dict[str, int]  # steps, samples and tokens; empty without data
     lengths: str  # exact | partly exact | estimated: what the calendar and the heaviest micro-batch rest on
@@ -105,12 +105,12 @@ def others(config: RunConfig, num_ranks: int) -> list[tuple[str, int]]:
     return [(name, shard_size) for name, shard_size in known if name != config.parallel.strategy]
 
 
-def heaviest_of(config: RunConfig, data: RunData, num_ranks: int) -> tuple[Heavy, dict[str, int]]:
+def heaviest_of(config: RunConfig, data: RunData, num_ranks: int) -> tuple[MemoryScenario, dict[str, int]]:
     """The heaviest micro-batch of the first epoch, and what a run of these data comes to."""
     batch, sampler = config.batch, data.sampler
     if sampler is None or data.train is None:
         micros = 2 if config.data.packing else -(-batch.global_batch_size // (num_ranks * batch.micro_batch_size))
-        return Heavy(config, data.card, num_ranks, made_up_samples(config, data), micros), {}
+        return MemoryScenario(config, data.card, num_ranks, made_up_samples(config, data), micros), {}
     deal = BatchPlan(num_ranks, batch.micro_batch_size, batch.micro_batch_tokens)
     model = on_meta(data.card, config.parallel, computes=False)
     media = media_memory(model, data.train, config.parallel.activation_checkpointing != "none")
@@ -128,7 +128,7 @@ def heaviest_of(config: RunConfig, data: RunData, num_ranks: int) -> tuple[Heavy
         "samples_per_epoch": sampler.samples_per_epoch,
         "tokens_per_epoch": tokens,
     }
-    return Heavy(config, data.card, num_ranks, samples, found.num_micro_batches), calendar
+    return MemoryScenario(config, data.card, num_ranks, samples, found.num_micro_batches), calendar
 
 
 def filled(samples: list[Sample], num_tokens: int) -> list[Sample]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from data.check.measured_lengths import EXACT
 from model.trainable import part_table
 from trainer.machine.disk_space import size as rounded
-from trainer.memory.advice import told
+from trainer.memory.advice import describe
 from trainer.memory.footprint import Footprint, on_meta
 from trainer.memory.rehearsal import described
 
@@ -93,9 +93,9 @@ def _advice(plan: Plan) -> list[str]:
     if plan.fits is not False:
         return []
     lines = ["", f"It does not fit in {size(plan.memory)}. What would:"]
-    lines += [f"  {told(change)}" for change in plan.changes]
+    lines += [f"  {describe(change)}" for change in plan.changes]
     if plan.nearest is not None:
-        lines += ["  nothing by itself; nearest comes", f"  {told(plan.nearest)}"]
+        lines += ["  nothing by itself; nearest comes", f"  {describe(plan.nearest)}"]
     return lines
 
 

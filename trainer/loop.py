@@ -16,17 +16,17 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.resume import digest_of, run_state
 from trainer.checkpoint.trial_save import prove_saving
 from trainer.errors import INTERNAL, StopRequested, code_of
-from trainer.faults.exit_report import Progress
+from trainer.faults.exit_report import RunStatus
 from trainer.faults.requests import EVALUATE, SAVE, STOP, WISHES
-from trainer.health.deferred_read import Later
+from trainer.health.deferred_read import DeferredRead
 from trainer.health.loss_monitor import Health, forget_after, hearable, split
-from trainer.machine.disk_space import unwritable
+from trainer.machine.disk_space import as_save_error
 from trainer.memory.sample_cost import sample_costs
 from trainer.metrics import Meter, MetricsLog
 from trainer.optim import set_learning_rates
-from trainer.records.bookkeeping import Accounts
+from trainer.records.bookkeeping import Bookkeeping
 from trainer.schedule import multiplier
-from trainer.setup import Setup
+from trainer.setup import PreparedRun
 from trainer.step import train_step
 from trainer.validate import validate
 
@@ -41,7 +41,7 @@ class Loop:
     metrics, counts the steps of earlier stages too.
     """
 
-    def __init__(self, setup: Setup, first_step: int, totals: dict[str, Any] | None, progress: Progress) -> None:
+    def __init__(self, setup: PreparedRun, first_step: int, totals: dict[str, Any] | None, progress: RunStatus) -> None:
         config, world = setup.config, setup.world
         if setup.trained is None or setup.data.train is None or setup.data.sampler is None:
             raise ValueError("nothing to train")
@@ -52,10 +52,10 @@ class Loop:
         if totals is not None:
             self.meter.restore({key: value for key, value in totals.items() if key != "health"})
         self.log = MetricsLog(place.run_folder, place.first_step + first_step, world, place.name)
-        self.accounts = Accounts(setup, first_step)
+        self.accounts = Bookkeeping(setup, first_step)
         self.left_out: frozenset[int] = frozenset()
         self.lengths = digest_of(setup.data)
-        self.steering, self.watch, self.later = progress.steering, progress.watch, Later(world.device)
+        self.steering, self.watch, self.later = progress.steering, progress.watch, DeferredRead(world.device)
         self.health = Health(setup, totals["health"] if totals and "health" in totals else None)
         if world.is_main:
             forget_after(place.run_folder, place.first_step + first_step)
@@ -69,7 +69,7 @@ class Loop:
             # A checkpoint that is nearly there is worth a wait; if a rank has died it will never be complete.
             self.checkpointer.settle(PEERS if code_of(error) == INTERNAL else self.setup.config.faults.grace_seconds)
             self.accounts.leave()
-            if told := unwritable(error, self.place.run_folder, self.checkpointer.room):
+            if told := as_save_error(error, self.place.run_folder, self.checkpointer.room):
                 raise told from error
             raise
         self.accounts.close()

@@ -16,7 +16,7 @@ from trainer.config import RunConfig
 from trainer.distributed.rank_consistency import agree
 from trainer.distributed.world import World, die_with_parent, start_world, stop_world
 from trainer.faults import exit_report, signals
-from trainer.faults.watchdog import Guard
+from trainer.faults.watchdog import Watchdog
 from trainer.machine.folder_lock import FolderLock, hold
 from trainer.machine.open_files import raise_limit
 from trainer.machine.run_folder import check_names
@@ -28,7 +28,7 @@ from trainer.setup import resolved
 
 def run(config: RunConfig, world: World | None = None) -> int:
     """Train as `config` says; returns the exit code. Errors are reported in one line, and in exit.json."""
-    rank, folder, progress = int(os.environ.get("RANK", "0")), Path(config.output_dir), exit_report.Progress()
+    rank, folder, progress = int(os.environ.get("RANK", "0")), Path(config.output_dir), exit_report.RunStatus()
     lock: FolderLock | None = None
     raise_limit()
     if world is None:
@@ -49,12 +49,12 @@ def run(config: RunConfig, world: World | None = None) -> int:
             lock.release()
 
 
-def attended(config: RunConfig, world: World | None, progress: exit_report.Progress, lock: FolderLock | None) -> int:
+def attended(config: RunConfig, world: World | None, progress: exit_report.RunStatus, lock: FolderLock | None) -> int:
     """The run once the ranks have met: they look after each other until the last message is said. Returns the exit code."""
     own, folder = world is None, Path(config.output_dir)
     world = world or start_world()
     progress.has_met = True
-    guard = Guard(progress.watch, world, folder, config.faults.stall_seconds, lock).start()
+    guard = Watchdog(progress.watch, world, folder, config.faults.stall_seconds, lock).start()
     code = errors.DONE
     try:
         config = resolved(config, world)
@@ -71,7 +71,7 @@ def attended(config: RunConfig, world: World | None, progress: exit_report.Progr
     return code
 
 
-def ended(error: BaseException, folder: Path, progress: exit_report.Progress, rank: int, guard: Guard) -> int:
+def ended(error: BaseException, folder: Path, progress: exit_report.RunStatus, rank: int, guard: Watchdog) -> int:
     """The exit code of a run that failed, once people are told."""
     # Torch interrupts the main thread, wherever it is, to say that a data worker died: not while people are told.
     is_main_thread = threading.current_thread() is threading.main_thread()

@@ -12,10 +12,10 @@ from model.trainable import part_table
 from trainer.config import ParallelConfig
 from trainer.optim import learning_rates
 from trainer.schedule import warmup_steps
-from trainer.setup import Setup
+from trainer.setup import PreparedRun
 
 
-def plan(setup: Setup, certificates: list[str], resume: Path | None, damaged: list[str]) -> str:
+def plan(setup: PreparedRun, certificates: list[str], resume: Path | None, damaged: list[str]) -> str:
     """Parts, batch arithmetic, sharding, data and the resume point, for people."""
     place, origin = setup.place, setup.config.model.init_from or "the bases"
     lines = ["", f"{place}, from {origin}"] if place.name else []
@@ -26,7 +26,7 @@ def plan(setup: Setup, certificates: list[str], resume: Path | None, damaged: li
     return "\n".join(lines)
 
 
-def _parts(setup: Setup) -> list[str]:
+def _parts(setup: PreparedRun) -> list[str]:
     config = setup.config
     rates = learning_rates(config.model, config.optim)
     head = f"{'part':<18}{'parameters':>15}{'trainable':>15}  {'tune':<10}{'lr':>10}{'weight decay':>14}"
@@ -37,7 +37,7 @@ def _parts(setup: Setup) -> list[str]:
     return [*rows, *_experts(setup)]
 
 
-def _experts(setup: Setup) -> list[str]:
+def _experts(setup: PreparedRun) -> list[str]:
     """What adapters do not reach, said where a person looks for what learns."""
     experts = fused_parameters(setup.model.llm)
     if not experts or setup.config.model.llm.tune != "lora":
@@ -45,7 +45,7 @@ def _experts(setup: Setup) -> list[str]:
     return [f"experts   stay as they are: LoRA reaches linear layers, not the {len(experts)} fused parameters as llm.{experts[0]}"]
 
 
-def _batches(setup: Setup) -> list[str]:
+def _batches(setup: PreparedRun) -> list[str]:
     config, world, sampler = setup.config, setup.world, setup.data.sampler
     per_rank = -(-config.batch.global_batch_size // world.size)
     strategy = sharing(config.parallel, world.size)
@@ -82,7 +82,7 @@ def sharing(config: ParallelConfig, num_ranks: int) -> str:
     return config.strategy
 
 
-def _quantised(setup: Setup) -> list[str]:
+def _quantised(setup: PreparedRun) -> list[str]:
     """What the matrices of the language model take, and would take in the type that is computed in."""
     config, layers = setup.config.quantize, [layer for _, layer in quantised(setup.model)]
     if not layers:

@@ -28,12 +28,12 @@ from trainer.records.run_data import certify_all, open_data, with_bases
 from trainer.records.same_data import is_accepted, same_data
 from trainer.report import plan
 from trainer.runfile.schema import to_tables
-from trainer.runfile.stages import Place, check_stages, outline, places_of
+from trainer.runfile.stages import Stage, check_stages, outline, places_of
 from trainer.runfile.toml_files import to_toml
-from trainer.setup import Setup, build, make_deterministic, resolved
+from trainer.setup import PreparedRun, build, make_deterministic, resolved
 
 
-def train(root: RunConfig, world: World, progress: exit_report.Progress) -> None:
+def train(root: RunConfig, world: World, progress: exit_report.RunStatus) -> None:
     """Every stage that is left of a run, one after the other; most runs are one stage."""
     check_limit(root.data)  # before a file that cannot be opened is taken for one that is not there
     make_deterministic(root)
@@ -50,7 +50,7 @@ def train(root: RunConfig, world: World, progress: exit_report.Progress) -> None
         say(world, line)
     first_step = places[0].first_step
     for place in places:
-        start = Start(checkpoint, state, damaged)
+        start = ResumePoint(checkpoint, state, damaged)
         first_step = train_stage(replace(place, first_step=first_step), start, world, progress)
         progress.steering.heeded = False
         if not place.is_last and progress.steering.take_between(STOP, world):
@@ -59,7 +59,7 @@ def train(root: RunConfig, world: World, progress: exit_report.Progress) -> None
 
 
 @dataclass(frozen=True)
-class Start:
+class ResumePoint:
     """What a stage begins with."""
 
     checkpoint: Path | None
@@ -67,7 +67,7 @@ class Start:
     damaged: list[str]  # what to tell about checkpoints that were moved aside
 
 
-def train_stage(place: Place, start: Start, world: World, progress: exit_report.Progress) -> int:
+def train_stage(place: Stage, start: ResumePoint, world: World, progress: exit_report.RunStatus) -> int:
     """Data, model, resume, plan, loop, final: in this order, each proven before the next. Returns the run's completed steps."""
     config, checkpoint, state = place.config, start.checkpoint if start.state else None, start.state
     if world.is_main:
@@ -112,7 +112,7 @@ def train_stage(place: Place, start: Start, world: World, progress: exit_report.
     return finish(setup, first_step, world)
 
 
-def finish(setup: Setup, first_step: int, world: World) -> int:
+def finish(setup: PreparedRun, first_step: int, world: World) -> int:
     """Write final/, unless an earlier start of this run has and nothing was trained since. Returns the run's completed steps."""
     place = setup.place
     step = place.first_step + max(first_step, setup.total_steps)

@@ -23,11 +23,11 @@ from trainer.distributed.world import World
 from trainer.isolation import prove_isolation
 from trainer.optim import Trained, build_optimizer
 from trainer.records.run_data import RunData
-from trainer.runfile.stages import Place
+from trainer.runfile.stages import Stage
 
 
 @dataclass(frozen=True)
-class Setup:
+class PreparedRun:
     """A run that is ready to step."""
 
     config: RunConfig
@@ -37,7 +37,7 @@ class Setup:
     wrapped: nn.Module  # what is called: the model, its FSDP2 form, or DDP around it
     trained: Trained | None  # None when nothing learns
     total_steps: int
-    place: Place
+    place: Stage
 
     @property
     def batch_plan(self) -> BatchPlan:
@@ -66,7 +66,7 @@ def num_steps(config: RunConfig, data: RunData) -> int:
     return math.ceil((config.train.epochs or 0) * steps)
 
 
-def build(place: Place, data: RunData, world: World, alive: Callable[[str], object] = lambda at: None) -> Setup:
+def build(place: Stage, data: RunData, world: World, alive: Callable[[str], object] = lambda at: None) -> PreparedRun:
     """Every rank builds the structure on meta, shards it, and then reads its own rows of the weights; `alive` is told which."""
     config = place.config
     model = assemble(data.card, DTYPES[config.model.dtype])
@@ -80,14 +80,14 @@ def build(place: Place, data: RunData, world: World, alive: Callable[[str], obje
     learns = {name: p for name, p in model.named_parameters() if p.requires_grad}
     total = num_steps(config, data)
     if not learns or total == 0:
-        return Setup(config, world, data, model, model, None, total, place)
+        return PreparedRun(config, world, data, model, model, None, total, place)
     wrapped = model if sharded else replicate(model, world)
     model.train()
     prove_gradients(wrapped, model, data.pad_id, world)
     if config.data.packing:
         prove_isolation(model, data.pad_id, world)
     optimizer = build_optimizer(model, config.model, config.optim)
-    return Setup(config, world, data, model, wrapped, Trained(dict(learns), optimizer), total, place)
+    return PreparedRun(config, world, data, model, wrapped, Trained(dict(learns), optimizer), total, place)
 
 
 def prove_gradients(wrapped: nn.Module, model: MultimodalLM, pad_id: int, world: World) -> None:

@@ -9,19 +9,19 @@ import torch
 from data.loader import validation_batches
 from data.workers import Reading, named
 from trainer.distributed.parallelize import reshard
-from trainer.faults.phase_tracker import Watch
+from trainer.faults.phase_tracker import PhaseTracker
 from trainer.metrics import Ratios, SourceSums, mean_losses, means
 from trainer.records.quarantine import VALIDATION, Quarantine
-from trainer.setup import Setup
+from trainer.setup import PreparedRun
 from trainer.step import ratios_of
 
 
-def validate(setup: Setup, quarantine: Quarantine, step: int, watch: Watch | None = None) -> dict[str, float]:
+def validate(setup: PreparedRun, quarantine: Quarantine, step: int, watch: PhaseTracker | None = None) -> dict[str, float]:
     """val/loss, val/<source>/loss and val/<term>_loss over the same records at every call. Collective.
 
     Bad records go to the quarantine. Every micro-batch is marked in `watch`.
     """
-    dataset, world, config, watch = setup.data.validation, setup.world, setup.config, watch or Watch()
+    dataset, world, config, watch = setup.data.validation, setup.world, setup.config, watch or PhaseTracker()
     if dataset is None:
         return {}
     trained, reading = watch.reading, watch.read(Reading(config.data.workers), partial(named, dataset), VALIDATION)

@@ -18,7 +18,7 @@ class RowError(Exception):
     """A record cannot be had. The message is the reason alone; the index adds where it stands."""
 
 
-class Rows(Protocol):
+class RecordReader(Protocol):
     """Records of a source, all of whose files are of one kind. Forked and pickled copies may be used side by side."""
 
     def raw(self, i: int) -> Any:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from data.config import DataConfig, SourceConfig
 from data.index.json_scan import Advance, scan
 from data.index.parquet import ParquetRows, scan_parquet
-from data.index.reader import JsonRows, RowError, Rows
+from data.index.reader import JsonRows, RecordReader, RowError
 from data.index.sidecar import safe_name
 from data.index.source_files import Shards
 from data.index.table import KINDS, Table, joined, map_table, read_header, stamps, write_table
@@ -32,19 +32,19 @@ _DEFAULTS = DataConfig()
 
 
 @dataclass(frozen=True)
-class Format:
+class SourceFormat:
     """How one kind of file is indexed and read."""
 
     scan: Callable[[Path, Advance], Table]
-    rows: Callable[[Shards, Table], Rows]
+    rows: Callable[[Shards, Table], RecordReader]
     holds_media: bool = False  # beside the records, in the same file
 
 
 FORMATS = {
-    ".json": Format(scan, JsonRows),
-    ".jsonl": Format(scan, JsonRows),
-    ".parquet": Format(scan_parquet, ParquetRows, holds_media=True),
-    ".tar": Format(scan_tar, TarRows, holds_media=True),
+    ".json": SourceFormat(scan, JsonRows),
+    ".jsonl": SourceFormat(scan, JsonRows),
+    ".parquet": SourceFormat(scan_parquet, ParquetRows, holds_media=True),
+    ".tar": SourceFormat(scan_tar, TarRows, holds_media=True),
 }
 """By suffix, in whatever case. A kind of file is an entry here, not a branch."""
 
@@ -141,7 +141,7 @@ def _both(advance: Advance, alive: Callable[[str], object], name: str) -> Advanc
     return told
 
 
-def _scanned(kind: Format, path: Path, advance: Advance) -> Table:
+def _scanned(kind: SourceFormat, path: Path, advance: Advance) -> Table:
     try:
         return kind.scan(path, advance)
     except OSError as error:  # by itself it would be told as something that cannot be written

@@ -19,7 +19,7 @@ from model.media_spec import MediaMeta, MediaSpec
 
 
 @dataclass(frozen=True)
-class Reader:
+class MediaReader:
     """How one kind of medium is measured, decoded and checked. All raise `MediaError`."""
 
     measure: Callable[[Blob, MediaRef, Any, DataConfig, int], MediaMeta]
@@ -31,9 +31,9 @@ class Reader:
 
 
 READERS = {
-    "image": Reader(image.measure, image.load, image.check_file),
-    "video": Reader(video.measure, video.load, video.check),
-    "audio": Reader(audio.measure, audio.load, audio.check),
+    "image": MediaReader(image.measure, image.load, image.check_file),
+    "video": MediaReader(video.measure, video.load, video.check),
+    "audio": MediaReader(audio.measure, audio.load, audio.check),
 }
 """By kind of medium. A kind is an entry here and in `model.batch`, not a branch."""
 

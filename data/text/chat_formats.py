@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Format:
+class ChatFormat:
     source: str  # Jinja; it may ask `media_kinds`, the kinds of media that a record holds
     end: str  # ends an assistant's turn
     needs: tuple[str, ...]  # must be single tokens
@@ -142,18 +142,18 @@ def _vita(source: str) -> str:
 
 _IM = ("<|im_start|>", "<|im_end|>")
 FORMATS = {
-    "chatml": Format(_CHATML, "<|im_end|>", _IM),
-    "gemma": Format(_GEMMA, "<end_of_turn>", ("<start_of_turn>", "<end_of_turn>")),
-    "internlm2": Format(_CHATML, "<|im_end|>", _IM),  # ChatML after a BOS, which its tokenizer puts there
-    "llama2": Format(_with(_INST, SYSTEM=_LLAMA2_SYSTEM, SEP="<s>"), "</s>", ("<s>", "</s>")),  # LLaVA conv_llava_llama_2
-    "llama3": Format(_LLAMA3, "<|eot_id|>", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
-    "mistral": Format(_with(_INST, SYSTEM="", SEP=""), "</s>", ("</s>",)),  # LLaVA mistral_instruct
-    "mpt": Format(_with(_MPT, SYSTEM=_MPT_SYSTEM), "<|im_end|>", _IM),  # LLaVA conv_mpt
-    "phi3": Format(_PHI3, "<|end|>", ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")),
-    "plain": Format(_PLAIN, "\n", (), placeholders_only=True),  # LLaVA conv_llava_plain
-    "vicuna_v1": Format(_with(_VICUNA, SYSTEM=_VICUNA_SYSTEM), "</s>", ("</s>",)),  # LLaVA conv_vicuna_v1
-    "vita_mixtral": Format(_vita(_VITA_MIXTRAL), "</s>", ("</s>",)),  # VITA mixtral_two
-    "vita_qwen": Format(_vita(_VITA_QWEN), "<|im_end|>", _IM),  # VITA 1.5 qwen2p5_instruct
+    "chatml": ChatFormat(_CHATML, "<|im_end|>", _IM),
+    "gemma": ChatFormat(_GEMMA, "<end_of_turn>", ("<start_of_turn>", "<end_of_turn>")),
+    "internlm2": ChatFormat(_CHATML, "<|im_end|>", _IM),  # ChatML after a BOS, which its tokenizer puts there
+    "llama2": ChatFormat(_with(_INST, SYSTEM=_LLAMA2_SYSTEM, SEP="<s>"), "</s>", ("<s>", "</s>")),  # LLaVA conv_llava_llama_2
+    "llama3": ChatFormat(_LLAMA3, "<|eot_id|>", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    "mistral": ChatFormat(_with(_INST, SYSTEM="", SEP=""), "</s>", ("</s>",)),  # LLaVA mistral_instruct
+    "mpt": ChatFormat(_with(_MPT, SYSTEM=_MPT_SYSTEM), "<|im_end|>", _IM),  # LLaVA conv_mpt
+    "phi3": ChatFormat(_PHI3, "<|end|>", ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")),
+    "plain": ChatFormat(_PLAIN, "\n", (), placeholders_only=True),  # LLaVA conv_llava_plain
+    "vicuna_v1": ChatFormat(_with(_VICUNA, SYSTEM=_VICUNA_SYSTEM), "</s>", ("</s>",)),  # LLaVA conv_vicuna_v1
+    "vita_mixtral": ChatFormat(_vita(_VITA_MIXTRAL), "</s>", ("</s>",)),  # VITA mixtral_two
+    "vita_qwen": ChatFormat(_vita(_VITA_QWEN), "<|im_end|>", _IM),  # VITA 1.5 qwen2p5_instruct
 }
 
 # 26 July 2024 by strftime's directives; longer ones first, since they are replaced one after the other.

@@ -26,7 +26,7 @@ def tags_of(source: str, control: re.Pattern[str]) -> re.Pattern[str]:
 
 
 @dataclass(frozen=True)
-class Piece:
+class MarkedPiece:
     """Words between two marks, the k-th pair of a conversation."""
 
     turn: int  # -1 for the tools
@@ -54,7 +54,7 @@ class Marker:
 
     written: re.Pattern[str]  # control tokens that a person may not write, or, as group "ours", wrapped placeholders
     tags: re.Pattern[str]
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[MarkedPiece] = field(default_factory=list)
 
     def message(self, turn: int, message: Mapping[str, Any]) -> dict[str, Any]:
         """The message with marks in its content, its reasoning and its calls."""
@@ -89,17 +89,17 @@ class Marker:
                 parts += [value[at:low], self._between(turn, kind, value, low, high)]
                 at = high
         if not parts and anchor:
-            return value + self._pair(Piece(turn, kind, "", 0, 0), "")
+            return value + self._pair(MarkedPiece(turn, kind, "", 0, 0), "")
         return "".join([*parts, value[at:]])
 
     def _between(self, turn: int, kind: str, value: str, low: int, high: int) -> str:
         """value[low:high], marked within its white space."""
         start = high - len(value[low:high].lstrip())
         stop = max(start, low + len(value[low:high].rstrip()))
-        piece = Piece(turn, kind, value, start, stop)
+        piece = MarkedPiece(turn, kind, value, start, stop)
         return value[low:start] + self._pair(piece, self._guard(piece.text)) + value[stop:high]
 
-    def _pair(self, piece: Piece, text: str) -> str:
+    def _pair(self, piece: MarkedPiece, text: str) -> str:
         k = len(self.pieces)
         self.pieces.append(piece)
         return f"{OPEN}{2 * k}{CLOSE}{text}{OPEN}{2 * k + 1}{CLOSE}"

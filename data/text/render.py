@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from data.text.abilities import Abilities, Message, calling
-from data.text.marks import CALL, CLOSE, CONTENT, OPEN, REASONING, TOOLS, Marker, Piece, Read, read_marks
+from data.text.marks import CALL, CLOSE, CONTENT, OPEN, REASONING, TOOLS, MarkedPiece, Marker, Read, read_marks
 
 # What templates call the choice between an answer with and without a thought, where they leave it to whoever asks.
 _SWITCHES = ("enable_thinking", "thinking")
@@ -136,7 +136,7 @@ class Renderer:
         raise RenderError("no token ends the assistant's turn")
 
     def _prompt(
-        self, text: str, before: Message, asked: list[tuple[int, Piece]], found: list[tuple[int, Piece]], start: int
+        self, text: str, before: Message, asked: list[tuple[int, MarkedPiece]], found: list[tuple[int, MarkedPiece]], start: int
     ) -> int | None:
         """Where the generation prompt ends that stands between the turn `before` and an answer, if one does."""
         place, piece = asked[-1]
@@ -177,9 +177,11 @@ def openings(tokenizer: PreTrainedTokenizerFast, source: str, role: str, tail: s
     return tuple(sorted(found.items(), key=lambda pair: len(pair[0]), reverse=True))
 
 
-def _places(messages: Sequence[Message], pieces: Sequence[Piece], read: Read) -> tuple[list[list[tuple[int, Piece]]], int]:
+def _places(
+    messages: Sequence[Message], pieces: Sequence[MarkedPiece], read: Read
+) -> tuple[list[list[tuple[int, MarkedPiece]]], int]:
     """By turn, the pieces of its words that the template wrote, in order; and how many answers it shortened."""
-    found: list[list[tuple[int, Piece]]] = [[] for _ in messages]
+    found: list[list[tuple[int, MarkedPiece]]] = [[] for _ in messages]
     removed: set[int] = set()
     last = {piece.turn: k for k, piece in enumerate(pieces) if piece.kind == CONTENT}
     for k, piece in enumerate(pieces):
@@ -203,13 +205,13 @@ def _places(messages: Sequence[Message], pieces: Sequence[Piece], read: Read) ->
     return found, len(removed)
 
 
-def _same(written: str, piece: Piece, messages: Sequence[Message]) -> bool:
+def _same(written: str, piece: MarkedPiece, messages: Sequence[Message]) -> bool:
     """Whether the words are as they were; of a tool, JSON may be made of them (gpt-oss)."""
     is_tool = messages[piece.turn]["role"] == "tool"
     return written == piece.text or (is_tool and written == json.dumps(piece.text, ensure_ascii=False)[1:-1])
 
 
-def _missing(messages: Sequence[Message], piece: Piece, is_answer: bool) -> None:
+def _missing(messages: Sequence[Message], piece: MarkedPiece, is_answer: bool) -> None:
     """Raises `RenderError` unless a template may leave the piece out: reasoning, and what stands before an answer's last tag."""
     if piece.kind in (TOOLS, CALL):
         raise RenderError("the chat template does not render them; remove them or take another template", piece.kind)
@@ -219,7 +221,7 @@ def _missing(messages: Sequence[Message], piece: Piece, is_answer: bool) -> None
         raise RenderError("the template drops, repeats or reorders messages")
 
 
-def _span(role: str, found: list[tuple[int, Piece]], text: str, learn: bool) -> Span:
+def _span(role: str, found: list[tuple[int, MarkedPiece]], text: str, learn: bool) -> Span:
     """The turn from its first to its last word, with the white space and the tags around them as far as they are there."""
     (start, first), (stop, last) = found[0], found[-1]
     if first.kind != CALL:
@@ -229,7 +231,7 @@ def _span(role: str, found: list[tuple[int, Piece]], text: str, learn: bool) -> 
     return Span(role, start, start, stop, stop, learn and role == "assistant")
 
 
-def _apart(messages: Sequence[Message], pieces: Sequence[Piece], read: Read, spans: Sequence[Span]) -> bool:
+def _apart(messages: Sequence[Message], pieces: Sequence[MarkedPiece], read: Read, spans: Sequence[Span]) -> bool:
     """Whether tools and the system's words stand before the first answer: else a round cannot be dropped without them."""
     first = next((span.stop for span in spans if span.role == "assistant"), len(read.text))
     early = [k for k, piece in enumerate(pieces) if piece.turn < 0 or messages[piece.turn]["role"] == "system"]

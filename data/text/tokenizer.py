@@ -33,13 +33,13 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class LoadedTokenizer:
     tokenizer: PreTrainedTokenizerFast
     num_known: int  # tokens before any was added
     new_ids: tuple[int, ...]  # of the tokens it did not have
 
 
-def load_tokenizer(path: str, added: Sequence[str], cache_dir: str = "") -> Vocabulary:
+def load_tokenizer(path: str, added: Sequence[str], cache_dir: str = "") -> LoadedTokenizer:
     """The tokenizer of a folder or hub id, which reads every string of `added` as one special token.
 
     A token that it already has keeps its id. Raises `ConfigError` if there is no tokenizer that knows where in the text
@@ -61,7 +61,7 @@ def load_tokenizer(path: str, added: Sequence[str], cache_dir: str = "") -> Voca
     wanted = list(dict.fromkeys(added))
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in wanted], special_tokens=True)
     new_ids = tuple(tokenizer.convert_tokens_to_ids(t) for t in wanted if t not in known)
-    return Vocabulary(tokenizer, num_known, new_ids)
+    return LoadedTokenizer(tokenizer, num_known, new_ids)
 
 
 def _check_files(path: str) -> None:

@@ -37,14 +37,14 @@ STRUCTURE = (
 
 
 @dataclass(frozen=True)
-class Kind:
+class EncoderFamily:
     """How encoders of one model_type differ from Whisper's."""
 
     pooled: bool = False  # the mean of every two rows is taken before the last norm
     masked: bool = False  # even in the full window no row attends to one beyond its clip
 
 
-KINDS = {"whisper": Kind(), "qwen2_audio_encoder": Kind(pooled=True, masked=True)}
+KINDS = {"whisper": EncoderFamily(), "qwen2_audio_encoder": EncoderFamily(pooled=True, masked=True)}
 """By model_type of config.json."""
 
 
@@ -110,7 +110,7 @@ def encoder_strides(value: dict[str, Any]) -> tuple[int, ...]:
 class Tower(WhisperEncoder):
     """Whisper's layers, run by ourselves: transformers' own forward takes whole windows only and ignores its mask."""
 
-    kind = Kind()
+    kind = EncoderFamily()
 
     def forward(self, values: Tensor, lengths: Tensor | None, full_window: bool) -> Tensor:  # type: ignore[override]
         """Log-mel (N, M, F) with (N,) valid frames -> (N, L, C). Rows that come from valid frames depend on no other ones, but

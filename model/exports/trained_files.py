@@ -10,7 +10,7 @@ from model.build import assemble
 from model.card import ModelCard
 from model.errors import ConfigError
 from model.files.manifest import check_sizes
-from model.files.tensor_files import Entry, Rows, Tensors, read_safetensors, tensor_digests, write_safetensors
+from model.files.tensor_files import Entry, LazyTensor, Tensors, read_safetensors, tensor_digests, write_safetensors
 from model.llm.new_tokens import FILE as NEW_ROWS
 from model.llm.new_tokens import is_new_rows
 from model.load import for_use
@@ -91,5 +91,5 @@ def write_file(path: Path, tensors: Tensors) -> None:
         raise OSError(f"{path}: what was read back is not what was written")
 
 
-def _dtype(rows: Rows) -> torch.dtype:
+def _dtype(rows: LazyTensor) -> torch.dtype:
     return rows.read(0, 1).dtype  # one row tells: files store no tensor without

@@ -19,7 +19,7 @@ from torch import Tensor
 from model.errors import ConfigError
 from model.files.manifest import UnsoundCheckpoint
 from model.files.sharding import local_range
-from model.files.tensor_files import Entry, Rows, Tensors, as_bytes, dump_json, file_order, header, read_safetensors
+from model.files.tensor_files import Entry, LazyTensor, Tensors, as_bytes, dump_json, file_order, header, read_safetensors
 from model.files.untrusted import load_json
 from model.files.verified_write import PIECE_BYTES, BadShard, compare, write
 
@@ -36,16 +36,16 @@ EXPONENTS: dict[torch.dtype, tuple[Any, int]] = {
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardPiece:
     """Rows [first, first + rows.shape[0]) of a tensor."""
 
     first: int
-    rows: Rows
+    rows: LazyTensor
     shape: tuple[int, ...]  # of the whole tensor
 
 
 @dataclass(frozen=True)
-class Place:
+class ByteRange:
     """Where a tensor's bytes stand among the data of a file: [begin, end)."""
 
     name: str
@@ -59,7 +59,7 @@ class ShardPlan:
     """A rank's file before anything is written: its header, its tensors in order, and what its JSON says of them."""
 
     header: bytes
-    places: list[Place]
+    places: list[ByteRange]
     layout: dict[str, dict[str, Any]]
 
     def name_at(self, position: int) -> str:
@@ -85,7 +85,7 @@ def plan_shard(tensors: dict[str, Tensor]) -> ShardPlan:
     places, end = [], 0
     for name in file_order(entries):
         begin, end = end, end + entries[name].num_bytes
-        places.append(Place(name, entries[name].dtype, begin, end))
+        places.append(ByteRange(name, entries[name].dtype, begin, end))
     return ShardPlan(header(entries, [place.name for place in places]), places, layout)
 
 
@@ -147,7 +147,7 @@ def checkpoint_tensors(folder: Path) -> Tensors:
     """Every tensor of a checkpoint by its name in the files, whole again; UnsoundCheckpoint when rows are missing, or when the
     files of a rank do not say the same.
     """
-    pieces: dict[str, list[Piece]] = {}
+    pieces: dict[str, list[ShardPiece]] = {}
     for path in sorted(folder.glob("rank-*.json")):
         try:
             file = read_safetensors(path.with_suffix(".safetensors"))
@@ -156,7 +156,7 @@ def checkpoint_tensors(folder: Path) -> Tensors:
         for name, (first, shape) in _read_layout(path).items():
             if name not in file or file[name].shape[1:] != shape[1:] or len(file[name].shape) != len(shape):
                 raise UnsoundCheckpoint(f"{path}: {name} is of shape {list(shape)}, and its rows are not in the file beside it")
-            pieces.setdefault(name, []).append(Piece(first, file[name], shape))
+            pieces.setdefault(name, []).append(ShardPiece(first, file[name], shape))
     return {name: _joined(folder, name, parts) for name, parts in pieces.items()}
 
 
@@ -176,7 +176,7 @@ def weight_tensors(folder: Path) -> Tensors:
     return {n.removeprefix(WEIGHTS): rows for n, rows in checkpoint_tensors(folder).items() if n.startswith(WEIGHTS)}
 
 
-def _joined(folder: Path, name: str, parts: list[Piece]) -> Rows:
+def _joined(folder: Path, name: str, parts: list[ShardPiece]) -> LazyTensor:
     parts = sorted(parts, key=lambda piece: piece.first)
     shape, end = parts[0].shape, 0
     for piece in parts:
@@ -196,4 +196,4 @@ def _joined(folder: Path, name: str, parts: list[Piece]) -> Rows:
         ]
         return torch.cat(found) if found else torch.empty(0, *shape[1:])
 
-    return Rows(shape, read)
+    return LazyTensor(shape, read)

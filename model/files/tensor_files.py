@@ -33,7 +33,7 @@ CODES = {dtype: code for code, dtype in STORED_TYPES.items()}
 
 
 @dataclass(frozen=True)
-class Rows:
+class LazyTensor:
     """A tensor that is read when it is needed, whole or by rows of dim 0. What `read` returns may be a view of a file."""
 
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class Rows:
         return self.read(0, self.shape[0] if self.shape else 1)
 
 
-Tensors = dict[str, Rows]
+Tensors = dict[str, LazyTensor]
 
 
 def read_weights(path: Path) -> Tensors:
@@ -70,9 +70,9 @@ def read_safetensors(path: Path) -> Tensors:
             f"{path} holds numbers of a type that is not read: {', '.join(unknown[:3])}; known: {', '.join(STORED_TYPES)}"
         )
 
-    def rows(name: str, part: Any) -> Rows:
+    def rows(name: str, part: Any) -> LazyTensor:
         shape = tuple(part.get_shape())
-        return Rows(shape, lambda a, b: part[a:b] if shape else file.get_tensor(name), STORED_TYPES[part.get_dtype()])
+        return LazyTensor(shape, lambda a, b: part[a:b] if shape else file.get_tensor(name), STORED_TYPES[part.get_dtype()])
 
     return {name: rows(name, part) for name, part in slices.items()}
 
@@ -114,8 +114,8 @@ def _is_plain(name: object, value: object) -> bool:
     return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
 
 
-def in_memory(tensor: Tensor) -> Rows:
-    return Rows(tuple(tensor.shape), lambda a, b: tensor[a:b] if tensor.dim() else tensor, tensor.dtype)
+def in_memory(tensor: Tensor) -> LazyTensor:
+    return LazyTensor(tuple(tensor.shape), lambda a, b: tensor[a:b] if tensor.dim() else tensor, tensor.dtype)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ ROW_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class VocabularyLayout:
     """How the tokenizer's vocabulary relates to the base model's: what the embedding matrix must hold."""
 
     size: int = 0  # tokens after adding; 0 = the matrix stays as it is
@@ -69,7 +69,7 @@ def check_language_model(path: str, value: dict[str, Any]) -> None:
     )
 
 
-def build_llm(value: dict[str, Any], attention_name: str, vocabulary: Vocabulary) -> nn.Module:
+def build_llm(value: dict[str, Any], attention_name: str, vocabulary: VocabularyLayout) -> nn.Module:
     """The model of config.json `value`, with room for `vocabulary`; weights are whatever the caller's context makes them.
 
     Its `logit_change` is what it does with its head's products (model.logits).

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.errors import ConfigError
-from model.files.tensor_files import Rows, Tensors
+from model.files.tensor_files import LazyTensor, Tensors
 
 PIECE = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)\.weight")
 FUSED = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
@@ -24,7 +24,7 @@ def fused(tensors: Tensors) -> Tensors:
     Files that hold fused parameters, and those of other models, come out as they are. ConfigError when a piece is missing.
     """
     found: Tensors = {}
-    pieces: dict[str, dict[int, dict[str, Rows]]] = {}
+    pieces: dict[str, dict[int, dict[str, LazyTensor]]] = {}
     for name, rows in tensors.items():
         name = name.replace(*MOVED)
         if match := PIECE.fullmatch(name):
@@ -38,7 +38,7 @@ def fused(tensors: Tensors) -> Tensors:
     return found
 
 
-def _stacked(where: str, experts: dict[int, dict[str, Rows]], choices: tuple[tuple[str, ...], ...]) -> Rows:
+def _stacked(where: str, experts: dict[int, dict[str, LazyTensor]], choices: tuple[tuple[str, ...], ...]) -> LazyTensor:
     """Expert after expert, the pieces of each one below the other."""
     names = next((names for names in choices if names[0] in experts[min(experts)]), choices[0])
     known = {name for pieces in FUSED.values() for group in pieces if group[0] in experts[min(experts)] for name in group}
@@ -58,7 +58,7 @@ def _stacked(where: str, experts: dict[int, dict[str, Rows]], choices: tuple[tup
             return torch.empty(0, height, width)
         return torch.stack([torch.cat([piece.all() for piece in rows[e]]) for e in range(start, stop)])
 
-    return Rows((len(rows), height, width), read)
+    return LazyTensor((len(rows), height, width), read)
 
 
 def fused_parameters(module: nn.Module) -> list[str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model.config import QuantizeConfig
 from model.errors import ConfigError
-from model.files.tensor_files import Rows
+from model.files.tensor_files import LazyTensor
 
 BLOCK, NESTED = 64, 256
 """Weights that share a scale; scales that share one of their own where `double` is set."""
@@ -61,7 +61,7 @@ def layout(shape: tuple[int, int], config: QuantizeConfig) -> tuple[tuple[int, i
     return (blocks, BLOCK // 2), (blocks, 1 if config.double else 4), -(-blocks // NESTED) if config.double else 0
 
 
-def pack(rows: Rows, config: QuantizeConfig, first: int, last: int) -> Packed:
+def pack(rows: LazyTensor, config: QuantizeConfig, first: int, last: int) -> Packed:
     """Stored rows [first, last) of the matrix `rows`, on the CPU, where they are the same whatever device they are for.
 
     What is packed is what the files hold, whatever type is computed in. A few MiB of it are in memory at a time.
@@ -89,7 +89,7 @@ def dense(packed: Packed, shape: tuple[int, int], config: QuantizeConfig, dtype:
     return _dense_blocks(packed.codes, absmax, config.type, dtype)[: math.prod(shape)].view(shape)
 
 
-def dequantised(rows: Rows, config: QuantizeConfig) -> Rows:
+def dequantised(rows: LazyTensor, config: QuantizeConfig) -> LazyTensor:
     """The matrix `rows` as a model computes with it that stores it quantised: what was packed, read back in float32."""
 
     @cache
@@ -108,7 +108,7 @@ def dequantised(rows: Rows, config: QuantizeConfig) -> Rows:
         flat = _dense_blocks(codes, absmax, config.type, torch.float32)
         return flat[start * width - first * BLOCK : stop * width - first * BLOCK].view(stop - start, width)
 
-    return Rows(rows.shape, read)
+    return LazyTensor(rows.shape, read)
 
 
 def product(x: Tensor, bias: Tensor | None, packed: Packed, shape: tuple[int, int], config: QuantizeConfig) -> Tensor:
@@ -131,7 +131,7 @@ class _Product(torch.autograd.Function):
         return grad_x, grad.flatten(0, -2).sum(0) if of_bias else None, *(None,) * 6
 
 
-def _packed_rows(rows: Rows, first: int, last: int) -> tuple[Tensor, Tensor]:
+def _packed_rows(rows: LazyTensor, first: int, last: int) -> tuple[Tensor, Tensor]:
     """8 bits: codes (n, in) and the largest magnitude of each row (n,) float32."""
     codes = torch.empty(last - first, rows.shape[1], dtype=torch.uint8)
     absmax = torch.empty(last - first)
@@ -147,7 +147,7 @@ def _dense_rows(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.view(torch.int8).to(dtype).mul_(absmax.unsqueeze(1).mul(1.0 / 127.0))
 
 
-def _packed_blocks(rows: Rows, config: QuantizeConfig, first: int, last: int) -> tuple[Tensor, Tensor]:
+def _packed_blocks(rows: LazyTensor, config: QuantizeConfig, first: int, last: int) -> tuple[Tensor, Tensor]:
     """4 bits: codes (n, 32) of blocks [first, last) and the largest magnitude of each (n,) float32."""
     codes = torch.zeros(last - first, BLOCK // 2, dtype=torch.uint8)
     absmax = torch.empty(last - first)
@@ -170,7 +170,7 @@ def _dense_blocks(codes: Tensor, absmax: Tensor, kind: str, dtype: torch.dtype) 
     return found.view(-1)
 
 
-def _largest(rows: Rows) -> Tensor:
+def _largest(rows: LazyTensor) -> Tensor:
     """Of every block of the matrix, its largest magnitude (blocks,) float32."""
     blocks = -(-math.prod(rows.shape) // BLOCK)
     found = torch.empty(blocks)
@@ -199,7 +199,7 @@ def _levels(device: torch.device) -> Tensor:
     return levels.to(device)
 
 
-def _values(rows: Rows, first: int, last: int) -> Tensor:
+def _values(rows: LazyTensor, first: int, last: int) -> Tensor:
     """Weights of blocks [first, last), flat, float32; the last block of a matrix may be short."""
     width = rows.shape[1]
     start, stop = first * BLOCK, min(last * BLOCK, math.prod(rows.shape))

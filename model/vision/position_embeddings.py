@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.files.tensor_files import Rows
-from model.vision.tower_kinds import TowerKind
+from model.files.tensor_files import LazyTensor
+from model.vision.tower_kinds import TowerFamily
 
 
-def resized(rows: Rows, shape: tuple[int, ...], kind: TowerKind) -> Rows:
+def resized(rows: LazyTensor, shape: tuple[int, ...], kind: TowerFamily) -> LazyTensor:
     """Position embeddings (P, C) or (1, P, C) of a square grid as `shape`; rows that are no patch's stay as they are.
 
     Bicubic in float32 without aligned corners, as transformers' `interpolate_pos_encoding` does in every forward. The whole
@@ -28,7 +28,7 @@ def resized(rows: Rows, shape: tuple[int, ...], kind: TowerKind) -> Rows:
         patches = on_grid(table[kind.num_prefix :], old, grid, kind.antialias)
         return torch.cat([table[: kind.num_prefix], patches]).reshape(shape)[start:stop]
 
-    return Rows(shape, read)
+    return LazyTensor(shape, read)
 
 
 def on_grid(table: Tensor, old: int, new: int, antialias: bool) -> Tensor:

@@ -10,14 +10,14 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from model.errors import ConfigError
-from model.files.tensor_files import Rows, Tensors
+from model.files.tensor_files import LazyTensor, Tensors
 
 PREFIXES = ("", "vision_model.", "vision_tower.vision_model.", "model.vision_tower.", "vision_tower.")
 """What stands before a tower's names in the files of others."""
 
 
 @dataclass(frozen=True)
-class TowerKind:
+class TowerFamily:
     """One family of towers."""
 
     positions: str  # its position embeddings, (P, C) or (1, P, C)
@@ -59,7 +59,7 @@ def side(value: int | list[int] | tuple[int, ...], setting: str, name: str) -> i
     return int(sides.pop())
 
 
-def own_names(setting: str, tensors: Tensors, wanted: list[str], kind: TowerKind) -> tuple[str, Tensors]:
+def own_names(setting: str, tensors: Tensors, wanted: list[str], kind: TowerFamily) -> tuple[str, Tensors]:
     """Of all tensors of a folder, those of its tower under the names of transformers' class, of which `wanted` are some, and the
     prefix that they have in the files. ConfigError when two prefixes have towers.
     """
@@ -159,9 +159,9 @@ def divided(tensors: Tensors, fused: str, parts: tuple[str, ...]) -> Tensors:
     return found
 
 
-def _share(rows: Rows, i: int, num: int) -> Rows:
+def _share(rows: LazyTensor, i: int, num: int) -> LazyTensor:
     size = rows.shape[0] // num
-    return Rows((size, *rows.shape[1:]), lambda a, b: rows.read(i * size + a, i * size + b))
+    return LazyTensor((size, *rows.shape[1:]), lambda a, b: rows.read(i * size + a, i * size + b))
 
 
 def _nothing() -> None:
@@ -172,11 +172,13 @@ ORIGINAL_INTERN_VIT = "intern_vit_6b"
 """model_type of every InternViT as it was published, whatever its size."""
 _DINO: dict[str, Callable[[], nn.Module | None]] = {"layernorm": nn.Identity, "embeddings.mask_token": _nothing}
 TOWERS = {
-    "clip_vision_model": TowerKind("embeddings.position_embedding.weight", 1, {"post_layernorm": nn.Identity}),
-    "siglip_vision_model": TowerKind("embeddings.position_embedding.weight", 0, {"post_layernorm": nn.Identity, "head": _nothing}),
-    "dinov2": TowerKind("embeddings.position_embeddings", 1, _DINO, renamed=dino),
-    "dinov2_with_registers": TowerKind("embeddings.position_embeddings", 1, _DINO, antialias=True, renamed=dino),
-    "internvl_vision": TowerKind("embeddings.position_embeddings", 1, _DINO, renamed=intern_vit),
+    "clip_vision_model": TowerFamily("embeddings.position_embedding.weight", 1, {"post_layernorm": nn.Identity}),
+    "siglip_vision_model": TowerFamily(
+        "embeddings.position_embedding.weight", 0, {"post_layernorm": nn.Identity, "head": _nothing}
+    ),
+    "dinov2": TowerFamily("embeddings.position_embeddings", 1, _DINO, renamed=dino),
+    "dinov2_with_registers": TowerFamily("embeddings.position_embeddings", 1, _DINO, antialias=True, renamed=dino),
+    "internvl_vision": TowerFamily("embeddings.position_embeddings", 1, _DINO, renamed=intern_vit),
 }
 """By model_type."""
 REFUSED = {

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from model.errors import ConfigError
-from model.files.tensor_files import Rows, Tensors
+from model.files.tensor_files import LazyTensor, Tensors
 
 MADE_ANEW = (
     re.compile(r"(^|\.)rotary\w*\.(\w*inv_freq|cos_cached|sin_cached)$"),  # angles of positions
@@ -29,7 +29,7 @@ SHOWN = 5
 PIECE_ROWS = 8192
 
 
-def carries_nothing(name: str, rows: Rows) -> bool:
+def carries_nothing(name: str, rows: LazyTensor) -> bool:
     """Whether a tensor is a buffer that every model makes anew."""
     return any(pattern.search(name) for pattern in MADE_ANEW) or bool(MASK.search(name) and len(rows.shape) in (0, 4))
 
@@ -106,7 +106,7 @@ def check_ties(setting: str, path: str, tensors: Tensors, own: dict[str, int]) -
             )
 
 
-def equal(one: Rows, other: Rows) -> bool:
+def equal(one: LazyTensor, other: LazyTensor) -> bool:
     """Whether two tensors hold the same numbers, in whatever types."""
     if one.shape != other.shape:
         return False

@@ -21,7 +21,7 @@ from model.vision.position_embeddings import resized
 from model.vision.tower import VisionTower
 from model.vision.tower_kinds import own_names
 from model.weights.accounting import check_encoder, check_llm, prefixed
-from model.weights.initial_values import grown
+from model.weights.initial_values import grow_embedding
 from model.weights.materialise import Layer, kept_buffers, owners
 from model.weights.quantised_base import check_dequantizable, check_plain, dequantised_fp8, quantisation
 
@@ -70,7 +70,7 @@ def llm_tensors(card: ModelCard, model: MultimodalLM) -> Tensors:
     check_llm(LLM, config.llm.path, found, model.llm, own)
     found = {f"llm.{name}": rows for name, rows in found.items()}
     check_vocabulary(card, found, model)
-    return fitted(found, card, None, model)
+    return resize_vocabulary(found, card, None, model)
 
 
 def file_names(module: nn.Module) -> dict[str, int]:
@@ -95,13 +95,13 @@ def check_vocabulary(card: ModelCard, tensors: Tensors, model: MultimodalLM) -> 
             )
 
 
-def fitted(tensors: Tensors, card: ModelCard, saved: ModelCard | None, model: MultimodalLM) -> Tensors:
-    """The same tensors with vocabulary matrices grown to the model's; rows of tokens their origin knows stay."""
+def resize_vocabulary(tensors: Tensors, card: ModelCard, saved: ModelCard | None, model: MultimodalLM) -> Tensors:
+    """Return the tensors with vocabulary matrices grown to the model's; rows of tokens their origin knows stay."""
     known = set(saved.vocabulary.new_ids) if saved else set()
     new_ids = tuple(token for token in card.vocabulary.new_ids if token not in known)
     for name, num_rows in vocabulary_matrices(model).items():
         if name in tensors and (new_ids or tensors[name].shape[0] != num_rows):
-            tensors = {**tensors, name: grown(tensors[name], num_rows, card.vocabulary, new_ids)}
+            tensors = {**tensors, name: grow_embedding(tensors[name], num_rows, card.vocabulary, new_ids)}
     return tensors
 
 

@@ -67,7 +67,7 @@ def _same_layer(one: ModelCard, other: ModelCard) -> bool:
 LORA_SHAPE = ("rank", "alpha", "rslora", "targets")
 
 
-def going_on(saved: ModelCard, card: ModelCard, folder: Path) -> frozenset[str]:
+def continued_parts(saved: ModelCard, card: ModelCard, folder: Path) -> frozenset[str]:
     """Parts whose adapters go on as they were, on the matrices they were trained on. All others are merged: into parts that carry
     none now, and below adapters of another shape, which start anew.
     """

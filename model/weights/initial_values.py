@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from model.files.tensor_files import Rows, Tensors
-from model.llm.causal_lm import Vocabulary
+from model.files.tensor_files import LazyTensor, Tensors
+from model.llm.causal_lm import VocabularyLayout
 
 
 def seed_of(*words: object) -> int:
@@ -31,7 +31,7 @@ def initial_tensors(part: str, module: nn.Module, seed: int) -> Tensors:
     return found
 
 
-def first_value(full: str, layer: nn.Module, kind: str, shape: tuple[int, ...], seed: int) -> Rows:
+def first_value(full: str, layer: nn.Module, kind: str, shape: tuple[int, ...], seed: int) -> LazyTensor:
     """Of the parameter `kind` of `layer`, whose full name is `full`. TypeError for one that nobody says how to draw."""
     spreads: dict[str, float] = getattr(layer, "spreads", {})  # type: ignore[assignment]
     if kind in spreads:  # first: a plain layer may hold one beside its own
@@ -53,28 +53,28 @@ def initial_adapter(path: str, lora_a: Tensor, lora_b: Tensor, seed: int) -> Ten
     }
 
 
-def constant(shape: tuple[int, ...], value: float) -> Rows:
-    return Rows(shape, lambda a, b: torch.full((b - a, *shape[1:]), value))
+def constant(shape: tuple[int, ...], value: float) -> LazyTensor:
+    return LazyTensor(shape, lambda a, b: torch.full((b - a, *shape[1:]), value))
 
 
-def uniform(name: str, shape: tuple[int, ...], bound: float, seed: int) -> Rows:
+def uniform(name: str, shape: tuple[int, ...], bound: float, seed: int) -> LazyTensor:
     return _drawn(name, shape, seed, lambda whole, generator: whole.uniform_(-bound, bound, generator=generator))
 
 
-def normal(name: str, shape: tuple[int, ...], deviation: float, seed: int) -> Rows:
+def normal(name: str, shape: tuple[int, ...], deviation: float, seed: int) -> LazyTensor:
     return _drawn(name, shape, seed, lambda whole, generator: whole.normal_(0.0, deviation, generator=generator))
 
 
-def _drawn(name: str, shape: tuple[int, ...], seed: int, draw: Callable[[Tensor, torch.Generator], Tensor]) -> Rows:
+def _drawn(name: str, shape: tuple[int, ...], seed: int, draw: Callable[[Tensor, torch.Generator], Tensor]) -> LazyTensor:
     """The whole tensor is drawn and then cut: whatever rows a rank reads, they are those of every other rank."""
 
     def read(start: int, stop: int) -> Tensor:
         return draw(torch.empty(shape), torch.Generator().manual_seed(seed_of(seed, name)))[start:stop]
 
-    return Rows(shape, read)
+    return LazyTensor(shape, read)
 
 
-def grown(base: Rows, num_rows: int, vocabulary: Vocabulary, new_ids: tuple[int, ...]) -> Rows:
+def grow_embedding(base: LazyTensor, num_rows: int, vocabulary: VocabularyLayout, new_ids: tuple[int, ...]) -> LazyTensor:
     """A vocabulary matrix (rows, D) with `num_rows` rows: those of `new_ids` and those the base has not are the mean of
     the rows of known tokens. No row of a token that the base model knows is touched.
     """
@@ -97,4 +97,4 @@ def grown(base: Rows, num_rows: int, vocabulary: Vocabulary, new_ids: tuple[int,
                 rows[token - start] = mean()
         return rows
 
-    return Rows((num_rows, *base.shape[1:]), read)
+    return LazyTensor((num_rows, *base.shape[1:]), read)

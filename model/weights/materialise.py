@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from model.config import QuantizeConfig
 from model.errors import ConfigError
 from model.files.sharding import local_range
-from model.files.tensor_files import Rows, Tensors
+from model.files.tensor_files import LazyTensor, Tensors
 from model.llm.quantize import dequantised, pack
 from model.llm.quantized_linear import STORED, Quantised, quantised
 from model.lora import merge_rows
@@ -24,20 +24,22 @@ from model.lora import merge_rows
 class Merged(Protocol):
     """What a layer adds to the weight below it."""
 
-    def onto(self, weight: Rows) -> Rows: ...
+    def onto(self, weight: LazyTensor) -> LazyTensor: ...
 
 
 @dataclass(frozen=True)
 class Adapter:
     """A pair to be merged into the weight below it."""
 
-    lora_a: Rows
-    lora_b: Rows
+    lora_a: LazyTensor
+    lora_b: LazyTensor
     scale: float
 
-    def onto(self, weight: Rows) -> Rows:
+    def onto(self, weight: LazyTensor) -> LazyTensor:
         """Rows a:b of W + scale * B A need rows a:b of W and of B alone, so a sharded load merges its own rows."""
-        return Rows(weight.shape, lambda a, b: merge_rows(weight.read(a, b), self.lora_a.all(), self.lora_b.read(a, b), self.scale))
+        return LazyTensor(
+            weight.shape, lambda a, b: merge_rows(weight.read(a, b), self.lora_a.all(), self.lora_b.read(a, b), self.scale)
+        )
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Layer:
         return self.open()
 
 
-def resolve(name: str, layers: list[Layer]) -> Rows | None:
+def resolve(name: str, layers: list[Layer]) -> LazyTensor | None:
     """The newest value of a parameter, adapters of newer layers merged on top; None when no layer holds it.
 
     An adapter that was trained on a quantised matrix is merged into what that matrix was then.
@@ -137,12 +139,12 @@ def kept_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
                 yield f"{path}.{name}" if path else name, module, name
 
 
-def find_values(model: nn.Module, layers: list[Layer]) -> list[tuple[Owner, list[str], Rows]]:
+def find_values(model: nn.Module, layers: list[Layer]) -> list[tuple[Owner, list[str], LazyTensor]]:
     """Each parameter with all its names and where its value stands; in place of codes and scales, their layer with the name of
     the matrix. ConfigError when one has no value, or of another shape.
     """
     aliases = owners(model)
-    found: list[tuple[Owner, list[str], Rows]] = []
+    found: list[tuple[Owner, list[str], LazyTensor]] = []
     missing, misshapen = [], []
     for owner, names in aliases.items():
         rows = next((r for r in (resolve(name, layers) for name in names) if r is not None), None)
@@ -168,7 +170,7 @@ def _load_buffers(model: nn.Module, layers: list[Layer]) -> None:
             module._buffers[key] = rows.all().to(dtype=module._buffers[key].dtype, copy=True)  # type: ignore[union-attr]
 
 
-def _local(parameter: nn.Parameter, rows: Rows, frozen_dtype: torch.dtype, device: torch.device) -> Tensor:
+def _local(parameter: nn.Parameter, rows: LazyTensor, frozen_dtype: torch.dtype, device: torch.device) -> Tensor:
     dtype = torch.float32 if parameter.requires_grad else frozen_dtype
     start, stop = local_range(parameter)
     value = rows.read(start, stop)
@@ -176,7 +178,7 @@ def _local(parameter: nn.Parameter, rows: Rows, frozen_dtype: torch.dtype, devic
     return _placed(parameter, value.to(device=device, dtype=dtype, copy=True).contiguous())
 
 
-def _packed(layer: Quantised, name: str, rows: Rows, device: torch.device) -> dict[str, Tensor]:
+def _packed(layer: Quantised, name: str, rows: LazyTensor, device: torch.device) -> dict[str, Tensor]:
     """Codes and scales by full name, this rank's rows of them; what they rest on goes into the layer's buffers."""
     packed = pack(rows, layer.quantize, *local_range(layer.codes))
     layer.nested, layer.offset = packed.nested, packed.offset

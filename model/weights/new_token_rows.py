@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from model.errors import ConfigError
-from model.files.tensor_files import Rows, Tensors
+from model.files.tensor_files import LazyTensor, Tensors
 from model.llm.new_tokens import SUFFIX, is_new_rows
 from model.weights.materialise import Layer, resolve
 
@@ -19,9 +19,9 @@ class RowPatch:
     """Rows to be put into the vocabulary matrix below them."""
 
     ids: tuple[int, ...]
-    rows: Rows
+    rows: LazyTensor
 
-    def onto(self, weight: Rows) -> Rows:
+    def onto(self, weight: LazyTensor) -> LazyTensor:
         """The matrix with its rows `ids` replaced; a sharded load reads its own rows only."""
 
         def read(start: int, stop: int) -> Tensor:
@@ -33,7 +33,7 @@ class RowPatch:
                 found[list(places)] = self.rows.all()[list(sources)].float()
             return found
 
-        return Rows(weight.shape, read)
+        return LazyTensor(weight.shape, read)
 
 
 def row_patches(tensors: Tensors, ids: tuple[int, ...], origin: str) -> dict[str, RowPatch]:
@@ -53,10 +53,10 @@ def first_rows(model: nn.Module, ids: tuple[int, ...], layers: list[Layer]) -> T
     for name, parameter in model.named_parameters(remove_duplicate=False):
         matrix = resolve(name.removesuffix(SUFFIX) + ".weight", layers) if is_new_rows(name) else None
         if matrix is not None:
-            found[name] = Rows(tuple(parameter.shape), functools.partial(_rows_of, matrix, ids))
+            found[name] = LazyTensor(tuple(parameter.shape), functools.partial(_rows_of, matrix, ids))
     return found
 
 
-def _rows_of(matrix: Rows, ids: tuple[int, ...], start: int, stop: int) -> Tensor:
+def _rows_of(matrix: LazyTensor, ids: tuple[int, ...], start: int, stop: int) -> Tensor:
     # A late rank may hold no row at all.
     return torch.cat([matrix.read(0, 0).float(), *(matrix.read(i, i + 1).float() for i in ids[start:stop])])

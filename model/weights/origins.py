@@ -19,8 +19,8 @@ from model.llm.new_tokens import is_new_rows
 from model.llm.quantized_linear import matrices
 from model.lora import adapted, is_adapter
 from model.multimodal import MultimodalLM
-from model.weights.bases import base_layers, fitted
-from model.weights.compatibility import check_same_bases, going_on
+from model.weights.bases import base_layers, resize_vocabulary
+from model.weights.compatibility import check_same_bases, continued_parts
 from model.weights.initial_values import initial_adapter, initial_tensors
 from model.weights.materialise import Adapter, Layer
 from model.weights.new_token_rows import first_rows, row_patches
@@ -65,7 +65,7 @@ def run_layers(
     """
     saved = saved or read_card(folder)
     check_same_bases(saved, card, folder, setting)
-    parts = going_on(saved, card, folder)
+    parts = continued_parts(saved, card, folder)
     tensors = saved_tensors(folder, proof=proof)
     merged = {name for name in tensors if is_adapter(name) and name.partition(".")[0] not in parts}
     pairs = adapter_pairs({name: tensors[name] for name in merged}, saved.lora.scale)
@@ -76,7 +76,9 @@ def run_layers(
     # What stands on a weight must be above it, and a final/ may hold both.
     beside = {name: rows for name, rows in kept.items() if of_adapter(name, saved)}
     own = Layer(str(folder), lambda: beside, {**pairs, **patches}, stored=stored)
-    weights = Layer(str(folder), lambda: fitted({n: rows for n, rows in kept.items() if n not in beside}, card, saved, model))
+    weights = Layer(
+        str(folder), lambda: resize_vocabulary({n: rows for n, rows in kept.items() if n not in beside}, card, saved, model)
+    )
     return [own, weights, *map(without_adapters, given_layers(saved, model, tensors, below))]
 
 

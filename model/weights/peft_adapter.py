@@ -10,7 +10,7 @@ from torch import nn
 
 from model.config import LoraConfig
 from model.errors import ConfigError
-from model.files.tensor_files import Rows, Tensors, dump_json, read_safetensors, read_weights
+from model.files.tensor_files import LazyTensor, Tensors, dump_json, read_safetensors, read_weights
 from model.files.untrusted import SHOWN, load_json, shown
 from model.lora import HEAD_STAYS, SUFFIXES, adapted, at_head, is_adapter, learning_biases
 from model.weights.peft_settings import DEFAULTS, problems
@@ -137,7 +137,7 @@ def _read_peft(folder: Path, lora: LoraConfig) -> tuple[Tensors, str]:
     file = next((folder / name for name in (WEIGHTS, PICKLED) if (folder / name).is_file()), None)
     if file is None:
         raise ConfigError(f"lora.path = {str(folder)!r} holds no {WEIGHTS}")
-    found: dict[str, Rows] = {}
+    found: dict[str, LazyTensor] = {}
     for name, rows in read_weights(file).items():
         if not name.startswith(PREFIX) or (ours := our_name(name)) in found:
             raise ConfigError(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.errors import ConfigError
 from model.files.hub import folder_tensors
-from model.files.tensor_files import Rows, Tensors
+from model.files.tensor_files import LazyTensor, Tensors
 
 KEYS = ("quantization_config", "compression_config")
 """Keys of config.json, at any depth, that describe how a model's weights are stored."""
@@ -147,7 +147,7 @@ def dequantised_fp8(setting: str, tensors: Tensors, settings: dict[str, Any]) ->
     return found
 
 
-def _scaled(setting: str, name: str, codes: Rows, scales: Rows | None, block: list[int] | None) -> Rows:
+def _scaled(setting: str, name: str, codes: LazyTensor, scales: LazyTensor | None, block: list[int] | None) -> LazyTensor:
     """A matrix of codes (out, in) times its scales, read by rows."""
     if scales is None or codes.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2) or len(codes.shape) != 2:
         kind = f"{str(codes.dtype).removeprefix('torch.')} {list(codes.shape)}"
@@ -173,7 +173,7 @@ def _scaled(setting: str, name: str, codes: Rows, scales: Rows | None, block: li
         tall = part.repeat_interleave(height, 0)[start - first * height : stop - first * height]
         return values.mul_(tall.repeat_interleave(width, 1)[:, :columns])
 
-    return Rows(codes.shape, read)
+    return LazyTensor(codes.shape, read)
 
 
 def _numbers(scales: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ from data.order.packing import deal_packed
 from data.order.sampler import Sampler
 from model.batch import IGNORE_INDEX
 from model.build import assemble
-from model.card import draw_card
+from model.card import make_card
 from model.config import LlmConfig, LoraConfig, ModelConfig, VisionConfig, VisionProjectorConfig
-from model.llm.causal_lm import Vocabulary
+from model.llm.causal_lm import VocabularyLayout
 from tests.support.ranks import run_ranks
 from tests.support.runs import merged, start
 from tests.support.tiny_data import WIDTH, dataset, grey, level, talk
@@ -184,7 +184,7 @@ def test_a_sample_costs_its_tokens_and_what_its_media_cost_their_encoder(parts: 
     for tunes, passes in tunings:
         llm, vision = LlmConfig(str(parts / "llm"), tunes[0]), VisionConfig(str(parts / "vision"), tunes[1])
         config = ModelConfig(llm, vision, VisionProjectorConfig(), dtype="float32")
-        model: Any = assemble(draw_card(config, LoraConfig(rank=2), Vocabulary()), torch.float32)
+        model: Any = assemble(make_card(config, LoraConfig(rank=2), VocabularyLayout()), torch.float32)
         tower, decoder = (
             sum(p.numel() for p in part.parameters()) for part in (model.vision.tower.encoder.layers, model.llm.model.layers)
         )

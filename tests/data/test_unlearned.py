@@ -16,7 +16,7 @@ from model.batch import IGNORE_INDEX
 from tests.support.runs import save_parts, tables
 from tests.support.tiny_data import WIDTH, dataset, grey, sample, talk
 from tools import check_data, inspect_data
-from tools.inspector.entry import Box, Entry, entry_of
+from tools.inspector.entry import Box, InspectorEntry, entry_of
 from trainer.runfile.toml_files import to_toml
 
 MARKS = ({"weight": 0}, {"loss": False}, {"trainable": False}, {"train": False})
@@ -56,7 +56,7 @@ def test_where_none_that_fits_is_learned_the_record_is_too_long(tmp_path: Path) 
     assert isinstance(item, Rejected) and item.too_long and "learn" in item.reason
 
 
-def pieces(entry: Entry, mark: str) -> list[str]:
+def pieces(entry: InspectorEntry, mark: str) -> list[str]:
     """Texts of the stretches of a kind."""
     found = ["" if isinstance(piece, Box) or not getattr(piece, mark) else piece.text for piece in entry.pieces]
     return [text for text in "".join(text or "\n\n\n" for text in found).split("\n\n\n") if text]

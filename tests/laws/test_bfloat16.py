@@ -15,7 +15,7 @@ from data.sample import Sample, SampleMedia
 from model.audio.projector import convolved
 from model.batch import IGNORE_INDEX
 from model.build import assemble
-from model.card import draw_card
+from model.card import make_card
 from model.config import (
     AudioConfig,
     AudioProjectorConfig,
@@ -25,7 +25,7 @@ from model.config import (
     VisionConfig,
     VisionProjectorConfig,
 )
-from model.llm.causal_lm import Vocabulary
+from model.llm.causal_lm import VocabularyLayout
 from model.media_spec import AudioSpec, MediaMeta, num_tokens, row_width, token_rows
 from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
@@ -105,7 +105,7 @@ def model_of(folder: Path, kinds: tuple[str, str], dtype: torch.dtype) -> tuple[
         AudioConfig(str(folder / "audio"), "full", window="clip"),
         AudioProjectorConfig(kinds[1]),
     )
-    card = draw_card(config, LoraConfig(), Vocabulary())
+    card = make_card(config, LoraConfig(), VocabularyLayout())
     model = assemble(card, dtype)
     materialise(model, weight_layers(card, model, 7), frozen_dtype=dtype, device=ALONE.device)
     return model.train(), config

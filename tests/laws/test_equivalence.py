@@ -14,9 +14,9 @@ from data.order.sampler import deal
 from data.sample import Sample, SampleMedia
 from model.batch import IGNORE_INDEX, Batch
 from model.build import assemble
-from model.card import draw_card
+from model.card import make_card
 from model.config import LlmConfig, LoraConfig, ModelConfig, QuantizeConfig, VisionConfig, VisionProjectorConfig
-from model.llm.causal_lm import Vocabulary
+from model.llm.causal_lm import VocabularyLayout
 from model.media_spec import MediaMeta, num_tokens
 from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
@@ -118,7 +118,7 @@ def take_steps(
 ) -> tuple[list[float], MultimodalLM]:
     """Loss and gradient norm of five steps, and the model they leave."""
     lora = LoraConfig(rank=2, dropout=0.0)
-    card = draw_card(config, lora, Vocabulary(321, 320, (320,)), quantize=quantize)
+    card = make_card(config, lora, VocabularyLayout(321, 320, (320,)), quantize=quantize)
     model = assemble(card, getattr(torch, dtype))
     if recompute:
         checkpoint_activations(model)

@@ -15,7 +15,7 @@ from data.collate import collate
 from data.sample import Sample, SampleMedia
 from model.batch import Batch
 from model.build import assemble
-from model.card import draw_card
+from model.card import make_card
 from model.config import (
     AudioConfig,
     AudioProjectorConfig,
@@ -25,7 +25,7 @@ from model.config import (
     VisionConfig,
     VisionProjectorConfig,
 )
-from model.llm.causal_lm import Vocabulary
+from model.llm.causal_lm import VocabularyLayout
 from model.media_spec import MediaMeta, num_tokens, row_width, token_rows
 from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
@@ -73,7 +73,7 @@ def step_through(world: World, folder: Path, strategy: str, tune: str) -> list[f
         AudioProjectorConfig("conv_mlp"),
         dtype="float32",
     )
-    card = draw_card(config, LoraConfig(rank=2, dropout=0.0), Vocabulary(321, 320, (320,)))
+    card = make_card(config, LoraConfig(rank=2, dropout=0.0), VocabularyLayout(321, 320, (320,)))
     model = assemble(card, torch.float32)
     parallel = ParallelConfig(strategy)  # type: ignore[arg-type]
     sharded = is_sharded(parallel, world)

@@ -19,7 +19,7 @@ from trainer.distributed.world import World
 from trainer.records import quick_check as looking
 from trainer.records.quick_check import carry_out, planned, quick_check, too_long
 from trainer.records.run_data import RunData, open_data
-from trainer.records.too_long import Lengths
+from trainer.records.too_long import LengthStatistics
 
 WORLD = World(0, 0, 1, None)  # type: ignore[arg-type]
 BLIND = {"vision": None, "vision_projector": None}
@@ -111,7 +111,7 @@ def test_records_that_lose_most_of_their_rounds_are_worth_a_line(parts: Path, tm
     head, line = said.splitlines()
     assert head == "train a: looked at 20 of 20 records: 0 bad"
     assert "20 of 20 lose rounds at their end to data.max_length = 60" in line and "would hold 99 % of them" in line
-    assert Lengths(2, 0, 1, [100, 90], 185).note(95) == ""  # little is lost
+    assert LengthStatistics(2, 0, 1, [100, 90], 185).note(95) == ""  # little is lost
 
 
 def refused(config: RunConfig) -> str:

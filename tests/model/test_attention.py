@@ -18,12 +18,12 @@ from data.loader import BatchPlan
 from data.sample import Sample
 from model.batch import IGNORE_INDEX, Batch
 from model.build import assemble, build_model
-from model.card import draw_card
+from model.card import make_card
 from model.config import LlmConfig, LoraConfig, ModelConfig
 from model.errors import ConfigError
 from model.llm import attention
 from model.llm.attention import packed_attention
-from model.llm.causal_lm import Vocabulary
+from model.llm.causal_lm import VocabularyLayout
 from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
@@ -99,7 +99,7 @@ def test_a_packed_step_is_the_unpacked_one(folders: Path, family: str, recompute
 def step_on_ranks(world: World, folder: Path, strategy: str, recompute: bool, tune: str) -> tuple[float, Gradients]:
     """This step's loss and whole gradients, packed and shared out by tokens."""
     config, lora = config_of(folder, tune), LoraConfig(rank=2, dropout=0.0)
-    card = draw_card(config, lora, Vocabulary())
+    card = make_card(config, lora, VocabularyLayout())
     model = assemble(card, torch.float32)
     if recompute:
         checkpoint_activations(model)

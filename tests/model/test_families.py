@@ -14,11 +14,11 @@ from data.sample import Sample
 from model import loss
 from model.batch import IGNORE_INDEX, Batch
 from model.build import assemble
-from model.card import draw_card
+from model.card import make_card
 from model.config import LlmConfig, LoraConfig, ModelConfig
 from model.errors import ConfigError
 from model.files.hub import hugging_face_config
-from model.llm.causal_lm import Vocabulary, build_llm, check_supported, head_weight
+from model.llm.causal_lm import VocabularyLayout, build_llm, check_supported, head_weight
 from model.logit_scaling import LogitChange, logit_change
 from model.loss import text_term
 from model.weights.materialise import materialise
@@ -103,7 +103,7 @@ def trained_losses(world: World, folder: Path, strategy: str) -> dict[str, list[
     found = {}
     for family in SHARDED:
         config = ModelConfig(LlmConfig(str(folder / family), "full"), dtype="float32")
-        card = draw_card(config, LoraConfig(), Vocabulary())
+        card = make_card(config, LoraConfig(), VocabularyLayout())
         model = assemble(card, torch.float32)
         if strategy == "fsdp":
             shard(model, ParallelConfig(), world)
@@ -145,7 +145,7 @@ def test_two_sharded_ranks_train_any_family_as_one_process(tmp_path: Path) -> No
 def test_what_a_model_does_with_its_logits_is_found_out(kind: str, changes: dict[str, Any], expected: LogitChange) -> None:
     """One name divides in one family and multiplies in another, so only the model itself can tell."""
     value = {"model_type": kind, **BASE, "num_key_value_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    llm: Any = build_llm({**value, **changes}, "eager", Vocabulary())
+    llm: Any = build_llm({**value, **changes}, "eager", VocabularyLayout())
     assert llm.logit_change == expected
     assert "forward" not in vars(llm.get_decoder()) and "forward" not in vars(llm.get_output_embeddings())
 
@@ -183,7 +183,7 @@ def test_gradients_go_through_the_change_of_logits(change: LogitChange) -> None:
 
 def test_what_is_no_language_model_or_drops_a_soft_cap_is_refused() -> None:
     with pytest.raises(ConfigError, match="llava is a model of several parts, not a language model"):
-        build_llm({"model_type": "llava"}, "eager", Vocabulary())
+        build_llm({"model_type": "llava"}, "eager", VocabularyLayout())
     config = hugging_face_config("x", {"model_type": "gemma2", **BASE})
     with pytest.raises(ConfigError, match="'sdpa_paged' drops the attention soft cap of gemma2: use one of sdpa, varlen, eager"):
         check_supported(config, "sdpa_paged")

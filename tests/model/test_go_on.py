@@ -15,7 +15,7 @@ from model.errors import ConfigError
 from tests.support.finals import NO_LORA, build, config_of, same, save_checkpoint, save_final, save_parts, trained, values
 from tests.support.tiny_audio import save_whisper
 from tools.export_adapter import main as export
-from trainer.runfile.schema import Reader, to_tables
+from trainer.runfile.schema import SchemaReader, to_tables
 from trainer.runfile.toml_files import apply_override
 
 
@@ -27,7 +27,7 @@ def followed(said: str, config: ModelConfig, lora: LoraConfig) -> tuple[ModelCon
     tables = {"model": to_tables(config), "lora": to_tables(lora)}
     for word in words[6:]:
         apply_override(tables, word)
-    reader = Reader({})
+    reader = SchemaReader({})
     found = reader.table(ModelConfig, tables["model"], "model"), reader.table(LoraConfig, tables["lora"], "lora")
     assert not reader.problems
     return found

@@ -16,7 +16,7 @@ from model.config import LlmConfig, ModelConfig
 from model.errors import ConfigError
 from model.files.hub import hugging_face_config
 from model.llm import attention
-from model.llm.causal_lm import Vocabulary, build_llm, check_causal, check_positions, head_weight, positions_note
+from model.llm.causal_lm import VocabularyLayout, build_llm, check_causal, check_positions, head_weight, positions_note
 from model.multimodal import MultimodalLM
 from tests.support.tiny import LLMS, SIZES, VOCAB, save_llm
 
@@ -128,11 +128,11 @@ def test_an_attention_nobody_knows_is_a_configuration_error(tmp_path: Path, name
 
 
 def test_rows_of_the_vocabulary() -> None:
-    assert Vocabulary().rows(320) == 320
-    assert Vocabulary(size=320).rows(320) == 320
-    assert Vocabulary(size=100).rows(320) == 320
-    assert Vocabulary(size=321).rows(320) == 384
-    assert Vocabulary(size=384).rows(320) == 384
+    assert VocabularyLayout().rows(320) == 320
+    assert VocabularyLayout(size=320).rows(320) == 320
+    assert VocabularyLayout(size=100).rows(320) == 320
+    assert VocabularyLayout(size=321).rows(320) == 384
+    assert VocabularyLayout(size=384).rows(320) == 384
 
 
 BASE = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": VOCAB}
@@ -142,13 +142,15 @@ BASE = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vo
 def test_our_attention_is_refused_where_it_would_not_be_used(kind: str) -> None:
     """These would see the future without a mask, or fail with a KeyError."""
     with pytest.raises(ConfigError, match=r"model\.attention = 'sdpa': .* use model\.attention = 'eager'"):
-        build_llm({"model_type": kind, **BASE}, "sdpa", Vocabulary())
+        build_llm({"model_type": kind, **BASE}, "sdpa", VocabularyLayout())
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "stablelm", "opt", "phi3", "gemma", "olmo2", "qwen3", "biogpt"])
 def test_no_position_sees_the_future_in_other_families(kind: str) -> None:
     torch.manual_seed(0)
-    llm: Any = build_llm({"model_type": kind, **BASE, "num_key_value_heads": 4, "pad_token_id": 0}, "sdpa", Vocabulary()).eval()
+    llm: Any = build_llm(
+        {"model_type": kind, **BASE, "num_key_value_heads": 4, "pad_token_id": 0}, "sdpa", VocabularyLayout()
+    ).eval()
     embeds = torch.randn(1, 9, 32)
     changed = torch.cat([embeds[:, :-1], torch.randn(1, 1, 32)], 1)
     with torch.no_grad():

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from model.build import assemble, build_model
-from model.card import draw_card
+from model.card import make_card
 from model.config import LoraConfig
 from model.files import tensor_files as files
-from model.files.tensor_files import Rows, Tensors
-from model.llm.causal_lm import Vocabulary
+from model.files.tensor_files import LazyTensor, Tensors
+from model.llm.causal_lm import VocabularyLayout
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
 from tests.laws.test_equivalence import config_of
@@ -29,20 +29,20 @@ def load_sharded(world: World, folder: Path) -> tuple[int, int, dict[str, torch.
     original = files.read_safetensors
 
     def counting(path: Path) -> Tensors:
-        def counted(rows: Rows) -> Rows:
+        def counted(rows: LazyTensor) -> LazyTensor:
             def read(start: int, stop: int) -> torch.Tensor:
                 nonlocal num_read
                 found = rows.read(start, stop)
                 num_read += found.numel()
                 return found
 
-            return Rows(rows.shape, read)
+            return LazyTensor(rows.shape, read)
 
         return {name: counted(rows) for name, rows in original(path).items()}
 
     files.read_safetensors = counting
     try:
-        card = draw_card(config_of(folder, "lora"), LoraConfig(rank=2), Vocabulary())
+        card = make_card(config_of(folder, "lora"), LoraConfig(rank=2), VocabularyLayout())
         model = assemble(card, torch.float32)
         shard(model, ParallelConfig(), world)
         materialise(model, weight_layers(card, model, 7), frozen_dtype=torch.float32, device=world.device)

@@ -19,10 +19,10 @@ from data.processor import load_processor
 from data.sample import Sample
 from model.batch import IGNORE_INDEX, Batch
 from model.build import assemble, build_model
-from model.card import draw_card
+from model.card import make_card
 from model.config import LlmConfig, LoraConfig, ModelConfig
 from model.errors import ConfigError
-from model.llm.causal_lm import Vocabulary
+from model.llm.causal_lm import VocabularyLayout
 from model.load import load_model
 from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
@@ -41,7 +41,7 @@ from trainer.step import train_step
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 IDS = (VOCAB, VOCAB + 2)  # VOCAB + 1 is new too, and is not to learn: a placeholder
-VOCABULARY = Vocabulary(VOCAB + 3, VOCAB, (VOCAB, VOCAB + 1, VOCAB + 2), IDS)
+VOCABULARY = VocabularyLayout(VOCAB + 3, VOCAB, (VOCAB, VOCAB + 1, VOCAB + 2), IDS)
 OPTIM = OptimConfig(lr=0.1, eps=1.0)
 TOKENS = ("<im_start>", "<im_end>")
 CONSTANT = {"schedule": "constant", "warmup_ratio": 0.0}
@@ -127,7 +127,7 @@ def test_at_first_the_model_is_the_one_whose_matrix_grew(tmp_path: Path, family:
 def stepped(world: World, folder: Path, strategy: str, dtype: str) -> list[float]:
     """Loss and gradient norm of three steps, the samples shared among ranks, one of which has none in the last."""
     config = ModelConfig(LlmConfig(str(folder), "new_tokens"), dtype=dtype)  # type: ignore[arg-type]
-    card = draw_card(config, LoraConfig(), VOCABULARY)
+    card = make_card(config, LoraConfig(), VOCABULARY)
     model = assemble(card, getattr(torch, dtype))
     if strategy == "fsdp":
         shard(model, ParallelConfig(), world)

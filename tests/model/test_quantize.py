@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.config import QuantizeConfig
 from model.errors import ConfigError
-from model.files.tensor_files import Rows, in_memory
+from model.files.tensor_files import LazyTensor, in_memory
 from model.llm import quantize
 from model.llm.quantize import BLOCK, Packed, dense, dequantised, layout, pack, product
 
@@ -126,7 +126,7 @@ def test_a_matrix_is_never_held_whole_while_it_is_packed(config: QuantizeConfig,
         sizes.append((stop - start) * 64)
         return weight[start:stop]
 
-    pack(Rows((200, 64), read), config, 0, 200)
+    pack(LazyTensor((200, 64), read), config, 0, 200)
     assert max(sizes) == 4 * BLOCK
 
 

@@ -23,11 +23,11 @@ from data.collate import collate, collate_packed
 from data.sample import Sample
 from model.batch import IGNORE_INDEX, Batch
 from model.build import assemble, build_model
-from model.card import draw_card
+from model.card import make_card
 from model.config import LlmConfig, LoraConfig, ModelConfig
 from model.errors import ConfigError
 from model.files.tensor_files import in_memory, read_weights
-from model.llm.causal_lm import Vocabulary
+from model.llm.causal_lm import VocabularyLayout
 from model.llm.experts import fused, fused_parameters
 from model.llm.router_loss import token_owners
 from model.multimodal import MultimodalLM
@@ -217,7 +217,7 @@ NUM_STEPS = 3
 def steps_on_ranks(world: World, folder: Path, strategy: str, recompute: bool, layout: str, size: int, tune: str) -> list[float]:
     """Text loss, router loss and gradient norm of three steps; samples are the same for every world."""
     config = config_of(folder, tune=tune)
-    card = draw_card(config, LoraConfig(rank=2, dropout=0.0), Vocabulary())
+    card = make_card(config, LoraConfig(rank=2, dropout=0.0), VocabularyLayout())
     model = assemble(card, torch.float32)
     if recompute:
         checkpoint_activations(model)

@@ -15,10 +15,10 @@ from data.collate import collate, collate_packed
 from data.sample import Sample, SampleMedia
 from model.batch import IGNORE_INDEX
 from model.build import assemble, build_model
-from model.card import draw_card, media_specs
+from model.card import make_card, media_specs
 from model.config import AudioConfig, AudioProjectorConfig, LlmConfig, LoraConfig, ModelConfig, StateHeadConfig
 from model.errors import ConfigError
-from model.llm.causal_lm import Vocabulary
+from model.llm.causal_lm import VocabularyLayout
 from model.media_spec import AudioSpec, MediaMeta, row_width, token_rows
 from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
@@ -176,7 +176,7 @@ NUM_STEPS = 3
 def steps_on_ranks(world: World, folder: Path, llm: str, tune: str, strategy: str, recompute: bool, size: int) -> list[float]:
     """What every term shows and the gradient norm of three steps; samples are the same for every world."""
     config = config_of(folder, llm, tune)
-    card = draw_card(config, LoraConfig(rank=2, dropout=0.0), Vocabulary())
+    card = make_card(config, LoraConfig(rank=2, dropout=0.0), VocabularyLayout())
     model = assemble(card, torch.float32)
     if recompute:
         checkpoint_activations(model)

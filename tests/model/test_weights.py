@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CLIPVisionModel
 
 from model.build import assemble, build_model
-from model.card import draw_card
+from model.card import make_card
 from model.config import LlmConfig, ModelConfig
 from model.errors import ConfigError
 from model.files.tensor_files import in_memory, read_weights
-from model.llm.causal_lm import Vocabulary
-from model.weights.initial_values import grown
+from model.llm.causal_lm import VocabularyLayout
+from model.weights.initial_values import grow_embedding
 from model.weights.materialise import parameters_on_meta
 from tests.support.finals import NO_LORA, build, config_of, same, save_parts, values
 from tests.support.tiny import LLMS, VOCAB, save_llm
@@ -40,7 +40,7 @@ def test_a_model_from_meta_equals_from_pretrained_buffers_included(tmp_path: Pat
 def test_a_tower_from_meta_has_its_buffers_and_the_structure_costs_no_memory(tmp_path: Path) -> None:
     parts = save_parts(tmp_path)
     config = config_of(parts, "full")
-    card = draw_card(config, NO_LORA, Vocabulary())
+    card = make_card(config, NO_LORA, VocabularyLayout())
     assert all(p.is_meta for p in assemble(card, torch.float32).parameters())
     plain = CLIPVisionModel.from_pretrained(parts / "vision", dtype=torch.float32)
     ours = build_model(config).get_submodule("vision.tower")
@@ -124,14 +124,14 @@ def test_missing_tensors_and_wrong_shapes_are_all_named(tmp_path: Path) -> None:
     assert "llm.model.layers.1.mlp.up_proj.weight: [3, 2] in the file, [48, 32] in the model" in str(error.value)
 
 
-# Vocabulary
+# VocabularyLayout
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_tied"])
 def test_new_tokens_get_the_mean_and_known_rows_stay_to_the_bit(tmp_path: Path, family: str) -> None:
     save_llm(tmp_path, family)
     plain = load_file(tmp_path / "model.safetensors")
-    vocabulary = Vocabulary(size=VOCAB + 2, num_known=VOCAB, new_ids=(VOCAB, VOCAB + 1))
+    vocabulary = VocabularyLayout(size=VOCAB + 2, num_known=VOCAB, new_ids=(VOCAB, VOCAB + 1))
     model = build_model(llm_only(tmp_path, "frozen"), None, vocabulary)
     names = ["model.embed_tokens.weight"] + (["lm_head.weight"] if family == "qwen2" else [])
     for name in names:
@@ -147,7 +147,7 @@ def test_new_tokens_get_the_mean_and_known_rows_stay_to_the_bit(tmp_path: Path, 
 def test_spare_rows_of_the_base_are_used_and_not_part_of_the_mean(tmp_path: Path) -> None:
     save_llm(tmp_path)
     plain = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
-    vocabulary = Vocabulary(size=302, num_known=300, new_ids=(300, 301))
+    vocabulary = VocabularyLayout(size=302, num_known=300, new_ids=(300, 301))
     found = build_model(llm_only(tmp_path, "frozen"), None, vocabulary).llm.get_parameter("model.embed_tokens.weight")
     assert found.shape[0] == VOCAB
     kept = [i for i in range(VOCAB) if i not in (300, 301)]
@@ -157,13 +157,13 @@ def test_spare_rows_of_the_base_are_used_and_not_part_of_the_mean(tmp_path: Path
 
 def test_a_token_that_the_base_knows_already_keeps_its_row(tmp_path: Path) -> None:
     save_llm(tmp_path)
-    found = build_model(llm_only(tmp_path, "frozen"), None, Vocabulary(size=VOCAB, num_known=VOCAB))
+    found = build_model(llm_only(tmp_path, "frozen"), None, VocabularyLayout(size=VOCAB, num_known=VOCAB))
     assert torch.equal(found.llm.get_parameter("lm_head.weight"), load_file(tmp_path / "model.safetensors")["lm_head.weight"])
 
 
 def test_any_rows_of_a_grown_matrix_are_those_of_the_whole() -> None:
     base = torch.randn(10, 3, dtype=torch.bfloat16)
-    rows = grown(in_memory(base), 16, Vocabulary(12, 9, (9, 11)), (9, 11))
+    rows = grow_embedding(in_memory(base), 16, VocabularyLayout(12, 9, (9, 11)), (9, 11))
     whole = rows.all()
     assert torch.equal(whole[:9], base[:9].float())
     for start in range(16):

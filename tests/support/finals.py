@@ -18,11 +18,11 @@ from data.processor import Processor, make_processor
 from data.text.template import load_template
 from data.text.tokenizer import load_tokenizer, pad_id, save_tokenizer
 from model.build import DTYPES, assemble
-from model.card import ModelCard, base_digests, draw_card, media_specs, write_card
+from model.card import ModelCard, base_digests, make_card, media_specs, write_card
 from model.config import LlmConfig, LoraConfig, ModelConfig, QuantizeConfig, VisionConfig, VisionProjectorConfig
 from model.files.manifest import write_manifest
 from model.files.shards import WEIGHTS, write_shard
-from model.llm.causal_lm import Vocabulary
+from model.llm.causal_lm import VocabularyLayout
 from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
@@ -73,10 +73,10 @@ def build(config: ModelConfig, lora: LoraConfig = NO_LORA, seed: int = 3, quanti
         media_wrap=settings.media_wrap,
         allowed=config.llm.new_tokens,
     )
-    card = draw_card(
+    card = make_card(
         config,
         lora,
-        Vocabulary(len(vocabulary.tokenizer), vocabulary.num_known, vocabulary.new_ids, tuned_ids(config.llm, vocabulary)),
+        VocabularyLayout(len(vocabulary.tokenizer), vocabulary.num_known, vocabulary.new_ids, tuned_ids(config.llm, vocabulary)),
         stop_ids=template.stop_ids,
         pad_id=pad_id(vocabulary.tokenizer),
         quantize=quantize,

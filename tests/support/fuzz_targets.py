@@ -35,7 +35,7 @@ from model.files.hub import hugging_face_config
 from model.files.manifest import NAME as MANIFEST
 from model.files.manifest import UnsoundCheckpoint, verify, write_manifest
 from model.files.shards import checkpoint_tensors, write_shard
-from model.files.tensor_files import Rows, read_weights
+from model.files.tensor_files import LazyTensor, read_weights
 from model.media_spec import AudioSpec, MediaSpec
 from tests.support.hostile import png
 from tests.support.runs import tables
@@ -301,7 +301,7 @@ def _weights(path: Path) -> Callable[[bytes], None]:
         path.write_bytes(data)
         with suppress(ConfigError):
             for rows in read_weights(path).values():
-                assert isinstance(rows, Rows)
+                assert isinstance(rows, LazyTensor)
                 if torch.Size(rows.shape).numel() < 1_000_000:
                     rows.all()
 

@@ -18,7 +18,7 @@ from data.dataset import MultimodalDataset
 from tests.support.ranks import ends_of
 from tests.support.runs import config_of
 from trainer.distributed.world import World
-from trainer.faults.phase_tracker import Watch
+from trainer.faults.phase_tracker import PhaseTracker
 from trainer.main import run
 
 FOREVER = 1000.0
@@ -50,17 +50,17 @@ def start_failing(world: World, parts: Path, output_dir: Path, sections: dict[st
 
 
 def _spoil_marks(how: str, output_dir: Path, phase: str, step: int) -> None:
-    mark, at, numbers = Watch.mark, Watch.at, itertools.count()
+    mark, at, numbers = PhaseTracker.mark, PhaseTracker.at, itertools.count()
 
     def spoilt(original: Callable[..., None]) -> Callable[..., None]:
-        def marking(self: Watch, name: str, *rest: Any) -> None:
+        def marking(self: PhaseTracker, name: str, *rest: Any) -> None:
             original(self, name, *rest)
             if (self.beat.phase, self.beat.step) == (phase, step) and next(numbers) == 0:  # once: it may be woken
                 fail(how, output_dir)
 
         return marking
 
-    Watch.mark, Watch.at = spoilt(mark), spoilt(at)  # type: ignore[method-assign]
+    PhaseTracker.mark, PhaseTracker.at = spoilt(mark), spoilt(at)  # type: ignore[method-assign]
 
 
 def _spoil_reading(how: str, output_dir: Path, number: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from tests.support.ranks import kill_ranks, run_ranks
 from tests.support.runs import Start, start
 from trainer.distributed.world import World
-from trainer.faults.phase_tracker import Watch
+from trainer.faults.phase_tracker import PhaseTracker
 
 FSYNC = "fsync"
 INSTANT = "any instant"
@@ -40,14 +40,14 @@ def start_observed(
             os.kill(os.getpid(), signal.SIGKILL)
 
     def observed(method: Callable[..., None]) -> Callable[..., None]:
-        def call(self: Watch, *args: Any, **kwargs: Any) -> None:
+        def call(self: PhaseTracker, *args: Any, **kwargs: Any) -> None:
             method(self, *args, **kwargs)
             visit(self.beat.phase)
 
         return call
 
     for name in ("__init__", "mark", "at"):  # this process is the run's own
-        setattr(Watch, name, observed(getattr(Watch, name)))
+        setattr(PhaseTracker, name, observed(getattr(PhaseTracker, name)))
     fsync = os.fsync
     os.fsync = lambda descriptor: (visit(FSYNC), fsync(descriptor))[1]  # type: ignore[assignment,func-returns-value]
     return start(world, parts, output_dir, sections), dict(visits)

@@ -18,7 +18,7 @@ from tests.support.inspect_reader import Page
 from tests.support.runs import save_records, tables
 from tests.support.tiny_data import sample, talk
 from tools import inspect_data
-from tools.inspector.entry import Entry, entry_of
+from tools.inspector.entry import InspectorEntry, entry_of
 from tools.inspector.pictures import pixels
 from tools.inspector.style_and_script import SCRIPT, STYLE
 from trainer.main import run
@@ -60,7 +60,7 @@ def folder(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def seen(folder: Path) -> tuple[MultimodalDataset, dict[int, Entry]]:
+def seen(folder: Path) -> tuple[MultimodalDataset, dict[int, InspectorEntry]]:
     opened = inspect_data.open_sources(inspect_data.place_of(str(folder / "run.toml"), None, []))
     data = opened.datasets["sources"]
     return data, {i: entry_of(data, i, {}) for i in range(len(data))}

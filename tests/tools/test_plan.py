@@ -17,9 +17,9 @@ from data.collate import collate, collate_packed
 from data.sample import Sample, SampleMedia
 from model.batch import IGNORE_INDEX, Batch
 from model.build import DTYPES, assemble
-from model.card import ModelCard, draw_card
+from model.card import ModelCard, make_card
 from model.config import LlmConfig, LoraConfig, ModelConfig, QuantizeConfig, VisionConfig, VisionProjectorConfig
-from model.llm.causal_lm import Vocabulary
+from model.llm.causal_lm import VocabularyLayout
 from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
@@ -56,7 +56,7 @@ def card_of(folder: Path, tunes: Tunes, dtype: Any = "float32", llm: str = "llm"
     vision = VisionConfig(str(folder / "vision"), tunes[1]) if tunes[1] else None
     projector = VisionProjectorConfig(tune=tunes[2]) if tunes[1] else None
     config = ModelConfig(LlmConfig(str(folder / llm), tunes[0]), vision, projector, dtype=dtype)
-    return draw_card(config, LoraConfig(rank=8, dropout=0.05), Vocabulary(), quantize=quantize)
+    return make_card(config, LoraConfig(rank=8, dropout=0.05), VocabularyLayout(), quantize=quantize)
 
 
 def heavy_batch(packed: bool = False, pictures: bool = True) -> Batch:

@@ -18,7 +18,7 @@ from model.config import LlmConfig, LoraConfig, ModelConfig
 from model.files.manifest import UnsoundCheckpoint, verify, write_manifest
 from model.files.shards import checkpoint_tensors, write_shard
 from model.files.tensor_files import Entry, write_safetensors
-from model.llm.causal_lm import Vocabulary
+from model.llm.causal_lm import VocabularyLayout
 from tests.support.ranks import run_ranks
 from tests.support.runs import start, start_alone
 from trainer.checkpoint import checkpointer as module
@@ -30,7 +30,7 @@ from trainer.distributed.world import World
 from trainer.errors import ProofError, SaveError, code_of
 from trainer.optim import Trained
 
-CARD = ModelCard(ModelConfig(LlmConfig("llm")), LoraConfig(), {}, {}, Vocabulary(4, 4))
+CARD = ModelCard(ModelConfig(LlmConfig("llm")), LoraConfig(), {}, {}, VocabularyLayout(4, 4))
 
 
 class Nothing:

@@ -16,7 +16,7 @@ import torch
 from data.dataset import Rejected
 from model.card import ModelCard
 from model.config import LlmConfig, LoraConfig, ModelConfig
-from model.llm.causal_lm import Vocabulary
+from model.llm.causal_lm import VocabularyLayout
 from tests.support.file_log import Event, State, distinct, in_order, killed, power_cuts, recorded, write_state
 from tests.support.ranks import run_ranks
 from tests.trainer.test_checkpoint import toy
@@ -39,7 +39,7 @@ class Nothing:
 def save_and_record(world: World, folder: Path) -> list[Event]:
     """Three saves of which two are kept."""
     folder.mkdir()
-    card = ModelCard(ModelConfig(LlmConfig("llm")), LoraConfig(), {}, {}, Vocabulary(4, 4))
+    card = ModelCard(ModelConfig(LlmConfig("llm")), LoraConfig(), {}, {}, VocabularyLayout(4, 4))
     checkpointer = Checkpointer(folder, 2, world)
     trained = toy(world, "ddp")
     with recorded(folder) as log:

@@ -17,7 +17,7 @@ import torch
 from model.card import ModelCard
 from model.config import LlmConfig, LoraConfig, ModelConfig
 from model.files.manifest import verify
-from model.llm.causal_lm import Vocabulary
+from model.llm.causal_lm import VocabularyLayout
 from tests.support.ranks import run_ranks
 from tests.trainer.test_checkpoint import toy
 from trainer.checkpoint.checkpointer import Checkpointer
@@ -38,7 +38,7 @@ from trainer.machine.atomic_files import (
 )
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
-CARD = ModelCard(ModelConfig(LlmConfig("llm")), LoraConfig(), {}, {}, Vocabulary(4, 4))
+CARD = ModelCard(ModelConfig(LlmConfig("llm")), LoraConfig(), {}, {}, VocabularyLayout(4, 4))
 
 
 class Nothing:

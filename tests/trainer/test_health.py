@@ -23,7 +23,7 @@ from trainer import loop
 from trainer import step as step_module
 from trainer.distributed.world import World
 from trainer.health import spike_detector
-from trainer.health.deferred_read import Later
+from trainer.health.deferred_read import DeferredRead
 from trainer.health.loss_monitor import Health, hearable, split
 from trainer.health.spike_detector import ENOUGH, WINDOW, Spikes
 from trainer.records.sample_log import read_step
@@ -230,7 +230,7 @@ def test_judging_a_step_never_waits_for_the_device() -> None:
     setup: Any = SimpleNamespace(
         world=ALONE, place=None, config=SimpleNamespace(faults=SimpleNamespace(max_nonfinite=3)), trained=None
     )
-    health, later, batches = Health(setup, None), Later(torch.device("cpu")), step_batches(0, ALONE, 3, 4)
+    health, later, batches = Health(setup, None), DeferredRead(torch.device("cpu")), step_batches(0, ALONE, 3, 4)
     addends = [torch.ones(batch.num_supervised) for batch in batches]
     for step in range(4):
         with Counter() as counter, hidden_syncs(counter):

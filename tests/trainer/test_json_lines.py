@@ -14,7 +14,7 @@ from model.errors import ConfigError, DataError
 from trainer.distributed.world import World
 from trainer.health.loss_monitor import forget_after
 from trainer.metrics import MetricsLog
-from trainer.records.bookkeeping import Accounts
+from trainer.records.bookkeeping import Bookkeeping
 from trainer.records.quarantine import Quarantine, read_rows
 from trainer.records.sample_log import read_step
 
@@ -55,7 +55,7 @@ def test_a_damaged_row_of_the_quarantine_is_an_error_that_names_it(line: bytes, 
 
 def test_a_ledger_that_cannot_be_made_is_not_what_ended_a_run(tmp_path: Path) -> None:
     write(tmp_path / "quarantine.jsonl", ROW, b"not a row")
-    accounts: Any = object.__new__(Accounts)
+    accounts: Any = object.__new__(Bookkeeping)
     accounts.place, accounts.world = SimpleNamespace(run_folder=tmp_path, folder=tmp_path, name=""), ALONE
     accounts.sampler, accounts.num_steps, accounts.total_steps = None, 1, 2
     accounts.leave()

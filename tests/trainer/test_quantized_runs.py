@@ -14,10 +14,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from model.build import assemble
-from model.card import draw_card
+from model.card import make_card
 from model.config import LoraConfig, QuantizeConfig
 from model.files.tensor_files import file_digest
-from model.llm.causal_lm import Vocabulary
+from model.llm.causal_lm import VocabularyLayout
 from model.llm.quantized_linear import quantised
 from model.load import load_model
 from model.weights.materialise import materialise
@@ -81,7 +81,7 @@ def test_strategies_cast_alike_to_the_bit_in_bfloat16(parts: Path, quantize: Qua
 
 def stored_by(world: World, folder: Path, quantize: QuantizeConfig) -> tuple[int, int, dict[str, Tensor]]:
     """Bytes of codes and scales that this rank holds, of what else they rest on, and all of them whole."""
-    card = draw_card(config_of(folder, "lora"), LoraConfig(rank=2), Vocabulary(), quantize=quantize)
+    card = make_card(config_of(folder, "lora"), LoraConfig(rank=2), VocabularyLayout(), quantize=quantize)
     model = assemble(card, torch.bfloat16)
     if world.size > 1:
         shard(model, ParallelConfig(), world)

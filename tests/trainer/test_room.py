@@ -32,7 +32,15 @@ from trainer.distributed.world import World
 from trainer.errors import SaveError
 from trainer.machine import disk_space
 from trainer.machine.atomic_files import clean_leftovers
-from trainer.machine.disk_space import Room, checkpoint_bytes, final_bytes, look_ahead, prove_room, shortage, size
+from trainer.machine.disk_space import (
+    SpaceNeeded,
+    checkpoint_bytes,
+    describe_shortage,
+    final_bytes,
+    prove_room,
+    size,
+    warn_if_next_save_will_not_fit,
+)
 
 STEPS: dict[str, Any] = {
     **LORA,
@@ -98,17 +106,19 @@ def test_what_final_takes_is_known_to_the_byte(tmp_path: Path) -> None:
 
 
 def test_what_is_missing_is_told_and_never_rounded_away(tmp_path: Path) -> None:
-    found = Room(tmp_path, 10 * MIB, 5 * MIB, 9 * MIB, 3)
+    found = SpaceNeeded(tmp_path, 10 * MIB, 5 * MIB, 9 * MIB, 3)
     with free(15 * MIB):
         prove_room(found, ALONE)
-        assert look_ahead(found) == ""
+        assert warn_if_next_save_will_not_fit(found) == ""
     with free(15 * MIB - 1), pytest.raises(SaveError) as caught:
         prove_room(found, ALONE)
     text = f"A save takes 15.0 MiB, and 15.0 MiB are free on the file system of {tmp_path}: 1 bytes are missing. Free space"
     assert text in str(caught.value) and "checkpoint.keep" in str(caught.value) and "output_dir" in str(caught.value)
     with free(9 * MIB):
-        assert "THE NEXT CHECKPOINT DOES NOT FIT" in look_ahead(found) and "1.0 MiB are missing" in look_ahead(found)
-        assert "that is enough" in shortage(tmp_path, 10 * MIB, spent=2 * MIB)
+        assert "THE NEXT CHECKPOINT DOES NOT FIT" in warn_if_next_save_will_not_fit(
+            found
+        ) and "1.0 MiB are missing" in warn_if_next_save_will_not_fit(found)
+        assert "that is enough" in describe_shortage(tmp_path, 10 * MIB, spent=2 * MIB)
     with files_up_to(9 * MIB):
         prove_room(found, ALONE)
     with files_up_to(9 * MIB - 1024), pytest.raises(SaveError, match=r"1\.0 KiB are missing. Raise the limit .`ulimit -f`"):

@@ -27,7 +27,7 @@ from trainer import errors, loop, main
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.distributed.world import World
 from trainer.faults import exit_report, signals
-from trainer.faults.requests import EVALUATE, SAVE, STOP, Steering
+from trainer.faults.requests import EVALUATE, SAVE, STOP, Requests
 
 NEVER = {"checkpoint": {"every": 99, "keep": 99}, "log": {"every": 99}}
 RARELY: dict[str, Any] = {**LORA, **NEVER, "train": {"max_steps": 8}}
@@ -267,7 +267,7 @@ def test_before_the_first_step_a_signal_ends_the_run_at_once(parts: Path, tmp_pa
 
 
 def test_handlers_are_there_while_a_run_is_and_only_then(tmp_path: Path) -> None:
-    progress, before = exit_report.Progress(), [signal.getsignal(number) for number in signals.SIGNALS]
+    progress, before = exit_report.RunStatus(), [signal.getsignal(number) for number in signals.SIGNALS]
     progress.steering.heeded = True
     with signals.listening(tmp_path, 0, progress, 60.0):
         os.kill(os.getpid(), signal.SIGCHLD)  # none of ours
@@ -286,7 +286,7 @@ def test_another_thread_leaves_signals_alone(tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in signals.SIGNALS]
 
     def listen() -> None:
-        with signals.listening(tmp_path, 0, exit_report.Progress(), 60.0):
+        with signals.listening(tmp_path, 0, exit_report.RunStatus(), 60.0):
             found.extend(signal.getsignal(number) for number in signals.SIGNALS)
 
     thread = threading.Thread(target=listen)
@@ -302,7 +302,7 @@ def work() -> None:
 
 
 def worker_code(world: World, folder: Path) -> int | None:
-    with signals.listening(folder, 0, exit_report.Progress(), 60.0):
+    with signals.listening(folder, 0, exit_report.RunStatus(), 60.0):
         worker = multiprocessing.Process(target=work)
         worker.start()
         worker.join()
@@ -315,7 +315,7 @@ def test_a_data_worker_hears_nothing_and_passes_nothing_on(tmp_path: Path) -> No
 
 def test_a_wish_is_told_once_and_fulfilled_once() -> None:
     """The step it is fulfilled in has told its own notes already."""
-    steering = Steering()
+    steering = Requests()
     steering.wish(SAVE, "SAVE")
     assert (steering.told(), steering.told()) == ([0.0, 1.0, 0.0], [0.0, 0.0, 0.0])
     steering.hear([0.0, 1.0, 0.0])

@@ -25,7 +25,7 @@ from data.media.record_media import RecordMedia
 from data.records import media_refs, turns
 from data.records.media_refs import MediaRef
 from data.records.record import RecordError, parse
-from model.files.tensor_files import Rows
+from model.files.tensor_files import LazyTensor
 from model.weights.materialise import Layer, materialise, parameters_on_meta
 from tests.support.tiny_data import SPECS, dataset, grey, talk, template
 from trainer.distributed.world import World
@@ -161,7 +161,7 @@ def test_what_takes_long_at_a_start_tells_where_it_is(tmp_path: Path) -> None:
     assert sorted(told[1:]) == ["mix.jsonl:1", "mix.jsonl:2", "mix.jsonl:3"]
     with parameters_on_meta():
         model = nn.Linear(2, 2)
-    values = {name: Rows((2,) * p.ndim, lambda a, b, p=p: torch.ones(p.shape)[a:b]) for name, p in model.named_parameters()}
+    values = {name: LazyTensor((2,) * p.ndim, lambda a, b, p=p: torch.ones(p.shape)[a:b]) for name, p in model.named_parameters()}
     materialise(model, [Layer("", lambda: values)], frozen_dtype=torch.float32, device=torch.device("cpu"), alive=told.append)
     assert told[4:] == ["weight", "bias"]
 

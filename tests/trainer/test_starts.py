@@ -82,7 +82,7 @@ def test_a_rank_that_has_not_met_the_others_does_not_know_whose_folder_it_is(
         raise SystemExit(code)
 
     monkeypatch.setattr("trainer.faults.signals.os._exit", leave)
-    listener = signals.Listener(tmp_path, 1, exit_report.Progress(has_met=has_met), 60.0)
+    listener = signals.Listener(tmp_path, 1, exit_report.RunStatus(has_met=has_met), 60.0)
     with pytest.raises(SystemExit, match="75"):
         listener._stop("SIGTERM")
     assert (tmp_path / "exit.json").exists() == has_met
@@ -95,7 +95,7 @@ def test_a_folder_that_fails_keeps_nobody_from_leaving(tmp_path: Path, monkeypat
     def leave(code: int) -> None:
         raise SystemExit(code)
 
-    listener = signals.Listener(tmp_path, 0, exit_report.Progress(), 60.0)
+    listener = signals.Listener(tmp_path, 0, exit_report.RunStatus(), 60.0)
     monkeypatch.setattr("trainer.faults.signals.os._exit", leave)
     for name in ("is_dir", "glob", "open", "write_text"):
         monkeypatch.setattr(Path, name, stale)
@@ -114,7 +114,7 @@ def test_a_folder_that_hangs_holds_no_run_up_that_is_over(tmp_path: Path, monkey
 
     monkeypatch.setattr(signals.Listener, "_removed", hanging)
     monkeypatch.setattr(signals, "LOOK_SECONDS", 0.01)
-    with signals.listening(tmp_path, 0, exit_report.Progress(), 60.0):
+    with signals.listening(tmp_path, 0, exit_report.RunStatus(), 60.0):
         reached.wait()
     (left,) = [thread for thread in threading.enumerate() if thread.name == "signals"]
     goes_on.set()

@@ -24,7 +24,7 @@ from trainer.distributed.world import World
 from trainer.faults import hang_diagnosis as judge_module
 from trainer.faults import phase_tracker as watch_module
 from trainer.faults.hang_diagnosis import LEAST_AT_START, Judge, place_of
-from trainer.faults.phase_tracker import STARTING, WAITING, Watch
+from trainer.faults.phase_tracker import STARTING, WAITING, PhaseTracker
 from trainer.faults.watchdog import is_of_peers
 from trainer.machine.processes import GONE, HALTED, RUNNING, Process, myself
 from trainer.main import run
@@ -109,7 +109,7 @@ def test_phases_of_a_start_are_watched_with_more_patience() -> None:
 
 def test_a_watch_tells_how_far_a_long_phase_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch_module, "traffic", lambda: 5)
-    watch = Watch()
+    watch = PhaseTracker()
     watch.mark("load")
     place = watch.now()["place"]
     watch.alive("llm.head.weight")
@@ -169,7 +169,7 @@ def test_processes_are_known_again() -> None:
 
 
 def test_a_watch_tells_the_samples_of_the_micro_batch() -> None:
-    watch = Watch()
+    watch = PhaseTracker()
     watch.at("copy", 6, [[4, 9], [2, -1]])
     assert watch.now()["samples"] == [4, 9, 2]
     watch.mark("forward")

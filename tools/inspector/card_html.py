@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from data.records.fields import bounded, printable
 from model.media_spec import ImageSpec
-from tools.inspector.entry import Box, Entry, Piece
+from tools.inspector.entry import Box, InspectorEntry, Piece
 from tools.inspector.pictures import Album, picture, pixels, sound
 
 STATUSES = {"trained": "whole", "shortened": "shortened", "too long": "too long", "bad": "bad", "quarantined": "quarantined"}
@@ -39,7 +39,7 @@ def _marked(text: str) -> str:
     return "".join(made)
 
 
-def card(entry: Entry, source: str, place: int, max_length: int, album: Album) -> str:
+def card(entry: InspectorEntry, source: str, place: int, max_length: int, album: Album) -> str:
     """An article. What the page's filters and orders look at stands in its data attributes. `place`: among all of the page."""
     kinds = " ".join(entry.kinds) or TEXT_ONLY
     tokens = entry.num_tokens or entry.planned
@@ -51,7 +51,7 @@ def card(entry: Entry, source: str, place: int, max_length: int, album: Album) -
     )
 
 
-def _headline(entry: Entry, source: str) -> str:
+def _headline(entry: InspectorEntry, source: str) -> str:
     planned = f"<span class=soft title='by which batches are planned'>planned {entry.planned:,}</span>"
     if entry.num_tokens:
         learned = f"<b>{entry.num_learned:,}</b> learned ({entry.num_learned / entry.num_tokens:.1%})"
@@ -65,7 +65,7 @@ def _headline(entry: Entry, source: str) -> str:
     )
 
 
-def _share(entry: Entry, max_length: int) -> str:
+def _share(entry: InspectorEntry, max_length: int) -> str:
     """How much of the longest length allowed is text that is read, media, and text that is learned."""
     if not entry.num_tokens:
         return ""
@@ -82,13 +82,13 @@ def _share(entry: Entry, max_length: int) -> str:
     return f"<svg class=share {fit} role=img aria-label='{facts}'>{''.join(bars)}</svg>"
 
 
-def _note(entry: Entry) -> str:
+def _note(entry: InspectorEntry) -> str:
     if entry.status in LEARNED_FROM:
         return f"<p class=note>{visible(entry.reason)}</p>" if entry.reason else ""
     return f"<p class='note bad'><b>Not trained on: {STATUSES[entry.status]}.</b> {visible(entry.reason)}</p>"
 
 
-def _text(entry: Entry) -> str:
+def _text(entry: InspectorEntry) -> str:
     if entry.status not in LEARNED_FROM:
         lines = entry.raw.split("\n")  # ours, as the JSON was laid out here
         return "<pre class=raw>" + "\n".join(map(visible, lines)) + "</pre>\n"

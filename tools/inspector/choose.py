@@ -15,14 +15,14 @@ from data.dataset import MultimodalDataset
 from data.order.mixing import Pool
 from model.errors import ConfigError
 from model.media_spec import PLACEHOLDERS
-from tools.inspector.entry import Entry, entry_of
+from tools.inspector.entry import InspectorEntry, entry_of
 from trainer.config import RunConfig
 from trainer.distributed.world import World
 from trainer.records.quarantine import TRAIN, VALIDATION, read_rows
 from trainer.records.run_data import open_data
 from trainer.records.sample_log import read_step
 from trainer.runfile.load import load_config
-from trainer.runfile.stages import Place, place_to_read
+from trainer.runfile.stages import Stage, place_to_read
 
 KIND_BITS = {kind: 1 << n for n, kind in enumerate(PLACEHOLDERS)}
 """Of `MultimodalDataset.modalities`."""
@@ -57,7 +57,7 @@ class Wanted:
 class Opened:
     """The data of a run. No weight is read, nothing is certified."""
 
-    place: Place
+    place: Stage
     datasets: dict[str, MultimodalDataset]  # by the table of run.toml that names them
     pools: dict[str, tuple[Pool, ...]]  # the records of each source that take part, by table
     quarantined: dict[str, dict[int, dict[str, Any]]]  # rows of quarantine.jsonl by table and sample
@@ -106,13 +106,13 @@ class Source:
             notes.append(f"{self.pool.places:,} are drawn each epoch (weight = {self.config.weight:g})")
         return ", ".join(notes)
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[InspectorEntry]:
         """One at a time: the media of a sample take room."""
         rows = self.opened.quarantined[self.table]
         return (entry_of(self.dataset, i, rows) for i in self.chosen)
 
 
-def place_of(cfg: str | None, run: str | None, overrides: list[str], stage: str = "") -> Place:
+def place_of(cfg: str | None, run: str | None, overrides: list[str], stage: str = "") -> Stage:
     """A run or one stage of it, by its run file or by its folder, wherever that was moved."""
     if (cfg is None) == (run is None):
         raise ConfigError("name a run file with --cfg, or a run's folder with --run: one of them")
@@ -121,7 +121,7 @@ def place_of(cfg: str | None, run: str | None, overrides: list[str], stage: str 
     return place_to_read(replace(load_config(str(Path(str(run)) / "run.toml"), overrides), output_dir=str(run)), stage)
 
 
-def open_sources(place: Place) -> Opened:
+def open_sources(place: Stage) -> Opened:
     """Indexes are written where the run itself looks for them."""
     # Bad records are shown as such, whatever the run does about them.
     config = replace(place.config, data=replace(place.config.data, on_bad_sample="quarantine"))

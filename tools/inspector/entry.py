@@ -69,7 +69,7 @@ class Box:
 
 
 @dataclass(frozen=True)
-class Entry:
+class InspectorEntry:
     sample_id: int
     where: str  # file:line
     id: str
@@ -89,7 +89,7 @@ class Entry:
         return [piece for piece in self.pieces if isinstance(piece, Box)]
 
 
-def entry_of(dataset: MultimodalDataset, i: int, quarantined: dict[int, dict[str, Any]]) -> Entry:
+def entry_of(dataset: MultimodalDataset, i: int, quarantined: dict[int, dict[str, Any]]) -> InspectorEntry:
     """Sample `i`; `quarantined` are the rows of the run's quarantine.jsonl by sample."""
     item, planned = dataset[i], int(dataset.lengths[i])
     row = quarantined.get(i)
@@ -100,7 +100,7 @@ def entry_of(dataset: MultimodalDataset, i: int, quarantined: dict[int, dict[str
     rounds, dropped = _rounds(encoded, item)
     notes = [f"{dropped} of {rounds} rounds dropped: they do not fit"] if dropped else []
     notes += ["a first turn of the assistant was dropped: nobody had asked"] if record.num_dropped_turns else []
-    return Entry(
+    return InspectorEntry(
         sample_id=i,
         where=record.where,
         id=record.id,
@@ -116,7 +116,9 @@ def entry_of(dataset: MultimodalDataset, i: int, quarantined: dict[int, dict[str
     )
 
 
-def _rejected(dataset: MultimodalDataset, i: int, planned: int, item: Sample | Rejected, row: dict[str, Any] | None) -> Entry:
+def _rejected(
+    dataset: MultimodalDataset, i: int, planned: int, item: Sample | Rejected, row: dict[str, Any] | None
+) -> InspectorEntry:
     _, index, number = dataset.place(i)
     try:
         record: Record | None = dataset.record(i)
@@ -134,7 +136,7 @@ def _rejected(dataset: MultimodalDataset, i: int, planned: int, item: Sample | R
         status, reason, name = "quarantined", f"at step {row['step']}: {row['reason']}", name or row["id"]
     more = f"\n... {len(raw) - RAW_LIMIT:,} characters more" if len(raw) > RAW_LIMIT else ""
     kinds = _kinds(record) if record else ()
-    return Entry(i, index.where(number), name, status, planned, kinds, reason, raw[:RAW_LIMIT] + more)
+    return InspectorEntry(i, index.where(number), name, status, planned, kinds, reason, raw[:RAW_LIMIT] + more)
 
 
 def _kinds(record: Record) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from model.media_spec import PLACEHOLDERS
 from tools.inspector.card_html import LEARNED_FROM, STATUSES, TEXT_ONLY, card, visible
-from tools.inspector.entry import Entry
+from tools.inspector.entry import InspectorEntry
 from tools.inspector.pictures import Album
 from tools.inspector.style_and_script import SCRIPT, STYLE
 
@@ -44,7 +44,7 @@ class Shown:
         return self.name if self.table == "sources" else f"{self.name} (validation)"
 
 
-def page(title: str, chosen: str, max_length: int, sources: Sequence[tuple[Shown, Iterable[Entry]]]) -> str:
+def page(title: str, chosen: str, max_length: int, sources: Sequence[tuple[Shown, Iterable[InspectorEntry]]]) -> str:
     """The whole document. `chosen` says in words which records are shown. Entries are taken one by one: their media take room."""
     seen: list[tuple[tuple[str, ...], str]] = []
     cards: list[str] = []

@@ -28,7 +28,7 @@ from trainer.checkpoint.host_staging import Staging, short_of_memory
 from trainer.checkpoint.retention import PREFIX, STATE, prune
 from trainer.distributed.world import World
 from trainer.machine.atomic_files import SAVING, TRIAL, make_folder, put_in_place, remove_folder, replace_text, sync_run
-from trainer.machine.disk_space import Room, look_ahead, shortage, written_bytes
+from trainer.machine.disk_space import SpaceNeeded, describe_shortage, warn_if_next_save_will_not_fit, written_bytes
 from trainer.machine.memory_info import available_bytes
 from trainer.optim import Trained
 
@@ -44,7 +44,7 @@ class Checkpointer:
         self.task: Task | None = None
         self.staging: Staging | None = None  # where host memory is short there is none, and training waits
         self.papers: dict[str, bytes] | None = None
-        self.room: Room | None = None  # what saves take, once it was proven that they fit
+        self.room: SpaceNeeded | None = None  # what saves take, once it was proven that they fit
         self.num_chunks = self.num_told = 0  # pieces that this rank has written or compared, and those that `alive` knows of
 
     def prepare(self, trained: Trained, card: ModelCard, processor: Processor) -> None:
@@ -85,7 +85,7 @@ class Checkpointer:
         if self.papers is None:
             self.prepare(trained, card, processor)
         tensors = _tensors(trained, self.world)
-        note = Note(step, json.loads(dump_json(state)), [*trained.parameters], _steps(trained), before or {})
+        note = CheckpointMeta(step, json.loads(dump_json(state)), [*trained.parameters], _steps(trained), before or {})
         work = partial(self._write, note, self.staging.take(tensors) if self.staging else tensors)
         self.task = Task(work, f"{PREFIX}{step}")
         if self.staging is None:
@@ -115,7 +115,7 @@ class Checkpointer:
         if self.task is not None:
             self.task.thread.join(seconds)
 
-    def _write(self, note: Note, shard: ShardPlan | dict[str, Tensor]) -> None:
+    def _write(self, note: CheckpointMeta, shard: ShardPlan | dict[str, Tensor]) -> None:
         """One save, in its own thread on every rank. Nothing of the live model is touched, unless training waits."""
         temporary = self.folder / f".{PREFIX}{note.step}{SAVING}-{self.run_id[:8]}"
         self.agreement.report(*attempt(lambda: self._write_shard(temporary, shard), self.folder))
@@ -125,7 +125,7 @@ class Checkpointer:
                 problem, _ = attempt(lambda: self._finish(temporary, note, facts), self.folder)
             if problem:  # what tells of it may need the room
                 if problem[0] == "write" and self.room is not None:
-                    problem[1] += f". {shortage(self.folder, self.room.checkpoint, written_bytes(temporary))}"
+                    problem[1] += f". {describe_shortage(self.folder, self.room.checkpoint, written_bytes(temporary))}"
                 with suppress(OSError):
                     remove_folder(temporary)
             self.agreement.rule(problem)
@@ -148,7 +148,7 @@ class Checkpointer:
 
         return write_planned(temporary, self.world.rank, self.world.size, plan, counted)
 
-    def _finish(self, temporary: Path, note: Note, facts: list[dict[str, Any]]) -> None:
+    def _finish(self, temporary: Path, note: CheckpointMeta, facts: list[dict[str, Any]]) -> None:
         """On rank 0, when every shard is on disk."""
         for name, data in (self.papers or {}).items():
             (temporary / name).write_bytes(data)
@@ -162,7 +162,7 @@ class Checkpointer:
         target = self.folder / f"{PREFIX}{note.step}"
         put_in_place(temporary, target)
         prune(self.folder, self.keep, target)
-        if self.room is not None and (told := look_ahead(self.room)):
+        if self.room is not None and (told := warn_if_next_save_will_not_fit(self.room)):
             tqdm.write(told)
 
     def _told(self, text: str) -> str:
@@ -170,7 +170,7 @@ class Checkpointer:
 
 
 @dataclass(frozen=True)
-class Note:
+class CheckpointMeta:
     """What a checkpoint says beside tensors, as of the moment it was asked for."""
 
     step: int

@@ -23,7 +23,7 @@ from trainer.machine.atomic_files import clean_leftovers
 from trainer.records.run_data import RunData
 from trainer.runfile.merge_tables import stage_tables
 from trainer.runfile.schema import flat, to_tables
-from trainer.runfile.stages import Place, resume_place
+from trainer.runfile.stages import Stage, resume_place
 
 MAY_CHANGE = (
     "output_dir",
@@ -84,7 +84,7 @@ def _cleaned(folder: Path, world: World) -> list[str]:
     return list(told)
 
 
-def run_state(place: Place, lengths: str) -> dict[str, Any]:
+def run_state(place: Stage, lengths: str) -> dict[str, Any]:
     """What a checkpoint remembers of the run, to go on in the right stage and to refuse going on with another run.
 
     `lengths`: their `digest_of`.
@@ -140,7 +140,7 @@ def read_state(path: Path, root: RunConfig, finished: Collection[str] = ()) -> d
     return state
 
 
-def left_of(checkpoint: Path, places: list[Place], world: World) -> tuple[list[Place], dict[str, Any] | None]:
+def left_of(checkpoint: Path, places: list[Stage], world: World) -> tuple[list[Stage], dict[str, Any] | None]:
     """Stages that a run resumed from `checkpoint` has still to do, and the state in which the first of them goes on. Collective."""
     place = resume_place(places, load_state(checkpoint))
     step, after = step_of(checkpoint), places[place.number :]

@@ -20,11 +20,20 @@ from trainer.checkpoint.retention import PREFIX, STATE, checkpoints, is_whole, p
 from trainer.distributed.world import World
 from trainer.errors import SaveError
 from trainer.machine.atomic_files import SAVING, TRIAL, fresh_folder, put_in_place, remove_folder
-from trainer.machine.disk_space import ADVICE, Room, checkpoint_bytes, final_bytes, free_bytes, prove_room, shortage, size
-from trainer.setup import Setup
+from trainer.machine.disk_space import (
+    ADVICE,
+    SpaceNeeded,
+    checkpoint_bytes,
+    describe_shortage,
+    final_bytes,
+    free_bytes,
+    prove_room,
+    size,
+)
+from trainer.setup import PreparedRun
 
 
-def prove_saving(setup: Setup, checkpointer: Checkpointer, step: int, state: dict[str, Any]) -> Room:
+def prove_saving(setup: PreparedRun, checkpointer: Checkpointer, step: int, state: dict[str, Any]) -> SpaceNeeded:
     """What saves will take; SaveError on every rank when one cannot be made or the next ones do not fit. Collective.
 
     `step`: completed ones of the run. `state`: what a checkpoint says of them. Where room is missing, checkpoints go that
@@ -38,10 +47,10 @@ def prove_saving(setup: Setup, checkpointer: Checkpointer, step: int, state: dic
         checkpointer.prepare(setup.trained, setup.data.card, setup.data.processor)
     problem, others = trial_save(folder, step, parameters, state, checkpointer.papers or {}, world)
     if problem:
-        told = world.broadcast_json(shortage(folder, shards + final) if world.is_main else "")
+        told = world.broadcast_json(describe_shortage(folder, shards + final) if world.is_main else "")
         raise SaveError(f"nothing can be saved to {folder}, found out before training: {problem}. {told}")
     # A card and a processor stand in final/ as well, and take as much there.
-    room = Room(folder, shards + others, final + others, max(largest, final_largest), checkpointer.keep)
+    room = SpaceNeeded(folder, shards + others, final + others, max(largest, final_largest), checkpointer.keep)
     if world.is_main and free_bytes(folder) < room.checkpoint + room.final:
         newest = folder / f"{PREFIX}{step}"
         if newest.is_dir() and is_whole(newest):
@@ -53,7 +62,7 @@ def prove_saving(setup: Setup, checkpointer: Checkpointer, step: int, state: dic
     return room
 
 
-def tight(room: Room) -> str:
+def tight(room: SpaceNeeded) -> str:
     """What to add when there is room for the next checkpoint, but not for as many as are to be kept."""
     free, held = free_bytes(room.folder), len(checkpoints(room.folder)) * room.checkpoint
     missing = room.in_the_long_run - held - free

@@ -21,7 +21,7 @@ from trainer.checkpoint.final_files import final_files
 from trainer.distributed.world import World
 from trainer.errors import ProofError, SaveError
 from trainer.machine.atomic_files import SAVING, fresh_folder, put_in_place, remove_folder
-from trainer.machine.disk_space import final_bytes, shortage, written_bytes
+from trainer.machine.disk_space import describe_shortage, final_bytes, written_bytes
 
 
 def write_final(
@@ -54,7 +54,7 @@ def write_final(
 
 def _give_back(temporary: Path, needed: int) -> str:
     """What was missing, told before what was written is removed: exit.json needs room, too."""
-    told = shortage(temporary.parent, needed, written_bytes(temporary))
+    told = describe_shortage(temporary.parent, needed, written_bytes(temporary))
     with suppress(OSError):
         remove_folder(temporary)
     return told

@@ -20,7 +20,7 @@ POLL_SECONDS = 0.05
 def own_place(store: dist.Store, rank: int, size: int, seconds: float) -> dist.Store:
     """The same fresh place on all ranks of a start, in which `here_keys` of all of them stand. Collective.
 
-    Raises `NotMet` with the ranks that are missing after `seconds`.
+    Raises `RendezvousTimeout` with the ranks that are missing after `seconds`.
     """
     name, keys = uuid.uuid4().hex, here_keys(size)
     store.append(HELLO, name + " ")  # type: ignore[attr-defined]  # torch declares it nowhere
@@ -28,18 +28,18 @@ def own_place(store: dist.Store, rank: int, size: int, seconds: float) -> dist.S
         place = dist.PrefixStore(name, store)
         place.set(keys[0], "")
         if not _answered(store, name, place, keys, seconds):
-            raise NotMet(_missing(place, keys))
+            raise RendezvousTimeout(_missing(place, keys))
         return place
     try:
         store.wait([name], timedelta(seconds=seconds))
     except RuntimeError as error:
-        raise NotMet([0]) from error
+        raise RendezvousTimeout([0]) from error
     place = dist.PrefixStore(store.get(name).decode(), store)
     place.set(keys[rank], "")
     try:
         place.wait(keys, timedelta(seconds=seconds))
     except RuntimeError as error:
-        raise NotMet(_missing(place, keys)) from error
+        raise RendezvousTimeout(_missing(place, keys)) from error
     return place
 
 
@@ -51,7 +51,7 @@ def _missing(place: dist.Store, keys: list[str]) -> list[int]:
         return [0]
 
 
-class NotMet(Exception):
+class RendezvousTimeout(Exception):
     """Some ranks of this start did not come."""
 
     def __init__(self, missing: list[int]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from model.errors import ConfigError
-from trainer.distributed.rendezvous import NotMet, own_place
+from trainer.distributed.rendezvous import RendezvousTimeout, own_place
 
 TIMEOUT = timedelta(minutes=30)
 START_SECONDS = 600.0  # for all ranks to come
@@ -129,7 +129,7 @@ def meet() -> dist.Store:
         ) from error
     try:
         place = own_place(store, rank, size, START_SECONDS)
-    except NotMet as error:
+    except RendezvousTimeout as error:
         who = absent(error.missing, size)
         raise ConfigError(f"{who} {START_SECONDS:.0f} s to {address}: look at what their machines say") from error
     place.set_timeout(TIMEOUT)

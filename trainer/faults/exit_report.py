@@ -16,26 +16,26 @@ from typing import TYPE_CHECKING, Any
 from data.records.fields import message, printable
 from model.files.tensor_files import dump_json
 from trainer.errors import INTERNAL, code_of
-from trainer.faults.phase_tracker import Watch
-from trainer.faults.requests import Steering
+from trainer.faults.phase_tracker import PhaseTracker
+from trainer.faults.requests import Requests
 from trainer.machine.atomic_files import NEW
 from trainer.machine.open_files import explained
 
 if TYPE_CHECKING:
-    from trainer.faults.watchdog import Guard
+    from trainer.faults.watchdog import Watchdog
 
 NAME = "exit.json"
 INTERRUPT = "interrupted; the same command goes on from the last checkpoint"
 
 
 @dataclass
-class Progress:
+class RunStatus:
     """Completed steps, for the message of a run that fails; what is asked of it and what it is doing."""
 
     step: int | None = None
     has_met: bool = False  # the other ranks, and with them the one that holds the run folder
-    steering: Steering = field(default_factory=Steering)
-    watch: Watch = field(default_factory=Watch)
+    steering: Requests = field(default_factory=Requests)
+    watch: PhaseTracker = field(default_factory=PhaseTracker)
 
 
 def clear(output_dir: Path) -> None:
@@ -54,7 +54,7 @@ def record(output_dir: Path | None, code: int, reason: str, step: int | None, ra
     value: dict[str, Any] = {"code": code, "reason": reason, "step": step, "rank": rank, **launch}
     temporary = output_dir / f".{NAME}-{rank}-{threading.get_ident()}{NEW}"
     try:
-        temporary.write_text(dump_json(value))  # first: on a full disk nobody has claimed to have told
+        temporary.write_text(dump_json(value))  # first: on a full disk nobody has claimed to have read_exit_report
         (output_dir / NAME).open("x").close()  # fails where the file exists: the first reason is the true one
         temporary.replace(output_dir / NAME)
         return True
@@ -67,8 +67,8 @@ def record(output_dir: Path | None, code: int, reason: str, step: int | None, ra
             temporary.unlink()
 
 
-def told(output_dir: Path) -> dict[str, Any] | None:
-    """What a rank of this start has told already, if one has."""
+def read_exit_report(output_dir: Path) -> dict[str, Any] | None:
+    """Return the exit report that a rank of this start has written, if one has."""
     try:
         found: dict[str, Any] = json.loads((output_dir / NAME).read_text())
         return found if {"code", "reason", "step", "rank"} <= found.keys() else None
@@ -76,7 +76,7 @@ def told(output_dir: Path) -> dict[str, Any] | None:
         return None
 
 
-def tell(
+def write_exit_report(
     output_dir: Path | None,
     code: int,
     reason: str,
@@ -95,18 +95,22 @@ def tell(
         print(printable(text, keep="\n\t"), file=sys.stderr, flush=True)
 
 
-def report_failure(error: BaseException, output_dir: Path | None, step: int | None, rank: int, guard: Guard | None = None) -> int:
+def report_failure(
+    error: BaseException, output_dir: Path | None, step: int | None, rank: int, guard: Watchdog | None = None
+) -> int:
     """Say once for all ranks what went wrong, on the one that found out. Returns the exit code, with `guard` that of all ranks."""
     error = explained(error)
     code = code_of(error)
     reason = INTERRUPT if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
     shown = error if code == INTERNAL else None
     if guard is None:
-        tell(output_dir, code, reason, step, rank, error=shown)
+        write_exit_report(output_dir, code, reason, step, rank, error=shown)
         return code
     found = guard.failed(error, code, reason)
     speaks, is_own = found.by == rank, found.by == found.culprit == rank
     if not speaks:
         time.sleep(0.5)  # who found out tells, unless it has died since
-    tell(output_dir, found.code, found.reason, step if is_own else found.step, found.culprit, speaks, shown if is_own else None)
+    write_exit_report(
+        output_dir, found.code, found.reason, step if is_own else found.step, found.culprit, speaks, shown if is_own else None
+    )
     return found.code

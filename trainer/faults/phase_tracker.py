@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.workers import Reading, explained
-from trainer.faults.shared_page import Page
+from trainer.faults.shared_page import SharedPage
 from trainer.machine.io_traffic import traffic
 
 VALIDATION = "validation"
@@ -43,14 +43,14 @@ class Beat:
         return (-1 if self.step is None else self.step, self.part)
 
 
-class Watch:
+class PhaseTracker:
     """The main thread marks what it is about to do; marking costs no more than setting an attribute."""
 
     def __init__(self) -> None:
         self.beat = Beat(since=time.monotonic())
         self.names: dict[str, Callable[[int], str]] = {}  # "train" and "validation": what people call a sample
         self.reading: Reading | None = None  # which samples the data workers are at
-        self.page: Page | None = None  # where every beat is noted at once
+        self.page: SharedPage | None = None  # where every beat is noted at once
         self._groups: list[tuple[int, ...]] = []  # samples of each micro-batch of the step
         self._forwards = 0
         self._main = threading.get_ident()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 STOP, SAVE, EVALUATE = WISHES = ("stop", "save", "eval")
 
 
-class Steering:
+class Requests:
     """Wishes of this process, put in by any thread, and those that all ranks know of.
 
     They ride in the collective of a step's counts and are read a step later, so every rank acts on them after the same step.

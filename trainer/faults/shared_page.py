@@ -19,7 +19,7 @@ PLACE, SAMPLES = struct.Struct("<16sqqq"), struct.Struct("<33q")  # phase, step,
 MOST = 32
 
 
-class Page:
+class SharedPage:
     """This rank's. Where the system has no shared memory nothing is noted."""
 
     def __init__(self, run_folder: Path, rank: int) -> None:

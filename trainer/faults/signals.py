@@ -23,7 +23,7 @@ from trainer import errors
 from trainer.checkpoint.retention import checkpoints
 from trainer.errors import StopRequested
 from trainer.faults import exit_report
-from trainer.faults.exit_report import Progress
+from trainer.faults.exit_report import RunStatus
 from trainer.faults.requests import EVALUATE, SAVE, STOP
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -38,7 +38,7 @@ TORCHRUN_SECONDS = 30
 
 
 @contextmanager
-def listening(folder: Path, rank: int, progress: Progress, grace_seconds: float) -> Iterator[None]:
+def listening(folder: Path, rank: int, progress: RunStatus, grace_seconds: float) -> Iterator[None]:
     """Inside the `with`, signals and requests become wishes of `progress.steering`, and KeyboardInterrupt does not occur.
 
     Where nothing was trained yet, at a second request, and when the run has not ended `grace_seconds` after the first one, the
@@ -70,7 +70,7 @@ def _pass(number: int, frame: Any) -> None:
 class Listener:
     """The thread that hears requests, and what it remembers of them."""
 
-    def __init__(self, folder: Path, rank: int, progress: Progress, grace_seconds: float) -> None:
+    def __init__(self, folder: Path, rank: int, progress: RunStatus, grace_seconds: float) -> None:
         self.folder, self.rank, self.progress, self.grace = folder, rank, progress, grace_seconds
         self.inbox, self.outbox = socket.socketpair()
         self.outbox.setblocking(False)

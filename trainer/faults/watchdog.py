@@ -18,8 +18,8 @@ from trainer.distributed.world import World
 from trainer.faults import exit_report
 from trainer.faults.hang_diagnosis import SHOWN, Finding, Judge, Verdict, place_of
 from trainer.faults.heartbeats import Beats, bounded
-from trainer.faults.phase_tracker import Watch
-from trainer.faults.shared_page import Page, forget, newest
+from trainer.faults.phase_tracker import PhaseTracker
+from trainer.faults.shared_page import SharedPage, forget, newest
 from trainer.faults.stack_dumps import Stacks
 from trainer.machine.folder_lock import FolderLock
 from trainer.machine.processes import DEFUNCT, GONE, Process, myself, show_and_end
@@ -34,24 +34,26 @@ OF_PEERS = re.compile(r"\bgloo\b|nccl|connection (was )?(closed|reset)|broken pi
 """What a collective says on a rank whose peer has failed."""
 
 
-class Guard:
+class Watchdog:
     """One run's: what `watch` says goes to the other ranks, what they say is judged. Its threads end with `stop`."""
 
-    def __init__(self, watch: Watch, world: World, run_folder: Path, stall_seconds: float, lock: FolderLock | None = None) -> None:
+    def __init__(
+        self, watch: PhaseTracker, world: World, run_folder: Path, stall_seconds: float, lock: FolderLock | None = None
+    ) -> None:
         """`lock`: what holds the run folder for this rank, if it does."""
         self.watch, self.world, self.run_folder, self.stall_seconds = watch, world, run_folder, stall_seconds
         self.lock = lock
         self.tick = min(max(stall_seconds / 10, 0.1), TICK_SECONDS)
         self.process = myself()
         self.stacks = Stacks(run_folder, world.rank, world.size)
-        watch.page = Page(run_folder, world.rank)
+        watch.page = SharedPage(run_folder, world.rank)
         self.judge = Judge(range(world.size) if world.is_main else (0,), stall_seconds, time.monotonic())
         self.beats = Beats(world, self._tell, self.tick)
         self._over, self._finishing = threading.Event(), threading.Lock()
         self._ending = self._finished = False  # the main thread is on its way out; last words are said
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def start(self) -> Guard:
+    def start(self) -> Watchdog:
         self.beats.start()
         self._thread.start()
         return self
@@ -98,7 +100,7 @@ class Guard:
 
     def _told(self) -> Verdict | None:
         """What a rank has told that left without asking the others: one that was stopped by a signal, say."""
-        found = exit_report.told(self.run_folder)
+        found = exit_report.read_exit_report(self.run_folder)
         if found is None or found["code"] == errors.DONE:
             return None
         return Verdict(found["code"], found["reason"], found["rank"], found["rank"], found["step"], stacks=False)
@@ -189,7 +191,7 @@ class Guard:
         is_speaker = verdict.by == self.world.rank
         if not is_speaker:
             time.sleep(0.5)  # who found out tells, unless it has died since
-        exit_report.tell(self.run_folder, verdict.code, verdict.reason, verdict.step, verdict.culprit, is_speaker)
+        exit_report.write_exit_report(self.run_folder, verdict.code, verdict.reason, verdict.step, verdict.culprit, is_speaker)
         self._finish(verdict)
         sys.stdout.flush()
         sys.stderr.flush()

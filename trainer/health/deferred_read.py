@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Later:
+class DeferredRead:
     """A vector of the step before, of always the same length."""
 
     def __init__(self, device: torch.device) -> None:

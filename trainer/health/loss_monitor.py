@@ -28,7 +28,7 @@ from trainer.health.suspects import NUM_SUSPECTS, Evidence, bad_samples, first_b
 from trainer.machine.atomic_files import replace_text
 from trainer.machine.json_lines import read_sound
 from trainer.optim import Trained, in_norm_order
-from trainer.setup import Setup
+from trainer.setup import PreparedRun
 from trainer.step import StepResult
 
 NAME = "faults.jsonl"
@@ -39,7 +39,7 @@ NUM_NAMED = 8
 class Health:
     """Judges every step of a stage. All methods are called alike on all ranks, after the same steps."""
 
-    def __init__(self, setup: Setup, totals: dict[str, Any] | None) -> None:
+    def __init__(self, setup: PreparedRun, totals: dict[str, Any] | None) -> None:
         """`totals`: `state` of the checkpoint that the stage goes on from."""
         self.setup, self.world, self.place = setup, setup.world, setup.place
         self.limit = setup.config.faults.max_nonfinite

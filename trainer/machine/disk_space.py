@@ -24,7 +24,7 @@ ADVICE = "Free space, lower checkpoint.keep, or use another output_dir"
 
 
 @dataclass(frozen=True)
-class Room:
+class SpaceNeeded:
     """What the saves of a run take, in bytes."""
 
     folder: Path
@@ -79,7 +79,7 @@ def free_bytes(folder: Path) -> int:
     return found.f_bavail * found.f_frsize
 
 
-def shortage(folder: Path, needed: int, spent: int = 0) -> str:
+def describe_shortage(folder: Path, needed: int, spent: int = 0) -> str:
     """For people: what a save takes, what there is, and what is missing. `spent`: bytes it has written already."""
     try:
         free = free_bytes(folder) + spent
@@ -97,14 +97,14 @@ def written_bytes(folder: Path) -> int:
         return 0
 
 
-def prove_room(room: Room, world: World) -> None:
+def prove_room(room: SpaceNeeded, world: World) -> None:
     """SaveError on every rank when the next checkpoint and final/ do not fit. Collective."""
     problem = ""
     if world.is_main:
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
         needed = room.checkpoint + room.final
         if free_bytes(room.folder) < needed:
-            problem = f"the next checkpoint and final/ do not fit. {shortage(room.folder, needed)}"
+            problem = f"the next checkpoint and final/ do not fit. {describe_shortage(room.folder, needed)}"
         elif limit != resource.RLIM_INFINITY and limit < room.largest:
             problem = (
                 f"a file of {size(room.largest)} is to be written to {room.folder}, and this process may write files of "
@@ -114,10 +114,8 @@ def prove_room(room: Room, world: World) -> None:
         raise SaveError(problem)
 
 
-def unwritable(error: BaseException, folder: Path, room: Room | None) -> SaveError | None:
-    """What to tell instead of an error of the system that came of writing a file of the run other than a checkpoint; None when it
-    is something else.
-    """
+def as_save_error(error: BaseException, folder: Path, room: SpaceNeeded | None) -> SaveError | None:
+    """Turn an OSError from writing a run file into a SaveError that states the missing bytes; return None for other errors."""
     if not isinstance(error, OSError):
         return None
     name = str(error.filename or "")
@@ -125,11 +123,12 @@ def unwritable(error: BaseException, folder: Path, room: Room | None) -> SaveErr
         return None
     needed = room.checkpoint if room else 0
     return SaveError(
-        f"{name or 'a file of the run'} cannot be written: {error.strerror}. {shortage(folder, needed)}. Checkpoints are intact"
+        f"{name or 'a file of the run'} cannot be written: {error.strerror}. {describe_shortage(folder, needed)}. Checkpoints are "
+        "intact"
     )
 
 
-def look_ahead(room: Room) -> str:
+def warn_if_next_save_will_not_fit(room: SpaceNeeded) -> str:
     """After a save: what to tell when the next one does not fit; "" when it does."""
     try:
         free = free_bytes(room.folder)
@@ -137,7 +136,7 @@ def look_ahead(room: Room) -> str:
         return ""  # the next save will say why
     if free >= room.checkpoint:
         return ""
-    return f"THE NEXT CHECKPOINT DOES NOT FIT and will end the run. {shortage(room.folder, room.checkpoint)}"
+    return f"THE NEXT CHECKPOINT DOES NOT FIT and will end the run. {describe_shortage(room.folder, room.checkpoint)}"
 
 
 def size(count: float, digits: int = 1) -> str:

@@ -30,7 +30,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Heavy:
+class MemoryScenario:
     """The heaviest micro-batch and how it came about: what a smaller one is cut from."""
 
     config: RunConfig
@@ -52,7 +52,7 @@ class Heavy:
         return footprint(self.card, parallel, self.num_ranks, self.batch(count), micros)
 
 
-def advice(heavy: Heavy, limit: Callable[[Footprint], float]) -> str:
+def advice(heavy: MemoryScenario, limit: Callable[[Footprint], float]) -> str:
     """What to set so that a rank takes at most `limit(what it takes now, as simulated)` bytes, for people."""
     try:
         now = heavy.needed()
@@ -62,15 +62,15 @@ def advice(heavy: Heavy, limit: Callable[[Footprint], float]) -> str:
     changes = list(fitting(heavy, allowed))
     if not changes:
         least = least_change(heavy)
-        return f"No one setting makes it fit; {told(least)} comes nearest: use more or larger devices, or a smaller model"
-    return "What fits: " + "; ".join(told(change) for change in changes[:SHOWN])
+        return f"No one setting makes it fit; {describe(least)} comes nearest: use more or larger devices, or a smaller model"
+    return "What fits: " + "; ".join(describe(change) for change in changes[:SHOWN])
 
 
-def told(change: Change) -> str:
+def describe(change: Change) -> str:
     return f"{change.settings} ({size(change.needed.total, 2)})"
 
 
-def fitting(heavy: Heavy, allowed: float) -> Iterator[Change]:
+def fitting(heavy: MemoryScenario, allowed: float) -> Iterator[Change]:
     """Changes that take no more than `allowed`; those that leave the training's numbers as they are come first."""
     for change in (smaller(heavy, allowed), *other_settings(heavy)):
         if change is not None and change.needed.total <= allowed:
@@ -84,7 +84,7 @@ def fitting(heavy: Heavy, allowed: float) -> Iterator[Change]:
             yield other
 
 
-def smaller(heavy: Heavy, allowed: float, **changes: Any) -> Change | None:
+def smaller(heavy: MemoryScenario, allowed: float, **changes: Any) -> Change | None:
     """The most samples of the heaviest micro-batch that fit, by bisection; None where not even one does, or all were one."""
     low, high, best = fewest(heavy), len(heavy.samples) - 1, None
     while low <= high:
@@ -97,7 +97,7 @@ def smaller(heavy: Heavy, allowed: float, **changes: Any) -> Change | None:
     return None if best is None else Change(_size(heavy, best[0]), best[1])
 
 
-def fewest(heavy: Heavy) -> int:
+def fewest(heavy: MemoryScenario) -> int:
     """Samples of the smallest micro-batch that may be set: a packed one is filled up to data.max_length tokens at least."""
     if not heavy.config.data.packing:
         return 1
@@ -105,17 +105,17 @@ def fewest(heavy: Heavy) -> int:
     return max((count for count in counts if _tokens(heavy, count) <= heavy.config.data.max_length), default=1)
 
 
-def _tokens(heavy: Heavy, count: int) -> int:
+def _tokens(heavy: MemoryScenario, count: int) -> int:
     return sum(len(sample.input_ids) for sample in heavy.samples[:count])
 
 
-def _size(heavy: Heavy, count: int) -> str:
+def _size(heavy: MemoryScenario, count: int) -> str:
     if heavy.config.data.packing:
         return f"batch.micro_batch_tokens = {max(_tokens(heavy, count), heavy.config.data.max_length)}"
     return f"batch.micro_batch_size = {count}"
 
 
-def other_settings(heavy: Heavy) -> Iterator[Change]:
+def other_settings(heavy: MemoryScenario) -> Iterator[Change]:
     """Changes of [parallel] that leave the numbers as they are."""
     parallel = heavy.config.parallel
     if parallel.activation_checkpointing == "none":
@@ -127,7 +127,7 @@ def other_settings(heavy: Heavy) -> Iterator[Change]:
             yield Change(settings, heavy.needed(strategy="fsdp", shard_size=0, activation_checkpointing="full"))
 
 
-def with_lora(heavy: Heavy) -> Change | None:
+def with_lora(heavy: MemoryScenario) -> Change | None:
     """Adapters in place of the whole language model: another training, which needs no moments of all weights."""
     model = heavy.card.model
     if model.llm.tune != "full":
@@ -139,7 +139,7 @@ def with_lora(heavy: Heavy) -> Change | None:
         return None
 
 
-def with_four_bits(heavy: Heavy) -> Change | None:
+def with_four_bits(heavy: MemoryScenario) -> Change | None:
     """The language model's matrices quantised, where they do not learn: another training as well."""
     if heavy.card.model.llm.tune == "full" or heavy.card.quantize.bits != 16:
         return None
@@ -150,7 +150,7 @@ def with_four_bits(heavy: Heavy) -> Change | None:
         return None
 
 
-def least_change(heavy: Heavy) -> Change:
+def least_change(heavy: MemoryScenario) -> Change:
     """Of all changes and what they come to together, the one that takes least."""
     found, least = [Change("the run as it is", heavy.needed()), *other_settings(heavy)], fewest(heavy)
     if least < len(heavy.samples):

@@ -14,16 +14,16 @@ from model.batch import Batch
 from model.errors import ConfigError
 from trainer.distributed.parallelize import gradient_sync
 from trainer.machine.memory_info import Usage, reset_peak, usage
-from trainer.memory.advice import Heavy, advice
+from trainer.memory.advice import MemoryScenario, advice
 from trainer.memory.footprint import MASTER
 from trainer.memory.heaviest_batch import Heaviest, find_heaviest, read_samples
 from trainer.memory.sample_cost import media_memory, sample_costs
-from trainer.setup import Setup
+from trainer.setup import PreparedRun
 
 GIB = 2**30
 
 
-def rehearse(setup: Setup, first_step: int) -> str:
+def rehearse(setup: PreparedRun, first_step: int) -> str:
     """One line on how much memory the heaviest micro-batch of the epoch takes: of all ranks, where the least is left. Collective.
 
     Forward and backward as in a step, with what accumulation keeps between two of them, and no update. Nothing else changes:
@@ -32,7 +32,7 @@ def rehearse(setup: Setup, first_step: int) -> str:
     """
     world, heaviest = setup.world, find(setup, first_step)
     samples = read_samples(setup.data.train, heaviest.ids, setup.batch_plan.is_packed)  # type: ignore[arg-type]
-    heavy = Heavy(setup.config, setup.data.card, world.size, samples, heaviest.num_micro_batches)
+    heavy = MemoryScenario(setup.config, setup.data.card, world.size, samples, heaviest.num_micro_batches)
     batch = heavy.batch()
     reset_peak(world.device)
     before = usage(world.device)
@@ -42,7 +42,7 @@ def rehearse(setup: Setup, first_step: int) -> str:
     return _verdict(setup, heavy, world.gather_json(mine))  # collective
 
 
-def find(setup: Setup, first_step: int) -> Heaviest:
+def find(setup: PreparedRun, first_step: int) -> Heaviest:
     """The heaviest micro-batch of the epoch that `first_step` is in. The same on every rank."""
     config, train, plan = setup.config, setup.data.train, setup.batch_plan
     sampler: Sampler = setup.data.sampler  # type: ignore[assignment]
@@ -51,7 +51,7 @@ def find(setup: Setup, first_step: int) -> Heaviest:
     return find_heaviest(sampler, plan, media, costs, first_step, setup.total_steps)
 
 
-def _runs(setup: Setup, batch: Batch, passes: int) -> bool:
+def _runs(setup: PreparedRun, batch: Batch, passes: int) -> bool:
     """Whether there is memory for it. On return nothing of it is left."""
     try:
         _passes(setup, batch, passes)
@@ -69,7 +69,7 @@ def _runs(setup: Setup, batch: Batch, passes: int) -> bool:
     return fits
 
 
-def _passes(setup: Setup, batch: Batch, passes: int) -> None:
+def _passes(setup: PreparedRun, batch: Batch, passes: int) -> None:
     device = setup.world.device
     buffers = [(buffer, buffer.clone()) for buffer in setup.model.buffers()]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -89,7 +89,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: " in str(error)
 
 
-def _too_much(setup: Setup, heavy: Heavy, before: Usage) -> str:
+def _too_much(setup: PreparedRun, heavy: MemoryScenario, before: Usage) -> str:
     """This rank is out of memory; others may wait for it, so nothing is asked of them here."""
     optimizer = moments_to_come(setup)
     fits = advice(heavy, lambda now: min(now.weights + before.free, now.total - 1))
@@ -100,7 +100,7 @@ def _too_much(setup: Setup, heavy: Heavy, before: Usage) -> str:
     )
 
 
-def _verdict(setup: Setup, heavy: Heavy, ranks: list[dict[str, Any]]) -> str:
+def _verdict(setup: PreparedRun, heavy: MemoryScenario, ranks: list[dict[str, Any]]) -> str:
     """What to print. The same ConfigError on all ranks when what is left on one of them is less than nothing."""
     left = [_headroom(row, ranks, setup.world.device) for row in ranks]
     worst = min(range(len(ranks)), key=left.__getitem__)
@@ -114,7 +114,7 @@ def _verdict(setup: Setup, heavy: Heavy, ranks: list[dict[str, Any]]) -> str:
     return f"memory    {line}"
 
 
-def moments_to_come(setup: Setup) -> int:
+def moments_to_come(setup: PreparedRun) -> int:
     """Bytes that the optimizer of this rank will take beside what it has: the first update makes its two moments."""
     state = setup.trained.optimizer.state if setup.trained else {}
     new = [p for p in setup.model.parameters() if p.requires_grad and p not in state]

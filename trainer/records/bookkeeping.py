@@ -12,13 +12,13 @@ from trainer.records.quarantine import NAME as QUARANTINE
 from trainer.records.quarantine import TRAIN, VALIDATION, Quarantine, check_rows, read_rows
 from trainer.records.run_data import RunData
 from trainer.records.sample_log import StepLog
-from trainer.setup import Setup
+from trainer.setup import PreparedRun
 
 
-class Accounts:
+class Bookkeeping:
     """Of one stage, from its `first_step` on."""
 
-    def __init__(self, setup: Setup, first_step: int) -> None:
+    def __init__(self, setup: PreparedRun, first_step: int) -> None:
         """DataError when too many records were bad before."""
         if setup.data.sampler is None:
             raise ValueError("nothing to train")

@@ -11,11 +11,11 @@ from trainer.config import RunConfig
 from trainer.distributed.world import World
 from trainer.records.quick_check import quick_check
 from trainer.records.run_data import certify_all, open_data
-from trainer.runfile.stages import Place, place_to_read
+from trainer.runfile.stages import Stage, place_to_read
 from trainer.setup import resolved
 
 
-def look_ahead(root: RunConfig, places: Sequence[Place], world: World) -> Iterator[str]:
+def look_ahead(root: RunConfig, places: Sequence[Stage], world: World) -> Iterator[str]:
     """Open, certify and check the data of each stage as its own start will; no weight is read. Yields lines for people.
 
     Tokens that earlier stages add are known from the run file. Indexes that are built here are there when the stage begins.

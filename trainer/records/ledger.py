@@ -14,7 +14,7 @@ from data.order.sampler import Sampler
 from model.files.tensor_files import dump_json
 from trainer.machine.atomic_files import replace_text
 from trainer.records.quarantine import TRAIN, read_rows
-from trainer.runfile.stages import Place
+from trainer.runfile.stages import Stage
 
 NAME = "ledger.json"
 
@@ -68,14 +68,14 @@ def ledger_of(sampler: Sampler, step: int, total_steps: int, rows: Sequence[dict
     return found
 
 
-def write_ledger(place: Place, sampler: Sampler, step: int, total_steps: int) -> list[SourceLedger]:
+def write_ledger(place: Stage, sampler: Sampler, step: int, total_steps: int) -> list[SourceLedger]:
     """ledger.json of a run or stage, from its plan and its rows of quarantine.jsonl."""
     found = ledger_of(sampler, step, total_steps, read_rows(place.run_folder, place.name))
     replace_text(place.folder / NAME, _text(found, step))
     return found
 
 
-def ledger_file(place: Place, sampler: Sampler, step: int, total_steps: int) -> dict[Path, str]:
+def ledger_file(place: Stage, sampler: Sampler, step: int, total_steps: int) -> dict[Path, str]:
     """The same, path and content, for somebody else to write."""
     return {place.folder / NAME: _text(ledger_of(sampler, step, total_steps, read_rows(place.run_folder, place.name)), step)}
 

@@ -22,7 +22,7 @@ from trainer.distributed.world import World
 from trainer.records.feeding import PARTS, carried
 from trainer.records.quarantine import FLOOR, TRAIN, VALIDATION
 from trainer.records.run_data import RunData
-from trainer.records.too_long import Lengths, Media, large_media, never_fed, refusal, surely
+from trainer.records.too_long import LengthStatistics, OversizedMedia, large_media, never_fed, refusal, surely
 
 MAX_RECORDS, MAX_SECONDS = 2000, 5.0
 LEAST = 16  # records of each source, however small its share
@@ -45,7 +45,7 @@ class Look:
     num_bad_drawn: int = 0
     num_too_long: int = 0
     bad: list[Problem] = field(default_factory=list)  # the first one of each bad record
-    lengths: Lengths = field(default_factory=Lengths)
+    lengths: LengthStatistics = field(default_factory=LengthStatistics)
 
     def add(self, checked: Checked, is_drawn: bool) -> None:
         bad = [problem for problem in checked.problems if problem.is_bad]
@@ -64,7 +64,7 @@ class Look:
         return max(len(self.bad), self._standing_for(self.num_bad_drawn))
 
     @property
-    def media(self) -> Media:
+    def media(self) -> OversizedMedia:
         """Media that do not fit, whatever else is in their records."""
         return large_media(self.dataset, self.pool.ids)
 

@@ -16,7 +16,7 @@ from data.order.sampler import Sampler
 from data.processor import Processor, make_processor
 from data.text.template import Template, load_template
 from data.text.tokenizer import load_tokenizer, pad_id
-from model.card import ModelCard, base_digests, draw_card, media_specs, read_card
+from model.card import ModelCard, base_digests, make_card, media_specs, read_card
 from model.errors import ConfigError, DataError
 from model.files.tensor_files import sampled_digest
 from model.llm.causal_lm import check_positions
@@ -27,7 +27,7 @@ from trainer.records import freeze_lengths
 from trainer.records.feeding import UnfedError, carried, check_fed, refused_records
 from trainer.records.quarantine import TRAIN, VALIDATION, read_excluded
 from trainer.records.vocabulary import check_surplus, num_base_rows, plan_vocabulary
-from trainer.runfile.stages import Place
+from trainer.runfile.stages import Stage
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def open_data(
     world: World,
     *,
     first_start: bool = False,
-    place: Place | None = None,
+    place: Stage | None = None,
     alive: Callable[[str], object] = lambda at: None,
 ) -> RunData:
     """Everything the run, or one `place` of it, reads; no weight is loaded. Rank 0 builds missing indexes, the others then map
@@ -70,7 +70,7 @@ def open_data(
     first_start: the run or stage begins at step 0, and by what lengths it is planned is settled now. alive: is told now and then
     what is read.
     """
-    place = place or Place(config, config)
+    place = place or Stage(config, config)
     template, card = open_words(config, world)
     specs, data, folder = card.specs, config.data, Path(config.output_dir)
     check_positions(card.hugging_face["llm"], data.max_length)
@@ -116,7 +116,7 @@ def open_words(config: RunConfig, world: World) -> tuple[Template, ModelCard]:
         state_tokens=data.state_tokens,
         unread=surplus.unread,
     )
-    card = draw_card(
+    card = make_card(
         config.model,
         config.lora,
         plan_vocabulary(config.model, vocabulary, num_rows),

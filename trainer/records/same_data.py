@@ -16,13 +16,13 @@ from trainer.distributed.world import World
 from trainer.machine.atomic_files import replace_text
 from trainer.records.quarantine import TRAIN, VALIDATION
 from trainer.records.run_data import RunData
-from trainer.runfile.stages import Place
+from trainer.runfile.stages import Stage
 
 NAME, CHANGES = "data.json", "data_changes.jsonl"
 SHOWN = 8  # changes that a message names
 
 
-def same_data(place: Place, data: RunData, world: World, step: int | None) -> list[str]:
+def same_data(place: Stage, data: RunData, world: World, step: int | None) -> list[str]:
     """What to tell. ConfigError, on all ranks alike, when the data of a run that goes on are others than before, unless
     data.on_change = "accept": then it is written down, and what they are now is what the next start compares with. Collective.
 
@@ -42,18 +42,18 @@ def same_data(place: Place, data: RunData, world: World, step: int | None) -> li
     return list(told)
 
 
-def is_accepted(place: Place, data: RunData) -> bool:
+def is_accepted(place: Stage, data: RunData) -> bool:
     """Whether records of other lengths are wished for, as many of them as before, in the order that the run was planned with."""
     return place.config.data.on_change == "accept" and (read_note(place.folder / NAME) or {}).get("plan") == _plan(data)
 
 
-def _noted(place: Place, data: RunData) -> list[str]:
+def _noted(place: Stage, data: RunData) -> list[str]:
     found = {split: fingerprint(dataset) for split, dataset in _splits(data).items()}
     replace_text(place.folder / NAME, dump_json({"plan": _plan(data), "splits": found}))
     return []
 
 
-def _compared(place: Place, data: RunData, step: int) -> list[str]:
+def _compared(place: Stage, data: RunData, step: int) -> list[str]:
     path = place.folder / NAME
     before = read_note(path)
     if before is None:

@@ -24,7 +24,7 @@ def surely(num: int, deviations: float) -> float:
 
 
 @dataclass
-class Lengths:
+class LengthStatistics:
     """How long the records of one source are that were looked at, and how many of them do not fit."""
 
     num: int = 0  # records that break no rule
@@ -60,7 +60,7 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Media:
+class OversizedMedia:
     """Media of a source that take more tokens each than a sample may have, by kind: tokens of one, and records that hold any."""
 
     tokens: dict[str, int]
@@ -74,17 +74,17 @@ class Media:
         )
 
 
-def large_media(dataset: MultimodalDataset, ids: np.ndarray) -> Media:
+def large_media(dataset: MultimodalDataset, ids: np.ndarray) -> OversizedMedia:
     """Kinds of media of which not even the smallest one fits, in the records `ids`."""
     least, limit = least_tokens(dataset.specs, dataset.config), dataset.config.max_length
     bits, large = dataset.modalities[ids], {kind: tokens for kind, tokens in least.items() if tokens >= limit}
     has = {kind: bits >> list(PLACEHOLDERS).index(kind) & 1 > 0 for kind in large}
     num = {kind: int(mask.sum()) for kind, mask in has.items() if mask.any()}
     any_of = np.any([has[kind] for kind in num], axis=0) if num else np.zeros(len(ids), dtype=bool)
-    return Media({kind: large[kind] for kind in num}, num, int(any_of.sum()))
+    return OversizedMedia({kind: large[kind] for kind in num}, num, int(any_of.sum()))
 
 
-def refusal(where: str, num: int, total: int, lengths: Lengths, media: Media, config: DataConfig) -> str:
+def refusal(where: str, num: int, total: int, lengths: LengthStatistics, media: OversizedMedia, config: DataConfig) -> str:
     """Why a source of `total` records does not start, at least `num` of which are too long; nothing if it may."""
     limit = math.floor(total * config.max_too_long_fraction + 1e-9)
     if num <= limit:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.text.tokenizer import Vocabulary as Tokens
+from data.text.tokenizer import LoadedTokenizer as Tokens
 from model.card import language_model, read_card
 from model.config import LlmConfig, ModelConfig
 from model.errors import ConfigError
 from model.files.hub import hugging_face_config
-from model.llm.causal_lm import Vocabulary
+from model.llm.causal_lm import VocabularyLayout
 from model.media_spec import PLACEHOLDERS, READ_BY
 
 SHOWN = 8
@@ -36,10 +36,10 @@ def num_base_rows(model: ModelConfig) -> int:
     return rows
 
 
-def plan_vocabulary(model: ModelConfig, tokens: Tokens, num_rows: int) -> Vocabulary:
+def plan_vocabulary(model: ModelConfig, tokens: Tokens, num_rows: int) -> VocabularyLayout:
     """What the matrices of the run's model must hold."""
     size = max(tokens.tokenizer.get_vocab().values()) + 1  # ids may leave gaps
-    return Vocabulary(size, tokens.num_known, tokens.new_ids, tuned_ids(model.llm, tokens, num_rows))
+    return VocabularyLayout(size, tokens.num_known, tokens.new_ids, tuned_ids(model.llm, tokens, num_rows))
 
 
 def tuned_ids(llm: LlmConfig, vocabulary: Tokens, num_rows: int | None = None) -> tuple[int, ...]:

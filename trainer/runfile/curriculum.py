@@ -15,7 +15,7 @@ from trainer.config import RunConfig, StageConfig
 from trainer.runfile.checks import idle_settings, problems_of
 from trainer.runfile.merge_tables import difference, has, merged, value_of, without
 from trainer.runfile.planned import PLANNED
-from trainer.runfile.schema import Reader, to_tables
+from trainer.runfile.schema import SchemaReader, to_tables
 
 NAME = re.compile(r"[a-z0-9_-]+")
 RUN_WIDE = ("output_dir", "stage", "checkpoint.resume", "train.deterministic", "faults.grace_seconds")
@@ -88,7 +88,7 @@ def _read(draft: Draft, base: dict[str, Any], earlier: list[Draft], filled: Call
     if earlier and value_of(tables, "model.llm.tune") in (None, "frozen", "lora") and not has(draft.own, "model.llm.new_tokens"):
         tables = without(tables, "model.llm.new_tokens")  # an earlier stage has added and trained them
     while True:
-        reader = Reader(PLANNED)
+        reader = SchemaReader(PLANNED)
         config = reader.table(RunConfig, tables, "")
         if config is None:
             draft.problems += reader.problems

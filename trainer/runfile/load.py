@@ -10,7 +10,7 @@ from trainer.config import RunConfig
 from trainer.runfile.checks import problems_of
 from trainer.runfile.curriculum import read_curriculum
 from trainer.runfile.planned import PLANNED
-from trainer.runfile.schema import Reader
+from trainer.runfile.schema import SchemaReader
 from trainer.runfile.toml_files import apply_override, read_toml
 
 
@@ -32,7 +32,7 @@ def parse_config(tables: dict[str, Any], origin: str) -> RunConfig:
 
 def read_run(tables: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
     """The run of a file without stages, or every problem of it."""
-    reader = Reader(PLANNED)
+    reader = SchemaReader(PLANNED)
     config = reader.table(RunConfig, {key: value for key, value in tables.items() if (key, value) != ("stage", [])}, "")
     if config is None:
         return None, reader.problems

@@ -11,7 +11,7 @@ from model.files.untrusted import SHOWN, shown
 from trainer.runfile.toml_files import INTEGERS
 
 
-class Reader:
+class SchemaReader:
     """Collects problems while it turns tables into dataclasses. `planned` explains keys and values that are not built yet."""
 
     def __init__(self, planned: dict[str, str]) -> None:

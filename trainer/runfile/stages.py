@@ -12,11 +12,11 @@ from model.errors import ConfigError
 from model.errors import ConfigError as SettingError
 from trainer.config import RunConfig
 from trainer.runfile.merge_tables import stage_tables
-from trainer.runfile.schema import Reader, to_tables
+from trainer.runfile.schema import SchemaReader, to_tables
 
 
 @dataclass(frozen=True)
-class Place:
+class Stage:
     """One stage of a run. A run without a curriculum is a single stage without a name, whose folder is the run's."""
 
     root: RunConfig  # the run
@@ -47,20 +47,20 @@ def stage_folder(run_folder: Path, number: int, name: str) -> Path:
     return run_folder / "stages" / f"{number:02d}-{name}"
 
 
-def places_of(root: RunConfig) -> list[Place]:
+def places_of(root: RunConfig) -> list[Stage]:
     """The stages of a run in order; every one but the first starts from the final/ of the one before."""
     if not root.stage:
-        return [Place(root, root)]
-    found: list[Place] = []
+        return [Stage(root, root)]
+    found: list[Stage] = []
     for number, (name, tables) in enumerate(stage_tables(to_tables(root)).items(), 1):
-        config: RunConfig = Reader({}).table(RunConfig, tables, "")
+        config: RunConfig = SchemaReader({}).table(RunConfig, tables, "")
         if found:
             config = replace(config, model=replace(config.model, init_from=str(found[-1].folder / "final")))
-        found.append(Place(root, config, name, number, len(root.stage)))
+        found.append(Stage(root, config, name, number, len(root.stage)))
     return found
 
 
-def place_to_read(root: RunConfig, name: str = "") -> Place:
+def place_to_read(root: RunConfig, name: str = "") -> Stage:
     """The stage `name` for whoever only looks at its data, also when the stages before it have not run.
 
     ConfigError when there is no such stage, or when none is named of several.
@@ -82,7 +82,7 @@ def place_to_read(root: RunConfig, name: str = "") -> Place:
     return replace(place, config=replace(place.config, model=model))
 
 
-def outline(places: list[Place]) -> list[str]:
+def outline(places: list[Stage]) -> list[str]:
     """One line per stage, for people; nothing without a curriculum."""
     lines = []
     for place in places:
@@ -94,7 +94,7 @@ def outline(places: list[Place]) -> list[str]:
     return lines
 
 
-def resume_place(places: list[Place], state: dict[str, Any]) -> Place:
+def resume_place(places: list[Stage], state: dict[str, Any]) -> Stage:
     """The stage a checkpoint was written in."""
     name = state.get("stage", "")
     for place in places:
@@ -106,7 +106,7 @@ def resume_place(places: list[Place], state: dict[str, Any]) -> Place:
     )
 
 
-def check_stages(places: list[Place]) -> None:
+def check_stages(places: list[Stage]) -> None:
     """Every stage's parts and sources are there, as far as names and JSON tell, before the first one trains for days.
 
     One ConfigError for all of them. A run without stages finds out when it opens them.
