@@ -75,8 +75,8 @@ class Processor:
         return [self.tokenizer.decode(self._before_stop(row), skip_special_tokens=True).strip() for row in rows]
 
     def answers(self, ids: Sequence[Sequence[int]] | Tensor) -> list[tuple[str | None, str]]:
-        """Return for each row of generated ids its state (`data.text.state_tokens`; None without) and its text, as a record holds it:
-        without the state and without special tokens.
+        """Return each row of generated ids as its state (`data.text.state_tokens`; None without) and its text, without the state
+        and special tokens.
         """
         rows = ids.tolist() if isinstance(ids, Tensor) else ids
         # With special tokens: a state may be one.
