@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Exit codes, and the exceptions that stand for them. ConfigError and DataError are in model/errors.py."""
 
 from __future__ import annotations
 

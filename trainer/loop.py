@@ -1,27 +1,23 @@
-"""The calendar: step after step, and when to log, validate and save."""
+"""The loop: step after step, and when to log, validate and save."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
-from data.dataset import MultimodalDataset
-from data.loader import MicroBatch, train_batches
-from data.workers import Reading, named
+from data.loader import MicroBatch
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.resume import digest_of, run_state
 from trainer.checkpoint.trial_save import prove_saving
 from trainer.errors import INTERNAL, StopRequested, code_of
 from trainer.faults.exit_report import RunStatus
 from trainer.faults.requests import EVALUATE, SAVE, STOP, WISHES
+from trainer.feed import Feed
 from trainer.health.deferred_read import DeferredRead
 from trainer.health.loss_monitor import Health, forget_after, hearable, split
 from trainer.machine.disk_space import as_save_error
-from trainer.memory.sample_cost import sample_costs
 from trainer.metrics import Meter, MetricsLog
 from trainer.optim import set_learning_rates
 from trainer.records.bookkeeping import Bookkeeping
@@ -53,9 +49,9 @@ class Loop:
             self.meter.restore({key: value for key, value in totals.items() if key != "health"})
         self.log = MetricsLog(place.run_folder, place.first_step + first_step, world, place.name)
         self.accounts = Bookkeeping(setup, first_step)
-        self.left_out: frozenset[int] = frozenset()
         self.lengths = digest_of(setup.data)
         self.steering, self.watch, self.later = progress.steering, progress.watch, DeferredRead(world.device)
+        self.feed = Feed(setup, self.accounts, self.watch)
         self.health = Health(setup, totals["health"] if totals and "health" in totals else None)
         if world.is_main:
             forget_after(place.run_folder, place.first_step + first_step)
@@ -86,51 +82,15 @@ class Loop:
             disable=not self.setup.world.is_main,
             dynamic_ncols=True,
         )
-        batches: Iterator[list[MicroBatch]] | None = None
         with bar:
             for step in range(self.first_step, total):
-                batches = self._leave_out(step, batches)
-                started = time.perf_counter()
-                self.watch.at("data", self.place.first_step + step)
-                micro_batches = next(batches)
+                micro_batches, wait = self.feed.next(step)
                 self.steering.heeded = True
-                self._step(step, micro_batches, time.perf_counter() - started)
+                self._step(step, micro_batches, wait)
                 self.progress.step = self.place.first_step + step + 1
                 bar.update()
                 self._due(step + 1, bar)
         self.checkpointer.wait()
-
-    def _leave_out(self, step: int, batches: Iterator[list[MicroBatch]] | None) -> Iterator[list[MicroBatch]]:
-        """The batches from `step` on. An epoch begins without what was quarantined before it, even if it could be read again by
-        now: a resumed run leaves that out too. Collective at the border of an epoch, and a host sync.
-        """
-        steps_per_epoch = self.setup.data.sampler.steps_per_epoch  # type: ignore[union-attr]
-        if batches is not None and step % steps_per_epoch:
-            return batches
-        self.watch.at("log", self.place.first_step + step)
-        self.accounts.flush(step)
-        out = self.accounts.quarantine.out_at(step, steps_per_epoch)
-        if batches is None or out != self.left_out:
-            self.left_out, batches = out, self._batches(step, out)
-        return batches
-
-    def _batches(self, first_step: int, left_out: frozenset[int]) -> Iterator[list[MicroBatch]]:
-        setup, config = self.setup, self.setup.config
-        train: MultimodalDataset = setup.data.train  # type: ignore[assignment]
-        train.exclude(left_out)
-        return train_batches(
-            train,
-            setup.data.sampler,  # type: ignore[arg-type]
-            setup.batch_plan,
-            pad_id=setup.data.pad_id,
-            rank=setup.world.rank,
-            first_step=first_step,
-            last_step=setup.total_steps,
-            workers=config.data.workers,
-            pin_memory=setup.world.device.type == "cuda",
-            costs=sample_costs(setup.model, config.model, train) if config.data.packing else None,
-            reading=self.watch.read(Reading(config.data.workers), partial(named, train)),
-        )
 
     def _step(self, step: int, micro_batches: list[MicroBatch], wait: float) -> None:
         setup, config = self.setup, self.setup.config

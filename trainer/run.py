@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The table of contents of a run: data, model, resume, plan, loop, final, in this order, each proven before the next."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from trainer.setup import PreparedRun, build, make_deterministic, resolved
 
 
 def train(root: RunConfig, world: World, progress: exit_report.RunStatus) -> None:
-    """Every stage that is left of a run, one after the other; most runs are one stage."""
+    """Train every stage that is left of a run, one after the other; most runs are one stage. Collective."""
     check_limit(root.data)  # before a file that cannot be opened is taken for one that is not there
     make_deterministic(root)
     checkpoint, damaged = choose(root, world)
@@ -68,7 +68,7 @@ class ResumePoint:
 
 
 def train_stage(place: Stage, start: ResumePoint, world: World, progress: exit_report.RunStatus) -> int:
-    """Data, model, resume, plan, loop, final: in this order, each proven before the next. Returns the run's completed steps."""
+    """Open data, build the model, resume, print the plan, train and write final/. Return the run's completed steps. Collective."""
     config, checkpoint, state = place.config, start.checkpoint if start.state else None, start.state
     if world.is_main:
         make_folder(place.folder)

@@ -19,8 +19,8 @@ from model.files.shards import weight_tensors
 from tests.support.ranks import run_ranks
 from tests.support.runs import failure_of, start, start_alone, tables
 from trainer.distributed.world import World
-from trainer.machine.folder_lock import hold
 from trainer.runfile.toml_files import to_toml
+from trainer.supervise import hold
 
 ROOT = Path(__file__).parents[2]
 

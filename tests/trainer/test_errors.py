@@ -15,7 +15,7 @@ import pytest
 from data.records.record import RecordError
 from model.errors import DataError
 from tests.support.runs import failure_of, start_alone, tables
-from trainer.faults import exit_report
+from trainer import supervise
 from trainer.main import main
 from trainer.runfile.toml_files import to_toml
 
@@ -193,12 +193,12 @@ def test_a_port_in_use_is_named(parts: Path, tmp_path: Path) -> None:
 def test_a_name_that_is_no_text_is_told_in_one_line_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Half of a surrogate pair can be written to no file, and a terminal would obey the rest."""
     error = RecordError("m.json:3", "\ud800\x1b[31m", "image", "gone\nm.json:4 b: forged")
-    assert exit_report.report_failure(error, tmp_path, 0, 0) == 65
+    assert supervise.report_failure(error, tmp_path, 0, 0) == 65
     told = "m.json:3 \\ud800\\x1b[31m: image: gone\\nm.json:4 b: forged"
     assert json.loads((tmp_path / "exit.json").read_text())["reason"] == told
     assert capsys.readouterr().err == f"\ntrainer: rank 0 stopped after step 0: {told}\n"
     assert (error.id, error.reason) == ("\ud800\x1b[31m", "gone\nm.json:4 b: forged")
-    assert exit_report.report_failure(DataError("\udcff.json: is empty"), tmp_path / "none", None, 0) == 65
+    assert supervise.report_failure(DataError("\udcff.json: is empty"), tmp_path / "none", None, 0) == 65
     (tmp_path / "exit.json").unlink()
-    assert exit_report.report_failure(DataError("\udcff.json: is empty"), tmp_path, None, 0) == 65
+    assert supervise.report_failure(DataError("\udcff.json: is empty"), tmp_path, None, 0) == 65
     assert json.loads((tmp_path / "exit.json").read_text())["reason"] == "\udcff.json: is empty"

@@ -20,7 +20,7 @@ from model.vision.tower import VisionTower
 from tests.laws.test_resume import LORA, weights
 from tests.support.ranks import run_ranks
 from tests.support.runs import Start, start, start_alone
-from trainer import main
+from trainer import run
 from trainer.distributed.world import World
 from trainer.machine.memory_info import CLEAR, Usage, cgroup_limit, reset_peak, usage
 from trainer.memory import rehearsal
@@ -100,7 +100,7 @@ def test_an_encoder_computes_on_more_positions_than_it_gives_tokens() -> None:
 
 def started(world: World, folder: Path, output_dir: Path, sections: dict[str, Any], rehearses: bool) -> Start:
     if not rehearses:
-        main.rehearse = lambda setup, first_step: ""  # type: ignore[assignment]
+        run.rehearse = lambda setup, first_step: ""  # type: ignore[assignment]
     return start(world, folder, output_dir, sections)
 
 

@@ -16,9 +16,9 @@ from model.errors import ConfigError
 from tests.data.test_parcel import files_up_to, open_files
 from tests.support.runs import tables
 from trainer.errors import CONFIG
-from trainer.faults.exit_report import report_failure
 from trainer.machine.open_files import check_limit, raise_limit
 from trainer.runfile.toml_files import to_toml
+from trainer.supervise import report_failure
 
 ROOT = Path(__file__).parents[2]
 

@@ -23,7 +23,7 @@ from tests.support import ranks
 from tests.support.ranks import SERVER, run_ranks
 from tests.support.runs import Start, merged, start, start_alone
 from tests.trainer.test_stages import finals
-from trainer import errors, loop, main
+from trainer import errors, loop, run
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.distributed.world import World
 from trainer.faults import exit_report, signals
@@ -256,7 +256,7 @@ def leave_loading(world: World, parts: Path, folder: Path, sections: dict[str, A
         ask(folder, "SIGTERM")
         time.sleep(60)
 
-    main.open_data = loading  # type: ignore[assignment]
+    run.open_data = loading  # type: ignore[assignment]
     os._exit(start(world, parts, folder, sections).code)
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import threading
-import time
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,14 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from data.records.fields import message, printable
 from model.files.tensor_files import dump_json
-from trainer.errors import INTERNAL, code_of
 from trainer.faults.phase_tracker import PhaseTracker
 from trainer.faults.requests import Requests
 from trainer.machine.atomic_files import NEW
-from trainer.machine.open_files import explained
 
 if TYPE_CHECKING:
-    from trainer.faults.watchdog import Watchdog
+    pass
 
 NAME = "exit.json"
 INTERRUPT = "interrupted; the same command goes on from the last checkpoint"
@@ -93,24 +90,3 @@ def write_exit_report(
         line_of_its_own = "" if step is None else "\n"  # a progress bar stands where the cursor is
         text = f"{line_of_its_own}trainer: rank {rank} stopped{where}: {message(reason)}"
         print(printable(text, keep="\n\t"), file=sys.stderr, flush=True)
-
-
-def report_failure(
-    error: BaseException, output_dir: Path | None, step: int | None, rank: int, guard: Watchdog | None = None
-) -> int:
-    """Say once for all ranks what went wrong, on the one that found out. Returns the exit code, with `guard` that of all ranks."""
-    error = explained(error)
-    code = code_of(error)
-    reason = INTERRUPT if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
-    shown = error if code == INTERNAL else None
-    if guard is None:
-        write_exit_report(output_dir, code, reason, step, rank, error=shown)
-        return code
-    found = guard.failed(error, code, reason)
-    speaks, is_own = found.by == rank, found.by == found.culprit == rank
-    if not speaks:
-        time.sleep(0.5)  # who found out tells, unless it has died since
-    write_exit_report(
-        output_dir, found.code, found.reason, step if is_own else found.step, found.culprit, speaks, shown if is_own else None
-    )
-    return found.code

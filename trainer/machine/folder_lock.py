@@ -14,9 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from trainer.errors import BusyError, SaveError
-from trainer.faults.exit_report import clear
-from trainer.machine.atomic_files import make_folder
+from trainer.errors import BusyError
 
 LOCK, LEASE = ".lock", ".lease"
 RELEASE_SECONDS = 10.0  # how long a start waits for a run that is dying; as long a lease is good that nobody renews
@@ -78,23 +76,6 @@ class FolderLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
-
-
-def hold(folder: Path, *, waits: bool = True) -> FolderLock:
-    """Make the run folder, hold it from then on and forget how the last start ended, before anything can fail that must be told
-    there. For rank 0. `waits`: for a run that is dying.
-    """
-    lock: FolderLock | None = None
-    try:
-        make_folder(folder)
-        lock = FolderLock(folder, waits=waits)
-        clear(folder)
-        return lock
-    except OSError as error:
-        if lock is not None:
-            lock.release()
-        where = f" ({error.filename})" if error.filename and str(error.filename) != str(folder) else ""
-        raise SaveError(f"output_dir = {str(folder)!r} cannot be written: {error.strerror}{where}") from error
 
 
 class _Lease:

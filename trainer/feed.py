@@ -1,0 +1,66 @@
+"""Gives the loop this rank's micro-batches, step by step: workers, prefetching, and records that are left out from now on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from functools import partial
+
+from data.loader import MicroBatch, train_batches
+from data.workers import Reading, named
+from trainer.faults.phase_tracker import PhaseTracker
+from trainer.memory.sample_cost import sample_costs
+from trainer.records.bookkeeping import Bookkeeping
+from trainer.setup import PreparedRun
+
+
+class Feed:
+    """The micro-batches of a stage's steps, in order."""
+
+    def __init__(self, setup: PreparedRun, bookkeeping: Bookkeeping, watch: PhaseTracker) -> None:
+        if setup.data.train is None or setup.data.sampler is None:
+            raise ValueError("nothing to train")
+        self.setup, self.train, self.sampler = setup, setup.data.train, setup.data.sampler
+        self.bookkeeping, self.watch = bookkeeping, watch
+        self._left_out: frozenset[int] = frozenset()
+        self._batches: Iterator[list[MicroBatch]] | None = None
+
+    def next(self, step: int) -> tuple[list[MicroBatch], float]:
+        """Return this rank's micro-batches of `step` and the seconds they were waited for. Collective, as `_open_epoch` is."""
+        batches = self._open_epoch(step)
+        started = time.perf_counter()
+        self.watch.at("data", self.setup.place.first_step + step)
+        return next(batches), time.perf_counter() - started
+
+    def _open_epoch(self, step: int) -> Iterator[list[MicroBatch]]:
+        """Begin an epoch without what was quarantined before it, even if that could be read by now: a resumed run leaves it out too.
+
+        Return the batches from `step` on. Collective at the border of an epoch, and a host sync.
+        """
+        steps_per_epoch = self.sampler.steps_per_epoch
+        if self._batches is not None and step % steps_per_epoch:
+            return self._batches
+        self.watch.at("log", self.setup.place.first_step + step)
+        self.bookkeeping.flush(step)
+        left_out = self.bookkeeping.quarantine.out_at(step, steps_per_epoch)
+        if self._batches is None or left_out != self._left_out:
+            self._left_out, self._batches = left_out, self._start_workers(step, left_out)
+        return self._batches
+
+    def _start_workers(self, first_step: int, left_out: frozenset[int]) -> Iterator[list[MicroBatch]]:
+        """Return the batches from `first_step` on, made by new workers that know which records are left out."""
+        setup, config = self.setup, self.setup.config
+        self.train.exclude(left_out)
+        return train_batches(
+            self.train,
+            self.sampler,
+            setup.batch_plan,
+            pad_id=setup.data.pad_id,
+            rank=setup.world.rank,
+            first_step=first_step,
+            last_step=setup.total_steps,
+            workers=config.data.workers,
+            pin_memory=setup.world.device.type == "cuda",
+            costs=sample_costs(setup.model, config.model, self.train) if config.data.packing else None,
+            reading=self.watch.read(Reading(config.data.workers), partial(named, self.train)),
+        )
