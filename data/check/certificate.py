@@ -13,6 +13,7 @@ from data.text.abilities import Message
 from data.text.chat_formats import FORMATS
 from data.text.messages import media_kinds
 from data.text.render import apply
+from data.text.rounds import TooLongError
 from data.text.template import Encoded, Template
 from model.errors import DataError
 
@@ -68,11 +69,11 @@ def certify(
     which row is next.
 
     Raises `DataError` if a row's ids differ from the reference, an answer or its end is not learned, anything else is, or
-    the prompt's ids are no prefix of the row's; or if no row can be encoded at all.
+    the prompt's ids are no prefix of the row's; or if no row can be encoded at all, for another reason than its length.
     """
     rows: list[int] = []
     bad: list[str] = []
-    num_tokens = num_supervised = removed = 0
+    num_tokens = num_supervised = removed = num_too_long = 0
     for i in _spread(len(index), 8 * num_rows):
         if len(rows) == num_rows:
             break
@@ -83,13 +84,14 @@ def certify(
         except UnprovenError as error:
             raise DataError(str(error)) from None
         except RecordError as error:
+            num_too_long += isinstance(error, TooLongError)
             bad.append(str(error))
             continue
         rows.append(i)
         num_tokens += len(encoded.input_ids)
         num_supervised += sum(encoded.supervised)
         removed += encoded.removed
-    if not rows:
+    if not rows and num_too_long < len(bad):  # records that are too long are judged by their share, and by their lengths
         raise DataError(f"data.sources {source_key!r}: none of {len(bad)} rows can be encoded; the first: {bad[0]}")
     return Certificate(source_key, tuple(rows), num_tokens, num_supervised, tuple(bad), removed)
 

@@ -108,9 +108,9 @@ def _list_keys(data: mmap.mmap, at: int, name: str) -> list[str]:
     except DataError:  # it never ends
         return []
     found, at = [], at + 1
-    while (match := _BRACKET.match(data, at)) is not None and match[1] in b"{[":
-        opening = match.start(1)
-        if match[1] == b"[" and (key := _KEY.search(data[max(at, opening - _LONGEST_KEY) : opening])):
+    while (match := _BRACKET.match(data, at)) is not None and match[2] in (b"{", b"["):
+        opening = match.start(2)
+        if match[2] == b"[" and (key := _KEY.search(data[max(at, opening - _LONGEST_KEY) : opening])):
             found.append(key[1].decode("utf-8", "replace"))
         at = _object_end(data, opening, name)
     return [] if {"conversations", "messages"} & set(found) else found[:_NUM_KEYS]

@@ -91,7 +91,7 @@ def plan_values(values: list[bytes]) -> Plans:
 
 def _parts(data: mmap.mmap, at: int, path: Path, advance: Advance) -> Iterator[tuple[int, _Part]]:
     """Each window's records and where it begins."""
-    scan_window, scan_one = (_array_window, _object_alone) if path.suffix == ".json" else (_line_window, _line_alone)
+    scan_window, scan_one = (_array_window, _object_alone) if path.suffix.lower() == ".json" else (_line_window, _line_alone)
     size, is_first = WINDOW, True
     while True:
         window = np.frombuffer(data, np.uint8, min(size, len(data) - at), at)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.index import json_borders as borders_module
+from data.index import json_exact_scan as json_exact_scan
 from data.index import json_scan as scan_module
 from data.index.json_borders import array_borders, line_borders
 from data.index.json_scan import scan
@@ -234,10 +235,11 @@ def test_junk_in_pieces_is_refused_as_in_one(junk: list[bytes], piece: int) -> N
 
 def test_what_is_too_large_to_be_read_is_neither_parsed_nor_given_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan_module, "_LARGEST", 200)
-    monkeypatch.setattr(scan_module, "MAX_RECORD_BYTES", 300)
     parsed: list[int] = []
-    by_parsing = scan_module.by_parsing
-    monkeypatch.setattr(scan_module, "by_parsing", lambda raw: parsed.append(len(raw)) or by_parsing(raw))
+    plan = scan_module.by_parsing
+    for module in (scan_module, json_exact_scan):
+        monkeypatch.setattr(module, "MAX_RECORD_BYTES", 300)
+        monkeypatch.setattr(module, "by_parsing", lambda raw: parsed.append(len(raw)) or plan(raw))
     rows = [{"conversations": [{"from": "human", "value": "x" * n}, {"from": "gpt", "value": "y" * 8}]} for n in (4, 150, 1000, 4)]
     for name, content in (("m.json", json.dumps(rows)), ("m.jsonl", "\n".join(map(json.dumps, rows)))):
         assert table_of(name, content.encode(), 50).text_tokens.tolist() == [3, 39, 1, 3]

@@ -106,13 +106,17 @@ def unfed(parts: Path, folder: Path, records: list[Any]) -> DataError:
 
 
 def test_a_part_that_is_not_fed_because_records_break_a_rule_names_the_rule(parts: Path, tmp_path: Path) -> None:
-    content = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]
-    asked = [{"role": "user", "content": content}]
-    wrong = [{"messages": [*asked, {"role": "cat", "content": "Yes."}]}] * 5 + [{"messages": [*asked, *asked]}] * 2
-    said = str(unfed(parts, tmp_path, [*wrong, talk("Hi", "Yes.")]))
-    assert said.startswith("7 of 8 records looked at break the rules: 5 as m.jsonl:1 1: messages[1].role: ")
-    assert "; 2 as m.jsonl:6 6: " in said
+    said = str(unfed(parts, tmp_path, [*[["a.png"]] * 5, *["a.png"] * 2, talk("Hi", "Yes.")]))
+    assert said.startswith("7 of 8 records looked at break the rules: 5 as m.jsonl:1 1: record: is a list, not an object")
+    assert "; 2 as m.jsonl:6 6: record: is a string" in said
     assert said.endswith(
         "Without them [model.vision] can never be fed: no record of data.sources has an image or a video; "
         "remove the part or add data"
     )
+
+
+def test_a_part_whose_records_all_break_a_rule_is_not_said_to_be_unfed(parts: Path, tmp_path: Path) -> None:
+    content = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]
+    wrong = {"messages": [{"role": "user", "content": content}, {"role": "cat", "content": "Yes."}]}
+    said = str(unfed(parts, tmp_path, [wrong] * 4))
+    assert "none of 4 rows can be encoded; the first: m.jsonl:1 1: messages[1].role: 'cat' is no role" in said and "fed" not in said

@@ -114,7 +114,8 @@ def test_going_back_to_an_earlier_checkpoint_leaves_the_other_way_aside(parts: P
 
 def test_a_run_whose_records_are_all_too_long_is_an_error(parts: Path, tmp_path: Path) -> None:
     code, reason = failure_of(parts, tmp_path / "run", {"data": {"max_length": 5}})
-    assert code == 65 and "none of the 22 train records can be used" in reason and "data.max_length is 5" in reason
+    assert code == 65 and "22 of 22 records cannot fit data.max_length = 5: not even their first round does" in reason
+    assert "the longest 55; data.max_length = 55 would hold 99 % of them" in reason
 
 
 def hold_and_start(world: World, folder: Path, parts: Path) -> int:

@@ -12,7 +12,17 @@ from trainer.machine.atomic_files import places
 FOLDERS = ("index", "final", "stages", "stacks", "check")
 FILES = (
     *("run.toml", "exit.json", "metrics.jsonl", "faults.jsonl", "quarantine.jsonl", "previous-quarantine.jsonl"),
-    *("ledger.json", "trainer_state.json", "samples.bin", "samples.json", "planned_lengths.npz", ".lock", ".lease"),
+    *(
+        "ledger.json",
+        "trainer_state.json",
+        "samples.bin",
+        "samples.json",
+        "planned_lengths.npz",
+        "data.json",
+        "data_changes.jsonl",
+        ".lock",
+        ".lease",
+    ),
 )
 NUMBERED = re.compile(r"checkpoint-\d+|\d\d-[a-z0-9_-]+")
 """Checkpoints, and the folders of stages."""

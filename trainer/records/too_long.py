@@ -87,7 +87,9 @@ def large_media(dataset: MultimodalDataset, ids: np.ndarray) -> OversizedMedia:
 def refusal(where: str, num: int, total: int, lengths: LengthStatistics, media: OversizedMedia, config: DataConfig) -> str:
     """Why a source of `total` records does not start, at least `num` of which are too long; nothing if it may."""
     limit = math.floor(total * config.max_too_long_fraction + 1e-9)
-    if num <= limit:
+    if config.max_too_long_fraction > 0:
+        limit = max(limit, 1)  # one record makes no run useless, however few there are
+    if num <= limit and (num < total or config.max_too_long_fraction >= 1):
         return ""
     exact = "" if lengths.num >= total or num == media.num_records else "at least "
     because = f" ({media})" if media.num else ""
