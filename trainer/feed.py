@@ -33,7 +33,7 @@ class Feed:
         return next(batches), time.perf_counter() - started
 
     def _open_epoch(self, step: int) -> Iterator[list[MicroBatch]]:
-        """Begin an epoch without what was quarantined before it, even if that could be read by now: a resumed run leaves it out too.
+        """Begin an epoch without what was quarantined before it, even if it could be read by now: a resumed run leaves it out too.
 
         Return the batches from `step` on. Collective at the border of an epoch, and a host sync.
         """

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.index import json_borders as borders_module
-from data.index import json_exact_scan as json_exact_scan
+from data.index import json_exact_scan
 from data.index import json_scan as scan_module
 from data.index.json_borders import array_borders, line_borders
 from data.index.json_scan import scan
