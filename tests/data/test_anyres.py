@@ -32,26 +32,11 @@ from model.errors import ConfigError
 from model.media_spec import ImageSpec, MediaMeta, num_tokens, row_width, token_rows, token_weights
 from model.splice import taken
 from model.tile_tokens import tile_map
+from tests.support.anyres import NEXT, ONEVISION, SIZES, pinpoints
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SPEC = ImageSpec(20, 5, 1, "patch", "shortest_edge", MEAN, STD, newline=True)
-NEXT = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
-ONEVISION = [(across, down) for down in range(1, 5) for across in range(1, 5)]
 SIDES = st.integers(1, 3000)
-SIZES = {
-    "wide": (90, 31),
-    "tall": (25, 77),
-    "tiny": (5, 4),
-    "square": (64, 64),
-    "exact": (40, 20),
-    "narrow": (3, 160),
-    "dot": (1, 1),
-}
-
-
-def pinpoints(grid: list[tuple[int, int]], side: int) -> list[list[int]]:
-    """As transformers has them: height first."""
-    return [[down * side, across * side] for across, down in grid]
 
 
 def config(shrink: int = 0, **settings: Any) -> DataConfig:

@@ -27,20 +27,12 @@ from data.media.blob import MediaError
 from data.records.record import MediaRef, RecordError, parse
 from model.errors import DataError
 from model.media_spec import ImageSpec, MediaMeta, num_tokens
+from tests.support.archive import content, pack
 from tests.support.tiny_data import SPECS, dataset, grey, level, sample, talk, template
 
 SPEC = ImageSpec(28, 14, 1, "patch", "exact", (0.5,) * 3, (0.5,) * 3)
 TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat on a mat."}]
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
-
-
-def pack(path: Path, files: dict[str, bytes] | list[tuple[str, bytes]], form: int = tarfile.PAX_FORMAT) -> Path:
-    with tarfile.open(path, "w", format=form) as archive:
-        for name, content in files.items() if isinstance(files, dict) else files:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
 
 
 def record(**more: Any) -> bytes:
@@ -49,13 +41,6 @@ def record(**more: Any) -> bytes:
 
 def opened(path: Path, media_root: str = "") -> RecordIndex:
     return RecordIndex.open(SourceConfig(str(path), media_root=media_root), path.parent / "index", {"image": SPEC})
-
-
-def content(index: RecordIndex, i: int, kind: str, name: str) -> bytes:
-    blob = index.blob(i, MediaRef(kind, name))
-    assert blob is not None
-    with blob.open() as file:
-        return file.read()
 
 
 NAMES = st.lists(st.sampled_from(["a", "b.c", "ü漢", "d" * 60, "e" * 101, " f"]), min_size=1, max_size=5).map("/".join)

@@ -3,68 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AddedToken, PreTrainedTokenizerFast
 
 from data.check.certificate import certify
-from data.config import SourceConfig
-from data.index.record_index import RecordIndex
-from data.records.record import Record, RecordError, parse
+from data.records.record import Record, RecordError
 from data.text.chat_formats import FORMATS
 from data.text.template import Encoded, Template, load_template
 from model.errors import ConfigError, DataError
+from tests.support.formats import FITTING, index_of, talk, template, text
 from tests.support.tiny_tokenizers import NAMES
 
-# A tokenizer for each format, and what ends a turn there.
-FITTING = {
-    "chatml": ("bytes", "<|im_end|>"),
-    "gemma": ("gemma", "<end_of_turn>"),
-    "internlm2": ("internlm2", "<|im_end|>"),
-    "llama2": ("llama", "</s>"),
-    "llama3": ("llama3", "<|eot_id|>"),
-    "mistral": ("llama_first", "</s>"),
-    "mpt": ("bytes_bos", "<|im_end|>"),
-    "phi3": ("phi3", "<|end|>"),
-    "plain": ("llama", ""),
-    "vicuna_v1": ("llama", "</s>"),
-    "vita_mixtral": ("llama", "</s>"),
-    "vita_qwen": ("qwen", "<|im_end|>"),
-}
 TALKING = [name for name in FITTING if name != "plain"]
-
-
-@cache
-def tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """That of `tiny_tokenizers`, with placeholders of both modalities."""
-    made = NAMES[name]()
-    made.add_tokens([AddedToken(t, special=True, normalized=False) for t in ("<image>", "<audio>")], special_tokens=True)
-    return made
-
-
-@cache
-def template(name: str, of: str = "", **options: Any) -> Template:
-    settings = {"placeholders": "as_written", "media_wrap": (), **options}
-    return load_template(name, tokenizer(of or FITTING[name][0]), **settings)
-
-
-def talk(*values: str, **extra: Any) -> Record:
-    """A record of `values`, said in turn; a first one in capitals is the system's. Media follow from the placeholders."""
-    system = [{"from": "system", "value": values[0]}] if values[0].isupper() else []
-    rest = values[len(system) :]
-    turns = system + [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(rest)]
-    media = {kind: [f"{kind}{k}" for k in range("".join(values).count(f"<{kind}>"))] for kind in ("image", "video", "audio")}
-    return parse({"id": "r", "conversations": turns, **media, **extra}, "f.json:7", needs_answer=len(rest) % 2 == 0)
-
-
-def text(made: Template, record: Record) -> str:
-    return made.tokenizer.decode(made.encode(record).input_ids, skip_special_tokens=False)
 
 
 def test_every_format_has_a_tokenizer_here() -> None:
@@ -212,12 +166,6 @@ def test_all_tokens_that_a_tokenizer_lacks_are_named_at_once(name: str, of: str,
     with pytest.raises(ConfigError) as caught:
         template(name, of)
     assert missing in str(caught.value)
-
-
-def index_of(folder: Path, rows: list[Any]) -> RecordIndex:
-    (folder / "rows.json").write_text(json.dumps(rows))
-    opened: RecordIndex = RecordIndex.open(SourceConfig(str(folder / "rows.json")), folder, {})
-    return opened
 
 
 def row(i: int, **extra: Any) -> dict[str, Any]:

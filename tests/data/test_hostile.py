@@ -15,9 +15,9 @@ from data.config import DataConfig, SourceConfig
 from data.dataset import Rejected, open_dataset
 from data.sample import Sample
 from model.media_spec import AudioSpec, MediaSpec
-from tests.laws.test_resume import cut, weights
 from tests.support.hostile import clip, hostile, record, sound_kinds
 from tests.support.ranks import run_ranks
+from tests.support.resume import cut, weights
 from tests.support.runs import Start, start
 from tests.support.tiny_data import SPECS, hearing_template, template
 from trainer.distributed.world import World

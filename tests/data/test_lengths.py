@@ -25,8 +25,8 @@ from data.config import DataConfig, SourceConfig
 from data.dataset import MultimodalDataset, open_dataset
 from data.index.sidecar import read_arrays, write_arrays
 from data.sample import Sample
-from tests.laws.test_resume import weights
 from tests.support.ranks import run_ranks
+from tests.support.resume import weights
 from tests.support.runs import Start, start, start_alone, tables
 from tests.support.tiny_data import SPECS, datasets, grey, talk, template
 from tools import check_data

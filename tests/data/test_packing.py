@@ -22,10 +22,10 @@ from model.build import assemble
 from model.card import make_card
 from model.config import LlmConfig, LoraConfig, ModelConfig, VisionConfig, VisionProjectorConfig
 from model.llm.causal_lm import VocabularyLayout
+from tests.support.config import MINIMAL, problems
 from tests.support.ranks import run_ranks
 from tests.support.runs import merged, start
 from tests.support.tiny_data import WIDTH, dataset, grey, level, talk
-from tests.trainer.test_config import MINIMAL, problems
 from tools.bench_sampler import efficiency, llava_like_mix, our_steps
 from trainer.memory.sample_cost import sample_costs
 from trainer.runfile.load import parse_config

@@ -21,6 +21,7 @@ from data.loader import BatchPlan, MicroBatch, train_batches
 from data.order.sampler import Sampler
 from data.prefetch import AHEAD_BYTES, micro_batches_together, planned_bytes, prefetch_factor
 from data.workers import OpenFilesError, WorkerError
+from tests.support.parcel import files_up_to, open_files
 from tests.support.tiny_data import SPEC, WIDTH, dataset, grey, talk
 
 PAD = 3
@@ -46,20 +47,6 @@ def told(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: told(item) for key, item in value.items()}
     return [told(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-@contextlib.contextmanager
-def files_up_to(count: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (count, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @contextlib.contextmanager

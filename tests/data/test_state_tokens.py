@@ -17,7 +17,7 @@ from data.text.state_tokens import STATE_TOKENS, split_state
 from data.text.template import Template, load_template
 from model.batch import Batch
 from model.errors import ConfigError
-from tests.data.test_formats import index_of, talk, template, text
+from tests.support.formats import index_of, talk, template, text
 from tests.support.tiny_data import SPECS
 from tests.support.tiny_tokenizers import NAMES, unigram
 from tools import evaluate

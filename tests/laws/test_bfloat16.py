@@ -30,7 +30,7 @@ from model.media_spec import AudioSpec, MediaMeta, num_tokens, row_width, token_
 from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
-from tests.laws.test_equivalence import noise
+from tests.support.equivalence import noise
 from tests.support.ranks import run_ranks
 from tests.support.tiny import save_llm, save_tower
 from tests.support.tiny_audio import save_whisper

@@ -16,9 +16,9 @@ from model.errors import ConfigError
 from model.llm import attention
 from model.llm.attention import causal_attention
 from model.multimodal import MultimodalLM
-from tests.laws.test_trainable import ALONE
-from tests.model.test_router import MIXTURES, save_mixture
+from tests.support.router import MIXTURES, save_mixture
 from tests.support.tiny import FAMILIES, save_llm
+from tests.support.trainable import ALONE
 from trainer.distributed.parallelize import checkpoint_activations, replicate
 from trainer.isolation import prove_isolation
 

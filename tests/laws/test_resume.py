@@ -10,26 +10,8 @@ from typing import Any
 import pytest
 
 from tests.support.ranks import run_ranks
+from tests.support.resume import LORA, cut, metrics, weights
 from tests.support.runs import failure_of, start, start_alone
-
-LORA: dict[str, Any] = {
-    "model": {"llm": {"tune": "lora"}, "vision": {"tune": "frozen"}},
-    "lora": {"rank": 2, "dropout": 0.3},
-}
-
-
-def weights(output_dir: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in (output_dir / "final").iterdir() if p.name != "provenance.json"}
-
-
-def cut(output_dir: Path, target: Path, step: int) -> Path:
-    """The run as it stood when it was killed after `step` was saved."""
-    shutil.copytree(output_dir, target)
-    shutil.rmtree(target / "final")
-    for path in target.glob("checkpoint-*"):
-        if int(path.name.partition("-")[2]) > step:
-            shutil.rmtree(path)
-    return target
 
 
 @pytest.mark.parametrize(
@@ -51,11 +33,6 @@ def test_stopped_anywhere_ends_with_the_same_bytes(
         assert weights(again) == weights(tmp_path / "whole")
         lines, expected = (metrics(folder) for folder in (again, tmp_path / "whole"))
         assert lines == expected
-
-
-def metrics(output_dir: Path) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["train/loss"]) for line in lines]
 
 
 @pytest.fixture(scope="module")

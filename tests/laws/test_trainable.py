@@ -4,51 +4,24 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from model.build import build_model
-from model.config import LlmConfig, LoraConfig, ModelConfig, VisionConfig, VisionProjectorConfig
 from model.errors import ConfigError
 from model.media_spec import MediaMeta, num_tokens
-from model.multimodal import MultimodalLM
 from model.trainable import part_table
-from tests.laws.test_equivalence import make_sample, step_batches
+from tests.support.equivalence import make_sample, step_batches
 from tests.support.ranks import run_ranks
-from tests.support.tiny import save_llm, save_tower
+from tests.support.trainable import ALONE, build
 from trainer.config import OptimConfig
 from trainer.distributed.parallelize import replicate, shard
 from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.setup import prove_gradients
 from trainer.step import train_step
-
-ALONE = World(0, 0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tune")
-    save_llm(folder / "llm", "qwen2")
-    save_tower(folder / "vision", "clip")
-    return folder
-
-
-def build(folder: Path, llm: str, vision: str, projector: str, **lora: Any) -> tuple[MultimodalLM, ModelConfig]:
-    config = ModelConfig(
-        LlmConfig(str(folder / "llm"), llm),  # type: ignore[arg-type]
-        VisionConfig(str(folder / "vision"), vision),  # type: ignore[arg-type]
-        VisionProjectorConfig(tune="full"),
-        dtype="float32",
-    )
-    model = build_model(config, LoraConfig(rank=2, dropout=0.0, **lora))
-    if projector == "frozen":  # a frozen one comes with weights of its own in a real run
-        model.get_submodule("vision_projector").requires_grad_(False)
-    return model, config
 
 
 def promised(name: str, tunes: dict[str, str], bias: str, adapted: set[str]) -> bool:

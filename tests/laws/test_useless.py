@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.health import start_planted
 from tests.support.ranks import run_ranks
 from tests.support.runs import merged, start, start_alone
-from tests.trainer.test_health import start_planted
-from tests.trainer.test_stages import ADAPT, ALIGN, WHOLE
+from tests.support.stages import ADAPT, ALIGN, WHOLE
 
 THREE: list[dict[str, Any]] = [ALIGN, ADAPT, WHOLE]
 

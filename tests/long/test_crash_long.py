@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.laws.test_resume import LORA
-from tests.long.test_kill_long import STAGES, sections_of
 from tests.support.file_log import Event, State, distinct, in_order, killed, power_cuts, recorded, write_state
+from tests.support.kill_long import STAGES, sections_of
 from tests.support.kills import difference, ending_of
 from tests.support.ranks import run_ranks
+from tests.support.resume import LORA
 from tests.support.runs import Start, merged, start
 from trainer.distributed.world import World
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -15,18 +14,16 @@ from typing import Any
 
 import pytest
 
-from tests.laws.test_resume import LORA
+from tests.support.kill_long import STAGES, sections_of
 from tests.support.kills import FSYNC, INSTANT, Point, difference, ending_of, start_and_kill, start_observed
 from tests.support.ranks import run_ranks
+from tests.support.resume import LORA
 from tests.support.runs import merged
-from tests.trainer.test_torchrun import ROOT, command, wait_until_gone, workers
+from tests.support.torchrun import ROOT, command, wait_until_gone, workers
 
 KILLS, LAUNCHER_KILLS = 25, 20
 PHASES = {"start", "index", "load", "data", "copy", "count", "forward", "backward", "update", "log", "save", "final", FSYNC}
 """At least these are seen in every run; others, as validation, where there is some."""
-ALIGN = {"name": "align", "model": {"llm": {"tune": "frozen"}}, "train": {"max_steps": 3}}
-ADAPT = {"name": "adapt", "model": {"llm": {"tune": "lora"}}, "lora": {"rank": 2, "dropout": 0.3}, "train": {"max_steps": 4}}
-STAGES = {"model": {"vision": {"tune": "frozen"}}, "stage": [ALIGN, ADAPT]}
 ACCUMULATED = {"batch": {"micro_batch_size": 1}}
 PACKED = {"data": {"packing": True, "max_length": 64}, "batch": {"micro_batch_size": None, "micro_batch_tokens": 64}}
 VALIDATED = {"validation": {"every": 2}}
@@ -45,26 +42,6 @@ CASES: dict[str, tuple[int, str, int, dict[str, Any]]] = {
     "hsdp on four": (4, "hsdp", 0, LORA),
     "fsdp, a checkpoint every third step": (2, "fsdp", 2, merged(LORA, RARE)),
 }
-
-
-def sections_of(parts: Path, folder: Path, strategy: str, num_workers: int, changes: dict[str, Any]) -> dict[str, Any]:
-    """A run that saves often, forgets old checkpoints, and meets one record whose picture is missing."""
-    records = json.loads((parts / "train.json").read_text())
-    records[5]["image"] = "gone.png"
-    path = folder / "train.json"
-    path.write_text(json.dumps(records))
-    source = {"path": str(path), "media_root": str(parts / "images")}
-    base: dict[str, Any] = {
-        "data": {"sources": [source], "workers": num_workers},
-        "train": {"max_steps": 7},
-        "checkpoint": {"every": 1, "keep": 2},
-        "parallel": {"strategy": strategy, **({"shard_size": 2} if strategy == "hsdp" else {})},
-    }
-    found = merged(base, changes)
-    if "validation" in changes:
-        held_out = {"path": str(parts / "train.json"), "media_root": str(parts / "images"), "name": "held_out"}
-        found = merged(found, {"data": {"validation": [held_out]}})
-    return merged(found, {"train": None}) if "stage" in changes else found
 
 
 def points(draw: random.Random, visits: list[dict[str, int]]) -> Iterator[Point | None]:

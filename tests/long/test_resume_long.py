@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.laws.test_resume import LORA, cut, weights
 from tests.support.ranks import run_ranks
+from tests.support.resume import LORA, cut, weights
 from tests.support.runs import start
 
 FULL: dict[str, Any] = {"checkpoint": {"every": 1, "keep": 99}, "log": {"every": 1}}

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from tests.laws.test_resume import LORA, metrics, weights
 from tests.support.ranks import run_ranks
+from tests.support.resume import LORA, metrics, weights
 from tests.support.runs import Start, start
 from trainer import loop
 from trainer.distributed.world import World

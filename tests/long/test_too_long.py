@@ -11,8 +11,8 @@ import pytest
 
 from data.check.check_dataset import check_dataset
 from model.errors import DataError
+from tests.support.config import problems
 from tests.support.runs import config_of, failure_of
-from tests.trainer.test_config import problems
 from trainer.checkpoint.resume import MAY_CHANGE
 from trainer.config import RunConfig
 from trainer.distributed.world import World

@@ -24,10 +24,10 @@ from model.errors import ConfigError
 from model.exports.hugging_face import model_config, weights, write_weights
 from model.files.tensor_files import dump_json
 from model.load import load_model
-from tests.data.test_anyres import NEXT, ONEVISION, SIZES, pinpoints
-from tests.laws.test_resume import metrics
+from tests.support.anyres import NEXT, ONEVISION, SIZES, pinpoints
 from tests.support.finals import Run, build, config_of, same, save_checkpoint, save_final, save_parts, trained, values
 from tests.support.ranks import run_ranks
+from tests.support.resume import metrics
 from tests.support.runs import merged, save_records, start, start_alone, tables
 from tests.support.runs import save_parts as save_run_parts
 from tests.support.tiny_data import talk

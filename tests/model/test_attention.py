@@ -27,10 +27,10 @@ from model.llm.causal_lm import VocabularyLayout
 from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
-from tests.laws.test_equivalence import config_of, make_sample
-from tests.laws.test_trainable import ALONE
+from tests.support.equivalence import config_of, make_sample
 from tests.support.ranks import run_ranks
 from tests.support.tiny import LLMS, save_llm, save_tower
+from tests.support.trainable import ALONE
 from tools.bench_step import Counter, hidden_syncs
 from trainer.config import OptimConfig, ParallelConfig
 from trainer.distributed.parallelize import checkpoint_activations, gradient_sync, replicate, shard

@@ -23,8 +23,8 @@ from model.logit_scaling import LogitChange, logit_change
 from model.loss import text_term
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
-from tests.model.test_llm import BASE, TOLERANCE, gradients, ours, theirs
-from tests.model.test_loss import case
+from tests.support.llm import BASE, TOLERANCE, gradients, ours, theirs
+from tests.support.loss import case
 from tests.support.ranks import run_ranks
 from tests.support.tiny import FAMILIES, VOCAB, save_llm
 from trainer.config import OptimConfig, ParallelConfig

@@ -6,57 +6,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from model import loss
-from model.batch import IGNORE_INDEX, Batch
-from model.build import build_model
-from model.config import LlmConfig, ModelConfig
+from model.batch import IGNORE_INDEX
 from model.errors import ConfigError
 from model.files.hub import hugging_face_config
 from model.llm import attention
 from model.llm.causal_lm import VocabularyLayout, build_llm, check_causal, check_positions, head_weight, positions_note
-from model.multimodal import MultimodalLM
+from tests.support.llm import BASE, TOLERANCE, batch, gradients, ours, theirs
 from tests.support.tiny import LLMS, SIZES, VOCAB, save_llm
-
-LENGTHS = [21, 13, 5]  # two are longer than the sliding window of 8
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
-
-
-def batch(supervised_share: float = 0.5) -> Batch:
-    generator = torch.Generator().manual_seed(1)
-    width = max(LENGTHS)
-    mask = (torch.arange(width) < torch.tensor(LENGTHS)[:, None]).long()
-    ids = torch.randint(0, VOCAB, mask.shape, generator=generator)
-    shifted = torch.cat([ids[:, 1:], torch.zeros(len(LENGTHS), 1, dtype=torch.long)], 1)
-    valid = torch.arange(width) < torch.tensor(LENGTHS)[:, None] - 1
-    chosen = valid & (torch.rand(mask.shape, generator=generator) < supervised_share)
-    labels = torch.where(chosen, shifted, IGNORE_INDEX)
-    supervised = chosen.flatten().nonzero().flatten()
-    return Batch(
-        input_ids=ids * mask,
-        labels=labels,
-        attention_mask=mask,
-        position_ids=torch.arange(width).expand(len(LENGTHS), -1).contiguous(),
-        supervised=supervised,
-        owners=supervised // width,
-        sample_ids=torch.arange(len(LENGTHS)),
-        source_ids=torch.zeros(len(LENGTHS), dtype=torch.long),
-        lengths=tuple(LENGTHS),
-    )
-
-
-def ours(folder: Path, attention_name: str = "sdpa") -> MultimodalLM:
-    return build_model(ModelConfig(LlmConfig(str(folder), "full"), dtype="float32", attention=attention_name))
-
-
-def theirs(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").train()
-
-
-def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {name.removeprefix("llm."): p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("family", LLMS)
@@ -133,9 +91,6 @@ def test_rows_of_the_vocabulary() -> None:
     assert VocabularyLayout(size=100).rows(320) == 320
     assert VocabularyLayout(size=321).rows(320) == 384
     assert VocabularyLayout(size=384).rows(320) == 384
-
-
-BASE = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": VOCAB}
 
 
 @pytest.mark.parametrize("kind", ["bloom", "xglm", "falcon", "gptj", "gpt_neox_japanese", "trocr", "mvp", "granite_swa"])

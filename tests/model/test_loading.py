@@ -15,7 +15,7 @@ from model.files.tensor_files import LazyTensor, Tensors
 from model.llm.causal_lm import VocabularyLayout
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
-from tests.laws.test_equivalence import config_of
+from tests.support.equivalence import config_of
 from tests.support.ranks import run_ranks
 from tests.support.tiny import save_llm, save_tower
 from trainer.config import ParallelConfig

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from model.build import build_model
@@ -19,11 +19,9 @@ from model.errors import ConfigError
 from model.load import load_model
 from model.lora import LoraLinear, adapted, target_paths
 from model.multimodal import MultimodalLM
-from tests.model.test_llm import batch
 from tests.support.finals import NO_LORA, build, config_of, save_final, save_parts, trainable, trained, values
+from tests.support.lora import logits
 from tests.support.tiny import LLMS, save_llm
-
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def llm_of(folder: Path, lora: LoraConfig) -> MultimodalLM:
@@ -34,17 +32,6 @@ def llm_of(folder: Path, lora: LoraConfig) -> MultimodalLM:
         for _, parameter in sorted(trainable(model).items()):
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return model
-
-
-def logits(llm: Any) -> Tensor:
-    """Of the real tokens of a batch."""
-    data = batch()
-    mask = data.attention_mask
-    assert mask is not None
-    with torch.no_grad():
-        ours = hasattr(llm, "specs")
-        out = (llm.llm if ours else llm)(input_ids=data.input_ids, attention_mask=None if ours else mask, use_cache=False)
-    return out.logits[mask.bool()]
 
 
 def in_peft(folder: Path, ours: MultimodalLM, lora: LoraConfig) -> Any:

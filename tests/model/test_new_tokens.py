@@ -27,11 +27,11 @@ from model.load import load_model
 from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
+from tests.support.config import problems
 from tests.support.finals import Run, config_of, save_checkpoint, save_final, save_parts, trained
 from tests.support.ranks import run_ranks
 from tests.support.runs import failure_of, start_alone
 from tests.support.tiny import VOCAB, save_llm
-from tests.trainer.test_config import problems
 from tools.export_adapter import main as export
 from trainer.config import OptimConfig, ParallelConfig
 from trainer.distributed.parallelize import replicate, shard

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from data.text.tokenizer import load_tokenizer
 from model.config import LoraConfig
 from model.errors import ConfigError
-from tests.model.test_lora import LINEAR, logits
 from tests.support.finals import NO_LORA, build, config_of, same, save_checkpoint, save_final, save_parts, trained, values
+from tests.support.lora import LINEAR, logits
 from tools.export_adapter import main as export
 
 

@@ -27,10 +27,10 @@ from model.media_spec import ImageSpec, MediaMeta, num_tokens
 from model.multimodal import MultimodalLM
 from model.vision.projector import GRID_KINDS, build_vision_projector, shrunk
 from model.weights.initial_values import initial_tensors
-from tests.laws.test_equivalence import step_batches
-from tests.laws.test_trainable import ALONE
+from tests.support.equivalence import step_batches
 from tests.support.finals import build, config_of, same, save_checkpoint, save_final, save_parts, trained, values
 from tests.support.tiny import LLMS, SIZES, TOWER_SIZES, TOWERS, save_llm, save_tower
+from tests.support.trainable import ALONE
 from tools.export_adapter import main as export
 from trainer.config import OptimConfig
 from trainer.distributed.parallelize import replicate

@@ -26,10 +26,10 @@ from model.llm.quantized_linear import Quantised, QuantLoraLinear, num_parameter
 from model.load import load_model
 from model.lora import adapted
 from model.multimodal import MultimodalLM
-from tests.model.test_llm import batch
+from tests.support.config import problems
 from tests.support.finals import NO_LORA, Run, build, config_of, save_checkpoint, save_final, save_parts, trained, values
+from tests.support.llm import batch
 from tests.support.tiny import LLMS, save_llm
-from tests.trainer.test_config import problems
 from tools.export_adapter import main as export
 from tools.merge_lora import main as merge
 from trainer.runfile.quantize_checks import quantize_problems

@@ -9,14 +9,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from data.collate import collate, collate_packed
@@ -33,9 +25,10 @@ from model.llm.router_loss import token_owners
 from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
-from tests.laws.test_trainable import ALONE
 from tests.support.ranks import run_ranks
-from tests.support.tiny import SIZES, VOCAB, save_llm, spread
+from tests.support.router import MIXTURES, save_mixture
+from tests.support.tiny import VOCAB, save_llm
+from tests.support.trainable import ALONE
 from trainer.config import OptimConfig, ParallelConfig
 from trainer.distributed.parallelize import checkpoint_activations, replicate, shard
 from trainer.distributed.world import World
@@ -43,24 +36,9 @@ from trainer.isolation import prove_isolation
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.step import train_step
 
-QWEN = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1, "head_dim": 8}
-MIXTURES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}),
-    "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM, {**QWEN, "shared_expert_intermediate_size": 16}),
-    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, {**QWEN, "norm_topk_prob": True}),
-}
 COEFFICIENT = 0.5
 LENGTHS = (7, 19, 4, 11, 9, 13, 5)
 Gradients = dict[str, Tensor]
-
-
-def save_mixture(folder: Path, family: str) -> Path:
-    config_class, model_class, extra = MIXTURES[family]
-    torch.manual_seed(1)
-    model = model_class(config_class(**{**SIZES, **extra}))
-    spread(model)
-    model.save_pretrained(folder, max_shard_size="60KB")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -5,26 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data.collate import collate, collate_packed
-from data.sample import Sample, SampleMedia
+from data.sample import Sample
 from model.batch import IGNORE_INDEX
 from model.build import assemble, build_model
-from model.card import make_card, media_specs
-from model.config import AudioConfig, AudioProjectorConfig, LlmConfig, LoraConfig, ModelConfig, StateHeadConfig
+from model.card import make_card
+from model.config import LlmConfig, LoraConfig, ModelConfig
 from model.errors import ConfigError
 from model.llm.causal_lm import VocabularyLayout
-from model.media_spec import AudioSpec, MediaMeta, row_width, token_rows
 from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
-from tests.model.test_router import save_mixture
 from tests.support.ranks import run_ranks
+from tests.support.router import save_mixture
+from tests.support.state_head import CLASSES, FACTOR, NUM_SAMPLES, WEIGHTS, config_of, samples, spec_of
 from tests.support.tiny import save_llm
 from tests.support.tiny_audio import save_whisper
 from trainer.config import OptimConfig, ParallelConfig
@@ -34,10 +33,6 @@ from trainer.optim import build_optimizer, set_learning_rates
 from trainer.runfile.load import parse_config
 from trainer.step import train_step
 
-CLASSES, WEIGHTS, FACTOR = 3, (0.05, 0.2, 0.1), 0.5
-"""All weights of a small step together are less than 1: a count that is clamped there shows."""
-NUM_SAMPLES = 9
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -46,43 +41,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_mixture(root / "mixture", "mixtral")
     save_whisper(root / "audio", seconds=1)
     return root
-
-
-def config_of(folder: Path, llm: str = "llm", tune: Any = "full", **head: Any) -> ModelConfig:
-    return ModelConfig(
-        LlmConfig(str(folder / llm), tune, router_loss=0.5 if llm == "mixture" else 0.0),
-        audio=AudioConfig(str(folder / "audio")),
-        audio_projector=AudioProjectorConfig(),
-        state_head=StateHeadConfig(**{"classes": CLASSES, "class_weights": WEIGHTS, "loss_weight": FACTOR, **head}),
-        dtype="float32",
-    )
-
-
-def spec_of(config: ModelConfig) -> AudioSpec:
-    spec = media_specs(config)["audio"]
-    assert isinstance(spec, AudioSpec)
-    return spec
-
-
-def samples(spec: AudioSpec, num: int = NUM_SAMPLES) -> list[Sample]:
-    """No clip, one or two; every fourth clip has no state, every third sample supervises nothing."""
-    rng, found, num_clips = np.random.default_rng(6), [], 0
-    for i in range(num):
-        clips, ids = [], list(rng.integers(1, 300, 3))
-        for _ in range(i % 3):
-            frames, longest = int(rng.integers(20, spec.window_frames)), spec.window_frames
-            rows = token_rows(spec, MediaMeta(num_frames=frames), width := row_width(spec, longest))
-            label = num_clips % CLASSES if num_clips % 4 else IGNORE_INDEX
-            values = torch.from_numpy(rng.standard_normal((1, spec.num_mels, longest))).float()
-            clips.append(SampleMedia("audio", values, len(ids), len(rows), rows, width, (frames,), label))
-            ids += [0] * len(rows) + list(rng.integers(1, 300, 2))
-            num_clips += 1
-        ids += list(rng.integers(1, 300, int(rng.integers(2, 9))))
-        labels = np.full(len(ids), IGNORE_INDEX)
-        if i % 3 != 2:
-            labels[-3:-1] = ids[-2:]
-        found.append(Sample(i, 0, np.array(ids), labels, {"audio": clips} if clips else {}))
-    return found
 
 
 def states_of(data: list[Sample]) -> Tensor:

@@ -35,9 +35,9 @@ from model.errors import ConfigError
 from model.exports.llm_folder import write_llm
 from model.files.tensor_files import in_memory
 from model.weights.quantised_base import dequantised_fp8
-from tests.model.test_router import save_mixture
 from tests.support.finals import config_of as run_config
 from tests.support.finals import save_final, save_parts, trained
+from tests.support.router import save_mixture
 from tests.support.stored_forms import ENCODER_FORMS, EQUAL, FP8, LLM_FORMS, Form, read, write
 from tests.support.tiny import SIZES, save_llm, save_tower, spread
 from tests.support.tiny_audio import MELS, save_whisper

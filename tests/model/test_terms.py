@@ -19,17 +19,17 @@ from model import load_model
 from model.batch import IGNORE_INDEX
 from model.build import build_model
 from model.files.tensor_files import read_safetensors
-from tests.laws.test_resume import cut, weights
-from tests.laws.test_trainable import ALONE
-from tests.model.test_router import MIXTURES, save_mixture
-from tests.model.test_state_head import CLASSES, FACTOR, WEIGHTS, config_of, samples, spec_of
+from tests.support.loop import lines_of
 from tests.support.ranks import run_ranks
+from tests.support.resume import cut, weights
+from tests.support.router import MIXTURES, save_mixture
 from tests.support.runs import failure_of, merged, start, start_alone
+from tests.support.state_head import CLASSES, FACTOR, WEIGHTS, config_of, samples, spec_of
 from tests.support.tiny import SIZES, save_llm, spread
 from tests.support.tiny_audio import save_whisper
 from tests.support.tiny_media import tone, wav
 from tests.support.tiny_tokenizers import NAMES
-from tests.trainer.test_loop import lines_of
+from tests.support.trainable import ALONE
 from tools.bench_step import Counter, hidden_syncs
 from trainer.config import OptimConfig
 from trainer.distributed.parallelize import checkpoint_activations, replicate

@@ -23,7 +23,7 @@ from model.vision.tower import VisionTower, vision_config, vision_spec
 from model.vision.tower_kinds import TOWERS as KINDS
 from model.weights.bases import tower_tensors
 from model.weights.materialise import Layer, materialise, parameters_on_meta
-from tests.laws.test_equivalence import run_steps
+from tests.support.equivalence import run_steps
 from tests.support.ranks import run_ranks
 from tests.support.tiny import TOWER_SIZES, TOWERS, save_llm, save_tower
 from trainer.distributed.world import World

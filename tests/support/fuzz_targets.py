@@ -147,7 +147,7 @@ def json_array(folder: Path) -> Target:
 
 
 def tar_archive(folder: Path) -> Target:
-    from tests.data.test_archive import pack
+    from tests.support.archive import pack
 
     inside = {f"a/{i}.json": json.dumps(record).encode() for i, record in enumerate(RECORDS)}
     inside |= {"a/0.png": (folder / grey(folder, 40)).read_bytes(), "n" * 90 + ".json": b"{}"}

@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 from transformers import AutoModelForCausalLM, CLIPVisionModel
 
 from data.text.tokenizer import load_tokenizer
+from tests.support.demo import contents
 from tools import demo, make_demo
 from trainer.runfile.load import load_config
 
@@ -25,10 +26,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         assert make_demo.main(["demo"]) == 0
     return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_made_twice_the_bytes_are_the_same(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from model.card import media_specs
-from tests.tools.test_demo import contents
+from tests.support.demo import contents
 from tools import demo_omni, make_omni
 from tools.demo_omni import TEACHES, known, shortfalls, table
 from tools.demos.omni_media import MELODIES, PITCHES, RATE

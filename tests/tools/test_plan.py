@@ -23,8 +23,8 @@ from model.llm.causal_lm import VocabularyLayout
 from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
-from tests.model.test_router import save_mixture
 from tests.support.ranks import run_ranks
+from tests.support.router import save_mixture
 from tests.support.runs import start, tables
 from tests.support.tiny import save_llm, save_tower
 from tools import plan

@@ -24,12 +24,12 @@ from model.errors import ConfigError
 from model.load import load_model
 from model.media_spec import MediaMeta, num_tokens, row_width, token_rows
 from model.multimodal import MultimodalLM
-from tests.laws.test_resume import cut, metrics, weights
+from tests.support.config import MINIMAL, problems
 from tests.support.ranks import run_ranks
+from tests.support.resume import cut, metrics, weights
 from tests.support.runs import failure_of, merged, save_parts, start, start_alone
 from tests.support.tiny_audio import save_whisper, wave
 from tests.support.tiny_media import wav
-from tests.trainer.test_config import MINIMAL, problems
 from tools import chat, export_adapter
 from trainer.config import OptimConfig
 from trainer.distributed.parallelize import replicate

@@ -19,9 +19,9 @@ from model.files import verified_write as read_back
 from model.files.manifest import file_facts, verify
 from model.files.shards import Chunks, ShardPlan, plan_shard, write_shard
 from model.files.verified_write import BadShard
+from tests.support.checkpoint import CARD, Nothing, toy
 from tests.support.ranks import run_ranks
 from tests.support.runs import start
-from tests.trainer.test_checkpoint import CARD, Nothing, toy
 from trainer.checkpoint import checkpointer as module
 from trainer.checkpoint import host_staging as staging
 from trainer.checkpoint.background_save import Agreement

@@ -11,23 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.errors import ConfigError
+from tests.support.config import MINIMAL, VALUES_OF_TOML, problems
 from tests.support.runs import merged
 from trainer.runfile.load import load_config, parse_config
 from trainer.runfile.planned import KEYS, VALUES
 from trainer.runfile.schema import to_tables
 from trainer.runfile.toml_files import to_toml
-
-MINIMAL: dict[str, Any] = {
-    "output_dir": "runs/x",
-    "model": {"llm": {"path": "llm"}, "vision": {"path": "vision"}, "vision_projector": {}},
-    "data": {"sources": [{"path": "a.json"}]},
-}
-
-
-def problems(**changes: Any) -> str:
-    with pytest.raises(ConfigError) as error:
-        parse_config(merged(MINIMAL, changes), "run.toml")
-    return str(error.value)
 
 
 def test_defaults_are_the_published_ones() -> None:
@@ -148,13 +137,6 @@ def test_the_resolved_file_reads_back_the_same() -> None:
     text = to_toml(to_tables(config))
     assert parse_config(tomllib.loads(text), "again") == config
     assert to_toml(to_tables(parse_config(tomllib.loads(text), "again"))) == text
-
-
-VALUES_OF_TOML = st.recursive(
-    st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["path", "llm", "lr", "x"]), inner, max_size=3),
-    max_leaves=8,
-)
 
 
 @given(

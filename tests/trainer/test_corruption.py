@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from model.files.manifest import verify, write_manifest
 from model.files.shards import WEIGHTS, weight_tensors, write_shard
-from tests.laws.test_resume import LORA
 from tests.support.corruptions import KINDS, Others, corrupt
 from tests.support.ranks import run_ranks
+from tests.support.resume import LORA
 from tests.support.runs import start
 from trainer.checkpoint.retention import newest_sound
 from trainer.errors import ProofError

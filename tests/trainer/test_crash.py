@@ -17,9 +17,9 @@ from data.dataset import Rejected
 from model.card import ModelCard
 from model.config import LlmConfig, LoraConfig, ModelConfig
 from model.llm.causal_lm import VocabularyLayout
+from tests.support.checkpoint import toy
 from tests.support.file_log import Event, State, distinct, in_order, killed, power_cuts, recorded, write_state
 from tests.support.ranks import run_ranks
-from tests.trainer.test_checkpoint import toy
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.retention import newest_sound, step_of
 from trainer.distributed.world import World, may_launch

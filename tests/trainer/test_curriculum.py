@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.errors import ConfigError
+from tests.support.config import MINIMAL, VALUES_OF_TOML
 from tests.support.runs import merged
-from tests.trainer.test_config import MINIMAL, VALUES_OF_TOML
 from trainer.config import RunConfig
 from trainer.runfile.load import load_config, parse_config
 from trainer.runfile.schema import flat, to_tables

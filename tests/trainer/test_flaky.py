@@ -9,8 +9,8 @@ import pytest
 
 from data.dataset import MultimodalDataset
 from data.records.record import RecordError
-from tests.laws.test_resume import cut, metrics, weights
 from tests.support.ranks import run_ranks
+from tests.support.resume import cut, metrics, weights
 from tests.support.runs import Start, start
 from trainer import loop
 from trainer.distributed.world import World

@@ -12,17 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from model.multimodal import MultimodalLM
-from tests.laws.test_equivalence import step_batches
-from tests.laws.test_resume import LORA, cut, weights
-from tests.laws.test_trainable import ALONE
+from tests.support.equivalence import step_batches
+from tests.support.health import start_planted
 from tests.support.ranks import run_ranks
+from tests.support.resume import LORA, cut, weights
 from tests.support.runs import Start, merged, start, start_alone
+from tests.support.trainable import ALONE
 from tools.bench_step import Counter, hidden_syncs
-from trainer import loop
 from trainer import step as step_module
 from trainer.distributed.world import World
-from trainer.health import spike_detector
 from trainer.health.deferred_read import DeferredRead
 from trainer.health.loss_monitor import Health, hearable, split
 from trainer.health.spike_detector import ENOUGH, WINDOW, Spikes
@@ -30,30 +28,6 @@ from trainer.records.sample_log import read_step
 from trainer.step import StepResult
 
 QUIET: dict[str, Any] = {**LORA, "log": {"every": 50}}
-
-
-Plan = tuple[tuple[int, int], ...]
-"""0-based steps, and a sample of each."""
-
-
-def start_planted(world: World, parts: Path, folder: Path, sections: dict[str, Any], value: float, plan: Plan) -> Start:
-    """One start in which the loss of some samples is `value` more in one step; their gradients are as they were."""
-    forward, original, current = MultimodalLM.forward, loop.train_step, [-1]
-
-    def stepping(*args: Any, **kwargs: Any) -> Any:
-        current[0] = kwargs["step"]
-        return original(*args, **kwargs)
-
-    def planted(self: MultimodalLM, batch: Any) -> Any:
-        terms = dict(forward(self, batch))
-        chosen = torch.tensor([sample for step, sample in plan if step == current[0]], dtype=torch.int64)
-        more = torch.where(torch.isin(batch.sample_ids[batch.owners], chosen), value, 0.0)
-        terms["text"] = terms["text"]._replace(sum=terms["text"].sum + more.sum(), addends=terms["text"].addends + more)
-        return terms
-
-    spike_detector.ENOUGH = 6
-    loop.train_step, MultimodalLM.forward = stepping, planted  # type: ignore[method-assign]
-    return start(world, parts, folder, sections)
 
 
 def start_with_bad_gradient(world: World, parts: Path, folder: Path, sections: dict[str, Any], rank: int, name: str) -> Start:

@@ -17,8 +17,8 @@ from data.order.sampler import Sampler
 from model.media_spec import AudioSpec, ImageSpec
 from model.multimodal import MultimodalLM
 from model.vision.tower import VisionTower
-from tests.laws.test_resume import LORA, weights
 from tests.support.ranks import run_ranks
+from tests.support.resume import LORA, weights
 from tests.support.runs import Start, start, start_alone
 from trainer import run
 from trainer.distributed.world import World

@@ -12,9 +12,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from model.errors import ConfigError
-from tests.laws import test_equivalence as same
-from tests.laws.test_resume import LORA, cut, metrics, weights
+from tests.support import equivalence
 from tests.support.ranks import run_ranks
+from tests.support.resume import LORA, cut, metrics, weights
 from tests.support.runs import start
 from trainer.config import ParallelConfig
 from trainer.distributed.parallelize import check_sharing
@@ -28,9 +28,9 @@ def steps_and_bytes(
     world: World, folder: Path, tune: str, strategy: str, dtype: str, global_batch: int, clip_norm: float
 ) -> tuple[list[float], str]:
     """Loss and gradient norm of five steps of `global_batch` samples; a digest of this rank's rows of what they leave."""
-    same.GLOBAL_BATCH = global_batch
-    config = same.config_of(folder, tune)
-    found, model = same.take_steps(world, config, strategy, False, 1, dtype, clip_norm, same.WHOLE)
+    equivalence.GLOBAL_BATCH = global_batch
+    config = equivalence.config_of(folder, tune)
+    found, model = equivalence.take_steps(world, config, strategy, False, 1, dtype, clip_norm, equivalence.WHOLE)
     digest = hashlib.sha256()
     for parameter in model.parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -51,7 +51,7 @@ def test_copies_take_the_steps_of_one_process_and_stay_the_same_to_the_bit(parts
 
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("tune", same.TUNES)
+@pytest.mark.parametrize("tune", equivalence.TUNES)
 def test_copies_cast_as_one_does_to_the_bit(parts: Path, tune: str, dtype: str) -> None:
     """Two of four ranks have a sample in each step: their sum is the same in any order, so nothing but the casts could differ.
 

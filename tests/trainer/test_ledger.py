@@ -17,10 +17,10 @@ from data.dataset import Rejected
 from data.order.mixing import make_pools
 from data.order.sampler import Sampler
 from model.errors import DataError
-from tests.laws.test_resume import cut
-from tests.laws.test_trainable import ALONE
 from tests.support.ranks import run_ranks
+from tests.support.resume import cut
 from tests.support.runs import failure_of, start, start_alone
+from tests.support.trainable import ALONE
 from trainer.records.ledger import SourceLedger, ledger_of, table
 from trainer.records.quarantine import Quarantine
 

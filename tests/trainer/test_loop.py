@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from data import load_processor
 from model import load_model
 from model.files.tensor_files import dump_json
-from tests.laws.test_equivalence import step_batches
-from tests.laws.test_resume import cut
-from tests.laws.test_trainable import ALONE, build
+from tests.support.equivalence import step_batches
+from tests.support.loop import lines_of
 from tests.support.ranks import run_ranks
+from tests.support.resume import cut
 from tests.support.runs import start, start_alone
+from tests.support.trainable import ALONE, build
 from tools.bench_step import Counter, hidden_syncs
 from trainer import metrics
 from trainer.config import OptimConfig
@@ -25,10 +26,6 @@ from trainer.distributed.parallelize import checkpoint_activations, replicate
 from trainer.metrics import FOLD, Meter, SourceSums
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.step import train_step
-
-
-def lines_of(output_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_validation_loss_is_token_weighted_per_source_and_the_same_on_any_ranks(parts: Path, tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
-from tests.laws.test_resume import metrics
+from tests.support.resume import metrics
 from tests.support.runs import tables
-from tests.trainer.test_torchrun import ROOT, wait_until_gone, weights, workers
+from tests.support.torchrun import ROOT, wait_until_gone, weights, workers
 from trainer.runfile.toml_files import to_toml
 
 SECTIONS: dict[str, Any] = {"train": {"max_steps": 30}, "checkpoint": {"every": 1, "keep": 3}, "data": {"workers": 1}}

@@ -13,7 +13,7 @@ import pytest
 
 from data.config import DataConfig, SourceConfig
 from model.errors import ConfigError
-from tests.data.test_parcel import files_up_to, open_files
+from tests.support.parcel import files_up_to, open_files
 from tests.support.runs import tables
 from trainer.errors import CONFIG
 from trainer.machine.open_files import check_limit, raise_limit

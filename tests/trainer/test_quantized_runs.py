@@ -22,9 +22,9 @@ from model.llm.quantized_linear import quantised
 from model.load import load_model
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
-from tests.laws.test_equivalence import config_of, run_steps
-from tests.laws.test_resume import cut, weights
+from tests.support.equivalence import config_of, run_steps
 from tests.support.ranks import run_ranks
+from tests.support.resume import cut, weights
 from tests.support.runs import start, start_alone
 from trainer.config import ParallelConfig
 from trainer.distributed.parallelize import shard

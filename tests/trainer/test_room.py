@@ -19,11 +19,11 @@ import torch
 
 from model.files.manifest import verify
 from model.files.tensor_files import Entry, write_safetensors
-from tests.laws.test_resume import LORA, weights
+from tests.support.checkpoint import toy
+from tests.support.disk import ALONE, CARD, Nothing, failing, names, save
 from tests.support.ranks import run_ranks
+from tests.support.resume import LORA, weights
 from tests.support.runs import Start, start
-from tests.trainer.test_checkpoint import toy
-from tests.trainer.test_disk import ALONE, CARD, Nothing, failing, names, save
 from trainer import loop, run
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.retention import newest_sound

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 
 from data.workers import prepare_worker
-from tests.laws.test_resume import LORA, metrics, weights
 from tests.support import ranks
 from tests.support.ranks import SERVER, run_ranks
+from tests.support.resume import LORA, metrics, weights
 from tests.support.runs import Start, merged, start, start_alone
-from tests.trainer.test_stages import finals
+from tests.support.stages import finals
 from trainer import errors, loop, run
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.distributed.world import World

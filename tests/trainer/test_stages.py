@@ -17,18 +17,12 @@ from model.exports.trained_files import trained_files
 from tests.support.finals import same, values
 from tests.support.ranks import kill_ranks_when, run_ranks
 from tests.support.runs import Start, failure_of, merged, start, start_alone
+from tests.support.stages import ADAPT, ALIGN, WHOLE, finals
 from trainer import main
 from trainer.distributed.world import World
 from trainer.loop import Loop
 
-ALIGN: dict[str, Any] = {
-    "name": "align",
-    "model": {"llm": {"tune": "frozen"}, "vision": {"tune": "frozen"}},
-    "train": {"max_steps": 2},
-}
-ADAPT: dict[str, Any] = {"name": "adapt", "model": {"llm": {"tune": "lora"}, "vision": {"tune": "lora"}}, "train": {"max_steps": 2}}
 GO_ON: dict[str, Any] = {"name": "go_on", "model": {"llm": {"tune": "lora"}, "vision": {"tune": "frozen"}}, "optim": {"lr": 5e-3}}
-WHOLE: dict[str, Any] = {"name": "whole", "model": {"vision_projector": {"tune": "frozen"}}, "seed": 7}
 AGAIN: dict[str, Any] = {"name": "again", "model": {"llm": {"tune": "lora"}, "vision": {"tune": "frozen"}}, "lora": {"rank": 3}}
 STAGES = (ALIGN, ADAPT, GO_ON, WHOLE, AGAIN)
 ENDS = {"01-align": 2, "02-adapt": 4, "03-go_on": 7, "04-whole": 10, "05-again": 13}  # completed steps of the run
@@ -68,12 +62,6 @@ def recorded(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 @pytest.fixture(scope="module")
 def whole(recorded: tuple[Path, Recorded]) -> Path:
     return recorded[0]
-
-
-def finals(run: Path) -> dict[str, dict[str, bytes]]:
-    """Bytes of every final/ by stage, and of the run's."""
-    folders = {path.parent.name: path for path in run.glob("stages/*/final")} | {"run": run / "final"}
-    return {n: {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "provenance.json"} for n, folder in folders.items()}
 
 
 def metrics(run: Path) -> list[tuple[int, str, float]]:

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 
 from model.errors import ConfigError
+from tests.support.lock import Holder
 from tests.support.ranks import run_ranks
 from tests.support.runs import config_of, tables
-from tests.trainer.test_lock import Holder
 from trainer import main
 from trainer.distributed import world as distributed
 from trainer.distributed.world import World

@@ -12,9 +12,9 @@ import pytest
 from data.order.mixing import make_pools
 from data.order.sampler import Sampler
 from model.errors import ConfigError
-from tests.laws.test_resume import LORA, cut
-from tests.laws.test_trainable import ALONE
+from tests.support.resume import LORA, cut
 from tests.support.runs import failure_of, start_alone
+from tests.support.trainable import ALONE
 from trainer.distributed.world import World
 from trainer.records.sample_log import StepLog, read_step
 

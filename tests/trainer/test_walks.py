@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.laws.test_resume import metrics
 from tests.support.ranks import kill_ranks_when, run_ranks
+from tests.support.resume import metrics
 from tests.support.runs import merged, start
 from trainer import loop
 from trainer.distributed.world import World
