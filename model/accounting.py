@@ -48,7 +48,14 @@ def check_llm(setting: str, path: str, tensors: Tensors, llm: nn.Module, own: di
 
     head = [name for name, parameter in llm.named_parameters(remove_duplicate=False) if parameter is _head(llm)]
     refuse_unknown(
-        setting, path, tensors, own, excused, type(llm).__name__, getattr(llm.config, "num_hidden_layers", 0), partial(converted, llm)
+        setting,
+        path,
+        tensors,
+        own,
+        excused,
+        type(llm).__name__,
+        getattr(llm.config, "num_hidden_layers", 0),
+        partial(converted, llm),
     )
     if not any(name in tensors for name in head) and any(name in tensors for name in own):
         raise ConfigError(

@@ -210,6 +210,12 @@ def pointer(folder: Path) -> None:
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
 
 
+def inside_later_llava(folder: Path) -> None:
+    """As `inside_llava`, under the names that transformers has in memory, which save_original_format = False writes."""
+    inside_llava(folder)
+    renamed(lambda name: f"model.{name}")(folder)
+
+
 NEXT = {"model__layers__2__mlp__up_proj__weight": torch.ones(48, 32)}
 CLIP_BLOCK = "encoder.layers.{}.mlp.fc1.weight"
 LLM_FORMS = [
@@ -415,6 +421,7 @@ ENCODER_FORMS = [
         ),
     ),
     Form("clip", "inside a LLaVA folder", EQUAL, inside_llava),
+    Form("clip", "inside a LLaVA folder, names in memory", EQUAL, inside_later_llava),
     Form("clip", "position_ids", EQUAL, with_tensors(embeddings__position_ids=torch.arange(5)[None])),
     Form("clip", "float16 in shards", EQUAL, both(stored_as(torch.float16), to_shards)),
     Form("clip", "pytorch_model.bin", EQUAL, to_bin),
