@@ -47,16 +47,8 @@ def check_llm(setting: str, path: str, tensors: Tensors, llm: nn.Module, own: di
         return carries_nothing(name, tensors[name]) or any(pattern.search(name) for pattern in ignored)
 
     head = [name for name, parameter in llm.named_parameters(remove_duplicate=False) if parameter is _head(llm)]
-    refuse_unknown(
-        setting,
-        path,
-        tensors,
-        own,
-        excused,
-        type(llm).__name__,
-        getattr(llm.config, "num_hidden_layers", 0),
-        partial(converted, llm),
-    )
+    num_blocks = getattr(llm.config, "num_hidden_layers", 0)
+    refuse_unknown(setting, path, tensors, own, excused, type(llm).__name__, num_blocks, partial(converted, llm))
     if not any(name in tensors for name in head) and any(name in tensors for name in own):
         raise ConfigError(
             f"{setting} = {path!r} holds no {head[0]}, and config.json does not tie the head to the embedding "

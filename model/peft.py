@@ -63,8 +63,8 @@ def _check_names(path: Path, found: set[str], bias: str, parts: Mapping[str, nn.
         )
     if larger := sorted(name for name in adapters if IN_LARGER.match(name)):
         raise ConfigError(
-            f"lora.path = {str(path)!r} adapts {larger[0].removeprefix('llm.').rpartition('.')[0][:SHOWN]}, a part of a larger model: "
-            "it was trained on that model's weights; merge it there with PEFT (merge_and_unload), save the language model alone, and "
+            f"lora.path = {str(path)!r} adapts {shown(larger[0].removeprefix('llm.'))}, a part of a larger model: "
+            "it was trained on that one's weights; merge it there with PEFT (merge_and_unload), save its language model, and "
             "name that as model.llm.path"
         )
     wanted = {f"{part}.{name}{suffix}" for part, module in parts.items() for name, _ in adapted(module) for suffix in SUFFIXES}

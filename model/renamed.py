@@ -1,4 +1,4 @@
-"""Names that files of a family have and transformers' class has not: translated by the table that transformers itself loads with."""
+"""Names that files of a family have and transformers' class has not: translated by the table that transformers loads with."""
 
 from __future__ import annotations
 
