@@ -22,8 +22,8 @@ def fused(tensors: Tensors, own: Collection[str] = ()) -> Tensors:
     """The same tensors by their names in memory: row e of `...experts.gate_up_proj` (E, 2 I, D) and `...experts.down_proj`
     (E, D, I) is what the files hold of expert e, read when it is needed, so a rank reads the experts of its own shard alone.
 
-    `own`: names in memory; where some of them are like Mixtral's files, as Granite's, those of the files are not replaced. Files that
-    hold fused parameters, and those of other models, come out as they are. ConfigError when a piece is missing.
+    `own`: names in memory; where some are like Mixtral's files, as Granite's, those of the files are not replaced. Files that hold
+    fused parameters, and those of other models, come out as they are. ConfigError when a piece is missing.
     """
     found: Tensors = {}
     moves = not any(MOVED[0] in name for name in own)
