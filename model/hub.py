@@ -14,6 +14,9 @@ from model.files import Tensors, read_weights
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 """owner/name, and nothing that could be read as a path or an address."""
 
+OTHER_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".npz", ".onnx")
+"""Ends of files that hold weights under a name, or in a format, that is not looked for."""
+
 
 def find_file(setting: str, path: str, name: str, cache_dir: str = "") -> Path | None:
     """`name` inside the folder or hub id `path`; None when it has none. `setting` is the key that errors name."""
@@ -142,4 +145,6 @@ def _near_miss(path: str) -> str:
         return ": it is an adapter: name its base here and the adapter as lora.path"
     if any(name.endswith(".gguf") for name in names):
         return ": .gguf is llama.cpp's format; name the folder that it was converted from"
+    if others := sorted(name for name in names if name.endswith(OTHER_WEIGHTS)):
+        return f": {others[0]} is not read; name a folder that transformers' save_pretrained wrote, or rename a file of its layout"
     return ""

@@ -86,7 +86,7 @@ def hugging_face_config(setting: str, value: dict[str, Any]) -> PretrainedConfig
     if value.get("auto_map"):
         log.warning("%s: config.json names code of its own, which is not run: transformers has model_type %r", setting, kind)
     try:
-        return AutoConfig.for_model(**without_code(value))
+        return AutoConfig.for_model(**decoded(without_code(value)))
     except Exception as error:  # the classes of transformers check their values each in its own way, or stumble over them
         raise ConfigError(f"{setting}: transformers knows no model_type {kind!r}, or refuses its values: {error}") from error
 
@@ -95,6 +95,17 @@ def without_code(value: dict[str, Any]) -> dict[str, Any]:
     """config.json without what says which code computes: a class beside it, or kernels that transformers would download."""
     kept = {k: v for k, v in value.items() if k not in NAMES_OF_CODE and not k.startswith("_")}
     return {k: without_code(v) if isinstance(v, dict) else v for k, v in kept.items()}
+
+
+def decoded(value: Any) -> Any:
+    """config.json `value` with the numbers that JSON has not, as transformers writes them: {"__float__": "Infinity"}."""
+    if isinstance(value, list):
+        return [decoded(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+        return float(value["__float__"])
+    return {key: decoded(item) for key, item in value.items()}
 
 
 def build_llm(value: dict[str, Any], attention_name: str, vocabulary: Vocabulary) -> nn.Module:

@@ -12,6 +12,7 @@ from model.bounded import listed, shown
 from model.card import ModelCard
 from model.config import ConfigError, ModelConfig
 from model.files import Tensors, read_weights
+from model.quantised_base import is_coded
 from model.weights import Layer
 
 LLAVA_PROJECTOR, LLAVA_NEWLINE, LLAVA_TRAINED = "mm_projector.", "image_newline", "non_lora_trainables.bin"
@@ -84,6 +85,11 @@ def projector_tensors(path: Path, part: str) -> Tensors:
     stored = read_weights(file)
     if not stored:
         raise ConfigError(f"model.{part}.path = {str(path)!r} holds no tensor")
+    if coded := [name for name, rows in stored.items() if is_coded(rows.dtype)]:
+        raise ConfigError(
+            f"model.{part}.path = {str(path)!r}: {shown(coded[0])} is {stored[coded[0]].dtype}: codes are no weights; save the "
+            "projector in bfloat16, float16 or float32"
+        )
     if part == "vision_projector" and any(LLAVA_PROJECTOR in name for name in stored):
         return _llavas(stored, path, part)
     return {f"{part}.{name}": rows for name, rows in stored.items()}

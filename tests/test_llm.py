@@ -13,7 +13,16 @@ from model import attention, loss
 from model.batch import IGNORE_INDEX, Batch
 from model.build import build_model
 from model.config import ConfigError, LlmConfig, ModelConfig
-from model.llm import Vocabulary, build_llm, check_causal, check_positions, head_weight, hugging_face_config, positions_note
+from model.llm import (
+    Vocabulary,
+    build_llm,
+    check_causal,
+    check_positions,
+    decoded,
+    head_weight,
+    hugging_face_config,
+    positions_note,
+)
 from model.multimodal import MultimodalLM
 from tests.tiny import LLMS, SIZES, VOCAB, save_llm
 
@@ -208,3 +217,10 @@ def test_lengths_beyond_a_models_positions_are_refused_for_tables_and_told_for_r
         positions_note({**llama, "rope_parameters": rope}, 2048) == "" != positions_note({**llama, "rope_parameters": rope}, 2049)
     )
     assert positions_note({"model_type": "bloom"}, 10**6) == ""
+
+
+def test_numbers_that_json_has_not_are_read_as_transformers_writes_them() -> None:
+    """As the limits of Granite 4's and Bamba's time steps."""
+    value = {"limits": [0.0, {"__float__": "Infinity"}], "part": {"low": {"__float__": "-Infinity"}}, "other": {"__float__": "x"}}
+    inf = float("inf")
+    assert decoded(value) == {"limits": [0.0, inf], "part": {"low": -inf}, "other": {"__float__": "x"}}
