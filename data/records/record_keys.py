@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from data.records.fields import FieldError, is_absent, kind_of
+from data.records.turn_keys import LEARN_KEYS
 from data.records.turns import Turn, check_text
 
 _PREFERENCES = ("chosen", "rejected", "chosen_response", "rejected_response", "rejected_messages", "rejected_images", "kto_tag")
@@ -17,8 +18,15 @@ _REFUSED = {
     "documents": "changes what the template writes and is not read here",
     "history": "holds earlier turns and is not read here; write them as turns",
 }
-_COPIES = frozenset({"prompt", "completion", "instruction", "input", "output", "query", "response", "system_prompt"})
+_COPIES = frozenset(
+    {"prompt", "completion", "instruction", "input", "output", "query", "response", "system_prompt", "system_message"}
+)
 """Keys of formats without turns. Many sets keep them beside the turns they were made into: harmless if nothing else is in them."""
+
+_BOXES = ("<bbox>", "<ref-object>")
+"""Where ms-swift writes the words of a record's `objects`."""
+_CUTS = ("start", "end", "video_start", "video_end")
+"""Seconds of a video that are watched, as VideoChat and Qwen write them beside it."""
 
 
 def with_system(raw: dict[str, Any], turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
@@ -45,8 +53,27 @@ def check_record_keys(raw: dict[str, Any], turns: tuple[Turn, ...]) -> None:
             raise FieldError(key, f"{_REFUSED[key]}: remove it")
         if key == "label" and isinstance(value, bool):  # of any other kind it is a note
             raise FieldError(key, "says whether the answer is wanted; preferences are not learned here: remove it")
+        if key in LEARN_KEYS and _unlearned(key, value):
+            raise FieldError(key, "says that the record is not learned; say it of its answers, or leave the record out")
+        if key == "objects" and any(mark in turn.content for turn in turns for mark in _BOXES):
+            raise FieldError(key, f"fills {' and '.join(_BOXES)} of the turns and is not read here; write its words into them")
+        if key in _CUTS and _is_seconds(value) and _is_whole_video(raw):
+            raise FieldError(key, "may say what is watched of the video and is not read here; write video_range, or remove it")
         if key in _COPIES and not _is_copy(value, turns):
             raise FieldError(key, "holds what no turn of the record says, and is not read here; make it a turn, or remove it")
+
+
+def _unlearned(key: str, value: Any) -> bool:
+    """Whether the key says so of all answers; a weight or a loss that is another number is a note."""
+    return value is False or (key == "weight" and not isinstance(value, bool) and value == 0)
+
+
+def _is_whole_video(raw: dict[str, Any]) -> bool:
+    return not (is_absent(raw.get("video")) and is_absent(raw.get("videos"))) and is_absent(raw.get("video_range"))
+
+
+def _is_seconds(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_copy(value: Any, turns: tuple[Turn, ...]) -> bool:

@@ -35,7 +35,9 @@ SILENT_KEYS = frozenset(
             "hash",
         ),
         *("markdown", "rating", "score", "feedback", "toxic", "redacted", "moderation", "detoxify_moderation", "state"),
-        "canonical_form",
+        *("canonical_form", "system_fingerprint", "info", "meta", "metadata", "extra_info", "tags", "category", "topic"),
+        *("user_id", "username", "author", "avatar", "turn", "round", "turn_index", "created_date", "emotion", "tokens"),
+        *("review_count", "review_result", "deleted", "rank", "synthetic", "emojis", "labels", "tree_state", "message_tree_id"),
     }
 )
 """Keys that sets carry on their turns and that change neither a prompt nor what is learned in any trainer."""
@@ -90,6 +92,8 @@ def for_template(turn: dict[str, Any], role: str, field: str) -> dict[str, Any]:
 def check_keys(turn: dict[str, Any], own: tuple[str, str], field: str) -> None:
     """Raises `FieldError` for a key with a value that is none of the turn's `own` two and that nobody knows."""
     for key, value in turn.items():
+        if key == "text" and value == turn.get(own[1]):  # raw ShareGPT keeps the words twice
+            continue
         if key not in own and key not in _KNOWN and not is_absent(value):
             raise FieldError(
                 f"{field}.{key}",

@@ -117,7 +117,7 @@ class Renderer:
         guards = {place - 1 for place in read.guards}
         spans = []
         for i, message in enumerate(messages):
-            span = _span(message["role"], found[i], text, learn[i])
+            span = _span(message["role"], found[i], text, learn[i], i in late)
             if span.role == "assistant":
                 limit = next((found[j][0][0] for j in range(i + 1, len(messages)) if messages[j]["role"] != "system"), len(text))
                 end = self._end(text, span.stop, limit, guards, bool(message.get("tool_calls")))
@@ -221,11 +221,15 @@ def _missing(messages: Sequence[Message], piece: MarkedPiece, is_answer: bool) -
         raise RenderError("the template drops, repeats or reorders messages")
 
 
-def _span(role: str, found: list[tuple[int, MarkedPiece]], text: str, learn: bool) -> Span:
-    """The turn from its first to its last word, with the white space and the tags around them as far as they are there."""
+def _span(role: str, found: list[tuple[int, MarkedPiece]], text: str, learn: bool, late: bool) -> Span:
+    """The turn from its first to its last word, with the white space and the tags around them as far as they are there.
+
+    Where the template leaves out what stands before the last tag, the white space behind the tag is still the turn's.
+    """
     (start, first), (stop, last) = found[0], found[-1]
     if first.kind != CALL:
-        start -= next(len(head) for head in (first.head, first.head.lstrip(), "") if text.endswith(head, 0, start))
+        behind = "" if late else first.head[len(first.head.rstrip()) :]
+        start -= next(len(head) for head in (first.head, first.head.lstrip(), behind, "") if text.endswith(head, 0, start))
     if last.kind != CALL:
         stop += next(len(tail) for tail in (last.tail, last.tail.rstrip(), "") if text.startswith(tail, stop))
     return Span(role, start, start, stop, stop, learn and role == "assistant")

@@ -94,7 +94,7 @@ def stand_in(turn: Turn, tags: re.Pattern[str]) -> Turn:
     """A turn with another word in each place of its own, among the same tags."""
     parts = re.split(f"({tags.pattern})", turn.content)
     parts[::2] = [re.sub(r"\S(?:.*\S)?", "x", part, flags=re.DOTALL) for part in parts[::2]]
-    extra = {key: "x" if isinstance(value, str) else value for key, value in turn.extra.items()}
+    extra = {key: "x" if isinstance(value, str) and value.strip() else value for key, value in turn.extra.items()}
     return Turn("assistant", "".join(parts), extra=extra)
 
 

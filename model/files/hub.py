@@ -16,6 +16,9 @@ from model.files.untrusted import load_json
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 """owner/name, and nothing that could be read as a path or an address."""
 
+OTHER_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".npz", ".onnx")
+"""Ends of files that hold weights under a name, or in a format, that is not looked for."""
+
 
 def find_file(setting: str, path: str, name: str, cache_dir: str = "") -> Path | None:
     """`name` inside the folder or hub id `path`; None when it has none. `setting` is the key that errors name."""
@@ -144,6 +147,8 @@ def _near_miss(path: str) -> str:
         return ": it is an adapter: name its base here and the adapter as lora.path"
     if any(name.endswith(".gguf") for name in names):
         return ": .gguf is llama.cpp's format; name the folder that it was converted from"
+    if others := sorted(name for name in names if name.endswith(OTHER_WEIGHTS)):
+        return f": {others[0]} is not read; name a folder that transformers' save_pretrained wrote, or rename a file of its layout"
     return ""
 
 
@@ -172,7 +177,7 @@ def hugging_face_config(setting: str, value: dict[str, Any]) -> PretrainedConfig
     if value.get("auto_map"):
         log.warning("%s: config.json names code of its own, which is not run: transformers has model_type %r", setting, kind)
     try:
-        return AutoConfig.for_model(**without_code(value))
+        return AutoConfig.for_model(**decoded(without_code(value)))
     except Exception as error:  # the classes of transformers check their values each in its own way, or stumble over them
         raise ConfigError(f"{setting}: transformers knows no model_type {kind!r}, or refuses its values: {error}") from error
 
@@ -181,3 +186,14 @@ def without_code(value: dict[str, Any]) -> dict[str, Any]:
     """config.json without what says which code computes: a class beside it, or kernels that transformers would download."""
     kept = {k: v for k, v in value.items() if k not in NAMES_OF_CODE and not k.startswith("_")}
     return {k: without_code(v) if isinstance(v, dict) else v for k, v in kept.items()}
+
+
+def decoded(value: Any) -> Any:
+    """Return config.json `value` with the numbers that JSON has not, as transformers writes them: {"__float__": "Infinity"}."""
+    if isinstance(value, list):
+        return [decoded(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+        return float(value["__float__"])
+    return {key: decoded(item) for key, item in value.items()}

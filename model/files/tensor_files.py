@@ -29,6 +29,7 @@ STORED_TYPES = {
 """Types of numbers that may stand in a safetensors file, by the format's names."""
 SHARD_BYTES = 5 * 10**9
 """Weights of more bytes are written as several files."""
+POINTER = b"version https://git-lfs"
 CODES = {dtype: code for code, dtype in STORED_TYPES.items()}
 
 
@@ -62,6 +63,8 @@ def read_safetensors(path: Path) -> Tensors:
             file = safe_open(path, framework="pt")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a dict
     except SafetensorError as error:
+        if is_pointer(path):
+            raise ConfigError(f"{path} is a Git LFS pointer, not the file itself: run 'git lfs pull' in its folder") from error
         raise ConfigError(f"{path} is cut short or is no safetensors file ({error}): restore it, or download it again") from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -77,6 +80,12 @@ def read_safetensors(path: Path) -> Tensors:
     return {name: rows(name, part) for name, part in slices.items()}
 
 
+def is_pointer(path: Path) -> bool:
+    """Whether a file is what `git clone` leaves of a large one where Git LFS is not installed."""
+    with path.open("rb") as file:
+        return file.read(len(POINTER)) == POINTER
+
+
 def read_bin(path: Path) -> Tensors:
     """Other people's pickled weights, the only ones this project ever reads: tensors alone, no other object is built."""
     log.warning("reading %s: a pickle, with weights_only=True; safetensors is the safer format", path)
@@ -88,6 +97,8 @@ def read_bin(path: Path) -> Tensors:
             f"{path} asks for more memory than there is: it is damaged, or too large; convert it to safetensors"
         ) from error
     except Exception as error:  # whatever its bytes make the reader stumble over
+        if is_pointer(path):
+            raise ConfigError(f"{path} is a Git LFS pointer, not the file itself: run 'git lfs pull' in its folder") from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"{path} is cut short, or holds more than tensors ({reason}): download it again, or convert it to safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +18,18 @@ MOVED = (".block_sparse_moe.", ".mlp.")
 """What Mixtral's files call a block's mixture, and its name in memory."""
 
 
-def fused(tensors: Tensors) -> Tensors:
+def fused(tensors: Tensors, own: Collection[str] = ()) -> Tensors:
     """The same tensors by their names in memory: row e of `...experts.gate_up_proj` (E, 2 I, D) and `...experts.down_proj`
     (E, D, I) is what the files hold of expert e, read when it is needed, so a rank reads the experts of its own shard alone.
 
-    Files that hold fused parameters, and those of other models, come out as they are. ConfigError when a piece is missing.
+    `own`: names in memory; where some are like Mixtral's files, as Granite's, those of the files are not replaced. Files that hold
+    fused parameters, and those of other models, come out as they are. ConfigError when a piece is missing.
     """
     found: Tensors = {}
+    moves = not any(MOVED[0] in name for name in own)
     pieces: dict[str, dict[int, dict[str, LazyTensor]]] = {}
     for name, rows in tensors.items():
-        name = name.replace(*MOVED)
+        name = name.replace(*MOVED) if moves else name
         if match := PIECE.fullmatch(name):
             block, expert, piece = match.groups()
             pieces.setdefault(block, {}).setdefault(int(expert), {})[piece] = rows

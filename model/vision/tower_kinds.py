@@ -12,7 +12,10 @@ from transformers import PretrainedConfig
 from model.errors import ConfigError
 from model.files.tensor_files import LazyTensor, Tensors
 
-PREFIXES = ("", "vision_model.", "vision_tower.vision_model.", "model.vision_tower.", "vision_tower.")
+PREFIXES = (
+    *("", "vision_model.", "vision_tower.vision_model.", "model.vision_tower.vision_model."),
+    *("model.vision_tower.", "vision_tower."),
+)
 """What stands before a tower's names in the files of others."""
 
 

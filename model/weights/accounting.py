@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from model.errors import ConfigError
 from model.files.tensor_files import LazyTensor, Tensors
+from model.weights.renamed import converted
 
 MADE_ANEW = (
     re.compile(r"(^|\.)rotary\w*\.(\w*inv_freq|cos_cached|sin_cached)$"),  # angles of positions
@@ -45,7 +47,8 @@ def check_llm(setting: str, path: str, tensors: Tensors, llm: nn.Module, own: di
         return carries_nothing(name, tensors[name]) or any(pattern.search(name) for pattern in ignored)
 
     head = [name for name, parameter in llm.named_parameters(remove_duplicate=False) if parameter is _head(llm)]
-    refuse_unknown(setting, path, tensors, own, excused, type(llm).__name__, getattr(llm.config, "num_hidden_layers", 0))
+    num_blocks = getattr(llm.config, "num_hidden_layers", 0)
+    refuse_unknown(setting, path, tensors, own, excused, type(llm).__name__, num_blocks, partial(converted, llm))
     if not any(name in tensors for name in head) and any(name in tensors for name in own):
         raise ConfigError(
             f"{setting} = {path!r} holds no {head[0]}, and config.json does not tie the head to the embedding "
@@ -61,9 +64,12 @@ def _head(llm: Any) -> nn.Parameter:
 
 
 def refuse_unknown(
-    setting: str, path: str, names: Iterable[str], own: Collection[str], excused: Callable[[str], bool], what: str, num_blocks: int
-) -> None:
-    """ConfigError naming every tensor that is neither `own` nor `excused`. `num_blocks`: as config.json says."""
+    setting: str, path: str, names: Iterable[str], own: Collection[str], excused: Callable[[str], bool], what: str, num_blocks: int,
+    convertible: Callable[[Collection[str]], list[str]] = lambda names: [],
+) -> None:  # fmt: skip
+    """ConfigError naming every tensor that is neither `own` nor `excused`. `num_blocks`: as config.json says; `convertible`: those
+    of some names that transformers computes with while it loads.
+    """
     names = dict.fromkeys(names)
     unknown = [name for name in names if name not in own and not excused(name)]
     if not unknown:
@@ -75,21 +81,34 @@ def refuse_unknown(
         lines.append(f"config.json has {num_blocks} layers, the files go on to layer {max(blocks)} (counted from 0)")
     if missing := [name for name in own if name not in names]:
         lines.append(f"and holds none of {', '.join(missing[:2])}" + (f" and {len(missing) - 2} more" if len(missing) > 2 else ""))
-    lines.append(_advice(unknown))
+    lines.append(_advice(unknown, own, convertible))
     raise ConfigError("; ".join(lines))
 
 
-def _advice(unknown: list[str]) -> str:
+def _advice(unknown: list[str], own: Collection[str], convertible: Callable[[Collection[str]], list[str]]) -> str:
     if any(".lora_" in name or ".base_layer." in name for name in unknown):
         return "it holds a LoRA adapter: merge it into the model first, or name the base here and the adapter as lora.path"
     if any(name.startswith(("module.", "_orig_mod.")) for name in unknown):
         return "its names have the prefix of a wrapper (DDP, torch.compile): save the state_dict of the model inside it"
+    if prefix := _prefix(unknown, own):
+        return f"its names begin with {prefix!r}, which those of this model do not: save the language model itself, without it"
     if any("mm_projector" in name or OTHER_PARTS.match(name) for name in unknown):
         return (
             "it holds more than one part of a multimodal model: save each part into a folder of its own, the projector for "
             "model.vision_projector.path or model.audio_projector.path"
         )
+    if found := convertible(unknown):
+        return (
+            f"transformers computes other tensors from {found[0]} while it loads, which is not done here: load the folder with "
+            "AutoModelForCausalLM and save it with save_pretrained(OUT, save_original_format=False)"
+        )
     return "restore the config.json that belongs to these files, or save the model again without them"
+
+
+def _prefix(unknown: list[str], own: Collection[str]) -> str:
+    """What stands in front of every name of `own` in the files, as the name of a larger model's part; nothing if it is not so."""
+    prefix = next((unknown[0].removesuffix(name) for name in own if unknown[0].endswith(f".{name}")), "")
+    return prefix if prefix and all(name.removeprefix(prefix) in own for name in unknown) else ""
 
 
 def check_ties(setting: str, path: str, tensors: Tensors, own: dict[str, int]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from torch import nn
 
@@ -23,7 +24,9 @@ from model.vision.tower_kinds import own_names
 from model.weights.accounting import check_encoder, check_llm, prefixed
 from model.weights.initial_values import grow_embedding
 from model.weights.materialise import Layer, kept_buffers, owners
+from model.weights.peft_adapter import CONFIG, PICKLED, WEIGHTS
 from model.weights.quantised_base import check_dequantizable, check_plain, dequantised_fp8, quantisation
+from model.weights.renamed import renamed
 
 LLM = "model.llm.path"
 
@@ -61,16 +64,37 @@ def llm_tensors(card: ModelCard, model: MultimodalLM) -> Tensors:
     found = base_tensors("llm", config.llm.path, config.cache_dir, card.bases.get("llm", ""))
     settings = quantisation(read_json(LLM, config.llm.path, "config.json", config.cache_dir))
     own = file_names(model.llm)
+    check_adapter_beside(config.llm.path, card.lora.path)
     if config.llm.dequantize:
         check_dequantizable(config.llm.path, settings)
         found = dequantised_fp8(f"{LLM} = {config.llm.path!r}", found, settings or {})
     else:
-        check_plain(LLM, config.llm.path, settings, found, own)
-    found = fused(prefixed(found, own, model.llm.base_model_prefix))  # type: ignore[arg-type]
+        check_plain(LLM, config.llm.path, settings, found, own.keys() - integers(model.llm))
+    found = renamed(prefixed(found, own, model.llm.base_model_prefix), own, model.llm)  # type: ignore[arg-type]
+    found = fused(found, own)
     check_llm(LLM, config.llm.path, found, model.llm, own)
     found = {f"llm.{name}": rows for name, rows in found.items()}
     check_vocabulary(card, found, model)
     return resize_vocabulary(found, card, None, model)
+
+
+def check_adapter_beside(path: str, adapter: str) -> None:
+    """Refuse a base with an adapter in its folder that `adapter`, lora.path, does not name: transformers would load it on top."""
+    folder = Path(path)
+    if (folder / CONFIG).is_file() and not (adapter and Path(adapter).resolve() in (folder.resolve(), *_adapters(folder))):
+        raise ConfigError(
+            f"{LLM} = {path!r} holds an adapter beside the weights ({CONFIG}), which transformers would load on top of them: name "
+            f"it as lora.path = {path!r} to go on with it, or move {CONFIG} and adapter_model.* away to start from the base alone"
+        )
+
+
+def _adapters(folder: Path) -> list[Path]:
+    return [(folder / name).resolve() for name in (WEIGHTS, PICKLED)]
+
+
+def integers(module: nn.Module) -> set[str]:
+    """Kept buffers that hold integers by their nature, as a router's table of experts by token."""
+    return {name for name, owner, key in kept_buffers(module) if not owner._buffers[key].is_floating_point()}  # type: ignore[union-attr]
 
 
 def file_names(module: nn.Module) -> dict[str, int]:

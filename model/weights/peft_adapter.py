@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from model.files.tensor_files import LazyTensor, Tensors, dump_json, read_safete
 from model.files.untrusted import SHOWN, load_json, shown
 from model.lora import HEAD_STAYS, SUFFIXES, adapted, at_head, is_adapter, learning_biases
 from model.weights.peft_settings import DEFAULTS, problems
+from model.weights.quantised_base import is_coded
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -22,6 +24,8 @@ INHERITS = "inherits"
 """Key of lora.json: the adapter sits on weights that an earlier run trained, not on the base's."""
 BIASES = ("none", "lora_only", "all")
 """Values of `bias`, each with more learning biases than the one before."""
+IN_LARGER = re.compile(r"llm\.(model\.)?(language_model|text_model|thinker|vision_tower|vision_model|visual|audio_tower)\.")
+"""Names of modules inside a model of several parts, as PEFT writes them for its adapters."""
 TO_MERGE = "merge it into its base with PEFT (merge_and_unload) and name the result as model.llm.path"
 
 
@@ -39,6 +43,11 @@ def read_adapter(path: Path, lora: LoraConfig, parts: Mapping[str, nn.Module]) -
     else:
         found, bias = _read_ours(path, lora, parts)
     _check_bias(path, bias, lora.bias)
+    if coded := [name for name, rows in found.items() if is_coded(rows.dtype)]:
+        raise ConfigError(
+            f"lora.path = {str(path)!r}: {shown(coded[0])} is {found[coded[0]].dtype}: codes without their scales are no weights; "
+            "save the adapter in bfloat16, float16 or float32"
+        )
     _check_names(path, set(found), bias, parts)
     return found
 
@@ -52,6 +61,12 @@ def _check_names(path: Path, found: set[str], bias: str, parts: Mapping[str, nn.
         raise ConfigError(
             f"lora.path = {str(path)!r} holds {shown(foreign[0])} ({len(foreign)} such), which is no part of an adapter here: "
             f"{TO_MERGE}"
+        )
+    if larger := sorted(name for name in adapters if IN_LARGER.match(name)):
+        raise ConfigError(
+            f"lora.path = {str(path)!r} adapts {shown(larger[0].removeprefix('llm.'))}, a part of a larger model: "
+            "it was trained on that one's weights; merge it there with PEFT (merge_and_unload), save its language model, and "
+            "name that as model.llm.path"
         )
     wanted = {f"{part}.{name}{suffix}" for part, module in parts.items() for name, _ in adapted(module) for suffix in SUFFIXES}
     _compare(path, adapters, wanted, "lora.targets must name the layers it was trained on")

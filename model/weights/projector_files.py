@@ -15,6 +15,7 @@ from model.files.tensor_files import Tensors, read_weights
 from model.files.untrusted import listed, shown
 from model.projector import LLAVA_NEWLINE, LLAVA_PROJECTOR, LLAVA_TRAINED, OWN_ROWS
 from model.weights.materialise import Layer
+from model.weights.quantised_base import is_coded
 
 LLAVA_BESIDE = {
     "embed_tokens": "rows of the vocabulary, trained with mm_use_im_start_end",
@@ -83,6 +84,11 @@ def projector_tensors(path: Path, part: str) -> Tensors:
     stored = read_weights(file)
     if not stored:
         raise ConfigError(f"model.{part}.path = {str(path)!r} holds no tensor")
+    if coded := [name for name, rows in stored.items() if is_coded(rows.dtype)]:
+        raise ConfigError(
+            f"model.{part}.path = {str(path)!r}: {shown(coded[0])} is {stored[coded[0]].dtype}: codes are no weights; save the "
+            "projector in bfloat16, float16 or float32"
+        )
     if part == "vision_projector" and any(LLAVA_PROJECTOR in name for name in stored):
         return _llavas(stored, path, part)
     return {f"{part}.{name}": rows for name, rows in stored.items()}

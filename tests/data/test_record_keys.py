@@ -427,3 +427,45 @@ def test_file_urls_and_bytes_are_told_what_to_write() -> None:
     assert reason(seen({"type": "image", "base64": "AA"})).endswith(
         'give the record a key "images" beside {"type": "image"} (a column of .parquet may hold bytes)'
     )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        *((key, False, "says that the record is not learned") for key in ("loss", "trainable", "train")),
+        ("weight", 0, "says that the record is not learned"),
+        ("weight", 0.0, "says that the record is not learned"),
+        ("system_message", "Answer in French.", "holds what no turn of the record says"),
+    ],
+)
+def test_a_record_that_says_it_is_not_learned_is_not_learned_in_silence(key: str, value: Any, told: str) -> None:
+    for raw in both(ASK, ANSWER, **{key: value}):
+        assert reason(raw).startswith(f"{key}: {told}")
+
+
+@pytest.mark.parametrize("keys", [{"weight": 1}, {"weight": 0.3}, {"loss": 0.7}, {"train": True}, {"loss": None}, {"weight": "0"}])
+def test_other_weights_and_losses_of_a_record_are_notes(keys: dict[str, Any]) -> None:
+    assert parse(chat(ASK, ANSWER, **keys), "m.json:1") == parse(chat(ASK, ANSWER), "m.json:1")
+
+
+@pytest.mark.parametrize("key", ["start", "end", "video_start", "video_end"])
+def test_a_part_of_a_video_is_never_passed_over(key: str) -> None:
+    clip = {"messages": [{**ASK, "content": "<video>"}, ANSWER], "id": "7", "video": "a.mp4"}
+    assert reason({**clip, key: 2.0}).startswith(f"{key}: may say what is watched of the video")
+    for honest in ({**clip, key: 2.0, "video_range": [2, 3]}, {**clip, key: "note"}, {**chat(ASK, ANSWER), key: 2.0}):
+        parse(honest, "m.json:1")
+
+
+def test_objects_that_fill_a_turn_are_an_error_and_others_are_notes() -> None:
+    objects = {"ref": ["a cat"], "bbox": [[1, 2, 3, 4]]}
+    filled = [{**ASK, "content": "Find <ref-object>"}, {**ANSWER, "content": "<bbox>"}]
+    assert reason(chat(*filled, objects=objects)).startswith("objects: fills <bbox> and <ref-object> of the turns")
+    parse(chat(*filled), "m.json:1")  # the words themselves, as InternVL's <ref>, are text
+    parse(chat(ASK, ANSWER, objects=objects), "m.json:1")
+
+
+@pytest.mark.parametrize("key", ["markdown", "info", "metadata", "system_fingerprint", "user_id", "emotion", "review_count"])
+def test_notes_that_public_sets_carry_on_turns_are_no_error(key: str) -> None:
+    noted = parse(chat({**ASK, key: {"a": 1}}, {**ANSWER, key: "x"}), "m.json:1")
+    assert noted.turns == parse(chat(ASK, ANSWER), "m.json:1").turns
+    parse(chat({**ASK, "text": ASK["content"]}, ANSWER), "m.json:1")  # raw ShareGPT keeps the words twice

@@ -21,6 +21,13 @@ CLOSED = """\
 {%- else %}{{ '</think>' + m.content.split('</think>')[-1] + '</s>' }}{% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<think>' if thinking else '</think>' }}{% endif %}"""
+# As the distilled DeepSeek-R1: what stands behind a thought is kept to the character.
+DISTILLED = """\
+{%- for m in messages %}
+{%- if m.role == 'user' %}{{ '<s>' + m.content }}
+{%- else %}{{ '<|im_start|>' + m.content.split('</think>')[-1] + '</s>' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|><think>\\n' }}{% endif %}"""
 # As gpt-oss: a channel for each part of an answer, another end for the last one.
 CHANNELS = """\
 {%- for m in messages %}{{ '<|im_start|>' + m.role }}
@@ -150,6 +157,20 @@ def test_a_prompt_that_closes_the_thought_is_no_part_of_the_answer() -> None:
     encoded = proven(template, talk("q", "a", "r", "<think>t</think>b"))
     assert encoded.input_ids == reference(template, talk("q", "a", "r", "<think>t</think>b"))
     assert learned(template, encoded) == ["a</s>", "b</s>"] and encoded.removed == 1
+
+
+@pytest.mark.parametrize("space", ["", "\n", "\n\n", " ", "\n\n ", " \n "])
+def test_white_space_behind_a_removed_thought_is_the_answers(space: str) -> None:
+    template = own(DISTILLED)
+    record = talk("q", f"<think>s</think>{space}ab c", "r", f"<think>t</think>{space}ab c")
+    encoded = proven(template, record)
+    assert encoded.input_ids == reference(template, record) and encoded.removed == 2
+    assert learned(template, encoded) == [f"{space}ab c</s>"] * 2
+
+
+def test_a_blank_thought_is_asked_for_as_a_blank_one() -> None:
+    record = talk("q", Turn("assistant", "4", extra={"reasoning_content": "\n"}))
+    assert proven(qwen3(), record).input_ids == reference(qwen3(), record)
 
 
 def test_channels_of_an_answer_are_learned() -> None:

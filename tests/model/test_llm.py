@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from model import loss
 from model.batch import IGNORE_INDEX
 from model.errors import ConfigError
-from model.files.hub import hugging_face_config
+from model.files.hub import decoded, hugging_face_config
 from model.llm import attention
 from model.llm.causal_lm import VocabularyLayout, build_llm, check_causal, check_positions, head_weight, positions_note
 from tests.support.llm import BASE, TOLERANCE, batch, gradients, ours, theirs
@@ -168,3 +168,10 @@ def test_lengths_beyond_a_models_positions_are_refused_for_tables_and_told_for_r
         positions_note({**llama, "rope_parameters": rope}, 2048) == "" != positions_note({**llama, "rope_parameters": rope}, 2049)
     )
     assert positions_note({"model_type": "bloom"}, 10**6) == ""
+
+
+def test_numbers_that_json_has_not_are_read_as_transformers_writes_them() -> None:
+    """As the limits of Granite 4's and Bamba's time steps."""
+    value = {"limits": [0.0, {"__float__": "Infinity"}], "part": {"low": {"__float__": "-Infinity"}}, "other": {"__float__": "x"}}
+    inf = float("inf")
+    assert decoded(value) == {"limits": [0.0, inf], "part": {"low": -inf}, "other": {"__float__": "x"}}

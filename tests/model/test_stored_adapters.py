@@ -130,6 +130,11 @@ FORMS: dict[str, Form] = {
     "a tensor outside PEFT's names": Form(
         "which PEFT would not read", change=tensors(lambda found: {**found, "model.norm.weight": torch.ones(32)})
     ),
+    "names of a language model inside a larger model": Form(
+        "a part of a larger model",
+        change=tensors(lambda found: {n.replace("model.model.", "model.model.language_model."): t for n, t in found.items()}),
+    ),
+    "integers": Form("torch.int8", change=tensors(lambda found: {n: t.to(torch.int8) for n, t in found.items()})),
     "a matrix that is missing": Form("has no llm.", change=tensors(lambda found: dict(sorted(found.items())[1:]))),
 }  # fmt: skip
 INITS = ("gaussian", "orthogonal", "mica", False)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     CLIPVisionModel,
@@ -73,6 +74,14 @@ def save_published_gpt2(folder: Path) -> None:
     write(folder, {name.removeprefix("transformer."): t for name, t in read(folder).items()} | masks)
 
 
+def save_family(folder: Path, kind: str, **sizes: Any) -> None:
+    """A tiny model of a family by its model_type, in the layout that its authors published."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **sizes, "tie_word_embeddings": False}))
+    spread(model)
+    model.save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plain folder of each kind of part."""
@@ -83,6 +92,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     merge_shards(root / "mixture")
     save_corrected(root / "corrected")
     save_published_gpt2(root / "gpt2")
+    save_family(root / "neox", "gpt_neox")
+    save_family(root / "granite", "granitemoe", num_local_experts=4, num_experts_per_tok=2, pad_token_id=0)
+    save_family(root / "hybrid", "olmo_hybrid", layer_types=["linear_attention", "full_attention"], pad_token_id=0)
     for family in ("clip", "siglip", "dinov2"):
         save_tower(root / family, family)
     save_whisper(root / "whisper", seconds=1)

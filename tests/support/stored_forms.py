@@ -45,6 +45,9 @@ PARTS = {
     "gpt2": "GPT-2",
     "mixture": "Mixtral",
     "corrected": "GLM-4-MoE",
+    "neox": "GPT-NeoX",
+    "granite": "Granite-MoE",
+    "hybrid": "OLMo hybrid",
     "clip": "CLIP tower",
     "siglip": "SigLIP tower",
     "dinov2": "DINOv2 tower",
@@ -199,6 +202,20 @@ def copied_below(prefix: str) -> Callable[[Path], None]:
     )
 
 
+def variant(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+
+
+def pointer(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+
+
+def inside_later_llava(folder: Path) -> None:
+    """As `inside_llava`, under the names that transformers has in memory, which save_original_format = False writes."""
+    inside_llava(folder)
+    renamed(lambda name: f"model.{name}")(folder)
+
+
 NEXT = {"model__layers__2__mlp__up_proj__weight": torch.ones(48, 32)}
 CLIP_BLOCK = "encoder.layers.{}.mlp.fc1.weight"
 LLM_FORMS = [
@@ -234,6 +251,8 @@ LLM_FORMS = [
     Form("llm_tied", "a head equal to the embedding", EQUAL, changed(lambda t: t.update({HEAD: t[EMBEDDING].clone()}))),
     Form("llm_tied", "names without `model.` (AutoModel)", EQUAL, headless),
     Form("gpt2", "as published: no prefix, causal masks among the weights", EQUAL),
+    Form("neox", "as published: the head is `embed_out`, which transformers renames", EQUAL),
+    Form("granite", "experts fused, under names that transformers renames", EQUAL),
     Form("mixture", "experts one by one", EQUAL),
     Form("corrected", "a router's corrections, which are buffers", EQUAL),
     Form(
@@ -324,6 +343,11 @@ LLM_FORMS = [
     Form("llm_tied", "a head of other values", "hold different values", changed(lambda t: t.update({HEAD: t[EMBEDDING] + 1}))),
     Form("llm", "names without `model.`, no head (AutoModel)", "was saved without its head", headless),
     Form("llm", "a layer more than config.json says", "config.json has 2 layers, the files go on to layer 2", with_tensors(**NEXT)),
+    Form("hybrid", "kernels that transformers puts together while it loads", "save_original_format=False"),
+    Form("llm", "names with a prefix", "its names begin with 'language_model.'", renamed(lambda name: f"language_model.{name}")),
+    Form("llm", "an adapter in the same folder", "name it as lora.path", lambda f: (f / "adapter_config.json").write_text("{}")),
+    Form("llm", "a file of another name", "model.fp16.safetensors is not read", variant),
+    Form("llm", "a pointer of Git LFS", "git lfs pull", pointer),
     Form("llm", "a tensor of no layer", "v_head.weight", with_tensors(v_head__weight=torch.ones(1, 32))),
     Form(
         "llm",
@@ -397,6 +421,7 @@ ENCODER_FORMS = [
         ),
     ),
     Form("clip", "inside a LLaVA folder", EQUAL, inside_llava),
+    Form("clip", "inside a LLaVA folder, names in memory", EQUAL, inside_later_llava),
     Form("clip", "position_ids", EQUAL, with_tensors(embeddings__position_ids=torch.arange(5)[None])),
     Form("clip", "float16 in shards", EQUAL, both(stored_as(torch.float16), to_shards)),
     Form("clip", "pytorch_model.bin", EQUAL, to_bin),
