@@ -443,7 +443,7 @@ def import_graph(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
     return {name: {found for other in imports(tree) if (found := ours(other)) and found != name} for name, tree in trees.items()}
 
 
-def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+def circles(graph: dict[str, set[str]]) -> list[tuple[str, ...]]:
     """Return the groups of modules that reach each other (strongly connected components of two or more)."""
 
     def reached(start: str) -> set[str]:
@@ -457,7 +457,7 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
     reach = {name: reached(name) for name in graph}
     looped = [name for name in graph if name in reach[name]]
-    return sorted({tuple(sorted(b for b in looped if b in reach[a] and a in reach[b])) for a in looped}, key=str)  # type: ignore[arg-type]
+    return sorted({tuple(sorted(b for b in looped if b in reach[a] and a in reach[b])) for a in looped}, key=str)
 
 
 def first_words(trees: dict[str, ast.Module]) -> Counter[str]:
