@@ -1,4 +1,4 @@
-"""Work beside the training thread, and how the ranks agree on its outcome through a store: no collective is ever called there."""
+"""Background saving: a thread for the work, and agreement of all ranks on its outcome through the store, without collectives."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from model.files.manifest import UnsoundCheckpoint
 from model.files.verified_write import BadShard
 from trainer.errors import ProofError, SaveError
 
-PAUSE = 0.25  # seconds between two looks into the store, at most
+PAUSE = 0.25  # seconds between two polls of the store, at most
 PATIENCE = timedelta(hours=24)
-"""Of a rank for another one: where few ranks write for many, those have long to wait. One that is dead or does not come on ends the
-run by other means."""
+"""Longest time that a rank waits for a report of another rank. Where few ranks write for many, the others wait long. A rank that is
+dead or stalled ends the run by other means."""
 KINDS: dict[str, type[Exception]] = {"proof": ProofError, "write": SaveError, "internal": RuntimeError}
-"""How a problem is raised, the gravest first."""
+"""Exception class of each kind of problem, the gravest kind first."""
 
 
 class Task:
-    """Something that a thread of its own does."""
+    """A piece of work that runs in a thread of its own."""
 
     def __init__(self, work: Callable[[], None], name: str) -> None:
         self.error: BaseException | None = None
@@ -39,10 +39,11 @@ class Task:
 
     @property
     def under_way(self) -> bool:
+        """Return whether the work is still running."""
         return self.thread.is_alive()
 
     def outcome(self, waiting: Callable[[], None] = lambda: None) -> None:
-        """Wait for its end, and raise what it raised. `waiting` is called now and then on the way."""
+        """Wait for the end of the work, and raise what the work raised. `waiting` is called every PAUSE seconds meanwhile."""
         while self.under_way:
             waiting()
             self.thread.join(PAUSE)
@@ -51,11 +52,14 @@ class Task:
 
 
 Problem = list[str]
-"""One of KINDS and what happened; empty when nothing did."""
+"""A key of KINDS and a text that says what happened; empty when there is no problem."""
 
 
 def attempt(action: Callable[[], Any], where: object) -> tuple[Problem, Any]:
-    """What `action` returned, or the problem it met. `where`: what to name if the system names no file."""
+    """Run `action`; return (no problem, its result), or (the problem it met, None).
+
+    `where`: path to name in the message when the OSError names no file.
+    """
     try:
         return [], action()
     except OSError as error:
@@ -69,9 +73,9 @@ def attempt(action: Callable[[], Any], where: object) -> tuple[Problem, Any]:
 
 
 class Agreement:
-    """One matter after the other, on which every rank reports and rank 0 rules. For one thread of each rank.
+    """A series of matters: every rank reports on each of them and rank 0 decides. One thread of each rank uses it.
 
-    What was read is deleted: however many there are, one key stays.
+    Keys that all ranks have read are deleted: however many matters there are, one key stays in the store.
     """
 
     def __init__(self, store: Store, prefix: str, rank: int, size: int) -> None:
@@ -79,12 +83,12 @@ class Agreement:
         self.number = 0
 
     def report(self, problem: Problem, facts: Any) -> None:
-        """What this rank has to say on the next matter."""
+        """Send this rank's report on the next matter to rank 0: its problem and its facts."""
         self.number += 1
         self.store.set(self._key(self.number, self.rank), json.dumps([problem, facts]))
 
     def reports(self) -> tuple[list[str], list[Any]]:
-        """On rank 0: the gravest problem of all ranks, if any, and the facts of each."""
+        """Collect the reports of all ranks, on rank 0: return the gravest problem, if any, and the facts of each rank."""
         problems, facts = [], []
         for rank in range(self.size):
             key = self._key(self.number, rank)
@@ -98,13 +102,13 @@ class Agreement:
         return ([worst, "; ".join(text for _, text in problems)] if worst else []), facts
 
     def rule(self, problem: Problem) -> None:
-        """On rank 0: the outcome, for all."""
+        """Publish the outcome to all ranks, on rank 0."""
         self.store.set(self._key(self.number, "done"), json.dumps(problem))
-        if self.number > 1:  # all have read it, or they would not have reported again
+        if self.number > 1:  # every rank has read it, or it would not have reported again
             self.store.delete_key(self._key(self.number - 1, "done"))
 
     def ruling(self) -> Problem:
-        """The outcome, as soon as rank 0 has ruled."""
+        """Wait for the outcome that rank 0 publishes, and return it."""
         found = self._await(self._key(self.number, "done"))
         return ["write", f"rank 0: nothing was heard of it for {PATIENCE}"] if found is None else found
 
@@ -112,8 +116,8 @@ class Agreement:
         return f"{self.prefix}/{number}/{name}"
 
     def _await(self, key: str) -> Any:
-        """The value of a key, as soon as it is there; None when it is not for too long."""
-        # Looked for and not waited for: a wait that runs out fills the screen with the library's warnings.
+        """Wait until `key` is in the store and return its value; return None when it is missing for PATIENCE."""
+        # Polls instead of Store.wait: when that times out, the library fills the screen with warnings.
         end, pause = time.monotonic() + PATIENCE.total_seconds(), PAUSE / 64
         while not self.store.check([key]):
             if time.monotonic() > end:
@@ -124,6 +128,6 @@ class Agreement:
 
 
 def raise_problem(problem: Problem, told: Callable[[str], str]) -> None:
-    """Raise a problem as what it is; `told` makes a message of its text."""
+    """Raise a reported problem as the exception class of its kind, if there is one; `told` makes the message from its text."""
     if problem:
         raise KINDS[problem[0]](told(problem[1]))

@@ -1,4 +1,4 @@
-"""Checkpoints: sharded safetensors and JSON, complete only when the manifest is written and the folder has its name."""
+"""Checkpoints: sharded safetensors and JSON, complete only once the manifest is written and the folder has its final name."""
 
 from __future__ import annotations
 
@@ -34,28 +34,28 @@ from trainer.optim import Trained
 
 
 class Checkpointer:
-    """Writes the checkpoints of one run folder, beside training: at most one at a time, each complete before it has its name."""
+    """Writes the checkpoints of one run folder beside training: one at a time, each complete before it gets its final name."""
 
     def __init__(self, folder: Path, keep: int, world: World, alive: Callable[[], None] = lambda: None) -> None:
-        """`alive` is told that a save comes on, for as long as training waits for it."""
+        """Prepare to save into `folder`. Collective. `alive` is called when a save that training waits for makes progress."""
         self.folder, self.keep, self.world, self.alive = folder, keep, world, alive
         self.run_id = str(world.broadcast_json(uuid.uuid4().hex))
         self.agreement = Agreement(world.channel("save"), self.run_id, world.rank, world.size)
         self.task: Task | None = None
-        self.staging: Staging | None = None  # where host memory is short there is none, and training waits
-        self.papers: dict[str, bytes] | None = None
-        self.room: SpaceNeeded | None = None  # what saves take, once it was proven that they fit
-        self.num_chunks = self.num_told = 0  # pieces that this rank has written or compared, and those that `alive` knows of
+        self.staging: Staging | None = None  # None where host memory is short: training then waits for each save
+        self.papers: dict[str, bytes] | None = None  # files that are the same in all checkpoints, by name
+        self.room: SpaceNeeded | None = None  # disk space that saves need, once it was proven that they fit
+        self.num_chunks = self.num_told = 0  # chunks written by this rank, and those reported to `alive`
 
     def prepare(self, trained: Trained, card: ModelCard, processor: Processor) -> None:
-        """Allocate the memory of all saves, moments included that do not exist yet, and write down what is the same in all of them.
+        """Allocate the memory of all saves, moments to come included, and build the files that are the same in all of them.
 
-        Collective; the first save does it if nobody has. SaveError on every rank when the folder cannot be written.
+        Collective; the first save does it if nobody has. Raises SaveError on every rank when the folder cannot be written.
         """
-        problem, papers = attempt(lambda: _papers(self.folder, card, processor) if self.world.is_main else {}, self.folder)
+        problem, papers = attempt(lambda: _static_files(self.folder, card, processor) if self.world.is_main else {}, self.folder)
         needed = (1 + len(MOMENTS)) * sum(local(t).nbytes for t in _tensors(trained, self.world, moments=False).values())
         answers = self.world.gather_json([problem, platform.node(), needed, available_bytes()])
-        raise_problem(answers[0][0], self._told)
+        raise_problem(answers[0][0], self._message)
         self.papers = papers
         short = short_of_memory([(host, need, free) for _, host, need, free in answers])
         try:
@@ -74,12 +74,13 @@ class Checkpointer:
         processor: Processor,
         before: dict[Path, str] | None = None,
     ) -> Path:
-        """Begin to write checkpoint-`step`, counted over the whole run; every rank calls it.
+        """Begin to write checkpoint-`step` and return its path. Called by every rank; `step` counts over the whole run.
 
-        `before`: texts of other files of the run folder, which the disk has once the checkpoint has its name; rank 0 writes them.
+        `before`: texts of other files of the run folder. Rank 0 writes them, and they are on disk before the checkpoint has its
+        final name.
 
-        When it returns all values are taken: weights, moments and `state` may change. It waits for the save before, and raises
-        SaveError or ProofError when that failed.
+        All values are copied when it returns: weights, moments and `state` may change. It waits for the previous save first. Raises
+        SaveError or ProofError when that save failed.
         """
         self.wait()
         if self.papers is None:
@@ -93,45 +94,45 @@ class Checkpointer:
         return self.folder / f"{PREFIX}{step}"
 
     def check(self) -> None:
-        """SaveError or ProofError when the save under way has failed. Not a collective: called after every step, it looks and
-        goes on.
-        """
+        """Raise SaveError or ProofError if the save under way has failed. Called after every step: no collective, no waiting."""
         if self.task is not None and not self.task.under_way:
             self.wait()
 
     def wait(self) -> None:
-        """Until nothing is being saved any more. SaveError or ProofError when that failed, on every rank."""
+        """Wait until no save is under way. Raises SaveError or ProofError on every rank when the save failed."""
         task, self.task = self.task, None
         if task is not None:
-            task.outcome(self._come_on)
+            task.outcome(self._report_progress)
 
-    def _come_on(self) -> None:
+    def _report_progress(self) -> None:
+        """Call `alive` if this rank has written chunks since the last call."""
         if self.num_told != self.num_chunks:
             self.num_told = self.num_chunks
             self.alive()
 
     def settle(self, seconds: float) -> None:
-        """For a run that has failed already: let a save under way come to its end, within `seconds`. It raises nothing."""
+        """Let a save under way finish, for at most `seconds`, in a run that has failed already. It raises nothing."""
         if self.task is not None:
             self.task.thread.join(seconds)
 
     def _write(self, note: CheckpointMeta, shard: ShardPlan | dict[str, Tensor]) -> None:
-        """One save, in its own thread on every rank. Nothing of the live model is touched, unless training waits."""
+        """Write one checkpoint, in a thread of its own on every rank. The live model is not touched, unless training waits."""
         temporary = self.folder / f".{PREFIX}{note.step}{SAVING}-{self.run_id[:8]}"
         self.agreement.report(*attempt(lambda: self._write_shard(temporary, shard), self.folder))
         if self.world.is_main:
             problem, facts = self.agreement.reports()
             if not problem:
                 problem, _ = attempt(lambda: self._finish(temporary, note, facts), self.folder)
-            if problem:  # what tells of it may need the room
+            if problem:  # free the space first: reporting the problem may need it
                 if problem[0] == "write" and self.room is not None:
                     problem[1] += f". {describe_shortage(self.folder, self.room.checkpoint, written_bytes(temporary))}"
                 with suppress(OSError):
                     remove_folder(temporary)
             self.agreement.rule(problem)
-        raise_problem(self.agreement.ruling(), self._told)
+        raise_problem(self.agreement.ruling(), self._message)
 
     def _write_shard(self, temporary: Path, shard: ShardPlan | dict[str, Tensor]) -> dict[str, Any]:
+        """Write the shard of this rank; return the facts of its files for the manifest."""
         make_folder(temporary)
         if isinstance(shard, dict):
             plan = plan_shard(shard)
@@ -149,7 +150,7 @@ class Checkpointer:
         return write_planned(temporary, self.world.rank, self.world.size, plan, counted)
 
     def _finish(self, temporary: Path, note: CheckpointMeta, facts: list[dict[str, Any]]) -> None:
-        """On rank 0, when every shard is on disk."""
+        """Complete the checkpoint on rank 0, when every shard is on disk: other files, manifest, final name, then pruning."""
         for name, data in (self.papers or {}).items():
             (temporary / name).write_bytes(data)
         (temporary / STATE).write_text(dump_json(note.all()))
@@ -162,30 +163,35 @@ class Checkpointer:
         target = self.folder / f"{PREFIX}{note.step}"
         put_in_place(temporary, target)
         prune(self.folder, self.keep, target)
-        if self.room is not None and (told := warn_if_next_save_will_not_fit(self.room)):
-            tqdm.write(told)
+        if self.room is not None and (warning := warn_if_next_save_will_not_fit(self.room)):
+            tqdm.write(warning)
 
-    def _told(self, text: str) -> str:
+    def _message(self, text: str) -> str:
+        """Return the message of a SaveError or ProofError about a save of this folder."""
         return f"a checkpoint cannot be written to {self.folder}: {text}. Earlier checkpoints are intact"
 
 
 @dataclass(frozen=True)
 class CheckpointMeta:
-    """What a checkpoint says beside tensors, as of the moment it was asked for."""
+    """What a checkpoint holds beside tensors, as of the moment when the save was requested."""
 
     step: int
     state: dict[str, Any]
     names: list[str]
-    optimizer_steps: Tensor  # (parameters,) on the device: nobody has waited for it
+    optimizer_steps: Tensor  # (parameters,) on the device: read later, without a host sync in `save`
     before: dict[Path, str]
 
     def all(self) -> dict[str, Any]:
+        """Return the content of the state file. Host sync."""
         steps = self.optimizer_steps.tolist()
         return {**self.state, "step": self.step, "optimizer_steps": dict(zip(self.names, steps, strict=True))}
 
 
-def _papers(folder: Path, card: ModelCard, processor: Processor) -> dict[str, bytes]:
-    """Files that are the same in every checkpoint. Made once, on the main thread: a tokenizer must not be used by two at a time."""
+def _static_files(folder: Path, card: ModelCard, processor: Processor) -> dict[str, bytes]:
+    """Return the files that are the same in every checkpoint, by name: the model card and those of the processor.
+
+    Called once, on the main thread: two threads must not use one tokenizer at a time.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f"{TRIAL}papers-", dir=folder) as name:
         write_card(card, Path(name))
@@ -194,7 +200,7 @@ def _papers(folder: Path, card: ModelCard, processor: Processor) -> dict[str, by
 
 
 def _tensors(trained: Trained, world: World, *, moments: bool = True) -> dict[str, Tensor]:
-    """What this rank writes: its shards of the first copy; of what all ranks hold whole, rank 0's copy only."""
+    """Return the tensors that this rank writes: its shards of the first copy. Rank 0 writes those that all ranks hold whole."""
     found: dict[str, Tensor] = {}
     for name, parameter in trained.parameters.items():
         if not is_first_copy(parameter, world.rank):
@@ -208,7 +214,7 @@ def _tensors(trained: Trained, world: World, *, moments: bool = True) -> dict[st
 
 
 def _steps(trained: Trained) -> Tensor:
-    """(parameters,) updates of each, 0 where there was none yet. No host sync."""
+    """Return (parameters,) the number of updates of each, 0 where there was none yet. No host sync."""
     states = [trained.optimizer.state.get(parameter, {}) for parameter in trained.parameters.values()]
     device = next(iter(trained.parameters.values())).device
     return torch.stack([state["step"] if "step" in state else torch.zeros((), device=device) for state in states])

@@ -1,4 +1,4 @@
-"""What goes into final/, by file name: tensors with the hook that makes each whole when the writer gets to it."""
+"""Content of final/, by file name: tensors with the hook that gathers each of them when the writer reaches it."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ Files = list[tuple[str, dict[str, Entry]]]
 
 
 def final_files(model: MultimodalLM, card: ModelCard, world: World, alone: bool = False) -> Files:
-    """All weight files of final/. No tensor has been read.
+    """Return all weight files of final/. No tensor is read yet.
 
-    `alone`: with what the run named by model.init_from has given.
+    `alone`: include the tensors that come from the run named by model.init_from.
     """
     files = list(weight_files_of(model, card))
     return with_inherited(files, card, world) if alone and card.model.init_from else files
 
 
 def weight_files_of(model: MultimodalLM, card: ModelCard) -> Iterator[tuple[str, dict[str, Entry]]]:
-    """File names and what goes into each: bases rounded once to the model's dtype, all else in float32."""
+    """Yield each file name and its tensors: base weights rounded once to the model's dtype, all others in float32."""
     for name, part in card.model.parts().items():
         is_ours = name.endswith("_projector") or name == "state_head"
         tensors = dict(model.get_submodule(name).named_parameters())
         if part.tune == "positions":
             tensors = {inner: p for inner, p in tensors.items() if p.requires_grad}
-        # What is ours is small and in no base: it is there even if it did not learn.
+        # Projectors and the state head are small and in no base model: they are written even if they were not trained.
         if part.tune in ("full", "positions") or is_ours:
             dtype = DTYPES[card.model.dtype] if part.tune == "full" and not is_ours else torch.float32
             yield from split_files(name, _entries(tensors, dtype))
@@ -55,14 +55,15 @@ def weight_files_of(model: MultimodalLM, card: ModelCard) -> Iterator[tuple[str,
 
 
 def with_inherited(files: Files, card: ModelCard, world: World) -> Files:
-    """The same with what earlier runs trained or merged and this one left as it was: read from their files, not from the live
-    model, which may have it rounded.
+    """Return `files` with the tensors that earlier runs trained or merged and this run did not change.
+
+    They are read from the files of those runs, not from the live model, which may have rounded them.
     """
     held = {name if file in (OURS, NEW_ROWS) else f"{part_of(file)}.{name}" for file, entries in files for name in entries}
     added: dict[str, dict[str, Entry]] = {}
     for name, rows in inherited_tensors(card, held).items():
         part, _, inner = name.partition(".")
-        # A quantised matrix is packed again from what stands here: it must be the very values it was packed from.
+        # A quantised matrix is packed again from this file: it must hold exactly the values it was packed from.
         rounds = part in card.hugging_face and card.quantize.bits == 16
         value = rows.all if world.is_main else _nothing
         added.setdefault(part, {})[inner] = Entry(DTYPES[card.model.dtype] if rounds else torch.float32, rows.shape, value)
@@ -73,15 +74,16 @@ def with_inherited(files: Files, card: ModelCard, world: World) -> Files:
 
 
 def _nothing() -> None:
-    """What ranks other than 0 have to give to a file of which rank 0 reads all."""
+    """Return no value: the hook of ranks other than 0 for a tensor that rank 0 reads from a file by itself."""
 
 
 def part_of(file: str) -> str:
+    """Return the part of the model that a weight file belongs to."""
     return Path(file).stem.partition("-")[0]
 
 
 def split_files(part: str, entries: dict[str, Entry]) -> Iterator[tuple[str, dict[str, Entry]]]:
-    """The weights of a part as one file, or as many as they need."""
+    """Yield the weights of a part as one file, or as several when they exceed SHARD_BYTES."""
     groups = [group for group in split_by_size(entries, SHARD_BYTES) if group]
     for i, group in enumerate(groups, 1):
         suffix = "" if len(groups) == 1 else f"-{i:05d}-of-{len(groups):05d}"
@@ -89,6 +91,6 @@ def split_files(part: str, entries: dict[str, Entry]) -> Iterator[tuple[str, dic
 
 
 def _entries(tensors: dict[str, nn.Parameter], dtype: torch.dtype) -> dict[str, Entry]:
-    """Each tensor with the hook that makes it whole on rank 0 when the writer gets to it."""
+    """Return an entry for each tensor, with the hook that gathers it on rank 0 when the writer reaches it."""
     hooks = gather_hooks(tensors)
     return {name: Entry(dtype, tuple(t.shape), hooks[name]) for name, t in tensors.items()}

@@ -1,4 +1,4 @@
-"""Host memory for one copy of what a rank saves: a save is a copy into it, and training goes on while the disk gets it."""
+"""Host memory for one copy of what a rank saves: `save` copies into it, and training goes on while the copy is written to disk."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torch import Tensor
 from model.files.shards import ShardPlan, cut, local, plan_shard
 
 SMALL = 1 << 20
-"""Tensors of fewer bytes are copied together: thousands of them, as LoRA has, would cost more in calls than in copying."""
+"""Tensors of fewer bytes are copied in groups: thousands of them, as in LoRA, would cost more in calls than in copying."""
 TOGETHER = 64 << 20
-"""At most so many bytes at once: on a device they are put together there first."""
+"""Most bytes of one group; tensors on a device are concatenated there first."""
 
 SHARE = 0.8
-"""Of the free memory, what copies for saving may take at most."""
+"""Largest fraction of the free host memory that the copies for saving may take."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Tensors of one type that stand one after the other in the file, copied at once."""
+    """Consecutive tensors of one dtype in the shard file, copied at once. `begin` and `end` are bytes."""
 
     names: list[str]
     dtype: torch.dtype
@@ -34,34 +34,34 @@ class Run:
 
 
 class Staging:
-    """The memory, allocated and touched once: page-locked for a CUDA device, never copied into forked data workers.
+    """The host memory, allocated and touched once: page-locked for a CUDA device, never copied into forked data workers.
 
-    MemoryError when there is not as much. It holds what `take` copied last.
+    It holds what `take` copied last. Raises MemoryError when the host has too little memory.
     """
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         try:
-            # Private memory of a mapping of its own, not of the allocator: advice is given for whole mappings.
+            # A private mapping of its own instead of allocator memory: madvise applies to whole mappings.
             memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise MemoryError(f"{num_bytes:,} bytes of host memory for checkpoints cannot be had: {error}") from error
-        # Workers would share the pages, and every page that is written while they live would be copied first.
+        # Forked workers would share the pages, and every page written while they live would be copied first.
         _advise(memory, "MADV_DONTFORK")
         _advise(memory, "MADV_HUGEPAGE")
         self.names: list[str] | None = None
         self.plan, self.runs = ShardPlan(b"", [], {}), list[Run]()
         self.buffer = torch.frombuffer(memory, dtype=torch.uint8)
-        self.buffer.fill_(0)  # a page that was never touched costs more than its copy
+        self.buffer.fill_(0)  # the first touch of a page costs more than the copy into it
         self.event = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
         if device.type == "cuda":
             _page_lock(self)
 
     def take(self, tensors: dict[str, Tensor]) -> ShardPlan:
-        """Copy this rank's rows of `tensors`; what they hold afterwards is of no matter.
+        """Copy this rank's rows of `tensors` and return the plan of the shard; the tensors may change afterwards.
 
-        Nothing waits for a CUDA device: the copies are in order with what it was told before and will be told next.
+        It does not wait for a CUDA device: the copies are ordered in the stream after earlier kernels and before later ones.
         """
-        if self.names != [*tensors]:  # the first time, and once there are moments
+        if self.names != [*tensors]:  # at the first save, and once the optimizer has moments
             self.names, self.plan = [*tensors], plan_shard(tensors)
             self.runs = list(_runs(self.plan))
         with torch.no_grad():
@@ -72,6 +72,7 @@ class Staging:
         return self.plan
 
     def _copy(self, run: Run, sources: list[Tensor]) -> None:
+        """Copy the tensors of one `Run` to their place in the memory, without a host sync."""
         target = self.buffer[run.begin : run.end].view(run.dtype)
         if len(sources) == 1:
             target.copy_(sources[0], non_blocking=True)
@@ -81,18 +82,19 @@ class Staging:
             target.copy_(torch.cat(sources), non_blocking=True)
 
     def ready(self) -> None:
-        """Wait until the copies are there. For the thread that reads them."""
+        """Wait until the copies are complete. Called by the thread that reads them. Host sync."""
         if self.event is not None:
             self.event.synchronize()
 
     def chunks(self) -> Iterator[tuple[torch.dtype, memoryview]]:
-        """What was taken, in the order of the file."""
+        """Yield the copied bytes in pieces, with their dtype, in the order of the shard file."""
         data = memoryview(self.buffer.numpy())  # type: ignore[arg-type]
         for run in self.runs:
             yield from cut(run.dtype, data[run.begin : run.end])
 
 
 def _runs(plan: ShardPlan) -> Iterator[Run]:
+    """Yield the groups of consecutive tensors that are copied at once, by SMALL and TOGETHER."""
     names: list[str] = []
     begin = 0
     for place, following in zip(plan.places, [*plan.places[1:], None]):
@@ -106,27 +108,31 @@ def _runs(plan: ShardPlan) -> Iterator[Run]:
 
 
 def _advise(memory: mmap.mmap, name: str) -> None:
-    """Where the system knows such advice."""
+    """Give the system the madvise option `name`, where it has one."""
     if hasattr(mmap, name):
         with suppress(OSError):
             memory.madvise(getattr(mmap, name))
 
 
 def _page_lock(staging: Staging) -> None:
-    """Let the device copy into the memory by itself. The library's own page-locked tensors are rounded up to a power of two."""
+    """Lock the pages of the memory, so that the device copies into it directly.
+
+    PyTorch's own page-locked tensors are not used: their size is rounded up to a power of two. Raises MemoryError when the system
+    refuses.
+    """
     runtime: Any = torch.cuda.cudart()
     address, size = staging.buffer.data_ptr(), staging.buffer.numel()
     if int(runtime.cudaHostRegister(address, size, 0)) != 0:
-        with suppress(RuntimeError):  # the device keeps the error, and its next kernel would be blamed for it
+        with suppress(RuntimeError):  # clear the CUDA error, which the next kernel would report otherwise
             torch.zeros(1, device="cuda").add_(1)
         raise MemoryError(f"{size:,} bytes of host memory for checkpoints cannot be page-locked (`ulimit -l`)")
     weakref.finalize(staging, runtime.cudaHostUnregister, address).atexit = False
 
 
 def short_of_memory(ranks: list[tuple[str, int, int]]) -> str:
-    """Which host lacks the memory for one more copy of what its ranks save, from (host, bytes needed, bytes free) of every rank.
+    """Name the host that lacks the memory for one more copy of what its ranks save; return "" when every host has it.
 
-    The same on every rank: all stage their saves, or none.
+    `ranks`: (host, bytes needed, bytes free) of every rank. The result is the same on every rank: all stage their saves, or none.
     """
     for host in dict.fromkeys(host for host, _, _ in ranks):
         needed = sum(need for of, need, _ in ranks if of == host)

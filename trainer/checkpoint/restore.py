@@ -1,4 +1,4 @@
-"""What learns, and how a checkpoint is put back into it."""
+"""Restoring the weights and the optimizer moments of a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from trainer.optim import Trained
 def restore(
     folder: Path, trained: Trained, optimizer_steps: dict[str, float], alive: Callable[[str], object] = lambda name: None
 ) -> None:
-    """Put a checkpoint's weights and moments into the live ones, each rank its own rows, whoever wrote them. `alive` is told each
-    name before it is read.
+    """Load a checkpoint's weights and moments into the live tensors: each rank reads its own rows, whatever ranks wrote them.
+
+    `alive` is called with each parameter name before it is read. Raises ProofError when the checkpoint holds other parameters or
+    shapes than the run trains.
     """
     saved = checkpoint_tensors(folder)
     names = {name.removeprefix(WEIGHTS) for name in saved if name.startswith(WEIGHTS)}
@@ -29,7 +31,7 @@ def restore(
     for name, parameter in trained.parameters.items():
         alive(name)
         _fill(parameter.data, saved, WEIGHTS + name)
-        if f"{MOMENTS[0]}/{name}" not in saved:  # saved before its first update
+        if f"{MOMENTS[0]}/{name}" not in saved:  # saved before the first update of this parameter
             continue
         if not isinstance(optimizer_steps.get(name), int | float):
             raise ProofError(f"{folder / STATE} does not say how many updates {name} had")
@@ -41,6 +43,7 @@ def restore(
 
 
 def _fill(tensor: Tensor, saved: dict[str, Any], name: str) -> None:
+    """Copy this rank's rows of the saved tensor `name` into `tensor`. Raises ProofError when it is missing or has another shape."""
     local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     if name not in saved or saved[name].shape != tuple(tensor.shape):
         found = list(saved[name].shape) if name in saved else "no values"

@@ -1,4 +1,4 @@
-"""Where a start begins: at step 0, or at a checkpoint of the same run."""
+"""Choice of the start point of a run: step 0, or a checkpoint of the same run."""
 
 from __future__ import annotations
 
@@ -46,15 +46,16 @@ LENGTH = ("train.max_steps", "train.epochs")
 
 
 def choose(config: RunConfig, world: World) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, and what to tell of what was not finished or damaged. Collective.
+    """Return the checkpoint to resume from, or None, and lines about unfinished or damaged files. Collective.
 
-    Rank 0 looks at names, all ranks read the files. What an earlier start left unfinished is removed first.
+    Rank 0 lists names, all ranks read the files. Unfinished files of an earlier start are removed first. Raises ConfigError or
+    ProofError when checkpoint.resume cannot be followed.
     """
     folder, resume = Path(config.output_dir), config.checkpoint.resume
-    told = _cleaned(folder, world)
+    notes = _clean(folder, world)
     if resume == "auto":
         path, damaged = newest_sound(folder, world)
-        return path, told + damaged
+        return path, notes + damaged
     problem = ""
     if resume == "none":
         if world.is_main and (found := checkpoints(folder)):
@@ -64,39 +65,42 @@ def choose(config: RunConfig, world: World) -> tuple[Path | None, list[str]]:
     if problem := world.broadcast_json(problem):
         raise ConfigError(f"checkpoint.resume = {problem}")
     if resume == "none":
-        return None, told
+        return None, notes
     if problem := verify_together(Path(resume), world):
         raise ProofError(f"checkpoint.resume = {resume!r} is damaged: {problem}")
-    return Path(resume), told
+    return Path(resume), notes
 
 
-def _cleaned(folder: Path, world: World) -> list[str]:
-    """Rank 0 removes what is unfinished; on every rank what was. SaveError when it cannot. Collective."""
-    problem, told = "", []
+def _clean(folder: Path, world: World) -> list[str]:
+    """Remove unfinished files on rank 0; return on every rank what was removed. Collective.
+
+    Raises SaveError when one cannot be removed.
+    """
+    problem, notes = "", []
     if world.is_main:
         try:
-            told = clean_leftovers(folder)
+            notes = clean_leftovers(folder)
         except OSError as error:
             problem = f"what an earlier start left in {folder} cannot be removed: {error.strerror}: {error.filename}"
-    problem, told = world.broadcast_json([problem, told])
+    problem, notes = world.broadcast_json([problem, notes])
     if problem:
         raise SaveError(problem)
-    return list(told)
+    return list(notes)
 
 
 def run_state(place: Stage, lengths: str) -> dict[str, Any]:
-    """What a checkpoint remembers of the run, to go on in the right stage and to refuse going on with another run.
+    """Return what a checkpoint records of the run: enough to resume in the right stage, and to refuse to resume another run.
 
-    `lengths`: their `digest_of`.
+    `lengths`: the `digest_of` the data.
     """
     state = {"config": to_tables(place.root), "lengths": lengths}
     return {**state, "stage": place.name, "first_step": place.first_step} if place.name else state
 
 
 def digest_of(data: RunData) -> str:
-    """Fingerprint of what decides the order of the data, planned lengths and modalities, and of the sizes of the records.
+    """Return the fingerprint of what decides the order of the data (planned lengths, modalities) and of the record sizes.
 
-    The planned lengths were frozen at the first start: they alone would not notice that a file was edited since.
+    The planned lengths were frozen at the first start: they alone would not reveal that a data file was edited since.
     """
     if data.train is None:
         return ""
@@ -107,7 +111,7 @@ def digest_of(data: RunData) -> str:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What stands in a checkpoint beside its tensors. ProofError when it is not what a run of ours writes."""
+    """Read the state file of a checkpoint. Raises ProofError when it is not what this trainer writes."""
     try:
         state = json.loads((path / STATE).read_bytes())
         parts = {"config": dict, "lengths": str, "meter": dict, "optimizer_steps": dict, "step": int}
@@ -121,9 +125,9 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def read_state(path: Path, root: RunConfig, finished: Collection[str] = ()) -> dict[str, Any]:
-    """The state of a checkpoint; ConfigError with every difference when it is of another run.
+    """Read the state of a checkpoint of this run. `finished`: stages whose length may not change any more.
 
-    `finished`: stages whose length is settled.
+    Raises ConfigError with every difference when its settings are those of another run.
     """
     state = load_state(path)
     before, now = (stage_tables(tables) for tables in (state["config"], to_tables(root)))
@@ -135,25 +139,28 @@ def read_state(path: Path, root: RunConfig, finished: Collection[str] = ()) -> d
                 where = f"stage {name}: " if name else ""
                 lines.append(f"{where}{key}: {old.get(key)!r} in the checkpoint, {new.get(key)!r} now")
     if lines:
-        told = "".join(f"\n  - {line}" for line in lines)
-        raise ConfigError(f"{path} is of a run with other settings; use them, or another output_dir:{told}")
+        differences = "".join(f"\n  - {line}" for line in lines)
+        raise ConfigError(f"{path} is of a run with other settings; use them, or another output_dir:{differences}")
     return state
 
 
 def left_of(checkpoint: Path, places: list[Stage], world: World) -> tuple[list[Stage], dict[str, Any] | None]:
-    """Stages that a run resumed from `checkpoint` has still to do, and the state in which the first of them goes on. Collective."""
+    """Return the stages still to do of a run resumed from `checkpoint`, and the state to resume the first of them from. Collective.
+
+    The state is None when that stage has not begun.
+    """
     place = resume_place(places, load_state(checkpoint))
     step, after = step_of(checkpoint), places[place.number :]
-    # A stage is over when its final/ is proven; the last one is asked again, as it may have been made longer.
+    # A stage is over when its final/ is proven; the last stage always continues, as its length may have been raised.
     over = bool(after) and bool(world.broadcast_json(final_step(place.folder) == step))
     state = read_state(checkpoint, place.root, [earlier.name for earlier in places[: place.number - (not over)]])
     return ([replace(after[0], first_step=step), *after[1:]], None) if over else ([place, *after], state)
 
 
 def check_state(path: Path, state: dict[str, Any], data: RunData, accepted: bool = False) -> None:
-    """ConfigError when the data or the model of the stage that goes on have changed since the checkpoint.
+    """Check that data and model of the resumed stage are those of the checkpoint. Raises ConfigError when they changed since.
 
-    `accepted`: other lengths of as many records are wished for.
+    `accepted`: the user accepts other lengths of the same number of records.
     """
     if state["lengths"] != digest_of(data) and not accepted:
         raise ConfigError(
@@ -164,7 +171,10 @@ def check_state(path: Path, state: dict[str, Any], data: RunData, accepted: bool
 
 
 def check_same_model(path: Path, card: ModelCard) -> None:
-    """What the configuration names by path is still the same: bases, tokenizer, pictures' preparation, the run it came from."""
+    """Check that what the configuration names by path is unchanged: bases, tokenizer, image preparation, the run it came from.
+
+    Raises ConfigError with the first difference.
+    """
     saved = read_card(path)
     for key in ("bases", "hugging_face", "tokens", "vocabulary", "stop_ids", "specs"):
         if getattr(saved, key) != getattr(card, key):

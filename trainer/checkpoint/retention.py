@@ -1,4 +1,4 @@
-"""Which checkpoints a run folder holds, which of them is the one to go on from, and which may go."""
+"""Retention of checkpoints: which ones a run folder holds, which one to resume from, which ones may be removed."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ from trainer.machine.atomic_files import move, move_aside, places, remove_folder
 PREFIX = "checkpoint-"
 STATE = "state.json"
 SHOWN_BYTES = 1 << 30
-"""A checkpoint from this size on shows how far its verification is."""
+"""Size from which on a progress bar shows the verification of a checkpoint."""
 
 
 def prune(folder: Path, keep: int, written: Path) -> None:
-    """Remove sound checkpoints but the newest `keep`, among them `written`, the one just saved, and those something starts from.
+    """Remove sound checkpoints except the newest `keep`, the one just `written`, and those that a run or a final/ is based on.
 
-    Unsound ones do not count, and stay for a start to move aside: so the last sound one never goes. OSError when one cannot.
+    Unsound checkpoints are not counted and stay for the next start to move aside: so the last sound one is never removed. Raises
+    OSError when one cannot be removed.
     """
     sound = [path for path in reversed(checkpoints(folder)) if is_whole(path)]
     kept = {written, *sound[:keep]}
     if doomed := [path for path in sound if path not in kept]:
         needed = bases(folder, written)
-        for path in reversed(doomed):  # oldest first: what is left of them is always the newest
+        for path in reversed(doomed):  # oldest first: if a removal fails, the newest are left
             if path.resolve() not in needed:
                 remove_folder(path)
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a checkpoint is sound as far as names and sizes tell."""
+    """Return whether a checkpoint is sound, judged by names and sizes of its files alone."""
     try:
         check_sizes(path)
         return True
@@ -48,10 +49,10 @@ def is_whole(path: Path) -> bool:
 
 
 def bases(folder: Path, written: Path) -> frozenset[Path]:
-    """Checkpoints of `folder` that the run starts from, or that one of its final/ folders needs, directly or through another.
+    """Return the checkpoints of `folder` that the run starts from, or that a final/ in it needs, directly or through another one.
 
-    What the run starts from is named somewhere in its settings, as model.init_from, checkpoint.resume or a path of a part; they
-    stand in the state of `written`. A final/ names what it needs in its card.
+    The settings name what the run starts from: model.init_from, checkpoint.resume or a path of a part. They are stored in the state
+    of `written`. A final/ names what it needs in its card.
     """
     named = list(_strings(_json(written / STATE).get("config")))
     named += [text for place in places(folder) for text in _origins(place / "final")]
@@ -65,7 +66,7 @@ def bases(folder: Path, written: Path) -> frozenset[Path]:
 
 
 def checkpoint_of(folder: Path, text: str) -> Path | None:
-    """The checkpoint of `folder` that a path leads to or into."""
+    """Return the checkpoint of `folder` that a path leads to or into; None when it leads elsewhere."""
     if PREFIX not in text or "\0" in text:
         return None
     path, top = Path(text).resolve(), folder.resolve()
@@ -73,11 +74,15 @@ def checkpoint_of(folder: Path, text: str) -> Path | None:
 
 
 def _origins(folder: Path) -> list[str]:
+    """Return all strings in the model table of the card in `folder`; paths of its bases are among them."""
     return list(_strings(_json(folder / CARD).get("model")))
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """What a file of ours says; nothing where there is none, as a final/ is not there yet."""
+    """Read a JSON file of this trainer; return {} when it is missing, as in a final/ that does not exist yet.
+
+    Raises OSError when its content is no JSON.
+    """
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -88,6 +93,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _strings(value: object) -> Iterator[str]:
+    """Yield all strings inside a JSON value, but no keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
@@ -96,31 +102,35 @@ def _strings(value: object) -> Iterator[str]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Folders named checkpoint-N, oldest first; links to some among them, which nothing is ever read from."""
+    """Return the folders named checkpoint-N, oldest first. Links to such folders are listed; nothing is ever read from a link."""
     names = {p: p.name.removeprefix(PREFIX) for p in folder.glob(f"{PREFIX}*") if p.is_dir()}
     return sorted((p for p, name in names.items() if name.isascii() and name.isdigit()), key=step_of)
 
 
 def step_of(path: Path) -> int:
+    """Return the step in the name of a checkpoint folder."""
     return int(path.name.removeprefix(PREFIX))
 
 
 def set_aside(folder: Path, step: int) -> list[str]:
-    """Rename checkpoints beyond `step`: a run that goes back there takes another way, and would mistake them for its own."""
-    told = []
+    """Rename the checkpoints beyond `step`, and return a line about each.
+
+    A run that resumes from `step` would mistake them for its own.
+    """
+    lines = []
     for path in checkpoints(folder):
         if step_of(path) > step:
             aside = path.with_name(f"abandoned-{path.name}")
             move_aside(path, aside)
-            told.append(f"{path} is beyond step {step}; moved to {aside.name}")
-    return told
+            lines.append(f"{path} is beyond step {step}; moved to {aside.name}")
+    return lines
 
 
 def newest_sound(folder: Path, world: World | None = None) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose every file is as its manifest says, and what was wrong with newer ones, which are moved away.
+    """Return the newest checkpoint whose every file is as its manifest says, and lines about newer ones, which are moved aside.
 
-    Collective: rank 0 lists and moves, all ranks read; without a world, this process by itself. ProofError when there are
-    checkpoints and none is sound: that is never a fresh start.
+    Collective: rank 0 lists and moves, all ranks read; without a world, this process does all of it. The path is None when there is
+    no checkpoint. Raises ProofError when there are checkpoints and none is sound: that is never a fresh start.
     """
     world = world or World(0, 0, 1, torch.device("cpu"))
     damaged: list[str] = []
@@ -139,7 +149,10 @@ def newest_sound(folder: Path, world: World | None = None) -> tuple[Path | None,
 
 
 def _move_damaged(path: Path, world: World) -> str:
-    """The name under which rank 0 put it. What was moved aside before stays: it may be all that is left. Collective."""
+    """Move a damaged checkpoint aside on rank 0; return its new name. Collective. Raises SaveError when it cannot be moved.
+
+    Checkpoints that were moved aside before are kept: one of them may be all that is left.
+    """
     aside, number, problem = path.with_name(f"damaged-{path.name}"), 1, ""
     if world.is_main:
         while os.path.lexists(aside):
@@ -156,9 +169,9 @@ def _move_damaged(path: Path, world: World) -> str:
 
 
 def verify_together(path: Path, world: World) -> str:
-    """What is wrong with a checkpoint, "" when nothing is. Collective: every rank reads its share of the bytes.
+    """Verify a checkpoint: return what is wrong with it, "" when it is sound. Collective: every rank reads its share of the bytes.
 
-    ProofError when a rank does not see what rank 0 sees: then nothing is known of the checkpoint.
+    Raises ProofError when a rank does not see the files that rank 0 sees: then nothing is known of the checkpoint.
     """
     problem = digest = ""
     if world.is_main:
@@ -176,7 +189,10 @@ def verify_together(path: Path, world: World) -> str:
 
 
 def _read_share(path: Path, digest: str, world: World) -> tuple[str, str]:
-    """What this rank does not see of the checkpoint whose manifest has this digest, and what is wrong with what it read."""
+    """Verify this rank's share of the files of a checkpoint; return (what this rank does not see, what is damaged), else "" each.
+
+    `digest`: digest of the manifest that rank 0 sees.
+    """
     try:
         manifest = check_sizes(path)
     except UnsoundCheckpoint as error:
@@ -196,7 +212,7 @@ def _read_share(path: Path, digest: str, world: World) -> tuple[str, str]:
 
 
 def shares(sizes: dict[str, int], count: int) -> list[list[str]]:
-    """Names in `count` lists of about as many bytes each; the same on every rank."""
+    """Distribute file names over `count` lists of about equally many bytes; the result is the same on every rank."""
     found: list[list[str]] = [[] for _ in range(count)]
     loads = [0] * count
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):

@@ -1,4 +1,4 @@
-"""The whole path of a save, with one small tensor of each rank, before anything is trained that could be lost."""
+"""Trial save before training: the whole path of a save, with one small tensor of each rank, before there is work to lose."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ from trainer.setup import PreparedRun
 
 
 def prove_saving(setup: PreparedRun, checkpointer: Checkpointer, step: int, state: dict[str, Any]) -> SpaceNeeded:
-    """What saves will take; SaveError on every rank when one cannot be made or the next ones do not fit. Collective.
+    """Prove that checkpoints can be written and that the next ones fit; return the space they need. Collective.
 
-    `step`: completed ones of the run. `state`: what a checkpoint says of them. Where room is missing, checkpoints go that
-    checkpoint.keep does not ask for: it may have been lowered.
+    `step`: completed steps of the run. `state`: what a checkpoint records of them. Where space is missing, checkpoints beyond
+    checkpoint.keep are removed: that setting may have been lowered. Raises SaveError on every rank when a save fails or the next
+    ones do not fit.
     """
     place, world, folder = setup.place, setup.world, setup.place.run_folder
     parameters = setup.trained.parameters if setup.trained else {}
@@ -47,9 +48,9 @@ def prove_saving(setup: PreparedRun, checkpointer: Checkpointer, step: int, stat
         checkpointer.prepare(setup.trained, setup.data.card, setup.data.processor)
     problem, others = trial_save(folder, step, parameters, state, checkpointer.papers or {}, world)
     if problem:
-        told = world.broadcast_json(describe_shortage(folder, shards + final) if world.is_main else "")
-        raise SaveError(f"nothing can be saved to {folder}, found out before training: {problem}. {told}")
-    # A card and a processor stand in final/ as well, and take as much there.
+        shortage = world.broadcast_json(describe_shortage(folder, shards + final) if world.is_main else "")
+        raise SaveError(f"nothing can be saved to {folder}, found out before training: {problem}. {shortage}")
+    # final/ holds the card and the processor files as well, of the same size.
     room = SpaceNeeded(folder, shards + others, final + others, max(largest, final_largest), checkpointer.keep)
     if world.is_main and free_bytes(folder) < room.checkpoint + room.final:
         newest = folder / f"{PREFIX}{step}"
@@ -63,7 +64,7 @@ def prove_saving(setup: PreparedRun, checkpointer: Checkpointer, step: int, stat
 
 
 def tight(room: SpaceNeeded) -> str:
-    """What to add when there is room for the next checkpoint, but not for as many as are to be kept."""
+    """Return a warning for when the next checkpoint fits, but not as many as are to be kept; "" when they fit."""
     free, held = free_bytes(room.folder), len(checkpoints(room.folder)) * room.checkpoint
     missing = room.in_the_long_run - held - free
     if missing <= 0:
@@ -74,14 +75,17 @@ def tight(room: SpaceNeeded) -> str:
 def trial_save(
     folder: Path, step: int, parameters: Mapping[str, Tensor], state: dict[str, Any], papers: Mapping[str, bytes], world: World
 ) -> tuple[str, int]:
-    """What went wrong on which ranks, and the bytes that stand beside the tensors of a checkpoint. Collective."""
+    """Save a checkpoint of one small tensor per rank, then remove it. Collective.
+
+    Returns what went wrong on which ranks ("" if nothing did), and the bytes of all files of a checkpoint beside the tensors.
+    """
     temporary, target = folder / f"{TRIAL}save{SAVING}", folder / f"{TRIAL}save"
     if problem := _problem(world, attempt(lambda: fresh_folder(temporary), folder)[0] if world.is_main else []):
         return problem, 0
     failed, facts = attempt(lambda: write_shard(temporary, world.rank, world.size, _small(parameters, world)), folder)
     answers = world.gather_json([failed, facts])
     known = {name: of for _, files in answers for name, of in (files or {}).items()}
-    if problem := _told([failed for failed, _ in answers]):
+    if problem := _describe([failed for failed, _ in answers]):
         return problem, 0
 
     def finish() -> int:
@@ -105,15 +109,17 @@ def trial_save(
 
 
 def _small(parameters: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """The smallest tensor that this rank will save something of."""
+    """Return the smallest tensor that this rank will save rows of; {} when it saves none."""
     own = {name: p.detach() for name, p in parameters.items() if is_first_copy(p, world.rank) and local(p).numel()}
     name = min(own, key=lambda name: (local(own[name]).numel(), name), default=None)
     return {} if name is None else {WEIGHTS + name: own[name]}
 
 
 def _problem(world: World, failed: list[str]) -> str:
-    return _told(world.gather_json(failed))
+    """Gather the failures of all ranks and return them as one text, "" without any. Collective."""
+    return _describe(world.gather_json(failed))
 
 
-def _told(failures: list[list[str]]) -> str:
+def _describe(failures: list[list[str]]) -> str:
+    """Return the failures of all ranks as one text, "" without any."""
     return "; ".join(f"rank {rank}: {failed[1]}" for rank, failed in enumerate(failures) if failed)

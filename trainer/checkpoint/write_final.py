@@ -1,4 +1,7 @@
-"""final/: what was trained, streamed to rank 0 one parameter at a time, reopened and compared before the run says so."""
+"""Writer of final/: streams trained weights to rank 0 parameter by parameter; proves them before it reports success.
+
+Proving means that the files are reopened and compared with the live weights.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,10 @@ from trainer.machine.disk_space import describe_shortage, final_bytes, written_b
 def write_final(
     model: MultimodalLM, card: ModelCard, processor: Processor, folder: Path, step: int, world: World, alone: bool = False
 ) -> Path:
-    """Write and prove `folder`/final. Collective. ProofError when what stands on disk is not what was trained.
+    """Write `folder`/final, prove it and return its path. Collective.
 
-    `alone`: it also holds what the run named by model.init_from has given, and needs that no more.
+    `alone`: it also holds the tensors that come from the run named by model.init_from, and does not need that run any more. Raises
+    ProofError when the files on disk are not what was trained, SaveError when they cannot be written.
     """
     temporary, target = folder / f".final{SAVING}", folder / "final"
     problem, digests = "", {}
@@ -45,29 +49,29 @@ def write_final(
             problem = _attempt(lambda: _finish(temporary, target, card, processor, digests, step, folder))
         _raise_together(problem, world, SaveError)
     except SaveError as error:  # on every rank
-        told = _give_back(temporary, final_bytes(files)[0]) if world.is_main else ""
+        hint = _discard(temporary, final_bytes(files)[0]) if world.is_main else ""
         raise SaveError(
-            f"{target} cannot be written: {error}. {world.broadcast_json(told)}. Checkpoints are intact: the same command goes on"
+            f"{target} cannot be written: {error}. {world.broadcast_json(hint)}. Checkpoints are intact: the same command goes on"
         ) from error
     return target
 
 
-def _give_back(temporary: Path, needed: int) -> str:
-    """What was missing, told before what was written is removed: exit.json needs room, too."""
-    told = describe_shortage(temporary.parent, needed, written_bytes(temporary))
+def _discard(temporary: Path, needed: int) -> str:
+    """Remove the unfinished folder, so that exit.json has space; return what was missing before that."""
+    shortage = describe_shortage(temporary.parent, needed, written_bytes(temporary))
     with suppress(OSError):
         remove_folder(temporary)
-    return told
+    return shortage
 
 
 def check_masters(model: MultimodalLM) -> None:
-    """What learns is at hand in float32; anything else would be a copy made for computing."""
+    """Check that every trained parameter is float32. Raises ProofError otherwise: it would be a rounded copy made for computing."""
     if rounded := [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]:
         raise ProofError(f"{len(rounded)} trained parameters are not float32, for example {rounded[0]}: final/ would be rounded")
 
 
 def _stream(path: Path, entries: dict[str, Entry], world: World) -> dict[str, str]:
-    """Write one file; returns the digest of each tensor as it was when it was written. Collective. SaveError on every rank."""
+    """Write one file; return the digest that each tensor had when it was written. Collective. Raises SaveError on every rank."""
     out = Drain(path) if world.is_main else None
     try:
         digests = write_safetensors(out, entries)  # type: ignore[arg-type]
@@ -79,8 +83,9 @@ def _stream(path: Path, entries: dict[str, Entry], world: World) -> dict[str, st
 
 
 class Drain:
-    """A new file that takes everything and writes nothing after its first failure, be it that it cannot be opened: the other ranks
-    are inside the next gather, and would wait there for a rank that has left.
+    """A new file that accepts all data and writes nothing after its first failure, which may be that it cannot be opened.
+
+    The writer must not stop at a failure: the other ranks are inside the next gather, and would wait there for a rank that left.
     """
 
     def __init__(self, path: Path) -> None:
@@ -92,6 +97,7 @@ class Drain:
             self.error = error
 
     def write(self, data: bytes) -> None:
+        """Write `data`, unless a write failed before; keep the error of a failure."""
         if self.file is not None and self.error is None:
             try:
                 self.file.write(data)
@@ -99,7 +105,7 @@ class Drain:
                 self.error = error
 
     def close(self) -> None:
-        """What was held back goes to the disk, or is an error as well."""
+        """Close the file, which flushes it; keep the error of a failure."""
         if self.file is not None:
             try:
                 self.file.close()
@@ -110,6 +116,7 @@ class Drain:
 def _finish(
     temporary: Path, target: Path, card: ModelCard, processor: Processor, digests: dict[str, dict[str, str]], step: int, run: Path
 ) -> None:
+    """Add card, processor and provenance to the unfinished folder, prove its weights and give it its final name."""
     write_card(settled(temporary, card), temporary)
     processor.save(temporary)
     prove(temporary, digests)
@@ -124,17 +131,18 @@ def _finish(
 
 
 def final_step(folder: Path) -> int | None:
-    """The step that final/ holds."""
+    """Return the step that final/ holds; None when there is no readable final/."""
     try:
         step = json.loads((folder / "final" / "provenance.json").read_bytes())["step"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None  # there is none, or it was edited: it will be written again
+        return None  # missing or edited: final/ will be written again
     return step if isinstance(step, int) else None
 
 
 def publish(source: Path, target: Path, world: World) -> None:
-    """The proven folder `source` stands at `target` as well: the same files under a second name where the disk can do that, else
-    copies. Nothing is done if it is there already. Collective.
+    """Make the proven folder `source` available at `target` as well: hard links where the disk supports them, else copies.
+
+    Nothing is done if the same final/ is there already. Collective. Raises SaveError on every rank when it cannot be written.
     """
     problem = ""
     if world.is_main and not _same_proof(source, target):
@@ -143,11 +151,13 @@ def publish(source: Path, target: Path, world: World) -> None:
 
 
 def _same_proof(source: Path, target: Path) -> bool:
+    """Return whether both folders hold the same provenance and proof."""
     facts = [folder / name for name in ("provenance.json", "proof.json") for folder in (source, target)]
     return all(path.is_file() for path in facts) and all(a.read_bytes() == b.read_bytes() for a, b in zip(facts[::2], facts[1::2]))
 
 
 def _link(source: Path, target: Path) -> None:
+    """Put the files of `source` into `target`, as hard links or copies, atomically."""
     temporary = target.with_name(f".final{SAVING}")
     fresh_folder(temporary)
     for path in sorted(source.iterdir()):
@@ -159,7 +169,10 @@ def _link(source: Path, target: Path) -> None:
 
 
 def prove(folder: Path, digests: dict[str, dict[str, str]]) -> None:
-    """Reopen every file, compare each tensor's bytes with the live weight's, resolve every parameter of the model anew."""
+    """Reopen every file, compare each tensor's bytes with the live weight's, find every parameter anew and write proof.json.
+
+    Raises ProofError when a tensor differs, the errors of `check_loadable` when a parameter has no value of its shape.
+    """
     for name, expected in digests.items():
         found = dict(tensor_digests(folder / name))
         if wrong := sorted(key for key in {*expected, *found} if expected.get(key) != found.get(key)):
@@ -171,6 +184,7 @@ def prove(folder: Path, digests: dict[str, dict[str, str]]) -> None:
 
 
 def _attempt(action: Any) -> str:
+    """Run `action`; return "" or what went wrong. A problem other than an OSError begins with "proof: "."""
     try:
         action()
     except OSError as error:
@@ -181,7 +195,7 @@ def _attempt(action: Any) -> str:
 
 
 def _raise_together(problem: str, world: World, kind: type[Exception]) -> None:
-    """Collective: every rank raises what rank 0 found."""
+    """Raise on every rank the problem that rank 0 found, as ProofError or else as `kind`. Collective."""
     text = world.broadcast_json(problem)
     if text:
         raise (ProofError if text.startswith("proof: ") else kind)(text.removeprefix("proof: "))

@@ -1,4 +1,4 @@
-"""How a start ends: one line for people, exit.json for programs, a code for the shell."""
+"""Exit report of a run: one line for people, exit.json for programs, an exit code for the shell."""
 
 from __future__ import annotations
 
@@ -27,22 +27,23 @@ INTERRUPT = "interrupted; the same command goes on from the last checkpoint"
 
 @dataclass
 class RunStatus:
-    """Completed steps, for the message of a run that fails; what is asked of it and what it is doing."""
+    """Live state of a run for its exit report: completed steps, pending requests, current phase."""
 
     step: int | None = None
-    has_met: bool = False  # the other ranks, and with them the one that holds the run folder
+    has_met: bool = False  # this rank has joined the others, and so the rank that holds the run folder
     steering: Requests = field(default_factory=Requests)
     watch: PhaseTracker = field(default_factory=PhaseTracker)
 
 
 def clear(output_dir: Path) -> None:
-    """Forget how the start before this one ended."""
+    """Remove the exit report of the previous start."""
     (output_dir / NAME).unlink(missing_ok=True)
 
 
 def record(output_dir: Path | None, code: int, reason: str, step: int | None, rank: int, *, speaks: bool | None = None) -> bool:
-    """Write exit.json unless another rank was first. Returns whether this rank is the one to speak; where the file cannot be
-    written that is the one that `speaks`, by default rank 0.
+    """Write exit.json unless another rank was first; return whether this rank prints the message.
+
+    Where the file cannot be written, the rank that `speaks` prints it, by default rank 0.
     """
     speaks, reason = rank == 0 if speaks is None else speaks, message(reason)
     if output_dir is None:
@@ -51,8 +52,8 @@ def record(output_dir: Path | None, code: int, reason: str, step: int | None, ra
     value: dict[str, Any] = {"code": code, "reason": reason, "step": step, "rank": rank, **launch}
     temporary = output_dir / f".{NAME}-{rank}-{threading.get_ident()}{NEW}"
     try:
-        temporary.write_text(dump_json(value))  # first: on a full disk nobody has claimed to have read_exit_report
-        (output_dir / NAME).open("x").close()  # fails where the file exists: the first reason is the true one
+        temporary.write_text(dump_json(value))  # written first: on a full disk no rank claims the report
+        (output_dir / NAME).open("x").close()  # fails when the file exists: the first reason is the true one
         temporary.replace(output_dir / NAME)
         return True
     except FileExistsError:
@@ -65,7 +66,7 @@ def record(output_dir: Path | None, code: int, reason: str, step: int | None, ra
 
 
 def read_exit_report(output_dir: Path) -> dict[str, Any] | None:
-    """Return the exit report that a rank of this start has written, if one has."""
+    """Return the exit report that a rank of this start has written; None when there is no readable one."""
     try:
         found: dict[str, Any] = json.loads((output_dir / NAME).read_text())
         return found if {"code", "reason", "step", "rank"} <= found.keys() else None
@@ -82,11 +83,14 @@ def write_exit_report(
     speaks: bool | None = None,
     error: BaseException | None = None,
 ) -> None:
-    """exit.json and one line for people, on the rank that is the first to speak; `rank` is the one to blame."""
+    """Write exit.json and print one line for people, on the rank that is the first to report; `rank` is the one to blame.
+
+    With `error`, its traceback is printed as well.
+    """
     if record(output_dir, code, reason, step, rank, speaks=speaks):
         if error is not None:
             traceback.print_exception(error, file=sys.stderr)
         where = "" if step is None else f" after step {step}"
-        line_of_its_own = "" if step is None else "\n"  # a progress bar stands where the cursor is
+        line_of_its_own = "" if step is None else "\n"  # the cursor is at the end of a progress bar
         text = f"{line_of_its_own}trainer: rank {rank} stopped{where}: {message(reason)}"
         print(printable(text, keep="\n\t"), file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Who is to blame when a run does not go on: a rule over the beats of ranks, by the clock of the one who judges."""
+"""Diagnosis of a run that makes no progress: which rank is at fault, judged from the heartbeats of ranks by one process's clock."""
 
 from __future__ import annotations
 
@@ -11,56 +11,58 @@ from trainer.faults.phase_tracker import BEFORE_UPDATE, STARTING, UNLIMITED
 from trainer.machine.processes import DEFUNCT, GONE, HALTED, Process
 
 NO_WORD_SECONDS = 5.0
-"""After a collective broke on some rank: how long another rank may give no sign of life."""
+"""Longest silence of another rank after a collective broke on some rank."""
 LEAST_AT_START = 20.0
-"""Seconds that a phase of a start may take at least without a sign of progress: the first use of a library imports it."""
+"""Least seconds without progress that a phase of a start may take: the first use of a library imports it."""
 SHOWN = 4  # samples that a message names
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Ranks to blame, and what is wrong with them."""
+    """Ranks at fault, and what is wrong with them."""
 
     culprits: tuple[int, ...]
     what: str  # "has been stopped (SIGSTOP) for 5 s"
-    answers: bool = False  # it can still leave by itself
+    answers: bool = False  # they still run and can exit by themselves
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why the run ends, agreed on by all ranks: the first one that is left in the store is the true one."""
+    """Reason for which the run ends, agreed on by all ranks: the first verdict in the store is the true one."""
 
     code: int
     reason: str
     culprit: int
-    by: int  # the rank that found out, which tells people
+    by: int  # the rank that found the failure and reports it
     step: int | None  # completed steps of the culprit
-    raised: bool = False  # an error that all ranks may come to by themselves
-    stacks: bool = True
-    machine: str = ""  # that of `by`
-    end: tuple[dict[str, Any], ...] = ()  # processes to be ended if they do not leave by themselves
+    raised: bool = False  # an error that all ranks may raise by themselves
+    stacks: bool = True  # whether ranks write their stacks
+    machine: str = ""  # machine of the rank `by`
+    end: tuple[dict[str, Any], ...] = ()  # processes to end if they do not exit by themselves
 
     def dumps(self) -> str:
+        """Return the verdict as JSON, for the store."""
         return json.dumps(asdict(self))
 
     @staticmethod
     def loads(text: bytes) -> Verdict:
+        """Read a verdict that `dumps` wrote."""
         found = json.loads(text)
         return Verdict(**{**found, "end": tuple(found["end"])})
 
 
 @dataclass
 class _Seen:
-    """A rank as the judge saw it."""
+    """State of a rank as the judge observed it, by the judge's own clock."""
 
-    renewed: float
-    moved: float
+    renewed: float  # time of the newest heartbeat
+    moved: float  # time of the newest progress
     beat: dict[str, Any] = field(default_factory=dict)
-    gone: bool = False  # its process was, when the beat was last looked at
+    gone: bool = False  # its process did not exist at the previous check of this heartbeat
 
 
 class Judge:
-    """Beats of `ranks` as they come in. All times are this process's own: clocks of machines are never compared."""
+    """Collects the heartbeats of `ranks`. All times are those of this process: clocks of machines are never compared."""
 
     def __init__(self, ranks: Iterable[int], stall_seconds: float, now: float) -> None:
         self.stall_seconds = stall_seconds
@@ -68,7 +70,7 @@ class Judge:
         self.seen = {rank: _Seen(now, now) for rank in ranks}
 
     def hear(self, rank: int, beat: dict[str, Any], now: float) -> None:
-        """The newest beat of a rank, which may be one that is known."""
+        """Take in the newest heartbeat of a rank, which may be one that is known already."""
         seen = self.seen[rank]
         if beat.get("number") != seen.beat.get("number"):
             seen.renewed, seen.gone = now, False
@@ -77,64 +79,70 @@ class Judge:
         seen.beat = beat
 
     def forgive(self, seconds: float) -> None:
-        """The judge itself was stopped for so long: nobody is blamed for what happened meanwhile."""
+        """Extend all deadlines: this process itself was stopped for `seconds`, and no rank is blamed for that time."""
         for seen in self.seen.values():
             seen.renewed += seconds
             seen.moved += seconds
 
     def absent(self, now: float) -> Finding | None:
-        """A rank that is dead or silent, if any."""
+        """Return a rank that is dead or silent, if any."""
         return self._dead(now) or self._silent(now)
 
-    def _open(self) -> dict[int, _Seen]:
+    def _running(self) -> dict[int, _Seen]:
+        """Return the ranks that are not done yet."""
         return {rank: seen for rank, seen in self.seen.items() if seen.beat.get("phase") != "done"}
 
     def _dead(self, now: float) -> Finding | None:
-        for rank, seen in self._open().items():
+        """Return a rank whose process on this machine has died, after two checks of the same heartbeat."""
+        for rank, seen in self._running().items():
             if seen.renewed == now or state_of(seen.beat) not in (GONE, DEFUNCT):
                 seen.gone = False
             elif seen.gone:
                 return Finding((rank,), "is dead: its process was killed, or died without a word (out of memory? see dmesg)")
             else:
-                seen.gone = True  # its last beat may say that it is done: look once more
+                seen.gone = True  # its last heartbeat may say that it is done: check once more
         return None
 
     def _silent(self, now: float) -> Finding | None:
+        """Return a rank without a new heartbeat for too long: `stall_seconds`, or NO_WORD_SECONDS after a collective broke."""
         broken = self.broken or any(seen.beat.get("broken") for seen in self.seen.values())
         limit = min(self.stall_seconds, NO_WORD_SECONDS) if broken else self.stall_seconds
-        silent = {rank: now - seen.renewed for rank, seen in self._open().items() if now - seen.renewed >= limit}
+        silent = {rank: now - seen.renewed for rank, seen in self._running().items() if now - seen.renewed >= limit}
         if not silent:
             return None
         states = {rank: state_of(self.seen[rank].beat) or "" for rank in silent}
-        # One that is stopped may hold up what the others tell: it comes before those that are only not heard of.
+        # A stopped rank may delay the heartbeats of others: it comes before ranks that are only silent.
         rank = min(silent, key=lambda rank: (states[rank] != HALTED, rank))
         return Finding((rank,), SILENT.get(states[rank], UNREACHABLE).format(silent[rank]))
 
     def halted(self) -> bool:
-        """Whether a rank of this machine is known to be stopped or dead."""
-        return any(state_of(seen.beat) in (GONE, DEFUNCT, HALTED) for seen in self._open().values())
+        """Return whether a rank of this machine is known to be stopped or dead."""
+        return any(state_of(seen.beat) in (GONE, DEFUNCT, HALTED) for seen in self._running().values())
 
     def stuck(self, now: float) -> Finding | None:
-        """Those that keep all others waiting, where one has not come on for too long. It takes the beats of all ranks."""
-        ranks = self._open()
+        """Return the ranks that block the run, once the slowest made no progress for `stall_seconds`.
+
+        Needs the heartbeats of all ranks.
+        """
+        ranks = self._running()
         if any(not seen.beat for seen in ranks.values()) or not any(self._is_still(seen, now) for seen in ranks.values()):
             return None
         behind = min(tuple(seen.beat["place"]) for seen in ranks.values())
         last = {rank: seen for rank, seen in ranks.items() if tuple(seen.beat["place"]) == behind}
         if not all(self._is_still(seen, now) for seen in last.values()):
             return None
-        # Where all stand in the same phase, those that do not wait in a collective keep the others waiting.
+        # Among ranks in the same phase, those that do not wait in a collective block the others.
         busy = {rank: seen for rank, seen in last.items() if not seen.beat["waiting"]}
         last = busy or last
         seconds = max(now - seen.moved for seen in last.values())
         if halted := tuple(rank for rank, seen in last.items() if state_of(seen.beat) == HALTED):
-            return Finding(halted, SILENT[HALTED].format(seconds))  # its thread told so lately that it is not missed yet
+            return Finding(halted, SILENT[HALTED].format(seconds))  # its last heartbeat is so recent that it is not silent yet
         several = len(last) > 1
         hint = ", all waiting in one collective (is the network down?)," if several and not busy else ""
         return Finding(tuple(last), f"{'have' if several else 'has'} not come on for {seconds:.0f} s{hint}", answers=True)
 
     def _is_still(self, seen: _Seen, now: float) -> bool:
-        """Whether a rank has not come on for longer than its phase may take."""
+        """Return whether a rank has made no progress for longer than its phase may take."""
         phase = seen.beat["phase"]
         patience = max(self.stall_seconds, LEAST_AT_START) if phase in STARTING else self.stall_seconds
         return phase not in UNLIMITED and now - seen.moved >= patience
@@ -148,12 +156,12 @@ SILENT = {
 
 
 def state_of(beat: dict[str, Any]) -> str | None:
-    """Of the process that a beat came from; None when it is on another machine or unknown."""
+    """Return the state of the process that a heartbeat came from; None when it is on another machine or unknown."""
     return Process(**beat["process"]).state() if beat.get("process") else None
 
 
 def place_of(beat: dict[str, Any], names: list[str]) -> str:
-    """Phase, step and samples of a beat, or what it is at, for people: "in backward of step 7, samples r17 (train.json:18)"."""
+    """Describe phase, step, position and samples of a heartbeat: "in backward of step 7, samples r17 (train.json:18)"."""
     phase, step = beat.get("phase", "start"), beat.get("step")
     if step is None:
         where = f"in {phase}, before the first step"

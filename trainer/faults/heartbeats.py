@@ -1,4 +1,4 @@
-"""What ranks tell each other beside training: signs of life, and the verdict that ends a run."""
+"""Heartbeats that ranks exchange through the store beside training, and the verdict that ends a run."""
 
 from __future__ import annotations
 
@@ -13,42 +13,44 @@ from trainer.distributed.world import World
 from trainer.faults.hang_diagnosis import Verdict
 
 NO_VERDICT = "none"
-ASK_SECONDS = 2.0  # a store whose process is stopped never answers
+ASK_SECONDS = 2.0  # longest wait for the store: one whose process is stopped never answers
 
 
 class Beats:
-    """This rank's connection to the store, and the thread that waits for it: one whose process is stopped holds up whoever asks.
+    """Connection of this rank to the store, with a thread of its own: a store whose process is stopped blocks every caller.
 
-    Rank 0 reads the beats of all ranks, the others that of rank 0 alone, and all of them the verdict: in one place as many reads
-    a tick as there are ranks, however many there are.
+    Rank 0 reads the heartbeats of all ranks, the others only that of rank 0, and all of them read the verdict: each tick costs as
+    many reads in one place as there are ranks, not their square.
     """
 
     def __init__(self, world: World, tell: Callable[[], dict[str, Any]], tick: float) -> None:
+        """Connect to the store; `start` begins the exchange. `tell`: called from the thread, returns this rank's heartbeat."""
         self.tick = tick  # seconds between two exchanges
-        self.heard: dict[int, dict[str, Any]] = {}  # the newest beat by rank, as far as there is one
+        self.heard: dict[int, dict[str, Any]] = {}  # newest heartbeat of each rank that has sent one
         self.heard_at = time.monotonic()
-        self.error: tuple[float, str] | None = None  # since when the store fails, and how
+        self.error: tuple[float, str] | None = None  # since when the store fails, and its message
         self.verdict: Verdict | None = None
         self.agreed, self._over = threading.Event(), threading.Event()
         self._rank, self._wanted, self._tell = world.rank, range(world.size) if world.is_main else (0,), tell
         self._number = 0
-        # A process may do several runs in one world, all ranks equally many.
+        # A process may do several runs in one world; all ranks do equally many, so the counts agree.
         run = world.channel("runs").add(str(world.rank), 1)
         self._store = world.channel(f"watch/{run}")
-        self._store.compare_set("verdict", "", NO_VERDICT)  # a missing key would make those wait who read it
+        self._store.compare_set("verdict", "", NO_VERDICT)  # reading a missing key would block
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
+        """Start the exchange of heartbeats."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Tell a last time, and end."""
+        """Send a last heartbeat, and end the exchange."""
         self._over.set()
         if self._thread.is_alive():
             self._thread.join(ASK_SECONDS)
 
     def agree(self, own: Verdict) -> Verdict:
-        """The first verdict that any rank came to; `own` where the store does not answer."""
+        """Return the first verdict in the store, after offering `own` to it; return `own` where the store does not answer."""
         text = own.dumps()
         first = bounded(lambda: self._store.compare_set("verdict", NO_VERDICT, text), ASK_SECONDS)
         self.verdict = own if first is None or first == text.encode() else Verdict.loads(first)
@@ -68,6 +70,7 @@ class Beats:
             self._over.wait(self.tick)
 
     def _exchange(self) -> None:
+        """Send this rank's heartbeat; read those of the other ranks and the verdict, if there is one."""
         self._number += 1
         self._store.set(f"beat/{self._rank}", json.dumps({**self._tell(), "number": self._number}))
         there = [rank for rank in self._wanted if rank in self.heard or self._store.check([f"beat/{rank}"])]
@@ -79,7 +82,7 @@ class Beats:
 
 
 def bounded(work: Callable[[], Any], seconds: float) -> Any:
-    """What `work` returns; None where it takes longer or fails. It goes on in a thread that nobody waits for."""
+    """Return what `work` returns; None where it takes longer than `seconds` or fails. It then continues in a daemon thread."""
     answer: list[Any] = []
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""What this rank is doing, so that a run that stalls can say who, in what and on which samples."""
+"""Phase tracker: what this rank is doing, so that the report of a stall names the rank, the phase and the samples."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ VALIDATION = "validation"
 BEFORE_UPDATE = ("data", "copy", "count", "forward", "backward", "update")
 """Phases of a step that is not completed yet; `log`, `validation` and `save` come after one."""
 STARTING = ("start", "index", "certify", "check", "load", "restore", "proof")
-"""Phases of a start. They are watched as steps are, with more patience: modules are imported in them."""
+"""Phases of a start. They are watched as steps are, with longer deadlines: modules are imported in them."""
 BY_BYTES = ("start", "index", "load", "restore")
-"""Phases in which bytes that are read or written are progress."""
+"""Phases in which bytes that are read or written count as progress."""
 UNLIMITED = ("final", "done")
-"""Phases that take as long as they take; in every other one a run has to make progress."""
+"""Phases without a deadline; in every other phase a run has to make progress."""
 WAITING = ("torch/distributed/", "torch/autograd/graph.py", "torch/cuda/streams.py")
-"""Where Python stands while a rank waits for others: in a collective, in a backward that runs some, or for a device that does."""
+"""Files in the Python stack of a rank that waits for others: in a collective, in a backward that runs some, or for a device that
+does."""
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank was doing when it was last heard of. `(step, part)` grows alike on all ranks, so it tells who is behind."""
+    """Phase and position of a rank at one moment. `(step, part)` grows alike on all ranks, so it shows which rank is behind."""
 
     phase: str = "start"
     step: int | None = None  # completed steps of the run
@@ -40,23 +41,24 @@ class Beat:
 
     @property
     def place(self) -> tuple[int, int]:
+        """Return (step, part), with step -1 before the first step: it orders the positions of ranks."""
         return (-1 if self.step is None else self.step, self.part)
 
 
 class PhaseTracker:
-    """The main thread marks what it is about to do; marking costs no more than setting an attribute."""
+    """Tracker of the phases that the main thread marks; a mark costs no more than setting an attribute."""
 
     def __init__(self) -> None:
         self.beat = Beat(since=time.monotonic())
-        self.names: dict[str, Callable[[int], str]] = {}  # "train" and "validation": what people call a sample
-        self.reading: Reading | None = None  # which samples the data workers are at
-        self.page: SharedPage | None = None  # where every beat is noted at once
+        self.names: dict[str, Callable[[int], str]] = {}  # by split, "train" and "validation": readable name of a sample
+        self.reading: Reading | None = None  # which samples the data workers read
+        self.page: SharedPage | None = None  # shared memory that gets every beat at once
         self._groups: list[tuple[int, ...]] = []  # samples of each micro-batch of the step
         self._forwards = 0
         self._main = threading.get_ident()
 
     def mark(self, phase: str) -> None:
-        """From now on this rank does `phase`, on the samples it had; each "forward" is of the next micro-batch."""
+        """Begin `phase`, on the same samples as before; each "forward" is of the next micro-batch."""
         beat, samples = self.beat, self.beat.samples
         if phase == "forward" and self._forwards < len(self._groups):
             samples, self._forwards = self._groups[self._forwards], self._forwards + 1
@@ -65,7 +67,7 @@ class PhaseTracker:
         self._set(Beat(phase, beat.step, samples, beat.part + 1, beat.moves + 1, time.monotonic()))
 
     def at(self, phase: str, step: int | None, samples: Sequence[Sequence[int]] = ()) -> None:
-        """The same, with the completed steps of the run, and the samples it is about by micro-batch."""
+        """Begin `phase` after `step` completed steps of the run, on `samples`, given by micro-batch."""
         beat = self.beat
         self._groups, self._forwards = [tuple(group) for group in samples], 0
         part = beat.part + 1 if step == beat.step else 0
@@ -73,25 +75,27 @@ class PhaseTracker:
         self._set(Beat(phase, step, flat, part, beat.moves + 1, time.monotonic()))
 
     def alive(self, at: str = "") -> None:
-        """A phase that takes long has come on, and is `at` some place now: for work that ranks do not share, which `mark` must not
-        count.
+        """Report progress inside a long phase, `at` some position, without counting a new part.
+
+        For rank-local work: `mark` must not count what other ranks do not do.
         """
         beat = self.beat
         self._set(Beat(beat.phase, beat.step, beat.samples, beat.part, beat.moves + 1, beat.since, at))
 
     def _set(self, beat: Beat) -> None:
+        """Replace the beat, and write it to the shared memory."""
         if self.page is not None:
             samples = None if beat.samples is self.beat.samples else beat.samples
             self.page.note(beat.phase, beat.step, beat.part, beat.moves, samples)
         self.beat = beat
 
     def read(self, reading: Reading, names: Callable[[int], str], split: str = "train") -> Reading:
-        """The data workers that the main thread waits for from now on, and what people call their samples; returns `reading`."""
+        """Register the data workers that the main thread waits for, and the readable names of their samples; return `reading`."""
         self.reading, self.names[split] = reading, names
         return reading
 
     def now(self) -> dict[str, Any]:
-        """The beat as JSON. From any thread."""
+        """Return the beat as JSON. Callable from any thread."""
         beat = self.beat
         read = self.reading.samples() if self.reading is not None and beat.phase in (VALIDATION, "data") else []
         samples = read or [i for i in beat.samples if i >= 0]
@@ -109,17 +113,17 @@ class PhaseTracker:
         }
 
     def name(self, sample_id: int, phase: str) -> str:
-        """What people call a sample, as far as this rank knows. It may read files."""
+        """Return the readable name of a sample, as far as this rank knows one. It may read files."""
         name = self.names.get(VALIDATION if phase == VALIDATION else "train")
         return f"sample {sample_id}" if name is None else name(sample_id)
 
     def explained(self, error: BaseException) -> BaseException:
-        """`error`, or one in words where it says that a data worker died."""
+        """Return `error`, or a clearer one where it says that a data worker died."""
         return explained(error, self.reading, lambda i: self.name(i, self.beat.phase))
 
 
 def is_waiting(thread: int) -> bool:
-    """Whether a thread stands in a collective, as far as its Python frames tell."""
+    """Return whether a thread waits in a collective, as far as its Python frames show."""
     frame = sys._current_frames().get(thread)
     for _ in range(4):
         if frame is None:

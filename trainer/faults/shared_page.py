@@ -1,6 +1,6 @@
-"""A page of memory in which a rank's main thread notes where it is, for others on its machine: it outlives its process.
+"""Shared-memory record of this rank's phase, for other processes of its machine: readable after this process was killed.
 
-What a rank tells by the store is as old as its last tick; a process that was stopped or killed can tell nothing newer.
+A heartbeat in the store is as old as the last tick, and a process that was stopped or killed cannot send a newer one.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 SHARED = Path("/dev/shm")
-PLACE, SAMPLES = struct.Struct("<16sqqq"), struct.Struct("<33q")  # phase, step, part, moves; how many samples, which
+PLACE, SAMPLES = struct.Struct("<16sqqq"), struct.Struct("<33q")  # phase, step, part, moves; number of samples, their ids
 MOST = 32
 
 
 class SharedPage:
-    """This rank's. Where the system has no shared memory nothing is noted."""
+    """Shared memory of this rank. Where the system has none, nothing is recorded."""
 
     def __init__(self, run_folder: Path, rank: int) -> None:
         digest = hashlib.sha256(os.path.abspath(run_folder).encode()).hexdigest()[:12]
-        self.path = SHARED / f"trainer-{os.getuid()}-{digest}-{rank}"  # the next start finds what a killed one left
+        self.path = SHARED / f"trainer-{os.getuid()}-{digest}-{rank}"  # fixed name: the next start reuses a killed one's file
         self._memory: mmap.mmap | None = None
         with suppress(OSError):
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -35,7 +35,7 @@ class SharedPage:
                 os.close(descriptor)
 
     def note(self, phase: str, step: int | None, part: int, moves: int, samples: Sequence[int] | None) -> None:
-        """`samples`: None where they are those of the note before."""
+        """Write phase, position and samples into the shared memory. `samples`: None where they have not changed."""
         if self._memory is not None:
             PLACE.pack_into(self._memory, 0, phase.encode()[:16], -1 if step is None else step, part, moves)
             if samples is not None:
@@ -43,19 +43,20 @@ class SharedPage:
                 SAMPLES.pack_into(self._memory, PLACE.size, len(ids), *ids, *[0] * (MOST - len(ids)))
 
     def close(self) -> None:
+        """Close the shared memory and remove its file."""
         if self._memory is not None:
             memory, self._memory = self._memory, None
             memory.close()
             self.remove()
 
     def remove(self) -> None:
-        """Nobody finds it any more; the process may go on to note."""
+        """Remove the file, so that no other process finds it; this process may continue to write to the memory."""
         with suppress(OSError):
             self.path.unlink(missing_ok=True)
 
 
 def newest(beat: dict[str, Any]) -> dict[str, Any]:
-    """`beat` of a rank of this machine that cannot tell any more, with what it noted last."""
+    """Return `beat` of a rank of this machine that sends no more, updated with what the rank wrote to shared memory last."""
     try:
         content = Path(beat["page"]).read_bytes()
     except (OSError, KeyError, TypeError):
@@ -64,17 +65,17 @@ def newest(beat: dict[str, Any]) -> dict[str, Any]:
         return beat
     phase, step, part, moves = PLACE.unpack_from(content)
     num, *samples = SAMPLES.unpack_from(content, PLACE.size)
-    if moves < beat["moves"]:  # of another process
+    if moves < beat["moves"]:  # written by another process
         return beat
-    if moves > beat["moves"]:  # it is elsewhere by now
+    if moves > beat["moves"]:  # the rank has moved on: `at` is out of date
         beat = {**beat, "at": ""}
-    reads = phase.rstrip(b"\0") == b"data" and beat["phase"] == "data"  # what its workers read stands in the beat
+    reads = phase.rstrip(b"\0") == b"data" and beat["phase"] == "data"  # the beat names the samples that its workers read
     found = {"phase": phase.rstrip(b"\0").decode(), "step": None if step < 0 else step, "place": [step, part], "moves": moves}
     return {**beat, **found, **({} if reads else {"samples": samples[: min(num, MOST)]})}
 
 
 def forget(beat: dict[str, Any]) -> None:
-    """Remove the page of a rank of this machine that is dead."""
+    """Remove the shared-memory file of a dead rank of this machine."""
     if beat.get("page") and beat.get("process", {}).get("host") == os.uname().nodename:
         with suppress(OSError):
             os.unlink(beat["page"])

@@ -1,7 +1,7 @@
 """Signals, and files in the run folder, that ask a run to stop, save or evaluate.
 
-A thread hears them: while the main thread waits in a collective no Python handler runs. Whatever happens here, checkpoints stay as
-they are: they cannot be torn, so leaving at once costs the steps since the last one and nothing else.
+A thread receives them: while the main thread waits in a collective, no Python signal handler runs. Checkpoints stay as they are
+whatever happens here: they cannot be torn, so leaving at once costs the steps since the last one and nothing else.
 """
 
 from __future__ import annotations
@@ -28,30 +28,31 @@ from trainer.faults.requests import EVALUATE, SAVE, STOP
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REQUESTS = {"STOP": STOP, "SAVE": SAVE, "EVAL": EVALUATE}
-"""Files that people make in the run folder, and what they wish by it."""
+"""Files that people create in the run folder, and the request that each of them makes."""
 SAME_SECONDS = 5.0
-"""Signals this long after the first are the same request: srun and torchrun both pass it on."""
+"""Signals this soon after the first are the same request: srun and torchrun both pass it on."""
 LOOK_SECONDS = 1.0
 TOO_EARLY = "before the first step"
 TORCHRUN_SECONDS = 30
-"""From SIGTERM to SIGKILL, unless torchrun is told otherwise."""
+"""Seconds from SIGTERM to SIGKILL, unless torchrun is configured otherwise."""
 
 
 @contextmanager
 def listening(folder: Path, rank: int, progress: RunStatus, grace_seconds: float) -> Iterator[None]:
-    """Inside the `with`, signals and requests become wishes of `progress.steering`, and KeyboardInterrupt does not occur.
+    """Turn signals and request files into requests of `progress.steering` inside the `with`.
 
-    Where nothing was trained yet, at a second request, and when the run has not ended `grace_seconds` after the first one, the
-    process leaves with 75 at once. Only the main thread can take signals: in another one they are left alone.
+    KeyboardInterrupt does not occur there. The process exits at once with code 75 before the first step, at a second request, and
+    when the run has not ended `grace_seconds` after the first one. Only the main thread can handle signals: in another thread they
+    are left alone.
     """
     listener = Listener(folder, rank, progress, grace_seconds)
     main = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in SIGNALS} if main else {}
-    # What is ignored stays ignored: shells ask for that for what runs in the background.
+    # Ignored signals stay ignored: shells set that for background jobs.
     handlers = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
     before = signal.set_wakeup_fd(listener.outbox.fileno(), warn_on_full_buffer=False) if main else -1
     for number in handlers:
-        signal.signal(number, _pass)  # without a handler in Python nothing is written for the thread
+        signal.signal(number, _ignore)  # without a Python handler nothing is written to the wakeup descriptor
     listener.thread.start()
     try:
         yield
@@ -63,39 +64,41 @@ def listening(folder: Path, rank: int, progress: RunStatus, grace_seconds: float
         listener.close()
 
 
-def _pass(number: int, frame: Any) -> None:
-    """The thread has heard of it already."""
+def _ignore(number: int, frame: Any) -> None:
+    """Ignore the signal in Python: the thread gets it through the wakeup descriptor."""
 
 
 class Listener:
-    """The thread that hears requests, and what it remembers of them."""
+    """Thread that receives requests, and the state that it keeps of them."""
 
     def __init__(self, folder: Path, rank: int, progress: RunStatus, grace_seconds: float) -> None:
         self.folder, self.rank, self.progress, self.grace = folder, rank, progress, grace_seconds
         self.inbox, self.outbox = socket.socketpair()
         self.outbox.setblocking(False)
-        self.asked: float | None = None  # when this rank was first asked to stop, or learned that another one was
+        self.asked: float | None = None  # when this rank was asked to stop, or learned that another rank was
         self.first_signal: float | None = None
         self.ended = False
         self.thread = threading.Thread(target=self._run, name="signals", daemon=True)
-        self._forget_old()
+        self._remove_old_requests()
 
     def close(self) -> None:
+        """End the thread, and close its sockets."""
         self.ended = True
         with suppress(BlockingIOError):
             self.outbox.send(b"\0")
         self.thread.join(LOOK_SECONDS)
-        if not self.thread.is_alive():  # it may stand in a file system that hangs, and holds nobody else up
+        if not self.thread.is_alive():  # it may be blocked by a file system that hangs, and then is left alone
             self.inbox.close()
             self.outbox.close()
 
-    def _forget_old(self) -> None:
-        """Requests of a run that has ended are none of this one."""
+    def _remove_old_requests(self) -> None:
+        """Remove request files that were made before this start: they were meant for an earlier run."""
         for name in REQUESTS if self.rank == 0 else ():
             if self._removed(name):
                 self._say(f"{self.folder / name} was left from before this start; removed")
 
     def _run(self) -> None:
+        """Handle signals and request files, and watch the grace time, until `close`."""
         while not self.ended:
             numbers = self._received()
             if self.ended:
@@ -105,10 +108,10 @@ class Listener:
             for name in REQUESTS if self.rank == 0 else ():
                 if self._removed(name):
                     self._requested(name)
-            self._mind_grace()
+            self._check_grace()
 
     def _received(self) -> list[int]:
-        """Numbers of the signals that came; none after a while."""
+        """Wait up to LOOK_SECONDS for signals; return their numbers."""
         seconds = LOOK_SECONDS
         if self.asked is not None:
             seconds = min(seconds, max(0.01, self.asked + self.grace - time.monotonic()))
@@ -119,6 +122,7 @@ class Listener:
             return []
 
     def _removed(self, name: str) -> bool:
+        """Remove a request file; return whether it was there."""
         try:
             (self.folder / name).unlink()
         except OSError:
@@ -126,6 +130,7 @@ class Listener:
         return True
 
     def _signalled(self, name: str) -> None:
+        """Stop the run at the first signal; leave at once at a later one that is no copy of the first."""
         now = time.monotonic()
         if self.first_signal is not None and now - self.first_signal <= SAME_SECONDS:
             return
@@ -135,6 +140,7 @@ class Listener:
         self._stop(name)
 
     def _requested(self, name: str) -> None:
+        """Handle a request file."""
         if REQUESTS[name] == STOP:
             self._stop(f"{name} in {self.folder}")
         else:
@@ -142,6 +148,7 @@ class Listener:
             self._say(f"{name}: after one of the next steps")
 
     def _stop(self, reason: str) -> None:
+        """Request a stop of the run; leave at once before the first step."""
         if not self.progress.steering.heeded:
             self._leave(f"{reason} {TOO_EARLY}")
         self._follow_peer()
@@ -151,46 +158,50 @@ class Listener:
             self._say(f"{reason}: finishing the step, then saving")
 
     def _follow_peer(self) -> None:
-        """Leave when another rank has ended the run: a launcher then stops the others, and there is no step to finish."""
+        """Exit when another rank has ended the run: a launcher then stops the others, and there is no step to finish."""
         try:
             code = json.loads((self.folder / exit_report.NAME).read_text())["code"]
         except (OSError, ValueError, KeyError, TypeError):
             return
         os._exit(code)
 
-    def _mind_grace(self) -> None:
+    def _check_grace(self) -> None:
+        """Leave at once when `grace` seconds have passed since the request to stop."""
         if self.asked is None and STOP in self.progress.steering.agreed:
             self.asked = time.monotonic()
         if self.asked is not None and time.monotonic() - self.asked >= self.grace:
             self._leave(f"could not save within faults.grace_seconds = {self.grace:g}")
 
     def _leave(self, reason: str) -> None:
-        """Record why, and end this process as it stands."""
-        last = _last_of(self.folder)
-        # Without rank 0 nobody has seen yet whether the folder is this start's, or that of a run under way.
+        """Record the reason in exit.json, and exit at once."""
+        last = _last_checkpoint(self.folder)
+        # Only rank 0 holds the folder lock: before the ranks have met, the folder may belong to another run.
         knows = self.rank == 0 or self.progress.has_met
         if knows and exit_report.record(self.folder, errors.STOPPED, f"{reason}; {last}", self.progress.step, self.rank):
             self._say(f"rank {self.rank} stopped at once: {reason}; {last}")
         os._exit(errors.STOPPED)
 
     def _say(self, text: str) -> None:
-        # Not through sys.stderr: the main thread may be stopped with its lock.
+        """Print a line to stderr, on any thread."""
+        # Not through sys.stderr: the main thread may be blocked while it holds the stream's lock.
         with suppress(OSError):
             os.write(2, f"trainer: {text}\n".encode(errors="backslashreplace"))
 
 
-def _last_of(folder: Path) -> str:
+def _last_checkpoint(folder: Path) -> str:
+    """Name the newest checkpoint, for people."""
     try:
         found = checkpoints(folder)
-    except OSError as error:  # whatever is wrong with the folder keeps nobody from leaving
+    except OSError as error:  # no error of the folder may prevent the exit
         return f"{folder} cannot be read: {error.strerror}"
     return f"the last checkpoint is {found[-1].name}" if found else "there is no checkpoint yet"
 
 
 def check_restart(folder: Path) -> None:
-    """StopRequested where torchrun restarts a run that was stopped on request: --max-restarts is for those that failed.
+    """Raise StopRequested where torchrun restarts a run that was stopped on request: --max-restarts is for failed runs.
 
-    A signal before the first step was torchrun's own, to ranks whose peer had died: asked to end itself, it restarts nobody.
+    A signal before the first step came from torchrun itself, to ranks whose peer had died: when torchrun is asked to stop, it
+    restarts no rank.
     """
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return
@@ -205,7 +216,7 @@ def check_restart(folder: Path) -> None:
 
 
 def launcher_lines(grace_seconds: float) -> list[str]:
-    """What to tell when the launcher kills sooner than the run may need to save."""
+    """Return a warning when the launcher kills its ranks sooner than the run may need to save."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return []
     seconds, can_wait = TORCHRUN_SECONDS, "shutdown_timeout" in LaunchConfig.__dataclass_fields__

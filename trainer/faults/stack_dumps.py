@@ -1,4 +1,4 @@
-"""RUN/stacks/rank-NNNNN.txt: where every thread of a rank stood when a run was given up."""
+"""Stack dumps in RUN/stacks/rank-NNNNN.txt: where every thread of a rank was when the run ended."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ FOLDER = "stacks"
 
 
 class Stacks:
-    """This rank's file. On SIGUSR2 the interpreter writes to it even while the main thread is in C++ or holds everything up;
-    data workers, which inherit it, do too.
+    """Stack file of this rank. On SIGUSR2 the interpreter writes to it, even while the main thread is in C++ or holds the GIL.
+
+    Data workers inherit the handler and write to it as well.
     """
 
     def __init__(self, run_folder: Path, rank: int, num_ranks: int) -> None:
-        """Stacks of earlier starts are removed."""
+        """Open this rank's file and register SIGUSR2. Stacks of earlier starts are removed."""
         self.folder = run_folder / FOLDER
         self._file: TextIO | None = None
         try:
@@ -29,11 +30,11 @@ class Stacks:
             self._file = path_of(run_folder, rank).open("w", buffering=1)
             os.set_inheritable(self._file.fileno(), False)
             faulthandler.register(signal.SIGUSR2, file=self._file, all_threads=True)
-        except (OSError, ValueError):  # the run needs none of it; that its folder cannot be written is told elsewhere
+        except (OSError, ValueError):  # a run works without stacks; that its folder cannot be written is reported elsewhere
             self._file = None
 
     def dump(self, error: BaseException | None = None) -> None:
-        """Write down where all threads are; with `error`, where that came from first."""
+        """Write the stacks of all threads; before them, with `error`, its traceback."""
         if self._file is None:
             return
         try:
@@ -44,7 +45,7 @@ class Stacks:
             return
 
     def note(self, rank: int, text: str) -> None:
-        """In the file of a rank that cannot write any more."""
+        """Append a text to the file of a rank that cannot write any more."""
         try:
             with path_of(self.folder.parent, rank).open("a") as out:
                 out.write(text + "\n")
@@ -52,7 +53,7 @@ class Stacks:
             return
 
     def close(self) -> None:
-        """Nothing is written from then on; a file in which nothing stands is removed, and the folder with the last one."""
+        """Close the file. An empty file is removed, and the folder with its last file."""
         if self._file is None:
             return
         faulthandler.unregister(signal.SIGUSR2)
@@ -67,4 +68,5 @@ class Stacks:
 
 
 def path_of(run_folder: Path, rank: int) -> Path:
+    """Return the path of a rank's stack file."""
     return run_folder / FOLDER / f"rank-{rank:05d}.txt"

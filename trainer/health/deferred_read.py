@@ -1,4 +1,4 @@
-"""Numbers that are read one step after they were made, when the device has long finished them: nobody waits."""
+"""Device values that are read one step late, when the device has long computed them, so that the host never waits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class DeferredRead:
-    """A vector of the step before, of always the same length."""
+    """Holder of the vector of the previous step; its length is the same in all steps."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -15,7 +15,7 @@ class DeferredRead:
         self.event = torch.cuda.Event() if device.type == "cuda" else None
 
     def push(self, values: Tensor) -> list[float] | None:
-        """Keep `values` (n,) for the next call; returns those of the call before, None at the first one."""
+        """Keep `values` (n,) for the next call; return those of the previous call, None at the first one."""
         before = self.pop()
         if self.event is None:
             self.copy = values.detach()
@@ -26,7 +26,7 @@ class DeferredRead:
         return before
 
     def pop(self) -> list[float] | None:
-        """What is kept, and nothing from then on. A host sync with the step that made it, which is over as a rule."""
+        """Return the kept values and forget them. Host sync with the step that made them, which is normally over."""
         copy, self.copy = self.copy, None
         if copy is None:
             return None

@@ -1,8 +1,8 @@
-"""Bad numbers: a loss or gradient that is not finite, and losses far out of the ordinary, each with the samples behind it.
+"""Loss monitor: finds losses or gradients that are not finite, and loss spikes, and names the samples behind each.
 
-Ranks agree without a word more: the flag of a skipped update is the same on all, and the loss of a step rides in the collective
-of the next step's counts. Both are read a step after they were made, so nobody waits for the device. What was found stands in
-faults.jsonl, one object per line.
+Ranks agree without an extra collective: the flag of a skipped update is the same on all ranks, and the loss of a step is summed in
+the collective of the next step's token counts. Both are read one step late, so the host never waits for the device. Every fault is
+written to faults.jsonl, one object per line.
 """
 
 from __future__ import annotations
@@ -33,39 +33,39 @@ from trainer.step import StepResult
 
 NAME = "faults.jsonl"
 NUM_NAMED = 8
-"""Samples whose records are looked up; more are told by number alone."""
+"""Samples of a fault whose records are looked up; further ones are given by number alone."""
 
 
 class Health:
-    """Judges every step of a stage. All methods are called alike on all ranks, after the same steps."""
+    """Monitor of every step of a stage. All methods are called alike on all ranks, after the same steps."""
 
     def __init__(self, setup: PreparedRun, totals: dict[str, Any] | None) -> None:
-        """`totals`: `state` of the checkpoint that the stage goes on from."""
+        """Resume from `totals`, the `state` in the checkpoint that the stage continues; None for a new stage."""
         self.setup, self.world, self.place = setup, setup.world, setup.place
         self.limit = setup.config.faults.max_nonfinite
         self.in_a_row = int((totals or {}).get("in_a_row", 0))
-        # Checkpoints of before they were counted say nothing of updates: there were some.
+        # Old checkpoints have no count of updates: assume that there were some.
         self.num_updates = int((totals or {"num_updates": 0}).get("num_updates", 1))
         self.spikes = Spikes((totals or {}).get("losses", []))
         self.last: dict[str, Any] = {}  # the row of the last step that was not finite
         self.kept: list[Evidence] = []  # the last two steps at most
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint remembers. After `settle`, or it would forget the last step."""
+        """Return what a checkpoint stores. Call `settle` first, or the last step is missing."""
         return {"in_a_row": self.in_a_row, "losses": self.spikes.losses, "num_updates": self.num_updates}
 
     def told(self) -> Tensor | float:
-        """What this rank tells the others in a step: its share of the loss of the step before."""
+        """Return what this rank adds to the collective of the next step: its share of the loss of the last step added."""
         return self.kept[-1].losses.sum() if self.kept else 0.0
 
     def add(self, step: int, batches: list[Batch], result: StepResult) -> None:
-        """After `hear`, of a `step` just made. No host sync."""
+        """Keep the tensors of the `step` just made. Call `hear` for the previous step first. No host sync."""
         self.kept.append(Evidence(step, [replace(b, media={}) for b in batches], result.addends, result.losses, result.norms))
 
     def hear(self, loss: float, skipped: float, grad_norm: float) -> None:
-        """Of the last step added: whether it was skipped, and its norm; `loss`, over all ranks, of the step before that one.
+        """Judge the last step added, by `skipped` and `grad_norm`, and the step before it, by its `loss` summed over all ranks.
 
-        ProofError when too many steps in a row were skipped. Collective when there is something to tell.
+        Collective when there is a fault to report. Raises ProofError when too many steps in a row were skipped.
         """
         if len(self.kept) > 1:
             self._judge_loss(self.kept.pop(0), loss)
@@ -75,18 +75,21 @@ class Health:
             return
         self.in_a_row += 1
         self.kept[-1] = replace(self.kept[-1], skipped=True)
-        self._tell_nonfinite(self.kept[-1], grad_norm)
+        self._report_nonfinite(self.kept[-1], grad_norm)
         if self.in_a_row >= self.limit:
             raise ProofError(self._verdict())
 
     def settle(self) -> None:
-        """Nothing of the steps made so far stays unread: before a checkpoint, `hear` done. Collective, host sync."""
+        """Judge all steps made so far, before a checkpoint, after `hear`. Collective, host sync."""
         for evidence in self.kept:
             self._judge_loss(evidence, self.world.sum(evidence.losses.sum()).item())
         self.kept = []
 
     def check_updates(self, num_steps: int) -> None:
-        """ProofError when all updates of the stage's `num_steps` steps were skipped. After `settle`."""
+        """Check that some update of the stage's `num_steps` steps was not skipped. Call `settle` first.
+
+        Raises ProofError otherwise.
+        """
         if self.num_updates == 0:
             raise ProofError(
                 f"nothing was learned: all {num_steps} updates were skipped, because loss or gradient was not finite. In the last "
@@ -95,14 +98,18 @@ class Health:
             )
 
     def _judge_loss(self, evidence: Evidence, loss: float) -> None:
+        """Report a spike if `loss` is one. Collective then."""
         if evidence.skipped or not math.isfinite(loss):
             return
         usual = self.spikes.judge(loss)
         if usual is not None:
-            self._tell_spike(evidence, loss, usual)
+            self._report_spike(evidence, loss, usual)
 
-    def _tell_nonfinite(self, evidence: Evidence, grad_norm: float) -> None:
-        """Collective, host sync."""
+    def _report_nonfinite(self, evidence: Evidence, grad_norm: float) -> None:
+        """Report a skipped update: gather losses, bad samples and the first bad parameter of all ranks, write the row.
+
+        Collective, host sync.
+        """
         own = {"losses": evidence.losses.tolist(), "samples": bad_samples(evidence), "parameter": first_bad(evidence.norms)}
         ranks = self.world.gather_json(own)
         found = [rank["parameter"] for rank in ranks if rank["parameter"] is not None]
@@ -121,8 +128,8 @@ class Health:
         }
         self._write(self.last, f"step {self.last['step']}: {_described(self.last)}; the update was skipped")
 
-    def _tell_spike(self, evidence: Evidence, loss: float, usual: float) -> None:
-        """Collective, host sync."""
+    def _report_spike(self, evidence: Evidence, loss: float, usual: float) -> None:
+        """Report a loss spike with the samples of highest loss of every rank. Collective, host sync."""
         ranks = self.world.gather_json(highest(evidence))
         samples = self._samples(evidence.step)
         suspects = [[{"sample": i, "loss": _plain(own)} for i, own in rank] for rank in ranks]
@@ -132,25 +139,28 @@ class Health:
         self._write({**row, "records": self._records(worst)}, text)
 
     def _row(self, kind: str, step: int) -> dict[str, Any]:
+        """Return the first fields of a row: kind, step of the run and stage."""
         stage = {"stage": self.place.name} if self.place.name else {}
         return {"kind": kind, "step": self.place.first_step + step + 1, **stage}
 
     def _samples(self, step: int) -> list[int]:
+        """Return the samples of a step, over all ranks."""
         return [int(i) for i in self.setup.data.sampler.step(step)]  # type: ignore[union-attr]
 
     def _records(self, samples: list[int]) -> list[str]:
-        """`file:line id` of a few samples, in their order; on rank 0 only, which writes them."""
+        """Return `file:line id` of the first NUM_NAMED samples, in their order; [] except on rank 0, which writes the rows."""
         dataset: MultimodalDataset = self.setup.data.train  # type: ignore[assignment]
         return [_record(dataset, i) for i in samples[:NUM_NAMED]] if self.world.is_main else []
 
     def _write(self, row: dict[str, Any], text: str) -> None:
+        """Append a row to faults.jsonl and print its text, on rank 0."""
         if self.world.is_main:
             with (self.place.run_folder / NAME).open("a") as out:
                 out.write(json.dumps(row) + "\n")
             tqdm.write(f"{text} ({self.place.run_folder / NAME})")
 
     def _verdict(self) -> str:
-        """The same on every rank, but for the records."""
+        """Return the message of a run that ends by too many skipped updates. Only the records in it differ between ranks."""
         last = self.place.first_step + self.kept[-1].step + 1
         steps = f"steps {last - self.in_a_row + 1} to {last}" if self.in_a_row > 1 else f"step {last}"
         return (
@@ -161,7 +171,7 @@ class Health:
 
 
 def forget_after(folder: Path, step: int) -> None:
-    """Faults of steps beyond `step` leave the record: they are run, and found, again. On rank 0."""
+    """Remove faults of steps beyond `step` from faults.jsonl: those steps run again, and so are found again. On rank 0."""
     path = folder / NAME
     if not path.exists():
         return
@@ -170,13 +180,14 @@ def forget_after(folder: Path, step: int) -> None:
 
 
 def _names(trained: Trained | None) -> list[str]:
-    """Names of what learns, in the order in which a step gives the norms of its gradients."""
+    """Return the names of the trained parameters, in the order in which a step returns the norms of their gradients."""
     assert trained is not None
     names = {id(p): name for name, p in trained.parameters.items()}
     return [names[id(p)] for p in in_norm_order(p for group in trained.optimizer.param_groups for p in group["params"])]
 
 
 def _record(dataset: MultimodalDataset, i: int) -> str:
+    """Return where a sample stands and its id; where the record cannot be read, only where it stands."""
     _, index, row = dataset.place(i)
     try:
         return f"{index.where(row)} {bounded(dataset.record(i).id)}"
@@ -185,6 +196,7 @@ def _record(dataset: MultimodalDataset, i: int) -> str:
 
 
 def _described(row: dict[str, Any]) -> str:
+    """Describe a row for people: loss, gradient norm, parameter and samples."""
     where = f", first in the gradient of {row['parameter']}" if row["parameter"] else ""
     rank = "" if row["rank"] is None else f" on rank {row['rank']}"
     samples = ", ".join(str(i) for i in row["samples"][:NUM_NAMED]) + (" ..." if len(row["samples"]) > NUM_NAMED else "")
@@ -192,15 +204,18 @@ def _described(row: dict[str, Any]) -> str:
 
 
 def _plain(value: float) -> float | str:
-    """JSON knows no numbers that are not finite."""
+    """Return `value`, or its text when it is not finite: JSON has no such numbers."""
     return value if math.isfinite(value) else str(value)
 
 
 def hearable(result: StepResult) -> Tensor:
-    """(notes + 2,) what is read of a step a step later: what was told, whether it was skipped, its gradient norm. No host sync."""
+    """Return (notes + 2,) what is read of a step one step late: the summed notes, whether it was skipped, its gradient norm.
+
+    No host sync.
+    """
     return torch.cat([result.heard, torch.stack([result.skipped.float(), result.grad_norm.float()])])
 
 
 def split(values: Sequence[float], num_notes: int) -> tuple[list[float], list[float]]:
-    """What `hearable` put together: `num_notes` of them, and the rest."""
+    """Split the values of `hearable` into the `num_notes` notes and the rest."""
     return list(values[:num_notes]), list(values[num_notes:])

@@ -1,4 +1,4 @@
-"""When a loss is out of the ordinary."""
+"""Detection of loss spikes."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from statistics import median
 WINDOW, ENOUGH = 64, 16
 DEVIATIONS, FACTOR, ABOVE_HIGHEST = 6.0, 2.0, 1.25
 SIGMA = 1.4826
-"""Standard deviations in a median absolute deviation, where noise is normal."""
+"""Standard deviation of normal noise in units of its median absolute deviation."""
 TINY = 1e-12
 
 
 class Spikes:
-    """The losses of the last steps. In logarithms: noise grows with the loss, at 10 as at 0.001."""
+    """Losses of the last WINDOW steps, judged in logarithms: noise grows with the loss, at 10 as at 0.001."""
 
     def __init__(self, losses: Sequence[float] = ()) -> None:
         self.losses = [float(loss) for loss in losses]
 
     def judge(self, loss: float) -> float | None:
-        """Take in the next loss, which is finite; the usual one when it is a spike.
+        """Add the next loss, which must be finite; return the usual loss when it is a spike, else None.
 
-        A spike is beyond twice the median, beyond six robust standard deviations from it, and beyond the highest loss of the
-        window by a quarter: what comes back every few steps, as batches of text between those of pictures, is none, and a loss
-        that stays high is told once.
+        A spike is beyond twice the median, beyond six robust standard deviations from it, and a quarter beyond the highest loss of
+        the window. A loss that recurs every few steps, as that of text batches between image batches, is none, and a loss that
+        stays high is reported once.
         """
         usual, limit = self._limit()
         self.losses = [*self.losses, loss][-WINDOW:]
         return usual if loss > limit else None
 
     def _limit(self) -> tuple[float, float]:
+        """Return (median loss, loss from which on a spike begins); the limit is infinite until ENOUGH losses are known."""
         if len(self.losses) < ENOUGH:
             return 0.0, math.inf
         logs = sorted(math.log(max(loss, TINY)) for loss in self.losses)

@@ -1,4 +1,4 @@
-"""What a step leaves behind until its numbers are read, and which samples and gradients it accuses."""
+"""Per-step tensors kept for one step, and functions that find the samples and gradients behind a bad loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NUM_SUSPECTS = 4
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is kept of a step until its numbers are read: small tensors, on the device."""
+    """Small tensors of a step, kept on the device until its numbers are read."""
 
     step: int  # 0-based, of the stage
     batches: list[Batch]  # without media
@@ -27,15 +27,16 @@ class Evidence:
 
 
 def own_losses(batch: Batch, addends: Tensor) -> Tensor:
-    """(n,) cross entropy of each sample of a batch, summed over its supervised positions."""
+    """Return (n,) the cross entropy of each sample of a batch, summed over its supervised positions."""
     sums = torch.zeros(len(batch.sample_ids), dtype=addends.dtype, device=addends.device)
     return sums.index_add_(0, batch.owners, addends)
 
 
 def bad_samples(evidence: Evidence) -> list[int]:
-    """Samples of this rank whose own cross entropy is not finite; where there are none, those of micro-batches whose loss is not.
+    """Return the samples of this rank whose own cross entropy is not finite. Host sync.
 
-    Host sync."""
+    Where there are none, return those of the micro-batches whose loss is not finite.
+    """
     found, near = [], []
     for batch, addends, loss in zip(evidence.batches, evidence.addends, evidence.losses.tolist()):
         ids = batch.sample_ids.tolist()
@@ -45,7 +46,10 @@ def bad_samples(evidence: Evidence) -> list[int]:
 
 
 def highest(evidence: Evidence) -> list[tuple[int, float]]:
-    """Samples of this rank with the highest mean cross entropy, and that, highest first. Host sync."""
+    """Return the NUM_SUSPECTS samples of this rank with the highest mean cross entropy, and that value, highest first.
+
+    Host sync.
+    """
     found: list[tuple[int, float]] = []
     for batch, addends in zip(evidence.batches, evidence.addends):
         counts = torch.bincount(batch.owners, minlength=len(batch.sample_ids)).clamp(min=1)
@@ -55,5 +59,5 @@ def highest(evidence: Evidence) -> list[tuple[int, float]]:
 
 
 def first_bad(norms: Tensor) -> int | None:
-    """Place of the first norm that is not finite. Host sync."""
+    """Return the index of the first norm that is not finite, None without one. Host sync."""
     return next((i for i, norm in enumerate(norms.tolist()) if not math.isfinite(norm)), None)

@@ -1,8 +1,8 @@
-"""The only place that renames, removes and syncs in a run folder: what stands there is either not begun or done.
+"""Atomic file operations of a run folder: a crash leaves the old or the new version of a file or folder, never a mixture.
 
-A crash of the process keeps what was written, in order. A power cut keeps what was synced and any part of the rest, so every
-step here is synced before the next one relies on it. An fsync that fails is a failure: the system forgets what it could not
-write, and asking again would look like success.
+Only this module renames, removes and syncs there. A crash of the process keeps all that was written, in order. A power cut keeps
+what was synced and any part of the rest, so every step here is synced before the next one relies on it. An fsync that fails is a
+failure: the system forgets what it could not write, and a second fsync would look like success.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ LEFTOVER = re.compile(r"\.(.+\.saving(-.*)?|removing-.*|trial-.*|.+\.new)", re.D
 
 
 def sync_file(path: Path) -> None:
-    """Until the disk has the content of a file, or the names in a folder."""
+    """Wait until the disk has the content of a file, or the names in a folder. Raises OSError when the sync fails."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems sync names at once and know no fsync of a folder.
+        # Some network file systems sync names at once and do not support fsync of a folder.
         if error.errno != errno.EINVAL or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
@@ -33,33 +33,33 @@ def sync_file(path: Path) -> None:
 
 
 def sync_to_disk(folder: Path) -> None:
-    """Until the disk has a folder of files: without it a machine that stops may leave their names and not their content."""
+    """Wait until the disk has a folder and its files: else a machine that stops may leave their names without their content."""
     for path in sorted(folder.iterdir()):
         sync_file(path)
     sync_file(folder)
 
 
 def sync_run(folder: Path) -> None:
-    """Until the disk has the files of a run folder and of its stages, not what is in its checkpoints.
+    """Wait until the disk has the files of a run folder and of its stages, except the files inside checkpoints.
 
-    Called before a checkpoint gets its name: what was appended up to its step must not be less than it says.
+    Called before a checkpoint gets its final name: the files that grow with the run must reach at least to its step.
     """
     for place in places(folder):
         for path in sorted(place.iterdir()):
-            # Not .lock: closing any descriptor of it would give this process's lock away.
+            # Not .lock: closing any descriptor of it would release this process's lock.
             if not path.name.startswith(".") and path.is_file() and not path.is_symlink():
-                with suppress(FileNotFoundError):  # a request, as STOP, is taken away when it is heard
+                with suppress(FileNotFoundError):  # a request file, such as STOP, is removed when the run reads it
                     sync_file(path)
         sync_file(place)
 
 
 def places(folder: Path) -> list[Path]:
-    """A run folder and those of its stages that are there."""
+    """Return a run folder and the existing folders of its stages."""
     return [path for path in (folder, *sorted((folder / "stages").glob("*"))) if path.is_dir() and not path.is_symlink()]
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, as far as they are missing; the disk has their names."""
+    """Create a folder and its missing parents, and wait until the disk has their names."""
     missing = [above for above in (path, *path.parents) if not above.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for made in reversed(missing):
@@ -67,7 +67,7 @@ def make_folder(path: Path) -> None:
 
 
 def fresh_folder(path: Path) -> None:
-    """An empty folder, whatever stood there."""
+    """Create an empty folder at `path`; whatever is there is removed first."""
     remove_folder(path)
     make_folder(path)
 
@@ -81,21 +81,21 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def move(path: Path, target: Path) -> None:
-    """Rename within a folder, in place of a file that may be there; the disk has it."""
+    """Rename within a folder, replacing a file of that name, and wait until the disk has the new name."""
     path.replace(target)
     sync_file(target.parent)
 
 
 def move_aside(path: Path, target: Path) -> None:
-    """Rename a folder; one that has that name already is removed first."""
+    """Rename a folder; a folder that has the new name already is removed first."""
     remove_folder(target)
     move(path, target)
 
 
 def put_in_place(temporary: Path, target: Path) -> None:
-    """Give a complete folder its name, in place of one that may have it: a start after a crash finds either the old or the new one.
+    """Give a complete folder its final name, replacing one of that name: a start after a crash finds either the old or the new one.
 
-    When it returns the disk has it. Between the two renames of a replacement nothing has the name: `recover` sees to that.
+    The disk has it on return. Between the two renames of a replacement no folder has the name: `recover` repairs a crash there.
     """
     sync_to_disk(temporary)
     previous = target.with_name(f".{target.name}{PREVIOUS}")
@@ -106,9 +106,9 @@ def put_in_place(temporary: Path, target: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder, or a file or link in its place; nothing is done where there is none.
+    """Remove a folder, or a file or link at that path; nothing is done where there is none.
 
-    It loses its name first: half a folder is never found under a name that means something.
+    It is renamed first: a partly removed folder never has a meaningful name.
     """
     if not os.path.lexists(path):
         return
@@ -126,34 +126,34 @@ def remove_folder(path: Path) -> None:
 
 
 def recover(folder: Path) -> list[str]:
-    """Finish or undo replacements that a crash cut in two; what was done, for people."""
-    told = []
+    """Finish or undo replacements that a crash interrupted; return a line about each, for people."""
+    lines = []
     for previous in sorted(folder.glob(f".*{PREVIOUS}")):
         target = previous.with_name(previous.name[1 : -len(PREVIOUS)])
         if target.exists():
             remove_folder(previous)
-            told.append(f"{previous} was replaced by {target.name}; removed")
+            lines.append(f"{previous} was replaced by {target.name}; removed")
         else:
             move(previous, target)
-            told.append(f"{target} was about to be replaced; put back")
-    return told
+            lines.append(f"{target} was about to be replaced; put back")
+    return lines
 
 
 def clean_leftovers(folder: Path) -> list[str]:
-    """Remove what a start before this one has not finished writing or removing; what was found, for people.
+    """Remove what an earlier start did not finish writing or removing; return a line about each, for people.
 
-    For the one process that holds the run folder. OSError when something cannot be removed.
+    Only the process that holds the run folder may call it. Raises OSError when something cannot be removed.
     """
-    told = []
+    lines = []
     for place in places(folder):
-        told += recover(place)
+        lines += recover(place)
         for path in sorted(place.iterdir()):
             if is_leftover(path.name):
                 remove_folder(path)
-                told.append(f"{path} was not finished; removed")
-    return told
+                lines.append(f"{path} was not finished; removed")
+    return lines
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file or folder of this name is one that only an unfinished save or removal leaves."""
+    """Return whether a file or folder of this name is one that only an unfinished save or removal leaves."""
     return LEFTOVER.fullmatch(name) is not None

@@ -1,4 +1,4 @@
-"""What saving takes and what the disk has: known before the first step, and said when a save fails."""
+"""Disk space: bytes that saves need and bytes that are free, checked before the first step and reported when a save fails."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from trainer.distributed.world import World
 from trainer.errors import NO_WRITING, SaveError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""Errors that only writing has, and that come without the name of the file."""
+"""Errors that only writing raises, and that come without the name of the file."""
 ADVICE = "Free space, lower checkpoint.keep, or use another output_dir"
 
 
 @dataclass(frozen=True)
 class SpaceNeeded:
-    """What the saves of a run take, in bytes."""
+    """Bytes that the saves of a run need."""
 
     folder: Path
     checkpoint: int
     final: int
-    largest: int  # of all files
+    largest: int  # bytes of the largest single file
     keep: int
 
     def __str__(self) -> str:
@@ -41,13 +41,14 @@ class SpaceNeeded:
 
     @property
     def in_the_long_run(self) -> int:
-        """What stands on the disk at most: checkpoints that are kept, one being written, and final/."""
+        """Return the most bytes on disk at any time: the checkpoints that are kept, one being written, and final/."""
         return (self.keep + 1) * self.checkpoint + self.final
 
 
 def checkpoint_bytes(parameters: Mapping[str, Tensor], world: World, others: int = 0) -> tuple[int, int]:
-    """Bytes of the next checkpoint in all, and of its largest file: weights and two moments with their headers and layouts, exact,
-    and `others`, the files that rank 0 writes beside them. Collective.
+    """Return the bytes of the next checkpoint in all, and of its largest file. Collective.
+
+    Exact for weights and two moments with their headers and layouts. `others`: bytes of the files that rank 0 writes beside them.
     """
     own = shard_bytes(parameters, world)
     answers = world.gather_json(own)
@@ -55,7 +56,7 @@ def checkpoint_bytes(parameters: Mapping[str, Tensor], world: World, others: int
 
 
 def shard_bytes(parameters: Mapping[str, Tensor], world: World) -> tuple[int, int]:
-    """Of this rank's safetensors file and of its JSON, as soon as there are moments."""
+    """Return the bytes of this rank's safetensors file and of its JSON layout, both moments included."""
     tensors = {name: p.detach() for name, p in parameters.items() if is_first_copy(p, world.rank)}
     plan = plan_shard({prefix + name: t for prefix in (WEIGHTS, *(f"{m}/" for m in MOMENTS)) for name, t in tensors.items()})
     data = plan.places[-1].end if plan.places else 0
@@ -63,24 +64,24 @@ def shard_bytes(parameters: Mapping[str, Tensor], world: World) -> tuple[int, in
 
 
 def final_bytes(files: Iterable[tuple[str, dict[str, Entry]]]) -> tuple[int, int]:
-    """Of the weight files of final/ in all, and of the largest; exact."""
+    """Return the bytes of all weight files of final/, and of the largest; exact."""
     sizes = [file_bytes(entries) for _, entries in files]
     return sum(sizes), max(sizes, default=0)
 
 
 def file_bytes(entries: dict[str, Entry]) -> int:
-    """Of one safetensors file; exact."""
+    """Return the bytes of one safetensors file; exact."""
     return len(header(entries, file_order(entries))) + sum(entry.num_bytes for entry in entries.values())
 
 
 def free_bytes(folder: Path) -> int:
-    """What this user may still write to the file system of `folder`, under a quota where the system shows one there."""
+    """Return the bytes that this user may still write to the file system of `folder`, under a quota where the system shows one."""
     found = os.statvfs(folder)
     return found.f_bavail * found.f_frsize
 
 
 def describe_shortage(folder: Path, needed: int, spent: int = 0) -> str:
-    """For people: what a save takes, what there is, and what is missing. `spent`: bytes it has written already."""
+    """Describe for people what a save needs, what is free and what is missing. `spent`: bytes that the save has written already."""
     try:
         free = free_bytes(folder) + spent
     except OSError as error:
@@ -90,7 +91,7 @@ def describe_shortage(folder: Path, needed: int, spent: int = 0) -> str:
 
 
 def written_bytes(folder: Path) -> int:
-    """What a save that failed has put into its folder."""
+    """Return the bytes that a failed save has written into its folder; 0 when the folder cannot be read."""
     try:
         return sum(path.stat().st_size for path in folder.iterdir())
     except OSError:
@@ -98,7 +99,10 @@ def written_bytes(folder: Path) -> int:
 
 
 def prove_room(room: SpaceNeeded, world: World) -> None:
-    """SaveError on every rank when the next checkpoint and final/ do not fit. Collective."""
+    """Check that the next checkpoint and final/ fit on the disk and in the file size limit. Collective.
+
+    Raises SaveError on every rank when they do not.
+    """
     problem = ""
     if world.is_main:
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
@@ -129,18 +133,18 @@ def as_save_error(error: BaseException, folder: Path, room: SpaceNeeded | None) 
 
 
 def warn_if_next_save_will_not_fit(room: SpaceNeeded) -> str:
-    """After a save: what to tell when the next one does not fit; "" when it does."""
+    """Return a warning when the next checkpoint does not fit after a save; "" when it does."""
     try:
         free = free_bytes(room.folder)
     except OSError:
-        return ""  # the next save will say why
+        return ""  # the next save will report the error
     if free >= room.checkpoint:
         return ""
     return f"THE NEXT CHECKPOINT DOES NOT FIT and will end the run. {describe_shortage(room.folder, room.checkpoint)}"
 
 
 def size(count: float, digits: int = 1) -> str:
-    """Bytes for people, never fewer than there are when it is said that they are missing."""
+    """Return bytes in readable units, rounded up, so that a shortage is never understated."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= scale:
             return f"{math.ceil(count * 10**digits / scale) / 10**digits:,.{digits}f} {unit}"

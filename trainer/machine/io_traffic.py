@@ -1,4 +1,4 @@
-"""Bytes that this process reads and writes, as a sign that a long phase goes on: files that are opened, weights, downloads."""
+"""Bytes that this process reads and writes, as a sign of progress in a long phase: opening files, loading weights, downloads."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from pathlib import Path
 
 COUNTERS = Path("/proc/self/io")
 STEP = 1 << 24
-"""Bytes that are a sign of life; what the threads of a rank read and write beside its work is a thousandth of it in a minute."""
+"""Bytes that count as a sign of progress; what the threads of a rank read and write beside its work is a thousandth of it in a
+minute."""
 COUNTED = ("rchar", "wchar", "read_bytes")
-"""By calls, from a cache too, and from a disk, by mapped files too."""
+"""Counters of /proc/self/io: bytes of read and write calls, cached ones included, and bytes read from a disk, by mapped files too.
+"""
 
 
 def traffic() -> int:
-    """How often STEP bytes have passed since the process began. Where the system does not tell, it grows with time: no phase that
-    is judged by it is then found to hang.
+    """Return how many times STEP bytes have been read or written since the process began.
+
+    Where the system does not count them, the result grows with time: then no phase that is judged by it is found to hang.
     """
     try:
         facts = dict(line.split(": ") for line in COUNTERS.read_text().splitlines())

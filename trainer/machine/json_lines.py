@@ -1,4 +1,4 @@
-"""Files of a run folder with one JSON object per line, written at their end: what is sound of them, and what is not."""
+"""Files of a run folder with one JSON object per line, appended at the end: reading the valid lines and reporting the others."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 def read_lines(path: Path, fields: Mapping[str, type]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Lines that are objects with `fields`; and of each other one, for people, where it stands and why it is none.
+    """Return the lines that are objects with `fields`, and a message for each invalid line: where it is and what is wrong.
 
-    What a crash or a power cut leaves, half a line at the end or zeros, is in neither: nothing that was relied on stood there. A
-    file that is not there has no lines.
+    What a crash or a power cut leaves, half a line at the end or zero bytes, is in neither list: nothing relied on it. A missing
+    file has no lines.
     """
     try:
         *lines, _ = path.read_bytes().split(b"\n")
@@ -30,7 +30,7 @@ def read_lines(path: Path, fields: Mapping[str, type]) -> tuple[list[dict[str, A
 
 
 def read_sound(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
-    """The same of a file that nothing depends on: people are told what is left out."""
+    """Return the valid lines of a file that nothing depends on; print a message for each invalid line."""
     rows, problems = read_lines(path, fields)
     for problem in problems:
         print(f"left out: {problem}", flush=True)
@@ -38,7 +38,7 @@ def read_sound(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
 
 
 def _row(line: bytes, fields: Mapping[str, type]) -> dict[str, Any]:
-    """ValueError where the line is not what was written."""
+    """Parse a line. Raises ValueError where it is not an object with `fields`."""
     try:
         row = json.loads(line.decode())
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What memory a process takes and what there is: of the GPU, or of the machine where there is none."""
+"""Memory that a process uses and that is available: of the GPU, or of the machine where there is none."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ CGROUP_FILES = (
     ("memory.max", "memory.current", "memory.stat"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
 )
-"""Limit, use and what it is made of, in the second version of control groups and in the first."""
+"""Files with the limit, the use and its breakdown, in version 2 of control groups and in version 1."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes."""
+    """Memory of this process and of its device, in bytes."""
 
-    now: int  # taken by this process
+    now: int  # used by this process
     peak: int  # the most since `reset_peak`
-    free: int  # what this process could take beyond `now`
-    total: int  # of the device, or what the machine grants
+    free: int  # what this process could use beyond `now`
+    total: int  # of the device, or of the machine or container
 
 
 def reset_peak(device: torch.device) -> None:
-    """From now on `usage` tells the peak anew, where the system can."""
+    """Reset the peak that `usage` reports, where the system supports that."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
-        with suppress(OSError):  # a sandbox that forbids it: the peak is that of the whole process then, which is no less
+        with suppress(OSError):  # a sandbox may forbid it: the peak is then that of the whole process, which is no less
             CLEAR.write_text("5")  # resets VmHWM
 
 
 def usage(device: torch.device) -> Usage:
-    """Of this process on `device`. On CUDA a host sync."""
+    """Return the memory use of this process on `device`. On CUDA a host sync."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         now = torch.cuda.memory_allocated(device)
@@ -54,12 +54,12 @@ def usage(device: torch.device) -> Usage:
 
 
 def available_bytes() -> int:
-    """Host memory that this process could still get; as much as one likes where the system does not say."""
+    """Return the host memory that this process could still get; a huge number where the system does not tell."""
     return usage(torch.device("cpu")).free or 1 << 62
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes that one process may take of `device` when it is alone there; 0 where there is none, or the system does not tell."""
+    """Return the bytes of `device` that one process alone there may use; 0 without a device, or where the system does not tell."""
     if device.type == "cuda" and not torch.cuda.is_available():
         return 0
     if device.type == "cuda":
@@ -68,7 +68,7 @@ def total_memory(device: torch.device) -> int:
 
 
 def cgroup_limit(folder: Path = CGROUP) -> tuple[int, int] | None:
-    """What a container may still take, and what it may take in all; None without a limit. Cached files count as free."""
+    """Return (bytes a container may still take, bytes it may take in all); None without a limit. Cached files count as free."""
     for names in CGROUP_FILES:
         try:
             limit, taken, counts = ((folder / name).read_text() for name in names)
@@ -83,7 +83,7 @@ def cgroup_limit(folder: Path = CGROUP) -> tuple[int, int] | None:
 
 
 def _kib(path: Path) -> dict[str, int]:
-    """The lines of a file of /proc that are counted in kB, in bytes."""
+    """Return the lines of a file of /proc that are in kB, by name, converted to bytes."""
     try:
         lines = path.read_text().splitlines()
     except OSError:

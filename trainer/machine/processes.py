@@ -1,4 +1,4 @@
-"""Other processes of this machine: whether they live, and how one is made to show where it stands and to end."""
+"""Other processes of this machine: their state, and a way to make one write its stacks and end."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ GONE, DEFUNCT, HALTED, RUNNING = "gone", "defunct", "stopped", "running"
 
 @dataclass(frozen=True)
 class Process:
-    """A process that is known again for sure: numbers are used anew, and several containers may have the same host name."""
+    """Identity of a process that is never mistaken for another: pids are reused, and containers may share a host name."""
 
     host: str
-    machine: str  # its boot and its space of process numbers
+    machine: str  # boot id and pid namespace
     pid: int
-    started: str  # clock ticks after the boot
+    started: str  # start time in clock ticks since the boot
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     def state(self) -> str | None:
-        """GONE, DEFUNCT (ended, not yet waited for), HALTED (SIGSTOP, or a debugger) or RUNNING; None on another machine."""
+        """Return GONE, DEFUNCT (ended, not yet waited for), HALTED (SIGSTOP, or a debugger) or RUNNING; None on another machine."""
         if self.machine != machine():
             return None
         letter, started = _stat(self.pid)
@@ -36,10 +36,12 @@ class Process:
 
 
 def myself() -> Process:
+    """Return the identity of this process."""
     return Process(socket.gethostname(), machine(), os.getpid(), _stat(os.getpid())[1])
 
 
 def machine() -> str:
+    """Return an identifier of the running boot and the pid namespace, or the host name where the system does not tell."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -47,7 +49,7 @@ def machine() -> str:
 
 
 def _stat(pid: int) -> tuple[str, str]:
-    """State and start time from /proc; ("", "") when there is no such process. Without /proc the state is "?"."""
+    """Return state and start time from /proc; ("", "") when there is no such process. Without /proc the state is "?"."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return fields[0], fields[19]
@@ -63,23 +65,26 @@ def _stat(pid: int) -> tuple[str, str]:
 
 
 def show_and_end(process: Process, seconds: float = 4.0) -> None:
-    """Wake a process, so that it leaves by itself; else have it write its stacks (`trainer.faults.stack_dumps`) and kill it."""
+    """Wake a process, so that it leaves by itself; else have it write its stacks (`trainer.faults.stack_dumps`), then kill it.
+
+    Waits `seconds` at most. Nothing is done to this process, to an ended one or to one on another machine.
+    """
     if process.state() in (None, GONE, DEFUNCT) or process.pid == os.getpid():
         return
     try:
         os.kill(process.pid, signal.SIGCONT)
-        if _left(process, seconds / 2):
+        if _has_ended(process, seconds / 2):
             return
-        # Not before: while other threads run, an interpreter that writes down their stacks from a signal may crash.
+        # Not earlier: an interpreter that dumps stacks from a signal handler while other threads run may crash.
         os.kill(process.pid, signal.SIGUSR2)
-        if not _left(process, seconds / 2):
+        if not _has_ended(process, seconds / 2):
             os.kill(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         return
 
 
-def _left(process: Process, seconds: float) -> bool:
-    """Whether it ends in that time."""
+def _has_ended(process: Process, seconds: float) -> bool:
+    """Return whether a process ends within `seconds`."""
     end = time.monotonic() + seconds
     while process.state() not in (GONE, DEFUNCT):
         if time.monotonic() > end:

@@ -1,4 +1,4 @@
-"""What stands in a run folder, by name: each is a file or a folder of ours, and nothing else may have its name."""
+"""Names that a run folder uses: each is a file or a folder of this trainer, and nothing else may have that name."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ FILES = (
     ),
 )
 NUMBERED = re.compile(r"checkpoint-\d+|\d\d-[a-z0-9_-]+")
-"""Checkpoints, and the folders of stages."""
+"""Names of checkpoints and of the folders of stages."""
 
 
 def check_names(folder: Path) -> None:
-    """SaveError, with the path, where a file stands that is to be a folder, or the other way round."""
+    """Check that no file has the name of a folder of the run, nor the other way round. Raises SaveError with the path otherwise."""
     for place in {folder, folder / "stages", *places(folder)}:
         found = {name for name in os.listdir(place) if NUMBERED.fullmatch(name)} if place.is_dir() else set()
         for name in (*FOLDERS, *sorted(found)):

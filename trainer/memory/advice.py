@@ -1,4 +1,4 @@
-"""What would make a run fit: other settings, each with the memory that it takes, as the simulation has it."""
+"""Advice for a run that does not fit: other settings, each with the simulated memory that it needs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RECOMPUTES = "parallel.activation_checkpointing = 'full'"
 
 @dataclass(frozen=True)
 class Change:
-    """Settings in place of those of the run, and what a rank takes with them."""
+    """Settings in place of those of the run, and the memory that a rank needs with them."""
 
     settings: str
     needed: Footprint
@@ -31,7 +31,7 @@ class Change:
 
 @dataclass(frozen=True)
 class MemoryScenario:
-    """The heaviest micro-batch and how it came about: what a smaller one is cut from."""
+    """The heaviest micro-batch of a run with all that its memory depends on: smaller micro-batches are cut from it."""
 
     config: RunConfig
     card: ModelCard
@@ -40,11 +40,14 @@ class MemoryScenario:
     num_micro_batches: int
 
     def batch(self, count: int | None = None) -> Batch:
-        """Of the first `count` samples, which are the longest; None: of all."""
+        """Collate the first `count` samples, which are the longest ones; None: all of them."""
         return (collate_packed if self.config.data.packing else collate)(self.samples[:count], self.card.pad_id)
 
     def needed(self, count: int | None = None, **changes: Any) -> Footprint:
-        """With `count` samples, and `changes` of [parallel]."""
+        """Simulate the memory with the first `count` samples and the given [parallel] overrides, in bytes of one rank.
+
+        Raises ConfigError where the model cannot be simulated.
+        """
         parallel = replace(self.config.parallel, **changes)
         micros = self.num_micro_batches
         if count is not None and not self.config.data.packing:
@@ -53,7 +56,7 @@ class MemoryScenario:
 
 
 def advice(heavy: MemoryScenario, limit: Callable[[Footprint], float]) -> str:
-    """What to set so that a rank takes at most `limit(what it takes now, as simulated)` bytes, for people."""
+    """Describe for people which settings make a rank need at most `limit(its simulated memory now)` bytes."""
     try:
         now = heavy.needed()
     except ConfigError as error:
@@ -67,11 +70,12 @@ def advice(heavy: MemoryScenario, limit: Callable[[Footprint], float]) -> str:
 
 
 def describe(change: Change) -> str:
+    """Describe a change for people: its settings and the memory that it needs."""
     return f"{change.settings} ({size(change.needed.total, 2)})"
 
 
 def fitting(heavy: MemoryScenario, allowed: float) -> Iterator[Change]:
-    """Changes that take no more than `allowed`; those that leave the training's numbers as they are come first."""
+    """Yield the changes that need at most `allowed` bytes; those that do not alter the numbers of training come first."""
     for change in (smaller(heavy, allowed), *other_settings(heavy)):
         if change is not None and change.needed.total <= allowed:
             yield change
@@ -85,7 +89,10 @@ def fitting(heavy: MemoryScenario, allowed: float) -> Iterator[Change]:
 
 
 def smaller(heavy: MemoryScenario, allowed: float, **changes: Any) -> Change | None:
-    """The most samples of the heaviest micro-batch that fit, by bisection; None where not even one does, or all were one."""
+    """Return the largest micro-batch below the heaviest one that fits, by bisection; None when no smaller one can be set or fits.
+
+    It consists of the first samples of the heaviest. `changes`: overrides of [parallel].
+    """
     low, high, best = fewest(heavy), len(heavy.samples) - 1, None
     while low <= high:
         middle = (low + high) // 2
@@ -94,11 +101,11 @@ def smaller(heavy: MemoryScenario, allowed: float, **changes: Any) -> Change | N
             best, low = (middle, needed), middle + 1
         else:
             high = middle - 1
-    return None if best is None else Change(_size(heavy, best[0]), best[1])
+    return None if best is None else Change(_size_setting(heavy, best[0]), best[1])
 
 
 def fewest(heavy: MemoryScenario) -> int:
-    """Samples of the smallest micro-batch that may be set: a packed one is filled up to data.max_length tokens at least."""
+    """Return the fewest samples that a micro-batch may have: a packed one is filled up to at least data.max_length tokens."""
     if not heavy.config.data.packing:
         return 1
     counts = range(2, len(heavy.samples) + 1)
@@ -106,17 +113,19 @@ def fewest(heavy: MemoryScenario) -> int:
 
 
 def _tokens(heavy: MemoryScenario, count: int) -> int:
+    """Return the tokens of the first `count` samples."""
     return sum(len(sample.input_ids) for sample in heavy.samples[:count])
 
 
-def _size(heavy: MemoryScenario, count: int) -> str:
+def _size_setting(heavy: MemoryScenario, count: int) -> str:
+    """Return the setting that limits a micro-batch to `count` samples."""
     if heavy.config.data.packing:
         return f"batch.micro_batch_tokens = {max(_tokens(heavy, count), heavy.config.data.max_length)}"
     return f"batch.micro_batch_size = {count}"
 
 
 def other_settings(heavy: MemoryScenario) -> Iterator[Change]:
-    """Changes of [parallel] that leave the numbers as they are."""
+    """Yield changes of [parallel] that do not alter the numbers of training."""
     parallel = heavy.config.parallel
     if parallel.activation_checkpointing == "none":
         yield Change(RECOMPUTES, heavy.needed(activation_checkpointing="full"))
@@ -128,7 +137,10 @@ def other_settings(heavy: MemoryScenario) -> Iterator[Change]:
 
 
 def with_lora(heavy: MemoryScenario) -> Change | None:
-    """Adapters in place of the whole language model: another training, which needs no moments of all weights."""
+    """Return the change to adapters in place of the whole language model; None where it does not apply.
+
+    It is another training, which needs no moments of all weights.
+    """
     model = heavy.card.model
     if model.llm.tune != "full":
         return None
@@ -140,7 +152,10 @@ def with_lora(heavy: MemoryScenario) -> Change | None:
 
 
 def with_four_bits(heavy: MemoryScenario) -> Change | None:
-    """The language model's matrices quantised, where they do not learn: another training as well."""
+    """Return the change to a language model quantised to 4 bits; None where it learns, is quantised already or cannot be.
+
+    It is another training as well.
+    """
     if heavy.card.model.llm.tune == "full" or heavy.card.quantize.bits != 16:
         return None
     try:
@@ -151,12 +166,12 @@ def with_four_bits(heavy: MemoryScenario) -> Change | None:
 
 
 def least_change(heavy: MemoryScenario) -> Change:
-    """Of all changes and what they come to together, the one that takes least."""
+    """Return the change, or combination of changes, that needs the least memory."""
     found, least = [Change("the run as it is", heavy.needed()), *other_settings(heavy)], fewest(heavy)
     if least < len(heavy.samples):
-        found.append(Change(_size(heavy, least), heavy.needed(least)))
+        found.append(Change(_size_setting(heavy, least), heavy.needed(least)))
         if heavy.config.parallel.activation_checkpointing == "none":
-            settings = f"{_size(heavy, least)} with {RECOMPUTES}"
+            settings = f"{_size_setting(heavy, least)} with {RECOMPUTES}"
             found.append(Change(settings, heavy.needed(least, activation_checkpointing="full")))
     found += filter(None, [with_lora(heavy), with_four_bits(heavy)])
     return min(found, key=lambda change: change.needed.total)

@@ -1,4 +1,4 @@
-"""Bytes of the weight files that a run will write, to the byte, from the model's structure alone."""
+"""Sizes of the weight files that a run will write, exact to the byte, computed from the model's structure alone."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from trainer.memory.footprint import local_numel
 
 
 def checkpoint_bytes(model: MultimodalLM, ways: int, num_ranks: int) -> int:
-    """Of all shards of a checkpoint after the first update, where `ways` of `num_ranks` ranks share a copy by rows; 1: each has its
-    own.
+    """Return the bytes of all shards of a checkpoint after the first update.
+
+    `ways`: number of the `num_ranks` ranks that share one copy by rows; 1: every rank has its own.
     """
     return sum(_shard_bytes(model, ways, rank) for rank in range(num_ranks))
 
 
 def _shard_bytes(model: MultimodalLM, ways: int, rank: int) -> int:
-    """Of the shard of one rank: of several copies the first is written."""
+    """Return the bytes of the shard of one rank: of several copies the first is written."""
     entries: dict[str, Entry] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad or rank >= ways:
@@ -36,5 +37,5 @@ def _shard_bytes(model: MultimodalLM, ways: int, rank: int) -> int:
 
 
 def final_bytes(model: MultimodalLM, card: ModelCard) -> int:
-    """Of the weights in final/, without what an earlier run trained and this one only passes on."""
+    """Return the bytes of the weights in final/, without those that an earlier run trained and this one only passes on."""
     return disk_space.final_bytes(weight_files_of(model, card))[0]

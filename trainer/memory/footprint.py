@@ -1,4 +1,4 @@
-"""What a run takes of every rank's memory, from its structure alone: exact for what it holds, simulated for what it computes."""
+"""Memory of every rank of a run, from the model's structure alone: exact for what is stored, simulated for what is computed."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from trainer.config import ParallelConfig
 from trainer.distributed.parallelize import block_owner, cast_for_compute, checkpoint_activations, has_blocks
 from trainer.memory.simulate import Live, live_bytes
 
-MASTER = 4  # bytes of a number that learns, of its gradient and of each of its two moments: all float32
-STEP = 4  # bytes of an optimizer's count of updates, one per parameter
+MASTER = 4  # bytes of a trained number, of its gradient and of each of its two moments: all float32
+STEP = 4  # bytes of the optimizer's count of updates, one per parameter
 
 
 @dataclass(frozen=True)
 class Holding:
-    """Bytes of one part on the rank that holds most of it: the first."""
+    """Bytes of one part of the model on the rank that holds most of it: the first rank."""
 
     part: str
-    weights: int  # float32 where they learn, else in the model's dtype, or quantised
+    weights: int  # float32 where they are trained, else in the model's dtype, or quantised
     gradients: int
     optimizer: int
     buffers: int = 0
@@ -38,37 +38,42 @@ class Footprint:
     """Bytes of one rank in the step of its heaviest micro-batch."""
 
     holdings: tuple[Holding, ...]
-    activations: int  # at most at one time, with copies made for computing
-    gathered: int  # what sharding makes whole for a while: weights and gradients of the blocks that compute
-    unsummed: int  # whole gradients of micro-batches before the last, where sharded ones are summed at the end only
+    activations: int  # peak, including copies made for computing
+    gathered: int  # what sharding gathers for a while: whole weights and gradients of the blocks that compute
+    unsummed: int  # whole gradients before the last micro-batch, where sharding reduces them only there
 
     @property
     def weights(self) -> int:
+        """Return the bytes of weights and buffers."""
         return sum(part.weights + part.buffers for part in self.holdings)
 
     @property
     def gradients(self) -> int:
+        """Return the bytes of gradients that this rank holds."""
         return sum(part.gradients for part in self.holdings)
 
     @property
     def optimizer(self) -> int:
+        """Return the bytes of the optimizer's state."""
         return sum(part.optimizer for part in self.holdings)
 
     @property
     def total(self) -> int:
+        """Return the bytes of everything together."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.gathered + self.unsummed
 
 
 def sharing_ranks(config: ParallelConfig, num_ranks: int) -> int:
-    """Ranks that share one copy of the weights; 1: every rank has its own."""
+    """Return the number of ranks that share one copy of the weights; 1: every rank has its own."""
     if config.strategy == "ddp" or num_ranks == 1:
         return 1
     return config.shard_size if config.strategy == "hsdp" else num_ranks
 
 
 def footprint(card: ModelCard, config: ParallelConfig, num_ranks: int, batch: Batch, num_micro_batches: int) -> Footprint:
-    """Of a model whose `batch` is on any device: only its shapes count. No weight is read. ConfigError where some operation of
-    the model cannot run without values.
+    """Compute the footprint of a model on one `batch`, which may be on any device: only its shapes count. No weight is read.
+
+    Raises ConfigError where some operation of the model cannot run without values.
     """
     ways = sharing_ranks(config, num_ranks)
     model = on_meta(card, config, computes=ways > 1)
@@ -84,19 +89,21 @@ def footprint(card: ModelCard, config: ParallelConfig, num_ranks: int, batch: Ba
         unsummed = sum(p.numel() * MASTER for p in model.parameters() if p.requires_grad)
     activations = live.activations
     if num_ranks == 1 and num_micro_batches == 1:
-        # Gradients come as activations go; DDP, and every later micro-batch, has all of them from the start.
+        # Gradients appear as activations are freed; with DDP, and from the second micro-batch on, all exist from the start.
         activations = live.with_gradients - sum(part.gradients for part in held)
     return Footprint(held, activations, gathers, unsummed)
 
 
 def on_meta(card: ModelCard, config: ParallelConfig, *, computes: bool) -> MultimodalLM:
-    """The model as `trainer.setup.build` makes it, without values. `computes`: what learns is in the type that is computed in, as
-    sharding gathers it; else it is float32 and cast where it is used.
+    """Build the model as `trainer.setup.build` makes it, on the meta device.
+
+    `computes`: trained weights have the dtype of computation, as sharding gathers them; else they are float32 and cast where they
+    are used.
     """
     model = assemble(card, DTYPES[card.model.dtype])
     if config.activation_checkpointing == "full":
         checkpoint_activations(model)
-    made: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay one
+    made: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay tied
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None and p.is_floating_point() and (computes or not p.requires_grad):
@@ -111,7 +118,7 @@ def on_meta(card: ModelCard, config: ParallelConfig, *, computes: bool) -> Multi
 
 
 def holdings(model: MultimodalLM, card: ModelCard, ways: int) -> list[Holding]:
-    """Of every part, on the first of `ways` ranks that share a copy by rows: what learns as its float32 masters."""
+    """Return what the first of `ways` ranks that share a copy by rows holds of every part. Trained weights are float32 masters."""
     found = []
     for name in card.model.parts():
         part = model.get_submodule(name)
@@ -124,7 +131,7 @@ def holdings(model: MultimodalLM, card: ModelCard, ways: int) -> list[Holding]:
 
 
 def local_numel(parameter: Tensor, ways: int, rank: int = 0) -> int:
-    """Numbers of `parameter` on one of `ways` ranks that share it by rows: equally many each, the last ones what is left."""
+    """Return the numbers of `parameter` on one of `ways` ranks that share it by rows: equal chunks, the last ranks what is left."""
     if ways == 1 or not parameter.dim():
         return parameter.numel()
     chunk = -(-parameter.shape[0] // ways)
@@ -133,7 +140,7 @@ def local_numel(parameter: Tensor, ways: int, rank: int = 0) -> int:
 
 
 def simulated(model: MultimodalLM, batch: Batch) -> Live:
-    """Bytes that forward and backward of `batch` hold at a time, without computing."""
+    """Simulate forward and backward of `batch` without computing; return the bytes that they hold at one time, with the batch."""
     here = batch.to(torch.device("meta"))
     known = [value for value in vars(here).values() if isinstance(value, Tensor)]
     known += [value for media in here.media.values() for value in vars(media).values() if isinstance(value, Tensor)]
@@ -148,8 +155,11 @@ def simulated(model: MultimodalLM, batch: Batch) -> Live:
 
 
 def gathered_bytes(model: MultimodalLM, config: ParallelConfig) -> int:
-    """What one rank holds of whole blocks at most: embedding, head and projectors throughout, and the two largest blocks, as the
-    next one is gathered while one computes; of what learns also its gradient and that in float32 on the way to its owner.
+    """Return the most bytes of whole weights and gradients that one rank holds under sharding.
+
+    Embedding, head and projectors are whole all the time, and the two largest blocks, as the next block is gathered while one
+    computes; all blocks without parallel.reshard_after_forward. Trained blocks add their gradient, and that gradient in float32 on
+    the way to its owner.
     """
     units = {name: list(blocks(block_owner(model, name))) for name, _ in model.named_children() if has_blocks(model, name)}
     inside = {id(p) for unit in units.values() for block in unit for p in block.parameters()}
@@ -162,4 +172,5 @@ def gathered_bytes(model: MultimodalLM, config: ParallelConfig) -> int:
 
 
 def _whole(module: nn.Module) -> int:
+    """Return the bytes of all parameters of a module, unsharded."""
     return sum(p.numel() * p.itemsize for p in module.parameters())

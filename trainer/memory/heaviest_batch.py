@@ -1,4 +1,4 @@
-"""Which micro-batch of an epoch takes the most memory: found from planned lengths, before anything is read."""
+"""Search for the micro-batch of an epoch that needs the most memory, from planned lengths, before any sample is read."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from data.records.record import RecordError
 from data.sample import Sample
 
 CANDIDATES = 32
-"""Packed steps that are dealt out in search of the heaviest micro-batch. Nearly all are filled up to the budget; they differ by
+"""Packed steps whose micro-batches are formed in search of the heaviest. Nearly all are filled up to the budget; they differ by
 their media."""
-_TOGETHER = 1 << 20  # samples whose steps are dealt in one go
+_CHUNK_SAMPLES = 1 << 20  # samples whose steps are evaluated at once
 
 
 @dataclass(frozen=True)
 class Heaviest:
-    """A micro-batch of one rank; the same for all ranks, so that none is surprised by what falls to another."""
+    """A micro-batch of one rank. It is rehearsed on all ranks, as any rank may receive one as heavy."""
 
     step: int  # 0-based, which optimizer step it belongs to
     ids: np.ndarray  # its samples
@@ -32,10 +32,11 @@ class Heaviest:
 def find_heaviest(
     sampler: Sampler, plan: BatchPlan, media: np.ndarray, costs: np.ndarray | None, first: int, last: int
 ) -> Heaviest:
-    """The heaviest micro-batch over all ranks in steps [first, last), of which those of the epoch that `first` is in count.
+    """Find the heaviest micro-batch over all ranks in steps [first, last), up to the end of the epoch that `first` is in.
 
-    `media` (N,): memory of the media of a sample in their encoders, in tokens; beside them a micro-batch takes its tokens, those of
-    padding too. `costs`: what packing deals by. A pure function of its arguments: every rank finds the same one.
+    `media` (N,): memory of the media of each sample in their encoders, in tokens; a micro-batch needs its tokens beside that,
+    padding included. `costs`: costs by which packing distributes samples. A pure function of its arguments: every rank finds the
+    same one.
     """
     epoch = first // sampler.steps_per_epoch
     last = min(last, (epoch + 1) * sampler.steps_per_epoch)
@@ -46,8 +47,8 @@ def find_heaviest(
 
 
 def _best_of_steps(sampler: Sampler, plan: BatchPlan, media: np.ndarray, first: int, last: int) -> Iterator[tuple[float, int]]:
-    """Cost and number of the step that holds the heaviest micro-batch, of one run of equally long steps after the other."""
-    whole = max(1, _TOGETHER // sampler.global_batch_size)
+    """Yield (cost, step) of the heaviest micro-batch of each group of equally long steps."""
+    whole = max(1, _CHUNK_SAMPLES // sampler.global_batch_size)
     for start in range(first, last, whole):
         steps = [sampler.step(step) for step in range(start, min(start + whole, last))]
         for size in sorted({len(ids) for ids in steps}):  # the last step of an epoch may be shorter
@@ -57,10 +58,10 @@ def _best_of_steps(sampler: Sampler, plan: BatchPlan, media: np.ndarray, first: 
 
 
 def _step_costs(ids: np.ndarray, lengths: np.ndarray, plan: BatchPlan, media: np.ndarray) -> np.ndarray:
-    """(steps,) the most that a micro-batch of each step takes; ids (steps, n)."""
+    """Return (steps,) the memory cost of the heaviest micro-batch of each step; ids (steps, n)."""
     order = np.argsort(-lengths[ids].astype(np.int32), axis=1, kind="stable")
     ids = np.take_along_axis(ids, order, axis=1)
-    # Dealt out by their places, the longest first: where micro-batches begin depends on nothing but how many there are.
+    # Positions are dealt, the longest sample first: where micro-batches begin depends only on the number of samples.
     places = np.arange(ids.shape[1])
     dealt = [micro for rank in plan.deal(places, np.zeros_like(places)) for micro in rank if len(micro)]
     spent = np.concatenate([np.zeros((len(ids), 1)), media[ids].cumsum(axis=1, dtype=np.float64)], axis=1)
@@ -73,7 +74,7 @@ def _step_costs(ids: np.ndarray, lengths: np.ndarray, plan: BatchPlan, media: np
 def _heaviest_packed(
     sampler: Sampler, plan: BatchPlan, media: np.ndarray, costs: np.ndarray | None, first: int, last: int
 ) -> Heaviest:
-    """Of the CANDIDATES steps whose micro-batches are the heaviest on average."""
+    """Return the heaviest micro-batch of the CANDIDATES steps whose micro-batches are the heaviest on average."""
     bound = np.empty(last - first)
     for step in range(first, last):
         ids = sampler.step(step)
@@ -85,7 +86,7 @@ def _heaviest_packed(
 
 
 def _exact(sampler: Sampler, plan: BatchPlan, media: np.ndarray, costs: np.ndarray | None, step: int) -> Heaviest:
-    """The heaviest micro-batch of one step, dealt out as training will."""
+    """Return the heaviest micro-batch of one step, distributed over ranks as in training."""
     dealt = plan.deal(sampler.step(step), sampler.lengths, costs)
     found = [(cost_of(micro, sampler.lengths, plan, media), micro) for rank in dealt for micro in rank]
     best = max(range(len(found)), key=lambda i: found[i][0])
@@ -93,7 +94,7 @@ def _exact(sampler: Sampler, plan: BatchPlan, media: np.ndarray, costs: np.ndarr
 
 
 def cost_of(ids: np.ndarray, lengths: np.ndarray, plan: BatchPlan, media: np.ndarray) -> float:
-    """Of one micro-batch, in tokens of the language model."""
+    """Return the memory cost of one micro-batch, in tokens of the language model."""
     if not len(ids):
         return 0.0
     tokens = lengths[ids].sum(dtype=np.int64) if plan.is_packed else len(ids) * int(lengths[ids].max())
@@ -101,13 +102,15 @@ def cost_of(ids: np.ndarray, lengths: np.ndarray, plan: BatchPlan, media: np.nda
 
 
 def read_samples(dataset: MultimodalDataset, ids: np.ndarray, is_packed: bool) -> list[Sample]:
-    """What the micro-batch is made of. What is bad, or longer than packing planned, is left out here, and told when a step meets
-    it.
+    """Read the samples of a micro-batch. Bad ones, and ones longer than packing planned, are left out here.
+
+    The step that meets such a sample reports it.
     """
     return [sample for i in ids if (sample := _sample(dataset, int(i), is_packed)) is not None]
 
 
 def _sample(dataset: MultimodalDataset, i: int, is_packed: bool) -> Sample | None:
+    """Read one sample; return None when it is bad, too long, or longer than packing planned."""
     try:
         item = dataset[i]
     except RecordError:

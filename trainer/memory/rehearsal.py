@@ -1,4 +1,4 @@
-"""Before the first step: the heaviest micro-batch runs forward and backward, so that a run that does not fit says so at once."""
+"""Rehearsal before the first step: the heaviest micro-batch runs forward and backward, so a run that does not fit ends at once."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ GIB = 2**30
 
 
 def rehearse(setup: PreparedRun, first_step: int) -> str:
-    """One line on how much memory the heaviest micro-batch of the epoch takes: of all ranks, where the least is left. Collective.
+    """Run the heaviest micro-batch of the epoch; return a line on the memory of the rank with the least headroom. Collective.
 
-    Forward and backward as in a step, with what accumulation keeps between two of them, and no update. Nothing else changes:
-    gradients are dropped, buffers and random generators are as before, and no record is quarantined for what it does here.
-    ConfigError, which names what would fit, when memory runs out, or when the optimizer's moments would not fit beside.
+    It runs forward and backward as in a step, with what accumulation keeps between two micro-batches, and no update. Nothing else
+    changes: gradients are dropped, buffers and random generators are restored, and no record is quarantined for what it does here.
+    Raises ConfigError, which names what would fit, when memory runs out or the optimizer's moments would not fit beside.
     """
     world, heaviest = setup.world, find(setup, first_step)
     samples = read_samples(setup.data.train, heaviest.ids, setup.batch_plan.is_packed)  # type: ignore[arg-type]
@@ -36,14 +36,14 @@ def rehearse(setup: PreparedRun, first_step: int) -> str:
     batch = heavy.batch()
     reset_peak(world.device)
     before = usage(world.device)
-    if not _runs(setup, batch, passes=min(heaviest.num_micro_batches, 2)):
-        raise ConfigError(_too_much(setup, heavy, before))
+    if not _fits_in_memory(setup, batch, passes=min(heaviest.num_micro_batches, 2)):
+        raise ConfigError(_out_of_memory_message(setup, heavy, before))
     mine = {**vars(usage(world.device)), "host": socket.gethostname(), "optimizer": moments_to_come(setup)}
     return _verdict(setup, heavy, world.gather_json(mine))  # collective
 
 
 def find(setup: PreparedRun, first_step: int) -> Heaviest:
-    """The heaviest micro-batch of the epoch that `first_step` is in. The same on every rank."""
+    """Find the heaviest micro-batch of the epoch that `first_step` is in. The result is the same on every rank."""
     config, train, plan = setup.config, setup.data.train, setup.batch_plan
     sampler: Sampler = setup.data.sampler  # type: ignore[assignment]
     media = media_memory(setup.model, train, config.parallel.activation_checkpointing != "none")  # type: ignore[arg-type]
@@ -51,15 +51,15 @@ def find(setup: PreparedRun, first_step: int) -> Heaviest:
     return find_heaviest(sampler, plan, media, costs, first_step, setup.total_steps)
 
 
-def _runs(setup: PreparedRun, batch: Batch, passes: int) -> bool:
-    """Whether there is memory for it. On return nothing of it is left."""
+def _fits_in_memory(setup: PreparedRun, batch: Batch, passes: int) -> bool:
+    """Run the passes; return whether memory sufficed. Nothing of the passes is left on return."""
     try:
-        _passes(setup, batch, passes)
+        _run_passes(setup, batch, passes)
         fits = True
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        fits = False  # the error holds frames, and those all activations: it must be gone before anything is freed
+        fits = False  # the error holds frames, which hold all activations: it must be gone before they can be freed
     for p in setup.model.parameters():
         p.grad = None
     if not fits:
@@ -69,7 +69,8 @@ def _runs(setup: PreparedRun, batch: Batch, passes: int) -> bool:
     return fits
 
 
-def _passes(setup: PreparedRun, batch: Batch, passes: int) -> None:
+def _run_passes(setup: PreparedRun, batch: Batch, passes: int) -> None:
+    """Run forward and backward `passes` times; restore buffers and random generators."""
     device = setup.world.device
     buffers = [(buffer, buffer.clone()) for buffer in setup.model.buffers()]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -85,12 +86,12 @@ def _passes(setup: PreparedRun, batch: Batch, passes: int) -> None:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """The allocator of the CPU has no error of its own."""
+    """Return whether an error means that memory ran out: the CPU allocator of torch has no exception class of its own."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: " in str(error)
 
 
-def _too_much(setup: PreparedRun, heavy: MemoryScenario, before: Usage) -> str:
-    """This rank is out of memory; others may wait for it, so nothing is asked of them here."""
+def _out_of_memory_message(setup: PreparedRun, heavy: MemoryScenario, before: Usage) -> str:
+    """Return the message of a rank that is out of memory. No collective: other ranks may still wait for this one."""
     optimizer = moments_to_come(setup)
     fits = advice(heavy, lambda now: min(now.weights + before.free, now.total - 1))
     return (
@@ -101,7 +102,7 @@ def _too_much(setup: PreparedRun, heavy: MemoryScenario, before: Usage) -> str:
 
 
 def _verdict(setup: PreparedRun, heavy: MemoryScenario, ranks: list[dict[str, Any]]) -> str:
-    """What to print. The same ConfigError on all ranks when what is left on one of them is less than nothing."""
+    """Return the line to print. Raises the same ConfigError on all ranks when one of them has negative headroom."""
     left = [_headroom(row, ranks, setup.world.device) for row in ranks]
     worst = min(range(len(ranks)), key=left.__getitem__)
     row = ranks[worst]
@@ -115,20 +116,20 @@ def _verdict(setup: PreparedRun, heavy: MemoryScenario, ranks: list[dict[str, An
 
 
 def moments_to_come(setup: PreparedRun) -> int:
-    """Bytes that the optimizer of this rank will take beside what it has: the first update makes its two moments."""
+    """Return the bytes that this rank's optimizer will allocate: the first update creates two moments of each parameter."""
     state = setup.trained.optimizer.state if setup.trained else {}
     new = [p for p in setup.model.parameters() if p.requires_grad and p not in state]
     return sum((p.to_local() if hasattr(p, "to_local") else p).numel() * 2 * MASTER for p in new)
 
 
 def _headroom(row: dict[str, Any], ranks: list[dict[str, Any]], device: torch.device) -> int:
-    """What is left of a rank's memory at the peak, the moments made. Ranks of one machine share that of the CPU."""
+    """Return the free memory of a rank at the peak, with the moments allocated. Ranks of one machine share the CPU's memory."""
     sharing = [row] if device.type == "cuda" else [other for other in ranks if other["host"] == row["host"]]
     return int(row["free"] - sum(other["peak"] - other["now"] + other["optimizer"] for other in sharing))
 
 
 def described(batch: Batch) -> str:
-    """A micro-batch in numbers, for people."""
+    """Describe a micro-batch in numbers, for people."""
     count = sum(i >= 0 for i in batch.sample_ids.tolist())
     rows, width = batch.input_ids.shape
     tokens = f"{width:,} packed tokens" if batch.segment_lengths is not None else f"{rows} x {width:,} tokens"
@@ -137,5 +138,5 @@ def described(batch: Batch) -> str:
 
 
 def gib(size: float) -> str:
-    """In GiB, small ones with more digits."""
+    """Format bytes in GiB, small values with more digits."""
     return f"{size / GIB:.1f}" if abs(size) >= GIB else f"{size / GIB:.3f}"

@@ -1,5 +1,6 @@
-"""What a sample costs in work, so that packed ranks can be given equal work, and in memory, so that the heaviest can be found:
-its tokens, and the encoders behind its media.
+"""Cost of a sample in work, to give packed ranks equal work, and in memory, to find the heaviest micro-batch.
+
+Both count the tokens of a sample and the encoders behind its media.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from trainer.distributed.parallelize import block_owner
 
 
 def sample_costs(model: MultimodalLM, config: ModelConfig, dataset: MultimodalDataset) -> np.ndarray:
-    """(N,) float32 work of each sample, in tokens of the language model: its length, plus what its media cost in their encoders.
+    """Return (N,) float32 work of each sample, in tokens of the language model: its length plus the work of its media in encoders.
 
-    Media count as the index does, before anything is decoded: balance needs no more. What grows with the square of a length is
-    left out, as it is small beside the rest at the lengths of one sample.
+    Media are counted as in the index, before anything is decoded: balancing needs no more precision. Terms that grow with the
+    square of a length are left out: they are small beside the rest at the lengths of one sample.
     """
 
     def share(part: str) -> float:
@@ -34,8 +35,9 @@ def sample_costs(model: MultimodalLM, config: ModelConfig, dataset: MultimodalDa
 
 
 def media_memory(model: MultimodalLM, dataset: MultimodalDataset, recomputes: bool) -> np.ndarray:
-    """(N,) float32 memory of the media of each sample in their encoders, in tokens of the language model; `recomputes`: blocks
-    are recomputed in backward. Beside them a sample takes its tokens.
+    """Return (N,) float32 memory of each sample's media in their encoders, in tokens of the language model.
+
+    `recomputes`: blocks are recomputed in backward. The tokens of the sample come on top.
     """
 
     def share(part: str) -> float:
@@ -45,7 +47,7 @@ def media_memory(model: MultimodalLM, dataset: MultimodalDataset, recomputes: bo
 
 
 def _media_costs(model: MultimodalLM, dataset: MultimodalDataset, share: Callable[[str], float]) -> np.ndarray:
-    """(N,) float32; `share` of an encoder: what one of its positions costs, in tokens of the language model."""
+    """Return (N,) float32 cost of each sample's media. `share(part)`: cost of one position of an encoder, in tokens of the LLM."""
     costs = np.zeros(len(dataset), dtype=np.float32)
     for kind, tokens in media_tokens(dataset.specs, dataset.config).items():
         if tokens:
@@ -58,8 +60,10 @@ def _media_costs(model: MultimodalLM, dataset: MultimodalDataset, share: Callabl
 
 
 def num_positions(encoder: nn.Module, spec: MediaSpec, tokens: int) -> float:
-    """Positions at which the blocks of `encoder` compute for a medium that takes `tokens` in the sequence: patches of every
-    size with what stands before them, however few tokens are made of them; every position of a window that silence fills.
+    """Return the positions at which the blocks of `encoder` compute for one medium that has `tokens` tokens in the sequence.
+
+    These are the patches of every scale with their prefix, however few tokens are made of them, or all positions of an audio
+    window, also where it is filled with silence. Raises TypeError when an encoder of pictures is no VisionTower.
     """
     if isinstance(spec, AudioSpec):
         in_window = sum(row_tokens(spec, MediaMeta(num_frames=spec.window_frames)))
@@ -72,7 +76,7 @@ def num_positions(encoder: nn.Module, spec: MediaSpec, tokens: int) -> float:
 
 
 def _position_work(model: MultimodalLM, config: ModelConfig, part: str) -> float:
-    """Operations per position: two per weight it meets in forward, two for the gradient of its input, two for the weights' own."""
+    """Return the operations per position: two per weight in forward, two for the input's gradient, two for the weights' own."""
     tune = config.parts()[part].tune
     return used_weights(blocks(block_owner(model, part)), _experts_of(model, part)) * (
         2.0 + 2.0 * _carries_gradient(model, part) + 2.0 * (tune == "full")
@@ -80,7 +84,7 @@ def _position_work(model: MultimodalLM, config: ModelConfig, part: str) -> float
 
 
 def used_weights(module: nn.Module, experts_per_token: int) -> float:
-    """Weights that one position meets: of the fused experts of a mixture only those it is sent to."""
+    """Return the weights that one position uses: of the fused experts of a mixture, only those it is routed to."""
     fused = set(fused_parameters(module))
     return sum(
         p.numel() * (min(experts_per_token / p.shape[0], 1.0) if name in fused else 1.0) for name, p in module.named_parameters()
@@ -88,12 +92,12 @@ def used_weights(module: nn.Module, experts_per_token: int) -> float:
 
 
 def _experts_of(model: MultimodalLM, part: str) -> int:
-    """Experts that each position of `part` is sent to; without a mixture any number does."""
+    """Return the experts that each position of `part` is routed to; without a mixture the number is unused."""
     return int(getattr(model.llm.config, "num_experts_per_tok", 1) or 1) if part == "llm" else 1  # type: ignore[union-attr]
 
 
 def _position_memory(model: MultimodalLM, part: str, recomputes: bool) -> float:
-    """Numbers that are alive at once for one position: outputs of all blocks on the gradient's path, of one block elsewhere."""
+    """Return the numbers alive at once for one position: outputs of all blocks on the gradient's path, of one block elsewhere."""
     widths = [
         float(sum(linear.out_features for linear in block.modules() if isinstance(linear, nn.Linear)))
         for block in blocks(block_owner(model, part))
@@ -107,4 +111,5 @@ def _position_memory(model: MultimodalLM, part: str, recomputes: bool) -> float:
 
 
 def _carries_gradient(model: MultimodalLM, part: str) -> bool:
+    """Return whether the gradient flows through the blocks of `part`."""
     return part == "llm" or part in model.trainable_parts

@@ -1,5 +1,6 @@
-"""Bytes that a forward and backward hold at one time, found without computing: the real model's code runs on meta tensors, and
-every storage that an operation makes is counted from its birth to its death.
+"""Simulation of the bytes that a forward and backward hold at one time, without computing.
+
+The real model's code runs on meta tensors, and every storage that an operation allocates is counted until it is freed.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True)
 class Live:
-    """Of one micro-batch, in bytes, without parameters, buffers and the batch itself."""
+    """Peak bytes of one micro-batch, without parameters, buffers and the batch itself."""
 
-    activations: int  # the most that is alive at one time, gradients of parameters not counted
-    with_gradients: int  # the same where gradients of parameters begin at none and stay
+    activations: int  # peak, without gradients of parameters
+    with_gradients: int  # peak, with gradients of parameters that appear during backward and stay
 
 
 def live_bytes(model: nn.Module, forward: Callable[[], Tensor], known: Iterable[Tensor]) -> Live:
-    """What `forward()` (-> the loss) and its backward hold on meta. `known` tensors, which exist before, are not counted.
+    """Measure what `forward()` (-> the loss) and its backward hold on meta. `known` tensors, which exist before, are not counted.
 
     Attention counts as its fused kernels: what they save is linear in the length. The gradients of parameters are dropped.
     """
     counter = _Counter([*model.parameters(), *model.buffers(), *known])
-    hooks = [p.register_post_accumulate_grad_hook(counter.given_up) for p in model.parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(counter.take_gradient) for p in model.parameters() if p.requires_grad]
     try:
-        with _shapes_alone(), counter:
+        with _shape_stand_ins(), counter:
             loss = forward()
             if loss.requires_grad:
                 loss.backward()
@@ -44,12 +45,12 @@ def live_bytes(model: nn.Module, forward: Callable[[], Tensor], known: Iterable[
 
 
 class _Counter(TorchDispatchMode):
-    """Follows storages. A gradient leaves the count of activations as soon as it is its parameter's."""
+    """Counts live storages. A gradient is no longer counted as an activation once it is assigned to its parameter."""
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
         self._seen = {_key(tensor) for tensor in known}
-        self._known = known  # alive, so that no new storage takes the place of one
+        self._known = known  # kept alive, so that no new storage reuses one of their addresses
         self._live = self._gradients = 0
         self.peak = self.peak_with_gradients = 0
 
@@ -57,12 +58,13 @@ class _Counter(TorchDispatchMode):
         found = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(found):
             if isinstance(leaf, Tensor):
-                self._born(leaf)
+                self._allocated(leaf)
         self.peak = max(self.peak, self._live)
         self.peak_with_gradients = max(self.peak_with_gradients, self._live + self._gradients)
         return found
 
-    def _born(self, tensor: Tensor) -> None:
+    def _allocated(self, tensor: Tensor) -> None:
+        """Count the storage of a tensor, if it is new, until it is freed."""
         key = _key(tensor)
         if key in self._seen:
             return
@@ -70,26 +72,27 @@ class _Counter(TorchDispatchMode):
         size = storage.nbytes()
         self._seen.add(key)
         self._live += size
-        weakref.finalize(storage, self._died, key, size)
+        weakref.finalize(storage, self._freed, key, size)
 
-    def _died(self, key: int, size: int) -> None:
+    def _freed(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self._live -= size
 
-    def given_up(self, parameter: Tensor) -> None:
-        """The gradient of `parameter` is whole."""
+    def take_gradient(self, parameter: Tensor) -> None:
+        """Count the complete gradient of `parameter` apart from the activations, and drop it."""
         if parameter.grad is not None:
             self._gradients += parameter.grad.untyped_storage().nbytes()
         parameter.grad = None
 
 
 def _key(tensor: Tensor) -> int:
+    """Return the address that identifies the storage of a tensor."""
     return int(tensor.untyped_storage()._cdata)
 
 
 @contextmanager
-def _shapes_alone() -> Iterator[None]:
-    """Inside, operations that have no form on meta, or a wasteful one, are stand-ins that hold what their kernels hold."""
+def _shape_stand_ins() -> Iterator[None]:
+    """Replace operations that do not run on meta, or wastefully, by stand-ins that save what their kernels save."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
         return _Attention.apply(query, key, value)
@@ -97,7 +100,7 @@ def _shapes_alone() -> Iterator[None]:
     def grouped(rows: Tensor, weights: Tensor, *_: Any, **__: Any) -> Any:
         return _Grouped.apply(rows, weights)
 
-    # The names themselves: a mode would not be there in backward, where blocks are recomputed.
+    # The functions are patched by name: a mode would not be active in backward, where blocks are recomputed.
     stand_ins = [(F, "scaled_dot_product_attention", attention), (F, "grouped_mm", grouped), (torch, "_grouped_mm", grouped)]
     originals = [(module, name, getattr(module, name)) for module, name, _ in stand_ins if hasattr(module, name)]
     for module, name, stand_in in stand_ins:
@@ -111,7 +114,7 @@ def _shapes_alone() -> Iterator[None]:
 
 
 class _Grouped(torch.autograd.Function):
-    """Rows (S, in), each times its group's matrix of weights (E, in, out) -> (S, out): shapes only."""
+    """Grouped matrix product: rows (S, in), each times the weights (E, in, out) of its group -> (S, out). Shapes only."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:
@@ -126,11 +129,11 @@ class _Grouped(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """query (..., H, T, D), key and value (..., Hkv, S, D) -> (..., H, T, Dv): shapes only."""
+    """Attention: query (..., H, T, D), key and value (..., Hkv, S, D) -> (..., H, T, Dv). Shapes only."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # The kernels write (..., T, H, D) and hand out a transposed view, which the caller need not copy.
+        # The kernels write (..., T, H, D) and return a transposed view, which the caller need not copy.
         shape = (*query.shape[:-3], query.shape[-2], query.shape[-3], value.shape[-1])
         found = query.new_empty(shape).transpose(-2, -3)
         sums = query.new_empty(query.shape[:-1], dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Samples as large as a run allows, for a plan that is made where the data are not."""
+"""Synthetic samples as large as a run allows, for a plan made where the data are not available."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from trainer.records.run_data import RunData
 
 
 def made_up_samples(config: RunConfig, data: RunData) -> list[Sample]:
-    """A micro-batch of samples of data.max_length tokens, each with a picture of one view and a clip of one window where the model
-    reads them; half of the other tokens are supervised.
+    """Build a micro-batch of samples of data.max_length tokens, for the media that the model reads.
+
+    Each sample has an image of one view and a clip of one window, where the model reads them; half of its other tokens are
+    supervised.
     """
     length = config.data.max_length
     count = max(1, config.batch.micro_batch_tokens // length) if config.data.packing else config.batch.micro_batch_size
@@ -22,6 +24,7 @@ def made_up_samples(config: RunConfig, data: RunData) -> list[Sample]:
 
 
 def _sample(i: int, length: int, specs: dict[str, MediaSpec]) -> Sample:
+    """Build one sample with a medium of each modality that still fits into `length` tokens."""
     media, start = {}, 0
     for modality, spec in specs.items():
         made = _medium(modality, spec, start)
@@ -34,6 +37,7 @@ def _sample(i: int, length: int, specs: dict[str, MediaSpec]) -> Sample:
 
 
 def _medium(modality: str, spec: MediaSpec, start: int) -> SampleMedia:
+    """Build one blank medium that begins at token `start`."""
     frames = spec.window_frames if isinstance(spec, AudioSpec) else 0
     meta = MediaMeta(num_frames=frames)
     width = row_width(spec, frames)
