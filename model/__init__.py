@@ -1,4 +1,4 @@
-"""What is computed. The public face is lazy: data workers import `model.batch` without LoRA and transformers."""
+"""The model package. Its public names load lazily, so that data workers can import `model.batch` without LoRA and transformers."""
 
 from importlib import import_module
 from typing import Any

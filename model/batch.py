@@ -1,10 +1,10 @@
-"""The contract between `data` and `model`: what one micro-batch is, and how many tokens a medium takes.
+"""The contract between `data` and `model`: the contents of one micro-batch.
 
 Shape legend, used in every docstring of this project:
 B batch, T tokens, D hidden, V vocabulary, N media rows, L tokens per row, K spliced rows, M media, S supervised positions,
 n samples.
 
-Whatever would cost a search or a host sync on the device is computed by `collate` on the CPU and stands here as an index.
+Every index that would cost a search or a host sync on the device is computed by `collate` on the CPU and stored in the batch.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ IGNORE_INDEX = -100
 class Media:
     """Encoder input of one modality, for all samples of a batch in reading order.
 
-    Row k of the flattened projector output (N * L, D), k = rows[i], goes to flat position slots[i] = b * T + t. Rows from N * L
-    on are those that the projector itself holds: a line break between rows of tiles, prompts before a clip.
+    Row k of the flattened projector output (N * L, D), k = rows[i], goes to flat position slots[i] = b * T + t. Rows from N * L on
+    are the projector's own rows: a line break between rows of tiles, prompts before a clip.
     """
 
-    values: Tensor  # (N, 3, H, W) pixels, float32 or bytes that are still to be normalised; (N, M, F) log-mel float32
+    values: Tensor  # (N, 3, H, W) pixels, float32 or bytes not yet normalised; (N, M, F) log-mel float32
     rows: Tensor  # (K,) int64, or (K, 4)
     slots: Tensor  # (K,) int64
-    lengths: Tensor | None = None  # (N,) valid mel frames of each row; None: all of a row is valid
+    lengths: Tensor | None = None  # (N,) valid mel frames of each row; None: whole rows are valid
     ends: Tensor | None = None  # (M,) flat position of the last token of each picture, video or clip
     labels: Tensor | None = None  # (M,) user state after each clip, or IGNORE_INDEX
-    weights: Tensor | None = None  # (K, 4) float32: a token is the sum of its rows times these; None: it is its one row
+    weights: Tensor | None = None  # (K, 4) float32: a token is the sum of its four rows times these; None: a token is one row
 
     def to(self, device: torch.device) -> Media:
         return self._map(lambda t: t.to(device, non_blocking=True))
@@ -59,17 +59,17 @@ class Batch:
     attention_mask: Tensor | None  # (B, T) 1 for real tokens; None when nothing is padded
     position_ids: Tensor  # (B, T)
     supervised: Tensor  # (S,) flat positions b * T + t that carry a label
-    owners: Tensor  # (S,) which sample of the batch each of them belongs to
-    sample_ids: Tensor  # (n,) index of each sample over all sources; -1 for padding in place of one
+    owners: Tensor  # (S,) sample of the batch that each supervised position belongs to
+    sample_ids: Tensor  # (n,) index of each sample over all sources; -1 for padding in place of a sample
     source_ids: Tensor  # (n,)
     lengths: tuple[int, ...]  # (n,) real tokens of each sample, on the CPU
-    segment_lengths: tuple[int, ...] | None = None  # packed: tokens of each segment of the one row; else None
-    segment_borders: Tensor | None = None  # (n + 1,) int32, packed: where each segment starts, and the end of the last
-    media: dict[str, Media] = field(default_factory=dict)  # by modality; a modality nobody has is absent
+    segment_lengths: tuple[int, ...] | None = None  # packed: tokens of each segment of the row; else None
+    segment_borders: Tensor | None = None  # (n + 1,) int32, packed: start of each segment, and the end of the last
+    media: dict[str, Media] = field(default_factory=dict)  # by modality; a modality that no sample has is absent
 
     @property
     def num_real_tokens(self) -> int:
-        """Without padding."""
+        """Return the number of tokens without padding."""
         return sum(self.lengths)
 
     @property
@@ -77,7 +77,7 @@ class Batch:
         return self.supervised.shape[0]
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`; copies from pinned memory do not wait for the device."""
+        """Return the batch on `device`; copies from pinned memory do not wait for the device."""
         return self._map(lambda t: t.to(device, non_blocking=True), {m: v.to(device) for m, v in self.media.items()})
 
     def pin_memory(self) -> Batch:

@@ -1,4 +1,4 @@
-"""From a card to a model: structure on meta first, then every weight from the newest place that holds it."""
+"""From a card to a model: structure on meta first, then every weight from its newest origin."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def resolve_dtype(name: Literal["auto", "float32", "bfloat16"], device: torch.device) -> Literal["float32", "bfloat16"]:
-    """`auto` is bfloat16 on CUDA and float32 elsewhere."""
+    """Resolve `auto` to bfloat16 on CUDA and to float32 elsewhere."""
     return name if name != "auto" else "bfloat16" if device.type == "cuda" else "float32"
 
 
@@ -42,7 +42,7 @@ def build_model(
     seed: int = 42,
     quantize: QuantizeConfig = QuantizeConfig(),  # noqa: B008  frozen
 ) -> MultimodalLM:
-    """A model on one device with its weights, tuned as `config` says, in training mode."""
+    """Build a model on one device with its weights, trainable as `config` says, in training mode."""
     device = torch.device(device)
     card = make_card(config, lora or LoraConfig(), vocabulary or VocabularyLayout(), quantize=quantize)
     model = assemble(card, DTYPES[resolve_dtype(config.dtype, device)])
@@ -51,7 +51,7 @@ def build_model(
 
 
 def assemble(card: ModelCard, dtype: torch.dtype) -> MultimodalLM:
-    """The structure: parameters on meta, buffers real, adapters injected, `tune` applied. Computes in `dtype`."""
+    """Build the structure: parameters on meta, buffers real, adapters injected, `tune` applied. The model computes in `dtype`."""
     config = card.model
     check_parts(config)
     parts: dict[str, nn.Module] = {}
@@ -84,7 +84,7 @@ def assemble(card: ModelCard, dtype: torch.dtype) -> MultimodalLM:
 
 
 def inject(model: MultimodalLM, card: ModelCard) -> None:
-    """Adapters into the parts whose own `tune` is lora, nowhere else."""
+    """Inject adapters into the parts whose own `tune` is lora, and into no others."""
     parts = {name: model.get_submodule(name) for name, part in card.model.parts().items() if part.tune == "lora"}
     if parts:
         with parameters_on_meta():
@@ -93,7 +93,7 @@ def inject(model: MultimodalLM, card: ModelCard) -> None:
 
 
 def check_stays(config: ModelConfig, quantize: QuantizeConfig) -> None:
-    """Codes cannot learn."""
+    """Refuse `tune = "full"` on a quantised language model: codes cannot be trained."""
     if config.llm.tune == "full":
         raise ConfigError(
             f"quantize.bits = {quantize.bits} with model.llm.tune = 'full': a matrix stored in {quantize.bits} bits cannot learn; "

@@ -1,4 +1,4 @@
-"""model.json: everything that decides a model's structure, and where its weights come from."""
+"""model.json: everything that determines a model's structure, and the origins of its weights."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ PART_CONFIGS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class ModelCard:
-    """A model without its weights."""
+    """A description of a model without its weights."""
 
     model: ModelConfig
     lora: LoraConfig
     hugging_face: dict[str, dict[str, Any]]  # config.json of each part that has one
     specs: dict[str, MediaSpec]
     vocabulary: VocabularyLayout
-    tokens: tuple[str, ...] = ()  # what was added to the base tokenizer, in order
+    tokens: tuple[str, ...] = ()  # tokens added to the base tokenizer, in order
     stop_ids: tuple[int, ...] = ()
     pad_id: int = 0
     bases: dict[str, str] = field(default_factory=dict)  # digest of the base weights of each part
     transformers: str = transformers.__version__
-    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)  # how the llm's matrices are stored
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)  # storage of the llm's matrices
 
     def to_json(self) -> dict[str, Any]:
         value = dataclasses.asdict(self)
@@ -69,7 +69,7 @@ class ModelCard:
 
     @property
     def lora_parts(self) -> frozenset[str]:
-        """Parts that carry adapters."""
+        """Return the parts that have adapters."""
         return frozenset(name for name, part in self.model.parts().items() if part.tune == "lora")
 
 
@@ -83,7 +83,7 @@ def make_card(
     pad_id: int = 0,
     quantize: QuantizeConfig = QuantizeConfig(),  # noqa: B008  frozen
 ) -> ModelCard:
-    """The card of a model that does not exist yet, from the JSON files of its parts."""
+    """Make the card of a new model from the JSON files of its parts."""
     hugging_face = {"llm": language_model(config)}
     if config.vision is not None:
         hugging_face["vision"] = vision_config(config.vision, config.cache_dir)
@@ -93,7 +93,10 @@ def make_card(
 
 
 def language_model(config: ModelConfig) -> dict[str, Any]:
-    """config.json of the language model as its weights will be: without a quantisation that `dequantize` undoes."""
+    """Read config.json of the language model, without the quantisation when `dequantize` removes it from the weights.
+
+    Raises `ConfigError` for a quantised folder without `dequantize`, and for `dequantize` where it is not possible.
+    """
     value = llm_config(config.llm, config.cache_dir)
     if not config.llm.dequantize:
         check_settings("model.llm.path", config.llm.path, value)
@@ -103,7 +106,7 @@ def language_model(config: ModelConfig) -> dict[str, Any]:
 
 
 def media_specs(config: ModelConfig) -> dict[str, MediaSpec]:
-    """Facts that `data` needs, by modality, from JSON files alone: no weight is read."""
+    """Return the facts that `data` needs, by modality, from JSON files alone; no weight is read."""
     specs: dict[str, MediaSpec] = {}
     if config.vision is not None and config.vision_projector is not None:
         specs["image"] = shrunk(vision_spec(config.vision, config.cache_dir), config.vision_projector)
@@ -114,7 +117,7 @@ def media_specs(config: ModelConfig) -> dict[str, MediaSpec]:
 
 
 def base_digests(config: ModelConfig) -> dict[str, str]:
-    """A fingerprint of the base weights of each part."""
+    """Compute a fingerprint of the base weights of each part."""
     paths = {name: getattr(config, name).path for name in ("llm", "vision", "audio") if getattr(config, name) is not None}
     return {name: sampled_digest(weight_files(f"model.{name}.path", path, config.cache_dir)) for name, path in paths.items()}
 
@@ -124,7 +127,7 @@ def write_card(card: ModelCard, folder: Path) -> None:
 
 
 def read_card(folder: Path) -> ModelCard:
-    """The card in a final/ folder or a checkpoint; ConfigError when it has none or it cannot be read."""
+    """Read the card in a final/ folder or a checkpoint. Raises `ConfigError` when it is missing or cannot be read."""
     try:
         value = load_json(folder / NAME)
     except (OSError, ValueError) as error:

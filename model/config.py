@@ -1,4 +1,4 @@
-"""Settings of what is computed: `[model]`, its parts and `[lora]` of run.toml."""
+"""Settings of the model: `[model]`, its parts, `[lora]` and `[quantize]` of run.toml."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 OUR_ATTENTION = ("sdpa", "varlen")
-"""Values of `model.llm.attention` that mean `model.llm.attention` itself; `varlen` says that rows are packed."""
+"""Values of the setting `model.attention` that select the module `model.llm.attention`; `varlen` declares that rows are packed."""
 
 
 @dataclass(frozen=True)
 class LlmConfig:
-    """Any Hugging Face causal language model."""
+    """Settings of the language model, any Hugging Face causal language model."""
 
     path: str
     tune: Literal["frozen", "lora", "full", "new_tokens"] = "lora"
     new_tokens: tuple[str, ...] = ()
-    dequantize: bool = False  # an FP8 folder: its matrices times their scales, as transformers with dequantize=True
+    dequantize: bool = False  # read an FP8 folder as its matrices times their scales, as transformers with dequantize=True
     router_loss: float = 0.0  # coefficient of the load-balancing loss of a mixture of experts
     lr: float = 0.0  # 0 = optim.lr
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A vision tower, cut after the hidden state that is read."""
+    """Settings of the vision tower, which is cut after the hidden state that is read."""
 
     path: str
     tune: Literal["frozen", "lora", "full", "positions"] = "frozen"
     layer: int = -2
     select: Literal["patch", "cls_patch"] = "patch"
-    image_size: int = 0  # 0 = the tower's own; else its position embeddings are resized
+    image_size: int = 0  # 0 = the tower's own; otherwise its position embeddings are resized
     scales: tuple[int, ...] = ()  # S2: further square sizes, features concatenated on channels
     lr: float = 0.0
 
@@ -46,11 +46,11 @@ class VisionProjectorConfig:
 
 @dataclass(frozen=True)
 class AudioConfig:
-    """A Whisper encoder."""
+    """Settings of the audio encoder, a Whisper encoder."""
 
     path: str
     tune: Literal["frozen", "lora", "full"] = "frozen"
-    window: Literal["full", "clip"] = "full"  # every clip in the window it was trained on | its own frames only
+    window: Literal["full", "clip"] = "full"  # full: every clip padded to the encoder's window | clip: the clip's own frames only
     lr: float = 0.0
 
 
@@ -65,7 +65,7 @@ class AudioProjectorConfig:
 
 @dataclass(frozen=True)
 class StateHeadConfig:
-    """Classes of the user's state, read at the end of every clip."""
+    """Settings of the state head: classes of the user's state, read at the end of every clip."""
 
     classes: int = 0
     class_weights: tuple[float, ...] = ()  # one per class; () = all 1
@@ -79,7 +79,7 @@ PartConfig = LlmConfig | VisionConfig | VisionProjectorConfig | AudioConfig | Au
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """How the frozen weights of the language model are stored."""
+    """Storage of the frozen weights of the language model."""
 
     bits: Literal[16, 8, 4] = 16
     type: Literal["nf4", "fp4"] = "nf4"
@@ -95,12 +95,12 @@ class ModelConfig:
     audio_projector: AudioProjectorConfig | None = None
     state_head: StateHeadConfig | None = None
     init_from: str = ""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute; what trains keeps float32 masters
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute type; trainable parameters are kept in float32
     attention: str = "sdpa"  # sdpa | varlen | eager | any name transformers registers
     cache_dir: str = ""
 
     def parts(self) -> dict[str, PartConfig]:
-        """Configured parts by name, in the order data flows through them."""
+        """Return the configured parts by name, in the order data flows through them."""
         names = ("vision", "vision_projector", "audio", "audio_projector", "llm", "state_head")
         return {name: part for name in names if (part := getattr(self, name)) is not None}
 
@@ -117,5 +117,5 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """Factor on B @ A: alpha / r (Hu et al. 2021), alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023)."""
+        """Return the factor on B @ A: alpha / r (Hu et al. 2021), alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023)."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)

@@ -1,4 +1,4 @@
-"""Answers: decoding with the key-value cache, greedy or sampled, a whole batch at a time."""
+"""Text generation: decoding with the key-value cache, greedy or sampled, for a whole batch at a time."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
 ) -> list[list[int]]:
-    """New ids of each row, cut before its first stop id. embeds (B, T, D) and mask (B, T) are prompts padded on the LEFT.
+    """Generate new ids for each row, cut before its first stop id. embeds (B, T, D) and mask (B, T) are prompts padded on the LEFT.
 
-    temperature 0 is greedy; otherwise samples from softmax(logits / temperature) cut to the `top_p` nucleus, from the
-    global generator, or from one seeded with `seed` that leaves the global one as it was.
+    temperature 0 is greedy; otherwise ids are sampled from softmax(logits / temperature) cut to the `top_p` nucleus, by the global
+    generator, or by one seeded with `seed` that leaves the global one unchanged. Raises `ValueError` for max_new_tokens < 1.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens} is not positive")
@@ -51,7 +51,7 @@ def generate(
 
 @contextmanager
 def no_settings(llm: Any) -> Iterator[None]:
-    """Inside, the model has no generation settings of its own: those in a folder's files would fill in what is not given."""
+    """Remove the model's generation settings inside the context: they would fill in arguments that are not given."""
     before, llm.generation_config = llm.generation_config, GenerationConfig()
     try:
         yield

@@ -1,4 +1,4 @@
-"""A trained model for use: from a final/ folder or a checkpoint."""
+"""Loading a trained model for use: from a final/ folder or a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def load_model(
     merge_lora: bool = True,
     base: dict[str, str] | None = None,
 ) -> MultimodalLM:
-    """The model of a final/ folder or checkpoint-N, in eval mode and without gradients.
+    """Load the model of a final/ folder or checkpoint-N, in eval mode and without gradients.
 
-    `merge_lora`: adapters are merged into their weights in float32, then rounded to `dtype` once; weights that were trained on
-    quantised are what they were then, read back in float32. Without it the model is stored as it was trained. `base` names
-    bases that moved: {"llm": path, "vision": path, "init_from": path}. ConfigError when something is missing or changed.
+    `merge_lora`: adapters are merged into their weights in float32, then rounded to `dtype` once; weights that were quantised in
+    training are dequantised in float32. Without it the model is stored as it was trained. `base` gives new paths of bases that
+    moved: {"llm": path, "vision": path, "init_from": path}. Raises `ConfigError` when something is missing or changed.
     """
     folder, device = Path(path), torch.device(device)
     saved = rebased(read_card(folder), base or {})
@@ -45,7 +45,7 @@ def load_model(
 
 
 def dtype_of(dtype: str | torch.dtype | None, card: ModelCard, device: torch.device) -> torch.dtype:
-    """What was asked for, else what the model was trained to compute in."""
+    """Return the requested dtype, else the one the model was trained to compute in."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype is not None and dtype not in DTYPES:
@@ -54,9 +54,9 @@ def dtype_of(dtype: str | torch.dtype | None, card: ModelCard, device: torch.dev
 
 
 def check_loadable(folder: Path) -> None:
-    """Every parameter of the model that `folder` is about to hold has a value of the right shape somewhere.
+    """Check that every parameter of the model that `folder` is about to hold has a value of the right shape in some origin.
 
-    Called before proof.json is written. Of `folder` nothing but names and shapes is read.
+    Called before proof.json is written. Only names and shapes are read from `folder`. Raises `ConfigError`.
     """
     card = for_use(read_card(folder), merge_lora=False)
     model = assemble(card, torch.float32)
@@ -64,7 +64,9 @@ def check_loadable(folder: Path) -> None:
 
 
 def settled(folder: Path, card: ModelCard) -> ModelCard:
-    """`card` without the run it was started from, if `folder`, being written, holds all that came from there: it may go then."""
+    """Return `card` without `init_from` if `folder`, being written, holds every tensor that came from that run, which may then be
+    deleted; else return `card` unchanged.
+    """
     if not card.model.init_from:
         return card
     model = assemble(card, torch.float32)
@@ -78,8 +80,9 @@ def settled(folder: Path, card: ModelCard) -> ModelCard:
 
 
 def inherited_tensors(card: ModelCard, held: Collection[str]) -> Tensors:
-    """Values, as they are now, of what the run named by model.init_from gave and `held` does not hold: with them a final/ needs
-    no earlier run. No tensor has been read.
+    """Return the current values of tensors that come from the run named by model.init_from and that are not in `held`.
+
+    With these tensors, a final/ folder needs no earlier run. No tensor is read yet.
     """
     path, model = Path(card.model.init_from), assemble(card, torch.float32)
     layers = run_layers(path, card, model, "model.init_from", "quick")
@@ -90,9 +93,9 @@ def inherited_tensors(card: ModelCard, held: Collection[str]) -> Tensors:
 
 
 def for_use(card: ModelCard, merge_lora: bool) -> ModelCard:
-    """The card whose structure is built: without adapters when they are merged, and without codes to merge them into.
+    """Return the card of the structure to build: without adapters and without quantisation when adapters are merged.
 
-    New rows never stand beside their matrix.
+    New token rows are always merged into their matrix.
     """
     merged = ("lora", "new_tokens") if merge_lora else ("new_tokens",)
     parts = {n: replace(part, tune="frozen") for n, part in card.model.parts().items() if part.tune in merged}  # type: ignore[arg-type]

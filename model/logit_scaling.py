@@ -1,4 +1,4 @@
-"""What a causal language model does with its head's products before they are logits, found by asking the model itself."""
+"""Scaling and capping between a language model's head and its logits, found by running the model's own head."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "
 """Settings by which families scale their logits or cap them softly. One name may mean a factor here and a divisor there."""
 NUM_ROWS, NUM_COLUMNS = 8, 16
 SPREAD = 8.0
-"""Standard deviation of the products that are compared: wide enough to feel a cap of 30 to 50."""
+"""Standard deviation of the compared products: large enough for a cap of 30 to 50 to have an effect."""
 TOLERANCE = 1e-5
-"""Of the largest logit."""
+"""Largest accepted difference, relative to the largest logit."""
 
 
 @dataclass(frozen=True)
 class LogitChange:
-    """x -> scale * x, then cap * tanh(x / cap) if there is a cap."""
+    """The function x -> scale * x, then cap * tanh(x / cap) if there is a cap."""
 
     scale: float = 1.0
     cap: float | None = None
@@ -36,7 +36,7 @@ class LogitChange:
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
     def gradient(self, logits: Tensor, grad: Tensor) -> Tensor:
-        """Gradient at the products from `grad` at the logits. `grad` may be overwritten."""
+        """Return the gradient with respect to the products, from `grad` with respect to the logits. `grad` may be overwritten."""
         if self.cap is not None:
             grad = grad.mul_(1 - (logits / self.cap).square())
         return grad if self.scale == 1.0 else grad.mul_(self.scale)
@@ -46,17 +46,17 @@ UNCHANGED = LogitChange()
 
 
 def logit_change(llm: nn.Module) -> LogitChange:
-    """The change under which products of a few random rows equal the logits that `llm` makes of them.
+    """Find the change under which the products of a few random rows equal the logits that `llm` computes from these rows.
 
-    Only the head is asked, with a small random matrix in place of its own, so parameters may be on meta. ConfigError when
-    nothing that the config names explains the logits: a loss computed from the products would be silently wrong.
+    Only the head runs, with a small random matrix in place of its own, so parameters may be on meta. Raises `ConfigError` when no
+    setting in the config explains the logits: a loss computed from the products would be silently wrong.
     """
     config: Any = llm.config
     width: int = llm.get_input_embeddings().embedding_dim  # type: ignore[operator]
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, NUM_ROWS, width, generator=generator)
     weight = torch.randn(NUM_COLUMNS, width, generator=generator) * (SPREAD / width**0.5)
-    logits = _asked(llm, hidden, weight)
+    logits = _logits_of(llm, hidden, weight)
     for change in _candidates(config):
         if logits.shape == (1, NUM_ROWS, NUM_COLUMNS) and _close(change(hidden @ weight.T), logits):
             return change
@@ -81,9 +81,9 @@ def _close(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max())
 
 
-def _asked(llm: nn.Module, hidden: Tensor, weight: Tensor) -> Tensor:
-    """Logits that `llm` makes of a decoder's output `hidden` with a head of `weight`."""
-    with torch.no_grad(), _answering(llm, hidden, weight):
+def _logits_of(llm: nn.Module, hidden: Tensor, weight: Tensor) -> Tensor:
+    """Compute the logits of `llm` for a decoder output `hidden` and a head matrix `weight`."""
+    with torch.no_grad(), _replaced_decoder(llm, hidden, weight):
         try:
             logits: Tensor = llm(inputs_embeds=torch.zeros_like(hidden), use_cache=False).logits
         except (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError) as error:
@@ -97,7 +97,7 @@ def _asked(llm: nn.Module, hidden: Tensor, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a decoder returns, as far as a head looks at it: anything else that it is asked for is None."""
+    """A decoder output for the head: it has a last hidden state, and every other attribute is None."""
 
     last_hidden_state: Tensor
 
@@ -109,8 +109,8 @@ class Answer:
 
 
 @contextmanager
-def _answering(llm: Any, hidden: Tensor, weight: Tensor) -> Iterator[None]:
-    """Inside, the decoder answers `hidden` whatever it is given, and the head's matrix is `weight`."""
+def _replaced_decoder(llm: Any, hidden: Tensor, weight: Tensor) -> Iterator[None]:
+    """Make the decoder return `hidden` for any input, and the head multiply by `weight`, inside the context."""
     decoder, head = llm.get_decoder(), llm.get_output_embeddings()
     forwards = [(decoder, lambda *_, **__: Answer(hidden)), (head, lambda x: F.linear(x, weight))]
     try:

@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al. 2021) injected by hand into linear layers, found by full path."""
+"""Low-rank adapters (Hu et al. 2021) for linear layers, which are selected by full path and replaced by adapted ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HEAD_STAYS = (
 
 
 class LoraLinear(nn.Linear):
-    """x (..., in) -> W x + b + scale * B A dropout(x). The layer keeps its name, its weight and its bias."""
+    """A linear layer with an adapter: x (..., in) -> W x + b + scale * B A dropout(x). It keeps its name, weight and bias."""
 
     def __init__(self, linear: nn.Linear, config: LoraConfig) -> None:
         nn.Module.__init__(self)
@@ -36,7 +36,7 @@ class LoraLinear(nn.Linear):
         self.dropout = nn.Dropout(config.dropout)
 
     def multiply(self, x: Tensor) -> Tensor:
-        """W x + b, without the adapter."""
+        """Compute W x + b, without the adapter."""
         return F.linear(x, self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,9 +44,10 @@ class LoraLinear(nn.Linear):
 
 
 def target_paths(parts: dict[str, nn.Module], targets: str | tuple[str, ...]) -> list[str]:
-    """Full paths, as `llm.model.layers.0.self_attn.q_proj`, of the linear layers of `parts` that `targets` names.
+    """Return the full paths, as `llm.model.layers.0.self_attn.q_proj`, of the linear layers of `parts` that `targets` selects.
 
-    `all-linear` means every one but the head. A pattern (`*` matches anything, dots too) that matches none is an error.
+    `all-linear` selects every one but the head. In a pattern, `*` matches anything, dots too. Raises `ConfigError` when a pattern
+    matches no layer.
     """
     linear = [path for path, module in _modules(parts) if type(module) is nn.Linear and not at_head(path, parts)]
     if not linear:
@@ -60,7 +61,7 @@ def target_paths(parts: dict[str, nn.Module], targets: str | tuple[str, ...]) ->
         if not any(fnmatchcase(path, pattern) for path in linear):
             raise ConfigError(
                 f"lora.targets: {shown(pattern)} matches no linear layer of the parts tuned by LoRA ({', '.join(parts)})"
-                f"{_why(pattern, parts, linear)}; full paths look like {linear[0]!r}; '*' matches anything"
+                f"{_reason_unmatched(pattern, parts, linear)}; full paths look like {linear[0]!r}; '*' matches anything"
             )
     return [path for path in linear if any(fnmatchcase(path, pattern) for pattern in patterns)]
 
@@ -70,8 +71,8 @@ def _modules(parts: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
         yield from ((f"{part}.{name}" if name else part, child) for name, child in module.named_modules())
 
 
-def _why(pattern: str, parts: dict[str, nn.Module], linear: list[str]) -> str:
-    """What a pattern names that matches no linear layer, with what stands before it in the message."""
+def _reason_unmatched(pattern: str, parts: dict[str, nn.Module], linear: list[str]) -> str:
+    """Explain why a pattern matches no linear layer, as a continuation of the error message; "" when no reason is known."""
     named = [(path, module) for path, module in _modules(parts) if fnmatchcase(path, pattern)]
     for path, module in named:
         if at_head(path, parts):
@@ -89,12 +90,12 @@ def _why(pattern: str, parts: dict[str, nn.Module], linear: list[str]) -> str:
 
 
 def at_head(path: str, parts: Mapping[str, nn.Module]) -> bool:
-    """Whether the full path is that of the language model's head."""
+    """Tell whether the full path is that of the language model's head."""
     part, _, name = path.partition(".")
     llm: Any = parts.get(part) if part == "llm" else None
     try:
         return llm is not None and llm.get_submodule(name) is llm.get_output_embeddings()
-    except AttributeError:  # no such layer
+    except AttributeError:  # the path names no layer
         return False
 
 
@@ -106,14 +107,17 @@ def add_lora(root: nn.Module, paths: list[str], config: LoraConfig) -> None:
 
 
 def adapted(root: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
-    """Adapted layers with their full paths."""
+    """Yield the adapted layers with their full paths."""
     for name, module in root.named_modules():
         if isinstance(module, LoraLinear):
             yield name, module
 
 
 def learning_biases(part: nn.Module, bias: str) -> Iterator[str]:
-    """Names of the biases of `part` that learn beside its adapters; `bias`: none | lora_only | all, of all its layers."""
+    """Yield the names of the biases of `part` that are trained beside its adapters.
+
+    `bias`: none | lora_only | all (of all its layers).
+    """
     if bias == "all":
         yield from (name for name, _ in part.named_parameters() if name.rpartition(".")[2] == "bias")
     if bias == "lora_only":
@@ -121,10 +125,10 @@ def learning_biases(part: nn.Module, bias: str) -> Iterator[str]:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter's full name is that of an adapter matrix."""
+    """Tell whether a parameter's full name is that of an adapter matrix."""
     return name.endswith(SUFFIXES)
 
 
 def merge_rows(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """weight (n, in) + scale * lora_b (n, r) @ lora_a (r, in), all in float32."""
+    """Compute weight (n, in) + scale * lora_b (n, r) @ lora_a (r, in), all in float32."""
     return torch.addmm(weight.float(), lora_b.float(), lora_a.float(), alpha=scale)

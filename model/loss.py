@@ -1,4 +1,4 @@
-"""Cross entropy of the supervised rows alone, without ever holding their full logits."""
+"""Cross entropy of the supervised rows, computed in chunks so that the full logits never exist."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -18,8 +18,8 @@ class Term(NamedTuple):
     """One term of the loss of a micro-batch; the trainer divides sums by the counts of the whole step."""
 
     sum: Tensor  # () float32, with graph
-    addends: Tensor  # (S,) float32, what was summed, without graph
-    ratios: Mapping[str, Tensor] = MappingProxyType({})  # what the log shows beside: (2,) sum and count by name, without graph
+    addends: Tensor  # (S,) float32, the summands of `sum`, without graph
+    ratios: Mapping[str, Tensor] = MappingProxyType({})  # logged quantities by name: (2,) sum and count, without graph
 
     @property
     def num_addends(self) -> int:
@@ -27,40 +27,40 @@ class Term(NamedTuple):
 
 
 class NewRows(NamedTuple):
-    """Rows of the head that stand elsewhere than in its matrix (V, D)."""
+    """Rows of the head that are stored outside its matrix (V, D)."""
 
-    ids: Tensor  # (n,) int64, which rows
+    ids: Tensor  # (n,) int64, indices of these rows in the matrix
     rows: Tensor  # (n, D)
 
     def onto(self, products: Tensor, hidden: Tensor) -> Tensor:
-        """products (s, V) of hidden (s, D), in place."""
+        """Write the new rows' products into products (s, V) of hidden (s, D), in place."""
         return products.index_copy_(1, self.ids, hidden @ self.rows.T)
 
     def taken_out(self, grad: Tensor) -> Tensor:
-        """Columns (s, n) of a gradient (s, V), which are zero in it afterwards: the matrix has no part in them."""
+        """Return the new rows' columns (s, n) of a gradient (s, V), and set them to zero in it: the matrix has no part in them."""
         taken = grad.index_select(1, self.ids)
         grad.index_fill_(1, self.ids, 0.0)
         return taken
 
 
 class LossTerm(Protocol):
-    """A term beside that of the text. Over a step it is the sum of its terms, over its counts, times the coefficient."""
+    """A loss term beside the text term. Its value over a step is the sum of `term` over the sum of `count`, times `coefficient`."""
 
     coefficient: float
 
     def count(self, batch: Batch) -> Tensor | float:
-        """What the sum of `term` is divided by, once all of a step are added: known before the forward, without a host sync."""
+        """Return the batch's share of the divisor of `term`, which a step adds up. Known before the forward, without host sync."""
 
     def term(self, hidden: Tensor, batch: Batch) -> Term:
-        """Of the decoder's output (B, T, D)."""
+        """Compute the term from the decoder's output (B, T, D)."""
 
 
 class ChunkedLoss(torch.autograd.Function):
     """Summed cross entropy of change(hidden (S, D) @ weight.T (V, D)) against targets (S,) -> sum (), rows (S,).
 
-    `new_rows` (n, D) take the place of rows `new_ids` (n,) of `weight`, which is neither copied nor changed.
-    Gradients are made in forward, chunk by chunk: no logits survive, nothing is recomputed, and a sharded head is not
-    gathered again in backward. With S = 0 the sum is 0 and so are all gradients. No double backward.
+    `new_rows` (n, D) take the place of rows `new_ids` (n,) of `weight`, which is neither copied nor changed. Gradients are computed
+    in forward, chunk by chunk: no logits are kept, nothing is recomputed, and a sharded head is not gathered again in backward.
+    With S = 0 the sum is 0 and so are all gradients. No double backward.
     """
 
     @staticmethod
@@ -120,7 +120,7 @@ def text_term(
     change: LogitChange = UNCHANGED,
     new: NewRows | None = None,
 ) -> Term:
-    """hidden (B, T, D), weight (V, D), labels (B, T), supervised (S,) flat positions -> the text term."""
+    """Compute the text term from hidden (B, T, D), weight (V, D), labels (B, T) and supervised (S,) flat positions."""
     rows = hidden.flatten(0, 1).index_select(0, supervised)
     targets = labels.flatten().index_select(0, supervised)
     new_rows, new_ids = (None, None) if new is None else (new.rows, new.ids)

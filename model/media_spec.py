@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Facts about media encoders, and the number and order of tokens that a medium takes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 from model.tile_tokens import TileMap, map_rows, map_weights, tile_map
 
 PLACEHOLDERS = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
-"""What stands for one medium in a record's text, by the kind of medium."""
+"""Placeholder of one medium in a record's text, by the kind of medium."""
 
 
 READ_BY = {"image": "image", "video": "image", "audio": "audio"}
-"""The modality whose encoder reads a kind of medium: the frames of a video are rows of pictures, and `<video>` is no token."""
+"""Modality whose encoder reads a kind of medium: frames of a video are rows of pictures, and `<video>` is not a token."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class ImageSpec:
     resample: int = 3  # PIL's number of the filter; 3 is bicubic
     rescale: float = 1 / 255
     shrink: int = 1  # the projector makes one token of shrink x shrink patches
-    queries: int = 0  # tokens the projector makes of each view whatever its size; 0: as many as patches
-    newline: bool = False  # the projector has a line break: behind each line of tiles, or behind a picture or video without them
+    queries: int = 0  # tokens the projector makes of each view, whatever its size; 0: as many as patches
+    newline: bool = False  # the projector has a line break: after each line of tiles, or after a picture or video without tiles
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class AudioSpec:
     n_fft: int = 400  # samples
     hop: int = 160  # samples per frame
     num_prompts: int = 0  # learned rows before every clip
-    num_states: int = 0  # classes of the user's state after a clip; 0: nothing reads it
+    num_states: int = 0  # classes of the user's state after a clip; 0: no state head
 
 
 MediaSpec = ImageSpec | AudioSpec
@@ -56,7 +56,7 @@ MediaSpec = ImageSpec | AudioSpec
 
 
 def image_spec(specs: dict[str, MediaSpec]) -> ImageSpec:
-    """That of the vision tower. Raises `KeyError` if the model has none."""
+    """Return the ImageSpec of the vision tower. Raises `KeyError` if the model has none."""
     spec = specs["image"]
     if not isinstance(spec, ImageSpec):
         raise TypeError(f"the image spec is {type(spec).__name__}")
@@ -64,13 +64,13 @@ def image_spec(specs: dict[str, MediaSpec]) -> ImageSpec:
 
 
 def spec_from_json(value: dict[str, Any]) -> MediaSpec:
-    """What `spec_to_json` wrote. Raises `KeyError` or `TypeError` for anything else."""
+    """Read a spec that `spec_to_json` wrote. Raises `KeyError` or `TypeError` for anything else."""
     fields = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items() if name != "kind"}
     return _SPECS[value["kind"]](**fields)
 
 
 def spec_to_json(spec: MediaSpec) -> dict[str, Any]:
-    """Plain JSON values, with the kind of spec."""
+    """Return the spec as plain JSON values, with the kind of spec."""
     kind = next(name for name, cls in _SPECS.items() if isinstance(spec, cls))
     fields = {name: list(item) if isinstance(item, tuple) else item for name, item in dataclasses.asdict(spec).items()}
     return {"kind": kind, **fields}
@@ -81,17 +81,20 @@ _SPECS: dict[str, Any] = {"image": ImageSpec, "audio": AudioSpec}
 
 @dataclass(frozen=True)
 class MediaMeta:
-    """What is known of one medium before it is decoded."""
+    """Facts about one medium that are known before it is decoded."""
 
     num_rows: int = 1  # encoder rows: tiles of a picture, frames of a video
     num_frames: int = 0  # mel frames of a clip
     grid: tuple[int, int] = (1, 1)  # tiles across and down, without the thumbnail or the base view
     size: tuple[int, int] = (0, 0)  # of a picture whose tiles keep its aspect, in pixels (width, height); else (0, 0)
-    max_tiles: int = 0  # more tokens than these many tiles have are shrunk to as many; 0: they stay
+    max_tiles: int = 0  # a picture with more tokens than this many tiles is shrunk to that number; 0: never
 
 
 def num_tokens(spec: MediaSpec, meta: MediaMeta) -> int:
-    """Tokens one medium takes in the sequence. The only place that counts them: index, expansion and splice all ask here."""
+    """Return the number of tokens one medium takes in the sequence.
+
+    Index, expansion and splice all call it: no other code counts tokens.
+    """
     if isinstance(spec, AudioSpec):
         return spec.num_prompts + sum(row_tokens(spec, meta))
     if (tiles := _tile_map(spec, meta)) is not None:
@@ -100,20 +103,20 @@ def num_tokens(spec: MediaSpec, meta: MediaMeta) -> int:
 
 
 def row_tokens(spec: MediaSpec, meta: MediaMeta) -> tuple[int, ...]:
-    """Tokens of each encoder row of one medium, in order; of a picture whose tiles keep its aspect, those of its bars too."""
+    """Return the number of tokens of each encoder row of one medium, in order, including tokens of bars around a tiled picture."""
     if isinstance(spec, AudioSpec):
         return tuple(_shortened(spec, frames) for frames in row_frames(spec, meta))
     return (view_tokens(spec),) * meta.num_rows
 
 
 def view_tokens(spec: ImageSpec) -> int:
-    """Tokens of one view of a picture."""
+    """Return the number of tokens of one view of a picture."""
     patches = (spec.size // spec.patch // spec.shrink) ** 2
     return spec.queries or patches + (spec.num_prefix if spec.select == "cls_patch" else 0)
 
 
 def token_rows(spec: MediaSpec, meta: MediaMeta, width: int) -> np.ndarray:
-    """Which projected row each token of one medium is, (num_tokens,) int64; (num_tokens, 4) where `token_weights` has weights.
+    """Return the projected row of each token of one medium, (num_tokens,) int64; (num_tokens, 4) where `token_weights` has weights.
 
     Row l of the medium's encoder row n is n * width + l; -1, -2 ... are the projector's own extra rows 0, 1 ...
     """
@@ -129,7 +132,7 @@ def token_rows(spec: MediaSpec, meta: MediaMeta, width: int) -> np.ndarray:
 
 
 def token_weights(spec: MediaSpec, meta: MediaMeta) -> np.ndarray | None:
-    """Weights (num_tokens, 4) float32 of the rows that are summed to each token; None where every token is one row."""
+    """Return the weights (num_tokens, 4) float32 of the rows that are summed to each token; None where every token is one row."""
     tiles = _tile_map(spec, meta) if isinstance(spec, ImageSpec) else None
     if tiles is None or not tiles.is_shrunk:
         return None
@@ -138,7 +141,7 @@ def token_weights(spec: MediaSpec, meta: MediaMeta) -> np.ndarray | None:
 
 
 ONE_ROW = (1.0, 0.0, 0.0, 0.0)
-"""Weights of a token that is its first row."""
+"""Weights of a token that equals its first row."""
 
 
 def _tile_map(spec: ImageSpec, meta: MediaMeta) -> TileMap | None:
@@ -148,18 +151,18 @@ def _tile_map(spec: ImageSpec, meta: MediaMeta) -> TileMap | None:
 
 
 def row_frames(spec: AudioSpec, meta: MediaMeta) -> tuple[int, ...]:
-    """Valid mel frames of each encoder row of a clip: whole windows, then the rest."""
+    """Return the valid mel frames of each encoder row of a clip: whole windows, then the rest."""
     whole, rest = divmod(meta.num_frames, spec.window_frames)
     return (spec.window_frames,) * whole + ((rest,) if rest else ())
 
 
 def row_width(spec: MediaSpec, num_frames: int = 0) -> int:
-    """Tokens L that the encoder makes of each row of a batch; `num_frames`: mel frames that rows are padded to."""
+    """Return the tokens L that the encoder makes of each row of a batch. `num_frames`: mel frames that rows are padded to."""
     return _shortened(spec, num_frames) if isinstance(spec, AudioSpec) else view_tokens(spec)
 
 
 def row_shape(spec: MediaSpec) -> tuple[int, ...]:
-    """Of one blank encoder row: the shortest there is, where rows are not all of one length."""
+    """Return the shape of one blank encoder row: the shortest possible one, where rows differ in length."""
     if isinstance(spec, AudioSpec):
         return (spec.num_mels, spec.window_frames if spec.full_window else 2)
     return (3, spec.size, spec.size)

@@ -25,7 +25,7 @@ from model.splice import splice, taken
 from model.vision.normalise import normalised
 
 ENCODERS = {"image": ("vision", "vision_projector"), "audio": ("audio", "audio_projector")}
-"""Encoder and projector by modality. A modality is an entry here, not a branch below."""
+"""Encoder and projector by modality. A new modality is an entry here, not a branch in the code below."""
 
 
 class MultimodalLM(nn.Module):
@@ -37,7 +37,7 @@ class MultimodalLM(nn.Module):
         for name, part in parts.items():
             self.add_module(name, part)
         self.specs = specs
-        self.dtype = dtype  # of the computation; parameters may be kept in another one
+        self.dtype = dtype  # compute type; parameters may be stored in another one
         self.trainable_parts: frozenset[str] = frozenset()
         self.routers: RouterTap | None = None
         self.stop_ids: tuple[int, ...] = ()
@@ -45,23 +45,23 @@ class MultimodalLM(nn.Module):
 
     @property
     def other_terms(self) -> dict[str, LossTerm]:
-        """What is learned beside the text, by term. One more is an entry here."""
+        """Return the loss terms beside the text term, by name. A new term is an entry here."""
         sources: dict[str, Any] = {"state": getattr(self, "state_head", None), "router": self.routers}
         return {name: source for name, source in sources.items() if source is not None}
 
     def coefficients(self) -> dict[str, float]:
-        """Factor of each term in the loss; that of the text comes first and is 1."""
+        """Return the factor of each term in the loss; that of the text comes first and is 1."""
         return {"text": 1.0, **{name: source.coefficient for name, source in self.other_terms.items()}}
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, Tensor | float]:
-        """What the sum of each term over `batches` is divided by, known without running them. No host sync."""
+        """Return the divisor of the sum of each term over `batches`, known before the forward. No host sync."""
         counts: dict[str, Tensor | float] = {"text": float(sum(batch.num_supervised for batch in batches))}
         for name, source in self.other_terms.items():
             counts[name] = sum(source.count(batch) for batch in batches)
         return counts
 
     def forward(self, batch: Batch) -> dict[str, Term]:
-        """Loss terms of a micro-batch, those of `coefficients`: `text` is the cross entropy of supervised positions."""
+        """Compute the loss terms of a micro-batch, named as in `coefficients`; `text` is the cross entropy of supervised tokens."""
         if self.routers is not None:
             self.routers.listen()
         hidden = self.decode(batch)
@@ -72,31 +72,31 @@ class MultimodalLM(nn.Module):
         return {"text": text, **{name: source.term(hidden, batch) for name, source in self.other_terms.items()}}
 
     def decode(self, batch: Batch) -> Tensor:
-        """The decoder's last hidden state (B, T, D)."""
+        """Compute the decoder's last hidden state (B, T, D)."""
         decoder = self.llm.get_decoder()  # type: ignore[operator]
         options = decoder_options(self.llm, batch)
         embeds = self.embed(batch)
         return decoder(inputs_embeds=embeds, position_ids=batch.position_ids, use_cache=False, **options).last_hidden_state
 
     def user_state(self, batch: Batch) -> Tensor:
-        """Probabilities (M, classes) float32 of the user's state after each of the M clips of `batch`, in reading order.
+        """Return probabilities (M, classes) float32 of the user's state after each of the M clips of `batch`, in reading order.
 
-        Rows may be padded on either side, or packed. ConfigError if the model has no [model.state_head].
+        Rows may be padded on either side, or packed. Raises `ConfigError` if the model has no [model.state_head].
         """
         head = getattr(self, "state_head", None)
         if not isinstance(head, StateHead):
             raise ConfigError("this model reads no user state: it was built without [model.state_head]")
         batch = batch.to(self._device())
-        # Prompts are padded on the left, which causality alone does not hide.
+        # Prompts are padded on the left, so causality alone does not hide the padding.
         attention = masked_attention(self.llm) if batch.segment_lengths is None else nullcontext()
         with torch.no_grad(), attention:
             return head.logits(self.decode(batch), batch).softmax(-1)
 
     def embed(self, batch: Batch) -> Tensor:
-        """input_ids (B, T) with media spliced in -> (B, T, D).
+        """Embed input_ids (B, T) with media spliced in -> (B, T, D).
 
-        Every modality takes part in every batch, with no rows where there is nothing: ranks must run the same
-        collectives, and trainable parts must get a gradient, whatever their batch holds.
+        Every modality takes part in every batch, with no rows where there is no media: ranks must run the same collectives, and
+        trainable parts must get a gradient, whatever their batch holds.
         """
         embeds = self.llm.get_input_embeddings()(batch.input_ids)  # type: ignore[operator]
         for modality in self.specs:
@@ -106,7 +106,7 @@ class MultimodalLM(nn.Module):
         return embeds
 
     def _features(self, modality: str, media: Media | None) -> Tensor:
-        """Projected feature rows (K, D) of one modality; K = 0 when the batch holds none."""
+        """Return the projected feature rows (K, D) of one modality; K = 0 when the batch holds none."""
         encoder_name, projector_name = ENCODERS[modality]
         encoder, projector = self.get_submodule(encoder_name), self.get_submodule(projector_name)
         trainable = encoder_name in self.trainable_parts
@@ -132,21 +132,21 @@ class MultimodalLM(nn.Module):
         return next(self.llm.parameters()).device
 
     def train(self, mode: bool = True) -> MultimodalLM:
-        """Training mode for parts that learn; frozen parts stay in eval mode, whatever is asked."""
+        """Set training mode for trainable parts; frozen parts stay in eval mode, whatever `mode` is."""
         super().train(mode)
         for name, part in self.named_children():
             part.train(mode and name in self.trainable_parts)
         return self
 
     def loss(self, batch: Batch) -> tuple[Tensor, int]:
-        """Summed cross entropy () and number of supervised positions: the text term of training, without a graph."""
+        """Return the summed cross entropy () and the number of supervised positions: the text term of training, without a graph."""
         with torch.no_grad():
             term = self(batch.to(self._device()))["text"]
         return term.sum, term.num_addends
 
     def generate(self, batch: Batch, max_new_tokens: int = 32, **sampling: Any) -> list[list[int]]:
-        """New token ids of each row, up to and without the stop token. Prompts are padded on the left; `sampling` may hold
-        temperature, top_p and seed, see `model.generate.generate`.
+        """Generate token ids for each row, up to the stop token, which is left out. Prompts are padded on the left; `sampling` may
+        hold temperature, top_p and seed, see `model.generate.generate`.
         """
         batch = batch.to(self._device())
         mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask

@@ -1,4 +1,4 @@
-"""From encoder features to LLM embeddings."""
+"""Projectors from encoder features to LLM embeddings that treat each row by itself."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ POINTWISE = "'linear' | 'mlp1x_gelu' ... 'mlp9x_gelu' | 'identity'"
 
 
 class Pointwise(nn.Sequential):
-    """Layers on each row by itself: features (N, L, in) -> (N, L, out). State keys are LLaVA's: 0, 2, 4 ..."""
+    """Layers applied to each row by itself: features (N, L, in) -> (N, L, out). State keys are LLaVA's: 0, 2, 4 ..."""
 
     def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
         return super().forward(features)
 
 
 class Linear(nn.Linear):
-    """One matrix, without a number in front of its state keys, as LLaVA has it."""
+    """One matrix. As in LLaVA, its state keys have no number in front."""
 
     def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
         return super().forward(features)
@@ -31,12 +31,16 @@ class Identity(nn.Module):
 
 
 def is_pointwise(kind: str) -> bool:
-    """Whether it is a kind that projects each row by itself."""
+    """Tell whether a kind of projector treats each row by itself."""
     return kind in ("linear", "identity") or re.fullmatch(r"mlp[1-9]x_gelu", kind) is not None
 
 
 def build_projector(setting: str, kind: str, in_features: int, out_features: int) -> nn.Module:
-    """A module (features (N, L, in), lengths (N,) valid rows of each or None) -> (N, L', out). `setting` is its table's name."""
+    """Build a projector: features (N, L, in), lengths (N,) valid rows of each or None -> (N, L', out). `setting`: name of its
+    table.
+
+    Raises `ConfigError` for an unknown kind, and for 'identity' with unequal widths.
+    """
     if kind == "linear":
         return Linear(in_features, out_features)
     if kind == "identity":
@@ -58,4 +62,4 @@ LLAVA_PROJECTOR, LLAVA_NEWLINE, LLAVA_TRAINED = "mm_projector.", "image_newline"
 
 
 OWN_ROWS = ("extra", LLAVA_NEWLINE)
-"""What a projector may hold beside its layers: prompts, the line break."""
+"""Parameters that a projector may have beside its layers: prompts, the line break."""

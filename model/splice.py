@@ -1,4 +1,4 @@
-"""Media features over the embeddings of their placeholders."""
+"""Replacement of placeholder embeddings by media features."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,10 @@ from model.batch import Media
 
 
 def taken(rows: Tensor, media: Media) -> Tensor:
-    """One feature row (K, D) for each placeholder out of all that a projector gives, (N * L + E, D): one of them or a sum of four.
+    """Return the feature row of each placeholder (K, D) from the projected rows (N * L + E, D): one of them or a weighted sum of
+    four.
 
-    Sums are made in float32, so that in bfloat16 a token that is one row stays that row to the bit beside others that are sums.
+    Sums are made in float32, so that in bfloat16 a token that is one row equals that row bitwise, also beside tokens that are sums.
     """
     if media.weights is None:
         return rows.index_select(0, media.rows)
@@ -22,8 +23,8 @@ def taken(rows: Tensor, media: Media) -> Tensor:
 def splice(embeds: Tensor, features: Tensor, media: Media) -> Tensor:
     """Write one feature row over each placeholder: embeds (B, T, D), features (K, D) -> (B, T, D).
 
-    Row i of `features` goes to flat position media.slots[i]. With K = 0 the result equals `embeds` and still hangs on
-    `features`, so that a batch without media gives the projector a gradient of zeros and not none.
+    Row i of `features` goes to flat position media.slots[i]. With K = 0 the result equals `embeds` and still depends on `features`,
+    so that a batch without media gives the projector a gradient of zeros and not none. Raises `ValueError` when the numbers differ.
     """
     if features.shape[0] != media.slots.shape[0]:
         raise ValueError(f"{features.shape[0]} feature rows for {media.slots.shape[0]} placeholders")

@@ -1,8 +1,8 @@
-"""Where features of a picture in tiles of its own aspect stand: LLaVA-NeXT's unpadding, OneVision's shrinking, from sizes alone.
+"""Token order of a picture in tiles of its own aspect: LLaVA-NeXT's unpadding and OneVision's shrinking, from sizes alone.
 
-u is the side of a tile in tokens. The tiles make one map of (down * u, across * u) tokens, of which those of the black bars go;
-each line that is left ends in the projector's line break. A map that is too large is shrunk: every token of it is then a sum of
-four others.
+u is the side of a tile in tokens. The tiles make one map of (down * u, across * u) tokens. Tokens of the black bars are removed;
+each remaining line ends in the projector's line break. A map that is too large is shrunk: every token of it is then a weighted sum
+of four others.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 
 MOST_GROWTH = 1.1
-"""OneVision leaves a map as it is that is larger by less than this, on a side."""
+"""OneVision does not shrink a map whose side exceeds the limit by less than this factor."""
 
 
 @dataclass(frozen=True)
 class TileMap:
-    """Of one picture: the tokens that its tiles give, bars and line breaks left out."""
+    """Tokens that the tiles of one picture give, without bars; `lines` and `columns` count tokens, without line breaks."""
 
     side: int  # u
     across: int  # tiles
-    top: int  # lines above the picture
+    top: int  # height of the bar above the picture, in lines
     left: int
     lines: int
     columns: int
@@ -30,7 +30,7 @@ class TileMap:
 
     @property
     def num_tokens(self) -> int:
-        """With a line break behind each line."""
+        """Return the number of tokens, with a line break after each line."""
         return self.shrunk[0] * (self.shrunk[1] + 1)
 
     @property
@@ -38,15 +38,19 @@ class TileMap:
         return self.shrunk != (self.lines, self.columns)
 
     def rows(self, line: np.ndarray, column: np.ndarray, width: int) -> np.ndarray:
-        """The projected row of each token of the unpadded map: row l of tile n, encoder row 1 + n, is (1 + n) * width + l."""
+        """Return the projected row of each token of the unpadded map.
+
+        Row l of tile n, which is encoder row 1 + n, is projected row (1 + n) * width + l.
+        """
         (down, y), (right, x) = np.divmod(line + self.top, self.side), np.divmod(column + self.left, self.side)
         return (1 + down * self.across + right) * width + y * self.side + x
 
 
 def tile_map(size: tuple[int, int], grid: tuple[int, int], side: int, max_tiles: int) -> TileMap:
-    """`size`: of the picture in pixels (width, height); `grid`: tiles across and down; `max_tiles`: whose tokens it may have, or 0.
+    """Compute the map. `size`: of the picture in pixels (width, height); `grid`: tiles across and down; `max_tiles`: limit of the
+    tokens in tiles, 0 for none.
 
-    Rounds as transformers' `unpad_image` does, which every reader of LLaVA-NeXT's weights shares.
+    Rounds as transformers' `unpad_image` does, and so every model with LLaVA-NeXT's weights.
     """
     (width, height), columns, lines = size, grid[0] * side, grid[1] * side
     top = left = 0
@@ -61,7 +65,7 @@ def tile_map(size: tuple[int, int], grid: tuple[int, int], side: int, max_tiles:
 
 
 def map_rows(tiles: TileMap, width: int) -> np.ndarray:
-    """Projected rows of the map with its line breaks, -1: (num_tokens,) or, where it is shrunk, (num_tokens, 4)."""
+    """Return the projected rows of the map with its line breaks, -1: (num_tokens,) or, for a shrunk map, (num_tokens, 4)."""
     if not tiles.is_shrunk:
         found = tiles.rows(np.arange(tiles.lines)[:, None], np.arange(tiles.columns), width)
         return np.pad(found, ((0, 0), (0, 1)), constant_values=-1).reshape(-1)
@@ -73,7 +77,7 @@ def map_rows(tiles: TileMap, width: int) -> np.ndarray:
 
 
 def map_weights(tiles: TileMap) -> np.ndarray:
-    """Of the rows of a map that is shrunk, (num_tokens, 4) float32: those of torch's bilinear interpolation."""
+    """Return the weights of the rows of a shrunk map, (num_tokens, 4) float32: those of torch's bilinear interpolation."""
     _, _, down = _between(tiles.lines, tiles.shrunk[0])
     _, _, right = _between(tiles.columns, tiles.shrunk[1])
     down, right = down[:, None], right[None]
@@ -83,7 +87,7 @@ def map_weights(tiles: TileMap) -> np.ndarray:
 
 
 def _between(length: int, shorter: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of `shorter` places the two of `length` that it lies between, and how far it is from the first, in [0, 1)."""
+    """Return, for each of `shorter` positions, its two neighbours among `length`, and its distance from the first, in [0, 1)."""
     at = np.maximum((np.arange(shorter) + 0.5) * (length / shorter) - 0.5, 0)
     first = at.astype(np.int64)
     return first, np.minimum(first + 1, length - 1), at - first

@@ -1,4 +1,4 @@
-"""What learns: `tune` per part, and the table that says so."""
+"""Trainable parameters: `tune` applied to each part, and the table of trainable parameters per part."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _tune_adapters(part: nn.Module, lora: LoraConfig) -> None:
 
 
 def part_table(model: MultimodalLM, config: ModelConfig) -> list[PartRow]:
-    """Parameters and trainable parameters per part; a tied matrix counts once."""
+    """Count parameters and trainable parameters per part; a tied matrix counts once."""
     rows = []
     for name, part in config.parts().items():
         parameters = list(model.get_submodule(name).parameters())

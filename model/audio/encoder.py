@@ -20,7 +20,7 @@ from model.weights.quantised_base import check_settings
 
 SETTING = "model.audio.path"
 PREFIXES = ("model.encoder.", "encoder.", "", "audio_tower.", "model.audio_tower.")
-"""What stands before the encoder's names in files: of the whole Whisper, of it without its head, of itself, of Qwen2-Audio."""
+"""Prefixes of the encoder's tensor names in files of: all of Whisper, Whisper without its head, the encoder alone, Qwen2-Audio."""
 STRUCTURE = (
     "num_mel_bins",
     "d_model",
@@ -33,23 +33,25 @@ STRUCTURE = (
     "attention_dropout",
     "activation_dropout",
 )
-"""Values of config.json that an encoder is made of. Layer drop is not among them: ranks would run different collectives."""
+"""Keys of config.json that define an encoder. Layer drop is left out: ranks would drop different layers and run different
+collectives.
+"""
 
 
 @dataclass(frozen=True)
 class EncoderFamily:
-    """How encoders of one model_type differ from Whisper's."""
+    """Differences of the encoders of one model_type from Whisper's."""
 
     pooled: bool = False  # the mean of every two rows is taken before the last norm
-    masked: bool = False  # even in the full window no row attends to one beyond its clip
+    masked: bool = False  # even in the full window no row attends to rows beyond its clip
 
 
 KINDS = {"whisper": EncoderFamily(), "qwen2_audio_encoder": EncoderFamily(pooled=True, masked=True)}
-"""By model_type of config.json."""
+"""Supported encoders by model_type of config.json."""
 
 
 def audio_config(config: AudioConfig, cache_dir: str = "") -> dict[str, Any]:
-    """config.json of the encoder; a Qwen2-Audio folder holds it inside that of the whole model."""
+    """Read config.json of the encoder, which Qwen2-Audio nests in the whole model's. Raises `ConfigError` for other encoders."""
     whole = read_json(SETTING, config.path, "config.json", cache_dir)
     check_settings(SETTING, config.path, whole)
     value = whole.get("audio_config") or whole
@@ -59,7 +61,7 @@ def audio_config(config: AudioConfig, cache_dir: str = "") -> dict[str, Any]:
 
 
 def audio_spec(config: AudioConfig, projector: AudioProjectorConfig, cache_dir: str = "") -> AudioSpec:
-    """What data needs to know, from JSON files alone. What a folder does not say of its features is Whisper's own value."""
+    """Return the facts that `data` needs, from JSON files alone. Feature settings missing in a folder have Whisper's values."""
     value = audio_config(config, cache_dir)
     structure = encoder_config(value)
     found = feature_config(config.path, cache_dir)
@@ -87,7 +89,7 @@ def check_same(path: str, key: str, told: int, needed: int) -> None:
 
 
 def feature_config(path: str, cache_dir: str) -> dict[str, Any]:
-    """The feature extractor's settings: flat, or what newer folders nest in processor_config.json; empty when there are none."""
+    """Read the feature extractor's settings: flat, or nested in processor_config.json as in newer folders; {} without any."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         if find_file(SETTING, path, name, cache_dir):
             value = read_json(SETTING, path, name, cache_dir)
@@ -97,24 +99,25 @@ def feature_config(path: str, cache_dir: str) -> dict[str, Any]:
 
 
 def encoder_config(value: dict[str, Any]) -> WhisperConfig:
-    """The encoder's part of config.json `value`, as a Whisper config."""
+    """Return the encoder's part of config.json `value` as a Whisper config."""
     config = hugging_face_config(SETTING, value)
     return WhisperConfig(**{key: getattr(config, key) for key in STRUCTURE})
 
 
 def encoder_strides(value: dict[str, Any]) -> tuple[int, ...]:
-    """Of the second convolution, and of the pooling if the encoder has one."""
+    """Return the strides of the second convolution, and of the pooling if the encoder has one."""
     return (2, 2) if KINDS[value["model_type"]].pooled else (2,)
 
 
 class Tower(WhisperEncoder):
-    """Whisper's layers, run by ourselves: transformers' own forward takes whole windows only and ignores its mask."""
+    """Whisper's layers with a forward of our own: transformers' forward accepts whole windows only and ignores its mask."""
 
     kind = EncoderFamily()
 
     def forward(self, values: Tensor, lengths: Tensor | None, full_window: bool) -> Tensor:  # type: ignore[override]
-        """Log-mel (N, M, F) with (N,) valid frames -> (N, L, C). Rows that come from valid frames depend on no other ones, but
-        for silence in Whisper's own full window, which it was trained to hear.
+        """Encode log-mel (N, M, F) with (N,) valid frames -> (N, L, C).
+
+        Rows of valid frames do not depend on other rows, except on silence in the full window, with which Whisper was trained.
         """
         kept = None if full_window else lengths
         rows = F.gelu(convolved(self.conv1, masked(values.transpose(1, 2), kept).transpose(1, 2)))
@@ -122,15 +125,15 @@ class Tower(WhisperEncoder):
         lengths = shortened(lengths, 2)
         rows = rows + self.embed_positions(torch.arange(rows.shape[1], device=rows.device))
         rows = F.dropout(rows, self.dropout, self.training)
-        hears_all = lengths is None or (full_window and not self.kind.masked)
-        attended = None if hears_all else valid(lengths, rows.shape[1])[:, None, None]  # type: ignore[arg-type]
+        attends_all = lengths is None or (full_window and not self.kind.masked)
+        attended = None if attends_all else valid(lengths, rows.shape[1])[:, None, None]  # type: ignore[arg-type]
         for layer in self.layers:
             rows = layer(rows, attended)
         return self.layer_norm(mean_of_pairs(rows, lengths) if self.kind.pooled else rows)
 
 
 class AudioEncoder(nn.Module):
-    """Log-mel (N, M, F) -> features (N, L, C) of a Whisper encoder; full_window: F is the whole window, with silence at the end."""
+    """A Whisper encoder: log-mel (N, M, F) -> features (N, L, C). full_window: F is the whole window, with silence at the end."""
 
     def __init__(self, value: dict[str, Any], full_window: bool) -> None:
         super().__init__()
@@ -143,13 +146,13 @@ class AudioEncoder(nn.Module):
         self.tower.kind = KINDS[value["model_type"]]
 
     def requires_grad_(self, requires_grad: bool = True) -> AudioEncoder:
-        """All but the positions: they are sinusoids, which no Whisper ever trained."""
+        """Set requires_grad of all parameters but the positions: they are sinusoids, which no Whisper model has trained."""
         super().requires_grad_(requires_grad)
         self.tower.embed_positions.requires_grad_(False)
         return self
 
     def valid_rows(self, lengths: Tensor | None) -> Tensor | None:
-        """Features that come from valid frames, (N,)."""
+        """Return the number of features of each row that come from valid frames, (N,)."""
         for stride in self.strides:
             lengths = shortened(lengths, stride)
         return lengths

@@ -1,4 +1,4 @@
-"""From audio features to LLM embeddings. A row's padding never reaches a valid row, however long the rows beside it are."""
+"""Projectors from audio features to LLM embeddings. A row's padding never affects a valid row, whatever the batch's lengths."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from model.errors import ConfigError
 from model.projector import Pointwise
 
 STRIDES: dict[str, tuple[int, ...]] = {"linear": (), "pool_mlp": (2,), "conv_mlp": (2, 2)}
-"""How much each kind shortens a row, layer by layer: n -> (n - 1) // stride + 1. Of mlpNx_gelu: not at all."""
+"""Strides by which each kind shortens a row, layer by layer: n -> (n - 1) // stride + 1. mlpNx_gelu shortens nothing."""
 MLP = re.compile(r"mlp([1-9])x_gelu")
-KERNEL = 5  # rows that one step of the convolutions sees, as in VITA's adapter
+KERNEL = 5  # kernel size of the convolutions in rows, as in VITA's adapter
 PROMPT_SPREAD = 0.02  # standard deviation of new prompts: about that of an embedding
 
 
 def projector_strides(kind: str) -> tuple[int, ...]:
-    """Of the layers of a projector that shorten a row. ConfigError for a kind that is none."""
+    """Return the strides of the layers of a projector that shorten a row. Raises `ConfigError` for an unknown kind."""
     if kind not in STRIDES and not MLP.fullmatch(kind):
         kinds = " | ".join(map(repr, (*STRIDES, "mlp1x_gelu")))
         raise ConfigError(f"model.audio_projector.kind = {kind!r} is not {kinds} ... 'mlp9x_gelu'")
@@ -28,7 +28,10 @@ def projector_strides(kind: str) -> tuple[int, ...]:
 
 
 def build_audio_projector(config: AudioProjectorConfig, in_features: int, out_features: int) -> nn.Module:
-    """A module (features (N, L, in), lengths (N,) valid rows or None) -> (N, L', out), with `extra` (P, out) if it has prompts."""
+    """Build a projector: features (N, L, in), lengths (N,) valid rows or None -> (N, L', out).
+
+    With prompts it has a parameter `extra` (P, out).
+    """
     projector_strides(config.kind)
     module: nn.Module
     if config.kind == "conv_mlp":
@@ -45,7 +48,7 @@ def build_audio_projector(config: AudioProjectorConfig, in_features: int, out_fe
 
 
 def mlp(depth: int, in_features: int, out_features: int) -> list[nn.Module]:
-    """`depth` linear layers with GELU between them."""
+    """Build `depth` linear layers with GELU between them."""
     layers: list[nn.Module] = [nn.Linear(in_features, out_features)]
     for _ in range(1, depth):
         layers += [nn.GELU(), nn.Linear(out_features, out_features)]
@@ -53,7 +56,7 @@ def mlp(depth: int, in_features: int, out_features: int) -> list[nn.Module]:
 
 
 class PoolMlp(nn.Sequential):
-    """The mean of every two rows, then layers on each by itself: (N, L, in) -> (N, ceil(L / 2), out)."""
+    """The mean of every two rows, then an MLP on each result: (N, L, in) -> (N, ceil(L / 2), out)."""
 
     def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
         return super().forward(mean_of_pairs(features, lengths))
@@ -62,8 +65,8 @@ class PoolMlp(nn.Sequential):
 class ConvMlp(nn.Module):
     """Two strided convolutions and a projection, (N, L, in) -> (N, ceil(L / 4), out): 12.5 tokens per second behind Whisper.
 
-    After VITA's adapter: kernel 5, twice as many channels, LayerNorm in place of batch statistics, GELU. What lies beyond a row's
-    valid length is zero before each convolution, as what lies beyond its window is.
+    After VITA's adapter: kernel 5, twice as many channels, LayerNorm in place of batch statistics, GELU. Rows beyond the valid
+    length are set to zero before each convolution, like its padding.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -83,8 +86,8 @@ class ConvMlp(nn.Module):
 def convolved(layer: nn.Conv1d, rows: Tensor) -> Tensor:
     """Apply a convolution whose padding keeps the length, stride aside, to rows (N, C, L) -> (N, C', ceil(L / stride)).
 
-    Rows shorter than the kernel get zeros behind, as the padding itself puts there, and the surplus output is cut off. In bfloat16
-    on a CPU (torch 2.13, oneDNN) the weight gradient of a strided convolution over one position is stale memory.
+    Rows shorter than the kernel are padded with zeros at the end, as the padding does, and the surplus output is cut off. Without
+    this, in bfloat16 on a CPU (torch 2.13, oneDNN), the weight gradient of a strided convolution over one position is stale memory.
     """
     length, missing = rows.shape[-1], layer.kernel_size[0] - rows.shape[-1]
     if missing <= 0:
@@ -93,22 +96,25 @@ def convolved(layer: nn.Conv1d, rows: Tensor) -> Tensor:
 
 
 def shortened(lengths: Tensor | None, stride: int) -> Tensor | None:
-    """Valid rows (N,) after a layer of that stride; as `model.media_spec.row_tokens` counts them."""
+    """Return the valid rows (N,) after a layer of that stride, by the rule of `model.media_spec.row_tokens`."""
     return None if lengths is None else (lengths - 1) // stride + 1
 
 
 def valid(lengths: Tensor, width: int) -> Tensor:
-    """(N, width) bool: which of the rows are not padding."""
+    """Return a mask (N, width) bool that is True for rows that are not padding."""
     return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
 def masked(features: Tensor, lengths: Tensor | None) -> Tensor:
-    """features (N, L, C) with zeros beyond each row's length; chosen and not multiplied, so that whatever stands there is gone."""
+    """Return features (N, L, C) with zeros beyond each row's length. They are selected, not multiplied: NaN in padding is gone."""
     return features if lengths is None else features.where(valid(lengths, features.shape[1])[..., None], 0)
 
 
 def mean_of_pairs(features: Tensor, lengths: Tensor | None) -> Tensor:
-    """(N, L, C) -> (N, ceil(L / 2), C): rows 0 and 1, 2 and 3 ...; of a pair with one valid row that row, with none zero."""
+    """Return the means of rows 0 and 1, 2 and 3 ...: (N, L, C) -> (N, ceil(L / 2), C).
+
+    A pair with one valid row gives that row, a pair without one gives zero.
+    """
     num_rows, width, _ = features.shape
     whole = lengths if lengths is not None else torch.full((num_rows,), width, device=features.device)
     rows = F.pad(masked(features, whole), (0, 0, 0, width % 2)).unflatten(1, (-1, 2)).sum(2)

@@ -14,8 +14,8 @@ MODALITY = "audio"
 
 
 class StateHead(nn.Linear):
-    """hidden (..., D) -> logits (..., classes), and the term `state`: their cross entropy at the last token of every clip (the
-    predictor of VITA 1.5). It is weighted as torch's weighted mean is: a clip counts as much as its class weighs.
+    """A linear classifier, hidden (..., D) -> logits (..., classes), and the loss term `state`: cross entropy at the last token of
+    every clip (the predictor of VITA 1.5). As in torch's weighted mean, each clip counts by the weight of its class.
     """
 
     class_weights: Tensor  # (classes,) float32
@@ -27,12 +27,15 @@ class StateHead(nn.Linear):
         self.register_buffer("class_weights", weights, persistent=False)
 
     def count(self, batch: Batch) -> Tensor | float:
-        """Summed class weights of the labelled clips, () float32 on the device of `batch`. No host sync."""
+        """Return the summed class weights of the labelled clips, () float32 on the device of `batch`. No host sync."""
         media = batch.media.get(MODALITY)
         return self._weights(_labels(media)).sum() if media is not None else 0.0
 
     def term(self, hidden: Tensor, batch: Batch) -> Term:
-        """hidden (B, T, D) of `batch`. Without clips the head runs on no rows, so that every rank makes a gradient for it."""
+        """Compute the loss term from hidden (B, T, D) of `batch`.
+
+        Without clips the head runs on no rows, so that every rank produces a gradient for it.
+        """
         logits, labels = self.logits(hidden, batch), self._all_labels(batch)
         losses = F.cross_entropy(logits, labels, weight=self.class_weights, ignore_index=IGNORE_INDEX, reduction="none")
         found = torch.stack(
@@ -41,7 +44,7 @@ class StateHead(nn.Linear):
         return Term(losses.sum(), losses.detach(), {"state_loss": found[:2], "state_accuracy": found[2:]})
 
     def logits(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """(M, classes) float32, a row for each of the M clips of `batch` in reading order."""
+        """Compute logits (M, classes) float32, a row for each of the M clips of `batch` in reading order."""
         media = batch.media.get(MODALITY)
         ends = torch.zeros(0, dtype=torch.long, device=hidden.device) if media is None else _ends(media)
         return self(hidden.flatten(0, 1).index_select(0, ends)).float()
@@ -51,7 +54,7 @@ class StateHead(nn.Linear):
         return torch.zeros(0, dtype=torch.long, device=batch.labels.device) if media is None else _labels(media)
 
     def _weights(self, labels: Tensor) -> Tensor:
-        """(M,) of each clip; 0 for one without a label."""
+        """Return the class weight of each clip, (M,); 0 for a clip without a label."""
         return self.class_weights.index_select(0, labels.clamp(min=0)) * (labels != IGNORE_INDEX)
 
 

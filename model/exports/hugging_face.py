@@ -1,7 +1,7 @@
-"""Our model in the layout of `LlavaForConditionalGeneration`, as the llava-hf folders on the hub have it.
+"""Export in the layout of `LlavaForConditionalGeneration`, as in the llava-hf folders on the hub.
 
-The tower is declared as deep as it was built, and its last hidden state is read: `num_hidden_layers` cut,
-`vision_feature_layer` -1. Declaring more would leave transformers to fill the missing blocks at random.
+The tower is declared as deep as it was built, and its last hidden state is read: `num_hidden_layers` is reduced,
+`vision_feature_layer` is -1. With more layers declared, transformers would initialise the missing blocks at random.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ PREFIXES = (
     ("vision_projector.image_newline", "image_newline"),
 )
 POST_NORM = ("post_layernorm.weight", "post_layernorm.bias")
-"""Stands behind the hidden state that is read, so the tower never builds it; transformers' classes have it all the same."""
+"""Norm after the hidden state that is read: the tower does not build it, but transformers' classes have it."""
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 PROCESSORS = {"shortest_edge": "CLIPImageProcessor", "exact": "SiglipImageProcessor"}
 
 
 def check_exportable(card: ModelCard) -> None:
-    """ConfigError with everything that this layout cannot express."""
+    """Check that this layout can express the model. Raises `ConfigError` with everything that it cannot express."""
     problems = []
     if card.model.vision is None or card.model.vision_projector is None:
         problems.append("the run has no vision part")
@@ -48,9 +48,9 @@ def check_exportable(card: ModelCard) -> None:
         problems.append(f"model.vision.scales = {list(card.model.vision.scales)}: LLaVA's classes see one size")
     if card.model.vision_projector is not None and card.model.vision_projector.newline:
         problems.append("model.vision_projector.newline = true: its pictures have no line breaks")
-    if heard := [name for name in ("audio", "audio_projector", "state_head") if name in card.model.parts()]:
+    if audio_parts := [name for name in ("audio", "audio_projector", "state_head") if name in card.model.parts()]:
         problems.append(
-            f"[model.{'], [model.'.join(heard)}]: LLaVA's classes do not hear; --for safetensors writes each part's file"
+            f"[model.{'], [model.'.join(audio_parts)}]: LLaVA's classes do not hear; --for safetensors writes each part's file"
         )
     problems += head_problems(card)
     if problems:
@@ -58,7 +58,7 @@ def check_exportable(card: ModelCard) -> None:
 
 
 def head_problems(card: ModelCard) -> list[str]:
-    """What the language model does with its head's products that LLaVA's classes, which have a bare head, do not."""
+    """Return the changes that the language model makes to its head's products; LLaVA's classes have a bare head and cannot."""
     with parameters_on_meta():
         llm: Any = build_llm(card.hugging_face["llm"], card.model.attention, card.vocabulary)
     change: LogitChange = llm.logit_change
@@ -73,12 +73,12 @@ def head_problems(card: ModelCard) -> list[str]:
 
 
 def strategy(spec: ImageSpec) -> str:
-    """`vision_feature_select_strategy`. `default` drops row 0 whatever it is, so a tower without CLS has to say `full`."""
+    """Return `vision_feature_select_strategy`. `default` always drops row 0, so a tower without CLS needs `full`."""
     return "default" if spec.select == "patch" and spec.num_prefix else "full"
 
 
 def model_config(card: ModelCard, model: MultimodalLM, image_id: int) -> dict[str, Any]:
-    """config.json; `image_id` is the placeholder's."""
+    """Return the contents of config.json. `image_id`: token id of the image placeholder."""
     spec, vision = image_spec(card.specs), dict(card.hugging_face["vision"])
     vision["image_size"] = spec.size
     vision["num_hidden_layers"] = len(blocks(model.get_submodule("vision.tower")))
@@ -113,7 +113,7 @@ def model_config(card: ModelCard, model: MultimodalLM, image_id: int) -> dict[st
 
 
 def image_config(spec: ImageSpec, fit: str) -> dict[str, Any]:
-    """preprocessor_config.json of pixels like ours. `fit`: pad | square."""
+    """Return preprocessor_config.json, which gives the same pixels as ours. `fit`: pad | square."""
     square = {"height": spec.size, "width": spec.size}
     crops = spec.resize == "shortest_edge" or fit == "pad"
     return {
@@ -133,7 +133,7 @@ def image_config(spec: ImageSpec, fit: str) -> dict[str, Any]:
 
 
 def processor_files(spec: ImageSpec, fit: str, placeholder: str) -> dict[str, Any]:
-    """The JSON files that AutoProcessor reads: the nested one of today's versions and the flat one of older."""
+    """Return the JSON files that AutoProcessor reads: the nested one of current versions and the flat one of older versions."""
     image = image_config(spec, fit)
     processor = {
         "processor_class": "LlavaProcessor",
@@ -147,7 +147,10 @@ def processor_files(spec: ImageSpec, fit: str, placeholder: str) -> dict[str, An
 
 
 def weights(card: ModelCard, model: MultimodalLM) -> dict[str, Entry]:
-    """Every tensor of the folder by its name there, in the model's dtype. A tied head is left out."""
+    """Return every tensor of the folder by its name there, in the model's dtype. A tied head is left out.
+
+    Raises `ConfigError` when the tower's base lacks a norm that transformers' class needs.
+    """
     found: dict[str, Entry] = {}
     buffers: dict[str, Any] = {name: module._buffers[key] for name, module, key in kept_buffers(model)}
     for name, value in (*model.named_parameters(), *buffers.items()):
@@ -168,12 +171,12 @@ def _entry(tensor: Tensor, model: MultimodalLM) -> Entry:
 
 
 def _kept(buffer: Tensor) -> Entry:
-    """A buffer keeps its type: a router's corrections decide by small differences."""
+    """Return the entry of a buffer in its own type: a router's corrections decide by small differences."""
     return Entry(buffer.dtype, tuple(buffer.shape), in_memory(buffer).all)
 
 
 def write_weights(folder: Path, entries: dict[str, Entry], max_bytes: int = SHARD_BYTES) -> None:
-    """model.safetensors, or shards of about `max_bytes` with their index."""
+    """Write model.safetensors, or shards of about `max_bytes` with their index."""
     groups = split_by_size(entries, max_bytes)
     names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
     names = names if len(groups) > 1 else ["model.safetensors"]

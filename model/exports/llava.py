@@ -12,11 +12,11 @@ from model.files.tensor_files import Tensors
 
 NAME = "mm_projector.bin"
 PREFIX = "model.mm_projector."
-NEWLINE = "image_newline"  # stands beside the projector in LLaVA-NeXT's files, not in it
+NEWLINE = "image_newline"  # is beside the projector in LLaVA-NeXT's files, not part of it
 
 
 def check_exportable(card: ModelCard) -> None:
-    """ConfigError when there is no projector, or none of a kind that LLaVA has tensors of."""
+    """Check that the model has a projector of a kind that LLaVA can read. Raises `ConfigError`."""
     projector = card.model.vision_projector
     if projector is None:
         raise ConfigError("the run has no [model.vision_projector]: there is nothing to export for LLaVA")

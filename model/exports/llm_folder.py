@@ -1,4 +1,4 @@
-"""The language model by itself, as a Hugging Face folder: what an adapter sits on when an earlier run trained it."""
+"""Export of the language model as a Hugging Face folder: the base of an adapter when an earlier run trained the language model."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from model.weights.origins import run_layers
 
 
 def inherited_parts(folder: Path, card: ModelCard) -> set[str]:
-    """Parts of which an earlier run trained or merged some weight, so that an adapter of this run sits on more than a base."""
+    """Return the parts in which an earlier run trained or merged a weight; an adapter of this run does not fit their plain base."""
     below = run_layers(folder, card, assemble(card, torch.float32), "SOURCE")[1:]
     names = {name for layer in below for name in (*layer.tensors, *layer.adapters, *layer.stored)}
     return {name.partition(".")[0] for name in names if not is_adapter(name)}
 
 
 def write_llm(source: Path, folder: Path, card: ModelCard) -> None:
-    """config.json, model*.safetensors and generation_config.json of the LLM of `source`, its own adapters left out.
+    """Write config.json, model*.safetensors and generation_config.json of the language model of `source`, without its own adapters.
 
-    Matrices that are stored quantised are written as what they compute with.
+    Matrices that are stored quantised are written dequantised, as the model computes with them.
     """
     model: MultimodalLM = load_model(source, merge_lora=False)
     plain = {n: p.detach() for n, p in model.llm.named_parameters() if not is_adapter(n) and not n.endswith(STORED)}

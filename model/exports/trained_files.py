@@ -1,4 +1,4 @@
-"""What a run trained, out of its final/ or any checkpoint: by the file it goes to, read only when it is written."""
+"""The tensors that a run trained, from its final/ or any checkpoint, by export file; a tensor is read only when it is written."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ PROJECTORS = (PROJECTOR, "audio_projector")
 
 
 def trained_files(folder: Path, card: ModelCard) -> dict[str, Tensors]:
-    """What was trained beside the language model's own weights, by file name, keys as in final/. No tensor has been read.
+    """Return the tensors trained beside the language model's own weights, by file name, with keys as in final/. No tensor is read.
 
-    A checkpoint is checked by the sizes of its files: their checksums would cost reading everything else as well.
+    Only the file sizes of a checkpoint are checked: comparing checksums would read all other files as well.
     """
     files: dict[str, Tensors] = {}
     for name, rows in saved_tensors(folder, check_sizes).items():
@@ -44,7 +44,7 @@ def trained_files(folder: Path, card: ModelCard) -> dict[str, Tensors]:
 
 
 def projector(folder: Path, card: ModelCard, part: str = PROJECTOR) -> Tensors:
-    """The projector `part` that a run ended with, keys relative to it: trained by the run itself or by one before it."""
+    """Return the projector `part` at the end of a run, keys relative to it, trained by this run or by an earlier one."""
     found = saved_tensors(folder, check_sizes)
     own = {n.removeprefix(f"{part}."): rows for n, rows in found.items() if n.startswith(f"{part}.")}
     if own and _whole(card, part):
@@ -57,19 +57,21 @@ def projector(folder: Path, card: ModelCard, part: str = PROJECTOR) -> Tensors:
 
 
 def _whole(card: ModelCard, part: str) -> bool:
-    """Whether a checkpoint holds all of a projector that it holds something of, and not its prompts alone."""
+    """Tell whether a checkpoint with tensors of a projector holds all of it, not its prompts alone."""
     return card.model.parts()[part].tune == "full"
 
 
 def changed_parts(folder: Path, card: ModelCard) -> set[str]:
-    """Parts of which some weight is not the base's: this run or one before it trained it, or merged an adapter into it."""
+    """Return the parts with a weight that is not the base's: some run trained it, or merged an adapter into it."""
     card = for_use(card, merge_lora=True)
     layers = run_layers(folder, card, assemble(card, torch.float32), "SOURCE")
     return {name.partition(".")[0] for layer in layers for name in (*layer.tensors, *layer.adapters, *layer.stored)}
 
 
 def llm_adapter(folder: Path, card: ModelCard) -> tuple[Tensors, list[str]]:
-    """The language model's adapter under PEFT's names, and full paths of the adapted modules. ConfigError when there is none."""
+    """Return the language model's adapter under PEFT's names, and the full paths of the adapted modules. Raises `ConfigError` when
+    there is none, or when other parts have adapters too.
+    """
     if others := sorted(card.lora_parts - {"llm"}):
         raise ConfigError(
             f"model.{others[-1]}.tune = 'lora': a PEFT folder of the language model has no place for its adapters; "
@@ -83,7 +85,7 @@ def llm_adapter(folder: Path, card: ModelCard) -> tuple[Tensors, list[str]]:
 
 
 def write_file(path: Path, tensors: Tensors) -> None:
-    """Write one tensor after the other in the type it is stored in, reopen and compare. OSError where they differ."""
+    """Write tensors one by one in their stored types, reopen the file and compare. Raises `OSError` where they differ."""
     entries = {name: Entry(_dtype(rows), rows.shape, rows.all) for name, rows in tensors.items()}
     with path.open("wb") as out:
         written = write_safetensors(out, entries)
@@ -92,4 +94,4 @@ def write_file(path: Path, tensors: Tensors) -> None:
 
 
 def _dtype(rows: LazyTensor) -> torch.dtype:
-    return rows.read(0, 1).dtype  # one row tells: files store no tensor without
+    return rows.read(0, 1).dtype  # one row suffices: files hold no tensor without rows

@@ -1,4 +1,4 @@
-"""Files of a Hugging Face folder or hub id."""
+"""Files of a Hugging Face folder or hub id: find them, choose the set of weights, and build config objects without foreign code."""
 
 import logging
 import re
@@ -14,14 +14,17 @@ from model.files.tensor_files import Tensors, read_weights
 from model.files.untrusted import load_json
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-"""owner/name, and nothing that could be read as a path or an address."""
+"""owner/name, and nothing that could be read as a path or a URL."""
 
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".npz", ".onnx")
 """Ends of files that hold weights under a name, or in a format, that is not looked for."""
 
 
 def find_file(setting: str, path: str, name: str, cache_dir: str = "") -> Path | None:
-    """`name` inside the folder or hub id `path`; None when it has none. `setting` is the key that errors name."""
+    """Find the file `name` inside the folder or hub id `path`; return None when `path` has no such file.
+
+    `setting` is the key that error messages name. Raises `ConfigError` when `path` is neither a folder nor a readable hub id.
+    """
     folder = Path(path)
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
@@ -36,7 +39,7 @@ def find_file(setting: str, path: str, name: str, cache_dir: str = "") -> Path |
 
 
 def read_json(setting: str, path: str, name: str, cache_dir: str = "") -> dict[str, Any]:
-    """The JSON object in `name`; ConfigError when the file is missing or is something else."""
+    """Read the JSON object in `name` of a folder or hub id. Raises `ConfigError` when it is missing or something else."""
     file = find_file(setting, path, name, cache_dir)
     if file is None:
         there = "" if Path(path).is_dir() else ", or it cannot be reached: give a folder, or a model.cache_dir that holds it"
@@ -52,22 +55,22 @@ def read_json(setting: str, path: str, name: str, cache_dir: str = "") -> dict[s
 
 @dataclass(frozen=True)
 class WeightSet:
-    """The files that hold a folder's weights, and what their index says of them."""
+    """The files that hold a folder's weights, and the file of each tensor according to their index."""
 
     files: list[Path]
     index: Path | None = None
-    places: dict[str, str] = field(default_factory=dict)  # file of each tensor, as the index says; {} without one
+    places: dict[str, str] = field(default_factory=dict)  # file of each tensor, according to the index; {} without an index
 
 
 def weight_files(setting: str, path: str, cache_dir: str = "") -> list[Path]:
-    """The files that hold the weights: safetensors before .bin, one file or the shards of an index."""
+    """Return the files that hold the weights: safetensors before .bin, one file or the shards of an index."""
     return weight_set(setting, path, cache_dir).files
 
 
 def weight_set(setting: str, path: str, cache_dir: str = "") -> WeightSet:
-    """The one set of weights of a folder or hub id: safetensors before .bin, as transformers chooses; one file or shards.
+    """Choose the one set of weights of a folder or hub id: safetensors before .bin, as transformers does; one file or shards.
 
-    ConfigError when a file is missing, or when two sets of one format stand side by side.
+    Raises `ConfigError` when a file is missing, or when two sets of one format lie side by side.
     """
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         if index := find_file(setting, path, f"{stem}.{suffix}.index.json", cache_dir):
@@ -84,9 +87,9 @@ def weight_set(setting: str, path: str, cache_dir: str = "") -> WeightSet:
 
 
 def folder_tensors(setting: str, path: str, cache_dir: str = "") -> Tensors:
-    """Every tensor of a folder or hub id by its name there; nothing is read but names and shapes.
+    """Return every tensor of a folder or hub id by its name in the files. Only names and shapes are read.
 
-    ConfigError when one stands in two shards, or not in the shard that the index names.
+    Raises `ConfigError` when a tensor is in two shards, or not in the shard that the index names.
     """
     found: Tensors = {}
     where: dict[str, str] = {}
@@ -110,7 +113,7 @@ def folder_tensors(setting: str, path: str, cache_dir: str = "") -> Tensors:
 
 
 def _indexed(setting: str, path: str, index: Path, cache_dir: str) -> WeightSet:
-    """The shards that an index names."""
+    """Return the shards that an index names."""
     try:
         places = dict(load_json(index)["weight_map"])
         names = sorted(set(places.values()))
@@ -125,7 +128,7 @@ def _indexed(setting: str, path: str, index: Path, cache_dir: str) -> WeightSet:
 
 
 def _check_strays(setting: str, path: str, folder: Path, stem: str, suffix: str, known: set[str], reader: str) -> None:
-    """Refuse shards that nobody names: they are left over from another set of weights, or the index is."""
+    """Refuse shards that no index names: either the shards or the index are left over from another set of weights."""
     shard = re.compile(rf"{stem}-\d+-of-\d+\.{suffix}")
     if strays := sorted(file.name for file in folder.iterdir() if shard.fullmatch(file.name) and file.name not in known):
         raise ConfigError(_two_sets(setting, path, reader, strays[0]))
@@ -139,7 +142,7 @@ def _two_sets(setting: str, path: str, first: str, second: str) -> str:
 
 
 def _near_miss(path: str) -> str:
-    """A word on shards without an index, or on an adapter, which people name as a base."""
+    """Explain a likely mistake: shards without an index, an adapter or a .gguf file named as a base; "" when none is recognised."""
     names = {file.name for file in Path(path).iterdir()} if Path(path).is_dir() else set()
     if shards := sorted(name for name in names if re.fullmatch(r"(pytorch_)?model-\d+-of-\d+\.(safetensors|bin)", name)):
         return f": {shards[0]} is a shard, and its index (model.safetensors.index.json or pytorch_model.bin.index.json) is missing"
@@ -156,14 +159,14 @@ log = logging.getLogger(__name__)
 
 
 MAX_LAYERS = 10_000
-"""More would be built for hours before anything could be compared with it."""
+"""Building more layers would take hours before the weights could be compared with the structure."""
 
 
 NAMES_OF_CODE = ("transformers_version", "auto_map", "attn_implementation", "experts_implementation", "custom_pipelines")
 
 
 def hugging_face_config(setting: str, value: dict[str, Any]) -> PretrainedConfig:
-    """A config object from plain JSON. Code that a folder brings along, or names, is never run."""
+    """Build a config object from plain JSON. Code that a folder brings along, or names, is never run."""
     kind = value.get("model_type")
     if not isinstance(kind, str):
         raise ConfigError(f"{setting}: model_type = {kind!r} in config.json is no name of a kind of model")
@@ -178,12 +181,12 @@ def hugging_face_config(setting: str, value: dict[str, Any]) -> PretrainedConfig
         log.warning("%s: config.json names code of its own, which is not run: transformers has model_type %r", setting, kind)
     try:
         return AutoConfig.for_model(**decoded(without_code(value)))
-    except Exception as error:  # the classes of transformers check their values each in its own way, or stumble over them
+    except Exception as error:  # each config class of transformers checks its values differently, or fails on them
         raise ConfigError(f"{setting}: transformers knows no model_type {kind!r}, or refuses its values: {error}") from error
 
 
 def without_code(value: dict[str, Any]) -> dict[str, Any]:
-    """config.json without what says which code computes: a class beside it, or kernels that transformers would download."""
+    """Return config.json without the keys that choose code: a class beside it, or kernels that transformers would download."""
     kept = {k: v for k, v in value.items() if k not in NAMES_OF_CODE and not k.startswith("_")}
     return {k: without_code(v) if isinstance(v, dict) else v for k, v in kept.items()}
 

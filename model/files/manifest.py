@@ -1,4 +1,4 @@
-"""manifest.json: what a complete checkpoint consists of. It is written last, and verified before a weight is touched."""
+"""manifest.json: the list of files of a complete checkpoint. It is written last, and verified before any weight is read."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from model.files.tensor_files import dump_json, file_digest
 
 NAME = "manifest.json"
 MAX_BYTES = 1 << 26
-"""Of manifest.json: several files of each of 100,000 ranks. Nothing larger is read."""
+"""Upper limit of manifest.json: enough for several files of each of 100,000 ranks. A larger file is not read."""
 Facts = dict[str, dict[str, Any]]
-"""Size and sha256 by the name of a file."""
+"""Size and sha256 by file name."""
 
 
 class UnsoundCheckpoint(Exception):
-    """A checkpoint that is incomplete or was changed; the message names the file and what is wrong with it."""
+    """A checkpoint that is incomplete or was changed; the message names the file and the problem."""
 
     exit_code = 70
 
 
 def file_facts(folder: Path, pattern: str = "*") -> Facts:
-    """Size and sha256 of the files in `folder` whose names match, by name."""
+    """Return size and sha256, by name, of the files in `folder` whose names match `pattern`."""
     paths = sorted(path for path in folder.glob(pattern) if path.name != NAME)
     return {path.name: {"size": path.stat().st_size, "sha256": file_digest(path)} for path in paths}
 
 
 def write_manifest(folder: Path, facts: dict[str, Any], known: Facts | None = None) -> None:
-    """Sizes and sha256 of every file in `folder`, `facts` (step, run id), and a digest over all of that.
+    """Write size and sha256 of every file in `folder`, `facts` (step, run id), and a digest over all of these.
 
-    `known`: what `file_facts` said of some of them already. A file is of this step and this run because its sha256 stands here,
-    beside them and under one digest: files need not say so themselves.
+    `known`: results of `file_facts` for some of the files. A file belongs to this step and this run because its sha256 is listed
+    beside step and run id under one digest; the files themselves need not repeat them.
     """
     known = known or {}
     others = {path.name for path in folder.iterdir()} - {NAME, *known}
@@ -46,9 +46,9 @@ def write_manifest(folder: Path, facts: dict[str, Any], known: Facts | None = No
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, whole and unchanged, every field of its type, every name that of a file right in the folder.
+    """Read the manifest and check it: unchanged, every field of its type, every name that of a file directly in the folder.
 
-    The files themselves are not looked at. UnsoundCheckpoint otherwise, whatever stands there.
+    The files themselves are not opened. Raises `UnsoundCheckpoint` for any other content.
     """
     path = folder / NAME
     try:
@@ -57,7 +57,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise UnsoundCheckpoint(f"{path} is no file of at most {MAX_BYTES:,} bytes")
         text = path.read_bytes().decode()
         manifest = json.loads(text)
-        # To the byte: what else says the same was not written by us, or was written twice.
+        # Compared byte for byte: equal JSON in other bytes was not written by `write_manifest`, or has a key twice.
         if not isinstance(manifest, dict) or dump_json(manifest) != text:
             raise UnsoundCheckpoint(f"{path} was changed: it is not as it was written")
     except (OSError, ValueError, RecursionError) as error:
@@ -95,9 +95,10 @@ def _is_sha256(value: object) -> bool:
 
 
 def verify(folder: Path, name: str | None = None) -> dict[str, Any]:
-    """The manifest of a sound checkpoint; UnsoundCheckpoint when a file is missing, surplus, cut or changed.
+    """Return the manifest of a complete, unchanged checkpoint. Reads every file.
 
-    `name`: what the folder will be called, when it is not called so yet.
+    `name`: the final name of the folder while it still has a temporary one. Raises `UnsoundCheckpoint` when a file is missing,
+    surplus, cut or changed.
     """
     manifest = check_sizes(folder, name)
     if problem := changed(folder, manifest["files"]):
@@ -106,9 +107,9 @@ def verify(folder: Path, name: str | None = None) -> dict[str, Any]:
 
 
 def changed(folder: Path, files: Facts, names: Iterable[str] | None = None) -> str:
-    """What is wrong with the bytes of the files of these names, all by default; "" when they are as `files` says.
+    """Compare the checksums of the named files (all by default) with `files`. Return the problem found, "" when there is none.
 
-    For files that `check_sizes` has seen.
+    Expects files whose sizes `check_sizes` has compared.
     """
     for name in files if names is None else names:
         try:
@@ -120,7 +121,10 @@ def changed(folder: Path, files: Facts, names: Iterable[str] | None = None) -> s
 
 
 def check_sizes(folder: Path, name: str | None = None) -> dict[str, Any]:
-    """As `verify`, but for changed bytes inside a file: those are not read. Links are followed nowhere: they are unsound."""
+    """Check everything that `verify` checks except the bytes inside the files, which are not read.
+
+    Links count as damage; none is followed.
+    """
     if folder.is_symlink():
         raise UnsoundCheckpoint(f"{folder} is a link: a checkpoint is a folder; name the one it leads to")
     manifest = read_manifest(folder)

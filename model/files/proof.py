@@ -1,4 +1,4 @@
-"""proof.json: which weight files a final/ consists of. Nothing is read from one that is incomplete, added to or damaged."""
+"""proof.json: the weight files of a final/ folder. A final/ with missing, damaged or additional weight files is refused."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from model.files.untrusted import load_json
 
 NAME = "proof.json"
 QUICK_BYTES = 10**9
-"""Weights of fewer bytes are always read once more to compare their checksums."""
+"""If all weight files together have fewer bytes, their checksums are always compared."""
 Check = Literal["full", "quick", "being_written"]
 """full: sizes and checksums. quick: sizes, and checksums below QUICK_BYTES. being_written: there is no proof yet."""
 
 
 def file_facts(path: Path) -> dict[str, Any]:
-    """What proof.json says of one file."""
+    """Return the entry of one file in proof.json: size and sha256."""
     return {"size": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def check_proof(folder: Path, check: Check) -> None:
-    """ConfigError unless `folder` holds exactly the weight files that its proof.json lists, unchanged as far as `check` looks.
+    """Check that `folder` holds exactly the weight files that its proof.json lists, unchanged as far as `check` compares them.
 
-    A file that is not there would otherwise be replaced by the base's weights without a word.
+    Without the check, the base's weights would silently replace those of a missing file. Raises `ConfigError`.
     """
     if check == "being_written":
         return
@@ -41,7 +41,7 @@ def check_proof(folder: Path, check: Check) -> None:
 
 
 def read_proof(folder: Path) -> dict[str, dict[str, Any]]:
-    """Facts of every weight file by name; ConfigError when there is no proof.json or it cannot be read."""
+    """Return size and sha256 of every weight file by name. Raises `ConfigError` when proof.json is missing or cannot be read."""
     try:
         files: dict[str, dict[str, Any]] = load_json(folder / NAME)["files"]
         if not all(isinstance(facts["sha256"], str) for facts in files.values()):
@@ -56,7 +56,7 @@ def read_proof(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _check_file(path: Path, facts: dict[str, Any], sums: bool) -> None:
     stat = path.stat()
-    expected = facts.get("size")  # proofs of earlier versions have none: then the checksum is compared instead
+    expected = facts.get("size")  # earlier versions wrote no size: the checksum is compared instead
     if expected is not None and stat.st_size != expected:
         raise ConfigError(f"{path} is damaged: it has {stat.st_size} bytes, not the {expected} of {NAME}; restore it")
     if (sums or expected is None) and _digest(path, stat.st_size, stat.st_mtime_ns) != facts["sha256"]:
@@ -65,5 +65,5 @@ def _check_file(path: Path, facts: dict[str, Any], sums: bool) -> None:
 
 @lru_cache(maxsize=4096)
 def _digest(path: Path, size: int, changed: int) -> str:
-    """A file is read once, however often a process asks; one that was written since is another one."""
+    """Compute the sha256 of a file, once per process. A file written in between has another size or time, and is read again."""
     return file_digest(path)

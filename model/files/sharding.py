@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Rows of a sharded tensor that this rank holds, and the choice of the rank that writes them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from torch.distributed.tensor import DTensor
 
 
 def local_range(tensor: Tensor) -> tuple[int, int]:
-    """First and last row (exclusive) of dim 0 that this rank holds; `fully_shard` leaves late ranks empty when rows are few."""
+    """Return the first and the last row (exclusive) of dim 0 that this rank holds.
+
+    `fully_shard` leaves the last ranks empty when rows are few.
+    """
     if not isinstance(tensor, DTensor):
         return 0, tensor.shape[0] if tensor.dim() else 1
     mesh: Any = tensor.device_mesh
@@ -19,7 +22,7 @@ def local_range(tensor: Tensor) -> tuple[int, int]:
 
 
 def is_first_copy(tensor: Tensor, rank: int) -> bool:
-    """Whether this rank is the one to write its rows: each is held by several where whole copies are."""
+    """Tell whether this rank writes its rows. With replicas (HSDP or DDP) several ranks hold the same rows; the first writes."""
     if not isinstance(tensor, DTensor):
         return rank == 0
     mesh: Any = tensor.device_mesh

@@ -1,6 +1,7 @@
-"""Checkpoint tensors in pieces: one safetensors file per rank, and a JSON that says which rows each piece is.
+"""Checkpoint tensors in pieces: one safetensors file per rank, and a JSON file with the first row and the whole shape of each
+piece.
 
-Any number of ranks, under any strategy, may have written them; a tensor is put together from whatever pieces overlap.
+Any number of ranks, under any strategy, may have written the pieces; a tensor is joined from adjoining pieces.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from model.files.untrusted import load_json
 from model.files.verified_write import PIECE_BYTES, BadShard, compare, write
 
 WEIGHTS = "weights/"
-"""Prefix of the trained parameters among a checkpoint's tensors; the optimizer's are called after MOMENTS."""
+"""Prefix of the trained parameters among a checkpoint's tensors; the optimizer's tensors have the prefixes in MOMENTS."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EXPONENTS: dict[torch.dtype, tuple[Any, int]] = {
     torch.float64: (np.uint64, 0x7FF0 << 48),
@@ -32,7 +33,7 @@ EXPONENTS: dict[torch.dtype, tuple[Any, int]] = {
     torch.float16: (np.uint16, 0x7C00),
     torch.bfloat16: (np.uint16, 0x7F80),
 }
-"""Bits that are all set in infinities and NaN alone, by type."""
+"""Exponent bits by type: all of them are set only in infinities and NaN."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class ShardPiece:
 
 @dataclass(frozen=True)
 class ByteRange:
-    """Where a tensor's bytes stand among the data of a file: [begin, end)."""
+    """Position [begin, end) of a tensor's bytes in the data section of a file."""
 
     name: str
     dtype: torch.dtype
@@ -56,23 +57,23 @@ class ByteRange:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """A rank's file before anything is written: its header, its tensors in order, and what its JSON says of them."""
+    """Layout of a rank's file before anything is written: its header, its tensors in order, and the contents of its JSON file."""
 
     header: bytes
     places: list[ByteRange]
     layout: dict[str, dict[str, Any]]
 
     def name_at(self, position: int) -> str:
-        """The tensor that has the data's byte at `position`."""
+        """Return the name of the tensor that contains byte `position` of the data section."""
         return self.places[bisect_right(self.places, position, key=lambda place: place.begin) - 1].name
 
 
 Chunks = Callable[[], Iterator[tuple[torch.dtype, memoryview]]]
-"""A file's data in order, each with the type of its numbers; it is gone through twice, to write and to compare."""
+"""Returns a file's data in order, each chunk with its number type. It is called twice: to write and to compare."""
 
 
 def plan_shard(tensors: dict[str, Tensor]) -> ShardPlan:
-    """The file of this rank's rows of `tensors` (plain or sharded); those of which it has none are left out."""
+    """Plan the file of this rank's rows of `tensors` (plain or sharded). Tensors of which this rank has no rows are left out."""
     entries: dict[str, Entry] = {}
     layout: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
@@ -90,7 +91,7 @@ def plan_shard(tensors: dict[str, Tensor]) -> ShardPlan:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's rows, without a copy."""
+    """Return this rank's rows of a tensor, without a copy."""
     with torch.no_grad():
         return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
@@ -102,9 +103,9 @@ def write_shard(folder: Path, rank: int, world_size: int, tensors: dict[str, Ten
 
 
 def write_planned(folder: Path, rank: int, world_size: int, plan: ShardPlan, chunks: Chunks) -> dict[str, dict[str, Any]]:
-    """Write both files of a rank, and read back what the disk has. Returns size and sha256 of each, by name.
+    """Write both files of a rank, and compare the bytes on disk with the data. Return size and sha256 of each file, by name.
 
-    BadShard when a number is not finite, or when the files are read back otherwise than they were written.
+    Raises `BadShard` when a number is not finite, or when the bytes on disk differ from the data.
     """
     stem = f"rank-{rank:05d}-of-{world_size:05d}"
     data, layout = folder / f"{stem}.safetensors", folder / f"{stem}.json"
@@ -116,19 +117,19 @@ def write_planned(folder: Path, rank: int, world_size: int, plan: ShardPlan, chu
 
 
 def cut(dtype: torch.dtype, data: memoryview) -> Iterator[tuple[torch.dtype, memoryview]]:
-    """`data` cut for writing."""
+    """Split `data` into chunks of PIECE_BYTES for writing."""
     for begin in range(0, len(data), PIECE_BYTES):
         yield dtype, data[begin : begin + PIECE_BYTES]
 
 
 def live(plan: ShardPlan, tensors: dict[str, Tensor]) -> Iterator[tuple[torch.dtype, memoryview]]:
-    """From the tensors themselves, one on the host at a time."""
+    """Yield the chunks of a shard file from the tensors themselves; one tensor at a time is on the host."""
     for place in plan.places:
         yield from cut(place.dtype, as_bytes(local(tensors[place.name])))
 
 
 def _checked(plan: ShardPlan, chunks: Chunks) -> Iterator[memoryview]:
-    """Header and data; BadShard instead of the first piece in which a number is not finite."""
+    """Yield the header and the data. Raises `BadShard` instead of yielding the first chunk in which a number is not finite."""
     yield memoryview(plan.header)
     position = 0
     for dtype, chunk in chunks():
@@ -144,8 +145,9 @@ def _checked(plan: ShardPlan, chunks: Chunks) -> Iterator[memoryview]:
 
 
 def checkpoint_tensors(folder: Path) -> Tensors:
-    """Every tensor of a checkpoint by its name in the files, whole again; UnsoundCheckpoint when rows are missing, or when the
-    files of a rank do not say the same.
+    """Return every tensor of a checkpoint by its name in the files, joined from the pieces of all ranks.
+
+    Raises `UnsoundCheckpoint` when rows are missing, or when the two files of a rank contradict each other.
     """
     pieces: dict[str, list[ShardPiece]] = {}
     for path in sorted(folder.glob("rank-*.json")):
@@ -161,7 +163,7 @@ def checkpoint_tensors(folder: Path) -> Tensors:
 
 
 def _read_layout(path: Path) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """First row and whole shape of each tensor that a rank wrote."""
+    """Read the first row and the whole shape of each tensor that a rank wrote."""
     try:
         found = {name: (facts["first"], tuple(facts["shape"])) for name, facts in load_json(path).items()}
         if wrong := [name for name, (first, shape) in found.items() if not all(type(n) is int and n >= 0 for n in (first, *shape))]:
@@ -172,7 +174,7 @@ def _read_layout(path: Path) -> dict[str, tuple[int, tuple[int, ...]]]:
 
 
 def weight_tensors(folder: Path) -> Tensors:
-    """The trained parameters of a checkpoint by full name."""
+    """Return the trained parameters of a checkpoint by full name."""
     return {n.removeprefix(WEIGHTS): rows for n, rows in checkpoint_tensors(folder).items() if n.startswith(WEIGHTS)}
 
 

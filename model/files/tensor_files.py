@@ -1,4 +1,4 @@
-"""Weight files: safetensors read by rows and written as a stream; other people's .bin files through one reader."""
+"""Weight files: safetensors read by rows and written as a stream; pickled .bin files of other projects through one reader."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STORED_TYPES = {
     **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu},
 }
-"""Types of numbers that may stand in a safetensors file, by the format's names."""
+"""Number types that a safetensors file may contain, by the format's names."""
 SHARD_BYTES = 5 * 10**9
 """Weights of more bytes are written as several files."""
 POINTER = b"version https://git-lfs"
@@ -35,11 +35,11 @@ CODES = {dtype: code for code, dtype in STORED_TYPES.items()}
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is read when it is needed, whole or by rows of dim 0. What `read` returns may be a view of a file."""
+    """A tensor that is read on demand, whole or by rows of dim 0. The result of `read` may be a view of a mapped file."""
 
     shape: tuple[int, ...]
     read: Callable[[int, int], Tensor]
-    dtype: torch.dtype | None = None  # of the numbers in the file; None for what was computed from them
+    dtype: torch.dtype | None = None  # of the numbers in the file; None for a computed tensor
 
     def all(self) -> Tensor:
         return self.read(0, self.shape[0] if self.shape else 1)
@@ -49,15 +49,19 @@ Tensors = dict[str, LazyTensor]
 
 
 def read_weights(path: Path) -> Tensors:
-    """Every tensor of a .safetensors or .bin file, by name; nothing is read but names and shapes (.bin: mapped).
+    """Return every tensor of a .safetensors or .bin file, by name. Only names and shapes are read (.bin: the file is mapped).
 
-    ConfigError when the file is damaged or is something else.
+    Raises `ConfigError` when the file is damaged or is something else.
     """
     return read_bin(path) if path.suffix in (".bin", ".pt", ".pth") else read_safetensors(path)
 
 
 def read_safetensors(path: Path) -> Tensors:
-    """The library holds the header to 100 MB, and its offsets to the file, to the shapes and to each other."""
+    """Return every tensor of a safetensors file, by name, unread.
+
+    The safetensors library limits the header to 100 MB, and checks that its offsets fit the file, the shapes and each other. Raises
+    `ConfigError` when the file is damaged or holds an unsupported number type.
+    """
     try:
         with open_regular(path):
             file = safe_open(path, framework="pt")
@@ -87,16 +91,16 @@ def is_pointer(path: Path) -> bool:
 
 
 def read_bin(path: Path) -> Tensors:
-    """Other people's pickled weights, the only ones this project ever reads: tensors alone, no other object is built."""
+    """Read pickled weights of other projects. No other code here reads a pickle, and only tensors are built."""
     log.warning("reading %s: a pickle, with weights_only=True; safetensors is the safer format", path)
     try:
-        # Files from before PyTorch 1.6 are no zip archives, and only those can be mapped.
+        # Files from before PyTorch 1.6 are not zip archives, and only zip archives can be mapped.
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_plain_zip(path))
     except MemoryError as error:
         raise ConfigError(
             f"{path} asks for more memory than there is: it is damaged, or too large; convert it to safetensors"
         ) from error
-    except Exception as error:  # whatever its bytes make the reader stumble over
+    except Exception as error:  # damaged bytes can raise any exception in the reader
         if is_pointer(path):
             raise ConfigError(f"{path} is a Git LFS pointer, not the file itself: run 'git lfs pull' in its folder") from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -111,7 +115,9 @@ def read_bin(path: Path) -> Tensors:
 
 
 def _is_plain_zip(path: Path) -> bool:
-    """ValueError for an archive that is larger unpacked than packed: torch never writes one."""
+    """Tell whether a file is a zip archive. Raises `ValueError` for one that is larger unpacked than packed: torch never
+    compresses, and such a file could unpack to any size.
+    """
     with open_regular(path) as file:
         if not zipfile.is_zipfile(file):
             return False
@@ -131,11 +137,11 @@ def in_memory(tensor: Tensor) -> LazyTensor:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor about to be written: its type and shape now, its values when the writer gets to it."""
+    """A tensor to be written: its type and shape are known now, its values are computed when the writer reaches it."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    value: Callable[[], Tensor | None]  # None on ranks that only take part in the collective
+    value: Callable[[], Tensor | None]  # returns None on ranks that only take part in the collective
 
     @property
     def num_bytes(self) -> int:
@@ -143,7 +149,7 @@ class Entry:
 
 
 def split_by_size(entries: dict[str, Entry], max_bytes: int) -> list[dict[str, Entry]]:
-    """The entries in order, cut into files of at most `max_bytes`; a larger tensor has a file of its own."""
+    """Split the entries, in order, into files of at most `max_bytes`; a larger tensor gets a file of its own."""
     groups: list[dict[str, Entry]] = [{}]
     size = 0
     for name, entry in entries.items():
@@ -156,9 +162,10 @@ def split_by_size(entries: dict[str, Entry], max_bytes: int) -> list[dict[str, E
 
 
 def write_safetensors(out: BinaryIO | None, entries: dict[str, Entry]) -> dict[str, str]:
-    """Write what `safetensors.torch.save_file` would, one tensor in memory at a time. Returns sha256 of each tensor's bytes.
+    """Write the same bytes as `safetensors.torch.save_file`, with one tensor in memory at a time. Return the sha256 of each tensor.
 
-    With `out` None (ranks other than 0) nothing is written, but every `value` is called, in the same order on every rank.
+    With `out` None (ranks other than 0) no byte is written, but every `value` is called, in the same order on every rank.
+    Collective where `value` is.
     """
     names = file_order(entries)
     if out is not None:
@@ -177,12 +184,12 @@ def write_safetensors(out: BinaryIO | None, entries: dict[str, Entry]) -> dict[s
 
 
 def file_order(entries: dict[str, Entry]) -> list[str]:
-    """Names as the library's own writer orders them: no number stands at an odd place."""
+    """Order names as the safetensors library's own writer does, so that every number is aligned to its size."""
     return sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))
 
 
 def header(entries: dict[str, Entry], names: Iterable[str]) -> bytes:
-    # One metadata entry only: with more, the library's own writer orders them differently in every process.
+    # One metadata entry only: the library's own writer orders several of them differently in every process.
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
@@ -199,7 +206,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def tensor_digests(path: Path) -> Iterator[tuple[str, str]]:
-    """sha256 of every tensor's bytes as they stand in a safetensors file."""
+    """Yield the name and the sha256 of the stored bytes of every tensor in a safetensors file."""
     for name, rows in read_safetensors(path).items():
         yield name, hashlib.sha256(as_bytes(rows.all())).hexdigest()
 
@@ -210,7 +217,10 @@ def file_digest(path: Path) -> str:
 
 
 def sampled_digest(paths: Iterable[Path]) -> str:
-    """A fingerprint of large files: size, and 64 blocks of 64 KiB spread evenly. Finds another file, not one flipped bit."""
+    """Compute a fingerprint of large files from their sizes and 64 blocks of 64 KiB spread evenly over each.
+
+    The fingerprint detects a different file, not a single flipped bit.
+    """
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size
@@ -223,7 +233,7 @@ def sampled_digest(paths: Iterable[Path]) -> str:
 
 
 def dump_json(value: object) -> str:
-    """JSON with stable bytes: sorted keys, two spaces, a final newline."""
+    """Return JSON text with stable bytes: sorted keys, two spaces, a final newline."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-    # Half of a surrogate pair, as in a file's name that is no UTF-8, can be written as an escape alone: to JSON it is the same.
+    # A lone surrogate, as in a file name that is not UTF-8, can only be written as an escape; in JSON both forms are equal.
     return text.encode("utf-8", "backslashreplace").decode()

@@ -1,6 +1,6 @@
-"""Small files of strangers: regular ones of bounded size, and JSON of bounded depth. What is more is refused, never read.
+"""Size and depth limits for small untrusted files: regular files of bounded size, and JSON of bounded depth.
 
-The same stands in data.limits: `data` takes nothing of `model` but the batch.
+A larger file is not read, a deeper value is refused. data.limits holds the same functions for `data`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MAX_JSON_BYTES = 1 << 26
-"""Of a JSON file that describes something: the longest index of a model's shards has a few million bytes."""
+"""Upper limit of a descriptive JSON file: the longest weight indexes have a few million bytes."""
 MAX_JSON_DEPTH = 64
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """The file, opened for reading. OSError for what is no regular file: a pipe or a device would be waited for without end."""
-    # Asked of what was opened, not of the path: that may be exchanged in between.
+    """Open a regular file for reading. Raises `OSError` for anything else: reading a pipe or a device could block forever."""
+    # The open descriptor is checked, not the path: the file behind a path may be replaced in between.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -28,7 +28,10 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def load_json(path: Path) -> Any:
-    """The value in a JSON file. OSError when it cannot be read, ValueError when it is no JSON, or larger or deeper than allowed."""
+    """Read the value of a JSON file.
+
+    Raises `OSError` when the file cannot be read, `ValueError` when it is not JSON, too large or too deep.
+    """
     with open_regular(path) as file:
         data = file.read(MAX_JSON_BYTES + 1)
     if len(data) > MAX_JSON_BYTES:
@@ -37,7 +40,7 @@ def load_json(path: Path) -> Any:
 
 
 def parse_json(data: bytes) -> Any:
-    """The value that `data` spells. ValueError when it is no JSON, or deeper than MAX_JSON_DEPTH brackets."""
+    """Parse JSON bytes. Raises `ValueError` when `data` is not JSON, or nested deeper than MAX_JSON_DEPTH brackets."""
     try:
         value = json.loads(data.decode("utf-8"))
     except RecursionError:
@@ -48,7 +51,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def is_deeper(value: Any, depth: int) -> bool:
-    """Whether lists and objects stand more than `depth` deep in each other."""
+    """Tell whether lists and objects in `value` are nested more than `depth` deep."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(depth):
         children = (item for held in level for item in (held.values() if isinstance(held, dict) else held))
@@ -59,16 +62,16 @@ def is_deeper(value: Any, depth: int) -> bool:
 
 
 SHOWN, LISTED = 200, 8
-"""Characters of a value in a message, and values of a list."""
+"""Most characters of a value in a message, and most values of a list in a message."""
 
 
 def shown(value: Any) -> str:
-    """A value as messages show it: they stay readable whatever it holds."""
+    """Return a value as text for a message, shortened so that the message stays readable."""
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
 
 
 def listed(values: Sequence[Any]) -> str:
-    """A few of the values as messages show them, and how many more there are."""
+    """Return the first values as text for a message, and how many more there are."""
     more = f" and {len(values) - LISTED} more" if len(values) > LISTED else ""
     return ", ".join(map(shown, values[:LISTED])) + more

@@ -1,4 +1,4 @@
-"""Files that are proven: written, on the disk, read back, and compared with what they were made of."""
+"""Verified writes: a file is written, synced to disk, read back, and compared with its source."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 
 PIECE_BYTES = 4 << 20
-"""What is written at once. Whoever writes beside a training thread holds the interpreter's lock only between two pieces."""
+"""Bytes per write. A writer beside a training thread holds the interpreter's lock only between two writes."""
 
 
 SYNC_BYTES = 1 << 30
-"""The disk has at most so much to catch up with at the end of a file: one fsync of all could take as long as if nothing went on."""
+"""Bytes between two fsyncs, so that the last one has little left to do: one fsync of a whole file could take as long as a hang."""
 
 
 class BadShard(Exception):
-    """What was to be saved is not sound, or was not found on disk as it was written; the message names the tensor or the file."""
+    """Data to be saved is not finite, or the bytes on disk differ from it; the message names the tensor or the file."""
 
 
 def write(path: Path, chunks: Iterator[memoryview]) -> dict[str, Any]:
-    """Until the disk has it. The checksum is of the bytes as they are handed over."""
+    """Write `chunks` to a file and sync it to disk. Return its size and the sha256 of the bytes as they were passed in."""
     digest, size, synced = hashlib.sha256(), 0, 0
     with path.open("wb") as out:
         for chunk in chunks:
@@ -38,7 +38,7 @@ def write(path: Path, chunks: Iterator[memoryview]) -> dict[str, Any]:
 
 
 def compare(path: Path, chunks: Iterator[memoryview]) -> None:
-    """BadShard unless the file holds `chunks`, one after the other, and nothing more."""
+    """Check that the file holds exactly `chunks`, one after the other. Raises `BadShard`."""
     space = np.empty(PIECE_BYTES, dtype=np.uint8)
     with path.open("rb", buffering=0) as file:
         for chunk in chunks:
@@ -52,7 +52,7 @@ def compare(path: Path, chunks: Iterator[memoryview]) -> None:
 
 
 def _fill(file: Any, space: memoryview) -> int:
-    """Bytes read into `space`, fewer than fit only at the end of the file."""
+    """Read into `space` until it is full or the file ends. Return the number of bytes read."""
     count = 0
     while count < len(space) and (got := file.readinto(space[count:])):
         count += got

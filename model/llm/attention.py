@@ -1,6 +1,6 @@
 """Causal attention without a mask, for padded and for packed rows; building a mask would cost a host sync per forward.
 
-Rows padded on the right need none: no real token sees what comes after it. In a packed row every segment attends to itself alone.
+Rows padded on the right need no mask: no real token sees what comes after it. In a packed row each segment attends to itself only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters.keys() if varlen_attn
 NAME = "trainer_causal"
 PACKED = "trainer_packed"
 VARLEN_DTYPES = (torch.bfloat16, torch.float16)
-VARLEN_HEAD, VARLEN_CAPABILITY = 256, (8, 0)  # the largest head and the oldest GPU of the flash kernel behind it
+VARLEN_HEAD, VARLEN_CAPABILITY = 256, (8, 0)  # largest head and oldest GPU that the flash kernel supports
 
 
 def causal_attention(
@@ -42,10 +42,10 @@ def causal_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query (B, H, T, D), key and value (B, Hkv, T, D) -> (B, T, H, D), None.
+    """Compute causal attention: query (B, H, T, D), key and value (B, Hkv, T, D) -> (B, T, H, D), None.
 
-    Padding on the right is never seen by a real token, so causality alone is enough. A sliding window shorter than T
-    is the one case where it is not: then the band is written out. So are the scores (B, H, T, T) if they are capped.
+    A real token never sees padding on the right, so causality alone is enough without a mask. The exception is a sliding window
+    shorter than T: its band (T, T) is materialised. Capped scores (B, H, T, T) are materialised as well.
     """
     length = query.shape[2]
     if attention_mask is not None or key.shape[2] != length:
@@ -58,7 +58,7 @@ def causal_attention(
 
 
 def _band(query: Tensor, sliding_window: int | None) -> Tensor:
-    """(T, T): what each position sees."""
+    """Return the positions that each position sees within the sliding window, (T, T)."""
     ones = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril_()
     return ones if sliding_window is None else ones.triu_(1 - sliding_window)
 
@@ -74,7 +74,7 @@ def _capped(
     dropout: float = 0.0,
     **_: Any,
 ) -> Tensor:
-    """Attention whose scores are cap * tanh(score / cap), as Gemma 2 has it: no kernel of sdpa or varlen does that."""
+    """Compute attention whose scores are cap * tanh(score / cap), as in Gemma 2. No kernel of sdpa or varlen caps scores."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -94,11 +94,12 @@ def packed_attention(
     segment_borders: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query (1, H, T, D), key and value (1, Hkv, T, D), T = sum(segment_lengths) -> (1, T, H, D), None.
+    """Compute causal attention within each segment of a packed row: query (1, H, T, D), key and value (1, Hkv, T, D), T =
+    sum(segment_lengths) -> (1, T, H, D), None.
 
-    Each segment is causal attention of its own: nothing crosses a border, in either direction. One kernel for all of them
-    where the device has it (`torch.nn.attention.varlen`), else one call per segment. Neither waits for the device.
-    Raises `ValueError` if the lengths do not arrive or do not add up, which a model that swallows them would otherwise hide.
+    No token attends across a border between segments, in either direction. One kernel computes all segments where the device has it
+    (`torch.nn.attention.varlen`), else one call per segment. Neither waits for the device. Raises `ValueError` if the lengths do
+    not arrive or do not add up: a model that drops unknown arguments would otherwise attend across samples unnoticed.
     """
     length = query.shape[2]
     if segment_lengths is None or segment_borders is None or (1, sum(segment_lengths)) != (query.shape[0], length):
@@ -120,7 +121,7 @@ def takes_varlen(
     softcap: float | None = None,
     **_: Any,
 ) -> bool:
-    """Whether the one kernel for all segments computes what is asked for, here."""
+    """Tell whether the varlen kernel supports these inputs and options on this device."""
     if softcap is not None or not query.is_cuda or not {"window_size", "scale"} <= VARLEN_OPTIONS:
         return False
     width = query.shape[-1]
@@ -152,21 +153,23 @@ def _varlen(
 
 
 def register() -> None:
-    """Make both functions known to transformers by name. No mask function is registered, so no mask is ever built for them."""
+    """Register both functions with transformers by name. No mask function is registered, so transformers builds no masks."""
     AttentionInterface.register(NAME, causal_attention)
     AttentionInterface.register(PACKED, packed_attention)
 
 
 def implementation(setting: str) -> str:
-    """Name transformers knows `model.llm.attention` by. Ours chooses between its two functions batch by batch."""
+    """Return transformers' name for a value of the setting `model.attention`. With our attention, `decoder_options` chooses between
+    its two functions batch by batch.
+    """
     return NAME if setting in OUR_ATTENTION else setting
 
 
 def decoder_options(llm: nn.Module, batch: Batch) -> dict[str, Any]:
-    """What the decoder must be told of `batch`, so that tokens see nothing but their own sample.
+    """Return the decoder arguments for `batch` that restrict every token to its own sample.
 
-    Sets which of our functions the model calls, until the next batch: recomputation in backward must find the same one.
-    Raises `ValueError` for a packed batch under another attention, which would look across the borders.
+    Sets which of our functions the model calls, until the next batch: recomputation in backward must find the same one. Raises
+    `ValueError` for a packed batch under another attention, which would attend across the borders.
     """
     config: Any = llm.config
     is_ours = config._attn_implementation in (NAME, PACKED)
@@ -182,7 +185,7 @@ def decoder_options(llm: nn.Module, batch: Batch) -> dict[str, Any]:
 
 @contextmanager
 def masked_attention(llm: nn.Module) -> Iterator[None]:
-    """Inside, the language model uses an attention that honours masks and a cache, as left-padded generation needs."""
+    """Use, inside the context, an attention that applies masks and a cache, as left-padded generation needs."""
     config: Any = llm.config
     before = config._attn_implementation
     masked = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"  # transformers' sdpa drops a soft cap

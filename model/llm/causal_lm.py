@@ -1,4 +1,4 @@
-"""The language model, known by its structure: decoder, embeddings, head and blocks of any Hugging Face causal LM."""
+"""The language model: find decoder, embeddings, head and blocks of any Hugging Face causal LM; refuse unsupported structures."""
 
 from __future__ import annotations
 
@@ -18,42 +18,45 @@ from model.logit_scaling import logit_change
 
 log = logging.getLogger(__name__)
 CAPPED_ATTENTION = (*OUR_ATTENTION, "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
-"""Values of `model.llm.attention` that honour a soft cap of attention scores."""
+"""Values of the setting `model.attention` that apply a soft cap to attention scores."""
 SIGNS_OF_PART = {"audio": {"num_mel_bins", "audio_config"}, "vision": {"vision_config", "patch_size", "image_size"}}
-"""Keys of config.json that only models of sound and of pictures have."""
+"""Keys of config.json that only audio models and only vision models have."""
 SEVERAL_PARTS = "{} is a model of several parts, not a language model: name a folder of the latter"
 ROW_MULTIPLE = 64
-"""A grown vocabulary matrix has a multiple of this many rows, which matrix kernels like."""
+"""A grown vocabulary matrix has a multiple of this many rows, for which matrix kernels are faster."""
 
 
 @dataclass(frozen=True)
 class VocabularyLayout:
-    """How the tokenizer's vocabulary relates to the base model's: what the embedding matrix must hold."""
+    """Sizes and ids of the tokenizer's vocabulary relative to the base model's: the rows that the embedding matrix must hold."""
 
-    size: int = 0  # tokens after adding; 0 = the matrix stays as it is
+    size: int = 0  # tokens of the extended tokenizer; 0 = the matrix stays unchanged
     num_known: int = 0  # tokens the base tokenizer had
-    new_ids: tuple[int, ...] = ()  # ids of tokens it did not have: their rows start as the mean of the known ones
-    tuned_ids: tuple[int, ...] = ()  # those of them that tune = "new_tokens" trains, ascending
+    new_ids: tuple[int, ...] = ()  # ids of tokens that were added: their rows start as the mean of the known rows
+    tuned_ids: tuple[int, ...] = ()  # the new ids that tune = "new_tokens" trains, ascending
 
     def rows(self, base_rows: int) -> int:
-        """Rows of a matrix that had `base_rows`: it never shrinks, and grows to a multiple of ROW_MULTIPLE."""
+        """Return the rows of a matrix that had `base_rows`: it never shrinks, and grows to a multiple of ROW_MULTIPLE."""
         return base_rows if self.size <= base_rows else -(-self.size // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def llm_config(config: LlmConfig, cache_dir: str = "") -> dict[str, Any]:
-    """config.json of the language model. ConfigError when the folder is known to hold something else."""
+    """Read config.json of the language model. Raises `ConfigError` when the folder is known to hold another kind of model."""
     value = read_json("model.llm.path", config.path, "config.json", cache_dir)
     check_language_model(config.path, value)
     return value
 
 
 def check_language_model(path: str, value: dict[str, Any]) -> None:
-    """Refuse a folder of pictures' or sounds' models, which have no words: its tokenizer or its head would be missed first."""
+    """Refuse a folder of a vision or audio model, which has no vocabulary.
+
+    Without this check, an error about a missing tokenizer or head would come first.
+    """
     kind, text = value.get("model_type"), value.get("text_config")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        return  # what reads the structure says so
-    spoken = str(text.get("model_type")) if isinstance(text, dict) else None
-    if spoken != kind and spoken in CONFIG_MAPPING and CONFIG_MAPPING[spoken] in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return  # `hugging_face_config` reports an unknown model_type
+    text_kind = str(text.get("model_type")) if isinstance(text, dict) else None
+    if text_kind != kind and text_kind in CONFIG_MAPPING and CONFIG_MAPPING[text_kind] in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(f"model.llm.path = {path!r}: {SEVERAL_PARTS.format(kind)}")
     if CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING and not CONFIG_MAPPING[kind]().is_encoder_decoder:
         return
@@ -70,9 +73,9 @@ def check_language_model(path: str, value: dict[str, Any]) -> None:
 
 
 def build_llm(value: dict[str, Any], attention_name: str, vocabulary: VocabularyLayout) -> nn.Module:
-    """The model of config.json `value`, with room for `vocabulary`; weights are whatever the caller's context makes them.
+    """Build the model of config.json `value`, with room for `vocabulary`. The caller's context decides what the weights are.
 
-    Its `logit_change` is what it does with its head's products (model.logits).
+    Its attribute `logit_change` is what the model does with its head's products (model.logit_scaling).
     """
     attention.register()
     base_rows = getattr(hugging_face_config("model.llm.path", value), "vocab_size", 0)
@@ -92,7 +95,7 @@ def build_llm(value: dict[str, Any], attention_name: str, vocabulary: Vocabulary
 
 
 def check_supported(config: PretrainedConfig, attention_name: str) -> None:
-    """Refuse models whose structure or attention is more than is computed here: the loss would be silently wrong."""
+    """Refuse models with structure or attention that is not computed here: their loss would be silently wrong."""
     if not attention_name.isidentifier():
         raise ConfigError(
             f"model.attention = {attention_name!r} is no name that transformers registers; kernels of the hub are code, never run"
@@ -108,8 +111,8 @@ def check_supported(config: PretrainedConfig, attention_name: str) -> None:
 
 
 def check_positions(value: dict[str, Any], max_length: int) -> None:
-    """Refuse lengths beyond a table of positions, and those at which the positions of a sample would turn by other angles where a
-    longer one is in its micro-batch.
+    """Refuse a `max_length` beyond the table of positions, or beyond the length from which the rotary angles of a sample depend on
+    the longest sample of its micro-batch.
 
     `value`: config.json of the language model. transformers chooses the angles of `longrope` and `dynamic` by the longest sample.
     """
@@ -132,7 +135,10 @@ def check_positions(value: dict[str, Any], max_length: int) -> None:
 
 
 def positions_note(value: dict[str, Any], max_length: int) -> str:
-    """One line where samples may be longer than the language model of config.json `value` was trained for, or nothing."""
+    """Return one line of warning when samples may be longer than the language model was trained for, else "".
+
+    `value`: config.json of the language model.
+    """
     limit = num_positions(hugging_face_config("model.llm.path", value))
     if not limit or max_length <= limit:
         return ""
@@ -143,7 +149,7 @@ def positions_note(value: dict[str, Any], max_length: int) -> str:
 
 
 def num_positions(config: PretrainedConfig) -> int:
-    """How many positions a model was made for, those that a rope's factor stretches it to included; 0: it does not say."""
+    """Return the number of positions a model supports, including those that a rope's factor adds; 0 when config.json has none."""
     stretched = [
         int(rope["factor"] * rope["original_max_position_embeddings"])
         for rope in ropes(config)
@@ -153,20 +159,22 @@ def num_positions(config: PretrainedConfig) -> int:
 
 
 def ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
-    """Settings of each kind of rotary positions of a model; none where positions are a table, or none at all."""
+    """Return the settings of each kind of rotary positions of a model; [] for a table of positions or for no positions."""
     found = getattr(config, "rope_parameters", None) or {}
     return [found] if "rope_type" in found else [rope for rope in found.values() if isinstance(rope, dict)]
 
 
 def check_attention(config: PretrainedConfig, attention_name: str) -> None:
-    """Our attention needs a class that calls the function it is given and needs nothing else: others see the future."""
+    """Refuse our attention for model classes that do not call the attention function they are given, or that need more than it
+    computes: in such a class, positions could see what comes after them.
+    """
     if attention.implementation(attention_name) != attention.NAME:
         return
     llm_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if llm_class is None:
         raise ConfigError(f"model.llm.path: transformers has no causal language model of model_type {config.model_type!r}")
-    # What transformers' own dispatch asks: a class may set the flag and still choose among classes of its own. A soft cap is
-    # why some classes do not set it, and ours computes that.
+    # The same checks as in transformers' dispatch: a class may set the flag and still choose among attention classes of its
+    # own. Some classes do not set the flag because of a soft cap, which our attention computes.
     supported = llm_class._supports_sdpa or getattr(config, "attn_logit_softcapping", None)
     if not supported or not llm_class._can_set_attn_implementation():
         raise ConfigError(
@@ -176,7 +184,7 @@ def check_attention(config: PretrainedConfig, attention_name: str) -> None:
 
 
 def check_causal(llm: nn.Module, attention_name: str) -> None:
-    """Every layer that asks our attention for a result asks for a causal one, and for nothing that it does not compute."""
+    """Refuse our attention for layers that are not causal, and for attention sinks, which it does not compute."""
     if attention.implementation(attention_name) != attention.NAME:
         return
     name, kind = type(llm).__name__, f"model.attention = {attention_name!r}"
@@ -187,7 +195,7 @@ def check_causal(llm: nn.Module, attention_name: str) -> None:
 
 
 def head_weight(llm: nn.Module) -> nn.Parameter:
-    """The vocabulary projection (V, D)."""
+    """Return the vocabulary projection (V, D). Raises `ConfigError` when the head is not a linear layer without bias."""
     head: Any = llm.get_output_embeddings()  # type: ignore[operator]
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ConfigError(f"model.llm.path: the head of {type(llm).__name__} is no linear layer without bias; not supported")
@@ -195,7 +203,7 @@ def head_weight(llm: nn.Module) -> nn.Parameter:
 
 
 def blocks(module: nn.Module) -> nn.ModuleList:
-    """The repeated layers of a decoder or tower: its longest outermost ModuleList."""
+    """Return the repeated layers of a decoder or tower: its longest outermost ModuleList."""
     queue: list[nn.Module] = [module]
     found: list[nn.Module] = []
     while queue:

@@ -1,4 +1,4 @@
-"""Experts of a mixture: one matrix each in the files of most families, fused into 3-D parameters in memory."""
+"""Experts of a mixture: separate matrices in the files of most families, fused into 3-D parameters in memory."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from model.files.tensor_files import LazyTensor, Tensors
 
 PIECE = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)\.weight")
 FUSED = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
-"""What stands in a row of each fused parameter, one below the other, by the names of Qwen's and of Mixtral's files."""
+"""Matrices that are stacked in each row of a fused parameter, top to bottom, by the names in Qwen's and in Mixtral's files."""
 MOVED = (".block_sparse_moe.", ".mlp.")
-"""What Mixtral's files call a block's mixture, and its name in memory."""
+"""Name of a block's mixture in Mixtral's files, and in memory."""
 
 
 def fused(tensors: Tensors, own: Collection[str] = ()) -> Tensors:
-    """The same tensors by their names in memory: row e of `...experts.gate_up_proj` (E, 2 I, D) and `...experts.down_proj`
-    (E, D, I) is what the files hold of expert e, read when it is needed, so a rank reads the experts of its own shard alone.
+    """Return the tensors by their names in memory, experts fused: row e of `...experts.gate_up_proj` (E, 2 I, D) and of
+    `...experts.down_proj` (E, D, I) consists of the matrices of expert e.
 
-    `own`: names in memory; where some are like Mixtral's files, as Granite's, those of the files are not replaced. Files that hold
-    fused parameters, and those of other models, come out as they are. ConfigError when a piece is missing.
+    Rows are read on demand, so a rank reads only the experts of its own shard. `own`: names in memory; where some are like those of
+    Mixtral's files, as Granite's, the files' names are kept. Fused parameters in the files, and files of other models, are returned
+    unchanged. Raises `ConfigError` when a matrix of an expert is missing.
     """
     found: Tensors = {}
     moves = not any(MOVED[0] in name for name in own)
@@ -42,7 +43,7 @@ def fused(tensors: Tensors, own: Collection[str] = ()) -> Tensors:
 
 
 def _stacked(where: str, experts: dict[int, dict[str, LazyTensor]], choices: tuple[tuple[str, ...], ...]) -> LazyTensor:
-    """Expert after expert, the pieces of each one below the other."""
+    """Stack the experts along dim 0, and the matrices of each expert along its rows."""
     names = next((names for names in choices if names[0] in experts[min(experts)]), choices[0])
     known = {name for pieces in FUSED.values() for group in pieces if group[0] in experts[min(experts)] for name in group}
     if unknown := [f"{where}.{e}.{name}.weight" for e, pieces in experts.items() for name in pieces if name not in known]:
@@ -65,5 +66,7 @@ def _stacked(where: str, experts: dict[int, dict[str, LazyTensor]], choices: tup
 
 
 def fused_parameters(module: nn.Module) -> list[str]:
-    """Names of the 3-D parameters of `module` that hold experts: neither LoRA nor quantisation of linear layers reaches them."""
+    """Return the names of the 3-D parameters of `module` that hold experts. LoRA and quantisation change linear layers only, and so
+    do not reach these parameters.
+    """
     return [name for name, parameter in module.named_parameters() if parameter.dim() == 3 and ".experts." in f".{name}"]

@@ -1,7 +1,7 @@
-"""Rows of added tokens that learn, beside vocabulary matrices that stay as they are (LLaVA's tune of im_start and im_end).
+"""Trainable rows of added tokens beside frozen vocabulary matrices (as LLaVA tunes im_start and im_end).
 
-The rows are a parameter of their own next to the matrix, so an optimizer, a checkpoint and a gradient hold nothing else.
-In use they take the place of the matrix's rows without a copy of it; saved, they are merged wherever a model is loaded.
+The rows are a parameter of their own next to the matrix, so optimizer, checkpoint and gradient hold only these rows. In the forward
+pass they replace the matrix's rows without a copy of the matrix; saved rows are merged when a model is loaded.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ FILE = "new_tokens.safetensors"
 
 
 def add_new_rows(llm: nn.Module, ids: tuple[int, ...]) -> None:
-    """Give the embedding and the head of `llm` rows (n, D) of their own, on meta, for tokens `ids`, which ascend.
+    """Add rows (n, D) on meta to the embedding and the head of `llm`, for the tokens `ids`, which ascend.
 
-    Tied matrices get one parameter, as they are one. ConfigError without ids.
+    Tied matrices share one parameter. Raises `ConfigError` when `ids` is empty or does not ascend.
     """
     if not ids or list(ids) != sorted(set(ids)):
         raise ConfigError(f"model.llm.tune = 'new_tokens': ids {list(ids)} of the tokens that learn are none, or do not ascend")
@@ -38,11 +38,11 @@ def add_new_rows(llm: nn.Module, ids: tuple[int, ...]) -> None:
 
 
 def _embed(embedding: Any, forward: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
-    """ids (B, T) -> (B, T, D), rows of new tokens from `new_rows`. No host sync."""
+    """Embed ids (B, T) -> (B, T, D), with the rows of new tokens from `new_rows`. No host sync."""
     place = torch.searchsorted(embedding.new_ids, ids).clamp_(max=embedding.new_ids.shape[0] - 1)
     is_new = embedding.new_ids[place] == ids
     known = forward(ids)
-    # The embedding's own code, which may scale, on another matrix; its padding index means a row of the large one.
+    # The embedding's own forward, which may scale, runs on `new_rows`; its padding index is a row of the large matrix.
     weight, padding = embedding._parameters["weight"], embedding.padding_idx
     try:
         embedding._parameters["weight"], embedding.padding_idx = embedding.new_rows, None
@@ -53,17 +53,17 @@ def _embed(embedding: Any, forward: Callable[[Tensor], Tensor], ids: Tensor) -> 
 
 
 def _project(head: Any, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    """Products (..., V) of hidden (..., D), as generation asks for them; the loss takes the rows by themselves."""
+    """Multiply hidden (..., D) by the head with its new rows -> (..., V), for generation; the loss uses `new_head_rows`."""
     return forward(hidden).index_copy(-1, head.new_ids, F.linear(hidden, head.new_rows.to(hidden.dtype)))
 
 
 def new_head_rows(llm: nn.Module, dtype: torch.dtype) -> NewRows | None:
-    """Rows that the loss uses in place of the head's own; None unless the model has some."""
+    """Return the rows that the loss uses in place of the head's own; None when the model has no new rows."""
     head: Any = llm.get_output_embeddings()  # type: ignore[operator]
     rows = getattr(head, "new_rows", None)
     return None if rows is None else NewRows(head.new_ids, rows.to(dtype))
 
 
 def is_new_rows(name: str) -> bool:
-    """Whether a parameter's full name is that of new rows."""
+    """Tell whether a parameter's full name is that of new rows."""
     return name.endswith(SUFFIX)

@@ -1,6 +1,7 @@
-"""The language model's frozen matrices in 4 or 8 bits: packed from files, multiplied by, read back (QLoRA: Dettmers et al. 2023;
-LLM.int8(): Dettmers et al. 2022). Codes and scales are those of bitsandbytes, bit for bit; its classes are not used, because
-FSDP2 cannot shard their parameters.
+"""The language model's frozen matrices in 4 or 8 bits: pack them from files, multiply by them, dequantise them (QLoRA: Dettmers et
+al. 2023; LLM.int8(): Dettmers et al. 2022).
+
+Codes and scales equal those of bitsandbytes bit for bit; its classes are not used, because FSDP2 cannot shard their parameters.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from model.errors import ConfigError
 from model.files.tensor_files import LazyTensor
 
 BLOCK, NESTED = 64, 256
-"""Weights that share a scale; scales that share one of their own where `double` is set."""
+"""Weights that share a scale; scales that share a scale of their own where `double` is set."""
 PIECE = 1 << 16
 """Blocks that are packed at a time: 16 MiB in float32."""
 
 
 @cache
 def functional() -> Any:
-    """bitsandbytes' functions; ConfigError where it is not installed."""
-    # At its import it advises to install a package that would download code.
+    """Return bitsandbytes' module of functions. Raises `ConfigError` where bitsandbytes is not installed."""
+    # On import, bitsandbytes logs advice to install a package that would download code.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         from bitsandbytes import functional as found
@@ -40,11 +41,11 @@ def functional() -> Any:
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix (out, in), or some rows of what it is stored as.
+    """The stored form of a quantised matrix (out, in), or some rows of that form.
 
-    4 bits: a row per block of 64 weights in reading order: codes (blocks, 32), two weights in each, scales (blocks, 4), the bytes
-    of a float32; with `double` scales (blocks, 1), whose blocks of 256 have `nested` (blocks / 256,) float32, and all `offset` ().
-    8 bits: a row per output: codes (out, in), scales (out, 4).
+    4 bits: a row per block of 64 weights in reading order: codes (blocks, 32), two weights per byte, and scales (blocks, 4), the
+    bytes of a float32. With `double`: scales (blocks, 1); every 256 of them share one of `nested` (blocks / 256,) float32, and all
+    share `offset` (). 8 bits: a row per output: codes (out, in), scales (out, 4).
     """
 
     codes: Tensor
@@ -54,7 +55,7 @@ class Packed:
 
 
 def layout(shape: tuple[int, int], config: QuantizeConfig) -> tuple[tuple[int, int], tuple[int, int], int]:
-    """Shapes of the codes and of the scales of a matrix (out, in), and the length of `nested`; 0 for none."""
+    """Return the shapes of the codes and of the scales of a matrix (out, in), and the length of `nested`, 0 for none."""
     if config.bits == 8:
         return shape, (shape[0], 4), 0
     blocks = -(-math.prod(shape) // BLOCK)
@@ -62,9 +63,9 @@ def layout(shape: tuple[int, int], config: QuantizeConfig) -> tuple[tuple[int, i
 
 
 def pack(rows: LazyTensor, config: QuantizeConfig, first: int, last: int) -> Packed:
-    """Stored rows [first, last) of the matrix `rows`, on the CPU, where they are the same whatever device they are for.
+    """Pack stored rows [first, last) of the matrix `rows`, on the CPU, so that the result does not depend on the target device.
 
-    What is packed is what the files hold, whatever type is computed in. A few MiB of it are in memory at a time.
+    The values in the files are packed, whatever the compute type. A few MiB of the matrix are in memory at a time.
     """
     if config.bits == 8:
         codes, absmax = _packed_rows(rows, first, last)
@@ -79,7 +80,7 @@ def pack(rows: LazyTensor, config: QuantizeConfig, first: int, last: int) -> Pac
 
 
 def dense(packed: Packed, shape: tuple[int, int], config: QuantizeConfig, dtype: torch.dtype) -> Tensor:
-    """The matrix (out, in) that `packed` stands for, computed in float32 and rounded to `dtype` once. No host sync."""
+    """Dequantise `packed` to the matrix (out, in), computed in float32 and rounded to `dtype` once. No host sync."""
     if config.bits == 8:
         return _dense_rows(packed.codes, packed.scales.view(torch.float32).flatten(), dtype)
     if packed.nested is None or packed.offset is None:
@@ -90,10 +91,10 @@ def dense(packed: Packed, shape: tuple[int, int], config: QuantizeConfig, dtype:
 
 
 def dequantised(rows: LazyTensor, config: QuantizeConfig) -> LazyTensor:
-    """The matrix `rows` as a model computes with it that stores it quantised: what was packed, read back in float32."""
+    """Return the matrix `rows` packed and dequantised in float32: the values that a model with quantised storage computes with."""
 
     @cache
-    def offset() -> Tensor:  # the one number that all blocks share
+    def offset() -> Tensor:  # shared by all blocks, so computed once
         return _largest(rows).mean()
 
     def read(start: int, stop: int) -> Tensor:
@@ -112,7 +113,7 @@ def dequantised(rows: LazyTensor, config: QuantizeConfig) -> LazyTensor:
 
 
 def product(x: Tensor, bias: Tensor | None, packed: Packed, shape: tuple[int, int], config: QuantizeConfig) -> Tensor:
-    """x (..., in) times the matrix (out, in), plus `bias`, all in the type of x. The matrix is made anew for backward."""
+    """Multiply x (..., in) by the matrix (out, in), and add `bias`, all in the type of x. Backward dequantises the matrix again."""
     result: Tensor = _Product.apply(x, bias, packed.codes, packed.scales, packed.nested, packed.offset, shape, config)
     return result
 
@@ -132,13 +133,13 @@ class _Product(torch.autograd.Function):
 
 
 def _packed_rows(rows: LazyTensor, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """8 bits: codes (n, in) and the largest magnitude of each row (n,) float32."""
+    """Pack rows in 8 bits: return codes (n, in) and the largest magnitude of each row (n,) float32."""
     codes = torch.empty(last - first, rows.shape[1], dtype=torch.uint8)
     absmax = torch.empty(last - first)
     for a, b in _spans(first, last, max(1, PIECE * BLOCK // rows.shape[1])):
-        values = rows.read(a, b).half()  # as bitsandbytes: its kernels take nothing else
+        values = rows.read(a, b).half()  # as in bitsandbytes, whose kernels take only float16
         found, absmax[a - first : b - first], _ = functional().int8_vectorwise_quant(values)
-        found[absmax[a - first : b - first] == 0] = 0  # 0 / 0 in there
+        found[absmax[a - first : b - first] == 0] = 0  # the kernel computed 0 / 0
         codes[a - first : b - first] = found.view(torch.uint8)
     return codes, absmax
 
@@ -148,22 +149,22 @@ def _dense_rows(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _packed_blocks(rows: LazyTensor, config: QuantizeConfig, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """4 bits: codes (n, 32) of blocks [first, last) and the largest magnitude of each (n,) float32."""
+    """Pack blocks [first, last) in 4 bits: return codes (n, 32) and the largest magnitude of each block (n,) float32."""
     codes = torch.zeros(last - first, BLOCK // 2, dtype=torch.uint8)
     absmax = torch.empty(last - first)
     for a, b in _spans(first, last, PIECE):
         found, state = functional().quantize_4bit(_values(rows, a, b), blocksize=BLOCK, quant_type=config.type)
-        # The last block of a matrix may be short: what is missing stays 0.
+        # The last block of a matrix may be short: its missing codes stay 0.
         codes[a - first : b - first].view(-1)[: found.numel()] = found.flatten()
         absmax[a - first : b - first] = state.absmax
     return codes, absmax
 
 
 def _dense_blocks(codes: Tensor, absmax: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
-    """Flat: 64 weights for each row of `codes`."""
+    """Dequantise 4-bit codes to a flat tensor: 64 weights for each row of `codes`."""
     if not len(codes):
         return torch.empty(0, dtype=dtype, device=codes.device)
-    # A row per block: rows of a matrix may begin inside one, and there the AVX-512 kernel of bitsandbytes 0.50 takes a wrong scale.
+    # One row per block: in a matrix whose rows begin inside a block, the AVX-512 kernel of bitsandbytes 0.50 takes wrong scales.
     shape = torch.Size((len(codes), BLOCK))
     state = functional().QuantState(absmax=absmax, shape=shape, blocksize=BLOCK, quant_type=kind, dtype=dtype)
     found: Tensor = functional().dequantize_4bit(codes.reshape(-1, 1), state)
@@ -171,7 +172,7 @@ def _dense_blocks(codes: Tensor, absmax: Tensor, kind: str, dtype: torch.dtype) 
 
 
 def _largest(rows: LazyTensor) -> Tensor:
-    """Of every block of the matrix, its largest magnitude (blocks,) float32."""
+    """Return the largest magnitude in each block of the matrix, (blocks,) float32."""
     blocks = -(-math.prod(rows.shape) // BLOCK)
     found = torch.empty(blocks)
     for a, b in _spans(0, blocks, PIECE):
@@ -181,7 +182,7 @@ def _largest(rows: LazyTensor) -> Tensor:
 
 
 def _nest(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales in a byte each, and the scales of those."""
+    """Store scales in a byte each. Return these bytes and the scales of each NESTED of them."""
     scales, state = functional().quantize_blockwise(absmax - offset, blocksize=NESTED)
     return scales, state.absmax
 
@@ -194,13 +195,13 @@ def _unnest(scales: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
 
 @cache
 def _levels(device: torch.device) -> Tensor:
-    """What the 256 values of a nested scale mean; kept on the device, to which copying them would wait."""
+    """Return the values of the 256 nested scale codes. They are cached on the device: copying them there would wait for it."""
     levels: Tensor = functional().create_dynamic_map()
     return levels.to(device)
 
 
 def _values(rows: LazyTensor, first: int, last: int) -> Tensor:
-    """Weights of blocks [first, last), flat, float32; the last block of a matrix may be short."""
+    """Read the weights of blocks [first, last), flat, float32; the last block of a matrix may be short."""
     width = rows.shape[1]
     start, stop = first * BLOCK, min(last * BLOCK, math.prod(rows.shape))
     top = start // width
@@ -213,5 +214,5 @@ def _spans(start: int, stop: int, length: int) -> Iterator[tuple[int, int]]:
 
 
 def _as_bytes(absmax: Tensor) -> Tensor:
-    """(n, 4) uint8: FSDP2 would cast float32 to the type it computes in."""
+    """View scales as bytes, (n, 4) uint8: FSDP2 would cast float32 to its compute type."""
     return absmax.unsqueeze(1).view(torch.uint8)

@@ -1,4 +1,4 @@
-"""Linear layers whose matrix is stored in 4 or 8 bits, in the place of those of a frozen language model."""
+"""Linear layers whose matrix is stored in 4 or 8 bits; they replace the linear layers of a frozen language model."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ STORED = (".codes", ".scales")
 
 
 class Quantised(nn.Linear):
-    """A linear layer without its weight (out, in): `codes` and `scales` stand for it, as model.quantize.Packed says.
+    """A linear layer with `codes` and `scales` in place of its weight (out, in), laid out as `model.llm.quantize.Packed` describes.
 
-    Both are uint8 parameters, which FSDP2 shards as any other and never casts; what the scales rest on are float32 buffers that
-    every rank holds whole.
+    Both are uint8 parameters, which FSDP2 shards like any other and never casts. `nested` and `offset`, on which the scales depend,
+    are float32 buffers that every rank holds whole.
     """
 
     nested: Tensor | None
     offset: Tensor | None
 
     def store(self, linear: nn.Linear, config: QuantizeConfig) -> None:
-        """Take the place of `linear`, whose values are given later."""
+        """Set up this layer as the replacement of `linear`; `materialise` fills in the values."""
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         self.quantize = config
         codes, scales, num_nested = layout(self.shape, config)
@@ -42,7 +42,7 @@ class Quantised(nn.Linear):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the matrix."""
+        """Return the shape (out, in) of the matrix."""
         return self.out_features, self.in_features
 
     @property
@@ -53,12 +53,12 @@ class Quantised(nn.Linear):
         return product(x, self.bias, self.packed, self.shape, self.quantize)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out, in) that the layer computes with."""
+        """Return the weight (out, in) that the layer computes with."""
         return dense(self.packed, self.shape, self.quantize, dtype)
 
 
 class QuantLinear(Quantised):
-    """x (..., in) -> W x + b, W made from its codes for this product alone."""
+    """A linear layer y = W x + b, x (..., in), that dequantises W for each product only."""
 
     def __init__(self, linear: nn.Linear, config: QuantizeConfig) -> None:
         nn.Module.__init__(self)
@@ -69,7 +69,7 @@ class QuantLinear(Quantised):
 
 
 class QuantLoraLinear(Quantised, LoraLinear):
-    """An adapted layer whose frozen weight is stored quantised: QLoRA."""
+    """A layer with a LoRA adapter whose frozen weight is stored quantised: QLoRA."""
 
     def __init__(self, linear: LoraLinear, config: QuantizeConfig) -> None:
         nn.Module.__init__(self)
@@ -79,7 +79,11 @@ class QuantLoraLinear(Quantised, LoraLinear):
 
 
 def quantise(llm: nn.Module, config: QuantizeConfig) -> None:
-    """Store every matrix of `llm` as `config` says, but for its head and its embeddings. ConfigError where not all can be."""
+    """Replace every linear layer of `llm`, except its head, by one that stores its matrix as `config` says. Embeddings stay
+    unchanged.
+
+    Raises `ConfigError` for a mixture of experts, where most matrices would stay unquantised.
+    """
     functional()
     if experts := fused_parameters(llm):
         raise ConfigError(
@@ -93,27 +97,27 @@ def quantise(llm: nn.Module, config: QuantizeConfig) -> None:
 
 
 def matrices(llm: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """The linear layers of a language model but for its head, by path: what is quantised, or would be."""
+    """Return the linear layers of a language model except its head, by path: those that `quantise` replaces."""
     head = llm.get_output_embeddings()  # type: ignore[operator]
     return [(path, module) for path, module in llm.named_modules() if isinstance(module, nn.Linear) and module is not head]
 
 
 def quantised(root: nn.Module) -> Iterator[tuple[str, Quantised]]:
-    """Quantised layers with their full paths."""
+    """Yield the quantised layers with their full paths."""
     for path, module in root.named_modules():
         if isinstance(module, Quantised):
             yield path, module
 
 
 def num_parameters(root: nn.Module) -> int:
-    """As if nothing was quantised; a tied matrix counts once."""
+    """Count parameters by their unquantised size; a tied matrix counts once."""
     stored = sum(layer.codes.numel() + layer.scales.numel() for _, layer in quantised(root))
     return sum(p.numel() for p in root.parameters()) - stored + sum(math.prod(layer.shape) for _, layer in quantised(root))
 
 
 @contextmanager
 def without_kernels() -> Iterator[None]:
-    """Inside, quantised layers on meta have shapes and no values: bitsandbytes computes on real tensors only."""
+    """Give quantised layers on meta, inside the context, shapes without values: bitsandbytes computes on real tensors only."""
     original = quantize._dense_blocks
 
     def shaped(codes: Tensor, absmax: Tensor, kind: str, dtype: torch.dtype) -> Tensor:

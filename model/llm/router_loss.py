@@ -1,4 +1,4 @@
-"""Mixtures of experts: the load-balancing loss of their routers, tapped where they are called."""
+"""Load-balancing loss for mixtures of experts, computed from router logits that forward hooks collect."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from model.errors import ConfigError
 from model.loss import Term
 
 ROUTER = "TopKRouter"
-"""How transformers ends the class names of modules that choose experts; the first thing they return are logits (tokens, E)."""
+"""Suffix of the class names of transformers' modules that choose experts; their first output is the logits (tokens, E)."""
 
 
 class RouterTap:
-    """The term `router`: keeps what the routers of a decoder compute in a forward, and makes the balancing loss of it.
+    """The loss term `router`: collects the router logits of a decoder's forward, and computes the load-balancing loss from them.
 
-    Hooks are asked, not the model: a sharded decoder returns no router logits. They are silent outside a forward of ours, so
-    blocks that run again in backward, and generation, leave nothing behind.
+    Forward hooks collect the logits, because a sharded decoder returns no router logits. The hooks collect only between `listen`
+    and `term`, so recomputation in backward, and generation, keep no tensors alive.
     """
 
     def __init__(self, decoder: nn.Module, coefficient: float) -> None:
-        """ConfigError if nothing in `decoder` chooses experts."""
+        """Register hooks on the routers of `decoder`. Raises `ConfigError` when it has none."""
         self.coefficient = coefficient
         self.routers: list[Any] = [module for module in decoder.modules() if type(module).__name__.endswith(ROUTER)]
         if not self.routers:
@@ -36,7 +36,7 @@ class RouterTap:
             module.register_forward_hook(self._keep)
 
     def listen(self) -> None:
-        """Keep what routers compute from now on, until `term` takes it."""
+        """Start collecting router logits, until `term` takes them."""
         self.kept = []
 
     def _keep(self, module: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> None:
@@ -44,11 +44,14 @@ class RouterTap:
             self.kept.append(output[0].flatten(0, -2))
 
     def count(self, batch: Batch) -> float:
-        """Samples."""
+        """Return the number of samples."""
         return float(len(batch.lengths))
 
     def term(self, hidden: Tensor, batch: Batch) -> Term:
-        """Summed over the samples of `batch`, each over its own real tokens. RuntimeError if a router was not called."""
+        """Return the loss summed over the samples of `batch`, each over its own real tokens.
+
+        Raises `RuntimeError` if a router was not called.
+        """
         logits, self.kept = self.kept or [], None
         if len(logits) != len(self.routers):
             raise RuntimeError(f"{len(logits)} of {len(self.routers)} routers were called: their balance is not known")
@@ -59,10 +62,10 @@ class RouterTap:
 
 
 def balancing_losses(logits: list[Tensor], owners: Tensor, num_samples: int, top_k: int) -> Tensor:
-    """Load-balancing loss of each sample, (n,) float32: E * sum over experts of (share of choices) * (mean probability), over
-    all layers and the sample's own tokens (Fedus et al. 2021, equations 4 to 6; Mixtral's form, one sample at a time).
+    """Return the load-balancing loss of each sample, (n,) float32: E * sum over experts of (share of choices) * (mean probability),
+    over all layers and the sample's own tokens (Fedus et al. 2021, equations 4 to 6; Mixtral's form, one sample at a time).
 
-    logits: (tokens, E) of each layer; owners (tokens,): which sample a token is of, `num_samples` for padding.
+    logits: (tokens, E) of each layer; owners (tokens,): sample of each token, `num_samples` for padding.
     """
     probs = [layer.float().softmax(-1) for layer in logits]
     chosen = torch.zeros_like(probs[0], requires_grad=False)
@@ -71,14 +74,14 @@ def balancing_losses(logits: list[Tensor], owners: Tensor, num_samples: int, top
         chosen.scatter_add_(-1, picked, torch.ones_like(picked, dtype=chosen.dtype))
     num_experts = chosen.shape[-1]
     found = torch.cat([torch.stack(probs).sum(0), chosen, torch.full_like(chosen[:, :1], len(logits))], -1)
-    # One bin more than samples: what falls into the last one is padding.
+    # One bin more than samples: the last one collects padding.
     sums = found.new_zeros(num_samples + 1, found.shape[-1]).index_add(0, owners, found)[:num_samples]
     mass, choices, tokens = sums.split([num_experts, num_experts, 1], -1)
     return num_experts * (mass / tokens * (choices / tokens)).sum(-1)
 
 
 def token_owners(batch: Batch) -> Tensor:
-    """Which sample of `batch` each position is of, (B * T,) int64; their number for padding. No host sync."""
+    """Return the sample of `batch` that each position belongs to, (B * T,) int64; padding gets their number. No host sync."""
     num_rows, length = batch.input_ids.shape
     device = batch.input_ids.device
     if batch.segment_borders is not None:

@@ -7,11 +7,14 @@ import math
 from torch import Tensor, nn
 
 SHRINK = 2
-"""Patches on a side of what becomes one token."""
+"""Side, in patches, of the square that becomes one token."""
 
 
 def squares(features: Tensor) -> Tensor:
-    """Patches (N, g * g, C) of square views, row by row -> (N, g / 2, g / 2, 2, 2, C): each square's own rows and columns last."""
+    """Group the patches (N, g * g, C) of square views, row by row -> (N, g / 2, g / 2, 2, 2, C).
+
+    Dims 3 and 4 are the rows and columns inside each square.
+    """
     grid = math.isqrt(features.shape[1])
     cut = features.unflatten(1, (grid // SHRINK, SHRINK, grid // SHRINK, SHRINK))
     return cut.transpose(2, 3)
@@ -20,7 +23,8 @@ def squares(features: Tensor) -> Tensor:
 class PixelShuffleMlp(nn.Sequential):
     """InternVL's `mlp1` after its pixel shuffle (version 2): features (N, g * g, C) -> (N, g * g / 4, out).
 
-    The channels of a square's four patches side by side, row by row; LayerNorm, Linear, GELU, Linear. State keys are InternVL's.
+    The channels of a square's four patches are concatenated row by row; then LayerNorm, Linear, GELU, Linear. State keys are
+    InternVL's.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -45,7 +49,7 @@ class PoolMlp(nn.Sequential):
 class ConvMlp(nn.Sequential):
     """LLaVA-NeXT's `pooler`: a 2 x 2 convolution of stride 2, GELU, Linear: features (N, g * g, C) -> (N, g * g / 4, out).
 
-    A kernel that meets each patch once is a matrix on the four side by side: VITA's `minigpt` with a layer behind it.
+    A kernel that covers each patch once equals a matrix on the four concatenated patches: VITA's `minigpt` followed by a layer.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:

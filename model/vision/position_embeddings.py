@@ -13,11 +13,11 @@ from model.vision.tower_kinds import TowerFamily
 
 
 def resized(rows: LazyTensor, shape: tuple[int, ...], kind: TowerFamily) -> LazyTensor:
-    """Position embeddings (P, C) or (1, P, C) of a square grid as `shape`; rows that are no patch's stay as they are.
+    """Resize the position embeddings (P, C) or (1, P, C) of a square grid to `shape`; rows of prefix tokens (CLS) stay unchanged.
 
-    Bicubic in float32 without aligned corners, as transformers' `interpolate_pos_encoding` does in every forward. The whole
-    table is computed and then cut, so that a rank that holds some rows gets those of every other rank's table. What is no
-    table of a square grid, or of another width, is returned unchanged.
+    Bicubic in float32 without aligned corners, as transformers' `interpolate_pos_encoding` does in every forward. The whole table
+    is computed before rows are taken, so that the rows of every rank come from the same table. A table of another width, or one
+    that is not of a square grid, is returned unchanged.
     """
     grid, old = (math.isqrt(s[-2] - kind.num_prefix) for s in (shape, rows.shape))
     if rows.shape == shape or rows.shape[-1] != shape[-1] or old**2 + kind.num_prefix != rows.shape[-2]:
@@ -32,7 +32,7 @@ def resized(rows: LazyTensor, shape: tuple[int, ...], kind: TowerFamily) -> Lazy
 
 
 def on_grid(table: Tensor, old: int, new: int, antialias: bool) -> Tensor:
-    """(old * old, C) -> (new * new, C)."""
+    """Resize a square grid of embeddings, (old * old, C) -> (new * new, C)."""
     picture = table.reshape(1, old, old, -1).permute(0, 3, 1, 2)
     picture = F.interpolate(picture, size=(new, new), mode="bicubic", align_corners=False, antialias=antialias)
     return picture.permute(0, 2, 3, 1).reshape(new * new, -1)

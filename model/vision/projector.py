@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Projectors from vision features to LLM embeddings: pointwise, over 2 x 2 patches, or a resampler; optionally a line break."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GRID_KINDS: dict[str, Callable[[int, int], nn.Module]] = {
     "pool_mlp": PoolMlp,
     "conv_mlp": ConvMlp,
 }
-"""Those that make one token of a square of patches."""
+"""Kinds that make one token of a square of patches."""
 
 
 RESAMPLER = "resampler"
@@ -33,7 +33,7 @@ VISION_KINDS = f"{POINTWISE} | {' | '.join(map(repr, GRID_KINDS))} | {RESAMPLER!
 
 
 def build_vision_projector(config: VisionProjectorConfig, in_features: int, out_features: int) -> nn.Module:
-    """The projector of a tower's patches, with `image_newline` (out,) if it has a line break, which starts as LLaVA-NeXT's does."""
+    """Build the projector of a tower's patches. With a line break it has `image_newline` (out,), initialised as in LLaVA-NeXT."""
     module = _vision_layers(config, in_features, out_features)
     if config.newline:
         module.image_newline = nn.Parameter(torch.empty(out_features))
@@ -42,7 +42,7 @@ def build_vision_projector(config: VisionProjectorConfig, in_features: int, out_
 
 
 def _vision_layers(config: VisionProjectorConfig, in_features: int, out_features: int) -> nn.Module:
-    """As `build_projector` makes them, or of one of the kinds that give fewer tokens."""
+    """Build pointwise layers, or one of the kinds that give fewer tokens. Raises `ConfigError` for an unknown kind."""
     if config.kind in GRID_KINDS:
         return GRID_KINDS[config.kind](in_features, out_features)
     if config.kind == RESAMPLER:
@@ -53,7 +53,7 @@ def _vision_layers(config: VisionProjectorConfig, in_features: int, out_features
 
 
 def shrunk(spec: ImageSpec, projector: VisionProjectorConfig) -> ImageSpec:
-    """The tower's spec with what the projector makes of its grid. ConfigError when it cannot be made of this one."""
+    """Return the tower's spec with the projector's effect on its tokens. Raises `ConfigError` when the kind does not fit it."""
     spec = dataclasses.replace(spec, newline=projector.newline)
     if projector.kind == RESAMPLER:
         return dataclasses.replace(spec, queries=projector.queries or QUERIES)

@@ -1,4 +1,4 @@
-"""The perceiver resampler (Alayrac et al. 2022, Flamingo): learned queries read a view, whatever its number of rows."""
+"""The perceiver resampler (Alayrac et al. 2022, Flamingo): learned queries attend to a view with any number of rows."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 QUERIES = 64
-"""Tokens of a view unless the configuration says otherwise."""
+"""Default number of tokens of a view."""
 DEPTH = 3
 HEADS = 8
 HEAD_WIDTH = 64
 
 
 class CrossAttention(nn.Module):
-    """Queries (N, Q, C) attend to the features (N, L, C) and to themselves -> (N, Q, C)."""
+    """Attention of queries (N, Q, C) to the features (N, L, C) and to themselves -> (N, Q, C)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Block(nn.Module):
 class Resampler(nn.Module):
     """Features (N, L, in) -> (N, num_queries, out): blocks in the width of the features, a norm, and a projection."""
 
-    spreads: ClassVar = {"queries": 1.0}  # how they start, see `model.weights.initial_values`
+    spreads: ClassVar = {"queries": 1.0}  # standard deviation of initial values, see `model.weights.initial_values`
 
     def __init__(self, in_features: int, out_features: int, num_queries: int = QUERIES) -> None:
         super().__init__()

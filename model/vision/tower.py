@@ -25,11 +25,11 @@ RESIZE = {
     "ViTImageProcessor": "exact",
     "GotOcr2ImageProcessor": "exact",
 }
-"""How each image processor resizes, by class name without `Fast` or `Pil`; `shortest_edge` goes to the side of its crop."""
+"""Resize mode by image processor class, without `Fast` or `Pil`; `shortest_edge` resizes to the side of the processor's crop."""
 
 
 def vision_config(config: VisionConfig, cache_dir: str = "") -> dict[str, Any]:
-    """config.json of the tower itself as transformers' class wants it; folders of larger models hold it inside their own."""
+    """Read config.json of the tower in the form of transformers' class; folders of larger models nest it in their own."""
     whole = read_json(SETTING, config.path, "config.json", cache_dir)
     check_settings(SETTING, config.path, whole)
     value = whole.get("vision_config", whole)
@@ -39,7 +39,7 @@ def vision_config(config: VisionConfig, cache_dir: str = "") -> dict[str, Any]:
 
 
 def vision_spec(config: VisionConfig, cache_dir: str = "") -> ImageSpec:
-    """What data needs to know, from config.json and the image processor's JSON alone."""
+    """Return the facts that `data` needs, from config.json and the image processor's JSON alone."""
     value = hugging_face_config(SETTING, vision_config(config, cache_dir))
     processor = image_processor_config(config.path, cache_dir)
     kind = str(processor.get("image_processor_type", processor.get("feature_extractor_type", "CLIPImageProcessor")))
@@ -52,7 +52,7 @@ def vision_spec(config: VisionConfig, cache_dir: str = "") -> ImageSpec:
     sizes = view_sizes(config, value)
     return ImageSpec(
         size=sizes[-1],
-        # With scales the picture arrives in the largest size, and a row of features stands for this many of its pixels.
+        # With scales the picture has the largest size, and a row of features covers this many of its pixels.
         patch=side(value.patch_size, SETTING, "patch_size") * (sizes[-1] // sizes[0]),
         num_prefix=rows,
         select=config.select,
@@ -65,7 +65,7 @@ def vision_spec(config: VisionConfig, cache_dir: str = "") -> ImageSpec:
 
 
 def view_sizes(config: VisionConfig, value: Any) -> tuple[int, ...]:
-    """Sides in pixels at which a picture is seen: that of the tower's input first, then `scales`. `value`: the tower's config."""
+    """Return the sides in pixels at which a picture is seen: tower input first, then `scales`. `value`: the tower's config."""
     own, patch = side(value.image_size, SETTING, "image_size"), side(value.patch_size, SETTING, "patch_size")
     base = config.image_size or own
     if base != own and (base < patch or base % patch):
@@ -82,7 +82,7 @@ def view_sizes(config: VisionConfig, value: Any) -> tuple[int, ...]:
 
 
 def image_processor_config(path: str, cache_dir: str) -> dict[str, Any]:
-    """The flat preprocessor_config.json, or what newer folders nest in processor_config.json."""
+    """Read the image processor's settings: preprocessor_config.json, or nested in processor_config.json as in newer folders."""
     if find_file(SETTING, path, "preprocessor_config.json", cache_dir):
         found = read_json(SETTING, path, "preprocessor_config.json", cache_dir)
     else:
@@ -93,7 +93,7 @@ def image_processor_config(path: str, cache_dir: str) -> dict[str, Any]:
 
 
 def num_blocks(layer: int, total: int) -> int:
-    """Blocks needed for hidden_states[layer], which has `total` + 1 entries."""
+    """Return the number of blocks needed for hidden_states[layer], which has `total` + 1 entries."""
     wanted = layer if layer >= 0 else total + 1 + layer
     if not 0 <= wanted <= total:
         raise ConfigError(f"model.vision.layer = {layer} is not in [{-total - 1}, {total}]: the tower has {total} blocks")
@@ -101,9 +101,9 @@ def num_blocks(layer: int, total: int) -> int:
 
 
 class VisionTower(nn.Module):
-    """Pixels (N, 3, S, S) -> features (N, L, C): the raw output of the last block that is built.
+    """A vision tower: pixels (N, 3, S, S) -> features (N, L, C), the raw output of the last block that is built.
 
-    With `scales` S is the largest of them, C is the tower's width times the number of sizes, and L the rows of one view.
+    With `scales`, S is the largest of them, C is the tower's width times the number of sizes, and L the number of rows of one view.
     """
 
     def __init__(self, value: dict[str, Any], config: VisionConfig) -> None:
@@ -123,20 +123,20 @@ class VisionTower(nn.Module):
 
     @property
     def positions(self) -> nn.Parameter:
-        """What `tune = "positions"` trains."""
+        """Return the position embeddings, which `tune = "positions"` trains."""
         return self.tower.get_parameter(self.kind.positions)
 
     def is_behind(self, name: str) -> bool:
-        """Whether a tensor of the tower's class stands behind its last block, so that no hidden state needs it."""
+        """Tell whether no hidden state that is read needs a tensor of the tower's class, such as a norm after the last block."""
         return any(name == path or name.startswith(f"{path}.") for path in self.kind.behind)
 
     def valid_rows(self, lengths: Tensor | None) -> None:
-        """Every row of a picture is valid."""
+        """Return None: every row of a picture is valid."""
 
     def forward(self, values: Tensor, lengths: Tensor | None = None) -> Tensor:
         if len(self.sizes) == 1:
             return self._encode(values)
-        # One call for the squares of all sizes: ranks run the same collectives, and small squares fill the device.
+        # One call for the squares of all sizes: ranks run the same collectives, and small squares use the whole device.
         return merged(self._encode(tiles(values, self.sizes)), self.sizes)
 
     def _encode(self, values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The vision towers that are supported: an entry per model_type, with all in which one differs from the others."""
+"""The supported vision towers: an entry per model_type, with everything in which one differs from the others."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ PREFIXES = (
     *("", "vision_model.", "vision_tower.vision_model.", "model.vision_tower.vision_model."),
     *("model.vision_tower.", "vision_tower."),
 )
-"""What stands before a tower's names in the files of others."""
+"""Prefixes of a tower's tensor names in files."""
 
 
 @dataclass(frozen=True)
 class TowerFamily:
-    """One family of towers."""
+    """The properties of one family of towers."""
 
-    positions: str  # its position embeddings, (P, C) or (1, P, C)
-    num_prefix: int  # rows in front of the patches, registers apart; each has a position of its own
+    positions: str  # name of the position embeddings, (P, C) or (1, P, C)
+    num_prefix: int  # rows before the patches, without registers; each has a position of its own
     behind: dict[
         str, Callable[[], nn.Module | None]
-    ]  # what replaces a module or parameter that the last block's output never needs
-    antialias: bool = False  # how its authors resize the position embeddings
-    renamed: Callable[[Tensors], Tensors] | None = None  # tensors of files that have other names than transformers' class
+    ]  # replacements of modules and parameters that the last block's output does not need
+    antialias: bool = False  # as its authors resize the position embeddings
+    renamed: Callable[[Tensors], Tensors] | None = None  # renames tensors of files to the names of transformers' class
 
 
 def cut(tower: nn.Module) -> nn.Module:
-    """Remove what stands behind the last block, so that no parameter is left which the loss cannot reach."""
+    """Remove what the last block's output does not need, so that the loss reaches every remaining parameter."""
     for path, replacement in TOWERS[tower.config.model_type].behind.items():  # type: ignore[union-attr, index]
         owner, _, name = path.rpartition(".")
         if getattr(tower.get_submodule(owner), name, None) is not None:
@@ -45,17 +45,17 @@ def cut(tower: nn.Module) -> nn.Module:
 
 
 def _rows_alone(tower: nn.Module, args: object, output: Any) -> Any:
-    """Without the pooled row, which is a view: FSDP2, whose own hook comes later, wants none among a module's outputs."""
+    """Drop the pooled row, which is a view: FSDP2, whose own hook comes later, does not allow views among a module's outputs."""
     return type(output)(last_hidden_state=output.last_hidden_state)
 
 
 def num_prefix(config: PretrainedConfig) -> int:
-    """Rows in front of the patches: CLS and registers."""
+    """Return the number of rows before the patches: CLS and registers."""
     return TOWERS[config.model_type].num_prefix + getattr(config, "num_register_tokens", 0)
 
 
 def side(value: int | list[int] | tuple[int, ...], setting: str, name: str) -> int:
-    """An image or patch size as one number of pixels; ConfigError when it is no square."""
+    """Return an image or patch size as one number of pixels. Raises `ConfigError` when it is not square."""
     sides = set(value) if isinstance(value, list | tuple) else {value}
     if len(sides) != 1:
         raise ConfigError(f"{setting}: {name} = {value!r} in config.json is no square, and views are")
@@ -63,8 +63,9 @@ def side(value: int | list[int] | tuple[int, ...], setting: str, name: str) -> i
 
 
 def own_names(setting: str, tensors: Tensors, wanted: list[str], kind: TowerFamily) -> tuple[str, Tensors]:
-    """Of all tensors of a folder, those of its tower under the names of transformers' class, of which `wanted` are some, and the
-    prefix that they have in the files. ConfigError when two prefixes have towers.
+    """Select the tower's tensors among all tensors of a folder. Return their prefix in the files, and the tensors.
+
+    The result has the names of transformers' class, of which `wanted` are some. Raises `ConfigError` when two prefixes match.
     """
     found: dict[str, Tensors] = {}
     for prefix in PREFIXES:
@@ -82,7 +83,7 @@ def own_names(setting: str, tensors: Tensors, wanted: list[str], kind: TowerFami
 
 
 def standard(setting: str, value: dict[str, Any]) -> dict[str, Any]:
-    """config.json of a tower as transformers' own class wants it; ConfigError when its model_type is not supported."""
+    """Return config.json of a tower in the form of transformers' class. Raises `ConfigError` for an unsupported model_type."""
     kind = value["model_type"]
     if kind in REFUSED:
         raise ConfigError(f"{setting}: {kind!r} {REFUSED[kind]}")
@@ -92,8 +93,9 @@ def standard(setting: str, value: dict[str, Any]) -> dict[str, Any]:
 
 
 def intern_vit_config(value: dict[str, Any]) -> dict[str, Any]:
-    """config.json of an InternViT as OpenGVLab published it, for transformers' class of it, which knows no stochastic depth:
-    `drop_path_rate` is left out.
+    """Convert config.json of an InternViT, as OpenGVLab published it, to that of transformers' class.
+
+    The class has no stochastic depth, so `drop_path_rate` is left out.
     """
     same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size")
     renamed = {
@@ -120,7 +122,7 @@ INTERN_VIT_NAMES = (
     (".ls1", ".lambda_1"),
     (".ls2", ".lambda_2"),
 )
-"""What the published InternViT calls a thing, and what transformers does, in the order they are replaced."""
+"""Names in the published InternViT, and in transformers, in the order in which they are replaced."""
 DINO_NAMES = (
     (".attention.attention.query.", ".attention.q_proj."),
     (".attention.attention.key.", ".attention.k_proj."),
@@ -128,11 +130,11 @@ DINO_NAMES = (
     (".attention.output.dense.", ".attention.o_proj."),
     (".mlp.weights_out.", ".mlp.down_proj."),
 )
-"""Of DINOv2: in files, and in memory from transformers 5.23 on."""
+"""Names of DINOv2 in files, and in memory from transformers 5.23 on."""
 
 
 def intern_vit(tensors: Tensors) -> Tensors:
-    """Tensors of a published InternViT under transformers' names."""
+    """Return the tensors of a published InternViT under transformers' names."""
     parts = (".attention.q_proj.", ".attention.k_proj.", ".attention.v_proj.")
     return divided(replaced(tensors, INTERN_VIT_NAMES), ".attention.qkv.", parts)
 
@@ -142,7 +144,7 @@ def dino(tensors: Tensors) -> Tensors:
 
 
 def replaced(tensors: Tensors, pairs: tuple[tuple[str, str], ...]) -> Tensors:
-    """The same tensors, every first word of `pairs` in their names replaced by the second, one pair after the other."""
+    """Return the tensors under new names: the first string of each of `pairs` is replaced by the second, one pair at a time."""
     found: Tensors = {}
     for name, rows in tensors.items():
         for old, new in pairs:
@@ -152,7 +154,7 @@ def replaced(tensors: Tensors, pairs: tuple[tuple[str, str], ...]) -> Tensors:
 
 
 def divided(tensors: Tensors, fused: str, parts: tuple[str, ...]) -> Tensors:
-    """The same tensors, those with `fused` in their names as several: equal shares of their rows, read from where they stand."""
+    """Split each tensor with `fused` in its name into equal shares of its rows, one per name in `parts`, read on demand."""
     found: Tensors = {}
     for name, rows in tensors.items():
         if fused in name:
@@ -183,9 +185,9 @@ TOWERS = {
     "dinov2_with_registers": TowerFamily("embeddings.position_embeddings", 1, _DINO, antialias=True, renamed=dino),
     "internvl_vision": TowerFamily("embeddings.position_embeddings", 1, _DINO, renamed=intern_vit),
 }
-"""By model_type."""
+"""Supported towers by model_type."""
 REFUSED = {
     "siglip2_vision_model": "(naflex) takes pictures of any shape as packed patches, which is not supported: choose a SigLIP2 "
     "checkpoint of a fixed size, whose model_type is 'siglip_vision_model'",
 }
-"""Towers that people may name, and why not."""
+"""Towers that users may name, and the reason why each is not supported."""

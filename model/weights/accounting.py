@@ -1,4 +1,4 @@
-"""Every tensor of a weight file is read, or stands in a named list of what carries nothing; anything else is an error."""
+"""Accounting for weight files: a tensor is read, or is on a list of tensors without information; any other is an error."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from model.files.tensor_files import LazyTensor, Tensors
 from model.weights.renamed import converted
 
 MADE_ANEW = (
-    re.compile(r"(^|\.)rotary\w*\.(\w*inv_freq|cos_cached|sin_cached)$"),  # angles of positions
+    re.compile(r"(^|\.)rotary\w*\.(\w*inv_freq|cos_cached|sin_cached)$"),  # rotary angles
     re.compile(r"(^|\.)position_ids$"),  # 0, 1, 2 ...
 )
 """Buffers that a model computes by itself; older versions of transformers saved them."""
 MASK = re.compile(r"\.(attn|attention|self_attn)\.(bias|masked_bias)$")
-"""Causal masks of GPT-2's and GPT-NeoX's time, (1, 1, n, n), and the number they fill with, ()."""
+"""Causal masks saved by early GPT-2 and GPT-NeoX classes, (1, 1, n, n), and their fill value, ()."""
 OTHER_PARTS = re.compile(
     r"(model\.)?(text_model|language_model|multi_modal_projector|vision_tower|audio_tower|decoder|mlp1)\."
     r"|(model\.)?image_newline$|(text_projection|visual_projection|lm_head|proj_out|classifier)\.|logit_(scale|bias)$"
 )
-"""What stands beside a tower or an encoder in the file of a larger model, by the beginning of its name."""
+"""Parts of a larger model beside its tower or encoder, by the beginning of their tensors' names."""
 BLOCK = re.compile(r"(?:^|\.)(?:layers?|h|blocks)\.(\d+)\.")
 SHOWN = 5
 PIECE_ROWS = 8192
 
 
 def carries_nothing(name: str, rows: LazyTensor) -> bool:
-    """Whether a tensor is a buffer that every model makes anew."""
+    """Tell whether a tensor is a buffer that every model computes by itself."""
     return any(pattern.search(name) for pattern in MADE_ANEW) or bool(MASK.search(name) and len(rows.shape) in (0, 4))
 
 
 def check_llm(setting: str, path: str, tensors: Tensors, llm: nn.Module, own: dict[str, int]) -> None:
-    """Every one of `tensors`, by the names of `llm`, is in `own` (names, and the parameter that each stands for) or ignored.
+    """Check that each of `tensors`, named as in `llm`, is in `own` (name -> number of its parameter) or may be ignored.
 
-    ConfigError for others, for a head that is missing, and for two names of one parameter with two values.
+    Raises `ConfigError` for any other tensor, for a missing head, and for two names of one parameter with different values.
     """
     ignored = [re.compile(pattern) for pattern in getattr(llm, "_keys_to_ignore_on_load_unexpected", None) or ()]
 
@@ -67,8 +67,8 @@ def refuse_unknown(
     setting: str, path: str, names: Iterable[str], own: Collection[str], excused: Callable[[str], bool], what: str, num_blocks: int,
     convertible: Callable[[Collection[str]], list[str]] = lambda names: [],
 ) -> None:  # fmt: skip
-    """ConfigError naming every tensor that is neither `own` nor `excused`. `num_blocks`: as config.json says; `convertible`: those
-    of some names that transformers computes with while it loads.
+    """Raise `ConfigError` if there are names neither in `own` nor `excused`. `num_blocks`: number of layers in config.json;
+    `convertible`: returns those of some names that transformers computes with while it loads.
     """
     names = dict.fromkeys(names)
     unknown = [name for name in names if name not in own and not excused(name)]
@@ -112,9 +112,9 @@ def _prefix(unknown: list[str], own: Collection[str]) -> str:
 
 
 def check_ties(setting: str, path: str, tensors: Tensors, own: dict[str, int]) -> None:
-    """Refuse two names of one parameter that hold two values, as a head beside the embedding it is tied to.
+    """Refuse two names of one parameter that hold different values, as a head beside the embedding it is tied to.
 
-    Both are read whole, in pieces, on every rank; nearly every file holds one name alone.
+    Every rank reads both tensors whole, in pieces; nearly all files hold only one of the two names.
     """
     first: dict[int, str] = {}
     for name, parameter in own.items():
@@ -126,7 +126,7 @@ def check_ties(setting: str, path: str, tensors: Tensors, own: dict[str, int]) -
 
 
 def equal(one: LazyTensor, other: LazyTensor) -> bool:
-    """Whether two tensors hold the same numbers, in whatever types."""
+    """Tell whether two tensors hold the same numbers, whatever their types."""
     if one.shape != other.shape:
         return False
     pieces = range(0, one.shape[0] if one.shape else 1, PIECE_ROWS)
@@ -134,7 +134,7 @@ def equal(one: LazyTensor, other: LazyTensor) -> bool:
 
 
 def prefixed(tensors: Tensors, own: Collection[str], prefix: str) -> Tensors:
-    """The tensors of a decoder that was saved alone, as AutoModel.save_pretrained does, by their names in the whole model."""
+    """Return the tensors of a decoder saved alone, as AutoModel.save_pretrained does, by their names in the whole model."""
     begin = f"{prefix}."
     if any(name.startswith(begin) for name in tensors):
         return tensors
@@ -145,10 +145,11 @@ def check_encoder(
     setting: str, path: str, outside: Collection[str], inside: Tensors, own: Collection[str], behind: Callable[[str], bool],
     *, num_blocks: tuple[int, int], nested: bool, what: str,
 ) -> None:  # fmt: skip
-    """Account for the file of a tower or encoder: `inside` by names of its class, `outside` of its prefix by names of the file.
+    """Check that all tensors in the file of a tower or encoder are known. `inside`: tensors by the names of its class; `outside`:
+    names in the file without the encoder's prefix.
 
-    `own` is read, `behind` stands behind what is read; of `num_blocks` (built, all) the later ones do. `nested`: the folder is
-    that of a larger model, whose other parts are no business of this one.
+    Names in `own` are read. `behind` returns True for names that the output does not need. `num_blocks` = (built, all): blocks that
+    are not built may be in the file. `nested`: the folder is that of a larger model, whose other parts are not checked.
     """
     built, total = num_blocks
     suffixes = {name[match.end() :] for name in own if (match := BLOCK.search(name))}

@@ -1,4 +1,4 @@
-"""Weights of the Hugging Face folders that parts start from: read, accounted for to the last tensor, and fitted to the model."""
+"""Weights of the Hugging Face folders that parts start from: read, checked for unknown tensors, and fitted to the model."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ LLM = "model.llm.path"
 
 
 def base_layers(card: ModelCard, model: MultimodalLM) -> list[Layer]:
-    """The Hugging Face folders, opened only when something is needed from them.
+    """Return the Hugging Face folders as layers. Each is opened only when a tensor of it is needed.
 
-    ConfigError then, if they are not those whose digests the card has, or hold what no part of the model has a place for.
+    Opening one raises `ConfigError` when its digest is not that in the card, or when it holds a tensor the model has no place for.
     """
     config = card.model
     layers = [Layer(config.llm.path, lambda: llm_tensors(card, model), prefix="llm.")]
@@ -48,7 +48,7 @@ def base_layers(card: ModelCard, model: MultimodalLM) -> list[Layer]:
 
 
 def base_tensors(part: str, path: str, cache_dir: str, digest: str) -> Tensors:
-    """Every tensor of a base; ConfigError when the fingerprint of its files is not `digest` ("" = not known)."""
+    """Return every tensor of a base. Raises `ConfigError` when the fingerprint of its files is not `digest` ("" = unknown)."""
     files = weight_files(f"model.{part}.path", path, cache_dir)
     if digest and sampled_digest(files) != digest:
         raise ConfigError(
@@ -59,7 +59,7 @@ def base_tensors(part: str, path: str, cache_dir: str, digest: str) -> Tensors:
 
 
 def llm_tensors(card: ModelCard, model: MultimodalLM) -> Tensors:
-    """The language model's tensors by full name, its vocabulary matrices grown to the model's."""
+    """Return the language model's tensors by full name, with vocabulary matrices grown to the model's size."""
     config = card.model
     found = base_tensors("llm", config.llm.path, config.cache_dir, card.bases.get("llm", ""))
     settings = quantisation(read_json(LLM, config.llm.path, "config.json", config.cache_dir))
@@ -98,7 +98,7 @@ def integers(module: nn.Module) -> set[str]:
 
 
 def file_names(module: nn.Module) -> dict[str, int]:
-    """Names that files have for the parameters and kept buffers of `module`; two of one parameter have one number."""
+    """Return the names that files have for the parameters and kept buffers of `module`. Names of one parameter share a number."""
     found = {
         name: number
         for number, names in enumerate(owners(module).values())
@@ -109,18 +109,18 @@ def file_names(module: nn.Module) -> dict[str, int]:
 
 
 def check_vocabulary(card: ModelCard, tensors: Tensors, model: MultimodalLM) -> None:
-    """Refuse matrices of other rows than config.json says: transformers does, and nobody knows which of the two is meant."""
-    told = hugging_face_config(LLM, card.hugging_face["llm"]).vocab_size
+    """Refuse vocabulary matrices whose rows differ from config.json, as transformers does: either number could be wrong."""
+    declared = hugging_face_config(LLM, card.hugging_face["llm"]).vocab_size
     for name in vocabulary_matrices(model):
-        if name in tensors and tensors[name].shape[0] != told:
+        if name in tensors and tensors[name].shape[0] != declared:
             raise ConfigError(
-                f"{LLM} = {card.model.llm.path!r}: vocab_size = {told} in config.json, but {name.removeprefix('llm.')} has "
+                f"{LLM} = {card.model.llm.path!r}: vocab_size = {declared} in config.json, but {name.removeprefix('llm.')} has "
                 f"{tensors[name].shape[0]} rows in the files: restore the config.json that belongs to them"
             )
 
 
 def resize_vocabulary(tensors: Tensors, card: ModelCard, saved: ModelCard | None, model: MultimodalLM) -> Tensors:
-    """Return the tensors with vocabulary matrices grown to the model's; rows of tokens their origin knows stay."""
+    """Return the tensors with vocabulary matrices grown to the model's size. Rows of tokens known to their origin are kept."""
     known = set(saved.vocabulary.new_ids) if saved else set()
     new_ids = tuple(token for token in card.vocabulary.new_ids if token not in known)
     for name, num_rows in vocabulary_matrices(model).items():
@@ -130,7 +130,7 @@ def resize_vocabulary(tensors: Tensors, card: ModelCard, saved: ModelCard | None
 
 
 def vocabulary_matrices(model: MultimodalLM) -> dict[str, int]:
-    """Full names of the embedding and the head, with their rows."""
+    """Return the full names of the embedding and the head, with their numbers of rows."""
     matrices = [model.llm.get_input_embeddings().weight, model.llm.get_output_embeddings().weight]  # type: ignore[operator]
     return {
         name: parameter.shape[0]
@@ -140,9 +140,9 @@ def vocabulary_matrices(model: MultimodalLM) -> dict[str, int]:
 
 
 def tower_tensors(path: str, tower: VisionTower, cache_dir: str, others: tuple[str, ...] = (), digest: str = "") -> Tensors:
-    """The tower's own tensors, and `others` that it does not build, out of a folder that may hold more, under any prefix.
+    """Return the tower's own tensors, and `others` that it does not build, from a folder that may hold more, under any prefix.
 
-    Position embeddings fit the size of picture that the tower was built for.
+    Position embeddings are resized to the image size that the tower was built for.
     """
     files = base_tensors("vision", path, cache_dir, digest)
     shapes = {name: tuple(p.shape) for name, p in tower.tower.named_parameters() if not is_adapter(name)}
@@ -163,7 +163,7 @@ def tower_tensors(path: str, tower: VisionTower, cache_dir: str, others: tuple[s
 
 
 def audio_tensors(path: str, encoder: nn.Module, cache_dir: str = "", digest: str = "") -> Tensors:
-    """The encoder's own tensors out of a folder that may hold more, under any prefix."""
+    """Return the encoder's own tensors from a folder that may hold more, under any prefix."""
     files = base_tensors("audio", path, cache_dir, digest)
     wanted = [name.removeprefix("tower.") for name, _ in encoder.named_parameters() if not is_adapter(name)]
     prefixes = [p for p in audio.PREFIXES if p + wanted[0] in files]

@@ -1,4 +1,4 @@
-"""Whether an earlier run's weights mean the same in a new model: bases, features, adapters."""
+"""Checks that an earlier run's weights are valid in a new model: same bases, same features, same adapters."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ FEATURES = (
     ("audio", "window"),
     ("audio_projector", "kind"),
 )
-"""Part and setting."""
+"""Settings that decide what features mean: part and key."""
 
 
 def check_same_bases(saved: ModelCard, card: ModelCard, folder: Path, setting: str) -> None:
-    """An earlier run's weights fit only on the bases it was trained on."""
+    """Refuse an earlier run's weights on other bases than those they were trained on, or with other features."""
     for name in saved.hugging_face:
         if name not in card.hugging_face:
             raise ConfigError(f"{setting} = {str(folder)!r} was trained with a {name} part: configure [model.{name}] as well")
@@ -32,16 +32,15 @@ def check_same_bases(saved: ModelCard, card: ModelCard, folder: Path, setting: s
 
 
 def check_same_features(saved: ModelCard, card: ModelCard, folder: Path, setting: str) -> None:
-    """A projector, and the model behind it, understands only the features it was trained on, made the same way."""
+    """Refuse features made in another way than in training: projector and language model understand no others."""
     now = _features(card)
     pairs: dict[str, Any] = {key: (then, now[key]) for key, then in _features(saved).items() if then != now[key]}
     if "model.vision.layer" in pairs and _same_layer(saved, card):
         del pairs["model.vision.layer"]
     for modality, spec in saved.specs.items():
         old, new = spec_to_json(spec), spec_to_json(card.specs[modality])
-        changed = {k for k in old if old[k] != new[k]} - {"select", "full_window"}  # both are named among the settings
-        # Prompts may be put before clips that had none, line breaks behind tiles, and a head may begin to read the ends of clips;
-        # what was learned is never dropped.
+        changed = {k for k in old if old[k] != new[k]} - {"select", "full_window"}  # FEATURES compares both already
+        # A run may add prompts before clips, line breaks behind tiles, or a state head; it may not drop those that were learned.
         changed -= {key for key in ("num_prompts", "num_states", "newline") if not old.get(key)}
         pairs |= {f"{modality} {k}": (old[k], new[k]) for k in sorted(changed)}
     if pairs:
@@ -52,13 +51,13 @@ def check_same_features(saved: ModelCard, card: ModelCard, folder: Path, setting
 
 
 def _features(card: ModelCard) -> dict[str, Any]:
-    """Settings that decide what features mean, of the parts that there are."""
+    """Return the settings that decide what features mean, of the configured parts."""
     parts = card.model.parts()
     return {f"model.{name}.{key}": getattr(parts[name], key) for name, key in FEATURES if name in parts}
 
 
 def _same_layer(one: ModelCard, other: ModelCard) -> bool:
-    """Layers may be counted from either end."""
+    """Tell whether two cards read the same layer: layers may be counted from either end."""
     config: Any = hugging_face_config("model.vision.path", one.hugging_face["vision"])
     first, second = (num_blocks(card.model.vision.layer, config.num_hidden_layers) for card in (one, other))  # type: ignore[union-attr]
     return first == second
@@ -68,8 +67,10 @@ LORA_SHAPE = ("rank", "alpha", "rslora", "targets")
 
 
 def continued_parts(saved: ModelCard, card: ModelCard, folder: Path) -> frozenset[str]:
-    """Parts whose adapters go on as they were, on the matrices they were trained on. All others are merged: into parts that carry
-    none now, and below adapters of another shape, which start anew.
+    """Return the parts whose adapters continue training on the matrices they were trained on.
+
+    All other adapters are merged: those of parts without LoRA now, and those of another shape, on which new adapters start. Raises
+    `ConfigError` when the matrices are quantised differently now.
     """
     if any(getattr(saved.lora, key) != getattr(card.lora, key) for key in LORA_SHAPE):
         return frozenset()

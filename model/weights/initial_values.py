@@ -1,4 +1,4 @@
-"""First values of new parameters: seeded by name, so that they are the same on every rank, sharded or not."""
+"""Initial values of new parameters: seeded by name, so that they are the same on every rank, sharded or not."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from model.llm.causal_lm import VocabularyLayout
 
 
 def seed_of(*words: object) -> int:
-    """A 63-bit seed that depends on every word."""
+    """Return a 63-bit seed that depends on every word."""
     text = "\0".join(map(str, words)).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
 
 
 def initial_tensors(part: str, module: nn.Module, seed: int) -> Tensors:
-    """Values for every parameter of a new part: matrices, kernels and their biases as torch's own layers draw them (uniform,
-    bound 1 / sqrt(fan in)), norms 1 and 0, and bare parameters normal with the deviation that their module's `spreads` names.
+    """Return initial values for every parameter of a new part: matrices, kernels and their biases as torch's own layers draw them
+    (uniform, bound 1 / sqrt(fan in)), norms 1 and 0, bare parameters normal with the deviation that their module's `spreads` names.
     """
     found: Tensors = {}
     for path, layer in module.named_modules():
@@ -32,9 +32,9 @@ def initial_tensors(part: str, module: nn.Module, seed: int) -> Tensors:
 
 
 def first_value(full: str, layer: nn.Module, kind: str, shape: tuple[int, ...], seed: int) -> LazyTensor:
-    """Of the parameter `kind` of `layer`, whose full name is `full`. TypeError for one that nobody says how to draw."""
+    """Return the initial value of the parameter `kind` of `layer`. `full`: its full name. Raises `TypeError` without a rule."""
     spreads: dict[str, float] = getattr(layer, "spreads", {})  # type: ignore[assignment]
-    if kind in spreads:  # first: a plain layer may hold one beside its own
+    if kind in spreads:  # checked first: a subclass of a plain layer may have an additional parameter
         return normal(full, shape, spreads[kind], seed)
     if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
         return uniform(full, shape, 1 / math.sqrt(math.prod(layer.weight.shape[1:])), seed)
@@ -44,7 +44,10 @@ def first_value(full: str, layer: nn.Module, kind: str, shape: tuple[int, ...], 
 
 
 def initial_adapter(path: str, lora_a: Tensor, lora_b: Tensor, seed: int) -> Tensors:
-    """A as PEFT draws it (kaiming uniform, a = sqrt 5), B zero: the adapted layer starts equal to the base."""
+    """Return initial values of an adapter: A as PEFT draws it (kaiming uniform, a = sqrt 5), B zero.
+
+    The adapted layer starts equal to the base.
+    """
     shape_a, shape_b = tuple(lora_a.shape), tuple(lora_b.shape)
     name = f"{path}.lora_A"
     return {
@@ -66,7 +69,7 @@ def normal(name: str, shape: tuple[int, ...], deviation: float, seed: int) -> La
 
 
 def _drawn(name: str, shape: tuple[int, ...], seed: int, draw: Callable[[Tensor, torch.Generator], Tensor]) -> LazyTensor:
-    """The whole tensor is drawn and then cut: whatever rows a rank reads, they are those of every other rank."""
+    """Draw the whole tensor and then take rows of it, so that the values do not depend on which rows a rank reads."""
 
     def read(start: int, stop: int) -> Tensor:
         return draw(torch.empty(shape), torch.Generator().manual_seed(seed_of(seed, name)))[start:stop]
@@ -75,8 +78,10 @@ def _drawn(name: str, shape: tuple[int, ...], seed: int, draw: Callable[[Tensor,
 
 
 def grow_embedding(base: LazyTensor, num_rows: int, vocabulary: VocabularyLayout, new_ids: tuple[int, ...]) -> LazyTensor:
-    """A vocabulary matrix (rows, D) with `num_rows` rows: those of `new_ids` and those the base has not are the mean of
-    the rows of known tokens. No row of a token that the base model knows is touched.
+    """Grow a vocabulary matrix (rows, D) to `num_rows` rows.
+
+    Rows of `new_ids` and rows beyond the base are the mean of the rows of known tokens; rows of tokens that the base model knows
+    stay unchanged.
     """
     known = min(vocabulary.num_known or base.shape[0], base.shape[0])
     cached: list[Tensor] = []
@@ -84,7 +89,7 @@ def grow_embedding(base: LazyTensor, num_rows: int, vocabulary: VocabularyLayout
     def mean() -> Tensor:
         if not cached:
             total = torch.zeros(base.shape[1], dtype=torch.float64)
-            for start in range(0, known, 8192):  # in pieces: the matrix may be larger than what a rank should hold
+            for start in range(0, known, 8192):  # in pieces: the matrix may be too large to hold whole
                 total += base.read(start, min(start + 8192, known)).double().sum(0)
             cached.append((total / known).float())
         return cached[0]

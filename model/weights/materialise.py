@@ -1,4 +1,4 @@
-"""Where every parameter's value comes from: layers of tensors, newest first; and putting them into a model built on meta."""
+"""The source of every parameter's value: layers of tensors, newest first; and loading them into a model built on meta."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from model.lora import merge_rows
 
 
 class Merged(Protocol):
-    """What a layer adds to the weight below it."""
+    """A change that a layer applies to the weight of an older layer."""
 
     def onto(self, weight: LazyTensor) -> LazyTensor: ...
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A pair to be merged into the weight below it."""
+    """A LoRA pair to be merged into the weight of an older layer."""
 
     lora_a: LazyTensor
     lora_b: LazyTensor
     scale: float
 
     def onto(self, weight: LazyTensor) -> LazyTensor:
-        """Rows a:b of W + scale * B A need rows a:b of W and of B alone, so a sharded load merges its own rows."""
+        """Return the merged weight. Rows a:b of W + scale * B A need only rows a:b of W and B: a sharded load merges its own."""
         return LazyTensor(
             weight.shape, lambda a, b: merge_rows(weight.read(a, b), self.lora_a.all(), self.lora_b.read(a, b), self.scale)
         )
@@ -44,13 +44,13 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Layer:
-    """One origin of weights. It is opened when a name that begins with `prefix` is first asked for and no newer layer holds it."""
+    """One origin of weights. It is opened when a name that begins with `prefix` is first looked up and is in no newer layer."""
 
-    origin: str  # for messages
+    origin: str  # named in messages
     open: Callable[[], Tensors]
-    adapters: Mapping[str, Merged] = field(default_factory=dict)  # by full name of the weight they are merged into
+    adapters: Mapping[str, Merged] = field(default_factory=dict)  # by full name of the weight each is merged into
     prefix: str = ""
-    stored: dict[str, QuantizeConfig] = field(default_factory=dict)  # matrices that it knows only as quantised, by full name
+    stored: dict[str, QuantizeConfig] = field(default_factory=dict)  # matrices it was trained on as quantised, by full name
 
     @cached_property
     def tensors(self) -> Tensors:
@@ -58,9 +58,9 @@ class Layer:
 
 
 def resolve(name: str, layers: list[Layer]) -> LazyTensor | None:
-    """The newest value of a parameter, adapters of newer layers merged on top; None when no layer holds it.
+    """Return the newest value of a parameter, with adapters of newer layers merged into it; None when no layer holds it.
 
-    An adapter that was trained on a quantised matrix is merged into what that matrix was then.
+    An adapter that was trained on a quantised matrix is merged into the dequantised values of that matrix.
     """
     for depth, layer in enumerate(layers):
         adapter, config = layer.adapters.get(name), layer.stored.get(name)
@@ -75,7 +75,7 @@ def resolve(name: str, layers: list[Layer]) -> LazyTensor | None:
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Modules built inside have parameters without storage, and real buffers: `inv_freq` and its like are in no file."""
+    """Build modules, inside the context, with parameters on meta and real buffers: no file holds buffers like `inv_freq`."""
     original = nn.Module.register_parameter
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -100,8 +100,8 @@ def materialise(
 ) -> None:
     """Give every parameter its value and its device: trainable ones in float32, frozen ones in `frozen_dtype`.
 
-    A sharded parameter reads its own rows only, and a quantised matrix is packed piece by piece, so no rank ever holds the whole
-    model. `alive` is told each name before it is read. ConfigError when a value is missing or has another shape.
+    A sharded parameter reads only its own rows, and a quantised matrix is packed piece by piece, so no rank ever holds the whole
+    model. `alive` is called with each name before it is read. Raises `ConfigError` when a value is missing or has another shape.
     """
     values: dict[str, Tensor] = {}
     for owner, names, rows in find_values(model, layers):
@@ -110,7 +110,7 @@ def materialise(
             values |= _packed(owner, names[0], rows, device)
             continue
         value = nn.Parameter(_local(owner, rows, frozen_dtype, device), requires_grad=owner.requires_grad)
-        values.update(dict.fromkeys(names, value))  # tied parameters stay one
+        values.update(dict.fromkeys(names, value))  # tied parameters stay tied
     model.load_state_dict(values, strict=False, assign=True)
     _load_buffers(model, layers)
     for module in model.modules():
@@ -122,7 +122,7 @@ Owner = nn.Parameter | Quantised
 
 
 def owners(model: nn.Module) -> dict[Owner, list[str]]:
-    """Each parameter with all its names; in place of codes and scales, their layer with the name of the matrix."""
+    """Return each parameter with all its names. A quantised layer stands for its codes and scales, named as its matrix."""
     found: dict[Owner, list[str]] = {layer: [f"{path}.weight"] for path, layer in quantised(model)}
     stored = {path + suffix for path, _ in quantised(model) for suffix in STORED}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -132,7 +132,7 @@ def owners(model: nn.Module) -> dict[Owner, list[str]]:
 
 
 def kept_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Buffers that files hold, as a router's corrections: full name, module and name in it. Others are made anew."""
+    """Yield the buffers that files hold, as a router's corrections: full name, module, name in it. Others are recomputed."""
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
@@ -140,8 +140,10 @@ def kept_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 def find_values(model: nn.Module, layers: list[Layer]) -> list[tuple[Owner, list[str], LazyTensor]]:
-    """Each parameter with all its names and where its value stands; in place of codes and scales, their layer with the name of
-    the matrix. ConfigError when one has no value, or of another shape.
+    """Return each parameter with all its names and the tensor to read its value from.
+
+    A quantised layer stands for its codes and scales, named as its matrix. Raises `ConfigError` when a value is missing or has
+    another shape.
     """
     aliases = owners(model)
     found: list[tuple[Owner, list[str], LazyTensor]] = []
@@ -159,7 +161,7 @@ def find_values(model: nn.Module, layers: list[Layer]) -> list[tuple[Owner, list
 
 
 def _load_buffers(model: nn.Module, layers: list[Layer]) -> None:
-    """Values of buffers that files hold, whole on every rank. ConfigError when one is missing or of another shape."""
+    """Load the buffers that files hold, whole on every rank. Raises `ConfigError` when one is missing or has another shape."""
     found = {name: (module, key, resolve(name, layers)) for name, module, key in kept_buffers(model)}
     shapes = {name: tuple(module._buffers[key].shape) for name, (module, key, _) in found.items()}  # type: ignore[union-attr]
     missing = [name for name, (_, _, rows) in found.items() if rows is None]
@@ -174,12 +176,12 @@ def _local(parameter: nn.Parameter, rows: LazyTensor, frozen_dtype: torch.dtype,
     dtype = torch.float32 if parameter.requires_grad else frozen_dtype
     start, stop = local_range(parameter)
     value = rows.read(start, stop)
-    # A copy always: what was read may be a view of a mapped file that is replaced while it is in use.
+    # Always a copy: the rows may be a view of a mapped file that is replaced while the model is in use.
     return _placed(parameter, value.to(device=device, dtype=dtype, copy=True).contiguous())
 
 
 def _packed(layer: Quantised, name: str, rows: LazyTensor, device: torch.device) -> dict[str, Tensor]:
-    """Codes and scales by full name, this rank's rows of them; what they rest on goes into the layer's buffers."""
+    """Return this rank's rows of codes and scales by full name. Sets the layer's `nested` and `offset`, on which scales depend."""
     packed = pack(rows, layer.quantize, *local_range(layer.codes))
     layer.nested, layer.offset = packed.nested, packed.offset
     path = name.removesuffix(".weight")
@@ -190,7 +192,7 @@ def _packed(layer: Quantised, name: str, rows: LazyTensor, device: torch.device)
 
 
 def _placed(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    """This rank's rows as the parameter holds them."""
+    """Wrap this rank's rows as a DTensor if the parameter is one."""
     if not isinstance(parameter, DTensor):
         return value
     return DTensor.from_local(

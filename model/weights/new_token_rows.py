@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Trained rows of added tokens: merged into vocabulary matrices when a model is loaded, and given initial values in a new run."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from model.weights.materialise import Layer, resolve
 
 @dataclass(frozen=True)
 class RowPatch:
-    """Rows to be put into the vocabulary matrix below them."""
+    """Rows that replace rows of a vocabulary matrix from an older layer."""
 
     ids: tuple[int, ...]
     rows: LazyTensor
 
     def onto(self, weight: LazyTensor) -> LazyTensor:
-        """The matrix with its rows `ids` replaced; a sharded load reads its own rows only."""
+        """Return the matrix with its rows `ids` replaced; a sharded load reads only its own rows."""
 
         def read(start: int, stop: int) -> Tensor:
             found = weight.read(start, stop)
             inside = [(i, token - start) for i, token in enumerate(self.ids) if start <= token < stop]
             if inside:
-                found = found.float().clone()  # what was read may be a view of a file
+                found = found.float().clone()  # the rows may be a view of a file
                 sources, places = zip(*inside)
                 found[list(places)] = self.rows.all()[list(sources)].float()
             return found
@@ -37,7 +37,7 @@ class RowPatch:
 
 
 def row_patches(tensors: Tensors, ids: tuple[int, ...], origin: str) -> dict[str, RowPatch]:
-    """Patches by the full name of the matrix they belong to. ConfigError when there are not as many rows as ids."""
+    """Return patches by the full name of their matrix. Raises `ConfigError` when the numbers of rows and of ids differ."""
     found = {}
     for name, rows in tensors.items():
         if is_new_rows(name):
@@ -48,7 +48,10 @@ def row_patches(tensors: Tensors, ids: tuple[int, ...], origin: str) -> dict[str
 
 
 def first_rows(model: nn.Module, ids: tuple[int, ...], layers: list[Layer]) -> Tensors:
-    """Where new rows start: at what `layers` have in the matrix, which for a token nobody knows is the mean of the known ones."""
+    """Return the initial values of new rows: the rows that `layers` have in the matrix.
+
+    For an unknown token, `grow_embedding` makes this row the mean of the known ones.
+    """
     found: Tensors = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         matrix = resolve(name.removesuffix(SUFFIX) + ".weight", layers) if is_new_rows(name) else None
@@ -58,5 +61,5 @@ def first_rows(model: nn.Module, ids: tuple[int, ...], layers: list[Layer]) -> T
 
 
 def _rows_of(matrix: LazyTensor, ids: tuple[int, ...], start: int, stop: int) -> Tensor:
-    # A late rank may hold no row at all.
+    # The last ranks may hold no row at all.
     return torch.cat([matrix.read(0, 0).float(), *(matrix.read(i, i + 1).float() for i in ids[start:stop])])

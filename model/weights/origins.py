@@ -1,4 +1,4 @@
-"""Where the weights of a model come from, newest first: earlier runs, adapters and projectors named, bases, new draws."""
+"""Origins of a model's weights, newest first: earlier runs, named adapters and projectors, bases, initial values."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from model.weights.projector_files import check_llavas_parts, projector_layers
 
 
 def weight_layers(card: ModelCard, model: MultimodalLM, seed: int) -> list[Layer]:
-    """Origins of a new run's weights: init_from, then what a part's `path` and `lora.path` name, bases, new parts."""
+    """Return the origins of a new run's weights: init_from, `path` of parts and `lora.path`, bases, initial values."""
     given = given_layers(card, model)
-    # An earlier run's weights mean something only on the very bases it was trained on.
+    # An earlier run's weights are valid only on the bases it was trained on.
     bases = read_card(Path(card.model.init_from)).bases if card.model.init_from else card.bases
     layers = [*given, *base_layers(replace(card, bases=bases), model)]
     new = Layer("new", lambda: new_tensors(card, model, seed) | first_rows(model, card.vocabulary.tuned_ids, layers))
@@ -39,11 +39,14 @@ def weight_layers(card: ModelCard, model: MultimodalLM, seed: int) -> list[Layer
 
 
 def given_layers(card: ModelCard, model: MultimodalLM, held: Collection[str] = (), proof: Check = "full") -> list[Layer]:
-    """What the configuration names beside the bases, but for what is `held` already. Two that claim one part are an error."""
+    """Return the origins that the configuration names beside the bases, except for parts that are in `held` already.
+
+    Raises `ConfigError` when two origins hold the same part.
+    """
     layers, config = [], card.model
     if config.init_from:
         layers += run_layers(Path(config.init_from), card, model, "model.init_from", proof)
-    # Only the named run itself is looked into: what lies below it is opened when it is needed.
+    # Check conflicts against the named run only; its own bases are opened lazily.
     claimed = {name for layer in layers[:2] for name in layer.tensors}
     layers += projector_layers(config, model, held, claimed)
     if card.lora.path and not any(map(is_adapter, held)):
@@ -58,10 +61,10 @@ def given_layers(card: ModelCard, model: MultimodalLM, held: Collection[str] = (
 def run_layers(
     folder: Path, card: ModelCard, model: MultimodalLM, setting: str, proof: Check = "full", saved: ModelCard | None = None
 ) -> list[Layer]:
-    """A final/ folder or checkpoint and everything below it that is no base of `card`; each final/ checked by its `proof`.
+    """Return the layers of a final/ folder or checkpoint and of everything it builds on, except the bases of `card`.
 
-    Adapters go on in parts that `card` tunes by LoRA, elsewhere they are merged in float32; rows of new tokens always are.
-    `saved`: the folder's own card with paths of what has moved since.
+    Each final/ is checked by its `proof`. Adapters are kept in parts that `card` tunes by LoRA and merged in float32 elsewhere;
+    rows of new tokens are always merged. `saved`: the folder's own card, with the paths of moved folders corrected.
     """
     saved = saved or read_card(folder)
     check_same_bases(saved, card, folder, setting)
@@ -73,30 +76,30 @@ def run_layers(
     patches = row_patches(tensors, saved.vocabulary.tuned_ids, str(folder))
     kept = {name: rows for name, rows in tensors.items() if name not in merged and not is_new_rows(name)}
     below: Check = "quick" if proof == "being_written" else proof
-    # What stands on a weight must be above it, and a final/ may hold both.
-    beside = {name: rows for name, rows in kept.items() if of_adapter(name, saved)}
-    own = Layer(str(folder), lambda: beside, {**pairs, **patches}, stored=stored)
+    # An adapter must be in a newer layer than its weight, and a final/ may hold both.
+    own_adapters = {name: rows for name, rows in kept.items() if of_adapter(name, saved)}
+    own = Layer(str(folder), lambda: own_adapters, {**pairs, **patches}, stored=stored)
     weights = Layer(
-        str(folder), lambda: resize_vocabulary({n: rows for n, rows in kept.items() if n not in beside}, card, saved, model)
+        str(folder), lambda: resize_vocabulary({n: rows for n, rows in kept.items() if n not in own_adapters}, card, saved, model)
     )
     return [own, weights, *map(without_adapters, given_layers(saved, model, tensors, below))]
 
 
 def of_adapter(name: str, card: ModelCard) -> bool:
-    """Whether a tensor belongs to what LoRA trains: an adapter, or a bias beside it."""
+    """Tell whether LoRA trains a tensor: an adapter, or a bias beside it."""
     learns_bias = name.endswith(".bias") and card.lora.bias != "none"
     return name.partition(".")[0] in card.lora_parts and (is_adapter(name) or learns_bias)
 
 
 def without_adapters(layer: Layer) -> Layer:
-    """An origin below a run, whose adapters that run holds itself or has merged: new ones must not find the old."""
+    """Return a layer below a run without adapters: the run holds or has merged them, and new adapters must not find them."""
     return replace(layer, open=lambda: {name: rows for name, rows in layer.tensors.items() if not is_adapter(name)})
 
 
 def stored_matrices(saved: ModelCard, card: ModelCard, model: MultimodalLM, merged: Collection[str]) -> dict[str, QuantizeConfig]:
-    """Matrices that an earlier run computed with as quantised, and that are to be now what they were then.
+    """Return the matrices that an earlier run used quantised, and that must keep their dequantised values in this model.
 
-    One that is quantised again in the same way, nothing `merged` into it, is packed from the same values instead.
+    A matrix that is quantised in the same way now, with no adapter `merged` into it, is packed from the same values instead.
     """
     if saved.quantize.bits == 16:
         return {}
@@ -105,7 +108,9 @@ def stored_matrices(saved: ModelCard, card: ModelCard, model: MultimodalLM, merg
 
 
 def saved_tensors(folder: Path, check: Callable[[Path], object] = verify, proof: Check = "full") -> Tensors:
-    """Tensors of a final/ folder or checkpoint by full name. A checkpoint goes through `check` first, a final/ through `proof`."""
+    """Return the tensors of a final/ or checkpoint by full name. `check` verifies a checkpoint, `proof` says how a final/ is
+    checked.
+    """
     if (folder / MANIFEST).exists():
         try:
             check(folder)
@@ -127,13 +132,13 @@ def adapter_pairs(tensors: Tensors, scale: float) -> dict[str, Adapter]:
 
 
 def new_tensors(card: ModelCard, model: MultimodalLM, seed: int) -> Tensors:
-    """First values of what no file holds: projectors and a state head that learn, and adapters."""
+    """Return initial values of parameters that no file holds: projectors and a state head that are trained, and adapters."""
     found: Tensors = {}
     for part in ("vision_projector", "audio_projector"):
         projector = card.model.parts().get(part)
         if projector is not None and projector.tune != "frozen":
             new = initial_tensors(part, model.get_submodule(part), seed)
-            # Prompts alone: what they stand before must have been trained, and comes from a file.
+            # With tune = "prompts" only prompts are new: the projector must have been trained, and comes from a file.
             found |= {name: rows for name, rows in new.items() if projector.tune == "full" or name == f"{part}.extra"}
     head = card.model.state_head
     if head is not None and head.tune != "frozen":

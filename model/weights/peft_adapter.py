@@ -1,4 +1,4 @@
-"""PEFT adapter folders: read to continue from, written for other tools (names as PEFT 0.21 writes them)."""
+"""PEFT adapter folders: read to continue training, written for other tools (names as PEFT 0.21 writes them)."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ PREFIX = "base_model.model."
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 OURS, OUR_CONFIG, CARD = "lora.safetensors", "lora.json", "model.json"
 INHERITS = "inherits"
-"""Key of lora.json: the adapter sits on weights that an earlier run trained, not on the base's."""
+"""Key of lora.json: the adapter was trained on weights that an earlier run changed, not on the base's."""
 BIASES = ("none", "lora_only", "all")
-"""Values of `bias`, each with more learning biases than the one before."""
+"""Values of `bias`, in ascending number of trained biases."""
 IN_LARGER = re.compile(r"llm\.(model\.)?(language_model|text_model|thinker|vision_tower|vision_model|visual|audio_tower)\.")
 """Names of modules inside a model of several parts, as PEFT writes them for its adapters."""
 TO_MERGE = "merge it into its base with PEFT (merge_and_unload) and name the result as model.llm.path"
 
 
 def read_adapter(path: Path, lora: LoraConfig, parts: Mapping[str, nn.Module]) -> Tensors:
-    """Every tensor of an adapter by full name, from our lora.safetensors, a folder that holds it, or a PEFT folder.
+    """Read every tensor of an adapter by full name, from our lora.safetensors, a folder that holds it, or a PEFT folder.
 
-    `parts`: the modules that carry adapters now. ConfigError unless the file's adapters are exactly theirs, its biases those that
-    it says learned, and [lora] scales them as they were trained.
+    `parts`: the modules that have adapters now. Raises `ConfigError` unless the file's adapters are exactly those of `parts`, its
+    biases are those that it declares trained, and [lora] has the scale they were trained with.
     """
     folder = path.parent if path.name in (WEIGHTS, PICKLED) else path
     if (folder / CONFIG).is_file():
@@ -94,11 +94,11 @@ def _check_bias(path: Path, then: object, now: str) -> None:
 
 
 def _read_ours(path: Path, lora: LoraConfig, parts: Collection[str]) -> tuple[Tensors, str]:
-    """The tensors, and which biases are among them."""
+    """Read lora.safetensors. Return its tensors, and the value of `bias` they were trained with."""
     file = path / OURS if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(f"lora.path = {str(path)!r} is neither a PEFT folder nor a {OURS}")
-    found, said = read_safetensors(file), []
+    found, recorded = read_safetensors(file), []
     for name in (OUR_CONFIG, CARD):
         beside = file.with_name(name)
         if beside.is_file():
@@ -107,15 +107,15 @@ def _read_ours(path: Path, lora: LoraConfig, parts: Collection[str]) -> tuple[Te
             if not isinstance(config, dict) or not config.keys() >= {"rank", "alpha", "rslora"}:
                 raise ConfigError(f"lora.path = {str(path)!r}: {beside.name} does not say rank, alpha and rslora")
             _check(path, {key: config[key] for key in ("rank", "alpha", "rslora")}, lora)
-            said += [config["bias"]] if "bias" in config else []
+            recorded += [config["bias"]] if "bias" in config else []
             _check_base(path, file.parent, value, parts)
-    # Files from before lora.json said it: biases that are there are those that learn now, or it is an error.
+    # Early files record no `bias`: any biases in them must be those that are trained now, which `read_adapter` checks.
     learned = lora.bias if any(not is_adapter(name) for name in found) else "none"
-    return found, said[0] if said else learned
+    return found, recorded[0] if recorded else learned
 
 
 def _check_base(path: Path, folder: Path, described: dict[str, Any], parts: Collection[str]) -> None:
-    """An adapter means something on the weights that it was trained on alone."""
+    """Refuse an adapter that was trained on other weights than the base's: it is valid on those weights only."""
     model = described.get("model")
     earlier = model.get("init_from") if isinstance(model, dict) else described.get(INHERITS)
     beside = [file.name for part in parts for file in sorted(folder.glob(f"{part}[.-]*safetensors"))] if model else []
@@ -146,9 +146,9 @@ def _check(path: Path, config: dict[str, Any], lora: LoraConfig) -> None:
 
 
 def _read_peft(folder: Path, lora: LoraConfig) -> tuple[Tensors, str]:
-    """The tensors under our names, and which biases are among them."""
+    """Read a PEFT folder. Return its tensors under our names, and the value of `bias` they were trained with."""
     config = {**DEFAULTS, **_read_json(folder / CONFIG)}
-    # As PEFT itself: the pickle is read where there is no other file.
+    # As in PEFT: the pickle is read only when there is no other file.
     file = next((folder / name for name in (WEIGHTS, PICKLED) if (folder / name).is_file()), None)
     if file is None:
         raise ConfigError(f"lora.path = {str(folder)!r} holds no {WEIGHTS}")
@@ -168,7 +168,7 @@ def _read_peft(folder: Path, lora: LoraConfig) -> tuple[Tensors, str]:
 
 
 def our_name(name: str) -> str:
-    """Full name here of a tensor that PEFT calls `name`: the opposite of `peft_name`."""
+    """Return our full name of a tensor that PEFT calls `name`: the inverse of `peft_name`."""
     plain = name.removeprefix(PREFIX)
     for suffix in SUFFIXES:
         plain = plain.removesuffix(".weight") if plain.endswith(f"{suffix}.weight") else plain
@@ -177,9 +177,9 @@ def our_name(name: str) -> str:
 
 
 def peft_name(name: str, paths: Collection[str]) -> str:
-    """PEFT's name of a tensor of the LLM, of whose modules those at `paths` are adapted.
+    """Return PEFT's name of a tensor of the language model, in which the modules at `paths` are adapted.
 
-    llm.x.lora_A -> base_model.model.x.lora_A.weight; the bias of an adapted layer stands under its base_layer.
+    llm.x.lora_A -> base_model.model.x.lora_A.weight; PEFT stores the bias of an adapted layer under its base_layer.
     """
     path, _, kind = name.rpartition(".")
     inner = PREFIX + path.removeprefix("llm.")
@@ -189,7 +189,7 @@ def peft_name(name: str, paths: Collection[str]) -> str:
 
 
 def adapter_config(lora: LoraConfig, base: str, paths: Collection[str]) -> dict[str, Any]:
-    """adapter_config.json. Targets are full module paths: short names would hit the vision tower as well."""
+    """Return adapter_config.json. Targets are full module paths: short names would match layers of the vision tower as well."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

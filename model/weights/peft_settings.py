@@ -1,4 +1,4 @@
-"""adapter_config.json of PEFT 0.21: which of its settings mean here what they mean there, and which are refused by name."""
+"""Settings in adapter_config.json of PEFT 0.21: those with the same meaning here are accepted, the others are refused by name."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ DEFAULTS: dict[str, Any] = {
     "rank_pattern": None,
     "alpha_pattern": None,
 }
-"""What PEFT takes for a key that adapter_config.json leaves out."""
+"""PEFT's defaults for keys that adapter_config.json leaves out."""
 SELECTORS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-"""Which layers PEFT adapts; tensors of all others it leaves unread."""
+"""Keys that select the layers PEFT adapts; PEFT does not read tensors of other layers."""
 NO_EFFECT = (
     *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
     *("lora_dropout", "runtime_config", "megatron_core", "qalora_group_size"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # read by their own `init_lora_weights` alone
-    "fan_in_fan_out",  # of Conv1D; PEFT sets it to False for linear layers, and no others are adapted here
-    "ensure_weight_tying",  # of embeddings and heads, which are not adapted here
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # each is read only by its own value of `init_lora_weights`
+    "fan_in_fan_out",  # for Conv1D; PEFT sets it to False for linear layers, and only those are adapted here
+    "ensure_weight_tying",  # for embeddings and heads, which are not adapted here
 )
-"""Settings under which a trained adapter of linear layers computes the same at any value."""
+"""Settings that do not change what a trained adapter of linear layers computes."""
 REFUSED = {
     "use_dora": "weight-decomposed adapters rescale every row",
     "use_qalora": "its matrices read pooled features",
@@ -44,23 +44,23 @@ REFUSED = {
     "target_parameters": "it adapts parameters that are no linear layer",
     "trainable_token_indices": "it holds rows of the vocabulary",
 }
-"""Settings under which PEFT computes something that LoRA here does not, unless they are empty."""
+"""Settings that make PEFT compute something our LoRA does not, unless they are empty."""
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
-"""Values of `init_lora_weights` that leave the base as it is."""
+"""Values of `init_lora_weights` that leave the base unchanged."""
 CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Those that subtract the first adapter from the base, or quantise it; `pissa_niter_4` begins with one."""
+"""Values that subtract the first adapter from the base, or quantise it, by their beginning (as in `pissa_niter_4`)."""
 TASKS = (None, "CAUSAL_LM")
 
 
 def problems(config: dict[str, Any], paths: set[str]) -> Iterator[str]:
-    """Why `config`, an adapter_config.json, is not a LoRA of here; `paths`: the modules its file adapts, relative to the model."""
+    """Yield the reasons why an adapter_config.json is not supported as LoRA. `paths`: adapted modules, relative to the model."""
     if (kind := config.get("peft_type")) != "LORA":
         yield f"is a {kind if isinstance(kind, str) and kind.isidentifier() else shown(kind)} adapter, not LORA"
         return
     if config.get("task_type") not in TASKS:
         yield f"has task_type = {shown(config['task_type'])} of PEFT, which puts another head on the model; 'CAUSAL_LM' is read"
     for key, why in REFUSED.items():
-        if not _is_empty(config.get(key)) or config.get(key) == {}:  # of which PEFT makes the defaults of a variant
+        if not _is_empty(config.get(key)) or config.get(key) == {}:  # PEFT fills {} with the defaults of a variant
             yield f"uses {key} = {shown(config[key])} of PEFT, which is not supported here: {why}"
     known = {*DEFAULTS, *SELECTORS, *NO_EFFECT, *REFUSED, "peft_type", "task_type"}
     for key in sorted(config.keys() - known):
@@ -90,8 +90,9 @@ def _initial(value: Any) -> Iterator[str]:
 
 
 def _unselected(config: dict[str, Any], paths: set[str]) -> Iterator[str]:
-    """Layers that the file holds and PEFT would not read. Regular expressions are a stranger's, and never run: PEFT writes
-    tensors of the layers that they select and of no others.
+    """Yield a problem when the file holds layers that PEFT would not read, or when its selectors cannot be checked.
+
+    A regular expression comes from an untrusted file and is never run: PEFT writes only tensors of layers that it matches.
     """
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
     numbers, parents = config.get("layers_to_transform"), config.get("layers_pattern")
@@ -124,7 +125,7 @@ def _named(path: str, names: list[str]) -> bool:
 
 
 def _layer(path: str, parents: list[str]) -> set[int]:
-    """The number of the layer that `path` stands in: the first one behind a name, or behind one of `parents`."""
+    """Return the number of the layer that `path` is in: the first number after a name, or after one of `parents`; or nothing."""
     words = path.split(".")
     for before, word in pairwise(words):
         if word.isdecimal() and (not parents or before in parents):

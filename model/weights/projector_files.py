@@ -1,4 +1,4 @@
-"""Projectors that the configuration names by their own `path`: ours, or LLaVA's."""
+"""Projectors that the configuration names by their own `path`: in our format, or in LLaVA's."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ LLAVA_BESIDE = {
     "audio_": "parts that hear",
     "lora_": "an adapter, which lora.path reads",
 }
-"""What LLaVA and its kin write beside a projector, by a part of its name."""
+"""Tensors that LLaVA and its derivatives write beside a projector, by a part of their names."""
 
 
 def projector_layers(config: ModelConfig, model: nn.Module, held: Collection[str], claimed: Collection[str]) -> list[Layer]:
-    """What the `path` of each projector names, but for one that is `held`. ConfigError for one that is `claimed` already."""
+    """Return layers for projectors that have a `path`, except those in `held`. Raises `ConfigError` for one in `claimed`."""
     layers = []
     for part, projector in (("vision_projector", config.vision_projector), ("audio_projector", config.audio_projector)):
         if projector is None or not projector.path or _holds(held, part):
@@ -45,7 +45,7 @@ def projector_layers(config: ModelConfig, model: nn.Module, held: Collection[str
 
 
 def check_llavas_parts(card: ModelCard) -> None:
-    """LLaVA writes the projector of a LoRA run beside its adapter; with another one the adapter would mean nothing."""
+    """Refuse an adapter of LLaVA without the projector that LLaVA wrote beside it: with another projector it is useless."""
     projector, beside = card.model.vision_projector, Path(card.lora.path) / LLAVA_TRAINED
     if projector is not None and not projector.path and not card.model.init_from and beside.is_file():
         raise ConfigError(
@@ -59,9 +59,9 @@ def _holds(names: Collection[str], part: str) -> bool:
 
 
 def whole_projector(path: Path, part: str, module: nn.Module) -> Tensors:
-    """The tensors of a projector that is to be `module`; ConfigError unless they are its own.
+    """Return the tensors of the projector for `module`. Raises `ConfigError` unless they are exactly its parameters.
 
-    Rows of its own may be missing, which are then new: LLaVA-NeXT's first stage keeps no line break, and prompts may come later.
+    Parameters in OWN_ROWS may be missing and then start new: LLaVA-NeXT's first stage has no line break, and prompts may be added.
     """
     found, wanted = projector_tensors(path, part), {f"{part}.{name}" for name, _ in module.named_parameters()}
     new = {f"{part}.{name}" for name in OWN_ROWS}
@@ -74,9 +74,9 @@ def whole_projector(path: Path, part: str, module: nn.Module) -> Tensors:
 
 
 def projector_tensors(path: Path, part: str) -> Tensors:
-    """A projector by itself: ours (keys `0.weight`), or LLaVA's mm_projector.bin (keys `model.mm_projector.0.weight`).
+    """Read a projector file: ours (keys `0.weight`), or LLaVA's mm_projector.bin (keys `model.mm_projector.0.weight`).
 
-    Whatever the type of the file, every tensor of it is read, or it is a ConfigError that names it.
+    In either format every tensor is read, or a `ConfigError` names the tensor that is not.
     """
     file = path / f"{part}.safetensors" if path.is_dir() else path
     if not file.is_file():
@@ -90,12 +90,12 @@ def projector_tensors(path: Path, part: str) -> Tensors:
             "projector in bfloat16, float16 or float32"
         )
     if part == "vision_projector" and any(LLAVA_PROJECTOR in name for name in stored):
-        return _llavas(stored, path, part)
+        return _llava_projector(stored, path, part)
     return {f"{part}.{name}": rows for name, rows in stored.items()}
 
 
-def _llavas(stored: Tensors, path: Path, part: str) -> Tensors:
-    """The projector of a file with LLaVA's names. What stands beside it belongs to other parts: ConfigError."""
+def _llava_projector(stored: Tensors, path: Path, part: str) -> Tensors:
+    """Return the projector from a file with LLaVA's names. Raises `ConfigError` for tensors of other parts."""
     found: Tensors = {}
     beside = []
     for name, rows in stored.items():

@@ -32,14 +32,14 @@ SIGNS = (
     ("_proj_scales", "MXFP4"),
     (".W_q", "HQQ"),
 )
-"""Ends of tensor names that only quantised files have, and the methods that write them."""
+"""Suffixes of tensor names that only quantised files have, and the methods that write them."""
 SCALE, ACTIVATION = "_scale_inv", (".activation_scale", ".input_scale")
-"""What FP8 files add to a matrix's name, and scales of activations, which no weight depends on."""
+"""Suffix that FP8 files add to a matrix's name for its scales, and suffixes of activation scales, on which no weight depends."""
 PLAIN = "name a folder that holds the same model in bfloat16, float16 or float32 (with quantize.bits = 8 or 4 to train on few bits)"
 
 
 def quantisation(value: dict[str, Any]) -> dict[str, Any] | None:
-    """The settings of a quantisation in config.json `value`, or inside one of its parts; None when there are none."""
+    """Return the quantisation settings in config.json `value`, or inside one of its parts; None when there are none."""
     for key in KEYS:
         if value.get(key) is not None:
             found = value[key]
@@ -49,12 +49,12 @@ def quantisation(value: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def without_quantisation(value: dict[str, Any]) -> dict[str, Any]:
-    """config.json `value` of the same model with plain weights."""
+    """Return config.json `value` as for the same model with plain weights."""
     return {k: without_quantisation(v) if isinstance(v, dict) else v for k, v in value.items() if k not in KEYS}
 
 
 def method(settings: dict[str, Any]) -> str:
-    """The name of a quantisation for people, as 'gptq, 4 bits'."""
+    """Return the name of a quantisation for messages, as 'gptq, 4 bits'."""
     loaded = {bits for bits in (8, 4) if settings.get(f"load_in_{bits}bit")}
     name = settings.get("quant_method") or ("bitsandbytes" if loaded else "a method that quantization_config does not name")
     bits = loaded or {settings[key] for key in ("bits", "w_bit") if isinstance(settings.get(key), int)}
@@ -63,19 +63,19 @@ def method(settings: dict[str, Any]) -> str:
 
 
 def check_settings(setting: str, path: str, value: dict[str, Any]) -> None:
-    """Refuse a folder whose config.json `value` says that it is quantised, before anything else of it is opened."""
+    """Refuse a folder whose config.json `value` declares a quantisation, before any other file of the folder is opened."""
     settings = quantisation(value)
     if settings is None:
         return
     tensors: Tensors = {}
-    if Path(path).is_dir():  # a hub id would be downloaded for the sake of a message
+    if Path(path).is_dir():  # only for the message, so a hub id is not downloaded
         with suppress(ConfigError):
             tensors = folder_tensors(setting, path)
     check_plain(setting, path, settings, tensors)
 
 
 def check_plain(setting: str, path: str, settings: dict[str, Any] | None, tensors: Tensors, wanted: Iterable[str] = ()) -> None:
-    """Refuse a folder that is quantised, by `settings` of its config.json or by its `tensors`. `wanted`: those that are read."""
+    """Refuse a quantised folder, recognised by `settings` from its config.json or by its `tensors`. `wanted`: names to be read."""
     found = evidence(tensors, wanted)
     if settings is None and found is None:
         return
@@ -98,7 +98,10 @@ def check_plain(setting: str, path: str, settings: dict[str, Any] | None, tensor
 
 
 def evidence(tensors: Tensors, wanted: Iterable[str] = ()) -> str | None:
-    """The first tensor that shows that matrices are stored as codes: one of `wanted` in integers or 8-bit floats, or scales."""
+    """Return the first tensor that shows that matrices are stored as codes, None when there is none.
+
+    It is one of `wanted` or a matrix in integers or 8-bit floats, or scales.
+    """
     own = set(wanted)
     for name, rows in tensors.items():
         if (name in own or (name.endswith(".weight") and len(rows.shape) > 1)) and is_coded(rows.dtype):
@@ -107,12 +110,12 @@ def evidence(tensors: Tensors, wanted: Iterable[str] = ()) -> str | None:
 
 
 def is_coded(dtype: torch.dtype | None) -> bool:
-    """Whether numbers of this type are integers, or floats of at most 8 bits."""
+    """Tell whether numbers of this type are integers, or floats of at most 8 bits."""
     return dtype is not None and (not dtype.is_floating_point or dtype.itemsize == 1)
 
 
 def check_dequantizable(path: str, settings: dict[str, Any] | None) -> None:
-    """Refuse `model.llm.dequantize` where it has no effect, or where nothing here can do it."""
+    """Refuse `model.llm.dequantize` where it has no effect, or where the quantisation is not supported."""
     if settings is None:
         raise ConfigError(
             f"model.llm.dequantize = true has no effect: config.json of model.llm.path = {path!r} has no quantization_config; "
@@ -126,11 +129,11 @@ def check_dequantizable(path: str, settings: dict[str, Any] | None) -> None:
 
 
 def dequantised_fp8(setting: str, tensors: Tensors, settings: dict[str, Any]) -> Tensors:
-    """The tensors of an FP8 base with every matrix times its scales, as float32, and without the scales.
+    """Return the tensors of an FP8 base with every matrix multiplied by its scales, as float32, and without the scales.
 
     Equals transformers' FineGrainedFP8Config(dequantize=True) loaded in float32: `weight_scale_inv` holds a number per block of
     `weight_block_size` (DeepSeek-V3; the last blocks of a row or column may be short, which that loader cannot read), or one for
-    the whole matrix. ConfigError for codes without scales and scales without codes.
+    the whole matrix. Raises `ConfigError` for codes without scales and scales without codes.
     """
     block = settings.get("weight_block_size")
     if block is not None and not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
@@ -148,7 +151,7 @@ def dequantised_fp8(setting: str, tensors: Tensors, settings: dict[str, Any]) ->
 
 
 def _scaled(setting: str, name: str, codes: LazyTensor, scales: LazyTensor | None, block: list[int] | None) -> LazyTensor:
-    """A matrix of codes (out, in) times its scales, read by rows."""
+    """Multiply a matrix of codes (out, in) by its scales; the result is read by rows. Raises `ConfigError` when they do not fit."""
     if scales is None or codes.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2) or len(codes.shape) != 2:
         kind = f"{str(codes.dtype).removeprefix('torch.')} {list(codes.shape)}"
         lack = "" if scales is not None else f", without a {name}{SCALE}"
@@ -168,7 +171,7 @@ def _scaled(setting: str, name: str, codes: LazyTensor, scales: LazyTensor | Non
         if start == stop:
             return values
         first, last = start // height, -(-stop // height)
-        # A scalar has no rows, and few numbers are read anyway.
+        # A scalar has no rows to choose from, and reading it whole is cheap.
         part = _numbers(scales.all()).reshape(1, 1) if single else _numbers(scales.read(first, last))
         tall = part.repeat_interleave(height, 0)[start - first * height : stop - first * height]
         return values.mul_(tall.repeat_interleave(width, 1)[:, :columns])
@@ -177,5 +180,5 @@ def _scaled(setting: str, name: str, codes: LazyTensor, scales: LazyTensor | Non
 
 
 def _numbers(scales: Tensor) -> Tensor:
-    """Scales as float32; a byte holds the exponent of a power of two (UE8M0)."""
+    """Return scales as float32; a byte holds the exponent of a power of two (UE8M0)."""
     return (scales.float() - 127.0).exp2() if scales.dtype == torch.uint8 else scales.float()
