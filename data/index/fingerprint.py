@@ -1,7 +1,8 @@
-"""What sources hold, in a few numbers: so that a run that goes on notices when they hold something else by now.
+"""Fingerprints of the files behind the sources, so that a resumed run notices when the data has changed.
 
-A file of records or an archive is known by its size, its time, 64 blocks spread over it and, up to `WHOLE_BYTES` of all files
-together, by all of its bytes; a medium that is a file of its own by its size, its time and its ends, of `MEDIA` records per source.
+A file of records or an archive is described by its size, its modification time, 64 blocks spread over it and, up to `WHOLE_BYTES`
+of all files together, by all of its bytes. A medium that is a file of its own is described by its size, its modification time and
+its two ends; up to `MEDIA` records per source are sampled.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ from data.media.blob import MediaError
 from data.records.record import RecordError
 
 MEDIA = 1000
-"""Records of a source whose media are looked at, spread over it."""
+"""Records of a source whose media are fingerprinted, spread over the source."""
 WHOLE_BYTES = 4 << 30
-"""Bytes of sources that are read whole at a first start, a second or two per GiB; of what is larger the blocks have to do."""
+"""Bytes of sources that are hashed whole at a first start, a second or two per GiB; larger sources rely on the blocks."""
 _MEDIA_PER_RECORD = 4
 _BLOCKS, _BLOCK_BYTES, _END_BYTES = 64, 1 << 16, 1 << 12
 
 
 def fingerprint(dataset: MultimodalDataset) -> dict[str, Any]:
-    """JSON-able, by source: "files" with rows [path, size, time in ns, digest of blocks, digest of all or ""], and "media" with
-    rows [name, size, time, digest of ends], called as a record names them.
+    """Return the fingerprint of every source as JSON-able values, by source key.
+
+    "files" holds rows [path, size, time in ns, digest of blocks, digest of all bytes or ""]; "media" holds rows [name, size, time,
+    digest of ends] with the names that records use.
     """
     found, left = {}, WHOLE_BYTES
     for number, source in enumerate(dataset.sources):
@@ -44,9 +47,10 @@ def fingerprint(dataset: MultimodalDataset) -> dict[str, Any]:
 
 
 def changes(before: dict[str, Any], dataset: MultimodalDataset) -> list[str]:
-    """What is another than in `before`, one line for people per file. Missing media are left to the step that asks for them.
+    """Return what differs from the fingerprint `before`, as one readable line per file.
 
-    A file whose size and time are as they were is compared by its blocks; one whose time alone is another by all of its bytes.
+    A file with the same size and time is compared by its blocks; one whose time alone differs is compared by all of its bytes.
+    Missing media are not reported here: the step that reads them does.
     """
     lines = []
     for number, source in enumerate(dataset.sources):
@@ -74,7 +78,7 @@ def _file_change(path: str, count: int, size: int, time: int, blocks: str, whole
 
 
 def _medium(path: str) -> tuple[int, int, str] | None:
-    """None for what cannot be read, which is told when a step meets it."""
+    """Return size, time and digest of a media file; None if it cannot be read, which is reported by the step that reads it."""
     try:
         return *_stamp(path), _ends(path)
     except OSError:
@@ -93,7 +97,10 @@ def _medium_change(path: str, size: int, time: int, ends: str) -> str:
 
 
 def _media(dataset: MultimodalDataset, source_id: int) -> dict[str, str]:
-    """Files by the names that records spread over the source give them; what cannot be found is told when a step meets it."""
+    """Return the paths of media files by the names that records give them, for records spread over the source.
+
+    Media that cannot be found are skipped; the step that reads them reports them.
+    """
     ids, found = np.flatnonzero(dataset.source_ids == source_id), {}
     for i in ids[:: max(1, -(-len(ids) // MEDIA))].tolist():
         try:
@@ -102,7 +109,7 @@ def _media(dataset: MultimodalDataset, source_id: int) -> dict[str, str]:
             blobs = [(f"{ref.set or ref.kind}:{ref.path}", locate(ref)) for ref in record.media[:_MEDIA_PER_RECORD]]
         except (RecordError, MediaError):
             continue
-        # Of an archive they are compared with the archive.
+        # Media inside an archive are covered by the fingerprint of the archive.
         found.update(
             {name: blob.path for name, blob in blobs if (blob.start, blob.size) == (0, None) and os.path.isfile(blob.path)}
         )
@@ -115,7 +122,10 @@ def _stamp(path: str) -> tuple[int, int]:
 
 
 def _blocks(path: str, size: int, count: int) -> str:
-    """Digest of blocks of a file; fewer of each where a source has a large `count` of files. Of a small file they are all of it."""
+    """Return the digest of evenly spaced blocks of a file; of a small file the blocks cover all bytes.
+
+    Each file gets fewer blocks where a source has a large `count` of files.
+    """
     blocks = max(4, min(_BLOCKS, _BLOCKS * _BLOCKS // count))
     return _digest(path, [size * k // blocks for k in range(blocks)], _BLOCK_BYTES)
 
