@@ -40,8 +40,8 @@ def fingerprint(dataset: MultimodalDataset) -> dict[str, Any]:
         for path in paths:
             size, time = _stamp(path)
             left -= size
-            files.append([path, size, time, _blocks(path, size, len(paths)), _whole(path) if left >= 0 else ""])
-        media = [[name, *known] for name, path in _media(dataset, number).items() if (known := _medium(path))]
+            files.append([path, size, time, _digest_of_blocks(path, size, len(paths)), _digest_of_all(path) if left >= 0 else ""])
+        media = [[name, *known] for name, path in _media(dataset, number).items() if (known := _stamp_and_ends(path))]
         found[source.key] = {"files": files, "media": media}
     return found
 
@@ -70,17 +70,17 @@ def _file_change(path: str, count: int, size: int, time: int, blocks: str, whole
     now, changed = _stamp(path)
     if now != size:
         return f"{path} has {now:,} bytes, and had {size:,}"
-    if _blocks(path, now, count) != blocks or (changed != time and whole and _whole(path) != whole):
+    if _digest_of_blocks(path, now, count) != blocks or (changed != time and whole and _digest_of_all(path) != whole):
         return f"{path} holds something else in as many bytes"
     if changed != time and not whole:
         return f"{path} was written since; it is too large to have been read whole, so nobody knows whether it is the same"
     return ""
 
 
-def _medium(path: str) -> tuple[int, int, str] | None:
+def _stamp_and_ends(path: str) -> tuple[int, int, str] | None:
     """Return size, time and digest of a media file; None if it cannot be read, which is reported by the step that reads it."""
     try:
-        return *_stamp(path), _ends(path)
+        return *_stamp(path), _digest_of_ends(path)
     except OSError:
         return None
 
@@ -90,9 +90,9 @@ def _medium_change(path: str, size: int, time: int, ends: str) -> str:
         now, changed = _stamp(path)
         if now != size:
             return f"{path} has {now:,} bytes, and had {size:,}"
-        same = changed == time or _ends(path) == ends
+        same = changed == time or _digest_of_ends(path) == ends
         return "" if same else f"{path} holds something else in as many bytes"
-    except OSError:  # quarantined when a step meets it
+    except OSError:  # the step that reads the record quarantines it
         return ""
 
 
@@ -121,7 +121,7 @@ def _stamp(path: str) -> tuple[int, int]:
     return state.st_size, state.st_mtime_ns
 
 
-def _blocks(path: str, size: int, count: int) -> str:
+def _digest_of_blocks(path: str, size: int, count: int) -> str:
     """Return the digest of evenly spaced blocks of a file; of a small file the blocks cover all bytes.
 
     Each file gets fewer blocks where a source has a large `count` of files.
@@ -130,7 +130,7 @@ def _blocks(path: str, size: int, count: int) -> str:
     return _digest(path, [size * k // blocks for k in range(blocks)], _BLOCK_BYTES)
 
 
-def _ends(path: str) -> str:
+def _digest_of_ends(path: str) -> str:
     return _digest(path, [0, max(0, os.path.getsize(path) - _END_BYTES)], _END_BYTES)
 
 
@@ -143,6 +143,6 @@ def _digest(path: str, starts: list[int], count: int) -> str:
     return digest.hexdigest()[:32]
 
 
-def _whole(path: str) -> str:
+def _digest_of_all(path: str) -> str:
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]

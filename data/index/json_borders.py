@@ -15,10 +15,10 @@ from model.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
 # Possessive: a match never backtracks, whatever the file holds.
-_INSIDE = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)  # of a string
+_INSIDE = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)  # the inside of a string
 _BRACKET = re.compile(
     rb'((?:[^"{}\[\]]++|"' + _INSIDE.pattern + rb'")*+)([{}\[\]])?', re.DOTALL
-)  # up to the next one outside strings
+)  # everything up to the next bracket outside strings
 _PIECE = 1 << 20  # bytes
 _KEY = re.compile(rb'"([^"\\]*)"\s*:\s*\Z')
 _LONGEST_KEY, _NUM_KEYS = 200, 8  # bytes that are searched for a key, and how many keys an error message names
@@ -65,8 +65,9 @@ def array_borders(data: mmap.mmap, start: int, name: str) -> Iterator[tuple[int,
 
 
 def next_object(data: mmap.mmap, at: int, is_first: bool, name: str) -> tuple[int, int] | None:
-    """Return (start, stop) of the next object of an array, from the array's start or from the end of an object; None if something
-    else follows.
+    """Return (start, stop) of the next object of an array, from the array's start or from the end of an object.
+
+    Returns None if something else follows.
     """
     at = skip_space(data, at)
     if not is_first:

@@ -44,8 +44,9 @@ def find_events(window: np.ndarray) -> Events:
 
 
 def _is_structural(window: np.ndarray) -> np.ndarray:
-    """Return a mask (n,) of the bytes that are events; computed in place, because allocating fresh memory costs more than the
-    comparisons.
+    """Return a mask (n,) of the bytes that are events.
+
+    Computed in place, because allocating fresh memory costs more than the comparisons.
     """
     scratch, found = np.empty((2, len(window)), dtype=np.uint8)
     np.bitwise_or(window, 0x20, out=scratch)  # brackets become braces, which differ by 2
@@ -78,8 +79,9 @@ def _mark_escapes(
 
 
 def _utf8_bytes(window: np.ndarray, digits: np.ndarray) -> np.ndarray:
-    """Return the UTF-8 sizes of the characters whose four hexadecimal digits begin at `digits`; each half of a surrogate pair
-    counts two.
+    """Return the UTF-8 sizes of the characters whose four hexadecimal digits begin at `digits`.
+
+    Each half of a surrogate pair counts two.
     """
     first, second, third = (window[np.minimum(digits + k, len(window) - 1)] for k in range(3))
     zero = first == ord("0")

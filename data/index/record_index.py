@@ -56,8 +56,9 @@ class RecordIndex:
     modalities: np.ndarray  # (N,) int8 bits: 1 has an image, 2 a video, 4 audio; 0 is text only
 
     def __init__(self, sidecar: Path, tokens: dict[str, int], has_folder: bool) -> None:
-        """Open a valid index file. `tokens`: planned tokens of one medium of each kind. `has_folder`: media may be files in a
-        folder of the source. Raises `ConfigError` if the file is no valid index.
+        """Open a valid index file. Raises `ConfigError` if it is none.
+
+        `tokens`: planned tokens of one medium of each kind. `has_folder`: media may be files in a folder of the source.
         """
         files = read_header(sidecar)
         if files is None:
@@ -66,7 +67,7 @@ class RecordIndex:
         self._table, self._shards = map_table(sidecar), Shards([path for path, _, _ in files])
         kind = FORMATS[Path(files[0][0]).suffix.lower()]
         self._rows, self._media_in_file_only = kind.rows(self._shards, self._table), kind.holds_media and not has_folder
-        self.lengths, self.modalities = _planned(self._table, tokens)
+        self.lengths, self.modalities = _lengths_and_modalities(self._table, tokens)
 
     @staticmethod
     def open(
@@ -76,8 +77,9 @@ class RecordIndex:
         config: DataConfig = _DEFAULTS,
         alive: Callable[[str], object] = lambda at: None,
     ) -> RecordIndex:
-        """Open the index of `source`. Its sidecar in `folder` is used if size and time of every file agree with it, and built
-        otherwise.
+        """Open the index of `source`.
+
+        Its sidecar in `folder` is used if size and time of every file agree with it, and built otherwise.
 
         Several processes may do so at once. `alive` is called now and then with the name of the file being read. Raises
         `ConfigError` for a path that cannot be read, `DataError` for a file that is no list of records.
@@ -112,10 +114,10 @@ class RecordIndex:
             raise RecordError(self.where(i), self.name(i), "json", str(error)) from None
 
     def blob(self, i: int, ref: MediaRef) -> Blob | None:
-        """Return the place of a medium of record `i` if the records' own file holds it; None if it is a file in the source's
-        folder.
+        """Return the place of a medium of record `i` if the records' own file holds it.
 
-        Raises `MediaError` if it is neither, because the source has no folder for media.
+        Returns None if the medium is a file in the source's folder. Raises `MediaError` if it is neither, because the source has no
+        folder for media.
         """
         found = self._rows.blob(i, ref)
         if found is None and self._media_in_file_only:
@@ -127,8 +129,9 @@ class RecordIndex:
         return f"{self._shards.names[self._table.file_of(i)]}:{self._rows.place(i)}"
 
     def name(self, i: int) -> str:
-        """Return the name of a record `i` that has no id: its line, row or key; if several share a line, `[k]`, its position in the
-        array, counted from 0.
+        """Return the name of a record `i` that has no id: its line, row or key.
+
+        If several records share a line, the name is `[k]`, the position in the array, counted from 0.
         """
         file = self._table.file_of(i)
         first = int(self._table.file_stops[file - 1]) if file else 0
@@ -155,8 +158,9 @@ def _scanned(kind: SourceFormat, path: Path, advance: Advance) -> Table:
 
 
 def source_files(source: SourceConfig) -> list[Path]:
-    """Return the absolute paths of the files of a source, by name. Raises `ConfigError` if there are none or not of one readable
-    kind.
+    """Return the absolute paths of the files of a source, by name.
+
+    Raises `ConfigError` if there are none or not of one readable kind.
     """
     name = f"data.sources path {source.path!r}"
     is_file = os.path.isfile(source.path)
@@ -179,7 +183,7 @@ def source_files(source: SourceConfig) -> list[Path]:
     return [Path(os.path.abspath(path)) for path in found]
 
 
-def _planned(table: Table, tokens: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+def _lengths_and_modalities(table: Table, tokens: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
     """Return the planned lengths (N,) int32 and the modality bits (N,) int8 of all records."""
     lengths, modalities = table.text_tokens.astype(np.int64), np.zeros(len(table), dtype=np.int8)
     for bit, kind in enumerate(KINDS):

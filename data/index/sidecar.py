@@ -43,10 +43,9 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """Return the arrays that `write_arrays` wrote; None for a file that is missing or damaged, as a crash of the machine may leave
-    it.
+    """Return the arrays that `write_arrays` wrote; they are never larger in memory than on disk.
 
-    The arrays are never larger in memory than on disk.
+    Returns None for a file that is missing or damaged, as a crash of the machine may leave it.
     """
     try:
         with open_regular(path) as file, np.load(file, allow_pickle=False) as found:
@@ -89,7 +88,8 @@ def text_array(text: str) -> np.ndarray:
 
 
 def safe_name(key: str) -> str:
-    """Return a source's key as part of a file name: bounded in length and safe on every file system. The caller appends what makes
-    it unique.
+    """Return a source's key as part of a file name: bounded in length and safe on every file system.
+
+    The caller appends what makes it unique.
     """
     return re.sub(r"[^A-Za-z0-9._-]", "_", key[:MAX_NAME])

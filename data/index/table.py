@@ -126,8 +126,9 @@ _LONGEST_HEADER = 1 << 26
 
 
 def _sizes(header: dict[str, Any]) -> list[int]:
-    """Return the bytes of each column. Raises an error that `read_header` catches unless the columns are those of a table and their
-    lengths agree.
+    """Return the bytes of each column.
+
+    Raises an error that `read_header` catches unless the columns are those of a table and their lengths agree.
     """
     shapes = {}
     for name, dtype, shape in header["columns"]:

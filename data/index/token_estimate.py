@@ -119,8 +119,9 @@ def _record_texts(record: Record) -> Iterator[str]:
 
 
 def _written_media(value: Any) -> tuple[int, ...]:
-    """Count the media that a record which breaks a rule would have without its fault, so that no part of the model seems to have no
-    input.
+    """Count the media that a record which breaks a rule would have without its fault.
+
+    Without this count a part of the model could seem to have no input.
     """
     found = dict.fromkeys(KINDS, 0)
     if isinstance(value, dict):
@@ -175,8 +176,9 @@ def plan_records(window: np.ndarray, events: Events, depth: np.ndarray, start: n
 def _texts(
     window: np.ndarray, events: Events, strings: _Strings, first: np.ndarray, last: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens of the texts of each record (n,), 0 without texts, and the records whose texts are lists or that have
-    calls.
+    """Return the tokens of the texts of each record (n,), 0 without texts, and the records that must be parsed.
+
+    These are the records whose texts are lists, or that have calls.
     """
     said, which = _keys(window, events, strings, _TEXT_LEVEL, (*_TEXT_KEYS, *_THOUGHT_KEYS, *_CALL_KEYS))
     beside, _ = _keys(window, events, strings, _RECORD_LEVEL, (b"system", *_TOOL_KEYS))
@@ -201,8 +203,9 @@ def _texts(
 def _media(
     window: np.ndarray, events: Events, depth: np.ndarray, strings: _Strings, first: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return how many media of each kind each record's own keys name (n, 3), and the records whose media lists hold more than
-    strings.
+    """Return how many media of each kind each record's own keys name (n, 3), and the records that must be parsed.
+
+    These are the records whose media lists hold more than strings.
     """
     media = np.zeros((len(first), len(KINDS)), dtype=np.int64)
     keys, kinds = _keys(window, events, strings, _RECORD_LEVEL, _MEDIA_KEYS)
