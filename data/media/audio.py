@@ -26,8 +26,9 @@ _HIGHEST = 8000.0
 
 
 def measure(blob: Blob, ref: MediaRef, spec: AudioSpec, config: DataConfig, num_media: int) -> MediaMeta:
-    """Return the clip's mel frames, one per begun `spec.hop` samples. The count is exact: taken from the header of a WAV file, by
-    decoding any other file.
+    """Return the clip's mel frames, one per begun `spec.hop` samples.
+
+    The count is exact: taken from the header of a WAV file, by decoding any other file.
 
     Raises MediaError.
     """
@@ -36,8 +37,9 @@ def measure(blob: Blob, ref: MediaRef, spec: AudioSpec, config: DataConfig, num_
 
 
 def load(blob: Blob, ref: MediaRef, spec: AudioSpec, config: DataConfig, meta: MediaMeta) -> Tensor:
-    """Decode a clip to log-mel rows (n, M, F) float32, one row per window; `model.media_spec.row_frames` gives each row's valid
-    frames.
+    """Decode a clip to log-mel rows (n, M, F) float32, one row per window.
+
+    `model.media_spec.row_frames` gives each row's valid frames.
 
     F is the window if spec.full_window, with silence after the clip as in Whisper; otherwise F is the frame count of the longest
     row, with zeros after a shorter one. Valid frames are the same either way. Raises MediaError.
@@ -92,8 +94,9 @@ def _num_frames(num_samples: int, spec: AudioSpec) -> int:
 
 @lru_cache(maxsize=4)
 def _filters(num_mels: int, n_fft: int, sampling_rate: int) -> Tensor:
-    """Return the mel filter bank (M, n_fft // 2 + 1) float32: each band's weights over the frequencies. Slaney's scale and norm, as
-    in Whisper.
+    """Return the mel filter bank (M, n_fft // 2 + 1) float32: each band's weights over the frequencies.
+
+    Slaney's scale and norm, as in Whisper.
     """
     from transformers.audio_utils import mel_filter_bank
 

@@ -26,8 +26,9 @@ FORMATS = (
 
 @contextmanager
 def opened(blob: Blob, kind: str) -> Iterator[tuple[Any, Any]]:
-    """Open the container and its first stream of `kind`: "video" (no cover picture) or "audio". Any failure inside the context is
-    raised as MediaError.
+    """Open the container and its first stream of `kind`: "video" (no cover picture) or "audio".
+
+    Raises MediaError for any failure inside the context.
     """
     with blob.open() as file:
         foreign = foreign_format(file.read(HEAD))

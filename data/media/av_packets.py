@@ -50,8 +50,9 @@ def read_packets(container: Any, stream: Any, name: str) -> tuple[list[Packet], 
 def frames_from(
     container: Any, stream: Any, time: int, is_safe: Callable[[Any], bool] = lambda first: True
 ) -> Iterator[Any] | None:
-    """Return the decoded frames from the key frame before `time` on; None if `is_safe` rejects the first PyAV packet there, or
-    there is none.
+    """Return the decoded frames from the key frame before `time` on.
+
+    Returns None if there is no packet, or if `is_safe` rejects the first PyAV packet there.
     """
     container.seek(time, stream=stream, backward=True)
     packets = container.demux(stream)
@@ -60,8 +61,9 @@ def frames_from(
 
 
 def _decoded(packets: Iterator[Any]) -> Iterator[Any]:
-    """Decode `packets` into frames. Frames before the first key frame of a cut file may refer to missing ones: if they fail to
-    decode, they are skipped.
+    """Decode `packets` into frames.
+
+    Frames before the first key frame of a cut file may refer to missing ones: if they fail to decode, they are skipped.
     """
     from av.error import InvalidDataError
 

@@ -41,8 +41,9 @@ class Timeline:
 
 
 def read_timeline(container: Any, stream: Any, name: str) -> Timeline:
-    """Build the timeline from the times of all packets, so that a variable frame rate is exact. Raises MediaError for a file that
-    is cut off.
+    """Build the timeline from the times of all packets, so that a variable frame rate is exact.
+
+    Raises MediaError for a file that is cut off.
 
     AVI has no presentation times: its frames are shown in decoding order, at the times of the packets.
     """
@@ -65,15 +66,16 @@ def read_timeline(container: Any, stream: Any, name: str) -> Timeline:
     times = sorted(times)
     starts = [float((time - times[0]) * stream.time_base) for time in times]
     final = max(shown, key=lambda packet: packet.dts or 0 if packet.pts is None else packet.pts)
-    stays = float(final.duration * stream.time_base) if final.duration else starts[-1] / max(1, len(starts) - 1)
+    final_duration = float(final.duration * stream.time_base) if final.duration else starts[-1] / max(1, len(starts) - 1)
     if known is None:
-        return Timeline(starts, starts[-1] + stays, None, [], {}, begin)
-    return Timeline(starts, starts[-1] + stays, times, [packet.place for packet in known], _keys(packets), begin)
+        return Timeline(starts, starts[-1] + final_duration, None, [], {}, begin)
+    return Timeline(starts, starts[-1] + final_duration, times, [packet.place for packet in known], _keys(packets), begin)
 
 
 def _begin(container: Any, packets: Sequence[Packet]) -> int:
-    """Return a time from which a seek ends at the first packet. MP4 seeks among shown frames only, unless the time is before all
-    frames.
+    """Return a time from which a seek ends at the first packet.
+
+    MP4 seeks among shown frames only, unless the time is before all frames.
     """
     first = min((packet.dts for packet in packets if packet.dts is not None), default=0)
     return first - 1 if container.format.name.startswith("mov") else first
@@ -142,20 +144,20 @@ def decoded(container: Any, stream: Any, timeline: Timeline, wanted: Sequence[in
 
     Between frames that lie far apart the decoder seeks to the last key frame before the next one.
     """
-    find = _counted if timeline.stamps is None else _stamped
+    find = _frames_by_number if timeline.stamps is None else _frames_by_time
     for number, frame in zip(wanted, find(container, stream, timeline, wanted)):
         if frame is None or frame.is_corrupt:
             raise MediaError(f"{name!r} has a frame at {timeline.starts[number]:.3f} s that cannot be decoded")
         yield frame
 
 
-def _counted(container: Any, stream: Any, timeline: Timeline, wanted: Sequence[int]) -> Iterator[Any]:
+def _frames_by_number(container: Any, stream: Any, timeline: Timeline, wanted: Sequence[int]) -> Iterator[Any]:
     frames = enumerate(frames_from(container, stream, timeline.begin) or ())
     for number in wanted:
         yield next((frame for i, frame in frames if i == number), None)
 
 
-def _stamped(container: Any, stream: Any, timeline: Timeline, wanted: Sequence[int]) -> Iterator[Any]:
+def _frames_by_time(container: Any, stream: Any, timeline: Timeline, wanted: Sequence[int]) -> Iterator[Any]:
     stamps, keys = timeline.stamps or [], list(timeline.keys)
     indexed = container.format.name.startswith(_INDEXED)
     frames, due = frames_from(container, stream, timeline.begin), 0  # `due`: number of the frame that the decoder returns next
@@ -163,31 +165,32 @@ def _stamped(container: Any, stream: Any, timeline: Timeline, wanted: Sequence[i
         nearest = keys[: bisect_right(keys, stamps[number])][-_MAX_JUMPS:][::-1] if indexed else []
         jumps = [key for key in nearest if key > stamps[due]]
         if jumps:
-            tries = (frames_from(container, stream, key, _before(timeline, number)) for key in jumps)
+            tries = (frames_from(container, stream, key, _can_reach(timeline, number)) for key in jumps)
             frames = next(filter(None, tries), None)
-        frame = _at(frames, stamps[number])
+        frame = _frame_at(frames, stamps[number])
         if frame is None:  # no seek ended where it should
             frames = frames_from(container, stream, timeline.begin)
-            frame = _at(frames, stamps[number])
+            frame = _frame_at(frames, stamps[number])
         due = min(number + 1, len(stamps) - 1)
         yield frame
 
 
-def _before(timeline: Timeline, number: int) -> Callable[[Any], bool]:
+def _can_reach(timeline: Timeline, number: int) -> Callable[[Any], bool]:
     """Return a test whether a PyAV packet is a key frame from which frame `number` can be decoded: one before it in both orders."""
     stamp, place = (timeline.stamps or [])[number], timeline.places[number]
     return lambda first: first.pts is not None and first.pts <= stamp and timeline.keys.get(first.pts, place + 1) <= place
 
 
-def _at(frames: Iterator[Any] | None, stamp: int) -> Any:
+def _frame_at(frames: Iterator[Any] | None, stamp: int) -> Any:
     """Return the frame with presentation time `stamp`, or None if the decoder does not return it."""
     following = next((frame for frame in frames or () if frame.pts is not None and frame.pts >= stamp), None)
     return following if following is not None and following.pts == stamp else None
 
 
 def upright(frame: Any, name: str = "the video") -> Image.Image:
-    """Convert the frame to RGB, turned and mirrored as its file says. Raises MediaError for a turn that is no whole number of
-    quarters.
+    """Convert the frame to RGB, turned and mirrored as its file says.
+
+    Raises MediaError for a turn that is no whole number of quarters.
     """
     picture: Image.Image = frame.to_image()
     matrix = frame.side_data.get("DISPLAYMATRIX")

@@ -19,7 +19,7 @@ class MediaError(DataError):
 class Blob:
     """The bytes of one medium."""
 
-    name: str  # as a person would look for it, for messages
+    name: str  # readable place of the medium, for messages
     path: str = ""  # the file that holds it, or a folder of frames; "" if `data` does
     start: int = 0  # first byte of the medium in that file
     size: int | None = None  # None: up to the end of the file

@@ -126,7 +126,7 @@ def _seconds(picture: Image.Image, i: int) -> float:
     """Return the seconds for which frame i is shown."""
     picture.seek(i)
     if picture.format == "WEBP":
-        picture.load()  # tells the time of a frame only when it is decoded
+        picture.load()  # Pillow knows the duration of a WEBP frame only once the frame is decoded
     seconds = picture.info.get("duration", 0) / 1000
     return seconds if seconds >= _SHORTEST else _UNTIMED
 

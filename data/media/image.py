@@ -60,15 +60,17 @@ def load(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, meta: M
 
 
 def one_view(config: DataConfig) -> DataConfig:
-    """Return the configuration for a frame or for one of several pictures: anyres cuts only a single picture, as LLaVA-NeXT does,
-    and pads the others.
+    """Return the configuration for a frame or for one of several pictures.
+
+    As in LLaVA-NeXT, anyres cuts only a picture that is alone and pads all others.
     """
     return replace(config, image_fit="pad") if config.image_fit == "anyres" else config
 
 
 def frame_rows(picture: Image.Image, spec: ImageSpec, config: DataConfig) -> Tensor:
-    """Convert a decoded RGB picture to pixels (1, 3, S, S), typed as `load` types them, as one view: a frame is never cut into
-    tiles.
+    """Convert a decoded RGB picture to pixels (1, 3, S, S), typed as `load` types them.
+
+    The picture becomes one view: a frame is never cut into tiles.
     """
     config = one_view(config)
     return _rows([whole(Picture.of(picture), spec, config.image_fit)], spec, config)

@@ -17,8 +17,9 @@ _JPEG_ALONE = (0x00, 0x01, *range(0xD0, 0xDA))
 
 
 def jpeg(stream: BinaryIO, num_bytes: int) -> str | None:
-    """Look for the end marker after the start of the first scan. Pixels cannot be mistaken for it: in them 0xFF is followed by
-    0x00.
+    """Look for the end marker after the start of the first scan.
+
+    Pixels cannot be mistaken for it: in them 0xFF is followed by 0x00.
     """
     start = _jpeg_scan(stream)
     if start is None:
@@ -32,8 +33,9 @@ def jpeg(stream: BinaryIO, num_bytes: int) -> str | None:
 
 
 def _jpeg_scan(stream: BinaryIO) -> int | None:
-    """Return the position of the first scan, or None. Segments before it are skipped: a thumbnail in one has an end marker of its
-    own.
+    """Return the position of the first scan, or None.
+
+    Segments before it are skipped: a thumbnail in one has an end marker of its own.
     """
     stream.seek(2)
     while len(head := stream.read(2)) == 2:
@@ -68,8 +70,9 @@ def png_chunks(stream: BinaryIO) -> Iterator[tuple[bytes, int]]:
 
 
 def gif(stream: BinaryIO, num_bytes: int) -> str | None:
-    """Walk from block to block to the trailer, since any byte of a frame may look like it; bytes that begin no block are skipped,
-    as in Pillow.
+    """Walk from block to block to the trailer, since any byte of a frame may look like it.
+
+    Bytes that begin no block are skipped, as in Pillow.
     """
     stream.seek(0)
     data = stream.read()
@@ -103,8 +106,9 @@ def webp(stream: BinaryIO, num_bytes: int) -> str | None:
 
 
 def bmp(stream: BinaryIO, num_bytes: int) -> str | None:
-    """Compare the number of bytes with the expected one. The size in the header is often wrong; that of uncompressed pixels follows
-    from their number.
+    """Compare the number of bytes with the expected one.
+
+    The size in the header is often wrong; that of uncompressed pixels follows from their number.
     """
     stream.seek(0)
     head = stream.read(54).ljust(54, b"\0")

@@ -54,8 +54,9 @@ def resample(wave: Tensor, rate: int, new_rate: int) -> Tensor:
 
 
 def _weights(places: np.ndarray, reach: int, cutoff: float) -> Tensor:
-    """Return weights (taps, k): column k makes the output that lies `places[k]` inputs after the first one; tap 0 is `reach` before
-    that.
+    """Return weights (taps, k): column k makes the output that lies `places[k]` inputs after the first one.
+
+    Tap 0 is `reach` before that.
     """
     distance = np.arange(-reach, ceil(places[-1]) + reach + 1)[:, None] - places
     inside = np.clip(1 - (distance * cutoff / ZEROS) ** 2, 0, None)

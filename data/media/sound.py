@@ -19,7 +19,7 @@ MAX_AMPLITUDE = 16.0
 """Largest absolute sample. Full scale is 1; larger floats were never scaled to it, and log-mel features would be off by that."""
 _CUT_SECONDS = 0.2
 """Seconds by which a compressed file may decode to less than its header declares: encoders pad."""
-_TELL_LENGTH = ("flac", "mov", "wav", "aiff", "caf")
+_EXACT_LENGTHS = ("flac", "mov", "wav", "aiff", "caf")
 """Formats whose headers hold the number of samples; the lengths of other formats may be guesses from the bit rate."""
 
 
@@ -30,8 +30,9 @@ class Length:
 
 
 def sound_length(blob: Blob, max_seconds: float) -> Length:
-    """Return the exact length of the sound: by the header of a WAV file, by decoding any other. Raises MediaError, as `read_sound`
-    does.
+    """Return the exact length of the sound: by the header of a WAV file, by decoding any other.
+
+    Raises MediaError, as `read_sound` does.
     """
     header = _wav_header(blob)
     if header is None:
@@ -78,8 +79,9 @@ def _wav_header(blob: Blob) -> WavHeader | None:
 
 
 def _decoded(blob: Blob, max_seconds: float, keep: bool) -> tuple[Length, list[np.ndarray]]:
-    """Decode a compressed file; return its length and, with `keep`, its blocks (n,). Decoding stops where the sound becomes too
-    long.
+    """Decode a compressed file; return its length and, with `keep`, its blocks (n,).
+
+    Decoding stops where the sound becomes too long.
     """
     blocks, num_samples = [], 0
     with opened(blob, "audio") as (container, stream):
@@ -90,7 +92,7 @@ def _decoded(blob: Blob, max_seconds: float, keep: bool) -> tuple[Length, list[n
             _check_length(blob.name, num_samples, facts.rate, max_seconds, facts.seconds)
             if keep:
                 blocks.append(_mono(block))
-        declared = facts.seconds if container.format.name.split(",")[0] in _TELL_LENGTH else 0.0
+        declared = facts.seconds if container.format.name.split(",")[0] in _EXACT_LENGTHS else 0.0
     _check_some(blob.name, num_samples)
     if num_samples / facts.rate < declared - _CUT_SECONDS:
         raise MediaError(f"{blob.name!r} declares {declared:.2f} s and holds {num_samples / facts.rate:.2f} s: it is cut off")

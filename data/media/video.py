@@ -42,8 +42,9 @@ def measure(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, num_
 
 
 def load(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, meta: MediaMeta) -> Tensor:
-    """Decode the frames, in order, to pixels (meta.num_rows, 3, S, S), typed as those of a picture and never tiled. Raises
-    MediaError.
+    """Decode the frames, in order, to pixels (meta.num_rows, 3, S, S), typed as those of a picture and never tiled.
+
+    Raises MediaError.
     """
     with frames.open_frames(blob, spec, config) as video:
         numbers = chosen(video.starts, video.end, ref.span, config, blob.name)
