@@ -1,8 +1,8 @@
-"""What a save costs training: ours, a copy of the same bytes, torch.save, and torch.distributed.checkpoint, in one run.
+"""Measure what a save costs training: ours, a copy of the same bytes, torch.save, and torch.distributed.checkpoint, in one run.
 
-Everybody saves the same tensors, in turn, so that a busy machine hurts all alike. A stall is the time for which the caller is not
-given back control; what happens afterwards is waited for before the next one begins. CPU is that of the caller's thread within the
-stall, which a busy machine changes less. On disk: raw write and ours have called fsync by then, and ours has read it back.
+All methods save the same tensors, in turn, so that a busy machine slows them alike. A stall is the time until the caller gets
+control back; the work after that is awaited before the next method begins. CPU is that of the caller's thread within the stall,
+which a busy machine changes less. On disk: raw write and ours have called fsync by then, and ours has read the file back.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from trainer.distributed.world import World, start_world, stop_world
 from trainer.optim import Trained
 
 LORA_ROWS = 16
-"""Half of the tensors are as small as LoRA's."""
+"""Rows of the small tensors: half of the tensors are as small as LoRA's."""
 CARD = ModelCard(ModelConfig(LlmConfig("")), LoraConfig(), {}, {}, VocabularyLayout(1, 1))
 Timed = tuple[float, float, float]
-"""Seconds until control came back, of the caller's CPU within them, and until the disk had it."""
+"""Seconds until control came back, CPU seconds of the caller within them, and seconds until the bytes were on disk."""
 
 
 class NoProcessor:
-    """There is no tokenizer to save."""
+    """A stand-in for the processor: there is no tokenizer to save."""
 
     def save(self, folder: Path) -> None:
         (folder / "processor.json").write_text("{}")
 
 
 def make_trained(num_bytes: int, width: int = 1024) -> Trained:
-    """Matrices and as many small tensors, with both moments, of `num_bytes` in all."""
+    """Return matrices and as many small tensors, with both moments, of `num_bytes` in all."""
     count = max(1, num_bytes // (12 * (width * width + width * LORA_ROWS)))
     shapes = [(width, width), (LORA_ROWS, width)] * count
     parameters = {f"layers.{i}.weight": nn.Parameter(torch.randn(shape)) for i, shape in enumerate(shapes)}
@@ -58,7 +58,7 @@ def make_trained(num_bytes: int, width: int = 1024) -> Trained:
 
 
 def tensors_of(trained: Trained) -> dict[str, Any]:
-    """What the others are given: the same tensors."""
+    """Return the tensors that the other methods save: the same as ours."""
     found: dict[str, Any] = {f"weights/{name}": p.detach() for name, p in trained.parameters.items()}
     for name, p in trained.parameters.items():
         found |= {f"{key}/{name}": tensor for key, tensor in trained.optimizer.state[p].items() if key != "step"}
@@ -66,7 +66,7 @@ def tensors_of(trained: Trained) -> dict[str, Any]:
 
 
 def savers(trained: Trained, world: World, folder: Path) -> dict[str, Callable[[int], Timed]]:
-    """By name, what saves once more into `folder` and tells how long it took."""
+    """Return, by name, functions that save once more into `folder` and return how long it took."""
     tensors = tensors_of(trained)
     source = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
     target = torch.zeros_like(source).fill_(1)
@@ -116,7 +116,7 @@ def compare(trained: Trained, world: World, folder: Path, rounds: int) -> None:
     by_name = savers(trained, world, folder)
     for i in range(rounds + 1):
         for name, save in by_name.items():
-            os.sync()  # or what one has left to the system to write is paid for by the next
+            os.sync()  # otherwise the next method pays for what this one left to the system to write
             result = save(i)
             if i:  # the first round makes folders and fills caches
                 found.setdefault(name, []).append(result)
@@ -132,7 +132,7 @@ def compare(trained: Trained, world: World, folder: Path, rounds: int) -> None:
 
 
 def slow_down(world: World, folder: Path, steps: int, every: int, rounds: int) -> None:
-    """A small model's training with saves and without, in turn."""
+    """Train a small model with saves and without, in turn, and print the difference."""
     torch.manual_seed(0)
     layers = [nn.Linear(512, 512) for _ in range(20)]
     model = nn.Sequential(*(module for layer in layers for module in (layer, nn.GELU())))

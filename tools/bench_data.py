@@ -1,6 +1,6 @@
-"""What it costs to open a large file of records, to read it from workers, and to plan an epoch; beside `json.load` and a list.
+"""Measure opening a large file of records, reading it from workers and planning an epoch, beside `json.load` and a list.
 
-Memory is the kernel's own count (smaps_rollup: Private_Dirty) of what a forked worker has written to and shares with nobody.
+Memory is the kernel's own count (smaps_rollup: Private_Dirty) of the pages that a forked worker has written and shares with nobody.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _ANSWER_WORDS = (2, 8, 20, 75, 130)
 
 
 def make_file(path: Path, num_records: int) -> None:
-    """A JSON array in the manner of LLaVA's 665k mix: 94 % with a picture, one to five rounds, 1.2 kB each on average."""
+    """Write a JSON array in the manner of LLaVA's 665k mix: 94 % with a picture, one to five rounds, 1.2 kB each on average."""
     draw = random.Random(665)
     made = [json.dumps(_record(draw)) for _ in range(3000)]
     with path.open("w") as file:
@@ -68,7 +68,7 @@ def _text(draw: random.Random, num_words: int) -> str:
 
 
 def seconds(action: Callable[[], object], repeats: int = 1) -> float:
-    """Wall time of `action`, the median of `repeats`."""
+    """Time `action`: return its wall time, the median of `repeats`."""
     found = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -78,13 +78,16 @@ def seconds(action: Callable[[], object], repeats: int = 1) -> float:
 
 
 def kernel_mib(key: str) -> float:
-    """What the kernel counts for this process, in MiB: Private_Dirty, Rss ..."""
+    """Return a memory count of the kernel for this process, in MiB: Private_Dirty, Rss ..."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key + ":")) / 1024
 
 
 def worker_mib(read: Callable[[int], object], num_records: int, prepare: Callable[[int], object]) -> tuple[float, float]:
-    """MiB that each of `WORKERS` forked processes has for itself before and after reading `READS` records at random, on average."""
+    """Return the MiB that a forked process has for itself before and after reading `READS` records at random.
+
+    Both numbers are means over `WORKERS` processes.
+    """
     context = multiprocessing.get_context("fork")
     results = context.Queue()
 
@@ -107,7 +110,7 @@ def worker_mib(read: Callable[[int], object], num_records: int, prepare: Callabl
 
 @contextmanager
 def in_a_process_of_its_own() -> Iterator[Callable[[Callable[[], list[str]]], list[str]]]:
-    """Runs something in a fork, so that its memory is gone afterwards."""
+    """Provide a function that runs an action in a fork, so that its memory is freed afterwards."""
     context = multiprocessing.get_context("fork")
     results = context.Queue()
 
@@ -126,8 +129,8 @@ def opened(path: Path, folder: Path) -> RecordIndex:
 
 
 def index_lines(path: Path, folder: Path) -> list[str]:
-    """Cold and warm opening, and reading."""
-    path.read_bytes()  # the page cache is warm for everybody
+    """Measure cold and warm opening, and reading."""
+    path.read_bytes()  # warms the page cache for all measurements
     cold = seconds(lambda: opened(path, folder))
     warm = seconds(lambda: opened(path, folder), 9)
     index = opened(path, folder)
@@ -160,7 +163,7 @@ def list_memory(path: Path) -> list[str]:
 
 
 def plan_lines(num_records: int = 10_000_000) -> list[str]:
-    """An epoch of `num_records` with a spread of lengths, 94 % of them with a picture."""
+    """Measure the planning of an epoch of `num_records` with a spread of lengths, 94 % of them with a picture."""
     draw = np.random.default_rng(0)
     lengths = np.minimum(577 + np.exp(draw.normal(5.2, 0.52, num_records)), 2048).astype(np.int32)
     modalities = (draw.random(num_records) < 0.94).astype(np.int8)

@@ -1,7 +1,8 @@
-"""How many pictures a core prepares in a second: ours, exact and fast, beside LLaVA's path, from JPEG bytes to the batch's pixels.
+"""Measure how many pictures a core prepares per second, from JPEG bytes to the batch's pixels, by our paths and by LLaVA's.
 
-LLaVA: Image.open and convert, expand2square, the Hugging Face CLIP processor. Every repetition takes each path in turn, over the
-same pictures, in one thread; time is that of the process (CPU), not of the clock. The pictures are made up: shades of every size.
+Ours: exact and fast. LLaVA: Image.open and convert, expand2square, the Hugging Face CLIP processor. Every repetition takes each
+path in turn, over the same pictures, in one thread; time is that of the process (CPU), not of the clock. The pictures are
+synthetic: shades of every size.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from model.vision.normalise import normalised
 SIDE = 336
 SPEC = ImageSpec(SIDE, 14, 1, "patch", "shortest_edge", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 SIZES = ((2048, 1536), (1280, 960), (640, 480), (480, 640))
-"""The largest first: until a process has freed blocks of a size, malloc asks the kernel for each anew, to LLaVA's disadvantage."""
+"""Largest size first: until a process has freed blocks of a size, malloc asks the kernel for each anew, to LLaVA's disadvantage."""
 QUALITY = 92
 AMPLITUDE, DECAY = 1.3, 0.42
 
@@ -45,7 +46,7 @@ class Timed:
 
 
 def photograph(size: tuple[int, int], seed: int) -> Image.Image:
-    """Noise of every scale, weaker octave by octave, so that the JPEG has as many bytes as a camera's."""
+    """Return noise of every scale, weaker octave by octave, so that the JPEG has as many bytes as a camera's."""
     width, height = size
     random = np.random.default_rng(seed)
     layers = np.zeros((height, width, 3), dtype=np.float32)
@@ -67,7 +68,7 @@ def jpeg(size: tuple[int, int], seed: int) -> bytes:
 
 
 def llava() -> Prepare:
-    """The pixels of LLaVA's training: image_aspect_ratio = pad."""
+    """Return a function that prepares the pixels of LLaVA's training: image_aspect_ratio = pad."""
     processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     colour = tuple(int(value * 255) for value in processor.image_mean)
 
@@ -87,7 +88,7 @@ def ours(mode: str) -> Prepare:
 
 
 def timed(paths: dict[str, Prepare], pictures: list[bytes], repeats: int) -> dict[str, Timed]:
-    """Each path over all pictures, interleaved, `repeats` times after one that is not counted."""
+    """Time each path over all pictures, interleaved, `repeats` times after one that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in paths}
     for repeat in range(repeats + 1):
         for name, prepare in paths.items():
@@ -100,14 +101,14 @@ def timed(paths: dict[str, Prepare], pictures: list[bytes], repeats: int) -> dic
 
 
 def error(pictures: list[bytes]) -> tuple[float, float]:
-    """Mean and largest difference of fast and exact pixels, in standard deviations of the tower's normalisation."""
+    """Return the mean and the largest difference of fast and exact pixels, in standard deviations of the tower's normalisation."""
     pairs = [(ours("exact")(data), normalised(ours("fast")(data), SPEC, torch.float32)) for data in pictures]
     differences = torch.stack([(exact - fast).abs() for exact, fast in pairs])
     return float(differences.mean()), float(differences.max())
 
 
 def report(sizes: tuple[tuple[int, int], ...] = SIZES, num_pictures: int = 4, repeats: int = 7) -> list[str]:
-    """A table in Markdown, a line per size and path."""
+    """Return a table in Markdown, a line per size and path."""
     torch.set_num_threads(1)
     paths = {"LLaVA": llava(), "ours, exact": ours("exact"), "ours, fast": ours("fast")}
     lines = ["| JPEG | path | CPU ms, least | median | pictures per second and core | x LLaVA | error: mean, largest |"]

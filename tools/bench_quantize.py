@@ -1,5 +1,5 @@
-"""LoRA beside a base in 16, 8 and 4 bits: bytes of its matrices and of all parameters on each rank, seconds to load and per step,
-and the loss after the same steps. The peer is LoRA on the base as it is. One process, or several:
+"""Compare LoRA beside a base in 16, 8 and 4 bits: bytes of the base's matrices and of all parameters on each rank, seconds to load,
+seconds per step, and the loss after the same steps. The baseline is LoRA on the unquantised base. One process, or several:
 
     torchrun --nproc_per_node=2 -m tools.bench_quantize --strategy fsdp
 
@@ -48,7 +48,7 @@ KINDS = {
 
 
 def batches(world: World, task: int, steps: int) -> Iterator[list[Batch]]:
-    """This rank's share of each step: chains in which one token in ten is any."""
+    """Yield this rank's share of each step: chains of tokens in which one token in ten is random."""
     rng = np.random.default_rng(task)
     following = rng.permutation(VOCAB)
     for _ in range(steps):
@@ -60,7 +60,7 @@ def batches(world: World, task: int, steps: int) -> Iterator[list[Batch]]:
 
 
 def train(model: MultimodalLM, config: ModelConfig, world: World, sharded: bool, task: int, steps: int, lr: float) -> list[float]:
-    """The loss of every step."""
+    """Train and return the loss of every step."""
     model.train()
     wrapped = model if sharded else replicate(model, world)
     optimizer = build_optimizer(model, config, OptimConfig(lr=lr))
@@ -94,7 +94,7 @@ def make_base(folder: Path, world: World, steps: int) -> None:
 
 
 def held(model: MultimodalLM) -> tuple[int, int]:
-    """Bytes on this rank: of the matrices that can be quantised, without adapters, and of all parameters and their buffers."""
+    """Return the bytes on this rank: of the matrices that can be quantised, without adapters, and of all parameters."""
 
     def size(tensors: Iterator[torch.Tensor]) -> int:
         local = (t.to_local() if hasattr(t, "to_local") else t for t in tensors)

@@ -1,8 +1,9 @@
-"""How much of the work is useful: our data order, packed and padded, beside a random one and LLaVA's, on lengths like those of
-its 665k mix.
+"""Measure how much of the work is useful: our data order, packed and padded, beside a random one and LLaVA's.
 
-Useful is the sum of true lengths. What a rank computes of a micro-batch is its tokens if it is packed, else its rows times the
-longest of them; slowest rank counts every rank as busy as the busiest of the same micro-step, for which all of them wait.
+The lengths are like those of LLaVA's 665k mix.
+
+Useful is the sum of true lengths. A rank computes a micro-batch's tokens if it is packed, else its rows times the longest of
+them. "Slowest rank" counts every rank as busy as the busiest of the same micro-step, for which all ranks wait.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ Plan = Callable[[np.ndarray, np.ndarray, int, int], list[MicroStep]]
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Useful tokens per slot that is computed, and per slot that all ranks spend when the slowest is waited for."""
+    """Useful tokens per slot that is computed, and per slot that all ranks spend when they wait for the slowest."""
 
     per_rank: float
     slowest_rank: float
 
 
 def llava_like_mix(scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Planned lengths and modalities (1 image, 0 text) of a made-up mix, the same at every call.
+    """Return planned lengths and modalities (1 image, 0 text) of a synthetic mix, the same at every call.
 
     Image samples: 576 image tokens and a log-normal text of median 181 tokens; text-only ones: log-normal of median 992. Both are
     cut at 2048. The parameters were chosen so that LLaVA's scheme wastes about what it wastes on its own data: 29 % of the slots,
@@ -59,7 +60,7 @@ def our_steps(
     budget: int = 0,
     order: str = "modality_length",
 ) -> list[MicroStep]:
-    """One epoch of steps of `micro_batch_size` samples per rank: one micro-batch of each, or packed up to `budget` tokens."""
+    """Return one epoch of steps of `micro_batch_size` samples per rank: one micro-batch each, or packed up to `budget` tokens."""
     sampler = Sampler(lengths, modalities, world_size * micro_batch_size, 0, order)
     plan = BatchPlan(world_size, micro_batch_size, budget)
     dealt = [plan.deal(sampler.step(step), lengths) for step in range(sampler.steps_per_epoch)]
@@ -67,7 +68,7 @@ def our_steps(
 
 
 def guessed_steps(lengths: np.ndarray, modalities: np.ndarray, world_size: int, micro_batch_size: int) -> list[MicroStep]:
-    """Ours when texts are only known to about 10 %, as from their bytes: what an index plans with."""
+    """Return our steps when texts are only known to about 10 %, as from their bytes: the index plans with such estimates."""
     image_tokens = np.where(modalities == 1, IMAGE_TOKENS, 0)
     error = np.exp(np.random.default_rng(10).normal(0, 0.1, len(lengths)))
     planned = np.minimum(image_tokens + (lengths - image_tokens) * error, MAX_LENGTH).astype(np.int32)
@@ -75,19 +76,19 @@ def guessed_steps(lengths: np.ndarray, modalities: np.ndarray, world_size: int, 
 
 
 def llava_steps(lengths: np.ndarray, modalities: np.ndarray, world_size: int, micro_batch_size: int) -> list[MicroStep]:
-    """One epoch of LLaVA's order. It groups by text; true token counts stand in for its word counts, which flatters it."""
+    """Return one epoch of LLaVA's order. It groups by text; true token counts stand in for its word counts, which flatters it."""
     signed = np.where(modalities == 1, lengths - IMAGE_TOKENS, -lengths).tolist()
     torch.manual_seed(0)
     return _cut(np.array(modality_length_grouped(signed, micro_batch_size, world_size, None)), world_size, micro_batch_size)
 
 
 def random_steps(lengths: np.ndarray, modalities: np.ndarray, world_size: int, micro_batch_size: int) -> list[MicroStep]:
-    """One epoch of a plain permutation."""
+    """Return one epoch of a plain permutation."""
     return _cut(np.random.default_rng(0).permutation(len(lengths)), world_size, micro_batch_size)
 
 
 def efficiency(steps: list[MicroStep], lengths: np.ndarray, is_packed: bool = False) -> Efficiency:
-    """Useful over computed slots of an epoch; a rank without samples computes nothing but waits."""
+    """Compute useful over computed slots of an epoch; a rank without samples computes nothing but waits."""
     tokens = np.array([[lengths[ids].sum() for ids in ranks] for ranks in steps], dtype=np.int64)
     padded = np.array([[len(ids) * lengths[ids].max(initial=0) for ids in ranks] for ranks in steps], dtype=np.int64)
     work, useful = tokens if is_packed else padded, int(tokens.sum())
@@ -95,7 +96,7 @@ def efficiency(steps: list[MicroStep], lengths: np.ndarray, is_packed: bool = Fa
 
 
 def _cut(order: np.ndarray, world_size: int, micro_batch_size: int) -> list[MicroStep]:
-    """A flat order as accelerate shards it: batch k of every `world_size` goes to rank k; the ragged end stays ragged."""
+    """Cut a flat order as accelerate shards it: batch k of every `world_size` goes to rank k; the ragged end stays ragged."""
     step = world_size * micro_batch_size
     blocks = [order[i : i + step] for i in range(0, len(order), step)]
     return [[b[k * micro_batch_size : (k + 1) * micro_batch_size] for k in range(world_size)] for b in blocks]

@@ -1,8 +1,8 @@
-"""What one hostile record costs a start: CPU seconds and peak memory until step 1 is done, with the record beside those without it.
+"""Measure what one hostile record costs a start: CPU seconds and peak memory until step 1 is done, beside a start without it.
 
-200 sound records with pictures and tiny untrained parts; beside them one record of 50,000 rounds, of 20,000 pictures, of 60 MiB of
-text, or all three: each is refused. With --within, records that are just small enough to be read: 16,000 rounds, 8,000 pictures,
-15 MiB. Every start is a process of its own, and starts of all cases take turns.
+The data are 200 valid records with pictures, the model tiny untrained parts. The hostile record has 50,000 rounds, 20,000 pictures,
+60 MiB of text, or all three: each is refused. With --within, records are just small enough to be read: 16,000 rounds, 8,000
+pictures, 15 MiB. Every start is a process of its own, and starts of all cases take turns.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from trainer.runfile.toml_files import to_toml
 
 NUM_GOOD, NUM_PICTURES = 200, 8
 LIMIT = 1.2
-"""Of both ratios."""
+"""Most that both ratios may be."""
 
 
 ASKED = "Which digit is this? "
@@ -40,7 +40,7 @@ BEYOND, WITHIN = (50_000, 20_000, 60 << 20), (16_000, 8_000, 15 << 20)
 
 
 def hostile(num_rounds: int, num_pictures: int, num_bytes: int) -> dict[str, dict[str, Any]]:
-    """The records by what is too much in them."""
+    """Return the hostile records, by what they have too much of."""
     rounds = [turn for _ in range(num_rounds) for turn in _round(ASKED, "seven")]
     names = ["0.png"] * num_pictures
     return {
@@ -56,18 +56,18 @@ def _round(question: str, answer: str) -> list[dict[str, str]]:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one start until its first step is done."""
+    """Cost of one start until its first step is done."""
 
     cpu: float  # seconds
     seconds: float
-    mib: float  # resident at most
+    mib: float  # peak resident memory
 
     def over(self, other: Cost) -> Cost:
         return Cost(self.cpu / other.cpu, self.seconds / other.seconds, self.mib / other.mib)
 
 
 def make(folder: Path, chosen: list[str], sizes: tuple[int, int, int]) -> dict[str, Path]:
-    """Parts, pictures and one run file per case."""
+    """Write parts, pictures and one run file per case."""
     write_parts(folder, train_tokenizer(CORPUS, VOCAB), VOCAB)
     (folder / "images").mkdir()
     random = np.random.default_rng(0)
@@ -83,7 +83,7 @@ def make(folder: Path, chosen: list[str], sizes: tuple[int, int, int]) -> dict[s
 
 
 def _write_case(folder: Path, name: str, good: list[dict[str, Any]], records: list[dict[str, Any]]) -> Path:
-    """The run file of a case; what is hostile stands in the middle of the sound ones."""
+    """Write the run file of a case and return its path; the hostile records stand in the middle of the valid ones."""
     half = len(good) // 2
     data, run = folder / f"{name}.json", folder / f"{name}.toml"
     data.write_text(json.dumps([*good[:half], *records, *good[half:]]))
@@ -104,7 +104,7 @@ def _write_case(folder: Path, name: str, good: list[dict[str, Any]], records: li
 
 
 def start(run: Path) -> Cost:
-    """One start in a process of its own. RuntimeError if it does not reach its first step."""
+    """Start one run in a process of its own and return its cost. RuntimeError if it does not reach its first step."""
     out = run.parent / "run" / run.stem
     command = [sys.executable, "-m", "tools.bench_starts", "--child", str(run)]
     began = time.perf_counter()
@@ -118,7 +118,7 @@ def start(run: Path) -> Cost:
 
 
 def child(run: str) -> int:
-    """Train, and leave at the end of the first step with what it took."""
+    """Train, and exit after the first step, printing CPU seconds and peak memory."""
     from trainer import loop
     from trainer.main import main
 
@@ -135,7 +135,7 @@ def child(run: str) -> int:
 
 
 def measure(cases: dict[str, Path], times: int) -> dict[str, Cost]:
-    """Medians of `times` starts of each case, which take turns."""
+    """Return the medians of `times` starts of each case, which take turns."""
     found: dict[str, list[Cost]] = {name: [] for name in cases}
     for _ in range(times):
         for name, run in cases.items():
@@ -147,7 +147,7 @@ def measure(cases: dict[str, Path], times: int) -> dict[str, Cost]:
 
 
 def report(found: dict[str, Cost]) -> bool:
-    """Prints one line per case; whether all are within LIMIT."""
+    """Print one line per case; return whether all are within LIMIT."""
     base, fine = found["none"], True
     print(f"{'hostile record':<16}{'CPU s':>8}{'ratio':>7}{'seconds':>9}{'MiB':>8}{'ratio':>7}")
     for name, cost in found.items():

@@ -1,7 +1,7 @@
-"""What a step costs beside the model: ours, a bare loop around the same wrapped model, and Hugging Face's Trainer around it.
+"""Measure what a step costs beside the model: our loop, a bare loop, and Hugging Face's Trainer, around the same wrapped model.
 
-Counts are exact and repeat: host syncs, operators dispatched, Python and C calls, each per step in a steady state (the
-difference of a long and a short run). CPU seconds are medians of interleaved rounds.
+Counts are exact and repeat: host syncs, operators dispatched, Python and C calls, each per step in a steady state (the difference
+of a long and a short run). CPU seconds are medians of interleaved rounds.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ HIDDEN_SYNCS = ("tolist", "cpu", "numpy")
 
 
 class Counter(TorchDispatchMode):
-    """Operators and host syncs inside the `with`."""
+    """Counter of operators and host syncs inside the `with`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Counter(TorchDispatchMode):
 
 @contextmanager
 def hidden_syncs(counter: Counter) -> Iterator[None]:
-    """Count what the dispatcher does not see."""
+    """Count host syncs that the dispatcher does not see."""
     originals = {name: getattr(Tensor, name) for name in HIDDEN_SYNCS}
 
     def counted(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,7 +86,7 @@ def hidden_syncs(counter: Counter) -> Iterator[None]:
 
 
 def make_batches(model: MultimodalLM, num: int, size: int) -> list[Batch]:
-    """Deterministic batches of one picture per sample and four supervised tokens."""
+    """Make deterministic batches of one picture per sample and four supervised tokens."""
     rng = np.random.default_rng(0)
     spec = image_spec(model.specs)
     width = num_tokens(spec, MediaMeta())
@@ -102,23 +102,23 @@ def make_batches(model: MultimodalLM, num: int, size: int) -> list[Batch]:
 
 
 def ours(model: MultimodalLM, config: ModelConfig, batches: list[Batch], world: World) -> Callable[[int], None]:
-    """What the loop does in a step that is not logged."""
+    """Return a function that does what the training loop does in steps that are not logged."""
     optim = OptimConfig(lr=1e-4)
     wrapped, optimizer, meter = replicate(model, world), build_optimizer(model, config, optim), Meter(["bench"], world)
-    steering, watch, later = Requests(), PhaseTracker(), DeferredRead(world.device)
+    requests, tracker, deferred = Requests(), PhaseTracker(), DeferredRead(world.device)
     ids = [[b.sample_ids.tolist()] for b in batches]  # the loop reads them from batches that are not on the device yet
 
     def run(steps: int) -> None:
-        share: Tensor | float = 0.0  # of the loss of the step before: it is told with the counts, and judged
+        share: Tensor | float = 0.0  # this rank's part of the previous step's loss, which is summed with the counts and checked
         for step in range(steps):
             set_learning_rates(optimizer, multiplier(optim, step, steps))
             batch = [batches[step % len(batches)].to(world.device)]
-            watch.at("copy", step, ids[step % len(ids)])
-            told = [*steering.told(), share]
+            tracker.at("copy", step, ids[step % len(ids)])
+            told = [*requests.told(), share]
             result = train_step(
-                wrapped, optimizer, batch, world, seed=0, step=step, clip_norm=optim.clip_norm, told=told, mark=watch.mark
+                wrapped, optimizer, batch, world, seed=0, step=step, clip_norm=optim.clip_norm, told=told, mark=tracker.mark
             )
-            later.push(hearable(result))
+            deferred.push(hearable(result))
             share = result.losses.sum()
             meter.add(batch, result, 0.0)
 
@@ -126,7 +126,7 @@ def ours(model: MultimodalLM, config: ModelConfig, batches: list[Batch], world: 
 
 
 def bare(model: MultimodalLM, config: ModelConfig, batches: list[Batch], world: World) -> Callable[[int], None]:
-    """The shortest loop that trains the same model with the library's own clipping and scheduler."""
+    """Return the shortest loop that trains the same model with the library's own clipping and scheduler."""
     optimizer = build_optimizer(model, config, OptimConfig(lr=1e-4))
 
     def run(steps: int) -> None:
@@ -143,7 +143,7 @@ def bare(model: MultimodalLM, config: ModelConfig, batches: list[Batch], world: 
 
 
 class ForTrainer(nn.Module):
-    """The same model behind the interface that Hugging Face's Trainer wants."""
+    """The same model behind the interface that Hugging Face's Trainer expects."""
 
     def __init__(self, model: MultimodalLM, batches: list[Batch]) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class ForTrainer(nn.Module):
 
 
 def hugging_face(model: MultimodalLM, batches: list[Batch], folder: str) -> Callable[[int], None]:
-    """Trainer with everything optional switched off; its data loader hands over next to nothing."""
+    """Return a run of Trainer with everything optional switched off; its data loader hands over next to nothing."""
     from transformers import Trainer, TrainingArguments
 
     wrapped = ForTrainer(model, batches)
@@ -184,7 +184,7 @@ def hugging_face(model: MultimodalLM, batches: list[Batch], folder: str) -> Call
 
 
 def per_step(measure: Callable[[Callable[[int], None], int], tuple[float, ...]], run: Callable[[int], None]) -> tuple[float, ...]:
-    """Cost of one step in a steady state: start-up and teardown are in both runs, so they cancel."""
+    """Return the cost of one step in a steady state: start-up and teardown are in both runs, so they cancel."""
     long, short = measure(run, LONG), measure(run, SHORT)
     return tuple((a - b) / (LONG - SHORT) for a, b in zip(long, short))
 

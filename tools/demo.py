@@ -1,4 +1,4 @@
-"""The whole way once, on real pictures: data, two trainings, accuracy before and after each, exports, curves, an answer.
+"""Run the whole path once, on real pictures: data, two trainings, accuracy before and after each, exports, curves, an answer.
 
 Needs no network and no GPU: a few minutes on two CPU cores. Fails (exit code 70) if the accuracy on held-out pictures is too low.
 """
@@ -21,7 +21,7 @@ from tools.cli import run
 from tools.demos.digit_runs import QUESTIONS
 from trainer.errors import ProofError
 
-MARK = ".demo"  # file that says a folder is the demo's own and may be replaced
+MARK = ".demo"  # file that marks a folder as the demo's own, which may be replaced
 WANTED = {"digit": 0.85, "parity": 0.90}
 """Exact match on held-out pictures that each run must reach."""
 
@@ -34,7 +34,7 @@ class Score:
 
 
 class StepError(Exception):
-    """A command of the demo failed; it has said why."""
+    """A command of the demo failed; it has printed the reason itself."""
 
     def __init__(self, title: str, exit_code: int) -> None:
         super().__init__(f"{title!r} failed with exit code {exit_code}; what it said itself stands above")
@@ -51,7 +51,10 @@ def trained_by(ranks: int, config: Path) -> list[str]:
 
 
 def do(title: str, command: list[str], capture: bool = False) -> str:
-    """Says what is done and by which command, and does it. Returns the command's stdout if that is captured."""
+    """Print the title and the command, then run it. Raises StepError if it fails.
+
+    Returns the command's stdout if `capture`, else "".
+    """
     print(f"\n== {title}\n   $ {shlex.join(['python', *command[1:]])}", flush=True)
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE if capture else None)
@@ -61,7 +64,7 @@ def do(title: str, command: list[str], capture: bool = False) -> str:
 
 
 def score(folder: Path, final: Path, task: str, when: str) -> float:
-    """Part of the held-out pictures that a model answers exactly right."""
+    """Return the share of the held-out pictures that a model answers exactly right."""
     title = f"{when}: what does it answer to {QUESTIONS[task]!r} on pictures it has not seen?"
     arguments = ("--data", folder / f"{task}_test.json", "--media-root", folder / "images", "--max-new-tokens", "16")
     result = json.loads(do(title, module("tools.evaluate", final, *arguments), capture=True).splitlines()[-1])
@@ -75,7 +78,7 @@ def train(folder: Path, task: str, ranks: int, before: float, title: str) -> Sco
 
 
 def hand_over(folder: Path) -> None:
-    """What one does with a trained model: files for others, curves, a question."""
+    """Use the trained model: export files for others, draw curves, ask a question."""
     final = folder / "parity" / "final"
     do("Take out what was trained: projector and adapter", module("tools.export_adapter", final, folder / "export"))
     for task in QUESTIONS:
@@ -122,7 +125,10 @@ def demo(folder: Path, ranks: int) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Runs would go on where they stopped, so an earlier demo is removed; a folder of anyone else's is left alone."""
+    """Remove an earlier demo, because its runs would resume where they stopped.
+
+    Raises ConfigError for a folder that is not the demo's.
+    """
     if folder.exists() and any(folder.iterdir()):
         if not (folder / MARK).is_file():
             raise ConfigError(f"{folder} holds something else than a demo: name a new folder")

@@ -1,4 +1,4 @@
-"""The second act: one model learns to read, see, watch and hear, in five stages; accuracy of each sense before and after each.
+"""Train one model to read, see, watch and hear, in five stages, and measure the accuracy of each sense before and after each stage.
 
 Needs no network and no GPU: minutes on two CPU cores. Fails (exit code 70) if a stage does not teach what it is there for, or
 takes too much from what was known before.
@@ -25,23 +25,23 @@ from trainer.runfile.stages import Stage, places_of
 from trainer.runfile.toml_files import to_toml
 
 TEACHES = {"text": "text", "align_vision": "image", "vision": "video", "align_audio": "audio", "together": "noise"}
-"""What each stage of the run file is there for."""
+"""The kind of record that each stage of the run file teaches."""
 READERS = {"image": "vision", "video": "vision", "audio": "audio", "noise": "audio"}
-"""The part without which a model cannot be asked about it."""
+"""Part of the model that is needed to read each kind of record."""
 RISE, LEAST, LOST = 0.2, 0.8, 0.05
-"""What a stage must add to what it teaches; the least accuracy at the end; the most that pictures may lose to sounds."""
+"""Least rise of the kind that a stage teaches; least accuracy at the end; most that pictures may lose when audio is added."""
 
 Accuracy = dict[str, float]
 """Exact match on held-out records, by kind."""
 
 
 def known(place: Stage) -> list[str]:
-    """Kinds of records that a model of this stage can read."""
+    """Return the kinds of records that a model of this stage can read."""
     return [kind for kind in KINDS if kind not in READERS or READERS[kind] in place.config.model.parts()]
 
 
 def untrained(folder: Path, place: Stage) -> Path:
-    """The model that a stage begins with: what the stages before have trained, and its new parts as they are drawn."""
+    """Return the model that a stage begins with: the parts that earlier stages trained, and its new parts untrained."""
     out = folder / "before" / place.name
     nothing = {"train": TrainConfig(max_steps=0), "validation": ValidationConfig()}
     config = replace(place.config, output_dir=str(out), **nothing)  # type: ignore[arg-type]
@@ -53,7 +53,7 @@ def untrained(folder: Path, place: Stage) -> Path:
 
 
 def accuracy(folder: Path, final: Path, kinds: list[str], when: str) -> Accuracy:
-    """What tools.evaluate finds, told apart by kind."""
+    """Run tools.evaluate and return its results by kind."""
     tests = {kind: json.loads((folder / f"{kind}_test.json").read_text()) for kind in kinds}
     kind_of = {record["id"]: kind for kind, records in tests.items() for record in records}
     records, answers = folder / f"test_{len(kinds)}.json", folder / "answers.jsonl"
@@ -69,7 +69,7 @@ def accuracy(folder: Path, final: Path, kinds: list[str], when: str) -> Accuracy
 
 
 def measure(folder: Path, places: list[Stage]) -> list[Accuracy]:
-    """Accuracy at the start and after each stage, each time of all that the next stage's model can read."""
+    """Measure the accuracy at the start and after each stage, each time of all kinds that the next stage's model can read."""
     found = []
     for before, after in zip([None, *places], [*places, None]):
         if after is not None and (before is None or known(before) != known(after)):
@@ -80,21 +80,21 @@ def measure(folder: Path, places: list[Stage]) -> list[Accuracy]:
 
 
 def shortfalls(names: list[str], found: list[Accuracy]) -> list[str]:
-    """What was promised and is not so; `found` has one entry more than stages, that of the start."""
+    """List the demands that were not met; `found` has one entry more than stages, that of the start."""
     lines = []
     for number, name in enumerate(names):
         kind = TEACHES[name]
         if (rise := found[number + 1][kind] - found[number][kind]) < RISE:
             lines.append(f"stage {name} raised {kind} by {rise:.3f}, {RISE} was wanted")
     lines += [f"{kind} ends at {value:.3f}, {LEAST} was wanted" for kind, value in found[-1].items() if value < LEAST]
-    deaf = next(values for values in found if "audio" in values)  # its audio parts have not been trained yet
-    if (lost := deaf["image"] - found[-1]["image"]) > LOST:
+    before_audio = next(values for values in found if "audio" in values)  # measured before the audio parts are trained
+    if (lost := before_audio["image"] - found[-1]["image"]) > LOST:
         lines.append(f"images lost {lost:.3f} when audio was added, {LOST} at most was wanted")
     return lines
 
 
 def table(names: list[str], found: list[Accuracy]) -> str:
-    """Kinds down, stages across; a star where a stage teaches the kind."""
+    """Format the accuracies: kinds down, stages across; a star where a stage teaches the kind."""
     lines = ["\n" + f"{'exact match':<12}" + "".join(f"{name:>14}" for name in ("start", *names))]
     for kind in KINDS:
         cells = [f"{values[kind]:.1%}" if kind in values else "" for values in found]
@@ -104,7 +104,7 @@ def table(names: list[str], found: list[Accuracy]) -> str:
 
 
 def draw(out: Path, names: list[str], found: list[Accuracy]) -> None:
-    """One curve per kind over the stages, as a PNG."""
+    """Draw one curve per kind over the stages, as a PNG."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -126,7 +126,7 @@ def draw(out: Path, names: list[str], found: list[Accuracy]) -> None:
 
 
 def asked(folder: Path) -> list[str]:
-    """The command that plays one held-out melody to the trained model."""
+    """Return the command that plays one held-out melody to the trained model."""
     record: dict[str, Any] = json.loads((folder / "audio_test.json").read_text())[7]
     return module("tools.chat", folder / "run" / "final", "--audio", folder / "media" / record["audio"], WHICH)
 

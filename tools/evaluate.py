@@ -1,6 +1,6 @@
-"""Greedy answers to held-out records, compared with theirs.
+"""Generate greedy answers to held-out records and compare them with the records' own.
 
-A record's prompt is all of it before its last answer. exact_match: the part of records whose generated text equals that answer,
+A record's prompt is everything before its last answer. exact_match: the share of records whose generated text equals that answer,
 without its state token, white space around both stripped. loss: cross entropy per supervised token, over all answers of the kept
 rounds, as in training.
 Progress goes to stderr; the last line of stdout is JSON: {"samples", "exact_match", "loss"}.
@@ -32,7 +32,7 @@ from tools.model_options import add_model_options, load
 
 @dataclass(frozen=True)
 class Answered:
-    """A few records and what the model made of them."""
+    """A few records and the model's answers to them."""
 
     records: list[Record]
     texts: list[str]  # generated
@@ -62,7 +62,7 @@ def expected(record: Record) -> str:
 
 
 def open_records(path: str, processor: Processor, folder: str) -> RecordIndex:
-    """The records of `path`, each read once: a broken one is a `RecordError` before any model is loaded."""
+    """Open the records of `path` and read each once, so that a broken one raises `RecordError` before any model is loaded."""
     index = RecordIndex.open(SourceConfig(path), Path(folder), processor.specs)
     for i in range(len(index)):
         parse(index.raw(i), index.where(i), index.name(i))
@@ -72,7 +72,7 @@ def open_records(path: str, processor: Processor, folder: str) -> RecordIndex:
 def answers(
     net: MultimodalLM, processor: Processor, index: RecordIndex, *, media_root: str, max_new_tokens: int, batch_size: int
 ) -> Iterator[Answered]:
-    """All records, longest first: what does not fit into memory fails at once. Raises `RecordError`."""
+    """Answer all records, longest first, so that a batch that does not fit into memory fails at once. Raises `RecordError`."""
     order = np.argsort(-index.lengths, kind="stable")
     for ids in np.split(order, range(batch_size, len(order), batch_size)):
         raw = [index.raw(i) for i in ids]

@@ -1,4 +1,4 @@
-"""Hands a run over to others: its adapter files, LLaVA's projector, a PEFT folder, or a whole folder for transformers.
+"""Export a run for others: its adapter files, LLaVA's projector, a PEFT folder, or a whole folder for transformers.
 
 SOURCE is a final/ folder or any checkpoint-N of a run. OUT must not exist yet, or be empty.
 """
@@ -34,7 +34,7 @@ from trainer.errors import code_of
 
 
 def to_safetensors(source: Path, out: Path, card: ModelCard, _: Path) -> str:
-    """One file per part that was trained beside the language model's own weights."""
+    """Write one file per part that was trained beside the language model's own weights."""
     files = trained_files(source, card)
     if not files:
         raise ConfigError(f"{source} trained nothing beside the language model's own weights; copy its llm*.safetensors instead")
@@ -50,13 +50,14 @@ def to_safetensors(source: Path, out: Path, card: ModelCard, _: Path) -> str:
 
 
 def to_go_on(source: Path, card: ModelCard, files: set[str], inherits: bool) -> str:
-    """Settings beside those of the run's own file under which a run starts from all that `source` has learned.
+    """Return settings, beside those of the run's own file, with which a run starts from everything that `source` has learned.
 
-    The exported `files` themselves, where each has a setting and no weight comes from elsewhere; else the run that made them.
+    The settings name the exported `files`, if each file has a setting and no weight comes from elsewhere; else the run that made
+    them.
     """
     parts = [part for part in PROJECTORS if part in card.model.parts()]
     keys = {**{f"{part}.safetensors": f"model.{part}.path" for part in parts}, OURS: "lora.path"}
-    # Without reading a language model that was trained whole: what a run holds of it is known without its bytes.
+    # A language model that was trained whole is not read: the run names it in any case.
     if files <= keys.keys() and not inherits and card.model.llm.tune != "full":
         covered = {file.removesuffix(".safetensors") for file in files} | (card.lora_parts if OURS in files else set())
         if changed_parts(source, card) <= covered:
@@ -68,7 +69,7 @@ def to_go_on(source: Path, card: ModelCard, files: set[str], inherits: bool) -> 
 
 
 def to_llava(source: Path, out: Path, card: ModelCard, _: Path) -> str:
-    """LLaVA's mm_projector.bin."""
+    """Write LLaVA's mm_projector.bin."""
     export_llava.check_exportable(card)
     path = export_llava.write_projector(out, projector(source, card))
     others = [f"{name} (tune = {part.tune!r})" for name, part in card.model.parts().items() if part.tune != "frozen"]
@@ -78,7 +79,7 @@ def to_llava(source: Path, out: Path, card: ModelCard, _: Path) -> str:
 
 
 def to_peft(source: Path, out: Path, card: ModelCard, named: Path) -> str:
-    """A PEFT adapter folder for the language model, with the model it sits on if an earlier run trained that."""
+    """Write a PEFT adapter folder for the language model, with the model it belongs to if an earlier run trained that."""
     tensors, paths = llm_adapter(source, card)
     base = card.model.llm.path
     if "llm" in inherited_parts(source, card):
@@ -100,7 +101,7 @@ def to_peft(source: Path, out: Path, card: ModelCard, named: Path) -> str:
 
 
 def to_hf(source: Path, out: Path, card: ModelCard, _: Path) -> str:
-    """A merged folder for LlavaForConditionalGeneration and AutoProcessor, reopened and compared."""
+    """Write a merged folder for LlavaForConditionalGeneration and AutoProcessor, reopened and compared."""
     hugging_face.check_exportable(card)
     model, processor = load_model(source), load_processor(source)
     write_folder(out, card, model, processor)
@@ -115,11 +116,11 @@ TARGETS: dict[str, Callable[[Path, Path, ModelCard, Path], str]] = {
     "peft": to_peft,
     "hf": to_hf,
 }
-"""What writes each kind of folder (source, folder to fill, card, its later name) and returns the command to type next."""
+"""Writers by kind of folder: each takes (source, folder to fill, card, its later name) and returns the command to type next."""
 
 
 def export(source: Path, out: Path, target: str = "safetensors") -> None:
-    """Write `out`, whole or not at all, and say what it holds."""
+    """Write `out`, whole or not at all, and print what it holds."""
     card = read_card(source)
     with new_folder(out) as folder:
         following = TARGETS[target](source, folder, card, out)

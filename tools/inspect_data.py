@@ -1,8 +1,8 @@
-"""What the model will see: samples of every source as they reach it, with what is learned marked, in the terminal or as a page.
+"""Show what the model will see: samples of every source as they reach it, with learned tokens marked, in the terminal or as a page.
 
-In the terminal supervised tokens are green, or stand in {+ +} where it is none or NO_COLOR is set; answers that are not learned,
-because their turns say so, are grey, or stand in {- -}; a medium is shown by the tokens it takes and its file. --html writes one
-file for a browser, with the pictures, the frames and the sounds that the model receives.
+In the terminal supervised tokens are green, or stand in {+ +} where there is no colour or NO_COLOR is set; answers that are not
+learned, because their turns say so, are grey, or stand in {- -}; a medium is shown by the tokens it takes and its file. --html
+writes one file for a browser, with the pictures, the frames and the sounds that the model receives.
 Indexes are written where the run itself will look for them; no weight is read.
 """
 
@@ -25,12 +25,12 @@ from trainer.runfile.toml_files import undashed
 
 GREEN, GREY, DIM, RESET = "\x1b[32m", "\x1b[90m", "\x1b[2m", "\x1b[0m"
 MARKS = {"learned": (GREEN, "{+", "+}"), "passed over": (GREY, "{-", "-}")}
-"""The colour of a stretch of tokens, and what stands around it where there is none."""
+"""The colour of a stretch of tokens, and the marks around it where there is no colour."""
 NUM_PRINTED, NUM_ON_PAGE = 3, 50
 
 
 def certified(source: Source) -> tuple[str, bool]:
-    """The certificate of a source or why it has none, and whether the run would refuse it."""
+    """Return the certificate of a source or why it has none, and whether the run would refuse it."""
     index = source.dataset.indexes[source.source_id]
     try:
         return str(certify(source.dataset.template, index, source.config.key, max_length=source.dataset.config.max_length)), False
@@ -39,7 +39,7 @@ def certified(source: Source) -> tuple[str, bool]:
 
 
 def print_source(source: Source, colour: bool) -> bool:
-    """Prints one source; whether the run would refuse it."""
+    """Print one source; return whether the run would refuse it."""
     name = printable(f"data.{source.table} {source.config.key}: {source.config.path}")
     ids = source.pool.ids
     media = [f"{int((source.dataset.modalities[ids] > 0).sum()):,} with media"]
@@ -56,7 +56,7 @@ def print_source(source: Source, colour: bool) -> bool:
 
 
 def printed(entry: InspectorEntry, colour: bool) -> str:
-    """A headline with the record's place and lengths, and the sample; or why there is none."""
+    """Return a headline with the record's place and lengths, and the sample; or why the record is not trained on."""
     headline = f"{entry.where} {bounded(entry.id)}:"
     if entry.status not in ("trained", "shortened"):
         return printable(f"{headline} {entry.status}, not trained on: {entry.reason}")
@@ -76,7 +76,7 @@ def _modality(box: Box) -> str:
 
 
 def shown(entry: InspectorEntry, colour: bool) -> str:
-    """The sample as text: stretches of supervised tokens, of other ones, and media, in their order."""
+    """Return the sample as text: stretches of supervised tokens, of other ones, and media, in their order."""
     stretches: list[str] = []
     for mark, group in itertools.groupby(entry.pieces, key=_mark):
         if mark == "box":
@@ -96,7 +96,7 @@ def _mark(piece: Piece | Box) -> str:
 
 
 def write_page(file: Path, title: str, words: str, sources: list[Source]) -> list[bool]:
-    """Writes the page; which sources the run would refuse."""
+    """Write the page; return, for each source, whether the run would refuse it."""
     shown = []
     for source in sources:
         certificate, refused = certified(source)

@@ -1,4 +1,4 @@
-"""LLaVA's data order (llava_trainer.py of LLaVA 1.5), told again from its description, as the peer that `bench_sampler` measures.
+"""LLaVA's data order (llava_trainer.py of LLaVA 1.5), rewritten from its description: the baseline of `bench_sampler`.
 
 Lengths are signed: positive for samples with media, negative for text. All indices are positions in `lengths`.
 """
@@ -9,7 +9,10 @@ import torch
 
 
 def split_evenly(indices: list[int], lengths: list[int], num_chunks: int) -> list[list[int]]:
-    """Chunks of one size with totals near each other; a count that does not divide is dealt in turn, without balancing."""
+    """Split the indices into chunks of one size with similar totals.
+
+    A count that does not divide is dealt in turn, without balancing.
+    """
     if len(indices) % num_chunks:
         return [indices[k::num_chunks] for k in range(num_chunks)]
     size = len(indices) // num_chunks
@@ -23,7 +26,7 @@ def split_evenly(indices: list[int], lengths: list[int], num_chunks: int) -> lis
 
 
 def length_grouped(lengths: list[int], batch_size: int, world_size: int, generator: torch.Generator | None) -> list[int]:
-    """One permutation, cut into megabatches of world_size * batch_size; each sorted from long to short and split evenly."""
+    """Return a permutation, cut into megabatches of world_size * batch_size; each is sorted from long to short and split evenly."""
     permutation = torch.randperm(len(lengths), generator=generator).tolist()
     order = []
     for megabatch in _cut(permutation, world_size * batch_size):
@@ -33,10 +36,10 @@ def length_grouped(lengths: list[int], batch_size: int, world_size: int, generat
 
 
 def modality_length_grouped(lengths: list[int], batch_size: int, world_size: int, generator: torch.Generator | None) -> list[int]:
-    """Megabatches of one modality each, shuffled; the last one of each modality, even when full, goes to the end by index.
+    """Return megabatches of one modality each, shuffled; the last one of each modality, even when full, goes to the end by index.
 
-    The two inner permutations come from the global generator whatever `generator` is: so it is in the original.
-    Raises ValueError when a length is 0, whose modality nobody can tell.
+    The two inner permutations come from the global generator whatever `generator` is, as in the original. Raises ValueError when a
+    length is 0, because its sign does not tell its modality.
     """
     if 0 in lengths:
         raise ValueError(f"sample {lengths.index(0)} has length 0: its sign should tell its modality")

@@ -1,7 +1,7 @@
-"""Everything a first run needs, offline: real pictures with questions and answers, tiny untrained parts and two run files.
+"""Write everything a first run needs, offline: real pictures with questions and answers, tiny untrained parts and two run files.
 
 The pictures are the 1,797 handwritten digits that scikit-learn ships. The parts are a Qwen2 and a CLIP tower of 770 thousand
-parameters with random weights, as Hugging Face folders, with a tokenizer trained here. Written twice, the bytes are the same.
+parameters with random weights, as Hugging Face folders, with a tokenizer trained here. Every run writes the same bytes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CORPUS = [*QUESTIONS.values(), "system user assistant", *(answer(task, digit) fo
 
 
 def write_data(folder: Path) -> None:
-    """folder/images and TASK_train.json, TASK_test.json: LLaVA's records, every picture in one split only."""
+    """Write folder/images and TASK_train.json, TASK_test.json: records in LLaVA's format, every picture in one split only."""
     pictures, digits, order = load_pictures()
     for split, chosen in (("train", order[:NUM_TRAIN]), ("test", order[NUM_TRAIN:])):
         (folder / "images" / split).mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,10 @@ def write_data(folder: Path) -> None:
 
 
 def load_pictures() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """scikit-learn's pictures (n, 64), their digits (n,), and the order (n,) whose first `NUM_TRAIN` are learned from."""
+    """Return scikit-learn's pictures (n, 64), their digits (n,), and an order (n,).
+
+    The first `NUM_TRAIN` pictures of the order are the training split.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -70,7 +73,7 @@ def record(task: str, split: str, number: int, digit: int) -> dict[str, Any]:
 
 
 def train_tokenizer(corpus: Sequence[str], vocab: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of at most `vocab` tokens with ChatML's control tokens, and its words joined from those of `corpus`."""
+    """Train a byte-level BPE of at most `vocab` tokens with ChatML's control tokens; its merges come from `corpus`."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -85,7 +88,7 @@ def train_tokenizer(corpus: Sequence[str], vocab: int) -> PreTrainedTokenizerFas
 
 
 def write_parts(folder: Path, tokenizer: PreTrainedTokenizerFast, vocab: int) -> None:
-    """folder/llm and folder/vision: random weights, as a hub would hold them."""
+    """Write folder/llm and folder/vision: random weights, in the layout of the hub."""
     tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
     # The 0.02 of wide models would leave the tied head too small: run 2, which cannot change it, would never be sure of an answer.
@@ -103,7 +106,7 @@ def write_parts(folder: Path, tokenizer: PreTrainedTokenizerFast, vocab: int) ->
 
 
 def image_processor() -> dict[str, Any]:
-    """What CLIPImageProcessor reads."""
+    """Return the settings that CLIPImageProcessor reads."""
     square = {"height": SIDE, "width": SIDE}
     return {
         "image_processor_type": "CLIPImageProcessor",
@@ -114,7 +117,7 @@ def image_processor() -> dict[str, Any]:
 
 
 def write_runs(folder: Path) -> None:
-    """folder/digit.toml and folder/parity.toml. Paths in them are as `folder` was given."""
+    """Write folder/digit.toml and folder/parity.toml. Paths in them are written as `folder` was given."""
     for name, text in (("digit", DIGIT_RUN), ("parity", PARITY_RUN)):
         # A JSON string of a path is a TOML string as well.
         (folder / f"{name}.toml").write_text(

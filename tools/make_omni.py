@@ -1,8 +1,8 @@
-"""The second demo's data, tiny untrained parts and run file, offline: what a model needs to read, see, watch and hear digits.
+"""Write the omni demo's data, tiny untrained parts and run file, offline: material to learn to read, see, watch and hear digits.
 
 Pictures are scikit-learn's handwritten digits; clips show one of them moving; sounds are melodies of three tones, each of which
 names a digit, or noise, which names none. No picture, clip, sound or sentence is in both splits. The parts are a Qwen2, a CLIP
-tower and a Whisper encoder with random weights, as Hugging Face folders. Written twice, the bytes are the same.
+tower and a Whisper encoder with random weights, as Hugging Face folders. Every run writes the same bytes.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ SECONDS, MELS = 2, 40  # the encoder's window; a melody is a third of it
 
 @dataclass(frozen=True)
 class Example:
-    asked: str  # without the placeholder
+    asked: str  # the question, without the placeholder
     answer: str
     media: bytes = b""
 
 
 def sentence(rng: np.random.Generator) -> Example:
-    """Words among which a digit is named once or a few times, or never."""
+    """Return words among which a digit is named once or a few times, or never."""
     words = list(rng.choice(FILLERS, rng.integers(3, 17)))
     digit = int(rng.integers(0, 11))
     if digit < len(WORDS):
@@ -55,14 +55,14 @@ def sentence(rng: np.random.Generator) -> Example:
 
 
 def pictures(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Digits (n, 64) and what they show (n,), of one split."""
+    """Return digits (n, 64) and their labels (n,), of one split."""
     pixels, digits, order = load_pictures()
     chosen = order[:NUM_TRAIN] if split == "train" else order[NUM_TRAIN:]
     return pixels[chosen], digits[chosen]
 
 
 def text_examples(split: str, rng: np.random.Generator) -> Iterator[Example]:
-    """Sentences that are all different, over both splits: they are drawn from one sequence and divided."""
+    """Yield sentences that are all different, over both splits: they are drawn from one sequence and divided."""
     both, found = np.random.default_rng(SEED), dict[str, Example]()
     while len(found) < sum(COUNTS["text"]):
         example = sentence(both)
@@ -97,10 +97,10 @@ def noise_examples(split: str, rng: np.random.Generator) -> Iterator[Example]:
 
 @dataclass(frozen=True)
 class RecordKind:
-    """What is asked about, its examples, and how its medium is stored."""
+    """A kind of record: its examples, and how its medium is stored."""
 
     examples: Callable[[str, np.random.Generator], Iterator[Example]]
-    medium: str = ""  # of the record; none for text
+    medium: str = ""  # kind of medium of the record; "" for text
     ending: str = ""
 
 
@@ -114,7 +114,7 @@ KINDS = {
 
 
 def write_data(folder: Path) -> None:
-    """folder/media and KIND_train.json, KIND_test.json."""
+    """Write folder/media and KIND_train.json, KIND_test.json."""
     for number, (name, kind) in enumerate(KINDS.items()):
         for part, split in enumerate(SPLITS):
             (folder / "media" / name / split).mkdir(parents=True, exist_ok=True)
@@ -135,9 +135,9 @@ def write_record(folder: Path, name: str, split: str, i: int, example: Example) 
 
 
 def write_audio(folder: Path) -> None:
-    """folder/audio: a Whisper encoder with random weights and the settings of its features."""
+    """Write folder/audio: a Whisper encoder with random weights and the settings of its features."""
     sizes = {"d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 128}
-    # The 0.02 of wide encoders would leave the sound far below the positions that are added to it.
+    # The init_std 0.02 of wide encoders would leave the sound far below the position embeddings that are added to it.
     config = WhisperConfig(num_mel_bins=MELS, max_source_positions=50 * SECONDS, init_std=0.1, **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)

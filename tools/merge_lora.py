@@ -1,7 +1,7 @@
-"""Merges a run's adapters into their weights: SOURCE, a final/ folder or checkpoint-N, becomes OUT, a final/ without adapters.
+"""Merge a run's adapters into their weights: SOURCE, a final/ folder or checkpoint-N, becomes OUT, a final/ without adapters.
 
-W + scale * B A is computed in float32 and rounded to the run's dtype once. Where W was stored in 4 or 8 bits, it is what was
-read back from those: the adapter was trained beside that, and makes up for its errors. Logits are compared before OUT appears.
+W + scale * B A is computed in float32 and rounded to the run's dtype once. Where W was stored in 4 or 8 bits, W is the
+dequantised matrix: the adapter was trained beside that matrix, and makes up for its errors. Logits are compared before OUT appears.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from trainer.errors import ProofError, code_of
 
 
 def merge(source: Path, out: Path) -> None:
-    """Write `out` and print what it holds. ConfigError when there is nothing to merge, ProofError when logits differ."""
+    """Write `out` and print what it holds. Raises ConfigError when there is nothing to merge, ProofError when logits differ."""
     card = read_card(source)
     if not card.lora_parts:
         raise ConfigError(f"{source} has no adapters: no part of it has tune = 'lora'; it can be used as it is")
@@ -48,19 +48,22 @@ def merge(source: Path, out: Path) -> None:
 
 
 def prove_merge(source: Path, processor: Processor) -> float:
-    """Largest relative difference of float32 logits with the adapters merged and beside their weights."""
+    """Return the largest relative difference of float32 logits with the adapters merged and beside their weights.
+
+    Raises ProofError when it is more than rounding.
+    """
     unmerged, merged = (logits_of(source, processor, merge_lora) for merge_lora in (False, True))
     return check_close(merged, unmerged, "merged and unmerged model")
 
 
 def logits_of(folder: Path, processor: Processor, merge_lora: bool) -> Tensor:
     with sample(processor) as record:
-        # One model at a time: two in float32 may not fit.
+        # Load one model at a time: two in float32 may not fit into memory.
         return logits(load_model(folder, dtype=torch.float32, merge_lora=merge_lora), batch_of(processor, record))
 
 
 def write_merged(source: Path, folder: Path, card: ModelCard, processor: Processor) -> None:
-    """Every part that is not its base's any more, whole; the rest of a final/ folder. What was written is read back."""
+    """Write every part that differs from its base, whole, and the rest of a final/ folder. The written weights are read back."""
     model = load_model(source)
     parts = changed_parts(source, card)
     for part in sorted(parts - {"vision_projector"}):
@@ -89,7 +92,7 @@ def write_part(folder: Path, part: str, entries: dict[str, Entry]) -> None:
 
 
 def standalone(config: ModelConfig, parts: set[str]) -> ModelConfig:
-    """The configuration of a model whose `parts` stand in its own folder: nothing of an earlier run is needed."""
+    """Return the configuration of a model whose `parts` stand in its own folder: nothing of an earlier run is needed."""
     llm = replace(config.llm, tune="full" if "llm" in parts else config.llm.tune)
     vision, projector = config.vision, config.vision_projector
     if vision is not None and "vision" in parts:
@@ -100,7 +103,7 @@ def standalone(config: ModelConfig, parts: set[str]) -> ModelConfig:
 
 
 def rounding_of(source: Path, folder: Path, processor: Processor) -> float:
-    """How far what was written is from the unmerged model, relative to the largest logit."""
+    """Return how far the logits of the written model are from the unmerged model's, relative to the largest logit."""
     written, exact = logits_of(folder, processor, True), logits_of(source, processor, False)
     return float((written - exact).abs().max() / exact.abs().max())
 

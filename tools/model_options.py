@@ -1,4 +1,4 @@
-"""Command lines that use a trained model: which one, where it runs, and where its bases stand."""
+"""Options of the command lines that use a trained model: its folder, its device, and the places of its base models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load(options: argparse.Namespace) -> MultimodalLM:
-    """The model that `add_model_options` asked for, adapters merged. Raises `ConfigError`."""
+    """Load the model that the options of `add_model_options` name, adapters merged. Raises `ConfigError`."""
     if bad := [text for text in options.base if not all(text.partition("="))]:
         raise ConfigError(f"--base {bad[0]!r} is not PART=PATH")
     base = dict(text.split("=", 1) for text in options.base)

@@ -1,8 +1,8 @@
-"""Will it fit? What a run takes of every rank's memory and of the disk, before any weight is read.
+"""Will it fit? Estimate what a run takes of every rank's memory and of the disk, before any weight is read.
 
-Parameters, gradients and the optimizer are exact; activations are simulated: the heaviest micro-batch of the epoch goes through
-the real model without values. Read are JSON files, the tokenizer, the index of the data and the records of that micro-batch; with
---no-data, samples of data.max_length tokens stand for them. The last line of stdout is JSON. Exit code 2: the run file is wrong.
+Parameters, gradients and the optimizer are exact; activations are simulated: the heaviest micro-batch of the epoch goes through the
+real model without values. The tool reads JSON files, the tokenizer, the index of the data and the records of that micro-batch; with
+--no-data, samples of data.max_length tokens replace them. The last line of stdout is JSON. Exit code 2: the run file is wrong.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is told."""
+    """Everything that the tool reports."""
 
     heavy: MemoryScenario
     strategies: dict[str, Footprint]  # the configured one first
     calendar: dict[str, int]  # steps, samples and tokens; empty without data
-    lengths: str  # exact | partly exact | estimated: what the calendar and the heaviest micro-batch rest on
+    lengths: str  # exact | partly exact | estimated: the lengths behind the calendar and the heaviest micro-batch
     checkpoint_bytes: int
     final_bytes: int
     memory: float  # bytes of a rank; 0: not known
-    changes: list[Change]  # that would make it fit, when it does not
-    nearest: Change | None  # when nothing does
+    changes: list[Change]  # changes that would make the run fit, when it does not
+    nearest: Change | None  # the change that comes nearest, when none makes it fit
 
     @property
     def fits(self) -> bool | None:
@@ -81,7 +81,7 @@ def plan(options: argparse.Namespace) -> None:
 
 
 def planned(config: RunConfig, data: RunData, num_ranks: int, memory: float) -> Plan:
-    """Everything about a run on `num_ranks` ranks of `memory` bytes each."""
+    """Plan a run on `num_ranks` ranks of `memory` bytes each."""
     heavy, calendar = heaviest_of(config, data, num_ranks)
     strategies: dict[str, Footprint] = {config.parallel.strategy: heavy.needed()}
     for strategy, shard_size in others(config, num_ranks):
@@ -97,7 +97,10 @@ def planned(config: RunConfig, data: RunData, num_ranks: int, memory: float) -> 
 
 
 def others(config: RunConfig, num_ranks: int) -> list[tuple[str, int]]:
-    """Strategies beside the configured one, with their shard size; hsdp in two copies, where ranks form them and none is set."""
+    """Return the strategies beside the configured one, with their shard size.
+
+    hsdp is planned in two copies if the ranks can form them and no shard size is set.
+    """
     if num_ranks == 1:
         return []
     size = config.parallel.shard_size or (num_ranks // 2 if num_ranks % 2 == 0 and num_ranks > 2 else 0)
@@ -106,7 +109,7 @@ def others(config: RunConfig, num_ranks: int) -> list[tuple[str, int]]:
 
 
 def heaviest_of(config: RunConfig, data: RunData, num_ranks: int) -> tuple[MemoryScenario, dict[str, int]]:
-    """The heaviest micro-batch of the first epoch, and what a run of these data comes to."""
+    """Return the heaviest micro-batch of the first epoch, and the run's steps, samples and tokens ({} without data)."""
     batch, sampler = config.batch, data.sampler
     if sampler is None or data.train is None:
         micros = 2 if config.data.packing else -(-batch.global_batch_size // (num_ranks * batch.micro_batch_size))
@@ -132,7 +135,7 @@ def heaviest_of(config: RunConfig, data: RunData, num_ranks: int) -> tuple[Memor
 
 
 def filled(samples: list[Sample], num_tokens: int) -> list[Sample]:
-    """As many of the samples as there is room for."""
+    """Keep the samples that fit into `num_tokens`, in order; a sample that does not fit is skipped."""
     kept, left = [], num_tokens
     for sample in samples:
         if len(sample.input_ids) <= left:

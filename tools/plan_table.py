@@ -1,4 +1,4 @@
-"""How `tools.plan` tells what it found: a table of at most 100 columns for people, one object for programs."""
+"""The output of `tools.plan`: a table of at most 100 columns for people, one object for programs."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ ROWS = {
 
 
 def table(plan: Plan) -> list[str]:
-    """For people."""
+    """Return the lines of the table for people."""
     return [*_parts(plan), "", *_strategies(plan), "", *_run(plan), *_advice(plan)]
 
 
 def _parts(plan: Plan) -> list[str]:
-    """What each part takes on a rank of the configured strategy."""
+    """Return the lines that show what each part takes on a rank of the configured strategy."""
     heavy, (footprint, *_) = plan.heavy, plan.strategies.values()
     held = {part.part: part for part in footprint.holdings}
     ranks, strategy = heavy.num_ranks, heavy.config.parallel.strategy
@@ -46,7 +46,7 @@ def _parts(plan: Plan) -> list[str]:
 
 
 def _strategies(plan: Plan) -> list[str]:
-    """All strategies side by side; the configured one is marked."""
+    """Return the lines that show all strategies side by side; the configured one is marked."""
     config, ranks = plan.heavy.config, plan.heavy.num_ranks
     names = [f"{name} *" if i == 0 and ranks > 1 else name for i, name in enumerate(plan.strategies)]
     if ranks == 1:
@@ -100,7 +100,7 @@ def _advice(plan: Plan) -> list[str]:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """For programs: sizes in bytes."""
+    """Return the plan for programs, with sizes in bytes."""
     heavy = plan.heavy
     batch = heavy.batch()
     strategies = {name: _sizes(found) for name, found in plan.strategies.items()}
@@ -122,7 +122,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def size(value: float) -> str:
-    """Bytes, exact enough for sums to be checked."""
+    """Format bytes with two decimals, exact enough for sums to be checked."""
     return rounded(value, 2)
 
 

@@ -1,4 +1,4 @@
-"""Curves of a run as one PNG: losses, learning rates, gradient norm and throughput over optimizer steps."""
+"""Plot the curves of a run as one PNG: losses, learning rates, gradient norm and throughput over optimizer steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ Curve = tuple[list[int], list[float]]
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl; one that a running or killed process has not finished, the last, is left out."""
+    """Read the lines of metrics.jsonl; a last line that a running or killed process has not finished is left out.
+
+    Raises ConfigError if the file cannot be read or holds no step, DataError for a line that is no metrics.
+    """
     file = folder / "metrics.jsonl"
     try:
         text = file.read_text(encoding="utf-8")
@@ -36,20 +39,20 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def curve(lines: list[dict[str, Any]], key: str) -> Curve:
-    """Steps and values of `key`, where it was logged as a finite number; JSON has null for the others."""
+    """Return steps and values of `key`, where it was logged as a finite number; JSON has null for the others."""
     points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def matching(lines: list[dict[str, Any]], prefix: str, suffix: str = "") -> dict[str, str]:
-    """Keys that stand between `prefix` and `suffix`, by what is between, in the order they were first logged."""
+    """Return the keys that begin with `prefix` and end with `suffix`, by the text in between, in the order of their first log."""
     keys = dict.fromkeys(key for line in lines for key in line)
     between = {key: key[len(prefix) : len(key) - len(suffix)] for key in keys if key.startswith(prefix) and key.endswith(suffix)}
     return {name: key for key, name in between.items() if name}
 
 
 def draw_losses(axes: Axes, lines: list[dict[str, Any]]) -> None:
-    """Training and validation, and each source by itself where there are several."""
+    """Draw training and validation loss, and each source by itself where there are several."""
     for kind, colour, style in (("train", "tab:blue", "-"), ("val", "tab:orange", "o-")):
         steps, values = curve(lines, f"{kind}/loss")
         if steps:

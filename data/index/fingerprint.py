@@ -1,7 +1,8 @@
-"""What sources hold, in a few numbers: so that a run that goes on notices when they hold something else by now.
+"""Fingerprints of the files behind the sources, so that a resumed run notices when the data has changed.
 
-A file of records or an archive is known by its size, its time, 64 blocks spread over it and, up to `WHOLE_BYTES` of all files
-together, by all of its bytes; a medium that is a file of its own by its size, its time and its ends, of `MEDIA` records per source.
+A file of records or an archive is described by its size, its modification time, 64 blocks spread over it and, up to `WHOLE_BYTES`
+of all files together, by all of its bytes. A medium that is a file of its own is described by its size, its modification time and
+its two ends; up to `MEDIA` records per source are sampled.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ from data.media.blob import MediaError
 from data.records.record import RecordError
 
 MEDIA = 1000
-"""Records of a source whose media are looked at, spread over it."""
+"""Records of a source whose media are fingerprinted, spread over the source."""
 WHOLE_BYTES = 4 << 30
-"""Bytes of sources that are read whole at a first start, a second or two per GiB; of what is larger the blocks have to do."""
+"""Bytes of sources that are hashed whole at a first start, a second or two per GiB; larger sources rely on the blocks."""
 _MEDIA_PER_RECORD = 4
 _BLOCKS, _BLOCK_BYTES, _END_BYTES = 64, 1 << 16, 1 << 12
 
 
 def fingerprint(dataset: MultimodalDataset) -> dict[str, Any]:
-    """JSON-able, by source: "files" with rows [path, size, time in ns, digest of blocks, digest of all or ""], and "media" with
-    rows [name, size, time, digest of ends], called as a record names them.
+    """Return the fingerprint of every source as JSON-able values, by source key.
+
+    "files" holds rows [path, size, time in ns, digest of blocks, digest of all bytes or ""]; "media" holds rows [name, size, time,
+    digest of ends] with the names that records use.
     """
     found, left = {}, WHOLE_BYTES
     for number, source in enumerate(dataset.sources):
@@ -37,16 +40,17 @@ def fingerprint(dataset: MultimodalDataset) -> dict[str, Any]:
         for path in paths:
             size, time = _stamp(path)
             left -= size
-            files.append([path, size, time, _blocks(path, size, len(paths)), _whole(path) if left >= 0 else ""])
-        media = [[name, *known] for name, path in _media(dataset, number).items() if (known := _medium(path))]
+            files.append([path, size, time, _digest_of_blocks(path, size, len(paths)), _digest_of_all(path) if left >= 0 else ""])
+        media = [[name, *known] for name, path in _media(dataset, number).items() if (known := _stamp_and_ends(path))]
         found[source.key] = {"files": files, "media": media}
     return found
 
 
 def changes(before: dict[str, Any], dataset: MultimodalDataset) -> list[str]:
-    """What is another than in `before`, one line for people per file. Missing media are left to the step that asks for them.
+    """Return what differs from the fingerprint `before`, as one readable line per file.
 
-    A file whose size and time are as they were is compared by its blocks; one whose time alone is another by all of its bytes.
+    A file with the same size and time is compared by its blocks; one whose time alone differs is compared by all of its bytes.
+    Missing media are not reported here: the step that reads them does.
     """
     lines = []
     for number, source in enumerate(dataset.sources):
@@ -66,17 +70,17 @@ def _file_change(path: str, count: int, size: int, time: int, blocks: str, whole
     now, changed = _stamp(path)
     if now != size:
         return f"{path} has {now:,} bytes, and had {size:,}"
-    if _blocks(path, now, count) != blocks or (changed != time and whole and _whole(path) != whole):
+    if _digest_of_blocks(path, now, count) != blocks or (changed != time and whole and _digest_of_all(path) != whole):
         return f"{path} holds something else in as many bytes"
     if changed != time and not whole:
         return f"{path} was written since; it is too large to have been read whole, so nobody knows whether it is the same"
     return ""
 
 
-def _medium(path: str) -> tuple[int, int, str] | None:
-    """None for what cannot be read, which is told when a step meets it."""
+def _stamp_and_ends(path: str) -> tuple[int, int, str] | None:
+    """Return size, time and digest of a media file; None if it cannot be read, which is reported by the step that reads it."""
     try:
-        return *_stamp(path), _ends(path)
+        return *_stamp(path), _digest_of_ends(path)
     except OSError:
         return None
 
@@ -86,14 +90,17 @@ def _medium_change(path: str, size: int, time: int, ends: str) -> str:
         now, changed = _stamp(path)
         if now != size:
             return f"{path} has {now:,} bytes, and had {size:,}"
-        same = changed == time or _ends(path) == ends
+        same = changed == time or _digest_of_ends(path) == ends
         return "" if same else f"{path} holds something else in as many bytes"
-    except OSError:  # quarantined when a step meets it
+    except OSError:  # the step that reads the record quarantines it
         return ""
 
 
 def _media(dataset: MultimodalDataset, source_id: int) -> dict[str, str]:
-    """Files by the names that records spread over the source give them; what cannot be found is told when a step meets it."""
+    """Return the paths of media files by the names that records give them, for records spread over the source.
+
+    Media that cannot be found are skipped; the step that reads them reports them.
+    """
     ids, found = np.flatnonzero(dataset.source_ids == source_id), {}
     for i in ids[:: max(1, -(-len(ids) // MEDIA))].tolist():
         try:
@@ -102,7 +109,7 @@ def _media(dataset: MultimodalDataset, source_id: int) -> dict[str, str]:
             blobs = [(f"{ref.set or ref.kind}:{ref.path}", locate(ref)) for ref in record.media[:_MEDIA_PER_RECORD]]
         except (RecordError, MediaError):
             continue
-        # Of an archive they are compared with the archive.
+        # Media inside an archive are covered by the fingerprint of the archive.
         found.update(
             {name: blob.path for name, blob in blobs if (blob.start, blob.size) == (0, None) and os.path.isfile(blob.path)}
         )
@@ -114,13 +121,16 @@ def _stamp(path: str) -> tuple[int, int]:
     return state.st_size, state.st_mtime_ns
 
 
-def _blocks(path: str, size: int, count: int) -> str:
-    """Digest of blocks of a file; fewer of each where a source has a large `count` of files. Of a small file they are all of it."""
+def _digest_of_blocks(path: str, size: int, count: int) -> str:
+    """Return the digest of evenly spaced blocks of a file; of a small file the blocks cover all bytes.
+
+    Each file gets fewer blocks where a source has a large `count` of files.
+    """
     blocks = max(4, min(_BLOCKS, _BLOCKS * _BLOCKS // count))
     return _digest(path, [size * k // blocks for k in range(blocks)], _BLOCK_BYTES)
 
 
-def _ends(path: str) -> str:
+def _digest_of_ends(path: str) -> str:
     return _digest(path, [0, max(0, os.path.getsize(path) - _END_BYTES)], _END_BYTES)
 
 
@@ -133,6 +143,6 @@ def _digest(path: str, starts: list[int], count: int) -> str:
     return digest.hexdigest()[:32]
 
 
-def _whole(path: str) -> str:
+def _digest_of_all(path: str) -> str:
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]

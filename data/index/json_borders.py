@@ -1,6 +1,6 @@
-"""Where the records of a JSON file begin and end, found one after the other: slow, exact, and able to say what is wrong.
+"""An exact, sequential finder of record borders in a JSON file: slow, and able to say what is wrong with the file.
 
-`data.index.json_scan` does the same for sound files in a fraction of the time and comes here for all others.
+`data.index.json_scan` does the same for valid files in a fraction of the time and falls back to this module for all others.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from model.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
 # Possessive: a match never backtracks, whatever the file holds.
-_INSIDE = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)  # of a string
+_INSIDE = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)  # the inside of a string
 _BRACKET = re.compile(
     rb'((?:[^"{}\[\]]++|"' + _INSIDE.pattern + rb'")*+)([{}\[\]])?', re.DOTALL
-)  # up to the next one outside strings
+)  # everything up to the next bracket outside strings
 _PIECE = 1 << 20  # bytes
 _KEY = re.compile(rb'"([^"\\]*)"\s*:\s*\Z')
-_LONGEST_KEY, _NUM_KEYS = 200, 8  # bytes that are looked at for one, and how many are told
+_LONGEST_KEY, _NUM_KEYS = 200, 8  # bytes that are searched for a key, and how many keys an error message names
 _SPACE = re.compile(rb"[ \t\r\n]*+")
 
 
 def line_borders(data: mmap.mmap, start: int, name: str) -> Iterator[tuple[int, int]]:
-    """Borders of every line that is not blank, without the space around it."""
+    """Yield (start, stop) of every line that is not blank, without the white space around it."""
     while start < len(data):
         newline = data.find(b"\n", start)
         stop = newline if newline >= 0 else len(data)
-        if stop - start > MAX_RECORD_BYTES:  # refused when it is read, so space around it does not matter
+        if stop - start > MAX_RECORD_BYTES:  # refused when it is read, so white space around it does not matter
             yield start, stop
             start = stop + 1
             continue
@@ -42,7 +42,7 @@ def line_borders(data: mmap.mmap, start: int, name: str) -> Iterator[tuple[int, 
 
 
 def array_borders(data: mmap.mmap, start: int, name: str) -> Iterator[tuple[int, int]]:
-    """Borders of the objects of a JSON array, found by its brackets outside strings; the objects are not decoded.
+    """Yield (start, stop) of the objects of a JSON array, found by the brackets outside strings; the objects are not decoded.
 
     Raises `DataError` where the array is broken between them.
     """
@@ -65,7 +65,10 @@ def array_borders(data: mmap.mmap, start: int, name: str) -> Iterator[tuple[int,
 
 
 def next_object(data: mmap.mmap, at: int, is_first: bool, name: str) -> tuple[int, int] | None:
-    """Borders of the object that comes next in an array, at its start or after an object; None if something else does."""
+    """Return (start, stop) of the next object of an array, from the array's start or from the end of an object.
+
+    Returns None if something else follows.
+    """
     at = skip_space(data, at)
     if not is_first:
         if data[at : at + 1] != b",":
@@ -75,7 +78,7 @@ def next_object(data: mmap.mmap, at: int, is_first: bool, name: str) -> tuple[in
 
 
 def array_start(data: mmap.mmap, start: int, name: str) -> int:
-    """Place of whatever comes first in the array. Raises `DataError` if the file is none."""
+    """Return the place of the first value of the array. Raises `DataError` if the file is no array."""
     at = skip_space(data, start)
     if data[at : at + 1] != b"[":
         if keys := _list_keys(data, at, name):
@@ -91,7 +94,7 @@ def array_start(data: mmap.mmap, start: int, name: str) -> int:
 
 
 def check_encoding(data: mmap.mmap, name: str) -> None:
-    """Raise `DataError` for bytes that begin as compressed files and UTF-16 do, whatever the file is called."""
+    """Raise `DataError` for bytes that begin like a compressed file or UTF-16, whatever the file is called."""
     if data[:2] == b"\x1f\x8b" or data[:4] in (b"PK\x03\x04", b"\x28\xb5\x2f\xfd") or data[:3] == b"BZh":
         raise DataError(f"{name}: is compressed; unpack it: a compressed file cannot be read at any place")
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or (data[:1] in (b"[", b"{") and data[1:2] == b"\0"):
@@ -99,7 +102,7 @@ def check_encoding(data: mmap.mmap, name: str) -> None:
 
 
 def _list_keys(data: mmap.mmap, at: int, name: str) -> list[str]:
-    """Keys that hold lists, if the file is one object that is no record itself; else nothing."""
+    """Return the keys that hold lists if the whole file is one object that is no record itself; otherwise an empty list."""
     if data[at : at + 1] != b"{":
         return []
     try:
@@ -117,14 +120,14 @@ def _list_keys(data: mmap.mmap, at: int, name: str) -> list[str]:
 
 
 def skip_space(data: mmap.mmap, at: int) -> int:
-    """Place of the first byte from `at` on that is no white space of JSON, or the end."""
+    """Return the place of the first byte from `at` on that is no JSON white space, or the end of the file."""
     match = _SPACE.match(data, at)
     return match.end() if match else at
 
 
 def _object_end(data: mmap.mmap, start: int, name: str) -> int:
     depth, at = 0, start
-    # A piece at a time: no other thread runs during a match.
+    # Match a piece at a time: a regular expression holds the GIL during a match.
     while (match := _BRACKET.match(data, at, at + _PIECE)) and (at := match.end() if match.end() > at else _string_end(data, at)):
         if match[2]:
             depth += 1 if match[2] in b"{[" else -1
@@ -134,7 +137,7 @@ def _object_end(data: mmap.mmap, start: int, name: str) -> int:
 
 
 def _string_end(data: mmap.mmap, at: int) -> int:
-    """Place after the string that opens at `at`, which is longer than a piece; 0 if there is none or it never ends."""
+    """Return the place after the string that opens at `at` and is longer than a piece; 0 if there is no string or it never ends."""
     is_open, at = data[at : at + 1] == b'"', at + 1
     while is_open and at < len(data):
         piece = data[at : at + _PIECE]
@@ -155,5 +158,5 @@ def _broken(data: mmap.mmap, at: int, name: str, reason: str) -> NoReturn:
 
 
 def count_lines(data: mmap.mmap, start: int, stop: int) -> int:
-    """Line ends in [start, stop), a piece at a time: a slice is a copy."""
+    """Count the line ends in [start, stop), a piece at a time because a slice is a copy."""
     return sum(data[at : min(at + _PIECE, stop)].count(b"\n") for at in range(start, stop, _PIECE))

@@ -14,12 +14,15 @@ from data.limits import MAX_RECORD_BYTES
 
 
 def plan_record(data: mmap.mmap, start: int, stop: int) -> tuple[int, tuple[int, ...]]:
-    """Text tokens and media of one record. What is too large is refused when it is read: no copy is made, no room planned."""
+    """Return the planned text tokens of one record and how many media of each of `KINDS` it names.
+
+    A record of more than MAX_RECORD_BYTES is refused when it is read, so it is neither copied nor planned: (1, zeros).
+    """
     return (1, (0,) * len(KINDS)) if stop - start > MAX_RECORD_BYTES else by_parsing(data[start:stop])
 
 
 def one_by_one(data: mmap.mmap, first: int, path: Path) -> Table:
-    """Return the table of a file, record by record. Raises `DataError` where an array is broken."""
+    """Return the table of a file, built record by record. Raises `DataError` where an array is broken."""
     line, seen, rows, media = 1, 0, [], []
     for start, stop in (array_borders if path.suffix.lower() == ".json" else line_borders)(data, first, str(path)):
         line += count_lines(data, seen, start)

@@ -1,8 +1,7 @@
-"""Tables of .json and .jsonl files without decoding a record: whole windows of the file at once, by numpy.
+"""Tables of .json and .jsonl files, built by numpy on whole windows of the file, without decoding a record.
 
-A window ends with the last record that is whole in it; the next one begins there, so nothing is carried from one to the other
-and the table does not depend on their size. Whatever is not as expected, and every error message, is left to
-`data.index.json_borders`.
+A window ends with the last record that is whole in it and the next window begins there, so windows share no state and the table
+does not depend on their size. Irregular files, and every error message, are left to `data.index.json_borders`.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ from data.limits import MAX_RECORD_BYTES
 from model.errors import DataError
 
 Advance = Callable[[int], object]
-"""Is told how many bytes of a file have been dealt with."""
+"""Callback that receives the number of bytes processed since the last call."""
 WINDOW = 1 << 22  # bytes
-_LARGEST = 1 << 22  # bytes; a longer record is looked for by itself: its events could take twenty times its size
+_LARGEST = 1 << 22  # bytes; a longer record is scanned by itself: its events could take twenty times its size
 _BRACE, _ARRAY_END, _COMMA, _NEWLINE = b"{],\n"
 _JSON_SPACE, _SPACE = np.zeros((2, 256), dtype=bool)
 _JSON_SPACE[list(b" \t\r\n")] = True
@@ -41,28 +40,28 @@ _SPACE[list(b" \t\r\n\x0b\x0c")] = True
 
 
 class _Irregular(Exception):
-    """The file is broken, or so odd that it is read one by one."""
+    """The file is broken, or so unusual that its records are read one by one."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Records of one window, their places in it, and their lines counted from its own first one."""
+    """Records of one window: their places in the window, and their lines counted from the window's first line."""
 
     start: np.ndarray
     stop: np.ndarray
     line: np.ndarray
     plans: Plans
-    size: int  # bytes that are dealt with
+    size: int  # bytes that are processed
     lines: int  # line ends among them
     is_last: bool
 
 
 def scan(path: Path, advance: Advance) -> Table:
-    """The table of a .json or .jsonl file. Raises `DataError` if it holds no record or is no list of records."""
+    """Return the table of a .json or .jsonl file. Raises `DataError` if it holds no record or is no list of records."""
     if path.stat().st_size == 0:
         raise DataError(f"{path}: is empty; expected at least one record")
     with path.open("rb") as file:
-        # Not closed here: arrays may still look at it while an error passes.
+        # The map is not closed here: arrays may still refer to it while an error propagates.
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     check_encoding(data, str(path))
     first = len(BOM) if data[: len(BOM)] == BOM else 0
@@ -71,7 +70,7 @@ def scan(path: Path, advance: Advance) -> Table:
     if at == len(data) and not is_array:  # a byte order mark alone
         raise DataError(f"{path}: holds no record")
     try:
-        table = _assembled(_parts(data, at, path, advance), count_lines(data, 0, at))
+        table = _table_of_parts(_parts(data, at, path, advance), count_lines(data, 0, at))
     except _Irregular:
         table = one_by_one(data, first, path)
     if not len(table):
@@ -80,7 +79,7 @@ def scan(path: Path, advance: Advance) -> Table:
 
 
 def plan_values(values: list[bytes]) -> Plans:
-    """Plans of JSON values, none of them blank or with a line end in it. Those that are too large to be read take no room."""
+    """Plan JSON values, none of which is blank or contains a line end. Values that are too large to be read are not planned."""
     lines = b"\n".join(value if len(value) <= _LARGEST else b"0" for value in values)
     plans = _line_window(np.frombuffer(lines, np.uint8), True, True).plans  # type: ignore[union-attr]
     for i, value in enumerate(values):
@@ -90,7 +89,7 @@ def plan_values(values: list[bytes]) -> Plans:
 
 
 def _parts(data: mmap.mmap, at: int, path: Path, advance: Advance) -> Iterator[tuple[int, _Part]]:
-    """Each window's records and where it begins."""
+    """Yield (place of the window, its records) for every window. Raises `_Irregular` where the file needs the exact scan."""
     scan_window, scan_one = (_array_window, _object_alone) if path.suffix.lower() == ".json" else (_line_window, _line_alone)
     size, is_first = WINDOW, True
     while True:
@@ -112,7 +111,7 @@ def _parts(data: mmap.mmap, at: int, path: Path, advance: Advance) -> Iterator[t
         raise _Irregular
 
 
-def _assembled(parts: Iterator[tuple[int, _Part]], line: int) -> Table:
+def _table_of_parts(parts: Iterator[tuple[int, _Part]], line: int) -> Table:
     starts, stops, lines, plans = [], [], [], []
     for at, part in parts:
         starts.append(at + part.start)
@@ -130,23 +129,23 @@ def _assembled(parts: Iterator[tuple[int, _Part]], line: int) -> Table:
 
 
 def _object_alone(data: mmap.mmap, at: int, is_first: bool, name: str) -> _Part:
-    """The next object of an array, which is larger than any window."""
+    """Return the next object of an array, which is larger than any window."""
     found = next_object(data, at, is_first, name)
     if found is None or found[1] == len(data):  # the end of the array is due
         raise _Irregular
-    return _alone(data, at, *found)
+    return _single_record(data, at, *found)
 
 
 def _line_alone(data: mmap.mmap, at: int, is_first: bool, name: str) -> _Part:
-    """The next line that is not blank; larger than any window, or behind as much white space."""
+    """Return the next line that is not blank, which is larger than any window or follows as much white space."""
     found = next(line_borders(data, at, name), None)
     if found is None:
         raise _Irregular
-    return _alone(data, at, *found)
+    return _single_record(data, at, *found)
 
 
-def _alone(data: mmap.mmap, at: int, start: int, stop: int) -> _Part:
-    """The record at [start, stop) as all that a window at `at` holds."""
+def _single_record(data: mmap.mmap, at: int, start: int, stop: int) -> _Part:
+    """Return the record at [start, stop) as the only one of a window at `at`."""
     tokens, counts = plan_record(data, start, stop)
     plans = Plans(np.array([tokens], dtype=np.int32), np.array([counts], dtype=np.int16))
     line = count_lines(data, at, start)
@@ -162,7 +161,7 @@ def _alone(data: mmap.mmap, at: int, start: int, stop: int) -> _Part:
 
 
 def _array_window(window: np.ndarray, is_first: bool, is_end: bool) -> _Part | None:
-    """Objects of an array; the window begins where the array's first value is due, or after an object."""
+    """Return the whole objects in a window that begins at an array's first value or after an object; None if there is none."""
     events = find_events(window)
     inside, shift, depth = nesting(events)
     beyond = np.flatnonzero(depth < 0)[:1]
@@ -190,7 +189,7 @@ def _array_window(window: np.ndarray, is_first: bool, is_end: bool) -> _Part | N
 
 
 def _check_gaps(window: np.ndarray, low: np.ndarray, high: np.ndarray, is_first: bool) -> None:
-    """There is one comma and white space in each [low, high), and no comma in the first gap of an array."""
+    """Raise `_Irregular` unless each gap [low, high) is white space and one comma; the first gap of an array holds no comma."""
     widths = high - low
     gap = np.repeat(np.arange(len(low)), widths)
     byte = window[np.arange(len(gap)) - np.repeat(np.cumsum(widths) - widths - low, widths)]
@@ -202,7 +201,7 @@ def _check_gaps(window: np.ndarray, low: np.ndarray, high: np.ndarray, is_first:
 
 
 def _line_window(window: np.ndarray, is_first: bool, is_end: bool) -> _Part | None:
-    """Lines of a window that begins with one; the last one needs its end, unless the file ends there."""
+    """Return the lines of a window that begins at a line start; None if none ends in it. At the end of the file, all lines end."""
     events = find_events(window)
     newlines = np.flatnonzero(events.byte == _NEWLINE)
     ends = events.at[newlines]
@@ -212,7 +211,7 @@ def _line_window(window: np.ndarray, is_first: bool, is_end: bool) -> _Part | No
     low = np.concatenate([[0], ends + 1])
     high = np.concatenate([ends, [size]]) if is_end else ends
     low = low[: len(high)]
-    plans_of, depth = _sound(events, newlines, len(low))
+    plans_of, depth = _valid_lines(events, newlines, len(low))
     line = np.arange(len(low))
     low, high = _stripped(window, low, high)
     filled = high > low
@@ -221,8 +220,11 @@ def _line_window(window: np.ndarray, is_first: bool, is_end: bool) -> _Part | No
     return _Part(low, high, line[filled], plans, size, len(ends), is_end)
 
 
-def _sound(events: Events, newlines: np.ndarray, num_lines: int) -> tuple[Events, np.ndarray]:
-    """Events of the lines that may be JSON and how deep they are; what is broken in one line must not reach the next."""
+def _valid_lines(events: Events, newlines: np.ndarray, num_lines: int) -> tuple[Events, np.ndarray]:
+    """Return the events of the lines that may be valid JSON, and their nesting depth.
+
+    Lines with unpaired quotes or brackets are dropped, so that an error in one line does not affect the next.
+    """
     line = np.repeat(np.arange(len(newlines) + 1), np.diff(newlines + 1, prepend=0, append=len(events.at)))
     chosen = events.byte != _NEWLINE
     chosen &= line < num_lines
@@ -242,7 +244,7 @@ def _sound(events: Events, newlines: np.ndarray, num_lines: int) -> tuple[Events
 
 
 def _stripped(window: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Borders of lines without the space around them."""
+    """Return the borders (low, high) of lines without the white space around them."""
     last = len(window) - 1
     high = high - ((high > low) & (window[np.maximum(high - 1, 0)] == ord("\r")))
     loose = (high > low) & (_SPACE[window[np.minimum(low, last)]] | _SPACE[window[np.maximum(high - 1, 0)]])

@@ -1,4 +1,4 @@
-"""The bytes of JSON that carry its structure, found for a whole window at once: quotes, brackets, backslashes, line ends.
+"""The structural bytes of JSON, found for a whole window at once: quotes, brackets, backslashes and line ends.
 
 Everything after the first pass costs by the number of such bytes, about one in twelve, not by the size of the window.
 """
@@ -21,27 +21,33 @@ class Events:
     byte: np.ndarray  # (E,) uint8
     quote: np.ndarray  # (E,) bool: opens or closes a string
     escaped: np.ndarray  # (E,) bool: a quote after a backslash that is not escaped itself
-    saved: np.ndarray  # (E,) int32 bytes that escapes up to and including here take beyond what they stand for
+    saved: np.ndarray  # (E,) int32 running total of the bytes by which escapes are longer than the text they encode
 
     def __getitem__(self, chosen: slice | np.ndarray) -> Events:
         return Events(*(getattr(self, f.name)[chosen] for f in fields(Events)))
 
 
 def find_events(window: np.ndarray) -> Events:
-    """Events of a window (n,) of uint8 that begins outside strings; every quote is judged by the backslashes before it."""
+    """Return the structural bytes of a window (n,) of uint8 that begins outside strings.
+
+    A quote counts as escaped by the backslashes before it.
+    """
     at = np.flatnonzero(_is_structural(window))
     byte = window[at]
     quote = byte == _QUOTE
     escaped, saved = np.zeros(len(at), dtype=bool), np.zeros(len(at), dtype=np.int32)
     backslashes = np.flatnonzero(byte == _BACKSLASH)
     if len(backslashes):
-        _judge(window, at, byte, backslashes, escaped, saved)
+        _mark_escapes(window, at, byte, backslashes, escaped, saved)
         quote &= ~escaped
     return Events(at, byte, quote, escaped, saved)
 
 
 def _is_structural(window: np.ndarray) -> np.ndarray:
-    """Which bytes (n,) are events; in place, because fresh memory costs more than what is done to it."""
+    """Return a mask (n,) of the bytes that are events.
+
+    Computed in place, because allocating fresh memory costs more than the comparisons.
+    """
     scratch, found = np.empty((2, len(window)), dtype=np.uint8)
     np.bitwise_or(window, 0x20, out=scratch)  # brackets become braces, which differ by 2
     np.subtract(scratch, ord("{"), out=scratch)
@@ -54,10 +60,10 @@ def _is_structural(window: np.ndarray) -> np.ndarray:
     return found
 
 
-def _judge(
+def _mark_escapes(
     window: np.ndarray, at: np.ndarray, byte: np.ndarray, backslashes: np.ndarray, escaped: np.ndarray, saved: np.ndarray
 ) -> None:
-    """Fills `escaped` and `saved`. Of a run of backslashes each second one is escaped by the one before it."""
+    """Fill `escaped` and `saved` in place. In a run of backslashes each second one is escaped by the one before it."""
     places = at[backslashes]
     firsts = np.flatnonzero(np.diff(places, prepend=-2) != 1)
     lengths = np.diff(firsts, append=len(places))
@@ -73,7 +79,10 @@ def _judge(
 
 
 def _utf8_bytes(window: np.ndarray, digits: np.ndarray) -> np.ndarray:
-    """Bytes of UTF-8 of the characters whose four hexadecimal digits begin at `digits`; halves of a pair make two each."""
+    """Return the UTF-8 sizes of the characters whose four hexadecimal digits begin at `digits`.
+
+    Each half of a surrogate pair counts two.
+    """
     first, second, third = (window[np.minimum(digits + k, len(window) - 1)] for k in range(3))
     zero = first == ord("0")
     short = zero & (second <= ord("7"))
@@ -83,8 +92,8 @@ def _utf8_bytes(window: np.ndarray, digits: np.ndarray) -> np.ndarray:
 
 
 def nesting(events: Events) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per event (E,): is it in a string, its opening quote counted; +1 or -1 for a bracket outside strings, else 0; brackets
-    that are open after it, int32.
+    """Return three arrays (E,): whether each event is inside a string, its opening quote included; +1 or -1 for a bracket outside
+    strings, else 0; and the number of open brackets after the event, int32.
     """
     inside = np.bitwise_xor.accumulate(events.quote)
     byte = events.byte
@@ -95,7 +104,7 @@ def nesting(events: Events) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def after_colon(window: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For strings whose closing quotes are at `ends` (k,): is it a key (k,), and where its value begins (k,)."""
+    """Return, for strings whose closing quotes are at `ends` (k,), whether each is a key (k,) and where its value begins (k,)."""
     colon = _past_blanks(window, ends + 1)
     is_key = window[colon] == _COLON
     return is_key, _past_blanks(window, np.minimum(colon + 1, len(window) - 1))
@@ -112,7 +121,7 @@ def _past_blanks(window: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 
 def spelling(window: np.ndarray, starts: np.ndarray, word: bytes) -> np.ndarray:
-    """Which of `starts` (k,) begin `word`, by their numbers in order."""
+    """Return the indices, in order, of the entries of `starts` (k,) at which `word` begins."""
     chosen = np.flatnonzero(window[starts] == word[0])
     places = starts[chosen]
     same = np.ones(len(places), dtype=bool)

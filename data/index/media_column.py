@@ -1,4 +1,4 @@
-"""Values of a medium's column in .parquet files: paths, bytes, or structs of both; one or a list of them."""
+"""Values of a media column in .parquet files: paths, bytes, or structs of both; one or a list of them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 
 def listed(value: Any) -> list[Any]:
-    """A column's value as a list: of one, where it is no list."""
+    """Return a column's value as a list: [] for None, and one item for a value that is no list."""
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def present(value: Any) -> list[Any]:
-    """The media of a column's value. A struct whose bytes were not read may have some."""
+    """Return the media of a column's value, without null ones. A struct whose bytes were not read counts as present."""
     return [
         item for item in listed(value) if not (item is None or (isinstance(item, dict) and "bytes" in item and _is_empty(item)))
     ]
@@ -22,12 +22,14 @@ def _is_empty(item: dict[str, Any]) -> bool:
 
 
 def is_unnamed(item: Any) -> bool:
-    """Whether a medium is a struct without a path whose bytes were not read."""
+    """Return whether a medium is a struct without a path whose bytes were not read."""
     return isinstance(item, dict) and not item.get("path") and "bytes" not in item
 
 
 def names_of(column: str, values: list[Any]) -> list[Any]:
-    """What a record calls the media of one of its columns: their paths, or, where those do not tell them apart, their places."""
+    """Return the names that a record gives to the media of one of its columns: their paths or, where paths do not distinguish them,
+    their places as `column[k]`.
+    """
     paths = [(item.get("path") or None) if isinstance(item, dict) else None if isinstance(item, bytes) else item for item in values]
     places = [f"{column}[{k}]" for k in range(len(values))]
     if all(isinstance(item, dict | bytes) for item in values) and len(set(paths)) < len(paths):
@@ -36,6 +38,6 @@ def names_of(column: str, values: list[Any]) -> list[Any]:
 
 
 def content_of(value: Any) -> bytes | None:
-    """The bytes of one medium, if its column holds them."""
+    """Return the bytes of one medium, if its column holds them."""
     content = value.get("bytes") if isinstance(value, dict) else value
     return content if isinstance(content, bytes) else None

@@ -1,9 +1,9 @@
 """Records in .parquet files: the columns are the keys of a record, and pictures may be columns of bytes (extra `parquet`).
 
-A medium's column holds paths, bytes, or the structs {"bytes", "path"} of Hugging Face's datasets, one or a list of them.
-Media that are null, or structs of nulls, are absent. `conversations`, `messages` and `tools` are lists of structs, or strings
-of JSON. Files are read by row groups, the smallest part that
-can be read alone: where media stand in the file, row groups of few rows make random access fast.
+A media column holds paths, bytes, or the structs {"bytes", "path"} of Hugging Face's datasets, one or a list of them. Media that
+are null, or structs of nulls, are absent. `conversations`, `messages` and `tools` are lists of structs, or strings of JSON. Files
+are read by row groups, the smallest part that can be read alone: where media stand in the file, row groups of few rows make random
+access fast.
 """
 
 from __future__ import annotations
@@ -29,25 +29,27 @@ _TURN_COLUMNS = ("conversations", "messages")
 _TOOL_COLUMNS = ("tools", "functions")
 _ROWS_AT_ONCE = 1024
 MAX_GROUP_BYTES, MAX_GROUP_ROWS = 1 << 33, 1 << 24
-"""Of a row group, unpacked and with its media; whole columns of it are held in memory."""
+"""Limits for one row group, unpacked and with its media: whole columns of it are held in memory."""
 
 
 class ParquetRows:
-    """Rows of .parquet files. A process keeps the row group it read last, once without media and once of each medium's column."""
+    """Rows of .parquet files. A process caches the row group it read last: once without media, and once per media column."""
 
     def __init__(self, shards: Shards, table: Table) -> None:
         self._shards, self._table = shards, table
-        self._kept: dict[str, tuple[Any, Any]] = {}  # by column of media, "" for all that is none: what it is of, and rows
-        self._called: dict[
+        self._cached_groups: dict[
+            str, tuple[Any, Any]
+        ] = {}  # by media column, "" for all others: (process, file, group) and its rows
+        self._cached_media: dict[
             str, tuple[int, dict[str, bytes | None]]
-        ] = {}  # by column of media: the row asked for last, and its media
+        ] = {}  # by media column: the row that was read last, and its media by name
 
     def __reduce__(self) -> tuple[type[ParquetRows], tuple[Shards, Table]]:
         return ParquetRows, (self._shards, self._table)
 
     def raw(self, i: int) -> Any:
         row = self._row(i, "")
-        # Without a path only the bytes, which are not read with the text, say whether there is a medium.
+        # A struct without a path has a medium only if it has bytes, and those are not read with the text.
         unsure = [column for column in _MEDIA_COLUMNS if any(map(is_unnamed, listed(row.get(column))))]
         return _record(row | {column: self._row(i, column).get(column) for column in unsure})
 
@@ -66,40 +68,44 @@ class ParquetRows:
         return str(self._table.line[i])
 
     def _media(self, i: int, column: str) -> dict[str, bytes | None]:
-        """Contents by name of what stands in a column of media of row `i`; where a name stands twice, the first."""
-        if self._called.get(column, (-1, {}))[0] != i:
-            self._called.pop(column, None)  # first, or the media of two rows would be held at once
+        """Return the contents, by name, of a media column of row `i`; of a repeated name, the first."""
+        if self._cached_media.get(column, (-1, {}))[0] != i:
+            self._cached_media.pop(column, None)  # before reading, or the media of two rows would be in memory at once
             values = present(self._row(i, column).get(column))
             named = list(zip(names_of(column, values), map(content_of, values)))
-            self._called[column] = i, {name: content for name, content in reversed(named) if isinstance(name, str)}
-        return self._called[column][1]
+            self._cached_media[column] = i, {name: content for name, content in reversed(named) if isinstance(name, str)}
+        return self._cached_media[column][1]
 
     def _row(self, i: int, column: str) -> dict[str, Any]:
         file, group, row = self._table.file_of(i), int(self._table.start[i]), int(self._table.stop[i])
-        wanted = (os.getpid(), file, group)  # what was opened before a fork is not shared after it
-        if self._kept.get(column, (None, None))[0] != wanted:
-            self._kept.pop(column, None)  # first, or two groups would be held at once
+        wanted = (os.getpid(), file, group)  # a file opened before a fork is not used after it
+        if self._cached_groups.get(column, (None, None))[0] != wanted:
+            self._cached_groups.pop(column, None)  # before reading, or two groups would be in memory at once
             try:
                 opened = _open(self._shards.paths[file])
-                leaves = _light(opened) if not column else [leaf for leaf in _leaves(opened) if leaf.split(".")[0] == column]
-                self._kept[column] = wanted, _group(opened, group, leaves)
+                leaves = (
+                    _columns_without_bytes(opened)
+                    if not column
+                    else [leaf for leaf in _leaves(opened) if leaf.split(".")[0] == column]
+                )
+                self._cached_groups[column] = wanted, _group(opened, group, leaves)
             except _damage() as error:
                 raise RowError(f"cannot be read: {error}") from None
-        return _values(self._kept[column][1], row)
+        return _values(self._cached_groups[column][1], row)
 
 
 def scan_parquet(path: Path, advance: Advance) -> Table:
-    """The table of a .parquet file. Raises `DataError` if it is damaged, has no column of turns, or no row."""
+    """Return the table of a .parquet file. Raises `DataError` if it is damaged, has no column of turns, or no row."""
     opened = _open(str(path))
     if not set(_TURN_COLUMNS) & set(opened.schema_arrow.names):
         raise DataError(f"{path}: has no column {' or '.join(_TURN_COLUMNS)}; its columns: {', '.join(opened.schema_arrow.names)}")
     plans, sizes = [], []
     for group in range(opened.num_row_groups):
         try:
-            rows = _group(opened, group, _light(opened))
+            rows = _group(opened, group, _columns_without_bytes(opened))
         except _damage() as error:
             raise DataError(f"{path}: row group {group} cannot be read: {error}") from None
-        sizes.append(rows.num_rows)  # what there is, not what the file says
+        sizes.append(rows.num_rows)  # the rows that were read, not the number that the file declares
         for first in range(0, rows.num_rows, _ROWS_AT_ONCE):
             plans.append(_plans(rows.slice(first, _ROWS_AT_ONCE)))
             advance(0)  # a group may take minutes
@@ -116,7 +122,7 @@ def scan_parquet(path: Path, advance: Advance) -> Table:
 
 
 def _values(rows: Any, k: int) -> dict[str, Any]:
-    """Row k of a table, {} where it has none. Raises `RowError` for one that is damaged."""
+    """Return row k of a table; {} if the table has no such row. Raises `RowError` for a damaged row."""
     try:
         return next(iter(rows.slice(k, 1).to_pylist()), {})
     except _damage() as error:
@@ -124,7 +130,7 @@ def _values(rows: Any, k: int) -> dict[str, Any]:
 
 
 def _all_values(rows: Any) -> list[dict[str, Any]]:
-    """Every row of a table; {} for those that are damaged."""
+    """Return every row of a table; {} for damaged rows."""
     try:
         return rows.to_pylist()
     except _damage():
@@ -154,16 +160,16 @@ def _open(path: str) -> Any:
 
     try:
         opened = parquet.ParquetFile(path)
-        _ = opened.schema_arrow.names, _leaves(opened)  # read here, so that what is broken in them is told here
+        _ = opened.schema_arrow.names, _leaves(opened)  # read here, so that damage in them is reported here
         return opened
     except _damage() as error:
         raise DataError(f"{path}: is no readable parquet file: {error}") from None
 
 
 def _group(opened: Any, group: int, leaves: list[str]) -> Any:
-    """Columns of one row group. DataError when they say of themselves that they do not fit into memory."""
+    """Return the columns `leaves` of one row group. Raises `DataError` if the group declares more than fits into memory."""
     facts = opened.metadata.row_group(group)
-    # Of the whole group: to ask a column of a damaged file for its own size ends the process.
+    # The size is that of the whole group: asking a column of a damaged file for its own size crashes the process.
     if facts.total_byte_size > MAX_GROUP_BYTES or facts.num_rows > MAX_GROUP_ROWS:
         raise DataError(
             f"it holds {facts.num_rows} rows of {facts.total_byte_size} bytes; at most {MAX_GROUP_ROWS} and {MAX_GROUP_BYTES} are "
@@ -173,7 +179,7 @@ def _group(opened: Any, group: int, leaves: list[str]) -> Any:
 
 
 def _damage() -> tuple[type[Exception], ...]:
-    """What pyarrow makes of broken bytes, of names that are no UTF-8, of dates of no calendar."""
+    """Return the exceptions that pyarrow raises for broken bytes, names that are no UTF-8, and dates of no calendar."""
     return DataError, OSError, ValueError, OverflowError, KeyError, _arrow().lib.ArrowException
 
 
@@ -189,13 +195,13 @@ def _leaves(opened: Any) -> list[str]:
     return [opened.schema.column(i).path for i in range(len(opened.schema))]
 
 
-def _light(opened: Any) -> list[str]:
-    """Columns that a record is made of, without the bytes of its media: those are read when they are asked for."""
+def _columns_without_bytes(opened: Any) -> list[str]:
+    """Return the columns of a record without the bytes of its media, which are read on demand."""
     leaves, found = _leaves(opened), []
     for i, leaf in enumerate(leaves):
         column = opened.schema.column(i)
         is_bytes = column.physical_type == "BYTE_ARRAY" and column.logical_type.type == "NONE"
-        # Bytes without a path beside them are all there is to tell that a row has a medium.
+        # Bytes without a path beside them are read: nothing else says whether a row has a medium.
         beside = any(other != leaf and other.startswith(leaf.removesuffix("bytes")) for other in leaves)
         if not is_bytes or (leaf.split(".")[0] in _MEDIA_COLUMNS and not (leaf.endswith(".bytes") and beside)):
             found.append(leaf)
@@ -203,7 +209,7 @@ def _light(opened: Any) -> list[str]:
 
 
 def _record(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as the JSON of a record: media by name, turns decoded, what is null left out. Raises `RowError`."""
+    """Return a row as the JSON of a record: media by name, turns decoded, nulls left out. Raises `RowError`."""
     found = {key: value for key, value in row.items() if value is not None}
     for column in _MEDIA_COLUMNS:
         if column in found:
@@ -218,7 +224,7 @@ def _record(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """All structs of a column have the same fields; those that a record does not use are null."""
+    """Return a value without its null fields: all structs of a column have the same fields, and unused ones are null."""
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""How the records of one kind of file are read by number: the seam between the index and its formats."""
+"""The interface between the index and the file formats: a reader returns the records of one kind of file by number."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from data.records.media_refs import MediaRef
 
 
 class RowError(Exception):
-    """A record cannot be had. The message is the reason alone; the index adds where it stands."""
+    """A record cannot be read. The message is the reason alone; the index adds the record's place."""
 
 
 class RecordReader(Protocol):
     """Records of a source, all of whose files are of one kind. Forked and pickled copies may be used side by side."""
 
     def raw(self, i: int) -> Any:
-        """The JSON value of record `i`. Raises `RowError`."""
+        """Return the JSON value of record `i`. Raises `RowError`."""
 
     def blob(self, i: int, ref: MediaRef) -> Blob | None:
-        """Where a medium of record `i` is, if the records' own file holds it. Raises `MediaError`."""
+        """Return the place of a medium of record `i` if the records' own file holds it, else None. Raises `MediaError`."""
 
     def place(self, i: int) -> str:
-        """Where in its file record `i` is, for a person: a line, a row, a key."""
+        """Return where record `i` is in its file, for messages: a line, a row, a key."""
 
 
 class JsonRows:
@@ -59,7 +59,7 @@ class JsonRows:
 
 @cache
 def layout_advice(path: str) -> str:
-    """What a .jsonl file looks like by its first lines if not like one object per line; "" where nothing is odd about them."""
+    """Describe the layout of a .jsonl file whose first lines are not one object per line; "" if they look as expected."""
     if not path.lower().endswith(".jsonl"):
         return ""
     try:
@@ -87,7 +87,7 @@ def _is_value(text: bytes) -> bool:
 
 
 def read(shards: Shards, table: Table, i: int) -> bytes:
-    """The bytes of record `i`. Raises `RowError`."""
+    """Return the bytes of record `i`. Raises `RowError`."""
     start, stop = int(table.start[i]), int(table.stop[i])
     if not 0 <= start <= stop:
         raise RowError("cannot be read: its index is damaged; remove the run's index folder and start again")
@@ -103,12 +103,12 @@ def read(shards: Shards, table: Table, i: int) -> bytes:
 
 
 def decoded(text: bytes) -> Any:
-    """The JSON value that `text` spells. Raises `RowError`."""
+    """Decode `text` as one JSON value. Raises `RowError`."""
     if (count := text.count(b"[") + text.count(b"{")) > MAX_RECORD_BRACKETS:
         raise RowError(f"has {count} opening brackets; at most {MAX_RECORD_BRACKETS} are read")
     try:
         return parse_json(text)
-    except json.JSONDecodeError as error:  # its own text counts lines from the record on, and reads like a line of the file
+    except json.JSONDecodeError as error:  # its own text counts lines from the record's start, which reads like a line of the file
         raise RowError(f"cannot be decoded: {error.msg}, at character {error.pos + 1} of the record") from None
     except ValueError as error:
         raise RowError(f"cannot be decoded: {error}") from None

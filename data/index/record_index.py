@@ -1,4 +1,4 @@
-"""Random access to the records of a source, without holding them: a mapped table of where they are and what they weigh."""
+"""Random access to the records of a source without holding them: a mapped table of their places, planned tokens and media."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _DEFAULTS = DataConfig()
 
 @dataclass(frozen=True)
 class SourceFormat:
-    """How one kind of file is indexed and read."""
+    """The functions that index and read one kind of file."""
 
     scan: Callable[[Path, Advance], Table]
     rows: Callable[[Shards, Table], RecordReader]
-    holds_media: bool = False  # beside the records, in the same file
+    holds_media: bool = False  # media stand beside the records, in the same file
 
 
 FORMATS = {
@@ -46,25 +46,28 @@ FORMATS = {
     ".parquet": SourceFormat(scan_parquet, ParquetRows, holds_media=True),
     ".tar": SourceFormat(scan_tar, TarRows, holds_media=True),
 }
-"""By suffix, in whatever case. A kind of file is an entry here, not a branch."""
+"""Formats by lower-case suffix. To add a kind of file, add an entry here, not a branch."""
 
 
 class RecordIndex:
-    """Records of one source by number. Opening maps a table; forked and pickled copies share its pages."""
+    """Records of one source by number. Opening maps a table; forked and pickled copies share its memory pages."""
 
     lengths: np.ndarray  # (N,) int32 planned tokens of each record, an estimate
     modalities: np.ndarray  # (N,) int8 bits: 1 has an image, 2 a video, 4 audio; 0 is text only
 
     def __init__(self, sidecar: Path, tokens: dict[str, int], has_folder: bool) -> None:
-        """Of a sound sidecar; `tokens`: what one medium of each kind is planned with; `has_folder`: media may stand in one."""
+        """Open a valid index file. Raises `ConfigError` if it is none.
+
+        `tokens`: planned tokens of one medium of each kind. `has_folder`: media may be files in a folder of the source.
+        """
         files = read_header(sidecar)
         if files is None:
             raise ConfigError(f"{sidecar} is no index, or is damaged; start again to have it built")
         self._sidecar, self._tokens, self._has_folder = sidecar, tokens, has_folder
         self._table, self._shards = map_table(sidecar), Shards([path for path, _, _ in files])
         kind = FORMATS[Path(files[0][0]).suffix.lower()]
-        self._rows, self._alone = kind.rows(self._shards, self._table), kind.holds_media and not has_folder
-        self.lengths, self.modalities = _planned(self._table, tokens)
+        self._rows, self._media_in_file_only = kind.rows(self._shards, self._table), kind.holds_media and not has_folder
+        self.lengths, self.modalities = _lengths_and_modalities(self._table, tokens)
 
     @staticmethod
     def open(
@@ -74,10 +77,12 @@ class RecordIndex:
         config: DataConfig = _DEFAULTS,
         alive: Callable[[str], object] = lambda at: None,
     ) -> RecordIndex:
-        """The index of `source`; its sidecar in `folder` is used if size and time of every file agree with it, else built.
+        """Open the index of `source`.
 
-        Several processes may do so at once. `alive` is told now and then which file is read. Raises `ConfigError` for a path that
-        cannot be read, `DataError` for a file that is no list of records.
+        Its sidecar in `folder` is used if size and time of every file agree with it, and built otherwise.
+
+        Several processes may do so at once. `alive` is called now and then with the name of the file being read. Raises
+        `ConfigError` for a path that cannot be read, `DataError` for a file that is no list of records.
         """
         paths = source_files(source)
         files, kind = stamps(paths), FORMATS[paths[0].suffix.lower()]
@@ -86,7 +91,9 @@ class RecordIndex:
         if read_header(sidecar, all_bytes=True) != files:
             size = sum(size for _, size, _ in files)
             with tqdm(total=size, unit="B", unit_scale=True, desc=f"index {source.key}", delay=3, leave=False) as bar:
-                write_table(sidecar, joined([_scanned(kind, path, _both(bar.update, alive, path.name)) for path in paths]), files)
+                write_table(
+                    sidecar, joined([_scanned(kind, path, _report_to_both(bar.update, alive, path.name)) for path in paths]), files
+                )
         return RecordIndex(sidecar, media_tokens(specs, config), bool(source.media_root))
 
     def __len__(self) -> int:
@@ -96,33 +103,35 @@ class RecordIndex:
         return RecordIndex, (self._sidecar, self._tokens, self._has_folder)
 
     def num_media(self, kind: str) -> np.ndarray:
-        """(N,) how many media of a kind each record names, an estimate as well."""
+        """Return how many media of a kind each record names (N,); an estimate, like `lengths`."""
         return self._table.media[:, KINDS.index(kind)]
 
     def raw(self, i: int) -> Any:
-        """The decoded JSON of record `i`. Raises `RecordError` if there is none."""
+        """Return the decoded JSON of record `i`. Raises `RecordError` if it cannot be read."""
         try:
             return self._rows.raw(i)
         except RowError as error:
             raise RecordError(self.where(i), self.name(i), "json", str(error)) from None
 
     def blob(self, i: int, ref: MediaRef) -> Blob | None:
-        """Where a medium of record `i` is, if the records' own file holds it; None: it is a file in the source's folder.
+        """Return the place of a medium of record `i` if the records' own file holds it.
 
-        Raises `MediaError` if it is neither, because the source has no folder for media.
+        Returns None if the medium is a file in the source's folder. Raises `MediaError` if it is neither, because the source has no
+        folder for media.
         """
         found = self._rows.blob(i, ref)
-        if found is None and self._alone:
+        if found is None and self._media_in_file_only:
             raise MediaError(f"{ref.path!r} is not in {self.where(i)}; media that stand elsewhere need the source's media_root")
         return found
 
     def where(self, i: int) -> str:
-        """File name and the line, the row or the key of record `i`; lines and rows count from 1."""
+        """Return the file name and the line, row or key of record `i`; lines and rows count from 1."""
         return f"{self._shards.names[self._table.file_of(i)]}:{self._rows.place(i)}"
 
     def name(self, i: int) -> str:
-        """What record `i` is called if it has no id: its line, row or key; of several on one line, `[k]`, the k-th of its array
-        counted from 0.
+        """Return the name of a record `i` that has no id: its line, row or key.
+
+        If several records share a line, the name is `[k]`, the position in the array, counted from 0.
         """
         file = self._table.file_of(i)
         first = int(self._table.file_stops[file - 1]) if file else 0
@@ -131,25 +140,28 @@ class RecordIndex:
         return place if places.count(place) == 1 else f"[{i - first}]"
 
 
-def _both(advance: Advance, alive: Callable[[str], object], name: str) -> Advance:
-    """Tells a bar and whoever waits for the index."""
+def _report_to_both(advance: Advance, alive: Callable[[str], object], name: str) -> Advance:
+    """Return a callback that reports progress to the bar and to the process that waits for the index."""
 
-    def told(num_bytes: int) -> None:
+    def report_progress(num_bytes: int) -> None:
         advance(num_bytes)
         alive(name)
 
-    return told
+    return report_progress
 
 
 def _scanned(kind: SourceFormat, path: Path, advance: Advance) -> Table:
     try:
         return kind.scan(path, advance)
-    except OSError as error:  # by itself it would be told as something that cannot be written
+    except OSError as error:  # a bare OSError would be reported as a failure to write
         raise ConfigError(f"data.sources: {path} cannot be read: {error.strerror}") from error
 
 
 def source_files(source: SourceConfig) -> list[Path]:
-    """Absolute paths of the files of a source, by name. Raises `ConfigError` if there are none or not of one readable kind."""
+    """Return the absolute paths of the files of a source, by name.
+
+    Raises `ConfigError` if there are none or not of one readable kind.
+    """
     name = f"data.sources path {source.path!r}"
     is_file = os.path.isfile(source.path)
     found = [source.path] if is_file else sorted(path for path in glob.glob(source.path, recursive=True) if os.path.isfile(path))
@@ -171,8 +183,8 @@ def source_files(source: SourceConfig) -> list[Path]:
     return [Path(os.path.abspath(path)) for path in found]
 
 
-def _planned(table: Table, tokens: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Planned lengths and modalities of all records."""
+def _lengths_and_modalities(table: Table, tokens: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the planned lengths (N,) int32 and the modality bits (N,) int8 of all records."""
     lengths, modalities = table.text_tokens.astype(np.int64), np.zeros(len(table), dtype=np.int8)
     for bit, kind in enumerate(KINDS):
         lengths += table.media[:, bit] * np.int64(tokens[kind])

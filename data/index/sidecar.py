@@ -1,4 +1,4 @@
-"""Small files of arrays beside a run's index: written whole or not at all, read as None where they are not sound."""
+"""Small files of arrays beside a run's index: written atomically, read as None if they are damaged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from data.records.fields import MAX_NAME
 
 @contextmanager
 def appearing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which appears at `path` once all of it is on disk: readers see no half, and no mixture of two writers."""
+    """Open a temporary file that appears at `path` once all of it is on disk: readers see no half and no mixture of two writers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
@@ -37,15 +37,15 @@ def appearing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """All of them in one file. Same arrays, same bytes."""
+    """Write all arrays into one file, atomically. Equal arrays give equal bytes."""
     with appearing(path) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """What `write_arrays` wrote; None for a file that is not there, or that is damaged: a crash of the machine may cut it short.
+    """Return the arrays that `write_arrays` wrote; they are never larger in memory than on disk.
 
-    It is never larger in memory than on disk.
+    Returns None for a file that is missing or damaged, as a crash of the machine may leave it.
     """
     try:
         with open_regular(path) as file, np.load(file, allow_pickle=False) as found:
@@ -59,11 +59,11 @@ _DAMAGED = (
     *(OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError, MemoryError, SyntaxError, RecursionError),
     *(NotImplementedError, RuntimeError, UnicodeError, struct.error, zlib.error, zipfile.BadZipFile, zipfile.LargeZipFile),
 )
-"""What the readers of zip files and arrays make of broken bytes."""
+"""Exceptions that the readers of zip files and arrays raise for broken bytes."""
 
 
 def _check_sizes(archive: zipfile.ZipFile, num_bytes: int) -> None:
-    """ValueError for members that are compressed, which ours are not, or together larger than their file."""
+    """Raise ValueError for members that are compressed, which ours never are, or together larger than their file."""
     members = archive.infolist()
     if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > num_bytes:
         raise ValueError("is no file of plain arrays")
@@ -72,7 +72,7 @@ def _check_sizes(archive: zipfile.ZipFile, num_bytes: int) -> None:
 
 
 def _check_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
-    """ValueError unless the array's header describes as many bytes as there are: room is made by what it says."""
+    """Raise ValueError unless the array's header describes as many bytes as the member has: memory is allocated by that header."""
     with archive.open(member) as file:
         version = np.lib.format.read_magic(file)  # type: ignore[no-untyped-call]
         if version != (1, 0):
@@ -83,10 +83,13 @@ def _check_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
 
 
 def text_array(text: str) -> np.ndarray:
-    """Text as bytes, for `write_arrays`."""
+    """Encode text as an array of bytes, for `write_arrays`."""
     return np.frombuffer(text.encode(), dtype=np.uint8)
 
 
 def safe_name(key: str) -> str:
-    """A source's key as part of a file's name, which a file system bounds; what makes it unique stands behind it."""
+    """Return a source's key as part of a file name: bounded in length and safe on every file system.
+
+    The caller appends what makes it unique.
+    """
     return re.sub(r"[^A-Za-z0-9._-]", "_", key[:MAX_NAME])

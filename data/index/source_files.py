@@ -1,4 +1,4 @@
-"""The files of a source, read at any place by any process without holding them."""
+"""The files of a source, readable at any place by any process without being held in memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MAX_OPEN = 32  # a source may be thousands of files, a process may open about a 
 
 
 class Shards:
-    """Files by number. Forked copies share what is open, pickled ones open it anew; positions are never shared."""
+    """Files by number. Forked copies share open descriptors, pickled ones reopen the files; file positions are never shared."""
 
     def __init__(self, paths: list[str]) -> None:
         self.paths = paths
@@ -20,7 +20,7 @@ class Shards:
         return Shards, (self.paths,)
 
     def read(self, file: int, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of a file; fewer if it has become shorter. Raises `OSError`."""
+        """Return bytes [start, stop) of a file; fewer if it has become shorter. Raises `OSError`."""
         return os.pread(self._descriptor(file), stop - start, start)
 
     def _descriptor(self, file: int) -> int:
@@ -37,7 +37,7 @@ class Shards:
 
 
 def _names(paths: list[str]) -> list[str]:
-    """File names, with as much of their folders as tells them apart."""
+    """Return the file names, with as much of their folders as distinguishes them."""
     names = [os.path.basename(path) for path in paths]
     if len(set(names)) == len(names):
         return names

@@ -1,4 +1,4 @@
-"""What is known of every record of a source, as columns: in memory while it is built, afterwards mapped from one file."""
+"""The columns that describe every record of a source: in memory while they are built, afterwards mapped from one file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from model.media_spec import PLACEHOLDERS
 
 KINDS = tuple(PLACEHOLDERS)
 """Kinds of media, in the order of the columns of `Table.media`."""
-_VERSION = 4  # of the columns: raise it when one of them or a rule of planning changes
+_VERSION = 4  # version of the columns: raise it when one of them or a rule of planning changes
 _ALIGNED = 64  # bytes
 _LAYOUT = {
     **dict.fromkeys(("start", "stop", "line", "file_stops", "member_stops", "members", "name_stops"), "<i8"),
@@ -35,7 +35,7 @@ _NONE = partial(np.zeros, 0, dtype=np.int64)
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of the N records of F files; M members of archives."""
+    """Columns of N records in F files, with M members of archives."""
 
     start: np.ndarray  # (N,) int64 first byte of the record in its file; parquet: its row group
     stop: np.ndarray  # (N,) int64 one past its last byte; parquet: its row in the group
@@ -56,11 +56,11 @@ class Table:
         return len(self.start)
 
     def file_of(self, i: int) -> int:
-        """Which file record `i` is in."""
+        """Return the number of the file that holds record `i`."""
         return int(np.searchsorted(self.file_stops, i, side="right"))
 
     def members_of(self, i: int) -> Iterator[tuple[str, int, int]]:
-        """Name, first byte and size of each member of record `i` of an archive."""
+        """Yield name, first byte and size of each member of record `i` of an archive."""
         first = int(self.member_stops[i - 1]) if i else 0
         for k in range(first, int(self.member_stops[i])):
             name = self.names[self.name_stops[k - 1] if k else 0 : self.name_stops[k]]
@@ -68,7 +68,7 @@ class Table:
 
 
 def joined(tables: list[Table]) -> Table:
-    """One table of the records of several files, in order; what counts up goes on counting."""
+    """Join the tables of several files, in order, into one; cumulative columns continue over the files."""
     columns = {f.name: np.concatenate([getattr(table, f.name) for table in tables]) for f in fields(Table)}
     for name, counted in (("member_stops", "members"), ("name_stops", "names")):
         before = np.cumsum([0] + [len(getattr(table, counted)) for table in tables])[:-1]
@@ -78,13 +78,13 @@ def joined(tables: list[Table]) -> Table:
 
 
 def stamps(paths: list[Path]) -> list[list[Any]]:
-    """Name, size in bytes and time of change in ns of each file: what a table is valid for."""
+    """Return path, size in bytes and modification time in ns of each file: a table is valid for these."""
     found = [(path, path.stat()) for path in paths]
     return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in found]
 
 
 def write_table(sidecar: Path, table: Table, files: list[list[Any]]) -> None:
-    """Header and columns in one file."""
+    """Write header and columns into one file, atomically."""
     columns = {f.name: np.ascontiguousarray(getattr(table, f.name), dtype=_LAYOUT[f.name]) for f in fields(Table)}
     layout = [[name, column.dtype.str, list(column.shape)] for name, column in columns.items()]
     body = [padded for column in columns.values() for padded in (column.tobytes(), bytes(-column.nbytes % _ALIGNED))]
@@ -99,9 +99,9 @@ def write_table(sidecar: Path, table: Table, files: list[list[Any]]) -> None:
 
 
 def read_header(sidecar: Path, *, all_bytes: bool = False) -> list[list[Any]] | None:
-    """`stamps` of the files that a whole table of this version was made of; None: there is none.
+    """Return the `stamps` of the files that a complete table of this version was built from; None if there is no such table.
 
-    `all_bytes`: its checksum is compared as well, so that not one flipped bit is believed.
+    `all_bytes`: also compare the checksum, so that not one flipped bit is accepted.
     """
     try:
         with open_regular(sidecar) as file:
@@ -117,7 +117,7 @@ def read_header(sidecar: Path, *, all_bytes: bool = False) -> list[list[Any]] | 
                 crc = zlib.crc32(mapped[at : at + _PIECE], crc)
             whole = header["crc32"] == crc and not any(mapped[len(line) : begin])
         files = header["files"]
-    except (OSError, ValueError, TypeError, KeyError, OverflowError):  # missing, cut short, or something else
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):  # missing, cut short, or no table
         return None
     return files if whole else None
 
@@ -126,7 +126,10 @@ _LONGEST_HEADER = 1 << 26
 
 
 def _sizes(header: dict[str, Any]) -> list[int]:
-    """Bytes of each column. Raises what `read_header` expects unless they are those of a table that agree in their lengths."""
+    """Return the bytes of each column.
+
+    Raises an error that `read_header` catches unless the columns are those of a table and their lengths agree.
+    """
     shapes = {}
     for name, dtype, shape in header["columns"]:
         if dtype != _LAYOUT[name] or not all(type(n) is int and n >= 0 for n in shape):
@@ -144,7 +147,7 @@ _FLAT = ("start", "file_stops", "name_stops", "names")
 
 
 def map_table(sidecar: Path) -> Table:
-    """The table that `read_header` has approved; its pages are shared by all processes that map it."""
+    """Map the table that `read_header` has approved; its memory pages are shared by all processes that map it."""
     with open_regular(sidecar) as file:
         header = file.readline(_LONGEST_HEADER)
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -1,4 +1,4 @@
-"""The members of a .tar archive, by its headers alone: POSIX (ustar and pax) and GNU names, any size. Strict about damage."""
+"""The members of a .tar archive, read from its headers: POSIX (ustar and pax) and GNU names, any size. Strict about damage."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _ZEROS = bytes(_BLOCK)
 _REGULAR, _WITHOUT_DATA = b"0\x007", b"123456"
 _PAX, _PAX_FOR_ALL, _LONG_NAME, _LONG_LINK, _SPARSE = b"xgLKS"
 _MAX_EXTENSION = 1 << 20
-"""Bytes of a header that says something of other members: names and times."""
-_MAX_DIGITS = 20  # of a number: no file has so many bytes
+"""Most bytes of an extension header, which holds names and times of other members."""
+_MAX_DIGITS = 20  # most digits of a number: no file has so many bytes
 
 
 @dataclass(frozen=True)
@@ -29,23 +29,24 @@ class Member:
 
 
 def members(data: mmap.mmap, name: str) -> Iterator[Member]:
-    """Every regular file of an archive, in order. Raises `DataError` for one that is damaged, cut short or goes on after its end.
+    """Yield every regular file of an archive, in order.
 
-    Folders and links are passed over; files with holes are refused.
+    Folders and links are skipped; sparse files are refused. Raises `DataError` for an archive that is damaged, cut short or has
+    bytes after its end mark.
     """
     at = 0
-    own: dict[str, str] = {}  # what extensions say of the next member
-    shared: dict[str, str] = {}  # and of all that follow
+    own: dict[str, str] = {}  # fields that extension headers set for the next member
+    shared: dict[str, str] = {}  # fields that extension headers set for all following members
     while data[at : at + _BLOCK] != _ZEROS:
         header = data[at : at + _BLOCK]
         kind = _checked(header, at, name)
         start, size = at + _BLOCK, _number(header[124:136], at, name)
         is_extension = kind in (_PAX, _PAX_FOR_ALL, _LONG_NAME, _LONG_LINK)
         if not is_extension:
-            said, own = shared | own, {}
-            if kind == _SPARSE or any(key.startswith("GNU.sparse") for key in said):
+            fields, own = shared | own, {}
+            if kind == _SPARSE or any(key.startswith("GNU.sparse") for key in fields):
                 _damaged(at, name, "a member with holes cannot be read in place; pack it without --sparse")
-            size = _pax_size(said["size"], at, name) if "size" in said else size
+            size = _pax_size(fields["size"], at, name) if "size" in fields else size
         stop = start + (0 if kind in _WITHOUT_DATA else size)
         if stop > len(data):
             _damaged(at, name, "the archive is cut short in what begins here")
@@ -53,14 +54,14 @@ def members(data: mmap.mmap, name: str) -> Iterator[Member]:
             if size > _MAX_EXTENSION:
                 _damaged(at, name, f"a header of {size} bytes; at most {_MAX_EXTENSION} are read")
             _extend(kind, data[start:stop], own, shared, at, name)
-        elif kind in _REGULAR and not (path := said.get("path") or _name(header)).endswith("/"):
+        elif kind in _REGULAR and not (path := fields.get("path") or _name(header)).endswith("/"):
             yield Member(_clean(path), start, size)
         at = stop + -stop % _BLOCK
     _check_end(data, at, name)
 
 
 def _checked(header: bytes, at: int, name: str) -> int:
-    """The kind of member that a sound header announces."""
+    """Return the type byte of a member's header after checking it. Raises `DataError` for a damaged header."""
     if header[:2] == b"\x1f\x8b":
         _damaged(at, name, "the archive is compressed; unpack it with gunzip, a compressed one cannot be read in place")
     if len(header) < _BLOCK:
@@ -72,7 +73,7 @@ def _checked(header: bytes, at: int, name: str) -> int:
 
 
 def _number(field: bytes, at: int, name: str) -> int:
-    """Octal digits, or big-endian bytes after a set bit (GNU)."""
+    """Decode octal digits, or big-endian bytes after a set bit (GNU)."""
     if field[0] & 0x80:
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
     digits = field.strip(b" \0") or b"0"
@@ -88,7 +89,7 @@ def _pax_size(digits: str, at: int, name: str) -> int:
 
 
 def _extend(kind: int, body: bytes, own: dict[str, str], shared: dict[str, str], at: int, name: str) -> None:
-    """What a header says about the members after it."""
+    """Apply an extension header to `own` or `shared`, the fields of the members after it."""
     if kind == _LONG_NAME:
         own["path"] = _text(body.rstrip(b"\0"))
     while kind in (_PAX, _PAX_FOR_ALL) and body.strip(b"\0"):

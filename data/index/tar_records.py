@@ -1,9 +1,9 @@
 """Records in .tar archives (WebDataset): the members of one key are one record, read in place.
 
-The key of a member is its path up to the first dot of its file's name. KEY.json holds the record, and its media are members of
-the same key: "image": "KEY.jpg" names one, by its path in the archive or by its file's name. A record that names no media at all
-has all members of its key whose extension is a medium's; one that wants none of them says "image": [].
-Members need not stand side by side, and the archive may hold others, which are left alone.
+The key of a member is its path up to the first dot of its file name. KEY.json holds the record, and its media are members of the
+same key: "image": "KEY.jpg" names one, by its path in the archive or by its file name. A record that names no media at all gets
+every member of its key that has the extension of a medium; a record without media says "image": []. The members of a key need not
+be adjacent, and other members of the archive are ignored.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ EXTENSIONS = {
     **dict.fromkeys(("mp4", "webm", "mkv", "avi", "mov"), "video"),
     **dict.fromkeys(("wav", "mp3", "flac", "ogg", "opus", "m4a"), "audio"),
 }
-"""Kinds of members that a record need not name."""
+"""Kinds of medium by extension: members of these extensions need not be named by the record."""
 _RECORD = "json"
 _Inside = tuple[str, int, int]
 """Name, first byte and size of a member."""
 
 
 class TarRows:
-    """Groups of members that share a key."""
+    """Records of .tar archives: groups of members that share a key."""
 
     def __init__(self, shards: Shards, table: Table) -> None:
         self._shards, self._table = shards, table
-        self._called: tuple[int, dict[str, list[_Inside]]] = (-1, {})  # the record that was asked for last, its members by name
+        self._last_members: tuple[int, dict[str, list[_Inside]]] = (-1, {})  # the record that was read last, its members by name
 
     def raw(self, i: int) -> Any:
         names = [name for name, _, _ in self._members(i)]
         if (count := sum(_extension(name) == _RECORD for name in names)) != 1:
             raise RowError(f"{count or 'no'} member{'s are' if count else ' is'} called {self.place(i)}.{_RECORD}")
         value = decoded(read(self._shards, self._table, i))
-        return value | _unnamed(names) if isinstance(value, dict) and not _names_media(value) else value
+        return value | _media_of_key(names) if isinstance(value, dict) and not _names_media(value) else value
 
     def blob(self, i: int, ref: MediaRef) -> Blob | None:
         file = self._table.file_of(i)
-        if self._called[0] != i:
-            self._called = i, _by_name(self._members(i))
-        found = self._called[1].get(ref.path, [])
+        if self._last_members[0] != i:
+            self._last_members = i, _by_name(self._members(i))
+        found = self._last_members[1].get(ref.path, [])
         if len(found) > 1:
             raise MediaError(f"{ref.path!r} is the name of {len(found)} members of {self._shards.names[file]}")
         for name, start, size in found:
@@ -69,7 +69,7 @@ class TarRows:
 
 
 def scan_tar(path: Path, advance: Advance) -> Table:
-    """The table of a .tar file. Raises `DataError` if it is damaged or holds no record."""
+    """Return the table of a .tar file. Raises `DataError` if it is damaged or holds no record."""
     groups: dict[str, list[Member]] = {}
     with path.open("rb") as file:
         if path.stat().st_size == 0:
@@ -108,13 +108,13 @@ def _table(data: mmap.mmap, records: list[list[Member]]) -> Table:
 
 
 def _plans(data: mmap.mmap, texts: list[Member]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Text tokens and media of the records in `texts`, as lines of made-up files."""
+    """Yield planned text tokens and media counts of the records in `texts`, each record as one line of a .jsonl window."""
     lines: list[bytes] = []
     size = 0
     for member in texts:
-        # What is too large is refused when it is read.
+        # A record that is too large is refused when it is read, so it is not planned.
         size_read = member.size if member.size <= MAX_RECORD_BYTES else 0
-        # Line ends stand between values only, and so are of no account; a blank line would be none.
+        # A raw line end in JSON is only white space between values, so a blank may replace it; an empty line would be skipped.
         lines.append(data[member.start : member.start + size_read].translate(_ONE_LINE).strip() or b"0")
         size += len(lines[-1])
         if size > WINDOW:
@@ -139,7 +139,7 @@ def _base(name: str) -> str:
 
 
 def _by_name(inside: list[_Inside]) -> dict[str, list[_Inside]]:
-    """Members by their paths and by their files' names."""
+    """Group members by their paths and by their file names."""
     found: dict[str, list[_Inside]] = {}
     for member in inside:
         for called in {member[0], _base(member[0])}:
@@ -156,8 +156,8 @@ def _counts(group: list[Member]) -> list[int]:
     return [kinds.count(kind) for kind in KINDS]
 
 
-def _unnamed(names: list[str]) -> dict[str, list[str]]:
-    """The media of a record that names none, as it would name them."""
+def _media_of_key(names: list[str]) -> dict[str, list[str]]:
+    """Return the media of a record that names none, by kind, as the record would name them."""
     found: dict[str, list[str]] = {}
     for name in names:
         if (kind := EXTENSIONS.get(_extension(name))) is not None:
@@ -166,7 +166,7 @@ def _unnamed(names: list[str]) -> dict[str, list[str]]:
 
 
 def _names_media(value: dict[str, Any]) -> bool:
-    """By its own keys, or in a content part."""
+    """Return whether a record names media, by its own keys or in a content part."""
     if any(value.get(key) is not None for kind in KINDS for key in (kind, f"{kind}s")):
         return True
     turns = value.get("messages")

@@ -1,7 +1,7 @@
-"""Tokens that a record is planned with before anything of it is rendered: a guess from its bytes.
+"""Planned tokens of a record before it is rendered: an estimate from its bytes.
 
-Every text of a turn counts a token per four bytes of UTF-8, at least one, and so do thoughts, calls and tools; a medium counts
-what one of its kind usually takes.
+Every text of a turn counts one token per four bytes of UTF-8, at least one, and so do thoughts, calls and tools. A medium counts
+the usual number of tokens of its kind.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ _TEXT_LEVEL, _RECORD_LEVEL = 3, 1  # brackets that are open around a turn's text
 
 
 def media_tokens(specs: dict[str, MediaSpec], config: DataConfig) -> dict[str, int]:
-    """Tokens one medium of each kind is planned with; 0 for a kind that no part reads.
+    """Return the planned tokens of one medium of each kind; 0 for a kind that no part of the model reads.
 
-    A picture in tiles has half of the most, of grids the middle one; a video all the frames it may have; a clip lasts ten seconds.
+    A picture in tiles is planned with the mean of the fewest and the most tiles, in anyres grids with the middle grid; a video with
+    all the frames it may have; a clip with ten seconds.
     """
     found = {}
     for kind in KINDS:
@@ -46,7 +47,7 @@ def media_tokens(specs: dict[str, MediaSpec], config: DataConfig) -> dict[str, i
 
 
 def media_bytes(specs: dict[str, MediaSpec], config: DataConfig) -> dict[str, int]:
-    """Bytes of encoder input that one medium of each kind is planned with; 0 for a kind that no part reads."""
+    """Return the planned bytes of encoder input of one medium of each kind; 0 for a kind that no part of the model reads."""
     found = {}
     for kind in KINDS:
         spec = specs.get(READ_BY[kind])
@@ -76,7 +77,7 @@ def _usual(kind: str, spec: MediaSpec, config: DataConfig) -> MediaMeta:
 
 
 def least_tokens(specs: dict[str, MediaSpec], config: DataConfig) -> dict[str, int]:
-    """Tokens that one medium of each kind takes at least; 0 for a kind that no part reads."""
+    """Return the fewest tokens that one medium of each kind takes; 0 for a kind that no part of the model reads."""
     found = {}
     for kind in KINDS:
         spec = specs.get(READ_BY[kind])
@@ -86,12 +87,15 @@ def least_tokens(specs: dict[str, MediaSpec], config: DataConfig) -> dict[str, i
 
 
 def by_size(num_bytes: int) -> int:
-    """Tokens of a record whose texts are not known."""
+    """Estimate the tokens of `num_bytes` bytes of text, at least one."""
     return max(1, num_bytes // BYTES_PER_TOKEN)
 
 
 def by_parsing(raw: bytes) -> tuple[int, tuple[int, ...]]:
-    """Planned text tokens of a record and how many media of each of `KINDS` it names, which one that breaks a rule does as well."""
+    """Parse a record; return its planned text tokens and how many media of each of `KINDS` it names.
+
+    A record that breaks a rule is planned by its size and by the media written in it.
+    """
     value: Any = None
     try:
         value = parse_json(raw)
@@ -103,7 +107,7 @@ def by_parsing(raw: bytes) -> tuple[int, tuple[int, ...]]:
 
 
 def _record_texts(record: Record) -> Iterator[str]:
-    """All that a template writes of a record."""
+    """Yield every text of a record that a template writes."""
     for turn in record.turns:
         yield turn.content
         if thought := turn.extra.get("reasoning_content"):
@@ -115,7 +119,10 @@ def _record_texts(record: Record) -> Iterator[str]:
 
 
 def _written_media(value: Any) -> tuple[int, ...]:
-    """Media that a record which breaks a rule would have without its fault: else a part would seem to be fed by nothing."""
+    """Count the media that a record which breaks a rule would have without its fault.
+
+    Without this count a part of the model could seem to have no input.
+    """
     found = dict.fromkeys(KINDS, 0)
     if isinstance(value, dict):
         for kind in KINDS:
@@ -131,7 +138,7 @@ def _written_media(value: Any) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Plans:
-    """Of the n records of a window."""
+    """Planned sizes of the n records of a window."""
 
     text_tokens: np.ndarray  # (n,) int32
     media: np.ndarray  # (n, 3) int16
@@ -139,7 +146,7 @@ class Plans:
 
 @dataclass(frozen=True)
 class _Strings:
-    """Strings of a window (s,): events of their quotes, bytes between them, brackets open around them."""
+    """Strings of a window (s,): events of their quotes, bytes between them, and brackets open around them."""
 
     opens: np.ndarray
     closes: np.ndarray
@@ -148,11 +155,11 @@ class _Strings:
 
 
 def plan_records(window: np.ndarray, events: Events, depth: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Plans:
-    """Plans of the records at [start, stop) of a window; all `events` are of theirs, their quotes in pairs.
+    """Plan the records at [start, stop) of a window. `events` are those of the records alone, with quotes in pairs.
 
-    The texts are what the keys "value" and "content" of turns hold, with their thoughts and the record's "system"; the media
-    what the record's own keys name. Records whose texts are lists of parts, whose media are no strings, or that have tools or
-    calls, are parsed.
+    The texts are the values of the keys "value" and "content" of turns, with their thoughts and the record's "system"; the media
+    are those that the record's own keys name. Records whose texts are lists of parts, whose media are no strings, or that have
+    tools or calls, are parsed.
     """
     quotes = np.flatnonzero(events.quote)
     opens, closes = quotes[0::2], quotes[1::2]
@@ -169,7 +176,10 @@ def plan_records(window: np.ndarray, events: Events, depth: np.ndarray, start: n
 def _texts(
     window: np.ndarray, events: Events, strings: _Strings, first: np.ndarray, last: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of the texts of each record (n,), 0 where there is none; records whose texts are lists, or that have calls."""
+    """Return the tokens of the texts of each record (n,), 0 without texts, and the records that must be parsed.
+
+    These are the records whose texts are lists, or that have calls.
+    """
     said, which = _keys(window, events, strings, _TEXT_LEVEL, (*_TEXT_KEYS, *_THOUGHT_KEYS, *_CALL_KEYS))
     beside, _ = _keys(window, events, strings, _RECORD_LEVEL, (b"system", *_TOOL_KEYS))
     keys = np.concatenate([said, beside])
@@ -193,7 +203,10 @@ def _texts(
 def _media(
     window: np.ndarray, events: Events, depth: np.ndarray, strings: _Strings, first: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Media of each kind that each record's own keys name (n, 3); records whose lists of them hold more than strings."""
+    """Return how many media of each kind each record's own keys name (n, 3), and the records that must be parsed.
+
+    These are the records whose media lists hold more than strings.
+    """
     media = np.zeros((len(first), len(KINDS)), dtype=np.int64)
     keys, kinds = _keys(window, events, strings, _RECORD_LEVEL, _MEDIA_KEYS)
     kinds //= len(_MEDIA_KEYS) // len(KINDS)
@@ -214,7 +227,7 @@ def _media(
 def _keys(
     window: np.ndarray, events: Events, strings: _Strings, level: int, words: tuple[bytes, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Strings at `level` that are one of `words`: their numbers in order, and which word each is."""
+    """Return the indices, in order, of the strings at `level` that are one of `words`, and which word each is."""
     here = np.flatnonzero(strings.level == level)
     length = strings.length[here]
     alike = {size: here[length == size] for size in {len(word) for word in words}}
@@ -226,5 +239,5 @@ def _keys(
 
 
 def _owners(first: np.ndarray, events: np.ndarray) -> np.ndarray:
-    """Records that events belong to."""
+    """Return the records that events belong to."""
     return np.searchsorted(first, events, side="right") - 1

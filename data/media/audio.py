@@ -1,7 +1,7 @@
-"""Clips: from a path in a record to the log-mel rows its audio encoder was trained on.
+"""Audio clips: from a path in a record to the log-mel rows its audio encoder was trained on.
 
-The features are those of Whisper's extractor in transformers, to 1e-6. A clip longer than the encoder's window is split into
-whole windows and the rest, each normalised by its own maximum, as Whisper would hear them one after the other.
+The features equal those of transformers' WhisperFeatureExtractor to 1e-6. A clip longer than the encoder's window is split into
+whole windows and a rest, each normalised by its own maximum, as if Whisper heard them one after the other.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from data.records.record import MediaRef
 from model.media_spec import AudioSpec, MediaMeta
 
 _SILENCE = 1e-10
-"""Least power of a mel band, as in Whisper."""
+"""Floor of the power of a mel band, as in Whisper."""
 _HIGHEST = 8000.0
 """Upper end of the mel bands in Hz, as in Whisper."""
 
 
 def measure(blob: Blob, ref: MediaRef, spec: AudioSpec, config: DataConfig, num_media: int) -> MediaMeta:
-    """The clip's mel frames, one per begun `spec.hop` samples: exact, by the header of a WAV file, by decoding another.
+    """Return the clip's mel frames, one per begun `spec.hop` samples.
+
+    The count is exact: taken from the header of a WAV file, by decoding any other file.
 
     Raises MediaError.
     """
@@ -35,10 +37,12 @@ def measure(blob: Blob, ref: MediaRef, spec: AudioSpec, config: DataConfig, num_
 
 
 def load(blob: Blob, ref: MediaRef, spec: AudioSpec, config: DataConfig, meta: MediaMeta) -> Tensor:
-    """Log-mel rows (n, M, F) float32: one per window, `model.media_spec.row_frames` says how many frames of each are valid.
+    """Decode a clip to log-mel rows (n, M, F) float32, one row per window.
 
-    F is the window if spec.full_window, with silence after the clip as Whisper hears it; else the frames of the longest row, with
-    zeros after a shorter one. Valid frames are the same either way. Raises MediaError.
+    `model.media_spec.row_frames` gives each row's valid frames.
+
+    F is the window if spec.full_window, with silence after the clip as in Whisper; otherwise F is the frame count of the longest
+    row, with zeros after a shorter one. Valid frames are the same either way. Raises MediaError.
     """
     rate, samples = read_sound(blob, config.max_seconds)
     wave = resample(samples, rate, spec.sampling_rate)
@@ -51,7 +55,7 @@ check = check_sound
 
 
 def log_mel_rows(wave: Tensor, spec: AudioSpec) -> Tensor:
-    """(n,) samples at spec.sampling_rate to rows (ceil(n / window), M, F) as `load` describes them."""
+    """Compute rows (ceil(n / window), M, F), as `load` describes them, of (n,) samples at spec.sampling_rate."""
     pieces = wave.split(spec.window_frames * spec.hop)
     make = _whole_window if spec.full_window else _own_frames
     rows = [make(piece, spec) for piece in pieces]
@@ -69,10 +73,10 @@ def _own_frames(wave: Tensor, spec: AudioSpec) -> Tensor:
 
 
 def _log_mel(wave: Tensor, spec: AudioSpec) -> tuple[Tensor, float]:
-    """(M, F) of one window's samples with all frames they reach into, and the value of those after them.
+    """Return (M, F) of one window's samples with all frames they reach into, and the value of the silent frames after them.
 
-    Zeros follow the samples before the transform, so that the last frames are those of the whole window; beyond these zeros all
-    is silent, whose features are known and are not computed.
+    The samples are padded with zeros before the transform, so that the last frames equal those of the whole window. Frames beyond
+    the padding are silent: their value is known, so they are not computed.
     """
     room = spec.window_frames * spec.hop - len(wave)
     padded = F.pad(wave, (0, min(spec.n_fft + spec.hop, room)))
@@ -90,7 +94,10 @@ def _num_frames(num_samples: int, spec: AudioSpec) -> int:
 
 @lru_cache(maxsize=4)
 def _filters(num_mels: int, n_fft: int, sampling_rate: int) -> Tensor:
-    """(M, n_fft // 2 + 1) float32: how much of each frequency a band takes. Slaney's scale and norm, as in Whisper."""
+    """Return the mel filter bank (M, n_fft // 2 + 1) float32: each band's weights over the frequencies.
+
+    Slaney's scale and norm, as in Whisper.
+    """
     from transformers.audio_utils import mel_filter_bank
 
     bank = mel_filter_bank(n_fft // 2 + 1, num_mels, 0.0, _HIGHEST, sampling_rate, norm="slaney", mel_scale="slaney")

@@ -1,7 +1,8 @@
-"""Files that only PyAV reads (extra `media`): containers, their sound, and nothing that a container points to.
+"""Media containers that only PyAV reads (extra `media`), and their sound; files that a container refers to are never opened.
 
-A playlist can name other files and hosts, and libav would open them; so only formats that hold their own bytes are allowed, and
-they are read from an open file, never by a name. Decoders run in one thread: workers are many already, and order is theirs.
+A playlist can name other files and hosts, and libav would open them. So only formats that hold their own bytes are allowed, and
+they are read from an open file, never by a name. Decoders run in one thread: there are many workers already, and a single thread
+keeps the order of frames fixed.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ FORMATS = (
     *("mov", "matroska", "avi", "flv", "mpegts", "mpeg", "asf", "ogg"),
     *("wav", "w64", "mp3", "flac", "aac", "aiff", "caf", "au", "amr", "wv"),
 )
-"""Names of libav's demuxers that may open a file."""
+"""Names of the libav demuxers that may open a file."""
 
 
 @contextmanager
 def opened(blob: Blob, kind: str) -> Iterator[tuple[Any, Any]]:
-    """The container and its first stream of `kind`: "video" (no cover picture) or "audio". What fails inside is a MediaError."""
+    """Open the container and its first stream of `kind`: "video" (no cover picture) or "audio".
+
+    Raises MediaError for any failure inside the context.
+    """
     with blob.open() as file:
         foreign = foreign_format(file.read(HEAD))
     if foreign is not None:
@@ -34,7 +38,7 @@ def opened(blob: Blob, kind: str) -> Iterator[tuple[Any, Any]]:
         import av
     except ImportError as error:
         raise MediaError(f"{blob.name!r} needs PyAV to be read: pip install -e '.[media]'") from error
-    known = False  # whether the format is one that is read
+    known = False  # becomes True once libav has opened the container
     options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"}
     try:
         with blob.open() as file, av.open(file, options=options, metadata_errors="replace") as container:
@@ -45,8 +49,8 @@ def opened(blob: Blob, kind: str) -> Iterator[tuple[Any, Any]]:
     # PyAV raises what broken bytes lead it to: its own errors, ValueError, EOFError, UnicodeDecodeError ...
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        told = "" if known else f"; it is broken, or none of what is read: {READ[kind]}"
-        raise MediaError(f"{blob.name!r} cannot be decoded: {reason}{told}") from error
+        advice = "" if known else f"; it is broken, or none of what is read: {READ[kind]}"
+        raise MediaError(f"{blob.name!r} cannot be decoded: {reason}{advice}") from error
 
 
 def _stream(container: Any, kind: str, name: str) -> Any:
@@ -65,7 +69,7 @@ def _stream(container: Any, kind: str, name: str) -> Any:
 
 @dataclass(frozen=True)
 class SoundFacts:
-    """What the header of a container says of its sound."""
+    """Facts that the header of a container declares about its sound."""
 
     rate: int  # samples per second
     num_channels: int
@@ -78,7 +82,7 @@ def sound_facts(stream: Any) -> SoundFacts:
 
 
 def sound_blocks(container: Any, stream: Any, name: str) -> Iterator[np.ndarray]:
-    """What the stream decodes to, in blocks (n, channels) of float32, whole numbers scaled to [-1, 1). Raises MediaError."""
+    """Decode the stream in blocks (n, channels) of float32; integers are scaled to [-1, 1). Raises MediaError."""
     rate = stream.codec_context.sample_rate
     for frame in container.decode(stream):
         if frame.sample_rate != rate:

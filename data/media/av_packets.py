@@ -1,4 +1,4 @@
-"""The packets of a video stream: what each says of its frame, and the decoding of them from some place on."""
+"""The packets of a video stream: the facts that each packet states about its frame, and decoding from a given time on."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ from typing import Any
 from data.media.blob import MediaError
 
 MAX_FRAMES = 2_000_000
-"""Of a film: nine hours of sixty frames a second."""
+"""Most frames of a video: nine hours at sixty frames a second."""
 
 
 @dataclass(frozen=True, slots=True)
 class Packet:
-    """What is asked of a packet; the packet itself would keep its bytes in memory, and all of them are the file."""
+    """Facts of one packet. The PyAV packet itself is not kept: it holds its bytes, and those of all packets are the whole file."""
 
     place: int  # in the order of decoding
     pts: Any  # int, or None: without a time
     dts: Any
     duration: int
     is_keyframe: bool
-    is_discard: bool  # to be decoded and not to be shown: an edit list leaves it out
+    is_discard: bool  # to be decoded but not shown: an edit list leaves it out
     is_corrupt: bool
 
 
 def read_packets(container: Any, stream: Any, name: str) -> tuple[list[Packet], float]:
-    """Those of `stream` in the order of decoding, and the second at which the last packet of any stream ends."""
+    """Return the packets of `stream` in decoding order, and the second at which the last packet of any stream ends.
+
+    Raises MediaError for more than MAX_FRAMES packets.
+    """
     packets: list[Packet] = []
     last = 0.0
     for packet in container.demux():
@@ -47,7 +50,10 @@ def read_packets(container: Any, stream: Any, name: str) -> tuple[list[Packet], 
 def frames_from(
     container: Any, stream: Any, time: int, is_safe: Callable[[Any], bool] = lambda first: True
 ) -> Iterator[Any] | None:
-    """The decoded frames from the key frame before `time` on; None if the first packet there, of PyAV, is not a safe one."""
+    """Return the decoded frames from the key frame before `time` on.
+
+    Returns None if there is no packet, or if `is_safe` rejects the first PyAV packet there.
+    """
     container.seek(time, stream=stream, backward=True)
     packets = container.demux(stream)
     first = next(packets, None)
@@ -55,7 +61,10 @@ def frames_from(
 
 
 def _decoded(packets: Iterator[Any]) -> Iterator[Any]:
-    """Frames of `packets`. Those before the first key frame may refer to nothing, in a file that was cut: they are passed over."""
+    """Decode `packets` into frames.
+
+    Frames before the first key frame of a cut file may refer to missing ones: if they fail to decode, they are skipped.
+    """
     from av.error import InvalidDataError
 
     begun = False

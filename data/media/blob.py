@@ -1,4 +1,4 @@
-"""Where the bytes of a medium are: a file, a part of an archive, or memory. Nothing is read until somebody asks."""
+"""A lazily opened byte source of a medium: a file, a slice of an archive, or memory."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from model.errors import DataError
 
 
 class MediaError(DataError):
-    """A medium cannot be used. The message is the reason alone; whoever knows the record adds where it stands."""
+    """A medium cannot be used. The message is the reason alone; the code that knows the record adds its place."""
 
 
 @dataclass(frozen=True)
 class Blob:
     """The bytes of one medium."""
 
-    name: str  # as a person would look for it, for messages
+    name: str  # readable place of the medium, for messages
     path: str = ""  # the file that holds it, or a folder of frames; "" if `data` does
-    start: int = 0  # of the bytes in that file
+    start: int = 0  # first byte of the medium in that file
     size: int | None = None  # None: up to the end of the file
     data: bytes | None = None
 
@@ -30,7 +30,7 @@ class Blob:
         return self.data is None and os.path.isdir(self.path)
 
     def check_exists(self) -> None:
-        """Raises MediaError unless there is a regular file; opening a pipe or a device would wait for ever."""
+        """Raise MediaError unless there is a regular file; opening a pipe or a device could block for ever."""
         if self.data is None and not os.path.isfile(self.path):
             raise MediaError(f"{self.name!r} {'is not a regular file' if os.path.exists(self.path) else 'does not exist'}")
 
@@ -40,7 +40,7 @@ class Blob:
         return os.path.getsize(self.path) - self.start if self.size is None else self.size
 
     def open(self) -> BinaryIO:
-        """A seekable file of these bytes alone. Raises MediaError if there is none."""
+        """Open a seekable file of these bytes alone. Raises MediaError if there is none."""
         self.check_exists()
         if self.data is not None:
             return io.BytesIO(self.data)
@@ -57,7 +57,7 @@ class Blob:
             return io.BytesIO(file.read(self.num_bytes()))
 
     def tail(self, count: int) -> bytes:
-        """The last `count` bytes."""
+        """Return the last `count` bytes."""
         if self.data is not None:
             return self.data[-count:]
         with open_regular(self.path) as file:
@@ -66,7 +66,7 @@ class Blob:
             return file.read(min(count, stop - self.start))
 
     def sampled(self, count: int) -> bytes:
-        """The first, the middle and the last `count` bytes; all of them if there are no more."""
+        """Return the first, the middle and the last `count` bytes; all bytes if there are no more than these."""
         size = self.num_bytes()
         if size <= 3 * count:
             return self.tail(size)
@@ -78,7 +78,10 @@ class Blob:
 
 
 def resolve(path: str, root: str, *, follow_links: bool) -> str:
-    """The file that `path` of a record names inside `root` ("" = the current directory); MediaError when it would leave it."""
+    """Return the file that `path` of a record names inside `root` ("" = the current directory).
+
+    Raises MediaError if the path leaves `root`, or is a link that does so and `follow_links` is False.
+    """
     if "\0" in path:
         raise MediaError(f"{path!r} is no usable path: it holds a null character")
     if os.path.isabs(path):

@@ -1,4 +1,4 @@
-"""The display matrix of a video: how a player turns and mirrors what is stored."""
+"""The display matrix of a video: the rotation and mirroring that a player applies to the stored picture."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from data.media.blob import MediaError
 
 
 def transposition(matrix: Sequence[int], name: str) -> Transpose | None:
-    """The move that ffmpeg makes of the nine numbers of `matrix`, row by row; None: the picture stays as it is.
+    """Return the transposition that ffmpeg makes of the nine numbers of `matrix`, row by row; None if the picture stays as it is.
 
-    Raises MediaError for a matrix that turns a picture by other than whole quarters, to the degree.
+    Raises MediaError for a matrix that turns a picture by other than whole quarters, rounded to the degree.
     """
     a, b, _, c, d, *_ = matrix
     if not math.hypot(a, c) or not math.hypot(b, d):

@@ -1,17 +1,17 @@
-"""Media formats that people have and this project does not read, told by their first bytes so that an error can name them."""
+"""Common media formats that this project does not read, recognised by their first bytes so that an error can name them."""
 
 from __future__ import annotations
 
 import re
 
 HEAD = 16
-"""Bytes that tell a format."""
+"""Bytes that are needed to recognise a format."""
 READ = {
     "audio": "WAV, W64, FLAC, MP3, AAC, Ogg, AIFF, CAF, AU, AMR, WavPack, WMA, and the sound of MP4, MOV, MKV and the like",
     "video": "MP4, MOV, MKV, WEBM, AVI, FLV, TS, MPG, WMV, Ogg, GIF, WEBP, or a folder of pictures",
 }
-"""Formats that are read, for messages."""
-_START = rb"\x00?\x00\x00\x01"  # of a unit of a raw stream
+"""Readable formats by kind, for messages."""
+_START = rb"\x00?\x00\x00\x01"  # start code of a unit of a raw stream
 _FORMATS = {
     "a NIST SPHERE file (TIMIT and others name theirs .wav)": rb"NIST_1A",
     "a raw AC-3 stream": rb"\x0bw",
@@ -40,5 +40,5 @@ _FORMATS = {
 
 
 def foreign_format(head: bytes) -> str | None:
-    """What a file that begins with `head` is, if it is one of those that are not read."""
+    """Return the name of the unsupported format that a file beginning with `head` has; None if it is none of these."""
     return next((name for name, pattern in _FORMATS.items() if re.match(pattern, head, re.DOTALL)), None)

@@ -1,4 +1,4 @@
-"""The frames of a video and when each comes on: a folder of pictures, an animated GIF or WEBP, or a file that PyAV reads."""
+"""The frames of a video and their times: a folder of pictures, an animated GIF or WEBP, or a file that PyAV reads."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ from data.records.record import MediaRef
 from model.media_spec import ImageSpec, MediaMeta
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-"""Names of the files in a folder that are its frames; others beside them, such as a list of times, are none."""
+"""Extensions of the files in a folder that are its frames; other files, such as a list of times, are ignored."""
 _ANIMATION = re.compile(rb"GIF8|RIFF....WEBP", re.DOTALL)
 MAX_FRAMES = 20_000
-"""Of an animation, every frame of which is gone through to know when it is shown."""
+"""Most frames of an animation; all of them are stepped through to find their times."""
 MAX_WORK = 16
-"""An animation's frames together have at most this many times `max_pixels`: a gigapixel takes some ten seconds."""
+"""Most pixels of all frames of an animation together, in units of `max_pixels`: a gigapixel takes some ten seconds."""
 _SHORTEST, _UNTIMED = 0.02, 0.1
-"""An animation's frame that stays for less than the first is shown for the second, as browsers do; in seconds."""
+"""Seconds: an animation's frame that is shown for less than the first counts as shown for the second, as in browsers."""
 
 
 @dataclass(frozen=True)
 class Frames:
-    """Frame i is on the screen from starts[i] until the next one; seconds from the first frame, ascending."""
+    """The frames of a video: frame i is shown from starts[i] until the next one, in seconds from the first frame, ascending."""
 
     starts: Sequence[float]
-    end: float  # when the last one goes
+    end: float  # end of the last frame
     rows: Callable[[Sequence[int]], Iterator[Tensor]]
-    """Pixels (1, 3, S, S) of frames whose numbers ascend. Raises MediaError."""
+    """Decode frames, whose numbers must ascend, to pixels (1, 3, S, S) each. Raises MediaError."""
 
 
 def open_frames(blob: Blob, spec: ImageSpec, config: DataConfig) -> AbstractContextManager[Frames]:
-    """The frames of a video, which stays open as long as the context. All that is wrong with it is a MediaError."""
+    """Open the frames of a video, which stays open as long as the context. Any fault of the video is raised as MediaError."""
     return _opener(blob)(blob, spec, image.one_view(config))
 
 
 def check(blob: Blob) -> None:
-    """Raises MediaError for a video that cannot be opened or, by its markers, is cut off. Decodes nothing."""
+    """Raise MediaError for a video that cannot be opened or, by its markers, is cut off. Decodes nothing."""
     opener = _opener(blob)
     if opener is _folder:
         _names(blob)
@@ -68,7 +68,7 @@ def _opener(blob: Blob) -> Callable[[Blob, ImageSpec, DataConfig], AbstractConte
 
 @contextmanager
 def _folder(blob: Blob, spec: ImageSpec, config: DataConfig) -> Iterator[Frames]:
-    """Pictures in the natural order of their names; they carry no times and count as taken at data.fps."""
+    """Open a folder of pictures in the natural order of their names; pictures carry no times and count as taken at data.fps."""
     names = _names(blob)
 
     def rows(wanted: Sequence[int]) -> Iterator[Tensor]:
@@ -89,7 +89,7 @@ def _names(blob: Blob) -> list[str]:
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:
-    """Sorts by the values of the numbers in names: "9.png" before "10.png"."""
+    """Return a sort key that compares numbers in names by value: "9.png" before "10.png"."""
     parts = re.split("([0-9]+)", name)  # every second one is a number
     return [int(part) if k % 2 else part for k, part in enumerate(parts)], name
 
@@ -114,19 +114,19 @@ def _animation(blob: Blob, spec: ImageSpec, config: DataConfig) -> Iterator[Fram
 
 
 def _judge_work(name: str, count: int, size: tuple[int, int], config: DataConfig) -> None:
-    """Raises MediaError for an animation whose frames take too long to step through: a small file can hold hours of work."""
+    """Raise MediaError for an animation whose frames take too long to step through: a small file can hold hours of work."""
     if count > MAX_FRAMES:
         raise MediaError(f"{name!r} has {count} frames; an animation of at most {MAX_FRAMES} is read")
     if (pixels := count * size[0] * size[1]) > MAX_WORK * config.max_pixels:
-        told = f"{count} frames of {size[0]} x {size[1]} = {pixels} pixels"
-        raise MediaError(f"{name!r} has {told}; at most {MAX_WORK} times data.max_pixels is read")
+        amount = f"{count} frames of {size[0]} x {size[1]} = {pixels} pixels"
+        raise MediaError(f"{name!r} has {amount}; at most {MAX_WORK} times data.max_pixels is read")
 
 
 def _seconds(picture: Image.Image, i: int) -> float:
-    """How long frame i stays."""
+    """Return the seconds for which frame i is shown."""
     picture.seek(i)
     if picture.format == "WEBP":
-        picture.load()  # tells the time of a frame only when it is decoded
+        picture.load()  # Pillow knows the duration of a WEBP frame only once the frame is decoded
     seconds = picture.info.get("duration", 0) / 1000
     return seconds if seconds >= _SHORTEST else _UNTIMED
 

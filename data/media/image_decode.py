@@ -1,8 +1,8 @@
-"""The one place where picture files are opened and decoded: listed formats, a size judged by the header, upright RGB.
+"""The one place where picture files are opened and decoded: listed formats, size check by the header, upright RGB.
 
-Every picture becomes what `transformers.image_utils.load_image` makes of it, to the bit: turned upright as EXIF or XMP say, then
-RGB by Pillow's conversion, which drops alpha. (The processors of transformers 5.23 lay a transparent picture that nobody converted
-on white; those of 5.17 drop alpha too.) There are two exceptions. A grey picture of 16 bits keeps its high bytes, where Pillow's
+Every picture equals `transformers.image_utils.load_image`'s result to the bit: turned upright as EXIF or XMP say, then RGB by
+Pillow's conversion, which drops alpha. (The processors of transformers 5.23 put a transparent picture that was not converted on
+white; those of 5.17 drop alpha too.) There are two exceptions. A grey picture of 16 bits keeps its high bytes, where Pillow's
 conversion clips it to white. A broken EXIF block counts as none, where `load_image` raises.
 """
 
@@ -25,7 +25,7 @@ Size = tuple[int, int]
 """Width and height."""
 _ORIENTATION = 0x0112
 _SWAPPED, _MIRRORED, _FLIPPED = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
-"""EXIF orientations that exchange the axes first, then turn left to right, then top to bottom."""
+"""EXIF orientations that swap the axes, mirror left to right, and flip top to bottom, applied in this order."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,10 +44,11 @@ _FORMATS: dict[str, tuple[re.Pattern[bytes], Callable[[BinaryIO], Any]]] = {
     "GIF": (re.compile(rb"GIF8"), GifImagePlugin.GifImageFile),
     "BMP": (re.compile(rb"BM"), BmpImagePlugin.BmpImageFile),
 }
-"""How each format that may be decoded begins, and what reads its header; of an animation the first frame counts. The others of
-Pillow's forty are attack surface."""
+"""First bytes and header reader of each format that may be decoded; of an animation the first frame counts. The other formats of
+Pillow's forty are attack surface.
+"""
 _NO_HEADER = (SyntaxError, IndexError, TypeError, struct.error)
-"""What Pillow's readers raise for a header that is none."""
+"""Exceptions that Pillow's readers raise for an invalid header."""
 Side = TypeVar("Side", int, float)
 
 
@@ -61,21 +62,21 @@ class Picture:
 
     @classmethod
     def of(cls, image: Image.Image) -> Picture:
-        """All of an RGB image."""
+        """Return the Picture that covers all of an RGB image."""
         return cls(image, image.size, (0, 0, *image.size))
 
 
 def header_size(blob: Blob, judge: Callable[[Size], None]) -> Size:
-    """Size of the upright picture, by its header alone. Raises MediaError, as `judge` does for a size that is refused."""
+    """Return the size of the upright picture, by its header alone. Raises MediaError, also if `judge` refuses the size."""
     with opened(blob) as (stream, picture):
         judge(picture.size)
         return _upright(picture.size, _orientation(picture, stream))
 
 
 def decode(blob: Blob, judge: Callable[[Size], None], needed: Callable[[Size], Size] | None = None) -> Picture:
-    """The picture, once `judge` has let the size in its header pass. Raises MediaError, for files that are cut short too.
+    """Decode the picture, once `judge` has accepted the size in its header. Raises MediaError, for files that are cut short too.
 
-    `needed`: of the size of the upright picture, the size it will be resized to. A JPEG that is at least twice as large is then
+    `needed` maps the size of the upright picture to the size it will be resized to. A JPEG that is at least twice as large is then
     decoded at a half, a quarter or an eighth (libjpeg scales the cosine transform), never below what is needed.
     """
     with opened(blob) as (stream, picture):
@@ -92,10 +93,10 @@ def decode(blob: Blob, judge: Callable[[Size], None], needed: Callable[[Size], S
 
 @contextmanager
 def opened(blob: Blob) -> Iterator[tuple[BinaryIO, Image.Image]]:
-    """Its stream and its header; whatever goes wrong inside is raised as MediaError with the name of the file.
+    """Open a picture's stream and header; any failure inside the context is raised as MediaError with the name of the file.
 
-    How many pixels are too many is for the caller to judge, before anything is decoded: `Image.open` would ask a limit of its own
-    first, which is one for the whole process.
+    The caller judges how many pixels are too many, before anything is decoded: `Image.open` would apply a limit of its own first,
+    which is one for the whole process.
     """
     name = blob.name
     try:
@@ -103,7 +104,7 @@ def opened(blob: Blob) -> Iterator[tuple[BinaryIO, Image.Image]]:
             yield stream, picture
     except MediaError:
         raise
-    except Image.DecompressionBombError as error:  # Pillow asks its limit all the same inside a WEBP, and of a GIF's later frames
+    except Image.DecompressionBombError as error:  # Pillow still applies its limit inside a WEBP, and to a GIF's later frames
         raise MediaError(f"{name!r} has more pixels than Pillow decodes of its format, whatever data.max_pixels allows") from error
     # Pillow's decoders raise whatever broken bytes lead them to: OSError, SyntaxError, struct.error, IndexError ...
     except Exception as error:
@@ -111,7 +112,7 @@ def opened(blob: Blob) -> Iterator[tuple[BinaryIO, Image.Image]]:
 
 
 def _header(stream: BinaryIO, name: str) -> Image.Image:
-    """The picture before any of its pixels; by the first bytes of its file, never by its name."""
+    """Read the picture's header without its pixels; the format is found by the first bytes of the file, never by its name."""
     start = stream.read(12)
     stream.seek(0)
     if not start:
@@ -127,15 +128,16 @@ def _header(stream: BinaryIO, name: str) -> Image.Image:
 
 
 def _orientation(picture: Image.Image, stream: BinaryIO) -> int:
-    """1 to 8; 1 when the file says nothing that can be read.
+    """Return the EXIF orientation, 1 to 8; 1 if the file has none that can be read.
 
-    Pillow looks for it in a PNG by decoding everything, in case metadata stand behind the pixels; here only if they do.
+    Pillow reads it from a PNG by decoding everything, in case metadata stand behind the pixels; here the PNG is decoded only if
+    they do.
     """
     if picture.format == "PNG" and _has_late_metadata(stream):
         picture.load()
     try:
         found = Image.Image.getexif(picture).get(_ORIENTATION, 1)
-    except Exception:  # the same as for decoders; pixels are sound without it
+    except Exception:  # broken bytes may raise anything, as in decoders; the pixels are valid without an orientation
         return 1
     return int(found) if found in range(1, 9) else 1
 
@@ -145,7 +147,7 @@ def _has_late_metadata(stream: BinaryIO) -> bool:
     try:
         kinds = [kind for kind, _ in png_chunks(stream)]
     finally:
-        stream.seek(position)  # where Pillow goes on to read
+        stream.seek(position)  # Pillow continues to read here
     return b"IDAT" in kinds and any(kind in _METADATA for kind in kinds[kinds.index(b"IDAT") :])
 
 
@@ -154,7 +156,7 @@ def _upright(size: tuple[Side, Side], orientation: int) -> tuple[Side, Side]:
 
 
 def _box(image: Size, extent: tuple[float, float], orientation: int) -> tuple[float, float, float, float]:
-    """Where a picture of `extent` pixels, which began in the corner of the stored image, stands in the upright one."""
+    """Return the box, in the upright image, of a picture of `extent` pixels that began in the corner of the stored image."""
     left = image[0] - extent[0] if orientation in _MIRRORED else 0.0
     top = image[1] - extent[1] if orientation in _FLIPPED else 0.0
     return left, top, left + extent[0], top + extent[1]

@@ -1,4 +1,4 @@
-"""A decoded picture becomes the squares of bytes that a vision tower sees: padded, cropped, distorted or cut into tiles."""
+"""Fit a decoded picture to the squares of bytes that a vision tower sees: padded, cropped, distorted or cut into tiles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from model.media_spec import ImageSpec, MediaMeta
 
 
 def views(picture: Picture, spec: ImageSpec, fit: str, meta: MediaMeta) -> list[Image.Image]:
-    """The meta.num_rows squares (S, S) of a picture; `fit` is data.image_fit."""
+    """Return the meta.num_rows squares (S, S) of a picture; `fit` is data.image_fit."""
     if fit == "anyres":
         return anyres.views(picture, spec, meta)
     if fit != "tiles":
@@ -25,7 +25,7 @@ def views(picture: Picture, spec: ImageSpec, fit: str, meta: MediaMeta) -> list[
 
 
 def whole(picture: Picture, spec: ImageSpec, fit: str) -> Image.Image:
-    """All of the picture in one square (S, S)."""
+    """Fit the whole picture into one square (S, S)."""
     if fit == "pad":
         return _padded(picture, spec)
     resized = picture.image.resize(resized_size(picture.size, spec, fit), spec.resample, picture.box)
@@ -34,7 +34,7 @@ def whole(picture: Picture, spec: ImageSpec, fit: str) -> Image.Image:
 
 
 def resized_size(size: Size, spec: ImageSpec, fit: str) -> Size:
-    """(width, height) before the crop; the longer edge is cut down to a whole number, as CLIP's processor does."""
+    """Return (width, height) before the crop; the longer edge is rounded down, as in CLIP's processor."""
     if spec.resize == "exact" or fit in ("tiles", "anyres"):
         return spec.size, spec.size
     width, height = size
@@ -43,7 +43,7 @@ def resized_size(size: Size, spec: ImageSpec, fit: str) -> Size:
 
 
 def needed_size(size: Size, spec: ImageSpec, fit: str, meta: MediaMeta) -> Size:
-    """What a picture of `size` itself is resized to, without bars: decoding more pixels than these is of use to nobody."""
+    """Return the size that a picture of `size` is resized to, without bars: decoding more pixels than these is useless."""
     if fit == "pad":
         return ceil(size[0] * spec.size / max(size)), ceil(size[1] * spec.size / max(size))
     if fit == "tiles":
@@ -55,9 +55,10 @@ def needed_size(size: Size, spec: ImageSpec, fit: str, meta: MediaMeta) -> Size:
 
 
 def _padded(picture: Picture, spec: ImageSpec) -> Image.Image:
-    """The picture in the middle of a square of the mean colour (LLaVA's expand2square), resized to (S, S).
+    """Pad the picture to a square of the mean colour (LLaVA's expand2square) and resize it to (S, S).
 
-    Pillow resizes rows, then columns. So bars above and below are put on when the rows are done: to the bit the same, for less.
+    Pillow resizes rows, then columns. So bars above and below are added after the rows are resized: bit for bit the same result, at
+    less cost.
     """
     image, (left, top, right, bottom) = picture.image, picture.box
     (width, height), side, wide = picture.size, max(picture.size), picture.size[0] >= picture.size[1]
@@ -67,7 +68,7 @@ def _padded(picture: Picture, spec: ImageSpec) -> Image.Image:
     short, length = min(width, height), image.height if wide else image.width
     scale = (stop - start) / short
     bar = (side - short) // 2 * scale
-    # Whole pixels are pasted: where the square begins and ends is a fraction then, if the picture was decoded at a fraction.
+    # Only whole pixels can be pasted, so the square begins and ends at a fraction if the picture was decoded at a fraction.
     offset = ceil(bar - start)
     first = offset + start - bar
     last = first + side * scale
@@ -82,7 +83,7 @@ def _padded(picture: Picture, spec: ImageSpec) -> Image.Image:
 
 
 def _fade(canvas: Image.Image, position: int, share: float, wide: bool, colour: tuple[int, ...]) -> None:
-    """The row, or column, at `position`, of which only `share` shows the picture, takes the rest from the bar beside it."""
+    """Blend the row or column at `position`, of which only `share` shows the picture, with the colour of the bar beside it."""
     if share == 1:
         return
     strip = (0, position, canvas.width, position + 1) if wide else (position, 0, position + 1, canvas.height)

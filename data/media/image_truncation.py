@@ -1,6 +1,7 @@
-"""Is a picture's file whole? Told by its markers, without decoding: `verify()` of Pillow lets a JPEG pass that was cut in half.
+"""Truncation checks for picture files by their markers, without decoding: Pillow's `verify()` accepts a JPEG that was cut in half.
 
-Each function here returns what is missing, or None. Bytes behind the end (padding, a film in a phone's photo) are no fault.
+Each function named after a format returns what is missing, or None. Bytes after the end (padding, a film in a phone's photo) are no
+fault.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ from typing import BinaryIO
 _TAIL = 1 << 12
 _JPEG_SCAN, _JPEG_END = 0xDA, b"\xff\xd9"
 _JPEG_ALONE = (0x00, 0x01, *range(0xD0, 0xDA))
-"""What has no length: a stuffed byte, TEM, RST0 to RST7, SOI, EOI."""
+"""Markers without a length: a stuffed byte, TEM, RST0 to RST7, SOI, EOI."""
 
 
 def jpeg(stream: BinaryIO, num_bytes: int) -> str | None:
-    """Among the pixels nothing can be taken for the end marker: there 0xFF is followed by 0x00."""
+    """Look for the end marker after the start of the first scan.
+
+    Pixels cannot be mistaken for it: in them 0xFF is followed by 0x00.
+    """
     start = _jpeg_scan(stream)
     if start is None:
         return "it ends before its first scan"
-    # The end is looked for where it should be, and among all bytes only if something follows it.
+    # Search the tail first, where the end marker should be, and all bytes only if something follows it.
     for begin in (max(start, num_bytes - _TAIL), start):
         stream.seek(begin)
         if _JPEG_END in stream.read():
@@ -29,7 +33,10 @@ def jpeg(stream: BinaryIO, num_bytes: int) -> str | None:
 
 
 def _jpeg_scan(stream: BinaryIO) -> int | None:
-    """Where the first scan begins. Segments before it are jumped over: a thumbnail in one of them has an end of its own."""
+    """Return the position of the first scan, or None.
+
+    Segments before it are skipped: a thumbnail in one has an end marker of its own.
+    """
     stream.seek(2)
     while len(head := stream.read(2)) == 2:
         if head[0] != 0xFF or head[1] == 0xFF:  # junk or a fill byte: the marker may begin one byte on
@@ -50,7 +57,7 @@ def png(stream: BinaryIO, num_bytes: int) -> str | None:
 
 
 def png_chunks(stream: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Kind of each chunk and the byte behind it, up to IEND or the end of the file."""
+    """Yield the kind of each chunk and the position after it, up to IEND or the end of the file."""
     position, kind = 8, b""
     while kind != b"IEND":
         stream.seek(position)
@@ -63,7 +70,10 @@ def png_chunks(stream: BinaryIO) -> Iterator[tuple[bytes, int]]:
 
 
 def gif(stream: BinaryIO, num_bytes: int) -> str | None:
-    """From block to block, since any byte of a frame may look like the trailer; what begins no block is passed, as Pillow does."""
+    """Walk from block to block to the trailer, since any byte of a frame may look like it.
+
+    Bytes that begin no block are skipped, as in Pillow.
+    """
     stream.seek(0)
     data = stream.read()
     position = 13 + _gif_colours(data[10:11])
@@ -85,7 +95,7 @@ def gif(stream: BinaryIO, num_bytes: int) -> str | None:
 
 
 def _gif_colours(flags: bytes) -> int:
-    """Bytes of the table of colours that `flags` announce."""
+    """Return the bytes of the colour table that `flags` announce."""
     return 3 << ((flags[0] & 7) + 1) if flags and flags[0] & 0x80 else 0
 
 
@@ -96,7 +106,10 @@ def webp(stream: BinaryIO, num_bytes: int) -> str | None:
 
 
 def bmp(stream: BinaryIO, num_bytes: int) -> str | None:
-    """The size that stands in the header is often wrong; that of uncompressed pixels follows from their number."""
+    """Compare the number of bytes with the expected one.
+
+    The size in the header is often wrong; that of uncompressed pixels follows from their number.
+    """
     stream.seek(0)
     head = stream.read(54).ljust(54, b"\0")
     size, pixels, info = struct.unpack("<2xI4xII", head[:18])
@@ -109,4 +122,4 @@ def bmp(stream: BinaryIO, num_bytes: int) -> str | None:
 
 
 MISSING = {"JPEG": jpeg, "MPO": jpeg, "PNG": png, "GIF": gif, "WEBP": webp, "BMP": bmp}
-"""By Pillow's name of the format; MPO is a JPEG with further pictures behind it."""
+"""Truncation check by Pillow's name of the format; MPO is a JPEG with further pictures behind it."""

@@ -1,4 +1,4 @@
-"""One door for all media: measured by their headers, then decoded to the rows an encoder takes."""
+"""Dispatch by kind of medium: measure a medium by its header, then decode it to the rows an encoder takes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from model.media_spec import MediaMeta, MediaSpec
 
 @dataclass(frozen=True)
 class MediaReader:
-    """How one kind of medium is measured, decoded and checked. All raise `MediaError`."""
+    """Functions that measure, decode and check one kind of medium. All raise `MediaError`."""
 
     measure: Callable[[Blob, MediaRef, Any, DataConfig, int], MediaMeta]
-    """Exactly, and as cheaply as the format allows; the last argument is how many media of its kind the record holds."""
+    """Measure exactly, and as cheaply as the format allows; the last argument is how many media of its kind the record holds."""
     load: Callable[[Blob, MediaRef, Any, DataConfig, MediaMeta], Tensor]
-    """Rows (n, ...) of an encoder; raises if what is decoded is not what was measured."""
+    """Decode to rows (n, ...) of an encoder; raises if the result does not have the measured size."""
     check: Callable[[Blob], None] = Blob.check_exists
-    """Cheap: finds what is missing, of a foreign format or cut short, without decoding it."""
+    """Find cheaply, without decoding, a file that is missing, of a foreign format or cut short."""
 
 
 READERS = {
@@ -35,12 +35,12 @@ READERS = {
     "video": MediaReader(video.measure, video.load, video.check),
     "audio": MediaReader(audio.measure, audio.load, audio.check),
 }
-"""By kind of medium. A kind is an entry here and in `model.batch`, not a branch."""
+"""Readers by kind of medium. To add a kind, add an entry here and in `model.media_spec`, not a branch."""
 
 
 @dataclass(frozen=True)
 class RecordMedia:
-    """The media of one record. What is wrong with one of them is raised as `RecordError`."""
+    """The media of one record. A fault of a medium is raised as `RecordError`."""
 
     record: Record
     locate: Callable[[MediaRef], Blob]  # may raise MediaError
@@ -48,23 +48,23 @@ class RecordMedia:
     config: DataConfig
 
     def measure(self, ref: MediaRef) -> MediaMeta:
-        """What the header says."""
+        """Measure a medium by its header, or by decoding it where the header is not enough."""
         with self._named(ref):
             return READERS[ref.kind].measure(self.locate(ref), ref, self.specs[ref.modality], self.config, self._counts[ref.kind])
 
     def load(self, ref: MediaRef, meta: MediaMeta) -> Tensor:
-        """Encoder rows (n, ...) of a medium that was measured as `meta`."""
+        """Decode a medium that was measured as `meta` to encoder rows (n, ...)."""
         with self._named(ref):
             return READERS[ref.kind].load(self.locate(ref), ref, self.specs[ref.modality], self.config, meta)
 
     def check(self, ref: MediaRef) -> None:
-        """Raises if the file is missing, of a foreign format or cut short; nothing is decoded."""
+        """Raise `RecordError` if the file is missing, of a foreign format or cut short; nothing is decoded."""
         with self._named(ref):
             READERS[ref.kind].check(self.locate(ref))
 
     @cached_property
     def _counts(self) -> Counter[str]:
-        """How many media of each kind the record holds."""
+        """Count the media of each kind in the record."""
         return Counter(ref.kind for ref in self.record.media)
 
     @contextmanager
@@ -73,6 +73,6 @@ class RecordMedia:
             yield
         except MediaError as error:
             raise RecordError(self.record.where, self.record.id, ref.kind, str(error)) from error
-        except OSError as error:  # of a disk that fails, or a folder that may not be listed; no reason to end a run
+        except OSError as error:  # a failing disk, or a folder that may not be listed, is no reason to end a run
             reason = f"{ref.path!r} cannot be read: {error.strerror or error}"
             raise RecordError(self.record.where, self.record.id, ref.kind, reason) from error

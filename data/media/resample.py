@@ -1,7 +1,7 @@
-"""Sound from one sampling rate to another, by windowed-sinc interpolation.
+"""Resampling of sound from one sampling rate to another, by windowed-sinc interpolation.
 
-Below 0.91 of the lower of both Nyquist frequencies a tone keeps its amplitude and phase to 5e-5; at that Nyquist frequency and
-above it is less than 2e-5 of what it was, so nothing folds back.
+A tone below 0.91 of the lower Nyquist frequency keeps its amplitude and phase to 5e-5; at that Nyquist frequency and above its
+amplitude falls to less than 2e-5, so nothing aliases.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ZEROS = 64
-"""Zero crossings of the sinc on each side: what the width of the transition costs."""
+"""Zero crossings of the sinc on each side: more of them make the transition band narrower and cost more."""
 CUTOFF = 0.955
 """Middle of the transition, as a share of the lower Nyquist frequency."""
 KAISER = 9.0
 """Shape of the window: 90 dB in the stop band."""
 _TOGETHER = 64
-"""Outputs that one matrix makes: wide enough for a fast product, narrow enough not to be mostly zeros."""
+"""Outputs that one matrix computes: wide enough for a fast product, narrow enough not to be mostly zeros."""
 
 
 def resampled_length(num_samples: int, rate: int, new_rate: int) -> int:
-    """Samples that `resample` makes: those that begin before the sound ends."""
+    """Return how many samples `resample` makes: those that begin before the sound ends."""
     return -(-num_samples * new_rate // rate)
 
 
 def resample(wave: Tensor, rate: int, new_rate: int) -> Tensor:
-    """(n,) float32 at `rate` to (resampled_length,) at `new_rate`, in memory in proportion to what goes in and comes out.
+    """Resample (n,) float32 at `rate` to (resampled_length,) at `new_rate`; memory grows in proportion to input and output.
 
-    Outputs whose places between the inputs repeat are made together: a product of strips of the sound with the weights of some
-    sixty outputs, so that no pair of rates, however odd, needs a large table.
+    The positions of the outputs between the inputs repeat. Outputs are computed in groups: strips of the sound times the weights of
+    some sixty outputs, so that no pair of rates, however odd, needs a large table.
     """
     if rate == new_rate:
         return wave
@@ -54,7 +54,10 @@ def resample(wave: Tensor, rate: int, new_rate: int) -> Tensor:
 
 
 def _weights(places: np.ndarray, reach: int, cutoff: float) -> Tensor:
-    """(taps, k): column k makes the output that lies `places[k]` inputs after the first one; tap 0 is `reach` before that."""
+    """Return weights (taps, k): column k makes the output that lies `places[k]` inputs after the first one.
+
+    Tap 0 is `reach` before that.
+    """
     distance = np.arange(-reach, ceil(places[-1]) + reach + 1)[:, None] - places
     inside = np.clip(1 - (distance * cutoff / ZEROS) ** 2, 0, None)
     window = np.where(inside > 0, np.i0(KAISER * np.sqrt(inside)) / np.i0(KAISER), 0.0)

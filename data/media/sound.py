@@ -1,4 +1,4 @@
-"""Sound as one channel of samples: WAV files without any extra package, all others through PyAV."""
+"""Sound as one channel of samples: WAV files are read without any extra package, all others through PyAV."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ from data.media.blob import Blob, MediaError
 from data.media.wav import WavHeader, read_header, read_samples
 
 RATES = (1000, 192_000)
-"""Least and most samples per second."""
+"""Lowest and highest samples per second."""
 MAX_CHANNELS = 32
 MAX_AMPLITUDE = 16.0
-"""Full scale is 1. Floats beyond this were never scaled to it, and log-mel features would be off by the factor."""
+"""Largest absolute sample. Full scale is 1; larger floats were never scaled to it, and log-mel features would be off by that."""
 _CUT_SECONDS = 0.2
-"""A compressed file may decode to this much less than its header declares: encoders pad."""
-_TELL_LENGTH = ("flac", "mov", "wav", "aiff", "caf")
-"""Formats whose headers hold the number of samples; what others say may be a guess by the bit rate."""
+"""Seconds by which a compressed file may decode to less than its header declares: encoders pad."""
+_EXACT_LENGTHS = ("flac", "mov", "wav", "aiff", "caf")
+"""Formats whose headers hold the number of samples; the lengths of other formats may be guesses from the bit rate."""
 
 
 @dataclass(frozen=True)
 class Length:
     rate: int  # samples per second
-    num_samples: int  # of each channel
+    num_samples: int  # per channel
 
 
 def sound_length(blob: Blob, max_seconds: float) -> Length:
-    """How long the sound is, exactly: by the header of a WAV file, by decoding another. Raises MediaError, as `read_sound` does."""
+    """Return the exact length of the sound: by the header of a WAV file, by decoding any other.
+
+    Raises MediaError, as `read_sound` does.
+    """
     header = _wav_header(blob)
     if header is None:
         return _decoded(blob, max_seconds, keep=False)[0]
@@ -39,9 +42,9 @@ def sound_length(blob: Blob, max_seconds: float) -> Length:
 
 
 def read_sound(blob: Blob, max_seconds: float) -> tuple[int, Tensor]:
-    """The sampling rate and the samples (n,) float32, the mean of all channels, full scale 1.
+    """Return the sampling rate and the samples (n,) float32, the mean of all channels, full scale 1.
 
-    Raises MediaError for a file that is broken, cut off, empty, longer than `max_seconds`, or holds what is no sound.
+    Raises MediaError for a file that is broken, cut off, empty, longer than `max_seconds`, or holds samples that are no sound.
     """
     header = _wav_header(blob)
     if header is None:
@@ -53,7 +56,7 @@ def read_sound(blob: Blob, max_seconds: float) -> tuple[int, Tensor]:
 
 
 def check_sound(blob: Blob) -> None:
-    """Raises MediaError for a file that cannot be read as its header says; nothing is decoded."""
+    """Raise MediaError for a file that cannot be read as its header says; nothing is decoded."""
     if _wav_header(blob) is None:
         with opened(blob, "audio") as (_, stream):
             facts = sound_facts(stream)
@@ -61,7 +64,7 @@ def check_sound(blob: Blob) -> None:
 
 
 def is_unsized(blob: Blob) -> bool:
-    """Whether it is a WAV file that does not say how long it is, and was read to its end. Raises MediaError."""
+    """Return whether the blob is a WAV file whose header gives no length, so that it is read to its end. Raises MediaError."""
     header = _wav_header(blob)
     return header is not None and header.is_open
 
@@ -76,7 +79,10 @@ def _wav_header(blob: Blob) -> WavHeader | None:
 
 
 def _decoded(blob: Blob, max_seconds: float, keep: bool) -> tuple[Length, list[np.ndarray]]:
-    """The length and, with `keep`, the blocks (n,) of a compressed file; decoding stops where it becomes too long."""
+    """Decode a compressed file; return its length and, with `keep`, its blocks (n,).
+
+    Decoding stops where the sound becomes too long.
+    """
     blocks, num_samples = [], 0
     with opened(blob, "audio") as (container, stream):
         facts = sound_facts(stream)
@@ -86,10 +92,10 @@ def _decoded(blob: Blob, max_seconds: float, keep: bool) -> tuple[Length, list[n
             _check_length(blob.name, num_samples, facts.rate, max_seconds, facts.seconds)
             if keep:
                 blocks.append(_mono(block))
-        told = facts.seconds if container.format.name.split(",")[0] in _TELL_LENGTH else 0.0
+        declared = facts.seconds if container.format.name.split(",")[0] in _EXACT_LENGTHS else 0.0
     _check_some(blob.name, num_samples)
-    if num_samples / facts.rate < told - _CUT_SECONDS:
-        raise MediaError(f"{blob.name!r} declares {told:.2f} s and holds {num_samples / facts.rate:.2f} s: it is cut off")
+    if num_samples / facts.rate < declared - _CUT_SECONDS:
+        raise MediaError(f"{blob.name!r} declares {declared:.2f} s and holds {num_samples / facts.rate:.2f} s: it is cut off")
     return Length(facts.rate, num_samples), blocks
 
 

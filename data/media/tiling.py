@@ -1,4 +1,4 @@
-"""Into how many square tiles a picture is cut: the dynamic tiling of InternVL and VITA, as a function of sizes alone."""
+"""The grid of square tiles into which a picture is cut: the dynamic tiling of InternVL and VITA, as a function of sizes alone."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from model.media_spec import MediaMeta
 
 
 def plan(size: tuple[int, int], side: int, min_tiles: int, max_tiles: int, thumbnail: bool) -> MediaMeta:
-    """Rows and grid of a picture of `size` (width, height) for a tower that sees `side` x `side` pixels.
+    """Return the rows and the grid of a picture of `size` (width, height) for a tower that sees `side` x `side` pixels.
 
-    As InternVL's `max_dynamic_patch`, `max_tiles` does not count the thumbnail, which only a picture of more than one tile has:
+    As in InternVL's `max_dynamic_patch`, `max_tiles` does not count the thumbnail, which only a picture of more than one tile has:
     a picture takes at most max_tiles + 1 rows.
     """
     across, down = best_grid(size, side, min_tiles, max_tiles)
@@ -19,15 +19,15 @@ def plan(size: tuple[int, int], side: int, min_tiles: int, max_tiles: int, thumb
 
 
 def budget(max_tiles: int, num_pictures: int) -> int:
-    """Tiles that each of several pictures of one sample may take, at least one (InternVL's rule)."""
+    """Return the tiles that each of several pictures of one sample may take, at least one (InternVL's rule)."""
     return max(1, max_tiles // num_pictures)
 
 
 def best_grid(size: tuple[int, int], side: int, min_tiles: int, max_tiles: int) -> tuple[int, int]:
-    """(across, down) of the candidate whose aspect is nearest that of `size`.
+    """Return the grid (across, down) whose aspect is nearest that of `size`.
 
-    Of equally near ones the first is taken, and a later one, which has more tiles, in its place if the picture has more than half
-    as many pixels as those tiles. InternVL leaves the order of candidates of one area to a set; here it is fixed.
+    Of equally near grids the first wins; a later one, which has more tiles, replaces it if the picture has more than half as many
+    pixels as those tiles. InternVL leaves the order of candidates of one area to a set; here it is fixed.
     """
     width, height = size
     aspect, best, nearest = width / height, (1, 1), float("inf")
@@ -40,6 +40,6 @@ def best_grid(size: tuple[int, int], side: int, min_tiles: int, max_tiles: int) 
 
 @lru_cache(maxsize=64)
 def candidates(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
-    """All grids of `min_tiles` to `max_tiles` tiles, by area, then by tiles across."""
+    """List all grids of `min_tiles` to `max_tiles` tiles, by area, then by tiles across."""
     grids = ((across, down) for across in range(1, max_tiles + 1) for down in range(1, max_tiles // across + 1))
     return tuple(sorted((g for g in grids if g[0] * g[1] >= min_tiles), key=lambda g: (g[0] * g[1], g)))

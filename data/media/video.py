@@ -1,11 +1,11 @@
-"""Videos: from a path in a record to rows of pictures, which the vision tower reads like any others.
+"""Videos: from a path in a record to rows of pictures, which the vision tower reads like any other pictures.
 
-Which frames are taken is a rule in seconds, the same for every kind of video and every frame rate:
+Frames are chosen by a rule in seconds, the same for every kind of video and every frame rate:
 
-- one every 1 / data.fps seconds, from the start of the range (`video_range` of the record, else all of the video) on;
+- one frame every 1 / data.fps seconds, from the start of the range (`video_range` of the record, else the whole video) on;
 - if these are more than data.max_frames or than the range has frames, or fewer than data.min_frames, then as many as the limit
   says, spread evenly in time from the range's first frame to its last;
-- at each of these moments the frame that is on the screen. One that would be taken twice leaves its place to a neighbour,
+- at each of these moments the frame that is shown then. A frame that would be taken twice is replaced by a neighbour,
   so frames repeat only where the range has fewer of them than data.min_frames.
 """
 
@@ -25,21 +25,27 @@ from data.records.record import MediaRef
 from model.media_spec import ImageSpec, MediaMeta
 
 _ROUNDING = 1e-6
-"""Seconds that two times may differ by and be the same."""
+"""Seconds by which two times may differ and still count as equal."""
 _BEYOND = 1.0
-"""Seconds that a range may end after its video: whole seconds are often rounded up."""
+"""Seconds by which a range may end after its video: whole seconds are often rounded up."""
 
 check = frames.check
 
 
 def measure(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, num_media: int) -> MediaMeta:
-    """How many frames are taken: by the times in the file, without decoding it (a WEBP animation has to be). Raises MediaError."""
+    """Return how many frames are taken, by the times in the file, without decoding it (only a WEBP animation must be decoded).
+
+    Raises MediaError.
+    """
     with frames.open_frames(blob, spec, config) as video:
         return MediaMeta(num_rows=len(chosen(video.starts, video.end, ref.span, config, blob.name)))
 
 
 def load(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, meta: MediaMeta) -> Tensor:
-    """Pixels (meta.num_rows, 3, S, S) of the frames in order, typed as those of a picture and never tiled. Raises MediaError."""
+    """Decode the frames, in order, to pixels (meta.num_rows, 3, S, S), typed as those of a picture and never tiled.
+
+    Raises MediaError.
+    """
     with frames.open_frames(blob, spec, config) as video:
         numbers = chosen(video.starts, video.end, ref.span, config, blob.name)
         if len(numbers) != meta.num_rows:
@@ -52,11 +58,11 @@ def load(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, meta: M
 def chosen(
     starts: Sequence[float], end: float, span: tuple[float, float] | None, config: DataConfig, name: str = "the video"
 ) -> list[int]:
-    """Numbers of the frames that are taken, ascending. `starts` and `end` are those of `data.media.frames.Frames`.
+    """Return the numbers of the frames that are taken, ascending. `starts` and `end` are those of `data.media.frames.Frames`.
 
     Raises MediaError for a span that the video does not have.
     """
-    begin, stop = _range(span, end, name)
+    begin, stop = _seconds_of(span, end, name)
     first = bisect_right(starts, begin + _ROUNDING) - 1
     last = max(first, bisect_left(starts, stop - _ROUNDING) - 1)
     due, held = ceil((stop - begin) * config.fps - _ROUNDING), last - first + 1
@@ -71,7 +77,7 @@ def chosen(
     return _distinct(shown, last) if count <= held else shown
 
 
-def _range(span: tuple[float, float] | None, end: float, name: str) -> tuple[float, float]:
+def _seconds_of(span: tuple[float, float] | None, end: float, name: str) -> tuple[float, float]:
     if span is None:
         return 0.0, end
     begin, stop = span
@@ -85,7 +91,7 @@ def _range(span: tuple[float, float] | None, end: float, name: str) -> tuple[flo
 
 
 def _distinct(numbers: list[int], last: int) -> list[int]:
-    """The same numbers, moved on where one comes twice and back where they would pass `last`."""
+    """Return the numbers, moved forward where one comes twice and back where they would pass `last`."""
     ahead: list[int] = []
     for number in numbers:
         ahead.append(max(number, ahead[-1] + 1) if ahead else number)

@@ -1,7 +1,7 @@
-"""WAV files of plain samples: 8, 16, 24 and 32 bit whole numbers, 32 and 64 bit floats.
+"""WAV files of plain samples: integers of 8, 16, 24 and 32 bits, floats of 32 and 64 bits.
 
-The chunks are read here and not by the standard library's `wave`, which knows neither floats nor, before Python 3.12, the
-extensible header, and believes any length that a header declares.
+The chunks are read here and not by the standard library's `wave`, which supports neither floats nor, before Python 3.12, the
+extensible header, and trusts any length that a header declares.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _WHOLE, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
 _BITS = {_WHOLE: (8, 16, 24, 32), _FLOAT: (32, 64)}
 _NO_SIZE = 0xFFFFFFFF
 _UNKNOWN_SIZES = (0, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, _NO_SIZE, 0x7FFFFFFF - 36, _NO_SIZE - 36, 2**64 - 1)
-"""What stands for the size of the samples in a file that was written into a pipe: by speech services, sox, arecord, ffmpeg."""
+"""Sizes that mean "unknown" in files written into a pipe by speech services, sox, arecord and ffmpeg."""
 MAX_CHUNKS = 1000
-"""Chunks that may stand before the samples; real files have fewer than ten."""
+"""Most chunks before the samples; real files have fewer than ten."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class WavHeader:
     num_channels: int
     is_float: bool
     bits: int  # of one sample of one channel
-    num_samples: int  # of each channel
-    start: int  # of the samples, in bytes from the start of the file
-    is_open: bool = False  # the file does not say where they end: they go on to its end
+    num_samples: int  # per channel
+    start: int  # first byte of the samples in the file
+    is_open: bool = False  # the header does not give the size of the samples: they extend to the end of the file
 
 
 def read_header(stream: BinaryIO, name: str, num_bytes: int) -> WavHeader | None:
-    """Where the samples of a file of `num_bytes` stand, or None if it is no WAV file of plain samples.
+    """Locate the samples of a file of `num_bytes`; None if it is no WAV file of plain samples.
 
-    Files written into a pipe do not know their size; their samples go on to the end. RF64 and BW64 hold a size of 64 bits. Raises
+    Files written into a pipe do not know their size; their samples extend to the end. RF64 and BW64 hold a size of 64 bits. Raises
     MediaError unless every sample that the header declares is there.
     """
     head = stream.read(12)
@@ -62,7 +62,7 @@ def read_header(stream: BinaryIO, name: str, num_bytes: int) -> WavHeader | None
 
 
 def _is_open(stream: BinaryIO, start: int, size: int, num_bytes: int) -> bool:
-    """Whether samples at `start` go on to the end of the file, since nobody knew their `size` when it was written."""
+    """Return whether the samples at `start` extend to the end of the file because their `size` was unknown when it was written."""
     if size != 0:
         return size in _UNKNOWN_SIZES and start + size > num_bytes
     at = start
@@ -72,7 +72,7 @@ def _is_open(stream: BinaryIO, start: int, size: int, num_bytes: int) -> bool:
         if len(chunk) < 8 or not chunk[:4].strip().isalnum():
             break
         at += 8 + (length := struct.unpack("<I", chunk[4:])[0]) + length % 2
-    return at < num_bytes or at > num_bytes + 1  # what ends with the file are chunks, and there are no samples
+    return at < num_bytes or at > num_bytes + 1  # if chunks end exactly with the file, there are no samples
 
 
 def _header(form: bytes, name: str, start: int, size: int, num_bytes: int, is_open: bool) -> WavHeader | None:
@@ -99,7 +99,7 @@ def _header(form: bytes, name: str, start: int, size: int, num_bytes: int, is_op
 
 
 def read_samples(stream: BinaryIO, header: WavHeader) -> np.ndarray:
-    """(n, channels) float32; whole numbers are scaled to [-1, 1)."""
+    """Read the samples as (n, channels) float32; integers are scaled to [-1, 1)."""
     stream.seek(header.start)
     raw = stream.read(header.num_samples * header.num_channels * header.bits // 8)
     return _numbers(raw, header).reshape(-1, header.num_channels)

@@ -1,4 +1,4 @@
-"""The demo's two questions and their run files; @ stands for its folder."""
+"""The two questions of the digit demo and their run files; @ stands for the demo's folder."""
 
 QUESTIONS = {"digit": "Which digit is this?", "parity": "Is this digit odd or even?"}
 

@@ -1,4 +1,4 @@
-"""Media of the second demo: handwritten digits, clips in which one of them moves, melodies that name one, and noise."""
+"""Media of the omni demo: handwritten digits, clips in which a digit moves, melodies that name a digit, and noise."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from PIL import Image
 RATE = 16_000  # samples per second
 PITCHES = {"l": 400.0, "m": 750.0, "h": 1400.0}  # Hz
 MELODIES = ("lmh", "lhm", "mlh", "mhl", "hlm", "hml", "llh", "hhl", "lhl", "hlh")
-"""The three tones that name each digit. Every tone of one melody stands in others too: which digit it is, only the order tells."""
+"""The three tones that name each digit. Every tone of one melody occurs in others too, so only the order identifies the digit."""
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-"""Of movement, as steps across and down."""
+"""Directions of movement, as steps across and down."""
 SIDE, MOVING = 32, 16  # pixels of a picture, and of the digit that moves in it
 NUM_FRAMES, FRAME_MS = 4, 250
 
 
 def picture(pixels: np.ndarray, side: int = SIDE) -> Image.Image:
-    """One of scikit-learn's digits, (64,) with values up to 16, in grey."""
+    """Convert one of scikit-learn's digits, (64,) with values up to 16, to a grey picture."""
     grey = Image.fromarray((pixels.reshape(8, 8) * (255 / 16)).astype(np.uint8))
     return grey.resize((side, side), Image.Resampling.BICUBIC)
 
 
 def moving(pixels: np.ndarray, direction: str, rng: np.random.Generator) -> bytes:
-    """An animated GIF: the digit crosses the picture, each frame a pixel beside its way at most."""
+    """Return an animated GIF in which the digit crosses the picture, each frame at most a pixel off its path."""
     digit, room = picture(pixels, MOVING), SIDE - MOVING
     aside = rng.integers(1, room)
     frames = []
@@ -42,7 +42,7 @@ def moving(pixels: np.ndarray, direction: str, rng: np.random.Generator) -> byte
 
 
 def melody(digit: int, rng: np.random.Generator) -> np.ndarray:
-    """Samples in [-1, 1]: three tones with overtones, a little out of tune, in a tempo of their own, over faint noise."""
+    """Return samples in [-1, 1]: three tones with overtones, slightly out of tune, in a random tempo, over faint noise."""
     voice, tempo = rng.uniform(0.94, 1.06), rng.uniform(0.8, 1.25)
     pieces = [np.zeros(int(RATE * rng.uniform(0.01, 0.06)))]
     for tone in MELODIES[digit]:
@@ -53,7 +53,7 @@ def melody(digit: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def sung(pitch: float, seconds: float, rng: np.random.Generator) -> np.ndarray:
-    """One tone that swells and fades."""
+    """Return one tone that swells and fades."""
     times = np.arange(int(RATE * seconds)) / RATE
     strengths = (0.7, rng.uniform(0.1, 0.3), rng.uniform(0.0, 0.1))
     tone = sum(strength * np.sin(2 * np.pi * pitch * k * times + rng.uniform(0, 6)) for k, strength in enumerate(strengths, 1))
@@ -61,7 +61,7 @@ def sung(pitch: float, seconds: float, rng: np.random.Generator) -> np.ndarray:
 
 
 def noise(rng: np.random.Generator) -> np.ndarray:
-    """Samples in [-1, 1] without a tone: rushing of any colour, in gusts, as long as a melody."""
+    """Return samples in [-1, 1] without a tone: noise of any colour, in gusts, as long as a melody."""
     n = int(RATE * rng.uniform(0.35, 0.6))
     spectrum = np.fft.rfft(rng.normal(size=n)) * np.maximum(np.arange(n // 2 + 1), 20.0) ** -rng.uniform(0, 1)
     gusts = np.interp(np.arange(n), np.linspace(0, n, 6), rng.uniform(0.2, 1, 6))
@@ -70,7 +70,7 @@ def noise(rng: np.random.Generator) -> np.ndarray:
 
 
 def wav(samples: np.ndarray) -> bytes:
-    """A WAV file, 16 bit, one channel."""
+    """Encode samples as a WAV file, 16 bit, one channel."""
     file = io.BytesIO()
     with wave.open(file, "wb") as out:
         out.setnchannels(1)

@@ -1,4 +1,4 @@
-"""The second demo's curriculum; @ stands for its folder."""
+"""The curriculum of the omni demo as a run file; @ stands for the demo's folder."""
 
 OMNI_RUN = """\
 # Five stages in the manner of VITA: words, then pictures, clips and sounds, each aligned before it is learned together.

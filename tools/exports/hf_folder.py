@@ -26,9 +26,9 @@ PLACEHOLDER = PLACEHOLDERS["image"]
 
 
 def write_folder(folder: Path, card: ModelCard, model: MultimodalLM, processor: Processor) -> None:
-    """config.json, weights, processor and tokenizer files. `model` is merged, in the dtype that is written.
+    """Write config.json, weights, processor and tokenizer files. `model` is merged, in the dtype that is written.
 
-    ConfigError where the run cut pictures into tiles.
+    Raises ConfigError if the run cut pictures into tiles.
     """
     spec, fit, template = image_spec(card.specs), processor.config.image_fit, processor.template
     if fit in ("tiles", "anyres"):
@@ -50,7 +50,7 @@ def write_folder(folder: Path, card: ModelCard, model: MultimodalLM, processor: 
 
 
 def for_parts(processor: Processor) -> str:
-    """The run's chat template for contents as transformers users write them: lists of parts, or strings with `<image>`.
+    """Return the run's chat template for contents as transformers users write them: lists of parts, or strings with `<image>`.
 
     Both become the string that training rendered: parts on lines of their own, pictures first or as written, wrapped.
     """
@@ -73,9 +73,10 @@ def for_parts(processor: Processor) -> str:
 
 
 def prove_folder(folder: Path, model: MultimodalLM, processor: Processor) -> float:
-    """Open `folder` with transformers and compare ids, pixels and logits on a sample. ProofError where they differ.
+    """Open `folder` with transformers and compare ids, pixels and logits on a sample.
 
-    Both models run in float32 on the weights that were written. Returns the largest relative difference of the logits.
+    Both models run in float32 on the weights that were written. Returns the largest relative difference of the logits. Raises
+    ProofError where ids, pixels or logits differ.
     """
     with sample(processor) as record:
         batch = batch_of(processor, record)

@@ -1,4 +1,4 @@
-"""A folder that appears under its name only when it is complete, and the lines that say what it holds."""
+"""An output folder that appears under its name only when it is complete, and a listing of its files."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from trainer.errors import SaveError
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out`, renamed to it at the end and removed after an error.
+    """Open a temporary folder beside `out`, renamed to `out` at the end and removed after an error.
 
-    ConfigError when `out` is there already and holds something, SaveError when nothing can be written.
+    Raises ConfigError when `out` already exists and holds something, SaveError when nothing can be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder: name another one, or remove it")
@@ -34,7 +34,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def listing(folder: Path) -> str:
-    """Files with their sizes, one line each."""
+    """List the files with their sizes, one line each."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return "\n".join(f"  {size_text(path.stat().st_size):>10}  {path.relative_to(folder)}" for path in files)
 

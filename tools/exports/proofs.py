@@ -1,4 +1,4 @@
-"""What the export tools compare before they report success: one sample with a picture, through two models."""
+"""The comparison that export tools make before they report success: one sample with a picture, through two models."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from model.multimodal import MultimodalLM
 from trainer.errors import ProofError
 
 TOLERANCE = 1e-4
-"""Of float32 logits, relative to the largest: far above rounding, far below what a wrong weight does."""
+"""Largest difference of float32 logits, relative to the largest: far above rounding, far below the effect of a wrong weight."""
 
 
 @contextmanager
 def sample(processor: Processor) -> Iterator[dict[str, Any]]:
-    """A record of one round, with a picture that is not square if the model sees; the picture is gone afterwards."""
+    """Provide a record of one round, with a picture that is not square if the model sees; the picture is deleted afterwards."""
     with TemporaryDirectory() as folder:
         parts: list[dict[str, Any]] = []
         if "image" in processor.specs:
@@ -38,36 +38,36 @@ def sample(processor: Processor) -> Iterator[dict[str, Any]]:
 
 
 def picture() -> Image.Image:
-    """37 x 23 pixels, no two neighbours alike."""
+    """Return a picture of 37 x 23 pixels in which no two neighbours are alike."""
     image = Image.new("RGB", (37, 23))
     image.putdata([((7 * i) % 256, (31 * i) % 256, (101 * i) % 256) for i in range(37 * 23)])
     return image
 
 
 def batch_of(processor: Processor, record: dict[str, Any]) -> Batch:
-    """The record as training saw such records, however long it is."""
+    """Return the record as a batch, as training reads such records, however long it is."""
     return replace(processor, config=replace(processor.config, max_length=1 << 20))([record], answers=True)
 
 
 def logits(model: MultimodalLM, batch: Batch) -> Tensor:
-    """Logits (T, V) float32 of the one row of `batch`."""
+    """Compute the logits (T, V) float32 of the one row of `batch`."""
     llm: Any = model.llm
     with torch.no_grad():
         return llm(inputs_embeds=model.embed(batch), position_ids=batch.position_ids, use_cache=False).logits[0].float()
 
 
 def in_float32(model: MultimodalLM) -> MultimodalLM:
-    """The model itself, computing in float32 on the values it has."""
+    """Convert the model, in place, to float32 without changing its values, and return it."""
     model.dtype = torch.float32
     return model.float()
 
 
 def check_close(found: Tensor, expected: Tensor, what: str) -> float:
-    """Largest relative difference; ProofError when it is more than rounding."""
+    """Return the largest relative difference. Raises ProofError when it is more than rounding."""
     if found.shape != expected.shape:
         raise ProofError(f"{what}: logits of shape {list(found.shape)}, expected {list(expected.shape)}")
     difference = float((found - expected).abs().max() / expected.abs().max())
-    if not difference <= TOLERANCE:  # not a number is no proof either
+    if not difference <= TOLERANCE:  # a NaN fails as well
         raise ProofError(
             f"{what}: logits differ by {difference:.2e} of the largest, more than {TOLERANCE:.0e}: nothing was written"
         )

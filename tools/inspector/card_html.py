@@ -15,21 +15,21 @@ from tools.inspector.entry import Box, InspectorEntry, Piece
 from tools.inspector.pictures import Album, picture, pixels, sound
 
 STATUSES = {"trained": "whole", "shortened": "shortened", "too long": "too long", "bad": "bad", "quarantined": "quarantined"}
-"""Every status, and what a person reads."""
+"""Every status, and its label on the page."""
 LEARNED_FROM = ("trained", "shortened")
 TEXT_ONLY = "text"
-"""What stands in place of kinds of media for a record that has none."""
+"""Label in place of kinds of media for a record that has none."""
 TINY = 144
-"""Pictures are shown about this many pixels wide at least: each pixel of a smaller one as a square of several."""
+"""Least width of a picture on the page, in pixels: each pixel of a smaller picture is shown as a square of several."""
 
 
 def visible(text: str) -> str:
-    """Safe in a text and in a quoted attribute."""
+    """Escape text for use in a text and in a quoted attribute."""
     return html.escape(printable(text))
 
 
 def _marked(text: str) -> str:
-    """Safe in a text, where line ends are kept and marked, and numbers that stand for characters are told from text."""
+    """Escape text for use in a text: line ends are kept and marked, and numbers that stand for characters are styled apart."""
     made = []
     for c in text:
         if c == "\n":
@@ -40,7 +40,9 @@ def _marked(text: str) -> str:
 
 
 def card(entry: InspectorEntry, source: str, place: int, max_length: int, album: Album) -> str:
-    """An article. What the page's filters and orders look at stands in its data attributes. `place`: among all of the page."""
+    """Return an entry as an article. Its data attributes hold the values that the page's filters and orders use. `place`: position
+    among all entries of the page.
+    """
     kinds = " ".join(entry.kinds) or TEXT_ONLY
     tokens = entry.num_tokens or entry.planned
     return (
@@ -66,7 +68,7 @@ def _headline(entry: InspectorEntry, source: str) -> str:
 
 
 def _share(entry: InspectorEntry, max_length: int) -> str:
-    """How much of the longest length allowed is text that is read, media, and text that is learned."""
+    """Draw the share of the longest length allowed that is text that is read, media, and text that is learned."""
     if not entry.num_tokens:
         return ""
     media = sum(box.medium.length for box in entry.boxes)
@@ -90,7 +92,7 @@ def _note(entry: InspectorEntry) -> str:
 
 def _text(entry: InspectorEntry) -> str:
     if entry.status not in LEARNED_FROM:
-        lines = entry.raw.split("\n")  # ours, as the JSON was laid out here
+        lines = entry.raw.split("\n")  # line breaks of our own: the JSON was laid out by the inspector
         return "<pre class=raw>" + "\n".join(map(visible, lines)) + "</pre>\n"
     numbers = {id(box): k for k, box in enumerate(entry.boxes, 1)}
     made = (_inline(piece, numbers[id(piece)]) if isinstance(piece, Box) else _token(piece) for piece in entry.pieces)
@@ -132,9 +134,9 @@ def _resolution(box: Box) -> str:
 
 
 def _rows(box: Box, album: Album, alt: str) -> Iterator[str]:
-    """Rows of pictures: the tiles of a grid and their thumbnail, frames one after the other, a drawing per window of sound.
+    """Yield rows of pictures: the tiles of a grid and their thumbnail, frames one after the other, a drawing per window of sound.
 
-    Nothing when the album has no room for all of them: half a medium would mislead.
+    Yields nothing when the album has no room for all of them: half a medium would mislead.
     """
     values = box.medium.values
     if isinstance(box.spec, ImageSpec):

@@ -1,4 +1,4 @@
-"""Which records of a run the inspector shows."""
+"""The selection of records of a run that the inspector shows."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from trainer.runfile.load import load_config
 from trainer.runfile.stages import Stage, place_to_read
 
 KIND_BITS = {kind: 1 << n for n, kind in enumerate(PLACEHOLDERS)}
-"""Of `MultimodalDataset.modalities`."""
+"""Bits of `MultimodalDataset.modalities` by kind."""
 SPLITS = {"sources": TRAIN, "validation": VALIDATION}
 """The split of quarantine.jsonl by the table of run.toml."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a person asks for."""
+    """The selection that a user asks for."""
 
     num: int | None  # of each source; None: all
     source: str = ""
@@ -44,7 +44,7 @@ class Wanted:
 
     @property
     def words(self) -> str:
-        """The choice as a person would say it."""
+        """Describe the selection in words."""
         if self.step is not None:
             return f"the samples of step {self.step}"
         which = "the longest" if self.longest else "quarantined ones" if self.quarantined else ""
@@ -59,7 +59,7 @@ class Opened:
 
     place: Stage
     datasets: dict[str, MultimodalDataset]  # by the table of run.toml that names them
-    pools: dict[str, tuple[Pool, ...]]  # the records of each source that take part, by table
+    pools: dict[str, tuple[Pool, ...]]  # by table: the records of each source that the run uses
     quarantined: dict[str, dict[int, dict[str, Any]]]  # rows of quarantine.jsonl by table and sample
     lengths_kind: str  # exact | estimated
 
@@ -70,7 +70,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Source:
-    """One source of a run and which of its samples are shown."""
+    """One source of a run and the samples of it that are shown."""
 
     opened: Opened
     table: str
@@ -91,14 +91,14 @@ class Source:
 
     @property
     def kinds(self) -> dict[str, int]:
-        """Records that take part and hold each kind of medium; kinds that none holds are absent."""
+        """Count the used records that hold each kind of medium; kinds that no record holds are absent."""
         held = self.dataset.modalities[self.pool.ids]
         counts = {kind: int(((held & bit) > 0).sum()) for kind, bit in KIND_BITS.items()}
         return {kind: count for kind, count in counts.items() if count}
 
     @property
     def part(self) -> str:
-        """How much of the source the run uses, where that is not all of it once per epoch."""
+        """Describe how much of the source the run uses; "" if it uses all of it once per epoch."""
         notes = []
         if len(self.pool.ids) < self.pool.size:
             notes.append(f"{len(self.pool.ids):,} of them take part (take = {self.config.take!r})")
@@ -107,13 +107,13 @@ class Source:
         return ", ".join(notes)
 
     def entries(self) -> Iterator[InspectorEntry]:
-        """One at a time: the media of a sample take room."""
+        """Yield the entries one at a time: the media of a sample take memory."""
         rows = self.opened.quarantined[self.table]
         return (entry_of(self.dataset, i, rows) for i in self.chosen)
 
 
 def place_of(cfg: str | None, run: str | None, overrides: list[str], stage: str = "") -> Stage:
-    """A run or one stage of it, by its run file or by its folder, wherever that was moved."""
+    """Return a run or one stage of it, by its run file or by its folder, even if the folder was moved."""
     if (cfg is None) == (run is None):
         raise ConfigError("name a run file with --cfg, or a run's folder with --run: one of them")
     if cfg is not None:
@@ -122,7 +122,7 @@ def place_of(cfg: str | None, run: str | None, overrides: list[str], stage: str 
 
 
 def open_sources(place: Stage) -> Opened:
-    """Indexes are written where the run itself looks for them."""
+    """Open the data of a run; indexes are written where the run itself looks for them."""
     # Bad records are shown as such, whatever the run does about them.
     config = replace(place.config, data=replace(place.config.data, on_bad_sample="quarantine"))
     data = open_data(config, World(0, 0, 1, torch.device("cpu")), place=place)
@@ -135,7 +135,7 @@ def open_sources(place: Stage) -> Opened:
 
 
 def choose(opened: Opened, wanted: Wanted) -> list[Source]:
-    """Every source that is asked for, with its samples. ConfigError for a source, a quarantine or a step that is not there."""
+    """Return every selected source with its samples. Raises ConfigError for a missing source, quarantine or step."""
     names = [source.key for dataset in opened.datasets.values() for source in dataset.sources]
     if wanted.source and wanted.source not in names:
         raise ConfigError(f"--source {wanted.source!r} is none of the run's: {', '.join(dict.fromkeys(names))}")
@@ -165,4 +165,4 @@ def _chosen(opened: Opened, table: str, source_id: int, wanted: Wanted, step: np
 
 
 KINDS = (*PLACEHOLDERS, "text")
-"""What --modality may be."""
+"""Values of --modality."""

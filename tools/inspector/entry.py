@@ -1,4 +1,4 @@
-"""A record as a person wants to see it: where it stands, how long it is, what is learned of it, token by token and box by box.
+"""A record as the inspector shows it: its place, its length, and what is learned of it, token by token and medium by medium.
 
 The terminal and the page of `tools.inspect_data` show the same entries.
 """
@@ -24,7 +24,7 @@ from tools.inspector.tokens import Piece, token_pieces
 
 Status = Literal["trained", "shortened", "too long", "bad", "quarantined"]
 RAW_LIMIT = 4000
-"""Characters of a rejected record that are shown as they stand in the file."""
+"""Characters of a rejected record that are shown as raw text."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Box:
     medium: SampleMedia
     spec: MediaSpec
     grid: tuple[int, int]  # tiles across and down, without the thumbnail
-    span: tuple[float, float] | None  # seconds of a video that are watched
+    span: tuple[float, float] | None  # the range of a video that is used, in seconds
 
     @property
     def has_thumbnail(self) -> bool:
@@ -43,7 +43,7 @@ class Box:
 
     @property
     def extent(self) -> str:
-        """Its size in the unit of its kind, or nothing for a picture that is seen in one view."""
+        """Return the medium's size in the unit of its kind; "" for a picture that is seen in one view."""
         if isinstance(self.spec, AudioSpec):
             return f"{sum(self.medium.frames) * self.spec.hop / self.spec.sampling_rate:.2f} s"
         if self.medium.kind == "video":
@@ -55,12 +55,12 @@ class Box:
 
     @property
     def num_columns(self) -> int:
-        """Mel frames of all rows of a clip, padding included."""
+        """Return the mel frames of all rows of a clip, padding included."""
         return self.medium.values.shape[0] * self.medium.values.shape[-1]
 
     @property
     def state(self) -> str:
-        """The user state that is learned after it, or nothing."""
+        """Return the user state that is learned after the medium, or ""."""
         return "" if self.medium.label == IGNORE_INDEX else f"state {self.medium.label}"
 
     @property
@@ -74,15 +74,15 @@ class InspectorEntry:
     where: str  # file:line
     id: str
     status: Status
-    planned: int  # tokens, as the order of the run knows them
-    kinds: tuple[str, ...]  # of media, each once; none: text only
-    reason: str = ""  # why it is not trained on, or not all of it
-    raw: str = ""  # of a record that is not trained on
+    planned: int  # planned tokens, by which the run orders samples
+    kinds: tuple[str, ...]  # kinds of media, each once; empty: text only
+    reason: str = ""  # why the record is not trained on, or only in part
+    raw: str = ""  # text of a record that is not trained on
     pieces: tuple[Piece | Box, ...] = ()
     num_tokens: int = 0
     num_learned: int = 0
     num_unlearned: int = 0  # answers that are read and not learned, because the record says so
-    num_removed: int = 0  # answers of which the template leaves something out: thoughts
+    num_removed: int = 0  # answers whose thoughts the template leaves out
 
     @property
     def boxes(self) -> list[Box]:
@@ -90,7 +90,7 @@ class InspectorEntry:
 
 
 def entry_of(dataset: MultimodalDataset, i: int, quarantined: dict[int, dict[str, Any]]) -> InspectorEntry:
-    """Sample `i`; `quarantined` are the rows of the run's quarantine.jsonl by sample."""
+    """Return the entry of sample `i`; `quarantined` are the rows of the run's quarantine.jsonl by sample."""
     item, planned = dataset[i], int(dataset.lengths[i])
     row = quarantined.get(i)
     if row is not None or isinstance(item, Rejected):
@@ -144,14 +144,14 @@ def _kinds(record: Record) -> tuple[str, ...]:
 
 
 def _rounds(encoded: Encoded, sample: Sample) -> tuple[int, int]:
-    """Rounds of the record, and how many of them the sample left out at its end."""
+    """Return the rounds of the record, and how many of them the sample left out at its end."""
     lengths = [medium.length for found in sample.media.values() for medium in found]
     kept = len(sample.input_ids) - sum(lengths) + len(lengths)  # each medium is one id before it is expanded
     return len(encoded.round_ends), sum(end > kept for end in encoded.round_ends)
 
 
 def _pieces(sample: Sample, record: Record, media: RecordMedia, template: Template, encoded: Encoded) -> Iterator[Piece | Box]:
-    """All of the sample in its order."""
+    """Yield all text pieces and media of the sample in order."""
     learned = [False, *(sample.labels[:-1] != IGNORE_INDEX).tolist()]  # labels are shifted: position t says what t + 1 is
     boxes = sorted(_boxes(sample, record, media), key=lambda box: box.medium.start)
     answers = _answers(record, template, encoded.input_ids, boxes)[: len(learned)] if record.num_unlearned else learned
@@ -165,10 +165,10 @@ def _pieces(sample: Sample, record: Record, media: RecordMedia, template: Templa
 
 
 def _answers(record: Record, template: Template, ids: list[int], boxes: list[Box]) -> list[bool]:
-    """Which tokens would be learned if the record did not say of some answers that they are not; `ids` are the record's."""
+    """Return which tokens would be learned if the record excluded no answers from the loss; `ids` are the record's."""
     other = template.encode(replace(record, turns=tuple(replace(turn, learn=True) for turn in record.turns)))
     answers = np.zeros(len(ids), dtype=bool)
-    # Nearly always the same ids; white space at the start of an answer may be written in two ways.
+    # The ids are nearly always the same; white space at the start of an answer may be tokenised in two ways.
     for theirs, ours, length in [(0, 0, len(ids))] if ids == other.input_ids else _matching(other.input_ids, ids):
         answers[ours : ours + length] = other.supervised[theirs : theirs + length]
     widths = np.ones(len(ids), dtype=np.int64)

@@ -1,6 +1,6 @@
-"""The inspector's page: one file with everything in it, that asks nothing of a network and runs nothing that came with the data.
+"""The inspector's page: one self-contained file that loads nothing from a network and runs nothing that came with the data.
 
-Same entries, same bytes.
+Equal entries give equal bytes.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from tools.inspector.pictures import Album
 from tools.inspector.style_and_script import SCRIPT, STYLE
 
 MAX_PICTURE_BYTES = 48 << 20
-"""Of all pictures of a page together; a browser opens such a page in seconds."""
+"""Most bytes of all pictures of a page together; a browser opens such a page in seconds."""
 BINS = 40
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One source and what is shown of it."""
+    """One source and a summary of it for the page."""
 
     table: str  # sources | validation
     name: str
     path: str
     size: int  # records
-    part: str  # how much of them the run uses, if not all once per epoch
+    part: str  # how many of the records the run uses, if not all once per epoch
     kinds: dict[str, int]  # records that hold each kind of medium
-    lengths: np.ndarray  # (N,) planned tokens of all records that take part
+    lengths: np.ndarray  # (N,) planned tokens of all records that the run uses
     lengths_kind: str  # exact | estimated
     certificate: str
     refused: bool
@@ -45,7 +45,10 @@ class Shown:
 
 
 def page(title: str, chosen: str, max_length: int, sources: Sequence[tuple[Shown, Iterable[InspectorEntry]]]) -> str:
-    """The whole document. `chosen` says in words which records are shown. Entries are taken one by one: their media take room."""
+    """Return the whole document.
+
+    `chosen` describes the selection in words. Entries are taken one by one, because their media take memory.
+    """
     seen: list[tuple[tuple[str, ...], str]] = []
     cards: list[str] = []
     for source, entries in sources:
@@ -73,7 +76,10 @@ def page(title: str, chosen: str, max_length: int, sources: Sequence[tuple[Shown
 
 
 def _policy() -> str:
-    """Even a mistake in escaping could load nothing and run nothing: only these two texts are allowed, by their digests."""
+    """Return a content security policy that allows only our style and script, by digest.
+
+    So even a mistake in escaping could load nothing and run nothing.
+    """
     style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (STYLE, SCRIPT))
     rules = f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; script-src 'sha256-{script}'; base-uri 'none'"
     return f'<meta http-equiv=Content-Security-Policy content="{rules}">'
@@ -107,7 +113,7 @@ def _source(source: Shown) -> str:
 
 
 def _histogram(source: Shown) -> str:
-    """Planned lengths of all records, as bars over the axis of tokens."""
+    """Draw the planned lengths of all records, as bars over the axis of tokens."""
     lengths = source.lengths
     if not len(lengths):
         return ""
@@ -130,7 +136,7 @@ def _histogram(source: Shown) -> str:
 
 
 def _tools(sources: list[Shown], seen: list[tuple[tuple[str, ...], str]]) -> str:
-    """Filters for what there is; `seen` are the kinds of media and the status of every card."""
+    """Return filters for the values that occur; `seen` are the kinds of media and the status of every card."""
     held = {kind: kind for kind in PLACEHOLDERS if any(kind in kinds for kinds, _ in seen)}
     held |= {TEXT_ONLY: "text only"} if any(not kinds for kinds, _ in seen) else {}
     states = {key: text for key, text in STATUSES.items() if any(status == key for _, status in seen)}

@@ -1,4 +1,4 @@
-"""What encoders receive, turned back into pictures that a page can hold: pixels as they are, log-mel rows as drawings."""
+"""Encoder inputs turned back into pictures for a page: pixels unchanged, log-mel rows as drawings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from model.media_spec import ImageSpec
 
 EXACT_SIDE = 128
-"""Pictures up to this many pixels wide are kept to the bit, as PNG; larger ones as JPEG, a tenth of the bytes."""
+"""Pictures up to this many pixels wide are kept bit for bit, as PNG; larger ones become JPEG, a tenth of the bytes."""
 QUALITY = 92
 
 
@@ -26,11 +26,11 @@ class Album:
 
     @property
     def full(self) -> str:
-        """What a page says in place of a medium that has no room."""
+        """Return the text that a page shows in place of a medium that has no room."""
         return f"left out: the pictures of this source fill the {self.limit / 2**20:.3g} MiB they may take; ask for fewer samples"
 
     def add(self, made: Callable[[], list[str]]) -> list[str]:
-        """The addresses of one medium, or none where there is no room for all of them; then nothing more is encoded."""
+        """Return the addresses of one medium; [] if there is no room for all of them. After that, no medium is encoded."""
         if self.num_left_out or self.used + sum(map(len, addresses := made())) > self.limit:
             self.num_left_out += 1
             return []
@@ -39,7 +39,7 @@ class Album:
 
 
 def pixels(values: Tensor, spec: ImageSpec) -> np.ndarray:
-    """Bytes (n, H, W, 3) of encoder rows (n, 3, H, W): bytes as they are, floats without their normalisation."""
+    """Convert encoder rows (n, 3, H, W) to bytes (n, H, W, 3): bytes unchanged, floats without their normalisation."""
     if values.dtype != torch.uint8:
         mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (spec.mean, spec.std))
         values = ((values.double() * std + mean) / spec.rescale).round().clamp(0, 255).to(torch.uint8)
@@ -47,7 +47,7 @@ def pixels(values: Tensor, spec: ImageSpec) -> np.ndarray:
 
 
 def picture(view: np.ndarray) -> str:
-    """The data: address of bytes (H, W, 3)."""
+    """Encode bytes (H, W, 3) as a data: address."""
     image = Image.fromarray(np.ascontiguousarray(view))
     if max(image.size) <= EXACT_SIDE:
         return _address(image, "png")
@@ -55,7 +55,7 @@ def picture(view: np.ndarray) -> str:
 
 
 def sound(row: Tensor, num_frames: int) -> str:
-    """The data: address of a log-mel row (M, F): time to the right, pitch upwards, louder is brighter; padding is grey."""
+    """Draw a log-mel row (M, F) as a data: address: time to the right, pitch upwards, louder is brighter; padding is grey."""
     values = row.flip(0).double().numpy()
     heard = values[:, :num_frames]
     low, high = (float(heard.min()), float(heard.max())) if heard.size else (0.0, 0.0)
@@ -67,7 +67,7 @@ def sound(row: Tensor, num_frames: int) -> str:
 
 
 def _palette() -> list[int]:
-    """128 colours from night blue over magenta to pale yellow, then 128 greys."""
+    """Return 128 colours from night blue over magenta to pale yellow, then 128 greys."""
     stops = np.array([[12, 10, 40], [96, 24, 110], [200, 60, 84], [250, 150, 50], [252, 250, 190]], dtype=np.float64)
     at = np.linspace(0, len(stops) - 1, 128)
     ramp = np.stack([np.interp(at, np.arange(len(stops)), stops[:, c]) for c in range(3)], axis=1)

@@ -1,7 +1,7 @@
-"""Style and script of the inspector's page. Nothing in them comes from data, and the page's policy lets nothing else run.
+"""Style and script of the inspector's page. Neither contains anything from the data, and the page's policy lets nothing else run.
 
-Colours hold a contrast of 4.5 or more on their grounds, light and dark; what is learned is underlined too, for those who do not
-see green, and so are answers that are not learned, in grey.
+Colours have a contrast of 4.5 or more on their grounds, light and dark. Learned text is underlined too, for readers who do not see
+green, and so are answers that are not learned, in grey.
 """
 
 STYLE = """

@@ -1,4 +1,4 @@
-"""Ids as pieces of text that a person can read: whole characters, each with what becomes of it."""
+"""Token ids as readable pieces of text: whole characters, each marked as learned, read or passed over."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerFast
 
 MAX_CHARACTER_TOKENS = 8
-"""Tokens that are awaited to make one character whole: four bytes of it, and what a decoder may put around them."""
+"""Most tokens that are joined to complete one character: its four bytes, and what a decoder may put around them."""
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Neighbouring tokens that make whole characters: nearly always one."""
+    """Neighbouring tokens that form whole characters: nearly always one token."""
 
     ids: tuple[int, ...]
     tokens: tuple[str, ...]  # as the tokenizer spells them
     text: str
     learned: bool
     special: bool  # a control token of the tokenizer
-    passed_over: bool = False  # of an answer whose turn says that it is not learned
+    passed_over: bool = False  # part of an answer that its turn excludes from the loss
 
 
 def token_pieces(
@@ -31,10 +31,10 @@ def token_pieces(
     before: list[int] | None = None,
     answers: list[bool] | None = None,
 ) -> Iterator[Piece]:
-    """Every id once, in pieces whose texts together are the text of all ids. `before`: ids that stand in front of them;
-    `answers`: which are of answers, learned or not.
+    """Yield every id once, in pieces whose texts together are the text of all ids. `before`: ids in front of them; `answers`: which
+    ids belong to answers, learned or not.
 
-    A token is decoded behind its forerunner: alone, tokenizers of the sentencepiece family would lose its leading space.
+    A token is decoded behind its predecessor: alone, tokenizers of the sentencepiece family would lose its leading space.
     """
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
 
