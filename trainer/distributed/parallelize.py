@@ -211,7 +211,7 @@ def gradient_sync(wrapped: nn.Module, *, last: bool) -> Iterator[None]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free the weights that a forward without backward left gathered.
+    """Release the weights that a forward without backward left gathered.
 
     Until then `parameters()` are the copies made for computing.
     """
