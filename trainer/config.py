@@ -1,4 +1,4 @@
-"""Sections of run.toml about training, checkpoints and logging, and the root `RunConfig` that holds all sections."""
+"""Sections of run.toml that the trainer reads, such as [batch] and [optim], and the root `RunConfig` that holds all sections."""
 
 from __future__ import annotations
 

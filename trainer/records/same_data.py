@@ -26,7 +26,8 @@ def same_data(place: Stage, data: RunData, world: World, step: int | None) -> li
     """Compare the data with those that the run or stage began with, and return lines for people. Collective.
 
     `step`: completed steps of a resumed run; None at a first start, which only writes data.json. With data.on_change = "accept"
-    a change is written down, and the next start compares with the new data. Otherwise raises `ConfigError`, on all ranks alike.
+    a change is written down and, unless it changes the plan, the next start compares with the new data. Otherwise raises
+    `ConfigError`, on all ranks alike.
     """
     problem, lines = "", []
     if world.is_main:

@@ -64,8 +64,8 @@ def check_surplus(model: ModelConfig, tokens: Tokens, num_rows: int) -> Surplus:
     """Refuse tokens of the base's tokenizer that have no row in its matrix and could not learn one.
 
     A row that stays the mean of the others carries no meaning. Placeholders are exempt, because media replace their rows, and so is
-    a padding token, as long as no sample holds it. Returns the tokens that learn
-    a row, and the padding token. Raises `ConfigError`.
+    a padding token, as long as no sample holds it. Returns the tokens whose rows learn, and the padding token. Raises
+    `ConfigError`.
     """
     found = {t: int(i) for t, i in tokens.tokenizer.get_vocab().items() if i >= num_rows and i not in tokens.new_ids}
     if found and model.init_from:  # an earlier run passed this check, and its matrix has rows for the tokens it knew
