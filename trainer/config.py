@@ -1,4 +1,4 @@
-"""run.toml: the sections of what happens and when, and the root that holds all sections."""
+"""Sections of run.toml that the trainer reads, such as [batch] and [optim], and the root `RunConfig` that holds all sections."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from model.config import LoraConfig, ModelConfig, QuantizeConfig
 class BatchConfig:
     global_batch_size: int = 128
     micro_batch_size: int = 4
-    micro_batch_tokens: int = 0  # packing: what a micro-batch holds at most
+    micro_batch_tokens: int = 0  # packing: most tokens of a micro-batch
 
 
 @dataclass(frozen=True)
@@ -71,21 +71,21 @@ class FaultsConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One stage of a curriculum: what it sets differently from the stage that comes first."""
+    """One stage of a curriculum: the settings in which it differs from the first stage."""
 
     name: str
     settings: dict[str, Any]
 
     def to_tables(self) -> dict[str, Any]:
-        """A [[stage]] of run.toml."""
+        """Return the stage as a [[stage]] table of run.toml."""
         return {"name": self.name, **self.settings}
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run. Every section stands beside the code that reads it; this class only puts them together.
+    """Configuration of a whole run. Every section is defined beside the code that reads it; this class only puts them together.
 
-    Of a curriculum the sections are those of its first stage.
+    In a curriculum the sections are those of the first stage.
     """
 
     output_dir: str

@@ -1,4 +1,4 @@
-"""What a run says about itself: sums kept on the device between logged steps, one JSON line each time they are read."""
+"""Metrics of a run: sums kept on the device between logged steps, and one JSON line each time they are read."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class SourceSums:
         self.waiting: list[tuple[Batch, Tensor]] = []
 
     def add(self, batch: Batch, addends: Tensor) -> None:
-        """`addends` (S,) of the supervised positions of `batch`."""
-        # Of the batch only the small tensors are kept alive, not its pictures.
+        """Add `addends` (S,), the cross entropy of the supervised positions of `batch`."""
+        # Only the small tensors of the batch are kept alive, not its media.
         self.waiting.append((replace(batch, media={}), addends))
         if len(self.waiting) >= FOLD:
             self.total()
 
     def total(self) -> Tensor:
-        """(3, sources): cross entropy, supervised positions and tokens so far, of this rank. No host sync."""
+        """Return (3, sources): cross entropy, supervised positions and tokens so far, of this rank. No host sync."""
         if self.waiting:
             sources = torch.cat([b.source_ids[b.owners] for b, _ in self.waiting])
             addends = torch.cat([a for _, a in self.waiting]).double()
@@ -59,18 +59,18 @@ class SourceSums:
 
 
 class Ratios:
-    """Sums and counts of what terms beside the text show, by name, on the device; the same names on every rank."""
+    """Sums and counts that loss terms other than the text report, by name, on the device; the names are the same on every rank."""
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
 
     def add(self, ratios: dict[str, Tensor]) -> None:
-        """(2,) sum and count of each name. No host sync."""
+        """Add the (2,) sum and count of each name. No host sync."""
         for name, ratio in ratios.items():
             self.values[name] = self.values[name] + ratio if name in self.values else ratio.double()
 
     def total(self, world: World) -> dict[str, list[float]]:
-        """Sum and count of each name over ranks. Collective if there is any, and a host sync."""
+        """Return sum and count of each name over ranks. Collective if there is any name, and a host sync."""
         if not self.values:
             return {}
         sums = world.sum(torch.stack(list(self.values.values())))
@@ -78,12 +78,12 @@ class Ratios:
 
 
 def means(totals: dict[str, list[float]], prefix: str) -> dict[str, float]:
-    """What `Ratios.total` found as quotients; nothing for a name that counted nothing."""
+    """Return the result of `Ratios.total` as quotients; a name with a count of zero is left out."""
     return {f"{prefix}/{name}": total / count for name, (total, count) in totals.items() if count}
 
 
 def mean_losses(sums: Tensor, names: list[str], prefix: str) -> dict[str, float]:
-    """Token-weighted losses from summed (3, sources): over all of them, and per source that had any."""
+    """Return token-weighted losses from summed (3, sources): over all sources, and per source that had supervised positions."""
     losses, counts, _ = sums.tolist()
     found = {f"{prefix}/{name}/loss": loss / n for name, loss, n in zip(names, losses, counts) if n}
     total = sum(counts)
@@ -91,7 +91,7 @@ def mean_losses(sums: Tensor, names: list[str], prefix: str) -> dict[str, float]
 
 
 class Meter:
-    """Everything about training since the last logged line. Adding costs no host sync, reading is a collective and one."""
+    """Sums about training since the last logged line. Adding costs no host sync; reading is a collective and a host sync."""
 
     def __init__(self, source_names: list[str], world: World) -> None:
         self.names, self.world = source_names, world
@@ -107,7 +107,7 @@ class Meter:
         self.since = time.perf_counter()
 
     def add(self, batches: list[Batch], result: StepResult, wait: float) -> None:
-        """`wait`: seconds this rank waited for its data."""
+        """Add one step. `wait`: seconds for which this rank waited for its data."""
         for batch, addends in zip(batches, result.addends):
             self.sums.add(batch, addends)
         for ratios in result.ratios:
@@ -117,7 +117,7 @@ class Meter:
         self.wait += wait
 
     def totals(self) -> dict[str, Any]:
-        """Sums over ranks as plain numbers; NaN after a step whose loss was none. Collective, host sync."""
+        """Return the sums over ranks as plain numbers; NaN after a step whose loss was not finite. Collective, host sync."""
         self._count_skipped()
         sums = self.sums.total()
         wait = torch.tensor([self.wait], dtype=torch.float64, device=self.world.device)
@@ -133,21 +133,21 @@ class Meter:
         }
 
     def state(self) -> dict[str, Any]:
-        """`totals` as JSON for a checkpoint, which holds no number that is not finite: null in its place. Collective, host sync."""
+        """Return `totals` as JSON for a checkpoint, with null in place of numbers that are not finite. Collective, host sync."""
         return _changed(self.totals(), lambda number: number if math.isfinite(number) else None)
 
     def _count_skipped(self) -> None:
-        """Host sync. The same on every rank, because the norm that decides is."""
+        """Count the steps skipped since the last call. Host sync. The same on every rank, because the norm that decides is."""
         self.num_skipped += int(torch.stack(self.skipped).sum().item()) if self.skipped else 0
         self.skipped = []
 
     def restore(self, totals: dict[str, Any]) -> None:
-        """Go on with the `state` of before; rank 0 holds all sums, so that they count once."""
+        """Restore the `state` of a checkpoint; rank 0 holds all sums, so that they count once."""
         totals = _changed(totals, lambda number: math.nan if number is None else number)
         self.num_skipped = totals["skipped"]
         self.since -= totals["seconds"]
         device = self.world.device
-        for name, ratio in totals.get("ratios", {}).items():  # checkpoints of before there were other terms have none
+        for name, ratio in totals.get("ratios", {}).items():  # checkpoints from before there were other terms have none
             before = torch.tensor(ratio, dtype=torch.float64, device=device)
             self.ratios.add({name: before if self.world.is_main else torch.zeros_like(before)})
         if self.world.is_main:
@@ -155,7 +155,7 @@ class Meter:
             self.wait += totals["wait"]
 
     def read(self) -> dict[str, Any]:
-        """The metrics of a line, and a new beginning. Collective, host sync."""
+        """Return the metrics of a line and reset the meter. Collective, host sync."""
         totals = self.totals()
         seconds = totals["seconds"]
         sums = torch.tensor(totals["sums"], dtype=torch.float64)
@@ -178,31 +178,31 @@ class Meter:
 
 
 def _changed(value: Any, change: Callable[[Any], Any]) -> Any:
-    """JSON with every number and null replaced."""
+    """Return JSON with `change` applied to every number and null."""
     if isinstance(value, dict):
         return {key: _changed(item, change) for key, item in value.items()}
     return [_changed(item, change) for item in value] if isinstance(value, list) else change(value)
 
 
 def peak_gib(device: torch.device) -> float:
-    """Peak memory of this process: on the device, or in RAM where there is none."""
+    """Return the peak memory of this process in GiB: on the CUDA device, or in RAM on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class MetricsLog:
-    """metrics.jsonl and trainer_state.json, on rank 0."""
+    """Writer of metrics.jsonl and of the content of trainer_state.json, on rank 0."""
 
     def __init__(self, folder: Path, resumed_step: int, world: World, stage: str = "") -> None:
-        """Steps are those of the whole run; `stage`: what its lines are marked with."""
+        """Open metrics.jsonl and keep its lines up to `resumed_step` of the whole run. `stage`: the mark of every new line."""
         self.path, self.active, self.stage = folder / NAME, world.is_main, {"stage": stage} if stage else {}
         self.history: list[dict[str, Any]] = []
-        self.rows: list[str] = []  # of trainer_state.json, as far as they were asked for
+        self.rows: list[str] = []  # entries of trainer_state.json that were formatted so far
         if self.active and resumed_step and not self.path.exists():
             print(f"{self.path} is not there: the curve begins anew after step {resumed_step}", flush=True)
         if self.active and self.path.exists():
-            # Lines of steps that will be run again would stand there twice.
+            # Lines of steps that will be run again are dropped: they would be there twice.
             lines = read_sound(self.path, {"step": int}) if resumed_step else []
             self.history = [line for line in lines if line["step"] <= resumed_step]
             if resumed_step and not self.history:
@@ -219,10 +219,10 @@ class MetricsLog:
             out.write(json.dumps(line) + "\n")
 
     def trainer_state(self, step: int, max_steps: int) -> dict[Path, str]:
-        """trainer_state.json, path and content: the log as scripts for Hugging Face's Trainer read it. On rank 0."""
+        """Return path and content of trainer_state.json: the log as scripts for Hugging Face's Trainer read it. On rank 0."""
         if not self.active:
             return {}
-        # Training waits for this: a line is made once, not at every save.
+        # Training waits for this: an entry is formatted once, not at every save.
         self.rows += [_as_hugging_face(line) for line in self.history[len(self.rows) :]]
         history = "[\n" + ",\n".join(self.rows) + "\n  ]" if self.rows else "[]"
         text = f'{{\n  "global_step": {step},\n  "log_history": {history},\n  "max_steps": {max_steps}\n}}\n'
@@ -230,7 +230,7 @@ class MetricsLog:
 
 
 def _as_hugging_face(line: dict[str, Any]) -> str:
-    """One of log_history, as `dump_json` would write it there."""
+    """Return one entry of log_history, as `dump_json` would write it there."""
     names = {new: line[old] for old, new in HUGGING_FACE_NAMES.items() if old in line}
     return indent(dump_json({**names, **_rate(line), "step": line["step"]}).rstrip(), "    ")
 

@@ -18,7 +18,7 @@ from trainer.config import OptimConfig
 
 
 def learning_rates(model: ModelConfig, optim: OptimConfig) -> dict[str, float]:
-    """The peak learning rate of each part: its own, then projector_lr for projectors, then optim.lr."""
+    """Return the peak learning rate of each part: its own, then projector_lr for projectors, then optim.lr."""
     rates = {}
     for name, part in model.parts().items():
         default = optim.projector_lr or optim.lr if name.endswith("_projector") else optim.lr
@@ -27,8 +27,10 @@ def learning_rates(model: ModelConfig, optim: OptimConfig) -> dict[str, float]:
 
 
 def build_optimizer(model: MultimodalLM, config: ModelConfig, optim: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the trainable parameters. Norms, biases and other vectors are never decayed; without weight decay a
-    part is one group, because every group is a kernel launch of its own.
+    """Build fused AdamW over the trainable parameters.
+
+    Norms, biases and other vectors are never decayed. Without weight decay a part is one group, because every group is a kernel
+    launch of its own.
     """
     groups = []
     for part, lr in learning_rates(config, optim).items():
@@ -43,7 +45,7 @@ def build_optimizer(model: MultimodalLM, config: ModelConfig, optim: OptimConfig
 
 
 def check_groups(model: nn.Module, groups: list[dict]) -> None:
-    """Every trainable parameter is in exactly one group."""
+    """Raise `RuntimeError` unless every trainable parameter is in exactly one group."""
     grouped = [id(p) for group in groups for p in group["params"]]
     trainable = [id(p) for p in model.parameters() if p.requires_grad]
     if sorted(grouped) != sorted(trainable):
@@ -56,10 +58,11 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, multiplier: float) -> N
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
-    """Norm over all ranks (), identical on each, and those of this rank's own gradients (parameters,), as `in_norm_order` has them.
+    """Return the gradient norm over all ranks (), identical on each, and the norms of this rank's own gradients (parameters,).
 
-    Sharded and replicated gradients may be mixed. A collective if any is sharded. Of several copies the first one's shards count,
-    on all ranks: sums of each copy by itself might round apart, and so would the copies from then on.
+    The latter are in the order of `in_norm_order`. Sharded and replicated gradients may be mixed. A collective if any is sharded.
+    Of several copies the shards of the first copy count, on all ranks: norms that each copy sums by itself might differ by
+    rounding, and the copies would differ from then on.
     """
     shards, whole = _shards_first(p.grad for p in parameters if p.grad is not None)
     norms = torch.stack(torch._foreach_norm([*(g.to_local() for g in shards), *whole], dtype=torch.float32))
@@ -68,13 +71,13 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
     total = torch.linalg.vector_norm(norms[: len(shards)]).square()
     if shards[0].device_mesh.size() > 1:
         if not is_first_copy(shards[0], dist.get_rank()):
-            total *= 0  # a product: what is not finite stays so
+            total *= 0  # a product: a norm that is not finite stays so
         dist.all_reduce(total)
     return (total + torch.linalg.vector_norm(norms[len(shards) :]).square()).sqrt() if whole else total.sqrt(), norms
 
 
 def in_norm_order(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """The order in which `gradient_norm` gives the norms of single gradients."""
+    """Return `parameters` in the order in which `gradient_norm` returns the norms of single gradients."""
     shards, whole = _shards_first(parameters)
     return [*shards, *whole]
 
@@ -87,7 +90,7 @@ def _shards_first(tensors: Iterable[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def clipped_update(optimizer: torch.optim.Optimizer, norm: Tensor, clip_norm: float) -> Tensor:
-    """One update with gradients scaled to at most `clip_norm` (0 = off); nothing at all where `norm` is not finite.
+    """Update once with gradients scaled to at most `clip_norm` (0 = off); skip the update where `norm` is not finite.
 
     The fused kernel clips and skips by itself, so the host never waits. Returns 1.0 where the update was skipped, (), on
     the device. The norm is the same on all ranks, so all skip alike.
@@ -103,7 +106,7 @@ def clipped_update(optimizer: torch.optim.Optimizer, norm: Tensor, clip_norm: fl
 
 @dataclass(frozen=True)
 class Trained:
-    """What learns: parameters by full name, and the optimizer over them."""
+    """Trainable parameters by full name, and the optimizer over them."""
 
     parameters: dict[str, Tensor]
     optimizer: torch.optim.Optimizer

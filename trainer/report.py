@@ -1,4 +1,4 @@
-"""What a run prints before it does it."""
+"""Plan of a run as text, which the run prints before it starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer.setup import PreparedRun
 
 
 def plan(setup: PreparedRun, certificates: list[str], resume: Path | None, damaged: list[str]) -> str:
-    """Parts, batch arithmetic, sharding, data and the resume point, for people."""
+    """Describe parts, batch arithmetic, sharding, data and the resume point, for people."""
     place, origin = setup.place, setup.config.model.init_from or "the bases"
     lines = ["", f"{place}, from {origin}"] if place.name else []
     lines += [*_parts(setup), "", *_batches(setup)]
@@ -38,7 +38,7 @@ def _parts(setup: PreparedRun) -> list[str]:
 
 
 def _experts(setup: PreparedRun) -> list[str]:
-    """What adapters do not reach, said where a person looks for what learns."""
+    """Describe the expert weights that LoRA does not reach, where a person looks for the parts that learn."""
     experts = fused_parameters(setup.model.llm)
     if not experts or setup.config.model.llm.tune != "lora":
         return []
@@ -74,7 +74,7 @@ def _batches(setup: PreparedRun) -> list[str]:
 
 
 def sharing(config: ParallelConfig, num_ranks: int) -> str:
-    """Who holds which weights."""
+    """Describe which ranks hold which weights."""
     if num_ranks == 1:
         return "one process"
     if config.strategy == "hsdp":
@@ -83,7 +83,7 @@ def sharing(config: ParallelConfig, num_ranks: int) -> str:
 
 
 def _quantised(setup: PreparedRun) -> list[str]:
-    """What the matrices of the language model take, and would take in the type that is computed in."""
+    """Describe the memory of the quantised matrices of the language model, and their memory in the dtype of the computation."""
     config, layers = setup.config.quantize, [layer for _, layer in quantised(setup.model)]
     if not layers:
         return []

@@ -1,4 +1,4 @@
-"""Learning-rate schedules as pure functions of the step: resume needs no state. The curves are transformers'."""
+"""Learning-rate schedules as pure functions of the step: resume needs no state. The curves are those of transformers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ def warmup_steps(config: OptimConfig, total: int) -> int:
 
 
 def multiplier(config: OptimConfig, step: int, total: int) -> float:
-    """Factor on the peak learning rate at 0-based `step`: 0 to 1 while warming up, then the curve, which ends at 0 at `total`."""
+    """Return the factor on the peak learning rate at 0-based `step`: 0 to 1 during warm-up, then the curve of the schedule.
+
+    The linear and the cosine curve end at 0 at `total`.
+    """
     warmup = warmup_steps(config, total)
     if step < warmup:
         return step / warmup

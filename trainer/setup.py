@@ -1,4 +1,4 @@
-"""The parts of a run in the order they come to life: structure, sharding, weights, optimizer, proof of gradients."""
+"""Parts of a run in the order in which they are built: structure, sharding, weights, proof of gradients, optimizer."""
 
 from __future__ import annotations
 
@@ -28,26 +28,29 @@ from trainer.runfile.stages import Stage
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run that is ready to step."""
+    """Configuration, data, model and optimizer of a run that is ready to step."""
 
     config: RunConfig
     world: World
     data: RunData
     model: MultimodalLM  # the model itself, for names and modes
-    wrapped: nn.Module  # what is called: the model, its FSDP2 form, or DDP around it
+    wrapped: nn.Module  # the module to call: the model, its FSDP2 form, or DDP around it
     trained: Trained | None  # None when nothing learns
     total_steps: int
     place: Stage
 
     @property
     def batch_plan(self) -> BatchPlan:
-        """How steps and validation become micro-batches, on this number of ranks."""
+        """Return the plan by which steps and validation become micro-batches, on this number of ranks."""
         batch = self.config.batch
         return BatchPlan(self.world.size, batch.micro_batch_size, batch.micro_batch_tokens)
 
 
 def resolved(config: RunConfig, world: World) -> RunConfig:
-    """The configuration with what depends on the machine filled in. ConfigError when it does not suit the number of ranks."""
+    """Return the configuration with the settings that depend on the machine filled in.
+
+    Raises `ConfigError` when the configuration does not suit the number of ranks.
+    """
     check_sharing(config.parallel, world.size)
     return replace(config, model=replace(config.model, dtype=resolve_dtype(config.model.dtype, world.device)))
 
@@ -59,7 +62,7 @@ def make_deterministic(config: RunConfig) -> None:
 
 
 def num_steps(config: RunConfig, data: RunData) -> int:
-    """Optimizer steps of the whole run."""
+    """Return the number of optimizer steps of the whole run or stage that `config` describes."""
     if config.train.max_steps is not None:
         return config.train.max_steps
     steps = data.sampler.steps_per_epoch if data.sampler else 0
@@ -67,7 +70,10 @@ def num_steps(config: RunConfig, data: RunData) -> int:
 
 
 def build(place: Stage, data: RunData, world: World, alive: Callable[[str], object] = lambda at: None) -> PreparedRun:
-    """Every rank builds the structure on meta, shards it, and then reads its own rows of the weights; `alive` is told which."""
+    """Build the model and optimizer: structure on meta, sharding, then this rank's own rows of the weights. Collective.
+
+    `alive` is called with the weights that are being read. Raises `ConfigError` when a proof fails.
+    """
     config = place.config
     model = assemble(data.card, DTYPES[config.model.dtype])
     if config.parallel.activation_checkpointing == "full":
@@ -91,9 +97,9 @@ def build(place: Stage, data: RunData, world: World, alive: Callable[[str], obje
 
 
 def prove_gradients(wrapped: nn.Module, model: MultimodalLM, pad_id: int, world: World) -> None:
-    """One throw-away backward on a blank batch: whatever learns must get a gradient, or the run does not start.
+    """Run one throw-away backward on a blank batch and raise `ConfigError` unless every trainable parameter gets a gradient.
 
-    It also makes DDP settle its buckets before weights are restored, so that a resumed run sums in the same order. Collective.
+    It also makes DDP fix its buckets before weights are restored, so that a resumed run sums in the same order. Collective.
     """
     terms = wrapped(collate([], pad_id).to(world.device))
     torch.stack([term.sum for term in terms.values()]).sum().backward()

@@ -1,4 +1,4 @@
-"""One optimizer step: where the gradient is made."""
+"""One optimizer step: forward and backward of all micro-batches, the gradient norm and the update."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from trainer.optim import clipped_update, gradient_norm
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did, on the device: nothing here has been waited for."""
+    """Results of a step, on the device: the host has not waited for any of them."""
 
     addends: list[Tensor]  # cross entropy of each supervised position of this rank, (S,) per micro-batch
     grad_norm: Tensor  # () over all ranks, before clipping
     skipped: Tensor  # () 1.0 where the update was skipped because the norm is not finite
-    ratios: list[dict[str, Tensor]]  # what other terms show, (2,) sum and count by name, per micro-batch
+    ratios: list[dict[str, Tensor]]  # what other terms report, (2,) sum and count by name, per micro-batch
     losses: Tensor  # (micro-batches,) this rank's share of the loss
     norms: Tensor  # (parameters,) of this rank's gradients, in the order of the optimizer's groups: which one was not finite
-    heard: Tensor  # (notes,) what `told` sums to over all ranks
+    heard: Tensor  # (len(told),) sums of `told` over all ranks
 
 
 def train_step(
@@ -43,12 +43,13 @@ def train_step(
     told: Sequence[float | Tensor] = (),
     mark: Callable[[str], None] = lambda phase: None,
 ) -> StepResult:
-    """Update on the sum of all terms, each the mean over what it counts in the global batch. No host sync.
+    """Update the parameters on the sum of all terms, each the mean over what the term counts in the global batch. No host sync.
 
     A term has one denominator, its count over all micro-batches and ranks: each micro-batch adds its sum divided by it, and
-    gradients are summed over ranks, so the result does not depend on how the samples were shared out.
+    gradients are summed over ranks, so the result does not depend on how the samples were distributed.
 
-    `told`: numbers of this rank that ride along in the collective of the counts; `mark` is called with the name of each phase.
+    `told`: numbers of this rank that are summed over ranks in the same collective as the counts; `mark` is called with the name of
+    each phase.
     """
     mark("count")
     shares, heard = divisors(wrapped, batches, world, told)
@@ -56,7 +57,7 @@ def train_step(
     ratios: list[dict[str, Tensor]] = []
     losses: list[Tensor] = []
     for i, batch in enumerate(batches):
-        # Dropout depends on nothing but these four, so a resumed run draws the same numbers.
+        # Dropout depends on these four numbers alone, so a resumed run draws the same numbers.
         seed_dropout(seed_of(seed, step, world.rank, i), world.device)
         with gradient_sync(wrapped, last=i == len(batches) - 1):
             mark("forward")
@@ -78,8 +79,9 @@ def train_step(
 def divisors(
     wrapped: nn.Module, batches: list[Batch], world: World, told: Sequence[float | Tensor] = ()
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """What the sum of each term is divided by: its count over all ranks, over its coefficient; and the sums of `told` over all
-    ranks. One collective, no host sync.
+    """Return the divisor of each term's sum, and the sums of `told` over all ranks. One collective, no host sync.
+
+    A divisor is the count of the term over all ranks, divided by the coefficient of the term.
     """
     model: Any = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
     found = [*model.counts(batches).values(), *told]
@@ -92,16 +94,16 @@ def divisors(
 
 
 def total_loss(terms: dict[str, Term], shares: dict[str, Tensor]) -> Tensor:
-    """() this micro-batch's part of the loss of the step."""
+    """Return () this micro-batch's part of the loss of the step."""
     return torch.stack([term.sum / shares[name] for name, term in terms.items()]).sum()
 
 
 def ratios_of(terms: dict[str, Term]) -> dict[str, Tensor]:
-    """Sum and count of everything that terms beside the text show, by name."""
+    """Return the (2,) sum and count of everything that terms other than the text report, by name."""
     return {name: ratio for term in terms.values() for name, ratio in term.ratios.items()}
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:
-    """Seed the generator that dropout on `device` draws from. `torch.manual_seed` would look at every back end each time."""
+    """Set the seed of the generator that dropout on `device` draws from. `torch.manual_seed` would visit every back end."""
     generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
     generator.manual_seed(seed)

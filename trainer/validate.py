@@ -1,4 +1,4 @@
-"""Validation loss: token-weighted over all ranks, and per source; and what other terms of the loss show."""
+"""Validation: the token-weighted loss over all ranks and per source, and what other terms of the loss report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.step import ratios_of
 
 
 def validate(setup: PreparedRun, quarantine: Quarantine, step: int, watch: PhaseTracker | None = None) -> dict[str, float]:
-    """val/loss, val/<source>/loss and val/<term>_loss over the same records at every call. Collective.
+    """Return val/loss, val/<source>/loss and val/<term>_loss over the same records at every call. Collective.
 
     Bad records go to the quarantine. Every micro-batch is marked in `watch`.
     """

@@ -1,4 +1,4 @@
-"""Gather hooks: a sharded parameter becomes whole on rank 0, one at a time, when a writer asks for it."""
+"""Gather hooks: each makes one sharded tensor whole on rank 0, at the time when a writer asks for it."""
 
 from __future__ import annotations
 
@@ -14,25 +14,28 @@ GatherHook = Callable[[], Tensor | None]
 
 
 def gather_hooks(tensors: Mapping[str, Tensor]) -> dict[str, GatherHook]:
-    """A hook per tensor. Calling one is a collective: every rank calls the same hooks in the same order.
+    """Return a hook per tensor. Calling a hook is a collective: every rank calls the same hooks in the same order.
 
-    Rank 0 gets the whole tensor on the CPU, the others None, and nobody ever holds more than one.
+    Rank 0 gets the whole tensor on the CPU, the other ranks None; no rank ever holds more than one whole tensor.
     """
     return {name: lambda tensor=tensor: gathered(tensor) for name, tensor in tensors.items()}  # type: ignore[misc]
 
 
 def gathered(tensor: Tensor) -> Tensor | None:
-    """The whole tensor on rank 0, None elsewhere. Collective for sharded tensors, among the ranks that share the first copy."""
+    """Return the whole tensor on rank 0, None elsewhere.
+
+    Collective for sharded tensors, among the ranks that share the first copy.
+    """
     is_main = dist.get_rank() == 0
     if not isinstance(tensor, DTensor):
         return tensor.detach().cpu() if is_main else None
     mesh = tensor.device_mesh
     if not is_first_copy(tensor, dist.get_rank()):
         return None
-    # On the CPU and into place: two copies on the accelerator would not fit beside a model that fills it.
+    # Gathered on the CPU, straight into the result: two copies on the accelerator would not fit beside a model that fills it.
     local, size = tensor.to_local().detach().cpu(), mesh.size(mesh.ndim - 1)
     chunk = -(-tensor.shape[0] // size)
-    # Late ranks hold fewer rows or none; a gather wants equal pieces.
+    # The last ranks hold fewer rows or none, and a gather needs pieces of equal size.
     padded = local.new_zeros(chunk, *tensor.shape[1:])
     padded[: local.shape[0]] = local
     whole = local.new_empty(chunk * size, *tensor.shape[1:]) if is_main else None

@@ -1,5 +1,7 @@
-"""Wrapping from outside: activation checkpointing, then FSDP2 per block or DDP. One meaning for both: backward leaves
-gradients summed over ranks, in float32, and parameters compute in the model's dtype in the modules that own them.
+"""Parallelism that is applied to a model from outside: activation checkpointing, then FSDP2 per block, or DDP.
+
+Both mean the same: backward leaves gradients summed over ranks, in float32, and parameters compute in the model's dtype in the
+modules that own them.
 
 No `from __future__ import annotations` here: DDP refuses a communication hook whose annotations are strings.
 """
@@ -25,7 +27,7 @@ from trainer.distributed.world import World
 
 
 def checkpoint_activations(model: MultimodalLM) -> None:
-    """Recompute the blocks of every part on the gradient's path in backward. Names of parameters do not change.
+    """Make backward recompute the blocks of every part on the gradient's path. Names of parameters do not change.
 
     Transformers' own switch does nothing in eval mode, which frozen parts are in.
     """
@@ -36,7 +38,7 @@ def checkpoint_activations(model: MultimodalLM) -> None:
 
 
 def block_owner(model: MultimodalLM, part: str) -> nn.Module:
-    """The module whose blocks are sharded and recomputed: the decoder, or the tower inside its wrapper."""
+    """Return the module whose blocks are sharded and recomputed: the decoder, or the tower inside its wrapper."""
     module = model.get_submodule(part)
     return module.get_decoder() if part == "llm" else module.tower  # type: ignore[operator, return-value]
 
@@ -46,12 +48,15 @@ def has_blocks(model: MultimodalLM, part: str) -> bool:
 
 
 def is_sharded(config: ParallelConfig, world: World) -> bool:
-    """Whether ranks share copies of the weights. One process holds all of them, whatever the strategy."""
+    """Tell whether ranks share copies of the weights. A single process holds all weights, whatever the strategy."""
     return config.strategy != "ddp" and world.size > 1
 
 
 def check_sharing(config: ParallelConfig, num_ranks: int) -> None:
-    """ConfigError when `num_ranks` cannot form copies of parallel.shard_size ranks. One process has nothing to share."""
+    """Raise `ConfigError` when `num_ranks` cannot form copies of parallel.shard_size ranks.
+
+    A single process has nothing to share.
+    """
     size = config.shard_size
     if config.strategy != "hsdp" or num_ranks == 1 or (1 < size < num_ranks and num_ranks % size == 0):
         return
@@ -64,9 +69,10 @@ def check_sharing(config: ParallelConfig, num_ranks: int) -> None:
 
 
 def shard(model: MultimodalLM, config: ParallelConfig, world: World) -> None:
-    """FSDP2 (ZeRO-3) on a model that is still on meta: every block a unit of its own, towers, then the rest. With hsdp every
-    `shard_size` ranks share a copy (Zhao et al. 2023, PyTorch FSDP, "hybrid sharding"): gradients are summed among them, then over
-    the copies.
+    """Shard a model that is still on meta with FSDP2 (ZeRO-3): every block is a unit, then every tower, then the rest.
+
+    With hsdp every `shard_size` ranks share a copy (Zhao et al. 2023, PyTorch FSDP, "hybrid sharding"): gradients are summed among
+    these ranks, then over the copies.
     """
     mesh = world.mesh(config.shard_size if config.strategy == "hsdp" else 0)
     policy = MixedPrecisionPolicy(
@@ -83,7 +89,7 @@ def shard(model: MultimodalLM, config: ParallelConfig, world: World) -> None:
         if name != "llm":
             fully_shard(owner, **options)
             if name not in model.trainable_parts:
-                # Its output carries no gradient: gathering it again for backward would be for nobody.
+                # The output of this tower carries no gradient, so backward never needs its weights: do not gather them again.
                 for module in owner.modules():
                     if isinstance(module, FSDPModule):
                         module.set_unshard_in_backward(False)
@@ -98,11 +104,14 @@ def shard(model: MultimodalLM, config: ParallelConfig, world: World) -> None:
 
 
 def cast_for_compute(model: nn.Module, dtype: torch.dtype) -> None:
-    """Without FSDP: every module computes with its own parameters in `dtype`, the float32 masters stay. Names do not change."""
+    """Make every module compute with its own parameters in `dtype`, for models without FSDP.
+
+    The float32 masters stay, and names do not change.
+    """
     owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, p in module._parameters.items():
-            if p is not None and p.is_floating_point() and p.dtype != dtype:  # codes of a quantised matrix stay what they are
+            if p is not None and p.is_floating_point() and p.dtype != dtype:  # codes of a quantised matrix are not cast
                 owners.setdefault(p, []).append((module, name))
     for module in {module for pairs in owners.values() for module, _ in pairs}:
         module.forward = _cast_inside(module, module.forward, dtype)
@@ -111,7 +120,10 @@ def cast_for_compute(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _cast_inside(module: nn.Module, forward: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
-    """`forward` with its own parameters cast. A recomputed block is cast inside: backward runs what stands there a second time."""
+    """Wrap `forward` so that the module's own parameters are cast.
+
+    A recomputed block is cast inside `checkpoint`, because backward runs what is inside a second time.
+    """
     if isinstance(forward, functools.partial) and forward.func is checkpoint:
         inner = functools.partial(_cast_forward, module, forward.args[0], dtype)
         return functools.partial(checkpoint, inner, **forward.keywords)
@@ -125,7 +137,10 @@ def _cast_shared(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """A tied matrix is cast once for all who use it, so that its gradients add up in `dtype`, as they do under FSDP2."""
+    """Run `forward` with every tied matrix cast once for all modules that use it.
+
+    Its gradients then add up in `dtype`, as they do under FSDP2.
+    """
     try:
         for p, pairs in shared.items():
             cast = p.to(dtype)
@@ -141,7 +156,7 @@ def _cast_shared(
 def _cast_forward(module: nn.Module, forward: Callable[..., Any], dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
     masters = dict(module._parameters)
     if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
-        # Their callers may have looked at the master's dtype to prepare the input, as CLIP's embeddings do.
+        # Callers may have prepared the input in the dtype of the masters, as CLIP's embeddings do.
         args = tuple(a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
     try:
         for name, p in masters.items():
@@ -153,7 +168,10 @@ def _cast_forward(module: nn.Module, forward: Callable[..., Any], dtype: torch.d
 
 
 def replicate(model: MultimodalLM, world: World) -> nn.Module:
-    """DDP, or the bare model in a world of one. Every rank has read the same weights: nothing is broadcast."""
+    """Wrap the model in DDP, or return the bare model in a world of one rank.
+
+    Every rank has read the same weights: nothing is broadcast.
+    """
     cast_for_compute(model, model.dtype)
     if world.size == 1:
         return model
@@ -166,17 +184,20 @@ def replicate(model: MultimodalLM, world: World) -> nn.Module:
 
 
 def sum_gradients(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """DDP hook: sum instead of mean. The loss already carries the denominator of the whole step."""
+    """Sum a bucket of gradients over ranks, as a DDP hook in place of the mean. Collective.
+
+    The loss already carries the denominator of the whole step.
+    """
     return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0])
 
 
 @contextmanager
 def gradient_sync(wrapped: nn.Module, *, last: bool) -> Iterator[None]:
-    """Around forward AND backward of one micro-batch: gradients are summed over ranks on the last one.
+    """Sum gradients over ranks on the last micro-batch only; the context goes around forward AND backward of one micro-batch.
 
-    DDP decides in forward; a second sum of what is already summed would be silent and wrong, hence one context for both.
-    FSDP2 sums at every micro-batch when the whole LLM learns: its unsharded gradients would not fit. Copies of hsdp are summed
-    over on the last one alone: until then each keeps its own shards.
+    DDP decides in forward; a second sum of gradients that are already summed would be silent and wrong, hence one context for
+    both. FSDP2 sums at every micro-batch when the whole LLM learns: its unsharded gradients would not fit. The sum over the copies
+    of hsdp is taken on the last micro-batch alone: until then each copy keeps its own shards.
     """
     if isinstance(wrapped, DistributedDataParallel):
         with nullcontext() if last else wrapped.no_sync():
@@ -185,12 +206,15 @@ def gradient_sync(wrapped: nn.Module, *, last: bool) -> Iterator[None]:
     if isinstance(wrapped, FSDPModule):
         tunes_whole_llm = head_weight(wrapped.llm).requires_grad  # type: ignore[arg-type]
         wrapped.set_requires_gradient_sync(last or tunes_whole_llm)
-        wrapped.set_requires_all_reduce(last)  # without copies there is none
+        wrapped.set_requires_all_reduce(last)  # without copies there is no all-reduce
     yield
 
 
 def reshard(model: nn.Module) -> None:
-    """Free what a forward without backward left gathered: until then `parameters()` are the copies made for computing."""
+    """Release the weights that a forward without backward left gathered.
+
+    Until then `parameters()` are the copies made for computing.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,4 +1,4 @@
-"""All ranks do the same run: settings and versions are compared before anything else."""
+"""Check that all ranks do the same run: settings and versions are compared before anything else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHOWN = 8  # differences that a message names
 
 
 def agree(config: RunConfig, world: World) -> None:
-    """`ConfigError`, on all ranks alike, unless all of them have the same settings and the same versions. Collective."""
+    """Raise `ConfigError`, on all ranks alike, unless all ranks have the same settings and the same versions. Collective."""
     own = flat(to_tables(config)) | {
         "the version of torch": torch.__version__,
         "the version of transformers": transformers.__version__,
@@ -38,7 +38,7 @@ def agree(config: RunConfig, world: World) -> None:
 
 
 def differences(first: dict[str, Any], others: dict[int, dict[str, Any]]) -> list[str]:
-    """One line for every key and value that some ranks have in place of rank 0's."""
+    """Return one line for every key and value in which some ranks differ from rank 0; `others`: their tables by rank."""
     found: dict[str, list[int]] = {}
     for rank, table in others.items():
         for key in sorted(first.keys() | table.keys()):

@@ -1,7 +1,7 @@
-"""A place in the launcher's store for the ranks of one start, apart from what ranks of earlier starts have left there.
+"""Rendezvous of the ranks of one start: a prefix of the launcher's store, apart from the keys that earlier starts have left.
 
-A launcher that starts its ranks again keeps its store, with the addresses of ranks that are gone. No number that it hands out tells
-one start from another on all machines: a launcher that was itself started again counts from zero.
+A launcher that restarts its ranks keeps its store, with the addresses of ranks that are gone. No number that the launcher hands out
+tells one start from another on all machines: a launcher that was itself restarted counts from zero.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from datetime import timedelta
 import torch.distributed as dist
 
 HELLO = "hello"
-"""Under this key every rank of every start adds its name; under each name rank 0 answers with the place."""
+"""Key to which every rank of every start adds its name; rank 0 answers under each name with the prefix of its start."""
 POLL_SECONDS = 0.05
 
 
 def own_place(store: dist.Store, rank: int, size: int, seconds: float) -> dist.Store:
-    """The same fresh place on all ranks of a start, in which `here_keys` of all of them stand. Collective.
+    """Return a fresh prefix of the store, the same on all ranks of a start, once the `here_keys` of all ranks are set. Collective.
 
     Raises `RendezvousTimeout` with the ranks that are missing after `seconds`.
     """
@@ -27,7 +27,7 @@ def own_place(store: dist.Store, rank: int, size: int, seconds: float) -> dist.S
     if rank == 0:
         place = dist.PrefixStore(name, store)
         place.set(keys[0], "")
-        if not _answered(store, name, place, keys, seconds):
+        if not _answer_all(store, name, place, keys, seconds):
             raise RendezvousTimeout(_missing(place, keys))
         return place
     try:
@@ -44,7 +44,7 @@ def own_place(store: dist.Store, rank: int, size: int, seconds: float) -> dist.S
 
 
 def _missing(place: dist.Store, keys: list[str]) -> list[int]:
-    """Ranks that are not there; rank 0, where the store itself has gone."""
+    """Return the ranks whose key is not set; rank 0, where the store itself is gone."""
     try:
         return [rank for rank, key in enumerate(keys) if not place.check([key])]
     except RuntimeError:
@@ -52,7 +52,7 @@ def _missing(place: dist.Store, keys: list[str]) -> list[int]:
 
 
 class RendezvousTimeout(Exception):
-    """Some ranks of this start did not come."""
+    """Error that some ranks of this start did not come in time; `missing` are their numbers."""
 
     def __init__(self, missing: list[int]) -> None:
         super().__init__(f"ranks {missing} did not come")
@@ -63,8 +63,11 @@ def here_keys(size: int) -> list[str]:
     return [f"here/{rank}" for rank in range(size)]
 
 
-def _answered(store: dist.Store, place_name: str, place: dist.Store, keys: list[str], seconds: float) -> bool:
-    """On rank 0: tell the place to whoever says hello, until all are there. Names that dead ranks have left do no harm."""
+def _answer_all(store: dist.Store, place_name: str, place: dist.Store, keys: list[str], seconds: float) -> bool:
+    """Answer every name under HELLO with `place_name`, on rank 0, until the keys of all ranks are set.
+
+    Returns False when they are not set within `seconds`. Names that dead ranks have left do no harm.
+    """
     answered: set[str] = set()
     end = time.monotonic() + seconds
     while not place.check(keys):

@@ -1,4 +1,4 @@
-"""Processes: one frozen World, made once, and the only place that calls torch.distributed collectives by hand."""
+"""Start of the process group, and one frozen World per process, made once, with the collectives that most modules use."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ from model.errors import ConfigError
 from trainer.distributed.rendezvous import RendezvousTimeout, own_place
 
 TIMEOUT = timedelta(minutes=30)
-START_SECONDS = 600.0  # for all ranks to come
+START_SECONDS = 600.0  # for all ranks to join
 
 
 @dataclass(frozen=True)
 class World:
-    """Who this process is. Every method but `is_main` and `channel` is a collective: all ranks call it, in the same order."""
+    """Rank, device and store of this process.
+
+    Every method but `is_main` and `channel` is a collective: all ranks call it, in the same order.
+    """
 
     rank: int
     local_rank: int
@@ -35,8 +38,9 @@ class World:
     store: dist.Store = field(default_factory=dist.HashStore, compare=False, repr=False)
 
     def channel(self, name: str) -> dist.Store:
-        """A place to leave and find small texts by key, shared by all ranks and apart from those of other names. Not a collective,
-        and a connection of its own: a thread may use it while others wait in theirs.
+        """Return a store of small texts by key, shared by all ranks and separate for every `name`. Not a collective.
+
+        The store has a connection of its own: a thread may use it while other threads wait in theirs.
         """
         return dist.PrefixStore(name, self.store.clone())  # type: ignore[attr-defined]  # torch declares it nowhere
 
@@ -45,15 +49,16 @@ class World:
         return self.rank == 0
 
     def mesh(self, shard_size: int = 0) -> DeviceMesh:
-        """All ranks in a row; with `shard_size`, which divides them, in rows of so many that share one copy. Neighbours share: of
-        several machines, as a rule, those of one.
+        """Return a mesh of all ranks, (size,); with `shard_size`, a divisor of their number, (size / shard_size, shard_size).
+
+        The ranks of a row share one copy. They are neighbours: as a rule, ranks of one machine.
         """
         if not shard_size:
             return init_device_mesh(self.device.type, (self.size,))
         return init_device_mesh(self.device.type, (self.size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, in place; on CUDA the host does not wait."""
+        """Sum `tensor` over ranks, in place, and return it; on CUDA the host does not wait."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -63,7 +68,10 @@ class World:
             self.sum(torch.zeros((), device=self.device)).item()
 
     def gather_json(self, value: Any) -> list[Any]:
-        """Every rank's value, on every rank; as JSON, because the library's own object collectives unpickle. A host sync."""
+        """Return the values of all ranks, in the order of ranks, on every rank. A host sync.
+
+        The values travel as JSON, because the object collectives of torch.distributed unpickle.
+        """
         if self.size == 1:
             return [value]
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
@@ -77,18 +85,18 @@ class World:
         return [json.loads(bytes(row[: int(size)].tolist())) for row, size in zip(rows, sizes)]
 
     def broadcast_json(self, value: Any) -> Any:
-        """Rank 0's value on every rank."""
+        """Return the value of rank 0 on every rank. A host sync."""
         return self.gather_json(value if self.is_main else None)[0]
 
 
 def start_world() -> World:
-    """Join the process group that torchrun describes in the environment, or make one of this process alone, without a port."""
+    """Join the process group that torchrun describes in the environment, or make a group of this process alone, without a port."""
     rank, local_rank, size = (int(os.environ.get(name, default)) for name, default in ENVIRONMENT)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         check_devices(rank, local_rank)
-        # Or a thread of the library's aborts the process at the first error of a device or a peer, before this rank has told it.
+        # Otherwise a thread of torch aborts the process at the first error of a device or a peer, before this rank has reported it.
         os.environ.setdefault("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0")
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -98,7 +106,7 @@ def start_world() -> World:
 
 
 def check_devices(rank: int, local_rank: int) -> None:
-    """`ConfigError` where this machine has no device left for the rank."""
+    """Raise `ConfigError` where this machine has no device left for the rank."""
     count = torch.cuda.device_count()
     if local_rank >= count:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -113,7 +121,7 @@ ENVIRONMENT = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
 
 
 def meet() -> dist.Store:
-    """The store at the address that the launcher names, where ranks find each other, once all of them are there.
+    """Return the store at the address that the launcher names, in which ranks find each other, once all ranks have joined.
 
     Raises `ConfigError`, with the ranks that did not come within START_SECONDS.
     """
@@ -137,7 +145,7 @@ def meet() -> dist.Store:
 
 
 def open_store(rank: int, size: int) -> dist.Store:
-    """A connection to the launcher's store, or to that of rank 0, which is made here. It does not wait for the other ranks."""
+    """Connect to the launcher's store, or to the store of rank 0, which is made here, without waiting for the other ranks."""
     from_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return dist.TCPStore(
         os.environ["MASTER_ADDR"],
@@ -151,7 +159,7 @@ def open_store(rank: int, size: int) -> dist.Store:
 
 
 def absent(missing: list[int], size: int) -> str:
-    """Who did not come, for people."""
+    """Describe for people which ranks did not come: the beginning of a sentence."""
     who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:16]))}{' ...' * (len(missing) > 16)}"
     return f"{who} of {size} did not come within"
 
@@ -164,7 +172,7 @@ def stop_world() -> None:
 def die_with_parent() -> None:
     """Ask the kernel to kill this process when its launcher dies: torchrun's workers are sessions of their own and would run on.
 
-    Where the launcher is dead already, because this process took its time to begin, it ends here.
+    Where the launcher has died while this process was starting, the process kills itself here.
     """
     if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
@@ -176,7 +184,10 @@ def die_with_parent() -> None:
 
 
 def may_launch(pid: int) -> bool:
-    """Whether a process can be torchrun, which is Python. Who takes in orphans is not, as a rule: init, a shell, SLURM's step."""
+    """Tell whether a process can be torchrun, which is Python.
+
+    The process that adopts orphans is none, as a rule: init, a shell, SLURM's step.
+    """
     try:
         line = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:

@@ -1,4 +1,4 @@
-"""Whether every part of a model is fed by some record, and why not where none does."""
+"""Checks that some record feeds every part of a model, and the reasons where none does."""
 
 from __future__ import annotations
 
@@ -17,21 +17,24 @@ from model.multimodal import ENCODERS
 
 
 class UnfedError(ConfigError):
-    """No record feeds a part."""
+    """Error that no record feeds a configured part."""
 
 
 def carried(model: ModelConfig) -> frozenset[str]:
-    """Modalities whose frozen parts an earlier run has trained: they come along, also where nothing is fed to them."""
+    """Return the modalities whose frozen parts an earlier run has trained: they stay in the model, also without records."""
     frozen = {name for name, part in model.parts().items() if part.tune == "frozen"}
     return frozenset(kind for kind, names in ENCODERS.items() if model.init_from and frozen.issuperset(names))
 
 
 def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...], carried: Collection[str] = ()) -> None:
-    """A configured part that no record feeds is a mistake, unless it is `carried`, and so is a medium that no part reads."""
+    """Check that records feed every configured part, unless it is `carried`, and that a part reads every medium of the records.
+
+    Raises `DataError` without any record, `UnfedError` for a part without records, `ConfigError` for a medium without a part.
+    """
     if not any(len(pool.ids) for pool in pools):
         raise DataError("data.sources hold no records: there is nothing to train on")
     found = {pool.name: int(np.bitwise_or.reduce(dataset.modalities[pool.ids])) for pool in pools if len(pool.ids)}
-    # The n-th kind of medium is bit n of what an index says of its records.
+    # Bit n of a record's modalities, as the index stores them, is the n-th kind of medium.
     kinds = {kind: [name for name, bits in found.items() if bits >> n & 1] for n, kind in enumerate(PLACEHOLDERS)}
     for modality in dataset.specs:
         read = [kind for kind in PLACEHOLDERS if READ_BY[kind] == modality]
@@ -52,8 +55,10 @@ def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...], carried: Coll
 
 
 def refused_records(dataset: MultimodalDataset, pools: Sequence[Pool], count: int = 200) -> tuple[float, str]:
-    """Which share of up to `count` records, spread over all, break the rules, and the reasons with their numbers and the first of
-    each; nothing where all are good.
+    """Return the share of up to `count` records, spread over all, that break the rules, and the reasons as text.
+
+    The text has the three most frequent reasons, each with its number of records and the first one; it is empty where all records
+    are good.
     """
     ids = np.concatenate([pool.ids for pool in pools])
     looked_at = ids[:: -(-len(ids) // count)]
@@ -64,14 +69,14 @@ def refused_records(dataset: MultimodalDataset, pools: Sequence[Pool], count: in
         except RecordError as error:
             found.setdefault(SPECIFIC.sub("...", f"{error.field}: {error.reason}"), []).append(str(error))
     reasons = sorted(found.values(), key=len, reverse=True)
-    told = "; ".join(f"{len(errors):,} as {errors[0]}" for errors in reasons[:3])
+    listed = "; ".join(f"{len(errors):,} as {errors[0]}" for errors in reasons[:3])
     num = sum(map(len, reasons))
-    said = f"{num:,} of {len(looked_at):,} records looked at break the rules: {told}" if num else ""
-    return num / len(looked_at), said
+    summary = f"{num:,} of {len(looked_at):,} records looked at break the rules: {listed}" if num else ""
+    return num / len(looked_at), summary
 
 
 SPECIFIC = re.compile(r"'[^']*'|\d+")
-"""What differs in the reasons of records that break the same rule."""
+"""Text that differs between the reasons of records that break the same rule."""
 
 
 def _one(kind: str) -> str:

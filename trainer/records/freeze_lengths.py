@@ -1,4 +1,4 @@
-"""By what lengths a run is planned: settled by rank 0 before step 1, read by every rank at every start."""
+"""Planned token lengths of a run: frozen by rank 0 before step 1, loaded by every rank at every start."""
 
 from __future__ import annotations
 
@@ -23,24 +23,26 @@ SIGN_SECONDS = 60.0
 
 
 class Signs:
-    """Signs of life of rank 0, to its own watch and to the ranks that `wait`: no single collective may take half an hour, and to
-    index or measure millions of records can.
+    """Heartbeats of rank 0 while it works alone, to its own watchdog and to the ranks that `wait`.
+
+    No single collective may take half an hour, and indexing or measuring millions of records can.
     """
 
     def __init__(self, world: World, alive: Callable[[str], object]) -> None:
-        self._world, self._alive, self._told = world, alive, time.monotonic()
+        self._world, self._alive, self._last_sent = world, alive, time.monotonic()
 
     def __call__(self, at: str) -> None:
-        """Collective with a turn of `wait` once in SIGN_SECONDS."""
+        """Send a heartbeat. Once in SIGN_SECONDS it is a collective, with one turn of `wait` on the other ranks."""
         self._alive(at)
-        if time.monotonic() - self._told > SIGN_SECONDS:
+        if time.monotonic() - self._last_sent > SIGN_SECONDS:
             _tell(self._world, False)
-            self._told = time.monotonic()
+            self._last_sent = time.monotonic()
 
 
 def settle(datasets: dict[str, MultimodalDataset], config: RunConfig, folder: Path, signs: Signs) -> None:
-    """Freezes the best lengths there are for the whole life of the run. Packing needs exact ones: what no check has measured yet is
-    measured now, by as many processes as the machine has processors. On rank 0, while the others `wait`. They are kept in `folder`.
+    """Freeze the best lengths there are in `folder`, for the whole life of the run. Runs on rank 0, while the other ranks `wait`.
+
+    Packing needs exact lengths: records that no check has measured yet are measured now, by one process per available CPU.
     """
     index_folder = Path(config.output_dir) / "index"
     if config.data.packing:
@@ -53,20 +55,20 @@ def settle(datasets: dict[str, MultimodalDataset], config: RunConfig, folder: Pa
 
 
 def wait(world: World) -> None:
-    """Until rank 0 is at the same place; it gives `Signs` on the way. Collective."""
+    """Wait until rank 0 makes the same call; rank 0 sends `Signs` until then. Collective."""
     while not _tell(world, world.is_main):
         pass
 
 
 def _tell(world: World, done: bool) -> bool:
-    """Whether rank 0 says that it is done. Collective, and a host sync."""
+    """Return on every rank whether rank 0 is done. Collective, and a host sync."""
     return bool(world.sum(torch.full((1,), float(done), device=world.device)).item())
 
 
 def use(datasets: dict[str, MultimodalDataset], config: RunConfig, folder: Path) -> dict[str, str]:
-    """Lets each dataset plan by the lengths frozen in `folder`, or the best there are; whether they are exact, by split.
+    """Set the planned lengths of each dataset: those frozen in `folder`, or the best there are.
 
-    ConfigError when what was frozen cannot be read.
+    Returns by split how good they are: exact, partly exact or estimated. Raises `ConfigError` when the frozen file cannot be read.
     """
     kinds = {}
     if (folder / FROZEN).exists() and read_arrays(folder / FROZEN) is None:
@@ -80,10 +82,10 @@ def use(datasets: dict[str, MultimodalDataset], config: RunConfig, folder: Path)
 
 
 def agree(datasets: dict[str, MultimodalDataset], world: World) -> None:
-    """ConfigError, on all ranks alike, unless all of them plan by the same lengths. Collective.
+    """Raise `ConfigError`, on all ranks alike, unless all ranks plan by the same lengths and modalities. Collective.
 
-    Ranks that share out steps by different plans run different numbers of micro-batches and wait for each other for ever. It takes
-    a source that is written while the run starts, or a shared folder that shows one machine an older file than another.
+    Ranks that split steps by different plans run different numbers of micro-batches and wait for each other for ever. The causes
+    are a source that is written while the run starts, or a shared folder that shows one machine an older file than another.
     """
     arrays = [array for dataset in datasets.values() for array in (dataset.lengths, dataset.modalities)]
     digests = world.gather_json([hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() for array in arrays])
@@ -95,5 +97,5 @@ def agree(datasets: dict[str, MultimodalDataset], world: World) -> None:
 
 
 def processors() -> int:
-    """Those this process may use."""
+    """Return the number of CPUs available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Data of stages that are still to come, looked at before the first of them trains for days."""
+"""Checks of the data of stages that have not begun, made before the first stage trains for days."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from trainer.setup import resolved
 
 
 def look_ahead(root: RunConfig, places: Sequence[Stage], world: World) -> Iterator[str]:
-    """Open, certify and check the data of each stage as its own start will; no weight is read. Yields lines for people.
+    """Open, certify and check the data of each stage as the start of the stage will; no weight is read. Yields lines for people.
 
-    Tokens that earlier stages add are known from the run file. Indexes that are built here are there when the stage begins.
+    Tokens that earlier stages add are known from the run file. Indexes that are built here are reused when the stage begins.
     Raises `ConfigError` or `DataError` with the stage's name. Collective.
     """
     for place in places:
-        early = place_to_read(root, place.name)  # without the final/ that it starts from, which is not there yet
+        early = place_to_read(root, place.name)  # without the final/ that the stage starts from, which does not exist yet
         early = replace(early, config=resolved(early.config, world))
         try:
             data = open_data(early.config, world, place=early)

@@ -1,4 +1,4 @@
-"""What became of every record: each stands in one column, and the columns of a source add up to its size."""
+"""Ledger of all records: each is counted in one column, and the columns of a source add up to the size of the source."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ NAME = "ledger.json"
 
 @dataclass(frozen=True)
 class SourceLedger:
-    """Records of one source. All but `samples` and `size` are columns that sum to `size`."""
+    """Counts of the records of one source. All fields but `samples` and `size` are columns that sum to `size`."""
 
     source: str
-    samples: int  # places it had in the steps done: more than `trained` where records are repeated
+    samples: int  # places in the completed steps: more than `trained` where records are repeated
     size: int
     trained: int  # at least once
     not_reached: int  # they have a place in a later step of the run
@@ -35,10 +35,10 @@ class SourceLedger:
 
 
 def ledger_of(sampler: Sampler, step: int, total_steps: int, rows: Sequence[dict[str, Any]]) -> list[SourceLedger]:
-    """After `step` of `total_steps` steps, by the plan and the `rows` of quarantine.jsonl: nothing is counted meanwhile.
+    """Count the records of each source after `step` of `total_steps` steps, from the plan and the `rows` of quarantine.jsonl.
 
-    It depends neither on the ranks nor on where the run was stopped and resumed. Records that are known to be bad and that no step
-    has asked for are not reached.
+    Training itself counts nothing, so the ledger depends neither on the ranks nor on where the run was stopped and resumed. Records
+    that are known to be bad and that no step has asked for are counted as not reached.
     """
     num_epochs, begun = sampler.before(step)
     places = np.bincount(begun, minlength=len(sampler.lengths))
@@ -69,19 +69,19 @@ def ledger_of(sampler: Sampler, step: int, total_steps: int, rows: Sequence[dict
 
 
 def write_ledger(place: Stage, sampler: Sampler, step: int, total_steps: int) -> list[SourceLedger]:
-    """ledger.json of a run or stage, from its plan and its rows of quarantine.jsonl."""
+    """Write ledger.json of a run or stage, from its plan and its rows of quarantine.jsonl, and return the ledger."""
     found = ledger_of(sampler, step, total_steps, read_rows(place.run_folder, place.name))
     replace_text(place.folder / NAME, _text(found, step))
     return found
 
 
 def ledger_file(place: Stage, sampler: Sampler, step: int, total_steps: int) -> dict[Path, str]:
-    """The same, path and content, for somebody else to write."""
+    """Return path and content of ledger.json, for the caller to write."""
     return {place.folder / NAME: _text(ledger_of(sampler, step, total_steps, read_rows(place.run_folder, place.name)), step)}
 
 
 def num_left_out(folder: Path, step: int) -> int:
-    """Records that ledger.json counts as too long or quarantined after `step` steps; 0 where it is none of that step."""
+    """Return how many records ledger.json counts as too long or quarantined after `step` steps; 0 where it is of another step."""
     try:
         found = json.loads((folder / NAME).read_bytes())
         rows = found["sources"] if found["step"] == step else []
@@ -95,7 +95,7 @@ def _text(ledger: list[SourceLedger], step: int) -> str:
 
 
 def table(ledger: Sequence[SourceLedger]) -> str:
-    """For people: one line per source, without columns that are zero everywhere."""
+    """Format the ledger for people: one line per source, without columns that are zero everywhere."""
     names = [field.name for field in fields(SourceLedger)[1:]]
     names = [name for name in names if name in ("size", "samples", "trained") or any(getattr(row, name) for row in ledger)]
     rows = [["source", *(name.replace("_", " ") for name in names)]]

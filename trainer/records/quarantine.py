@@ -1,4 +1,4 @@
-"""Records that could not be trained on: each stands once in quarantine.jsonl, stays out on resume, and too many stop the run."""
+"""Quarantine of bad records: each is written once to quarantine.jsonl and stays excluded on resume; too many stop the run."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from trainer.machine.json_lines import read_lines
 NAME = "quarantine.jsonl"
 TRAIN, VALIDATION = "train", "validation"
 FIELDS = {"split": str, "sample_id": int, "step": int, "source": str, "reason": str, "too_long": bool}
-"""What every row has, and more."""
+"""Fields and types that every row has; a row may have more."""
 FLOOR = 8
-"""Bad records that are always tolerated, however small the dataset."""
+"""Number of bad records that are always tolerated, however small the dataset."""
 
 
 def read_excluded(folder: Path, stage: str = "") -> frozenset[int]:
-    """Sample ids of a stage that earlier starts quarantined."""
+    """Read the training sample ids of a stage that earlier starts quarantined."""
     return frozenset(row["sample_id"] for row in read_rows(folder, stage) if row["split"] == TRAIN)
 
 
 def start_afresh(folder: Path, finished: Collection[str] = ()) -> None:
-    """What starts at step 0 judges its records anew: they may have been mended, and numbers may mean others now.
+    """Drop the rows of earlier starts, because a start at step 0 checks its records again.
 
-    Rows of `finished` stages stay.
+    Records may have been repaired since, and a sample id may mean another record now. Rows of `finished` stages stay; without
+    such stages the whole file is kept under the name previous-quarantine.jsonl.
     """
     path = folder / NAME
     if finished:
@@ -46,7 +47,7 @@ def start_afresh(folder: Path, finished: Collection[str] = ()) -> None:
 
 
 def check_rows(rows: Sequence[dict[str, Any]], datasets: Mapping[str, MultimodalDataset | None], path: Path) -> None:
-    """DataError for a row that is of another run: its sample is none of the source that it names."""
+    """Raise `DataError` for a row of another run: its sample is not of the source that the row names."""
     for row in rows:
         dataset, i = datasets.get(row["split"]), row["sample_id"]
         if dataset is not None and not (0 <= i < len(dataset) and dataset.source_names[dataset.source_ids[i]] == row["source"]):
@@ -57,14 +58,14 @@ def check_rows(rows: Sequence[dict[str, Any]], datasets: Mapping[str, Multimodal
 
 
 class Quarantine:
-    """Collects what ranks rejected; rank 0 writes it down, all ranks count alike."""
+    """Collector of the records that ranks rejected: rank 0 writes them down, and all ranks have the same counts."""
 
     def __init__(self, folder: Path, num_records: dict[str, int], max_bad_fraction: float, stage: str = "") -> None:
-        """`num_records` by split: those that take part. Each stage counts its own sample ids."""
+        """Read the rows of earlier starts. `num_records`: records that take part, by split. Every stage numbers its own samples."""
         self.folder, self.num_records, self.stage = folder, num_records, {"stage": stage} if stage else {}
         self.limits = {split: max(FLOOR, int(num * max_bad_fraction)) for split, num in num_records.items()}
         self.known: set[tuple[str, int]] = set()
-        self.steps: dict[int, int] = {}  # of training, by sample id: the one that met it first
+        self.steps: dict[int, int] = {}  # the first training step that met each sample id
         self.num_bad: dict[str, Counter[str]] = {split: Counter() for split in num_records}  # by source
         self.num_too_long: Counter[str] = Counter()  # by split
         self.last: dict[tuple[str, bool], str] = {}  # reason, by split and whether it is the length
@@ -72,12 +73,18 @@ class Quarantine:
         self._count(read_rows(folder, stage))
 
     def add(self, rejected: tuple[Rejected, ...], step: int, split: str = TRAIN) -> None:
-        """`step`: the 0-based one that would have used them; each is written once, with the first it was met in."""
+        """Collect records that were rejected in 0-based `step`, which would have used them.
+
+        Each record is written once, with the first step that met it.
+        """
         rows = [{**self.stage, **asdict(item), "split": split, "step": step} for item in rejected]
         self.waiting += [row for row in rows if _key(row) not in self.known]
 
     def flush(self, world: World) -> None:
-        """Collective, and a host sync. What it writes depends neither on the ranks nor on how often it is called."""
+        """Write the collected records of all ranks. Collective, and a host sync.
+
+        The rows depend neither on the ranks nor on how often `flush` is called.
+        """
         if not world.sum(torch.tensor(float(len(self.waiting)), device=world.device)).item():
             return
         rows = [row for rank in world.gather_json(self.waiting) for row in rank]
@@ -89,16 +96,16 @@ class Quarantine:
                 out.writelines(f"{json.dumps(row)}\n".encode() for row in new)  # ASCII: no id can break a line
 
     def out_at(self, step: int, steps_per_epoch: int) -> frozenset[int]:
-        """Sample ids that are out from 0-based `step` to the end of its epoch: those met before this epoch, and those that an
-        earlier start met in a step which is now done again.
+        """Return the sample ids that are excluded from 0-based `step` to the end of its epoch.
 
-        What this epoch has met in earlier steps is looked at again if it comes twice, however often the run was stopped since.
+        These are ids met before this epoch, and ids that an earlier start met in a step which is now done again. A record that an
+        earlier step of this epoch has met is read again if it comes twice, however often the run was stopped since.
         """
         epoch = step - step % steps_per_epoch
         return frozenset(i for i, met in self.steps.items() if not epoch <= met < step)
 
     def _count(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Those of `rows` that were not known; they are now."""
+        """Count the `rows` that were not known before, and return them."""
         new = []
         for row in rows:
             split, key = row["split"], _key(row)
@@ -116,9 +123,9 @@ class Quarantine:
         return new
 
     def check(self) -> None:
-        """DataError when a split has more bad records than allowed, those that are too long not counted, or none that is good.
+        """Raise `DataError` when a split has more bad records than allowed, or no good record.
 
-        The same on every rank after a flush.
+        Records that are too long do not count as bad. The outcome is the same on every rank after a flush.
         """
         for split, limit in self.limits.items():
             bad, num = self.num_bad[split].total(), self.num_records[split]
@@ -136,7 +143,7 @@ class Quarantine:
 
 
 def _cut_torn(file: BinaryIO) -> None:
-    """Take away a last line that a crash has left without its end: what it told of is met, and written, again."""
+    """Remove a last line that a crash has left incomplete: its record will be met, and written, again."""
     if file.seek(0, os.SEEK_END):
         file.seek(-1, os.SEEK_END)
         if file.read() != b"\n":
@@ -149,7 +156,7 @@ def _key(row: dict[str, Any]) -> tuple[str, int]:
 
 
 def read_rows(folder: Path, stage: str | None = "") -> list[dict[str, Any]]:
-    """Rows of a stage, of a run that has none, or (None) all there are. DataError where the file was damaged."""
+    """Read the rows of a stage, of a run without stages (""), or all rows (None). Raises `DataError` where the file is damaged."""
     rows, problems = read_lines(folder / NAME, FIELDS)
     if problems:
         more = f"; {len(problems) - 1} more lines are none either" if len(problems) > 1 else ""

@@ -1,6 +1,7 @@
-"""A look at the data before weights are read: what an earlier check found bad, and a spread of the rest, within seconds.
+"""Quick check of the data before weights are read: records that an earlier check found bad, and a spread of the rest, in seconds.
 
-What it finds is told, and ends the start if there is too much of it. It leaves no trace: bad records are quarantined when met.
+Problems are reported, and too many of them end the start. The check writes nothing: bad records are quarantined when a step meets
+them.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from trainer.records.run_data import RunData
 from trainer.records.too_long import LengthStatistics, OversizedMedia, large_media, never_fed, refusal, surely
 
 MAX_RECORDS, MAX_SECONDS = 2000, 5.0
-LEAST = 16  # records of each source, however small its share
-SHOWN = 3  # problems of each source
-CERTAIN = 4  # standard deviations of chance that are granted to a source before a part of it stands for the whole
+LEAST = 16  # records that are checked of each source, however small its share
+SHOWN = 3  # problems of each source that are reported
+CERTAIN = 4  # standard deviations of chance that are subtracted before a part of a source stands for the whole
 
 
 @dataclass
 class Look:
-    """What is looked at in one source, and what was found so far."""
+    """Records to check in one source, and the problems found so far."""
 
     split: str
     pool: Pool  # its records that take part
@@ -60,16 +61,19 @@ class Look:
             self.lengths.add(whole, None if too_long or checked.size is None else checked.size.length)
 
     def at_least(self) -> int:
-        """Bad records there are for sure: those found, or what the drawn ones stand for, chance granted."""
+        """Return how many records are bad for sure: those found, or those that the drawn ones stand for, less chance."""
         return max(len(self.bad), self._standing_for(self.num_bad_drawn))
 
     @property
     def media(self) -> OversizedMedia:
-        """Media that do not fit, whatever else is in their records."""
+        """Return the media that do not fit, whatever else is in their records."""
         return large_media(self.dataset, self.pool.ids)
 
     def too_long_at_least(self) -> int:
-        """Records that are too long for sure. What an earlier check measured counts where that is still found to be so."""
+        """Return how many records are too long for sure.
+
+        Records that an earlier check measured as too long count only where this check finds one as well.
+        """
         measured = self.num_measured if self.num_too_long else 0
         return max(self.num_too_long, measured, self.media.num_records, self._standing_for(self.num_too_long))
 
@@ -87,11 +91,11 @@ class Look:
 
 
 def quick_check(data: RunData, config: RunConfig, world: World, alive: Callable[[str], object] = lambda at: None) -> list[str]:
-    """One entry per source: how much was looked at, and the first problems by file, line and id. Collective.
+    """Return one entry per source: how much was checked, and the first problems by file, line and id. Collective.
 
-    Rank 0 looks; every rank raises the same `DataError`: when more records are bad for sure than data.max_bad_fraction allows, or,
-    with data.on_bad_sample = "error", when any is; and when more of a source are too long than data.max_too_long_fraction allows.
-    Nothing is looked at where nothing will be trained.
+    Rank 0 checks; nothing is checked where nothing will be trained. Raises the same `DataError` on every rank: when more records
+    are bad for sure than data.max_bad_fraction allows, or, with data.on_bad_sample = "error", when any is; when more of a source
+    are too long than data.max_too_long_fraction allows; and when all media of a part are too large for a sample.
     """
     answer: dict[str, list[str]] = {"said": [], "error": []}
     if world.is_main and config.train.max_steps != 0:
@@ -108,7 +112,7 @@ def quick_check(data: RunData, config: RunConfig, world: World, alive: Callable[
 
 
 def planned(data: RunData, index_folder: Path) -> list[Look]:
-    """What to look at: of every source a share of MAX_RECORDS as large as its size, and LEAST of it."""
+    """Plan what to check: of every source a share of MAX_RECORDS in proportion to its size, and at least LEAST records."""
     splits = ((TRAIN, data.train, data.pools), (VALIDATION, data.validation, data.validation_pools))
     total = sum(len(pool.ids) for _, _, pools in splits for pool in pools)
     looks = []
@@ -127,7 +131,7 @@ def planned(data: RunData, index_folder: Path) -> list[Look]:
 
 
 def carry_out(looks: list[Look], seconds: float, alive: Callable[[str], object] = lambda at: None) -> None:
-    """Looks at all that is planned or at what there is time for: the known ones of every source first, then all sources alike."""
+    """Check all planned records, or as many as `seconds` allow: known bad ones of every source first, then all sources alike."""
     end = time.monotonic() + seconds
     queue = [(look, int(i), False) for look in looks for i in look.known[:MAX_RECORDS]]
     drawn = [((k + 1) / len(look.drawn), look, int(i), True) for look in looks for k, i in enumerate(look.drawn)]
@@ -140,7 +144,7 @@ def carry_out(looks: list[Look], seconds: float, alive: Callable[[str], object] 
 
 
 def refusals(looks: Iterable[Look], config: RunConfig) -> list[str]:
-    """Why the run does not start; nothing if it may."""
+    """Return why the run cannot start, for bad records; an empty list if it may start."""
     reasons = []
     for split in (TRAIN, VALIDATION):
         own = [look for look in looks if look.split == split]
@@ -162,7 +166,7 @@ def refusals(looks: Iterable[Look], config: RunConfig) -> list[str]:
 
 
 def too_long(looks: Iterable[Look], config: RunConfig) -> list[str]:
-    """One reason for each source of which too many records do not fit."""
+    """Return one reason for each source of which too many records do not fit."""
     found = [
         refusal(
             f"{look.split} source {look.pool.name!r}",
@@ -178,6 +182,6 @@ def too_long(looks: Iterable[Look], config: RunConfig) -> list[str]:
 
 
 def _spread(ids: np.ndarray, count: int) -> np.ndarray:
-    """Up to `count` of `ids` at equal distances, in an order whose every beginning is spread too; the same at every call."""
+    """Return up to `count` of `ids` at equal distances, shuffled so that every prefix is spread too; the same at every call."""
     chosen = ids[np.arange(min(count, len(ids))) * len(ids) // max(min(count, len(ids)), 1)]
     return np.random.default_rng(0).permutation(chosen)

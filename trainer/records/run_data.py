@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run reads, and the card of the model that can read it."""
+    """Data that a run reads, and the card of the model that can read it."""
 
     card: ModelCard
     processor: Processor
@@ -43,11 +43,11 @@ class RunData:
     sampler: Sampler | None
     pools: tuple[Pool, ...] = ()  # what each source of `train` gives
     validation_pools: tuple[Pool, ...] = ()
-    lengths_kind: str = ESTIMATED  # exact | partly exact | estimated: what the plan of the run rests on
+    lengths_kind: str = ESTIMATED  # exact | partly exact | estimated: the lengths that the run is planned by
 
     @property
     def num_records(self) -> dict[str, int]:
-        """Records that take part, by split; a split without sources is absent."""
+        """Return the number of records that take part, by split; a split without sources is absent."""
         pools = {TRAIN: self.pools, VALIDATION: self.validation_pools}
         return {split: sum(len(pool.ids) for pool in found) for split, found in pools.items() if found}
 
@@ -64,19 +64,18 @@ def open_data(
     place: Stage | None = None,
     alive: Callable[[str], object] = lambda at: None,
 ) -> RunData:
-    """Everything the run, or one `place` of it, reads; no weight is loaded. Rank 0 builds missing indexes, the others then map
-    them. Collective.
+    """Open all data of the run, or of its stage `place`; no weight is loaded. Collective.
 
-    first_start: the run or stage begins at step 0, and by what lengths it is planned is settled now. alive: is told now and then
-    what is read.
+    Rank 0 builds missing indexes, which the other ranks then map. `first_start`: the run or stage begins at step 0, and its
+    planned lengths are frozen now. `alive` is called now and then with what is being read.
     """
     place = place or Stage(config, config)
     template, card = open_words(config, world)
     specs, data, folder = card.specs, config.data, Path(config.output_dir)
     check_positions(card.hugging_face["llm"], data.max_length)
 
-    def opened(sources: tuple[SourceConfig, ...], excluded: frozenset[int], told: Callable[[str], object]) -> MultimodalDataset:
-        return open_dataset(sources, data, template, specs, folder / "index", excluded, told)
+    def opened(sources: tuple[SourceConfig, ...], excluded: frozenset[int], report: Callable[[str], object]) -> MultimodalDataset:
+        return open_dataset(sources, data, template, specs, folder / "index", excluded, report)
 
     tables = {TRAIN: data.sources, VALIDATION: data.validation}
     if world.is_main:
@@ -84,7 +83,7 @@ def open_data(
         found = {split: opened(sources, frozenset(), signs) for split, sources in tables.items() if sources}
         if first_start:
             freeze_lengths.settle(found, config, place.folder, signs)
-    freeze_lengths.wait(world)  # collective: the indexes exist now, and lengths are settled
+    freeze_lengths.wait(world)  # collective: the indexes exist now, and lengths are frozen
     excluded = {TRAIN: read_excluded(folder, place.name), VALIDATION: frozenset[int]()}
     datasets = {split: opened(sources, excluded[split], alive) for split, sources in tables.items() if sources}
     kinds = freeze_lengths.use(datasets, config, place.folder)
@@ -99,7 +98,7 @@ def open_data(
 
 
 def open_words(config: RunConfig, world: World) -> tuple[Template, ModelCard]:
-    """The tokenizer with its template, and the card of the model that has a row for each of its tokens."""
+    """Return the tokenizer with its template, and the card of the model that has a row for each of its tokens."""
     added = added_tokens(config)
     num_rows = num_base_rows(config.model)  # first: a folder that is no language model has no tokenizer either
     vocabulary = load_tokenizer(config.model.llm.path, added, config.model.cache_dir)
@@ -129,7 +128,7 @@ def open_words(config: RunConfig, world: World) -> tuple[Template, ModelCard]:
 
 
 def pools_of(dataset: MultimodalDataset, config: RunConfig) -> tuple[Pool, ...]:
-    """What `take` and `weight` make of each source."""
+    """Return the pool of each source, as its `take` and `weight` define it."""
     sources = dataset.sources
     return make_pools(
         [source.key for source in sources],
@@ -142,7 +141,10 @@ def pools_of(dataset: MultimodalDataset, config: RunConfig) -> tuple[Pool, ...]:
 
 
 def with_bases(data: RunData, world: World) -> RunData:
-    """The same with fingerprints of the base weights on the card. Rank 0 looks, so a hub id is downloaded once. Collective."""
+    """Return `data` with fingerprints of the base weights on the card. Collective.
+
+    Rank 0 computes them, so a hub id is downloaded once. Raises `ConfigError` on all ranks alike.
+    """
     answer: dict[str, str] = {}
     if world.is_main:
         try:
@@ -156,7 +158,7 @@ def with_bases(data: RunData, world: World) -> RunData:
 
 
 def given_digests(card: ModelCard) -> dict[str, str]:
-    """Fingerprints of what the configuration names beside the bases, so that a resumed run notices when it was replaced."""
+    """Return fingerprints of the files that are named beside the bases, so that a resumed run notices when one was replaced."""
     parts = card.model.parts().items()
     named = {
         "model.init_from": card.model.init_from,
@@ -173,15 +175,15 @@ def given_digests(card: ModelCard) -> dict[str, str]:
 
 
 def certify_all(data: RunData, config: RunConfig, alive: Callable[[str], object] = lambda at: None) -> list[str]:
-    """One line per source: what was proven of its rows; `alive` is told which row is next.
+    """Certify every source and return one line per source: what was proven of its rows. `alive` is called with the next row.
 
-    DataError when a source cannot be proven, ConfigError when the model's parts and the data do not go together.
+    Raises `DataError` when a source cannot be proven, `ConfigError` when the model's parts and the data do not go together.
     """
     if data.train is not None:
         try:
             check_fed(data.train, data.pools, carried(config.model))
         except UnfedError as error:
-            # A record that breaks the rules has no media that count: the rule it breaks is what to mend first.
+            # Media of a record that breaks the rules are not counted: that rule is what the user has to repair first.
             share, refused = refused_records(data.train, data.pools)
             if share > 0.5:
                 raise DataError(f"{refused}. Without them {error}") from error
@@ -195,7 +197,7 @@ def certify_all(data: RunData, config: RunConfig, alive: Callable[[str], object]
 
 
 def added_tokens(config: RunConfig) -> tuple[str, ...]:
-    """Tokens added to the base tokenizer, in order: those of the run it starts from, placeholders, new ones."""
+    """Return the tokens added to the base tokenizer, in order: those of the run it starts from, placeholders, new ones."""
     inherited = read_card(Path(config.model.init_from)).tokens if config.model.init_from else ()
     placeholders = tuple(PLACEHOLDERS[modality] for modality in media_specs(config.model))
     return tuple(dict.fromkeys((*inherited, *placeholders, *config.model.llm.new_tokens)))

@@ -1,4 +1,4 @@
-"""data.json: what the sources of a run or stage held when it began; a start that goes on with something else says so, and stops."""
+"""Fingerprint of the data of a run or stage at its beginning, in data.json: a resumed start with other data stops and says so."""
 
 from __future__ import annotations
 
@@ -23,41 +23,45 @@ SHOWN = 8  # changes that a message names
 
 
 def same_data(place: Stage, data: RunData, world: World, step: int | None) -> list[str]:
-    """What to tell. ConfigError, on all ranks alike, when the data of a run that goes on are others than before, unless
-    data.on_change = "accept": then it is written down, and what they are now is what the next start compares with. Collective.
+    """Compare the data with those that the run or stage began with, and return lines for people. Collective.
 
-    `step`: completed ones of the run that goes on; None at a first start, which notes what there is.
+    `step`: completed steps of a resumed run; None at a first start, which only writes data.json. With data.on_change = "accept"
+    a change is written down and, unless it changes the plan, the next start compares with the new data. Otherwise raises
+    `ConfigError`, on all ranks alike.
     """
-    problem, told = "", []
+    problem, lines = "", []
     if world.is_main:
         try:
-            told = _noted(place, data) if step is None else _compared(place, data, step)
+            lines = _write_note(place, data) if step is None else _compare(place, data, step)
         except ConfigError as error:
             problem = str(error)
         except OSError as error:
             problem = f"{error.filename}, which the data of this run are known by: {error.strerror}"
-    problem, told = world.broadcast_json([problem, told])
+    problem, lines = world.broadcast_json([problem, lines])
     if problem:
         raise ConfigError(problem)
-    return list(told)
+    return list(lines)
 
 
 def is_accepted(place: Stage, data: RunData) -> bool:
-    """Whether records of other lengths are wished for, as many of them as before, in the order that the run was planned with."""
+    """Tell whether changed data are accepted and keep the order that the run was planned with.
+
+    True with data.on_change = "accept" where the planned lengths and modalities are those of data.json.
+    """
     return place.config.data.on_change == "accept" and (read_note(place.folder / NAME) or {}).get("plan") == _plan(data)
 
 
-def _noted(place: Stage, data: RunData) -> list[str]:
+def _write_note(place: Stage, data: RunData) -> list[str]:
     found = {split: fingerprint(dataset) for split, dataset in _splits(data).items()}
     replace_text(place.folder / NAME, dump_json({"plan": _plan(data), "splits": found}))
     return []
 
 
-def _compared(place: Stage, data: RunData, step: int) -> list[str]:
+def _compare(place: Stage, data: RunData, step: int) -> list[str]:
     path = place.folder / NAME
     before = read_note(path)
     if before is None:
-        _noted(place, data)
+        _write_note(place, data)
         return [
             f"{path} {'is damaged' if path.exists() else 'is not there'}: whether the data changed up to step {step} is unknown"
         ]
@@ -74,8 +78,8 @@ def _compared(place: Stage, data: RunData, step: int) -> list[str]:
     row = {"step": step, **({"stage": place.name} if place.name else {}), "changes": lines}
     with (place.run_folder / CHANGES).open("a") as out:
         out.write(json.dumps(row) + "\n")
-    if before["plan"] == _plan(data):  # else the start ends, and is to say so again
-        _noted(place, data)
+    if before["plan"] == _plan(data):  # otherwise this start fails, and the next one must report the change again
+        _write_note(place, data)
     return [f"data.on_change = 'accept': from step {step} on the run goes on with other data, as {CHANGES} says:{listed}"]
 
 
@@ -85,22 +89,22 @@ def _splits(data: RunData) -> dict[str, Any]:
 
 
 def _plan(data: RunData) -> str:
-    """Digest of what decides the order of training: planned lengths and modalities."""
+    """Return a digest of what decides the order of training: planned lengths and modalities."""
     arrays = () if data.train is None else (data.train.lengths, data.train.modalities)
     return hashlib.sha256(b"".join(np.ascontiguousarray(array, dtype=np.int32).tobytes() for array in arrays)).hexdigest()
 
 
 def read_note(path: Path) -> dict[str, Any] | None:
-    """None for a file that is not there, or is none of ours."""
+    """Read data.json; return None for a file that is missing or has another format."""
     try:
         found = json.loads(path.read_bytes())
-        sound = isinstance(found["plan"], str) and all(
+        is_valid = isinstance(found["plan"], str) and all(
             len(row) == width and all(type(v) is kind for v, kind in zip(row, (str, int, int, str, str)))
             for split in found["splits"].values()
             for source in split.values()
             for key, width in (("files", 5), ("media", 4))
             for row in source[key]
         )
-        return dict(found) if sound else None
+        return dict(found) if is_valid else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -1,7 +1,7 @@
-"""samples.bin: which samples every optimizer step held, so that a spike of the curve leads to its records.
+"""Sample ids of every optimizer step, in samples.bin, so that a spike of the loss curve leads to its records.
 
-One row per step, of global_batch_size little-endian integers; places the last step of an epoch does not fill are -1. Places of
-records that were quarantined are there: quarantine.jsonl says which those are. samples.json holds the width and type of a row.
+One row per step, of global_batch_size little-endian integers; places that the last step of an epoch does not fill are -1.
+Quarantined records keep their places: quarantine.jsonl says which those are. samples.json holds the width and type of a row.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from trainer.machine.atomic_files import replace_text
 NAME, SHAPE = "samples.bin", "samples.json"
 EMPTY = -1
 TYPES = ("<i4", "<i8")
-_COMPARED = 4096  # rows of an earlier start
+_COMPARED = 4096  # most rows of an earlier start that are compared with the plan
 
 
 class StepLog:
-    """Writes samples.bin on rank 0, a few steps at a time."""
+    """Writer of samples.bin on rank 0, a few steps at a time."""
 
     def __init__(self, folder: Path, sampler: Sampler, first_step: int, world: World, steps_before: int = 0) -> None:
-        """`steps_before`: those of the run's earlier stages; the rows are of this stage alone, and its steps count from 0.
+        """Open samples.bin, and keep the rows before `first_step` if they are those of the plan.
 
-        Keeps the rows before `first_step` if they are those of the plan; rows that are missing there, lost with the machine, are
-        made again from it.
+        Rows that are missing there, lost with the machine, are made again from the plan. `steps_before`: steps of the run's earlier
+        stages; the rows are of this stage alone, and its steps count from 0.
         """
         self.path, self.sampler, self.active = folder / NAME, sampler, world.is_main
         self.dtype = np.dtype(TYPES[0] if len(sampler.lengths) < 2**31 else TYPES[1])
@@ -52,7 +52,7 @@ class StepLog:
         self.flush()
 
     def _wrong_step(self) -> int | None:
-        """The first of the rows, spread over all of them where they are many, that is not as the plan has it."""
+        """Return the first step whose row differs from the plan, of up to _COMPARED rows spread over all; None where none does."""
         if not self.num_written:
             return None
         rows = np.memmap(self.path, self.dtype, "r", shape=(self.num_written, self.sampler.global_batch_size))
@@ -66,11 +66,11 @@ class StepLog:
         return row
 
     def done(self, step: int) -> None:
-        """`step` steps are completed."""
+        """Note that `step` steps are completed."""
         self.num_done = step
 
     def flush(self) -> None:
-        """Write the rows of all steps that are done."""
+        """Write the rows of all completed steps that are not written yet."""
         if not self.active or self.num_written == self.num_done:
             return
         with self.path.open("ab") as out:
@@ -79,8 +79,10 @@ class StepLog:
 
 
 def read_step(folder: str | Path, step: int) -> np.ndarray:
-    """Sample ids (n,) int64 of 0-based `step` of the run in `folder`, in the order of the plan: the step that brought the run from
-    `step` to `step + 1` completed ones, those of earlier stages counted. ConfigError when no such step is on record.
+    """Read the sample ids (n,) int64 of 0-based `step` of the run in `folder`, in the order of the plan.
+
+    This step brought the run from `step` to `step + 1` completed steps, steps of earlier stages counted. Raises `ConfigError` when
+    no such step is on record.
     """
     shape_path, path = Path(folder) / SHAPE, Path(folder) / NAME
     try:

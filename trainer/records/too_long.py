@@ -1,4 +1,4 @@
-"""Records that cannot fit data.max_length: more of a source than is allowed end the start, and what would hold them is told."""
+"""Records that cannot fit data.max_length: too many of one source end the start, with the length that would hold them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from data.order.mixing import Pool
 from model.media_spec import PLACEHOLDERS, READ_BY
 
 PERCENTILES = (50, 90, 99)
-HEAVY = 0.2  # share of the tokens looked at that is cut off: worth a line
+HEAVY = 0.2  # share of the checked tokens: a line is reported where more than this is cut off
 
 
 def surely(num: int, deviations: float) -> float:
-    """How many of a sample there would be at least if chance had made `num` of them out of fewer."""
+    """Return the least count that chance could raise to `num`, which is `deviations` standard deviations below it."""
     return num - deviations * math.sqrt(num)
 
 
 @dataclass
 class LengthStatistics:
-    """How long the records of one source are that were looked at, and how many of them do not fit."""
+    """Lengths of the checked records of one source, and how many of these records do not fit."""
 
     num: int = 0  # records that break no rule
     num_too_long: int = 0  # not even their first round fits
@@ -34,7 +34,7 @@ class LengthStatistics:
     kept: int = 0  # tokens of the rounds that fit
 
     def add(self, whole: int, kept: int | None) -> None:
-        """One record of `whole` tokens, of which `kept` are trained on; None: it is too long."""
+        """Add one record of `whole` tokens, of which `kept` are trained on; None: the record is too long."""
         self.num += 1
         self.whole.append(whole)
         self.num_too_long += kept is None
@@ -42,7 +42,7 @@ class LengthStatistics:
         self.kept += kept or 0
 
     def note(self, max_length: int) -> str:
-        """One line where much of the text is cut off, or nothing."""
+        """Return one line where more than HEAVY of the tokens is cut off, otherwise an empty string."""
         total = sum(self.whole)
         if not self.num_cut or self.kept >= (1 - HEAVY) * total:
             return ""
@@ -52,7 +52,7 @@ class LengthStatistics:
         )
 
     def told(self) -> str:
-        """Percentiles, and the length that would hold 99 % of the records whole."""
+        """Describe the percentiles of the lengths, and the length that would hold 99 % of the records whole."""
         values = np.percentile(self.whole, PERCENTILES, method="higher")
         shares = ", ".join(f"{share} % {value:,.0f}" for share, value in zip(PERCENTILES, values))
         would = f"data.max_length = {values[-1]:.0f} would hold 99 % of them"
@@ -61,11 +61,11 @@ class LengthStatistics:
 
 @dataclass(frozen=True)
 class OversizedMedia:
-    """Media of a source that take more tokens each than a sample may have, by kind: tokens of one, and records that hold any."""
+    """Kinds of media of a source that take more tokens than a sample may have: tokens of one medium, and records that hold any."""
 
     tokens: dict[str, int]
     num: dict[str, int]
-    num_records: int  # that hold one of any such kind
+    num_records: int  # records that hold a medium of any such kind
 
     def __str__(self) -> str:
         return "; ".join(
@@ -75,7 +75,7 @@ class OversizedMedia:
 
 
 def large_media(dataset: MultimodalDataset, ids: np.ndarray) -> OversizedMedia:
-    """Kinds of media of which not even the smallest one fits, in the records `ids`."""
+    """Find the kinds of media of which not even the smallest one fits, in the records `ids`."""
     least, limit = least_tokens(dataset.specs, dataset.config), dataset.config.max_length
     bits, large = dataset.modalities[ids], {kind: tokens for kind, tokens in least.items() if tokens >= limit}
     has = {kind: bits >> list(PLACEHOLDERS).index(kind) & 1 > 0 for kind in large}
@@ -85,7 +85,7 @@ def large_media(dataset: MultimodalDataset, ids: np.ndarray) -> OversizedMedia:
 
 
 def refusal(where: str, num: int, total: int, lengths: LengthStatistics, media: OversizedMedia, config: DataConfig) -> str:
-    """Why a source of `total` records does not start, at least `num` of which are too long; nothing if it may."""
+    """Return why a source of `total` records, at least `num` of them too long, ends the start; an empty string if it does not."""
     limit = math.floor(total * config.max_too_long_fraction + 1e-9)
     if config.max_too_long_fraction > 0:
         limit = max(limit, 1)  # one record makes no run useless, however few there are
@@ -101,7 +101,7 @@ def refusal(where: str, num: int, total: int, lengths: LengthStatistics, media: 
 
 
 def never_fed(dataset: MultimodalDataset, pools: Sequence[Pool], parts: dict[str, str], spared: Iterable[str]) -> list[str]:
-    """Parts all of whose media are too large for a sample, one line each; modalities that are `spared` need none."""
+    """Return one line per part all of whose media are too large for a sample; modalities in `spared` are left out."""
     ids = np.concatenate([pool.ids for pool in pools])
     media, bits, found = large_media(dataset, ids), int(np.bitwise_or.reduce(dataset.modalities[ids])), []
     for modality in dataset.specs.keys() - set(spared):

@@ -1,4 +1,4 @@
-"""Tokens and rows: which token's row learns, and which tokens stand beyond the base's matrix, where no row was trained."""
+"""Tokens and rows of the vocabulary: which rows learn, and which tokens lie beyond the base's matrix, where no row was trained."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Surplus:
-    """Tokens of the base's own tokenizer whose ids are beyond the rows of its matrix, by what becomes of them."""
+    """Tokens of the base's own tokenizer whose ids lie beyond the rows of its matrix: those that learn and those never read."""
 
     learned: dict[str, int]  # their rows start as the mean of the others, and learn
-    unread: frozenset[int]  # ids that no sample may hold, as that of a padding token
+    unread: frozenset[int]  # ids that no sample may hold, such as a padding token
 
     def __str__(self) -> str:
         return (
@@ -31,22 +31,22 @@ class Surplus:
 
 
 def num_base_rows(model: ModelConfig) -> int:
-    """Rows of the base's vocabulary matrix, as config.json says and its files are held to."""
+    """Return the number of rows of the base's vocabulary matrix: the number in config.json, which its files must match."""
     rows: int = hugging_face_config("model.llm.path", language_model(model)).vocab_size
     return rows
 
 
 def plan_vocabulary(model: ModelConfig, tokens: Tokens, num_rows: int) -> VocabularyLayout:
-    """What the matrices of the run's model must hold."""
+    """Plan the rows that the vocabulary matrices of the run's model must hold."""
     size = max(tokens.tokenizer.get_vocab().values()) + 1  # ids may leave gaps
     return VocabularyLayout(size, tokens.num_known, tokens.new_ids, tuned_ids(model.llm, tokens, num_rows))
 
 
 def tuned_ids(llm: LlmConfig, vocabulary: Tokens, num_rows: int | None = None) -> tuple[int, ...]:
-    """Ids of the tokens whose rows are all that learns of the language model, ascending; () unless its `tune` says so.
+    """Return the ids of the tokens whose rows alone learn in the language model, ascending; () unless its `tune` is "new_tokens".
 
-    ConfigError for a token that has one of the `num_rows` rows of the base (None: as many as its tokenizer has tokens): that row
-    is not new.
+    Raises `ConfigError` for a token that has one of the `num_rows` rows of the base (None: as many as its tokenizer has tokens),
+    because that row is not new.
     """
     if llm.tune != "new_tokens":
         return ()
@@ -61,12 +61,14 @@ def tuned_ids(llm: LlmConfig, vocabulary: Tokens, num_rows: int | None = None) -
 
 
 def check_surplus(model: ModelConfig, tokens: Tokens, num_rows: int) -> Surplus:
-    """Refuse tokens of the base's tokenizer that have no row in its matrix and could not learn one: a mean row says nothing.
+    """Refuse tokens of the base's tokenizer that have no row in its matrix and could not learn one.
 
-    Placeholders are exempt, whose rows media replace, and so is a padding token, as long as no sample holds it.
+    A row that stays the mean of the others carries no meaning. Placeholders are exempt, because media replace their rows, and so is
+    a padding token, as long as no sample holds it. Returns the tokens whose rows learn, and the padding token. Raises
+    `ConfigError`.
     """
     found = {t: int(i) for t, i in tokens.tokenizer.get_vocab().items() if i >= num_rows and i not in tokens.new_ids}
-    if found and model.init_from:  # an earlier run was asked the same, and its matrix has rows for what it knew
+    if found and model.init_from:  # an earlier run passed this check, and its matrix has rows for the tokens it knew
         found = {token: i for token, i in found.items() if i >= read_card(Path(model.init_from)).vocabulary.size}
     encoders = {"image": model.vision, "audio": model.audio}
     read = {PLACEHOLDERS[kind] for kind, modality in READ_BY.items() if encoders[modality] is not None}
@@ -91,7 +93,7 @@ def _listed(tokens: dict[str, int]) -> str:
 
 
 def _padding(tokens: Tokens) -> str | None:
-    """The padding token, if it says nothing else: rows are filled up with it, behind a mask."""
+    """Return the padding token, if it has no other meaning: rows are filled up with it, behind a mask."""
     tokenizer = tokens.tokenizer
-    said = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token)
-    return tokenizer.pad_token if tokenizer.pad_token not in said else None
+    other_roles = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token)
+    return tokenizer.pad_token if tokenizer.pad_token not in other_roles else None

@@ -1,4 +1,4 @@
-"""Values that are wrong by themselves or against each other, and settings that can have no effect."""
+"""Checks of a typed configuration: wrong values, settings that contradict each other, and settings that can have no effect."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.runfile.term_checks import term_problems
 
 
 def problems_of(config: RunConfig) -> list[str]:
-    """Every problem of a well-typed configuration, one line each."""
+    """Return every problem of a well-typed configuration, one line each."""
     return [
         *config.data.problems(),
         *_values(config),
@@ -141,7 +141,7 @@ def _parts(config: RunConfig) -> Iterator[str]:
 
 
 def idle_settings(config: RunConfig) -> Iterator[str]:
-    """Settings that can have no effect beside the others; every line begins with the key, or with the [table]."""
+    """Yield one line per setting that has no effect beside the others; the line begins with the key, or with the [table]."""
     model = config.model
     parts = model.parts()
     if config.lora != LoraConfig() and not any(part.tune == "lora" for part in parts.values()):
@@ -169,7 +169,7 @@ def idle_settings(config: RunConfig) -> Iterator[str]:
         )
     if config.parallel.strategy == "ddp" and not config.parallel.reshard_after_forward:
         yield "parallel.reshard_after_forward = false has no effect with parallel.strategy = 'ddp'"
-    yield from _unread(config)
+    yield from _unread_media_settings(config)
     if config.data.on_bad_sample == "error" and config.data.max_bad_fraction != DataConfig().max_bad_fraction:
         yield "data.max_bad_fraction has no effect with data.on_bad_sample = 'error': the first bad record stops the run"
     if config.validation != ValidationConfig() and not config.data.validation:
@@ -177,11 +177,11 @@ def idle_settings(config: RunConfig) -> Iterator[str]:
 
 
 OF_PICTURES = ("media_wrap", "max_images", "max_pixels", "image_fit", "image_decode", "fps", "min_frames", "max_frames")
-"""Settings of [data] that mean nothing where no part reads pictures or videos."""
+"""Settings of [data] that have no effect where no part reads images or videos."""
 
 
-def _unread(config: RunConfig) -> Iterator[str]:
-    """Settings of media that no part reads."""
+def _unread_media_settings(config: RunConfig) -> Iterator[str]:
+    """Yield one line per setting of [data] about media that no part reads."""
     needed = {"vision": OF_PICTURES, "audio": ("max_seconds",), "vision or audio": ("placeholders", "follow_links")}
     for readers, keys in needed.items():
         if not config.model.parts().keys() & set(readers.split(" or ")):

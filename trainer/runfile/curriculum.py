@@ -1,4 +1,4 @@
-"""`[[stage]]` tables: merged into the file above them, every stage checked as a run of its own and against the one before."""
+"""Curricula: a `[[stage]]` table is merged into the settings above it, then checked as a run and against the stage before."""
 
 from __future__ import annotations
 
@@ -19,31 +19,34 @@ from trainer.runfile.schema import SchemaReader, to_tables
 
 NAME = re.compile(r"[a-z0-9_-]+")
 RUN_WIDE = ("output_dir", "stage", "checkpoint.resume", "train.deterministic", "faults.grace_seconds")
-"""Settings that one stage cannot have for itself."""
+"""Settings of the whole run: a single stage cannot set them."""
 FREE = {"tune", "lr", "router_loss", "new_tokens", "prompts", "newline", "class_weights", "loss_weight"}
-"""Settings of a part that may change from stage to stage; what its weights mean hangs on all others."""
+"""Settings of a part that may change from stage to stage; the meaning of its weights depends on all others."""
 
 
 @dataclass
 class Draft:
-    """A stage while it is read."""
+    """A stage while its table is read and checked."""
 
     name: str
-    own: dict[str, Any]  # what its table says
+    own: dict[str, Any]  # the settings of its own table
     config: RunConfig | None = None
     problems: list[str] = field(default_factory=list)
-    idle: dict[str, str] = field(default_factory=dict)  # inherited settings that mean nothing here: key and reason
+    idle: dict[str, str] = field(default_factory=dict)  # inherited settings without effect in this stage: key and reason
 
 
 def read_curriculum(tables: dict[str, Any], filled: Callable[[RunConfig], RunConfig]) -> tuple[RunConfig | None, list[str]]:
-    """The run of a file that has `[[stage]]` tables, or every problem of every stage, each with the stage in front."""
+    """Return the run of a file that has `[[stage]]` tables, or None and every problem of every stage, each with the stage in front.
+
+    `filled` fills in the defaults of paired settings.
+    """
     base = {key: value for key, value in tables.items() if key != "stage"}
     drafts, problems = _drafts(tables["stage"])
     earlier: list[Draft] = []
     for draft in drafts:
         _read(draft, base, earlier, filled)
         earlier.append(draft)
-    problems += _together(drafts)
+    problems += _all_problems(drafts)
     if problems or any(draft.config is None for draft in drafts):
         return None, problems
     configs = [to_tables(draft.config) for draft in drafts]
@@ -52,7 +55,7 @@ def read_curriculum(tables: dict[str, Any], filled: Callable[[RunConfig], RunCon
 
 
 def _drafts(stages: Any) -> tuple[list[Draft], list[str]]:
-    """Stages with usable names, and what is wrong with the others."""
+    """Return the stages with usable names, and one line per problem of the other stages."""
     if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
         return [], [f"stage = {shown(stages)} is not a list of tables: write [[stage]], with a name"]
     drafts: list[Draft] = []
@@ -73,16 +76,16 @@ def _drafts(stages: Any) -> tuple[list[Draft], list[str]]:
 
 
 def _read(draft: Draft, base: dict[str, Any], earlier: list[Draft], filled: Callable[[RunConfig], RunConfig]) -> None:
-    """Fill in the configuration of a stage and its problems."""
+    """Fill in the configuration and the problems of `draft`, given the settings above all stages and the stages before it."""
     for key in RUN_WIDE:
         if has(draft.own, key):
             draft.problems.append(f"{key} belongs to the whole run: write it above the first [[stage]]")
     before = earlier[-1].config if earlier else None
-    claimed = _claims(earlier)
-    for key in claimed:
+    inherited = _inherited_keys(earlier)
+    for key in inherited:
         if value_of(draft.own, key):
             draft.problems.append(f"{key} has no effect: the part comes from the stage before it")
-    for key in claimed:
+    for key in inherited:
         base = without(base, key)
     tables = merged(base, draft.own)
     if earlier and value_of(tables, "model.llm.tune") in (None, "frozen", "lora") and not has(draft.own, "model.llm.new_tokens"):
@@ -96,7 +99,7 @@ def _read(draft: Draft, base: dict[str, Any], earlier: list[Draft], filled: Call
         idle = {key: line for line in idle_settings(config) if has(tables, key := _key(line)) and not has(draft.own, key)}
         if not idle:
             break
-        # What other stages need may stand above them all: here it is left out.
+        # A setting above all stages may be meant for another stage: where it has no effect, it is left out.
         draft.idle |= idle
         for key in idle:
             tables = without(tables, key)
@@ -104,15 +107,15 @@ def _read(draft: Draft, base: dict[str, Any], earlier: list[Draft], filled: Call
     from_before = replace(config, model=replace(config.model, init_from="the stage before")) if earlier else config
     draft.problems += problems_of(from_before)
     if before is not None:
-        draft.problems += _border(earlier[-1].name, before, config)
+        draft.problems += _transition_problems(earlier[-1].name, before, config)
 
 
 def _key(line: str) -> str:
     return line.split(" ", 1)[0].strip("[]")
 
 
-def _claims(earlier: list[Draft]) -> list[str]:
-    """Settings that name where weights come from, of what an earlier stage has already."""
+def _inherited_keys(earlier: list[Draft]) -> list[str]:
+    """Return the keys that name files of weights, for parts whose weights come from an earlier stage."""
     keys = ["model.init_from"] if earlier else []
     configs = [draft.config for draft in earlier if draft.config is not None]
     for name in ("vision_projector", "audio_projector"):
@@ -123,13 +126,13 @@ def _claims(earlier: list[Draft]) -> list[str]:
     return keys
 
 
-def _border(name: str, before: RunConfig, now: RunConfig) -> Iterator[str]:
-    """What does not fit the stage `name` that comes before."""
+def _transition_problems(name: str, before: RunConfig, now: RunConfig) -> Iterator[str]:
+    """Yield one line per setting under which the weights of the stage `name` before this one could not be used."""
     old, new = before.model.parts(), now.model.parts()
     for part in old.keys() - new.keys():
         yield f"[model.{part}] is missing: stage {name!r} has it, and the weights of all its parts go on"
     for part in sorted(old.keys() & new.keys()):
-        yield from _same_meaning(part, name, old[part], new[part])
+        yield from _meaning_problems(part, name, old[part], new[part])
     same_lora = all(getattr(before.lora, key) == getattr(now.lora, key) for key in LORA_SHAPE)
     if old["llm"].tune == new["llm"].tune == "lora" and same_lora and before.quantize != now.quantize:
         yield f"quantize = {now.quantize}, but the adapter of stage {name!r}, which goes on, was trained with {before.quantize}"
@@ -138,7 +141,7 @@ def _border(name: str, before: RunConfig, now: RunConfig) -> Iterator[str]:
             yield f"model.{part}.tune = {new[part].tune!r} without weights: stage {name!r} has no such part, and no path is named"
 
 
-def _same_meaning(part: str, name: str, old: PartConfig, new: PartConfig) -> Iterator[str]:
+def _meaning_problems(part: str, name: str, old: PartConfig, new: PartConfig) -> Iterator[str]:
     free = FREE | ({"path"} if part.endswith("_projector") else set())
     for setting in fields(old):
         then, now = getattr(old, setting.name), getattr(new, setting.name)
@@ -147,8 +150,8 @@ def _same_meaning(part: str, name: str, old: PartConfig, new: PartConfig) -> Ite
             yield f"model.{part}.{setting.name} = {now!r}, but stage {name!r} has {then!r}: weights go on only where it is the same"
 
 
-def _together(drafts: list[Draft]) -> list[str]:
-    """All problems; one that every stage has is told once."""
+def _all_problems(drafts: list[Draft]) -> list[str]:
+    """Return the problems of all stages; a problem that every stage has is listed once."""
     found: dict[str, list[str]] = {}
     for draft in drafts:
         for line in dict.fromkeys(draft.problems):

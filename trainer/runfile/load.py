@@ -1,4 +1,4 @@
-"""A run file becomes a RunConfig: read, overridden, checked as a whole, defaults of paired settings filled in."""
+"""Loading of run files: read the tables, apply overrides, check the whole and fill in defaults, which gives a RunConfig."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.runfile.toml_files import apply_override, read_toml
 
 
 def load_config(path: str, overrides: list[str] | None = None) -> RunConfig:
-    """The run described by a TOML file and `section.key=value` overrides, defaults filled in."""
+    """Return the run that a TOML file and `section.key=value` overrides describe, defaults filled in. Raises `ConfigError`."""
     tables = read_toml(path)
     for text in overrides or []:
         apply_override(tables, text)
@@ -23,7 +23,7 @@ def load_config(path: str, overrides: list[str] | None = None) -> RunConfig:
 
 
 def parse_config(tables: dict[str, Any], origin: str) -> RunConfig:
-    """RunConfig from plain tables; one ConfigError with every problem."""
+    """Return the RunConfig of plain tables. Raises one `ConfigError` with every problem, `origin` in front."""
     config, problems = read_curriculum(tables, filled) if tables.get("stage") else read_run(tables)
     if config is None or problems:
         raise ConfigError(f"{origin}:\n" + "\n".join(f"  - {line}" for line in problems))
@@ -31,7 +31,7 @@ def parse_config(tables: dict[str, Any], origin: str) -> RunConfig:
 
 
 def read_run(tables: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
-    """The run of a file without stages, or every problem of it."""
+    """Return the run of a file without stages, and its problems; the run is None where the tables do not fit the schema."""
     reader = SchemaReader(PLANNED)
     config = reader.table(RunConfig, {key: value for key, value in tables.items() if (key, value) != ("stage", [])}, "")
     if config is None:
@@ -40,7 +40,7 @@ def read_run(tables: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
 
 
 def filled(config: RunConfig) -> RunConfig:
-    """Defaults of the settings of which only one of a pair may be named."""
+    """Fill in the defaults of paired settings, of which a run may name only one."""
     train, optim = config.train, config.optim
     if train.epochs is None and train.max_steps is None:
         train = replace(train, epochs=1.0)

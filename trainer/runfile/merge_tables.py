@@ -1,22 +1,25 @@
-"""Tables of run.toml as plain data: merged, compared, cut."""
+"""Functions that merge, compare and cut the plain tables of run.toml."""
 
 from __future__ import annotations
 
 from typing import Any
 
 PAIRS = (("train", "epochs", "max_steps"), ("optim", "warmup_ratio", "warmup_steps"))
-"""Settings of which a run names one: a stage that names the other one means that instead."""
+"""Settings that exclude each other: a stage that names one of a pair replaces the other one."""
 
 
 def stage_tables(tables: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Complete tables of every stage of a resolved run by name; the run itself under no name where it has none."""
+    """Return the complete tables of every stage of a resolved run, by name; a run without stages is there under the name ""."""
     base = {key: value for key, value in tables.items() if key != "stage"}
     stages = tables.get("stage") or [{"name": ""}]
     return {stage["name"]: merged(base, {k: v for k, v in stage.items() if k != "name"}) for stage in stages}
 
 
 def merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Tables merge, arrays and values are replaced; of two settings that exclude each other, the one of `own` holds."""
+    """Merge `own` into `base`: tables are merged, arrays and values are replaced.
+
+    Of two settings that exclude each other, the one of `own` holds.
+    """
     base = _without_rivals(base, own)
     return _merged(base, own)
 
@@ -38,7 +41,7 @@ def _without_rivals(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]
 
 
 def has(tables: Any, key: str) -> bool:
-    """Whether the dotted `key` stands in the tables."""
+    """Tell whether the tables hold the dotted `key`."""
     for word in key.split("."):
         if not isinstance(tables, dict) or word not in tables:
             return False
@@ -47,7 +50,7 @@ def has(tables: Any, key: str) -> bool:
 
 
 def without(tables: dict[str, Any], key: str) -> dict[str, Any]:
-    """The same without the dotted `key`."""
+    """Return the tables without the dotted `key`."""
     if not has(tables, key):
         return tables
     word, _, rest = key.partition(".")
@@ -56,7 +59,7 @@ def without(tables: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def difference(base: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """What has to be merged into `base` to get `other`."""
+    """Return the tables that have to be merged into `base` to get `other`."""
     found = {}
     for key, value in other.items():
         if key not in base:
@@ -70,7 +73,7 @@ def difference(base: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def value_of(tables: Any, key: str) -> Any:
-    """What stands at the dotted `key`; None where nothing does."""
+    """Return the value at the dotted `key`; None where there is none."""
     for word in key.split("."):
         tables = tables.get(word) if isinstance(tables, dict) else None
     return tables

@@ -1,4 +1,4 @@
-"""What is wrong with `[model.vision]` and its projector by themselves: what depends on a folder is found when its JSON is read."""
+"""Checks of `[model.vision]` and its projector without their files: what depends on a folder is found when its JSON is read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from model.vision.projector import GRID_KINDS, RESAMPLER, VISION_KINDS
 
 
 def vision_problems(model: ModelConfig) -> Iterator[str]:
-    """One line each."""
+    """Yield the problems of the vision tower and its projector, one line each."""
     vision, projector = model.vision, model.vision_projector
     if vision is not None:
         if vision.image_size < 0:
@@ -33,7 +33,10 @@ def vision_problems(model: ModelConfig) -> Iterator[str]:
 
 
 def anyres_problems(data: DataConfig, model: ModelConfig) -> Iterator[str]:
-    """What pictures in tiles of their own aspect ask of the parts that read them."""
+    """Yield the problems of the parts that read images under data.image_fit = "anyres", one line each.
+
+    Such images are cut into tiles that follow the image's own aspect ratio.
+    """
     vision, projector = model.vision, model.vision_projector
     if data.image_fit != "anyres" or vision is None or projector is None:
         return

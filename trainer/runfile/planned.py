@@ -1,4 +1,4 @@
-"""Settings that the contract names and that are not built yet: they are refused with a reason, never ignored."""
+"""Settings that the contract names and that are not built yet: a run file that uses one is refused with a reason, never ignored."""
 
 KEYS = (
     "parallel.compile",

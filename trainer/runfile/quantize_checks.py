@@ -1,4 +1,4 @@
-"""[quantize]: what cannot be stored in few bits, and settings that mean nothing for the number of bits."""
+"""Checks of [quantize]: what cannot be stored in few bits, and settings that have no effect for the number of bits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from model.config import ModelConfig, QuantizeConfig
 
 LEARNS_BESIDE = ("frozen", "lora", "new_tokens")
-"""Values of model.llm.tune under which no matrix that is quantised learns."""
+"""Values of model.llm.tune under which no quantised matrix learns."""
 
 
 def quantize_problems(config: QuantizeConfig, model: ModelConfig) -> Iterator[str]:

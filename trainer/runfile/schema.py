@@ -1,4 +1,4 @@
-"""From plain tables to frozen dataclasses and back: strict, and with every problem in one message."""
+"""Conversion of plain tables to frozen dataclasses and back: strict, and with every problem in one message."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from trainer.runfile.toml_files import INTEGERS
 
 
 class SchemaReader:
-    """Collects problems while it turns tables into dataclasses. `planned` explains keys and values that are not built yet."""
+    """Converter of tables to dataclasses that collects all problems. `planned` explains keys and values that are not built yet."""
 
     def __init__(self, planned: dict[str, str]) -> None:
         self.planned = planned
         self.problems: list[str] = []
 
     def table(self, cls: Any, value: Any, path: str) -> Any:
-        """An instance of dataclass `cls`, or None when something in it is wrong."""
+        """Return an instance of dataclass `cls`; None, and the problems added to `problems`, when something in it is wrong."""
         if not isinstance(value, dict):
             self.problems.append(f"{path or 'the file'} = {shown(value)} is not a table")
             return None
@@ -37,7 +37,7 @@ class SchemaReader:
         return cls(**given) if len(self.problems) == before else None
 
     def value(self, hint: Any, value: Any, path: str) -> Any:
-        """`value` as type `hint`; a problem and None when it is of another type."""
+        """Return `value` as type `hint`; None, and a problem added to `problems`, when the value has another type."""
         if f"{path} = {value!r}" in self.planned:
             self.problems.append(f"{path} = {value!r} {self.planned[f'{path} = {value!r}']}")
             return None
@@ -112,7 +112,7 @@ def _nearest(value: Any, hint: Any) -> str:
 
 
 def to_tables(config: Any) -> dict[str, Any]:
-    """A dataclass as plain tables; None, which TOML has not, is left out."""
+    """Return a dataclass as plain tables; None, which TOML does not have, is left out."""
 
     def plain(value: Any) -> Any:
         if hasattr(value, "to_tables"):
@@ -128,7 +128,7 @@ def to_tables(config: Any) -> dict[str, Any]:
 
 
 def flat(tables: Any, path: str = "") -> dict[str, Any]:
-    """Nested tables as one level of dotted keys."""
+    """Return nested tables as one level of dotted keys."""
     if (isinstance(tables, dict) and tables) or (isinstance(tables, list) and any(isinstance(item, dict) for item in tables)):
         items = tables.items() if isinstance(tables, dict) else enumerate(tables)
         return {k: v for key, value in items for k, v in flat(value, f"{path}.{key}" if path else str(key)).items()}

@@ -1,4 +1,4 @@
-"""A curriculum: where each stage of a run stands, what it starts from and where it writes."""
+"""Stages of a run: the place of each stage in the run, what the stage starts from and where it writes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Stage:
 
     @property
     def folder(self) -> Path:
-        """Of final/, planned lengths, samples.bin and ledger.json: what belongs to this stage alone."""
+        """Return the folder of the files of this stage alone: final/, planned lengths, samples.bin and ledger.json."""
         return stage_folder(self.run_folder, self.number, self.name) if self.name else self.run_folder
 
     @property
@@ -48,7 +48,7 @@ def stage_folder(run_folder: Path, number: int, name: str) -> Path:
 
 
 def places_of(root: RunConfig) -> list[Stage]:
-    """The stages of a run in order; every one but the first starts from the final/ of the one before."""
+    """Return the stages of a run in order; every stage but the first starts from the final/ of the stage before."""
     if not root.stage:
         return [Stage(root, root)]
     found: list[Stage] = []
@@ -61,9 +61,10 @@ def places_of(root: RunConfig) -> list[Stage]:
 
 
 def place_to_read(root: RunConfig, name: str = "") -> Stage:
-    """The stage `name` for whoever only looks at its data, also when the stages before it have not run.
+    """Return the stage `name` for callers that only read its data, also when the stages before it have not run.
 
-    ConfigError when there is no such stage, or when none is named of several.
+    Without the final/ of the stage before, the tokens that earlier stages add are taken from the run file. Raises `ConfigError`
+    when the run has no such stage, or when it has stages and none is named.
     """
     places = {place.name: place for place in places_of(root)}
     if name not in places:
@@ -74,7 +75,7 @@ def place_to_read(root: RunConfig, name: str = "") -> Stage:
     place = places[name]
     if place.number == 1 or Path(place.config.model.init_from).is_dir():
         return place
-    # Its tokens, where the stage before is not there to be asked.
+    # The stage before has not run, so its card does not exist: take the added tokens from the run file.
     earlier = list(places.values())[: place.number]
     tokens = tuple(dict.fromkeys(token for one in earlier for token in one.config.model.llm.new_tokens))
     model = place.config.model
@@ -83,7 +84,7 @@ def place_to_read(root: RunConfig, name: str = "") -> Stage:
 
 
 def outline(places: list[Stage]) -> list[str]:
-    """One line per stage, for people; nothing without a curriculum."""
+    """Describe every stage in one line, for people; return an empty list without a curriculum."""
     lines = []
     for place in places:
         if place.name:
@@ -95,7 +96,7 @@ def outline(places: list[Stage]) -> list[str]:
 
 
 def resume_place(places: list[Stage], state: dict[str, Any]) -> Stage:
-    """The stage a checkpoint was written in."""
+    """Return the stage that a checkpoint with this `state` was written in. Raises `ConfigError` when the run has no such stage."""
     name = state.get("stage", "")
     for place in places:
         if place.name == name:
@@ -107,9 +108,9 @@ def resume_place(places: list[Stage], state: dict[str, Any]) -> Stage:
 
 
 def check_stages(places: list[Stage]) -> None:
-    """Every stage's parts and sources are there, as far as names and JSON tell, before the first one trains for days.
+    """Check that the parts and sources of every stage exist, as far as names and JSON tell, before the first stage trains for days.
 
-    One ConfigError for all of them. A run without stages finds out when it opens them.
+    A run of a single stage is not checked here: it finds out when it opens them. Raises one `ConfigError` for all stages.
     """
     problems = []
     for place in places if len(places) > 1 else ():

@@ -1,4 +1,4 @@
-"""Settings of the loss's terms beside the text that cannot be right."""
+"""Checks of the settings of the loss terms other than the text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from model.config import ModelConfig, StateHeadConfig
 
 
 def term_problems(config: ModelConfig) -> Iterator[str]:
-    """One line each."""
+    """Yield the problems of model.llm.router_loss and [model.state_head], one line each."""
     if not 0 <= config.llm.router_loss < math.inf:
         yield f"model.llm.router_loss = {config.llm.router_loss} is negative or not finite; 0 means none, 0.001 to 0.02 are usual"
     if config.state_head is not None:

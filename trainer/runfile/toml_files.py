@@ -1,4 +1,4 @@
-"""Run files and overrides as plain tables, and tables as TOML again: within bounds, because they are copied from elsewhere."""
+"""Run files and overrides read as plain tables, within limits, because they are copied from elsewhere; tables written as TOML."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from model.files.untrusted import is_deeper, shown
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 32
-"""Tables and arrays in each other; settings stand five deep."""
+"""Largest depth of nested tables and arrays; settings are five deep."""
 MAX_OVERRIDE = 100_000
-"""Characters of one override."""
+"""Largest number of characters of one override."""
 INTEGERS = range(-(2**63), 2**63)
-"""TOML's; Python's parser takes any."""
+"""Integers of TOML; Python's parser accepts any integer."""
 DASHED = re.compile(r"--(output_dir=|seed=|[a-z_]+\.)")
-"""Of a setting on a command line, as other trainers have them."""
+"""Start of a setting that is written as an option on a command line, as other trainers have them."""
 BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def read_toml(path: str) -> dict[str, Any]:
-    """The tables of a TOML file; ConfigError when it is missing, too large or malformed."""
+    """Read the tables of a TOML file. Raises `ConfigError` when the file is missing, too large, malformed or nested too deep."""
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"--cfg {path}: no such file")
@@ -42,13 +42,16 @@ def read_toml(path: str) -> dict[str, Any]:
 
 
 def check_depth(value: Any, where: str) -> None:
-    """ConfigError when tables and arrays stand more than MAX_DEPTH deep in each other: what reads them recurses."""
+    """Raise `ConfigError` when tables and arrays are nested deeper than MAX_DEPTH: the code that reads them recurses."""
     if is_deeper(value, MAX_DEPTH):
         raise ConfigError(f"{where}: nested deeper than {MAX_DEPTH}")
 
 
 def apply_override(tables: dict[str, Any], text: str) -> None:
-    """Put `section.key=value` into `tables`. The value is TOML; what is no TOML is taken as a string."""
+    """Put `section.key=value` into `tables`. The value is TOML; text that is no TOML is taken as a string.
+
+    Raises `ConfigError` when the override is malformed, too long or too deep, or names no key of a table.
+    """
     if len(text) > MAX_OVERRIDE:
         raise ConfigError(f"{shown(text)} has {len(text)} characters; an override has at most {MAX_OVERRIDE}")
     key, equals, value = text.partition("=")
@@ -76,8 +79,9 @@ def apply_override(tables: dict[str, Any], text: str) -> None:
 
 
 def undashed(words: list[str] | None) -> list[str]:
-    """The words of a command line (None: this process's own), with settings that are written as options, `--section.key=value`,
-    as the settings that they name: no option has a dot in its name.
+    """Return the words of a command line; a setting written as an option, `--section.key=value`, becomes `section.key=value`.
+
+    `words`: None for those of this process. No option has a dot in its name, so a dot marks a setting.
     """
     return [word[2:] if DASHED.match(word) else word for word in (sys.argv[1:] if words is None else words)]
 
@@ -89,12 +93,12 @@ def _override_value(text: str) -> Any:
         raise ConfigError(f"{shown(text)}: nested deeper than {MAX_DEPTH}") from error
     except ValueError:
         return text
-    # A line break in it would begin another key, which nobody would see again.
+    # A line break in the text would begin another key, which would be lost silently: take such text as a string.
     return tables["value"] if tables.keys() == {"value"} else text
 
 
 def to_toml(tables: dict[str, Any]) -> str:
-    """TOML text that reads back as `tables`."""
+    """Return TOML text that reads back as `tables`."""
     lines: list[str] = []
     _write(tables, "", lines.append)
     return "\n".join(lines).lstrip("\n") + "\n"
