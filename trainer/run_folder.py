@@ -13,6 +13,7 @@ FOLDERS = ("index", "final", "stages", "stacks", "check")
 FILES = (
     *("run.toml", "exit.json", "metrics.jsonl", "faults.jsonl", "quarantine.jsonl", "previous-quarantine.jsonl"),
     *("ledger.json", "trainer_state.json", "samples.bin", "samples.json", "planned_lengths.npz", ".lock", ".lease"),
+    *("data.json", "data_changes.jsonl"),
 )
 NUMBERED = re.compile(r"checkpoint-\d+|\d\d-[a-z0-9_-]+")
 """Checkpoints, and the folders of stages."""
