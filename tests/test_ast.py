@@ -15,7 +15,8 @@ FILES = [
 ]
 READER = "model/files.py"
 """The one file that reads other people's pickled weights."""
-STARTERS = {"tools/demo.py", "tools/demo_omni.py", "tools/demo_runs.py", "tools/omni_runs.py", "tools/bench_checkpoint.py"}
+STARTERS = {"tools/demo.py", "tools/demo_omni.py", "tools/demo_runs.py", "tools/omni_runs.py"}
+STARTERS |= {"tools/bench_checkpoint.py", "tools/bench_starts.py"}
 """Files that start other programs: commands as lists, never through a shell."""
 MODULES = {
     **dict.fromkeys(("pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "copyreg"), "unpickles"),
