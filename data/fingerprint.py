@@ -1,7 +1,8 @@
 """What sources hold, in a few numbers: so that a run that goes on notices when they hold something else by now.
 
 A file of records or an archive is known by its size, its time, 64 blocks spread over it and, up to `WHOLE_BYTES` of all files
-together, by all of its bytes; a medium that is a file of its own by its size, its time and its ends, of `MEDIA` records per source.
+together, by all of its bytes; a medium that is a file of its own by its size, its time and 17 blocks,
+of `MEDIA` records per source.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ MEDIA = 1000
 WHOLE_BYTES = 4 << 30
 """Bytes of sources that are read whole at a first start, a second or two per GiB; of what is larger the blocks have to do."""
 _MEDIA_PER_RECORD = 4
-_BLOCKS, _BLOCK_BYTES, _END_BYTES = 64, 1 << 16, 1 << 12
+_BLOCKS, _BLOCK_BYTES = 64, 1 << 16
+_MEDIUM_BLOCKS, _MEDIUM_BLOCK_BYTES = 16, 1 << 14  # and the end; a medium of up to 256 KiB is read whole
 
 
 def fingerprint(dataset: MultimodalDataset) -> dict[str, Any]:
     """JSON-able, by source: "files" with rows [path, size, time in ns, digest of blocks, digest of all or ""], and "media" with
-    rows [name, size, time, digest of ends], called as a record names them.
+    rows [name, size, time, digest of blocks], called as a record names them.
     """
     found, left = {}, WHOLE_BYTES
     for number, source in enumerate(dataset.sources):
@@ -44,7 +46,8 @@ def fingerprint(dataset: MultimodalDataset) -> dict[str, Any]:
 
 
 def changes(before: dict[str, Any], dataset: MultimodalDataset) -> list[str]:
-    """What is another than in `before`, one line for people per file. Missing media are left to the step that asks for them.
+    """What is another than in `before`, one line for people per file. Media that could not be read then are left to the step that
+    asks for them.
 
     A file whose size and time are as they were is compared by its blocks; one whose time alone is another by all of its bytes.
     """
@@ -56,8 +59,12 @@ def changes(before: dict[str, Any], dataset: MultimodalDataset) -> list[str]:
         lines += [f"{path} was added" for name, path in names.items() if name not in known]
         lines += [f"{path} is gone" for name, (path, *_) in known.items() if name not in names]
         both = [(path, known[name][1:]) for name, path in names.items() if name in known]
-        lines += [line for path, rest in both if (line := _file_change(path, len(paths), *rest))]
+        changed = [line for path, rest in both if (line := _file_change(path, len(paths), *rest))]
         media = _media(dataset, number)
+        if not changed and known.keys() == names.keys():  # records name the same media
+            gone = [name.split(":", 1)[1] for name, *_ in then["media"] if name not in media]
+            changed = [f"{name} of source {source.key!r} is gone" for name in gone]
+        lines += changed
         lines += [line for name, *rest in then["media"] if name in media and (line := _medium_change(media[name], *rest))]
     return lines
 
@@ -76,17 +83,17 @@ def _file_change(path: str, count: int, size: int, time: int, blocks: str, whole
 def _medium(path: str) -> tuple[int, int, str] | None:
     """None for what cannot be read, which is told when a step meets it."""
     try:
-        return *_stamp(path), _ends(path)
+        return *_stamp(path), _medium_blocks(path)
     except OSError:
         return None
 
 
-def _medium_change(path: str, size: int, time: int, ends: str) -> str:
+def _medium_change(path: str, size: int, time: int, blocks: str) -> str:
     try:
         now, changed = _stamp(path)
         if now != size:
             return f"{path} has {now:,} bytes, and had {size:,}"
-        same = changed == time or _ends(path) == ends
+        same = changed == time or _medium_blocks(path) == blocks
         return "" if same else f"{path} holds something else in as many bytes"
     except OSError:  # quarantined when a step meets it
         return ""
@@ -120,8 +127,10 @@ def _blocks(path: str, size: int, count: int) -> str:
     return _digest(path, [size * k // blocks for k in range(blocks)], _BLOCK_BYTES)
 
 
-def _ends(path: str) -> str:
-    return _digest(path, [0, max(0, os.path.getsize(path) - _END_BYTES)], _END_BYTES)
+def _medium_blocks(path: str) -> str:
+    size = os.path.getsize(path)
+    starts = [size * k // _MEDIUM_BLOCKS for k in range(_MEDIUM_BLOCKS)]
+    return _digest(path, [*starts, max(0, size - _MEDIUM_BLOCK_BYTES)], _MEDIUM_BLOCK_BYTES)
 
 
 def _digest(path: str, starts: list[int], count: int) -> str:

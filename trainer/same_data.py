@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from model.config import ConfigError
 from model.files import dump_json
 from trainer.disk import replace_text
 from trainer.distributed import World
+from trainer.exits import SaveError
 from trainer.quarantine import TRAIN, VALIDATION
 from trainer.sources import RunData
 from trainer.stages import Place
@@ -28,17 +31,17 @@ def same_data(place: Place, data: RunData, world: World, step: int | None) -> li
 
     `step`: completed ones of the run that goes on; None at a first start, which notes what there is.
     """
-    problem, told = "", []
+    problem, cannot_write, told = "", False, []
     if world.is_main:
         try:
             told = _noted(place, data) if step is None else _compared(place, data, step)
-        except ConfigError as error:
-            problem = str(error)
+        except (ConfigError, SaveError) as error:
+            problem, cannot_write = str(error), isinstance(error, SaveError)
         except OSError as error:
             problem = f"{error.filename}, which the data of this run are known by: {error.strerror}"
-    problem, told = world.broadcast_json([problem, told])
+    problem, cannot_write, told = world.broadcast_json([problem, cannot_write, told])
     if problem:
-        raise ConfigError(problem)
+        raise SaveError(problem) if cannot_write else ConfigError(problem)
     return list(told)
 
 
@@ -49,19 +52,30 @@ def is_accepted(place: Place, data: RunData) -> bool:
 
 def _noted(place: Place, data: RunData) -> list[str]:
     found = {split: fingerprint(dataset) for split, dataset in _splits(data).items()}
-    replace_text(place.folder / NAME, dump_json({"plan": _plan(data), "splits": found}))
+    path = place.folder / NAME
+    with _writing(path):
+        replace_text(path, dump_json({"plan": _plan(data), "splits": found}))
     return []
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """SaveError in place of an OSError: of a run folder, not of the data."""
+    try:
+        yield
+    except OSError as error:
+        raise SaveError(f"{path}, which says what the data are, cannot be written: {error.strerror}") from error
 
 
 def _compared(place: Place, data: RunData, step: int) -> list[str]:
     path = place.folder / NAME
     before = read_note(path)
     if before is None:
+        state = "is damaged" if path.exists() else "is not there"
         _noted(place, data)
-        return [
-            f"{path} {'is damaged' if path.exists() else 'is not there'}: whether the data changed up to step {step} is unknown"
-        ]
-    lines = [line for split, found in _splits(data).items() for line in changes(before["splits"].get(split, {}), found)]
+        return [f"{path} {state}: whether the data changed up to step {step} is unknown"]
+    each = [line for split, found in _splits(data).items() for line in changes(before["splits"].get(split, {}), found)]
+    lines = list(dict.fromkeys(each))  # what several sources hold is told once
     if not lines:
         return []
     more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
@@ -72,7 +86,7 @@ def _compared(place: Place, data: RunData, step: int) -> list[str]:
             f"data.on_change = 'accept' to go on with what there is now:{listed}"
         )
     row = {"step": step, **({"stage": place.name} if place.name else {}), "changes": lines}
-    with (place.run_folder / CHANGES).open("a") as out:
+    with _writing(place.run_folder / CHANGES), (place.run_folder / CHANGES).open("a") as out:
         out.write(json.dumps(row) + "\n")
     if before["plan"] == _plan(data):  # else the start ends, and is to say so again
         _noted(place, data)
