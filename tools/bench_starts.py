@@ -56,7 +56,7 @@ def _round(question: str, answer: str) -> list[dict[str, str]]:
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one start until its first step is done."""
+    """CPU, time and memory of one start until its first step is done."""
 
     cpu: float  # seconds
     seconds: float

@@ -66,8 +66,9 @@ class CheckedMedium:
     picture: int = 0  # 64 bits, alike for pictures that look alike; where asked for
 
 
-LOOK_TOKENS = 1 << 18
-"""So many tokens of a record that does not fit are counted, to tell what length would hold it."""
+LOOK_TOKENS, LOOK_CHARACTERS = 1 << 15, 1 << 15
+"""So many tokens of a record that does not fit are counted, to tell what length would hold it; of a longer one so many characters
+are, and stand for the others."""
 
 
 @dataclass(frozen=True)
@@ -128,17 +129,31 @@ def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, ne
 
 
 def _whole_length(dataset: MultimodalDataset, record: Record, metas: list[MediaMeta]) -> int:
-    """Return the tokens of all rounds of a record that is not trained on whole; of a huge one a number that they are more than."""
+    """Return the tokens of all rounds of a record that is not trained on whole; of a huge one about how many they are."""
     limit = max(2 * dataset.config.max_length, LOOK_TOKENS)
     try:
         encoded = dataset.template.encode(record, limit)
     except TooLongError:
-        return limit + 1
+        encoded = None
     except RecordError:  # a round that is not trained on breaks a rule
         return dataset.config.max_length + 1
     media = sum(num_tokens(dataset.specs[ref.modality], meta) for ref, meta in zip(record.media, metas))
-    is_complete = len(encoded.round_ends) >= encoded.num_rounds
-    return len(encoded.input_ids) - len(metas) + media if is_complete else limit + 1
+    if encoded is not None and len(encoded.round_ends) >= encoded.num_rounds:
+        return len(encoded.input_ids) - len(metas) + media
+    return max(limit + 1, _extrapolated(dataset, record) + media)
+
+
+def _extrapolated(dataset: MultimodalDataset, record: Record) -> int:
+    """Tokens of all words of a record, if the others are as long as its first ones."""
+    texts, size = [turn.content for turn in record.turns], 0
+    shown: list[str] = []
+    for text in texts:
+        shown.append(text[: LOOK_CHARACTERS - size])
+        size += len(shown[-1])
+        if size >= LOOK_CHARACTERS:
+            break
+    counted = sum(map(len, dataset.template.tokenizer(shown, add_special_tokens=False, verbose=False)["input_ids"]))
+    return -(-counted * sum(map(len, texts)) // max(1, size))
 
 
 def _problem(dataset: MultimodalDataset, i: int, error: Exception) -> Problem:

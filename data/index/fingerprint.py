@@ -2,7 +2,7 @@
 
 A file of records or an archive is described by its size, its modification time, 64 blocks spread over it and, up to `WHOLE_BYTES`
 of all files together, by all of its bytes. A medium that is a file of its own is described by its size, its modification time and
-its two ends; up to `MEDIA` records per source are sampled.
+17 blocks spread over it; up to `MEDIA` records per source are sampled.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ MEDIA = 1000
 WHOLE_BYTES = 4 << 30
 """Bytes of sources that are hashed whole at a first start, a second or two per GiB; larger sources rely on the blocks."""
 _MEDIA_PER_RECORD = 4
-_BLOCKS, _BLOCK_BYTES, _END_BYTES = 64, 1 << 16, 1 << 12
+_BLOCKS, _BLOCK_BYTES = 64, 1 << 16
+_MEDIUM_BLOCKS, _MEDIUM_BLOCK_BYTES = 16, 1 << 14  # and the end; a medium of up to 256 KiB is read whole
 
 
 def fingerprint(dataset: MultimodalDataset) -> dict[str, Any]:
     """Return the fingerprint of every source as JSON-able values, by source key.
 
     "files" holds rows [path, size, time in ns, digest of blocks, digest of all bytes or ""]; "media" holds rows [name, size, time,
-    digest of ends] with the names that records use.
+    digest of blocks] with the names that records use.
     """
     found, left = {}, WHOLE_BYTES
     for number, source in enumerate(dataset.sources):
@@ -50,7 +51,7 @@ def changes(before: dict[str, Any], dataset: MultimodalDataset) -> list[str]:
     """Return what differs from the fingerprint `before`, as one readable line per file.
 
     A file with the same size and time is compared by its blocks; one whose time alone differs is compared by all of its bytes.
-    Missing media are not reported here: the step that reads them does.
+    Media that could not be read then are not reported here: the step that reads them does.
     """
     lines = []
     for number, source in enumerate(dataset.sources):
@@ -60,8 +61,12 @@ def changes(before: dict[str, Any], dataset: MultimodalDataset) -> list[str]:
         lines += [f"{path} was added" for name, path in names.items() if name not in known]
         lines += [f"{path} is gone" for name, (path, *_) in known.items() if name not in names]
         both = [(path, known[name][1:]) for name, path in names.items() if name in known]
-        lines += [line for path, rest in both if (line := _file_change(path, len(paths), *rest))]
+        changed = [line for path, rest in both if (line := _file_change(path, len(paths), *rest))]
         media = _media(dataset, number)
+        if not changed and known.keys() == names.keys():  # records name the same media
+            gone = [name.split(":", 1)[1] for name, *_ in then["media"] if name not in media]
+            changed = [f"{name} of source {source.key!r} is gone" for name in gone]
+        lines += changed
         lines += [line for name, *rest in then["media"] if name in media and (line := _medium_change(media[name], *rest))]
     return lines
 
@@ -80,17 +85,17 @@ def _file_change(path: str, count: int, size: int, time: int, blocks: str, whole
 def _stamp_and_ends(path: str) -> tuple[int, int, str] | None:
     """Return size, time and digest of a media file; None if it cannot be read, which is reported by the step that reads it."""
     try:
-        return *_stamp(path), _digest_of_ends(path)
+        return *_stamp(path), _medium_blocks(path)
     except OSError:
         return None
 
 
-def _medium_change(path: str, size: int, time: int, ends: str) -> str:
+def _medium_change(path: str, size: int, time: int, blocks: str) -> str:
     try:
         now, changed = _stamp(path)
         if now != size:
             return f"{path} has {now:,} bytes, and had {size:,}"
-        same = changed == time or _digest_of_ends(path) == ends
+        same = changed == time or _medium_blocks(path) == blocks
         return "" if same else f"{path} holds something else in as many bytes"
     except OSError:  # the step that reads the record quarantines it
         return ""
@@ -130,8 +135,10 @@ def _digest_of_blocks(path: str, size: int, count: int) -> str:
     return _digest(path, [size * k // blocks for k in range(blocks)], _BLOCK_BYTES)
 
 
-def _digest_of_ends(path: str) -> str:
-    return _digest(path, [0, max(0, os.path.getsize(path) - _END_BYTES)], _END_BYTES)
+def _medium_blocks(path: str) -> str:
+    size = os.path.getsize(path)
+    starts = [size * k // _MEDIUM_BLOCKS for k in range(_MEDIUM_BLOCKS)]
+    return _digest(path, [*starts, max(0, size - _MEDIUM_BLOCK_BYTES)], _MEDIUM_BLOCK_BYTES)
 
 
 def _digest(path: str, starts: list[int], count: int) -> str:

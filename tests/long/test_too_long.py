@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,15 @@ def lengths_of(data: RunData, config: RunConfig) -> list[int]:
 
 def config_of_length(config: RunConfig, max_length: int) -> RunConfig:
     return replace(config, data=replace(config.data, max_length=max_length))
+
+
+def test_what_is_too_long_to_be_counted_is_told_about_as_long_as_it_is(parts: Path, tmp_path: Path) -> None:
+    data, config = opened(parts, tmp_path, {"long": [*[record(1)] * 8, record(300_000)]})
+    (reason,) = reasons(data, config)
+    few, more = lengths_of(*opened(parts, tmp_path, {"few": [record(100), record(300)]}))
+    true = few + (300_000 - 100) * (more - few) / 200
+    told = re.search(r"the longest ([\d,]+) \(those above 32,768 are extrapolated\)", reason)
+    assert told and int(told[1].replace(",", "")) == pytest.approx(true, rel=0.01)
 
 
 def test_the_reason_names_counts_percentiles_and_the_length_that_would_do(parts: Path, tmp_path: Path) -> None:

@@ -6,15 +6,19 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from data.index.fingerprint import changes, fingerprint
 from tests.support.runs import failure_of, start_alone
 from tests.support.tiny_data import dataset, grey, talk
-from trainer.records.same_data import read_note
+from trainer.distributed.world import World
+from trainer.errors import SaveError
+from trainer.records.same_data import read_note, same_data
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +61,7 @@ def test_other_contents_are_named(parts: Path, begun: Path) -> None:
     Image.new("RGB", (20, 24)).save(paths[2])
     code, reason = failure_of(parts, begun / "run", sections(begun, 3))
     assert code == 2 and "the data of this run has changed since" in reason and "on_change" in reason
-    assert all(f"- {path} h" in reason for path in paths)
+    assert all(reason.count(f"- {path} h") == 1 for path in paths)  # the picture is in both splits
 
 
 def test_contents_are_compared_where_size_and_time_are_equal(tmp_path: Path) -> None:
@@ -95,7 +99,7 @@ def test_a_lost_note_is_told(parts: Path, begun: Path) -> None:
     note = begun / "run" / "data.json"
     note.unlink()
     found = start_alone(parts, begun / "run", sections(begun, 3))
-    assert found.code == 0 and "whether the data changed up to step 2 is unknown" in found.said and str(note) in found.said
+    assert found.code == 0 and f"{note} is not there: whether the data changed up to step 2 is unknown" in found.said
     assert json.loads(note.read_text())["splits"].keys() == {"train", "validation"}
 
 
@@ -105,6 +109,45 @@ def test_a_lost_note_is_told(parts: Path, begun: Path) -> None:
 def test_a_damaged_note_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "data.json").write_text(text)
     assert read_note(tmp_path / "data.json") is None
+
+
+@pytest.mark.parametrize("name", ["data.json", "data_changes.jsonl"])
+def test_a_folder_in_the_place_of_a_note_cannot_be_written(parts: Path, begun: Path, name: str) -> None:
+    (begun / "run" / name).unlink(missing_ok=True)
+    (begun / "run" / name).mkdir()
+    code, reason = failure_of(parts, begun / "run", sections(begun, 3))
+    assert code == 73 and f"{name} is in the way: {name} will be a file" in reason
+
+
+def test_a_note_that_cannot_be_written_is_no_fault_of_the_settings(tmp_path: Path) -> None:
+    place, data = (
+        SimpleNamespace(folder=tmp_path / "nowhere"),
+        SimpleNamespace(train=dataset(tmp_path, [talk("Hi", "a")]), validation=None),
+    )
+    with pytest.raises(SaveError, match=r"nowhere/data.json, .* cannot be written: No such file"):
+        same_data(place, data, World(0, 0, 1, torch.device("cpu")), None)  # type: ignore[arg-type]
+
+
+def test_media_that_are_gone_are_named(tmp_path: Path) -> None:
+    grey(tmp_path, 10), grey(tmp_path, 11)
+    data = dataset(tmp_path, [talk("<image>", "a", images=["10.png"]), talk("<image>", "a", images=["11.png"])])
+    (tmp_path / "11.png").unlink()
+    before = fingerprint(data)  # what was not there is left to the step that asks for it
+    (tmp_path / "10.png").unlink()
+    assert changes(before, data) == ["10.png of source 'mix' is gone"]
+
+
+def test_media_are_compared_all_over(tmp_path: Path) -> None:
+    """Ends that are equal, as those of sounds that begin and end in silence, are not enough."""
+    path = tmp_path / grey(tmp_path, 10)
+    path.write_bytes(path.read_bytes() + bytes(200_000))
+    data = dataset(tmp_path, [talk("<image>", "a", images=["10.png"])])
+    before = fingerprint(data)
+    content = bytearray(path.read_bytes())
+    content[100_000] = 1
+    path.write_bytes(content)
+    os.utime(path, (1, 1))
+    assert changes(before, data) == [f"{path} holds something else in as many bytes"]
 
 
 def test_files_that_are_added_or_gone_are_named(tmp_path: Path) -> None:

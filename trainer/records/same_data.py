@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from data.index.fingerprint import changes, fingerprint
 from model.errors import ConfigError
 from model.files.tensor_files import dump_json
 from trainer.distributed.world import World
+from trainer.errors import SaveError
 from trainer.machine.atomic_files import replace_text
 from trainer.records.quarantine import TRAIN, VALIDATION
 from trainer.records.run_data import RunData
@@ -29,17 +32,17 @@ def same_data(place: Stage, data: RunData, world: World, step: int | None) -> li
     a change is written down and, unless it changes the plan, the next start compares with the new data. Otherwise raises
     `ConfigError`, on all ranks alike.
     """
-    problem, lines = "", []
+    problem, cannot_write, lines = "", False, []
     if world.is_main:
         try:
             lines = _write_note(place, data) if step is None else _compare(place, data, step)
-        except ConfigError as error:
-            problem = str(error)
+        except (ConfigError, SaveError) as error:
+            problem, cannot_write = str(error), isinstance(error, SaveError)
         except OSError as error:
             problem = f"{error.filename}, which the data of this run are known by: {error.strerror}"
-    problem, lines = world.broadcast_json([problem, lines])
+    problem, cannot_write, lines = world.broadcast_json([problem, cannot_write, lines])
     if problem:
-        raise ConfigError(problem)
+        raise SaveError(problem) if cannot_write else ConfigError(problem)
     return list(lines)
 
 
@@ -53,19 +56,30 @@ def is_accepted(place: Stage, data: RunData) -> bool:
 
 def _write_note(place: Stage, data: RunData) -> list[str]:
     found = {split: fingerprint(dataset) for split, dataset in _splits(data).items()}
-    replace_text(place.folder / NAME, dump_json({"plan": _plan(data), "splits": found}))
+    path = place.folder / NAME
+    with _writing(path):
+        replace_text(path, dump_json({"plan": _plan(data), "splits": found}))
     return []
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Raise `SaveError` in place of an OSError: the fault is of the run folder, not of the data."""
+    try:
+        yield
+    except OSError as error:
+        raise SaveError(f"{path}, which says what the data are, cannot be written: {error.strerror}") from error
 
 
 def _compare(place: Stage, data: RunData, step: int) -> list[str]:
     path = place.folder / NAME
     before = read_note(path)
     if before is None:
+        state = "is damaged" if path.exists() else "is not there"
         _write_note(place, data)
-        return [
-            f"{path} {'is damaged' if path.exists() else 'is not there'}: whether the data changed up to step {step} is unknown"
-        ]
-    lines = [line for split, found in _splits(data).items() for line in changes(before["splits"].get(split, {}), found)]
+        return [f"{path} {state}: whether the data changed up to step {step} is unknown"]
+    each = [line for split, found in _splits(data).items() for line in changes(before["splits"].get(split, {}), found)]
+    lines = list(dict.fromkeys(each))  # what several sources hold is reported once
     if not lines:
         return []
     more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
@@ -76,7 +90,7 @@ def _compare(place: Stage, data: RunData, step: int) -> list[str]:
             f"data.on_change = 'accept' to go on with what there is now:{listed}"
         )
     row = {"step": step, **({"stage": place.name} if place.name else {}), "changes": lines}
-    with (place.run_folder / CHANGES).open("a") as out:
+    with _writing(place.run_folder / CHANGES), (place.run_folder / CHANGES).open("a") as out:
         out.write(json.dumps(row) + "\n")
     if before["plan"] == _plan(data):  # otherwise this start fails, and the next one must report the change again
         _write_note(place, data)

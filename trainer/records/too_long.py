@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from data.check.check_record import LOOK_TOKENS
 from data.config import DataConfig
 from data.dataset import MultimodalDataset
 from data.index.token_estimate import least_tokens
@@ -56,7 +57,8 @@ class LengthStatistics:
         values = np.percentile(self.whole, PERCENTILES, method="higher")
         shares = ", ".join(f"{share} % {value:,.0f}" for share, value in zip(PERCENTILES, values))
         would = f"data.max_length = {values[-1]:.0f} would hold 99 % of them"
-        return f"tokens per record: {shares}, the longest {max(self.whole):,}; {would}"
+        about = f" (those above {LOOK_TOKENS:,} are extrapolated)" if max(self.whole) > LOOK_TOKENS else ""
+        return f"tokens per record: {shares}, the longest {max(self.whole):,}{about}; {would}"
 
 
 @dataclass(frozen=True)
