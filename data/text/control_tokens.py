@@ -10,7 +10,7 @@ from model.errors import ConfigError
 
 
 def check_single(name: str, tokenizer: PreTrainedTokenizerFast, needs: Sequence[str]) -> None:
-    """Raise one `ConfigError` that lists every token that template `name` needs and the tokenizer does not read as a single token."""
+    """Raise one `ConfigError` for all tokens that template `name` needs and the tokenizer does not read as a single token."""
     known = tokenizer.get_vocab()
     read = {token: tokenizer(token, add_special_tokens=False)["input_ids"][-1:] for token in needs}
     missing = [token for token in needs if token not in known or read[token] != [known[token]]]

@@ -21,7 +21,7 @@ _TAG = re.compile(r"</?[A-Za-z_]\w*>|\[/?[A-Z_]+\]|(?<=['\"])/\w+(?=['\"])")
 
 
 def tags_of(source: str, control: re.Pattern[str]) -> re.Pattern[str]:
-    """Return a pattern for the tags that the template `source` names, control tokens excepted: `<think>`, `[THINK]`, `/no_think`."""
+    """Return a pattern for the tags that the template `source` names, without control tokens: `<think>`, `[THINK]`, `/no_think`."""
     found = {tag for tag in _TAG.findall(source) if not control.fullmatch(tag)}
     return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))) or "(?!)")
 

@@ -32,7 +32,7 @@ def state_of(record: Record, i: int) -> str:
 
 
 def split_state(text: str, state_tokens: str) -> tuple[str | None, str]:
-    """Split a decoded answer into the state that it starts with and the rest; None and the unchanged text if it starts with none."""
+    """Split a decoded answer into the state that it starts with and the rest; without a state, into None and the whole text."""
     for state, token in STATE_TOKENS[state_tokens].items():
         if text.lstrip().startswith(token):
             return state, text.lstrip().removeprefix(token)
