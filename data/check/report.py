@@ -58,7 +58,7 @@ def summary(found: Found) -> dict[str, Any]:
 
 
 def percentiles(values: np.ndarray) -> list[float]:
-    """Return the least value, the median, what 90 % and 99 % do not exceed, and the largest: values that occur. [] for no values."""
+    """Return the least value, the median, what 90 % and 99 % do not exceed, and the largest: values that occur. [] for none."""
     return np.percentile(values, PERCENTILES, method="inverted_cdf").tolist() if len(values) else []
 
 
@@ -112,7 +112,7 @@ def problem_rows(split: str, source: str, found: Found) -> Iterator[dict[str, An
 
 
 def match_row(match: Match, sources: Sequence[tuple[str, str, RecordIndex]]) -> dict[str, Any]:
-    """Return the object that describes one repeated record; `sources`: split, key and index of all, in the order of their numbers."""
+    """Return the object that describes a repeated record; `sources`: split, key and index of all, in the order of their numbers."""
     one, other = (_named(record, sources) for record in (match.record, match.other))
     return {"kind": match.kind, **one, **{f"other_{key}": value for key, value in other.items()}}
 
