@@ -90,7 +90,7 @@ def close_pairs(hashes: np.ndarray) -> np.ndarray:
 
 
 def _among_equal(key: np.ndarray, hashes: np.ndarray) -> np.ndarray:
-    """Return close pairs of hashes with equal keys: each hash is compared with those after it in its group, in the order of keys."""
+    """Return close pairs of hashes with equal keys: in the order of keys, each hash is compared with later ones of its group."""
     order = np.argsort(key, kind="stable")
     ends = np.searchsorted(key[order], key[order], side="right")
     at, found = np.arange(len(order)), [np.empty((0, 2), dtype=np.int64)]

@@ -39,7 +39,7 @@ def deal_packed(
 
 
 def _packed(lengths: list[int], work: list[float], num_bins: int, budget: int) -> list[list[int]] | None:
-    """Return the places in `lengths`, which is sorted by work, for each of `num_bins` bins; None if no way was found to fit them."""
+    """Return the places in `lengths`, sorted by work, of the items of each bin; None if they were not found to fit `num_bins`."""
     if (bins := _balanced(lengths, work, num_bins, budget)) is None and (bins := _tight(lengths, num_bins, budget)) is None:
         return None
     empty = [places for places in bins if not places]

@@ -20,7 +20,7 @@ def kinds_in(content: str) -> list[str]:
 
 
 def leading(kinds: Iterable[str]) -> str:
-    """Return placeholders as they stand before a turn's words: what is seen on a line of its own, what is heard without one (VITA)."""
+    """Return placeholders as they stand before a turn's words: seen media on lines of their own, heard ones without (VITA)."""
     return "".join(PLACEHOLDERS[kind] + ("\n" if READ_BY[kind] == "image" else "") for kind in kinds)
 
 
@@ -46,7 +46,7 @@ def as_read(content: str) -> str:
 
 
 def wrap(content: str, media_wrap: tuple[str, ...]) -> str:
-    """Put every placeholder of a picture or a video between the pair `media_wrap`, as LLaVA does; without a pair, change nothing."""
+    """Put every placeholder of a picture or a video between the pair `media_wrap`, as LLaVA does; without a pair, do nothing."""
     if not media_wrap:
         return content
     before, after = media_wrap
