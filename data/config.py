@@ -66,6 +66,8 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Settings of `[data]`."""
+
     template: TemplateName = "auto"
     max_length: int = 2048
     placeholders: Literal["as_written", "first"] = "as_written"

@@ -194,6 +194,7 @@ class _MicroBatches(Dataset[list[MicroBatch] | DataError | WorkerError]):
         return MicroBatch(self._collate(samples, self._pad_id), rejected, ends_step)
 
     def _item(self, i: int) -> Sample | Rejected:
+        """Return sample `i`, rejected if it is longer than it was planned."""
         self.reading.begin(i)
         item = self._dataset[i]
         if self._planned is None or isinstance(item, Rejected) or len(item.input_ids) <= self._planned[i]:
@@ -208,6 +209,7 @@ class _MicroBatches(Dataset[list[MicroBatch] | DataError | WorkerError]):
 def _load(
     made: _MicroBatches, shares: Iterable[_Share], workers: int, pin_memory: bool, ahead: int | None = None
 ) -> Iterator[list[MicroBatch]]:
+    """Load the micro-batches of each share in order, raising the errors that come as values."""
     loader = DataLoader(
         made,
         batch_size=None,

@@ -36,6 +36,8 @@ class SampleMedia:
 
 @dataclass(frozen=True)
 class Sample:
+    """One record as token ids, labels and encoder input."""
+
     sample_id: int  # index over all sources
     source_id: int
     input_ids: np.ndarray  # (T,) int64, placeholders expanded
@@ -102,6 +104,7 @@ def measured(encoded: Encoded, placeholder_ids: dict[str, int], record: Record, 
 
 
 def _placed(spec: MediaSpec, ref: MediaRef, meta: MediaMeta, values: Tensor, start: int) -> SampleMedia:
+    """Make the medium that stands at `start` of the expanded ids."""
     frames = row_frames(spec, meta) if isinstance(spec, AudioSpec) else ()
     width = row_width(spec, values.shape[-1])
     rows = token_rows(spec, meta, width)
@@ -157,6 +160,7 @@ def _whole(ends: np.ndarray, encoded: Encoded) -> int:
 
 
 def _shifted(ids: np.ndarray, supervised: np.ndarray) -> np.ndarray:
+    """Return the labels: at each position the next id if it is supervised, else IGNORE_INDEX."""
     labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int64)
     labels[:-1] = np.where(supervised[1:], ids[1:], IGNORE_INDEX)
     return labels

@@ -91,6 +91,7 @@ class Reading:
         return found
 
     def _row(self) -> torch.Tensor:
+        """Return the row of the calling process in the table, and write its process id there."""
         info = get_worker_info()
         row = self._table[0 if info is None else info.id]
         row[0] = os.getpid()
@@ -107,7 +108,7 @@ def named(dataset: MultimodalDataset, sample_id: int) -> str:
 
 
 def unexpected(error: Exception, names: list[str]) -> WorkerError:
-    """Make a `WorkerError` of an error that is no fault of a record; it names the samples that were read and notes the traceback."""
+    """Make a `WorkerError` of an error that is no fault of a record, with the samples that were read and its traceback."""
     found = WorkerError(f"{type(error).__name__} while {', '.join(names)} was read: {error}")
     found.add_note("".join(traceback.format_exception(error)))
     return found

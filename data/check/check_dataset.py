@@ -196,6 +196,7 @@ def _sender(pipe: Connection) -> _Alive:
 
 
 def _answers(pipes: list[Any], alive: _Alive) -> Iterator[tuple[int, bool]]:
+    """Yield the results that workers send, until all are done; pass their positions on to `alive`."""
     working = list(pipes)
     while working:
         for pipe in wait(working):

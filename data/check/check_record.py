@@ -201,12 +201,14 @@ def _content_key(blob: Blob) -> int:
 
 
 def _text_key(record: Record) -> int:
+    """Hash all that a record says, media by their kind and settings only."""
     turns = [[turn.role, turn.content, turn.learn, dict(turn.extra)] for turn in record.turns]
     marks = [[ref.kind, ref.span, ref.label] for ref in record.media]
     return _key(json.dumps([turns, marks, record.negative_turn, record.interrupted, record.tools]).encode())
 
 
 def _words_key(record: Record) -> int:
+    """Hash the words that a record says, without regard to case, spaces, punctuation and placeholders."""
     texts = [(turn.role, turn.content + json.dumps(dict(turn.extra) or "", ensure_ascii=False)) for turn in record.turns]
     texts += [("tools", json.dumps(tool, ensure_ascii=False)) for tool in record.tools]
     return _key(json.dumps([[role, _WORD.findall(without_placeholders(text).casefold())] for role, text in texts]).encode())

@@ -105,6 +105,7 @@ def _among_equal(key: np.ndarray, hashes: np.ndarray) -> np.ndarray:
 
 
 def _data(sources: Sequence[Found], num_train: int) -> _Data:
+    """Concatenate the columns of all sources; hashes of media that are no picture, or a blank one, become 0."""
     starts = np.cumsum([0, *(len(found["texts"]) for found in sources)])
     owners = [found["owners"] + start for found, start in zip(sources, starts)]
     columns = {

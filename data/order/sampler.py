@@ -90,6 +90,7 @@ class Sampler:
         return self._grouped(drawn, groups, generator)
 
     def _grouped(self, drawn: np.ndarray, groups: np.ndarray, generator: torch.Generator) -> np.ndarray:
+        """Return the ids as steps of one group each and mixed steps of what is left, in random order, then the short step."""
         size, steps, rest = self.global_batch_size, [], []
         for group in np.unique(groups):
             ids = _shuffled(drawn[groups == group], generator)

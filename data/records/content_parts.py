@@ -77,6 +77,7 @@ class Parts:
 
 
 def _readable(kind: str) -> str:
+    """Return the part of a message that says how to name a medium."""
     return (
         f'only paths of local files are read here: save it as a file and name its path, or give the record a key "{kind}s" '
         f'beside {{"type": "{kind}"}} (a column of .parquet may hold bytes)'

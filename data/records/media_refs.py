@@ -58,6 +58,7 @@ def media_by_kind(raw: dict[str, Any], inline: list[MediaRef]) -> dict[str, list
 
 
 def _named(raw: dict[str, Any], kind: str) -> list[MediaRef]:
+    """Return the media of one kind that the record's own keys name. Raises `FieldError`."""
     keys = [key for key in _KEYS[kind] if raw.get(key) is not None]
     if len(keys) > 1:
         raise FieldError(keys[0], f"both {keys[0]!r} and {keys[1]!r} are there; keep one")

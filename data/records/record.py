@@ -18,6 +18,8 @@ __all__ = ["MediaRef", "Record", "RecordError", "Turn", "parse"]
 
 @dataclass(frozen=True)
 class Record:
+    """One record whose rules were checked by `parse`."""
+
     id: str
     turns: tuple[Turn, ...]
     media: tuple[MediaRef, ...]  # in reading order of the placeholders

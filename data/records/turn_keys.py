@@ -57,6 +57,7 @@ def is_learned(turn: dict[str, Any], role: str, field: str) -> bool:
 
 
 def _learns(key: str, value: Any, field: str) -> bool:
+    """Return what one of LEARN_KEYS says. Raises `FieldError` for values that it may not have."""
     if key == "weight":
         if isinstance(value, bool) or not isinstance(value, int | float) or value not in (0, 1):
             raise FieldError(f"{field}.weight", f"{str(value)[:60]!r} is neither 0 (not learned) nor 1 (learned)")

@@ -33,6 +33,8 @@ _OTHER_FORMATS = ("prompt", "completion", "instruction", "output", "chosen", "te
 
 @dataclass(frozen=True)
 class Turn:
+    """One turn of a conversation."""
+
     role: str  # system | user | assistant | tool
     content: str  # with its placeholders, as in "<image>\nWhat is this?"
     learn: bool = True  # for an assistant's turn, whether it is supervised; it is read either way
@@ -175,6 +177,7 @@ def check_order(turns: tuple[Turn, ...], needs_answer: bool) -> None:
 
 
 def _hint(turn: Turn, calls: list[dict[str, Any]]) -> str:
+    """Return a hint for the message of a turn that is out of order, or an empty string."""
     if turn.role == "tool":
         return "; results of tools follow a turn of the assistant with tool_calls, and calls that stand in its text are not read"
     if calls and "tool_calls" in turn.extra:

@@ -59,6 +59,7 @@ class Abilities:
 
 
 def _with_text(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tool call whose arguments are JSON text instead of an object."""
     function = call.get("function")
     if not isinstance(function, Mapping) or isinstance(function.get("arguments"), str):
         return dict(call)
@@ -86,6 +87,7 @@ def find_abilities(ask: Ask) -> Abilities:
 
 
 def _answer(ask: Ask, *messages: Message) -> str:
+    """Render the messages; return an empty string if the template fails."""
     try:
         return ask(messages)
     except Exception:  # a template does not write what makes it fail
@@ -99,6 +101,7 @@ def calling(null_content: bool = False, text_arguments: bool = False) -> Message
 
 
 def _writes_calls(ask: Ask, null_content: bool, text_arguments: bool) -> bool:
+    """Return whether the template writes name, key and value of a tool call that has this form."""
     text = _answer(ask, _QUESTION, calling(null_content, text_arguments))
     return all(word in text for word in ("qzname", "qzkey", "qzvalue"))
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ChatFormat:
+    """One chat format: its template, and what it needs of a tokenizer."""
+
     source: str  # Jinja; it may read the variable `media_kinds`, the kinds of media that a record holds
     end: str  # text that ends an assistant's turn
     needs: tuple[str, ...]  # texts that must be single tokens of the tokenizer
@@ -136,6 +138,7 @@ def _with(source: str, **values: str) -> str:
 
 
 def _vita(source: str) -> str:
+    """Return a VITA template with VITA's three system texts."""
     seen = {kind.upper(): _VITA_SEEN.format(kind) for kind in ("image", "video")}
     return _with(_BY_MEDIA + _SPLIT_SYSTEM + source, SYSTEM=_VITA_SYSTEM, **seen)
 

@@ -15,6 +15,8 @@ from model.media_spec import READ_BY
 
 @dataclass(frozen=True)
 class Encoded:
+    """One record as token ids, with the ids that are learned and the ends of its rounds."""
+
     input_ids: list[int]
     supervised: list[bool]  # the assistant's tokens and what ends its turns
     round_ends: list[int]  # number of ids up to and including round k, a user's turn and all turns that answer it

@@ -77,12 +77,13 @@ class Marker:
             return [self.tree(turn, kind, item, key) for item in value]
         if not isinstance(value, str):
             return value
-        # The name of a tool proves enough: a template may leave the rest out. Types and ids get none, as templates inspect them.
+        # The name of a tool proves enough: a template may leave the rest out. Types and ids get no marks: it looks into them.
         if key in ("type", "id") or (kind == TOOLS and key != "name"):
             return self._guard(value)
         return self._between(turn, kind, value, 0, len(value))
 
     def _text(self, turn: int, kind: str, value: str, *, anchor: bool) -> str:
+        """Return the text with marks around each stretch of words between tags; `anchor` marks the end of a text without words."""
         edges = [0, *(edge for tag in self.tags.finditer(value) for edge in tag.span()), len(value)]
         parts, at = [], 0
         for low, high in zip(edges[::2], edges[1::2]):

@@ -46,6 +46,8 @@ class Span:
 
 @dataclass(frozen=True)
 class Rendering:
+    """Text of a conversation, and where turns and control tokens stand in it."""
+
     text: str
     spans: list[Span]
     written: list[tuple[int, int]]  # borders of the control tokens that a person wrote
@@ -131,6 +133,7 @@ class Renderer:
         return Rendering(text, spans, [match.span() for match in written if match], removed, apart)
 
     def _end(self, text: str, stop: int, limit: int, guards: set[int], calls: bool) -> int:
+        """Return where the turn ends after an answer's last word. Raises `RenderError` if no token ends it."""
         for pattern in (self.closes, self.ends) if calls else (self.ends,):
             for match in pattern.finditer(text, stop, limit):
                 if match.start() not in guards:

@@ -116,6 +116,7 @@ class Template:
         return kept
 
     def _encode(self, record: Record, messages: list[Message], kinds: tuple[str, ...]) -> Row:
+        """Render and tokenise the messages; answers whose start merges with the prompt lose white space or begin late."""
         late: set[int] = set()
         try:
             for _ in range(3):

@@ -34,6 +34,8 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
+    """Tokenizer with its added tokens."""
+
     tokenizer: PreTrainedTokenizerFast
     num_known: int  # tokens before any was added
     new_ids: tuple[int, ...]  # ids of the added tokens that the tokenizer did not have
