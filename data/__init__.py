@@ -1,4 +1,4 @@
-"""What is read. The public face is lazy: naming it costs nothing until it is used."""
+"""Reading of training data. The public names are imported lazily: naming one costs nothing until it is used."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
 """Tiles that keep a picture's aspect: the grid that LLaVA-NeXT's `anyres` chooses, and the pixels of its views.
 
 The base view is the whole picture, distorted to a square. Behind it come the tiles: the picture in the largest size that fits the
-grid, in the middle of black. Only a picture that is alone in its sample is cut; one of several is one view padded to a square.
+grid, centred on black. Only a picture that is alone in its sample is cut; one of several pictures is one view padded to a square.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from model.media_spec import ImageSpec, MediaMeta
 
 
 def plan(size: Size, side: int, config: DataConfig) -> MediaMeta:
-    """Rows and grid of a picture of `size` for a tower that sees `side` x `side` pixels: the base view, then the tiles."""
+    """Plan rows and grid of a picture of `size` for a tower that sees `side` x `side` pixels: the base view, then the tiles."""
     grid = best_grid(size, side, grids(config.image_grid, side))
     return MediaMeta(1 + grid[0] * grid[1], grid=grid, size=size, max_tiles=config.anyres_max)
 
 
 def usual(side: int, config: DataConfig) -> MediaMeta:
-    """Of a picture that fills the grid in the middle, by tiles. Raises ConfigError for grids that are none of this tower."""
+    """Plan a picture that fills the middle one of the grids, by tiles.
+
+    Raises `ConfigError` for grids that are none of this tower.
+    """
     among = sorted(grids(config.image_grid, side), key=lambda grid: grid[0] * grid[1])
     across, down = among[len(among) // 2]
     return plan((across * side, down * side), side, config)
@@ -32,7 +35,10 @@ def usual(side: int, config: DataConfig) -> MediaMeta:
 
 @lru_cache(maxsize=64)
 def grids(sizes: tuple[GridSize, ...], side: int) -> tuple[Size, ...]:
-    """(across, down) of each of data.image_grid, in its order, which decides between equally good ones. Raises ConfigError."""
+    """Return (across, down) of each of data.image_grid, in its order, which decides between equally good grids.
+
+    Raises `ConfigError`.
+    """
     found: list[Size] = []
     for i, size in enumerate(sizes or NEXT_GRID):
         if isinstance(size, str):
@@ -48,13 +54,13 @@ def grids(sizes: tuple[GridSize, ...], side: int) -> tuple[Size, ...]:
 
 
 def grids_named(text: str) -> list[Size]:
-    """(across, down) of "2x1", or of all grids of "1x1...6x6" in the order of OneVision's folders. `text` is well formed."""
+    """Return (across, down) of "2x1", or of all grids of "1x1...6x6" in the order of OneVision's folders. `text` is well formed."""
     left, top, right, bottom = (int(word) for word in GRID_NAME.fullmatch(text).groups("0"))  # type: ignore[union-attr]
     return [(across, down) for down in range(top, (bottom or top) + 1) for across in range(left, (right or left) + 1)]
 
 
 def best_grid(size: Size, side: int, grids: tuple[Size, ...]) -> Size:
-    """Of `grids` the one that keeps most of the picture's pixels, then that with the least area left over, then the first."""
+    """Return the grid that keeps most of the picture's pixels; among equals, that with the least area left over, then the first."""
     width, height = size
     best, most, least = grids[0], 0, math.inf
     for across, down in grids:
@@ -67,7 +73,7 @@ def best_grid(size: Size, side: int, grids: tuple[Size, ...]) -> Size:
 
 
 def fitted_size(size: Size, grid: Size, side: int) -> Size:
-    """The largest size of a picture of `size` that fits the grid, at least one pixel either way."""
+    """Return the largest size of a picture of `size` that fits the grid, at least one pixel either way."""
     (width, height), (wide, high) = size, (grid[0] * side, grid[1] * side)
     if wide / width < high / height:
         return wide, min(math.ceil(height * (wide / width)), high)
@@ -75,7 +81,7 @@ def fitted_size(size: Size, grid: Size, side: int) -> Size:
 
 
 def views(picture: Picture, spec: ImageSpec, meta: MediaMeta) -> list[Image.Image]:
-    """The meta.num_rows squares (S, S) of a picture: the base view, then the tiles row by row."""
+    """Return the meta.num_rows squares (S, S) of a picture: the base view, then the tiles row by row."""
     (across, down), side = meta.grid, spec.size
     width, height = fitted_size(meta.size, meta.grid, side)
     canvas = Image.new("RGB", (across * side, down * side))

@@ -1,8 +1,8 @@
-"""What a data worker sends to its rank: all tensors of a few micro-batches in one piece of memory, one open file on the way.
+"""Transport of batches from a data worker to its rank: the tensors of a few micro-batches share one piece of memory and one file.
 
 Torch shares each tensor by a file of its own, which stays open in the rank as long as the tensor lives: a step of many
-micro-batches passes the usual limit of 1,024. Here the rank closes the one file as soon as it has mapped it, and a worker that is
-killed leaves no name in /dev/shm.
+micro-batches passes the usual limit of 1,024 open files. Here one file is open on the way, which the rank closes as soon as it has
+mapped it, and a worker that is killed leaves no name in /dev/shm.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _MOST_AT_ONCE = 1 << 30  # bytes; Linux writes at most 2 GiB in one call
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor stands in the memory of a parcel; it stands in the contents instead of the tensor."""
+    """Position of a tensor in the memory of a parcel; it stands in the contents instead of the tensor."""
 
     start: int  # byte
     dtype: torch.dtype
     shape: tuple[int, ...]
-    stays: bool  # a view of the memory, not a copy: encoder input, which is most of it
+    stays: bool  # arrives as a view of the memory, not as a copy: encoder input, which is most of it
 
     @property
     def stop(self) -> int:
@@ -39,33 +39,39 @@ class _Place:
 
 
 class Parcel:
-    """Contents without their tensors, and the memory that those were written to; in another process it arrives as the contents."""
+    """Contents without their tensors, and the memory that holds the tensors.
+
+    In another process a parcel arrives as the contents.
+    """
 
     def __init__(self, told: Any, descriptor: int, size: int) -> None:
-        self._told, self._descriptor, self._size = told, descriptor, size
+        self._skeleton, self._descriptor, self._size = told, descriptor, size
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled once. What is raised here would be printed, and the batch waited for for ever."""
+        """Return how to rebuild the contents; a parcel is pickled once.
+
+        A failure becomes the contents: raised here, it would be printed, and the rank would wait for the batch for ever.
+        """
         try:
-            return _received, (self._told, DupFd(self._descriptor), self._size)
+            return _received, (self._skeleton, DupFd(self._descriptor), self._size)
         except OSError as error:
-            told = _problem(error)
-            return type(told), told.args
+            problem = _problem(error)
+            return type(problem), problem.args
         finally:
             os.close(self._descriptor)
 
 
 def packed(contents: Any) -> Any:
-    """`contents`, anything of dataclasses, dicts, lists and tuples, in the form in which a worker sends it.
+    """Pack `contents`, anything of dataclasses, dicts, lists and tuples, in the form in which a worker sends it.
 
-    Encoder input arrives as a view of the shared memory, and other tensors as copies: who keeps labels keeps no pictures. Where it
-    cannot be sent for want of open files or memory the `WorkerError` to send is returned.
+    Encoder input arrives as a view of the shared memory, and other tensors as copies: whoever keeps labels keeps no pictures. Where
+    the contents cannot be sent for want of open files or memory, the `WorkerError` to send is returned.
     """
     tensors: list[tuple[_Place, Tensor]] = []
-    told = _replaced(contents, Tensor, lambda tensor, stays: _placed(tensors, tensor, stays))
+    skeleton = _replaced(contents, Tensor, lambda tensor, stays: _placed(tensors, tensor, stays))
     size = tensors[-1][0].stop if tensors else 0
     if size == 0 or not hasattr(os, "memfd_create"):
-        return contents  # a file per tensor, as torch does it
+        return contents  # torch sends it, with a file per tensor
     try:
         descriptor = os.memfd_create("micro-batches", os.MFD_CLOEXEC)
     except OSError as error:
@@ -79,7 +85,7 @@ def packed(contents: Any) -> Any:
         if isinstance(error, OSError):
             return _problem(error)
         raise
-    return Parcel(told, descriptor, size)
+    return Parcel(skeleton, descriptor, size)
 
 
 def _problem(error: OSError) -> WorkerError:
@@ -88,24 +94,24 @@ def _problem(error: OSError) -> WorkerError:
     return WorkerError(f"a data worker cannot send a batch: {error.strerror}")
 
 
-def _received(told: Any, handle: Any, size: int) -> Any:
-    """The contents, in the process that was sent them."""
+def _received(skeleton: Any, handle: Any, size: int) -> Any:
+    """Return the contents in the process that received them, or the `OpenFilesError` that kept the memory from arriving."""
     try:
         descriptor = handle.detach()
     except (OSError, RuntimeError) as error:
-        # Python takes a file that comes over the limit out of its message without a word but this one.
+        # Where a received file is over the limit, Python drops it from the message, and only this text says so.
         if getattr(error, "errno", None) in NO_FILE or "ancdata" in str(error):
             return OpenFilesError(f"a batch cannot be received from a data worker: {OPEN_FILES}")
-        raise  # the worker is dead, and somebody else says of what
+        raise  # the worker is dead; `data.workers.explained` says why
     try:
         memory = _mapped(descriptor, size)
     finally:
         os.close(descriptor)
-    return _replaced(told, _Place, lambda place, _: _tensor(memory, place))
+    return _replaced(skeleton, _Place, lambda place, _: _tensor(memory, place))
 
 
 def _mapped(descriptor: int, size: int) -> Tensor:
-    """(size,) uint8: the bytes of an open file, shared, which stay when it is closed."""
+    """Map the bytes of an open file, shared, as (size,) uint8, which stay when the file is closed."""
     path = f"/proc/self/fd/{descriptor}"
     if os.path.exists(path):
         return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
@@ -122,7 +128,7 @@ def _tensor(memory: Tensor, place: _Place) -> Tensor:
 
 
 def _placed(tensors: list[tuple[_Place, Tensor]], tensor: Tensor, stays: bool) -> _Place:
-    """Puts `tensor` behind those that are placed already."""
+    """Place `tensor` behind those that are placed already, and return its position."""
     end = tensors[-1][0].stop if tensors else 0
     place = _Place(end + -end % _ALIGNED, tensor.dtype, tuple(tensor.shape), stays)
     tensors.append((place, tensor))
@@ -140,7 +146,7 @@ def _write(descriptor: int, tensor: Tensor, at: int) -> None:
 
 
 def _replaced(value: Any, kind: type, change: Callable[[Any, bool], Any], stays: bool = False) -> Any:
-    """`value` with `change` made to everything of a `kind` in it; told to `change` is whether it is encoder input."""
+    """Replace everything of a `kind` in `value` by the result of `change`, which is also given whether it is encoder input."""
     if isinstance(value, kind):
         return change(value, stays)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

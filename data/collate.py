@@ -1,4 +1,4 @@
-"""Samples become one `Batch`. All that the model looks up by position is computed here, on the CPU."""
+"""Collating of samples into one `Batch`. All that the model looks up by position is computed here, on the CPU."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from data.sample import Sample, SampleMedia
 from model.batch import IGNORE_INDEX, Batch, Media
 from model.media_spec import ONE_ROW
 
-BLANK = -1  # sample and source of a row that is only padding
+BLANK = -1  # sample id and source id of a row that is only padding
 
 
 def collate(samples: Sequence[Sample], pad_id: int, side: Literal["right", "left"] = "right") -> Batch:
-    """One row (T of the longest) per sample, filled up on `side`; training pads on the right, prompts for generation on the left.
+    """Collate samples into one row each, as long as the longest sample (T) and padded on `side`.
 
-    No samples give one row of one pad token, which supervises nothing and has no mask: a rank without work runs it like any other.
-    Positions count real tokens. Rows of media come in reading order: by sample, then by place in it.
+    Training pads on the right, prompts for generation on the left. No samples give one row of one pad token, which supervises
+    nothing and has no mask: a rank without work runs it like any other. Positions count real tokens. Rows of media come in reading
+    order: by sample, then by place in it.
     """
     lengths = [len(sample.input_ids) for sample in samples]
     num_rows, width = max(len(samples), 1), max([*lengths, 1])
@@ -48,10 +49,10 @@ def collate(samples: Sequence[Sample], pad_id: int, side: Literal["right", "left
 
 
 def collate_packed(samples: Sequence[Sample], pad_id: int) -> Batch:
-    """All samples one after the other in one row (1, T), T their tokens together: no padding, no mask.
+    """Collate samples one after the other into one row (1, T), T their tokens together: no padding, no mask.
 
-    Positions start anew with every sample, and `segment_lengths` tells the attention where each one ends. The last position of
-    a sample has no target, so no label reaches over a border. No samples give one segment of one pad token.
+    Positions start anew with every sample, and `segment_lengths` tells the attention where each one ends. The last position of a
+    sample has no target, so no label reaches over a border. No samples give one segment of one pad token.
     """
     ids = [sample.input_ids for sample in samples] or [np.array([pad_id])]
     lengths = [len(part) for part in ids]
@@ -81,7 +82,7 @@ def _names(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def _media(samples: Sequence[Sample], offsets: list[int]) -> dict[str, Media]:
-    """Media by modality; offsets[i] is the flat position of the first token of sample i."""
+    """Collect the media by modality; offsets[i] is the flat position of the first token of sample i."""
     found: dict[str, list[tuple[int, SampleMedia]]] = {}
     for sample, offset in zip(samples, offsets):
         for modality, media in sample.media.items():
@@ -90,7 +91,7 @@ def _media(samples: Sequence[Sample], offsets: list[int]) -> dict[str, Media]:
 
 
 def _joined(placed: list[tuple[int, SampleMedia]]) -> Media:
-    """All media of one modality; rows of clips are filled up with zeros to the longest, and none of those becomes a token."""
+    """Join all media of one modality. Rows of clips are padded with zeros to the longest, and no padding becomes a token."""
     media = [medium for _, medium in placed]
     slots = torch.cat([torch.arange(first, first + medium.length) for first, medium in placed])
     longest = max(medium.values.shape[-1] for medium in media)
@@ -112,22 +113,22 @@ def _joined(placed: list[tuple[int, SampleMedia]]) -> Media:
 
 
 def _four(rows: np.ndarray) -> np.ndarray:
-    """(K,) or (K, 4) -> (K, 4)."""
+    """Repeat rows (K,) to (K, 4); rows (K, 4) stay as they are."""
     return rows if rows.ndim == 2 else np.repeat(rows[:, None], 4, axis=1)
 
 
 def _weights(medium: SampleMedia) -> np.ndarray:
-    """(K, 4) float32, also of a medium each token of which is one row."""
+    """Return the weights (K, 4) float32 of a medium's tokens, also of a medium each token of which is one row."""
     return np.tile(np.array(ONE_ROW, dtype=np.float32), (medium.length, 1)) if medium.weights is None else medium.weights
 
 
 def _moved(medium: SampleMedia, first: int, width: int, num_rows: int) -> np.ndarray:
-    """Its rows where the encoder rows of all media, `num_rows` of them, are `width` wide and its own begin at `first`."""
+    """Return the medium's rows among all rows of the batch, `num_rows` encoder rows of `width` each; its own begin at `first`."""
     row, place = np.divmod(medium.rows, medium.width)
     return np.where(medium.rows < 0, num_rows * width - 1 - medium.rows, (first + row) * width + place)
 
 
 def _filled(rows: Tensor, width: int) -> Tensor:
-    """Rows (n, ..., width), zeros behind; those of pictures are as wide already, and are not copied."""
+    """Pad rows to (n, ..., width) with zeros behind; rows of pictures are as wide already, and are not copied."""
     missing = width - rows.shape[-1]
     return F.pad(rows, (0, missing)) if missing else rows

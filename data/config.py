@@ -1,4 +1,4 @@
-"""Settings of what is read: `[data]` and `[[data.sources]]` of run.toml."""
+"""Settings of the data: `[data]` and `[[data.sources]]` of run.toml."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_TILES = 256
 GridSize = tuple[int, int] | str
 """A grid of tiles: [width, height] in pixels, its tiles across and down as "2x1", or all from one to another as "1x1...6x6"."""
 NEXT_GRID: tuple[GridSize, ...] = ("1x2", "2x1", "2x2", "3x1", "1x3")
-"""LLaVA-NeXT's, in its order."""
+"""Grids of LLaVA-NeXT, in its order."""
 GRID_NAME = re.compile(r"([1-9]\d?)x([1-9]\d?)(?:\.\.\.([1-9]\d?)x([1-9]\d?))?")
 
 
@@ -58,7 +58,7 @@ class SourceConfig:
 
     @property
     def roots(self) -> dict[str, str]:
-        """Every folder that is named, by how run.toml names it."""
+        """Return every media folder that is named, by its name in run.toml."""
         if isinstance(self.media_root, dict):
             return {f"media_root.{kind}": folder for kind, folder in self.media_root.items()}
         return {"media_root": self.media_root} if self.media_root else {}
@@ -66,6 +66,8 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Settings of `[data]`."""
+
     template: TemplateName = "auto"
     max_length: int = 2048
     placeholders: Literal["as_written", "first"] = "as_written"
@@ -89,14 +91,14 @@ class DataConfig:
     workers: int = 4
     follow_links: bool = False
     on_bad_sample: Literal["quarantine", "error"] = "quarantine"
-    on_change: Literal["refuse", "accept"] = "refuse"  # a run goes on, and its sources hold something else than when it began
+    on_change: Literal["refuse", "accept"] = "refuse"  # when a run is resumed and its sources changed since it began
     max_bad_fraction: float = 0.001
-    max_too_long_fraction: float = 0.1  # of each source: more records that cannot fit max_length end the start
+    max_too_long_fraction: float = 0.1  # of each source; the start fails if more records cannot fit max_length
     sources: tuple[SourceConfig, ...] = field(default=())
     validation: tuple[SourceConfig, ...] = field(default=())
 
     def problems(self) -> list[str]:
-        """What is wrong with the values, one line each; keys as in run.toml."""
+        """List what is wrong with the values, one line each; keys as in run.toml."""
         found = []
         if self.max_length < 1:
             found.append(f"data.max_length = {self.max_length} is not positive")
@@ -187,7 +189,10 @@ def _share_problems(source: SourceConfig, table: str) -> Iterator[str]:
 
 
 def _root_problems(source: SourceConfig, table: str) -> Iterator[str]:
-    """A misspelt kind would be taken for the name of a set, and the kind's media for media without a folder."""
+    """Yield a line for each misspelt kind of medium in media_root.
+
+    It would be taken for the name of a set, and the kind's media for media without a folder.
+    """
     for key in source.media_root if isinstance(source.media_root, dict) else ():
         if key not in PLACEHOLDERS and (near := get_close_matches(key, PLACEHOLDERS, 1, 0.75)):
             yield f"data.{table} {source.key!r}: media_root.{key} is no kind of medium; did you mean {near[0]!r}?"

@@ -1,4 +1,4 @@
-"""Record i of all sources, as a sample or as the reason why there is none."""
+"""Dataset of all sources: record i as a sample, or as the reason why there is none."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from model.media_spec import MediaSpec, num_tokens
 
 @dataclass(frozen=True)
 class Rejected:
-    """A record that is not trained on. No other takes its place."""
+    """A record that is not trained on. No other record takes its place."""
 
     sample_id: int
     source: str
     where: str  # file:line
     id: str
     reason: str  # "field: what is wrong"
-    too_long: bool  # not even its first round fits: counted apart
+    too_long: bool  # not even its first round fits: counted separately
 
 
 class MultimodalDataset(Dataset[Sample | Rejected]):
-    """All records of all sources, numbered in the order of the sources. Opens nothing but what an item needs."""
+    """All records of all sources, numbered in the order of the sources. Only what an item needs is opened."""
 
     lengths: np.ndarray  # (N,) int32 planned tokens
     modalities: np.ndarray  # (N,) int8 bits: 1 has an image, 2 a video, 4 audio; 0 is text only
@@ -56,7 +56,7 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
         self.specs, self.config, self._excluded = specs, config, excluded
         sizes = [len(index) for index in indexes]
         self._starts = np.cumsum([0, *sizes])
-        # What is longer is cut to whole rounds, so it never takes more than this.
+        # A longer sample is cut to whole rounds, so it never takes more than max_length.
         planned = np.concatenate([index.lengths for index in indexes])
         self.lengths = np.minimum(planned, config.max_length).astype(np.int32)
         self.modalities = np.concatenate([index.modalities for index in indexes])
@@ -67,11 +67,14 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
         return int(self._starts[-1])
 
     def exclude(self, ids: frozenset[int]) -> None:
-        """From now on these and no others are rejected without a look. Workers that have begun know nothing of it."""
+        """Reject exactly these ids from now on, without reading them.
+
+        Workers that have begun keep the set that they started with.
+        """
         self._excluded = ids
 
     def __getitem__(self, i: int) -> Sample | Rejected:
-        """The sample, or why there is none. Raises `RecordError` instead when data.on_bad_sample is "error".
+        """Return the sample, or why there is none. Raises `RecordError` instead when data.on_bad_sample is "error".
 
         A record that is too long is rejected either way: it breaks no rule.
         """
@@ -86,7 +89,7 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
             return self._rejected(i, error)
 
     def reject(self, i: int, field: str, reason: str) -> Rejected:
-        """Sample `i`, which could be made, as one that is not trained on. Raises `RecordError` instead as `[]` does."""
+        """Reject sample `i`, which could be made, as one that is not trained on. Raises `RecordError` instead as `[]` does."""
         record = self.record(i)
         return self._rejected(i, RecordError(record.where, record.id, field, reason))
 
@@ -98,30 +101,30 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
         return Rejected(i, name, error.where, bounded(error.id), bounded(f"{error.field}: {error.reason}", LINE), too_long)
 
     def place(self, i: int) -> tuple[int, RecordIndex, int]:
-        """The source of sample `i`, that source's index, and the row in it."""
+        """Return the source of sample `i`, that source's index, and the row in it."""
         source_id = int(self.source_ids[i])
         return source_id, self.indexes[source_id], int(i - self._starts[source_id])
 
     def where(self, i: int) -> str:
-        """File and line of sample `i`."""
+        """Return file and line of sample `i`."""
         _, index, row = self.place(i)
         return index.where(row)
 
     def record(self, i: int) -> Record:
-        """The record of sample `i`. Raises `RecordError`."""
+        """Read the record of sample `i`. Raises `RecordError`."""
         _, index, row = self.place(i)
         record = parse(index.raw(row), index.where(row), index.name(row))
         check_media(record, self.specs, self.config.max_images)
         return record
 
     def media(self, i: int, record: Record) -> RecordMedia:
-        """The media of `record`, which is the one of sample `i`."""
+        """Return the media of `record`, which is the record of sample `i`."""
         source_id, index, row = self.place(i)
         locate = partial(_locate, index, row, self.sources[source_id], self.config.follow_links)
         return RecordMedia(record, locate, self.specs, self.config)
 
     def measure(self, i: int) -> int:
-        """Tokens of sample `i`, exactly, without decoding its media. Raises `RecordError`."""
+        """Return the exact number of tokens of sample `i`, without decoding its media. Raises `RecordError`."""
         record = self.record(i)
         encoded = self.template.encode(record, self.config.max_length)
         media = self.media(i, record)
@@ -141,7 +144,7 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
 
 
 def _locate(index: RecordIndex, row: int, source: SourceConfig, follow_links: bool, ref: MediaRef) -> Blob:
-    """Where the bytes of a medium are: beside the record, if its file is an archive, else in the source's folder."""
+    """Locate the bytes of a medium: beside the record, if its file is an archive, else in the source's folder."""
     if (found := index.blob(row, ref)) is not None:
         return found
     path = resolve(ref.path, root_of(source, ref), follow_links=follow_links)
@@ -149,7 +152,10 @@ def _locate(index: RecordIndex, row: int, source: SourceConfig, follow_links: bo
 
 
 def root_of(source: SourceConfig, ref: MediaRef) -> str:
-    """The folder that `ref` stands in: that of its set, of its kind, or the only one. Raises `MediaError` if none is named."""
+    """Return the folder that `ref` stands in: that of its set, of its kind, or the only one.
+
+    Raises `MediaError` if none is named.
+    """
     if not isinstance(source.media_root, dict):
         return source.media_root
     key = ref.set or ref.kind
@@ -168,9 +174,9 @@ def open_dataset(
     excluded: frozenset[int] = frozenset(),
     alive: Callable[[str], object] = lambda at: None,
 ) -> MultimodalDataset:
-    """The dataset of `sources`, with their indexes in `index_folder`, built there where they are missing or stale.
+    """Open the dataset of `sources`, with their indexes in `index_folder`, built there where they are missing or stale.
 
-    `alive` is told now and then which file is read for it. ConfigError when a source or a media_root is not there.
+    `alive` is called now and then with the file that is read for it. Raises `ConfigError` when a source or a media_root is missing.
     """
     check_roots(sources)
     indexes = [RecordIndex.open(source, index_folder, specs, config, alive) for source in sources]
@@ -178,7 +184,7 @@ def open_dataset(
 
 
 def check_roots(sources: tuple[SourceConfig, ...]) -> None:
-    """One message for a folder that is not there, in place of one for each of its pictures."""
+    """Raise one `ConfigError` for a folder that does not exist, in place of one error for each of its pictures."""
     for source in sources:
         for key, folder in source.roots.items():
             if not Path(folder).is_dir():

@@ -1,4 +1,4 @@
-"""How much of a stranger's file is believed: bytes of a record and of a medium, depth of JSON, regular files alone."""
+"""Limits on untrusted files: bytes of a record and of a medium, depth of JSON, regular files alone."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MAX_RECORD_BYTES = 1 << 24
-"""Of one record's JSON. Media stand in files of their own; a text of this size is longer than any context that is trained."""
+"""Bytes of one record's JSON. Media stand in files of their own; a text of this size is longer than any context that is trained."""
 MAX_RECORD_BRACKETS = 1 << 20
-"""Of one record's JSON: objects and lists take twenty times their bytes in memory."""
+"""Brackets of one record's JSON: objects and lists take twenty times their bytes in memory."""
 MAX_TURNS = 1 << 15
-"""Of one record. A turn takes several tokens: so many fill a million of them."""
+"""Turns of one record. A turn takes several tokens: so many turns fill a million tokens."""
 MAX_MEDIA = 1 << 13
-"""Of one kind in one record: the frames of two hours, one a second. Each of them is a file to be opened."""
+"""Media of one kind in one record: the frames of two hours, one a second. Each of them is a file to be opened."""
 MAX_JSON_BYTES = 1 << 26
-"""Of a JSON file that describes something."""
+"""Bytes of a JSON file that describes something."""
 MAX_JSON_DEPTH = 64
 MAX_TOKENIZER_BYTES = 1 << 28
-"""Of each file of a tokenizer; the largest vocabularies take a tenth of it."""
+"""Bytes of each file of a tokenizer; the largest vocabularies take a tenth of it."""
 MAX_MEMBER_BYTES = 1 << 31
-"""Of a medium inside an archive, which is held in memory to be read."""
+"""Bytes of a medium inside an archive, which is read into memory as a whole."""
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """The file, opened for reading. OSError for what is no regular file: a pipe or a device would be waited for without end."""
-    # Asked of what was opened, not of the path: that may be exchanged in between.
+    """Open a file for reading. Raises `OSError` for what is no regular file: a pipe or a device would be waited for without end."""
+    # The open file is checked, not the path: a path may be exchanged in between.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -36,7 +36,10 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def load_json(path: Path) -> Any:
-    """The value in a JSON file. OSError when it cannot be read, ValueError when it is no JSON, or larger or deeper than allowed."""
+    """Load the value of a JSON file.
+
+    Raises `OSError` if it cannot be read, `ValueError` if it is no JSON, or too large or too deep.
+    """
     with open_regular(path) as file:
         text = file.read(MAX_JSON_BYTES + 1)
     if len(text) > MAX_JSON_BYTES:
@@ -45,7 +48,7 @@ def load_json(path: Path) -> Any:
 
 
 def parse_json(text: bytes) -> Any:
-    """The value that `text` spells. ValueError when it is no JSON, or deeper than MAX_JSON_DEPTH brackets."""
+    """Parse the JSON in `text`. Raises `ValueError` when it is no JSON, or deeper than MAX_JSON_DEPTH brackets."""
     try:
         value = json.loads(text.decode("utf-8"))
     except RecursionError:

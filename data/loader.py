@@ -1,4 +1,4 @@
-"""Batches in the order of the plan, for one rank, made ahead of time by worker processes."""
+"""Batches in the planned order, for one rank, made ahead of time by worker processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from model.errors import DataError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a step becomes micro-batches: so many samples to each, padded, or packed up to so many tokens."""
+    """Plan of how a step becomes micro-batches: so many samples to each, padded, or packed up to so many tokens."""
 
     world_size: int
     micro_batch_size: int
@@ -37,16 +37,16 @@ class BatchPlan:
         return self.micro_batch_tokens > 0
 
     def deal(self, ids: np.ndarray, lengths: np.ndarray, costs: np.ndarray | None = None) -> list[list[np.ndarray]]:
-        """result[rank][micro-batch]: the samples of a step, equally many micro-batches for every rank, at least one.
+        """Share the samples of a step: result[rank][micro-batch], equally many micro-batches for every rank, at least one.
 
-        `lengths` (N,) planned tokens and `costs` (N,) work by sample id; only packing asks for the second.
+        `lengths` (N,) are planned tokens and `costs` (N,) work, by sample id; only packing uses the costs.
         """
         if self.is_packed:
             return deal_packed(ids, lengths, self.world_size, self.micro_batch_tokens, costs)
         return deal(ids, lengths, self.world_size, self.micro_batch_size)
 
     def micro_batches_per_step(self, lengths: np.ndarray, global_batch_size: int) -> int:
-        """Of a full step with samples of mean length, as an estimate."""
+        """Estimate the number of micro-batches of a full step, assuming mean sample length."""
         if self.is_packed:
             return math.ceil(global_batch_size * float(lengths.mean()) / (self.world_size * self.micro_batch_tokens))
         return num_micro_batches(global_batch_size, self.world_size, self.micro_batch_size)
@@ -78,12 +78,12 @@ def train_batches(
     costs: np.ndarray | None = None,
     reading: Reading | None = None,
 ) -> Iterator[list[MicroBatch]]:
-    """This rank's micro-batches of each optimizer step in [first_step, last_step), steps counted over all epochs.
+    """Yield this rank's micro-batches of each optimizer step in [first_step, last_step), steps counted over all epochs.
 
-    Every rank gets equally many per step, blank ones where it has no sample. Order and content do not depend on `workers`.
-    When packing, a sample that turns out longer than it was planned is rejected, so that no micro-batch passes its budget; which
-    ones are does not depend on the number of ranks. Raises `DataError` where the dataset does, `WorkerError` when a worker dies.
-    `reading` tells any thread which samples are being read.
+    Every rank gets equally many micro-batches per step, blank ones where it has no sample. Order and content do not depend on
+    `workers`. When packing, a sample that turns out longer than it was planned is rejected, so that no micro-batch passes its
+    budget; which samples are rejected does not depend on the number of ranks. `reading` shows any thread which samples are being
+    read. Raises `DataError` where the dataset does, `WorkerError` when a worker dies.
     """
 
     per_step = plan.micro_batches_per_step(sampler.lengths, sampler.global_batch_size)
@@ -118,11 +118,11 @@ def validation_batches(
     pools: Sequence[Pool] = (),
     reading: Reading | None = None,
 ) -> Iterator[MicroBatch]:
-    """This rank's share of at most `max_samples` records (0: all) of `pools` (none: of all), the same ones at every call.
+    """Return this rank's share of at most `max_samples` records (0: all) of `pools` (none: of all), the same ones at every call.
 
-    They are spread evenly over each source, in proportion to its size and at least one of each, even where there are more
-    sources than `max_samples`. Every rank gets equally many micro-batches, blank ones where it has no sample. None is rejected
-    for its length when packing: without a graph a micro-batch somewhat over its budget does no harm.
+    The records are spread evenly over each source, in proportion to its size and at least one of each, even where there are more
+    sources than `max_samples`. Every rank gets equally many micro-batches, blank ones where it has no sample. No record is rejected
+    for its length when packing: without a graph, a micro-batch somewhat over its budget does no harm.
     """
     taken = [pool.ids for pool in pools] or np.split(np.arange(len(dataset)), np.cumsum(np.bincount(dataset.source_ids))[:-1])
     ids = np.concatenate(taken)[_spread(np.array([len(rows) for rows in taken]), max_samples)]
@@ -132,12 +132,15 @@ def validation_batches(
 
 
 def _spread(sizes: np.ndarray, max_samples: int) -> np.ndarray:
-    """Distinct ids over all sources, min(max_samples, all) of them or one per source; source s holds sizes[s] consecutive ids."""
+    """Choose min(max_samples, all) distinct ids over all sources, or one per source if that is more.
+
+    Source s holds sizes[s] consecutive ids.
+    """
     starts = np.cumsum(sizes) - sizes
     least = np.minimum(sizes, 1)
     total = int(sizes.sum())
     wanted = max(min(max_samples or total, total), int(least.sum()))
-    # In proportion to size; whom that gives less than one gets one, and the others share what is left.
+    # In proportion to size; a source whose share is less than one gets one, and the others share what is left.
     shares = least.copy()
     open_ = sizes > 0
     while open_.any():
@@ -156,19 +159,19 @@ def _spread(sizes: np.ndarray, max_samples: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Share:
-    """The sample ids of one micro-batch of one rank after the other."""
+    """Sample ids of consecutive micro-batches of one rank."""
 
     micro_batches: list[np.ndarray]
     ends_step: bool
 
 
 class _MicroBatches(Dataset[list[MicroBatch] | DataError | WorkerError]):
-    """The micro-batches of a share. Errors come as values: a worker would wrap them in a traceback."""
+    """Dataset of the micro-batches of each share. Errors come as values: a worker would wrap them in a traceback."""
 
     def __init__(
         self, dataset: MultimodalDataset, pad_id: int, is_packed: bool, planned: np.ndarray | None, reading: Reading
     ) -> None:
-        """`planned` (N,): the tokens a sample may have at most, by id; None: any number."""
+        """Prepare to make micro-batches; `planned` (N,): the tokens that a sample may have at most, by id; None: any number."""
         self._dataset, self._pad_id, self._planned, self.reading = dataset, pad_id, planned, reading
         self._collate = collate_packed if is_packed else collate
 
@@ -179,7 +182,7 @@ class _MicroBatches(Dataset[list[MicroBatch] | DataError | WorkerError]):
             return found if get_worker_info() is None else packed(found)
         except DataError as error:
             return error
-        except Exception as error:  # as text: a worker's would lose its traceback, and not say what was read
+        except Exception as error:  # as text: an error of a worker would lose its traceback, and not say what was read
             return unexpected(error, [named(self._dataset, i) for i in self.reading.own()])
         finally:
             self.reading.end()
@@ -191,6 +194,7 @@ class _MicroBatches(Dataset[list[MicroBatch] | DataError | WorkerError]):
         return MicroBatch(self._collate(samples, self._pad_id), rejected, ends_step)
 
     def _item(self, i: int) -> Sample | Rejected:
+        """Return sample `i`, rejected if it is longer than it was planned."""
         self.reading.begin(i)
         item = self._dataset[i]
         if self._planned is None or isinstance(item, Rejected) or len(item.input_ids) <= self._planned[i]:
@@ -205,6 +209,7 @@ class _MicroBatches(Dataset[list[MicroBatch] | DataError | WorkerError]):
 def _load(
     made: _MicroBatches, shares: Iterable[_Share], workers: int, pin_memory: bool, ahead: int | None = None
 ) -> Iterator[list[MicroBatch]]:
+    """Load the micro-batches of each share in order, raising the errors that come as values."""
     loader = DataLoader(
         made,
         batch_size=None,
@@ -214,7 +219,7 @@ def _load(
         collate_fn=_unchanged,
         pin_memory=pin_memory,
         worker_init_fn=prepare_worker,
-        generator=torch.Generator(),  # or each start of the loader would draw from the global one
+        generator=torch.Generator(),  # otherwise each start of the loader would draw from the global generator
     )
     batches = iter(loader)
     try:
@@ -223,14 +228,14 @@ def _load(
                 item = next(batches)
             except StopIteration:
                 return
-            except RuntimeError:  # torch does not say how a worker died that it finds dead
+            except RuntimeError:  # torch does not say how a dead worker died
                 made.reading.codes = {worker.pid: worker.exitcode for worker in getattr(batches, "_workers", ())}
                 raise
             if isinstance(item, (DataError, WorkerError)):
                 raise item
             yield item
     finally:
-        # Workers end with their iterator, which an error's traceback would keep: an interpreter that exits waits for them for ever.
+        # Workers end with their iterator. An error's traceback would keep it alive, and the interpreter would never exit.
         del batches
 
 

@@ -1,4 +1,4 @@
-"""How much workers prepare ahead of training: in few pieces, and in memory that is bounded."""
+"""Prefetching: workers prepare batches ahead of training, in few pieces, and in memory that is bounded."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from data.index.table import KINDS
 from data.index.token_estimate import media_bytes
 
 PIECES_PER_WORKER, LEAST_PIECES = 4, 16
-"""Pieces that a step of many micro-batches is made in: enough that workers share it evenly."""
+"""Number of pieces in which a step of many micro-batches is made: enough that workers share it evenly."""
 AHEAD_BYTES = 4 << 30
-"""Of batches that wait for a rank, as far as their planned sizes tell."""
+"""Most bytes of batches that wait for a rank, as far as their planned sizes tell."""
 _TOKEN_BYTES = 4 * 8  # ids, labels, positions, mask
 _LOOKED_AT = 1 << 16  # records
 
 
 def micro_batches_together(per_step: int, workers: int) -> int:
-    """Micro-batches of a step that a worker makes and sends in one piece: however many there are, the pieces are few."""
+    """Return how many micro-batches of a step a worker makes and sends in one piece: however many there are, the pieces are few."""
     return -(-per_step // max(PIECES_PER_WORKER * workers, LEAST_PIECES))
 
 
 def prefetch_factor(pieces_per_step: int, workers: int, piece_bytes: float = 0.0) -> int | None:
-    """Pieces each worker makes ahead of time. All workers together have more than a step, as a step is awaited whole before its
-    first forward, but no more than about `AHEAD_BYTES`, and at least two pieces each.
+    """Return how many pieces each worker makes ahead of time; None without workers.
+
+    All workers together make more than a step ahead, as a step is awaited whole before its first forward, but no more than about
+    `AHEAD_BYTES`, and at least two pieces each.
     """
     if not workers:
         return None
@@ -33,7 +35,7 @@ def prefetch_factor(pieces_per_step: int, workers: int, piece_bytes: float = 0.0
 
 
 def planned_bytes(dataset: MultimodalDataset) -> float:
-    """Bytes that a sample takes in a batch: nine of ten records take no more, by what they are planned with."""
+    """Estimate the bytes that a sample takes in a batch: nine of ten records take no more, by their planned lengths and media."""
     each, found = media_bytes(dataset.specs, dataset.config), []
     for index in dataset.indexes:
         looked_at = slice(None, None, -(-len(index) // _LOOKED_AT) or 1)

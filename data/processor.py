@@ -1,4 +1,4 @@
-"""Records to batches outside training: the same template and media code that training used, read from the run."""
+"""Conversion of records to batches outside training: the same template and media code that training used, read from the run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _CONFIG_KEYS = (
 
 @dataclass(frozen=True)
 class Processor:
-    """Turns records into batches and ids into text. Made by `make_processor` or `load_processor`."""
+    """Converter of records into batches and of ids into text. Made by `make_processor` or `load_processor`."""
 
     template: Template
     specs: dict[str, MediaSpec]
@@ -52,25 +52,25 @@ class Processor:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer."""
+        """Return the ids that end an answer."""
         return self.template.stop_ids
 
     def __call__(
         self, records: Sequence[dict[str, Any]], answers: bool = False, media_root: str | None = None, thinking: bool = False
     ) -> Batch:
-        """A batch of records in the form that training reads.
+        """Make a batch of records in the form that training reads.
 
         answers=True: whole conversations with labels, right-padded, as in training. answers=False: prompts, left-padded, for
-        `generate`: all turns up to the answer that is asked for, without it where the record holds one; of any length.
-        media_root: the folder that media must stand in, as a source's; None: a person names the files, from the current
-        directory or by absolute paths. thinking: prompts are those of answers that begin with a thought, where a record has no
-        answer that says so. Raises `RecordError`, called `records:i` after the record's place, for the first bad one.
+        `generate`: all turns up to the answer that is asked for, without it where the record holds one; of any length. media_root:
+        the folder that media must stand in, as a source's; None: a person names the files, from the current directory or by
+        absolute paths. thinking: prompts are those of answers that begin with a thought, where a record has no answer that decides
+        it. Raises `RecordError` for the first bad record, called `records:i` after the record's place.
         """
         samples = [self._sample(i, record, answers, media_root, thinking) for i, record in enumerate(records)]
         return collate(samples, pad_id(self.tokenizer), "right" if answers else "left")
 
     def decode(self, ids: Sequence[Sequence[int]] | Tensor) -> list[str]:
-        """Text of each row up to its first stop id, without special tokens and the white space around it."""
+        """Decode each row up to its first stop id, without special tokens and the white space around the text."""
         rows = ids.tolist() if isinstance(ids, Tensor) else ids
         return [self.tokenizer.decode(self._before_stop(row), skip_special_tokens=True).strip() for row in rows]
 
@@ -85,7 +85,7 @@ class Processor:
         return [(state, split_state(text, self.config.state_tokens)[1].strip()) for state, text in zip(states, self.decode(rows))]
 
     def save(self, folder: str | Path) -> None:
-        """Writes the tokenizer's files and processor.json; same processor, same bytes."""
+        """Write the tokenizer's files and processor.json; the same processor gives the same bytes."""
         folder = Path(folder)
         save_tokenizer(self.tokenizer, folder, chat_template=self.template.source)
         text = json.dumps(self._to_json(), indent=2, sort_keys=True, ensure_ascii=False)
@@ -135,15 +135,15 @@ class Processor:
 
 
 def make_processor(template: Template, specs: dict[str, MediaSpec], config: DataConfig) -> Processor:
-    """The processor of a run that trains with `template`, `specs` and `config`."""
+    """Make the processor of a run that trains with `template`, `specs` and `config`."""
     return Processor(template, specs, config)
 
 
 def load_processor(folder: str | Path) -> Processor:
-    """The processor that a run wrote into its final/ or a checkpoint.
+    """Load the processor that a run wrote into its final/ or a checkpoint.
 
-    Raises `ConfigError` if files are missing or of another version, or if this machine's transformers reads the tokenizer's
-    files in another way than the run did.
+    Raises `ConfigError` if files are missing or of another version, or if this machine's transformers reads the tokenizer's files
+    in another way than the run did.
     """
     folder = Path(folder)
     stored = _read_json(folder / FILE)

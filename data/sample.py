@@ -1,6 +1,6 @@
-"""A rendered record becomes a sample: placeholders take their media's tokens, labels are shifted, too long ones are cut by rounds.
+"""Samples of rendered records: placeholders take their media's tokens, labels are shifted, too long ones are cut by rounds.
 
-Training and `data.processor` both come through here, so a model sees at inference what it saw in training.
+Training and `data.processor` both use this module, so a model sees at inference what it saw in training.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ from model.media_spec import AudioSpec, MediaMeta, MediaSpec, num_tokens, row_fr
 
 @dataclass(frozen=True)
 class SampleMedia:
-    """One medium and the positions its features take: [start, start + length)."""
+    """One medium and the positions that its features take: [start, start + length)."""
 
     kind: str  # image | video | audio
     values: Tensor  # (n, ...) encoder rows: (n, 3, S, S) pixels or (n, M, F) log-mel
     start: int
     length: int
     rows: np.ndarray  # (length,) or (length, 4) int64 which projected rows each token is, see `model.media_spec.token_rows`
-    width: int  # rows L the encoder and its projector make of each of `values`, those of padding included
+    width: int  # rows L that the encoder and its projector make of each of `values`, including rows of padding
     frames: tuple[int, ...] = ()  # (n,) valid mel frames of each row
-    label: int = IGNORE_INDEX  # user state after it
-    weights: np.ndarray | None = None  # (length, 4) float32, of the rows of each token
+    label: int = IGNORE_INDEX  # user state after the medium
+    weights: np.ndarray | None = None  # (length, 4) float32, weights of the rows of each token
 
 
 @dataclass(frozen=True)
 class Sample:
+    """One record as token ids, labels and encoder input."""
+
     sample_id: int  # index over all sources
     source_id: int
     input_ids: np.ndarray  # (T,) int64, placeholders expanded
@@ -45,13 +47,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Measured:
-    """How long a sample is, known before its media are decoded."""
+    """Length of a sample, known before its media are decoded."""
 
     length: int  # tokens in all
     supervised: int  # targets
     media: int  # tokens of media
     whole: int = 0  # tokens of all rounds, those included that do not fit; 0 where they were not counted
-    removed: int = 0  # answers of which the template leaves something out, see `data.text.encoded.Encoded`
+    removed: int = 0  # answers that the template shortens, see `data.text.encoded.Encoded`
 
 
 def assemble(
@@ -63,15 +65,15 @@ def assemble(
     sample_id: int,
     source_id: int,
 ) -> Sample:
-    """The sample of a record that its template rendered as `encoded`, where each placeholder is still one id.
+    """Assemble the sample of a record that its template rendered as `encoded`, where each placeholder is still one id.
 
-    Every medium is measured, and decoded only if it is kept. With a `max_length`, whole rounds are dropped from the end until
-    the rest fits, and their media with them. Raises `RecordError`; `TooLongError` if the first round does not fit.
+    Every medium is measured, and decoded only if it is kept. With a `max_length`, whole rounds are dropped from the end until the
+    rest fits, and their media with them. Raises `RecordError`; `TooLongError` if the first round does not fit.
     """
     ids = np.array(encoded.input_ids, dtype=np.int64)
     at = np.flatnonzero(np.isin(ids, list(placeholder_ids.values())))
     record, specs = media.record, media.specs
-    refs = record.media[: len(at)]  # those of rounds that cannot fit are not even looked at
+    refs = record.media[: len(at)]  # media of rounds that cannot fit are not even measured
     metas = [media.measure(ref) for ref in refs]
     widths = np.ones(len(ids), dtype=np.int64)
     widths[at] = [num_tokens(specs[ref.modality], meta) for ref, meta in zip(refs, metas)]
@@ -87,7 +89,10 @@ def assemble(
 
 
 def measured(encoded: Encoded, placeholder_ids: dict[str, int], record: Record, counts: Sequence[int], max_length: int) -> Measured:
-    """What `assemble` would make of a record whose first media take `counts` tokens each. Raises `TooLongError` as it does."""
+    """Measure what `assemble` would make of a record whose first media take `counts` tokens each.
+
+    Raises `TooLongError` as it does.
+    """
     ids = np.array(encoded.input_ids, dtype=np.int64)
     is_medium = np.isin(ids, list(placeholder_ids.values()))
     widths = np.ones(len(ids), dtype=np.int64)
@@ -99,6 +104,7 @@ def measured(encoded: Encoded, placeholder_ids: dict[str, int], record: Record, 
 
 
 def _placed(spec: MediaSpec, ref: MediaRef, meta: MediaMeta, values: Tensor, start: int) -> SampleMedia:
+    """Make the medium that stands at `start` of the expanded ids."""
     frames = row_frames(spec, meta) if isinstance(spec, AudioSpec) else ()
     width = row_width(spec, values.shape[-1])
     rows = token_rows(spec, meta, width)
@@ -106,7 +112,7 @@ def _placed(spec: MediaSpec, ref: MediaRef, meta: MediaMeta, values: Tensor, sta
 
 
 def check_media(record: Record, specs: dict[str, MediaSpec], max_images: int) -> None:
-    """Raises `RecordError` for media and states that no part reads, or for more than `max_images` of them (0: no limit)."""
+    """Raise `RecordError` for media and states that no part reads, or for more than `max_images` images (0: no limit)."""
     for ref in record.media:
         if ref.modality not in specs:
             raise RecordError(record.where, record.id, ref.kind, "the record has one, the model has no part that reads it")
@@ -118,7 +124,10 @@ def check_media(record: Record, specs: dict[str, MediaSpec], max_images: int) ->
 
 
 def _state_problem(spec: MediaSpec, state: int) -> str:
-    """What is wrong with the class `state` of a clip. A model without a state head does not read it, and may share the file."""
+    """Return what is wrong with the class `state` of a clip, or an empty string.
+
+    A model without a state head does not read the class, and may share the file.
+    """
     classes = spec.num_states if isinstance(spec, AudioSpec) else 0
     return (
         ""
@@ -128,7 +137,10 @@ def _state_problem(spec: MediaSpec, state: int) -> str:
 
 
 def _fitting(record: Record, ends: np.ndarray, encoded: Encoded, max_length: int) -> int:
-    """How many of the unexpanded ids are kept; ends[i] is the expanded length up to and including id i."""
+    """Return how many of the unexpanded ids are kept; ends[i] is the expanded length up to and including id i.
+
+    Raises `TooLongError` if no round with an answer to learn fits.
+    """
     if len(ends) == 0 or ends[-1] <= max_length:
         return len(ends)
     fitting = [stop for stop in encoded.round_ends if ends[stop - 1] <= max_length]
@@ -148,6 +160,7 @@ def _whole(ends: np.ndarray, encoded: Encoded) -> int:
 
 
 def _shifted(ids: np.ndarray, supervised: np.ndarray) -> np.ndarray:
+    """Return the labels: at each position the next id if it is supervised, else IGNORE_INDEX."""
     labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int64)
     labels[:-1] = np.where(supervised[1:], ids[1:], IGNORE_INDEX)
     return labels

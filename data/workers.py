@@ -1,4 +1,4 @@
-"""Processes that read samples: what each is at, what to say when one dies, and that none outlives its rank."""
+"""Worker processes that read samples: what each is reading, what to say when one dies, and that none outlives its rank."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from model.errors import ConfigError
 
 NOTHING = -1
 DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? (\d+)[\d, ]*\) ((?:is killed by signal|exited unexpectedly)[^.]*)")
-"""How torch tells that a worker is dead."""
+"""Message by which torch tells that a worker is dead."""
 
 OPEN_FILES = (
     "it has as many files open as a process may have here: raise the limit (`ulimit -n`, LimitNOFILE of a service), or lower "
@@ -35,11 +35,11 @@ NO_FILE = (errno.EMFILE, errno.ENFILE)
 NO_FILE_CODE = 71
 """Exit code of a worker that can open no more files, as sysexits.h calls it: EX_OSERR."""
 
-DEATH_SECONDS = 1.0  # what a worker sends breaks off a little before it is dead
+DEATH_SECONDS = 1.0  # how long to wait for a death: what a worker sends breaks off a little before
 
 
 class WorkerError(RuntimeError):
-    """A worker died, or met an error that no record should cause. Says which samples it was reading."""
+    """A worker died, or met an error that no record should cause. The message names the samples it was reading."""
 
 
 class OpenFilesError(WorkerError):
@@ -49,9 +49,9 @@ class OpenFilesError(WorkerError):
 
 
 class Reading:
-    """Which sample each worker is reading, in memory that they share: any thread of the rank may look.
+    """Table of the sample that each worker is reading, in memory that they share: any thread of the rank may look.
 
-    Without workers the rank's main thread is the only one.
+    Without workers the rank's main thread is the only one that reads.
     """
 
     def __init__(self, workers: int) -> None:
@@ -65,23 +65,23 @@ class Reading:
         self._row()[1] = NOTHING
 
     def own(self) -> list[int]:
-        """What the calling process is reading."""
+        """Return what the calling process is reading."""
         return [int(i) for i in self._row()[1:] if i != NOTHING]
 
     def samples(self, pid: int | None = None) -> list[int]:
-        """What all of them are reading, or process `pid`."""
+        """Return what all of them are reading, or what process `pid` is reading."""
         return [sample for process, sample in self._table.tolist() if sample != NOTHING and pid in (None, process)]
 
     def pids(self) -> list[int]:
-        """Workers that have begun, the rank itself left out."""
+        """Return the process ids of workers that have begun, without the rank itself."""
         return [process for process, _ in self._table.tolist() if process not in (NOTHING, os.getpid())]
 
     def deaths(self) -> dict[int, str]:
-        """Of workers that did not end by themselves: what ended them. For the process that started them."""
+        """Return what ended each worker that did not end by itself, by process id. For the process that started the workers."""
         found = {}
         for pid in self.pids():
             code = self.codes.get(pid)
-            with contextlib.suppress(OSError):  # torch was told, and keeps it to itself
+            with contextlib.suppress(OSError):  # torch took the exit status, and does not report it
                 if status := os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                     code = status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
             if code == NO_FILE_CODE:
@@ -91,6 +91,7 @@ class Reading:
         return found
 
     def _row(self) -> torch.Tensor:
+        """Return the row of the calling process in the table, and write its process id there."""
         info = get_worker_info()
         row = self._table[0 if info is None else info.id]
         row[0] = os.getpid()
@@ -98,7 +99,7 @@ class Reading:
 
 
 def named(dataset: MultimodalDataset, sample_id: int) -> str:
-    """What people call a sample: "id (file:line)"."""
+    """Return what people call a sample: "id (file:line)"."""
     try:
         record = dataset.record(sample_id)
         return f"{record.id} ({record.where})"
@@ -107,16 +108,17 @@ def named(dataset: MultimodalDataset, sample_id: int) -> str:
 
 
 def unexpected(error: Exception, names: list[str]) -> WorkerError:
-    """An error that is no fault of a record, with the samples that were read and its traceback as a note."""
+    """Make a `WorkerError` of an error that is no fault of a record, with the samples that were read and its traceback."""
     found = WorkerError(f"{type(error).__name__} while {', '.join(names)} was read: {error}")
     found.add_note("".join(traceback.format_exception(error)))
     return found
 
 
 def explained(error: BaseException, reading: Reading | None, name: Callable[[int], str]) -> BaseException:
-    """`error`; or, where it comes from the death of a worker of `reading`, one that says of what and while it read what.
+    """Explain an error that comes from the death of a worker of `reading`: say how the worker died and what it was reading.
 
-    Torch tells of it anywhere in the main thread, or what the worker was sending breaks off.
+    Any other error is returned as it is. Torch reports a death anywhere in the main thread, or what the worker was sending breaks
+    off.
     """
     if reading is None or isinstance(error, WorkerError) or not isinstance(error, (RuntimeError, OSError, EOFError)):
         return error
@@ -134,40 +136,41 @@ def explained(error: BaseException, reading: Reading | None, name: Callable[[int
     work = f"read {', '.join(names)}" if names else "waited for work"
     memory = ": the machine may have run out of memory (see dmesg)" if "KILL" in how.upper() else ""
     kind = OpenFilesError if OPEN_FILES in how else WorkerError
-    told = kind(f"data worker {pid} {how} while it {work}{memory}")
-    told.__cause__ = error
-    return told
+    explained_error = kind(f"data worker {pid} {how} while it {work}{memory}")
+    explained_error.__cause__ = error
+    return explained_error
 
 
 def end_with_parent() -> None:
-    """Ask the kernel to kill this process when the thread that forked it ends, as it does with its process."""
+    """Ask the kernel to kill this process when the thread that forked it ends, as happens when the parent process ends."""
     if sys.platform != "linux":
         return
     pr_set_pdeathsig = 1
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
     parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:  # it ended before the kernel was asked
+    if parent is not None and os.getppid() != parent.pid:  # the parent ended before the kernel was asked
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def prepare_worker(worker: int) -> None:
-    """One thread each, no life without its rank, and no reaction to signals: a stop request reaches every process of a job, and
-    the main one acts on it.
+    """Prepare a worker process: one thread, no life without its rank, and no reaction to signals.
 
-    What it inherits is not looked at by its garbage collector: that would copy every page with a Python object of the parent.
+    A stop request reaches every process of a job, and the main process acts on it. The garbage collector does not look at inherited
+    objects: that would copy every page with a Python object of the parent.
     """
     end_with_parent()
     gc.freeze()
     torch.set_num_threads(1)
-    signal.set_wakeup_fd(-1)  # or signals of a worker would be heard as those of the main process
+    signal.set_wakeup_fd(-1)  # otherwise signals of a worker would be taken for those of the main process
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     sys.excepthook = _end_without_files
 
 
 def _end_without_files(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """End the worker where a thread can open no more files: the one of multiprocessing that hands over batches prints a traceback
-    and tries again at once, for ever.
+    """End the worker where a thread can open no more files.
+
+    The thread of multiprocessing that hands over batches would print a traceback and try again at once, for ever.
     """
     if isinstance(error, OSError) and error.errno in NO_FILE:
         os._exit(NO_FILE_CODE)

@@ -1,4 +1,4 @@
-"""Proof on rows of a source that what is learned is what the design says, before anything is trained on it."""
+"""Proof on rows of a source that exactly the tokens are learned that the design says, before anything is trained on the source."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from model.errors import DataError
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was proven, for the log."""
+    """Facts that were proven about a source, for the log."""
 
     source: str
-    rows: tuple[int, ...]  # that were checked
+    rows: tuple[int, ...]  # rows that were checked
     num_tokens: int
     num_supervised: int
-    bad: tuple[str, ...]  # records met on the way that break the rules; they are counted when they are read
-    removed: int = 0  # answers of which the template leaves something out
+    bad: tuple[str, ...]  # records passed over because they break the rules; they are counted when training reads them
+    removed: int = 0  # number of answers that the template shortens
 
     def __str__(self) -> str:
         bad = f", {len(self.bad)} bad records passed over" if self.bad else ""
@@ -41,9 +41,10 @@ class UnprovenError(RecordError):
 
 
 def proven(template: Template, record: Record, max_length: int | None = None) -> Encoded:
-    """The encoded record, with the proof that every row of a certificate passes: what this accepts, a start accepts.
+    """Encode the record, and prove it as every row of a certificate is proven: what passes here passes at the start of a run.
 
-    Raises `RecordError`; `UnprovenError` if the proof fails. Last rounds that cannot fit into `max_length` have no part in it.
+    Last rounds that cannot fit into `max_length` have no part in the proof. Raises `RecordError`; `UnprovenError` if the proof
+    fails.
     """
     if max_length is None:
         encoded = of = template.encode(record)
@@ -65,11 +66,11 @@ def certify(
     max_length: int | None = None,
     alive: Callable[[str], object] = lambda at: None,
 ) -> Certificate:
-    """Checks up to `num_rows` rows spread over the source; rows that break the rules of records are passed over. `alive` is told
-    which row is next.
+    """Check up to `num_rows` rows spread over the source; rows that break the rules of records are passed over.
 
-    Raises `DataError` if a row's ids differ from the reference, an answer or its end is not learned, anything else is, or
-    the prompt's ids are no prefix of the row's; or if no row can be encoded at all, for another reason than its length.
+    `alive` is called with the place of the row that is next. Raises `DataError` if a row's ids differ from the reference, an answer
+    or its end is not learned, anything else is learned, or the prompt's ids are no prefix of the row's; or if no row can be
+    encoded for another reason than its length.
     """
     rows: list[int] = []
     bad: list[str] = []
@@ -97,7 +98,7 @@ def certify(
 
 
 def _spread(length: int, count: int) -> Iterator[int]:
-    """Up to `count` rows, halving the gaps as it goes: however few are taken, they come from all over the file."""
+    """Yield up to `count` rows, halving the gaps as it goes: however few are taken, they come from all over the file."""
     bits = max(1, (length - 1).bit_length())
     order = (int(f"{k:0{bits}b}"[::-1], 2) for k in range(1 << bits))
     for taken, row in enumerate(row for row in order if row < length):
@@ -107,7 +108,7 @@ def _spread(length: int, count: int) -> Iterator[int]:
 
 
 def _problem(template: Template, record: Record, encoded: Encoded) -> str:
-    """What is wrong with a row, or nothing. Every answer comes from another path than the one under proof."""
+    """Return what is wrong with a row, or an empty string. Every check takes another path than the code under proof."""
     ids, supervised = encoded.input_ids, encoded.supervised
     if any(learned and i in template.placeholder_ids.values() for i, learned in zip(ids, supervised)):
         return "a placeholder is supervised"
@@ -130,12 +131,15 @@ def _problem(template: Template, record: Record, encoded: Encoded) -> str:
 
 
 def _reference_problem(template: Template, record: Record, ids: list[int]) -> str:
-    """Compares with the tokenizer's own one-shot path, where that exists: no control token written in, nothing stripped."""
+    """Compare the ids with the tokenizer's own one-shot path, and return what differs, or an empty string.
+
+    That path exists where no control token was written by a person and nothing is stripped.
+    """
     messages = template.messages(record)
     said = json.dumps([messages, record.tools], ensure_ascii=False)
     if any(match["ours"] is None for match in template.written.finditer(said)):
         return ""
-    own = template.name in FORMATS  # of ours: the tokenizer itself decides what comes before the text
+    own = template.name in FORMATS  # a format of ours: the tokenizer itself decides what comes before the text
     text = _reference_text(template, record, messages, FORMATS[template.name].source if own else template.source)
     reference = template.tokenizer(text, add_special_tokens=own, verbose=False)["input_ids"]
     if list(reference) == ids or any(m["role"] == "assistant" and (m["content"] or "")[:1].isspace() for m in messages):
@@ -145,7 +149,7 @@ def _reference_problem(template: Template, record: Record, ids: list[int]) -> st
 
 
 def _reference_text(template: Template, record: Record, messages: list[Message], source: str) -> str:
-    """The template's own rendering, up to the end of an interrupted answer."""
+    """Return the template's own rendering, up to the end of an interrupted answer."""
     kinds = media_kinds(record)
     text = apply(template.tokenizer, source, messages, kinds, record.tools)
     if not record.interrupted:

@@ -1,4 +1,4 @@
-"""A check of every record of a dataset by several processes, part by part; parts that were checked before are not checked again."""
+"""Check of every record of a dataset by several processes, part by part; parts that were checked before are not checked again."""
 
 from __future__ import annotations
 
@@ -29,34 +29,34 @@ _AT = b"at "
 
 @dataclass(frozen=True)
 class Depth:
-    """What is looked at beside records and headers."""
+    """Depth of a check: what is examined beside records and headers."""
 
-    decode: bool = False  # all of every medium
-    near: bool = False  # what pictures look like
+    decode: bool = False  # decode every medium in full
+    near: bool = False  # compare what pictures look like
 
 
 @dataclass(frozen=True)
 class SourceFound:
-    """One source, checked."""
+    """Results of the check of one source."""
 
     source_id: int
     found: Found
     num_parts: int
-    num_cached: int  # parts that an earlier check had done
+    num_cached: int  # number of parts that an earlier check had done
 
     def measurement(self) -> Measurement:
-        """What runs plan by."""
+        """Return the measurement by which runs plan."""
         return Measurement(self.found["lengths"], np.unique([row for row, problem in self.found.problems if problem.is_bad]))
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some records of one source."""
+    """Consecutive records of one source, which are checked together."""
 
     source_id: int
     start: int  # sample ids
     stop: int
-    path: Path  # of what is found
+    path: Path  # file of the results
 
 
 def check_dataset(
@@ -68,11 +68,11 @@ def check_dataset(
     name: str = "check",
     alive: Callable[[str], object] = lambda at: None,
 ) -> list[SourceFound]:
-    """Everything that is wrong with any record of `dataset`, and what its sources hold.
+    """Check every record of `dataset`: find everything that is wrong with any of them, and what the sources hold.
 
-    What is found stands in `index_folder` as soon as a part is done, lengths once a source is: a check that is stopped goes on
-    where it was. `workers` processes share the work; the result does not depend on their number. Raises `RuntimeError` if one dies.
-    `alive` is told now and then which record one of them is at.
+    Results are written to `index_folder` as soon as a part is done, lengths as soon as a source is done: a check that was stopped
+    continues where it was. `workers` processes share the work; the result does not depend on their number. `alive` is called now
+    and then with the record that one of them is at. Raises `RuntimeError` if a process dies.
     """
     names = identities(dataset)
     parts = [part for source_id, name in enumerate(names) for part in parts_of(dataset, source_id, index_folder, name)]
@@ -93,7 +93,7 @@ def check_dataset(
 
 
 def parts_of(dataset: MultimodalDataset, source_id: int, index_folder: Path, identity: str) -> list[Part]:
-    """The parts of one source, in order."""
+    """Return the parts of one source, in order."""
     first = int(np.searchsorted(dataset.source_ids, source_id))
     end = first + len(dataset.indexes[source_id])
     folder = index_folder / FOLDER / f"{safe_name(dataset.sources[source_id].key)}-{identity}"
@@ -103,8 +103,9 @@ def parts_of(dataset: MultimodalDataset, source_id: int, index_folder: Path, ide
 
 
 def check_part(dataset: MultimodalDataset, part: Part, depth: Depth, alive: Callable[[str], object] = lambda at: None) -> bool:
-    """Checks the records of `part` and writes down what it found. Returns whether that was there already. `alive` is told which
-    record is next.
+    """Check the records of `part` and write the results. Return whether they were there already.
+
+    `alive` is called with the place of the record that is next.
     """
     known = read_part(part.path, decode=depth.decode, near=depth.near)
     if known is not None and is_current(known):
@@ -118,7 +119,7 @@ def check_part(dataset: MultimodalDataset, part: Part, depth: Depth, alive: Call
 
 
 def remove_stale(index_folder: Path, datasets: Sequence[MultimodalDataset]) -> None:
-    """Removes what was found of sources, files or settings that are no longer those of the run."""
+    """Remove the results for sources, files or settings that are no longer those of the run."""
     current = {
         (safe_name(source.key), identity) for dataset in datasets for source, identity in zip(dataset.sources, identities(dataset))
     }
@@ -135,14 +136,14 @@ def _read(path: Path) -> Found:
     found = read_part(path)
     if found is None:
         raise RuntimeError(f"{path} was written and cannot be read; remove it and start again")
-    return replace(found, files=found.missing)  # before the next part is read
+    return replace(found, files=found.missing)  # frees the others before the next part is read
 
 
 _Alive = Callable[[str], object]
 
 
 def _work(parts: Sequence[Part], work: Callable[[Part, _Alive], bool], workers: int, alive: _Alive) -> Iterator[tuple[int, bool]]:
-    """work(part, alive) for all of them: (place, answer) as they are done, in any order."""
+    """Run work(part, alive) for all parts; yield (place of the part, result) as they are done, in any order."""
     workers = min(workers, len(parts) // 2)  # a process is not worth starting for less
     if workers < 2:
         yield from ((place, work(part, alive)) for place, part in enumerate(parts))
@@ -171,7 +172,7 @@ def _work(parts: Sequence[Part], work: Callable[[Part, _Alive], bool], workers: 
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(target=run, args=(theirs,), daemon=True)
             process.start()
-            theirs.close()  # or its end would never be seen here
+            theirs.close()  # otherwise the end of the child would never be seen here
             pipes.append(ours)
             processes.append(process)
         yield from _answers(pipes, alive)
@@ -182,19 +183,20 @@ def _work(parts: Sequence[Part], work: Callable[[Part, _Alive], bool], workers: 
 
 
 def _sender(pipe: Connection) -> _Alive:
-    """Tells the parent process where this one is, once a second at most."""
-    told = 0.0
+    """Return a function that sends this process's position to its parent, once a second at most."""
+    last_sent = 0.0
 
     def send(at: str) -> None:
-        nonlocal told
-        if time.monotonic() - told > 1.0:
-            told = time.monotonic()
+        nonlocal last_sent
+        if time.monotonic() - last_sent > 1.0:
+            last_sent = time.monotonic()
             pipe.send_bytes(_AT + at.encode("utf-8", "backslashreplace"))
 
     return send
 
 
 def _answers(pipes: list[Any], alive: _Alive) -> Iterator[tuple[int, bool]]:
+    """Yield the results that workers send, until all are done; pass their positions on to `alive`."""
     working = list(pipes)
     while working:
         for pipe in wait(working):
@@ -218,7 +220,7 @@ def _answers(pipes: list[Any], alive: _Alive) -> Iterator[tuple[int, bool]]:
 
 
 def _prepare() -> None:
-    """One thread each; a stop request reaches the parent, which ends the others."""
+    """Set up a worker with one thread, which ignores SIGINT: a stop request reaches the parent, and the parent ends the workers."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

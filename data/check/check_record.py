@@ -1,6 +1,6 @@
-"""One record, checked as far as that goes without decoding its media: every problem it has, its exact length, what it holds.
+"""Check of one record, as far as possible without decoding its media: every problem, its exact length, what it holds.
 
-Checks of a whole dataset (`data.check.check_dataset`) and of a few records at the start of a run both come through here.
+Checks of a whole dataset (`data.check.check_dataset`) and of a few records at the start of a run both use this module.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a record is not trained on as it is written."""
+    """Reason why a record is not trained on as it is written."""
 
-    kind: str  # bad | too_long: those are counted apart and never stop a run
+    kind: str  # bad | too_long: long records are counted separately and never stop a run
     where: str  # file:line
     id: str
     field: str
@@ -46,50 +46,50 @@ class Problem:
         return self.kind == BAD
 
     def __str__(self) -> str:
-        """In one line that is safe to print."""
+        """Return the problem as one line that is safe to print."""
         return record_line(self.where, self.id, self.field, self.reason)
 
 
 @dataclass(frozen=True)
 class CheckedMedium:
-    """What is known of one medium; zeros for what could not be found out."""
+    """Facts about one medium; zeros for facts that could not be found out."""
 
     kind: str  # image | video | audio
-    watched: str = ""  # its file, or "" where the records' own file holds it
+    watched: str = ""  # path of its file, or "" where the records' own file holds it
     tokens: int = 0
     rows: int = 0  # views of a picture, frames of a video
     width: int = 0  # pixels, of a picture
     height: int = 0
     milliseconds: int = 0  # of a clip
-    content: int = 0  # 64 bits, equal for equal bytes: of the size and parts of the bytes
+    content: int = 0  # 64-bit hash of the size and parts of the bytes, equal for equal bytes
     unsized: bool = False  # a WAV file that does not say how long it is
-    picture: int = 0  # 64 bits, alike for pictures that look alike; where asked for
+    picture: int = 0  # 64-bit hash, alike for pictures that look alike; 0 if not asked for
 
 
 LOOK_TOKENS, LOOK_CHARACTERS = 1 << 15, 1 << 15
-"""So many tokens of a record that does not fit are counted, to tell what length would hold it; of a longer one so many characters
-are, and stand for the others."""
+"""Most tokens that are counted of a record that does not fit, to tell what length would hold it. Of a longer record so many
+characters are tokenised, and the others are taken to be like them."""
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What is known of one record."""
+    """Facts about one record."""
 
     problems: tuple[Problem, ...] = ()
-    size: Measured | None = None  # None where it has no length
-    text: int = 0  # 64 bits, equal for equal conversations; 0 for a record that cannot be read
-    words: int = 0  # the same without regard to case, spaces, punctuation and placeholders
+    size: Measured | None = None  # None for a record without a length
+    text: int = 0  # 64-bit hash, equal for equal conversations; 0 for a record that cannot be read
+    words: int = 0  # the same hash without regard to case, spaces, punctuation and placeholders
     media: tuple[CheckedMedium, ...] = ()
     whole: int = 0  # tokens of all rounds, also of a record that is too long; 0 where they were not counted
     unlearned: int = 0  # answers that are read and not learned, because the record says so
-    removed: int = 0  # answers of which the template leaves something out: the thoughts before the last question
+    removed: int = 0  # answers that the template shortens: it leaves out the thoughts before the last question
 
 
 def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, near: bool = False, keys: bool = True) -> Checked:
-    """All that is wrong with sample `i`, and what it holds. Never raises.
+    """Check sample `i`: return all that is wrong with it, and what it holds. Never raises.
 
-    decode: media are decoded in full. near: pictures are decoded small, to be compared with others.
-    keys: its texts get keys, by which they are compared with others; of a long one they cost more than all the rest.
+    decode: media are decoded in full. near: pictures are decoded small, to be compared with others. keys: the record's texts get
+    keys, by which they are compared with others; for a long text the keys cost more than all the rest.
     """
     try:
         record = dataset.record(i)
@@ -124,12 +124,12 @@ def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, ne
         is_too_long = isinstance(error, TooLongError)
     if not whole and (size or is_too_long) and len(metas) == len(record.media):
         whole = _whole_length(dataset, record, metas)
-    said = (_text_key(record), _words_key(record)) if keys else (0, 0)
-    return Checked(tuple(problems), size, *said, tuple(found), whole, unlearned=record.num_unlearned, removed=removed)
+    text_keys = (_text_key(record), _words_key(record)) if keys else (0, 0)
+    return Checked(tuple(problems), size, *text_keys, tuple(found), whole, unlearned=record.num_unlearned, removed=removed)
 
 
 def _whole_length(dataset: MultimodalDataset, record: Record, metas: list[MediaMeta]) -> int:
-    """Return the tokens of all rounds of a record that is not trained on whole; of a huge one about how many they are."""
+    """Return the tokens of all rounds of a record that is not trained on whole; of a huge one an estimate."""
     limit = max(2 * dataset.config.max_length, LOOK_TOKENS)
     try:
         encoded = dataset.template.encode(record, limit)
@@ -157,7 +157,7 @@ def _extrapolated(dataset: MultimodalDataset, record: Record) -> int:
 
 
 def _problem(dataset: MultimodalDataset, i: int, error: Exception) -> Problem:
-    """Whatever went wrong, with the record's place: a fault of a reader must not end a check of a million others."""
+    """Make a problem of any error, with the record's place: a fault of a reader must not end a check of a million other records."""
     if isinstance(error, RecordError):
         kind = TOO_LONG if isinstance(error, TooLongError) else BAD
         return Problem(kind, error.where, error.id, error.field, error.reason)
@@ -166,7 +166,10 @@ def _problem(dataset: MultimodalDataset, i: int, error: Exception) -> Problem:
 
 
 def _watched(dataset: MultimodalDataset, i: int, ref: MediaRef) -> str:
-    """Where the medium stands as it is named, links unresolved: when that file changes a result is stale. "" in an archive."""
+    """Return the path of the medium's file as it is named, links unresolved; "" if the file is unknown or in an archive.
+
+    When that file changes, the result for the medium is stale.
+    """
     source_id, index, row = dataset.place(i)
     try:
         if index.blob(row, ref) is not None:
@@ -183,7 +186,7 @@ def _sized(medium: CheckedMedium, spec: MediaSpec, meta: MediaMeta) -> CheckedMe
 
 
 def _examined(media: RecordMedia, ref: MediaRef, meta: MediaMeta, medium: CheckedMedium, decode: bool, near: bool) -> CheckedMedium:
-    """The medium with what its bytes tell. Raises `RecordError`."""
+    """Return the medium with what its bytes tell. Raises `RecordError`."""
     media.check(ref)
     if decode:
         media.load(ref, meta)
@@ -201,7 +204,7 @@ def _examined(media: RecordMedia, ref: MediaRef, meta: MediaMeta, medium: Checke
 
 
 def _content_key(blob: Blob) -> int:
-    """Equal bytes have equal keys; of a folder, its files' names and sizes stand for them."""
+    """Hash a medium's bytes: equal bytes have equal keys. For a folder, the names and sizes of its files stand for the bytes."""
     if blob.is_folder:
         with os.scandir(blob.path) as entries:
             names = sorted((entry.name, entry.stat().st_size) for entry in entries)
@@ -210,12 +213,14 @@ def _content_key(blob: Blob) -> int:
 
 
 def _text_key(record: Record) -> int:
-    said = [[turn.role, turn.content, turn.learn, dict(turn.extra)] for turn in record.turns]
+    """Hash all that a record says, media by their kind and settings only."""
+    turns = [[turn.role, turn.content, turn.learn, dict(turn.extra)] for turn in record.turns]
     marks = [[ref.kind, ref.span, ref.label] for ref in record.media]
-    return _key(json.dumps([said, marks, record.negative_turn, record.interrupted, record.tools]).encode())
+    return _key(json.dumps([turns, marks, record.negative_turn, record.interrupted, record.tools]).encode())
 
 
 def _words_key(record: Record) -> int:
+    """Hash the words that a record says, without regard to case, spaces, punctuation and placeholders."""
     texts = [(turn.role, turn.content + json.dumps(dict(turn.extra) or "", ensure_ascii=False)) for turn in record.turns]
     texts += [("tools", json.dumps(tool, ensure_ascii=False)) for tool in record.tools]
     return _key(json.dumps([[role, _WORD.findall(without_placeholders(text).casefold())] for role, text in texts]).encode())

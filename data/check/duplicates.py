@@ -1,6 +1,6 @@
-"""Records and media that stand in the data more than once: to the bit, or nearly; and what validation shares with training.
+"""Records and media that occur more than once in the data, exactly or nearly; and what validation shares with training.
 
-All comparisons are of 64-bit keys of the whole dataset at once, in numpy; nothing is opened.
+All comparisons are of 64-bit keys of the whole dataset at once, in numpy; no file is opened.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from data.check.found import Found
 from data.index.table import KINDS
 
 MAX_DISTANCE = 3
-"""Bits of 64 by which pictures that look alike may differ; copies of one picture in other sizes and qualities differ by 0 to 2."""
+"""Bits of 64 that may differ in pictures that look alike; copies of one picture in other sizes and qualities differ by 0 to 2."""
 _TELLING = 6
-"""Bits of either value that a picture's hash needs to tell anything: those of blank pages are all alike."""
+"""Fewest bits of either value that a picture's hash needs to tell anything: the hashes of blank pages are all alike."""
 _BANDS = ((0, 11), (11, 11), (22, 11), (33, 11), (44, 10), (54, 10))  # first bit, bits
 
 
@@ -25,9 +25,9 @@ _BANDS = ((0, 11), (11, 11), (22, 11), (33, 11), (44, 10), (54, 10))  # first bi
 class Match:
     """A record that repeats an earlier one, or holds a medium that an earlier one has; numbers are over all sources."""
 
-    kind: str  # duplicate | leak | shared_medium; with near_ before it where the two are not equal to the bit
+    kind: str  # duplicate | leak | shared_medium; with the prefix near_ where the two are not equal to the bit
     record: int
-    other: int  # the first of its like; of training, if any is
+    other: int  # the first record like it; one of training, if any is
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,18 @@ class _Data:
 
     @property
     def sound(self) -> np.ndarray:
-        """(N,) records that could be read, with all of their media."""
+        """Return the mask (N,) of the records that could be read, with all of their media."""
         sound = self.texts != 0
         sound[self.owners[self.contents == 0]] = False
         return sound
 
 
 def find_duplicates(train: Sequence[Found], validation: Sequence[Found], *, near: bool = False) -> list[Match]:
-    """Everything that is there again, in the order of the records that repeat it. Sources count in their order, training first.
+    """Find every record and medium that occurs again, in the order of the records that repeat. Sources count in their order.
 
-    A record repeats another one if its turns are the same and its media have the same bytes (their size, start, middle and end);
-    nearly, if its words and what its pictures look like are.
+    Training comes first. A record repeats another one if its turns are the same and its media have the same bytes (their size,
+    start, middle and end). It nearly repeats another one, which is searched for if `near`, if its words and the look of its
+    pictures are the same.
     """
     data = _data([*train, *validation], sum(len(found["texts"]) for found in train))
     exact = folded(data.texts, data.owners, data.contents)
@@ -66,19 +67,19 @@ def find_duplicates(train: Sequence[Found], validation: Sequence[Found], *, near
 
 
 def folded(keys: np.ndarray, owners: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """(N,) uint64: each record's key with those of its media mixed in, in their order."""
+    """Return each record's key, (N,) uint64, with the keys of its media mixed in, in their order."""
     mixed = _mixed(keys)
     places = np.arange(len(owners)) - np.searchsorted(owners, owners)
     order, borders = np.argsort(places, kind="stable"), np.cumsum(np.bincount(places))
-    for at in np.split(order, borders[:-1]):  # all first media, then all second ones: each is looked at once
+    for at in np.split(order, borders[:-1]):  # all first media, then all second ones: each medium is mixed in once
         mixed[owners[at]] = _mixed(mixed[owners[at]] ^ parts[at])
     return mixed
 
 
 def close_pairs(hashes: np.ndarray) -> np.ndarray:
-    """(P, 2) places of all pairs among distinct `hashes` (H,) uint64 that differ by 1 to MAX_DISTANCE bits.
+    """Return the places (P, 2) of all pairs among distinct `hashes` (H,) uint64 that differ by 1 to MAX_DISTANCE bits.
 
-    Three differences leave three of six bands untouched: pairs are looked for among hashes that agree in three bands.
+    Three differences leave three of six bands untouched: pairs are searched for among hashes that agree in three bands.
     """
     bands = [(hashes >> np.uint64(first)) & np.uint64((1 << bits) - 1) for first, bits in _BANDS]
     found = [np.empty((0, 2), dtype=np.int64)]
@@ -89,7 +90,7 @@ def close_pairs(hashes: np.ndarray) -> np.ndarray:
 
 
 def _among_equal(key: np.ndarray, hashes: np.ndarray) -> np.ndarray:
-    """Close pairs of hashes whose keys are equal: in the order of keys each is compared with those after it in its group."""
+    """Return close pairs of hashes with equal keys: in the order of keys, each hash is compared with later ones of its group."""
     order = np.argsort(key, kind="stable")
     ends = np.searchsorted(key[order], key[order], side="right")
     at, found = np.arange(len(order)), [np.empty((0, 2), dtype=np.int64)]
@@ -104,6 +105,7 @@ def _among_equal(key: np.ndarray, hashes: np.ndarray) -> np.ndarray:
 
 
 def _data(sources: Sequence[Found], num_train: int) -> _Data:
+    """Concatenate the columns of all sources; hashes of media that are no picture, or a blank one, become 0."""
     starts = np.cumsum([0, *(len(found["texts"]) for found in sources)])
     owners = [found["owners"] + start for found, start in zip(sources, starts)]
     columns = {
@@ -116,7 +118,7 @@ def _data(sources: Sequence[Found], num_train: int) -> _Data:
 
 
 def _repeated(data: _Data, keys: np.ndarray, prefix: str, different: np.ndarray | None = None) -> list[Match]:
-    """Sound records with the key of an earlier one; where `different` (N,) is given, only those that differ in it."""
+    """Find valid records with the key of an earlier one; where `different` (N,) is given, only those that differ in it."""
     places = np.flatnonzero(data.sound)
     _, first, group = np.unique(keys[places], return_index=True, return_inverse=True)
     others = places[first[group]]
@@ -131,7 +133,7 @@ def _repeated(data: _Data, keys: np.ndarray, prefix: str, different: np.ndarray 
 
 
 def _shared(data: _Data, keys: np.ndarray, known: np.ndarray) -> list[tuple[int, int]]:
-    """(record, other) of every key that media of both validation and training have: the first record of each."""
+    """Return (validation record, training record) for every key that media of both have: the first record of each."""
     held_out = data.owners >= data.num_train
     trained, first_trained = np.unique(keys[known & ~held_out], return_index=True)
     tested, first_tested = np.unique(keys[known & held_out], return_index=True)
@@ -142,11 +144,11 @@ def _shared(data: _Data, keys: np.ndarray, known: np.ndarray) -> list[tuple[int,
 
 
 def _near(data: _Data, exact: np.ndarray, shared: set[int]) -> list[Match]:
-    """What is alike and not equal."""
+    """Find records and shared media that are alike and not equal."""
     known = data.pictures != 0
     hashes, inverse = np.unique(data.pictures[known], return_inverse=True)
     pairs = close_pairs(hashes)
-    looks = data.contents.copy()  # what is no picture, or a blank one, is only like what is equal
+    looks = data.contents.copy()  # media that are no picture, or a blank one, are only like equal media
     looks[known] = _components(len(hashes), pairs).astype(np.uint64)[inverse]
     owners = data.owners[known]
     held_out = owners >= data.num_train
@@ -163,7 +165,7 @@ def _near(data: _Data, exact: np.ndarray, shared: set[int]) -> list[Match]:
 
 
 def _first_owner(num_hashes: int, inverse: np.ndarray, owners: np.ndarray) -> np.ndarray:
-    """(H,) the first record with each hash; -1 for none."""
+    """Return the first record with each hash, (H,); -1 for none."""
     first = np.full(num_hashes, -1, dtype=np.int64)
     present, at = np.unique(inverse, return_index=True)  # owners ascend
     first[present] = owners[at]
@@ -171,7 +173,7 @@ def _first_owner(num_hashes: int, inverse: np.ndarray, owners: np.ndarray) -> np
 
 
 def _components(count: int, pairs: np.ndarray) -> np.ndarray:
-    """(count,) the smallest place that each place is connected with by pairs."""
+    """Return the smallest place that each place is connected with by pairs, (count,)."""
     labels = np.arange(count)
     while len(pairs):
         least = np.minimum(labels[pairs[:, 0]], labels[pairs[:, 1]])
@@ -185,7 +187,7 @@ def _components(count: int, pairs: np.ndarray) -> np.ndarray:
 
 
 def _mixed(keys: np.ndarray) -> np.ndarray:
-    """Keys stirred (the finaliser of SplitMix64), so that mixing in another one is not undone by a third."""
+    """Mix the bits of each key (the finaliser of SplitMix64), so that mixing in another key is not undone by a third."""
     keys = keys + np.uint64(0x9E3779B97F4A7C15)
     keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

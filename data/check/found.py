@@ -1,7 +1,7 @@
-"""What a check found, part by part of a source and on disk: so that it goes on where it was stopped and is not done twice.
+"""Results of a check, part by part of a source and on disk: a check continues where it was stopped and is not done twice.
 
-A part is as good as new as long as the files of its media are those that were looked at, by size and time. That its records,
-template and settings are the same is what its folder's name says (`data.check.measured_lengths.identities`).
+A part stays valid as long as the files of its media are those that were checked, by size and time. Its folder's name says that its
+records, template and settings are the same (`data.check.measured_lengths.identities`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _FLAGS = ("decode", "near")
 
 @dataclass(frozen=True)
 class Found:
-    """What is known of a stretch of records of one source, as columns: N records, M media."""
+    """Results for consecutive records of one source, as columns: N records, M media."""
 
     columns: dict[
         str, np.ndarray
@@ -49,12 +49,12 @@ class Found:
 
     @property
     def missing(self) -> dict[str, tuple[int, int]]:
-        """Those of `files` that are named and not there."""
+        """Return the entries of `files` that records name and that do not exist."""
         return {path: state for path, state in self.files.items() if state == _MISSING}
 
 
 def found_of(checked: Sequence[Checked]) -> Found:
-    """The columns of records that were checked one after the other."""
+    """Collect the results of records that were checked one after the other into columns."""
     media = [(row, medium) for row, one in enumerate(checked) for medium in one.media]
     paths = sorted({medium.watched for _, medium in media if medium.watched})
     columns = _columns(_RECORD, [_record_row(one) for one in checked])
@@ -80,16 +80,16 @@ def _columns(types: dict[str, Any], rows: list[tuple[int, ...]]) -> dict[str, np
 
 
 def state_of(path: str) -> tuple[int, int]:
-    """Size and time of a file, by which it is known to be the same."""
+    """Return the size and time of a file, by which it is known to be the same; (-1, -1) if it is missing."""
     try:
         state = os.stat(path)
-    except (OSError, ValueError):  # or no path at all
+    except (OSError, ValueError):  # ValueError: it is no path at all
         return _MISSING
     return state.st_size, state.st_mtime_ns
 
 
 def write_part(path: Path, found: Found, *, decode: bool, near: bool) -> None:
-    """Keeps what a check of that depth found."""
+    """Write the results of a check of that depth."""
     said = {
         "flags": [name for name, wanted in zip(_FLAGS, (decode, near)) if wanted],
         "problems": [(row, *astuple(problem)) for row, problem in found.problems],
@@ -99,7 +99,7 @@ def write_part(path: Path, found: Found, *, decode: bool, near: bool) -> None:
 
 
 def read_part(path: Path, *, decode: bool = False, near: bool = False) -> Found | None:
-    """What was found there, if a check as deep as that found it; None if none did."""
+    """Read the results of a part if a check as deep as that wrote them; return None if none did."""
     arrays = read_arrays(path)
     if arrays is None or {name: (array.dtype, array.ndim) for name, array in arrays.items()} != _LAYOUT:
         return None
@@ -115,12 +115,15 @@ def read_part(path: Path, *, decode: bool = False, near: bool = False) -> Found 
 
 
 def is_current(found: Found) -> bool:
-    """Whether every medium's file is still the one that was looked at."""
+    """Return whether every medium's file is still the one that was checked."""
     return all(state_of(path) == state for path, state in found.files.items())
 
 
 def joined(parts: Sequence[Found], sizes: Sequence[int]) -> Found:
-    """The parts of one source as a whole; `sizes` records each. Of the files only the missing ones: all may be millions."""
+    """Join the parts of one source; `sizes` are their numbers of records.
+
+    Only missing files are kept: all files may be millions.
+    """
     starts = np.cumsum([0, *sizes[:-1]])
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0].columns}
     columns["owners"] = np.concatenate([part["owners"] + start for part, start in zip(parts, starts)])

@@ -1,6 +1,6 @@
 """Token lengths by which a run is planned: exact where the data were checked, else estimated, and frozen for the run's whole life.
 
-The order of the data follows from them, so they may not change under a run: not even when the data are checked later on.
+The order of the data follows from these lengths, so they may not change under a run: not even when the data are checked later on.
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ from model.media_spec import spec_to_json
 
 FROZEN = "planned_lengths.npz"
 EXACT, PARTLY, ESTIMATED = "exact", "partly exact", "estimated"
-_VERSION = 3  # of what is measured and checked: raise it when a rule changes
+_VERSION = 3  # version of the rules by which records are measured and checked: raise it when a rule changes
 _FAULTS = ("on_bad_sample", "on_change", "max_bad_fraction", "max_too_long_fraction")
-_NO_MATTER = ("workers", "order", "packing", *_FAULTS, "sources", "validation")
-"""Settings of [data] that change neither a record's length nor whether it is sound."""
+_IRRELEVANT = ("workers", "order", "packing", *_FAULTS, "sources", "validation")
+"""Settings of [data] that change neither a record's length nor whether it is valid."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a check of one source found out about all of its records."""
+    """Lengths and bad rows of one source, as a check of all of its records found them."""
 
     lengths: np.ndarray  # (N,) int32 tokens; 0 where there is no sample to measure
     bad: np.ndarray  # (B,) int64 rows that break the rules
 
 
 def identities(dataset: MultimodalDataset) -> list[str]:
-    """One per source. It changes with all that lengths and soundness of records follow from, but for their media: files, template,
-    tokenizer, settings.
+    """Return one identity per source. It changes with all that decides lengths and validity of the source's records, except media.
+
+    That is its files, the template, the tokenizer and the settings.
     """
     template, config = dataset.template, dataset.config
     shared: dict[str, Any] = {
@@ -47,7 +48,7 @@ def identities(dataset: MultimodalDataset) -> list[str]:
         "template": [template.name, template.source, template.placeholders, template.media_wrap, template.allowed, template.lead],
         "tokenizer": hashlib.sha256(template.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "specs": {modality: spec_to_json(spec) for modality, spec in dataset.specs.items()},
-        "config": {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _NO_MATTER},
+        "config": {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _IRRELEVANT},
     }
     return [_digest(shared | _of_source(source)) for source in dataset.sources]
 
@@ -65,13 +66,13 @@ def _digest(said: dict[str, Any]) -> str:
 
 
 def write_measurement(index_folder: Path, key: str, identity: str, found: Measurement) -> None:
-    """Keeps what a check found of the source `key`, for the runs that plan by it."""
+    """Write what a check found of the source `key`, for the runs that plan by it."""
     arrays: dict[str, np.ndarray] = {"lengths": found.lengths.astype(np.int32), "bad": found.bad.astype(np.int64)}
     write_arrays(measurement_path(index_folder, key, identity), arrays)
 
 
 def read_measurements(dataset: MultimodalDataset, index_folder: Path) -> list[Measurement | None]:
-    """What checks found of each source as it is now; None where none has looked at it since."""
+    """Read what checks found of each source as it is now; None where no check was made since it changed."""
     return [
         _read(measurement_path(index_folder, source.key, identity), len(index))
         for source, identity, index in zip(dataset.sources, identities(dataset), dataset.indexes)
@@ -94,7 +95,7 @@ def measurement_path(index_folder: Path, key: str, identity: str) -> Path:
 
 
 def best_lengths(dataset: MultimodalDataset, index_folder: Path) -> tuple[np.ndarray, str]:
-    """Lengths (N,) int32 as far as they are known today, and whether they are exact.
+    """Return the best lengths (N,) int32 that are known today, and whether they are exact, partly exact or estimated.
 
     A record that cannot be measured keeps its estimate: it will be rejected, or was mended since.
     """
@@ -110,7 +111,7 @@ def best_lengths(dataset: MultimodalDataset, index_folder: Path) -> tuple[np.nda
 
 
 def freeze_lengths(datasets: dict[str, MultimodalDataset], run_folder: Path, index_folder: Path | None = None) -> None:
-    """Fixes by what lengths a run that starts at step 0 is planned; datasets by split. One process does this.
+    """Write the lengths by which a run that starts at step 0 is planned; `datasets` by split. One process does this.
 
     `index_folder`: where checks keep what they measured, if not in `run_folder`/index.
     """
@@ -124,9 +125,10 @@ def freeze_lengths(datasets: dict[str, MultimodalDataset], run_folder: Path, ind
 def planned_lengths(
     dataset: MultimodalDataset, run_folder: Path, split: str, index_folder: Path | None = None
 ) -> tuple[np.ndarray, str]:
-    """Lengths (N,) int32 of `split`, and "exact", "partly exact" or "estimated".
+    """Return the planned lengths (N,) int32 of `split`, and "exact", "partly exact" or "estimated".
 
-    Those the run was frozen with, for as long as the number of records is the same; without any, the best there are today.
+    They are the lengths with which the run was frozen, as long as the number of records is the same; without any, the best lengths
+    that are known today.
     """
     frozen = read_arrays(run_folder / FROZEN) or {}
     kind = frozen.get(f"{split}_kind")

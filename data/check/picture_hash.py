@@ -1,4 +1,4 @@
-"""What a picture looks like, in 64 bits: equal or nearly so for copies of it in other sizes, formats and qualities."""
+"""Hash of what a picture looks like, in 64 bits: equal or nearly so for copies in other sizes, formats and qualities."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ _MARGIN = 4  # a picture is decoded at this many times the size that is compared
 
 
 def picture_hash(blob: Blob) -> int:
-    """Which of two neighbours on a grid of 9 x 8 grey cells is the darker one (dHash, Krawetz 2013); 0 for a picture of one grey.
+    """Compute the dHash of a picture (Krawetz 2013): which of two neighbours on a grid of 9 x 8 grey cells is the darker one.
 
-    A large JPEG is decoded at a fraction of its size. Raises MediaError for a picture that cannot be decoded.
+    A picture of one grey has the hash 0. A large JPEG is decoded at a fraction of its size. Raises `MediaError` for a picture that
+    cannot be decoded.
     """
-    picture = image_decode.decode(blob, _any, lambda size: (_WIDTH * _MARGIN, _HEIGHT * _MARGIN))
+    picture = image_decode.decode(blob, _accept_size, lambda size: (_WIDTH * _MARGIN, _HEIGHT * _MARGIN))
     grey = picture.image.convert("L").resize((_WIDTH, _HEIGHT), Image.Resampling.BOX, picture.box)
     cells = np.asarray(grey, dtype=np.int16)
     return int.from_bytes(np.packbits(cells[:, 1:] > cells[:, :-1]).tobytes(), "little")
 
 
-def _any(size: Size) -> None:
-    """Sizes were judged before."""
+def _accept_size(size: Size) -> None:
+    """Accept every size: sizes were checked before."""

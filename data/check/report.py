@@ -1,4 +1,4 @@
-"""What a check found, for people and for programs: counts, percentiles, and every problem with its place."""
+"""Report of a check, for people and for programs: counts, percentiles, and every problem with its place."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from data.index.table import KINDS
 
 PERCENTILES = (0, 50, 90, 99, 100)
 LONGEST_ASPECT = 12
-"""Pictures longer than this are counted apart (VITA data_tools refuse them): little of them is left in a square."""
+"""Aspect beyond which pictures are counted separately (VITA data_tools refuse them): little of them is left in a square."""
 
 
 def summary(found: Found) -> dict[str, Any]:
-    """Counts and distributions of one source, as JSON."""
+    """Return the counts and distributions of one source, as JSON."""
     rows = {kind: {row for row, problem in found.problems if problem.kind == kind} for kind in (BAD, TOO_LONG)}
     fields = {(row, field_of(problem)) for row, problem in found.problems if problem.kind == BAD}
     measured = found["lengths"] > 0
@@ -58,17 +58,17 @@ def summary(found: Found) -> dict[str, Any]:
 
 
 def percentiles(values: np.ndarray) -> list[float]:
-    """The least, the median, what 90 % and 99 % do not exceed, and the largest: values that occur. None for no values."""
+    """Return the least value, the median, what 90 % and 99 % do not exceed, and the largest: values that occur. [] for none."""
     return np.percentile(values, PERCENTILES, method="inverted_cdf").tolist() if len(values) else []
 
 
 def field_of(problem: Problem) -> str:
-    """What of a record is wrong, without its place in it: conversations[3].value is conversations."""
+    """Return the field of a record that is wrong, without the place in it: conversations[3].value becomes conversations."""
     return problem.field.partition("[")[0].partition(".")[0]
 
 
 def table(counts: dict[str, Any]) -> Iterator[str]:
-    """One source's summary in lines."""
+    """Yield the lines of one source's summary."""
     yield f"records  {counts['records']:,}: {counts['ok']:,} ok, {counts['bad']:,} bad, {counts['too_long']:,} too long"
     if counts["bad"]:
         yield "bad      " + ", ".join(f"{field} {count:,}" for field, count in counts["bad_by_field"].items())
@@ -102,7 +102,7 @@ def _spread(values: list[float]) -> str:
 
 
 def problem_rows(split: str, source: str, found: Found) -> Iterator[dict[str, Any]]:
-    """One object per problem, in the order of the records."""
+    """Yield one object per problem, in the order of the records."""
     for _, problem in found.problems:
         yield {"split": split, "source": source, **_place(problem.where), "id": problem.id} | {
             "field": problem.field,
@@ -112,7 +112,7 @@ def problem_rows(split: str, source: str, found: Found) -> Iterator[dict[str, An
 
 
 def match_row(match: Match, sources: Sequence[tuple[str, str, RecordIndex]]) -> dict[str, Any]:
-    """One object per record that repeats another one; `sources`: split, key and index of all, in the order of their numbers."""
+    """Return the object that describes a repeated record; `sources`: split, key and index of all, in the order of their numbers."""
     one, other = (_named(record, sources) for record in (match.record, match.other))
     return {"kind": match.kind, **one, **{f"other_{key}": value for key, value in other.items()}}
 

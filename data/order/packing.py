@@ -1,4 +1,4 @@
-"""Packing: how the samples of one step are shared out over ranks and micro-batches by tokens, so that nothing is padded."""
+"""Packing: the samples of one step are shared out over ranks and micro-batches by tokens, so that nothing is padded."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_ROUNDS = 8  # halvings of the gap between the mean fill and the budget; 1/256 of it is less than one sample
-_LEVEL = 0.002  # of the heaviest rank's work: nobody notices a smaller wait
-_EXCHANGES = 4  # at most, per rank
+_HALVINGS = 8  # halvings of the gap between the mean fill and the budget; 1/256 of it is less than one sample
+_TOLERANCE = 0.002  # share of the heaviest rank's work: a smaller wait does not matter
+_EXCHANGES = 4  # exchanges at most, per rank
 
 
 def deal_packed(
@@ -19,10 +19,10 @@ def deal_packed(
     """Share the samples of one step: result[rank][micro-batch] is an array of sample ids, whose lengths sum to `budget` at most.
 
     `lengths` (N,) and `costs` (N,) are indexed by sample id; costs: work of a sample in any unit, its tokens if None. Every rank
-    gets equally many micro-batches, as few as were found to hold all samples, and none is empty as long as there are samples for
-    it. Ranks wait for each other at every micro-batch, so those of one index are of like work: samples go one by one, the
-    costliest first, to the micro-batch with the least work (Graham 1969, longest processing time), or, where that passes the
-    budget, into the least even fill that holds them (Coffman, Garey, Johnson 1978, multifit). Ties are broken by id.
+    gets equally many micro-batches, as few as were found to hold all samples, and no micro-batch is empty as long as there are
+    samples for it. Ranks wait for each other at every micro-batch, so the micro-batches of one index are of like work: samples go
+    one by one, the costliest first, to the micro-batch with the least work (Graham 1969, longest processing time), or, where that
+    passes the budget, into the least even fill that holds them (Coffman, Garey, Johnson 1978, multifit). Ties are broken by id.
     Raises `ValueError` if a single sample is longer than `budget`.
     """
     tokens = lengths[ids].astype(np.int64)
@@ -39,7 +39,7 @@ def deal_packed(
 
 
 def _packed(lengths: list[int], work: list[float], num_bins: int, budget: int) -> list[list[int]] | None:
-    """Places of `lengths`, which are sorted by work, in each of `num_bins` bins; None if they were not found to fit."""
+    """Return the places in `lengths`, sorted by work, of the items of each bin; None if they were not found to fit `num_bins`."""
     if (bins := _balanced(lengths, work, num_bins, budget)) is None and (bins := _tight(lengths, num_bins, budget)) is None:
         return None
     empty = [places for places in bins if not places]
@@ -49,7 +49,7 @@ def _packed(lengths: list[int], work: list[float], num_bins: int, budget: int) -
 
 
 def _balanced(lengths: list[int], work: list[float], num_bins: int, budget: int) -> list[list[int]] | None:
-    """Each item to the bin with the least work among those that have room for it."""
+    """Assign each item to the bin with the least work among those that have room for it; None if an item finds no room."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     fill = [0] * num_bins
     heap: list[tuple[float, int]] = [(0, place) for place in range(num_bins)]
@@ -69,11 +69,11 @@ def _balanced(lengths: list[int], work: list[float], num_bins: int, budget: int)
 
 
 def _tight(lengths: list[int], num_bins: int, budget: int) -> list[list[int]] | None:
-    """Best fit, the longest first, at the lowest capacity between the mean fill and the budget that is found to do."""
+    """Pack by best fit, the longest item first, at the lowest capacity found to suffice between the mean fill and the budget."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     best = _best_fit(lengths, order, num_bins, budget)
     low, high = max(-(-sum(lengths) // num_bins), max(lengths)), budget
-    for _ in range(_ROUNDS if best is not None else 0):
+    for _ in range(_HALVINGS if best is not None else 0):
         middle = (low + high) // 2
         found = _best_fit(lengths, order, num_bins, middle)
         best, low, high = (best, min(middle + 1, high), high) if found is None else (found, low, middle)
@@ -81,7 +81,7 @@ def _tight(lengths: list[int], num_bins: int, budget: int) -> list[list[int]] | 
 
 
 def _best_fit(lengths: list[int], order: Sequence[int], num_bins: int, capacity: int) -> list[list[int]] | None:
-    """Each item to the fullest bin that has room for it."""
+    """Assign each item to the fullest bin that has room for it; None if an item finds no room."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     room = [(capacity, place) for place in range(num_bins)]
     for i in order:
@@ -95,7 +95,7 @@ def _best_fit(lengths: list[int], order: Sequence[int], num_bins: int, capacity:
 
 
 def _ranked(bins: list[list[int]], lengths: list[int], work: list[float], world_size: int, budget: int) -> list[list[list[int]]]:
-    """Bins of like work to the ranks of one micro-batch, the heaviest first, so that a step that does not fit fails early.
+    """Assign bins of like work to the ranks of one micro-batch, the heaviest first, so that a step that does not fit fails early.
 
     Every other micro-batch is dealt from the last rank to the first, so that totals balance.
     """
@@ -110,12 +110,12 @@ def _ranked(bins: list[list[int]], lengths: list[int], work: list[float], world_
 
 
 def _level(bins: list[list[int]], lengths: list[int], work: list[float], budget: int) -> None:
-    """Exchange items of the heaviest and the lightest bin, in place, as long as that brings the two nearer to each other."""
+    """Exchange items of the heaviest and the lightest bin, in place, as long as that brings the work of the two nearer."""
     loads = [sum(work[i] for i in places) for places in bins]
     for _ in range(_EXCHANGES * len(bins)):
         heavy, light = loads.index(max(loads)), loads.index(min(loads))
         gap = loads[heavy] - loads[light]
-        if gap <= _LEVEL * loads[heavy] or not bins[light]:
+        if gap <= _TOLERANCE * loads[heavy] or not bins[light]:
             return
         free = [budget - sum(lengths[i] for i in bins[place]) for place in (heavy, light)]
         best, at = gap, None

@@ -1,7 +1,7 @@
-"""The data order: which samples make up each optimizer step, and how the ranks share a step.
+"""Data order: which samples make up each optimizer step, and how the ranks share a step.
 
 Both are pure functions of (seed, epoch, position, global batch, planned lengths, pools). Neither the number of ranks nor the number
-of workers enters the order, so a run may be resumed with others and sees the same samples in the same steps.
+of workers enters the order, so a run may be resumed with other numbers and sees the same samples in the same steps.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ drawn anew each epoch."""
 
 @dataclass(frozen=True)
 class Sampler:
-    """The order of all samples, epoch after epoch; `global_batch_size` samples make one optimizer step.
+    """Order of all samples, epoch after epoch; `global_batch_size` samples make one optimizer step.
 
-    modality_length: a step holds one modality, of similar lengths (Liu et al. 2023, LLaVA); what is left of each modality after
-    whole steps, a random part of it, forms mixed steps of similar lengths. length: the same without regard to modality.
-    random: a permutation. sequential: as in the files. The last step of an epoch is short when the samples do not divide.
-    With `pools`, an epoch holds what each of them draws for it, so a sample may stand in it several times or not at all.
+    modality_length: a step holds one modality, of similar lengths (Liu et al. 2023, LLaVA); the samples of each modality that are
+    left after its whole steps, a random part of it, form mixed steps of similar lengths. length: the same without regard to
+    modality. random: a permutation. sequential: as in the files. The last step of an epoch is short when the samples do not divide.
+    With `pools`, an epoch holds what each pool draws for it, so a sample may occur in it several times or not at all.
     """
 
     lengths: np.ndarray  # (N,) planned tokens of each sample
@@ -35,7 +35,7 @@ class Sampler:
     global_batch_size: int
     seed: int
     order: str
-    pools: tuple[Pool, ...] = ()  # none: every sample once
+    pools: tuple[Pool, ...] = ()  # empty: every sample once per epoch
     _last: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -48,7 +48,7 @@ class Sampler:
 
     @property
     def samples_per_epoch(self) -> int:
-        """The same in every epoch."""
+        """Return the number of samples of an epoch, the same in every epoch."""
         return sum(pool.places for pool in self.pools) if self.pools else len(self.lengths)
 
     @property
@@ -56,27 +56,30 @@ class Sampler:
         return -(-self.samples_per_epoch // self.global_batch_size)
 
     def step(self, step: int) -> np.ndarray:
-        """Sample ids (n,) of 0-based optimizer step `step` over all epochs; n = global_batch_size but for the last of an epoch."""
+        """Return the sample ids (n,) of optimizer step `step`, 0-based over all epochs.
+
+        n is global_batch_size, except for the last step of an epoch.
+        """
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.global_batch_size
         return self._cached(epoch)[start : start + self.global_batch_size]
 
     def before(self, step: int) -> tuple[int, np.ndarray]:
-        """Whole epochs that come before `step`, and the sample ids of the begun one that do."""
+        """Return the number of whole epochs before `step`, and the sample ids that come before it in its own epoch."""
         epoch, position = divmod(step, self.steps_per_epoch)
         ids = self._cached(epoch)[: position * self.global_batch_size] if position else np.zeros(0, dtype=np.int64)
         return epoch, ids
 
     def _cached(self, epoch: int) -> np.ndarray:
         if epoch not in self._last:
-            # Two are kept: while batches of the next epoch are made ahead, others still ask for this one's.
+            # Two epochs are kept: while batches of the next one are made ahead, other callers still ask for this one.
             for old in sorted(self._last, key=lambda e: abs(e - epoch))[1:]:
                 del self._last[old]
             self._last[epoch] = self.epoch(epoch)
         return self._last[epoch]
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """Sample ids (samples_per_epoch,) in the order of epoch `epoch`: step s of it is [s * G : (s + 1) * G]."""
+        """Return the sample ids (samples_per_epoch,) in the order of epoch `epoch`: step s of it is [s * G : (s + 1) * G]."""
         drawn = np.concatenate([pool.draw(epoch) for pool in self.pools]) if self.pools else numbers(len(self.lengths))
         if self.order == "sequential":
             return drawn
@@ -87,20 +90,24 @@ class Sampler:
         return self._grouped(drawn, groups, generator)
 
     def _grouped(self, drawn: np.ndarray, groups: np.ndarray, generator: torch.Generator) -> np.ndarray:
+        """Return the ids as steps of one group each and mixed steps of what is left, in random order, then the short step."""
         size, steps, rest = self.global_batch_size, [], []
         for group in np.unique(groups):
             ids = _shuffled(drawn[groups == group], generator)
             whole = len(ids) - len(ids) % size
             steps.append(self._by_length(ids[:whole]))
             rest.append(ids[whole:])
-        # Shuffled before it is cut, so that the short last step is a fair draw from what is left and not its longest or shortest.
+        # Shuffled before they are cut, so that the short last step is a fair draw and not the longest or shortest samples.
         left = _shuffled(np.concatenate(rest), generator)
         whole = len(left) - len(left) % size
         steps.append(self._by_length(left[:whole]))
         return self._in_random_order(steps, left[whole:], generator)
 
     def _in_random_order(self, steps: list[np.ndarray], short: np.ndarray, generator: torch.Generator) -> np.ndarray:
-        """All whole steps, drawn, then the `short` one; each is written to its place, because copies of an epoch take time."""
+        """Arrange all whole steps in random order, then the `short` one.
+
+        Each step is written to its final place, because copies of an epoch take time.
+        """
         num_steps = sum(map(len, steps))
         places = np.argsort(_shuffled(np.arange(num_steps), generator))
         order = np.empty(num_steps * self.global_batch_size + len(short), dtype=short.dtype)
@@ -111,7 +118,7 @@ class Sampler:
         return order
 
     def _by_length(self, ids: np.ndarray) -> np.ndarray:
-        """Whole steps (M, G) of similar lengths out of shuffled `ids` (M * G,), in their place: sorted within equal windows."""
+        """Arrange shuffled `ids` (M * G,), in place, into whole steps (M, G) of similar lengths: sorted within equal windows."""
         steps = len(ids) // self.global_batch_size
         windows = max(-(-steps // WINDOW), min(2, steps))  # two at least, or a small set is cut the same way each epoch
         places = np.arange(-(-steps // max(windows, 1)) * self.global_batch_size)
@@ -128,8 +135,8 @@ def deal(ids: np.ndarray, lengths: np.ndarray, world_size: int, micro_batch_size
     """Share the samples of one step: result[rank][micro-batch] is an array of sample ids, possibly empty.
 
     `lengths` (N,) is indexed by sample id. Every rank gets equally many micro-batches, as few as fit, and as many samples as any
-    other, give or take one. Sorted from long to short, the samples of one micro-batch over all ranks are neighbours, so that
-    nobody waits; every other micro-batch is dealt from the last rank to the first, so that totals balance.
+    other, give or take one. Sorted from long to short, the samples of one micro-batch over all ranks are neighbours, so that no
+    rank waits; every other micro-batch is dealt from the last rank to the first, so that totals balance.
     """
     ids = ids[np.argsort(-lengths[ids].astype(np.int64), kind="stable")]
     share, extra = divmod(len(ids), world_size)
@@ -138,7 +145,7 @@ def deal(ids: np.ndarray, lengths: np.ndarray, world_size: int, micro_batch_size
     dealt: list[list[np.ndarray]] = [[] for _ in range(world_size)]
     start = 0
     for micro in range(num_micro):
-        # Larger micro-batches come last, where samples are shorter; within one, whoever holds a sample more holds shorter ones.
+        # Larger micro-batches come last, where samples are shorter; within one, a rank with one more sample holds shorter ones.
         sizes = np.full(world_size, base + (micro >= num_micro - larger))
         if micro == num_micro - larger - 1:
             sizes[world_size - extra :] += 1
@@ -151,7 +158,7 @@ def deal(ids: np.ndarray, lengths: np.ndarray, world_size: int, micro_batch_size
 
 
 def num_micro_batches(num_samples: int, world_size: int, micro_batch_size: int) -> int:
-    """Micro-batches that every rank runs for a step of `num_samples`; at least one, so that all take part."""
+    """Return how many micro-batches every rank runs for a step of `num_samples`; at least one, so that all ranks take part."""
     return max(1, -(-num_samples // (world_size * micro_batch_size)))
 
 

@@ -1,4 +1,4 @@
-"""OpenAI's content parts: text, and media whose paths may stand inside them."""
+"""Content parts in OpenAI's format: text, and media whose paths may stand inside the parts."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ _PARTS = {
 _BYTES = ("data", "base64", "bytes")
 _PATHS = ("path", "url")
 _SILENT = ("detail", "format", "cache_control", "id")
-"""Keys of a part that carry nothing here: how large a picture is seen is said by the run file, a file's kind by its bytes."""
+"""Keys of a part that are ignored: the run file sets the size at which pictures are seen, a file's bytes tell its kind."""
 
 
 def kind_of_part(part: Any) -> str | None:
-    """The kind of medium that a content part stands for, sound or not."""
+    """Return the kind of medium that a content part stands for, whether the part is valid or not; None if it stands for none."""
     name = part.get("type") if isinstance(part, dict) else None
     return _PARTS.get(name) if isinstance(name, str) else None
 
 
 class Parts:
-    """Reads the content parts of one record; the media whose paths stand inside them are kept in `media`."""
+    """Reader of the content parts of one record; media whose paths stand inside the parts are collected in `media`."""
 
     def __init__(self, raw: dict[str, Any]) -> None:
-        """`raw` is the record: parts of media that its own keys name need no path."""
+        """Prepare to read the parts of the record `raw`: parts of media that the record's own keys name need no path."""
         self.media: list[MediaRef] = []
         self._named = {kind for kind in PLACEHOLDERS if not (is_absent(raw.get(kind)) and is_absent(raw.get(f"{kind}s")))}
         self._seen: Counter[str] = Counter()  # parts of each kind of medium
 
     def text(self, parts: list[Any], field: str) -> str:
-        """Text of a content, each medium a placeholder. Raises `FieldError`."""
-        # Lines of their own: the same sample then has the same text in both spellings.
+        """Return the text of a content, with a placeholder for each medium. Raises `FieldError`."""
+        # Each part is a line of its own: the same sample then has the same text in both spellings.
         return "\n".join(self._part(part, f"{field}[{j}]") for j, part in enumerate(parts))
 
     def _part(self, part: Any, field: str) -> str:
@@ -58,7 +58,7 @@ class Parts:
         paths = list(dict.fromkeys(path_of(value, field) for value in places if value is not None))
         if (
             isinstance(holder, dict) and not paths and kind not in self._named
-        ):  # a .parquet file may hold bytes there, which are not read with the text
+        ):  # a .parquet file may hold the bytes there, which are not read with the text
             raise FieldError(field, f"has {name!r} without a path; {_readable(kind)}")
         if len(paths) > 1:
             raise FieldError(field, f"names {paths[0][:60]!r} and {paths[1][:60]!r}; keep one")
@@ -66,7 +66,10 @@ class Parts:
         return PLACEHOLDERS[kind]
 
     def _check_index(self, index: Any, kind: str, field: str) -> None:
-        """The k-th part of a kind is the k-th medium of the record; one that says so by its index may not say another."""
+        """Count a part and check its index: the k-th part of a kind is the record's k-th medium of that kind.
+
+        Raises `FieldError`.
+        """
         due = self._seen[kind]
         self._seen[kind] += 1
         if index is not None and (isinstance(index, bool) or index != due):
@@ -74,6 +77,7 @@ class Parts:
 
 
 def _readable(kind: str) -> str:
+    """Return the part of a message that says how to name a medium."""
     return (
         f'only paths of local files are read here: save it as a file and name its path, or give the record a key "{kind}s" '
         f'beside {{"type": "{kind}"}} (a column of .parquet may hold bytes)'
@@ -81,7 +85,7 @@ def _readable(kind: str) -> str:
 
 
 def _check_keys(box: dict[str, Any], known: tuple[str, ...], field: str) -> None:
-    """Raises `FieldError` for a key that says something and that nobody reads."""
+    """Raise `FieldError` for a key that has a value and that is not read."""
     for key, value in box.items():
         if key not in known and not is_absent(value):
             more = "; what is watched of a video is said by the record's video_range" if key.startswith("video_") else ""

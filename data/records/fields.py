@@ -1,4 +1,4 @@
-"""Reading one value of a record: what it is, whether it can be a path, the error that names its field, and how to print it."""
+"""Reading of one value of a record: its kind, whether it can be a path, the error that names its field, and safe printing."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class FieldError(Exception):
 
 
 def kind_of(value: Any) -> str:
-    """What JSON calls the value, with its article."""
+    """Return the name that JSON has for the value's type, with its article."""
     return _KINDS.get(type(value), "a null")
 
 
 def is_absent(value: Any) -> bool:
-    """Whether a value says nothing: null, or an empty string, list or object."""
+    """Return whether a value says nothing: null, or an empty string, list or object."""
     return value is None or value in ("", [], {})
 
 
 def strings_in(value: Any) -> Iterator[str]:
-    """All strings of a JSON value, the keys of its objects among them."""
+    """Yield all strings of a JSON value, including the keys of its objects."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
@@ -35,7 +35,7 @@ def strings_in(value: Any) -> Iterator[str]:
 
 
 def path_of(value: Any, field: str) -> str:
-    """A path that may name a local file. Raises `FieldError` for anything else, URLs among it."""
+    """Return the value if it is a path that may name a local file. Raises `FieldError` for anything else, URLs included."""
     if not isinstance(value, str) or not value:
         raise FieldError(field, "is an empty path" if value == "" else f"is {kind_of(value)}, not a path")
     if _REMOTE.match(value):
@@ -49,30 +49,30 @@ def path_of(value: Any, field: str) -> str:
 
 
 SHOWN = 200
-"""Characters of a value in a message."""
+"""Most characters of a value that a message shows."""
 MAX_NAME = 100
-"""Characters of a source's name, which keys of metrics and names of files are made of."""
+"""Most characters of a source's name, which is part of metric keys and file names."""
 LINE, LINES = 2_000, 200
-"""Characters of a line of a message, and lines: more is no message, whatever it was made of."""
+"""Most characters of a message's line, and most lines: nobody reads more, whatever the message was made of."""
 
 
 def bounded(text: str, most: int = SHOWN) -> str:
-    """The text as a message shows it: its beginning, and how long it is, where it is longer than `most` characters."""
+    """Cut the text for a message: a text of more than `most` characters becomes its beginning and its length."""
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def message(text: str) -> str:
-    """A whole message within bounds. Every error goes through here before it is printed or written down."""
+    """Cut a whole message to its bounds. Every error passes through here before it is printed or written down."""
     lines = text.split("\n")
     more = [f"... and {len(lines) - LINES} more lines"] if len(lines) > LINES else []
     return "\n".join([*(bounded(line, LINE) for line in lines[:LINES]), *more])
 
 
 def printable(text: str, keep: str = "") -> str:
-    """The text with escapes for what a terminal could obey, but for the characters of `keep`: records may hold anything."""
+    """Replace the characters that a terminal could obey by escapes, except those of `keep`: records may hold anything."""
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def record_line(where: str, id: str, field: str, reason: str) -> str:
-    """What is wrong with a record, in one line that is safe to print and short whatever the record holds."""
+    """Return one line that says what is wrong with a record: safe to print, and short whatever the record holds."""
     return printable(f"{bounded(where, LINE // 2)} {bounded(id)}: {bounded(field)}: {bounded(reason, LINE // 2)}")

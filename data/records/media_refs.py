@@ -1,4 +1,4 @@
-"""The media that a record names by its own keys or in its content parts, with what it says of each of them."""
+"""Media that a record names by its own keys or in its content parts, with what the record says of each medium."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ class MediaRef:
 
     kind: str  # image | video | audio
     path: str
-    set: str = ""  # key of media_root that its folder stands under (VITA); "": the one of its kind
+    set: str = ""  # key of media_root for its folder (VITA); "": the key is its kind
     span: tuple[float, float] | None = None  # seconds of a video that are watched; None: all of it
     label: int = IGNORE_INDEX  # user state after a clip
 
     @property
     def modality(self) -> str:
-        """Whose encoder reads it."""
+        """Return the modality whose encoder reads the medium."""
         return READ_BY[self.kind]
 
 
 def media_by_kind(raw: dict[str, Any], inline: list[MediaRef]) -> dict[str, list[MediaRef]]:
-    """Media of each kind in the order in which the record lists them; `inline` are those of its content parts.
+    """Return the media of each kind in the order in which the record lists them; `inline` are the media of its content parts.
 
-    `set` is the folder of pictures and videos, `video_range` the seconds that are watched, `audio_state` a class per clip.
-    Raises `FieldError`, also for media that are named in both places: their order would be a guess.
+    `set` is the folder of pictures and videos, `video_range` the seconds that are watched, `audio_state` a class per clip. Raises
+    `FieldError`, also for media that are named in both places: their order would be a guess.
     """
     named = {kind: _named(raw, kind) for kind in PLACEHOLDERS}
     if inline and (twice := next((kind for kind, refs in named.items() if refs), None)):
@@ -58,6 +58,7 @@ def media_by_kind(raw: dict[str, Any], inline: list[MediaRef]) -> dict[str, list
 
 
 def _named(raw: dict[str, Any], kind: str) -> list[MediaRef]:
+    """Return the media of one kind that the record's own keys name. Raises `FieldError`."""
     keys = [key for key in _KEYS[kind] if raw.get(key) is not None]
     if len(keys) > 1:
         raise FieldError(keys[0], f"both {keys[0]!r} and {keys[1]!r} are there; keep one")
@@ -76,7 +77,7 @@ def _check_limit(field: str, count: int, kind: str) -> None:
 
 
 def _sets(value: Any, num_images: int, num_videos: int) -> list[str]:
-    """The set of each picture, then of each video (VITA: one for all, or a list of one per picture)."""
+    """Return the set of each picture, then of each video (VITA: one set for all, or a list of one per picture)."""
     if value is None:
         return [""] * (num_images + num_videos)
     if isinstance(value, list):
@@ -92,7 +93,7 @@ def _sets(value: Any, num_images: int, num_videos: int) -> list[str]:
 
 
 def _spans(value: Any, num_videos: int) -> Sequence[tuple[float, float] | None]:
-    """The seconds of each video that are watched: [start, end], or a list of such pairs."""
+    """Return the watched seconds of each video, None for all; `value` is [start, end], or a list of such pairs."""
     if value is None:
         return [None] * num_videos
     many = isinstance(value, list) and bool(value) and all(isinstance(pair, list) for pair in value)
@@ -111,12 +112,12 @@ def _span(pair: Any, field: str) -> tuple[float, float]:
 
 
 def _is_seconds(value: Any) -> bool:
-    # Comparisons, not isfinite: it would overflow on a whole number of 400 digits. NaN fails them as well.
+    # Comparisons, because isfinite would overflow on a whole number of 400 digits. NaN fails the comparisons as well.
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 
 def _states(value: Any, num_clips: int) -> list[int]:
-    """The user's state after each clip."""
+    """Return the user's state after each clip; IGNORE_INDEX where the record has none."""
     if value is None:
         return [IGNORE_INDEX] * num_clips
     many = isinstance(value, list)

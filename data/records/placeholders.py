@@ -1,4 +1,4 @@
-"""Where placeholders of media stand in a turn's text."""
+"""Placeholders of media in a turn's text: finding, moving, removing and wrapping them."""
 
 from __future__ import annotations
 
@@ -8,45 +8,45 @@ from collections.abc import Iterable
 from model.media_spec import PLACEHOLDERS, READ_BY
 
 KINDS = {token: kind for kind, token in PLACEHOLDERS.items()}
-"""The kind of medium that a placeholder stands for."""
+"""Kind of medium that each placeholder stands for."""
 
 _PLACEHOLDER = re.compile("|".join(map(re.escape, KINDS)))
 _SEEN = re.compile("|".join(re.escape(token) for kind, token in PLACEHOLDERS.items() if READ_BY[kind] == "image"))
 
 
 def kinds_in(content: str) -> list[str]:
-    """Kinds of the media that the placeholders of `content` stand for, in reading order."""
+    """Return the kinds of media that the placeholders of `content` stand for, in reading order."""
     return [KINDS[token] for token in _PLACEHOLDER.findall(content)]
 
 
 def leading(kinds: Iterable[str]) -> str:
-    """Placeholders as they stand before a turn's words: what is seen on a line of its own, what is heard without one (VITA)."""
+    """Return placeholders as they stand before a turn's words: seen media on lines of their own, heard ones without (VITA)."""
     return "".join(PLACEHOLDERS[kind] + ("\n" if READ_BY[kind] == "image" else "") for kind in kinds)
 
 
 def placeholders_first(content: str) -> str:
-    """Placeholders of every kind moved before the turn's words, in their order (LLaVA `preprocess_multimodal`, VITA)."""
+    """Move placeholders of every kind before the turn's words, in their order (LLaVA `preprocess_multimodal`, VITA)."""
     found = kinds_in(content)
     return (leading(found) + _PLACEHOLDER.sub("", content).strip()).strip() if found else content
 
 
 def without_placeholders(content: str) -> str:
-    """The words, with a space in place of each placeholder."""
+    """Return the words, with a space in place of each placeholder."""
     return _PLACEHOLDER.sub(" ", content)
 
 
 def only_placeholders(content: str) -> str:
-    """The placeholders without the words around them."""
+    """Return the placeholders without the words around them."""
     return "".join(_PLACEHOLDER.findall(content))
 
 
 def as_read(content: str) -> str:
-    """Every placeholder as that of the modality that reads its medium: `<video>` becomes `<image>`."""
+    """Replace every placeholder by that of the modality that reads its medium: `<video>` becomes `<image>`."""
     return _PLACEHOLDER.sub(lambda found: PLACEHOLDERS[READ_BY[KINDS[found[0]]]], content)
 
 
 def wrap(content: str, media_wrap: tuple[str, ...]) -> str:
-    """Every placeholder of a picture or a video between the pair `media_wrap`, as LLaVA does; unchanged if there is no pair."""
+    """Put every placeholder of a picture or a video between the pair `media_wrap`, as LLaVA does; without a pair, do nothing."""
     if not media_wrap:
         return content
     before, after = media_wrap
@@ -54,6 +54,6 @@ def wrap(content: str, media_wrap: tuple[str, ...]) -> str:
 
 
 def wrapped_pattern(media_wrap: tuple[str, ...]) -> str:
-    """Finds what `wrap` writes."""
+    """Return a pattern that finds what `wrap` writes."""
     before, after = map(re.escape, media_wrap or ("", ""))
     return f"{before}(?:{_SEEN.pattern}){after}"

@@ -1,4 +1,4 @@
-"""One line of a source becomes a `Record`, or an error that says where and why. Nothing is repaired in silence."""
+"""Parsing of one line of a source: a `Record`, or an error that says where and why. Nothing is repaired in silence."""
 
 from __future__ import annotations
 
@@ -18,34 +18,36 @@ __all__ = ["MediaRef", "Record", "RecordError", "Turn", "parse"]
 
 @dataclass(frozen=True)
 class Record:
+    """One record whose rules were checked by `parse`."""
+
     id: str
     turns: tuple[Turn, ...]
     media: tuple[MediaRef, ...]  # in reading order of the placeholders
     where: str  # "mix.json:12"
     num_dropped_turns: int = 0
-    negative_turn: int | None = None  # of `turns`: replies to sound that was not meant for the model (VITA `inserted_id`)
+    negative_turn: int | None = None  # the turn that replies to sound that was not meant for the model (VITA `inserted_id`)
     interrupted: bool = False  # the last answer was cut off: its end token is not learned (VITA `end_tag` false)
-    tools: tuple[dict[str, Any], ...] = ()  # what the template is told that the assistant may call
+    tools: tuple[dict[str, Any], ...] = ()  # definitions for the template of what the assistant may call
 
     @property
     def num_unlearned(self) -> int:
-        """Answers that are read and not learned."""
+        """Return the number of answers that are read and not learned."""
         return sum(turn.role == "assistant" and not turn.learn for turn in self.turns)
 
 
 class RecordError(DataError):
-    """One record breaks the rules. The message is one line that is safe to print; what it is made of stands as it is."""
+    """One record breaks the rules. The message is one line that is safe to print; its parts are kept unchanged as attributes."""
 
     def __init__(self, where: str, id: str, field: str, reason: str) -> None:
         super().__init__(record_line(where, id, field, reason))
         self.where, self.id, self.field, self.reason = where, id, field, reason
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.where, self.id, self.field, self.reason)  # workers send it to their parent
+        return type(self), (self.where, self.id, self.field, self.reason)  # pickled by workers, which send it to their parent
 
 
 def parse(raw: Any, where: str, name: str = "", *, needs_answer: bool = True) -> Record:
-    """The record that `raw`, one decoded JSON value, stands for.
+    """Parse `raw`, one decoded JSON value, into a record.
 
     Guaranteed: an optional system turn, then user and assistant in turn, results of tools behind the calls of an assistant; no
     blank answer without calls; as many placeholders as media of each kind, none of them in an answer; unless `needs_answer` is
@@ -84,7 +86,11 @@ def _id(raw: dict[str, Any], default: str) -> str:
 
 
 def _negative_turn(value: Any, turns: tuple[Turn, ...], shift: int) -> int | None:
-    """The turn that `inserted_id` names. It counts turns as they stand in the file: `shift` more than here before any answer."""
+    """Return the turn that `inserted_id` names, which has to answer sound.
+
+    `inserted_id` counts turns as they stand in the file, where there are `shift` more than here before any answer. Raises
+    `FieldError`.
+    """
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int):
@@ -101,7 +107,10 @@ def _answers_sound(turns: tuple[Turn, ...], i: int) -> bool:
 
 
 def _interrupted(value: Any, num_clips: int) -> bool:
-    """VITA lets speech alone interrupt: the field has no place in other records."""
+    """Return whether `end_tag` says that the last answer was cut off. Raises `FieldError` in records without audio.
+
+    VITA lets speech alone interrupt an answer, so the field has no place in other records.
+    """
     if value is None:
         return False
     if not isinstance(value, bool):

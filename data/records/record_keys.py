@@ -1,6 +1,6 @@
-"""Keys of a record beside its turns and media that decide the prompt or what is learned in some trainer.
+"""Keys of a record, beside its turns and media, that decide the prompt or what is learned in some trainer.
 
-They are read here, or refused by name. All others are notes and are left alone.
+These keys are read here, or refused by name. All other keys are notes and are left alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _REFUSED = {
 _COPIES = frozenset(
     {"prompt", "completion", "instruction", "input", "output", "query", "response", "system_prompt", "system_message"}
 )
-"""Keys of formats without turns. Many sets keep them beside the turns they were made into: harmless if nothing else is in them."""
+"""Keys of formats without turns. Many sets keep them beside the turns made from them: harmless if they hold nothing else."""
 
 _BOXES = ("<bbox>", "<ref-object>")
 """Where ms-swift writes the words of a record's `objects`."""
@@ -30,7 +30,7 @@ _CUTS = ("start", "end", "video_start", "video_end")
 
 
 def with_system(raw: dict[str, Any], turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    """The turns behind the record's `system`, if it has one. Raises `FieldError` if a system turn says something else."""
+    """Return the turns, behind the record's `system` if it has one. Raises `FieldError` if a system turn says something else."""
     text = raw.get("system")
     if text is None or text == "":
         return turns
@@ -45,7 +45,7 @@ def with_system(raw: dict[str, Any], turns: tuple[Turn, ...]) -> tuple[Turn, ...
 
 
 def check_record_keys(raw: dict[str, Any], turns: tuple[Turn, ...]) -> None:
-    """Raises `FieldError` for a key that another trainer would act on and that is not read here."""
+    """Raise `FieldError` for a key that another trainer would act on and that is not read here."""
     for key, value in raw.items():
         if is_absent(value):
             continue

@@ -1,7 +1,7 @@
-"""Tools that a record offers and calls of them, as OpenAI writes them: what chat templates expect.
+"""Tools that a record offers and calls of them, in OpenAI's format, which chat templates expect.
 
-Read as well: JSON in strings, a function without the object around it (LLaMA-Factory), the older `functions` and
-`function_call` of OpenAI, and turns of the roles `function_call` and `tool_call` whose text is the JSON of the calls.
+Read as well: JSON in strings, a function without the object around it (LLaMA-Factory), the older `functions` and `function_call` of
+OpenAI, and turns of the roles `function_call` and `tool_call` whose text is the JSON of the calls.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _FUNCTION_KEYS = ("name", "arguments")
 
 
 def read_tools(raw: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-    """Definitions of the tools that a record offers; () if it offers none. Raises `FieldError`."""
+    """Read the definitions of the tools that a record offers; () if it offers none. Raises `FieldError`."""
     given = [key for key in ("tools", "functions") if not is_absent(raw.get(key))]
     if len(given) > 1:
         raise FieldError("tools", "both 'tools' and 'functions' are there; keep one")
@@ -31,7 +31,7 @@ def _definitions(value: Any, field: str) -> list[dict[str, Any]]:
 
 
 def _definition(tool: Any, field: str) -> dict[str, Any]:
-    """One tool as {"type": "function", "function": {"name", "description", "parameters"}}."""
+    """Return one tool as {"type": "function", "function": {"name", "description", "parameters"}}. Raises `FieldError`."""
     tool = _parsed(tool, field)
     if not isinstance(tool, dict):
         raise FieldError(field, f"is {kind_of(tool)}, not an object")
@@ -47,7 +47,7 @@ def _definition(tool: Any, field: str) -> dict[str, Any]:
 
 
 def read_calls(value: Any, field: str) -> list[dict[str, Any]]:
-    """Calls of one turn; their arguments are objects, parsed where they are strings. Raises `FieldError`."""
+    """Read the calls of one turn. Their arguments are objects, parsed where they are strings. Raises `FieldError`."""
     value = _parsed(value, field)
     if isinstance(value, dict):
         value = [value]
@@ -85,7 +85,7 @@ def _arguments(value: Any, field: str) -> dict[str, Any]:
 
 
 def _parsed(value: Any, field: str) -> Any:
-    """The value, or what it spells if it is a string of JSON."""
+    """Return the value, parsed if it is a string of JSON. Raises `FieldError` for a string that is no JSON."""
     if not isinstance(value, str):
         return value
     try:

@@ -1,6 +1,6 @@
-"""Keys of a turn beside who speaks and what is said: whether it is learned, what the template gets, what carries nothing.
+"""Keys of a turn beside speaker and content: whether the turn is learned, what the template gets, what is ignored.
 
-Every other key with a value is an error: a key may change the prompt or what is learned, and none may do so unread.
+Every other key with a value is an error: a key may change the prompt or what is learned, and no such key may stay unread.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from data.records.fields import FieldError, is_absent, kind_of
 from data.records.tool_calls import read_calls
 
 LEARN_KEYS = ("weight", "loss", "trainable", "train")
-"""Whether an answer is learned: OpenAI's and FastChat's 0 or 1, and the booleans of ms-swift, verl and axolotl."""
+"""Keys that say whether an answer is learned: OpenAI's and FastChat's 0 or 1, and the booleans of ms-swift, verl and axolotl."""
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""What an assistant thinks before it answers, by the names of several formats; the first is ours."""
+"""Keys of what an assistant thinks before it answers, as several formats name them; the first name is ours."""
 _CALL_KEYS = ("tool_calls", "function_call")
 _TOOL_KEYS = ("tool_call_id", "name")
 SILENT_KEYS = frozenset(
@@ -40,25 +40,26 @@ SILENT_KEYS = frozenset(
         *("review_count", "review_result", "deleted", "rank", "synthetic", "emojis", "labels", "tree_state", "message_tree_id"),
     }
 )
-"""Keys that sets carry on their turns and that change neither a prompt nor what is learned in any trainer."""
+"""Keys that data sets carry on their turns and that change neither a prompt nor what is learned in any trainer."""
 
 
 _KNOWN = SILENT_KEYS.union(LEARN_KEYS, THOUGHT_KEYS, _CALL_KEYS, _TOOL_KEYS)
 
 
 def is_learned(turn: dict[str, Any], role: str, field: str) -> bool:
-    """Whether the turn is supervised if it is an answer. Raises `FieldError` for values that say neither, or both."""
-    said = {key: _learns(key, turn[key], field) for key in LEARN_KEYS if turn.get(key) is not None}
-    if len(set(said.values())) > 1:
-        yes, no = (next(key for key, learns in said.items() if learns is wanted) for wanted in (True, False))
+    """Return whether the turn is supervised if it is an answer. Raises `FieldError` for values that say neither, or both."""
+    found = {key: _learns(key, turn[key], field) for key in LEARN_KEYS if turn.get(key) is not None}
+    if len(set(found.values())) > 1:
+        yes, no = (next(key for key, learns in found.items() if learns is wanted) for wanted in (True, False))
         raise FieldError(f"{field}.{no}", f"says that the turn is not learned, {yes!r} that it is; keep one")
-    if role != "assistant" and True in said.values():
-        key = next(iter(said))
+    if role != "assistant" and True in found.values():
+        key = next(iter(found))
         raise FieldError(f"{field}.{key}", f"asks to learn a turn of the {role}, but only the assistant's answers are learned")
-    return False not in said.values()
+    return False not in found.values()
 
 
 def _learns(key: str, value: Any, field: str) -> bool:
+    """Return what one of LEARN_KEYS says. Raises `FieldError` for values that it may not have."""
     if key == "weight":
         if isinstance(value, bool) or not isinstance(value, int | float) or value not in (0, 1):
             raise FieldError(f"{field}.weight", f"{str(value)[:60]!r} is neither 0 (not learned) nor 1 (learned)")
@@ -68,7 +69,7 @@ def _learns(key: str, value: Any, field: str) -> bool:
 
 
 def for_template(turn: dict[str, Any], role: str, field: str) -> dict[str, Any]:
-    """What the template gets beside role and content. Raises `FieldError` where a key has no place or no sense."""
+    """Return what the template gets beside role and content. Raises `FieldError` where a key is out of place or makes no sense."""
     found: dict[str, Any] = {}
     calls = [key for key in _CALL_KEYS if not is_absent(turn.get(key))]
     if len(calls) > 1:
@@ -90,7 +91,7 @@ def for_template(turn: dict[str, Any], role: str, field: str) -> dict[str, Any]:
 
 
 def check_keys(turn: dict[str, Any], own: tuple[str, str], field: str) -> None:
-    """Raises `FieldError` for a key with a value that is none of the turn's `own` two and that nobody knows."""
+    """Raise `FieldError` for a key with a value that is neither one of the turn's `own` two keys nor a known key."""
     for key, value in turn.items():
         if key == "text" and value == turn.get(own[1]):  # raw ShareGPT keeps the words twice
             continue

@@ -1,4 +1,4 @@
-"""The turns of a record, in either spelling: LLaVA's {"from", "value"} and OpenAI's {"role", "content"} with its parts."""
+"""Turns of a record, in either spelling: LLaVA's {"from", "value"} and OpenAI's {"role", "content"} with its parts."""
 
 from __future__ import annotations
 
@@ -33,14 +33,16 @@ _OTHER_FORMATS = ("prompt", "completion", "instruction", "output", "chosen", "te
 
 @dataclass(frozen=True)
 class Turn:
+    """One turn of a conversation."""
+
     role: str  # system | user | assistant | tool
     content: str  # with its placeholders, as in "<image>\nWhat is this?"
-    learn: bool = True  # of an assistant's turn: whether it is supervised; it is read either way
+    learn: bool = True  # for an assistant's turn, whether it is supervised; it is read either way
     extra: Mapping[str, Any] = field(default_factory=dict)  # what the template gets beside role and content: tool_calls ...
 
 
 def read_turns(raw: dict[str, Any]) -> tuple[tuple[Turn, ...], list[MediaRef]]:
-    """Turns as written, and media whose paths stand inside content parts. Raises `FieldError`."""
+    """Read the turns as written, and the media whose paths stand inside content parts. Raises `FieldError`."""
     found = [key for key in _KEYS if raw.get(key) is not None]
     if len(found) != 1:
         other = [] if found else [repr(key) for key in _OTHER_FORMATS if raw.get(key) is not None]
@@ -103,7 +105,7 @@ def _content(turn: dict[str, Any], role: str, field: str, keys: tuple[str, str],
 
 
 def check_words(value: Any, field: str) -> None:
-    """Raises `FieldError` for a string inside a JSON value that a template would write and that a content may not hold."""
+    """Raise `FieldError` for a string inside a JSON value that a template would write and that a content may not hold."""
     for text in strings_in(value):
         check_text(text, field)
         if kinds := kinds_in(text):
@@ -111,7 +113,7 @@ def check_words(value: Any, field: str) -> None:
 
 
 def check_text(text: str, field: str) -> None:
-    """Raises `FieldError` for a text that holds what the trainer reserves, or what is no character."""
+    """Raise `FieldError` for a text that holds what the trainer reserves, or what is no character."""
     if mark := next((m for m in MARKS if m in text), None):
         raise FieldError(field, f"holds the private-use character U+{ord(mark):04X}, which the trainer reserves")
     if not text.isascii() and re.search("[\ud800-\udfff]", text):
@@ -119,13 +121,13 @@ def check_text(text: str, field: str) -> None:
 
 
 def leading_answer(turns: tuple[Turn, ...]) -> int | None:
-    """Place of an assistant's turn that nobody asked for; LLaVA's preprocessing drops it."""
+    """Return the place of an assistant's first turn that nobody asked for, or None; LLaVA's preprocessing drops that turn."""
     at = 1 if turns[0].role == "system" else 0
     return at if len(turns) > at and turns[at].role == "assistant" else None
 
 
 def place_unplaced(turns: tuple[Turn, ...], media: dict[str, list[MediaRef]]) -> tuple[Turn, ...]:
-    """Puts the placeholders of a record that has none before its first user's turn: images, then videos, then clips."""
+    """Put the placeholders of a record that has none before its first user's turn: images, then videos, then clips."""
     if not any(media.values()) or any(kinds_in(turn.content) for turn in turns):
         return turns
     first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
@@ -136,7 +138,7 @@ def place_unplaced(turns: tuple[Turn, ...], media: dict[str, list[MediaRef]]) ->
 
 
 def in_reading_order(turns: tuple[Turn, ...], media: dict[str, list[MediaRef]]) -> tuple[MediaRef, ...]:
-    """All media as their placeholders stand: the k-th `<image>` is the k-th image, and so on. Raises `FieldError`."""
+    """Return all media in the order of their placeholders: the k-th `<image>` is the k-th image, and so on. Raises `FieldError`."""
     written = [kind for turn in turns for kind in kinds_in(turn.content)]
     counts = Counter(written)
     for kind, refs in media.items():
@@ -147,9 +149,10 @@ def in_reading_order(turns: tuple[Turn, ...], media: dict[str, list[MediaRef]]) 
 
 
 def check_order(turns: tuple[Turn, ...], needs_answer: bool) -> None:
-    """Raises `FieldError` unless user and assistant take turns after an optional system turn, and an answer comes last.
+    """Raise `FieldError` unless user and assistant take turns after an optional system turn, and an answer comes last.
 
-    Between an assistant's turn with calls and the next one stand the results of the calls, in their order.
+    Between an assistant's turn with calls and the next one stand the results of the calls, in their order. If `needs_answer` is
+    false, any turn may come last; if it is true, at least one answer has to be learned.
     """
     spoken = turns[1:] if turns and turns[0].role == "system" else turns
     due: tuple[str, ...] = ("user",)
@@ -174,6 +177,7 @@ def check_order(turns: tuple[Turn, ...], needs_answer: bool) -> None:
 
 
 def _hint(turn: Turn, calls: list[dict[str, Any]]) -> str:
+    """Return a hint for the message of a turn that is out of order, or an empty string."""
     if turn.role == "tool":
         return "; results of tools follow a turn of the assistant with tool_calls, and calls that stand in its text are not read"
     if calls and "tool_calls" in turn.extra:
@@ -182,12 +186,12 @@ def _hint(turn: Turn, calls: list[dict[str, Any]]) -> str:
 
 
 def _check_result(turn: Turn, calls: list[dict[str, Any]], k: int, place: int) -> None:
-    """The k-th result answers the k-th call: a template that writes no ids would pair them so."""
+    """Raise `FieldError` unless the k-th result answers the k-th call: a template that writes no ids would pair them so."""
     if k == len(calls):
         raise FieldError("conversations", f"turn {place} is result {k + 1} of a tool, but only {len(calls)} calls were made")
     call = calls[k]
     for key, wanted in (("tool_call_id", call.get("id")), ("name", call["function"]["name"])):
-        said = turn.extra.get(key)
-        if said is not None and wanted is not None and said != wanted:
-            reason = f"turn {place} answers the call {said[:60]!r} ({key}), the call {wanted[:60]!r} comes first"
+        given = turn.extra.get(key)
+        if given is not None and wanted is not None and given != wanted:
+            reason = f"turn {place} answers the call {given[:60]!r} ({key}), the call {wanted[:60]!r} comes first"
             raise FieldError("conversations", f"{reason}: results stand in the order of their calls")

@@ -1,4 +1,7 @@
-"""What a chat template writes beside contents: reasoning, tool calls, tool turns. It is found out by asking it, not by its name."""
+"""Detection of what a chat template writes beside contents: reasoning, tool calls, tool turns.
+
+Each ability is found by rendering probe conversations, not by the template's name.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 
 Message = dict[str, Any]  # role, content, and what else a turn has: tool_calls, reasoning_content, tool_call_id, name
 Ask = Callable[[Sequence[Message]], str]
-"""Renders a conversation; raises `RenderError` where the template refuses it."""
+"""Function that renders a conversation; it raises `RenderError` where the template refuses the conversation."""
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _QUESTION: Message = {"role": "user", "content": "a"}
@@ -20,18 +23,22 @@ _CALL = {"type": "function", "id": "call00000", "function": {"name": "qzname", "
 
 @dataclass(frozen=True)
 class Abilities:
-    """What was found out of one template."""
+    """Abilities of one chat template, as `find_abilities` found them."""
 
-    reasoning: str = ""  # the key under which it reads an answer's reasoning; "" where it writes none
-    calls: bool = False  # it writes tool calls ...
+    reasoning: str = ""  # the key under which the template reads an answer's reasoning; "" if it writes none
+    calls: bool = False  # the template writes tool calls ...
     null_content: bool = False  # ... only beside a content that is null, as DeepSeek-V3's does
     text_arguments: bool = False  # ... only with arguments that are JSON texts
-    tool_turns: bool = False  # it writes a tool's turn in a way of its own
-    leads: frozenset[str] = frozenset()  # roles whose white space it keeps before their words
-    trails: frozenset[str] = frozenset()  # and after them
+    tool_turns: bool = False  # the template writes a tool's turn in a form of its own
+    leads: frozenset[str] = frozenset()  # roles of which it keeps the white space before the words
+    trails: frozenset[str] = frozenset()  # roles of which it keeps the white space after the words
 
     def express(self, message: Message) -> Message:
-        """The message in the form that the template reads."""
+        """Return the message in the form that the template reads.
+
+        Reasoning moves to the template's own key. In a message with tool calls, arguments become JSON texts and an empty content
+        becomes null where the template needs that.
+        """
         made = dict(message)
         if "reasoning_content" in made and self.reasoning:
             made[self.reasoning] = made.pop("reasoning_content")
@@ -43,7 +50,7 @@ class Abilities:
         return made
 
     def lacking(self, message: Message) -> str:
-        """The key of a message that the template does not write, or nothing."""
+        """Return the key of the message that the template does not write ("tool" for a tool's turn), or an empty string."""
         if message["role"] == "tool" and not self.tool_turns:
             return "tool"
         if message.get("tool_calls") and not self.calls:
@@ -52,6 +59,7 @@ class Abilities:
 
 
 def _with_text(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tool call whose arguments are JSON text instead of an object."""
     function = call.get("function")
     if not isinstance(function, Mapping) or isinstance(function.get("arguments"), str):
         return dict(call)
@@ -60,9 +68,9 @@ def _with_text(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_abilities(ask: Ask) -> Abilities:
-    """Asks the template behind `ask` with words that it cannot know."""
-    said = {key: _answer(ask, _QUESTION, {"role": "assistant", "content": "b", key: "qzthought"}) for key in REASONING_KEYS}
-    reasoning = next((key for key, text in said.items() if "qzthought" in text), "")
+    """Find out what the template behind `ask` writes, by rendering probe words that no template contains by itself."""
+    answers = {key: _answer(ask, _QUESTION, {"role": "assistant", "content": "b", key: "qzthought"}) for key in REASONING_KEYS}
+    reasoning = next((key for key, text in answers.items() if "qzthought" in text), "")
     forms = [(null, text) for text in (False, True) for null in (False, True)]
     found = next((form for form in forms if _writes_calls(ask, *form)), None)
     null, text = found or (False, False)
@@ -79,25 +87,27 @@ def find_abilities(ask: Ask) -> Abilities:
 
 
 def _answer(ask: Ask, *messages: Message) -> str:
+    """Render the messages; return an empty string if the template fails."""
     try:
         return ask(messages)
-    except Exception:  # whatever a template stumbles over, it does not write
+    except Exception:  # a template does not write what makes it fail
         return ""
 
 
 def calling(null_content: bool = False, text_arguments: bool = False) -> Message:
-    """A turn that calls a tool."""
+    """Return an assistant's turn that calls a tool, in the form that the two flags describe."""
     abilities = Abilities("", True, null_content, text_arguments)
     return abilities.express({"role": "assistant", "content": "", "tool_calls": [_CALL]})
 
 
 def _writes_calls(ask: Ask, null_content: bool, text_arguments: bool) -> bool:
+    """Return whether the template writes name, key and value of a tool call that has this form."""
     text = _answer(ask, _QUESTION, calling(null_content, text_arguments))
     return all(word in text for word in ("qzname", "qzkey", "qzvalue"))
 
 
 def _writes_tools(ask: Ask, before: Sequence[Message]) -> bool:
-    """Whether a tool's turn is written, and in another way than a user's and an assistant's."""
+    """Return whether the template writes a tool's turn, and writes it differently from a user's and an assistant's turn."""
     turn = {"content": "qzresult", "tool_call_id": "call00000", "name": "qzname"}
     written = [_answer(ask, _QUESTION, *before, {**turn, "role": role}) for role in ("tool", "user", "assistant")]
     return "qzresult" in written[0] and written[0] not in written[1:]

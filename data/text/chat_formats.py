@@ -1,8 +1,8 @@
-"""Chat formats of our own: Jinja texts that write what the systems they come from write, to the character.
+"""Chat formats of our own: Jinja templates that write what the original systems write, character for character.
 
-`llama3`, `gemma`, `phi3` and `internlm2` are the families' own chat templates, for tokenizers that come without one; where a
-family writes no system turn of its own, neither do they. The token that a tokenizer puts before every text by itself (BOS) is
-no part of a format.
+`llama3`, `gemma`, `phi3` and `internlm2` are the families' own chat templates, for tokenizers that come without one; where a family
+writes no system turn of its own, neither do these formats. The token that a tokenizer puts before every text by itself (BOS) is not
+part of a format.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ChatFormat:
-    source: str  # Jinja; it may ask `media_kinds`, the kinds of media that a record holds
-    end: str  # ends an assistant's turn
-    needs: tuple[str, ...]  # must be single tokens
-    placeholders_only: bool = False  # the user's words are thrown away
+    """One chat format: its template, and what it needs of a tokenizer."""
+
+    source: str  # Jinja; it may read the variable `media_kinds`, the kinds of media that a record holds
+    end: str  # text that ends an assistant's turn
+    needs: tuple[str, ...]  # texts that must be single tokens of the tokenizer
+    placeholders_only: bool = False  # the user's words are dropped, only their placeholders stay
 
 
 _VICUNA_SYSTEM = (
@@ -27,8 +29,8 @@ _LLAMA2_SYSTEM = (
     "and assist the user with a variety of tasks using natural language."
 )
 _MPT_SYSTEM = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
-# In the place and the form of VITA's persona, in words of our own: a name and a maker are for whoever trains to claim. To go
-# on from VITA's weights with VITA's words, write them into the records as their system turn.
+# Stands in the place and the form of VITA's persona, in words of our own: whoever trains a model chooses its name and maker. To
+# continue from VITA's weights with VITA's words, write those into the records as their system turn.
 _VITA_SYSTEM = (
     "You are an assistant for text, pictures, video and speech. \\n"
     "- Be helpful, honest and harmless. \\n"
@@ -107,7 +109,7 @@ _PLAIN = """\
 {{- message['content'] }}{% if message['role'] == 'assistant' %}{{ '\\n' }}{% endif %}
 {%- endfor %}"""
 
-# VITA has three system texts. A record with an image takes that for images, as VITA asks for images first.
+# VITA has three system texts. A record with an image takes the text for images, because VITA tests for images first.
 _BY_MEDIA = """\
 {%- set kinds = media_kinds | default([]) %}
 {%- if 'image' in kinds %}{% set SYSTEM = SYSTEM + IMAGE %}
@@ -131,11 +133,12 @@ _VITA_QWEN = """
 
 
 def _with(source: str, **values: str) -> str:
-    """The source with its constants set first; Jinja has no other place for them that a reader of the file sees."""
+    """Return the template with its constants set at the start: Jinja has no other place for them that a reader of the file sees."""
     return "".join(f'{{%- set {name} = "{value}" %}}' for name, value in values.items()) + source
 
 
 def _vita(source: str) -> str:
+    """Return a VITA template with VITA's three system texts."""
     seen = {kind.upper(): _VITA_SEEN.format(kind) for kind in ("image", "video")}
     return _with(_BY_MEDIA + _SPLIT_SYSTEM + source, SYSTEM=_VITA_SYSTEM, **seen)
 
@@ -170,8 +173,8 @@ _FREEZE = (
 
 
 def freeze_date(source: str) -> str:
-    """The template with 26 July 2024, the date Llama 3 falls back to, in place of today's: a row's ids must not age.
+    """Return the template with 26 July 2024 in place of today's date, so that a row's ids do not change from day to day.
 
-    A frozen template stays as it is.
+    Llama 3 falls back to the same date. A frozen template stays as it is.
     """
     return _FREEZE + source if "strftime_now" in source and not source.startswith(_FREEZE) else source

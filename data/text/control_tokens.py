@@ -1,4 +1,4 @@
-"""What a tokenizer says of its control tokens: which a template may lean on, and which a person may not write."""
+"""Control tokens of a tokenizer: which of them a template may rely on, and which a person may not write."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from model.errors import ConfigError
 
 
 def check_single(name: str, tokenizer: PreTrainedTokenizerFast, needs: Sequence[str]) -> None:
-    """Raises one `ConfigError` for all that template `name` needs and the tokenizer does not read as a single token."""
+    """Raise one `ConfigError` for all tokens that template `name` needs and the tokenizer does not read as a single token."""
     known = tokenizer.get_vocab()
     read = {token: tokenizer(token, add_special_tokens=False)["input_ids"][-1:] for token in needs}
     missing = [token for token in needs if token not in known or read[token] != [known[token]]]
@@ -25,23 +25,26 @@ def check_single(name: str, tokenizer: PreTrainedTokenizerFast, needs: Sequence[
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast, free: Collection[str]) -> dict[str, int]:
-    """Control tokens and their ids, without those that contents are free to use."""
+    """Return the id of each control token by its text, except the tokens in `free`, which contents may use."""
     return {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special and t.content not in free}
 
 
 def only_unknown(tokenizer: PreTrainedTokenizerFast) -> set[int]:
-    """The id of the unknown token, unless it says something else as well, as GPT-2's does."""
-    said = {tokenizer.bos_token_id, tokenizer.eos_token_id, None}
-    return {tokenizer.unk_token_id} - said
+    """Return the set with the id of the unknown token; without it where that token is also BOS or EOS, as GPT-2's is."""
+    other_uses = {tokenizer.bos_token_id, tokenizer.eos_token_id, None}
+    return {tokenizer.unk_token_id} - other_uses
 
 
 def lead_token(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The token that the tokenizer puts before every text by itself, or nothing."""
+    """Return the BOS token if the tokenizer puts it before every text by itself, else an empty string."""
     with_it, without = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     added = len(with_it) > len(without) and with_it[0] == tokenizer.bos_token_id
     return tokenizer.bos_token if added else ""
 
 
 def thought_tags(source: str) -> set[str]:
-    """Tags of thoughts that a chat template looks for in contents, control tokens or not: in an answer, they are its structure."""
+    """Return the tags of thoughts (`<think>`, `</think>`) that a chat template looks for in contents, control tokens or not.
+
+    In an answer these tags are structure, not text.
+    """
     return {tag for tag in ("<think>", "</think>") if tag in source}

@@ -1,4 +1,4 @@
-"""A record as text and ids, and what has to hold of them."""
+"""A record as text and token ids, and the checks that both have to pass."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from model.media_spec import READ_BY
 
 @dataclass(frozen=True)
 class Encoded:
+    """One record as token ids, with the ids that are learned and the ends of its rounds."""
+
     input_ids: list[int]
     supervised: list[bool]  # the assistant's tokens and what ends its turns
-    round_ends: list[int]  # ids up to and including round k, a user's turn and all that answer it
-    num_rounds: int = 0  # that can be told apart; more than `round_ends` where the last ones cannot fit and were not tokenised
-    removed: int = 0  # answers of which the template leaves something out: the thoughts before the last question
+    round_ends: list[int]  # number of ids up to and including round k, a user's turn and all turns that answer it
+    num_rounds: int = 0  # rounds of the record; more than `round_ends` holds where the last ones cannot fit and were not tokenised
+    removed: int = 0  # answers that the template shortens: it leaves out the thoughts before the last question
 
 
 @dataclass(frozen=True)
 class Row:
-    """A record as text and ids."""
+    """One record as rendered text and token ids."""
 
     rendering: Rendering
-    tail: str  # what the template writes after the end of the last turn, there or not
+    tail: str  # what the template writes after the end of the last turn, whether the text holds it or not
     tokens: Tokens
     supervised: list[bool]
 
@@ -40,8 +42,10 @@ def check_row(
     placeholder_ids: dict[str, int],
     unread: frozenset[int],
 ) -> None:
-    """Raises `RecordError` for control tokens that the template did not write, for more or fewer placeholders than media, and for
-    tokens that are `unread`: their rows mean nothing.
+    """Raise `RecordError` if a row breaks a rule about control tokens, placeholders or unread tokens.
+
+    The ids may hold no control token that the template did not write, as many placeholders of each modality as there are media, and
+    no id in `unread`: the embedding rows of those tokens mean nothing.
     """
     if found := unread.intersection(row.tokens.ids):
         reason = f"the template writes {tokenizer.convert_ids_to_tokens(min(found))!r}, which has no row in the base's embedding"
@@ -58,7 +62,7 @@ def check_row(
 
 
 def _control_in_plain(row: Row, tokenizer: PreTrainedTokenizerFast, control_ids: frozenset[int]) -> bool:
-    """Whether a control id stands for another text than its token, or for one that a person wrote."""
+    """Return whether a control id stands for a text other than its token, or for a control token that a person wrote."""
     plain = {start for start, _ in row.rendering.written}
     return any(
         id in control_ids and (start in plain or row.rendering.text[start:stop].strip() != tokenizer.convert_ids_to_tokens(id))
@@ -67,7 +71,11 @@ def _control_in_plain(row: Row, tokenizer: PreTrainedTokenizerFast, control_ids:
 
 
 def round_ends(row: Row) -> list[int]:
-    """Where rounds end: after the turn's end and what the template writes after the last one, if it is there as well."""
+    """Return the number of ids up to the end of each round.
+
+    A round ends after its last turn's end and after what the template writes behind the last turn, if that is there as well. Where
+    rounds cannot be separated, the whole row is the only round.
+    """
     text, spans, ends = row.rendering.text, row.rendering.spans, []
     for span, after in zip(spans, spans[1:] if row.rendering.first_round_apart else ()):
         if span.role == "assistant" and after.role == "user":

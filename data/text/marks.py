@@ -1,7 +1,8 @@
-"""Marks inside a record's words: they show where a template puts these words, and change nothing of what it does with them.
+"""Marks inside a record's words, which show where a template puts these words.
 
-Marks stand inside of white space and of the tags that the template itself names, because a template strips the one and looks for
-the other: `<think>` and `</think>` stay as they are, and what stands before, between and after them is found piece by piece.
+Marks change nothing of what a template does with the words. They stand inside the white space and the tags around the words,
+because a template strips the white space and looks for the tags that it names: `<think>` and `</think>` stay as they are, and the
+words before, between and after them are found piece by piece.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ _TAG = re.compile(r"</?[A-Za-z_]\w*>|\[/?[A-Z_]+\]|(?<=['\"])/\w+(?=['\"])")
 
 
 def tags_of(source: str, control: re.Pattern[str]) -> re.Pattern[str]:
-    """Finds the tags that the template `source` names, but for control tokens: `<think>`, `[THINK]`, `/no_think`."""
+    """Return a pattern for the tags that the template `source` names, without control tokens: `<think>`, `[THINK]`, `/no_think`."""
     found = {tag for tag in _TAG.findall(source) if not control.fullmatch(tag)}
     return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))) or "(?!)")
 
 
 @dataclass(frozen=True)
 class MarkedPiece:
-    """Words between two marks, the k-th pair of a conversation."""
+    """Words between two marks; the k-th piece of a conversation stands between the marks 2k and 2k + 1."""
 
-    turn: int  # -1 for the tools
+    turn: int  # index of the turn; -1 for the tools
     kind: str  # CONTENT | REASONING | CALL | TOOLS
-    value: str  # the string they are of: value[start:stop] has to stand between the marks, unless it is written as JSON
+    value: str  # the string that holds the words: value[start:stop] has to stand between the marks, unless it is written as JSON
     start: int
     stop: int
 
@@ -50,14 +51,14 @@ class MarkedPiece:
 
 @dataclass
 class Marker:
-    """Puts marks into the strings of one conversation and remembers what each pair encloses."""
+    """Writer of marks into the strings of one conversation; `pieces` records what each pair of marks encloses."""
 
     written: re.Pattern[str]  # control tokens that a person may not write, or, as group "ours", wrapped placeholders
     tags: re.Pattern[str]
     pieces: list[MarkedPiece] = field(default_factory=list)
 
     def message(self, turn: int, message: Mapping[str, Any]) -> dict[str, Any]:
-        """The message with marks in its content, its reasoning and its calls."""
+        """Return the message with marks in its content, its reasoning and its calls."""
         marked = dict(message)
         for key, value in message.items():
             if key == "content" and isinstance(value, str):
@@ -69,19 +70,20 @@ class Marker:
         return marked
 
     def tree(self, turn: int, kind: str, value: Any, key: str = "") -> Any:
-        """A JSON value with marks in the strings that are names, descriptions or arguments."""
+        """Return a JSON value with marks in its strings: of tools in the names only, of calls in all strings but types and ids."""
         if isinstance(value, dict):
             return {self._guard(k): self.tree(turn, kind, v, k) for k, v in value.items()}
         if isinstance(value, list | tuple):
             return [self.tree(turn, kind, item, key) for item in value]
         if not isinstance(value, str):
             return value
-        # Of tools, a name is enough of a proof: a template may leave the rest out. Types and ids are looked into.
+        # The name of a tool proves enough: a template may leave the rest out. Types and ids get no marks: it looks into them.
         if key in ("type", "id") or (kind == TOOLS and key != "name"):
             return self._guard(value)
         return self._between(turn, kind, value, 0, len(value))
 
     def _text(self, turn: int, kind: str, value: str, *, anchor: bool) -> str:
+        """Return the text with marks around each stretch of words between tags; `anchor` marks the end of a text without words."""
         edges = [0, *(edge for tag in self.tags.finditer(value) for edge in tag.span()), len(value)]
         parts, at = [], 0
         for low, high in zip(edges[::2], edges[1::2]):
@@ -93,7 +95,7 @@ class Marker:
         return "".join([*parts, value[at:]])
 
     def _between(self, turn: int, kind: str, value: str, low: int, high: int) -> str:
-        """value[low:high], marked within its white space."""
+        """Return value[low:high] with marks around its words, inside the leading and trailing white space."""
         start = high - len(value[low:high].lstrip())
         stop = max(start, low + len(value[low:high].rstrip()))
         piece = MarkedPiece(turn, kind, value, start, stop)
@@ -105,22 +107,22 @@ class Marker:
         return f"{OPEN}{2 * k}{CLOSE}{text}{OPEN}{2 * k + 1}{CLOSE}"
 
     def _guard(self, text: str) -> str:
-        """The text with an empty mark behind the first character of each control token that a person wrote."""
+        """Return the text with an empty mark behind the first character of each control token that a person wrote."""
         return self.written.sub(lambda m: m[0] if m["ours"] is not None else f"{m[0][0]}{OPEN}{CLOSE}{m[0][1:]}", text)
 
 
 @dataclass(frozen=True)
 class Read:
-    """A rendering without its marks, and where they stood."""
+    """Rendering without its marks, and the places where the marks stood."""
 
     text: str
     at: dict[int, int]  # the first place of each mark
-    guards: list[int]  # places of the empty ones
-    repeated: frozenset[int]  # marks that stood there more than once
+    guards: list[int]  # places of the empty marks
+    repeated: frozenset[int]  # marks that the rendering holds more than once
 
 
 def read_marks(marked: str) -> Read:
-    """Takes the marks out of a rendering."""
+    """Remove the marks from a rendering; return the text and the places of the marks."""
     parts = _MARK.split(marked)
     at: dict[int, int] = {}
     guards, repeated, place = [], set(), 0

@@ -1,4 +1,4 @@
-"""A record's turns as a template gets them: placeholders in their places, wrapped, answers with their state."""
+"""A record's turns as messages for a template: placeholders in their places and wrapped, answers with their state token."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ from data.text.state_tokens import STATE_TOKENS, split_state, state_of
 
 @dataclass(frozen=True)
 class Wording:
-    """What is done to contents before the template gets them."""
+    """Rules by which contents are rewritten before the template gets them."""
 
-    template: str  # its name, for messages
+    template: str  # name of the template, for error messages
     placeholders: str  # as_written | first
     media_wrap: tuple[str, ...]
     state_tokens: str  # none | glyphs | digits
-    placeholders_only: bool  # of the question nothing but its placeholders is kept
+    placeholders_only: bool  # keep nothing of the question but its placeholders
 
 
 def media_kinds(record: Record) -> tuple[str, ...]:
-    """Kinds of media that the record holds, once each: some templates have a system text for each of them."""
+    """Return the kinds of media that the record holds, once each: some templates have a system text for each kind."""
     return tuple(dict.fromkeys(media.kind for media in record.media))
 
 
 def write_messages(record: Record, wording: Wording) -> list[Message]:
-    """One message per turn, with all that the template gets of it. Raises `RecordError` if the wording cannot express them."""
+    """Write one message per turn, with all that the template gets of the turn.
+
+    Raises `RecordError` if the wording cannot express it.
+    """
     contents = [turn.content for turn in record.turns]
     if wording.placeholders_only:
         if [turn.role for turn in record.turns] != ["user", "assistant"]:
@@ -46,7 +49,10 @@ def write_messages(record: Record, wording: Wording) -> list[Message]:
 
 
 def _stateless(record: Record, answer: str, state_tokens: str) -> str:
-    """The answer, which may not start with a state of its own: written twice, the second would be read as speech."""
+    """Return the answer, which may not start with a state token of its own. Raises `RecordError` if it does.
+
+    With two state tokens, the second would be read as speech.
+    """
     state, _ = split_state(answer, state_tokens)
     if state is not None:
         token = STATE_TOKENS[state_tokens][state]

@@ -1,8 +1,8 @@
-"""A conversation as text, and where every turn stands in it.
+"""Rendering of a conversation as text, and the place of every turn in that text.
 
-Answers are never searched for in a text, where repeats and role names mislead. The chat template renders the conversation as it
-is, and once more with marks inside the words (`data.text.marks`): without the marks, that must be the same text, so the places of
-the marks are the places of the words.
+Answers are never searched for in the text, where repeats and role names mislead. The chat template renders the conversation once as
+it is, and once with marks inside the words (`data.text.marks`). Without the marks both renderings must be the same text, so the
+places of the marks are the places of the words.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from transformers import PreTrainedTokenizerFast
 from data.text.abilities import Abilities, Message, calling
 from data.text.marks import CALL, CLOSE, CONTENT, OPEN, REASONING, TOOLS, MarkedPiece, Marker, Read, read_marks
 
-# What templates call the choice between an answer with and without a thought, where they leave it to whoever asks.
+# Names of the template variables that choose between an answer with and without a thought, where the caller may choose.
 _SWITCHES = ("enable_thinking", "thinking")
 _LONG_TAIL = 1000  # characters
 
 
 class RenderError(Exception):
-    """The template or the tokenizer cannot express this conversation faithfully. `field` is of the record."""
+    """The template or the tokenizer cannot express this conversation faithfully. `field` names the field of the record at fault."""
 
     def __init__(self, reason: str, field: str = "conversations") -> None:
         super().__init__(reason)
@@ -34,23 +34,25 @@ class RenderError(Exception):
 
 @dataclass(frozen=True)
 class Span:
-    """Where one turn stands in the text."""
+    """Character positions of one turn in the text."""
 
     role: str
-    prompt: int  # of an assistant's turn: what is generated starts here
-    start: int  # its words are text[start:stop], with whatever the template writes between them
+    prompt: int  # in an assistant's turn, the generated text starts here
+    start: int  # the turn's words are text[start:stop], with whatever the template writes between them
     stop: int
     end: int  # after the token that ends an assistant's turn
-    learn: bool  # whether text[prompt:end] is
+    learn: bool  # whether text[prompt:end] is learned
 
 
 @dataclass(frozen=True)
 class Rendering:
+    """Text of a conversation, and where turns and control tokens stand in it."""
+
     text: str
     spans: list[Span]
     written: list[tuple[int, int]]  # borders of the control tokens that a person wrote
-    removed: int  # answers of which the template left something out
-    first_round_apart: bool  # nothing of what precedes the first question stands after the first answer
+    removed: int  # number of answers that the template shortened
+    first_round_apart: bool  # tools and the system's words all stand before the first answer
 
 
 def apply(
@@ -62,9 +64,10 @@ def apply(
     ask: bool = False,
     switches: Mapping[str, bool] | None = None,
 ) -> str:
-    """The template's own rendering; `kinds` of media are its variable `media_kinds`.
+    """Render the messages with the tokenizer's own chat-template code; `kinds` of media are the template's variable `media_kinds`.
 
-    Raises `RenderError` with the template's words if it refuses.
+    `ask` adds the generation prompt, `switches` are further variables of the template. Raises `RenderError` with the template's
+    words if the template refuses.
     """
     given: dict[str, Any] = {"tools": list(tools)} if tools else {}
     try:
@@ -77,18 +80,18 @@ def apply(
             **given,
             **(switches or {}),
         )
-    except Exception as error:  # a template is somebody else's program
+    except Exception as error:  # a template is foreign code and may raise anything
         raise RenderError(f"the template refuses the conversation: {error}") from error
 
 
 @dataclass(frozen=True)
 class Renderer:
-    """One chat template of one tokenizer."""
+    """One chat template of one tokenizer, with the patterns that find the ends of turns."""
 
     tokenizer: PreTrainedTokenizerFast
     source: str  # Jinja
     ends: re.Pattern[str]  # its first match after an answer ends the turn
-    closes: re.Pattern[str]  # after tool calls, one of these does, if there is one
+    closes: re.Pattern[str]  # after tool calls, its first match ends the turn, if there is one
     written: re.Pattern[str]  # control tokens that a person may not write, or, as group "ours", wrapped placeholders
     tags: re.Pattern[str]
 
@@ -100,11 +103,12 @@ class Renderer:
         tools: Sequence[Any] = (),
         late: frozenset[int] = frozenset(),
     ) -> Rendering:
-        """The conversation's text and where every turn stands in it. Two renderings in all, however many rounds there are.
+        """Render the conversation and find where every turn stands in the text.
 
-        Generated, and learned where `learn` says so, is what stands after the template's generation prompt: the longest of
-        those that it has. The answers `late` are learned from their own words on. Raises `RenderError` if the template drops,
-        reorders or rewrites contents or ends a turn with nothing.
+        The conversation is rendered twice in all, however many rounds it has. The generated part of an answer starts after the
+        template's generation prompt, the longest one that the template has; it is learned where `learn` says so. The answers in
+        `late` are learned from their own words on. Raises `RenderError` if the template drops, reorders or rewrites contents or
+        ends a turn with nothing.
         """
         text = apply(self.tokenizer, self.source, messages, kinds, tools)
         marker = Marker(self.written, self.tags)
@@ -129,6 +133,7 @@ class Renderer:
         return Rendering(text, spans, [match.span() for match in written if match], removed, apart)
 
     def _end(self, text: str, stop: int, limit: int, guards: set[int], calls: bool) -> int:
+        """Return where the turn ends after an answer's last word. Raises `RenderError` if no token ends it."""
         for pattern in (self.closes, self.ends) if calls else (self.ends,):
             for match in pattern.finditer(text, stop, limit):
                 if match.start() not in guards:
@@ -138,7 +143,7 @@ class Renderer:
     def _prompt(
         self, text: str, before: Message, asked: list[tuple[int, MarkedPiece]], found: list[tuple[int, MarkedPiece]], start: int
     ) -> int | None:
-        """Where the generation prompt ends that stands between the turn `before` and an answer, if one does."""
+        """Return where the generation prompt between the turn `before` and an answer ends; None if there is none."""
         place, piece = asked[-1]
         if before["role"] == "assistant":
             return None
@@ -153,9 +158,10 @@ class Renderer:
 
 @lru_cache(maxsize=512)
 def openings(tokenizer: PreTrainedTokenizerFast, source: str, role: str, tail: str) -> tuple[tuple[str, bool], ...]:
-    """All that the template may write from the end of a turn's words, which `tail` follows, to where an answer is generated.
+    """Return all texts that the template may write from the end of a turn's words, which `tail` follows, to the start of an answer.
 
-    Longest first; several, where it has switches for thoughts. False: it has no generation prompt, and this ends the turn before.
+    The longest text comes first; there are several where the template has switches for thoughts. The flag of a text is False where
+    the template has no generation prompt: the text then ends the turn before.
     """
     mark = f"{OPEN}{CLOSE}"
     turn = {"role": role, "content": f"x{mark}{tail}"}
@@ -180,16 +186,19 @@ def openings(tokenizer: PreTrainedTokenizerFast, source: str, role: str, tail: s
 def _places(
     messages: Sequence[Message], pieces: Sequence[MarkedPiece], read: Read
 ) -> tuple[list[list[tuple[int, MarkedPiece]]], int]:
-    """By turn, the pieces of its words that the template wrote, in order; and how many answers it shortened."""
+    """Return for each turn the pieces of its words that the template wrote, in order; and how many answers the template shortened.
+
+    Raises `RenderError` for contents that the template drops, repeats, reorders or rewrites.
+    """
     found: list[list[tuple[int, MarkedPiece]]] = [[] for _ in messages]
     removed: set[int] = set()
     last = {piece.turn: k for k, piece in enumerate(pieces) if piece.kind == CONTENT}
     for k, piece in enumerate(pieces):
         start, stop = read.at.get(2 * k), read.at.get(2 * k + 1)
         if start is None or stop is None:
-            _missing(messages, piece, k == last.get(piece.turn))
+            _check_removable(messages, piece, k == last.get(piece.turn))
             removed.add(piece.turn)
-        elif piece.kind in (CONTENT, REASONING) and not _same(read.text[start:stop], piece, messages):
+        elif piece.kind in (CONTENT, REASONING) and not _is_unchanged(read.text[start:stop], piece, messages):
             raise RenderError("the template rewrites a content of this conversation")
         elif piece.kind == CONTENT and 2 * k in read.repeated:
             raise RenderError("the template drops, repeats or reorders messages")
@@ -205,14 +214,14 @@ def _places(
     return found, len(removed)
 
 
-def _same(written: str, piece: MarkedPiece, messages: Sequence[Message]) -> bool:
-    """Whether the words are as they were; of a tool, JSON may be made of them (gpt-oss)."""
+def _is_unchanged(written: str, piece: MarkedPiece, messages: Sequence[Message]) -> bool:
+    """Return whether the words were written unchanged; the words of a tool may also be written as JSON (gpt-oss)."""
     is_tool = messages[piece.turn]["role"] == "tool"
     return written == piece.text or (is_tool and written == json.dumps(piece.text, ensure_ascii=False)[1:-1])
 
 
-def _missing(messages: Sequence[Message], piece: MarkedPiece, is_answer: bool) -> None:
-    """Raises `RenderError` unless a template may leave the piece out: reasoning, and what stands before an answer's last tag."""
+def _check_removable(messages: Sequence[Message], piece: MarkedPiece, is_answer: bool) -> None:
+    """Raise `RenderError` unless a template may leave the piece out: reasoning, and what stands before an answer's last tag."""
     if piece.kind in (TOOLS, CALL):
         raise RenderError("the chat template does not render them; remove them or take another template", piece.kind)
     if piece.kind == CONTENT and (is_answer or messages[piece.turn]["role"] != "assistant"):
@@ -222,9 +231,10 @@ def _missing(messages: Sequence[Message], piece: MarkedPiece, is_answer: bool) -
 
 
 def _span(role: str, found: list[tuple[int, MarkedPiece]], text: str, learn: bool, late: bool) -> Span:
-    """The turn from its first to its last word, with the white space and the tags around them as far as they are there.
+    """Return the span of a turn from its first to its last word.
 
-    Where the template leaves out what stands before the last tag, the white space behind the tag is still the turn's.
+    The span includes the white space and the tags of the content around its words, as far as the text holds them. Where the
+    template leaves out what stands before the last tag, the white space behind the tag still belongs to the turn.
     """
     (start, first), (stop, last) = found[0], found[-1]
     if first.kind != CALL:
@@ -236,7 +246,7 @@ def _span(role: str, found: list[tuple[int, MarkedPiece]], text: str, learn: boo
 
 
 def _apart(messages: Sequence[Message], pieces: Sequence[MarkedPiece], read: Read, spans: Sequence[Span]) -> bool:
-    """Whether tools and the system's words stand before the first answer: else a round cannot be dropped without them."""
+    """Return whether tools and the system's words stand before the first answer; if not, no round can be dropped without them."""
     first = next((span.stop for span in spans if span.role == "assistant"), len(read.text))
     early = [k for k, piece in enumerate(pieces) if piece.turn < 0 or messages[piece.turn]["role"] == "system"]
     return all(read.at[2 * k] <= first for k in early)

@@ -1,4 +1,4 @@
-"""Rounds of a conversation, and how many of them can fit at all: found out without writing or tokenising the others."""
+"""Rounds of a conversation, and how many of them can fit at all, found without writing or tokenising the others."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from data.records.record import Record, RecordError, Turn
 from data.text.abilities import Abilities, Message
 
 _CHARACTERS = 16
-"""As many characters per allowed token are never looked at twice: what is shorter is simply tokenised."""
+"""Characters per allowed token: a conversation with no more of them is simply tokenised, and not examined before."""
 
 
 class TooLongError(RecordError):
     """Not even the first round of a record fits."""
 
-    whole = 0  # tokens of all its rounds, where they were counted
+    whole = 0  # tokens of all rounds; 0 where they were not counted
 
 
 def round_starts(roles: Sequence[str]) -> list[int]:
-    """Turns that begin a round: the first, and each of the user's but the first. A call and what answers it are of one round."""
+    """Return the turns that begin a round: the first turn, and each user's turn but the first.
+
+    A call and its results are one round.
+    """
     return [0, *[i for i, role in enumerate(roles) if role == "user"][1:]]
 
 
@@ -37,10 +40,10 @@ def rounds_that_may_fit(
     tags: re.Pattern[str],
     limit: int,
 ) -> int | None:
-    """How many of the first rounds can have up to `limit` tokens; None: all of them, as the conversation is not long.
+    """Return how many of the first rounds can have up to `limit` tokens; None means all, as the conversation is not long.
 
-    Words are tokenised until they have twice as many, or all were: no way in which a template joins them halves their number.
-    Reasoning does not count, because a template may leave it out.
+    Words are tokenised until they have twice `limit` tokens, or until all words were: no way in which a template joins words halves
+    their number of tokens. Reasoning does not count, because a template may leave it out.
     """
     starts = round_starts([message["role"] for message in messages])
     enough = _CHARACTERS * limit
@@ -50,7 +53,7 @@ def rounds_that_may_fit(
     buffer, size = [json.dumps(list(tools), ensure_ascii=False)] if tools else [], 0
     for k, (low, high) in enumerate(rounds):
         if k == limit:
-            return k  # each takes a token or more
+            return k  # each round takes a token or more
         for message in messages[low:high]:
             text = _kept(message, abilities, tags)
             while text:
@@ -67,7 +70,7 @@ def rounds_that_may_fit(
 
 
 def _kept(message: Message, abilities: Abilities, tags: re.Pattern[str]) -> str:
-    """The part of a message's words that the template writes: of an answer, what stands behind its last tag."""
+    """Return the part of a message's words that the template writes: of an answer, the words behind its last tag."""
     content, role = str(message["content"] or ""), message["role"]
     if role == "assistant":
         content = content[max((match.end() for match in tags.finditer(content)), default=0) :]
@@ -80,7 +83,10 @@ def _count(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
 
 
 def first_rounds(record: Record, kept: int | None, whole: bool = True) -> Record:
-    """The first rounds of the record, and a short one in place of those that follow: a template may write the last differently."""
+    """Return the first `kept` rounds of the record, with a short round in place of those that follow; None keeps all rounds.
+
+    The short round stands in because a template may write the last round differently. It is left out if `whole` is false.
+    """
     starts = round_starts([turn.role for turn in record.turns])
     if kept is None or kept == len(starts):
         return record
@@ -91,7 +97,7 @@ def first_rounds(record: Record, kept: int | None, whole: bool = True) -> Record
 
 
 def stand_in(turn: Turn, tags: re.Pattern[str]) -> Turn:
-    """A turn with another word in each place of its own, among the same tags."""
+    """Return an answer with the tags of `turn` and a placeholder word in place of each stretch of words."""
     parts = re.split(f"({tags.pattern})", turn.content)
     parts[::2] = [re.sub(r"\S(?:.*\S)?", "x", part, flags=re.DOTALL) for part in parts[::2]]
     extra = {key: "x" if isinstance(value, str) and value.strip() else value for key, value in turn.extra.items()}
@@ -99,4 +105,4 @@ def stand_in(turn: Turn, tags: re.Pattern[str]) -> Turn:
 
 
 THOUGHTFUL = Turn("assistant", "<think>\nx\n</think>\n\nx")
-"""An answer that begins with a thought, for `Template.prompt`."""
+"""Answer that begins with a thought, for `Template.prompt`."""

@@ -1,6 +1,6 @@
-"""State tokens: what a reply answers, said by its first token, so that one decoding step tells whether to speak (VITA).
+"""State tokens: the first token of a reply says what it answers, so that one decoding step tells whether to speak (VITA).
 
-They are text, learned with the answer: VITA 1.0 writes digits, VITA 1.5 glyphs that are one token each for Qwen 2.5.
+State tokens are text, learned with the answer: VITA 1.0 writes digits, VITA 1.5 glyphs that are one token each for Qwen 2.5.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ STATE_TOKENS: dict[str, dict[str, str]] = {
     "glyphs": {"audio": "\u261e", "negative": "\u261f", "text": "\u261c"},
     "digits": {"audio": "<1>", "negative": "<2>", "text": "<3>"},
 }
-"""By the name of data.state_tokens: reply to speech, to sound that was not meant for the model, to a text question."""
+"""State tokens by data.state_tokens: reply to speech, to sound that was not meant for the model, to a text question."""
 
 
 def state_of(record: Record, i: int) -> str:
-    """What the assistant's turn `i` replies to: audio | negative | text.
+    """Return what the assistant's turn `i` replies to: audio | negative | text.
 
-    Records without media get states as well. VITA's do not, since its pass for media skips them; a model that is read by
-    its first token has to write one each time. Behind results of tools the assistant still replies to its user.
+    Records without media get states as well. VITA's do not, because its media pass skips them; but a model that is read by its
+    first token has to write a state each time. After results of tools the assistant still replies to its user.
     """
     if i == record.negative_turn:
         return "negative"
@@ -32,7 +32,7 @@ def state_of(record: Record, i: int) -> str:
 
 
 def split_state(text: str, state_tokens: str) -> tuple[str | None, str]:
-    """The state that a decoded answer starts with, and the rest of it; None and the text as it is if it starts with none."""
+    """Split a decoded answer into the state that it starts with and the rest; without a state, into None and the whole text."""
     for state, token in STATE_TOKENS[state_tokens].items():
         if text.lstrip().startswith(token):
             return state, text.lstrip().removeprefix(token)
@@ -40,7 +40,7 @@ def split_state(text: str, state_tokens: str) -> tuple[str | None, str]:
 
 
 def check_state_tokens(tokenizer: PreTrainedTokenizerFast, state_tokens: str) -> None:
-    """Raises `ConfigError` if the tokenizer cannot write one of them: all states would look alike."""
+    """Raise `ConfigError` if the tokenizer cannot write one of the state tokens: all states would look alike."""
     for token in STATE_TOKENS[state_tokens].values():
         if tokenizer.unk_token_id in tokenizer(token, add_special_tokens=False)["input_ids"]:
             listed = ", ".join(f'"{token}"' for token in STATE_TOKENS[state_tokens].values())

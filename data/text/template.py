@@ -1,4 +1,4 @@
-"""Records become token ids and, in the same pass, which of them are learned. Placeholders stay one id each."""
+"""Conversion of records to token ids and, in the same pass, to flags of the ids that are learned. Placeholders stay one id each."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _NOTHING = re.compile("(?!)")
 
 @dataclass(frozen=True)
 class Template:
-    """How conversations are written for one tokenizer. Made by `load_template`."""
+    """Chat template for one tokenizer: it writes conversations as token ids. Made by `load_template`."""
 
     name: str
     source: str  # Jinja; with the token that the tokenizer puts before a text by itself
     tokenizer: PreTrainedTokenizerFast
     placeholders: str  # as_written | first
     media_wrap: tuple[str, ...]
-    lead: str  # that token, in a format of ours; "" if the chat template writes it
+    lead: str  # the BOS token that a format of ours starts with; "" if there is none or the chat template writes it
     ends: re.Pattern[str]  # what ends an assistant's turn
     written: re.Pattern[str]  # control tokens that a content may not use, or, as group "ours", wrapped placeholders
     control_ids: frozenset[int]
@@ -43,21 +43,21 @@ class Template:
     stop_ids: tuple[int, ...] = ()  # ids that end an assistant's turn
     allowed: tuple[str, ...] = ()  # control tokens that contents may use
     state_tokens: str = "none"  # none | glyphs | digits
-    unread: frozenset[int] = frozenset()  # ids of tokens whose rows mean nothing: padding beyond the base's matrix
-    tags: re.Pattern[str] = _NOTHING  # that the template names, as <think>
+    unread: frozenset[int] = frozenset()  # ids whose embedding rows mean nothing: padding beyond the base's matrix
+    tags: re.Pattern[str] = _NOTHING  # tags that the template names, such as <think>
     abilities: Abilities = field(default_factory=Abilities)
-    closes: re.Pattern[str] = _NOTHING  # ends a turn that calls tools, where it ends as others do
+    closes: re.Pattern[str] = _NOTHING  # what ends an assistant's turn that calls tools
 
     @property
     def end_is_token(self) -> bool:
-        """Whether turns end with a control token; a newline, which `plain` has, may be part of the answer's last token."""
+        """Return whether turns end with a control token; the newline of `plain` may be part of the answer's last token."""
         return self.name not in FORMATS or bool(FORMATS[self.name].needs)
 
     def encode(self, record: Record, max_length: int | None = None) -> Encoded:
-        """Ids of the whole conversation. An answer's leading white space is dropped where the prompt would swallow it.
+        """Encode the whole conversation. An answer's leading white space is dropped where the prompt would swallow it.
 
-        With a `max_length`, last rounds that cannot fit by far are neither rendered nor tokenised, and leave no ids.
-        Raises `RecordError` if the template cannot express the record, nothing is learned, or an unknown token would be;
+        With a `max_length`, last rounds that are far too long to fit are neither rendered nor tokenised, and leave no ids. Raises
+        `RecordError` if the template cannot express the record, nothing is learned, or an unknown token would be learned;
         `TooLongError` if not even the first round can fit.
         """
         messages = self.messages(record)
@@ -69,7 +69,7 @@ class Template:
                 raise self._too_long(
                     record, f"its rounds, which go together in this template, take more than {max_length} tokens", max_length
                 )
-            ends = ends[:-1]  # without the one that stands in for the others
+            ends = ends[:-1]  # without the round that stands in for the dropped ones
         ids, supervised = row.tokens.ids[: ends[-1]], row.supervised[: ends[-1]]
         if not any(supervised):
             if trimmed is not record:
@@ -81,18 +81,18 @@ class Template:
         return Encoded(ids, supervised, ends, len(ends) if trimmed is record else num_rounds, row.rendering.removed)
 
     def prompt(self, record: Record, like: Turn | None = None) -> list[int]:
-        """Ids up to where the answer to the record's last turn starts. Raises `RecordError`.
+        """Return the ids up to where the answer to the record's last turn starts. Raises `RecordError`.
 
-        Templates with thoughts have two prompts: that of an answer without one, or that of an answer `like` this one.
+        Templates with thoughts have two prompts: for an answer without a thought, and for an answer `like` the given one.
         """
         record = replace(record, turns=(*record.turns, Turn("assistant", "x") if like is None else stand_in(like, self.tags)))
         row = self._encode(record, self.messages(record), media_kinds(record)).rendering
-        # Never a second rendering: some templates write more before an answer than their generation prompt says.
+        # Cut from the same rendering: some templates write more before an answer than their generation prompt says.
         cut = row.spans[-1].prompt
         return self._tokenize(row.text[:cut], [pair for pair in row.written if pair[1] <= cut]).ids
 
     def messages(self, record: Record) -> list[Message]:
-        """Turns as the template gets them. Raises `RecordError`."""
+        """Return the turns in the form that the template reads. Raises `RecordError` for what it does not write."""
         only = self.name in FORMATS and FORMATS[self.name].placeholders_only
         messages = write_messages(record, Wording(self.name, self.placeholders, self.media_wrap, self.state_tokens, only))
         if key := next((key for message in messages if (key := self.abilities.lacking(message))), ""):
@@ -102,12 +102,12 @@ class Template:
         return [self.abilities.express(message) for message in messages]
 
     def fitting(self, record: Record, max_length: int) -> Record:
-        """The record, without last rounds that cannot fit by far. Raises `TooLongError` if the first one cannot."""
+        """Return the record without last rounds that are far too long. Raises `TooLongError` if the first one cannot fit."""
         kept = self._kept(record, self.messages(record), max_length)
         return first_rounds(record, kept, whole=False)
 
     def _kept(self, record: Record, messages: list[Message], max_length: int | None) -> int | None:
-        """How many rounds can fit; None for all."""
+        """Return how many rounds can fit; None for all. Raises `TooLongError` if none can."""
         if max_length is None:
             return None
         kept = rounds_that_may_fit(self.tokenizer, messages, record.tools, self.abilities, self.tags, max_length)
@@ -116,6 +116,7 @@ class Template:
         return kept
 
     def _encode(self, record: Record, messages: list[Message], kinds: tuple[str, ...]) -> Row:
+        """Render and tokenise the messages; answers whose start merges with the prompt lose white space or begin late."""
         late: set[int] = set()
         try:
             for _ in range(3):
@@ -139,7 +140,7 @@ class Template:
         return row
 
     def _render(self, record: Record, messages: list[Message], kinds: tuple[str, ...], late: set[int]) -> tuple[Rendering, str]:
-        """Text, turns and tail. An interrupted answer is the text's end: nothing says that it is over (VITA `end_tag`)."""
+        """Return rendering and tail. An interrupted answer ends the text: no token says that it is over (VITA `end_tag`)."""
         learn = [turn.learn for turn in record.turns]
         found = self._renderer.render(messages, learn, kinds, record.tools, frozenset(late))
         last = found.spans[-1]
@@ -154,7 +155,7 @@ class Template:
         return Renderer(self.tokenizer, self.source, self.ends, self.closes, self.written, self.tags)
 
     def _tokenize(self, text: str, written: Sequence[tuple[int, int]]) -> Tokens:
-        """Ids of a rendering, BOS as the tokenizer would put it: as an id, for as text it changes what follows in some."""
+        """Tokenise a rendering, with BOS as the tokenizer would put it: as an id, for as text it changes what follows in some."""
         tokens = tokenize(self.tokenizer, text, written, len(self.lead))
         if not self.lead:
             return tokens
@@ -178,11 +179,11 @@ def load_template(
     state_tokens: str = "none",
     unread: frozenset[int] = frozenset(),
 ) -> Template:
-    """Template `name` for `tokenizer`, tried on a short conversation.
+    """Load template `name` for `tokenizer`, and try it on a short conversation.
 
-    `allowed` are control tokens that contents may use, as configured new tokens; those that the template or the tokenizer
-    itself needs stay text all the same. No record may hold an id of `unread`. Raises `ConfigError` if the tokenizer lacks what
-    the template or the states need.
+    `allowed` are control tokens that contents may use, as configured new tokens; tokens that the template or the tokenizer itself
+    needs stay text all the same. No record may hold an id of `unread`. Raises `ConfigError` if the tokenizer lacks what the
+    template or the states need.
     """
     if name != "auto" and name not in FORMATS:
         raise ConfigError(f"data.template = {name!r} is not known; allowed: auto, {', '.join(FORMATS)}")
@@ -226,7 +227,7 @@ def _own_source(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def _with_ends(template: Template) -> Template:
-    """The template with what ends its answers and its calls of tools, as short conversations show it, and the tokenizer's eos."""
+    """Return the template with what ends its answers and its tool calls, as short conversations show it, and the EOS id."""
     question: Message = {"role": "user", "content": "a"}
     try:
         end = _last_id(template, [question, {"role": "assistant", "content": "b"}])
@@ -245,13 +246,13 @@ def _with_ends(template: Template) -> Template:
                 closes = "|".join(re.escape(tokenizer.convert_ids_to_tokens(id)) for id in found)
                 template = replace(template, closes=re.compile(closes))
         except RenderError:
-            pass  # records with calls are refused for it, each with the reason
+            pass  # records with calls are refused for this later, each with the reason
     eos = tokenizer.eos_token_id
     return replace(template, stop_ids=tuple(dict.fromkeys([*found, *([] if eos is None else [eos])])))
 
 
 def _last_id(template: Template, messages: list[Message]) -> int | None:
-    """The last id that is learned of a conversation."""
+    """Return the last id that is learned in a conversation; None if none is."""
     rendering = template._renderer.render(messages, [True] * len(messages))
     tokens = tokenize(template.tokenizer, rendering.text, [], len(template.lead))
     supervised, _ = supervise(rendering.spans, tokens, template.control_ids)

@@ -1,4 +1,4 @@
-"""Loads, extends, saves and recognises tokenizers, so that a text has the same ids in training and ever after."""
+"""Loading, extending, saving and recognising tokenizers, so that a text has the same ids in training and ever after."""
 
 from __future__ import annotations
 
@@ -27,28 +27,30 @@ TELLING_STRINGS = (
     "caf\u00e9 cafe\u0301 \u6f22\u5b57",
     "\U0001f642\U0001f468\u200d\U0001f469\u200d\U0001f467",
 )
-"""Where tokenizers of one vocabulary are known to differ: prefix spaces, text after special tokens, newlines, bytes, BOS."""
+"""Texts by which tokenizers of one vocabulary differ: prefix spaces, text after special tokens, newlines, bytes, BOS."""
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
+    """Tokenizer with its added tokens."""
+
     tokenizer: PreTrainedTokenizerFast
     num_known: int  # tokens before any was added
-    new_ids: tuple[int, ...]  # of the tokens it did not have
+    new_ids: tuple[int, ...]  # ids of the added tokens that the tokenizer did not have
 
 
 def load_tokenizer(path: str, added: Sequence[str], cache_dir: str = "") -> LoadedTokenizer:
-    """The tokenizer of a folder or hub id, which reads every string of `added` as one special token.
+    """Load the tokenizer of a folder or hub id, and make it read every string of `added` as one special token.
 
-    A token that it already has keeps its id. Raises `ConfigError` if there is no tokenizer that knows where in the text
+    A token that the tokenizer already has keeps its id. Raises `ConfigError` if there is no tokenizer that knows where in the text
     its tokens stand.
     """
     _check_files(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir or None, trust_remote_code=False)
-    except Exception as error:  # transformers raises nearly every kind here, for one reason: it cannot be loaded
+    except Exception as error:  # transformers raises nearly every kind here, for one reason: no tokenizer can be loaded
         raise ConfigError(f"model.llm.path = {path!r}: no tokenizer can be loaded: {_hint(path) or error}") from error
     if not tokenizer.is_fast:
         raise ConfigError(
@@ -65,8 +67,9 @@ def load_tokenizer(path: str, added: Sequence[str], cache_dir: str = "") -> Load
 
 
 def _check_files(path: str) -> None:
-    """ConfigError for a folder with a file that the library would wait for, or could not hold; for a name that is neither a
-    folder's nor a hub id.
+    """Raise `ConfigError` for a folder with a file that the library would wait for or could not hold, or for an unusable name.
+
+    A usable name is that of a folder or a hub id.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -97,7 +100,7 @@ def _hint(path: str) -> str:
 
 
 def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The id that fills rows up. It says nothing: what is padding follows from lengths, so the eos id serves as well."""
+    """Return the id that pads rows. The id carries no meaning: padding follows from lengths, so the EOS id serves as well."""
     for value in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if value is not None:
             return int(value)
@@ -105,13 +108,13 @@ def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, chat_template: str | None = None) -> None:
-    """Writes a folder that loads with the same ids in every version of transformers; same tokenizer, same bytes.
+    """Write a folder that loads with the same ids in every version of transformers; the same tokenizer gives the same bytes.
 
-    `chat_template` replaces the tokenizer's own. The class written is PreTrainedTokenizerFast, which uses tokenizer.json
-    as it stands: Llama's classes build its normaliser anew, and `save_pretrained` forgets how they were told to.
+    `chat_template` replaces the tokenizer's own. The class written is PreTrainedTokenizerFast, which uses tokenizer.json as it
+    stands: Llama's classes build its normaliser anew, and `save_pretrained` forgets their settings for it.
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    backend["truncation"] = backend["padding"] = None  # left there by whoever called the tokenizer last
+    backend["truncation"] = backend["padding"] = None  # left over from the last call of the tokenizer
     named = {key: str(getattr(tokenizer, key)) for key in _NAMED if getattr(tokenizer, key) is not None}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -132,12 +135,12 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, chat_templa
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> dict[str, list[int]]:
-    """Ids of ten strings by which tokenizers differ, with the tokens the tokenizer adds by itself."""
+    """Return the ids of ten strings by which tokenizers differ, with the tokens that the tokenizer adds by itself."""
     return {text: list(tokenizer(text)["input_ids"]) for text in TELLING_STRINGS}
 
 
 def check_fingerprint(tokenizer: PreTrainedTokenizerFast, expected: dict[str, list[int]]) -> None:
-    """Raises `ConfigError` if a string of `expected` has other ids now."""
+    """Raise `ConfigError` if a string of `expected` has other ids now."""
     for text, ids in expected.items():
         found = list(tokenizer(text)["input_ids"])
         if found != ids:

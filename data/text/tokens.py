@@ -1,4 +1,4 @@
-"""A rendered conversation as ids, with what a person wrote kept as text, and which of the ids are learned."""
+"""Tokenising of a rendered conversation: control tokens that a person wrote stay text, and learned ids are flagged."""
 
 from __future__ import annotations
 
@@ -13,25 +13,28 @@ from data.text.render import Span
 
 @dataclass(frozen=True)
 class Tokens:
-    """Ids and the characters they stand for, in order."""
+    """Token ids and the characters that they stand for, in order."""
 
     ids: list[int]
     starts: list[int]
     stops: list[int]
 
     def between(self, low: int, high: int) -> slice:
-        """Tokens that overlap text[low:high]. Overlap, because the bytes of one emoji are several tokens of equal offsets."""
+        """Return the slice of tokens that overlap text[low:high].
+
+        Overlap counts, because the bytes of one emoji are several tokens of equal offsets.
+        """
         return slice(bisect_right(self.stops, low), bisect_left(self.starts, high))
 
     def inside(self, low: int, high: int) -> list[int]:
-        """Ids of the tokens that stand wholly in text[low:high]."""
+        """Return the ids of the tokens that stand wholly in text[low:high]."""
         return self.ids[bisect_left(self.starts, low) : bisect_right(self.stops, high)]
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, text: str, written: Sequence[tuple[int, int]], first: int = 0) -> Tokens:
-    """Ids of text[first:]. Each border pair of `written` is a control token that a person wrote: it stays plain text.
+    """Tokenise text[first:]. Each border pair of `written` is a control token that a person wrote, which stays plain text.
 
-    Equals `apply_chat_template(sanitize_control_tokens=True)` of transformers 5.23, which older versions have not.
+    Equals `apply_chat_template(sanitize_control_tokens=True)` of transformers 5.23, which older versions do not have.
     """
     cuts = [cut for pair in written for cut in pair]
     tokens = Tokens([], [], [])
@@ -54,15 +57,15 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, text: str, written: Sequence[tu
 
 
 def _call(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    # verbose: else transformers warns of texts longer than its own limit; data.max_length is ours.
+    # verbose=False: transformers would warn of texts longer than its own limit; data.max_length is ours.
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return list(encoded["input_ids"]), list(encoded["offset_mapping"])
 
 
 def _after_newline(tokenizer: PreTrainedTokenizerFast, piece: str, plain: bool) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of a piece from the middle of a text: a newline before it keeps SentencePiece from adding its prefix space.
+    """Tokenise a piece from the middle of a text: a newline before it keeps SentencePiece from adding its prefix space.
 
-    If the newline grows together with the piece it cannot be taken off again; such tokenizers add no prefix space.
+    If the newline and the piece merge into one token, the newline cannot be removed again; such tokenizers add no prefix space.
     """
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
     for before in ("\n", ""):
@@ -74,7 +77,7 @@ def _after_newline(tokenizer: PreTrainedTokenizerFast, piece: str, plain: bool) 
 
 
 def _without_added_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids by the bare model, which knows no added token; offsets are not needed and are empty."""
+    """Tokenise with the bare model, which knows no added token; offsets are not needed and are empty."""
     backend = tokenizer.backend_tokenizer
     text = backend.normalizer.normalize_str(text) if backend.normalizer else text
     pieces = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)] if backend.pre_tokenizer else [text]
@@ -82,10 +85,11 @@ def _without_added_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> tupl
 
 
 def supervise(spans: Sequence[Span], tokens: Tokens, control_ids: frozenset[int]) -> tuple[list[bool], set[int]]:
-    """Which tokens are learned: answers, with what the template writes for them; and the turns whose start is inside a token.
+    """Return which tokens are learned, and the turns whose start lies inside a token.
 
-    A newline of the prompt and one of the answer may grow together: the prompt's ids are then no prefix of the row's. A
-    control token that swallows the white space after it (Phi-3) does no such harm; it is not learned.
+    Learned are answers, with what the template writes for them. A newline of the prompt and one of the answer may merge into one
+    token: the prompt's ids are then no prefix of the row's. A control token that swallows the white space after it (Phi-3) does no
+    such harm; it is not learned.
     """
     supervised, glued = [False] * len(tokens.ids), set()
     for i, span in enumerate(spans):
