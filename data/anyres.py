@@ -17,20 +17,20 @@ from model.errors import ConfigError
 from model.media_spec import ImageSpec, MediaMeta
 
 
-def plan(size: Size, side: int, config: DataConfig) -> MediaMeta:
+def plan_anyres(size: Size, side: int, config: DataConfig) -> MediaMeta:
     """Plan rows and grid of a picture of `size` for a tower that sees `side` x `side` pixels: the base view, then the tiles."""
-    grid = best_grid(size, side, grids(config.image_grid, side))
+    grid = best_anyres_grid(size, side, grids(config.image_grid, side))
     return MediaMeta(1 + grid[0] * grid[1], grid=grid, size=size, max_tiles=config.anyres_max)
 
 
-def usual(side: int, config: DataConfig) -> MediaMeta:
+def typical_plan(side: int, config: DataConfig) -> MediaMeta:
     """Plan a picture that fills the middle one of the grids, by tiles.
 
     Raises `ConfigError` for grids that are none of this tower.
     """
     among = sorted(grids(config.image_grid, side), key=lambda grid: grid[0] * grid[1])
     across, down = among[len(among) // 2]
-    return plan((across * side, down * side), side, config)
+    return plan_anyres((across * side, down * side), side, config)
 
 
 @lru_cache(maxsize=64)
@@ -59,7 +59,7 @@ def grids_named(text: str) -> list[Size]:
     return [(across, down) for down in range(top, (bottom or top) + 1) for across in range(left, (right or left) + 1)]
 
 
-def best_grid(size: Size, side: int, grids: tuple[Size, ...]) -> Size:
+def best_anyres_grid(size: Size, side: int, grids: tuple[Size, ...]) -> Size:
     """Return the grid that keeps most of the picture's pixels; among equals, that with the least area left over, then the first."""
     width, height = size
     best, most, least = grids[0], 0, math.inf
@@ -80,7 +80,7 @@ def fitted_size(size: Size, grid: Size, side: int) -> Size:
     return min(math.ceil(width * (high / height)), wide), high
 
 
-def views(picture: Picture, spec: ImageSpec, meta: MediaMeta) -> list[Image.Image]:
+def anyres_views(picture: Picture, spec: ImageSpec, meta: MediaMeta) -> list[Image.Image]:
     """Return the meta.num_rows squares (S, S) of a picture: the base view, then the tiles row by row."""
     (across, down), side = meta.grid, spec.size
     width, height = fitted_size(meta.size, meta.grid, side)

@@ -61,7 +61,7 @@ class Parcel:
             os.close(self._descriptor)
 
 
-def packed(contents: Any) -> Any:
+def pack_for_transport(contents: Any) -> Any:
     """Pack `contents`, anything of dataclasses, dicts, lists and tuples, in the form in which a worker sends it.
 
     Encoder input arrives as a view of the shared memory, and other tensors as copies: whoever keeps labels keeps no pictures. Where
@@ -102,7 +102,7 @@ def _received(skeleton: Any, handle: Any, size: int) -> Any:
         # Where a received file is over the limit, Python drops it from the message, and only this text says so.
         if getattr(error, "errno", None) in NO_FILE or "ancdata" in str(error):
             return OpenFilesError(f"a batch cannot be received from a data worker: {OPEN_FILES}")
-        raise  # the worker is dead; `data.workers.explained` says why
+        raise  # the worker is dead; `data.workers.explain_worker_death` says why
     try:
         memory = _mapped(descriptor, size)
     finally:

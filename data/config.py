@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from data.order.mixing import take_problem
-from data.records.fields import MAX_NAME, bounded
+from data.records.fields import MAX_NAME, shorten
 from model.media_spec import PLACEHOLDERS
 
 MAX_WORKERS = 512
@@ -126,7 +126,7 @@ class DataConfig:
             for source in sources:
                 if len(source.name) > MAX_NAME:
                     found.append(
-                        f"data.{table}: name = {bounded(repr(source.name), MAX_NAME)} has more than {MAX_NAME} characters: it "
+                        f"data.{table}: name = {shorten(repr(source.name), MAX_NAME)} has more than {MAX_NAME} characters: it "
                         "is a key of metrics and a part of file names"
                     )
             found += [line for source in sources for line in (*_share_problems(source, table), *_root_problems(source, table))]

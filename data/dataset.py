@@ -12,11 +12,11 @@ from torch.utils.data import Dataset
 
 from data.config import DataConfig, SourceConfig
 from data.index.record_index import RecordIndex
-from data.media.blob import Blob, MediaError, resolve
+from data.media.blob import Blob, MediaError, resolve_path
 from data.media.record_media import RecordMedia
-from data.records.fields import LINE, bounded
+from data.records.fields import LINE, shorten
 from data.records.record import MediaRef, Record, RecordError, parse
-from data.sample import Sample, assemble, check_media, measured
+from data.sample import Sample, assemble_sample, check_media, measure_encoded
 from data.text.rounds import TooLongError
 from data.text.template import Template
 from model.errors import ConfigError
@@ -98,7 +98,7 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
         if self.config.on_bad_sample == "error" and not too_long:
             raise error
         name = self.source_names[int(self.source_ids[i])]
-        return Rejected(i, name, error.where, bounded(error.id), bounded(f"{error.field}: {error.reason}", LINE), too_long)
+        return Rejected(i, name, error.where, shorten(error.id), shorten(f"{error.field}: {error.reason}", LINE), too_long)
 
     def place(self, i: int) -> tuple[int, RecordIndex, int]:
         """Return the source of sample `i`, that source's index, and the row in it."""
@@ -129,11 +129,11 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
         encoded = self.template.encode(record, self.config.max_length)
         media = self.media(i, record)
         counts = [num_tokens(self.specs[ref.modality], media.measure(ref)) for ref in record.media]
-        return measured(encoded, self.template.placeholder_ids, record, counts, self.config.max_length).length
+        return measure_encoded(encoded, self.template.placeholder_ids, record, counts, self.config.max_length).length
 
     def _sample(self, i: int) -> Sample:
         record = self.record(i)
-        return assemble(
+        return assemble_sample(
             self.template.encode(record, self.config.max_length),
             self.template.placeholder_ids,
             self.media(i, record),
@@ -147,7 +147,7 @@ def _locate(index: RecordIndex, row: int, source: SourceConfig, follow_links: bo
     """Locate the bytes of a medium: beside the record, if its file is an archive, else in the source's folder."""
     if (found := index.blob(row, ref)) is not None:
         return found
-    path = resolve(ref.path, root_of(source, ref), follow_links=follow_links)
+    path = resolve_path(ref.path, root_of(source, ref), follow_links=follow_links)
     return Blob(path, path)
 
 

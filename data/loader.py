@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from data.batch_transport import packed
+from data.batch_transport import pack_for_transport
 from data.collate import collate, collate_packed
 from data.dataset import MultimodalDataset, Rejected
 from data.order.mixing import Pool
@@ -19,7 +19,7 @@ from data.order.packing import deal_packed
 from data.order.sampler import Sampler, deal, num_micro_batches
 from data.prefetch import micro_batches_together, planned_bytes, prefetch_factor
 from data.sample import Sample
-from data.workers import Reading, WorkerError, named, prepare_worker, unexpected
+from data.workers import Reading, WorkerError, describe_sample, prepare_worker, unexpected_error
 from model.batch import Batch
 from model.errors import DataError
 
@@ -179,11 +179,11 @@ class _MicroBatches(Dataset[list[MicroBatch] | DataError | WorkerError]):
         last = len(share.micro_batches) - 1 if share.ends_step else None
         try:
             found = [self._micro_batch(ids, micro == last) for micro, ids in enumerate(share.micro_batches)]
-            return found if get_worker_info() is None else packed(found)
+            return found if get_worker_info() is None else pack_for_transport(found)
         except DataError as error:
             return error
         except Exception as error:  # as text: an error of a worker would lose its traceback, and not say what was read
-            return unexpected(error, [named(self._dataset, i) for i in self.reading.own()])
+            return unexpected_error(error, [describe_sample(self._dataset, i) for i in self.reading.own()])
         finally:
             self.reading.end()
 

@@ -15,16 +15,16 @@ from transformers import PreTrainedTokenizerFast
 from data.collate import collate
 from data.config import DataConfig
 from data.limits import load_json
-from data.media.blob import Blob, resolve
+from data.media.blob import Blob, resolve_path
 from data.media.record_media import RecordMedia
 from data.records.record import MediaRef, Record, parse
-from data.sample import Sample, assemble, check_media
+from data.sample import Sample, assemble_sample, check_media
 from data.text.chat_formats import freeze_date
 from data.text.encoded import Encoded
 from data.text.rounds import THOUGHTFUL
 from data.text.state_tokens import split_state
 from data.text.template import Template, load_template
-from data.text.tokenizer import check_fingerprint, fingerprint, load_tokenizer, pad_id, save_tokenizer
+from data.text.tokenizer import check_fingerprint, load_tokenizer, pad_id, save_tokenizer, tokenizer_fingerprint
 from model.batch import Batch
 from model.errors import ConfigError
 from model.media_spec import MediaSpec, spec_from_json, spec_to_json
@@ -97,10 +97,10 @@ class Processor:
         limit = self.config.max_length if answers else None
         encoded = self.template.encode(record, limit) if answers else self._prompt(record, thinking)
         media = RecordMedia(record, lambda ref: self._locate(ref, media_root), self.specs, self.config)
-        return assemble(encoded, self.template.placeholder_ids, media, max_length=limit, sample_id=i, source_id=0)
+        return assemble_sample(encoded, self.template.placeholder_ids, media, max_length=limit, sample_id=i, source_id=0)
 
     def _locate(self, ref: MediaRef, media_root: str | None) -> Blob:
-        path = ref.path if media_root is None else resolve(ref.path, media_root, follow_links=self.config.follow_links)
+        path = ref.path if media_root is None else resolve_path(ref.path, media_root, follow_links=self.config.follow_links)
         return Blob(path, path)
 
     def _prompt(self, record: Record, thinking: bool) -> Encoded:
@@ -128,7 +128,7 @@ class Processor:
             "transformers": transformers.__version__,
             "template": described,
             "specs": {modality: spec_to_json(spec) for modality, spec in self.specs.items()},
-            "fingerprint": fingerprint(self.tokenizer),
+            "fingerprint": tokenizer_fingerprint(self.tokenizer),
             "stop_ids": list(self.stop_ids),
             **{key: getattr(self.config, key) for key in _CONFIG_KEYS},
         }

@@ -56,7 +56,7 @@ class Measured:
     removed: int = 0  # answers that the template shortens, see `data.text.encoded.Encoded`
 
 
-def assemble(
+def assemble_sample(
     encoded: Encoded,
     placeholder_ids: dict[str, int],
     media: RecordMedia,
@@ -88,7 +88,9 @@ def assemble(
     return Sample(sample_id, source_id, expanded, _shifted(expanded, supervised), placed)
 
 
-def measured(encoded: Encoded, placeholder_ids: dict[str, int], record: Record, counts: Sequence[int], max_length: int) -> Measured:
+def measure_encoded(
+    encoded: Encoded, placeholder_ids: dict[str, int], record: Record, counts: Sequence[int], max_length: int
+) -> Measured:
     """Measure what `assemble` would make of a record whose first media take `counts` tokens each.
 
     Raises `TooLongError` as it does.

@@ -98,7 +98,7 @@ class Reading:
         return row
 
 
-def named(dataset: MultimodalDataset, sample_id: int) -> str:
+def describe_sample(dataset: MultimodalDataset, sample_id: int) -> str:
     """Return what people call a sample: "id (file:line)"."""
     try:
         record = dataset.record(sample_id)
@@ -107,14 +107,14 @@ def named(dataset: MultimodalDataset, sample_id: int) -> str:
         return f"{error.id} ({error.where})"
 
 
-def unexpected(error: Exception, names: list[str]) -> WorkerError:
+def unexpected_error(error: Exception, names: list[str]) -> WorkerError:
     """Make a `WorkerError` of an error that is no fault of a record, with the samples that were read and its traceback."""
     found = WorkerError(f"{type(error).__name__} while {', '.join(names)} was read: {error}")
     found.add_note("".join(traceback.format_exception(error)))
     return found
 
 
-def explained(error: BaseException, reading: Reading | None, name: Callable[[int], str]) -> BaseException:
+def explain_worker_death(error: BaseException, reading: Reading | None, name: Callable[[int], str]) -> BaseException:
     """Explain an error that comes from the death of a worker of `reading`: say how the worker died and what it was reading.
 
     Any other error is returned as it is. Torch reports a death anywhere in the main thread, or what the worker was sending breaks

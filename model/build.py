@@ -75,7 +75,7 @@ def assemble(card: ModelCard, dtype: torch.dtype) -> MultimodalLM:
     model.stop_ids, model.pad_id = card.stop_ids, card.pad_id
     inject(model, card)
     if card.quantize.bits != 16:
-        check_stays(config, card.quantize)
+        check_quantized_tune(config, card.quantize)
         quantise(llm, card.quantize)
     if config.llm.tune == "new_tokens":
         add_new_rows(llm, card.vocabulary.tuned_ids)
@@ -92,7 +92,7 @@ def inject(model: MultimodalLM, card: ModelCard) -> None:
             add_lora(model, paths, card.lora)
 
 
-def check_stays(config: ModelConfig, quantize: QuantizeConfig) -> None:
+def check_quantized_tune(config: ModelConfig, quantize: QuantizeConfig) -> None:
     """Refuse `tune = "full"` on a quantised language model: codes cannot be trained."""
     if config.llm.tune == "full":
         raise ConfigError(

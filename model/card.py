@@ -27,7 +27,7 @@ from model.files.tensor_files import dump_json, sampled_digest
 from model.files.untrusted import load_json
 from model.llm.causal_lm import VocabularyLayout, llm_config
 from model.media_spec import MediaSpec, spec_from_json, spec_to_json
-from model.vision.projector import shrunk
+from model.vision.projector import projected_spec
 from model.vision.tower import vision_config, vision_spec
 from model.weights.quantised_base import check_dequantizable, check_settings, quantisation, without_quantisation
 
@@ -84,7 +84,7 @@ def make_card(
     quantize: QuantizeConfig = QuantizeConfig(),  # noqa: B008  frozen
 ) -> ModelCard:
     """Make the card of a new model from the JSON files of its parts."""
-    hugging_face = {"llm": language_model(config)}
+    hugging_face = {"llm": language_model_config(config)}
     if config.vision is not None:
         hugging_face["vision"] = vision_config(config.vision, config.cache_dir)
     if config.audio is not None:
@@ -92,7 +92,7 @@ def make_card(
     return ModelCard(config, lora, hugging_face, media_specs(config), vocabulary, tokens, stop_ids, pad_id, quantize=quantize)
 
 
-def language_model(config: ModelConfig) -> dict[str, Any]:
+def language_model_config(config: ModelConfig) -> dict[str, Any]:
     """Read config.json of the language model, without the quantisation when `dequantize` removes it from the weights.
 
     Raises `ConfigError` for a quantised folder without `dequantize`, and for `dequantize` where it is not possible.
@@ -109,7 +109,7 @@ def media_specs(config: ModelConfig) -> dict[str, MediaSpec]:
     """Return the facts that `data` needs, by modality, from JSON files alone; no weight is read."""
     specs: dict[str, MediaSpec] = {}
     if config.vision is not None and config.vision_projector is not None:
-        specs["image"] = shrunk(vision_spec(config.vision, config.cache_dir), config.vision_projector)
+        specs["image"] = projected_spec(vision_spec(config.vision, config.cache_dir), config.vision_projector)
     if config.audio is not None and config.audio_projector is not None:
         spec = audio_spec(config.audio, config.audio_projector, config.cache_dir)
         specs["audio"] = replace(spec, num_states=config.state_head.classes if config.state_head is not None else 0)

@@ -15,7 +15,7 @@ from model.errors import ConfigError
 from model.files.tensor_files import Tensors
 from model.multimodal import MultimodalLM
 from model.weights.bases import base_layers
-from model.weights.materialise import find_values, materialise, resolve
+from model.weights.materialise import find_values, materialise, resolve_value
 from model.weights.origins import run_layers, saved_tensors
 
 
@@ -33,9 +33,9 @@ def load_model(
     moved: {"llm": path, "vision": path, "init_from": path}. Raises `ConfigError` when something is missing or changed.
     """
     folder, device = Path(path), torch.device(device)
-    saved = rebased(read_card(folder), base or {})
+    saved = with_moved_bases(read_card(folder), base or {})
     target = dtype_of(dtype, saved, device)
-    card = for_use(saved, merge_lora)
+    card = card_to_build(saved, merge_lora)
     model = assemble(card, target)
     layers = [*run_layers(folder, card, model, "load_model", "quick", saved), *base_layers(card, model)]
     model.requires_grad_(False)
@@ -58,12 +58,12 @@ def check_loadable(folder: Path) -> None:
 
     Called before proof.json is written. Only names and shapes are read from `folder`. Raises `ConfigError`.
     """
-    card = for_use(read_card(folder), merge_lora=False)
+    card = card_to_build(read_card(folder), merge_lora=False)
     model = assemble(card, torch.float32)
     find_values(model, [*run_layers(folder, card, model, "final", "being_written"), *base_layers(card, model)])
 
 
-def settled(folder: Path, card: ModelCard) -> ModelCard:
+def card_without_init_from(folder: Path, card: ModelCard) -> ModelCard:
     """Return `card` without `init_from` if `folder`, being written, holds every tensor that came from that run, which may then be
     deleted; else return `card` unchanged.
     """
@@ -88,11 +88,11 @@ def inherited_tensors(card: ModelCard, held: Collection[str]) -> Tensors:
     layers = run_layers(path, card, model, "model.init_from", "quick")
     given = {name for layer in layers for name in (*layer.tensors, *layer.adapters, *layer.stored)}
     layers += base_layers(replace(card, bases=read_card(path).bases), model)
-    values = {name: resolve(name, layers) for name in sorted(given - set(held))}
+    values = {name: resolve_value(name, layers) for name in sorted(given - set(held))}
     return {name: rows for name, rows in values.items() if rows is not None}
 
 
-def for_use(card: ModelCard, merge_lora: bool) -> ModelCard:
+def card_to_build(card: ModelCard, merge_lora: bool) -> ModelCard:
     """Return the card of the structure to build: without adapters and without quantisation when adapters are merged.
 
     New token rows are always merged into their matrix.
@@ -103,7 +103,7 @@ def for_use(card: ModelCard, merge_lora: bool) -> ModelCard:
     return replace(card, quantize=QuantizeConfig()) if merge_lora else card
 
 
-def rebased(card: ModelCard, base: dict[str, str]) -> ModelCard:
+def with_moved_bases(card: ModelCard, base: dict[str, str]) -> ModelCard:
     model = card.model
     for name, path in base.items():
         if name == "init_from":

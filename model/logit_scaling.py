@@ -96,7 +96,7 @@ def _logits_of(llm: nn.Module, hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Answer:
+class FixedDecoderOutput:
     """A decoder output for the head: it has a last hidden state, and every other attribute is None."""
 
     last_hidden_state: Tensor
@@ -112,7 +112,7 @@ class Answer:
 def _replaced_decoder(llm: Any, hidden: Tensor, weight: Tensor) -> Iterator[None]:
     """Make the decoder return `hidden` for any input, and the head multiply by `weight`, inside the context."""
     decoder, head = llm.get_decoder(), llm.get_output_embeddings()
-    forwards = [(decoder, lambda *_, **__: Answer(hidden)), (head, lambda x: F.linear(x, weight))]
+    forwards = [(decoder, lambda *_, **__: FixedDecoderOutput(hidden)), (head, lambda x: F.linear(x, weight))]
     try:
         for module, forward in forwards:
             module.forward = forward

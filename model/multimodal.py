@@ -21,7 +21,7 @@ from model.llm.router_loss import RouterTap
 from model.loss import LossTerm, Term, text_term
 from model.media_spec import MediaSpec, row_shape
 from model.projector import OWN_ROWS
-from model.splice import splice, taken
+from model.splice import placeholder_rows, splice
 from model.vision.normalise import normalised
 
 ENCODERS = {"image": ("vision", "vision_projector"), "audio": ("audio", "audio_projector")}
@@ -121,7 +121,7 @@ class MultimodalLM(nn.Module):
         for name in OWN_ROWS:
             if (extra := getattr(projector, name, None)) is not None:
                 rows = torch.cat([rows, extra.reshape(-1, rows.shape[-1]).to(rows.dtype)])
-        return taken(rows, media)
+        return placeholder_rows(rows, media)
 
     def _no_media(self, modality: str) -> Media:
         device = self._device()

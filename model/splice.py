@@ -6,7 +6,7 @@ from torch import Tensor
 from model.batch import Media
 
 
-def taken(rows: Tensor, media: Media) -> Tensor:
+def placeholder_rows(rows: Tensor, media: Media) -> Tensor:
     """Return the feature row of each placeholder (K, D) from the projected rows (N * L + E, D): one of them or a weighted sum of
     four.
 

@@ -75,7 +75,7 @@ def savers(trained: Trained, world: World, folder: Path) -> dict[str, Callable[[
     checkpointer.prepare(trained, CARD, NoProcessor())  # type: ignore[arg-type]
 
     def ours(i: int) -> Timed:
-        return timed(
+        return time_action(
             lambda: checkpointer.save(i + 1, trained, {}, CARD, NoProcessor()),  # type: ignore[arg-type]
             lambda _: checkpointer.wait(),
         )
@@ -87,22 +87,22 @@ def savers(trained: Trained, world: World, folder: Path) -> dict[str, Callable[[
                 out.flush()
                 os.fsync(out.fileno())
 
-        return timed(write)
+        return time_action(write)
 
     def asynchronous(i: int) -> Timed:
-        return timed(lambda: dcp.async_save(tensors, checkpoint_id=str(folder / "async")), lambda future: future.result())
+        return time_action(lambda: dcp.async_save(tensors, checkpoint_id=str(folder / "async")), lambda future: future.result())
 
     return {
-        "copy": lambda i: timed(lambda: target.copy_(source)),
+        "copy": lambda i: time_action(lambda: target.copy_(source)),
         "ours": ours,
         "dcp.async_save": asynchronous,
         "raw write": raw,
-        "torch.save": lambda i: timed(lambda: torch.save(tensors, folder / "torch.pt")),
-        "dcp.save": lambda i: timed(lambda: dcp.save(tensors, checkpoint_id=str(folder / "dcp"))),
+        "torch.save": lambda i: time_action(lambda: torch.save(tensors, folder / "torch.pt")),
+        "dcp.save": lambda i: time_action(lambda: dcp.save(tensors, checkpoint_id=str(folder / "dcp"))),
     }
 
 
-def timed(action: Callable[[], Any], rest: Callable[[Any], Any] = lambda _: None) -> Timed:
+def time_action(action: Callable[[], Any], rest: Callable[[Any], Any] = lambda _: None) -> Timed:
     start, cpu = time.perf_counter(), time.thread_time()
     found = action()
     back, cpu = time.perf_counter() - start, time.thread_time() - cpu
@@ -110,7 +110,7 @@ def timed(action: Callable[[], Any], rest: Callable[[Any], Any] = lambda _: None
     return back, cpu, time.perf_counter() - start
 
 
-def compare(trained: Trained, world: World, folder: Path, rounds: int) -> None:
+def compare_savers(trained: Trained, world: World, folder: Path, rounds: int) -> None:
     num_bytes = sum(tensor.nbytes for tensor in tensors_of(trained).values())
     found: dict[str, list[Timed]] = {}
     by_name = savers(trained, world, folder)
@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {load}, torch {torch.__version__}, one thread, one process")
     try:
-        compare(make_trained(arguments.megabytes * 10**6), world, folder, arguments.saves)
+        compare_savers(make_trained(arguments.megabytes * 10**6), world, folder, arguments.saves)
         if arguments.rounds:
             slow_down(world, folder, arguments.steps, 50, arguments.rounds)
     finally:

@@ -124,16 +124,16 @@ def in_a_process_of_its_own() -> Iterator[Callable[[Callable[[], list[str]]], li
     yield run
 
 
-def opened(path: Path, folder: Path) -> RecordIndex:
+def open_index(path: Path, folder: Path) -> RecordIndex:
     return RecordIndex.open(SourceConfig(str(path)), folder, {"image": SPEC})
 
 
 def index_lines(path: Path, folder: Path) -> list[str]:
     """Measure cold and warm opening, and reading."""
     path.read_bytes()  # warms the page cache for all measurements
-    cold = seconds(lambda: opened(path, folder))
-    warm = seconds(lambda: opened(path, folder), 9)
-    index = opened(path, folder)
+    cold = seconds(lambda: open_index(path, folder))
+    warm = seconds(lambda: open_index(path, folder), 9)
+    index = open_index(path, folder)
     ids = np.random.default_rng(0).integers(len(index), size=READS).tolist()
     reading = seconds(lambda: [index.raw(i) for i in ids])
     sidecar = sum(file.stat().st_size for file in folder.iterdir())
@@ -146,7 +146,7 @@ def index_lines(path: Path, folder: Path) -> list[str]:
 
 
 def index_memory(path: Path, folder: Path) -> list[str]:
-    index = opened(path, folder)
+    index = open_index(path, folder)
     before, after = worker_mib(lambda i: parse(index.raw(i), index.where(i)), len(index), prepare_worker)
     part = f"{after:.1f} MiB after reading {READS} records, {before:.1f} before"
     return [f"index: the parent has {kernel_mib('Rss'):.0f} MiB, a worker for itself {part}"]

@@ -61,7 +61,7 @@ def photograph(size: tuple[int, int], seed: int) -> Image.Image:
     return Image.fromarray((128 + layers).clip(0, 255).astype(np.uint8))
 
 
-def jpeg(size: tuple[int, int], seed: int) -> bytes:
+def synthetic_jpeg(size: tuple[int, int], seed: int) -> bytes:
     buffer = io.BytesIO()
     photograph(size, seed).save(buffer, "JPEG", quality=QUALITY)
     return buffer.getvalue()
@@ -82,12 +82,12 @@ def llava() -> Prepare:
     return prepare
 
 
-def ours(mode: str) -> Prepare:
+def our_preparation(mode: str) -> Prepare:
     config = DataConfig(image_fit="pad", image_decode=mode)  # type: ignore[arg-type]
     return lambda data: image.load(Blob("picture", data=data), MediaRef("image", "picture"), SPEC, config, MediaMeta())
 
 
-def timed(paths: dict[str, Prepare], pictures: list[bytes], repeats: int) -> dict[str, Timed]:
+def time_paths(paths: dict[str, Prepare], pictures: list[bytes], repeats: int) -> dict[str, Timed]:
     """Time each path over all pictures, interleaved, `repeats` times after one that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in paths}
     for repeat in range(repeats + 1):
@@ -102,7 +102,7 @@ def timed(paths: dict[str, Prepare], pictures: list[bytes], repeats: int) -> dic
 
 def error(pictures: list[bytes]) -> tuple[float, float]:
     """Return the mean and the largest difference of fast and exact pixels, in standard deviations of the tower's normalisation."""
-    pairs = [(ours("exact")(data), normalised(ours("fast")(data), SPEC, torch.float32)) for data in pictures]
+    pairs = [(our_preparation("exact")(data), normalised(our_preparation("fast")(data), SPEC, torch.float32)) for data in pictures]
     differences = torch.stack([(exact - fast).abs() for exact, fast in pairs])
     return float(differences.mean()), float(differences.max())
 
@@ -110,12 +110,12 @@ def error(pictures: list[bytes]) -> tuple[float, float]:
 def report(sizes: tuple[tuple[int, int], ...] = SIZES, num_pictures: int = 4, repeats: int = 7) -> list[str]:
     """Return a table in Markdown, a line per size and path."""
     torch.set_num_threads(1)
-    paths = {"LLaVA": llava(), "ours, exact": ours("exact"), "ours, fast": ours("fast")}
+    paths = {"LLaVA": llava(), "ours, exact": our_preparation("exact"), "ours, fast": our_preparation("fast")}
     lines = ["| JPEG | path | CPU ms, least | median | pictures per second and core | x LLaVA | error: mean, largest |"]
     lines.append("|---|---|---|---|---|---|---|")
     for size in sizes:
-        pictures = [jpeg(size, seed) for seed in range(num_pictures)]
-        found = timed(paths, pictures, repeats)
+        pictures = [synthetic_jpeg(size, seed) for seed in range(num_pictures)]
+        found = time_paths(paths, pictures, repeats)
         kilobytes = sum(map(len, pictures)) / len(pictures) / 1000
         if not torch.equal(paths["LLaVA"](pictures[0]), paths["ours, exact"](pictures[0])):
             raise AssertionError(f"the exact path differs from LLaVA's at {size}")

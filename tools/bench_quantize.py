@@ -59,7 +59,9 @@ def batches(world: World, task: int, steps: int) -> Iterator[list[Batch]]:
         yield [collate(rows[world.rank :: world.size], 0).to(world.device)]
 
 
-def train(model: MultimodalLM, config: ModelConfig, world: World, sharded: bool, task: int, steps: int, lr: float) -> list[float]:
+def train_adapter(
+    model: MultimodalLM, config: ModelConfig, world: World, sharded: bool, task: int, steps: int, lr: float
+) -> list[float]:
     """Train and return the loss of every step."""
     model.train()
     wrapped = model if sharded else replicate(model, world)
@@ -74,7 +76,7 @@ def train(model: MultimodalLM, config: ModelConfig, world: World, sharded: bool,
     return found
 
 
-def build(config: ModelConfig, quantize: QuantizeConfig, world: World, sharded: bool) -> MultimodalLM:
+def build_quantized(config: ModelConfig, quantize: QuantizeConfig, world: World, sharded: bool) -> MultimodalLM:
     card = make_card(config, LoraConfig(rank=16, dropout=0.0), VocabularyLayout(), quantize=quantize)
     model = assemble(card, DTYPES[config.dtype])
     if sharded:
@@ -87,13 +89,13 @@ def make_base(folder: Path, world: World, steps: int) -> None:
     torch.manual_seed(0)
     Qwen2ForCausalLM(Qwen2Config(vocab_size=VOCAB, tie_word_embeddings=True, **SIZES)).save_pretrained(folder)
     config, alone = ModelConfig(LlmConfig(str(folder), "full"), dtype="float32"), World(0, 0, 1, world.device)
-    model = build(config, QuantizeConfig(), alone, False)
-    losses = train(model, config, alone, False, 1, steps, 1e-3)
+    model = build_quantized(config, QuantizeConfig(), alone, False)
+    losses = train_adapter(model, config, alone, False, 1, steps, 1e-3)
     model.llm.save_pretrained(folder)  # type: ignore[operator]
     print(f"base: {sum(p.numel() for p in model.parameters()):,} parameters; loss {losses[0]:.3f} -> {losses[-1]:.3f}", flush=True)
 
 
-def held(model: MultimodalLM) -> tuple[int, int]:
+def bytes_on_rank(model: MultimodalLM) -> tuple[int, int]:
     """Return the bytes on this rank: of the matrices that can be quantised, without adapters, and of all parameters."""
 
     def size(tensors: Iterator[torch.Tensor]) -> int:
@@ -107,11 +109,11 @@ def held(model: MultimodalLM) -> tuple[int, int]:
 
 def measure(name: str, config: ModelConfig, world: World, sharded: bool, steps: int) -> str:
     start = time.perf_counter()
-    model = build(config, KINDS[name], world, sharded)
+    model = build_quantized(config, KINDS[name], world, sharded)
     loading = time.perf_counter() - start
-    of_matrices, of_all = held(model)
+    of_matrices, of_all = bytes_on_rank(model)
     start = time.perf_counter()
-    losses = train(model, config, world, sharded, 2, steps, 2e-3)
+    losses = train_adapter(model, config, world, sharded, 2, steps, 2e-3)
     per_step = (time.perf_counter() - start) / steps
     tail = losses[-10:]
     ends = f"{losses[0]:.3f} -> {sum(tail) / len(tail):.4f}"

@@ -36,7 +36,7 @@ from trainer.distributed.world import World, start_world
 from trainer.faults.phase_tracker import PhaseTracker
 from trainer.faults.requests import Requests
 from trainer.health.deferred_read import DeferredRead
-from trainer.health.loss_monitor import hearable
+from trainer.health.loss_monitor import scalars_to_read
 from trainer.metrics import Meter
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.schedule import multiplier
@@ -101,7 +101,7 @@ def make_batches(model: MultimodalLM, num: int, size: int) -> list[Batch]:
     return [collate([sample(i) for i in range(size)], 0) for _ in range(num)]
 
 
-def ours(model: MultimodalLM, config: ModelConfig, batches: list[Batch], world: World) -> Callable[[int], None]:
+def our_loop(model: MultimodalLM, config: ModelConfig, batches: list[Batch], world: World) -> Callable[[int], None]:
     """Return a function that does what the training loop does in steps that are not logged."""
     optim = OptimConfig(lr=1e-4)
     wrapped, optimizer, meter = replicate(model, world), build_optimizer(model, config, optim), Meter(["bench"], world)
@@ -118,7 +118,7 @@ def ours(model: MultimodalLM, config: ModelConfig, batches: list[Batch], world: 
             result = train_step(
                 wrapped, optimizer, batch, world, seed=0, step=step, clip_norm=optim.clip_norm, told=told, mark=tracker.mark
             )
-            deferred.push(hearable(result))
+            deferred.push(scalars_to_read(result))
             share = result.losses.sum()
             meter.add(batch, result, 0.0)
 
@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         models = [build_model(config) for _ in range(3)]
         batches = make_batches(models[0], 4, arguments.batch)
         runs = {
-            "ours": ours(models[0], config, batches, world),
+            "ours": our_loop(models[0], config, batches, world),
             "bare loop": bare(models[1], config, batches, world),
             "Trainer": hugging_face(models[2], batches, f"{folder}/out"),
         }

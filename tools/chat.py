@@ -17,7 +17,7 @@ from data.text.rounds import THOUGHTFUL
 from model.errors import ConfigError
 from model.media_spec import PLACEHOLDERS
 from model.multimodal import MultimodalLM
-from tools.cli import printable, run
+from tools.cli import printable_lines, run_command
 from tools.model_options import add_model_options, load
 
 Turns = list[dict[str, str]]  # "from" and "value", as in records
@@ -60,7 +60,7 @@ def converse(answer: Callable[[Turns], Answer], media: Media, *, prompt: str) ->
             asked.append({"from": "gpt", "value": text})
             parse(record(asked, media), "conversation")
         except RecordError as error:
-            print(f"chat: {error.field}: {printable(error.reason)}; this round is not kept", file=sys.stderr)
+            print(f"chat: {error.field}: {printable_lines(error.reason)}; this round is not kept", file=sys.stderr)
             continue
         turns = turns if state == "negative" else asked
 
@@ -69,7 +69,7 @@ def show(state: str | None, text: str, note: str = "") -> None:
     """Print the answer on stdout and the state that the model reports on stderr."""
     if state is not None:
         print(f"chat: {STATES[state]}{note}", file=sys.stderr, flush=True)
-    print(printable(text), flush=True)
+    print(printable_lines(text), flush=True)
 
 
 def read_line(prompt: str) -> str | None:
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=None, help="of the sampling")
     parser.add_argument("--thinking", action="store_true", help="ask as for answers that begin with a thought (docs/thinking.md)")
     options = parser.parse_intermixed_args(argv)  # options may stand before the last positional
-    return run("chat", lambda: chat(options))
+    return run_command("chat", lambda: chat(options))
 
 
 if __name__ == "__main__":

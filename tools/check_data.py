@@ -21,18 +21,18 @@ import torch
 
 from data.check.check_dataset import Depth, SourceFound, check_dataset, remove_stale
 from data.check.duplicates import find_duplicates
-from data.check.report import field_of, match_row, problem_rows, summary, table
+from data.check.report import field_of, match_row, problem_rows, summarise_source, summary_lines
 from data.dataset import MultimodalDataset
 from model.errors import ConfigError, DataError
-from tools.cli import printable, run
+from tools.cli import printable_lines, run_command
 from trainer.checkpoint.retention import checkpoints
 from trainer.config import RunConfig
 from trainer.distributed.world import World
-from trainer.records.freeze_lengths import processors
+from trainer.records.freeze_lengths import available_cpus
 from trainer.records.run_data import open_data
 from trainer.runfile.load import load_config
-from trainer.runfile.stages import Stage, place_to_read
-from trainer.runfile.toml_files import undashed
+from trainer.runfile.stages import Stage, stage_for_reading
+from trainer.runfile.toml_files import without_dashes
 
 SHOWN = 20  # problems of each field, and duplicates of each kind
 BAD_FILE, DUPLICATES_FILE = "bad.jsonl", "duplicates.jsonl"
@@ -49,9 +49,9 @@ MATCHES = {
 def check(options: argparse.Namespace) -> None:
     if options.workers < 1:
         raise ConfigError(f"--workers {options.workers} is not positive")
-    place = place_to_read(load_config(options.cfg, options.overrides), options.stage)
+    place = stage_for_reading(load_config(options.cfg, options.overrides), options.stage)
     config = place.config
-    datasets = opened(place)
+    datasets = open_datasets(place)
     index_folder = Path(config.output_dir) / "index"
     depth = Depth(options.decode, options.near)
     found = {
@@ -62,8 +62,8 @@ def check(options: argparse.Namespace) -> None:
         remove_stale(index_folder, list(datasets.values()))
     out = Path(options.out or place.folder)
     out.mkdir(parents=True, exist_ok=True)
-    counts = told(datasets, found, out)
-    matches = told_duplicates(datasets, found, out, options.near)
+    counts = report_sources(datasets, found, out)
+    matches = report_duplicates(datasets, found, out, options.near)
     print(lengths_note(config))
     num_bad = sum(source["bad"] for sources in counts.values() for source in sources.values())
     print(json.dumps({"bad": num_bad, "duplicates": matches, **counts}))
@@ -71,7 +71,7 @@ def check(options: argparse.Namespace) -> None:
         raise DataError(f"{num_bad} records break the rules; all stand in {out / BAD_FILE}")
 
 
-def opened(place: Stage) -> dict[str, MultimodalDataset]:
+def open_datasets(place: Stage) -> dict[str, MultimodalDataset]:
     """Open the datasets of the run or stage, by split; no weight is read."""
     data = open_data(place.config, World(0, 0, 1, torch.device("cpu")), place=place)
     datasets = {"train": data.train, "validation": data.validation}
@@ -81,25 +81,27 @@ def opened(place: Stage) -> dict[str, MultimodalDataset]:
     return present
 
 
-def told(datasets: dict[str, MultimodalDataset], found: dict[str, list[SourceFound]], out: Path) -> dict[str, dict[str, Any]]:
+def report_sources(
+    datasets: dict[str, MultimodalDataset], found: dict[str, list[SourceFound]], out: Path
+) -> dict[str, dict[str, Any]]:
     """Print every source and write bad.jsonl; return the summaries by split and source."""
     counts: dict[str, dict[str, Any]] = {}
     rows: list[Iterator[dict[str, Any]]] = []
     for split, dataset in datasets.items():
         for source, one in zip(dataset.sources, found[split]):
-            counts.setdefault(split, {})[source.key] = summary(one.found)
+            counts.setdefault(split, {})[source.key] = summarise_source(one.found)
             rows.append(problem_rows(split, source.key, one.found))
             name = f"{split} {source.key}: {source.path}"
             cached = f" ({one.num_cached} of {one.num_parts} parts cached)" if one.num_cached else ""
             print(f"\n{name}{cached}\n{'=' * len(name)}")
-            print("\n".join(table(counts[split][source.key])))
-            for line in shown(one):
-                print(printable(line))
-    write_lines(out / BAD_FILE, itertools.chain.from_iterable(rows))
+            print("\n".join(summary_lines(counts[split][source.key])))
+            for line in first_problems(one):
+                print(printable_lines(line))
+    write_json_lines(out / BAD_FILE, itertools.chain.from_iterable(rows))
     return counts
 
 
-def shown(one: SourceFound) -> Iterator[str]:
+def first_problems(one: SourceFound) -> Iterator[str]:
     """Yield the first problems of each field."""
     seen: Counter[tuple[str, str]] = Counter()
     for _, problem in one.found.problems:
@@ -112,7 +114,7 @@ def shown(one: SourceFound) -> Iterator[str]:
             yield f"  ... and {count - SHOWN:,} more of {name}" + (", too long" if kind != "bad" else "")
 
 
-def told_duplicates(
+def report_duplicates(
     datasets: dict[str, MultimodalDataset], found: dict[str, list[SourceFound]], out: Path, near: bool
 ) -> dict[str, int]:
     """Print repeated records and media and write duplicates.jsonl; return how many there are by kind."""
@@ -120,14 +122,14 @@ def told_duplicates(
     sources = [(split, s.key, i) for split, dataset in datasets.items() for s, i in zip(dataset.sources, dataset.indexes)]
     matches = find_duplicates(train, validation, near=near)
     counts = Counter(match.kind for match in matches)
-    write_lines(out / DUPLICATES_FILE, (match_row(match, sources) for match in matches))
+    write_json_lines(out / DUPLICATES_FILE, (match_row(match, sources) for match in matches))
     for kind, meaning in MATCHES.items():
         if counts[kind]:
             print(f"\n{counts[kind]:,} {meaning}")
         for match in itertools.islice((match for match in matches if match.kind == kind), SHOWN):
             row = match_row(match, sources)
             place, other = (f"{row[p + 'file']}:{row[p + 'line']} {row[p + 'id']}" for p in ("", "other_"))
-            print(printable(f"  {place}: as {other}"))
+            print(printable_lines(f"  {place}: as {other}"))
         if counts[kind] > SHOWN:
             print(f"  ... and {counts[kind] - SHOWN:,} more in {out / DUPLICATES_FILE}")
     return dict(sorted(counts.items()))
@@ -139,7 +141,7 @@ def lengths_note(config: RunConfig) -> str:
     return "\nlengths are exact now: the run plans by them"
 
 
-def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object per line; the file appears at once."""
     temporary = path.with_name(f".{path.name}.new")
     with temporary.open("w", encoding="utf-8") as file:
@@ -153,15 +155,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--cfg", required=True, help="the run file")
     parser.add_argument("--stage", default="", metavar="NAME", help="of a file with [[stage]] tables: this one")
-    parser.add_argument("--workers", type=int, default=processors(), help="processes (one per processor)")
+    parser.add_argument("--workers", type=int, default=available_cpus(), help="processes (one per processor)")
     parser.add_argument("--out", default="", help=f"folder of {BAD_FILE} and {DUPLICATES_FILE} (the run's)")
     parser.add_argument("--decode", action="store_true", help="decode all media in full: slow, and finds what headers hide")
     parser.add_argument("--near", action="store_true", help="decode pictures small, to find those that look alike: slow")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
-    options = parser.parse_intermixed_args(undashed(argv))  # options may stand before the last positional
+    options = parser.parse_intermixed_args(without_dashes(argv))  # options may stand before the last positional
     # Worker processes share the machine; the tokenizer's own threads would compete with them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return run("check_data", lambda: check(options))
+    return run_command("check_data", lambda: check(options))
 
 
 if __name__ == "__main__":

@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data.check.certificate import proven
+from data.check.certificate import encode_proven
 from data.records.record import Record, RecordError, Turn
 from data.text.messages import media_kinds
 from data.text.render import RenderError, apply
 from data.text.rounds import TooLongError
 from data.text.template import Template, load_template
 from data.text.tokenizer import load_tokenizer
-from tools.cli import run
+from tools.cli import run_command
 
 NUM_CONVERSATIONS = 166
 WORDS = [
@@ -106,7 +106,7 @@ def calls(question: str, answer: str, tools: tuple[dict[str, Any], ...], later: 
 def outcome(template: Template, kind: str, record: Record) -> Outcome:
     """Compare one conversation and return its outcome."""
     try:
-        encoded = proven(template, record)
+        encoded = encode_proven(template, record)
     except RecordError as error:
         return Outcome(kind, _refusal(template, record, error), str(error))
     if encoded.input_ids == own_ids(template, record):
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tools.check_templates", description=__doc__)
     parser.add_argument("folders", nargs="+", help="folders with tokenizer.json and a chat template")
     options = parser.parse_args(argv)
-    return run("check_templates", lambda: report(options.folders))
+    return run_command("check_templates", lambda: report(options.folders))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from data.records import fields
 from trainer.errors import INTERNAL, code_of
 
-INTERRUPTED, NOBODY_READS = 130, 141
+INTERRUPTED, BROKEN_PIPE = 130, 141
 
 
-def run(name: str, action: Callable[[], None]) -> int:
+def run_command(name: str, action: Callable[[], None]) -> int:
     """Run `action` and return its exit code: 0, or the `exit_code` of its error, which becomes one line on stderr.
 
     An error without such a code is a mistake of the program, not of its user, and keeps its traceback.
@@ -24,15 +24,15 @@ def run(name: str, action: Callable[[], None]) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes the rest of stdout when it exits
-        return NOBODY_READS
+        return BROKEN_PIPE
     except Exception as error:
         if (code := code_of(error)) == INTERNAL:
             raise
-        print(f"{name}: {printable(fields.message(str(error)))}", file=sys.stderr)
+        print(f"{name}: {printable_lines(fields.bound_message(str(error)))}", file=sys.stderr)
         return code
     return 0
 
 
-def printable(text: str) -> str:
+def printable_lines(text: str) -> str:
     """Return the text made safe for a terminal, with its line breaks: records and models could hold control sequences."""
     return fields.printable(text, keep="\n\t")

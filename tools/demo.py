@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.errors import ConfigError
-from tools.cli import run
+from tools.cli import run_command
 from tools.demos.digit_runs import QUESTIONS
 from trainer.errors import ProofError
 
@@ -50,7 +50,7 @@ def trained_by(ranks: int, config: Path) -> list[str]:
     return module("torch.distributed.run", *launch, "--cfg", config)
 
 
-def do(title: str, command: list[str], capture: bool = False) -> str:
+def run_step(title: str, command: list[str], capture: bool = False) -> str:
     """Print the title and the command, then run it. Raises StepError if it fails.
 
     Returns the command's stdout if `capture`, else "".
@@ -67,32 +67,32 @@ def score(folder: Path, final: Path, task: str, when: str) -> float:
     """Return the share of the held-out pictures that a model answers exactly right."""
     title = f"{when}: what does it answer to {QUESTIONS[task]!r} on pictures it has not seen?"
     arguments = ("--data", folder / f"{task}_test.json", "--media-root", folder / "images", "--max-new-tokens", "16")
-    result = json.loads(do(title, module("tools.evaluate", final, *arguments), capture=True).splitlines()[-1])
+    result = json.loads(run_step(title, module("tools.evaluate", final, *arguments), capture=True).splitlines()[-1])
     print(f"   {result['exact_match']:.1%} of {result['samples']} exactly right, loss {result['loss']:.3f}")
     return result["exact_match"]
 
 
 def train(folder: Path, task: str, ranks: int, before: float, title: str) -> Score:
-    do(title, trained_by(ranks, folder / f"{task}.toml"))
+    run_step(title, trained_by(ranks, folder / f"{task}.toml"))
     return Score(task, before, score(folder, folder / task / "final", task, "After"))
 
 
 def hand_over(folder: Path) -> None:
     """Use the trained model: export files for others, draw curves, ask a question."""
     final = folder / "parity" / "final"
-    do("Take out what was trained: projector and adapter", module("tools.export_adapter", final, folder / "export"))
+    run_step("Take out what was trained: projector and adapter", module("tools.export_adapter", final, folder / "export"))
     for task in QUESTIONS:
-        do(f"Draw the curves of {task}", module("tools.plot_run", folder / task))
+        run_step(f"Draw the curves of {task}", module("tools.plot_run", folder / task))
     record = json.loads((folder / "parity_test.json").read_text())[0]
     picture = folder / "images" / record["image"]
-    do(f"Ask about one picture; right would be {record['conversations'][1]['value']!r}", asked(final, picture))
+    run_step(f"Ask about one picture; right would be {record['conversations'][1]['value']!r}", picture_command(final, picture))
 
 
-def asked(final: Path, picture: Path) -> list[str]:
+def picture_command(final: Path, picture: Path) -> list[str]:
     return module("tools.chat", final, "--image", picture, QUESTIONS["parity"])
 
 
-def summary(folder: Path, scores: list[Score], seconds: float) -> str:
+def demo_summary(folder: Path, scores: list[Score], seconds: float) -> str:
     lines = [f"\n{'question':<30}{'before':>8}{'after':>8}{'wanted':>8}"]
     lines += [f"{QUESTIONS[s.task]:<30}{s.before:>8.1%}{s.after:>8.1%}{WANTED[s.task]:>8.0%}" for s in scores]
     places = {
@@ -107,11 +107,11 @@ def summary(folder: Path, scores: list[Score], seconds: float) -> str:
 
 def demo(folder: Path, ranks: int) -> None:
     started = time.monotonic()
-    clear(folder)
-    do("Write pictures, questions, untrained parts and run files", module("tools.make_demo", folder))
+    clear_demo_folder(folder)
+    run_step("Write pictures, questions, untrained parts and run files", module("tools.make_demo", folder))
     untrained = folder / "untrained"
     nothing = ("train.max_steps=0", f"output_dir={untrained}")
-    do("Put the parts together without training", module("trainer.main", "--cfg", folder / "digit.toml", *nothing))
+    run_step("Put the parts together without training", module("trainer.main", "--cfg", folder / "digit.toml", *nothing))
     before = score(folder, untrained / "final", "digit", "Before")
     first = train(folder, "digit", ranks, before, f"Train everything, on {ranks} processes (FSDP2)")
     before = score(folder, folder / "digit" / "final", "parity", "Before")
@@ -119,12 +119,12 @@ def demo(folder: Path, ranks: int) -> None:
         folder, "parity", ranks, before, f"Train an adapter and the projector for another question, on {ranks} processes (DDP)"
     )
     hand_over(folder)
-    print(summary(folder, [first, second], time.monotonic() - started))
+    print(demo_summary(folder, [first, second], time.monotonic() - started))
     if low := [s for s in (first, second) if s.after < WANTED[s.task]]:
         raise ProofError(", ".join(f"{s.task} reached {s.after:.3f}, {WANTED[s.task]} was wanted" for s in low))
 
 
-def clear(folder: Path) -> None:
+def clear_demo_folder(folder: Path) -> None:
     """Remove an earlier demo, because its runs would resume where they stopped.
 
     Raises ConfigError for a folder that is not the demo's.
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
     parser.add_argument("--ranks", type=int, default=2, help="processes that train together (2)")
     options = parser.parse_args(argv)
-    return run("demo", lambda: demo(options.folder, options.ranks))
+    return run_command("demo", lambda: demo(options.folder, options.ranks))
 
 
 if __name__ == "__main__":

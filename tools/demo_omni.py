@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import ConfigError
-from tools.cli import run
-from tools.demo import clear, do, module, trained_by
+from tools.cli import run_command
+from tools.demo import clear_demo_folder, module, run_step, trained_by
 from tools.make_omni import KINDS, WHICH
 from trainer.config import TrainConfig, ValidationConfig
 from trainer.errors import ProofError
 from trainer.runfile.load import load_config
 from trainer.runfile.schema import to_tables
-from trainer.runfile.stages import Stage, places_of
+from trainer.runfile.stages import Stage, list_stages
 from trainer.runfile.toml_files import to_toml
 
 TEACHES = {"text": "text", "align_vision": "image", "vision": "video", "align_audio": "audio", "together": "noise"}
@@ -48,7 +48,7 @@ def untrained(folder: Path, place: Stage) -> Path:
     out.mkdir(parents=True)
     file = out.with_suffix(".toml")
     file.write_text(to_toml(to_tables(config)), encoding="utf-8")
-    do(f"Put together what stage {place.name!r} begins with", module("trainer.main", "--cfg", file))
+    run_step(f"Put together what stage {place.name!r} begins with", module("trainer.main", "--cfg", file))
     return out / "final"
 
 
@@ -59,7 +59,7 @@ def accuracy(folder: Path, final: Path, kinds: list[str], when: str) -> Accuracy
     records, answers = folder / f"test_{len(kinds)}.json", folder / "answers.jsonl"
     records.write_text(json.dumps([record for found in tests.values() for record in found], indent=1) + "\n")
     arguments = ("--data", records, "--media-root", folder / "media", "--max-new-tokens", "4", "--batch-size", "64")
-    do(f"{when}: what does it answer?", module("tools.evaluate", final, *arguments, "--predictions", answers), capture=True)
+    run_step(f"{when}: what does it answer?", module("tools.evaluate", final, *arguments, "--predictions", answers), capture=True)
     right = dict.fromkeys(kinds, 0)
     for line in map(json.loads, answers.read_text().splitlines()):
         right[kind_of[line["id"]]] += line["generated"] == line["expected"]
@@ -93,7 +93,7 @@ def shortfalls(names: list[str], found: list[Accuracy]) -> list[str]:
     return lines
 
 
-def table(names: list[str], found: list[Accuracy]) -> str:
+def accuracy_table(names: list[str], found: list[Accuracy]) -> str:
     """Format the accuracies: kinds down, stages across; a star where a stage teaches the kind."""
     lines = ["\n" + f"{'exact match':<12}" + "".join(f"{name:>14}" for name in ("start", *names))]
     for kind in KINDS:
@@ -125,7 +125,7 @@ def draw(out: Path, names: list[str], found: list[Accuracy]) -> None:
     figure.savefig(out, format="png")
 
 
-def asked(folder: Path) -> list[str]:
+def melody_command(folder: Path) -> list[str]:
     """Return the command that plays one held-out melody to the trained model."""
     record: dict[str, Any] = json.loads((folder / "audio_test.json").read_text())[7]
     return module("tools.chat", folder / "run" / "final", "--audio", folder / "media" / record["audio"], WHICH)
@@ -133,17 +133,17 @@ def asked(folder: Path) -> list[str]:
 
 def demo(folder: Path, ranks: int) -> None:
     started = time.monotonic()
-    clear(folder)
-    do("Write records, media, untrained parts and the run file", module("tools.make_omni", folder))
-    places = places_of(load_config(str(folder / "omni.toml")))
+    clear_demo_folder(folder)
+    run_step("Write records, media, untrained parts and the run file", module("tools.make_omni", folder))
+    places = list_stages(load_config(str(folder / "omni.toml")))
     names = [place.name for place in places]
-    do(f"Train {len(places)} stages, on {ranks} processes", trained_by(ranks, folder / "omni.toml"))
+    run_step(f"Train {len(places)} stages, on {ranks} processes", trained_by(ranks, folder / "omni.toml"))
     trained = time.monotonic()
     found = measure(folder, places)
     (folder / "accuracy.json").write_text(json.dumps(dict(zip(("start", *names), found)), indent=1) + "\n")
     draw(folder / "omni.png", names, found)
-    do("Play it one melody; right would be '7'", asked(folder))
-    print(table(names, found))
+    run_step("Play it one melody; right would be '7'", melody_command(folder))
+    print(accuracy_table(names, found))
     seconds = time.monotonic() - started
     print(f"\nin {folder}, after {seconds:.0f} seconds, {trained - started:.0f} of them to train: omni.toml, omni.png, run/final")
     if low := shortfalls(names, found):
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/omni"), metavar="DIR", help="default: runs/omni")
     parser.add_argument("--ranks", type=int, default=2, help="processes that train together (2)")
     options = parser.parse_args(argv)
-    return run("demo_omni", lambda: demo(options.folder, options.ranks))
+    return run_command("demo_omni", lambda: demo(options.folder, options.ranks))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from data.processor import Processor, load_processor
 from data.records.record import Record, RecordError, parse
 from model.errors import ConfigError
 from model.multimodal import MultimodalLM
-from tools.cli import run
+from tools.cli import run_command
 from tools.model_options import add_model_options, load
 
 
@@ -107,12 +107,12 @@ def evaluate(options: argparse.Namespace) -> None:
                 bar.update(len(answered.records))
                 bar.set_postfix_str(f"exact match {totals.exact / totals.samples:.3f}")
     if options.predictions:
-        write_lines(options.predictions, predictions)
+        write_predictions(options.predictions, predictions)
     result = totals.result()
     print(json.dumps({key: value if math.isfinite(value) else None for key, value in result.items()}))
 
 
-def write_lines(path: str, values: list[dict[str, str]]) -> None:
+def write_predictions(path: str, values: list[dict[str, str]]) -> None:
     try:
         Path(path).write_text("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values), encoding="utf-8")
     except OSError as error:
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=16, help="records answered at once (16)")
     parser.add_argument("--predictions", default="", metavar="FILE", help="also write every answer, one JSON object per line")
     options = parser.parse_args(argv)
-    return run("evaluate", lambda: evaluate(options))
+    return run_command("evaluate", lambda: evaluate(options))
 
 
 if __name__ == "__main__":

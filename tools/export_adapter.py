@@ -16,7 +16,7 @@ if __name__ == "__main__":  # started as a file, its own folder is on the path a
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data.processor import load_processor
-from data.records.fields import message
+from data.records.fields import bound_message
 from data.text.tokenizer import save_tokenizer
 from model.card import ModelCard, read_card
 from model.errors import ConfigError
@@ -27,7 +27,7 @@ from model.exports.trained_files import PROJECTORS, changed_parts, llm_adapter, 
 from model.files.tensor_files import dump_json
 from model.load import load_model
 from model.weights.peft_adapter import INHERITS, OUR_CONFIG, OURS, WEIGHTS, adapter_config, write_config
-from tools.cli import printable
+from tools.cli import printable_lines
 from tools.exports.hf_folder import prove_folder, write_folder
 from tools.exports.output_folder import listing, new_folder
 from trainer.errors import code_of
@@ -70,7 +70,7 @@ def to_go_on(source: Path, card: ModelCard, files: set[str], inherits: bool) -> 
 
 def to_llava(source: Path, out: Path, card: ModelCard, _: Path) -> str:
     """Write LLaVA's mm_projector.bin."""
-    export_llava.check_exportable(card)
+    export_llava.check_exportable_llava(card)
     path = export_llava.write_projector(out, projector(source, card))
     others = [f"{name} (tune = {part.tune!r})" for name, part in card.model.parts().items() if part.tune != "frozen"]
     if others := [text for text in others if not text.startswith("vision_projector ")]:
@@ -102,7 +102,7 @@ def to_peft(source: Path, out: Path, card: ModelCard, named: Path) -> str:
 
 def to_hf(source: Path, out: Path, card: ModelCard, _: Path) -> str:
     """Write a merged folder for LlavaForConditionalGeneration and AutoProcessor, reopened and compared."""
-    hugging_face.check_exportable(card)
+    hugging_face.check_exportable_hf(card)
     model, processor = load_model(source), load_processor(source)
     write_folder(out, card, model, processor)
     difference = prove_folder(out, model, processor)
@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if (code := code_of(error)) == 1:
             raise
-        print(f"export_adapter: {printable(message(str(error)))}", file=sys.stderr)
+        print(f"export_adapter: {printable_lines(bound_message(str(error)))}", file=sys.stderr)
         return code
     return 0
 

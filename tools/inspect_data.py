@@ -15,13 +15,13 @@ import sys
 from pathlib import Path
 
 from data.check.certificate import certify
-from data.records.fields import bounded
+from data.records.fields import shorten
 from model.errors import ConfigError, DataError
-from tools.cli import printable, run
-from tools.inspector.choose import KINDS, Source, Wanted, choose, open_sources, place_of
+from tools.cli import printable_lines, run_command
+from tools.inspector.choose import KINDS, Source, Wanted, choose_samples, open_sources, stage_to_inspect
 from tools.inspector.entry import Box, InspectorEntry, Piece
 from tools.inspector.page_html import Shown, page
-from trainer.runfile.toml_files import undashed
+from trainer.runfile.toml_files import without_dashes
 
 GREEN, GREY, DIM, RESET = "\x1b[32m", "\x1b[90m", "\x1b[2m", "\x1b[0m"
 MARKS = {"learned": (GREEN, "{+", "+}"), "passed over": (GREY, "{-", "-}")}
@@ -40,7 +40,7 @@ def certified(source: Source) -> tuple[str, bool]:
 
 def print_source(source: Source, colour: bool) -> bool:
     """Print one source; return whether the run would refuse it."""
-    name = printable(f"data.{source.table} {source.config.key}: {source.config.path}")
+    name = printable_lines(f"data.{source.table} {source.config.key}: {source.config.path}")
     ids = source.pool.ids
     media = [f"{int((source.dataset.modalities[ids] > 0).sum()):,} with media"]
     media += [f"{count:,} with {kind}" for kind, count in source.kinds.items()]
@@ -48,18 +48,18 @@ def print_source(source: Source, colour: bool) -> bool:
     certificate, refused = certified(source)
     print(f"{name}\n{'=' * len(name)}")
     print(", ".join(filter(None, [f"{source.pool.size:,} records", source.part, *media, planned])))
-    print(f"certificate: {'REFUSED: ' * refused}{printable(certificate)}")
+    print(f"certificate: {'REFUSED: ' * refused}{printable_lines(certificate)}")
     for entry in source.entries():
-        print(f"\n{printed(entry, colour)}")
+        print(f"\n{entry_text(entry, colour)}")
     print("" if source.chosen else "\nnone of its records is shown: none fits the choice\n")
     return refused
 
 
-def printed(entry: InspectorEntry, colour: bool) -> str:
+def entry_text(entry: InspectorEntry, colour: bool) -> str:
     """Return a headline with the record's place and lengths, and the sample; or why the record is not trained on."""
-    headline = f"{entry.where} {bounded(entry.id)}:"
+    headline = f"{entry.where} {shorten(entry.id)}:"
     if entry.status not in ("trained", "shortened"):
-        return printable(f"{headline} {entry.status}, not trained on: {entry.reason}")
+        return printable_lines(f"{headline} {entry.status}, not trained on: {entry.reason}")
     parts = [f"{entry.num_tokens} tokens", f"{entry.num_learned} supervised"]
     if entry.num_unlearned:
         parts.append(f"{entry.num_unlearned} answer{'s' * (entry.num_unlearned > 1)} not learned ({'grey' if colour else '{- -}'})")
@@ -68,22 +68,22 @@ def printed(entry: InspectorEntry, colour: bool) -> str:
     for modality, boxes in itertools.groupby(sorted(entry.boxes, key=_modality), key=_modality):
         parts.append(f"{sum(box.medium.length for box in boxes)} of {modality}")
     parts += [f"{entry.planned} planned", *([entry.reason] if entry.reason else [])]
-    return f"{printable(f'{headline} ' + ', '.join(parts))}\n{shown(entry, colour)}"
+    return f"{printable_lines(f'{headline} ' + ', '.join(parts))}\n{sample_text(entry, colour)}"
 
 
 def _modality(box: Box) -> str:
     return box.medium.kind
 
 
-def shown(entry: InspectorEntry, colour: bool) -> str:
+def sample_text(entry: InspectorEntry, colour: bool) -> str:
     """Return the sample as text: stretches of supervised tokens, of other ones, and media, in their order."""
     stretches: list[str] = []
     for mark, group in itertools.groupby(entry.pieces, key=_mark):
         if mark == "box":
-            texts = [f"[{box.medium.kind} {box.facts}: {printable(box.path)}]" for box in group if isinstance(box, Box)]
+            texts = [f"[{box.medium.kind} {box.facts}: {printable_lines(box.path)}]" for box in group if isinstance(box, Box)]
             stretches += [f"{DIM}{text}{RESET}" if colour else text for text in texts]
             continue
-        text = printable("".join(piece.text for piece in group if not isinstance(piece, Box)))
+        text = printable_lines("".join(piece.text for piece in group if not isinstance(piece, Box)))
         hue, left, right = MARKS.get(mark, ("", "", ""))
         stretches.append(f"{hue}{text}{RESET if hue else ''}" if colour else f"{left}{text}{right}")
     return "".join(stretches).rstrip("\n")
@@ -137,7 +137,7 @@ def wanted_of(options: argparse.Namespace) -> Wanted:
 
 def inspect(options: argparse.Namespace) -> None:
     wanted = wanted_of(options)
-    sources = choose(open_sources(place_of(options.cfg, options.run, options.overrides, options.stage)), wanted)
+    sources = choose_samples(open_sources(stage_to_inspect(options.cfg, options.run, options.overrides, options.stage)), wanted)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     if options.html:
         refusals = write_page(options.html, options.cfg or options.run, wanted.words, sources)
@@ -164,8 +164,8 @@ def main(argv: list[str] | None = None) -> int:
     order.add_argument("--quarantined", action="store_true", help="what the run quarantined")
     order.add_argument("--step", type=int, metavar="N", help="with --run: what brought it from N to N + 1 completed steps")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
-    options = parser.parse_intermixed_args(undashed(argv))  # options may stand before the last positional
-    return run("inspect_data", lambda: inspect(options))
+    options = parser.parse_intermixed_args(without_dashes(argv))  # options may stand before the last positional
+    return run_command("inspect_data", lambda: inspect(options))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from data.text.tokenizer import save_tokenizer
 from model.errors import ConfigError
-from tools.cli import run
+from tools.cli import run_command
 from tools.demos.digit_runs import DIGIT_RUN, PARITY_RUN, QUESTIONS
 
 NUM_TRAIN = 1500  # of 1,797; the rest is held out
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", metavar="DIR", type=Path, help="where to write; the run files name it as it is given here")
     options = parser.parse_args(argv)
     logging.disable_progress_bar()
-    return run("make_demo", lambda: make(options.folder))
+    return run_command("make_demo", lambda: make(options.folder))
 
 
 if __name__ == "__main__":

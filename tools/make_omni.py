@@ -22,8 +22,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import logging
 
 from model.errors import ConfigError
-from tools.cli import run
-from tools.demos.omni_media import DIRECTIONS, melody, moving, noise, picture, wav
+from tools.cli import run_command
+from tools.demos.omni_media import DIRECTIONS, digit_picture, melody, moving, noise, wav
 from tools.demos.omni_runs import OMNI_RUN
 from tools.make_demo import NUM_TRAIN, load_pictures, train_tokenizer, write_parts
 
@@ -74,7 +74,7 @@ def text_examples(split: str, rng: np.random.Generator) -> Iterator[Example]:
 def image_examples(split: str, rng: np.random.Generator) -> Iterator[Example]:
     for pixels, digit in zip(*pictures(split)):
         file = io.BytesIO()
-        picture(pixels).save(file, format="PNG")
+        digit_picture(pixels).save(file, format="PNG")
         yield Example(WHICH, str(digit), file.getvalue())
 
 
@@ -113,7 +113,7 @@ KINDS = {
 }
 
 
-def write_data(folder: Path) -> None:
+def write_omni_data(folder: Path) -> None:
     """Write folder/media and KIND_train.json, KIND_test.json."""
     for number, (name, kind) in enumerate(KINDS.items()):
         for part, split in enumerate(SPLITS):
@@ -149,7 +149,7 @@ def make(folder: Path) -> None:
     corpus = [WHICH, WHERE, NOTHING, "system user assistant", *DIRECTIONS, *WORDS, *FILLERS]
     corpus += [f" {word}" for word in (*WORDS, *FILLERS)]
     try:
-        write_data(folder)
+        write_omni_data(folder)
         write_parts(folder, train_tokenizer(corpus, VOCAB), VOCAB)
         write_audio(folder)
         text = OMNI_RUN.replace("@", json.dumps(folder.as_posix(), ensure_ascii=False)[1:-1])
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", metavar="DIR", type=Path, help="where to write; the run file names it as it is given here")
     options = parser.parse_args(argv)
     logging.disable_progress_bar()
-    return run("make_omni", lambda: make(options.folder))
+    return run_command("make_omni", lambda: make(options.folder))
 
 
 if __name__ == "__main__":

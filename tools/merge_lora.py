@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from data.processor import Processor, load_processor
-from data.records.fields import message
+from data.records.fields import bound_message
 from model.card import ModelCard, read_card, write_card
 from model.config import ModelConfig, QuantizeConfig
 from model.errors import ConfigError
 from model.exports.trained_files import changed_parts, projector, write_file
-from model.files.proof import file_facts
+from model.files.proof import proof_entry
 from model.files.tensor_files import SHARD_BYTES, Entry, dump_json, in_memory, split_by_size, tensor_digests, write_safetensors
 from model.load import load_model
-from tools.cli import printable
+from tools.cli import printable_lines
 from tools.exports.output_folder import listing, new_folder
 from tools.exports.proofs import batch_of, check_close, logits, sample
 from trainer.errors import ProofError, code_of
@@ -69,19 +69,19 @@ def write_merged(source: Path, folder: Path, card: ModelCard, processor: Process
     for part in sorted(parts - {"vision_projector"}):
         named = model.get_submodule(part).named_parameters()
         entries = {name: Entry(model.dtype, tuple(p.shape), in_memory(p.detach()).all) for name, p in named}
-        write_part(folder, part, entries)
+        write_merged_part(folder, part, entries)
     if card.model.vision_projector is not None and (tensors := projector(source, card)):
         write_file(folder / "vision_projector.safetensors", tensors)
     dtype = str(model.dtype).removeprefix("torch.")
     alone = replace(standalone(card.model, parts), dtype=dtype)  # type: ignore[arg-type]
     write_card(replace(card, model=alone, quantize=QuantizeConfig()), folder)
     processor.save(folder)
-    files = {path.name: file_facts(path) for path in sorted(folder.glob("*.safetensors"))}
+    files = {path.name: proof_entry(path) for path in sorted(folder.glob("*.safetensors"))}
     proof = {"files": files, "compared": "float32 logits of a sample, merged and unmerged; every tensor's bytes after reopening"}
     (folder / "proof.json").write_text(dump_json(proof))
 
 
-def write_part(folder: Path, part: str, entries: dict[str, Entry]) -> None:
+def write_merged_part(folder: Path, part: str, entries: dict[str, Entry]) -> None:
     groups = split_by_size(entries, SHARD_BYTES)
     for i, group in enumerate(groups, 1):
         name = f"{part}.safetensors" if len(groups) == 1 else f"{part}-{i:05d}-of-{len(groups):05d}.safetensors"
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if (code := code_of(error)) == 1:
             raise
-        print(f"merge_lora: {printable(message(str(error)))}", file=sys.stderr)
+        print(f"merge_lora: {printable_lines(bound_message(str(error)))}", file=sys.stderr)
         return code
     return 0
 

@@ -19,23 +19,23 @@ from data.check.measured_lengths import EXACT
 from data.loader import BatchPlan
 from data.sample import Sample
 from model.errors import ConfigError
-from tools.cli import printable, run
-from tools.plan_table import as_json, table
+from tools.cli import printable_lines, run_command
+from tools.plan_table import as_json, report_lines
 from trainer.config import RunConfig
 from trainer.distributed.parallelize import check_sharing
 from trainer.distributed.world import World
 from trainer.machine.memory_info import total_memory
 from trainer.memory.advice import Change, MemoryScenario, fitting, least_change
-from trainer.memory.file_sizes import checkpoint_bytes, final_bytes
+from trainer.memory.file_sizes import planned_checkpoint_bytes, planned_final_bytes
 from trainer.memory.footprint import Footprint, on_meta, sharing_ranks
-from trainer.memory.heaviest_batch import find_heaviest, read_samples
+from trainer.memory.heaviest_batch import find_heaviest, read_batch_samples
 from trainer.memory.sample_cost import media_memory, sample_costs
-from trainer.memory.synthetic_samples import made_up_samples
+from trainer.memory.synthetic_samples import build_synthetic_samples
 from trainer.records.run_data import RunData, open_data
 from trainer.runfile.load import load_config
-from trainer.runfile.stages import place_to_read
-from trainer.runfile.toml_files import undashed
-from trainer.setup import num_steps, resolved
+from trainer.runfile.stages import stage_for_reading
+from trainer.runfile.toml_files import without_dashes
+from trainer.setup import num_steps, resolve_config
 
 GIB = 2**30
 
@@ -65,26 +65,26 @@ def plan(options: argparse.Namespace) -> None:
         raise ConfigError(f"--ranks {options.ranks} is not positive")
     if options.memory is not None and not (options.memory > 0 and math.isfinite(options.memory)):
         raise ConfigError(f"--memory {options.memory} is not a positive number of GiB")
-    place = place_to_read(load_config(options.cfg, options.overrides), options.stage)
+    place = stage_for_reading(load_config(options.cfg, options.overrides), options.stage)
     check_sharing(place.config.parallel, options.ranks)
     device = torch.device(options.device)
     alone = World(0, 0, 1, torch.device("cpu"))
-    config = resolved(place.config, replace(alone, device=device))
+    config = resolve_config(place.config, replace(alone, device=device))
     if options.no_data:
         config = replace(config, data=replace(config.data, sources=(), validation=()))
     data = open_data(config, alone, place=replace(place, config=config))
     sharing = options.ranks if device.type == "cpu" else 1  # processes of one machine; a GPU is its rank's alone
     memory = options.memory * GIB if options.memory else total_memory(device) / sharing
-    found = planned(config, data, options.ranks, memory)
-    print(printable("\n".join(table(found))))
+    found = plan_run(config, data, options.ranks, memory)
+    print(printable_lines("\n".join(report_lines(found))))
     print(json.dumps(as_json(found)))
 
 
-def planned(config: RunConfig, data: RunData, num_ranks: int, memory: float) -> Plan:
+def plan_run(config: RunConfig, data: RunData, num_ranks: int, memory: float) -> Plan:
     """Plan a run on `num_ranks` ranks of `memory` bytes each."""
     heavy, calendar = heaviest_of(config, data, num_ranks)
     strategies: dict[str, Footprint] = {config.parallel.strategy: heavy.needed()}
-    for strategy, shard_size in others(config, num_ranks):
+    for strategy, shard_size in other_strategies(config, num_ranks):
         strategies[strategy] = heavy.needed(strategy=strategy, shard_size=shard_size)
     changes: list[Change] = []
     nearest = None
@@ -92,11 +92,13 @@ def planned(config: RunConfig, data: RunData, num_ranks: int, memory: float) -> 
         changes = list(fitting(heavy, memory))
         nearest = None if changes else least_change(heavy)
     model = on_meta(data.card, config.parallel, computes=False)
-    shards = checkpoint_bytes(model, sharing_ranks(config.parallel, num_ranks), num_ranks)
-    return Plan(heavy, strategies, calendar, data.lengths_kind, shards, final_bytes(model, data.card), memory, changes, nearest)
+    shards = planned_checkpoint_bytes(model, sharing_ranks(config.parallel, num_ranks), num_ranks)
+    return Plan(
+        heavy, strategies, calendar, data.lengths_kind, shards, planned_final_bytes(model, data.card), memory, changes, nearest
+    )
 
 
-def others(config: RunConfig, num_ranks: int) -> list[tuple[str, int]]:
+def other_strategies(config: RunConfig, num_ranks: int) -> list[tuple[str, int]]:
     """Return the strategies beside the configured one, with their shard size.
 
     hsdp is planned in two copies if the ranks can form them and no shard size is set.
@@ -113,16 +115,16 @@ def heaviest_of(config: RunConfig, data: RunData, num_ranks: int) -> tuple[Memor
     batch, sampler = config.batch, data.sampler
     if sampler is None or data.train is None:
         micros = 2 if config.data.packing else -(-batch.global_batch_size // (num_ranks * batch.micro_batch_size))
-        return MemoryScenario(config, data.card, num_ranks, made_up_samples(config, data), micros), {}
+        return MemoryScenario(config, data.card, num_ranks, build_synthetic_samples(config, data), micros), {}
     deal = BatchPlan(num_ranks, batch.micro_batch_size, batch.micro_batch_tokens)
     model = on_meta(data.card, config.parallel, computes=False)
     media = media_memory(model, data.train, config.parallel.activation_checkpointing != "none")
     costs = sample_costs(model, config.model, data.train) if deal.is_packed else None
     found = find_heaviest(sampler, deal, media, costs, 0, sampler.steps_per_epoch)
     if deal.is_packed and data.lengths_kind != EXACT:  # a run measures before it packs; here records may be longer than planned
-        samples = filled(read_samples(data.train, found.ids, False), batch.micro_batch_tokens)
+        samples = samples_that_fit(read_batch_samples(data.train, found.ids, False), batch.micro_batch_tokens)
     else:
-        samples = read_samples(data.train, found.ids, deal.is_packed)
+        samples = read_batch_samples(data.train, found.ids, deal.is_packed)
     _, ids = sampler.before(sampler.steps_per_epoch - 1)
     tokens = sum(int(sampler.lengths[part].sum(dtype="int64")) for part in (ids, sampler.step(sampler.steps_per_epoch - 1)))
     calendar = {
@@ -134,7 +136,7 @@ def heaviest_of(config: RunConfig, data: RunData, num_ranks: int) -> tuple[Memor
     return MemoryScenario(config, data.card, num_ranks, samples, found.num_micro_batches), calendar
 
 
-def filled(samples: list[Sample], num_tokens: int) -> list[Sample]:
+def samples_that_fit(samples: list[Sample], num_tokens: int) -> list[Sample]:
     """Keep the samples that fit into `num_tokens`, in order; a sample that does not fit is skipped."""
     kept, left = [], num_tokens
     for sample in samples:
@@ -156,9 +158,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if cuda else "cpu", help="what it will run on")
     parser.add_argument("--no-data", action="store_true", help="the data are elsewhere: plan by data.max_length")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
-    options = parser.parse_intermixed_args(undashed(argv))
+    options = parser.parse_intermixed_args(without_dashes(argv))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return run("plan", lambda: plan(options))
+    return run_command("plan", lambda: plan(options))
 
 
 if __name__ == "__main__":

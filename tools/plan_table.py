@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from data.check.measured_lengths import EXACT
 from model.trainable import part_table
-from trainer.machine.disk_space import size as rounded
+from trainer.machine.disk_space import format_bytes as rounded
 from trainer.memory.advice import describe
 from trainer.memory.footprint import Footprint, on_meta
-from trainer.memory.rehearsal import described
+from trainer.memory.rehearsal import describe_batch
 
 if TYPE_CHECKING:
     from tools.plan import Plan
@@ -26,7 +26,7 @@ ROWS = {
 }
 
 
-def table(plan: Plan) -> list[str]:
+def report_lines(plan: Plan) -> list[str]:
     """Return the lines of the table for people."""
     return [*_parts(plan), "", *_strategies(plan), "", *_run(plan), *_advice(plan)]
 
@@ -40,7 +40,7 @@ def _parts(plan: Plan) -> list[str]:
     lines += [f"{'part':<17}{'parameters':>15}{'trainable':>15}  {'tune':<10}{'weights':>12}{'gradients':>12}{'optimizer':>12}"]
     for row in part_table(on_meta(heavy.card, heavy.config.parallel, computes=False), heavy.card.model):
         part = held[row.part]
-        sizes = "".join(f"{size(value):>12}" for value in (part.weights + part.buffers, part.gradients, part.optimizer))
+        sizes = "".join(f"{exact_size(value):>12}" for value in (part.weights + part.buffers, part.gradients, part.optimizer))
         lines.append(f"{row.part:<17}{row.num_parameters:>15,}{row.num_trainable:>15,}  {row.tune:<10}{sizes}")
     return lines
 
@@ -55,10 +55,10 @@ def _strategies(plan: Plan) -> list[str]:
     for key, label in ROWS.items():
         values = [getattr(found, key) for found in plan.strategies.values()]
         if any(values):
-            lines.append(f"{label:<28}" + "".join(f"{size(value):>14}" for value in values))
+            lines.append(f"{label:<28}" + "".join(f"{exact_size(value):>14}" for value in values))
     if plan.memory:
         fits = ["yes" if found.total <= plan.memory else "no" for found in plan.strategies.values()]
-        lines.append(f"{f'fits in {size(plan.memory)}':<28}" + "".join(f"{answer:>14}" for answer in fits))
+        lines.append(f"{f'fits in {exact_size(plan.memory)}':<28}" + "".join(f"{answer:>14}" for answer in fits))
     else:
         lines.append("fits: not known, as this machine has no such device; name the memory of a rank with --memory")
     if "hsdp" in plan.strategies and config.parallel.strategy != "hsdp":
@@ -69,7 +69,7 @@ def _strategies(plan: Plan) -> list[str]:
 def _run(plan: Plan) -> list[str]:
     heavy, calendar = plan.heavy, plan.calendar
     lines = [
-        f"heaviest    {described(heavy.batch())}",
+        f"heaviest    {describe_batch(heavy.batch())}",
         f"            one of {heavy.num_micro_batches} micro-batch(es) in its step, computing in {heavy.card.model.dtype}",
     ]
     if calendar:
@@ -82,17 +82,17 @@ def _run(plan: Plan) -> list[str]:
     else:
         lines.append("steps       not known without the data; samples of data.max_length tokens were made up")
     kept = heavy.config.checkpoint.keep
-    lines.append(f"checkpoint  {size(plan.checkpoint_bytes)} of tensors each")
-    lines.append(f"final       {size(plan.final_bytes)} of weights")
+    lines.append(f"checkpoint  {exact_size(plan.checkpoint_bytes)} of tensors each")
+    lines.append(f"final       {exact_size(plan.final_bytes)} of weights")
     most = plan.checkpoint_bytes * (kept + 1) + plan.final_bytes
-    lines.append(f"disk        {size(most)} at most: checkpoint.keep = {kept}, one more being written, and final/")
+    lines.append(f"disk        {exact_size(most)} at most: checkpoint.keep = {kept}, one more being written, and final/")
     return lines
 
 
 def _advice(plan: Plan) -> list[str]:
     if plan.fits is not False:
         return []
-    lines = ["", f"It does not fit in {size(plan.memory)}. What would:"]
+    lines = ["", f"It does not fit in {exact_size(plan.memory)}. What would:"]
     lines += [f"  {describe(change)}" for change in plan.changes]
     if plan.nearest is not None:
         lines += ["  nothing by itself; nearest comes", f"  {describe(plan.nearest)}"]
@@ -121,7 +121,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def size(value: float) -> str:
+def exact_size(value: float) -> str:
     """Format bytes with two decimals, exact enough for sums to be checked."""
     return rounded(value, 2)
 

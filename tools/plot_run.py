@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.errors import ConfigError, DataError
-from tools.cli import run
+from tools.cli import run_command
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         plot(options.run, out)
         print(out)
 
-    return run("plot_run", action)
+    return run_command("plot_run", action)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from data.loader import MicroBatch, train_batches
-from data.workers import Reading, named
+from data.workers import Reading, describe_sample
 from trainer.faults.phase_tracker import PhaseTracker
 from trainer.memory.sample_cost import sample_costs
 from trainer.records.bookkeeping import Bookkeeping
@@ -62,5 +62,5 @@ class Feed:
             workers=config.data.workers,
             pin_memory=setup.world.device.type == "cuda",
             costs=sample_costs(setup.model, config.model, self.train) if config.data.packing else None,
-            reading=self.watch.read(Reading(config.data.workers), partial(named, self.train)),
+            reading=self.watch.read(Reading(config.data.workers), partial(describe_sample, self.train)),
         )

@@ -16,7 +16,7 @@ from trainer.faults.exit_report import RunStatus
 from trainer.faults.requests import EVALUATE, SAVE, STOP, WISHES
 from trainer.feed import Feed
 from trainer.health.deferred_read import DeferredRead
-from trainer.health.loss_monitor import Health, forget_after, hearable, split
+from trainer.health.loss_monitor import Health, forget_after, scalars_to_read, split_scalars
 from trainer.machine.disk_space import as_save_error
 from trainer.metrics import Meter, MetricsLog
 from trainer.optim import set_learning_rates
@@ -110,7 +110,7 @@ class Loop:
             told=[*self.steering.told(), self.health.told()],
             mark=self.watch.mark,
         )
-        self._hear(self.later.push(hearable(result)))
+        self._hear(self.later.push(scalars_to_read(result)))
         self.checkpointer.check()
         self.health.add(step, batches, result)
         self.meter.add(batches, result, wait)
@@ -119,7 +119,7 @@ class Loop:
     def _hear(self, values: list[float] | None) -> None:
         """What is known of the step before this one; the same on every rank, and nobody waits for the device."""
         if values is not None:
-            notes, own = split(values, len(WISHES) + 1)
+            notes, own = split_scalars(values, len(WISHES) + 1)
             self.steering.hear(notes[:-1])
             self.health.hear(notes[-1], *own)
 

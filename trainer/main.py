@@ -15,7 +15,7 @@ from trainer.distributed.world import World
 from trainer.errors import code_of
 from trainer.run import train
 from trainer.runfile.load import load_config
-from trainer.runfile.toml_files import undashed
+from trainer.runfile.toml_files import without_dashes
 from trainer.supervise import refuse, run_supervised
 
 
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="trainer.main", description="Train a multimodal model as a run.toml describes it.")
     parser.add_argument("--cfg", required=True, help="the run file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
-    arguments = parser.parse_args(undashed(argv))
+    arguments = parser.parse_args(without_dashes(argv))
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # Many ranks and workers share a machine; the tokenizer's own threads would fight them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -19,7 +19,7 @@ from model.batch import Batch
 from model.files.tensor_files import dump_json
 from trainer.distributed.world import World
 from trainer.machine.atomic_files import replace_text
-from trainer.machine.json_lines import read_sound
+from trainer.machine.json_lines import read_valid_lines
 from trainer.step import StepResult
 
 NAME = "metrics.jsonl"
@@ -77,7 +77,7 @@ class Ratios:
         return dict(zip(self.values, sums.tolist()))
 
 
-def means(totals: dict[str, list[float]], prefix: str) -> dict[str, float]:
+def ratio_means(totals: dict[str, list[float]], prefix: str) -> dict[str, float]:
     """Return the result of `Ratios.total` as quotients; a name with a count of zero is left out."""
     return {f"{prefix}/{name}": total / count for name, (total, count) in totals.items() if count}
 
@@ -162,7 +162,7 @@ class Meter:
         num_supervised, num_tokens = int(sums[1].sum()), int(sums[2].sum())
         line = {
             **mean_losses(sums, self.names, "train"),
-            **means(totals["ratios"], "train"),
+            **ratio_means(totals["ratios"], "train"),
             **{f"train/{name}/tokens": int(count) for name, count in zip(self.names, sums[2])},
             **{f"train/{name}/supervised_tokens": int(count) for name, count in zip(self.names, sums[1])},
             "train/grad_norm": self.grad_norm.item(),
@@ -203,7 +203,7 @@ class MetricsLog:
             print(f"{self.path} is not there: the curve begins anew after step {resumed_step}", flush=True)
         if self.active and self.path.exists():
             # Lines of steps that will be run again are dropped: they would be there twice.
-            lines = read_sound(self.path, {"step": int}) if resumed_step else []
+            lines = read_valid_lines(self.path, {"step": int}) if resumed_step else []
             self.history = [line for line in lines if line["step"] <= resumed_step]
             if resumed_step and not self.history:
                 print(f"{self.path} holds no step up to {resumed_step}: the curve begins anew after it", flush=True)

@@ -15,7 +15,7 @@ from trainer.schedule import warmup_steps
 from trainer.setup import PreparedRun
 
 
-def plan(setup: PreparedRun, certificates: list[str], resume: Path | None, damaged: list[str]) -> str:
+def describe_run(setup: PreparedRun, certificates: list[str], resume: Path | None, damaged: list[str]) -> str:
     """Describe parts, batch arithmetic, sharding, data and the resume point, for people."""
     place, origin = setup.place, setup.config.model.init_from or "the bases"
     lines = ["", f"{place}, from {origin}"] if place.name else []
@@ -48,7 +48,7 @@ def _experts(setup: PreparedRun) -> list[str]:
 def _batches(setup: PreparedRun) -> list[str]:
     config, world, sampler = setup.config, setup.world, setup.data.sampler
     per_rank = -(-config.batch.global_batch_size // world.size)
-    strategy = sharing(config.parallel, world.size)
+    strategy = describe_sharing(config.parallel, world.size)
     if config.data.packing:
         shared = f"packed into micro-batches of up to {config.batch.micro_batch_tokens:,} tokens, as many as each step needs"
     else:
@@ -73,7 +73,7 @@ def _batches(setup: PreparedRun) -> list[str]:
     return lines
 
 
-def sharing(config: ParallelConfig, num_ranks: int) -> str:
+def describe_sharing(config: ParallelConfig, num_ranks: int) -> str:
     """Describe which ranks hold which weights."""
     if num_ranks == 1:
         return "one process"

@@ -9,7 +9,7 @@ from typing import Any
 from model.errors import ConfigError
 from trainer import errors
 from trainer.checkpoint.restore import restore
-from trainer.checkpoint.resume import check_state, choose, left_of
+from trainer.checkpoint.resume import check_state, find_resume_point, remaining_stages
 from trainer.checkpoint.retention import set_aside, step_of
 from trainer.checkpoint.write_final import final_step, publish, write_final
 from trainer.config import RunConfig
@@ -20,33 +20,33 @@ from trainer.loop import Loop
 from trainer.machine.atomic_files import make_folder, replace_text
 from trainer.machine.open_files import check_limit
 from trainer.memory.rehearsal import rehearse
-from trainer.records.later_stages import look_ahead
+from trainer.records.later_stages import check_later_stages
 from trainer.records.quarantine import NAME as QUARANTINE
-from trainer.records.quarantine import read_rows, start_afresh
+from trainer.records.quarantine import drop_old_rows, read_rows
 from trainer.records.quick_check import quick_check
-from trainer.records.run_data import certify_all, open_data, with_bases
+from trainer.records.run_data import certify_all, open_data, with_base_digests
 from trainer.records.same_data import is_accepted, same_data
-from trainer.report import plan
+from trainer.report import describe_run
 from trainer.runfile.schema import to_tables
-from trainer.runfile.stages import Stage, check_stages, outline, places_of
+from trainer.runfile.stages import Stage, check_stages, describe_stages, list_stages
 from trainer.runfile.toml_files import to_toml
-from trainer.setup import PreparedRun, build, make_deterministic, resolved
+from trainer.setup import PreparedRun, build_run, make_deterministic, resolve_config
 
 
 def train(root: RunConfig, world: World, progress: exit_report.RunStatus) -> None:
     """Train every stage that is left of a run, one after the other; most runs are one stage. Collective."""
     check_limit(root.data)  # before a file that cannot be opened is taken for one that is not there
     make_deterministic(root)
-    checkpoint, damaged = choose(root, world)
-    places = [replace(place, config=resolved(place.config, world)) for place in places_of(root)]
+    checkpoint, damaged = find_resume_point(root, world)
+    places = [replace(place, config=resolve_config(place.config, world)) for place in list_stages(root)]
     check_stages(places)
-    for line in (*outline(places), *signals.launcher_lines(root.faults.grace_seconds)):
+    for line in (*describe_stages(places), *signals.launcher_lines(root.faults.grace_seconds)):
         say(world, line)
     state = None
     if checkpoint:
-        places, state = left_of(checkpoint, places, world)
+        places, state = remaining_stages(checkpoint, places, world)
     progress.watch.mark("index")
-    for line in look_ahead(root, places[1:], world):
+    for line in check_later_stages(root, places[1:], world):
         say(world, line)
     first_step = places[0].first_step
     for place in places:
@@ -73,10 +73,10 @@ def train_stage(place: Stage, start: ResumePoint, world: World, progress: exit_r
     if world.is_main:
         make_folder(place.folder)
         if not state:
-            start_afresh(place.run_folder, [stage.name for stage in place.root.stage[: place.number - 1]])
+            drop_old_rows(place.run_folder, [stage.name for stage in place.root.stage[: place.number - 1]])
     watch = progress.watch
     watch.mark("index")
-    data = with_bases(open_data(config, world, first_start=state is None, place=place, alive=watch.alive), world)
+    data = with_base_digests(open_data(config, world, first_start=state is None, place=place, alive=watch.alive), world)
     watch.mark("certify")
     certificates = certify_all(data, config, watch.alive)
     check_limit(config.data)
@@ -93,7 +93,7 @@ def train_stage(place: Stage, start: ResumePoint, world: World, progress: exit_r
                 "another output_dir; tools load and export from a checkpoint as from final/"
             )
     watch.mark("load")
-    setup = build(place, data, world, watch.alive)
+    setup = build_run(place, data, world, watch.alive)
     first_step = state["step"] - place.first_step if state else 0
     progress.step = place.first_step + first_step
     if checkpoint and state and setup.trained:
@@ -103,7 +103,7 @@ def train_stage(place: Stage, start: ResumePoint, world: World, progress: exit_r
         if start.checkpoint and config.checkpoint.resume not in ("auto", "none"):
             start.damaged.extend(set_aside(place.run_folder, step_of(start.checkpoint)))
         replace_text(Path(config.output_dir, "run.toml"), to_toml(to_tables(place.root)))
-        print(plan(setup, certificates, checkpoint, start.damaged), flush=True)
+        print(describe_run(setup, certificates, checkpoint, start.damaged), flush=True)
     if setup.trained and first_step < setup.total_steps:
         watch.at("heaviest", place.first_step + first_step)
         say(world, rehearse(setup, first_step))

@@ -46,7 +46,7 @@ class PreparedRun:
         return BatchPlan(self.world.size, batch.micro_batch_size, batch.micro_batch_tokens)
 
 
-def resolved(config: RunConfig, world: World) -> RunConfig:
+def resolve_config(config: RunConfig, world: World) -> RunConfig:
     """Return the configuration with the settings that depend on the machine filled in.
 
     Raises `ConfigError` when the configuration does not suit the number of ranks.
@@ -69,7 +69,7 @@ def num_steps(config: RunConfig, data: RunData) -> int:
     return math.ceil((config.train.epochs or 0) * steps)
 
 
-def build(place: Stage, data: RunData, world: World, alive: Callable[[str], object] = lambda at: None) -> PreparedRun:
+def build_run(place: Stage, data: RunData, world: World, alive: Callable[[str], object] = lambda at: None) -> PreparedRun:
     """Build the model and optimizer: structure on meta, sharding, then this rank's own rows of the weights. Collective.
 
     `alive` is called with the weights that are being read. Raises `ConfigError` when a proof fails.

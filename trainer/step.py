@@ -52,7 +52,7 @@ def train_step(
     each phase.
     """
     mark("count")
-    shares, heard = divisors(wrapped, batches, world, told)
+    shares, heard = loss_divisors(wrapped, batches, world, told)
     addends: list[Tensor] = []
     ratios: list[dict[str, Tensor]] = []
     losses: list[Tensor] = []
@@ -76,7 +76,7 @@ def train_step(
     return StepResult(addends, norm, skipped, ratios, torch.stack(losses), norms, heard)
 
 
-def divisors(
+def loss_divisors(
     wrapped: nn.Module, batches: list[Batch], world: World, told: Sequence[float | Tensor] = ()
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return the divisor of each term's sum, and the sums of `told` over all ranks. One collective, no host sync.

@@ -12,18 +12,18 @@ from pathlib import Path
 from model.errors import ConfigError
 from trainer import errors
 from trainer.config import RunConfig
-from trainer.distributed.rank_consistency import agree
+from trainer.distributed.rank_consistency import check_same_settings
 from trainer.distributed.world import World, die_with_parent, start_world, stop_world
 from trainer.errors import INTERNAL, SaveError, code_of
 from trainer.faults import exit_report, signals
-from trainer.faults.exit_report import INTERRUPT, RunStatus, clear, write_exit_report
+from trainer.faults.exit_report import INTERRUPT, RunStatus, clear_exit_report, write_exit_report
 from trainer.faults.watchdog import Watchdog
 from trainer.machine.atomic_files import make_folder
 from trainer.machine.folder_lock import FolderLock
-from trainer.machine.open_files import explained, raise_limit
+from trainer.machine.open_files import explain_open_files, raise_limit
 from trainer.machine.run_folder import check_names
 from trainer.runfile.toml_files import apply_override, read_toml
-from trainer.setup import resolved
+from trainer.setup import resolve_config
 
 Train = Callable[[RunConfig, World, RunStatus], None]
 
@@ -59,11 +59,11 @@ def run_watched(train: Train, config: RunConfig, world: World | None, status: Ru
     watchdog = Watchdog(status.watch, world, folder, config.faults.stall_seconds, lock).start()
     code = errors.DONE
     try:
-        config = resolved(config, world)
-        agree(config, world)
+        config = resolve_config(config, world)
+        check_same_settings(config, world)
         train(config, world, status)
         if world.is_main:
-            exit_report.record(folder, errors.DONE, "done", status.step, world.rank)
+            exit_report.record_exit(folder, errors.DONE, "done", status.step, world.rank)
     except (Exception, KeyboardInterrupt) as error:
         code = report_end(error, folder, status, world.rank, watchdog)
     finally:
@@ -93,7 +93,7 @@ def report_failure(
     error: BaseException, output_dir: Path | None, step: int | None, rank: int, watchdog: Watchdog | None = None
 ) -> int:
     """Report once what went wrong, on the rank that found out. Return the exit code; with a `watchdog`, that of all ranks."""
-    error = explained(error)
+    error = explain_open_files(error)
     code = code_of(error)
     reason = INTERRUPT if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
     shown = error if code == INTERNAL else None
@@ -119,7 +119,7 @@ def hold(folder: Path, *, waits: bool = True) -> FolderLock:
     try:
         make_folder(folder)
         lock = FolderLock(folder, waits=waits)
-        clear(folder)
+        clear_exit_report(folder)
         return lock
     except OSError as error:
         if lock is not None:

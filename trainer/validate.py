@@ -7,10 +7,10 @@ from functools import partial
 import torch
 
 from data.loader import validation_batches
-from data.workers import Reading, named
+from data.workers import Reading, describe_sample
 from trainer.distributed.parallelize import reshard
 from trainer.faults.phase_tracker import PhaseTracker
-from trainer.metrics import Ratios, SourceSums, mean_losses, means
+from trainer.metrics import Ratios, SourceSums, mean_losses, ratio_means
 from trainer.records.quarantine import VALIDATION, Quarantine
 from trainer.setup import PreparedRun
 from trainer.step import ratios_of
@@ -24,7 +24,7 @@ def validate(setup: PreparedRun, quarantine: Quarantine, step: int, watch: Phase
     dataset, world, config, watch = setup.data.validation, setup.world, setup.config, watch or PhaseTracker()
     if dataset is None:
         return {}
-    trained, reading = watch.reading, watch.read(Reading(config.data.workers), partial(named, dataset), VALIDATION)
+    trained, reading = watch.reading, watch.read(Reading(config.data.workers), partial(describe_sample, dataset), VALIDATION)
     sums, ratios = SourceSums(len(dataset.source_names), world.device), Ratios()
     batches = validation_batches(
         dataset,
@@ -50,4 +50,4 @@ def validate(setup: PreparedRun, quarantine: Quarantine, step: int, watch: Phase
     reshard(setup.model)
     quarantine.flush(world)
     losses = mean_losses(world.sum(sums.total()), dataset.source_names, "val")
-    return losses | means(ratios.total(world), "val")
+    return losses | ratio_means(ratios.total(world), "val")

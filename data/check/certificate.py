@@ -40,7 +40,7 @@ class UnprovenError(RecordError):
     """A record whose ids or whose supervision are not what they have to be."""
 
 
-def proven(template: Template, record: Record, max_length: int | None = None) -> Encoded:
+def encode_proven(template: Template, record: Record, max_length: int | None = None) -> Encoded:
     """Encode the record, and prove it as every row of a certificate is proven: what passes here passes at the start of a run.
 
     Last rounds that cannot fit into `max_length` have no part in the proof. Raises `RecordError`; `UnprovenError` if the proof
@@ -81,7 +81,7 @@ def certify(
         alive(index.where(i))
         try:
             record = parse(index.raw(i), index.where(i), index.name(i))
-            encoded = proven(template, record, max_length)
+            encoded = encode_proven(template, record, max_length)
         except UnprovenError as error:
             raise DataError(str(error)) from None
         except RecordError as error:

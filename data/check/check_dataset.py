@@ -18,8 +18,8 @@ import torch
 from tqdm import tqdm
 
 from data.check.check_record import check_record
-from data.check.found import PART, Found, found_of, is_current, joined, read_part, write_part
-from data.check.measured_lengths import Measurement, identities, measurement_path, write_measurement
+from data.check.found import PART, Found, collect_results, is_current, join_parts, read_part, write_check_part
+from data.check.measured_lengths import Measurement, measurement_path, source_identities, write_measurement
 from data.dataset import MultimodalDataset
 from data.index.sidecar import safe_name
 
@@ -74,7 +74,7 @@ def check_dataset(
     continues where it was. `workers` processes share the work; the result does not depend on their number. `alive` is called now
     and then with the record that one of them is at. Raises `RuntimeError` if a process dies.
     """
-    names = identities(dataset)
+    names = source_identities(dataset)
     parts = [part for source_id, name in enumerate(names) for part in parts_of(dataset, source_id, index_folder, name)]
     cached = np.zeros(len(parts), dtype=bool)
     with tqdm(total=len(dataset), desc=name, unit="record", unit_scale=True, delay=1, dynamic_ncols=True) as bar:
@@ -86,7 +86,7 @@ def check_dataset(
     for source_id, (source, identity) in enumerate(zip(dataset.sources, names)):
         own = [place for place, part in enumerate(parts) if part.source_id == source_id]
         found = [_read(parts[place].path) for place in own]
-        whole = joined(found, [parts[place].stop - parts[place].start for place in own])
+        whole = join_parts(found, [parts[place].stop - parts[place].start for place in own])
         results.append(SourceFound(source_id, whole, len(own), int(cached[own].sum())))
         write_measurement(index_folder, source.key, identity, results[-1].measurement())
     return results
@@ -114,14 +114,16 @@ def check_part(dataset: MultimodalDataset, part: Part, depth: Depth, alive: Call
     for i in range(part.start, part.stop):
         alive(dataset.where(i))
         checked.append(check_record(dataset, i, decode=depth.decode, near=depth.near))
-    write_part(part.path, found_of(checked), decode=depth.decode, near=depth.near)
+    write_check_part(part.path, collect_results(checked), decode=depth.decode, near=depth.near)
     return False
 
 
 def remove_stale(index_folder: Path, datasets: Sequence[MultimodalDataset]) -> None:
     """Remove the results for sources, files or settings that are no longer those of the run."""
     current = {
-        (safe_name(source.key), identity) for dataset in datasets for source, identity in zip(dataset.sources, identities(dataset))
+        (safe_name(source.key), identity)
+        for dataset in datasets
+        for source, identity in zip(dataset.sources, source_identities(dataset))
     }
     keep = {f"{key}-{identity}" for key, identity in current}
     for folder in (index_folder / FOLDER).glob("*"):

@@ -12,7 +12,7 @@ import os
 import re
 from dataclasses import dataclass, replace
 
-from data.check.certificate import proven
+from data.check.certificate import encode_proven
 from data.check.picture_hash import picture_hash
 from data.dataset import MultimodalDataset, root_of
 from data.media import image
@@ -22,7 +22,7 @@ from data.media.sound import is_unsized
 from data.records.fields import record_line
 from data.records.placeholders import without_placeholders
 from data.records.record import MediaRef, Record, RecordError
-from data.sample import Measured, measured
+from data.sample import Measured, measure_encoded
 from data.text.rounds import TooLongError
 from model.media_spec import AudioSpec, MediaMeta, MediaSpec, image_spec, num_tokens
 
@@ -112,11 +112,11 @@ def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, ne
         found.append(medium)
     size, whole, removed, is_too_long = None, 0, 0, False
     try:
-        encoded = proven(dataset.template, record, dataset.config.max_length)
+        encoded = encode_proven(dataset.template, record, dataset.config.max_length)
         removed = encoded.removed
         if len(metas) == len(record.media):
             counts = [num_tokens(dataset.specs[ref.modality], meta) for ref, meta in zip(record.media, metas)]
-            size = measured(encoded, dataset.template.placeholder_ids, record, counts, dataset.config.max_length)
+            size = measure_encoded(encoded, dataset.template.placeholder_ids, record, counts, dataset.config.max_length)
             whole = size.whole
     except Exception as error:
         whole = getattr(error, "whole", 0)

@@ -57,7 +57,7 @@ def find_duplicates(train: Sequence[Found], validation: Sequence[Found], *, near
     pictures are the same.
     """
     data = _data([*train, *validation], sum(len(found["texts"]) for found in train))
-    exact = folded(data.texts, data.owners, data.contents)
+    exact = fold_media_keys(data.texts, data.owners, data.contents)
     matches = _repeated(data, exact, "")
     shared = _shared(data, data.contents, data.contents != 0)
     matches += [Match("shared_medium", *pair) for pair in shared]
@@ -66,7 +66,7 @@ def find_duplicates(train: Sequence[Found], validation: Sequence[Found], *, near
     return sorted(matches, key=lambda match: (match.record, match.kind))
 
 
-def folded(keys: np.ndarray, owners: np.ndarray, parts: np.ndarray) -> np.ndarray:
+def fold_media_keys(keys: np.ndarray, owners: np.ndarray, parts: np.ndarray) -> np.ndarray:
     """Return each record's key, (N,) uint64, with the keys of its media mixed in, in their order."""
     mixed = _mixed(keys)
     places = np.arange(len(owners)) - np.searchsorted(owners, owners)
@@ -159,7 +159,7 @@ def _near(data: _Data, exact: np.ndarray, shared: set[int]) -> list[Match]:
     both = both[(tested[both[:, 0]] >= 0) & (trained[both[:, 1]] >= 0)]
     alike = dict(zip(tested[both[:, 0]].tolist(), trained[both[:, 1]].tolist()))
     return [
-        *_repeated(data, folded(data.words, data.owners, looks), "near_", exact),
+        *_repeated(data, fold_media_keys(data.words, data.owners, looks), "near_", exact),
         *(Match("near_shared_medium", one, other) for one, other in alike.items() if one not in shared),
     ]
 

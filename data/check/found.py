@@ -1,7 +1,7 @@
 """Results of a check, part by part of a source and on disk: a check continues where it was stopped and is not done twice.
 
 A part stays valid as long as the files of its media are those that were checked, by size and time. Its folder's name says that its
-records, template and settings are the same (`data.check.measured_lengths.identities`).
+records, template and settings are the same (`data.check.measured_lengths.source_identities`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Found:
         return {path: state for path, state in self.files.items() if state == _MISSING}
 
 
-def found_of(checked: Sequence[Checked]) -> Found:
+def collect_results(checked: Sequence[Checked]) -> Found:
     """Collect the results of records that were checked one after the other into columns."""
     media = [(row, medium) for row, one in enumerate(checked) for medium in one.media]
     paths = sorted({medium.watched for _, medium in media if medium.watched})
@@ -61,7 +61,7 @@ def found_of(checked: Sequence[Checked]) -> Found:
     columns |= _columns(_MEDIUM, [_medium_row(medium) for _, medium in media])
     columns["owners"] = np.array([row for row, _ in media], dtype=np.int64)
     problems = [(row, problem) for row, one in enumerate(checked) for problem in one.problems]
-    return Found(columns, problems, {path: state_of(path) for path in paths})
+    return Found(columns, problems, {path: file_state(path) for path in paths})
 
 
 def _record_row(one: Checked) -> tuple[int, ...]:
@@ -79,7 +79,7 @@ def _columns(types: dict[str, Any], rows: list[tuple[int, ...]]) -> dict[str, np
     return {name: np.array(column, dtype=kind) for (name, kind), column in zip(types.items(), values)}
 
 
-def state_of(path: str) -> tuple[int, int]:
+def file_state(path: str) -> tuple[int, int]:
     """Return the size and time of a file, by which it is known to be the same; (-1, -1) if it is missing."""
     try:
         state = os.stat(path)
@@ -88,7 +88,7 @@ def state_of(path: str) -> tuple[int, int]:
     return state.st_size, state.st_mtime_ns
 
 
-def write_part(path: Path, found: Found, *, decode: bool, near: bool) -> None:
+def write_check_part(path: Path, found: Found, *, decode: bool, near: bool) -> None:
     """Write the results of a check of that depth."""
     said = {
         "flags": [name for name, wanted in zip(_FLAGS, (decode, near)) if wanted],
@@ -116,10 +116,10 @@ def read_part(path: Path, *, decode: bool = False, near: bool = False) -> Found 
 
 def is_current(found: Found) -> bool:
     """Return whether every medium's file is still the one that was checked."""
-    return all(state_of(path) == state for path, state in found.files.items())
+    return all(file_state(path) == state for path, state in found.files.items())
 
 
-def joined(parts: Sequence[Found], sizes: Sequence[int]) -> Found:
+def join_parts(parts: Sequence[Found], sizes: Sequence[int]) -> Found:
     """Join the parts of one source; `sizes` are their numbers of records.
 
     Only missing files are kept: all files may be millions.

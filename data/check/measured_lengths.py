@@ -37,7 +37,7 @@ class Measurement:
     bad: np.ndarray  # (B,) int64 rows that break the rules
 
 
-def identities(dataset: MultimodalDataset) -> list[str]:
+def source_identities(dataset: MultimodalDataset) -> list[str]:
     """Return one identity per source. It changes with all that decides lengths and validity of the source's records, except media.
 
     That is its files, the template, the tokenizer and the settings.
@@ -75,7 +75,7 @@ def read_measurements(dataset: MultimodalDataset, index_folder: Path) -> list[Me
     """Read what checks found of each source as it is now; None where no check was made since it changed."""
     return [
         _read(measurement_path(index_folder, source.key, identity), len(index))
-        for source, identity, index in zip(dataset.sources, identities(dataset), dataset.indexes)
+        for source, identity, index in zip(dataset.sources, source_identities(dataset), dataset.indexes)
     ]
 
 

@@ -19,7 +19,7 @@ LONGEST_ASPECT = 12
 """Aspect beyond which pictures are counted separately (VITA data_tools refuse them): little of them is left in a square."""
 
 
-def summary(found: Found) -> dict[str, Any]:
+def summarise_source(found: Found) -> dict[str, Any]:
     """Return the counts and distributions of one source, as JSON."""
     rows = {kind: {row for row, problem in found.problems if problem.kind == kind} for kind in (BAD, TOO_LONG)}
     fields = {(row, field_of(problem)) for row, problem in found.problems if problem.kind == BAD}
@@ -67,7 +67,7 @@ def field_of(problem: Problem) -> str:
     return problem.field.partition("[")[0].partition(".")[0]
 
 
-def table(counts: dict[str, Any]) -> Iterator[str]:
+def summary_lines(counts: dict[str, Any]) -> Iterator[str]:
     """Yield the lines of one source's summary."""
     yield f"records  {counts['records']:,}: {counts['ok']:,} ok, {counts['bad']:,} bad, {counts['too_long']:,} too long"
     if counts["bad"]:

@@ -29,7 +29,7 @@ _BLOCKS, _BLOCK_BYTES = 64, 1 << 16
 _MEDIUM_BLOCKS, _MEDIUM_BLOCK_BYTES = 16, 1 << 14  # and the end; a medium of up to 256 KiB is read whole
 
 
-def fingerprint(dataset: MultimodalDataset) -> dict[str, Any]:
+def data_fingerprint(dataset: MultimodalDataset) -> dict[str, Any]:
     """Return the fingerprint of every source as JSON-able values, by source key.
 
     "files" holds rows [path, size, time in ns, digest of blocks, digest of all bytes or ""]; "media" holds rows [name, size, time,
@@ -47,7 +47,7 @@ def fingerprint(dataset: MultimodalDataset) -> dict[str, Any]:
     return found
 
 
-def changes(before: dict[str, Any], dataset: MultimodalDataset) -> list[str]:
+def changed_files(before: dict[str, Any], dataset: MultimodalDataset) -> list[str]:
     """Return what differs from the fingerprint `before`, as one readable line per file.
 
     A file with the same size and time is compared by its blocks; one whose time alone differs is compared by all of its bytes.

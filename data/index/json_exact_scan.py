@@ -9,7 +9,7 @@ import numpy as np
 
 from data.index.json_borders import array_borders, count_lines, line_borders
 from data.index.table import KINDS, Table
-from data.index.token_estimate import by_parsing
+from data.index.token_estimate import plan_by_parsing
 from data.limits import MAX_RECORD_BYTES
 
 
@@ -18,10 +18,10 @@ def plan_record(data: mmap.mmap, start: int, stop: int) -> tuple[int, tuple[int,
 
     A record of more than MAX_RECORD_BYTES is refused when it is read, so it is neither copied nor planned: (1, zeros).
     """
-    return (1, (0,) * len(KINDS)) if stop - start > MAX_RECORD_BYTES else by_parsing(data[start:stop])
+    return (1, (0,) * len(KINDS)) if stop - start > MAX_RECORD_BYTES else plan_by_parsing(data[start:stop])
 
 
-def one_by_one(data: mmap.mmap, first: int, path: Path) -> Table:
+def scan_one_by_one(data: mmap.mmap, first: int, path: Path) -> Table:
     """Return the table of a file, built record by record. Raises `DataError` where an array is broken."""
     line, seen, rows, media = 1, 0, [], []
     for start, stop in (array_borders if path.suffix.lower() == ".json" else line_borders)(data, first, str(path)):

@@ -22,10 +22,10 @@ from data.index.json_borders import (
     next_object,
     skip_space,
 )
-from data.index.json_exact_scan import one_by_one, plan_record
+from data.index.json_exact_scan import plan_record, scan_one_by_one
 from data.index.json_structure import Events, find_events, nesting
 from data.index.table import Table
-from data.index.token_estimate import Plans, by_parsing, plan_records
+from data.index.token_estimate import Plans, plan_by_parsing, plan_records
 from data.limits import MAX_RECORD_BYTES
 from model.errors import DataError
 
@@ -72,7 +72,7 @@ def scan(path: Path, advance: Advance) -> Table:
     try:
         table = _table_of_parts(_parts(data, at, path, advance), count_lines(data, 0, at))
     except _Irregular:
-        table = one_by_one(data, first, path)
+        table = scan_one_by_one(data, first, path)
     if not len(table):
         raise DataError(f"{path}: holds no record")
     return table
@@ -84,7 +84,7 @@ def plan_values(values: list[bytes]) -> Plans:
     plans = _line_window(np.frombuffer(lines, np.uint8), True, True).plans  # type: ignore[union-attr]
     for i, value in enumerate(values):
         if _LARGEST < len(value) <= MAX_RECORD_BYTES:
-            plans.text_tokens[i], plans.media[i] = by_parsing(value)
+            plans.text_tokens[i], plans.media[i] = plan_by_parsing(value)
     return plans
 
 

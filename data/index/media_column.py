@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 
-def listed(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     """Return a column's value as a list: [] for None, and one item for a value that is no list."""
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-def present(value: Any) -> list[Any]:
+def present_media(value: Any) -> list[Any]:
     """Return the media of a column's value, without null ones. A struct whose bytes were not read counts as present."""
     return [
-        item for item in listed(value) if not (item is None or (isinstance(item, dict) and "bytes" in item and _is_empty(item)))
+        item for item in as_list(value) if not (item is None or (isinstance(item, dict) and "bytes" in item and _is_empty(item)))
     ]
 
 

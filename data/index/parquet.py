@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from data.index.json_scan import Advance, plan_values
-from data.index.media_column import content_of, is_unnamed, listed, names_of, present
-from data.index.reader import RowError, decoded
+from data.index.media_column import as_list, content_of, is_unnamed, names_of, present_media
+from data.index.reader import RowError, decode_json
 from data.index.source_files import Shards
 from data.index.table import KINDS, Table
 from data.media.blob import Blob, MediaError
@@ -50,7 +50,7 @@ class ParquetRows:
     def raw(self, i: int) -> Any:
         row = self._row(i, "")
         # A struct without a path has a medium only if it has bytes, and those are not read with the text.
-        unsure = [column for column in _MEDIA_COLUMNS if any(map(is_unnamed, listed(row.get(column))))]
+        unsure = [column for column in _MEDIA_COLUMNS if any(map(is_unnamed, as_list(row.get(column))))]
         return _record(row | {column: self._row(i, column).get(column) for column in unsure})
 
     def blob(self, i: int, ref: MediaRef) -> Blob | None:
@@ -71,7 +71,7 @@ class ParquetRows:
         """Return the contents, by name, of a media column of row `i`; of a repeated name, the first."""
         if self._cached_media.get(column, (-1, {}))[0] != i:
             self._cached_media.pop(column, None)  # before reading, or the media of two rows would be in memory at once
-            values = present(self._row(i, column).get(column))
+            values = present_media(self._row(i, column).get(column))
             named = list(zip(names_of(column, values), map(content_of, values)))
             self._cached_media[column] = i, {name: content for name, content in reversed(named) if isinstance(name, str)}
         return self._cached_media[column][1]
@@ -213,11 +213,11 @@ def _record(row: dict[str, Any]) -> dict[str, Any]:
     found = {key: value for key, value in row.items() if value is not None}
     for column in _MEDIA_COLUMNS:
         if column in found:
-            names = names_of(column, present(found[column]))
+            names = names_of(column, present_media(found[column]))
             found[column] = names if isinstance(found[column], list) else next(iter(names), None)
     for column in (*_TURN_COLUMNS, *_TOOL_COLUMNS):
         if isinstance(found.get(column), str) and column in _TURN_COLUMNS:
-            found[column] = decoded(found[column].encode("utf-8", "surrogatepass"))
+            found[column] = decode_json(found[column].encode("utf-8", "surrogatepass"))
         elif column in found:
             found[column] = _without_nulls(found[column])
     return found

@@ -40,7 +40,7 @@ class JsonRows:
     def raw(self, i: int) -> Any:
         text = read(self._shards, self._table, i)
         try:
-            value = decoded(text)
+            value = decode_json(text)
         except RowError as error:
             raise RowError(f"{error}{layout_advice(self._path_of(i))}") from None
         if isinstance(value, list) and (advice := layout_advice(self._path_of(i))):
@@ -102,7 +102,7 @@ def read(shards: Shards, table: Table, i: int) -> bytes:
     return found
 
 
-def decoded(text: bytes) -> Any:
+def decode_json(text: bytes) -> Any:
     """Decode `text` as one JSON value. Raises `RowError`."""
     if (count := text.count(b"[") + text.count(b"{")) > MAX_RECORD_BRACKETS:
         raise RowError(f"has {count} opening brackets; at most {MAX_RECORD_BRACKETS} are read")

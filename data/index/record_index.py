@@ -19,7 +19,7 @@ from data.index.parquet import ParquetRows, scan_parquet
 from data.index.reader import JsonRows, RecordReader, RowError
 from data.index.sidecar import safe_name
 from data.index.source_files import Shards
-from data.index.table import KINDS, Table, joined, map_table, read_header, stamps, write_table
+from data.index.table import KINDS, Table, file_stamps, join_tables, map_table, read_table_header, write_table
 from data.index.tar_records import TarRows, scan_tar
 from data.index.token_estimate import media_tokens
 from data.media.blob import Blob, MediaError
@@ -60,7 +60,7 @@ class RecordIndex:
 
         `tokens`: planned tokens of one medium of each kind. `has_folder`: media may be files in a folder of the source.
         """
-        files = read_header(sidecar)
+        files = read_table_header(sidecar)
         if files is None:
             raise ConfigError(f"{sidecar} is no index, or is damaged; start again to have it built")
         self._sidecar, self._tokens, self._has_folder = sidecar, tokens, has_folder
@@ -85,14 +85,16 @@ class RecordIndex:
         `ConfigError` for a path that cannot be read, `DataError` for a file that is no list of records.
         """
         paths = source_files(source)
-        files, kind = stamps(paths), FORMATS[paths[0].suffix.lower()]
+        files, kind = file_stamps(paths), FORMATS[paths[0].suffix.lower()]
         digest = hashlib.sha256(os.path.abspath(source.path).encode()).hexdigest()[:8]
         sidecar = folder / f"{safe_name(source.key)}-{digest}.index"
-        if read_header(sidecar, all_bytes=True) != files:
+        if read_table_header(sidecar, all_bytes=True) != files:
             size = sum(size for _, size, _ in files)
             with tqdm(total=size, unit="B", unit_scale=True, desc=f"index {source.key}", delay=3, leave=False) as bar:
                 write_table(
-                    sidecar, joined([_scanned(kind, path, _report_to_both(bar.update, alive, path.name)) for path in paths]), files
+                    sidecar,
+                    join_tables([_scanned(kind, path, _report_to_both(bar.update, alive, path.name)) for path in paths]),
+                    files,
                 )
         return RecordIndex(sidecar, media_tokens(specs, config), bool(source.media_root))
 

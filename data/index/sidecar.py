@@ -21,7 +21,7 @@ from data.records.fields import MAX_NAME
 
 
 @contextmanager
-def appearing(path: Path) -> Iterator[BinaryIO]:
+def open_atomically(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file that appears at `path` once all of it is on disk: readers see no half and no mixture of two writers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
@@ -38,7 +38,7 @@ def appearing(path: Path) -> Iterator[BinaryIO]:
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write all arrays into one file, atomically. Equal arrays give equal bytes."""
-    with appearing(path) as file:
+    with open_atomically(path) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from data.index.sidecar import appearing
+from data.index.sidecar import open_atomically
 from data.limits import open_regular, parse_json
 from model.media_spec import PLACEHOLDERS
 
@@ -67,7 +67,7 @@ class Table:
             yield name.tobytes().decode("utf-8", "surrogateescape"), int(self.members[k, 0]), int(self.members[k, 1])
 
 
-def joined(tables: list[Table]) -> Table:
+def join_tables(tables: list[Table]) -> Table:
     """Join the tables of several files, in order, into one; cumulative columns continue over the files."""
     columns = {f.name: np.concatenate([getattr(table, f.name) for table in tables]) for f in fields(Table)}
     for name, counted in (("member_stops", "members"), ("name_stops", "names")):
@@ -77,7 +77,7 @@ def joined(tables: list[Table]) -> Table:
     return Table(**columns)
 
 
-def stamps(paths: list[Path]) -> list[list[Any]]:
+def file_stamps(paths: list[Path]) -> list[list[Any]]:
     """Return path, size in bytes and modification time in ns of each file: a table is valid for these."""
     found = [(path, path.stat()) for path in paths]
     return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in found]
@@ -92,13 +92,13 @@ def write_table(sidecar: Path, table: Table, files: list[list[Any]]) -> None:
     for piece in body:
         crc = zlib.crc32(piece, crc)
     header = json.dumps({"version": _VERSION, "files": files, "columns": layout, "crc32": crc}).encode() + b"\n"
-    with appearing(sidecar) as file:
+    with open_atomically(sidecar) as file:
         file.write(header)
         file.write(bytes(-file.tell() % _ALIGNED))
         file.writelines(body)
 
 
-def read_header(sidecar: Path, *, all_bytes: bool = False) -> list[list[Any]] | None:
+def read_table_header(sidecar: Path, *, all_bytes: bool = False) -> list[list[Any]] | None:
     """Return the `stamps` of the files that a complete table of this version was built from; None if there is no such table.
 
     `all_bytes`: also compare the checksum, so that not one flipped bit is accepted.
@@ -128,7 +128,7 @@ _LONGEST_HEADER = 1 << 26
 def _sizes(header: dict[str, Any]) -> list[int]:
     """Return the bytes of each column.
 
-    Raises an error that `read_header` catches unless the columns are those of a table and their lengths agree.
+    Raises an error that `read_table_header` catches unless the columns are those of a table and their lengths agree.
     """
     shapes = {}
     for name, dtype, shape in header["columns"]:
@@ -147,7 +147,7 @@ _FLAT = ("start", "file_stops", "name_stops", "names")
 
 
 def map_table(sidecar: Path) -> Table:
-    """Map the table that `read_header` has approved; its memory pages are shared by all processes that map it."""
+    """Map the table that `read_table_header` has approved; its memory pages are shared by all processes that map it."""
     with open_regular(sidecar) as file:
         header = file.readline(_LONGEST_HEADER)
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

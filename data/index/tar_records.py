@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from data.index.json_scan import WINDOW, Advance, plan_values
-from data.index.reader import RowError, decoded, read
+from data.index.reader import RowError, decode_json, read
 from data.index.source_files import Shards
 from data.index.table import KINDS, Table
 from data.index.tar_headers import Member, members
@@ -47,7 +47,7 @@ class TarRows:
         names = [name for name, _, _ in self._members(i)]
         if (count := sum(_extension(name) == _RECORD for name in names)) != 1:
             raise RowError(f"{count or 'no'} member{'s are' if count else ' is'} called {self.place(i)}.{_RECORD}")
-        value = decoded(read(self._shards, self._table, i))
+        value = decode_json(read(self._shards, self._table, i))
         return value | _media_of_key(names) if isinstance(value, dict) and not _names_media(value) else value
 
     def blob(self, i: int, ref: MediaRef) -> Blob | None:

@@ -69,7 +69,7 @@ def _usual(kind: str, spec: MediaSpec, config: DataConfig) -> MediaMeta:
     if kind == "video":
         return MediaMeta(num_rows=config.max_frames)
     if config.image_fit == "anyres":
-        return anyres.usual(spec.size, config)
+        return anyres.typical_plan(spec.size, config)
     if config.image_fit != "tiles":
         return MediaMeta()
     tiles = math.ceil((config.min_tiles + config.max_tiles) / 2)
@@ -86,12 +86,12 @@ def least_tokens(specs: dict[str, MediaSpec], config: DataConfig) -> dict[str, i
     return found
 
 
-def by_size(num_bytes: int) -> int:
+def tokens_of_size(num_bytes: int) -> int:
     """Estimate the tokens of `num_bytes` bytes of text, at least one."""
     return max(1, num_bytes // BYTES_PER_TOKEN)
 
 
-def by_parsing(raw: bytes) -> tuple[int, tuple[int, ...]]:
+def plan_by_parsing(raw: bytes) -> tuple[int, tuple[int, ...]]:
     """Parse a record; return its planned text tokens and how many media of each of `KINDS` it names.
 
     A record that breaks a rule is planned by its size and by the media written in it.
@@ -101,8 +101,8 @@ def by_parsing(raw: bytes) -> tuple[int, tuple[int, ...]]:
         value = parse_json(raw)
         record = parse(value, "", needs_answer=False)
     except (ValueError, RecordError):  # found and named when the record is read
-        return by_size(len(raw)), _written_media(value)
-    text = sum(by_size(len(text.encode())) for text in _record_texts(record))
+        return tokens_of_size(len(raw)), _written_media(value)
+    text = sum(tokens_of_size(len(text.encode())) for text in _record_texts(record))
     return text, tuple(sum(ref.kind == kind for ref in record.media) for kind in KINDS)
 
 
@@ -169,7 +169,7 @@ def plan_records(window: np.ndarray, events: Events, depth: np.ndarray, start: n
     media, nested = _media(window, events, depth, strings, first)
     tokens = np.where(tokens > 0, tokens, np.maximum(1, (stop - start) // BYTES_PER_TOKEN))
     for i in sorted({*in_parts.tolist(), *nested.tolist()}):
-        tokens[i], media[i] = by_parsing(window[start[i] : stop[i]].tobytes())
+        tokens[i], media[i] = plan_by_parsing(window[start[i] : stop[i]].tobytes())
     return Plans(tokens.astype(np.int32), np.minimum(media, np.iinfo(np.int16).max).astype(np.int16))
 
 

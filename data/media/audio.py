@@ -15,7 +15,7 @@ from torch import Tensor
 from data.config import DataConfig
 from data.media.blob import Blob, MediaError
 from data.media.resample import resample, resampled_length
-from data.media.sound import check_sound, read_sound, sound_length
+from data.media.sound import check_sound, read_audio, sound_length
 from data.records.record import MediaRef
 from model.media_spec import AudioSpec, MediaMeta
 
@@ -44,7 +44,7 @@ def load(blob: Blob, ref: MediaRef, spec: AudioSpec, config: DataConfig, meta: M
     F is the window if spec.full_window, with silence after the clip as in Whisper; otherwise F is the frame count of the longest
     row, with zeros after a shorter one. Valid frames are the same either way. Raises MediaError.
     """
-    rate, samples = read_sound(blob, config.max_seconds)
+    rate, samples = read_audio(blob, config.max_seconds)
     wave = resample(samples, rate, spec.sampling_rate)
     if _num_frames(len(wave), spec) != meta.num_frames:
         raise MediaError(f"{blob.name!r} was measured as {meta.num_frames} frames and decodes to {_num_frames(len(wave), spec)}")

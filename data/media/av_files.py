@@ -25,7 +25,7 @@ FORMATS = (
 
 
 @contextmanager
-def opened(blob: Blob, kind: str) -> Iterator[tuple[Any, Any]]:
+def open_stream(blob: Blob, kind: str) -> Iterator[tuple[Any, Any]]:
     """Open the container and its first stream of `kind`: "video" (no cover picture) or "audio".
 
     Raises MediaError for any failure inside the context.

@@ -139,7 +139,7 @@ def _keys(packets: Sequence[Packet]) -> dict[int, int]:
     return {packet.pts: packet.place for packet in sorted(keys, key=lambda packet: packet.pts)}
 
 
-def decoded(container: Any, stream: Any, timeline: Timeline, wanted: Sequence[int], name: str) -> Iterator[Any]:
+def decode_frames(container: Any, stream: Any, timeline: Timeline, wanted: Sequence[int], name: str) -> Iterator[Any]:
     """Yield the frames whose numbers are `wanted`, ascending. Raises MediaError for a frame that does not decode.
 
     Between frames that lie far apart the decoder seeks to the last key frame before the next one.

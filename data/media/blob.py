@@ -77,7 +77,7 @@ class Blob:
             return b"".join(os.pread(file.fileno(), count, self.start + at) for at in places)
 
 
-def resolve(path: str, root: str, *, follow_links: bool) -> str:
+def resolve_path(path: str, root: str, *, follow_links: bool) -> str:
     """Return the file that `path` of a record names inside `root` ("" = the current directory).
 
     Raises MediaError if the path leaves `root`, or is a link that does so and `follow_links` is False.

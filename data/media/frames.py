@@ -14,10 +14,10 @@ from torch import Tensor
 
 from data.config import DataConfig
 from data.media import image
-from data.media.av_files import opened
-from data.media.av_video import Timeline, decoded, read_timeline, upright
-from data.media.blob import Blob, MediaError, resolve
-from data.media.image_decode import opened as opened_picture
+from data.media.av_files import open_stream
+from data.media.av_video import Timeline, decode_frames, read_timeline, upright
+from data.media.blob import Blob, MediaError, resolve_path
+from data.media.image_decode import open_picture as opened_picture
 from data.records.record import MediaRef
 from model.media_spec import ImageSpec, MediaMeta
 
@@ -55,7 +55,7 @@ def check(blob: Blob) -> None:
     elif opener is _animation:
         image.check_file(blob)
     else:
-        with opened(blob, "video") as (_, stream):
+        with open_stream(blob, "video") as (_, stream):
             _size(stream, blob.name)
 
 
@@ -73,7 +73,7 @@ def _folder(blob: Blob, spec: ImageSpec, config: DataConfig) -> Iterator[Frames]
 
     def rows(wanted: Sequence[int]) -> Iterator[Tensor]:
         for i in wanted:
-            path = resolve(names[i], blob.path, follow_links=config.follow_links)
+            path = resolve_path(names[i], blob.path, follow_links=config.follow_links)
             picture = Blob(os.path.join(blob.name, names[i]), path)
             yield image.load(picture, MediaRef("image", path), spec, config, MediaMeta())
 
@@ -133,12 +133,12 @@ def _seconds(picture: Image.Image, i: int) -> float:
 
 @contextmanager
 def _file(blob: Blob, spec: ImageSpec, config: DataConfig) -> Iterator[Frames]:
-    with opened(blob, "video") as (container, stream):
+    with open_stream(blob, "video") as (container, stream):
         image.judge(blob.name, _size(stream, blob.name), spec, config)
         timeline: Timeline = read_timeline(container, stream, blob.name)
 
         def rows(wanted: Sequence[int]) -> Iterator[Tensor]:
-            for frame in decoded(container, stream, timeline, wanted, blob.name):
+            for frame in decode_frames(container, stream, timeline, wanted, blob.name):
                 image.judge(blob.name, (frame.width, frame.height), spec, config)
                 yield image.frame_rows(upright(frame, blob.name), spec, config)
 

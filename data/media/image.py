@@ -24,7 +24,7 @@ from data.media import image_truncation
 from data.media import tiling as tiles
 from data.media.blob import Blob, MediaError
 from data.media.image_decode import Picture, Size
-from data.media.image_fit import needed_size, resized_size, views, whole
+from data.media.image_fit import fitted_views, needed_size, resized_size, whole
 from data.records.record import MediaRef
 from model.media_spec import ImageSpec, MediaMeta
 
@@ -38,11 +38,11 @@ def measure(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, num_
     Raises MediaError.
     """
     if config.image_fit == "anyres" and num_media == 1:
-        return anyres.plan(size(blob, spec, config), spec.size, config)
+        return anyres.plan_anyres(size(blob, spec, config), spec.size, config)
     if config.image_fit != "tiles":
         return MediaMeta()
     max_tiles = tiles.budget(config.max_tiles, num_media)
-    return tiles.plan(size(blob, spec, config), spec.size, config.min_tiles, max_tiles, config.thumbnail)
+    return tiles.plan_tiles(size(blob, spec, config), spec.size, config.min_tiles, max_tiles, config.thumbnail)
 
 
 def load(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, meta: MediaMeta) -> Tensor:
@@ -56,7 +56,7 @@ def load(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, meta: M
     config = config if meta.num_rows > 1 else one_view(config)
     needed = (lambda size: needed_size(size, spec, config.image_fit, meta)) if config.image_decode == "fast" else None
     picture = decode.decode(blob, lambda size: judge(blob.name, size, spec, config), needed)
-    return _rows(views(picture, spec, config.image_fit, meta), spec, config)
+    return _rows(fitted_views(picture, spec, config.image_fit, meta), spec, config)
 
 
 def one_view(config: DataConfig) -> DataConfig:
@@ -83,7 +83,7 @@ def size(blob: Blob, spec: ImageSpec, config: DataConfig) -> Size:
 
 def check_file(blob: Blob) -> None:
     """Raise MediaError unless the header is that of a picture and the file is whole, by its markers. Decodes nothing."""
-    with decode.opened(blob) as (stream, picture):
+    with decode.open_picture(blob) as (stream, picture):
         if missing := image_truncation.MISSING[str(picture.format)](stream, blob.num_bytes()):
             raise MediaError(f"{blob.name!r} is cut short or damaged: {missing}")
 

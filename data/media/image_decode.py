@@ -68,7 +68,7 @@ class Picture:
 
 def header_size(blob: Blob, judge: Callable[[Size], None]) -> Size:
     """Return the size of the upright picture, by its header alone. Raises MediaError, also if `judge` refuses the size."""
-    with opened(blob) as (stream, picture):
+    with open_picture(blob) as (stream, picture):
         judge(picture.size)
         return _upright(picture.size, _orientation(picture, stream))
 
@@ -79,7 +79,7 @@ def decode(blob: Blob, judge: Callable[[Size], None], needed: Callable[[Size], S
     `needed` maps the size of the upright picture to the size it will be resized to. A JPEG that is at least twice as large is then
     decoded at a half, a quarter or an eighth (libjpeg scales the cosine transform), never below what is needed.
     """
-    with opened(blob) as (stream, picture):
+    with open_picture(blob) as (stream, picture):
         judge(picture.size)
         orientation = _orientation(picture, stream)
         size = _upright(picture.size, orientation)
@@ -92,7 +92,7 @@ def decode(blob: Blob, judge: Callable[[Size], None], needed: Callable[[Size], S
 
 
 @contextmanager
-def opened(blob: Blob) -> Iterator[tuple[BinaryIO, Image.Image]]:
+def open_picture(blob: Blob) -> Iterator[tuple[BinaryIO, Image.Image]]:
     """Open a picture's stream and header; any failure inside the context is raised as MediaError with the name of the file.
 
     The caller judges how many pixels are too many, before anything is decoded: `Image.open` would apply a limit of its own first,

@@ -11,10 +11,10 @@ from data.media.image_decode import Picture, Size
 from model.media_spec import ImageSpec, MediaMeta
 
 
-def views(picture: Picture, spec: ImageSpec, fit: str, meta: MediaMeta) -> list[Image.Image]:
+def fitted_views(picture: Picture, spec: ImageSpec, fit: str, meta: MediaMeta) -> list[Image.Image]:
     """Return the meta.num_rows squares (S, S) of a picture; `fit` is data.image_fit."""
     if fit == "anyres":
-        return anyres.views(picture, spec, meta)
+        return anyres.anyres_views(picture, spec, meta)
     if fit != "tiles":
         return [whole(picture, spec, fit)]
     (across, down), side = meta.grid, spec.size

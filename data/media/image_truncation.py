@@ -16,7 +16,7 @@ _JPEG_ALONE = (0x00, 0x01, *range(0xD0, 0xDA))
 """Markers without a length: a stuffed byte, TEM, RST0 to RST7, SOI, EOI."""
 
 
-def jpeg(stream: BinaryIO, num_bytes: int) -> str | None:
+def missing_of_jpeg(stream: BinaryIO, num_bytes: int) -> str | None:
     """Look for the end marker after the start of the first scan.
 
     Pixels cannot be mistaken for it: in them 0xFF is followed by 0x00.
@@ -121,5 +121,5 @@ def bmp(stream: BinaryIO, num_bytes: int) -> str | None:
     return f"it should have {end} bytes and has {num_bytes}" if end > num_bytes else None
 
 
-MISSING = {"JPEG": jpeg, "MPO": jpeg, "PNG": png, "GIF": gif, "WEBP": webp, "BMP": bmp}
+MISSING = {"JPEG": missing_of_jpeg, "MPO": missing_of_jpeg, "PNG": png, "GIF": gif, "WEBP": webp, "BMP": bmp}
 """Truncation check by Pillow's name of the format; MPO is a JPEG with further pictures behind it."""

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.media.av_files import opened, sound_blocks, sound_facts
+from data.media.av_files import open_stream, sound_blocks, sound_facts
 from data.media.blob import Blob, MediaError
-from data.media.wav import WavHeader, read_header, read_samples
+from data.media.wav import WavHeader, read_wav_header, read_wav_samples
 
 RATES = (1000, 192_000)
 """Lowest and highest samples per second."""
@@ -32,7 +32,7 @@ class Length:
 def sound_length(blob: Blob, max_seconds: float) -> Length:
     """Return the exact length of the sound: by the header of a WAV file, by decoding any other.
 
-    Raises MediaError, as `read_sound` does.
+    Raises MediaError, as `read_audio` does.
     """
     header = _wav_header(blob)
     if header is None:
@@ -41,7 +41,7 @@ def sound_length(blob: Blob, max_seconds: float) -> Length:
     return Length(header.rate, header.num_samples)
 
 
-def read_sound(blob: Blob, max_seconds: float) -> tuple[int, Tensor]:
+def read_audio(blob: Blob, max_seconds: float) -> tuple[int, Tensor]:
     """Return the sampling rate and the samples (n,) float32, the mean of all channels, full scale 1.
 
     Raises MediaError for a file that is broken, cut off, empty, longer than `max_seconds`, or holds samples that are no sound.
@@ -52,13 +52,13 @@ def read_sound(blob: Blob, max_seconds: float) -> tuple[int, Tensor]:
         return length.rate, _checked(blob.name, np.concatenate(blocks))
     _check_length(blob.name, header.num_samples, header.rate, max_seconds)
     with blob.open() as stream:
-        return header.rate, _checked(blob.name, _mono(read_samples(stream, header)))
+        return header.rate, _checked(blob.name, _mono(read_wav_samples(stream, header)))
 
 
 def check_sound(blob: Blob) -> None:
     """Raise MediaError for a file that cannot be read as its header says; nothing is decoded."""
     if _wav_header(blob) is None:
-        with opened(blob, "audio") as (_, stream):
+        with open_stream(blob, "audio") as (_, stream):
             facts = sound_facts(stream)
             _check_header(blob.name, facts.rate, facts.num_channels)
 
@@ -71,7 +71,7 @@ def is_unsized(blob: Blob) -> bool:
 
 def _wav_header(blob: Blob) -> WavHeader | None:
     with blob.open() as stream:
-        header = read_header(stream, blob.name, blob.num_bytes())
+        header = read_wav_header(stream, blob.name, blob.num_bytes())
     if header is not None:
         _check_header(blob.name, header.rate, header.num_channels)
         _check_some(blob.name, header.num_samples)
@@ -84,7 +84,7 @@ def _decoded(blob: Blob, max_seconds: float, keep: bool) -> tuple[Length, list[n
     Decoding stops where the sound becomes too long.
     """
     blocks, num_samples = [], 0
-    with opened(blob, "audio") as (container, stream):
+    with open_stream(blob, "audio") as (container, stream):
         facts = sound_facts(stream)
         _check_header(blob.name, facts.rate, facts.num_channels)
         for block in sound_blocks(container, stream, blob.name):

@@ -7,13 +7,13 @@ from functools import lru_cache
 from model.media_spec import MediaMeta
 
 
-def plan(size: tuple[int, int], side: int, min_tiles: int, max_tiles: int, thumbnail: bool) -> MediaMeta:
+def plan_tiles(size: tuple[int, int], side: int, min_tiles: int, max_tiles: int, thumbnail: bool) -> MediaMeta:
     """Return the rows and the grid of a picture of `size` (width, height) for a tower that sees `side` x `side` pixels.
 
     As in InternVL's `max_dynamic_patch`, `max_tiles` does not count the thumbnail, which only a picture of more than one tile has:
     a picture takes at most max_tiles + 1 rows.
     """
-    across, down = best_grid(size, side, min_tiles, max_tiles)
+    across, down = best_tile_grid(size, side, min_tiles, max_tiles)
     tiles = across * down
     return MediaMeta(num_rows=tiles + (thumbnail and tiles > 1), grid=(across, down))
 
@@ -23,7 +23,7 @@ def budget(max_tiles: int, num_pictures: int) -> int:
     return max(1, max_tiles // num_pictures)
 
 
-def best_grid(size: tuple[int, int], side: int, min_tiles: int, max_tiles: int) -> tuple[int, int]:
+def best_tile_grid(size: tuple[int, int], side: int, min_tiles: int, max_tiles: int) -> tuple[int, int]:
     """Return the grid (across, down) whose aspect is nearest that of `size`.
 
     Of equally near grids the first wins; a later one, which has more tiles, replaces it if the picture has more than half as many

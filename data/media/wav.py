@@ -34,7 +34,7 @@ class WavHeader:
     is_open: bool = False  # the header does not give the size of the samples: they extend to the end of the file
 
 
-def read_header(stream: BinaryIO, name: str, num_bytes: int) -> WavHeader | None:
+def read_wav_header(stream: BinaryIO, name: str, num_bytes: int) -> WavHeader | None:
     """Locate the samples of a file of `num_bytes`; None if it is no WAV file of plain samples.
 
     Files written into a pipe do not know their size; their samples extend to the end. RF64 and BW64 hold a size of 64 bits. Raises
@@ -98,7 +98,7 @@ def _header(form: bytes, name: str, start: int, size: int, num_bytes: int, is_op
     return WavHeader(rate, num_channels, tag == _FLOAT, bits, size // align, start, is_open)
 
 
-def read_samples(stream: BinaryIO, header: WavHeader) -> np.ndarray:
+def read_wav_samples(stream: BinaryIO, header: WavHeader) -> np.ndarray:
     """Read the samples as (n, channels) float32; integers are scaled to [-1, 1)."""
     stream.seek(header.start)
     raw = stream.read(header.num_samples * header.num_channels * header.bits // 8)

@@ -37,10 +37,10 @@ def take_count(take: str, size: int) -> int:
     found = TAKE.fullmatch(take)
     if found is not None and found[4]:
         return math.ceil(Fraction(found[2] + (found[3] or "")) * size / 100)
-    return min(size, take_wish(take)) if found else size
+    return min(size, take_number(take)) if found else size
 
 
-def take_wish(take: str) -> int:
+def take_number(take: str) -> int:
     """Return the number of records that `take` names; 0 where it names a percentage or all."""
     found = TAKE.fullmatch(take)
     return 0 if found is None or found[4] else int(found[2])
@@ -51,7 +51,7 @@ def take_rows(take: str, size: int, seed: int, name: str) -> np.ndarray:
     count, how = take_count(take, size), take.partition(":")[0]
     if how == "random":
         return np.sort(permutation(size, generator_of(f"take {seed} {name}"))[:count])
-    return numbers(size)[size - count :] if how == "end" else numbers(count)
+    return smallest_arange(size)[size - count :] if how == "end" else smallest_arange(count)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Pool:
 
     def __str__(self) -> str:
         """Describe the pool for people; the text is empty where every epoch holds the whole source once."""
-        taken, short = len(self.ids), self.size < take_wish(self.take)
+        taken, short = len(self.ids), self.size < take_number(self.take)
         if taken == self.size == self.places and not short:
             return ""
         part = f"take {self.take} of {self.size:,} records{', fewer than it asks for' * short}: {taken:,}"
@@ -114,7 +114,7 @@ def make_pools(
     names: Sequence[str], sizes: Sequence[int], takes: Sequence[str], weights: Sequence[float], seed: int, in_order: bool
 ) -> tuple[Pool, ...]:
     """Make one pool per source, of sample ids that are numbered in the order of the sources."""
-    ids = np.split(numbers(sum(sizes)), np.cumsum(sizes)[:-1])
+    ids = np.split(smallest_arange(sum(sizes)), np.cumsum(sizes)[:-1])
     return tuple(
         Pool(name, own[take_rows(take, len(own), seed, name)], len(own), take, weight, seed, in_order)
         for name, own, take, weight in zip(names, ids, takes, weights)
@@ -129,7 +129,7 @@ def generator_of(text: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big"))
 
 
-def numbers(count: int) -> np.ndarray:
+def smallest_arange(count: int) -> np.ndarray:
     """Return 0, 1, ..., count - 1, as int32 as long as they fit: planning an epoch of millions is mostly moving memory."""
     return np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from data.order.mixing import Pool, generator_of, numbers, permutation
+from data.order.mixing import Pool, generator_of, permutation, smallest_arange
 
 ORDERS = ("modality_length", "length", "random", "sequential")
 WINDOW = 128
@@ -80,7 +80,7 @@ class Sampler:
 
     def epoch(self, epoch: int) -> np.ndarray:
         """Return the sample ids (samples_per_epoch,) in the order of epoch `epoch`: step s of it is [s * G : (s + 1) * G]."""
-        drawn = np.concatenate([pool.draw(epoch) for pool in self.pools]) if self.pools else numbers(len(self.lengths))
+        drawn = np.concatenate([pool.draw(epoch) for pool in self.pools]) if self.pools else smallest_arange(len(self.lengths))
         if self.order == "sequential":
             return drawn
         generator = generator_of(f"data order {self.seed} {epoch}")

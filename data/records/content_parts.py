@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from data.records.fields import FieldError, is_absent, kind_of, path_of
+from data.records.fields import FieldError, is_absent, kind_of, local_path
 from data.records.media_refs import MediaRef
 from model.media_spec import PLACEHOLDERS
 
@@ -55,7 +55,7 @@ class Parts:
             _check_keys(box, ("type", "index", *_SILENT, *_PATHS, *((name,) if box is part else ())), field)
         self._check_index(part.get("index"), kind, field)
         places = [box.get(key) for box in boxes for key in _PATHS] + ([] if isinstance(holder, dict) else [holder])
-        paths = list(dict.fromkeys(path_of(value, field) for value in places if value is not None))
+        paths = list(dict.fromkeys(local_path(value, field) for value in places if value is not None))
         if (
             isinstance(holder, dict) and not paths and kind not in self._named
         ):  # a .parquet file may hold the bytes there, which are not read with the text

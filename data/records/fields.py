@@ -34,7 +34,7 @@ def strings_in(value: Any) -> Iterator[str]:
             yield from strings_in(item)
 
 
-def path_of(value: Any, field: str) -> str:
+def local_path(value: Any, field: str) -> str:
     """Return the value if it is a path that may name a local file. Raises `FieldError` for anything else, URLs included."""
     if not isinstance(value, str) or not value:
         raise FieldError(field, "is an empty path" if value == "" else f"is {kind_of(value)}, not a path")
@@ -56,16 +56,16 @@ LINE, LINES = 2_000, 200
 """Most characters of a message's line, and most lines: nobody reads more, whatever the message was made of."""
 
 
-def bounded(text: str, most: int = SHOWN) -> str:
+def shorten(text: str, most: int = SHOWN) -> str:
     """Cut the text for a message: a text of more than `most` characters becomes its beginning and its length."""
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
-def message(text: str) -> str:
+def bound_message(text: str) -> str:
     """Cut a whole message to its bounds. Every error passes through here before it is printed or written down."""
     lines = text.split("\n")
     more = [f"... and {len(lines) - LINES} more lines"] if len(lines) > LINES else []
-    return "\n".join([*(bounded(line, LINE) for line in lines[:LINES]), *more])
+    return "\n".join([*(shorten(line, LINE) for line in lines[:LINES]), *more])
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -75,4 +75,4 @@ def printable(text: str, keep: str = "") -> str:
 
 def record_line(where: str, id: str, field: str, reason: str) -> str:
     """Return one line that says what is wrong with a record: safe to print, and short whatever the record holds."""
-    return printable(f"{bounded(where, LINE // 2)} {bounded(id)}: {bounded(field)}: {bounded(reason, LINE // 2)}")
+    return printable(f"{shorten(where, LINE // 2)} {shorten(id)}: {shorten(field)}: {shorten(reason, LINE // 2)}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data.limits import MAX_MEDIA
-from data.records.fields import FieldError, kind_of, path_of
+from data.records.fields import FieldError, kind_of, local_path
 from model.batch import IGNORE_INDEX
 from model.media_spec import PLACEHOLDERS, READ_BY
 
@@ -66,9 +66,9 @@ def _named(raw: dict[str, Any], kind: str) -> list[MediaRef]:
         return []
     key, value = keys[0], raw[keys[0]]
     if not isinstance(value, list):
-        return [MediaRef(kind, path_of(value, key))]
+        return [MediaRef(kind, local_path(value, key))]
     _check_limit(key, len(value), kind)
-    return [MediaRef(kind, path_of(path, f"{key}[{i}]")) for i, path in enumerate(value)]
+    return [MediaRef(kind, local_path(path, f"{key}[{i}]")) for i, path in enumerate(value)]
 
 
 def _check_limit(field: str, count: int, kind: str) -> None:

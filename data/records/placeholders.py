@@ -19,7 +19,7 @@ def kinds_in(content: str) -> list[str]:
     return [KINDS[token] for token in _PLACEHOLDER.findall(content)]
 
 
-def leading(kinds: Iterable[str]) -> str:
+def leading_placeholders(kinds: Iterable[str]) -> str:
     """Return placeholders as they stand before a turn's words: seen media on lines of their own, heard ones without (VITA)."""
     return "".join(PLACEHOLDERS[kind] + ("\n" if READ_BY[kind] == "image" else "") for kind in kinds)
 
@@ -27,7 +27,7 @@ def leading(kinds: Iterable[str]) -> str:
 def placeholders_first(content: str) -> str:
     """Move placeholders of every kind before the turn's words, in their order (LLaVA `preprocess_multimodal`, VITA)."""
     found = kinds_in(content)
-    return (leading(found) + _PLACEHOLDER.sub("", content).strip()).strip() if found else content
+    return (leading_placeholders(found) + _PLACEHOLDER.sub("", content).strip()).strip() if found else content
 
 
 def without_placeholders(content: str) -> str:
@@ -40,7 +40,7 @@ def only_placeholders(content: str) -> str:
     return "".join(_PLACEHOLDER.findall(content))
 
 
-def as_read(content: str) -> str:
+def by_modality(content: str) -> str:
     """Replace every placeholder by that of the modality that reads its medium: `<video>` becomes `<image>`."""
     return _PLACEHOLDER.sub(lambda found: PLACEHOLDERS[READ_BY[KINDS[found[0]]]], content)
 

@@ -12,7 +12,7 @@ from data.limits import MAX_TURNS
 from data.records.content_parts import Parts
 from data.records.fields import FieldError, kind_of, strings_in
 from data.records.media_refs import MediaRef
-from data.records.placeholders import kinds_in, leading
+from data.records.placeholders import kinds_in, leading_placeholders
 from data.records.tool_calls import read_calls
 from data.records.turn_keys import check_keys, for_template, is_learned
 from model.media_spec import PLACEHOLDERS
@@ -133,7 +133,7 @@ def place_unplaced(turns: tuple[Turn, ...], media: dict[str, list[MediaRef]]) ->
     first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
     if first is None:
         return turns
-    content = leading(ref.kind for kind in PLACEHOLDERS for ref in media[kind]) + turns[first].content
+    content = leading_placeholders(ref.kind for kind in PLACEHOLDERS for ref in media[kind]) + turns[first].content
     return turns[:first] + (replace(turns[first], content=content),) + turns[first + 1 :]
 
 

@@ -80,7 +80,7 @@ def find_abilities(ask: Ask) -> Abilities:
         calls=found is not None,
         null_content=null,
         text_arguments=text,
-        tool_turns=_writes_tools(ask, [calling(null, text)] if found else []),
+        tool_turns=_writes_tools(ask, [probe_call(null, text)] if found else []),
         leads=frozenset(role for role, word in _WORDS.items() if f"{_GAP}{word}" in edges),
         trails=frozenset(role for role, word in _WORDS.items() if f"{word}{_GAP}" in edges),
     )
@@ -94,7 +94,7 @@ def _answer(ask: Ask, *messages: Message) -> str:
         return ""
 
 
-def calling(null_content: bool = False, text_arguments: bool = False) -> Message:
+def probe_call(null_content: bool = False, text_arguments: bool = False) -> Message:
     """Return an assistant's turn that calls a tool, in the form that the two flags describe."""
     abilities = Abilities("", True, null_content, text_arguments)
     return abilities.express({"role": "assistant", "content": "", "tool_calls": [_CALL]})
@@ -102,7 +102,7 @@ def calling(null_content: bool = False, text_arguments: bool = False) -> Message
 
 def _writes_calls(ask: Ask, null_content: bool, text_arguments: bool) -> bool:
     """Return whether the template writes name, key and value of a tool call that has this form."""
-    text = _answer(ask, _QUESTION, calling(null_content, text_arguments))
+    text = _answer(ask, _QUESTION, probe_call(null_content, text_arguments))
     return all(word in text for word in ("qzname", "qzkey", "qzvalue"))
 
 

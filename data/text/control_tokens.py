@@ -29,7 +29,7 @@ def special_ids(tokenizer: PreTrainedTokenizerFast, free: Collection[str]) -> di
     return {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special and t.content not in free}
 
 
-def only_unknown(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+def unknown_only_id(tokenizer: PreTrainedTokenizerFast) -> set[int]:
     """Return the set with the id of the unknown token; without it where that token is also BOS or EOS, as GPT-2's is."""
     other_uses = {tokenizer.bos_token_id, tokenizer.eos_token_id, None}
     return {tokenizer.unk_token_id} - other_uses

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from data.records.placeholders import as_read, only_placeholders, placeholders_first, wrap
+from data.records.placeholders import by_modality, only_placeholders, placeholders_first, wrap
 from data.records.record import Record, RecordError
 from data.text.abilities import Message
-from data.text.state_tokens import STATE_TOKENS, split_state, state_of
+from data.text.state_tokens import STATE_TOKENS, reply_state, split_state
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ def write_messages(record: Record, wording: Wording) -> list[Message]:
             raise _error(record, f"no placeholder in the question; template {wording.template!r} keeps nothing else of it")
     if wording.placeholders == "first":
         contents = [placeholders_first(content) for content in contents]
-    contents = [wrap(as_read(content), wording.media_wrap) for content in contents]
+    contents = [wrap(by_modality(content), wording.media_wrap) for content in contents]
     if tokens := STATE_TOKENS[wording.state_tokens]:
         for i, turn in enumerate(record.turns):
             if turn.role == "assistant":
-                contents[i] = tokens[state_of(record, i)] + _stateless(record, contents[i], wording.state_tokens)
+                contents[i] = tokens[reply_state(record, i)] + _stateless(record, contents[i], wording.state_tokens)
     return [{"role": turn.role, "content": content, **turn.extra} for turn, content in zip(record.turns, contents)]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from data.text.abilities import Abilities, Message, calling
+from data.text.abilities import Abilities, Message, probe_call
 from data.text.marks import CALL, CLOSE, CONTENT, OPEN, REASONING, TOOLS, MarkedPiece, Marker, Read, read_marks
 
 # Names of the template variables that choose between an answer with and without a thought, where the caller may choose.
@@ -169,7 +169,7 @@ def openings(tokenizer: PreTrainedTokenizerFast, source: str, role: str, tail: s
     found: dict[str, bool] = {}
     forms = [Abilities(null_content=null, text_arguments=text) for text in (False, True) for null in (False, True)]
     for form in forms if role == "tool" else forms[:1]:
-        call = calling(form.null_content, form.text_arguments)
+        call = probe_call(form.null_content, form.text_arguments)
         linked = {**turn, "tool_call_id": call["tool_calls"][0]["id"], "name": "qzname"}
         messages = [question, call, linked] if role == "tool" else [turn]
         for switch in ({}, dict.fromkeys(_SWITCHES, False), dict.fromkeys(_SWITCHES, True)):

@@ -96,7 +96,7 @@ def first_rounds(record: Record, kept: int | None, whole: bool = True) -> Record
     return replace(record, turns=(*turns, *last), media=media, interrupted=False)
 
 
-def stand_in(turn: Turn, tags: re.Pattern[str]) -> Turn:
+def shortened_turn(turn: Turn, tags: re.Pattern[str]) -> Turn:
     """Return an answer with the tags of `turn` and a placeholder word in place of each stretch of words."""
     parts = re.split(f"({tags.pattern})", turn.content)
     parts[::2] = [re.sub(r"\S(?:.*\S)?", "x", part, flags=re.DOTALL) for part in parts[::2]]

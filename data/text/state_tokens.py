@@ -19,7 +19,7 @@ STATE_TOKENS: dict[str, dict[str, str]] = {
 """State tokens by data.state_tokens: reply to speech, to sound that was not meant for the model, to a text question."""
 
 
-def state_of(record: Record, i: int) -> str:
+def reply_state(record: Record, i: int) -> str:
     """Return what the assistant's turn `i` replies to: audio | negative | text.
 
     Records without media get states as well. VITA's do not, because its media pass skips them; but a model that is read by its

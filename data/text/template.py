@@ -10,14 +10,14 @@ from transformers import PreTrainedTokenizerFast
 
 from data.records.placeholders import wrapped_pattern
 from data.records.record import Record, RecordError, Turn
-from data.text.abilities import Abilities, Message, calling, find_abilities
+from data.text.abilities import Abilities, Message, find_abilities, probe_call
 from data.text.chat_formats import FORMATS, freeze_date
-from data.text.control_tokens import check_single, lead_token, only_unknown, special_ids, thought_tags
+from data.text.control_tokens import check_single, lead_token, special_ids, thought_tags, unknown_only_id
 from data.text.encoded import Encoded, Row, check_row, round_ends
 from data.text.marks import tags_of
 from data.text.messages import Wording, media_kinds, write_messages
 from data.text.render import Renderer, RenderError, Rendering, apply
-from data.text.rounds import TooLongError, first_rounds, round_starts, rounds_that_may_fit, stand_in
+from data.text.rounds import TooLongError, first_rounds, round_starts, rounds_that_may_fit, shortened_turn
 from data.text.state_tokens import STATE_TOKENS, check_state_tokens
 from data.text.tokens import Tokens, supervise, tokenize
 from model.errors import ConfigError
@@ -85,7 +85,7 @@ class Template:
 
         Templates with thoughts have two prompts: for an answer without a thought, and for an answer `like` the given one.
         """
-        record = replace(record, turns=(*record.turns, Turn("assistant", "x") if like is None else stand_in(like, self.tags)))
+        record = replace(record, turns=(*record.turns, Turn("assistant", "x") if like is None else shortened_turn(like, self.tags)))
         row = self._encode(record, self.messages(record), media_kinds(record)).rendering
         # Cut from the same rendering: some templates write more before an answer than their generation prompt says.
         cut = row.spans[-1].prompt
@@ -208,7 +208,7 @@ def load_template(
         lead=lead,
         ends=re.compile(re.escape(FORMATS[name].end) if name in FORMATS else control),
         written=re.compile(f"(?P<ours>{wrapped_pattern(media_wrap)})|{control}"),
-        control_ids=frozenset(special.values()) - only_unknown(tokenizer),
+        control_ids=frozenset(special.values()) - unknown_only_id(tokenizer),
         placeholder_ids={m: known[PLACEHOLDERS[m]] for m in sorted(set(READ_BY.values())) if PLACEHOLDERS[m] in known},
         allowed=tuple(allowed),
         state_tokens=state_tokens,
@@ -240,7 +240,7 @@ def _with_ends(template: Template) -> Template:
         template = replace(template, closes=re.compile(re.escape(tokenizer.convert_ids_to_tokens(end))))
     if template.abilities.calls:
         try:
-            call = calling(template.abilities.null_content, template.abilities.text_arguments)
+            call = probe_call(template.abilities.null_content, template.abilities.text_arguments)
             if (called := _last_id(template, [question, call])) is not None and called != end:
                 found.append(called)
                 closes = "|".join(re.escape(tokenizer.convert_ids_to_tokens(id)) for id in found)

@@ -134,7 +134,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, chat_templa
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
-def fingerprint(tokenizer: PreTrainedTokenizerFast) -> dict[str, list[int]]:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> dict[str, list[int]]:
     """Return the ids of ten strings by which tokenizers differ, with the tokens that the tokenizer adds by itself."""
     return {text: list(tokenizer(text)["input_ids"]) for text in TELLING_STRINGS}
 

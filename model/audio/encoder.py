@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from model.audio.projector import convolved, masked, mean_of_pairs, projector_strides, shortened, valid
+from model.audio.projector import convolved, masked, mean_of_pairs, projector_strides, shortened, valid_mask
 from model.config import AudioConfig, AudioProjectorConfig
 from model.errors import ConfigError
 from model.files.hub import find_file, hugging_face_config, read_json
@@ -76,12 +76,12 @@ def audio_spec(config: AudioConfig, projector: AudioProjectorConfig, cache_dir: 
         num_prompts=projector.prompts,
     )
     window = spec.window_frames * spec.hop
-    check_same(config.path, "feature_size", found.get("feature_size", spec.num_mels), spec.num_mels)
-    check_same(config.path, "chunk_length", found.get("chunk_length", 0) * spec.sampling_rate or window, window)
+    check_feature_setting(config.path, "feature_size", found.get("feature_size", spec.num_mels), spec.num_mels)
+    check_feature_setting(config.path, "chunk_length", found.get("chunk_length", 0) * spec.sampling_rate or window, window)
     return spec
 
 
-def check_same(path: str, key: str, told: int, needed: int) -> None:
+def check_feature_setting(path: str, key: str, told: int, needed: int) -> None:
     if told != needed:
         raise ConfigError(
             f"{SETTING} = {path!r}: {key} of the feature extractor makes {told}, the encoder of config.json needs {needed}"
@@ -126,7 +126,7 @@ class Tower(WhisperEncoder):
         rows = rows + self.embed_positions(torch.arange(rows.shape[1], device=rows.device))
         rows = F.dropout(rows, self.dropout, self.training)
         attends_all = lengths is None or (full_window and not self.kind.masked)
-        attended = None if attends_all else valid(lengths, rows.shape[1])[:, None, None]  # type: ignore[arg-type]
+        attended = None if attends_all else valid_mask(lengths, rows.shape[1])[:, None, None]  # type: ignore[arg-type]
         for layer in self.layers:
             rows = layer(rows, attended)
         return self.layer_norm(mean_of_pairs(rows, lengths) if self.kind.pooled else rows)

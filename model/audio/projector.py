@@ -35,9 +35,9 @@ def build_audio_projector(config: AudioProjectorConfig, in_features: int, out_fe
     projector_strides(config.kind)
     module: nn.Module
     if config.kind == "conv_mlp":
-        module = ConvMlp(in_features, out_features)
+        module = StridedConvMlp(in_features, out_features)
     elif config.kind == "pool_mlp":
-        module = PoolMlp(*mlp(2, in_features, out_features))
+        module = PoolPairsMlp(*mlp(2, in_features, out_features))
     else:
         match = MLP.fullmatch(config.kind)
         module = Pointwise(*mlp(int(match[1]) if match else 1, in_features, out_features))
@@ -55,14 +55,14 @@ def mlp(depth: int, in_features: int, out_features: int) -> list[nn.Module]:
     return layers
 
 
-class PoolMlp(nn.Sequential):
+class PoolPairsMlp(nn.Sequential):
     """The mean of every two rows, then an MLP on each result: (N, L, in) -> (N, ceil(L / 2), out)."""
 
     def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
         return super().forward(mean_of_pairs(features, lengths))
 
 
-class ConvMlp(nn.Module):
+class StridedConvMlp(nn.Module):
     """Two strided convolutions and a projection, (N, L, in) -> (N, ceil(L / 4), out): 12.5 tokens per second behind Whisper.
 
     After VITA's adapter: kernel 5, twice as many channels, LayerNorm in place of batch statistics, GELU. Rows beyond the valid
@@ -100,14 +100,14 @@ def shortened(lengths: Tensor | None, stride: int) -> Tensor | None:
     return None if lengths is None else (lengths - 1) // stride + 1
 
 
-def valid(lengths: Tensor, width: int) -> Tensor:
+def valid_mask(lengths: Tensor, width: int) -> Tensor:
     """Return a mask (N, width) bool that is True for rows that are not padding."""
     return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
 def masked(features: Tensor, lengths: Tensor | None) -> Tensor:
     """Return features (N, L, C) with zeros beyond each row's length. They are selected, not multiplied: NaN in padding is gone."""
-    return features if lengths is None else features.where(valid(lengths, features.shape[1])[..., None], 0)
+    return features if lengths is None else features.where(valid_mask(lengths, features.shape[1])[..., None], 0)
 
 
 def mean_of_pairs(features: Tensor, lengths: Tensor | None) -> Tensor:
@@ -118,5 +118,5 @@ def mean_of_pairs(features: Tensor, lengths: Tensor | None) -> Tensor:
     num_rows, width, _ = features.shape
     whole = lengths if lengths is not None else torch.full((num_rows,), width, device=features.device)
     rows = F.pad(masked(features, whole), (0, 0, 0, width % 2)).unflatten(1, (-1, 2)).sum(2)
-    counts = valid(whole, width + width % 2).unflatten(1, (-1, 2)).sum(2).clamp(min=1)
+    counts = valid_mask(whole, width + width % 2).unflatten(1, (-1, 2)).sum(2).clamp(min=1)
     return rows / counts[..., None].to(rows.dtype)

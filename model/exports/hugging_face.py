@@ -35,7 +35,7 @@ TOWERS = ("clip_vision_model", "siglip_vision_model")
 PROCESSORS = {"shortest_edge": "CLIPImageProcessor", "exact": "SiglipImageProcessor"}
 
 
-def check_exportable(card: ModelCard) -> None:
+def check_exportable_hf(card: ModelCard) -> None:
     """Check that this layout can express the model. Raises `ConfigError` with everything that it cannot express."""
     problems = []
     if card.model.vision is None or card.model.vision_projector is None:

@@ -15,7 +15,7 @@ PREFIX = "model.mm_projector."
 NEWLINE = "image_newline"  # is beside the projector in LLaVA-NeXT's files, not part of it
 
 
-def check_exportable(card: ModelCard) -> None:
+def check_exportable_llava(card: ModelCard) -> None:
     """Check that the model has a projector of a kind that LLaVA can read. Raises `ConfigError`."""
     projector = card.model.vision_projector
     if projector is None:

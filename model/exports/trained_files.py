@@ -13,8 +13,8 @@ from model.files.manifest import check_sizes
 from model.files.tensor_files import Entry, LazyTensor, Tensors, read_safetensors, tensor_digests, write_safetensors
 from model.llm.new_tokens import FILE as NEW_ROWS
 from model.llm.new_tokens import is_new_rows
-from model.load import for_use
-from model.weights.materialise import resolve
+from model.load import card_to_build
+from model.weights.materialise import resolve_value
 from model.weights.origins import of_adapter, run_layers, saved_tensors
 from model.weights.peft_adapter import OURS, peft_name
 
@@ -49,10 +49,10 @@ def projector(folder: Path, card: ModelCard, part: str = PROJECTOR) -> Tensors:
     own = {n.removeprefix(f"{part}."): rows for n, rows in found.items() if n.startswith(f"{part}.")}
     if own and _whole(card, part):
         return own
-    card = for_use(card, merge_lora=True)
+    card = card_to_build(card, merge_lora=True)
     model = assemble(card, torch.float32)
     layers = run_layers(folder, card, model, "SOURCE")
-    values = {name: resolve(f"{part}.{name}", layers) for name, _ in model.get_submodule(part).named_parameters()}
+    values = {name: resolve_value(f"{part}.{name}", layers) for name, _ in model.get_submodule(part).named_parameters()}
     return {name: rows for name, rows in values.items() if rows is not None}
 
 
@@ -63,7 +63,7 @@ def _whole(card: ModelCard, part: str) -> bool:
 
 def changed_parts(folder: Path, card: ModelCard) -> set[str]:
     """Return the parts with a weight that is not the base's: some run trained it, or merged an adapter into it."""
-    card = for_use(card, merge_lora=True)
+    card = card_to_build(card, merge_lora=True)
     layers = run_layers(folder, card, assemble(card, torch.float32), "SOURCE")
     return {name.partition(".")[0] for layer in layers for name in (*layer.tensors, *layer.adapters, *layer.stored)}
 

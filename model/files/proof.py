@@ -17,7 +17,7 @@ Check = Literal["full", "quick", "being_written"]
 """full: sizes and checksums. quick: sizes, and checksums below QUICK_BYTES. being_written: there is no proof yet."""
 
 
-def file_facts(path: Path) -> dict[str, Any]:
+def proof_entry(path: Path) -> dict[str, Any]:
     """Return the entry of one file in proof.json: size and sha256."""
     return {"size": path.stat().st_size, "sha256": file_digest(path)}
 

@@ -22,7 +22,7 @@ from model.files.manifest import UnsoundCheckpoint
 from model.files.sharding import local_range
 from model.files.tensor_files import Entry, LazyTensor, Tensors, as_bytes, dump_json, file_order, header, read_safetensors
 from model.files.untrusted import load_json
-from model.files.verified_write import PIECE_BYTES, BadShard, compare, write
+from model.files.verified_write import PIECE_BYTES, BadShard, check_written, write_synced
 
 WEIGHTS = "weights/"
 """Prefix of the trained parameters among a checkpoint's tensors; the optimizer's tensors have the prefixes in MOMENTS."""
@@ -99,7 +99,7 @@ def local(tensor: Tensor) -> Tensor:
 def write_shard(folder: Path, rank: int, world_size: int, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     """Write this rank's rows of `tensors` as rank-RRRRR-of-WWWWW.safetensors and .json. Returns and raises as `write_planned`."""
     plan = plan_shard(tensors)
-    return write_planned(folder, rank, world_size, plan, lambda: live(plan, tensors))
+    return write_planned(folder, rank, world_size, plan, lambda: tensor_chunks(plan, tensors))
 
 
 def write_planned(folder: Path, rank: int, world_size: int, plan: ShardPlan, chunks: Chunks) -> dict[str, dict[str, Any]]:
@@ -110,22 +110,22 @@ def write_planned(folder: Path, rank: int, world_size: int, plan: ShardPlan, chu
     stem = f"rank-{rank:05d}-of-{world_size:05d}"
     data, layout = folder / f"{stem}.safetensors", folder / f"{stem}.json"
     text = dump_json(plan.layout).encode()
-    facts = {data.name: write(data, _checked(plan, chunks)), layout.name: write(layout, iter([memoryview(text)]))}
-    compare(data, chain([memoryview(plan.header)], (chunk for _, chunk in chunks())))
-    compare(layout, iter([memoryview(text)]))
+    facts = {data.name: write_synced(data, _checked(plan, chunks)), layout.name: write_synced(layout, iter([memoryview(text)]))}
+    check_written(data, chain([memoryview(plan.header)], (chunk for _, chunk in chunks())))
+    check_written(layout, iter([memoryview(text)]))
     return facts
 
 
-def cut(dtype: torch.dtype, data: memoryview) -> Iterator[tuple[torch.dtype, memoryview]]:
+def write_chunks(dtype: torch.dtype, data: memoryview) -> Iterator[tuple[torch.dtype, memoryview]]:
     """Split `data` into chunks of PIECE_BYTES for writing."""
     for begin in range(0, len(data), PIECE_BYTES):
         yield dtype, data[begin : begin + PIECE_BYTES]
 
 
-def live(plan: ShardPlan, tensors: dict[str, Tensor]) -> Iterator[tuple[torch.dtype, memoryview]]:
+def tensor_chunks(plan: ShardPlan, tensors: dict[str, Tensor]) -> Iterator[tuple[torch.dtype, memoryview]]:
     """Yield the chunks of a shard file from the tensors themselves; one tensor at a time is on the host."""
     for place in plan.places:
-        yield from cut(place.dtype, as_bytes(local(tensors[place.name])))
+        yield from write_chunks(place.dtype, as_bytes(local(tensors[place.name])))
 
 
 def _checked(plan: ShardPlan, chunks: Chunks) -> Iterator[memoryview]:

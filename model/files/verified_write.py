@@ -22,7 +22,7 @@ class BadShard(Exception):
     """Data to be saved is not finite, or the bytes on disk differ from it; the message names the tensor or the file."""
 
 
-def write(path: Path, chunks: Iterator[memoryview]) -> dict[str, Any]:
+def write_synced(path: Path, chunks: Iterator[memoryview]) -> dict[str, Any]:
     """Write `chunks` to a file and sync it to disk. Return its size and the sha256 of the bytes as they were passed in."""
     digest, size, synced = hashlib.sha256(), 0, 0
     with path.open("wb") as out:
@@ -37,7 +37,7 @@ def write(path: Path, chunks: Iterator[memoryview]) -> dict[str, Any]:
     return {"size": size, "sha256": digest.hexdigest()}
 
 
-def compare(path: Path, chunks: Iterator[memoryview]) -> None:
+def check_written(path: Path, chunks: Iterator[memoryview]) -> None:
     """Check that the file holds exactly `chunks`, one after the other. Raises `BadShard`."""
     space = np.empty(PIECE_BYTES, dtype=np.uint8)
     with path.open("rb", buffering=0) as file:

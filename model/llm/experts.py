@@ -18,7 +18,7 @@ MOVED = (".block_sparse_moe.", ".mlp.")
 """Name of a block's mixture in Mixtral's files, and in memory."""
 
 
-def fused(tensors: Tensors, own: Collection[str] = ()) -> Tensors:
+def fuse_experts(tensors: Tensors, own: Collection[str] = ()) -> Tensors:
     """Return the tensors by their names in memory, experts fused: row e of `...experts.gate_up_proj` (E, 2 I, D) and of
     `...experts.down_proj` (E, D, I) consists of the matrices of expert e.
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def tiles(values: Tensor, sizes: tuple[int, ...]) -> Tensor:
+def scale_tiles(values: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Resize pixels (N, 3, S, S) to every size, and cut them into squares of the first size, b -> (M, 3, b, b).
 
     The order is by size, then picture, then row. Bicubic in float32; each size is resized directly from the input.
@@ -24,7 +24,7 @@ def tiles(values: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return torch.cat(found)
 
 
-def merged(features: Tensor, sizes: tuple[int, ...]) -> Tensor:
+def merge_scales(features: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Merge the features (M, g * g, C) of the squares of `tiles` -> (N, g * g, C * sizes): join the squares of each size, average
     them to one grid, and concatenate the sizes along channels.
     """

@@ -12,7 +12,7 @@ from model.files.tensor_files import LazyTensor
 from model.vision.tower_kinds import TowerFamily
 
 
-def resized(rows: LazyTensor, shape: tuple[int, ...], kind: TowerFamily) -> LazyTensor:
+def resize_positions(rows: LazyTensor, shape: tuple[int, ...], kind: TowerFamily) -> LazyTensor:
     """Resize the position embeddings (P, C) or (1, P, C) of a square grid to `shape`; rows of prefix tokens (CLS) stay unchanged.
 
     Bicubic in float32 without aligned corners, as transformers' `interpolate_pos_encoding` does in every forward. The whole table

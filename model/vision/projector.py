@@ -52,7 +52,7 @@ def _vision_layers(config: VisionProjectorConfig, in_features: int, out_features
     return build_projector(SETTING, config.kind, in_features, out_features)
 
 
-def shrunk(spec: ImageSpec, projector: VisionProjectorConfig) -> ImageSpec:
+def projected_spec(spec: ImageSpec, projector: VisionProjectorConfig) -> ImageSpec:
     """Return the tower's spec with the projector's effect on its tokens. Raises `ConfigError` when the kind does not fit it."""
     spec = dataclasses.replace(spec, newline=projector.newline)
     if projector.kind == RESAMPLER:

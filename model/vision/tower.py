@@ -12,8 +12,8 @@ from model.config import VisionConfig
 from model.errors import ConfigError
 from model.files.hub import find_file, hugging_face_config, read_json
 from model.media_spec import ImageSpec
-from model.vision.multi_scale import merged, tiles
-from model.vision.tower_kinds import TOWERS, cut, num_prefix, side, standard
+from model.vision.multi_scale import merge_scales, scale_tiles
+from model.vision.tower_kinds import TOWERS, num_prefix, remove_unused_layers, square_side, transformers_config
 from model.weights.quantised_base import check_settings
 
 SETTING = "model.vision.path"
@@ -35,7 +35,7 @@ def vision_config(config: VisionConfig, cache_dir: str = "") -> dict[str, Any]:
     value = whole.get("vision_config", whole)
     if "model_type" not in value:
         raise ConfigError(f"{SETTING} = {config.path!r}: config.json names no model_type for the vision tower")
-    return standard(f"{SETTING} = {config.path!r}", value)
+    return transformers_config(f"{SETTING} = {config.path!r}", value)
 
 
 def vision_spec(config: VisionConfig, cache_dir: str = "") -> ImageSpec:
@@ -53,7 +53,7 @@ def vision_spec(config: VisionConfig, cache_dir: str = "") -> ImageSpec:
     return ImageSpec(
         size=sizes[-1],
         # With scales the picture has the largest size, and a row of features covers this many of its pixels.
-        patch=side(value.patch_size, SETTING, "patch_size") * (sizes[-1] // sizes[0]),
+        patch=square_side(value.patch_size, SETTING, "patch_size") * (sizes[-1] // sizes[0]),
         num_prefix=rows,
         select=config.select,
         resize=resize,
@@ -66,7 +66,7 @@ def vision_spec(config: VisionConfig, cache_dir: str = "") -> ImageSpec:
 
 def view_sizes(config: VisionConfig, value: Any) -> tuple[int, ...]:
     """Return the sides in pixels at which a picture is seen: tower input first, then `scales`. `value`: the tower's config."""
-    own, patch = side(value.image_size, SETTING, "image_size"), side(value.patch_size, SETTING, "patch_size")
+    own, patch = square_side(value.image_size, SETTING, "image_size"), square_side(value.patch_size, SETTING, "patch_size")
     base = config.image_size or own
     if base != own and (base < patch or base % patch):
         raise ConfigError(f"model.vision.image_size = {base} is no multiple of the tower's patch of {patch} pixels")
@@ -117,9 +117,9 @@ class VisionTower(nn.Module):
         self.kind = TOWERS[found.model_type]
         self.num_prefix = num_prefix(found) if config.select == "patch" else 0
         self.hidden_size: int = found.hidden_size * len(self.sizes)
-        grid = self.sizes[0] // side(found.patch_size, SETTING, "patch_size")
+        grid = self.sizes[0] // square_side(found.patch_size, SETTING, "patch_size")
         self.blank_length = grid**2 + num_prefix(found) - self.num_prefix  # rows of one view
-        self.tower = cut(AutoModel.from_config(found, dtype=torch.float32, attn_implementation="sdpa"))
+        self.tower = remove_unused_layers(AutoModel.from_config(found, dtype=torch.float32, attn_implementation="sdpa"))
 
     @property
     def positions(self) -> nn.Parameter:
@@ -137,7 +137,7 @@ class VisionTower(nn.Module):
         if len(self.sizes) == 1:
             return self._encode(values)
         # One call for the squares of all sizes: ranks run the same collectives, and small squares use the whole device.
-        return merged(self._encode(tiles(values, self.sizes)), self.sizes)
+        return merge_scales(self._encode(scale_tiles(values, self.sizes)), self.sizes)
 
     def _encode(self, values: Tensor) -> Tensor:
         # The selection stays outside `tower`: a sharded module must not return a view.

@@ -32,7 +32,7 @@ class TowerFamily:
     renamed: Callable[[Tensors], Tensors] | None = None  # renames tensors of files to the names of transformers' class
 
 
-def cut(tower: nn.Module) -> nn.Module:
+def remove_unused_layers(tower: nn.Module) -> nn.Module:
     """Remove what the last block's output does not need, so that the loss reaches every remaining parameter."""
     for path, replacement in TOWERS[tower.config.model_type].behind.items():  # type: ignore[union-attr, index]
         owner, _, name = path.rpartition(".")
@@ -54,7 +54,7 @@ def num_prefix(config: PretrainedConfig) -> int:
     return TOWERS[config.model_type].num_prefix + getattr(config, "num_register_tokens", 0)
 
 
-def side(value: int | list[int] | tuple[int, ...], setting: str, name: str) -> int:
+def square_side(value: int | list[int] | tuple[int, ...], setting: str, name: str) -> int:
     """Return an image or patch size as one number of pixels. Raises `ConfigError` when it is not square."""
     sides = set(value) if isinstance(value, list | tuple) else {value}
     if len(sides) != 1:
@@ -62,7 +62,7 @@ def side(value: int | list[int] | tuple[int, ...], setting: str, name: str) -> i
     return int(sides.pop())
 
 
-def own_names(setting: str, tensors: Tensors, wanted: list[str], kind: TowerFamily) -> tuple[str, Tensors]:
+def tower_tensors_in_files(setting: str, tensors: Tensors, wanted: list[str], kind: TowerFamily) -> tuple[str, Tensors]:
     """Select the tower's tensors among all tensors of a folder. Return their prefix in the files, and the tensors.
 
     The result has the names of transformers' class, of which `wanted` are some. Raises `ConfigError` when two prefixes match.
@@ -82,7 +82,7 @@ def own_names(setting: str, tensors: Tensors, wanted: list[str], kind: TowerFami
     return best, found[best]
 
 
-def standard(setting: str, value: dict[str, Any]) -> dict[str, Any]:
+def transformers_config(setting: str, value: dict[str, Any]) -> dict[str, Any]:
     """Return config.json of a tower in the form of transformers' class. Raises `ConfigError` for an unsupported model_type."""
     kind = value["model_type"]
     if kind in REFUSED:
@@ -136,14 +136,14 @@ DINO_NAMES = (
 def intern_vit(tensors: Tensors) -> Tensors:
     """Return the tensors of a published InternViT under transformers' names."""
     parts = (".attention.q_proj.", ".attention.k_proj.", ".attention.v_proj.")
-    return divided(replaced(tensors, INTERN_VIT_NAMES), ".attention.qkv.", parts)
+    return split_fused(rename_tensors(tensors, INTERN_VIT_NAMES), ".attention.qkv.", parts)
 
 
 def dino(tensors: Tensors) -> Tensors:
-    return divided(replaced(tensors, DINO_NAMES), ".mlp.weights_in.", (".mlp.gate_proj.", ".mlp.up_proj."))
+    return split_fused(rename_tensors(tensors, DINO_NAMES), ".mlp.weights_in.", (".mlp.gate_proj.", ".mlp.up_proj."))
 
 
-def replaced(tensors: Tensors, pairs: tuple[tuple[str, str], ...]) -> Tensors:
+def rename_tensors(tensors: Tensors, pairs: tuple[tuple[str, str], ...]) -> Tensors:
     """Return the tensors under new names: the first string of each of `pairs` is replaced by the second, one pair at a time."""
     found: Tensors = {}
     for name, rows in tensors.items():
@@ -153,7 +153,7 @@ def replaced(tensors: Tensors, pairs: tuple[tuple[str, str], ...]) -> Tensors:
     return found
 
 
-def divided(tensors: Tensors, fused: str, parts: tuple[str, ...]) -> Tensors:
+def split_fused(tensors: Tensors, fused: str, parts: tuple[str, ...]) -> Tensors:
     """Split each tensor with `fused` in its name into equal shares of its rows, one per name in `parts`, read on demand."""
     found: Tensors = {}
     for name, rows in tensors.items():

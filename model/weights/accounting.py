@@ -31,7 +31,7 @@ SHOWN = 5
 PIECE_ROWS = 8192
 
 
-def carries_nothing(name: str, rows: LazyTensor) -> bool:
+def is_recomputed_buffer(name: str, rows: LazyTensor) -> bool:
     """Tell whether a tensor is a buffer that every model computes by itself."""
     return any(pattern.search(name) for pattern in MADE_ANEW) or bool(MASK.search(name) and len(rows.shape) in (0, 4))
 
@@ -44,7 +44,7 @@ def check_llm(setting: str, path: str, tensors: Tensors, llm: nn.Module, own: di
     ignored = [re.compile(pattern) for pattern in getattr(llm, "_keys_to_ignore_on_load_unexpected", None) or ()]
 
     def excused(name: str) -> bool:
-        return carries_nothing(name, tensors[name]) or any(pattern.search(name) for pattern in ignored)
+        return is_recomputed_buffer(name, tensors[name]) or any(pattern.search(name) for pattern in ignored)
 
     head = [name for name, parameter in llm.named_parameters(remove_duplicate=False) if parameter is _head(llm)]
     num_blocks = getattr(llm.config, "num_hidden_layers", 0)
@@ -160,7 +160,7 @@ def check_encoder(
         match = BLOCK.search(name)
         if match and built <= int(match[1]) < total:
             return not suffixes or name[match.end() :] in suffixes
-        return carries_nothing(name, inside[name]) or behind(name)
+        return is_recomputed_buffer(name, inside[name]) or behind(name)
 
     refuse_unknown(setting, path, inside, own, excused, what, total)
     if not nested:

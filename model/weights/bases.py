@@ -13,14 +13,14 @@ from model.card import ModelCard
 from model.errors import ConfigError
 from model.files.hub import folder_tensors, hugging_face_config, read_json, weight_files
 from model.files.tensor_files import Tensors, sampled_digest
-from model.llm.experts import fused
+from model.llm.experts import fuse_experts
 from model.llm.new_tokens import is_new_rows
 from model.lora import is_adapter
 from model.multimodal import MultimodalLM
 from model.vision import tower as vision
-from model.vision.position_embeddings import resized
+from model.vision.position_embeddings import resize_positions
 from model.vision.tower import VisionTower
-from model.vision.tower_kinds import own_names
+from model.vision.tower_kinds import tower_tensors_in_files
 from model.weights.accounting import check_encoder, check_llm, prefixed
 from model.weights.initial_values import grow_embedding
 from model.weights.materialise import Layer, kept_buffers, owners
@@ -71,7 +71,7 @@ def llm_tensors(card: ModelCard, model: MultimodalLM) -> Tensors:
     else:
         check_plain(LLM, config.llm.path, settings, found, own.keys() - integers(model.llm))
     found = renamed(prefixed(found, own, model.llm.base_model_prefix), own, model.llm)  # type: ignore[arg-type]
-    found = fused(found, own)
+    found = fuse_experts(found, own)
     check_llm(LLM, config.llm.path, found, model.llm, own)
     found = {f"llm.{name}": rows for name, rows in found.items()}
     check_vocabulary(card, found, model)
@@ -147,7 +147,7 @@ def tower_tensors(path: str, tower: VisionTower, cache_dir: str, others: tuple[s
     files = base_tensors("vision", path, cache_dir, digest)
     shapes = {name: tuple(p.shape) for name, p in tower.tower.named_parameters() if not is_adapter(name)}
     wanted = [*shapes, *others]
-    prefix, here = own_names(f"{vision.SETTING} = {path!r}", files, wanted, tower.kind)
+    prefix, here = tower_tensors_in_files(f"{vision.SETTING} = {path!r}", files, wanted, tower.kind)
     check_plain(vision.SETTING, path, None, here, wanted)
     nested = "vision_config" in read_json(vision.SETTING, path, "config.json", cache_dir)
     outside = [name for name in files if not name.startswith(prefix)]
@@ -158,7 +158,7 @@ def tower_tensors(path: str, tower: VisionTower, cache_dir: str, others: tuple[s
     found = {name: here[name] for name in wanted if name in here}
     name = tower.kind.positions
     if tower.resizes and name in found:
-        found[name] = resized(found[name], shapes[name], tower.kind)
+        found[name] = resize_positions(found[name], shapes[name], tower.kind)
     return {f"vision.tower.{name}": rows for name, rows in found.items()}
 
 

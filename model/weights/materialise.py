@@ -57,7 +57,7 @@ class Layer:
         return self.open()
 
 
-def resolve(name: str, layers: list[Layer]) -> LazyTensor | None:
+def resolve_value(name: str, layers: list[Layer]) -> LazyTensor | None:
     """Return the newest value of a parameter, with adapters of newer layers merged into it; None when no layer holds it.
 
     An adapter that was trained on a quantised matrix is merged into the dequantised values of that matrix.
@@ -65,7 +65,7 @@ def resolve(name: str, layers: list[Layer]) -> LazyTensor | None:
     for depth, layer in enumerate(layers):
         adapter, config = layer.adapters.get(name), layer.stored.get(name)
         if adapter or config:
-            below = resolve(name, layers[depth + 1 :])
+            below = resolve_value(name, layers[depth + 1 :])
             below = dequantised(below, config) if below and config else below
             return adapter.onto(below) if adapter and below else below
         if name.startswith(layer.prefix) and name in layer.tensors:
@@ -149,7 +149,7 @@ def find_values(model: nn.Module, layers: list[Layer]) -> list[tuple[Owner, list
     found: list[tuple[Owner, list[str], LazyTensor]] = []
     missing, misshapen = [], []
     for owner, names in aliases.items():
-        rows = next((r for r in (resolve(name, layers) for name in names) if r is not None), None)
+        rows = next((r for r in (resolve_value(name, layers) for name in names) if r is not None), None)
         if rows is None:
             missing.append(names[0])
         elif rows.shape != tuple(owner.shape):
@@ -162,7 +162,7 @@ def find_values(model: nn.Module, layers: list[Layer]) -> list[tuple[Owner, list
 
 def _load_buffers(model: nn.Module, layers: list[Layer]) -> None:
     """Load the buffers that files hold, whole on every rank. Raises `ConfigError` when one is missing or has another shape."""
-    found = {name: (module, key, resolve(name, layers)) for name, module, key in kept_buffers(model)}
+    found = {name: (module, key, resolve_value(name, layers)) for name, module, key in kept_buffers(model)}
     shapes = {name: tuple(module._buffers[key].shape) for name, (module, key, _) in found.items()}  # type: ignore[union-attr]
     missing = [name for name, (_, _, rows) in found.items() if rows is None]
     wrong = {name: rows.shape for name, (_, _, rows) in found.items() if rows is not None and rows.shape != shapes[name]}

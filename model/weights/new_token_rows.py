@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from model.errors import ConfigError
 from model.files.tensor_files import LazyTensor, Tensors
 from model.llm.new_tokens import SUFFIX, is_new_rows
-from model.weights.materialise import Layer, resolve
+from model.weights.materialise import Layer, resolve_value
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def first_rows(model: nn.Module, ids: tuple[int, ...], layers: list[Layer]) -> T
     """
     found: Tensors = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        matrix = resolve(name.removesuffix(SUFFIX) + ".weight", layers) if is_new_rows(name) else None
+        matrix = resolve_value(name.removesuffix(SUFFIX) + ".weight", layers) if is_new_rows(name) else None
         if matrix is not None:
             found[name] = LazyTensor(tuple(parameter.shape), functools.partial(_rows_of, matrix, ids))
     return found

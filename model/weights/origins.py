@@ -30,7 +30,7 @@ from model.weights.projector_files import check_llavas_parts, projector_layers
 
 def weight_layers(card: ModelCard, model: MultimodalLM, seed: int) -> list[Layer]:
     """Return the origins of a new run's weights: init_from, `path` of parts and `lora.path`, bases, initial values."""
-    given = given_layers(card, model)
+    given = configured_layers(card, model)
     # An earlier run's weights are valid only on the bases it was trained on.
     bases = read_card(Path(card.model.init_from)).bases if card.model.init_from else card.bases
     layers = [*given, *base_layers(replace(card, bases=bases), model)]
@@ -38,7 +38,7 @@ def weight_layers(card: ModelCard, model: MultimodalLM, seed: int) -> list[Layer
     return [*layers, new]
 
 
-def given_layers(card: ModelCard, model: MultimodalLM, held: Collection[str] = (), proof: Check = "full") -> list[Layer]:
+def configured_layers(card: ModelCard, model: MultimodalLM, held: Collection[str] = (), proof: Check = "full") -> list[Layer]:
     """Return the origins that the configuration names beside the bases, except for parts that are in `held` already.
 
     Raises `ConfigError` when two origins hold the same part.
@@ -82,7 +82,7 @@ def run_layers(
     weights = Layer(
         str(folder), lambda: resize_vocabulary({n: rows for n, rows in kept.items() if n not in own_adapters}, card, saved, model)
     )
-    return [own, weights, *map(without_adapters, given_layers(saved, model, tensors, below))]
+    return [own, weights, *map(without_adapters, configured_layers(saved, model, tensors, below))]
 
 
 def of_adapter(name: str, card: ModelCard) -> bool:

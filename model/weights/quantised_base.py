@@ -53,7 +53,7 @@ def without_quantisation(value: dict[str, Any]) -> dict[str, Any]:
     return {k: without_quantisation(v) if isinstance(v, dict) else v for k, v in value.items() if k not in KEYS}
 
 
-def method(settings: dict[str, Any]) -> str:
+def method_name(settings: dict[str, Any]) -> str:
     """Return the name of a quantisation for messages, as 'gptq, 4 bits'."""
     loaded = {bits for bits in (8, 4) if settings.get(f"load_in_{bits}bit")}
     name = settings.get("quant_method") or ("bitsandbytes" if loaded else "a method that quantization_config does not name")
@@ -76,11 +76,11 @@ def check_settings(setting: str, path: str, value: dict[str, Any]) -> None:
 
 def check_plain(setting: str, path: str, settings: dict[str, Any] | None, tensors: Tensors, wanted: Iterable[str] = ()) -> None:
     """Refuse a quantised folder, recognised by `settings` from its config.json or by its `tensors`. `wanted`: names to be read."""
-    found = evidence(tensors, wanted)
+    found = first_coded_tensor(tensors, wanted)
     if settings is None and found is None:
         return
     signs = (kind for end, kind in SIGNS if any(tensor.endswith(end) for tensor in tensors))
-    name = method(settings) if settings is not None else next(signs, "integers or 8-bit floats")
+    name = method_name(settings) if settings is not None else next(signs, "integers or 8-bit floats")
     if found is None:
         seen = (
             "config.json says so in quantization_config; if its weights are plain numbers after all, remove quantization_config "
@@ -97,7 +97,7 @@ def check_plain(setting: str, path: str, settings: dict[str, Any] | None, tensor
     )
 
 
-def evidence(tensors: Tensors, wanted: Iterable[str] = ()) -> str | None:
+def first_coded_tensor(tensors: Tensors, wanted: Iterable[str] = ()) -> str | None:
     """Return the first tensor that shows that matrices are stored as codes, None when there is none.
 
     It is one of `wanted` or a matrix in integers or 8-bit floats, or scales.
@@ -123,8 +123,8 @@ def check_dequantizable(path: str, settings: dict[str, Any] | None) -> None:
         )
     if settings.get("quant_method") != "fp8" or settings.get("expert_dtype", "fp8") != "fp8":
         raise ConfigError(
-            f"model.llm.dequantize = true: model.llm.path = {path!r} is stored as {method(settings)}, and only quant_method 'fp8' "
-            f"is dequantised; {PLAIN}"
+            f"model.llm.dequantize = true: model.llm.path = {path!r} is stored as {method_name(settings)}, and only quant_method "
+            f"'fp8' is dequantised; {PLAIN}"
         )
 
 

@@ -21,7 +21,7 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
-from data.anyres import best_grid, grids
+from data.anyres import best_anyres_grid, grids
 from data.config import DataConfig
 from data.index.token_estimate import media_tokens
 from data.media import image
@@ -30,7 +30,7 @@ from data.records.record import MediaRef
 from model.batch import Media
 from model.errors import ConfigError
 from model.media_spec import ImageSpec, MediaMeta, num_tokens, row_width, token_rows, token_weights
-from model.splice import taken
+from model.splice import placeholder_rows
 from model.tile_tokens import tile_map
 from tests.support.anyres import NEXT, ONEVISION, SIZES, pinpoints
 
@@ -98,13 +98,13 @@ def our_tokens(features: Tensor, meta: MediaMeta, newline: Tensor, spec: ImageSp
     media = Media(
         features, torch.from_numpy(rows), torch.arange(len(rows)), weights=None if weights is None else torch.from_numpy(weights)
     )
-    return taken(torch.cat([features.flatten(0, 1), newline[None]]), media)
+    return placeholder_rows(torch.cat([features.flatten(0, 1), newline[None]]), media)
 
 
 @given(size=st.tuples(SIDES, SIDES), side=st.sampled_from([20, 336, 384]), grid=st.sampled_from([NEXT, ONEVISION]))
 def test_the_grid_is_the_one_that_transformers_chooses(size: tuple[int, int], side: int, grid: list[tuple[int, int]]) -> None:
     down, across = select_best_resolution((size[1], size[0]), pinpoints(grid, side))
-    assert best_grid(size, side, tuple(grid)) == (across // side, down // side)
+    assert best_anyres_grid(size, side, tuple(grid)) == (across // side, down // side)
 
 
 @given(size=st.tuples(SIDES, SIDES), geometry=st.sampled_from([(20, 5), (336, 14), (384, 14)]), shrink=st.sampled_from([0, 3, 9]))

@@ -22,7 +22,7 @@ from data.media import audio
 from data.media.audio import log_mel_rows
 from data.media.blob import Blob, MediaError
 from data.media.resample import resample, resampled_length
-from data.media.sound import is_unsized, read_sound, sound_length
+from data.media.sound import is_unsized, read_audio, sound_length
 from data.records.record import MediaRef
 from model.media_spec import AudioSpec, MediaMeta, row_frames
 from tests.support.tiny_media import compressed, tone, wav
@@ -97,7 +97,7 @@ def test_every_width_of_whole_numbers_is_read(bits: int, error: float, extensibl
     samples = noise(1001, 2) * 0.9
     header = {"tag": 0xFFFE} if extensible else {}
     data = wav(samples, 22_050, bits, junk=b"LIST" + struct.pack("<I", 3) + b"abc\0", **header)
-    rate, read = read_sound(in_memory(data), 30)
+    rate, read = read_audio(in_memory(data), 30)
     assert rate == 22_050 and (read - torch.from_numpy(samples.mean(1))).abs().max() <= error
     if not extensible:
         with wave.open(io.BytesIO(data)) as theirs:
@@ -109,19 +109,19 @@ def test_every_width_of_whole_numbers_is_read(bits: int, error: float, extensibl
 @pytest.mark.parametrize("size", [0, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFFFFFF - 36])
 def test_a_file_from_a_pipe_is_read_to_its_end(size: int) -> None:
     samples = noise(1001, 2)
-    expected = read_sound(in_memory(wav(samples, 16_000)), 30)[1]
+    expected = read_audio(in_memory(wav(samples, 16_000)), 30)[1]
     data = in_memory(wav(samples, 16_000, size=size, junk=b"LIST\4\0\0\0abcd") + b"\x01")  # cut within a sample
     audio.check(data)
     assert sound_length(data, 30).num_samples == 1001 and is_unsized(data) and not is_unsized(in_memory(wav(samples, 16_000)))
-    assert torch.equal(read_sound(data, 30)[1], expected)
+    assert torch.equal(read_audio(data, 30)[1], expected)
     with pytest.raises(MediaError, match=r"lasts 0\.06 s; data\.max_seconds allows 0\.05"):
-        read_sound(data, 0.05)
+        read_audio(data, 0.05)
 
 
 @pytest.mark.parametrize("after", [b"", b"LIST\4\0\0\0abcd", b"LIST\3\0\0\0abc\0id3 \0\0\0\0"])
 def test_chunks_behind_no_samples_are_no_samples(after: bytes) -> None:
     with pytest.raises(MediaError, match=r"'a\.wav' holds no samples"):
-        read_sound(in_memory(wav(noise(0), 16_000) + after), 30)
+        read_audio(in_memory(wav(noise(0), 16_000) + after), 30)
 
 
 @pytest.mark.parametrize("size", [2000, 2002, 0, 2**64 - 1])
@@ -133,10 +133,10 @@ def test_a_size_of_64_bits_is_read(kind: bytes, size: int) -> None:
     data = in_memory(kind + plain[4:12] + wide + plain[12:])
     if size == 2002:
         with pytest.raises(MediaError, match="declares 2002 bytes of samples and holds 2000: it is cut off"):
-            read_sound(data, 30)
+            read_audio(data, 30)
     else:
         assert is_unsized(data) == (size != 2000)
-        assert torch.equal(read_sound(data, 30)[1], read_sound(in_memory(wav(samples, 16_000)), 30)[1])
+        assert torch.equal(read_audio(data, 30)[1], read_audio(in_memory(wav(samples, 16_000)), 30)[1])
 
 
 @pytest.mark.parametrize("bits", [32, 64])
@@ -144,17 +144,17 @@ def test_a_size_of_64_bits_is_read(kind: bytes, size: int) -> None:
 def test_floats_are_read_as_they_are(bits: int, tag: int) -> None:
     samples = noise(777) * 1.5
     data = wav(samples, 8000, bits, is_float=True, tag=tag)
-    assert torch.equal(read_sound(in_memory(data), 30)[1], torch.from_numpy(samples[:, 0]))
+    assert torch.equal(read_audio(in_memory(data), 30)[1], torch.from_numpy(samples[:, 0]))
 
 
 def test_flac_is_its_wav_to_the_bit_and_mp3_is_close() -> None:
     samples = tone(1.3, 44_100, channels=2)
     plain = wav(samples, 44_100)
-    rate, expected = read_sound(in_memory(plain), 30)
+    rate, expected = read_audio(in_memory(plain), 30)
     whole = np.frombuffer(plain[-samples.size * 2 :], dtype="<i2").reshape(-1, 2) / np.float32(2**15)
-    flac = read_sound(in_memory(compressed(whole.astype(np.float32), 44_100, "flac", "flac")), 30)
+    flac = read_audio(in_memory(compressed(whole.astype(np.float32), 44_100, "flac", "flac")), 30)
     assert flac[0] == rate and torch.equal(flac[1], expected)
-    _, mp3 = read_sound(in_memory(compressed(samples, 44_100, "mp3", "libmp3lame", 320_000)), 30)
+    _, mp3 = read_audio(in_memory(compressed(samples, 44_100, "mp3", "libmp3lame", 320_000)), 30)
     assert len(mp3) == len(expected) and (mp3 - expected)[4000:-4000].abs().max() < 1e-3
 
 
@@ -259,7 +259,7 @@ def test_the_check_finds_it_without_decoding(kind: str) -> None:
 
 @pytest.mark.parametrize("data", [wav(noise(16_001), 16_000), flac(1.01)])
 def test_a_clip_that_is_too_long_is_refused_with_both_numbers_and_never_cut(data: bytes) -> None:
-    for act in (sound_length, read_sound):
+    for act in (sound_length, read_audio):
         with pytest.raises(MediaError, match=r"^'long' lasts 1\.0\d* s; data.max_seconds allows 1$"):
             act(in_memory(data, "long"), 1.0)
     assert sound_length(in_memory(wav(noise(16_000), 16_000)), 1.0).num_samples == 16_000

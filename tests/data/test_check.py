@@ -23,8 +23,8 @@ from data.check import check_dataset as check_run
 from data.check.check_dataset import Depth, SourceFound, check_dataset, parts_of, remove_stale
 from data.check.check_record import TOO_LONG, check_record
 from data.check.found import read_part
-from data.check.measured_lengths import identities
-from data.check.report import percentiles, summary, table
+from data.check.measured_lengths import source_identities
+from data.check.report import percentiles, summarise_source, summary_lines
 from data.config import DataConfig, SourceConfig
 from data.dataset import MultimodalDataset, Rejected, open_dataset
 from data.sample import Sample
@@ -87,7 +87,7 @@ def test_counts_are_exact_and_lengths_those_of_the_samples(corpus: Corpus) -> No
             assert found["lengths"][i] == len(made.input_ids) == dataset.measure(i)
             assert found["supervised"][i] == int((made.labels != -100).sum())
             assert found["media_tokens"][i] == sum(medium.length for medium in made.media.get("image", []))
-    counts, too_long = summary(found), [i for i, item in corpus.bad.items() if item.too_long]
+    counts, too_long = summarise_source(found), [i for i, item in corpus.bad.items() if item.too_long]
     assert counts["records"] == len(dataset) and counts["too_long"] == len(too_long) == 1
     assert counts["bad"] == len(corpus.bad) - 1 and counts["ok"] == len(dataset) - len(corpus.bad)
     fields = Counter(re.split(r"[:.\[]", item.reason)[0] for item in corpus.bad.values() if not item.too_long)
@@ -131,7 +131,7 @@ def outcome(found: list[SourceFound]) -> Any:
 
 def test_a_summary_counts_every_kind(tmp_path: Path, calls: list[int]) -> None:
     (found,) = check_dataset(mixed(tmp_path), tmp_path / "index")
-    counts = summary(found.found)
+    counts = summarise_source(found.found)
     expected = {"records": 40, "ok": 20, "bad": 20, "too_long": 0, "images": 20, "videos": 0, "audios": 0, "missing_files": 10}
     assert {key: counts[key] for key in expected} == expected
     assert counts["bad_by_field"] == {"image": 10, "json": 10}
@@ -241,10 +241,10 @@ def test_sounds_are_measured_in_seconds_and_cut_ones_are_found(tmp_path: Path) -
     made = load_template("auto", tokenizer, placeholders="as_written", media_wrap=())
     data = open_dataset((source,), DataConfig(), made, {**SPECS, "audio": AUDIO}, tmp_path / "index")
     (found,) = check_dataset(data, tmp_path / "index")
-    counts = summary(found.found)
+    counts = summarise_source(found.found)
     assert (counts["audios"], counts["ok"], counts["bad"], counts["missing_files"]) == (4, 2, 2, 1)
     assert counts["seconds_per_clip"] == [2.0, 2.0, 5.0, 5.0, 5.0] and counts["audios_without_size"] == 1
-    assert any("1 of them WAV files without a size, which are read to their end" in line for line in table(counts))
+    assert any("1 of them WAV files without a size, which are read to their end" in line for line in summary_lines(counts))
     assert [row for row, _ in found.found.problems] == [2, 3] and "cut.wav" in found.found.problems[0][1].reason
     assert found.found["media_tokens"][:2].tolist() == [100, 250]
 
@@ -269,7 +269,7 @@ def test_media_in_archives_are_checked_where_they_lie(tmp_path: Path, calls: lis
         data.measure(0)  # whatever a process opens lazily is open when it is forked
         (found,) = check_dataset(data, tmp_path / "index", workers=2)
         assert [row for row, _ in found.found.problems] == bad and found.found.files == {}
-        assert summary(found.found)["images"] == len(data) and (found.found["contents"] != 0).sum() == len(data) - len(bad)
+        assert summarise_source(found.found)["images"] == len(data) and (found.found["contents"] != 0).sum() == len(data) - len(bad)
     assert calls == []
 
 
@@ -291,7 +291,7 @@ def test_of_all_files_only_the_missing_ones_are_held(tmp_path: Path) -> None:
     data = datasets(tmp_path, {"mix": records})
     (found,) = check_dataset(data, tmp_path / "index")
     assert found.found.files == found.found.missing == {str(tmp_path / "gone.png"): (-1, -1)}
-    (part,) = parts_of(data, 0, tmp_path / "index", identities(data)[0])
+    (part,) = parts_of(data, 0, tmp_path / "index", source_identities(data)[0])
     kept = read_part(part.path)
     assert kept is not None and sorted(kept.files) == [str(tmp_path / "7.png"), str(tmp_path / "gone.png")]
 

@@ -14,8 +14,8 @@ from PIL import Image
 
 from data.config import DataConfig
 from data.media import av_video, video
-from data.media.av_files import opened
-from data.media.av_video import decoded, read_timeline, upright
+from data.media.av_files import open_stream
+from data.media.av_video import decode_frames, read_timeline, upright
 from data.media.blob import Blob, MediaError
 from data.records.record import MediaRef
 from model.media_spec import ImageSpec
@@ -30,10 +30,10 @@ STARTS = [Fraction(21, 10), Fraction(47, 20), Fraction(24, 10)]  # on a frame, b
 
 def read(data: bytes, *wanted: list[int]) -> tuple[list[float], float, list[list[int]]]:
     """When the frames of a clip are shown, when it ends, and which of the original all of them and the wanted ones are."""
-    with opened(Blob("clip", data=data), "video") as (container, stream):
+    with open_stream(Blob("clip", data=data), "video") as (container, stream):
         timeline = read_timeline(container, stream, "clip")
         asked = [list(range(len(timeline.starts))), *wanted]
-        frames = ([*decoded(container, stream, timeline, numbers, "clip")] for numbers in asked)
+        frames = ([*decode_frames(container, stream, timeline, numbers, "clip")] for numbers in asked)
         return timeline.starts, timeline.end, [[told(upright(frame).getpixel((32, 24))[0]) for frame in some] for some in frames]
 
 
@@ -89,10 +89,10 @@ def test_a_late_frame_of_a_cut_clip_needs_its_own_group_alone(monkeypatch: pytes
         return None if found is None else (come.append(frame.pts) or frame for frame in found)  # type: ignore[func-returns-value]
 
     monkeypatch.setattr(av_video, "frames_from", counted)
-    with opened(Blob("clip", data=data), "video") as (container, stream):
+    with open_stream(Blob("clip", data=data), "video") as (container, stream):
         timeline = read_timeline(container, stream, "clip")
         assert come == []  # its times are known without decoding
-        (frame,) = decoded(container, stream, timeline, [14], "clip")
+        (frame,) = decode_frames(container, stream, timeline, [14], "clip")
     assert told(upright(frame).getpixel((32, 24))[0]) == 38 and len(come) <= 3
 
 
@@ -131,8 +131,8 @@ def quartered() -> bytes:
 
 
 def shown(data: bytes) -> Image.Image:
-    with opened(Blob("clip", data=data), "video") as (container, stream):
-        (frame,) = decoded(container, stream, read_timeline(container, stream, "clip"), [0], "clip")
+    with open_stream(Blob("clip", data=data), "video") as (container, stream):
+        (frame,) = decode_frames(container, stream, read_timeline(container, stream, "clip"), [0], "clip")
         return upright(frame, "clip")
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.check.check_dataset import Depth, check_dataset
-from data.check.duplicates import MAX_DISTANCE, Match, close_pairs, find_duplicates, folded
+from data.check.duplicates import MAX_DISTANCE, Match, close_pairs, find_duplicates, fold_media_keys
 from data.check.found import Found
 from tests.support.tiny_data import datasets, talk
 
@@ -49,8 +49,8 @@ def test_keys_depend_on_the_media_and_on_their_order() -> None:
     texts = np.array([7, 7, 7, 7, 8], dtype=np.uint64)
     owners = np.array([1, 2, 2, 3, 3, 4, 4])
     media = np.array([5, 5, 6, 6, 5, 5, 6], dtype=np.uint64)
-    assert len(set(folded(texts, owners, media).tolist())) == 5
-    assert folded(texts[:2], owners[:1], media[:1])[0] == folded(texts, owners, media)[0]
+    assert len(set(fold_media_keys(texts, owners, media).tolist())) == 5
+    assert fold_media_keys(texts[:2], owners[:1], media[:1])[0] == fold_media_keys(texts, owners, media)[0]
 
 
 @pytest.fixture(scope="module")

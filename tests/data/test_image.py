@@ -18,7 +18,7 @@ from transformers.image_utils import load_image
 
 from data.config import DataConfig
 from data.media import image
-from data.media.blob import Blob, MediaError, resolve
+from data.media.blob import Blob, MediaError, resolve_path
 from data.records.record import MediaRef
 from model.media_spec import ImageSpec
 from tests.support.pictures import CLIP, SIGLIP, SIZES, encoded, loaded, noise
@@ -34,7 +34,7 @@ def saved(folder: Path, picture: Image.Image, name: str = "a.png", **options: ob
 
 
 def load(folder: Path, name: str, spec: ImageSpec = CLIP, fit: str = "pad", max_pixels: int = 10**6, links: bool = False) -> Tensor:
-    path = resolve(name, str(folder), follow_links=links)
+    path = resolve_path(name, str(folder), follow_links=links)
     return decoded(path, spec, fit, max_pixels)
 
 
@@ -259,7 +259,7 @@ def test_an_empty_root_is_the_current_directory(tmp_path: Path, monkeypatch: pyt
     saved(tmp_path, noise((30, 30)))
     monkeypatch.chdir(tmp_path)
     expected = decoded(str(tmp_path / "a.png"), CLIP, "pad", 10**6)
-    assert torch.equal(decoded(resolve("a.png", "", follow_links=False), CLIP, "pad", 10**6), expected)
+    assert torch.equal(decoded(resolve_path("a.png", "", follow_links=False), CLIP, "pad", 10**6), expected)
 
 
 def test_a_pipe_does_not_block(tmp_path: Path) -> None:

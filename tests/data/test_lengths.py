@@ -17,9 +17,9 @@ from data.check.measured_lengths import (
     PARTLY,
     best_lengths,
     freeze_lengths,
-    identities,
     planned_lengths,
     read_measurements,
+    source_identities,
 )
 from data.config import DataConfig, SourceConfig
 from data.dataset import MultimodalDataset, open_dataset
@@ -62,10 +62,10 @@ def test_what_is_measured_is_known_by_what_it_follows_from(tmp_path: Path) -> No
     data, index = mixed(tmp_path), tmp_path / "index"
     check_dataset(data, index)
     assert all(found is not None for found in read_measurements(data, index))
-    names = identities(data)
-    assert identities(mixed_again(tmp_path)) == names and len(set(names)) == 2
+    names = source_identities(data)
+    assert source_identities(mixed_again(tmp_path)) == names and len(set(names)) == 2
     for changed in (mixed_again(tmp_path, max_length=99), mixed_again(tmp_path, max_images=3)):
-        assert not set(identities(changed)) & set(names) and best_lengths(changed, index)[1] == ESTIMATED
+        assert not set(source_identities(changed)) & set(names) and best_lengths(changed, index)[1] == ESTIMATED
     with (tmp_path / "seen.jsonl").open("a") as file:
         file.write("\n")
     assert best_lengths(mixed_again(tmp_path), index)[1] == PARTLY

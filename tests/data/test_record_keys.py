@@ -11,7 +11,7 @@ import pytest
 
 from data.records.record import MediaRef, RecordError, Turn, parse
 from data.text.messages import Wording, write_messages
-from data.text.state_tokens import state_of
+from data.text.state_tokens import reply_state
 
 ASK, ANSWER = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
 ADD = {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer", "default": None}}}}
@@ -214,7 +214,7 @@ def test_calls_made_at_once_are_answered_in_their_order() -> None:
 def test_an_answer_behind_results_replies_to_its_user() -> None:
     heard = {"role": "user", "content": "<audio>"}
     record = parse(chat(heard, call(), RESULT, ANSWER, ASK, ANSWER, audio="a.wav"), "m.json:1")
-    assert [state_of(record, i) for i in (1, 3, 5)] == ["audio", "audio", "text"]
+    assert [reply_state(record, i) for i in (1, 3, 5)] == ["audio", "audio", "text"]
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from data.index import json_exact_scan
 from data.index import json_scan as scan_module
 from data.index.json_borders import array_borders, line_borders
 from data.index.json_scan import scan
-from data.index.table import KINDS, Table, joined
-from data.index.token_estimate import by_parsing
+from data.index.table import KINDS, Table, join_tables
+from data.index.token_estimate import plan_by_parsing
 from model.errors import DataError
 
 TEXTS = st.text(st.sampled_from('ab"\\{}[],:\n \t\x7f/é漢🙂\u2028'), max_size=20)
@@ -171,7 +171,7 @@ def test_all_that_a_template_writes_is_planned() -> None:
     table = table_of("m.jsonl", "\n".join(map(json.dumps, rows)).encode(), 1 << 22)
     assert table.text_tokens.tolist()[:5] == expected
     assert table.text_tokens[5] >= 8 and table.media.max() == 0
-    one_by_one = [by_parsing(json.dumps(row).encode())[0] for row in rows]
+    one_by_one = [plan_by_parsing(json.dumps(row).encode())[0] for row in rows]
     assert table.text_tokens.tolist()[:5] == one_by_one[:5]
 
 
@@ -195,7 +195,7 @@ def test_a_record_without_texts_is_planned_by_its_size() -> None:
 
 def test_files_are_joined_in_order(tmp_path: Path) -> None:
     one, two = (table_of("m.jsonl", b"\n".join([b"{}"] * count), 1 << 22) for count in (2, 3))
-    both = joined([one, two])
+    both = join_tables([one, two])
     assert len(both) == 5 and [both.file_of(i) for i in range(5)] == [0, 0, 1, 1, 1]
     assert both.start.tolist() == [*one.start, *two.start]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data.check.certificate import proven
+from data.check.certificate import encode_proven
 from data.records.record import Record, RecordError, Turn
 from data.text.template import Encoded, Template, load_template
 from tests.support.tiny_tokenizers import tiny_tokenizer
@@ -85,7 +85,7 @@ CASES: dict[str, tuple[tuple[Turn | str, ...], list[str], int]] = {
 def test_thoughts_are_learned_as_the_template_writes_them(case: str) -> None:
     template, (turns, expected, removed) = qwen3(), CASES[case]
     record = talk(*turns)
-    encoded = proven(template, record)
+    encoded = encode_proven(template, record)
     assert encoded.input_ids == reference(template, record)
     assert learned(template, encoded) == expected and encoded.removed == removed
     first = encoded.supervised.index(True) if len(expected) == 1 else None
@@ -107,7 +107,7 @@ def test_tools_and_calls_are_the_templates_own() -> None:
     called = Turn("assistant", "", extra={"tool_calls": [CALL]})
     result = Turn("tool", "4", extra={"tool_call_id": "call00001", "name": "add"})
     record = talk("q", called, result, Turn("assistant", "It is 4."), Turn("user", "r"), Turn("assistant", "b"), tools=(TOOL,))
-    encoded = proven(template, record)
+    encoded = encode_proven(template, record)
     assert encoded.input_ids == reference(template, record)
     call = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": "two"}}\n</tool_call><|im_end|>'
     assert learned(template, encoded) == [call, "It is 4.<|im_end|>", "b<|im_end|>"]
@@ -133,7 +133,7 @@ def test_a_template_that_drops_a_key_is_refused_by_the_keys_name(record: Record,
 def test_turns_that_are_not_to_be_learned_are_read() -> None:
     template = qwen3()
     whole, some = talk("q", "a", "r", "b"), talk("q", Turn("assistant", "a", learn=False), "r", "b")
-    encoded = proven(template, some)
+    encoded = encode_proven(template, some)
     assert encoded.input_ids == template.encode(whole).input_ids and encoded.round_ends == template.encode(whole).round_ends
     assert learned(template, encoded) == ["b<|im_end|>"]
     with pytest.raises(RecordError, match="no token is supervised"):
@@ -154,7 +154,7 @@ def test_control_tokens_in_calls_and_tools_stay_text() -> None:
 
 def test_a_prompt_that_closes_the_thought_is_no_part_of_the_answer() -> None:
     template = own(CLOSED)
-    encoded = proven(template, talk("q", "a", "r", "<think>t</think>b"))
+    encoded = encode_proven(template, talk("q", "a", "r", "<think>t</think>b"))
     assert encoded.input_ids == reference(template, talk("q", "a", "r", "<think>t</think>b"))
     assert learned(template, encoded) == ["a</s>", "b</s>"] and encoded.removed == 1
 
@@ -163,20 +163,20 @@ def test_a_prompt_that_closes_the_thought_is_no_part_of_the_answer() -> None:
 def test_white_space_behind_a_removed_thought_is_the_answers(space: str) -> None:
     template = own(DISTILLED)
     record = talk("q", f"<think>s</think>{space}ab c", "r", f"<think>t</think>{space}ab c")
-    encoded = proven(template, record)
+    encoded = encode_proven(template, record)
     assert encoded.input_ids == reference(template, record) and encoded.removed == 2
     assert learned(template, encoded) == [f"{space}ab c</s>"] * 2
 
 
 def test_a_blank_thought_is_asked_for_as_a_blank_one() -> None:
     record = talk("q", Turn("assistant", "4", extra={"reasoning_content": "\n"}))
-    assert proven(qwen3(), record).input_ids == reference(qwen3(), record)
+    assert encode_proven(qwen3(), record).input_ids == reference(qwen3(), record)
 
 
 def test_channels_of_an_answer_are_learned() -> None:
     template = own(CHANNELS)
     record = talk("q", "a", "r", Turn("assistant", "b", extra={"reasoning_content": "t"}))
     assert template.abilities.reasoning in ("reasoning_content", "thinking")
-    encoded = proven(template, record)
+    encoded = encode_proven(template, record)
     last = " analysis<s>t<|im_end|><|im_start|>assistant final<s>b</s>"
     assert learned(template, encoded) == [" final<s>a<|im_end|>", last]

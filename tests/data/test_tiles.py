@@ -13,7 +13,7 @@ from transformers import GotOcr2ImageProcessorPil
 from data.config import DataConfig
 from data.media import image
 from data.media.blob import Blob
-from data.media.tiling import best_grid, budget, candidates, plan
+from data.media.tiling import best_tile_grid, budget, candidates, plan_tiles
 from data.records.record import MediaRef
 from model.media_spec import ImageSpec, MediaMeta, num_tokens
 
@@ -49,8 +49,8 @@ def rows(data: bytes, num_media: int = 1, **config: object) -> tuple[MediaMeta, 
     ],
 )
 def test_golden_grids_of_internvl(size: tuple[int, int], max_tiles: int, grid: tuple[int, int], num_rows: int) -> None:
-    assert plan(size, 448, 1, max_tiles, True) == MediaMeta(num_rows, grid=grid)
-    assert plan(size, 448, 1, max_tiles, False).num_rows == grid[0] * grid[1]
+    assert plan_tiles(size, 448, 1, max_tiles, True) == MediaMeta(num_rows, grid=grid)
+    assert plan_tiles(size, 448, 1, max_tiles, False).num_rows == grid[0] * grid[1]
 
 
 def test_candidates_are_as_many_as_internvls_and_in_a_fixed_order() -> None:
@@ -62,12 +62,12 @@ def test_candidates_are_as_many_as_internvls_and_in_a_fixed_order() -> None:
 @given(width=SIDES, height=SIDES, least=st.integers(1, 14), most=st.integers(1, 14), side=st.integers(1, 500), n=st.integers(1, 9))
 def test_a_grid_is_a_nearest_candidate_within_the_budget(width: int, height: int, least: int, most: int, side: int, n: int) -> None:
     cap = budget(most, n)
-    across, down = best_grid((width, height), side, least, cap)
+    across, down = best_tile_grid((width, height), side, least, cap)
     assert min(least, cap) <= across * down <= cap
     distances = [abs(width / height - i / j) for i, j in candidates(min(least, cap), cap)]
     assert abs(width / height - across / down) == min(distances)
     assert n * cap <= max(most, n)  # all pictures of a sample together
-    meta = plan((width, height), side, least, cap, True)
+    meta = plan_tiles((width, height), side, least, cap, True)
     assert meta.num_rows == (across * down + 1 if across * down > 1 else 1)
 
 

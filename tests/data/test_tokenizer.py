@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data.text.tokenizer import TELLING_STRINGS, check_fingerprint, fingerprint, load_tokenizer, pad_id, save_tokenizer
+from data.text.tokenizer import TELLING_STRINGS, check_fingerprint, load_tokenizer, pad_id, save_tokenizer, tokenizer_fingerprint
 from model.errors import ConfigError
 from tests.support import tiny_tokenizers
 from tests.support.tiny_tokenizers import NAMES, tiny_tokenizer
@@ -26,11 +26,14 @@ def test_saved_tokenizers_load_with_equal_ids(name: str, tmp_path: Path) -> None
     tokenizer(["a", "b c d e"], padding=bool(tokenizer.pad_token), truncation=True, max_length=2)  # leaves its marks behind
     folder = saved(name, tmp_path / "a")
     loaded = AutoTokenizer.from_pretrained(folder)
-    assert fingerprint(loaded) == fingerprint(tokenizer) and len(fingerprint(loaded)) == len(TELLING_STRINGS) == 10
+    assert (
+        tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer)
+        and len(tokenizer_fingerprint(loaded)) == len(TELLING_STRINGS) == 10
+    )
     assert loaded.special_tokens_map == tokenizer.special_tokens_map and loaded.chat_template == tokenizer.chat_template
     assert loaded.all_special_ids == tokenizer.all_special_ids
     assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
-    check_fingerprint(loaded, json.loads(json.dumps(fingerprint(tokenizer))))
+    check_fingerprint(loaded, json.loads(json.dumps(tokenizer_fingerprint(tokenizer))))
     save_tokenizer(loaded, tmp_path / "b")
     names = sorted(p.name for p in folder.iterdir())
     assert names == sorted(p.name for p in (tmp_path / "b").iterdir())
@@ -66,7 +69,7 @@ def test_a_piece_of_the_vocabulary_becomes_a_token_with_its_own_id(tmp_path: Pat
 
 
 def test_changed_ids_are_named() -> None:
-    expected = fingerprint(tiny_tokenizer("llama_always"))
+    expected = tokenizer_fingerprint(tiny_tokenizer("llama_always"))
     check_fingerprint(tiny_tokenizer("llama_always"), expected)
     with pytest.raises(ConfigError, match=r"the tokenizer has changed: '.*' is \[.*\] with transformers 5\..*, it was \["):
         check_fingerprint(tiny_tokenizer("llama_first"), expected)

@@ -70,11 +70,11 @@ def test_the_inspector_shows_them_grey(tmp_path: Path) -> None:
     assert pieces(entry, "passed_over") == ["WRONG<|im_end|>"] and pieces(entry, "learned") == ["4<|im_end|>"]
     assert [box.medium.length for box in entry.boxes] == [WIDTH, WIDTH]
     assert (plain.num_unlearned, entry.num_unlearned) == (0, 1)
-    printed = inspect_data.printed(entry, colour=False)
+    printed = inspect_data.entry_text(entry, colour=False)
     assert "{-WRONG<|im_end|>-}" in printed and "{+4<|im_end|>+}" in printed and ", 1 answer not learned ({- -})," in printed
-    coloured = inspect_data.printed(entry, colour=True)
+    coloured = inspect_data.entry_text(entry, colour=True)
     assert "\x1b[90mWRONG<|im_end|>\x1b[0m" in coloured and "1 answer not learned (grey)" in coloured
-    assert "not learned" not in inspect_data.printed(plain, colour=False)
+    assert "not learned" not in inspect_data.entry_text(plain, colour=False)
 
 
 def test_the_tools_count_and_show_them(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

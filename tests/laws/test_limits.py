@@ -12,7 +12,7 @@ from data import limits
 from data.config import DataConfig
 from data.dataset import Rejected
 from data.index.json_scan import scan
-from data.index.reader import RowError, decoded
+from data.index.reader import RowError, decode_json
 from data.index.sidecar import read_arrays, write_arrays
 from data.media.blob import Blob, MediaError
 from data.media.frames import _judge_work
@@ -81,10 +81,10 @@ def test_a_file_of_a_byte_order_mark_alone_holds_no_record(tmp_path: Path) -> No
 def test_depth_is_counted_to_the_bracket(depth: int) -> None:
     text = b"[" * depth + b"]" * depth
     if depth <= limits.MAX_JSON_DEPTH:
-        assert decoded(text) == bounded.parse_json(text)
+        assert decode_json(text) == bounded.parse_json(text)
     else:
         with pytest.raises(RowError, match="nested deeper than 64"):
-            decoded(text)
+            decode_json(text)
         with pytest.raises(ValueError, match="nested deeper than 64"):
             bounded.parse_json(text)
 

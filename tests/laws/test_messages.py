@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from data.records.fields import LINE, LINES, bounded, message
+from data.records.fields import LINE, LINES, bound_message, shorten
 from data.records.record import RecordError, parse
 from model.errors import ConfigError
 from tests.support.runs import save_parts, save_records, tables
@@ -19,7 +19,7 @@ from trainer.faults import exit_report
 from trainer.machine.run_folder import FILES, FOLDERS, check_names
 from trainer.main import main, run
 from trainer.runfile.load import load_config, parse_config
-from trainer.runfile.toml_files import to_toml, undashed
+from trainer.runfile.toml_files import to_toml, without_dashes
 
 LONG = "x" * 100_000
 
@@ -33,10 +33,10 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_message_says_how_much_it_leaves_out() -> None:
-    assert bounded("abc", 3) == "abc" and bounded("abcd", 3) == "abc... (4 characters)"
-    assert message("one\ntwo") == "one\ntwo"
-    assert message(LONG) == LONG[:LINE] + "... (100000 characters)"
-    assert message("a\n" * 1000).count("\n") == LINES and message("a\n" * 1000).endswith("... and 801 more lines")
+    assert shorten("abc", 3) == "abc" and shorten("abcd", 3) == "abc... (4 characters)"
+    assert bound_message("one\ntwo") == "one\ntwo"
+    assert bound_message(LONG) == LONG[:LINE] + "... (100000 characters)"
+    assert bound_message("a\n" * 1000).count("\n") == LINES and bound_message("a\n" * 1000).endswith("... and 801 more lines")
 
 
 RECORDS: dict[str, dict[str, Any]] = {
@@ -72,7 +72,7 @@ def test_every_error_is_bounded_at_the_door(tmp_path: Path, capsys: pytest.Captu
     def fails() -> None:
         raise ConfigError(LONG)
 
-    assert cli.run("tool", fails) == 2
+    assert cli.run_command("tool", fails) == 2
     exit_report.write_exit_report(tmp_path, 2, LONG, None, 0)
     assert len(capsys.readouterr().err) < 3 * LINE
     assert len(json.loads((tmp_path / "exit.json").read_text())["reason"]) < 2 * LINE
@@ -123,11 +123,11 @@ def test_it_exits_with_73(parts: Path, tmp_path: Path, name: str, is_folder: boo
 
 def test_settings_may_be_written_as_options(parts: Path, tmp_path: Path) -> None:
     words = ["--cfg", "run.toml", "--train.max_steps=2", "data.workers=0", "--seed=3", "--data.sources.0.weight=2.0", "--stage=a.b"]
-    assert undashed(words) == [
+    assert without_dashes(words) == [
         *("--cfg", "run.toml", "train.max_steps=2", "data.workers=0", "seed=3", "data.sources.0.weight=2.0", "--stage=a.b"),
     ]
     (tmp_path / "run.toml").write_text(to_toml(tables(parts)))
-    found = load_config(str(tmp_path / "run.toml"), undashed(["--train.max_steps=2"]))
+    found = load_config(str(tmp_path / "run.toml"), without_dashes(["--train.max_steps=2"]))
     assert found.train.max_steps == 2
     assert check_data.main(["--cfg", str(tmp_path / "run.toml"), f"--output_dir={tmp_path / 'other'}"]) == 0
     assert (tmp_path / "other").is_dir()

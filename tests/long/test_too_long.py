@@ -18,7 +18,7 @@ from trainer.checkpoint.resume import MAY_CHANGE
 from trainer.config import RunConfig
 from trainer.distributed.world import World
 from trainer.records import quick_check as looking
-from trainer.records.quick_check import carry_out, planned, quick_check, too_long
+from trainer.records.quick_check import plan_checks, quick_check, run_checks, too_long_reasons
 from trainer.records.run_data import RunData, open_data
 from trainer.records.too_long import LengthStatistics
 
@@ -43,9 +43,9 @@ def opened(parts: Path, folder: Path, sources: dict[str, list[Any]], take: str =
 
 
 def reasons(data: RunData, config: RunConfig) -> list[str]:
-    looks = planned(data, Path(config.output_dir) / "index")
-    carry_out(looks, 60.0)
-    return too_long(looks, config)
+    looks = plan_checks(data, Path(config.output_dir) / "index")
+    run_checks(looks, 60.0)
+    return too_long_reasons(looks, config)
 
 
 def lengths_of(data: RunData, config: RunConfig) -> list[int]:

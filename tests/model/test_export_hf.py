@@ -22,7 +22,7 @@ from model.load import load_model
 from tests.support.finals import Run, config_of, same, save_checkpoint, save_final, save_parts, trained
 from tests.support.tiny_data import talk
 from tools.export_adapter import main as export
-from tools.exports.proofs import picture
+from tools.exports.proofs import sample_picture
 from tools.merge_lora import main as merge
 
 
@@ -36,7 +36,11 @@ def check_folder(folder: Path, run: Run, tmp_path: Path) -> None:
     llava, report = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     reader = AutoProcessor.from_pretrained(folder, backend="pil")
-    pictures = [picture(), Image.new("RGB", (20, 50), (10, 200, 90)), Image.radial_gradient("L").resize((64, 31)).convert("RGB")]
+    pictures = [
+        sample_picture(),
+        Image.new("RGB", (20, 50), (10, 200, 90)),
+        Image.radial_gradient("L").resize((64, 31)).convert("RGB"),
+    ]
     files = [str(tmp_path / f"{i}.png") for i in range(len(pictures))]
     for image, file in zip(pictures, files):
         image.save(file)

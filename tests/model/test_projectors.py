@@ -25,7 +25,7 @@ from model.errors import ConfigError
 from model.load import load_model
 from model.media_spec import ImageSpec, MediaMeta, num_tokens
 from model.multimodal import MultimodalLM
-from model.vision.projector import GRID_KINDS, build_vision_projector, shrunk
+from model.vision.projector import GRID_KINDS, build_vision_projector, projected_spec
 from model.weights.initial_values import initial_tensors
 from tests.support.equivalence import step_batches
 from tests.support.finals import build, config_of, same, save_checkpoint, save_final, save_parts, trained, values
@@ -62,7 +62,7 @@ def features(grid: int = 4) -> Tensor:
 def test_as_many_rows_as_are_counted_and_every_parameter_matters(kind: str) -> None:
     config, built = VisionProjectorConfig(kind), projector(kind)
     found = built(features())
-    assert found.shape == (2, num_tokens(shrunk(SPEC, config), MediaMeta()), 40) and found.shape[1] == KINDS[kind]
+    assert found.shape == (2, num_tokens(projected_spec(SPEC, config), MediaMeta()), 40) and found.shape[1] == KINDS[kind]
     (found * torch.randn(40)).sum().backward()
     assert [name for name, p in built.named_parameters() if p.grad is None or not p.grad.any()] == []
 
@@ -179,7 +179,7 @@ def test_logits_and_loss_equal_internvl(tmp_path: Path, tower: str) -> None:
 )
 def test_grids_that_do_not_fit_are_named(spec: dict[str, Any], kind: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
-        shrunk(ImageSpec(**{**vars(SPEC), **spec}), VisionProjectorConfig(kind))
+        projected_spec(ImageSpec(**{**vars(SPEC), **spec}), VisionProjectorConfig(kind))
 
 
 @pytest.mark.parametrize(

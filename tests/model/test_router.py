@@ -20,7 +20,7 @@ from model.config import LlmConfig, LoraConfig, ModelConfig
 from model.errors import ConfigError
 from model.files.tensor_files import in_memory, read_weights
 from model.llm.causal_lm import VocabularyLayout
-from model.llm.experts import fused, fused_parameters
+from model.llm.experts import fuse_experts, fused_parameters
 from model.llm.router_loss import token_owners
 from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
@@ -91,20 +91,20 @@ def test_a_folder_of_experts_one_by_one_becomes_the_model_of_transformers(folder
 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_rows_of_a_fused_parameter_are_those_of_its_experts(folders: Path, family: str) -> None:
-    found = fused({n: rows for file in (folders / family).glob("*.safetensors") for n, rows in read_weights(file).items()})
+    found = fuse_experts({n: rows for file in (folders / family).glob("*.safetensors") for n, rows in read_weights(file).items()})
     theirs = dict(reference(folders / family, family).named_parameters())
     for name in fused_parameters(reference(folders / family, family)):
         assert found[name].shape == tuple(theirs[name].shape)
         for start, stop in ((0, 1), (1, 3), (3, 4), (2, 2)):
             assert torch.equal(found[name].read(start, stop), theirs[name][start:stop])
-    assert fused(found).keys() == found.keys(), "files of fused parameters come out as they are"
+    assert fuse_experts(found).keys() == found.keys(), "files of fused parameters come out as they are"
 
 
 def test_a_missing_piece_of_an_expert_is_named() -> None:
     piece = in_memory(torch.zeros(2, 3))
     names = [f"llm.model.layers.0.block_sparse_moe.experts.{e}.{w}.weight" for e in (0, 2) for w in ("w1", "w2", "w3")]
     with pytest.raises(ConfigError, match=r"lack 2 tensors of experts, for example llm.model.layers.0.mlp.experts.1.w1.weight"):
-        fused(dict.fromkeys(names, piece))
+        fuse_experts(dict.fromkeys(names, piece))
 
 
 @pytest.mark.parametrize("family", MIXTURES)

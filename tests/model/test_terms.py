@@ -34,9 +34,9 @@ from tools.bench_step import Counter, hidden_syncs
 from trainer.config import OptimConfig
 from trainer.distributed.parallelize import checkpoint_activations, replicate
 from trainer.distributed.world import World
-from trainer.metrics import Meter, Ratios, means
+from trainer.metrics import Meter, Ratios, ratio_means
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.step import StepResult, divisors, ratios_of, total_loss, train_step
+from trainer.step import StepResult, loss_divisors, ratios_of, total_loss, train_step
 
 NUM_RECORDS = 10
 STATES = [1, 0, 2, 2, 1, 0, 1, 2, 0, 1]
@@ -221,7 +221,7 @@ def test_all_counts_of_a_step_are_one_collective(folders: Path) -> None:
     model, world = build_model(config), CountingWorld(0, 0, 1, torch.device("cpu"))
     data = samples(spec_of(config))
     batches = [collate(data[:4], 0), collate([], 0), collate_packed(data[4:], 0)]
-    shares, _ = divisors(model, batches, world)
+    shares, _ = loss_divisors(model, batches, world)
     clips = [clip.label for sample in data for clip in sample.media.get("audio", [])]
     supervised = sum(int((sample.labels != IGNORE_INDEX).sum()) for sample in data)
     weight = sum(WEIGHTS[label] for label in clips if label != IGNORE_INDEX)
@@ -240,13 +240,13 @@ def test_what_counted_nothing_divides_by_one_and_is_not_logged(folders: Path) ->
     config = config_of(folders, "mixture")
     model = build_model(config)
     blank = collate([], 0)
-    shares, _ = divisors(model, [blank], ALONE)
+    shares, _ = loss_divisors(model, [blank], ALONE)
     terms = model(blank)
     assert total_loss(terms, shares).item() == 0.0
     ratios = Ratios()
     ratios.add(ratios_of(terms))
     assert ratios.total(ALONE) == {"state_loss": [0.0, 0.0], "state_accuracy": [0.0, 0.0], "router_loss": [0.0, 0.0]}
-    assert means(ratios.total(ALONE), "train") == {}
+    assert ratio_means(ratios.total(ALONE), "train") == {}
 
 
 def restored_totals(world: World) -> dict[str, Any]:

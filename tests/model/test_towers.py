@@ -17,8 +17,8 @@ from transformers import AutoModel
 from model.config import LlmConfig, ModelConfig, VisionConfig, VisionProjectorConfig
 from model.errors import ConfigError
 from model.files.tensor_files import in_memory
-from model.vision.multi_scale import merged, tiles
-from model.vision.position_embeddings import resized
+from model.vision.multi_scale import merge_scales, scale_tiles
+from model.vision.position_embeddings import resize_positions
 from model.vision.tower import VisionTower, vision_config, vision_spec
 from model.vision.tower_kinds import TOWERS as KINDS
 from model.weights.bases import tower_tensors
@@ -154,11 +154,11 @@ def test_another_picture_size_equals_interpolating_in_every_forward(tmp_path: Pa
 def test_rows_of_a_resized_table_do_not_depend_on_who_reads_them() -> None:
     table = torch.randn(17, 6)
     kind = KINDS["clip_vision_model"]
-    whole = resized(in_memory(table), (37, 6), kind)
+    whole = resize_positions(in_memory(table), (37, 6), kind)
     assert torch.equal(torch.cat([whole.read(a, a + 9) for a in range(0, 36, 9)] + [whole.read(36, 37)]), whole.all())
     assert torch.equal(whole.read(0, 1), table[:1])
     for other in ((37, 5), (37, 6, 1)):
-        assert resized(in_memory(torch.randn(16, 6)), other, kind).shape == (16, 6)
+        assert resize_positions(in_memory(torch.randn(16, 6)), other, kind).shape == (16, 6)
 
 
 def plain_s2(tower: nn.Module, pixels: Tensor, sizes: tuple[int, ...], grid: int) -> Tensor:
@@ -189,11 +189,11 @@ def test_squares_of_all_sizes_are_put_together_where_they_were_cut() -> None:
     """With a tower that gives each square its pixels back, every size is the picture itself."""
     pixels = noise(8, num=3).round()  # sums of whole numbers are exact in any order
     sizes = (2, 4, 8)
-    squares = tiles(pixels, sizes)
+    squares = scale_tiles(pixels, sizes)
     assert squares.shape == (3 * (1 + 4 + 16), 3, 2, 2)
-    found = merged(squares.flatten(2).transpose(1, 2), sizes)
+    found = merge_scales(squares.flatten(2).transpose(1, 2), sizes)
     assert torch.equal(found[..., -3:], F.adaptive_avg_pool2d(pixels, 2).flatten(2).transpose(1, 2))
-    assert tiles(pixels.bfloat16(), sizes).dtype == torch.bfloat16
+    assert scale_tiles(pixels.bfloat16(), sizes).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ from sklearn.datasets import load_digits
 from model.card import media_specs
 from tests.support.demo import contents
 from tools import demo_omni, make_omni
-from tools.demo_omni import TEACHES, known, shortfalls, table
+from tools.demo_omni import TEACHES, accuracy_table, known, shortfalls
 from tools.demos.omni_media import MELODIES, PITCHES, RATE
 from tools.make_omni import KINDS, SPLITS
 from trainer.runfile.load import load_config
-from trainer.runfile.stages import places_of
+from trainer.runfile.stages import list_stages
 
 FEW = {"text": (150, 40), "video": (24, 12), "audio": (40, 20), "noise": (10, 6)}
 STAGES = list(TEACHES)
@@ -127,7 +127,7 @@ def sound(made: Path, record: dict[str, Any]) -> np.ndarray:
 
 def test_the_curriculum_is_accepted_and_never_reads_what_is_held_out(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(made)
-    places = places_of(load_config("omni/omni.toml"))
+    places = list_stages(load_config("omni/omni.toml"))
     assert [place.name for place in places] == STAGES
     assert [known(place) for place in places] == [["text"], *[["text", "image", "video"]] * 2, *[list(KINDS)] * 2]
     for place in places:
@@ -158,7 +158,7 @@ def test_what_is_promised_is_checked() -> None:
     ):
         bad = [{**values, kind: value} if i == at else values for i, values in enumerate(GOOD)]
         assert [line for line in shortfalls(STAGES, bad) if line.startswith(told)], told
-    printed = table(STAGES, GOOD)
+    printed = accuracy_table(STAGES, GOOD)
     assert printed.count("*") == len(STAGES) + 1 and "95.0%*" in printed
 
 

@@ -30,7 +30,7 @@ from tests.support.tiny_tokenizers import NAMES, tiny_tokenizer
 from tools import inspect_data
 from tools.inspector.entry import RAW_LIMIT, Box, entry_of, token_pieces
 from tools.inspector.page_html import Shown, page
-from tools.inspector.pictures import EXACT_SIDE, Album, picture, pixels, sound
+from tools.inspector.pictures import EXACT_SIDE, Album, picture_address, pixels, sound_address
 from trainer.runfile.load import parse_config
 
 
@@ -90,7 +90,7 @@ def test_tiles_frames_and_clips_are_boxes_with_their_extent(media: MultimodalDat
     facts = [box.facts for box in entry.boxes]
     assert facts == ["21 tokens, 0.80 s", "12 tokens, 3 frames", "16 tokens, 3 x 1 tiles + thumbnail"]
     assert sum(1 if not isinstance(p, Box) else 0 for p in entry.pieces) > 5
-    text = inspect_data.printed(entry, colour=False)
+    text = inspect_data.entry_text(entry, colour=False)
     assert "[audio 21 tokens, 0.80 s: a.wav]" in text and "[video 12 tokens, 3 frames: frames]" in text
     assert "21 of audio, 16 of image, 12 of video" in text
 
@@ -134,8 +134,8 @@ def test_small_pictures_are_exact_and_large_ones_close() -> None:
         return Image.open(io.BytesIO(base64.b64decode(address.partition("base64,")[2])))
 
     small = smooth[:EXACT_SIDE, :EXACT_SIDE]
-    assert np.array_equal(np.asarray(read(picture(small))), small)
-    large = read(picture(smooth))
+    assert np.array_equal(np.asarray(read(picture_address(small))), small)
+    large = read(picture_address(smooth))
     assert large.format == "JPEG" and large.size == (300, 300)
     assert np.abs(np.asarray(large).astype(int) - smooth).mean() < 2
 
@@ -143,7 +143,7 @@ def test_small_pictures_are_exact_and_large_ones_close() -> None:
 def test_low_pitches_are_drawn_at_the_bottom() -> None:
     row = torch.zeros(4, 6)
     row[0] = 1.0
-    drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(sound(row, 6).partition("base64,")[2]))))
+    drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(sound_address(row, 6).partition("base64,")[2]))))
     assert drawn[3].tolist() == [127] * 6 and not drawn[:3].any()
 
 

@@ -25,7 +25,7 @@ from model import MultimodalLM, load_model
 from model.batch import IGNORE_INDEX, Batch
 from tests.support.runs import save_parts, save_records, tables
 from tools import chat, cli, evaluate, inspect_data, plot_run
-from tools.cli import printable
+from tools.cli import printable_lines
 from trainer.main import run
 from trainer.runfile.load import load_config, parse_config
 from trainer.runfile.toml_files import to_toml
@@ -163,7 +163,7 @@ def test_chat_answers_one_question(
     question = next(text for text in ("What is it?", "Who?", "one two", "a red cat", "Is it?") if expected(text))
     given = [str(folder / "run/final"), "--image", str(folder / "images/1_0.png"), "--max-new-tokens", str(NEW_TOKENS)]
     assert chat.main([*given, question]) == 0
-    assert capsys.readouterr().out == printable(expected(question)) + "\n"
+    assert capsys.readouterr().out == printable_lines(expected(question)) + "\n"
     assert chat.main([*given, "--top-p", "0.5", question]) == 2
     assert "--top-p and --seed have no effect at --temperature 0" in one_line(capsys)
 
@@ -292,7 +292,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch: pytest.MonkeyPat
     os.close(read)
     with os.fdopen(write, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        assert cli.run("tool", lambda: print("more than anyone reads")) == cli.NOBODY_READS
+        assert cli.run_command("tool", lambda: print("more than anyone reads")) == cli.BROKEN_PIPE
         monkeypatch.undo()
     assert capsys.readouterr().err == ""
 

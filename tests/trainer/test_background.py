@@ -352,5 +352,5 @@ def test_a_large_file_is_on_its_way_to_the_disk_while_it_is_written(tmp_path: Pa
     synced: list[int] = []
     monkeypatch.setattr(read_back, "SYNC_BYTES", 10)
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
-    facts = read_back.write(tmp_path / "file", iter([memoryview(bytes([i]) * 4) for i in range(7)]))
+    facts = read_back.write_synced(tmp_path / "file", iter([memoryview(bytes([i]) * 4) for i in range(7)]))
     assert facts["size"] == 28 == synced[-1] and len(synced) == 3

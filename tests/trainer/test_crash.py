@@ -22,7 +22,7 @@ from tests.support.file_log import Event, State, distinct, in_order, killed, pow
 from tests.support.ranks import run_ranks
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.retention import newest_sound, step_of
-from trainer.distributed.world import World, may_launch
+from trainer.distributed.world import World, could_be_launcher
 from trainer.machine.atomic_files import clean_leftovers, put_in_place
 from trainer.records.quarantine import Quarantine
 
@@ -167,7 +167,7 @@ def test_a_line_that_a_crash_has_cut_goes_when_the_next_one_is_written(tmp_path:
 def test_a_rank_knows_whether_its_launcher_is_gone() -> None:
     """Python may be torchrun; whoever takes in orphans is not."""
     with subprocess.Popen(["sleep", "30"]) as other:
-        found = may_launch(other.pid)
+        found = could_be_launcher(other.pid)
         other.kill()
     assert not found
-    assert may_launch(os.getpid())
+    assert could_be_launcher(os.getpid())

@@ -15,8 +15,8 @@ from tests.support.config import MINIMAL, VALUES_OF_TOML
 from tests.support.runs import merged
 from trainer.config import RunConfig
 from trainer.runfile.load import load_config, parse_config
-from trainer.runfile.schema import flat, to_tables
-from trainer.runfile.stages import places_of
+from trainer.runfile.schema import flatten_tables, to_tables
+from trainer.runfile.stages import list_stages
 from trainer.runfile.toml_files import to_toml
 
 FROZEN: dict[str, Any] = {"llm": {"tune": "frozen"}}
@@ -29,7 +29,7 @@ def parsed(*stages: Any, **changes: Any) -> RunConfig:
 
 
 def configs(*stages: Any, **changes: Any) -> list[RunConfig]:
-    return [place.config for place in places_of(parsed(*stages, **changes))]
+    return [place.config for place in list_stages(parsed(*stages, **changes))]
 
 
 def problems(*stages: Any, **changes: Any) -> list[str]:
@@ -153,14 +153,14 @@ def test_the_resolved_file_says_the_same() -> None:
     text = to_toml(to_tables(config))
     again = parse_config(tomllib.loads(text), "again")
     assert again == config and to_toml(to_tables(again)) == text
-    assert [place.config for place in places_of(again)] == [place.config for place in places_of(config)]
-    assert len(flat(to_tables(config)["stage"])) < 40  # what is the same is not said again
+    assert [place.config for place in list_stages(again)] == [place.config for place in list_stages(config)]
+    assert len(flatten_tables(to_tables(config)["stage"])) < 40  # what is the same is not said again
 
 
 def test_overrides_reach_stages(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(to_toml(merged(MINIMAL, {"stage": [SEEING, ALL]})))
-    two = places_of(load_config(str(path), ["stage.1.optim.lr=0.5", "train.max_steps=7"]))[1].config
+    two = list_stages(load_config(str(path), ["stage.1.optim.lr=0.5", "train.max_steps=7"]))[1].config
     assert (two.optim.lr, two.train.max_steps) == (0.5, 7)
 
 

@@ -22,7 +22,7 @@ from tools.bench_step import Counter, hidden_syncs
 from trainer import step as step_module
 from trainer.distributed.world import World
 from trainer.health.deferred_read import DeferredRead
-from trainer.health.loss_monitor import Health, hearable, split
+from trainer.health.loss_monitor import Health, scalars_to_read, split_scalars
 from trainer.health.spike_detector import ENOUGH, WINDOW, Spikes
 from trainer.records.sample_log import read_step
 from trainer.step import StepResult
@@ -212,13 +212,13 @@ def test_judging_a_step_never_waits_for_the_device() -> None:
             heard = torch.stack([torch.zeros(()), torch.as_tensor(told)])
             losses = torch.full((len(batches),), 1.0 + step)
             result = StepResult(addends, torch.ones(()), torch.zeros(()), [], losses, torch.ones(5), heard)
-            notes = hearable(result)
+            notes = scalars_to_read(result)
             health.add(step, batches, result)
         assert counter.num_syncs == 0
         health.kept.pop()
         values = later.push(notes)  # looks at the numbers of the step before, which is over
         if values is not None:
-            (_, loss), own = split(values, 2)
+            (_, loss), own = split_scalars(values, 2)
             health.hear(loss, *own)
         health.add(step, batches, result)
     assert health.spikes.losses == [len(batches) * (1.0 + step) for step in range(2)]

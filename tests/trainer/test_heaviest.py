@@ -25,7 +25,7 @@ from trainer.distributed.world import World
 from trainer.machine.memory_info import CLEAR, Usage, cgroup_limit, reset_peak, usage
 from trainer.memory import rehearsal
 from trainer.memory.heaviest_batch import cost_of, find_heaviest
-from trainer.memory.sample_cost import num_positions, used_weights
+from trainer.memory.sample_cost import encoder_positions, used_weights
 
 CPU = torch.device("cpu")
 
@@ -85,17 +85,17 @@ def test_an_encoder_computes_on_more_positions_than_it_gives_tokens() -> None:
     torch.nn.Module.__init__(tower)
     tower.sizes, tower.blank_length, tower.num_prefix = (16,), 4, 1
     spec = ImageSpec(16, 8, 1, "patch", "exact", (0.5,), (0.5,))
-    assert num_positions(tower, spec, 3 * 4) == 3 * 5  # three views of four patches and a CLS row
+    assert encoder_positions(tower, spec, 3 * 4) == 3 * 5  # three views of four patches and a CLS row
     tower.sizes = (16, 32)
-    assert num_positions(tower, spec, 4) == 5 * 5  # a small square, and four of the larger size
+    assert encoder_positions(tower, spec, 4) == 5 * 5  # a small square, and four of the larger size
     shrunk = ImageSpec(16, 8, 1, "patch", "exact", (0.5,), (0.5,), shrink=2)
     tower.sizes = (16,)
-    assert num_positions(tower, shrunk, 2) == 2 * 5  # one token of each view
+    assert encoder_positions(tower, shrunk, 2) == 2 * 5  # one token of each view
     asked = ImageSpec(16, 8, 1, "patch", "exact", (0.5,), (0.5,), queries=3)
-    assert num_positions(tower, asked, 3) == 5
+    assert encoder_positions(tower, asked, 3) == 5
     hears = AudioSpec(10, 3000, True, (2, 2))
-    assert num_positions(torch.nn.Identity(), hears, 250) == 1500  # a third of a window is a whole one, half its frames
-    assert num_positions(torch.nn.Identity(), AudioSpec(10, 3000, False, (2, 2)), 250) == 500
+    assert encoder_positions(torch.nn.Identity(), hears, 250) == 1500  # a third of a window is a whole one, half its frames
+    assert encoder_positions(torch.nn.Identity(), AudioSpec(10, 3000, False, (2, 2)), 250) == 500
 
 
 def started(world: World, folder: Path, output_dir: Path, sections: dict[str, Any], rehearses: bool) -> Start:

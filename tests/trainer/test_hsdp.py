@@ -19,7 +19,7 @@ from tests.support.runs import start
 from trainer.config import ParallelConfig
 from trainer.distributed.parallelize import check_sharing
 from trainer.distributed.world import World
-from trainer.report import sharing
+from trainer.report import describe_sharing
 
 HSDP: dict[str, Any] = {"parallel": {"strategy": "hsdp", "shard_size": 2}}
 
@@ -126,8 +126,8 @@ def test_ranks_that_can_form_copies_are_named_as_they_do() -> None:
     ):
         config = ParallelConfig("hsdp", size)
         check_sharing(config, num_ranks)
-        assert sharing(config, num_ranks) == expected
-    assert sharing(ParallelConfig("fsdp"), 4) == "fsdp"
+        assert describe_sharing(config, num_ranks) == expected
+    assert describe_sharing(ParallelConfig("fsdp"), 4) == "fsdp"
 
 
 def test_a_run_whose_ranks_cannot_form_copies_ends_before_it_reads_anything(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tests.support.ranks import run_ranks
 from tests.support.resume import cut
 from tests.support.runs import failure_of, start, start_alone
 from tests.support.trainable import ALONE
-from trainer.records.ledger import SourceLedger, ledger_of, table
+from trainer.records.ledger import SourceLedger, count_records, format_ledger
 from trainer.records.quarantine import Quarantine
 
 COLUMNS = ("trained", "not_reached", "left_out_by_weight", "left_out_by_take", "too_long", "quarantined")
@@ -56,7 +56,7 @@ def test_the_ledger_is_what_counting_one_by_one_gives(
     last_epoch = -(-(step + more) // sampler.steps_per_epoch)
     planned = {int(i) for epoch in range(last_epoch) for i in sampler.epoch(epoch)}
     owner = np.repeat(np.arange(len(sizes)), sizes)
-    found = ledger_of(sampler, step, step + more, rows)
+    found = count_records(sampler, step, step + more, rows)
     assert [row.source for row in found] == names
     for source, row in enumerate(found):
         own = [i for i in range(num) if owner[i] == source]
@@ -73,7 +73,7 @@ def test_the_ledger_is_what_counting_one_by_one_gives(
 
 def test_the_table_leaves_out_what_nobody_has() -> None:
     rows = [SourceLedger("a", 5, 1200, 1195, 0, 0, 0, 0, 5), SourceLedger("long name", 2, 2, 2, 0, 0, 0, 0, 0)]
-    head, first, second = table(rows).splitlines()
+    head, first, second = format_ledger(rows).splitlines()
     assert head.split() == ["source", "samples", "size", "trained", "quarantined"]
     assert first.split() == ["a", "5", "1,200", "1,195", "5"]
     assert len(head) == len(first) == len(second)

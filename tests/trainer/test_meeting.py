@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from trainer.distributed.rendezvous import HELLO, RendezvousTimeout, own_place
+from trainer.distributed.rendezvous import HELLO, RendezvousTimeout, join_start
 
 
 def meet(path: Path, ranks: list[int], size: int, seconds: float) -> list[str | list[int]]:
@@ -17,7 +17,7 @@ def meet(path: Path, ranks: list[int], size: int, seconds: float) -> list[str | 
 
     def one(rank: int) -> str | list[int]:
         try:
-            place = own_place(dist.FileStore(str(path), -1), rank, size, seconds)
+            place = join_start(dist.FileStore(str(path), -1), rank, size, seconds)
         except RendezvousTimeout as error:
             return error.missing
         if rank == 0:

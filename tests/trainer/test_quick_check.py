@@ -15,7 +15,7 @@ from tests.support.runs import config_of, start_alone
 from trainer.config import RunConfig
 from trainer.distributed.world import World
 from trainer.records import quick_check as looking
-from trainer.records.quick_check import carry_out, planned, quick_check, refusals
+from trainer.records.quick_check import bad_record_reasons, plan_checks, quick_check, run_checks
 from trainer.records.run_data import RunData, open_data
 
 WORLD = World(0, 0, 1, None)  # type: ignore[arg-type]
@@ -53,11 +53,11 @@ def test_all_of_a_small_source_is_looked_at(parts: Path, tmp_path: Path) -> None
 def test_a_large_source_is_looked_at_in_parts_that_are_spread(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(looking, "MAX_RECORDS", 40)
     data, _ = opened(parts, tmp_path, {"large": records(900, set()), "small": records(20, set())})
-    looks = planned(data, tmp_path / "run" / "index")
+    looks = plan_checks(data, tmp_path / "run" / "index")
     assert [len(look.drawn) for look in looks] == [39, 16]
     assert np.diff(np.sort(looks[0].drawn)).max() <= 24 and looks[1].drawn.min() >= 900
     assert np.diff(np.sort(looks[0].drawn[:10])).max() < 400  # what comes first is spread as well
-    carry_out(looks, 0.0)
+    run_checks(looks, 0.0)
     assert sum(look.num_checked for look in looks) == 1  # no time: one record all the same
 
 
@@ -68,10 +68,10 @@ def test_what_a_check_found_is_looked_at_first_and_judged_as_it_is_now(
     data, _ = opened(parts, tmp_path, {"a": records(3000, {1000, 2999}), "b": records(9, {8})})
     assert data.train is not None
     check_dataset(data.train, tmp_path / "run" / "index")
-    looks = planned(data, tmp_path / "run" / "index")
+    looks = plan_checks(data, tmp_path / "run" / "index")
     assert [look.known.tolist() for look in looks] == [[1000, 2999], [3008]]
     assert not set(looks[0].drawn.tolist()) & {1000, 2999}
-    carry_out(looks, 60.0)
+    run_checks(looks, 60.0)
     assert [[problem.where for problem in look.bad] for look in looks] == [["a.jsonl:1001"], ["b.jsonl:9"]]
     assert "of them 2 that tools.check_data found bad" in str(looks[0])
 
@@ -79,9 +79,9 @@ def test_what_a_check_found_is_looked_at_first_and_judged_as_it_is_now(
 def judged(parts: Path, folder: Path, sources: dict[str, list[Any]], **data: Any) -> str:
     """Why a run of these would not start."""
     opened_, config = opened(parts, folder, sources, **data)
-    looks = planned(opened_, folder / "run" / "index")
-    carry_out(looks, 60.0)
-    return "; ".join(refusals(looks, config))
+    looks = plan_checks(opened_, folder / "run" / "index")
+    run_checks(looks, 60.0)
+    return "; ".join(bad_record_reasons(looks, config))
 
 
 def test_the_limit_is_that_of_the_run(parts: Path, tmp_path: Path) -> None:

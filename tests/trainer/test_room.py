@@ -27,7 +27,7 @@ from tests.support.runs import Start, start
 from trainer import loop, run
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.retention import newest_sound
-from trainer.checkpoint.trial_save import tight, trial_save
+from trainer.checkpoint.trial_save import space_warning, trial_save
 from trainer.distributed.world import World
 from trainer.errors import SaveError
 from trainer.machine import disk_space
@@ -37,8 +37,8 @@ from trainer.machine.disk_space import (
     checkpoint_bytes,
     describe_shortage,
     final_bytes,
+    format_bytes,
     prove_room,
-    size,
     warn_if_next_save_will_not_fit,
 )
 
@@ -124,10 +124,10 @@ def test_what_is_missing_is_told_and_never_rounded_away(tmp_path: Path) -> None:
     with files_up_to(9 * MIB - 1024), pytest.raises(SaveError, match=r"1\.0 KiB are missing. Raise the limit .`ulimit -f`"):
         prove_room(found, ALONE)
     with free(44 * MIB):  # four checkpoints and final/ are 45
-        assert tight(found).startswith("; 1.0 MiB ARE MISSING")
+        assert space_warning(found).startswith("; 1.0 MiB ARE MISSING")
         (tmp_path / "checkpoint-1").mkdir()
-        assert tight(found) == ""
-    assert [size(n) for n in (0, 1023, 1024, 1025, 2**30)] == ["0 bytes", "1023 bytes", "1.0 KiB", "1.1 KiB", "1.0 GiB"]
+        assert space_warning(found) == ""
+    assert [format_bytes(n) for n in (0, 1023, 1024, 1025, 2**30)] == ["0 bytes", "1023 bytes", "1.0 KiB", "1.1 KiB", "1.0 GiB"]
 
 
 def test_a_trial_save_leaves_nothing_and_fails_wherever_a_save_would(tmp_path: Path) -> None:

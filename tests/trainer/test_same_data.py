@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from data.index.fingerprint import changes, fingerprint
+from data.index.fingerprint import changed_files, data_fingerprint
 from tests.support.runs import failure_of, start_alone
 from tests.support.tiny_data import dataset, grey, talk
 from trainer.distributed.world import World
 from trainer.errors import SaveError
-from trainer.records.same_data import read_note, same_data
+from trainer.records.same_data import read_data_json, same_data
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +66,10 @@ def test_other_contents_are_named(parts: Path, begun: Path) -> None:
 
 def test_contents_are_compared_where_size_and_time_are_equal(tmp_path: Path) -> None:
     data, path = dataset(tmp_path, [talk("Hi", "cats")]), tmp_path / "mix.jsonl"
-    before, state = fingerprint(data), path.stat()
+    before, state = data_fingerprint(data), path.stat()
     replaced(path, "cats", "dogs")
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-    assert changes(before, data) == [f"{path} holds something else in as many bytes"]
+    assert changed_files(before, data) == [f"{path} holds something else in as many bytes"]
 
 
 def test_a_copy_with_other_times_is_the_same_data(parts: Path, begun: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_lost_note_is_told(parts: Path, begun: Path) -> None:
 )
 def test_a_damaged_note_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "data.json").write_text(text)
-    assert read_note(tmp_path / "data.json") is None
+    assert read_data_json(tmp_path / "data.json") is None
 
 
 @pytest.mark.parametrize("name", ["data.json", "data_changes.jsonl"])
@@ -132,9 +132,9 @@ def test_media_that_are_gone_are_named(tmp_path: Path) -> None:
     grey(tmp_path, 10), grey(tmp_path, 11)
     data = dataset(tmp_path, [talk("<image>", "a", images=["10.png"]), talk("<image>", "a", images=["11.png"])])
     (tmp_path / "11.png").unlink()
-    before = fingerprint(data)  # what was not there is left to the step that asks for it
+    before = data_fingerprint(data)  # what was not there is left to the step that asks for it
     (tmp_path / "10.png").unlink()
-    assert changes(before, data) == ["10.png of source 'mix' is gone"]
+    assert changed_files(before, data) == ["10.png of source 'mix' is gone"]
 
 
 def test_media_are_compared_all_over(tmp_path: Path) -> None:
@@ -142,21 +142,21 @@ def test_media_are_compared_all_over(tmp_path: Path) -> None:
     path = tmp_path / grey(tmp_path, 10)
     path.write_bytes(path.read_bytes() + bytes(200_000))
     data = dataset(tmp_path, [talk("<image>", "a", images=["10.png"])])
-    before = fingerprint(data)
+    before = data_fingerprint(data)
     content = bytearray(path.read_bytes())
     content[100_000] = 1
     path.write_bytes(content)
     os.utime(path, (1, 1))
-    assert changes(before, data) == [f"{path} holds something else in as many bytes"]
+    assert changed_files(before, data) == [f"{path} holds something else in as many bytes"]
 
 
 def test_files_that_are_added_or_gone_are_named(tmp_path: Path) -> None:
     grey(tmp_path, 10)
     data = dataset(tmp_path, [talk("<image>", "a", images=["10.png"])])
-    before = fingerprint(data)
-    assert changes(before, data) == [] and len(before["mix"]["media"]) == 1
+    before = data_fingerprint(data)
+    assert changed_files(before, data) == [] and len(before["mix"]["media"]) == 1
     before["mix"]["files"] = [[str(tmp_path / "other.jsonl"), *before["mix"]["files"][0][1:]]]
-    assert changes(before, data) == [f"{tmp_path}/mix.jsonl was added", f"{tmp_path}/other.jsonl is gone"]
+    assert changed_files(before, data) == [f"{tmp_path}/mix.jsonl was added", f"{tmp_path}/other.jsonl is gone"]
 
 
 def test_what_is_too_large_to_be_read_whole_is_in_doubt_when_it_was_written(
@@ -164,8 +164,8 @@ def test_what_is_too_large_to_be_read_whole_is_in_doubt_when_it_was_written(
 ) -> None:
     monkeypatch.setattr("data.index.fingerprint.WHOLE_BYTES", 1)
     data = dataset(tmp_path, [talk("Hi", "a")])
-    before = fingerprint(data)
-    assert changes(before, data) == []
+    before = data_fingerprint(data)
+    assert changed_files(before, data) == []
     os.utime(tmp_path / "mix.jsonl", (1, 1))
-    (line,) = changes(before, data)
+    (line,) = changed_files(before, data)
     assert "mix.jsonl was written since" in line

@@ -19,7 +19,7 @@ from tests.support.tiny_data import datasets, talk
 from trainer.distributed.world import World
 from trainer.records import freeze_lengths
 from trainer.records.feeding import check_fed
-from trainer.records.freeze_lengths import agree
+from trainer.records.freeze_lengths import check_same_lengths
 from trainer.records.quarantine import NAME, Quarantine, read_rows
 
 IMAGE, VIDEO, AUDIO = 1, 2, 4
@@ -95,7 +95,7 @@ def disagree(world: World) -> str:
     lengths = np.array([3, 4, 5 + (world.rank == world.size - 1 > 0)], dtype=np.int32)
     data: Any = {"train": SimpleNamespace(lengths=lengths, modalities=np.zeros(3, dtype=np.int8))}
     try:
-        agree(data, world)
+        check_same_lengths(data, world)
     except ConfigError as error:
         return str(error)
     return ""
@@ -131,7 +131,7 @@ def wait_for_rank_0(world: World) -> int:
     if world.is_main:
         for _ in range(3):
             sign(world, False)
-    freeze_lengths.wait(world)
+    freeze_lengths.wait_for_main_rank(world)
     return signs
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from data.check import duplicates
 from data.check.certificate import certify
-from data.check.duplicates import folded
+from data.check.duplicates import fold_media_keys
 from data.config import DataConfig, SourceConfig
 from data.dataset import Rejected, open_dataset
 from data.index import reader as rows
@@ -55,10 +55,10 @@ def test_media_are_counted_before_a_path_is_looked_at(monkeypatch: pytest.Monkey
 
 def test_brackets_are_counted_before_the_text_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "MAX_RECORD_BRACKETS", 5)
-    assert rows.decoded(b'[{}, {}, {}, "]"]') == [{}, {}, {}, "]"]
+    assert rows.decode_json(b'[{}, {}, {}, "]"]') == [{}, {}, {}, "]"]
     monkeypatch.setattr(rows, "parse_json", lambda text: pytest.fail("parsed"))
     with pytest.raises(rows.RowError, match="has 6 opening brackets; at most 5 are read"):
-        rows.decoded(b"[{}, {}, {}, {}, {}]")
+        rows.decode_json(b"[{}, {}, {}, {}, {}]")
 
 
 def test_a_record_over_a_limit_is_quarantined_and_its_neighbours_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +146,7 @@ def test_folding_looks_at_each_medium_once(monkeypatch: pytest.MonkeyPatch) -> N
     sizes: list[int] = []
     mixed = duplicates._mixed
     monkeypatch.setattr(duplicates, "_mixed", lambda keys: sizes.append(len(keys)) or mixed(keys))
-    assert np.array_equal(folded(keys, owners, parts), expected)
+    assert np.array_equal(fold_media_keys(keys, owners, parts), expected)
     assert sum(sizes) == 20 + 300
 
 

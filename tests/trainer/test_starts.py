@@ -130,9 +130,11 @@ def test_exit_json_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_text", full)
-        assert exit_report.record(tmp_path, 70, "a", 1, 1, speaks=True) and not exit_report.record(tmp_path, 70, "a", 1, 1)
+        assert exit_report.record_exit(tmp_path, 70, "a", 1, 1, speaks=True) and not exit_report.record_exit(
+            tmp_path, 70, "a", 1, 1
+        )
     assert not list(tmp_path.iterdir())
-    assert exit_report.record(tmp_path, 70, "a", 1, 1) and not exit_report.record(tmp_path, 75, "b", 1, 0)
+    assert exit_report.record_exit(tmp_path, 70, "a", 1, 1) and not exit_report.record_exit(tmp_path, 75, "b", 1, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["exit.json"]
     assert json.loads((tmp_path / "exit.json").read_text())["reason"] == "a"
 
@@ -156,7 +158,7 @@ def test_an_error_of_a_device_is_left_to_the_rank_to_tell(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(distributed, "meet", meet)
+    monkeypatch.setattr(distributed, "join_store", meet)
     with pytest.raises(ConfigError, match="not met"):
         distributed.start_world()
     assert os.environ["TORCH_NCCL_RETHROW_CUDA_ERRORS"] == "0"

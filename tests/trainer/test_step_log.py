@@ -16,7 +16,7 @@ from tests.support.resume import LORA, cut
 from tests.support.runs import failure_of, start_alone
 from tests.support.trainable import ALONE
 from trainer.distributed.world import World
-from trainer.records.sample_log import StepLog, read_step
+from trainer.records.sample_log import SampleLog, read_step
 
 
 def sampler() -> Sampler:
@@ -32,7 +32,7 @@ def check(folder: Path, num_steps: int) -> None:
 
 
 def test_every_step_is_read_back_over_short_ones_and_epochs(tmp_path: Path) -> None:
-    log = StepLog(tmp_path, sampler(), 0, ALONE)
+    log = SampleLog(tmp_path, sampler(), 0, ALONE)
     for step in range(15):
         log.done(step + 1)
         if step in (3, 4, 9):
@@ -47,22 +47,22 @@ def test_every_step_is_read_back_over_short_ones_and_epochs(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("left", [0, 4 * 32, 7 * 32, 9 * 32 + 5, 12 * 32])
 def test_a_resumed_log_is_cut_back_or_filled_up_to_its_step(tmp_path: Path, left: int) -> None:
-    log = StepLog(tmp_path, sampler(), 0, ALONE)
+    log = SampleLog(tmp_path, sampler(), 0, ALONE)
     log.done(12)
     log.flush()
     path = tmp_path / "samples.bin"
     path.write_bytes(path.read_bytes()[:left])
-    again = StepLog(tmp_path, sampler(), 7, ALONE)
+    again = SampleLog(tmp_path, sampler(), 7, ALONE)
     check(tmp_path, 7)
     again.done(9)
     again.flush()
     check(tmp_path, 9)
-    StepLog(tmp_path, sampler(), 0, ALONE)
+    SampleLog(tmp_path, sampler(), 0, ALONE)
     assert path.stat().st_size == 0
 
 
 def test_only_the_first_rank_writes(tmp_path: Path) -> None:
-    log = StepLog(tmp_path, sampler(), 0, World(1, 1, 2, ALONE.device))
+    log = SampleLog(tmp_path, sampler(), 0, World(1, 1, 2, ALONE.device))
     log.done(3)
     log.flush()
     assert not list(tmp_path.iterdir())
@@ -98,17 +98,17 @@ def test_what_a_run_trained_on_is_on_record_whole_and_resumed(parts: Path, tmp_p
 def test_a_log_that_the_plan_does_not_bear_out_is_written_anew(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
-    log = StepLog(tmp_path, sampler(), 0, ALONE)
+    log = SampleLog(tmp_path, sampler(), 0, ALONE)
     log.done(12)
     log.flush()
     path = tmp_path / "samples.bin"
     rows = np.fromfile(path, "<i4").reshape(12, 8)
     rows[3] = {"flipped": np.roll(rows[3], 1), "of another run": rows[4], "garbage": np.full(8, 2**31 - 1)}[damage]
     path.write_bytes(rows.tobytes())
-    StepLog(tmp_path, sampler(), 9, ALONE)
+    SampleLog(tmp_path, sampler(), 9, ALONE)
     check(tmp_path, 9)
     assert f"{path} holds other samples than the plan for step 3" in capsys.readouterr().out
-    StepLog(tmp_path, sampler(), 9, ALONE)
+    SampleLog(tmp_path, sampler(), 9, ALONE)
     assert not capsys.readouterr().out
 
 

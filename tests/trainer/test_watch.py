@@ -23,10 +23,10 @@ from trainer.distributed.rank_consistency import differences
 from trainer.distributed.world import World
 from trainer.faults import hang_diagnosis as judge_module
 from trainer.faults import phase_tracker as watch_module
-from trainer.faults.hang_diagnosis import LEAST_AT_START, Judge, place_of
+from trainer.faults.hang_diagnosis import LEAST_AT_START, Judge, describe_position
 from trainer.faults.phase_tracker import STARTING, WAITING, PhaseTracker
 from trainer.faults.watchdog import is_of_peers
-from trainer.machine.processes import GONE, HALTED, RUNNING, Process, myself
+from trainer.machine.processes import GONE, HALTED, RUNNING, Process, current_process
 from trainer.main import run
 
 CASES = [
@@ -81,7 +81,7 @@ def test_of_those_at_one_place_the_one_that_waits_for_nobody_is_to_blame() -> No
 
 def test_one_that_is_stopped_is_told_as_such_however_lately_its_thread_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would never leave by itself, as one that only does not come on does."""
-    monkeypatch.setattr(judge_module, "state_of", lambda beat: HALTED if beat.get("pid") == 1 else RUNNING)
+    monkeypatch.setattr(judge_module, "process_state", lambda beat: HALTED if beat.get("pid") == 1 else RUNNING)
     waits = beat(0, "backward", (3, 3), waiting=True)
     assert judged({0: [waits], 1: [beat(0, pid=1)]}) == ((1,), "has been stopped (SIGSTOP, or a debugger) for 5 s")
 
@@ -99,7 +99,7 @@ def test_phases_of_a_start_are_watched_with_more_patience() -> None:
     assert judged({0: [certifies], 1: [waits]}, LEAST_AT_START - 1) is None
     assert judged({0: [certifies], 1: [waits]}, LEAST_AT_START) == ((0,), "has not come on for 20 s")
     assert judged({0: [certifies]}, LEAST_AT_START) == ((0,), "has not come on for 20 s")  # a process alone judges itself
-    assert place_of(certifies, []) == "in certify, before the first step, at mix.json:17"
+    assert describe_position(certifies, []) == "in certify, before the first step, at mix.json:17"
     for phase in STARTING:
         found = judged({0: [waits | {"phase": phase}], 1: [certifies | {"phase": phase}]}, LEAST_AT_START)
         assert found is not None and found[0] == (1,), phase
@@ -162,7 +162,7 @@ def test_a_rank_that_is_not_heard_of_is_to_blame_and_a_judge_that_was_stopped_it
 
 
 def test_processes_are_known_again() -> None:
-    me = myself()
+    me = current_process()
     assert me.state() == RUNNING
     assert Process(me.host, me.machine, me.pid, str(int(me.started) + 1)).state() == GONE  # its number was given to another
     assert Process(me.host, "another machine", me.pid, me.started).state() is None
@@ -177,9 +177,9 @@ def test_a_watch_tells_the_samples_of_the_micro_batch() -> None:
     watch.mark("forward")
     now = watch.now()
     assert (now["phase"], now["step"], now["samples"], now["place"]) == ("forward", 6, [2], (6, 3))
-    assert place_of(now, ["r2 (a.json:3)"]) == "in forward of step 7, sample r2 (a.json:3)"
+    assert describe_position(now, ["r2 (a.json:3)"]) == "in forward of step 7, sample r2 (a.json:3)"
     watch.at("log", 7)
-    assert place_of(watch.now(), []) == "in log after step 7" and watch.now()["place"] == (7, 0)
+    assert describe_position(watch.now(), []) == "in log after step 7" and watch.now()["place"] == (7, 0)
 
 
 def start_apart(world: World, parts: Path, output_dir: Path) -> int:
@@ -200,10 +200,10 @@ def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     monkeypatch.setattr(distributed, "START_SECONDS", 0.2)
     with pytest.raises(distributed.ConfigError, match="ranks 1, 2 of 3 did not come within"):
-        distributed.meet()
+        distributed.join_store()
     monkeypatch.delenv("MASTER_ADDR")
     with pytest.raises(distributed.ConfigError, match="'MASTER_ADDR' is not set"):
-        distributed.meet()
+        distributed.join_store()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ SIDE, MOVING = 32, 16  # pixels of a picture, and of the digit that moves in it
 NUM_FRAMES, FRAME_MS = 4, 250
 
 
-def picture(pixels: np.ndarray, side: int = SIDE) -> Image.Image:
+def digit_picture(pixels: np.ndarray, side: int = SIDE) -> Image.Image:
     """Convert one of scikit-learn's digits, (64,) with values up to 16, to a grey picture."""
     grey = Image.fromarray((pixels.reshape(8, 8) * (255 / 16)).astype(np.uint8))
     return grey.resize((side, side), Image.Resampling.BICUBIC)
@@ -26,7 +26,7 @@ def picture(pixels: np.ndarray, side: int = SIDE) -> Image.Image:
 
 def moving(pixels: np.ndarray, direction: str, rng: np.random.Generator) -> bytes:
     """Return an animated GIF in which the digit crosses the picture, each frame at most a pixel off its path."""
-    digit, room = picture(pixels, MOVING), SIDE - MOVING
+    digit, room = digit_picture(pixels, MOVING), SIDE - MOVING
     aside = rng.integers(1, room)
     frames = []
     for i in range(NUM_FRAMES):

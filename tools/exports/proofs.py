@@ -29,7 +29,7 @@ def sample(processor: Processor) -> Iterator[dict[str, Any]]:
         parts: list[dict[str, Any]] = []
         if "image" in processor.specs:
             file = Path(folder) / "sample.png"
-            picture().save(file)
+            sample_picture().save(file)
             parts.append({"type": "image", "path": str(file)})
         if processor.template.name != "plain":
             parts.append({"type": "text", "text": "What is this?"})
@@ -37,7 +37,7 @@ def sample(processor: Processor) -> Iterator[dict[str, Any]]:
         yield {"messages": [{"role": "user", "content": parts}, answer]}
 
 
-def picture() -> Image.Image:
+def sample_picture() -> Image.Image:
     """Return a picture of 37 x 23 pixels in which no two neighbours are alike."""
     image = Image.new("RGB", (37, 23))
     image.putdata([((7 * i) % 256, (31 * i) % 256, (101 * i) % 256) for i in range(37 * 23)])

@@ -9,10 +9,10 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator
 
-from data.records.fields import bounded, printable
+from data.records.fields import printable, shorten
 from model.media_spec import ImageSpec
 from tools.inspector.entry import Box, InspectorEntry, Piece
-from tools.inspector.pictures import Album, picture, pixels, sound
+from tools.inspector.pictures import Album, picture_address, pixels, sound_address
 
 STATUSES = {"trained": "whole", "shortened": "shortened", "too long": "too long", "bad": "bad", "quarantined": "quarantined"}
 """Every status, and its label on the page."""
@@ -47,7 +47,7 @@ def card(entry: InspectorEntry, source: str, place: int, max_length: int, album:
     tokens = entry.num_tokens or entry.planned
     return (
         f'<article tabindex=0 data-source="{visible(source)}" data-kinds="{kinds}" data-status="{entry.status}"'
-        f' data-tokens="{tokens}" data-place="{place}" aria-label="sample {visible(bounded(entry.id))}">\n'
+        f' data-tokens="{tokens}" data-place="{place}" aria-label="sample {visible(shorten(entry.id))}">\n'
         f"<header>{_headline(entry, source)}{_share(entry, max_length)}{_note(entry)}</header>\n"
         f"<div class=body>\n{_media(entry.boxes, album)}{_text(entry)}</div>\n</article>\n"
     )
@@ -61,7 +61,7 @@ def _headline(entry: InspectorEntry, source: str) -> str:
         left += f"<b>{entry.num_removed:,}</b> earlier answers without thoughts, " if entry.num_removed else ""
         planned = f"<b>{entry.num_tokens:,}</b> tokens, {learned}, {left}{planned}"
     return (
-        f"<div class=top><h2>{visible(bounded(entry.id) or entry.where)}</h2>"
+        f"<div class=top><h2>{visible(shorten(entry.id) or entry.where)}</h2>"
         f"<span class=sub>{visible(source)} · {visible(entry.where)} · sample {entry.sample_id}</span>"
         f"<span class=nums>{planned}</span></div>"
     )
@@ -141,13 +141,13 @@ def _rows(box: Box, album: Album, alt: str) -> Iterator[str]:
     values = box.medium.values
     if isinstance(box.spec, ImageSpec):
         views = pixels(values, box.spec)
-        made = album.add(lambda: [picture(view) for view in views])
+        made = album.add(lambda: [picture_address(view) for view in views])
         size = box.spec.size
         side = size * max(1, TINY // size) if box.medium.kind == "image" and len(views) == 1 else size
         yield from _arranged(box, [_img(address, side, side, alt, side > size or size < TINY) for address in made])
     else:
         width, height = values.shape[-1], values.shape[-2]
-        for address in album.add(lambda: [sound(row, frames) for row, frames in zip(values, box.medium.frames)]):
+        for address in album.add(lambda: [sound_address(row, frames) for row, frames in zip(values, box.medium.frames)]):
             yield f"<div class='row sound'>{_img(address, width, height, alt, False)}</div>"
 
 

@@ -22,7 +22,7 @@ from trainer.records.quarantine import TRAIN, VALIDATION, read_rows
 from trainer.records.run_data import open_data
 from trainer.records.sample_log import read_step
 from trainer.runfile.load import load_config
-from trainer.runfile.stages import Stage, place_to_read
+from trainer.runfile.stages import Stage, stage_for_reading
 
 KIND_BITS = {kind: 1 << n for n, kind in enumerate(PLACEHOLDERS)}
 """Bits of `MultimodalDataset.modalities` by kind."""
@@ -112,13 +112,13 @@ class Source:
         return (entry_of(self.dataset, i, rows) for i in self.chosen)
 
 
-def place_of(cfg: str | None, run: str | None, overrides: list[str], stage: str = "") -> Stage:
+def stage_to_inspect(cfg: str | None, run: str | None, overrides: list[str], stage: str = "") -> Stage:
     """Return a run or one stage of it, by its run file or by its folder, even if the folder was moved."""
     if (cfg is None) == (run is None):
         raise ConfigError("name a run file with --cfg, or a run's folder with --run: one of them")
     if cfg is not None:
-        return place_to_read(load_config(cfg, overrides), stage)
-    return place_to_read(replace(load_config(str(Path(str(run)) / "run.toml"), overrides), output_dir=str(run)), stage)
+        return stage_for_reading(load_config(cfg, overrides), stage)
+    return stage_for_reading(replace(load_config(str(Path(str(run)) / "run.toml"), overrides), output_dir=str(run)), stage)
 
 
 def open_sources(place: Stage) -> Opened:
@@ -134,7 +134,7 @@ def open_sources(place: Stage) -> Opened:
     return Opened(place, datasets, pools, found, data.lengths_kind)
 
 
-def choose(opened: Opened, wanted: Wanted) -> list[Source]:
+def choose_samples(opened: Opened, wanted: Wanted) -> list[Source]:
     """Return every selected source with its samples. Raises ConfigError for a missing source, quarantine or step."""
     names = [source.key for dataset in opened.datasets.values() for source in dataset.sources]
     if wanted.source and wanted.source not in names:

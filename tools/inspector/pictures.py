@@ -46,7 +46,7 @@ def pixels(values: Tensor, spec: ImageSpec) -> np.ndarray:
     return values.permute(0, 2, 3, 1).numpy()
 
 
-def picture(view: np.ndarray) -> str:
+def picture_address(view: np.ndarray) -> str:
     """Encode bytes (H, W, 3) as a data: address."""
     image = Image.fromarray(np.ascontiguousarray(view))
     if max(image.size) <= EXACT_SIDE:
@@ -54,7 +54,7 @@ def picture(view: np.ndarray) -> str:
     return _address(image, "jpeg", quality=QUALITY, subsampling=0)
 
 
-def sound(row: Tensor, num_frames: int) -> str:
+def sound_address(row: Tensor, num_frames: int) -> str:
     """Draw a log-mel row (M, F) as a data: address: time to the right, pitch upwards, louder is brighter; padding is grey."""
     values = row.flip(0).double().numpy()
     heard = values[:, :num_frames]

@@ -21,7 +21,7 @@ from data.processor import Processor
 from model.card import ModelCard, write_card
 from model.files.manifest import write_manifest
 from model.files.sharding import is_first_copy
-from model.files.shards import MOMENTS, WEIGHTS, Chunks, ShardPlan, live, local, plan_shard, write_planned
+from model.files.shards import MOMENTS, WEIGHTS, Chunks, ShardPlan, local, plan_shard, tensor_chunks, write_planned
 from model.files.tensor_files import dump_json
 from trainer.checkpoint.background_save import Agreement, Task, attempt, raise_problem
 from trainer.checkpoint.host_staging import Staging, short_of_memory
@@ -136,7 +136,7 @@ class Checkpointer:
         make_folder(temporary)
         if isinstance(shard, dict):
             plan = plan_shard(shard)
-            chunks: Chunks = partial(live, plan, shard)
+            chunks: Chunks = partial(tensor_chunks, plan, shard)
         else:
             staging: Staging = self.staging  # type: ignore[assignment]
             staging.ready()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.files.shards import ShardPlan, cut, local, plan_shard
+from model.files.shards import ShardPlan, local, plan_shard, write_chunks
 
 SMALL = 1 << 20
 """Tensors of fewer bytes are copied in groups: thousands of them, as in LoRA, would cost more in calls than in copying."""
@@ -90,7 +90,7 @@ class Staging:
         """Yield the copied bytes in pieces, with their dtype, in the order of the shard file."""
         data = memoryview(self.buffer.numpy())  # type: ignore[arg-type]
         for run in self.runs:
-            yield from cut(run.dtype, data[run.begin : run.end])
+            yield from write_chunks(run.dtype, data[run.begin : run.end])
 
 
 def _runs(plan: ShardPlan) -> Iterator[Run]:

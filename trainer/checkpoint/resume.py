@@ -22,8 +22,8 @@ from trainer.errors import ProofError, SaveError
 from trainer.machine.atomic_files import clean_leftovers
 from trainer.records.run_data import RunData
 from trainer.runfile.merge_tables import stage_tables
-from trainer.runfile.schema import flat, to_tables
-from trainer.runfile.stages import Stage, resume_place
+from trainer.runfile.schema import flatten_tables, to_tables
+from trainer.runfile.stages import Stage, stage_of_checkpoint
 
 MAY_CHANGE = (
     "output_dir",
@@ -45,7 +45,7 @@ MAY_CHANGE = (
 LENGTH = ("train.max_steps", "train.epochs")
 
 
-def choose(config: RunConfig, world: World) -> tuple[Path | None, list[str]]:
+def find_resume_point(config: RunConfig, world: World) -> tuple[Path | None, list[str]]:
     """Return the checkpoint to resume from, or None, and lines about unfinished or damaged files. Collective.
 
     Rank 0 lists names, all ranks read the files. Unfinished files of an earlier start are removed first. Raises ConfigError or
@@ -133,7 +133,7 @@ def read_state(path: Path, root: RunConfig, finished: Collection[str] = ()) -> d
     before, now = (stage_tables(tables) for tables in (state["config"], to_tables(root)))
     lines = []
     for name in dict.fromkeys([*before, *now]):
-        old, new = flat(before.get(name, {})), flat(now.get(name, {}))
+        old, new = flatten_tables(before.get(name, {})), flatten_tables(now.get(name, {}))
         for key in sorted({*old, *new}):
             if old.get(key) != new.get(key) and ((name in finished and key in LENGTH) or not key.startswith(MAY_CHANGE)):
                 where = f"stage {name}: " if name else ""
@@ -144,12 +144,12 @@ def read_state(path: Path, root: RunConfig, finished: Collection[str] = ()) -> d
     return state
 
 
-def left_of(checkpoint: Path, places: list[Stage], world: World) -> tuple[list[Stage], dict[str, Any] | None]:
+def remaining_stages(checkpoint: Path, places: list[Stage], world: World) -> tuple[list[Stage], dict[str, Any] | None]:
     """Return the stages still to do of a run resumed from `checkpoint`, and the state to resume the first of them from. Collective.
 
     The state is None when that stage has not begun.
     """
-    place = resume_place(places, load_state(checkpoint))
+    place = stage_of_checkpoint(places, load_state(checkpoint))
     step, after = step_of(checkpoint), places[place.number :]
     # A stage is over when its final/ is proven; the last stage always continues, as its length may have been raised.
     over = bool(after) and bool(world.broadcast_json(final_step(place.folder) == step))

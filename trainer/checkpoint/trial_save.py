@@ -26,9 +26,9 @@ from trainer.machine.disk_space import (
     checkpoint_bytes,
     describe_shortage,
     final_bytes,
+    format_bytes,
     free_bytes,
     prove_room,
-    size,
 )
 from trainer.setup import PreparedRun
 
@@ -59,17 +59,17 @@ def prove_saving(setup: PreparedRun, checkpointer: Checkpointer, step: int, stat
                 prune(folder, checkpointer.keep, newest)
     prove_room(room, world)
     if world.is_main:
-        print(f"disk      {room}{tight(room)}", flush=True)
+        print(f"disk      {room}{space_warning(room)}", flush=True)
     return room
 
 
-def tight(room: SpaceNeeded) -> str:
+def space_warning(room: SpaceNeeded) -> str:
     """Return a warning for when the next checkpoint fits, but not as many as are to be kept; "" when they fit."""
     free, held = free_bytes(room.folder), len(checkpoints(room.folder)) * room.checkpoint
     missing = room.in_the_long_run - held - free
     if missing <= 0:
         return ""
-    return f"; {size(missing)} ARE MISSING for as many checkpoints: the run will end when the disk is full. {ADVICE}"
+    return f"; {format_bytes(missing)} ARE MISSING for as many checkpoints: the run will end when the disk is full. {ADVICE}"
 
 
 def trial_save(

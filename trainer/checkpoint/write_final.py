@@ -16,9 +16,9 @@ import torch
 
 from data.processor import Processor
 from model.card import ModelCard, write_card
-from model.files.proof import file_facts
+from model.files.proof import proof_entry
 from model.files.tensor_files import Entry, dump_json, tensor_digests, write_safetensors
-from model.load import check_loadable, settled
+from model.load import card_without_init_from, check_loadable
 from model.multimodal import MultimodalLM
 from trainer.checkpoint.final_files import final_files
 from trainer.distributed.world import World
@@ -117,7 +117,7 @@ def _finish(
     temporary: Path, target: Path, card: ModelCard, processor: Processor, digests: dict[str, dict[str, str]], step: int, run: Path
 ) -> None:
     """Add card, processor and provenance to the unfinished folder, prove its weights and give it its final name."""
-    write_card(settled(temporary, card), temporary)
+    write_card(card_without_init_from(temporary, card), temporary)
     processor.save(temporary)
     prove(temporary, digests)
     provenance = {
@@ -178,7 +178,7 @@ def prove(folder: Path, digests: dict[str, dict[str, str]]) -> None:
         if wrong := sorted(key for key in {*expected, *found} if expected.get(key) != found.get(key)):
             raise ProofError(f"{folder / name}: {len(wrong)} tensors differ from the trained ones: {wrong[:3]}")
     check_loadable(folder)
-    files = {name: {**file_facts(folder / name), "tensors": len(tensors)} for name, tensors in digests.items()}
+    files = {name: {**proof_entry(folder / name), "tensors": len(tensors)} for name, tensors in digests.items()}
     proof: dict[str, Any] = {"files": files, "compared": "every tensor's bytes, after reopening, with the live weights"}
     (folder / "proof.json").write_text(dump_json(proof))
 

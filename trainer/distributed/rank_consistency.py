@@ -13,14 +13,14 @@ import transformers
 from model.errors import ConfigError
 from trainer.config import RunConfig
 from trainer.distributed.world import World
-from trainer.runfile.schema import flat, to_tables
+from trainer.runfile.schema import flatten_tables, to_tables
 
 SHOWN = 8  # differences that a message names
 
 
-def agree(config: RunConfig, world: World) -> None:
+def check_same_settings(config: RunConfig, world: World) -> None:
     """Raise `ConfigError`, on all ranks alike, unless all ranks have the same settings and the same versions. Collective."""
-    own = flat(to_tables(config)) | {
+    own = flatten_tables(to_tables(config)) | {
         "the version of torch": torch.__version__,
         "the version of transformers": transformers.__version__,
         "the version of Python": ".".join(platform.python_version_tuple()[:2]),

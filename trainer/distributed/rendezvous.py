@@ -17,12 +17,12 @@ HELLO = "hello"
 POLL_SECONDS = 0.05
 
 
-def own_place(store: dist.Store, rank: int, size: int, seconds: float) -> dist.Store:
-    """Return a fresh prefix of the store, the same on all ranks of a start, once the `here_keys` of all ranks are set. Collective.
+def join_start(store: dist.Store, rank: int, size: int, seconds: float) -> dist.Store:
+    """Return a fresh prefix of the store, the same on all ranks of a start, once all `arrival_keys` are set. Collective.
 
     Raises `RendezvousTimeout` with the ranks that are missing after `seconds`.
     """
-    name, keys = uuid.uuid4().hex, here_keys(size)
+    name, keys = uuid.uuid4().hex, arrival_keys(size)
     store.append(HELLO, name + " ")  # type: ignore[attr-defined]  # torch declares it nowhere
     if rank == 0:
         place = dist.PrefixStore(name, store)
@@ -59,7 +59,7 @@ class RendezvousTimeout(Exception):
         self.missing = missing
 
 
-def here_keys(size: int) -> list[str]:
+def arrival_keys(size: int) -> list[str]:
     return [f"here/{rank}" for rank in range(size)]
 
 

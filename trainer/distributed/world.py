@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from model.errors import ConfigError
-from trainer.distributed.rendezvous import RendezvousTimeout, own_place
+from trainer.distributed.rendezvous import RendezvousTimeout, join_start
 
 TIMEOUT = timedelta(minutes=30)
 START_SECONDS = 600.0  # for all ranks to join
@@ -100,7 +100,7 @@ def start_world() -> World:
         os.environ.setdefault("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0")
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    store = dist.HashStore() if size == 1 else meet()
+    store = dist.HashStore() if size == 1 else join_store()
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=TIMEOUT)
     return World(rank, local_rank, size, device, store)
 
@@ -120,7 +120,7 @@ def check_devices(rank: int, local_rank: int) -> None:
 ENVIRONMENT = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
 
 
-def meet() -> dist.Store:
+def join_store() -> dist.Store:
     """Return the store at the address that the launcher names, in which ranks find each other, once all ranks have joined.
 
     Raises `ConfigError`, with the ranks that did not come within START_SECONDS.
@@ -136,9 +136,9 @@ def meet() -> dist.Store:
             "one process with `python -m trainer.main`, which needs none"
         ) from error
     try:
-        place = own_place(store, rank, size, START_SECONDS)
+        place = join_start(store, rank, size, START_SECONDS)
     except RendezvousTimeout as error:
-        who = absent(error.missing, size)
+        who = describe_missing(error.missing, size)
         raise ConfigError(f"{who} {START_SECONDS:.0f} s to {address}: look at what their machines say") from error
     place.set_timeout(TIMEOUT)
     return place
@@ -158,7 +158,7 @@ def open_store(rank: int, size: int) -> dist.Store:
     )
 
 
-def absent(missing: list[int], size: int) -> str:
+def describe_missing(missing: list[int], size: int) -> str:
     """Describe for people which ranks did not come: the beginning of a sentence."""
     who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:16]))}{' ...' * (len(missing) > 16)}"
     return f"{who} of {size} did not come within"
@@ -179,11 +179,11 @@ def die_with_parent() -> None:
     parent = os.getppid()
     pr_set_pdeathsig = 1
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent or not may_launch(parent):
+    if os.getppid() != parent or not could_be_launcher(parent):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def may_launch(pid: int) -> bool:
+def could_be_launcher(pid: int) -> bool:
     """Tell whether a process can be torchrun, which is Python.
 
     The process that adopts orphans is none, as a rule: init, a shell, SLURM's step.

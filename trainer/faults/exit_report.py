@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.records.fields import message, printable
+from data.records.fields import bound_message, printable
 from model.files.tensor_files import dump_json
 from trainer.faults.phase_tracker import PhaseTracker
 from trainer.faults.requests import Requests
@@ -35,17 +35,19 @@ class RunStatus:
     watch: PhaseTracker = field(default_factory=PhaseTracker)
 
 
-def clear(output_dir: Path) -> None:
+def clear_exit_report(output_dir: Path) -> None:
     """Remove the exit report of the previous start."""
     (output_dir / NAME).unlink(missing_ok=True)
 
 
-def record(output_dir: Path | None, code: int, reason: str, step: int | None, rank: int, *, speaks: bool | None = None) -> bool:
+def record_exit(
+    output_dir: Path | None, code: int, reason: str, step: int | None, rank: int, *, speaks: bool | None = None
+) -> bool:
     """Write exit.json unless another rank was first; return whether this rank prints the message.
 
     Where the file cannot be written, the rank that `speaks` prints it, by default rank 0.
     """
-    speaks, reason = rank == 0 if speaks is None else speaks, message(reason)
+    speaks, reason = rank == 0 if speaks is None else speaks, bound_message(reason)
     if output_dir is None:
         return speaks
     launch = {"launch": os.environ["TORCHELASTIC_RUN_ID"]} if "TORCHELASTIC_RUN_ID" in os.environ else {}
@@ -87,10 +89,10 @@ def write_exit_report(
 
     With `error`, its traceback is printed as well.
     """
-    if record(output_dir, code, reason, step, rank, speaks=speaks):
+    if record_exit(output_dir, code, reason, step, rank, speaks=speaks):
         if error is not None:
             traceback.print_exception(error, file=sys.stderr)
         where = "" if step is None else f" after step {step}"
         line_of_its_own = "" if step is None else "\n"  # the cursor is at the end of a progress bar
-        text = f"{line_of_its_own}trainer: rank {rank} stopped{where}: {message(reason)}"
+        text = f"{line_of_its_own}trainer: rank {rank} stopped{where}: {bound_message(reason)}"
         print(printable(text, keep="\n\t"), file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ from typing import Any
 from trainer.faults.phase_tracker import BEFORE_UPDATE, STARTING, UNLIMITED
 from trainer.machine.processes import DEFUNCT, GONE, HALTED, Process
 
-NO_WORD_SECONDS = 5.0
+SILENCE_SECONDS = 5.0
 """Longest silence of another rank after a collective broke on some rank."""
 LEAST_AT_START = 20.0
 """Least seconds without progress that a phase of a start may take: the first use of a library imports it."""
@@ -95,7 +95,7 @@ class Judge:
     def _dead(self, now: float) -> Finding | None:
         """Return a rank whose process on this machine has died, after two checks of the same heartbeat."""
         for rank, seen in self._running().items():
-            if seen.renewed == now or state_of(seen.beat) not in (GONE, DEFUNCT):
+            if seen.renewed == now or process_state(seen.beat) not in (GONE, DEFUNCT):
                 seen.gone = False
             elif seen.gone:
                 return Finding((rank,), "is dead: its process was killed, or died without a word (out of memory? see dmesg)")
@@ -106,18 +106,18 @@ class Judge:
     def _silent(self, now: float) -> Finding | None:
         """Return a rank without a new heartbeat for too long: `stall_seconds`, or NO_WORD_SECONDS after a collective broke."""
         broken = self.broken or any(seen.beat.get("broken") for seen in self.seen.values())
-        limit = min(self.stall_seconds, NO_WORD_SECONDS) if broken else self.stall_seconds
+        limit = min(self.stall_seconds, SILENCE_SECONDS) if broken else self.stall_seconds
         silent = {rank: now - seen.renewed for rank, seen in self._running().items() if now - seen.renewed >= limit}
         if not silent:
             return None
-        states = {rank: state_of(self.seen[rank].beat) or "" for rank in silent}
+        states = {rank: process_state(self.seen[rank].beat) or "" for rank in silent}
         # A stopped rank may delay the heartbeats of others: it comes before ranks that are only silent.
         rank = min(silent, key=lambda rank: (states[rank] != HALTED, rank))
         return Finding((rank,), SILENT.get(states[rank], UNREACHABLE).format(silent[rank]))
 
     def halted(self) -> bool:
         """Return whether a rank of this machine is known to be stopped or dead."""
-        return any(state_of(seen.beat) in (GONE, DEFUNCT, HALTED) for seen in self._running().values())
+        return any(process_state(seen.beat) in (GONE, DEFUNCT, HALTED) for seen in self._running().values())
 
     def stuck(self, now: float) -> Finding | None:
         """Return the ranks that block the run, once the slowest made no progress for `stall_seconds`.
@@ -135,7 +135,7 @@ class Judge:
         busy = {rank: seen for rank, seen in last.items() if not seen.beat["waiting"]}
         last = busy or last
         seconds = max(now - seen.moved for seen in last.values())
-        if halted := tuple(rank for rank, seen in last.items() if state_of(seen.beat) == HALTED):
+        if halted := tuple(rank for rank, seen in last.items() if process_state(seen.beat) == HALTED):
             return Finding(halted, SILENT[HALTED].format(seconds))  # its last heartbeat is so recent that it is not silent yet
         several = len(last) > 1
         hint = ", all waiting in one collective (is the network down?)," if several and not busy else ""
@@ -155,12 +155,12 @@ SILENT = {
 }
 
 
-def state_of(beat: dict[str, Any]) -> str | None:
+def process_state(beat: dict[str, Any]) -> str | None:
     """Return the state of the process that a heartbeat came from; None when it is on another machine or unknown."""
     return Process(**beat["process"]).state() if beat.get("process") else None
 
 
-def place_of(beat: dict[str, Any], names: list[str]) -> str:
+def describe_position(beat: dict[str, Any], names: list[str]) -> str:
     """Describe phase, step, position and samples of a heartbeat: "in backward of step 7, samples r17 (train.json:18)"."""
     phase, step = beat.get("phase", "start"), beat.get("step")
     if step is None:

@@ -52,7 +52,7 @@ class Beats:
     def agree(self, own: Verdict) -> Verdict:
         """Return the first verdict in the store, after offering `own` to it; return `own` where the store does not answer."""
         text = own.dumps()
-        first = bounded(lambda: self._store.compare_set("verdict", NO_VERDICT, text), ASK_SECONDS)
+        first = run_within(lambda: self._store.compare_set("verdict", NO_VERDICT, text), ASK_SECONDS)
         self.verdict = own if first is None or first == text.encode() else Verdict.loads(first)
         self.agreed.set()
         return self.verdict
@@ -81,7 +81,7 @@ class Beats:
             self.agreed.set()
 
 
-def bounded(work: Callable[[], Any], seconds: float) -> Any:
+def run_within(work: Callable[[], Any], seconds: float) -> Any:
     """Return what `work` returns; None where it takes longer than `seconds` or fails. It then continues in a daemon thread."""
     answer: list[Any] = []
 

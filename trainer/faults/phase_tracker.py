@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data.workers import Reading, explained
+from data.workers import Reading, explain_worker_death
 from trainer.faults.shared_page import SharedPage
 from trainer.machine.io_traffic import traffic
 
@@ -119,7 +119,7 @@ class PhaseTracker:
 
     def explained(self, error: BaseException) -> BaseException:
         """Return `error`, or a clearer one where it says that a data worker died."""
-        return explained(error, self.reading, lambda i: self.name(i, self.beat.phase))
+        return explain_worker_death(error, self.reading, lambda i: self.name(i, self.beat.phase))
 
 
 def is_waiting(thread: int) -> bool:

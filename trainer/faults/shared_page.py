@@ -55,7 +55,7 @@ class SharedPage:
             self.path.unlink(missing_ok=True)
 
 
-def newest(beat: dict[str, Any]) -> dict[str, Any]:
+def read_last_position(beat: dict[str, Any]) -> dict[str, Any]:
     """Return `beat` of a rank of this machine that sends no more, updated with what the rank wrote to shared memory last."""
     try:
         content = Path(beat["page"]).read_bytes()
@@ -74,7 +74,7 @@ def newest(beat: dict[str, Any]) -> dict[str, Any]:
     return {**beat, **found, **({} if reads else {"samples": samples[: min(num, MOST)]})}
 
 
-def forget(beat: dict[str, Any]) -> None:
+def remove_page(beat: dict[str, Any]) -> None:
     """Remove the shared-memory file of a dead rank of this machine."""
     if beat.get("page") and beat.get("process", {}).get("host") == os.uname().nodename:
         with suppress(OSError):

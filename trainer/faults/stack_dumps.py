@@ -24,10 +24,10 @@ class Stacks:
         self._file: TextIO | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            old = {path_of(run_folder, other) for other in range(num_ranks)}
+            old = {stack_file(run_folder, other) for other in range(num_ranks)}
             for path in set(self.folder.glob("rank-*.txt")) - old if rank == 0 else ():
                 path.unlink(missing_ok=True)
-            self._file = path_of(run_folder, rank).open("w", buffering=1)
+            self._file = stack_file(run_folder, rank).open("w", buffering=1)
             os.set_inheritable(self._file.fileno(), False)
             faulthandler.register(signal.SIGUSR2, file=self._file, all_threads=True)
         except (OSError, ValueError):  # a run works without stacks; that its folder cannot be written is reported elsewhere
@@ -47,7 +47,7 @@ class Stacks:
     def note(self, rank: int, text: str) -> None:
         """Append a text to the file of a rank that cannot write any more."""
         try:
-            with path_of(self.folder.parent, rank).open("a") as out:
+            with stack_file(self.folder.parent, rank).open("a") as out:
                 out.write(text + "\n")
         except OSError:
             return
@@ -67,6 +67,6 @@ class Stacks:
             return
 
 
-def path_of(run_folder: Path, rank: int) -> Path:
+def stack_file(run_folder: Path, rank: int) -> Path:
     """Return the path of a rank's stack file."""
     return run_folder / FOLDER / f"rank-{rank:05d}.txt"

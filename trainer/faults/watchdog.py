@@ -16,13 +16,13 @@ from data.workers import WorkerError
 from trainer import errors
 from trainer.distributed.world import World
 from trainer.faults import exit_report
-from trainer.faults.hang_diagnosis import SHOWN, Finding, Judge, Verdict, place_of
-from trainer.faults.heartbeats import Beats, bounded
+from trainer.faults.hang_diagnosis import SHOWN, Finding, Judge, Verdict, describe_position
+from trainer.faults.heartbeats import Beats, run_within
 from trainer.faults.phase_tracker import PhaseTracker
-from trainer.faults.shared_page import SharedPage, forget, newest
+from trainer.faults.shared_page import SharedPage, read_last_position, remove_page
 from trainer.faults.stack_dumps import Stacks
 from trainer.machine.folder_lock import FolderLock
-from trainer.machine.processes import DEFUNCT, GONE, Process, myself, show_and_end
+from trainer.machine.processes import DEFUNCT, GONE, Process, current_process, show_and_end
 
 TICK_SECONDS = 2.0  # between two checks, at most
 BROKEN_TICK_SECONDS = 0.2  # after a collective broke
@@ -44,7 +44,7 @@ class Watchdog:
         self.watch, self.world, self.run_folder, self.stall_seconds = watch, world, run_folder, stall_seconds
         self.lock = lock
         self.tick = min(max(stall_seconds / 10, 0.1), TICK_SECONDS)
-        self.process = myself()
+        self.process = current_process()
         self.stacks = Stacks(run_folder, world.rank, world.size)
         watch.page = SharedPage(run_folder, world.rank)
         self.judge = Judge(range(world.size) if world.is_main else (0,), stall_seconds, time.monotonic())
@@ -84,7 +84,7 @@ class Watchdog:
                 return found
             reason = f"a collective broke, and no rank is known to have failed: {reason}"
         elif code == errors.INTERNAL:
-            reason = f"rank {rank} {self._where(beat)}: {described(error)}; {self._stacks_hint()}"
+            reason = f"rank {rank} {self._where(beat)}: {describe_error(error)}; {self._stacks_hint()}"
         own = Verdict(code, reason, rank, rank, beat["step"], raised=True, stacks=code == errors.INTERNAL)
         verdict = self.beats.agree(own)
         self._finish(verdict)
@@ -160,7 +160,7 @@ class Watchdog:
         beats = {rank: self._last(self.judge.seen[rank].beat) for rank in finding.culprits}
         first, beat = next(iter(beats.items()))
         for last in beats.values() if not finding.answers else ():
-            forget(last)
+            remove_page(last)
         processes = [b["process"] for b in beats.values() if "process" in b]
         hosts = sorted({p["host"] for p in processes if p["machine"] != self.process.machine})
         who = f"rank{'s' * (len(beats) > 1)} {', '.join(map(str, beats))}{' on ' * bool(hosts)}{', '.join(hosts)}"
@@ -169,7 +169,7 @@ class Watchdog:
 
     def _last(self, beat: dict[str, Any]) -> dict[str, Any]:
         """Return the last position of a rank: in the store it is as old as the last tick, in shared memory it is current."""
-        return newest(beat) if beat.get("process", {}).get("machine") == self.process.machine else beat
+        return read_last_position(beat) if beat.get("process", {}).get("machine") == self.process.machine else beat
 
     def _verdict(self, reason: str, culprit: int, step: int | None, end: tuple[dict[str, Any], ...] = ()) -> Verdict:
         """Return a verdict of this rank with code INTERNAL."""
@@ -178,8 +178,8 @@ class Watchdog:
     def _where(self, beat: dict[str, Any]) -> str:
         """Describe the position of a rank, with names of its samples if they can be looked up in time."""
         ids = beat.get("samples", [])[:SHOWN]
-        names = bounded(lambda: [self.watch.name(i, beat["phase"]) for i in ids], NAME_SECONDS)
-        return place_of(beat, [f"sample {i}" for i in ids] if names is None else names)
+        names = run_within(lambda: [self.watch.name(i, beat["phase"]) for i in ids], NAME_SECONDS)
+        return describe_position(beat, [f"sample {i}" for i in ids] if names is None else names)
 
     def _stacks_hint(self) -> str:
         """Return the hint where the stacks are."""
@@ -190,7 +190,7 @@ class Watchdog:
         if verdict.raised or self._ending:
             self._over.wait(GRACE_SECONDS)
         if not self._over.is_set():
-            bounded(lambda: self._last_words(verdict), LEAVE_SECONDS)
+            run_within(lambda: self._last_words(verdict), LEAVE_SECONDS)
             if self.watch.page is not None:
                 self.watch.page.remove()
             os._exit(verdict.code)
@@ -232,7 +232,7 @@ def is_of_peers(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and not isinstance(error, WorkerError) and bool(OF_PEERS.search(str(error)))
 
 
-def described(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Describe an error for people, with its class."""
     if isinstance(error, WorkerError):
         return str(error)

@@ -19,14 +19,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.dataset import MultimodalDataset
-from data.records.fields import bounded
+from data.records.fields import shorten
 from data.records.record import RecordError
 from model.batch import Batch
 from trainer.errors import ProofError
 from trainer.health.spike_detector import Spikes
 from trainer.health.suspects import NUM_SUSPECTS, Evidence, bad_samples, first_bad, highest
 from trainer.machine.atomic_files import replace_text
-from trainer.machine.json_lines import read_sound
+from trainer.machine.json_lines import read_valid_lines
 from trainer.optim import Trained, in_norm_order
 from trainer.setup import PreparedRun
 from trainer.step import StepResult
@@ -175,7 +175,7 @@ def forget_after(folder: Path, step: int) -> None:
     path = folder / NAME
     if not path.exists():
         return
-    kept = [row for row in read_sound(path, {"step": int}) if row["step"] <= step]
+    kept = [row for row in read_valid_lines(path, {"step": int}) if row["step"] <= step]
     replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
@@ -190,7 +190,7 @@ def _record(dataset: MultimodalDataset, i: int) -> str:
     """Return where a sample stands and its id; where the record cannot be read, only where it stands."""
     _, index, row = dataset.place(i)
     try:
-        return f"{index.where(row)} {bounded(dataset.record(i).id)}"
+        return f"{index.where(row)} {shorten(dataset.record(i).id)}"
     except (RecordError, OSError):
         return index.where(row)
 
@@ -208,7 +208,7 @@ def _plain(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def hearable(result: StepResult) -> Tensor:
+def scalars_to_read(result: StepResult) -> Tensor:
     """Return (notes + 2,) what is read of a step one step late: the summed notes, whether it was skipped, its gradient norm.
 
     No host sync.
@@ -216,6 +216,6 @@ def hearable(result: StepResult) -> Tensor:
     return torch.cat([result.heard, torch.stack([result.skipped.float(), result.grad_norm.float()])])
 
 
-def split(values: Sequence[float], num_notes: int) -> tuple[list[float], list[float]]:
+def split_scalars(values: Sequence[float], num_notes: int) -> tuple[list[float], list[float]]:
     """Split the values of `hearable` into the `num_notes` notes and the rest."""
     return list(values[:num_notes]), list(values[num_notes:])

@@ -35,8 +35,9 @@ class SpaceNeeded:
 
     def __str__(self) -> str:
         return (
-            f"a checkpoint takes {size(self.checkpoint)}, final/ {size(self.final)}, checkpoint.keep = {self.keep}; "
-            f"{size(free_bytes(self.folder))} are free"
+            f"a checkpoint takes {format_bytes(self.checkpoint)}, final/ {format_bytes(self.final)}, "
+            f"checkpoint.keep = {self.keep}; "
+            f"{format_bytes(free_bytes(self.folder))} are free"
         )
 
     @property
@@ -85,9 +86,9 @@ def describe_shortage(folder: Path, needed: int, spent: int = 0) -> str:
     try:
         free = free_bytes(folder) + spent
     except OSError as error:
-        return f"A save takes {size(needed)}; what is free in {folder} cannot be told: {error.strerror}"
-    missing = f"{size(needed - free)} are missing. {ADVICE}" if free < needed else "that is enough"
-    return f"A save takes {size(needed)}, and {size(free)} are free on the file system of {folder}: {missing}"
+        return f"A save takes {format_bytes(needed)}; what is free in {folder} cannot be told: {error.strerror}"
+    missing = f"{format_bytes(needed - free)} are missing. {ADVICE}" if free < needed else "that is enough"
+    return f"A save takes {format_bytes(needed)}, and {format_bytes(free)} are free on the file system of {folder}: {missing}"
 
 
 def written_bytes(folder: Path) -> int:
@@ -111,8 +112,8 @@ def prove_room(room: SpaceNeeded, world: World) -> None:
             problem = f"the next checkpoint and final/ do not fit. {describe_shortage(room.folder, needed)}"
         elif limit != resource.RLIM_INFINITY and limit < room.largest:
             problem = (
-                f"a file of {size(room.largest)} is to be written to {room.folder}, and this process may write files of "
-                f"{size(limit)}: {size(room.largest - limit)} are missing. Raise the limit (`ulimit -f`)"
+                f"a file of {format_bytes(room.largest)} is to be written to {room.folder}, and this process may write files of "
+                f"{format_bytes(limit)}: {format_bytes(room.largest - limit)} are missing. Raise the limit (`ulimit -f`)"
             )
     if problem := world.broadcast_json(problem):
         raise SaveError(problem)
@@ -143,7 +144,7 @@ def warn_if_next_save_will_not_fit(room: SpaceNeeded) -> str:
     return f"THE NEXT CHECKPOINT DOES NOT FIT and will end the run. {describe_shortage(room.folder, room.checkpoint)}"
 
 
-def size(count: float, digits: int = 1) -> str:
+def format_bytes(count: float, digits: int = 1) -> str:
     """Return bytes in readable units, rounded up, so that a shortage is never understated."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= scale:

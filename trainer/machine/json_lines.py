@@ -29,7 +29,7 @@ def read_lines(path: Path, fields: Mapping[str, type]) -> tuple[list[dict[str, A
     return rows, problems
 
 
-def read_sound(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
+def read_valid_lines(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
     """Return the valid lines of a file that nothing depends on; print a message for each invalid line."""
     rows, problems = read_lines(path, fields)
     for problem in problems:

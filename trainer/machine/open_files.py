@@ -51,7 +51,7 @@ def open_files() -> int:
     return len(os.listdir(folder)) if folder.is_dir() else 0
 
 
-def explained(error: BaseException) -> BaseException:
+def explain_open_files(error: BaseException) -> BaseException:
     """Return `error`; or, when too many open files caused it, a ConfigError that says so and what to do."""
     if not (isinstance(error, OSError) and error.errno in NO_FILE) and os.strerror(errno.EMFILE) not in str(error):
         return error

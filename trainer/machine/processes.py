@@ -35,7 +35,7 @@ class Process:
         return {"Z": DEFUNCT, "X": GONE, "T": HALTED, "t": HALTED}.get(letter, RUNNING)
 
 
-def myself() -> Process:
+def current_process() -> Process:
     """Return the identity of this process."""
     return Process(socket.gethostname(), machine(), os.getpid(), _stat(os.getpid())[1])
 

@@ -14,7 +14,7 @@ from model.card import ModelCard
 from model.config import QuantizeConfig
 from model.errors import ConfigError
 from trainer.config import RunConfig
-from trainer.machine.disk_space import size
+from trainer.machine.disk_space import format_bytes
 from trainer.memory.footprint import Footprint, footprint
 
 SHOWN = 4
@@ -71,7 +71,7 @@ def advice(heavy: MemoryScenario, limit: Callable[[Footprint], float]) -> str:
 
 def describe(change: Change) -> str:
     """Describe a change for people: its settings and the memory that it needs."""
-    return f"{change.settings} ({size(change.needed.total, 2)})"
+    return f"{change.settings} ({format_bytes(change.needed.total, 2)})"
 
 
 def fitting(heavy: MemoryScenario, allowed: float) -> Iterator[Change]:

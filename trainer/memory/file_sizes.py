@@ -14,7 +14,7 @@ from trainer.machine.disk_space import file_bytes
 from trainer.memory.footprint import local_numel
 
 
-def checkpoint_bytes(model: MultimodalLM, ways: int, num_ranks: int) -> int:
+def planned_checkpoint_bytes(model: MultimodalLM, ways: int, num_ranks: int) -> int:
     """Return the bytes of all shards of a checkpoint after the first update.
 
     `ways`: number of the `num_ranks` ranks that share one copy by rows; 1: every rank has its own.
@@ -36,6 +36,6 @@ def _shard_bytes(model: MultimodalLM, ways: int, rank: int) -> int:
     return file_bytes(entries)
 
 
-def final_bytes(model: MultimodalLM, card: ModelCard) -> int:
+def planned_final_bytes(model: MultimodalLM, card: ModelCard) -> int:
     """Return the bytes of the weights in final/, without those that an earlier run trained and this one only passes on."""
     return disk_space.final_bytes(weight_files_of(model, card))[0]

@@ -95,7 +95,7 @@ def footprint(card: ModelCard, config: ParallelConfig, num_ranks: int, batch: Ba
 
 
 def on_meta(card: ModelCard, config: ParallelConfig, *, computes: bool) -> MultimodalLM:
-    """Build the model as `trainer.setup.build` makes it, on the meta device.
+    """Build the model as `trainer.setup.build_run` makes it, on the meta device.
 
     `computes`: trained weights have the dtype of computation, as sharding gathers them; else they are float32 and cast where they
     are used.

@@ -101,7 +101,7 @@ def cost_of(ids: np.ndarray, lengths: np.ndarray, plan: BatchPlan, media: np.nda
     return float(tokens) + float(media[ids].sum(dtype=np.float64))
 
 
-def read_samples(dataset: MultimodalDataset, ids: np.ndarray, is_packed: bool) -> list[Sample]:
+def read_batch_samples(dataset: MultimodalDataset, ids: np.ndarray, is_packed: bool) -> list[Sample]:
     """Read the samples of a micro-batch. Bad ones, and ones longer than packing planned, are left out here.
 
     The step that meets such a sample reports it.

@@ -16,7 +16,7 @@ from trainer.distributed.parallelize import gradient_sync
 from trainer.machine.memory_info import Usage, reset_peak, usage
 from trainer.memory.advice import MemoryScenario, advice
 from trainer.memory.footprint import MASTER
-from trainer.memory.heaviest_batch import Heaviest, find_heaviest, read_samples
+from trainer.memory.heaviest_batch import Heaviest, find_heaviest, read_batch_samples
 from trainer.memory.sample_cost import media_memory, sample_costs
 from trainer.setup import PreparedRun
 
@@ -30,8 +30,8 @@ def rehearse(setup: PreparedRun, first_step: int) -> str:
     changes: gradients are dropped, buffers and random generators are restored, and no record is quarantined for what it does here.
     Raises ConfigError, which names what would fit, when memory runs out or the optimizer's moments would not fit beside.
     """
-    world, heaviest = setup.world, find(setup, first_step)
-    samples = read_samples(setup.data.train, heaviest.ids, setup.batch_plan.is_packed)  # type: ignore[arg-type]
+    world, heaviest = setup.world, find_heaviest_batch(setup, first_step)
+    samples = read_batch_samples(setup.data.train, heaviest.ids, setup.batch_plan.is_packed)  # type: ignore[arg-type]
     heavy = MemoryScenario(setup.config, setup.data.card, world.size, samples, heaviest.num_micro_batches)
     batch = heavy.batch()
     reset_peak(world.device)
@@ -42,7 +42,7 @@ def rehearse(setup: PreparedRun, first_step: int) -> str:
     return _verdict(setup, heavy, world.gather_json(mine))  # collective
 
 
-def find(setup: PreparedRun, first_step: int) -> Heaviest:
+def find_heaviest_batch(setup: PreparedRun, first_step: int) -> Heaviest:
     """Find the heaviest micro-batch of the epoch that `first_step` is in. The result is the same on every rank."""
     config, train, plan = setup.config, setup.data.train, setup.batch_plan
     sampler: Sampler = setup.data.sampler  # type: ignore[assignment]
@@ -95,9 +95,9 @@ def _out_of_memory_message(setup: PreparedRun, heavy: MemoryScenario, before: Us
     optimizer = moments_to_come(setup)
     fits = advice(heavy, lambda now: min(now.weights + before.free, now.total - 1))
     return (
-        f"out of memory on rank {setup.world.rank} in the heaviest micro-batch of the epoch ({described(heavy.batch())}): "
-        f"{gib(before.free)} of {gib(before.total)} GiB were left beside the weights, of which the optimizer takes "
-        f"{gib(optimizer)}. {fits}"
+        f"out of memory on rank {setup.world.rank} in the heaviest micro-batch of the epoch ({describe_batch(heavy.batch())}): "
+        f"{format_gib(before.free)} of {format_gib(before.total)} GiB were left beside the weights, of which the optimizer takes "
+        f"{format_gib(optimizer)}. {fits}"
     )
 
 
@@ -107,8 +107,8 @@ def _verdict(setup: PreparedRun, heavy: MemoryScenario, ranks: list[dict[str, An
     worst = min(range(len(ranks)), key=left.__getitem__)
     row = ranks[worst]
     line = (
-        f"peak {gib(row['peak'])} GiB of {gib(row['total'])} on rank {worst} in the heaviest micro-batch "
-        f"({described(heavy.batch())}), optimizer {gib(row['optimizer'])} more, headroom {gib(left[worst])}"
+        f"peak {format_gib(row['peak'])} GiB of {format_gib(row['total'])} on rank {worst} in the heaviest micro-batch "
+        f"({describe_batch(heavy.batch())}), optimizer {format_gib(row['optimizer'])} more, headroom {format_gib(left[worst])}"
     )
     if left[worst] < 0:
         raise ConfigError(f"{line}: it does not fit. {advice(heavy, lambda now: now.total + left[worst])}")
@@ -128,7 +128,7 @@ def _headroom(row: dict[str, Any], ranks: list[dict[str, Any]], device: torch.de
     return int(row["free"] - sum(other["peak"] - other["now"] + other["optimizer"] for other in sharing))
 
 
-def described(batch: Batch) -> str:
+def describe_batch(batch: Batch) -> str:
     """Describe a micro-batch in numbers, for people."""
     count = sum(i >= 0 for i in batch.sample_ids.tolist())
     rows, width = batch.input_ids.shape
@@ -137,6 +137,6 @@ def described(batch: Batch) -> str:
     return ", ".join([f"{count} sample{'s' * (count != 1)}", tokens, *media])
 
 
-def gib(size: float) -> str:
+def format_gib(size: float) -> str:
     """Format bytes in GiB, small values with more digits."""
     return f"{size / GIB:.1f}" if abs(size) >= GIB else f"{size / GIB:.3f}"

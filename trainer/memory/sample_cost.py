@@ -54,12 +54,12 @@ def _media_costs(model: MultimodalLM, dataset: MultimodalDataset, share: Callabl
             modality = READ_BY[kind]
             part = ENCODERS[modality][0]
             counts = np.concatenate([index.num_media(kind) for index in dataset.indexes])
-            positions = num_positions(model.get_submodule(part), dataset.specs[modality], tokens)
+            positions = encoder_positions(model.get_submodule(part), dataset.specs[modality], tokens)
             costs += counts.astype(np.float32) * (positions * share(part))
     return costs
 
 
-def num_positions(encoder: nn.Module, spec: MediaSpec, tokens: int) -> float:
+def encoder_positions(encoder: nn.Module, spec: MediaSpec, tokens: int) -> float:
     """Return the positions at which the blocks of `encoder` compute for one medium that has `tokens` tokens in the sequence.
 
     These are the patches of every scale with their prefix, however few tokens are made of them, or all positions of an audio

@@ -12,7 +12,7 @@ from trainer.config import RunConfig
 from trainer.records.run_data import RunData
 
 
-def made_up_samples(config: RunConfig, data: RunData) -> list[Sample]:
+def build_synthetic_samples(config: RunConfig, data: RunData) -> list[Sample]:
     """Build a micro-batch of samples of data.max_length tokens, for the media that the model reads.
 
     Each sample has an image of one view and a clip of one window, where the model reads them; half of its other tokens are

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from model.errors import DataError
 from trainer.records.ledger import NAME as LEDGER
-from trainer.records.ledger import ledger_file, ledger_of, num_left_out, table, write_ledger
+from trainer.records.ledger import count_records, format_ledger, ledger_file, num_left_out, write_ledger
 from trainer.records.quarantine import NAME as QUARANTINE
 from trainer.records.quarantine import TRAIN, VALIDATION, Quarantine, check_rows, read_rows
 from trainer.records.run_data import RunData
-from trainer.records.sample_log import StepLog
+from trainer.records.sample_log import SampleLog
 from trainer.setup import PreparedRun
 
 
@@ -24,7 +24,7 @@ class Bookkeeping:
             raise ValueError("nothing to train")
         place, fraction = setup.place, setup.config.data.max_bad_fraction
         self.place, self.world, self.sampler, self.total_steps = place, setup.world, setup.data.sampler, setup.total_steps
-        self.step_log = StepLog(place.folder, self.sampler, first_step, setup.world, place.first_step)
+        self.step_log = SampleLog(place.folder, self.sampler, first_step, setup.world, place.first_step)
         self.quarantine = Quarantine(place.run_folder, setup.data.num_records, fraction, place.name)
         self.num_steps = first_step  # steps whose bad records are written down
         if first_step:
@@ -51,7 +51,7 @@ class Bookkeeping:
         unused = None
         if self.world.is_main:
             rows = read_rows(self.place.run_folder, self.place.name)
-            ledger = ledger_of(self.sampler, self.num_steps, self.total_steps, rows)
+            ledger = count_records(self.sampler, self.num_steps, self.total_steps, rows)
             if not any(row.trained for row in ledger):
                 num = sum(row.too_long + row.quarantined for row in ledger)
                 reason = next((f"{row['where']} {row['id']}: {row['reason']}" for row in rows if row["split"] == TRAIN), "")
@@ -70,7 +70,7 @@ class Bookkeeping:
         """Write ledger.json, on rank 0, and print it as a table for people."""
         if self.world.is_main:
             ledger = write_ledger(self.place, self.sampler, self.num_steps, self.total_steps)
-            print(f"records after step {self.num_steps}\n{table(ledger)}", flush=True)
+            print(f"records after step {self.num_steps}\n{format_ledger(ledger)}", flush=True)
 
     def leave(self) -> None:
         """Write ledger.json, on rank 0, of a run that has failed. Raises nothing: the error that ended the run is reported."""

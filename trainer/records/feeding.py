@@ -20,7 +20,7 @@ class UnfedError(ConfigError):
     """Error that no record feeds a configured part."""
 
 
-def carried(model: ModelConfig) -> frozenset[str]:
+def inherited_modalities(model: ModelConfig) -> frozenset[str]:
     """Return the modalities whose frozen parts an earlier run has trained: they stay in the model, also without records."""
     frozen = {name for name, part in model.parts().items() if part.tune == "frozen"}
     return frozenset(kind for kind, names in ENCODERS.items() if model.init_from and frozen.issuperset(names))
@@ -40,7 +40,8 @@ def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...], carried: Coll
         read = [kind for kind in PLACEHOLDERS if READ_BY[kind] == modality]
         if modality not in carried and not any(kinds[kind] for kind in read):
             raise UnfedError(
-                f"[model.{PARTS[modality]}] can never be fed: no record of data.sources has {' or '.join(map(_one, read))}; "
+                f"[model.{PART_OF_MODALITY[modality]}] can never be fed: no record of data.sources has "
+                f"{' or '.join(map(_one, read))}; "
                 "remove the part or add data"
             )
     for n, (kind, names) in enumerate(kinds.items()):
@@ -50,7 +51,8 @@ def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...], carried: Coll
             _, index, row = dataset.place(int(held[0]))
             raise ConfigError(
                 f"records of data.sources {', '.join(map(repr, names))} have {_one(kind)}, but no "
-                f"[model.{PARTS[READ_BY[kind]]}] is configured to read them: {len(held):,} in all, the first at {index.where(row)}"
+                f"[model.{PART_OF_MODALITY[READ_BY[kind]]}] is configured to read them: {len(held):,} in all, "
+                f"the first at {index.where(row)}"
             )
 
 
@@ -83,5 +85,5 @@ def _one(kind: str) -> str:
     return {"video": "a video", "audio": "an audio clip"}.get(kind, f"an {kind}")
 
 
-PARTS = {"image": "vision", "audio": "audio"}
+PART_OF_MODALITY = {"image": "vision", "audio": "audio"}
 """The part that reads each modality."""

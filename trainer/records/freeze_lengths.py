@@ -39,7 +39,7 @@ class Signs:
             self._last_sent = time.monotonic()
 
 
-def settle(datasets: dict[str, MultimodalDataset], config: RunConfig, folder: Path, signs: Signs) -> None:
+def measure_and_freeze(datasets: dict[str, MultimodalDataset], config: RunConfig, folder: Path, signs: Signs) -> None:
     """Freeze the best lengths there are in `folder`, for the whole life of the run. Runs on rank 0, while the other ranks `wait`.
 
     Packing needs exact lengths: records that no check has measured yet are measured now, by one process per available CPU.
@@ -50,11 +50,11 @@ def settle(datasets: dict[str, MultimodalDataset], config: RunConfig, folder: Pa
             print(
                 f"data.packing: measuring the {len(dataset):,} records of {split}, as python -m tools.check_data would", flush=True
             )
-            check_dataset(dataset, index_folder, workers=processors(), name=f"measure {split}", alive=signs)
+            check_dataset(dataset, index_folder, workers=available_cpus(), name=f"measure {split}", alive=signs)
     freeze_lengths(datasets, folder, index_folder)
 
 
-def wait(world: World) -> None:
+def wait_for_main_rank(world: World) -> None:
     """Wait until rank 0 makes the same call; rank 0 sends `Signs` until then. Collective."""
     while not _tell(world, world.is_main):
         pass
@@ -65,7 +65,7 @@ def _tell(world: World, done: bool) -> bool:
     return bool(world.sum(torch.full((1,), float(done), device=world.device)).item())
 
 
-def use(datasets: dict[str, MultimodalDataset], config: RunConfig, folder: Path) -> dict[str, str]:
+def load_lengths(datasets: dict[str, MultimodalDataset], config: RunConfig, folder: Path) -> dict[str, str]:
     """Set the planned lengths of each dataset: those frozen in `folder`, or the best there are.
 
     Returns by split how good they are: exact, partly exact or estimated. Raises `ConfigError` when the frozen file cannot be read.
@@ -81,7 +81,7 @@ def use(datasets: dict[str, MultimodalDataset], config: RunConfig, folder: Path)
     return kinds
 
 
-def agree(datasets: dict[str, MultimodalDataset], world: World) -> None:
+def check_same_lengths(datasets: dict[str, MultimodalDataset], world: World) -> None:
     """Raise `ConfigError`, on all ranks alike, unless all ranks plan by the same lengths and modalities. Collective.
 
     Ranks that split steps by different plans run different numbers of micro-batches and wait for each other for ever. The causes
@@ -96,6 +96,6 @@ def agree(datasets: dict[str, MultimodalDataset], world: World) -> None:
         )
 
 
-def processors() -> int:
+def available_cpus() -> int:
     """Return the number of CPUs available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -11,19 +11,19 @@ from trainer.config import RunConfig
 from trainer.distributed.world import World
 from trainer.records.quick_check import quick_check
 from trainer.records.run_data import certify_all, open_data
-from trainer.runfile.stages import Stage, place_to_read
-from trainer.setup import resolved
+from trainer.runfile.stages import Stage, stage_for_reading
+from trainer.setup import resolve_config
 
 
-def look_ahead(root: RunConfig, places: Sequence[Stage], world: World) -> Iterator[str]:
+def check_later_stages(root: RunConfig, places: Sequence[Stage], world: World) -> Iterator[str]:
     """Open, certify and check the data of each stage as the start of the stage will; no weight is read. Yields lines for people.
 
     Tokens that earlier stages add are known from the run file. Indexes that are built here are reused when the stage begins.
     Raises `ConfigError` or `DataError` with the stage's name. Collective.
     """
     for place in places:
-        early = place_to_read(root, place.name)  # without the final/ that the stage starts from, which does not exist yet
-        early = replace(early, config=resolved(early.config, world))
+        early = stage_for_reading(root, place.name)  # without the final/ that the stage starts from, which does not exist yet
+        early = replace(early, config=resolve_config(early.config, world))
         try:
             data = open_data(early.config, world, place=early)
             certify_all(data, place.config)

@@ -34,7 +34,7 @@ class SourceLedger:
     quarantined: int  # also those that were trained on before they broke
 
 
-def ledger_of(sampler: Sampler, step: int, total_steps: int, rows: Sequence[dict[str, Any]]) -> list[SourceLedger]:
+def count_records(sampler: Sampler, step: int, total_steps: int, rows: Sequence[dict[str, Any]]) -> list[SourceLedger]:
     """Count the records of each source after `step` of `total_steps` steps, from the plan and the `rows` of quarantine.jsonl.
 
     Training itself counts nothing, so the ledger depends neither on the ranks nor on where the run was stopped and resumed. Records
@@ -70,14 +70,14 @@ def ledger_of(sampler: Sampler, step: int, total_steps: int, rows: Sequence[dict
 
 def write_ledger(place: Stage, sampler: Sampler, step: int, total_steps: int) -> list[SourceLedger]:
     """Write ledger.json of a run or stage, from its plan and its rows of quarantine.jsonl, and return the ledger."""
-    found = ledger_of(sampler, step, total_steps, read_rows(place.run_folder, place.name))
+    found = count_records(sampler, step, total_steps, read_rows(place.run_folder, place.name))
     replace_text(place.folder / NAME, _text(found, step))
     return found
 
 
 def ledger_file(place: Stage, sampler: Sampler, step: int, total_steps: int) -> dict[Path, str]:
     """Return path and content of ledger.json, for the caller to write."""
-    return {place.folder / NAME: _text(ledger_of(sampler, step, total_steps, read_rows(place.run_folder, place.name)), step)}
+    return {place.folder / NAME: _text(count_records(sampler, step, total_steps, read_rows(place.run_folder, place.name)), step)}
 
 
 def num_left_out(folder: Path, step: int) -> int:
@@ -94,7 +94,7 @@ def _text(ledger: list[SourceLedger], step: int) -> str:
     return dump_json({"step": step, "sources": [asdict(row) for row in ledger]})
 
 
-def table(ledger: Sequence[SourceLedger]) -> str:
+def format_ledger(ledger: Sequence[SourceLedger]) -> str:
     """Format the ledger for people: one line per source, without columns that are zero everywhere."""
     names = [field.name for field in fields(SourceLedger)[1:]]
     names = [name for name in names if name in ("size", "samples", "trained") or any(getattr(row, name) for row in ledger)]

@@ -31,7 +31,7 @@ def read_excluded(folder: Path, stage: str = "") -> frozenset[int]:
     return frozenset(row["sample_id"] for row in read_rows(folder, stage) if row["split"] == TRAIN)
 
 
-def start_afresh(folder: Path, finished: Collection[str] = ()) -> None:
+def drop_old_rows(folder: Path, finished: Collection[str] = ()) -> None:
     """Drop the rows of earlier starts, because a start at step 0 checks its records again.
 
     Records may have been repaired since, and a sample id may mean another record now. Rows of `finished` stages stay; without

@@ -20,10 +20,10 @@ from data.order.mixing import Pool
 from model.errors import DataError
 from trainer.config import RunConfig
 from trainer.distributed.world import World
-from trainer.records.feeding import PARTS, carried
+from trainer.records.feeding import PART_OF_MODALITY, inherited_modalities
 from trainer.records.quarantine import FLOOR, TRAIN, VALIDATION
 from trainer.records.run_data import RunData
-from trainer.records.too_long import LengthStatistics, OversizedMedia, large_media, never_fed, refusal, surely
+from trainer.records.too_long import LengthStatistics, OversizedMedia, large_media, lower_bound, too_long_reason, unfed_parts
 
 MAX_RECORDS, MAX_SECONDS = 2000, 5.0
 LEAST = 16  # records that are checked of each source, however small its share
@@ -32,7 +32,7 @@ CERTAIN = 4  # standard deviations of chance that are subtracted before a part o
 
 
 @dataclass
-class Look:
+class SourceCheck:
     """Records to check in one source, and the problems found so far."""
 
     split: str
@@ -78,7 +78,7 @@ class Look:
         return max(self.num_too_long, measured, self.media.num_records, self._standing_for(self.num_too_long))
 
     def _standing_for(self, num_drawn: int) -> int:
-        return int(surely(num_drawn, CERTAIN) * (len(self.pool.ids) - len(self.known)) / max(self.num_drawn, 1))
+        return int(lower_bound(num_drawn, CERTAIN) * (len(self.pool.ids) - len(self.known)) / max(self.num_drawn, 1))
 
     def __str__(self) -> str:
         known = f", of them {len(self.known):,} that tools.check_data found bad" if len(self.known) else ""
@@ -99,11 +99,11 @@ def quick_check(data: RunData, config: RunConfig, world: World, alive: Callable[
     """
     answer: dict[str, list[str]] = {"said": [], "error": []}
     if world.is_main and config.train.max_steps != 0:
-        looks = planned(data, Path(config.output_dir) / "index")
-        carry_out(looks, MAX_SECONDS, alive)
-        reasons = [*refusals(looks, config), *too_long(looks, config)]
+        looks = plan_checks(data, Path(config.output_dir) / "index")
+        run_checks(looks, MAX_SECONDS, alive)
+        reasons = [*bad_record_reasons(looks, config), *too_long_reasons(looks, config)]
         if data.train is not None and not reasons:
-            reasons = never_fed(data.train, data.pools, PARTS, carried(config.model))
+            reasons = unfed_parts(data.train, data.pools, PART_OF_MODALITY, inherited_modalities(config.model))
         answer = {"said": [str(look) for look in looks], "error": reasons}
     answer = world.broadcast_json(answer)
     if answer["error"]:
@@ -111,7 +111,7 @@ def quick_check(data: RunData, config: RunConfig, world: World, alive: Callable[
     return answer["said"]
 
 
-def planned(data: RunData, index_folder: Path) -> list[Look]:
+def plan_checks(data: RunData, index_folder: Path) -> list[SourceCheck]:
     """Plan what to check: of every source a share of MAX_RECORDS in proportion to its size, and at least LEAST records."""
     splits = ((TRAIN, data.train, data.pools), (VALIDATION, data.validation, data.validation_pools))
     total = sum(len(pool.ids) for _, _, pools in splits for pool in pools)
@@ -125,12 +125,12 @@ def planned(data: RunData, index_folder: Path) -> list[Look]:
             is_known = np.isin(pool.ids, bad)  # not numpy's functions for sets: they take minutes for millions
             num_measured = 0 if measurement is None else int((measurement.lengths[pool.ids[~is_known] - first] == 0).sum())
             share = max(LEAST, MAX_RECORDS * len(pool.ids) // total)
-            looks.append(Look(split, pool, dataset, pool.ids[is_known], _spread(pool.ids[~is_known], share), num_measured))
+            looks.append(SourceCheck(split, pool, dataset, pool.ids[is_known], _spread(pool.ids[~is_known], share), num_measured))
             first += pool.size
     return looks
 
 
-def carry_out(looks: list[Look], seconds: float, alive: Callable[[str], object] = lambda at: None) -> None:
+def run_checks(looks: list[SourceCheck], seconds: float, alive: Callable[[str], object] = lambda at: None) -> None:
     """Check all planned records, or as many as `seconds` allow: known bad ones of every source first, then all sources alike."""
     end = time.monotonic() + seconds
     queue = [(look, int(i), False) for look in looks for i in look.known[:MAX_RECORDS]]
@@ -143,7 +143,7 @@ def carry_out(looks: list[Look], seconds: float, alive: Callable[[str], object] 
             return
 
 
-def refusals(looks: Iterable[Look], config: RunConfig) -> list[str]:
+def bad_record_reasons(looks: Iterable[SourceCheck], config: RunConfig) -> list[str]:
     """Return why the run cannot start, for bad records; an empty list if it may start."""
     reasons = []
     for split in (TRAIN, VALIDATION):
@@ -157,7 +157,7 @@ def refusals(looks: Iterable[Look], config: RunConfig) -> list[str]:
         num, num_bad = sum(len(look.pool.ids) for look in own), sum(look.at_least() for look in own)
         limit = max(FLOOR, int(num * config.data.max_bad_fraction))
         if num_bad > limit:
-            worst = max(own, key=Look.at_least)
+            worst = max(own, key=SourceCheck.at_least)
             reasons.append(
                 f"at least {num_bad} of {num} {split} records are bad, data.max_bad_fraction allows {limit}; worst source: "
                 f"{worst.pool.name!r} with {worst.at_least()}; one of them: {worst.bad[0]}. `python -m tools.check_data` names all"
@@ -165,10 +165,10 @@ def refusals(looks: Iterable[Look], config: RunConfig) -> list[str]:
     return reasons
 
 
-def too_long(looks: Iterable[Look], config: RunConfig) -> list[str]:
+def too_long_reasons(looks: Iterable[SourceCheck], config: RunConfig) -> list[str]:
     """Return one reason for each source of which too many records do not fit."""
     found = [
-        refusal(
+        too_long_reason(
             f"{look.split} source {look.pool.name!r}",
             look.too_long_at_least(),
             len(look.pool.ids),

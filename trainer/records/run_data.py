@@ -24,7 +24,7 @@ from model.media_spec import PLACEHOLDERS
 from trainer.config import RunConfig
 from trainer.distributed.world import World
 from trainer.records import freeze_lengths
-from trainer.records.feeding import UnfedError, carried, check_fed, refused_records
+from trainer.records.feeding import UnfedError, check_fed, inherited_modalities, refused_records
 from trainer.records.quarantine import TRAIN, VALIDATION, read_excluded
 from trainer.records.vocabulary import check_surplus, num_base_rows, plan_vocabulary
 from trainer.runfile.stages import Stage
@@ -70,7 +70,7 @@ def open_data(
     planned lengths are frozen now. `alive` is called now and then with what is being read.
     """
     place = place or Stage(config, config)
-    template, card = open_words(config, world)
+    template, card = open_vocabulary(config, world)
     specs, data, folder = card.specs, config.data, Path(config.output_dir)
     check_positions(card.hugging_face["llm"], data.max_length)
 
@@ -82,12 +82,12 @@ def open_data(
         signs = freeze_lengths.Signs(world, alive)
         found = {split: opened(sources, frozenset(), signs) for split, sources in tables.items() if sources}
         if first_start:
-            freeze_lengths.settle(found, config, place.folder, signs)
-    freeze_lengths.wait(world)  # collective: the indexes exist now, and lengths are frozen
+            freeze_lengths.measure_and_freeze(found, config, place.folder, signs)
+    freeze_lengths.wait_for_main_rank(world)  # collective: the indexes exist now, and lengths are frozen
     excluded = {TRAIN: read_excluded(folder, place.name), VALIDATION: frozenset[int]()}
     datasets = {split: opened(sources, excluded[split], alive) for split, sources in tables.items() if sources}
-    kinds = freeze_lengths.use(datasets, config, place.folder)
-    freeze_lengths.agree(datasets, world)  # collective
+    kinds = freeze_lengths.load_lengths(datasets, config, place.folder)
+    freeze_lengths.check_same_lengths(datasets, world)  # collective
     train, validation = (datasets.get(split) for split in tables)
     pools, held_out = (() if dataset is None else pools_of(dataset, config) for dataset in (train, validation))
     sampler = None
@@ -97,7 +97,7 @@ def open_data(
     return RunData(card, processor, train, validation, sampler, pools, held_out, kinds.get(TRAIN, ESTIMATED))
 
 
-def open_words(config: RunConfig, world: World) -> tuple[Template, ModelCard]:
+def open_vocabulary(config: RunConfig, world: World) -> tuple[Template, ModelCard]:
     """Return the tokenizer with its template, and the card of the model that has a row for each of its tokens."""
     added = added_tokens(config)
     num_rows = num_base_rows(config.model)  # first: a folder that is no language model has no tokenizer either
@@ -140,7 +140,7 @@ def pools_of(dataset: MultimodalDataset, config: RunConfig) -> tuple[Pool, ...]:
     )
 
 
-def with_bases(data: RunData, world: World) -> RunData:
+def with_base_digests(data: RunData, world: World) -> RunData:
     """Return `data` with fingerprints of the base weights on the card. Collective.
 
     Rank 0 computes them, so a hub id is downloaded once. Raises `ConfigError` on all ranks alike.
@@ -181,7 +181,7 @@ def certify_all(data: RunData, config: RunConfig, alive: Callable[[str], object]
     """
     if data.train is not None:
         try:
-            check_fed(data.train, data.pools, carried(config.model))
+            check_fed(data.train, data.pools, inherited_modalities(config.model))
         except UnfedError as error:
             # Media of a record that breaks the rules are not counted: that rule is what the user has to repair first.
             share, refused = refused_records(data.train, data.pools)

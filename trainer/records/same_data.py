@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data.index.fingerprint import changes, fingerprint
+from data.index.fingerprint import changed_files, data_fingerprint
 from model.errors import ConfigError
 from model.files.tensor_files import dump_json
 from trainer.distributed.world import World
@@ -51,11 +51,11 @@ def is_accepted(place: Stage, data: RunData) -> bool:
 
     True with data.on_change = "accept" where the planned lengths and modalities are those of data.json.
     """
-    return place.config.data.on_change == "accept" and (read_note(place.folder / NAME) or {}).get("plan") == _plan(data)
+    return place.config.data.on_change == "accept" and (read_data_json(place.folder / NAME) or {}).get("plan") == _plan(data)
 
 
 def _write_note(place: Stage, data: RunData) -> list[str]:
-    found = {split: fingerprint(dataset) for split, dataset in _splits(data).items()}
+    found = {split: data_fingerprint(dataset) for split, dataset in _splits(data).items()}
     path = place.folder / NAME
     with _writing(path):
         replace_text(path, dump_json({"plan": _plan(data), "splits": found}))
@@ -73,12 +73,12 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _compare(place: Stage, data: RunData, step: int) -> list[str]:
     path = place.folder / NAME
-    before = read_note(path)
+    before = read_data_json(path)
     if before is None:
         state = "is damaged" if path.exists() else "is not there"
         _write_note(place, data)
         return [f"{path} {state}: whether the data changed up to step {step} is unknown"]
-    each = [line for split, found in _splits(data).items() for line in changes(before["splits"].get(split, {}), found)]
+    each = [line for split, found in _splits(data).items() for line in changed_files(before["splits"].get(split, {}), found)]
     lines = list(dict.fromkeys(each))  # what several sources hold is reported once
     if not lines:
         return []
@@ -108,7 +108,7 @@ def _plan(data: RunData) -> str:
     return hashlib.sha256(b"".join(np.ascontiguousarray(array, dtype=np.int32).tobytes() for array in arrays)).hexdigest()
 
 
-def read_note(path: Path) -> dict[str, Any] | None:
+def read_data_json(path: Path) -> dict[str, Any] | None:
     """Read data.json; return None for a file that is missing or has another format."""
     try:
         found = json.loads(path.read_bytes())

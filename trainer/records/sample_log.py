@@ -24,7 +24,7 @@ TYPES = ("<i4", "<i8")
 _COMPARED = 4096  # most rows of an earlier start that are compared with the plan
 
 
-class StepLog:
+class SampleLog:
     """Writer of samples.bin on rank 0, a few steps at a time."""
 
     def __init__(self, folder: Path, sampler: Sampler, first_step: int, world: World, steps_before: int = 0) -> None:

@@ -19,7 +19,7 @@ PERCENTILES = (50, 90, 99)
 HEAVY = 0.2  # share of the checked tokens: a line is reported where more than this is cut off
 
 
-def surely(num: int, deviations: float) -> float:
+def lower_bound(num: int, deviations: float) -> float:
     """Return the least count that chance could raise to `num`, which is `deviations` standard deviations below it."""
     return num - deviations * math.sqrt(num)
 
@@ -86,7 +86,7 @@ def large_media(dataset: MultimodalDataset, ids: np.ndarray) -> OversizedMedia:
     return OversizedMedia({kind: large[kind] for kind in num}, num, int(any_of.sum()))
 
 
-def refusal(where: str, num: int, total: int, lengths: LengthStatistics, media: OversizedMedia, config: DataConfig) -> str:
+def too_long_reason(where: str, num: int, total: int, lengths: LengthStatistics, media: OversizedMedia, config: DataConfig) -> str:
     """Return why a source of `total` records, at least `num` of them too long, ends the start; an empty string if it does not."""
     limit = math.floor(total * config.max_too_long_fraction + 1e-9)
     if config.max_too_long_fraction > 0:
@@ -102,7 +102,7 @@ def refusal(where: str, num: int, total: int, lengths: LengthStatistics, media: 
     )
 
 
-def never_fed(dataset: MultimodalDataset, pools: Sequence[Pool], parts: dict[str, str], spared: Iterable[str]) -> list[str]:
+def unfed_parts(dataset: MultimodalDataset, pools: Sequence[Pool], parts: dict[str, str], spared: Iterable[str]) -> list[str]:
     """Return one line per part all of whose media are too large for a sample; modalities in `spared` are left out."""
     ids = np.concatenate([pool.ids for pool in pools])
     media, bits, found = large_media(dataset, ids), int(np.bitwise_or.reduce(dataset.modalities[ids])), []

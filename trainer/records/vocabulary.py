@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.text.tokenizer import LoadedTokenizer as Tokens
-from model.card import language_model, read_card
+from model.card import language_model_config, read_card
 from model.config import LlmConfig, ModelConfig
 from model.errors import ConfigError
 from model.files.hub import hugging_face_config
@@ -32,7 +32,7 @@ class Surplus:
 
 def num_base_rows(model: ModelConfig) -> int:
     """Return the number of rows of the base's vocabulary matrix: the number in config.json, which its files must match."""
-    rows: int = hugging_face_config("model.llm.path", language_model(model)).vocab_size
+    rows: int = hugging_face_config("model.llm.path", language_model_config(model)).vocab_size
     return rows
 
 

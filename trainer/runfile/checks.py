@@ -176,13 +176,13 @@ def idle_settings(config: RunConfig) -> Iterator[str]:
         yield "[validation] has no effect without [[data.validation]]"
 
 
-OF_PICTURES = ("media_wrap", "max_images", "max_pixels", "image_fit", "image_decode", "fps", "min_frames", "max_frames")
+VISION_SETTINGS = ("media_wrap", "max_images", "max_pixels", "image_fit", "image_decode", "fps", "min_frames", "max_frames")
 """Settings of [data] that have no effect where no part reads images or videos."""
 
 
 def _unread_media_settings(config: RunConfig) -> Iterator[str]:
     """Yield one line per setting of [data] about media that no part reads."""
-    needed = {"vision": OF_PICTURES, "audio": ("max_seconds",), "vision or audio": ("placeholders", "follow_links")}
+    needed = {"vision": VISION_SETTINGS, "audio": ("max_seconds",), "vision or audio": ("placeholders", "follow_links")}
     for readers, keys in needed.items():
         if not config.model.parts().keys() & set(readers.split(" or ")):
             for key in keys:

@@ -13,7 +13,7 @@ from model.files.untrusted import shown
 from model.weights.compatibility import LORA_SHAPE
 from trainer.config import RunConfig, StageConfig
 from trainer.runfile.checks import idle_settings, problems_of
-from trainer.runfile.merge_tables import difference, has, merged, value_of, without
+from trainer.runfile.merge_tables import difference, has_key, merge, value_of, without_key
 from trainer.runfile.planned import PLANNED
 from trainer.runfile.schema import SchemaReader, to_tables
 
@@ -78,7 +78,7 @@ def _drafts(stages: Any) -> tuple[list[Draft], list[str]]:
 def _read(draft: Draft, base: dict[str, Any], earlier: list[Draft], filled: Callable[[RunConfig], RunConfig]) -> None:
     """Fill in the configuration and the problems of `draft`, given the settings above all stages and the stages before it."""
     for key in RUN_WIDE:
-        if has(draft.own, key):
+        if has_key(draft.own, key):
             draft.problems.append(f"{key} belongs to the whole run: write it above the first [[stage]]")
     before = earlier[-1].config if earlier else None
     inherited = _inherited_keys(earlier)
@@ -86,23 +86,27 @@ def _read(draft: Draft, base: dict[str, Any], earlier: list[Draft], filled: Call
         if value_of(draft.own, key):
             draft.problems.append(f"{key} has no effect: the part comes from the stage before it")
     for key in inherited:
-        base = without(base, key)
-    tables = merged(base, draft.own)
-    if earlier and value_of(tables, "model.llm.tune") in (None, "frozen", "lora") and not has(draft.own, "model.llm.new_tokens"):
-        tables = without(tables, "model.llm.new_tokens")  # an earlier stage has added and trained them
+        base = without_key(base, key)
+    tables = merge(base, draft.own)
+    if (
+        earlier
+        and value_of(tables, "model.llm.tune") in (None, "frozen", "lora")
+        and not has_key(draft.own, "model.llm.new_tokens")
+    ):
+        tables = without_key(tables, "model.llm.new_tokens")  # an earlier stage has added and trained them
     while True:
         reader = SchemaReader(PLANNED)
         config = reader.table(RunConfig, tables, "")
         if config is None:
             draft.problems += reader.problems
             return
-        idle = {key: line for line in idle_settings(config) if has(tables, key := _key(line)) and not has(draft.own, key)}
+        idle = {key: line for line in idle_settings(config) if has_key(tables, key := _key(line)) and not has_key(draft.own, key)}
         if not idle:
             break
         # A setting above all stages may be meant for another stage: where it has no effect, it is left out.
         draft.idle |= idle
         for key in idle:
-            tables = without(tables, key)
+            tables = without_key(tables, key)
     draft.config = config = filled(config)
     from_before = replace(config, model=replace(config.model, init_from="the stage before")) if earlier else config
     draft.problems += problems_of(from_before)

@@ -24,7 +24,7 @@ def load_config(path: str, overrides: list[str] | None = None) -> RunConfig:
 
 def parse_config(tables: dict[str, Any], origin: str) -> RunConfig:
     """Return the RunConfig of plain tables. Raises one `ConfigError` with every problem, `origin` in front."""
-    config, problems = read_curriculum(tables, filled) if tables.get("stage") else read_run(tables)
+    config, problems = read_curriculum(tables, with_defaults) if tables.get("stage") else read_run(tables)
     if config is None or problems:
         raise ConfigError(f"{origin}:\n" + "\n".join(f"  - {line}" for line in problems))
     return config
@@ -36,10 +36,10 @@ def read_run(tables: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
     config = reader.table(RunConfig, {key: value for key, value in tables.items() if (key, value) != ("stage", [])}, "")
     if config is None:
         return None, reader.problems
-    return filled(config), problems_of(config)
+    return with_defaults(config), problems_of(config)
 
 
-def filled(config: RunConfig) -> RunConfig:
+def with_defaults(config: RunConfig) -> RunConfig:
     """Fill in the defaults of paired settings, of which a run may name only one."""
     train, optim = config.train, config.optim
     if train.epochs is None and train.max_steps is None:

@@ -12,10 +12,10 @@ def stage_tables(tables: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the complete tables of every stage of a resolved run, by name; a run without stages is there under the name ""."""
     base = {key: value for key, value in tables.items() if key != "stage"}
     stages = tables.get("stage") or [{"name": ""}]
-    return {stage["name"]: merged(base, {k: v for k, v in stage.items() if k != "name"}) for stage in stages}
+    return {stage["name"]: merge(base, {k: v for k, v in stage.items() if k != "name"}) for stage in stages}
 
 
-def merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Merge `own` into `base`: tables are merged, arrays and values are replaced.
 
     Of two settings that exclude each other, the one of `own` holds.
@@ -35,12 +35,12 @@ def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 def _without_rivals(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     for section, one, other in PAIRS:
         for named, rival in ((one, other), (other, one)):
-            if has(own, f"{section}.{named}"):
-                base = without(base, f"{section}.{rival}")
+            if has_key(own, f"{section}.{named}"):
+                base = without_key(base, f"{section}.{rival}")
     return base
 
 
-def has(tables: Any, key: str) -> bool:
+def has_key(tables: Any, key: str) -> bool:
     """Tell whether the tables hold the dotted `key`."""
     for word in key.split("."):
         if not isinstance(tables, dict) or word not in tables:
@@ -49,13 +49,13 @@ def has(tables: Any, key: str) -> bool:
     return True
 
 
-def without(tables: dict[str, Any], key: str) -> dict[str, Any]:
+def without_key(tables: dict[str, Any], key: str) -> dict[str, Any]:
     """Return the tables without the dotted `key`."""
-    if not has(tables, key):
+    if not has_key(tables, key):
         return tables
     word, _, rest = key.partition(".")
     kept = {name: value for name, value in tables.items() if name != word}
-    return {**kept, word: without(tables[word], rest)} if rest else kept
+    return {**kept, word: without_key(tables[word], rest)} if rest else kept
 
 
 def difference(base: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import types
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from model.files.untrusted import SHOWN, shown
-from trainer.runfile.toml_files import INTEGERS
+from trainer.runfile.toml_files import TOML_INTEGERS
 
 
 class SchemaReader:
@@ -81,7 +81,7 @@ class SchemaReader:
             return False
         if get_origin(hint) is dict:
             return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
-        if type(value) is int and value not in INTEGERS:
+        if type(value) is int and value not in TOML_INTEGERS:
             return False
         if hint is float:
             return isinstance(value, int | float) and not isinstance(value, bool)
@@ -127,9 +127,9 @@ def to_tables(config: Any) -> dict[str, Any]:
     return plain(config)
 
 
-def flat(tables: Any, path: str = "") -> dict[str, Any]:
+def flatten_tables(tables: Any, path: str = "") -> dict[str, Any]:
     """Return nested tables as one level of dotted keys."""
     if (isinstance(tables, dict) and tables) or (isinstance(tables, list) and any(isinstance(item, dict) for item in tables)):
         items = tables.items() if isinstance(tables, dict) else enumerate(tables)
-        return {k: v for key, value in items for k, v in flat(value, f"{path}.{key}" if path else str(key)).items()}
+        return {k: v for key, value in items for k, v in flatten_tables(value, f"{path}.{key}" if path else str(key)).items()}
     return {path: tables}

@@ -47,7 +47,7 @@ def stage_folder(run_folder: Path, number: int, name: str) -> Path:
     return run_folder / "stages" / f"{number:02d}-{name}"
 
 
-def places_of(root: RunConfig) -> list[Stage]:
+def list_stages(root: RunConfig) -> list[Stage]:
     """Return the stages of a run in order; every stage but the first starts from the final/ of the stage before."""
     if not root.stage:
         return [Stage(root, root)]
@@ -60,13 +60,13 @@ def places_of(root: RunConfig) -> list[Stage]:
     return found
 
 
-def place_to_read(root: RunConfig, name: str = "") -> Stage:
+def stage_for_reading(root: RunConfig, name: str = "") -> Stage:
     """Return the stage `name` for callers that only read its data, also when the stages before it have not run.
 
     Without the final/ of the stage before, the tokens that earlier stages add are taken from the run file. Raises `ConfigError`
     when the run has no such stage, or when it has stages and none is named.
     """
-    places = {place.name: place for place in places_of(root)}
+    places = {place.name: place for place in list_stages(root)}
     if name not in places:
         known = ", ".join(repr(known) for known in places if known)
         raise ConfigError(
@@ -83,7 +83,7 @@ def place_to_read(root: RunConfig, name: str = "") -> Stage:
     return replace(place, config=replace(place.config, model=model))
 
 
-def outline(places: list[Stage]) -> list[str]:
+def describe_stages(places: list[Stage]) -> list[str]:
     """Describe every stage in one line, for people; return an empty list without a curriculum."""
     lines = []
     for place in places:
@@ -95,7 +95,7 @@ def outline(places: list[Stage]) -> list[str]:
     return lines
 
 
-def resume_place(places: list[Stage], state: dict[str, Any]) -> Stage:
+def stage_of_checkpoint(places: list[Stage], state: dict[str, Any]) -> Stage:
     """Return the stage that a checkpoint with this `state` was written in. Raises `ConfigError` when the run has no such stage."""
     name = state.get("stage", "")
     for place in places:

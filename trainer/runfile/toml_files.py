@@ -17,7 +17,7 @@ MAX_DEPTH = 32
 """Largest depth of nested tables and arrays; settings are five deep."""
 MAX_OVERRIDE = 100_000
 """Largest number of characters of one override."""
-INTEGERS = range(-(2**63), 2**63)
+TOML_INTEGERS = range(-(2**63), 2**63)
 """Integers of TOML; Python's parser accepts any integer."""
 DASHED = re.compile(r"--(output_dir=|seed=|[a-z_]+\.)")
 """Start of a setting that is written as an option on a command line, as other trainers have them."""
@@ -78,7 +78,7 @@ def apply_override(tables: dict[str, Any], text: str) -> None:
     check_depth(tables, shown(text))
 
 
-def undashed(words: list[str] | None) -> list[str]:
+def without_dashes(words: list[str] | None) -> list[str]:
     """Return the words of a command line; a setting written as an option, `--section.key=value`, becomes `section.key=value`.
 
     `words`: None for those of this process. No option has a dot in its name, so a dot marks a setting.
