@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast
 
 from data.collate import collate
 from data.config import DataConfig
-from data.limits import load_json
 from data.media.blob import Blob, resolve_path
 from data.media.record_media import RecordMedia
 from data.records.record import MediaRef, Record, parse
@@ -27,6 +26,7 @@ from data.text.template import Template, load_template
 from data.text.tokenizer import check_fingerprint, load_tokenizer, pad_id, save_tokenizer, tokenizer_fingerprint
 from model.batch import Batch
 from model.errors import ConfigError
+from model.files.untrusted import load_json
 from model.media_spec import MediaSpec, spec_from_json, spec_to_json
 
 FILE = "processor.json"

@@ -23,13 +23,13 @@ from model.config import (
 )
 from model.errors import ConfigError
 from model.files.hub import weight_files
+from model.files.quantised_base import check_dequantizable, check_settings, quantisation, without_quantisation
 from model.files.tensor_files import dump_json, sampled_digest
 from model.files.untrusted import load_json
 from model.llm.causal_lm import VocabularyLayout, llm_config
 from model.media_spec import MediaSpec, spec_from_json, spec_to_json
 from model.vision.projector import projected_spec
 from model.vision.tower import vision_config, vision_spec
-from model.weights.quantised_base import check_dequantizable, check_settings, quantisation, without_quantisation
 
 NAME = "model.json"
 MOVED = (

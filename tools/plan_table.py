@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data.check.measured_lengths import EXACT
 from model.trainable import part_table
 from trainer.machine.disk_space import format_bytes as rounded
 from trainer.memory.advice import describe
+from trainer.memory.fit_plan import Plan
 from trainer.memory.footprint import Footprint, on_meta
 from trainer.memory.rehearsal import describe_batch
-
-if TYPE_CHECKING:
-    from tools.plan import Plan
 
 ROWS = {
     "weights": "weights",

@@ -18,7 +18,7 @@ import numpy as np
 from data.check.check_record import Checked, CheckedMedium, Problem
 from data.index.sidecar import read_arrays, text_array, write_arrays
 from data.index.table import KINDS
-from data.limits import parse_json
+from model.files.untrusted import parse_json
 
 PART = 1024  # records
 _RECORD = {

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 from data.index.source_files import Shards
 from data.index.table import Table
-from data.limits import MAX_RECORD_BRACKETS, MAX_RECORD_BYTES, open_regular, parse_json
+from data.limits import MAX_RECORD_BRACKETS, MAX_RECORD_BYTES
 from data.media.blob import Blob
 from data.records.media_refs import MediaRef
+from model.files.untrusted import open_regular, parse_json
 
 
 class RowError(Exception):

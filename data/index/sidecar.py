@@ -16,8 +16,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data.limits import open_regular
 from data.records.fields import MAX_NAME
+from model.files.untrusted import open_regular
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from data.index.sidecar import open_atomically
-from data.limits import open_regular, parse_json
+from model.files.untrusted import open_regular, parse_json
 from model.media_spec import PLACEHOLDERS
 
 KINDS = tuple(PLACEHOLDERS)

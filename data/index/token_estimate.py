@@ -18,10 +18,10 @@ from data import anyres
 from data.config import DataConfig
 from data.index.json_structure import Events, after_colon, spelling
 from data.index.table import KINDS
-from data.limits import parse_json
 from data.records.content_parts import kind_of_part
 from data.records.record import Record, RecordError, parse
 from data.records.turn_keys import THOUGHT_KEYS
+from model.files.untrusted import parse_json
 from model.media_spec import READ_BY, AudioSpec, MediaMeta, MediaSpec, num_tokens, row_shape
 
 BYTES_PER_TOKEN = 4

@@ -7,8 +7,9 @@ import os
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from data.limits import MAX_MEMBER_BYTES, open_regular
+from data.limits import MAX_MEMBER_BYTES
 from model.errors import DataError
+from model.files.untrusted import open_regular
 
 
 class MediaError(DataError):

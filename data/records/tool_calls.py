@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from data.limits import parse_json
 from data.records.fields import FieldError, is_absent, kind_of
+from model.files.untrusted import parse_json
 
 _CALL_KEYS = ("id", "type", "function", "index")
 _FUNCTION_KEYS = ("name", "arguments")

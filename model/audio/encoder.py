@@ -15,8 +15,8 @@ from model.audio.projector import convolved, masked, mean_of_pairs, projector_st
 from model.config import AudioConfig, AudioProjectorConfig
 from model.errors import ConfigError
 from model.files.hub import find_file, hugging_face_config, read_json
+from model.files.quantised_base import check_settings
 from model.media_spec import AudioSpec
-from model.weights.quantised_base import check_settings
 
 SETTING = "model.audio.path"
 PREFIXES = ("model.encoder.", "encoder.", "", "audio_tower.", "model.audio_tower.")

@@ -1,6 +1,6 @@
 """Size and depth limits for small untrusted files: regular files of bounded size, and JSON of bounded depth.
 
-A larger file is not read, a deeper value is refused. data.limits holds the same functions for `data`.
+A larger file is not read, a deeper value is refused. What a record or a medium may have stands in data.limits.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ MAX_JSON_BYTES = 1 << 26
 MAX_JSON_DEPTH = 64
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BinaryIO:
     """Open a regular file for reading. Raises `OSError` for anything else: reading a pipe or a device could block forever."""
     # The open descriptor is checked, not the path: the file behind a path may be replaced in between.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(f"{path} is no regular file")
+        raise OSError(f"{str(path)!r} is not a regular file")
     return os.fdopen(descriptor, "rb")
 
 

@@ -11,10 +11,10 @@ from transformers import AutoModel
 from model.config import VisionConfig
 from model.errors import ConfigError
 from model.files.hub import find_file, hugging_face_config, read_json
+from model.files.quantised_base import check_settings
 from model.media_spec import ImageSpec
 from model.vision.multi_scale import merge_scales, scale_tiles
 from model.vision.tower_kinds import TOWERS, num_prefix, remove_unused_layers, square_side, transformers_config
-from model.weights.quantised_base import check_settings
 
 SETTING = "model.vision.path"
 RESIZE = {

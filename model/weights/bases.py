@@ -12,6 +12,7 @@ from model.audio import encoder as audio
 from model.card import ModelCard
 from model.errors import ConfigError
 from model.files.hub import folder_tensors, hugging_face_config, read_json, weight_files
+from model.files.quantised_base import check_dequantizable, check_plain, dequantised_fp8, quantisation
 from model.files.tensor_files import Tensors, sampled_digest
 from model.llm.experts import fuse_experts
 from model.llm.new_tokens import is_new_rows
@@ -25,7 +26,6 @@ from model.weights.accounting import check_encoder, check_llm, prefixed
 from model.weights.initial_values import grow_embedding
 from model.weights.materialise import Layer, kept_buffers, owners
 from model.weights.peft_adapter import CONFIG, PICKLED, WEIGHTS
-from model.weights.quantised_base import check_dequantizable, check_plain, dequantised_fp8, quantisation
 from model.weights.renamed import renamed
 
 LLM = "model.llm.path"

@@ -11,11 +11,11 @@ from torch import nn
 
 from model.config import LoraConfig
 from model.errors import ConfigError
+from model.files.quantised_base import is_coded
 from model.files.tensor_files import LazyTensor, Tensors, dump_json, read_safetensors, read_weights
 from model.files.untrusted import SHOWN, load_json, shown
 from model.lora import HEAD_STAYS, SUFFIXES, adapted, at_head, is_adapter, learning_biases
 from model.weights.peft_settings import DEFAULTS, problems
-from model.weights.quantised_base import is_coded
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

@@ -11,11 +11,11 @@ from torch import nn
 from model.card import ModelCard
 from model.config import ModelConfig
 from model.errors import ConfigError
+from model.files.quantised_base import is_coded
 from model.files.tensor_files import Tensors, read_weights
 from model.files.untrusted import listed, shown
 from model.projector import LLAVA_NEWLINE, LLAVA_PROJECTOR, LLAVA_TRAINED, OWN_ROWS
 from model.weights.materialise import Layer
-from model.weights.quantised_base import is_coded
 
 LLAVA_BESIDE = {
     "embed_tokens": "rows of the vocabulary, trained with mm_use_im_start_end",

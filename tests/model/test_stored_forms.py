@@ -34,8 +34,8 @@ from model.build import build_model
 from model.config import AudioConfig, AudioProjectorConfig, LlmConfig, ModelConfig, VisionConfig, VisionProjectorConfig
 from model.errors import ConfigError
 from model.exports.llm_folder import write_llm
+from model.files.quantised_base import dequantised_fp8
 from model.files.tensor_files import in_memory
-from model.weights.quantised_base import dequantised_fp8
 from tests.support.finals import config_of as run_config
 from tests.support.finals import save_final, save_parts, trained
 from tests.support.router import save_mixture

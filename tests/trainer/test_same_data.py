@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.index.fingerprint import changed_files, data_fingerprint
+from data.fingerprint import changed_files, data_fingerprint
 from tests.support.runs import failure_of, start_alone
 from tests.support.tiny_data import dataset, grey, talk
 from trainer.distributed.world import World
@@ -162,7 +162,7 @@ def test_files_that_are_added_or_gone_are_named(tmp_path: Path) -> None:
 def test_what_is_too_large_to_be_read_whole_is_in_doubt_when_it_was_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.index.fingerprint.WHOLE_BYTES", 1)
+    monkeypatch.setattr("data.fingerprint.WHOLE_BYTES", 1)
     data = dataset(tmp_path, [talk("Hi", "a")])
     before = data_fingerprint(data)
     assert changed_files(before, data) == []

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data.index.fingerprint import changed_files, data_fingerprint
+from data.fingerprint import changed_files, data_fingerprint
 from model.errors import ConfigError
 from model.files.tensor_files import dump_json
 from trainer.distributed.world import World

@@ -16,9 +16,9 @@ import numpy as np
 from data.dataset import MultimodalDataset
 from data.index.record_index import source_files
 from data.index.source_files import Shards
-from data.limits import open_regular
 from data.media.blob import MediaError
 from data.records.record import RecordError
+from model.files.untrusted import open_regular
 
 MEDIA = 1000
 """Records of a source whose media are fingerprinted, spread over the source."""

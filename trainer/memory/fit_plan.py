@@ -1,0 +1,106 @@
+"""Plan of what a run takes of every rank's memory and of the disk, with the settings that would make it fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from data.check.measured_lengths import EXACT
+from data.loader import BatchPlan
+from data.sample import Sample
+from trainer.config import RunConfig
+from trainer.memory.advice import Change, MemoryScenario, fitting, least_change
+from trainer.memory.file_sizes import planned_checkpoint_bytes, planned_final_bytes
+from trainer.memory.footprint import Footprint, on_meta, sharing_ranks
+from trainer.memory.heaviest_batch import find_heaviest, read_batch_samples
+from trainer.memory.sample_cost import media_memory, sample_costs
+from trainer.memory.synthetic_samples import build_synthetic_samples
+from trainer.records.run_data import RunData
+from trainer.setup import num_steps
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the tool reports."""
+
+    heavy: MemoryScenario
+    strategies: dict[str, Footprint]  # the configured one first
+    calendar: dict[str, int]  # steps, samples and tokens; empty without data
+    lengths: str  # exact | partly exact | estimated: the lengths behind the calendar and the heaviest micro-batch
+    checkpoint_bytes: int
+    final_bytes: int
+    memory: float  # bytes of a rank; 0: not known
+    changes: list[Change]  # changes that would make the run fit, when it does not
+    nearest: Change | None  # the change that comes nearest, when none makes it fit
+
+    @property
+    def fits(self) -> bool | None:
+        configured = next(iter(self.strategies.values()))
+        return configured.total <= self.memory if self.memory else None
+
+
+def plan_run(config: RunConfig, data: RunData, num_ranks: int, memory: float) -> Plan:
+    """Plan a run on `num_ranks` ranks of `memory` bytes each."""
+    heavy, calendar = heaviest_of(config, data, num_ranks)
+    strategies: dict[str, Footprint] = {config.parallel.strategy: heavy.needed()}
+    for strategy, shard_size in other_strategies(config, num_ranks):
+        strategies[strategy] = heavy.needed(strategy=strategy, shard_size=shard_size)
+    changes: list[Change] = []
+    nearest = None
+    if memory and strategies[config.parallel.strategy].total > memory:
+        changes = list(fitting(heavy, memory))
+        nearest = None if changes else least_change(heavy)
+    model = on_meta(data.card, config.parallel, computes=False)
+    shards = planned_checkpoint_bytes(model, sharing_ranks(config.parallel, num_ranks), num_ranks)
+    return Plan(
+        heavy, strategies, calendar, data.lengths_kind, shards, planned_final_bytes(model, data.card), memory, changes, nearest
+    )
+
+
+def other_strategies(config: RunConfig, num_ranks: int) -> list[tuple[str, int]]:
+    """Return the strategies beside the configured one, with their shard size.
+
+    hsdp is planned in two copies if the ranks can form them and no shard size is set.
+    """
+    if num_ranks == 1:
+        return []
+    size = config.parallel.shard_size or (num_ranks // 2 if num_ranks % 2 == 0 and num_ranks > 2 else 0)
+    known = [("ddp", 0), ("fsdp", 0), *([("hsdp", size)] if size else [])]
+    return [(name, shard_size) for name, shard_size in known if name != config.parallel.strategy]
+
+
+def heaviest_of(config: RunConfig, data: RunData, num_ranks: int) -> tuple[MemoryScenario, dict[str, int]]:
+    """Return the heaviest micro-batch of the first epoch, and the run's steps, samples and tokens ({} without data)."""
+    batch, sampler = config.batch, data.sampler
+    if sampler is None or data.train is None:
+        micros = 2 if config.data.packing else -(-batch.global_batch_size // (num_ranks * batch.micro_batch_size))
+        return MemoryScenario(config, data.card, num_ranks, build_synthetic_samples(config, data), micros), {}
+    deal = BatchPlan(num_ranks, batch.micro_batch_size, batch.micro_batch_tokens)
+    model = on_meta(data.card, config.parallel, computes=False)
+    media = media_memory(model, data.train, config.parallel.activation_checkpointing != "none")
+    costs = sample_costs(model, config.model, data.train) if deal.is_packed else None
+    found = find_heaviest(sampler, deal, media, costs, 0, sampler.steps_per_epoch)
+    if deal.is_packed and data.lengths_kind != EXACT:  # a run measures before it packs; here records may be longer than planned
+        samples = samples_that_fit(read_batch_samples(data.train, found.ids, False), batch.micro_batch_tokens)
+    else:
+        samples = read_batch_samples(data.train, found.ids, deal.is_packed)
+    _, ids = sampler.before(sampler.steps_per_epoch - 1)
+    tokens = sum(int(sampler.lengths[part].sum(dtype="int64")) for part in (ids, sampler.step(sampler.steps_per_epoch - 1)))
+    calendar = {
+        "steps": num_steps(config, data),
+        "steps_per_epoch": sampler.steps_per_epoch,
+        "samples_per_epoch": sampler.samples_per_epoch,
+        "tokens_per_epoch": tokens,
+    }
+    return MemoryScenario(config, data.card, num_ranks, samples, found.num_micro_batches), calendar
+
+
+def samples_that_fit(samples: list[Sample], num_tokens: int) -> list[Sample]:
+    """Keep the samples that fit into `num_tokens`, in order; a sample that does not fit is skipped."""
+    kept, left = [], num_tokens
+    for sample in samples:
+        if len(sample.input_ids) <= left:
+            kept.append(sample)
+            left -= len(sample.input_ids)
+    return kept
