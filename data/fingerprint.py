@@ -51,7 +51,7 @@ def changed_files(before: dict[str, Any], dataset: MultimodalDataset) -> list[st
     """Return what differs from the fingerprint `before`, as one readable line per file.
 
     A file with the same size and time is compared by its blocks; one whose time alone differs is compared by all of its bytes.
-    Media that could not be read then are not reported here: the step that reads them does.
+    Missing media are not reported here: the step that reads them quarantines their records.
     """
     lines = []
     for number, source in enumerate(dataset.sources):
@@ -61,12 +61,8 @@ def changed_files(before: dict[str, Any], dataset: MultimodalDataset) -> list[st
         lines += [f"{path} was added" for name, path in names.items() if name not in known]
         lines += [f"{path} is gone" for name, (path, *_) in known.items() if name not in names]
         both = [(path, known[name][1:]) for name, path in names.items() if name in known]
-        changed = [line for path, rest in both if (line := _file_change(path, len(paths), *rest))]
+        lines += [line for path, rest in both if (line := _file_change(path, len(paths), *rest))]
         media = _media(dataset, number)
-        if not changed and known.keys() == names.keys():  # records name the same media
-            gone = [name.split(":", 1)[1] for name, *_ in then["media"] if name not in media]
-            changed = [f"{name} of source {source.key!r} is gone" for name in gone]
-        lines += changed
         lines += [line for name, *rest in then["media"] if name in media and (line := _medium_change(media[name], *rest))]
     return lines
 

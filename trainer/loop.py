@@ -58,7 +58,7 @@ class Loop:
         self.checkpointer = Checkpointer(place.run_folder, config.checkpoint.keep, world, self.watch.alive)
 
     def run(self) -> None:
-        """All steps that are left. Ends with a checkpoint of the last one. A run that fails leaves a ledger too."""
+        """Train all steps that are left and save the last one. A run that fails leaves a ledger too. Collective."""
         try:
             self._run()
         except BaseException as error:
@@ -117,19 +117,19 @@ class Loop:
         self.accounts.step_log.done(step + 1)
 
     def _hear(self, values: list[float] | None) -> None:
-        """What is known of the step before this one; the same on every rank, and nobody waits for the device."""
+        """Act on the numbers of the step before this one: the same on every rank, and no wait for the device."""
         if values is not None:
             notes, own = split_scalars(values, len(WISHES) + 1)
             self.steering.hear(notes[:-1])
             self.health.hear(notes[-1], *own)
 
     def _settle(self) -> None:
-        """What is known of this step, at once: nothing is saved before its numbers were looked at. Collective, host sync."""
+        """Read the numbers of this step at once: nothing is saved before they were looked at. Collective, host sync."""
         self._hear(self.later.pop())
         self.health.settle()
 
     def _due(self, done: int, bar: tqdm) -> None:
-        """What `done` completed steps make due, in this order on every rank."""
+        """Log, validate, save and stop where `done` completed steps make it due, in this order on every rank."""
         config, last = self.setup.config, done == self.setup.total_steps
         saves = self.steering.take(SAVE) or STOP in self.steering.agreed or last or done % config.checkpoint.every == 0
         if saves:
@@ -159,7 +159,7 @@ class Loop:
             raise StopRequested(f"stopped on request ({reason}); {name} is written, and the same command goes on from there")
 
     def _check_learned(self, done: int) -> None:
-        """Before the last step is saved, so that a start after this one comes to the same end: what it would write is no result.
+        """Check that something was learned, before the last step is saved: a start after this one must come to the same end.
 
         Collective, host sync.
         """
@@ -198,5 +198,5 @@ class Loop:
         )
 
     def _state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside tensors. Collective, host sync."""
+        """Return what a checkpoint holds beside tensors. Collective, host sync."""
         return {**run_state(self.place, self.lengths), "meter": {**self.meter.state(), "health": self.health.state()}}

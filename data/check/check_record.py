@@ -144,7 +144,7 @@ def _whole_length(dataset: MultimodalDataset, record: Record, metas: list[MediaM
 
 
 def _extrapolated(dataset: MultimodalDataset, record: Record) -> int:
-    """Tokens of all words of a record, if the others are as long as its first ones."""
+    """Estimate the tokens of all words of a record, as if the others were as long as its first ones."""
     texts, size = [turn.content for turn in record.turns], 0
     shown: list[str] = []
     for text in texts:

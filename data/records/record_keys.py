@@ -64,7 +64,7 @@ def check_record_keys(raw: dict[str, Any], turns: tuple[Turn, ...]) -> None:
 
 
 def _unlearned(key: str, value: Any) -> bool:
-    """Whether the key says so of all answers; a weight or a loss that is another number is a note."""
+    """Tell whether the key marks all answers as not learned; a weight or a loss that is another number is a note."""
     return value is False or (key == "weight" and not isinstance(value, bool) and value == 0)
 
 

@@ -85,9 +85,12 @@ def read_safetensors(path: Path) -> Tensors:
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether a file is what `git clone` leaves of a large one where Git LFS is not installed."""
-    with path.open("rb") as file:
-        return file.read(len(POINTER)) == POINTER
+    """Tell whether a file is what `git clone` leaves of a large one where Git LFS is not installed."""
+    try:
+        with open_regular(path) as file:
+            return file.read(len(POINTER)) == POINTER
+    except OSError:
+        return False
 
 
 def read_bin(path: Path) -> Tensors:

@@ -106,7 +106,7 @@ def _advice(unknown: list[str], own: Collection[str], convertible: Callable[[Col
 
 
 def _prefix(unknown: list[str], own: Collection[str]) -> str:
-    """What stands in front of every name of `own` in the files, as the name of a larger model's part; nothing if it is not so."""
+    """Return what stands in front of every name of `own` in the files, as the name of a larger model's part; "" if nothing does."""
     prefix = next((unknown[0].removesuffix(name) for name in own if unknown[0].endswith(f".{name}")), "")
     return prefix if prefix and all(name.removeprefix(prefix) in own for name in unknown) else ""
 

@@ -12,7 +12,7 @@ from model.files.tensor_files import Tensors
 
 
 def renamed(tensors: Tensors, own: Collection[str], model: Any) -> Tensors:
-    """The same tensors, those that `own` (names of `model`) has not under the name that transformers gives them, if `own` has that.
+    """Return the tensors, those that are not in `own` (names of `model`) under the name that transformers gives them, if that is.
 
     As GPT-NeoX's `embed_out.weight`, its head. Nothing is computed: what transformers puts together out of several tensors
     keeps its name, and so does a tensor whose name would stand twice.
@@ -34,7 +34,7 @@ def _renamed(name: str, rules: list[WeightRenaming]) -> str:
 
 
 def converted(model: Any, names: Collection[str]) -> list[str]:
-    """Those of `names` that transformers, while it loads `model`, turns into something else than another name."""
+    """Return those of `names` that transformers, while it loads `model`, turns into more than another name."""
     mapping = get_model_conversion_mapping(model)
     renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
     others = [rule for rule in mapping if not isinstance(rule, WeightRenaming)]

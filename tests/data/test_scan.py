@@ -236,10 +236,10 @@ def test_junk_in_pieces_is_refused_as_in_one(junk: list[bytes], piece: int) -> N
 def test_what_is_too_large_to_be_read_is_neither_parsed_nor_given_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan_module, "_LARGEST", 200)
     parsed: list[int] = []
-    plan = scan_module.by_parsing
+    plan = scan_module.plan_by_parsing
     for module in (scan_module, json_exact_scan):
         monkeypatch.setattr(module, "MAX_RECORD_BYTES", 300)
-        monkeypatch.setattr(module, "by_parsing", lambda raw: parsed.append(len(raw)) or plan(raw))
+        monkeypatch.setattr(module, "plan_by_parsing", lambda raw: parsed.append(len(raw)) or plan(raw))
     rows = [{"conversations": [{"from": "human", "value": "x" * n}, {"from": "gpt", "value": "y" * 8}]} for n in (4, 150, 1000, 4)]
     for name, content in (("m.json", json.dumps(rows)), ("m.jsonl", "\n".join(map(json.dumps, rows)))):
         assert table_of(name, content.encode(), 50).text_tokens.tolist() == [3, 39, 1, 3]

@@ -92,9 +92,8 @@ def test_pipes_and_devices_are_never_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
     for name in ("pipe", "zero"):
-        for opener in (bounded.open_regular,):
-            with pytest.raises(OSError, match=r"regular file"):
-                opener(tmp_path / name)
+        with pytest.raises(OSError, match=r"regular file"):
+            bounded.open_regular(tmp_path / name)
         with pytest.raises(MediaError, match="is not a regular file"):
             Blob(name, str(tmp_path / name)).open()
     for suffix in ("safetensors", "bin"):

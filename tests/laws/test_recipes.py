@@ -19,7 +19,7 @@ from trainer.main import run
 from trainer.runfile.load import parse_config
 from trainer.runfile.toml_files import read_toml
 
-RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))}
+RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))}
 QUICK = "one_gpu_lora"
 STEPS, GLOBAL_BATCH, NUM_RECORDS = 2, 12, 30
 """The recipes' batches of 128 and more would take minutes here; micro-batches are the recipe's where this one allows it."""

@@ -25,7 +25,7 @@ from model.weights.peft_settings import DEFAULTS, NO_EFFECT, REFUSED, SELECTORS
 from model.weights.projector_files import whole_projector
 from tests.support.tiny import save_llm
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "stored_forms.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "stored_forms.md"
 IDS = torch.arange(3, 40)[None]
 TARGETS = ["q_proj", "down_proj"]
 OURS = LoraConfig(rank=4, alpha=8, dropout=0.0, targets=("llm.*.q_proj", "llm.*.down_proj"))

@@ -61,7 +61,7 @@ def folder(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def seen(folder: Path) -> tuple[MultimodalDataset, dict[int, InspectorEntry]]:
-    opened = inspect_data.open_sources(inspect_data.place_of(str(folder / "run.toml"), None, []))
+    opened = inspect_data.open_sources(inspect_data.stage_to_inspect(str(folder / "run.toml"), None, []))
     data = opened.datasets["sources"]
     return data, {i: entry_of(data, i, {}) for i in range(len(data))}
 

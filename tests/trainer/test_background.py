@@ -232,7 +232,7 @@ def test_the_tensor_that_is_not_finite_is_named(tmp_path: Path, dtype: torch.dty
 
 @pytest.mark.parametrize("harm", ["flipped", "longer", "shorter", "layout"])
 def test_what_is_read_back_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str) -> None:
-    original = shards.write
+    original = shards.write_synced
 
     def failing_disk(path: Path, chunks: Any) -> dict[str, Any]:
         facts = original(path, chunks)
@@ -242,7 +242,7 @@ def test_what_is_read_back_otherwise_is_refused(tmp_path: Path, monkeypatch: pyt
         path.write_bytes(data + b"x" if harm == "longer" else data[:-1] if harm == "shorter" else data)
         return facts
 
-    monkeypatch.setattr(shards, "write", failing_disk)
+    monkeypatch.setattr(shards, "write_synced", failing_disk)
     checkpointer = checkpointer_of(ALONE, tmp_path)
     save(checkpointer, 1, toy(ALONE, "ddp"))
     with pytest.raises(ProofError, match=r"rank 0: .*rank-00000-of-00001\.(safetensors|json)"):

@@ -18,7 +18,7 @@ from tests.support.finals import same, values
 from tests.support.ranks import kill_ranks_when, run_ranks
 from tests.support.runs import Start, failure_of, merged, start, start_alone
 from tests.support.stages import ADAPT, ALIGN, WHOLE, finals
-from trainer import main
+from trainer import run as run_module
 from trainer.distributed.world import World
 from trainer.loop import Loop
 
@@ -46,7 +46,7 @@ def start_recorded(world: World, parts: Path, run: Path) -> tuple[Start, Recorde
                 state.append({name: value.clone() for name, value in values(self.setup.model).items()})
                 super().run() if state is found.starts else None
 
-    main.Loop = Recording  # type: ignore[misc]
+    run_module.Loop = Recording  # type: ignore[misc]
     return start(world, parts, run, FIVE), found
 
 
