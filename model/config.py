@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 OUR_ATTENTION = ("sdpa", "varlen")
-"""Values of the setting `model.attention` that select the module `model.llm.attention`; `varlen` declares that rows are packed."""
+"""Values of the setting `model.attention` that select our own attention (model/llm/attention.py); `varlen` says rows are packed."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from data.media.blob import Blob, MediaError
 from data.media.frames import _judge_work
 from data.text.tokenizer import load_tokenizer
 from model.errors import ConfigError, DataError
-from model.errors import ConfigError as SettingError
 from model.files import untrusted as bounded
 from model.files.hub import find_file, hugging_face_config, read_json
 from model.files.tensor_files import read_weights
@@ -102,7 +101,7 @@ def test_pipes_and_devices_are_never_waited_for(tmp_path: Path) -> None:
             read_weights(tmp_path / f"x.{suffix}")
     (tmp_path / "llm").mkdir()
     os.mkfifo(tmp_path / "llm" / "tokenizer.json")
-    with pytest.raises(SettingError, match="is not a regular file"):
+    with pytest.raises(ConfigError, match="is not a regular file"):
         load_tokenizer(str(tmp_path / "llm"), [])
 
 
@@ -122,7 +121,7 @@ def test_descriptions_are_bounded_in_bytes_and_depth(tmp_path: Path, monkeypatch
 def test_what_is_neither_a_folder_nor_owner_and_name_is_never_asked_of_the_hub(path: str) -> None:
     with pytest.raises(ConfigError, match="is no folder: give a Hugging Face folder or a hub id"):
         find_file("model.llm.path", path, "config.json")
-    with pytest.raises(SettingError, match="no tokenizer can be loaded"):
+    with pytest.raises(ConfigError, match="no tokenizer can be loaded"):
         load_tokenizer(path, [])
 
 
@@ -133,7 +132,7 @@ def test_code_that_a_folder_brings_or_names_is_never_run(tmp_path: Path) -> None
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**own, "tokenizer_class": "EvilTokenizer"}))
     with pytest.raises(ConfigError, match="wants code of its own"):
         hugging_face_config("model.llm.path", own)
-    with pytest.raises(SettingError, match="no tokenizer can be loaded"):
+    with pytest.raises(ConfigError, match="no tokenizer can be loaded"):
         load_tokenizer(str(tmp_path), [])
     named = {"model_type": "qwen2", "attn_implementation": "a/kernel", "_attn_implementation_internal": "a/kernel", "auto_map": {}}
     assert hugging_face_config("model.llm.path", named)._attn_implementation != "a/kernel"

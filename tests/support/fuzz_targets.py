@@ -30,7 +30,6 @@ from data.records.media_refs import MediaRef
 from data.sample import Sample
 from model.card import read_card
 from model.errors import ConfigError, DataError
-from model.errors import ConfigError as SettingError
 from model.files.hub import hugging_face_config
 from model.files.manifest import NAME as MANIFEST
 from model.files.manifest import UnsoundCheckpoint, verify, write_manifest
@@ -47,7 +46,7 @@ from trainer.runfile.load import load_config, parse_config
 from trainer.runfile.schema import to_tables
 from trainer.runfile.toml_files import apply_override, to_toml
 
-TOLD = (ConfigError, SettingError, DataError)
+TOLD = (ConfigError, DataError)
 """DataError has RecordError, MediaError and TooLongError below it."""
 SEEN: dict[str, MediaSpec] = {**SPECS}
 CONFIG = DataConfig(max_pixels=1_000_000, max_length=200)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from model.errors import ConfigError, DataError
-from model.errors import ConfigError as SettingError
 from trainer.config import RunConfig
 from trainer.distributed.world import World
 from trainer.records.quick_check import quick_check
@@ -28,7 +27,7 @@ def check_later_stages(root: RunConfig, places: Sequence[Stage], world: World) -
             data = open_data(early.config, world, place=early)
             certify_all(data, place.config)
             found = quick_check(data, place.config, world)
-        except (ConfigError, SettingError) as error:
+        except ConfigError as error:
             raise ConfigError(f"stage {place.name}: {error}") from error
         except DataError as error:
             raise DataError(f"stage {place.name}: {error}") from error

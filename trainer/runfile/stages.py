@@ -9,7 +9,6 @@ from typing import Any
 from data.index.record_index import source_files
 from model.card import media_specs
 from model.errors import ConfigError
-from model.errors import ConfigError as SettingError
 from trainer.config import RunConfig
 from trainer.runfile.merge_tables import stage_tables
 from trainer.runfile.schema import SchemaReader, to_tables
@@ -119,7 +118,7 @@ def check_stages(places: list[Stage]) -> None:
         for check in (lambda place=place: media_specs(place.config.model), *checks):
             try:
                 check()  # type: ignore[operator]
-            except (ConfigError, SettingError) as error:
+            except ConfigError as error:
                 problems.append(f"\n  - stage {place.name}: {error}")
     if problems:
         raise ConfigError("what later stages need is not there:" + "".join(dict.fromkeys(problems)))
