@@ -60,11 +60,11 @@ def train(root: RunConfig, world: World, progress: exit_report.RunStatus) -> Non
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """What a stage begins with."""
+    """State that a stage begins with."""
 
     checkpoint: Path | None
     state: dict[str, Any] | None  # of the checkpoint; None when the stage begins at its first step
-    damaged: list[str]  # what to tell about checkpoints that were moved aside
+    damaged: list[str]  # lines about checkpoints that were moved aside
 
 
 def train_stage(place: Stage, start: ResumePoint, world: World, progress: exit_report.RunStatus) -> int:

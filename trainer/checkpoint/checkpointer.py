@@ -173,7 +173,7 @@ class Checkpointer:
 
 @dataclass(frozen=True)
 class CheckpointMeta:
-    """What a checkpoint holds beside tensors, as of the moment when the save was requested."""
+    """Contents of a checkpoint beside tensors, as of the moment when the save was requested."""
 
     step: int
     state: dict[str, Any]
