@@ -117,7 +117,7 @@ def _problem(template: Template, record: Record, encoded: Encoded) -> str:
     if len(runs) != answers:
         return f"{len(runs)} supervised stretches, {answers} answers"
     ends = [k for k in range(len(ids)) if supervised[k] and not (k + 1 < len(ids) and supervised[k + 1])]
-    is_last = record.turns[-1].learn
+    is_last = record.turns[-1].role == "assistant" and record.turns[-1].learn
     if template.end_is_token and not (record.interrupted and is_last):
         inner = template.control_ids.union(template.stop_ids)  # answers before the last may end otherwise, as those of gpt-oss do
         ending = [ids[k] in (template.stop_ids if is_last and k == ends[-1] else inner) for k in ends]
@@ -152,7 +152,7 @@ def _reference_text(template: Template, record: Record, messages: list[Message],
     """Return the template's own rendering, up to the end of an interrupted answer."""
     kinds = media_kinds(record)
     text = apply(template.tokenizer, source, messages, kinds, record.tools)
-    if not record.interrupted:
+    if not record.interrupted or messages[-1]["role"] != "assistant":
         return text
     marked = apply(template.tokenizer, source, [*messages[:-1], {**messages[-1], "content": MARKS[0]}], kinds, record.tools)
     return text.removesuffix(marked.rpartition(MARKS[0])[2])

@@ -146,9 +146,20 @@ class Template:
         last = found.spans[-1]
         tail = found.text[last.end :]
         if record.interrupted and last.role == "assistant":
+            self._check_cut(messages[-1])
             spans = [*found.spans[:-1], replace(last, end=last.stop)]
             return replace(found, text=found.text[: last.stop], spans=spans), tail
         return found, tail
+
+    def _check_cut(self, message: Message) -> None:
+        """Raise `RenderError` for an interrupted answer without words at its end, where the template's own words would be cut."""
+        content = message["content"] or ""
+        words = content[max((match.end() for match in self.tags.finditer(content)), default=0) :].strip()
+        if message.get("tool_calls") or not words:
+            what = "calls of tools" if message.get("tool_calls") else "a tag of the template"
+            raise RenderError(
+                f"is false, but the last answer ends with {what}, and only words can be cut off: remove it", "end_tag"
+            )
 
     @property
     def _renderer(self) -> Renderer:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -180,3 +182,78 @@ def test_channels_of_an_answer_are_learned() -> None:
     encoded = encode_proven(template, record)
     last = " analysis<s>t<|im_end|><|im_start|>assistant final<s>b</s>"
     assert learned(template, encoded) == [" final<s>a<|im_end|>", last]
+
+
+@pytest.mark.parametrize("thought", ["", "<think>t</think>", "<think>\n\n</think>\n\n"])
+def test_words_of_an_interrupted_answer_are_the_end_of_its_row(thought: str) -> None:
+    encoded = encode_proven(qwen3(), talk("q", f"{thought}4", interrupted=True))
+    assert learned(qwen3(), encoded) == [("<think>\nt\n</think>\n\n" if "t</" in thought else "") + "4"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "what"),
+    [
+        (Turn("assistant", "", extra={"tool_calls": [CALL]}), "calls of tools"),
+        (Turn("assistant", "4", extra={"tool_calls": [CALL]}), "calls of tools"),
+        (Turn("assistant", "<think>t</think>"), "a tag of the template"),
+        (Turn("assistant", "<think>\nt\n</think>\n\n"), "a tag of the template"),
+        (Turn("assistant", "<think>\n\n</think>", extra={"reasoning_content": "t"}), "a tag of the template"),
+    ],
+)
+def test_an_interrupted_answer_that_ends_without_words_is_refused_when_it_is_read(answer: Turn, what: str) -> None:
+    """Its row would end inside a call or a thought, and the certificate refuses that."""
+    with pytest.raises(RecordError, match=f"f.json:7 r: end_tag: is false, but the last answer ends with {what}"):
+        qwen3().encode(talk("q", answer, interrupted=True))
+    qwen3().encode(talk("q", answer))
+
+
+WORDS = (
+    "a",
+    "b c",
+    " ",
+    "\n",
+    "\n\n",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "<tool_response>",
+    "<|im_end|>",
+    ".",
+    ">",
+    "\r\n",
+    "\u3000",
+)
+
+
+def any_record(rng: random.Random) -> Record:
+    """A conversation of one to three rounds, with calls, their results, thoughts, and answers that are not learned."""
+
+    def words() -> str:
+        return "".join(rng.choice(WORDS) for _ in range(rng.randint(1, 4)))
+
+    def answer(**extra: Any) -> Turn:
+        extra |= {"reasoning_content": words()} if rng.random() < 0.3 else {}
+        return Turn("assistant", rng.choice(["", "a"]) if "tool_calls" in extra else f"{words()}a", rng.random() < 0.8, extra)
+
+    turns = [Turn("system", words())] if rng.random() < 0.3 else []
+    for _ in range(rng.randint(1, 3)):
+        turns.append(Turn("user", words()))
+        for _ in range(rng.choice([0, 0, 1, 2])):
+            turns += [answer(tool_calls=[CALL]), Turn("tool", words(), extra={"tool_call_id": "call00001", "name": "add"})]
+        turns.append(answer())
+    return Record("r", tuple(turns), (), "f.json:7", tools=rng.choice([(), (TOOL,)]), interrupted=rng.random() < 0.2)
+
+
+def test_what_training_reads_the_certificate_accepts() -> None:
+    """Also conversations whose last turn is no answer, as those that are asked with are."""
+    template, rng, read = qwen3(), random.Random(11), 0
+    for _ in range(120):
+        record = any_record(rng)
+        for some in (record, replace(record, turns=record.turns[:-1])):
+            try:
+                encoded = template.encode(some)
+            except RecordError:
+                continue
+            assert encode_proven(template, some) == encoded
+            read += 1
+    assert read > 80

@@ -11,6 +11,7 @@ import pickle
 import shutil
 import socket
 import subprocess
+import tempfile
 import urllib.request
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -122,6 +123,7 @@ PLANTED: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "removing elsewhere": ("os.remove", lambda place: os.remove(place / "outside" / "gone" / "x")),
     "moving elsewhere": ("os.rename", lambda place: os.rename(_outside(place), place / "outside" / "gone" / "x")),
     "a library": ("ctypes.dlopen", lambda place: __import__("ctypes").CDLL(_outside(place))),
+    "reading beside the sockets of workers": ("open", lambda place: Path(tempfile.gettempdir(), "pymp-none", "secret").read_text()),
     "reading through a link": ("open", lambda place: _through_link(place)),
 }
 
@@ -147,7 +149,13 @@ def test_each_forbidden_thing_is_seen(place: Path) -> None:
     _, found = events(place, planted)
     seen = [event for event, *_ in found]
     assert {event for event, _ in PLANTED.values()} <= set(seen)
-    for wanted in ("secret.txt for reading", "outside/new.txt for writing", "parts/new.txt for writing", "code of <record>"):
+    for wanted in (
+        "secret.txt for reading",
+        "pymp-none/secret for reading",
+        "outside/new.txt for writing",
+        "parts/new.txt for writing",
+        "code of <record>",
+    ):
         assert any(wanted in problem for _, problem, *_ in found), wanted
     assert sum("secret.txt for reading" in problem for _, problem, *_ in found) >= 2
 

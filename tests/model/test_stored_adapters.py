@@ -222,6 +222,20 @@ def test_every_stored_adapter_is_what_peft_makes_of_it_or_is_refused_by_name(
     check_page(found, capsys)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("named", ["", WEIGHTS])
+def test_an_adapter_in_the_folder_of_its_base_is_what_transformers_loads_there(tmp_path: Path, named: str) -> None:
+    save_llm(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    randomised(plain, Form(EQUAL), tmp_path)
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()(input_ids=IDS).logits
+        assert (theirs - plain(input_ids=IDS).logits).abs().max() > 1e-2
+    torch.testing.assert_close(ours(tmp_path, tmp_path / named, {}), theirs, rtol=0, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"name it as lora\.path"):
+        build_model(ModelConfig(LlmConfig(str(tmp_path), "lora"), dtype="float32"), OURS)
+
+
 PROJECTOR = {"0.weight": (32, 24), "0.bias": (32,), "2.weight": (32, 32), "2.bias": (32,)}
 LLAVA = "model.mm_projector."
 PROJECTORS: dict[str, tuple[str, str, dict[str, tuple[int, ...]]]] = {
@@ -258,6 +272,17 @@ def test_every_stored_projector_is_read_whole_or_refused_by_name(
 
         found[f"projector: {what}"] = outcome(expected, difference)
     check_page(found, capsys)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+@pytest.mark.parametrize("part", ["vision_projector", "audio_projector"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float8_e4m3fn])
+def test_a_projector_in_codes_is_refused_by_its_type(tmp_path: Path, dtype: torch.dtype, part: str, suffix: str) -> None:
+    file = tmp_path / f"x{suffix}"
+    values = {name: torch.ones(shape) for name, shape in PROJECTOR.items()} | {"2.weight": torch.ones(32, 32).to(dtype)}
+    torch.save(values, file) if suffix == ".bin" else save_file(values, file)
+    with pytest.raises(ConfigError, match=rf"model\.{part}\.path = .*2\.weight.* is {dtype}: codes are no weights"):
+        whole_projector(file, part, build_vision_projector(VisionProjectorConfig(), 24, 32))
 
 
 def check_page(found: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:

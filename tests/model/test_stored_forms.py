@@ -48,6 +48,8 @@ from trainer.records.vocabulary import check_surplus, plan_vocabulary
 FORMS = [*LLM_FORMS, *ENCODER_FORMS]
 PAGE = Path(__file__).parents[2] / "docs" / "stored_forms.md"
 IDS = torch.arange(300, 318)[None]
+ATTENTION: dict[str, Any] = {"hashed": "eager"}
+"""Classes that compute attention in another way than by sdpa."""
 
 
 def save_corrected(folder: Path) -> None:
@@ -82,6 +84,19 @@ def save_family(folder: Path, kind: str, **sizes: Any) -> None:
     model.save_pretrained(folder)
 
 
+def save_hashed(folder: Path) -> None:
+    """A mixture whose first router is a table of experts by token: a kept buffer of integers."""
+    routing = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_layer_types": ["hash_moe", "moe"]}
+    ranks = {"num_key_value_heads": 1, "head_dim": 8, "q_lora_rank": 8, "o_lora_rank": 8, "o_groups": 2, "sliding_window": 8}
+    sizes = {**SIZES, **routing, **ranks, "hc_mult": 2, "layer_types": ["sliding_attention"] * 2, "pad_token_id": 0}
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v4", **sizes))
+    spread(model)
+    table = model.get_buffer("model.layers.0.mlp.gate.tid2eid")
+    table.copy_(torch.randint(4, table.shape))
+    model.save_pretrained(folder, save_original_format=False)
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plain folder of each kind of part."""
@@ -95,6 +110,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_family(root / "neox", "gpt_neox")
     save_family(root / "granite", "granitemoe", num_local_experts=4, num_experts_per_tok=2, pad_token_id=0)
     save_family(root / "hybrid", "olmo_hybrid", layer_types=["linear_attention", "full_attention"], pad_token_id=0)
+    save_hashed(root / "hashed")
     for family in ("clip", "siglip", "dinov2"):
         save_tower(root / family, family)
     save_whisper(root / "whisper", seconds=1)
@@ -117,7 +133,9 @@ def config_of(form: Form, folder: Path, plain: Path) -> ModelConfig:
         audio = AudioConfig(str(folder))
         llm = LlmConfig(str(plain / "llm"), "frozen")
         return ModelConfig(llm, audio=audio, audio_projector=AudioProjectorConfig(), dtype="float32")
-    return ModelConfig(LlmConfig(str(folder), "frozen", **form.settings), dtype="float32")
+    return ModelConfig(
+        LlmConfig(str(folder), "frozen", **form.settings), dtype="float32", attention=ATTENTION.get(form.part, "sdpa")
+    )
 
 
 def ours(form: Form, config: ModelConfig) -> Tensor:
@@ -146,6 +164,7 @@ def theirs(form: Form, folder: Path, plain: Path) -> Tensor:
         stored = json.loads((folder / "config.json").read_text())["quantization_config"]
         block, kind = stored["weight_block_size"], stored.get("scale_fmt", "float")
         options["quantization_config"] = FineGrainedFP8Config(dequantize=True, weight_block_size=block, scale_fmt=kind)
+    options["attn_implementation"] = ATTENTION.get(form.part, "sdpa")
     llm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
     return llm(input_ids=IDS, use_cache=False).logits
 

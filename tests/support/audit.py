@@ -166,7 +166,7 @@ def _opened(args: tuple[Any, ...], rules: Rules) -> Iterator[str]:
     if (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND):
         if not _inside(real, (*rules.writable, *SCRATCH)) and real != f"/proc/{os.getpid()}/clear_refs":  # its own peak of memory
             yield f"{real} for writing"
-    elif not _inside(real, (*rules.readable, *rules.writable, *CODE, *SYSTEM, *SCRATCH)):
+    elif not _inside(real, (*rules.readable, *rules.writable, *CODE, *SYSTEM, *SCRATCH)) and not SOCKETS.fullmatch(real):
         yield f"{real} for reading"
 
 
@@ -184,8 +184,10 @@ def _changed(places: tuple[tuple[int, int], ...], args: tuple[Any, ...], rules: 
             yield real
 
 
-SOCKET = re.compile(re.escape(os.path.realpath(tempfile.gettempdir())) + r"/pymp-[^/]+(/[^/]+)?")
-"""Where multiprocessing keeps the sockets by which workers hand over their tensors."""
+SOCKETS = re.compile(re.escape(os.path.realpath(tempfile.gettempdir())) + r"/pymp-[^/]+")
+"""Folder where multiprocessing keeps the sockets by which workers hand over their tensors; it is opened when it is removed."""
+SOCKET = re.compile(SOCKETS.pattern + r"(/[^/]+)?")
+"""That folder, or what stands in it."""
 CHANGES = {
     **{"os.remove": ((0, 1),), "os.rmdir": ((0, 1),), "os.mkdir": ((0, 2),), "os.rename": ((0, 2), (1, 3)), "os.link": ((1, 3),)},
     **{"os.symlink": ((1, 2),), "os.truncate": ((0, 9),), "os.chmod": ((0, 2),), "os.chown": ((0, 3),)},

@@ -48,6 +48,7 @@ PARTS = {
     "neox": "GPT-NeoX",
     "granite": "Granite-MoE",
     "hybrid": "OLMo hybrid",
+    "hashed": "DeepSeek-V4",
     "clip": "CLIP tower",
     "siglip": "SigLIP tower",
     "dinov2": "DINOv2 tower",
@@ -261,6 +262,7 @@ LLM_FORMS = [
         EQUAL,
         with_tensors(model__layers__46__eh_proj__weight=torch.ones(2, 2)),
     ),
+    Form("hashed", "a router's experts by token, integers (eager attention)", EQUAL),
     Form("llm", "FP8, a scale per block", EQUAL, fp8((8, 16)), {"dequantize": True}),
     Form("llm", "FP8, a scale per matrix", EQUAL, fp8(None), {"dequantize": True}),
     Form("llm", "FP8, scales in bytes (UE8M0)", EQUAL, fp8((16, 16), exponents=True), {"dequantize": True}),
@@ -320,6 +322,7 @@ LLM_FORMS = [
         "integers or 8-bit floats",
         changed(lambda t: t.update({MATRIX: t[MATRIX].to(torch.int8)})),
     ),
+    Form("llm", "an integer tensor that no part has", "holds 1 tensor(s)", with_tensors(model__counts=torch.ones(3).long())),
     Form("llm", "plain weights", "has no effect", settings={"dequantize": True}),
     Form("llm", "GPTQ", "only quant_method 'fp8' is dequantised", quantised("gptq", bits=4), {"dequantize": True}),
     Form(
@@ -433,6 +436,7 @@ ENCODER_FORMS = [
         "int8",
         changed(lambda t: t.update({CLIP_BLOCK.format(0): t[CLIP_BLOCK.format(0)].to(torch.int8)})),
     ),
+    Form("clip", "an integer tensor that no part has", "holds 1 tensor(s)", with_tensors(counts=torch.ones(3).long())),
     Form("clip", "quantization_config", "is stored quantised (awq)", quantised("awq")),
     Form("clip", "two towers under two prefixes", "hold two towers", copied_below("vision_tower.")),
     Form(
