@@ -15,6 +15,7 @@ from model.media_spec import MediaMeta, num_tokens
 from model.trainable import part_table
 from tests.support.equivalence import make_sample, step_batches
 from tests.support.ranks import run_ranks
+from tests.support.tiny import save_llm, save_tower
 from tests.support.trainable import ALONE, build
 from trainer.config import OptimConfig
 from trainer.distributed.parallelize import replicate, shard
@@ -22,6 +23,14 @@ from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.setup import prove_gradients
 from trainer.step import train_step
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tune")
+    save_llm(folder / "llm", "qwen2")
+    save_tower(folder / "vision", "clip")
+    return folder
 
 
 def promised(name: str, tunes: dict[str, str], bias: str, adapted: set[str]) -> bool:

@@ -9,8 +9,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.support.ranks import SERVER
 from trainer.machine import folder_lock as lock
 from trainer.machine.folder_lock import FolderLock
@@ -27,15 +25,6 @@ def prepare(kind: str) -> None:
     lock.RELEASE_SECONDS, lock.RENEW_SECONDS, lock.LOOK_SECONDS = 1.0, 0.2, 0.05
     if kind == "lease":
         fcntl.lockf = no_locks
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    for name in ("RELEASE_SECONDS", "RENEW_SECONDS", "LOOK_SECONDS"):
-        monkeypatch.setattr(lock, name, getattr(lock, name))
-    monkeypatch.setattr(fcntl, "lockf", fcntl.lockf)
-    prepare(request.param)
-    return str(request.param)
 
 
 def hold(kind: str, folder: Path, pipe: Connection) -> None:

@@ -5,24 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from model.build import build_model
 from model.config import LlmConfig, LoraConfig, ModelConfig, VisionConfig, VisionProjectorConfig
 from model.multimodal import MultimodalLM
-from tests.support.tiny import save_llm, save_tower
 from trainer.distributed.world import World
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tune")
-    save_llm(folder / "llm", "qwen2")
-    save_tower(folder / "vision", "clip")
-    return folder
 
 
 def build(folder: Path, llm: str, vision: str, projector: str, **lora: Any) -> tuple[MultimodalLM, ModelConfig]:

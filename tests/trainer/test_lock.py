@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -10,9 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.lock import Holder
+from tests.support.lock import KINDS, Holder, prepare
 from trainer.errors import BusyError
+from trainer.machine import folder_lock as lock
 from trainer.machine.folder_lock import FolderLock
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name in ("RELEASE_SECONDS", "RENEW_SECONDS", "LOOK_SECONDS"):
+        monkeypatch.setattr(lock, name, getattr(lock, name))
+    monkeypatch.setattr(fcntl, "lockf", fcntl.lockf)
+    prepare(request.param)
+    return str(request.param)
 
 
 def test_a_living_holder_is_respected_and_a_dead_one_is_not(kind: str, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def config_of_length(config: RunConfig, max_length: int) -> RunConfig:
 
 
 def test_what_is_too_long_to_be_counted_is_told_about_as_long_as_it_is(parts: Path, tmp_path: Path) -> None:
-    data, config = opened(parts, tmp_path, {"long": [*[record(1)] * 8, record(300_000)]})
+    data, config = opened(parts, tmp_path, {"long": [*[record(1)] * 8, *[record(300_000)] * 2]})
     (reason,) = reasons(data, config)
     few, more = lengths_of(*opened(parts, tmp_path, {"few": [record(100), record(300)]}))
     true = few + (300_000 - 100) * (more - few) / 200
