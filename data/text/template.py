@@ -252,7 +252,7 @@ def _with_ends(template: Template) -> Template:
     if template.abilities.calls:
         try:
             call = probe_call(template.abilities.null_content, template.abilities.text_arguments)
-            if (called := _last_id(template, [question, call])) is not None and called != end:
+            if (called := _closing_id(template, [question, call])) != end:
                 found.append(called)
                 closes = "|".join(re.escape(tokenizer.convert_ids_to_tokens(id)) for id in found)
                 template = replace(template, closes=re.compile(closes))
@@ -268,3 +268,14 @@ def _last_id(template: Template, messages: list[Message]) -> int | None:
     tokens = tokenize(template.tokenizer, rendering.text, [], len(template.lead))
     supervised, _ = supervise(rendering.spans, tokens, template.control_ids)
     return next((id for id, learned in zip(reversed(tokens.ids), reversed(supervised)) if learned), None)
+
+
+def _closing_id(template: Template, messages: list[Message]) -> int:
+    """Return the id that ends a turn with calls: what ends other answers, or the last control token behind the calls.
+
+    Not the first one, which may be a quotation mark of an argument (Gemma 4). Raises `RenderError` if there is none.
+    """
+    rendering = template._renderer.render(messages, [True] * len(messages))
+    behind = rendering.text[rendering.spans[-1].stop :]
+    *_, closing = template.closes.findall(behind)[:1] or template.ends.findall(behind)
+    return int(template.tokenizer.convert_tokens_to_ids(closing))

@@ -41,6 +41,21 @@ CHANNELS = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"""
 
+# As Gemma 4: strings of a call stand between control tokens, and the token that begins a result ends the turn with the call.
+QUOTED = """\
+{%- for m in messages %}
+{%- if m.role == 'user' %}{{ '<s>' + m.content + '</s>' }}
+{%- elif m.role == 'tool' %}{{ 'result ' + m.content + '<|im_end|>' }}
+{%- else %}{{ ('<|im_start|>' if loop.previtem.role == 'user' else '') + m.content }}
+{%- for call in m.tool_calls or [] %}{{ '<|im_start|>' + call.function.name + '{' }}
+{%- for key, value in call.function.arguments.items() %}
+{{- key + ':' + ('<s>' + value + '<s>' if value is string else value | string) }}
+{%- endfor %}{{ '}<|im_start|>' + ('<|im_end|>' if loop.last else '') }}{% endfor %}
+{%- if not m.tool_calls %}{{ '</s>' }}{% endif %}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt and messages[-1].role == 'user' %}{{ '<|im_start|>' }}{% endif %}"""
+
 
 def own(source: str, tokenizer: str = "bytes") -> Template:
     copy = type(tiny_tokenizer(tokenizer))(tokenizer_object=tiny_tokenizer(tokenizer).backend_tokenizer, chat_template=source)
@@ -140,6 +155,18 @@ def test_turns_that_are_not_to_be_learned_are_read() -> None:
     assert learned(template, encoded) == ["b<|im_end|>"]
     with pytest.raises(RecordError, match="no token is supervised"):
         template.encode(talk("q", Turn("assistant", "a", learn=False)))
+
+
+@pytest.mark.parametrize(("b", "written"), [("two", "<s>two<s>"), (2, "2")])
+def test_a_call_is_learned_up_to_what_ends_its_turn_not_to_a_quotation_mark(b: Any, written: str) -> None:
+    template = own(QUOTED)
+    call = {**CALL, "function": {"name": "add", "arguments": {"b": b}}}
+    called, result = Turn("assistant", "", extra={"tool_calls": [call]}), Turn("tool", "4", extra={"tool_call_id": "call00001"})
+    whole = f"<|im_start|>add{{b:{written}}}<|im_start|><|im_end|>"
+    for record, expected in ((talk("q", called), [whole]), (talk("q", called, result, Turn("assistant", "c")), [whole, "c</s>"])):
+        encoded = encode_proven(template, record)
+        assert encoded.input_ids == reference(template, record) and learned(template, encoded) == expected
+    assert set(template.tokenizer.convert_ids_to_tokens(template.stop_ids)) == {"</s>", "<|im_end|>"}
 
 
 def test_control_tokens_in_calls_and_tools_stay_text() -> None:

@@ -45,6 +45,7 @@ CONFIGURATION: dict[str, tuple[dict[str, Any], str]] = {
     "lora pattern": ({"model": {"llm": {"tune": "lora"}}, "lora": {"targets": ["*.qproj"]}}, "'*.qproj' matches no linear layer"),
     "identity": ({"model": {"vision_projector": {"kind": "identity"}}}, "needs equal widths"),
     "layer": ({"model": {"vision": {"layer": -9}}}, "model.vision.layer = -9 is not in [-4, 3]"),
+    "plain weights": ({"model": {"llm": {"dequantize": True}}}, "model.llm.dequantize = true has no effect"),
     "attention": ({"model": {"attention": "warp"}}, "model.attention = 'warp'"),
     "template": ({"data": {"template": "llama2"}}, "llama2"),
     "no vision part": ({"model": {"vision": None, "vision_projector": None}}, "no [model.vision] is configured"),
