@@ -33,8 +33,8 @@ from model.vision.tower import vision_config, vision_spec
 
 NAME = "model.json"
 MOVED = (
-    "relative paths start where the run was started; name what has moved with base={'init_from': PATH} of load_model, "
-    "or --base init_from=PATH of the tools"
+    "relative paths start where the run was started; name what has moved as model.init_from of a run file, with "
+    "base={'init_from': PATH} of load_model, or as --base init_from=PATH of the tools"
 )
 PART_CONFIGS: dict[str, Any] = {
     "llm": LlmConfig,

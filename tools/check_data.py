@@ -68,7 +68,8 @@ def check(options: argparse.Namespace) -> None:
     num_bad = sum(source["bad"] for sources in counts.values() for source in sources.values())
     print(json.dumps({"bad": num_bad, "duplicates": matches, **counts}))
     if num_bad:
-        raise DataError(f"{num_bad} records break the rules; all stand in {out / BAD_FILE}")
+        count = f"{num_bad} records break" if num_bad > 1 else "1 record breaks"
+        raise DataError(f"{count} the rules; all stand in {out / BAD_FILE}")
 
 
 def open_datasets(place: Stage) -> dict[str, MultimodalDataset]:

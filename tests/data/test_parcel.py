@@ -135,8 +135,8 @@ def read_without_files(world: World, folder: Path, room: int) -> tuple[str, int,
     try:
         for step in steps(data, 4, 1):
             num_steps += len(step)
-    except (WorkerError, RuntimeError) as error:
-        ended = "no files" if isinstance(error, OpenFilesError) else str(error)
+    except (WorkerError, RuntimeError, OSError, EOFError) as error:
+        ended = "no files" if isinstance(error, OpenFilesError) else f"{type(error).__name__}: {error}"
     return ended, num_steps, (folder / "stderr").read_text()
 
 
@@ -147,7 +147,9 @@ def test_a_worker_without_files_says_so_in_one_line(tmp_path: Path, room: int) -
     if ended == "read":
         assert num_steps == 8  # there was room
     else:
-        assert room < 5 and (ended == "no files" or "exited unexpectedly" in ended or "Too many open files" in ended)
+        # What was on its way breaks off where the worker ends meanwhile: `data.workers` explains that to people.
+        told = ("no files", "exited unexpectedly", "Too many open files", "EOFError", "ConnectionResetError")
+        assert room < 5 and any(word in ended for word in told), ended
     assert len(said) < 2000
 
 

@@ -19,6 +19,7 @@ tune = "full"
 
 [data]
 workers = 0                  # pictures this small are read faster than they are passed between processes
+max_length = 512             # the positions that this language model has
 [[data.sources]]
 path = "@/digit_train.json"
 media_root = "@/images"
@@ -68,6 +69,7 @@ dropout = 0.0
 
 [data]
 workers = 0
+max_length = 512
 [[data.sources]]
 path = "@/parity_train.json"
 media_root = "@/images"

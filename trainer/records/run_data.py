@@ -186,7 +186,7 @@ def certify_all(data: RunData, config: RunConfig, alive: Callable[[str], object]
             # Media of a record that breaks the rules are not counted: that rule is what the user has to repair first.
             share, refused = refused_records(data.train, data.pools)
             if share > 0.5:
-                raise DataError(f"{refused}. Without them {error}") from error
+                raise DataError(refused if share == 1 else f"{refused}. Without them {error}") from error
             raise ConfigError(f"{error}; {refused}" if refused else str(error)) from error
     opened = [dataset for dataset in (data.train, data.validation) if dataset is not None]
     return [
