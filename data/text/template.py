@@ -20,6 +20,7 @@ from data.text.render import Renderer, RenderError, Rendering, apply
 from data.text.rounds import TooLongError, first_rounds, round_starts, rounds_that_may_fit, shortened_turn
 from data.text.state_tokens import STATE_TOKENS, check_state_tokens
 from data.text.tokens import Tokens, supervise, tokenize
+from data.text.turn_ends import check_cut, closing_id, last_id
 from model.errors import ConfigError
 from model.media_spec import PLACEHOLDERS, READ_BY
 
@@ -146,20 +147,10 @@ class Template:
         last = found.spans[-1]
         tail = found.text[last.end :]
         if record.interrupted and last.role == "assistant":
-            self._check_cut(messages[-1])
+            check_cut(messages[-1], self.tags)
             spans = [*found.spans[:-1], replace(last, end=last.stop)]
             return replace(found, text=found.text[: last.stop], spans=spans), tail
         return found, tail
-
-    def _check_cut(self, message: Message) -> None:
-        """Raise `RenderError` for an interrupted answer without words at its end, where the template's own words would be cut."""
-        content = message["content"] or ""
-        words = content[max((match.end() for match in self.tags.finditer(content)), default=0) :].strip()
-        if message.get("tool_calls") or not words:
-            what = "calls of tools" if message.get("tool_calls") else "a tag of the template"
-            raise RenderError(
-                f"is false, but the last answer ends with {what}, and only words can be cut off: remove it", "end_tag"
-            )
 
     @property
     def _renderer(self) -> Renderer:
@@ -241,7 +232,7 @@ def _with_ends(template: Template) -> Template:
     """Return the template with what ends its answers and its tool calls, as short conversations show it, and the EOS id."""
     question: Message = {"role": "user", "content": "a"}
     try:
-        end = _last_id(template, [question, {"role": "assistant", "content": "b"}])
+        end = last_id(template._renderer, [question, {"role": "assistant", "content": "b"}], template.lead, template.control_ids)
     except RenderError as error:
         raise ConfigError(f"data.template = {template.name!r} cannot be used with this tokenizer: {error}") from error
     if end is None:
@@ -252,7 +243,7 @@ def _with_ends(template: Template) -> Template:
     if template.abilities.calls:
         try:
             call = probe_call(template.abilities.null_content, template.abilities.text_arguments)
-            if (called := _closing_id(template, [question, call])) != end:
+            if (called := closing_id(template._renderer, [question, call])) != end:
                 found.append(called)
                 closes = "|".join(re.escape(tokenizer.convert_ids_to_tokens(id)) for id in found)
                 template = replace(template, closes=re.compile(closes))
@@ -260,22 +251,3 @@ def _with_ends(template: Template) -> Template:
             pass  # records with calls are refused for this later, each with the reason
     eos = tokenizer.eos_token_id
     return replace(template, stop_ids=tuple(dict.fromkeys([*found, *([] if eos is None else [eos])])))
-
-
-def _last_id(template: Template, messages: list[Message]) -> int | None:
-    """Return the last id that is learned in a conversation; None if none is."""
-    rendering = template._renderer.render(messages, [True] * len(messages))
-    tokens = tokenize(template.tokenizer, rendering.text, [], len(template.lead))
-    supervised, _ = supervise(rendering.spans, tokens, template.control_ids)
-    return next((id for id, learned in zip(reversed(tokens.ids), reversed(supervised)) if learned), None)
-
-
-def _closing_id(template: Template, messages: list[Message]) -> int:
-    """Return the id that ends a turn with calls: what ends other answers, or the last control token behind the calls.
-
-    Not the first one, which may be a quotation mark of an argument (Gemma 4). Raises `RenderError` if there is none.
-    """
-    rendering = template._renderer.render(messages, [True] * len(messages))
-    behind = rendering.text[rendering.spans[-1].stop :]
-    *_, closing = template.closes.findall(behind)[:1] or template.ends.findall(behind)
-    return int(template.tokenizer.convert_tokens_to_ids(closing))
