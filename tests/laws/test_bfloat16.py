@@ -172,6 +172,7 @@ def losses(world: World, folder: Path) -> list[list[float]]:
     return found
 
 
+@pytest.mark.long
 def test_three_ranks_step_as_one_process_with_every_projector_kind(parts: Path) -> None:
     (alone,) = run_ranks(losses, 1, parts)
     ranks = run_ranks(losses, 3, parts)

@@ -48,7 +48,8 @@ def test_an_error_of_too_many_files_says_what_to_do(tmp_path: Path, capsys: pyte
     assert said.count("\n") == 1 and "ulimit -n" in said and json.loads((tmp_path / "exit.json").read_text())["code"] == CONFIG
 
 
-@pytest.mark.parametrize("limit", [24, pytest.param(16, marks=pytest.mark.long), pytest.param(12, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("limit", [24, 16, 12])
 def test_a_run_under_a_tiny_limit_ends_with_one_line(parts: Path, tmp_path: Path, limit: int) -> None:
     path = tmp_path / "run.toml"
     path.write_text(to_toml(tables(parts, output_dir=str(tmp_path / "run"), data={"workers": 4})))
