@@ -17,7 +17,7 @@ from data.media import image
 from data.media.av_files import open_stream
 from data.media.av_video import Timeline, decode_frames, read_timeline, upright
 from data.media.blob import Blob, MediaError, resolve_path
-from data.media.image_decode import open_picture as opened_picture
+from data.media.image_decode import open_picture
 from data.records.record import MediaRef
 from model.media_spec import ImageSpec, MediaMeta
 
@@ -97,7 +97,7 @@ def _natural(name: str) -> tuple[list[str | int], str]:
 @contextmanager
 def _animation(blob: Blob, spec: ImageSpec, config: DataConfig) -> Iterator[Frames]:
     image.check_file(blob)
-    with opened_picture(blob) as (_, picture):
+    with open_picture(blob) as (_, picture):
         image.judge(blob.name, picture.size, spec, config)
         starts, count = [0.0], getattr(picture, "n_frames", 1)
         _judge_work(blob.name, count, picture.size, config)

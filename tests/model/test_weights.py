@@ -124,7 +124,7 @@ def test_missing_tensors_and_wrong_shapes_are_all_named(tmp_path: Path) -> None:
     assert "llm.model.layers.1.mlp.up_proj.weight: [3, 2] in the file, [48, 32] in the model" in str(error.value)
 
 
-# VocabularyLayout
+# Rows of the vocabulary
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_tied"])
