@@ -18,7 +18,7 @@ from data.index.json_scan import Advance
 from data.index.reader import RowError, decode_json, read
 from data.index.source_files import Shards
 from data.index.table import KINDS, Table
-from data.index.tar_headers import Member, members
+from data.index.tar_headers import ArchiveMap, Member, members
 from data.index.token_estimate import plan_columns, plan_range
 from data.media.blob import Blob, MediaError
 from data.records.media_refs import MediaRef
@@ -73,7 +73,7 @@ def scan_tar(path: Path, advance: Advance) -> Table:
     with path.open("rb") as file:
         if path.stat().st_size == 0:
             raise DataError(f"{path}: is empty; expected at least one record")
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        data = ArchiveMap(file.fileno(), 0, access=mmap.ACCESS_READ)
     seen = 0
     for member in members(data, str(path)):
         if not _base(member.name).startswith("."):
