@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from data import anyres
 from data.config import DataConfig
 from data.index.reader import RowError, decode_json
 from data.index.table import KINDS
 from data.limits import MAX_RECORD_BYTES
+from data.media.tiling import typical_plan
 from data.records.content_parts import kind_of_part
 from data.records.record import Record, RecordError, parse
 from data.records.turn_keys import THOUGHT_KEYS
@@ -71,7 +71,7 @@ def _usual(kind: str, spec: MediaSpec, config: DataConfig) -> MediaMeta:
     if kind == "video":
         return MediaMeta(num_rows=config.max_frames)
     if config.image_fit == "anyres":
-        return anyres.typical_plan(spec.size, config)
+        return typical_plan(spec.size, config)
     if config.image_fit != "tiles":
         return MediaMeta()
     tiles = math.ceil((config.min_tiles + config.max_tiles) / 2)

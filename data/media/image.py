@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data import anyres
 from data.config import DataConfig
 from data.media import image_decode as decode
 from data.media import image_truncation
@@ -38,7 +37,7 @@ def measure(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, num_
     Raises MediaError.
     """
     if config.image_fit == "anyres" and num_media == 1:
-        return anyres.plan_anyres(size(blob, spec, config), spec.size, config)
+        return tiles.plan_anyres(size(blob, spec, config), spec.size, config)
     if config.image_fit != "tiles":
         return MediaMeta()
     max_tiles = tiles.budget(config.max_tiles, num_media)
