@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from data.index.json_borders import BOM, array_start, check_encoding, count_lines, object_end, refuse, skip_space
+from data.index.reader import MAX_RECORD_BYTES
 from data.index.table import KINDS, Table
 from data.index.token_estimate import Plan, plan_range, plan_value
-from data.limits import MAX_RECORD_BYTES
 from model.errors import DataError
 
 Advance = Callable[[int], object]

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 
 from data.config import DataConfig
-from data.index.reader import RowError, decode_json
+from data.index.reader import MAX_RECORD_BYTES, RowError, decode_json
 from data.index.table import KINDS
-from data.limits import MAX_RECORD_BYTES
 from data.media.tiling import typical_plan
 from data.records.content_parts import kind_of_part
 from data.records.record import Record, RecordError, parse
