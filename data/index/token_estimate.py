@@ -21,6 +21,7 @@ from data.media.tiling import typical_plan
 from data.records.content_parts import kind_of_part
 from data.records.record import Record, RecordError, parse
 from data.records.turn_keys import THOUGHT_KEYS
+from model.files.untrusted import MAX_JSON_DEPTH, is_deeper
 from model.media_spec import READ_BY, AudioSpec, MediaMeta, MediaSpec, num_tokens, row_shape
 
 BYTES_PER_TOKEN = 4
@@ -153,6 +154,8 @@ def _plain_media(record: dict[str, Any]) -> tuple[int, ...] | None:
 
 def plan_by_parsing(value: Any, num_bytes: int) -> Plan:
     """Plan a record by its rules; one that breaks a rule is planned by its size and by the media written in it."""
+    if is_deeper(value, MAX_JSON_DEPTH):  # the reader refuses it
+        return tokens_of_size(num_bytes), _NO_MEDIA
     try:
         record = parse(value, "", needs_answer=False)
     except RecordError:  # named when the record is read

@@ -253,3 +253,9 @@ def test_a_record_of_too_many_brackets_is_not_decoded(monkeypatch: pytest.Monkey
     rows = [{"a": [[]] * 9, "conversations": [{"from": "human", "value": "x"}]}, {"conversations": [{"from": "gpt", "value": "x"}]}]
     table = table_of("m.jsonl", "\n".join(map(json.dumps, rows)).encode(), 1 << 22)
     assert table.text_tokens.tolist() == [len(json.dumps(rows[0])) // 4, 1]
+
+
+def test_a_record_that_is_too_deep_is_planned_by_its_size() -> None:
+    text = '{"messages": [], "tools": ' + "[" * 900 + "]" * 900 + "}"
+    for name, content in (("m.json", f"[{text}]"), ("m.jsonl", text)):
+        assert table_of(name, content.encode(), 1 << 22).text_tokens.tolist() == [len(text) // 4]
