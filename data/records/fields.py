@@ -20,6 +20,13 @@ def kind_of(value: Any) -> str:
     return _KINDS.get(type(value), "a null")
 
 
+def as_object(value: Any, field: str) -> dict[str, Any]:
+    """Return the value if it is an object. Raises `FieldError` otherwise."""
+    if not isinstance(value, dict):
+        raise FieldError(field, f"is {kind_of(value)}, not an object")
+    return value
+
+
 def is_absent(value: Any) -> bool:
     """Return whether a value says nothing: null, or an empty string, list or object."""
     return value is None or value in ("", [], {})

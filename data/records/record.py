@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from data.records.fields import FieldError, kind_of, record_line
+from data.records.fields import FieldError, as_object, kind_of, record_line
 from data.records.media_refs import MediaRef, media_by_kind
 from data.records.record_keys import check_record_keys, with_system
 from data.records.tool_calls import read_tools
@@ -56,9 +56,7 @@ def parse(raw: Any, where: str, name: str = "", *, needs_answer: bool = True) ->
     """
     name = name or where.rpartition(":")[2]
     try:
-        if not isinstance(raw, dict):
-            raise FieldError("record", f"is {kind_of(raw)}, not an object")
-        name = _id(raw, name)
+        name = _id(as_object(raw, "record"), name)
         written, inline = read_turns(raw)
         turns = with_system(raw, written)
         check_record_keys(raw, turns)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from data.records.fields import FieldError, is_absent, kind_of
+from data.records.fields import FieldError, as_object, is_absent, kind_of
 from model.files.untrusted import parse_json
 
 _CALL_KEYS = ("id", "type", "function", "index")
@@ -32,16 +32,12 @@ def _definitions(value: Any, field: str) -> list[dict[str, Any]]:
 
 def _definition(tool: Any, field: str) -> dict[str, Any]:
     """Return one tool as {"type": "function", "function": {"name", "description", "parameters"}}. Raises `FieldError`."""
-    tool = _parsed(tool, field)
-    if not isinstance(tool, dict):
-        raise FieldError(field, f"is {kind_of(tool)}, not an object")
+    tool = as_object(_parsed(tool, field), field)
     if "function" not in tool:
         tool = {"type": "function", "function": tool}
     if tool.get("type", "function") != "function":
         raise FieldError(f"{field}.type", f"{str(tool['type'])[:60]!r} is no kind of tool that is read; allowed: function")
-    function = tool["function"]
-    if not isinstance(function, dict):
-        raise FieldError(f"{field}.function", f"is {kind_of(function)}, not an object")
+    function = as_object(tool["function"], f"{field}.function")
     _check_name(function.get("name"), f"{field}.function.name")
     return {"type": "function", **tool}
 
@@ -57,18 +53,14 @@ def read_calls(value: Any, field: str) -> list[dict[str, Any]]:
 
 
 def _call(call: Any, field: str) -> dict[str, Any]:
-    call = _parsed(call, field)
-    if not isinstance(call, dict):
-        raise FieldError(field, f"is {kind_of(call)}, not an object")
+    call = as_object(_parsed(call, field), field)
     if "function" not in call:
         bare = {key: call[key] for key in _FUNCTION_KEYS if key in call}
         call = {"function": bare, **{key: value for key, value in call.items() if key not in bare}}
     _check_keys(call, _CALL_KEYS, field)
     if call.get("type") not in (None, "function"):
         raise FieldError(f"{field}.type", f"{str(call['type'])[:60]!r} is no kind of call that is read; allowed: function")
-    function, id = call["function"], call.get("id")
-    if not isinstance(function, dict):
-        raise FieldError(f"{field}.function", f"is {kind_of(function)}, not an object")
+    function, id = as_object(call["function"], f"{field}.function"), call.get("id")
     _check_keys(function, _FUNCTION_KEYS, f"{field}.function")
     if id is not None:
         _check_name(id, f"{field}.id")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data.records.content_parts import Parts
-from data.records.fields import FieldError, kind_of, strings_in
+from data.records.fields import FieldError, as_object, kind_of, strings_in
 from data.records.media_refs import MediaRef
 from data.records.placeholders import kinds_in, leading_placeholders
 from data.records.tool_calls import read_calls
@@ -61,10 +61,8 @@ def read_turns(raw: dict[str, Any]) -> tuple[tuple[Turn, ...], list[MediaRef]]:
 
 
 def _turn(value: Any, field: str, keys: tuple[str, str], parts: Parts) -> Turn:
-    if not isinstance(value, dict):
-        raise FieldError(field, f"is {kind_of(value)}, not an object")
     role_key, content_key = keys
-    said_by = value.get(role_key)
+    said_by = as_object(value, field).get(role_key)
     if said_by is None:
         raise FieldError(f"{field}.{role_key}", f"missing; a turn has {role_key!r} and {content_key!r}")
     if not isinstance(said_by, str) or said_by not in _ROLES:
