@@ -14,8 +14,7 @@ from model.errors import ConfigError
 from tests.support.config import MINIMAL, VALUES_OF_TOML, problems
 from tests.support.runs import merged
 from trainer.runfile.load import load_config, parse_config
-from trainer.runfile.planned import KEYS, VALUES
-from trainer.runfile.schema import to_tables
+from trainer.runfile.schema import PLANNED_KEYS, PLANNED_VALUES, to_tables
 from trainer.runfile.toml_files import to_toml
 
 
@@ -83,7 +82,7 @@ def test_each_problem_is_named(changes: dict[str, Any], expected: str) -> None:
     assert expected in problems(**changes)
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", PLANNED_KEYS)
 def test_what_is_not_built_yet_is_refused(key: str) -> None:
     table: dict[str, Any] = {}
     here = table
@@ -98,7 +97,7 @@ def test_what_is_not_built_yet_is_refused(key: str) -> None:
     assert "is planned and not built yet" in problems(**table)
 
 
-@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("value", PLANNED_VALUES)
 def test_values_that_are_not_built_yet_are_refused(value: str) -> None:
     key, _, text = value.partition(" = ")
     changes: Any = text.strip("'")

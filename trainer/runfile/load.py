@@ -9,7 +9,6 @@ from model.errors import ConfigError
 from trainer.config import RunConfig
 from trainer.runfile.checks import problems_of
 from trainer.runfile.curriculum import read_curriculum
-from trainer.runfile.planned import PLANNED
 from trainer.runfile.schema import SchemaReader
 from trainer.runfile.toml_files import apply_override, read_toml
 
@@ -32,7 +31,7 @@ def parse_config(tables: dict[str, Any], origin: str) -> RunConfig:
 
 def read_run(tables: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
     """Return the run of a file without stages, and its problems; the run is None where the tables do not fit the schema."""
-    reader = SchemaReader(PLANNED)
+    reader = SchemaReader()
     config = reader.table(RunConfig, {key: value for key, value in tables.items() if (key, value) != ("stage", [])}, "")
     if config is None:
         return None, reader.problems
