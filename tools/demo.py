@@ -18,7 +18,7 @@ from pathlib import Path
 
 from model.errors import ConfigError
 from tools.cli import run_command
-from tools.demos.digit_runs import QUESTIONS
+from tools.demos.run_files import QUESTIONS
 from trainer.errors import ProofError
 
 MARK = ".demo"  # file that marks a folder as the demo's own, which may be replaced

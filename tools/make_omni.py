@@ -24,7 +24,7 @@ from transformers.utils import logging
 from model.errors import ConfigError
 from tools.cli import run_command
 from tools.demos.omni_media import DIRECTIONS, digit_picture, melody, moving, noise, wav
-from tools.demos.omni_runs import OMNI_RUN
+from tools.demos.run_files import write_run_file
 from tools.make_demo import NUM_TRAIN, load_pictures, train_tokenizer, write_parts
 
 SEED, VOCAB = 1, 400
@@ -152,8 +152,7 @@ def make(folder: Path) -> None:
         write_omni_data(folder)
         write_parts(folder, train_tokenizer(corpus, VOCAB), VOCAB)
         write_audio(folder)
-        text = OMNI_RUN.replace("@", json.dumps(folder.as_posix(), ensure_ascii=False)[1:-1])
-        (folder / "omni.toml").write_text(text, encoding="utf-8")
+        write_run_file(folder, "omni")
     except OSError as error:
         raise ConfigError(f"{error.filename or folder} cannot be written: {error.strerror}") from error
     print(f"{folder}: omni.toml, its records and media, llm/, vision/ and audio/")

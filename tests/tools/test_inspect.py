@@ -19,8 +19,8 @@ from tests.support.runs import save_records, tables
 from tests.support.tiny_data import sample, talk
 from tools import inspect_data
 from tools.inspector.entry import InspectorEntry, entry_of
+from tools.inspector.page_html import SCRIPT, STYLE
 from tools.inspector.pictures import pixels
-from tools.inspector.style_and_script import SCRIPT, STYLE
 from trainer.main import run
 from trainer.records.quarantine import NAME
 from trainer.records.sample_log import read_step
