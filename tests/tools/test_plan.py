@@ -31,7 +31,7 @@ from tools import plan
 from trainer.config import OptimConfig, ParallelConfig
 from trainer.distributed.parallelize import checkpoint_activations, gradient_sync, is_sharded, replicate, shard
 from trainer.distributed.world import World
-from trainer.memory.footprint import footprint, holdings, local_numel, on_meta, sharing_ranks
+from trainer.memory.footprint import footprint, held_rows, holdings, on_meta, sharing_ranks
 from trainer.memory.simulate import live_bytes
 from trainer.optim import build_optimizer
 from trainer.runfile.toml_files import to_toml
@@ -139,9 +139,7 @@ def test_every_byte_a_rank_holds_is_known_before_it_is_built(folder: Path, strat
         assert ranks[0][name] == planned
         for rank, found in enumerate(ranks):
             for part, sizes in found[name].items():
-                assert sizes[0] == sum(
-                    local_numel(p, ways, rank % ways) * p.itemsize for p in model.get_submodule(part).parameters()
-                )
+                assert sizes[0] == sum(held_rows(p, ways, rank % ways).nbytes for p in model.get_submodule(part).parameters())
 
 
 def test_codes_of_a_quantised_model_count_as_they_are_stored(folder: Path) -> None:
@@ -235,9 +233,9 @@ def test_a_storage_counts_from_its_birth_to_its_death() -> None:
 
 def test_rows_are_shared_as_sharding_shares_them() -> None:
     matrix = torch.empty(7, 3)
-    assert [local_numel(matrix, 3, rank) for rank in range(3)] == [9, 9, 3]
-    assert [local_numel(torch.empty(2), 4, rank) for rank in range(4)] == [1, 1, 0, 0]
-    assert local_numel(matrix, 1) == 21
+    assert [held_rows(matrix, 3, rank).numel() for rank in range(3)] == [9, 9, 3]
+    assert [held_rows(torch.empty(2), 4, rank).numel() for rank in range(4)] == [1, 1, 0, 0]
+    assert held_rows(matrix, 1).numel() == 21
 
 
 def planned(
