@@ -8,7 +8,6 @@ them. "Slowest rank" counts every rank as busy as the busiest of the same micro-
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 
 from data.loader import BatchPlan
 from data.order.sampler import Sampler
+from tools.cli import command_parser
 
 NUM_IMAGE, NUM_TEXT = 624_000, 41_000
 IMAGE_TOKENS, MAX_LENGTH = 576, 2048
@@ -155,7 +155,7 @@ def _cut(order: np.ndarray, world_size: int, micro_batch_size: int) -> list[Micr
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("bench_sampler", __doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--micro-batch-size", type=int, default=16, help="samples per rank and step")
     parser.add_argument("--micro-batch-tokens", type=int, nargs="+", default=[4096, 8192, 16384], help="budgets to pack for")

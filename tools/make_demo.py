@@ -6,7 +6,6 @@ parameters with random weights, as Hugging Face folders, with a tokenizer traine
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers.utils import logging
 
 from data.text.tokenizer import save_tokenizer
 from model.errors import ConfigError
-from tools.cli import run_command
+from tools.cli import command_parser, run_command
 from tools.demos.run_files import QUESTIONS, write_run_file
 
 NUM_TRAIN = 1500  # of 1,797; the rest is held out
@@ -128,9 +127,7 @@ def make(folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="tools.make_demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("make_demo", __doc__)
     parser.add_argument("folder", metavar="DIR", type=Path, help="where to write; the run files name it as it is given here")
     options = parser.parse_args(argv)
     logging.disable_progress_bar()

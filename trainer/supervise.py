@@ -124,6 +124,10 @@ def hold(folder: Path, *, waits: bool = True) -> FolderLock:
     except OSError as error:
         if lock is not None:
             lock.release()
+        if blocking := [path for path in (folder, *folder.parents) if os.path.lexists(path) and not path.is_dir()]:
+            raise SaveError(
+                f"output_dir = {str(folder)!r}: {blocking[0]} is no folder; move it away, or use another output_dir"
+            ) from error
         where = f" ({error.filename})" if error.filename and str(error.filename) != str(folder) else ""
         raise SaveError(f"output_dir = {str(folder)!r} cannot be written: {error.strerror}{where}") from error
 

@@ -110,8 +110,9 @@ class SchemaReader:
         if plain in PLANNED:
             return f"{name} {PLANNED[plain]}"
         near = difflib.get_close_matches(key[:SHOWN], known, 1, 0.5)
+        table = name.removesuffix(key)
         name = name if len(name) <= SHOWN else f"{name[:SHOWN]}..."
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        hint = f"did you mean {table + near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"{name} is not a setting; {hint}"
 
 
