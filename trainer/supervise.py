@@ -21,7 +21,7 @@ from trainer.faults.watchdog import Watchdog
 from trainer.machine.atomic_files import make_folder
 from trainer.machine.folder_lock import FolderLock
 from trainer.machine.open_files import explain_open_files, raise_limit
-from trainer.machine.run_folder import check_names
+from trainer.machine.run_folder import check_folder, check_names
 from trainer.runfile.toml_files import apply_override, read_toml
 from trainer.setup import resolve_config
 
@@ -115,6 +115,7 @@ def hold(folder: Path, *, waits: bool = True) -> FolderLock:
 
     For rank 0. `waits`: wait for a run that is dying. Raises SaveError when the folder cannot be written.
     """
+    check_folder(folder)
     lock: FolderLock | None = None
     try:
         make_folder(folder)
@@ -124,10 +125,6 @@ def hold(folder: Path, *, waits: bool = True) -> FolderLock:
     except OSError as error:
         if lock is not None:
             lock.release()
-        if blocking := [path for path in (folder, *folder.parents) if os.path.lexists(path) and not path.is_dir()]:
-            raise SaveError(
-                f"output_dir = {str(folder)!r}: {blocking[0]} is no folder; move it away, or use another output_dir"
-            ) from error
         where = f" ({error.filename})" if error.filename and str(error.filename) != str(folder) else ""
         raise SaveError(f"output_dir = {str(folder)!r} cannot be written: {error.strerror}{where}") from error
 
