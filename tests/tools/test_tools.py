@@ -56,6 +56,15 @@ def processor(folder: Path) -> Processor:
     return load_processor(folder / "run" / "final")
 
 
+def test_a_wheel_holds_every_file_that_is_no_module() -> None:
+    """Run files of the demos, style and script of the inspector's page."""
+    (held,) = re.findall(r"package_data=(.*),$", (ROOT / "setup.py").read_text(), re.MULTILINE)
+    places = [(ROOT / package.replace(".", "/"), pattern) for package, patterns in json.loads(held).items() for pattern in patterns]
+    packed = {path for place, pattern in places for path in place.glob(pattern)}
+    found = {path for name in ("model", "data", "trainer", "tools") for path in (ROOT / name).rglob("*") if path.is_file()}
+    assert packed == {path for path in found if path.suffix not in (".py", ".pyc")} and len(packed) == 5
+
+
 def logits_of(net: MultimodalLM, embeds: Tensor) -> Tensor:
     llm: Any = net.llm
     return llm(inputs_embeds=embeds, use_cache=False).logits[0]
