@@ -21,6 +21,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["model*", "data*", "trainer*", "tools*"]),
+    package_data={"tools.demos": ["*.toml"], "tools.inspector": ["*.css", "*.js"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",
