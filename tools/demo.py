@@ -55,11 +55,17 @@ def run_step(title: str, command: list[str], capture: bool = False) -> str:
     Returns the command's stdout if `capture`, else "".
     """
     print(f"\n== {title}\n   $ {shlex.join(['python', *command[1:]])}", flush=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE if capture else None)
+    done = subprocess.run(command, env=own_environment(), text=True, stdout=subprocess.PIPE if capture else None)
     if done.returncode:
         raise StepError(title, done.returncode)
     return done.stdout or ""
+
+
+def own_environment() -> dict[str, str]:
+    """Return the environment of a command: it finds these packages, and not others of their names in the current folder."""
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": threads}
 
 
 def score(folder: Path, final: Path, task: str, when: str) -> float:

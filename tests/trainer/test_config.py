@@ -179,3 +179,14 @@ def test_new_tokens_are_refused_where_their_rows_cannot_learn(tune: str) -> None
     text = problems(model={"llm": {"tune": tune, "new_tokens": ["<a>"]}})
     assert f"model.llm.new_tokens = ['<a>'] could never be learned with model.llm.tune = '{tune}'" in text
     parse_config(merged(MINIMAL, {"model": {"llm": {"tune": "full", "new_tokens": ["<a>"]}}}), "x")
+
+
+def test_a_recipe_is_named_instead_of_a_path() -> None:
+    config = load_config("recipe:llava15_lora")
+    assert (config.lora.rank, config.lora.alpha, config.output_dir) == (128, 256, "runs/llava15_lora")
+
+
+@pytest.mark.parametrize("name", ["llava15", "../recipes/llava15_lora", "", "slurm"])
+def test_an_unknown_recipe_lists_the_known_ones(name: str) -> None:
+    with pytest.raises(ConfigError, match="no such recipe; there are llava15_finetune, llava15_lora, llava15_pretrain"):
+        load_config(f"recipe:{name}")
