@@ -83,7 +83,7 @@ def size(blob: Blob, spec: ImageSpec, config: DataConfig) -> Size:
 def check_file(blob: Blob) -> None:
     """Raise MediaError unless the header is that of a picture and the file is whole, by its markers. Decodes nothing.
 
-    A GIF or a BMP that is cut short passes: only decoding finds it.
+    A BMP that is cut short passes: only decoding finds it.
     """
     with decode.open_picture(blob) as (stream, picture):
         find_missing = image_truncation.MISSING.get(str(picture.format))

@@ -69,11 +69,44 @@ def png_chunks(stream: BinaryIO) -> Iterator[tuple[bytes, int]]:
         yield kind, position
 
 
+def gif(stream: BinaryIO, num_bytes: int) -> str | None:
+    """Walk from block to block to the trailer, since any byte of a frame may look like it.
+
+    Bytes that begin no block are skipped, as in Pillow.
+    """
+    stream.seek(0)
+    data = stream.read()
+    position = 13 + _gif_colours(data[10:11])
+    while position < num_bytes:
+        block = data[position]
+        if block == 0x3B:
+            return None
+        if block == 0x2C:  # a frame: nine bytes, its colours, one byte, its data
+            position += 11 + _gif_colours(data[position + 9 : position + 10])
+        elif block == 0x21:
+            position += 2
+        else:
+            position += 1
+            continue
+        while position < num_bytes and data[position]:
+            position += 1 + data[position]
+        position += 1
+    return "its trailer is missing"
+
+
+def _gif_colours(flags: bytes) -> int:
+    """Return the bytes of the colour table that `flags` announce."""
+    return 3 << ((flags[0] & 7) + 1) if flags and flags[0] & 0x80 else 0
+
+
 def webp(stream: BinaryIO, num_bytes: int) -> str | None:
     stream.seek(4)
     end = struct.unpack("<I", stream.read(4))[0] + 8
     return f"it should have {end} bytes and has {num_bytes}" if end > num_bytes else None
 
 
-MISSING = {"JPEG": missing_of_jpeg, "MPO": missing_of_jpeg, "PNG": png, "WEBP": webp}
-"""Truncation check by Pillow's name of the format; MPO is a JPEG with further pictures behind it. GIF and BMP are only decoded."""
+MISSING = {"JPEG": missing_of_jpeg, "MPO": missing_of_jpeg, "PNG": png, "GIF": gif, "WEBP": webp}
+"""Truncation check by Pillow's name of the format; MPO is a JPEG with further pictures behind it. A BMP is only decoded.
+
+A GIF may be a film: Pillow takes one that is cut between two frames for a shorter film.
+"""
