@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.batch import Batch
-from model.logit_scaling import UNCHANGED, LogitChange
+from model.llm.interface import UNCHANGED, LogitChange
 
 CHUNK = 2048
 """Supervised rows whose logits exist at one time."""

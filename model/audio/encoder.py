@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from model.audio.projector import convolved, masked, mean_of_pairs, projector_strides, shortened, valid_mask
 from model.config import AudioConfig, AudioProjectorConfig
+from model.encoder import Encoder
 from model.errors import ConfigError
 from model.files.hub import find_file, hugging_face_config, read_json
 from model.files.quantised_base import check_settings
@@ -132,7 +133,7 @@ class Tower(WhisperEncoder):
         return self.layer_norm(mean_of_pairs(rows, lengths) if self.kind.pooled else rows)
 
 
-class AudioEncoder(nn.Module):
+class AudioEncoder(Encoder):
     """A Whisper encoder: log-mel (N, M, F) -> features (N, L, C). full_window: F is the whole window, with silence at the end."""
 
     def __init__(self, value: dict[str, Any], full_window: bool) -> None:
@@ -140,7 +141,7 @@ class AudioEncoder(nn.Module):
         config = encoder_config(value)
         self.full_window = full_window
         self.strides = encoder_strides(value)
-        self.hidden_size: int = config.d_model
+        self.hidden_size = config.d_model
         self.blank_length = 2  # rows
         self.tower: Tower = Tower._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
         self.tower.kind = KINDS[value["model_type"]]

@@ -15,7 +15,6 @@ from model.card import ModelCard
 from model.errors import ConfigError
 from model.files.tensor_files import SHARD_BYTES, Entry, dump_json, in_memory, split_by_size, write_safetensors
 from model.llm.causal_lm import blocks, build_llm, head_weight
-from model.logit_scaling import LogitChange
 from model.media_spec import ImageSpec, MediaMeta, image_spec, num_tokens
 from model.multimodal import MultimodalLM
 from model.weights.bases import tower_tensors
@@ -60,8 +59,8 @@ def check_exportable_hf(card: ModelCard) -> None:
 def head_problems(card: ModelCard) -> list[str]:
     """Return the changes that the language model makes to its head's products; LLaVA's classes have a bare head and cannot."""
     with parameters_on_meta():
-        llm: Any = build_llm(card.hugging_face["llm"], card.model.attention, card.vocabulary)
-    change: LogitChange = llm.logit_change
+        llm = build_llm(card.hugging_face["llm"], card.model.attention, card.vocabulary)
+    change = llm.logit_change
     done = [f"multiplies its logits by {change.scale:g}"] if change.scale != 1.0 else []
     done += [f"caps its logits at {change.cap:g}"] if change.cap is not None else []
     if not done:
@@ -85,7 +84,7 @@ def model_config(card: ModelCard, model: MultimodalLM, image_id: int) -> dict[st
     if vision["model_type"] == "siglip_vision_model":
         vision["vision_use_head"] = False
     dtype = str(model.dtype).removeprefix("torch.")
-    embeddings = model.llm.get_input_embeddings().weight  # type: ignore[operator]
+    embeddings = model.llm.get_input_embeddings().weight
     tied = head_weight(model.llm) is embeddings
     text = {
         **card.hugging_face["llm"],

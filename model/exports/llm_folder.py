@@ -40,7 +40,7 @@ def write_llm(source: Path, folder: Path, card: ModelCard) -> None:
     buffers: dict[str, Any] = {name: module._buffers[key] for name, module, key in kept_buffers(model.llm)}
     entries |= {name: Entry(value.dtype, tuple(value.shape), in_memory(value).all) for name, value in buffers.items()}
     write_weights(folder, entries)
-    rows = model.llm.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    rows = model.llm.get_input_embeddings().weight.shape[0]
     dtype = str(model.dtype).removeprefix("torch.")
     config = {**card.hugging_face["llm"], "vocab_size": rows, "dtype": dtype, "architectures": [type(model.llm).__name__]}
     (folder / "config.json").write_text(dump_json(config))

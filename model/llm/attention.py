@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from model.batch import Batch
 from model.config import OUR_ATTENTION
+from model.llm.interface import CausalLM
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -165,13 +166,13 @@ def implementation(setting: str) -> str:
     return NAME if setting in OUR_ATTENTION else setting
 
 
-def decoder_options(llm: nn.Module, batch: Batch) -> dict[str, Any]:
+def decoder_options(llm: CausalLM, batch: Batch) -> dict[str, Any]:
     """Return the decoder arguments for `batch` that restrict every token to its own sample.
 
     Sets which of our functions the model calls, until the next batch: recomputation in backward must find the same one. Raises
     `ValueError` for a packed batch under another attention, which would attend across the borders.
     """
-    config: Any = llm.config
+    config = llm.config
     is_ours = config._attn_implementation in (NAME, PACKED)
     if batch.segment_lengths is None:
         if is_ours:
@@ -184,9 +185,9 @@ def decoder_options(llm: nn.Module, batch: Batch) -> dict[str, Any]:
 
 
 @contextmanager
-def masked_attention(llm: nn.Module) -> Iterator[None]:
+def masked_attention(llm: CausalLM) -> Iterator[None]:
     """Use, inside the context, an attention that applies masks and a cache, as left-padded generation needs."""
-    config: Any = llm.config
+    config = llm.config
     before = config._attn_implementation
     masked = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"  # transformers' sdpa drops a soft cap
     config._attn_implementation = masked if before in (NAME, PACKED) else before
