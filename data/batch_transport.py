@@ -116,7 +116,7 @@ def _mapped(descriptor: int, size: int) -> Tensor:
     if os.path.exists(path):
         return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
     found = torch.empty(size, dtype=torch.uint8)
-    buffer, at = memoryview(found.numpy()), 0  # type: ignore[arg-type]
+    buffer, at = found.numpy().data, 0
     while at < size:
         at += os.preadv(descriptor, [buffer[at : at + _MOST_AT_ONCE]], at)
     return found
@@ -139,7 +139,7 @@ def _write(descriptor: int, tensor: Tensor, at: int) -> None:
     flat = tensor.contiguous().reshape(-1)
     if flat.numel() < 2:  # its stride may be anything
         flat = flat.new_empty(flat.shape).copy_(flat)
-    data = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    data = flat.view(torch.uint8).numpy().data
     while data:
         written = os.pwrite(descriptor, data[:_MOST_AT_ONCE], at)
         data, at = data[written:], at + written

@@ -148,4 +148,4 @@ def _digest(path: str, starts: list[int], count: int) -> str:
 
 def _digest_of_all(path: str) -> str:
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -70,7 +70,7 @@ def savers(trained: Trained, world: World, folder: Path) -> dict[str, Callable[[
     tensors = tensors_of(trained)
     source = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
     target = torch.zeros_like(source).fill_(1)
-    data = memoryview(source.numpy()).cast("B")  # type: ignore[arg-type]
+    data = source.numpy().data.cast("B")
     checkpointer = Checkpointer(folder / "ours", 1, world)
     checkpointer.prepare(trained, CARD, NoProcessor())  # type: ignore[arg-type]
 

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from PIL import Image
@@ -130,8 +131,8 @@ def child(run: str) -> int:
         print(f"{used.ru_utime + used.ru_stime} {used.ru_maxrss / 1024}", flush=True)
         os._exit(0)
 
-    loop.train_step = first  # type: ignore[assignment]
-    return main(["--cfg", run])
+    with patch.object(loop, "train_step", first):
+        return main(["--cfg", run])
 
 
 def measure(cases: dict[str, Path], times: int) -> dict[str, Cost]:

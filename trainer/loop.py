@@ -39,12 +39,13 @@ class Loop:
 
     def __init__(self, setup: PreparedRun, first_step: int, totals: dict[str, Any] | None, progress: RunStatus) -> None:
         config, world = setup.config, setup.world
-        if setup.trained is None or setup.data.train is None or setup.data.sampler is None:
+        if setup.trained is None:
             raise ValueError("nothing to train")
         self.setup, self.first_step, self.progress = setup, first_step, progress
-        self.optimizer = setup.trained.optimizer
+        self.trained, self.optimizer = setup.trained, setup.trained.optimizer
+        dataset, _ = setup.data.training()
         place = self.place = setup.place
-        self.meter = Meter(setup.data.train.source_names, world)
+        self.meter = Meter(dataset.source_names, world)
         if totals is not None:
             self.meter.restore({key: value for key, value in totals.items() if key != "health"})
         self.log = MetricsLog(place.run_folder, place.first_step + first_step, world, place.name)
@@ -190,7 +191,7 @@ class Loop:
         before = self.log.trainer_state(first_step + done, first_step + setup.total_steps) | self.accounts.ledger()
         self.checkpointer.save(
             first_step + done,
-            setup.trained,  # type: ignore[arg-type]
+            self.trained,
             self._state(),
             setup.data.card,
             setup.data.processor,

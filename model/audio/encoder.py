@@ -126,8 +126,9 @@ class Tower(WhisperEncoder):
         lengths = shortened(lengths, 2)
         rows = rows + self.embed_positions(torch.arange(rows.shape[1], device=rows.device))
         rows = F.dropout(rows, self.dropout, self.training)
-        attends_all = lengths is None or (full_window and not self.kind.masked)
-        attended = None if attends_all else valid_mask(lengths, rows.shape[1])[:, None, None]  # type: ignore[arg-type]
+        attended = None
+        if lengths is not None and (self.kind.masked or not full_window):
+            attended = valid_mask(lengths, rows.shape[1])[:, None, None]
         for layer in self.layers:
             rows = layer(rows, attended)
         return self.layer_norm(mean_of_pairs(rows, lengths) if self.kind.pooled else rows)

@@ -151,7 +151,7 @@ def weights(card: ModelCard, model: MultimodalLM) -> dict[str, Entry]:
     Raises `ConfigError` when the tower's base lacks a norm that transformers' class needs.
     """
     found: dict[str, Entry] = {}
-    buffers: dict[str, Any] = {name: module._buffers[key] for name, module, key in kept_buffers(model)}
+    buffers = {name: module.get_buffer(key) for name, module, key in kept_buffers(model)}
     for name, value in (*model.named_parameters(), *buffers.items()):
         old, new = next((old, new) for old, new in PREFIXES if name.startswith(old))
         found[new + name.removeprefix(old)] = _entry(value, model) if name not in buffers else _kept(value)

@@ -9,15 +9,16 @@ import json
 import os
 import stat
 from collections.abc import Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 MAX_JSON_BYTES = 1 << 26
 """Upper limit of a descriptive JSON file: the longest weight indexes have a few million bytes."""
 MAX_JSON_DEPTH = 64
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BufferedReader:
     """Open a regular file for reading. Raises `OSError` for anything else: reading a pipe or a device could block forever."""
     # The open descriptor is checked, not the path: the file behind a path may be replaced in between.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,13 @@ def check_written(path: Path, chunks: Iterator[memoryview]) -> None:
             for begin in range(0, len(chunk), PIECE_BYTES):
                 expected = np.frombuffer(chunk[begin : begin + PIECE_BYTES], dtype=np.uint8)
                 found = space[: len(expected)]
-                if _fill(file, memoryview(found)) != len(expected) or not np.array_equal(found, expected):  # type: ignore[arg-type]
+                if _fill(file, found.data) != len(expected) or not np.array_equal(found, expected):
                     raise BadShard(f"{path} is read back otherwise than it was written: the disk or the memory is failing")
         if file.read(1):
             raise BadShard(f"{path} is longer than what was written")
 
 
-def _fill(file: Any, space: memoryview) -> int:
+def _fill(file: FileIO, space: memoryview) -> int:
     """Read into `space` until it is full or the file ends. Return the number of bytes read."""
     count = 0
     while count < len(space) and (got := file.readinto(space[count:])):

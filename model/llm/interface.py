@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,10 @@ class CausalLM(nn.Module):
 
     def get_output_embeddings(self) -> nn.Linear:
         """Return the head (V, D), of which `head_weight` has proven that it is a linear layer without bias."""
+        raise NotImplementedError
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write config.json and the weights into `folder`."""
         raise NotImplementedError
 
     def generate(self, *, inputs_embeds: Tensor, attention_mask: Tensor, generation_config: GenerationConfig) -> Tensor:

@@ -93,8 +93,8 @@ def quantise(llm: CausalLM, config: QuantizeConfig) -> None:
         )
     for path, linear in matrices(llm):
         parent, _, name = path.rpartition(".")
-        kind = QuantLoraLinear if isinstance(linear, LoraLinear) else QuantLinear
-        setattr(llm.get_submodule(parent), name, kind(linear, config))  # type: ignore[arg-type]
+        packed = QuantLoraLinear(linear, config) if isinstance(linear, LoraLinear) else QuantLinear(linear, config)
+        setattr(llm.get_submodule(parent), name, packed)
 
 
 def matrices(llm: CausalLM) -> list[tuple[str, nn.Linear]]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from model.errors import ConfigError
 from model.files.tensor_files import LazyTensor, Tensors
@@ -32,19 +33,19 @@ class TowerFamily:
     renamed: Callable[[Tensors], Tensors] | None = None  # renames tensors of files to the names of transformers' class
 
 
-def remove_unused_layers(tower: nn.Module) -> nn.Module:
+def remove_unused_layers(tower: PreTrainedModel) -> nn.Module:
     """Remove what the last block's output does not need, so that the loss reaches every remaining parameter."""
-    for path, replacement in TOWERS[tower.config.model_type].behind.items():  # type: ignore[union-attr, index]
+    for path, replacement in TOWERS[tower.config.model_type].behind.items():
         owner, _, name = path.rpartition(".")
         if getattr(tower.get_submodule(owner), name, None) is not None:
             setattr(tower.get_submodule(owner), name, replacement())
     if hasattr(tower, "use_head"):
-        tower.use_head = False  # type: ignore[assignment]
+        tower.use_head = False
     tower.register_forward_hook(_rows_alone)
     return tower
 
 
-def _rows_alone(tower: nn.Module, args: object, output: Any) -> Any:
+def _rows_alone(tower: nn.Module, args: object, output: BaseModelOutputWithPooling) -> BaseModelOutputWithPooling:
     """Drop the pooled row, which is a view: FSDP2, whose own hook comes later, does not allow views among a module's outputs."""
     return type(output)(last_hidden_state=output.last_hidden_state)
 

@@ -94,7 +94,7 @@ def _adapters(folder: Path) -> list[Path]:
 
 def integers(module: nn.Module) -> set[str]:
     """Return kept buffers that hold integers by their nature, as a router's table of experts by token."""
-    return {name for name, owner, key in kept_buffers(module) if not owner._buffers[key].is_floating_point()}  # type: ignore[union-attr]
+    return {name for name, owner, key in kept_buffers(module) if not owner.get_buffer(key).is_floating_point()}
 
 
 def file_names(module: nn.Module) -> dict[str, int]:

@@ -58,9 +58,9 @@ def _features(card: ModelCard) -> dict[str, Any]:
 
 def _same_layer(one: ModelCard, other: ModelCard) -> bool:
     """Tell whether two cards read the same layer: layers may be counted from either end."""
-    config: Any = hugging_face_config("model.vision.path", one.hugging_face["vision"])
-    first, second = (num_blocks(card.model.vision.layer, config.num_hidden_layers) for card in (one, other))  # type: ignore[union-attr]
-    return first == second
+    config = hugging_face_config("model.vision.path", one.hugging_face["vision"])
+    layers = {card.model.vision.layer for card in (one, other) if card.model.vision is not None}
+    return len({num_blocks(layer, config.num_hidden_layers) for layer in layers}) == 1
 
 
 LORA_SHAPE = ("rank", "alpha", "rslora", "targets")

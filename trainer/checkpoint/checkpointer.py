@@ -138,9 +138,9 @@ class Checkpointer:
             plan = plan_shard(shard)
             chunks: Chunks = partial(tensor_chunks, plan, shard)
         else:
-            staging: Staging = self.staging  # type: ignore[assignment]
-            staging.ready()
-            plan, chunks = shard, staging.chunks
+            assert self.staging is not None  # a plan alone comes from a staged copy
+            self.staging.ready()
+            plan, chunks = shard, self.staging.chunks
 
         def counted() -> Iterator[tuple[torch.dtype, memoryview]]:
             for chunk in chunks():

@@ -145,11 +145,12 @@ class Health:
 
     def _samples(self, step: int) -> list[int]:
         """Return the samples of a step, over all ranks."""
-        return [int(i) for i in self.setup.data.sampler.step(step)]  # type: ignore[union-attr]
+        _, sampler = self.setup.data.training()
+        return [int(i) for i in sampler.step(step)]
 
     def _records(self, samples: list[int]) -> list[str]:
         """Return `file:line id` of the first NUM_NAMED samples, in their order; [] except on rank 0, which writes the rows."""
-        dataset: MultimodalDataset = self.setup.data.train  # type: ignore[assignment]
+        dataset, _ = self.setup.data.training()
         return [_record(dataset, i) for i in samples[:NUM_NAMED]] if self.world.is_main else []
 
     def _write(self, row: dict[str, Any], text: str) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.order.sampler import Sampler
 from model.batch import Batch
 from model.errors import ConfigError
 from trainer.distributed.parallelize import gradient_sync
@@ -31,7 +30,8 @@ def rehearse(setup: PreparedRun, first_step: int) -> str:
     Raises ConfigError, which names what would fit, when memory runs out or the optimizer's moments would not fit beside.
     """
     world, heaviest = setup.world, find_heaviest_batch(setup, first_step)
-    samples = read_batch_samples(setup.data.train, heaviest.ids, setup.batch_plan.is_packed)  # type: ignore[arg-type]
+    train, _ = setup.data.training()
+    samples = read_batch_samples(train, heaviest.ids, setup.batch_plan.is_packed)
     heavy = MemoryScenario(setup.config, setup.data.card, world.size, samples, heaviest.num_micro_batches)
     batch = heavy.batch()
     reset_peak(world.device)
@@ -44,10 +44,10 @@ def rehearse(setup: PreparedRun, first_step: int) -> str:
 
 def find_heaviest_batch(setup: PreparedRun, first_step: int) -> Heaviest:
     """Find the heaviest micro-batch of the epoch that `first_step` is in. The result is the same on every rank."""
-    config, train, plan = setup.config, setup.data.train, setup.batch_plan
-    sampler: Sampler = setup.data.sampler  # type: ignore[assignment]
-    media = media_memory(setup.model, train, config.parallel.activation_checkpointing != "none")  # type: ignore[arg-type]
-    costs = sample_costs(setup.model, config.model, train) if plan.is_packed else None  # type: ignore[arg-type]
+    config, plan = setup.config, setup.batch_plan
+    train, sampler = setup.data.training()
+    media = media_memory(setup.model, train, config.parallel.activation_checkpointing != "none")
+    costs = sample_costs(setup.model, config.model, train) if plan.is_packed else None
     return find_heaviest(sampler, plan, media, costs, first_step, setup.total_steps)
 
 

@@ -47,11 +47,12 @@ def read_curriculum(tables: dict[str, Any], filled: Callable[[RunConfig], RunCon
         _read(draft, base, earlier, filled)
         earlier.append(draft)
     problems += _all_problems(drafts)
-    if problems or any(draft.config is None for draft in drafts):
+    configs = [draft.config for draft in drafts if draft.config is not None]
+    if problems or len(configs) < len(drafts):
         return None, problems
-    configs = [to_tables(draft.config) for draft in drafts]
-    stages = tuple(StageConfig(draft.name, difference(configs[0], config)) for draft, config in zip(drafts, configs))
-    return replace(drafts[0].config, stage=stages), []  # type: ignore[type-var]
+    whole = [to_tables(config) for config in configs]
+    stages = tuple(StageConfig(draft.name, difference(whole[0], own)) for draft, own in zip(drafts, whole))
+    return replace(configs[0], stage=stages), []
 
 
 def _drafts(stages: Any) -> tuple[list[Draft], list[str]]:

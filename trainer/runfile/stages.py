@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +116,11 @@ def check_stages(places: list[Stage]) -> None:
     problems = []
     for place in places if len(places) > 1 else ():
         data = place.config.data
-        checks = [lambda source=source: source_files(source) for source in (*data.sources, *data.validation)]
-        for check in (lambda place=place: media_specs(place.config.model), *checks):
+        checks: list[Callable[[], object]] = [partial(media_specs, place.config.model)]
+        checks += [partial(source_files, source) for source in (*data.sources, *data.validation)]
+        for check in checks:
             try:
-                check()  # type: ignore[operator]
+                check()
             except ConfigError as error:
                 problems.append(f"\n  - stage {place.name}: {error}")
     if problems:
