@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,6 +25,7 @@ from data.index.record_index import RecordIndex
 from data.loader import prepare_worker
 from data.order.sampler import Sampler
 from data.records.record import parse
+from model.files.untrusted import Json
 from model.media_spec import ImageSpec
 
 SPEC = ImageSpec(336, 14, 1, "patch", "shortest_edge", (0.5,) * 3, (0.5,) * 3)
@@ -49,7 +49,7 @@ def make_file(path: Path, num_records: int) -> None:
         file.write("\n]\n")
 
 
-def _record(draw: random.Random) -> dict[str, Any]:
+def _record(draw: random.Random) -> Json:
     has_image = draw.random() < 0.94
     turns = []
     for k in range(draw.choice((1, 1, 2, 3, 4, 5))):

@@ -13,7 +13,6 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import logging
 
 from model.errors import ConfigError
+from model.files.untrusted import Json
 from tools.cli import run_command
 from tools.demos.omni_media import DIRECTIONS, digit_picture, melody, moving, noise, wav
 from tools.demos.omni_runs import OMNI_RUN
@@ -123,9 +123,9 @@ def write_omni_data(folder: Path) -> None:
             (folder / f"{name}_{split}.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 
-def write_record(folder: Path, name: str, split: str, i: int, example: Example) -> dict[str, Any]:
+def write_record(folder: Path, name: str, split: str, i: int, example: Example) -> Json:
     kind, value = KINDS[name], {"from": "human", "value": example.asked}
-    record: dict[str, Any] = {"id": f"{name}-{split}-{i:04d}", "conversations": [value, {"from": "gpt", "value": example.answer}]}
+    record: Json = {"id": f"{name}-{split}-{i:04d}", "conversations": [value, {"from": "gpt", "value": example.answer}]}
     if kind.medium:
         place = f"{name}/{split}/{i:04d}.{kind.ending}"
         (folder / "media" / place).write_bytes(example.media)

@@ -11,7 +11,6 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from data.config import SourceConfig
 from data.dataset import MultimodalDataset
 from data.index.record_index import source_files
 from data.index.sidecar import read_arrays, safe_name, text_array, write_arrays
+from model.files.untrusted import Json
 from model.media_spec import spec_to_json
 
 FROZEN = "planned_lengths.npz"
@@ -43,7 +43,7 @@ def source_identities(dataset: MultimodalDataset) -> list[str]:
     That is its files, the template, the tokenizer and the settings.
     """
     template, config = dataset.template, dataset.config
-    shared: dict[str, Any] = {
+    shared: Json = {
         "version": _VERSION,
         "template": [template.name, template.source, template.placeholders, template.media_wrap, template.allowed, template.lead],
         "tokenizer": hashlib.sha256(template.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
@@ -53,7 +53,7 @@ def source_identities(dataset: MultimodalDataset) -> list[str]:
     return [_digest(shared | _of_source(source)) for source in dataset.sources]
 
 
-def _of_source(source: SourceConfig) -> dict[str, Any]:
+def _of_source(source: SourceConfig) -> Json:
     files = [(str(path), path.stat()) for path in source_files(source)]
     return {
         "files": [(path, stat.st_size, stat.st_mtime_ns) for path, stat in files],
@@ -61,7 +61,7 @@ def _of_source(source: SourceConfig) -> dict[str, Any]:
     }
 
 
-def _digest(said: dict[str, Any]) -> str:
+def _digest(said: Json) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from model.files.untrusted import Json
+
 
 def as_list(value: Any) -> list[Any]:
     """Return a column's value as a list: [] for None, and one item for a value that is no list."""
@@ -17,7 +19,7 @@ def present_media(value: Any) -> list[Any]:
     ]
 
 
-def _is_empty(item: dict[str, Any]) -> bool:
+def _is_empty(item: Json) -> bool:
     return item["bytes"] is None and not item.get("path")
 
 

@@ -23,6 +23,7 @@ from data.index.table import KINDS, Table
 from data.media.blob import Blob, MediaError
 from data.records.media_refs import MediaRef
 from model.errors import ConfigError, DataError
+from model.files.untrusted import Json
 
 _MEDIA_COLUMNS = tuple(key for kind in KINDS for key in (kind, f"{kind}s"))
 _TURN_COLUMNS = ("conversations", "messages")
@@ -76,7 +77,7 @@ class ParquetRows:
             self._cached_media[column] = i, {name: content for name, content in reversed(named) if isinstance(name, str)}
         return self._cached_media[column][1]
 
-    def _row(self, i: int, column: str) -> dict[str, Any]:
+    def _row(self, i: int, column: str) -> Json:
         file, group, row = self._table.file_of(i), int(self._table.start[i]), int(self._table.stop[i])
         wanted = (os.getpid(), file, group)  # a file opened before a fork is not used after it
         if self._cached_groups.get(column, (None, None))[0] != wanted:
@@ -121,7 +122,7 @@ def scan_parquet(path: Path, advance: Advance) -> Table:
     )
 
 
-def _values(rows: Any, k: int) -> dict[str, Any]:
+def _values(rows: Any, k: int) -> Json:
     """Return row k of a table; {} if the table has no such row. Raises `RowError` for a damaged row."""
     try:
         return next(iter(rows.slice(k, 1).to_pylist()), {})
@@ -129,12 +130,12 @@ def _values(rows: Any, k: int) -> dict[str, Any]:
         raise RowError(f"cannot be decoded: {error}") from None
 
 
-def _all_values(rows: Any) -> list[dict[str, Any]]:
+def _all_values(rows: Any) -> list[Json]:
     """Return every row of a table; {} for damaged rows."""
     try:
         return rows.to_pylist()
     except _damage():
-        found: list[dict[str, Any]] = []
+        found: list[Json] = []
         for k in range(rows.num_rows):
             try:
                 found.append(_values(rows, k))
@@ -208,7 +209,7 @@ def _columns_without_bytes(opened: Any) -> list[str]:
     return found
 
 
-def _record(row: dict[str, Any]) -> dict[str, Any]:
+def _record(row: Json) -> Json:
     """Return a row as the JSON of a record: media by name, turns decoded, nulls left out. Raises `RowError`."""
     found = {key: value for key, value in row.items() if value is not None}
     for column in _MEDIA_COLUMNS:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from data.index.sidecar import open_atomically
-from model.files.untrusted import open_regular, parse_json
+from model.files.untrusted import Json, open_regular, parse_json
 from model.media_spec import PLACEHOLDERS
 
 KINDS = tuple(PLACEHOLDERS)
@@ -125,7 +125,7 @@ def read_table_header(sidecar: Path, *, all_bytes: bool = False) -> list[list[An
 _LONGEST_HEADER = 1 << 26
 
 
-def _sizes(header: dict[str, Any]) -> list[int]:
+def _sizes(header: Json) -> list[int]:
     """Return the bytes of each column.
 
     Raises an error that `read_table_header` catches unless the columns are those of a table and their lengths agree.

@@ -7,6 +7,7 @@ from typing import Any
 
 from data.records.fields import FieldError, is_absent, kind_of, local_path
 from data.records.media_refs import MediaRef
+from model.files.untrusted import Json
 from model.media_spec import PLACEHOLDERS
 
 _PARTS = {
@@ -29,7 +30,7 @@ def kind_of_part(part: Any) -> str | None:
 class Parts:
     """Reader of the content parts of one record; media whose paths stand inside the parts are collected in `media`."""
 
-    def __init__(self, raw: dict[str, Any]) -> None:
+    def __init__(self, raw: Json) -> None:
         """Prepare to read the parts of the record `raw`: parts of media that the record's own keys name need no path."""
         self.media: list[MediaRef] = []
         self._named = {kind for kind in PLACEHOLDERS if not (is_absent(raw.get(kind)) and is_absent(raw.get(f"{kind}s")))}
@@ -84,7 +85,7 @@ def _readable(kind: str) -> str:
     )
 
 
-def _check_keys(box: dict[str, Any], known: tuple[str, ...], field: str) -> None:
+def _check_keys(box: Json, known: tuple[str, ...], field: str) -> None:
     """Raise `FieldError` for a key that has a value and that is not read."""
     for key, value in box.items():
         if key not in known and not is_absent(value):

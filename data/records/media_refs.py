@@ -11,6 +11,7 @@ from typing import Any
 from data.limits import MAX_MEDIA
 from data.records.fields import FieldError, kind_of, local_path
 from model.batch import IGNORE_INDEX
+from model.files.untrusted import Json
 from model.media_spec import PLACEHOLDERS, READ_BY
 
 _KEYS = {kind: (kind, f"{kind}s") for kind in PLACEHOLDERS}
@@ -33,7 +34,7 @@ class MediaRef:
         return READ_BY[self.kind]
 
 
-def media_by_kind(raw: dict[str, Any], inline: list[MediaRef]) -> dict[str, list[MediaRef]]:
+def media_by_kind(raw: Json, inline: list[MediaRef]) -> dict[str, list[MediaRef]]:
     """Return the media of each kind in the order in which the record lists them; `inline` are the media of its content parts.
 
     `set` is the folder of pictures and videos, `video_range` the seconds that are watched, `audio_state` a class per clip. Raises
@@ -57,7 +58,7 @@ def media_by_kind(raw: dict[str, Any], inline: list[MediaRef]) -> dict[str, list
     }
 
 
-def _named(raw: dict[str, Any], kind: str) -> list[MediaRef]:
+def _named(raw: Json, kind: str) -> list[MediaRef]:
     """Return the media of one kind that the record's own keys name. Raises `FieldError`."""
     keys = [key for key in _KEYS[kind] if raw.get(key) is not None]
     if len(keys) > 1:

@@ -11,6 +11,7 @@ from data.records.record_keys import check_record_keys, with_system
 from data.records.tool_calls import read_tools
 from data.records.turns import Turn, check_order, check_words, in_reading_order, leading_answer, place_unplaced, read_turns
 from model.errors import DataError
+from model.files.untrusted import Json
 from model.media_spec import PLACEHOLDERS
 
 __all__ = ["MediaRef", "Record", "RecordError", "Turn", "parse"]
@@ -27,7 +28,7 @@ class Record:
     num_dropped_turns: int = 0
     negative_turn: int | None = None  # the turn that replies to sound that was not meant for the model (VITA `inserted_id`)
     interrupted: bool = False  # the last answer was cut off: its end token is not learned (VITA `end_tag` false)
-    tools: tuple[dict[str, Any], ...] = ()  # definitions for the template of what the assistant may call
+    tools: tuple[Json, ...] = ()  # definitions for the template of what the assistant may call
 
     @property
     def num_unlearned(self) -> int:
@@ -76,7 +77,7 @@ def parse(raw: Any, where: str, name: str = "", *, needs_answer: bool = True) ->
     return Record(name, kept, ordered, where, len(turns) - len(kept), negative_turn, interrupted, tools)
 
 
-def _id(raw: dict[str, Any], default: str) -> str:
+def _id(raw: Json, default: str) -> str:
     value = raw.get("id")
     if value is None:
         return default

@@ -10,6 +10,7 @@ from typing import Any
 from data.records.fields import FieldError, is_absent, kind_of
 from data.records.turn_keys import LEARN_KEYS
 from data.records.turns import Turn, check_text
+from model.files.untrusted import Json
 
 _PREFERENCES = ("chosen", "rejected", "chosen_response", "rejected_response", "rejected_messages", "rejected_images", "kto_tag")
 _REFUSED = {
@@ -29,7 +30,7 @@ _CUTS = ("start", "end", "video_start", "video_end")
 """Seconds of a video that are watched, as VideoChat and Qwen write them beside it."""
 
 
-def with_system(raw: dict[str, Any], turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+def with_system(raw: Json, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     """Return the turns, behind the record's `system` if it has one. Raises `FieldError` if a system turn says something else."""
     text = raw.get("system")
     if text is None or text == "":
@@ -44,7 +45,7 @@ def with_system(raw: dict[str, Any], turns: tuple[Turn, ...]) -> tuple[Turn, ...
     return turns
 
 
-def check_record_keys(raw: dict[str, Any], turns: tuple[Turn, ...]) -> None:
+def check_record_keys(raw: Json, turns: tuple[Turn, ...]) -> None:
     """Raise `FieldError` for a key that another trainer would act on and that is not read here."""
     for key, value in raw.items():
         if is_absent(value):
@@ -68,7 +69,7 @@ def _unlearned(key: str, value: Any) -> bool:
     return value is False or (key == "weight" and not isinstance(value, bool) and value == 0)
 
 
-def _is_whole_video(raw: dict[str, Any]) -> bool:
+def _is_whole_video(raw: Json) -> bool:
     return not (is_absent(raw.get("video")) and is_absent(raw.get("videos"))) and is_absent(raw.get("video_range"))
 
 

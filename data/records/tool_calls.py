@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from data.records.fields import FieldError, is_absent, kind_of
-from model.files.untrusted import parse_json
+from model.files.untrusted import Json, parse_json
 
 _CALL_KEYS = ("id", "type", "function", "index")
 _FUNCTION_KEYS = ("name", "arguments")
 
 
-def read_tools(raw: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+def read_tools(raw: Json) -> tuple[Json, ...]:
     """Read the definitions of the tools that a record offers; () if it offers none. Raises `FieldError`."""
     given = [key for key in ("tools", "functions") if not is_absent(raw.get(key))]
     if len(given) > 1:
@@ -23,14 +23,14 @@ def read_tools(raw: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     return tuple(tool for key in given for tool in _definitions(raw[key], key))
 
 
-def _definitions(value: Any, field: str) -> list[dict[str, Any]]:
+def _definitions(value: Any, field: str) -> list[Json]:
     value = _parsed(value, field)
     if not isinstance(value, list):
         raise FieldError(field, f"is {kind_of(value)}, not a list of tools")
     return [_definition(tool, f"{field}[{i}]") for i, tool in enumerate(value)]
 
 
-def _definition(tool: Any, field: str) -> dict[str, Any]:
+def _definition(tool: Any, field: str) -> Json:
     """Return one tool as {"type": "function", "function": {"name", "description", "parameters"}}. Raises `FieldError`."""
     tool = _parsed(tool, field)
     if not isinstance(tool, dict):
@@ -46,7 +46,7 @@ def _definition(tool: Any, field: str) -> dict[str, Any]:
     return {"type": "function", **tool}
 
 
-def read_calls(value: Any, field: str) -> list[dict[str, Any]]:
+def read_calls(value: Any, field: str) -> list[Json]:
     """Read the calls of one turn. Their arguments are objects, parsed where they are strings. Raises `FieldError`."""
     value = _parsed(value, field)
     if isinstance(value, dict):
@@ -56,7 +56,7 @@ def read_calls(value: Any, field: str) -> list[dict[str, Any]]:
     return [_call(call, f"{field}[{i}]") for i, call in enumerate(value)]
 
 
-def _call(call: Any, field: str) -> dict[str, Any]:
+def _call(call: Any, field: str) -> Json:
     call = _parsed(call, field)
     if not isinstance(call, dict):
         raise FieldError(field, f"is {kind_of(call)}, not an object")
@@ -77,7 +77,7 @@ def _call(call: Any, field: str) -> dict[str, Any]:
     return {"type": "function", **({} if id is None else {"id": id}), "function": {"name": name, "arguments": arguments}}
 
 
-def _arguments(value: Any, field: str) -> dict[str, Any]:
+def _arguments(value: Any, field: str) -> Json:
     value = _parsed(value, field)
     if not isinstance(value, dict):
         raise FieldError(field, f"is {kind_of(value)}, not an object, nor the JSON of one; without arguments it is {{}}")
@@ -100,6 +100,6 @@ def _check_name(value: Any, field: str) -> str:
     return value
 
 
-def _check_keys(box: dict[str, Any], known: tuple[str, ...], field: str) -> None:
+def _check_keys(box: Json, known: tuple[str, ...], field: str) -> None:
     if key := next((key for key in box if key not in known and not is_absent(box[key])), None):
         raise FieldError(f"{field}.{key}", f"is no key that is read here; there are {', '.join(known)}")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data.records.turns import MARKS
+from model.files.untrusted import Json
 
 OPEN, CLOSE = MARKS
 CONTENT, REASONING, CALL, TOOLS = "content", "reasoning", "tool_calls", "tools"
@@ -57,7 +58,7 @@ class Marker:
     tags: re.Pattern[str]
     pieces: list[MarkedPiece] = field(default_factory=list)
 
-    def message(self, turn: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    def message(self, turn: int, message: Mapping[str, Any]) -> Json:
         """Return the message with marks in its content, its reasoning and its calls."""
         marked = dict(message)
         for key, value in message.items():

@@ -14,6 +14,7 @@ from torch import Tensor
 from model.card import ModelCard
 from model.errors import ConfigError
 from model.files.tensor_files import SHARD_BYTES, Entry, dump_json, in_memory, split_by_size, write_safetensors
+from model.files.untrusted import Json
 from model.llm.causal_lm import blocks, build_llm, head_weight
 from model.media_spec import ImageSpec, MediaMeta, image_spec, num_tokens
 from model.multimodal import MultimodalLM
@@ -76,7 +77,7 @@ def strategy(spec: ImageSpec) -> str:
     return "default" if spec.select == "patch" and spec.num_prefix else "full"
 
 
-def model_config(card: ModelCard, model: MultimodalLM, image_id: int) -> dict[str, Any]:
+def model_config(card: ModelCard, model: MultimodalLM, image_id: int) -> Json:
     """Return the contents of config.json. `image_id`: token id of the image placeholder."""
     spec, vision = image_spec(card.specs), dict(card.hugging_face["vision"])
     vision["image_size"] = spec.size
@@ -111,7 +112,7 @@ def model_config(card: ModelCard, model: MultimodalLM, image_id: int) -> dict[st
     }
 
 
-def image_config(spec: ImageSpec, fit: str) -> dict[str, Any]:
+def image_config(spec: ImageSpec, fit: str) -> Json:
     """Return preprocessor_config.json, which gives the same pixels as ours. `fit`: pad | square."""
     square = {"height": spec.size, "width": spec.size}
     crops = spec.resize == "shortest_edge" or fit == "pad"
@@ -131,7 +132,7 @@ def image_config(spec: ImageSpec, fit: str) -> dict[str, Any]:
     }
 
 
-def processor_files(spec: ImageSpec, fit: str, placeholder: str) -> dict[str, Any]:
+def processor_files(spec: ImageSpec, fit: str, placeholder: str) -> Json:
     """Return the JSON files that AutoProcessor reads: the nested one of current versions and the flat one of older versions."""
     image = image_config(spec, fit)
     processor = {

@@ -13,6 +13,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+Json = dict[str, Any]
+"""A JSON object whose keys others choose: config.json, a record, a row of a file. Objects with fixed keys are TypedDicts."""
 MAX_JSON_BYTES = 1 << 26
 """Upper limit of a descriptive JSON file: the longest weight indexes have a few million bytes."""
 MAX_JSON_DEPTH = 64

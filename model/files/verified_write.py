@@ -7,9 +7,10 @@ import os
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+
+from model.files.manifest import FileFacts
 
 PIECE_BYTES = 4 << 20
 """Bytes per write. A writer beside a training thread holds the interpreter's lock only between two writes."""
@@ -23,7 +24,7 @@ class BadShard(Exception):
     """Data to be saved is not finite, or the bytes on disk differ from it; the message names the tensor or the file."""
 
 
-def write_synced(path: Path, chunks: Iterator[memoryview]) -> dict[str, Any]:
+def write_synced(path: Path, chunks: Iterator[memoryview]) -> FileFacts:
     """Write `chunks` to a file and sync it to disk. Return its size and the sha256 of the bytes as they were passed in."""
     digest, size, synced = hashlib.sha256(), 0, 0
     with path.open("wb") as out:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelF
 from model.config import OUR_ATTENTION, LlmConfig
 from model.errors import ConfigError
 from model.files.hub import hugging_face_config, read_json
+from model.files.untrusted import Json
 from model.llm import attention
 from model.llm.interface import CausalLM
 from model.logit_scaling import logit_change
@@ -41,14 +42,14 @@ class VocabularyLayout:
         return base_rows if self.size <= base_rows else -(-self.size // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
-def llm_config(config: LlmConfig, cache_dir: str = "") -> dict[str, Any]:
+def llm_config(config: LlmConfig, cache_dir: str = "") -> Json:
     """Read config.json of the language model. Raises `ConfigError` when the folder is known to hold another kind of model."""
     value = read_json("model.llm.path", config.path, "config.json", cache_dir)
     check_language_model(config.path, value)
     return value
 
 
-def check_language_model(path: str, value: dict[str, Any]) -> None:
+def check_language_model(path: str, value: Json) -> None:
     """Refuse a folder of a vision or audio model, which has no vocabulary.
 
     Without this check, an error about a missing tokenizer or head would come first.
@@ -73,7 +74,7 @@ def check_language_model(path: str, value: dict[str, Any]) -> None:
     )
 
 
-def build_llm(value: dict[str, Any], attention_name: str, vocabulary: VocabularyLayout) -> CausalLM:
+def build_llm(value: Json, attention_name: str, vocabulary: VocabularyLayout) -> CausalLM:
     """Build the model of config.json `value`, with room for `vocabulary`. The caller's context decides what the weights are.
 
     Its attribute `logit_change` is what the model does with its head's products (model.logit_scaling).
@@ -110,7 +111,7 @@ def check_supported(config: PretrainedConfig, attention_name: str) -> None:
     check_attention(config, attention_name)
 
 
-def check_positions(value: dict[str, Any], max_length: int) -> None:
+def check_positions(value: Json, max_length: int) -> None:
     """Refuse a `max_length` beyond the table of positions, or beyond the length from which the rotary angles of a sample depend on
     the longest sample of its micro-batch.
 
@@ -134,7 +135,7 @@ def check_positions(value: dict[str, Any], max_length: int) -> None:
             )
 
 
-def positions_note(value: dict[str, Any], max_length: int) -> str:
+def positions_note(value: Json, max_length: int) -> str:
     """Return one line of warning when samples may be longer than the language model was trained for, else "".
 
     `value`: config.json of the language model.
@@ -158,7 +159,7 @@ def num_positions(config: PretrainedConfig) -> int:
     return max([getattr(config, "max_position_embeddings", None) or 0, *stretched])
 
 
-def ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
+def ropes(config: PretrainedConfig) -> list[Json]:
     """Return the settings of each kind of rotary positions of a model; [] for a table of positions or for no positions."""
     found = getattr(config, "rope_parameters", None) or {}
     return [found] if "rope_type" in found else [rope for rope in found.values() if isinstance(rope, dict)]

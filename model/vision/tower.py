@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
@@ -13,6 +11,7 @@ from model.encoder import Encoder
 from model.errors import ConfigError
 from model.files.hub import find_file, hugging_face_config, read_json
 from model.files.quantised_base import check_settings
+from model.files.untrusted import Json
 from model.media_spec import ImageSpec
 from model.vision.multi_scale import merge_scales, scale_tiles
 from model.vision.tower_kinds import TOWERS, num_prefix, remove_unused_layers, square_side, transformers_config
@@ -29,7 +28,7 @@ RESIZE = {
 """Resize mode by image processor class, without `Fast` or `Pil`; `shortest_edge` resizes to the side of the processor's crop."""
 
 
-def vision_config(config: VisionConfig, cache_dir: str = "") -> dict[str, Any]:
+def vision_config(config: VisionConfig, cache_dir: str = "") -> Json:
     """Read config.json of the tower in the form of transformers' class; folders of larger models nest it in their own."""
     whole = read_json(SETTING, config.path, "config.json", cache_dir)
     check_settings(SETTING, config.path, whole)
@@ -82,7 +81,7 @@ def view_sizes(config: VisionConfig, value: PretrainedConfig) -> tuple[int, ...]
     return sizes
 
 
-def image_processor_config(path: str, cache_dir: str) -> dict[str, Any]:
+def image_processor_config(path: str, cache_dir: str) -> Json:
     """Read the image processor's settings: preprocessor_config.json, or nested in processor_config.json as in newer folders."""
     if find_file(SETTING, path, "preprocessor_config.json", cache_dir):
         found = read_json(SETTING, path, "preprocessor_config.json", cache_dir)
@@ -107,7 +106,7 @@ class VisionTower(Encoder):
     With `scales`, S is the largest of them, C is the tower's width times the number of sizes, and L the number of rows of one view.
     """
 
-    def __init__(self, value: dict[str, Any], config: VisionConfig) -> None:
+    def __init__(self, value: Json, config: VisionConfig) -> None:
         super().__init__()
         found = hugging_face_config(SETTING, value)
         self.sizes = view_sizes(config, found)

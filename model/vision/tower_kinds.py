@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -12,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from model.errors import ConfigError
 from model.files.tensor_files import LazyTensor, Tensors
+from model.files.untrusted import Json
 
 PREFIXES = (
     *("", "vision_model.", "vision_tower.vision_model.", "model.vision_tower.vision_model."),
@@ -83,7 +83,7 @@ def tower_tensors_in_files(setting: str, tensors: Tensors, wanted: list[str], ki
     return best, found[best]
 
 
-def transformers_config(setting: str, value: dict[str, Any]) -> dict[str, Any]:
+def transformers_config(setting: str, value: Json) -> Json:
     """Return config.json of a tower in the form of transformers' class. Raises `ConfigError` for an unsupported model_type."""
     kind = value["model_type"]
     if kind in REFUSED:
@@ -93,7 +93,7 @@ def transformers_config(setting: str, value: dict[str, Any]) -> dict[str, Any]:
     return intern_vit_config(value) if kind == ORIGINAL_INTERN_VIT else value
 
 
-def intern_vit_config(value: dict[str, Any]) -> dict[str, Any]:
+def intern_vit_config(value: Json) -> Json:
     """Convert config.json of an InternViT, as OpenGVLab published it, to that of transformers' class.
 
     The class has no stochastic depth, so `drop_path_rate` is left out.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from data.config import SourceConfig
 from data.dataset import MultimodalDataset
 from data.order.mixing import Pool
 from model.errors import ConfigError
+from model.files.untrusted import Json
 from model.media_spec import PLACEHOLDERS
 from tools.inspector.entry import InspectorEntry, entry_of
 from trainer.config import RunConfig
@@ -60,7 +60,7 @@ class Opened:
     place: Stage
     datasets: dict[str, MultimodalDataset]  # by the table of run.toml that names them
     pools: dict[str, tuple[Pool, ...]]  # by table: the records of each source that the run uses
-    quarantined: dict[str, dict[int, dict[str, Any]]]  # rows of quarantine.jsonl by table and sample
+    quarantined: dict[str, dict[int, Json]]  # rows of quarantine.jsonl by table and sample
     lengths_kind: str  # exact | estimated
 
     @property

@@ -9,7 +9,7 @@ import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from data.records.record import MediaRef, Record, RecordError
 from data.sample import Sample, SampleMedia
 from data.text.template import Encoded, Template
 from model.batch import IGNORE_INDEX
+from model.files.untrusted import Json
 from model.media_spec import AudioSpec, MediaSpec
 from tools.inspector.tokens import Piece, token_pieces
 
@@ -89,7 +90,7 @@ class InspectorEntry:
         return [piece for piece in self.pieces if isinstance(piece, Box)]
 
 
-def entry_of(dataset: MultimodalDataset, i: int, quarantined: dict[int, dict[str, Any]]) -> InspectorEntry:
+def entry_of(dataset: MultimodalDataset, i: int, quarantined: dict[int, Json]) -> InspectorEntry:
     """Return the entry of sample `i`; `quarantined` are the rows of the run's quarantine.jsonl by sample."""
     item, planned = dataset[i], int(dataset.lengths[i])
     row = quarantined.get(i)
@@ -116,9 +117,7 @@ def entry_of(dataset: MultimodalDataset, i: int, quarantined: dict[int, dict[str
     )
 
 
-def _rejected(
-    dataset: MultimodalDataset, i: int, planned: int, item: Sample | Rejected, row: dict[str, Any] | None
-) -> InspectorEntry:
+def _rejected(dataset: MultimodalDataset, i: int, planned: int, item: Sample | Rejected, row: Json | None) -> InspectorEntry:
     _, index, number = dataset.place(i)
     try:
         record: Record | None = dataset.record(i)

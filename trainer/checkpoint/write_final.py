@@ -18,6 +18,7 @@ from data.processor import Processor
 from model.card import ModelCard, write_card
 from model.files.proof import proof_entry
 from model.files.tensor_files import Entry, dump_json, tensor_digests, write_safetensors
+from model.files.untrusted import Json
 from model.load import card_without_init_from, check_loadable
 from model.multimodal import MultimodalLM
 from trainer.checkpoint.final_files import final_files
@@ -179,7 +180,7 @@ def prove(folder: Path, digests: dict[str, dict[str, str]]) -> None:
             raise ProofError(f"{folder / name}: {len(wrong)} tensors differ from the trained ones: {wrong[:3]}")
     check_loadable(folder)
     files = {name: {**proof_entry(folder / name), "tensors": len(tensors)} for name, tensors in digests.items()}
-    proof: dict[str, Any] = {"files": files, "compared": "every tensor's bytes, after reopening, with the live weights"}
+    proof: Json = {"files": files, "compared": "every tensor's bytes, after reopening, with the live weights"}
     (folder / "proof.json").write_text(dump_json(proof))
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import socket
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from model.batch import Batch
 from model.errors import ConfigError
+from model.files.untrusted import Json
 from trainer.distributed.parallelize import gradient_sync
 from trainer.machine.memory_info import Usage, reset_peak, usage
 from trainer.memory.advice import MemoryScenario, advice
@@ -101,7 +101,7 @@ def _out_of_memory_message(setup: PreparedRun, heavy: MemoryScenario, before: Us
     )
 
 
-def _verdict(setup: PreparedRun, heavy: MemoryScenario, ranks: list[dict[str, Any]]) -> str:
+def _verdict(setup: PreparedRun, heavy: MemoryScenario, ranks: list[Json]) -> str:
     """Return the line to print. Raises the same ConfigError on all ranks when one of them has negative headroom."""
     left = [_headroom(row, ranks, setup.world.device) for row in ranks]
     worst = min(range(len(ranks)), key=left.__getitem__)
@@ -122,7 +122,7 @@ def moments_to_come(setup: PreparedRun) -> int:
     return sum((p.to_local() if hasattr(p, "to_local") else p).numel() * 2 * MASTER for p in new)
 
 
-def _headroom(row: dict[str, Any], ranks: list[dict[str, Any]], device: torch.device) -> int:
+def _headroom(row: Json, ranks: list[Json], device: torch.device) -> int:
     """Return the free memory of a rank at the peak, with the moments allocated. Ranks of one machine share the CPU's memory."""
     sharing = [row] if device.type == "cuda" else [other for other in ranks if other["host"] == row["host"]]
     return int(row["free"] - sum(other["peak"] - other["now"] + other["optimizer"] for other in sharing))

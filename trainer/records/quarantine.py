@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 
 from data.dataset import MultimodalDataset, Rejected
 from model.errors import DataError
+from model.files.untrusted import Json
 from trainer.distributed.world import World
 from trainer.machine.atomic_files import move, replace_text
 from trainer.machine.json_lines import read_lines
@@ -46,7 +47,7 @@ def drop_old_rows(folder: Path, finished: Collection[str] = ()) -> None:
         move(path, folder / f"previous-{NAME}")
 
 
-def check_rows(rows: Sequence[dict[str, Any]], datasets: Mapping[str, MultimodalDataset | None], path: Path) -> None:
+def check_rows(rows: Sequence[Json], datasets: Mapping[str, MultimodalDataset | None], path: Path) -> None:
     """Raise `DataError` for a row of another run: its sample is not of the source that the row names."""
     for row in rows:
         dataset, i = datasets.get(row["split"]), row["sample_id"]
@@ -69,7 +70,7 @@ class Quarantine:
         self.num_bad: dict[str, Counter[str]] = {split: Counter() for split in num_records}  # by source
         self.num_too_long: Counter[str] = Counter()  # by split
         self.last: dict[tuple[str, bool], str] = {}  # reason, by split and whether it is the length
-        self.waiting: list[dict[str, Any]] = []
+        self.waiting: list[Json] = []
         self._count(read_rows(folder, stage))
 
     def add(self, rejected: tuple[Rejected, ...], step: int, split: str = TRAIN) -> None:
@@ -104,7 +105,7 @@ class Quarantine:
         epoch = step - step % steps_per_epoch
         return frozenset(i for i, met in self.steps.items() if not epoch <= met < step)
 
-    def _count(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _count(self, rows: list[Json]) -> list[Json]:
         """Count the `rows` that were not known before, and return them."""
         new = []
         for row in rows:
@@ -151,11 +152,11 @@ def _cut_torn(file: BinaryIO) -> None:
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def _key(row: dict[str, Any]) -> tuple[str, int]:
+def _key(row: Json) -> tuple[str, int]:
     return row["split"], row["sample_id"]
 
 
-def read_rows(folder: Path, stage: str | None = "") -> list[dict[str, Any]]:
+def read_rows(folder: Path, stage: str | None = "") -> list[Json]:
     """Read the rows of a stage, of a run without stages (""), or all rows (None). Raises `DataError` where the file is damaged."""
     rows, problems = read_lines(folder / NAME, FIELDS)
     if problems:

@@ -170,11 +170,7 @@ def given_digests(card: ModelCard) -> dict[str, str]:
     named = {
         "model.init_from": card.model.init_from,
         "lora.path": card.lora.path,
-        **{
-            f"model.{name}.path": part.path
-            for name, part in parts
-            if isinstance(part, VisionProjectorConfig | AudioProjectorConfig)
-        },
+        **{f"model.{name}.path": part.path for name, part in parts if isinstance(part, projectors)},
     }
     found = {}
     for key, path in named.items():

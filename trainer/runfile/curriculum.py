@@ -9,7 +9,7 @@ from typing import Any
 
 from data.records.fields import MAX_NAME
 from model.config import PartConfig
-from model.files.untrusted import shown
+from model.files.untrusted import Json, shown
 from model.weights.compatibility import LORA_SHAPE
 from trainer.config import RunConfig, StageConfig
 from trainer.runfile.checks import idle_settings, problems_of
@@ -29,13 +29,13 @@ class Draft:
     """A stage while its table is read and checked."""
 
     name: str
-    own: dict[str, Any]  # the settings of its own table
+    own: Json  # the settings of its own table
     config: RunConfig | None = None
     problems: list[str] = field(default_factory=list)
     idle: dict[str, str] = field(default_factory=dict)  # inherited settings without effect in this stage: key and reason
 
 
-def read_curriculum(tables: dict[str, Any], filled: Callable[[RunConfig], RunConfig]) -> tuple[RunConfig | None, list[str]]:
+def read_curriculum(tables: Json, filled: Callable[[RunConfig], RunConfig]) -> tuple[RunConfig | None, list[str]]:
     """Return the run of a file that has `[[stage]]` tables, or None and every problem of every stage, each with the stage in front.
 
     `filled` fills in the defaults of paired settings.
@@ -76,7 +76,7 @@ def _drafts(stages: Any) -> tuple[list[Draft], list[str]]:
     return drafts, problems
 
 
-def _read(draft: Draft, base: dict[str, Any], earlier: list[Draft], filled: Callable[[RunConfig], RunConfig]) -> None:
+def _read(draft: Draft, base: Json, earlier: list[Draft], filled: Callable[[RunConfig], RunConfig]) -> None:
     """Fill in the configuration and the problems of `draft`, given the settings above all stages and the stages before it."""
     for key in RUN_WIDE:
         if has_key(draft.own, key):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from model.errors import ConfigError
+from model.files.untrusted import Json
 from trainer.config import RunConfig
 from trainer.runfile.checks import problems_of
 from trainer.runfile.curriculum import read_curriculum
@@ -22,7 +22,7 @@ def load_config(path: str, overrides: list[str] | None = None) -> RunConfig:
     return parse_config(tables, path)
 
 
-def parse_config(tables: dict[str, Any], origin: str) -> RunConfig:
+def parse_config(tables: Json, origin: str) -> RunConfig:
     """Return the RunConfig of plain tables. Raises one `ConfigError` with every problem, `origin` in front."""
     config, problems = read_curriculum(tables, with_defaults) if tables.get("stage") else read_run(tables)
     if config is None or problems:
@@ -30,7 +30,7 @@ def parse_config(tables: dict[str, Any], origin: str) -> RunConfig:
     return config
 
 
-def read_run(tables: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
+def read_run(tables: Json) -> tuple[RunConfig | None, list[str]]:
     """Return the run of a file without stages, and its problems; the run is None where the tables do not fit the schema."""
     reader = SchemaReader(PLANNED)
     config = reader.table(RunConfig, {key: value for key, value in tables.items() if (key, value) != ("stage", [])}, "")

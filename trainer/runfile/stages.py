@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from data.index.record_index import source_files
 from model.card import media_specs
@@ -14,6 +13,7 @@ from model.errors import ConfigError
 from trainer.config import RunConfig
 from trainer.runfile.merge_tables import stage_tables
 from trainer.runfile.schema import SchemaReader, to_tables
+from trainer.state import CheckpointState
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def describe_stages(places: list[Stage]) -> list[str]:
     return lines
 
 
-def stage_of_checkpoint(places: list[Stage], state: dict[str, Any]) -> Stage:
+def stage_of_checkpoint(places: list[Stage], state: CheckpointState) -> Stage:
     """Return the stage that a checkpoint with this `state` was written in. Raises `ConfigError` when the run has no such stage."""
     name = state.get("stage", "")
     for place in places:

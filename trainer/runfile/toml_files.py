@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import ConfigError
-from model.files.untrusted import is_deeper, shown
+from model.files.untrusted import Json, is_deeper, shown
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 32
@@ -24,7 +24,7 @@ DASHED = re.compile(r"--(output_dir=|seed=|[a-z_]+\.)")
 BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
-def read_toml(path: str) -> dict[str, Any]:
+def read_toml(path: str) -> Json:
     """Read the tables of a TOML file. Raises `ConfigError` when the file is missing, too large, malformed or nested too deep."""
     file = Path(path)
     if not file.is_file():
@@ -47,7 +47,7 @@ def check_depth(value: Any, where: str) -> None:
         raise ConfigError(f"{where}: nested deeper than {MAX_DEPTH}")
 
 
-def apply_override(tables: dict[str, Any], text: str) -> None:
+def apply_override(tables: Json, text: str) -> None:
     """Put `section.key=value` into `tables`. The value is TOML; text that is no TOML is taken as a string.
 
     Raises `ConfigError` when the override is malformed, too long or too deep, or names no key of a table.
@@ -97,14 +97,14 @@ def _override_value(text: str) -> Any:
     return tables["value"] if tables.keys() == {"value"} else text
 
 
-def to_toml(tables: dict[str, Any]) -> str:
+def to_toml(tables: Json) -> str:
     """Return TOML text that reads back as `tables`."""
     lines: list[str] = []
     _write(tables, "", lines.append)
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
-def _write(table: dict[str, Any], path: str, line: Callable[[str], None]) -> None:
+def _write(table: Json, path: str, line: Callable[[str], None]) -> None:
     nested = {k: v for k, v in table.items() if isinstance(v, dict)}
     arrays = {k: v for k, v in table.items() if isinstance(v, list) and v and all(isinstance(i, dict) for i in v)}
     for key, value in table.items():
