@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from data.records.fields import FieldError, kind_of, record_line
 from data.records.media_refs import MediaRef, media_by_kind
@@ -43,11 +42,11 @@ class RecordError(DataError):
         super().__init__(record_line(where, id, field, reason))
         self.where, self.id, self.field, self.reason = where, id, field, reason
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.where, self.id, self.field, self.reason)  # pickled by workers, which send it to their parent
 
 
-def parse(raw: Any, where: str, name: str = "", *, needs_answer: bool = True) -> Record:
+def parse(raw: object, where: str, name: str = "", *, needs_answer: bool = True) -> Record:
     """Parse `raw`, one decoded JSON value, into a record.
 
     Guaranteed: an optional system turn, then user and assistant in turn, results of tools behind the calls of an assistant; no
@@ -86,7 +85,7 @@ def _id(raw: Json, default: str) -> str:
     return str(value)
 
 
-def _negative_turn(value: Any, turns: tuple[Turn, ...], shift: int) -> int | None:
+def _negative_turn(value: object, turns: tuple[Turn, ...], shift: int) -> int | None:
     """Return the turn that `inserted_id` names, which has to answer sound.
 
     `inserted_id` counts turns as they stand in the file, where there are `shift` more than here before any answer. Raises
@@ -107,7 +106,7 @@ def _answers_sound(turns: tuple[Turn, ...], i: int) -> bool:
     return i > 0 and turns[i].role == "assistant" and PLACEHOLDERS["audio"] in turns[i - 1].content
 
 
-def _interrupted(value: Any, num_clips: int) -> bool:
+def _interrupted(value: object, num_clips: int) -> bool:
     """Return whether `end_tag` says that the last answer was cut off. Raises `FieldError` in records without audio.
 
     VITA lets speech alone interrupt an answer, so the field has no place in other records.

@@ -5,8 +5,6 @@ These keys are read here, or refused by name. All other keys are notes and are l
 
 from __future__ import annotations
 
-from typing import Any
-
 from data.records.fields import FieldError, is_absent, kind_of
 from data.records.turn_keys import LEARN_KEYS
 from data.records.turns import Turn, check_text
@@ -64,7 +62,7 @@ def check_record_keys(raw: Json, turns: tuple[Turn, ...]) -> None:
             raise FieldError(key, "holds what no turn of the record says, and is not read here; make it a turn, or remove it")
 
 
-def _unlearned(key: str, value: Any) -> bool:
+def _unlearned(key: str, value: object) -> bool:
     """Tell whether the key marks all answers as not learned; a weight or a loss that is another number is a note."""
     return value is False or (key == "weight" and not isinstance(value, bool) and value == 0)
 
@@ -73,9 +71,9 @@ def _is_whole_video(raw: Json) -> bool:
     return not (is_absent(raw.get("video")) and is_absent(raw.get("videos"))) and is_absent(raw.get("video_range"))
 
 
-def _is_seconds(value: Any) -> bool:
+def _is_seconds(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_copy(value: Any, turns: tuple[Turn, ...]) -> bool:
+def _is_copy(value: object, turns: tuple[Turn, ...]) -> bool:
     return isinstance(value, str) and any(value.strip() in turn.content for turn in turns)

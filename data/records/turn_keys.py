@@ -5,8 +5,6 @@ Every other key with a value is an error: a key may change the prompt or what is
 
 from __future__ import annotations
 
-from typing import Any
-
 from data.records.fields import FieldError, is_absent, kind_of
 from data.records.tool_calls import read_calls
 from model.files.untrusted import Json
@@ -59,7 +57,7 @@ def is_learned(turn: Json, role: str, field: str) -> bool:
     return False not in found.values()
 
 
-def _learns(key: str, value: Any, field: str) -> bool:
+def _learns(key: str, value: object, field: str) -> bool:
     """Return what one of LEARN_KEYS says. Raises `FieldError` for values that it may not have."""
     if key == "weight":
         if isinstance(value, bool) or not isinstance(value, int | float) or value not in (0, 1):
@@ -109,7 +107,7 @@ def _check_role(role: str, allowed: str, field: str) -> None:
         raise FieldError(field, f"stands on a turn of the {role}; only a turn of the {allowed} has one")
 
 
-def _text(value: Any, field: str) -> str:
+def _text(value: object, field: str) -> str:
     if not isinstance(value, str):
         raise FieldError(field, f"is {kind_of(value)}, not a string")
     return value

@@ -60,7 +60,7 @@ def read_turns(raw: Json) -> tuple[tuple[Turn, ...], list[MediaRef]]:
     return turns, parts.media
 
 
-def _turn(value: Any, field: str, keys: tuple[str, str], parts: Parts) -> Turn:
+def _turn(value: object, field: str, keys: tuple[str, str], parts: Parts) -> Turn:
     if not isinstance(value, dict):
         raise FieldError(field, f"is {kind_of(value)}, not an object")
     role_key, content_key = keys
@@ -105,7 +105,7 @@ def _content(turn: Json, role: str, field: str, keys: tuple[str, str], has_calls
     return content
 
 
-def check_words(value: Any, field: str) -> None:
+def check_words(value: object, field: str) -> None:
     """Raise `FieldError` for a string inside a JSON value that a template would write and that a content may not hold."""
     for text in strings_in(value):
         check_text(text, field)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from model.files.untrusted import Json
 
@@ -60,7 +59,7 @@ class Abilities:
         return "reasoning_content" if message.get("reasoning_content") and not self.reasoning else ""
 
 
-def _with_text(call: Mapping[str, Any]) -> Json:
+def _with_text(call: Mapping[str, object]) -> Json:
     """Return a tool call whose arguments are JSON text instead of an object."""
     function = call.get("function")
     if not isinstance(function, Mapping) or isinstance(function.get("arguments"), str):

@@ -53,7 +53,7 @@ def parse_json(data: bytes) -> Any:
     return value
 
 
-def is_deeper(value: Any, depth: int) -> bool:
+def is_deeper(value: object, depth: int) -> bool:
     """Tell whether lists and objects in `value` are nested more than `depth` deep."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(depth):
@@ -68,13 +68,13 @@ SHOWN, LISTED = 200, 8
 """Most characters of a value in a message, and most values of a list in a message."""
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Return a value as text for a message, shortened so that the message stays readable."""
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
 
 
-def listed(values: Sequence[Any]) -> str:
+def listed(values: Sequence[object]) -> str:
     """Return the first values as text for a message, and how many more there are."""
     more = f" and {len(values) - LISTED} more" if len(values) > LISTED else ""
     return ", ".join(map(shown, values[:LISTED])) + more

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 
 from model.files.untrusted import Json, shown
 
@@ -74,11 +73,11 @@ def problems(config: Json, paths: set[str]) -> Iterator[str]:
     yield from _unselected(config, paths)
 
 
-def _is_empty(value: Any) -> bool:
+def _is_empty(value: object) -> bool:
     return value is None or value is False or value in ("", [], {})
 
 
-def _initial(value: Any) -> Iterator[str]:
+def _initial(value: object) -> Iterator[str]:
     if isinstance(value, str) and value.startswith(CHANGING_INITS):
         yield (
             f"uses init_lora_weights = {shown(value)} of PEFT, which changes the weights of the base at its start: the adapter is "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
 
 from data.records.fields import MAX_NAME
 from model.config import PartConfig
@@ -55,7 +54,7 @@ def read_curriculum(tables: Json, filled: Callable[[RunConfig], RunConfig]) -> t
     return replace(configs[0], stage=stages), []
 
 
-def _drafts(stages: Any) -> tuple[list[Draft], list[str]]:
+def _drafts(stages: object) -> tuple[list[Draft], list[str]]:
     """Return the stages with usable names, and one line per problem of the other stages."""
     if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
         return [], [f"stage = {shown(stages)} is not a list of tables: write [[stage]], with a name"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from model.files.untrusted import Json
 
 PAIRS = (("train", "epochs", "max_steps"), ("optim", "warmup_ratio", "warmup_steps"))
@@ -42,7 +40,7 @@ def _without_rivals(base: Json, own: Json) -> Json:
     return base
 
 
-def has_key(tables: Any, key: str) -> bool:
+def has_key(tables: object, key: str) -> bool:
     """Tell whether the tables hold the dotted `key`."""
     for word in key.split("."):
         if not isinstance(tables, dict) or word not in tables:
@@ -74,7 +72,7 @@ def difference(base: Json, other: Json) -> Json:
     return found
 
 
-def value_of(tables: Any, key: str) -> Any:
+def value_of(tables: object, key: str) -> object:
     """Return the value at the dotted `key`; None where there is none."""
     for word in key.split("."):
         tables = tables.get(word) if isinstance(tables, dict) else None

@@ -7,7 +7,6 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from model.errors import ConfigError
 from model.files.untrusted import Json, is_deeper, shown
@@ -41,7 +40,7 @@ def read_toml(path: str) -> Json:
     return tables
 
 
-def check_depth(value: Any, where: str) -> None:
+def check_depth(value: object, where: str) -> None:
     """Raise `ConfigError` when tables and arrays are nested deeper than MAX_DEPTH: the code that reads them recurses."""
     if is_deeper(value, MAX_DEPTH):
         raise ConfigError(f"{where}: nested deeper than {MAX_DEPTH}")
@@ -62,13 +61,13 @@ def apply_override(tables: Json, text: str) -> None:
     *path, last = key.strip().split(".")
     if len(path) >= MAX_DEPTH:
         raise ConfigError(f"{shown(text)}: nested deeper than {MAX_DEPTH}")
-    here: Any = tables
+    here: object = tables
     for word in path:
         if isinstance(here, list):
             if not (word.isascii() and word.isdigit() and len(word) < 10) or int(word) >= len(here):
                 raise ConfigError(f"{shown(text)}: {shown(word)} is no index of a list of {len(here)}")
             here = here[int(word)]
-        elif isinstance(here.setdefault(word, {}), dict | list):
+        elif isinstance(here, dict) and isinstance(here.setdefault(word, {}), dict | list):
             here = here[word]
         else:
             raise ConfigError(f"{shown(text)}: {shown(word)} is a value, not a table")
@@ -86,7 +85,7 @@ def without_dashes(words: list[str] | None) -> list[str]:
     return [word[2:] if DASHED.match(word) else word for word in (sys.argv[1:] if words is None else words)]
 
 
-def _override_value(text: str) -> Any:
+def _override_value(text: str) -> object:
     try:
         tables = tomllib.loads(f"value = {text}")
     except RecursionError as error:
@@ -123,7 +122,7 @@ def _key(key: str) -> str:
     return key if BARE.fullmatch(key) else _literal(key)
 
 
-def _literal(value: Any) -> str:
+def _literal(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
