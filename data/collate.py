@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from data.sample import Sample, SampleMedia
 from model.batch import IGNORE_INDEX, Batch, Media
-from model.files.untrusted import Json
 from model.media_spec import ONE_ROW
 
 BLANK = -1  # sample id and source id of a row that is only padding
@@ -74,7 +73,15 @@ def collate_packed(samples: Sequence[Sample], pad_id: int) -> Batch:
     )
 
 
-def _names(samples: Sequence[Sample]) -> Json:
+class _Names(TypedDict):
+    """Fields of `Batch` that name its samples."""
+
+    sample_ids: Tensor
+    source_ids: Tensor
+    lengths: tuple[int, ...]
+
+
+def _names(samples: Sequence[Sample]) -> _Names:
     return {
         "sample_ids": torch.tensor([sample.sample_id for sample in samples] or [BLANK]),
         "source_ids": torch.tensor([sample.source_id for sample in samples] or [BLANK]),

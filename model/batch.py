@@ -12,11 +12,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from model.files.untrusted import Json
 
 IGNORE_INDEX = -100
 
@@ -86,5 +85,5 @@ class Batch:
 
     def _map(self, move: Callable[[Tensor], Tensor], media: dict[str, Media]) -> Batch:
         tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        moved: Json = {name: move(t) for name, t in tensors.items() if isinstance(t, Tensor)}
+        moved: dict[str, Any] = {name: move(t) for name, t in tensors.items() if isinstance(t, Tensor)}
         return dataclasses.replace(self, **moved, media=media)

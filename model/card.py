@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from model.config import (
     LlmConfig,
     LoraConfig,
     ModelConfig,
+    PartConfig,
     QuantizeConfig,
     StateHeadConfig,
     VisionConfig,
@@ -35,7 +37,7 @@ MOVED = (
     "relative paths start where the run was started; name what has moved as model.init_from of a run file, with "
     "base={'init_from': PATH} of load_model, or as --base init_from=PATH of the tools"
 )
-PART_CONFIGS: Json = {
+PART_CONFIGS: dict[str, Callable[..., PartConfig]] = {
     "llm": LlmConfig,
     "vision": VisionConfig,
     "vision_projector": VisionProjectorConfig,

@@ -65,7 +65,7 @@ def image_spec(specs: dict[str, MediaSpec]) -> ImageSpec:
 
 def spec_from_json(value: Json) -> MediaSpec:
     """Read a spec that `spec_to_json` wrote. Raises `KeyError` or `TypeError` for anything else."""
-    fields = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items() if name != "kind"}
+    fields: Json = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items() if name != "kind"}
     return _SPECS[value["kind"]](**fields)
 
 
@@ -76,7 +76,7 @@ def spec_to_json(spec: MediaSpec) -> Json:
     return {"kind": kind, **fields}
 
 
-_SPECS: Json = {"image": ImageSpec, "audio": AudioSpec}
+_SPECS: dict[str, type[MediaSpec]] = {"image": ImageSpec, "audio": AudioSpec}
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,10 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 
 from model.card import ModelCard
 from model.config import LlmConfig, LoraConfig, ModelConfig
-from model.files.untrusted import Json
 from model.llm.causal_lm import VocabularyLayout
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.distributed.world import World, start_world, stop_world
@@ -58,9 +57,9 @@ def make_trained(num_bytes: int, width: int = 1024) -> Trained:
     return Trained(dict(parameters), optimizer)
 
 
-def tensors_of(trained: Trained) -> Json:
+def tensors_of(trained: Trained) -> dict[str, Tensor]:
     """Return the tensors that the other methods save: the same as ours."""
-    found: Json = {f"weights/{name}": p.detach() for name, p in trained.parameters.items()}
+    found = {f"weights/{name}": p.detach() for name, p in trained.parameters.items()}
     for name, p in trained.parameters.items():
         found |= {f"{key}/{name}": tensor for key, tensor in trained.optimizer.state[p].items() if key != "step"}
     return found

@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -85,7 +85,7 @@ def open_datasets(place: Stage) -> dict[str, MultimodalDataset]:
 def report_sources(datasets: dict[str, MultimodalDataset], found: dict[str, list[SourceFound]], out: Path) -> dict[str, Json]:
     """Print every source and write bad.jsonl; return the summaries by split and source."""
     counts: dict[str, Json] = {}
-    rows: list[Iterator[Json]] = []
+    rows: list[Iterator[dict[str, object]]] = []
     for split, dataset in datasets.items():
         for source, one in zip(dataset.sources, found[split]):
             counts.setdefault(split, {})[source.key] = summarise_source(one.found)
@@ -140,7 +140,7 @@ def lengths_note(config: RunConfig) -> str:
     return "\nlengths are exact now: the run plans by them"
 
 
-def write_json_lines(path: Path, rows: Iterable[Json]) -> None:
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     """Write one JSON object per line; the file appears at once."""
     temporary = path.with_name(f".{path.name}.new")
     with temporary.open("w", encoding="utf-8") as file:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from data.check.measured_lengths import EXACT
-from model.files.untrusted import Json
 from model.trainable import part_table
 from trainer.machine.disk_space import format_bytes as rounded
 from trainer.memory.advice import describe
@@ -97,7 +96,7 @@ def _advice(plan: Plan) -> list[str]:
     return lines
 
 
-def as_json(plan: Plan) -> Json:
+def as_json(plan: Plan) -> dict[str, object]:
     """Return the plan for programs, with sizes in bytes."""
     heavy = plan.heavy
     batch = heavy.batch()

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from model.batch import Batch
 from model.files.tensor_files import dump_json
-from model.files.untrusted import Json
 from trainer.distributed.world import World
 from trainer.machine.atomic_files import replace_text
 from trainer.machine.json_lines import read_valid_lines
@@ -199,7 +198,7 @@ class MetricsLog:
     def __init__(self, folder: Path, resumed_step: int, world: World, stage: str = "") -> None:
         """Open metrics.jsonl and keep its lines up to `resumed_step` of the whole run. `stage`: the mark of every new line."""
         self.path, self.active, self.stage = folder / NAME, world.is_main, {"stage": stage} if stage else {}
-        self.history: list[Json] = []
+        self.history: list[Mapping[str, object]] = []
         self.rows: list[str] = []  # entries of trainer_state.json that were formatted so far
         if self.active and resumed_step and not self.path.exists():
             print(f"{self.path} is not there: the curve begins anew after step {resumed_step}", flush=True)
@@ -231,12 +230,12 @@ class MetricsLog:
         return {self.path.parent / "trainer_state.json": text}
 
 
-def _as_hugging_face(line: Json) -> str:
+def _as_hugging_face(line: Mapping[str, object]) -> str:
     """Return one entry of log_history, as `dump_json` would write it there."""
     names = {new: line[old] for old, new in HUGGING_FACE_NAMES.items() if old in line}
     return indent(dump_json({**names, **_rate(line), "step": line["step"]}).rstrip(), "    ")
 
 
-def _rate(line: Json) -> Json:
-    rates = [value for key, value in line.items() if key.startswith("train/lr/")]
+def _rate(line: Mapping[str, object]) -> dict[str, float]:
+    rates = [value for key, value in line.items() if key.startswith("train/lr/") and isinstance(value, int | float)]
     return {"learning_rate": max(rates)} if rates else {}

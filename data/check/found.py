@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy as np
 from data.check.check_record import Checked, CheckedMedium, Problem
 from data.index.sidecar import read_arrays, text_array, write_arrays
 from data.index.table import KINDS
-from model.files.untrusted import Json, parse_json
+from model.files.untrusted import parse_json
 
 PART = 1024  # records
 _RECORD = {
@@ -73,7 +73,7 @@ def _medium_row(medium: CheckedMedium) -> tuple[int, ...]:
     return KINDS.index(medium.kind), *sizes, medium.content, medium.picture, medium.unsized
 
 
-def _columns(types: Json, rows: list[tuple[int, ...]]) -> dict[str, np.ndarray]:
+def _columns(types: Mapping[str, np.typing.DTypeLike], rows: list[tuple[int, ...]]) -> dict[str, np.ndarray]:
     values = zip(*rows) if rows else ((),) * len(types)
     return {name: np.array(column, dtype=kind) for (name, kind), column in zip(types.items(), values)}
 

@@ -18,7 +18,6 @@ from data.config import SourceConfig
 from data.dataset import MultimodalDataset
 from data.index.record_index import source_files
 from data.index.sidecar import read_arrays, safe_name, text_array, write_arrays
-from model.files.untrusted import Json
 from model.media_spec import spec_to_json
 
 FROZEN = "planned_lengths.npz"
@@ -43,7 +42,7 @@ def source_identities(dataset: MultimodalDataset) -> list[str]:
     That is its files, the template, the tokenizer and the settings.
     """
     template, config = dataset.template, dataset.config
-    shared: Json = {
+    shared: dict[str, object] = {
         "version": _VERSION,
         "template": [template.name, template.source, template.placeholders, template.media_wrap, template.allowed, template.lead],
         "tokenizer": hashlib.sha256(template.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
@@ -53,7 +52,7 @@ def source_identities(dataset: MultimodalDataset) -> list[str]:
     return [_digest(shared | _of_source(source)) for source in dataset.sources]
 
 
-def _of_source(source: SourceConfig) -> Json:
+def _of_source(source: SourceConfig) -> dict[str, object]:
     files = [(str(path), path.stat()) for path in source_files(source)]
     return {
         "files": [(path, stat.st_size, stat.st_mtime_ns) for path, stat in files],
@@ -61,7 +60,7 @@ def _of_source(source: SourceConfig) -> Json:
     }
 
 
-def _digest(said: Json) -> str:
+def _digest(said: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 

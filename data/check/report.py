@@ -101,7 +101,7 @@ def _spread(values: list[float]) -> str:
     return ", ".join(f"{name} {value:,.10g}" for name, value in zip(names, values))
 
 
-def problem_rows(split: str, source: str, found: Found) -> Iterator[Json]:
+def problem_rows(split: str, source: str, found: Found) -> Iterator[dict[str, object]]:
     """Yield one object per problem, in the order of the records."""
     for _, problem in found.problems:
         yield {"split": split, "source": source, **_place(problem.where), "id": problem.id} | {
@@ -111,13 +111,13 @@ def problem_rows(split: str, source: str, found: Found) -> Iterator[Json]:
         }
 
 
-def match_row(match: Match, sources: Sequence[tuple[str, str, RecordIndex]]) -> Json:
+def match_row(match: Match, sources: Sequence[tuple[str, str, RecordIndex]]) -> dict[str, object]:
     """Return the object that describes a repeated record; `sources`: split, key and index of all, in the order of their numbers."""
     one, other = (_named(record, sources) for record in (match.record, match.other))
     return {"kind": match.kind, **one, **{f"other_{key}": value for key, value in other.items()}}
 
 
-def _named(record: int, sources: Sequence[tuple[str, str, RecordIndex]]) -> Json:
+def _named(record: int, sources: Sequence[tuple[str, str, RecordIndex]]) -> dict[str, object]:
     for split, key, index in sources:
         if record < len(index):
             raw = index.raw(record)
@@ -128,6 +128,6 @@ def _named(record: int, sources: Sequence[tuple[str, str, RecordIndex]]) -> Json
     raise IndexError(record)
 
 
-def _place(where: str) -> Json:
+def _place(where: str) -> dict[str, object]:
     file, _, line = where.rpartition(":")
     return {"file": file, "line": int(line) if line.isdigit() else line}

@@ -7,7 +7,6 @@ from pathlib import Path
 from model.card import ModelCard
 from model.errors import ConfigError
 from model.files.hub import hugging_face_config
-from model.files.untrusted import Json
 from model.media_spec import spec_to_json
 from model.vision.tower import num_blocks
 
@@ -34,7 +33,7 @@ def check_same_bases(saved: ModelCard, card: ModelCard, folder: Path, setting: s
 def check_same_features(saved: ModelCard, card: ModelCard, folder: Path, setting: str) -> None:
     """Refuse features made in another way than in training: projector and language model understand no others."""
     now = _features(card)
-    pairs: Json = {key: (then, now[key]) for key, then in _features(saved).items() if then != now[key]}
+    pairs: dict[str, tuple[object, object]] = {key: (then, now[key]) for key, then in _features(saved).items() if then != now[key]}
     if "model.vision.layer" in pairs and _same_layer(saved, card):
         del pairs["model.vision.layer"]
     for modality, spec in saved.specs.items():
@@ -50,7 +49,7 @@ def check_same_features(saved: ModelCard, card: ModelCard, folder: Path, setting
         raise ConfigError(f"{setting}: {differences}: use the same values")
 
 
-def _features(card: ModelCard) -> Json:
+def _features(card: ModelCard) -> dict[str, object]:
     """Return the settings that decide what features mean, of the configured parts."""
     parts = card.model.parts()
     return {f"model.{name}.{key}": getattr(parts[name], key) for name, key in FEATURES if name in parts}

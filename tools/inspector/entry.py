@@ -19,9 +19,9 @@ from data.records.record import MediaRef, Record, RecordError
 from data.sample import Sample, SampleMedia
 from data.text.template import Encoded, Template
 from model.batch import IGNORE_INDEX
-from model.files.untrusted import Json
 from model.media_spec import AudioSpec, MediaSpec
 from tools.inspector.tokens import Piece, token_pieces
+from trainer.records.quarantine import QuarantineRow
 
 Status = Literal["trained", "shortened", "too long", "bad", "quarantined"]
 RAW_LIMIT = 4000
@@ -90,7 +90,7 @@ class InspectorEntry:
         return [piece for piece in self.pieces if isinstance(piece, Box)]
 
 
-def entry_of(dataset: MultimodalDataset, i: int, quarantined: dict[int, Json]) -> InspectorEntry:
+def entry_of(dataset: MultimodalDataset, i: int, quarantined: dict[int, QuarantineRow]) -> InspectorEntry:
     """Return the entry of sample `i`; `quarantined` are the rows of the run's quarantine.jsonl by sample."""
     item, planned = dataset[i], int(dataset.lengths[i])
     row = quarantined.get(i)
@@ -117,7 +117,9 @@ def entry_of(dataset: MultimodalDataset, i: int, quarantined: dict[int, Json]) -
     )
 
 
-def _rejected(dataset: MultimodalDataset, i: int, planned: int, item: Sample | Rejected, row: Json | None) -> InspectorEntry:
+def _rejected(
+    dataset: MultimodalDataset, i: int, planned: int, item: Sample | Rejected, row: QuarantineRow | None
+) -> InspectorEntry:
     _, index, number = dataset.place(i)
     try:
         record: Record | None = dataset.record(i)

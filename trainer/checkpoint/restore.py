@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.files.sharding import local_range
 from model.files.shards import MOMENTS, WEIGHTS, checkpoint_tensors
-from model.files.untrusted import Json
+from model.files.tensor_files import Tensors
 from trainer.checkpoint.retention import STATE
 from trainer.errors import ProofError
 from trainer.optim import Trained
@@ -42,7 +42,7 @@ def restore(
         trained.optimizer.state[parameter] = state
 
 
-def _fill(tensor: Tensor, saved: Json, name: str) -> None:
+def _fill(tensor: Tensor, saved: Tensors, name: str) -> None:
     """Copy this rank's rows of the saved tensor `name` into `tensor`. Raises ProofError when it is missing or has another shape."""
     local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     if name not in saved or saved[name].shape != tuple(tensor.shape):

@@ -10,7 +10,6 @@ import torch
 import transformers
 
 from model.errors import ConfigError
-from model.files.untrusted import Json
 from trainer.config import RunConfig
 from trainer.distributed.world import World
 from trainer.runfile.schema import flatten_tables, to_tables
@@ -37,7 +36,7 @@ def check_same_settings(config: RunConfig, world: World) -> None:
         )
 
 
-def differences(first: Json, others: dict[int, Json]) -> list[str]:
+def differences(first: dict[str, object], others: dict[int, dict[str, object]]) -> list[str]:
     """Return one line for every key and value in which some ranks differ from rank 0; `others`: their tables by rank."""
     found: dict[str, list[int]] = {}
     for rank, table in others.items():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import socket
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from model.batch import Batch
 from model.errors import ConfigError
-from model.files.untrusted import Json
 from trainer.distributed.parallelize import gradient_sync
 from trainer.machine.memory_info import Usage, reset_peak, usage
 from trainer.memory.advice import MemoryScenario, advice
@@ -20,6 +20,17 @@ from trainer.memory.sample_cost import media_memory, sample_costs
 from trainer.setup import PreparedRun
 
 GIB = 2**30
+
+
+class RankMemory(TypedDict):
+    """Memory of a rank after the rehearsal, in bytes (`Usage`), its machine, and the moments that are still to come."""
+
+    now: int
+    peak: int
+    free: int
+    total: int
+    host: str
+    optimizer: int
 
 
 def rehearse(setup: PreparedRun, first_step: int) -> str:
@@ -38,7 +49,15 @@ def rehearse(setup: PreparedRun, first_step: int) -> str:
     before = usage(world.device)
     if not _fits_in_memory(setup, batch, passes=min(heaviest.num_micro_batches, 2)):
         raise ConfigError(_out_of_memory_message(setup, heavy, before))
-    mine = {**vars(usage(world.device)), "host": socket.gethostname(), "optimizer": moments_to_come(setup)}
+    used = usage(world.device)
+    mine: RankMemory = {
+        "now": used.now,
+        "peak": used.peak,
+        "free": used.free,
+        "total": used.total,
+        "host": socket.gethostname(),
+        "optimizer": moments_to_come(setup),
+    }
     return _verdict(setup, heavy, world.gather_json(mine))  # collective
 
 
@@ -101,7 +120,7 @@ def _out_of_memory_message(setup: PreparedRun, heavy: MemoryScenario, before: Us
     )
 
 
-def _verdict(setup: PreparedRun, heavy: MemoryScenario, ranks: list[Json]) -> str:
+def _verdict(setup: PreparedRun, heavy: MemoryScenario, ranks: list[RankMemory]) -> str:
     """Return the line to print. Raises the same ConfigError on all ranks when one of them has negative headroom."""
     left = [_headroom(row, ranks, setup.world.device) for row in ranks]
     worst = min(range(len(ranks)), key=left.__getitem__)
@@ -122,7 +141,7 @@ def moments_to_come(setup: PreparedRun) -> int:
     return sum((p.to_local() if hasattr(p, "to_local") else p).numel() * 2 * MASTER for p in new)
 
 
-def _headroom(row: Json, ranks: list[Json], device: torch.device) -> int:
+def _headroom(row: RankMemory, ranks: list[RankMemory], device: torch.device) -> int:
     """Return the free memory of a rank at the peak, with the moments allocated. Ranks of one machine share the CPU's memory."""
     sharing = [row] if device.type == "cuda" else [other for other in ranks if other["host"] == row["host"]]
     return int(row["free"] - sum(other["peak"] - other["now"] + other["optimizer"] for other in sharing))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.dataset import MultimodalDataset
 from data.fingerprint import changed_files, data_fingerprint
 from model.errors import ConfigError
 from model.files.tensor_files import dump_json
@@ -97,7 +98,7 @@ def _compare(place: Stage, data: RunData, step: int) -> list[str]:
     return [f"data.on_change = 'accept': from step {step} on the run goes on with other data, as {CHANGES} says:{listed}"]
 
 
-def _splits(data: RunData) -> Json:
+def _splits(data: RunData) -> dict[str, MultimodalDataset]:
     splits = {TRAIN: data.train, VALIDATION: data.validation}
     return {split: dataset for split, dataset in splits.items() if dataset is not None}
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 from data.config import DataConfig
 from model.config import OUR_ATTENTION, LoraConfig
-from model.files.untrusted import Json
 from trainer.config import BatchConfig, RunConfig, ValidationConfig
 from trainer.runfile.part_checks import anyres_problems, vision_problems
 from trainer.runfile.quantize_checks import quantize_problems
@@ -49,7 +48,7 @@ def _values(config: RunConfig) -> Iterator[str]:
     for name, value in positive.items():
         if not value > 0 or not math.isfinite(value):
             yield f"{name} = {value} is not positive"
-    not_negative: Json = {
+    not_negative: dict[str, float] = {
         "seed": config.seed,
         "batch.micro_batch_tokens": config.batch.micro_batch_tokens,
         "optim.projector_lr": config.optim.projector_lr,
