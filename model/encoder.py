@@ -1,4 +1,4 @@
-"""What the model needs of an encoder of media, whatever its modality."""
+"""Interface of an encoder of media, whatever its modality."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside tensors, as types: state.json of a checkpoint has these keys."""
+"""Types of the state file of a checkpoint: all that it holds beside tensors."""
 
 from __future__ import annotations
 

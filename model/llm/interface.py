@@ -32,7 +32,7 @@ UNCHANGED = LogitChange()
 
 
 class CausalLM(nn.Module):
-    """What is needed of a causal language model of transformers. Only a type: no object is made of it, `build_llm` casts to it.
+    """Interface of transformers' causal language models. Only a type: no object is made of it, `build_llm` casts to it.
 
     A wrapper would change the names of parameters; the models themselves stay, under their own classes.
     """

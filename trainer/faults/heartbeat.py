@@ -1,4 +1,4 @@
-"""What a rank says of itself in every heartbeat."""
+"""Content of a heartbeat, which every rank sends of itself."""
 
 from __future__ import annotations
 
