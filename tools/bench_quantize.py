@@ -91,7 +91,7 @@ def make_base(folder: Path, world: World, steps: int) -> None:
     config, alone = ModelConfig(LlmConfig(str(folder), "full"), dtype="float32"), World(0, 0, 1, world.device)
     model = build_quantized(config, QuantizeConfig(), alone, False)
     losses = train_adapter(model, config, alone, False, 1, steps, 1e-3)
-    model.llm.save_pretrained(folder)  # type: ignore[operator]
+    model.llm.save_pretrained(folder)
     print(f"base: {sum(p.numel() for p in model.parameters()):,} parameters; loss {losses[0]:.3f} -> {losses[-1]:.3f}", flush=True)
 
 

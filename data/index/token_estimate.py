@@ -10,7 +10,6 @@ import json
 import math
 import mmap
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from data.media.tiling import typical_plan
 from data.records.content_parts import kind_of_part
 from data.records.record import Record, RecordError, parse
 from data.records.turn_keys import THOUGHT_KEYS
-from model.files.untrusted import MAX_JSON_DEPTH, is_deeper
+from model.files.untrusted import MAX_JSON_DEPTH, Json, is_deeper
 from model.media_spec import READ_BY, AudioSpec, MediaMeta, MediaSpec, num_tokens, row_shape
 
 BYTES_PER_TOKEN = 4
@@ -107,7 +106,7 @@ def plan_record(raw: bytes) -> Plan:
     return plan_value(value, len(raw))
 
 
-def plan_value(value: Any, num_bytes: int) -> Plan:
+def plan_value(value: object, num_bytes: int) -> Plan:
     """Plan a decoded record, which takes `num_bytes` as JSON: as it is written where that is plain, else as it is parsed.
 
     A record without texts is planned by its size.
@@ -120,7 +119,7 @@ def plan_value(value: Any, num_bytes: int) -> Plan:
     return tokens or tokens_of_size(num_bytes), media
 
 
-def _plain_texts(record: dict[str, Any]) -> int | None:
+def _plain_texts(record: Json) -> int | None:
     """Return the tokens of the texts in the lists of a record; None if it has content parts, calls or tools, to be parsed."""
     tokens, optional = 0, [record.get(key) for key in ("system", *_TOOL_KEYS)]
     for value in record.values():
@@ -138,7 +137,7 @@ def _plain_texts(record: dict[str, Any]) -> int | None:
     return tokens + sum(_tokens_of(text) for text in optional if text)
 
 
-def _plain_media(record: dict[str, Any]) -> tuple[int, ...] | None:
+def _plain_media(record: Json) -> tuple[int, ...] | None:
     """Count the media that the record's own keys name as strings; None if they are named otherwise, to be parsed."""
     found = dict.fromkeys(KINDS, 0)
     for key in _MEDIA_KEYS.keys() & record.keys():
@@ -152,7 +151,7 @@ def _plain_media(record: dict[str, Any]) -> tuple[int, ...] | None:
     return tuple(found.values())
 
 
-def plan_by_parsing(value: Any, num_bytes: int) -> Plan:
+def plan_by_parsing(value: object, num_bytes: int) -> Plan:
     """Plan a record by its rules; one that breaks a rule is planned by its size and by the media written in it."""
     if is_deeper(value, MAX_JSON_DEPTH):  # the reader refuses it
         return tokens_of_size(num_bytes), _NO_MEDIA
@@ -164,7 +163,7 @@ def plan_by_parsing(value: Any, num_bytes: int) -> Plan:
     return tokens, tuple(sum(ref.kind == kind for ref in record.media) for kind in KINDS)
 
 
-def _tokens_of(text: Any) -> int:
+def _tokens_of(text: object) -> int:
     """Estimate the tokens of a text; 0 for a value that is none."""
     return len(text.encode("utf-8", "surrogatepass")) // BYTES_PER_TOKEN or 1 if isinstance(text, str) else 0
 
@@ -181,7 +180,7 @@ def _record_texts(record: Record) -> Iterator[str]:
         yield json.dumps(record.tools, ensure_ascii=False)
 
 
-def _written_media(value: Any) -> tuple[int, ...]:
+def _written_media(value: object) -> tuple[int, ...]:
     """Count the media that a record which breaks a rule would have without its fault.
 
     Without this count a part of the model could seem to have no input.
