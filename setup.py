@@ -27,6 +27,11 @@ COMMANDS = {
     "demo-omni": "tools.demo_omni:main",
 }
 """Commands by name, installed as `mmt-NAME`: unlike `python -m`, they never look for packages in the current folder."""
+DATA_FILES = {
+    "tools.demos": ["*.toml"],
+    "tools.inspector": ["*.css", "*.js"],
+    "trainer.recipes": ["*.toml", "*.sh"],
+}
 PACKAGES = ["model", "data", "trainer", "tools"]
 TEST = ["pytest", "hypothesis", "ruff", "mypy", "peft", "accelerate"]
 
@@ -39,7 +44,7 @@ setup(
     # Run files to copy stand at the top of the source tree, and inside `trainer` once installed: `--cfg recipe:NAME` finds both.
     packages=[*find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]), "trainer.recipes"],
     package_dir={"trainer.recipes": "recipes"},
-    package_data={**{name: ["py.typed"] for name in PACKAGES}, "trainer.recipes": ["*.toml", "*.sh"]},
+    package_data={**{name: ["py.typed"] for name in PACKAGES}, **DATA_FILES},
     entry_points={"console_scripts": [f"mmt-{name} = {function}" for name, function in COMMANDS.items()]},
     install_requires=[
         "torch>=2.11",

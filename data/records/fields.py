@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
 
 _REMOTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://|data:")
 _INLINE = re.compile(r"data:[\w.+/-]*(?:;[\w.+=-]+)*;base64,")
@@ -19,17 +18,17 @@ class FieldError(Exception):
     """A field and what is wrong with it, before the record's place is known."""
 
 
-def kind_of(value: Any) -> str:
+def kind_of(value: object) -> str:
     """Return the name that JSON has for the value's type, with its article."""
     return _KINDS.get(type(value), "a null")
 
 
-def is_absent(value: Any) -> bool:
+def is_absent(value: object) -> bool:
     """Return whether a value says nothing: null, or an empty string, list or object."""
     return value is None or value in ("", [], {})
 
 
-def strings_in(value: Any) -> Iterator[str]:
+def strings_in(value: object) -> Iterator[str]:
     """Yield all strings of a JSON value, including the keys of its objects."""
     if isinstance(value, str):
         yield value
@@ -44,14 +43,14 @@ def inline_bytes(path: str) -> str | None:
     return path[match.end() :] if match else None
 
 
-def inline_path(content: Any, field: str) -> str:
+def inline_path(content: object, field: str) -> str:
     """Return the data URI of a medium's `content`, a string of base64 or a data URI already. Raises `FieldError`."""
     if not isinstance(content, str):
         raise FieldError(field, f"is {kind_of(content)}, not a string of base64")
     return local_path(content if content.startswith("data:") else INLINE + content, field)
 
 
-def local_path(value: Any, field: str) -> str:
+def local_path(value: object, field: str) -> str:
     """Return the value if it is a path that may name a local file, or a data URI of base64.
 
     Raises `FieldError` for anything else, remote addresses included.

@@ -9,12 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from data.records.fields import FieldError, is_absent, kind_of
 from data.records.turn_keys import LEARN_KEYS
+from model.files.untrusted import Json
 
-Json = dict[str, Any]
 TURN_KEYS = ("conversations", "messages")
 _TURN = re.compile(r"messages\[(\d+)\](\.content)?")
 
@@ -35,9 +34,7 @@ def as_messages(raw: Json) -> tuple[Json, list[str]]:
 
     A record with turns is returned as it is. Raises `FieldError` where two formats could be meant.
     """
-    if any(raw.get(key) is not None for key in TURN_KEYS):
-        return raw, []
-    found = [shape for shape in SHAPES if all(raw.get(key) is not None for key in shape.needs)]
+    found = shapes_of(raw)
     if not found:
         return raw, []
     if len(found) > 1:
@@ -47,6 +44,13 @@ def as_messages(raw: Json) -> tuple[Json, list[str]]:
     turns = shape.turns(raw)
     kept = {key: value for key, value in raw.items() if key not in (*shape.needs, *shape.may)}
     return {**kept, "messages": [message for _, message in turns]}, [field for field, _ in turns]
+
+
+def shapes_of(raw: Json) -> list[Shape]:
+    """Return the formats whose keys a record has; none for a record with turns."""
+    if any(raw.get(key) is not None for key in TURN_KEYS):
+        return []
+    return [shape for shape in SHAPES if all(raw.get(key) is not None for key in shape.needs)]
 
 
 def original_field(field: str, fields: list[str]) -> str:
@@ -99,7 +103,7 @@ def _completion(raw: Json) -> list[tuple[str, Json]]:
     return read + [(f"completion[{i}]", turn) for i, turn in enumerate(completion)]
 
 
-def _unlearned(turn: Any, field: str) -> Any:
+def _unlearned(turn: Json, field: str) -> Json:
     """Return an answer of a prompt marked as not learned; other turns, and what is no turn, as they are."""
     if not isinstance(turn, dict) or turn.get("role") != "assistant":
         return turn

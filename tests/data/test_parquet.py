@@ -130,9 +130,7 @@ def test_bytes_inside_parts_are_refused_by_name(tmp_path: Path) -> None:
     ]
     turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": "A cat on a mat."}]}]
     index = opened(written(tmp_path / "m.parquet", {"messages": [turns]}))
-    with pytest.raises(
-        RecordError, match=r"messages\[0\].content\[0\]: has 'image' without a path; only paths of local files are read"
-    ):
+    with pytest.raises(RecordError, match=r"messages\[0\].content\[0\]: has 'image' without a path; name the path of a local file"):
         parse(index.raw(0), "x:1")
 
 

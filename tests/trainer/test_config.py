@@ -14,8 +14,7 @@ from model.errors import ConfigError
 from tests.support.config import MINIMAL, VALUES_OF_TOML, problems
 from tests.support.runs import merged
 from trainer.runfile.load import load_config, parse_config
-from trainer.runfile.planned import KEYS, VALUES
-from trainer.runfile.schema import to_tables
+from trainer.runfile.schema import PLANNED_KEYS, PLANNED_VALUES, to_tables
 from trainer.runfile.toml_files import to_toml
 
 
@@ -83,7 +82,26 @@ def test_each_problem_is_named(changes: dict[str, Any], expected: str) -> None:
     assert expected in problems(**changes)
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.max_step=3", "train.max_step is not a setting; did you mean 'train.max_steps'?"),
+        ("train={epoch=1.0}", "train.epoch is not a setting; did you mean 'train.epochs'?"),
+        ("optim.lr = true", "optim.lr = True is not a number"),
+    ],
+)
+def test_a_problem_with_a_setting_of_the_command_line_names_it(tmp_path: Path, override: str, expected: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml({**MINIMAL, "trains": 1}))
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(path), ["seed=7", override])
+    lines = str(caught.value).splitlines()
+    assert sorted(lines[1:]) == sorted(
+        [f"  - {override!r} on the command line: {expected}", "  - trains is not a setting; did you mean 'train'?"]
+    )
+
+
+@pytest.mark.parametrize("key", PLANNED_KEYS)
 def test_what_is_not_built_yet_is_refused(key: str) -> None:
     table: dict[str, Any] = {}
     here = table
@@ -98,7 +116,7 @@ def test_what_is_not_built_yet_is_refused(key: str) -> None:
     assert "is planned and not built yet" in problems(**table)
 
 
-@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("value", PLANNED_VALUES)
 def test_values_that_are_not_built_yet_are_refused(value: str) -> None:
     key, _, text = value.partition(" = ")
     changes: Any = text.strip("'")
