@@ -5,11 +5,11 @@ from __future__ import annotations
 import gzip
 import hashlib
 import shutil
+import sys
 import zlib
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
 from data.index.sidecar import open_atomically
 from model.errors import ConfigError, DataError
@@ -22,10 +22,11 @@ Open = Callable[[Path], IO[bytes]]
 
 def _zstd() -> Open | None:
     """Return the function that opens .zst files; None where this Python has none (it came with 3.14)."""
-    try:
-        return cast(Open, import_module("compression.zstd").open)
-    except ImportError:
-        return None
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+
+        return zstd.open
+    return None
 
 
 OPENERS: dict[str, Open | None] = {".gz": gzip.open, ".zst": _zstd()}  # type: ignore[dict-item]  # gzip's has more parameters

@@ -185,7 +185,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         broken.write_bytes(damaged)
         with pytest.raises(DataError, match=f"broken.parquet: {message}"):
             opened(broken)
-    with pytest.raises(DataError, match="has no column conversations or messages; its columns: id, text"):
+    with pytest.raises(DataError, match=r"has no columns .* \(conversations, messages, .*\); it has id, text"):
         opened(written(tmp_path / "n.parquet", {"id": ["1"], "text": ["a"]}))
     with pytest.raises(DataError, match="holds no record"):
         opened(written(tmp_path / "o.parquet", {"conversations": pyarrow.array([], pyarrow.string())}))
