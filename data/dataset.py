@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from data.config import DataConfig, SourceConfig
 from data.index.record_index import RecordIndex
-from data.media.blob import Blob, MediaError, resolve_path
+from data.media.blob import Blob, MediaError, inline_blob, resolve_path
 from data.media.record_media import RecordMedia
 from data.records.fields import LINE, shorten
 from data.records.record import MediaRef, Record, RecordError, parse
@@ -144,8 +144,8 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
 
 
 def _locate(index: RecordIndex, row: int, source: SourceConfig, follow_links: bool, ref: MediaRef) -> Blob:
-    """Locate the bytes of a medium: beside the record, if its file is an archive, else in the source's folder."""
-    if (found := index.blob(row, ref)) is not None:
+    """Locate the bytes of a medium: in the record, beside it if its file is an archive, else in the source's folder."""
+    if (found := inline_blob(ref.path) or index.blob(row, ref)) is not None:
         return found
     path = resolve_path(ref.path, root_of(source, ref), follow_links=follow_links)
     return Blob(path, path)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data.collate import collate
 from data.config import DataConfig
-from data.media.blob import Blob, resolve_path
+from data.media.blob import Blob, inline_blob, resolve_path
 from data.media.record_media import RecordMedia
 from data.records.record import MediaRef, Record, parse
 from data.sample import Sample, assemble_sample, check_media
@@ -99,6 +99,8 @@ class Processor:
         return assemble_sample(encoded, self.template.placeholder_ids, media, max_length=limit, sample_id=i, source_id=0)
 
     def _locate(self, ref: MediaRef, media_root: str | None) -> Blob:
+        if (inline := inline_blob(ref.path)) is not None:
+            return inline
         path = ref.path if media_root is None else resolve_path(ref.path, media_root, follow_links=self.config.follow_links)
         return Blob(path, path)
 

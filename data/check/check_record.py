@@ -16,7 +16,7 @@ from data.check.certificate import encode_proven
 from data.check.picture_hash import picture_hash
 from data.dataset import MultimodalDataset, root_of
 from data.media import image
-from data.media.blob import Blob, MediaError
+from data.media.blob import Blob, MediaError, inline_blob
 from data.media.record_media import RecordMedia
 from data.media.sound import is_unsized
 from data.records.fields import record_line
@@ -172,7 +172,7 @@ def _watched(dataset: MultimodalDataset, i: int, ref: MediaRef) -> str:
     """
     source_id, index, row = dataset.place(i)
     try:
-        if index.blob(row, ref) is not None:
+        if inline_blob(ref.path) is not None or index.blob(row, ref) is not None:
             return ""
         root = root_of(dataset.sources[source_id], ref)
     except MediaError:

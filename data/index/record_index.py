@@ -14,6 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data.config import DataConfig, SourceConfig
+from data.index.compressed import check_opener, is_compressed, unpacked
+from data.index.dataset_folder import arrow_files
 from data.index.json_scan import Advance, scan
 from data.index.parquet import ParquetRows, scan_parquet
 from data.index.reader import JsonRows, RecordReader, RowError
@@ -44,6 +46,7 @@ FORMATS = {
     ".json": SourceFormat(scan, JsonRows),
     ".jsonl": SourceFormat(scan, JsonRows),
     ".parquet": SourceFormat(scan_parquet, ParquetRows, holds_media=True),
+    ".arrow": SourceFormat(scan_parquet, ParquetRows, holds_media=True),
     ".tar": SourceFormat(scan_tar, TarRows, holds_media=True),
 }
 """Formats by lower-case suffix. To add a kind of file, add an entry here, not a branch."""
@@ -84,7 +87,7 @@ class RecordIndex:
         Several processes may do so at once. `alive` is called now and then with the name of the file being read. Raises
         `ConfigError` for a path that cannot be read, `DataError` for a file that is no list of records.
         """
-        paths = source_files(source)
+        paths = [unpacked(path, folder, alive) if is_compressed(str(path)) else path for path in source_files(source)]
         files, kind = file_stamps(paths), FORMATS[paths[0].suffix.lower()]
         digest = hashlib.sha256(os.path.abspath(source.path).encode()).hexdigest()[:8]
         sidecar = folder / f"{safe_name(source.key)}-{digest}.index"
@@ -165,24 +168,28 @@ def source_files(source: SourceConfig) -> list[Path]:
     Raises `ConfigError` if there are none or not of one readable kind.
     """
     name = f"data.sources path {source.path!r}"
+    if os.path.isdir(source.path):
+        return [Path(os.path.abspath(path)) for path in arrow_files(source.path)]
     is_file = os.path.isfile(source.path)
     found = [source.path] if is_file else sorted(path for path in glob.glob(source.path, recursive=True) if os.path.isfile(path))
     if not found:
         raise ConfigError(f"{name} {'matches no file' if glob.has_magic(source.path) else 'is no file'}")
-    suffixes = {Path(path).suffix.lower(): path for path in found}
-    if unknown := next((path for suffix, path in suffixes.items() if suffix not in FORMATS), None):
-        hint = (
-            "; unpack it: a compressed file cannot be read at any place"
-            if unknown.lower().endswith((".gz", ".tgz", ".zst"))
-            else ""
-        )
+    kinds = {_kind_of(path): path for path in found}
+    if unknown := next((path for kind, path in kinds.items() if kind not in FORMATS), None):
+        packed = unknown.lower().endswith((".gz", ".tgz", ".zst"))
+        hint = "; unpack it: of compressed files only .json and .jsonl are read" if packed else ""
         which = "is" if is_file else f"matches {unknown!r}, which is"
         raise ConfigError(f"{name} {which} of no kind that is read ({', '.join(FORMATS)}){hint}")
-    if len(suffixes) > 1:
-        raise ConfigError(
-            f"{name} matches files of several kinds, {' and '.join(map(repr, suffixes.values()))}: make each a source"
-        )
+    if len(kinds) > 1:
+        raise ConfigError(f"{name} matches files of several kinds, {' and '.join(map(repr, kinds.values()))}: make each a source")
+    for path in filter(is_compressed, found):
+        check_opener(path)
     return [Path(os.path.abspath(path)) for path in found]
+
+
+def _kind_of(path: str) -> str:
+    """Return the end of the file's name that tells its format, below the compression."""
+    return (Path(path).with_suffix("") if is_compressed(path) else Path(path)).suffix.lower()
 
 
 def _lengths_and_modalities(table: Table, tokens: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
