@@ -172,14 +172,15 @@ def open_dataset(
     specs: dict[str, MediaSpec],
     index_folder: Path,
     excluded: frozenset[int] = frozenset(),
-    alive: Callable[[str], object] = lambda at: None,
+    on_progress: Callable[[str], object] = lambda at: None,
 ) -> MultimodalDataset:
     """Open the dataset of `sources`, with their indexes in `index_folder`, built there where they are missing or stale.
 
-    `alive` is called now and then with the file that is read for it. Raises `ConfigError` when a source or a media_root is missing.
+    `on_progress` is called now and then with the file that is read for it. Raises `ConfigError` when a source or media_root is
+    missing.
     """
     check_roots(sources)
-    indexes = [RecordIndex.open(source, index_folder, specs, config, alive) for source in sources]
+    indexes = [RecordIndex.open(source, index_folder, specs, config, on_progress) for source in sources]
     return MultimodalDataset(indexes, sources, template, specs, config, excluded)
 
 

@@ -113,12 +113,12 @@ def our_loop(model: MultimodalLM, config: ModelConfig, batches: list[Batch], wor
         for step in range(steps):
             set_learning_rates(optimizer, multiplier(optim, step, steps))
             batch = [batches[step % len(batches)].to(world.device)]
-            tracker.at("copy", step, ids[step % len(ids)])
-            told = [*requests.told(), share]
+            tracker.begin("copy", step, ids[step % len(ids)])
+            told = [*requests.announce(), share]
             result = train_step(
-                wrapped, optimizer, batch, world, seed=0, step=step, clip_norm=optim.clip_norm, told=told, mark=tracker.mark
+                wrapped, optimizer, batch, world, seed=0, step=step, clip_norm=optim.clip_norm, extra=told, mark=tracker.mark
             )
-            deferred.push(scalars_to_read(result))
+            deferred.swap(scalars_to_read(result))
             share = result.losses.sum()
             meter.add(batch, result, 0.0)
 

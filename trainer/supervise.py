@@ -56,7 +56,7 @@ def run_watched(train: Train, config: RunConfig, world: World | None, status: Ru
     own, folder = world is None, Path(config.output_dir)
     world = world or start_world()
     status.has_met = True
-    watchdog = Watchdog(status.watch, world, folder, config.faults.stall_seconds, lock).start()
+    watchdog = Watchdog(status.tracker, world, folder, config.faults.stall_seconds, lock).start()
     code = errors.DONE
     try:
         config = resolve_config(config, world)
@@ -82,7 +82,7 @@ def report_end(error: BaseException, folder: Path, status: RunStatus, rank: int,
     except RuntimeError as later:
         before, error = None, later
     try:
-        return report_failure(status.watch.explained(error), folder, status.step, rank, watchdog)
+        return report_failure(status.tracker.explained(error), folder, status.step, rank, watchdog)
     finally:
         watchdog.stop()
         if before is not None:
@@ -100,7 +100,7 @@ def report_failure(
     if watchdog is None:
         write_exit_report(output_dir, code, reason, step, rank, error=shown)
         return code
-    found = watchdog.failed(error, code, reason)
+    found = watchdog.agree_on_failure(error, code, reason)
     speaks, is_own = found.by == rank, found.by == found.culprit == rank
     if not speaks:
         time.sleep(0.5)  # the rank that found out reports, unless it has died since

@@ -64,12 +64,12 @@ def certify(
     source_key: str,
     num_rows: int = 8,
     max_length: int | None = None,
-    alive: Callable[[str], object] = lambda at: None,
+    on_progress: Callable[[str], object] = lambda at: None,
 ) -> Certificate:
     """Check up to `num_rows` rows spread over the source; rows that break the rules of records are passed over.
 
-    `alive` is called with the place of the row that is next. Raises `DataError` if a row's ids differ from the reference, an answer
-    or its end is not learned, anything else is learned, or the prompt's ids are no prefix of the row's; or if no row can be
+    `on_progress` is called with the place of the row that is next. Raises `DataError` if a row's ids differ from the reference, an
+    answer or its end is not learned, anything else is learned, or the prompt's ids are no prefix of the row's; or if no row can be
     encoded for another reason than its length.
     """
     rows: list[int] = []
@@ -78,7 +78,7 @@ def certify(
     for i in _spread(len(index), 8 * num_rows):
         if len(rows) == num_rows:
             break
-        alive(index.where(i))
+        on_progress(index.where(i))
         try:
             record = parse(index.raw(i), index.where(i), index.name(i))
             encoded = encode_proven(template, record, max_length)

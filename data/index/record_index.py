@@ -75,13 +75,13 @@ class RecordIndex:
         folder: Path,
         specs: dict[str, MediaSpec],
         config: DataConfig = _DEFAULTS,
-        alive: Callable[[str], object] = lambda at: None,
+        on_progress: Callable[[str], object] = lambda at: None,
     ) -> RecordIndex:
         """Open the index of `source`.
 
         Its sidecar in `folder` is used if size and time of every file agree with it, and built otherwise.
 
-        Several processes may do so at once. `alive` is called now and then with the name of the file being read. Raises
+        Several processes may do so at once. `on_progress` is called now and then with the name of the file being read. Raises
         `ConfigError` for a path that cannot be read, `DataError` for a file that is no list of records.
         """
         paths = source_files(source)
@@ -93,7 +93,7 @@ class RecordIndex:
             with tqdm(total=size, unit="B", unit_scale=True, desc=f"index {source.key}", delay=3, leave=False) as bar:
                 write_table(
                     sidecar,
-                    join_tables([_scanned(kind, path, _report_to_both(bar.update, alive, path.name)) for path in paths]),
+                    join_tables([_scanned(kind, path, _report_to_both(bar.update, on_progress, path.name)) for path in paths]),
                     files,
                 )
         return RecordIndex(sidecar, media_tokens(specs, config), bool(source.media_root))
@@ -142,12 +142,12 @@ class RecordIndex:
         return place if places.count(place) == 1 else f"[{i - first}]"
 
 
-def _report_to_both(advance: Advance, alive: Callable[[str], object], name: str) -> Advance:
+def _report_to_both(advance: Advance, on_progress: Callable[[str], object], name: str) -> Advance:
     """Return a callback that reports progress to the bar and to the process that waits for the index."""
 
     def report_progress(num_bytes: int) -> None:
         advance(num_bytes)
-        alive(name)
+        on_progress(name)
 
     return report_progress
 

@@ -127,7 +127,7 @@ def wait_for_rank_0(world: World) -> int:
         signs += 1
         return tell(*said)
 
-    tell, freeze_lengths._tell = freeze_lengths._tell, sign
+    tell, freeze_lengths._sum_done = freeze_lengths._sum_done, sign
     if world.is_main:
         for _ in range(3):
             sign(world, False)

@@ -31,8 +31,8 @@ class RunStatus:
 
     step: int | None = None
     has_met: bool = False  # this rank has joined the others, and so the rank that holds the run folder
-    steering: Requests = field(default_factory=Requests)
-    watch: PhaseTracker = field(default_factory=PhaseTracker)
+    requests: Requests = field(default_factory=Requests)
+    tracker: PhaseTracker = field(default_factory=PhaseTracker)
 
 
 def clear_exit_report(output_dir: Path) -> None:

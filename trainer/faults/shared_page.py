@@ -70,7 +70,7 @@ def read_last_position(beat: dict[str, Any]) -> dict[str, Any]:
     if moves > beat["moves"]:  # the rank has moved on: `at` is out of date
         beat = {**beat, "at": ""}
     reads = phase.rstrip(b"\0") == b"data" and beat["phase"] == "data"  # the beat names the samples that its workers read
-    found = {"phase": phase.rstrip(b"\0").decode(), "step": None if step < 0 else step, "place": [step, part], "moves": moves}
+    found = {"phase": phase.rstrip(b"\0").decode(), "step": None if step < 0 else step, "position": [step, part], "moves": moves}
     return {**beat, **found, **({} if reads else {"samples": samples[: min(num, MOST)]})}
 
 

@@ -55,16 +55,16 @@ class MemoryScenario:
         return footprint(self.card, parallel, self.num_ranks, self.batch(count), micros)
 
 
-def advice(heavy: MemoryScenario, limit: Callable[[Footprint], float]) -> str:
+def advice(scenario: MemoryScenario, limit: Callable[[Footprint], float]) -> str:
     """Describe for people which settings make a rank need at most `limit(its simulated memory now)` bytes."""
     try:
-        now = heavy.needed()
+        now = scenario.needed()
     except ConfigError as error:
         return f"What would fit is not known: {error}. A smaller micro-batch takes less, and so does {RECOMPUTES}"
     allowed = limit(now)
-    changes = list(fitting(heavy, allowed))
+    changes = list(fitting(scenario, allowed))
     if not changes:
-        least = least_change(heavy)
+        least = least_change(scenario)
         return f"No one setting makes it fit; {describe(least)} comes nearest: use more or larger devices, or a smaller model"
     return "What fits: " + "; ".join(describe(change) for change in changes[:SHOWN])
 
@@ -74,104 +74,104 @@ def describe(change: Change) -> str:
     return f"{change.settings} ({format_bytes(change.needed.total, 2)})"
 
 
-def fitting(heavy: MemoryScenario, allowed: float) -> Iterator[Change]:
+def fitting(scenario: MemoryScenario, allowed: float) -> Iterator[Change]:
     """Yield the changes that need at most `allowed` bytes; those that do not alter the numbers of training come first."""
-    for change in (smaller(heavy, allowed), *other_settings(heavy)):
+    for change in (smaller(scenario, allowed), *other_settings(scenario)):
         if change is not None and change.needed.total <= allowed:
             yield change
-    if heavy.config.parallel.activation_checkpointing == "none":
-        change = smaller(heavy, allowed, activation_checkpointing="full")
+    if scenario.config.parallel.activation_checkpointing == "none":
+        change = smaller(scenario, allowed, activation_checkpointing="full")
         if change is not None and change.needed.total <= allowed:
             yield replace(change, settings=f"{change.settings} with {RECOMPUTES}")
-    for other in (with_lora(heavy), with_four_bits(heavy)):
+    for other in (with_lora(scenario), with_four_bits(scenario)):
         if other is not None and other.needed.total <= allowed:
             yield other
 
 
-def smaller(heavy: MemoryScenario, allowed: float, **changes: Any) -> Change | None:
+def smaller(scenario: MemoryScenario, allowed: float, **changes: Any) -> Change | None:
     """Return the largest micro-batch below the heaviest one that fits, by bisection; None when no smaller one can be set or fits.
 
     It consists of the first samples of the heaviest. `changes`: overrides of [parallel].
     """
-    low, high, best = fewest(heavy), len(heavy.samples) - 1, None
+    low, high, best = fewest(scenario), len(scenario.samples) - 1, None
     while low <= high:
         middle = (low + high) // 2
-        needed = heavy.needed(middle, **changes)
+        needed = scenario.needed(middle, **changes)
         if needed.total <= allowed:
             best, low = (middle, needed), middle + 1
         else:
             high = middle - 1
-    return None if best is None else Change(_size_setting(heavy, best[0]), best[1])
+    return None if best is None else Change(_size_setting(scenario, best[0]), best[1])
 
 
-def fewest(heavy: MemoryScenario) -> int:
+def fewest(scenario: MemoryScenario) -> int:
     """Return the fewest samples that a micro-batch may have: a packed one is filled up to at least data.max_length tokens."""
-    if not heavy.config.data.packing:
+    if not scenario.config.data.packing:
         return 1
-    counts = range(2, len(heavy.samples) + 1)
-    return max((count for count in counts if _tokens(heavy, count) <= heavy.config.data.max_length), default=1)
+    counts = range(2, len(scenario.samples) + 1)
+    return max((count for count in counts if _tokens(scenario, count) <= scenario.config.data.max_length), default=1)
 
 
-def _tokens(heavy: MemoryScenario, count: int) -> int:
+def _tokens(scenario: MemoryScenario, count: int) -> int:
     """Return the tokens of the first `count` samples."""
-    return sum(len(sample.input_ids) for sample in heavy.samples[:count])
+    return sum(len(sample.input_ids) for sample in scenario.samples[:count])
 
 
-def _size_setting(heavy: MemoryScenario, count: int) -> str:
+def _size_setting(scenario: MemoryScenario, count: int) -> str:
     """Return the setting that limits a micro-batch to `count` samples."""
-    if heavy.config.data.packing:
-        return f"batch.micro_batch_tokens = {max(_tokens(heavy, count), heavy.config.data.max_length)}"
+    if scenario.config.data.packing:
+        return f"batch.micro_batch_tokens = {max(_tokens(scenario, count), scenario.config.data.max_length)}"
     return f"batch.micro_batch_size = {count}"
 
 
-def other_settings(heavy: MemoryScenario) -> Iterator[Change]:
+def other_settings(scenario: MemoryScenario) -> Iterator[Change]:
     """Yield changes of [parallel] that do not alter the numbers of training."""
-    parallel = heavy.config.parallel
+    parallel = scenario.config.parallel
     if parallel.activation_checkpointing == "none":
-        yield Change(RECOMPUTES, heavy.needed(activation_checkpointing="full"))
-    if heavy.num_ranks > 1 and parallel.strategy != "fsdp":
-        yield Change("parallel.strategy = 'fsdp'", heavy.needed(strategy="fsdp", shard_size=0))
+        yield Change(RECOMPUTES, scenario.needed(activation_checkpointing="full"))
+    if scenario.num_ranks > 1 and parallel.strategy != "fsdp":
+        yield Change("parallel.strategy = 'fsdp'", scenario.needed(strategy="fsdp", shard_size=0))
         if parallel.activation_checkpointing == "none":
             settings = f"parallel.strategy = 'fsdp' with {RECOMPUTES}"
-            yield Change(settings, heavy.needed(strategy="fsdp", shard_size=0, activation_checkpointing="full"))
+            yield Change(settings, scenario.needed(strategy="fsdp", shard_size=0, activation_checkpointing="full"))
 
 
-def with_lora(heavy: MemoryScenario) -> Change | None:
+def with_lora(scenario: MemoryScenario) -> Change | None:
     """Return the change to adapters in place of the whole language model; None where it does not apply.
 
     It is another training, which needs no moments of all weights.
     """
-    model = heavy.card.model
+    model = scenario.card.model
     if model.llm.tune != "full":
         return None
     try:
-        changed = replace(heavy, card=replace(heavy.card, model=replace(model, llm=replace(model.llm, tune="lora"))))
-        return Change(f"model.llm.tune = 'lora' (lora.rank = {heavy.config.lora.rank})", changed.needed())
+        changed = replace(scenario, card=replace(scenario.card, model=replace(model, llm=replace(model.llm, tune="lora"))))
+        return Change(f"model.llm.tune = 'lora' (lora.rank = {scenario.config.lora.rank})", changed.needed())
     except ConfigError:  # a model without linear layers to adapt
         return None
 
 
-def with_four_bits(heavy: MemoryScenario) -> Change | None:
+def with_four_bits(scenario: MemoryScenario) -> Change | None:
     """Return the change to a language model quantised to 4 bits; None where it learns, is quantised already or cannot be.
 
     It is another training as well.
     """
-    if heavy.card.model.llm.tune == "full" or heavy.card.quantize.bits != 16:
+    if scenario.card.model.llm.tune == "full" or scenario.card.quantize.bits != 16:
         return None
     try:
-        changed = replace(heavy, card=replace(heavy.card, quantize=QuantizeConfig(bits=4)))
+        changed = replace(scenario, card=replace(scenario.card, quantize=QuantizeConfig(bits=4)))
         return Change("quantize.bits = 4", changed.needed())
     except ConfigError:  # a mixture of experts, which 4 bits do not reach
         return None
 
 
-def least_change(heavy: MemoryScenario) -> Change:
+def least_change(scenario: MemoryScenario) -> Change:
     """Return the change, or combination of changes, that needs the least memory."""
-    found, least = [Change("the run as it is", heavy.needed()), *other_settings(heavy)], fewest(heavy)
-    if least < len(heavy.samples):
-        found.append(Change(_size_setting(heavy, least), heavy.needed(least)))
-        if heavy.config.parallel.activation_checkpointing == "none":
-            settings = f"{_size_setting(heavy, least)} with {RECOMPUTES}"
-            found.append(Change(settings, heavy.needed(least, activation_checkpointing="full")))
-    found += filter(None, [with_lora(heavy), with_four_bits(heavy)])
+    found, least = [Change("the run as it is", scenario.needed()), *other_settings(scenario)], fewest(scenario)
+    if least < len(scenario.samples):
+        found.append(Change(_size_setting(scenario, least), scenario.needed(least)))
+        if scenario.config.parallel.activation_checkpointing == "none":
+            settings = f"{_size_setting(scenario, least)} with {RECOMPUTES}"
+            found.append(Change(settings, scenario.needed(least, activation_checkpointing="full")))
+    found += filter(None, [with_lora(scenario), with_four_bits(scenario)])
     return min(found, key=lambda change: change.needed.total)

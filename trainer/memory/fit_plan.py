@@ -24,7 +24,7 @@ GIB = 2**30
 class Plan:
     """Everything that the tool reports."""
 
-    heavy: MemoryScenario
+    scenario: MemoryScenario
     strategies: dict[str, Footprint]  # the configured one first
     calendar: dict[str, int]  # steps, samples and tokens; empty without data
     lengths: str  # exact | partly exact | estimated: the lengths behind the calendar and the heaviest micro-batch
@@ -42,19 +42,19 @@ class Plan:
 
 def plan_run(config: RunConfig, data: RunData, num_ranks: int, memory: float) -> Plan:
     """Plan a run on `num_ranks` ranks of `memory` bytes each."""
-    heavy, calendar = heaviest_of(config, data, num_ranks)
-    strategies: dict[str, Footprint] = {config.parallel.strategy: heavy.needed()}
+    scenario, calendar = heaviest_of(config, data, num_ranks)
+    strategies: dict[str, Footprint] = {config.parallel.strategy: scenario.needed()}
     for strategy, shard_size in other_strategies(config, num_ranks):
-        strategies[strategy] = heavy.needed(strategy=strategy, shard_size=shard_size)
+        strategies[strategy] = scenario.needed(strategy=strategy, shard_size=shard_size)
     changes: list[Change] = []
     nearest = None
     if memory and strategies[config.parallel.strategy].total > memory:
-        changes = list(fitting(heavy, memory))
-        nearest = None if changes else least_change(heavy)
+        changes = list(fitting(scenario, memory))
+        nearest = None if changes else least_change(scenario)
     model = on_meta(data.card, config.parallel, computes=False)
     shards = planned_checkpoint_bytes(model, sharing_ranks(config.parallel, num_ranks), num_ranks)
     return Plan(
-        heavy, strategies, calendar, data.lengths_kind, shards, planned_final_bytes(model, data.card), memory, changes, nearest
+        scenario, strategies, calendar, data.lengths_kind, shards, planned_final_bytes(model, data.card), memory, changes, nearest
     )
 
 

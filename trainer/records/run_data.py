@@ -61,15 +61,15 @@ def open_data(
     world: World,
     *,
     first_start: bool = False,
-    place: Stage | None = None,
-    alive: Callable[[str], object] = lambda at: None,
+    stage: Stage | None = None,
+    on_progress: Callable[[str], object] = lambda at: None,
 ) -> RunData:
-    """Open all data of the run, or of its stage `place`; no weight is loaded. Collective.
+    """Open all data of the run, or of one `stage` of it; no weight is loaded. Collective.
 
     Rank 0 builds missing indexes, which the other ranks then map. `first_start`: the run or stage begins at step 0, and its
-    planned lengths are frozen now. `alive` is called now and then with what is being read.
+    planned lengths are frozen now. `on_progress` is called now and then with what is being read.
     """
-    place = place or Stage(config, config)
+    stage = stage or Stage(config, config)
     template, card = open_vocabulary(config, world)
     specs, data, folder = card.specs, config.data, Path(config.output_dir)
     check_positions(card.hugging_face["llm"], data.max_length)
@@ -79,14 +79,14 @@ def open_data(
 
     tables = {TRAIN: data.sources, VALIDATION: data.validation}
     if world.is_main:
-        signs = freeze_lengths.Signs(world, alive)
+        signs = freeze_lengths.MainRankProgress(world, on_progress)
         found = {split: opened(sources, frozenset(), signs) for split, sources in tables.items() if sources}
         if first_start:
-            freeze_lengths.measure_and_freeze(found, config, place.folder, signs)
+            freeze_lengths.measure_and_freeze(found, config, stage.folder, signs)
     freeze_lengths.wait_for_main_rank(world)  # collective: the indexes exist now, and lengths are frozen
-    excluded = {TRAIN: read_excluded(folder, place.name), VALIDATION: frozenset[int]()}
-    datasets = {split: opened(sources, excluded[split], alive) for split, sources in tables.items() if sources}
-    kinds = freeze_lengths.load_lengths(datasets, config, place.folder)
+    excluded = {TRAIN: read_excluded(folder, stage.name), VALIDATION: frozenset[int]()}
+    datasets = {split: opened(sources, excluded[split], on_progress) for split, sources in tables.items() if sources}
+    kinds = freeze_lengths.load_lengths(datasets, config, stage.folder)
     freeze_lengths.check_same_lengths(datasets, world)  # collective
     train, validation = (datasets.get(split) for split in tables)
     pools, held_out = (() if dataset is None else pools_of(dataset, config) for dataset in (train, validation))
@@ -174,8 +174,8 @@ def given_digests(card: ModelCard) -> dict[str, str]:
     return found
 
 
-def certify_all(data: RunData, config: RunConfig, alive: Callable[[str], object] = lambda at: None) -> list[str]:
-    """Certify every source and return one line per source: what was proven of its rows. `alive` is called with the next row.
+def certify_all(data: RunData, config: RunConfig, on_progress: Callable[[str], object] = lambda at: None) -> list[str]:
+    """Certify every source and return one line per source: what was proven of its rows. `on_progress` is called with the next row.
 
     Raises `DataError` when a source cannot be proven, `ConfigError` when the model's parts and the data do not go together.
     """
@@ -190,7 +190,7 @@ def certify_all(data: RunData, config: RunConfig, alive: Callable[[str], object]
             raise ConfigError(f"{error}; {refused}" if refused else str(error)) from error
     opened = [dataset for dataset in (data.train, data.validation) if dataset is not None]
     return [
-        str(certify(data.processor.template, index, source.key, max_length=config.data.max_length, alive=alive))
+        str(certify(data.processor.template, index, source.key, max_length=config.data.max_length, on_progress=on_progress))
         for dataset in opened
         for source, index in zip(dataset.sources, dataset.indexes)
     ]
