@@ -50,10 +50,10 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
         template: Template,
         specs: dict[str, MediaSpec],
         config: DataConfig,
-        excluded: frozenset[int] = frozenset(),
     ) -> None:
         self.indexes, self.sources, self.template = indexes, sources, template
-        self.specs, self.config, self._excluded = specs, config, excluded
+        self.specs, self.config = specs, config
+        self._excluded: frozenset[int] = frozenset()
         sizes = [len(index) for index in indexes]
         self._starts = np.cumsum([0, *sizes])
         # A longer sample is cut to whole rounds, so it never takes more than max_length.
@@ -171,7 +171,6 @@ def open_dataset(
     template: Template,
     specs: dict[str, MediaSpec],
     index_folder: Path,
-    excluded: frozenset[int] = frozenset(),
     on_progress: Callable[[str], object] = lambda at: None,
 ) -> MultimodalDataset:
     """Open the dataset of `sources`, with their indexes in `index_folder`, built there where they are missing or stale.
@@ -181,7 +180,7 @@ def open_dataset(
     """
     check_roots(sources)
     indexes = [RecordIndex.open(source, index_folder, specs, config, on_progress) for source in sources]
-    return MultimodalDataset(indexes, sources, template, specs, config, excluded)
+    return MultimodalDataset(indexes, sources, template, specs, config)
 
 
 def check_roots(sources: tuple[SourceConfig, ...]) -> None:

@@ -40,7 +40,7 @@ from trainer.health.loss_monitor import scalars_to_read
 from trainer.metrics import Meter
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.schedule import multiplier
-from trainer.step import train_step
+from trainer.step import StepOptions, train_step
 
 LONG, SHORT = 136, 8
 SYNCS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "unique_consecutive", "allclose"}
@@ -116,7 +116,11 @@ def our_loop(model: MultimodalLM, config: ModelConfig, batches: list[Batch], wor
             tracker.begin("copy", step, ids[step % len(ids)])
             told = [*requests.announce(), share]
             result = train_step(
-                wrapped, optimizer, batch, world, seed=0, step=step, clip_norm=optim.clip_norm, extra=told, mark=tracker.mark
+                wrapped,
+                optimizer,
+                batch,
+                world,
+                StepOptions(seed=0, step=step, clip_norm=optim.clip_norm, extra=told, mark=tracker.mark),
             )
             deferred.swap(scalars_to_read(result))
             share = result.losses.sum()

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 
-from data.loader import MicroBatch, train_batches
+from data.loader import LoadOptions, MicroBatch, train_batches
 from data.workers import Reading, describe_sample
 from trainer.faults.phase_tracker import PhaseTracker
 from trainer.memory.sample_cost import sample_costs
@@ -55,12 +55,13 @@ class Feed:
             self.train,
             self.sampler,
             prepared.batch_plan,
-            pad_id=prepared.data.pad_id,
-            rank=prepared.world.rank,
-            first_step=first_step,
-            last_step=prepared.total_steps,
-            workers=config.data.workers,
-            pin_memory=prepared.world.device.type == "cuda",
+            LoadOptions(
+                pad_id=prepared.data.pad_id,
+                rank=prepared.world.rank,
+                workers=config.data.workers,
+                pin_memory=prepared.world.device.type == "cuda",
+                reading=self.tracker.watch_workers(Reading(config.data.workers), partial(describe_sample, self.train)),
+            ),
+            range(first_step, prepared.total_steps),
             costs=sample_costs(prepared.model, config.model, self.train) if config.data.packing else None,
-            reading=self.tracker.watch_workers(Reading(config.data.workers), partial(describe_sample, self.train)),
         )

@@ -23,7 +23,7 @@ from trainer.optim import set_learning_rates
 from trainer.records.bookkeeping import Bookkeeping
 from trainer.schedule import multiplier
 from trainer.setup import PreparedRun
-from trainer.step import train_step
+from trainer.step import StepOptions, train_step
 from trainer.validate import validate
 
 FAILURE_GRACE_SECONDS = 5.0
@@ -108,11 +108,13 @@ class Loop:
             self.optimizer,
             batches,
             prepared.world,
-            seed=config.seed,
-            step=step,
-            clip_norm=config.optim.clip_norm,
-            extra=[*self.requests.announce(), self.health.shared_loss()],
-            mark=self.tracker.mark,
+            StepOptions(
+                seed=config.seed,
+                step=step,
+                clip_norm=config.optim.clip_norm,
+                extra=[*self.requests.announce(), self.health.shared_loss()],
+                mark=self.tracker.mark,
+            ),
         )
         self._observe(self.deferred.swap(scalars_to_read(result)))
         self.checkpointer.check()

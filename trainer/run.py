@@ -11,7 +11,7 @@ from trainer import errors
 from trainer.checkpoint.restore import restore
 from trainer.checkpoint.resume import check_state, find_resume_point, remaining_stages
 from trainer.checkpoint.retention import set_aside, step_of
-from trainer.checkpoint.write_final import final_step, publish, write_final
+from trainer.checkpoint.write_final import FinalRun, final_step, publish, write_final
 from trainer.config import RunConfig
 from trainer.distributed.world import World
 from trainer.faults import exit_report, signals
@@ -122,9 +122,8 @@ def finish(prepared: PreparedRun, first_step: int, world: World) -> int:
     if world.broadcast_json(finished):
         say(world, f"nothing left to do: {stage.folder / 'final'} holds step {step}, the run asks for {prepared.total_steps}")
     else:
-        target = write_final(
-            prepared.model, prepared.data.card, prepared.data.processor, stage.folder, step, world, bool(stage.name)
-        )
+        final = FinalRun(prepared.data.card, prepared.data.processor, stage.folder, step)
+        target = write_final(prepared.model, final, world, alone=bool(stage.name))
         if num_left_out := len(read_rows(stage.run_folder, stage.name)):
             say(world, f"{num_left_out} records could not be used: {stage.run_folder / QUARANTINE} says why")
         say(world, f"wrote and proved {target}")

@@ -31,34 +31,38 @@ class StepResult:
     extra_sums: Tensor  # (len(extra),) sums of `extra` over all ranks
 
 
+@dataclass(frozen=True)
+class StepOptions:
+    """What a step takes beside model, optimizer and batches."""
+
+    seed: int  # of the run; with `step`, the rank and the micro-batch it is the seed of dropout
+    step: int  # 0-based, of the stage
+    clip_norm: float  # 0: no clipping
+    extra: Sequence[float | Tensor] = ()  # numbers of this rank, summed over ranks in the same collective as the counts
+    mark: Callable[[str], None] = lambda phase: None  # called with the name of each phase
+
+
 def train_step(
     wrapped: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: list[Batch],
     world: World,
-    *,
-    seed: int,
-    step: int,
-    clip_norm: float,
-    extra: Sequence[float | Tensor] = (),
-    mark: Callable[[str], None] = lambda phase: None,
+    options: StepOptions,
 ) -> StepResult:
     """Update the parameters on the sum of all terms, each the mean over what the term counts in the global batch. No host sync.
 
     A term has one denominator, its count over all micro-batches and ranks: each micro-batch adds its sum divided by it, and
     gradients are summed over ranks, so the result does not depend on how the samples were distributed.
-
-    `extra`: numbers of this rank that are summed over ranks in the same collective as the counts; `mark` is called with the name of
-    each phase.
     """
+    mark = options.mark
     mark("count")
-    shares, extra_sums = loss_divisors(wrapped, batches, world, extra)
+    shares, extra_sums = loss_divisors(wrapped, batches, world, options.extra)
     addends: list[Tensor] = []
     ratios: list[dict[str, Tensor]] = []
     losses: list[Tensor] = []
     for i, batch in enumerate(batches):
         # Dropout depends on these four numbers alone, so a resumed run draws the same numbers.
-        seed_dropout(seed_of(seed, step, world.rank, i), world.device)
+        seed_dropout(seed_of(options.seed, options.step, world.rank, i), world.device)
         with gradient_sync(wrapped, last=i == len(batches) - 1):
             mark("forward")
             terms: dict[str, Term] = wrapped(batch)
@@ -72,7 +76,7 @@ def train_step(
         losses.append(loss.detach())
     mark("update")
     norm, norms = gradient_norm(p for group in optimizer.param_groups for p in group["params"])  # collective
-    skipped = clipped_update(optimizer, norm, clip_norm)
+    skipped = clipped_update(optimizer, norm, options.clip_norm)
     return StepResult(addends, norm, skipped, ratios, torch.stack(losses), norms, extra_sums)
 
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from data.loader import validation_batches
+from data.loader import LoadOptions, validation_batches
 from data.workers import Reading, describe_sample
 from trainer.distributed.parallelize import reshard
 from trainer.faults.phase_tracker import PhaseTracker
@@ -29,16 +29,9 @@ def validate(prepared: PreparedRun, quarantine: Quarantine, step: int, tracker: 
         tracker.watch_workers(Reading(config.data.workers), partial(describe_sample, dataset), VALIDATION),
     )
     sums, ratios = SourceSums(len(dataset.source_names), world.device), Ratios()
-    batches = validation_batches(
-        dataset,
-        prepared.batch_plan,
-        pad_id=prepared.data.pad_id,
-        rank=world.rank,
-        max_samples=config.validation.max_samples,
-        workers=config.data.workers,
-        pools=prepared.data.validation_pools,
-        reading=reading,
-    )
+    options = LoadOptions(pad_id=prepared.data.pad_id, rank=world.rank, workers=config.data.workers, reading=reading)
+    max_samples, pools = config.validation.max_samples, prepared.data.validation_pools
+    batches = validation_batches(dataset, prepared.batch_plan, options, max_samples, pools)
     prepared.model.eval()
     with torch.no_grad():
         for micro in batches:

@@ -12,7 +12,7 @@ from data.records.turns import MARKS
 from data.text.abilities import Message
 from data.text.chat_formats import FORMATS
 from data.text.messages import media_kinds
-from data.text.render import apply
+from data.text.render import TemplateInputs, apply
 from data.text.rounds import TooLongError
 from data.text.template import Encoded, Template
 from model.errors import DataError
@@ -150,9 +150,9 @@ def _reference_problem(template: Template, record: Record, ids: list[int]) -> st
 
 def _reference_text(template: Template, record: Record, messages: list[Message], source: str) -> str:
     """Return the template's own rendering, up to the end of an interrupted answer."""
-    kinds = media_kinds(record)
-    text = apply(template.tokenizer, source, messages, kinds, record.tools)
+    inputs = TemplateInputs(media_kinds(record), record.tools)
+    text = apply(template.tokenizer, source, messages, inputs)
     if not record.interrupted or messages[-1]["role"] != "assistant":
         return text
-    marked = apply(template.tokenizer, source, [*messages[:-1], {**messages[-1], "content": MARKS[0]}], kinds, record.tools)
+    marked = apply(template.tokenizer, source, [*messages[:-1], {**messages[-1], "content": MARKS[0]}], inputs)
     return text.removesuffix(marked.rpartition(MARKS[0])[2])

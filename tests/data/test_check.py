@@ -238,7 +238,7 @@ def test_sounds_are_measured_in_seconds_and_cut_ones_are_found(tmp_path: Path) -
     source = SourceConfig(str(tmp_path / "mix.jsonl"), media_root=str(tmp_path))
     tokenizer = tiny_tokenizer("qwen")
     tokenizer.add_tokens([AddedToken("<audio>", special=True, normalized=False)], special_tokens=True)
-    made = load_template("auto", tokenizer, placeholders="as_written", media_wrap=())
+    made = load_template("auto", tokenizer)
     data = open_dataset((source,), DataConfig(), made, {**SPECS, "audio": AUDIO}, tmp_path / "index")
     (found,) = check_dataset(data, tmp_path / "index")
     counts = summarise_source(found.found)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data.dataset import Rejected
-from data.loader import BatchPlan, validation_batches
+from data.loader import BatchPlan, LoadOptions, validation_batches
 from data.order.mixing import Pool, make_pools
 from model.errors import ConfigError, DataError
 from tests.support.ranks import run_ranks
@@ -81,8 +81,8 @@ def test_validation_reads_what_take_leaves_of_each_source(tmp_path: Path) -> Non
 
     def ids(max_samples: int, world_size: int) -> list[int]:
         plan = BatchPlan(world_size, 3)
-        options: dict[str, Any] = {"pad_id": 0, "max_samples": max_samples, "workers": 0, "pools": pools}
-        micros = [m for rank in range(world_size) for m in validation_batches(data, plan, rank=rank, **options)]
+        options = [LoadOptions(pad_id=0, rank=rank, workers=0) for rank in range(world_size)]
+        micros = [m for own in options for m in validation_batches(data, plan, own, max_samples, pools)]
         return sorted(i for micro in micros for i in micro.batch.sample_ids.tolist() if i >= 0)
 
     assert ids(0, 1) == ids(0, 2) == [*range(10, 20), *range(20, 24), 24]

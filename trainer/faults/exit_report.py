@@ -8,18 +8,15 @@ import sys
 import threading
 import traceback
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data.records.fields import bound_message, printable
 from model.files.tensor_files import dump_json
 from trainer.faults.phase_tracker import PhaseTracker
 from trainer.faults.requests import Requests
 from trainer.machine.atomic_files import NEW
-
-if TYPE_CHECKING:
-    pass
 
 NAME = "exit.json"
 INTERRUPT = "interrupted; the same command goes on from the last checkpoint"
@@ -40,19 +37,27 @@ def clear_exit_report(output_dir: Path) -> None:
     (output_dir / NAME).unlink(missing_ok=True)
 
 
-def record_exit(
-    output_dir: Path | None, code: int, reason: str, step: int | None, rank: int, *, speaks: bool | None = None
-) -> bool:
+@dataclass(frozen=True)
+class ExitReport:
+    """Why a run ended, as exit.json holds it."""
+
+    code: int
+    reason: str
+    step: int | None  # completed steps of the run
+    rank: int  # the rank to blame
+
+
+def record_exit(output_dir: Path | None, report: ExitReport, *, speaks: bool | None = None) -> bool:
     """Write exit.json unless another rank was first; return whether this rank prints the message.
 
     Where the file cannot be written, the rank that `speaks` prints it, by default rank 0.
     """
-    speaks, reason = rank == 0 if speaks is None else speaks, bound_message(reason)
+    speaks = report.rank == 0 if speaks is None else speaks
     if output_dir is None:
         return speaks
     launch = {"launch": os.environ["TORCHELASTIC_RUN_ID"]} if "TORCHELASTIC_RUN_ID" in os.environ else {}
-    value: dict[str, Any] = {"code": code, "reason": reason, "step": step, "rank": rank, **launch}
-    temporary = output_dir / f".{NAME}-{rank}-{threading.get_ident()}{NEW}"
+    value: dict[str, Any] = {**asdict(report), "reason": bound_message(report.reason), **launch}
+    temporary = output_dir / f".{NAME}-{report.rank}-{threading.get_ident()}{NEW}"
     try:
         temporary.write_text(dump_json(value))  # written first: on a full disk no rank claims the report
         (output_dir / NAME).open("x").close()  # fails when the file exists: the first reason is the true one
@@ -77,22 +82,16 @@ def read_exit_report(output_dir: Path) -> dict[str, Any] | None:
 
 
 def write_exit_report(
-    output_dir: Path | None,
-    code: int,
-    reason: str,
-    step: int | None,
-    rank: int,
-    speaks: bool | None = None,
-    error: BaseException | None = None,
+    output_dir: Path | None, report: ExitReport, *, speaks: bool | None = None, error: BaseException | None = None
 ) -> None:
-    """Write exit.json and print one line for people, on the rank that is the first to report; `rank` is the one to blame.
+    """Write exit.json and print one line for people, on the rank that is the first to report.
 
     With `error`, its traceback is printed as well.
     """
-    if record_exit(output_dir, code, reason, step, rank, speaks=speaks):
+    if record_exit(output_dir, report, speaks=speaks):
         if error is not None:
             traceback.print_exception(error, file=sys.stderr)
-        where = "" if step is None else f" after step {step}"
-        line_of_its_own = "" if step is None else "\n"  # the cursor is at the end of a progress bar
-        text = f"{line_of_its_own}trainer: rank {rank} stopped{where}: {bound_message(reason)}"
+        where = "" if report.step is None else f" after step {report.step}"
+        line_of_its_own = "" if report.step is None else "\n"  # the cursor is at the end of a progress bar
+        text = f"{line_of_its_own}trainer: rank {report.rank} stopped{where}: {bound_message(report.reason)}"
         print(printable(text, keep="\n\t"), file=sys.stderr, flush=True)

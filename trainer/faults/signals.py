@@ -177,7 +177,8 @@ class Listener:
         last = _last_checkpoint(self.folder)
         # Only rank 0 holds the folder lock: before the ranks have met, the folder may belong to another run.
         knows = self.rank == 0 or self.status.has_met
-        if knows and exit_report.record_exit(self.folder, errors.STOPPED, f"{reason}; {last}", self.status.step, self.rank):
+        report = exit_report.ExitReport(errors.STOPPED, f"{reason}; {last}", self.status.step, self.rank)
+        if knows and exit_report.record_exit(self.folder, report):
             self._say(f"rank {self.rank} stopped at once: {reason}; {last}")
         os._exit(errors.STOPPED)
 

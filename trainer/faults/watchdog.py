@@ -200,7 +200,8 @@ class Watchdog:
         is_speaker = verdict.by == self.world.rank
         if not is_speaker:
             time.sleep(0.5)  # the rank that found the failure reports first, unless it has died since
-        exit_report.write_exit_report(self.run_folder, verdict.code, verdict.reason, verdict.step, verdict.culprit, is_speaker)
+        report = exit_report.ExitReport(verdict.code, verdict.reason, verdict.step, verdict.culprit)
+        exit_report.write_exit_report(self.run_folder, report, speaks=is_speaker)
         self._finish(verdict)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -14,7 +14,7 @@ from data.dataset import MultimodalDataset, open_dataset
 from data.order.mixing import Pool, make_pools
 from data.order.sampler import Sampler
 from data.processor import Processor, make_processor
-from data.text.template import Template, load_template
+from data.text.template import Template, TemplateOptions, load_template
 from data.text.tokenizer import load_tokenizer, pad_id
 from model.card import ModelCard, base_digests, make_card, media_specs, read_card
 from model.errors import ConfigError, DataError
@@ -74,18 +74,19 @@ def open_data(
     specs, data, folder = card.specs, config.data, Path(config.output_dir)
     check_positions(card.hugging_face["llm"], data.max_length)
 
-    def opened(sources: tuple[SourceConfig, ...], excluded: frozenset[int], report: Callable[[str], object]) -> MultimodalDataset:
-        return open_dataset(sources, data, template, specs, folder / "index", excluded, report)
+    def opened(sources: tuple[SourceConfig, ...], report: Callable[[str], object]) -> MultimodalDataset:
+        return open_dataset(sources, data, template, specs, folder / "index", report)
 
     tables = {TRAIN: data.sources, VALIDATION: data.validation}
     if world.is_main:
         signs = freeze_lengths.MainRankProgress(world, on_progress)
-        found = {split: opened(sources, frozenset(), signs) for split, sources in tables.items() if sources}
+        found = {split: opened(sources, signs) for split, sources in tables.items() if sources}
         if first_start:
             freeze_lengths.measure_and_freeze(found, config, stage.folder, signs)
     freeze_lengths.wait_for_main_rank(world)  # collective: the indexes exist now, and lengths are frozen
-    excluded = {TRAIN: read_excluded(folder, stage.name), VALIDATION: frozenset[int]()}
-    datasets = {split: opened(sources, excluded[split], on_progress) for split, sources in tables.items() if sources}
+    datasets = {split: opened(sources, on_progress) for split, sources in tables.items() if sources}
+    if TRAIN in datasets:
+        datasets[TRAIN].exclude(read_excluded(folder, stage.name))
     kinds = freeze_lengths.load_lengths(datasets, config, stage.folder)
     freeze_lengths.check_same_lengths(datasets, world)  # collective
     train, validation = (datasets.get(split) for split in tables)
@@ -109,22 +110,17 @@ def open_vocabulary(config: RunConfig, world: World) -> tuple[Template, ModelCar
     template = load_template(
         data.template,
         vocabulary.tokenizer,
-        placeholders=data.placeholders,
-        media_wrap=data.media_wrap,
-        allowed=added,
-        state_tokens=data.state_tokens,
-        unread=surplus.unread,
+        TemplateOptions(
+            placeholders=data.placeholders,
+            media_wrap=data.media_wrap,
+            allowed=added,
+            state_tokens=data.state_tokens,
+            unread=surplus.unread,
+        ),
     )
-    card = make_card(
-        config.model,
-        config.lora,
-        plan_vocabulary(config.model, vocabulary, num_rows),
-        tokens=added,
-        stop_ids=template.stop_ids,
-        pad_id=pad_id(vocabulary.tokenizer),
-        quantize=config.quantize,
-    )
-    return template, card
+    layout = plan_vocabulary(config.model, vocabulary, num_rows)
+    card = make_card(config.model, config.lora, layout, quantize=config.quantize)
+    return template, replace(card, tokens=added, stop_ids=template.stop_ids, pad_id=pad_id(vocabulary.tokenizer))
 
 
 def pools_of(dataset: MultimodalDataset, config: RunConfig) -> tuple[Pool, ...]:
