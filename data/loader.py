@@ -123,8 +123,9 @@ def validation_batches(
     """Return the share of rank `options.rank` of at most `max_samples` records of `pools`, the same ones at every call.
 
     0 samples: all of them; no pools: all records. The records are spread evenly over each source, in proportion to its size and at
-    least one of each, even where there are more sources than `max_samples`. Every rank gets equally many micro-batches, blank ones where it has no sample. No record is rejected
-    for its length when packing: without a graph, a micro-batch somewhat over its budget does no harm.
+    least one of each, even where there are more sources than `max_samples`. Every rank gets equally many micro-batches, blank ones
+    where it has no sample. No record is rejected for its length when packing: without a graph, a micro-batch somewhat over its
+    budget does no harm.
     """
     taken = [pool.ids for pool in pools] or np.split(np.arange(len(dataset)), np.cumsum(np.bincount(dataset.source_ids))[:-1])
     ids = np.concatenate(taken)[_spread(np.array([len(rows) for rows in taken]), max_samples)]
