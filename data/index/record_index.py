@@ -128,7 +128,7 @@ class RecordIndex:
 
     def where(self, i: int) -> str:
         """Return the file name and the line, row or key of record `i`; lines and rows count from 1."""
-        return f"{self._shards.names[self._table.file_of(i)]}:{self._rows.place(i)}"
+        return f"{self._shards.names[self._table.file_of(i)]}:{self._rows.describe_position(i)}"
 
     def name(self, i: int) -> str:
         """Return the name of a record `i` that has no id: its line, row or key.
@@ -137,8 +137,8 @@ class RecordIndex:
         """
         file = self._table.file_of(i)
         first = int(self._table.file_stops[file - 1]) if file else 0
-        places = [self._rows.place(k) for k in range(max(i - 1, first), min(i + 2, int(self._table.file_stops[file])))]
-        place = self._rows.place(i)
+        places = [self._rows.describe_position(k) for k in range(max(i - 1, first), min(i + 2, int(self._table.file_stops[file])))]
+        place = self._rows.describe_position(i)
         return place if places.count(place) == 1 else f"[{i - first}]"
 
 

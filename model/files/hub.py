@@ -59,7 +59,7 @@ class WeightSet:
 
     files: list[Path]
     index: Path | None = None
-    places: dict[str, str] = field(default_factory=dict)  # file of each tensor, according to the index; {} without an index
+    file_of: dict[str, str] = field(default_factory=dict)  # file of each tensor, according to the index; {} without an index
 
 
 def weight_files(setting: str, path: str, cache_dir: str = "") -> list[Path]:
@@ -76,7 +76,7 @@ def weight_set(setting: str, path: str, cache_dir: str = "") -> WeightSet:
         if index := find_file(setting, path, f"{stem}.{suffix}.index.json", cache_dir):
             found = _indexed(setting, path, index, cache_dir)
             rival = index.parent / f"{stem}.{suffix}"
-            if rival.name not in found.places.values() and rival.is_file():
+            if rival.name not in found.file_of.values() and rival.is_file():
                 raise ConfigError(_two_sets(setting, path, index.name, rival.name))
             _check_strays(setting, path, index, rf"{stem}-\d+-of-\d+\.{suffix}", {file.name for file in found.files})
             return found
@@ -102,7 +102,7 @@ def folder_tensors(setting: str, path: str, cache_dir: str = "") -> Tensors:
                     "save the model again"
                 )
             found[name], where[name] = rows, file.name
-    wrong = [(name, file) for name, file in chosen.places.items() if where.get(name) != file]
+    wrong = [(name, file) for name, file in chosen.file_of.items() if where.get(name) != file]
     if wrong and chosen.index is not None:
         (name, shard), more = wrong[0], f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise ConfigError(

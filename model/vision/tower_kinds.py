@@ -25,7 +25,7 @@ class TowerFamily:
 
     positions: str  # name of the position embeddings, (P, C) or (1, P, C)
     num_prefix: int  # rows before the patches, without registers; each has a position of its own
-    behind: dict[
+    unused: dict[
         str, Callable[[], nn.Module | None]
     ]  # replacements of modules and parameters that the last block's output does not need
     antialias: bool = False  # as its authors resize the position embeddings
@@ -34,7 +34,7 @@ class TowerFamily:
 
 def remove_unused_layers(tower: nn.Module) -> nn.Module:
     """Remove what the last block's output does not need, so that the loss reaches every remaining parameter."""
-    for path, replacement in TOWERS[tower.config.model_type].behind.items():  # type: ignore[union-attr, index]
+    for path, replacement in TOWERS[tower.config.model_type].unused.items():  # type: ignore[union-attr, index]
         owner, _, name = path.rpartition(".")
         if getattr(tower.get_submodule(owner), name, None) is not None:
             setattr(tower.get_submodule(owner), name, replacement())

@@ -167,7 +167,7 @@ class EncoderNames:
     own: Collection[str]  # names that are read
     num_blocks: tuple[int, int]  # (built, all): blocks that are not built may be in the files
     what: str  # its class, for messages
-    unneeded: Callable[[str], bool] = lambda name: False  # whether the output does not depend on a name
+    is_unused: Callable[[str], bool] = lambda name: False  # whether the output does not depend on a name
 
 
 def check_encoder(setting: str, path: str, files: EncoderFiles, names: EncoderNames) -> None:
@@ -181,7 +181,7 @@ def check_encoder(setting: str, path: str, files: EncoderFiles, names: EncoderNa
         match = BLOCK.search(name)
         if match and built <= int(match[1]) < total:
             return not suffixes or name[match.end() :] in suffixes
-        return is_recomputed_buffer(name, files.inside[name]) or names.unneeded(name)
+        return is_recomputed_buffer(name, files.inside[name]) or names.is_unused(name)
 
     refuse_unknown(setting, path, files.inside, KnownNames(own, excused, names.what, total))
     if not files.nested:

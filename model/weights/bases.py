@@ -151,7 +151,7 @@ def tower_tensors(path: str, tower: VisionTower, cache_dir: str, others: tuple[s
     check_plain(vision.SETTING, path, None, here, wanted)
     nested = "vision_config" in read_json(vision.SETTING, path, "config.json", cache_dir)
     outside = [name for name in files if not name.startswith(prefix)]
-    names = EncoderNames(wanted, tower.num_blocks, type(tower.tower).__name__, tower.is_behind)
+    names = EncoderNames(wanted, tower.num_blocks, type(tower.tower).__name__, tower.is_unused)
     check_encoder(vision.SETTING, path, EncoderFiles(here, outside, nested), names)
     found = {name: here[name] for name in wanted if name in here}
     name = tower.kind.positions

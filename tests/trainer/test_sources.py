@@ -30,8 +30,8 @@ def fed(bits: list[int], modalities: tuple[str, ...], take: str = "all") -> tupl
     half = len(bits) // 2
     pools = make_pools(["a", "b"], [half, len(bits) - half], ["all", take], [1.0, 1.0], 0, False)
     index = SimpleNamespace(where=lambda row: f"records:{row}")
-    place = {"place": lambda i: (0, index, i)}
-    return SimpleNamespace(modalities=np.array(bits, dtype=np.int8), specs=dict.fromkeys(modalities), **place), pools
+    locate = {"locate": lambda i: (0, index, i)}
+    return SimpleNamespace(modalities=np.array(bits, dtype=np.int8), specs=dict.fromkeys(modalities), **locate), pools
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def _names(trained: Trained | None) -> list[str]:
 
 def _record(dataset: MultimodalDataset, i: int) -> str:
     """Return where a sample stands and its id; where the record cannot be read, only where it stands."""
-    _, index, row = dataset.place(i)
+    _, index, row = dataset.locate(i)
     try:
         return f"{index.where(row)} {shorten(dataset.record(i).id)}"
     except (RecordError, OSError):

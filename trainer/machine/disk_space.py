@@ -60,7 +60,7 @@ def shard_bytes(parameters: Mapping[str, Tensor], world: World) -> tuple[int, in
     """Return the bytes of this rank's safetensors file and of its JSON layout, both moments included."""
     tensors = {name: p.detach() for name, p in parameters.items() if is_first_copy(p, world.rank)}
     plan = plan_shard({prefix + name: t for prefix in (WEIGHTS, *(f"{m}/" for m in MOMENTS)) for name, t in tensors.items()})
-    data = plan.places[-1].end if plan.places else 0
+    data = plan.ranges[-1].end if plan.ranges else 0
     return len(plan.header) + data, len(dump_json(plan.layout).encode())
 
 

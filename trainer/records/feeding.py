@@ -48,7 +48,7 @@ def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...], inherited: Co
         if names and READ_BY[kind] not in dataset.specs:
             ids = np.concatenate([pool.ids for pool in pools])
             held = ids[dataset.modalities[ids] >> n & 1 > 0]
-            _, index, row = dataset.place(int(held[0]))
+            _, index, row = dataset.locate(int(held[0]))
             raise ConfigError(
                 f"records of data.sources {', '.join(map(repr, names))} have {_one(kind)}, but no "
                 f"[model.{PART_OF_MODALITY[READ_BY[kind]]}] is configured to read them: {len(held):,} in all, "
