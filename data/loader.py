@@ -66,7 +66,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a rank loads its micro-batches; none of it changes what a sample holds."""
+    """Settings of a rank for loading its micro-batches; none of them changes what a sample holds."""
 
     pad_id: int
     rank: int

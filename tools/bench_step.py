@@ -114,14 +114,9 @@ def our_loop(model: MultimodalLM, config: ModelConfig, batches: list[Batch], wor
             set_learning_rates(optimizer, multiplier(optim, step, steps))
             batch = [batches[step % len(batches)].to(world.device)]
             tracker.begin("copy", step, ids[step % len(ids)])
-            told = [*requests.announce(), share]
-            result = train_step(
-                wrapped,
-                optimizer,
-                batch,
-                world,
-                StepOptions(seed=0, step=step, clip_norm=optim.clip_norm, extra=told, mark=tracker.mark),
-            )
+            extra = [*requests.announce(), share]
+            options = StepOptions(seed=0, step=step, clip_norm=optim.clip_norm, extra=extra, mark=tracker.mark)
+            result = train_step(wrapped, optimizer, batch, world, options)
             deferred.swap(scalars_to_read(result))
             share = result.losses.sum()
             meter.add(batch, result, 0.0)

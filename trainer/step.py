@@ -33,7 +33,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What a step takes beside model, optimizer and batches."""
+    """Settings of one step, beside model, optimizer and batches."""
 
     seed: int  # of the run; with `step`, the rank and the micro-batch it is the seed of dropout
     step: int  # 0-based, of the stage

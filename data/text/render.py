@@ -57,7 +57,7 @@ class Rendering:
 
 @dataclass(frozen=True)
 class TemplateInputs:
-    """What a template gets beside the messages."""
+    """Inputs of a template beside the messages."""
 
     kinds: Sequence[str] = ()  # of media: the template's variable `media_kinds`
     tools: Sequence[Any] = ()

@@ -162,7 +162,7 @@ class EncoderFiles:
 
 @dataclass(frozen=True)
 class EncoderNames:
-    """What a tower or encoder reads of its files, and what it may leave there."""
+    """Names that a tower or encoder reads of its files, and those that it may leave there."""
 
     own: Collection[str]  # names that are read
     num_blocks: tuple[int, int]  # (built, all): blocks that are not built may be in the files

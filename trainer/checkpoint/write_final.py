@@ -30,7 +30,7 @@ from trainer.machine.disk_space import describe_shortage, final_bytes, written_b
 
 @dataclass(frozen=True)
 class FinalRun:
-    """What final/ records beside the weights."""
+    """Facts that final/ records beside the weights."""
 
     card: ModelCard
     processor: Processor

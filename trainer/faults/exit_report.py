@@ -39,7 +39,7 @@ def clear_exit_report(output_dir: Path) -> None:
 
 @dataclass(frozen=True)
 class ExitReport:
-    """Why a run ended, as exit.json holds it."""
+    """Reason and step of the end of a run, as exit.json holds them."""
 
     code: int
     reason: str
