@@ -174,7 +174,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         stored = load_json(file)
     except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}; name a final/ or checkpoint folder of a run") from error
+        final = file.parent / "final"
+        hint = f"did you mean {final}?" if (final / FILE).is_file() else "name a final/ or checkpoint folder of a run"
+        raise ConfigError(f"{file} cannot be read: {error.strerror}; {hint}") from error
     except ValueError as error:
         raise ConfigError(f"{file} is damaged: {error}; take it from the run again") from error
     if not isinstance(stored, dict) or stored.get("version") != _VERSION:

@@ -171,7 +171,7 @@ def slow_down(world: World, folder: Path, steps: int, every: int, rounds: int) -
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="tools.bench_checkpoint", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m tools.bench_checkpoint", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--megabytes", type=int, default=500, help="what is saved, moments included (default 500)")
     parser.add_argument("--saves", type=int, default=20, help="saves of each kind (default 20)")

@@ -5,7 +5,6 @@ Memory is the kernel's own count (smaps_rollup: Private_Dirty) of the pages that
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -26,6 +25,7 @@ from data.loader import prepare_worker
 from data.order.sampler import Sampler
 from data.records.record import parse
 from model.media_spec import ImageSpec
+from tools.cli import command_parser
 
 SPEC = ImageSpec(336, 14, 1, "patch", "shortest_edge", (0.5,) * 3, (0.5,) * 3)
 PARTS = ("index", "memory", "plan", "images")
@@ -172,7 +172,7 @@ def plan_lines(num_records: int = 10_000_000) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("bench_data", __doc__)
     parser.add_argument("--records", type=int, default=665_000)
     parser.add_argument("--part", choices=PARTS, nargs="+", default=PARTS[:3], help="images: as tools.bench_images")
     options = parser.parse_args()

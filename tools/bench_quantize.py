@@ -8,7 +8,6 @@ The base learns a random chain of tokens first; the adapters learn another one.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -31,6 +30,7 @@ from model.llm.quantized_linear import matrices
 from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
+from tools.cli import command_parser
 from trainer.config import OptimConfig, ParallelConfig
 from trainer.distributed.parallelize import replicate, shard
 from trainer.distributed.world import World, start_world, stop_world
@@ -120,9 +120,7 @@ def measure(name: str, config: ModelConfig, world: World, sharded: bool, steps: 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="bench_quantize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("bench_quantize", __doc__)
     parser.add_argument("--strategy", choices=("ddp", "fsdp"), default="ddp")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
     parser.add_argument("--steps", type=int, default=150, help="of the base, and of each adapter")

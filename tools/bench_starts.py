@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
+from tools.cli import command_parser
 from tools.make_demo import CORPUS, SIDE, VOCAB, train_tokenizer, write_parts
 from trainer.runfile.toml_files import to_toml
 
@@ -159,9 +160,7 @@ def report(found: dict[str, Cost]) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="tools.bench_starts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("bench_starts", __doc__)
     parser.add_argument("--times", type=int, default=3, help="starts of each case (default: 3)")
     parser.add_argument("--only", nargs="+", choices=("rounds", "pictures", "text"), default=["rounds", "pictures", "text"])
     parser.add_argument("--within", action="store_true", help="records that are just small enough to be read")

@@ -24,7 +24,7 @@ from data.check.duplicates import find_duplicates
 from data.check.report import field_of, match_row, problem_rows, summarise_source, summary_lines
 from data.dataset import MultimodalDataset
 from model.errors import ConfigError, DataError
-from tools.cli import printable_lines, run_command
+from tools.cli import command_parser, printable_lines, run_command
 from trainer.checkpoint.retention import checkpoints
 from trainer.config import RunConfig
 from trainer.distributed.world import World
@@ -151,9 +151,7 @@ def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="tools.check_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("check_data", __doc__)
     parser.add_argument("--cfg", required=True, help="the run file")
     parser.add_argument("--stage", default="", metavar="NAME", help="of a file with [[stage]] tables: this one")
     parser.add_argument("--workers", type=int, default=available_cpus(), help="processes (one per processor)")

@@ -166,7 +166,7 @@ def report(folders: Sequence[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="tools.check_templates", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.check_templates", description=__doc__)
     parser.add_argument("folders", nargs="+", help="folders with tokenizer.json and a chat template")
     options = parser.parse_args(argv)
     return run_command("check_templates", lambda: report(options.folders))

@@ -6,7 +6,6 @@ parameters with random weights, as Hugging Face folders, with a tokenizer traine
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +19,8 @@ from transformers.utils import logging
 
 from data.text.tokenizer import save_tokenizer
 from model.errors import ConfigError
-from tools.cli import run_command
-from tools.demos.digit_runs import DIGIT_RUN, PARITY_RUN, QUESTIONS
+from tools.cli import command_parser, run_command
+from tools.demos.run_files import QUESTIONS, write_run_file
 
 NUM_TRAIN = 1500  # of 1,797; the rest is held out
 SIDE, VOCAB, SEED = 32, 300, 0
@@ -116,29 +115,19 @@ def image_processor() -> dict[str, Any]:
     }
 
 
-def write_runs(folder: Path) -> None:
-    """Write folder/digit.toml and folder/parity.toml. Paths in them are written as `folder` was given."""
-    for name, text in (("digit", DIGIT_RUN), ("parity", PARITY_RUN)):
-        # A JSON string of a path is a TOML string as well.
-        (folder / f"{name}.toml").write_text(
-            text.replace("@", json.dumps(folder.as_posix(), ensure_ascii=False)[1:-1]), encoding="utf-8"
-        )
-
-
 def make(folder: Path) -> None:
     try:
         write_data(folder)
         write_parts(folder, train_tokenizer(CORPUS, VOCAB), VOCAB)
-        write_runs(folder)
+        write_run_file(folder, "digit")
+        write_run_file(folder, "parity")
     except OSError as error:
         raise ConfigError(f"{error.filename or folder} cannot be written: {error.strerror}") from error
     print(f"{folder}: digit.toml, parity.toml, their records and pictures, llm/ and vision/")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="tools.make_demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("make_demo", __doc__)
     parser.add_argument("folder", metavar="DIR", type=Path, help="where to write; the run files name it as it is given here")
     options = parser.parse_args(argv)
     logging.disable_progress_bar()

@@ -8,7 +8,6 @@ from typing import Any
 from data.check.measured_lengths import EXACT
 from model.trainable import part_table
 from trainer.machine.disk_space import format_bytes as rounded
-from trainer.memory.advice import describe
 from trainer.memory.fit_plan import Plan
 from trainer.memory.footprint import Footprint, on_meta
 from trainer.memory.rehearsal import describe_batch
@@ -91,9 +90,9 @@ def _advice(plan: Plan) -> list[str]:
     if plan.fits is not False:
         return []
     lines = ["", f"It does not fit in {exact_size(plan.memory)}. What would:"]
-    lines += [f"  {describe(change)}" for change in plan.changes]
+    lines += [f"  {change}" for change in plan.changes]
     if plan.nearest is not None:
-        lines += ["  nothing by itself; nearest comes", f"  {describe(plan.nearest)}"]
+        lines += ["  nothing by itself; nearest comes", f"  {plan.nearest}"]
     return lines
 
 

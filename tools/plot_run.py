@@ -111,7 +111,7 @@ def plot(folder: Path, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="tools.plot_run", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.plot_run", description=__doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="the output_dir of a run; it may still be going")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the PNG to write; default: RUN/curves.png")
     options = parser.parse_args(argv)

@@ -13,6 +13,7 @@ from data.check.duplicates import Match
 from data.check.found import Found
 from data.index.record_index import RecordIndex
 from data.index.table import KINDS
+from data.records.fields import shorten
 
 PERCENTILES = (0, 50, 90, 99, 100)
 LONGEST_ASPECT = 12
@@ -104,7 +105,7 @@ def _spread(values: list[float]) -> str:
 def problem_rows(split: str, source: str, found: Found) -> Iterator[dict[str, Any]]:
     """Yield one object per problem, in the order of the records."""
     for _, problem in found.problems:
-        yield {"split": split, "source": source, **_place(problem.where), "id": problem.id} | {
+        yield {"split": split, "source": source, **_place(problem.where), "id": shorten(problem.id)} | {
             "field": problem.field,
             "reason": problem.reason,
             "kind": problem.kind,
@@ -123,7 +124,7 @@ def _named(record: int, sources: Sequence[tuple[str, str, RecordIndex]]) -> dict
             raw = index.raw(record)
             name = raw.get("id") if isinstance(raw, dict) else None
             place = _place(index.where(record))
-            return {"split": split, "source": key, **place, "id": index.name(record) if name is None else str(name)}
+            return {"split": split, "source": key, **place, "id": index.name(record) if name is None else shorten(str(name))}
         record -= len(index)
     raise IndexError(record)
 

@@ -23,6 +23,7 @@ from model.llm.causal_lm import check_positions
 from model.media_spec import PLACEHOLDERS
 from trainer.config import RunConfig
 from trainer.distributed.world import World
+from trainer.machine.run_folder import check_folder
 from trainer.records import freeze_lengths
 from trainer.records.feeding import UnfedError, check_fed, inherited_modalities, refused_records
 from trainer.records.quarantine import TRAIN, VALIDATION, read_excluded
@@ -72,6 +73,7 @@ def open_data(
     stage = stage or Stage(config, config)
     template, card = open_vocabulary(config, world)
     specs, data, folder = card.specs, config.data, Path(config.output_dir)
+    check_folder(folder)
     check_positions(card.hugging_face["llm"], data.max_length)
 
     def opened(sources: tuple[SourceConfig, ...], report: Callable[[str], object]) -> MultimodalDataset:

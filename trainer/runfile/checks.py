@@ -9,9 +9,7 @@ from typing import Any
 from data.config import DataConfig
 from model.config import OUR_ATTENTION, LoraConfig
 from trainer.config import BatchConfig, RunConfig, ValidationConfig
-from trainer.runfile.part_checks import anyres_problems, vision_problems
-from trainer.runfile.quantize_checks import quantize_problems
-from trainer.runfile.term_checks import term_problems
+from trainer.runfile.part_checks import anyres_problems, quantize_problems, term_problems, vision_problems
 
 
 def problems_of(config: RunConfig) -> list[str]:

@@ -14,7 +14,6 @@ from model.weights.compatibility import LORA_SHAPE
 from trainer.config import RunConfig, StageConfig
 from trainer.runfile.checks import idle_settings, problems_of
 from trainer.runfile.merge_tables import difference, has_key, merge, value_of, without_key
-from trainer.runfile.planned import PLANNED
 from trainer.runfile.schema import SchemaReader, to_tables
 
 NAME = re.compile(r"[a-z0-9_-]+")
@@ -95,7 +94,7 @@ def _read(draft: Draft, base: dict[str, Any], earlier: list[Draft], filled: Call
     ):
         tables = without_key(tables, "model.llm.new_tokens")  # an earlier stage has added and trained them
     while True:
-        reader = SchemaReader(PLANNED)
+        reader = SchemaReader()
         config = reader.table(RunConfig, tables, "")
         if config is None:
             draft.problems += reader.problems

@@ -52,7 +52,7 @@ def list_stages(root: RunConfig) -> list[Stage]:
         return [Stage(root, root)]
     found: list[Stage] = []
     for number, (name, tables) in enumerate(stage_tables(to_tables(root)).items(), 1):
-        config: RunConfig = SchemaReader({}).table(RunConfig, tables, "")
+        config: RunConfig = SchemaReader().table(RunConfig, tables, "")
         if found:
             config = replace(config, model=replace(config.model, init_from=str(found[-1].folder / "final")))
         found.append(Stage(root, config, name, number, len(root.stage)))

@@ -12,6 +12,8 @@ from typing import Any
 from model.errors import ConfigError
 from model.files.untrusted import is_deeper, shown
 
+RECIPE = "recipe:"
+"""Start of a --cfg that names a shipped run file instead of a path."""
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 32
 """Largest depth of nested tables and arrays; settings are five deep."""
@@ -25,8 +27,11 @@ BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def read_toml(path: str) -> dict[str, Any]:
-    """Read the tables of a TOML file. Raises `ConfigError` when the file is missing, too large, malformed or nested too deep."""
-    file = Path(path)
+    """Read the tables of a TOML file, or of the recipe that `recipe:NAME` names.
+
+    Raises `ConfigError` when the file is missing, too large, malformed or nested too deep.
+    """
+    file = recipe_file(path.removeprefix(RECIPE)) if path.startswith(RECIPE) else Path(path)
     if not file.is_file():
         raise ConfigError(f"--cfg {path}: no such file")
     if file.stat().st_size > MAX_BYTES:
@@ -39,6 +44,16 @@ def read_toml(path: str) -> dict[str, Any]:
         raise ConfigError(f"--cfg {path}: nested deeper than {MAX_DEPTH}") from error
     check_depth(tables, f"--cfg {path}")
     return tables
+
+
+def recipe_file(name: str) -> Path:
+    """Return the run file that is shipped as `name`. Raises `ConfigError` when there is none."""
+    trainer = Path(__file__).parents[1]
+    # Inside the package where it was installed from a wheel, beside it in a source tree.
+    known = {file.stem: file for folder in (trainer / "recipes", trainer.parent / "recipes") for file in folder.glob("*.toml")}
+    if name not in known:
+        raise ConfigError(f"--cfg {RECIPE}{shown(name)}: no such recipe; there are {', '.join(sorted(known)) or 'none'}")
+    return known[name]
 
 
 def check_depth(value: Any, where: str) -> None:
