@@ -61,7 +61,7 @@ def test_every_family_computes_what_transformers_does(
     tmp_path: Path, family: str, layout: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_llm(tmp_path, family)
-    monkeypatch.setattr(loss.text_term, "__defaults__", (5,))  # chunks of 5 rows; the last one is not full
+    monkeypatch.setattr(loss.HeadOptions.__init__, "__defaults__", (5, loss.UNCHANGED, None))  # chunks of 5 rows, the last not full
     model, plain = ours(tmp_path), theirs(tmp_path)
     batch, padded = layout(samples(), 0), collate(samples(), 0)
     hidden: list[Tensor] = []

@@ -30,7 +30,7 @@ def start_on_a_flaky_disk(world: World, parts: Path, output_dir: Path, sections:
         return read(self, i)
 
     def stepping(*args: Any, **kwargs: Any) -> Any:
-        done.append(kwargs["step"])
+        done.append(args[4].step)
         return step(*args, **kwargs)
 
     MultimodalDataset._sample, loop.train_step = reading, stepping  # type: ignore[method-assign]

@@ -171,7 +171,7 @@ def start_failing(world: World, parts: Path, folder: Path, sections: dict[str, A
     original, active = loop.train_step, []
 
     def stepping(*args: Any, **kwargs: Any) -> Any:
-        if kwargs["step"] == step:
+        if args[4].step == step:
             for thread in threading.enumerate():
                 if thread.name.startswith("checkpoint-"):
                     thread.join()  # it is the next save that fails
