@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig
 
 from model.llm.attention import masked_attention
+from model.llm.interface import CausalLM
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class GenerationOptions:
     seed: int | None = None
 
 
-def generate(llm: nn.Module, embeds: Tensor, mask: Tensor, options: GenerationOptions) -> list[list[int]]:
+def generate(llm: CausalLM, embeds: Tensor, mask: Tensor, options: GenerationOptions) -> list[list[int]]:
     """Generate new ids for each row, cut before its first stop id. embeds (B, T, D) and mask (B, T) are prompts padded on the LEFT.
 
     Raises `ValueError` for max_new_tokens < 1.
     """
     if options.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {options.max_new_tokens} is not positive")
-    sampling: dict[str, Any] = {"do_sample": options.temperature > 0}
+    sampling: dict[str, bool | float] = {"do_sample": options.temperature > 0}
     if options.temperature > 0:
         sampling |= {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
     config = GenerationConfig(
@@ -50,12 +50,12 @@ def generate(llm: nn.Module, embeds: Tensor, mask: Tensor, options: GenerationOp
     with torch.no_grad(), masked_attention(llm), no_settings(llm), torch.random.fork_rng(enabled=options.seed is not None):
         if options.seed is not None:
             torch.manual_seed(options.seed)
-        ids = llm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+        ids = llm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config)
     return [_until_stop(row, options.stop_ids) for row in ids.tolist()]
 
 
 @contextmanager
-def no_settings(llm: Any) -> Iterator[None]:
+def no_settings(llm: CausalLM) -> Iterator[None]:
     """Remove the model's generation settings inside the context: they would fill in arguments that are not given."""
     before, llm.generation_config = llm.generation_config, GenerationConfig()
     try:

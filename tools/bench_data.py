@@ -14,8 +14,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from data.index.record_index import RecordIndex
 from data.loader import prepare_worker
 from data.order.sampler import Sampler
 from data.records.record import parse
+from model.files.untrusted import Json
 from model.media_spec import ImageSpec
 from tools.cli import command_parser
 
@@ -48,7 +49,7 @@ def make_file(path: Path, num_records: int) -> None:
         file.write("\n]\n")
 
 
-def _record(draw: random.Random) -> dict[str, Any]:
+def _record(draw: random.Random) -> Json:
     has_image = draw.random() < 0.94
     turns = []
     for k in range(draw.choice((1, 1, 2, 3, 4, 5))):
@@ -167,7 +168,7 @@ def plan_lines(num_records: int = 10_000_000) -> list[str]:
     draw = np.random.default_rng(0)
     lengths = np.minimum(577 + np.exp(draw.normal(5.2, 0.52, num_records)), 2048).astype(np.int32)
     modalities = (draw.random(num_records) < 0.94).astype(np.int8)
-    found = [seconds(lambda e=e: Sampler(lengths, modalities, 128, 0, "modality_length").epoch(e)) for e in range(3)]  # type: ignore[misc]
+    found = [seconds(partial(Sampler(lengths, modalities, 128, 0, "modality_length").epoch, e)) for e in range(3)]
     return [f"plan of an epoch of {num_records} records: {min(found):.2f} s (largest of {len(found)}: {max(found):.2f} s)"]
 
 

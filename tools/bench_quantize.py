@@ -89,7 +89,7 @@ def make_base(folder: Path, world: World, steps: int) -> None:
     model = build_quantized(config, QuantizeConfig(), alone, False)
     optimizer = build_optimizer(model, config, OptimConfig(lr=1e-3))
     losses = train_adapter(replicate(model, alone), optimizer, batches(alone, 1, steps), alone)
-    model.llm.save_pretrained(folder)  # type: ignore[operator]
+    model.llm.save_pretrained(folder)
     print(f"base: {sum(p.numel() for p in model.parameters()):,} parameters; loss {losses[0]:.3f} -> {losses[-1]:.3f}", flush=True)
 
 

@@ -15,6 +15,7 @@ from data.processor import Processor, load_processor
 from data.records.record import Record, RecordError, Turn, parse
 from data.text.rounds import THOUGHTFUL
 from model.errors import ConfigError, DataError
+from model.files.untrusted import Json
 from model.media_spec import PLACEHOLDERS
 from model.multimodal import MultimodalLM
 from tools.cli import command_parser, printable_lines, run_command
@@ -42,7 +43,7 @@ def answerer(net: MultimodalLM, processor: Processor, media: Media, options: arg
     return answer
 
 
-def record(turns: Turns, media: Media) -> dict[str, Any]:
+def record(turns: Turns, media: Media) -> Json:
     return {"conversations": turns, **{kind: files for kind, files in media.items() if files}}
 
 

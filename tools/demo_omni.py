@@ -10,9 +10,9 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from model.errors import ConfigError
+from model.files.untrusted import Json
 from tools.cli import command_parser, run_command
 from tools.demo import clear_demo_folder, module, run_step, trained_by
 from tools.make_omni import KINDS, WHICH
@@ -126,7 +126,7 @@ def draw(out: Path, names: list[str], found: list[Accuracy]) -> None:
 
 def melody_command(folder: Path) -> list[str]:
     """Return the command that plays one held-out melody to the trained model."""
-    record: dict[str, Any] = json.loads((folder / "audio_test.json").read_text())[7]
+    record: Json = json.loads((folder / "audio_test.json").read_text())[7]
     return module("tools.chat", folder / "run" / "final", "--audio", folder / "media" / record["audio"], WHICH)
 
 

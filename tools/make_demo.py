@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from transformers.utils import logging
 
 from data.text.tokenizer import save_tokenizer
 from model.errors import ConfigError
+from model.files.untrusted import Json
 from tools.cli import command_parser, run_command
 from tools.demos.run_files import QUESTIONS, write_run_file
 
@@ -65,7 +65,7 @@ def load_pictures() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return pictures, digits, np.random.default_rng(SEED).permutation(len(digits))
 
 
-def record(task: str, split: str, number: int, digit: int) -> dict[str, Any]:
+def record(task: str, split: str, number: int, digit: int) -> Json:
     asked = {"from": "human", "value": f"<image>\n{QUESTIONS[task]}"}
     said = {"from": "gpt", "value": answer(task, digit)}
     return {"id": f"{task}-{number:04d}", "image": f"{split}/{number:04d}.png", "conversations": [asked, said]}
@@ -89,9 +89,9 @@ def train_tokenizer(corpus: Sequence[str], vocab: int) -> PreTrainedTokenizerFas
 def write_parts(folder: Path, tokenizer: PreTrainedTokenizerFast, vocab: int) -> None:
     """Write folder/llm and folder/vision: random weights, in the layout of the hub."""
     tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes: Json = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
     # The 0.02 of wide models would leave the tied head too small: run 2, which cannot change it, would never be sure of an answer.
-    shape: dict[str, Any] = {"num_key_value_heads": 2, "initializer_range": 0.1, "tie_word_embeddings": True}
+    shape: Json = {"num_key_value_heads": 2, "initializer_range": 0.1, "tie_word_embeddings": True}
     llm = Qwen2Config(vocab_size=vocab, max_position_embeddings=512, **shape, **sizes, **tokens)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
     tower = CLIPVisionConfig(image_size=SIDE, patch_size=8, **sizes)
@@ -104,7 +104,7 @@ def write_parts(folder: Path, tokenizer: PreTrainedTokenizerFast, vocab: int) ->
     (folder / "vision" / "preprocessor_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def image_processor() -> dict[str, Any]:
+def image_processor() -> Json:
     """Return the settings that CLIPImageProcessor reads."""
     square = {"height": SIDE, "width": SIDE}
     return {

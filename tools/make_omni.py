@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import logging
 
 from model.errors import ConfigError
+from model.files.untrusted import Json
 from tools.cli import command_parser, run_command
 from tools.demos.omni_media import DIRECTIONS, digit_picture, melody, moving, noise, wav
 from tools.demos.run_files import write_run_file
@@ -122,9 +122,9 @@ def write_omni_data(folder: Path) -> None:
             (folder / f"{name}_{split}.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 
-def write_record(folder: Path, name: str, split: str, i: int, example: Example) -> dict[str, Any]:
+def write_record(folder: Path, name: str, split: str, i: int, example: Example) -> Json:
     kind, value = KINDS[name], {"from": "human", "value": example.asked}
-    record: dict[str, Any] = {"id": f"{name}-{split}-{i:04d}", "conversations": [value, {"from": "gpt", "value": example.answer}]}
+    record: Json = {"id": f"{name}-{split}-{i:04d}", "conversations": [value, {"from": "gpt", "value": example.answer}]}
     if kind.medium:
         place = f"{name}/{split}/{i:04d}.{kind.ending}"
         (folder / "media" / place).write_bytes(example.media)

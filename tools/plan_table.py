@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 from data.check.measured_lengths import EXACT
 from model.trainable import part_table
@@ -96,7 +95,7 @@ def _advice(plan: Plan) -> list[str]:
     return lines
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def as_json(plan: Plan) -> dict[str, object]:
     """Return the plan for programs, with sizes in bytes."""
     scenario = plan.scenario
     batch = scenario.batch()

@@ -18,10 +18,8 @@ class Feed:
     """The micro-batches of a stage's steps, in order."""
 
     def __init__(self, prepared: PreparedRun, books: Bookkeeping, tracker: PhaseTracker) -> None:
-        if prepared.data.train is None or prepared.data.sampler is None:
-            raise ValueError("nothing to train")
-        self.prepared, self.train, self.sampler = prepared, prepared.data.train, prepared.data.sampler
-        self.books, self.tracker = books, tracker
+        self.train, self.sampler = prepared.data.training()
+        self.prepared, self.books, self.tracker = prepared, books, tracker
         self._left_out: frozenset[int] = frozenset()
         self._batches: Iterator[list[MicroBatch]] | None = None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from tqdm import tqdm
 
@@ -23,6 +22,7 @@ from trainer.optim import set_learning_rates
 from trainer.records.bookkeeping import Bookkeeping
 from trainer.schedule import multiplier
 from trainer.setup import PreparedRun
+from trainer.state import CheckpointState, MeterState
 from trainer.step import StepOptions, train_step
 from trainer.validate import validate
 
@@ -37,16 +37,17 @@ class Loop:
     metrics, counts the steps of earlier stages too.
     """
 
-    def __init__(self, prepared: PreparedRun, first_step: int, totals: dict[str, Any] | None, status: RunStatus) -> None:
+    def __init__(self, prepared: PreparedRun, first_step: int, totals: MeterState | None, status: RunStatus) -> None:
         config, world = prepared.config, prepared.world
-        if prepared.trained is None or prepared.data.train is None or prepared.data.sampler is None:
+        if prepared.trained is None:
             raise ValueError("nothing to train")
         self.prepared, self.first_step, self.status = prepared, first_step, status
-        self.optimizer = prepared.trained.optimizer
+        self.trained, self.optimizer = prepared.trained, prepared.trained.optimizer
+        dataset, _ = prepared.data.training()
         stage = self.stage = prepared.stage
-        self.meter = Meter(prepared.data.train.source_names, world)
+        self.meter = Meter(dataset.source_names, world)
         if totals is not None:
-            self.meter.restore({key: value for key, value in totals.items() if key != "health"})
+            self.meter.restore(totals)
         self.log = MetricsLog(stage.run_folder, stage.first_step + first_step, world, stage.name)
         self.books = Bookkeeping(prepared, first_step)
         self.lengths = digest_of(prepared.data)
@@ -196,13 +197,13 @@ class Loop:
         before = self.log.trainer_state(first_step + done, first_step + prepared.total_steps) | self.books.ledger()
         self.checkpointer.save(
             first_step + done,
-            prepared.trained,  # type: ignore[arg-type]
+            self.trained,
             self._state(),
             prepared.data.card,
             prepared.data.processor,
             before,
         )
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> CheckpointState:
         """Return what a checkpoint holds beside tensors. Collective, host sync."""
         return {**run_state(self.stage, self.lengths), "meter": {**self.meter.state(), "health": self.health.state()}}

@@ -106,7 +106,7 @@ class Renderer:
         messages: Sequence[Message],
         learn: Sequence[bool],
         kinds: Sequence[str] = (),
-        tools: Sequence[Any] = (),
+        tools: Sequence[object] = (),
         late: frozenset[int] = frozenset(),
     ) -> Rendering:
         """Render the conversation and find where every turn stands in the text.

@@ -6,9 +6,9 @@ Rows padded on the right need no mask: no real token sees what comes after it. I
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,18 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from model.batch import Batch
 from model.config import OUR_ATTENTION
+from model.llm.interface import CausalLM
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None  # type: ignore[assignment]
 
+def _varlen_kernel() -> Callable[..., object] | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+varlen_attn = _varlen_kernel()
 VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters.keys() if varlen_attn is not None else frozenset()
 NAME = "trainer_causal"
 PACKED = "trainer_packed"
@@ -120,7 +126,7 @@ def takes_varlen(
     dropout: float = 0.0,
     is_causal: bool | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **_: object,
 ) -> bool:
     """Tell whether the varlen kernel supports these inputs and options on this device."""
     if softcap is not None or not query.is_cuda or not {"window_size", "scale"} <= VARLEN_OPTIONS:
@@ -130,7 +136,7 @@ def takes_varlen(
     return fits and not dropout and is_causal is not False and torch.cuda.get_device_capability(query.device) >= VARLEN_CAPABILITY
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, options: dict[str, Any]) -> Tensor:
+def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, options: dict[str, object]) -> Tensor:
     """Compute all segments with one kernel; `options` are those of `varlen_attn`."""
     groups = query.shape[1] // key.shape[1]
     if "enable_gqa" in VARLEN_OPTIONS:
@@ -138,7 +144,8 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest:
     else:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))  # (T, H, D)
-    out: Any = varlen_attn(q, k, v, borders, borders, longest, longest, **options)
+    assert varlen_attn is not None  # `takes_varlen` has seen its options
+    out = cast(Tensor, varlen_attn(q, k, v, borders, borders, longest, longest, **options))
     return out[None]
 
 
@@ -155,13 +162,13 @@ def implementation(setting: str) -> str:
     return NAME if setting in OUR_ATTENTION else setting
 
 
-def decoder_options(llm: nn.Module, batch: Batch) -> dict[str, Any]:
+def decoder_options(llm: CausalLM, batch: Batch) -> dict[str, object]:
     """Return the decoder arguments for `batch` that restrict every token to its own sample.
 
     Sets which of our functions the model calls, until the next batch: recomputation in backward must find the same one. Raises
     `ValueError` for a packed batch under another attention, which would attend across the borders.
     """
-    config: Any = llm.config
+    config = llm.config
     is_ours = config._attn_implementation in (NAME, PACKED)
     if batch.segment_lengths is None:
         if is_ours:
@@ -174,9 +181,9 @@ def decoder_options(llm: nn.Module, batch: Batch) -> dict[str, Any]:
 
 
 @contextmanager
-def masked_attention(llm: nn.Module) -> Iterator[None]:
+def masked_attention(llm: CausalLM) -> Iterator[None]:
     """Use, inside the context, an attention that applies masks and a cache, as left-padded generation needs."""
-    config: Any = llm.config
+    config = llm.config
     before = config._attn_implementation
     masked = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"  # transformers' sdpa drops a soft cap
     config._attn_implementation = masked if before in (NAME, PACKED) else before

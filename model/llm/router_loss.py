@@ -39,7 +39,7 @@ class RouterTap:
         """Start collecting router logits, until `term` takes them."""
         self.logits = []
 
-    def _keep(self, module: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> None:
+    def _keep(self, module: nn.Module, inputs: object, output: tuple[Tensor, ...]) -> None:
         if self.logits is not None:
             self.logits.append(output[0].flatten(0, -2))
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,13 +57,18 @@ def processor(folder: Path) -> Processor:
     return load_processor(folder / "run" / "final")
 
 
-def test_a_wheel_holds_every_file_that_is_no_module() -> None:
-    """Run files of the demos, style and script of the inspector's page."""
-    (held,) = re.findall(r"package_data=(.*),$", (ROOT / "setup.py").read_text(), re.MULTILINE)
-    places = [(ROOT / package.replace(".", "/"), pattern) for package, patterns in json.loads(held).items() for pattern in patterns]
-    packed = {path for place, pattern in places for path in place.glob(pattern)}
-    found = {path for name in ("model", "data", "trainer", "tools") for path in (ROOT / name).rglob("*") if path.is_file()}
-    assert packed == {path for path in found if path.suffix not in (".py", ".pyc")} and len(packed) == 5
+def test_a_wheel_holds_every_file_that_is_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run files of the demos and of the recipes, style and script of the inspector's page, marks of typed packages."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("setuptools.setup", given.update)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(str(ROOT / "setup.py"))
+    folders = {package: ROOT / given["package_dir"].get(package, package.replace(".", "/")) for package in given["packages"]}
+    packed = {path for package, names in given["package_data"].items() for name in names for path in folders[package].glob(name)}
+    found = {
+        path for name in ("model", "data", "trainer", "tools", "recipes") for path in (ROOT / name).rglob("*") if path.is_file()
+    }
+    assert packed == {path for path in found if path.suffix not in (".py", ".pyc")} and len(packed) > 12
 
 
 def logits_of(net: MultimodalLM, embeds: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from trainer import errors, loop, run
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.distributed.world import World
 from trainer.faults import exit_report, signals
-from trainer.faults.exit_report import ExitReport
+from trainer.faults.exit_report import RunEnd
 from trainer.faults.requests import EVALUATE, SAVE, STOP, Requests
 
 NEVER = {"checkpoint": {"every": 99, "keep": 99}, "log": {"every": 99}}
@@ -226,7 +226,7 @@ def leave_hanging(world: World, parts: Path, folder: Path, sections: dict[str, A
     def hanging(*args: Any, **kwargs: Any) -> Any:
         if next(step) == 2:
             for what in asks:
-                exit_report.record_exit(folder, ExitReport(70, "of a peer", 2, 1)) if what == "peer" else ask(folder, what)
+                exit_report.record_exit(folder, RunEnd(70, "of a peer", 2, 1)) if what == "peer" else ask(folder, what)
             time.sleep(60)
         return original(*args, **kwargs)
 
@@ -329,7 +329,7 @@ def test_a_wish_is_told_once_and_fulfilled_once() -> None:
 
 def test_torchrun_does_not_restart_what_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
-    exit_report.record_exit(tmp_path, ExitReport(75, "STOP", 3, 0))
+    exit_report.record_exit(tmp_path, RunEnd(75, "STOP", 3, 0))
     signals.check_restart(tmp_path)  # the first start of a launch
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(errors.StopRequested, match="not restarted: STOP"):
@@ -339,7 +339,7 @@ def test_torchrun_does_not_restart_what_was_stopped(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
     for code, reason in ((70, "failed"), (75, "SIGTERM before the first step; there is no checkpoint yet")):
         (tmp_path / "exit.json").unlink()
-        exit_report.record_exit(tmp_path, ExitReport(code, reason, 3, 0))
+        exit_report.record_exit(tmp_path, RunEnd(code, reason, 3, 0))
         signals.check_restart(tmp_path)
 
 

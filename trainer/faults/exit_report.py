@@ -10,7 +10,7 @@ import traceback
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from data.records.fields import bound_message, printable
 from model.files.tensor_files import dump_json
@@ -20,6 +20,15 @@ from trainer.machine.atomic_files import NEW
 
 NAME = "exit.json"
 INTERRUPT = "interrupted; the same command goes on from the last checkpoint"
+
+
+class ExitReport(TypedDict):
+    """Content of exit.json."""
+
+    code: int
+    reason: str
+    step: int | None  # completed steps
+    rank: int  # the one to blame
 
 
 @dataclass
@@ -38,7 +47,7 @@ def clear_exit_report(output_dir: Path) -> None:
 
 
 @dataclass(frozen=True)
-class ExitReport:
+class RunEnd:
     """Reason and step of the end of a run, as exit.json holds them."""
 
     code: int
@@ -47,17 +56,17 @@ class ExitReport:
     rank: int  # the rank to blame
 
 
-def record_exit(output_dir: Path | None, report: ExitReport, *, speaks: bool | None = None) -> bool:
+def record_exit(output_dir: Path | None, end: RunEnd, *, speaks: bool | None = None) -> bool:
     """Write exit.json unless another rank was first; return whether this rank prints the message.
 
     Where the file cannot be written, the rank that `speaks` prints it, by default rank 0.
     """
-    speaks = report.rank == 0 if speaks is None else speaks
+    speaks = end.rank == 0 if speaks is None else speaks
     if output_dir is None:
         return speaks
     launch = {"launch": os.environ["TORCHELASTIC_RUN_ID"]} if "TORCHELASTIC_RUN_ID" in os.environ else {}
-    value: dict[str, Any] = {**asdict(report), "reason": bound_message(report.reason), **launch}
-    temporary = output_dir / f".{NAME}-{report.rank}-{threading.get_ident()}{NEW}"
+    value = {**asdict(end), "reason": bound_message(end.reason), **launch}
+    temporary = output_dir / f".{NAME}-{end.rank}-{threading.get_ident()}{NEW}"
     try:
         temporary.write_text(dump_json(value))  # written first: on a full disk no rank claims the report
         (output_dir / NAME).open("x").close()  # fails when the file exists: the first reason is the true one
@@ -72,26 +81,26 @@ def record_exit(output_dir: Path | None, report: ExitReport, *, speaks: bool | N
             temporary.unlink()
 
 
-def read_exit_report(output_dir: Path) -> dict[str, Any] | None:
+def read_exit_report(output_dir: Path) -> ExitReport | None:
     """Return the exit report that a rank of this start has written; None when there is no readable one."""
     try:
-        found: dict[str, Any] = json.loads((output_dir / NAME).read_text())
+        found: ExitReport = json.loads((output_dir / NAME).read_text())
         return found if {"code", "reason", "step", "rank"} <= found.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
 
 
 def write_exit_report(
-    output_dir: Path | None, report: ExitReport, *, speaks: bool | None = None, error: BaseException | None = None
+    output_dir: Path | None, end: RunEnd, *, speaks: bool | None = None, error: BaseException | None = None
 ) -> None:
     """Write exit.json and print one line for people, on the rank that is the first to report.
 
     With `error`, its traceback is printed as well.
     """
-    if record_exit(output_dir, report, speaks=speaks):
+    if record_exit(output_dir, end, speaks=speaks):
         if error is not None:
             traceback.print_exception(error, file=sys.stderr)
-        where = "" if report.step is None else f" after step {report.step}"
-        line_of_its_own = "" if report.step is None else "\n"  # the cursor is at the end of a progress bar
-        text = f"{line_of_its_own}trainer: rank {report.rank} stopped{where}: {bound_message(report.reason)}"
+        where = "" if end.step is None else f" after step {end.step}"
+        line_of_its_own = "" if end.step is None else "\n"  # the cursor is at the end of a progress bar
+        text = f"{line_of_its_own}trainer: rank {end.rank} stopped{where}: {bound_message(end.reason)}"
         print(printable(text, keep="\n\t"), file=sys.stderr, flush=True)

@@ -7,11 +7,13 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 from trainer.distributed.world import World
 from trainer.faults.hang_diagnosis import Verdict
+from trainer.faults.heartbeat import Heartbeat
 
+T = TypeVar("T")
 NO_VERDICT = "none"
 ASK_SECONDS = 2.0  # longest wait for the store: one whose process is stopped never answers
 
@@ -23,10 +25,10 @@ class Heartbeats:
     many reads in one place as there are ranks, not their square.
     """
 
-    def __init__(self, world: World, own_heartbeat: Callable[[], dict[str, Any]], tick: float) -> None:
+    def __init__(self, world: World, own_heartbeat: Callable[[], Heartbeat], tick: float) -> None:
         """Connect to the store; `start` begins the exchange. `own_heartbeat` is called from the thread."""
         self.tick = tick  # seconds between two exchanges
-        self.received: dict[int, dict[str, Any]] = {}  # newest heartbeat of each rank that has sent one
+        self.received: dict[int, Heartbeat] = {}  # newest heartbeat of each rank that has sent one
         self.received_at = time.monotonic()
         self.error: tuple[float, str] | None = None  # since when the store fails, and its message
         self.verdict: Verdict | None = None
@@ -85,9 +87,9 @@ class Heartbeats:
             self.agreed.set()
 
 
-def run_within(work: Callable[[], Any], seconds: float) -> Any:
+def run_within(work: Callable[[], T], seconds: float) -> T | None:
     """Return what `work` returns; None where it takes longer than `seconds` or fails. It then continues in a daemon thread."""
-    answer: list[Any] = []
+    answer: list[T] = []
 
     def run() -> None:
         with contextlib.suppress(Exception):

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 from torch.distributed.launcher.api import LaunchConfig
 
@@ -64,7 +64,7 @@ def listening(folder: Path, rank: int, status: RunStatus, grace_seconds: float) 
         listener.close()
 
 
-def _ignore(number: int, frame: Any) -> None:
+def _ignore(number: int, frame: FrameType | None) -> None:
     """Ignore the signal in Python: the thread gets it through the wakeup descriptor."""
 
 
@@ -177,8 +177,8 @@ class Listener:
         last = _last_checkpoint(self.folder)
         # Only rank 0 holds the folder lock: before the ranks have met, the folder may belong to another run.
         knows = self.rank == 0 or self.status.has_met
-        report = exit_report.ExitReport(errors.STOPPED, f"{reason}; {last}", self.status.step, self.rank)
-        if knows and exit_report.record_exit(self.folder, report):
+        end = exit_report.RunEnd(errors.STOPPED, f"{reason}; {last}", self.status.step, self.rank)
+        if knows and exit_report.record_exit(self.folder, end):
             self._say(f"rank {self.rank} stopped at once: {reason}; {last}")
         os._exit(errors.STOPPED)
 

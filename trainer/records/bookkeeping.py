@@ -20,10 +20,9 @@ class Bookkeeping:
 
     def __init__(self, prepared: PreparedRun, first_step: int) -> None:
         """Open the files of the stage. Raises `DataError` when too many records were bad before."""
-        if prepared.data.sampler is None:
-            raise ValueError("nothing to train")
         stage, fraction = prepared.stage, prepared.config.data.max_bad_fraction
-        self.stage, self.world, self.sampler, self.total_steps = stage, prepared.world, prepared.data.sampler, prepared.total_steps
+        self.stage, self.world, self.total_steps = stage, prepared.world, prepared.total_steps
+        _, self.sampler = prepared.data.training()
         self.sample_log = SampleLog(stage.folder, self.sampler, first_step, prepared.world, stage.first_step)
         self.quarantine = Quarantine(stage.run_folder, prepared.data.num_records, fraction, stage.name)
         self.num_steps = first_step  # steps whose bad records are written down

@@ -17,6 +17,7 @@ from data.processor import Processor, make_processor
 from data.text.template import Template, TemplateOptions, load_template
 from data.text.tokenizer import load_tokenizer, pad_id
 from model.card import ModelCard, base_digests, make_card, media_specs, read_card
+from model.config import AudioProjectorConfig, VisionProjectorConfig
 from model.errors import ConfigError, DataError
 from model.files.tensor_files import sampled_digest
 from model.llm.causal_lm import check_positions
@@ -55,6 +56,12 @@ class RunData:
     @property
     def pad_id(self) -> int:
         return self.card.pad_id
+
+    def training(self) -> tuple[MultimodalDataset, Sampler]:
+        """Return the training data and the order of its samples. Raises `ValueError` for a run without [[data.sources]]."""
+        if self.train is None or self.sampler is None:
+            raise ValueError("nothing to train")
+        return self.train, self.sampler
 
 
 def open_data(
@@ -157,11 +164,11 @@ def with_base_digests(data: RunData, world: World) -> RunData:
 
 def given_digests(card: ModelCard) -> dict[str, str]:
     """Return fingerprints of the files that are named beside the bases, so that a resumed run notices when one was replaced."""
-    parts = card.model.parts().items()
+    parts, projectors = card.model.parts().items(), VisionProjectorConfig | AudioProjectorConfig
     named = {
         "model.init_from": card.model.init_from,
         "lora.path": card.lora.path,
-        **{f"model.{name}.path": part.path for name, part in parts if name.endswith("_projector")},  # type: ignore[union-attr]
+        **{f"model.{name}.path": part.path for name, part in parts if isinstance(part, projectors)},
     }
     found = {}
     for key, path in named.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 from data.config import DataConfig
 from model.config import OUR_ATTENTION, LoraConfig
@@ -47,7 +46,7 @@ def _values(config: RunConfig) -> Iterator[str]:
     for name, value in positive.items():
         if not value > 0 or not math.isfinite(value):
             yield f"{name} = {value} is not positive"
-    not_negative: dict[str, Any] = {
+    not_negative: dict[str, float] = {
         "seed": config.seed,
         "batch.micro_batch_tokens": config.batch.micro_batch_tokens,
         "optim.projector_lr": config.optim.projector_lr,

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from model.errors import ConfigError
-from model.files.untrusted import shown
+from model.files.untrusted import Json, shown
 from trainer.config import RunConfig
 from trainer.runfile.checks import problems_of
 from trainer.runfile.curriculum import read_curriculum
@@ -24,7 +23,7 @@ def load_config(path: str, overrides: list[str] | None = None) -> RunConfig:
     return parse_config(tables, path, overrides or ())
 
 
-def parse_config(tables: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> RunConfig:
+def parse_config(tables: Json, origin: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the RunConfig of plain tables. Raises one `ConfigError` with every problem, `origin` in front.
 
     A problem that is about one of the `overrides`, which are applied already, names it.
@@ -44,7 +43,7 @@ def _with_override(line: str, overrides: Sequence[str]) -> str:
     return line
 
 
-def read_run(tables: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
+def read_run(tables: Json) -> tuple[RunConfig | None, list[str]]:
     """Return the run of a file without stages, and its problems; the run is None where the tables do not fit the schema."""
     reader = SchemaReader()
     config = reader.table(RunConfig, {key: value for key, value in tables.items() if (key, value) != ("stage", [])}, "")

@@ -7,7 +7,7 @@ import difflib
 import types
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from model.files.untrusted import SHOWN, shown
+from model.files.untrusted import SHOWN, Json, shown
 from trainer.runfile.toml_files import TOML_INTEGERS
 
 PLANNED_KEYS = (
@@ -130,7 +130,7 @@ def _nearest(value: Any, hint: Any) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def to_tables(config: Any) -> dict[str, Any]:
+def to_tables(config: Any) -> Json:
     """Return a dataclass as plain tables; None, which TOML does not have, is left out."""
 
     def plain(value: Any) -> Any:
@@ -146,7 +146,7 @@ def to_tables(config: Any) -> dict[str, Any]:
     return plain(config)
 
 
-def flatten_tables(tables: Any, path: str = "") -> dict[str, Any]:
+def flatten_tables(tables: Any, path: str = "") -> Json:
     """Return nested tables as one level of dotted keys."""
     if (isinstance(tables, dict) and tables) or (isinstance(tables, list) and any(isinstance(item, dict) for item in tables)):
         items = tables.items() if isinstance(tables, dict) else enumerate(tables)

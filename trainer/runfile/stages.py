@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from data.index.record_index import source_files
 from model.card import media_specs
@@ -12,6 +13,7 @@ from model.errors import ConfigError
 from trainer.config import RunConfig
 from trainer.runfile.merge_tables import stage_tables
 from trainer.runfile.schema import SchemaReader, to_tables
+from trainer.state import CheckpointState
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def describe_stages(stages: list[Stage]) -> list[str]:
     return lines
 
 
-def stage_of_checkpoint(stages: list[Stage], state: dict[str, Any]) -> Stage:
+def stage_of_checkpoint(stages: list[Stage], state: CheckpointState) -> Stage:
     """Return the stage that a checkpoint with this `state` was written in. Raises `ConfigError` when the run has no such stage."""
     name = state.get("stage", "")
     for stage in stages:
@@ -114,10 +116,11 @@ def check_stages(stages: list[Stage]) -> None:
     problems = []
     for stage in stages if len(stages) > 1 else ():
         data = stage.config.data
-        checks = [lambda source=source: source_files(source) for source in (*data.sources, *data.validation)]
-        for check in (lambda stage=stage: media_specs(stage.config.model), *checks):
+        checks: list[Callable[[], object]] = [partial(media_specs, stage.config.model)]
+        checks += [partial(source_files, source) for source in (*data.sources, *data.validation)]
+        for check in checks:
             try:
-                check()  # type: ignore[operator]
+                check()
             except ConfigError as error:
                 problems.append(f"\n  - stage {stage.name}: {error}")
     if problems:
