@@ -21,7 +21,7 @@ from data.text.chat_formats import freeze_date
 from data.text.encoded import Encoded
 from data.text.rounds import THOUGHTFUL
 from data.text.state_tokens import split_state
-from data.text.template import Template, load_template
+from data.text.template import Template, TemplateOptions, load_template
 from data.text.tokenizer import check_fingerprint, load_tokenizer, pad_id, save_tokenizer, tokenizer_fingerprint
 from model.batch import Batch
 from model.errors import ConfigError
@@ -163,10 +163,7 @@ def load_processor(folder: str | Path) -> Processor:
     template = load_template(
         config.template,
         tokenizer,
-        placeholders=placeholders,
-        media_wrap=media_wrap,
-        allowed=allowed,
-        state_tokens=config.state_tokens,
+        TemplateOptions(placeholders=placeholders, media_wrap=media_wrap, allowed=allowed, state_tokens=config.state_tokens),
     )
     # What is stored has its date frozen already; loading may freeze it once more, which changes the text but not what it renders.
     if template.source not in (jinja, freeze_date(jinja)) or template.stop_ids != stop_ids:

@@ -161,7 +161,7 @@ def _problem(dataset: MultimodalDataset, i: int, error: Exception) -> Problem:
     if isinstance(error, RecordError):
         kind = TOO_LONG if isinstance(error, TooLongError) else BAD
         return Problem(kind, error.where, error.id, error.field, error.reason)
-    _, index, row = dataset.place(i)
+    _, index, row = dataset.locate(i)
     return Problem(BAD, index.where(row), index.name(row), "record", f"cannot be used: {type(error).__name__}: {error}")
 
 
@@ -170,7 +170,7 @@ def _watched(dataset: MultimodalDataset, i: int, ref: MediaRef) -> str:
 
     When that file changes, the result for the medium is stale.
     """
-    source_id, index, row = dataset.place(i)
+    source_id, index, row = dataset.locate(i)
     try:
         if inline_blob(ref.path) is not None or index.blob(row, ref) is not None:
             return ""

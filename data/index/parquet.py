@@ -66,11 +66,11 @@ class ParquetRows:
             except RowError as error:
                 raise MediaError(f"{ref.path!r} {error}") from None
             if content is not None:
-                name = f"{self._shards.names[self._table.file_of(i)]}:{self.place(i)}:{ref.path}"
+                name = f"{self._shards.names[self._table.file_of(i)]}:{self.describe_position(i)}:{ref.path}"
                 return Blob(name, data=content)
         return None
 
-    def place(self, i: int) -> str:
+    def describe_position(self, i: int) -> str:
         return str(self._table.line[i])
 
     def _media(self, i: int, column: str) -> dict[str, bytes | None]:

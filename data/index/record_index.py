@@ -78,13 +78,13 @@ class RecordIndex:
         folder: Path,
         specs: dict[str, MediaSpec],
         config: DataConfig = _DEFAULTS,
-        alive: Callable[[str], object] = lambda at: None,
+        on_progress: Callable[[str], object] = lambda at: None,
     ) -> RecordIndex:
         """Open the index of `source`.
 
         Its sidecar in `folder` is used if size and time of every file agree with it, and built otherwise.
 
-        Several processes may do so at once. `alive` is called now and then with the name of the file being read. Raises
+        Several processes may do so at once. `on_progress` is called now and then with the name of the file being read. Raises
         `ConfigError` for a path that cannot be read, `DataError` for a file that is no list of records.
         """
         paths = [unpacked(path, folder, alive) if is_compressed(str(path)) else path for path in source_files(source)]
@@ -96,7 +96,7 @@ class RecordIndex:
             with tqdm(total=size, unit="B", unit_scale=True, desc=f"index {source.key}", delay=3, leave=False) as bar:
                 write_table(
                     sidecar,
-                    join_tables([_scanned(kind, path, _report_to_both(bar.update, alive, path.name)) for path in paths]),
+                    join_tables([_scanned(kind, path, _report_to_both(bar.update, on_progress, path.name)) for path in paths]),
                     files,
                 )
         return RecordIndex(sidecar, media_tokens(specs, config), bool(source.media_root))
@@ -131,7 +131,7 @@ class RecordIndex:
 
     def where(self, i: int) -> str:
         """Return the file name and the line, row or key of record `i`; lines and rows count from 1."""
-        return f"{self._shards.names[self._table.file_of(i)]}:{self._rows.place(i)}"
+        return f"{self._shards.names[self._table.file_of(i)]}:{self._rows.describe_position(i)}"
 
     def name(self, i: int) -> str:
         """Return the name of a record `i` that has no id: its line, row or key.
@@ -140,17 +140,17 @@ class RecordIndex:
         """
         file = self._table.file_of(i)
         first = int(self._table.file_stops[file - 1]) if file else 0
-        places = [self._rows.place(k) for k in range(max(i - 1, first), min(i + 2, int(self._table.file_stops[file])))]
-        place = self._rows.place(i)
+        places = [self._rows.describe_position(k) for k in range(max(i - 1, first), min(i + 2, int(self._table.file_stops[file])))]
+        place = self._rows.describe_position(i)
         return place if places.count(place) == 1 else f"[{i - first}]"
 
 
-def _report_to_both(advance: Advance, alive: Callable[[str], object], name: str) -> Advance:
+def _report_to_both(advance: Advance, on_progress: Callable[[str], object], name: str) -> Advance:
     """Return a callback that reports progress to the bar and to the process that waits for the index."""
 
     def report_progress(num_bytes: int) -> None:
         advance(num_bytes)
-        alive(name)
+        on_progress(name)
 
     return report_progress
 

@@ -121,7 +121,7 @@ def entry_of(dataset: MultimodalDataset, i: int, quarantined: dict[int, Quaranti
 def _rejected(
     dataset: MultimodalDataset, i: int, planned: int, item: Sample | Rejected, row: QuarantineRow | None
 ) -> InspectorEntry:
-    _, index, number = dataset.place(i)
+    _, index, number = dataset.locate(i)
     try:
         record: Record | None = dataset.record(i)
     except RecordError:
