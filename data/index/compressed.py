@@ -44,7 +44,7 @@ def check_opener(path: str) -> None:
         raise ConfigError(f"data.sources: {path} needs Python 3.14, which reads .zst; unpack it first: zstd -d {Path(path).name}")
 
 
-def unpacked(path: Path, folder: Path, alive: Callable[[str], object]) -> Path:
+def unpacked(path: Path, folder: Path, on_progress: Callable[[str], object]) -> Path:
     """Return the unpacked copy of a file in `folder`, made now if there is none of this size and time.
 
     Several processes may do so at once. Raises `DataError` for a damaged file, `ConfigError` where the disk has no room for it.
@@ -55,11 +55,11 @@ def unpacked(path: Path, folder: Path, alive: Callable[[str], object]) -> Path:
     if not copy.is_file():
         for old in (folder / "unpacked" / place).glob("*"):
             shutil.rmtree(old, ignore_errors=True)  # of an earlier version of the file
-        _unpack(path, copy, alive)
+        _unpack(path, copy, on_progress)
     return copy
 
 
-def _unpack(path: Path, copy: Path, alive: Callable[[str], object]) -> None:
+def _unpack(path: Path, copy: Path, on_progress: Callable[[str], object]) -> None:
     opened = OPENERS[path.suffix.lower()]
     assert opened is not None  # check_opener
     try:
@@ -68,6 +68,6 @@ def _unpack(path: Path, copy: Path, alive: Callable[[str], object]) -> None:
                 if shutil.disk_usage(copy.parent).free < _KEPT_FREE + len(chunk):
                     raise ConfigError(f"data.sources: {path} unpacks to more than the disk of {copy.parent} has room for")
                 out.write(chunk)
-                alive(path.name)
+                on_progress(path.name)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: is cut short or damaged: {error}") from None

@@ -87,7 +87,7 @@ class RecordIndex:
         Several processes may do so at once. `on_progress` is called now and then with the name of the file being read. Raises
         `ConfigError` for a path that cannot be read, `DataError` for a file that is no list of records.
         """
-        paths = [unpacked(path, folder, alive) if is_compressed(str(path)) else path for path in source_files(source)]
+        paths = [unpacked(path, folder, on_progress) if is_compressed(str(path)) else path for path in source_files(source)]
         files, kind = file_stamps(paths), FORMATS[paths[0].suffix.lower()]
         digest = hashlib.sha256(os.path.abspath(source.path).encode()).hexdigest()[:8]
         sidecar = folder / f"{safe_name(source.key)}-{digest}.index"
