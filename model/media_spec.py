@@ -56,6 +56,7 @@ class AudioSpec:
     num_prompts: int = 0  # learned rows before every clip
     num_states: int = 0  # classes of the user's state after a clip; 0: no state head
     placeholder: str = PLACEHOLDERS["audio"]  # token whose positions take features
+    drops_odd: bool = False  # the encoder's second stride is a mean of pairs, and a last row without a partner gives no token
 
 
 MediaSpec = ImageSpec | AudioSpec
@@ -170,7 +171,7 @@ def row_frames(spec: AudioSpec, meta: MediaMeta) -> tuple[int, ...]:
 
 def row_width(spec: MediaSpec, num_frames: int = 0) -> int:
     """Return the tokens L that the encoder makes of each row of a batch. `num_frames`: mel frames that rows are padded to."""
-    return _shortened(spec, num_frames) if isinstance(spec, AudioSpec) else view_tokens(spec)
+    return _shortened(dataclasses.replace(spec, drops_odd=False), num_frames) if isinstance(spec, AudioSpec) else view_tokens(spec)
 
 
 def row_shape(spec: MediaSpec) -> tuple[int, ...]:
@@ -181,6 +182,6 @@ def row_shape(spec: MediaSpec) -> tuple[int, ...]:
 
 
 def _shortened(spec: AudioSpec, frames: int) -> int:
-    for stride in spec.strides:
-        frames = (frames - 1) // stride + 1
+    for i, stride in enumerate(spec.strides):
+        frames = max(1, frames // stride) if spec.drops_odd and i == 1 else (frames - 1) // stride + 1
     return frames

@@ -77,6 +77,7 @@ def audio_spec(config: AudioConfig, projector: AudioProjectorConfig, cache_dir: 
         hop=found.get("hop_length", 160),
         num_prompts=projector.prompts,
         placeholder=config.placeholder or PLACEHOLDERS["audio"],
+        drops_odd=KINDS[value["model_type"]].pooled,
     )
     window = spec.window_frames * spec.hop
     check_feature_setting(config.path, "feature_size", found.get("feature_size", spec.num_mels), spec.num_mels)
@@ -156,9 +157,9 @@ class AudioEncoder(nn.Module):
 
     def valid_rows(self, lengths: Tensor | None) -> Tensor | None:
         """Return the number of features of each row that come from valid frames, (N,)."""
-        for stride in self.strides:
-            lengths = shortened(lengths, stride)
-        return lengths
+        lengths = shortened(lengths, self.strides[0])
+        # As transformers counts them: a last row without a partner is dropped.
+        return (lengths // 2).clamp(min=1) if self.tower.kind.pooled and lengths is not None else lengths
 
     def forward(self, values: Tensor, lengths: Tensor | None = None) -> Tensor:
         return self.tower(values, lengths, self.full_window)

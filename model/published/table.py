@@ -5,11 +5,11 @@ from __future__ import annotations
 from model.errors import ConfigError
 from model.files.hub import find_file, folder_tensors, read_json
 from model.files.tensor_files import Tensors
-from model.published import transformers_llava
+from model.published import transformers_audio, transformers_internvl, transformers_llava
 from model.published.layout import Given, Json, Layout, PartView, Published, Settings
 from model.published.refused import REFUSED
 
-LAYOUTS: tuple[Layout, ...] = (*transformers_llava.LAYOUTS,)
+LAYOUTS: tuple[Layout, ...] = (*transformers_llava.LAYOUTS, *transformers_internvl.LAYOUTS, *transformers_audio.LAYOUTS)
 
 
 def find_layout(setting: str, path: str, cache_dir: str = "") -> tuple[Layout, Published] | None:
