@@ -145,12 +145,6 @@ def llava(folder: Path, hub: bool) -> None:
     vision = CLIPVisionConfig(**TOWER_SIZES)
     config = LlavaConfig(vision_config=vision, text_config=text_of(tokenizer), image_token_index=image_id)
     save_model(folder, LlavaForConditionalGeneration, config, hub)
-    options = {
-        "patch_size": 8,
-        "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1,
-        "image_token": "<image>",
-    }
     save_processor(folder, "LlavaProcessor", hub, tokenizer, ONE_CLS, image_processor=CLIPImageProcessor(**CROPS))
 
 
@@ -164,12 +158,6 @@ def llava_next(folder: Path, hub: bool) -> None:
     )
     save_model(folder, LlavaNextForConditionalGeneration, config, hub)
     pixels = LlavaNextImageProcessor(**CROPS, image_grid_pinpoints=pinpoints(NEXT, SIDE))
-    options = {
-        "patch_size": 8,
-        "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1,
-        "image_token": "<image>",
-    }
     save_processor(folder, "LlavaNextProcessor", hub, tokenizer, ONE_CLS, image_processor=pixels)
 
 
