@@ -13,9 +13,8 @@ from transformers import PretrainedConfig
 from model.errors import ConfigError
 from model.files.hub import find_file, hugging_face_config, read_json
 from model.files.tensor_files import Tensors
-from model.files.untrusted import listed
+from model.files.untrusted import Json, listed
 
-Json = dict[str, Any]
 MAX_TEXT_BYTES = 1 << 20
 """Largest size of a chat template."""
 PARTS = ("llm", "vision", "vision_projector", "audio", "audio_projector", "state_head")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from model.errors import ConfigError
 from model.files.hub import find_file, folder_tensors, read_json
 from model.files.tensor_files import Tensors
+from model.files.untrusted import Json
 from model.published import transformers_audio, transformers_internvl, transformers_llava
-from model.published.layout import Given, Json, Layout, PartView, Published, Settings
+from model.published.layout import Given, Layout, PartView, Published, Settings
 from model.published.refused import REFUSED
 
 LAYOUTS: tuple[Layout, ...] = (*transformers_llava.LAYOUTS, *transformers_internvl.LAYOUTS, *transformers_audio.LAYOUTS)

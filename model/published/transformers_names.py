@@ -8,7 +8,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from model.files.hub import without_code
-from model.published.layout import Json, PartView, Published
+from model.files.untrusted import Json
+from model.published.layout import PartView, Published
 
 LLM_NAMES = (
     (r"language_model\.(?=model\.|transformer\.|lm_head\.)", ""),
