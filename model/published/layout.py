@@ -101,6 +101,7 @@ class Layout:
     matches: Callable[[Published], bool]
     parts: Mapping[str, PartView]  # by the names of PARTS
     settings: Callable[[Published], Settings]  # beside the paths of the parts; raises ConfigError for what cannot be expressed
+    reference: str = ""  # class of transformers that opens the folder; "" where it has none
     nothing: tuple[str, ...] = ()  # patterns of tensors that carry nothing
 
     def check_accounted(self, source: Published, tensors: Tensors) -> None:
