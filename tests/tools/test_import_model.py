@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.processor import load_processor
+from model.card import read_card
 from model.load import load_model
+from model.published.layout import PartView
 from tests.support.published import MAKERS
 from tools.exports.proofs import batch_of, logits, sample
 from tools.import_model import main as import_model
@@ -33,16 +36,10 @@ def test_a_published_model_becomes_a_final_folder(
     linked = logits(load_model(out), batch)
     shutil.move(source, tmp_path / "moved")
     if link:
-        base = {part: str(tmp_path / "moved") for part in load_model_parts(out)}
+        base = {part: str(tmp_path / "moved") for part in read_card(out).hugging_face}
         assert torch.equal(logits(load_model(out, base=base), batch), linked)
     else:
         assert torch.equal(logits(load_model(out), batch), linked)
-
-
-def load_model_parts(folder: Path) -> list[str]:
-    from model.card import read_card
-
-    return list(read_card(folder).hugging_face)
 
 
 def test_a_model_that_computes_something_else_is_a_failed_proof(
@@ -56,9 +53,8 @@ def test_a_model_that_computes_something_else_is_a_failed_proof(
     assert not out.exists() and capsys.readouterr().err
 
 
-def swapped(names: dict[str, str]):  # type: ignore[no-untyped-def]
-    from model.published.layout import PartView
-
+def swapped(names: dict[str, str]) -> Callable[[PartView, str], str | None]:
+    """Names of a projector whose biases are exchanged."""
     right = PartView.name_of
 
     def name_of(self: PartView, name: str) -> str | None:
