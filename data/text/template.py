@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from data.records.placeholders import wrapped_pattern
 from data.records.record import Record, RecordError, Turn
 from data.text.abilities import Abilities, Message, find_abilities, probe_call
-from data.text.chat_formats import FORMATS, freeze_date
+from data.text.chat_formats import FORMATS, freeze_date, with_system
 from data.text.control_tokens import check_single, lead_token, special_ids, thought_tags, unknown_only_id
 from data.text.encoded import Encoded, Row, check_row, round_ends
 from data.text.marks import tags_of
@@ -44,6 +44,7 @@ class Template:
     stop_ids: tuple[int, ...] = ()  # ids that end an assistant's turn
     allowed: tuple[str, ...] = ()  # control tokens that contents may use
     state_tokens: str = "none"  # none | glyphs | digits
+    system: str = ""  # system text of conversations that have none; "": the template's own
     unread: frozenset[int] = frozenset()  # ids whose embedding rows mean nothing: padding beyond the base's matrix
     tags: re.Pattern[str] = _NOTHING  # tags that the template names, such as <think>
     abilities: Abilities = field(default_factory=Abilities)
@@ -180,12 +181,13 @@ def load_template(
     allowed: Sequence[str] = (),
     state_tokens: str = "none",
     unread: frozenset[int] = frozenset(),
+    system: str = "",
 ) -> Template:
     """Load template `name` for `tokenizer`, and try it on a short conversation.
 
     `allowed` are control tokens that contents may use, as configured new tokens; tokens that the template or the tokenizer itself
     needs stay text all the same. No record may hold an id of `unread`. Raises `ConfigError` if the tokenizer lacks what the
-    template or the states need.
+    template or the states need. `system` is the system text of conversations that have none; "" is the template's own.
     """
     if name != "auto" and name not in FORMATS:
         raise ConfigError(f"data.template = {name!r} is not known; allowed: auto, {', '.join(FORMATS)}")
@@ -197,6 +199,7 @@ def load_template(
     states = STATE_TOKENS[state_tokens].values()
     lead = lead_token(tokenizer) if name in FORMATS else ""
     source = ("{{ bos_token }}" if lead else "") + FORMATS[name].source if name in FORMATS else _own_source(tokenizer)
+    source = with_system(source, system)
     free = {*PLACEHOLDERS.values(), *allowed, *states, *thought_tags(source)}
     special = special_ids(tokenizer, free - {*needs, *tokenizer.special_tokens_map.values()})
     control = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)"
@@ -215,6 +218,7 @@ def load_template(
         allowed=tuple(allowed),
         state_tokens=state_tokens,
         unread=unread,
+        system=system,
         tags=tags_of(source, re.compile(control)),
         abilities=find_abilities(lambda messages: apply(tokenizer, source, messages)),
     )

@@ -49,7 +49,10 @@ def load_tokenizer(path: str, added: Sequence[str], cache_dir: str = "") -> Load
     """
     _check_files(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir or None, trust_remote_code=False)
+        name, revision = (path, "") if Path(path).is_dir() else path.partition("@")[::2]
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, cache_dir=cache_dir or None, revision=revision or "main", trust_remote_code=False
+        )
     except Exception as error:  # transformers raises nearly every kind here, for one reason: no tokenizer can be loaded
         raise ConfigError(f"model.llm.path = {path!r}: no tokenizer can be loaded: {_hint(path) or error}") from error
     if not tokenizer.is_fast:
@@ -85,7 +88,7 @@ def _check_files(path: str) -> None:
                 raise ConfigError(f"model.llm.path: {file} has more than {MAX_TOKENIZER_BYTES} bytes, which no tokenizer has")
 
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}(@[A-Za-z0-9][A-Za-z0-9._/-]{0,254})?")
 _SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 
 

@@ -114,6 +114,7 @@ def open_vocabulary(config: RunConfig, world: World) -> tuple[Template, ModelCar
         allowed=added,
         state_tokens=data.state_tokens,
         unread=surplus.unread,
+        system=data.system,
     )
     card = make_card(
         config.model,
