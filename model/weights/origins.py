@@ -22,7 +22,7 @@ from model.multimodal import MultimodalLM
 from model.weights.bases import base_layers, resize_vocabulary
 from model.weights.compatibility import check_same_bases, continued_parts
 from model.weights.initial_values import initial_adapter, initial_tensors
-from model.weights.materialise import Adapter, Layer
+from model.weights.materialise import Layer, adapter_pairs
 from model.weights.new_token_rows import first_rows, row_patches
 from model.weights.peft_adapter import read_adapter
 from model.weights.projector_files import check_llavas_parts, projector_layers
@@ -124,11 +124,6 @@ def saved_tensors(folder: Path, check: Callable[[Path], object] = verify, proof:
         prefix = "" if part == "lora" or path.name == NEW_ROWS else f"{part}."
         found |= {prefix + name: rows for name, rows in read_weights(path).items()}
     return found
-
-
-def adapter_pairs(tensors: Tensors, scale: float) -> dict[str, Adapter]:
-    paths = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
-    return {f"{p}.weight": Adapter(tensors[f"{p}.lora_A"], tensors[f"{p}.lora_B"], scale) for p in paths}
 
 
 def new_tensors(card: ModelCard, model: MultimodalLM, seed: int) -> Tensors:
