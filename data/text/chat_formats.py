@@ -163,10 +163,9 @@ FORMATS = {
 
 def with_system(source: str, system: str) -> str:
     """Return the template with `system` as the system turn of conversations that have none; unchanged where `system` is ""."""
-    if not system:
-        return source
     turn = "[{'role': 'system', 'content': " + json.dumps(system, ensure_ascii=False) + "}]"
-    return "{%- set messages = messages if messages[0]['role'] == 'system' else " + turn + " + messages +%}" + source
+    start = "{%- set messages = messages if messages[0]['role'] == 'system' else " + turn + " + messages +%}"
+    return source if not system or start in source else start + source  # a run's own tokenizer has it already
 
 
 # 26 July 2024 by strftime's directives; longer ones first, since they are replaced one after the other.

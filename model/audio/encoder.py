@@ -16,7 +16,8 @@ from model.config import AudioConfig, AudioProjectorConfig
 from model.errors import ConfigError
 from model.files.hub import find_file, hugging_face_config, read_json
 from model.files.quantised_base import check_settings
-from model.media_spec import AudioSpec
+from model.media_spec import PLACEHOLDERS, AudioSpec
+from model.published.table import part_config
 
 SETTING = "model.audio.path"
 PREFIXES = ("model.encoder.", "encoder.", "", "audio_tower.", "model.audio_tower.")
@@ -54,7 +55,8 @@ def audio_config(config: AudioConfig, cache_dir: str = "") -> dict[str, Any]:
     """Read config.json of the encoder, which Qwen2-Audio nests in the whole model's. Raises `ConfigError` for other encoders."""
     whole = read_json(SETTING, config.path, "config.json", cache_dir)
     check_settings(SETTING, config.path, whole)
-    value = whole.get("audio_config") or whole
+    value = part_config(SETTING, "audio", config.path, cache_dir)
+    value = value.get("audio_config") or value
     if value.get("model_type") not in KINDS:
         raise ConfigError(f"{SETTING} = {config.path!r}: {value.get('model_type')!r} is not {' | '.join(KINDS)}")
     return value
@@ -74,6 +76,7 @@ def audio_spec(config: AudioConfig, projector: AudioProjectorConfig, cache_dir: 
         n_fft=found.get("n_fft", 400),
         hop=found.get("hop_length", 160),
         num_prompts=projector.prompts,
+        placeholder=config.placeholder or PLACEHOLDERS["audio"],
     )
     window = spec.window_frames * spec.hop
     check_feature_setting(config.path, "feature_size", found.get("feature_size", spec.num_mels), spec.num_mels)

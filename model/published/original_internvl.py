@@ -1,4 +1,4 @@
-"""InternVL-Chat as its authors publish it (1.2 to 3.5): config.json with `llm_config` and `vision_config`, which wants remote code."""
+"""InternVL-Chat as its authors publish it (1.2 to 3.5): a config.json with `llm_config`, which wants code of the folder to run."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def vision_config(source: Source) -> Json:
 
 
 def processor(source: Source) -> Json:
-    """Return how its code makes pixels of a view, whatever preprocessor_config.json says: both sides at once, ImageNet's colours."""
+    """Return how its code makes pixels, whatever preprocessor_config.json says: both sides at once, ImageNet's mean and spread."""
     return {"image_processor_type": "GotOcr2ImageProcessor", "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD, "resample": 3}
 
 

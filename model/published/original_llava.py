@@ -101,8 +101,11 @@ LLM = PartView(((rf"(?!{INSIDE}(?:{ADDED}))", ""),), llm_config)
 TOWER = PartView(((rf"{INSIDE}vision_tower\.vision_tower\.(?:vision_model\.)?", ""),), vision_config, processor=tower_processor)
 
 
-def llava_settings(source: Source) -> Settings:
-    """Return what follows from config.json of an original LLaVA. Raises `ConfigError` for what cannot be expressed."""
+def llava_settings(source: Source, *names: str) -> Settings:
+    """Return what follows from config.json of an original LLaVA, which may also be known by `names`.
+
+    Raises `ConfigError` for what cannot be expressed.
+    """
     newline = "unpad" in str(source.config.get("mm_patch_merge_type", "flat"))
     wrap = ["<im_start>", "<im_end>"] if source.config.get("mm_use_im_start_end") else []
     return {
@@ -111,7 +114,7 @@ def llava_settings(source: Source) -> Settings:
         "model.vision_projector.newline": Given(newline),
         "data.media_wrap": Given(wrap),
         **_fit(source),
-        **llava_template(source, LANGUAGE_MODELS[class_of(source.config)][0]),
+        **llava_template(source, LANGUAGE_MODELS[class_of(source.config)][0], *names),
     }
 
 
@@ -158,7 +161,8 @@ def _fit(source: Source) -> Settings:
         raise source.refused(f"image_aspect_ratio = {aspect!r} in config.json is not 'pad' | 'square' | 'anyres' | 'anyres_max_N'")
     if merge != "spatial_unpad":
         raise source.refused(
-            f"mm_patch_merge_type = {merge!r} in config.json with image_aspect_ratio = {aspect!r}: tiles are merged as 'spatial_unpad' here"
+            f"mm_patch_merge_type = {merge!r} in config.json with image_aspect_ratio = {aspect!r}: tiles are merged as "
+            "'spatial_unpad' here"
         )
     return {
         "data.image_fit": Given("anyres"),

@@ -1,4 +1,4 @@
-"""Folders that LLaVA's training leaves beside a base: a LoRA adapter with `non_lora_trainables.bin`, or `mm_projector.bin` alone."""
+"""What LLaVA's training leaves beside a base: a LoRA adapter with `non_lora_trainables.bin`, or `mm_projector.bin` alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from model.errors import ConfigError
 from model.files.hub import find_file, read_json
-from model.files.tensor_files import Tensors, read_weights
+from model.files.tensor_files import read_weights
 from model.files.untrusted import shown
 from model.published.layout import Given, Layout, Settings, Source
 from model.published.original_llava import FROZEN_TOWER, PROJECTOR, TOWER, holds_tower, is_llava, llava_settings
@@ -35,17 +35,11 @@ def is_projector_folder(source: Source) -> bool:
     return is_llava(source) and not is_lora(source) and trained_file(source) is not None
 
 
-def trained_tensors(source: Source) -> Tensors:
-    """Return the tensors that were trained beside the language model. Raises `ConfigError` when their file is missing."""
+def trained_files(source: Source) -> list[Path]:
+    """Return the file of what was trained beside the language model. Raises `ConfigError` when it is missing."""
     if (file := trained_file(source)) is None:
         raise source.refused(f"it holds no {TRAINED[0]}, the projector that was trained beside the adapter")
-    return read_weights(file)
-
-
-def trained_files(source: Source) -> list[Path]:
-    """Return the file of `trained_tensors`, for its fingerprint."""
-    file = trained_file(source)
-    return [file] if file else []
+    return [file]
 
 
 def base_path(source: Source) -> str:
@@ -106,7 +100,7 @@ def _beside_a_base(source: Source, base: str) -> Settings:
     found = llava_settings(source, base)
     if not holds_tower(source):
         return found
-    if any(TOWER.name_of(name) is not None for name in trained_tensors(source)):
+    if any(TOWER.name_of(name) is not None for file in trained_files(source) for name in read_weights(file)):
         return {**found, "model.vision.path": Given(source.path)}
     below = Source("model.llm.path", base, source.cache_dir, read_json("model.llm.path", base, "config.json", source.cache_dir))
     inside = is_llava(below) and holds_tower(below)
@@ -120,7 +114,6 @@ LAYOUTS = (
         {"vision_projector": PROJECTOR, "vision": TOWER},
         lora_settings,
         nothing=(FROZEN_TOWER,),
-        tensors=trained_tensors,
         files=trained_files,
     ),
     Layout(
@@ -129,7 +122,6 @@ LAYOUTS = (
         {"vision_projector": PROJECTOR},
         projector_settings,
         nothing=(ROWS,),
-        tensors=trained_tensors,
         files=trained_files,
     ),
 )

@@ -10,6 +10,7 @@ from trainer.config import RunConfig
 from trainer.runfile.checks import problems_of
 from trainer.runfile.curriculum import read_curriculum
 from trainer.runfile.planned import PLANNED
+from trainer.runfile.published import resolve_published
 from trainer.runfile.revisions import with_revisions
 from trainer.runfile.schema import SchemaReader
 from trainer.runfile.toml_files import apply_override, read_toml
@@ -26,10 +27,11 @@ def load_config(path: str, overrides: list[str] | None = None) -> RunConfig:
 def parse_config(tables: dict[str, Any], origin: str) -> RunConfig:
     """Return the RunConfig of plain tables. Raises one `ConfigError` with every problem, `origin` in front."""
     try:
-        tables = with_revisions(tables)
+        tables, contradictions = resolve_published(with_revisions(tables))
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from error
     config, problems = read_curriculum(tables, with_defaults) if tables.get("stage") else read_run(tables)
+    problems = [*contradictions, *problems]
     if config is None or problems:
         raise ConfigError(f"{origin}:\n" + "\n".join(f"  - {line}" for line in problems))
     return config
