@@ -1,4 +1,4 @@
-"""What a layout of a published model is: how it is recognised, which parts it holds under which names, what follows from it."""
+"""The description of a layout of published models: how it is recognised, its parts and their names, the settings it implies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PARTS = ("llm", "vision", "vision_projector", "audio", "audio_projector", "state
 
 
 @dataclass(frozen=True)
-class Source:
+class Published:
     """A published folder or hub id, and its config.json. `setting` is the key of run.toml that messages name."""
 
     setting: str
@@ -54,9 +54,9 @@ class PartView:
     """One part of a published model: its own config.json inside the model's, and its tensors by the names they have here."""
 
     names: tuple[tuple[str, str], ...]  # pattern of a name in the files, and what replaces it; the first that matches holds
-    config: Callable[[Source], Json] = lambda source: {}
+    config: Callable[[Published], Json] = lambda source: {}
     convert: Callable[[Tensors], Tensors] | None = None  # computes tensors of the part from those of the files, after renaming
-    processor: Callable[[Source], Json] | None = None  # image processor's settings, where they are not in the folder's own files
+    processor: Callable[[Published], Json] | None = None  # image processor's settings, where they are not in the folder's own files
 
     def name_of(self, name: str) -> str | None:
         """Return the part's own name of a tensor; None for a tensor of another part."""
@@ -93,23 +93,25 @@ class Layout:
     """One layout of published models."""
 
     name: str  # for messages: "LLaVA (transformers)"
-    matches: Callable[[Source], bool]
+    matches: Callable[[Published], bool]
     parts: Mapping[str, PartView]  # by the names of PARTS
-    settings: Callable[[Source], Settings]  # beside the paths of the parts; raises ConfigError for what cannot be expressed
+    settings: Callable[[Published], Settings]  # beside the paths of the parts; raises ConfigError for what cannot be expressed
     nothing: tuple[str, ...] = ()  # patterns of tensors that carry nothing
-    files: Callable[[Source], list[Path]] | None = None  # files of the tensors, where they are not those of a Hugging Face folder
+    files: Callable[[Published], list[Path]] | None = (
+        None  # files of the tensors, where they are not those of a Hugging Face folder
+    )
 
-    def weight_files(self, source: Source) -> list[Path]:
+    def weight_files(self, source: Published) -> list[Path]:
         """Return the files that hold the tensors."""
         return self.files(source) if self.files else weight_files(source.setting, source.path, source.cache_dir)
 
-    def tensors(self, source: Source) -> Tensors:
+    def tensors(self, source: Published) -> Tensors:
         """Return every tensor of the files by its name there. Only names and shapes are read."""
         if self.files is None:
             return folder_tensors(source.setting, source.path, source.cache_dir)
         return {name: rows for file in self.files(source) for name, rows in read_weights(file).items()}
 
-    def check_accounted(self, source: Source, tensors: Tensors) -> None:
+    def check_accounted(self, source: Published, tensors: Tensors) -> None:
         """Refuse a tensor that no part reads and that is not on the list of what carries nothing. Looks at names alone."""
         ignored = [re.compile(pattern) for pattern in self.nothing]
         unread = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import CONFIG_MAPPING
 
-from model.published.layout import Given, Json, Layout, PartView, Settings, Source
+from model.published.layout import Given, Json, Layout, PartView, Published, Settings
 from model.published.original_prompts import internvl_template
 
 CODE_OF_ITS_OWN = {"internlm2": "InternLM2", "InternLM2ForCausalLM": "InternLM2"}
@@ -21,13 +21,13 @@ MODEL_TYPES = {
 """model_type by class of the language model, for folders whose llm_config leaves it out."""
 
 
-def is_internvl(source: Source) -> bool:
+def is_internvl(source: Published) -> bool:
     """Tell whether config.json is that of an InternVLChatModel."""
     named = "InternVLChatModel" in (source.config.get("architectures") or ())
     return (named or source.config.get("model_type") == "internvl_chat") and isinstance(source.config.get("llm_config"), dict)
 
 
-def llm_config(source: Source) -> Json:
+def _language_model(source: Published) -> Json:
     """Return config.json of the language model. Raises `ConfigError` for one that transformers does not have."""
     found = dict(source.config["llm_config"])
     name = next(iter(found.get("architectures") or ()), "")
@@ -42,27 +42,27 @@ def llm_config(source: Source) -> Json:
     return {**found, "model_type": kind}
 
 
-def vision_config(source: Source) -> Json:
+def _tower_config(source: Published) -> Json:
     """Return config.json of the tower."""
     found = dict(source.config.get("vision_config") or {})
     found.pop("auto_map", None)
     return {"model_type": "intern_vit_6b", **found}
 
 
-def processor(source: Source) -> Json:
+def _processor(source: Published) -> Json:
     """Return how its code makes pixels, whatever preprocessor_config.json says: both sides at once, ImageNet's mean and spread."""
     return {"image_processor_type": "GotOcr2ImageProcessor", "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD, "resample": 3}
 
 
-def settings(source: Source) -> Settings:
+def _settings(source: Published) -> Settings:
     """Return what follows from config.json. Raises `ConfigError` for what cannot be expressed."""
-    config, tower = source.config, vision_config(source)
+    config, tower = source.config, _tower_config(source)
     if lora := next((key for key in ("use_llm_lora", "use_backbone_lora") if config.get(key)), None):
         raise source.refused(
             f"{lora} = {config[lora]} in config.json: adapters stand among its weights; merge them with InternVL's "
             "tools/merge_lora.py and name its result"
         )
-    llm_config(source)
+    _language_model(source)
     if (ratio := config.get("downsample_ratio", 0.5)) != 0.5:
         raise source.refused(f"downsample_ratio = {ratio} in config.json: one token of 2 x 2 patches is made here, which is 0.5")
     version = config.get("ps_version", "v1")
@@ -100,10 +100,10 @@ LAYOUTS = (
         "InternVL-Chat (original)",
         is_internvl,
         {
-            "llm": PartView(((r"language_model\.", ""),), llm_config),
-            "vision": PartView(((r"vision_model\.", ""),), vision_config, processor=processor),
+            "llm": PartView(((r"language_model\.", ""),), _language_model),
+            "vision": PartView(((r"vision_model\.", ""),), _tower_config, processor=_processor),
             "vision_projector": PartView(((r"mlp1\.", ""),)),
         },
-        settings,
+        _settings,
     ),
 )

@@ -6,7 +6,7 @@ import re
 
 from model.errors import ConfigError
 from model.files.hub import read_json
-from model.published.layout import Given, Json, Layout, PartView, Settings, Source
+from model.published.layout import Given, Json, Layout, PartView, Published, Settings
 from model.published.original_prompts import llava_template
 
 LANGUAGE_MODELS = {
@@ -51,18 +51,18 @@ def class_of(config: Json) -> str:
     return names[0] if names else MODEL_TYPES.get(str(config.get("model_type")), "")
 
 
-def is_llava(source: Source) -> bool:
+def is_llava(source: Published) -> bool:
     """Tell whether config.json is that of one of LLaVA's classes."""
     return bool(class_of(source.config)) and "mm_vision_tower" in source.config
 
 
-def holds_tower(source: Source) -> bool:
+def holds_tower(source: Published) -> bool:
     """Tell whether the tower was trained, so that the files hold its weights: LLaVA itself decides by these keys."""
     tuned = str(source.config.get("mm_tunable_parts") or "").split(",")
     return bool(source.config.get("unfreeze_mm_vision_tower")) or "mm_vision_tower" in tuned
 
 
-def llm_config(source: Source) -> Json:
+def _language_model(source: Published) -> Json:
     """Return config.json of the language model: what is left without LLaVA's own keys."""
     kind, name = LANGUAGE_MODELS[class_of(source.config)]
     found = {key: value for key, value in source.config.items() if not OWN_KEYS.match(key)}
@@ -71,7 +71,7 @@ def llm_config(source: Source) -> Json:
     return {**found, "model_type": kind, "architectures": [name]}
 
 
-def tower_source(source: Source) -> Source:
+def _tower_source(source: Published) -> Published:
     """Return the folder or hub id that config.json names as the tower, with its own config.json. Raises `ConfigError`."""
     path = source.written.get("model.vision.path") or source.config["mm_vision_tower"]
     setting = (
@@ -81,27 +81,27 @@ def tower_source(source: Source) -> Source:
         whole = read_json(setting, str(path), "config.json", source.cache_dir)
     except ConfigError as error:
         raise ConfigError(f"{error}; write the folder where the tower is as model.vision.path") from error
-    return Source(setting, str(path), source.cache_dir, whole)
+    return Published(setting, str(path), source.cache_dir, whole)
 
 
-def vision_config(source: Source) -> Json:
+def _tower_config(source: Published) -> Json:
     """Return config.json of the tower, which stands in the tower's own folder."""
-    whole = tower_source(source).config
+    whole = _tower_source(source).config
     found: Json = whole.get("vision_config", whole)
     return {"model_type": "clip_vision_model", **found} if whole.get("model_type") == "clip" else found
 
 
-def tower_processor(source: Source) -> Json:
+def _tower_processor(source: Published) -> Json:
     """Return the image processor's settings, which stand in the tower's own folder."""
-    tower = tower_source(source)
+    tower = _tower_source(source)
     return tower.json("preprocessor_config.json") or tower.json("processor_config.json").get("image_processor", {})
 
 
-LLM = PartView(((rf"(?!{INSIDE}(?:{ADDED}))", ""),), llm_config)
-TOWER = PartView(((rf"{INSIDE}vision_tower\.vision_tower\.(?:vision_model\.)?", ""),), vision_config, processor=tower_processor)
+LLM = PartView(((rf"(?!{INSIDE}(?:{ADDED}))", ""),), _language_model)
+TOWER = PartView(((rf"{INSIDE}vision_tower\.vision_tower\.(?:vision_model\.)?", ""),), _tower_config, processor=_tower_processor)
 
 
-def llava_settings(source: Source, *names: str) -> Settings:
+def original_settings(source: Published, *names: str) -> Settings:
     """Return what follows from config.json of an original LLaVA, which may also be known by `names`.
 
     Raises `ConfigError` for what cannot be expressed.
@@ -110,7 +110,7 @@ def llava_settings(source: Source, *names: str) -> Settings:
     wrap = ["<im_start>", "<im_end>"] if source.config.get("mm_use_im_start_end") else []
     return {
         **_tower(source),
-        "model.vision_projector.kind": Given(projector_kind(source)),
+        "model.vision_projector.kind": Given(_projector_kind(source)),
         "model.vision_projector.newline": Given(newline),
         "data.media_wrap": Given(wrap),
         **_fit(source),
@@ -118,8 +118,8 @@ def llava_settings(source: Source, *names: str) -> Settings:
     }
 
 
-def _tower(source: Source) -> Settings:
-    config, value = source.config, vision_config(source)
+def _tower(source: Published) -> Settings:
+    config, value = source.config, _tower_config(source)
     layer, select = config.get("mm_vision_select_layer", -2), config.get("mm_vision_select_feature", "patch")
     if value.get("model_type") == "siglip_vision_model":
         layer, select = -2, "patch"  # LLaVA's class of SigLIP removes the last block and reads no key
@@ -139,7 +139,7 @@ def _tower(source: Source) -> Settings:
     return found
 
 
-def projector_kind(source: Source) -> str:
+def _projector_kind(source: Published) -> str:
     """Return model.vision_projector.kind. Raises `ConfigError` for a projector or resampler that is not built here."""
     kind, resampler = str(source.config.get("mm_projector_type", "linear")), source.config.get("mm_resampler_type")
     if resampler:
@@ -151,7 +151,7 @@ def projector_kind(source: Source) -> str:
     return kind
 
 
-def _fit(source: Source) -> Settings:
+def _fit(source: Published) -> Settings:
     """Return how pictures become views: config.json's image_aspect_ratio, mm_patch_merge_type and image_grid_pinpoints."""
     aspect, merge = source.config.get("image_aspect_ratio") or "square", source.config.get("mm_patch_merge_type", "flat")
     if aspect in ("pad", "square"):
@@ -166,14 +166,14 @@ def _fit(source: Source) -> Settings:
         )
     return {
         "data.image_fit": Given("anyres"),
-        "data.image_grid": Given(grids(source)),
+        "data.image_grid": Given(_grids(source)),
         "data.anyres_max": Given(int(limit[1] or 0)),
     }
 
 
-def grids(source: Source) -> list[str]:
+def _grids(source: Published) -> list[str]:
     """Return data.image_grid: image_grid_pinpoints, which are widths and heights in pixels or ranges of tiles, as tiles."""
-    points, side = source.config.get("image_grid_pinpoints") or "", vision_config(source).get("image_size")
+    points, side = source.config.get("image_grid_pinpoints") or "", _tower_config(source).get("image_size")
     ends = GRID_RANGE.findall(points) if isinstance(points, str) else []
     if ends:
         return [f"{'x'.join(ends[0])}...{'x'.join(ends[-1])}"] if len(ends) > 1 else ["x".join(ends[0])]
@@ -188,13 +188,13 @@ LAYOUTS = (
         "LLaVA (original, with its tower)",
         lambda source: is_llava(source) and holds_tower(source),
         {"llm": LLM, "vision": TOWER, "vision_projector": PROJECTOR},
-        llava_settings,
+        original_settings,
     ),
     Layout(
         "LLaVA (original)",
         lambda source: is_llava(source) and not holds_tower(source),
         {"llm": LLM, "vision_projector": PROJECTOR},
-        llava_settings,
+        original_settings,
         nothing=(FROZEN_TOWER,),
     ),
 )

@@ -8,8 +8,8 @@ from model.errors import ConfigError
 from model.files.hub import find_file, read_json
 from model.files.tensor_files import read_weights
 from model.files.untrusted import shown
-from model.published.layout import Given, Layout, Settings, Source
-from model.published.original_llava import FROZEN_TOWER, PROJECTOR, TOWER, holds_tower, is_llava, llava_settings
+from model.published.layout import Given, Layout, Published, Settings
+from model.published.original_llava import FROZEN_TOWER, PROJECTOR, TOWER, holds_tower, is_llava, original_settings
 
 ADAPTER = "adapter_config.json"
 TRAINED = ("non_lora_trainables.bin", "non_lora_trainables.safetensors")
@@ -19,30 +19,30 @@ ROWS = r"(?:base_model\.model\.)?model\.embed_(?:tokens|in)\.weight$"
 """Rows of the vocabulary beside a projector; the reader of model.vision_projector.path takes them."""
 
 
-def trained_file(source: Source) -> Path | None:
+def _trained_file(source: Published) -> Path | None:
     """Return the file of what LLaVA trained beside the language model; None when the folder is none of LLaVA's."""
     names = TRAINED if is_lora(source) else PROJECTORS
     return next((found for name in names if (found := find_file(source.setting, source.path, name, source.cache_dir))), None)
 
 
-def is_lora(source: Source) -> bool:
+def is_lora(source: Published) -> bool:
     """Tell whether the folder holds an adapter beside LLaVA's config.json."""
     return is_llava(source) and find_file(source.setting, source.path, ADAPTER, source.cache_dir) is not None
 
 
-def is_projector_folder(source: Source) -> bool:
+def is_projector_folder(source: Published) -> bool:
     """Tell whether the folder is that of LLaVA's first stage: its config.json, a projector, and no adapter."""
-    return is_llava(source) and not is_lora(source) and trained_file(source) is not None
+    return is_llava(source) and not is_lora(source) and _trained_file(source) is not None
 
 
-def trained_files(source: Source) -> list[Path]:
+def _files(source: Published) -> list[Path]:
     """Return the file of what was trained beside the language model. Raises `ConfigError` when it is missing."""
-    if (file := trained_file(source)) is None:
+    if (file := _trained_file(source)) is None:
         raise source.refused(f"it holds no {TRAINED[0]}, the projector that was trained beside the adapter")
     return [file]
 
 
-def base_path(source: Source) -> str:
+def _base_path(source: Published) -> str:
     """Return the language model that the folder was trained beside: what its adapter names, or else its config.json."""
     named = source.json(ADAPTER).get("base_model_name_or_path") or source.config.get("_name_or_path")
     path = source.written.get("model.llm.path") or named
@@ -57,16 +57,16 @@ def base_path(source: Source) -> str:
     return path
 
 
-def lora_settings(source: Source) -> Settings:
+def _adapter_and_base(source: Published) -> Settings:
     """Return what follows from a LoRA folder: its base, and the adapter, which goes on or is merged as model.llm.tune says."""
-    base = base_path(source)
+    base = _base_path(source)
     found = {"model.llm.path": Given(base, free=True), **_beside_a_base(source, base)}
     if source.written.get("model.llm.tune", "lora") != "lora":
         return {**found, "model.llm.adapter": Given(source.path)}
-    return {**found, "lora.path": Given(source.path), **adapter_settings(source)}
+    return {**found, "lora.path": Given(source.path), **_adapter(source)}
 
 
-def adapter_settings(source: Source) -> Settings:
+def _adapter(source: Published) -> Settings:
     """Return the settings of [lora] under which an adapter goes on, from adapter_config.json and the names of its tensors."""
     config = source.json(ADAPTER)
     return {
@@ -75,11 +75,11 @@ def adapter_settings(source: Source) -> Settings:
         "lora.rslora": Given(bool(config.get("use_rslora"))),
         "lora.bias": Given(config.get("bias", "none")),
         "lora.dropout": Given(float(config.get("lora_dropout", 0.0)), free=True),
-        "lora.targets": Given(targets(source), free=True),
+        "lora.targets": Given(_targets(source), free=True),
     }
 
 
-def targets(source: Source) -> list[str]:
+def _targets(source: Published) -> list[str]:
     """Return lora.targets: a pattern for each kind of layer that has an adapter, or full paths where the adapter names those."""
     named = source.json(ADAPTER).get("target_modules")
     if isinstance(named, str):
@@ -88,21 +88,21 @@ def targets(source: Source) -> list[str]:
     return sorted(f"llm.{name}" if "." in name else f"llm.*.{name}" for name in names)
 
 
-def projector_settings(source: Source) -> Settings:
+def _first_stage(source: Published) -> Settings:
     """Return what follows from the folder of a first stage: its base and its projector. Its template, `plain`, is that stage's."""
-    base = base_path(source)
+    base = _base_path(source)
     found = {"model.llm.path": Given(base, free=True), **_beside_a_base(source, base)}
     return {key: value for key, value in found.items() if key not in ("data.template", "data.system")}
 
 
-def _beside_a_base(source: Source, base: str) -> Settings:
+def _beside_a_base(source: Published, base: str) -> Settings:
     """Return what follows from config.json, with the tower where its weights are: in this folder's file, or in that of the base."""
-    found = llava_settings(source, base)
+    found = original_settings(source, base)
     if not holds_tower(source):
         return found
-    if any(TOWER.name_of(name) is not None for file in trained_files(source) for name in read_weights(file)):
+    if any(TOWER.name_of(name) is not None for file in _files(source) for name in read_weights(file)):
         return {**found, "model.vision.path": Given(source.path)}
-    below = Source("model.llm.path", base, source.cache_dir, read_json("model.llm.path", base, "config.json", source.cache_dir))
+    below = Published("model.llm.path", base, source.cache_dir, read_json("model.llm.path", base, "config.json", source.cache_dir))
     inside = is_llava(below) and holds_tower(below)
     return {**found, "model.vision.path": Given(base if inside else source.config["mm_vision_tower"])}
 
@@ -112,16 +112,16 @@ LAYOUTS = (
         "LLaVA (original, LoRA)",
         is_lora,
         {"vision_projector": PROJECTOR, "vision": TOWER},
-        lora_settings,
+        _adapter_and_base,
         nothing=(FROZEN_TOWER,),
-        files=trained_files,
+        files=_files,
     ),
     Layout(
         "LLaVA (original, projector of the first stage)",
         is_projector_folder,
         {"vision_projector": PROJECTOR},
-        projector_settings,
+        _first_stage,
         nothing=(ROWS,),
-        files=trained_files,
+        files=_files,
     ),
 )

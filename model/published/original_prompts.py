@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from model.published.layout import Given, Settings, Source
-from model.published.processor_files import chat_template
+from model.published.layout import Given, Published, Settings
+from model.published.processor_files import stored_template
 
 QWEN_SYSTEM = "You are a helpful assistant."
 DIRECT_SYSTEM = "Answer the questions."
@@ -27,7 +27,7 @@ LLAVA_KINDS = {
 """Our template, and its system text, of a LLaVA with another language model, by its model_type."""
 
 
-def names_of(source: Source, *others: object) -> list[str]:
+def names_of(source: Published, *others: object) -> list[str]:
     """Return the names by which a model is known: the last word of its path and of what it was made from, in lower case."""
     words = [source.path.partition("@")[0], source.config.get("_name_or_path"), *others]
     found = []
@@ -37,7 +37,7 @@ def names_of(source: Source, *others: object) -> list[str]:
     return found
 
 
-def llava_template(source: Source, kind: str, *others: object) -> Settings:
+def llava_template(source: Published, kind: str, *others: object) -> Settings:
     """Return data.template and data.system of a LLaVA whose language model has model_type `kind`, by its name and `others`.
 
     config.json does not tell them: LLaVA itself chooses by words in the folder's name. Raises `ConfigError` where the name tells
@@ -45,7 +45,7 @@ def llava_template(source: Source, kind: str, *others: object) -> Settings:
     """
     if "data.template" in source.written:
         return {}
-    if kind in LLAVA_KINDS and not (kind.startswith("qwen2") and chat_template(source)):
+    if kind in LLAVA_KINDS and not (kind.startswith("qwen2") and stored_template(source)):
         return _prompt(*LLAVA_KINDS[kind])
     if kind != "llama":
         return _prompt("auto", "")
@@ -53,7 +53,7 @@ def llava_template(source: Source, kind: str, *others: object) -> Settings:
         for word, template, system in LLAVA_NAMES:
             if word in name:
                 return _prompt(template, system)
-    if chat_template(source):
+    if stored_template(source):
         return _prompt("auto", "")
     raise source.refused(
         "neither config.json nor the folder's name tells with which conversation template it was trained: write data.template, as "
@@ -71,7 +71,7 @@ INTERNVL_TEMPLATES = {
 """Our template, and its system text, by the name of InternVL's `template`."""
 
 
-def internvl_template(source: Source) -> Settings:
+def internvl_template(source: Published) -> Settings:
     """Return data.template and data.system of an InternVL, by `template` in its config.json.
 
     Raises `ConfigError` for another one, unless the run file names a template itself.

@@ -9,7 +9,7 @@ from model.errors import ConfigError
 from model.files.hub import find_file, folder_tensors, read_json, weight_files
 from model.files.tensor_files import Tensors
 from model.published import original_internvl, original_llava, original_lora, transformers_llava
-from model.published.layout import Given, Json, Layout, PartView, Settings, Source
+from model.published.layout import Given, Json, Layout, PartView, Published, Settings
 from model.published.refused import REFUSED
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -20,14 +20,14 @@ LAYOUTS: tuple[Layout, ...] = (
 )
 
 
-def find_layout(setting: str, path: str, cache_dir: str = "") -> tuple[Layout, Source] | None:
+def find_layout(setting: str, path: str, cache_dir: str = "") -> tuple[Layout, Published] | None:
     """Return the layout of a folder or hub id, and the source; None when no layout of the table matches.
 
     `setting` is the key that error messages name. Raises `ConfigError` when config.json cannot be read.
     """
     if find_file(setting, path, "config.json", cache_dir) is None:
         return None
-    source = Source(setting, path, cache_dir, read_json(setting, path, "config.json", cache_dir))
+    source = Published(setting, path, cache_dir, read_json(setting, path, "config.json", cache_dir))
     layout = next((layout for layout in LAYOUTS if layout.matches(source)), None)
     return None if layout is None else (layout, source)
 
@@ -64,7 +64,7 @@ def part_processor(setting: str, path: str, cache_dir: str = "") -> Json | None:
     return view.processor(found[1]) if found and view and view.processor else None
 
 
-def _view(layout: Layout, source: Source, part: str) -> PartView:
+def _view(layout: Layout, source: Published, part: str) -> PartView:
     """Return the view of a part. Raises `ConfigError` when the layout has no such part."""
     if part not in layout.parts:
         raise source.refused(f"{layout.name} has no {part}: its parts are {', '.join(layout.parts)}")
@@ -74,7 +74,8 @@ def _view(layout: Layout, source: Source, part: str) -> PartView:
 def published_settings(path: str, cache_dir: str = "", written: Json | None = None) -> tuple[str, Settings]:
     """Return the layout's name and every setting that follows from the published model `path`.
 
-    `written`: the settings that the run file writes itself, by dotted key; some decide what else follows. Raises `ConfigError` with the reason when the model is not supported.
+    `written`: the settings that the run file writes itself, by dotted key; some decide what else follows. Raises `ConfigError` with
+    the reason when the model is not supported.
     """
     setting = "model.init_from"
     found = find_layout(setting, path, cache_dir)
