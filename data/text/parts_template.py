@@ -38,6 +38,11 @@ PRELUDE = """\
 {%- endfor -%}{%- set messages = flat.messages -%}"""
 
 
+def named_source(name: str, lead: str, tokenizer: PreTrainedTokenizerFast, tokens: Mapping[str, str]) -> str:
+    """Return the Jinja source of template `name`: a format of ours behind the token `lead`, or the tokenizer's own template."""
+    return ("{{ bos_token }}" if lead else "") + FORMATS[name].source if name in FORMATS else own_source(tokenizer, tokens)
+
+
 def own_source(tokenizer: PreTrainedTokenizerFast, tokens: Mapping[str, str]) -> str:
     """Return the tokenizer's own template, which takes contents that are strings, without today's date."""
     try:

@@ -16,7 +16,7 @@ from data.text.control_tokens import check_single, lead_token, special_ids, thou
 from data.text.encoded import Encoded, Row, check_row, round_ends
 from data.text.marks import tags_of
 from data.text.messages import Wording, media_kinds, write_messages
-from data.text.parts_template import content_tokens, own_source
+from data.text.parts_template import content_tokens, named_source
 from data.text.render import Renderer, RenderError, Rendering, apply
 from data.text.rounds import TooLongError, first_rounds, round_starts, rounds_that_may_fit, shortened_turn
 from data.text.state_tokens import STATE_TOKENS, check_state_tokens
@@ -191,9 +191,9 @@ def load_template(
     """Load template `name` for `tokenizer`, and try it on a short conversation.
 
     `allowed` are control tokens that contents may use, as configured new tokens; tokens that the template or the tokenizer itself
-    needs stay text all the same. No record may hold an id of `unread`. `system` is the system text of conversations that have none;
-    "" is the template's own. `tokens`: the token of each modality whose positions take features. Raises `ConfigError` if the
-    tokenizer lacks what the template or the states need.
+    needs stay text all the same. No record may hold an id of `unread`. `system`: text of conversations without one, "" for the
+    template's own. `tokens`: the token of each modality whose positions take features. Raises `ConfigError` if the tokenizer lacks
+    what the template or the states need.
     """
     if name != "auto" and name not in FORMATS:
         raise ConfigError(f"data.template = {name!r} is not known; allowed: auto, {', '.join(FORMATS)}")
@@ -202,12 +202,10 @@ def load_template(
     needs = FORMATS[name].needs if name in FORMATS else ()
     check_single(name, tokenizer, needs)
     check_state_tokens(tokenizer, state_tokens)
-    states = STATE_TOKENS[state_tokens].values()
     lead = lead_token(tokenizer) if name in FORMATS else ""
-    source = ("{{ bos_token }}" if lead else "") + FORMATS[name].source if name in FORMATS else own_source(tokenizer, tokens)
-    source = with_system(source, system)
+    source = with_system(named_source(name, lead, tokenizer, tokens), system)
     written = content_tokens(source, tokens, media_wrap)
-    free = {*PLACEHOLDERS.values(), *written.values(), *allowed, *states, *thought_tags(source)}
+    free = {*PLACEHOLDERS.values(), *written.values(), *allowed, *STATE_TOKENS[state_tokens].values(), *thought_tags(source)}
     special = special_ids(tokenizer, free - {*needs, *tokenizer.special_tokens_map.values()} | {*written.values()})
     control = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)"
     known = tokenizer.get_vocab()

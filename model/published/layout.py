@@ -97,9 +97,7 @@ class Layout:
     parts: Mapping[str, PartView]  # by the names of PARTS
     settings: Callable[[Published], Settings]  # beside the paths of the parts; raises ConfigError for what cannot be expressed
     nothing: tuple[str, ...] = ()  # patterns of tensors that carry nothing
-    files: Callable[[Published], list[Path]] | None = (
-        None  # files of the tensors, where they are not those of a Hugging Face folder
-    )
+    files: Callable[[Published], list[Path]] | None = None  # of the tensors, where they are not a Hugging Face folder's
 
     def weight_files(self, source: Published) -> list[Path]:
         """Return the files that hold the tensors."""

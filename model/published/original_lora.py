@@ -1,4 +1,4 @@
-"""What LLaVA's training leaves beside a base: a LoRA adapter with `non_lora_trainables.bin`, or `mm_projector.bin` alone."""
+"""Folders that LLaVA's training leaves beside a base: an adapter with `non_lora_trainables.bin`, or `mm_projector.bin` alone."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ LLAVA_KINDS = {
 """Our template, and its system text, of a LLaVA with another language model, by its model_type."""
 
 
-def names_of(source: Published, *others: object) -> list[str]:
+def _names(source: Published, *others: object) -> list[str]:
     """Return the names by which a model is known: the last word of its path and of what it was made from, in lower case."""
     words = [source.path.partition("@")[0], source.config.get("_name_or_path"), *others]
     found = []
@@ -49,7 +49,7 @@ def llava_template(source: Published, kind: str, *others: object) -> Settings:
         return _prompt(*LLAVA_KINDS[kind])
     if kind != "llama":
         return _prompt("auto", "")
-    for name in names_of(source, *others):
+    for name in _names(source, *others):
         for word, template, system in LLAVA_NAMES:
             if word in name:
                 return _prompt(template, system)
