@@ -191,9 +191,8 @@ def load_template(
     """Load template `name` for `tokenizer`, and try it on a short conversation.
 
     `allowed` are control tokens that contents may use, as configured new tokens; tokens that the template or the tokenizer itself
-    needs stay text all the same. No record may hold an id of `unread`. `system`: text of conversations without one, "" for the
-    template's own. `tokens`: the token of each modality whose positions take features. Raises `ConfigError` if the tokenizer lacks
-    what the template or the states need.
+    needs stay text all the same. No record may hold an id of `unread`. `system`: text of conversations without one. `tokens`: the
+    token of each modality whose positions take features. Raises `ConfigError` if the tokenizer lacks what the template needs.
     """
     if name != "auto" and name not in FORMATS:
         raise ConfigError(f"data.template = {name!r} is not known; allowed: auto, {', '.join(FORMATS)}")
