@@ -194,12 +194,7 @@ def load_template(
     needs stay text all the same. No record may hold an id of `unread`. `system`: text of conversations without one. `tokens`: the
     token of each modality whose positions take features. Raises `ConfigError` if the tokenizer lacks what the template needs.
     """
-    if name != "auto" and name not in FORMATS:
-        raise ConfigError(f"data.template = {name!r} is not known; allowed: auto, {', '.join(FORMATS)}")
-    if not tokenizer.is_fast:
-        raise ConfigError(f"data.template: {type(tokenizer).__name__} gives no offsets; a folder with tokenizer.json is needed")
-    needs = FORMATS[name].needs if name in FORMATS else ()
-    check_single(name, tokenizer, needs)
+    needs = _needed_tokens(name, tokenizer)
     check_state_tokens(tokenizer, state_tokens)
     lead = lead_token(tokenizer) if name in FORMATS else ""
     source = with_system(named_source(name, lead, tokenizer, tokens), system)
@@ -228,6 +223,17 @@ def load_template(
         abilities=find_abilities(lambda messages: apply(tokenizer, source, messages)),
     )
     return _with_ends(template)
+
+
+def _needed_tokens(name: str, tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
+    """Return the texts that must be single tokens for template `name`. Raises `ConfigError` for those that are not."""
+    if name != "auto" and name not in FORMATS:
+        raise ConfigError(f"data.template = {name!r} is not known; allowed: auto, {', '.join(FORMATS)}")
+    if not tokenizer.is_fast:
+        raise ConfigError(f"data.template: {type(tokenizer).__name__} gives no offsets; a folder with tokenizer.json is needed")
+    needs = FORMATS[name].needs if name in FORMATS else ()
+    check_single(name, tokenizer, needs)
+    return needs
 
 
 def _with_ends(template: Template) -> Template:
