@@ -231,8 +231,7 @@ def _needed_tokens(name: str, tokenizer: PreTrainedTokenizerFast) -> tuple[str, 
         raise ConfigError(f"data.template = {name!r} is not known; allowed: auto, {', '.join(FORMATS)}")
     if not tokenizer.is_fast:
         raise ConfigError(f"data.template: {type(tokenizer).__name__} gives no offsets; a folder with tokenizer.json is needed")
-    needs = FORMATS[name].needs if name in FORMATS else ()
-    check_single(name, tokenizer, needs)
+    check_single(name, tokenizer, needs := FORMATS[name].needs if name in FORMATS else ())
     return needs
 
 

@@ -1,0 +1,89 @@
+"""Original LLaVA and InternVL folders as the start of a run: the logits are those of transformers' model of the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.processor import Processor
+from model.errors import ConfigError
+from model.multimodal import MultimodalLM
+from tests.support.finals import one_process
+from tests.support.published_original import Original, internvl, llava, llava_next, onevision
+from tests.support.runs import merged
+from tests.support.tiny_data import talk
+from trainer.config import RunConfig
+from trainer.records.run_data import open_data
+from trainer.runfile.load import parse_config
+from trainer.runfile.merge_tables import value_of
+from trainer.runfile.schema import to_tables
+from trainer.runfile.stages import Stage
+from trainer.setup import build_run
+
+SIZES = [(90, 31), (25, 77), (16, 16), (3, 120)]
+ORIGINALS: dict[str, Callable[[Path], Original]] = {
+    "llava": llava,
+    "llava, tuned tower, safetensors": lambda root: llava(root, "safetensors", tuned=True),
+    "llava, square, shards of .bin": lambda root: llava(root, "bin shards", image_aspect_ratio="square"),
+    "llava-next": llava_next,
+    "onevision": onevision,
+    "internvl, tiles": internvl,
+    "internvl, one view, Qwen3": lambda root: internvl(root, kind="qwen3", dynamic_image_size=False),
+    "internvl, Llama, Hermes-2": lambda root: internvl(root, "bin shards", "llama", template="Hermes-2"),
+}
+
+
+def run_from(path: Path | str, root: Path, **sections: Any) -> RunConfig:
+    tables = {"output_dir": str(root / "run"), "model": {"init_from": str(path), "dtype": "float32"}, "train": {"max_steps": 0}}
+    return parse_config(merged(tables, sections), "test")
+
+
+def opened(config: RunConfig) -> tuple[MultimodalLM, Processor]:
+    with one_process() as world:
+        data = open_data(config, world, first_start=True)
+        return build_run(Stage(config, config), data, world).model.eval(), data.processor
+
+
+def pictures(root: Path) -> list[Image.Image]:
+    found = []
+    for i, (width, height) in enumerate(SIZES):
+        pixels = np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        found.append(Image.fromarray(pixels))
+        found[-1].save(root / f"{i}.png")
+    return found
+
+
+def compare(original: Original, model: Any, processor: Processor, root: Path) -> None:
+    """Pixels bit for bit and logits within 1e-5, of pictures of odd shapes in one batch."""
+    seen = pictures(root)
+    told = [talk("<image>\nWhat is this?", f"A cat {i * 7}.", images=[f"{i}.png"]) for i in range(len(seen))]
+    batch = processor(told, answers=True, media_root=str(root))
+    inputs = original.pixels(seen)
+    flat = inputs["pixel_values"].flatten(0, -4)
+    views = flat[flat.abs().amax((1, 2, 3)) > 0]  # theirs are filled up with blank views
+    assert torch.equal(views, batch.media["image"].values)
+    ids, here = batch.input_ids, processor.template.placeholder_ids["image"]
+    image_id = getattr(original.native.config, "image_token_id", None)
+    image_id = original.native.config.image_token_index if image_id is None else image_id
+    ids = torch.where(ids == here, image_id, ids)
+    with torch.no_grad():
+        found = model.llm(inputs_embeds=model.embed(batch), position_ids=batch.position_ids, use_cache=False).logits
+        expected = original.native(input_ids=ids, attention_mask=batch.attention_mask, **inputs).logits
+    mask = batch.attention_mask
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    torch.testing.assert_close(found[real][:, : expected.shape[-1]], expected[real], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_pixels_and_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    original = ORIGINALS[name](tmp_path)
+    config = run_from(original.folder, tmp_path)
+    resolved = to_tables(config)
+    assert {key: value_of(resolved, key) for key in original.settings} == original.settings
+    compare(original, *opened(config), tmp_path)
