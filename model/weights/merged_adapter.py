@@ -7,26 +7,26 @@ from typing import Any
 
 from torch import nn
 
-from model.config import LoraConfig
+from model.config import LlmConfig, LoraConfig
 from model.errors import ConfigError
 from model.files.tensor_files import Tensors
 from model.files.untrusted import shown
 from model.lora import is_adapter
 from model.weights.materialise import adapter_pairs
-from model.weights.peft_adapter import CONFIG, OUR_CONFIG, OURS, PICKLED, WEIGHTS, Named, read_stored, stored_json
+from model.weights.peft_adapter import CONFIG, OUR_CONFIG, OURS, PICKLED, WEIGHTS, Named, local_adapter, read_stored, stored_json
 from model.weights.peft_settings import DEFAULTS
 
 SETTING = "model.llm.adapter"
 
 
-def with_adapter(tensors: Tensors, path: str, llm: nn.Module, inside: bool) -> Tensors:
+def with_adapter(tensors: Tensors, path: Path, llm: nn.Module, inside: bool) -> Tensors:
     """Return the language model's tensors, by full name, with the adapter at `path` merged into them in float32.
 
     Rows are merged as they are read. `inside`: whether the base is read out of a published model. Raises `ConfigError` for a tensor
     of the adapter that has no weight of its shape.
     """
-    lora = adapter_settings(Path(path))
-    stored, _ = read_stored(Named(SETTING, Path(path)), lora, {"llm": llm}, inside)
+    lora = adapter_settings(path)
+    stored, _ = read_stored(Named(SETTING, path), lora, {"llm": llm}, inside)
     adapters = {name: rows for name, rows in stored.items() if is_adapter(name)}
     biases = {name: rows for name, rows in stored.items() if name not in adapters}
     pairs = adapter_pairs(adapters, lora.scale)
@@ -34,9 +34,9 @@ def with_adapter(tensors: Tensors, path: str, llm: nn.Module, inside: bool) -> T
         shape = (pair.lora_b.shape[0], pair.lora_a.shape[1])
         if name not in tensors or tensors[name].shape != shape:
             has = f"is {list(tensors[name].shape)}" if name in tensors else "is not there"
-            raise ConfigError(f"{SETTING} = {path!r} adapts {name}, of shape {list(shape)}, which {has} in the base")
+            raise ConfigError(f"{SETTING} = {str(path)!r} adapts {name}, of shape {list(shape)}, which {has} in the base")
     if lost := sorted({*biases} - {*tensors}):
-        raise ConfigError(f"{SETTING} = {path!r} holds {shown(lost[0])} ({len(lost)} such), which the base has not")
+        raise ConfigError(f"{SETTING} = {str(path)!r} holds {shown(lost[0])} ({len(lost)} such), which the base has not")
     return {**tensors, **biases, **{name: pair.onto(tensors[name]) for name, pair in pairs.items()}}
 
 
@@ -55,10 +55,15 @@ def adapter_settings(path: Path) -> LoraConfig:
     return LoraConfig(rank=found["rank"], alpha=found["alpha"], rslora=bool(found.get("rslora")), bias="all")
 
 
-def adapter_file(path: str) -> Path:
-    """Return the file that holds the tensors of a stored adapter, for its fingerprint. Raises `ConfigError` when there is none."""
-    folder = Path(path)
+def adapter_files(config: LlmConfig, cache_dir: str) -> list[Path]:
+    """Return the file of the adapter that is merged into the language model, for its fingerprint; [] without one.
+
+    Raises `ConfigError` when the adapter holds no such file.
+    """
+    if not config.adapter:
+        return []
+    folder = local_adapter(SETTING, config.adapter, cache_dir)
     files = [folder / name for name in (WEIGHTS, PICKLED, OURS)] if folder.is_dir() else [folder]
     if (file := next((file for file in files if file.is_file()), None)) is None:
-        raise ConfigError(f"{SETTING} = {path!r} holds no {WEIGHTS} of PEFT and no {OURS}")
-    return file
+        raise ConfigError(f"{SETTING} = {config.adapter!r} holds no {WEIGHTS} of PEFT and no {OURS}")
+    return [file]

@@ -19,12 +19,13 @@ from model.llm.new_tokens import is_new_rows
 from model.llm.quantized_linear import matrices
 from model.lora import adapted, is_adapter
 from model.multimodal import MultimodalLM
+from model.published.table import find_layout
 from model.weights.bases import base_layers, resize_vocabulary
 from model.weights.compatibility import check_same_bases, continued_parts
 from model.weights.initial_values import initial_adapter, initial_tensors
 from model.weights.materialise import Layer, adapter_pairs
 from model.weights.new_token_rows import first_rows, row_patches
-from model.weights.peft_adapter import read_adapter
+from model.weights.peft_adapter import local_adapter, read_adapter
 from model.weights.projector_files import check_llavas_parts, projector_layers
 
 
@@ -54,7 +55,9 @@ def configured_layers(card: ModelCard, model: MultimodalLM, held: Collection[str
             raise ConfigError("lora.path and model.init_from both hold adapters: name one of them")
         check_llavas_parts(card)
         parts = {name: model.get_submodule(name) for name in sorted(card.lora_parts)}
-        layers.append(Layer(card.lora.path, lambda: read_adapter(Path(card.lora.path), card.lora, parts)))
+        inside = find_layout("model.llm.path", card.model.llm.path, card.model.cache_dir) is not None
+        path = local_adapter("lora.path", card.lora.path, card.model.cache_dir)
+        layers.append(Layer(card.lora.path, lambda: read_adapter(path, card.lora, parts, inside)))
     return layers
 
 

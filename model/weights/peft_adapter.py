@@ -11,6 +11,7 @@ from torch import nn
 
 from model.config import LoraConfig
 from model.errors import ConfigError
+from model.files.hub import HUB_ID, find_file
 from model.files.quantised_base import is_coded
 from model.files.tensor_files import LazyTensor, Tensors, dump_json, read_safetensors, read_weights
 from model.files.untrusted import SHOWN, load_json, shown
@@ -39,6 +40,15 @@ def read_adapter(path: Path, lora: LoraConfig, parts: Mapping[str, nn.Module], i
     _check_bias(path, bias, lora.bias)
     _check_names(path, set(found), bias, parts)
     return found
+
+
+def local_adapter(setting: str, path: str, cache_dir: str = "") -> Path:
+    """Return the folder or file of a stored adapter; that of a hub id in the cache. Raises `ConfigError` for an unknown id."""
+    if Path(path).exists() or not HUB_ID.fullmatch(path):
+        return Path(path)
+    config = find_file(setting, path, CONFIG, cache_dir)
+    any(find_file(setting, path, name, cache_dir) for name in (WEIGHTS, PICKLED))  # the first that is there is downloaded
+    return config.parent if config else Path(path)
 
 
 @dataclass(frozen=True)

@@ -353,3 +353,66 @@ def original_vit(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             name = name.replace(old, new)
         found[name] = rows
     return found
+
+
+def lora(root: Path, suffix: str = "bin", rows: str = "bin", base: str = "") -> Original:
+    """A LoRA folder of LLaVA-1.5: the adapter as PEFT writes it, the projector beside it, no tokenizer; and its base, a Vicuna."""
+    text, tokenizer = language_model("llama", "llama")
+    config = LlavaConfig(vision_config=CLIPVisionConfig(**TOWER_SIZES), text_config=text, image_token_index=0)
+    native = made(LlavaForConditionalGeneration, config)
+    tower = save_tower(
+        root / "clip", native, {"image_processor_type": "CLIPImageProcessor", "do_center_crop": True, **CROP, **CLIP}
+    )
+    vicuna = root / "vicuna-7b-v1.5"
+    state = {
+        n: rows for n, rows in renamed(native.state_dict(), LLAVA_NAMES).items() if "mm_projector" not in n and "tower" not in n
+    }
+    write(vicuna, state, "safetensors")
+    write_json(vicuna / "config.json", text.to_dict())
+    save_tokenizer(tokenizer, vicuna)
+    folder = root / "llava-v1.5-7b-lora"
+    write_llava(
+        folder, native, tokenizer, "bin", tower, "LlavaLlamaForCausalLM", "llava_llama", tuned=False, image_aspect_ratio="pad"
+    )
+    for file in (*folder.glob("token*"), *folder.glob("special*"), folder / "pytorch_model.bin"):
+        file.unlink()
+    save_adapter(folder, native, suffix, base or str(vicuna))
+    beside = {f"base_model.model.{n}": v for n, v in renamed(native.state_dict(), LLAVA_NAMES).items() if "mm_projector" in n}
+    file = folder / f"non_lora_trainables.{rows}"
+    torch.save(beside, file) if rows == "bin" else save_file(beside, file)
+    reader = LlavaImageProcessorPil(do_pad=True, **CROP, **CLIP)
+    expected = {"model.llm.path": base or str(vicuna), "data.template": "vicuna_v1", "model.vision_projector.path": str(folder)}
+    return Original(folder, native, lambda pictures: reader(pictures, return_tensors="pt"), settings=expected)
+
+
+LORA_LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def save_adapter(
+    folder: Path, native: Any, suffix: str, base: str, prefix: str = "model.", of: str = "model.language_model."
+) -> None:
+    """An adapter of every linear layer of the language model; `native` gets it merged into its weights."""
+    rank, alpha, found = 4, 8, {}
+    for name, layer in native.named_modules():
+        if name.startswith(of) and isinstance(layer, torch.nn.Linear):
+            a, b = torch.randn(rank, layer.in_features) * 0.2, torch.randn(layer.out_features, rank) * 0.2
+            with torch.no_grad():
+                layer.weight += alpha / rank * b @ a
+            path = f"base_model.model.{prefix}{name.removeprefix(of)}"
+            found |= {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
+    file = folder / f"adapter_model.{suffix}"
+    torch.save(found, file) if suffix == "bin" else save_file(found, file)
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.05,
+        "bias": "none",
+        "target_modules": list(LORA_LEAVES),
+        "inference_mode": True,
+        "modules_to_save": None,
+        "fan_in_fan_out": False,
+    }
+    write_json(folder / "adapter_config.json", described)

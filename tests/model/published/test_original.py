@@ -12,10 +12,9 @@ import torch
 from PIL import Image
 
 from data.processor import Processor
-from model.errors import ConfigError
 from model.multimodal import MultimodalLM
 from tests.support.finals import one_process
-from tests.support.published_original import Original, internvl, llava, llava_next, onevision
+from tests.support.published_original import Original, internvl, llava, llava_next, lora, onevision
 from tests.support.runs import merged
 from tests.support.tiny_data import talk
 from trainer.config import RunConfig
@@ -86,4 +85,22 @@ def test_pixels_and_logits_are_those_of_transformers(tmp_path: Path, name: str) 
     config = run_from(original.folder, tmp_path)
     resolved = to_tables(config)
     assert {key: value_of(resolved, key) for key in original.settings} == original.settings
+    compare(original, *opened(config), tmp_path)
+
+
+LORAS = {".bin": ("bin", "bin"), "safetensors": ("safetensors", "safetensors")}
+
+
+@pytest.mark.parametrize("tune", ["lora", "frozen"])
+@pytest.mark.parametrize("form", LORAS)
+def test_a_lora_folder_goes_on_as_an_adapter_or_is_merged(tmp_path: Path, form: str, tune: str) -> None:
+    original = lora(tmp_path, *LORAS[form])
+    config = run_from(original.folder, tmp_path, model={"llm": {"tune": tune}})
+    resolved = to_tables(config)
+    assert {key: value_of(resolved, key) for key in original.settings} == original.settings
+    assert (config.lora.path, config.model.llm.adapter) == (
+        (str(original.folder), "") if tune == "lora" else ("", str(original.folder))
+    )
+    if tune == "lora":
+        assert (config.lora.rank, config.lora.alpha, config.lora.dropout) == (4, 8.0, 0.05)
     compare(original, *opened(config), tmp_path)
