@@ -74,6 +74,7 @@ class StateHeadConfig:
     class_weights: tuple[float, ...] = ()  # one per class; () = all 1
     loss_weight: float = 1.0
     tune: Literal["frozen", "full"] = "full"
+    path: str = ""
     lr: float = 0.0
 
 

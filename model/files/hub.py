@@ -16,6 +16,8 @@ from model.files.untrusted import load_json
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}(@[A-Za-z0-9][A-Za-z0-9._/-]{0,254})?")
 """owner/name or owner/name@revision, and nothing that could be read as a path or a URL."""
 
+WEIGHT_NAMES = tuple(f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in (".index.json", ""))
+"""Files by which a folder of a whole model is known: an index of shards, or the one file."""
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".npz", ".onnx")
 """Ends of files that hold weights under a name, or in a format, that is not looked for."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from model.errors import ConfigError
-from model.files.hub import find_file, read_json
+from model.files.hub import WEIGHT_NAMES, find_file, read_json
 from model.files.tensor_files import read_weights
 from model.files.untrusted import shown
 from model.published.layout import Given, Layout, Published, Settings
@@ -15,8 +15,8 @@ ADAPTER = "adapter_config.json"
 TRAINED = ("non_lora_trainables.bin", "non_lora_trainables.safetensors")
 """Files of what was trained beside an adapter, in the order in which they are looked for."""
 PROJECTORS = ("mm_projector.bin", "mm_projector.safetensors")
-ROWS = r"(?:base_model\.model\.)?model\.embed_(?:tokens|in)\.weight$"
-"""Rows of the vocabulary beside a projector; the reader of model.vision_projector.path takes them."""
+ROWS = r"(?:base_model\.model\.)?(?:model\.embed_(?:tokens|in)|lm_head)\.weight$"
+"""Rows of the vocabulary beside a projector; the reader of model.vision_projector.path takes or refuses them."""
 
 
 def _trained_file(source: Published) -> Path | None:
@@ -31,8 +31,10 @@ def is_lora(source: Published) -> bool:
 
 
 def is_projector_folder(source: Published) -> bool:
-    """Tell whether the folder is that of LLaVA's first stage: its config.json, a projector, and no adapter."""
-    return is_llava(source) and not is_lora(source) and _trained_file(source) is not None
+    """Tell whether the folder is that of LLaVA's first stage: its config.json, a projector, no adapter, and no other weights."""
+    if not is_llava(source) or is_lora(source) or _trained_file(source) is None:
+        return False
+    return not any(find_file(source.setting, source.path, name, source.cache_dir) for name in WEIGHT_NAMES)
 
 
 def _files(source: Published) -> list[Path]:
@@ -113,7 +115,7 @@ LAYOUTS = (
         is_lora,
         {"vision_projector": PROJECTOR, "vision": TOWER},
         _adapter_and_base,
-        nothing=(FROZEN_TOWER,),
+        nothing=(FROZEN_TOWER, ROWS),
         files=_files,
     ),
     Layout(

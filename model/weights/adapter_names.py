@@ -15,6 +15,9 @@ INSIDE: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 """Beginnings of names in a model of several parts, in transformers 4.x and 5.x and in LLaVA, and what the part is called here."""
 
+PROJECTORS = ("multi_modal_projector", "mm_projector", "mlp1")
+"""Names of the projector in models of several parts."""
+
 
 def is_inside(name: str) -> bool:
     """Tell whether PEFT's name of a tensor is that of a layer inside a model of several parts."""
@@ -37,3 +40,8 @@ def module_path(name: str) -> str:
     """Return the path of the adapted module that a tensor belongs to, as PEFT's selectors see it."""
     plain = name.removeprefix(PREFIX).removesuffix(".weight")
     return plain.rpartition(".")[0].removesuffix(".base_layer")
+
+
+def is_saved_projector(name: str) -> bool:
+    """Tell whether PEFT's name of a tensor is that of a projector that was saved whole beside an adapter."""
+    return any(f".{word}." in f".{name}" for word in PROJECTORS)

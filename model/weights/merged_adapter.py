@@ -9,14 +9,17 @@ from torch import nn
 
 from model.config import LlmConfig, LoraConfig
 from model.errors import ConfigError
-from model.files.tensor_files import Tensors
+from model.files.tensor_files import Tensors, read_weights
 from model.files.untrusted import shown
 from model.lora import is_adapter
+from model.projector import LLAVA_TRAINED
+from model.weights.adapter_names import our_name
 from model.weights.materialise import adapter_pairs
 from model.weights.peft_adapter import CONFIG, OUR_CONFIG, OURS, PICKLED, WEIGHTS, Named, local_adapter, read_stored, stored_json
 from model.weights.peft_settings import DEFAULTS
 
 SETTING = "model.llm.adapter"
+LLAVA_BESIDE_ADAPTER = (LLAVA_TRAINED, LLAVA_TRAINED.replace(".bin", ".safetensors"))
 
 
 def with_adapter(tensors: Tensors, path: Path, llm: nn.Module, inside: bool) -> Tensors:
@@ -35,9 +38,21 @@ def with_adapter(tensors: Tensors, path: Path, llm: nn.Module, inside: bool) -> 
         if name not in tensors or tensors[name].shape != shape:
             has = f"is {list(tensors[name].shape)}" if name in tensors else "is not there"
             raise ConfigError(f"{SETTING} = {str(path)!r} adapts {name}, of shape {list(shape)}, which {has} in the base")
-    if lost := sorted({*biases} - {*tensors}):
-        raise ConfigError(f"{SETTING} = {str(path)!r} holds {shown(lost[0])} ({len(lost)} such), which the base has not")
-    return {**tensors, **biases, **{name: pair.onto(tensors[name]) for name, pair in pairs.items()}}
+    whole = biases | _vocabulary(path, getattr(llm, "base_model_prefix", "model"))
+    if lost := sorted(name for name, rows in whole.items() if name not in tensors or tensors[name].shape != rows.shape):
+        raise ConfigError(
+            f"{SETTING} = {str(path)!r} holds {shown(lost[0])} ({len(lost)} such), which the base has not in this shape"
+        )
+    return {**tensors, **whole, **{name: pair.onto(tensors[name]) for name, pair in pairs.items()}}
+
+
+def _vocabulary(path: Path, decoder: str) -> Tensors:
+    """Return embedding and head, by full name, where LLaVA trained them beside the adapter and wrote them to a file of its own."""
+    file = next((path / name for name in LLAVA_BESIDE_ADAPTER if (path / name).is_file()), None)
+    stored = {} if file is None else read_weights(file)
+    return {
+        our_name(name, decoder): rows for name, rows in stored.items() if name.endswith(("embed_tokens.weight", "lm_head.weight"))
+    }
 
 
 def adapter_settings(path: Path) -> LoraConfig:

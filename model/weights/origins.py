@@ -25,8 +25,8 @@ from model.weights.compatibility import check_same_bases, continued_parts
 from model.weights.initial_values import initial_adapter, initial_tensors
 from model.weights.materialise import Layer, adapter_pairs
 from model.weights.new_token_rows import first_rows, row_patches
+from model.weights.part_layers import check_parts_beside, part_layers
 from model.weights.peft_adapter import local_adapter, read_adapter
-from model.weights.projector_files import check_llavas_parts, projector_layers
 
 
 def weight_layers(card: ModelCard, model: MultimodalLM, seed: int) -> list[Layer]:
@@ -49,11 +49,11 @@ def configured_layers(card: ModelCard, model: MultimodalLM, held: Collection[str
         layers += run_layers(Path(config.init_from), card, model, "model.init_from", proof)
     # Check conflicts against the named run only; its own bases are opened lazily.
     claimed = {name for layer in layers[:2] for name in layer.tensors}
-    layers += projector_layers(config, model, held, claimed)
+    layers += part_layers(card, model, held, claimed)
     if card.lora.path and not any(map(is_adapter, held)):
         if any(map(is_adapter, claimed)):
             raise ConfigError("lora.path and model.init_from both hold adapters: name one of them")
-        check_llavas_parts(card)
+        check_parts_beside(card)
         parts = {name: model.get_submodule(name) for name in sorted(card.lora_parts)}
         inside = find_layout("model.llm.path", card.model.llm.path, card.model.cache_dir) is not None
         path = local_adapter("lora.path", card.lora.path, card.model.cache_dir)

@@ -16,7 +16,7 @@ from model.files.quantised_base import is_coded
 from model.files.tensor_files import LazyTensor, Tensors, dump_json, read_safetensors, read_weights
 from model.files.untrusted import SHOWN, load_json, shown
 from model.lora import HEAD_STAYS, SUFFIXES, adapted, at_head, is_adapter, learning_biases
-from model.weights.adapter_names import PREFIX, is_inside, module_path, our_name
+from model.weights.adapter_names import PREFIX, PROJECTORS, is_inside, is_saved_projector, module_path, our_name
 from model.weights.peft_settings import DEFAULTS, problems
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -174,6 +174,11 @@ def _read_peft(named: Named, lora: LoraConfig, parts: Mapping[str, nn.Module], i
     if file is None:
         raise named.error(f" holds no {WEIGHTS}")
     stored = read_weights(file)
+    saved = config.get("modules_to_save")
+    if isinstance(saved, list) and all(str(name).rpartition(".")[2] in PROJECTORS for name in saved):
+        # A projector that was saved whole is what model.vision_projector.path reads.
+        config["modules_to_save"] = None
+        stored = {name: rows for name, rows in stored.items() if not is_saved_projector(name)}
     check_inside(named, stored, inside)
     found: dict[str, LazyTensor] = {}
     decoder = getattr(parts.get("llm"), "base_model_prefix", "model")

@@ -165,7 +165,7 @@ def given_digests(card: ModelCard) -> dict[str, str]:
     named = {
         "model.init_from": card.model.init_from,
         "lora.path": card.lora.path,
-        **{f"model.{name}.path": part.path for name, part in parts if name.endswith("_projector")},  # type: ignore[union-attr]
+        **{f"model.{name}.path": part.path for name, part in parts if name not in ("llm", "vision", "audio")},
     }
     found = {}
     for key, path in named.items():
