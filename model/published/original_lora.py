@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from model.errors import ConfigError
@@ -94,6 +95,8 @@ def _first_stage(source: Published) -> Settings:
     """Return what follows from the folder of a first stage: its base and its projector. Its template, `plain`, is that stage's."""
     base = _base_path(source)
     found = {"model.llm.path": Given(base, free=True), **_beside_a_base(source, base)}
+    if any(re.search(ROWS, name) for file in _files(source) for name in read_weights(file)):
+        found["model.llm.new_tokens"] = Given(["<im_start>", "<im_end>"])
     return {key: value for key, value in found.items() if key not in ("data.template", "data.system")}
 
 

@@ -64,8 +64,8 @@ def _as_built(found: Tensors, wanted: Collection[str], part: str) -> Tensors:
 
 
 def projector_tensors(path: Path, part: str, cache_dir: str = "", elsewhere: Collection[str] = ()) -> Tensors:
-    """Read a part: from our file (keys `0.weight`), one of LLaVA's (`model.mm_projector.0.weight`), the modules that PEFT saved beside
-    an adapter, or a published model that holds the part.
+    """Read a part: from our file (keys `0.weight`), one of LLaVA's (`model.mm_projector.0.weight`), the modules that PEFT saved
+    beside an adapter, or a published model that holds the part.
 
     In every format each tensor is read, or a `ConfigError` names the tensor that is not. `elsewhere`: as in `whole_projector`.
     """

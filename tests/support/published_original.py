@@ -40,7 +40,7 @@ from tests.support.anyres import NEXT, ONEVISION, pinpoints
 from tests.support.tiny import SIZES, TOWER_SIZES, spread
 from tests.support.tiny_tokenizers import NAMES
 
-SIDE = 16
+SIDE, WIDE = 16, 32
 SQUARE = {"height": SIDE, "width": SIDE}
 CROP: dict[str, Any] = {"size": {"shortest_edge": SIDE}, "crop_size": SQUARE}
 CLIP: dict[str, Any] = {
@@ -155,6 +155,9 @@ def llava(root: Path, form: str = "bin", name: str = "llava-v1.5-7b", tuned: boo
     )
     settings = {"image_aspect_ratio": "pad", "mm_patch_merge_type": "flat", **config}
     write_llava(root / name, native, tokenizer, form, tower, "LlavaLlamaForCausalLM", "llava_llama", tuned=tuned, **settings)
+    torch.save(
+        {"model.mm_projector.0.weight": torch.zeros(1)}, root / name / "mm_projector.bin"
+    )  # of its first stage, as on the hub
     reader = LlavaImageProcessorPil(do_pad=settings["image_aspect_ratio"] == "pad", **CROP, **CLIP)
     expected = {
         "model.vision.layer": -2,
@@ -270,8 +273,8 @@ def internvl(root: Path, form: str = "safetensors", kind: str = "qwen2", **confi
     }[kind]
     text = cls(**{**SIZES, "vocab_size": len(tokenizer), **extra}, tie_word_embeddings=False, architectures=[name])
     image_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
-    vision = InternVLVisionConfig(**{**TOWER_SIZES, "image_size": SIDE}, attention_bias=True)
-    found = InternVLConfig(vision_config=vision, text_config=text, image_token_id=image_id, image_seq_length=1)
+    vision = InternVLVisionConfig(**{**TOWER_SIZES, "image_size": WIDE}, attention_bias=True)
+    found = InternVLConfig(vision_config=vision, text_config=text, image_token_id=image_id, image_seq_length=4)
     found.tie_word_embeddings = False
     native = made(InternVLForConditionalGeneration, found)
     folder = root / "InternVL2_5-8B"
@@ -289,7 +292,7 @@ def internvl(root: Path, form: str = "safetensors", kind: str = "qwen2", **confi
         "use_thumbnail": True,
         "min_dynamic_patch": 1,
         "max_dynamic_patch": 5,
-        "force_image_size": SIDE,
+        "force_image_size": WIDE,
         "pad2square": False,
         "template": "internvl2_5",
         "use_backbone_lora": 0,
@@ -300,8 +303,13 @@ def internvl(root: Path, form: str = "safetensors", kind: str = "qwen2", **confi
     wrong = {"image_processor_type": "CLIPFeatureExtractor", "do_center_crop": True, **CROP, **IMAGENET}
     write_json(folder / "preprocessor_config.json", wrong)  # crops, which InternVL's own code does not
     save_tokenizer(tokenizer, folder)
+    if value["ps_version"] == "v1":
+        shuffle = native.model.pixel_shuffle
+        native.model.pixel_shuffle = lambda *given, **named: shuffle(*given, **named).transpose(1, 2)
     tiles = bool(value["dynamic_image_size"])
-    reader = GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=tiles, min_patches=1, max_patches=5, **IMAGENET)
+    reader = GotOcr2ImageProcessorPil(
+        size={"height": WIDE, "width": WIDE}, crop_to_patches=tiles, min_patches=1, max_patches=5, **IMAGENET
+    )
     expected = {
         "model.vision.placeholder": "<IMG_CONTEXT>",
         "data.media_wrap": ["<img>", "</img>"],
@@ -416,3 +424,14 @@ def save_adapter(
         "fan_in_fan_out": False,
     }
     write_json(folder / "adapter_config.json", described)
+
+
+def first_stage(root: Path, rows: int = 2) -> tuple[Path, dict[str, Tensor]]:
+    """LLaVA's folder of a first stage with mm_use_im_start_end, beside its base. Returns it, and the tensors in mm_projector.bin."""
+    original = lora(root)
+    folder, config = root / "llava-pretrain", json.loads((original.folder / "config.json").read_text())
+    write_json(folder / "config.json", {**config, "mm_use_im_start_end": True, "_name_or_path": str(root / "vicuna-7b-v1.5")})
+    stored = {n: v for n, v in renamed(original.native.state_dict(), LLAVA_NAMES).items() if "mm_projector" in n}
+    stored["model.embed_tokens.weight"] = torch.randn(rows, SIZES["hidden_size"])
+    torch.save(stored, folder / "mm_projector.bin")
+    return folder, stored

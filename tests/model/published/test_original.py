@@ -12,9 +12,12 @@ import torch
 from PIL import Image
 
 from data.processor import Processor
+from model.card import ModelCard
+from model.errors import ConfigError
+from model.load import load_model
 from model.multimodal import MultimodalLM
-from tests.support.finals import one_process
-from tests.support.published_original import Original, internvl, llava, llava_next, lora, onevision
+from tests.support.finals import Run, one_process, save_final
+from tests.support.published_original import Original, first_stage, internvl, llava, llava_next, lora, onevision, save_adapter
 from tests.support.runs import merged
 from tests.support.tiny_data import talk
 from trainer.config import RunConfig
@@ -34,6 +37,9 @@ ORIGINALS: dict[str, Callable[[Path], Original]] = {
     "onevision": onevision,
     "internvl, tiles": internvl,
     "internvl, one view, Qwen3": lambda root: internvl(root, kind="qwen3", dynamic_image_size=False),
+    "internvl, transposed pixel shuffle of 1.2": lambda root: internvl(
+        root, kind="llama", ps_version="v1", dynamic_image_size=False
+    ),
     "internvl, Llama, Hermes-2": lambda root: internvl(root, "bin shards", "llama", template="Hermes-2"),
 }
 
@@ -43,10 +49,14 @@ def run_from(path: Path | str, root: Path, **sections: Any) -> RunConfig:
     return parse_config(merged(tables, sections), "test")
 
 
-def opened(config: RunConfig) -> tuple[MultimodalLM, Processor]:
+def opened_whole(config: RunConfig) -> tuple[MultimodalLM, Processor, ModelCard]:
     with one_process() as world:
         data = open_data(config, world, first_start=True)
-        return build_run(Stage(config, config), data, world).model.eval(), data.processor
+        return build_run(Stage(config, config), data, world).model.eval(), data.processor, data.card  # type: ignore[return-value]
+
+
+def opened(config: RunConfig) -> tuple[MultimodalLM, Processor]:
+    return opened_whole(config)[:2]
 
 
 def pictures(root: Path) -> list[Image.Image]:
@@ -104,3 +114,40 @@ def test_a_lora_folder_goes_on_as_an_adapter_or_is_merged(tmp_path: Path, form: 
     if tune == "lora":
         assert (config.lora.rank, config.lora.alpha, config.lora.dropout) == (4, 8.0, 0.05)
     compare(original, *opened(config), tmp_path)
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+def test_a_first_stage_gives_its_projector_and_the_rows_around_pictures(tmp_path: Path, rows: int) -> None:
+    folder, stored = first_stage(tmp_path, rows)
+    config = run_from(folder, tmp_path, model={"llm": {"tune": "new_tokens"}}, data={"template": "plain"})
+    assert config.model.llm.new_tokens == config.data.media_wrap == ("<im_start>", "<im_end>")
+    model, processor, card = opened_whole(config)
+    ids = processor.tokenizer.convert_tokens_to_ids(["<im_start>", "<im_end>"])
+    final = load_model(save_final(Run(card, model, processor), tmp_path))
+    for name, rows_now in {"built": model, "saved": final}.items():
+        matrix: Any = rows_now.llm.get_input_embeddings()
+        found = matrix(torch.tensor(ids))
+        assert torch.equal(found, stored["model.embed_tokens.weight"][-2:]), name
+        assert torch.equal(rows_now.get_parameter("vision_projector.2.weight"), stored["model.mm_projector.2.weight"])
+    for tune, reason in (("frozen", "could never be learned"), ("lora", "could never be learned")):
+        with pytest.raises(ConfigError, match=reason):
+            run_from(folder, tmp_path, model={"llm": {"tune": tune}}, data={"template": "plain"})
+    parts = {"llm": {"path": config.model.llm.path, "tune": "full"}, "vision": {"path": config.model.vision.path}}  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match="'<im_start>' is no new token"):
+        opened(run_from("", tmp_path, model={**parts, "vision_projector": {"path": str(folder)}}, data={"template": "plain"}))
+
+
+PREFIXES = {"5.x": "model.language_model.", "4.x": "language_model.model."}
+
+
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+@pytest.mark.parametrize("names", PREFIXES)
+def test_an_adapter_of_the_whole_model_goes_on_in_its_language_model(tmp_path: Path, names: str, suffix: str) -> None:
+    original, folder = llava(tmp_path), tmp_path / "adapter"
+    folder.mkdir()
+    save_adapter(folder, original.native, suffix, str(original.folder), PREFIXES[names])
+    given: dict[str, Any] = {"lora": {"path": str(folder), "rank": 4, "alpha": 8.0}}
+    compare(original, *opened(run_from(original.folder, tmp_path, **given)), tmp_path)
+    bare = {"llm": {"path": str(lora(tmp_path / "bare").settings["model.llm.path"])}, "init_from": ""}
+    with pytest.raises(ConfigError, match="a part of a larger model"):
+        opened(run_from("", tmp_path, model=bare, data={"template": "vicuna_v1"}, **given))
