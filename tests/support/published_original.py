@@ -427,7 +427,7 @@ def save_adapter(
 
 
 def first_stage(root: Path, rows: int = 2) -> tuple[Path, dict[str, Tensor]]:
-    """LLaVA's folder of a first stage with mm_use_im_start_end, beside its base. Returns it, and the tensors in mm_projector.bin."""
+    """LLaVA's folder of a first stage with mm_use_im_start_end, beside its base; and the tensors in its mm_projector.bin."""
     original = lora(root)
     folder, config = root / "llava-pretrain", json.loads((original.folder / "config.json").read_text())
     write_json(folder / "config.json", {**config, "mm_use_im_start_end": True, "_name_or_path": str(root / "vicuna-7b-v1.5")})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from data.processor import Processor
 from model.card import ModelCard
@@ -19,6 +22,7 @@ from model.multimodal import MultimodalLM
 from tests.support.finals import Run, one_process, save_final
 from tests.support.published_original import Original, first_stage, internvl, llava, llava_next, lora, onevision, save_adapter
 from tests.support.runs import merged
+from tests.support.tiny import save_tower
 from tests.support.tiny_data import talk
 from trainer.config import RunConfig
 from trainer.records.run_data import open_data
@@ -151,3 +155,75 @@ def test_an_adapter_of_the_whole_model_goes_on_in_its_language_model(tmp_path: P
     bare = {"llm": {"path": str(lora(tmp_path / "bare").settings["model.llm.path"])}, "init_from": ""}
     with pytest.raises(ConfigError, match="a part of a larger model"):
         opened(run_from("", tmp_path, model=bare, data={"template": "vicuna_v1"}, **given))
+
+
+LLAVA: dict[str, Any] = {
+    "architectures": ["LlavaLlamaForCausalLM"],
+    "model_type": "llava_llama",
+    "hidden_size": 32,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": -2,
+}
+INTERNVL: dict[str, Any] = {
+    "architectures": ["InternVLChatModel"],
+    "model_type": "internvl_chat",
+    "llm_config": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+    "vision_config": {"model_type": "intern_vit_6b", "image_size": 448, "patch_size": 14},
+    "ps_version": "v2",
+    "template": "internvl2_5",
+}
+ANYRES = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "resampler": ({**LLAVA, "mm_resampler_type": "qformer"}, "resamplers of LLaVA-NeXT are not built"),
+    "residual projector": ({**LLAVA, "mm_projector_type": "mlp2x_res2x_gelu"}, "this kind of projector is not built"),
+    "several layers": ({**LLAVA, "mm_vision_select_feature": "slicefour_patch"}, "read several layers"),
+    "flat tiles": ({**LLAVA, "image_aspect_ratio": "anyres"}, "tiles are merged as 'spatial_unpad'"),
+    "another fit": ({**LLAVA, "image_aspect_ratio": "highres"}, "'highres' in config.json is not 'pad'"),
+    "grids of no tiles": ({**LLAVA, **ANYRES, "image_grid_pinpoints": [[17, 16]]}, "are not made of views of 16 pixels"),
+    "a template that no name tells": (LLAVA, "write data.template"),
+    "a tower elsewhere": ({**LLAVA, "mm_vision_tower": "/none/clip"}, "write the folder where the tower is as model.vision.path"),
+    "adapters among the weights": ({**INTERNVL, "use_llm_lora": 16}, "tools/merge_lora.py"),
+    "InternLM2": (
+        {**INTERNVL, "llm_config": {"architectures": ["InternLM2ForCausalLM"]}},
+        "is InternLM2, which transformers does not",
+    ),
+    "another ratio": ({**INTERNVL, "downsample_ratio": 0.25}, "one token of 2 x 2 patches"),
+    "another shuffle": ({**INTERNVL, "ps_version": "v3"}, "ps_version = 'v3'"),
+    "a template of its own": ({**INTERNVL, "template": "phi3-chat"}, "write data.template"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_expressed_is_refused_by_name(tmp_path: Path, what: str) -> None:
+    config, reason = REFUSED[what]
+    if "llm_config" not in config:
+        config = {"mm_vision_tower": str(save_tower(tmp_path / "clip")), **config}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=re.escape(reason)):
+        run_from(tmp_path / "model", tmp_path)
+
+
+def test_what_contradicts_the_model_is_an_error_and_what_is_free_is_not(tmp_path: Path) -> None:
+    folder = llava(tmp_path).folder
+    with pytest.raises(ConfigError) as error:
+        run_from(
+            folder, tmp_path, model={"vision": {"layer": -1}, "vision_projector": {"kind": "linear"}}, data={"image_fit": "square"}
+        )
+    said = str(error.value)
+    for key in ("model.vision.layer = -1", "model.vision_projector.kind = 'linear'", "data.image_fit = 'square'"):
+        assert f"{key}, but" in said
+    config = run_from(folder, tmp_path, data={"template": "llama2"}, model={"llm": {"tune": "full"}})
+    assert (config.data.template, config.data.system, config.model.llm.tune) == ("llama2", "", "full")
+
+
+def test_a_foreign_tensor_and_a_lost_one_are_errors(tmp_path: Path) -> None:
+    folder = llava(tmp_path, "safetensors").folder
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "model.vision_resampler.query": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"no place for 'model\.vision_resampler\.query', which would be lost"):
+        opened(run_from(folder, tmp_path))
+    del tensors["model.mm_projector.2.bias"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lacks 'vision_projector\.2\.bias'"):
+        opened(run_from(folder, tmp_path))
