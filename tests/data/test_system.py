@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from data.check.certificate import _problem
 from data.config import DataConfig
 from data.processor import load_processor, make_processor
 from data.records.record import parse
@@ -41,6 +42,7 @@ def test_a_record_without_a_system_turn_is_read_as_if_it_had_the_configured_one(
     )
     assert given.prompt(question) == plain.prompt(written)
     assert given.stop_ids == plain.stop_ids
+    assert _problem(given, asked(), found) == ""
 
 
 def test_the_shape_of_llavas_and_internvls_prompts() -> None:
