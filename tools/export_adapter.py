@@ -16,7 +16,6 @@ if __name__ == "__main__":  # started as a file, its own folder is on the path a
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data.processor import load_processor
-from data.records.fields import bound_message
 from data.text.tokenizer import save_tokenizer
 from model.card import ModelCard, read_card
 from model.errors import ConfigError
@@ -27,10 +26,9 @@ from model.exports.trained_files import PROJECTORS, changed_parts, llm_adapter, 
 from model.files.tensor_files import dump_json
 from model.load import load_model
 from model.weights.peft_adapter import INHERITS, OUR_CONFIG, OURS, WEIGHTS, adapter_config, write_config
-from tools.cli import printable_lines
+from tools.cli import run_command
 from tools.exports.hf_folder import prove_folder, write_folder
 from tools.exports.output_folder import listing, new_folder
-from trainer.errors import code_of
 
 
 def to_safetensors(source: Path, out: Path, card: ModelCard, _: Path) -> str:
@@ -129,20 +127,15 @@ def export(source: Path, out: Path, target: str = "safetensors") -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="export_adapter", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.export_adapter", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("source", metavar="SOURCE", type=Path, help="a final/ folder or a checkpoint-N")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
     described = "\n".join(f"{name}: {(write.__doc__ or '').strip()}" for name, write in TARGETS.items())
     parser.add_argument("--for", dest="target", choices=TARGETS, default="safetensors", help=described)
     given = parser.parse_args(arguments)
-    try:
-        export(given.source, given.out, given.target)
-    except Exception as error:
-        if (code := code_of(error)) == 1:
-            raise
-        print(f"export_adapter: {printable_lines(bound_message(str(error)))}", file=sys.stderr)
-        return code
-    return 0
+    return run_command("export_adapter", lambda: export(given.source, given.out, given.target))
 
 
 if __name__ == "__main__":

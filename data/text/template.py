@@ -219,7 +219,7 @@ def load_template(
         state_tokens=state_tokens,
         unread=unread,
         system=system,
-        tags=tags_of(source, re.compile(control)),
+        tags=tags_of(source, re.compile(f"{re.escape(written['image'])}|{control}" if media_wrap else control)),
         abilities=find_abilities(lambda messages: apply(tokenizer, source, messages)),
     )
     return _with_ends(template)

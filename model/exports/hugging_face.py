@@ -14,8 +14,8 @@ from torch import Tensor
 from model.card import ModelCard
 from model.errors import ConfigError
 from model.files.tensor_files import SHARD_BYTES, Entry, dump_json, in_memory, split_by_size, write_safetensors
+from model.files.untrusted import Json
 from model.llm.causal_lm import blocks, build_llm, head_weight
-from model.logit_scaling import LogitChange
 from model.media_spec import ImageSpec, MediaMeta, image_spec, num_tokens
 from model.multimodal import MultimodalLM
 from model.weights.bases import tower_tensors
@@ -60,8 +60,8 @@ def check_exportable_hf(card: ModelCard) -> None:
 def head_problems(card: ModelCard) -> list[str]:
     """Return the changes that the language model makes to its head's products; LLaVA's classes have a bare head and cannot."""
     with parameters_on_meta():
-        llm: Any = build_llm(card.hugging_face["llm"], card.model.attention, card.vocabulary)
-    change: LogitChange = llm.logit_change
+        llm = build_llm(card.hugging_face["llm"], card.model.attention, card.vocabulary)
+    change = llm.logit_change
     done = [f"multiplies its logits by {change.scale:g}"] if change.scale != 1.0 else []
     done += [f"caps its logits at {change.cap:g}"] if change.cap is not None else []
     if not done:
@@ -77,7 +77,7 @@ def strategy(spec: ImageSpec) -> str:
     return "default" if spec.select == "patch" and spec.num_prefix else "full"
 
 
-def model_config(card: ModelCard, model: MultimodalLM, image_id: int) -> dict[str, Any]:
+def model_config(card: ModelCard, model: MultimodalLM, image_id: int) -> Json:
     """Return the contents of config.json. `image_id`: token id of the image placeholder."""
     spec, vision = image_spec(card.specs), dict(card.hugging_face["vision"])
     vision["image_size"] = spec.size
@@ -85,7 +85,7 @@ def model_config(card: ModelCard, model: MultimodalLM, image_id: int) -> dict[st
     if vision["model_type"] == "siglip_vision_model":
         vision["vision_use_head"] = False
     dtype = str(model.dtype).removeprefix("torch.")
-    embeddings = model.llm.get_input_embeddings().weight  # type: ignore[operator]
+    embeddings = model.llm.get_input_embeddings().weight
     tied = head_weight(model.llm) is embeddings
     text = {
         **card.hugging_face["llm"],
@@ -112,7 +112,7 @@ def model_config(card: ModelCard, model: MultimodalLM, image_id: int) -> dict[st
     }
 
 
-def image_config(spec: ImageSpec, fit: str) -> dict[str, Any]:
+def image_config(spec: ImageSpec, fit: str) -> Json:
     """Return preprocessor_config.json, which gives the same pixels as ours. `fit`: pad | square."""
     square = {"height": spec.size, "width": spec.size}
     crops = spec.resize == "shortest_edge" or fit == "pad"
@@ -132,7 +132,7 @@ def image_config(spec: ImageSpec, fit: str) -> dict[str, Any]:
     }
 
 
-def processor_files(spec: ImageSpec, fit: str, placeholder: str) -> dict[str, Any]:
+def processor_files(spec: ImageSpec, fit: str, placeholder: str) -> Json:
     """Return the JSON files that AutoProcessor reads: the nested one of current versions and the flat one of older versions."""
     image = image_config(spec, fit)
     processor = {
@@ -152,7 +152,7 @@ def weights(card: ModelCard, model: MultimodalLM) -> dict[str, Entry]:
     Raises `ConfigError` when the tower's base lacks a norm that transformers' class needs.
     """
     found: dict[str, Entry] = {}
-    buffers: dict[str, Any] = {name: module._buffers[key] for name, module, key in kept_buffers(model)}
+    buffers = {name: module.get_buffer(key) for name, module, key in kept_buffers(model)}
     for name, value in (*model.named_parameters(), *buffers.items()):
         old, new = next((old, new) for old, new in PREFIXES if name.startswith(old))
         found[new + name.removeprefix(old)] = _entry(value, model) if name not in buffers else _kept(value)

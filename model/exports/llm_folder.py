@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -38,10 +37,10 @@ def write_llm(source: Path, folder: Path, card: ModelCard) -> None:
     entries = {n: Entry(model.dtype, tuple(p.shape), in_memory(p).all) for n, p in plain.items()}
     for path, layer in quantised(model.llm):
         entries[f"{path}.weight"] = Entry(model.dtype, layer.shape, partial(layer.matrix, model.dtype))
-    buffers: dict[str, Any] = {name: module._buffers[key] for name, module, key in kept_buffers(model.llm)}
+    buffers = {name: module.get_buffer(key) for name, module, key in kept_buffers(model.llm)}
     entries |= {name: Entry(value.dtype, tuple(value.shape), in_memory(value).all) for name, value in buffers.items()}
     write_weights(folder, entries)
-    rows = model.llm.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    rows = model.llm.get_input_embeddings().weight.shape[0]
     dtype = str(model.dtype).removeprefix("torch.")
     config = {**card.hugging_face["llm"], "vocab_size": rows, "dtype": dtype, "architectures": [type(model.llm).__name__]}
     (folder / "config.json").write_text(dump_json(config))

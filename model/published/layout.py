@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from model.errors import ConfigError
-from model.files.hub import find_file, folder_tensors, read_json, weight_files
-from model.files.tensor_files import Tensors, read_weights
-from model.files.untrusted import listed
+from transformers import PretrainedConfig
 
-Json = dict[str, Any]
+from model.errors import ConfigError
+from model.files.hub import find_file, folder_tensors, hugging_face_config, read_json, weight_files
+from model.files.tensor_files import Tensors, read_weights
+from model.files.untrusted import Json, listed
+
 MAX_TEXT_BYTES = 1 << 20
 """Largest size of a chat template."""
 PARTS = ("llm", "vision", "vision_projector", "audio", "audio_projector", "state_head")
@@ -29,6 +31,11 @@ class Published:
     cache_dir: str
     config: Json
     written: Json = field(default_factory=dict)  # settings that the run file writes itself, by dotted key
+
+    @cached_property
+    def whole(self) -> PretrainedConfig:
+        """Return config.json as the object of transformers' class, which has a default for every key."""
+        return hugging_face_config(f"{self.setting} = {self.path!r}", self.config)
 
     def json(self, name: str) -> Json:
         """Return the JSON object in the file `name`; {} when there is no such file."""
@@ -78,6 +85,7 @@ class Given:
     value: Any
     also: tuple[Any, ...] = ()  # other values that a run file may write instead
     free: bool = False  # a run file may write any other value
+    when: tuple[str, Any] | None = None  # the setting exists only where another one has this value
 
     def allows(self, written: object) -> bool:
         """Tell whether a run file may write this value."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from transformers import CONFIG_MAPPING
 
-from model.published.layout import Given, Json, Layout, PartView, Published, Settings
+from model.files.untrusted import Json
+from model.published.layout import Given, Layout, PartView, Published, Settings
 from model.published.original_prompts import internvl_template
 
 CODE_OF_ITS_OWN = {"internlm2": "InternLM2", "InternLM2ForCausalLM": "InternLM2"}

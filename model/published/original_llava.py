@@ -6,7 +6,8 @@ import re
 
 from model.errors import ConfigError
 from model.files.hub import read_json
-from model.published.layout import Given, Json, Layout, PartView, Published, Settings
+from model.files.untrusted import Json
+from model.published.layout import Given, Layout, PartView, Published, Settings
 from model.published.original_prompts import llava_template
 
 LANGUAGE_MODELS = {

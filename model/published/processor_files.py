@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from model.published.layout import Given, Json, Published
+from model.files.untrusted import Json
+from model.published.layout import Given, Published
 
 
 def image_processor(source: Published) -> Json:

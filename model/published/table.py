@@ -8,12 +8,22 @@ from pathlib import Path
 from model.errors import ConfigError
 from model.files.hub import find_file, folder_tensors, read_json, weight_files
 from model.files.tensor_files import Tensors
-from model.published import original_internvl, original_llava, original_lora, transformers_llava
-from model.published.layout import Given, Json, Layout, PartView, Published, Settings
+from model.files.untrusted import Json
+from model.published import (
+    original_internvl,
+    original_llava,
+    original_lora,
+    transformers_audio,
+    transformers_internvl,
+    transformers_llava,
+)
+from model.published.layout import Given, Layout, PartView, Published, Settings
 from model.published.refused import REFUSED
 
 LAYOUTS: tuple[Layout, ...] = (
     *transformers_llava.LAYOUTS,
+    *transformers_internvl.LAYOUTS,
+    *transformers_audio.LAYOUTS,
     *original_lora.LAYOUTS,
     *original_llava.LAYOUTS,
     *original_internvl.LAYOUTS,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -14,7 +13,7 @@ from model.errors import ConfigError
 from model.files.hub import HUB_ID, find_file
 from model.files.quantised_base import is_coded
 from model.files.tensor_files import LazyTensor, Tensors, dump_json, read_safetensors, read_weights
-from model.files.untrusted import SHOWN, load_json, shown
+from model.files.untrusted import SHOWN, Json, load_json, shown
 from model.lora import HEAD_STAYS, SUFFIXES, adapted, at_head, is_adapter, learning_biases
 from model.weights.adapter_names import PREFIX, PROJECTORS, is_inside, is_saved_projector, module_path, our_name
 from model.weights.peft_settings import DEFAULTS, problems
@@ -139,7 +138,7 @@ def _read_ours(named: Named, lora: LoraConfig, parts: Collection[str]) -> tuple[
     return found, recorded[0] if recorded else learned
 
 
-def _check_base(named: Named, folder: Path, described: dict[str, Any], parts: Collection[str]) -> None:
+def _check_base(named: Named, folder: Path, described: Json, parts: Collection[str]) -> None:
     """Refuse an adapter that was trained on other weights than the base's: it is valid on those weights only."""
     model = described.get("model")
     earlier = model.get("init_from") if isinstance(model, dict) else described.get(INHERITS)
@@ -149,7 +148,7 @@ def _check_base(named: Named, folder: Path, described: dict[str, Any], parts: Co
         raise named.error(f" holds an adapter of weights {what}, not of the base's: name its run as model.init_from instead")
 
 
-def stored_json(setting: str, file: Path) -> dict[str, Any]:
+def stored_json(setting: str, file: Path) -> Json:
     try:
         value = load_json(file)
     except (OSError, ValueError) as error:
@@ -159,7 +158,7 @@ def stored_json(setting: str, file: Path) -> dict[str, Any]:
     return value
 
 
-def _check(named: Named, config: dict[str, Any], lora: LoraConfig) -> None:
+def _check(named: Named, config: Json, lora: LoraConfig) -> None:
     for key, value in config.items():
         if getattr(lora, key) != value:
             raise named.error(f" was trained with {key} = {shown(value)}, but lora.{key} = {getattr(lora, key)!r}")
@@ -216,7 +215,7 @@ def peft_name(name: str, paths: Collection[str]) -> str:
     return f"{inner}.base_layer.{kind}" if path in paths else f"{inner}.{kind}"
 
 
-def adapter_config(lora: LoraConfig, base: str, paths: Collection[str]) -> dict[str, Any]:
+def adapter_config(lora: LoraConfig, base: str, paths: Collection[str]) -> Json:
     """Return adapter_config.json. Targets are full module paths: short names would match layers of the vision tower as well."""
     return {
         "peft_type": "LORA",
@@ -232,5 +231,5 @@ def adapter_config(lora: LoraConfig, base: str, paths: Collection[str]) -> dict[
     }
 
 
-def write_config(folder: Path, config: dict[str, Any]) -> None:
+def write_config(folder: Path, config: Json) -> None:
     (folder / CONFIG).write_text(dump_json(config))

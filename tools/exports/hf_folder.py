@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -16,6 +15,7 @@ from model.card import ModelCard
 from model.errors import ConfigError
 from model.exports.hugging_face import model_config, processor_files, weights, write_weights
 from model.files.tensor_files import dump_json
+from model.files.untrusted import Json
 from model.media_spec import PLACEHOLDERS, image_spec
 from model.multimodal import MultimodalLM
 from model.vision.normalise import normalised
@@ -91,7 +91,7 @@ def prove_folder(folder: Path, model: MultimodalLM, processor: Processor) -> flo
     return check_close(found, expected, "LlavaForConditionalGeneration and this model")
 
 
-def _inputs(folder: Path, record: dict[str, Any], batch: Batch, processor: Processor) -> dict[str, Any]:
+def _inputs(folder: Path, record: Json, batch: Batch, processor: Processor) -> Json:
     reader = AutoProcessor.from_pretrained(folder, backend="pil")
     inputs = reader.apply_chat_template(record["messages"], tokenize=True, return_dict=True, return_tensors="pt")
     if inputs["input_ids"].tolist() != batch.input_ids.tolist():

@@ -23,6 +23,7 @@ from model.llm.causal_lm import check_positions
 from model.media_spec import placeholder_tokens
 from trainer.config import RunConfig
 from trainer.distributed.world import World
+from trainer.machine.run_folder import check_folder
 from trainer.records import freeze_lengths
 from trainer.records.feeding import UnfedError, check_fed, inherited_modalities, refused_records
 from trainer.records.quarantine import TRAIN, VALIDATION, read_excluded
@@ -55,6 +56,12 @@ class RunData:
     def pad_id(self) -> int:
         return self.card.pad_id
 
+    def training(self) -> tuple[MultimodalDataset, Sampler]:
+        """Return the training data and the order of its samples. Raises `ValueError` for a run without [[data.sources]]."""
+        if self.train is None or self.sampler is None:
+            raise ValueError("nothing to train")
+        return self.train, self.sampler
+
 
 def open_data(
     config: RunConfig,
@@ -72,6 +79,7 @@ def open_data(
     place = place or Stage(config, config)
     template, card = open_vocabulary(config, world)
     specs, data, folder = card.specs, config.data, Path(config.output_dir)
+    check_folder(folder)
     check_positions(card.hugging_face["llm"], data.max_length)
 
     def opened(sources: tuple[SourceConfig, ...], excluded: frozenset[int], report: Callable[[str], object]) -> MultimodalDataset:

@@ -7,14 +7,14 @@ from typing import Any
 
 from model.errors import ConfigError
 from model.files.hub import HUB_ID
-from model.files.untrusted import shown
+from model.files.untrusted import Json, shown
 
 NAMED_BY = ("path", "init_from")
 """Keys that name a folder or a hub id; a `revision` in their table is that of the hub id."""
 TABLES = ("model", "lora", "stage")
 
 
-def with_revisions(tables: dict[str, Any]) -> dict[str, Any]:
+def with_revisions(tables: Json) -> Json:
     """Return the tables with every `revision` written into its path. Raises `ConfigError` for one without a hub id."""
     return {key: _folded(value, key) if key in TABLES else value for key, value in tables.items()}
 
