@@ -9,6 +9,7 @@ from model.card import NAME
 from model.files.hub import HUB_ID
 from model.published.table import published_settings
 from trainer.runfile.merge_tables import has_key, merge, value_of, without_key
+from trainer.runfile.schema import flatten_tables
 
 KEY = "model.init_from"
 
@@ -23,7 +24,7 @@ def resolve_published(tables: dict[str, Any]) -> tuple[dict[str, Any], list[str]
     path, cache_dir = value_of(tables, KEY), value_of(tables, "model.cache_dir") or ""
     if not isinstance(path, str) or not isinstance(cache_dir, str) or not is_published(path):
         return tables, []
-    name, settings = published_settings(path, cache_dir)
+    name, settings = published_settings(path, cache_dir, written_settings(tables))
     problems = []
     tables = without_key(tables, KEY)
     for key, given in settings.items():
@@ -36,6 +37,13 @@ def resolve_published(tables: dict[str, Any]) -> tuple[dict[str, Any], list[str]
                 f"{key} = {written!r}, but {path!r} is a {name} with {given.value!r}: remove the line, it follows from {KEY}"
             )
     return tables, problems
+
+
+def written_settings(tables: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that a run file writes, by dotted key; of a curriculum, those of its first stage."""
+    stages = tables.get("stage")
+    first = stages[0] if isinstance(stages, list) and stages and isinstance(stages[0], dict) else {}
+    return flatten_tables(merge({key: value for key, value in tables.items() if key != "stage"}, first))
 
 
 def is_published(path: str) -> bool:
