@@ -54,11 +54,11 @@ def import_model(source: str, out: Path, *, link: bool = False, cache_dir: str =
     processor = Processor(template, card.specs, config.data)
     with new_folder(out) as folder:
         model = built(card)
-        write_parts(model, card, folder, link)
+        write_all_parts(model, card, folder, link)
         processor.save(folder)
         (folder / "run.toml").write_text(to_toml(run_file(source, cache_dir)))
-        finish(folder)
-        proof = prove(source, model, processor, cache_dir)
+        seal(folder)
+        proof = prove_import(source, model, processor, cache_dir)
     print(f"{proof}\n{out}:\n{listing(out)}\nnext: python -m trainer.main --cfg {out / 'run.toml'} data.sources.0.path=YOUR.json")
 
 
@@ -90,7 +90,7 @@ def built(card: ModelCard) -> MultimodalLM:
     return model.eval()
 
 
-def write_parts(model: MultimodalLM, card: ModelCard, folder: Path, link: bool) -> None:
+def write_all_parts(model: MultimodalLM, card: ModelCard, folder: Path, link: bool) -> None:
     """Write the parts and model.json. With `link`, parts that a base holds are left there, and its digest is noted."""
     linked = set(card.hugging_face) if link else set()
     config = card.model
@@ -105,14 +105,14 @@ def write_parts(model: MultimodalLM, card: ModelCard, folder: Path, link: bool) 
     write_card(replace(card, model=config, bases=bases), folder)
 
 
-def finish(folder: Path) -> None:
+def seal(folder: Path) -> None:
     """Check that every parameter has a value in the folder, and write proof.json."""
     files = {path.name: proof_entry(path) for path in sorted(folder.glob("*.safetensors"))}
     check_loadable(folder)
     (folder / "proof.json").write_text(dump_json({"files": files, "compared": "every tensor's bytes, after reopening"}))
 
 
-def prove(source: str, model: MultimodalLM, processor: Processor, cache_dir: str) -> str:
+def prove_import(source: str, model: MultimodalLM, processor: Processor, cache_dir: str) -> str:
     """Compare the model with transformers' class of `source`, in float32, and return one line about it."""
     found = find_layout(SETTING, source, cache_dir)
     if found is None or not (name := found[0].reference):

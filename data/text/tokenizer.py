@@ -79,7 +79,7 @@ def load_tokenizer(path: str, added: Sequence[str], cache_dir: str = "") -> Load
 
 @contextmanager
 def _without_doubts_about_config() -> Iterator[None]:
-    """Silence what transformers says of a config.json whose model_type it does not know: a tokenizer needs none of it."""
+    """Drop what transformers says of a config.json whose model_type it does not know: a tokenizer needs none of it."""
     logger = logging.getLogger("transformers.configuration_utils")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -23,7 +23,8 @@ def prove_against(name: str, source: str, cache_dir: str, batch: Batch, specs: d
     Returns the largest relative difference. Raises ProofError when it is more than rounding, or when a tensor is missing there.
     """
     cls: Any = getattr(transformers, name)
-    theirs, report = cls.from_pretrained(source, dtype=torch.float32, output_loading_info=True, cache_dir=cache_dir or None)
+    options = {"dtype": torch.float32, "output_loading_info": True, "cache_dir": cache_dir or None}
+    theirs, report = cls.from_pretrained(source, trust_remote_code=False, **options)
     if missing := sorted(map(str, report["missing_keys"])):
         raise ProofError(f"{source}: {name} finds no value for {missing[:3]}: the folder is not complete")
     with torch.no_grad():
