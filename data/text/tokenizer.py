@@ -15,10 +15,11 @@ import transformers
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
-from data.limits import MAX_TOKENIZER_BYTES
 from model.errors import ConfigError
 from model.files.untrusted import load_json
 
+MAX_TOKENIZER_BYTES = 1 << 28
+"""Bytes of each file of a tokenizer; the largest vocabularies take a tenth of it."""
 TELLING_STRINGS = (
     "Hello world",
     " leading space",
