@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from data.records.placeholders import wrapped_pattern
 from data.records.record import Record, RecordError, Turn
 from data.text.abilities import Abilities, Message, find_abilities, probe_call
-from data.text.chat_formats import FORMATS, with_system
+from data.text.chat_formats import FORMATS, with_system_text
 from data.text.control_tokens import check_single, lead_token, special_ids, thought_tags, unknown_only_id
 from data.text.encoded import Encoded, Row, check_row, round_ends
 from data.text.marks import tags_of
@@ -197,7 +197,7 @@ def load_template(
     needs = _needed_tokens(name, tokenizer)
     check_state_tokens(tokenizer, state_tokens)
     lead = lead_token(tokenizer) if name in FORMATS else ""
-    source = with_system(named_source(name, lead, tokenizer, tokens), system)
+    source = with_system_text(named_source(name, lead, tokenizer, tokens), system)
     written = content_tokens(source, tokens, media_wrap)
     free = {*PLACEHOLDERS.values(), *written.values(), *allowed, *STATE_TOKENS[state_tokens].values(), *thought_tags(source)}
     special = special_ids(tokenizer, free - {*needs, *tokenizer.special_tokens_map.values()} | {*written.values()})

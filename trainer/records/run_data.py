@@ -17,6 +17,7 @@ from data.processor import Processor, make_processor
 from data.text.template import Template, load_template
 from data.text.tokenizer import load_tokenizer, pad_id
 from model.card import ModelCard, base_digests, make_card, media_specs, read_card
+from model.config import AudioConfig, VisionConfig
 from model.errors import ConfigError, DataError
 from model.files.tensor_files import sampled_digest
 from model.llm.causal_lm import check_positions
@@ -174,6 +175,7 @@ def given_digests(card: ModelCard) -> dict[str, str]:
         "model.init_from": card.model.init_from,
         "lora.path": card.lora.path,
         **{f"model.{name}.path": part.path for name, part in parts if name not in ("llm", "vision", "audio")},
+        **{f"model.{name}.weights": part.weights for name, part in parts if isinstance(part, VisionConfig | AudioConfig)},
     }
     found = {}
     for key, path in named.items():
