@@ -14,6 +14,7 @@ from model.card import ModelCard
 from model.errors import ConfigError
 from model.exports.hf_classes import HfClass
 from model.files.tensor_files import SHARD_BYTES, Entry, dump_json, in_memory, split_by_size, write_safetensors
+from model.llm.causal_lm import blocks
 from model.llm.quantized_linear import STORED, quantised
 from model.lora import is_adapter
 from model.multimodal import MultimodalLM
@@ -31,6 +32,7 @@ BEHIND = {
     "internvl_vision": (),
 }
 """What stands behind the hidden state that is read: the tower does not build it, but transformers' classes have it."""
+BLOCKS = ("encoder.layers.0.", "encoder.layer.0.")
 DINO_TOWERS = ("dinov2", "dinov2_with_registers")
 GATED = (".mlp.gate_proj.", ".mlp.up_proj.", ".mlp.weights_in.")
 
@@ -94,6 +96,21 @@ def behind(card: ModelCard, model: MultimodalLM) -> dict[str, Entry]:
             raise ConfigError(f"model.vision.path = {path!r} holds no {name}, which transformers' class of this tower needs")
         found[name] = in_dtype(rows.all(), model.dtype)
     return found
+
+
+def whole_tower(card: ModelCard, model: MultimodalLM) -> dict[str, Entry]:
+    """Return every tensor of the tower's class, by the name there: what is not built as the base has it."""
+    vision, module = card.model.vision, model.get_submodule("vision")
+    assert vision is not None
+    start = "vision.tower."
+    own = {name.removeprefix(start): entry for name, entry in model_entries(model) if name.startswith(start)}
+    built, total = len(blocks(module)), card.hugging_face["vision"]["num_hidden_layers"]
+    first = {name: name.replace(".0.", ".{}.", 1) for name in own if name.startswith(BLOCKS)}
+    missing = [form.format(i) for i in range(built, total) for form in first.values()]
+    needed = (*missing, *BEHIND[card.hugging_face["vision"]["model_type"]])
+    base = tower_tensors(vision.path, module, card.model.cache_dir, needed)  # type: ignore[arg-type]
+    others = {name: base[start + name] for name in needed if start + name in base}
+    return own | {name: in_dtype(rows.all(), model.dtype) for name, rows in others.items()}
 
 
 def tower_names(kind: str, inner: dict[str, Entry]) -> dict[str, Entry]:
