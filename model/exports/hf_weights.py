@@ -104,10 +104,12 @@ def whole_tower(card: ModelCard, model: MultimodalLM) -> dict[str, Entry]:
     assert vision is not None
     start = "vision.tower."
     own = {name.removeprefix(start): entry for name, entry in model_entries(model) if name.startswith(start)}
-    built, total = len(blocks(module)), card.hugging_face["vision"]["num_hidden_layers"]
+    value = card.hugging_face["vision"]
+    # LLaVA-NeXT removes SigLIP's last block itself.
+    built, total = len(blocks(module)), value["num_hidden_layers"] - (value["model_type"] == "siglip_vision_model")
     first = {name: name.replace(".0.", ".{}.", 1) for name in own if name.startswith(BLOCKS)}
     missing = [form.format(i) for i in range(built, total) for form in first.values()]
-    needed = (*missing, *BEHIND[card.hugging_face["vision"]["model_type"]])
+    needed = (*missing, *BEHIND[value["model_type"]])
     base = tower_tensors(vision.path, module, card.model.cache_dir, needed)  # type: ignore[arg-type]
     others = {name: base[start + name] for name in needed if start + name in base}
     return own | {name: in_dtype(rows.all(), model.dtype) for name, rows in others.items()}
