@@ -127,6 +127,8 @@ def _intern_problems(card: ModelCard, facts: MediaFacts) -> Iterator[str]:
         yield "data.image_fit = 'square': this tower's own processor crops, and InternVL's distorts"
     if facts.fit == "tiles" and not facts.thumbnail:
         yield "data.thumbnail = false: its processor adds the whole picture to every picture of several tiles"
+    if not facts.wrap_is_tokens:
+        yield f"data.media_wrap = {list(facts.wrap)}: its processor makes one token of each, and this tokenizer several"
 
 
 def _hearing_problems(card: ModelCard, facts: MediaFacts) -> Iterator[str]:

@@ -72,6 +72,7 @@ def facts_of(processor: Processor) -> MediaFacts:
         max_tiles=config.max_tiles,
         thumbnail=config.thumbnail,
         wrap=template.media_wrap,
+        wrap_is_tokens=all(text in processor.tokenizer.get_vocab() for text in template.media_wrap),
         tokens={kind: str(processor.tokenizer.convert_ids_to_tokens(id_)) for kind, id_ in template.placeholder_ids.items()},
         ids=template.placeholder_ids,
     )
