@@ -75,7 +75,12 @@ def ask(python: str, folder: Path, case: str, reader: str, expected: dict[str, A
     file.write_text(json.dumps(task))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": ""}
     done = subprocess.run(
-        [python, ask_library.__file__, str(file.absolute())], env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
+        [python, ask_library.__file__, str(file.absolute())],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
     )
     if done.returncode or not out.is_file():
         said = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines()[-1:]

@@ -220,9 +220,7 @@ def class_config(target: HfClass, card: ModelCard, model: MultimodalLM, facts: M
 
 
 LLAVA = HfClass("LlavaForConditionalGeneration", "llava", MLP_NAMES, _llava_problems, _llava_config)
-NEXT = HfClass(
-    "LlavaNextForConditionalGeneration", "llava_next", (*MLP_NAMES, NEWLINE_NAME), _llava_problems, _next_config
-)
+NEXT = HfClass("LlavaNextForConditionalGeneration", "llava_next", (*MLP_NAMES, NEWLINE_NAME), _llava_problems, _next_config)
 ONEVISION = HfClass(
     "LlavaOnevisionForConditionalGeneration",
     "llava_onevision",

@@ -116,7 +116,7 @@ def whole_tower(card: ModelCard, model: MultimodalLM) -> dict[str, Entry]:
 
 
 def tower_names(kind: str, inner: dict[str, Entry]) -> dict[str, Entry]:
-    """Return a tower's tensors under the names that files have: those of DINOv2 differ from its modules' since transformers 5.23."""
+    """Return a tower's tensors under the names in files: since transformers 5.23 those of DINOv2 differ from its modules'."""
     if kind not in DINO_TOWERS:
         return inner
     gate, up, both = GATED

@@ -69,8 +69,8 @@ def _tower_problems(card: ModelCard) -> Iterator[str]:
     if kind == "siglip_vision_model":
         if "siglip" not in vision.path or Path(vision.path).exists():
             yield (
-                f"model.vision.path = {vision.path!r}: LLaVA-NeXT loads SigLIP by a hub's name that holds 'siglip', and takes every "
-                "folder for CLIP"
+                f"model.vision.path = {vision.path!r}: LLaVA-NeXT loads SigLIP by a hub's name that holds 'siglip', and takes "
+                "every folder for CLIP"
             )
         last_but_one = num_blocks(vision.layer, value["num_hidden_layers"]) == value["num_hidden_layers"] - 1
         if vision.scales or grid != SIGLIP_GRID or not last_but_one:

@@ -88,7 +88,9 @@ def target_of(folder: Path) -> HfClass:
 
 
 def pictures(folder: Path) -> Iterator[str]:
-    for i, image in enumerate([sample_picture(), Image.new("RGB", (20, 90), (10, 200, 90)), Image.radial_gradient("L").convert("RGB")]):
+    for i, image in enumerate(
+        [sample_picture(), Image.new("RGB", (20, 90), (10, 200, 90)), Image.radial_gradient("L").convert("RGB")]
+    ):
         image.save(folder / f"{i}.png")
         yield str(folder / f"{i}.png")
 
@@ -138,9 +140,7 @@ def test_a_run_that_hears_becomes_qwen2_audio(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["LlavaNext", "InternVL", "hearing"])
-def test_an_adapter_inside_the_exported_folder_is_the_runs(
-    tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_inside_the_exported_folder_is_the_runs(tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
     """By PEFT on the class itself; the folder beside it holds all else, and stands without the adapter."""
     run, out = hearing(tmp_path) if case == "hearing" else run_of(tmp_path, case), tmp_path / "peft"
     assert export([str(save_checkpoint(run, tmp_path)), str(out), "--for", "peft", "--inside", "hf"]) == 0
@@ -196,6 +196,10 @@ def test_what_no_class_expresses_is_refused_with_the_setting_that_stands_in_the_
         kind = TOWERS[tower][0].model_type
         configs = {"llm": {"model_type": "llama", **SIZES}, "vision": {"model_type": kind}}
         card = ModelCard(model, LoraConfig(), configs, {"image": spec}, VocabularyLayout())
-        facts = {"fit": data.get("image_fit", "pad"), "max_tiles": data.get("max_tiles", 1), "thumbnail": data.get("thumbnail", True)}
+        facts = {
+            "fit": data.get("image_fit", "pad"),
+            "max_tiles": data.get("max_tiles", 1),
+            "thumbnail": data.get("thumbnail", True),
+        }
         with pytest.raises(ConfigError, match=re.escape(reason)):
             choose_class(card, MediaFacts(**facts))

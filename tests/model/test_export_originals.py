@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
 
 from model.config import VisionConfig
 from model.load import load_model
@@ -44,7 +43,9 @@ def stripped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("inherits", [False, True])
 def test_a_lora_run_becomes_llavas_lora_folder(tmp_path: Path, inherits: bool) -> None:
     parts = save_parts(tmp_path / "parts", "llama")
-    start = {"init_from": str(save_final(trained(config_of(parts, "full", layer=1), seed=1), tmp_path / "first"))} if inherits else {}
+    start = (
+        {"init_from": str(save_final(trained(config_of(parts, "full", layer=1), seed=1), tmp_path / "first"))} if inherits else {}
+    )
     run, out = trained(config_of(parts, "lora", layer=1, **start), image_fit="pad"), tmp_path / "out"
     assert export([str(save_checkpoint(run, tmp_path)), str(out), "--for", "llava"]) == 0
     config = json.loads((out / "config.json").read_text())

@@ -1,7 +1,7 @@
 """Ask one library for prompt ids and greedy answers: run as a file by the Python that has the library, without this project.
 
-python ask_library.py TASK.json: the task names the library, the folder, an adapter or "", and questions with their media; the answers
-go to the file that it names. transformers, peft and vllm are imported by name, for they need not be there.
+python ask_library.py TASK.json: the task names the library, the folder, an adapter or "", and questions with their media; the
+answers go to the file that it names. transformers, peft and vllm are imported by name, for they need not be there.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def _transformers(task: dict[str, Any]) -> dict[str, Any]:
         (part,) = [part for part in messages[0]["content"] if part["type"] != "text"]
         text = reader.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         if part["type"] == "audio":
-            inputs = reader(text=text, audio=[_sound(part["path"])], sampling_rate=16_000, add_special_tokens=False, return_tensors="pt")
+            inputs = reader(
+                text=text, audio=[_sound(part["path"])], sampling_rate=16_000, add_special_tokens=False, return_tensors="pt"
+            )
         else:
             picture = import_module("PIL.Image").open(part["path"]).convert("RGB")
             inputs = reader(text=text, images=[picture], add_special_tokens=False, return_tensors="pt")

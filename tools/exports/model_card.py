@@ -9,6 +9,7 @@ import json
 import math
 import re
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ def _section(title: str, text: str) -> str:
     return f"## {title}\n\n{text}\n" if text else ""
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
@@ -205,4 +206,10 @@ def draw(points: list[tuple[int, float]], width: int = WIDTH, height: int = HEIG
     for level in reversed(range(height)):
         label = low + (high - low) * level / (height - 1)
         lines.append(f"{label:>9.4g} |" + "".join("*" if at == level else " " for at in place).rstrip())
-    return "\n".join([*lines, " " * 10 + "+" + "-" * width, f"{'step':>9}  {points[0][0]}{points[-1][0]:>{max(1, width - len(str(points[0][0])))}}"])
+    return "\n".join(
+        [
+            *lines,
+            " " * 10 + "+" + "-" * width,
+            f"{'step':>9}  {points[0][0]}{points[-1][0]:>{max(1, width - len(str(points[0][0])))}}",
+        ]
+    )

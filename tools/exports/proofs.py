@@ -54,7 +54,9 @@ def sample_clip(file: Path) -> Path:
     """Write a clip of 0.6 seconds in which no two moments are alike, 16-bit at 16 kHz, and return its path."""
     samples = [(7919 * i * i) % 20011 - 10005 for i in range(9600)]
     with wave.open(str(file), "wb") as out:
-        out.setnchannels(1), out.setsampwidth(2), out.setframerate(16_000)
+        out.setnchannels(1)
+        out.setsampwidth(2)
+        out.setframerate(16_000)
         out.writeframes(struct.pack(f"<{len(samples)}h", *samples))
     return file
 

@@ -17,6 +17,8 @@ from data.text.tokenizer import save_tokenizer
 from tools.make_demo import train_tokenizer
 
 SIDE, VOCAB, ROOM = 28, 512, 2048
+SECONDS = 4
+"""Window of the audio encoder."""
 COLOURS = ("red", "green", "blue", "white")
 TOWERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "clip": ("CLIPVisionConfig", "CLIPVisionModel", {}),
@@ -111,14 +113,22 @@ def _picture(path: Path, i: int, size: tuple[int, int]) -> Path:
 def _clip(path: Path, i: int, length: int) -> Path:
     tone = 9000 * np.sin(2 * np.pi * (300 + 400 * (i % 4)) * np.arange(length) / 16_000)
     with wave.open(str(path), "wb") as out:
-        out.setnchannels(1), out.setsampwidth(2), out.setframerate(16_000)
+        out.setnchannels(1)
+        out.setsampwidth(2)
+        out.setframerate(16_000)
         out.writeframes(struct.pack(f"<{length}h", *tone.astype(int).tolist()))
     return path
 
 
 def _llm(folder: Path, tokenizer: Any) -> None:
     """Write a Qwen2 whose heads are 64 wide, as kernels that serve want them."""
-    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     config = transformers.Qwen2Config(
         vocab_size=VOCAB, max_position_embeddings=ROOM, initializer_range=0.1, tie_word_embeddings=False, **sizes, **ends
@@ -145,6 +155,6 @@ def _tower(folder: Path, kind: str) -> None:
 
 def _ears(folder: Path) -> None:
     sizes = {"num_mel_bins": 16, "d_model": 128, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 192}
-    config = transformers.Qwen2AudioEncoderConfig(**sizes, max_source_positions=1500)
+    config = transformers.Qwen2AudioEncoderConfig(**sizes, max_source_positions=50 * SECONDS)
     transformers.Qwen2AudioEncoder(config).save_pretrained(folder)
-    transformers.WhisperFeatureExtractor(feature_size=16).save_pretrained(folder)
+    transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=SECONDS).save_pretrained(folder)
