@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from model.files.untrusted import Json
 from model.tile_tokens import TileMap, map_rows, map_weights, tile_map
 
 PLACEHOLDERS = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
@@ -63,20 +63,20 @@ def image_spec(specs: dict[str, MediaSpec]) -> ImageSpec:
     return spec
 
 
-def spec_from_json(value: dict[str, Any]) -> MediaSpec:
+def spec_from_json(value: Json) -> MediaSpec:
     """Read a spec that `spec_to_json` wrote. Raises `KeyError` or `TypeError` for anything else."""
-    fields = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items() if name != "kind"}
+    fields: Json = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items() if name != "kind"}
     return _SPECS[value["kind"]](**fields)
 
 
-def spec_to_json(spec: MediaSpec) -> dict[str, Any]:
+def spec_to_json(spec: MediaSpec) -> Json:
     """Return the spec as plain JSON values, with the kind of spec."""
     kind = next(name for name, cls in _SPECS.items() if isinstance(spec, cls))
     fields = {name: list(item) if isinstance(item, tuple) else item for name, item in dataclasses.asdict(spec).items()}
     return {"kind": kind, **fields}
 
 
-_SPECS: dict[str, Any] = {"image": ImageSpec, "audio": AudioSpec}
+_SPECS: dict[str, type[MediaSpec]] = {"image": ImageSpec, "audio": AudioSpec}
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from data.processor import load_processor
 from model.errors import ConfigError
+from model.files.untrusted import Json
 from model.load import load_model
 from tools.cli import run_command
 from tools.export_adapter import export
@@ -34,7 +34,7 @@ READERS = {"transformers": ("hf", ""), "peft": ("peft/base", "peft"), "vllm": ("
 """Folders of each way to read an export: the model, and the adapter on it."""
 
 
-def make_case(folder: Path, case: str) -> dict[str, Any]:
+def make_case(folder: Path, case: str) -> Json:
     """Train and export the model of one class; return the questions, and our own prompt ids and greedy answers."""
     if not (folder / "run" / "final").is_dir():
         run_file = folder / "run.toml"
@@ -56,7 +56,7 @@ def make_case(folder: Path, case: str) -> dict[str, Any]:
     return {"questions": asked, "prompts": prompts, "answers": answers, "stops": list(processor.stop_ids)}
 
 
-def ask(python: str, folder: Path, case: str, reader: str, expected: dict[str, Any]) -> str:
+def ask(python: str, folder: Path, case: str, reader: str, expected: Json) -> str:
     """Ask one library and return a line of the report."""
     model, adapter = READERS[reader]
     out = folder / f"{reader}.json"
@@ -88,7 +88,7 @@ def ask(python: str, folder: Path, case: str, reader: str, expected: dict[str, A
     return f"{case:<16} {reader:<13} {compared(json.loads(out.read_text()), expected)}"
 
 
-def compared(found: dict[str, Any], expected: dict[str, Any]) -> str:
+def compared(found: Json, expected: Json) -> str:
     """Return how many prompts and answers are equal, and the versions of the libraries."""
     whole = [_before_stop(answer, expected["stops"]) for answer in expected["answers"]]
     answers = [_before_stop(answer, expected["stops"]) for answer in found["answers"]]

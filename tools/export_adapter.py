@@ -13,10 +13,9 @@ from pathlib import Path
 if __name__ == "__main__":  # started as a file, its own folder is on the path and not the checkout
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data.records.fields import bound_message
 from model.card import read_card
 from model.errors import ConfigError
-from tools.cli import printable_lines
+from tools.cli import run_command
 from tools.exports.hf_folder import to_hf
 from tools.exports.llava_folder import to_llava
 from tools.exports.llm_folder import to_llm
@@ -26,7 +25,6 @@ from tools.exports.output_folder import listing, new_folder
 from tools.exports.part_files import to_safetensors
 from tools.exports.peft_folder import to_peft
 from tools.exports.task import Exported, Task
-from trainer.errors import code_of
 
 TARGETS: dict[str, Callable[[Task], Exported]] = {
     "safetensors": to_safetensors,
@@ -54,7 +52,9 @@ def export(source: Path, out: Path, target: str = "safetensors", inside: str = "
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="export_adapter", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.export_adapter", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("source", metavar="SOURCE", type=Path, help="a final/ folder or a checkpoint-N")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
     described = "\n".join(f"{name}: {(write.__doc__ or '').strip().splitlines()[0]}" for name, write in TARGETS.items())
@@ -64,14 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="peft: the adapter of the language model inside a whole folder for transformers, written to OUT/base without it",
     )  # fmt: skip
     given = parser.parse_args(arguments)
-    try:
-        export(given.source, given.out, given.target, given.inside)
-    except Exception as error:
-        if (code := code_of(error)) == 1:
-            raise
-        print(f"export_adapter: {printable_lines(bound_message(str(error)))}", file=sys.stderr)
-        return code
-    return 0
+    return run_command("export_adapter", lambda: export(given.source, given.out, given.target, given.inside))
 
 
 if __name__ == "__main__":

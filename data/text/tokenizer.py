@@ -12,9 +12,10 @@ from pathlib import Path
 import transformers
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
-from data.limits import MAX_TOKENIZER_BYTES
 from model.errors import ConfigError
 
+MAX_TOKENIZER_BYTES = 1 << 28
+"""Bytes of each file of a tokenizer; the largest vocabularies take a tenth of it."""
 TELLING_STRINGS = (
     "Hello world",
     " leading space",

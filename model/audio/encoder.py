@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from model.audio.projector import convolved, masked, mean_of_pairs, projector_strides, shortened, valid_mask
 from model.config import AudioConfig, AudioProjectorConfig
+from model.encoder import Encoder
 from model.errors import ConfigError
 from model.files.hub import find_file, hugging_face_config, read_json
 from model.files.quantised_base import check_settings
+from model.files.untrusted import Json
 from model.media_spec import AudioSpec
 
 SETTING = "model.audio.path"
@@ -50,7 +51,7 @@ KINDS = {"whisper": EncoderFamily(), "qwen2_audio_encoder": EncoderFamily(pooled
 """Supported encoders by model_type of config.json."""
 
 
-def audio_config(config: AudioConfig, cache_dir: str = "") -> dict[str, Any]:
+def audio_config(config: AudioConfig, cache_dir: str = "") -> Json:
     """Read config.json of the encoder, which Qwen2-Audio nests in the whole model's. Raises `ConfigError` for other encoders."""
     whole = read_json(SETTING, config.path, "config.json", cache_dir)
     check_settings(SETTING, config.path, whole)
@@ -88,23 +89,23 @@ def check_feature_setting(path: str, key: str, told: int, needed: int) -> None:
         )
 
 
-def feature_config(path: str, cache_dir: str) -> dict[str, Any]:
+def feature_config(path: str, cache_dir: str) -> Json:
     """Read the feature extractor's settings: flat, or nested in processor_config.json as in newer folders; {} without any."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         if find_file(SETTING, path, name, cache_dir):
             value = read_json(SETTING, path, name, cache_dir)
-            found: dict[str, Any] = value.get("feature_extractor", value)
+            found: Json = value.get("feature_extractor", value)
             return found
     return {}
 
 
-def encoder_config(value: dict[str, Any]) -> WhisperConfig:
+def encoder_config(value: Json) -> WhisperConfig:
     """Return the encoder's part of config.json `value` as a Whisper config."""
     config = hugging_face_config(SETTING, value)
     return WhisperConfig(**{key: getattr(config, key) for key in STRUCTURE})
 
 
-def encoder_strides(value: dict[str, Any]) -> tuple[int, ...]:
+def encoder_strides(value: Json) -> tuple[int, ...]:
     """Return the strides of the second convolution, and of the pooling if the encoder has one."""
     return (2, 2) if KINDS[value["model_type"]].pooled else (2,)
 
@@ -125,22 +126,23 @@ class Tower(WhisperEncoder):
         lengths = shortened(lengths, 2)
         rows = rows + self.embed_positions(torch.arange(rows.shape[1], device=rows.device))
         rows = F.dropout(rows, self.dropout, self.training)
-        attends_all = lengths is None or (full_window and not self.kind.masked)
-        attended = None if attends_all else valid_mask(lengths, rows.shape[1])[:, None, None]  # type: ignore[arg-type]
+        attended = None
+        if lengths is not None and (self.kind.masked or not full_window):
+            attended = valid_mask(lengths, rows.shape[1])[:, None, None]
         for layer in self.layers:
             rows = layer(rows, attended)
         return self.layer_norm(mean_of_pairs(rows, lengths) if self.kind.pooled else rows)
 
 
-class AudioEncoder(nn.Module):
+class AudioEncoder(Encoder):
     """A Whisper encoder: log-mel (N, M, F) -> features (N, L, C). full_window: F is the whole window, with silence at the end."""
 
-    def __init__(self, value: dict[str, Any], full_window: bool) -> None:
+    def __init__(self, value: Json, full_window: bool) -> None:
         super().__init__()
         config = encoder_config(value)
         self.full_window = full_window
         self.strides = encoder_strides(value)
-        self.hidden_size: int = config.d_model
+        self.hidden_size = config.d_model
         self.blank_length = 2  # rows
         self.tower: Tower = Tower._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
         self.tower.kind = KINDS[value["model_type"]]

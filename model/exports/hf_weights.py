@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +62,7 @@ def model_entries(model: MultimodalLM) -> Iterator[tuple[str, Entry]]:
     for path, layer in quantised(model.llm):
         yield f"llm.{path}.weight", Entry(model.dtype, layer.shape, partial(layer.matrix, model.dtype))
     for name, module, key in kept_buffers(model):
-        buffer: Any = module._buffers[key]
+        buffer = module.get_buffer(key)
         # A router's corrections decide by small differences.
         yield name, Entry(buffer.dtype, tuple(buffer.shape), in_memory(buffer).all)
 

@@ -12,13 +12,12 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 
 from model.card import ModelCard
-from model.files.untrusted import load_json
+from model.files.untrusted import Json, load_json
 from tools.exports.task import Exported, Task
 
 NAME = "README.md"
@@ -38,8 +37,8 @@ SHOWN = {
 class Recorded:
     """What the folder of a run says of it; each part is empty where the folder does not hold it."""
 
-    settings: dict[str, Any] = field(default_factory=dict)  # tables of run.toml
-    ledger: list[dict[str, Any]] = field(default_factory=list)
+    settings: Json = field(default_factory=dict)  # tables of run.toml
+    ledger: list[Json] = field(default_factory=list)
     losses: list[tuple[int, float]] = field(default_factory=list)
     last_validation: float | None = None
     step: int | None = None
@@ -119,7 +118,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _json(file: Path) -> Json:
     try:
         value = load_json(file)
     except (OSError, ValueError):
@@ -127,14 +126,14 @@ def _json(file: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _toml(file: Path) -> dict[str, Any]:
+def _toml(file: Path) -> Json:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
+def _lines(file: Path) -> list[Json]:
     found = []
     try:
         for line in file.read_text(encoding="utf-8").splitlines():

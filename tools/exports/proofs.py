@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data.processor import Processor
 from model.batch import Batch
+from model.files.untrusted import Json
 from model.multimodal import MultimodalLM
 from trainer.errors import ProofError
 
@@ -25,12 +26,12 @@ TOLERANCE = 1e-4
 
 
 @contextmanager
-def sample(processor: Processor) -> Iterator[dict[str, Any]]:
+def sample(processor: Processor) -> Iterator[Json]:
     """Provide a record of one round, with a picture that is not square if the model sees, and a clip if it hears; both are deleted
     afterwards.
     """
     with TemporaryDirectory() as folder:
-        parts: list[dict[str, Any]] = []
+        parts: list[Json] = []
         if "image" in processor.specs:
             file = Path(folder) / "sample.png"
             sample_picture().save(file)
@@ -61,7 +62,7 @@ def sample_clip(file: Path) -> Path:
     return file
 
 
-def batch_of(processor: Processor, record: dict[str, Any]) -> Batch:
+def batch_of(processor: Processor, record: Json) -> Batch:
     """Return the record as a batch, as training reads such records, however long it is."""
     return replace(processor, config=replace(processor.config, max_length=1 << 20))([record], answers=True)
 

@@ -14,19 +14,20 @@ import transformers
 from PIL import Image
 
 from data.text.tokenizer import save_tokenizer
+from model.files.untrusted import Json
 from tools.make_demo import train_tokenizer
 
 SIDE, VOCAB, ROOM = 28, 512, 2048
 SECONDS = 4
 """Window of the audio encoder."""
 COLOURS = ("red", "green", "blue", "white")
-TOWERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+TOWERS: dict[str, tuple[str, str, Json]] = {
     "clip": ("CLIPVisionConfig", "CLIPVisionModel", {}),
     "siglip": ("SiglipVisionConfig", "SiglipVisionModel", {}),
     "internvit": ("InternVLVisionConfig", "InternVLVisionModel", {"attention_bias": True}),
 }
 """Classes of towers; each has CLIP's image processor but SigLIP, which distorts."""
-CASES: dict[str, dict[str, Any]] = {
+CASES: dict[str, Json] = {
     "Llava": {"tower": "clip"},
     "LlavaNext": {"tower": "clip", "projector": {"newline": True}, "data": {"image_fit": "anyres"}},
     "LlavaOnevision": {
@@ -44,7 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
 """What each class's run has beside the language model: settings of [model.vision_projector] and [data]."""
 
 
-def write_run(folder: Path, case: str, steps: int) -> dict[str, Any]:
+def write_run(folder: Path, case: str, steps: int) -> Json:
     """Write the parts and records of one case into `folder`, and return the tables of its run file."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -55,7 +56,7 @@ def write_run(folder: Path, case: str, steps: int) -> dict[str, Any]:
         tokenizer.add_special_tokens({"additional_special_tokens": around})
     _llm(folder / "llm", tokenizer)
     data = {"max_length": ROOM, "workers": 0, "sources": [{"path": str(folder / "records.json"), "media_root": str(folder)}]}
-    model: dict[str, Any] = {"llm": {"path": str(folder / "llm"), "tune": "lora"}}
+    model: Json = {"llm": {"path": str(folder / "llm"), "tune": "lora"}}
     if settings["tower"]:
         _tower(folder / "vision", settings["tower"])
         model["vision"] = {"path": str(folder / "vision"), "tune": "full"}
@@ -81,7 +82,7 @@ def write_run(folder: Path, case: str, steps: int) -> dict[str, Any]:
     }
 
 
-def questions(folder: Path, case: str) -> list[list[dict[str, Any]]]:
+def questions(folder: Path, case: str) -> list[list[Json]]:
     """Return prompts with media of odd shapes, as messages of parts."""
     if not CASES[case]["tower"]:
         paths = [_clip(folder / f"asked{i}.wav", i, 6400 + 3200 * i) for i in range(3)]
@@ -91,11 +92,11 @@ def questions(folder: Path, case: str) -> list[list[dict[str, Any]]]:
     return [_asked({"type": "image", "path": str(path)}, "What colour is it?") for path in paths]
 
 
-def _asked(medium: dict[str, str], words: str) -> list[dict[str, Any]]:
+def _asked(medium: dict[str, str], words: str) -> list[Json]:
     return [{"role": "user", "content": [medium, {"type": "text", "text": words}]}]
 
 
-def _record(folder: Path, kind: str, i: int) -> dict[str, Any]:
+def _record(folder: Path, kind: str, i: int) -> Json:
     name = f"{i}.png" if kind == "image" else f"{i}.wav"
     _picture(folder / name, i, (40 + 9 * i, 70 - 6 * i)) if kind == "image" else _clip(folder / name, i, 6400 + 640 * i)
     ask = "What colour is it?" if kind == "image" else "What do you hear?"
