@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,10 @@ PLACEHOLDERS = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
 
 READ_BY = {"image": "image", "video": "image", "audio": "audio"}
 """Modality whose encoder reads a kind of medium: frames of a video are rows of pictures, and `<video>` is not a token."""
+
+
+DEFAULT_TOKENS = {modality: PLACEHOLDERS[modality] for modality in sorted(set(READ_BY.values()))}
+"""Token whose positions take the features of a modality, where a model has none of its own."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class ImageSpec:
     shrink: int = 1  # the projector makes one token of shrink x shrink patches
     queries: int = 0  # tokens the projector makes of each view, whatever its size; 0: as many as patches
     newline: bool = False  # the projector has a line break: after each line of tiles, or after a picture or video without tiles
+    placeholder: str = PLACEHOLDERS["image"]  # token whose positions take features
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,8 @@ class AudioSpec:
     hop: int = 160  # samples per frame
     num_prompts: int = 0  # learned rows before every clip
     num_states: int = 0  # classes of the user's state after a clip; 0: no state head
+    placeholder: str = PLACEHOLDERS["audio"]  # token whose positions take features
+    drops_odd: bool = False  # the encoder's second stride is a mean of pairs, and a last row without a partner gives no token
 
 
 MediaSpec = ImageSpec | AudioSpec
@@ -61,6 +69,11 @@ def image_spec(specs: dict[str, MediaSpec]) -> ImageSpec:
     if not isinstance(spec, ImageSpec):
         raise TypeError(f"the image spec is {type(spec).__name__}")
     return spec
+
+
+def placeholder_tokens(specs: Mapping[str, MediaSpec]) -> dict[str, str]:
+    """Return the token of each modality whose positions take its features; the usual one of a modality that the model lacks."""
+    return DEFAULT_TOKENS | {modality: spec.placeholder for modality, spec in specs.items()}
 
 
 def spec_from_json(value: Json) -> MediaSpec:
@@ -158,7 +171,7 @@ def row_frames(spec: AudioSpec, meta: MediaMeta) -> tuple[int, ...]:
 
 def row_width(spec: MediaSpec, num_frames: int = 0) -> int:
     """Return the tokens L that the encoder makes of each row of a batch. `num_frames`: mel frames that rows are padded to."""
-    return _shortened(spec, num_frames) if isinstance(spec, AudioSpec) else view_tokens(spec)
+    return _shortened(dataclasses.replace(spec, drops_odd=False), num_frames) if isinstance(spec, AudioSpec) else view_tokens(spec)
 
 
 def row_shape(spec: MediaSpec) -> tuple[int, ...]:
@@ -169,6 +182,6 @@ def row_shape(spec: MediaSpec) -> tuple[int, ...]:
 
 
 def _shortened(spec: AudioSpec, frames: int) -> int:
-    for stride in spec.strides:
-        frames = (frames - 1) // stride + 1
+    for i, stride in enumerate(spec.strides):
+        frames = max(1, frames // stride) if spec.drops_odd and i == 1 else (frames - 1) // stride + 1
     return frames

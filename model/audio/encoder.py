@@ -17,7 +17,8 @@ from model.errors import ConfigError
 from model.files.hub import find_file, hugging_face_config, read_json
 from model.files.quantised_base import check_settings
 from model.files.untrusted import Json
-from model.media_spec import AudioSpec
+from model.media_spec import PLACEHOLDERS, AudioSpec
+from model.published.table import part_config
 
 SETTING = "model.audio.path"
 PREFIXES = ("model.encoder.", "encoder.", "", "audio_tower.", "model.audio_tower.")
@@ -55,7 +56,8 @@ def audio_config(config: AudioConfig, cache_dir: str = "") -> Json:
     """Read config.json of the encoder, which Qwen2-Audio nests in the whole model's. Raises `ConfigError` for other encoders."""
     whole = read_json(SETTING, config.path, "config.json", cache_dir)
     check_settings(SETTING, config.path, whole)
-    value = whole.get("audio_config") or whole
+    value = part_config(SETTING, "audio", config.path, cache_dir)
+    value = value.get("audio_config") or value
     if value.get("model_type") not in KINDS:
         raise ConfigError(f"{SETTING} = {config.path!r}: {value.get('model_type')!r} is not {' | '.join(KINDS)}")
     return value
@@ -75,6 +77,8 @@ def audio_spec(config: AudioConfig, projector: AudioProjectorConfig, cache_dir: 
         n_fft=found.get("n_fft", 400),
         hop=found.get("hop_length", 160),
         num_prompts=projector.prompts,
+        placeholder=config.placeholder or PLACEHOLDERS["audio"],
+        drops_odd=KINDS[value["model_type"]].pooled,
     )
     window = spec.window_frames * spec.hop
     check_feature_setting(config.path, "feature_size", found.get("feature_size", spec.num_mels), spec.num_mels)
@@ -155,9 +159,9 @@ class AudioEncoder(Encoder):
 
     def valid_rows(self, lengths: Tensor | None) -> Tensor | None:
         """Return the number of features of each row that come from valid frames, (N,)."""
-        for stride in self.strides:
-            lengths = shortened(lengths, stride)
-        return lengths
+        lengths = shortened(lengths, self.strides[0])
+        # As transformers counts them: a last row without a partner is dropped.
+        return (lengths // 2).clamp(min=1) if self.tower.kind.pooled and lengths is not None else lengths
 
     def forward(self, values: Tensor, lengths: Tensor | None = None) -> Tensor:
         return self.tower(values, lengths, self.full_window)
