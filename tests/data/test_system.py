@@ -20,7 +20,7 @@ FORMATS = [("auto", "qwen"), ("auto", "qwen3"), ("auto", "llama3"), ("chatml", "
 
 
 def made(name: str, tokenizer: str, **options: Any) -> Template:
-    return load_template(name, tiny_tokenizer(tokenizer), placeholders="as_written", media_wrap=(), **options)
+    return load_template(name, tiny_tokenizer(tokenizer), TemplateOptions(**options))
 
 
 def asked(system: str = "") -> Any:
