@@ -93,8 +93,8 @@ HUB = {
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}{% endfor %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
-    "mistral": "{% for message in messages %}{% for content in message['content'] %}{% if message['role'] == 'user' %}"
-    "{{ '[INST] ' + content['text'] + ' [/INST]' }}{% else %}{{ ' ' + content['text'] + '<\\\\s> ' }}{% endif %}{% endfor %}{% endfor %}",
+    "mistral": "{% for message in messages %}{% for content in message['content'] %}{% if message['role'] == 'user' %}{{ '[INST] '"
+    " + content['text'] + ' [/INST]' }}{% else %}{{ ' ' + content['text'] + '<\\\\s> ' }}{% endif %}{% endfor %}{% endfor %}",
 }
 
 
