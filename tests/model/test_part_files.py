@@ -26,7 +26,7 @@ def of(model: torch.nn.Module, part: str) -> dict[str, Any]:
     return {name: rows for name, rows in values(model).items() if name.startswith(f"{part}.")}
 
 
-@pytest.mark.parametrize("tune", ["positions", "full"])
+@pytest.mark.parametrize("tune", ["positions", pytest.param("full", marks=pytest.mark.long)])
 def test_what_a_tower_learned_is_read_on_top_of_its_base(tmp_path: Path, tune: str) -> None:
     config = config_of(save_parts(tmp_path), "lora", tune)
     run = trained(config)
@@ -79,7 +79,7 @@ def test_a_single_matrix_is_read_with_and_without_a_number_in_front(tmp_path: Pa
     }
 
 
-@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize("prefix", [pytest.param("", marks=pytest.mark.long), "model."])
 def test_a_projector_that_peft_saved_whole_is_read_beside_its_adapter(tmp_path: Path, prefix: str) -> None:
     """train-llava's folders: the adapter and, by modules_to_save, the projector."""
     lora = LoraConfig(rank=4, alpha=8, dropout=0.0)
