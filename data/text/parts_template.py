@@ -46,9 +46,10 @@ def named_source(name: str, lead: str, tokenizer: PreTrainedTokenizerFast, token
 def own_source(tokenizer: PreTrainedTokenizerFast, tokens: Mapping[str, str]) -> str:
     """Return the tokenizer's own template, which takes contents that are strings, without today's date."""
     try:
-        return with_parts(tokenizer, freeze_date(tokenizer.get_chat_template()), tokens)
+        source: str = tokenizer.get_chat_template()
     except ValueError:
         raise ConfigError(f"data.template = 'auto': the tokenizer has no chat template; name one: {', '.join(FORMATS)}") from None
+    return source if takes_parts(source) else with_parts(tokenizer, freeze_date(source), tokens)
 
 
 def with_parts(tokenizer: PreTrainedTokenizerFast, source: str, tokens: Mapping[str, str]) -> str:

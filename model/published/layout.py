@@ -104,6 +104,7 @@ class Layout:
     matches: Callable[[Published], bool]
     parts: Mapping[str, PartView]  # by the names of PARTS
     settings: Callable[[Published], Settings]  # beside the paths of the parts; raises ConfigError for what cannot be expressed
+    reference: str = ""  # class of transformers that opens the folder; "" where it has none
     nothing: tuple[str, ...] = ()  # patterns of tensors that carry nothing
     files: Callable[[Published], list[Path]] | None = None  # of the tensors, where they are not a Hugging Face folder's
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from model.published.layout import Given, Layout, Published, Settings
-from model.published.processor_files import image_processor, placeholder_setting
+from model.published.processor_files import pixel_settings, placeholder_setting
 from model.published.transformers_llava import check_gelu, tower_settings
 from model.published.transformers_names import LLM, TOWER, is_class, projector_view
 
@@ -34,7 +34,7 @@ def internvl_settings(source: Published) -> Settings:
 
 def tile_settings(source: Published) -> Settings:
     """Return how pictures are cut; a run may cut them into more or fewer tiles, or see one view of each."""
-    pixels = image_processor(source)
+    pixels = pixel_settings(source)
     if (most := pixels.get("max_patches", 12)) == 1:
         return {"data.image_fit": Given("square", also=("tiles",))}
     return {
@@ -51,5 +51,6 @@ LAYOUTS = (
         is_class("InternVLForConditionalGeneration"),
         {"llm": LLM, "vision": TOWER, "vision_projector": projector_view(*LAYERS)},
         internvl_settings,
+        reference="InternVLForConditionalGeneration",
     ),
 )

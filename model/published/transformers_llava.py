@@ -70,12 +70,12 @@ def next_settings(source: Published) -> Settings:
         **tower_settings(source),
         **mlp_settings(source, newline=True),
         "data.image_fit": Given("anyres"),
-        "data.image_grid": Given(grids(source)),
+        "data.image_grid": Given(grid_names(source)),
         "data.anyres_max": Given(int(limit[1]) if limit else 0),
     }
 
 
-def grids(source: Published) -> list[str]:
+def grid_names(source: Published) -> list[str]:
     """Return data.image_grid: the grids of config.json, which are heights and widths in pixels, as tiles across and down."""
     whole: Any = source.whole
     side, found = whole.vision_config.image_size, []
@@ -94,17 +94,20 @@ LAYOUTS = (
         is_class("LlavaForConditionalGeneration"),
         {"llm": LLM, "vision": TOWER, "vision_projector": projector_view(*MLP)},
         llava_settings,
+        reference="LlavaForConditionalGeneration",
     ),
     Layout(
         "LLaVA-NeXT (transformers)",
         is_class("LlavaNextForConditionalGeneration"),
         {"llm": LLM, "vision": TOWER, "vision_projector": projector_view(*MLP, newline=True)},
         next_settings,
+        reference="LlavaNextForConditionalGeneration",
     ),
     Layout(
         "LLaVA-OneVision (transformers)",
         is_class("LlavaOnevisionForConditionalGeneration"),
         {"llm": LLM, "vision": TOWER, "vision_projector": projector_view(*MLP, newline=True)},
         next_settings,
+        reference="LlavaOnevisionForConditionalGeneration",
     ),
 )

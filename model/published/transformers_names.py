@@ -21,7 +21,7 @@ ENCODER_NAMES = ((r"(model\.)?audio_tower\.", ""),)
 NEWLINE = (r"(model\.)?(?=image_newline$)", "")
 
 
-def text_config(source: Published) -> Json:
+def llm_part(source: Published) -> Json:
     """Return config.json of the language model. Whether its head is tied is what transformers' class of the whole model says."""
     found = _nested(source, "text_config") | {"tie_word_embeddings": bool(getattr(source.whole, "tie_word_embeddings", False))}
     if "quantization_config" in source.config:
@@ -29,12 +29,12 @@ def text_config(source: Published) -> Json:
     return found
 
 
-def vision_config(source: Published) -> Json:
+def tower_part(source: Published) -> Json:
     """Return config.json of the vision tower."""
     return _nested(source, "vision_config")
 
 
-def audio_config(source: Published) -> Json:
+def encoder_part(source: Published) -> Json:
     """Return config.json of the audio encoder."""
     return _nested(source, "audio_config")
 
@@ -50,9 +50,9 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, bool | int | float | str | list | dict)
 
 
-LLM = PartView(LLM_NAMES, text_config)
-TOWER = PartView(TOWER_NAMES, vision_config)
-ENCODER = PartView(ENCODER_NAMES, audio_config)
+LLM = PartView(LLM_NAMES, llm_part)
+TOWER = PartView(TOWER_NAMES, tower_part)
+ENCODER = PartView(ENCODER_NAMES, encoder_part)
 
 
 def projector_view(*layers: tuple[str, str], newline: bool = False) -> PartView:
