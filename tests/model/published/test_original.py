@@ -20,7 +20,7 @@ from model.errors import ConfigError
 from model.load import load_model
 from model.multimodal import MultimodalLM
 from tests.support.finals import Run, one_process, save_final
-from tests.support.layouts.original import Original, first_stage, internvl, llava, llava_next, lora, onevision, save_adapter
+from tests.support.published.original import Original, first_stage, internvl, llava, llava_next, lora, onevision, save_adapter
 from tests.support.runs import merged
 from tests.support.tiny import save_tower
 from tests.support.tiny_data import talk
