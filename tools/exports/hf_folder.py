@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from data.anyres import grids
 
+from data.media.tiling import grids
 from data.processor import Processor, load_processor
 from data.text.tokenizer import pad_id, save_tokenizer
 from model.card import ModelCard
