@@ -225,7 +225,7 @@ def test_what_contradicts_the_model_is_an_error_and_what_is_free_is_not(tmp_path
             folder, tmp_path, model={"vision": {"layer": -1}, "vision_projector": {"kind": "linear"}}, data={"image_fit": "square"}
         )
     said = str(error.value)
-    for key in ("model.vision.layer = -1", "model.vision_projector.kind = 'linear'", "data.image_fit = 'square'"):
+    for key in ("model.vision.layer = -1", 'model.vision_projector.kind = "linear"', 'data.image_fit = "square"'):
         assert f"{key}, but" in said
     config = run_from(folder, tmp_path, data={"template": "llama2"}, model={"llm": {"tune": "full"}})
     assert (config.data.template, config.data.system, config.model.llm.tune) == ("llama2", "", "full")
