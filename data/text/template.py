@@ -12,7 +12,7 @@ from data.records.placeholders import wrapped_pattern
 from data.records.record import Record, RecordError, Turn
 from data.text.abilities import Abilities, Message, find_abilities, probe_call
 from data.text.chat_formats import FORMATS, with_system_text
-from data.text.control_tokens import check_single, lead_token, special_ids, thought_tags, unknown_only_id
+from data.text.control_tokens import lead_token, needed_tokens, special_ids, thought_tags, unknown_only_id
 from data.text.encoded import Encoded, Row, check_row, round_ends
 from data.text.marks import tags_of
 from data.text.messages import Wording, media_kinds, write_messages
@@ -200,7 +200,7 @@ def load_template(
     tokenizer lacks what the template or the states need.
     """
     media_wrap, allowed, state_tokens, tokens = options.media_wrap, options.allowed, options.state_tokens, options.tokens
-    needs = _needed_tokens(name, tokenizer)
+    needs = needed_tokens(name, tokenizer)
     check_state_tokens(tokenizer, state_tokens)
     lead = lead_token(tokenizer) if name in FORMATS else ""
     source = with_system_text(named_source(name, lead, tokenizer, tokens), options.system)
@@ -229,16 +229,6 @@ def load_template(
         abilities=find_abilities(lambda messages: apply(tokenizer, source, messages)),
     )
     return _with_ends(template)
-
-
-def _needed_tokens(name: str, tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
-    """Return the texts that must be single tokens for template `name`. Raises `ConfigError` for those that are not."""
-    if name != "auto" and name not in FORMATS:
-        raise ConfigError(f"data.template = {name!r} is not known; allowed: auto, {', '.join(FORMATS)}")
-    if not tokenizer.is_fast:
-        raise ConfigError(f"data.template: {type(tokenizer).__name__} gives no offsets; a folder with tokenizer.json is needed")
-    check_single(name, tokenizer, needs := FORMATS[name].needs if name in FORMATS else ())
-    return needs
 
 
 def _with_ends(template: Template) -> Template:
