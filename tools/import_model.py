@@ -27,7 +27,7 @@ from model.files.proof import proof_entry
 from model.files.tensor_files import Entry, dump_json, in_memory
 from model.load import check_loadable
 from model.multimodal import MultimodalLM
-from model.published.table import find_layout
+from model.published.table import find_layout, part_config
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
 from tools.cli import command_parser, run_command
@@ -43,6 +43,8 @@ from trainer.runfile.published import is_published, resolve_published
 from trainer.runfile.toml_files import to_toml
 
 SETTING = "SOURCE"
+MAX_LENGTH = 4096
+"""data.max_length of the run file: several thousand tokens for a picture in tiles and a conversation about it."""
 
 
 def import_model(source: str, out: Path, *, link: bool = False, cache_dir: str = "") -> None:
@@ -128,7 +130,8 @@ def run_file(source: str, cache_dir: str) -> dict[str, Any]:
     model: dict[str, Any] = {"init_from": source, "llm": {"tune": "lora"}}
     if cache_dir:
         model["cache_dir"] = cache_dir
-    tables: dict[str, Any] = {"output_dir": "run", "model": model, "data": {"max_length": 4096}}
+    positions = part_config(SETTING, "llm", source, cache_dir).get("max_position_embeddings", MAX_LENGTH)
+    tables: dict[str, Any] = {"output_dir": "run", "model": model, "data": {"max_length": min(positions, MAX_LENGTH)}}
     resolved, _ = resolve_published(tables)
     resolved["data"]["sources"] = [{"path": "train.json"}]
     return resolved
