@@ -27,11 +27,12 @@ from trainer.step import StepOptions, train_step
 from trainer.validate import validate
 
 FAILURE_GRACE_SECONDS = 5.0
-"""Seconds that a save under way gets when a run ends by an error of its own, or by that of another rank."""
+"""Seconds that a save under way gets when a run ends by an internal error, or by that of another rank."""
 
 
 class Loop:
-    """One run, or stage of one, from its `first_step` to its last. Nothing between two due dates waits for the device.
+    """One run, or stage of one, from its `first_step` to its last. Between logging, validation and saves no step waits for the
+    device, unless an epoch begins or a step had bad numbers.
 
     Steps are the stage's own: its order, schedule and seeds are those of a run by itself. What the whole run keeps, checkpoints and
     metrics, counts the steps of earlier stages too.
@@ -121,14 +122,14 @@ class Loop:
         self.checkpointer.check()
         self.health.add(step, batches, result)
         self.meter.add(batches, result, wait)
-        self.books.sample_log.done(step + 1)
+        self.books.sample_log.mark_completed(step + 1)
 
     def _observe(self, values: list[float] | None) -> None:
-        """Act on the numbers of the step before this one: the same on every rank, and no wait for the device."""
+        """Act on the numbers of an earlier step, the same on every rank. Collective where a step had bad numbers."""
         if values is not None:
-            notes, own = split_scalars(values, len(REQUEST_NAMES) + 1)
-            self.requests.observe(notes[:-1])
-            self.health.observe(notes[-1], *own)
+            shared, own = split_scalars(values, len(REQUEST_NAMES) + 1)
+            self.requests.observe(shared[:-1])
+            self.health.observe(shared[-1], *own)
 
     def _drain(self) -> None:
         """Read the numbers of this step at once: nothing is saved before they were looked at. Collective, host sync."""
@@ -136,36 +137,36 @@ class Loop:
         self.health.drain()
 
     def _finish_step(self, done: int, bar: tqdm) -> None:
-        """Log, validate, save and stop where `done` completed steps make it due, in this order on every rank."""
+        """Log, validate, save and stop where `done` completed steps or a request make it due, in this order on every rank."""
         config, last = self.prepared.config, done == self.prepared.total_steps
-        saves = self.requests.consume(SAVE) or STOP in self.requests.agreed or last or done % config.checkpoint.every == 0
-        if saves:
+        should_save = self.requests.consume(SAVE) or STOP in self.requests.agreed or last or done % config.checkpoint.every == 0
+        if should_save:
             self._drain()
-            self.requests.consume(SAVE)  # asked for in this very step: this is it
+            self.requests.consume(SAVE)  # a request that was agreed on while draining is served by this save
         if last:
-            self._check_learned(done)
+            self._check_trained(done)
         reason = self.requests.reason(STOP)
-        stops = not last and self.requests.consume(STOP)  # what is over need not be stopped; between stages it is asked again
-        evaluates = self._evaluates(done, last, stops)
+        should_stop = not last and self.requests.consume(STOP)  # a finished stage needs no stop: `train` asks between stages
+        should_validate = self._should_validate(done, last, should_stop)
         self.tracker.begin("log", self.stage.first_step + done)
         if last or done == 1 or done % config.log.every == 0:
             self._log(done, bar)
         started = time.perf_counter()
-        if evaluates:
+        if should_validate:
             self.tracker.mark("validation")
             self.log.write(self.stage.first_step + done, validate(self.prepared, self.books.quarantine, done, self.tracker))
             self.books.quarantine.check()
-        if saves:
+        if should_save:
             self.tracker.mark("save")
             self.books.flush(done)
             self._save(done)
-        self.meter.since += time.perf_counter() - started  # tokens per second are those of training
-        if stops:
+        self.meter.started_at += time.perf_counter() - started  # tokens per second are those of training
+        if should_stop:
             self.checkpointer.wait()
             name = f"checkpoint-{self.stage.first_step + done}"
             raise StopRequested(f"stopped on request ({reason}); {name} is written, and the same command goes on from there")
 
-    def _check_learned(self, done: int) -> None:
+    def _check_trained(self, done: int) -> None:
         """Check that something was learned, before the last step is saved: a start after this one must come to the same end.
 
         Collective, host sync.
@@ -174,11 +175,11 @@ class Loop:
         self.books.flush(done)
         self.books.check_used()
 
-    def _evaluates(self, done: int, last: bool, stops: bool) -> bool:
+    def _should_validate(self, done: int, last: bool, should_stop: bool) -> bool:
         asked, there = self.requests.consume(EVALUATE), self.prepared.data.validation is not None
         if asked and not there and self.prepared.world.is_main:
             tqdm.write("EVAL was asked for, and the run has no [[data.validation]]")
-        return there and (asked or ((last or done % self.prepared.config.validation.every == 0) and not stops))
+        return there and (asked or ((last or done % self.prepared.config.validation.every == 0) and not should_stop))
 
     def _log(self, done: int, bar: tqdm) -> None:
         self.books.flush(done)
@@ -193,17 +194,17 @@ class Loop:
 
     def _save(self, done: int) -> None:
         prepared, first_step = self.prepared, self.stage.first_step
-        # Before the checkpoint: after the last one a start has nothing left to do, and would never write them.
-        before = self.log.trainer_state(first_step + done, first_step + prepared.total_steps) | self.books.ledger()
+        # Written before the checkpoint: a start after the last one has nothing left to do and would never write them.
+        run_files = self.log.trainer_state(first_step + done, first_step + prepared.total_steps) | self.books.ledger()
         self.checkpointer.save(
             first_step + done,
             self.trained,
             self._state(),
             prepared.data.card,
             prepared.data.processor,
-            before,
+            run_files,
         )
 
     def _state(self) -> CheckpointState:
-        """Return what a checkpoint holds beside tensors. Collective, host sync."""
+        """Return the state of the loop that a checkpoint holds. Collective, host sync."""
         return {**run_state(self.stage, self.lengths), "meter": {**self.meter.state(), "health": self.health.state()}}

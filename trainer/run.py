@@ -1,4 +1,4 @@
-"""The table of contents of a run: data, model, resume, plan, loop, final, in this order, each proven before the next."""
+"""The order of a run: resume point, data, model, printed plan, loop, final. Each part is checked before the next begins."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from trainer.state import CheckpointState
 
 def train(root: RunConfig, world: World, status: exit_report.RunStatus) -> None:
     """Train every stage that is left of a run, one after the other; most runs are one stage. Collective."""
-    check_limit(root.data)  # before a file that cannot be opened is taken for one that is not there
+    check_limit(root.data)  # first: too few file handles would otherwise look like a missing file
     make_deterministic(root)
-    checkpoint, damaged = find_resume_point(root, world)
+    checkpoint, notes = find_resume_point(root, world)
     stages = [replace(stage, config=resolve_config(stage.config, world)) for stage in list_stages(root)]
     check_stages(stages)
     for line in (*describe_stages(stages), *signals.launcher_lines(root.faults.grace_seconds)):
@@ -50,12 +50,12 @@ def train(root: RunConfig, world: World, status: exit_report.RunStatus) -> None:
         say(world, line)
     first_step = stages[0].first_step
     for stage in stages:
-        start = ResumePoint(checkpoint, state, damaged)
-        first_step = train_stage(replace(stage, first_step=first_step), start, world, status)
+        resume_point = ResumePoint(checkpoint, state, notes)
+        first_step = train_stage(replace(stage, first_step=first_step), resume_point, world, status)
         status.requests.accepting = False
         if not stage.is_last and status.requests.consume_between_stages(STOP, world):
             raise errors.StopRequested(f"stopped on request after {stage}, whose final/ is written; the same command goes on")
-        checkpoint, state, damaged = None, None, []
+        checkpoint, state, notes = None, None, []
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class ResumePoint:
 
     checkpoint: Path | None
     state: CheckpointState | None  # of the checkpoint; None when the stage begins at its first step
-    damaged: list[str]  # lines about checkpoints that were moved aside
+    notes: list[str]  # lines about checkpoints that were moved aside or removed
 
 
 def train_stage(stage: Stage, start: ResumePoint, world: World, status: exit_report.RunStatus) -> int:
@@ -103,9 +103,9 @@ def train_stage(stage: Stage, start: ResumePoint, world: World, status: exit_rep
         restore(checkpoint, prepared.trained, state["optimizer_steps"], tracker.report_progress)
     if world.is_main:
         if start.checkpoint and config.checkpoint.resume not in ("auto", "none"):
-            start.damaged.extend(set_aside(stage.run_folder, step_of(start.checkpoint)))
+            start.notes.extend(set_aside(stage.run_folder, step_of(start.checkpoint)))
         replace_text(Path(config.output_dir, "run.toml"), to_toml(to_tables(stage.root)))
-        print(describe_run(prepared, certificates, checkpoint, start.damaged), flush=True)
+        print(describe_run(prepared, certificates, checkpoint, start.notes), flush=True)
     if prepared.trained and first_step < prepared.total_steps:
         tracker.begin("heaviest", stage.first_step + first_step)
         say(world, rehearse(prepared, first_step))
@@ -120,7 +120,7 @@ def finish(prepared: PreparedRun, first_step: int, world: World) -> int:
     step = stage.first_step + max(first_step, prepared.total_steps)
     finished = first_step > 0 and first_step >= prepared.total_steps and final_step(stage.folder) == step
     if world.broadcast_json(finished):
-        say(world, f"nothing left to do: {stage.folder / 'final'} holds step {step}, the run asks for {prepared.total_steps}")
+        say(world, f"nothing left to do: {stage.folder / 'final'} holds step {step} already")
     else:
         final = FinalRun(prepared.data.card, prepared.data.processor, stage.folder, step)
         target = write_final(prepared.model, final, world, alone=bool(stage.name))

@@ -26,7 +26,7 @@ class StepResult:
     grad_norm: Tensor  # () over all ranks, before clipping
     skipped: Tensor  # () 1.0 where the update was skipped because the norm is not finite
     ratios: list[dict[str, Tensor]]  # what other terms report, (2,) sum and count by name, per micro-batch
-    losses: Tensor  # (micro-batches,) this rank's share of the loss
+    losses: Tensor  # (micro-batches,) this rank's part of the loss
     norms: Tensor  # (parameters,) of this rank's gradients, in the order of the optimizer's groups: which one was not finite
     extra_sums: Tensor  # (len(extra),) sums of `extra` over all ranks
 
@@ -49,14 +49,14 @@ def train_step(
     world: World,
     options: StepOptions,
 ) -> StepResult:
-    """Update the parameters on the sum of all terms, each the mean over what the term counts in the global batch. No host sync.
+    """Update the parameters on the weighted sum of all terms, each a mean over what it counts in the global batch. No host sync.
 
-    A term has one denominator, its count over all micro-batches and ranks: each micro-batch adds its sum divided by it, and
-    gradients are summed over ranks, so the result does not depend on how the samples were distributed.
+    A term has one divisor, its count over all micro-batches and ranks divided by its coefficient: each micro-batch adds its sum
+    divided by it, and gradients are summed over ranks, so the result does not depend on how the samples were distributed.
     """
     mark = options.mark
     mark("count")
-    shares, extra_sums = loss_divisors(wrapped, batches, world, options.extra)
+    divisors, extra_sums = loss_divisors(wrapped, batches, world, options.extra)
     addends: list[Tensor] = []
     ratios: list[dict[str, Tensor]] = []
     losses: list[Tensor] = []
@@ -66,16 +66,16 @@ def train_step(
         with gradient_sync(wrapped, last=i == len(batches) - 1):
             mark("forward")
             terms: dict[str, Term] = wrapped(batch)
-            # One backward on the sum: a sharded block must not be reached by a router's term before that of the text.
-            loss = total_loss(terms, shares)
+            # One backward on the sum of all terms: FSDP2 gathers and frees a block's weights once per backward.
+            loss = total_loss(terms, divisors)
             mark("backward")
-            # A loss that is not finite may have finite gradients; times NaN they are not, and every rank skips the update.
+            # A non-finite loss may have finite gradients. Times NaN they are not finite either, and every rank skips the update.
             loss.backward(1 + 0 * loss.detach())
         addends.append(terms["text"].addends)
         ratios.append(ratios_of(terms))
         losses.append(loss.detach())
     mark("update")
-    norm, norms = gradient_norm(p for group in optimizer.param_groups for p in group["params"])  # collective
+    norm, norms = gradient_norm(p for group in optimizer.param_groups for p in group["params"])  # collective if sharded
     skipped = clipped_update(optimizer, norm, options.clip_norm)
     return StepResult(addends, norm, skipped, ratios, torch.stack(losses), norms, extra_sums)
 
@@ -97,9 +97,9 @@ def loss_divisors(
     return {name: count / factor for (name, factor), count in zip(model.coefficients().items(), counts.unbind())}, extra_sums
 
 
-def total_loss(terms: dict[str, Term], shares: dict[str, Tensor]) -> Tensor:
+def total_loss(terms: dict[str, Term], divisors: dict[str, Tensor]) -> Tensor:
     """Return () this micro-batch's part of the loss of the step."""
-    return torch.stack([term.sum / shares[name] for name, term in terms.items()]).sum()
+    return torch.stack([term.sum / divisors[name] for name, term in terms.items()]).sum()
 
 
 def ratios_of(terms: dict[str, Term]) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ Train = Callable[[RunConfig, World, RunStatus], None]
 
 
 def run_supervised(train: Train, config: RunConfig, world: World | None = None) -> int:
-    """Call `train` as `config` says and return the exit code. Errors are reported in one line, and in exit.json."""
+    """Call `train` as `config` says and return the exit code. An error is reported by one rank, and in exit.json."""
     rank, folder, status = int(os.environ.get("RANK", "0")), Path(config.output_dir), RunStatus()
     lock: FolderLock | None = None
     raise_limit()

@@ -142,11 +142,11 @@ def _read(path: Path) -> Found:
     return replace(found, files=found.missing)  # frees the others before the next part is read
 
 
-_Alive = Callable[[str], object]
+_OnProgress = Callable[[str], object]
 
 
 def _work(
-    parts: Sequence[Part], work: Callable[[Part, _Alive], bool], workers: int, on_progress: _Alive
+    parts: Sequence[Part], work: Callable[[Part, _OnProgress], bool], workers: int, on_progress: _OnProgress
 ) -> Iterator[tuple[int, bool]]:
     """Run work(part, alive) for all parts; yield (place of the part, result) as they are done, in any order."""
     workers = min(workers, len(parts) // 2)  # a process is not worth starting for less
@@ -187,7 +187,7 @@ def _work(
             process.join()
 
 
-def _sender(pipe: Connection) -> _Alive:
+def _sender(pipe: Connection) -> _OnProgress:
     """Return a function that sends this process's position to its parent, once a second at most."""
     last_sent = 0.0
 
@@ -200,7 +200,7 @@ def _sender(pipe: Connection) -> _Alive:
     return send
 
 
-def _answers(pipes: list[Connection], on_progress: _Alive) -> Iterator[tuple[int, bool]]:
+def _answers(pipes: list[Connection], on_progress: _OnProgress) -> Iterator[tuple[int, bool]]:
     """Yield the results that workers send, until all are done; pass their positions on to `on_progress`."""
     working = list(pipes)
     while working:

@@ -104,7 +104,7 @@ class HangDetector:
         return None
 
     def _silent(self, now: float) -> Finding | None:
-        """Return a rank without a new heartbeat for too long: `stall_seconds`, or NO_WORD_SECONDS after a collective broke."""
+        """Return a rank without a new heartbeat for too long: `stall_seconds`, SILENCE_SECONDS after a collective broke."""
         broken = self.broken or any(seen.beat.get("broken") for seen in self.seen.values())
         limit = min(self.stall_seconds, SILENCE_SECONDS) if broken else self.stall_seconds
         silent = {rank: now - seen.renewed for rank, seen in self._running().items() if now - seen.renewed >= limit}

@@ -221,5 +221,5 @@ def scalars_to_read(result: StepResult) -> Tensor:
 
 
 def split_scalars(values: Sequence[float], num_notes: int) -> tuple[list[float], list[float]]:
-    """Split the values of `hearable` into the `num_notes` notes and the rest."""
+    """Split the values of `scalars_to_read` into the `num_notes` notes and the rest."""
     return list(values[:num_notes]), list(values[num_notes:])
