@@ -12,7 +12,7 @@ from model.config import VisionProjectorConfig
 from model.errors import ConfigError
 from model.media_spec import ImageSpec
 from model.projector import POINTWISE, build_projector, is_pointwise
-from model.vision.grid_projector import SHRINK, ConvMlp, PixelShuffleMlp, PoolMlp
+from model.vision.grid_projector import SHRINK, ConvMlp, PixelShuffleMlp, PoolMlp, ShuffledMlp
 from model.vision.resampler import QUERIES, Resampler
 
 SETTING = "model.vision_projector"
@@ -22,6 +22,7 @@ GRID_KINDS: dict[str, Callable[[int, int], nn.Module]] = {
     "pixel_shuffle_mlp": PixelShuffleMlp,
     "pool_mlp": PoolMlp,
     "conv_mlp": ConvMlp,
+    "vita_mlp": ShuffledMlp,
 }
 """Kinds that make one token of a square of patches."""
 
