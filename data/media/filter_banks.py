@@ -1,7 +1,7 @@
 """Kaldi's log-mel filter banks, by which VITA's sound encoder hears: equal to torchaudio's `compliance.kaldi.fbank`.
 
-Samples have the scale of 16 bits. A frame is a window of `n_fft` samples that lies wholly inside the clip, so nothing is padded. Its
-mean is subtracted, high frequencies are raised, and Povey's window is applied before the transform of the next power of two.
+Samples have the scale of 16 bits. A frame is a window of `n_fft` samples that lies wholly inside the clip, so nothing is padded.
+Its mean is subtracted, high frequencies are raised, and Povey's window is applied before the transform of the next power of two.
 Dither is drawn from one seed for every clip: a clip always has the same features, and the same as from torchaudio after
 `torch.manual_seed(0)`.
 """
