@@ -27,7 +27,7 @@ from data.text.tokenizer import check_fingerprint, load_tokenizer, pad_id, save_
 from model.batch import Batch
 from model.errors import ConfigError
 from model.files.untrusted import load_json
-from model.media_spec import MediaSpec, spec_from_json, spec_to_json
+from model.media_spec import MediaSpec, placeholder_tokens, spec_from_json, spec_to_json
 
 FILE = "processor.json"
 _VERSION = 2
@@ -166,6 +166,7 @@ def load_processor(folder: str | Path) -> Processor:
         media_wrap=media_wrap,
         allowed=allowed,
         state_tokens=config.state_tokens,
+        tokens=placeholder_tokens(specs),
     )
     # What is stored has its date frozen already; loading may freeze it once more, which changes the text but not what it renders.
     if template.source not in (jinja, freeze_date(jinja)) or template.stop_ids != stop_ids:

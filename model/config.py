@@ -30,6 +30,7 @@ class VisionConfig:
     layer: int = -2
     select: Literal["patch", "cls_patch"] = "patch"
     image_size: int = 0  # 0 = the tower's own; otherwise its position embeddings are resized
+    placeholder: str = ""  # token whose positions take features; "" = <image>
     scales: tuple[int, ...] = ()  # S2: further square sizes, features concatenated on channels
     lr: float = 0.0
 
@@ -50,6 +51,7 @@ class AudioConfig:
 
     path: str
     tune: Literal["frozen", "lora", "full"] = "frozen"
+    placeholder: str = ""  # token whose positions take features; "" = <audio>
     window: Literal["full", "clip"] = "full"  # full: every clip padded to the encoder's window | clip: the clip's own frames only
     lr: float = 0.0
 

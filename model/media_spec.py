@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,10 @@ PLACEHOLDERS = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
 
 READ_BY = {"image": "image", "video": "image", "audio": "audio"}
 """Modality whose encoder reads a kind of medium: frames of a video are rows of pictures, and `<video>` is not a token."""
+
+
+DEFAULT_TOKENS = {modality: PLACEHOLDERS[modality] for modality in sorted(set(READ_BY.values()))}
+"""Token whose positions take the features of a modality, where a model has none of its own."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class ImageSpec:
     shrink: int = 1  # the projector makes one token of shrink x shrink patches
     queries: int = 0  # tokens the projector makes of each view, whatever its size; 0: as many as patches
     newline: bool = False  # the projector has a line break: after each line of tiles, or after a picture or video without tiles
+    placeholder: str = PLACEHOLDERS["image"]  # token whose positions take features
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class AudioSpec:
     hop: int = 160  # samples per frame
     num_prompts: int = 0  # learned rows before every clip
     num_states: int = 0  # classes of the user's state after a clip; 0: no state head
+    placeholder: str = PLACEHOLDERS["audio"]  # token whose positions take features
     features: str = "whisper"  # whisper: log10 of the mel power, scaled to the clip's maximum | kaldi: Kaldi's filter banks
     kernels: tuple[int, ...] = ()  # rows that each of these layers needs for one, where it pads nothing; () = 1 for each
     num_early: int = 1  # the first strides, which stand before the encoder's blocks
@@ -70,6 +77,11 @@ def image_spec(specs: dict[str, MediaSpec]) -> ImageSpec:
     if not isinstance(spec, ImageSpec):
         raise TypeError(f"the image spec is {type(spec).__name__}")
     return spec
+
+
+def placeholder_tokens(specs: Mapping[str, MediaSpec]) -> dict[str, str]:
+    """Return the token of each modality whose positions take its features; the usual one of a modality that the model lacks."""
+    return DEFAULT_TOKENS | {modality: spec.placeholder for modality, spec in specs.items()}
 
 
 def spec_from_json(value: dict[str, Any]) -> MediaSpec:

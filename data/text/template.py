@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerFast
@@ -16,13 +16,14 @@ from data.text.control_tokens import check_single, lead_token, special_ids, thou
 from data.text.encoded import Encoded, Row, check_row, round_ends
 from data.text.marks import tags_of
 from data.text.messages import Wording, media_kinds, write_messages
+from data.text.parts_template import content_tokens, takes_parts, with_parts
 from data.text.render import Renderer, RenderError, Rendering, apply
 from data.text.rounds import TooLongError, first_rounds, round_starts, rounds_that_may_fit, shortened_turn
 from data.text.state_tokens import STATE_TOKENS, check_state_tokens
 from data.text.tokens import Tokens, supervise, tokenize
 from data.text.turn_ends import check_cut, closing_id, last_id
 from model.errors import ConfigError
-from model.media_spec import PLACEHOLDERS, READ_BY
+from model.media_spec import DEFAULT_TOKENS, PLACEHOLDERS
 
 _NOTHING = re.compile("(?!)")
 
@@ -41,6 +42,7 @@ class Template:
     written: re.Pattern[str]  # control tokens that a content may not use, or, as group "ours", wrapped placeholders
     control_ids: frozenset[int]
     placeholder_ids: dict[str, int]  # by modality
+    tokens: dict[str, str]  # what stands for a medium in the contents that the template gets, by modality
     stop_ids: tuple[int, ...] = ()  # ids that end an assistant's turn
     allowed: tuple[str, ...] = ()  # control tokens that contents may use
     state_tokens: str = "none"  # none | glyphs | digits
@@ -95,7 +97,9 @@ class Template:
     def messages(self, record: Record) -> list[Message]:
         """Return the turns in the form that the template reads. Raises `RecordError` for what it does not write."""
         only = self.name in FORMATS and FORMATS[self.name].placeholders_only
-        messages = write_messages(record, Wording(self.name, self.placeholders, self.media_wrap, self.state_tokens, only))
+        messages = write_messages(
+            record, Wording(self.name, self.placeholders, self.media_wrap, self.state_tokens, self.tokens, only)
+        )
         if key := next((key for message in messages if (key := self.abilities.lacking(message))), ""):
             what = "turns of tools" if key == "tool" else "them"
             reason = f"the chat template does not render {what}; remove them or take another template"
@@ -180,11 +184,13 @@ def load_template(
     allowed: Sequence[str] = (),
     state_tokens: str = "none",
     unread: frozenset[int] = frozenset(),
+    tokens: Mapping[str, str] = DEFAULT_TOKENS,
 ) -> Template:
     """Load template `name` for `tokenizer`, and try it on a short conversation.
 
     `allowed` are control tokens that contents may use, as configured new tokens; tokens that the template or the tokenizer itself
-    needs stay text all the same. No record may hold an id of `unread`. Raises `ConfigError` if the tokenizer lacks what the
+    needs stay text all the same. No record may hold an id of `unread`. `tokens`: the token of each modality whose positions take
+    features. Raises `ConfigError` if the tokenizer lacks what the
     template or the states need.
     """
     if name != "auto" and name not in FORMATS:
@@ -196,8 +202,13 @@ def load_template(
     check_state_tokens(tokenizer, state_tokens)
     states = STATE_TOKENS[state_tokens].values()
     lead = lead_token(tokenizer) if name in FORMATS else ""
-    source = ("{{ bos_token }}" if lead else "") + FORMATS[name].source if name in FORMATS else _own_source(tokenizer)
-    free = {*PLACEHOLDERS.values(), *allowed, *states, *thought_tags(source)}
+    source = ("{{ bos_token }}" if lead else "") + FORMATS[name].source if name in FORMATS else _own_source(tokenizer, tokens)
+    written = content_tokens(source, tokens)
+    if media_wrap and takes_parts(source):
+        raise ConfigError(
+            f"data.media_wrap = {list(media_wrap)}: the tokenizer's chat template writes placeholders itself: remove it"
+        )
+    free = {*PLACEHOLDERS.values(), *written.values(), *allowed, *states, *thought_tags(source)}
     special = special_ids(tokenizer, free - {*needs, *tokenizer.special_tokens_map.values()})
     control = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)"
     known = tokenizer.get_vocab()
@@ -209,9 +220,10 @@ def load_template(
         media_wrap=tuple(media_wrap),
         lead=lead,
         ends=re.compile(re.escape(FORMATS[name].end) if name in FORMATS else control),
-        written=re.compile(f"(?P<ours>{wrapped_pattern(media_wrap)})|{control}"),
+        written=re.compile(f"(?P<ours>{wrapped_pattern(written, media_wrap)})|{control}"),
         control_ids=frozenset(special.values()) - unknown_only_id(tokenizer),
-        placeholder_ids={m: known[PLACEHOLDERS[m]] for m in sorted(set(READ_BY.values())) if PLACEHOLDERS[m] in known},
+        placeholder_ids={modality: known[token] for modality, token in sorted(tokens.items()) if token in known},
+        tokens=written,
         allowed=tuple(allowed),
         state_tokens=state_tokens,
         unread=unread,
@@ -221,9 +233,10 @@ def load_template(
     return _with_ends(template)
 
 
-def _own_source(tokenizer: PreTrainedTokenizerFast) -> str:
+def _own_source(tokenizer: PreTrainedTokenizerFast, tokens: Mapping[str, str]) -> str:
+    """Return the tokenizer's own template, which takes contents that are strings, without today's date."""
     try:
-        return freeze_date(tokenizer.get_chat_template())
+        return with_parts(tokenizer, freeze_date(tokenizer.get_chat_template()), tokens)
     except ValueError:
         raise ConfigError(f"data.template = 'auto': the tokenizer has no chat template; name one: {', '.join(FORMATS)}") from None
 

@@ -16,7 +16,8 @@ from model.config import AudioConfig, AudioProjectorConfig
 from model.errors import ConfigError
 from model.files.hub import read_json
 from model.files.quantised_base import check_settings
-from model.media_spec import AudioSpec
+from model.media_spec import PLACEHOLDERS, AudioSpec
+from model.published.table import part_config
 
 PREFIXES = ("model.encoder.", "encoder.", "", "audio_tower.", "model.audio_tower.")
 """Prefixes of the encoder's tensor names in files of: all of Whisper, Whisper without its head, the encoder alone, Qwen2-Audio."""
@@ -51,7 +52,8 @@ def audio_config(config: AudioConfig, cache_dir: str = "") -> Json:
     """Read config.json of the encoder, which Qwen2-Audio nests in the whole model's. Raises `ConfigError` for other encoders."""
     whole = read_json(SETTING, config.path, "config.json", cache_dir)
     check_settings(SETTING, config.path, whole)
-    value = whole.get("audio_config") or whole
+    value = part_config(SETTING, "audio", config.path, cache_dir)
+    value = value.get("audio_config") or value
     if value.get("model_type") not in KINDS:
         raise ConfigError(f"{SETTING} = {config.path!r}: {value.get('model_type')!r} is not {' | '.join(KINDS)}")
     return value
@@ -67,6 +69,7 @@ def audio_spec(config: AudioConfig, projector: AudioProjectorConfig, cache_dir: 
         full_window=spec.full_window and config.window == "full",
         kernels=(*kind.kernels, *(1 for _ in behind)) if kind.kernels else (),
         num_prompts=projector.prompts,
+        placeholder=config.placeholder or PLACEHOLDERS["audio"],
     )
 
 

@@ -12,9 +12,10 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelF
 
 from model.config import OUR_ATTENTION, LlmConfig
 from model.errors import ConfigError
-from model.files.hub import hugging_face_config, read_json
+from model.files.hub import hugging_face_config
 from model.llm import attention
 from model.logit_scaling import logit_change
+from model.published.table import part_config
 
 log = logging.getLogger(__name__)
 CAPPED_ATTENTION = (*OUR_ATTENTION, "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -41,8 +42,11 @@ class VocabularyLayout:
 
 
 def llm_config(config: LlmConfig, cache_dir: str = "") -> dict[str, Any]:
-    """Read config.json of the language model. Raises `ConfigError` when the folder is known to hold another kind of model."""
-    value = read_json("model.llm.path", config.path, "config.json", cache_dir)
+    """Read config.json of the language model, its own inside a published model's.
+
+    Raises `ConfigError` when the folder is known to hold another kind of model.
+    """
+    value = part_config("model.llm.path", "llm", config.path, cache_dir)
     check_language_model(config.path, value)
     return value
 

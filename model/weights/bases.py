@@ -11,13 +11,14 @@ from torch import nn
 from model.audio import encoder as audio
 from model.card import ModelCard
 from model.errors import ConfigError
-from model.files.hub import folder_tensors, hugging_face_config, read_json, weight_files
+from model.files.hub import hugging_face_config, read_json, weight_files
 from model.files.quantised_base import check_dequantizable, check_plain, dequantised_fp8, quantisation
 from model.files.tensor_files import Tensors, sampled_digest
 from model.llm.experts import fuse_experts
 from model.llm.new_tokens import is_new_rows
 from model.lora import is_adapter
 from model.multimodal import MultimodalLM
+from model.published.table import part_config, part_tensors
 from model.vision import tower as vision
 from model.vision.position_embeddings import resize_positions
 from model.vision.tower import VisionTower
@@ -48,21 +49,24 @@ def base_layers(card: ModelCard, model: MultimodalLM) -> list[Layer]:
 
 
 def base_tensors(part: str, path: str, cache_dir: str, digest: str) -> Tensors:
-    """Return every tensor of a base. Raises `ConfigError` when the fingerprint of its files is not `digest` ("" = unknown)."""
+    """Return every tensor of a base, or those of its part in a published model.
+
+    Raises `ConfigError` when the fingerprint of its files is not `digest` ("" = unknown).
+    """
     files = weight_files(f"model.{part}.path", path, cache_dir)
     if digest and sampled_digest(files) != digest:
         raise ConfigError(
             f"model.{part}.path = {path!r} holds other weights than the ones this run was trained on: restore them, or name "
             f"the folder where they are, as load_model(..., base={{{part!r}: path}})"
         )
-    return folder_tensors(f"model.{part}.path", path, cache_dir)
+    return part_tensors(f"model.{part}.path", part, path, cache_dir)
 
 
 def llm_tensors(card: ModelCard, model: MultimodalLM) -> Tensors:
     """Return the language model's tensors by full name, with vocabulary matrices grown to the model's size."""
     config = card.model
     found = base_tensors("llm", config.llm.path, config.cache_dir, card.bases.get("llm", ""))
-    settings = quantisation(read_json(LLM, config.llm.path, "config.json", config.cache_dir))
+    settings = quantisation(part_config(LLM, "llm", config.llm.path, config.cache_dir))
     own = file_names(model.llm)
     check_adapter_beside(config.llm.path, card.lora.path)
     if config.llm.dequantize:

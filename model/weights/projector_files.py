@@ -11,10 +11,12 @@ from torch import nn
 from model.card import ModelCard
 from model.config import ModelConfig
 from model.errors import ConfigError
+from model.files.hub import HUB_ID
 from model.files.quantised_base import is_coded
 from model.files.tensor_files import Tensors, read_weights
 from model.files.untrusted import listed, shown
 from model.projector import LLAVA_NEWLINE, LLAVA_PROJECTOR, LLAVA_TRAINED, OWN_ROWS
+from model.published.table import find_layout, part_tensors
 from model.weights.materialise import Layer
 
 LLAVA_BESIDE = {
@@ -38,7 +40,9 @@ def projector_layers(config: ModelConfig, model: nn.Module, held: Collection[str
             raise ConfigError(f"model.{part}.path and model.init_from both hold the projector: name one of them")
         layers.append(
             Layer(
-                projector.path, partial(whole_projector, Path(projector.path), part, model.get_submodule(part)), prefix=f"{part}."
+                projector.path,
+                partial(whole_projector, Path(projector.path), part, model.get_submodule(part), config.cache_dir),
+                prefix=f"{part}.",
             )
         )
     return layers
@@ -58,12 +62,12 @@ def _holds(names: Collection[str], part: str) -> bool:
     return any(name.startswith(f"{part}.") for name in names)
 
 
-def whole_projector(path: Path, part: str, module: nn.Module) -> Tensors:
+def whole_projector(path: Path, part: str, module: nn.Module, cache_dir: str = "") -> Tensors:
     """Return the tensors of the projector for `module`. Raises `ConfigError` unless they are exactly its parameters.
 
     Parameters in OWN_ROWS may be missing and then start new: LLaVA-NeXT's first stage has no line break, and prompts may be added.
     """
-    found, wanted = projector_tensors(path, part), {f"{part}.{name}" for name, _ in module.named_parameters()}
+    found, wanted = projector_tensors(path, part, cache_dir), {f"{part}.{name}" for name, _ in module.named_parameters()}
     new = {f"{part}.{name}" for name in OWN_ROWS}
     if foreign := sorted({*found} - wanted):
         hint = ": set model.vision_projector.newline = true" if foreign == [f"{part}.{LLAVA_NEWLINE}"] else ""
@@ -73,11 +77,15 @@ def whole_projector(path: Path, part: str, module: nn.Module) -> Tensors:
     return found
 
 
-def projector_tensors(path: Path, part: str) -> Tensors:
-    """Read a projector file: ours (keys `0.weight`), or LLaVA's mm_projector.bin (keys `model.mm_projector.0.weight`).
+def projector_tensors(path: Path, part: str, cache_dir: str = "") -> Tensors:
+    """Read a projector: ours (keys `0.weight`), LLaVA's mm_projector.bin (keys `model.mm_projector.0.weight`), or that inside a
+    published model.
 
     In either format every tensor is read, or a `ConfigError` names the tensor that is not.
     """
+    if _is_published(path, part, cache_dir):
+        inside = part_tensors(f"model.{part}.path", part, str(path), cache_dir)
+        return {f"{part}.{name}": rows for name, rows in inside.items()}
     file = path / f"{part}.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(f"model.{part}.path = {str(path)!r} " + (f"holds no {file.name}" if path.is_dir() else "does not exist"))
@@ -92,6 +100,15 @@ def projector_tensors(path: Path, part: str) -> Tensors:
     if part == "vision_projector" and any(LLAVA_PROJECTOR in name for name in stored):
         return _llava_projector(stored, path, part)
     return {f"{part}.{name}": rows for name, rows in stored.items()}
+
+
+def _is_published(path: Path, part: str, cache_dir: str) -> bool:
+    """Tell whether `path` names a whole published model, which may be a hub id, and no file of a projector."""
+    if (path / f"{part}.safetensors").is_file() or not (path.is_dir() or HUB_ID.fullmatch(str(path))) or path.is_file():
+        return False
+    if not path.is_dir() and path.suffix in (".safetensors", ".bin"):
+        return False
+    return find_layout(f"model.{part}.path", str(path), cache_dir) is not None
 
 
 def _llava_projector(stored: Tensors, path: Path, part: str) -> Tensors:

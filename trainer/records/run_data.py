@@ -20,7 +20,7 @@ from model.card import ModelCard, base_digests, make_card, media_specs, read_car
 from model.errors import ConfigError, DataError
 from model.files.tensor_files import sampled_digest
 from model.llm.causal_lm import check_positions
-from model.media_spec import PLACEHOLDERS
+from model.media_spec import placeholder_tokens
 from trainer.config import RunConfig
 from trainer.distributed.world import World
 from trainer.records import freeze_lengths
@@ -114,6 +114,7 @@ def open_vocabulary(config: RunConfig, world: World) -> tuple[Template, ModelCar
         allowed=added,
         state_tokens=data.state_tokens,
         unread=surplus.unread,
+        tokens=placeholder_tokens(media_specs(config.model)),
     )
     card = make_card(
         config.model,
@@ -199,5 +200,5 @@ def certify_all(data: RunData, config: RunConfig, alive: Callable[[str], object]
 def added_tokens(config: RunConfig) -> tuple[str, ...]:
     """Return the tokens added to the base tokenizer, in order: those of the run it starts from, placeholders, new ones."""
     inherited = read_card(Path(config.model.init_from)).tokens if config.model.init_from else ()
-    placeholders = tuple(PLACEHOLDERS[modality] for modality in media_specs(config.model))
+    placeholders = tuple(spec.placeholder for spec in media_specs(config.model).values())
     return tuple(dict.fromkeys((*inherited, *placeholders, *config.model.llm.new_tokens)))

@@ -10,6 +10,7 @@ from trainer.config import RunConfig
 from trainer.runfile.checks import problems_of
 from trainer.runfile.curriculum import read_curriculum
 from trainer.runfile.planned import PLANNED
+from trainer.runfile.published import resolve_published
 from trainer.runfile.schema import SchemaReader
 from trainer.runfile.toml_files import apply_override, read_toml
 
@@ -24,7 +25,9 @@ def load_config(path: str, overrides: list[str] | None = None) -> RunConfig:
 
 def parse_config(tables: dict[str, Any], origin: str) -> RunConfig:
     """Return the RunConfig of plain tables. Raises one `ConfigError` with every problem, `origin` in front."""
+    tables, contradictions = resolve_published(tables)
     config, problems = read_curriculum(tables, with_defaults) if tables.get("stage") else read_run(tables)
+    problems = [*contradictions, *problems]
     if config is None or problems:
         raise ConfigError(f"{origin}:\n" + "\n".join(f"  - {line}" for line in problems))
     return config

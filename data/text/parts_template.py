@@ -1,0 +1,72 @@
+"""Chat templates that read contents as lists of parts: a prelude turns the strings of records into the parts that they take.
+
+Templates of published multimodal models write a medium's placeholder themselves, for a part `{"type": "image"}`, and most of them
+drop a content that is a string.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from transformers import PreTrainedTokenizerFast
+
+from data.text.render import RenderError, apply
+from model.media_spec import PLACEHOLDERS
+
+_WORD = "qzword"
+# A placeholder stands on a line of its own in records; the line breaks beside it belong to it, and the template writes its own.
+PRELUDE = """\
+{%- set flat = namespace(messages=[], parts=[], text='') -%}
+{%- for message in messages -%}
+{%- if message['content'] is string -%}
+{%- set flat.parts = [] -%}
+{%- set seen = message['content'].split('<image>') -%}
+{%- for between in seen -%}
+{%- if not loop.first -%}{%- set flat.parts = flat.parts + [{'type': 'image', 'image': ''}] -%}{%- endif -%}
+{%- set last_seen = loop.last -%}{%- set first_seen = loop.first -%}
+{%- for piece in between.split('<audio>') -%}
+{%- if not loop.first -%}{%- set flat.parts = flat.parts + [{'type': 'audio', 'audio': '', 'audio_url': ''}] -%}{%- endif -%}
+{%- set flat.text = piece -%}
+{%- if not (loop.first and first_seen) and flat.text[:1] == '\\n' -%}{%- set flat.text = flat.text[1:] -%}{%- endif -%}
+{%- if not (loop.last and last_seen) and flat.text[-1:] == '\\n' -%}{%- set flat.text = flat.text[:-1] -%}{%- endif -%}
+{%- if flat.text -%}{%- set flat.parts = flat.parts + [{'type': 'text', 'text': flat.text}] -%}{%- endif -%}
+{%- endfor -%}{%- endfor -%}
+{%- set flat.messages = flat.messages + [dict(message, content=flat.parts)] -%}
+{%- else -%}{%- set flat.messages = flat.messages + [message] -%}{%- endif -%}
+{%- endfor -%}{%- set messages = flat.messages -%}"""
+
+
+def with_parts(tokenizer: PreTrainedTokenizerFast, source: str, tokens: Mapping[str, str]) -> str:
+    """Return the template `source` so that it takes contents that are strings with placeholders.
+
+    A template that writes such strings as it writes the parts they stand for is returned as it is. `tokens`: the token of each
+    modality that the template would write for a medium.
+    """
+    for modality in (None, *tokens):
+        parts = [{"type": "text", "text": _WORD}]
+        string, needed = _WORD, [_WORD]
+        if modality is not None:
+            parts = [{"type": modality, modality: ""}, *parts]
+            string, needed = f"{tokens[modality]}\n{_WORD}", [_WORD, tokens[modality]]
+        as_parts, as_string = _rendered(tokenizer, source, parts), _rendered(tokenizer, source, string)
+        if all(word in as_parts for word in needed) and as_parts != as_string:
+            return PRELUDE + source
+    return source
+
+
+def _rendered(tokenizer: PreTrainedTokenizerFast, source: str, content: object) -> str:
+    """Render one question; return an empty string if the template fails."""
+    try:
+        return apply(tokenizer, source, [{"role": "user", "content": content}])
+    except RenderError:
+        return ""
+
+
+def takes_parts(source: str) -> bool:
+    """Tell whether `with_parts` has put the prelude before the template."""
+    return source.startswith(PRELUDE)
+
+
+def content_tokens(source: str, tokens: Mapping[str, str]) -> dict[str, str]:
+    """Return what stands for a medium in the contents that the template gets, by modality: as in records, if it takes parts."""
+    return {modality: PLACEHOLDERS[modality] if takes_parts(source) else token for modality, token in tokens.items()}

@@ -1,0 +1,109 @@
+"""What a layout of a published model is: how it is recognised, which parts it holds under which names, what follows from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from model.errors import ConfigError
+from model.files.hub import find_file, read_json
+from model.files.tensor_files import Tensors
+from model.files.untrusted import listed
+
+Json = dict[str, Any]
+MAX_TEXT_BYTES = 1 << 20
+"""Largest size of a chat template."""
+PARTS = ("llm", "vision", "vision_projector", "audio", "audio_projector", "state_head")
+"""Parts of a model that a published folder may hold, by the names of run.toml."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A published folder or hub id, and its config.json. `setting` is the key of run.toml that messages name."""
+
+    setting: str
+    path: str
+    cache_dir: str
+    config: Json
+
+    def json(self, name: str) -> Json:
+        """Return the JSON object in the file `name`; {} when there is no such file."""
+        if find_file(self.setting, self.path, name, self.cache_dir) is None:
+            return {}
+        return read_json(self.setting, self.path, name, self.cache_dir)
+
+    def text(self, name: str) -> str:
+        """Return the text of the file `name`; "" when there is no such file. Raises `ConfigError` when it is no UTF-8."""
+        file = find_file(self.setting, self.path, name, self.cache_dir)
+        try:
+            return file.read_text(encoding="utf-8") if file and file.stat().st_size <= MAX_TEXT_BYTES else ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise self.refused(f"{name} cannot be read: {error}") from error
+
+    def refused(self, reason: str) -> ConfigError:
+        """Return the error that this source cannot be used, with the reason."""
+        return ConfigError(f"{self.setting} = {self.path!r}: {reason}")
+
+
+@dataclass(frozen=True)
+class PartView:
+    """One part of a published model: its own config.json inside the model's, and its tensors by the names they have here."""
+
+    names: tuple[tuple[str, str], ...]  # pattern of a name in the files, and what replaces it; the first that matches holds
+    config: Callable[[Source], Json] = lambda source: {}
+    convert: Callable[[Tensors], Tensors] | None = None  # computes tensors of the part from those of the files, after renaming
+
+    def name_of(self, name: str) -> str | None:
+        """Return the part's own name of a tensor; None for a tensor of another part."""
+        for pattern, new in self.names:
+            if match := re.match(pattern, name):
+                return match.expand(new) + name[match.end() :]
+        return None
+
+    def tensors(self, found: Tensors) -> Tensors:
+        """Return the tensors of this part among all tensors of the files."""
+        mine = {own: rows for name, rows in found.items() if (own := self.name_of(name)) is not None}
+        return self.convert(mine) if self.convert else mine
+
+
+@dataclass(frozen=True)
+class Given:
+    """The value of a setting that follows from a published model."""
+
+    value: Any
+    also: tuple[Any, ...] = ()  # other values that a run file may write instead
+    free: bool = False  # a run file may write any other value
+
+    def allows(self, written: object) -> bool:
+        """Tell whether a run file may write this value."""
+        return self.free or written == self.value or written in self.also
+
+
+Settings = dict[str, Given]
+"""Settings of run.toml by dotted key."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One layout of published models."""
+
+    name: str  # for messages: "LLaVA (transformers)"
+    matches: Callable[[Source], bool]
+    parts: Mapping[str, PartView]  # by the names of PARTS
+    settings: Callable[[Source], Settings]  # beside the paths of the parts; raises ConfigError for what cannot be expressed
+    nothing: tuple[str, ...] = ()  # patterns of tensors that carry nothing
+
+    def check_accounted(self, source: Source, tensors: Tensors) -> None:
+        """Refuse a tensor that no part reads and that is not on the list of what carries nothing. Looks at names alone."""
+        ignored = [re.compile(pattern) for pattern in self.nothing]
+        unread = [
+            name
+            for name in tensors
+            if all(view.name_of(name) is None for view in self.parts.values()) and not any(p.search(name) for p in ignored)
+        ]
+        if unread:
+            raise source.refused(
+                f"{self.name} has no place for {listed(unread)}, which would be lost: restore the files as published"
+            )

@@ -1,0 +1,50 @@
+"""Resolution of `model.init_from = <published model>` into the settings that follow from it, before the run file is checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from model.card import NAME
+from model.files.hub import HUB_ID
+from model.published.table import published_settings
+from trainer.runfile.merge_tables import has_key, merge, value_of, without_key
+
+KEY = "model.init_from"
+
+
+def resolve_published(tables: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the tables with a published model in model.init_from taken apart, and one line per setting that contradicts it.
+
+    The parts' paths, and what follows from the model, are filled in where they are not written; model.init_from is removed. Tables
+    whose model.init_from is a run of ours, or absent, are returned as they are. Raises `ConfigError` for a model that is not
+    supported.
+    """
+    path, cache_dir = value_of(tables, KEY), value_of(tables, "model.cache_dir") or ""
+    if not isinstance(path, str) or not isinstance(cache_dir, str) or not is_published(path):
+        return tables, []
+    name, settings = published_settings(path, cache_dir)
+    problems = []
+    tables = without_key(tables, KEY)
+    for key, given in settings.items():
+        if not has_key(tables, key):
+            tables = merge(tables, _table(key, given.value))
+        elif not given.allows(written := value_of(tables, key)):
+            problems.append(
+                f"{key} = {written!r}, but {path!r} is a {name} with {given.value!r}: remove the line, it follows from {KEY}"
+            )
+    return tables, problems
+
+
+def is_published(path: str) -> bool:
+    """Tell whether a value of model.init_from names a published model, which may be a hub id, and no run of ours."""
+    folder = Path(path)
+    if folder.is_dir():
+        return not (folder / NAME).is_file() and (folder / "config.json").is_file()
+    return not folder.exists() and HUB_ID.fullmatch(path) is not None
+
+
+def _table(key: str, value: Any) -> dict[str, Any]:
+    """Return nested tables that hold `value` at the dotted `key`."""
+    word, _, rest = key.partition(".")
+    return {word: _table(rest, value) if rest else value}
