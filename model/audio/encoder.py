@@ -14,7 +14,7 @@ from model.audio.whale import KERNEL, WhaleTower, whale_config, whale_spec
 from model.audio.whisper import SETTING, build_qwen2_audio, build_whisper, encoder_config, whisper_spec
 from model.config import AudioConfig, AudioProjectorConfig
 from model.errors import ConfigError
-from model.files.hub import read_json
+from model.files.hub import find_file, read_json
 from model.files.quantised_base import check_settings
 from model.media_spec import PLACEHOLDERS, AudioSpec
 from model.published.table import part_config
@@ -50,8 +50,8 @@ KINDS = {
 
 def audio_config(config: AudioConfig, cache_dir: str = "") -> Json:
     """Read config.json of the encoder, which Qwen2-Audio nests in the whole model's. Raises `ConfigError` for other encoders."""
-    whole = read_json(SETTING, config.path, "config.json", cache_dir)
-    check_settings(SETTING, config.path, whole)
+    if find_file(SETTING, config.path, "config.json", cache_dir):
+        check_settings(SETTING, config.path, read_json(SETTING, config.path, "config.json", cache_dir))
     value = part_config(SETTING, "audio", config.path, cache_dir)
     value = value.get("audio_config") or value
     if value.get("model_type") not in KINDS:

@@ -16,6 +16,8 @@ from model.files.untrusted import load_json
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 """owner/name, and nothing that could be read as a path or a URL."""
 
+STEMS = (("model", "safetensors"), ("pytorch_model", "bin"), ("final", "pt"))
+"""Names and ends of files with weights, in order of preference; the last is that of VITA's sound encoder."""
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".npz", ".onnx")
 """Ends of files that hold weights under a name, or in a format, that is not looked for."""
 
@@ -72,7 +74,7 @@ def weight_set(setting: str, path: str, cache_dir: str = "") -> WeightSet:
 
     Raises `ConfigError` when a file is missing, or when two sets of one format lie side by side.
     """
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+    for stem, suffix in STEMS:
         if index := find_file(setting, path, f"{stem}.{suffix}.index.json", cache_dir):
             found = _indexed(setting, path, index, cache_dir)
             rival = index.parent / f"{stem}.{suffix}"

@@ -42,6 +42,10 @@ class Source:
         except (OSError, UnicodeDecodeError) as error:
             raise self.refused(f"{name} cannot be read: {error}") from error
 
+    def has(self, name: str) -> bool:
+        """Tell whether there is a file `name`."""
+        return find_file(self.setting, self.path, name, self.cache_dir) is not None
+
     def refused(self, reason: str) -> ConfigError:
         """Return the error that this source cannot be used, with the reason."""
         return ConfigError(f"{self.setting} = {self.path!r}: {reason}")
@@ -54,6 +58,7 @@ class PartView:
     names: tuple[tuple[str, str], ...]  # pattern of a name in the files, and what replaces it; the first that matches holds
     config: Callable[[Source], Json] = lambda source: {}
     convert: Callable[[Tensors], Tensors] | None = None  # computes tensors of the part from those of the files, after renaming
+    processor: Callable[[Source], Json] | None = None  # settings of its processor, where they are not among the folder's files
 
     def name_of(self, name: str) -> str | None:
         """Return the part's own name of a tensor; None for a tensor of another part."""

@@ -1,4 +1,4 @@
-"""Plain YAML, as PyYAML writes settings: nested keys with numbers, words and lists of these. Anything else is marked, never guessed."""
+"""Plain YAML, as PyYAML writes settings: nested keys with numbers, words and lists. Anything else is marked, never guessed."""
 
 from __future__ import annotations
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from model.errors import ConfigError
 from model.files.hub import find_file, folder_tensors, read_json
 from model.files.tensor_files import Tensors
-from model.published import transformers_llava
+from model.published import transformers_llava, vita, vita_audio
 from model.published.layout import Given, Json, Layout, PartView, Settings, Source
 from model.published.refused import REFUSED
 
-LAYOUTS: tuple[Layout, ...] = (*transformers_llava.LAYOUTS,)
+LAYOUTS: tuple[Layout, ...] = (*transformers_llava.LAYOUTS, *vita.LAYOUTS)
 
 
 def find_layout(setting: str, path: str, cache_dir: str = "") -> tuple[Layout, Source] | None:
@@ -18,7 +18,8 @@ def find_layout(setting: str, path: str, cache_dir: str = "") -> tuple[Layout, S
     `setting` is the key that error messages name. Raises `ConfigError` when config.json cannot be read.
     """
     if find_file(setting, path, "config.json", cache_dir) is None:
-        return None
+        source = Source(setting, path, cache_dir, {})
+        return (vita.SOUND_ENCODER, source) if source.has(vita_audio.SETTINGS) else None
     source = Source(setting, path, cache_dir, read_json(setting, path, "config.json", cache_dir))
     layout = next((layout for layout in LAYOUTS if layout.matches(source)), None)
     return None if layout is None else (layout, source)
@@ -31,6 +32,15 @@ def part_config(setting: str, part: str, path: str, cache_dir: str = "") -> Json
         return read_json(setting, path, "config.json", cache_dir)
     layout, source = found
     return _view(layout, source, part).config(source)
+
+
+def part_processor(setting: str, part: str, path: str, cache_dir: str = "") -> Json | None:
+    """Return the processor's settings of one part of a published model; None where the folder's own files hold them."""
+    if (found := find_layout(setting, path, cache_dir)) is None:
+        return None
+    layout, source = found
+    view = layout.parts.get(part)
+    return view.processor(source) if view is not None and view.processor is not None else None
 
 
 def part_tensors(setting: str, part: str, path: str, cache_dir: str = "") -> Tensors:

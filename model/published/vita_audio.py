@@ -113,7 +113,9 @@ def adapter_kind(source: Source) -> str:
     name, needed = ADAPTERS[kind]
     for key, value in {**needed, "add_audio_bos_eos": False}.items():
         if (found := read(f"model_conf.{key}")) != value:
-            raise source.refused(f"{SETTINGS}: model_conf.{key} = {found!r} is not supported; VITA's published models have {value!r}")
+            raise source.refused(
+                f"{SETTINGS}: model_conf.{key} = {found!r} is not supported; VITA's published models have {value!r}"
+            )
     return name
 
 

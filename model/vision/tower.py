@@ -13,7 +13,7 @@ from model.errors import ConfigError
 from model.files.hub import find_file, hugging_face_config, read_json
 from model.files.quantised_base import check_settings
 from model.media_spec import PLACEHOLDERS, ImageSpec
-from model.published.table import part_config
+from model.published.table import part_config, part_processor
 from model.vision.multi_scale import merge_scales, scale_tiles
 from model.vision.tower_kinds import TOWERS, num_prefix, remove_unused_layers, square_side, transformers_config
 
@@ -89,7 +89,9 @@ def view_sizes(config: VisionConfig, value: Any) -> tuple[int, ...]:
 
 def image_processor_config(path: str, cache_dir: str) -> dict[str, Any]:
     """Read the image processor's settings: preprocessor_config.json, or nested in processor_config.json as in newer folders."""
-    if find_file(SETTING, path, "preprocessor_config.json", cache_dir):
+    if (beside := part_processor(SETTING, "vision", path, cache_dir)) is not None:
+        found = beside
+    elif find_file(SETTING, path, "preprocessor_config.json", cache_dir):
         found = read_json(SETTING, path, "preprocessor_config.json", cache_dir)
     else:
         found = read_json(SETTING, path, "processor_config.json", cache_dir).get("image_processor", {})

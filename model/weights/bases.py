@@ -179,7 +179,7 @@ def audio_tensors(path: str, encoder: nn.Module, cache_dir: str = "", digest: st
     prefix = prefixes[0] if prefixes else ""
     here = {name.removeprefix(prefix): rows for name, rows in files.items() if name.startswith(prefix)}
     check_plain(audio.SETTING, path, None, here, wanted)
-    nested = bool(read_json(audio.SETTING, path, "config.json", cache_dir).get("audio_config"))
+    nested = bool(part_config(audio.SETTING, "audio", path, cache_dir).get("audio_config"))
     outside = [name for name in files if not name.startswith(prefix)]
     total = len(encoder.tower.layers)  # type: ignore[arg-type, union-attr]
     check_encoder(
