@@ -6,11 +6,13 @@ drop a content that is a string.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerFast
 
+from data.text.chat_formats import FORMATS, freeze_date
 from data.text.render import RenderError, apply
+from model.errors import ConfigError
 from model.media_spec import PLACEHOLDERS
 
 _WORD = "qzword"
@@ -36,11 +38,19 @@ PRELUDE = """\
 {%- endfor -%}{%- set messages = flat.messages -%}"""
 
 
+def own_source(tokenizer: PreTrainedTokenizerFast, tokens: Mapping[str, str]) -> str:
+    """Return the tokenizer's own template, which takes contents that are strings, without today's date."""
+    try:
+        return with_parts(tokenizer, freeze_date(tokenizer.get_chat_template()), tokens)
+    except ValueError:
+        raise ConfigError(f"data.template = 'auto': the tokenizer has no chat template; name one: {', '.join(FORMATS)}") from None
+
+
 def with_parts(tokenizer: PreTrainedTokenizerFast, source: str, tokens: Mapping[str, str]) -> str:
     """Return the template `source` so that it takes contents that are strings with placeholders.
 
-    A template that writes such strings as it writes the parts they stand for is returned as it is. `tokens`: the token of each
-    modality that the template would write for a medium.
+    A template that writes such strings as it writes the parts they stand for is returned as it is, and so is one that knows no
+    parts and prints the list. `tokens`: the token that the template would write for a medium of each modality.
     """
     for modality in (None, *tokens):
         parts = [{"type": "text", "text": _WORD}]
@@ -49,7 +59,7 @@ def with_parts(tokenizer: PreTrainedTokenizerFast, source: str, tokens: Mapping[
             parts = [{"type": modality, modality: ""}, *parts]
             string, needed = f"{tokens[modality]}\n{_WORD}", [_WORD, tokens[modality]]
         as_parts, as_string = _rendered(tokenizer, source, parts), _rendered(tokenizer, source, string)
-        if all(word in as_parts for word in needed) and as_parts != as_string:
+        if all(word in as_parts for word in needed) and as_parts != as_string and "'type'" not in as_parts:
             return PRELUDE + source
     return source
 
@@ -67,6 +77,11 @@ def takes_parts(source: str) -> bool:
     return source.startswith(PRELUDE)
 
 
-def content_tokens(source: str, tokens: Mapping[str, str]) -> dict[str, str]:
-    """Return what stands for a medium in the contents that the template gets, by modality: as in records, if it takes parts."""
+def content_tokens(source: str, tokens: Mapping[str, str], media_wrap: Sequence[str] = ()) -> dict[str, str]:
+    """Return what stands for a medium in the contents that the template gets, by modality: as in records, if it takes parts.
+
+    Raises `ConfigError` for a `media_wrap` around placeholders that the template writes itself.
+    """
+    if media_wrap and takes_parts(source):
+        raise ConfigError(f"data.media_wrap = {list(media_wrap)}: the chat template writes placeholders itself; remove it")
     return {modality: PLACEHOLDERS[modality] if takes_parts(source) else token for modality, token in tokens.items()}

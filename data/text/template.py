@@ -11,12 +11,12 @@ from transformers import PreTrainedTokenizerFast
 from data.records.placeholders import wrapped_pattern
 from data.records.record import Record, RecordError, Turn
 from data.text.abilities import Abilities, Message, find_abilities, probe_call
-from data.text.chat_formats import FORMATS, freeze_date
+from data.text.chat_formats import FORMATS
 from data.text.control_tokens import check_single, lead_token, special_ids, thought_tags, unknown_only_id
 from data.text.encoded import Encoded, Row, check_row, round_ends
 from data.text.marks import tags_of
 from data.text.messages import Wording, media_kinds, write_messages
-from data.text.parts_template import content_tokens, takes_parts, with_parts
+from data.text.parts_template import content_tokens, own_source
 from data.text.render import Renderer, RenderError, Rendering, apply
 from data.text.rounds import TooLongError, first_rounds, round_starts, rounds_that_may_fit, shortened_turn
 from data.text.state_tokens import STATE_TOKENS, check_state_tokens
@@ -190,8 +190,7 @@ def load_template(
 
     `allowed` are control tokens that contents may use, as configured new tokens; tokens that the template or the tokenizer itself
     needs stay text all the same. No record may hold an id of `unread`. `tokens`: the token of each modality whose positions take
-    features. Raises `ConfigError` if the tokenizer lacks what the
-    template or the states need.
+    features. Raises `ConfigError` if the tokenizer lacks what the template or the states need.
     """
     if name != "auto" and name not in FORMATS:
         raise ConfigError(f"data.template = {name!r} is not known; allowed: auto, {', '.join(FORMATS)}")
@@ -202,14 +201,10 @@ def load_template(
     check_state_tokens(tokenizer, state_tokens)
     states = STATE_TOKENS[state_tokens].values()
     lead = lead_token(tokenizer) if name in FORMATS else ""
-    source = ("{{ bos_token }}" if lead else "") + FORMATS[name].source if name in FORMATS else _own_source(tokenizer, tokens)
-    written = content_tokens(source, tokens)
-    if media_wrap and takes_parts(source):
-        raise ConfigError(
-            f"data.media_wrap = {list(media_wrap)}: the tokenizer's chat template writes placeholders itself: remove it"
-        )
+    source = ("{{ bos_token }}" if lead else "") + FORMATS[name].source if name in FORMATS else own_source(tokenizer, tokens)
+    written = content_tokens(source, tokens, media_wrap)
     free = {*PLACEHOLDERS.values(), *written.values(), *allowed, *states, *thought_tags(source)}
-    special = special_ids(tokenizer, free - {*needs, *tokenizer.special_tokens_map.values()})
+    special = special_ids(tokenizer, free - {*needs, *tokenizer.special_tokens_map.values()} | {*written.values()})
     control = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)"
     known = tokenizer.get_vocab()
     template = Template(
@@ -231,14 +226,6 @@ def load_template(
         abilities=find_abilities(lambda messages: apply(tokenizer, source, messages)),
     )
     return _with_ends(template)
-
-
-def _own_source(tokenizer: PreTrainedTokenizerFast, tokens: Mapping[str, str]) -> str:
-    """Return the tokenizer's own template, which takes contents that are strings, without today's date."""
-    try:
-        return with_parts(tokenizer, freeze_date(tokenizer.get_chat_template()), tokens)
-    except ValueError:
-        raise ConfigError(f"data.template = 'auto': the tokenizer has no chat template; name one: {', '.join(FORMATS)}") from None
 
 
 def _with_ends(template: Template) -> Template:

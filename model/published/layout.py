@@ -1,4 +1,4 @@
-"""What a layout of a published model is: how it is recognised, which parts it holds under which names, what follows from it."""
+"""The description of a layout of published models: how it is recognised, its parts and their names, the settings it implies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PARTS = ("llm", "vision", "vision_projector", "audio", "audio_projector", "state
 
 
 @dataclass(frozen=True)
-class Source:
+class Published:
     """A published folder or hub id, and its config.json. `setting` is the key of run.toml that messages name."""
 
     setting: str
@@ -56,9 +56,9 @@ class PartView:
     """One part of a published model: its own config.json inside the model's, and its tensors by the names they have here."""
 
     names: tuple[tuple[str, str], ...]  # pattern of a name in the files, and what replaces it; the first that matches holds
-    config: Callable[[Source], Json] = lambda source: {}
+    config: Callable[[Published], Json] = lambda source: {}
     convert: Callable[[Tensors], Tensors] | None = None  # computes tensors of the part from those of the files, after renaming
-    processor: Callable[[Source], Json] | None = None  # settings of its processor, where they are not among the folder's files
+    processor: Callable[[Published], Json] | None = None  # settings of its processor, where they are not among the folder's files
 
     def name_of(self, name: str) -> str | None:
         """Return the part's own name of a tensor; None for a tensor of another part."""
@@ -95,12 +95,12 @@ class Layout:
     """One layout of published models."""
 
     name: str  # for messages: "LLaVA (transformers)"
-    matches: Callable[[Source], bool]
+    matches: Callable[[Published], bool]
     parts: Mapping[str, PartView]  # by the names of PARTS
-    settings: Callable[[Source], Settings]  # beside the paths of the parts; raises ConfigError for what cannot be expressed
+    settings: Callable[[Published], Settings]  # beside the paths of the parts; raises ConfigError for what cannot be expressed
     nothing: tuple[str, ...] = ()  # patterns of tensors that carry nothing
 
-    def check_accounted(self, source: Source, tensors: Tensors) -> None:
+    def check_accounted(self, source: Published, tensors: Tensors) -> None:
         """Refuse a tensor that no part reads and that is not on the list of what carries nothing. Looks at names alone."""
         ignored = [re.compile(pattern) for pattern in self.nothing]
         unread = [

@@ -1,25 +1,25 @@
-"""What the files of a published processor say: how pictures are fitted, which token stands for a feature, which chat template."""
+"""Settings in the files of a published processor: how pictures are fitted, the token of a feature, the chat template."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from model.published.layout import Given, Json, Source
+from model.published.layout import Given, Json, Published
 
 
-def image_processor(source: Source) -> Json:
+def image_processor(source: Published) -> Json:
     """Return the image processor's settings: flat, or nested as in newer folders; {} without any."""
     flat = source.json("preprocessor_config.json")
     found: Json = flat or source.json("processor_config.json").get("image_processor", {})
     return found
 
 
-def fit_setting(source: Source) -> Given:
+def fit_setting(source: Published) -> Given:
     """Return data.image_fit for a model of one view per picture: padded to a square, or as the tower's own processor does."""
     return Given("pad" if image_processor(source).get("do_pad") else "square", also=("pad", "square"))
 
 
-def placeholder_setting(source: Source, key: str, default: str) -> Given:
+def placeholder_setting(source: Published, key: str, default: str) -> Given:
     """Return the token whose positions take features. `key`: its name in the processor's or the tokenizer's JSON."""
     tokenizer = source.json("tokenizer_config.json")
     extra = tokenizer.get("extra_special_tokens")
@@ -35,7 +35,7 @@ def _text(token: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-def chat_template(source: Source) -> str:
+def stored_template(source: Published) -> str:
     """Return the chat template of the processor, or else of the tokenizer; "" without one."""
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         if isinstance(found := source.json(name).get("chat_template"), str):
@@ -43,8 +43,8 @@ def chat_template(source: Source) -> str:
     return source.text("chat_template.jinja")
 
 
-def template_setting(source: Source) -> Given:
+def template_setting(source: Published) -> Given:
     """Return data.template: the folder's own, but LLaVA's for the template of llava-1.5 on the hub, whose answers have no end."""
-    text = chat_template(source)
+    text = stored_template(source)
     endless = "USER" in text.upper() and "ASSISTANT" in text.upper() and not any(end in text for end in ("eos_token", "</s>", "<|"))
     return Given("vicuna_v1" if endless else "auto", free=True)

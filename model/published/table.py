@@ -6,21 +6,21 @@ from model.errors import ConfigError
 from model.files.hub import find_file, folder_tensors, read_json
 from model.files.tensor_files import Tensors
 from model.published import transformers_llava, vita, vita_audio
-from model.published.layout import Given, Json, Layout, PartView, Settings, Source
+from model.published.layout import Given, Json, Layout, PartView, Published, Settings
 from model.published.refused import REFUSED
 
 LAYOUTS: tuple[Layout, ...] = (*transformers_llava.LAYOUTS, *vita.LAYOUTS)
 
 
-def find_layout(setting: str, path: str, cache_dir: str = "") -> tuple[Layout, Source] | None:
+def find_layout(setting: str, path: str, cache_dir: str = "") -> tuple[Layout, Published] | None:
     """Return the layout of a folder or hub id, and the source; None when no layout of the table matches.
 
     `setting` is the key that error messages name. Raises `ConfigError` when config.json cannot be read.
     """
     if find_file(setting, path, "config.json", cache_dir) is None:
-        source = Source(setting, path, cache_dir, {})
+        source = Published(setting, path, cache_dir, {})
         return (vita.SOUND_ENCODER, source) if source.has(vita_audio.SETTINGS) else None
-    source = Source(setting, path, cache_dir, read_json(setting, path, "config.json", cache_dir))
+    source = Published(setting, path, cache_dir, read_json(setting, path, "config.json", cache_dir))
     layout = next((layout for layout in LAYOUTS if layout.matches(source)), None)
     return None if layout is None else (layout, source)
 
@@ -53,7 +53,7 @@ def part_tensors(setting: str, part: str, path: str, cache_dir: str = "") -> Ten
     return _view(layout, source, part).tensors(tensors)
 
 
-def _view(layout: Layout, source: Source, part: str) -> PartView:
+def _view(layout: Layout, source: Published, part: str) -> PartView:
     """Return the view of a part. Raises `ConfigError` when the layout has no such part."""
     if part not in layout.parts:
         raise source.refused(f"{layout.name} has no {part}: its parts are {', '.join(layout.parts)}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from model.published.layout import Given, Layout, Settings, Source
+from model.published.layout import Given, Layout, Published, Settings
 from model.published.processor_files import fit_setting, placeholder_setting, template_setting
-from model.published.transformers_names import LLM, TOWER, is_class, projector, vision_config
+from model.published.transformers_names import LLM, TOWER, is_class, projector_view, vision_config
 
 HAS_CLS = ("clip_vision_model", "dinov2", "internvl_vision")
 """Towers with one row before the patches, which `vision_feature_select_strategy = "default"` drops."""
@@ -14,7 +14,7 @@ MLP = (("linear_1", "0"), ("linear_2", "2"))
 MAX = re.compile(r"anyres_max_(\d+)")
 
 
-def tower_settings(source: Source) -> Settings:
+def tower_settings(source: Published) -> Settings:
     """Return the settings of [model.vision]: the layer that is read, and which of its rows."""
     layer, strategy = source.config.get("vision_feature_layer", -2), source.config.get("vision_feature_select_strategy", "default")
     if not isinstance(layer, int):
@@ -34,7 +34,7 @@ def tower_settings(source: Source) -> Settings:
     }
 
 
-def projector_settings(source: Source, newline: bool) -> Settings:
+def projector_settings(source: Published, newline: bool) -> Settings:
     """Return the settings of [model.vision_projector]: two matrices with a GELU between them."""
     if (act := source.config.get("projector_hidden_act", "gelu")) != "gelu":
         raise source.refused(f"projector_hidden_act = {act!r} in config.json; the projector here has a 'gelu'")
@@ -43,12 +43,12 @@ def projector_settings(source: Source, newline: bool) -> Settings:
     return {"model.vision_projector.kind": Given("mlp2x_gelu"), "model.vision_projector.newline": Given(newline)}
 
 
-def llava(source: Source) -> Settings:
+def llava_settings(source: Published) -> Settings:
     """Return what follows from a LLaVA: one view per picture."""
     return {**tower_settings(source), **projector_settings(source, newline=False), "data.image_fit": fit_setting(source)}
 
 
-def llava_next(source: Source) -> Settings:
+def llava_next(source: Published) -> Settings:
     """Return what follows from a LLaVA-NeXT or OneVision: tiles of the picture's own aspect, lines that end in a line break."""
     aspect = source.config.get("vision_aspect_ratio", "anyres")
     limit = MAX.fullmatch(str(aspect))
@@ -63,13 +63,13 @@ def llava_next(source: Source) -> Settings:
     }
 
 
-def onevision(source: Source) -> Settings:
+def onevision(source: Published) -> Settings:
     """Return what follows from a OneVision, whose class limits the tokens of a picture unless config.json says otherwise."""
     config = {"vision_aspect_ratio": "anyres_max_9", "vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
-    return llava_next(Source(source.setting, source.path, source.cache_dir, {**config, **source.config}))
+    return llava_next(Published(source.setting, source.path, source.cache_dir, {**config, **source.config}))
 
 
-def grids(source: Source) -> list[str]:
+def grids(source: Published) -> list[str]:
     """Return data.image_grid: the grids of config.json, which are heights and widths in pixels, as tiles across and down."""
     side = vision_config(source).get("image_size")
     found = []
@@ -86,19 +86,19 @@ LAYOUTS = (
     Layout(
         "LLaVA (transformers)",
         is_class("LlavaForConditionalGeneration"),
-        {"llm": LLM, "vision": TOWER, "vision_projector": projector(*MLP)},
-        llava,
+        {"llm": LLM, "vision": TOWER, "vision_projector": projector_view(*MLP)},
+        llava_settings,
     ),
     Layout(
         "LLaVA-NeXT (transformers)",
         is_class("LlavaNextForConditionalGeneration"),
-        {"llm": LLM, "vision": TOWER, "vision_projector": projector(*MLP, newline=True)},
+        {"llm": LLM, "vision": TOWER, "vision_projector": projector_view(*MLP, newline=True)},
         llava_next,
     ),
     Layout(
         "LLaVA-OneVision (transformers)",
         is_class("LlavaOnevisionForConditionalGeneration"),
-        {"llm": LLM, "vision": TOWER, "vision_projector": projector(*MLP, newline=True)},
+        {"llm": LLM, "vision": TOWER, "vision_projector": projector_view(*MLP, newline=True)},
         onevision,
     ),
 )

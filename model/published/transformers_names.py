@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from model.files.hub import hugging_face_config
-from model.published.layout import Json, PartView, Source
+from model.published.layout import Json, PartView, Published
 
 LLM_NAMES = (
     (r"language_model\.(?=model\.|transformer\.|lm_head\.)", ""),
@@ -16,7 +16,7 @@ TOWER_NAMES = ((r"(model\.)?vision_tower\.(vision_model\.)?", ""),)
 NEWLINE = (r"(model\.)?(?=image_newline$)", "")
 
 
-def text_config(source: Source) -> Json:
+def text_config(source: Published) -> Json:
     """Return config.json of the language model. Whether its head is tied is what transformers' class of the whole model says."""
     found = dict(source.config.get("text_config") or {})
     if not found:
@@ -29,7 +29,7 @@ def text_config(source: Source) -> Json:
     return found
 
 
-def vision_config(source: Source) -> Json:
+def vision_config(source: Published) -> Json:
     """Return config.json of the vision tower."""
     found = dict(source.config.get("vision_config") or {})
     if not found:
@@ -42,12 +42,12 @@ LLM = PartView(LLM_NAMES, text_config)
 TOWER = PartView(TOWER_NAMES, vision_config)
 
 
-def projector(*layers: tuple[str, str], newline: bool = False) -> PartView:
+def projector_view(*layers: tuple[str, str], newline: bool = False) -> PartView:
     """Return the view of a projector whose layers have these names in the files and here."""
     names = tuple((rf"(model\.)?multi_modal_projector\.{old}\.", f"{new}.") for old, new in layers)
     return PartView((*names, NEWLINE) if newline else names)
 
 
-def is_class(*names: str) -> Callable[[Source], bool]:
+def is_class(*names: str) -> Callable[[Published], bool]:
     """Return a test of config.json for these classes of transformers."""
     return lambda source: any(name in names for name in source.config.get("architectures") or ())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from model.files.hub import find_file, folder_tensors, read_json
 from model.published import vita_audio
-from model.published.layout import Given, Json, Layout, PartView, Settings, Source
+from model.published.layout import Given, Json, Layout, PartView, Published, Settings
 from model.published.vita_names import AUDIO, LINEAR, PROMPTS, SUBSAMPLING, patterns
 
 TOWER, SOUND = "mm_vision_tower", "mm_audio_encoder"
@@ -35,7 +35,7 @@ PREFIX = r"model\.audio_encoder\."
 TOWER_PREFIX, PROJECTOR_PREFIX, HEAD_PREFIX = r"model\.vision_tower\.vision_tower\.", r"model\.mm_projector\.", r"predictor_head\."
 
 
-def named_folder(source: Source, key: str, names: tuple[str, ...]) -> Source:
+def named_folder(source: Published, key: str, names: tuple[str, ...]) -> Published:
     """Return the folder that config.json names by `key`, with the files `names`, of which the first must be there.
 
     A folder of that name inside the source comes first, then one beside it, then what the key says: VITA's users move these folders
@@ -47,25 +47,25 @@ def named_folder(source: Source, key: str, names: tuple[str, ...]) -> Source:
     word = Path(value).name
     inside = [find_file(source.setting, source.path, f"{word}/{name}", source.cache_dir) for name in names]
     if inside[0] is not None:
-        return Source(source.setting, str(inside[0].parent), source.cache_dir, {})
+        return Published(source.setting, str(inside[0].parent), source.cache_dir, {})
     beside = Path(source.path).parent / word
     for path in (str(beside), value):
         if Path(path).is_dir() and (Path(path) / names[0]).is_file():
-            return Source(source.setting, path, source.cache_dir, {})
+            return Published(source.setting, path, source.cache_dir, {})
     if not Path(value).is_absolute() and find_file(source.setting, value, names[0], source.cache_dir):
-        return Source(source.setting, value, source.cache_dir, {})
+        return Published(source.setting, value, source.cache_dir, {})
     raise source.refused(
         f"config.json names {key} = {value!r}, and there is no such folder with {names[0]}: put it into {source.path!r} as "
         f"{word!r}, or write its place into config.json"
     )
 
 
-def tower_source(source: Source) -> Source:
+def tower_source(source: Published) -> Published:
     """Return the folder of the vision tower."""
     return named_folder(source, TOWER, ("config.json", "preprocessor_config.json"))
 
 
-def tower_config(source: Source) -> Json:
+def tower_config(source: Published) -> Json:
     """Return config.json of the vision tower. Raises `ConfigError` for any other than InternViT."""
     folder = tower_source(source)
     found = read_json(folder.setting, folder.path, "config.json", folder.cache_dir)
@@ -76,25 +76,25 @@ def tower_config(source: Source) -> Json:
     return found
 
 
-def tower_processor(source: Source) -> Json:
+def tower_processor(source: Published) -> Json:
     """Return the settings of the tower's image processor."""
     return tower_source(source).json("preprocessor_config.json")
 
 
-def sound_source(source: Source) -> Source:
+def sound_source(source: Published) -> Published:
     """Return the folder with the settings of the sound encoder: the source itself where they lie in it."""
     if source.has(vita_audio.SETTINGS):
         return source
     return named_folder(source, SOUND, (vita_audio.SETTINGS, vita_audio.STATISTICS, "final.pt"))
 
 
-def llm_config(source: Source) -> Json:
+def llm_config(source: Published) -> Json:
     """Return config.json of the language model, which VITA extends."""
     kind = MODELS[source.config["model_type"]][0]
     return {**{key: value for key, value in source.config.items() if not key.startswith(OWN_KEYS)}, "model_type": kind}
 
 
-def settings(source: Source) -> Settings:
+def settings(source: Published) -> Settings:
     """Return what follows from a VITA: pictures in tiles with a thumbnail, every tile 2 x 2 patches to a token."""
     if (kind := source.config.get("mm_projector_type", "mlp2x_gelu")) != "mlp2x_gelu":
         raise source.refused(
@@ -119,7 +119,7 @@ def settings(source: Source) -> Settings:
     return found if SOUND not in source.config else {**found, **sound_settings(source)}
 
 
-def sound_settings(source: Source) -> Settings:
+def sound_settings(source: Published) -> Settings:
     """Return what follows for sound, and the places of weights that the whole model's files do not hold."""
     folder = sound_source(source)
     names = folder_tensors(source.setting, source.path, source.cache_dir)
@@ -133,12 +133,12 @@ def sound_settings(source: Source) -> Settings:
     return found
 
 
-def is_vita(sound: bool) -> Callable[[Source], bool]:
+def is_vita(sound: bool) -> Callable[[Published], bool]:
     """Return a test of config.json for a VITA with or without a sound encoder."""
     return lambda source: source.config.get("model_type") in MODELS and (SOUND in source.config) is sound
 
 
-def no_model(source: Source) -> Settings:
+def no_model(source: Published) -> Settings:
     """Refuse the sound encoder as a whole model."""
     raise source.refused(
         "is VITA's sound encoder alone: name it as model.audio.path, and as model.audio_projector.path its adapter"

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from model.published.layout import Json, Source
+from model.published.layout import Json, Published
 from model.published.plain_yaml import Unread, read_plain_yaml
 
 SETTINGS, STATISTICS = "train.yaml", "global_cmvn"
@@ -48,7 +48,7 @@ DEFAULTS = {
 """What VITA takes where train.yaml says nothing, by the last word of a key."""
 
 
-def train_settings(source: Source) -> Callable[[str], Any]:
+def train_settings(source: Published) -> Callable[[str], Any]:
     """Return a reader of train.yaml by dotted key, which raises `ConfigError` for a key that is missing or is not plain."""
     text = source.text(SETTINGS)
     whole = read_plain_yaml(text)
@@ -68,7 +68,7 @@ def train_settings(source: Source) -> Callable[[str], Any]:
     return read
 
 
-def audio_config(source: Source) -> Json:
+def audio_config(source: Published) -> Json:
     """Return config.json of the encoder, `model.audio.whale`, with its features and the statistics of its training data."""
     read = train_settings(source)
     for key, allowed in REQUIRED.items():
@@ -103,7 +103,7 @@ def audio_config(source: Source) -> Json:
     }
 
 
-def adapter_kind(source: Source) -> str:
+def adapter_kind(source: Published) -> str:
     """Return the kind of audio projector that the adapter is. Raises `ConfigError` for one that is not supported."""
     read = train_settings(source)
     kind = read("model_conf.adpter_type")
@@ -119,7 +119,7 @@ def adapter_kind(source: Source) -> str:
     return name
 
 
-def statistics(source: Source, is_json: bool, bands: int) -> tuple[list[float], list[float]]:
+def statistics(source: Published, is_json: bool, bands: int) -> tuple[list[float], list[float]]:
     """Return mean and 1 / standard deviation of each band, out of the sums over all frames in global_cmvn."""
     sums, squares, count = (_json_sums if is_json else _kaldi_sums)(source)
     if len(sums) != bands or len(squares) != bands or count <= 0:
@@ -129,7 +129,7 @@ def statistics(source: Source, is_json: bool, bands: int) -> tuple[list[float], 
     return means, [1 / math.sqrt(variance) for variance in variances]
 
 
-def _json_sums(source: Source) -> tuple[list[float], list[float], float]:
+def _json_sums(source: Published) -> tuple[list[float], list[float], float]:
     try:
         found = json.loads(source.text(STATISTICS))
         return [float(x) for x in found["mean_stat"]], [float(x) for x in found["var_stat"]], float(found["frame_num"])
@@ -137,7 +137,7 @@ def _json_sums(source: Source) -> tuple[list[float], list[float], float]:
         raise source.refused(f"{STATISTICS} is not the JSON that is_json_cmvn announces: {error}") from error
 
 
-def _kaldi_sums(source: Source) -> tuple[list[float], list[float], float]:
+def _kaldi_sums(source: Published) -> tuple[list[float], list[float], float]:
     """Read Kaldi's text form: [ sums, number of frames, sums of squares, 0 ]."""
     words = source.text(STATISTICS).split()
     if len(words) < 4 or words[0] != "[" or words[-1] != "]" or len(words) % 2:

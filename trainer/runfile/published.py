@@ -41,7 +41,8 @@ def is_published(path: str) -> bool:
     folder = Path(path)
     if folder.is_dir():
         return not (folder / NAME).is_file() and (folder / "config.json").is_file()
-    return not folder.exists() and HUB_ID.fullmatch(path) is not None
+    is_run = folder.name == "final" or folder.name.startswith("checkpoint-")  # the run that writes it may not have been started
+    return not is_run and not folder.exists() and HUB_ID.fullmatch(path) is not None
 
 
 def _table(key: str, value: Any) -> dict[str, Any]:
