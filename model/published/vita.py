@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 from model.files.hub import find_file, folder_tensors, read_json
+from model.files.tensor_files import Tensors
 from model.published import vita_audio
 from model.published.layout import Given, Json, Layout, PartView, Published, Settings
 from model.published.vita_names import AUDIO, LINEAR, PROMPTS, SUBSAMPLING, patterns
@@ -102,6 +104,7 @@ def settings(source: Published) -> Settings:
             "published models have 'mlp2x_gelu'"
         )
     tower_config(source)
+    names = folder_tensors(source.setting, source.path, source.cache_dir)
     _, template, state_tokens = MODELS[source.config["model_type"]]
     found: Settings = {
         "model.vision.layer": Given(-1),
@@ -116,19 +119,20 @@ def settings(source: Published) -> Settings:
         "data.template": Given(template, free=True),
         "data.state_tokens": Given(state_tokens, free=True),
     }
-    return found if SOUND not in source.config else {**found, **sound_settings(source)}
+    if not any(re.match(TOWER_PREFIX, name) for name in names):
+        found["model.vision.path"] = Given(tower_source(source).path)
+    return found if SOUND not in source.config else {**found, **sound_settings(source, names)}
 
 
-def sound_settings(source: Published) -> Settings:
-    """Return what follows for sound, and the places of weights that the whole model's files do not hold."""
+def sound_settings(source: Published, names: Tensors) -> Settings:
+    """Return what follows for sound. Weights that the whole model's files do not hold are those of the folder that they name."""
     folder = sound_source(source)
-    names = folder_tensors(source.setting, source.path, source.cache_dir)
     prompts = next((rows.shape[0] for name, rows in names.items() if name.endswith(PROMPTS[0][0])), 0)
     found: Settings = {
         "model.audio_projector.kind": Given(vita_audio.adapter_kind(folder)),
         "model.audio_projector.prompts": Given(prompts),
     }
-    if not any(name.startswith("model.audio_encoder.") for name in names):
+    if not any(re.match(PREFIX, name) for name in names):
         found |= {"model.audio.path": Given(folder.path), "model.audio_projector.path": Given(folder.path)}
     return found
 
