@@ -1,4 +1,4 @@
-"""Export a run for others: its trained files, a PEFT folder, a folder for transformers, or the layout of LLaVA or InternVL.
+"""Export a run for others: its trained files, a PEFT folder, a folder for transformers, or the layout of LLaVA, InternVL or VITA.
 
 SOURCE is a final/ folder or any checkpoint-N of a run. OUT must not exist yet, or be empty.
 """
@@ -26,6 +26,7 @@ from tools.exports.output_folder import listing, new_folder
 from tools.exports.part_files import to_safetensors
 from tools.exports.peft_folder import to_peft
 from tools.exports.task import Exported, Task
+from tools.exports.vita_folder import to_vita
 from trainer.errors import code_of
 
 TARGETS: dict[str, Callable[[Task], Exported]] = {
@@ -35,6 +36,7 @@ TARGETS: dict[str, Callable[[Task], Exported]] = {
     "hf": to_hf,
     "llava": to_llava,
     "internvl": to_internvl,
+    "vita": to_vita,
 }
 """Writers by kind of folder: each fills task.folder and returns what it wrote, with the command to type next."""
 

@@ -14,16 +14,21 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from model.audio.encoder import audio_config
+from model.config import AudioConfig
 from model.errors import ConfigError
+from model.load import load_model
 from model.published.table import published_settings
-from tests.support.finals import one_process
+from tests.support.finals import config_of, one_process, save_final, save_parts, trained
 from tests.support.tiny_audio import wave
 from tests.support.tiny_media import wav
 from tests.support.vita import SOUND, TOWER, expected_logits, save_vita
+from tools.export_adapter import main as export
 from tools.exports.proofs import logits
 from trainer.config import RunConfig
+from trainer.main import run
 from trainer.records.run_data import open_data
 from trainer.runfile.load import parse_config
 from trainer.runfile.merge_tables import value_of
@@ -104,6 +109,79 @@ def test_what_the_whole_files_leave_out_comes_from_the_folders_that_they_name(tm
         batch = data.processor([record(tmp_path, True)], answers=True)
     expected = expected_logits(folder, tensors, batch)
     torch.testing.assert_close(logits(model, batch)[:, : expected.shape[1]], expected, rtol=1e-5, atol=1e-5)
+
+
+def trained_run(folder: Path, tmp_path: Path, steps: int) -> Path:
+    """The final/ folder of a run from the published model: without training, or all parts trained."""
+    text = json.dumps([record(tmp_path, True) for _ in range(2)])
+    (tmp_path / "train.json").write_text(text.replace(f"{tmp_path}/", ""))
+    tune = {part: {"tune": "full"} for part in ("llm", "vision", "vision_projector", "audio", "audio_projector")}
+    sections = {
+        "model": {"init_from": str(folder), "dtype": "float32", **tune},
+        "data": {"sources": [{"path": str(tmp_path / "train.json"), "media_root": str(tmp_path)}], "workers": 0},
+        "batch": {"global_batch_size": 2, "micro_batch_size": 1},
+        "optim": {"lr": 1e-2},
+        "train": {"max_steps": steps},
+    }
+    config = run_from(folder, tmp_path / f"run{steps}", **sections)
+    with one_process() as world:
+        assert run(config, world) == 0
+    return tmp_path / f"run{steps}" / "final"
+
+
+@pytest.mark.parametrize("kind", ["1.5", "1.0"])
+def test_what_comes_in_goes_out_the_same(tmp_path: Path, kind: str) -> None:
+    """Without training every tensor is the same to the bit, in the whole files and in the folders that config.json names."""
+    folder, out = tmp_path / "published", tmp_path / "out"
+    tensors = save_vita(folder, kind)
+    assert export([str(trained_run(folder, tmp_path, 0)), str(out), "--for", "vita"]) == 0
+    found = load_file(out / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    assert [name for name in found if not torch.equal(found[name], tensors[name])] == []
+    stored = torch.load(out / "audio_encoder" / "final.pt", weights_only=True)
+    assert {f"model.audio_encoder.{name}": rows.tolist() for name, rows in stored.items()} == {
+        name: rows.tolist() for name, rows in tensors.items() if name.startswith("model.audio_encoder.")
+    }
+    tower = load_file(out / "InternViT" / "model.safetensors")
+    assert tower.keys() == load_file(folder / TOWER / "model.safetensors").keys()
+    ours, theirs = (json.loads((place / "config.json").read_text()) for place in (out, folder))
+    assert {key: ours[key] for key in ("model_type", "architectures", "vocab_size", "mm_hidden_size")} == {
+        key: theirs[key] for key in ("model_type", "architectures", "vocab_size", "mm_hidden_size")
+    }
+    tokenizers = [json.loads((place / "tokenizer.json").read_text())["added_tokens"] for place in (out, folder)]
+    assert tokenizers[0] == tokenizers[1]
+    settings = [audio_config(AudioConfig(str(place))) for place in (out, folder)]
+    assert settings[0].keys() == settings[1].keys()
+    for key, value in settings[0].items():
+        assert value == (pytest.approx(settings[1][key], rel=1e-12) if isinstance(value, list) else settings[1][key])
+
+
+def test_what_was_trained_goes_out_and_comes_in_again(tmp_path: Path) -> None:
+    folder, out = tmp_path / "published", tmp_path / "out"
+    tensors = save_vita(folder)
+    final = trained_run(folder, tmp_path, 2)
+    assert export([str(final), str(out), "--for", "vita"]) == 0
+    found = load_file(out / "model.safetensors")
+    fixed = ("encoder.global_cmvn.mean", "encoder.global_cmvn.istd")
+    assert found.keys() == tensors.keys()
+    assert [name for name in found if torch.equal(found[name], tensors[name]) and not name.endswith(fixed)] == []
+    with started(out, tmp_path) as (data, model):
+        batch = data.processor([record(tmp_path, True)], answers=True)
+        torch.testing.assert_close(logits(model, batch), logits(load_model(final).eval(), batch), rtol=1e-5, atol=1e-5)
+
+
+def test_what_vita_cannot_hold_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_ = trained(config_of(save_parts(tmp_path / "parts"), "lora"), image_fit="anyres")
+    assert export([str(save_final(run_, tmp_path)), str(tmp_path / "out"), "--for", "vita"]) == 2
+    said = capsys.readouterr().err
+    for words in (
+        "'clip_vision_model' is no InternViT",
+        "kind = 'mlp2x_gelu': VITA has 'vita_mlp'",
+        "layer = -2",
+        "image_fit = 'anyres'",
+    ):
+        assert words in said
+    assert not (tmp_path / "out").exists()
 
 
 def change(file: Path, **values: Any) -> None:
