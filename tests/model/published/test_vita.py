@@ -167,7 +167,9 @@ def test_what_was_trained_goes_out_and_comes_in_again(tmp_path: Path) -> None:
     assert [name for name in found if torch.equal(found[name], tensors[name]) and not name.endswith(fixed)] == []
     with started(out, tmp_path) as (data, model):
         batch = data.processor([record(tmp_path, True)], answers=True)
-        torch.testing.assert_close(logits(model, batch), logits(load_model(final).eval(), batch), rtol=1e-5, atol=1e-5)
+        rows = len(tensors["lm_head.weight"])  # those behind them are our placeholders', new and never read
+        again, expected = logits(model, batch), logits(load_model(final).eval(), batch)
+    torch.testing.assert_close(again[:, :rows], expected[:, :rows], rtol=1e-5, atol=1e-5)
 
 
 def test_what_vita_cannot_hold_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
