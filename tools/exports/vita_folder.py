@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data.processor import Processor, load_processor
-from data.text.tokenizer import save_tokenizer
 from model.exports.hf_weights import model_entries, write_weights
 from model.exports.internvl import original_tower_config
 from model.exports.vita import (
@@ -28,11 +28,16 @@ from model.media_spec import PLACEHOLDERS
 from model.published.table import part_tensors
 from model.vision.tower_kinds import intern_vit
 from tools.exports.hf_folder import facts_of
+from tools.exports.llava_folder import old_tokenizer
 from tools.exports.task import Exported, Task, python_line
 from trainer.errors import ProofError
 
 TYPES = {"vita-mixtral": "mixtral-8x7b", "vita-Qwen2": "qwen2p5_instruct", "vita-fo-Qwen2": "qwen2p5_fo_instruct"}
 """VITA's own names of its models, by model_type of config.json."""
+OLD = "vita-mixtral"
+"""Of VITA 1.0, which reads its tower's config.json by the code beside it."""
+CODE = {"AutoConfig": "configuration_intern_vit.InternVisionConfig", "AutoModel": "modeling_intern_vit.InternVisionModel"}
+FILES = ("configuration_intern_vit.py", "modeling_intern_vit.py")
 START = "model.vision_tower.vision_tower.", "model.audio_encoder."
 
 
@@ -53,14 +58,14 @@ def to_vita(task: Task) -> Exported:
     tower = task.folder / TOWER
     tower.mkdir()
     write_weights(tower, _inside(named, START[0]))
-    (tower / "config.json").write_text(dump_json(original_tower_config(card, model, config["torch_dtype"])))
+    own = {"auto_map": CODE} if config["model_type"] == OLD else {}
+    (tower / "config.json").write_text(dump_json({**original_tower_config(card, model, config["torch_dtype"]), **own}))
     (tower / "preprocessor_config.json").write_text(dump_json(tower_processor(card)))
     if card.model.audio is not None:
         _sound_encoder(task.folder / SOUND, _inside(named, START[1]), train_yaml(card, model), sums(card))
     _prove(task.folder, entries, set(card.model.parts()))
-    return Exported(
-        _line(task, config["model_type"]), "a whole model in VITA's own layout", "transformers", "any-to-any", _notes(task)
-    )
+    kind, what = config["model_type"], "a whole model in VITA's own layout"
+    return Exported(_line(task, kind), what, "transformers", "any-to-any", tuple(_notes(task, kind)))
 
 
 def _inside(named: dict[str, Entry], start: str) -> dict[str, Entry]:
@@ -77,7 +82,7 @@ def _sound_encoder(folder: Path, named: dict[str, Entry], settings: str, statist
 
 def _tokenizer(processor: Processor, folder: Path, ours: set[str]) -> None:
     """Save the tokenizer without `ours`, our placeholders: VITA has no tokens for media."""
-    save_tokenizer(processor.tokenizer, folder, chat_template=processor.template.source)
+    old_tokenizer(processor, folder)
     file = folder / "tokenizer.json"
     value = json.loads(file.read_text())
     value["added_tokens"] = [token for token in value["added_tokens"] if token["content"] not in ours]
@@ -110,18 +115,17 @@ def _same(entry: Entry, rows: torch.Tensor) -> bool:
 
 def _line(task: Task, kind: str) -> str:
     code = "from vita.model.builder import load_pretrained_model as load; "
-    if kind == "vita-mixtral":
+    if kind == OLD:
         call = python_line(f"{code}load('.', None, 'vita', {TYPES[kind]!r})")
     else:
         call = python_line(f"{code}load('.', {TYPES[kind]!r}, {SOUND!r}, {TOWER!r})")
     return f"cd {task.quoted()} && PYTHONPATH=VITA {call}"
 
 
-def _notes(task: Task) -> tuple[str, ...]:
-    notes = [
-        f"config.json names {TOWER!r} and {SOUND!r}, folders beside it: start VITA there, or write their places into it",
-        "prompts follow VITA's own conversation: its system text is not the one of data.template",
-    ]
+def _notes(task: Task, kind: str) -> Iterator[str]:
+    yield f"config.json names {TOWER!r} and {SOUND!r}, folders beside it: start VITA there, or write their places into it"
+    yield "prompts follow VITA's own conversation: its system text is not the one of data.template"
+    if kind == OLD:
+        yield f"code is not copied: VITA 1.0 needs {', '.join(FILES)} of a published InternViT in {TOWER!r}"
     if (head := task.card.model.state_head) is not None:
-        notes.append(f"its class builds the state head only with predict_usr_state = {head.classes - 1} in its code, which says 0")
-    return tuple(notes)
+        yield f"its class builds the state head only with predict_usr_state = {head.classes - 1} in its code, which says 0"
