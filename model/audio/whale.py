@@ -89,7 +89,7 @@ class WhaleTower(nn.Module):
         if not self.config.relative_positions:
             rows = rows + positions
         rows, positions = (self._dropped(part, self.config.positional_dropout) for part in (rows, positions))
-        attended = attention_mask(rows, lengths, self.config)
+        attended = seen_rows(rows, lengths, self.config)
         for layer in self.layers:
             rows = layer(rows, positions, attended)
         return self.layer_norm(rows)
@@ -139,7 +139,7 @@ class WhaleAttention(nn.Module):
             self.position_bias = nn.Parameter(torch.empty(self.heads, width // self.heads))  # v
 
     def forward(self, rows: Tensor, positions: Tensor, attended: Tensor | None) -> Tensor:
-        """Attend from rows (N, L, C) with positions (L, C). `attended`: (N or 1, 1, L or 1, L) bool, or None for all."""
+        """Compute attention of rows (N, L, C) with positions (L, C). `attended`: (N or 1, 1, L or 1, L) bool, or None for all."""
         query, key, value = (self._split(layer(rows)) for layer in (self.q_proj, self.k_proj, self.v_proj))
         scale = query.shape[-1] ** -0.5
         if self.is_relative:
@@ -162,7 +162,7 @@ def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 
-def attention_mask(rows: Tensor, lengths: Tensor | None, config: WhaleConfig) -> Tensor | None:
+def seen_rows(rows: Tensor, lengths: Tensor | None, config: WhaleConfig) -> Tensor | None:
     """Return which of L rows (N, L, C) each row sees, (N or 1, 1, L or 1, L) bool, by valid frames (N,) and chunks; None for all.
 
     A row always sees itself: without any key its own result, which nothing reads, would be no number.

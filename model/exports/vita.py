@@ -1,12 +1,10 @@
-"""VITA's own layout, 1.0 (Mixtral) and 1.5 (Qwen2): config.json, names of tensors, and the settings of its sound encoder."""
+"""VITA's own layout, 1.0 (Mixtral) and 1.5 (Qwen2): config.json and names of tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from model.card import ModelCard
@@ -14,9 +12,9 @@ from model.errors import ConfigError
 from model.exports.hf_text import head_problems, sizes_of
 from model.exports.internvl import original_tower_name
 from model.exports.media_facts import MediaFacts
+from model.exports.vita_sound import band_statistics
 from model.files.tensor_files import Entry
-from model.llm.causal_lm import blocks
-from model.media_spec import AudioSpec, image_spec
+from model.media_spec import image_spec
 from model.multimodal import MultimodalLM
 from model.published.vita_names import AUDIO, LINEAR, PROMPTS, SUBSAMPLING, backwards
 from model.vision.tower import num_blocks
@@ -26,8 +24,8 @@ TOWER, SOUND = "InternViT", "audio_encoder"
 CLASSES = {"qwen2": ("vita-Qwen2", "VITAQwen2ForCausalLM"), "mixtral": ("vita-mixtral", "VITAMixtralForCausalLM")}
 HEARING_OUT = ("vita-fo-Qwen2", "VITAFOQwen2ForCausalLM")
 """model_type and class of the model with a state head."""
-ADAPTERS = {"vita_conv": ("subsampling", (*SUBSAMPLING, *PROMPTS)), "linear": ("linear", (*LINEAR, *PROMPTS))}
-"""Adapter of a kind of audio projector, and its names."""
+ADAPTERS = {"vita_conv": (*SUBSAMPLING, *PROMPTS), "linear": (*LINEAR, *PROMPTS)}
+"""Names of the tensors of the adapter that a kind of audio projector is."""
 EXPERTS = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
 """Mixtral's names of the matrices that stand above each other in the experts' fused parameters."""
 
@@ -117,7 +115,7 @@ def vita_names(card: ModelCard, model: MultimodalLM, entries: dict[str, Entry]) 
         "llm": lambda name: name,
         "vision_projector": lambda name: f"model.mm_projector.{name}",
         "audio": lambda name: "model.audio_encoder." + backwards(AUDIO, name.removeprefix("tower.")),
-        "audio_projector": lambda name: "model.audio_encoder." + backwards(ADAPTERS[llm.kind][1], name),  # type: ignore[union-attr]
+        "audio_projector": lambda name: "model.audio_encoder." + backwards(ADAPTERS[llm.kind], name),  # type: ignore[union-attr]
         "state_head": lambda name: f"predictor_head.{name}",
     }
     found: dict[str, Entry] = {}
@@ -131,16 +129,7 @@ def vita_names(card: ModelCard, model: MultimodalLM, entries: dict[str, Entry]) 
         else:
             first = cut(entry, rows) if part == "llm" and inner.startswith(("model.embed_tokens.", "lm_head.")) else entry
             found[renamers[part](inner).replace(".mlp.gate.", ".block_sparse_moe.gate.")] = first
-    return found | {f"model.audio_encoder.encoder.global_cmvn.{name}": entry for name, entry in statistics(card).items()}
-
-
-def statistics(card: ModelCard) -> dict[str, Entry]:
-    """Return the means and 1 / deviations of the bands, which VITA keeps as buffers too."""
-    spec = card.specs.get("audio")
-    if not isinstance(spec, AudioSpec):
-        return {}
-    numbers = {"mean": torch.tensor(spec.means), "istd": torch.tensor(spec.scales)}
-    return {name: Entry(torch.float32, tuple(rows.shape), partial(Tensor.clone, rows)) for name, rows in numbers.items()}
+    return found | {f"model.audio_encoder.encoder.global_cmvn.{name}": entry for name, entry in band_statistics(card).items()}
 
 
 def cut(entry: Entry, rows: int) -> Entry:
@@ -170,93 +159,7 @@ def _rows(entry: Entry, start: int, stop: int) -> Tensor | None:
     return None if whole is None else whole[start:stop].contiguous()
 
 
-def train_yaml(card: ModelCard, model: MultimodalLM) -> str:
-    """Return the settings of the sound encoder as VITA reads them."""
-    value, kind = card.hugging_face["audio"], card.model.audio_projector
-    assert kind is not None
-    width, chunk = value["hidden_size"], value.get("chunk_size", 0)
-    here = "transformer-"
-    transformer = {
-        "attention-dim": width,
-        "attention-dropout-rate": value.get("attention_dropout", 0.0),
-        "attention-heads": value["num_attention_heads"],
-        "chunk_size": chunk or -1,
-        "concat-after": False,
-        "dropout-rate": value.get("dropout", 0.0),
-        "dynamic-chunks": False,
-        "input-dim": value["subsampled_size"],
-        "input-layer": "linear",
-        "left_chunks": value.get("left_chunks", -1),
-        "linear-units": value["intermediate_size"],
-        "normalize-before": value.get("normalize_before", True),
-        "num-blocks": len(blocks(model.get_submodule("audio.tower"))),
-        "output-dim": width,
-        "pos-enc-class": "rel-enc" if value.get("relative_positions", True) else "abs-enc",
-        "positional-dropout-rate": value.get("positional_dropout", 0.0),
-        "positionwise-layer-type": "linear",
-    }
-    llm: Any = model.llm
-    return _yaml(
-        {
-            "dataset_conf": {
-                "fbank_conf": {
-                    "dither": value.get("dither", 0.0),
-                    "frame_length": value.get("frame_length", 25),
-                    "frame_shift": value.get("frame_shift", 10),
-                    "num_mel_bins": value["num_mel_bins"],
-                },
-                "resample_conf": {"resample_rate": value.get("sampling_rate", 16_000)},
-            },
-            "encoder_conf": {
-                "overview_conf": {
-                    "encoder-input-dim": value["num_mel_bins"],
-                    "encoder-layer-config": "subsampling-transformer",
-                    "encoder-output-dim": width,
-                },
-                "para_conf": {
-                    "subsampling": {
-                        "subsampling-dropout-rate": 0.1,
-                        "subsampling-input-dim": value["num_mel_bins"],
-                        "subsampling-output-dim": value["subsampled_size"],
-                        "subsampling-rate": 4,
-                    },
-                    "transformer": {here + key: setting for key, setting in transformer.items()},
-                },
-            },
-            "input_dim": value["num_mel_bins"],
-            "is_json_cmvn": True,
-            "model_conf": {
-                "activation_func": "gelu",
-                "adpter_type": ADAPTERS[kind.kind][0],
-                "enc_out_dim": width,
-                "kernel_size": 5,
-                "llm_embed_dim": llm.get_input_embeddings().embedding_dim,
-                "llm_path": "none",
-                "norm": "layer",
-            },
-        }
-    )
-
-
-def _yaml(values: dict[str, Any], indent: str = "") -> str:
-    """Return nested maps of plain scalars as YAML."""
-    found = ""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found += f"{indent}{key}:\n{_yaml(value, indent + '  ')}"
-        else:
-            found += f"{indent}{key}: {str(value).lower() if isinstance(value, bool) else value}\n"
-    return found
-
-
-def sums(card: ModelCard) -> dict[str, Any]:
-    """Return global_cmvn in its JSON form: sums over one frame that has the means and variances of all."""
-    means, scales = card.hugging_face["audio"]["cmvn_means"], card.hugging_face["audio"]["cmvn_istds"]
-    squares = [1 / (scale * scale) + mean * mean for mean, scale in zip(means, scales, strict=True)]
-    return {"mean_stat": means, "var_stat": squares, "frame_num": 1}
-
-
-def tower_processor(card: ModelCard) -> dict[str, Any]:
+def tower_processor_file(card: ModelCard) -> dict[str, Any]:
     """Return preprocessor_config.json of the tower, for CLIPImageProcessor of transformers 4.x."""
     spec = image_spec(card.specs)
     return {

@@ -37,7 +37,7 @@ PREFIX = r"model\.audio_encoder\."
 TOWER_PREFIX, PROJECTOR_PREFIX, HEAD_PREFIX = r"model\.vision_tower\.vision_tower\.", r"model\.mm_projector\.", r"predictor_head\."
 
 
-def named_folder(source: Published, key: str, names: tuple[str, ...]) -> Published:
+def folder_named_by(source: Published, key: str, names: tuple[str, ...]) -> Published:
     """Return the folder that config.json names by `key`, with the files `names`, of which the first must be there.
 
     A folder of that name inside the source comes first, then one beside it, then what the key says: VITA's users move these folders
@@ -64,7 +64,7 @@ def named_folder(source: Published, key: str, names: tuple[str, ...]) -> Publish
 
 def tower_source(source: Published) -> Published:
     """Return the folder of the vision tower."""
-    return named_folder(source, TOWER, ("config.json", "preprocessor_config.json"))
+    return folder_named_by(source, TOWER, ("config.json", "preprocessor_config.json"))
 
 
 def tower_config(source: Published) -> Json:
@@ -78,7 +78,7 @@ def tower_config(source: Published) -> Json:
     return found
 
 
-def tower_processor(source: Published) -> Json:
+def tower_pixels(source: Published) -> Json:
     """Return the settings of the tower's image processor."""
     return tower_source(source).json("preprocessor_config.json")
 
@@ -87,16 +87,16 @@ def sound_source(source: Published) -> Published:
     """Return the folder with the settings of the sound encoder: the source itself where they lie in it."""
     if source.has(vita_audio.SETTINGS):
         return source
-    return named_folder(source, SOUND, (vita_audio.SETTINGS, vita_audio.STATISTICS, "final.pt"))
+    return folder_named_by(source, SOUND, (vita_audio.SETTINGS, vita_audio.STATISTICS, "final.pt"))
 
 
-def llm_config(source: Published) -> Json:
+def plain_llm_config(source: Published) -> Json:
     """Return config.json of the language model, which VITA extends."""
     kind = MODELS[source.config["model_type"]][0]
     return {**{key: value for key, value in source.config.items() if not key.startswith(OWN_KEYS)}, "model_type": kind}
 
 
-def settings(source: Published) -> Settings:
+def vita_settings(source: Published) -> Settings:
     """Return what follows from a VITA: pictures in tiles with a thumbnail, every tile 2 x 2 patches to a token."""
     if (kind := source.config.get("mm_projector_type", "mlp2x_gelu")) != "mlp2x_gelu":
         raise source.refused(
@@ -149,23 +149,23 @@ def no_model(source: Published) -> Settings:
     )
 
 
-LLM = PartView(((r"(?=model\.(embed_tokens|layers|norm)\.|lm_head\.)", ""),), llm_config)
-VISION = PartView(((TOWER_PREFIX, ""),), tower_config, processor=tower_processor)
+LLM = PartView(((r"(?=model\.(embed_tokens|layers|norm)\.|lm_head\.)", ""),), plain_llm_config)
+VISION = PartView(((TOWER_PREFIX, ""),), tower_config, processor=tower_pixels)
 PROJECTOR = PartView(((PROJECTOR_PREFIX, ""),))
 ADAPTER = (*SUBSAMPLING, *LINEAR, *PROMPTS)
 SEEING = {"llm": LLM, "vision": VISION, "vision_projector": PROJECTOR}
 HEARING = {
-    "audio": PartView(patterns(AUDIO, PREFIX), lambda source: vita_audio.audio_config(sound_source(source))),
+    "audio": PartView(patterns(AUDIO, PREFIX), lambda source: vita_audio.whale_settings(sound_source(source))),
     "audio_projector": PartView(patterns(ADAPTER, PREFIX)),
 }
 LAYOUTS = (
-    Layout("VITA", is_vita(sound=True), {**SEEING, **HEARING}, settings, NOTHING),
-    Layout("VITA without sound", is_vita(sound=False), SEEING, settings),
+    Layout("VITA", is_vita(sound=True), {**SEEING, **HEARING}, vita_settings, NOTHING),
+    Layout("VITA without sound", is_vita(sound=False), SEEING, vita_settings),
 )
 SOUND_ENCODER = Layout(
     "VITA's sound encoder",
     lambda source: not source.config and source.has(vita_audio.SETTINGS),
-    {"audio": PartView(patterns(AUDIO), vita_audio.audio_config), "audio_projector": PartView(patterns(ADAPTER))},
+    {"audio": PartView(patterns(AUDIO), vita_audio.whale_settings), "audio_projector": PartView(patterns(ADAPTER))},
     no_model,
     (*NOTHING, r"^(task_embeddings|llm_decoder|ctc)\."),
 )

@@ -68,7 +68,7 @@ def train_settings(source: Published) -> Callable[[str], Any]:
     return read
 
 
-def audio_config(source: Published) -> Json:
+def whale_settings(source: Published) -> Json:
     """Return config.json of the encoder, `model.audio.whale`, with its features and the statistics of its training data."""
     read = train_settings(source)
     for key, allowed in REQUIRED.items():
@@ -76,7 +76,7 @@ def audio_config(source: Published) -> Json:
             raise source.refused(f"{SETTINGS}: {key} = {value!r} is not supported; it must be {' or '.join(map(repr, allowed))}")
     here, feature = "encoder_conf.para_conf.transformer.transformer", "dataset_conf.fbank_conf"
     bands = read(f"{feature}.num_mel_bins")
-    means, scales = statistics(source, read("is_json_cmvn"), bands)
+    means, scales = read_statistics(source, read("is_json_cmvn"), bands)
     # With dynamic chunks VITA draws their size anew for every call; a chunk as long as the clip is the one that stays the same.
     chunk = 0 if read(f"{here}-dynamic-chunks") else max(0, read(f"{here}-chunk_size"))
     return {
@@ -119,7 +119,7 @@ def adapter_kind(source: Published) -> str:
     return name
 
 
-def statistics(source: Published, is_json: bool, bands: int) -> tuple[list[float], list[float]]:
+def read_statistics(source: Published, is_json: bool, bands: int) -> tuple[list[float], list[float]]:
     """Return mean and 1 / standard deviation of each band, out of the sums over all frames in global_cmvn."""
     sums, squares, count = (_json_sums if is_json else _kaldi_sums)(source)
     if len(sums) != bands or len(squares) != bands or count <= 0:

@@ -16,12 +16,11 @@ from model.exports.vita import (
     SOUND,
     TOWER,
     check_exportable_vita,
-    sums,
-    tower_processor,
-    train_yaml,
+    tower_processor_file,
     vita_config,
     vita_names,
 )
+from model.exports.vita_sound import band_sums, train_yaml
 from model.files.tensor_files import Entry, dump_json
 from model.load import load_model
 from model.media_spec import PLACEHOLDERS
@@ -60,9 +59,9 @@ def to_vita(task: Task) -> Exported:
     write_weights(tower, _inside(named, START[0]))
     own = {"auto_map": CODE} if config["model_type"] == OLD else {}
     (tower / "config.json").write_text(dump_json({**original_tower_config(card, model, config["torch_dtype"]), **own}))
-    (tower / "preprocessor_config.json").write_text(dump_json(tower_processor(card)))
+    (tower / "preprocessor_config.json").write_text(dump_json(tower_processor_file(card)))
     if card.model.audio is not None:
-        _sound_encoder(task.folder / SOUND, _inside(named, START[1]), train_yaml(card, model), sums(card))
+        _sound_encoder(task.folder / SOUND, _inside(named, START[1]), train_yaml(card, model), band_sums(card))
     _prove(task.folder, entries, set(card.model.parts()))
     kind, what = config["model_type"], "a whole model in VITA's own layout"
     return Exported(_line(task, kind), what, "transformers", "any-to-any", tuple(_notes(task, kind)))
