@@ -12,6 +12,27 @@ EXTRAS = {
     "sentencepiece": ["sentencepiece"],
 }
 USED_BY_TESTS = ("media", "plot", "demo", "sentencepiece", "parquet", "quantize")
+COMMANDS = {
+    "train": "trainer.main:command",
+    "plan": "tools.plan:main",
+    "check": "tools.check_data:main",
+    "inspect": "tools.inspect_data:main",
+    "chat": "tools.chat:main",
+    "evaluate": "tools.evaluate:main",
+    "export": "tools.export_adapter:main",
+    "merge": "tools.merge_lora:main",
+    "plot": "tools.plot_run:main",
+    "templates": "tools.check_templates:main",
+    "demo": "tools.demo:main",
+    "demo-omni": "tools.demo_omni:main",
+}
+"""Commands by name, installed as `mmt-NAME`: unlike `python -m`, they never look for packages in the current folder."""
+DATA_FILES = {
+    "tools.demos": ["*.toml"],
+    "tools.inspector": ["*.css", "*.js"],
+    "trainer.recipes": ["*.toml", "*.sh"],
+}
+PACKAGES = ["model", "data", "trainer", "tools"]
 TEST = ["pytest", "hypothesis", "ruff", "mypy", "peft", "accelerate"]
 
 setup(
@@ -20,7 +41,11 @@ setup(
     description="A trainer for vision-language models by hand on raw PyTorch",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["model*", "data*", "trainer*", "tools*"]),
+    # Run files to copy stand at the top of the source tree, and inside `trainer` once installed: `--cfg recipe:NAME` finds both.
+    packages=[*find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]), "trainer.recipes"],
+    package_dir={"trainer.recipes": "recipes"},
+    package_data={**{name: ["py.typed"] for name in PACKAGES}, **DATA_FILES},
+    entry_points={"console_scripts": [f"mmt-{name} = {function}" for name, function in COMMANDS.items()]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",

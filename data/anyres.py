@@ -55,7 +55,9 @@ def grids(sizes: tuple[GridSize, ...], side: int) -> tuple[Size, ...]:
 
 def grids_named(text: str) -> list[Size]:
     """Return (across, down) of "2x1", or of all grids of "1x1...6x6" in the order of OneVision's folders. `text` is well formed."""
-    left, top, right, bottom = (int(word) for word in GRID_NAME.fullmatch(text).groups("0"))  # type: ignore[union-attr]
+    match = GRID_NAME.fullmatch(text)
+    assert match is not None
+    left, top, right, bottom = (int(word) for word in match.groups("0"))
     return [(across, down) for down in range(top, (bottom or top) + 1) for across in range(left, (right or left) + 1)]
 
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.reduction import DupFd
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from data.workers import NO_FILE, OPEN_FILES, OpenFilesError, WorkerError
 from model.batch import Media
 
+T = TypeVar("T")
 _ALIGNED = 64  # bytes
 _MOST_AT_ONCE = 1 << 30  # bytes; Linux writes at most 2 GiB in one call
 
@@ -44,10 +45,10 @@ class Parcel:
     In another process a parcel arrives as the contents.
     """
 
-    def __init__(self, told: Any, descriptor: int, size: int) -> None:
+    def __init__(self, told: object, descriptor: int, size: int) -> None:
         self._skeleton, self._descriptor, self._size = told, descriptor, size
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         """Return how to rebuild the contents; a parcel is pickled once.
 
         A failure becomes the contents: raised here, it would be printed, and the rank would wait for the batch for ever.
@@ -61,7 +62,7 @@ class Parcel:
             os.close(self._descriptor)
 
 
-def pack_for_transport(contents: Any) -> Any:
+def pack_for_transport(contents: object) -> Any:
     """Pack `contents`, anything of dataclasses, dicts, lists and tuples, in the form in which a worker sends it.
 
     Encoder input arrives as a view of the shared memory, and other tensors as copies: whoever keeps labels keeps no pictures. Where
@@ -94,7 +95,7 @@ def _problem(error: OSError) -> WorkerError:
     return WorkerError(f"a data worker cannot send a batch: {error.strerror}")
 
 
-def _received(skeleton: Any, handle: Any, size: int) -> Any:
+def _received(skeleton: object, handle: Any, size: int) -> object:
     """Return the contents in the process that received them, or the `OpenFilesError` that kept the memory from arriving."""
     try:
         descriptor = handle.detach()
@@ -116,7 +117,7 @@ def _mapped(descriptor: int, size: int) -> Tensor:
     if os.path.exists(path):
         return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
     found = torch.empty(size, dtype=torch.uint8)
-    buffer, at = memoryview(found.numpy()), 0  # type: ignore[arg-type]
+    buffer, at = found.numpy().data, 0
     while at < size:
         at += os.preadv(descriptor, [buffer[at : at + _MOST_AT_ONCE]], at)
     return found
@@ -139,13 +140,13 @@ def _write(descriptor: int, tensor: Tensor, at: int) -> None:
     flat = tensor.contiguous().reshape(-1)
     if flat.numel() < 2:  # its stride may be anything
         flat = flat.new_empty(flat.shape).copy_(flat)
-    data = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    data = flat.view(torch.uint8).numpy().data
     while data:
         written = os.pwrite(descriptor, data[:_MOST_AT_ONCE], at)
         data, at = data[written:], at + written
 
 
-def _replaced(value: Any, kind: type, change: Callable[[Any, bool], Any], stays: bool = False) -> Any:
+def _replaced(value: Any, kind: type[T], change: Callable[[T, bool], object], stays: bool = False) -> Any:
     """Replace everything of a `kind` in `value` by the result of `change`, which is also given whether it is encoder input."""
     if isinstance(value, kind):
         return change(value, stays)

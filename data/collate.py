@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 import torch
@@ -73,7 +73,15 @@ def collate_packed(samples: Sequence[Sample], pad_id: int) -> Batch:
     )
 
 
-def _names(samples: Sequence[Sample]) -> dict[str, Any]:
+class _Names(TypedDict):
+    """Fields of `Batch` that name its samples."""
+
+    sample_ids: Tensor
+    source_ids: Tensor
+    lengths: tuple[int, ...]
+
+
+def _names(samples: Sequence[Sample]) -> _Names:
     return {
         "sample_ids": torch.tensor([sample.sample_id for sample in samples] or [BLANK]),
         "source_ids": torch.tensor([sample.source_id for sample in samples] or [BLANK]),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from data.index.record_index import source_files
 from data.index.source_files import Shards
 from data.media.blob import MediaError
 from data.records.record import RecordError
-from model.files.untrusted import open_regular
+from model.files.untrusted import Json, open_regular
 
 MEDIA = 1000
 """Records of a source whose media are fingerprinted, spread over the source."""
@@ -29,7 +28,7 @@ _BLOCKS, _BLOCK_BYTES = 64, 1 << 16
 _MEDIUM_BLOCKS, _MEDIUM_BLOCK_BYTES = 16, 1 << 14  # and the end; a medium of up to 256 KiB is read whole
 
 
-def data_fingerprint(dataset: MultimodalDataset) -> dict[str, Any]:
+def data_fingerprint(dataset: MultimodalDataset) -> Json:
     """Return the fingerprint of every source as JSON-able values, by source key.
 
     "files" holds rows [path, size, time in ns, digest of blocks, digest of all bytes or ""]; "media" holds rows [name, size, time,
@@ -47,7 +46,7 @@ def data_fingerprint(dataset: MultimodalDataset) -> dict[str, Any]:
     return found
 
 
-def changed_files(before: dict[str, Any], dataset: MultimodalDataset) -> list[str]:
+def changed_files(before: Json, dataset: MultimodalDataset) -> list[str]:
     """Return what differs from the fingerprint `before`, as one readable line per file.
 
     A file with the same size and time is compared by its blocks; one whose time alone differs is compared by all of its bytes.
@@ -148,4 +147,4 @@ def _digest(path: str, starts: list[int], count: int) -> str:
 
 def _digest_of_all(path: str) -> str:
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -239,5 +238,5 @@ def _load(
         del batches
 
 
-def _unchanged(item: Any) -> Any:
+def _unchanged(item: object) -> object:
     return item

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import transformers
 from torch import Tensor
@@ -26,7 +25,7 @@ from data.text.template import Template, load_template
 from data.text.tokenizer import check_fingerprint, load_tokenizer, pad_id, save_tokenizer, tokenizer_fingerprint
 from model.batch import Batch
 from model.errors import ConfigError
-from model.files.untrusted import load_json
+from model.files.untrusted import Json, load_json
 from model.media_spec import MediaSpec, placeholder_tokens, spec_from_json, spec_to_json
 
 FILE = "processor.json"
@@ -56,7 +55,7 @@ class Processor:
         return self.template.stop_ids
 
     def __call__(
-        self, records: Sequence[dict[str, Any]], answers: bool = False, media_root: str | None = None, thinking: bool = False
+        self, records: Sequence[Json], answers: bool = False, media_root: str | None = None, thinking: bool = False
     ) -> Batch:
         """Make a batch of records in the form that training reads.
 
@@ -91,7 +90,7 @@ class Processor:
         text = json.dumps(self._to_json(), indent=2, sort_keys=True, ensure_ascii=False)
         (folder / FILE).write_text(text + "\n", encoding="utf-8")
 
-    def _sample(self, i: int, raw: dict[str, Any], answers: bool, media_root: str | None, thinking: bool) -> Sample:
+    def _sample(self, i: int, raw: Json, answers: bool, media_root: str | None, thinking: bool) -> Sample:
         record = parse(raw, f"records:{i}", needs_answer=answers)
         check_media(record, self.specs, self.config.max_images)
         limit = self.config.max_length if answers else None
@@ -114,7 +113,7 @@ class Processor:
         stop = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
         return ids[:stop]
 
-    def _to_json(self) -> dict[str, Any]:
+    def _to_json(self) -> Json:
         template = self.template
         described = {
             "name": template.name,
@@ -174,11 +173,13 @@ def load_processor(folder: str | Path) -> Processor:
     return Processor(replace(template, source=jinja), specs, config)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> Json:
     try:
         stored = load_json(file)
     except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}; name a final/ or checkpoint folder of a run") from error
+        final = file.parent / "final"
+        hint = f"did you mean {final}?" if (final / FILE).is_file() else "name a final/ or checkpoint folder of a run"
+        raise ConfigError(f"{file} cannot be read: {error.strerror}; {hint}") from error
     except ValueError as error:
         raise ConfigError(f"{file} is damaged: {error}; take it from the run again") from error
     if not isinstance(stored, dict) or stored.get("version") != _VERSION:

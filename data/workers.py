@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from types import TracebackType
 
 import torch
 from torch.utils.data import get_worker_info
@@ -167,7 +167,7 @@ def prepare_worker(worker: int) -> None:
     sys.excepthook = _end_without_files
 
 
-def _end_without_files(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+def _end_without_files(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """End the worker where a thread can open no more files.
 
     The thread of multiprocessing that hands over batches would print a traceback and try again at once, for ever.

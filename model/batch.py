@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,8 +43,8 @@ class Media:
         return self._map(lambda t: t.pin_memory())
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> Media:
-        tensors = (getattr(self, f.name) for f in dataclasses.fields(self))
-        return Media(*(None if t is None else move(t) for t in tensors))  # type: ignore[arg-type]
+        tensors: dict[str, Tensor | None] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return replace(self, **{name: move(t) for name, t in tensors.items() if t is not None})
 
 
 @dataclass(frozen=True)

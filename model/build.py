@@ -58,7 +58,7 @@ def assemble(card: ModelCard, dtype: torch.dtype) -> MultimodalLM:
     with parameters_on_meta():
         llm = build_llm(card.hugging_face["llm"], config.attention, card.vocabulary)
         head_weight(llm)
-        width: int = llm.get_input_embeddings().embedding_dim  # type: ignore[operator]
+        width = llm.get_input_embeddings().embedding_dim
         if config.vision is not None and config.vision_projector is not None:
             tower = VisionTower(card.hugging_face["vision"], config.vision)
             parts["vision"] = tower
@@ -71,7 +71,7 @@ def assemble(card: ModelCard, dtype: torch.dtype) -> MultimodalLM:
             parts["state_head"] = StateHead(width, config.state_head)
     model = MultimodalLM(llm, parts, card.specs, dtype)
     if config.llm.router_loss:
-        model.routers = RouterTap(llm.get_decoder(), config.llm.router_loss)  # type: ignore[operator]
+        model.routers = RouterTap(llm.get_decoder(), config.llm.router_loss)
     model.stop_ids, model.pad_id = card.stop_ids, card.pad_id
     inject(model, card)
     if card.quantize.bits != 16:

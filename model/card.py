@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import transformers
 
@@ -16,6 +16,7 @@ from model.config import (
     LlmConfig,
     LoraConfig,
     ModelConfig,
+    PartConfig,
     QuantizeConfig,
     StateHeadConfig,
     VisionConfig,
@@ -25,7 +26,7 @@ from model.errors import ConfigError
 from model.files.hub import weight_files
 from model.files.quantised_base import check_dequantizable, check_settings, quantisation, without_quantisation
 from model.files.tensor_files import dump_json, sampled_digest
-from model.files.untrusted import load_json
+from model.files.untrusted import Json, load_json
 from model.llm.causal_lm import VocabularyLayout, llm_config
 from model.media_spec import MediaSpec, spec_from_json, spec_to_json
 from model.vision.projector import projected_spec
@@ -36,7 +37,7 @@ MOVED = (
     "relative paths start where the run was started; name what has moved as model.init_from of a run file, with "
     "base={'init_from': PATH} of load_model, or as --base init_from=PATH of the tools"
 )
-PART_CONFIGS: dict[str, Any] = {
+PART_CONFIGS: dict[str, Callable[..., PartConfig]] = {
     "llm": LlmConfig,
     "vision": VisionConfig,
     "vision_projector": VisionProjectorConfig,
@@ -52,7 +53,7 @@ class ModelCard:
 
     model: ModelConfig
     lora: LoraConfig
-    hugging_face: dict[str, dict[str, Any]]  # config.json of each part that has one
+    hugging_face: dict[str, Json]  # config.json of each part that has one
     specs: dict[str, MediaSpec]
     vocabulary: VocabularyLayout
     tokens: tuple[str, ...] = ()  # tokens added to the base tokenizer, in order
@@ -62,7 +63,7 @@ class ModelCard:
     transformers: str = transformers.__version__
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)  # storage of the llm's matrices
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         value = dataclasses.asdict(self)
         value["specs"] = {name: spec_to_json(spec) for name, spec in self.specs.items()}
         return value
@@ -92,7 +93,7 @@ def make_card(
     return ModelCard(config, lora, hugging_face, media_specs(config), vocabulary, tokens, stop_ids, pad_id, quantize=quantize)
 
 
-def language_model_config(config: ModelConfig) -> dict[str, Any]:
+def language_model_config(config: ModelConfig) -> Json:
     """Read config.json of the language model, without the quantisation when `dequantize` removes it from the weights.
 
     Raises `ConfigError` for a quantised folder without `dequantize`, and for `dequantize` where it is not possible.
@@ -139,7 +140,7 @@ def read_card(folder: Path) -> ModelCard:
         raise ConfigError(f"{folder / NAME} does not describe a model this version can build: {error}") from error
 
 
-def _card(value: dict[str, Any]) -> ModelCard:
+def _card(value: Json) -> ModelCard:
     model = dict(value["model"])
     for name, config in PART_CONFIGS.items():
         model[name] = None if model[name] is None else config(**_tuples(model[name]))
@@ -155,5 +156,5 @@ def _card(value: dict[str, Any]) -> ModelCard:
     )
 
 
-def _tuples(value: dict[str, Any]) -> dict[str, Any]:
+def _tuples(value: Json) -> Json:
     return {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}

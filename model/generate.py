@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig
 
 from model.llm.attention import masked_attention
+from model.llm.interface import CausalLM
 
 
 def generate(
-    llm: nn.Module,
+    llm: CausalLM,
     embeds: Tensor,
     mask: Tensor,
     max_new_tokens: int,
@@ -32,7 +32,7 @@ def generate(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens} is not positive")
-    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    sampling: dict[str, bool | float] = {"do_sample": temperature > 0}
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
     config = GenerationConfig(
@@ -45,12 +45,12 @@ def generate(
     with torch.no_grad(), masked_attention(llm), no_settings(llm), torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        ids = llm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+        ids = llm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config)
     return [_until_stop(row, stop_ids) for row in ids.tolist()]
 
 
 @contextmanager
-def no_settings(llm: Any) -> Iterator[None]:
+def no_settings(llm: CausalLM) -> Iterator[None]:
     """Remove the model's generation settings inside the context: they would fill in arguments that are not given."""
     before, llm.generation_config = llm.generation_config, GenerationConfig()
     try:

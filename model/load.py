@@ -41,7 +41,7 @@ def load_model(
     model.requires_grad_(False)
     materialise(model, layers, frozen_dtype=target, device=device)
     model.trainable_parts = frozenset()
-    return model.eval()  # type: ignore[return-value]
+    return model.train(False)
 
 
 def dtype_of(dtype: str | torch.dtype | None, card: ModelCard, device: torch.device) -> torch.dtype:

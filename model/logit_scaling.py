@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from model.errors import ConfigError
+from model.llm.interface import CausalLM, LogitChange
 
 SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier")
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
@@ -24,40 +26,18 @@ TOLERANCE = 1e-5
 """Largest accepted difference, relative to the largest logit."""
 
 
-@dataclass(frozen=True)
-class LogitChange:
-    """The function x -> scale * x, then cap * tanh(x / cap) if there is a cap."""
-
-    scale: float = 1.0
-    cap: float | None = None
-
-    def __call__(self, products: Tensor) -> Tensor:
-        logits = products if self.scale == 1.0 else products * self.scale
-        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
-
-    def gradient(self, logits: Tensor, grad: Tensor) -> Tensor:
-        """Return the gradient with respect to the products, from `grad` with respect to the logits. `grad` may be overwritten."""
-        if self.cap is not None:
-            grad = grad.mul_(1 - (logits / self.cap).square())
-        return grad if self.scale == 1.0 else grad.mul_(self.scale)
-
-
-UNCHANGED = LogitChange()
-
-
-def logit_change(llm: nn.Module) -> LogitChange:
+def logit_change(llm: CausalLM) -> LogitChange:
     """Find the change under which the products of a few random rows equal the logits that `llm` computes from these rows.
 
     Only the head runs, with a small random matrix in place of its own, so parameters may be on meta. Raises `ConfigError` when no
     setting in the config explains the logits: a loss computed from the products would be silently wrong.
     """
-    config: Any = llm.config
-    width: int = llm.get_input_embeddings().embedding_dim  # type: ignore[operator]
+    width = llm.get_input_embeddings().embedding_dim
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, NUM_ROWS, width, generator=generator)
     weight = torch.randn(NUM_COLUMNS, width, generator=generator) * (SPREAD / width**0.5)
     logits = _logits_of(llm, hidden, weight)
-    for change in _candidates(config):
+    for change in _candidates(llm.config):
         if logits.shape == (1, NUM_ROWS, NUM_COLUMNS) and _close(change(hidden @ weight.T), logits):
             return change
     raise ConfigError(
@@ -66,7 +46,7 @@ def logit_change(llm: nn.Module) -> LogitChange:
     )
 
 
-def _candidates(config: Any) -> Iterator[LogitChange]:
+def _candidates(config: PretrainedConfig) -> Iterator[LogitChange]:
     scales, caps = ([float(v) for name in names if _is_number(v := getattr(config, name, None))] for names in (SCALES, CAPS))
     factors = [1.0, *scales, *(1 / value for value in scales)]
     for cap, scale in product((None, *caps), factors):
@@ -81,7 +61,7 @@ def _close(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max())
 
 
-def _logits_of(llm: nn.Module, hidden: Tensor, weight: Tensor) -> Tensor:
+def _logits_of(llm: CausalLM, hidden: Tensor, weight: Tensor) -> Tensor:
     """Compute the logits of `llm` for a decoder output `hidden` and a head matrix `weight`."""
     with torch.no_grad(), _replaced_decoder(llm, hidden, weight):
         try:
@@ -104,14 +84,15 @@ class FixedDecoderOutput:
     def __getattr__(self, name: str) -> None:
         return None
 
-    def __getitem__(self, place: Any) -> Any:
+    def __getitem__(self, place: int | slice) -> Tensor | tuple[Tensor, ...]:
         return (self.last_hidden_state,)[place]
 
 
 @contextmanager
-def _replaced_decoder(llm: Any, hidden: Tensor, weight: Tensor) -> Iterator[None]:
+def _replaced_decoder(llm: CausalLM, hidden: Tensor, weight: Tensor) -> Iterator[None]:
     """Make the decoder return `hidden` for any input, and the head multiply by `weight`, inside the context."""
     decoder, head = llm.get_decoder(), llm.get_output_embeddings()
+    forwards: list[tuple[nn.Module, Callable[..., object]]]
     forwards = [(decoder, lambda *_, **__: FixedDecoderOutput(hidden)), (head, lambda x: F.linear(x, weight))]
     try:
         for module, forward in forwards:

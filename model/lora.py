@@ -103,7 +103,9 @@ def add_lora(root: nn.Module, paths: list[str], config: LoraConfig) -> None:
     """Replace the linear layers at `paths` by adapted ones that share their parameters."""
     for path in paths:
         parent, _, name = path.rpartition(".")
-        setattr(root.get_submodule(parent), name, LoraLinear(root.get_submodule(path), config))  # type: ignore[arg-type]
+        linear = root.get_submodule(path)
+        assert isinstance(linear, nn.Linear)  # `target_paths` selects no other layers
+        setattr(root.get_submodule(parent), name, LoraLinear(linear, config))
 
 
 def adapted(root: nn.Module) -> Iterator[tuple[str, LoraLinear]]:

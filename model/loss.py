@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.batch import Batch
-from model.logit_scaling import UNCHANGED, LogitChange
+from model.llm.interface import UNCHANGED, LogitChange
 
 CHUNK = 2048
 """Supervised rows whose logits exist at one time."""
@@ -92,18 +92,19 @@ class ChunkedLoss(torch.autograd.Function):
             p = change.gradient(logits, p).to(weight.dtype)
             p_new = None if new is None else new.taken_out(p)
             if d_hidden is not None:
-                d_hidden[part] = p @ weight if p_new is None else torch.addmm(p @ weight, p_new, new_rows)  # type: ignore[arg-type]
+                d_hidden[part] = p @ weight if new is None or p_new is None else torch.addmm(p @ weight, p_new, new.rows)
             if d_weight is not None:
                 d_weight += (p.T @ h).float()
-            if d_new is not None:
-                d_new += (p_new.T @ h).float()  # type: ignore[union-attr]
+            if d_new is not None and p_new is not None:
+                d_new += (p_new.T @ h).float()
         ctx.save_for_backward(d_hidden, d_weight, d_new)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(rows)
         return rows.sum(), rows
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
         d_hidden, d_weight, d_new = ctx.saved_tensors
         hidden = None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype)
         weight, new = (None if d is None else (d * grad).to(ctx.weight_dtype) for d in (d_weight, d_new))

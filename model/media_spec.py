@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from model.files.untrusted import Json
 from model.tile_tokens import TileMap, map_rows, map_weights, tile_map
 
 PLACEHOLDERS = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
@@ -59,6 +59,7 @@ class AudioSpec:
     num_prompts: int = 0  # learned rows before every clip
     num_states: int = 0  # classes of the user's state after a clip; 0: no state head
     placeholder: str = PLACEHOLDERS["audio"]  # token whose positions take features
+    drops_odd: bool = False  # the encoder's second stride is a mean of pairs, and a last row without a partner gives no token
     features: str = "whisper"  # whisper: log10 of the mel power, scaled to the clip's maximum | kaldi: Kaldi's filter banks
     kernels: tuple[int, ...] = ()  # rows that each of these layers needs for one, where it pads nothing; () = 1 for each
     num_early: int = 1  # the first strides, which stand before the encoder's blocks
@@ -84,20 +85,20 @@ def placeholder_tokens(specs: Mapping[str, MediaSpec]) -> dict[str, str]:
     return DEFAULT_TOKENS | {modality: spec.placeholder for modality, spec in specs.items()}
 
 
-def spec_from_json(value: dict[str, Any]) -> MediaSpec:
+def spec_from_json(value: Json) -> MediaSpec:
     """Read a spec that `spec_to_json` wrote. Raises `KeyError` or `TypeError` for anything else."""
-    fields = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items() if name != "kind"}
+    fields: Json = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items() if name != "kind"}
     return _SPECS[value["kind"]](**fields)
 
 
-def spec_to_json(spec: MediaSpec) -> dict[str, Any]:
+def spec_to_json(spec: MediaSpec) -> Json:
     """Return the spec as plain JSON values, with the kind of spec."""
     kind = next(name for name, cls in _SPECS.items() if isinstance(spec, cls))
     fields = {name: list(item) if isinstance(item, tuple) else item for name, item in dataclasses.asdict(spec).items()}
     return {"kind": kind, **fields}
 
 
-_SPECS: dict[str, Any] = {"image": ImageSpec, "audio": AudioSpec}
+_SPECS: dict[str, type[MediaSpec]] = {"image": ImageSpec, "audio": AudioSpec}
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def layers(spec: AudioSpec) -> tuple[tuple[int, int], ...]:
 
 def row_width(spec: MediaSpec, num_frames: int = 0) -> int:
     """Return the tokens L that the encoder makes of each row of a batch. `num_frames`: mel frames that rows are padded to."""
-    return _shortened(spec, num_frames) if isinstance(spec, AudioSpec) else view_tokens(spec)
+    return _shortened(dataclasses.replace(spec, drops_odd=False), num_frames) if isinstance(spec, AudioSpec) else view_tokens(spec)
 
 
 def row_shape(spec: MediaSpec) -> tuple[int, ...]:
@@ -209,6 +210,6 @@ def row_shape(spec: MediaSpec) -> tuple[int, ...]:
 
 
 def _shortened(spec: AudioSpec, frames: int) -> int:
-    for stride, kernel in layers(spec):
-        frames = max(0, (frames - kernel) // stride + 1)
+    for i, (stride, kernel) in enumerate(layers(spec)):
+        frames = max(1, frames // stride) if spec.drops_odd and i == 1 else max(0, (frames - kernel) // stride + 1)
     return frames

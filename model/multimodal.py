@@ -12,10 +12,12 @@ from torch.distributed.fsdp import FSDPModule
 
 from model.audio.state_head import StateHead
 from model.batch import Batch, Media
+from model.encoder import Encoder
 from model.errors import ConfigError
 from model.generate import generate
 from model.llm.attention import decoder_options, masked_attention
 from model.llm.causal_lm import head_weight
+from model.llm.interface import CausalLM
 from model.llm.new_tokens import new_head_rows
 from model.llm.router_loss import RouterTap
 from model.loss import LossTerm, Term, text_term
@@ -31,7 +33,7 @@ ENCODERS = {"image": ("vision", "vision_projector"), "audio": ("audio", "audio_p
 class MultimodalLM(nn.Module):
     """A causal language model that reads media through encoders and projectors. Attribute names are the parts' names."""
 
-    def __init__(self, llm: nn.Module, parts: dict[str, nn.Module], specs: dict[str, MediaSpec], dtype: torch.dtype) -> None:
+    def __init__(self, llm: CausalLM, parts: dict[str, nn.Module], specs: dict[str, MediaSpec], dtype: torch.dtype) -> None:
         super().__init__()
         self.llm = llm
         for name, part in parts.items():
@@ -46,7 +48,7 @@ class MultimodalLM(nn.Module):
     @property
     def other_terms(self) -> dict[str, LossTerm]:
         """Return the loss terms beside the text term, by name. A new term is an entry here."""
-        sources: dict[str, Any] = {"state": getattr(self, "state_head", None), "router": self.routers}
+        sources: dict[str, LossTerm | None] = {"state": getattr(self, "state_head", None), "router": self.routers}
         return {name: source for name, source in sources.items() if source is not None}
 
     def coefficients(self) -> dict[str, float]:
@@ -66,14 +68,13 @@ class MultimodalLM(nn.Module):
             self.routers.listen()
         hidden = self.decode(batch)
         weight = head_weight(self.llm).to(self.dtype)
-        change: Any = self.llm.logit_change
         new = new_head_rows(self.llm, self.dtype)
-        text = text_term(hidden, weight, batch.labels, batch.supervised, change=change, new=new)
+        text = text_term(hidden, weight, batch.labels, batch.supervised, change=self.llm.logit_change, new=new)
         return {"text": text, **{name: source.term(hidden, batch) for name, source in self.other_terms.items()}}
 
     def decode(self, batch: Batch) -> Tensor:
         """Compute the decoder's last hidden state (B, T, D)."""
-        decoder = self.llm.get_decoder()  # type: ignore[operator]
+        decoder = self.llm.get_decoder()
         options = decoder_options(self.llm, batch)
         embeds = self.embed(batch)
         return decoder(inputs_embeds=embeds, position_ids=batch.position_ids, use_cache=False, **options).last_hidden_state
@@ -98,26 +99,33 @@ class MultimodalLM(nn.Module):
         Every modality takes part in every batch, with no rows where there is no media: ranks must run the same collectives, and
         trainable parts must get a gradient, whatever their batch holds.
         """
-        embeds = self.llm.get_input_embeddings()(batch.input_ids)  # type: ignore[operator]
+        embeds = self.llm.get_input_embeddings()(batch.input_ids)
         for modality in self.specs:
             media = batch.media.get(modality)
             features = self._features(modality, media)
             embeds = splice(embeds, features, media or self._no_media(modality))
         return embeds
 
+    def encoder(self, name: str) -> Encoder:
+        """Return the part `name`, vision or audio. Raises `TypeError` for a part that encodes no media."""
+        found = self.get_submodule(name)
+        if not isinstance(found, Encoder):
+            raise TypeError(f"{name} is a {type(found).__name__}, no encoder")
+        return found
+
     def _features(self, modality: str, media: Media | None) -> Tensor:
         """Return the projected feature rows (K, D) of one modality; K = 0 when the batch holds none."""
         encoder_name, projector_name = ENCODERS[modality]
-        encoder, projector = self.get_submodule(encoder_name), self.get_submodule(projector_name)
+        encoder, projector = self.encoder(encoder_name), self.get_submodule(projector_name)
         trainable = encoder_name in self.trainable_parts
         if media is None and not trainable and not isinstance(encoder.tower, FSDPModule):
-            media, shape = self._no_media(modality), (1, int(encoder.blank_length), int(encoder.hidden_size))  # type: ignore[arg-type]
+            media, shape = self._no_media(modality), (1, encoder.blank_length, encoder.hidden_size)
             encoded = torch.zeros(shape, dtype=self.dtype, device=self._device())
         else:
             media = media or self._no_media(modality)
             with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
                 encoded = encoder(normalised(media.values, self.specs[modality], self.dtype), media.lengths)  # (N, L, C)
-        rows = projector(encoded, encoder.valid_rows(media.lengths)).flatten(0, 1)  # type: ignore[operator]
+        rows = projector(encoded, encoder.valid_rows(media.lengths)).flatten(0, 1)
         for name in OWN_ROWS:
             if (extra := getattr(projector, name, None)) is not None:
                 rows = torch.cat([rows, extra.reshape(-1, rows.shape[-1]).to(rows.dtype)])

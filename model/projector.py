@@ -63,3 +63,14 @@ LLAVA_PROJECTOR, LLAVA_NEWLINE, LLAVA_TRAINED = "mm_projector.", "image_newline"
 
 OWN_ROWS = ("extra", LLAVA_NEWLINE)
 """Parameters that a projector may have beside its layers: prompts, the line break."""
+
+
+def spreads_of(module: nn.Module) -> dict[str, float]:
+    """Return the standard deviations that bare parameters of `module` start with, by their names in it."""
+    found: dict[str, float] = getattr(module, "spreads", None) or {}
+    return found
+
+
+def set_spread(module: nn.Module, name: str, deviation: float) -> None:
+    """Say that the bare parameter `name` of `module` starts with this standard deviation."""
+    setattr(module, "spreads", {**spreads_of(module), name: deviation})  # noqa: B010  nn.Module declares tensors and modules only

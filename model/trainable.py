@@ -11,6 +11,7 @@ from model.llm.new_tokens import is_new_rows
 from model.llm.quantized_linear import num_parameters
 from model.lora import is_adapter, learning_biases
 from model.multimodal import MultimodalLM
+from model.vision.tower import VisionTower
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,10 @@ def apply_tune(model: MultimodalLM, config: ModelConfig, lora: LoraConfig) -> No
             if part.tune == "new_tokens" and is_new_rows(inner):
                 parameter.requires_grad_(True)
         if part.tune == "positions":
-            module.positions.requires_grad_(True)  # type: ignore[union-attr, operator]
+            assert isinstance(module, VisionTower)
+            module.positions.requires_grad_(True)
         if part.tune == "prompts":
-            module.extra.requires_grad_(True)  # type: ignore[operator, union-attr]
+            module.get_parameter("extra").requires_grad_(True)
     model.trainable_parts = frozenset(
         name for name, part in model.named_children() if any(p.requires_grad for p in part.parameters())
     )

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 
 from model.card import ModelCard
 from model.config import LlmConfig, LoraConfig, ModelConfig
@@ -57,9 +57,9 @@ def make_trained(num_bytes: int, width: int = 1024) -> Trained:
     return Trained(dict(parameters), optimizer)
 
 
-def tensors_of(trained: Trained) -> dict[str, Any]:
+def tensors_of(trained: Trained) -> dict[str, Tensor]:
     """Return the tensors that the other methods save: the same as ours."""
-    found: dict[str, Any] = {f"weights/{name}": p.detach() for name, p in trained.parameters.items()}
+    found = {f"weights/{name}": p.detach() for name, p in trained.parameters.items()}
     for name, p in trained.parameters.items():
         found |= {f"{key}/{name}": tensor for key, tensor in trained.optimizer.state[p].items() if key != "step"}
     return found
@@ -70,7 +70,7 @@ def savers(trained: Trained, world: World, folder: Path) -> dict[str, Callable[[
     tensors = tensors_of(trained)
     source = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
     target = torch.zeros_like(source).fill_(1)
-    data = memoryview(source.numpy()).cast("B")  # type: ignore[arg-type]
+    data = source.numpy().data.cast("B")
     checkpointer = Checkpointer(folder / "ours", 1, world)
     checkpointer.prepare(trained, CARD, NoProcessor())  # type: ignore[arg-type]
 
@@ -171,7 +171,7 @@ def slow_down(world: World, folder: Path, steps: int, every: int, rounds: int) -
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="tools.bench_checkpoint", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m tools.bench_checkpoint", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--megabytes", type=int, default=500, help="what is saved, moments included (default 500)")
     parser.add_argument("--saves", type=int, default=20, help="saves of each kind (default 20)")

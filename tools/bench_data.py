@@ -5,7 +5,6 @@ Memory is the kernel's own count (smaps_rollup: Private_Dirty) of the pages that
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -15,8 +14,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +24,9 @@ from data.index.record_index import RecordIndex
 from data.loader import prepare_worker
 from data.order.sampler import Sampler
 from data.records.record import parse
+from model.files.untrusted import Json
 from model.media_spec import ImageSpec
+from tools.cli import command_parser
 
 SPEC = ImageSpec(336, 14, 1, "patch", "shortest_edge", (0.5,) * 3, (0.5,) * 3)
 PARTS = ("index", "memory", "plan", "images")
@@ -48,7 +49,7 @@ def make_file(path: Path, num_records: int) -> None:
         file.write("\n]\n")
 
 
-def _record(draw: random.Random) -> dict[str, Any]:
+def _record(draw: random.Random) -> Json:
     has_image = draw.random() < 0.94
     turns = []
     for k in range(draw.choice((1, 1, 2, 3, 4, 5))):
@@ -167,12 +168,12 @@ def plan_lines(num_records: int = 10_000_000) -> list[str]:
     draw = np.random.default_rng(0)
     lengths = np.minimum(577 + np.exp(draw.normal(5.2, 0.52, num_records)), 2048).astype(np.int32)
     modalities = (draw.random(num_records) < 0.94).astype(np.int8)
-    found = [seconds(lambda e=e: Sampler(lengths, modalities, 128, 0, "modality_length").epoch(e)) for e in range(3)]  # type: ignore[misc]
+    found = [seconds(partial(Sampler(lengths, modalities, 128, 0, "modality_length").epoch, e)) for e in range(3)]
     return [f"plan of an epoch of {num_records} records: {min(found):.2f} s (largest of {len(found)}: {max(found):.2f} s)"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("bench_data", __doc__)
     parser.add_argument("--records", type=int, default=665_000)
     parser.add_argument("--part", choices=PARTS, nargs="+", default=PARTS[:3], help="images: as tools.bench_images")
     options = parser.parse_args()

@@ -166,7 +166,7 @@ def table() -> list[tuple[str, str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argparse.ArgumentParser(prog="tools.bench_house", description=__doc__).parse_args(argv)
+    argparse.ArgumentParser(prog="python -m tools.bench_house", description=__doc__).parse_args(argv)
     for name, value in table():
         print(f"| {name} | {value} |")
     return 0

@@ -7,7 +7,6 @@ synthetic: shades of every size.
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import statistics
@@ -26,6 +25,7 @@ from data.media.blob import Blob
 from data.records.record import MediaRef
 from model.media_spec import ImageSpec, MediaMeta
 from model.vision.normalise import normalised
+from tools.cli import command_parser
 
 SIDE = 336
 SPEC = ImageSpec(SIDE, 14, 1, "patch", "shortest_edge", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -129,7 +129,7 @@ def report(sizes: tuple[tuple[int, int], ...] = SIZES, num_pictures: int = 4, re
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("bench_images", __doc__)
     parser.add_argument("--pictures", type=int, default=4, help="of each size")
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()

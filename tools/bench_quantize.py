@@ -8,7 +8,6 @@ The base learns a random chain of tokens first; the adapters learn another one.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from model.llm.quantized_linear import matrices
 from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
+from tools.cli import command_parser
 from trainer.config import OptimConfig, ParallelConfig
 from trainer.distributed.parallelize import replicate, shard
 from trainer.distributed.world import World, start_world, stop_world
@@ -91,7 +91,7 @@ def make_base(folder: Path, world: World, steps: int) -> None:
     config, alone = ModelConfig(LlmConfig(str(folder), "full"), dtype="float32"), World(0, 0, 1, world.device)
     model = build_quantized(config, QuantizeConfig(), alone, False)
     losses = train_adapter(model, config, alone, False, 1, steps, 1e-3)
-    model.llm.save_pretrained(folder)  # type: ignore[operator]
+    model.llm.save_pretrained(folder)
     print(f"base: {sum(p.numel() for p in model.parameters()):,} parameters; loss {losses[0]:.3f} -> {losses[-1]:.3f}", flush=True)
 
 
@@ -121,9 +121,7 @@ def measure(name: str, config: ModelConfig, world: World, sharded: bool, steps: 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="bench_quantize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("bench_quantize", __doc__)
     parser.add_argument("--strategy", choices=("ddp", "fsdp"), default="ddp")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
     parser.add_argument("--steps", type=int, default=150, help="of the base, and of each adapter")

@@ -8,7 +8,6 @@ them. "Slowest rank" counts every rank as busy as the busiest of the same micro-
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 
 from data.loader import BatchPlan
 from data.order.sampler import Sampler
-from tools.llava_sampler import modality_length_grouped
+from tools.cli import command_parser
 
 NUM_IMAGE, NUM_TEXT = 624_000, 41_000
 IMAGE_TOKENS, MAX_LENGTH = 576, 2048
@@ -75,6 +74,59 @@ def guessed_steps(lengths: np.ndarray, modalities: np.ndarray, world_size: int, 
     return our_steps(planned, modalities, world_size, micro_batch_size)
 
 
+def split_evenly(indices: list[int], lengths: list[int], num_chunks: int) -> list[list[int]]:
+    """Split the indices, which are positions in `lengths`, into chunks of one size with similar totals.
+
+    A count that does not divide is dealt in turn, without balancing.
+    """
+    if len(indices) % num_chunks:
+        return [indices[k::num_chunks] for k in range(num_chunks)]
+    size = len(indices) // num_chunks
+    chunks: list[list[int]] = [[] for _ in range(num_chunks)]
+    totals = [0.0] * num_chunks
+    for index in indices:
+        lightest = totals.index(min(totals))
+        chunks[lightest].append(index)
+        totals[lightest] = totals[lightest] + lengths[index] if len(chunks[lightest]) < size else float("inf")
+    return chunks
+
+
+def length_grouped(lengths: list[int], batch_size: int, world_size: int, generator: torch.Generator | None) -> list[int]:
+    """Return a permutation, cut into megabatches of world_size * batch_size; each is sorted from long to short and split evenly."""
+    permutation = torch.randperm(len(lengths), generator=generator).tolist()
+    order = []
+    for megabatch in _chunks(permutation, world_size * batch_size):
+        for chunk in split_evenly(sorted(megabatch, key=lambda i: lengths[i], reverse=True), lengths, world_size):
+            order.extend(chunk)
+    return order
+
+
+def modality_length_grouped(lengths: list[int], batch_size: int, world_size: int, generator: torch.Generator | None) -> list[int]:
+    """Return LLaVA 1.5's data order, rewritten from a description of its llava_trainer.py. `lengths` of texts are negative.
+
+    Megabatches of one modality each, shuffled; the last one of each modality, even when full, goes to the end by index.
+    The two inner permutations come from the global generator whatever `generator` is, as in the original. Raises ValueError when a
+    length is 0, because its sign does not tell its modality.
+    """
+    if 0 in lengths:
+        raise ValueError(f"sample {lengths.index(0)} has length 0: its sign should tell its modality")
+    if min(lengths) > 0 or max(lengths) < 0:
+        return length_grouped(lengths, batch_size, world_size, generator)
+    kept, last = [], []
+    for sign in (1, -1):
+        ids = [i for i, length in enumerate(lengths) if sign * length > 0]
+        grouped = length_grouped([abs(lengths[i]) for i in ids], batch_size, world_size, None)
+        megabatches = _chunks([ids[i] for i in grouped], world_size * batch_size)
+        kept.extend(megabatches[:-1])
+        last.extend(megabatches[-1])
+    shuffled = [kept[i] for i in torch.randperm(len(kept), generator=generator).tolist()]
+    return [i for megabatch in [*shuffled, sorted(last)] for i in megabatch]
+
+
+def _chunks(items: list[int], size: int) -> list[list[int]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
 def llava_steps(lengths: np.ndarray, modalities: np.ndarray, world_size: int, micro_batch_size: int) -> list[MicroStep]:
     """Return one epoch of LLaVA's order. It groups by text; true token counts stand in for its word counts, which flatters it."""
     signed = np.where(modalities == 1, lengths - IMAGE_TOKENS, -lengths).tolist()
@@ -103,7 +155,7 @@ def _cut(order: np.ndarray, world_size: int, micro_batch_size: int) -> list[Micr
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("bench_sampler", __doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--micro-batch-size", type=int, default=16, help="samples per rank and step")
     parser.add_argument("--micro-batch-tokens", type=int, nargs="+", default=[4096, 8192, 16384], help="budgets to pack for")

@@ -21,11 +21,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
+from model.files.untrusted import Json
+from tools.cli import command_parser
 from tools.make_demo import CORPUS, SIDE, VOCAB, train_tokenizer, write_parts
 from trainer.runfile.toml_files import to_toml
 
@@ -39,7 +42,7 @@ BEYOND, WITHIN = (50_000, 20_000, 60 << 20), (16_000, 8_000, 15 << 20)
 """Rounds, pictures and bytes of text of a record that is refused, and of one that is read."""
 
 
-def hostile(num_rounds: int, num_pictures: int, num_bytes: int) -> dict[str, dict[str, Any]]:
+def hostile(num_rounds: int, num_pictures: int, num_bytes: int) -> dict[str, Json]:
     """Return the hostile records, by what they have too much of."""
     rounds = [turn for _ in range(num_rounds) for turn in _round(ASKED, "seven")]
     names = ["0.png"] * num_pictures
@@ -82,7 +85,7 @@ def make(folder: Path, chosen: list[str], sizes: tuple[int, int, int]) -> dict[s
     return {name: _write_case(folder, name, good, records) for name, records in cases.items()}
 
 
-def _write_case(folder: Path, name: str, good: list[dict[str, Any]], records: list[dict[str, Any]]) -> Path:
+def _write_case(folder: Path, name: str, good: list[Json], records: list[Json]) -> Path:
     """Write the run file of a case and return its path; the hostile records stand in the middle of the valid ones."""
     half = len(good) // 2
     data, run = folder / f"{name}.json", folder / f"{name}.toml"
@@ -130,8 +133,8 @@ def child(run: str) -> int:
         print(f"{used.ru_utime + used.ru_stime} {used.ru_maxrss / 1024}", flush=True)
         os._exit(0)
 
-    loop.train_step = first  # type: ignore[assignment]
-    return main(["--cfg", run])
+    with patch.object(loop, "train_step", first):
+        return main(["--cfg", run])
 
 
 def measure(cases: dict[str, Path], times: int) -> dict[str, Cost]:
@@ -159,9 +162,7 @@ def report(found: dict[str, Cost]) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="tools.bench_starts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("bench_starts", __doc__)
     parser.add_argument("--times", type=int, default=3, help="starts of each case (default: 3)")
     parser.add_argument("--only", nargs="+", choices=("rounds", "pictures", "text"), default=["rounds", "pictures", "text"])
     parser.add_argument("--within", action="store_true", help="records that are just small enough to be read")

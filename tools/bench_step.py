@@ -217,7 +217,9 @@ def cpu_seconds(run: Callable[[int], None], steps: int) -> tuple[float, ...]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="tools.bench_step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench_step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--batch", type=int, default=8, help="samples per step (default 8)")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of the CPU time (default 5)")
     arguments = parser.parse_args(argv)

@@ -14,10 +14,11 @@ from typing import Any
 from data.processor import Processor, load_processor
 from data.records.record import Record, RecordError, Turn, parse
 from data.text.rounds import THOUGHTFUL
-from model.errors import ConfigError
+from model.errors import ConfigError, DataError
+from model.files.untrusted import Json
 from model.media_spec import PLACEHOLDERS
 from model.multimodal import MultimodalLM
-from tools.cli import printable_lines, run_command
+from tools.cli import command_parser, printable_lines, run_command
 from tools.model_options import add_model_options, load
 
 Turns = list[dict[str, str]]  # "from" and "value", as in records
@@ -42,7 +43,7 @@ def answerer(net: MultimodalLM, processor: Processor, media: Media, options: arg
     return answer
 
 
-def record(turns: Turns, media: Media) -> dict[str, Any]:
+def record(turns: Turns, media: Media) -> Json:
     return {"conversations": turns, **{kind: files for kind, files in media.items() if files}}
 
 
@@ -103,11 +104,14 @@ def chat(options: argparse.Namespace) -> None:
     if options.question is None:
         converse(answer, media, prompt="> " if sys.stdin.isatty() else "")
     else:
-        show(*answer([{"from": "human", "value": options.question}]))
+        try:
+            show(*answer([{"from": "human", "value": options.question}]))
+        except RecordError as error:  # the record was made here: its place and id mean nothing to the user
+            raise DataError(f"{error.field}: {error.reason}") from error
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="tools.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("chat", __doc__)
     add_model_options(parser)
     parser.add_argument("question", nargs="?", help="without it, a conversation is read from stdin")
     for kind, what in (("image", "a picture"), ("audio", "a clip"), ("video", "a video, or a folder of its frames")):

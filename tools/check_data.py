@@ -13,9 +13,8 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,7 +23,8 @@ from data.check.duplicates import find_duplicates
 from data.check.report import field_of, match_row, problem_rows, summarise_source, summary_lines
 from data.dataset import MultimodalDataset
 from model.errors import ConfigError, DataError
-from tools.cli import printable_lines, run_command
+from model.files.untrusted import Json
+from tools.cli import command_parser, printable_lines, run_command
 from trainer.checkpoint.retention import checkpoints
 from trainer.config import RunConfig
 from trainer.distributed.world import World
@@ -82,12 +82,10 @@ def open_datasets(place: Stage) -> dict[str, MultimodalDataset]:
     return present
 
 
-def report_sources(
-    datasets: dict[str, MultimodalDataset], found: dict[str, list[SourceFound]], out: Path
-) -> dict[str, dict[str, Any]]:
+def report_sources(datasets: dict[str, MultimodalDataset], found: dict[str, list[SourceFound]], out: Path) -> dict[str, Json]:
     """Print every source and write bad.jsonl; return the summaries by split and source."""
-    counts: dict[str, dict[str, Any]] = {}
-    rows: list[Iterator[dict[str, Any]]] = []
+    counts: dict[str, Json] = {}
+    rows: list[Iterator[dict[str, object]]] = []
     for split, dataset in datasets.items():
         for source, one in zip(dataset.sources, found[split]):
             counts.setdefault(split, {})[source.key] = summarise_source(one.found)
@@ -142,7 +140,7 @@ def lengths_note(config: RunConfig) -> str:
     return "\nlengths are exact now: the run plans by them"
 
 
-def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     """Write one JSON object per line; the file appears at once."""
     temporary = path.with_name(f".{path.name}.new")
     with temporary.open("w", encoding="utf-8") as file:
@@ -151,9 +149,7 @@ def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="tools.check_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("check_data", __doc__)
     parser.add_argument("--cfg", required=True, help="the run file")
     parser.add_argument("--stage", default="", metavar="NAME", help="of a file with [[stage]] tables: this one")
     parser.add_argument("--workers", type=int, default=available_cpus(), help="processes (one per processor)")

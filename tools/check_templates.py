@@ -22,6 +22,7 @@ from data.text.render import RenderError, apply
 from data.text.rounds import TooLongError
 from data.text.template import Template, load_template
 from data.text.tokenizer import load_tokenizer
+from model.files.untrusted import Json
 from tools.cli import run_command
 
 NUM_CONVERSATIONS = 166
@@ -91,7 +92,7 @@ def talk(rounds: Sequence[tuple[str, str]], system: str = "", reasoning: str = "
     return Record("r", tuple(turns), (), "conversation:1")
 
 
-def calls(question: str, answer: str, tools: tuple[dict[str, Any], ...], later: bool) -> Record:
+def calls(question: str, answer: str, tools: tuple[Json, ...], later: bool) -> Record:
     """Return a conversation whose question is answered by a tool call, with another round if `later`."""
     call = {"type": "function", "id": "call00001", "function": {"name": "add", "arguments": {"a": 2, "b": "two"}}}
     turns = [
@@ -166,7 +167,7 @@ def report(folders: Sequence[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="tools.check_templates", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.check_templates", description=__doc__)
     parser.add_argument("folders", nargs="+", help="folders with tokenizer.json and a chat template")
     options = parser.parse_args(argv)
     return run_command("check_templates", lambda: report(options.folders))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -10,6 +11,12 @@ from data.records import fields
 from trainer.errors import INTERNAL, code_of
 
 INTERRUPTED, BROKEN_PIPE = 130, 141
+
+
+def command_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of the command `python -m tools.NAME`; its help keeps the lines of `description`."""
+    shape = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=f"python -m tools.{name}", description=description, formatter_class=shape)
 
 
 def run_command(name: str, action: Callable[[], None]) -> int:

@@ -5,7 +5,6 @@ Needs no network and no GPU: a few minutes on two CPU cores. Fails (exit code 70
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -17,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.errors import ConfigError
-from tools.cli import run_command
-from tools.demos.digit_runs import QUESTIONS
+from tools.cli import command_parser, run_command
+from tools.demos.run_files import QUESTIONS
 from trainer.errors import ProofError
 
 MARK = ".demo"  # file that marks a folder as the demo's own, which may be replaced
@@ -56,11 +55,17 @@ def run_step(title: str, command: list[str], capture: bool = False) -> str:
     Returns the command's stdout if `capture`, else "".
     """
     print(f"\n== {title}\n   $ {shlex.join(['python', *command[1:]])}", flush=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE if capture else None)
+    done = subprocess.run(command, env=own_environment(), text=True, stdout=subprocess.PIPE if capture else None)
     if done.returncode:
         raise StepError(title, done.returncode)
     return done.stdout or ""
+
+
+def own_environment() -> dict[str, str]:
+    """Return the environment of a command: it finds these packages, and not others of their names in the current folder."""
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": threads}
 
 
 def score(folder: Path, final: Path, task: str, when: str) -> float:
@@ -138,7 +143,7 @@ def clear_demo_folder(folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="tools.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("demo", __doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
     parser.add_argument("--ranks", type=int, default=2, help="processes that train together (2)")
     options = parser.parse_args(argv)

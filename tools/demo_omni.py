@@ -6,15 +6,14 @@ takes too much from what was known before.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from model.errors import ConfigError
-from tools.cli import run_command
+from model.files.untrusted import Json
+from tools.cli import command_parser, run_command
 from tools.demo import clear_demo_folder, module, run_step, trained_by
 from tools.make_omni import KINDS, WHICH
 from trainer.config import TrainConfig, ValidationConfig
@@ -127,7 +126,7 @@ def draw(out: Path, names: list[str], found: list[Accuracy]) -> None:
 
 def melody_command(folder: Path) -> list[str]:
     """Return the command that plays one held-out melody to the trained model."""
-    record: dict[str, Any] = json.loads((folder / "audio_test.json").read_text())[7]
+    record: Json = json.loads((folder / "audio_test.json").read_text())[7]
     return module("tools.chat", folder / "run" / "final", "--audio", folder / "media" / record["audio"], WHICH)
 
 
@@ -151,9 +150,7 @@ def demo(folder: Path, ranks: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="tools.demo_omni", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("demo_omni", __doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/omni"), metavar="DIR", help="default: runs/omni")
     parser.add_argument("--ranks", type=int, default=2, help="processes that train together (2)")
     options = parser.parse_args(argv)

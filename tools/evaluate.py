@@ -26,7 +26,7 @@ from data.processor import Processor, load_processor
 from data.records.record import Record, RecordError, parse
 from model.errors import ConfigError
 from model.multimodal import MultimodalLM
-from tools.cli import run_command
+from tools.cli import command_parser, run_command
 from tools.model_options import add_model_options, load
 
 
@@ -120,9 +120,7 @@ def write_predictions(path: str, values: list[dict[str, str]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="tools.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("evaluate", __doc__)
     add_model_options(parser)
     parser.add_argument("--data", required=True, help="held-out records, .json or .jsonl, in the form that training reads")
     parser.add_argument("--media-root", default="", metavar="DIR", help="the folder media must stand in; default: this one")

@@ -17,7 +17,7 @@ from pathlib import Path
 from data.check.certificate import certify
 from data.records.fields import shorten
 from model.errors import ConfigError, DataError
-from tools.cli import printable_lines, run_command
+from tools.cli import command_parser, printable_lines, run_command
 from tools.inspector.choose import KINDS, Source, Wanted, choose_samples, open_sources, stage_to_inspect
 from tools.inspector.entry import Box, InspectorEntry, Piece
 from tools.inspector.page_html import Shown, page
@@ -124,8 +124,8 @@ def write_page(file: Path, title: str, words: str, sources: list[Source]) -> lis
 
 
 def wanted_of(options: argparse.Namespace) -> Wanted:
-    if options.num is not None and options.num < 0:
-        raise ConfigError(f"--num {options.num} is negative")
+    if options.num is not None and options.num < 1:
+        raise ConfigError(f"--num {options.num} is not positive")
     if options.step is not None and (options.run is None or options.longest or options.quarantined):
         raise ConfigError("--step shows what one step of a run was trained on: it needs --run and goes with no other choice")
     num = options.num
@@ -149,9 +149,7 @@ def inspect(options: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="tools.inspect_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("inspect_data", __doc__)
     parser.add_argument("--cfg", help="the run file")
     parser.add_argument("--run", help="in its place: the folder of a run, whose own run.toml is read")
     parser.add_argument("--stage", default="", metavar="NAME", help="of a run with [[stage]] tables: this one")

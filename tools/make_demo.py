@@ -6,11 +6,9 @@ parameters with random weights, as Hugging Face folders, with a tokenizer traine
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +18,9 @@ from transformers.utils import logging
 
 from data.text.tokenizer import save_tokenizer
 from model.errors import ConfigError
-from tools.cli import run_command
-from tools.demos.digit_runs import DIGIT_RUN, PARITY_RUN, QUESTIONS
+from model.files.untrusted import Json
+from tools.cli import command_parser, run_command
+from tools.demos.run_files import QUESTIONS, write_run_file
 
 NUM_TRAIN = 1500  # of 1,797; the rest is held out
 SIDE, VOCAB, SEED = 32, 300, 0
@@ -66,7 +65,7 @@ def load_pictures() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return pictures, digits, np.random.default_rng(SEED).permutation(len(digits))
 
 
-def record(task: str, split: str, number: int, digit: int) -> dict[str, Any]:
+def record(task: str, split: str, number: int, digit: int) -> Json:
     asked = {"from": "human", "value": f"<image>\n{QUESTIONS[task]}"}
     said = {"from": "gpt", "value": answer(task, digit)}
     return {"id": f"{task}-{number:04d}", "image": f"{split}/{number:04d}.png", "conversations": [asked, said]}
@@ -90,9 +89,9 @@ def train_tokenizer(corpus: Sequence[str], vocab: int) -> PreTrainedTokenizerFas
 def write_parts(folder: Path, tokenizer: PreTrainedTokenizerFast, vocab: int) -> None:
     """Write folder/llm and folder/vision: random weights, in the layout of the hub."""
     tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes: Json = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
     # The 0.02 of wide models would leave the tied head too small: run 2, which cannot change it, would never be sure of an answer.
-    shape: dict[str, Any] = {"num_key_value_heads": 2, "initializer_range": 0.1, "tie_word_embeddings": True}
+    shape: Json = {"num_key_value_heads": 2, "initializer_range": 0.1, "tie_word_embeddings": True}
     llm = Qwen2Config(vocab_size=vocab, max_position_embeddings=512, **shape, **sizes, **tokens)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
     tower = CLIPVisionConfig(image_size=SIDE, patch_size=8, **sizes)
@@ -105,7 +104,7 @@ def write_parts(folder: Path, tokenizer: PreTrainedTokenizerFast, vocab: int) ->
     (folder / "vision" / "preprocessor_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def image_processor() -> dict[str, Any]:
+def image_processor() -> Json:
     """Return the settings that CLIPImageProcessor reads."""
     square = {"height": SIDE, "width": SIDE}
     return {
@@ -116,29 +115,19 @@ def image_processor() -> dict[str, Any]:
     }
 
 
-def write_runs(folder: Path) -> None:
-    """Write folder/digit.toml and folder/parity.toml. Paths in them are written as `folder` was given."""
-    for name, text in (("digit", DIGIT_RUN), ("parity", PARITY_RUN)):
-        # A JSON string of a path is a TOML string as well.
-        (folder / f"{name}.toml").write_text(
-            text.replace("@", json.dumps(folder.as_posix(), ensure_ascii=False)[1:-1]), encoding="utf-8"
-        )
-
-
 def make(folder: Path) -> None:
     try:
         write_data(folder)
         write_parts(folder, train_tokenizer(CORPUS, VOCAB), VOCAB)
-        write_runs(folder)
+        write_run_file(folder, "digit")
+        write_run_file(folder, "parity")
     except OSError as error:
         raise ConfigError(f"{error.filename or folder} cannot be written: {error.strerror}") from error
     print(f"{folder}: digit.toml, parity.toml, their records and pictures, llm/ and vision/")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="tools.make_demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("make_demo", __doc__)
     parser.add_argument("folder", metavar="DIR", type=Path, help="where to write; the run files name it as it is given here")
     options = parser.parse_args(argv)
     logging.disable_progress_bar()

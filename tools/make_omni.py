@@ -7,13 +7,11 @@ tower and a Whisper encoder with random weights, as Hugging Face folders. Every 
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +20,10 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import logging
 
 from model.errors import ConfigError
-from tools.cli import run_command
+from model.files.untrusted import Json
+from tools.cli import command_parser, run_command
 from tools.demos.omni_media import DIRECTIONS, digit_picture, melody, moving, noise, wav
-from tools.demos.omni_runs import OMNI_RUN
+from tools.demos.run_files import write_run_file
 from tools.make_demo import NUM_TRAIN, load_pictures, train_tokenizer, write_parts
 
 SEED, VOCAB = 1, 400
@@ -123,9 +122,9 @@ def write_omni_data(folder: Path) -> None:
             (folder / f"{name}_{split}.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 
-def write_record(folder: Path, name: str, split: str, i: int, example: Example) -> dict[str, Any]:
+def write_record(folder: Path, name: str, split: str, i: int, example: Example) -> Json:
     kind, value = KINDS[name], {"from": "human", "value": example.asked}
-    record: dict[str, Any] = {"id": f"{name}-{split}-{i:04d}", "conversations": [value, {"from": "gpt", "value": example.answer}]}
+    record: Json = {"id": f"{name}-{split}-{i:04d}", "conversations": [value, {"from": "gpt", "value": example.answer}]}
     if kind.medium:
         place = f"{name}/{split}/{i:04d}.{kind.ending}"
         (folder / "media" / place).write_bytes(example.media)
@@ -152,17 +151,14 @@ def make(folder: Path) -> None:
         write_omni_data(folder)
         write_parts(folder, train_tokenizer(corpus, VOCAB), VOCAB)
         write_audio(folder)
-        text = OMNI_RUN.replace("@", json.dumps(folder.as_posix(), ensure_ascii=False)[1:-1])
-        (folder / "omni.toml").write_text(text, encoding="utf-8")
+        write_run_file(folder, "omni")
     except OSError as error:
         raise ConfigError(f"{error.filename or folder} cannot be written: {error.strerror}") from error
     print(f"{folder}: omni.toml, its records and media, llm/, vision/ and audio/")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="tools.make_omni", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("make_omni", __doc__)
     parser.add_argument("folder", metavar="DIR", type=Path, help="where to write; the run file names it as it is given here")
     options = parser.parse_args(argv)
     logging.disable_progress_bar()

@@ -6,7 +6,6 @@ dequantised matrix: the adapter was trained beside that matrix, and makes up for
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,18 +17,18 @@ import torch
 from torch import Tensor
 
 from data.processor import Processor, load_processor
-from data.records.fields import bound_message
 from model.card import ModelCard, read_card, write_card
 from model.config import ModelConfig, QuantizeConfig
 from model.errors import ConfigError
 from model.exports.trained_files import changed_parts, projector, write_file
 from model.files.proof import proof_entry
-from model.files.tensor_files import SHARD_BYTES, Entry, dump_json, in_memory, split_by_size, tensor_digests, write_safetensors
+from model.files.tensor_files import Entry, dump_json, in_memory, tensor_digests, write_safetensors
 from model.load import load_model
-from tools.cli import printable_lines
+from tools.cli import command_parser, run_command
 from tools.exports.output_folder import listing, new_folder
 from tools.exports.proofs import batch_of, check_close, logits, sample
-from trainer.errors import ProofError, code_of
+from trainer.checkpoint.final_files import split_files
+from trainer.errors import ProofError
 
 
 def merge(source: Path, out: Path) -> None:
@@ -82,9 +81,7 @@ def write_merged(source: Path, folder: Path, card: ModelCard, processor: Process
 
 
 def write_merged_part(folder: Path, part: str, entries: dict[str, Entry]) -> None:
-    groups = split_by_size(entries, SHARD_BYTES)
-    for i, group in enumerate(groups, 1):
-        name = f"{part}.safetensors" if len(groups) == 1 else f"{part}-{i:05d}-of-{len(groups):05d}.safetensors"
+    for name, group in split_files(part, entries):
         with (folder / name).open("wb") as out:
             written = write_safetensors(out, group)
         if dict(tensor_digests(folder / name)) != written:
@@ -109,18 +106,11 @@ def rounding_of(source: Path, folder: Path, processor: Processor) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="merge_lora", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = command_parser("merge_lora", __doc__)
     parser.add_argument("source", metavar="SOURCE", type=Path, help="a final/ folder or a checkpoint-N with adapters")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
     given = parser.parse_args(arguments)
-    try:
-        merge(given.source, given.out)
-    except Exception as error:
-        if (code := code_of(error)) == 1:
-            raise
-        print(f"merge_lora: {printable_lines(bound_message(str(error)))}", file=sys.stderr)
-        return code
-    return 0
+    return run_command("merge_lora", lambda: merge(given.source, given.out))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from model.multimodal import MultimodalLM
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("final", metavar="FINAL", help="a final/ folder or a checkpoint-N of a run")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; default: cuda where there is one")
-    moved = "where a base model stands now, if it moved: --base llm=/models/qwen; PART is llm, vision or init_from"
+    moved = "where a base model stands now, if it moved: --base llm=/models/qwen; PART is llm, vision, audio or init_from"
     parser.add_argument("--base", metavar="PART=PATH", action="append", default=[], help=moved)
 
 

@@ -2,7 +2,8 @@
 
 Parameters, gradients and the optimizer are exact; activations are simulated: the heaviest micro-batch of the epoch goes through the
 real model without values. The tool reads JSON files, the tokenizer, the index of the data and the records of that micro-batch; with
---no-data, samples of data.max_length tokens replace them. The last line of stdout is JSON. Exit code 2: the run file is wrong.
+--no-data, samples of data.max_length tokens replace them. The last line of stdout is JSON. Exit code 0: the plan is made, and its
+"fits" says whether the run fits as configured; 2: the run file is wrong.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import replace
 import torch
 
 from model.errors import ConfigError
-from tools.cli import printable_lines, run_command
+from tools.cli import command_parser, printable_lines, run_command
 from tools.plan_table import as_json, report_lines
 from trainer.distributed.parallelize import check_sharing
 from trainer.distributed.world import World
@@ -50,7 +51,7 @@ def plan(options: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="tools.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("plan", __doc__)
     cuda = torch.cuda.is_available()
     parser.add_argument("--cfg", required=True, help="the run file")
     parser.add_argument("--stage", default="", metavar="NAME", help="of a file with [[stage]] tables: this one")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 from data.check.measured_lengths import EXACT
 from model.trainable import part_table
 from trainer.machine.disk_space import format_bytes as rounded
-from trainer.memory.advice import describe
 from trainer.memory.fit_plan import Plan
 from trainer.memory.footprint import Footprint, on_meta
 from trainer.memory.rehearsal import describe_batch
@@ -91,13 +89,13 @@ def _advice(plan: Plan) -> list[str]:
     if plan.fits is not False:
         return []
     lines = ["", f"It does not fit in {exact_size(plan.memory)}. What would:"]
-    lines += [f"  {describe(change)}" for change in plan.changes]
+    lines += [f"  {change}" for change in plan.changes]
     if plan.nearest is not None:
-        lines += ["  nothing by itself; nearest comes", f"  {describe(plan.nearest)}"]
+        lines += ["  nothing by itself; nearest comes", f"  {plan.nearest}"]
     return lines
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def as_json(plan: Plan) -> dict[str, object]:
     """Return the plan for programs, with sizes in bytes."""
     heavy = plan.heavy
     batch = heavy.batch()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from model.errors import ConfigError, DataError
+from model.files.untrusted import Json
 from tools.cli import run_command
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 Curve = tuple[list[int], list[float]]
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path) -> list[Json]:
     """Read the lines of metrics.jsonl; a last line that a running or killed process has not finished is left out.
 
     Raises ConfigError if the file cannot be read or holds no step, DataError for a line that is no metrics.
@@ -38,20 +39,20 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def curve(lines: list[dict[str, Any]], key: str) -> Curve:
+def curve(lines: list[Json], key: str) -> Curve:
     """Return steps and values of `key`, where it was logged as a finite number; JSON has null for the others."""
     points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
-def matching(lines: list[dict[str, Any]], prefix: str, suffix: str = "") -> dict[str, str]:
+def matching(lines: list[Json], prefix: str, suffix: str = "") -> dict[str, str]:
     """Return the keys that begin with `prefix` and end with `suffix`, by the text in between, in the order of their first log."""
     keys = dict.fromkeys(key for line in lines for key in line)
     between = {key: key[len(prefix) : len(key) - len(suffix)] for key in keys if key.startswith(prefix) and key.endswith(suffix)}
     return {name: key for key, name in between.items() if name}
 
 
-def draw_losses(axes: Axes, lines: list[dict[str, Any]]) -> None:
+def draw_losses(axes: Axes, lines: list[Json]) -> None:
     """Draw training and validation loss, and each source by itself where there are several."""
     for kind, colour, style in (("train", "tab:blue", "-"), ("val", "tab:orange", "o-")):
         steps, values = curve(lines, f"{kind}/loss")
@@ -66,7 +67,7 @@ def draw_losses(axes: Axes, lines: list[dict[str, Any]]) -> None:
     axes.legend(fontsize="small")
 
 
-def draw_rates(axes: Axes, lines: list[dict[str, Any]]) -> None:
+def draw_rates(axes: Axes, lines: list[Json]) -> None:
     groups: dict[tuple[float, ...], list[str]] = {}
     for part, key in matching(lines, "train/lr/").items():
         groups.setdefault(tuple(curve(lines, key)[1]), []).append(part)
@@ -77,7 +78,7 @@ def draw_rates(axes: Axes, lines: list[dict[str, Any]]) -> None:
     axes.legend(fontsize="small")
 
 
-def draw_one(axes: Axes, lines: list[dict[str, Any]], key: str, title: str) -> None:
+def draw_one(axes: Axes, lines: list[Json], key: str, title: str) -> None:
     steps, values = curve(lines, key)
     axes.plot(steps, values, color="tab:blue", marker="o" if len(steps) == 1 else None)
     axes.set(title=title, ylim=(0, None))
@@ -111,7 +112,7 @@ def plot(folder: Path, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="tools.plot_run", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.plot_run", description=__doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="the output_dir of a run; it may still be going")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the PNG to write; default: RUN/curves.png")
     options = parser.parse_args(argv)

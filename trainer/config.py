@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from data.config import DataConfig
 from model.config import LoraConfig, ModelConfig, QuantizeConfig
+from model.files.untrusted import Json
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class StageConfig:
     name: str
     settings: dict[str, Any]
 
-    def to_tables(self) -> dict[str, Any]:
+    def to_tables(self) -> Json:
         """Return the stage as a [[stage]] table of run.toml."""
         return {"name": self.name, **self.settings}
 

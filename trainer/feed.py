@@ -18,10 +18,8 @@ class Feed:
     """The micro-batches of a stage's steps, in order."""
 
     def __init__(self, setup: PreparedRun, bookkeeping: Bookkeeping, watch: PhaseTracker) -> None:
-        if setup.data.train is None or setup.data.sampler is None:
-            raise ValueError("nothing to train")
-        self.setup, self.train, self.sampler = setup, setup.data.train, setup.data.sampler
-        self.bookkeeping, self.watch = bookkeeping, watch
+        self.train, self.sampler = setup.data.training()
+        self.setup, self.bookkeeping, self.watch = setup, bookkeeping, watch
         self._left_out: frozenset[int] = frozenset()
         self._batches: Iterator[list[MicroBatch]] | None = None
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -30,7 +28,7 @@ def prove_isolation(model: MultimodalLM, pad_id: int, world: World) -> None:
     without a gradient: the losses of the second sample may move by rounding, because the experts of a mixture then multiply other
     numbers of rows, but no further.
     """
-    vocabulary = model.llm.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocabulary = model.llm.get_input_embeddings().weight.shape[0]
 
     def found(start: int, target: int) -> tuple[Tensor, bool]:
         samples = [_counting_sample(start, vocabulary, target == 0), _counting_sample(0, vocabulary, target == 1)]
@@ -57,12 +55,13 @@ def _losses_and_leak(model: MultimodalLM, batch: Batch, target: int) -> tuple[Te
     """Return the losses (LENGTH - 1,) of the supervised sample `target`, and whether they depend on the other's embeddings."""
     given: list[Tensor] = []
 
-    def capture(_: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        given.append(options["inputs_embeds"].detach().requires_grad_())
+    def capture(_: object, args: tuple[()], options: dict[str, object]) -> tuple[tuple[()], dict[str, object]]:
+        embeds = options["inputs_embeds"]
+        assert isinstance(embeds, Tensor)
+        given.append(embeds.detach().requires_grad_())
         return args, {**options, "inputs_embeds": given[0]}
 
-    decoder: Any = model.llm.get_decoder()  # type: ignore[operator]
-    hook = decoder.register_forward_pre_hook(capture, with_kwargs=True)
+    hook = model.llm.get_decoder().register_forward_pre_hook(capture, with_kwargs=True)
     try:
         term = model(batch)["text"]
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from tqdm import tqdm
 
@@ -23,6 +22,7 @@ from trainer.optim import set_learning_rates
 from trainer.records.bookkeeping import Bookkeeping
 from trainer.schedule import multiplier
 from trainer.setup import PreparedRun
+from trainer.state import CheckpointState, MeterState
 from trainer.step import train_step
 from trainer.validate import validate
 
@@ -37,16 +37,17 @@ class Loop:
     metrics, counts the steps of earlier stages too.
     """
 
-    def __init__(self, setup: PreparedRun, first_step: int, totals: dict[str, Any] | None, progress: RunStatus) -> None:
+    def __init__(self, setup: PreparedRun, first_step: int, totals: MeterState | None, progress: RunStatus) -> None:
         config, world = setup.config, setup.world
-        if setup.trained is None or setup.data.train is None or setup.data.sampler is None:
+        if setup.trained is None:
             raise ValueError("nothing to train")
         self.setup, self.first_step, self.progress = setup, first_step, progress
-        self.optimizer = setup.trained.optimizer
+        self.trained, self.optimizer = setup.trained, setup.trained.optimizer
+        dataset, _ = setup.data.training()
         place = self.place = setup.place
-        self.meter = Meter(setup.data.train.source_names, world)
+        self.meter = Meter(dataset.source_names, world)
         if totals is not None:
-            self.meter.restore({key: value for key, value in totals.items() if key != "health"})
+            self.meter.restore(totals)
         self.log = MetricsLog(place.run_folder, place.first_step + first_step, world, place.name)
         self.accounts = Bookkeeping(setup, first_step)
         self.lengths = digest_of(setup.data)
@@ -190,13 +191,13 @@ class Loop:
         before = self.log.trainer_state(first_step + done, first_step + setup.total_steps) | self.accounts.ledger()
         self.checkpointer.save(
             first_step + done,
-            setup.trained,  # type: ignore[arg-type]
+            self.trained,
             self._state(),
             setup.data.card,
             setup.data.processor,
             before,
         )
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> CheckpointState:
         """Return what a checkpoint holds beside tensors. Collective, host sync."""
         return {**run_state(self.place, self.lengths), "meter": {**self.meter.state(), "health": self.health.state()}}

@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import sys
+from typing import NoReturn
 
 from trainer.config import RunConfig
 from trainer.distributed.world import World
@@ -27,7 +28,7 @@ def run(config: RunConfig, world: World | None = None) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, load the run file, train, and return the exit code."""
     parser = argparse.ArgumentParser(prog="trainer.main", description="Train a multimodal model as a run.toml describes it.")
-    parser.add_argument("--cfg", required=True, help="the run file")
+    parser.add_argument("--cfg", required=True, help="the run file, or recipe:NAME")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
     arguments = parser.parse_args(without_dashes(argv))
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -43,9 +44,14 @@ def main(argv: list[str] | None = None) -> int:
     return run(config)
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """Run the command line and leave the process with its exit code."""
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: a failed rank must leave at once, while its peers may still hang in a collective with it.
     os._exit(code)
+
+
+if __name__ == "__main__":
+    command()

@@ -6,11 +6,11 @@ import json
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from textwrap import indent
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from model.files.tensor_files import dump_json
 from trainer.distributed.world import World
 from trainer.machine.atomic_files import replace_text
 from trainer.machine.json_lines import read_valid_lines
+from trainer.state import MeterTotals
 from trainer.step import StepResult
 
 NAME = "metrics.jsonl"
@@ -116,7 +117,7 @@ class Meter:
         self.grad_norm = result.grad_norm
         self.wait += wait
 
-    def totals(self) -> dict[str, Any]:
+    def totals(self) -> MeterTotals:
         """Return the sums over ranks as plain numbers; NaN after a step whose loss was not finite. Collective, host sync."""
         self._count_skipped()
         sums = self.sums.total()
@@ -132,18 +133,18 @@ class Meter:
             "seconds": seconds,
         }
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> MeterTotals:
         """Return `totals` as JSON for a checkpoint, with null in place of numbers that are not finite. Collective, host sync."""
-        return _changed(self.totals(), lambda number: number if math.isfinite(number) else None)
+        return cast(MeterTotals, _changed(self.totals(), lambda number: number if math.isfinite(number) else None))
 
     def _count_skipped(self) -> None:
         """Count the steps skipped since the last call. Host sync. The same on every rank, because the norm that decides is."""
         self.num_skipped += int(torch.stack(self.skipped).sum().item()) if self.skipped else 0
         self.skipped = []
 
-    def restore(self, totals: dict[str, Any]) -> None:
+    def restore(self, totals: MeterTotals) -> None:
         """Restore the `state` of a checkpoint; rank 0 holds all sums, so that they count once."""
-        totals = _changed(totals, lambda number: math.nan if number is None else number)
+        totals = cast(MeterTotals, _changed(totals, lambda number: math.nan if number is None else number))
         self.num_skipped = totals["skipped"]
         self.since -= totals["seconds"]
         device = self.world.device
@@ -154,7 +155,7 @@ class Meter:
             self.sums.values += torch.tensor(totals["sums"], dtype=torch.float64, device=device)
             self.wait += totals["wait"]
 
-    def read(self) -> dict[str, Any]:
+    def read(self) -> dict[str, float]:
         """Return the metrics of a line and reset the meter. Collective, host sync."""
         totals = self.totals()
         seconds = totals["seconds"]
@@ -197,7 +198,7 @@ class MetricsLog:
     def __init__(self, folder: Path, resumed_step: int, world: World, stage: str = "") -> None:
         """Open metrics.jsonl and keep its lines up to `resumed_step` of the whole run. `stage`: the mark of every new line."""
         self.path, self.active, self.stage = folder / NAME, world.is_main, {"stage": stage} if stage else {}
-        self.history: list[dict[str, Any]] = []
+        self.history: list[Mapping[str, object]] = []
         self.rows: list[str] = []  # entries of trainer_state.json that were formatted so far
         if self.active and resumed_step and not self.path.exists():
             print(f"{self.path} is not there: the curve begins anew after step {resumed_step}", flush=True)
@@ -209,7 +210,7 @@ class MetricsLog:
                 print(f"{self.path} holds no step up to {resumed_step}: the curve begins anew after it", flush=True)
             replace_text(self.path, "".join(json.dumps(line) + "\n" for line in self.history))
 
-    def write(self, step: int, values: dict[str, Any]) -> None:
+    def write(self, step: int, values: Mapping[str, float]) -> None:
         if not self.active:
             return
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
@@ -229,12 +230,12 @@ class MetricsLog:
         return {self.path.parent / "trainer_state.json": text}
 
 
-def _as_hugging_face(line: dict[str, Any]) -> str:
+def _as_hugging_face(line: Mapping[str, object]) -> str:
     """Return one entry of log_history, as `dump_json` would write it there."""
     names = {new: line[old] for old, new in HUGGING_FACE_NAMES.items() if old in line}
     return indent(dump_json({**names, **_rate(line), "step": line["step"]}).rstrip(), "    ")
 
 
-def _rate(line: dict[str, Any]) -> dict[str, Any]:
-    rates = [value for key, value in line.items() if key.startswith("train/lr/")]
+def _rate(line: Mapping[str, object]) -> dict[str, float]:
+    rates = [value for key, value in line.items() if key.startswith("train/lr/") and isinstance(value, int | float)]
     return {"learning_rate": max(rates)} if rates else {}

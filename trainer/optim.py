@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -64,7 +63,8 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
     Of several copies the shards of the first copy count, on all ranks: norms that each copy sums by itself might differ by
     rounding, and the copies would differ from then on.
     """
-    shards, whole = _shards_first(p.grad for p in parameters if p.grad is not None)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    shards, whole = [g for g in grads if isinstance(g, DTensor)], [g for g in grads if not isinstance(g, DTensor)]
     norms = torch.stack(torch._foreach_norm([*(g.to_local() for g in shards), *whole], dtype=torch.float32))
     if not shards:
         return torch.linalg.vector_norm(norms), norms
@@ -78,15 +78,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
 
 def in_norm_order(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     """Return `parameters` in the order in which `gradient_norm` returns the norms of single gradients."""
-    shards, whole = _shards_first(parameters)
-    return [*shards, *whole]
-
-
-def _shards_first(tensors: Iterable[Any]) -> tuple[list[Any], list[Any]]:
-    found: tuple[list[Any], list[Any]] = ([], [])
-    for tensor in tensors:
-        found[not isinstance(tensor, DTensor)].append(tensor)
-    return found
+    return sorted(parameters, key=lambda p: not isinstance(p, DTensor))  # shards first, else in the given order
 
 
 def clipped_update(optimizer: torch.optim.Optimizer, norm: Tensor, clip_norm: float) -> Tensor:
@@ -96,12 +88,12 @@ def clipped_update(optimizer: torch.optim.Optimizer, norm: Tensor, clip_norm: fl
     the device. The norm is the same on all ranks, so all skip alike.
     """
     # Zero times a norm that is not finite is NaN, which differs from zero.
-    optimizer.found_inf = (norm * 0).ne(0).float()  # type: ignore[attr-defined]
+    skipped = (norm * 0).ne(0).float()
     scale = torch.clamp(norm / clip_norm, min=1.0) if clip_norm else torch.ones_like(norm)
-    optimizer.grad_scale = scale  # type: ignore[attr-defined]
+    vars(optimizer).update(found_inf=skipped, grad_scale=scale)  # what GradScaler sets: torch declares neither
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return optimizer.found_inf  # type: ignore[attr-defined]
+    return skipped
 
 
 @dataclass(frozen=True)

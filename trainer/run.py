@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from model.errors import ConfigError
 from trainer import errors
@@ -31,6 +30,7 @@ from trainer.runfile.schema import to_tables
 from trainer.runfile.stages import Stage, check_stages, describe_stages, list_stages
 from trainer.runfile.toml_files import to_toml
 from trainer.setup import PreparedRun, build_run, make_deterministic, resolve_config
+from trainer.state import CheckpointState
 
 
 def train(root: RunConfig, world: World, progress: exit_report.RunStatus) -> None:
@@ -63,7 +63,7 @@ class ResumePoint:
     """State that a stage begins with."""
 
     checkpoint: Path | None
-    state: dict[str, Any] | None  # of the checkpoint; None when the stage begins at its first step
+    state: CheckpointState | None  # of the checkpoint; None when the stage begins at its first step
     damaged: list[str]  # lines about checkpoints that were moved aside
 
 

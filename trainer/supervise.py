@@ -21,7 +21,7 @@ from trainer.faults.watchdog import Watchdog
 from trainer.machine.atomic_files import make_folder
 from trainer.machine.folder_lock import FolderLock
 from trainer.machine.open_files import explain_open_files, raise_limit
-from trainer.machine.run_folder import check_names
+from trainer.machine.run_folder import check_folder, check_names
 from trainer.runfile.toml_files import apply_override, read_toml
 from trainer.setup import resolve_config
 
@@ -115,6 +115,7 @@ def hold(folder: Path, *, waits: bool = True) -> FolderLock:
 
     For rank 0. `waits`: wait for a run that is dying. Raises SaveError when the folder cannot be written.
     """
+    check_folder(folder)
     lock: FolderLock | None = None
     try:
         make_folder(folder)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -197,13 +196,14 @@ def _sender(pipe: Connection) -> _Alive:
     return send
 
 
-def _answers(pipes: list[Any], alive: _Alive) -> Iterator[tuple[int, bool]]:
+def _answers(pipes: list[Connection], alive: _Alive) -> Iterator[tuple[int, bool]]:
     """Yield the results that workers send, until all are done; pass their positions on to `alive`."""
     working = list(pipes)
     while working:
         for pipe in wait(working):
             try:
-                answer = pipe.recv_bytes()  # type: ignore[union-attr]
+                assert isinstance(pipe, Connection)
+                answer = pipe.recv_bytes()
             except EOFError:
                 raise RuntimeError(
                     "a process of the check died, perhaps for want of memory; start again with fewer workers"

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -74,7 +73,7 @@ def _medium_row(medium: CheckedMedium) -> tuple[int, ...]:
     return KINDS.index(medium.kind), *sizes, medium.content, medium.picture, medium.unsized
 
 
-def _columns(types: dict[str, Any], rows: list[tuple[int, ...]]) -> dict[str, np.ndarray]:
+def _columns(types: Mapping[str, np.typing.DTypeLike], rows: list[tuple[int, ...]]) -> dict[str, np.ndarray]:
     values = zip(*rows) if rows else ((),) * len(types)
     return {name: np.array(column, dtype=kind) for (name, kind), column in zip(types.items(), values)}
 

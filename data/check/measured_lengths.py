@@ -11,7 +11,6 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -43,7 +42,7 @@ def source_identities(dataset: MultimodalDataset) -> list[str]:
     That is its files, the template, the tokenizer and the settings.
     """
     template, config = dataset.template, dataset.config
-    shared: dict[str, Any] = {
+    shared: dict[str, object] = {
         "version": _VERSION,
         "template": [template.name, template.source, template.placeholders, template.media_wrap, template.allowed, template.lead],
         "tokenizer": hashlib.sha256(template.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
@@ -53,7 +52,7 @@ def source_identities(dataset: MultimodalDataset) -> list[str]:
     return [_digest(shared | _of_source(source)) for source in dataset.sources]
 
 
-def _of_source(source: SourceConfig) -> dict[str, Any]:
+def _of_source(source: SourceConfig) -> dict[str, object]:
     files = [(str(path), path.stat()) for path in source_files(source)]
     return {
         "files": [(path, stat.st_size, stat.st_mtime_ns) for path, stat in files],
@@ -61,7 +60,7 @@ def _of_source(source: SourceConfig) -> dict[str, Any]:
     }
 
 
-def _digest(said: dict[str, Any]) -> str:
+def _digest(said: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 

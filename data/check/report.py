@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -13,13 +12,15 @@ from data.check.duplicates import Match
 from data.check.found import Found
 from data.index.record_index import RecordIndex
 from data.index.table import KINDS
+from data.records.fields import shorten
+from model.files.untrusted import Json
 
 PERCENTILES = (0, 50, 90, 99, 100)
 LONGEST_ASPECT = 12
 """Aspect beyond which pictures are counted separately (VITA data_tools refuse them): little of them is left in a square."""
 
 
-def summarise_source(found: Found) -> dict[str, Any]:
+def summarise_source(found: Found) -> Json:
     """Return the counts and distributions of one source, as JSON."""
     rows = {kind: {row for row, problem in found.problems if problem.kind == kind} for kind in (BAD, TOO_LONG)}
     fields = {(row, field_of(problem)) for row, problem in found.problems if problem.kind == BAD}
@@ -67,7 +68,7 @@ def field_of(problem: Problem) -> str:
     return problem.field.partition("[")[0].partition(".")[0]
 
 
-def summary_lines(counts: dict[str, Any]) -> Iterator[str]:
+def summary_lines(counts: Json) -> Iterator[str]:
     """Yield the lines of one source's summary."""
     yield f"records  {counts['records']:,}: {counts['ok']:,} ok, {counts['bad']:,} bad, {counts['too_long']:,} too long"
     if counts["bad"]:
@@ -101,33 +102,33 @@ def _spread(values: list[float]) -> str:
     return ", ".join(f"{name} {value:,.10g}" for name, value in zip(names, values))
 
 
-def problem_rows(split: str, source: str, found: Found) -> Iterator[dict[str, Any]]:
+def problem_rows(split: str, source: str, found: Found) -> Iterator[dict[str, object]]:
     """Yield one object per problem, in the order of the records."""
     for _, problem in found.problems:
-        yield {"split": split, "source": source, **_place(problem.where), "id": problem.id} | {
+        yield {"split": split, "source": source, **_place(problem.where), "id": shorten(problem.id)} | {
             "field": problem.field,
             "reason": problem.reason,
             "kind": problem.kind,
         }
 
 
-def match_row(match: Match, sources: Sequence[tuple[str, str, RecordIndex]]) -> dict[str, Any]:
+def match_row(match: Match, sources: Sequence[tuple[str, str, RecordIndex]]) -> dict[str, object]:
     """Return the object that describes a repeated record; `sources`: split, key and index of all, in the order of their numbers."""
     one, other = (_named(record, sources) for record in (match.record, match.other))
     return {"kind": match.kind, **one, **{f"other_{key}": value for key, value in other.items()}}
 
 
-def _named(record: int, sources: Sequence[tuple[str, str, RecordIndex]]) -> dict[str, Any]:
+def _named(record: int, sources: Sequence[tuple[str, str, RecordIndex]]) -> dict[str, object]:
     for split, key, index in sources:
         if record < len(index):
             raw = index.raw(record)
             name = raw.get("id") if isinstance(raw, dict) else None
             place = _place(index.where(record))
-            return {"split": split, "source": key, **place, "id": index.name(record) if name is None else str(name)}
+            return {"split": split, "source": key, **place, "id": index.name(record) if name is None else shorten(str(name))}
         record -= len(index)
     raise IndexError(record)
 
 
-def _place(where: str) -> dict[str, Any]:
+def _place(where: str) -> dict[str, object]:
     file, _, line = where.rpartition(":")
     return {"file": file, "line": int(line) if line.isdigit() else line}

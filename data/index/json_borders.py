@@ -142,7 +142,8 @@ def _string_end(data: mmap.mmap, at: int) -> int:
     while is_open and at < len(data):
         piece = data[at : at + _PIECE]
         plain = b'"' not in piece and b"\\" not in piece
-        end = len(piece) if plain else _INSIDE.match(piece).end()  # type: ignore[union-attr]  # it matches nothing, too
+        inside = None if plain else _INSIDE.match(piece)  # it matches nothing, too
+        end = inside.end() if inside else len(piece)
         if data[at + end : at + end + 1] == b'"':
             return at + end + 1
         is_open = end > 0

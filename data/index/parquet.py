@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data.index.json_scan import Advance, plan_values
+from data.index.json_scan import Advance, Plans, plan_values
 from data.index.media_column import as_list, content_of, is_unnamed, names_of, present_media
 from data.index.reader import RowError, decode_json
 from data.index.source_files import Shards
@@ -23,6 +24,11 @@ from data.index.table import KINDS, Table
 from data.media.blob import Blob, MediaError
 from data.records.media_refs import MediaRef
 from model.errors import ConfigError, DataError
+from model.files.untrusted import Json
+
+if TYPE_CHECKING:
+    from pyarrow import Table as ArrowTable
+    from pyarrow.parquet import ParquetFile
 
 _MEDIA_COLUMNS = tuple(key for kind in KINDS for key in (kind, f"{kind}s"))
 _TURN_COLUMNS = ("conversations", "messages")
@@ -38,7 +44,7 @@ class ParquetRows:
     def __init__(self, shards: Shards, table: Table) -> None:
         self._shards, self._table = shards, table
         self._cached_groups: dict[
-            str, tuple[Any, Any]
+            str, tuple[tuple[int, int, int], ArrowTable]
         ] = {}  # by media column, "" for all others: (process, file, group) and its rows
         self._cached_media: dict[
             str, tuple[int, dict[str, bytes | None]]
@@ -47,7 +53,7 @@ class ParquetRows:
     def __reduce__(self) -> tuple[type[ParquetRows], tuple[Shards, Table]]:
         return ParquetRows, (self._shards, self._table)
 
-    def raw(self, i: int) -> Any:
+    def raw(self, i: int) -> object:
         row = self._row(i, "")
         # A struct without a path has a medium only if it has bytes, and those are not read with the text.
         unsure = [column for column in _MEDIA_COLUMNS if any(map(is_unnamed, as_list(row.get(column))))]
@@ -76,10 +82,10 @@ class ParquetRows:
             self._cached_media[column] = i, {name: content for name, content in reversed(named) if isinstance(name, str)}
         return self._cached_media[column][1]
 
-    def _row(self, i: int, column: str) -> dict[str, Any]:
+    def _row(self, i: int, column: str) -> Json:
         file, group, row = self._table.file_of(i), int(self._table.start[i]), int(self._table.stop[i])
         wanted = (os.getpid(), file, group)  # a file opened before a fork is not used after it
-        if self._cached_groups.get(column, (None, None))[0] != wanted:
+        if column not in self._cached_groups or self._cached_groups[column][0] != wanted:
             self._cached_groups.pop(column, None)  # before reading, or two groups would be in memory at once
             try:
                 opened = _open(self._shards.paths[file])
@@ -121,7 +127,7 @@ def scan_parquet(path: Path, advance: Advance) -> Table:
     )
 
 
-def _values(rows: Any, k: int) -> dict[str, Any]:
+def _values(rows: ArrowTable, k: int) -> Json:
     """Return row k of a table; {} if the table has no such row. Raises `RowError` for a damaged row."""
     try:
         return next(iter(rows.slice(k, 1).to_pylist()), {})
@@ -129,12 +135,12 @@ def _values(rows: Any, k: int) -> dict[str, Any]:
         raise RowError(f"cannot be decoded: {error}") from None
 
 
-def _all_values(rows: Any) -> list[dict[str, Any]]:
+def _all_values(rows: ArrowTable) -> list[Json]:
     """Return every row of a table; {} for damaged rows."""
     try:
         return rows.to_pylist()
     except _damage():
-        found: list[dict[str, Any]] = []
+        found: list[Json] = []
         for k in range(rows.num_rows):
             try:
                 found.append(_values(rows, k))
@@ -143,7 +149,7 @@ def _all_values(rows: Any) -> list[dict[str, Any]]:
         return found
 
 
-def _plans(rows: Any) -> Any:
+def _plans(rows: ArrowTable) -> Plans:
     lines = []
     for row in _all_values(rows):
         try:
@@ -154,7 +160,7 @@ def _plans(rows: Any) -> Any:
     return plan_values(lines)
 
 
-def _open(path: str) -> Any:
+def _open(path: str) -> ParquetFile:
     _arrow()
     from pyarrow import parquet
 
@@ -166,7 +172,7 @@ def _open(path: str) -> Any:
         raise DataError(f"{path}: is no readable parquet file: {error}") from None
 
 
-def _group(opened: Any, group: int, leaves: list[str]) -> Any:
+def _group(opened: ParquetFile, group: int, leaves: list[str]) -> ArrowTable:
     """Return the columns `leaves` of one row group. Raises `DataError` if the group declares more than fits into memory."""
     facts = opened.metadata.row_group(group)
     # The size is that of the whole group: asking a column of a damaged file for its own size crashes the process.
@@ -183,7 +189,7 @@ def _damage() -> tuple[type[Exception], ...]:
     return DataError, OSError, ValueError, OverflowError, KeyError, _arrow().lib.ArrowException
 
 
-def _arrow() -> Any:
+def _arrow() -> ModuleType:
     try:
         import pyarrow
     except ImportError as error:
@@ -191,11 +197,11 @@ def _arrow() -> Any:
     return pyarrow
 
 
-def _leaves(opened: Any) -> list[str]:
+def _leaves(opened: ParquetFile) -> list[str]:
     return [opened.schema.column(i).path for i in range(len(opened.schema))]
 
 
-def _columns_without_bytes(opened: Any) -> list[str]:
+def _columns_without_bytes(opened: ParquetFile) -> list[str]:
     """Return the columns of a record without the bytes of its media, which are read on demand."""
     leaves, found = _leaves(opened), []
     for i, leaf in enumerate(leaves):
@@ -208,7 +214,7 @@ def _columns_without_bytes(opened: Any) -> list[str]:
     return found
 
 
-def _record(row: dict[str, Any]) -> dict[str, Any]:
+def _record(row: Json) -> Json:
     """Return a row as the JSON of a record: media by name, turns decoded, nulls left out. Raises `RowError`."""
     found = {key: value for key, value in row.items() if value is not None}
     for column in _MEDIA_COLUMNS:
@@ -223,7 +229,7 @@ def _record(row: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_nulls(value: object) -> object:
     """Return a value without its null fields: all structs of a column have the same fields, and unused ones are null."""
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]

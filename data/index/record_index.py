@@ -101,7 +101,7 @@ class RecordIndex:
     def __len__(self) -> int:
         return len(self._table)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return RecordIndex, (self._sidecar, self._tokens, self._has_folder)
 
     def num_media(self, kind: str) -> np.ndarray:

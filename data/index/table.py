@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from data.index.sidecar import open_atomically
-from model.files.untrusted import open_regular, parse_json
+from model.files.untrusted import Json, open_regular, parse_json
 from model.media_spec import PLACEHOLDERS
 
 KINDS = tuple(PLACEHOLDERS)
@@ -77,13 +76,17 @@ def join_tables(tables: list[Table]) -> Table:
     return Table(**columns)
 
 
-def file_stamps(paths: list[Path]) -> list[list[Any]]:
+FileStamp = tuple[str, int, int]
+"""Path, size in bytes and modification time in ns of a file."""
+
+
+def file_stamps(paths: list[Path]) -> list[FileStamp]:
     """Return path, size in bytes and modification time in ns of each file: a table is valid for these."""
     found = [(path, path.stat()) for path in paths]
-    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in found]
+    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found]
 
 
-def write_table(sidecar: Path, table: Table, files: list[list[Any]]) -> None:
+def write_table(sidecar: Path, table: Table, files: list[FileStamp]) -> None:
     """Write header and columns into one file, atomically."""
     columns = {f.name: np.ascontiguousarray(getattr(table, f.name), dtype=_LAYOUT[f.name]) for f in fields(Table)}
     layout = [[name, column.dtype.str, list(column.shape)] for name, column in columns.items()]
@@ -98,7 +101,7 @@ def write_table(sidecar: Path, table: Table, files: list[list[Any]]) -> None:
         file.writelines(body)
 
 
-def read_table_header(sidecar: Path, *, all_bytes: bool = False) -> list[list[Any]] | None:
+def read_table_header(sidecar: Path, *, all_bytes: bool = False) -> list[FileStamp] | None:
     """Return the `stamps` of the files that a complete table of this version was built from; None if there is no such table.
 
     `all_bytes`: also compare the checksum, so that not one flipped bit is accepted.
@@ -116,7 +119,7 @@ def read_table_header(sidecar: Path, *, all_bytes: bool = False) -> list[list[An
             for at in range(begin, len(mapped), _PIECE):
                 crc = zlib.crc32(mapped[at : at + _PIECE], crc)
             whole = header["crc32"] == crc and not any(mapped[len(line) : begin])
-        files = header["files"]
+        files = [(path, size, time) for path, size, time in header["files"]]
     except (OSError, ValueError, TypeError, KeyError, OverflowError):  # missing, cut short, or no table
         return None
     return files if whole else None
@@ -125,7 +128,7 @@ def read_table_header(sidecar: Path, *, all_bytes: bool = False) -> list[list[An
 _LONGEST_HEADER = 1 << 26
 
 
-def _sizes(header: dict[str, Any]) -> list[int]:
+def _sizes(header: Json) -> list[int]:
     """Return the bytes of each column.
 
     Raises an error that `read_table_header` catches unless the columns are those of a table and their lengths agree.

@@ -24,6 +24,7 @@ from data.limits import MAX_RECORD_BYTES
 from data.media.blob import Blob, MediaError
 from data.records.media_refs import MediaRef
 from model.errors import DataError
+from model.files.untrusted import Json
 
 EXTENSIONS = {
     **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif", "bmp"), "image"),
@@ -165,7 +166,7 @@ def _media_of_key(names: list[str]) -> dict[str, list[str]]:
     return found
 
 
-def _names_media(value: dict[str, Any]) -> bool:
+def _names_media(value: Json) -> bool:
     """Return whether a record names media, by its own keys or in a content part."""
     if any(value.get(key) is not None for kind in KINDS for key in (kind, f"{kind}s")):
         return True

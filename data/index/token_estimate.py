@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -97,7 +96,7 @@ def plan_by_parsing(raw: bytes) -> tuple[int, tuple[int, ...]]:
 
     A record that breaks a rule is planned by its size and by the media written in it.
     """
-    value: Any = None
+    value: object = None
     try:
         value = parse_json(raw)
         record = parse(value, "", needs_answer=False)
@@ -119,7 +118,7 @@ def _record_texts(record: Record) -> Iterator[str]:
         yield json.dumps(record.tools, ensure_ascii=False)
 
 
-def _written_media(value: Any) -> tuple[int, ...]:
+def _written_media(value: object) -> tuple[int, ...]:
     """Count the media that a record which breaks a rule would have without its fault.
 
     Without this count a part of the model could seem to have no input.

@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data.media.blob import MediaError
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.packet import Packet as AvPacket
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
 
 MAX_FRAMES = 2_000_000
 """Most frames of a video: nine hours at sixty frames a second."""
@@ -26,7 +32,7 @@ class Packet:
     is_corrupt: bool
 
 
-def read_packets(container: Any, stream: Any, name: str) -> tuple[list[Packet], float]:
+def read_packets(container: InputContainer, stream: VideoStream, name: str) -> tuple[list[Packet], float]:
     """Return the packets of `stream` in decoding order, and the second at which the last packet of any stream ends.
 
     Raises MediaError for more than MAX_FRAMES packets.
@@ -48,8 +54,8 @@ def read_packets(container: Any, stream: Any, name: str) -> tuple[list[Packet], 
 
 
 def frames_from(
-    container: Any, stream: Any, time: int, is_safe: Callable[[Any], bool] = lambda first: True
-) -> Iterator[Any] | None:
+    container: InputContainer, stream: VideoStream, time: int, is_safe: Callable[[AvPacket], bool] = lambda first: True
+) -> Iterator[VideoFrame] | None:
     """Return the decoded frames from the key frame before `time` on.
 
     Returns None if there is no packet, or if `is_safe` rejects the first PyAV packet there.
@@ -60,7 +66,7 @@ def frames_from(
     return _decoded(chain([first], packets)) if first is not None and is_safe(first) else None
 
 
-def _decoded(packets: Iterator[Any]) -> Iterator[Any]:
+def _decoded(packets: Iterator[AvPacket]) -> Iterator[VideoFrame]:
     """Decode `packets` into frames.
 
     Frames before the first key frame of a cut file may refer to missing ones: if they fail to decode, they are skipped.

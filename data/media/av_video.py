@@ -12,13 +12,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, SupportsBytes, cast
 
 from PIL import Image
 
 from data.media.av_packets import Packet, frames_from, read_packets
 from data.media.blob import MediaError
 from data.media.display_matrix import transposition
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.packet import Packet as AvPacket
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
 
 _CUT_SECONDS = 1.0
 """Tolerance: all streams of a whole file end no earlier than this before the length that its header declares."""
@@ -40,7 +46,7 @@ class Timeline:
     begin: int  # where the stream begins, for seeking
 
 
-def read_timeline(container: Any, stream: Any, name: str) -> Timeline:
+def read_timeline(container: InputContainer, stream: VideoStream, name: str) -> Timeline:
     """Build the timeline from the times of all packets, so that a variable frame rate is exact.
 
     Raises MediaError for a file that is cut off.
@@ -63,16 +69,18 @@ def read_timeline(container: Any, stream: Any, name: str) -> Timeline:
         times = [time for packet in shown if (time := packet.dts if packet.pts is None else packet.pts) is not None]
     if not times:
         raise MediaError(f"{name!r} holds {len(packets)} packets of video, and no frame that can be decoded and has a time")
+    if (unit := stream.time_base) is None:
+        raise MediaError(f"{name!r} does not say in what unit its times are")
     times = sorted(times)
-    starts = [float((time - times[0]) * stream.time_base) for time in times]
+    starts = [float((time - times[0]) * unit) for time in times]
     final = max(shown, key=lambda packet: packet.dts or 0 if packet.pts is None else packet.pts)
-    final_duration = float(final.duration * stream.time_base) if final.duration else starts[-1] / max(1, len(starts) - 1)
+    final_duration = float(final.duration * unit) if final.duration else starts[-1] / max(1, len(starts) - 1)
     if known is None:
         return Timeline(starts, starts[-1] + final_duration, None, [], {}, begin)
     return Timeline(starts, starts[-1] + final_duration, times, [packet.place for packet in known], _keys(packets), begin)
 
 
-def _begin(container: Any, packets: Sequence[Packet]) -> int:
+def _begin(container: InputContainer, packets: Sequence[Packet]) -> int:
     """Return a time from which a seek ends at the first packet.
 
     MP4 seeks among shown frames only, unless the time is before all frames.
@@ -92,7 +100,7 @@ def _goes_back(packets: Sequence[Packet]) -> bool:
     return any(packet.is_discard and packet.is_keyframe and packet.pts is not None and packet.pts < latest for packet in between)
 
 
-def _check_whole(container: Any, packets: Sequence[Packet], last: float, name: str) -> None:
+def _check_whole(container: InputContainer, packets: Sequence[Packet], last: float, name: str) -> None:
     declared = (container.duration or 0) / 1e6
     if not packets:
         raise MediaError(f"{name!r} holds no frame")
@@ -104,7 +112,7 @@ def _check_whole(container: Any, packets: Sequence[Packet], last: float, name: s
         raise MediaError(f"{name!r} holds {len(packets)} frames, and its edit list shows none of them")
 
 
-def _ordered_by_time(container: Any, stream: Any, packets: Sequence[Packet], begin: int) -> list[Packet] | None:
+def _ordered_by_time(container: InputContainer, stream: VideoStream, packets: Sequence[Packet], begin: int) -> list[Packet] | None:
     """Return the packets whose frames are shown, by presentation time; None where the times do not distinguish the frames.
 
     Frames before the first key frame, in decoding or presentation order, refer to frames that may be missing. Whether the decoder
@@ -139,7 +147,9 @@ def _keys(packets: Sequence[Packet]) -> dict[int, int]:
     return {packet.pts: packet.place for packet in sorted(keys, key=lambda packet: packet.pts)}
 
 
-def decode_frames(container: Any, stream: Any, timeline: Timeline, wanted: Sequence[int], name: str) -> Iterator[Any]:
+def decode_frames(
+    container: InputContainer, stream: VideoStream, timeline: Timeline, wanted: Sequence[int], name: str
+) -> Iterator[VideoFrame]:
     """Yield the frames whose numbers are `wanted`, ascending. Raises MediaError for a frame that does not decode.
 
     Between frames that lie far apart the decoder seeks to the last key frame before the next one.
@@ -151,13 +161,17 @@ def decode_frames(container: Any, stream: Any, timeline: Timeline, wanted: Seque
         yield frame
 
 
-def _frames_by_number(container: Any, stream: Any, timeline: Timeline, wanted: Sequence[int]) -> Iterator[Any]:
+def _frames_by_number(
+    container: InputContainer, stream: VideoStream, timeline: Timeline, wanted: Sequence[int]
+) -> Iterator[VideoFrame | None]:
     frames = enumerate(frames_from(container, stream, timeline.begin) or ())
     for number in wanted:
         yield next((frame for i, frame in frames if i == number), None)
 
 
-def _frames_by_time(container: Any, stream: Any, timeline: Timeline, wanted: Sequence[int]) -> Iterator[Any]:
+def _frames_by_time(
+    container: InputContainer, stream: VideoStream, timeline: Timeline, wanted: Sequence[int]
+) -> Iterator[VideoFrame | None]:
     stamps, keys = timeline.stamps or [], list(timeline.keys)
     indexed = container.format.name.startswith(_INDEXED)
     frames, due = frames_from(container, stream, timeline.begin), 0  # `due`: number of the frame that the decoder returns next
@@ -175,24 +189,24 @@ def _frames_by_time(container: Any, stream: Any, timeline: Timeline, wanted: Seq
         yield frame
 
 
-def _can_reach(timeline: Timeline, number: int) -> Callable[[Any], bool]:
+def _can_reach(timeline: Timeline, number: int) -> Callable[[AvPacket], bool]:
     """Return a test whether a PyAV packet is a key frame from which frame `number` can be decoded: one before it in both orders."""
     stamp, place = (timeline.stamps or [])[number], timeline.places[number]
     return lambda first: first.pts is not None and first.pts <= stamp and timeline.keys.get(first.pts, place + 1) <= place
 
 
-def _frame_at(frames: Iterator[Any] | None, stamp: int) -> Any:
+def _frame_at(frames: Iterator[VideoFrame] | None, stamp: int) -> VideoFrame | None:
     """Return the frame with presentation time `stamp`, or None if the decoder does not return it."""
     following = next((frame for frame in frames or () if frame.pts is not None and frame.pts >= stamp), None)
     return following if following is not None and following.pts == stamp else None
 
 
-def upright(frame: Any, name: str = "the video") -> Image.Image:
+def upright(frame: VideoFrame, name: str = "the video") -> Image.Image:
     """Convert the frame to RGB, turned and mirrored as its file says.
 
     Raises MediaError for a turn that is no whole number of quarters.
     """
     picture: Image.Image = frame.to_image()
     matrix = frame.side_data.get("DISPLAYMATRIX")
-    move = transposition(struct.unpack("=9i", bytes(matrix)), name) if matrix is not None else None
+    move = transposition(struct.unpack("=9i", bytes(cast(SupportsBytes, matrix))), name) if matrix is not None else None
     return picture if move is None else picture.transpose(move)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 from torch import Tensor
@@ -20,6 +20,9 @@ from data.media.blob import Blob, MediaError, resolve_path
 from data.media.image_decode import open_picture
 from data.records.record import MediaRef
 from model.media_spec import ImageSpec, MediaMeta
+
+if TYPE_CHECKING:
+    from av.video.stream import VideoStream
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 """Extensions of the files in a folder that are its frames; other files, such as a list of times, are ignored."""
@@ -145,7 +148,7 @@ def _file(blob: Blob, spec: ImageSpec, config: DataConfig) -> Iterator[Frames]:
         yield Frames(timeline.starts, timeline.end, rows)
 
 
-def _size(stream: Any, name: str) -> tuple[int, int]:
+def _size(stream: VideoStream, name: str) -> tuple[int, int]:
     width, height = stream.codec_context.width, stream.codec_context.height
     if width < 1 or height < 1:
         raise MediaError(f"{name!r} holds a video of {width} x {height} pixels")

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
@@ -37,7 +37,7 @@ _TURNS = {
 }
 _METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 """Chunks of a PNG that may hold an orientation."""
-_FORMATS: dict[str, tuple[re.Pattern[bytes], Callable[[BinaryIO], Any]]] = {
+_FORMATS: dict[str, tuple[re.Pattern[bytes], Callable[[BinaryIO], Image.Image]]] = {
     "JPEG": (re.compile(rb"\xff\xd8"), JpegImagePlugin.jpeg_factory),
     "PNG": (re.compile(rb"\x89PNG"), PngImagePlugin.PngImageFile),
     "WEBP": (re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImagePlugin.WebPImageFile),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 from data.records.fields import FieldError, is_absent, kind_of, local_path
 from data.records.media_refs import MediaRef
+from model.files.untrusted import Json
 from model.media_spec import PLACEHOLDERS
 
 _PARTS = {
@@ -20,7 +20,7 @@ _SILENT = ("detail", "format", "cache_control", "id")
 """Keys of a part that are ignored: the run file sets the size at which pictures are seen, a file's bytes tell its kind."""
 
 
-def kind_of_part(part: Any) -> str | None:
+def kind_of_part(part: object) -> str | None:
     """Return the kind of medium that a content part stands for, whether the part is valid or not; None if it stands for none."""
     name = part.get("type") if isinstance(part, dict) else None
     return _PARTS.get(name) if isinstance(name, str) else None
@@ -29,23 +29,23 @@ def kind_of_part(part: Any) -> str | None:
 class Parts:
     """Reader of the content parts of one record; media whose paths stand inside the parts are collected in `media`."""
 
-    def __init__(self, raw: dict[str, Any]) -> None:
+    def __init__(self, raw: Json) -> None:
         """Prepare to read the parts of the record `raw`: parts of media that the record's own keys name need no path."""
         self.media: list[MediaRef] = []
         self._named = {kind for kind in PLACEHOLDERS if not (is_absent(raw.get(kind)) and is_absent(raw.get(f"{kind}s")))}
         self._seen: Counter[str] = Counter()  # parts of each kind of medium
 
-    def text(self, parts: list[Any], field: str) -> str:
+    def text(self, parts: list[object], field: str) -> str:
         """Return the text of a content, with a placeholder for each medium. Raises `FieldError`."""
         # Each part is a line of its own: the same sample then has the same text in both spellings.
         return "\n".join(self._part(part, f"{field}[{j}]") for j, part in enumerate(parts))
 
-    def _part(self, part: Any, field: str) -> str:
+    def _part(self, part: object, field: str) -> str:
         name = part.get("type") if isinstance(part, dict) else None
-        if name == "text" and isinstance(part.get("text"), str):
+        if isinstance(part, dict) and name == "text" and isinstance(text := part.get("text"), str):
             _check_keys(part, ("type", "text", *_SILENT), field)
-            return part["text"]
-        if not isinstance(name, str) or name not in _PARTS:
+            return text
+        if not isinstance(part, dict) or not isinstance(name, str) or name not in _PARTS:
             raise FieldError(field, f"is no text and none of the parts {', '.join(_PARTS)} (type {str(name)[:60]!r})")
         kind, holder = _PARTS[name], part.get(name)
         boxes = [part, holder] if isinstance(holder, dict) else [part]
@@ -65,7 +65,7 @@ class Parts:
         self.media += [MediaRef(kind, path) for path in paths]
         return PLACEHOLDERS[kind]
 
-    def _check_index(self, index: Any, kind: str, field: str) -> None:
+    def _check_index(self, index: object, kind: str, field: str) -> None:
         """Count a part and check its index: the k-th part of a kind is the record's k-th medium of that kind.
 
         Raises `FieldError`.
@@ -84,7 +84,7 @@ def _readable(kind: str) -> str:
     )
 
 
-def _check_keys(box: dict[str, Any], known: tuple[str, ...], field: str) -> None:
+def _check_keys(box: Json, known: tuple[str, ...], field: str) -> None:
     """Raise `FieldError` for a key that has a value and that is not read."""
     for key, value in box.items():
         if key not in known and not is_absent(value):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
 
 _REMOTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://|data:")
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
@@ -15,17 +14,17 @@ class FieldError(Exception):
     """A field and what is wrong with it, before the record's place is known."""
 
 
-def kind_of(value: Any) -> str:
+def kind_of(value: object) -> str:
     """Return the name that JSON has for the value's type, with its article."""
     return _KINDS.get(type(value), "a null")
 
 
-def is_absent(value: Any) -> bool:
+def is_absent(value: object) -> bool:
     """Return whether a value says nothing: null, or an empty string, list or object."""
     return value is None or value in ("", [], {})
 
 
-def strings_in(value: Any) -> Iterator[str]:
+def strings_in(value: object) -> Iterator[str]:
     """Yield all strings of a JSON value, including the keys of its objects."""
     if isinstance(value, str):
         yield value
@@ -34,7 +33,7 @@ def strings_in(value: Any) -> Iterator[str]:
             yield from strings_in(item)
 
 
-def local_path(value: Any, field: str) -> str:
+def local_path(value: object, field: str) -> str:
     """Return the value if it is a path that may name a local file. Raises `FieldError` for anything else, URLs included."""
     if not isinstance(value, str) or not value:
         raise FieldError(field, "is an empty path" if value == "" else f"is {kind_of(value)}, not a path")

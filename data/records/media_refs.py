@@ -6,11 +6,11 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from data.limits import MAX_MEDIA
 from data.records.fields import FieldError, kind_of, local_path
 from model.batch import IGNORE_INDEX
+from model.files.untrusted import Json
 from model.media_spec import PLACEHOLDERS, READ_BY
 
 _KEYS = {kind: (kind, f"{kind}s") for kind in PLACEHOLDERS}
@@ -33,7 +33,7 @@ class MediaRef:
         return READ_BY[self.kind]
 
 
-def media_by_kind(raw: dict[str, Any], inline: list[MediaRef]) -> dict[str, list[MediaRef]]:
+def media_by_kind(raw: Json, inline: list[MediaRef]) -> dict[str, list[MediaRef]]:
     """Return the media of each kind in the order in which the record lists them; `inline` are the media of its content parts.
 
     `set` is the folder of pictures and videos, `video_range` the seconds that are watched, `audio_state` a class per clip. Raises
@@ -57,7 +57,7 @@ def media_by_kind(raw: dict[str, Any], inline: list[MediaRef]) -> dict[str, list
     }
 
 
-def _named(raw: dict[str, Any], kind: str) -> list[MediaRef]:
+def _named(raw: Json, kind: str) -> list[MediaRef]:
     """Return the media of one kind that the record's own keys name. Raises `FieldError`."""
     keys = [key for key in _KEYS[kind] if raw.get(key) is not None]
     if len(keys) > 1:
@@ -76,7 +76,7 @@ def _check_limit(field: str, count: int, kind: str) -> None:
         raise FieldError(field, f"names {count} {kind} files; at most {MAX_MEDIA} are read: make several records of it")
 
 
-def _sets(value: Any, num_images: int, num_videos: int) -> list[str]:
+def _sets(value: object, num_images: int, num_videos: int) -> list[str]:
     """Return the set of each picture, then of each video (VITA: one set for all, or a list of one per picture)."""
     if value is None:
         return [""] * (num_images + num_videos)
@@ -84,25 +84,24 @@ def _sets(value: Any, num_images: int, num_videos: int) -> list[str]:
         if num_videos:
             raise FieldError("set", "is a list, one per image, but the record has videos too; name one set for all")
         _check_count("set", len(value), "sets", num_images, "images")
-    sets = value if isinstance(value, list) else [value] * (num_images + num_videos)
     for i, name in enumerate(value if isinstance(value, list) else [value]):
         if not isinstance(name, str) or not name:
             field = f"set[{i}]" if isinstance(value, list) else "set"
             raise FieldError(field, "is empty" if name == "" else f"is {kind_of(name)}, not the name of a set")
-    return sets
+    return value if isinstance(value, list) else [str(value)] * (num_images + num_videos)
 
 
-def _spans(value: Any, num_videos: int) -> Sequence[tuple[float, float] | None]:
+def _spans(value: object, num_videos: int) -> Sequence[tuple[float, float] | None]:
     """Return the watched seconds of each video, None for all; `value` is [start, end], or a list of such pairs."""
     if value is None:
         return [None] * num_videos
     many = isinstance(value, list) and bool(value) and all(isinstance(pair, list) for pair in value)
-    pairs = value if many else [value]
+    pairs = value if many and isinstance(value, list) else [value]
     _check_count("video_range", len(pairs), "ranges", num_videos, "videos")
     return [_span(pair, f"video_range[{i}]" if many else "video_range") for i, pair in enumerate(pairs)]
 
 
-def _span(pair: Any, field: str) -> tuple[float, float]:
+def _span(pair: object, field: str) -> tuple[float, float]:
     if not isinstance(pair, list) or len(pair) != 2 or not all(map(_is_seconds, pair)):
         raise FieldError(field, f"{str(pair)[:60]} is no [start, end] in seconds")
     start, end = float(pair[0]), float(pair[1])
@@ -111,23 +110,24 @@ def _span(pair: Any, field: str) -> tuple[float, float]:
     return start, end
 
 
-def _is_seconds(value: Any) -> bool:
+def _is_seconds(value: object) -> bool:
     # Comparisons, because isfinite would overflow on a whole number of 400 digits. NaN fails the comparisons as well.
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 
-def _states(value: Any, num_clips: int) -> list[int]:
+def _states(value: object, num_clips: int) -> list[int]:
     """Return the user's state after each clip; IGNORE_INDEX where the record has none."""
     if value is None:
         return [IGNORE_INDEX] * num_clips
-    many = isinstance(value, list)
-    states = value if many else [value]
+    states = value if isinstance(value, list) else [value]
     _check_count("audio_state", len(states), "classes", num_clips, "clips")
+    found: list[int] = []
     for i, state in enumerate(states):
         if isinstance(state, bool) or not isinstance(state, int) or not 0 <= state <= _MAX_CLASS:
-            field = f"audio_state[{i}]" if many else "audio_state"
+            field = f"audio_state[{i}]" if isinstance(value, list) else "audio_state"
             raise FieldError(field, f"{str(state)[:60]} is no class; classes are whole numbers from 0 on")
-    return states
+        found.append(state)
+    return found
 
 
 def _check_count(field: str, count: int, what: str, num_media: int, media: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from data.records.fields import FieldError, kind_of, record_line
 from data.records.media_refs import MediaRef, media_by_kind
@@ -11,6 +10,7 @@ from data.records.record_keys import check_record_keys, with_system
 from data.records.tool_calls import read_tools
 from data.records.turns import Turn, check_order, check_words, in_reading_order, leading_answer, place_unplaced, read_turns
 from model.errors import DataError
+from model.files.untrusted import Json
 from model.media_spec import PLACEHOLDERS
 
 __all__ = ["MediaRef", "Record", "RecordError", "Turn", "parse"]
@@ -27,7 +27,7 @@ class Record:
     num_dropped_turns: int = 0
     negative_turn: int | None = None  # the turn that replies to sound that was not meant for the model (VITA `inserted_id`)
     interrupted: bool = False  # the last answer was cut off: its end token is not learned (VITA `end_tag` false)
-    tools: tuple[dict[str, Any], ...] = ()  # definitions for the template of what the assistant may call
+    tools: tuple[Json, ...] = ()  # definitions for the template of what the assistant may call
 
     @property
     def num_unlearned(self) -> int:
@@ -42,11 +42,11 @@ class RecordError(DataError):
         super().__init__(record_line(where, id, field, reason))
         self.where, self.id, self.field, self.reason = where, id, field, reason
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.where, self.id, self.field, self.reason)  # pickled by workers, which send it to their parent
 
 
-def parse(raw: Any, where: str, name: str = "", *, needs_answer: bool = True) -> Record:
+def parse(raw: object, where: str, name: str = "", *, needs_answer: bool = True) -> Record:
     """Parse `raw`, one decoded JSON value, into a record.
 
     Guaranteed: an optional system turn, then user and assistant in turn, results of tools behind the calls of an assistant; no
@@ -76,7 +76,7 @@ def parse(raw: Any, where: str, name: str = "", *, needs_answer: bool = True) ->
     return Record(name, kept, ordered, where, len(turns) - len(kept), negative_turn, interrupted, tools)
 
 
-def _id(raw: dict[str, Any], default: str) -> str:
+def _id(raw: Json, default: str) -> str:
     value = raw.get("id")
     if value is None:
         return default
@@ -85,7 +85,7 @@ def _id(raw: dict[str, Any], default: str) -> str:
     return str(value)
 
 
-def _negative_turn(value: Any, turns: tuple[Turn, ...], shift: int) -> int | None:
+def _negative_turn(value: object, turns: tuple[Turn, ...], shift: int) -> int | None:
     """Return the turn that `inserted_id` names, which has to answer sound.
 
     `inserted_id` counts turns as they stand in the file, where there are `shift` more than here before any answer. Raises
@@ -106,7 +106,7 @@ def _answers_sound(turns: tuple[Turn, ...], i: int) -> bool:
     return i > 0 and turns[i].role == "assistant" and PLACEHOLDERS["audio"] in turns[i - 1].content
 
 
-def _interrupted(value: Any, num_clips: int) -> bool:
+def _interrupted(value: object, num_clips: int) -> bool:
     """Return whether `end_tag` says that the last answer was cut off. Raises `FieldError` in records without audio.
 
     VITA lets speech alone interrupt an answer, so the field has no place in other records.

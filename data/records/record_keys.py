@@ -5,11 +5,10 @@ These keys are read here, or refused by name. All other keys are notes and are l
 
 from __future__ import annotations
 
-from typing import Any
-
 from data.records.fields import FieldError, is_absent, kind_of
 from data.records.turn_keys import LEARN_KEYS
 from data.records.turns import Turn, check_text
+from model.files.untrusted import Json
 
 _PREFERENCES = ("chosen", "rejected", "chosen_response", "rejected_response", "rejected_messages", "rejected_images", "kto_tag")
 _REFUSED = {
@@ -29,7 +28,7 @@ _CUTS = ("start", "end", "video_start", "video_end")
 """Seconds of a video that are watched, as VideoChat and Qwen write them beside it."""
 
 
-def with_system(raw: dict[str, Any], turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+def with_system(raw: Json, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     """Return the turns, behind the record's `system` if it has one. Raises `FieldError` if a system turn says something else."""
     text = raw.get("system")
     if text is None or text == "":
@@ -44,7 +43,7 @@ def with_system(raw: dict[str, Any], turns: tuple[Turn, ...]) -> tuple[Turn, ...
     return turns
 
 
-def check_record_keys(raw: dict[str, Any], turns: tuple[Turn, ...]) -> None:
+def check_record_keys(raw: Json, turns: tuple[Turn, ...]) -> None:
     """Raise `FieldError` for a key that another trainer would act on and that is not read here."""
     for key, value in raw.items():
         if is_absent(value):
@@ -63,18 +62,18 @@ def check_record_keys(raw: dict[str, Any], turns: tuple[Turn, ...]) -> None:
             raise FieldError(key, "holds what no turn of the record says, and is not read here; make it a turn, or remove it")
 
 
-def _unlearned(key: str, value: Any) -> bool:
+def _unlearned(key: str, value: object) -> bool:
     """Tell whether the key marks all answers as not learned; a weight or a loss that is another number is a note."""
     return value is False or (key == "weight" and not isinstance(value, bool) and value == 0)
 
 
-def _is_whole_video(raw: dict[str, Any]) -> bool:
+def _is_whole_video(raw: Json) -> bool:
     return not (is_absent(raw.get("video")) and is_absent(raw.get("videos"))) and is_absent(raw.get("video_range"))
 
 
-def _is_seconds(value: Any) -> bool:
+def _is_seconds(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_copy(value: Any, turns: tuple[Turn, ...]) -> bool:
+def _is_copy(value: object, turns: tuple[Turn, ...]) -> bool:
     return isinstance(value, str) and any(value.strip() in turn.content for turn in turns)

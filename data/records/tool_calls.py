@@ -6,16 +6,14 @@ OpenAI, and turns of the roles `function_call` and `tool_call` whose text is the
 
 from __future__ import annotations
 
-from typing import Any
-
 from data.records.fields import FieldError, is_absent, kind_of
-from model.files.untrusted import parse_json
+from model.files.untrusted import Json, parse_json
 
 _CALL_KEYS = ("id", "type", "function", "index")
 _FUNCTION_KEYS = ("name", "arguments")
 
 
-def read_tools(raw: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+def read_tools(raw: Json) -> tuple[Json, ...]:
     """Read the definitions of the tools that a record offers; () if it offers none. Raises `FieldError`."""
     given = [key for key in ("tools", "functions") if not is_absent(raw.get(key))]
     if len(given) > 1:
@@ -23,14 +21,14 @@ def read_tools(raw: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     return tuple(tool for key in given for tool in _definitions(raw[key], key))
 
 
-def _definitions(value: Any, field: str) -> list[dict[str, Any]]:
+def _definitions(value: object, field: str) -> list[Json]:
     value = _parsed(value, field)
     if not isinstance(value, list):
         raise FieldError(field, f"is {kind_of(value)}, not a list of tools")
     return [_definition(tool, f"{field}[{i}]") for i, tool in enumerate(value)]
 
 
-def _definition(tool: Any, field: str) -> dict[str, Any]:
+def _definition(tool: object, field: str) -> Json:
     """Return one tool as {"type": "function", "function": {"name", "description", "parameters"}}. Raises `FieldError`."""
     tool = _parsed(tool, field)
     if not isinstance(tool, dict):
@@ -46,7 +44,7 @@ def _definition(tool: Any, field: str) -> dict[str, Any]:
     return {"type": "function", **tool}
 
 
-def read_calls(value: Any, field: str) -> list[dict[str, Any]]:
+def read_calls(value: object, field: str) -> list[Json]:
     """Read the calls of one turn. Their arguments are objects, parsed where they are strings. Raises `FieldError`."""
     value = _parsed(value, field)
     if isinstance(value, dict):
@@ -56,7 +54,7 @@ def read_calls(value: Any, field: str) -> list[dict[str, Any]]:
     return [_call(call, f"{field}[{i}]") for i, call in enumerate(value)]
 
 
-def _call(call: Any, field: str) -> dict[str, Any]:
+def _call(call: object, field: str) -> Json:
     call = _parsed(call, field)
     if not isinstance(call, dict):
         raise FieldError(field, f"is {kind_of(call)}, not an object")
@@ -77,14 +75,14 @@ def _call(call: Any, field: str) -> dict[str, Any]:
     return {"type": "function", **({} if id is None else {"id": id}), "function": {"name": name, "arguments": arguments}}
 
 
-def _arguments(value: Any, field: str) -> dict[str, Any]:
+def _arguments(value: object, field: str) -> Json:
     value = _parsed(value, field)
     if not isinstance(value, dict):
         raise FieldError(field, f"is {kind_of(value)}, not an object, nor the JSON of one; without arguments it is {{}}")
     return value
 
 
-def _parsed(value: Any, field: str) -> Any:
+def _parsed(value: object, field: str) -> object:
     """Return the value, parsed if it is a string of JSON. Raises `FieldError` for a string that is no JSON."""
     if not isinstance(value, str):
         return value
@@ -94,12 +92,12 @@ def _parsed(value: Any, field: str) -> Any:
         raise FieldError(field, f"{value[:60]!r} is no JSON") from None
 
 
-def _check_name(value: Any, field: str) -> str:
+def _check_name(value: object, field: str) -> str:
     if not isinstance(value, str) or not value:
         raise FieldError(field, "missing" if value is None or value == "" else f"is {kind_of(value)}, not a string")
     return value
 
 
-def _check_keys(box: dict[str, Any], known: tuple[str, ...], field: str) -> None:
+def _check_keys(box: Json, known: tuple[str, ...], field: str) -> None:
     if key := next((key for key in box if key not in known and not is_absent(box[key])), None):
         raise FieldError(f"{field}.{key}", f"is no key that is read here; there are {', '.join(known)}")

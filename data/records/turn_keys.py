@@ -5,10 +5,9 @@ Every other key with a value is an error: a key may change the prompt or what is
 
 from __future__ import annotations
 
-from typing import Any
-
 from data.records.fields import FieldError, is_absent, kind_of
 from data.records.tool_calls import read_calls
+from model.files.untrusted import Json
 
 LEARN_KEYS = ("weight", "loss", "trainable", "train")
 """Keys that say whether an answer is learned: OpenAI's and FastChat's 0 or 1, and the booleans of ms-swift, verl and axolotl."""
@@ -46,7 +45,7 @@ SILENT_KEYS = frozenset(
 _KNOWN = SILENT_KEYS.union(LEARN_KEYS, THOUGHT_KEYS, _CALL_KEYS, _TOOL_KEYS)
 
 
-def is_learned(turn: dict[str, Any], role: str, field: str) -> bool:
+def is_learned(turn: Json, role: str, field: str) -> bool:
     """Return whether the turn is supervised if it is an answer. Raises `FieldError` for values that say neither, or both."""
     found = {key: _learns(key, turn[key], field) for key in LEARN_KEYS if turn.get(key) is not None}
     if len(set(found.values())) > 1:
@@ -58,7 +57,7 @@ def is_learned(turn: dict[str, Any], role: str, field: str) -> bool:
     return False not in found.values()
 
 
-def _learns(key: str, value: Any, field: str) -> bool:
+def _learns(key: str, value: object, field: str) -> bool:
     """Return what one of LEARN_KEYS says. Raises `FieldError` for values that it may not have."""
     if key == "weight":
         if isinstance(value, bool) or not isinstance(value, int | float) or value not in (0, 1):
@@ -68,9 +67,9 @@ def _learns(key: str, value: Any, field: str) -> bool:
     return bool(value)
 
 
-def for_template(turn: dict[str, Any], role: str, field: str) -> dict[str, Any]:
+def for_template(turn: Json, role: str, field: str) -> Json:
     """Return what the template gets beside role and content. Raises `FieldError` where a key is out of place or makes no sense."""
-    found: dict[str, Any] = {}
+    found: Json = {}
     calls = [key for key in _CALL_KEYS if not is_absent(turn.get(key))]
     if len(calls) > 1:
         raise FieldError(f"{field}.tool_calls", "both 'tool_calls' and 'function_call' are there; keep one")
@@ -90,7 +89,7 @@ def for_template(turn: dict[str, Any], role: str, field: str) -> dict[str, Any]:
     return found
 
 
-def check_keys(turn: dict[str, Any], own: tuple[str, str], field: str) -> None:
+def check_keys(turn: Json, own: tuple[str, str], field: str) -> None:
     """Raise `FieldError` for a key with a value that is neither one of the turn's `own` two keys nor a known key."""
     for key, value in turn.items():
         if key == "text" and value == turn.get(own[1]):  # raw ShareGPT keeps the words twice
@@ -108,7 +107,7 @@ def _check_role(role: str, allowed: str, field: str) -> None:
         raise FieldError(field, f"stands on a turn of the {role}; only a turn of the {allowed} has one")
 
 
-def _text(value: Any, field: str) -> str:
+def _text(value: object, field: str) -> str:
     if not isinstance(value, str):
         raise FieldError(field, f"is {kind_of(value)}, not a string")
     return value

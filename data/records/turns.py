@@ -15,6 +15,7 @@ from data.records.media_refs import MediaRef
 from data.records.placeholders import kinds_in, leading_placeholders
 from data.records.tool_calls import read_calls
 from data.records.turn_keys import check_keys, for_template, is_learned
+from model.files.untrusted import Json
 from model.media_spec import PLACEHOLDERS
 
 MARKS = ("\ue100", "\ue101")
@@ -41,7 +42,7 @@ class Turn:
     extra: Mapping[str, Any] = field(default_factory=dict)  # what the template gets beside role and content: tool_calls ...
 
 
-def read_turns(raw: dict[str, Any]) -> tuple[tuple[Turn, ...], list[MediaRef]]:
+def read_turns(raw: Json) -> tuple[tuple[Turn, ...], list[MediaRef]]:
     """Read the turns as written, and the media whose paths stand inside content parts. Raises `FieldError`."""
     found = [key for key in _KEYS if raw.get(key) is not None]
     if len(found) != 1:
@@ -59,7 +60,7 @@ def read_turns(raw: dict[str, Any]) -> tuple[tuple[Turn, ...], list[MediaRef]]:
     return turns, parts.media
 
 
-def _turn(value: Any, field: str, keys: tuple[str, str], parts: Parts) -> Turn:
+def _turn(value: object, field: str, keys: tuple[str, str], parts: Parts) -> Turn:
     if not isinstance(value, dict):
         raise FieldError(field, f"is {kind_of(value)}, not an object")
     role_key, content_key = keys
@@ -84,7 +85,7 @@ def _turn(value: Any, field: str, keys: tuple[str, str], parts: Parts) -> Turn:
     return Turn(role, content, learn, extra)
 
 
-def _content(turn: dict[str, Any], role: str, field: str, keys: tuple[str, str], has_calls: bool, parts: Parts) -> str:
+def _content(turn: Json, role: str, field: str, keys: tuple[str, str], has_calls: bool, parts: Parts) -> str:
     key = keys[1]
     content = turn.get(key)
     if content is None and has_calls:
@@ -104,7 +105,7 @@ def _content(turn: dict[str, Any], role: str, field: str, keys: tuple[str, str],
     return content
 
 
-def check_words(value: Any, field: str) -> None:
+def check_words(value: object, field: str) -> None:
     """Raise `FieldError` for a string inside a JSON value that a template would write and that a content may not hold."""
     for text in strings_in(value):
         check_text(text, field)
@@ -156,7 +157,7 @@ def check_order(turns: tuple[Turn, ...], needs_answer: bool) -> None:
     """
     spoken = turns[1:] if turns and turns[0].role == "system" else turns
     due: tuple[str, ...] = ("user",)
-    calls: list[dict[str, Any]] = []
+    calls: list[Json] = []
     num_results = 0
     for i, turn in enumerate(spoken):
         if turn.role not in due:
@@ -176,7 +177,7 @@ def check_order(turns: tuple[Turn, ...], needs_answer: bool) -> None:
         raise FieldError("conversations", f"{which} to be learned (weight, loss, trainable or train): leave the record out")
 
 
-def _hint(turn: Turn, calls: list[dict[str, Any]]) -> str:
+def _hint(turn: Turn, calls: list[Json]) -> str:
     """Return a hint for the message of a turn that is out of order, or an empty string."""
     if turn.role == "tool":
         return "; results of tools follow a turn of the assistant with tool_calls, and calls that stand in its text are not read"
@@ -185,7 +186,7 @@ def _hint(turn: Turn, calls: list[dict[str, Any]]) -> str:
     return ""
 
 
-def _check_result(turn: Turn, calls: list[dict[str, Any]], k: int, place: int) -> None:
+def _check_result(turn: Turn, calls: list[Json], k: int, place: int) -> None:
     """Raise `FieldError` unless the k-th result answers the k-th call: a template that writes no ids would pair them so."""
     if k == len(calls):
         raise FieldError("conversations", f"turn {place} is result {k + 1} of a tool, but only {len(calls)} calls were made")

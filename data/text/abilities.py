@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-Message = dict[str, Any]  # role, content, and what else a turn has: tool_calls, reasoning_content, tool_call_id, name
+from model.files.untrusted import Json
+
+Message = Json  # role, content, and what else a turn has: tool_calls, reasoning_content, tool_call_id, name
 Ask = Callable[[Sequence[Message]], str]
 """Function that renders a conversation; it raises `RenderError` where the template refuses the conversation."""
 
@@ -58,7 +59,7 @@ class Abilities:
         return "reasoning_content" if message.get("reasoning_content") and not self.reasoning else ""
 
 
-def _with_text(call: Mapping[str, Any]) -> dict[str, Any]:
+def _with_text(call: Mapping[str, object]) -> Json:
     """Return a tool call whose arguments are JSON text instead of an object."""
     function = call.get("function")
     if not isinstance(function, Mapping) or isinstance(function.get("arguments"), str):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data.records.turns import MARKS
+from model.files.untrusted import Json
 
 OPEN, CLOSE = MARKS
 CONTENT, REASONING, CALL, TOOLS = "content", "reasoning", "tool_calls", "tools"
@@ -57,7 +58,7 @@ class Marker:
     tags: re.Pattern[str]
     pieces: list[MarkedPiece] = field(default_factory=list)
 
-    def message(self, turn: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    def message(self, turn: int, message: Mapping[str, object]) -> Json:
         """Return the message with marks in its content, its reasoning and its calls."""
         marked = dict(message)
         for key, value in message.items():
@@ -69,7 +70,7 @@ class Marker:
                 marked[key] = self._text(turn, REASONING, value, anchor=False)
         return marked
 
-    def tree(self, turn: int, kind: str, value: Any, key: str = "") -> Any:
+    def tree(self, turn: int, kind: str, value: object, key: str = "") -> Any:
         """Return a JSON value with marks in its strings: of tools in the names only, of calls in all strings but types and ids."""
         if isinstance(value, dict):
             return {self._guard(k): self.tree(turn, kind, v, k) for k, v in value.items()}

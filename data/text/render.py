@@ -60,7 +60,7 @@ def apply(
     source: str,
     messages: Sequence[Message],
     kinds: Sequence[str] = (),
-    tools: Sequence[Any] = (),
+    tools: Sequence[object] = (),
     ask: bool = False,
     switches: Mapping[str, bool] | None = None,
 ) -> str:
@@ -100,7 +100,7 @@ class Renderer:
         messages: Sequence[Message],
         learn: Sequence[bool],
         kinds: Sequence[str] = (),
-        tools: Sequence[Any] = (),
+        tools: Sequence[object] = (),
         late: frozenset[int] = frozenset(),
     ) -> Rendering:
         """Render the conversation and find where every turn stands in the text.

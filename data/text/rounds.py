@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -35,7 +34,7 @@ def round_starts(roles: Sequence[str]) -> list[int]:
 def rounds_that_may_fit(
     tokenizer: PreTrainedTokenizerFast,
     messages: Sequence[Message],
-    tools: Sequence[Any],
+    tools: Sequence[object],
     abilities: Abilities,
     tags: re.Pattern[str],
     limit: int,

@@ -199,11 +199,10 @@ def load_template(
     needs = FORMATS[name].needs if name in FORMATS else ()
     check_single(name, tokenizer, needs)
     check_state_tokens(tokenizer, state_tokens)
-    states = STATE_TOKENS[state_tokens].values()
     lead = lead_token(tokenizer) if name in FORMATS else ""
     source = ("{{ bos_token }}" if lead else "") + FORMATS[name].source if name in FORMATS else own_source(tokenizer, tokens)
     written = content_tokens(source, tokens, media_wrap)
-    free = {*PLACEHOLDERS.values(), *written.values(), *allowed, *states, *thought_tags(source)}
+    free = {*PLACEHOLDERS.values(), *written.values(), *allowed, *STATE_TOKENS[state_tokens].values(), *thought_tags(source)}
     special = special_ids(tokenizer, free - {*needs, *tokenizer.special_tokens_map.values()} | {*written.values()})
     control = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)"
     known = tokenizer.get_vocab()
@@ -222,7 +221,7 @@ def load_template(
         allowed=tuple(allowed),
         state_tokens=state_tokens,
         unread=unread,
-        tags=tags_of(source, re.compile(control)),
+        tags=tags_of(source, re.compile(f"{re.escape(written['image'])}|{control}" if media_wrap else control)),
         abilities=find_abilities(lambda messages: apply(tokenizer, source, messages)),
     )
     return _with_ends(template)

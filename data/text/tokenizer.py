@@ -11,9 +11,11 @@ from pathlib import Path
 
 import transformers
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 
 from data.limits import MAX_TOKENIZER_BYTES
 from model.errors import ConfigError
+from model.files.untrusted import load_json
 
 TELLING_STRINGS = (
     "Hello world",
@@ -58,6 +60,8 @@ def load_tokenizer(path: str, added: Sequence[str], cache_dir: str = "") -> Load
         )
     if bad := [token for token in added if not token or token != token.strip()]:
         raise ConfigError(f"model.llm.new_tokens: {bad[0]!r} is blank or has white space around it")
+    if template := _processors_template(path, cache_dir):
+        tokenizer.chat_template = template
     known = tokenizer.get_vocab()
     num_known = len(tokenizer)
     wanted = list(dict.fromkeys(added))
@@ -85,6 +89,20 @@ def _check_files(path: str) -> None:
                 raise ConfigError(f"model.llm.path: {file} has more than {MAX_TOKENIZER_BYTES} bytes, which no tokenizer has")
 
 
+def _processors_template(path: str, cache_dir: str) -> str:
+    """Return the chat template in chat_template.json, where older multimodal folders keep that of their processor; "" without."""
+    options = {"cache_dir": cache_dir or None, "_raise_exceptions_for_missing_entries": False}
+    found = [cached_file(path, name, **options) for name in _TEMPLATES]
+    if found[0] or not found[1]:
+        return ""
+    try:
+        value = load_json(Path(found[1]))
+        return str(value["chat_template"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"model.llm.path = {path!r}: chat_template.json holds no chat_template ({error})") from error
+
+
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,15 +12,16 @@ from model.audio.projector import projector_strides, shortened
 from model.audio.whale import KERNEL, WhaleTower, whale_config, whale_spec
 from model.audio.whisper import SETTING, build_qwen2_audio, build_whisper, encoder_config, whisper_spec
 from model.config import AudioConfig, AudioProjectorConfig
+from model.encoder import Encoder
 from model.errors import ConfigError
 from model.files.hub import find_file, read_json
 from model.files.quantised_base import check_settings
+from model.files.untrusted import Json
 from model.media_spec import PLACEHOLDERS, AudioSpec
 from model.published.table import part_config
 
 PREFIXES = ("model.encoder.", "encoder.", "", "audio_tower.", "model.audio_tower.")
 """Prefixes of the encoder's tensor names in files of: all of Whisper, Whisper without its head, the encoder alone, Qwen2-Audio."""
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class EncoderFamily:
     strides: tuple[int, ...]  # of the convolutions, and of a pooling behind the blocks
     kernels: tuple[int, ...] = ()  # see AudioSpec
     constants: tuple[str, ...] = ()  # parameters that are never trained
+    drops_odd: bool = False  # see AudioSpec
 
 
 POSITIONS = ("embed_positions.weight",)
@@ -41,7 +42,7 @@ POSITIONS = ("embed_positions.weight",)
 KINDS = {
     "whisper": EncoderFamily(build_whisper, lambda value: encoder_config(value).d_model, whisper_spec, (2,), constants=POSITIONS),
     "qwen2_audio_encoder": EncoderFamily(
-        build_qwen2_audio, lambda value: encoder_config(value).d_model, whisper_spec, (2, 2), constants=POSITIONS
+        build_qwen2_audio, lambda value: encoder_config(value).d_model, whisper_spec, (2, 2), constants=POSITIONS, drops_odd=True
     ),
     "whale": EncoderFamily(WhaleTower, lambda value: whale_config(value).hidden_size, whale_spec, (2, 2), (KERNEL, KERNEL)),
 }
@@ -70,10 +71,11 @@ def audio_spec(config: AudioConfig, projector: AudioProjectorConfig, cache_dir: 
         kernels=(*kind.kernels, *(1 for _ in behind)) if kind.kernels else (),
         num_prompts=projector.prompts,
         placeholder=config.placeholder or PLACEHOLDERS["audio"],
+        drops_odd=kind.drops_odd,
     )
 
 
-class AudioEncoder(nn.Module):
+class AudioEncoder(Encoder):
     """An audio encoder: log-mel (N, M, F) -> features (N, L, C).
 
     full_window: F is the whole window, with silence at the end. An encoder without a window takes no notice of it.
@@ -96,8 +98,12 @@ class AudioEncoder(nn.Module):
 
     def valid_rows(self, lengths: Tensor | None) -> Tensor | None:
         """Return the number of features of each row that come from valid frames, (N,)."""
-        for stride, kernel in zip(self.kind.strides, self.kind.kernels or (1,) * len(self.kind.strides), strict=True):
-            lengths = shortened(lengths, stride, kernel)
+        strides, kernels = self.kind.strides, self.kind.kernels or (1,) * len(self.kind.strides)
+        for i, (stride, kernel) in enumerate(zip(strides, kernels, strict=True)):
+            if self.kind.drops_odd and i == 1 and lengths is not None:
+                lengths = (lengths // stride).clamp(min=1)  # as transformers counts them: without a last row that has no partner
+            else:
+                lengths = shortened(lengths, stride, kernel)
         return lengths
 
     def forward(self, values: Tensor, lengths: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from model.config import AudioProjectorConfig
 from model.errors import ConfigError
-from model.projector import Pointwise
+from model.projector import Pointwise, set_spread
 
 STRIDES: dict[str, tuple[int, ...]] = {"linear": (), "pool_mlp": (2,), "conv_mlp": (2, 2), "vita_conv": (2,)}
 """Strides by which each kind shortens a row, layer by layer: n -> (n - 1) // stride + 1. mlpNx_gelu shortens nothing."""
@@ -45,7 +45,7 @@ def build_audio_projector(config: AudioProjectorConfig, in_features: int, out_fe
         module = Pointwise(*mlp(int(match[1]) if match else 1, in_features, out_features))
     if config.prompts:
         module.extra = nn.Parameter(torch.empty(config.prompts, out_features))
-        module.spreads = {"extra": PROMPT_SPREAD}  # type: ignore[assignment]
+        set_spread(module, "extra", PROMPT_SPREAD)
     return module
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.audio.projector import masked, valid_mask
+from model.files.untrusted import Json
 from model.media_spec import AudioSpec
 
 KERNEL, STRIDE = 3, 2
@@ -41,12 +42,12 @@ class WhaleConfig:
     positional_dropout: float = 0.0
 
 
-def whale_config(value: dict[str, Any]) -> WhaleConfig:
+def whale_config(value: Json) -> WhaleConfig:
     """Return the structure out of the encoder's config.json. Raises `TypeError` when a key is missing."""
     return WhaleConfig(**{name: value[name] for name in WhaleConfig.__dataclass_fields__ if name in value})
 
 
-def whale_spec(path: str, value: dict[str, Any], strides: tuple[int, ...], cache_dir: str) -> AudioSpec:
+def whale_spec(path: str, value: Json, strides: tuple[int, ...], cache_dir: str) -> AudioSpec:
     """Return the encoder's spec by its config.json. The window is what its table of positions had room for at four frames a row."""
     rate = value.get("sampling_rate", 16_000)
     return AudioSpec(
@@ -68,7 +69,7 @@ def whale_spec(path: str, value: dict[str, Any], strides: tuple[int, ...], cache
 class WhaleTower(nn.Module):
     """The encoder: log-mel (N, M, F) with (N,) valid frames -> (N, L, C). Rows of valid frames do not depend on padding."""
 
-    def __init__(self, value: dict[str, Any]) -> None:
+    def __init__(self, value: Json) -> None:
         super().__init__()
         self.config = config = whale_config(value)
         bands = _convolved(_convolved(config.num_mel_bins))

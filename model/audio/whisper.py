@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +11,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from model.audio.projector import convolved, masked, mean_of_pairs, shortened, valid_mask
 from model.errors import ConfigError
 from model.files.hub import find_file, hugging_face_config, read_json
+from model.files.untrusted import Json
 from model.media_spec import AudioSpec
 
 SETTING = "model.audio.path"
@@ -33,13 +32,13 @@ collectives.
 """
 
 
-def encoder_config(value: dict[str, Any]) -> WhisperConfig:
+def encoder_config(value: Json) -> WhisperConfig:
     """Return the encoder's part of config.json `value` as a Whisper config."""
     config = hugging_face_config(SETTING, value)
     return WhisperConfig(**{key: getattr(config, key) for key in STRUCTURE})
 
 
-def whisper_spec(path: str, value: dict[str, Any], strides: tuple[int, ...], cache_dir: str) -> AudioSpec:
+def whisper_spec(path: str, value: Json, strides: tuple[int, ...], cache_dir: str) -> AudioSpec:
     """Return the encoder's spec, by config.json `value` and the folder's feature extractor; what that leaves out is Whisper's."""
     structure = encoder_config(value)
     found = feature_config(path, cache_dir)
@@ -65,23 +64,23 @@ def check_feature_setting(path: str, key: str, told: int, needed: int) -> None:
         )
 
 
-def feature_config(path: str, cache_dir: str) -> dict[str, Any]:
+def feature_config(path: str, cache_dir: str) -> Json:
     """Read the feature extractor's settings: flat, or nested in processor_config.json as in newer folders; {} without any."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         if find_file(SETTING, path, name, cache_dir):
             value = read_json(SETTING, path, name, cache_dir)
-            found: dict[str, Any] = value.get("feature_extractor", value)
+            found: Json = value.get("feature_extractor", value)
             return found
     return {}
 
 
-def build_whisper(value: dict[str, Any]) -> Tower:
+def build_whisper(value: Json) -> Tower:
     """Build Whisper's encoder of config.json `value`."""
     tower: Tower = Tower._from_config(encoder_config(value), dtype=torch.float32, attn_implementation="sdpa")
     return tower
 
 
-def build_qwen2_audio(value: dict[str, Any]) -> Tower:
+def build_qwen2_audio(value: Json) -> Tower:
     """Build Qwen2-Audio's encoder of config.json `value`."""
     tower = build_whisper(value)
     tower.is_pooled = tower.is_masked = True
@@ -105,8 +104,9 @@ class Tower(WhisperEncoder):
         lengths = shortened(lengths, 2)
         rows = rows + self.embed_positions(torch.arange(rows.shape[1], device=rows.device))
         rows = F.dropout(rows, self.dropout, self.training)
-        attends_all = lengths is None or (full_window and not self.is_masked)
-        attended = None if attends_all else valid_mask(lengths, rows.shape[1])[:, None, None]  # type: ignore[arg-type]
+        attended = None
+        if lengths is not None and (self.is_masked or not full_window):
+            attended = valid_mask(lengths, rows.shape[1])[:, None, None]
         for layer in self.layers:
             rows = layer(rows, attended)
         return self.layer_norm(mean_of_pairs(rows, lengths) if self.is_pooled else rows)

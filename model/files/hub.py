@@ -11,7 +11,7 @@ from transformers.utils import cached_file
 
 from model.errors import ConfigError
 from model.files.tensor_files import Tensors, read_weights
-from model.files.untrusted import load_json
+from model.files.untrusted import Json, load_json
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 """owner/name, and nothing that could be read as a path or a URL."""
@@ -40,7 +40,7 @@ def find_file(setting: str, path: str, name: str, cache_dir: str = "") -> Path |
     return Path(found) if found else None
 
 
-def read_json(setting: str, path: str, name: str, cache_dir: str = "") -> dict[str, Any]:
+def read_json(setting: str, path: str, name: str, cache_dir: str = "") -> Json:
     """Read the JSON object in `name` of a folder or hub id. Raises `ConfigError` when it is missing or something else."""
     file = find_file(setting, path, name, cache_dir)
     if file is None:
@@ -167,7 +167,7 @@ MAX_LAYERS = 10_000
 NAMES_OF_CODE = ("transformers_version", "auto_map", "attn_implementation", "experts_implementation", "custom_pipelines")
 
 
-def hugging_face_config(setting: str, value: dict[str, Any]) -> PretrainedConfig:
+def hugging_face_config(setting: str, value: Json) -> PretrainedConfig:
     """Build a config object from plain JSON. Code that a folder brings along, or names, is never run."""
     kind = value.get("model_type")
     if not isinstance(kind, str):
@@ -187,7 +187,7 @@ def hugging_face_config(setting: str, value: dict[str, Any]) -> PretrainedConfig
         raise ConfigError(f"{setting}: transformers knows no model_type {kind!r}, or refuses its values: {error}") from error
 
 
-def without_code(value: dict[str, Any]) -> dict[str, Any]:
+def without_code(value: Json) -> Json:
     """Return config.json without the keys that choose code: a class beside it, or kernels that transformers would download."""
     kept = {k: v for k, v in value.items() if k not in NAMES_OF_CODE and not k.startswith("_")}
     return {k: without_code(v) if isinstance(v, dict) else v for k, v in kept.items()}

@@ -7,17 +7,36 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from model.files.tensor_files import dump_json, file_digest
 
 NAME = "manifest.json"
 MAX_BYTES = 1 << 26
 """Upper limit of manifest.json: enough for several files of each of 100,000 ranks. A larger file is not read."""
-Facts = dict[str, dict[str, Any]]
+
+
+class FileFacts(TypedDict):
+    """Size in bytes and checksum of a file."""
+
+    size: int
+    sha256: str
+
+
+Facts = dict[str, FileFacts]
 """Size and sha256 by file name."""
+
+
+class Manifest(TypedDict, total=False):
+    """Content of manifest.json; `stage` is absent in a run without stages."""
+
+    step: int
+    run_id: str
+    stage: str
+    files: Facts
+    digest: str
 
 
 class UnsoundCheckpoint(Exception):
@@ -32,7 +51,7 @@ def file_facts(folder: Path, pattern: str = "*") -> Facts:
     return {path.name: {"size": path.stat().st_size, "sha256": file_digest(path)} for path in paths}
 
 
-def write_manifest(folder: Path, facts: dict[str, Any], known: Facts | None = None) -> None:
+def write_manifest(folder: Path, facts: Mapping[str, object], known: Facts | None = None) -> None:
     """Write size and sha256 of every file in `folder`, `facts` (step, run id), and a digest over all of these.
 
     `known`: results of `file_facts` for some of the files. A file belongs to this step and this run because its sha256 is listed
@@ -41,11 +60,11 @@ def write_manifest(folder: Path, facts: dict[str, Any], known: Facts | None = No
     known = known or {}
     others = {path.name for path in folder.iterdir()} - {NAME, *known}
     files = known | {name: facts for other in others for name, facts in file_facts(folder, other).items()}
-    body = {**facts, "files": files}
+    body: dict[str, object] = {**facts, "files": files}
     (folder / NAME).write_text(dump_json({**body, "digest": _digest(body)}))
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Manifest:
     """Read the manifest and check it: unchanged, every field of its type, every name that of a file directly in the folder.
 
     The files themselves are not opened. Raises `UnsoundCheckpoint` for any other content.
@@ -66,10 +85,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UnsoundCheckpoint(f"{path} was changed: its digest does not match")
     if problem := _mistyped(manifest):
         raise UnsoundCheckpoint(f"{path}: {problem}")
-    return manifest
+    return cast(Manifest, manifest)
 
 
-def _mistyped(manifest: dict[str, Any]) -> str:
+def _mistyped(manifest: dict[str, object]) -> str:
     step, files = manifest.get("step"), manifest.get("files")
     if not _is_count(step):
         return f"step = {str(step)[:40]!r} is not a number of steps"
@@ -94,7 +113,7 @@ def _is_sha256(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
-def verify(folder: Path, name: str | None = None) -> dict[str, Any]:
+def verify(folder: Path, name: str | None = None) -> Manifest:
     """Return the manifest of a complete, unchanged checkpoint. Reads every file.
 
     `name`: the final name of the folder while it still has a temporary one. Raises `UnsoundCheckpoint` when a file is missing,
@@ -120,7 +139,7 @@ def changed(folder: Path, files: Facts, names: Iterable[str] | None = None) -> s
     return ""
 
 
-def check_sizes(folder: Path, name: str | None = None) -> dict[str, Any]:
+def check_sizes(folder: Path, name: str | None = None) -> Manifest:
     """Check everything that `verify` checks except the bytes inside the files, which are not read.
 
     Links count as damage; none is followed.
@@ -144,5 +163,5 @@ def check_sizes(folder: Path, name: str | None = None) -> dict[str, Any]:
     return manifest
 
 
-def _digest(body: dict[str, Any]) -> str:
+def _digest(body: dict[str, object]) -> str:
     return hashlib.sha256(dump_json(body).encode()).hexdigest()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from model.errors import ConfigError
+from model.files.manifest import Facts, FileFacts
 from model.files.tensor_files import file_digest
 from model.files.untrusted import load_json
 
@@ -17,7 +18,7 @@ Check = Literal["full", "quick", "being_written"]
 """full: sizes and checksums. quick: sizes, and checksums below QUICK_BYTES. being_written: there is no proof yet."""
 
 
-def proof_entry(path: Path) -> dict[str, Any]:
+def proof_entry(path: Path) -> FileFacts:
     """Return the entry of one file in proof.json: size and sha256."""
     return {"size": path.stat().st_size, "sha256": file_digest(path)}
 
@@ -40,10 +41,10 @@ def check_proof(folder: Path, check: Check) -> None:
         _check_file(present[name], facts, sums=check == "full" or total < QUICK_BYTES)
 
 
-def read_proof(folder: Path) -> dict[str, dict[str, Any]]:
+def read_proof(folder: Path) -> Facts:
     """Return size and sha256 of every weight file by name. Raises `ConfigError` when proof.json is missing or cannot be read."""
     try:
-        files: dict[str, dict[str, Any]] = load_json(folder / NAME)["files"]
+        files: Facts = load_json(folder / NAME)["files"]
         if not all(isinstance(facts["sha256"], str) for facts in files.values()):
             raise TypeError("a sha256 is no string")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -54,7 +55,7 @@ def read_proof(folder: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
-def _check_file(path: Path, facts: dict[str, Any], sums: bool) -> None:
+def _check_file(path: Path, facts: FileFacts, sums: bool) -> None:
     stat = path.stat()
     expected = facts.get("size")  # earlier versions wrote no size: the checksum is compared instead
     if expected is not None and stat.st_size != expected:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from model.errors import ConfigError
 from model.files.hub import folder_tensors
 from model.files.tensor_files import LazyTensor, Tensors
+from model.files.untrusted import Json
 
 KEYS = ("quantization_config", "compression_config")
 """Keys of config.json, at any depth, that describe how a model's weights are stored."""
@@ -38,7 +38,7 @@ SCALE, ACTIVATION = "_scale_inv", (".activation_scale", ".input_scale")
 PLAIN = "name a folder that holds the same model in bfloat16, float16 or float32 (with quantize.bits = 8 or 4 to train on few bits)"
 
 
-def quantisation(value: dict[str, Any]) -> dict[str, Any] | None:
+def quantisation(value: Json) -> Json | None:
     """Return the quantisation settings in config.json `value`, or inside one of its parts; None when there are none."""
     for key in KEYS:
         if value.get(key) is not None:
@@ -48,12 +48,12 @@ def quantisation(value: dict[str, Any]) -> dict[str, Any] | None:
     return next((found for found in nested if found is not None), None)
 
 
-def without_quantisation(value: dict[str, Any]) -> dict[str, Any]:
+def without_quantisation(value: Json) -> Json:
     """Return config.json `value` as for the same model with plain weights."""
     return {k: without_quantisation(v) if isinstance(v, dict) else v for k, v in value.items() if k not in KEYS}
 
 
-def method_name(settings: dict[str, Any]) -> str:
+def method_name(settings: Json) -> str:
     """Return the name of a quantisation for messages, as 'gptq, 4 bits'."""
     loaded = {bits for bits in (8, 4) if settings.get(f"load_in_{bits}bit")}
     name = settings.get("quant_method") or ("bitsandbytes" if loaded else "a method that quantization_config does not name")
@@ -62,7 +62,7 @@ def method_name(settings: dict[str, Any]) -> str:
     return ", ".join([str(name), *(f"{n} bits" for n in sorted(bits)), *([str(layout)] if layout else [])])
 
 
-def check_settings(setting: str, path: str, value: dict[str, Any]) -> None:
+def check_settings(setting: str, path: str, value: Json) -> None:
     """Refuse a folder whose config.json `value` declares a quantisation, before any other file of the folder is opened."""
     settings = quantisation(value)
     if settings is None:
@@ -74,7 +74,7 @@ def check_settings(setting: str, path: str, value: dict[str, Any]) -> None:
     check_plain(setting, path, settings, tensors)
 
 
-def check_plain(setting: str, path: str, settings: dict[str, Any] | None, tensors: Tensors, wanted: Iterable[str] = ()) -> None:
+def check_plain(setting: str, path: str, settings: Json | None, tensors: Tensors, wanted: Iterable[str] = ()) -> None:
     """Refuse a quantised folder, recognised by `settings` from its config.json or by its `tensors`. `wanted`: names to be read."""
     found = first_coded_tensor(tensors, wanted)
     if settings is None and found is None:
@@ -114,7 +114,7 @@ def is_coded(dtype: torch.dtype | None) -> bool:
     return dtype is not None and (not dtype.is_floating_point or dtype.itemsize == 1)
 
 
-def check_dequantizable(path: str, settings: dict[str, Any] | None) -> None:
+def check_dequantizable(path: str, settings: Json | None) -> None:
     """Refuse `model.llm.dequantize` where it has no effect, or where the quantisation is not supported."""
     if settings is None:
         raise ConfigError(
@@ -128,7 +128,7 @@ def check_dequantizable(path: str, settings: dict[str, Any] | None) -> None:
         )
 
 
-def dequantised_fp8(setting: str, tensors: Tensors, settings: dict[str, Any]) -> Tensors:
+def dequantised_fp8(setting: str, tensors: Tensors, settings: Json) -> Tensors:
     """Return the tensors of an FP8 base with every matrix multiplied by its scales, as float32, and without the scales.
 
     Equals transformers' FineGrainedFP8Config(dequantize=True) loaded in float32: `weight_scale_inv` holds a number per block of

@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from model.errors import ConfigError
-from model.files.manifest import UnsoundCheckpoint
+from model.files.manifest import Facts, UnsoundCheckpoint
 from model.files.sharding import local_range
 from model.files.tensor_files import Entry, LazyTensor, Tensors, as_bytes, dump_json, file_order, header, read_safetensors
 from model.files.untrusted import load_json
@@ -55,13 +55,20 @@ class ByteRange:
     end: int
 
 
+class RowsFacts(TypedDict):
+    """Rows of a tensor that a rank holds, in the JSON file beside its shard."""
+
+    first: int  # row
+    shape: list[int]  # of the whole tensor
+
+
 @dataclass(frozen=True)
 class ShardPlan:
     """Layout of a rank's file before anything is written: its header, its tensors in order, and the contents of its JSON file."""
 
     header: bytes
     places: list[ByteRange]
-    layout: dict[str, dict[str, Any]]
+    layout: dict[str, RowsFacts]
 
     def name_at(self, position: int) -> str:
         """Return the name of the tensor that contains byte `position` of the data section."""
@@ -75,7 +82,7 @@ Chunks = Callable[[], Iterator[tuple[torch.dtype, memoryview]]]
 def plan_shard(tensors: dict[str, Tensor]) -> ShardPlan:
     """Plan the file of this rank's rows of `tensors` (plain or sharded). Tensors of which this rank has no rows are left out."""
     entries: dict[str, Entry] = {}
-    layout: dict[str, dict[str, Any]] = {}
+    layout: dict[str, RowsFacts] = {}
     for name, tensor in tensors.items():
         first, stop = local_range(tensor)
         if tensor.dim() and first == stop:
@@ -96,13 +103,13 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def write_shard(folder: Path, rank: int, world_size: int, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+def write_shard(folder: Path, rank: int, world_size: int, tensors: dict[str, Tensor]) -> Facts:
     """Write this rank's rows of `tensors` as rank-RRRRR-of-WWWWW.safetensors and .json. Returns and raises as `write_planned`."""
     plan = plan_shard(tensors)
     return write_planned(folder, rank, world_size, plan, lambda: tensor_chunks(plan, tensors))
 
 
-def write_planned(folder: Path, rank: int, world_size: int, plan: ShardPlan, chunks: Chunks) -> dict[str, dict[str, Any]]:
+def write_planned(folder: Path, rank: int, world_size: int, plan: ShardPlan, chunks: Chunks) -> Facts:
     """Write both files of a rank, and compare the bytes on disk with the data. Return size and sha256 of each file, by name.
 
     Raises `BadShard` when a number is not finite, or when the bytes on disk differ from the data.

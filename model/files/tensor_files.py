@@ -205,7 +205,7 @@ def header(entries: dict[str, Entry], names: Iterable[str]) -> bytes:
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def tensor_digests(path: Path) -> Iterator[tuple[str, str]]:

@@ -9,15 +9,18 @@ import json
 import os
 import stat
 from collections.abc import Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+Json = dict[str, Any]
+"""A JSON object whose keys others choose: config.json, a record, a row of a file. Objects with fixed keys are TypedDicts."""
 MAX_JSON_BYTES = 1 << 26
 """Upper limit of a descriptive JSON file: the longest weight indexes have a few million bytes."""
 MAX_JSON_DEPTH = 64
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BufferedReader:
     """Open a regular file for reading. Raises `OSError` for anything else: reading a pipe or a device could block forever."""
     # The open descriptor is checked, not the path: the file behind a path may be replaced in between.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -50,7 +53,7 @@ def parse_json(data: bytes) -> Any:
     return value
 
 
-def is_deeper(value: Any, depth: int) -> bool:
+def is_deeper(value: object, depth: int) -> bool:
     """Tell whether lists and objects in `value` are nested more than `depth` deep."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(depth):
@@ -65,13 +68,13 @@ SHOWN, LISTED = 200, 8
 """Most characters of a value in a message, and most values of a list in a message."""
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Return a value as text for a message, shortened so that the message stays readable."""
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
 
 
-def listed(values: Sequence[Any]) -> str:
+def listed(values: Sequence[object]) -> str:
     """Return the first values as text for a message, and how many more there are."""
     more = f" and {len(values) - LISTED} more" if len(values) > LISTED else ""
     return ", ".join(map(shown, values[:LISTED])) + more

@@ -6,9 +6,9 @@ Rows padded on the right need no mask: no real token sees what comes after it. I
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,18 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from model.batch import Batch
 from model.config import OUR_ATTENTION
+from model.llm.interface import CausalLM
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None  # type: ignore[assignment]
 
+def _varlen_kernel() -> Callable[..., object] | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+varlen_attn = _varlen_kernel()
 VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters.keys() if varlen_attn is not None else frozenset()
 NAME = "trainer_causal"
 PACKED = "trainer_packed"
@@ -72,7 +78,7 @@ def _capped(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **_: Any,
+    **_: object,
 ) -> Tensor:
     """Compute attention whose scores are cap * tanh(score / cap), as in Gemma 2. No kernel of sdpa or varlen caps scores."""
     groups = query.shape[1] // key.shape[1]
@@ -119,7 +125,7 @@ def takes_varlen(
     dropout: float = 0.0,
     is_causal: bool | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **_: object,
 ) -> bool:
     """Tell whether the varlen kernel supports these inputs and options on this device."""
     if softcap is not None or not query.is_cuda or not {"window_size", "scale"} <= VARLEN_OPTIONS:
@@ -138,17 +144,18 @@ def _varlen(
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    **_: object,
 ) -> Tensor:
     groups = query.shape[1] // key.shape[1]
-    options: dict[str, Any] = {"scale": scaling, "window_size": (-1 if sliding_window is None else sliding_window - 1, 0)}
+    options: dict[str, object] = {"scale": scaling, "window_size": (-1 if sliding_window is None else sliding_window - 1, 0)}
     if "enable_gqa" in VARLEN_OPTIONS:
         options["enable_gqa"] = groups > 1
     else:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))  # (T, H, D)
     longest = max(segment_lengths)
-    out: Any = varlen_attn(q, k, v, borders, borders, longest, longest, **options)
+    assert varlen_attn is not None  # `takes_varlen` has seen its options
+    out = cast(Tensor, varlen_attn(q, k, v, borders, borders, longest, longest, **options))
     return out[None]
 
 
@@ -165,13 +172,13 @@ def implementation(setting: str) -> str:
     return NAME if setting in OUR_ATTENTION else setting
 
 
-def decoder_options(llm: nn.Module, batch: Batch) -> dict[str, Any]:
+def decoder_options(llm: CausalLM, batch: Batch) -> dict[str, object]:
     """Return the decoder arguments for `batch` that restrict every token to its own sample.
 
     Sets which of our functions the model calls, until the next batch: recomputation in backward must find the same one. Raises
     `ValueError` for a packed batch under another attention, which would attend across the borders.
     """
-    config: Any = llm.config
+    config = llm.config
     is_ours = config._attn_implementation in (NAME, PACKED)
     if batch.segment_lengths is None:
         if is_ours:
@@ -184,9 +191,9 @@ def decoder_options(llm: nn.Module, batch: Batch) -> dict[str, Any]:
 
 
 @contextmanager
-def masked_attention(llm: nn.Module) -> Iterator[None]:
+def masked_attention(llm: CausalLM) -> Iterator[None]:
     """Use, inside the context, an attention that applies masks and a cache, as left-padded generation needs."""
-    config: Any = llm.config
+    config = llm.config
     before = config._attn_implementation
     masked = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"  # transformers' sdpa drops a soft cap
     config._attn_implementation = masked if before in (NAME, PACKED) else before

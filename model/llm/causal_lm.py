@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import nn
@@ -13,7 +13,9 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelF
 from model.config import OUR_ATTENTION, LlmConfig
 from model.errors import ConfigError
 from model.files.hub import hugging_face_config
+from model.files.untrusted import Json
 from model.llm import attention
+from model.llm.interface import CausalLM
 from model.logit_scaling import logit_change
 from model.published.table import part_config
 
@@ -41,7 +43,7 @@ class VocabularyLayout:
         return base_rows if self.size <= base_rows else -(-self.size // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
-def llm_config(config: LlmConfig, cache_dir: str = "") -> dict[str, Any]:
+def llm_config(config: LlmConfig, cache_dir: str = "") -> Json:
     """Read config.json of the language model, its own inside a published model's.
 
     Raises `ConfigError` when the folder is known to hold another kind of model.
@@ -51,7 +53,7 @@ def llm_config(config: LlmConfig, cache_dir: str = "") -> dict[str, Any]:
     return value
 
 
-def check_language_model(path: str, value: dict[str, Any]) -> None:
+def check_language_model(path: str, value: Json) -> None:
     """Refuse a folder of a vision or audio model, which has no vocabulary.
 
     Without this check, an error about a missing tokenizer or head would come first.
@@ -76,7 +78,7 @@ def check_language_model(path: str, value: dict[str, Any]) -> None:
     )
 
 
-def build_llm(value: dict[str, Any], attention_name: str, vocabulary: VocabularyLayout) -> nn.Module:
+def build_llm(value: Json, attention_name: str, vocabulary: VocabularyLayout) -> CausalLM:
     """Build the model of config.json `value`, with room for `vocabulary`. The caller's context decides what the weights are.
 
     Its attribute `logit_change` is what the model does with its head's products (model.logit_scaling).
@@ -87,9 +89,8 @@ def build_llm(value: dict[str, Any], attention_name: str, vocabulary: Vocabulary
     check_supported(config, attention_name)
     config.use_cache = False
     try:
-        llm = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=attention.implementation(attention_name), trust_remote_code=False
-        )
+        options = {"dtype": torch.float32, "attn_implementation": attention.implementation(attention_name)}
+        llm = cast(CausalLM, AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options))
     except (ValueError, ImportError, KeyError, AttributeError) as error:
         raise ConfigError(f"model.llm or model.attention = {attention_name!r}: {type(error).__name__}: {error}") from error
     check_causal(llm, attention_name)
@@ -114,7 +115,7 @@ def check_supported(config: PretrainedConfig, attention_name: str) -> None:
     check_attention(config, attention_name)
 
 
-def check_positions(value: dict[str, Any], max_length: int) -> None:
+def check_positions(value: Json, max_length: int) -> None:
     """Refuse a `max_length` beyond the table of positions, or beyond the length from which the rotary angles of a sample depend on
     the longest sample of its micro-batch.
 
@@ -138,7 +139,7 @@ def check_positions(value: dict[str, Any], max_length: int) -> None:
             )
 
 
-def positions_note(value: dict[str, Any], max_length: int) -> str:
+def positions_note(value: Json, max_length: int) -> str:
     """Return one line of warning when samples may be longer than the language model was trained for, else "".
 
     `value`: config.json of the language model.
@@ -162,7 +163,7 @@ def num_positions(config: PretrainedConfig) -> int:
     return max([getattr(config, "max_position_embeddings", None) or 0, *stretched])
 
 
-def ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
+def ropes(config: PretrainedConfig) -> list[Json]:
     """Return the settings of each kind of rotary positions of a model; [] for a table of positions or for no positions."""
     found = getattr(config, "rope_parameters", None) or {}
     return [found] if "rope_type" in found else [rope for rope in found.values() if isinstance(rope, dict)]
@@ -174,7 +175,7 @@ def check_attention(config: PretrainedConfig, attention_name: str) -> None:
     """
     if attention.implementation(attention_name) != attention.NAME:
         return
-    llm_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    llm_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if llm_class is None:
         raise ConfigError(f"model.llm.path: transformers has no causal language model of model_type {config.model_type!r}")
     # The same checks as in transformers' dispatch: a class may set the flag and still choose among attention classes of its
@@ -187,7 +188,7 @@ def check_attention(config: PretrainedConfig, attention_name: str) -> None:
         )
 
 
-def check_causal(llm: nn.Module, attention_name: str) -> None:
+def check_causal(llm: CausalLM, attention_name: str) -> None:
     """Refuse our attention for layers that are not causal, and for attention sinks, which it does not compute."""
     if attention.implementation(attention_name) != attention.NAME:
         return
@@ -198,9 +199,9 @@ def check_causal(llm: nn.Module, attention_name: str) -> None:
         raise ConfigError(f"{kind} drops the attention sinks of {name} ({found[0]}): use 'eager'")
 
 
-def head_weight(llm: nn.Module) -> nn.Parameter:
+def head_weight(llm: CausalLM) -> nn.Parameter:
     """Return the vocabulary projection (V, D). Raises `ConfigError` when the head is not a linear layer without bias."""
-    head: Any = llm.get_output_embeddings()  # type: ignore[operator]
+    head: nn.Module = llm.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ConfigError(f"model.llm.path: the head of {type(llm).__name__} is no linear layer without bias; not supported")
     return head.weight
@@ -209,10 +210,13 @@ def head_weight(llm: nn.Module) -> nn.Parameter:
 def blocks(module: nn.Module) -> nn.ModuleList:
     """Return the repeated layers of a decoder or tower: its longest outermost ModuleList."""
     queue: list[nn.Module] = [module]
-    found: list[nn.Module] = []
+    found: list[nn.ModuleList] = []
     while queue:
         for child in queue.pop().children():
-            (found if isinstance(child, nn.ModuleList) else queue).append(child)
+            if isinstance(child, nn.ModuleList):
+                found.append(child)
+            else:
+                queue.append(child)
     if not found:
         raise ConfigError(f"{type(module).__name__} has no list of blocks")
-    return max(found, key=len)  # type: ignore[arg-type, return-value]
+    return max(found, key=len)

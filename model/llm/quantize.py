@@ -126,7 +126,7 @@ class _Product(torch.autograd.Function):
         return F.linear(x, dense(Packed(*tensors), ctx.shape, ctx.config, x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad, (of_x, of_bias) = grads[0], ctx.needs_input_grad[:2]
         grad_x = grad @ dense(Packed(*ctx.saved_tensors), ctx.shape, ctx.config, grad.dtype) if of_x else None
         return grad_x, grad.flatten(0, -2).sum(0) if of_bias else None, *(None,) * 6

@@ -13,6 +13,7 @@ from model.config import QuantizeConfig
 from model.errors import ConfigError
 from model.llm import quantize
 from model.llm.experts import fused_parameters
+from model.llm.interface import CausalLM
 from model.llm.quantize import Packed, dense, functional, layout, product
 from model.lora import LoraLinear
 
@@ -78,7 +79,7 @@ class QuantLoraLinear(Quantised, LoraLinear):
         self.scale, self.dropout = linear.scale, linear.dropout
 
 
-def quantise(llm: nn.Module, config: QuantizeConfig) -> None:
+def quantise(llm: CausalLM, config: QuantizeConfig) -> None:
     """Replace every linear layer of `llm`, except its head, by one that stores its matrix as `config` says. Embeddings stay
     unchanged.
 
@@ -92,13 +93,13 @@ def quantise(llm: nn.Module, config: QuantizeConfig) -> None:
         )
     for path, linear in matrices(llm):
         parent, _, name = path.rpartition(".")
-        kind = QuantLoraLinear if isinstance(linear, LoraLinear) else QuantLinear
-        setattr(llm.get_submodule(parent), name, kind(linear, config))  # type: ignore[arg-type]
+        packed = QuantLoraLinear(linear, config) if isinstance(linear, LoraLinear) else QuantLinear(linear, config)
+        setattr(llm.get_submodule(parent), name, packed)
 
 
-def matrices(llm: nn.Module) -> list[tuple[str, nn.Linear]]:
+def matrices(llm: CausalLM) -> list[tuple[str, nn.Linear]]:
     """Return the linear layers of a language model except its head, by path: those that `quantise` replaces."""
-    head = llm.get_output_embeddings()  # type: ignore[operator]
+    head = llm.get_output_embeddings()
     return [(path, module) for path, module in llm.named_modules() if isinstance(module, nn.Linear) and module is not head]
 
 

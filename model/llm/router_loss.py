@@ -39,7 +39,7 @@ class RouterTap:
         """Start collecting router logits, until `term` takes them."""
         self.kept = []
 
-    def _keep(self, module: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> None:
+    def _keep(self, module: nn.Module, inputs: object, output: tuple[Tensor, ...]) -> None:
         if self.kept is not None:
             self.kept.append(output[0].flatten(0, -2))
 

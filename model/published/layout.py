@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from model.errors import ConfigError
-from model.files.hub import find_file, read_json
-from model.files.tensor_files import Tensors
-from model.files.untrusted import listed
+from transformers import PretrainedConfig
 
-Json = dict[str, Any]
+from model.errors import ConfigError
+from model.files.hub import find_file, hugging_face_config, read_json
+from model.files.tensor_files import Tensors
+from model.files.untrusted import Json, listed
+
 MAX_TEXT_BYTES = 1 << 20
 """Largest size of a chat template."""
 PARTS = ("llm", "vision", "vision_projector", "audio", "audio_projector", "state_head")
@@ -27,6 +29,11 @@ class Published:
     path: str
     cache_dir: str
     config: Json
+
+    @cached_property
+    def whole(self) -> PretrainedConfig:
+        """Return config.json as the object of transformers' class, which has a default for every key."""
+        return hugging_face_config(f"{self.setting} = {self.path!r}", self.config)
 
     def json(self, name: str) -> Json:
         """Return the JSON object in the file `name`; {} when there is no such file."""
@@ -80,6 +87,7 @@ class Given:
     value: Any
     also: tuple[Any, ...] = ()  # other values that a run file may write instead
     free: bool = False  # a run file may write any other value
+    when: tuple[str, Any] | None = None  # the setting exists only where another one has this value
 
     def allows(self, written: object) -> bool:
         """Tell whether a run file may write this value."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from model.published.layout import Given, Json, Published
+from model.files.untrusted import Json
+from model.published.layout import Given, Published
 
 
-def image_processor(source: Published) -> Json:
+def pixel_settings(source: Published) -> Json:
     """Return the image processor's settings: flat, or nested as in newer folders; {} without any."""
     flat = source.json("preprocessor_config.json")
     found: Json = flat or source.json("processor_config.json").get("image_processor", {})
@@ -16,7 +17,7 @@ def image_processor(source: Published) -> Json:
 
 def fit_setting(source: Published) -> Given:
     """Return data.image_fit for a model of one view per picture: padded to a square, or as the tower's own processor does."""
-    return Given("pad" if image_processor(source).get("do_pad") else "square", also=("pad", "square"))
+    return Given("pad" if pixel_settings(source).get("do_pad") else "square", also=("pad", "square"))
 
 
 def placeholder_setting(source: Published, key: str, default: str) -> Given:

@@ -5,11 +5,17 @@ from __future__ import annotations
 from model.errors import ConfigError
 from model.files.hub import find_file, folder_tensors, read_json
 from model.files.tensor_files import Tensors
-from model.published import transformers_llava, vita, vita_audio
-from model.published.layout import Given, Json, Layout, PartView, Published, Settings
+from model.files.untrusted import Json
+from model.published import transformers_audio, transformers_internvl, transformers_llava, vita, vita_audio
+from model.published.layout import Given, Layout, PartView, Published, Settings
 from model.published.refused import REFUSED
 
-LAYOUTS: tuple[Layout, ...] = (*transformers_llava.LAYOUTS, *vita.LAYOUTS)
+LAYOUTS: tuple[Layout, ...] = (
+    *transformers_llava.LAYOUTS,
+    *transformers_internvl.LAYOUTS,
+    *transformers_audio.LAYOUTS,
+    *vita.LAYOUTS,
+)
 
 
 def find_layout(setting: str, path: str, cache_dir: str = "") -> tuple[Layout, Published] | None:

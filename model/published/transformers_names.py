@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from model.files.hub import hugging_face_config
-from model.published.layout import Json, PartView, Published
+from transformers import PretrainedConfig
+
+from model.files.hub import without_code
+from model.files.untrusted import Json
+from model.published.layout import PartView, Published
 
 LLM_NAMES = (
     (r"language_model\.(?=model\.|transformer\.|lm_head\.)", ""),
@@ -13,33 +17,42 @@ LLM_NAMES = (
     (r"(?=lm_head\.)", ""),
 )
 TOWER_NAMES = ((r"(model\.)?vision_tower\.(vision_model\.)?", ""),)
+ENCODER_NAMES = ((r"(model\.)?audio_tower\.", ""),)
 NEWLINE = (r"(model\.)?(?=image_newline$)", "")
 
 
-def text_config(source: Published) -> Json:
+def llm_part(source: Published) -> Json:
     """Return config.json of the language model. Whether its head is tied is what transformers' class of the whole model says."""
-    found = dict(source.config.get("text_config") or {})
-    if not found:
-        raise source.refused("config.json has no text_config")
-    found.setdefault("model_type", "llama")  # older folders of LLaVA leave it out
-    whole = hugging_face_config(source.setting, source.config)
-    found["tie_word_embeddings"] = bool(whole.tie_word_embeddings)
+    found = _nested(source, "text_config") | {"tie_word_embeddings": bool(getattr(source.whole, "tie_word_embeddings", False))}
     if "quantization_config" in source.config:
         found.setdefault("quantization_config", source.config["quantization_config"])
     return found
 
 
-def vision_config(source: Published) -> Json:
+def tower_part(source: Published) -> Json:
     """Return config.json of the vision tower."""
-    found = dict(source.config.get("vision_config") or {})
-    if not found:
-        raise source.refused("config.json has no vision_config")
-    found.setdefault("model_type", "clip_vision_model")
-    return found
+    return _nested(source, "vision_config")
 
 
-LLM = PartView(LLM_NAMES, text_config)
-TOWER = PartView(TOWER_NAMES, vision_config)
+def encoder_part(source: Published) -> Json:
+    """Return config.json of the audio encoder."""
+    return _nested(source, "audio_config")
+
+
+def _nested(source: Published, key: str) -> Json:
+    """Return a part's config.json as it is written, with what transformers' class of the whole model fills in."""
+    part: PretrainedConfig = getattr(source.whole, key)
+    filled = {name: value for name, value in without_code(part.to_diff_dict()).items() if _is_plain(value) and name != "dtype"}
+    return {**filled, "model_type": part.model_type, **(source.config.get(key) or {})}
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str | list | dict)
+
+
+LLM = PartView(LLM_NAMES, llm_part)
+TOWER = PartView(TOWER_NAMES, tower_part)
+ENCODER = PartView(ENCODER_NAMES, encoder_part)
 
 
 def projector_view(*layers: tuple[str, str], newline: bool = False) -> PartView:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from model.files.hub import find_file, folder_tensors, read_json
 from model.files.tensor_files import Tensors
+from model.files.untrusted import Json
 from model.published import vita_audio
-from model.published.layout import Given, Json, Layout, PartView, Published, Settings
+from model.published.layout import Given, Layout, PartView, Published, Settings
 from model.published.vita_names import AUDIO, LINEAR, PROMPTS, SUBSAMPLING, patterns
 
 TOWER, SOUND = "mm_vision_tower", "mm_audio_encoder"

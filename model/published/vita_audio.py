@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from model.published.layout import Json, Published
+from model.files.untrusted import Json
+from model.published.layout import Published
 from model.published.plain_yaml import Unread, read_plain_yaml
 
 SETTINGS, STATISTICS = "train.yaml", "global_cmvn"

@@ -11,7 +11,7 @@ from torch import nn
 from model.config import VisionProjectorConfig
 from model.errors import ConfigError
 from model.media_spec import ImageSpec
-from model.projector import POINTWISE, build_projector, is_pointwise
+from model.projector import POINTWISE, build_projector, is_pointwise, set_spread
 from model.vision.grid_projector import SHRINK, ConvMlp, PixelShuffleMlp, PoolMlp, ShuffledMlp
 from model.vision.resampler import QUERIES, Resampler
 
@@ -38,7 +38,7 @@ def build_vision_projector(config: VisionProjectorConfig, in_features: int, out_
     module = _vision_layers(config, in_features, out_features)
     if config.newline:
         module.image_newline = nn.Parameter(torch.empty(out_features))
-        module.spreads = {**getattr(module, "spreads", {}), "image_newline": out_features**-0.5}  # type: ignore[dict-item, assignment]
+        set_spread(module, "image_newline", out_features**-0.5)
     return module
 
 

@@ -54,7 +54,7 @@ class Block(nn.Module):
 class Resampler(nn.Module):
     """Features (N, L, in) -> (N, num_queries, out): blocks in the width of the features, a norm, and a projection."""
 
-    spreads: ClassVar = {"queries": 1.0}  # standard deviation of initial values, see `model.weights.initial_values`
+    spreads: ClassVar[dict[str, float]] = {"queries": 1.0}  # see `model.projector.spreads_of`
 
     def __init__(self, in_features: int, out_features: int, num_queries: int = QUERIES) -> None:
         super().__init__()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, PretrainedConfig
 
 from model.config import VisionConfig
+from model.encoder import Encoder
 from model.errors import ConfigError
 from model.files.hub import find_file, hugging_face_config, read_json
 from model.files.quantised_base import check_settings
+from model.files.untrusted import Json
 from model.media_spec import PLACEHOLDERS, ImageSpec
 from model.published.table import part_config, part_processor
 from model.vision.multi_scale import merge_scales, scale_tiles
@@ -32,7 +32,7 @@ RESIZE = {
 """Resize mode by image processor class, without `Fast` or `Pil`; `shortest_edge` resizes to the side of the processor's crop."""
 
 
-def vision_config(config: VisionConfig, cache_dir: str = "") -> dict[str, Any]:
+def vision_config(config: VisionConfig, cache_dir: str = "") -> Json:
     """Read config.json of the tower in the form of transformers' class; folders of larger models nest it in their own."""
     whole = read_json(SETTING, config.path, "config.json", cache_dir)
     check_settings(SETTING, config.path, whole)
@@ -70,7 +70,7 @@ def vision_spec(config: VisionConfig, cache_dir: str = "") -> ImageSpec:
     )
 
 
-def view_sizes(config: VisionConfig, value: Any) -> tuple[int, ...]:
+def view_sizes(config: VisionConfig, value: PretrainedConfig) -> tuple[int, ...]:
     """Return the sides in pixels at which a picture is seen: tower input first, then `scales`. `value`: the tower's config."""
     own, patch = square_side(value.image_size, SETTING, "image_size"), square_side(value.patch_size, SETTING, "patch_size")
     base = config.image_size or own
@@ -87,7 +87,7 @@ def view_sizes(config: VisionConfig, value: Any) -> tuple[int, ...]:
     return sizes
 
 
-def image_processor_config(path: str, cache_dir: str) -> dict[str, Any]:
+def image_processor_config(path: str, cache_dir: str) -> Json:
     """Read the image processor's settings: preprocessor_config.json, or nested in processor_config.json as in newer folders."""
     if (beside := part_processor(SETTING, "vision", path, cache_dir)) is not None:
         found = beside
@@ -108,15 +108,15 @@ def num_blocks(layer: int, total: int) -> int:
     return wanted
 
 
-class VisionTower(nn.Module):
+class VisionTower(Encoder):
     """A vision tower: pixels (N, 3, S, S) -> features (N, L, C), the raw output of the last block that is built.
 
     With `scales`, S is the largest of them, C is the tower's width times the number of sizes, and L the number of rows of one view.
     """
 
-    def __init__(self, value: dict[str, Any], config: VisionConfig) -> None:
+    def __init__(self, value: Json, config: VisionConfig) -> None:
         super().__init__()
-        found: Any = hugging_face_config(SETTING, value)
+        found = hugging_face_config(SETTING, value)
         self.sizes = view_sizes(config, found)
         self.resizes = config.image_size != 0
         found.image_size = self.sizes[0] if isinstance(found.image_size, int) else (self.sizes[0], self.sizes[0])
@@ -124,7 +124,7 @@ class VisionTower(nn.Module):
         found.num_hidden_layers = self.num_blocks[0]
         self.kind = TOWERS[found.model_type]
         self.num_prefix = num_prefix(found) if config.select == "patch" else 0
-        self.hidden_size: int = found.hidden_size * len(self.sizes)
+        self.hidden_size = found.hidden_size * len(self.sizes)
         grid = self.sizes[0] // square_side(found.patch_size, SETTING, "patch_size")
         self.blank_length = grid**2 + num_prefix(found) - self.num_prefix  # rows of one view
         self.tower = remove_unused_layers(AutoModel.from_config(found, dtype=torch.float32, attn_implementation="sdpa"))

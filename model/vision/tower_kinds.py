@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from model.errors import ConfigError
 from model.files.tensor_files import LazyTensor, Tensors
+from model.files.untrusted import Json
 
 PREFIXES = (
     *("", "vision_model.", "vision_tower.vision_model.", "model.vision_tower.vision_model."),
@@ -32,19 +33,19 @@ class TowerFamily:
     renamed: Callable[[Tensors], Tensors] | None = None  # renames tensors of files to the names of transformers' class
 
 
-def remove_unused_layers(tower: nn.Module) -> nn.Module:
+def remove_unused_layers(tower: PreTrainedModel) -> nn.Module:
     """Remove what the last block's output does not need, so that the loss reaches every remaining parameter."""
-    for path, replacement in TOWERS[tower.config.model_type].behind.items():  # type: ignore[union-attr, index]
+    for path, replacement in TOWERS[tower.config.model_type].behind.items():
         owner, _, name = path.rpartition(".")
         if getattr(tower.get_submodule(owner), name, None) is not None:
             setattr(tower.get_submodule(owner), name, replacement())
     if hasattr(tower, "use_head"):
-        tower.use_head = False  # type: ignore[assignment]
+        tower.use_head = False
     tower.register_forward_hook(_rows_alone)
     return tower
 
 
-def _rows_alone(tower: nn.Module, args: object, output: Any) -> Any:
+def _rows_alone(tower: nn.Module, args: object, output: BaseModelOutputWithPooling) -> BaseModelOutputWithPooling:
     """Drop the pooled row, which is a view: FSDP2, whose own hook comes later, does not allow views among a module's outputs."""
     return type(output)(last_hidden_state=output.last_hidden_state)
 
@@ -82,7 +83,7 @@ def tower_tensors_in_files(setting: str, tensors: Tensors, wanted: list[str], ki
     return best, found[best]
 
 
-def transformers_config(setting: str, value: dict[str, Any]) -> dict[str, Any]:
+def transformers_config(setting: str, value: Json) -> Json:
     """Return config.json of a tower in the form of transformers' class. Raises `ConfigError` for an unsupported model_type."""
     kind = value["model_type"]
     if kind in REFUSED:
@@ -92,7 +93,7 @@ def transformers_config(setting: str, value: dict[str, Any]) -> dict[str, Any]:
     return intern_vit_config(value) if kind == ORIGINAL_INTERN_VIT else value
 
 
-def intern_vit_config(value: dict[str, Any]) -> dict[str, Any]:
+def intern_vit_config(value: Json) -> Json:
     """Convert config.json of an InternViT, as OpenGVLab published it, to that of transformers' class.
 
     The class has no stochastic depth, so `drop_path_rate` is left out.

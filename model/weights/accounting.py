@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
-from typing import Any
 
 import torch
-from torch import nn
 
 from model.errors import ConfigError
 from model.files.tensor_files import LazyTensor, Tensors
+from model.llm.interface import CausalLM
 from model.weights.renamed import converted
 
 MADE_ANEW = (
@@ -36,7 +35,7 @@ def is_recomputed_buffer(name: str, rows: LazyTensor) -> bool:
     return any(pattern.search(name) for pattern in MADE_ANEW) or bool(MASK.search(name) and len(rows.shape) in (0, 4))
 
 
-def check_llm(setting: str, path: str, tensors: Tensors, llm: nn.Module, own: dict[str, int]) -> None:
+def check_llm(setting: str, path: str, tensors: Tensors, llm: CausalLM, own: dict[str, int]) -> None:
     """Check that each of `tensors`, named as in `llm`, is in `own` (name -> number of its parameter) or may be ignored.
 
     Raises `ConfigError` for any other tensor, for a missing head, and for two names of one parameter with different values.
@@ -46,7 +45,8 @@ def check_llm(setting: str, path: str, tensors: Tensors, llm: nn.Module, own: di
     def excused(name: str) -> bool:
         return is_recomputed_buffer(name, tensors[name]) or any(pattern.search(name) for pattern in ignored)
 
-    head = [name for name, parameter in llm.named_parameters(remove_duplicate=False) if parameter is _head(llm)]
+    matrix = llm.get_output_embeddings().weight
+    head = [name for name, parameter in llm.named_parameters(remove_duplicate=False) if parameter is matrix]
     num_blocks = getattr(llm.config, "num_hidden_layers", 0)
     refuse_unknown(setting, path, tensors, own, excused, type(llm).__name__, num_blocks, partial(converted, llm))
     if not any(name in tensors for name in head) and any(name in tensors for name in own):
@@ -56,11 +56,6 @@ def check_llm(setting: str, path: str, tensors: Tensors, llm: nn.Module, own: di
             "AutoModelForCausalLM, or name the folder that it comes from"
         )
     check_ties(setting, path, tensors, own)
-
-
-def _head(llm: Any) -> nn.Parameter:
-    weight: nn.Parameter = llm.get_output_embeddings().weight
-    return weight
 
 
 def refuse_unknown(

@@ -14,6 +14,7 @@ from model.errors import ConfigError
 from model.files.hub import hugging_face_config, read_json, weight_files
 from model.files.quantised_base import check_dequantizable, check_plain, dequantised_fp8, quantisation
 from model.files.tensor_files import Tensors, sampled_digest
+from model.llm.causal_lm import blocks
 from model.llm.experts import fuse_experts
 from model.llm.new_tokens import is_new_rows
 from model.lora import is_adapter
@@ -74,7 +75,7 @@ def llm_tensors(card: ModelCard, model: MultimodalLM) -> Tensors:
         found = dequantised_fp8(f"{LLM} = {config.llm.path!r}", found, settings or {})
     else:
         check_plain(LLM, config.llm.path, settings, found, own.keys() - integers(model.llm))
-    found = renamed(prefixed(found, own, model.llm.base_model_prefix), own, model.llm)  # type: ignore[arg-type]
+    found = renamed(prefixed(found, own, model.llm.base_model_prefix), own, model.llm)
     found = fuse_experts(found, own)
     check_llm(LLM, config.llm.path, found, model.llm, own)
     found = {f"llm.{name}": rows for name, rows in found.items()}
@@ -98,7 +99,7 @@ def _adapters(folder: Path) -> list[Path]:
 
 def integers(module: nn.Module) -> set[str]:
     """Return kept buffers that hold integers by their nature, as a router's table of experts by token."""
-    return {name for name, owner, key in kept_buffers(module) if not owner._buffers[key].is_floating_point()}  # type: ignore[union-attr]
+    return {name for name, owner, key in kept_buffers(module) if not owner.get_buffer(key).is_floating_point()}
 
 
 def file_names(module: nn.Module) -> dict[str, int]:
@@ -135,7 +136,7 @@ def resize_vocabulary(tensors: Tensors, card: ModelCard, saved: ModelCard | None
 
 def vocabulary_matrices(model: MultimodalLM) -> dict[str, int]:
     """Return the full names of the embedding and the head, with their numbers of rows."""
-    matrices = [model.llm.get_input_embeddings().weight, model.llm.get_output_embeddings().weight]  # type: ignore[operator]
+    matrices = [model.llm.get_input_embeddings().weight, model.llm.get_output_embeddings().weight]
     return {
         name: parameter.shape[0]
         for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -166,7 +167,7 @@ def tower_tensors(path: str, tower: VisionTower, cache_dir: str, others: tuple[s
     return {f"vision.tower.{name}": rows for name, rows in found.items()}
 
 
-def audio_tensors(path: str, encoder: nn.Module, cache_dir: str = "", digest: str = "") -> Tensors:
+def audio_tensors(path: str, encoder: audio.AudioEncoder, cache_dir: str = "", digest: str = "") -> Tensors:
     """Return the encoder's own tensors from a folder that may hold more, under any prefix."""
     files = base_tensors("audio", path, cache_dir, digest)
     wanted = [name.removeprefix("tower.") for name, _ in encoder.named_parameters() if not is_adapter(name)]
@@ -181,7 +182,7 @@ def audio_tensors(path: str, encoder: nn.Module, cache_dir: str = "", digest: st
     check_plain(audio.SETTING, path, None, here, wanted)
     nested = bool(part_config(audio.SETTING, "audio", path, cache_dir).get("audio_config"))
     outside = [name for name in files if not name.startswith(prefix)]
-    total = len(encoder.tower.layers)  # type: ignore[arg-type, union-attr]
+    total = len(blocks(encoder.tower))
     check_encoder(
         audio.SETTING, path, outside, here, wanted, lambda name: False,
         num_blocks=(total, total), nested=nested, what="the audio encoder",

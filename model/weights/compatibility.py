@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from model.card import ModelCard
 from model.errors import ConfigError
@@ -34,7 +33,7 @@ def check_same_bases(saved: ModelCard, card: ModelCard, folder: Path, setting: s
 def check_same_features(saved: ModelCard, card: ModelCard, folder: Path, setting: str) -> None:
     """Refuse features made in another way than in training: projector and language model understand no others."""
     now = _features(card)
-    pairs: dict[str, Any] = {key: (then, now[key]) for key, then in _features(saved).items() if then != now[key]}
+    pairs: dict[str, tuple[object, object]] = {key: (then, now[key]) for key, then in _features(saved).items() if then != now[key]}
     if "model.vision.layer" in pairs and _same_layer(saved, card):
         del pairs["model.vision.layer"]
     for modality, spec in saved.specs.items():
@@ -50,7 +49,7 @@ def check_same_features(saved: ModelCard, card: ModelCard, folder: Path, setting
         raise ConfigError(f"{setting}: {differences}: use the same values")
 
 
-def _features(card: ModelCard) -> dict[str, Any]:
+def _features(card: ModelCard) -> dict[str, object]:
     """Return the settings that decide what features mean, of the configured parts."""
     parts = card.model.parts()
     return {f"model.{name}.{key}": getattr(parts[name], key) for name, key in FEATURES if name in parts}
@@ -58,9 +57,9 @@ def _features(card: ModelCard) -> dict[str, Any]:
 
 def _same_layer(one: ModelCard, other: ModelCard) -> bool:
     """Tell whether two cards read the same layer: layers may be counted from either end."""
-    config: Any = hugging_face_config("model.vision.path", one.hugging_face["vision"])
-    first, second = (num_blocks(card.model.vision.layer, config.num_hidden_layers) for card in (one, other))  # type: ignore[union-attr]
-    return first == second
+    config = hugging_face_config("model.vision.path", one.hugging_face["vision"])
+    layers = {card.model.vision.layer for card in (one, other) if card.model.vision is not None}
+    return len({num_blocks(layer, config.num_hidden_layers) for layer in layers}) == 1
 
 
 LORA_SHAPE = ("rank", "alpha", "rslora", "targets")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from model.files.tensor_files import LazyTensor, Tensors
 from model.llm.causal_lm import VocabularyLayout
+from model.projector import spreads_of
 
 
 def seed_of(*words: object) -> int:
@@ -33,7 +34,7 @@ def initial_tensors(part: str, module: nn.Module, seed: int) -> Tensors:
 
 def first_value(full: str, layer: nn.Module, kind: str, shape: tuple[int, ...], seed: int) -> LazyTensor:
     """Return the initial value of the parameter `kind` of `layer`. `full`: its full name. Raises `TypeError` without a rule."""
-    spreads: dict[str, float] = getattr(layer, "spreads", {})  # type: ignore[assignment]
+    spreads = spreads_of(layer)
     if kind in spreads:  # checked first: a subclass of a plain layer may have an additional parameter
         return normal(full, shape, spreads[kind], seed)
     if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):

@@ -163,13 +163,13 @@ def find_values(model: nn.Module, layers: list[Layer]) -> list[tuple[Owner, list
 def _load_buffers(model: nn.Module, layers: list[Layer]) -> None:
     """Load the buffers that files hold, whole on every rank. Raises `ConfigError` when one is missing or has another shape."""
     found = {name: (module, key, resolve_value(name, layers)) for name, module, key in kept_buffers(model)}
-    shapes = {name: tuple(module._buffers[key].shape) for name, (module, key, _) in found.items()}  # type: ignore[union-attr]
+    shapes = {name: tuple(module.get_buffer(key).shape) for name, (module, key, _) in found.items()}
     missing = [name for name, (_, _, rows) in found.items() if rows is None]
     wrong = {name: rows.shape for name, (_, _, rows) in found.items() if rows is not None and rows.shape != shapes[name]}
     _refuse(missing, [f"{name}: {list(s)} in the file, {list(shapes[name])} in the model" for name, s in wrong.items()], layers)
     for module, key, rows in found.values():
         if rows is not None:
-            module._buffers[key] = rows.all().to(dtype=module._buffers[key].dtype, copy=True)  # type: ignore[union-attr]
+            module._buffers[key] = rows.all().to(dtype=module.get_buffer(key).dtype, copy=True)
 
 
 def _local(parameter: nn.Parameter, rows: LazyTensor, frozen_dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -13,7 +12,7 @@ from model.config import LoraConfig
 from model.errors import ConfigError
 from model.files.quantised_base import is_coded
 from model.files.tensor_files import LazyTensor, Tensors, dump_json, read_safetensors, read_weights
-from model.files.untrusted import SHOWN, load_json, shown
+from model.files.untrusted import SHOWN, Json, load_json, shown
 from model.lora import HEAD_STAYS, SUFFIXES, adapted, at_head, is_adapter, learning_biases
 from model.weights.peft_settings import DEFAULTS, problems
 
@@ -114,7 +113,7 @@ def _read_ours(path: Path, lora: LoraConfig, parts: Collection[str]) -> tuple[Te
     return found, recorded[0] if recorded else learned
 
 
-def _check_base(path: Path, folder: Path, described: dict[str, Any], parts: Collection[str]) -> None:
+def _check_base(path: Path, folder: Path, described: Json, parts: Collection[str]) -> None:
     """Refuse an adapter that was trained on other weights than the base's: it is valid on those weights only."""
     model = described.get("model")
     earlier = model.get("init_from") if isinstance(model, dict) else described.get(INHERITS)
@@ -127,7 +126,7 @@ def _check_base(path: Path, folder: Path, described: dict[str, Any], parts: Coll
         )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> Json:
     try:
         value = load_json(file)
     except (OSError, ValueError) as error:
@@ -137,7 +136,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _check(path: Path, config: dict[str, Any], lora: LoraConfig) -> None:
+def _check(path: Path, config: Json, lora: LoraConfig) -> None:
     for key, value in config.items():
         if getattr(lora, key) != value:
             raise ConfigError(
@@ -188,7 +187,7 @@ def peft_name(name: str, paths: Collection[str]) -> str:
     return f"{inner}.base_layer.{kind}" if path in paths else f"{inner}.{kind}"
 
 
-def adapter_config(lora: LoraConfig, base: str, paths: Collection[str]) -> dict[str, Any]:
+def adapter_config(lora: LoraConfig, base: str, paths: Collection[str]) -> Json:
     """Return adapter_config.json. Targets are full module paths: short names would match layers of the vision tower as well."""
     return {
         "peft_type": "LORA",
@@ -204,5 +203,5 @@ def adapter_config(lora: LoraConfig, base: str, paths: Collection[str]) -> dict[
     }
 
 
-def write_config(folder: Path, config: dict[str, Any]) -> None:
+def write_config(folder: Path, config: Json) -> None:
     (folder / CONFIG).write_text(dump_json(config))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 
-from model.files.untrusted import shown
+from model.files.untrusted import Json, shown
 
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: Json = {
     "r": 8,
     "lora_alpha": 8,
     "use_rslora": False,
@@ -52,7 +51,7 @@ CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 TASKS = (None, "CAUSAL_LM")
 
 
-def problems(config: dict[str, Any], paths: set[str]) -> Iterator[str]:
+def problems(config: Json, paths: set[str]) -> Iterator[str]:
     """Yield the reasons why an adapter_config.json is not supported as LoRA. `paths`: adapted modules, relative to the model."""
     if (kind := config.get("peft_type")) != "LORA":
         yield f"is a {kind if isinstance(kind, str) and kind.isidentifier() else shown(kind)} adapter, not LORA"
@@ -74,11 +73,11 @@ def problems(config: dict[str, Any], paths: set[str]) -> Iterator[str]:
     yield from _unselected(config, paths)
 
 
-def _is_empty(value: Any) -> bool:
+def _is_empty(value: object) -> bool:
     return value is None or value is False or value in ("", [], {})
 
 
-def _initial(value: Any) -> Iterator[str]:
+def _initial(value: object) -> Iterator[str]:
     if isinstance(value, str) and value.startswith(CHANGING_INITS):
         yield (
             f"uses init_lora_weights = {shown(value)} of PEFT, which changes the weights of the base at its start: the adapter is "
@@ -89,7 +88,7 @@ def _initial(value: Any) -> Iterator[str]:
         yield f"uses init_lora_weights = {shown(value)}, which PEFT 0.21 does not have: whether it changes the base is not known"
 
 
-def _unselected(config: dict[str, Any], paths: set[str]) -> Iterator[str]:
+def _unselected(config: Json, paths: set[str]) -> Iterator[str]:
     """Yield a problem when the file holds layers that PEFT would not read, or when its selectors cannot be checked.
 
     A regular expression comes from an untrusted file and is never run: PEFT writes only tensors of layers that it matches.

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from model.files.tensor_files import Tensors
+from model.llm.interface import CausalLM
 
 
-def renamed(tensors: Tensors, own: Collection[str], model: Any) -> Tensors:
+def renamed(tensors: Tensors, own: Collection[str], model: CausalLM) -> Tensors:
     """Return the tensors, those that are not in `own` (names of `model`) under the name that transformers gives them, if that is.
 
     As GPT-NeoX's `embed_out.weight`, its head. Nothing is computed: what transformers puts together out of several tensors
@@ -33,7 +33,7 @@ def _renamed(name: str, rules: list[WeightRenaming]) -> str:
     return name
 
 
-def converted(model: Any, names: Collection[str]) -> list[str]:
+def converted(model: CausalLM, names: Collection[str]) -> list[str]:
     """Return those of `names` that transformers, while it loads `model`, turns into more than another name."""
     mapping = get_model_conversion_mapping(model)
     renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]

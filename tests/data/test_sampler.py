@@ -9,8 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.order.sampler import ORDERS, Sampler, deal, num_micro_batches
-from tools.bench_sampler import efficiency, llava_like_mix, llava_steps, our_steps
-from tools.llava_sampler import length_grouped, modality_length_grouped
+from tools.bench_sampler import (
+    efficiency,
+    length_grouped,
+    llava_like_mix,
+    llava_steps,
+    modality_length_grouped,
+    our_steps,
+)
 
 A = [5, 3, 8, 1, 9, 2, 7, 4, 6, 10, 11, 12]
 M = [5, 3, 8, 1, 9, 2, 7, -4, -6, -10, -11, -12, -3, 20, 21, 22, -30]

@@ -16,8 +16,7 @@ FILES = [
 READER = "model/files/tensor_files.py"
 """The one file that reads other people's pickled weights."""
 STARTERS = {
-    *("tools/demo.py", "tools/demo_omni.py", "tools/demos/digit_runs.py", "tools/demos/omni_runs.py"),
-    *("tools/bench_checkpoint.py", "tools/bench_starts.py"),
+    *("tools/demo.py", "tools/demo_omni.py", "tools/bench_checkpoint.py", "tools/bench_starts.py"),
 }
 """Files that start other programs: commands as lists, never through a shell."""
 MODULES = {

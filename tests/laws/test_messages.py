@@ -140,4 +140,4 @@ def test_an_option_that_is_no_setting_is_an_error_of_ours(
     (tmp_path / "run.toml").write_text(to_toml({**tables(parts), "output_dir": str(tmp_path / "run")}))
     assert main(["--cfg", str(tmp_path / "run.toml"), *words]) == 2
     said = capfd.readouterr().err
-    assert "write section.key=value" in said or "did you mean 'max_steps'" in said
+    assert "write section.key=value" in said or "did you mean 'train.max_steps'" in said

@@ -19,7 +19,8 @@ from model.config import LlmConfig, LoraConfig, ModelConfig
 from model.errors import ConfigError
 from model.files.hub import hugging_face_config
 from model.llm.causal_lm import VocabularyLayout, build_llm, check_supported, head_weight
-from model.logit_scaling import LogitChange, logit_change
+from model.llm.interface import LogitChange
+from model.logit_scaling import logit_change
 from model.loss import text_term
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
@@ -73,7 +74,7 @@ def test_every_family_computes_what_transformers_does(
     expected.backward()
     found = by_sample(hidden[0], batch)
     torch.testing.assert_close(found, by_sample(output.hidden_states[-1], padded), **TOLERANCE)
-    logits = model.llm.logit_change(found @ head_weight(model.llm).T)  # type: ignore[operator]
+    logits = model.llm.logit_change(found @ head_weight(model.llm).T)
     torch.testing.assert_close(logits, by_sample(output.logits, padded), **TOLERANCE)
     torch.testing.assert_close(term.sum, expected, **TOLERANCE)
     wanted = gradients(plain)

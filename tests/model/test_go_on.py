@@ -27,7 +27,7 @@ def followed(said: str, config: ModelConfig, lora: LoraConfig) -> tuple[ModelCon
     tables = {"model": to_tables(config), "lora": to_tables(lora)}
     for word in words[6:]:
         apply_override(tables, word)
-    reader = SchemaReader({})
+    reader = SchemaReader()
     found = reader.table(ModelConfig, tables["model"], "model"), reader.table(LoraConfig, tables["lora"], "lora")
     assert not reader.problems
     return found

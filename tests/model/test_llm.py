@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from model import loss
 from model.batch import IGNORE_INDEX
@@ -13,6 +14,7 @@ from model.errors import ConfigError
 from model.files.hub import decoded, hugging_face_config
 from model.llm import attention
 from model.llm.causal_lm import VocabularyLayout, build_llm, check_causal, check_positions, head_weight, positions_note
+from model.llm.interface import CausalLM
 from tests.support.llm import BASE, TOLERANCE, batch, gradients, ours, theirs
 from tests.support.tiny import LLMS, SIZES, VOCAB, save_llm
 
@@ -98,6 +100,17 @@ def test_our_attention_is_refused_where_it_would_not_be_used(kind: str) -> None:
     """These would see the future without a mask, or fail with a KeyError."""
     with pytest.raises(ConfigError, match=r"model\.attention = 'sdpa': .* use model\.attention = 'eager'"):
         build_llm({"model_type": kind, **BASE}, "sdpa", VocabularyLayout())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3", "gemma", "cohere"])
+def test_models_are_what_their_type_says(kind: str) -> None:
+    """`CausalLM` is a cast: the models behind it have each of its members, and they are of the kinds it names."""
+    llm: Any = build_llm({"model_type": kind, **BASE, "num_key_value_heads": 4, "pad_token_id": 0}, "sdpa", VocabularyLayout())
+    members = [name for name in (*vars(CausalLM), *CausalLM.__annotations__) if not name.startswith("__")]
+    assert len(members) == 9 and all(hasattr(llm, name) for name in members)
+    assert type(llm.get_output_embeddings()) is nn.Linear and isinstance(llm.get_input_embeddings(), nn.Embedding)
+    assert getattr(llm, llm.base_model_prefix) is llm.get_decoder() is not llm
+    assert not isinstance(llm, CausalLM)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "stablelm", "opt", "phi3", "gemma", "olmo2", "qwen3", "biogpt"])

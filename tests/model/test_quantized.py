@@ -32,7 +32,7 @@ from tests.support.llm import batch
 from tests.support.tiny import LLMS, save_llm
 from tools.export_adapter import main as export
 from tools.merge_lora import main as merge
-from trainer.runfile.quantize_checks import quantize_problems
+from trainer.runfile.part_checks import quantize_problems
 
 NF4, FP4, EIGHT = QuantizeConfig(4), QuantizeConfig(4, "fp4", False), QuantizeConfig(8)
 KINDS = pytest.mark.parametrize("quantize", [NF4, FP4, EIGHT], ids=["nf4", "fp4", "8 bits"])
@@ -260,7 +260,7 @@ def test_settings_are_named(table: dict[str, Any], expected: str) -> None:
 
 
 def test_a_missing_package_is_named_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.runfile.quantize_checks.find_spec", lambda name: None)
+    monkeypatch.setattr("trainer.runfile.part_checks.find_spec", lambda name: None)
     (found,) = quantize_problems(NF4, ModelConfig(LlmConfig("x")))
     assert "pip install -e '.[quantize]'" in found and not list(quantize_problems(QuantizeConfig(), ModelConfig(LlmConfig("x"))))
 

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from data.check.check_record import BAD, Problem
+from data.check.found import Found
+from data.check.report import problem_rows
 from tests.support.runs import tables
 from tools import check_data
 from trainer.runfile.toml_files import to_toml
@@ -92,6 +95,20 @@ def test_bad_records_end_with_65_and_all_are_written_down(
         assert row["split"] == "train" and row["source"] == "train" and row["file"] == "train.json"
         assert json.dumps(row["id"]) in text[row["line"]]  # the object begins on the line, its id stands on the next
     assert f"train.json:{found[2]['line']} r4: image: " in said and "... and 2 more of image" in said and "r7: " not in said
+
+
+def test_an_endless_id_is_shortened_in_the_list_of_bad_records() -> None:
+    found = Found({}, [(0, Problem(BAD, "train.json:7", "x" * 100_000, "image", "is missing"))], {})
+    (row,) = problem_rows("train", "train", found)
+    assert (
+        row["line"] == 7 and row["id"].startswith("xxx") and row["id"].endswith("... (100000 characters)") and len(row["id"]) < 300
+    )
+
+
+def test_a_file_in_place_of_the_run_folder_is_named(parts: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "file").write_text("")
+    assert check(parts, folder, output_dir=str(folder / "file")) == 73
+    assert f"{folder / 'file'} is no folder; move it away" in capsys.readouterr().err
 
 
 def test_a_wrong_setting_ends_with_2(parts: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,8 +19,8 @@ from tests.support.runs import save_records, tables
 from tests.support.tiny_data import sample, talk
 from tools import inspect_data
 from tools.inspector.entry import InspectorEntry, entry_of
+from tools.inspector.page_html import SCRIPT, STYLE
 from tools.inspector.pictures import pixels
-from tools.inspector.style_and_script import SCRIPT, STYLE
 from trainer.main import run
 from trainer.records.quarantine import NAME
 from trainer.records.sample_log import read_step
@@ -190,7 +190,8 @@ def test_the_samples_of_a_step_are_those_it_was_trained_on(folder: Path, tmp_pat
         (["--cfg", "a.toml", "--run", "b"], "name a run file with --cfg, or a run's folder with --run"),
         ([], "name a run file with --cfg, or a run's folder with --run"),
         (["--cfg", "run.toml", "--source", "x"], "--source 'x' is none of the run's: train, <b>other</b>"),
-        (["--cfg", "run.toml", "--num", "-1"], "--num -1 is negative"),
+        (["--cfg", "run.toml", "--num", "-1"], "--num -1 is not positive"),
+        (["--cfg", "run.toml", "--num", "0"], "--num 0 is not positive"),
         (["--cfg", "run.toml", "--step", "0"], "--step shows what one step of a run was trained on: it needs --run"),
         (["--run", "run", "--step", "7"], "step 7 is not on record"),
         (["--cfg", "run.toml", "--quarantined", "output_dir=none"], "--quarantined: 'none' holds no quarantine.jsonl"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,14 @@ from tests.support.router import save_mixture
 from tests.support.runs import start, tables
 from tests.support.tiny import save_llm, save_tower
 from tools import plan
-from trainer.config import OptimConfig, ParallelConfig
+from trainer.config import BatchConfig, OptimConfig, ParallelConfig
 from trainer.distributed.parallelize import checkpoint_activations, gradient_sync, is_sharded, replicate, shard
 from trainer.distributed.world import World
-from trainer.memory.footprint import footprint, holdings, local_numel, on_meta, sharing_ranks
+from trainer.memory import advice
+from trainer.memory.footprint import Footprint, footprint, held_rows, holdings, on_meta, sharing_ranks
 from trainer.memory.simulate import live_bytes
 from trainer.optim import build_optimizer
+from trainer.runfile.load import parse_config
 from trainer.runfile.toml_files import to_toml
 
 SIZE, PATCHES, LENGTH = 32, 16, 120
@@ -59,14 +62,18 @@ def card_of(folder: Path, tunes: Tunes, dtype: Any = "float32", llm: str = "llm"
     return make_card(config, LoraConfig(rank=8, dropout=0.05), VocabularyLayout(), quantize=quantize)
 
 
-def heavy_batch(packed: bool = False, pictures: bool = True) -> Batch:
+def heavy_samples(pictures: bool = True) -> list[Sample]:
     rng, samples = np.random.default_rng(0), []
     for i in range(4):
         ids = rng.integers(0, 300, LENGTH)
         labels = np.where(np.arange(LENGTH) < LENGTH // 2, IGNORE_INDEX, ids)
         picture = SampleMedia("image", torch.zeros(1, 3, SIZE, SIZE), 1, PATCHES, np.arange(PATCHES), PATCHES)
         samples.append(Sample(i, 0, ids, labels, {"image": [picture]} if pictures else {}))
-    return (collate_packed if packed else collate)(samples, 0)
+    return samples
+
+
+def heavy_batch(packed: bool = False, pictures: bool = True) -> Batch:
+    return (collate_packed if packed else collate)(heavy_samples(pictures), 0)
 
 
 def built(card: ModelCard, config: ParallelConfig, world: World) -> tuple[MultimodalLM, torch.nn.Module]:
@@ -139,9 +146,7 @@ def test_every_byte_a_rank_holds_is_known_before_it_is_built(folder: Path, strat
         assert ranks[0][name] == planned
         for rank, found in enumerate(ranks):
             for part, sizes in found[name].items():
-                assert sizes[0] == sum(
-                    local_numel(p, ways, rank % ways) * p.itemsize for p in model.get_submodule(part).parameters()
-                )
+                assert sizes[0] == sum(held_rows(p, ways, rank % ways).nbytes for p in model.get_submodule(part).parameters())
 
 
 def test_codes_of_a_quantised_model_count_as_they_are_stored(folder: Path) -> None:
@@ -235,9 +240,9 @@ def test_a_storage_counts_from_its_birth_to_its_death() -> None:
 
 def test_rows_are_shared_as_sharding_shares_them() -> None:
     matrix = torch.empty(7, 3)
-    assert [local_numel(matrix, 3, rank) for rank in range(3)] == [9, 9, 3]
-    assert [local_numel(torch.empty(2), 4, rank) for rank in range(4)] == [1, 1, 0, 0]
-    assert local_numel(matrix, 1) == 21
+    assert [held_rows(matrix, 3, rank).numel() for rank in range(3)] == [9, 9, 3]
+    assert [held_rows(torch.empty(2), 4, rank).numel() for rank in range(4)] == [1, 1, 0, 0]
+    assert held_rows(matrix, 1).numel() == 21
 
 
 def planned(
@@ -285,6 +290,35 @@ def test_what_would_fit_is_computed_and_fits(parts: Path, tmp_path: Path, capsys
     assert 1 <= size < 6
     _, smaller = planned(parts, tmp_path / "plan", capsys, "--memory", repr(limit), batch={"micro_batch_size": size})
     assert smaller["heaviest"]["samples"] == size
+
+
+def test_each_change_is_simulated_once_and_the_largest_half_that_fits_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A made-up memory: 10 a sample, which recomputing halves, 16 of states, which two ranks share, and 4 of a trained model."""
+    asked: list[tuple[Any, ...]] = []
+
+    def made_up(card: ModelCard, config: ParallelConfig, ranks: int, batch: Batch, micros: int) -> Footprint:
+        asked.append((config, card.model.llm.tune, card.quantize.bits, len(batch.sample_ids)))
+        samples = len(batch.sample_ids) * (5 if config.activation_checkpointing == "full" else 10)
+        states = 16 // (ranks if config.strategy == "fsdp" else 1)
+        return Footprint((), samples, states, 4 if card.model.llm.tune == "full" else 1)
+
+    monkeypatch.setattr(advice, "footprint", made_up)
+    config = parse_config({"output_dir": "x", "model": {"llm": {"path": "x"}}, "train": {"max_steps": 0}}, "test")
+    config = replace(config, parallel=ParallelConfig("ddp"), batch=BatchConfig(8, 4))
+    heavy = advice.MemoryScenario(config, card_of(folder, ("full", None, None)), 2, heavy_samples(False), 1)
+    found, least = advice.weigh_changes(heavy, heavy.needed(), 41)
+    full = advice.RECOMPUTES
+    assert {change.settings: change.needed.total for change in found} == {
+        "batch.micro_batch_size = 2": 40,
+        full: 40,
+        f"{advice.SHARDS} with {full}": 32,
+        f"batch.micro_batch_size = 2 with {full}": 30,
+    }
+    assert least.settings == f"batch.micro_batch_size = 2 with {full}" and len(asked) == len(set(asked))
+    found, least = advice.weigh_changes(heavy, heavy.needed(), 20)
+    assert found == [] and least == advice.Change(f"batch.micro_batch_size = 1 with {full}", Footprint((), 5, 16, 4))
 
 
 def test_nothing_is_advised_that_is_set_already_or_cannot_be(

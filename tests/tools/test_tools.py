@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,20 @@ def net(folder: Path) -> MultimodalLM:
 @pytest.fixture(scope="module")
 def processor(folder: Path) -> Processor:
     return load_processor(folder / "run" / "final")
+
+
+def test_a_wheel_holds_every_file_that_is_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run files of the demos and of the recipes, style and script of the inspector's page, marks of typed packages."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("setuptools.setup", given.update)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(str(ROOT / "setup.py"))
+    folders = {package: ROOT / given["package_dir"].get(package, package.replace(".", "/")) for package in given["packages"]}
+    packed = {path for package, names in given["package_data"].items() for name in names for path in folders[package].glob(name)}
+    found = {
+        path for name in ("model", "data", "trainer", "tools", "recipes") for path in (ROOT / name).rglob("*") if path.is_file()
+    }
+    assert packed == {path for path in found if path.suffix not in (".py", ".pyc")} and len(packed) > 12
 
 
 def logits_of(net: MultimodalLM, embeds: Tensor) -> Tensor:
@@ -148,9 +163,19 @@ def test_evaluate_refuses_wrong_options(folder: Path, changes: list[str], reason
     assert reason in one_line(capsys)
 
 
-def test_a_folder_that_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_no_run_is_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert chat.main([str(tmp_path), "Hi"]) == 2
-    assert one_line(capsys).startswith(f"chat: {tmp_path}")
+    told = one_line(capsys)
+    assert told.startswith(f"chat: {tmp_path}") and told.endswith("name a final/ or checkpoint folder of a run")
+    for command, words in ((chat, ["Hi"]), (evaluate, ["--data", str(folder / "train.json")])):
+        assert command.main([str(folder / "run"), *words]) == 2
+        assert one_line(capsys).endswith(f"did you mean {folder / 'run' / 'final'}?")
+
+
+def test_chat_names_a_medium_and_no_record_that_nobody_wrote(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert chat.main([str(folder / "run/final"), "--image", "none.png", "What is it?"]) == 65
+    told = one_line(capsys)
+    assert told.startswith("chat: image: ") and "none.png" in told and "records:0" not in told
 
 
 def test_chat_answers_one_question(

@@ -14,8 +14,7 @@ from model.errors import ConfigError
 from tests.support.config import MINIMAL, VALUES_OF_TOML, problems
 from tests.support.runs import merged
 from trainer.runfile.load import load_config, parse_config
-from trainer.runfile.planned import KEYS, VALUES
-from trainer.runfile.schema import to_tables
+from trainer.runfile.schema import PLANNED_KEYS, PLANNED_VALUES, to_tables
 from trainer.runfile.toml_files import to_toml
 
 
@@ -83,7 +82,26 @@ def test_each_problem_is_named(changes: dict[str, Any], expected: str) -> None:
     assert expected in problems(**changes)
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.max_step=3", "train.max_step is not a setting; did you mean 'train.max_steps'?"),
+        ("train={epoch=1.0}", "train.epoch is not a setting; did you mean 'train.epochs'?"),
+        ("optim.lr = true", "optim.lr = True is not a number"),
+    ],
+)
+def test_a_problem_with_a_setting_of_the_command_line_names_it(tmp_path: Path, override: str, expected: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml({**MINIMAL, "trains": 1}))
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(path), ["seed=7", override])
+    lines = str(caught.value).splitlines()
+    assert sorted(lines[1:]) == sorted(
+        [f"  - {override!r} on the command line: {expected}", "  - trains is not a setting; did you mean 'train'?"]
+    )
+
+
+@pytest.mark.parametrize("key", PLANNED_KEYS)
 def test_what_is_not_built_yet_is_refused(key: str) -> None:
     table: dict[str, Any] = {}
     here = table
@@ -98,7 +116,7 @@ def test_what_is_not_built_yet_is_refused(key: str) -> None:
     assert "is planned and not built yet" in problems(**table)
 
 
-@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("value", PLANNED_VALUES)
 def test_values_that_are_not_built_yet_are_refused(value: str) -> None:
     key, _, text = value.partition(" = ")
     changes: Any = text.strip("'")
@@ -161,3 +179,14 @@ def test_new_tokens_are_refused_where_their_rows_cannot_learn(tune: str) -> None
     text = problems(model={"llm": {"tune": tune, "new_tokens": ["<a>"]}})
     assert f"model.llm.new_tokens = ['<a>'] could never be learned with model.llm.tune = '{tune}'" in text
     parse_config(merged(MINIMAL, {"model": {"llm": {"tune": "full", "new_tokens": ["<a>"]}}}), "x")
+
+
+def test_a_recipe_is_named_instead_of_a_path() -> None:
+    config = load_config("recipe:llava15_lora")
+    assert (config.lora.rank, config.lora.alpha, config.output_dir) == (128, 256, "runs/llava15_lora")
+
+
+@pytest.mark.parametrize("name", ["llava15", "../recipes/llava15_lora", "", "slurm"])
+def test_an_unknown_recipe_lists_the_known_ones(name: str) -> None:
+    with pytest.raises(ConfigError, match="no such recipe; there are llava15_finetune, llava15_lora, llava15_pretrain"):
+        load_config(f"recipe:{name}")

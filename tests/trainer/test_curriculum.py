@@ -103,7 +103,7 @@ def test_problems_of_all_stages_come_in_one_message() -> None:
     assert found == [
         "stage 3: name = 'see' is the name of an earlier stage: their folders would be one",
         "stage 4: name = 'Not so' is not made of a-z, 0-9, _ and -: every [[stage]] needs such a name",
-        "stage see: optim.lrr is not a setting; did you mean 'lr'?",
+        "stage see: optim.lrr is not a setting; did you mean 'optim.lr'?",
         "stage all: output_dir belongs to the whole run: write it above the first [[stage]]",
         "stage all: checkpoint.resume belongs to the whole run: write it above the first [[stage]]",
         "stage all: batch.micro_batch_size = 0 is not positive",

@@ -16,8 +16,10 @@ from data.records.record import RecordError
 from model.errors import DataError
 from tests.support.runs import failure_of, start_alone, tables
 from trainer import supervise
+from trainer.errors import SaveError
 from trainer.main import main
 from trainer.runfile.toml_files import to_toml
+from trainer.supervise import hold
 
 ROOT = Path(__file__).parents[2]
 
@@ -157,6 +159,15 @@ def test_numbers_that_stay_non_finite_stop_the_run(parts: Path, tmp_path: Path) 
 def test_a_folder_that_cannot_be_written(parts: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert start_alone(parts, tmp_path / "file" / "run", {}).code == 73
+
+
+@pytest.mark.parametrize("name", ["file", "file/run"])
+def test_a_file_in_place_of_the_run_folder_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SaveError) as caught:
+        hold(tmp_path / name)
+    told = f"output_dir = '{tmp_path / name}': {tmp_path / 'file'} is no folder; move it away, or use another output_dir"
+    assert str(caught.value) == told
 
 
 def test_a_broken_run_file_is_told_in_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from model.media_spec import PLACEHOLDERS
 from tools.inspector.entry import InspectorEntry, entry_of
 from trainer.config import RunConfig
 from trainer.distributed.world import World
-from trainer.records.quarantine import TRAIN, VALIDATION, read_rows
+from trainer.records.quarantine import TRAIN, VALIDATION, QuarantineRow, read_rows
 from trainer.records.run_data import open_data
 from trainer.records.sample_log import read_step
 from trainer.runfile.load import load_config
@@ -60,7 +59,7 @@ class Opened:
     place: Stage
     datasets: dict[str, MultimodalDataset]  # by the table of run.toml that names them
     pools: dict[str, tuple[Pool, ...]]  # by table: the records of each source that the run uses
-    quarantined: dict[str, dict[int, dict[str, Any]]]  # rows of quarantine.jsonl by table and sample
+    quarantined: dict[str, dict[int, QuarantineRow]]  # rows of quarantine.jsonl by table and sample
     lengths_kind: str  # exact | estimated
 
     @property

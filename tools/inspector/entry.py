@@ -9,7 +9,7 @@ import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from data.text.template import Encoded, Template
 from model.batch import IGNORE_INDEX
 from model.media_spec import AudioSpec, MediaSpec
 from tools.inspector.tokens import Piece, token_pieces
+from trainer.records.quarantine import QuarantineRow
 
 Status = Literal["trained", "shortened", "too long", "bad", "quarantined"]
 RAW_LIMIT = 4000
@@ -89,7 +90,7 @@ class InspectorEntry:
         return [piece for piece in self.pieces if isinstance(piece, Box)]
 
 
-def entry_of(dataset: MultimodalDataset, i: int, quarantined: dict[int, dict[str, Any]]) -> InspectorEntry:
+def entry_of(dataset: MultimodalDataset, i: int, quarantined: dict[int, QuarantineRow]) -> InspectorEntry:
     """Return the entry of sample `i`; `quarantined` are the rows of the run's quarantine.jsonl by sample."""
     item, planned = dataset[i], int(dataset.lengths[i])
     row = quarantined.get(i)
@@ -117,7 +118,7 @@ def entry_of(dataset: MultimodalDataset, i: int, quarantined: dict[int, dict[str
 
 
 def _rejected(
-    dataset: MultimodalDataset, i: int, planned: int, item: Sample | Rejected, row: dict[str, Any] | None
+    dataset: MultimodalDataset, i: int, planned: int, item: Sample | Rejected, row: QuarantineRow | None
 ) -> InspectorEntry:
     _, index, number = dataset.place(i)
     try:

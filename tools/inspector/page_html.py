@@ -9,6 +9,7 @@ import base64
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 
 import numpy as np
 
@@ -16,8 +17,13 @@ from model.media_spec import PLACEHOLDERS
 from tools.inspector.card_html import LEARNED_FROM, STATUSES, TEXT_ONLY, card, visible
 from tools.inspector.entry import InspectorEntry
 from tools.inspector.pictures import Album
-from tools.inspector.style_and_script import SCRIPT, STYLE
 
+STYLE, SCRIPT = (files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "page.js"))
+"""Neither contains anything from the data, and the page's policy lets nothing else run.
+
+Colours have a contrast of 4.5 or more on their grounds, light and dark. Learned text is underlined too, for readers who do not see
+green, and so are answers that are not learned, in grey.
+"""
 MAX_PICTURE_BYTES = 48 << 20
 """Most bytes of all pictures of a page together; a browser opens such a page in seconds."""
 BINS = 40

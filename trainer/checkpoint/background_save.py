@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.distributed import Store
 
@@ -15,6 +15,7 @@ from model.files.manifest import UnsoundCheckpoint
 from model.files.verified_write import BadShard
 from trainer.errors import ProofError, SaveError
 
+T = TypeVar("T")
 PAUSE = 0.25  # seconds between two polls of the store, at most
 PATIENCE = timedelta(hours=24)
 """Longest time that a rank waits for a report of another rank. Where few ranks write for many, the others wait long. A rank that is
@@ -55,7 +56,7 @@ Problem = list[str]
 """A key of KINDS and a text that says what happened; empty when there is no problem."""
 
 
-def attempt(action: Callable[[], Any], where: object) -> tuple[Problem, Any]:
+def attempt(action: Callable[[], T], where: object) -> tuple[Problem, T | None]:
     """Run `action`; return (no problem, its result), or (the problem it met, None).
 
     `where`: path to name in the message when the OSError names no file.
@@ -82,7 +83,7 @@ class Agreement:
         self.store, self.prefix, self.rank, self.size = store, prefix, rank, size
         self.number = 0
 
-    def report(self, problem: Problem, facts: Any) -> None:
+    def report(self, problem: Problem, facts: object) -> None:
         """Send this rank's report on the next matter to rank 0: its problem and its facts."""
         self.number += 1
         self.store.set(self._key(self.number, self.rank), json.dumps([problem, facts]))

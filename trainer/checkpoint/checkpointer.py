@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from data.processor import Processor
 from model.card import ModelCard, write_card
-from model.files.manifest import write_manifest
+from model.files.manifest import Facts, write_manifest
 from model.files.sharding import is_first_copy
 from model.files.shards import MOMENTS, WEIGHTS, Chunks, ShardPlan, local, plan_shard, tensor_chunks, write_planned
 from model.files.tensor_files import dump_json
@@ -31,6 +30,7 @@ from trainer.machine.atomic_files import SAVING, TRIAL, make_folder, put_in_plac
 from trainer.machine.disk_space import SpaceNeeded, describe_shortage, warn_if_next_save_will_not_fit, written_bytes
 from trainer.machine.memory_info import available_bytes
 from trainer.optim import Trained
+from trainer.state import CheckpointState
 
 
 class Checkpointer:
@@ -69,7 +69,7 @@ class Checkpointer:
         self,
         step: int,
         trained: Trained,
-        state: dict[str, Any],
+        state: CheckpointState,
         card: ModelCard,
         processor: Processor,
         before: dict[Path, str] | None = None,
@@ -131,16 +131,16 @@ class Checkpointer:
             self.agreement.rule(problem)
         raise_problem(self.agreement.ruling(), self._message)
 
-    def _write_shard(self, temporary: Path, shard: ShardPlan | dict[str, Tensor]) -> dict[str, Any]:
+    def _write_shard(self, temporary: Path, shard: ShardPlan | dict[str, Tensor]) -> Facts:
         """Write the shard of this rank; return the facts of its files for the manifest."""
         make_folder(temporary)
         if isinstance(shard, dict):
             plan = plan_shard(shard)
             chunks: Chunks = partial(tensor_chunks, plan, shard)
         else:
-            staging: Staging = self.staging  # type: ignore[assignment]
-            staging.ready()
-            plan, chunks = shard, staging.chunks
+            assert self.staging is not None  # a plan alone comes from a staged copy
+            self.staging.ready()
+            plan, chunks = shard, self.staging.chunks
 
         def counted() -> Iterator[tuple[torch.dtype, memoryview]]:
             for chunk in chunks():
@@ -149,7 +149,7 @@ class Checkpointer:
 
         return write_planned(temporary, self.world.rank, self.world.size, plan, counted)
 
-    def _finish(self, temporary: Path, note: CheckpointMeta, facts: list[dict[str, Any]]) -> None:
+    def _finish(self, temporary: Path, note: CheckpointMeta, facts: list[Facts]) -> None:
         """Complete the checkpoint on rank 0, when every shard is on disk: other files, manifest, final name, then pruning."""
         for name, data in (self.papers or {}).items():
             (temporary / name).write_bytes(data)
@@ -176,12 +176,12 @@ class CheckpointMeta:
     """Contents of a checkpoint beside tensors, as of the moment when the save was requested."""
 
     step: int
-    state: dict[str, Any]
+    state: CheckpointState
     names: list[str]
     optimizer_steps: Tensor  # (parameters,) on the device: read later, without a host sync in `save`
     before: dict[Path, str]
 
-    def all(self) -> dict[str, Any]:
+    def all(self) -> CheckpointState:
         """Return the content of the state file. Host sync."""
         steps = self.optimizer_steps.tolist()
         return {**self.state, "step": self.step, "optimizer_steps": dict(zip(self.names, steps, strict=True))}

@@ -88,7 +88,7 @@ class Staging:
 
     def chunks(self) -> Iterator[tuple[torch.dtype, memoryview]]:
         """Yield the copied bytes in pieces, with their dtype, in the order of the shard file."""
-        data = memoryview(self.buffer.numpy())  # type: ignore[arg-type]
+        data = self.buffer.numpy().data
         for run in self.runs:
             yield from write_chunks(run.dtype, data[run.begin : run.end])
 

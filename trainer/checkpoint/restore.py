@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from model.files.sharding import local_range
 from model.files.shards import MOMENTS, WEIGHTS, checkpoint_tensors
+from model.files.tensor_files import Tensors
 from trainer.checkpoint.retention import STATE
 from trainer.errors import ProofError
 from trainer.optim import Trained
@@ -42,7 +42,7 @@ def restore(
         trained.optimizer.state[parameter] = state
 
 
-def _fill(tensor: Tensor, saved: dict[str, Any], name: str) -> None:
+def _fill(tensor: Tensor, saved: Tensors, name: str) -> None:
     """Copy this rank's rows of the saved tensor `name` into `tensor`. Raises ProofError when it is missing or has another shape."""
     local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     if name not in saved or saved[name].shape != tuple(tensor.shape):

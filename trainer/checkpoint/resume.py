@@ -7,7 +7,7 @@ import json
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from trainer.records.run_data import RunData
 from trainer.runfile.merge_tables import stage_tables
 from trainer.runfile.schema import flatten_tables, to_tables
 from trainer.runfile.stages import Stage, stage_of_checkpoint
+from trainer.state import CheckpointState
 
 MAY_CHANGE = (
     "output_dir",
@@ -88,12 +89,12 @@ def _clean(folder: Path, world: World) -> list[str]:
     return list(notes)
 
 
-def run_state(place: Stage, lengths: str) -> dict[str, Any]:
+def run_state(place: Stage, lengths: str) -> CheckpointState:
     """Return what a checkpoint records of the run: enough to resume in the right stage, and to refuse to resume another run.
 
     `lengths`: the `digest_of` the data.
     """
-    state = {"config": to_tables(place.root), "lengths": lengths}
+    state: CheckpointState = {"config": to_tables(place.root), "lengths": lengths}
     return {**state, "stage": place.name, "first_step": place.first_step} if place.name else state
 
 
@@ -110,7 +111,7 @@ def digest_of(data: RunData) -> str:
     return digest.hexdigest()
 
 
-def load_state(path: Path) -> dict[str, Any]:
+def load_state(path: Path) -> CheckpointState:
     """Read the state file of a checkpoint. Raises ProofError when it is not what this trainer writes."""
     try:
         state = json.loads((path / STATE).read_bytes())
@@ -119,12 +120,12 @@ def load_state(path: Path) -> dict[str, Any]:
             raise ProofError(
                 f"{path / STATE}: {wrong[0]} is a {type(state[wrong[0]]).__name__}; it is no checkpoint of this trainer"
             )
-        return dict(state)
+        return cast(CheckpointState, state)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ProofError(f"{path / STATE} is not what this trainer writes ({type(error).__name__}: {str(error)[:200]})") from error
 
 
-def read_state(path: Path, root: RunConfig, finished: Collection[str] = ()) -> dict[str, Any]:
+def read_state(path: Path, root: RunConfig, finished: Collection[str] = ()) -> CheckpointState:
     """Read the state of a checkpoint of this run. `finished`: stages whose length may not change any more.
 
     Raises ConfigError with every difference when its settings are those of another run.
@@ -144,7 +145,7 @@ def read_state(path: Path, root: RunConfig, finished: Collection[str] = ()) -> d
     return state
 
 
-def remaining_stages(checkpoint: Path, places: list[Stage], world: World) -> tuple[list[Stage], dict[str, Any] | None]:
+def remaining_stages(checkpoint: Path, places: list[Stage], world: World) -> tuple[list[Stage], CheckpointState | None]:
     """Return the stages still to do of a run resumed from `checkpoint`, and the state to resume the first of them from. Collective.
 
     The state is None when that stage has not begun.
@@ -157,7 +158,7 @@ def remaining_stages(checkpoint: Path, places: list[Stage], world: World) -> tup
     return ([replace(after[0], first_step=step), *after[1:]], None) if over else ([place, *after], state)
 
 
-def check_state(path: Path, state: dict[str, Any], data: RunData, accepted: bool = False) -> None:
+def check_state(path: Path, state: CheckpointState, data: RunData, accepted: bool = False) -> None:
     """Check that data and model of the resumed stage are those of the checkpoint. Raises ConfigError when they changed since.
 
     `accepted`: the user accepts other lengths of the same number of records.

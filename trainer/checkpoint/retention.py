@@ -7,13 +7,13 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from model.card import NAME as CARD
 from model.files.manifest import UnsoundCheckpoint, changed, check_sizes
+from model.files.untrusted import Json
 from trainer.distributed.world import World
 from trainer.errors import ProofError, SaveError
 from trainer.machine.atomic_files import move, move_aside, places, remove_folder
@@ -78,7 +78,7 @@ def _origins(folder: Path) -> list[str]:
     return list(_strings(_json(folder / CARD).get("model")))
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> Json:
     """Read a JSON file of this trainer; return {} when it is missing, as in a final/ that does not exist yet.
 
     Raises OSError when its content is no JSON.

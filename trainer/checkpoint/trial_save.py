@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -31,9 +30,10 @@ from trainer.machine.disk_space import (
     prove_room,
 )
 from trainer.setup import PreparedRun
+from trainer.state import CheckpointState
 
 
-def prove_saving(setup: PreparedRun, checkpointer: Checkpointer, step: int, state: dict[str, Any]) -> SpaceNeeded:
+def prove_saving(setup: PreparedRun, checkpointer: Checkpointer, step: int, state: CheckpointState) -> SpaceNeeded:
     """Prove that checkpoints can be written and that the next ones fit; return the space they need. Collective.
 
     `step`: completed steps of the run. `state`: what a checkpoint records of them. Where space is missing, checkpoints beyond
@@ -73,7 +73,7 @@ def space_warning(room: SpaceNeeded) -> str:
 
 
 def trial_save(
-    folder: Path, step: int, parameters: Mapping[str, Tensor], state: dict[str, Any], papers: Mapping[str, bytes], world: World
+    folder: Path, step: int, parameters: Mapping[str, Tensor], state: CheckpointState, papers: Mapping[str, bytes], world: World
 ) -> tuple[str, int]:
     """Save a checkpoint of one small tensor per rank, then remove it. Collective.
 

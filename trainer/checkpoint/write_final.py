@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 
@@ -179,11 +180,11 @@ def prove(folder: Path, digests: dict[str, dict[str, str]]) -> None:
             raise ProofError(f"{folder / name}: {len(wrong)} tensors differ from the trained ones: {wrong[:3]}")
     check_loadable(folder)
     files = {name: {**proof_entry(folder / name), "tensors": len(tensors)} for name, tensors in digests.items()}
-    proof: dict[str, Any] = {"files": files, "compared": "every tensor's bytes, after reopening, with the live weights"}
+    proof = {"files": files, "compared": "every tensor's bytes, after reopening, with the live weights"}
     (folder / "proof.json").write_text(dump_json(proof))
 
 
-def _attempt(action: Any) -> str:
+def _attempt(action: Callable[[], object]) -> str:
     """Run `action`; return "" or what went wrong. A problem other than an OSError begins with "proof: "."""
     try:
         action()

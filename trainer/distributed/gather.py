@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch.distributed as dist
 from torch import Tensor
@@ -18,7 +19,7 @@ def gather_hooks(tensors: Mapping[str, Tensor]) -> dict[str, GatherHook]:
 
     Rank 0 gets the whole tensor on the CPU, the other ranks None; no rank ever holds more than one whole tensor.
     """
-    return {name: lambda tensor=tensor: gathered(tensor) for name, tensor in tensors.items()}  # type: ignore[misc]
+    return {name: partial(gathered, tensor) for name, tensor in tensors.items()}
 
 
 def gathered(tensor: Tensor) -> Tensor | None:

@@ -39,8 +39,7 @@ def checkpoint_activations(model: MultimodalLM) -> None:
 
 def block_owner(model: MultimodalLM, part: str) -> nn.Module:
     """Return the module whose blocks are sharded and recomputed: the decoder, or the tower inside its wrapper."""
-    module = model.get_submodule(part)
-    return module.get_decoder() if part == "llm" else module.tower  # type: ignore[operator, return-value]
+    return model.llm.get_decoder() if part == "llm" else model.encoder(part).tower
 
 
 def has_blocks(model: MultimodalLM, part: str) -> bool:
@@ -80,7 +79,7 @@ def shard(model: MultimodalLM, config: ParallelConfig, world: World) -> None:
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
-    tied = model.llm.get_input_embeddings().weight is head_weight(model.llm)  # type: ignore[operator]
+    tied = model.llm.get_input_embeddings().weight is head_weight(model.llm)
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": config.reshard_after_forward}
     for name in [n for n, _ in model.named_children() if has_blocks(model, n)]:
         owner = block_owner(model, name)
@@ -99,7 +98,7 @@ def shard(model: MultimodalLM, config: ParallelConfig, world: World) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
-    if tied and model.llm.get_input_embeddings().weight is not head_weight(model.llm):  # type: ignore[operator]
+    if tied and model.llm.get_input_embeddings().weight is not head_weight(model.llm):
         raise RuntimeError("sharding untied the head from the embedding")
 
 
@@ -145,12 +144,18 @@ def _cast_shared(
         for p, pairs in shared.items():
             cast = p.to(dtype)
             for module, name in pairs:
-                module._parameters[name] = cast  # type: ignore[assignment]
+                set_tensor(module, name, cast)
         return forward(*args, **kwargs)
     finally:
         for p, pairs in shared.items():
             for module, name in pairs:
                 module._parameters[name] = p
+
+
+def set_tensor(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Let `module` compute with `value` in place of its parameter `name`: a plain tensor, with the parameter in its graph."""
+    parameters: dict[str, torch.Tensor | None] = vars(module)["_parameters"]
+    parameters[name] = value
 
 
 def _cast_forward(module: nn.Module, forward: Callable[..., Any], dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
@@ -160,8 +165,8 @@ def _cast_forward(module: nn.Module, forward: Callable[..., Any], dtype: torch.d
         args = tuple(a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
     try:
         for name, p in masters.items():
-            cast = p is not None and p.is_floating_point()
-            module._parameters[name] = p.to(dtype) if cast else p  # type: ignore[assignment, union-attr]
+            if p is not None and p.is_floating_point():
+                set_tensor(module, name, p.to(dtype))
         return forward(*args, **kwargs)
     finally:
         module._parameters.update(masters)
@@ -204,7 +209,8 @@ def gradient_sync(wrapped: nn.Module, *, last: bool) -> Iterator[None]:
             yield
         return
     if isinstance(wrapped, FSDPModule):
-        tunes_whole_llm = head_weight(wrapped.llm).requires_grad  # type: ignore[arg-type]
+        assert isinstance(wrapped, MultimodalLM)
+        tunes_whole_llm = head_weight(wrapped.llm).requires_grad
         wrapped.set_requires_gradient_sync(last or tunes_whole_llm)
         wrapped.set_requires_all_reduce(last)  # without copies there is no all-reduce
     yield

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from typing import Any
 
 import torch
 import transformers
@@ -37,7 +36,7 @@ def check_same_settings(config: RunConfig, world: World) -> None:
         )
 
 
-def differences(first: dict[str, Any], others: dict[int, dict[str, Any]]) -> list[str]:
+def differences(first: dict[str, object], others: dict[int, dict[str, object]]) -> list[str]:
     """Return one line for every key and value in which some ranks differ from rank 0; `others`: their tables by rank."""
     found: dict[str, list[int]] = {}
     for rank, table in others.items():

@@ -10,7 +10,7 @@ import traceback
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TypedDict
 
 from data.records.fields import bound_message, printable
 from model.files.tensor_files import dump_json
@@ -18,11 +18,17 @@ from trainer.faults.phase_tracker import PhaseTracker
 from trainer.faults.requests import Requests
 from trainer.machine.atomic_files import NEW
 
-if TYPE_CHECKING:
-    pass
-
 NAME = "exit.json"
 INTERRUPT = "interrupted; the same command goes on from the last checkpoint"
+
+
+class ExitReport(TypedDict):
+    """Content of exit.json."""
+
+    code: int
+    reason: str
+    step: int | None  # completed steps
+    rank: int  # the one to blame
 
 
 @dataclass
@@ -51,7 +57,7 @@ def record_exit(
     if output_dir is None:
         return speaks
     launch = {"launch": os.environ["TORCHELASTIC_RUN_ID"]} if "TORCHELASTIC_RUN_ID" in os.environ else {}
-    value: dict[str, Any] = {"code": code, "reason": reason, "step": step, "rank": rank, **launch}
+    value = {"code": code, "reason": reason, "step": step, "rank": rank, **launch}
     temporary = output_dir / f".{NAME}-{rank}-{threading.get_ident()}{NEW}"
     try:
         temporary.write_text(dump_json(value))  # written first: on a full disk no rank claims the report
@@ -67,10 +73,10 @@ def record_exit(
             temporary.unlink()
 
 
-def read_exit_report(output_dir: Path) -> dict[str, Any] | None:
+def read_exit_report(output_dir: Path) -> ExitReport | None:
     """Return the exit report that a rank of this start has written; None when there is no readable one."""
     try:
-        found: dict[str, Any] = json.loads((output_dir / NAME).read_text())
+        found: ExitReport = json.loads((output_dir / NAME).read_text())
         return found if {"code", "reason", "step", "rank"} <= found.keys() else None
     except (OSError, ValueError, AttributeError):
         return None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
+from trainer.faults.heartbeat import Heartbeat
 from trainer.faults.phase_tracker import BEFORE_UPDATE, STARTING, UNLIMITED
-from trainer.machine.processes import DEFUNCT, GONE, HALTED, Process
+from trainer.machine.processes import DEFUNCT, GONE, HALTED, Process, ProcessFacts
 
 SILENCE_SECONDS = 5.0
 """Longest silence of another rank after a collective broke on some rank."""
@@ -38,7 +38,7 @@ class Verdict:
     raised: bool = False  # an error that all ranks may raise by themselves
     stacks: bool = True  # whether ranks write their stacks
     machine: str = ""  # machine of the rank `by`
-    end: tuple[dict[str, Any], ...] = ()  # processes to end if they do not exit by themselves
+    end: tuple[ProcessFacts, ...] = ()  # processes to end if they do not exit by themselves
 
     def dumps(self) -> str:
         """Return the verdict as JSON, for the store."""
@@ -57,7 +57,7 @@ class _Seen:
 
     renewed: float  # time of the newest heartbeat
     moved: float  # time of the newest progress
-    beat: dict[str, Any] = field(default_factory=dict)
+    beat: Heartbeat = field(default_factory=Heartbeat)
     gone: bool = False  # its process did not exist at the previous check of this heartbeat
 
 
@@ -69,7 +69,7 @@ class Judge:
         self.broken = False  # a collective broke on this rank
         self.seen = {rank: _Seen(now, now) for rank in ranks}
 
-    def hear(self, rank: int, beat: dict[str, Any], now: float) -> None:
+    def hear(self, rank: int, beat: Heartbeat, now: float) -> None:
         """Take in the newest heartbeat of a rank, which may be one that is known already."""
         seen = self.seen[rank]
         if beat.get("number") != seen.beat.get("number"):
@@ -155,12 +155,12 @@ SILENT = {
 }
 
 
-def process_state(beat: dict[str, Any]) -> str | None:
+def process_state(beat: Heartbeat) -> str | None:
     """Return the state of the process that a heartbeat came from; None when it is on another machine or unknown."""
     return Process(**beat["process"]).state() if beat.get("process") else None
 
 
-def describe_position(beat: dict[str, Any], names: list[str]) -> str:
+def describe_position(beat: Heartbeat, names: list[str]) -> str:
     """Describe phase, step, position and samples of a heartbeat: "in backward of step 7, samples r17 (train.json:18)"."""
     phase, step = beat.get("phase", "start"), beat.get("step")
     if step is None:

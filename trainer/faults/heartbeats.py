@@ -7,11 +7,13 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 from trainer.distributed.world import World
 from trainer.faults.hang_diagnosis import Verdict
+from trainer.faults.heartbeat import Heartbeat
 
+T = TypeVar("T")
 NO_VERDICT = "none"
 ASK_SECONDS = 2.0  # longest wait for the store: one whose process is stopped never answers
 
@@ -23,10 +25,10 @@ class Beats:
     many reads in one place as there are ranks, not their square.
     """
 
-    def __init__(self, world: World, tell: Callable[[], dict[str, Any]], tick: float) -> None:
+    def __init__(self, world: World, tell: Callable[[], Heartbeat], tick: float) -> None:
         """Connect to the store; `start` begins the exchange. `tell`: called from the thread, returns this rank's heartbeat."""
         self.tick = tick  # seconds between two exchanges
-        self.heard: dict[int, dict[str, Any]] = {}  # newest heartbeat of each rank that has sent one
+        self.heard: dict[int, Heartbeat] = {}  # newest heartbeat of each rank that has sent one
         self.heard_at = time.monotonic()
         self.error: tuple[float, str] | None = None  # since when the store fails, and its message
         self.verdict: Verdict | None = None
@@ -81,9 +83,9 @@ class Beats:
             self.agreed.set()
 
 
-def run_within(work: Callable[[], Any], seconds: float) -> Any:
+def run_within(work: Callable[[], T], seconds: float) -> T | None:
     """Return what `work` returns; None where it takes longer than `seconds` or fails. It then continues in a daemon thread."""
-    answer: list[Any] = []
+    answer: list[T] = []
 
     def run() -> None:
         with contextlib.suppress(Exception):

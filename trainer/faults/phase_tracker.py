@@ -7,9 +7,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from data.workers import Reading, explain_worker_death
+from trainer.faults.heartbeat import Heartbeat
 from trainer.faults.shared_page import SharedPage
 from trainer.machine.io_traffic import traffic
 
@@ -94,7 +94,7 @@ class PhaseTracker:
         self.reading, self.names[split] = reading, names
         return reading
 
-    def now(self) -> dict[str, Any]:
+    def now(self) -> Heartbeat:
         """Return the beat as JSON. Callable from any thread."""
         beat = self.beat
         read = self.reading.samples() if self.reading is not None and beat.phase in (VALIDATION, "data") else []

@@ -12,7 +12,8 @@ import struct
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+
+from trainer.faults.heartbeat import Heartbeat
 
 SHARED = Path("/dev/shm")
 PLACE, SAMPLES = struct.Struct("<16sqqq"), struct.Struct("<33q")  # phase, step, part, moves; number of samples, their ids
@@ -55,11 +56,11 @@ class SharedPage:
             self.path.unlink(missing_ok=True)
 
 
-def read_last_position(beat: dict[str, Any]) -> dict[str, Any]:
+def read_last_position(beat: Heartbeat) -> Heartbeat:
     """Return `beat` of a rank of this machine that sends no more, updated with what the rank wrote to shared memory last."""
     try:
-        content = Path(beat["page"]).read_bytes()
-    except (OSError, KeyError, TypeError):
+        content = Path(beat.get("page") or "").read_bytes()
+    except OSError:
         return beat
     if len(content) < PLACE.size + SAMPLES.size:
         return beat
@@ -70,12 +71,19 @@ def read_last_position(beat: dict[str, Any]) -> dict[str, Any]:
     if moves > beat["moves"]:  # the rank has moved on: `at` is out of date
         beat = {**beat, "at": ""}
     reads = phase.rstrip(b"\0") == b"data" and beat["phase"] == "data"  # the beat names the samples that its workers read
-    found = {"phase": phase.rstrip(b"\0").decode(), "step": None if step < 0 else step, "place": [step, part], "moves": moves}
-    return {**beat, **found, **({} if reads else {"samples": samples[: min(num, MOST)]})}
+    found: Heartbeat = {
+        "phase": phase.rstrip(b"\0").decode(),
+        "step": None if step < 0 else step,
+        "place": [step, part],
+        "moves": moves,
+    }
+    if not reads:
+        found["samples"] = samples[: min(num, MOST)]
+    return {**beat, **found}
 
 
-def remove_page(beat: dict[str, Any]) -> None:
+def remove_page(beat: Heartbeat) -> None:
     """Remove the shared-memory file of a dead rank of this machine."""
-    if beat.get("page") and beat.get("process", {}).get("host") == os.uname().nodename:
+    if (page := beat.get("page")) and "process" in beat and beat["process"]["host"] == os.uname().nodename:
         with suppress(OSError):
-            os.unlink(beat["page"])
+            os.unlink(page)

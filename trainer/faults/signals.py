@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 from torch.distributed.launcher.api import LaunchConfig
 
@@ -64,7 +64,7 @@ def listening(folder: Path, rank: int, progress: RunStatus, grace_seconds: float
         listener.close()
 
 
-def _ignore(number: int, frame: Any) -> None:
+def _ignore(number: int, frame: FrameType | None) -> None:
     """Ignore the signal in Python: the thread gets it through the wakeup descriptor."""
 
 

@@ -10,19 +10,19 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from data.workers import WorkerError
 from trainer import errors
 from trainer.distributed.world import World
 from trainer.faults import exit_report
 from trainer.faults.hang_diagnosis import SHOWN, Finding, Judge, Verdict, describe_position
+from trainer.faults.heartbeat import Heartbeat
 from trainer.faults.heartbeats import Beats, run_within
 from trainer.faults.phase_tracker import PhaseTracker
 from trainer.faults.shared_page import SharedPage, read_last_position, remove_page
 from trainer.faults.stack_dumps import Stacks
 from trainer.machine.folder_lock import FolderLock
-from trainer.machine.processes import DEFUNCT, GONE, Process, current_process, show_and_end
+from trainer.machine.processes import DEFUNCT, GONE, Process, ProcessFacts, current_process, show_and_end
 
 TICK_SECONDS = 2.0  # between two checks, at most
 BROKEN_TICK_SECONDS = 0.2  # after a collective broke
@@ -106,9 +106,9 @@ class Watchdog:
             return None
         return Verdict(found["code"], found["reason"], found["rank"], found["rank"], found["step"], stacks=False)
 
-    def _heartbeat(self) -> dict[str, Any]:
+    def _heartbeat(self) -> Heartbeat:
         """Return the heartbeat of this rank."""
-        beat = {**self.watch.now(), "process": self.process.to_json(), "broken": self.judge.broken}
+        beat: Heartbeat = {**self.watch.now(), "process": self.process.to_json(), "broken": self.judge.broken}
         return {**beat, "phase": "done"} if self._over.is_set() else beat
 
     def _run(self) -> None:
@@ -167,15 +167,15 @@ class Watchdog:
         reason = f"{who} {finding.what} {self._where(beat)}; {self._stacks_hint()}"
         return self._verdict(reason, first, beat.get("step"), tuple(processes))
 
-    def _last(self, beat: dict[str, Any]) -> dict[str, Any]:
+    def _last(self, beat: Heartbeat) -> Heartbeat:
         """Return the last position of a rank: in the store it is as old as the last tick, in shared memory it is current."""
-        return read_last_position(beat) if beat.get("process", {}).get("machine") == self.process.machine else beat
+        return read_last_position(beat) if "process" in beat and beat["process"]["machine"] == self.process.machine else beat
 
-    def _verdict(self, reason: str, culprit: int, step: int | None, end: tuple[dict[str, Any], ...] = ()) -> Verdict:
+    def _verdict(self, reason: str, culprit: int, step: int | None, end: tuple[ProcessFacts, ...] = ()) -> Verdict:
         """Return a verdict of this rank with code INTERNAL."""
         return Verdict(errors.INTERNAL, reason, culprit, self.world.rank, step, machine=self.process.machine, end=end)
 
-    def _where(self, beat: dict[str, Any]) -> str:
+    def _where(self, beat: Heartbeat) -> str:
         """Describe the position of a rank, with names of its samples if they can be looked up in time."""
         ids = beat.get("samples", [])[:SHOWN]
         names = run_within(lambda: [self.watch.name(i, beat["phase"]) for i in ids], NAME_SECONDS)

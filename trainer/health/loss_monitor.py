@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from data.dataset import MultimodalDataset
 from data.records.fields import shorten
 from data.records.record import RecordError
 from model.batch import Batch
+from model.files.untrusted import Json
 from trainer.errors import ProofError
 from trainer.health.spike_detector import Spikes
 from trainer.health.suspects import NUM_SUSPECTS, Evidence, bad_samples, first_bad, highest
@@ -29,6 +29,7 @@ from trainer.machine.atomic_files import replace_text
 from trainer.machine.json_lines import read_valid_lines
 from trainer.optim import Trained, in_norm_order
 from trainer.setup import PreparedRun
+from trainer.state import HealthState
 from trainer.step import StepResult
 
 NAME = "faults.jsonl"
@@ -39,7 +40,7 @@ NUM_NAMED = 8
 class Health:
     """Monitor of every step of a stage. All methods are called alike on all ranks, after the same steps."""
 
-    def __init__(self, setup: PreparedRun, totals: dict[str, Any] | None) -> None:
+    def __init__(self, setup: PreparedRun, totals: HealthState | None) -> None:
         """Resume from `totals`, the `state` in the checkpoint that the stage continues; None for a new stage."""
         self.setup, self.world, self.place = setup, setup.world, setup.place
         self.limit = setup.config.faults.max_nonfinite
@@ -47,10 +48,10 @@ class Health:
         # Old checkpoints have no count of updates: assume that there were some.
         self.num_updates = int((totals or {"num_updates": 0}).get("num_updates", 1))
         self.spikes = Spikes((totals or {}).get("losses", []))
-        self.last: dict[str, Any] = {}  # the row of the last step that was not finite
+        self.last: Json = {}  # the row of the last step that was not finite
         self.kept: list[Evidence] = []  # the last two steps at most
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> HealthState:
         """Return what a checkpoint stores. Call `settle` first, or the last step is missing."""
         return {"in_a_row": self.in_a_row, "losses": self.spikes.losses, "num_updates": self.num_updates}
 
@@ -138,21 +139,22 @@ class Health:
         text = f"step {row['step']}: loss {loss:.4g}, usually {usual:.4g}; highest are samples {', '.join(map(str, worst))}"
         self._write({**row, "records": self._records(worst)}, text)
 
-    def _row(self, kind: str, step: int) -> dict[str, Any]:
+    def _row(self, kind: str, step: int) -> Json:
         """Return the first fields of a row: kind, step of the run and stage."""
         stage = {"stage": self.place.name} if self.place.name else {}
         return {"kind": kind, "step": self.place.first_step + step + 1, **stage}
 
     def _samples(self, step: int) -> list[int]:
         """Return the samples of a step, over all ranks."""
-        return [int(i) for i in self.setup.data.sampler.step(step)]  # type: ignore[union-attr]
+        _, sampler = self.setup.data.training()
+        return [int(i) for i in sampler.step(step)]
 
     def _records(self, samples: list[int]) -> list[str]:
         """Return `file:line id` of the first NUM_NAMED samples, in their order; [] except on rank 0, which writes the rows."""
-        dataset: MultimodalDataset = self.setup.data.train  # type: ignore[assignment]
+        dataset, _ = self.setup.data.training()
         return [_record(dataset, i) for i in samples[:NUM_NAMED]] if self.world.is_main else []
 
-    def _write(self, row: dict[str, Any], text: str) -> None:
+    def _write(self, row: Json, text: str) -> None:
         """Append a row to faults.jsonl and print its text, on rank 0."""
         if self.world.is_main:
             with (self.place.run_folder / NAME).open("a") as out:
@@ -195,7 +197,7 @@ def _record(dataset: MultimodalDataset, i: int) -> str:
         return index.where(row)
 
 
-def _described(row: dict[str, Any]) -> str:
+def _described(row: Json) -> str:
     """Describe a row for people: loss, gradient norm, parameter and samples."""
     where = f", first in the gradient of {row['parameter']}" if row["parameter"] else ""
     rank = "" if row["rank"] is None else f" on rank {row['rank']}"

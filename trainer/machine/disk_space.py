@@ -51,28 +51,22 @@ def checkpoint_bytes(parameters: Mapping[str, Tensor], world: World, others: int
 
     Exact for weights and two moments with their headers and layouts. `others`: bytes of the files that rank 0 writes beside them.
     """
-    own = shard_bytes(parameters, world)
+    own = shard_bytes({name: p.detach() for name, p in parameters.items() if is_first_copy(p, world.rank)})
     answers = world.gather_json(own)
     return sum(map(sum, answers)) + others, max(map(max, answers))
 
 
-def shard_bytes(parameters: Mapping[str, Tensor], world: World) -> tuple[int, int]:
-    """Return the bytes of this rank's safetensors file and of its JSON layout, both moments included."""
-    tensors = {name: p.detach() for name, p in parameters.items() if is_first_copy(p, world.rank)}
-    plan = plan_shard({prefix + name: t for prefix in (WEIGHTS, *(f"{m}/" for m in MOMENTS)) for name, t in tensors.items()})
+def shard_bytes(parameters: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Return the bytes of a safetensors file with these parameters and their two moments, and of its JSON layout."""
+    plan = plan_shard({kind + name: p for kind in (WEIGHTS, *(f"{m}/" for m in MOMENTS)) for name, p in parameters.items()})
     data = plan.places[-1].end if plan.places else 0
     return len(plan.header) + data, len(dump_json(plan.layout).encode())
 
 
 def final_bytes(files: Iterable[tuple[str, dict[str, Entry]]]) -> tuple[int, int]:
     """Return the bytes of all weight files of final/, and of the largest; exact."""
-    sizes = [file_bytes(entries) for _, entries in files]
+    sizes = [len(header(of, file_order(of))) + sum(entry.num_bytes for entry in of.values()) for _, of in files]
     return sum(sizes), max(sizes, default=0)
-
-
-def file_bytes(entries: dict[str, Entry]) -> int:
-    """Return the bytes of one safetensors file; exact."""
-    return len(header(entries, file_order(entries))) + sum(entry.num_bytes for entry in entries.values())
 
 
 def free_bytes(folder: Path) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from model.files.untrusted import Json
 
 
-def read_lines(path: Path, fields: Mapping[str, type]) -> tuple[list[dict[str, Any]], list[str]]:
+def read_lines(path: Path, fields: Mapping[str, type]) -> tuple[list[Json], list[str]]:
     """Return the lines that are objects with `fields`, and a message for each invalid line: where it is and what is wrong.
 
     What a crash or a power cut leaves, half a line at the end or zero bytes, is in neither list: nothing relied on it. A missing
@@ -29,7 +30,7 @@ def read_lines(path: Path, fields: Mapping[str, type]) -> tuple[list[dict[str, A
     return rows, problems
 
 
-def read_valid_lines(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
+def read_valid_lines(path: Path, fields: Mapping[str, type]) -> list[Json]:
     """Return the valid lines of a file that nothing depends on; print a message for each invalid line."""
     rows, problems = read_lines(path, fields)
     for problem in problems:
@@ -37,7 +38,7 @@ def read_valid_lines(path: Path, fields: Mapping[str, type]) -> list[dict[str, A
     return rows
 
 
-def _row(line: bytes, fields: Mapping[str, type]) -> dict[str, Any]:
+def _row(line: bytes, fields: Mapping[str, type]) -> Json:
     """Parse a line. Raises ValueError where it is not an object with `fields`."""
     try:
         row = json.loads(line.decode())

@@ -6,11 +6,20 @@ import os
 import signal
 import socket
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 GONE, DEFUNCT, HALTED, RUNNING = "gone", "defunct", "stopped", "running"
+
+
+class ProcessFacts(TypedDict):
+    """The fields of a `Process`, as they travel."""
+
+    host: str
+    machine: str
+    pid: int
+    started: str
 
 
 @dataclass(frozen=True)
@@ -22,8 +31,8 @@ class Process:
     pid: int
     started: str  # start time in clock ticks since the boot
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    def to_json(self) -> ProcessFacts:
+        return {"host": self.host, "machine": self.machine, "pid": self.pid, "started": self.started}
 
     def state(self) -> str | None:
         """Return GONE, DEFUNCT (ended, not yet waited for), HALTED (SIGSTOP, or a debugger) or RUNNING; None on another machine."""

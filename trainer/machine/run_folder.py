@@ -28,6 +28,13 @@ NUMBERED = re.compile(r"checkpoint-\d+|\d\d-[a-z0-9_-]+")
 """Names of checkpoints and of the folders of stages."""
 
 
+def check_folder(folder: Path) -> None:
+    """Check that nothing else stands in place of the run folder, or of a folder above it. Raises SaveError that names it."""
+    for path in (folder, *folder.parents):
+        if os.path.lexists(path) and not path.is_dir():
+            raise SaveError(f"output_dir = {str(folder)!r}: {path} is no folder; move it away, or use another output_dir")
+
+
 def check_names(folder: Path) -> None:
     """Check that no file has the name of a folder of the run, nor the other way round. Raises SaveError with the path otherwise."""
     for place in {folder, folder / "stages", *places(folder)}:

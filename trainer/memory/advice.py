@@ -1,10 +1,10 @@
-"""Advice for a run that does not fit: other settings, each with the simulated memory that it needs."""
+"""Advice for a run that does not fit: a fixed list of other settings, each with the simulated memory that it needs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
 
 from data.collate import collate, collate_packed
 from data.order.sampler import num_micro_batches
@@ -13,12 +13,12 @@ from model.batch import Batch
 from model.card import ModelCard
 from model.config import QuantizeConfig
 from model.errors import ConfigError
-from trainer.config import RunConfig
+from trainer.config import ParallelConfig, RunConfig
 from trainer.machine.disk_space import format_bytes
 from trainer.memory.footprint import Footprint, footprint
 
 SHOWN = 4
-RECOMPUTES = "parallel.activation_checkpointing = 'full'"
+RECOMPUTES, SHARDS = "parallel.activation_checkpointing = 'full'", "parallel.strategy = 'fsdp'"
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ class Change:
 
     settings: str
     needed: Footprint
+
+    def __str__(self) -> str:
+        return f"{self.settings} ({format_bytes(self.needed.total, 2)})"
 
 
 @dataclass(frozen=True)
@@ -43,16 +46,15 @@ class MemoryScenario:
         """Collate the first `count` samples, which are the longest ones; None: all of them."""
         return (collate_packed if self.config.data.packing else collate)(self.samples[:count], self.card.pad_id)
 
-    def needed(self, count: int | None = None, **changes: Any) -> Footprint:
-        """Simulate the memory with the first `count` samples and the given [parallel] overrides, in bytes of one rank.
+    def needed(self, parallel: ParallelConfig | None = None, count: int | None = None) -> Footprint:
+        """Simulate the memory with the first `count` samples and another [parallel], in bytes of one rank.
 
         Raises ConfigError where the model cannot be simulated.
         """
-        parallel = replace(self.config.parallel, **changes)
         micros = self.num_micro_batches
         if count is not None and not self.config.data.packing:
             micros = num_micro_batches(self.config.batch.global_batch_size, self.num_ranks, count)
-        return footprint(self.card, parallel, self.num_ranks, self.batch(count), micros)
+        return footprint(self.card, parallel or self.config.parallel, self.num_ranks, self.batch(count), micros)
 
 
 def advice(heavy: MemoryScenario, limit: Callable[[Footprint], float]) -> str:
@@ -61,50 +63,64 @@ def advice(heavy: MemoryScenario, limit: Callable[[Footprint], float]) -> str:
         now = heavy.needed()
     except ConfigError as error:
         return f"What would fit is not known: {error}. A smaller micro-batch takes less, and so does {RECOMPUTES}"
-    allowed = limit(now)
-    changes = list(fitting(heavy, allowed))
-    if not changes:
-        least = least_change(heavy)
-        return f"No one setting makes it fit; {describe(least)} comes nearest: use more or larger devices, or a smaller model"
-    return "What fits: " + "; ".join(describe(change) for change in changes[:SHOWN])
+    fitting, least = weigh_changes(heavy, now, limit(now))
+    if not fitting:
+        return f"No one setting makes it fit; {least} comes nearest: use more or larger devices, or a smaller model"
+    return "What fits: " + "; ".join(map(str, fitting[:SHOWN]))
 
 
-def describe(change: Change) -> str:
-    """Describe a change for people: its settings and the memory that it needs."""
-    return f"{change.settings} ({format_bytes(change.needed.total, 2)})"
+def weigh_changes(heavy: MemoryScenario, now: Footprint, allowed: float) -> tuple[list[Change], Change]:
+    """Return the changes that need at most `allowed` bytes, and the one that needs least, fitting or not; each is simulated once.
 
-
-def fitting(heavy: MemoryScenario, allowed: float) -> Iterator[Change]:
-    """Yield the changes that need at most `allowed` bytes; those that do not alter the numbers of training come first."""
-    for change in (smaller(heavy, allowed), *other_settings(heavy)):
-        if change is not None and change.needed.total <= allowed:
-            yield change
-    if heavy.config.parallel.activation_checkpointing == "none":
-        change = smaller(heavy, allowed, activation_checkpointing="full")
-        if change is not None and change.needed.total <= allowed:
-            yield replace(change, settings=f"{change.settings} with {RECOMPUTES}")
-    for other in (with_lora(heavy), with_four_bits(heavy)):
-        if other is not None and other.needed.total <= allowed:
-            yield other
-
-
-def smaller(heavy: MemoryScenario, allowed: float, **changes: Any) -> Change | None:
-    """Return the largest micro-batch below the heaviest one that fits, by bisection; None when no smaller one can be set or fits.
-
-    It consists of the first samples of the heaviest. `changes`: overrides of [parallel].
+    Those that do not alter the numbers of training come first. `now`: what the run needs as it is.
     """
-    low, high, best = fewest(heavy), len(heavy.samples) - 1, None
-    while low <= high:
-        middle = (low + high) // 2
-        needed = heavy.needed(middle, **changes)
-        if needed.total <= allowed:
-            best, low = (middle, needed), middle + 1
-        else:
-            high = middle - 1
-    return None if best is None else Change(_size_setting(heavy, best[0]), best[1])
+    parallel = heavy.config.parallel
+    recomputing = replace(parallel, activation_checkpointing="full")
+    found = [*smaller_batches(heavy, parallel, allowed)]
+    found += [Change(settings, heavy.needed(other)) for settings, other in other_parallel(heavy)]
+    if parallel != recomputing:
+        with_both = smaller_batches(heavy, recomputing, allowed)
+        found += [replace(change, settings=f"{change.settings} with {RECOMPUTES}") for change in with_both]
+    for settings, card in other_trainings(heavy):
+        with suppress(ConfigError):  # no linear layers to adapt, or a mixture of experts, which 4 bits do not reach
+            found.append(Change(settings, replace(heavy, card=card).needed()))
+    least = min([Change("the run as it is", now), *found], key=lambda change: change.needed.total)
+    return [change for change in found if change.needed.total <= allowed], least
 
 
-def fewest(heavy: MemoryScenario) -> int:
+def smaller_batches(heavy: MemoryScenario, parallel: ParallelConfig, allowed: float) -> Iterator[Change]:
+    """Yield half the heaviest micro-batch, a quarter and so on, up to the first that needs at most `allowed` bytes."""
+    count, least = len(heavy.samples), _fewest(heavy)
+    while count > least:
+        count = max(count // 2, least)
+        yield (change := Change(_size_setting(heavy, count), heavy.needed(parallel, count)))
+        if change.needed.total <= allowed:
+            return
+
+
+def other_parallel(heavy: MemoryScenario) -> Iterator[tuple[str, ParallelConfig]]:
+    """Yield other tables of [parallel], with the settings in words."""
+    parallel = heavy.config.parallel
+    recomputing = replace(parallel, activation_checkpointing="full")
+    if parallel != recomputing:
+        yield RECOMPUTES, recomputing
+    if heavy.num_ranks > 1 and parallel.strategy != "fsdp":
+        yield SHARDS, replace(parallel, strategy="fsdp", shard_size=0)
+        if parallel != recomputing:
+            yield f"{SHARDS} with {RECOMPUTES}", replace(recomputing, strategy="fsdp", shard_size=0)
+
+
+def other_trainings(heavy: MemoryScenario) -> Iterator[tuple[str, ModelCard]]:
+    """Yield cards whose language model is not trained whole, or is stored in 4 bits, with the settings in words."""
+    card = heavy.card
+    if card.model.llm.tune == "full":
+        model = replace(card.model, llm=replace(card.model.llm, tune="lora"))
+        yield f"model.llm.tune = 'lora' (lora.rank = {heavy.config.lora.rank})", replace(card, model=model)
+    elif card.quantize.bits == 16:
+        yield "quantize.bits = 4", replace(card, quantize=QuantizeConfig(bits=4))
+
+
+def _fewest(heavy: MemoryScenario) -> int:
     """Return the fewest samples that a micro-batch may have: a packed one is filled up to at least data.max_length tokens."""
     if not heavy.config.data.packing:
         return 1
@@ -122,56 +138,3 @@ def _size_setting(heavy: MemoryScenario, count: int) -> str:
     if heavy.config.data.packing:
         return f"batch.micro_batch_tokens = {max(_tokens(heavy, count), heavy.config.data.max_length)}"
     return f"batch.micro_batch_size = {count}"
-
-
-def other_settings(heavy: MemoryScenario) -> Iterator[Change]:
-    """Yield changes of [parallel] that do not alter the numbers of training."""
-    parallel = heavy.config.parallel
-    if parallel.activation_checkpointing == "none":
-        yield Change(RECOMPUTES, heavy.needed(activation_checkpointing="full"))
-    if heavy.num_ranks > 1 and parallel.strategy != "fsdp":
-        yield Change("parallel.strategy = 'fsdp'", heavy.needed(strategy="fsdp", shard_size=0))
-        if parallel.activation_checkpointing == "none":
-            settings = f"parallel.strategy = 'fsdp' with {RECOMPUTES}"
-            yield Change(settings, heavy.needed(strategy="fsdp", shard_size=0, activation_checkpointing="full"))
-
-
-def with_lora(heavy: MemoryScenario) -> Change | None:
-    """Return the change to adapters in place of the whole language model; None where it does not apply.
-
-    It is another training, which needs no moments of all weights.
-    """
-    model = heavy.card.model
-    if model.llm.tune != "full":
-        return None
-    try:
-        changed = replace(heavy, card=replace(heavy.card, model=replace(model, llm=replace(model.llm, tune="lora"))))
-        return Change(f"model.llm.tune = 'lora' (lora.rank = {heavy.config.lora.rank})", changed.needed())
-    except ConfigError:  # a model without linear layers to adapt
-        return None
-
-
-def with_four_bits(heavy: MemoryScenario) -> Change | None:
-    """Return the change to a language model quantised to 4 bits; None where it learns, is quantised already or cannot be.
-
-    It is another training as well.
-    """
-    if heavy.card.model.llm.tune == "full" or heavy.card.quantize.bits != 16:
-        return None
-    try:
-        changed = replace(heavy, card=replace(heavy.card, quantize=QuantizeConfig(bits=4)))
-        return Change("quantize.bits = 4", changed.needed())
-    except ConfigError:  # a mixture of experts, which 4 bits do not reach
-        return None
-
-
-def least_change(heavy: MemoryScenario) -> Change:
-    """Return the change, or combination of changes, that needs the least memory."""
-    found, least = [Change("the run as it is", heavy.needed()), *other_settings(heavy)], fewest(heavy)
-    if least < len(heavy.samples):
-        found.append(Change(_size_setting(heavy, least), heavy.needed(least)))
-        if heavy.config.parallel.activation_checkpointing == "none":
-            settings = f"{_size_setting(heavy, least)} with {RECOMPUTES}"
-            found.append(Change(settings, heavy.needed(least, activation_checkpointing="full")))
-    found += filter(None, [with_lora(heavy), with_four_bits(heavy)])
-    return min(found, key=lambda change: change.needed.total)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from data.check.measured_lengths import EXACT
 from data.loader import BatchPlan
 from data.sample import Sample
-from trainer.config import RunConfig
-from trainer.memory.advice import Change, MemoryScenario, fitting, least_change
-from trainer.memory.file_sizes import planned_checkpoint_bytes, planned_final_bytes
-from trainer.memory.footprint import Footprint, on_meta, sharing_ranks
+from model.multimodal import MultimodalLM
+from trainer.checkpoint.final_files import weight_files_of
+from trainer.config import ParallelConfig, RunConfig
+from trainer.machine.disk_space import final_bytes, shard_bytes
+from trainer.memory.advice import Change, MemoryScenario, weigh_changes
+from trainer.memory.footprint import Footprint, held_rows, on_meta, sharing_ranks
 from trainer.memory.heaviest_batch import find_heaviest, read_batch_samples
 from trainer.memory.sample_cost import media_memory, sample_costs
 from trainer.memory.synthetic_samples import build_synthetic_samples
@@ -29,7 +31,7 @@ class Plan:
     calendar: dict[str, int]  # steps, samples and tokens; empty without data
     lengths: str  # exact | partly exact | estimated: the lengths behind the calendar and the heaviest micro-batch
     checkpoint_bytes: int
-    final_bytes: int
+    final_bytes: int  # without what an earlier run trained and this one only passes on
     memory: float  # bytes of a rank; 0: not known
     changes: list[Change]  # changes that would make the run fit, when it does not
     nearest: Change | None  # the change that comes nearest, when none makes it fit
@@ -43,31 +45,43 @@ class Plan:
 def plan_run(config: RunConfig, data: RunData, num_ranks: int, memory: float) -> Plan:
     """Plan a run on `num_ranks` ranks of `memory` bytes each."""
     heavy, calendar = heaviest_of(config, data, num_ranks)
-    strategies: dict[str, Footprint] = {config.parallel.strategy: heavy.needed()}
-    for strategy, shard_size in other_strategies(config, num_ranks):
-        strategies[strategy] = heavy.needed(strategy=strategy, shard_size=shard_size)
+    now, parallel = heavy.needed(), config.parallel
+    strategies: dict[str, Footprint] = {parallel.strategy: now}
+    for other in other_strategies(parallel, num_ranks):
+        strategies[other.strategy] = heavy.needed(other)
     changes: list[Change] = []
     nearest = None
-    if memory and strategies[config.parallel.strategy].total > memory:
-        changes = list(fitting(heavy, memory))
-        nearest = None if changes else least_change(heavy)
-    model = on_meta(data.card, config.parallel, computes=False)
-    shards = planned_checkpoint_bytes(model, sharing_ranks(config.parallel, num_ranks), num_ranks)
-    return Plan(
-        heavy, strategies, calendar, data.lengths_kind, shards, planned_final_bytes(model, data.card), memory, changes, nearest
-    )
+    if memory and now.total > memory:
+        changes, least = weigh_changes(heavy, now, memory)
+        nearest = None if changes else least
+    model = on_meta(data.card, parallel, computes=False)
+    shards = planned_checkpoint_bytes(model, sharing_ranks(parallel, num_ranks), num_ranks)
+    final, _ = final_bytes(weight_files_of(model, data.card))
+    return Plan(heavy, strategies, calendar, data.lengths_kind, shards, final, memory, changes, nearest)
 
 
-def other_strategies(config: RunConfig, num_ranks: int) -> list[tuple[str, int]]:
-    """Return the strategies beside the configured one, with their shard size.
+def planned_checkpoint_bytes(model: MultimodalLM, ways: int, num_ranks: int) -> int:
+    """Return the bytes of all tensor files of a checkpoint after the first update, from the structure of the model alone.
+
+    `ways`: number of the `num_ranks` ranks that share one copy by rows; of several copies the first is written. 1: every rank has
+    its own.
+    """
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    written = [{name: held_rows(p, ways, rank) for name, p in trained.items()} if rank < ways else {} for rank in range(num_ranks)]
+    return sum(shard_bytes(tensors)[0] for tensors in written)
+
+
+def other_strategies(parallel: ParallelConfig, num_ranks: int) -> list[ParallelConfig]:
+    """Return [parallel] with each of the other strategies.
 
     hsdp is planned in two copies if the ranks can form them and no shard size is set.
     """
     if num_ranks == 1:
         return []
-    size = config.parallel.shard_size or (num_ranks // 2 if num_ranks % 2 == 0 and num_ranks > 2 else 0)
-    known = [("ddp", 0), ("fsdp", 0), *([("hsdp", size)] if size else [])]
-    return [(name, shard_size) for name, shard_size in known if name != config.parallel.strategy]
+    size = parallel.shard_size or (num_ranks // 2 if num_ranks % 2 == 0 and num_ranks > 2 else 0)
+    known = [replace(parallel, strategy="ddp", shard_size=0), replace(parallel, strategy="fsdp", shard_size=0)]
+    known += [replace(parallel, strategy="hsdp", shard_size=size)] if size else []
+    return [other for other in known if other.strategy != parallel.strategy]
 
 
 def heaviest_of(config: RunConfig, data: RunData, num_ranks: int) -> tuple[MemoryScenario, dict[str, int]]:

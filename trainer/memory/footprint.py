@@ -123,20 +123,19 @@ def holdings(model: MultimodalLM, card: ModelCard, ways: int) -> list[Holding]:
     for name in card.model.parts():
         part = model.get_submodule(name)
         learns = [p for p in part.parameters() if p.requires_grad]
-        rows = sum(local_numel(p, ways) for p in learns)
-        frozen = sum(local_numel(p, ways) * p.dtype.itemsize for p in part.parameters() if not p.requires_grad)
+        rows = sum(held_rows(p, ways).numel() for p in learns)
+        frozen = sum(held_rows(p, ways).nbytes for p in part.parameters() if not p.requires_grad)
         buffers = sum(b.numel() * b.dtype.itemsize for b in part.buffers())
         found.append(Holding(name, frozen + rows * MASTER, rows * MASTER, rows * 2 * MASTER + len(learns) * STEP, buffers))
     return found
 
 
-def local_numel(parameter: Tensor, ways: int, rank: int = 0) -> int:
-    """Return the numbers of `parameter` on one of `ways` ranks that share it by rows: equal chunks, the last ranks what is left."""
+def held_rows(parameter: Tensor, ways: int, rank: int = 0) -> Tensor:
+    """Return the rows on one of `ways` ranks that share `parameter`: equal chunks, the last ranks what is left."""
     if ways == 1 or not parameter.dim():
-        return parameter.numel()
+        return parameter
     chunk = -(-parameter.shape[0] // ways)
-    mine = min(max(parameter.shape[0] - rank * chunk, 0), chunk)
-    return mine * (parameter.numel() // max(parameter.shape[0], 1))
+    return parameter.detach()[rank * chunk : (rank + 1) * chunk]
 
 
 def simulated(model: MultimodalLM, batch: Batch) -> Live:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gc
 import socket
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
-from data.order.sampler import Sampler
 from model.batch import Batch
 from model.errors import ConfigError
 from trainer.distributed.parallelize import gradient_sync
@@ -23,6 +22,17 @@ from trainer.setup import PreparedRun
 GIB = 2**30
 
 
+class RankMemory(TypedDict):
+    """Memory of a rank after the rehearsal, in bytes (`Usage`), its machine, and the moments that are still to come."""
+
+    now: int
+    peak: int
+    free: int
+    total: int
+    host: str
+    optimizer: int
+
+
 def rehearse(setup: PreparedRun, first_step: int) -> str:
     """Run the heaviest micro-batch of the epoch; return a line on the memory of the rank with the least headroom. Collective.
 
@@ -31,23 +41,32 @@ def rehearse(setup: PreparedRun, first_step: int) -> str:
     Raises ConfigError, which names what would fit, when memory runs out or the optimizer's moments would not fit beside.
     """
     world, heaviest = setup.world, find_heaviest_batch(setup, first_step)
-    samples = read_batch_samples(setup.data.train, heaviest.ids, setup.batch_plan.is_packed)  # type: ignore[arg-type]
+    train, _ = setup.data.training()
+    samples = read_batch_samples(train, heaviest.ids, setup.batch_plan.is_packed)
     heavy = MemoryScenario(setup.config, setup.data.card, world.size, samples, heaviest.num_micro_batches)
     batch = heavy.batch()
     reset_peak(world.device)
     before = usage(world.device)
     if not _fits_in_memory(setup, batch, passes=min(heaviest.num_micro_batches, 2)):
         raise ConfigError(_out_of_memory_message(setup, heavy, before))
-    mine = {**vars(usage(world.device)), "host": socket.gethostname(), "optimizer": moments_to_come(setup)}
+    used = usage(world.device)
+    mine: RankMemory = {
+        "now": used.now,
+        "peak": used.peak,
+        "free": used.free,
+        "total": used.total,
+        "host": socket.gethostname(),
+        "optimizer": moments_to_come(setup),
+    }
     return _verdict(setup, heavy, world.gather_json(mine))  # collective
 
 
 def find_heaviest_batch(setup: PreparedRun, first_step: int) -> Heaviest:
     """Find the heaviest micro-batch of the epoch that `first_step` is in. The result is the same on every rank."""
-    config, train, plan = setup.config, setup.data.train, setup.batch_plan
-    sampler: Sampler = setup.data.sampler  # type: ignore[assignment]
-    media = media_memory(setup.model, train, config.parallel.activation_checkpointing != "none")  # type: ignore[arg-type]
-    costs = sample_costs(setup.model, config.model, train) if plan.is_packed else None  # type: ignore[arg-type]
+    config, plan = setup.config, setup.batch_plan
+    train, sampler = setup.data.training()
+    media = media_memory(setup.model, train, config.parallel.activation_checkpointing != "none")
+    costs = sample_costs(setup.model, config.model, train) if plan.is_packed else None
     return find_heaviest(sampler, plan, media, costs, first_step, setup.total_steps)
 
 
@@ -101,7 +120,7 @@ def _out_of_memory_message(setup: PreparedRun, heavy: MemoryScenario, before: Us
     )
 
 
-def _verdict(setup: PreparedRun, heavy: MemoryScenario, ranks: list[dict[str, Any]]) -> str:
+def _verdict(setup: PreparedRun, heavy: MemoryScenario, ranks: list[RankMemory]) -> str:
     """Return the line to print. Raises the same ConfigError on all ranks when one of them has negative headroom."""
     left = [_headroom(row, ranks, setup.world.device) for row in ranks]
     worst = min(range(len(ranks)), key=left.__getitem__)
@@ -122,7 +141,7 @@ def moments_to_come(setup: PreparedRun) -> int:
     return sum((p.to_local() if hasattr(p, "to_local") else p).numel() * 2 * MASTER for p in new)
 
 
-def _headroom(row: dict[str, Any], ranks: list[dict[str, Any]], device: torch.device) -> int:
+def _headroom(row: RankMemory, ranks: list[RankMemory], device: torch.device) -> int:
     """Return the free memory of a rank at the peak, with the moments allocated. Ranks of one machine share the CPU's memory."""
     sharing = [row] if device.type == "cuda" else [other for other in ranks if other["host"] == row["host"]]
     return int(row["free"] - sum(other["peak"] - other["now"] + other["optimizer"] for other in sharing))

@@ -95,7 +95,7 @@ def used_weights(module: nn.Module, experts_per_token: int) -> float:
 
 def _experts_of(model: MultimodalLM, part: str) -> int:
     """Return the experts that each position of `part` is routed to; without a mixture the number is unused."""
-    return int(getattr(model.llm.config, "num_experts_per_tok", 1) or 1) if part == "llm" else 1  # type: ignore[union-attr]
+    return int(getattr(model.llm.config, "num_experts_per_tok", 1) or 1) if part == "llm" else 1
 
 
 def _position_memory(model: MultimodalLM, part: str, recomputes: bool) -> float:
@@ -106,9 +106,7 @@ def _position_memory(model: MultimodalLM, part: str, recomputes: bool) -> float:
     ]
     if not _carries_gradient(model, part):
         return max(widths)
-    hidden: int = (
-        model.llm.get_input_embeddings().embedding_dim if part == "llm" else model.get_submodule(part).hidden_size  # type: ignore[operator, assignment, union-attr]
-    )
+    hidden = model.llm.get_input_embeddings().embedding_dim if part == "llm" else model.encoder(part).hidden_size
     return max(widths) + len(widths) * hidden if recomputes else sum(widths)
 
 

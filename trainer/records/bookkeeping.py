@@ -20,10 +20,9 @@ class Bookkeeping:
 
     def __init__(self, setup: PreparedRun, first_step: int) -> None:
         """Open the files of the stage. Raises `DataError` when too many records were bad before."""
-        if setup.data.sampler is None:
-            raise ValueError("nothing to train")
         place, fraction = setup.place, setup.config.data.max_bad_fraction
-        self.place, self.world, self.sampler, self.total_steps = place, setup.world, setup.data.sampler, setup.total_steps
+        self.place, self.world, self.total_steps = place, setup.world, setup.total_steps
+        _, self.sampler = setup.data.training()
         self.step_log = SampleLog(place.folder, self.sampler, first_step, setup.world, place.first_step)
         self.quarantine = Quarantine(place.run_folder, setup.data.num_records, fraction, place.name)
         self.num_steps = first_step  # steps whose bad records are written down

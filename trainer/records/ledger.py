@@ -6,14 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from data.order.sampler import Sampler
 from model.files.tensor_files import dump_json
 from trainer.machine.atomic_files import replace_text
-from trainer.records.quarantine import TRAIN, read_rows
+from trainer.records.quarantine import TRAIN, QuarantineRow, read_rows
 from trainer.runfile.stages import Stage
 
 NAME = "ledger.json"
@@ -34,7 +33,7 @@ class SourceLedger:
     quarantined: int  # also those that were trained on before they broke
 
 
-def count_records(sampler: Sampler, step: int, total_steps: int, rows: Sequence[dict[str, Any]]) -> list[SourceLedger]:
+def count_records(sampler: Sampler, step: int, total_steps: int, rows: Sequence[QuarantineRow]) -> list[SourceLedger]:
     """Count the records of each source after `step` of `total_steps` steps, from the plan and the `rows` of quarantine.jsonl.
 
     Training itself counts nothing, so the ledger depends neither on the ranks nor on where the run was stopped and resumed. Records

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, TypedDict, cast
 
 import torch
 
@@ -24,6 +24,20 @@ FIELDS = {"split": str, "sample_id": int, "step": int, "source": str, "reason": 
 """Fields and types that every row has; a row may have more."""
 FLOOR = 8
 """Number of bad records that are always tolerated, however small the dataset."""
+
+
+class QuarantineRow(TypedDict, total=False):
+    """A row of quarantine.jsonl: a rejected record, and the first step that met it. A run without stages has no `stage`."""
+
+    stage: str
+    split: str
+    step: int  # of the stage, from 0
+    sample_id: int
+    source: str
+    where: str
+    id: str
+    reason: str
+    too_long: bool
 
 
 def read_excluded(folder: Path, stage: str = "") -> frozenset[int]:
@@ -46,7 +60,7 @@ def drop_old_rows(folder: Path, finished: Collection[str] = ()) -> None:
         move(path, folder / f"previous-{NAME}")
 
 
-def check_rows(rows: Sequence[dict[str, Any]], datasets: Mapping[str, MultimodalDataset | None], path: Path) -> None:
+def check_rows(rows: Sequence[QuarantineRow], datasets: Mapping[str, MultimodalDataset | None], path: Path) -> None:
     """Raise `DataError` for a row of another run: its sample is not of the source that the row names."""
     for row in rows:
         dataset, i = datasets.get(row["split"]), row["sample_id"]
@@ -69,7 +83,7 @@ class Quarantine:
         self.num_bad: dict[str, Counter[str]] = {split: Counter() for split in num_records}  # by source
         self.num_too_long: Counter[str] = Counter()  # by split
         self.last: dict[tuple[str, bool], str] = {}  # reason, by split and whether it is the length
-        self.waiting: list[dict[str, Any]] = []
+        self.waiting: list[QuarantineRow] = []
         self._count(read_rows(folder, stage))
 
     def add(self, rejected: tuple[Rejected, ...], step: int, split: str = TRAIN) -> None:
@@ -77,7 +91,7 @@ class Quarantine:
 
         Each record is written once, with the first step that met it.
         """
-        rows = [{**self.stage, **asdict(item), "split": split, "step": step} for item in rejected]
+        rows = [cast(QuarantineRow, {**self.stage, **asdict(item), "split": split, "step": step}) for item in rejected]
         self.waiting += [row for row in rows if _key(row) not in self.known]
 
     def flush(self, world: World) -> None:
@@ -104,7 +118,7 @@ class Quarantine:
         epoch = step - step % steps_per_epoch
         return frozenset(i for i, met in self.steps.items() if not epoch <= met < step)
 
-    def _count(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _count(self, rows: list[QuarantineRow]) -> list[QuarantineRow]:
         """Count the `rows` that were not known before, and return them."""
         new = []
         for row in rows:
@@ -151,14 +165,14 @@ def _cut_torn(file: BinaryIO) -> None:
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def _key(row: dict[str, Any]) -> tuple[str, int]:
+def _key(row: QuarantineRow) -> tuple[str, int]:
     return row["split"], row["sample_id"]
 
 
-def read_rows(folder: Path, stage: str | None = "") -> list[dict[str, Any]]:
+def read_rows(folder: Path, stage: str | None = "") -> list[QuarantineRow]:
     """Read the rows of a stage, of a run without stages (""), or all rows (None). Raises `DataError` where the file is damaged."""
     rows, problems = read_lines(folder / NAME, FIELDS)
     if problems:
         more = f"; {len(problems) - 1} more lines are none either" if len(problems) > 1 else ""
         raise DataError(f"{problems[0]}{more}. Restore the file, or remove the line: its record is looked at again")
-    return [row for row in rows if stage is None or row.get("stage", "") == stage]
+    return [cast(QuarantineRow, row) for row in rows if stage is None or row.get("stage", "") == stage]

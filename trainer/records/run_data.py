@@ -17,12 +17,14 @@ from data.processor import Processor, make_processor
 from data.text.template import Template, load_template
 from data.text.tokenizer import load_tokenizer, pad_id
 from model.card import ModelCard, base_digests, make_card, media_specs, read_card
+from model.config import AudioProjectorConfig, VisionProjectorConfig
 from model.errors import ConfigError, DataError
 from model.files.tensor_files import sampled_digest
 from model.llm.causal_lm import check_positions
 from model.media_spec import placeholder_tokens
 from trainer.config import RunConfig
 from trainer.distributed.world import World
+from trainer.machine.run_folder import check_folder
 from trainer.records import freeze_lengths
 from trainer.records.feeding import UnfedError, check_fed, inherited_modalities, refused_records
 from trainer.records.quarantine import TRAIN, VALIDATION, read_excluded
@@ -55,6 +57,12 @@ class RunData:
     def pad_id(self) -> int:
         return self.card.pad_id
 
+    def training(self) -> tuple[MultimodalDataset, Sampler]:
+        """Return the training data and the order of its samples. Raises `ValueError` for a run without [[data.sources]]."""
+        if self.train is None or self.sampler is None:
+            raise ValueError("nothing to train")
+        return self.train, self.sampler
+
 
 def open_data(
     config: RunConfig,
@@ -72,6 +80,7 @@ def open_data(
     place = place or Stage(config, config)
     template, card = open_vocabulary(config, world)
     specs, data, folder = card.specs, config.data, Path(config.output_dir)
+    check_folder(folder)
     check_positions(card.hugging_face["llm"], data.max_length)
 
     def opened(sources: tuple[SourceConfig, ...], excluded: frozenset[int], report: Callable[[str], object]) -> MultimodalDataset:
@@ -160,11 +169,11 @@ def with_base_digests(data: RunData, world: World) -> RunData:
 
 def given_digests(card: ModelCard) -> dict[str, str]:
     """Return fingerprints of the files that are named beside the bases, so that a resumed run notices when one was replaced."""
-    parts = card.model.parts().items()
+    parts, projectors = card.model.parts().items(), VisionProjectorConfig | AudioProjectorConfig
     named = {
         "model.init_from": card.model.init_from,
         "lora.path": card.lora.path,
-        **{f"model.{name}.path": part.path for name, part in parts if name.endswith("_projector")},  # type: ignore[union-attr]
+        **{f"model.{name}.path": part.path for name, part in parts if isinstance(part, projectors)},
     }
     found = {}
     for key, path in named.items():

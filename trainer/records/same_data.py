@@ -7,13 +7,14 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from data.dataset import MultimodalDataset
 from data.fingerprint import changed_files, data_fingerprint
 from model.errors import ConfigError
 from model.files.tensor_files import dump_json
+from model.files.untrusted import Json
 from trainer.distributed.world import World
 from trainer.errors import SaveError
 from trainer.machine.atomic_files import replace_text
@@ -97,7 +98,7 @@ def _compare(place: Stage, data: RunData, step: int) -> list[str]:
     return [f"data.on_change = 'accept': from step {step} on the run goes on with other data, as {CHANGES} says:{listed}"]
 
 
-def _splits(data: RunData) -> dict[str, Any]:
+def _splits(data: RunData) -> dict[str, MultimodalDataset]:
     splits = {TRAIN: data.train, VALIDATION: data.validation}
     return {split: dataset for split, dataset in splits.items() if dataset is not None}
 
@@ -108,7 +109,7 @@ def _plan(data: RunData) -> str:
     return hashlib.sha256(b"".join(np.ascontiguousarray(array, dtype=np.int32).tobytes() for array in arrays)).hexdigest()
 
 
-def read_data_json(path: Path) -> dict[str, Any] | None:
+def read_data_json(path: Path) -> Json | None:
     """Read data.json; return None for a file that is missing or has another format."""
     try:
         found = json.loads(path.read_bytes())

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 from data.config import DataConfig
 from model.config import OUR_ATTENTION, LoraConfig
 from trainer.config import BatchConfig, RunConfig, ValidationConfig
-from trainer.runfile.part_checks import anyres_problems, vision_problems
-from trainer.runfile.quantize_checks import quantize_problems
-from trainer.runfile.term_checks import term_problems
+from trainer.runfile.part_checks import anyres_problems, quantize_problems, term_problems, vision_problems
 
 
 def problems_of(config: RunConfig) -> list[str]:
@@ -49,7 +46,7 @@ def _values(config: RunConfig) -> Iterator[str]:
     for name, value in positive.items():
         if not value > 0 or not math.isfinite(value):
             yield f"{name} = {value} is not positive"
-    not_negative: dict[str, Any] = {
+    not_negative: dict[str, float] = {
         "seed": config.seed,
         "batch.micro_batch_tokens": config.batch.micro_batch_tokens,
         "optim.projector_lr": config.optim.projector_lr,

@@ -5,16 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
 
 from data.records.fields import MAX_NAME
 from model.config import PartConfig
-from model.files.untrusted import shown
+from model.files.untrusted import Json, shown
 from model.weights.compatibility import LORA_SHAPE
 from trainer.config import RunConfig, StageConfig
 from trainer.runfile.checks import idle_settings, problems_of
 from trainer.runfile.merge_tables import difference, has_key, merge, value_of, without_key
-from trainer.runfile.planned import PLANNED
 from trainer.runfile.schema import SchemaReader, to_tables
 
 NAME = re.compile(r"[a-z0-9_-]+")
@@ -29,13 +27,13 @@ class Draft:
     """A stage while its table is read and checked."""
 
     name: str
-    own: dict[str, Any]  # the settings of its own table
+    own: Json  # the settings of its own table
     config: RunConfig | None = None
     problems: list[str] = field(default_factory=list)
     idle: dict[str, str] = field(default_factory=dict)  # inherited settings without effect in this stage: key and reason
 
 
-def read_curriculum(tables: dict[str, Any], filled: Callable[[RunConfig], RunConfig]) -> tuple[RunConfig | None, list[str]]:
+def read_curriculum(tables: Json, filled: Callable[[RunConfig], RunConfig]) -> tuple[RunConfig | None, list[str]]:
     """Return the run of a file that has `[[stage]]` tables, or None and every problem of every stage, each with the stage in front.
 
     `filled` fills in the defaults of paired settings.
@@ -47,14 +45,15 @@ def read_curriculum(tables: dict[str, Any], filled: Callable[[RunConfig], RunCon
         _read(draft, base, earlier, filled)
         earlier.append(draft)
     problems += _all_problems(drafts)
-    if problems or any(draft.config is None for draft in drafts):
+    configs = [draft.config for draft in drafts if draft.config is not None]
+    if problems or len(configs) < len(drafts):
         return None, problems
-    configs = [to_tables(draft.config) for draft in drafts]
-    stages = tuple(StageConfig(draft.name, difference(configs[0], config)) for draft, config in zip(drafts, configs))
-    return replace(drafts[0].config, stage=stages), []  # type: ignore[type-var]
+    whole = [to_tables(config) for config in configs]
+    stages = tuple(StageConfig(draft.name, difference(whole[0], own)) for draft, own in zip(drafts, whole))
+    return replace(configs[0], stage=stages), []
 
 
-def _drafts(stages: Any) -> tuple[list[Draft], list[str]]:
+def _drafts(stages: object) -> tuple[list[Draft], list[str]]:
     """Return the stages with usable names, and one line per problem of the other stages."""
     if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
         return [], [f"stage = {shown(stages)} is not a list of tables: write [[stage]], with a name"]
@@ -75,7 +74,7 @@ def _drafts(stages: Any) -> tuple[list[Draft], list[str]]:
     return drafts, problems
 
 
-def _read(draft: Draft, base: dict[str, Any], earlier: list[Draft], filled: Callable[[RunConfig], RunConfig]) -> None:
+def _read(draft: Draft, base: Json, earlier: list[Draft], filled: Callable[[RunConfig], RunConfig]) -> None:
     """Fill in the configuration and the problems of `draft`, given the settings above all stages and the stages before it."""
     for key in RUN_WIDE:
         if has_key(draft.own, key):
@@ -95,7 +94,7 @@ def _read(draft: Draft, base: dict[str, Any], earlier: list[Draft], filled: Call
     ):
         tables = without_key(tables, "model.llm.new_tokens")  # an earlier stage has added and trained them
     while True:
-        reader = SchemaReader(PLANNED)
+        reader = SchemaReader()
         config = reader.table(RunConfig, tables, "")
         if config is None:
             draft.problems += reader.problems

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from model.files.untrusted import Json
 
 PAIRS = (("train", "epochs", "max_steps"), ("optim", "warmup_ratio", "warmup_steps"))
 """Settings that exclude each other: a stage that names one of a pair replaces the other one."""
 
 
-def stage_tables(tables: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def stage_tables(tables: Json) -> dict[str, Json]:
     """Return the complete tables of every stage of a resolved run, by name; a run without stages is there under the name ""."""
     base = {key: value for key, value in tables.items() if key != "stage"}
     stages = tables.get("stage") or [{"name": ""}]
     return {stage["name"]: merge(base, {k: v for k, v in stage.items() if k != "name"}) for stage in stages}
 
 
-def merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+def merge(base: Json, own: Json) -> Json:
     """Merge `own` into `base`: tables are merged, arrays and values are replaced.
 
     Of two settings that exclude each other, the one of `own` holds.
@@ -24,7 +24,7 @@ def merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return _merged(base, own)
 
 
-def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+def _merged(base: Json, own: Json) -> Json:
     found = dict(base)
     for key, value in own.items():
         both = isinstance(value, dict) and isinstance(found.get(key), dict)
@@ -32,7 +32,7 @@ def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _without_rivals(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+def _without_rivals(base: Json, own: Json) -> Json:
     for section, one, other in PAIRS:
         for named, rival in ((one, other), (other, one)):
             if has_key(own, f"{section}.{named}"):
@@ -40,7 +40,7 @@ def _without_rivals(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]
     return base
 
 
-def has_key(tables: Any, key: str) -> bool:
+def has_key(tables: object, key: str) -> bool:
     """Tell whether the tables hold the dotted `key`."""
     for word in key.split("."):
         if not isinstance(tables, dict) or word not in tables:
@@ -49,7 +49,7 @@ def has_key(tables: Any, key: str) -> bool:
     return True
 
 
-def without_key(tables: dict[str, Any], key: str) -> dict[str, Any]:
+def without_key(tables: Json, key: str) -> Json:
     """Return the tables without the dotted `key`."""
     if not has_key(tables, key):
         return tables
@@ -58,7 +58,7 @@ def without_key(tables: dict[str, Any], key: str) -> dict[str, Any]:
     return {**kept, word: without_key(tables[word], rest)} if rest else kept
 
 
-def difference(base: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+def difference(base: Json, other: Json) -> Json:
     """Return the tables that have to be merged into `base` to get `other`."""
     found = {}
     for key, value in other.items():
@@ -72,7 +72,7 @@ def difference(base: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def value_of(tables: Any, key: str) -> Any:
+def value_of(tables: object, key: str) -> object:
     """Return the value at the dotted `key`; None where there is none."""
     for word in key.split("."):
         tables = tables.get(word) if isinstance(tables, dict) else None

@@ -1,13 +1,18 @@
-"""Checks of `[model.vision]` and its projector without their files: what depends on a folder is found when its JSON is read."""
+"""Checks of parts, loss terms and [quantize] without any file: what depends on a folder is found when its JSON is read."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from data.config import DataConfig
-from model.config import ModelConfig
+from model.config import ModelConfig, QuantizeConfig, StateHeadConfig
 from model.projector import is_pointwise
 from model.vision.projector import GRID_KINDS, RESAMPLER, VISION_KINDS
+
+LEARNS_BESIDE = ("frozen", "lora", "new_tokens")
+"""Values of model.llm.tune under which no quantised matrix learns."""
 
 
 def vision_problems(model: ModelConfig) -> Iterator[str]:
@@ -49,3 +54,44 @@ def anyres_problems(data: DataConfig, model: ModelConfig) -> Iterator[str]:
         yield f"{why}: set model.vision.select = 'patch'"
     if projector.kind == RESAMPLER:
         yield f"{why}, and model.vision_projector.kind = {RESAMPLER!r} leaves none: use another kind"
+
+
+def term_problems(config: ModelConfig) -> Iterator[str]:
+    """Yield the problems of model.llm.router_loss and [model.state_head], one line each."""
+    if not 0 <= config.llm.router_loss < math.inf:
+        yield f"model.llm.router_loss = {config.llm.router_loss} is negative or not finite; 0 means none, 0.001 to 0.02 are usual"
+    if config.state_head is not None:
+        yield from _state_head(config.state_head)
+        if config.audio is None:
+            yield "[model.state_head] has no effect without [model.audio]: it reads the end of every clip"
+        if config.state_head.tune == "frozen" and not config.init_from:
+            yield "model.state_head.tune = 'frozen' without weights: name model.init_from"
+
+
+def _state_head(head: StateHeadConfig) -> Iterator[str]:
+    weights = list(head.class_weights)
+    if head.classes < 2:
+        yield f"model.state_head.classes = {head.classes} is nothing to choose from: give at least 2"
+    if weights and len(weights) != head.classes:
+        yield f"model.state_head.class_weights = {weights} are not one for each of {head.classes} classes"
+    if not all(0 < weight < math.inf for weight in weights):
+        yield f"model.state_head.class_weights = {weights} are not all positive"
+    if not 0 < head.loss_weight < math.inf:
+        yield f"model.state_head.loss_weight = {head.loss_weight} is not positive; without its loss, leave [model.state_head] out"
+
+
+def quantize_problems(config: QuantizeConfig, model: ModelConfig) -> Iterator[str]:
+    """Yield what cannot be stored in few bits, and the settings without effect for the number of bits, one line each."""
+    if config.bits != 4:
+        for key in ("type", "double"):
+            if (value := getattr(config, key)) != getattr(QuantizeConfig(), key):
+                yield f"quantize.{key} = {value!r} has no effect with quantize.bits = {config.bits}: it is a setting of 4 bits"
+    if config.bits == 16:
+        return
+    if model.llm.tune not in LEARNS_BESIDE:
+        yield (
+            f"quantize.bits = {config.bits} with model.llm.tune = {model.llm.tune!r}: a matrix stored in {config.bits} bits cannot "
+            f"learn; use model.llm.tune = {' or '.join(map(repr, LEARNS_BESIDE))}, or quantize.bits = 16"
+        )
+    if find_spec("bitsandbytes") is None:
+        yield f"quantize.bits = {config.bits} needs bitsandbytes, which is not installed: pip install -e '.[quantize]'"

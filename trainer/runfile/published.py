@@ -27,6 +27,8 @@ def resolve_published(tables: dict[str, Any]) -> tuple[dict[str, Any], list[str]
     problems = []
     tables = without_key(tables, KEY)
     for key, given in settings.items():
+        if given.when and value_of(tables, given.when[0]) != given.when[1]:
+            continue
         if not has_key(tables, key):
             tables = merge(tables, _table(key, given.value))
         elif not given.allows(written := value_of(tables, key)):

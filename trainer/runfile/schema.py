@@ -7,15 +7,33 @@ import difflib
 import types
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from model.files.untrusted import SHOWN, shown
+from model.files.untrusted import SHOWN, Json, shown
 from trainer.runfile.toml_files import TOML_INTEGERS
+
+PLANNED_KEYS = (
+    "parallel.compile",
+    "parallel.cpu_offload",
+    "log.tensorboard",
+    "log.wandb",
+    "log.project",
+    "log.run_name",
+)
+PLANNED_VALUES = (
+    "model.dtype = 'float16'",
+    "optim.schedule = 'wsd'",
+    "parallel.activation_checkpointing = 'selective'",
+)
+PLANNED = {
+    **dict.fromkeys(PLANNED_KEYS, "is planned and not built yet: remove it"),
+    **dict.fromkeys(PLANNED_VALUES, "is planned and not built yet: use another value"),
+}
+"""Settings that the contract names and that are not built yet: a run file that uses one is refused with a reason, never ignored."""
 
 
 class SchemaReader:
-    """Converter of tables to dataclasses that collects all problems. `planned` explains keys and values that are not built yet."""
+    """Converter of tables to dataclasses that collects all problems."""
 
-    def __init__(self, planned: dict[str, str]) -> None:
-        self.planned = planned
+    def __init__(self) -> None:
         self.problems: list[str] = []
 
     def table(self, cls: Any, value: Any, path: str) -> Any:
@@ -38,8 +56,8 @@ class SchemaReader:
 
     def value(self, hint: Any, value: Any, path: str) -> Any:
         """Return `value` as type `hint`; None, and a problem added to `problems`, when the value has another type."""
-        if f"{path} = {value!r}" in self.planned:
-            self.problems.append(f"{path} = {value!r} {self.planned[f'{path} = {value!r}']}")
+        if f"{path} = {value!r}" in PLANNED:
+            self.problems.append(f"{path} = {value!r} {PLANNED[f'{path} = {value!r}']}")
             return None
         if dataclasses.is_dataclass(hint):
             return self.table(hint, value, path)
@@ -89,11 +107,12 @@ class SchemaReader:
 
     def _unknown(self, name: str, key: str, known: list[str]) -> str:
         plain = ".".join(word for word in name.split(".") if not word.isdigit())
-        if plain in self.planned:
-            return f"{name} {self.planned[plain]}"
+        if plain in PLANNED:
+            return f"{name} {PLANNED[plain]}"
         near = difflib.get_close_matches(key[:SHOWN], known, 1, 0.5)
+        table = name.removesuffix(key)
         name = name if len(name) <= SHOWN else f"{name[:SHOWN]}..."
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        hint = f"did you mean {table + near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"{name} is not a setting; {hint}"
 
 
@@ -111,7 +130,7 @@ def _nearest(value: Any, hint: Any) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def to_tables(config: Any) -> dict[str, Any]:
+def to_tables(config: Any) -> Json:
     """Return a dataclass as plain tables; None, which TOML does not have, is left out."""
 
     def plain(value: Any) -> Any:
@@ -127,7 +146,7 @@ def to_tables(config: Any) -> dict[str, Any]:
     return plain(config)
 
 
-def flatten_tables(tables: Any, path: str = "") -> dict[str, Any]:
+def flatten_tables(tables: Any, path: str = "") -> Json:
     """Return nested tables as one level of dotted keys."""
     if (isinstance(tables, dict) and tables) or (isinstance(tables, list) and any(isinstance(item, dict) for item in tables)):
         items = tables.items() if isinstance(tables, dict) else enumerate(tables)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from data.index.record_index import source_files
 from model.card import media_specs
@@ -12,6 +13,7 @@ from model.errors import ConfigError
 from trainer.config import RunConfig
 from trainer.runfile.merge_tables import stage_tables
 from trainer.runfile.schema import SchemaReader, to_tables
+from trainer.state import CheckpointState
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def list_stages(root: RunConfig) -> list[Stage]:
         return [Stage(root, root)]
     found: list[Stage] = []
     for number, (name, tables) in enumerate(stage_tables(to_tables(root)).items(), 1):
-        config: RunConfig = SchemaReader({}).table(RunConfig, tables, "")
+        config: RunConfig = SchemaReader().table(RunConfig, tables, "")
         if found:
             config = replace(config, model=replace(config.model, init_from=str(found[-1].folder / "final")))
         found.append(Stage(root, config, name, number, len(root.stage)))
@@ -94,7 +96,7 @@ def describe_stages(places: list[Stage]) -> list[str]:
     return lines
 
 
-def stage_of_checkpoint(places: list[Stage], state: dict[str, Any]) -> Stage:
+def stage_of_checkpoint(places: list[Stage], state: CheckpointState) -> Stage:
     """Return the stage that a checkpoint with this `state` was written in. Raises `ConfigError` when the run has no such stage."""
     name = state.get("stage", "")
     for place in places:
@@ -114,10 +116,11 @@ def check_stages(places: list[Stage]) -> None:
     problems = []
     for place in places if len(places) > 1 else ():
         data = place.config.data
-        checks = [lambda source=source: source_files(source) for source in (*data.sources, *data.validation)]
-        for check in (lambda place=place: media_specs(place.config.model), *checks):
+        checks: list[Callable[[], object]] = [partial(media_specs, place.config.model)]
+        checks += [partial(source_files, source) for source in (*data.sources, *data.validation)]
+        for check in checks:
             try:
-                check()  # type: ignore[operator]
+                check()
             except ConfigError as error:
                 problems.append(f"\n  - stage {place.name}: {error}")
     if problems:

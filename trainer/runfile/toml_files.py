@@ -7,11 +7,12 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from model.errors import ConfigError
-from model.files.untrusted import is_deeper, shown
+from model.files.untrusted import Json, is_deeper, shown
 
+RECIPE = "recipe:"
+"""Start of a --cfg that names a shipped run file instead of a path."""
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 32
 """Largest depth of nested tables and arrays; settings are five deep."""
@@ -24,9 +25,12 @@ DASHED = re.compile(r"--(output_dir=|seed=|[a-z_]+\.)")
 BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
-def read_toml(path: str) -> dict[str, Any]:
-    """Read the tables of a TOML file. Raises `ConfigError` when the file is missing, too large, malformed or nested too deep."""
-    file = Path(path)
+def read_toml(path: str) -> Json:
+    """Read the tables of a TOML file, or of the recipe that `recipe:NAME` names.
+
+    Raises `ConfigError` when the file is missing, too large, malformed or nested too deep.
+    """
+    file = recipe_file(path.removeprefix(RECIPE)) if path.startswith(RECIPE) else Path(path)
     if not file.is_file():
         raise ConfigError(f"--cfg {path}: no such file")
     if file.stat().st_size > MAX_BYTES:
@@ -41,13 +45,23 @@ def read_toml(path: str) -> dict[str, Any]:
     return tables
 
 
-def check_depth(value: Any, where: str) -> None:
+def recipe_file(name: str) -> Path:
+    """Return the run file that is shipped as `name`. Raises `ConfigError` when there is none."""
+    trainer = Path(__file__).parents[1]
+    # Inside the package where it was installed from a wheel, beside it in a source tree.
+    known = {file.stem: file for folder in (trainer / "recipes", trainer.parent / "recipes") for file in folder.glob("*.toml")}
+    if name not in known:
+        raise ConfigError(f"--cfg {RECIPE}{shown(name)}: no such recipe; there are {', '.join(sorted(known)) or 'none'}")
+    return known[name]
+
+
+def check_depth(value: object, where: str) -> None:
     """Raise `ConfigError` when tables and arrays are nested deeper than MAX_DEPTH: the code that reads them recurses."""
     if is_deeper(value, MAX_DEPTH):
         raise ConfigError(f"{where}: nested deeper than {MAX_DEPTH}")
 
 
-def apply_override(tables: dict[str, Any], text: str) -> None:
+def apply_override(tables: Json, text: str) -> None:
     """Put `section.key=value` into `tables`. The value is TOML; text that is no TOML is taken as a string.
 
     Raises `ConfigError` when the override is malformed, too long or too deep, or names no key of a table.
@@ -62,13 +76,13 @@ def apply_override(tables: dict[str, Any], text: str) -> None:
     *path, last = key.strip().split(".")
     if len(path) >= MAX_DEPTH:
         raise ConfigError(f"{shown(text)}: nested deeper than {MAX_DEPTH}")
-    here: Any = tables
+    here: object = tables
     for word in path:
         if isinstance(here, list):
             if not (word.isascii() and word.isdigit() and len(word) < 10) or int(word) >= len(here):
                 raise ConfigError(f"{shown(text)}: {shown(word)} is no index of a list of {len(here)}")
             here = here[int(word)]
-        elif isinstance(here.setdefault(word, {}), dict | list):
+        elif isinstance(here, dict) and isinstance(here.setdefault(word, {}), dict | list):
             here = here[word]
         else:
             raise ConfigError(f"{shown(text)}: {shown(word)} is a value, not a table")
@@ -86,7 +100,7 @@ def without_dashes(words: list[str] | None) -> list[str]:
     return [word[2:] if DASHED.match(word) else word for word in (sys.argv[1:] if words is None else words)]
 
 
-def _override_value(text: str) -> Any:
+def _override_value(text: str) -> object:
     try:
         tables = tomllib.loads(f"value = {text}")
     except RecursionError as error:
@@ -97,14 +111,14 @@ def _override_value(text: str) -> Any:
     return tables["value"] if tables.keys() == {"value"} else text
 
 
-def to_toml(tables: dict[str, Any]) -> str:
+def to_toml(tables: Json) -> str:
     """Return TOML text that reads back as `tables`."""
     lines: list[str] = []
     _write(tables, "", lines.append)
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
-def _write(table: dict[str, Any], path: str, line: Callable[[str], None]) -> None:
+def _write(table: Json, path: str, line: Callable[[str], None]) -> None:
     nested = {k: v for k, v in table.items() if isinstance(v, dict)}
     arrays = {k: v for k, v in table.items() if isinstance(v, list) and v and all(isinstance(i, dict) for i in v)}
     for key, value in table.items():
@@ -123,7 +137,7 @@ def _key(key: str) -> str:
     return key if BARE.fullmatch(key) else _literal(key)
 
 
-def _literal(value: Any) -> str:
+def _literal(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):

@@ -1,0 +1,43 @@
+"""Types of the state file of a checkpoint: all that it holds beside tensors."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from model.files.untrusted import Json
+
+
+class HealthState(TypedDict, total=False):
+    """State of the loss monitor (trainer.health.loss_monitor)."""
+
+    in_a_row: int  # skipped updates at the end
+    losses: list[float]
+    num_updates: int
+
+
+class MeterTotals(TypedDict):
+    """Sums since the last logged line, over all ranks (trainer.metrics.Meter)."""
+
+    sums: list[list[float]]  # (3, sources)
+    ratios: dict[str, list[float]]  # sum and count by name
+    wait: float
+    skipped: int
+    seconds: float
+
+
+class MeterState(MeterTotals, total=False):
+    """The sums, and the state of the loss monitor beside them."""
+
+    health: HealthState
+
+
+class CheckpointState(TypedDict, total=False):
+    """The whole state file. `load_state` has proven the keys that every checkpoint has: config, lengths, meter, steps."""
+
+    config: Json  # tables of the run file
+    lengths: str  # fingerprint of the data
+    meter: MeterState
+    stage: str  # absent in a run without stages
+    first_step: int  # of that stage
+    step: int
+    optimizer_steps: dict[str, float]
