@@ -118,6 +118,7 @@ class Processor:
         described = {
             "name": template.name,
             "jinja": template.source,
+            "system": template.system,
             "placeholders": template.placeholders,
             "media_wrap": list(template.media_wrap),
             "allowed": list(template.allowed),
@@ -149,7 +150,8 @@ def load_processor(folder: str | Path) -> Processor:
     try:
         described, specs = stored["template"], {m: spec_from_json(spec) for m, spec in stored["specs"].items()}
         placeholders, media_wrap = described["placeholders"], tuple(described["media_wrap"])
-        config = DataConfig(described["name"], placeholders=placeholders, media_wrap=media_wrap)
+        system = described.get("system", "")  # runs of earlier versions have none
+        config = DataConfig(described["name"], system=system, placeholders=placeholders, media_wrap=media_wrap)
         config = replace(config, **{key: stored[key] for key in _CONFIG_KEYS})
         config = replace(config, image_grid=tuple(tuple(s) if isinstance(s, list) else s for s in stored["image_grid"]))
         expected, jinja, allowed = stored["fingerprint"], described["jinja"], described["allowed"]
@@ -165,6 +167,7 @@ def load_processor(folder: str | Path) -> Processor:
         media_wrap=media_wrap,
         allowed=allowed,
         state_tokens=config.state_tokens,
+        system=system,
         tokens=placeholder_tokens(specs),
     )
     # What is stored has its date frozen already; loading may freeze it once more, which changes the text but not what it renders.

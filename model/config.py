@@ -16,6 +16,7 @@ class LlmConfig:
     path: str
     tune: Literal["frozen", "lora", "full", "new_tokens"] = "lora"
     new_tokens: tuple[str, ...] = ()
+    adapter: str = ""  # a LoRA adapter that is merged into the weights when they are read; lora.path is one that goes on
     dequantize: bool = False  # read an FP8 folder as its matrices times their scales, as transformers with dequantize=True
     router_loss: float = 0.0  # coefficient of the load-balancing loss of a mixture of experts
     lr: float = 0.0  # 0 = optim.lr
@@ -37,7 +38,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class VisionProjectorConfig:
-    kind: str = "mlp2x_gelu"  # linear | mlpNx_gelu | identity | pixel_shuffle_mlp | pool_mlp | conv_mlp | vita_mlp | resampler
+    kind: str = "mlp2x_gelu"  # linear | mlpNx_gelu | identity | pixel_shuffle(_v1)_mlp | pool_mlp | conv_mlp | vita_mlp | resampler
     tune: Literal["frozen", "full"] = "full"
     path: str = ""
     queries: int = 0  # resampler: tokens of each view; 0 = 64
@@ -73,6 +74,7 @@ class StateHeadConfig:
     class_weights: tuple[float, ...] = ()  # one per class; () = all 1
     loss_weight: float = 1.0
     tune: Literal["frozen", "full"] = "full"
+    path: str = ""
     lr: float = 0.0
 
 

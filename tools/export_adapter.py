@@ -13,10 +13,9 @@ from pathlib import Path
 if __name__ == "__main__":  # started as a file, its own folder is on the path and not the checkout
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data.records.fields import bound_message
 from model.card import read_card
 from model.errors import ConfigError
-from tools.cli import printable_lines
+from tools.cli import run_command
 from tools.exports.hf_folder import to_hf
 from tools.exports.llava_folder import to_llava
 from tools.exports.llm_folder import to_llm
@@ -27,7 +26,6 @@ from tools.exports.part_files import to_safetensors
 from tools.exports.peft_folder import to_peft
 from tools.exports.task import Exported, Task
 from tools.exports.vita_folder import to_vita
-from trainer.errors import code_of
 
 TARGETS: dict[str, Callable[[Task], Exported]] = {
     "safetensors": to_safetensors,
@@ -66,14 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="peft: the adapter of the language model inside a whole folder for transformers, written to OUT/base without it",
     )  # fmt: skip
     given = parser.parse_args(arguments)
-    try:
-        export(given.source, given.out, given.target, given.inside)
-    except Exception as error:
-        if (code := code_of(error)) == 1:
-            raise
-        print(f"export_adapter: {printable_lines(bound_message(str(error)))}", file=sys.stderr)
-        return code
-    return 0
+    return run_command("export_adapter", lambda: export(given.source, given.out, given.target, given.inside))
 
 
 if __name__ == "__main__":

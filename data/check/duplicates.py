@@ -59,10 +59,9 @@ def find_duplicates(train: Sequence[Found], validation: Sequence[Found], *, near
     data = _data([*train, *validation], sum(len(found["texts"]) for found in train))
     exact = fold_media_keys(data.texts, data.owners, data.contents)
     matches = _repeated(data, exact, "")
-    shared = _shared(data, data.contents, data.contents != 0)
-    matches += [Match("shared_medium", *pair) for pair in shared]
+    matches += [Match("shared_medium", *pair) for pair in _shared(data, data.contents, data.contents != 0)]
     if near:
-        matches += _near(data, exact, {record for record, _ in shared})
+        matches += _near(data, exact)
     return sorted(matches, key=lambda match: (match.record, match.kind))
 
 
@@ -143,33 +142,18 @@ def _shared(data: _Data, keys: np.ndarray, known: np.ndarray) -> list[tuple[int,
     return sorted(zip(one.tolist(), other.tolist()))
 
 
-def _near(data: _Data, exact: np.ndarray, shared: set[int]) -> list[Match]:
-    """Find records and shared media that are alike and not equal."""
+def _near(data: _Data, exact: np.ndarray) -> list[Match]:
+    """Find records and shared media that are alike and not equal. Pictures are alike if a chain of close hashes connects them."""
     known = data.pictures != 0
     hashes, inverse = np.unique(data.pictures[known], return_inverse=True)
-    pairs = close_pairs(hashes)
     looks = data.contents.copy()  # media that are no picture, or a blank one, are only like equal media
-    looks[known] = _components(len(hashes), pairs).astype(np.uint64)[inverse]
-    owners = data.owners[known]
-    held_out = owners >= data.num_train
-    tested = _first_owner(len(hashes), inverse[held_out], owners[held_out])
-    trained = _first_owner(len(hashes), inverse[~held_out], owners[~held_out])
-    same = np.repeat(np.arange(len(hashes))[:, None], 2, axis=1)
-    both = np.concatenate([pairs, pairs[:, ::-1], same])
-    both = both[(tested[both[:, 0]] >= 0) & (trained[both[:, 1]] >= 0)]
-    alike = dict(zip(tested[both[:, 0]].tolist(), trained[both[:, 1]].tolist()))
+    looks[known] = _components(len(hashes), close_pairs(hashes)).astype(np.uint64)[inverse]
+    held_out = data.owners >= data.num_train
+    equal = held_out & np.isin(data.contents, data.contents[~held_out])
     return [
         *_repeated(data, fold_media_keys(data.words, data.owners, looks), "near_", exact),
-        *(Match("near_shared_medium", one, other) for one, other in alike.items() if one not in shared),
+        *(Match("near_shared_medium", *pair) for pair in _shared(data, looks, known & ~equal)),
     ]
-
-
-def _first_owner(num_hashes: int, inverse: np.ndarray, owners: np.ndarray) -> np.ndarray:
-    """Return the first record with each hash, (H,); -1 for none."""
-    first = np.full(num_hashes, -1, dtype=np.int64)
-    present, at = np.unique(inverse, return_index=True)  # owners ascend
-    first[present] = owners[at]
-    return first
 
 
 def _components(count: int, pairs: np.ndarray) -> np.ndarray:

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data.index.json_scan import Advance, Plans, plan_values
+from data.index.json_scan import Advance
 from data.index.media_column import as_list, content_of, is_unnamed, names_of, present_media
 from data.index.reader import RowError, decode_json
 from data.index.source_files import Shards
 from data.index.table import KINDS, Table
+from data.index.token_estimate import Plan, plan_columns, plan_record
 from data.media.blob import Blob, MediaError
 from data.records.media_refs import MediaRef
 from model.errors import ConfigError, DataError
@@ -105,7 +107,8 @@ def scan_parquet(path: Path, advance: Advance) -> Table:
     opened = _open(str(path))
     if not set(_TURN_COLUMNS) & set(opened.schema_arrow.names):
         raise DataError(f"{path}: has no column {' or '.join(_TURN_COLUMNS)}; its columns: {', '.join(opened.schema_arrow.names)}")
-    plans, sizes = [], []
+    plans: list[Plan] = []
+    sizes = []
     for group in range(opened.num_row_groups):
         try:
             rows = _group(opened, group, _columns_without_bytes(opened))
@@ -113,17 +116,18 @@ def scan_parquet(path: Path, advance: Advance) -> Table:
             raise DataError(f"{path}: row group {group} cannot be read: {error}") from None
         sizes.append(rows.num_rows)  # the rows that were read, not the number that the file declares
         for first in range(0, rows.num_rows, _ROWS_AT_ONCE):
-            plans.append(_plans(rows.slice(first, _ROWS_AT_ONCE)))
+            plans.extend(_plans(rows.slice(first, _ROWS_AT_ONCE)))
             advance(0)  # a group may take minutes
         advance(opened.metadata.row_group(group).total_byte_size)
     if not plans:
         raise DataError(f"{path}: holds no record")
+    text_tokens, media = plan_columns(plans)
     return Table(
         start=np.repeat(np.arange(len(sizes)), sizes),
         stop=np.concatenate([np.arange(size) for size in sizes]),
         line=np.arange(1, sum(sizes) + 1),
-        text_tokens=np.concatenate([plan.text_tokens for plan in plans]),
-        media=np.concatenate([plan.media for plan in plans]),
+        text_tokens=text_tokens,
+        media=media,
     )
 
 
@@ -149,15 +153,13 @@ def _all_values(rows: ArrowTable) -> list[Json]:
         return found
 
 
-def _plans(rows: ArrowTable) -> Plans:
-    lines = []
+def _plans(rows: ArrowTable) -> Iterator[Plan]:
     for row in _all_values(rows):
         try:
             text = json.dumps(_record(row), ensure_ascii=False, default=str)
         except RowError:  # found and named when the record is read
             text = json.dumps(row, ensure_ascii=False, default=str)
-        lines.append(text.encode("utf-8", "surrogatepass"))
-    return plan_values(lines)
+        yield plan_record(text.encode("utf-8", "surrogatepass"))
 
 
 def _open(path: str) -> ParquetFile:

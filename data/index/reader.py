@@ -9,10 +9,14 @@ from typing import Any, Protocol
 
 from data.index.source_files import Shards
 from data.index.table import Table
-from data.limits import MAX_RECORD_BRACKETS, MAX_RECORD_BYTES
 from data.media.blob import Blob
 from data.records.media_refs import MediaRef
 from model.files.untrusted import open_regular, parse_json
+
+MAX_RECORD_BYTES = 1 << 24
+"""Bytes of one record's JSON. Media stand in files of their own; a text of this size is longer than any context that is trained."""
+MAX_RECORD_BRACKETS = 1 << 20
+"""Brackets of one record's JSON: objects and lists take twenty times their bytes in memory."""
 
 
 class RowError(Exception):

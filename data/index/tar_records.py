@@ -9,18 +9,17 @@ be adjacent, and other members of the archive are ignored.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.index.json_scan import WINDOW, Advance, plan_values
+from data.index.json_scan import Advance
 from data.index.reader import RowError, decode_json, read
 from data.index.source_files import Shards
 from data.index.table import KINDS, Table
-from data.index.tar_headers import Member, members
-from data.limits import MAX_RECORD_BYTES
+from data.index.tar_headers import ArchiveMap, Member, members
+from data.index.token_estimate import plan_columns, plan_range
 from data.media.blob import Blob, MediaError
 from data.records.media_refs import MediaRef
 from model.errors import DataError
@@ -75,7 +74,7 @@ def scan_tar(path: Path, advance: Advance) -> Table:
     with path.open("rb") as file:
         if path.stat().st_size == 0:
             raise DataError(f"{path}: is empty; expected at least one record")
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        data = ArchiveMap(file.fileno(), 0, access=mmap.ACCESS_READ)
     seen = 0
     for member in members(data, str(path)):
         if not _base(member.name).startswith("."):
@@ -92,42 +91,19 @@ def _table(data: mmap.mmap, records: list[list[Member]]) -> Table:
     texts = [next((m for m in group if _extension(m.name) == _RECORD), Member("", 0, 0)) for group in records]
     inside = [member for group in records for member in group]
     names = [member.name.encode("utf-8", "surrogateescape") for member in inside]
-    plans = list(_plans(data, texts))
-    media = np.concatenate([plan[1] for plan in plans])
+    text_tokens, media = plan_columns([plan_range(data, member.start, member.start + member.size) for member in texts])
     unnamed = np.minimum([_counts(group) for group in records], np.iinfo(np.int16).max).astype(np.int16)
     return Table(
         start=np.array([member.start for member in texts], dtype=np.int64),
         stop=np.array([member.start + member.size for member in texts], dtype=np.int64),
         line=np.zeros(len(records), dtype=np.int64),
-        text_tokens=np.concatenate([plan[0] for plan in plans]),
+        text_tokens=text_tokens,
         media=np.where(media.any(axis=1, keepdims=True), media, unnamed),
         member_stops=np.cumsum([len(group) for group in records]),
         members=np.array([(member.start, member.size) for member in inside], dtype=np.int64),
         name_stops=np.cumsum([len(name) for name in names]),
         names=np.frombuffer(b"".join(names), dtype=np.uint8),
     )
-
-
-def _plans(data: mmap.mmap, texts: list[Member]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield planned text tokens and media counts of the records in `texts`, each record as one line of a .jsonl window."""
-    lines: list[bytes] = []
-    size = 0
-    for member in texts:
-        # A record that is too large is refused when it is read, so it is not planned.
-        size_read = member.size if member.size <= MAX_RECORD_BYTES else 0
-        # A raw line end in JSON is only white space between values, so a blank may replace it; an empty line would be skipped.
-        lines.append(data[member.start : member.start + size_read].translate(_ONE_LINE).strip() or b"0")
-        size += len(lines[-1])
-        if size > WINDOW:
-            plans = plan_values(lines)
-            yield plans.text_tokens, plans.media
-            lines, size = [], 0
-    if lines:
-        plans = plan_values(lines)
-        yield plans.text_tokens, plans.media
-
-
-_ONE_LINE = bytes.maketrans(b"\n", b" ")
 
 
 def _key(name: str) -> str:

@@ -8,28 +8,30 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
-from data import anyres
 from data.config import DataConfig
-from data.index.json_structure import Events, after_colon, spelling
+from data.index.reader import MAX_RECORD_BYTES, RowError, decode_json
 from data.index.table import KINDS
+from data.media.tiling import typical_plan
 from data.records.content_parts import kind_of_part
 from data.records.record import Record, RecordError, parse
 from data.records.turn_keys import THOUGHT_KEYS
-from model.files.untrusted import parse_json
+from model.files.untrusted import MAX_JSON_DEPTH, Json, is_deeper
 from model.media_spec import READ_BY, AudioSpec, MediaMeta, MediaSpec, least_frames, num_tokens, row_shape
 
 BYTES_PER_TOKEN = 4
 _AUDIO_SECONDS = 10.0
-_TEXT_KEYS = (b"value", b"content")
-_THOUGHT_KEYS = tuple(key.encode() for key in THOUGHT_KEYS)
-_CALL_KEYS, _TOOL_KEYS = (b"tool_calls", b"function_call"), (b"tools", b"functions")
-_MEDIA_KEYS = tuple(key.encode() for kind in KINDS for key in (kind, kind + "s"))
-_TEXT_LEVEL, _RECORD_LEVEL = 3, 1  # brackets that are open around a turn's text, and around a record's own keys
+_TEXT_KEYS, _TOOL_KEYS = ("value", "content"), ("tools", "functions")
+_OPTIONAL_KEYS = frozenset({*THOUGHT_KEYS, "tool_calls", "function_call"})
+_MEDIA_KEYS = {key: kind for kind in KINDS for key in (kind, f"{kind}s")}
+Plan = tuple[int, tuple[int, ...]]
+"""Planned text tokens of a record, and how many media of each of `KINDS` it names."""
+_NO_MEDIA = (0,) * len(KINDS)
+_UNREADABLE: Plan = (1, _NO_MEDIA)
 
 
 def media_tokens(specs: dict[str, MediaSpec], config: DataConfig) -> dict[str, int]:
@@ -68,7 +70,7 @@ def _usual(kind: str, spec: MediaSpec, config: DataConfig) -> MediaMeta:
     if kind == "video":
         return MediaMeta(num_rows=config.max_frames)
     if config.image_fit == "anyres":
-        return anyres.typical_plan(spec.size, config)
+        return typical_plan(spec.size, config)
     if config.image_fit != "tiles":
         return MediaMeta()
     tiles = math.ceil((config.min_tiles + config.max_tiles) / 2)
@@ -91,19 +93,80 @@ def tokens_of_size(num_bytes: int) -> int:
     return max(1, num_bytes // BYTES_PER_TOKEN)
 
 
-def plan_by_parsing(raw: bytes) -> tuple[int, tuple[int, ...]]:
-    """Parse a record; return its planned text tokens and how many media of each of `KINDS` it names.
+def plan_range(data: mmap.mmap, start: int, stop: int) -> Plan:
+    """Plan the record at bytes [start, stop) of a file; one that is too large to be read is not even copied."""
+    return _UNREADABLE if stop - start > MAX_RECORD_BYTES else plan_record(data[start:stop])
 
-    A record that breaks a rule is planned by its size and by the media written in it.
-    """
-    value: object = None
+
+def plan_record(raw: bytes) -> Plan:
+    """Plan a record of JSON; one that cannot be decoded is planned by its size."""
     try:
-        value = parse_json(raw)
+        value = decode_json(raw)
+    except RowError:  # named when the record is read
+        return tokens_of_size(len(raw)), _NO_MEDIA
+    return plan_value(value, len(raw))
+
+
+def plan_value(value: object, num_bytes: int) -> Plan:
+    """Plan a decoded record, which takes `num_bytes` as JSON: as it is written where that is plain, else as it is parsed.
+
+    A record without texts is planned by its size.
+    """
+    if not isinstance(value, dict):
+        return tokens_of_size(num_bytes), _NO_MEDIA
+    tokens, media = _plain_texts(value), _plain_media(value)
+    if tokens is None or media is None:
+        return plan_by_parsing(value, num_bytes)
+    return tokens or tokens_of_size(num_bytes), media
+
+
+def _plain_texts(record: Json) -> int | None:
+    """Return the tokens of the texts in the lists of a record; None if it has content parts, calls or tools, to be parsed."""
+    tokens, optional = 0, [record.get(key) for key in ("system", *_TOOL_KEYS)]
+    for value in record.values():
+        members = value if isinstance(value, list) else value.values() if isinstance(value, dict) else ()
+        for turn in members:
+            for key, text in turn.items() if isinstance(turn, dict) else ():
+                if key in _TEXT_KEYS:
+                    if isinstance(text, list):
+                        return None
+                    tokens += _tokens_of(text)
+                elif key in _OPTIONAL_KEYS:
+                    optional.append(text)
+    if any(isinstance(text, list | dict) for text in optional):
+        return None
+    return tokens + sum(_tokens_of(text) for text in optional if text)
+
+
+def _plain_media(record: Json) -> tuple[int, ...] | None:
+    """Count the media that the record's own keys name as strings; None if they are named otherwise, to be parsed."""
+    found = dict.fromkeys(KINDS, 0)
+    for key in _MEDIA_KEYS.keys() & record.keys():
+        named = record[key]
+        if isinstance(named, str):
+            found[_MEDIA_KEYS[key]] += 1
+        elif isinstance(named, list):
+            if any(isinstance(path, list | dict) for path in named):
+                return None
+            found[_MEDIA_KEYS[key]] += sum(isinstance(path, str) for path in named)
+    return tuple(found.values())
+
+
+def plan_by_parsing(value: object, num_bytes: int) -> Plan:
+    """Plan a record by its rules; one that breaks a rule is planned by its size and by the media written in it."""
+    if is_deeper(value, MAX_JSON_DEPTH):  # the reader refuses it
+        return tokens_of_size(num_bytes), _NO_MEDIA
+    try:
         record = parse(value, "", needs_answer=False)
-    except (ValueError, RecordError):  # found and named when the record is read
-        return tokens_of_size(len(raw)), _written_media(value)
-    text = sum(tokens_of_size(len(text.encode())) for text in _record_texts(record))
-    return text, tuple(sum(ref.kind == kind for ref in record.media) for kind in KINDS)
+    except RecordError:  # named when the record is read
+        return tokens_of_size(num_bytes), _written_media(value)
+    tokens = sum(_tokens_of(text) for text in _record_texts(record))
+    return tokens, tuple(sum(ref.kind == kind for ref in record.media) for kind in KINDS)
+
+
+def _tokens_of(text: object) -> int:
+    """Estimate the tokens of a text; 0 for a value that is none."""
+    return len(text.encode("utf-8", "surrogatepass")) // BYTES_PER_TOKEN or 1 if isinstance(text, str) else 0
 
 
 def _record_texts(record: Record) -> Iterator[str]:
@@ -136,108 +199,8 @@ def _written_media(value: object) -> tuple[int, ...]:
     return tuple(found.values())
 
 
-@dataclass(frozen=True)
-class Plans:
-    """Planned sizes of the n records of a window."""
-
-    text_tokens: np.ndarray  # (n,) int32
-    media: np.ndarray  # (n, 3) int16
-
-
-@dataclass(frozen=True)
-class _Strings:
-    """Strings of a window (s,): events of their quotes, bytes between them, and brackets open around them."""
-
-    opens: np.ndarray
-    closes: np.ndarray
-    length: np.ndarray
-    level: np.ndarray
-
-
-def plan_records(window: np.ndarray, events: Events, depth: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Plans:
-    """Plan the records at [start, stop) of a window. `events` are those of the records alone, with quotes in pairs.
-
-    The texts are the values of the keys "value" and "content" of turns, with their thoughts and the record's "system"; the media
-    are those that the record's own keys name. Records whose texts are lists of parts, whose media are no strings, or that have
-    tools or calls, are parsed.
-    """
-    quotes = np.flatnonzero(events.quote)
-    opens, closes = quotes[0::2], quotes[1::2]
-    strings = _Strings(opens, closes, events.at[closes] - events.at[opens] - 1, depth[opens])
-    first, last = np.searchsorted(events.at, start), np.searchsorted(events.at, stop)
-    tokens, in_parts = _texts(window, events, strings, first, last)
-    media, nested = _media(window, events, depth, strings, first)
-    tokens = np.where(tokens > 0, tokens, np.maximum(1, (stop - start) // BYTES_PER_TOKEN))
-    for i in sorted({*in_parts.tolist(), *nested.tolist()}):
-        tokens[i], media[i] = plan_by_parsing(window[start[i] : stop[i]].tobytes())
-    return Plans(tokens.astype(np.int32), np.minimum(media, np.iinfo(np.int16).max).astype(np.int16))
-
-
-def _texts(
-    window: np.ndarray, events: Events, strings: _Strings, first: np.ndarray, last: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens of the texts of each record (n,), 0 without texts, and the records that must be parsed.
-
-    These are the records whose texts are lists, or that have calls.
-    """
-    said, which = _keys(window, events, strings, _TEXT_LEVEL, (*_TEXT_KEYS, *_THOUGHT_KEYS, *_CALL_KEYS))
-    beside, _ = _keys(window, events, strings, _RECORD_LEVEL, (b"system", *_TOOL_KEYS))
-    keys = np.concatenate([said, beside])
-    optional = np.concatenate([which >= len(_TEXT_KEYS), np.ones(len(beside), dtype=bool)])
-    order = np.argsort(keys, kind="stable")
-    keys, optional = keys[order], optional[order]
-    is_key, begins = after_colon(window, events.at[strings.closes[keys]])
-    value = np.minimum(keys + 1, len(strings.opens) - 1)
-    is_text = is_key & (events.at[strings.opens[value]] == begins)
-    is_nested = (window[begins] == ord("[")) | (optional & (window[begins] == ord("{")))
-    listed = strings.opens[keys[is_key & is_nested]]
-    value, optional = value[is_text], optional[is_text]
-    saved = events.saved[strings.closes[value]] - events.saved[strings.opens[value]]
-    length = strings.length[value]
-    tokens = np.where(optional & (length == 0), 0, np.maximum(1, (length - saved) // BYTES_PER_TOKEN))
-    total = np.concatenate([[0], np.cumsum(tokens)])
-    low, high = (np.searchsorted(strings.opens[value], border) for border in (first, last))
-    return total[high] - total[low], _owners(first, listed)
-
-
-def _media(
-    window: np.ndarray, events: Events, depth: np.ndarray, strings: _Strings, first: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return how many media of each kind each record's own keys name (n, 3), and the records that must be parsed.
-
-    These are the records whose media lists hold more than strings.
-    """
-    media = np.zeros((len(first), len(KINDS)), dtype=np.int64)
-    keys, kinds = _keys(window, events, strings, _RECORD_LEVEL, _MEDIA_KEYS)
-    kinds //= len(_MEDIA_KEYS) // len(KINDS)
-    is_key, begins = after_colon(window, events.at[strings.closes[keys]])
-    owners = _owners(first, strings.opens[keys])
-    is_path, is_list = (is_key & (window[begins] == ord(byte)) for byte in '"[')
-    np.add.at(media, (owners[is_path], kinds[is_path]), 1)
-    if not is_list.any():
-        return media, owners[:0]
-    opening = np.searchsorted(events.at, begins[is_list])
-    brackets = np.flatnonzero(np.diff(depth, prepend=0))
-    closing = brackets[np.searchsorted(brackets, opening, side="right")]
-    num_strings = np.searchsorted(strings.opens, closing) - np.searchsorted(strings.opens, opening)
-    np.add.at(media, (owners[is_list], kinds[is_list]), num_strings)
-    return media, owners[is_list][depth[closing] > depth[opening]]
-
-
-def _keys(
-    window: np.ndarray, events: Events, strings: _Strings, level: int, words: tuple[bytes, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the indices, in order, of the strings at `level` that are one of `words`, and which word each is."""
-    here = np.flatnonzero(strings.level == level)
-    length = strings.length[here]
-    alike = {size: here[length == size] for size in {len(word) for word in words}}
-    found = [alike[len(word)] for word in words]
-    found = [some[spelling(window, events.at[strings.opens[some]] + 1, word)] for some, word in zip(found, words)]
-    keys, which = np.concatenate(found), np.repeat(np.arange(len(words)), [len(some) for some in found])
-    order = np.argsort(keys, kind="stable")
-    return keys[order], which[order]
-
-
-def _owners(first: np.ndarray, events: np.ndarray) -> np.ndarray:
-    """Return the records that events belong to."""
-    return np.searchsorted(first, events, side="right") - 1
+def plan_columns(plans: list[Plan]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the columns `text_tokens` (n,) int32 and `media` (n, 3) int16 of a table, of the plans of its records."""
+    tokens = np.array([tokens for tokens, _ in plans], dtype=np.int32)
+    media = np.array([counts for _, counts in plans], dtype=np.int64).reshape(-1, len(KINDS))
+    return tokens, np.minimum(media, np.iinfo(np.int16).max).astype(np.int16)

@@ -16,6 +16,7 @@ import numpy as np
 
 from data.media.blob import Blob, MediaError
 from data.media.foreign_formats import HEAD, READ, foreign_format
+from data.media.wav import full_scale
 
 FORMATS = (
     *("mov", "matroska", "avi", "flv", "mpegts", "mpeg", "asf", "ogg"),
@@ -88,12 +89,4 @@ def sound_blocks(container: Any, stream: Any, name: str) -> Iterator[np.ndarray]
         if frame.sample_rate != rate:
             raise MediaError(f"{name!r} changes its sampling rate from {rate} to {frame.sample_rate} on the way")
         block = frame.to_ndarray()
-        yield _scaled(block.T if frame.format.is_planar else block.reshape(-1, frame.layout.nb_channels))
-
-
-def _scaled(block: np.ndarray) -> np.ndarray:
-    if block.dtype.kind == "f":
-        return block.astype(np.float32)
-    if block.dtype == np.uint8:
-        return (block.astype(np.float32) - 128) / 128
-    return block.astype(np.float32) / 2 ** (8 * block.dtype.itemsize - 1)
+        yield full_scale(block.T if frame.format.is_planar else block.reshape(-1, frame.layout.nb_channels))

@@ -7,9 +7,11 @@ import os
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from data.limits import MAX_MEMBER_BYTES
 from model.errors import DataError
 from model.files.untrusted import open_regular
+
+MAX_MEMBER_BYTES = 1 << 31
+"""Bytes of a medium inside an archive, which is read into memory as a whole."""
 
 
 class MediaError(DataError):

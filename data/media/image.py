@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data import anyres
 from data.config import DataConfig
 from data.media import image_decode as decode
 from data.media import image_truncation
@@ -38,7 +37,7 @@ def measure(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, num_
     Raises MediaError.
     """
     if config.image_fit == "anyres" and num_media == 1:
-        return anyres.plan_anyres(size(blob, spec, config), spec.size, config)
+        return tiles.plan_anyres(size(blob, spec, config), spec.size, config)
     if config.image_fit != "tiles":
         return MediaMeta()
     max_tiles = tiles.budget(config.max_tiles, num_media)
@@ -82,9 +81,13 @@ def size(blob: Blob, spec: ImageSpec, config: DataConfig) -> Size:
 
 
 def check_file(blob: Blob) -> None:
-    """Raise MediaError unless the header is that of a picture and the file is whole, by its markers. Decodes nothing."""
+    """Raise MediaError unless the header is that of a picture and the file is whole, by its markers. Decodes nothing.
+
+    A BMP that is cut short passes: only decoding finds it.
+    """
     with decode.open_picture(blob) as (stream, picture):
-        if missing := image_truncation.MISSING[str(picture.format)](stream, blob.num_bytes()):
+        find_missing = image_truncation.MISSING.get(str(picture.format))
+        if find_missing and (missing := find_missing(stream, blob.num_bytes())):
             raise MediaError(f"{blob.name!r} is cut short or damaged: {missing}")
 
 

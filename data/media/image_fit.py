@@ -6,22 +6,37 @@ from math import ceil
 
 from PIL import Image
 
-from data import anyres
 from data.media.image_decode import Picture, Size
+from data.media.tiling import fitted_size
 from model.media_spec import ImageSpec, MediaMeta
 
 
 def fitted_views(picture: Picture, spec: ImageSpec, fit: str, meta: MediaMeta) -> list[Image.Image]:
     """Return the meta.num_rows squares (S, S) of a picture; `fit` is data.image_fit."""
     if fit == "anyres":
-        return anyres.anyres_views(picture, spec, meta)
+        return _anyres_views(picture, spec, meta)
     if fit != "tiles":
         return [whole(picture, spec, fit)]
     (across, down), side = meta.grid, spec.size
-    resized = picture.image.resize((across * side, down * side), spec.resample, picture.box)
-    corners = [(column * side, row * side) for row in range(down) for column in range(across)]
-    tiles = [resized.crop((left, top, left + side, top + side)) for left, top in corners]
+    tiles = _cut(picture.image.resize((across * side, down * side), spec.resample, picture.box), meta.grid, side)
     return tiles if meta.num_rows == len(tiles) else [*tiles, whole(picture, spec, "tiles")]
+
+
+def _anyres_views(picture: Picture, spec: ImageSpec, meta: MediaMeta) -> list[Image.Image]:
+    """Return the base view of a picture, then its tiles row by row."""
+    (across, down), side = meta.grid, spec.size
+    width, height = fitted_size(meta.size, meta.grid, side)
+    canvas = Image.new("RGB", (across * side, down * side))
+    resized = picture.image.resize((width, height), spec.resample, picture.box)
+    canvas.paste(resized, ((canvas.width - width) // 2, (canvas.height - height) // 2))
+    base = picture.image.resize((side, side), spec.resample, picture.box)
+    return [base, *_cut(canvas, meta.grid, side)]
+
+
+def _cut(image: Image.Image, grid: Size, side: int) -> list[Image.Image]:
+    """Cut an image into the squares (side, side) of a grid, row by row."""
+    corners = [(column * side, row * side) for row in range(grid[1]) for column in range(grid[0])]
+    return [image.crop((left, top, left + side, top + side)) for left, top in corners]
 
 
 def whole(picture: Picture, spec: ImageSpec, fit: str) -> Image.Image:
@@ -49,7 +64,7 @@ def needed_size(size: Size, spec: ImageSpec, fit: str, meta: MediaMeta) -> Size:
     if fit == "tiles":
         return meta.grid[0] * spec.size, meta.grid[1] * spec.size
     if fit == "anyres":
-        width, height = anyres.fitted_size(size, meta.grid, spec.size)
+        width, height = fitted_size(size, meta.grid, spec.size)
         return max(width, spec.size), max(height, spec.size)
     return resized_size(size, spec, fit)
 

@@ -105,21 +105,8 @@ def webp(stream: BinaryIO, num_bytes: int) -> str | None:
     return f"it should have {end} bytes and has {num_bytes}" if end > num_bytes else None
 
 
-def bmp(stream: BinaryIO, num_bytes: int) -> str | None:
-    """Compare the number of bytes with the expected one.
+MISSING = {"JPEG": missing_of_jpeg, "MPO": missing_of_jpeg, "PNG": png, "GIF": gif, "WEBP": webp}
+"""Truncation check by Pillow's name of the format; MPO is a JPEG with further pictures behind it. A BMP is only decoded.
 
-    The size in the header is often wrong; that of uncompressed pixels follows from their number.
-    """
-    stream.seek(0)
-    head = stream.read(54).ljust(54, b"\0")
-    size, pixels, info = struct.unpack("<2xI4xII", head[:18])
-    if info == 12:
-        (width, height, bits), compression = struct.unpack("<HH2xH", head[18:26]), 0
-    else:
-        width, height, bits, compression = struct.unpack("<ii2xHI", head[18:34])
-    end = size if compression in (1, 2) else pixels + (width * bits + 31) // 32 * 4 * abs(height)
-    return f"it should have {end} bytes and has {num_bytes}" if end > num_bytes else None
-
-
-MISSING = {"JPEG": missing_of_jpeg, "MPO": missing_of_jpeg, "PNG": png, "GIF": gif, "WEBP": webp, "BMP": bmp}
-"""Truncation check by Pillow's name of the format; MPO is a JPEG with further pictures behind it."""
+A GIF may be a film: Pillow takes one that is cut between two frames for a shorter film.
+"""

@@ -106,12 +106,18 @@ def read_wav_samples(stream: BinaryIO, header: WavHeader) -> np.ndarray:
 
 
 def _numbers(raw: bytes, header: WavHeader) -> np.ndarray:
-    if header.is_float:
-        return np.frombuffer(raw, dtype=f"<f{header.bits // 8}").astype(np.float32)
-    if header.bits == 8:
-        return (np.frombuffer(raw, dtype=np.uint8).astype(np.float32) - 128) / 128
     if header.bits == 24:
         wide = np.zeros((len(raw) // 3, 4), dtype=np.uint8)
         wide[:, 1:] = np.frombuffer(raw, dtype=np.uint8).reshape(-1, 3)
-        return wide.view("<i4")[:, 0].astype(np.float32) / 2**31
-    return np.frombuffer(raw, dtype=f"<i{header.bits // 8}").astype(np.float32) / 2 ** (header.bits - 1)
+        return full_scale(wide.view("<i4")[:, 0])
+    kind = "f" if header.is_float else "u" if header.bits == 8 else "i"
+    return full_scale(np.frombuffer(raw, dtype=f"<{kind}{header.bits // 8}"))
+
+
+def full_scale(samples: np.ndarray) -> np.ndarray:
+    """Convert samples of any type to float32, whole numbers to [-1, 1); bytes have no sign, and their silence is 128."""
+    if samples.dtype.kind == "f":
+        return samples.astype(np.float32)
+    if samples.dtype == np.uint8:
+        return (samples.astype(np.float32) - 128) / 128
+    return samples.astype(np.float32) / 2 ** (8 * samples.dtype.itemsize - 1)

@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from data.limits import MAX_MEDIA
 from data.records.fields import FieldError, kind_of, local_path
 from model.batch import IGNORE_INDEX
 from model.files.untrusted import Json
 from model.media_spec import PLACEHOLDERS, READ_BY
 
+MAX_MEDIA = 1 << 13
+"""Media of one kind in one record: the frames of two hours, one a second. Each of them is a file to be opened."""
 _KEYS = {kind: (kind, f"{kind}s") for kind in PLACEHOLDERS}
 _MAX_CLASS = 2**31 - 1
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from data.limits import MAX_TURNS
 from data.records.content_parts import Parts
 from data.records.fields import FieldError, kind_of, strings_in
 from data.records.media_refs import MediaRef
@@ -18,6 +17,8 @@ from data.records.turn_keys import check_keys, for_template, is_learned
 from model.files.untrusted import Json
 from model.media_spec import PLACEHOLDERS
 
+MAX_TURNS = 1 << 15
+"""Turns of one record. A turn takes several tokens: so many turns fill a million tokens."""
 MARKS = ("\ue100", "\ue101")
 """Private-use characters with which `data.text.render` marks contents; a record may not hold them."""
 

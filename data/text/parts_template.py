@@ -38,12 +38,18 @@ PRELUDE = """\
 {%- endfor -%}{%- set messages = flat.messages -%}"""
 
 
+def named_source(name: str, lead: str, tokenizer: PreTrainedTokenizerFast, tokens: Mapping[str, str]) -> str:
+    """Return the Jinja source of template `name`: a format of ours behind the token `lead`, or the tokenizer's own template."""
+    return ("{{ bos_token }}" if lead else "") + FORMATS[name].source if name in FORMATS else own_source(tokenizer, tokens)
+
+
 def own_source(tokenizer: PreTrainedTokenizerFast, tokens: Mapping[str, str]) -> str:
     """Return the tokenizer's own template, which takes contents that are strings, without today's date."""
     try:
-        return with_parts(tokenizer, freeze_date(tokenizer.get_chat_template()), tokens)
+        source: str = tokenizer.get_chat_template()
     except ValueError:
         raise ConfigError(f"data.template = 'auto': the tokenizer has no chat template; name one: {', '.join(FORMATS)}") from None
+    return source if takes_parts(source) else with_parts(tokenizer, freeze_date(source), tokens)
 
 
 def with_parts(tokenizer: PreTrainedTokenizerFast, source: str, tokens: Mapping[str, str]) -> str:
@@ -74,7 +80,7 @@ def _rendered(tokenizer: PreTrainedTokenizerFast, source: str, content: object) 
 
 def takes_parts(source: str) -> bool:
     """Tell whether `with_parts` has put the prelude before the template."""
-    return source.startswith(PRELUDE)
+    return PRELUDE in source
 
 
 def content_tokens(source: str, tokens: Mapping[str, str], media_wrap: Sequence[str] = ()) -> dict[str, str]:

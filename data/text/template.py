@@ -11,12 +11,12 @@ from transformers import PreTrainedTokenizerFast
 from data.records.placeholders import wrapped_pattern
 from data.records.record import Record, RecordError, Turn
 from data.text.abilities import Abilities, Message, find_abilities, probe_call
-from data.text.chat_formats import FORMATS
+from data.text.chat_formats import FORMATS, with_system
 from data.text.control_tokens import check_single, lead_token, special_ids, thought_tags, unknown_only_id
 from data.text.encoded import Encoded, Row, check_row, round_ends
 from data.text.marks import tags_of
 from data.text.messages import Wording, media_kinds, write_messages
-from data.text.parts_template import content_tokens, own_source
+from data.text.parts_template import content_tokens, named_source
 from data.text.render import Renderer, RenderError, Rendering, apply
 from data.text.rounds import TooLongError, first_rounds, round_starts, rounds_that_may_fit, shortened_turn
 from data.text.state_tokens import STATE_TOKENS, check_state_tokens
@@ -46,6 +46,7 @@ class Template:
     stop_ids: tuple[int, ...] = ()  # ids that end an assistant's turn
     allowed: tuple[str, ...] = ()  # control tokens that contents may use
     state_tokens: str = "none"  # none | glyphs | digits
+    system: str = ""  # system text of conversations that have none; "": the template's own
     unread: frozenset[int] = frozenset()  # ids whose embedding rows mean nothing: padding beyond the base's matrix
     tags: re.Pattern[str] = _NOTHING  # tags that the template names, such as <think>
     abilities: Abilities = field(default_factory=Abilities)
@@ -184,23 +185,19 @@ def load_template(
     allowed: Sequence[str] = (),
     state_tokens: str = "none",
     unread: frozenset[int] = frozenset(),
+    system: str = "",
     tokens: Mapping[str, str] = DEFAULT_TOKENS,
 ) -> Template:
     """Load template `name` for `tokenizer`, and try it on a short conversation.
 
     `allowed` are control tokens that contents may use, as configured new tokens; tokens that the template or the tokenizer itself
-    needs stay text all the same. No record may hold an id of `unread`. `tokens`: the token of each modality whose positions take
-    features. Raises `ConfigError` if the tokenizer lacks what the template or the states need.
+    needs stay text all the same. No record may hold an id of `unread`. `system`: text of conversations without one. `tokens`: the
+    token of each modality whose positions take features. Raises `ConfigError` if the tokenizer lacks what the template needs.
     """
-    if name != "auto" and name not in FORMATS:
-        raise ConfigError(f"data.template = {name!r} is not known; allowed: auto, {', '.join(FORMATS)}")
-    if not tokenizer.is_fast:
-        raise ConfigError(f"data.template: {type(tokenizer).__name__} gives no offsets; a folder with tokenizer.json is needed")
-    needs = FORMATS[name].needs if name in FORMATS else ()
-    check_single(name, tokenizer, needs)
+    needs = _needed_tokens(name, tokenizer)
     check_state_tokens(tokenizer, state_tokens)
     lead = lead_token(tokenizer) if name in FORMATS else ""
-    source = ("{{ bos_token }}" if lead else "") + FORMATS[name].source if name in FORMATS else own_source(tokenizer, tokens)
+    source = with_system(named_source(name, lead, tokenizer, tokens), system)
     written = content_tokens(source, tokens, media_wrap)
     free = {*PLACEHOLDERS.values(), *written.values(), *allowed, *STATE_TOKENS[state_tokens].values(), *thought_tags(source)}
     special = special_ids(tokenizer, free - {*needs, *tokenizer.special_tokens_map.values()} | {*written.values()})
@@ -221,10 +218,21 @@ def load_template(
         allowed=tuple(allowed),
         state_tokens=state_tokens,
         unread=unread,
+        system=system,
         tags=tags_of(source, re.compile(f"{re.escape(written['image'])}|{control}" if media_wrap else control)),
         abilities=find_abilities(lambda messages: apply(tokenizer, source, messages)),
     )
     return _with_ends(template)
+
+
+def _needed_tokens(name: str, tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
+    """Return the texts that must be single tokens for template `name`. Raises `ConfigError` for those that are not."""
+    if name != "auto" and name not in FORMATS:
+        raise ConfigError(f"data.template = {name!r} is not known; allowed: auto, {', '.join(FORMATS)}")
+    if not tokenizer.is_fast:
+        raise ConfigError(f"data.template: {type(tokenizer).__name__} gives no offsets; a folder with tokenizer.json is needed")
+    check_single(name, tokenizer, needs := FORMATS[name].needs if name in FORMATS else ())
+    return needs
 
 
 def _with_ends(template: Template) -> Template:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +15,11 @@ import transformers
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
-from data.limits import MAX_TOKENIZER_BYTES
 from model.errors import ConfigError
 from model.files.untrusted import load_json
 
+MAX_TOKENIZER_BYTES = 1 << 28
+"""Bytes of each file of a tokenizer; the largest vocabularies take a tenth of it."""
 TELLING_STRINGS = (
     "Hello world",
     " leading space",
@@ -51,7 +54,11 @@ def load_tokenizer(path: str, added: Sequence[str], cache_dir: str = "") -> Load
     """
     _check_files(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir or None, trust_remote_code=False)
+        name, revision = (path, "") if Path(path).is_dir() else path.partition("@")[::2]
+        with _without_doubts_about_config():
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, cache_dir=cache_dir or None, revision=revision or "main", trust_remote_code=False
+            )
     except Exception as error:  # transformers raises nearly every kind here, for one reason: no tokenizer can be loaded
         raise ConfigError(f"model.llm.path = {path!r}: no tokenizer can be loaded: {_hint(path) or error}") from error
     if not tokenizer.is_fast:
@@ -68,6 +75,18 @@ def load_tokenizer(path: str, added: Sequence[str], cache_dir: str = "") -> Load
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in wanted], special_tokens=True)
     new_ids = tuple(tokenizer.convert_tokens_to_ids(t) for t in wanted if t not in known)
     return LoadedTokenizer(tokenizer, num_known, new_ids)
+
+
+@contextmanager
+def _without_doubts_about_config() -> Iterator[None]:
+    """Drop what transformers says of a config.json whose model_type it does not know: a tokenizer needs none of it."""
+    logger = logging.getLogger("transformers.configuration_utils")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _check_files(path: str) -> None:
@@ -103,7 +122,7 @@ def _processors_template(path: str, cache_dir: str) -> str:
 
 
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}(@[A-Za-z0-9][A-Za-z0-9._/-]{0,254})?")
 _SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from model.card import ModelCard
 from model.errors import ConfigError
 from model.exports.hf_text import head_problems, sizes_of
 from model.exports.media_facts import MediaFacts
+from model.files.untrusted import Json
 from model.llm.causal_lm import blocks
 from model.media_spec import ImageSpec, MediaMeta, image_spec, num_tokens, view_tokens
 from model.multimodal import MultimodalLM
@@ -43,7 +43,7 @@ class HfClass:
     model_type: str
     projector: tuple[tuple[str, str], ...]  # our name inside the projector, its name in files
     problems: Callable[[ModelCard, MediaFacts], Iterator[str]]
-    config: Callable[[ModelCard, MultimodalLM, MediaFacts], dict[str, Any]]  # the class's own keys of config.json
+    config: Callable[[ModelCard, MultimodalLM, MediaFacts], Json]  # the class's own keys of config.json
     auto: str = "AutoModelForImageTextToText"  # the automatic class that opens it, besides its own
     modality: str = "image"
 
@@ -127,6 +127,8 @@ def _intern_problems(card: ModelCard, facts: MediaFacts) -> Iterator[str]:
         yield "data.image_fit = 'square': this tower's own processor crops, and InternVL's distorts"
     if facts.fit == "tiles" and not facts.thumbnail:
         yield "data.thumbnail = false: its processor adds the whole picture to every picture of several tiles"
+    if not facts.wrap_is_tokens:
+        yield f"data.media_wrap = {list(facts.wrap)}: its processor makes one token of each, and this tokenizer several"
 
 
 def _hearing_problems(card: ModelCard, facts: MediaFacts) -> Iterator[str]:
@@ -150,7 +152,7 @@ def strategy(spec: ImageSpec) -> str:
     return "default" if spec.select == "patch" and spec.num_prefix else "full"
 
 
-def vision_config(card: ModelCard, model: MultimodalLM) -> dict[str, Any]:
+def vision_config(card: ModelCard, model: MultimodalLM) -> Json:
     """Return config.json of the tower as it was built, in transformers' form."""
     vision, side = dict(card.hugging_face["vision"]), image_spec(card.specs).size
     vision["image_size"] = [side, side] if isinstance(vision["image_size"], list) else side
@@ -166,7 +168,7 @@ def vision_config(card: ModelCard, model: MultimodalLM) -> dict[str, Any]:
     return vision
 
 
-def _seeing_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> dict[str, Any]:
+def _seeing_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> Json:
     return {
         "vision_config": vision_config(card, model),
         "vision_feature_layer": -1,
@@ -175,7 +177,7 @@ def _seeing_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> d
     }
 
 
-def _llava_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> dict[str, Any]:
+def _llava_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> Json:
     own = {
         "image_token_index": facts.ids["image"],
         "image_seq_length": view_tokens(image_spec(card.specs)),
@@ -184,28 +186,28 @@ def _llava_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> di
     return _seeing_config(card, model, facts) | own
 
 
-def _next_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> dict[str, Any]:
+def _next_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> Json:
     return _llava_config(card, model, facts) | {"image_grid_pinpoints": facts.pinpoints(image_spec(card.specs).size)}
 
 
-def _onevision_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> dict[str, Any]:
+def _onevision_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> Json:
     found = _next_config(card, model, facts)
     del found["image_seq_length"]
     # A video is never given to this class: its own pooling of frames is not what was trained.
     return found | {"vision_aspect_ratio": f"anyres_max_{facts.anyres_max}", "video_token_index": facts.ids["image"]}
 
 
-def _intern_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> dict[str, Any]:
+def _intern_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> Json:
     tokens = num_tokens(image_spec(card.specs), MediaMeta())
     own = {"image_token_id": facts.ids["image"], "image_seq_length": tokens, "downsample_ratio": 0.5}
     return _seeing_config(card, model, facts) | own
 
 
-def _hearing_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> dict[str, Any]:
+def _hearing_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> Json:
     return {"audio_config": dict(card.hugging_face["audio"]), "audio_token_index": facts.ids["audio"]}
 
 
-def class_config(target: HfClass, card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> dict[str, Any]:
+def class_config(target: HfClass, card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> Json:
     """Return the contents of config.json."""
     text, dtype, tied = sizes_of(card, model)
     whole = target.config(card, model, facts)
@@ -218,9 +220,7 @@ def class_config(target: HfClass, card: ModelCard, model: MultimodalLM, facts: M
 
 
 LLAVA = HfClass("LlavaForConditionalGeneration", "llava", MLP_NAMES, _llava_problems, _llava_config)
-NEXT = HfClass(
-    "LlavaNextForConditionalGeneration", "llava_next", (*MLP_NAMES, NEWLINE_NAME), _llava_problems, _next_config
-)
+NEXT = HfClass("LlavaNextForConditionalGeneration", "llava_next", (*MLP_NAMES, NEWLINE_NAME), _llava_problems, _next_config)
 ONEVISION = HfClass(
     "LlavaOnevisionForConditionalGeneration",
     "llava_onevision",

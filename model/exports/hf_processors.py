@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from model.exports.hf_classes import INTERN_VL, LLAVA, NEXT, ONEVISION, HfClass, strategy
 from model.exports.media_facts import MediaFacts
+from model.files.untrusted import Json
 from model.media_spec import PLACEHOLDERS, AudioSpec, ImageSpec, MediaMeta, MediaSpec, num_tokens, view_tokens
 
 NESTED, FLAT, VIDEO = "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
 ONE_VIEW = {"shortest_edge": "CLIPImageProcessor", "exact": "SiglipImageProcessor"}
 
 
-def processor_files(target: HfClass, spec: MediaSpec, facts: MediaFacts) -> dict[str, dict[str, Any]]:
+def processor_files(target: HfClass, spec: MediaSpec, facts: MediaFacts) -> dict[str, Json]:
     """Return the processor's JSON files by name; it gives the same input as ours."""
     if isinstance(spec, AudioSpec):
         return _hearing_files(spec, facts)
@@ -39,7 +38,7 @@ def wraps(target: HfClass) -> bool:
     return target is INTERN_VL
 
 
-def _normalising(spec: ImageSpec) -> dict[str, Any]:
+def _normalising(spec: ImageSpec) -> Json:
     return {
         "do_resize": True,
         "resample": spec.resample,
@@ -56,7 +55,7 @@ def _square(spec: ImageSpec) -> dict[str, int]:
     return {"height": spec.size, "width": spec.size}
 
 
-def _llava(spec: ImageSpec, facts: MediaFacts) -> tuple[dict[str, Any], dict[str, Any]]:
+def _llava(spec: ImageSpec, facts: MediaFacts) -> tuple[Json, Json]:
     pads = facts.fit == "pad"
     crops = spec.resize == "shortest_edge" or pads
     image = {
@@ -69,7 +68,7 @@ def _llava(spec: ImageSpec, facts: MediaFacts) -> tuple[dict[str, Any], dict[str
     return _counting(spec, facts), image
 
 
-def _counting(spec: ImageSpec, facts: MediaFacts) -> dict[str, Any]:
+def _counting(spec: ImageSpec, facts: MediaFacts) -> Json:
     return {
         "patch_size": spec.patch,
         "image_token": facts.tokens["image"],
@@ -78,7 +77,7 @@ def _counting(spec: ImageSpec, facts: MediaFacts) -> dict[str, Any]:
     }
 
 
-def _next(spec: ImageSpec, facts: MediaFacts) -> tuple[dict[str, Any], dict[str, Any]]:
+def _next(spec: ImageSpec, facts: MediaFacts) -> tuple[Json, Json]:
     image = {
         "image_processor_type": "LlavaNextImageProcessor",
         "size": {"shortest_edge": spec.size},
@@ -91,7 +90,7 @@ def _next(spec: ImageSpec, facts: MediaFacts) -> tuple[dict[str, Any], dict[str,
     return _counting(spec, facts), image
 
 
-def _onevision(spec: ImageSpec, facts: MediaFacts) -> tuple[dict[str, Any], dict[str, Any]]:
+def _onevision(spec: ImageSpec, facts: MediaFacts) -> tuple[Json, Json]:
     own = {
         "num_image_tokens": view_tokens(spec) + (strategy(spec) == "default"),
         "image_token": facts.tokens["image"],
@@ -109,7 +108,7 @@ def _onevision(spec: ImageSpec, facts: MediaFacts) -> tuple[dict[str, Any], dict
     return own, image
 
 
-def _intern(spec: ImageSpec, facts: MediaFacts) -> tuple[dict[str, Any], dict[str, Any]]:
+def _intern(spec: ImageSpec, facts: MediaFacts) -> tuple[Json, Json]:
     # Its processor cuts whatever its image processor says; one tile at most is one view.
     tiles = facts.fit == "tiles"
     image = {
@@ -123,12 +122,12 @@ def _intern(spec: ImageSpec, facts: MediaFacts) -> tuple[dict[str, Any], dict[st
     return {"image_seq_length": num_tokens(spec, MediaMeta())}, image
 
 
-def _frames(spec: ImageSpec, target: HfClass) -> dict[str, Any]:
+def _frames(spec: ImageSpec, target: HfClass) -> Json:
     kind = target.name.removesuffix("ForConditionalGeneration") + "VideoProcessor"
     return {"video_processor_type": kind, "size": _square(spec), **_normalising(spec)}
 
 
-def _hearing_files(spec: AudioSpec, facts: MediaFacts) -> dict[str, dict[str, Any]]:
+def _hearing_files(spec: AudioSpec, facts: MediaFacts) -> dict[str, Json]:
     before, after = facts.around
     extractor = {
         "feature_extractor_type": "WhisperFeatureExtractor",

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from model.card import ModelCard
+from model.files.untrusted import Json
 from model.llm.causal_lm import build_llm, head_weight
-from model.logit_scaling import LogitChange
 from model.multimodal import MultimodalLM
 from model.weights.materialise import parameters_on_meta
 
@@ -14,8 +12,8 @@ from model.weights.materialise import parameters_on_meta
 def head_problems(card: ModelCard, whose: str) -> list[str]:
     """Return the changes that the language model makes to its head's products. `whose` classes have a bare head and cannot."""
     with parameters_on_meta():
-        llm: Any = build_llm(card.hugging_face["llm"], card.model.attention, card.vocabulary)
-    change: LogitChange = llm.logit_change
+        llm = build_llm(card.hugging_face["llm"], card.model.attention, card.vocabulary)
+    change = llm.logit_change
     done = [f"multiplies its logits by {change.scale:g}"] if change.scale != 1.0 else []
     done += [f"caps its logits at {change.cap:g}"] if change.cap is not None else []
     if not done:
@@ -26,9 +24,9 @@ def head_problems(card: ModelCard, whose: str) -> list[str]:
     ]
 
 
-def sizes_of(card: ModelCard, model: MultimodalLM) -> tuple[dict[str, Any], str, bool]:
+def sizes_of(card: ModelCard, model: MultimodalLM) -> tuple[Json, str, bool]:
     """Return config.json of the language model as it was built, the dtype that is written, and whether the head is tied."""
-    llm: Any = model.llm
+    llm = model.llm
     embeddings = llm.get_input_embeddings().weight
     tied = head_weight(llm) is embeddings
     dtype = str(model.dtype).removeprefix("torch.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +62,7 @@ def model_entries(model: MultimodalLM) -> Iterator[tuple[str, Entry]]:
     for path, layer in quantised(model.llm):
         yield f"llm.{path}.weight", Entry(model.dtype, layer.shape, partial(layer.matrix, model.dtype))
     for name, module, key in kept_buffers(model):
-        buffer: Any = module._buffers[key]
+        buffer = module.get_buffer(key)
         # A router's corrections decide by small differences.
         yield name, Entry(buffer.dtype, tuple(buffer.shape), in_memory(buffer).all)
 
@@ -104,17 +103,19 @@ def whole_tower(card: ModelCard, model: MultimodalLM) -> dict[str, Entry]:
     assert vision is not None
     start = "vision.tower."
     own = {name.removeprefix(start): entry for name, entry in model_entries(model) if name.startswith(start)}
-    built, total = len(blocks(module)), card.hugging_face["vision"]["num_hidden_layers"]
+    value = card.hugging_face["vision"]
+    # LLaVA-NeXT removes SigLIP's last block itself.
+    built, total = len(blocks(module)), value["num_hidden_layers"] - (value["model_type"] == "siglip_vision_model")
     first = {name: name.replace(".0.", ".{}.", 1) for name in own if name.startswith(BLOCKS)}
     missing = [form.format(i) for i in range(built, total) for form in first.values()]
-    needed = (*missing, *BEHIND[card.hugging_face["vision"]["model_type"]])
+    needed = (*missing, *BEHIND[value["model_type"]])
     base = tower_tensors(vision.path, module, card.model.cache_dir, needed)  # type: ignore[arg-type]
     others = {name: base[start + name] for name in needed if start + name in base}
     return own | {name: in_dtype(rows.all(), model.dtype) for name, rows in others.items()}
 
 
 def tower_names(kind: str, inner: dict[str, Entry]) -> dict[str, Entry]:
-    """Return a tower's tensors under the names that files have: those of DINOv2 differ from its modules' since transformers 5.23."""
+    """Return a tower's tensors under the names in files: since transformers 5.23 those of DINOv2 differ from its modules'."""
     if kind not in DINO_TOWERS:
         return inner
     gate, up, both = GATED

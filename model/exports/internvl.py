@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from model.card import ModelCard
 from model.errors import ConfigError
@@ -12,6 +11,7 @@ from model.exports.hf_text import head_problems, sizes_of
 from model.exports.hf_weights import stacked
 from model.exports.media_facts import MediaFacts
 from model.files.tensor_files import Entry
+from model.files.untrusted import Json
 from model.llm.causal_lm import blocks
 from model.media_spec import image_spec
 from model.multimodal import MultimodalLM
@@ -45,7 +45,7 @@ def _problems(card: ModelCard, facts: MediaFacts) -> Iterator[str]:
         yield f"data.media_wrap = {list(facts.wrap)}: InternVL's own code writes {list(AROUND)} around every picture"
 
 
-def internvl_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts, template: str) -> dict[str, Any]:
+def internvl_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts, template: str) -> Json:
     """Return config.json. `template`: name of the run's template. Raises `ConfigError` for another language model."""
     text, dtype, _ = sizes_of(card, model)
     if (name := text["architectures"][0]) not in LLMS:
@@ -75,7 +75,7 @@ def internvl_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts, tem
     }
 
 
-def original_tower_config(card: ModelCard, model: MultimodalLM, dtype: str) -> dict[str, Any]:
+def original_tower_config(card: ModelCard, model: MultimodalLM, dtype: str) -> Json:
     """Return config.json of the tower as OpenGVLab publishes it."""
     value, side = card.hugging_face["vision"], image_spec(card.specs).size
     same = ("hidden_size", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps", "norm_type")

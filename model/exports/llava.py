@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -12,6 +11,7 @@ from model.card import ModelCard
 from model.errors import ConfigError
 from model.exports.media_facts import MediaFacts
 from model.files.tensor_files import Entry, Tensors
+from model.files.untrusted import Json
 from model.media_spec import ImageSpec, image_spec
 from model.vision.tower import num_blocks
 
@@ -67,6 +67,11 @@ def _tower_problems(card: ModelCard) -> Iterator[str]:
     if vision.image_size and vision.image_size != own:
         yield f"model.vision.image_size = {vision.image_size}: LLaVA sees with the tower's own {own} pixels"
     if kind == "siglip_vision_model":
+        if "siglip" not in vision.path or Path(vision.path).exists():
+            yield (
+                f"model.vision.path = {vision.path!r}: LLaVA-NeXT loads SigLIP by a hub's name that holds 'siglip', and takes "
+                "every folder for CLIP"
+            )
         last_but_one = num_blocks(vision.layer, value["num_hidden_layers"]) == value["num_hidden_layers"] - 1
         if vision.scales or grid != SIGLIP_GRID or not last_but_one:
             yield (
@@ -107,7 +112,7 @@ def _lora_problems(card: ModelCard) -> Iterator[str]:
         )
 
 
-def llava_config(card: ModelCard, facts: MediaFacts, text: dict[str, Any]) -> dict[str, Any]:
+def llava_config(card: ModelCard, facts: MediaFacts, text: Json) -> Json:
     """Return config.json: that of the language model `text`, with LLaVA's keys."""
     vision, projector, spec = card.model.vision, card.model.vision_projector, image_spec(card.specs)
     assert vision is not None and projector is not None
@@ -136,7 +141,7 @@ def llava_config(card: ModelCard, facts: MediaFacts, text: dict[str, Any]) -> di
     return found
 
 
-def _pictures(spec: ImageSpec, facts: MediaFacts) -> dict[str, Any]:
+def _pictures(spec: ImageSpec, facts: MediaFacts) -> Json:
     if facts.fit != "anyres":
         return {"image_aspect_ratio": facts.fit, "mm_patch_merge_type": "flat"}
     limit = f"anyres_max_{facts.anyres_max}" if facts.anyres_max else "anyres"

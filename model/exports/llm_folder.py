@@ -20,7 +20,8 @@ def inherited_parts(folder: Path, card: ModelCard) -> set[str]:
     """Return the parts in which an earlier run trained or merged a weight; an adapter of this run does not fit their plain base."""
     below = run_layers(folder, card, assemble(card, torch.float32), "SOURCE")[1:]
     names = {name for layer in below for name in (*layer.tensors, *layer.adapters, *layer.stored)}
-    return {name.partition(".")[0] for name in names if not is_adapter(name)}
+    merged = {"llm"} if card.model.llm.adapter else set()
+    return merged | {name.partition(".")[0] for name in names if not is_adapter(name)}
 
 
 def write_llm(model: MultimodalLM, folder: Path, card: ModelCard) -> None:

@@ -16,6 +16,7 @@ class MediaFacts:
     max_tiles: int = 1
     thumbnail: bool = True
     wrap: tuple[str, ...] = ()  # texts before and after every medium
+    wrap_is_tokens: bool = True  # each of them is one token of the tokenizer
     tokens: dict[str, str] = field(default_factory=dict)  # placeholder by modality
     ids: dict[str, int] = field(default_factory=dict)  # token id of that placeholder
 

@@ -1,6 +1,6 @@
 """Size and depth limits for small untrusted files: regular files of bounded size, and JSON of bounded depth.
 
-A larger file is not read, a deeper value is refused. What a record or a medium may have stands in data.limits.
+A larger file is not read, a deeper value is refused.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from model.files.untrusted import Json
 from model.llm import attention
 from model.llm.interface import CausalLM
 from model.logit_scaling import logit_change
+from model.published.refused import REFUSED
 from model.published.table import part_config
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ def check_language_model(path: str, value: Json) -> None:
     Without this check, an error about a missing tokenizer or head would come first.
     """
     kind, text = value.get("model_type"), value.get("text_config")
+    if reason := REFUSED.get(str(kind)):
+        raise ConfigError(f"model.llm.path = {path!r}: {kind!r} is not supported: {reason}")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         return  # `hugging_face_config` reports an unknown model_type
     text_kind = str(text.get("model_type")) if isinstance(text, dict) else None

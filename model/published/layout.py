@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from model.errors import ConfigError
-from model.files.hub import find_file, hugging_face_config, read_json
-from model.files.tensor_files import Tensors
+from model.files.hub import find_file, folder_tensors, hugging_face_config, read_json, weight_files
+from model.files.tensor_files import Tensors, read_weights
 from model.files.untrusted import Json, listed
 
 MAX_TEXT_BYTES = 1 << 20
@@ -29,6 +30,7 @@ class Published:
     path: str
     cache_dir: str
     config: Json
+    written: Json = field(default_factory=dict)  # settings that the run file writes itself, by dotted key
 
     @cached_property
     def whole(self) -> PretrainedConfig:
@@ -65,7 +67,7 @@ class PartView:
     names: tuple[tuple[str, str], ...]  # pattern of a name in the files, and what replaces it; the first that matches holds
     config: Callable[[Published], Json] = lambda source: {}
     convert: Callable[[Tensors], Tensors] | None = None  # computes tensors of the part from those of the files, after renaming
-    processor: Callable[[Published], Json] | None = None  # settings of its processor, where they are not among the folder's files
+    processor: Callable[[Published], Json] | None = None  # image processor's settings, where they are not in the folder's own files
 
     def name_of(self, name: str) -> str | None:
         """Return the part's own name of a tensor; None for a tensor of another part."""
@@ -106,7 +108,19 @@ class Layout:
     matches: Callable[[Published], bool]
     parts: Mapping[str, PartView]  # by the names of PARTS
     settings: Callable[[Published], Settings]  # beside the paths of the parts; raises ConfigError for what cannot be expressed
+    reference: str = ""  # class of transformers that opens the folder; "" where it has none
     nothing: tuple[str, ...] = ()  # patterns of tensors that carry nothing
+    files: Callable[[Published], list[Path]] | None = None  # of the tensors, where they are not a Hugging Face folder's
+
+    def weight_files(self, source: Published) -> list[Path]:
+        """Return the files that hold the tensors."""
+        return self.files(source) if self.files else weight_files(source.setting, source.path, source.cache_dir)
+
+    def tensors(self, source: Published) -> Tensors:
+        """Return every tensor of the files by its name there. Only names and shapes are read."""
+        if self.files is None:
+            return folder_tensors(source.setting, source.path, source.cache_dir)
+        return {name: rows for file in self.files(source) for name, rows in read_weights(file).items()}
 
     def check_accounted(self, source: Published, tensors: Tensors) -> None:
         """Refuse a tensor that no part reads and that is not on the list of what carries nothing. Looks at names alone."""

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 from model.errors import ConfigError
-from model.files.hub import find_file, folder_tensors, read_json
+from model.files.hub import find_file, folder_tensors, read_json, weight_files
 from model.files.tensor_files import Tensors
 from model.files.untrusted import Json
-from model.published import transformers_audio, transformers_internvl, transformers_llava, vita, vita_audio
+from model.published import (
+    original_internvl,
+    original_llava,
+    original_lora,
+    transformers_audio,
+    transformers_internvl,
+    transformers_llava,
+    vita,
+    vita_audio,
+)
 from model.published.layout import Given, Layout, PartView, Published, Settings
 from model.published.refused import REFUSED
 
@@ -14,6 +26,9 @@ LAYOUTS: tuple[Layout, ...] = (
     *transformers_llava.LAYOUTS,
     *transformers_internvl.LAYOUTS,
     *transformers_audio.LAYOUTS,
+    *original_lora.LAYOUTS,
+    *original_llava.LAYOUTS,
+    *original_internvl.LAYOUTS,
     *vita.LAYOUTS,
 )
 
@@ -40,23 +55,27 @@ def part_config(setting: str, part: str, path: str, cache_dir: str = "") -> Json
     return _view(layout, source, part).config(source)
 
 
-def part_processor(setting: str, part: str, path: str, cache_dir: str = "") -> Json | None:
-    """Return the processor's settings of one part of a published model; None where the folder's own files hold them."""
-    if (found := find_layout(setting, path, cache_dir)) is None:
-        return None
-    layout, source = found
-    view = layout.parts.get(part)
-    return view.processor(source) if view is not None and view.processor is not None else None
-
-
 def part_tensors(setting: str, part: str, path: str, cache_dir: str = "") -> Tensors:
     """Return the tensors of one part: under its own names out of a published model, else all of the folder as they stand."""
-    tensors = folder_tensors(setting, path, cache_dir)
     if (found := find_layout(setting, path, cache_dir)) is None:
-        return tensors
+        return folder_tensors(setting, path, cache_dir)
     layout, source = found
+    tensors = layout.tensors(source)
     layout.check_accounted(source, tensors)
     return _view(layout, source, part).tensors(tensors)
+
+
+def part_files(setting: str, path: str, cache_dir: str = "") -> list[Path]:
+    """Return the files that hold the tensors of a part, or of the published model around it, for their fingerprint."""
+    found = find_layout(setting, path, cache_dir)
+    return weight_files(setting, path, cache_dir) if found is None else found[0].weight_files(found[1])
+
+
+def part_processor(setting: str, path: str, cache_dir: str = "") -> Json | None:
+    """Return the image processor's settings of a published model that does not have them in files of its own; else None."""
+    found = find_layout(setting, path, cache_dir)
+    view = found[0].parts.get("vision") if found else None
+    return view.processor(found[1]) if found and view and view.processor else None
 
 
 def _view(layout: Layout, source: Published, part: str) -> PartView:
@@ -66,16 +85,17 @@ def _view(layout: Layout, source: Published, part: str) -> PartView:
     return layout.parts[part]
 
 
-def published_settings(path: str, cache_dir: str = "") -> tuple[str, Settings]:
+def published_settings(path: str, cache_dir: str = "", written: Json | None = None) -> tuple[str, Settings]:
     """Return the layout's name and every setting that follows from the published model `path`.
 
-    Raises `ConfigError` with the reason when the model is not supported.
+    `written`: the settings that the run file writes itself, by dotted key; some decide what else follows. Raises `ConfigError` with
+    the reason when the model is not supported.
     """
     setting = "model.init_from"
     found = find_layout(setting, path, cache_dir)
     if found is None:
         raise ConfigError(f"{setting} = {path!r}: {unsupported(read_json(setting, path, 'config.json', cache_dir))}")
-    layout, source = found
+    layout, source = found[0], replace(found[1], written=written or {})
     paths = {f"model.{part}.path": Given(path) for part in layout.parts}
     return layout.name, {**paths, **layout.settings(source)}
 

@@ -24,5 +24,6 @@ LAYOUTS = (
         is_class("Qwen2AudioForConditionalGeneration"),
         {"llm": LLM, "audio": ENCODER, "audio_projector": projector_view(("linear", "0"))},
         qwen2_audio_settings,
+        reference="Qwen2AudioForConditionalGeneration",
     ),
 )

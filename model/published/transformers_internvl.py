@@ -51,5 +51,6 @@ LAYOUTS = (
         is_class("InternVLForConditionalGeneration"),
         {"llm": LLM, "vision": TOWER, "vision_projector": projector_view(*LAYERS)},
         internvl_settings,
+        reference="InternVLForConditionalGeneration",
     ),
 )

@@ -94,17 +94,20 @@ LAYOUTS = (
         is_class("LlavaForConditionalGeneration"),
         {"llm": LLM, "vision": TOWER, "vision_projector": projector_view(*MLP)},
         llava_settings,
+        reference="LlavaForConditionalGeneration",
     ),
     Layout(
         "LLaVA-NeXT (transformers)",
         is_class("LlavaNextForConditionalGeneration"),
         {"llm": LLM, "vision": TOWER, "vision_projector": projector_view(*MLP, newline=True)},
         next_settings,
+        reference="LlavaNextForConditionalGeneration",
     ),
     Layout(
         "LLaVA-OneVision (transformers)",
         is_class("LlavaOnevisionForConditionalGeneration"),
         {"llm": LLM, "vision": TOWER, "vision_projector": projector_view(*MLP, newline=True)},
         next_settings,
+        reference="LlavaOnevisionForConditionalGeneration",
     ),
 )

@@ -88,7 +88,7 @@ def sound_source(source: Published) -> Published:
     """Return the folder with the settings of the sound encoder: the source itself where they lie in it."""
     if source.has(vita_audio.SETTINGS):
         return source
-    return folder_named_by(source, SOUND, (vita_audio.SETTINGS, vita_audio.STATISTICS, "final.pt"))
+    return folder_named_by(source, SOUND, (vita_audio.SETTINGS, vita_audio.STATISTICS, vita_audio.WEIGHTS))
 
 
 def plain_llm_config(source: Published) -> Json:
@@ -143,6 +143,13 @@ def is_vita(sound: bool) -> Callable[[Published], bool]:
     return lambda source: source.config.get("model_type") in MODELS and (SOUND in source.config) is sound
 
 
+def sound_files(source: Published) -> list[Path]:
+    """Return final.pt. Raises `ConfigError` when it is missing."""
+    if (file := find_file(source.setting, source.path, vita_audio.WEIGHTS, source.cache_dir)) is None:
+        raise source.refused(f"holds {vita_audio.SETTINGS} and no {vita_audio.WEIGHTS}, the weights of VITA's sound encoder")
+    return [file]
+
+
 def no_model(source: Published) -> Settings:
     """Refuse the sound encoder as a whole model."""
     raise source.refused(
@@ -160,7 +167,7 @@ HEARING = {
     "audio_projector": PartView(patterns(ADAPTER, PREFIX)),
 }
 LAYOUTS = (
-    Layout("VITA", is_vita(sound=True), {**SEEING, **HEARING}, vita_settings, NOTHING),
+    Layout("VITA", is_vita(sound=True), {**SEEING, **HEARING}, vita_settings, nothing=NOTHING),
     Layout("VITA without sound", is_vita(sound=False), SEEING, vita_settings),
 )
 SOUND_ENCODER = Layout(
@@ -168,6 +175,7 @@ SOUND_ENCODER = Layout(
     lambda source: not source.config and source.has(vita_audio.SETTINGS),
     {"audio": PartView(patterns(AUDIO), vita_audio.whale_settings), "audio_projector": PartView(patterns(ADAPTER))},
     no_model,
-    (*NOTHING, r"^(task_embeddings|llm_decoder|ctc)\."),
+    nothing=(*NOTHING, r"^(task_embeddings|llm_decoder|ctc)\."),
+    files=sound_files,
 )
 """A folder without config.json. What else final.pt may hold, VITA does not read either."""

@@ -11,7 +11,7 @@ from model.files.untrusted import Json
 from model.published.layout import Published
 from model.published.plain_yaml import Unread, read_plain_yaml
 
-SETTINGS, STATISTICS = "train.yaml", "global_cmvn"
+SETTINGS, STATISTICS, WEIGHTS = "train.yaml", "global_cmvn", "final.pt"
 REQUIRED = {
     "encoder_conf.overview_conf.encoder-layer-config": ("subsampling-transformer",),
     "encoder_conf.para_conf.subsampling.subsampling-rate": (4,),

@@ -51,6 +51,13 @@ class ShuffledMlp(nn.Sequential):
         return super().forward(squares(features * VITA_SCALE).flatten(3).flatten(1, 2))
 
 
+class PixelShuffleV1Mlp(PixelShuffleMlp):
+    """InternVL's `mlp1` after version 1 of its pixel shuffle, which gives the squares column by column (InternVL-Chat 1.2)."""
+
+    def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+        return nn.Sequential.forward(self, squares(features).transpose(1, 2).flatten(3).flatten(1, 2))
+
+
 class PoolMlp(nn.Sequential):
     """The mean of a square's four patches, then `mlp2x_gelu`: features (N, g * g, C) -> (N, g * g / 4, out)."""
 

@@ -89,8 +89,9 @@ def view_sizes(config: VisionConfig, value: PretrainedConfig) -> tuple[int, ...]
 
 def image_processor_config(path: str, cache_dir: str) -> Json:
     """Read the image processor's settings: preprocessor_config.json, or nested in processor_config.json as in newer folders."""
-    if (beside := part_processor(SETTING, "vision", path, cache_dir)) is not None:
-        found = beside
+    inside = part_processor(SETTING, path, cache_dir)
+    if inside is not None:
+        found = inside
     elif find_file(SETTING, path, "preprocessor_config.json", cache_dir):
         found = read_json(SETTING, path, "preprocessor_config.json", cache_dir)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from torch import nn
 from model.audio import encoder as audio
 from model.card import ModelCard
 from model.errors import ConfigError
-from model.files.hub import hugging_face_config, read_json, weight_files
+from model.files.hub import hugging_face_config, read_json
 from model.files.quantised_base import check_dequantizable, check_plain, dequantised_fp8, quantisation
 from model.files.tensor_files import Tensors, sampled_digest
 from model.llm.causal_lm import blocks
@@ -19,7 +19,7 @@ from model.llm.experts import fuse_experts
 from model.llm.new_tokens import is_new_rows
 from model.lora import is_adapter
 from model.multimodal import MultimodalLM
-from model.published.table import part_config, part_tensors
+from model.published.table import find_layout, part_config, part_files, part_tensors
 from model.vision import tower as vision
 from model.vision.position_embeddings import resize_positions
 from model.vision.tower import VisionTower
@@ -27,6 +27,7 @@ from model.vision.tower_kinds import tower_tensors_in_files
 from model.weights.accounting import check_encoder, check_llm, prefixed
 from model.weights.initial_values import grow_embedding
 from model.weights.materialise import Layer, kept_buffers, owners
+from model.weights.merged_adapter import adapter_files, with_adapter
 from model.weights.peft_adapter import CONFIG, PICKLED, WEIGHTS
 from model.weights.renamed import renamed
 
@@ -49,12 +50,12 @@ def base_layers(card: ModelCard, model: MultimodalLM) -> list[Layer]:
     return layers
 
 
-def base_tensors(part: str, path: str, cache_dir: str, digest: str) -> Tensors:
+def base_tensors(part: str, path: str, cache_dir: str, digest: str, beside: Sequence[Path] = ()) -> Tensors:
     """Return every tensor of a base, or those of its part in a published model.
 
-    Raises `ConfigError` when the fingerprint of its files is not `digest` ("" = unknown).
+    `beside`: further files of its fingerprint. Raises `ConfigError` when that is not `digest` ("" = unknown).
     """
-    files = weight_files(f"model.{part}.path", path, cache_dir)
+    files = [*part_files(f"model.{part}.path", path, cache_dir), *beside]
     if digest and sampled_digest(files) != digest:
         raise ConfigError(
             f"model.{part}.path = {path!r} holds other weights than the ones this run was trained on: restore them, or name "
@@ -66,10 +67,11 @@ def base_tensors(part: str, path: str, cache_dir: str, digest: str) -> Tensors:
 def llm_tensors(card: ModelCard, model: MultimodalLM) -> Tensors:
     """Return the language model's tensors by full name, with vocabulary matrices grown to the model's size."""
     config = card.model
-    found = base_tensors("llm", config.llm.path, config.cache_dir, card.bases.get("llm", ""))
+    beside = adapter_files(config.llm, config.cache_dir)
+    found = base_tensors("llm", config.llm.path, config.cache_dir, card.bases.get("llm", ""), beside)
     settings = quantisation(part_config(LLM, "llm", config.llm.path, config.cache_dir))
     own = file_names(model.llm)
-    check_adapter_beside(config.llm.path, card.lora.path)
+    check_adapter_beside(config.llm.path, card.lora.path or config.llm.adapter)
     if config.llm.dequantize:
         check_dequantizable(config.llm.path, settings)
         found = dequantised_fp8(f"{LLM} = {config.llm.path!r}", found, settings or {})
@@ -80,6 +82,9 @@ def llm_tensors(card: ModelCard, model: MultimodalLM) -> Tensors:
     check_llm(LLM, config.llm.path, found, model.llm, own)
     found = {f"llm.{name}": rows for name, rows in found.items()}
     check_vocabulary(card, found, model)
+    if config.llm.adapter:
+        inside = find_layout(LLM, config.llm.path, config.cache_dir) is not None
+        found = with_adapter(found, beside[0].parent, model.llm, inside)
     return resize_vocabulary(found, card, None, model)
 
 

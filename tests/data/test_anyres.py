@@ -21,11 +21,11 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
-from data.anyres import best_anyres_grid, grids
 from data.config import DataConfig
 from data.index.token_estimate import media_tokens
 from data.media import image
 from data.media.blob import Blob
+from data.media.tiling import best_anyres_grid, grids, plan_anyres
 from data.records.record import MediaRef
 from model.batch import Media
 from model.errors import ConfigError
@@ -110,7 +110,7 @@ def test_the_grid_is_the_one_that_transformers_chooses(size: tuple[int, int], si
 @given(size=st.tuples(SIDES, SIDES), geometry=st.sampled_from([(20, 5), (336, 14), (384, 14)]), shrink=st.sampled_from([0, 3, 9]))
 def test_as_many_tokens_as_the_processors_count(size: tuple[int, int], geometry: tuple[int, int], shrink: int) -> None:
     spec = ImageSpec(*geometry, 1, "patch", "exact", MEAN, STD, newline=True)
-    meta = image.anyres.plan_anyres(size, spec.size, config(shrink))
+    meta = plan_anyres(size, spec.size, config(shrink))
     assume(not vanishes(meta, spec))
     expected = their_count(size, shrink, spec)
     rows, weights = token_rows(spec, meta, row_width(spec)), token_weights(spec, meta)
@@ -122,7 +122,7 @@ def test_as_many_tokens_as_the_processors_count(size: tuple[int, int], geometry:
 @settings(max_examples=60, deadline=None)
 @given(size=st.tuples(st.integers(1, 300), st.integers(1, 300)), shrink=st.sampled_from([0, 1, 2, 3]))
 def test_tokens_are_packed_as_transformers_packs_them(size: tuple[int, int], shrink: int) -> None:
-    meta = image.anyres.plan_anyres(size, SPEC.size, config(shrink))
+    meta = plan_anyres(size, SPEC.size, config(shrink))
     generator = torch.Generator().manual_seed(size[0])
     features, newline = torch.randn(meta.num_rows, 16, 7, generator=generator), torch.randn(7, generator=generator)
     assume(not vanishes(meta, SPEC))
@@ -176,7 +176,7 @@ def test_bytes_of_a_fast_decode_are_the_same_views(size: tuple[int, int]) -> Non
 
 
 def test_sums_leave_single_rows_beside_them_as_they_are() -> None:
-    meta = image.anyres.plan_anyres((80, 80), 20, config(2))
+    meta = plan_anyres((80, 80), 20, config(2))
     weights = token_weights(SPEC, meta)
     assert weights is not None
     torch.testing.assert_close(torch.from_numpy(weights).sum(1), torch.ones(len(weights)))

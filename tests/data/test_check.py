@@ -77,7 +77,9 @@ def test_what_a_run_would_reject_is_found_and_nothing_else(corpus: Corpus) -> No
 
 def test_headers_and_ends_tell_all_but_damage_in_the_middle(corpus: Corpus) -> None:
     unseen = [item.reason for i, item in corpus.bad.items() if not item.too_long and not check_record(corpus.dataset, i).problems]
-    assert len(unseen) == 2 and "damaged.png" in unseen[0] and "bad_frame/1.png" in unseen[1]  # frames of a folder are not opened
+    # Of a BMP no end is looked for, and frames of a folder are not opened.
+    names = ("cut.bmp", "damaged.png", "bad_frame/1.png")
+    assert len(unseen) == len(names) and all(any(name in reason for reason in unseen) for name in names)
 
 
 def test_counts_are_exact_and_lengths_those_of_the_samples(corpus: Corpus) -> None:

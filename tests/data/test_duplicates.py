@@ -131,6 +131,13 @@ def test_what_is_alike_is_found_once_more(tmp_path: Path, pictures: Path) -> Non
     assert exact == [Match("duplicate", 2, 0), Match("duplicate", 3, 1), Match("shared_medium", 14, 8)]
 
 
+def test_a_copy_in_another_size_is_told_beside_one_to_the_bit(tmp_path: Path, pictures: Path) -> None:
+    train, validation = checked(
+        tmp_path, pictures, [seen("a.png")], [seen("copy.png", "One."), seen("small.jpg", "Two.")], near=True
+    )
+    assert find_duplicates(train, validation, near=True) == [Match("shared_medium", 1, 0), Match("near_shared_medium", 2, 0)]
+
+
 def test_the_order_of_media_and_who_speaks_are_part_of_a_record(tmp_path: Path, pictures: Path) -> None:
     two = "<image><image> Which?"
     records = [

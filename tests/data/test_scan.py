@@ -14,9 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.index import json_borders as borders_module
-from data.index import json_exact_scan
 from data.index import json_scan as scan_module
-from data.index.json_borders import array_borders, line_borders
+from data.index import token_estimate
 from data.index.json_scan import scan
 from data.index.table import KINDS, Table, join_tables
 from data.index.token_estimate import plan_by_parsing
@@ -130,16 +129,23 @@ JUNK = st.lists(
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(junk=JUNK, whole=st.booleans(), window=st.integers(1, 20))
-def test_junk_is_read_or_refused_as_byte_by_byte(junk: list[bytes], whole: bool, window: int) -> None:
-    array = b"[" + b",".join(junk) + b"]" if whole else b"".join(junk)
-    for name, content, exact in (("m.json", array, array_borders), ("m.jsonl", b"".join(junk), line_borders)):
-        try:
-            expected: Any = list(exact(content, 0, name)) or f": {'is empty' if not content else 'holds no record'}"
-        except DataError as error:
-            expected = str(error).rpartition(name)[2]
-        if not content:
-            expected = ": is empty; expected at least one record"
-        assert borders_or_error(name, content, window) == borders_or_error(name, content, 1 << 22) == expected
+def test_junk_is_read_or_refused_as_by_its_brackets(junk: list[bytes], whole: bool, window: int) -> None:
+    """A window of one byte holds no object: all are measured by their brackets."""
+    content = b"[" + b",".join(junk) + b"]" if whole else b"".join(junk)
+    by_brackets = borders_or_error("m.json", content, 1)
+    assert borders_or_error("m.json", content, window) == borders_or_error("m.json", content, 1 << 22) == by_brackets
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(junk=JUNK)
+def test_lines_of_junk_are_those_that_are_not_blank(junk: list[bytes]) -> None:
+    content = b"".join(junk)
+    lines = [line.strip() for line in content.split(b"\n") if line.strip()]
+    found = borders_or_error("m.jsonl", content, 1 << 22)
+    if lines:
+        assert [content[start:stop] for start, stop in found] == lines
+    else:
+        assert found == f": {'holds no record' if content else 'is empty; expected at least one record'}"
 
 
 def test_parts_are_planned_by_parsing() -> None:
@@ -171,7 +177,7 @@ def test_all_that_a_template_writes_is_planned() -> None:
     table = table_of("m.jsonl", "\n".join(map(json.dumps, rows)).encode(), 1 << 22)
     assert table.text_tokens.tolist()[:5] == expected
     assert table.text_tokens[5] >= 8 and table.media.max() == 0
-    one_by_one = [plan_by_parsing(json.dumps(row).encode())[0] for row in rows]
+    one_by_one = [plan_by_parsing(row, 0)[0] for row in rows]
     assert table.text_tokens.tolist()[:5] == one_by_one[:5]
 
 
@@ -210,38 +216,46 @@ TALKS = st.lists(
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
-@given(rows=TALKS, layout=LAYOUTS, largest=st.integers(2, 300))
-def test_records_larger_than_a_window_leave_no_trace(rows: list[dict[str, Any]], layout: dict[str, Any], largest: int) -> None:
-    """Whatever is larger than `largest` is looked for by itself, in pieces as small."""
-    lines = "\n\n".join(json.dumps(row, ensure_ascii=layout["ensure_ascii"]) for row in rows) + "\n \n"
-    for name, content in (("m.json", json.dumps(rows, **layout).encode()), ("m.jsonl", lines.encode())):
-        expected = table_of(name, content, 1 << 22)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(scan_module, "_LARGEST", largest)
-            patch.setattr(borders_module, "_PIECE", largest)
-            assert same(expected, table_of(name, content, largest))
+@given(rows=TALKS, layout=LAYOUTS, piece=st.integers(1, 300))
+def test_records_larger_than_a_window_leave_no_trace(rows: list[dict[str, Any]], layout: dict[str, Any], piece: int) -> None:
+    """Whatever is larger than a window is measured by its brackets, which are looked for in pieces as small."""
+    content = json.dumps(rows, **layout).encode()
+    expected = table_of("m.json", content, 1 << 22)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(borders_module, "_PIECE", piece)
+        assert same(expected, table_of("m.json", content, piece))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(junk=JUNK, piece=st.integers(2, 9))
+@given(junk=JUNK, piece=st.integers(1, 9))
 def test_junk_in_pieces_is_refused_as_in_one(junk: list[bytes], piece: int) -> None:
     content = b"[" + b",".join(junk) + b"]"
     with pytest.MonkeyPatch.context() as patch:
         expected = borders_or_error("m.json", content, 1 << 22)
-        patch.setattr(scan_module, "_LARGEST", piece)
         patch.setattr(borders_module, "_PIECE", piece)
         assert borders_or_error("m.json", content, piece) == expected
 
 
-def test_what_is_too_large_to_be_read_is_neither_parsed_nor_given_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan_module, "_LARGEST", 200)
+def test_what_is_too_large_to_be_read_is_neither_copied_nor_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     parsed: list[int] = []
-    plan = scan_module.plan_by_parsing
-    for module in (scan_module, json_exact_scan):
+    plan = token_estimate.plan_record
+    for module in (scan_module, token_estimate):
         monkeypatch.setattr(module, "MAX_RECORD_BYTES", 300)
-        monkeypatch.setattr(module, "plan_by_parsing", lambda raw: parsed.append(len(raw)) or plan(raw))
+    monkeypatch.setattr(token_estimate, "plan_record", lambda raw: parsed.append(len(raw)) or plan(raw))
     rows = [{"conversations": [{"from": "human", "value": "x" * n}, {"from": "gpt", "value": "y" * 8}]} for n in (4, 150, 1000, 4)]
     for name, content in (("m.json", json.dumps(rows)), ("m.jsonl", "\n".join(map(json.dumps, rows)))):
         assert table_of(name, content.encode(), 50).text_tokens.tolist() == [3, 39, 1, 3]
-    assert len(parsed) == 2 and max(parsed) < 300
-    assert scan_module.plan_values([json.dumps(row).encode() for row in rows]).text_tokens.tolist() == [3, 39, 1, 3]
+    assert len(parsed) == 6 and max(parsed) < 300
+
+
+def test_a_record_of_too_many_brackets_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.index.reader.MAX_RECORD_BRACKETS", 8)
+    rows = [{"a": [[]] * 9, "conversations": [{"from": "human", "value": "x"}]}, {"conversations": [{"from": "gpt", "value": "x"}]}]
+    table = table_of("m.jsonl", "\n".join(map(json.dumps, rows)).encode(), 1 << 22)
+    assert table.text_tokens.tolist() == [len(json.dumps(rows[0])) // 4, 1]
+
+
+def test_a_record_that_is_too_deep_is_planned_by_its_size() -> None:
+    text = '{"messages": [], "tools": ' + "[" * 900 + "]" * 900 + "}"
+    for name, content in (("m.json", f"[{text}]"), ("m.jsonl", text)):
+        assert table_of(name, content.encode(), 1 << 22).text_tokens.tolist() == [len(text) // 4]

@@ -61,7 +61,7 @@ def test_records_that_are_too_deep_or_too_long_are_quarantined(tmp_path: Path, m
     deep = json.dumps(good | {"extra": 0}).replace("0}", "[" * 65 + "]" * 65 + "}")
     long = json.dumps(talk("Hi", "x" * 5000))
     monkeypatch.setattr("data.index.reader.MAX_RECORD_BYTES", 4000)
-    monkeypatch.setattr("data.index.json_scan.MAX_RECORD_BYTES", 4000)
+    monkeypatch.setattr("data.index.token_estimate.MAX_RECORD_BYTES", 4000)
     found = dataset(tmp_path, [good, deep, long, "[" * 100_000, good])
     reasons = [item.reason if isinstance(item, Rejected) else "" for item in (found[i] for i in range(5))]
     assert reasons[0] == reasons[4] == ""

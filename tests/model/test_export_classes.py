@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,19 +15,37 @@ import transformers
 from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-from model.config import AudioConfig, AudioProjectorConfig, LlmConfig, ModelConfig
-from model.exports.hf_classes import CLASSES, HfClass
+from data.media.blob import Blob
+from data.media.sound import read_audio
+from model.card import ModelCard
+from model.config import (
+    AudioConfig,
+    AudioProjectorConfig,
+    LlmConfig,
+    LoraConfig,
+    ModelConfig,
+    VisionConfig,
+    VisionProjectorConfig,
+)
+from model.errors import ConfigError
+from model.exports.hf_classes import CLASSES, HfClass, choose_class
+from model.exports.media_facts import MediaFacts
+from model.llm.causal_lm import VocabularyLayout
 from model.load import load_model
+from model.lora import adapted
+from model.media_spec import ImageSpec
+from model.vision.tower import RESIZE
 from tests.support.finals import Run, config_of, save_checkpoint, save_final, save_parts, trained
+from tests.support.tiny import SIZES, TOWERS
 from tests.support.tiny_audio import save_qwen2_audio
 from tools.export_adapter import main as export
-from tools.exports.hf_inputs import open_processor
+from tools.exports.hf_inputs import open_processor, their_inputs
 from tools.exports.proofs import sample_clip, sample_picture
 
 SHUFFLE = "pixel_shuffle_mlp"
 WRAP = ("<im_start>", "<im_end>")  # any two texts; InternVL has <img> and </img>
-TILES = {"image_fit": "tiles", "max_tiles": 4}
-ONEVISION = {"image_fit": "anyres", "image_grid": ("1x1...3x3",), "anyres_max": 2}
+TILES: dict[str, Any] = {"image_fit": "tiles", "max_tiles": 4}
+ONEVISION: dict[str, Any] = {"image_fit": "anyres", "image_grid": ("1x1...3x3",), "anyres_max": 2}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # tower; kind, newline, layer ...; [data]
     "LlavaNext": ("clip", {"newline": True}, {"image_fit": "anyres"}),
     "LlavaNext named grids": ("siglip", {"newline": True}, {"image_fit": "anyres", "image_grid": ("2x1", "1x2", "2x2")}),
@@ -69,7 +88,9 @@ def target_of(folder: Path) -> HfClass:
 
 
 def pictures(folder: Path) -> Iterator[str]:
-    for i, image in enumerate([sample_picture(), Image.new("RGB", (20, 90), (10, 200, 90)), Image.radial_gradient("L").convert("RGB")]):
+    for i, image in enumerate(
+        [sample_picture(), Image.new("RGB", (20, 90), (10, 200, 90)), Image.radial_gradient("L").convert("RGB")]
+    ):
         image.save(folder / f"{i}.png")
         yield str(folder / f"{i}.png")
 
@@ -107,5 +128,78 @@ def test_a_run_that_hears_becomes_qwen2_audio(tmp_path: Path) -> None:
     run, out = hearing(tmp_path), tmp_path / "hf"
     assert export([str(save_final(run, tmp_path)), str(out), "--for", "hf"]) == 0
     model = transformers.Qwen2AudioForConditionalGeneration.from_pretrained(out, dtype=torch.float32).eval()
-    reader = AutoProcessor.from_pretrained(out)
-    assert type(reader).__name__ == "Qwen2AudioProcessor" and reader.audio_token == "<audio>"
+    reader, clip = AutoProcessor.from_pretrained(out), sample_clip(tmp_path / "clip.wav")
+    messages = asked({"type": "audio", "path": str(clip)})
+    text = reader.apply_chat_template(messages, tokenize=False)
+    wave = read_audio(Blob("clip", str(clip)), 30.0)[1].numpy()
+    theirs = reader(text=text, audio=[wave], sampling_rate=16_000, add_special_tokens=False, return_tensors="pt")
+    ours = run.processor([{"messages": messages}], answers=True)
+    assert theirs["input_ids"].tolist() == ours.input_ids.tolist()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**theirs).logits, our_logits(run, ours), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["LlavaNext", "InternVL", "hearing"])
+def test_an_adapter_inside_the_exported_folder_is_the_runs(tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """By PEFT on the class itself; the folder beside it holds all else, and stands without the adapter."""
+    run, out = hearing(tmp_path) if case == "hearing" else run_of(tmp_path, case), tmp_path / "peft"
+    assert export([str(save_checkpoint(run, tmp_path)), str(out), "--for", "peft", "--inside", "hf"]) == 0
+    said = capsys.readouterr().out
+    assert f"vllm serve {out / 'base'} --enable-lora --max-lora-rank 8 --lora-modules tuned={out}" in said
+    target = target_of(out / "base")
+    base = getattr(transformers, target.name).from_pretrained(out / "base", dtype=torch.float32)
+    expected = {name.removeprefix("llm.") for name, _ in adapted(run.model)}
+    messages = asked({"type": "image", "path": next(pictures(tmp_path))})
+    if case == "hearing":
+        messages = asked({"type": "audio", "path": str(sample_clip(tmp_path / "clip.wav"))})
+    batch = run.processor([{"messages": messages}], answers=True)
+    inputs = their_inputs(out / "base", target, {"messages": messages}, batch, run.processor)
+    with torch.no_grad():
+        without = base.eval()(**inputs).logits
+        model = peft.PeftModel.from_pretrained(base, str(out)).eval()
+        found = model(**inputs).logits
+    adapters = {name for name, module in model.named_modules() if name.endswith(".lora_A")}
+    assert len(adapters) == len(expected) > 0 and all("model.language_model." in name for name in adapters)
+    torch.testing.assert_close(found, our_logits(run, batch), rtol=1e-5, atol=1e-5)
+    assert (without - found).abs().max() > 1e-3
+
+
+def test_the_language_model_alone_is_always_possible(tmp_path: Path) -> None:
+    run, out = run_of(tmp_path, "InternVL"), tmp_path / "llm"
+    assert export([str(save_final(run, tmp_path)), str(out), "--for", "llm"]) == 0
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(out)
+    merged = load_model(tmp_path / "final", dtype="float32").llm
+    asks = [{"role": "user", "content": "What is this?"}]
+    ids = tokenizer.apply_chat_template(asks, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+    assert ids.tolist() == run.processor([{"messages": asks}]).input_ids.tolist()
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
+    "tiles": ({"image_fit": "tiles", "max_tiles": 4}, {}, "clip", "data.image_fit = 'tiles', its processor has one view"),
+    "linear": ({}, {"kind": "linear"}, "clip", "model.vision_projector.kind = 'linear'"),
+    "registers": ({}, {}, "registers", "has rows before its patches besides CLS"),
+    "padded": ({}, {"kind": SHUFFLE}, "internvit", "data.image_fit = 'pad'"),
+    "cropped": ({"image_fit": "square"}, {"kind": SHUFFLE}, "internvit", "this tower's own processor crops"),
+    "no thumbnail": ({**TILES, "thumbnail": False}, {"kind": SHUFFLE}, "internvit", "data.thumbnail = false"),
+    "CLIP shuffled": (TILES, {"kind": SHUFFLE}, "clip", "'clip_vision_model' is not internvl_vision"),
+}
+
+
+def test_what_no_class_expresses_is_refused_with_the_setting_that_stands_in_the_way() -> None:
+    for data, options, tower, reason in REFUSED.values():
+        projector = VisionProjectorConfig(options.get("kind", "mlp2x_gelu"))
+        resize = TOWERS[tower][2]
+        spec = ImageSpec(32, 8, 1, "patch", RESIZE[resize], (0.5,) * 3, (0.5,) * 3)
+        model = ModelConfig(LlmConfig("llm"), VisionConfig("vision"), projector)
+        kind = TOWERS[tower][0].model_type
+        configs = {"llm": {"model_type": "llama", **SIZES}, "vision": {"model_type": kind}}
+        card = ModelCard(model, LoraConfig(), configs, {"image": spec}, VocabularyLayout())
+        facts = {
+            "fit": data.get("image_fit", "pad"),
+            "max_tiles": data.get("max_tiles", 1),
+            "thumbnail": data.get("thumbnail", True),
+        }
+        with pytest.raises(ConfigError, match=re.escape(reason)):
+            choose_class(card, MediaFacts(**facts))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 
-from data.anyres import grids
+from data.media.tiling import grids
 from data.processor import Processor, load_processor
 from data.text.tokenizer import pad_id, save_tokenizer
 from model.card import ModelCard
@@ -19,6 +18,7 @@ from model.exports.hf_processors import named_tokens, processor_files, wraps
 from model.exports.hf_weights import weights, write_weights
 from model.exports.media_facts import MediaFacts
 from model.files.tensor_files import dump_json
+from model.files.untrusted import Json
 from model.load import load_model
 from model.media_spec import PLACEHOLDERS, image_spec
 from model.multimodal import MultimodalLM
@@ -72,6 +72,7 @@ def facts_of(processor: Processor) -> MediaFacts:
         max_tiles=config.max_tiles,
         thumbnail=config.thumbnail,
         wrap=template.media_wrap,
+        wrap_is_tokens=all(text in processor.tokenizer.get_vocab() for text in template.media_wrap),
         tokens={kind: str(processor.tokenizer.convert_ids_to_tokens(id_)) for kind, id_ in template.placeholder_ids.items()},
         ids=template.placeholder_ids,
     )
@@ -91,7 +92,7 @@ def write_folder(folder: Path, target: HfClass, card: ModelCard, model: Multimod
     save_tokenizer(processor.tokenizer, folder, chat_template=source)
     (folder / "chat_template.json").write_text(dump_json({"chat_template": source}))  # where processors of 4.x look
     config = folder / "tokenizer_config.json"
-    extra: dict[str, Any] = {"additional_special_tokens": [facts.tokens[target.modality]]}
+    extra: Json = {"additional_special_tokens": [facts.tokens[target.modality]]}
     if named := named_tokens(target, facts):
         extra["extra_special_tokens"] = named
     config.write_text(json.dumps({**json.loads(config.read_text()), **extra}, indent=2, ensure_ascii=False) + "\n")

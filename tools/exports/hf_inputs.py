@@ -18,7 +18,7 @@ from data.processor import Processor
 from model.batch import Batch
 from model.exports.hf_classes import HfClass
 from model.exports.hf_processors import NESTED, VIDEO
-from model.files.untrusted import load_json
+from model.files.untrusted import Json, load_json
 from model.media_spec import AudioSpec, image_spec
 from model.vision.normalise import normalised
 from trainer.errors import ProofError
@@ -54,7 +54,7 @@ def _without_videos(kind: Any) -> Any:
     return type(kind.__name__, (kind,), {"check_argument_for_proper_class": check})
 
 
-def their_inputs(folder: Path, target: HfClass, record: dict[str, Any], batch: Batch, processor: Processor) -> dict[str, Any]:
+def their_inputs(folder: Path, target: HfClass, record: Json, batch: Batch, processor: Processor) -> Json:
     """Return what the folder's processor makes of the record. Raises ProofError where it is not what training saw."""
     reader = open_processor(folder, target)
     if target.modality == "audio":
@@ -70,7 +70,7 @@ def their_inputs(folder: Path, target: HfClass, record: dict[str, Any], batch: B
     return dict(inputs)
 
 
-def _heard(reader: Any, record: dict[str, Any], batch: Batch, processor: Processor) -> dict[str, Any]:
+def _heard(reader: Any, record: Json, batch: Batch, processor: Processor) -> Json:
     spec = processor.specs["audio"]
     assert isinstance(spec, AudioSpec)
     (path,) = [part["path"] for part in record["messages"][0]["content"] if part["type"] == "audio"]

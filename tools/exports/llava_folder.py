@@ -103,9 +103,7 @@ def _whole_folder(task: Task) -> Exported:
 
 
 def _prompts(processor: Processor) -> str:
-    return (
-        f"LLaVA writes prompts by its own conv_mode, which no file names: choose the one of template {processor.template.name!r}"
-    )
+    return f"LLaVA writes prompts by its own conv_mode, which no file names: choose the one of template {processor.template.name!r}"
 
 
 def _name(text: dict[str, object], lora: bool = False) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 from data.processor import load_processor
 from data.text.tokenizer import save_tokenizer
-from model.exports.hf_processors import FLAT, processor_files
 from model.exports.hf_classes import INTERN_VL
+from model.exports.hf_processors import FLAT, processor_files
 from model.exports.hf_weights import model_entries, write_weights
 from model.exports.internvl import CODE, CONTEXT, check_exportable_internvl, internvl_config, internvl_names
 from model.files.tensor_files import dump_json
@@ -40,9 +40,7 @@ def to_internvl(task: Task) -> Exported:
     save_tokenizer(processor.tokenizer, task.folder, chat_template=processor.template.source)
     if facts.tokens["image"] != CONTEXT and CONTEXT not in processor.tokenizer.get_vocab():
         rename_token(task, facts.tokens["image"])
-    line = python_line(
-        f"from transformers import AutoModel as M; M.from_pretrained({task.literal()}, trust_remote_code=True)"
-    )
+    line = python_line(f"from transformers import AutoModel as M; M.from_pretrained({task.literal()}, trust_remote_code=True)")
     files = ", ".join(sorted({f"{place.partition('.')[0]}.py" for place in CODE.values()}))
     notes = (
         f"its code is not copied: put {files} and what they import, from a published InternVL of the same language model, beside",

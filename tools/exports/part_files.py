@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
 
 from model.card import ModelCard
 from model.errors import ConfigError
 from model.exports.llm_folder import inherited_parts
 from model.exports.trained_files import PROJECTORS, changed_parts, trained_files, write_file
 from model.files.tensor_files import dump_json
+from model.files.untrusted import Json
 from model.weights.peft_adapter import INHERITS, OUR_CONFIG, OURS
 from tools.exports.task import Exported, Task
 
@@ -27,7 +27,7 @@ def to_safetensors(task: Task) -> Exported:
         write_file(task.folder / name, tensors)
     inherits = OURS in files and bool(inherited_parts(source, card) & card.lora_parts)
     if OURS in files:
-        settings: dict[str, Any] = {key: getattr(card.lora, key) for key in ("rank", "alpha", "rslora", "bias")}
+        settings: Json = {key: getattr(card.lora, key) for key in ("rank", "alpha", "rslora", "bias")}
         (task.folder / OUR_CONFIG).write_text(dump_json({**settings, INHERITS: inherits}))
     notes = []
     if card.model.llm.tune == "full":

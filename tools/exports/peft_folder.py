@@ -15,7 +15,7 @@ from model.exports.llm_folder import inherited_parts, write_llm
 from model.exports.trained_files import adapter_tensors, write_file
 from model.files.tensor_files import Tensors
 from model.load import load_model
-from model.lora import adapted, is_adapter, merge_rows
+from model.lora import is_adapter, merge_rows
 from model.weights.peft_adapter import WEIGHTS, adapter_config, peft_name, write_config
 from tools.exports.hf_folder import differences, facts_of, pipeline_of, write_folder
 from tools.exports.hf_inputs import their_inputs
@@ -73,14 +73,15 @@ def _inside_hf(task: Task) -> Exported:
     write_config(task.folder, adapter_config(card.lora, str(task.out / "base"), paths))
     print(f"reopened with transformers: ids and media equal, logits with the adapter within {difference:.1e} of the largest")
     rank = next(rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= min(card.lora.rank, 512))
-    print(
-        f"serve: vllm serve {task.quoted('base')} --enable-lora --max-lora-rank {rank} --lora-modules tuned={task.quoted()}"
-    )
+    print(f"serve: vllm serve {task.quoted('base')} --enable-lora --max-lora-rank {rank} --lora-modules tuned={task.quoted()}")
     line = python_line(
         f"from peft import PeftModel; from transformers import {target.name} as M; "
         f"PeftModel.from_pretrained(M.from_pretrained({task.literal('base')}), {task.literal()})"
     )
-    notes = ("base/ holds every other part as it was trained, and the language model without the adapter", *differences(target, card))
+    notes = (
+        "base/ holds every other part as it was trained, and the language model without the adapter",
+        *differences(target, card),
+    )
     return Exported(line, f"a PEFT adapter of the model in base/ ({target.name})", "peft", pipeline_of(target), notes)
 
 
@@ -93,9 +94,7 @@ def _paths(tensors: Tensors) -> list[str]:
     return [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
 
 
-def prove_inside(
-    base: Path, target: HfClass, tensors: Tensors, scale: float, model: Any, processor: Processor
-) -> float:
+def prove_inside(base: Path, target: HfClass, tensors: Tensors, scale: float, model: Any, processor: Processor) -> float:
     """Open `base` with transformers, add the adapter to the modules that it names, and compare with the unmerged model.
 
     Returns the largest relative difference of float32 logits. Raises ProofError where ids, media or logits differ.

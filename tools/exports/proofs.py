@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data.processor import Processor
 from model.batch import Batch
+from model.files.untrusted import Json
 from model.multimodal import MultimodalLM
 from trainer.errors import ProofError
 
@@ -25,12 +26,12 @@ TOLERANCE = 1e-4
 
 
 @contextmanager
-def sample(processor: Processor) -> Iterator[dict[str, Any]]:
+def sample(processor: Processor) -> Iterator[Json]:
     """Provide a record of one round, with a picture that is not square if the model sees, and a clip if it hears; both are deleted
     afterwards.
     """
     with TemporaryDirectory() as folder:
-        parts: list[dict[str, Any]] = []
+        parts: list[Json] = []
         if "image" in processor.specs:
             file = Path(folder) / "sample.png"
             sample_picture().save(file)
@@ -54,12 +55,14 @@ def sample_clip(file: Path) -> Path:
     """Write a clip of 0.6 seconds in which no two moments are alike, 16-bit at 16 kHz, and return its path."""
     samples = [(7919 * i * i) % 20011 - 10005 for i in range(9600)]
     with wave.open(str(file), "wb") as out:
-        out.setnchannels(1), out.setsampwidth(2), out.setframerate(16_000)
+        out.setnchannels(1)
+        out.setsampwidth(2)
+        out.setframerate(16_000)
         out.writeframes(struct.pack(f"<{len(samples)}h", *samples))
     return file
 
 
-def batch_of(processor: Processor, record: dict[str, Any]) -> Batch:
+def batch_of(processor: Processor, record: Json) -> Batch:
     """Return the record as a batch, as training reads such records, however long it is."""
     return replace(processor, config=replace(processor.config, max_length=1 << 20))([record], answers=True)
 

@@ -17,7 +17,6 @@ from data.processor import Processor, make_processor
 from data.text.template import Template, load_template
 from data.text.tokenizer import load_tokenizer, pad_id
 from model.card import ModelCard, base_digests, make_card, media_specs, read_card
-from model.config import AudioProjectorConfig, VisionProjectorConfig
 from model.errors import ConfigError, DataError
 from model.files.tensor_files import sampled_digest
 from model.llm.causal_lm import check_positions
@@ -123,6 +122,7 @@ def open_vocabulary(config: RunConfig, world: World) -> tuple[Template, ModelCar
         allowed=added,
         state_tokens=data.state_tokens,
         unread=surplus.unread,
+        system=data.system,
         tokens=placeholder_tokens(media_specs(config.model)),
     )
     card = make_card(
@@ -169,11 +169,11 @@ def with_base_digests(data: RunData, world: World) -> RunData:
 
 def given_digests(card: ModelCard) -> dict[str, str]:
     """Return fingerprints of the files that are named beside the bases, so that a resumed run notices when one was replaced."""
-    parts, projectors = card.model.parts().items(), VisionProjectorConfig | AudioProjectorConfig
+    parts = card.model.parts().items()
     named = {
         "model.init_from": card.model.init_from,
         "lora.path": card.lora.path,
-        **{f"model.{name}.path": part.path for name, part in parts if isinstance(part, projectors)},
+        **{f"model.{name}.path": part.path for name, part in parts if name not in ("llm", "vision", "audio")},
     }
     found = {}
     for key, path in named.items():

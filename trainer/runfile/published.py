@@ -8,9 +8,13 @@ from typing import Any
 from model.card import NAME
 from model.files.hub import HUB_ID
 from model.published.table import published_settings
+from model.published.vita_audio import SETTINGS
 from trainer.runfile.merge_tables import has_key, merge, value_of, without_key
+from trainer.runfile.schema import flatten_tables
 
 KEY = "model.init_from"
+KNOWN_BY = ("config.json", SETTINGS)
+"""Files by which a published folder is known; the second is that of VITA's sound encoder."""
 
 
 def resolve_published(tables: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -23,7 +27,7 @@ def resolve_published(tables: dict[str, Any]) -> tuple[dict[str, Any], list[str]
     path, cache_dir = value_of(tables, KEY), value_of(tables, "model.cache_dir") or ""
     if not isinstance(path, str) or not isinstance(cache_dir, str) or not is_published(path):
         return tables, []
-    name, settings = published_settings(path, cache_dir)
+    name, settings = published_settings(path, cache_dir, written_settings(tables))
     problems = []
     tables = without_key(tables, KEY)
     for key, given in settings.items():
@@ -38,11 +42,18 @@ def resolve_published(tables: dict[str, Any]) -> tuple[dict[str, Any], list[str]
     return tables, problems
 
 
+def written_settings(tables: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that a run file writes, by dotted key; of a curriculum, those of its first stage."""
+    stages = tables.get("stage")
+    first = stages[0] if isinstance(stages, list) and stages and isinstance(stages[0], dict) else {}
+    return flatten_tables(merge({key: value for key, value in tables.items() if key != "stage"}, first))
+
+
 def is_published(path: str) -> bool:
     """Tell whether a value of model.init_from names a published model, which may be a hub id, and no run of ours."""
     folder = Path(path)
     if folder.is_dir():
-        return not (folder / NAME).is_file() and (folder / "config.json").is_file()
+        return not (folder / NAME).is_file() and any((folder / name).is_file() for name in KNOWN_BY)
     is_run = folder.name == "final" or folder.name.startswith("checkpoint-")  # the run that writes it may not have been started
     return not is_run and not folder.exists() and HUB_ID.fullmatch(path) is not None
 
