@@ -128,6 +128,6 @@ class Features:
 
 FEATURES = {
     "whisper": Features(_begun_hops, log_mel_rows),
-    "kaldi": Features(filter_banks.num_frames, filter_banks.filter_bank_rows),
+    "kaldi": Features(filter_banks.num_windows, filter_banks.filter_bank_rows),
 }
 """Kinds of features by `AudioSpec.features`."""

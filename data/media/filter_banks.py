@@ -28,7 +28,7 @@ _POVEY = 0.85
 _SEED = 0
 
 
-def num_frames(num_samples: int, spec: AudioSpec) -> int:
+def num_windows(num_samples: int, spec: AudioSpec) -> int:
     """Return the windows that lie wholly inside a clip."""
     return max(0, (num_samples - spec.n_fft) // spec.hop + 1)
 

@@ -20,9 +20,9 @@ from model.media_spec import AudioSpec, MediaMeta, num_tokens, row_shape
 from model.weights.bases import audio_tensors
 from model.weights.materialise import Layer, materialise, parameters_on_meta
 from model.weights.projector_files import whole_projector
-from tests.support.plain_whale import adapted, encoded
 from tests.support.tiny_audio import wave
-from tests.support.tiny_whale import MELS, WIDTH, save_whale, statistics
+from tests.support.vita.plain_sound import adapted, encoded
+from tests.support.vita.sound_folder import MELS, WIDTH, save_whale, statistics
 
 CLIPS = [0.085, 0.3, 0.86]
 LLM = 48

@@ -72,7 +72,7 @@ def started(folder: Path, tmp_path: Path, **sections: Any) -> Iterator[tuple[Any
         yield data, build_run(Stage(config, config), data, world).model.eval()
 
 
-@pytest.mark.parametrize(("kind", "sound"), [("1.5", True), ("1.0", True), ("1.5", False)])
+@pytest.mark.parametrize(("kind", "sound"), [("1.5", True), ("1.0", True), pytest.param("1.5", False, marks=pytest.mark.long)])
 def test_logits_are_those_of_its_definition(tmp_path: Path, kind: str, sound: bool) -> None:
     folder = tmp_path / "published"
     tensors = save_vita(folder, kind, sound)
@@ -129,7 +129,7 @@ def trained_run(folder: Path, tmp_path: Path, steps: int) -> Path:
     return tmp_path / f"run{steps}" / "final"
 
 
-@pytest.mark.parametrize("kind", ["1.5", "1.0"])
+@pytest.mark.parametrize("kind", [pytest.param("1.5", marks=pytest.mark.long), "1.0"])
 def test_what_comes_in_goes_out_the_same(tmp_path: Path, kind: str) -> None:
     """Without training every tensor is the same to the bit, in the whole files and in the folders that config.json names."""
     folder, out = tmp_path / "published", tmp_path / "out"

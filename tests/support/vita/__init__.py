@@ -15,11 +15,11 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from data.text.tokenizer import save_tokenizer
 from model.batch import Batch
-from tests.support.plain_whale import adapted, encoded
 from tests.support.router import MIXTURES
 from tests.support.tiny import FAMILIES, SIZES, TOWER_SIZES, save_tower, spread
 from tests.support.tiny_tokenizers import NAMES
-from tests.support.tiny_whale import save_whale
+from tests.support.vita.plain_sound import adapted, encoded
+from tests.support.vita.sound_folder import save_whale
 
 KINDS = {
     "1.5": ("vita-Qwen2", "VITAQwen2ForCausalLM", "qwen2", "qwen"),

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from tests.support.tiny_whale import BLOCKS, HEADS
+from tests.support.vita.sound_folder import BLOCKS, HEADS
 
 
 def linear(tensors: dict[str, Tensor], name: str, rows: Tensor) -> Tensor:
