@@ -15,9 +15,12 @@ from model.published.vita_names import AUDIO, LINEAR, PROMPTS, SUBSAMPLING, patt
 
 TOWER, SOUND = "mm_vision_tower", "mm_audio_encoder"
 """Keys of config.json that name the folders of the vision tower and of the sound encoder."""
+DUPLEX = "vita-fo-Qwen2"
+STATE_WEIGHTS = (1.0, 5.0, 1.0)
+"""Of two states and a class that is never learned."""
 MODELS = {
     "vita-Qwen2": ("qwen2", "vita_qwen", "glyphs"),
-    "vita-fo-Qwen2": ("qwen2", "vita_qwen", "glyphs"),
+    DUPLEX: ("qwen2", "vita_qwen", "glyphs"),
     "vita-mixtral": ("mixtral", "vita_mixtral", "digits"),
 }
 """model_type of the language model, chat format and state tokens, by model_type of config.json."""
@@ -122,6 +125,11 @@ def vita_settings(source: Published) -> Settings:
     }
     if not any(re.match(TOWER_PREFIX, name) for name in names):
         found["model.vision.path"] = Given(tower_source(source).path)
+    if has_state_head(source):
+        classes = names["predictor_head.bias"].shape[0]
+        found |= {"model.state_head.classes": Given(classes)}
+        # As VITA weighs them in its code; no file holds them.
+        found |= {"model.state_head.class_weights": Given(list(STATE_WEIGHTS), free=True)} if classes == len(STATE_WEIGHTS) else {}
     return found if SOUND not in source.config else {**found, **sound_settings(source, names)}
 
 
@@ -143,6 +151,13 @@ def is_vita(sound: bool) -> Callable[[Published], bool]:
     return lambda source: source.config.get("model_type") in MODELS and (SOUND in source.config) is sound
 
 
+def has_state_head(source: Published) -> bool:
+    """Tell whether it is the full-duplex VITA 1.5 and its files hold a state head, which its published code does not build."""
+    if source.config.get("model_type") != DUPLEX or SOUND not in source.config:
+        return False
+    return "predictor_head.bias" in folder_tensors(source.setting, source.path, source.cache_dir)
+
+
 def sound_files(source: Published) -> list[Path]:
     """Return final.pt. Raises `ConfigError` when it is missing."""
     if (file := find_file(source.setting, source.path, vita_audio.WEIGHTS, source.cache_dir)) is None:
@@ -160,6 +175,7 @@ def no_model(source: Published) -> Settings:
 LLM = PartView(((r"(?=model\.(embed_tokens|layers|norm)\.|lm_head\.)", ""),), plain_llm_config)
 VISION = PartView(((TOWER_PREFIX, ""),), tower_config, processor=tower_pixels)
 PROJECTOR = PartView(((PROJECTOR_PREFIX, ""),))
+HEAD = PartView(((HEAD_PREFIX, ""),))
 ADAPTER = (*SUBSAMPLING, *LINEAR, *PROMPTS)
 SEEING = {"llm": LLM, "vision": VISION, "vision_projector": PROJECTOR}
 HEARING = {
@@ -167,6 +183,7 @@ HEARING = {
     "audio_projector": PartView(patterns(ADAPTER, PREFIX)),
 }
 LAYOUTS = (
+    Layout("VITA with a state head", has_state_head, {**SEEING, **HEARING, "state_head": HEAD}, vita_settings, nothing=NOTHING),
     Layout("VITA", is_vita(sound=True), {**SEEING, **HEARING}, vita_settings, nothing=NOTHING),
     Layout("VITA without sound", is_vita(sound=False), SEEING, vita_settings),
 )

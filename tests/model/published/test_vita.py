@@ -129,14 +129,14 @@ def trained_run(folder: Path, tmp_path: Path, steps: int) -> Path:
     return tmp_path / f"run{steps}" / "final"
 
 
-@pytest.mark.parametrize("kind", [pytest.param("1.5", marks=pytest.mark.long), "1.0"])
+@pytest.mark.parametrize("kind", [pytest.param("1.5", marks=pytest.mark.long), "duplex", "1.0"])
 def test_what_comes_in_goes_out_the_same(tmp_path: Path, kind: str) -> None:
     """Without training every tensor is the same to the bit, in the whole files and in the folders that config.json names."""
     folder, out = tmp_path / "published", tmp_path / "out"
     tensors = save_vita(folder, kind)
     assert export([str(trained_run(folder, tmp_path, 0)), str(out), "--for", "vita"]) == 0
     found = load_file(out / "model.safetensors")
-    assert found.keys() == tensors.keys()
+    assert found.keys() == tensors.keys() and ("predictor_head.bias" in found) is (kind == "duplex")
     assert [name for name in found if not torch.equal(found[name], tensors[name])] == []
     stored = torch.load(out / "audio_encoder" / "final.pt", weights_only=True)
     assert {f"model.audio_encoder.{name}": rows.tolist() for name, rows in stored.items()} == {
@@ -144,6 +144,8 @@ def test_what_comes_in_goes_out_the_same(tmp_path: Path, kind: str) -> None:
     }
     tower = load_file(out / "InternViT" / "model.safetensors")
     assert tower.keys() == load_file(folder / TOWER / "model.safetensors").keys()
+    if kind == "duplex":
+        assert json.loads((out / "config.json").read_text())["audio_prompt_num"] == 5
     ours, theirs = (json.loads((place / "config.json").read_text()) for place in (out, folder))
     assert {key: ours[key] for key in ("model_type", "architectures", "vocab_size", "mm_hidden_size")} == {
         key: theirs[key] for key in ("model_type", "architectures", "vocab_size", "mm_hidden_size")

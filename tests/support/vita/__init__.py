@@ -23,9 +23,10 @@ from tests.support.vita.sound_folder import save_whale
 
 KINDS = {
     "1.5": ("vita-Qwen2", "VITAQwen2ForCausalLM", "qwen2", "qwen"),
+    "duplex": ("vita-fo-Qwen2", "VITAFOQwen2ForCausalLM", "qwen2", "qwen"),
     "1.0": ("vita-mixtral", "VITAMixtralForCausalLM", "mixtral", "llama"),
 }
-"""model_type, class, family and tokenizer of the two published models."""
+"""model_type, class, family and tokenizer of the published models."""
 TOWER, SOUND = "InternViT-300M-448px", "audio-encoder-tiny"
 WIDTH = 32
 INTERN_VIT = (
@@ -62,6 +63,11 @@ def save_vita(folder: Path, kind: str = "1.5", sound: bool = True) -> dict[str, 
         audio = save_whale(folder / SOUND, llm=WIDTH, chunk=4, left=2)
         tensors |= {f"model.audio_encoder.{name}": rows for name, rows in audio.items()}
         config |= {"mm_audio_encoder": f"/somewhere/{SOUND}", "freeze_audio_encoder": True, "freeze_audio_encoder_adapter": True}
+    if kind == "duplex":
+        tensors["predictor_head.weight"] = torch.randn(3, WIDTH, generator=generator)
+        tensors["predictor_head.bias"] = torch.randn(3, generator=generator)
+        tensors["model.audio_encoder.prompt_embeddings.weight"] = torch.randn(5, WIDTH, generator=generator)
+        config |= {"audio_prompt_finetune": True, "audio_prompt_num": 5}
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
