@@ -1,7 +1,7 @@
 """Classes of transformers that a run can be written for: what each can express, its config.json and its tensors' names.
 
-Towers are declared as deep as they were built, and their last hidden state is read: `num_hidden_layers` is reduced,
-`vision_feature_layer` is -1. With more layers declared, transformers would initialise the missing blocks at random.
+Towers are written whole, with the blocks behind the hidden state that is read: a model that comes in and goes out again is
+the same, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from model.errors import ConfigError
 from model.exports.hf_text import head_problems, sizes_of
 from model.exports.media_facts import MediaFacts
 from model.files.untrusted import Json
-from model.llm.causal_lm import blocks
 from model.media_spec import ImageSpec, MediaMeta, image_spec, num_tokens, view_tokens
 from model.multimodal import MultimodalLM
 
@@ -152,11 +151,10 @@ def strategy(spec: ImageSpec) -> str:
     return "default" if spec.select == "patch" and spec.num_prefix else "full"
 
 
-def vision_config(card: ModelCard, model: MultimodalLM) -> Json:
-    """Return config.json of the tower as it was built, in transformers' form."""
+def vision_config(card: ModelCard) -> Json:
+    """Return config.json of the whole tower, in transformers' form, for the run's size of views."""
     vision, side = dict(card.hugging_face["vision"]), image_spec(card.specs).size
     vision["image_size"] = [side, side] if isinstance(vision["image_size"], list) else side
-    vision["num_hidden_layers"] = len(blocks(model.get_submodule("vision.tower")))
     if vision["model_type"] == "siglip_vision_model":
         vision["vision_use_head"] = False
     if vision["model_type"] == INTERN_VIT:
@@ -168,10 +166,18 @@ def vision_config(card: ModelCard, model: MultimodalLM) -> Json:
     return vision
 
 
-def _seeing_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> Json:
+def feature_layer(card: ModelCard) -> int:
+    """Return the place of the hidden state that is read, counted from the last."""
+    vision = card.model.vision
+    assert vision is not None
+    total: int = card.hugging_face["vision"]["num_hidden_layers"]
+    return vision.layer if vision.layer < 0 else vision.layer - total - 1
+
+
+def _seeing_config(card: ModelCard) -> Json:
     return {
-        "vision_config": vision_config(card, model),
-        "vision_feature_layer": -1,
+        "vision_config": vision_config(card),
+        "vision_feature_layer": feature_layer(card),
         "vision_feature_select_strategy": strategy(image_spec(card.specs)),
         "projector_hidden_act": "gelu",
     }
@@ -183,7 +189,7 @@ def _llava_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> Js
         "image_seq_length": view_tokens(image_spec(card.specs)),
         "multimodal_projector_bias": True,
     }
-    return _seeing_config(card, model, facts) | own
+    return _seeing_config(card) | own
 
 
 def _next_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> Json:
@@ -200,7 +206,7 @@ def _onevision_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -
 def _intern_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> Json:
     tokens = num_tokens(image_spec(card.specs), MediaMeta())
     own = {"image_token_id": facts.ids["image"], "image_seq_length": tokens, "downsample_ratio": 0.5}
-    return _seeing_config(card, model, facts) | own
+    return _seeing_config(card) | own
 
 
 def _hearing_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> Json:

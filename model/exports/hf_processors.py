@@ -128,7 +128,7 @@ def _frames(spec: ImageSpec, target: HfClass) -> Json:
 
 
 def _hearing_files(spec: AudioSpec, facts: MediaFacts) -> dict[str, Json]:
-    before, after = facts.around
+    before, after = facts.around_clips
     extractor = {
         "feature_extractor_type": "WhisperFeatureExtractor",
         "feature_size": spec.num_mels,

@@ -12,7 +12,7 @@ from torch import Tensor
 from model.card import ModelCard
 from model.errors import ConfigError
 from model.exports.hf_classes import HfClass
-from model.files.tensor_files import SHARD_BYTES, Entry, dump_json, in_memory, split_by_size, write_safetensors
+from model.files.tensor_files import SHARD_BYTES, Entry, LazyTensor, dump_json, in_memory, split_by_size, write_safetensors
 from model.llm.causal_lm import blocks
 from model.llm.quantized_linear import STORED, quantised
 from model.lora import is_adapter
@@ -77,41 +77,36 @@ def _with_encoder(found: dict[str, Entry]) -> dict[str, Entry]:
 
 def _with_tower(found: dict[str, Entry], card: ModelCard, model: MultimodalLM) -> dict[str, Entry]:
     kind, tower = card.hugging_face["vision"]["model_type"], "vision.tower."
-    inner = {name.removeprefix(tower): entry for name, entry in found.items() if name.startswith(tower)}
-    inner |= behind(card, model)
+    inner = whole_tower(card, model)
     prefix = "vision_tower.vision_model." if kind in NESTED_TOWERS else "vision_tower."
     others = {name: entry for name, entry in found.items() if not name.startswith(tower)}
     return others | {prefix + name: entry for name, entry in tower_names(kind, inner).items()}
 
 
-def behind(card: ModelCard, model: MultimodalLM) -> dict[str, Entry]:
-    """Return what the tower's class has behind the hidden state that is read, from the tower's base."""
-    path, module = card.model.vision.path if card.model.vision else "", model.get_submodule("vision")
-    needed = BEHIND[card.hugging_face["vision"]["model_type"]]
-    base = tower_tensors(path, module, card.model.cache_dir, needed) if needed else {}  # type: ignore[arg-type]
-    found = {}
-    for name in needed:
-        if (rows := base.get(f"vision.tower.{name}")) is None:
-            raise ConfigError(f"model.vision.path = {path!r} holds no {name}, which transformers' class of this tower needs")
-        found[name] = in_dtype(rows.all(), model.dtype)
-    return found
+def whole_tower(card: ModelCard, model: MultimodalLM, dropped: int = 0) -> dict[str, Entry]:
+    """Return every tensor of the tower's class, by the name there: what is not built as the base has it.
 
-
-def whole_tower(card: ModelCard, model: MultimodalLM) -> dict[str, Entry]:
-    """Return every tensor of the tower's class, by the name there: what is not built as the base has it."""
+    `dropped`: last blocks that are left out. Raises `ConfigError` when the base lacks a tensor that transformers' class needs.
+    """
     vision, module = card.model.vision, model.get_submodule("vision")
     assert vision is not None
     start = "vision.tower."
     own = {name.removeprefix(start): entry for name, entry in model_entries(model) if name.startswith(start)}
     value = card.hugging_face["vision"]
-    # LLaVA-NeXT removes SigLIP's last block itself.
-    built, total = len(blocks(module)), value["num_hidden_layers"] - (value["model_type"] == "siglip_vision_model")
+    built, total = len(blocks(module)), value["num_hidden_layers"] - dropped
     first = {name: name.replace(".0.", ".{}.", 1) for name in own if name.startswith(BLOCKS)}
     missing = [form.format(i) for i in range(built, total) for form in first.values()]
     needed = (*missing, *BEHIND[value["model_type"]])
-    base = tower_tensors(vision.path, module, card.model.cache_dir, needed)  # type: ignore[arg-type]
-    others = {name: base[start + name] for name in needed if start + name in base}
-    return own | {name: in_dtype(rows.all(), model.dtype) for name, rows in others.items()}
+    base = tower_tensors(vision.path, module, card.model.cache_dir, needed) if needed else {}
+    if lacking := [name for name in needed if start + name not in base]:
+        raise ConfigError(
+            f"model.vision.path = {vision.path!r} holds no {lacking[0]}, which transformers' class of this tower needs"
+        )
+    return own | {name: _from_base(base[start + name], model.dtype) for name in needed}
+
+
+def _from_base(rows: LazyTensor, dtype: torch.dtype) -> Entry:
+    return Entry(dtype, rows.shape, rows.all)
 
 
 def tower_names(kind: str, inner: dict[str, Entry]) -> dict[str, Entry]:

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 
 from model.card import ModelCard
 from model.errors import ConfigError
-from model.exports.hf_classes import INTERN_VL, sees
+from model.exports.hf_classes import INTERN_VL, feature_layer, sees
 from model.exports.hf_text import head_problems, sizes_of
 from model.exports.hf_weights import stacked
 from model.exports.media_facts import MediaFacts
 from model.files.tensor_files import Entry
 from model.files.untrusted import Json
-from model.llm.causal_lm import blocks
 from model.media_spec import image_spec
 from model.multimodal import MultimodalLM
 from model.vision.tower_kinds import INTERN_VIT_NAMES, ORIGINAL_INTERN_VIT
@@ -64,18 +63,18 @@ def internvl_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts, tem
         "min_dynamic_patch": facts.min_tiles,
         "pad2square": False,
         "ps_version": "v2",
-        "select_layer": -1,
+        "select_layer": feature_layer(card),
         "template": CONVERSATIONS.get(template, OTHER_CONVERSATION),
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
         "use_backbone_lora": 0,
         "use_llm_lora": 0,
         "use_thumbnail": tiles,
-        "vision_config": original_tower_config(card, model, dtype),
+        "vision_config": original_tower_config(card, dtype),
     }
 
 
-def original_tower_config(card: ModelCard, model: MultimodalLM, dtype: str) -> Json:
+def original_tower_config(card: ModelCard, dtype: str) -> Json:
     """Return config.json of the tower as OpenGVLab publishes it."""
     value, side = card.hugging_face["vision"], image_spec(card.specs).size
     same = ("hidden_size", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps", "norm_type")
@@ -84,7 +83,7 @@ def original_tower_config(card: ModelCard, model: MultimodalLM, dtype: str) -> J
         "architectures": ["InternVisionModel"],
         "model_type": ORIGINAL_INTERN_VIT,
         **{key: value[key] for key in same if key in value},
-        "num_hidden_layers": len(blocks(model.get_submodule("vision.tower"))),
+        "num_hidden_layers": value["num_hidden_layers"],
         "image_size": side,
         "patch_size": patch[0] if isinstance(patch, list) else patch,
         "qkv_bias": value.get("attention_bias", False),

@@ -17,6 +17,7 @@ class MediaFacts:
     thumbnail: bool = True
     wrap: tuple[str, ...] = ()  # texts before and after every medium
     wrap_is_tokens: bool = True  # each of them is one token of the tokenizer
+    around_clips: tuple[str, str] = ("", "")  # texts that the chat template itself writes before and after every clip
     tokens: dict[str, str] = field(default_factory=dict)  # placeholder by modality
     ids: dict[str, int] = field(default_factory=dict)  # token id of that placeholder
 

@@ -152,7 +152,7 @@ def test_weights_are_rounded_once_and_a_tied_head_is_left_out(tmp_path: Path) ->
     projector = run.model.get_parameter("vision_projector.2.weight").detach()
     assert torch.equal(stored["multi_modal_projector.linear_2.weight"], projector.bfloat16())
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert config["vision_config"]["num_hidden_layers"] == 2 and config["vision_feature_layer"] == -1
+    assert config["vision_config"]["num_hidden_layers"] == 3 and config["vision_feature_layer"] == -2
     assert config["tie_word_embeddings"] is True and config["dtype"] == "bfloat16"
     assert config["text_config"]["architectures"] == ["Qwen2ForCausalLM"] and config["text_config"]["vocab_size"] % 64 == 0
 

@@ -11,6 +11,7 @@ import transformers
 
 from data.media.tiling import grids
 from data.processor import Processor, load_processor
+from data.text.parts_template import takes_parts
 from data.text.tokenizer import pad_id, save_tokenizer
 from model.card import ModelCard
 from model.exports.hf_classes import INTERN_VL, NEXT, QWEN2_AUDIO, HfClass, choose_class, class_config
@@ -26,6 +27,9 @@ from tools.exports.hf_inputs import their_inputs
 from tools.exports.proofs import batch_of, check_close, in_float32, logits, sample
 from tools.exports.task import Exported, Task, python_line
 from trainer.errors import ProofError
+
+CLIP_ENDS = ("<|audio_bos|>", "<|audio_eos|>")
+"""Tokens that Qwen2-Audio's chat template writes around a clip."""
 
 
 def to_hf(task: Task) -> Exported:
@@ -57,7 +61,6 @@ def differences(target: HfClass, card: ModelCard) -> Iterator[str]:
         yield "several pictures in one conversation: training shared data.max_tiles among them, this class gives each of them all"
     if target is QWEN2_AUDIO:
         yield "clips longer than the encoder's window: training split them, this class cuts them off"
-        yield "clips of which the encoder makes an odd number of rows: this class drops the last one, training kept it"
 
 
 def facts_of(processor: Processor) -> MediaFacts:
@@ -73,6 +76,7 @@ def facts_of(processor: Processor) -> MediaFacts:
         thumbnail=config.thumbnail,
         wrap=template.media_wrap,
         wrap_is_tokens=all(text in processor.tokenizer.get_vocab() for text in template.media_wrap),
+        around_clips=CLIP_ENDS if all(text in template.source for text in CLIP_ENDS) else ("", ""),
         tokens={kind: str(processor.tokenizer.convert_ids_to_tokens(id_)) for kind, id_ in template.placeholder_ids.items()},
         ids=template.placeholder_ids,
     )
@@ -105,7 +109,9 @@ def for_parts(processor: Processor, target: HfClass) -> str:
     Both become the string that training rendered: parts on lines of their own, media first or as written, wrapped.
     """
     template = processor.template
-    before, after = ("", "") if wraps(target) else template.media_wrap or ("", "")
+    if takes_parts(template.source):
+        return template.source
+    before, after = template.media_wrap if template.media_wrap and not wraps(target) and target.modality == "image" else ("", "")
     placeholder = PLACEHOLDERS[target.modality]
     token = facts_of(processor).tokens[target.modality]
     medium, wrapped = json.dumps(placeholder), json.dumps(before + token + after)

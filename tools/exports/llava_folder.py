@@ -88,7 +88,9 @@ def _whole_folder(task: Task) -> Exported:
     llava.check_whole_llava(card, facts, adapts=False)
     model = load_model(source)
     tuned = "vision" in changed_parts(source, card)
-    tower = whole_tower(card, model) if tuned else {}
+    # LLaVA-NeXT removes SigLIP's last block itself.
+    drops = card.hugging_face["vision"]["model_type"] == "siglip_vision_model"
+    tower = whole_tower(card, model, dropped=int(drops)) if tuned else {}
     write_weights(folder, llava.whole_names(dict(model_entries(model)), tower))
     text, _, _ = sizes_of(card, model)
     own = {"unfreeze_mm_vision_tower": True} if tuned else {}

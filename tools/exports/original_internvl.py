@@ -7,13 +7,15 @@ from typing import Any
 
 from data.processor import load_processor
 from data.text.tokenizer import save_tokenizer
+from model.card import ModelCard
 from model.exports.hf_classes import INTERN_VL
 from model.exports.hf_processors import FLAT, processor_files
-from model.exports.hf_weights import model_entries, write_weights
+from model.exports.hf_weights import model_entries, whole_tower, write_weights
 from model.exports.internvl import CODE, CONTEXT, check_exportable_internvl, internvl_config, internvl_names
-from model.files.tensor_files import dump_json
+from model.files.tensor_files import Entry, dump_json
 from model.load import load_model
 from model.media_spec import image_spec
+from model.multimodal import MultimodalLM
 from tools.exports.hf_folder import facts_of
 from tools.exports.task import Exported, Task, python_line
 
@@ -28,7 +30,7 @@ def to_internvl(task: Task) -> Exported:
     llm: Any = model.llm
     names = {id(parameter): name for name, parameter in llm.named_parameters()}
     embedding = names[id(llm.get_input_embeddings().weight)]
-    write_weights(task.folder, internvl_names(dict(model_entries(model)), "lm_head.weight", embedding))
+    write_weights(task.folder, internvl_names(all_entries(card, model), "lm_head.weight", embedding))
     stops = {"eos_token_id": list(processor.stop_ids), "pad_token_id": card.pad_id}
     image = processor_files(INTERN_VL, image_spec(card.specs), facts)[FLAT]
     side = image["size"]
@@ -48,6 +50,12 @@ def to_internvl(task: Task) -> Exported:
     )
     what = "a whole model in InternVL's original layout"
     return Exported(line, what, "transformers", "image-text-to-text", notes)
+
+
+def all_entries(card: ModelCard, model: MultimodalLM) -> dict[str, Entry]:
+    """Return every tensor of the model by our full name, the whole tower's among them."""
+    tower = {f"vision.tower.{name}": entry for name, entry in whole_tower(card, model).items()}
+    return {**dict(model_entries(model)), **tower}
 
 
 def rename_token(task: Task, placeholder: str) -> None:

@@ -58,7 +58,7 @@ def to_vita(task: Task) -> Exported:
     tower.mkdir()
     write_weights(tower, _inside(named, START[0]))
     own = {"auto_map": CODE} if config["model_type"] == OLD else {}
-    (tower / "config.json").write_text(dump_json({**original_tower_config(card, model, config["torch_dtype"]), **own}))
+    (tower / "config.json").write_text(dump_json({**original_tower_config(card, config["torch_dtype"]), **own}))
     (tower / "preprocessor_config.json").write_text(dump_json(tower_processor_file(card)))
     if card.model.audio is not None:
         _sound_encoder(task.folder / SOUND, _inside(named, START[1]), train_yaml(card, model), band_sums(card))
