@@ -33,6 +33,7 @@ class VisionConfig:
     image_size: int = 0  # 0 = the tower's own; otherwise its position embeddings are resized
     placeholder: str = ""  # token whose positions take features; "" = <image>
     scales: tuple[int, ...] = ()  # S2: further square sizes, features concatenated on channels
+    weights: str = ""  # what was trained on top of `path`: vision.safetensors of an export, or its folder
     lr: float = 0.0
 
 
@@ -54,6 +55,7 @@ class AudioConfig:
     tune: Literal["frozen", "lora", "full"] = "frozen"
     placeholder: str = ""  # token whose positions take features; "" = <audio>
     window: Literal["full", "clip"] = "full"  # full: every clip padded to the encoder's window | clip: the clip's own frames only
+    weights: str = ""  # what was trained on top of `path`: audio.safetensors of an export, or its folder
     lr: float = 0.0
 
 

@@ -161,7 +161,7 @@ FORMATS = {
 }
 
 
-def with_system(source: str, system: str) -> str:
+def with_system_text(source: str, system: str) -> str:
     """Return the template with `system` as the system turn of conversations that have none; unchanged where `system` is ""."""
     turn = "[{'role': 'system', 'content': " + json.dumps(system, ensure_ascii=False) + "}]"
     start = "{%- set messages = messages if messages[0]['role'] == 'system' else " + turn + " + messages +%}"

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from data.records.placeholders import wrapped_pattern
 from data.records.record import Record, RecordError, Turn
 from data.text.abilities import Abilities, Message, find_abilities, probe_call
-from data.text.chat_formats import FORMATS, with_system
-from data.text.control_tokens import check_single, lead_token, special_ids, thought_tags, unknown_only_id
+from data.text.chat_formats import FORMATS, with_system_text
+from data.text.control_tokens import lead_token, needed_tokens, special_ids, thought_tags, unknown_only_id
 from data.text.encoded import Encoded, Row, check_row, round_ends
 from data.text.marks import tags_of
 from data.text.messages import Wording, media_kinds, write_messages
@@ -176,28 +176,34 @@ class Template:
         return RecordError(record.where, record.id, "conversations", reason)
 
 
+@dataclass(frozen=True)
+class TemplateOptions:
+    """Settings of a template that do not come from its name or its tokenizer."""
+
+    placeholders: str = "as_written"  # data.placeholders
+    media_wrap: tuple[str, ...] = ()  # data.media_wrap
+    allowed: Sequence[str] = ()  # control tokens that contents may use, as configured new tokens
+    state_tokens: str = "none"  # data.state_tokens
+    unread: frozenset[int] = frozenset()  # ids that no record may hold
+    system: str = ""  # text of conversations without one
+    tokens: Mapping[str, str] = field(default_factory=lambda: DEFAULT_TOKENS)  # by modality, whose positions take features
+
+
 def load_template(
     name: str,
     tokenizer: PreTrainedTokenizerFast,
-    *,
-    placeholders: str,
-    media_wrap: tuple[str, ...],
-    allowed: Sequence[str] = (),
-    state_tokens: str = "none",
-    unread: frozenset[int] = frozenset(),
-    system: str = "",
-    tokens: Mapping[str, str] = DEFAULT_TOKENS,
+    options: TemplateOptions = TemplateOptions(),
 ) -> Template:
     """Load template `name` for `tokenizer`, and try it on a short conversation.
 
-    `allowed` are control tokens that contents may use, as configured new tokens; tokens that the template or the tokenizer itself
-    needs stay text all the same. No record may hold an id of `unread`. `system`: text of conversations without one. `tokens`: the
-    token of each modality whose positions take features. Raises `ConfigError` if the tokenizer lacks what the template needs.
+    Of `options.allowed`, tokens that the template or the tokenizer itself needs stay text all the same. Raises `ConfigError` if the
+    tokenizer lacks what the template or the states need.
     """
-    needs = _needed_tokens(name, tokenizer)
+    media_wrap, allowed, state_tokens, tokens = options.media_wrap, options.allowed, options.state_tokens, options.tokens
+    needs = needed_tokens(name, tokenizer)
     check_state_tokens(tokenizer, state_tokens)
     lead = lead_token(tokenizer) if name in FORMATS else ""
-    source = with_system(named_source(name, lead, tokenizer, tokens), system)
+    source = with_system_text(named_source(name, lead, tokenizer, tokens), options.system)
     written = content_tokens(source, tokens, media_wrap)
     free = {*PLACEHOLDERS.values(), *written.values(), *allowed, *STATE_TOKENS[state_tokens].values(), *thought_tags(source)}
     special = special_ids(tokenizer, free - {*needs, *tokenizer.special_tokens_map.values()} | {*written.values()})
@@ -207,7 +213,7 @@ def load_template(
         name=name,
         source=source,
         tokenizer=tokenizer,
-        placeholders=placeholders,
+        placeholders=options.placeholders,
         media_wrap=tuple(media_wrap),
         lead=lead,
         ends=re.compile(re.escape(FORMATS[name].end) if name in FORMATS else control),
@@ -217,22 +223,12 @@ def load_template(
         tokens=written,
         allowed=tuple(allowed),
         state_tokens=state_tokens,
-        unread=unread,
-        system=system,
+        unread=options.unread,
+        system=options.system,
         tags=tags_of(source, re.compile(f"{re.escape(written['image'])}|{control}" if media_wrap else control)),
         abilities=find_abilities(lambda messages: apply(tokenizer, source, messages)),
     )
     return _with_ends(template)
-
-
-def _needed_tokens(name: str, tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
-    """Return the texts that must be single tokens for template `name`. Raises `ConfigError` for those that are not."""
-    if name != "auto" and name not in FORMATS:
-        raise ConfigError(f"data.template = {name!r} is not known; allowed: auto, {', '.join(FORMATS)}")
-    if not tokenizer.is_fast:
-        raise ConfigError(f"data.template: {type(tokenizer).__name__} gives no offsets; a folder with tokenizer.json is needed")
-    check_single(name, tokenizer, needs := FORMATS[name].needs if name in FORMATS else ())
-    return needs
 
 
 def _with_ends(template: Template) -> Template:

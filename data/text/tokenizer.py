@@ -54,11 +54,9 @@ def load_tokenizer(path: str, added: Sequence[str], cache_dir: str = "") -> Load
     """
     _check_files(path)
     try:
-        name, revision = (path, "") if Path(path).is_dir() else path.partition("@")[::2]
+        name, revision = _split(path)
         with _without_doubts_about_config():
-            tokenizer = AutoTokenizer.from_pretrained(
-                name, cache_dir=cache_dir or None, revision=revision or "main", trust_remote_code=False
-            )
+            tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir or None, revision=revision, trust_remote_code=False)
     except Exception as error:  # transformers raises nearly every kind here, for one reason: no tokenizer can be loaded
         raise ConfigError(f"model.llm.path = {path!r}: no tokenizer can be loaded: {_hint(path) or error}") from error
     if not tokenizer.is_fast:
@@ -79,7 +77,7 @@ def load_tokenizer(path: str, added: Sequence[str], cache_dir: str = "") -> Load
 
 @contextmanager
 def _without_doubts_about_config() -> Iterator[None]:
-    """Drop what transformers says of a config.json whose model_type it does not know: a tokenizer needs none of it."""
+    """Hide what transformers says of a config.json whose model_type it does not know: a tokenizer needs none of it."""
     logger = logging.getLogger("transformers.configuration_utils")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -108,10 +106,17 @@ def _check_files(path: str) -> None:
                 raise ConfigError(f"model.llm.path: {file} has more than {MAX_TOKENIZER_BYTES} bytes, which no tokenizer has")
 
 
+def _split(path: str) -> tuple[str, str]:
+    """Split a hub id `owner/name@revision` into its name and its revision; a folder has none, and is `main` to transformers."""
+    name, _, revision = (path, "", "") if Path(path).is_dir() else path.partition("@")
+    return name, revision or "main"
+
+
 def _processors_template(path: str, cache_dir: str) -> str:
     """Return the chat template in chat_template.json, where older multimodal folders keep that of their processor; "" without."""
-    options = {"cache_dir": cache_dir or None, "_raise_exceptions_for_missing_entries": False}
-    found = [cached_file(path, name, **options) for name in _TEMPLATES]
+    folder, revision = _split(path)
+    options = {"cache_dir": cache_dir or None, "revision": revision, "_raise_exceptions_for_missing_entries": False}
+    found = [cached_file(folder, name, **options) for name in _TEMPLATES]
     if found[0] or not found[1]:
         return ""
     try:

@@ -57,10 +57,10 @@ def whisper_spec(path: str, value: Json, strides: tuple[int, ...], cache_dir: st
     return spec
 
 
-def check_feature_setting(path: str, key: str, told: int, needed: int) -> None:
-    if told != needed:
+def check_feature_setting(path: str, key: str, found: int, needed: int) -> None:
+    if found != needed:
         raise ConfigError(
-            f"{SETTING} = {path!r}: {key} of the feature extractor makes {told}, the encoder of config.json needs {needed}"
+            f"{SETTING} = {path!r}: {key} of the feature extractor makes {found}, the encoder of config.json needs {needed}"
         )
 
 

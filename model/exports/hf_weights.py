@@ -17,6 +17,7 @@ from model.llm.causal_lm import blocks
 from model.llm.quantized_linear import STORED, quantised
 from model.lora import is_adapter
 from model.multimodal import MultimodalLM
+from model.vision.tower import VisionTower
 from model.vision.tower_kinds import DINO_NAMES
 from model.weights.bases import tower_tensors
 from model.weights.materialise import kept_buffers
@@ -89,7 +90,7 @@ def whole_tower(card: ModelCard, model: MultimodalLM, dropped: int = 0) -> dict[
     `dropped`: last blocks that are left out. Raises `ConfigError` when the base lacks a tensor that transformers' class needs.
     """
     vision, module = card.model.vision, model.get_submodule("vision")
-    assert vision is not None
+    assert vision is not None and isinstance(module, VisionTower)
     start = "vision.tower."
     own = {name.removeprefix(start): entry for name, entry in model_entries(model) if name.startswith(start)}
     value = card.hugging_face["vision"]

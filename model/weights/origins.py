@@ -25,7 +25,7 @@ from model.weights.compatibility import check_same_bases, continued_parts
 from model.weights.initial_values import initial_adapter, initial_tensors
 from model.weights.materialise import Layer, adapter_pairs
 from model.weights.new_token_rows import first_rows, row_patches
-from model.weights.part_layers import check_parts_beside, part_layers
+from model.weights.part_layers import check_parts_beside, part_layers, trained_layers
 from model.weights.peft_adapter import local_adapter, read_adapter
 
 
@@ -39,8 +39,8 @@ def weight_layers(card: ModelCard, model: MultimodalLM, seed: int) -> list[Layer
     return [*layers, new]
 
 
-def configured_layers(card: ModelCard, model: MultimodalLM, held: Collection[str] = (), proof: Check = "full") -> list[Layer]:
-    """Return the origins that the configuration names beside the bases, except for parts that are in `held` already.
+def configured_layers(card: ModelCard, model: MultimodalLM, loaded: Collection[str] = (), proof: Check = "full") -> list[Layer]:
+    """Return the origins that the configuration names beside the bases, except for parts that are in `loaded` already.
 
     Raises `ConfigError` when two origins hold the same part.
     """
@@ -48,10 +48,10 @@ def configured_layers(card: ModelCard, model: MultimodalLM, held: Collection[str
     if config.init_from:
         layers += run_layers(Path(config.init_from), card, model, "model.init_from", proof)
     # Check conflicts against the named run only; its own bases are opened lazily.
-    claimed = {name for layer in layers[:2] for name in layer.tensors}
-    layers += part_layers(card, model, held, claimed)
-    if card.lora.path and not any(map(is_adapter, held)):
-        if any(map(is_adapter, claimed)):
+    inherited = {name for layer in layers[:2] for name in layer.tensors}
+    layers += [*part_layers(card, model, loaded, inherited), *trained_layers(card, model, inherited)]
+    if card.lora.path and not any(map(is_adapter, loaded)):
+        if any(map(is_adapter, inherited)):
             raise ConfigError("lora.path and model.init_from both hold adapters: name one of them")
         check_parts_beside(card)
         parts = {name: model.get_submodule(name) for name in sorted(card.lora_parts)}

@@ -9,7 +9,7 @@ from pathlib import Path
 from model.card import ModelCard
 from model.errors import ConfigError
 from model.files.tensor_files import LazyTensor, Tensors, read_weights
-from model.files.untrusted import shown
+from model.files.untrusted import listed, shown
 from model.media_spec import PLACEHOLDERS
 from model.multimodal import MultimodalLM
 from model.projector import LLAVA_TRAINED
@@ -38,6 +38,38 @@ def part_layers(card: ModelCard, model: MultimodalLM, held: Collection[str], cla
         opened = partial(whole_projector, Path(path), part, model.get_submodule(part), card.model.cache_dir, beside)
         layers += [*_row_layers(card, model, path, part), Layer(path, opened, prefix=f"{part}.")]
     return layers
+
+
+def trained_layers(card: ModelCard, model: MultimodalLM, claimed: Collection[str]) -> list[Layer]:
+    """Return layers for `weights` of the tower and the encoder: tensors that were trained on top of their bases.
+
+    Raises `ConfigError` for a part in `claimed`.
+    """
+    layers = []
+    for part in ("vision", "audio"):
+        path: str = getattr(card.model.parts().get(part), "weights", "")
+        if path and _holds(claimed, part):
+            raise ConfigError(f"model.{part}.weights and model.init_from both hold weights of the part: name one of them")
+        if path:
+            layers.append(Layer(path, partial(_trained_tensors, path, part, model), prefix=f"{part}."))
+    return layers
+
+
+def _trained_tensors(path: str, part: str, model: MultimodalLM) -> Tensors:
+    """Read the file of a part that was trained on top of its base. Raises `ConfigError` for a tensor that the part has not."""
+    file = Path(path) / f"{part}.safetensors" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise ConfigError(
+            f"model.{part}.weights = {path!r} " + (f"holds no {file.name}" if Path(path).is_dir() else "does not exist")
+        )
+    found = {f"{part}.{name}": rows for name, rows in read_weights(file).items()}
+    wanted = {name for name, _ in model.named_parameters()}
+    if foreign := sorted({*found} - wanted):
+        raise ConfigError(
+            f"model.{part}.weights = {path!r} holds {listed(foreign)}, which the part has not: it is what --for safetensors of "
+            f"tools.export_adapter writes, {part}.safetensors, beside the same model.{part}.path"
+        )
+    return found
 
 
 def _holds(names: Collection[str], part: str) -> bool:

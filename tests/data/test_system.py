@@ -11,7 +11,7 @@ from data.check.certificate import _problem
 from data.config import DataConfig
 from data.processor import load_processor, make_processor
 from data.records.record import parse
-from data.text.template import Template, load_template
+from data.text.template import Template, TemplateOptions, load_template
 from tests.support.tiny_data import talk
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
@@ -20,7 +20,7 @@ FORMATS = [("auto", "qwen"), ("auto", "qwen3"), ("auto", "llama3"), ("chatml", "
 
 
 def made(name: str, tokenizer: str, **options: Any) -> Template:
-    return load_template(name, tiny_tokenizer(tokenizer), placeholders="as_written", media_wrap=(), **options)
+    return load_template(name, tiny_tokenizer(tokenizer), TemplateOptions(**options))
 
 
 def asked(system: str = "") -> Any:

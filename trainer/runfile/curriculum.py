@@ -124,6 +124,7 @@ def _inherited_keys(earlier: list[Draft]) -> list[str]:
     for name in ("vision_projector", "audio_projector", "state_head"):
         if any(name in config.model.parts() for config in configs):
             keys.append(f"model.{name}.path")
+    keys += [f"model.{name}.weights" for name in ("vision", "audio") if any(name in config.model.parts() for config in configs)]
     if any(part.tune == "lora" for config in configs for part in config.model.parts().values()):
         keys.append("lora.path")
     return keys
@@ -145,7 +146,7 @@ def _transition_problems(name: str, before: RunConfig, now: RunConfig) -> Iterat
 
 
 def _meaning_problems(part: str, name: str, old: PartConfig, new: PartConfig) -> Iterator[str]:
-    free = FREE | ({"path"} if part not in ("llm", "vision", "audio") else set())
+    free = FREE | ({"path"} if part not in ("llm", "vision", "audio") else {"weights"})
     for setting in fields(old):
         then, now = getattr(old, setting.name), getattr(new, setting.name)
         dropped = setting.name in ("prompts", "newline") and then and now != then

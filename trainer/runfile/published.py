@@ -11,6 +11,7 @@ from model.published.table import published_settings
 from model.published.vita_audio import SETTINGS
 from trainer.runfile.merge_tables import has_key, merge, value_of, without_key
 from trainer.runfile.schema import flatten_tables
+from trainer.runfile.toml_files import to_toml
 
 KEY = "model.init_from"
 KNOWN_BY = ("config.json", SETTINGS)
@@ -37,7 +38,8 @@ def resolve_published(tables: dict[str, Any]) -> tuple[dict[str, Any], list[str]
             tables = merge(tables, _table(key, given.value))
         elif not given.allows(written := value_of(tables, key)):
             problems.append(
-                f"{key} = {written!r}, but {path!r} is a {name} with {given.value!r}: remove the line, it follows from {KEY}"
+                f"{key} = {_as_toml(written)}, but {path!r}, {name}, has {_as_toml(given.value)}: remove the line, it follows "
+                f"from {KEY}"
             )
     return tables, problems
 
@@ -56,6 +58,11 @@ def is_published(path: str) -> bool:
         return not (folder / NAME).is_file() and any((folder / name).is_file() for name in KNOWN_BY)
     is_run = folder.name == "final" or folder.name.startswith("checkpoint-")  # the run that writes it may not have been started
     return not is_run and not folder.exists() and HUB_ID.fullmatch(path) is not None
+
+
+def _as_toml(value: Any) -> str:
+    """Return a value as a run file writes it."""
+    return to_toml({"value": value}).removeprefix("value = ").strip()
 
 
 def _table(key: str, value: Any) -> dict[str, Any]:

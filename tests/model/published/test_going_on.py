@@ -59,11 +59,11 @@ def test_two_steps_train_every_part_that_learns(tmp_path: Path, name: str) -> No
 @pytest.mark.parametrize(
     ("key", "written", "said"),
     [
-        ("model.vision.layer", -1, "model.vision.layer = -1, but .* is a LLaVA .* with -2: remove the line"),
-        ("model.vision_projector.kind", "linear", "kind = 'linear', but .* with 'mlp2x_gelu'"),
-        ("model.vision_projector.newline", True, "newline = True, but .* with False"),
-        ("data.image_fit", "tiles", "data.image_fit = 'tiles', but .* with 'square'"),
-        ("model.vision.placeholder", "<pic>", "placeholder = '<pic>', but .* with '<image>'"),
+        ("model.vision.layer", -1, "model.vision.layer = -1, but .*, LLaVA .transformers., has -2: remove the line"),
+        ("model.vision_projector.kind", "linear", 'kind = "linear", but .* has "mlp2x_gelu"'),
+        ("model.vision_projector.newline", True, "newline = true, but .* has false"),
+        ("data.image_fit", "tiles", 'data.image_fit = "tiles", but .* has "square"'),
+        ("model.vision.placeholder", "<pic>", 'placeholder = "<pic>", but .* has "<image>"'),
     ],
 )
 def test_a_written_setting_that_contradicts_the_model_is_named(tmp_path: Path, key: str, written: Any, said: str) -> None:

@@ -20,7 +20,7 @@ from model.errors import ConfigError
 from model.load import load_model
 from model.multimodal import MultimodalLM
 from tests.support.finals import Run, one_process, save_final
-from tests.support.published_original import Original, first_stage, internvl, llava, llava_next, lora, onevision, save_adapter
+from tests.support.published.original import Original, first_stage, internvl, llava, llava_next, lora, onevision, save_adapter
 from tests.support.runs import merged
 from tests.support.tiny import save_tower
 from tests.support.tiny_data import talk
@@ -105,8 +105,15 @@ def test_pixels_and_logits_are_those_of_transformers(tmp_path: Path, name: str) 
 LORAS = {".bin": ("bin", "bin"), "safetensors": ("safetensors", "safetensors")}
 
 
-@pytest.mark.parametrize("tune", ["lora", "frozen"])
-@pytest.mark.parametrize("form", LORAS)
+@pytest.mark.parametrize(
+    ("form", "tune"),
+    [
+        (".bin", "lora"),
+        ("safetensors", "frozen"),
+        pytest.param(".bin", "frozen", marks=pytest.mark.long),
+        pytest.param("safetensors", "lora", marks=pytest.mark.long),
+    ],
+)
 def test_a_lora_folder_goes_on_as_an_adapter_or_is_merged(tmp_path: Path, form: str, tune: str) -> None:
     original = lora(tmp_path, *LORAS[form])
     config = run_from(original.folder, tmp_path, model={"llm": {"tune": tune}})
@@ -117,10 +124,12 @@ def test_a_lora_folder_goes_on_as_an_adapter_or_is_merged(tmp_path: Path, form: 
     )
     if tune == "lora":
         assert (config.lora.rank, config.lora.alpha, config.lora.dropout) == (4, 8.0, 0.05)
-    compare(original, *opened(config), tmp_path)
+    model, processor, card = opened_whole(config)
+    compare(original, model, processor, tmp_path)
+    compare(original, load_model(save_final(Run(card, model, processor), tmp_path)), processor, tmp_path)
 
 
-@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("rows", [pytest.param(2, marks=pytest.mark.long), 40])
 def test_a_first_stage_gives_its_projector_and_the_rows_around_pictures(tmp_path: Path, rows: int) -> None:
     folder, stored = first_stage(tmp_path, rows)
     config = run_from(folder, tmp_path, model={"llm": {"tune": "new_tokens"}}, data={"template": "plain"})
@@ -144,17 +153,22 @@ def test_a_first_stage_gives_its_projector_and_the_rows_around_pictures(tmp_path
 PREFIXES = {"5.x": "model.language_model.", "4.x": "language_model.model."}
 
 
-@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
-@pytest.mark.parametrize("names", PREFIXES)
-def test_an_adapter_of_the_whole_model_goes_on_in_its_language_model(tmp_path: Path, names: str, suffix: str) -> None:
+@pytest.mark.parametrize(("names", "suffix"), [("5.x", "safetensors"), pytest.param("4.x", "bin", marks=pytest.mark.long)])
+def test_an_adapter_of_the_whole_model_goes_on_in_its_parts(tmp_path: Path, names: str, suffix: str) -> None:
     original, folder = llava(tmp_path), tmp_path / "adapter"
     folder.mkdir()
-    save_adapter(folder, original.native, suffix, str(original.folder), PREFIXES[names])
-    given: dict[str, Any] = {"lora": {"path": str(folder), "rank": 4, "alpha": 8.0}}
-    compare(original, *opened(run_from(original.folder, tmp_path, **given)), tmp_path)
+    tower = "model.vision_tower." if names == "5.x" else "vision_tower.vision_model."
+    parts = {PREFIXES[names]: "model.language_model.", f"{tower}encoder.layers.0.": "model.vision_tower.encoder.layers.0."}
+    save_adapter(folder, original.native, suffix, str(original.folder), parts)
+    lora_of: dict[str, Any] = {"path": str(folder), "rank": 4, "alpha": 8.0, "targets": ["llm.*", "vision.*.layers.0.*"]}
+    given: dict[str, Any] = {"lora": lora_of}
+    with pytest.raises(ConfigError, match="also has vision"):
+        opened(run_from(original.folder, tmp_path, lora={**lora_of, "targets": "all-linear"}))
+    seeing = {"vision": {"tune": "lora"}}
+    compare(original, *opened(run_from(original.folder, tmp_path, model=seeing, **given)), tmp_path)
     bare = {"llm": {"path": str(lora(tmp_path / "bare").settings["model.llm.path"])}, "init_from": ""}
     with pytest.raises(ConfigError, match="a part of a larger model"):
-        opened(run_from("", tmp_path, model=bare, data={"template": "vicuna_v1"}, **given))
+        opened(run_from("", tmp_path, model=bare, data={"template": "vicuna_v1"}, lora={**lora_of, "targets": "all-linear"}))
 
 
 LLAVA: dict[str, Any] = {
@@ -211,7 +225,7 @@ def test_what_contradicts_the_model_is_an_error_and_what_is_free_is_not(tmp_path
             folder, tmp_path, model={"vision": {"layer": -1}, "vision_projector": {"kind": "linear"}}, data={"image_fit": "square"}
         )
     said = str(error.value)
-    for key in ("model.vision.layer = -1", "model.vision_projector.kind = 'linear'", "data.image_fit = 'square'"):
+    for key in ("model.vision.layer = -1", 'model.vision_projector.kind = "linear"', 'data.image_fit = "square"'):
         assert f"{key}, but" in said
     config = run_from(folder, tmp_path, data={"template": "llama2"}, model={"llm": {"tune": "full"}})
     assert (config.data.template, config.data.system, config.model.llm.tune) == ("llama2", "", "full")

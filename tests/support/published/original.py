@@ -396,13 +396,17 @@ def lora(root: Path, suffix: str = "bin", rows: str = "bin", base: str = "") -> 
 LORA_LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def save_adapter(
-    folder: Path, native: Any, suffix: str, base: str, prefix: str = "model.", of: str = "model.language_model."
-) -> None:
-    """An adapter of every linear layer of the language model; `native` gets it merged into its weights."""
+def save_adapter(folder: Path, native: Any, suffix: str, base: str, parts: dict[str, str] | None = None) -> None:
+    """An adapter of every linear layer under the paths in `parts`, by their beginnings in PEFT's names; without, as LLaVA saves it.
+
+    `native` gets it merged into its weights.
+    """
     rank, alpha, found = 4, 8, {}
     for name, layer in native.named_modules():
-        if name.startswith(of) and isinstance(layer, torch.nn.Linear):
+        prefix, of = next(
+            ((p, o) for p, o in (parts or {"model.": "model.language_model."}).items() if name.startswith(o)), ("", "")
+        )
+        if of and isinstance(layer, torch.nn.Linear):
             a, b = torch.randn(rank, layer.in_features) * 0.2, torch.randn(layer.out_features, rank) * 0.2
             with torch.no_grad():
                 layer.weight += alpha / rank * b @ a
@@ -418,7 +422,7 @@ def save_adapter(
         "lora_alpha": alpha,
         "lora_dropout": 0.05,
         "bias": "none",
-        "target_modules": list(LORA_LEAVES),
+        "target_modules": [*LORA_LEAVES, *(("out_proj", "fc1", "fc2") if parts else ())],
         "inference_mode": True,
         "modules_to_save": None,
         "fan_in_fan_out": False,
