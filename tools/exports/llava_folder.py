@@ -14,7 +14,7 @@ from model.exports.hf_text import sizes_of
 from model.exports.hf_weights import model_entries, whole_tower, write_weights
 from model.exports.llm_folder import inherited_parts, write_llm
 from model.exports.trained_files import adapter_tensors, changed_parts, projector, write_file
-from model.files.tensor_files import dump_json
+from model.files.tensor_files import dump_json, read_weights
 from model.load import load_model
 from model.weights.peft_adapter import WEIGHTS, adapter_config, peft_name, write_config
 from tools.exports.hf_folder import facts_of
@@ -40,8 +40,8 @@ def to_llava(task: Task) -> Exported:
 def _projector_file(task: Task, before: str = "", name: str = llava.NAME) -> Path:
     tensors = projector(task.source, task.card)
     path = llava.write_projector(task.folder, tensors, before, name)
-    stored = torch.load(path, weights_only=True)
-    same = [torch.equal(stored[before + llava.projector_name(inner)], rows.all()) for inner, rows in tensors.items()]
+    stored = read_weights(path)
+    same = [torch.equal(stored[before + llava.projector_name(inner)].all(), rows.all()) for inner, rows in tensors.items()]
     if len(stored) != len(same) or not all(same):
         raise ProofError(f"{path}: what was read back is not what was written")
     return path
