@@ -89,7 +89,7 @@ def test_what_follows_from_it_is_filled_in(tmp_path: Path) -> None:
     tables = to_tables(run_from(tmp_path / "published", tmp_path / "run"))
     assert {key: value_of(tables, key) for key in FOLLOWS} == FOLLOWS
     assert value_of(tables, "data.template") == "vita_qwen" and value_of(tables, "model.init_from") == ""
-    with pytest.raises(ConfigError, match=r"model\.vision\.layer = -2, but .* is a VITA with -1: remove the line"):
+    with pytest.raises(ConfigError, match=r"model\.vision\.layer = -2, but .*, VITA, has -1: remove the line"):
         run_from(
             tmp_path / "published", tmp_path / "run", model={"init_from": str(tmp_path / "published"), "vision": {"layer": -2}}
         )
