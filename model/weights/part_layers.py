@@ -79,7 +79,7 @@ def _holds(names: Collection[str], part: str) -> bool:
 def _read_elsewhere(card: ModelCard, path: str, part: str) -> tuple[str, ...]:
     """Return words in the names of tensors that lie beside the projector in its file, and that other settings read."""
     vision, adapter = card.model.vision, card.model.llm.adapter
-    found = ("vision_tower.",) if vision is not None and Path(vision.path) == Path(path) else ()
+    found = ("vision_tower.",) if vision is not None and Path(vision.path) == _folder(path) else ()
     if part == "vision_projector" and not _is_of_adapter(path):
         return (*found, *ROWS)
     return (*found, *ROWS, "lm_head.") if adapter and Path(adapter) == _folder(path) else found
