@@ -199,8 +199,7 @@ def _next_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> Jso
 def _onevision_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> Json:
     found = _next_config(card, model, facts)
     del found["image_seq_length"]
-    # A video is never given to this class: its own pooling of frames is not what was trained.
-    return found | {"vision_aspect_ratio": f"anyres_max_{facts.anyres_max}", "video_token_index": facts.ids["image"]}
+    return found | {"vision_aspect_ratio": f"anyres_max_{facts.anyres_max}", "video_token_index": facts.ids["video"]}
 
 
 def _intern_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> Json:
