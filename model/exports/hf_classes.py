@@ -94,9 +94,10 @@ def _audio_problems(card: ModelCard) -> Iterator[str]:
 
 def _llava_problems(card: ModelCard, facts: MediaFacts) -> Iterator[str]:
     yield from _shared_vision_problems(card, MLP, "LLaVA's classes")
-    if not sees(card):
+    vision, projector = card.model.vision, card.model.vision_projector
+    if vision is None or projector is None:
         return
-    kind, select = card.hugging_face["vision"].get("model_type"), card.model.vision.select  # type: ignore[union-attr]
+    kind, select = card.hugging_face["vision"].get("model_type"), vision.select
     if kind == REGISTERS and select == "patch":
         yield (
             f"model.vision.path: {kind!r} has rows before its patches besides CLS, of which transformers' 'default' drops one; "
@@ -104,8 +105,7 @@ def _llava_problems(card: ModelCard, facts: MediaFacts) -> Iterator[str]:
         )
     elif kind not in (*ONE_CLS, REGISTERS):
         yield f"model.vision.path: {kind!r} is not {' | '.join((*ONE_CLS, REGISTERS))}"
-    newline = card.model.vision_projector.newline  # type: ignore[union-attr]
-    if newline and facts.fit != "anyres":
+    if projector.newline and facts.fit != "anyres":
         yield "model.vision_projector.newline = true: its pictures have no line breaks unless data.image_fit = 'anyres'"
     if facts.fit == "tiles":
         yield f"data.image_fit = {facts.fit!r}, its processor has one view; InternVL's class takes tiles of {SHUFFLE!r}"
@@ -151,7 +151,7 @@ def strategy(spec: ImageSpec) -> str:
     return "default" if spec.select == "patch" and spec.num_prefix else "full"
 
 
-def vision_config(card: ModelCard) -> Json:
+def _tower_config(card: ModelCard) -> Json:
     """Return config.json of the whole tower, in transformers' form, for the run's size of views."""
     vision, side = dict(card.hugging_face["vision"]), image_spec(card.specs).size
     vision["image_size"] = [side, side] if isinstance(vision["image_size"], list) else side
@@ -176,7 +176,7 @@ def feature_layer(card: ModelCard) -> int:
 
 def _seeing_config(card: ModelCard) -> Json:
     return {
-        "vision_config": vision_config(card),
+        "vision_config": _tower_config(card),
         "vision_feature_layer": feature_layer(card),
         "vision_feature_select_strategy": strategy(image_spec(card.specs)),
         "projector_hidden_act": "gelu",
@@ -199,8 +199,7 @@ def _next_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> Jso
 def _onevision_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> Json:
     found = _next_config(card, model, facts)
     del found["image_seq_length"]
-    # A video is never given to this class: its own pooling of frames is not what was trained.
-    return found | {"vision_aspect_ratio": f"anyres_max_{facts.anyres_max}", "video_token_index": facts.ids["image"]}
+    return found | {"vision_aspect_ratio": f"anyres_max_{facts.anyres_max}", "video_token_index": facts.ids["video"]}
 
 
 def _intern_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> Json:

@@ -26,11 +26,12 @@ def processor_files(target: HfClass, spec: MediaSpec, facts: MediaFacts) -> dict
 
 def named_tokens(target: HfClass, facts: MediaFacts) -> dict[str, str]:
     """Return the tokens that a processor looks up by name in its tokenizer."""
-    if target is not INTERN_VL:
-        return {}
+    video = {"video_token": PLACEHOLDERS["video"]}
+    if target is ONEVISION:
+        return {"image_token": facts.tokens["image"], **video}
     before, after = facts.around
-    tokens = {"context_image_token": facts.tokens["image"], "video_token": PLACEHOLDERS["video"]}
-    return {"start_image_token": before, "end_image_token": after, **tokens}
+    around = {"start_image_token": before, "end_image_token": after}
+    return {**around, "context_image_token": facts.tokens["image"], **video} if target is INTERN_VL else {}
 
 
 def wraps(target: HfClass) -> bool:

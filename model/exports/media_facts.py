@@ -1,4 +1,4 @@
-"""What a processor of transformers must be told of a run's media: plain values, so that model/ need not know data/."""
+"""Facts about a run's media that processors of other libraries need: plain values, so that model/ need not know data/."""
 
 from __future__ import annotations
 

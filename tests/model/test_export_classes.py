@@ -59,7 +59,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # tower; kind,
     "Llava of a gated DINOv2": ("dinov2_swiglu", {}, {"image_fit": "pad"}),
     "Llava of registers": ("registers", {"select": "cls_patch"}, {"image_fit": "pad"}),
 }
-LONG = ("LlavaNext named grids", "Llava of a gated DINOv2", "InternVL bare")
+QUICK = ("LlavaNext", "LlavaOnevision", "InternVL", "Llava of DINOv2")
 
 
 def run_of(folder: Path, case: str, llm: str = "lora") -> Run:
@@ -106,7 +106,7 @@ def our_logits(run: Run, batch: Any) -> torch.Tensor:
         return net.llm(inputs_embeds=net.embed(batch), position_ids=batch.position_ids).logits
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.long) if case in LONG else case for case in CASES])
+@pytest.mark.parametrize("case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.long) for case in CASES])
 def test_the_class_that_has_these_parts_opens_the_same_model(tmp_path: Path, case: str) -> None:
     run, out = run_of(tmp_path, case), tmp_path / "hf"
     assert export([str(save_final(run, tmp_path)), str(out), "--for", "hf"]) == 0
@@ -139,7 +139,7 @@ def test_a_run_that_hears_becomes_qwen2_audio(tmp_path: Path) -> None:
         torch.testing.assert_close(model(**theirs).logits, our_logits(run, ours), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["LlavaNext", "InternVL", "hearing"])
+@pytest.mark.parametrize("case", ["InternVL", *(pytest.param(case, marks=pytest.mark.long) for case in ("LlavaNext", "hearing"))])
 def test_an_adapter_inside_the_exported_folder_is_the_runs(tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
     """By PEFT on the class itself; the folder beside it holds all else, and stands without the adapter."""
     run, out = hearing(tmp_path) if case == "hearing" else run_of(tmp_path, case), tmp_path / "peft"

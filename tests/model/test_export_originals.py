@@ -122,7 +122,7 @@ def interns(folder: Path, tower: str = "internvit", family: str = "qwen2_tied") 
     return trained(config, image_fit="tiles", max_tiles=3, media_wrap=IMG)
 
 
-@pytest.mark.parametrize("tower", ["internvit", "internvit_rms"])
+@pytest.mark.parametrize("tower", [pytest.param("internvit", marks=pytest.mark.long), "internvit_rms"])
 def test_a_run_goes_into_internvls_original_layout(tmp_path: Path, tower: str) -> None:
     """The tower is read back from the published names; the head is there though it is tied; the placeholder has InternVL's name."""
     run, out = interns(tmp_path, tower), tmp_path / "out"

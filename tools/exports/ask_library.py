@@ -69,7 +69,7 @@ def _vllm(task: dict[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 8} if task["adapter"] else {}
     llm = vllm.LLM(
         model=task["folder"], dtype="float32", max_model_len=task["room"], enforce_eager=True, max_num_seqs=2, seed=0,
-        trust_remote_code=task.get("trusts", False), **options,
+        **options,
     )  # fmt: skip
     lora = import_module("vllm.lora.request").LoRARequest("tuned", 1, task["adapter"]) if task["adapter"] else None
     greedy = vllm.SamplingParams(temperature=0.0, max_tokens=task["length"])

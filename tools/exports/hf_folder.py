@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from pathlib import Path
 
 import torch
 import transformers
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from data.media.tiling import grids
 from data.processor import Processor, load_processor
@@ -66,6 +68,7 @@ def differences(target: HfClass, card: ModelCard) -> Iterator[str]:
 def facts_of(processor: Processor) -> MediaFacts:
     """Return how the run showed its media, as its processor has it."""
     config, template = processor.config, processor.template
+    video = PLACEHOLDERS["video"]
     anyres = config.image_fit == "anyres" and "image" in processor.specs
     return MediaFacts(
         fit=config.image_fit,
@@ -78,7 +81,7 @@ def facts_of(processor: Processor) -> MediaFacts:
         wrap_is_tokens=all(text in processor.tokenizer.get_vocab() for text in template.media_wrap),
         around_clips=CLIP_ENDS if all(text in template.source for text in CLIP_ENDS) else ("", ""),
         tokens={kind: str(processor.tokenizer.convert_ids_to_tokens(id_)) for kind, id_ in template.placeholder_ids.items()},
-        ids=template.placeholder_ids,
+        ids={**template.placeholder_ids, "video": processor.tokenizer.get_vocab().get(video, len(processor.tokenizer))},
     )
 
 
@@ -93,14 +96,23 @@ def write_folder(folder: Path, target: HfClass, card: ModelCard, model: Multimod
     for name, value in files.items():
         (folder / name).write_text(dump_json(value))
     source = for_parts(processor, target)
-    save_tokenizer(processor.tokenizer, folder, chat_template=source)
+    named = named_tokens(target, facts)
+    save_tokenizer(grown_tokenizer(processor.tokenizer, named.values()), folder, chat_template=source)
     (folder / "chat_template.json").write_text(dump_json({"chat_template": source}))  # where processors of 4.x look
     config = folder / "tokenizer_config.json"
     extra: Json = {"additional_special_tokens": [facts.tokens[target.modality]]}
-    if named := named_tokens(target, facts):
+    if named:
         extra["extra_special_tokens"] = named
     config.write_text(json.dumps({**json.loads(config.read_text()), **extra}, indent=2, ensure_ascii=False) + "\n")
     write_weights(folder, weights(target, card, model))
+
+
+def grown_tokenizer(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Return the tokenizer with each text as a token: vLLM shows a processor a video before it serves, and none may be missing."""
+    if missing := [text for text in texts if text and text not in tokenizer.get_vocab()]:
+        tokenizer = deepcopy(tokenizer)
+        tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in missing], special_tokens=True)
+    return tokenizer
 
 
 def for_parts(processor: Processor, target: HfClass) -> str:

@@ -1,4 +1,4 @@
-"""What transformers' processor makes of a record, compared with what training saw of it."""
+"""The input that transformers' processor makes of a record, compared with what training saw of it."""
 
 from __future__ import annotations
 

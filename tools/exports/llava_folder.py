@@ -14,7 +14,7 @@ from model.exports.hf_text import sizes_of
 from model.exports.hf_weights import model_entries, whole_tower, write_weights
 from model.exports.llm_folder import inherited_parts, write_llm
 from model.exports.trained_files import adapter_tensors, changed_parts, projector, write_file
-from model.files.tensor_files import dump_json
+from model.files.tensor_files import dump_json, read_weights
 from model.load import load_model
 from model.weights.peft_adapter import WEIGHTS, adapter_config, peft_name, write_config
 from tools.exports.hf_folder import facts_of
@@ -40,8 +40,8 @@ def to_llava(task: Task) -> Exported:
 def _projector_file(task: Task, before: str = "", name: str = llava.NAME) -> Path:
     tensors = projector(task.source, task.card)
     path = llava.write_projector(task.folder, tensors, before, name)
-    stored = torch.load(path, weights_only=True)
-    same = [torch.equal(stored[before + llava.projector_name(inner)], rows.all()) for inner, rows in tensors.items()]
+    stored = read_weights(path)
+    same = [torch.equal(stored[before + llava.projector_name(inner)].all(), rows.all()) for inner, rows in tensors.items()]
     if len(stored) != len(same) or not all(same):
         raise ProofError(f"{path}: what was read back is not what was written")
     return path
@@ -66,7 +66,7 @@ def _lora_folder(task: Task) -> Exported:
         (folder / "base").mkdir()
         model = load_model(source, merge_lora=False)
         write_llm(model, folder / "base", card)
-        _old_tokenizer(processor, folder / "base")
+        old_tokenizer(processor, folder / "base")
         text = sizes_of(card, model)[0]
         notes.append(f"an earlier run trained the language model: it stands in {base}, where the adapter belongs")
     tensors = adapter_tensors(source, card)
@@ -97,7 +97,7 @@ def _whole_folder(task: Task) -> Exported:
     (folder / "config.json").write_text(dump_json(llava.llava_config(card, facts, text) | own))
     stops = {"eos_token_id": list(processor.stop_ids), "pad_token_id": card.pad_id}
     (folder / "generation_config.json").write_text(dump_json(stops))
-    _old_tokenizer(processor, folder)
+    old_tokenizer(processor, folder)
     _projector_file(task)
     line = f"(in LLaVA) {python_line(f'{LOAD}load({task.literal()}, None, {_name(text)!r})')}"
     notes = (*_left_out(task), _prompts(processor))
@@ -114,7 +114,7 @@ def _name(text: dict[str, object], lora: bool = False) -> str:
     return "llava" + ("" if kind == "llama" else f"-{kind.removesuffix('2')}") + ("-lora" if lora else "")
 
 
-def _old_tokenizer(processor: Processor, folder: Path) -> None:
+def old_tokenizer(processor: Processor, folder: Path) -> None:
     """Save the tokenizer so that the versions that LLaVA pins read it too: merges as texts, where no piece holds a space."""
     save_tokenizer(processor.tokenizer, folder, chat_template=processor.template.source)
     file = folder / "tokenizer.json"

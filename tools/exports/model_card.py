@@ -35,7 +35,7 @@ SHOWN = {
 
 @dataclass(frozen=True)
 class Recorded:
-    """What the folder of a run says of it; each part is empty where the folder does not hold it."""
+    """The records of a run in its folder; each is empty where the folder does not hold it."""
 
     settings: Json = field(default_factory=dict)  # tables of run.toml
     ledger: list[Json] = field(default_factory=list)

@@ -65,7 +65,7 @@ def _inside_hf(task: Task) -> Exported:
     model, base = load_model(source, merge_lora=False), task.folder / "base"
     base.mkdir()
     write_folder(base, target, card, model, processor)
-    inner = model.llm.base_model_prefix  # type: ignore[union-attr]
+    inner = model.llm.base_model_prefix
     tensors = {_inside(name, str(inner)): rows for name, rows in found.items()}
     paths = _paths(tensors)
     difference = prove_inside(base, target, tensors, card.lora.scale, model, processor)

@@ -30,7 +30,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote, for its last line and its model card."""
+    """A finished export, as its last line and its model card describe it."""
 
     following: str  # the command to type next
     what: str  # one sentence on the folder
