@@ -14,13 +14,13 @@ from model.exports.llm_folder import write_llm
 from model.load import load_model
 from model.multimodal import MultimodalLM
 from tools.exports.proofs import check_close, in_float32
-from tools.exports.task import Exported, Task, python_line
+from tools.exports.task import Exported, ExportTask, python_line
 from trainer.errors import ProofError
 
 WORDS = "What do you see? A red car, seven trees and 2 dogs."
 
 
-def to_llm(task: Task) -> Exported:
+def to_llm(task: ExportTask) -> Exported:
     """Write the language model alone, adapters merged, as a folder for AutoModelForCausalLM, reopened and compared."""
     model, processor = load_model(task.source), load_processor(task.source)
     write_llm(model, task.folder, task.card)
