@@ -39,7 +39,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class VisionProjectorConfig:
-    kind: str = "mlp2x_gelu"  # linear | mlpNx_gelu | identity | pixel_shuffle(_v1)_mlp | pool_mlp | conv_mlp | resampler
+    kind: str = "mlp2x_gelu"  # linear | mlpNx_gelu | identity | pixel_shuffle(_v1)_mlp | pool_mlp | conv_mlp | vita_mlp | resampler
     tune: Literal["frozen", "full"] = "full"
     path: str = ""
     queries: int = 0  # resampler: tokens of each view; 0 = 64
@@ -49,7 +49,7 @@ class VisionProjectorConfig:
 
 @dataclass(frozen=True)
 class AudioConfig:
-    """Settings of the audio encoder, a Whisper encoder."""
+    """Settings of the audio encoder: Whisper's, Qwen2-Audio's or VITA's."""
 
     path: str
     tune: Literal["frozen", "lora", "full"] = "frozen"
@@ -61,7 +61,7 @@ class AudioConfig:
 
 @dataclass(frozen=True)
 class AudioProjectorConfig:
-    kind: str = "conv_mlp"  # linear | mlpNx_gelu | pool_mlp | conv_mlp
+    kind: str = "conv_mlp"  # linear | mlpNx_gelu | pool_mlp | conv_mlp | vita_conv
     tune: Literal["frozen", "full", "prompts"] = "full"
     prompts: int = 0  # learned vectors put before every clip
     path: str = ""

@@ -1,4 +1,4 @@
-"""Export a run for others: its trained files, a PEFT folder, a folder for transformers, or the layout of LLaVA or InternVL.
+"""Export a run for others: its trained files, a PEFT folder, a folder for transformers, or the layout of LLaVA, InternVL or VITA.
 
 SOURCE is a final/ folder or any checkpoint-N of a run. OUT must not exist yet, or be empty.
 """
@@ -25,6 +25,7 @@ from tools.exports.output_folder import listing, new_folder
 from tools.exports.part_files import to_safetensors
 from tools.exports.peft_folder import to_peft
 from tools.exports.task import Exported, ExportTask
+from tools.exports.vita_folder import to_vita
 
 TARGETS: dict[str, Callable[[ExportTask], Exported]] = {
     "safetensors": to_safetensors,
@@ -33,6 +34,7 @@ TARGETS: dict[str, Callable[[ExportTask], Exported]] = {
     "hf": to_hf,
     "llava": to_llava,
     "internvl": to_internvl,
+    "vita": to_vita,
 }
 """Writers by kind of folder: each fills task.folder and returns what it wrote, with the command to type next."""
 
@@ -52,9 +54,7 @@ def export(source: Path, out: Path, target: str = "safetensors", inside: str = "
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.export_adapter", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="export_adapter", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("source", metavar="SOURCE", type=Path, help="a final/ folder or a checkpoint-N")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
     described = "\n".join(f"{name}: {(write.__doc__ or '').strip().splitlines()[0]}" for name, write in TARGETS.items())

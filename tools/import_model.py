@@ -69,11 +69,12 @@ ALONE = World(0, 0, 1, torch.device("cpu"))
 
 def config_of(source: str, cache_dir: str) -> RunConfig:
     """Return the configuration that `source` is read with: nothing learns, numbers keep the type of the files."""
-    model = {"init_from": source, "cache_dir": cache_dir, "dtype": stored_dtype(source, cache_dir)}
+    dtype = stored_dtype(source, cache_dir)
+    model = {"init_from": source, "cache_dir": cache_dir, "dtype": dtype, "llm": {"tune": "frozen"}}  # so that an adapter is merged
     resolved, problems = resolve_published({"output_dir": "unused", "model": model, "train": {"max_steps": 0}})
     if problems:
         raise ConfigError("; ".join(problems))
-    for part in ("llm", "vision_projector", "audio_projector"):
+    for part in ("vision_projector", "audio_projector"):
         if part in resolved["model"]:
             resolved["model"][part]["tune"] = "frozen"
     return parse_config(resolved, source)
@@ -102,6 +103,7 @@ def write_all_parts(model: MultimodalLM, card: ModelCard, folder: Path, link: bo
         named = model.get_submodule(name).named_parameters()
         write_merged_part(folder, name, {n: Entry(model.dtype, tuple(p.shape), in_memory(p.detach()).all) for n, p in named})
         alone: dict[str, Any] = {"tune": "full"} if name in card.hugging_face else {"path": ""}
+        alone |= {"adapter": ""} if name == "llm" else {}
         config = replace(config, **{name: replace(part, **alone)})  # type: ignore[arg-type]
     bases = base_digests(card.model) if link else {}
     write_card(replace(card, model=config, bases=bases), folder)
@@ -130,9 +132,10 @@ def run_file(source: str, cache_dir: str) -> dict[str, Any]:
     model: dict[str, Any] = {"init_from": source, "llm": {"tune": "lora"}}
     if cache_dir:
         model["cache_dir"] = cache_dir
-    positions = part_config(SETTING, "llm", source, cache_dir).get("max_position_embeddings", MAX_LENGTH)
-    tables: dict[str, Any] = {"output_dir": "run", "model": model, "data": {"max_length": min(positions, MAX_LENGTH)}}
-    resolved, _ = resolve_published(tables)
+    resolved, _ = resolve_published({"output_dir": "run", "model": model, "data": {}})
+    base = resolved["model"]["llm"]["path"]
+    positions = part_config(SETTING, "llm", base, cache_dir).get("max_position_embeddings", MAX_LENGTH)
+    resolved["data"]["max_length"] = min(positions, MAX_LENGTH)
     resolved["data"]["sources"] = [{"path": "train.json"}]
     return resolved
 

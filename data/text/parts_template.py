@@ -83,6 +83,15 @@ def takes_parts(source: str) -> bool:
     return PRELUDE in source
 
 
+def template_tokens(tokens: Mapping[str, str], written: Mapping[str, str], media_wrap: Sequence[str]) -> set[str]:
+    """Return the placeholder tokens that stand for no medium where a person writes them, and are text like any other.
+
+    Those that the template writes itself, and a model's own that is one only between the pair `media_wrap`.
+    """
+    wrapped = {written["image"]} - {*PLACEHOLDERS.values()} if media_wrap else set()
+    return {*tokens.values()} - {*written.values()} | wrapped
+
+
 def content_tokens(source: str, tokens: Mapping[str, str], media_wrap: Sequence[str] = ()) -> dict[str, str]:
     """Return what stands for a medium in the contents that the template gets, by modality: as in records, if it takes parts.
 

@@ -16,7 +16,7 @@ from data.text.control_tokens import lead_token, needed_tokens, special_ids, tho
 from data.text.encoded import Encoded, Row, check_row, round_ends
 from data.text.marks import tags_of
 from data.text.messages import Wording, media_kinds, write_messages
-from data.text.parts_template import content_tokens, named_source
+from data.text.parts_template import content_tokens, named_source, template_tokens
 from data.text.render import Renderer, RenderError, Rendering, apply
 from data.text.rounds import TooLongError, first_rounds, round_starts, rounds_that_may_fit, shortened_turn
 from data.text.state_tokens import STATE_TOKENS, check_state_tokens
@@ -206,7 +206,8 @@ def load_template(
     source = with_system_text(named_source(name, lead, tokenizer, tokens), options.system)
     written = content_tokens(source, tokens, media_wrap)
     free = {*PLACEHOLDERS.values(), *written.values(), *allowed, *STATE_TOKENS[state_tokens].values(), *thought_tags(source)}
-    special = special_ids(tokenizer, free - {*needs, *tokenizer.special_tokens_map.values()} | {*written.values()})
+    free = free - {*needs, *tokenizer.special_tokens_map.values()} | {*written.values()}
+    special = special_ids(tokenizer, free - template_tokens(tokens, written, media_wrap))
     control = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)"
     known = tokenizer.get_vocab()
     template = Template(

@@ -70,11 +70,12 @@ def internvl_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts, tem
         "use_backbone_lora": 0,
         "use_llm_lora": 0,
         "use_thumbnail": tiles,
-        "vision_config": _vision_config(card, dtype),
+        "vision_config": original_tower_config(card, dtype),
     }
 
 
-def _vision_config(card: ModelCard, dtype: str) -> Json:
+def original_tower_config(card: ModelCard, dtype: str) -> Json:
+    """Return config.json of the tower as OpenGVLab publishes it."""
     value, side = card.hugging_face["vision"], image_spec(card.specs).size
     same = ("hidden_size", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps", "norm_type")
     patch = value["patch_size"]
@@ -108,13 +109,13 @@ def internvl_names(entries: dict[str, Entry], head: str, embedding: str) -> dict
             found[f"language_model.{inner}"] = entry
         elif part == "vision_projector":
             found[f"mlp1.{inner}"] = entry
-        elif (made := _vision_name(name, entries)) is not None:
+        elif (made := original_tower_name(name, entries)) is not None:
             found["vision_model." + made[0]] = made[1]
     found.setdefault(f"language_model.{head}", found[f"language_model.{embedding}"])
     return found
 
 
-def _vision_name(name: str, entries: dict[str, Entry]) -> tuple[str, Entry] | None:
+def original_tower_name(name: str, entries: dict[str, Entry]) -> tuple[str, Entry] | None:
     """Return the published name of a tower's tensor with its value: query, key and value are one matrix. None for key and value."""
     inner, entry = name.removeprefix("vision.tower."), entries[name]
     first, *others = (f".attention.{part}." for part in PARTS)

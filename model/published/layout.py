@@ -51,6 +51,10 @@ class Published:
         except (OSError, UnicodeDecodeError) as error:
             raise self.refused(f"{name} cannot be read: {error}") from error
 
+    def has(self, name: str) -> bool:
+        """Tell whether there is a file `name`."""
+        return find_file(self.setting, self.path, name, self.cache_dir) is not None
+
     def refused(self, reason: str) -> ConfigError:
         """Return the error that this source cannot be used, with the reason."""
         return ConfigError(f"{self.setting} = {self.path!r}: {reason}")

@@ -83,6 +83,9 @@ def _settings(source: Published) -> Settings:
     }
 
 
+TILES = ("data.image_fit", "tiles")
+
+
 def _fit(config: Json) -> Settings:
     """Return how pictures become views. How many tiles a picture has at most is free: InternVL sets it per run."""
     most = config.get("max_dynamic_patch", 6)
@@ -90,9 +93,9 @@ def _fit(config: Json) -> Settings:
         return {"data.image_fit": Given("pad" if config.get("pad2square") else "square", also=("tiles",))}
     return {
         "data.image_fit": Given("tiles", also=("square",)),
-        "data.min_tiles": Given(config.get("min_dynamic_patch", 1), free=True),
-        "data.max_tiles": Given(most, free=True),
-        "data.thumbnail": Given(bool(config.get("use_thumbnail")), free=True),
+        "data.min_tiles": Given(config.get("min_dynamic_patch", 1), free=True, when=TILES),
+        "data.max_tiles": Given(most, free=True, when=TILES),
+        "data.thumbnail": Given(bool(config.get("use_thumbnail")), free=True, when=TILES),
     }
 
 

@@ -45,7 +45,11 @@ def stored_template(source: Published) -> str:
 
 
 def template_setting(source: Published) -> Given:
-    """Return data.template: the folder's own, but LLaVA's for the template of llava-1.5 on the hub, whose answers have no end."""
+    """Return data.template: the folder's own, or LLaVA's format in place of one of the hub whose answers have no end.
+
+    Nothing could be learned of where an answer ends from the templates of llava-1.5-hf and llava-v1.6-mistral-7b-hf.
+    """
     text = stored_template(source)
-    endless = "USER" in text.upper() and "ASSISTANT" in text.upper() and not any(end in text for end in ("eos_token", "</s>", "<|"))
-    return Given("vicuna_v1" if endless else "auto", free=True)
+    has_end = any(end in text for end in ("eos_token", "</s>", "<|"))
+    formats = {} if has_end else {"ASSISTANT:": "vicuna_v1", "[INST]": "mistral"}
+    return Given(next((name for sign, name in formats.items() if sign in text), "auto"), free=True)

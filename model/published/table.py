@@ -16,6 +16,8 @@ from model.published import (
     transformers_audio,
     transformers_internvl,
     transformers_llava,
+    vita,
+    vita_audio,
 )
 from model.published.layout import Given, Layout, PartView, Published, Settings
 from model.published.refused import REFUSED
@@ -27,6 +29,7 @@ LAYOUTS: tuple[Layout, ...] = (
     *original_lora.LAYOUTS,
     *original_llava.LAYOUTS,
     *original_internvl.LAYOUTS,
+    *vita.LAYOUTS,
 )
 
 
@@ -36,7 +39,8 @@ def find_layout(setting: str, path: str, cache_dir: str = "") -> tuple[Layout, P
     `setting` is the key that error messages name. Raises `ConfigError` when config.json cannot be read.
     """
     if find_file(setting, path, "config.json", cache_dir) is None:
-        return None
+        source = Published(setting, path, cache_dir, {})
+        return (vita.SOUND_ENCODER, source) if source.has(vita_audio.SETTINGS) else None
     source = Published(setting, path, cache_dir, read_json(setting, path, "config.json", cache_dir))
     layout = next((layout for layout in LAYOUTS if layout.matches(source)), None)
     return None if layout is None else (layout, source)

@@ -15,13 +15,15 @@ INSIDE: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 """Beginnings of names in a model of several parts, in transformers 4.x and 5.x and in LLaVA, and what the part is called here."""
 
+ELSEWHERE = re.compile(r"(model\.)?(text_model|thinker|vision_model|visual)\.")
+"""Beginnings of names in models of several parts whose layers are not those of a part here."""
 PROJECTORS = ("multi_modal_projector", "mm_projector", "mlp1")
 """Names of the projector in models of several parts."""
 
 
 def is_inside(name: str) -> bool:
     """Tell whether PEFT's name of a tensor is that of a layer inside a model of several parts."""
-    return any(pattern.match(name.removeprefix(PREFIX)) for pattern, _ in INSIDE)
+    return any(pattern.match(name.removeprefix(PREFIX)) for pattern in (*(pattern for pattern, _ in INSIDE), ELSEWHERE))
 
 
 def our_name(name: str, decoder: str = "model") -> str:

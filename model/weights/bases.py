@@ -14,6 +14,7 @@ from model.errors import ConfigError
 from model.files.hub import hugging_face_config, read_json
 from model.files.quantised_base import check_dequantizable, check_plain, dequantised_fp8, quantisation
 from model.files.tensor_files import Tensors, sampled_digest
+from model.llm.causal_lm import blocks
 from model.llm.experts import fuse_experts
 from model.llm.new_tokens import is_new_rows
 from model.lora import is_adapter
@@ -182,9 +183,9 @@ def audio_tensors(path: str, encoder: audio.AudioEncoder, cache_dir: str = "", d
     prefix = prefixes[0] if prefixes else ""
     here = {name.removeprefix(prefix): rows for name, rows in files.items() if name.startswith(prefix)}
     check_plain(audio.SETTING, path, None, here, wanted)
-    nested = bool(read_json(audio.SETTING, path, "config.json", cache_dir).get("audio_config"))
+    nested = bool(part_config(audio.SETTING, "audio", path, cache_dir).get("audio_config"))
     outside = [name for name in files if not name.startswith(prefix)]
-    total = len(encoder.tower.layers)
+    total = len(blocks(encoder.tower))
     names = EncoderNames(wanted, (total, total), "the audio encoder")
     check_encoder(audio.SETTING, path, EncoderFiles(here, outside, nested), names)
     return {f"audio.tower.{name}": here[name] for name in wanted if name in here}

@@ -33,7 +33,8 @@ def part_layers(card: ModelCard, model: MultimodalLM, held: Collection[str], cla
         if not path or _holds(held, part):
             continue
         if _holds(claimed, part):
-            raise ConfigError(f"model.{part}.path and model.init_from both hold the {part.replace('_', ' ')}: name one of them")
+            what = "projector" if part.endswith("projector") else "state head"
+            raise ConfigError(f"model.{part}.path and model.init_from both hold the {what}: name one of them")
         beside = _read_elsewhere(card, path, part)
         opened = partial(whole_projector, Path(path), part, model.get_submodule(part), card.model.cache_dir, beside)
         layers += [*_row_layers(card, model, path, part), Layer(path, opened, prefix=f"{part}.")]
@@ -79,7 +80,7 @@ def _holds(names: Collection[str], part: str) -> bool:
 def _read_elsewhere(card: ModelCard, path: str, part: str) -> tuple[str, ...]:
     """Return words in the names of tensors that lie beside the projector in its file, and that other settings read."""
     vision, adapter = card.model.vision, card.model.llm.adapter
-    found = ("vision_tower.",) if vision is not None and Path(vision.path) == Path(path) else ()
+    found = ("vision_tower.",) if vision is not None and Path(vision.path) == _folder(path) else ()
     if part == "vision_projector" and not _is_of_adapter(path):
         return (*found, *ROWS)
     return (*found, *ROWS, "lm_head.") if adapter and Path(adapter) == _folder(path) else found

@@ -15,7 +15,7 @@ from model.files.quantised_base import is_coded
 from model.files.tensor_files import LazyTensor, Tensors, dump_json, read_safetensors, read_weights
 from model.files.untrusted import SHOWN, Json, load_json, shown
 from model.lora import HEAD_STAYS, SUFFIXES, adapted, at_head, is_adapter, learning_biases
-from model.weights.adapter_names import PREFIX, PROJECTORS, is_inside, is_saved_projector, module_path, our_name
+from model.weights.adapter_names import ELSEWHERE, PREFIX, PROJECTORS, is_inside, is_saved_projector, module_path, our_name
 from model.weights.peft_settings import DEFAULTS, problems
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -195,7 +195,7 @@ def _read_peft(named: Named, lora: LoraConfig, parts: Mapping[str, nn.Module], i
 def check_inside(named: Named, names: Collection[str], inside: bool) -> None:
     """Refuse an adapter of a model of several parts beside a language model that is not `inside` one."""
     larger = sorted(name for name in names if is_inside(name))
-    if larger and not inside:
+    if (larger and not inside) or any(ELSEWHERE.match(name.removeprefix(PREFIX)) for name in larger):
         raise named.error(
             f" adapts {shown(larger[0].removeprefix(PREFIX))}, a part of a larger model: it was trained "
             "on that one's weights; name that model as model.init_from, or merge it there with PEFT (merge_and_unload), save its "

@@ -26,7 +26,7 @@ def of(model: torch.nn.Module, part: str) -> dict[str, Any]:
     return {name: rows for name, rows in values(model).items() if name.startswith(f"{part}.")}
 
 
-@pytest.mark.parametrize("tune", ["positions", "full"])
+@pytest.mark.parametrize("tune", ["positions", pytest.param("full", marks=pytest.mark.long)])
 def test_what_a_tower_learned_is_read_on_top_of_its_base(tmp_path: Path, tune: str) -> None:
     config = config_of(save_parts(tmp_path), "lora", tune)
     run = trained(config)
@@ -79,7 +79,7 @@ def test_a_single_matrix_is_read_with_and_without_a_number_in_front(tmp_path: Pa
     }
 
 
-@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize("prefix", [pytest.param("", marks=pytest.mark.long), "model."])
 def test_a_projector_that_peft_saved_whole_is_read_beside_its_adapter(tmp_path: Path, prefix: str) -> None:
     """train-llava's folders: the adapter and, by modules_to_save, the projector."""
     lora = LoraConfig(rank=4, alpha=8, dropout=0.0)
@@ -99,3 +99,23 @@ def test_a_projector_that_peft_saved_whole_is_read_beside_its_adapter(tmp_path: 
     again = build(config_of(parts, path=str(tmp_path / "peft")), adapter, seed=9)
     for part in ("llm", "vision_projector"):
         same(of(again.model, part), of(run.model, part))
+
+
+@pytest.mark.parametrize("form", ["safetensors", "peft"])
+def test_an_adapter_of_the_base_is_merged_where_the_base_is_read(tmp_path: Path, form: str) -> None:
+    lora = LoraConfig(rank=4, alpha=8, dropout=0.0, rslora=True)
+    config = config_of(save_parts(tmp_path, vocab_size=448))
+    final = save_final(trained(config, lora), tmp_path)
+    assert export([str(final), str(tmp_path / "out"), "--for", form]) == 0
+    merged = of(load_model(final), "llm")
+    base = replace(config, llm=replace(config.llm, tune="frozen", adapter=str(tmp_path / "out")))
+    run = build(base)
+    same(of(run.model, "llm"), merged)
+    same(of(load_model(save_final(run, tmp_path / "again")), "llm"), merged)
+    more = build(replace(base, llm=replace(base.llm, tune="lora")))  # another adapter learns on top
+    same({name: rows for name, rows in of(more.model, "llm").items() if "lora_" not in name}, merged)
+    other = config_of(save_parts(tmp_path / "other", hidden_size=64))
+    with pytest.raises(ConfigError, match=r"model\.llm\.adapter = .* adapts llm\..* is \[64, 48\] in the base"):
+        build(replace(other, llm=replace(other.llm, adapter=str(tmp_path / "out"))))
+    with pytest.raises(ConfigError, match=r"model\.llm\.adapter = .*none' holds no adapter_model"):
+        build(replace(config, llm=replace(config.llm, adapter=str(tmp_path / "none"))))

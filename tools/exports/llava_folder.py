@@ -66,7 +66,7 @@ def _lora_folder(task: ExportTask) -> Exported:
         (folder / "base").mkdir()
         model = load_model(source, merge_lora=False)
         write_llm(model, folder / "base", card)
-        _old_tokenizer(processor, folder / "base")
+        old_tokenizer(processor, folder / "base")
         text = sizes_of(card, model)[0]
         notes.append(f"an earlier run trained the language model: it stands in {base}, where the adapter belongs")
     tensors = adapter_tensors(source, card)
@@ -97,7 +97,7 @@ def _whole_folder(task: ExportTask) -> Exported:
     (folder / "config.json").write_text(dump_json(llava.llava_config(card, facts, text) | own))
     stops = {"eos_token_id": list(processor.stop_ids), "pad_token_id": card.pad_id}
     (folder / "generation_config.json").write_text(dump_json(stops))
-    _old_tokenizer(processor, folder)
+    old_tokenizer(processor, folder)
     _projector_file(task)
     line = f"(in LLaVA) {python_line(f'{LOAD}load({task.literal()}, None, {_name(text)!r})')}"
     notes = (*_left_out(task), _prompts(processor))
@@ -114,7 +114,7 @@ def _name(text: dict[str, object], lora: bool = False) -> str:
     return "llava" + ("" if kind == "llama" else f"-{kind.removesuffix('2')}") + ("-lora" if lora else "")
 
 
-def _old_tokenizer(processor: Processor, folder: Path) -> None:
+def old_tokenizer(processor: Processor, folder: Path) -> None:
     """Save the tokenizer so that the versions that LLaVA pins read it too: merges as texts, where no piece holds a space."""
     save_tokenizer(processor.tokenizer, folder, chat_template=processor.template.source)
     file = folder / "tokenizer.json"

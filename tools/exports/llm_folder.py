@@ -42,10 +42,12 @@ def prove_llm(folder: Path, model: MultimodalLM, processor: Processor) -> float:
     Returns the largest relative difference of the logits. Raises ProofError where ids or logits differ.
     """
     expected_ids = processor.tokenizer(WORDS)["input_ids"]
-    found_ids = AutoTokenizer.from_pretrained(folder)(WORDS)["input_ids"]
+    found_ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(WORDS)["input_ids"]
     if list(found_ids) != list(expected_ids):
         raise ProofError(f"AutoTokenizer gives other ids: {list(found_ids)} and not {list(expected_ids)}")
-    theirs, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    theirs, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+    )
     if wrong := {kind: sorted(map(str, names)) for kind, names in report.items() if names and kind != "error_msgs"}:
         raise ProofError(f"transformers does not load every tensor of the export: {wrong}")
     llm: Any = in_float32(model).llm

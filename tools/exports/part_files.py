@@ -44,8 +44,7 @@ def to_go_on(task: ExportTask, files: set[str], inherits: bool) -> tuple[str, li
     them, and the second value says why.
     """
     source, card = task.source, task.card
-    parts = [part for part in PROJECTORS if part in card.model.parts()]
-    keys = {**{f"{part}.safetensors": f"model.{part}.path" for part in parts}, OURS: "lora.path"}
+    keys = {**{f"{part}.safetensors": key for part, key in part_keys(card).items()}, OURS: "lora.path"}
     # A language model that was trained whole is not read: the run names it in any case.
     if files <= keys.keys() and not inherits and card.model.llm.tune != "full":
         covered = {file.removesuffix(".safetensors") for file in files} | (card.lora_parts if OURS in files else set())
@@ -56,8 +55,15 @@ def to_go_on(task: ExportTask, files: set[str], inherits: bool) -> tuple[str, li
     return from_the_run(source, card), said if alone else []
 
 
+def part_keys(card: ModelCard) -> dict[str, str]:
+    """Return the setting that reads the file of each part beside the language model: with a base, what was learned on top of it."""
+    with_base = {part: f"model.{part}.weights" for part in ("vision", "audio")}
+    alone = {part: f"model.{part}.path" for part in (*PROJECTORS, "state_head")}
+    return {part: key for part, key in (with_base | alone).items() if part in card.model.parts()}
+
+
 def from_the_run(source: Path, card: ModelCard) -> str:
     """Return settings that start from the run itself, and take back what its own file names."""
-    named = {"lora.path": card.lora.path, **{f"model.{part}.path": getattr(card.model, part).path for part in PROJECTORS
-                                             if part in card.model.parts()}}  # fmt: skip
+    parts = {key: getattr(card.model.parts()[part], key.rpartition(".")[2]) for part, key in part_keys(card).items()}
+    named = {"lora.path": card.lora.path, **parts}
     return " ".join([f"model.init_from={shlex.quote(str(source))}", *(f"{key}=" for key, path in named.items() if path)])

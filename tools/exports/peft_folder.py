@@ -102,7 +102,7 @@ def prove_inside(base: Path, target: HfClass, tensors: Tensors, scale: float, mo
     with sample(processor) as record:
         batch = batch_of(processor, record)
         inputs = their_inputs(base, target, record, batch, processor)
-    theirs = getattr(transformers, target.name).from_pretrained(base, dtype=torch.float32).eval()
+    theirs = getattr(transformers, target.name).from_pretrained(base, dtype=torch.float32, trust_remote_code=False).eval()
     places = {f"llm.{name}": parameter for name, parameter in theirs.named_parameters()}
     with torch.no_grad():
         for name, rows in tensors.items():

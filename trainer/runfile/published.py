@@ -8,11 +8,14 @@ from typing import Any
 from model.card import NAME
 from model.files.hub import HUB_ID
 from model.published.table import published_settings
+from model.published.vita_audio import SETTINGS
 from trainer.runfile.merge_tables import has_key, merge, value_of, without_key
 from trainer.runfile.schema import flatten_tables
 from trainer.runfile.toml_files import to_toml
 
 KEY = "model.init_from"
+KNOWN_BY = ("config.json", SETTINGS)
+"""Files by which a published folder is known; the second is that of VITA's sound encoder."""
 
 
 def resolve_published(tables: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -52,7 +55,7 @@ def is_published(path: str) -> bool:
     """Tell whether a value of model.init_from names a published model, which may be a hub id, and no run of ours."""
     folder = Path(path)
     if folder.is_dir():
-        return not (folder / NAME).is_file() and (folder / "config.json").is_file()
+        return not (folder / NAME).is_file() and any((folder / name).is_file() for name in KNOWN_BY)
     is_run = folder.name == "final" or folder.name.startswith("checkpoint-")  # the run that writes it may not have been started
     return not is_run and not folder.exists() and HUB_ID.fullmatch(path) is not None
 

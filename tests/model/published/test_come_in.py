@@ -75,6 +75,15 @@ def check_media(batch: Batch, inputs: dict[str, Any]) -> None:
         torch.testing.assert_close(batch.media["audio"].values, inputs["input_features"], rtol=0, atol=1e-5)
 
 
+def check_written_token_is_text(data: RunData, record: dict[str, Any]) -> None:
+    """A person who writes the model's own placeholder means the word."""
+    token = next(iter(data.processor.specs.values())).placeholder
+    if token != "<image>":
+        said = {**record["messages"][0], "content": [{"type": "text", "text": f"What is {token}?"}]}
+        ids = data.processor([{"messages": [said, *record["messages"][1:]]}], answers=True).input_ids[0]
+        assert token in data.processor.tokenizer.decode(ids).partition("Yes?")[0]
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_ids_media_and_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
     maker, folder = MAKERS[name], tmp_path / "published"
@@ -86,6 +95,7 @@ def test_ids_media_and_logits_are_those_of_transformers(tmp_path: Path, name: st
     assert not data.card.tokens or all(token in data.processor.tokenizer.get_vocab() for token in data.card.tokens)
     assert data.card.vocabulary.new_ids == ()
     record = question(tmp_path, data.processor.specs)
+    check_written_token_is_text(data, record)
     batch, inputs = data.processor([record], answers=True), their_inputs(folder, maker.cls, record)
     assert inputs["input_ids"].tolist() == batch.input_ids.tolist()
     check_media(batch, inputs)

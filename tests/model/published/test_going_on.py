@@ -88,6 +88,23 @@ def test_what_may_differ_may_be_written(tmp_path: Path) -> None:
     assert run_from(tmp_path / "internvl", tmp_path / "run", data={"max_tiles": 9}).data.max_tiles == 9
 
 
+HUB = {
+    "vicuna_v1": "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
+    "mistral": "{% for message in messages %}{% for content in message['content'] %}{% if message['role'] == 'user' %}{{ '[INST] '"
+    " + content['text'] + ' [/INST]' }}{% else %}{{ ' ' + content['text'] + '<\\\\s> ' }}{% endif %}{% endfor %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("template", HUB)
+def test_a_template_of_the_hub_whose_answers_have_no_end_is_replaced(tmp_path: Path, template: str) -> None:
+    MAKERS["LlavaForConditionalGeneration-hub"].write(tmp_path)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": HUB[template]}))
+    assert run_from(tmp_path, tmp_path / "run").data.template == template
+
+
 def test_a_part_of_a_published_model_may_be_named_by_hand(tmp_path: Path) -> None:
     MAKERS["LlavaNextForConditionalGeneration-5.x"].write(tmp_path)
     assert llm_config(LlmConfig(str(tmp_path)))["model_type"] == "qwen2"
@@ -109,6 +126,8 @@ def test_anything_else_is_refused_with_the_layouts_that_are_read(tmp_path: Path)
     with pytest.raises(ConfigError) as caught:
         run_from(tmp_path, tmp_path / "run")
     said = str(caught.value)
+    rows = Path("docs/exchange.md").read_text()
+    assert all(f"| {layout.name.split(',')[0].split(' with')[0].strip(')')}" in rows for layout in LAYOUTS)
     assert all(layout.name in said for layout in LAYOUTS) and "model.llm.path" in said and len(said) < 1500
 
 

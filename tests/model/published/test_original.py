@@ -20,7 +20,7 @@ from model.errors import ConfigError
 from model.load import load_model
 from model.multimodal import MultimodalLM
 from tests.support.finals import Run, one_process, save_final
-from tests.support.layouts.original import Original, first_stage, internvl, llava, llava_next, lora, onevision, save_adapter
+from tests.support.published.original import Original, first_stage, internvl, llava, llava_next, lora, onevision, save_adapter
 from tests.support.runs import merged
 from tests.support.tiny import save_tower
 from tests.support.tiny_data import talk
@@ -105,8 +105,15 @@ def test_pixels_and_logits_are_those_of_transformers(tmp_path: Path, name: str) 
 LORAS = {".bin": ("bin", "bin"), "safetensors": ("safetensors", "safetensors")}
 
 
-@pytest.mark.parametrize("tune", ["lora", "frozen"])
-@pytest.mark.parametrize("form", LORAS)
+@pytest.mark.parametrize(
+    ("form", "tune"),
+    [
+        (".bin", "lora"),
+        ("safetensors", "frozen"),
+        pytest.param(".bin", "frozen", marks=pytest.mark.long),
+        pytest.param("safetensors", "lora", marks=pytest.mark.long),
+    ],
+)
 def test_a_lora_folder_goes_on_as_an_adapter_or_is_merged(tmp_path: Path, form: str, tune: str) -> None:
     original = lora(tmp_path, *LORAS[form])
     config = run_from(original.folder, tmp_path, model={"llm": {"tune": tune}})
@@ -122,7 +129,7 @@ def test_a_lora_folder_goes_on_as_an_adapter_or_is_merged(tmp_path: Path, form: 
     compare(original, load_model(save_final(Run(card, model, processor), tmp_path)), processor, tmp_path)
 
 
-@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("rows", [pytest.param(2, marks=pytest.mark.long), 40])
 def test_a_first_stage_gives_its_projector_and_the_rows_around_pictures(tmp_path: Path, rows: int) -> None:
     folder, stored = first_stage(tmp_path, rows)
     config = run_from(folder, tmp_path, model={"llm": {"tune": "new_tokens"}}, data={"template": "plain"})
@@ -146,7 +153,7 @@ def test_a_first_stage_gives_its_projector_and_the_rows_around_pictures(tmp_path
 PREFIXES = {"5.x": "model.language_model.", "4.x": "language_model.model."}
 
 
-@pytest.mark.parametrize(("names", "suffix"), [("5.x", "safetensors"), ("4.x", "bin")])
+@pytest.mark.parametrize(("names", "suffix"), [("5.x", "safetensors"), pytest.param("4.x", "bin", marks=pytest.mark.long)])
 def test_an_adapter_of_the_whole_model_goes_on_in_its_parts(tmp_path: Path, names: str, suffix: str) -> None:
     original, folder = llava(tmp_path), tmp_path / "adapter"
     folder.mkdir()
