@@ -43,7 +43,7 @@ def make_case(folder: Path, case: str) -> Json:
         if code := train(load_config(str(run_file))):
             raise ProofError(f"{case}: the tiny run ended with code {code}")
     final = folder / "run" / "final"
-    for name, target, inside in (("hf", "hf", ""), ("peft", "peft", "hf"), ("llm", "llm", "")):
+    for name, target, inside in (("hf", "hf", ""), ("peft", "peft", "hf"), ("llm_alone", "llm", "")):
         if not (folder / name).is_dir():
             export(final, folder / name, target, inside)
     model, processor = load_model(final, dtype="float32"), load_processor(final)
