@@ -53,7 +53,7 @@ def wrap(content: str, media_wrap: tuple[str, ...]) -> str:
     return _SEEN.sub(lambda found: before + found[0] + after, content)
 
 
-def wrapped_pattern(media_wrap: tuple[str, ...]) -> str:
-    """Return a pattern that finds what `wrap` writes."""
-    before, after = map(re.escape, media_wrap or ("", ""))
-    return f"{before}(?:{_SEEN.pattern}){after}"
+def wrapped_placeholders(media_wrap: tuple[str, ...]) -> list[str]:
+    """Return the texts that `wrap` writes for placeholders."""
+    before, after = media_wrap or ("", "")
+    return [before + token + after for kind, token in PLACEHOLDERS.items() if READ_BY[kind] == "image"]

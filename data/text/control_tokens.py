@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerFast
@@ -27,6 +28,20 @@ def check_single(name: str, tokenizer: PreTrainedTokenizerFast, needs: Sequence[
 def special_ids(tokenizer: PreTrainedTokenizerFast, free: Collection[str]) -> dict[str, int]:
     """Return the id of each control token by its text, except the tokens in `free`, which contents may use."""
     return {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special and t.content not in free}
+
+
+def written_pattern(control: Sequence[str], ours: Sequence[str]) -> re.Pattern[str]:
+    """Compile a pattern for the texts `control`, or, as group "ours" and before them, for the texts `ours`.
+
+    Alternatives of one first character stand together behind it: a search then skips what begins with no such character at once,
+    where each of hundreds of alternatives would be tried at every character of a text.
+    """
+    groups: dict[str, list[str]] = {text[0]: [] for text in (*ours, *control)}
+    for text in control:
+        groups[text[0]].append(re.escape(text[1:]))
+    for first in {text[0] for text in ours}:
+        groups[first].insert(0, f"(?P<ours>{'|'.join(re.escape(text[1:]) for text in ours if text[0] == first)})")
+    return re.compile("|".join(f"{re.escape(first)}(?:{'|'.join(rests)})" for first, rests in groups.items()))
 
 
 def unknown_only_id(tokenizer: PreTrainedTokenizerFast) -> set[int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerFast
 
 from data.records.record import Record, RecordError
-from data.text.render import Rendering
+from data.text.layouts import Rendering
 from data.text.tokens import Tokens
 from model.media_spec import READ_BY
 
@@ -47,7 +47,7 @@ def check_row(
     The ids may hold no control token that the template did not write, as many placeholders of each modality as there are media, and
     no id in `unread`: the embedding rows of those tokens mean nothing.
     """
-    if found := unread.intersection(row.tokens.ids):
+    if unread and (found := unread.intersection(row.tokens.ids)):
         reason = f"the template writes {tokenizer.convert_ids_to_tokens(min(found))!r}, which has no row in the base's embedding"
         raise RecordError(record.where, record.id, "conversations", f"{reason} and learns none")
     if _control_in_plain(row, tokenizer, control_ids):
@@ -64,10 +64,10 @@ def check_row(
 def _control_in_plain(row: Row, tokenizer: PreTrainedTokenizerFast, control_ids: frozenset[int]) -> bool:
     """Return whether a control id stands for a text other than its token, or for a control token that a person wrote."""
     plain = {start for start, _ in row.rendering.written}
-    return any(
-        id in control_ids and (start in plain or row.rendering.text[start:stop].strip() != tokenizer.convert_ids_to_tokens(id))
-        for id, start, stop in zip(row.tokens.ids, row.tokens.starts, row.tokens.stops)
-    )
+    ids, starts, stops = row.tokens.ids, row.tokens.starts, row.tokens.stops
+    found = [k for k, id in enumerate(ids) if id in control_ids]
+    words = {id: tokenizer.convert_ids_to_tokens(id) for id in {ids[k] for k in found}}
+    return any(starts[k] in plain or row.rendering.text[starts[k] : stops[k]].strip() != words[ids[k]] for k in found)
 
 
 def round_ends(row: Row) -> list[int]:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from transformers import PreTrainedTokenizerFast
 
-from data.records.placeholders import wrapped_pattern
+from data.records.placeholders import wrapped_placeholders
 from data.records.record import Record, RecordError, Turn
 from data.text.abilities import Abilities, Message, find_abilities, probe_call
 from data.text.chat_formats import FORMATS, freeze_date
-from data.text.control_tokens import check_single, lead_token, special_ids, thought_tags, unknown_only_id
+from data.text.control_tokens import check_single, lead_token, special_ids, thought_tags, unknown_only_id, written_pattern
 from data.text.encoded import Encoded, Row, check_row, round_ends
 from data.text.marks import tags_of
 from data.text.messages import Wording, media_kinds, write_messages
-from data.text.render import Renderer, RenderError, Rendering, apply
+from data.text.layouts import Layouts, Rendering
+from data.text.render import Renderer, RenderError, apply
 from data.text.rounds import TooLongError, first_rounds, round_starts, rounds_that_may_fit, shortened_turn
 from data.text.state_tokens import STATE_TOKENS, check_state_tokens
 from data.text.tokens import Tokens, supervise, tokenize
@@ -77,7 +79,8 @@ class Template:
                 raise self._too_long(record, "no round that fits has an answer to learn", max_length)
             raise self._error(record, "no token is supervised")
         unknown = self.tokenizer.unk_token_id
-        if unknown is not None and unknown not in self.stop_ids and any(s and i == unknown for i, s in zip(ids, supervised)):
+        learns_unknown = unknown in ids and any(s and i == unknown for i, s in zip(ids, supervised))
+        if learns_unknown and unknown not in self.stop_ids:
             raise self._error(record, f"an answer holds what the tokenizer only knows as {self.tokenizer.unk_token}")
         return Encoded(ids, supervised, ends, len(ends) if trimmed is record else num_rounds, row.rendering.removed)
 
@@ -152,9 +155,10 @@ class Template:
             return replace(found, text=found.text[: last.stop], spans=spans), tail
         return found, tail
 
-    @property
+    @cached_property
     def _renderer(self) -> Renderer:
-        return Renderer(self.tokenizer, self.source, self.ends, self.closes, self.written, self.tags)
+        layouts = Layouts(self.written, self.tags)
+        return Renderer(self.tokenizer, self.source, self.ends, self.closes, self.written, self.tags, layouts)
 
     def _tokenize(self, text: str, written: Sequence[tuple[int, int]]) -> Tokens:
         """Tokenise a rendering, with BOS as the tokenizer would put it: as an id, for as text it changes what follows in some."""
@@ -199,7 +203,8 @@ def load_template(
     source = ("{{ bos_token }}" if lead else "") + FORMATS[name].source if name in FORMATS else _own_source(tokenizer)
     free = {*PLACEHOLDERS.values(), *allowed, *states, *thought_tags(source)}
     special = special_ids(tokenizer, free - {*needs, *tokenizer.special_tokens_map.values()})
-    control = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)"
+    longest_first = sorted(special, key=len, reverse=True)
+    control = "|".join(map(re.escape, longest_first)) or "(?!)"
     known = tokenizer.get_vocab()
     template = Template(
         name=name,
@@ -209,7 +214,7 @@ def load_template(
         media_wrap=tuple(media_wrap),
         lead=lead,
         ends=re.compile(re.escape(FORMATS[name].end) if name in FORMATS else control),
-        written=re.compile(f"(?P<ours>{wrapped_pattern(media_wrap)})|{control}"),
+        written=written_pattern(longest_first, wrapped_placeholders(media_wrap)),
         control_ids=frozenset(special.values()) - unknown_only_id(tokenizer),
         placeholder_ids={m: known[PLACEHOLDERS[m]] for m in sorted(set(READ_BY.values())) if PLACEHOLDERS[m] in known},
         allowed=tuple(allowed),
