@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
@@ -64,10 +63,10 @@ def check_row(
 def _control_in_plain(row: Row, tokenizer: PreTrainedTokenizerFast, control_ids: frozenset[int]) -> bool:
     """Return whether a control id stands for a text other than its token, or for a control token that a person wrote."""
     plain = {start for start, _ in row.rendering.written}
-    ids, starts, stops = row.tokens.ids, row.tokens.starts, row.tokens.stops
-    found = [k for k, id in enumerate(ids) if id in control_ids]
-    words = {id: tokenizer.convert_ids_to_tokens(id) for id in {ids[k] for k in found}}
-    return any(starts[k] in plain or row.rendering.text[starts[k] : stops[k]].strip() != words[ids[k]] for k in found)
+    text, ids, offsets = row.rendering.text, row.tokens.ids, row.tokens.offsets
+    found = [(id, *offsets[k]) for k, id in enumerate(ids) if id in control_ids]
+    words = {id: tokenizer.convert_ids_to_tokens(id) for id in {id for id, _, _ in found}}
+    return any(start in plain or text[start:stop].strip() != words[id] for id, start, stop in found)
 
 
 def round_ends(row: Row) -> list[int]:
@@ -80,5 +79,5 @@ def round_ends(row: Row) -> list[int]:
     for span, after in zip(spans, spans[1:] if row.rendering.first_round_apart else ()):
         if span.role == "assistant" and after.role == "user":
             stop = span.end + (len(row.tail) if text.startswith(row.tail, span.end) else 0)
-            ends.append(bisect_left(row.tokens.starts, stop))
+            ends.append(row.tokens.starting_before(stop))
     return [*ends, len(row.tokens.ids)]

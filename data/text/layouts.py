@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from data.records.turns import MARKS
 from data.text.abilities import Message
 
 MAX_SHAPES, MAX_TURNS = 256, 1 << 10
@@ -93,12 +94,12 @@ class Layouts:
         """
         if tools or len(messages) > MAX_TURNS:
             return None
-        for message in messages:
-            words = message["content"]
-            if len(message) != 2 or not words or words[0].isspace() or words[-1].isspace() or self.tags.search(words):
-                return None
-            if any(match["ours"] is None for match in self.written.finditer(words)):
-                return None
+        contents = [message["content"] for message in messages if len(message) == 2]
+        if len(contents) < len(messages) or any(not text or text[0].isspace() or text[-1].isspace() for text in contents):
+            return None
+        said = MARKS[0].join(contents)  # at once: a search for each content costs more than the searching
+        if self.tags.search(said) or any(match["ours"] is None for match in self.written.finditer(said)):
+            return None
         return tuple([message["role"] for message in messages]), tuple(kinds)
 
     def place(self, shape: Shape | None, text: str, messages: Sequence[Message], learn: Sequence[bool]) -> Rendering | None:

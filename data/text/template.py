@@ -166,7 +166,7 @@ class Template:
         if not self.lead:
             return tokens
         bos = self.tokenizer.convert_tokens_to_ids(self.lead)
-        return Tokens([bos, *tokens.ids], [0, *tokens.starts], [len(self.lead), *tokens.stops])
+        return Tokens([bos, *tokens.ids], [(0, len(self.lead)), *tokens.offsets])
 
     def _too_long(self, record: Record, reason: str, max_length: int | None) -> TooLongError:
         return TooLongError(record.where, record.id, "conversations", f"{reason}, data.max_length is {max_length}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 from transformers import PreTrainedTokenizerFast
 
@@ -16,29 +17,35 @@ class Tokens:
     """Token ids and the characters that they stand for, in order."""
 
     ids: list[int]
-    starts: Sequence[int]
-    stops: Sequence[int]
+    offsets: list[tuple[int, int]]  # first character, one past the last; as the tokenizer gives them, for few of them are looked at
 
     def between(self, low: int, high: int) -> slice:
         """Return the slice of tokens that overlap text[low:high].
 
         Overlap counts, because the bytes of one emoji are several tokens of equal offsets.
         """
-        return slice(bisect_right(self.stops, low), bisect_left(self.starts, high))
+        return slice(self._ending_by(low), self.starting_before(high))
 
     def inside(self, low: int, high: int) -> list[int]:
         """Return the ids of the tokens that stand wholly in text[low:high]."""
-        return self.ids[bisect_left(self.starts, low) : bisect_right(self.stops, high)]
+        return self.ids[self.starting_before(low) : self._ending_by(high)]
+
+    def starting_before(self, at: int) -> int:
+        """Return how many tokens start before a character."""
+        return bisect_left(self.offsets, (at,))  # a pair that starts there is more than (at,), as it is longer
+
+    def _ending_by(self, at: int) -> int:
+        return bisect_right(self.offsets, at, key=itemgetter(1))
 
     def moved(self, characters: int) -> Tokens:
         """Return the tokens of the same text, where it begins `characters` later."""
         if not characters:
             return self
-        return Tokens(self.ids, [at + characters for at in self.starts], [at + characters for at in self.stops])
+        return Tokens(self.ids, [(low + characters, high + characters) for low, high in self.offsets])
 
     def after(self, count: int, characters: int) -> Tokens:
         """Return the tokens but the first `count`, which stand for the first `characters` of the text, in the rest of the text."""
-        return Tokens(self.ids[count:], self.starts[count:], self.stops[count:]).moved(-characters)
+        return Tokens(self.ids[count:], self.offsets[count:]).moved(-characters)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, text: str, written: Sequence[tuple[int, int]], first: int = 0) -> Tokens:
@@ -50,20 +57,18 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, text: str, written: Sequence[tu
         return _call(tokenizer, text[first:]).moved(first)
     cuts = [cut for pair in written for cut in pair]
     ids: list[int] = []
-    starts: list[int] = []
-    stops: list[int] = []
+    offsets: list[tuple[int, int]] = []
     for k, (low, high) in enumerate(zip([first, *cuts], [*cuts, len(text)])):
         if low == high:
             continue
         if k % 2:
             plain = _plain_ids(tokenizer, text[low:high])
-            found = Tokens(plain, [low] * len(plain), [high] * len(plain))
+            found = Tokens(plain, [(low, high)] * len(plain))
         else:
             found = (_after_newline if k else _call)(tokenizer, text[low:high]).moved(low)
         ids.extend(found.ids)
-        starts.extend(found.starts)
-        stops.extend(found.stops)
-    return Tokens(ids, starts, stops)
+        offsets.extend(found.offsets)
+    return Tokens(ids, offsets)
 
 
 def _call(tokenizer: PreTrainedTokenizerFast, text: str) -> Tokens:
@@ -72,7 +77,7 @@ def _call(tokenizer: PreTrainedTokenizerFast, text: str) -> Tokens:
     A class of the library that does not change that call is passed by: for a short text it costs half as much as tokenising does.
     """
     if not text:
-        return Tokens([], (), ())
+        return Tokens([], [])
     if _is_plain(type(tokenizer)):
         backend = tokenizer.backend_tokenizer
         # What the call sets before it tokenises, and what an earlier call may have left behind.
@@ -83,13 +88,10 @@ def _call(tokenizer: PreTrainedTokenizerFast, text: str) -> Tokens:
         if backend.encode_special_tokens != tokenizer.split_special_tokens:
             backend.encode_special_tokens = tokenizer.split_special_tokens
         encoding = backend.encode(text, add_special_tokens=False)
-        ids, offsets = encoding.ids, encoding.offsets
-    else:
-        # verbose=False: transformers would warn of texts longer than its own limit; data.max_length is ours.
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
-    starts, stops = zip(*offsets) if offsets else ((), ())
-    return Tokens(ids, starts, stops)
+        return Tokens(encoding.ids, encoding.offsets)
+    # verbose=False: transformers would warn of texts longer than its own limit; data.max_length is ours.
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return Tokens(list(encoded["input_ids"]), list(encoded["offset_mapping"]))
 
 
 def _is_plain(kind: type[PreTrainedTokenizerFast]) -> bool:
@@ -136,7 +138,7 @@ def supervise(spans: Sequence[Span], tokens: Tokens, control_ids: frozenset[int]
             continue
         found = tokens.between(span.prompt, span.end)
         first = found.start
-        while first < found.stop and tokens.starts[first] < span.prompt:
+        while first < found.stop and tokens.offsets[first][0] < span.prompt:
             if tokens.ids[first] not in control_ids:
                 glued.add(i)
             first += 1
