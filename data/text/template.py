@@ -63,6 +63,10 @@ class Template:
         `RecordError` if the template cannot express the record, nothing is learned, or an unknown token would be learned;
         `TooLongError` if not even the first round can fit.
         """
+        return self.encode_row(record, max_length)[0]
+
+    def encode_row(self, record: Record, max_length: int | None = None) -> tuple[Encoded, Row]:
+        """Encode the record, and return its row beside it: the rendering and the tokens of all that was rendered. Raises as `encode`."""
         messages = self.messages(record)
         trimmed = first_rounds(record, self._kept(record, messages, max_length))
         row = self._encode(trimmed, messages if trimmed is record else self.messages(trimmed), media_kinds(record))
@@ -82,7 +86,7 @@ class Template:
         learns_unknown = unknown in ids and any(s and i == unknown for i, s in zip(ids, supervised))
         if learns_unknown and unknown not in self.stop_ids:
             raise self._error(record, f"an answer holds what the tokenizer only knows as {self.tokenizer.unk_token}")
-        return Encoded(ids, supervised, ends, len(ends) if trimmed is record else num_rounds, row.rendering.removed)
+        return Encoded(ids, supervised, ends, len(ends) if trimmed is record else num_rounds, row.rendering.removed), row
 
     def prompt(self, record: Record, like: Turn | None = None) -> list[int]:
         """Return the ids up to where the answer to the record's last turn starts. Raises `RecordError`.
