@@ -10,12 +10,12 @@ import gc
 import json
 import os
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from transformers import AddedToken, PreTrainedTokenizerFast
 
@@ -88,45 +88,49 @@ def own_tokenizer() -> PreTrainedTokenizerFast:
 
 def templates(folders: Sequence[str]) -> dict[str, Template]:
     """Return the templates that are measured: those of the folders, or our formats and one that thinks."""
-    given = {"placeholders": "as_written", "media_wrap": ()}
     if folders:
-        made = {Path(folder).name: load_tokenizer(folder, ("<image>",)).tokenizer for folder in folders}
-        return {name: load_template("auto", tokenizer, placeholders="as_written", media_wrap=()) for name, tokenizer in made.items()}
-    tokenizer = own_tokenizer()
-    names = ["auto", *(name for name, form in FORMATS.items() if not form.placeholders_only)]
-    return {name: load_template(name, tokenizer, placeholders="as_written", media_wrap=()) for name in names}
+        made = [(Path(folder).name, "auto", load_tokenizer(folder, ("<image>",)).tokenizer) for folder in folders]
+    else:
+        tokenizer = own_tokenizer()
+        made = [("one that thinks", "auto", tokenizer)]
+        made += [(name, name, tokenizer) for name, form in FORMATS.items() if not form.placeholders_only]
+    return {key: load_template(name, known, placeholders="as_written", media_wrap=()) for key, name, known in made}
 
 
-def cpu_ms(actions: Sequence[Callable[[], object]], rounds: int) -> list[float]:
-    """Return the CPU time of each action in ms, the median of rounds that take turns."""
-    found: list[list[float]] = [[] for _ in actions]
+def cpu_ms(actions: Sequence[Callable[[int], object]], count: int, rounds: int) -> list[float]:
+    """Return the CPU time that each action takes with one of `count` records, in ms: the mean of the records' medians.
+
+    The actions take turns at every record, because the speed of a shared processor changes from one second to the next.
+    """
+    times = np.zeros((len(actions), count, rounds))
     for number in range(rounds):
-        places = range(len(actions)) if number % 2 == 0 else reversed(range(len(actions)))
-        for place in places:
-            start = time.process_time()
-            actions[place]()
-            found[place].append(1000 * (time.process_time() - start))
-    return [statistics.median(times) for times in found]
+        for k in range(count):
+            for place in range(len(actions)) if (number + k) % 2 else reversed(range(len(actions))):
+                start = time.process_time()
+                actions[place](k)
+                times[place, k, number] = time.process_time() - start
+    return list(1000 * np.median(times, axis=2).mean(axis=1))
 
 
 def text_row(name: str, template: Template, num_rounds: int, rounds: int) -> str:
     """Return the line of the table for conversations of `num_rounds` questions."""
     draw = random.Random(num_rounds)
+    template.tokenizer.model_max_length = MAX_LENGTH  # or the peer warns of long texts
     count = max(4, NUM_TURNS // num_rounds)
     records = [parse(conversation(draw, num_rounds), "bench.json:1") for _ in range(count)]
     tokens = sum(len(template.encode(record).input_ids) for record in records) / count
 
     ours, proven, peer = cpu_ms(
         [
-            lambda: [template.encode(record, MAX_LENGTH) for record in records],
-            lambda: [encode_proven(template, record, MAX_LENGTH) for record in records],
-            lambda: [one_call(template, record) for record in records],
+            lambda k: template.encode(records[k], MAX_LENGTH),
+            lambda k: encode_proven(template, records[k], MAX_LENGTH),
+            lambda k: one_call(template, records[k]),
         ],
+        count,
         rounds,
     )
-    each = [time / count for time in (ours, peer, proven)]
-    ratios = f"**{ours / peer:.2f}** | {proven / peer:.2f}"
-    return f"| {name} | {num_rounds} | {tokens:.0f} | {each[0]:.2f} | {each[1]:.2f} | {each[2]:.2f} | {ratios} |"
+    times = f"{ours:.2f} | {peer:.2f} | {proven:.2f}"
+    return f"| {name} | {num_rounds} | {tokens:.0f} | {times} | **{ours / peer:.2f}** | {proven / peer:.2f} |"
 
 
 def one_call(template: Template, record: Record) -> object:
@@ -151,16 +155,16 @@ def check_row_line(name: str, template: Template, rounds: int) -> str:
     """Return the line of the table about the check of records with a picture."""
     with tempfile.TemporaryDirectory() as temporary:
         dataset = picture_dataset(Path(temporary), template)
-        ids = range(len(dataset))
         checked, encoded, peer = cpu_ms(
             [
-                lambda: [check_record(dataset, i) for i in ids],
-                lambda: [template.encode(dataset.record(i), MAX_LENGTH) for i in ids],
-                lambda: [one_call(template, dataset.record(i)) for i in ids],
+                lambda i: check_record(dataset, i),
+                lambda i: template.encode(dataset.record(i), MAX_LENGTH),
+                lambda i: one_call(template, dataset.record(i)),
             ],
+            len(dataset),
             rounds,
         )
-    return f"| {name} | {checked / len(ids):.2f} | {encoded / len(ids):.2f} | {peer / len(ids):.2f} |"
+    return f"| {name} | {checked:.2f} | {encoded:.2f} | {peer:.2f} |"
 
 
 def report(folders: Sequence[str], rounds: int, turns: Sequence[int]) -> None:

@@ -11,6 +11,7 @@ from data.records.record import Record, RecordError, parse
 from data.records.turns import MARKS
 from data.text.abilities import Message
 from data.text.chat_formats import FORMATS
+from data.text.encoded import Row
 from data.text.messages import media_kinds
 from data.text.render import apply
 from data.text.rounds import TooLongError
@@ -46,14 +47,12 @@ def encode_proven(template: Template, record: Record, max_length: int | None = N
     Last rounds that cannot fit into `max_length` have no part in the proof. Raises `RecordError`; `UnprovenError` if the proof
     fails.
     """
-    if max_length is None:
-        encoded = of = template.encode(record)
-    else:
-        encoded = of = template.encode(record, max_length)
-        fitted = template.fitting(record, max_length)
-        if fitted is not record:
-            record, of = fitted, template.encode(fitted)
-    if problem := _problem(template, record, of):
+    encoded, row = template.encode_row(record, max_length)
+    of = encoded
+    if max_length is not None and (fitted := template.fitting(record, max_length)) is not record:
+        record = fitted
+        of, row = template.encode_row(fitted)
+    if problem := _problem(template, record, of, row):
         raise UnprovenError(record.where, record.id, f"data.template {template.name!r} is not proven", problem)
     return encoded
 
@@ -107,7 +106,7 @@ def _spread(length: int, count: int) -> Iterator[int]:
         yield row
 
 
-def _problem(template: Template, record: Record, encoded: Encoded) -> str:
+def _problem(template: Template, record: Record, encoded: Encoded, row: Row) -> str:
     """Return what is wrong with a row, or an empty string. Every check takes another path than the code under proof."""
     ids, supervised = encoded.input_ids, encoded.supervised
     if any(learned and i in template.placeholder_ids.values() for i, learned in zip(ids, supervised)):
@@ -127,10 +126,10 @@ def _problem(template: Template, record: Record, encoded: Encoded) -> str:
         return "something follows an interrupted answer"
     if is_last and template.prompt(replace(record, turns=record.turns[:-1]), record.turns[-1]) != ids[: runs[-1]]:
         return "the prompt's ids are not the row's up to its last answer"
-    return _reference_problem(template, record, ids)
+    return _reference_problem(template, record, ids, row)
 
 
-def _reference_problem(template: Template, record: Record, ids: list[int]) -> str:
+def _reference_problem(template: Template, record: Record, ids: list[int], row: Row) -> str:
     """Compare the ids with the tokenizer's own one-shot path, and return what differs, or an empty string.
 
     That path exists where no control token was written by a person and nothing is stripped.
@@ -139,10 +138,15 @@ def _reference_problem(template: Template, record: Record, ids: list[int]) -> st
     said = json.dumps([messages, record.tools], ensure_ascii=False)
     if any(match["ours"] is None for match in template.written.finditer(said)):
         return ""
+    if any(m["role"] == "assistant" and (m["content"] or "")[:1].isspace() for m in messages):
+        return ""
     own = template.name in FORMATS  # a format of ours: the tokenizer itself decides what comes before the text
-    text = _reference_text(template, record, messages, FORMATS[template.name].source if own else template.source)
+    if record.interrupted:
+        text = _reference_text(template, record, messages, FORMATS[template.name].source if own else template.source)
+    else:  # as nothing was stripped, the row's text is what the template writes for these messages, behind our BOS
+        text = row.rendering.text[len(template.lead) :]
     reference = template.tokenizer(text, add_special_tokens=own, verbose=False)["input_ids"]
-    if list(reference) == ids or any(m["role"] == "assistant" and (m["content"] or "")[:1].isspace() for m in messages):
+    if list(reference) == ids:
         return ""
     at = next((k for k, (a, b) in enumerate(zip(reference, ids)) if a != b), min(len(reference), len(ids)))
     return f"ids differ from the tokenizer's own for the same text, first at {at}"
