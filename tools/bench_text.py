@@ -171,7 +171,9 @@ def report(folders: Sequence[str], rounds: int, turns: Sequence[int]) -> None:
     """Print both tables."""
     measured = templates(folders)
     gc.freeze()
-    print("| template | rounds | tokens | ours ms | one call ms | with the proof ms | ours / one call | with the proof / one call |")
+    print(
+        "| template | rounds | tokens | ours ms | one call ms | with the proof ms | ours / one call | with the proof / one call |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for name, template in measured.items():
         for num_rounds in turns:

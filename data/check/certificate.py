@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from data.index.record_index import RecordIndex
 from data.records.record import Record, RecordError, parse
@@ -109,13 +112,13 @@ def _spread(length: int, count: int) -> Iterator[int]:
 def _problem(template: Template, record: Record, encoded: Encoded, row: Row) -> str:
     """Return what is wrong with a row, or an empty string. Every check takes another path than the code under proof."""
     ids, supervised = encoded.input_ids, encoded.supervised
-    if any(learned and i in template.placeholder_ids.values() for i, learned in zip(ids, supervised)):
+    if not set(template.placeholder_ids.values()).isdisjoint(itertools.compress(ids, supervised)):
         return "a placeholder is supervised"
-    runs = [k for k in range(len(ids)) if supervised[k] and not (k and supervised[k - 1])]
+    edges = np.flatnonzero(np.diff(np.array([False, *supervised, False], dtype=np.int8))).tolist()
+    runs, ends = edges[::2], [edge - 1 for edge in edges[1::2]]
     answers = sum(turn.role == "assistant" and turn.learn for turn in record.turns)
     if len(runs) != answers:
         return f"{len(runs)} supervised stretches, {answers} answers"
-    ends = [k for k in range(len(ids)) if supervised[k] and not (k + 1 < len(ids) and supervised[k + 1])]
     is_last = record.turns[-1].role == "assistant" and record.turns[-1].learn
     if template.end_is_token and not (record.interrupted and is_last):
         inner = template.control_ids.union(template.stop_ids)  # answers before the last may end otherwise, as those of gpt-oss do

@@ -15,9 +15,9 @@ from data.text.abilities import Abilities, Message, find_abilities, probe_call
 from data.text.chat_formats import FORMATS, freeze_date
 from data.text.control_tokens import check_single, lead_token, special_ids, thought_tags, unknown_only_id, written_pattern
 from data.text.encoded import Encoded, Row, check_row, round_ends
+from data.text.layouts import Layouts, Rendering
 from data.text.marks import tags_of
 from data.text.messages import Wording, media_kinds, write_messages
-from data.text.layouts import Layouts, Rendering
 from data.text.render import Renderer, RenderError, apply
 from data.text.rounds import TooLongError, first_rounds, round_starts, rounds_that_may_fit, shortened_turn
 from data.text.state_tokens import STATE_TOKENS, check_state_tokens
@@ -66,7 +66,7 @@ class Template:
         return self.encode_row(record, max_length)[0]
 
     def encode_row(self, record: Record, max_length: int | None = None) -> tuple[Encoded, Row]:
-        """Encode the record, and return its row beside it: the rendering and the tokens of all that was rendered. Raises as `encode`."""
+        """Encode the record, and return beside it the row of all that was rendered and tokenised. Raises as `encode`."""
         messages = self.messages(record)
         trimmed = first_rounds(record, self._kept(record, messages, max_length))
         row = self._encode(trimmed, messages if trimmed is record else self.messages(trimmed), media_kinds(record))

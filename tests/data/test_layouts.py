@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -46,7 +47,8 @@ def test_what_was_rendered_before_changes_nothing(data: st.DataObject) -> None:
 
 MOODY = """\
 {%- for m in messages %}
-{{- '<s>' + ('loud ' if m.content|length > 8 else '') + m.role + ' ' + (m.content if '!' not in m.content else m.content|upper) + '</s>' }}
+{{- '<s>' + ('loud ' if m.content|length > 8 else '') + m.role + ' ' }}
+{{- (m.content if '!' not in m.content else m.content|upper) + '</s>' }}
 {%- endfor %}"""
 
 
@@ -88,10 +90,10 @@ def test_contents_that_need_marks_get_them(content: str, monkeypatch: pytest.Mon
     made.encode(record)
     plain, count = render.apply, 0
 
-    def apply(*args: object, **kwargs: object) -> str:
+    def apply(*args: Any, **kwargs: Any) -> str:
         nonlocal count
         count += 1
-        return plain(*args, **kwargs)  # type: ignore[arg-type]
+        return plain(*args, **kwargs)
 
     monkeypatch.setattr(render, "apply", apply)
     made.encode(record)
@@ -129,7 +131,7 @@ def test_ids_are_the_tokenizers_own_whatever_it_was_told_before() -> None:
 class Shouting(PreTrainedTokenizerFast):
     """A tokenizer whose own call does more than its backend."""
 
-    def __call__(self, text, *args, **kwargs):  # type: ignore[no-untyped-def]
+    def __call__(self, text: str, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         return super().__call__(text.upper(), *args, **kwargs)
 
 
