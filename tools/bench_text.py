@@ -1,7 +1,7 @@
 """Measure how records become token ids, beside one `apply_chat_template` with tokenising and nothing else.
 
-Ours finds what is learned, proves where every turn stands and checks the ids; the peer returns ids. CPU time of one thread, in rounds
-that take turns, medians of the rounds. The last table is what `tools.check_data` does with a record, its media included.
+Ours finds what is learned, proves where every turn stands and checks the ids; the peer returns ids. CPU time of one thread; both
+take turns at every record. The last table is what `tools.check_data` does with a record, its media included.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def templates(folders: Sequence[str]) -> dict[str, Template]:
         tokenizer = own_tokenizer()
         made = [("one that thinks", "auto", tokenizer)]
         made += [(name, name, tokenizer) for name, form in FORMATS.items() if not form.placeholders_only]
-    return {key: load_template(name, known, placeholders="as_written", media_wrap=()) for key, name, known in made}
+    return {key: load_template(name, known) for key, name, known in made}
 
 
 def cpu_ms(actions: Sequence[Callable[[int], object]], count: int, rounds: int) -> list[float]:

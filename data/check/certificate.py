@@ -13,10 +13,9 @@ from data.index.record_index import RecordIndex
 from data.records.record import Record, RecordError, parse
 from data.records.turns import MARKS
 from data.text.abilities import Message
-from data.text.chat_formats import FORMATS
-from data.text.encoded import Row
+from data.text.chat_formats import FORMATS, with_system_text
 from data.text.messages import media_kinds
-from data.text.render import apply
+from data.text.render import TemplateInputs, apply
 from data.text.rounds import TooLongError
 from data.text.template import Encoded, Template
 from model.errors import DataError
@@ -50,12 +49,14 @@ def encode_proven(template: Template, record: Record, max_length: int | None = N
     Last rounds that cannot fit into `max_length` have no part in the proof. Raises `RecordError`; `UnprovenError` if the proof
     fails.
     """
-    encoded, row = template.encode_row(record, max_length)
-    of = encoded
-    if max_length is not None and (fitted := template.fitting(record, max_length)) is not record:
-        record = fitted
-        of, row = template.encode_row(fitted)
-    if problem := _problem(template, record, of, row):
+    if max_length is None:
+        encoded = of = template.encode(record)
+    else:
+        encoded = of = template.encode(record, max_length)
+        fitted = template.fitting(record, max_length)
+        if fitted is not record:
+            record, of = fitted, template.encode(fitted)
+    if problem := _problem(template, record, of):
         raise UnprovenError(record.where, record.id, f"data.template {template.name!r} is not proven", problem)
     return encoded
 
@@ -66,12 +67,12 @@ def certify(
     source_key: str,
     num_rows: int = 8,
     max_length: int | None = None,
-    alive: Callable[[str], object] = lambda at: None,
+    on_progress: Callable[[str], object] = lambda at: None,
 ) -> Certificate:
     """Check up to `num_rows` rows spread over the source; rows that break the rules of records are passed over.
 
-    `alive` is called with the place of the row that is next. Raises `DataError` if a row's ids differ from the reference, an answer
-    or its end is not learned, anything else is learned, or the prompt's ids are no prefix of the row's; or if no row can be
+    `on_progress` is called with the place of the row that is next. Raises `DataError` if a row's ids differ from the reference, an
+    answer or its end is not learned, anything else is learned, or the prompt's ids are no prefix of the row's; or if no row can be
     encoded for another reason than its length.
     """
     rows: list[int] = []
@@ -80,7 +81,7 @@ def certify(
     for i in _spread(len(index), 8 * num_rows):
         if len(rows) == num_rows:
             break
-        alive(index.where(i))
+        on_progress(index.where(i))
         try:
             record = parse(index.raw(i), index.where(i), index.name(i))
             encoded = encode_proven(template, record, max_length)
@@ -109,7 +110,7 @@ def _spread(length: int, count: int) -> Iterator[int]:
         yield row
 
 
-def _problem(template: Template, record: Record, encoded: Encoded, row: Row) -> str:
+def _problem(template: Template, record: Record, encoded: Encoded) -> str:
     """Return what is wrong with a row, or an empty string. Every check takes another path than the code under proof."""
     ids, supervised = encoded.input_ids, encoded.supervised
     if not set(template.placeholder_ids.values()).isdisjoint(itertools.compress(ids, supervised)):
@@ -129,10 +130,10 @@ def _problem(template: Template, record: Record, encoded: Encoded, row: Row) -> 
         return "something follows an interrupted answer"
     if is_last and template.prompt(replace(record, turns=record.turns[:-1]), record.turns[-1]) != ids[: runs[-1]]:
         return "the prompt's ids are not the row's up to its last answer"
-    return _reference_problem(template, record, ids, row)
+    return _reference_problem(template, record, encoded)
 
 
-def _reference_problem(template: Template, record: Record, ids: list[int], row: Row) -> str:
+def _reference_problem(template: Template, record: Record, encoded: Encoded) -> str:
     """Compare the ids with the tokenizer's own one-shot path, and return what differs, or an empty string.
 
     That path exists where no control token was written by a person and nothing is stripped.
@@ -145,10 +146,12 @@ def _reference_problem(template: Template, record: Record, ids: list[int], row: 
         return ""
     own = template.name in FORMATS  # a format of ours: the tokenizer itself decides what comes before the text
     if record.interrupted:
-        text = _reference_text(template, record, messages, FORMATS[template.name].source if own else template.source)
+        source = with_system_text(FORMATS[template.name].source, template.system) if own else template.source
+        text = _reference_text(template, record, messages, source)
     else:  # as nothing was stripped, the row's text is what the template writes for these messages, behind our BOS
-        text = row.rendering.text[len(template.lead) :]
+        text = encoded.text[len(template.lead) :]
     reference = template.tokenizer(text, add_special_tokens=own, verbose=False)["input_ids"]
+    ids = encoded.input_ids
     if list(reference) == ids:
         return ""
     at = next((k for k, (a, b) in enumerate(zip(reference, ids)) if a != b), min(len(reference), len(ids)))
@@ -157,9 +160,9 @@ def _reference_problem(template: Template, record: Record, ids: list[int], row: 
 
 def _reference_text(template: Template, record: Record, messages: list[Message], source: str) -> str:
     """Return the template's own rendering, up to the end of an interrupted answer."""
-    kinds = media_kinds(record)
-    text = apply(template.tokenizer, source, messages, kinds, record.tools)
+    inputs = TemplateInputs(media_kinds(record), record.tools)
+    text = apply(template.tokenizer, source, messages, inputs)
     if not record.interrupted or messages[-1]["role"] != "assistant":
         return text
-    marked = apply(template.tokenizer, source, [*messages[:-1], {**messages[-1], "content": MARKS[0]}], kinds, record.tools)
+    marked = apply(template.tokenizer, source, [*messages[:-1], {**messages[-1], "content": MARKS[0]}], inputs)
     return text.removesuffix(marked.rpartition(MARKS[0])[2])

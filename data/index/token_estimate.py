@@ -19,9 +19,10 @@ from data.index.table import KINDS
 from data.media.tiling import typical_plan
 from data.records.content_parts import kind_of_part
 from data.records.record import Record, RecordError, parse
+from data.records.shapes import shapes_of
 from data.records.turn_keys import THOUGHT_KEYS
 from model.files.untrusted import MAX_JSON_DEPTH, Json, is_deeper
-from model.media_spec import READ_BY, AudioSpec, MediaMeta, MediaSpec, num_tokens, row_shape
+from model.media_spec import READ_BY, AudioSpec, MediaMeta, MediaSpec, least_frames, num_tokens, row_shape
 
 BYTES_PER_TOKEN = 4
 _AUDIO_SECONDS = 10.0
@@ -66,7 +67,7 @@ def media_bytes(specs: dict[str, MediaSpec], config: DataConfig) -> dict[str, in
 def _usual(kind: str, spec: MediaSpec, config: DataConfig) -> MediaMeta:
     if isinstance(spec, AudioSpec):
         seconds = min(_AUDIO_SECONDS, config.max_seconds)
-        return MediaMeta(num_frames=max(1, int(seconds * spec.sampling_rate) // spec.hop))
+        return MediaMeta(num_frames=max(least_frames(spec), int(seconds * spec.sampling_rate) // spec.hop))
     if kind == "video":
         return MediaMeta(num_rows=config.max_frames)
     if config.image_fit == "anyres":
@@ -83,7 +84,8 @@ def least_tokens(specs: dict[str, MediaSpec], config: DataConfig) -> dict[str, i
     for kind in KINDS:
         spec = specs.get(READ_BY[kind])
         rows = {"image": config.min_tiles if config.image_fit == "tiles" else 1, "video": config.min_frames}.get(kind, 1)
-        found[kind] = 0 if spec is None else num_tokens(spec, MediaMeta(num_rows=rows, num_frames=1))
+        frames = least_frames(spec) if isinstance(spec, AudioSpec) else 0
+        found[kind] = 0 if spec is None else num_tokens(spec, MediaMeta(num_rows=rows, num_frames=frames))
     return found
 
 
@@ -114,7 +116,7 @@ def plan_value(value: object, num_bytes: int) -> Plan:
     if not isinstance(value, dict):
         return tokens_of_size(num_bytes), _NO_MEDIA
     tokens, media = _plain_texts(value), _plain_media(value)
-    if tokens is None or media is None:
+    if tokens is None or media is None or shapes_of(value):
         return plan_by_parsing(value, num_bytes)
     return tokens or tokens_of_size(num_bytes), media
 

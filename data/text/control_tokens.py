@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerFast
 
+from data.text.chat_formats import FORMATS
 from model.errors import ConfigError
 
 
@@ -25,22 +26,30 @@ def check_single(name: str, tokenizer: PreTrainedTokenizerFast, needs: Sequence[
         )
 
 
+def needed_tokens(name: str, tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
+    """Return the texts that must be single tokens for template `name`. Raises `ConfigError` for those that are not."""
+    if name != "auto" and name not in FORMATS:
+        raise ConfigError(f"data.template = {name!r} is not known; allowed: auto, {', '.join(FORMATS)}")
+    if not tokenizer.is_fast:
+        raise ConfigError(f"data.template: {type(tokenizer).__name__} gives no offsets; a folder with tokenizer.json is needed")
+    check_single(name, tokenizer, needs := FORMATS[name].needs if name in FORMATS else ())
+    return needs
+
+
 def special_ids(tokenizer: PreTrainedTokenizerFast, free: Collection[str]) -> dict[str, int]:
     """Return the id of each control token by its text, except the tokens in `free`, which contents may use."""
     return {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special and t.content not in free}
 
 
-def written_pattern(control: Sequence[str], ours: Sequence[str]) -> re.Pattern[str]:
-    """Compile a pattern for the texts `control`, or, as group "ours" and before them, for the texts `ours`.
+def written_pattern(control: Sequence[str], ours: str) -> re.Pattern[str]:
+    """Compile a pattern for the texts `control`, or, as group "ours" and before them, for the text `ours`.
 
     Alternatives of one first character stand together behind it: a search then skips what begins with no such character at once,
     where each of hundreds of alternatives would be tried at every character of a text.
     """
-    groups: dict[str, list[str]] = {text[0]: [] for text in (*ours, *control)}
+    groups = {ours[0]: [f"(?P<ours>{re.escape(ours[1:])})"]}
     for text in control:
-        groups[text[0]].append(re.escape(text[1:]))
-    for first in {text[0] for text in ours}:
-        groups[first].insert(0, f"(?P<ours>{'|'.join(re.escape(text[1:]) for text in ours if text[0] == first)})")
+        groups.setdefault(text[0], []).append(re.escape(text[1:]))
     return re.compile("|".join(f"{re.escape(first)}(?:{'|'.join(rests)})" for first, rests in groups.items()))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerFast
 
@@ -21,6 +21,7 @@ class Encoded:
     round_ends: list[int]  # number of ids up to and including round k, a user's turn and all turns that answer it
     num_rounds: int = 0  # rounds of the record; more than `round_ends` holds where the last ones cannot fit and were not tokenised
     removed: int = 0  # answers that the template shortens: it leaves out the thoughts before the last question
+    text: str = field(default="", repr=False, compare=False)  # what was rendered; of the ids, unless some of it cannot fit
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tests.data.test_rounds import talk
 from tests.data.test_template import PAIRS, records
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
-WARM = {pair: load_template(pair[1], tiny_tokenizer(pair[0]), placeholders="as_written", media_wrap=()) for pair in PAIRS}
+WARM = {pair: load_template(pair[1], tiny_tokenizer(pair[0])) for pair in PAIRS}
 
 
 def outcome(template: Template, record: Record) -> object:
@@ -54,9 +54,7 @@ MOODY = """\
 
 def test_a_template_that_looks_into_the_words_is_held_to_its_own_text() -> None:
     base = tiny_tokenizer("bytes").backend_tokenizer
-    made = load_template(
-        "auto", PreTrainedTokenizerFast(tokenizer_object=base, chat_template=MOODY), placeholders="as_written", media_wrap=()
-    )
+    made = load_template("auto", PreTrainedTokenizerFast(tokenizer_object=base, chat_template=MOODY))
     for answer in ("a", "a long answer", "c", "another long one", "a!", "d"):
         record = Record("r", (Turn("user", "q"), Turn("assistant", answer)), (), "f.json:7")
         assert outcome(made, record) == outcome(fresh(made), record)
@@ -104,14 +102,13 @@ def spans(pattern: re.Pattern[str], text: str) -> list[tuple[tuple[int, int], bo
     return [(match.span(), match["ours"] is None) for match in pattern.finditer(text)]
 
 
-@pytest.mark.parametrize("wrap", [("", ""), ("<b>", "</b>"), ("[", "]")])
-def test_the_pattern_of_control_tokens_finds_what_plain_alternatives_find(wrap: tuple[str, str]) -> None:
+@pytest.mark.parametrize("ours", ["<image>", "<b><image></b>", "[<image>]"])
+def test_the_pattern_of_control_tokens_finds_what_plain_alternatives_find(ours: str) -> None:
     control = ["<|im_end|>", "<|im|>", "<b>", "[INST]", "</s>", "<s>", "x"]
-    ours = [wrap[0] + text + wrap[1] for text in ("<image>", "<video>")]
-    naive = re.compile("|".join([f"(?P<ours>{'|'.join(map(re.escape, ours))})", *map(re.escape, control)]))
+    naive = re.compile("|".join([f"(?P<ours>{re.escape(ours)})", *map(re.escape, control)]))
     text = "a<|im_end|><b><image></b><image>[<image>]x[INST]</s><<s>[<video>]<|im<|im|><b>"
-    found = written_pattern(control, ours)
-    assert spans(found, text) == spans(naive, text)
+    assert spans(written_pattern(control, ours), text) == spans(naive, text)
+    assert spans(written_pattern([], ours), text) == spans(re.compile(f"(?P<ours>{re.escape(ours)})"), text)
 
 
 def test_ids_are_the_tokenizers_own_whatever_it_was_told_before() -> None:

@@ -21,14 +21,13 @@ from data.config import DataConfig
 from data.dataset import open_dataset
 from data.sample import Sample
 from model.batch import IGNORE_INDEX, Batch
-from model.exports.hugging_face import PREFIXES
 from tests.support.finals import Run, build, config_of, save_final, save_parts, trainable
 from tests.support.tiny_data import source, talk
 from tools.export_adapter import main as export
 from trainer.config import OptimConfig
 from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.step import train_step
+from trainer.step import StepOptions, train_step
 
 NUM_STEPS, GLOBAL_BATCH, MICRO_BATCH, LR = 30, 4, 2, 1e-3
 WORLD = World(0, 0, 1, torch.device("cpu"))
@@ -152,7 +151,7 @@ def our_losses(pair: Pair, samples: list[Sample]) -> list[float]:
     for step in range(NUM_STEPS):
         first = step * GLOBAL_BATCH % len(samples)
         batches = [collate(samples[i : i + MICRO_BATCH], 0) for i in range(first, first + GLOBAL_BATCH, MICRO_BATCH)]
-        result = train_step(model, optimizer, batches, WORLD, seed=0, step=step, clip_norm=0.0)
+        result = train_step(model, optimizer, batches, WORLD, StepOptions(seed=0, step=step, clip_norm=0.0))
         rows = torch.cat(result.addends).double()
         found.append(float(rows.sum() / len(rows)))
     return found
@@ -180,8 +179,10 @@ def test_thirty_steps_have_the_losses_of_hugging_faces_trainer(tmp_path: Path, t
 
 def their_name(name: str) -> str:
     """Where a parameter of ours stands in memory; the folder's names are those of older versions."""
-    old, new = next((old, new) for old, new in PREFIXES if name.startswith(old))
-    renamed = new + name.removeprefix(old)
+    names = {"llm.": "language_model.", "vision.tower.": "vision_tower.vision_model."}
+    names |= {f"vision_projector.{2 * i}.": f"multi_modal_projector.linear_{i + 1}." for i in range(2)}
+    old = next(old for old in names if name.startswith(old))
+    renamed = names[old] + name.removeprefix(old)
     heads = {"language_model.lm_head.": "lm_head.", "language_model.model.": "model.language_model."}
     heads |= {"vision_tower.vision_model.": "model.vision_tower.", "multi_modal_projector.": "model.multi_modal_projector."}
     prefix = next(prefix for prefix in heads if renamed.startswith(prefix))

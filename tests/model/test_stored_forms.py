@@ -28,7 +28,7 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from data.records.record import RecordError, parse
-from data.text.template import load_template
+from data.text.template import TemplateOptions, load_template
 from data.text.tokenizer import load_tokenizer, save_tokenizer
 from model.build import build_model
 from model.config import AudioConfig, AudioProjectorConfig, LlmConfig, ModelConfig, VisionConfig, VisionProjectorConfig
@@ -36,6 +36,7 @@ from model.errors import ConfigError
 from model.exports.llm_folder import write_llm
 from model.files.quantised_base import dequantised_fp8
 from model.files.tensor_files import in_memory
+from model.load import load_model
 from tests.support.finals import config_of as run_config
 from tests.support.finals import save_final, save_parts, trained
 from tests.support.router import save_mixture
@@ -208,7 +209,7 @@ def test_a_folder_written_for_an_adapter_keeps_what_buffers_hold(plain: Path, tm
     shutil.copytree(plain / "corrected", folder / "llm")
     save_tokenizer(NAMES["qwen"](), folder / "llm")
     run = trained(run_config(folder, "lora"))
-    write_llm(save_final(run, tmp_path), tmp_path, run.card)
+    write_llm(load_model(save_final(run, tmp_path), merge_lora=False), tmp_path, run.card)
     written, expected = read(tmp_path), read(plain / "corrected")
     kept = [name for name in expected if name.endswith("correction_bias")]
     assert kept and all(torch.equal(written[name], expected[name]) for name in kept)
@@ -297,10 +298,10 @@ def test_a_record_that_would_hold_an_unread_token_is_refused_by_name() -> None:
     tokenizer.add_tokens([AddedToken("<pad>", special=True)], special_tokens=True)
     unread = frozenset(tokenizer.convert_tokens_to_ids(["<pad>"]))
     record = parse({"conversations": [{"from": "human", "value": "a <pad>"}, {"from": "gpt", "value": "b"}]}, "x:1", "x")
-    template = load_template("auto", tokenizer, placeholders="as_written", media_wrap=(), unread=unread)
+    template = load_template("auto", tokenizer, TemplateOptions(unread=unread))
     assert unread.isdisjoint(template.encode(record).input_ids)
     tokenizer.chat_template = "<pad>" + tokenizer.chat_template
-    template = load_template("auto", tokenizer, placeholders="as_written", media_wrap=(), unread=unread)
+    template = load_template("auto", tokenizer, TemplateOptions(unread=unread))
     with pytest.raises(RecordError, match="the template writes '<pad>', which has no row in the base's embedding"):
         template.encode(record)
 
