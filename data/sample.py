@@ -71,7 +71,7 @@ def assemble_sample(
     rest fits, and their media with them. Raises `RecordError`; `TooLongError` if the first round does not fit.
     """
     ids = np.array(encoded.input_ids, dtype=np.int64)
-    at = np.flatnonzero(np.isin(ids, list(placeholder_ids.values())))
+    at = np.flatnonzero(_is_medium(ids, placeholder_ids))
     record, specs = media.record, media.specs
     refs = record.media[: len(at)]  # media of rounds that cannot fit are not even measured
     metas = [media.measure(ref) for ref in refs]
@@ -96,13 +96,21 @@ def measure_encoded(
     Raises `TooLongError` as it does.
     """
     ids = np.array(encoded.input_ids, dtype=np.int64)
-    is_medium = np.isin(ids, list(placeholder_ids.values()))
+    is_medium = _is_medium(ids, placeholder_ids)
     widths = np.ones(len(ids), dtype=np.int64)
     widths[is_medium] = counts[: int(is_medium.sum())]
     ends = np.cumsum(widths)
     kept = _fitting(record, ends, encoded, max_length)
     media = int(widths[:kept][is_medium[:kept]].sum())
     return Measured(int(ends[kept - 1]), sum(encoded.supervised[1:kept]), media, _whole(ends, encoded), encoded.removed)
+
+
+def _is_medium(ids: np.ndarray, placeholder_ids: dict[str, int]) -> np.ndarray:
+    """Return which ids are placeholders, (T,) bool; a comparison each, as there are few: `np.isin` sorts first."""
+    found = np.zeros(len(ids), dtype=bool)
+    for id in placeholder_ids.values():
+        found |= ids == id
+    return found
 
 
 def _placed(spec: MediaSpec, ref: MediaRef, meta: MediaMeta, values: Tensor, start: int) -> SampleMedia:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from data.index.record_index import RecordIndex
 from data.records.record import Record, RecordError, parse
@@ -110,13 +113,13 @@ def _spread(length: int, count: int) -> Iterator[int]:
 def _problem(template: Template, record: Record, encoded: Encoded) -> str:
     """Return what is wrong with a row, or an empty string. Every check takes another path than the code under proof."""
     ids, supervised = encoded.input_ids, encoded.supervised
-    if any(learned and i in template.placeholder_ids.values() for i, learned in zip(ids, supervised)):
+    if not set(template.placeholder_ids.values()).isdisjoint(itertools.compress(ids, supervised)):
         return "a placeholder is supervised"
-    runs = [k for k in range(len(ids)) if supervised[k] and not (k and supervised[k - 1])]
+    edges = np.flatnonzero(np.diff(np.array([False, *supervised, False], dtype=np.int8))).tolist()
+    runs, ends = edges[::2], [edge - 1 for edge in edges[1::2]]
     answers = sum(turn.role == "assistant" and turn.learn for turn in record.turns)
     if len(runs) != answers:
         return f"{len(runs)} supervised stretches, {answers} answers"
-    ends = [k for k in range(len(ids)) if supervised[k] and not (k + 1 < len(ids) and supervised[k + 1])]
     is_last = record.turns[-1].role == "assistant" and record.turns[-1].learn
     if template.end_is_token and not (record.interrupted and is_last):
         inner = template.control_ids.union(template.stop_ids)  # answers before the last may end otherwise, as those of gpt-oss do
@@ -127,10 +130,10 @@ def _problem(template: Template, record: Record, encoded: Encoded) -> str:
         return "something follows an interrupted answer"
     if is_last and template.prompt(replace(record, turns=record.turns[:-1]), record.turns[-1]) != ids[: runs[-1]]:
         return "the prompt's ids are not the row's up to its last answer"
-    return _reference_problem(template, record, ids)
+    return _reference_problem(template, record, encoded)
 
 
-def _reference_problem(template: Template, record: Record, ids: list[int]) -> str:
+def _reference_problem(template: Template, record: Record, encoded: Encoded) -> str:
     """Compare the ids with the tokenizer's own one-shot path, and return what differs, or an empty string.
 
     That path exists where no control token was written by a person and nothing is stripped.
@@ -139,11 +142,17 @@ def _reference_problem(template: Template, record: Record, ids: list[int]) -> st
     said = json.dumps([messages, record.tools], ensure_ascii=False)
     if any(match["ours"] is None for match in template.written.finditer(said)):
         return ""
+    if any(m["role"] == "assistant" and (m["content"] or "")[:1].isspace() for m in messages):
+        return ""
     own = template.name in FORMATS  # a format of ours: the tokenizer itself decides what comes before the text
-    source = with_system_text(FORMATS[template.name].source, template.system) if own else template.source
-    text = _reference_text(template, record, messages, source)
+    if record.interrupted:
+        source = with_system_text(FORMATS[template.name].source, template.system) if own else template.source
+        text = _reference_text(template, record, messages, source)
+    else:  # as nothing was stripped, the row's text is what the template writes for these messages, behind our BOS
+        text = encoded.text[len(template.lead) :]
     reference = template.tokenizer(text, add_special_tokens=own, verbose=False)["input_ids"]
-    if list(reference) == ids or any(m["role"] == "assistant" and (m["content"] or "")[:1].isspace() for m in messages):
+    ids = encoded.input_ids
+    if list(reference) == ids:
         return ""
     at = next((k for k, (a, b) in enumerate(zip(reference, ids)) if a != b), min(len(reference), len(ids)))
     return f"ids differ from the tokenizer's own for the same text, first at {at}"

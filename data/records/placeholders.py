@@ -53,7 +53,7 @@ def with_tokens(content: str, tokens: Mapping[str, str], media_wrap: tuple[str, 
     return _PLACEHOLDER.sub(token, content)
 
 
-def wrapped_pattern(tokens: Mapping[str, str], media_wrap: tuple[str, ...]) -> str:
-    """Return a pattern that finds what `with_tokens` writes of pictures and videos."""
+def wrapped_placeholder(tokens: Mapping[str, str], media_wrap: tuple[str, ...]) -> str:
+    """Return the text that `with_tokens` writes for a picture or a video."""
     before, after = media_wrap or ("", "")
-    return re.escape(before + tokens["image"] + after)
+    return before + tokens["image"] + after

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerFast
@@ -38,6 +39,18 @@ def needed_tokens(name: str, tokenizer: PreTrainedTokenizerFast) -> tuple[str, .
 def special_ids(tokenizer: PreTrainedTokenizerFast, free: Collection[str]) -> dict[str, int]:
     """Return the id of each control token by its text, except the tokens in `free`, which contents may use."""
     return {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special and t.content not in free}
+
+
+def written_pattern(control: Sequence[str], ours: str) -> re.Pattern[str]:
+    """Compile a pattern for the texts `control`, or, as group "ours" and before them, for the text `ours`.
+
+    Alternatives of one first character stand together behind it: a search then skips what begins with no such character at once,
+    where each of hundreds of alternatives would be tried at every character of a text.
+    """
+    groups = {ours[0]: [f"(?P<ours>{re.escape(ours[1:])})"]}
+    for text in control:
+        groups.setdefault(text[0], []).append(re.escape(text[1:]))
+    return re.compile("|".join(f"{re.escape(first)}(?:{'|'.join(rests)})" for first, rests in groups.items()))
 
 
 def unknown_only_id(tokenizer: PreTrainedTokenizerFast) -> set[int]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerFast
 
 from data.records.record import Record, RecordError
-from data.text.render import Rendering
+from data.text.layouts import Rendering
 from data.text.tokens import Tokens
 from model.media_spec import READ_BY
 
@@ -22,6 +21,7 @@ class Encoded:
     round_ends: list[int]  # number of ids up to and including round k, a user's turn and all turns that answer it
     num_rounds: int = 0  # rounds of the record; more than `round_ends` holds where the last ones cannot fit and were not tokenised
     removed: int = 0  # answers that the template shortens: it leaves out the thoughts before the last question
+    text: str = field(default="", repr=False, compare=False)  # what was rendered; of the ids, unless some of it cannot fit
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def check_row(
     The ids may hold no control token that the template did not write, as many placeholders of each modality as there are media, and
     no id in `unread`: the embedding rows of those tokens mean nothing.
     """
-    if found := unread.intersection(row.tokens.ids):
+    if unread and (found := unread.intersection(row.tokens.ids)):
         reason = f"the template writes {tokenizer.convert_ids_to_tokens(min(found))!r}, which has no row in the base's embedding"
         raise RecordError(record.where, record.id, "conversations", f"{reason} and learns none")
     if _control_in_plain(row, tokenizer, control_ids):
@@ -64,10 +64,10 @@ def check_row(
 def _control_in_plain(row: Row, tokenizer: PreTrainedTokenizerFast, control_ids: frozenset[int]) -> bool:
     """Return whether a control id stands for a text other than its token, or for a control token that a person wrote."""
     plain = {start for start, _ in row.rendering.written}
-    return any(
-        id in control_ids and (start in plain or row.rendering.text[start:stop].strip() != tokenizer.convert_ids_to_tokens(id))
-        for id, start, stop in zip(row.tokens.ids, row.tokens.starts, row.tokens.stops)
-    )
+    text, ids, offsets = row.rendering.text, row.tokens.ids, row.tokens.offsets
+    found = [(id, *offsets[k]) for k, id in enumerate(ids) if id in control_ids]
+    words = {id: tokenizer.convert_ids_to_tokens(id) for id in {id for id, _, _ in found}}
+    return any(start in plain or text[start:stop].strip() != words[id] for id, start, stop in found)
 
 
 def round_ends(row: Row) -> list[int]:
@@ -80,5 +80,5 @@ def round_ends(row: Row) -> list[int]:
     for span, after in zip(spans, spans[1:] if row.rendering.first_round_apart else ()):
         if span.role == "assistant" and after.role == "user":
             stop = span.end + (len(row.tail) if text.startswith(row.tail, span.end) else 0)
-            ends.append(bisect_left(row.tokens.starts, stop))
+            ends.append(row.tokens.starting_before(stop))
     return [*ends, len(row.tokens.ids)]

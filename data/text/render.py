@@ -2,7 +2,8 @@
 
 Answers are never searched for in the text, where repeats and role names mislead. The chat template renders the conversation once as
 it is, and once with marks inside the words (`data.text.marks`). Without the marks both renderings must be the same text, so the
-places of the marks are the places of the words.
+places of the marks are the places of the words. Where a conversation of the same shape was rendered before, the texts between the
+words are known, and the first rendering alone is held to them (`data.text.layouts`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from data.text.abilities import Abilities, Message, probe_call
+from data.text.layouts import Layouts, Rendering, Span
 from data.text.marks import CALL, CLOSE, CONTENT, OPEN, REASONING, TOOLS, MarkedPiece, Marker, Read, read_marks
 
 # Names of the template variables that choose between an answer with and without a thought, where the caller may choose.
@@ -30,29 +32,6 @@ class RenderError(Exception):
     def __init__(self, reason: str, field: str = "conversations") -> None:
         super().__init__(reason)
         self.field = field
-
-
-@dataclass(frozen=True)
-class Span:
-    """Character positions of one turn in the text."""
-
-    role: str
-    prompt: int  # in an assistant's turn, the generated text starts here
-    start: int  # the turn's words are text[start:stop], with whatever the template writes between them
-    stop: int
-    end: int  # after the token that ends an assistant's turn
-    learn: bool  # whether text[prompt:end] is learned
-
-
-@dataclass(frozen=True)
-class Rendering:
-    """Text of a conversation, and where turns and control tokens stand in it."""
-
-    text: str
-    spans: list[Span]
-    written: list[tuple[int, int]]  # borders of the control tokens that a person wrote
-    removed: int  # number of answers that the template shortened
-    first_round_apart: bool  # tools and the system's words all stand before the first answer
 
 
 @dataclass(frozen=True)
@@ -100,6 +79,7 @@ class Renderer:
     closes: re.Pattern[str]  # after tool calls, its first match ends the turn, if there is one
     written: re.Pattern[str]  # control tokens that a person may not write, or, as group "ours", wrapped placeholders
     tags: re.Pattern[str]
+    layouts: Layouts
 
     def render(
         self,
@@ -111,16 +91,33 @@ class Renderer:
     ) -> Rendering:
         """Render the conversation and find where every turn stands in the text.
 
-        The conversation is rendered twice in all, however many rounds it has. The generated part of an answer starts after the
+        The conversation is rendered twice at most, however many rounds it has. The generated part of an answer starts after the
         template's generation prompt, the longest one that the template has; it is learned where `learn` says so. The answers in
         `late` are learned from their own words on. Raises `RenderError` if the template drops, reorders or rewrites contents or
         ends a turn with nothing.
         """
-        text = apply(self.tokenizer, self.source, messages, TemplateInputs(kinds, tools))
+        given = TemplateInputs(kinds, tools)
+        text = apply(self.tokenizer, self.source, messages, given)
+        shape = None if late else self.layouts.shape(messages, kinds, tools)
+        found = self.layouts.place(shape, text, messages, learn)
+        if found is None:
+            found = self._marked(text, messages, learn, given, late)
+            self.layouts.remember(shape, found, messages)
+        return found
+
+    def _marked(
+        self,
+        text: str,
+        messages: Sequence[Message],
+        learn: Sequence[bool],
+        given: TemplateInputs,
+        late: frozenset[int],
+    ) -> Rendering:
+        """Render the conversation with marks, and find every turn in the rendering without marks, `text`. Raises as `render`."""
         marker = Marker(self.written, self.tags)
-        given = marker.tree(-1, TOOLS, list(tools))
+        tools = marker.tree(-1, TOOLS, list(given.tools))
         marked = [marker.message(i, message) for i, message in enumerate(messages)]
-        read = read_marks(apply(self.tokenizer, self.source, marked, TemplateInputs(kinds, given)))
+        read = read_marks(apply(self.tokenizer, self.source, marked, replace(given, tools=tools)))
         if read.text != text:
             raise RenderError("the template rewrites a content of this conversation")
         found, removed = _places(messages, marker.pieces, read)

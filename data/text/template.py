@@ -5,19 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from transformers import PreTrainedTokenizerFast
 
-from data.records.placeholders import wrapped_pattern
+from data.records.placeholders import wrapped_placeholder
 from data.records.record import Record, RecordError, Turn
 from data.text.abilities import Abilities, Message, find_abilities, probe_call
 from data.text.chat_formats import FORMATS, with_system_text
-from data.text.control_tokens import lead_token, needed_tokens, special_ids, thought_tags, unknown_only_id
+from data.text.control_tokens import lead_token, needed_tokens, special_ids, thought_tags, unknown_only_id, written_pattern
 from data.text.encoded import Encoded, Row, check_row, round_ends
+from data.text.layouts import Layouts, Rendering
 from data.text.marks import tags_of
 from data.text.messages import Wording, media_kinds, write_messages
 from data.text.parts_template import content_tokens, named_source, template_tokens
-from data.text.render import Renderer, RenderError, Rendering, apply
+from data.text.render import Renderer, RenderError, apply
 from data.text.rounds import TooLongError, first_rounds, round_starts, rounds_that_may_fit, shortened_turn
 from data.text.state_tokens import STATE_TOKENS, check_state_tokens
 from data.text.tokens import Tokens, supervise, tokenize
@@ -80,9 +82,11 @@ class Template:
                 raise self._too_long(record, "no round that fits has an answer to learn", max_length)
             raise self._error(record, "no token is supervised")
         unknown = self.tokenizer.unk_token_id
-        if unknown is not None and unknown not in self.stop_ids and any(s and i == unknown for i, s in zip(ids, supervised)):
+        learns_unknown = unknown in ids and any(s and i == unknown for i, s in zip(ids, supervised))
+        if learns_unknown and unknown not in self.stop_ids:
             raise self._error(record, f"an answer holds what the tokenizer only knows as {self.tokenizer.unk_token}")
-        return Encoded(ids, supervised, ends, len(ends) if trimmed is record else num_rounds, row.rendering.removed)
+        num_rounds = len(ends) if trimmed is record else num_rounds
+        return Encoded(ids, supervised, ends, num_rounds, row.rendering.removed, row.rendering.text)
 
     def prompt(self, record: Record, like: Turn | None = None) -> list[int]:
         """Return the ids up to where the answer to the record's last turn starts. Raises `RecordError`.
@@ -157,9 +161,10 @@ class Template:
             return replace(found, text=found.text[: last.stop], spans=spans), tail
         return found, tail
 
-    @property
+    @cached_property
     def _renderer(self) -> Renderer:
-        return Renderer(self.tokenizer, self.source, self.ends, self.closes, self.written, self.tags)
+        layouts = Layouts(self.written, self.tags)
+        return Renderer(self.tokenizer, self.source, self.ends, self.closes, self.written, self.tags, layouts)
 
     def _tokenize(self, text: str, written: Sequence[tuple[int, int]]) -> Tokens:
         """Tokenise a rendering, with BOS as the tokenizer would put it: as an id, for as text it changes what follows in some."""
@@ -167,7 +172,7 @@ class Template:
         if not self.lead:
             return tokens
         bos = self.tokenizer.convert_tokens_to_ids(self.lead)
-        return Tokens([bos, *tokens.ids], [0, *tokens.starts], [len(self.lead), *tokens.stops])
+        return Tokens([bos, *tokens.ids], [(0, len(self.lead)), *tokens.offsets])
 
     def _too_long(self, record: Record, reason: str, max_length: int | None) -> TooLongError:
         return TooLongError(record.where, record.id, "conversations", f"{reason}, data.max_length is {max_length}")
@@ -208,7 +213,8 @@ def load_template(
     free = {*PLACEHOLDERS.values(), *written.values(), *allowed, *STATE_TOKENS[state_tokens].values(), *thought_tags(source)}
     free = free - {*needs, *tokenizer.special_tokens_map.values()} | {*written.values()}
     special = special_ids(tokenizer, free - template_tokens(tokens, written, media_wrap))
-    control = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)"
+    longest_first = sorted(special, key=len, reverse=True)
+    control = "|".join(map(re.escape, longest_first)) or "(?!)"
     known = tokenizer.get_vocab()
     template = Template(
         name=name,
@@ -218,7 +224,7 @@ def load_template(
         media_wrap=tuple(media_wrap),
         lead=lead,
         ends=re.compile(re.escape(FORMATS[name].end) if name in FORMATS else control),
-        written=re.compile(f"(?P<ours>{wrapped_pattern(written, media_wrap)})|{control}"),
+        written=written_pattern(longest_first, wrapped_placeholder(written, media_wrap)),
         control_ids=frozenset(special.values()) - unknown_only_id(tokenizer),
         placeholder_ids={modality: known[token] for modality, token in sorted(tokens.items()) if token in known},
         tokens=written,

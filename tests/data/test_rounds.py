@@ -94,13 +94,13 @@ def test_a_long_thought_that_the_template_takes_out_does_not_count() -> None:
 @pytest.mark.parametrize(("tokenizer", "name"), [("qwen3", "auto"), ("llama", "vicuna_v1"), ("llama3", "auto")])
 def test_rounds_cost_no_renderings(tokenizer: str, name: str, work: dict[str, int]) -> None:
     made = template(tokenizer, name)
-    made.encode(talk(1))
+    made.encode(Record("r", (Turn("system", "s"), *talk(1).turns), (), "f.json:7"))  # asks for the generation prompt
     counts = []
-    for num_rounds in (1, 64, 500):
+    for num_rounds in (1, 64, 500, 1, 64, 500):
         work["renderings"] = 0
         made.encode(talk(num_rounds))
         counts.append(work["renderings"])
-    assert counts == [2, 2, 2]
+    assert counts == [2, 2, 2, 1, 1, 1]  # a shape's second conversation needs no marks
 
 
 def test_a_conversation_of_very_many_rounds_is_bounded(work: dict[str, int]) -> None:
