@@ -31,10 +31,10 @@ def live_bytes(model: nn.Module, forward: Callable[[], Tensor], known: Iterable[
 
     Attention counts as its fused kernels: what they save is linear in the length. The gradients of parameters are dropped.
     """
-    counter = _Counter([*model.parameters(), *model.buffers(), *known])
+    counter = LiveCounter([*model.parameters(), *model.buffers(), *known])
     hooks = [p.register_post_accumulate_grad_hook(counter.take_gradient) for p in model.parameters() if p.requires_grad]
     try:
-        with _shape_stand_ins(), counter:
+        with shape_stand_ins(), counter:
             loss = forward()
             if loss.requires_grad:
                 loss.backward()
@@ -44,14 +44,14 @@ def live_bytes(model: nn.Module, forward: Callable[[], Tensor], known: Iterable[
     return Live(counter.peak, counter.peak_with_gradients)
 
 
-class _Counter(TorchDispatchMode):
+class LiveCounter(TorchDispatchMode):
     """Counts live storages. A gradient is no longer counted as an activation once it is assigned to its parameter."""
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
         self._seen = {_key(tensor) for tensor in known}
         self._known = known  # kept alive, so that no new storage reuses one of their addresses
-        self._live = self._gradients = 0
+        self.live = self._gradients = 0
         self.peak = self.peak_with_gradients = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -59,8 +59,8 @@ class _Counter(TorchDispatchMode):
         for leaf in tree_leaves(found):
             if isinstance(leaf, Tensor):
                 self._allocated(leaf)
-        self.peak = max(self.peak, self._live)
-        self.peak_with_gradients = max(self.peak_with_gradients, self._live + self._gradients)
+        self.peak = max(self.peak, self.live)
+        self.peak_with_gradients = max(self.peak_with_gradients, self.live + self._gradients)
         return found
 
     def _allocated(self, tensor: Tensor) -> None:
@@ -71,12 +71,12 @@ class _Counter(TorchDispatchMode):
         storage = tensor.untyped_storage()
         size = storage.nbytes()
         self._seen.add(key)
-        self._live += size
+        self.live += size
         weakref.finalize(storage, self._freed, key, size)
 
     def _freed(self, key: int, size: int) -> None:
         self._seen.discard(key)
-        self._live -= size
+        self.live -= size
 
     def take_gradient(self, parameter: Tensor) -> None:
         """Count the complete gradient of `parameter` apart from the activations, and drop it."""
@@ -91,7 +91,7 @@ def _key(tensor: Tensor) -> int:
 
 
 @contextmanager
-def _shape_stand_ins() -> Iterator[None]:
+def shape_stand_ins() -> Iterator[None]:
     """Replace operations that do not run on meta, or wastefully, by stand-ins that save what their kernels save."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
