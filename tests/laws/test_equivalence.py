@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.equivalence import GLOBAL_BATCH, TUNES, config_of, run_steps
+from tests.support.equivalence import GLOBAL_BATCH, TUNES, WHOLE, config_of, run_steps
 from tests.support.ranks import run_ranks
 from tests.support.tiny import save_llm, save_tower
 from trainer.distributed.world import World
@@ -74,3 +74,17 @@ def test_strategies_cast_alike_to_the_bit_in_bfloat16(parts: Path, tune: str) ->
     )
     assert ddp[::2] == fsdp[::2]
     torch.testing.assert_close(torch.tensor(ddp), torch.tensor(fsdp), rtol=1e-6, atol=0)
+
+
+def with_dropout(world: World, folder: Path) -> list[list[float]]:
+    """Loss and gradient norm of five steps of LoRA: kept under DDP, recomputed under FSDP2, the same without dropout."""
+    config = config_of(folder, "lora")
+    how = (("ddp", False, 0.5), ("fsdp", True, 0.5), ("fsdp", True, 0.0))
+    return [run_steps(world, config, strategy, again, 2, "float32", 1.0, WHOLE, rate) for strategy, again, rate in how]
+
+
+def test_masks_are_the_same_however_it_is_run(parts: Path) -> None:
+    """Backward draws a mask again, and a recomputed block the whole forward: neither may draw another one."""
+    ddp, fsdp, without = run_ranks(with_dropout, 2, parts)[0]
+    torch.testing.assert_close(torch.tensor(ddp), torch.tensor(fsdp), rtol=1e-6, atol=1e-7)
+    assert abs(ddp[-2] - without[-2]) > 1e-4

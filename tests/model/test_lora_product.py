@@ -1,4 +1,4 @@
-"""The product of an adapted layer: its values and gradients are those of the formula, and layers that read one input share a mask."""
+"""The product of an adapted layer: values and gradients are those of the formula; layers that read one input share a mask."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_gradients_are_those_of_finite_differences(rate: float) -> None:
         return mixed(model(1.5 * x))
 
     x = torch.randn(1, 2, 7, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(loss, (x, *model.parameters()))
+    assert torch.autograd.gradcheck(loss, (x, *model.parameters()), fast_mode=True)
 
 
 def shown_masks(rate: float, num_layers: int = 3, width: int = 64) -> nn.ModuleDict:
@@ -186,7 +186,7 @@ def test_an_input_is_let_go_with_its_tensor(rate: float) -> None:
 
 
 def test_dropout_keeps_no_mask_and_one_copy_of_each_input() -> None:
-    """Bytes from forward to backward: without dropout the input itself and three low products, with it one copy of the input more."""
+    """Bytes from forward to backward: without dropout the input itself and three low products, with it a copy of the input."""
     for rate, copies in ((0.0, 0), (0.4, 1)):
         model = Projections(rate, width=512).to("meta")
         x = torch.empty(100, 512, dtype=torch.float64, device="meta", requires_grad=True)
