@@ -138,7 +138,7 @@ class _Adapted(torch.autograd.Function):
     def forward(ctx: Any, dropped: Tensor, x: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         lora_a, lora_b, (ctx.scale, ctx.rate, ctx.gradient, ctx.dense), *stored = rest
         low = F.linear(dropped.flatten(0, -2), lora_a)
-        out = F.linear(x.flatten(0, -2), ctx.dense(*stored, x.dtype), bias).addmm_(low, lora_b.t(), alpha=ctx.scale)
+        out = torch.ops.multimodal_lora.adapted(x.flatten(0, -2), ctx.dense(*stored, x.dtype), bias, low, lora_b, ctx.scale)
         trained = x if stored[0].requires_grad else None
         ctx.save_for_backward(dropped, low, lora_a, lora_b, trained, *stored)
         return out.view(*x.shape[:-1], len(lora_b)).detach()  # not a view to autograd: callers may write to it
@@ -162,6 +162,19 @@ class _Adapted(torch.autograd.Function):
             None if x is None else grad.t() @ x.flatten(0, -2),
             *(None,) * (len(stored) - 1),
         )
+
+
+_OPERATORS = torch.library.Library("multimodal_lora", "DEF")
+_OPERATORS.define("adapted(Tensor x, Tensor weight, Tensor? bias, Tensor low, Tensor lora_b, float scale) -> Tensor")
+
+
+@torch.library.impl(_OPERATORS, "adapted", "CompositeExplicitAutograd")
+def _adapted(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """Compute W x + b + scale * B low, of x (N, in) and low (N, r), in one result.
+
+    One operator of its own, because selective recomputation keeps results of operators and must not keep one that the next writes to.
+    """
+    return F.linear(x, weight, bias).addmm_(low, lora_b.t(), alpha=scale)
 
 
 def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:

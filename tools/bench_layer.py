@@ -22,14 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import Qwen2Config, Qwen2Model
 
 from model.config import LoraConfig
 from model.llm import attention
 from model.lora import add_lora, is_adapter
 from tools.cli import command_parser, run_command
-from trainer.distributed.parallelize import cast_for_compute
+from trainer.distributed.parallelize import cast_for_compute, keeps
 from trainer.memory.simulate import LiveCounter, shape_stand_ins
 
 SHAPE = {
@@ -79,7 +79,9 @@ class CostCounter(TorchDispatchMode):
         if func.is_view or name in ALLOCATES or name == "detach":
             return found
         self.cost.num_ops += 1
-        if name in PRODUCTS:
+        if name == "adapted":
+            self.cost.flops += 2 * (args[0].numel() + args[3].numel()) * found.shape[-1]
+        elif name in PRODUCTS:
             a, b = args[-2:]
             self.cost.flops += 2 * math.prod(a.shape) * b.shape[-1]
         else:
@@ -164,10 +166,15 @@ def measure(layer: nn.Module, num_tokens: int) -> LayerCost:
     return LayerCost(forward.cost, backward.cost, kept - moved_bytes(out), num_tokens)
 
 
-def recomputed(layer: nn.Module) -> nn.Module:
+def recomputed(layer: nn.Module, **options: Any) -> nn.Module:
     """Make backward recompute the layer."""
-    layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, **options)
     return layer
+
+
+def selected(layer: nn.Module) -> nn.Module:
+    """Make backward recompute the layer all but its products."""
+    return recomputed(layer, context_fn=functools.partial(create_selective_checkpoint_contexts, keeps))
 
 
 def rows(rank: int, dropout: float) -> dict[str, Callable[[], nn.Module]]:
@@ -175,6 +182,7 @@ def rows(rank: int, dropout: float) -> dict[str, Callable[[], nn.Module]]:
     return {
         "ours": lambda: our_layer(rank, dropout),
         "ours, recomputed": lambda: recomputed(our_layer(rank, dropout)),
+        "ours, selective": lambda: selected(our_layer(rank, dropout)),
         "ours, dropout 0": lambda: our_layer(rank, 0.0),
         "PEFT, float32 adapters": lambda: peft_layer(rank, dropout, torch.float32),
         "PEFT, the same, recomputed": lambda: recomputed(peft_layer(rank, dropout, torch.float32)),

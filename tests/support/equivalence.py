@@ -83,7 +83,7 @@ def run_steps(
     world: World,
     config: ModelConfig,
     strategy: str,
-    recompute: bool,
+    recompute: bool | str,
     micro_batch_size: int,
     dtype: str = "float32",
     clip_norm: float = 1.0,
@@ -98,7 +98,7 @@ def take_steps(
     world: World,
     config: ModelConfig,
     strategy: str,
-    recompute: bool,
+    recompute: bool | str,
     micro_batch_size: int,
     dtype: str,
     clip_norm: float,
@@ -110,7 +110,7 @@ def take_steps(
     card = make_card(config, lora, VocabularyLayout(321, 320, (320,)), quantize=quantize)
     model = assemble(card, getattr(torch, dtype))
     if recompute:
-        checkpoint_activations(model)
+        checkpoint_activations(model, recompute if isinstance(recompute, str) else "full")
     parallel = parallel_of(strategy)
     sharded = is_sharded(parallel, world)
     if sharded:

@@ -79,8 +79,8 @@ def heavy_batch(packed: bool = False, pictures: bool = True) -> Batch:
 def built(card: ModelCard, config: ParallelConfig, world: World) -> tuple[MultimodalLM, torch.nn.Module]:
     """The real model with its weights, as trainer.setup builds it, and what is called."""
     model = assemble(card, DTYPES[card.model.dtype])
-    if config.activation_checkpointing == "full":
-        checkpoint_activations(model)
+    if config.activation_checkpointing != "none":
+        checkpoint_activations(model, config.activation_checkpointing)
     sharded = is_sharded(config, world)
     if sharded:
         shard(model, config, world)

@@ -65,7 +65,7 @@ def find_heaviest_batch(setup: PreparedRun, first_step: int) -> Heaviest:
     """Find the heaviest micro-batch of the epoch that `first_step` is in. The result is the same on every rank."""
     config, plan = setup.config, setup.batch_plan
     train, sampler = setup.data.training()
-    media = media_memory(setup.model, train, config.parallel.activation_checkpointing != "none")
+    media = media_memory(setup.model, train, config.parallel.activation_checkpointing == "full")
     costs = sample_costs(setup.model, config.model, train) if plan.is_packed else None
     return find_heaviest(sampler, plan, media, costs, first_step, setup.total_steps)
 
