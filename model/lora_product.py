@@ -172,7 +172,8 @@ _OPERATORS.define("adapted(Tensor x, Tensor weight, Tensor? bias, Tensor low, Te
 def _adapted(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, lora_b: Tensor, scale: float) -> Tensor:
     """Compute W x + b + scale * B low, of x (N, in) and low (N, r), in one result.
 
-    One operator of its own, because selective recomputation keeps results of operators and must not keep one that the next writes to.
+    An operator of its own, because selective recomputation keeps results of operators, and must not keep one that the next one
+    writes to.
     """
     return F.linear(x, weight, bias).addmm_(low, lora_b.t(), alpha=scale)
 

@@ -25,12 +25,11 @@ from model.multimodal import ENCODERS, MultimodalLM
 from trainer.config import ParallelConfig
 from trainer.distributed.world import World
 
-KEPT_OPERATORS = frozenset(
-    """
-    mm addmm adapted _grouped_mm _varlen_attn _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention
-    _scaled_dot_product_cudnn_attention _scaled_dot_product_flash_attention_for_cpu
-    """.split()
-)
+KEPT_OPERATORS = {
+    *("mm", "addmm", "adapted", "_grouped_mm", "_varlen_attn"),
+    *("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"),
+    *("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu"),
+}
 """Operators whose results selective recomputation keeps: products of weights, and attention in one kernel."""
 
 

@@ -113,13 +113,32 @@ def shape_stand_ins() -> Iterator[None]:
             setattr(module, name, original)
 
 
+# Operators under the names of the kernels, by which selective recomputation knows what it keeps.
+_OPERATORS = torch.library.Library("simulated", "DEF")
+_OPERATORS.define("_grouped_mm(Tensor rows, Tensor weights) -> Tensor")
+_OPERATORS.define("_scaled_dot_product_flash_attention(Tensor query, Tensor key, Tensor value) -> (Tensor, Tensor)")
+
+
+@torch.library.impl(_OPERATORS, "_grouped_mm", "CompositeExplicitAutograd")
+def _shaped_product(rows: Tensor, weights: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weights.shape[-1])
+
+
+@torch.library.impl(_OPERATORS, "_scaled_dot_product_flash_attention", "CompositeExplicitAutograd")
+def _shaped_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    # The kernels write (..., T, H, D) and return a transposed view, which the caller need not copy.
+    shape = (*query.shape[:-3], query.shape[-2], query.shape[-3], value.shape[-1])
+    return query.new_empty(shape).transpose(-2, -3), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
 class _Grouped(torch.autograd.Function):
     """Grouped matrix product: rows (S, in), each times the weights (E, in, out) of its group -> (S, out). Shapes only."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weights)
-        return rows.new_empty(rows.shape[0], weights.shape[-1])
+        product: Tensor = torch.ops.simulated._grouped_mm(rows, weights)
+        return product
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -133,10 +152,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # The kernels write (..., T, H, D) and return a transposed view, which the caller need not copy.
-        shape = (*query.shape[:-3], query.shape[-2], query.shape[-3], value.shape[-1])
-        found = query.new_empty(shape).transpose(-2, -3)
-        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        found: Tensor
+        found, sums = torch.ops.simulated._scaled_dot_product_flash_attention(query, key, value)
         ctx.save_for_backward(query, key, value, found, sums)
         return found
 
