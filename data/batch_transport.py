@@ -26,7 +26,7 @@ _MOST_AT_ONCE = 1 << 30  # bytes; Linux writes at most 2 GiB in one call
 
 
 @dataclass(frozen=True)
-class _Place:
+class _TensorPosition:
     """Position of a tensor in the memory of a parcel; it stands in the contents instead of the tensor."""
 
     start: int  # byte
@@ -45,8 +45,8 @@ class Parcel:
     In another process a parcel arrives as the contents.
     """
 
-    def __init__(self, told: object, descriptor: int, size: int) -> None:
-        self._skeleton, self._descriptor, self._size = told, descriptor, size
+    def __init__(self, skeleton: object, descriptor: int, size: int) -> None:
+        self._skeleton, self._descriptor, self._size = skeleton, descriptor, size
 
     def __reduce__(self) -> tuple[object, ...]:
         """Return how to rebuild the contents; a parcel is pickled once.
@@ -68,7 +68,7 @@ def pack_for_transport(contents: object) -> Any:
     Encoder input arrives as a view of the shared memory, and other tensors as copies: whoever keeps labels keeps no pictures. Where
     the contents cannot be sent for want of open files or memory, the `WorkerError` to send is returned.
     """
-    tensors: list[tuple[_Place, Tensor]] = []
+    tensors: list[tuple[_TensorPosition, Tensor]] = []
     skeleton = _replaced(contents, Tensor, lambda tensor, stays: _placed(tensors, tensor, stays))
     size = tensors[-1][0].stop if tensors else 0
     if size == 0 or not hasattr(os, "memfd_create"):
@@ -108,7 +108,7 @@ def _received(skeleton: object, handle: Any, size: int) -> object:
         memory = _mapped(descriptor, size)
     finally:
         os.close(descriptor)
-    return _replaced(skeleton, _Place, lambda place, _: _tensor(memory, place))
+    return _replaced(skeleton, _TensorPosition, lambda place, _: _tensor(memory, place))
 
 
 def _mapped(descriptor: int, size: int) -> Tensor:
@@ -123,15 +123,15 @@ def _mapped(descriptor: int, size: int) -> Tensor:
     return found
 
 
-def _tensor(memory: Tensor, place: _Place) -> Tensor:
+def _tensor(memory: Tensor, place: _TensorPosition) -> Tensor:
     found = memory[place.start : place.stop].view(place.dtype).view(place.shape)
     return found if place.stays else found.clone()
 
 
-def _placed(tensors: list[tuple[_Place, Tensor]], tensor: Tensor, stays: bool) -> _Place:
+def _placed(tensors: list[tuple[_TensorPosition, Tensor]], tensor: Tensor, stays: bool) -> _TensorPosition:
     """Place `tensor` behind those that are placed already, and return its position."""
     end = tensors[-1][0].stop if tensors else 0
-    place = _Place(end + -end % _ALIGNED, tensor.dtype, tuple(tensor.shape), stays)
+    place = _TensorPosition(end + -end % _ALIGNED, tensor.dtype, tuple(tensor.shape), stays)
     tensors.append((place, tensor))
     return place
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from data.config import DataConfig, SourceConfig
 from data.index.record_index import RecordIndex
-from data.media.blob import Blob, MediaError, resolve_path
+from data.media.blob import Blob, MediaError, inline_blob, resolve_path
 from data.media.record_media import RecordMedia
 from data.records.fields import LINE, shorten
 from data.records.record import MediaRef, Record, RecordError, parse
@@ -50,10 +50,10 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
         template: Template,
         specs: dict[str, MediaSpec],
         config: DataConfig,
-        excluded: frozenset[int] = frozenset(),
     ) -> None:
         self.indexes, self.sources, self.template = indexes, sources, template
-        self.specs, self.config, self._excluded = specs, config, excluded
+        self.specs, self.config = specs, config
+        self._excluded: frozenset[int] = frozenset()
         sizes = [len(index) for index in indexes]
         self._starts = np.cumsum([0, *sizes])
         # A longer sample is cut to whole rounds, so it never takes more than max_length.
@@ -81,7 +81,7 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} is not in [0, {len(self)})")
         if i in self._excluded:
-            source_id, index, row = self.place(i)
+            source_id, index, row = self.locate(i)
             return Rejected(i, self.source_names[source_id], index.where(row), "", "quarantined by an earlier start", False)
         try:
             return self._sample(i)
@@ -100,26 +100,26 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
         name = self.source_names[int(self.source_ids[i])]
         return Rejected(i, name, error.where, shorten(error.id), shorten(f"{error.field}: {error.reason}", LINE), too_long)
 
-    def place(self, i: int) -> tuple[int, RecordIndex, int]:
+    def locate(self, i: int) -> tuple[int, RecordIndex, int]:
         """Return the source of sample `i`, that source's index, and the row in it."""
         source_id = int(self.source_ids[i])
         return source_id, self.indexes[source_id], int(i - self._starts[source_id])
 
     def where(self, i: int) -> str:
         """Return file and line of sample `i`."""
-        _, index, row = self.place(i)
+        _, index, row = self.locate(i)
         return index.where(row)
 
     def record(self, i: int) -> Record:
         """Read the record of sample `i`. Raises `RecordError`."""
-        _, index, row = self.place(i)
+        _, index, row = self.locate(i)
         record = parse(index.raw(row), index.where(row), index.name(row))
         check_media(record, self.specs, self.config.max_images)
         return record
 
     def media(self, i: int, record: Record) -> RecordMedia:
         """Return the media of `record`, which is the record of sample `i`."""
-        source_id, index, row = self.place(i)
+        source_id, index, row = self.locate(i)
         locate = partial(_locate, index, row, self.sources[source_id], self.config.follow_links)
         return RecordMedia(record, locate, self.specs, self.config)
 
@@ -144,8 +144,8 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
 
 
 def _locate(index: RecordIndex, row: int, source: SourceConfig, follow_links: bool, ref: MediaRef) -> Blob:
-    """Locate the bytes of a medium: beside the record, if its file is an archive, else in the source's folder."""
-    if (found := index.blob(row, ref)) is not None:
+    """Locate the bytes of a medium: in the record, beside it if its file is an archive, else in the source's folder."""
+    if (found := inline_blob(ref.path) or index.blob(row, ref)) is not None:
         return found
     path = resolve_path(ref.path, root_of(source, ref), follow_links=follow_links)
     return Blob(path, path)
@@ -171,16 +171,16 @@ def open_dataset(
     template: Template,
     specs: dict[str, MediaSpec],
     index_folder: Path,
-    excluded: frozenset[int] = frozenset(),
-    alive: Callable[[str], object] = lambda at: None,
+    on_progress: Callable[[str], object] = lambda at: None,
 ) -> MultimodalDataset:
     """Open the dataset of `sources`, with their indexes in `index_folder`, built there where they are missing or stale.
 
-    `alive` is called now and then with the file that is read for it. Raises `ConfigError` when a source or a media_root is missing.
+    `on_progress` is called now and then with the file that is read for it. Raises `ConfigError` when a source or media_root is
+    missing.
     """
     check_roots(sources)
-    indexes = [RecordIndex.open(source, index_folder, specs, config, alive) for source in sources]
-    return MultimodalDataset(indexes, sources, template, specs, config, excluded)
+    indexes = [RecordIndex.open(source, index_folder, specs, config, on_progress) for source in sources]
+    return MultimodalDataset(indexes, sources, template, specs, config)
 
 
 def check_roots(sources: tuple[SourceConfig, ...]) -> None:

@@ -63,43 +63,49 @@ class MicroBatch:
         return replace(self, batch=self.batch.pin_memory())
 
 
+@dataclass(frozen=True)
+class LoadOptions:
+    """Settings of a rank for loading its micro-batches; none of them changes what a sample holds."""
+
+    pad_id: int
+    rank: int
+    workers: int
+    pin_memory: bool = False
+    reading: Reading | None = None  # shows any thread which samples are being read
+
+
 def train_batches(
     dataset: MultimodalDataset,
     sampler: Sampler,
     plan: BatchPlan,
-    *,
-    pad_id: int,
-    rank: int,
-    first_step: int,
-    last_step: int,
-    workers: int,
-    pin_memory: bool,
+    options: LoadOptions,
+    steps: range,
     costs: np.ndarray | None = None,
-    reading: Reading | None = None,
 ) -> Iterator[list[MicroBatch]]:
-    """Yield this rank's micro-batches of each optimizer step in [first_step, last_step), steps counted over all epochs.
+    """Yield the micro-batches of rank `options.rank` for each optimizer step in `steps`, counted over all epochs.
 
     Every rank gets equally many micro-batches per step, blank ones where it has no sample. Order and content do not depend on
-    `workers`. When packing, a sample that turns out longer than it was planned is rejected, so that no micro-batch passes its
-    budget; which samples are rejected does not depend on the number of ranks. `reading` shows any thread which samples are being
-    read. Raises `DataError` where the dataset does, `WorkerError` when a worker dies.
+    the workers. When packing, a sample that turns out longer than it was planned is rejected, so that no micro-batch passes its
+    budget; which samples are rejected does not depend on the number of ranks. `costs` (N,): work of each sample, by which packing
+    balances ranks. Raises `DataError` where the dataset does, `WorkerError` when a worker dies.
     """
-
     per_step = plan.micro_batches_per_step(sampler.lengths, sampler.global_batch_size)
-    together = micro_batches_together(per_step, workers)
+    together = micro_batches_together(per_step, options.workers)
 
     def shares() -> Iterator[_Share]:
-        for step in range(first_step, last_step):
-            parts = plan.deal(sampler.step(step), sampler.lengths, costs)[rank]
+        for step in steps:
+            parts = plan.deal(sampler.step(step), sampler.lengths, costs)[options.rank]
             for start in range(0, len(parts), together):
                 yield _Share(parts[start : start + together], start + together >= len(parts))
 
     planned = sampler.lengths if plan.is_packed else None
-    made = _MicroBatches(dataset, pad_id, plan.is_packed, planned, reading or Reading(workers))
+    made = _MicroBatches(dataset, plan.is_packed, planned, options)
     pieces = -(-per_step // together)
-    ahead = prefetch_factor(pieces, workers, planned_bytes(dataset) * sampler.global_batch_size / (plan.world_size * pieces))
+    ahead = prefetch_factor(
+        pieces, options.workers, planned_bytes(dataset) * sampler.global_batch_size / (plan.world_size * pieces)
+    )
     step: list[MicroBatch] = []
-    for share in _load(made, shares(), workers, pin_memory, ahead):
+    for share in _load(made, shares(), options, ahead):
         step += share
         if share[-1].ends_step:
             yield step
@@ -109,25 +115,22 @@ def train_batches(
 def validation_batches(
     dataset: MultimodalDataset,
     plan: BatchPlan,
-    *,
-    pad_id: int,
-    rank: int,
+    options: LoadOptions,
     max_samples: int,
-    workers: int,
     pools: Sequence[Pool] = (),
-    reading: Reading | None = None,
 ) -> Iterator[MicroBatch]:
-    """Return this rank's share of at most `max_samples` records (0: all) of `pools` (none: of all), the same ones at every call.
+    """Return the share of rank `options.rank` of at most `max_samples` records of `pools`, the same ones at every call.
 
-    The records are spread evenly over each source, in proportion to its size and at least one of each, even where there are more
-    sources than `max_samples`. Every rank gets equally many micro-batches, blank ones where it has no sample. No record is rejected
-    for its length when packing: without a graph, a micro-batch somewhat over its budget does no harm.
+    0 samples: all of them; no pools: all records. The records are spread evenly over each source, in proportion to its size and at
+    least one of each, even where there are more sources than `max_samples`. Every rank gets equally many micro-batches, blank ones
+    where it has no sample. No record is rejected for its length when packing: without a graph, a micro-batch somewhat over its
+    budget does no harm.
     """
     taken = [pool.ids for pool in pools] or np.split(np.arange(len(dataset)), np.cumsum(np.bincount(dataset.source_ids))[:-1])
     ids = np.concatenate(taken)[_spread(np.array([len(rows) for rows in taken]), max_samples)]
-    shares = (_Share([part], True) for part in plan.deal(ids, dataset.lengths)[rank])
-    made = _MicroBatches(dataset, pad_id, plan.is_packed, None, reading or Reading(workers))
-    return (micro_batch for share in _load(made, shares, workers, False) for micro_batch in share)
+    shares = (_Share([part], True) for part in plan.deal(ids, dataset.lengths)[options.rank])
+    made = _MicroBatches(dataset, plan.is_packed, None, options)
+    return (micro_batch for share in _load(made, shares, replace(options, pin_memory=False)) for micro_batch in share)
 
 
 def _spread(sizes: np.ndarray, max_samples: int) -> np.ndarray:
@@ -167,11 +170,10 @@ class _Share:
 class _MicroBatches(Dataset[list[MicroBatch] | DataError | WorkerError]):
     """Dataset of the micro-batches of each share. Errors come as values: a worker would wrap them in a traceback."""
 
-    def __init__(
-        self, dataset: MultimodalDataset, pad_id: int, is_packed: bool, planned: np.ndarray | None, reading: Reading
-    ) -> None:
+    def __init__(self, dataset: MultimodalDataset, is_packed: bool, planned: np.ndarray | None, options: LoadOptions) -> None:
         """Prepare to make micro-batches; `planned` (N,): the tokens that a sample may have at most, by id; None: any number."""
-        self._dataset, self._pad_id, self._planned, self.reading = dataset, pad_id, planned, reading
+        self._dataset, self._pad_id, self._planned = dataset, options.pad_id, planned
+        self.reading = options.reading or Reading(options.workers)
         self._collate = collate_packed if is_packed else collate
 
     def __getitem__(self, share: _Share) -> list[MicroBatch] | DataError | WorkerError:
@@ -206,17 +208,17 @@ class _MicroBatches(Dataset[list[MicroBatch] | DataError | WorkerError]):
 
 
 def _load(
-    made: _MicroBatches, shares: Iterable[_Share], workers: int, pin_memory: bool, ahead: int | None = None
+    made: _MicroBatches, shares: Iterable[_Share], options: LoadOptions, ahead: int | None = None
 ) -> Iterator[list[MicroBatch]]:
     """Load the micro-batches of each share in order, raising the errors that come as values."""
     loader = DataLoader(
         made,
         batch_size=None,
         sampler=shares,
-        num_workers=workers,
+        num_workers=options.workers,
         prefetch_factor=ahead,
         collate_fn=_unchanged,
-        pin_memory=pin_memory,
+        pin_memory=options.pin_memory,
         worker_init_fn=prepare_worker,
         generator=torch.Generator(),  # otherwise each start of the loader would draw from the global generator
     )

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data.collate import collate
 from data.config import DataConfig
-from data.media.blob import Blob, resolve_path
+from data.media.blob import Blob, inline_blob, resolve_path
 from data.media.record_media import RecordMedia
 from data.records.record import MediaRef, Record, parse
 from data.sample import Sample, assemble_sample, check_media
@@ -21,7 +21,7 @@ from data.text.chat_formats import freeze_date
 from data.text.encoded import Encoded
 from data.text.rounds import THOUGHTFUL
 from data.text.state_tokens import split_state
-from data.text.template import Template, load_template
+from data.text.template import Template, TemplateOptions, load_template
 from data.text.tokenizer import check_fingerprint, load_tokenizer, pad_id, save_tokenizer, tokenizer_fingerprint
 from model.batch import Batch
 from model.errors import ConfigError
@@ -99,6 +99,8 @@ class Processor:
         return assemble_sample(encoded, self.template.placeholder_ids, media, max_length=limit, sample_id=i, source_id=0)
 
     def _locate(self, ref: MediaRef, media_root: str | None) -> Blob:
+        if (inline := inline_blob(ref.path)) is not None:
+            return inline
         path = ref.path if media_root is None else resolve_path(ref.path, media_root, follow_links=self.config.follow_links)
         return Blob(path, path)
 
@@ -161,10 +163,7 @@ def load_processor(folder: str | Path) -> Processor:
     template = load_template(
         config.template,
         tokenizer,
-        placeholders=placeholders,
-        media_wrap=media_wrap,
-        allowed=allowed,
-        state_tokens=config.state_tokens,
+        TemplateOptions(placeholders=placeholders, media_wrap=media_wrap, allowed=allowed, state_tokens=config.state_tokens),
     )
     # What is stored has its date frozen already; loading may freeze it once more, which changes the text but not what it renders.
     if template.source not in (jinja, freeze_date(jinja)) or template.stop_ids != stop_ids:

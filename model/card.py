@@ -79,18 +79,15 @@ def make_card(
     lora: LoraConfig,
     vocabulary: VocabularyLayout,
     *,
-    tokens: tuple[str, ...] = (),
-    stop_ids: tuple[int, ...] = (),
-    pad_id: int = 0,
     quantize: QuantizeConfig = QuantizeConfig(),  # noqa: B008  frozen
 ) -> ModelCard:
-    """Make the card of a new model from the JSON files of its parts."""
+    """Make the card of a new model from the JSON files of its parts, without the fields that the tokenizer decides."""
     hugging_face = {"llm": language_model_config(config)}
     if config.vision is not None:
         hugging_face["vision"] = vision_config(config.vision, config.cache_dir)
     if config.audio is not None:
         hugging_face["audio"] = audio_config(config.audio, config.cache_dir)
-    return ModelCard(config, lora, hugging_face, media_specs(config), vocabulary, tokens, stop_ids, pad_id, quantize=quantize)
+    return ModelCard(config, lora, hugging_face, media_specs(config), vocabulary, quantize=quantize)
 
 
 def language_model_config(config: ModelConfig) -> Json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,40 +14,44 @@ from model.llm.attention import masked_attention
 from model.llm.interface import CausalLM
 
 
-def generate(
-    llm: CausalLM,
-    embeds: Tensor,
-    mask: Tensor,
-    max_new_tokens: int,
-    *,
-    stop_ids: tuple[int, ...],
-    pad_id: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int | None = None,
-) -> list[list[int]]:
-    """Generate new ids for each row, cut before its first stop id. embeds (B, T, D) and mask (B, T) are prompts padded on the LEFT.
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How ids are chosen, and when a row ends.
 
     temperature 0 is greedy; otherwise ids are sampled from softmax(logits / temperature) cut to the `top_p` nucleus, by the global
-    generator, or by one seeded with `seed` that leaves the global one unchanged. Raises `ValueError` for max_new_tokens < 1.
+    generator, or by one seeded with `seed` that leaves the global one unchanged.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens = {max_new_tokens} is not positive")
-    sampling: dict[str, bool | float] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+def generate(llm: CausalLM, embeds: Tensor, mask: Tensor, options: GenerationOptions) -> list[list[int]]:
+    """Generate new ids for each row, cut before its first stop id. embeds (B, T, D) and mask (B, T) are prompts padded on the LEFT.
+
+    Raises `ValueError` for max_new_tokens < 1.
+    """
+    if options.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens = {options.max_new_tokens} is not positive")
+    sampling: dict[str, bool | float] = {"do_sample": options.temperature > 0}
+    if options.temperature > 0:
+        sampling |= {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(stop_ids) or None,
-        pad_token_id=pad_id,
+        max_new_tokens=options.max_new_tokens,
+        eos_token_id=list(options.stop_ids) or None,
+        pad_token_id=options.pad_id,
         use_cache=True,
         **sampling,
     )
-    with torch.no_grad(), masked_attention(llm), no_settings(llm), torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with torch.no_grad(), masked_attention(llm), no_settings(llm), torch.random.fork_rng(enabled=options.seed is not None):
+        if options.seed is not None:
+            torch.manual_seed(options.seed)
         ids = llm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config)
-    return [_until_stop(row, stop_ids) for row in ids.tolist()]
+    return [_until_stop(row, options.stop_ids) for row in ids.tolist()]
 
 
 @contextmanager

@@ -79,8 +79,8 @@ def card_without_init_from(folder: Path, card: ModelCard) -> ModelCard:
     )
 
 
-def inherited_tensors(card: ModelCard, held: Collection[str]) -> Tensors:
-    """Return the current values of tensors that come from the run named by model.init_from and that are not in `held`.
+def inherited_tensors(card: ModelCard, loaded: Collection[str]) -> Tensors:
+    """Return the current values of tensors that come from the run named by model.init_from and that are not in `loaded`.
 
     With these tensors, a final/ folder needs no earlier run. No tensor is read yet.
     """
@@ -88,7 +88,7 @@ def inherited_tensors(card: ModelCard, held: Collection[str]) -> Tensors:
     layers = run_layers(path, card, model, "model.init_from", "quick")
     given = {name for layer in layers for name in (*layer.tensors, *layer.adapters, *layer.stored)}
     layers += base_layers(replace(card, bases=read_card(path).bases), model)
-    values = {name: resolve_value(name, layers) for name in sorted(given - set(held))}
+    values = {name: resolve_value(name, layers) for name in sorted(given - set(loaded))}
     return {name: rows for name, rows in values.items() if rows is not None}
 
 

@@ -1,6 +1,7 @@
 """Cross entropy of the supervised rows, computed in chunks so that the full logits never exist."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -43,6 +44,15 @@ class NewRows(NamedTuple):
         return taken
 
 
+@dataclass(frozen=True)
+class HeadOptions:
+    """How the head's logits are computed."""
+
+    chunk: int = CHUNK  # supervised rows at a time
+    change: LogitChange = UNCHANGED  # what the model does to its logits
+    new: NewRows | None = None  # rows that take the place of those of the head's matrix
+
+
 class LossTerm(Protocol):
     """A loss term beside the text term. Its value over a step is the sum of `term` over the sum of `count`, times `coefficient`."""
 
@@ -58,7 +68,8 @@ class LossTerm(Protocol):
 class ChunkedLoss(torch.autograd.Function):
     """Summed cross entropy of change(hidden (S, D) @ weight.T (V, D)) against targets (S,) -> sum (), rows (S,).
 
-    `new_rows` (n, D) take the place of rows `new_ids` (n,) of `weight`, which is neither copied nor changed. Gradients are computed
+    `new_rows` (n, D), those of `options.new`, take the place of rows of `weight`, which is neither copied nor changed. They are an
+    argument of their own because autograd sees no tensor inside another object. Gradients are computed
     in forward, chunk by chunk: no logits are kept, nothing is recomputed, and a sharded head is not gathered again in backward.
     With S = 0 the sum is 0 and so are all gradients. No double backward.
     """
@@ -68,13 +79,12 @@ class ChunkedLoss(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
-        targets: Tensor,
-        chunk: int,
-        change: LogitChange,
         new_rows: Tensor | None,
-        new_ids: Tensor | None,
+        targets: Tensor,
+        options: HeadOptions,
     ) -> tuple[Tensor, Tensor]:
-        new = None if new_rows is None or new_ids is None else NewRows(new_ids, new_rows)
+        chunk, change = options.chunk, options.change
+        new = None if new_rows is None or options.new is None else NewRows(options.new.ids, new_rows)
         rows = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -108,7 +118,7 @@ class ChunkedLoss(torch.autograd.Function):
         d_hidden, d_weight, d_new = ctx.saved_tensors
         hidden = None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype)
         weight, new = (None if d is None else (d * grad).to(ctx.weight_dtype) for d in (d_weight, d_new))
-        return hidden, weight, None, None, None, new, None
+        return hidden, weight, new, None, None
 
 
 def text_term(
@@ -116,13 +126,10 @@ def text_term(
     weight: Tensor,
     labels: Tensor,
     supervised: Tensor,
-    chunk: int = CHUNK,
-    *,
-    change: LogitChange = UNCHANGED,
-    new: NewRows | None = None,
+    options: HeadOptions = HeadOptions(),
 ) -> Term:
     """Compute the text term from hidden (B, T, D), weight (V, D), labels (B, T) and supervised (S,) flat positions."""
     rows = hidden.flatten(0, 1).index_select(0, supervised)
     targets = labels.flatten().index_select(0, supervised)
-    new_rows, new_ids = (None, None) if new is None else (new.rows, new.ids)
-    return Term(*ChunkedLoss.apply(rows, weight, targets, chunk, change, new_rows, new_ids))
+    new_rows = None if options.new is None else options.new.rows
+    return Term(*ChunkedLoss.apply(rows, weight, new_rows, targets, options))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +13,13 @@ from model.audio.state_head import StateHead
 from model.batch import Batch, Media
 from model.encoder import Encoder
 from model.errors import ConfigError
-from model.generate import generate
+from model.generate import GenerationOptions, generate
 from model.llm.attention import decoder_options, masked_attention
 from model.llm.causal_lm import head_weight
 from model.llm.interface import CausalLM
 from model.llm.new_tokens import new_head_rows
 from model.llm.router_loss import RouterTap
-from model.loss import LossTerm, Term, text_term
+from model.loss import HeadOptions, LossTerm, Term, text_term
 from model.media_spec import MediaSpec, row_shape
 from model.projector import OWN_ROWS
 from model.splice import placeholder_rows, splice
@@ -69,7 +68,7 @@ class MultimodalLM(nn.Module):
         hidden = self.decode(batch)
         weight = head_weight(self.llm).to(self.dtype)
         new = new_head_rows(self.llm, self.dtype)
-        text = text_term(hidden, weight, batch.labels, batch.supervised, change=self.llm.logit_change, new=new)
+        text = text_term(hidden, weight, batch.labels, batch.supervised, HeadOptions(change=self.llm.logit_change, new=new))
         return {"text": text, **{name: source.term(hidden, batch) for name, source in self.other_terms.items()}}
 
     def decode(self, batch: Batch) -> Tensor:
@@ -152,12 +151,16 @@ class MultimodalLM(nn.Module):
             term = self(batch.to(self._device()))["text"]
         return term.sum, term.num_addends
 
-    def generate(self, batch: Batch, max_new_tokens: int = 32, **sampling: Any) -> list[list[int]]:
-        """Generate token ids for each row, up to the stop token, which is left out. Prompts are padded on the left; `sampling` may
-        hold temperature, top_p and seed, see `model.generate.generate`.
+    def generate(
+        self, batch: Batch, max_new_tokens: int = 32, *, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None
+    ) -> list[list[int]]:
+        """Generate token ids for each row, up to the stop token, which is left out. Prompts are padded on the left.
+
+        `temperature`, `top_p` and `seed` are those of `model.generate.GenerationOptions`.
         """
+        options = GenerationOptions(max_new_tokens, self.stop_ids, self.pad_id, temperature, top_p, seed)
         batch = batch.to(self._device())
         mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
         with torch.no_grad():
             embeds = self.embed(batch)
-        return generate(self.llm, embeds, mask, max_new_tokens, stop_ids=self.stop_ids, pad_id=self.pad_id, **sampling)
+        return generate(self.llm, embeds, mask, options)

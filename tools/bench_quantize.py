@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from data.collate import collate
@@ -34,7 +35,7 @@ from trainer.config import OptimConfig, ParallelConfig
 from trainer.distributed.parallelize import replicate, shard
 from trainer.distributed.world import World, start_world, stop_world
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.step import train_step
+from trainer.step import StepOptions, train_step
 
 VOCAB, LENGTH, GLOBAL_BATCH = 512, 32, 16
 SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -59,17 +60,13 @@ def batches(world: World, task: int, steps: int) -> Iterator[list[Batch]]:
         yield [collate(rows[world.rank :: world.size], 0).to(world.device)]
 
 
-def train_adapter(
-    model: MultimodalLM, config: ModelConfig, world: World, sharded: bool, task: int, steps: int, lr: float
-) -> list[float]:
-    """Train and return the loss of every step."""
-    model.train()
-    wrapped = model if sharded else replicate(model, world)
-    optimizer = build_optimizer(model, config, OptimConfig(lr=lr))
+def train_adapter(wrapped: nn.Module, optimizer: torch.optim.Optimizer, steps: Iterable[list[Batch]], world: World) -> list[float]:
+    """Train on the batches of each of `steps`, and return the loss of every step. `wrapped`: the sharded or replicated model."""
+    wrapped.train()
     found = []
-    for step, batch in enumerate(batches(world, task, steps)):
+    for step, batch in enumerate(steps):
         set_learning_rates(optimizer, 1.0)
-        result = train_step(wrapped, optimizer, batch, world, seed=0, step=step, clip_norm=1.0)
+        result = train_step(wrapped, optimizer, batch, world, StepOptions(seed=0, step=step, clip_norm=1.0))
         sums = torch.stack([torch.cat(result.addends).sum(), torch.tensor(float(batch[0].num_supervised), device=world.device)])
         total, count = world.sum(sums).tolist()
         found.append(total / count)
@@ -90,7 +87,8 @@ def make_base(folder: Path, world: World, steps: int) -> None:
     Qwen2ForCausalLM(Qwen2Config(vocab_size=VOCAB, tie_word_embeddings=True, **SIZES)).save_pretrained(folder)
     config, alone = ModelConfig(LlmConfig(str(folder), "full"), dtype="float32"), World(0, 0, 1, world.device)
     model = build_quantized(config, QuantizeConfig(), alone, False)
-    losses = train_adapter(model, config, alone, False, 1, steps, 1e-3)
+    optimizer = build_optimizer(model, config, OptimConfig(lr=1e-3))
+    losses = train_adapter(replicate(model, alone), optimizer, batches(alone, 1, steps), alone)
     model.llm.save_pretrained(folder)
     print(f"base: {sum(p.numel() for p in model.parameters()):,} parameters; loss {losses[0]:.3f} -> {losses[-1]:.3f}", flush=True)
 
@@ -113,7 +111,8 @@ def measure(name: str, config: ModelConfig, world: World, sharded: bool, steps: 
     loading = time.perf_counter() - start
     of_matrices, of_all = bytes_on_rank(model)
     start = time.perf_counter()
-    losses = train_adapter(model, config, world, sharded, 2, steps, 2e-3)
+    optimizer = build_optimizer(model, config, OptimConfig(lr=2e-3))
+    losses = train_adapter(model if sharded else replicate(model, world), optimizer, batches(world, 2, steps), world)
     per_step = (time.perf_counter() - start) / steps
     tail = losses[-10:]
     ends = f"{losses[0]:.3f} -> {sum(tail) / len(tail):.4f}"

@@ -40,7 +40,7 @@ from trainer.health.loss_monitor import scalars_to_read
 from trainer.metrics import Meter
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.schedule import multiplier
-from trainer.step import train_step
+from trainer.step import StepOptions, train_step
 
 LONG, SHORT = 136, 8
 SYNCS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "unique_consecutive", "allclose"}
@@ -113,12 +113,11 @@ def our_loop(model: MultimodalLM, config: ModelConfig, batches: list[Batch], wor
         for step in range(steps):
             set_learning_rates(optimizer, multiplier(optim, step, steps))
             batch = [batches[step % len(batches)].to(world.device)]
-            tracker.at("copy", step, ids[step % len(ids)])
-            told = [*requests.told(), share]
-            result = train_step(
-                wrapped, optimizer, batch, world, seed=0, step=step, clip_norm=optim.clip_norm, told=told, mark=tracker.mark
-            )
-            deferred.push(scalars_to_read(result))
+            tracker.begin("copy", step, ids[step % len(ids)])
+            extra = [*requests.announce(), share]
+            options = StepOptions(seed=0, step=step, clip_norm=optim.clip_norm, extra=extra, mark=tracker.mark)
+            result = train_step(wrapped, optimizer, batch, world, options)
+            deferred.swap(scalars_to_read(result))
             share = result.losses.sum()
             meter.add(batch, result, 0.0)
 

@@ -49,18 +49,18 @@ MATCHES = {
 def check(options: argparse.Namespace) -> None:
     if options.workers < 1:
         raise ConfigError(f"--workers {options.workers} is not positive")
-    place = stage_for_reading(load_config(options.cfg, options.overrides), options.stage)
-    config = place.config
-    datasets = open_datasets(place)
+    stage = stage_for_reading(load_config(options.cfg, options.overrides), options.stage)
+    config = stage.config
+    datasets = open_datasets(stage)
     index_folder = Path(config.output_dir) / "index"
     depth = Depth(options.decode, options.near)
     found = {
         split: check_dataset(dataset, index_folder, depth=depth, workers=options.workers, name=f"check {split}")
         for split, dataset in datasets.items()
     }
-    if not place.name:  # other stages keep the results of their data in the same folder
+    if not stage.name:  # other stages keep the results of their data in the same folder
         remove_stale(index_folder, list(datasets.values()))
-    out = Path(options.out or place.folder)
+    out = Path(options.out or stage.folder)
     out.mkdir(parents=True, exist_ok=True)
     counts = report_sources(datasets, found, out)
     matches = report_duplicates(datasets, found, out, options.near)
@@ -72,9 +72,9 @@ def check(options: argparse.Namespace) -> None:
         raise DataError(f"{count} the rules; all stand in {out / BAD_FILE}")
 
 
-def open_datasets(place: Stage) -> dict[str, MultimodalDataset]:
+def open_datasets(stage: Stage) -> dict[str, MultimodalDataset]:
     """Open the datasets of the run or stage, by split; no weight is read."""
-    data = open_data(place.config, World(0, 0, 1, torch.device("cpu")), place=place)
+    data = open_data(stage.config, World(0, 0, 1, torch.device("cpu")), stage=stage)
     datasets = {"train": data.train, "validation": data.validation}
     present = {split: dataset for split, dataset in datasets.items() if dataset is not None}
     if not present:

@@ -18,7 +18,7 @@ from typing import Any
 from data.check.certificate import encode_proven
 from data.records.record import Record, RecordError, Turn
 from data.text.messages import media_kinds
-from data.text.render import RenderError, apply
+from data.text.render import RenderError, TemplateInputs, apply
 from data.text.rounds import TooLongError
 from data.text.template import Template, load_template
 from data.text.tokenizer import load_tokenizer
@@ -137,7 +137,7 @@ def _refusal(template: Template, record: Record, error: RecordError) -> str:
         return "too long"
     try:
         messages = [{"role": t.role, "content": t.content, **t.extra} for t in record.turns]
-        text = apply(template.tokenizer, template.source, messages, media_kinds(record), record.tools)
+        text = apply(template.tokenizer, template.source, messages, TemplateInputs(media_kinds(record), record.tools))
     except RenderError:
         return "refused by the template"
     names = [call["function"]["name"] for t in record.turns for call in t.extra.get("tool_calls", [])]
@@ -150,7 +150,7 @@ def _refusal(template: Template, record: Record, error: RecordError) -> str:
 def check(folder: str) -> list[Outcome]:
     """Return the outcomes of all conversations with one tokenizer."""
     tokenizer = load_tokenizer(folder, ()).tokenizer
-    template = load_template("auto", tokenizer, placeholders="as_written", media_wrap=())
+    template = load_template("auto", tokenizer)
     return [outcome(template, kind, record) for kind, record in itertools.islice(conversations(), NUM_CONVERSATIONS)]
 
 

@@ -34,20 +34,20 @@ Accuracy = dict[str, float]
 """Exact match on held-out records, by kind."""
 
 
-def known(place: Stage) -> list[str]:
+def known(stage: Stage) -> list[str]:
     """Return the kinds of records that a model of this stage can read."""
-    return [kind for kind in KINDS if kind not in READERS or READERS[kind] in place.config.model.parts()]
+    return [kind for kind in KINDS if kind not in READERS or READERS[kind] in stage.config.model.parts()]
 
 
-def untrained(folder: Path, place: Stage) -> Path:
+def untrained(folder: Path, stage: Stage) -> Path:
     """Return the model that a stage begins with: the parts that earlier stages trained, and its new parts untrained."""
-    out = folder / "before" / place.name
+    out = folder / "before" / stage.name
     nothing = {"train": TrainConfig(max_steps=0), "validation": ValidationConfig()}
-    config = replace(place.config, output_dir=str(out), **nothing)  # type: ignore[arg-type]
+    config = replace(stage.config, output_dir=str(out), **nothing)  # type: ignore[arg-type]
     out.mkdir(parents=True)
     file = out.with_suffix(".toml")
     file.write_text(to_toml(to_tables(config)), encoding="utf-8")
-    run_step(f"Put together what stage {place.name!r} begins with", module("trainer.main", "--cfg", file))
+    run_step(f"Put together what stage {stage.name!r} begins with", module("trainer.main", "--cfg", file))
     return out / "final"
 
 
@@ -67,10 +67,10 @@ def accuracy(folder: Path, final: Path, kinds: list[str], when: str) -> Accuracy
     return found
 
 
-def measure(folder: Path, places: list[Stage]) -> list[Accuracy]:
+def measure(folder: Path, stages: list[Stage]) -> list[Accuracy]:
     """Measure the accuracy at the start and after each stage, each time of all kinds that the next stage's model can read."""
     found = []
-    for before, after in zip([None, *places], [*places, None]):
+    for before, after in zip([None, *stages], [*stages, None]):
         if after is not None and (before is None or known(before) != known(after)):
             found.append(accuracy(folder, untrained(folder, after), known(after), f"Before stage {after.name!r}"))
         elif before is not None:
@@ -134,11 +134,11 @@ def demo(folder: Path, ranks: int) -> None:
     started = time.monotonic()
     clear_demo_folder(folder)
     run_step("Write records, media, untrained parts and the run file", module("tools.make_omni", folder))
-    places = list_stages(load_config(str(folder / "omni.toml")))
-    names = [place.name for place in places]
-    run_step(f"Train {len(places)} stages, on {ranks} processes", trained_by(ranks, folder / "omni.toml"))
+    stages = list_stages(load_config(str(folder / "omni.toml")))
+    names = [stage.name for stage in stages]
+    run_step(f"Train {len(stages)} stages, on {ranks} processes", trained_by(ranks, folder / "omni.toml"))
     trained = time.monotonic()
-    found = measure(folder, places)
+    found = measure(folder, stages)
     (folder / "accuracy.json").write_text(json.dumps(dict(zip(("start", *names), found)), indent=1) + "\n")
     draw(folder / "omni.png", names, found)
     run_step("Play it one melody; right would be '7'", melody_command(folder))

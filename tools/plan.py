@@ -35,14 +35,14 @@ def plan(options: argparse.Namespace) -> None:
         raise ConfigError(f"--ranks {options.ranks} is not positive")
     if options.memory is not None and not (options.memory > 0 and math.isfinite(options.memory)):
         raise ConfigError(f"--memory {options.memory} is not a positive number of GiB")
-    place = stage_for_reading(load_config(options.cfg, options.overrides), options.stage)
-    check_sharing(place.config.parallel, options.ranks)
+    stage = stage_for_reading(load_config(options.cfg, options.overrides), options.stage)
+    check_sharing(stage.config.parallel, options.ranks)
     device = torch.device(options.device)
     alone = World(0, 0, 1, torch.device("cpu"))
-    config = resolve_config(place.config, replace(alone, device=device))
+    config = resolve_config(stage.config, replace(alone, device=device))
     if options.no_data:
         config = replace(config, data=replace(config.data, sources=(), validation=()))
-    data = open_data(config, alone, place=replace(place, config=config))
+    data = open_data(config, alone, stage=replace(stage, config=config))
     sharing = options.ranks if device.type == "cpu" else 1  # processes of one machine; a GPU is its rank's alone
     memory = options.memory * GIB if options.memory else total_memory(device) / sharing
     found = plan_run(config, data, options.ranks, memory)

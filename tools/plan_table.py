@@ -29,12 +29,12 @@ def report_lines(plan: Plan) -> list[str]:
 
 def _parts(plan: Plan) -> list[str]:
     """Return the lines that show what each part takes on a rank of the configured strategy."""
-    heavy, (footprint, *_) = plan.heavy, plan.strategies.values()
+    scenario, (footprint, *_) = plan.scenario, plan.strategies.values()
     held = {part.part: part for part in footprint.holdings}
-    ranks, strategy = heavy.num_ranks, heavy.config.parallel.strategy
+    ranks, strategy = scenario.num_ranks, scenario.config.parallel.strategy
     lines = [f"sizes are those on each of {ranks} ranks with parallel.strategy = {strategy!r}"] if ranks > 1 else []
     lines += [f"{'part':<17}{'parameters':>15}{'trainable':>15}  {'tune':<10}{'weights':>12}{'gradients':>12}{'optimizer':>12}"]
-    for row in part_table(on_meta(heavy.card, heavy.config.parallel, computes=False), heavy.card.model):
+    for row in part_table(on_meta(scenario.card, scenario.config.parallel, computes=False), scenario.card.model):
         part = held[row.part]
         sizes = "".join(f"{exact_size(value):>12}" for value in (part.weights + part.buffers, part.gradients, part.optimizer))
         lines.append(f"{row.part:<17}{row.num_parameters:>15,}{row.num_trainable:>15,}  {row.tune:<10}{sizes}")
@@ -43,7 +43,7 @@ def _parts(plan: Plan) -> list[str]:
 
 def _strategies(plan: Plan) -> list[str]:
     """Return the lines that show all strategies side by side; the configured one is marked."""
-    config, ranks = plan.heavy.config, plan.heavy.num_ranks
+    config, ranks = plan.scenario.config, plan.scenario.num_ranks
     names = [f"{name} *" if i == 0 and ranks > 1 else name for i, name in enumerate(plan.strategies)]
     if ranks == 1:
         names = ["one process"]
@@ -63,10 +63,10 @@ def _strategies(plan: Plan) -> list[str]:
 
 
 def _run(plan: Plan) -> list[str]:
-    heavy, calendar = plan.heavy, plan.calendar
+    scenario, calendar = plan.scenario, plan.calendar
     lines = [
-        f"heaviest    {describe_batch(heavy.batch())}",
-        f"            one of {heavy.num_micro_batches} micro-batch(es) in its step, computing in {heavy.card.model.dtype}",
+        f"heaviest    {describe_batch(scenario.batch())}",
+        f"            one of {scenario.num_micro_batches} micro-batch(es) in its step, computing in {scenario.card.model.dtype}",
     ]
     if calendar:
         lines.append(
@@ -77,7 +77,7 @@ def _run(plan: Plan) -> list[str]:
             lines.append(f"lengths     {plan.lengths}: python -m tools.check_data measures every record, as a packed run does")
     else:
         lines.append("steps       not known without the data; samples of data.max_length tokens were made up")
-    kept = heavy.config.checkpoint.keep
+    kept = scenario.config.checkpoint.keep
     lines.append(f"checkpoint  {exact_size(plan.checkpoint_bytes)} of tensors each")
     lines.append(f"final       {exact_size(plan.final_bytes)} of weights")
     most = plan.checkpoint_bytes * (kept + 1) + plan.final_bytes
@@ -97,16 +97,20 @@ def _advice(plan: Plan) -> list[str]:
 
 def as_json(plan: Plan) -> dict[str, object]:
     """Return the plan for programs, with sizes in bytes."""
-    heavy = plan.heavy
-    batch = heavy.batch()
+    scenario = plan.scenario
+    batch = scenario.batch()
     strategies = {name: _sizes(found) for name, found in plan.strategies.items()}
     configured = next(iter(plan.strategies.values()))
     return {
-        "ranks": heavy.num_ranks,
-        "strategy": heavy.config.parallel.strategy,
+        "ranks": scenario.num_ranks,
+        "strategy": scenario.config.parallel.strategy,
         "parts": {part.part: {k: v for k, v in asdict(part).items() if k != "part"} for part in configured.holdings},
         "strategies": strategies,
-        "heaviest": {"samples": len(heavy.samples), "tokens": batch.input_ids.numel(), "micro_batches": heavy.num_micro_batches},
+        "heaviest": {
+            "samples": len(scenario.samples),
+            "tokens": batch.input_ids.numel(),
+            "micro_batches": scenario.num_micro_batches,
+        },
         **plan.calendar,
         **({"lengths": plan.lengths} if plan.calendar else {}),
         "checkpoint_bytes": plan.checkpoint_bytes,

@@ -26,13 +26,13 @@ class OptimConfig:
     eps: float = 1e-8
     clip_norm: float = 1.0
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_ratio: float | None = None
+    warmup_ratio: float | None = None  # neither warmup_ratio nor warmup_steps: 0.03
     warmup_steps: int | None = None
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    epochs: float | None = None
+    epochs: float | None = None  # neither epochs nor max_steps: 1 epoch
     max_steps: int | None = None
     deterministic: bool = False
 

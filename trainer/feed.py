@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 
-from data.loader import MicroBatch, train_batches
+from data.loader import LoadOptions, MicroBatch, train_batches
 from data.workers import Reading, describe_sample
 from trainer.faults.phase_tracker import PhaseTracker
 from trainer.memory.sample_cost import sample_costs
@@ -17,9 +17,9 @@ from trainer.setup import PreparedRun
 class Feed:
     """The micro-batches of a stage's steps, in order."""
 
-    def __init__(self, setup: PreparedRun, bookkeeping: Bookkeeping, watch: PhaseTracker) -> None:
-        self.train, self.sampler = setup.data.training()
-        self.setup, self.bookkeeping, self.watch = setup, bookkeeping, watch
+    def __init__(self, prepared: PreparedRun, books: Bookkeeping, tracker: PhaseTracker) -> None:
+        self.train, self.sampler = prepared.data.training()
+        self.prepared, self.books, self.tracker = prepared, books, tracker
         self._left_out: frozenset[int] = frozenset()
         self._batches: Iterator[list[MicroBatch]] | None = None
 
@@ -27,7 +27,7 @@ class Feed:
         """Return this rank's micro-batches of `step` and the seconds they were waited for. Collective, as `_open_epoch` is."""
         batches = self._open_epoch(step)
         started = time.perf_counter()
-        self.watch.at("data", self.setup.place.first_step + step)
+        self.tracker.begin("data", self.prepared.stage.first_step + step)
         return next(batches), time.perf_counter() - started
 
     def _open_epoch(self, step: int) -> Iterator[list[MicroBatch]]:
@@ -38,27 +38,28 @@ class Feed:
         steps_per_epoch = self.sampler.steps_per_epoch
         if self._batches is not None and step % steps_per_epoch:
             return self._batches
-        self.watch.at("log", self.setup.place.first_step + step)
-        self.bookkeeping.flush(step)
-        left_out = self.bookkeeping.quarantine.out_at(step, steps_per_epoch)
+        self.tracker.begin("log", self.prepared.stage.first_step + step)
+        self.books.flush(step)
+        left_out = self.books.quarantine.excluded_at(step, steps_per_epoch)
         if self._batches is None or left_out != self._left_out:
             self._left_out, self._batches = left_out, self._start_workers(step, left_out)
         return self._batches
 
     def _start_workers(self, first_step: int, left_out: frozenset[int]) -> Iterator[list[MicroBatch]]:
         """Return the batches from `first_step` on, made by new workers that know which records are left out."""
-        setup, config = self.setup, self.setup.config
+        prepared, config = self.prepared, self.prepared.config
         self.train.exclude(left_out)
         return train_batches(
             self.train,
             self.sampler,
-            setup.batch_plan,
-            pad_id=setup.data.pad_id,
-            rank=setup.world.rank,
-            first_step=first_step,
-            last_step=setup.total_steps,
-            workers=config.data.workers,
-            pin_memory=setup.world.device.type == "cuda",
-            costs=sample_costs(setup.model, config.model, self.train) if config.data.packing else None,
-            reading=self.watch.read(Reading(config.data.workers), partial(describe_sample, self.train)),
+            prepared.batch_plan,
+            LoadOptions(
+                pad_id=prepared.data.pad_id,
+                rank=prepared.world.rank,
+                workers=config.data.workers,
+                pin_memory=prepared.world.device.type == "cuda",
+                reading=self.tracker.watch_workers(Reading(config.data.workers), partial(describe_sample, self.train)),
+            ),
+            range(first_step, prepared.total_steps),
+            costs=sample_costs(prepared.model, config.model, self.train) if config.data.packing else None,
         )

@@ -21,7 +21,7 @@ from trainer.supervise import refuse, run_supervised
 
 
 def run(config: RunConfig, world: World | None = None) -> int:
-    """Train as `config` says and return the exit code. Errors are reported in one line, and in exit.json."""
+    """Train as `config` says and return the exit code. An error is reported by one rank, and in exit.json."""
     return run_supervised(train, config, world)
 
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load_config(arguments.cfg, arguments.overrides)
     except Exception as error:
-        # Every rank reads the same file and finds the same: one of them reports.
+        # Every rank reads the same file and fails in the same way: rank 0 reports.
         if int(os.environ.get("RANK", "0")) == 0:
             refuse(error, arguments.cfg, arguments.overrides)
         return code_of(error)

@@ -105,7 +105,7 @@ class Meter:
         self.skipped: list[Tensor] = []
         self.num_skipped = 0
         self.wait = 0.0
-        self.since = time.perf_counter()
+        self.started_at = time.perf_counter()
 
     def add(self, batches: list[Batch], result: StepResult, wait: float) -> None:
         """Add one step. `wait`: seconds for which this rank waited for its data."""
@@ -124,7 +124,7 @@ class Meter:
         wait = torch.tensor([self.wait], dtype=torch.float64, device=self.world.device)
         flat = self.world.sum(torch.cat([sums.flatten(), wait]))
         found = flat[:-1].view_as(sums).tolist()
-        seconds = time.perf_counter() - self.since
+        seconds = time.perf_counter() - self.started_at
         return {
             "sums": found,
             "ratios": self.ratios.total(self.world),
@@ -146,7 +146,7 @@ class Meter:
         """Restore the `state` of a checkpoint; rank 0 holds all sums, so that they count once."""
         totals = cast(MeterTotals, _changed(totals, lambda number: math.nan if number is None else number))
         self.num_skipped = totals["skipped"]
-        self.since -= totals["seconds"]
+        self.started_at -= totals["seconds"]
         device = self.world.device
         for name, ratio in totals.get("ratios", {}).items():  # checkpoints from before there were other terms have none
             before = torch.tensor(ratio, dtype=torch.float64, device=device)

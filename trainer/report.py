@@ -15,38 +15,38 @@ from trainer.schedule import warmup_steps
 from trainer.setup import PreparedRun
 
 
-def describe_run(setup: PreparedRun, certificates: list[str], resume: Path | None, damaged: list[str]) -> str:
+def describe_run(prepared: PreparedRun, certificates: list[str], resume: Path | None, damaged: list[str]) -> str:
     """Describe parts, batch arithmetic, sharding, data and the resume point, for people."""
-    place, origin = setup.place, setup.config.model.init_from or "the bases"
-    lines = ["", f"{place}, from {origin}"] if place.name else []
-    lines += [*_parts(setup), "", *_batches(setup)]
+    stage, origin = prepared.stage, prepared.config.model.init_from or "the bases"
+    lines = ["", f"{stage}, from {origin}"] if stage.name else []
+    lines += [*_parts(prepared), "", *_batches(prepared)]
     lines += [f"data      {line}" for line in certificates]
     lines += [f"aside     {text}" for text in damaged]
-    lines.append(f"start     {'from ' + str(resume) if resume else 'fresh'}, writing to {place.folder}")
+    lines.append(f"start     {'from ' + str(resume) if resume else 'fresh'}, writing to {stage.folder}")
     return "\n".join(lines)
 
 
-def _parts(setup: PreparedRun) -> list[str]:
-    config = setup.config
+def _parts(prepared: PreparedRun) -> list[str]:
+    config = prepared.config
     rates = learning_rates(config.model, config.optim)
     head = f"{'part':<18}{'parameters':>15}{'trainable':>15}  {'tune':<10}{'lr':>10}{'weight decay':>14}"
     rows = [head]
-    for row in part_table(setup.model, config.model):
+    for row in part_table(prepared.model, config.model):
         lr, decay = ("-", "-") if row.num_trainable == 0 else (f"{rates[row.part]:.3g}", f"{config.optim.weight_decay:g}")
         rows.append(f"{row.part:<18}{row.num_parameters:>15,}{row.num_trainable:>15,}  {row.tune:<10}{lr:>10}{decay:>14}")
-    return [*rows, *_experts(setup)]
+    return [*rows, *_experts(prepared)]
 
 
-def _experts(setup: PreparedRun) -> list[str]:
+def _experts(prepared: PreparedRun) -> list[str]:
     """Describe the expert weights that LoRA does not reach, where a person looks for the parts that learn."""
-    experts = fused_parameters(setup.model.llm)
-    if not experts or setup.config.model.llm.tune != "lora":
+    experts = fused_parameters(prepared.model.llm)
+    if not experts or prepared.config.model.llm.tune != "lora":
         return []
     return [f"experts   stay as they are: LoRA reaches linear layers, not the {len(experts)} fused parameters as llm.{experts[0]}"]
 
 
-def _batches(setup: PreparedRun) -> list[str]:
-    config, world, sampler = setup.config, setup.world, setup.data.sampler
+def _batches(prepared: PreparedRun) -> list[str]:
+    config, world, sampler = prepared.config, prepared.world, prepared.data.sampler
     per_rank = -(-config.batch.global_batch_size // world.size)
     strategy = describe_sharing(config.parallel, world.size)
     if config.data.packing:
@@ -58,18 +58,18 @@ def _batches(setup: PreparedRun) -> list[str]:
         f"batch     {config.batch.global_batch_size} samples per step on {world.size} rank(s): {shared}",
         f"parallel  {strategy} on {world.device.type}, computing in {config.model.dtype}, "
         f"activation checkpointing {config.parallel.activation_checkpointing}",
-        *_quantised(setup),
+        *_quantised(prepared),
     ]
     if sampler is not None:
         lines.append(
-            f"steps     {setup.total_steps} in all, {sampler.steps_per_epoch} per epoch of {sampler.samples_per_epoch:,} samples, "
-            f"{warmup_steps(config.optim, setup.total_steps)} of warm-up, {config.optim.schedule}"
+            f"steps     {prepared.total_steps} in all, {sampler.steps_per_epoch} per epoch of {sampler.samples_per_epoch:,} "
+            f"samples, {warmup_steps(config.optim, prepared.total_steps)} of warm-up, {config.optim.schedule}"
         )
-        hint = "" if setup.data.lengths_kind == EXACT else "; before a first start, python -m tools.check_data makes them exact"
-        lines.append(f"lengths   {setup.data.lengths_kind}, for the whole run{hint}")
-        if note := positions_note(setup.data.card.hugging_face["llm"], config.data.max_length):
+        hint = "" if prepared.data.lengths_kind == EXACT else "; before a first start, python -m tools.check_data makes them exact"
+        lines.append(f"lengths   {prepared.data.lengths_kind}, for the whole run{hint}")
+        if note := positions_note(prepared.data.card.hugging_face["llm"], config.data.max_length):
             lines.append(f"positions {note}")
-        lines += [f"mix       {text}" for pool in setup.data.pools if (text := str(pool))]
+        lines += [f"mix       {text}" for pool in prepared.data.pools if (text := str(pool))]
     return lines
 
 
@@ -82,15 +82,15 @@ def describe_sharing(config: ParallelConfig, num_ranks: int) -> str:
     return config.strategy
 
 
-def _quantised(setup: PreparedRun) -> list[str]:
+def _quantised(prepared: PreparedRun) -> list[str]:
     """Describe the memory of the quantised matrices of the language model, and their memory in the dtype of the computation."""
-    config, layers = setup.config.quantize, [layer for _, layer in quantised(setup.model)]
+    config, layers = prepared.config.quantize, [layer for _, layer in quantised(prepared.model)]
     if not layers:
         return []
     taken = sum(p.numel() for layer in layers for p in (layer.codes, layer.scales))
-    whole = sum(layer.in_features * layer.out_features for layer in layers) * setup.model.dtype.itemsize
+    whole = sum(layer.in_features * layer.out_features for layer in layers) * prepared.model.dtype.itemsize
     kind = f" ({config.type}{', double' if config.double else ''})" if config.bits == 4 else ""
     return [
         f"quantised {len(layers)} matrices of llm in {config.bits} bits{kind}: {taken / 2**20:,.1f} MiB in place of "
-        f"{whole / 2**20:,.1f} in {setup.config.model.dtype}; head, embeddings and norms stay as they are"
+        f"{whole / 2**20:,.1f} in {prepared.config.model.dtype}; head, embeddings and norms stay as they are"
     ]

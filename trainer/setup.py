@@ -37,7 +37,7 @@ class PreparedRun:
     wrapped: nn.Module  # the module to call: the model, its FSDP2 form, or DDP around it
     trained: Trained | None  # None when nothing learns
     total_steps: int
-    place: Stage
+    stage: Stage
 
     @property
     def batch_plan(self) -> BatchPlan:
@@ -69,12 +69,12 @@ def num_steps(config: RunConfig, data: RunData) -> int:
     return math.ceil((config.train.epochs or 0) * steps)
 
 
-def build_run(place: Stage, data: RunData, world: World, alive: Callable[[str], object] = lambda at: None) -> PreparedRun:
+def build_run(stage: Stage, data: RunData, world: World, on_progress: Callable[[str], object] = lambda at: None) -> PreparedRun:
     """Build the model and optimizer: structure on meta, sharding, then this rank's own rows of the weights. Collective.
 
-    `alive` is called with the weights that are being read. Raises `ConfigError` when a proof fails.
+    `on_progress` is called with the weights that are being read. Raises `ConfigError` when a proof fails.
     """
-    config = place.config
+    config = stage.config
     model = assemble(data.card, DTYPES[config.model.dtype])
     if config.parallel.activation_checkpointing != "none":
         checkpoint_activations(model, config.parallel.activation_checkpointing)
@@ -82,18 +82,18 @@ def build_run(place: Stage, data: RunData, world: World, alive: Callable[[str], 
     if sharded:
         shard(model, config.parallel, world)
     layers = weight_layers(data.card, model, config.seed)
-    materialise(model, layers, frozen_dtype=model.dtype, device=world.device, alive=alive)
+    materialise(model, layers, frozen_dtype=model.dtype, device=world.device, on_progress=on_progress)
     learns = {name: p for name, p in model.named_parameters() if p.requires_grad}
     total = num_steps(config, data)
     if not learns or total == 0:
-        return PreparedRun(config, world, data, model, model, None, total, place)
+        return PreparedRun(config, world, data, model, model, None, total, stage)
     wrapped = model if sharded else replicate(model, world)
     model.train()
     prove_gradients(wrapped, model, data.pad_id, world)
     if config.data.packing:
         prove_isolation(model, data.pad_id, world)
     optimizer = build_optimizer(model, config.model, config.optim)
-    return PreparedRun(config, world, data, model, wrapped, Trained(dict(learns), optimizer), total, place)
+    return PreparedRun(config, world, data, model, wrapped, Trained(dict(learns), optimizer), total, stage)
 
 
 def prove_gradients(wrapped: nn.Module, model: MultimodalLM, pad_id: int, world: World) -> None:

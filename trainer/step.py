@@ -26,9 +26,20 @@ class StepResult:
     grad_norm: Tensor  # () over all ranks, before clipping
     skipped: Tensor  # () 1.0 where the update was skipped because the norm is not finite
     ratios: list[dict[str, Tensor]]  # what other terms report, (2,) sum and count by name, per micro-batch
-    losses: Tensor  # (micro-batches,) this rank's share of the loss
+    losses: Tensor  # (micro-batches,) this rank's part of the loss
     norms: Tensor  # (parameters,) of this rank's gradients, in the order of the optimizer's groups: which one was not finite
-    heard: Tensor  # (len(told),) sums of `told` over all ranks
+    extra_sums: Tensor  # (len(extra),) sums of `extra` over all ranks
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """Settings of one step, beside model, optimizer and batches."""
+
+    seed: int  # of the run; with `step`, the rank and the micro-batch it is the seed of dropout
+    step: int  # 0-based, of the stage
+    clip_norm: float  # 0: no clipping
+    extra: Sequence[float | Tensor] = ()  # numbers of this rank, summed over ranks in the same collective as the counts
+    mark: Callable[[str], None] = lambda phase: None  # called with the name of each phase
 
 
 def train_step(
@@ -36,66 +47,59 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     batches: list[Batch],
     world: World,
-    *,
-    seed: int,
-    step: int,
-    clip_norm: float,
-    told: Sequence[float | Tensor] = (),
-    mark: Callable[[str], None] = lambda phase: None,
+    options: StepOptions,
 ) -> StepResult:
-    """Update the parameters on the sum of all terms, each the mean over what the term counts in the global batch. No host sync.
+    """Update the parameters on the weighted sum of all terms, each a mean over what it counts in the global batch. No host sync.
 
-    A term has one denominator, its count over all micro-batches and ranks: each micro-batch adds its sum divided by it, and
-    gradients are summed over ranks, so the result does not depend on how the samples were distributed.
-
-    `told`: numbers of this rank that are summed over ranks in the same collective as the counts; `mark` is called with the name of
-    each phase.
+    A term has one divisor, its count over all micro-batches and ranks divided by its coefficient: each micro-batch adds its sum
+    divided by it, and gradients are summed over ranks, so the result does not depend on how the samples were distributed.
     """
+    mark = options.mark
     mark("count")
-    shares, heard = loss_divisors(wrapped, batches, world, told)
+    divisors, extra_sums = loss_divisors(wrapped, batches, world, options.extra)
     addends: list[Tensor] = []
     ratios: list[dict[str, Tensor]] = []
     losses: list[Tensor] = []
     for i, batch in enumerate(batches):
         # Dropout depends on these four numbers alone, so a resumed run draws the same numbers.
-        seed_dropout(seed_of(seed, step, world.rank, i), world.device)
+        seed_dropout(seed_of(options.seed, options.step, world.rank, i), world.device)
         with gradient_sync(wrapped, last=i == len(batches) - 1):
             mark("forward")
             terms: dict[str, Term] = wrapped(batch)
-            # One backward on the sum: a sharded block must not be reached by a router's term before that of the text.
-            loss = total_loss(terms, shares)
+            # One backward on the sum of all terms: FSDP2 gathers and frees a block's weights once per backward.
+            loss = total_loss(terms, divisors)
             mark("backward")
-            # A loss that is not finite may have finite gradients; times NaN they are not, and every rank skips the update.
+            # A non-finite loss may have finite gradients. Times NaN they are not finite either, and every rank skips the update.
             loss.backward(1 + 0 * loss.detach())
         addends.append(terms["text"].addends)
         ratios.append(ratios_of(terms))
         losses.append(loss.detach())
     mark("update")
-    norm, norms = gradient_norm(p for group in optimizer.param_groups for p in group["params"])  # collective
-    skipped = clipped_update(optimizer, norm, clip_norm)
-    return StepResult(addends, norm, skipped, ratios, torch.stack(losses), norms, heard)
+    norm, norms = gradient_norm(p for group in optimizer.param_groups for p in group["params"])  # collective if sharded
+    skipped = clipped_update(optimizer, norm, options.clip_norm)
+    return StepResult(addends, norm, skipped, ratios, torch.stack(losses), norms, extra_sums)
 
 
 def loss_divisors(
-    wrapped: nn.Module, batches: list[Batch], world: World, told: Sequence[float | Tensor] = ()
+    wrapped: nn.Module, batches: list[Batch], world: World, extra: Sequence[float | Tensor] = ()
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the divisor of each term's sum, and the sums of `told` over all ranks. One collective, no host sync.
+    """Return the divisor of each term's sum, and the sums of `extra` over all ranks. One collective, no host sync.
 
     A divisor is the count of the term over all ranks, divided by the coefficient of the term.
     """
     model: Any = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
-    found = [*model.counts(batches).values(), *told]
+    found = [*model.counts(batches).values(), *extra]
     on_device = [c if isinstance(c, Tensor) else torch.full((), c, device=world.device) for c in found]
     sums = world.sum(torch.stack(on_device))  # collective
-    counts, heard = sums[: len(sums) - len(told)], sums[len(sums) - len(told) :]
+    counts, extra_sums = sums[: len(sums) - len(extra)], sums[len(sums) - len(extra) :]
     # Where nothing was counted the sum is zero as well. A count may be a sum of weights, and lie between 0 and 1.
     counts = counts + (counts == 0)
-    return {name: count / factor for (name, factor), count in zip(model.coefficients().items(), counts.unbind())}, heard
+    return {name: count / factor for (name, factor), count in zip(model.coefficients().items(), counts.unbind())}, extra_sums
 
 
-def total_loss(terms: dict[str, Term], shares: dict[str, Tensor]) -> Tensor:
+def total_loss(terms: dict[str, Term], divisors: dict[str, Tensor]) -> Tensor:
     """Return () this micro-batch's part of the loss of the step."""
-    return torch.stack([term.sum / shares[name] for name, term in terms.items()]).sum()
+    return torch.stack([term.sum / divisors[name] for name, term in terms.items()]).sum()
 
 
 def ratios_of(terms: dict[str, Term]) -> dict[str, Tensor]:

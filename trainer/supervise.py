@@ -16,7 +16,7 @@ from trainer.distributed.rank_consistency import check_same_settings
 from trainer.distributed.world import World, die_with_parent, start_world, stop_world
 from trainer.errors import INTERNAL, SaveError, code_of
 from trainer.faults import exit_report, signals
-from trainer.faults.exit_report import INTERRUPT, RunStatus, clear_exit_report, write_exit_report
+from trainer.faults.exit_report import INTERRUPT, RunEnd, RunStatus, clear_exit_report, write_exit_report
 from trainer.faults.watchdog import Watchdog
 from trainer.machine.atomic_files import make_folder
 from trainer.machine.folder_lock import FolderLock
@@ -29,7 +29,7 @@ Train = Callable[[RunConfig, World, RunStatus], None]
 
 
 def run_supervised(train: Train, config: RunConfig, world: World | None = None) -> int:
-    """Call `train` as `config` says and return the exit code. Errors are reported in one line, and in exit.json."""
+    """Call `train` as `config` says and return the exit code. An error is reported by one rank, and in exit.json."""
     rank, folder, status = int(os.environ.get("RANK", "0")), Path(config.output_dir), RunStatus()
     lock: FolderLock | None = None
     raise_limit()
@@ -56,14 +56,14 @@ def run_watched(train: Train, config: RunConfig, world: World | None, status: Ru
     own, folder = world is None, Path(config.output_dir)
     world = world or start_world()
     status.has_met = True
-    watchdog = Watchdog(status.watch, world, folder, config.faults.stall_seconds, lock).start()
+    watchdog = Watchdog(status.tracker, world, folder, config.faults.stall_seconds, lock).start()
     code = errors.DONE
     try:
         config = resolve_config(config, world)
         check_same_settings(config, world)
         train(config, world, status)
         if world.is_main:
-            exit_report.record_exit(folder, errors.DONE, "done", status.step, world.rank)
+            exit_report.record_exit(folder, RunEnd(errors.DONE, "done", status.step, world.rank))
     except (Exception, KeyboardInterrupt) as error:
         code = report_end(error, folder, status, world.rank, watchdog)
     finally:
@@ -82,7 +82,7 @@ def report_end(error: BaseException, folder: Path, status: RunStatus, rank: int,
     except RuntimeError as later:
         before, error = None, later
     try:
-        return report_failure(status.watch.explained(error), folder, status.step, rank, watchdog)
+        return report_failure(status.tracker.explained(error), folder, status.step, rank, watchdog)
     finally:
         watchdog.stop()
         if before is not None:
@@ -98,15 +98,14 @@ def report_failure(
     reason = INTERRUPT if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
     shown = error if code == INTERNAL else None
     if watchdog is None:
-        write_exit_report(output_dir, code, reason, step, rank, error=shown)
+        write_exit_report(output_dir, RunEnd(code, reason, step, rank), error=shown)
         return code
-    found = watchdog.failed(error, code, reason)
+    found = watchdog.agree_on_failure(error, code, reason)
     speaks, is_own = found.by == rank, found.by == found.culprit == rank
     if not speaks:
         time.sleep(0.5)  # the rank that found out reports, unless it has died since
-    write_exit_report(
-        output_dir, found.code, found.reason, step if is_own else found.step, found.culprit, speaks, shown if is_own else None
-    )
+    end = RunEnd(found.code, found.reason, step if is_own else found.step, found.culprit)
+    write_exit_report(output_dir, end, speaks=speaks, error=shown if is_own else None)
     return found.code
 
 

@@ -12,7 +12,7 @@ from data.records.turns import MARKS
 from data.text.abilities import Message
 from data.text.chat_formats import FORMATS
 from data.text.messages import media_kinds
-from data.text.render import apply
+from data.text.render import TemplateInputs, apply
 from data.text.rounds import TooLongError
 from data.text.template import Encoded, Template
 from model.errors import DataError
@@ -64,12 +64,12 @@ def certify(
     source_key: str,
     num_rows: int = 8,
     max_length: int | None = None,
-    alive: Callable[[str], object] = lambda at: None,
+    on_progress: Callable[[str], object] = lambda at: None,
 ) -> Certificate:
     """Check up to `num_rows` rows spread over the source; rows that break the rules of records are passed over.
 
-    `alive` is called with the place of the row that is next. Raises `DataError` if a row's ids differ from the reference, an answer
-    or its end is not learned, anything else is learned, or the prompt's ids are no prefix of the row's; or if no row can be
+    `on_progress` is called with the place of the row that is next. Raises `DataError` if a row's ids differ from the reference, an
+    answer or its end is not learned, anything else is learned, or the prompt's ids are no prefix of the row's; or if no row can be
     encoded for another reason than its length.
     """
     rows: list[int] = []
@@ -78,7 +78,7 @@ def certify(
     for i in _spread(len(index), 8 * num_rows):
         if len(rows) == num_rows:
             break
-        alive(index.where(i))
+        on_progress(index.where(i))
         try:
             record = parse(index.raw(i), index.where(i), index.name(i))
             encoded = encode_proven(template, record, max_length)
@@ -150,9 +150,9 @@ def _reference_problem(template: Template, record: Record, ids: list[int]) -> st
 
 def _reference_text(template: Template, record: Record, messages: list[Message], source: str) -> str:
     """Return the template's own rendering, up to the end of an interrupted answer."""
-    kinds = media_kinds(record)
-    text = apply(template.tokenizer, source, messages, kinds, record.tools)
+    inputs = TemplateInputs(media_kinds(record), record.tools)
+    text = apply(template.tokenizer, source, messages, inputs)
     if not record.interrupted or messages[-1]["role"] != "assistant":
         return text
-    marked = apply(template.tokenizer, source, [*messages[:-1], {**messages[-1], "content": MARKS[0]}], kinds, record.tools)
+    marked = apply(template.tokenizer, source, [*messages[:-1], {**messages[-1], "content": MARKS[0]}], inputs)
     return text.removesuffix(marked.rpartition(MARKS[0])[2])

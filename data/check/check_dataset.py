@@ -65,22 +65,22 @@ def check_dataset(
     depth: Depth = Depth(),
     workers: int = 1,
     name: str = "check",
-    alive: Callable[[str], object] = lambda at: None,
+    on_progress: Callable[[str], object] = lambda at: None,
 ) -> list[SourceFound]:
     """Check every record of `dataset`: find everything that is wrong with any of them, and what the sources hold.
 
     Results are written to `index_folder` as soon as a part is done, lengths as soon as a source is done: a check that was stopped
-    continues where it was. `workers` processes share the work; the result does not depend on their number. `alive` is called now
-    and then with the record that one of them is at. Raises `RuntimeError` if a process dies.
+    continues where it was. `workers` processes share the work; the result does not depend on their number. `on_progress` is called
+    now and then with the record that one of them is at. Raises `RuntimeError` if a process dies.
     """
     names = source_identities(dataset)
     parts = [part for source_id, name in enumerate(names) for part in parts_of(dataset, source_id, index_folder, name)]
     cached = np.zeros(len(parts), dtype=bool)
     with tqdm(total=len(dataset), desc=name, unit="record", unit_scale=True, delay=1, dynamic_ncols=True) as bar:
-        for place, was_cached in _work(parts, lambda part, tell: check_part(dataset, part, depth, tell), workers, alive):
+        for place, was_cached in _work(parts, lambda part, tell: check_part(dataset, part, depth, tell), workers, on_progress):
             cached[place] = was_cached
             bar.update(parts[place].stop - parts[place].start)
-            alive(dataset.where(parts[place].start))
+            on_progress(dataset.where(parts[place].start))
     results = []
     for source_id, (source, identity) in enumerate(zip(dataset.sources, names)):
         own = [place for place, part in enumerate(parts) if part.source_id == source_id]
@@ -101,17 +101,19 @@ def parts_of(dataset: MultimodalDataset, source_id: int, index_folder: Path, ide
     ]
 
 
-def check_part(dataset: MultimodalDataset, part: Part, depth: Depth, alive: Callable[[str], object] = lambda at: None) -> bool:
+def check_part(
+    dataset: MultimodalDataset, part: Part, depth: Depth, on_progress: Callable[[str], object] = lambda at: None
+) -> bool:
     """Check the records of `part` and write the results. Return whether they were there already.
 
-    `alive` is called with the place of the record that is next.
+    `on_progress` is called with the place of the record that is next.
     """
     known = read_part(part.path, decode=depth.decode, near=depth.near)
     if known is not None and is_current(known):
         return True
     checked = []
     for i in range(part.start, part.stop):
-        alive(dataset.where(i))
+        on_progress(dataset.where(i))
         checked.append(check_record(dataset, i, decode=depth.decode, near=depth.near))
     write_check_part(part.path, collect_results(checked), decode=depth.decode, near=depth.near)
     return False
@@ -140,14 +142,16 @@ def _read(path: Path) -> Found:
     return replace(found, files=found.missing)  # frees the others before the next part is read
 
 
-_Alive = Callable[[str], object]
+_OnProgress = Callable[[str], object]
 
 
-def _work(parts: Sequence[Part], work: Callable[[Part, _Alive], bool], workers: int, alive: _Alive) -> Iterator[tuple[int, bool]]:
+def _work(
+    parts: Sequence[Part], work: Callable[[Part, _OnProgress], bool], workers: int, on_progress: _OnProgress
+) -> Iterator[tuple[int, bool]]:
     """Run work(part, alive) for all parts; yield (place of the part, result) as they are done, in any order."""
     workers = min(workers, len(parts) // 2)  # a process is not worth starting for less
     if workers < 2:
-        yield from ((place, work(part, alive)) for place, part in enumerate(parts))
+        yield from ((place, work(part, on_progress)) for place, part in enumerate(parts))
         return
     context = multiprocessing.get_context("fork")  # the dataset is shared, never copied
     counter, lock, parent = context.RawValue("q", 0), context.Lock(), os.getpid()
@@ -176,14 +180,14 @@ def _work(parts: Sequence[Part], work: Callable[[Part, _Alive], bool], workers: 
             theirs.close()  # otherwise the end of the child would never be seen here
             pipes.append(ours)
             processes.append(process)
-        yield from _answers(pipes, alive)
+        yield from _answers(pipes, on_progress)
     finally:
         for process in processes:
             process.kill()
             process.join()
 
 
-def _sender(pipe: Connection) -> _Alive:
+def _sender(pipe: Connection) -> _OnProgress:
     """Return a function that sends this process's position to its parent, once a second at most."""
     last_sent = 0.0
 
@@ -196,8 +200,8 @@ def _sender(pipe: Connection) -> _Alive:
     return send
 
 
-def _answers(pipes: list[Connection], alive: _Alive) -> Iterator[tuple[int, bool]]:
-    """Yield the results that workers send, until all are done; pass their positions on to `alive`."""
+def _answers(pipes: list[Connection], on_progress: _OnProgress) -> Iterator[tuple[int, bool]]:
+    """Yield the results that workers send, until all are done; pass their positions on to `on_progress`."""
     working = list(pipes)
     while working:
         for pipe in wait(working):
@@ -212,7 +216,7 @@ def _answers(pipes: list[Connection], alive: _Alive) -> Iterator[tuple[int, bool
                 working.remove(pipe)
                 continue
             if answer.startswith(_AT):
-                alive(answer.removeprefix(_AT).decode())
+                on_progress(answer.removeprefix(_AT).decode())
                 continue
             if answer.startswith(b"failed"):
                 code = int(answer.split()[1])

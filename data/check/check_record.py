@@ -16,7 +16,7 @@ from data.check.certificate import encode_proven
 from data.check.picture_hash import picture_hash
 from data.dataset import MultimodalDataset, root_of
 from data.media import image
-from data.media.blob import Blob, MediaError
+from data.media.blob import Blob, MediaError, inline_blob
 from data.media.record_media import RecordMedia
 from data.media.sound import is_unsized
 from data.records.fields import record_line
@@ -161,7 +161,7 @@ def _problem(dataset: MultimodalDataset, i: int, error: Exception) -> Problem:
     if isinstance(error, RecordError):
         kind = TOO_LONG if isinstance(error, TooLongError) else BAD
         return Problem(kind, error.where, error.id, error.field, error.reason)
-    _, index, row = dataset.place(i)
+    _, index, row = dataset.locate(i)
     return Problem(BAD, index.where(row), index.name(row), "record", f"cannot be used: {type(error).__name__}: {error}")
 
 
@@ -170,9 +170,9 @@ def _watched(dataset: MultimodalDataset, i: int, ref: MediaRef) -> str:
 
     When that file changes, the result for the medium is stale.
     """
-    source_id, index, row = dataset.place(i)
+    source_id, index, row = dataset.locate(i)
     try:
-        if index.blob(row, ref) is not None:
+        if inline_blob(ref.path) is not None or index.blob(row, ref) is not None:
             return ""
         root = root_of(dataset.sources[source_id], ref)
     except MediaError:

@@ -32,7 +32,7 @@ class RecordReader(Protocol):
     def blob(self, i: int, ref: MediaRef) -> Blob | None:
         """Return the place of a medium of record `i` if the records' own file holds it, else None. Raises `MediaError`."""
 
-    def place(self, i: int) -> str:
+    def describe_position(self, i: int) -> str:
         """Return where record `i` is in its file, for messages: a line, a row, a key."""
 
 
@@ -58,7 +58,7 @@ class JsonRows:
     def blob(self, i: int, ref: MediaRef) -> Blob | None:
         return None
 
-    def place(self, i: int) -> str:
+    def describe_position(self, i: int) -> str:
         return str(self._table.line[i])
 
 

@@ -14,6 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data.config import DataConfig, SourceConfig
+from data.index.compressed import check_opener, is_compressed, unpacked
+from data.index.dataset_folder import arrow_files
 from data.index.json_scan import Advance, scan
 from data.index.parquet import ParquetRows, scan_parquet
 from data.index.reader import JsonRows, RecordReader, RowError
@@ -44,6 +46,7 @@ FORMATS = {
     ".json": SourceFormat(scan, JsonRows),
     ".jsonl": SourceFormat(scan, JsonRows),
     ".parquet": SourceFormat(scan_parquet, ParquetRows, holds_media=True),
+    ".arrow": SourceFormat(scan_parquet, ParquetRows, holds_media=True),
     ".tar": SourceFormat(scan_tar, TarRows, holds_media=True),
 }
 """Formats by lower-case suffix. To add a kind of file, add an entry here, not a branch."""
@@ -75,16 +78,16 @@ class RecordIndex:
         folder: Path,
         specs: dict[str, MediaSpec],
         config: DataConfig = _DEFAULTS,
-        alive: Callable[[str], object] = lambda at: None,
+        on_progress: Callable[[str], object] = lambda at: None,
     ) -> RecordIndex:
         """Open the index of `source`.
 
         Its sidecar in `folder` is used if size and time of every file agree with it, and built otherwise.
 
-        Several processes may do so at once. `alive` is called now and then with the name of the file being read. Raises
+        Several processes may do so at once. `on_progress` is called now and then with the name of the file being read. Raises
         `ConfigError` for a path that cannot be read, `DataError` for a file that is no list of records.
         """
-        paths = source_files(source)
+        paths = [unpacked(path, folder, on_progress) if is_compressed(str(path)) else path for path in source_files(source)]
         files, kind = file_stamps(paths), FORMATS[paths[0].suffix.lower()]
         digest = hashlib.sha256(os.path.abspath(source.path).encode()).hexdigest()[:8]
         sidecar = folder / f"{safe_name(source.key)}-{digest}.index"
@@ -93,7 +96,7 @@ class RecordIndex:
             with tqdm(total=size, unit="B", unit_scale=True, desc=f"index {source.key}", delay=3, leave=False) as bar:
                 write_table(
                     sidecar,
-                    join_tables([_scanned(kind, path, _report_to_both(bar.update, alive, path.name)) for path in paths]),
+                    join_tables([_scanned(kind, path, _report_to_both(bar.update, on_progress, path.name)) for path in paths]),
                     files,
                 )
         return RecordIndex(sidecar, media_tokens(specs, config), bool(source.media_root))
@@ -128,7 +131,7 @@ class RecordIndex:
 
     def where(self, i: int) -> str:
         """Return the file name and the line, row or key of record `i`; lines and rows count from 1."""
-        return f"{self._shards.names[self._table.file_of(i)]}:{self._rows.place(i)}"
+        return f"{self._shards.names[self._table.file_of(i)]}:{self._rows.describe_position(i)}"
 
     def name(self, i: int) -> str:
         """Return the name of a record `i` that has no id: its line, row or key.
@@ -137,17 +140,17 @@ class RecordIndex:
         """
         file = self._table.file_of(i)
         first = int(self._table.file_stops[file - 1]) if file else 0
-        places = [self._rows.place(k) for k in range(max(i - 1, first), min(i + 2, int(self._table.file_stops[file])))]
-        place = self._rows.place(i)
+        places = [self._rows.describe_position(k) for k in range(max(i - 1, first), min(i + 2, int(self._table.file_stops[file])))]
+        place = self._rows.describe_position(i)
         return place if places.count(place) == 1 else f"[{i - first}]"
 
 
-def _report_to_both(advance: Advance, alive: Callable[[str], object], name: str) -> Advance:
+def _report_to_both(advance: Advance, on_progress: Callable[[str], object], name: str) -> Advance:
     """Return a callback that reports progress to the bar and to the process that waits for the index."""
 
     def report_progress(num_bytes: int) -> None:
         advance(num_bytes)
-        alive(name)
+        on_progress(name)
 
     return report_progress
 
@@ -165,24 +168,28 @@ def source_files(source: SourceConfig) -> list[Path]:
     Raises `ConfigError` if there are none or not of one readable kind.
     """
     name = f"data.sources path {source.path!r}"
+    if os.path.isdir(source.path):
+        return [Path(os.path.abspath(path)) for path in arrow_files(source.path)]
     is_file = os.path.isfile(source.path)
     found = [source.path] if is_file else sorted(path for path in glob.glob(source.path, recursive=True) if os.path.isfile(path))
     if not found:
         raise ConfigError(f"{name} {'matches no file' if glob.has_magic(source.path) else 'is no file'}")
-    suffixes = {Path(path).suffix.lower(): path for path in found}
-    if unknown := next((path for suffix, path in suffixes.items() if suffix not in FORMATS), None):
-        hint = (
-            "; unpack it: a compressed file cannot be read at any place"
-            if unknown.lower().endswith((".gz", ".tgz", ".zst"))
-            else ""
-        )
+    kinds = {_kind_of(path): path for path in found}
+    if unknown := next((path for kind, path in kinds.items() if kind not in FORMATS), None):
+        packed = unknown.lower().endswith((".gz", ".tgz", ".zst"))
+        hint = "; unpack it: of compressed files only .json and .jsonl are read" if packed else ""
         which = "is" if is_file else f"matches {unknown!r}, which is"
         raise ConfigError(f"{name} {which} of no kind that is read ({', '.join(FORMATS)}){hint}")
-    if len(suffixes) > 1:
-        raise ConfigError(
-            f"{name} matches files of several kinds, {' and '.join(map(repr, suffixes.values()))}: make each a source"
-        )
+    if len(kinds) > 1:
+        raise ConfigError(f"{name} matches files of several kinds, {' and '.join(map(repr, kinds.values()))}: make each a source")
+    for path in filter(is_compressed, found):
+        check_opener(path)
     return [Path(os.path.abspath(path)) for path in found]
+
+
+def _kind_of(path: str) -> str:
+    """Return the end of the file's name that tells its format, below the compression."""
+    return (Path(path).with_suffix("") if is_compressed(path) else Path(path)).suffix.lower()
 
 
 def _lengths_and_modalities(table: Table, tokens: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -46,7 +46,7 @@ class TarRows:
     def raw(self, i: int) -> Any:
         names = [name for name, _, _ in self._members(i)]
         if (count := sum(_extension(name) == _RECORD for name in names)) != 1:
-            raise RowError(f"{count or 'no'} member{'s are' if count else ' is'} called {self.place(i)}.{_RECORD}")
+            raise RowError(f"{count or 'no'} member{'s are' if count else ' is'} called {self.describe_position(i)}.{_RECORD}")
         value = decode_json(read(self._shards, self._table, i))
         return value | _media_of_key(names) if isinstance(value, dict) and not _names_media(value) else value
 
@@ -61,7 +61,7 @@ class TarRows:
             return Blob(f"{self._shards.names[file]}:{name}", self._shards.paths[file], start, size)
         return None
 
-    def place(self, i: int) -> str:
+    def describe_position(self, i: int) -> str:
         return _key(next(self._table.members_of(i))[0])
 
     def _members(self, i: int) -> list[_Inside]:

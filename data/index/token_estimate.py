@@ -19,6 +19,7 @@ from data.index.table import KINDS
 from data.media.tiling import typical_plan
 from data.records.content_parts import kind_of_part
 from data.records.record import Record, RecordError, parse
+from data.records.shapes import shapes_of
 from data.records.turn_keys import THOUGHT_KEYS
 from model.files.untrusted import MAX_JSON_DEPTH, Json, is_deeper
 from model.media_spec import READ_BY, AudioSpec, MediaMeta, MediaSpec, num_tokens, row_shape
@@ -114,7 +115,7 @@ def plan_value(value: object, num_bytes: int) -> Plan:
     if not isinstance(value, dict):
         return tokens_of_size(num_bytes), _NO_MEDIA
     tokens, media = _plain_texts(value), _plain_media(value)
-    if tokens is None or media is None:
+    if tokens is None or media is None or shapes_of(value):
         return plan_by_parsing(value, num_bytes)
     return tokens or tokens_of_size(num_bytes), media
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from data.records.fields import inline_bytes
 from model.errors import DataError
 from model.files.untrusted import open_regular
 
@@ -78,6 +80,17 @@ class Blob:
             return b"".join(self.data[at : at + count] for at in places)
         with open_regular(self.path) as file:
             return b"".join(os.pread(file.fileno(), count, self.start + at) for at in places)
+
+
+def inline_blob(path: str) -> Blob | None:
+    """Return the medium that a data URI holds; None for the path of a file. Raises MediaError if its text is no base64."""
+    if (text := inline_bytes(path)) is None:
+        return None
+    try:
+        content = base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise MediaError(f"the data URI cannot be decoded: {error}") from error
+    return Blob(f"data URI of {len(content)} bytes", data=content)
 
 
 def resolve_path(path: str, root: str, *, follow_links: bool) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from data.records.fields import FieldError, is_absent, kind_of, local_path
+from data.records.fields import FieldError, inline_path, is_absent, kind_of, local_path
 from data.records.media_refs import MediaRef
 from model.files.untrusted import Json
 from model.media_spec import PLACEHOLDERS
@@ -15,6 +15,7 @@ _PARTS = {
     **dict.fromkeys(("audio", "audio_url", "input_audio"), "audio"),
 }
 _BYTES = ("data", "base64", "bytes")
+"""Keys of a part that hold the medium itself, in base64, as OpenAI's input_audio does."""
 _PATHS = ("path", "url")
 _SILENT = ("detail", "format", "cache_control", "id")
 """Keys of a part that are ignored: the run file sets the size at which pictures are seen, a file's bytes tell its kind."""
@@ -49,13 +50,13 @@ class Parts:
             raise FieldError(field, f"is no text and none of the parts {', '.join(_PARTS)} (type {str(name)[:60]!r})")
         kind, holder = _PARTS[name], part.get(name)
         boxes = [part, holder] if isinstance(holder, dict) else [part]
-        if key := next((key for box in boxes for key in _BYTES if not is_absent(box.get(key))), None):
-            raise FieldError(field, f"holds the bytes of a medium ({key}); {_readable(kind)}")
         for box in boxes:
-            _check_keys(box, ("type", "index", *_SILENT, *_PATHS, *((name,) if box is part else ())), field)
+            _check_keys(box, ("type", "index", *_SILENT, *_PATHS, *_BYTES, *((name,) if box is part else ())), field)
         self._check_index(part.get("index"), kind, field)
         places = [box.get(key) for box in boxes for key in _PATHS] + ([] if isinstance(holder, dict) else [holder])
-        paths = list(dict.fromkeys(local_path(value, field) for value in places if value is not None))
+        held = [inline_path(box[key], f"{field}.{key}") for box in boxes for key in _BYTES if not is_absent(box.get(key))]
+        named = [local_path(value, field) for value in places if value is not None]
+        paths = list(dict.fromkeys(held or named))  # beside its bytes, a path is the medium's name
         if (
             isinstance(holder, dict) and not paths and kind not in self._named
         ):  # a .parquet file may hold the bytes there, which are not read with the text
@@ -79,8 +80,8 @@ class Parts:
 def _readable(kind: str) -> str:
     """Return the part of a message that says how to name a medium."""
     return (
-        f'only paths of local files are read here: save it as a file and name its path, or give the record a key "{kind}s" '
-        f'beside {{"type": "{kind}"}} (a column of .parquet may hold bytes)'
+        f'name the path of a local file, or give the record a key "{kind}s" beside {{"type": "{kind}"}} (a column of .parquet '
+        "may hold bytes)"
     )
 
 

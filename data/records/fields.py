@@ -7,6 +7,10 @@ import re
 from collections.abc import Iterator
 
 _REMOTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://|data:")
+_INLINE = re.compile(r"data:[\w.+/-]*(?:;[\w.+=-]+)*;base64,")
+"""Start of a data URI whose bytes are written in base64 (RFC 2397)."""
+INLINE = "data:;base64,"
+"""Shortest such start: the kind of a medium is told by its bytes."""
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
 
 
@@ -33,18 +37,46 @@ def strings_in(value: object) -> Iterator[str]:
             yield from strings_in(item)
 
 
+def inline_bytes(path: str) -> str | None:
+    """Return the base64 text of a data URI, which holds a medium itself; None for the path of a file."""
+    match = _INLINE.match(path)
+    return path[match.end() :] if match else None
+
+
+def inline_path(content: object, field: str) -> str:
+    """Return the data URI of a medium's `content`, a string of base64 or a data URI already. Raises `FieldError`."""
+    if not isinstance(content, str):
+        raise FieldError(field, f"is {kind_of(content)}, not a string of base64")
+    return local_path(content if content.startswith("data:") else INLINE + content, field)
+
+
 def local_path(value: object, field: str) -> str:
-    """Return the value if it is a path that may name a local file. Raises `FieldError` for anything else, URLs included."""
+    """Return the value if it is a path that may name a local file, or a data URI of base64.
+
+    Raises `FieldError` for anything else, remote addresses included.
+    """
     if not isinstance(value, str) or not value:
         raise FieldError(field, "is an empty path" if value == "" else f"is {kind_of(value)}, not a path")
+    if inline_bytes(value) is not None:
+        return value
     if _REMOTE.match(value):
-        more = ": write the path without file://" if value.startswith("file://") else ""
-        raise FieldError(field, f"{value[:60]!r} is a URL; only paths of local files are read{more}")
+        raise FieldError(field, f"{value[:60]!r} is a URL; only paths of local files are read{_instead(value)}")
     try:
         os.fsencode(value)
     except UnicodeEncodeError:
         raise FieldError(field, f"{value[:60]!r} holds half of a surrogate pair, which no file's name can") from None
     return value
+
+
+def _instead(url: str) -> str:
+    """Return the part of a message that says what to write in place of a URL."""
+    if url.startswith("file://"):
+        return ": write the path without file://"
+    if url.startswith("data:"):
+        return ": a data URI holds base64 and says so, as data:image/png;base64,..."
+    if url.startswith(("http://", "https://")):
+        return ": download it into media_root (curl -LO URL) and name the file"
+    return ": copy it into media_root and name the file"
 
 
 SHOWN = 200

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from data.records.fields import FieldError, kind_of, local_path
+from data.records.fields import FieldError, inline_path, is_absent, kind_of, local_path
 from model.batch import IGNORE_INDEX
 from model.files.untrusted import Json
 from model.media_spec import PLACEHOLDERS, READ_BY
@@ -67,9 +67,24 @@ def _named(raw: Json, kind: str) -> list[MediaRef]:
         return []
     key, value = keys[0], raw[keys[0]]
     if not isinstance(value, list):
-        return [MediaRef(kind, local_path(value, key))]
+        return [MediaRef(kind, _path_of(value, key))]
     _check_limit(key, len(value), kind)
-    return [MediaRef(kind, local_path(path, f"{key}[{i}]")) for i, path in enumerate(value)]
+    return [MediaRef(kind, _path_of(item, f"{key}[{i}]")) for i, item in enumerate(value)]
+
+
+def _path_of(value: object, field: str) -> str:
+    """Return the path of a medium: a string, or ms-swift's {"path"} or {"bytes"}, whose bytes JSON holds in base64.
+
+    Raises `FieldError`.
+    """
+    if not isinstance(value, dict):
+        return local_path(value, field)
+    if foreign := sorted(key for key, item in value.items() if key not in ("path", "bytes") and not is_absent(item)):
+        raise FieldError(f"{field}.{foreign[0]}", "is not read here; a medium has path or bytes: remove it")
+    content, path = value.get("bytes"), value.get("path")
+    if is_absent(content):
+        return local_path(path, f"{field}.path")
+    return inline_path(content, f"{field}.bytes")
 
 
 def _check_limit(field: str, count: int, kind: str) -> None:

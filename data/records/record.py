@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from data.records.fields import FieldError, kind_of, record_line
 from data.records.media_refs import MediaRef, media_by_kind
 from data.records.record_keys import check_record_keys, with_system
+from data.records.shapes import as_messages, original_field
 from data.records.tool_calls import read_tools
 from data.records.turns import Turn, check_order, check_words, in_reading_order, leading_answer, place_unplaced, read_turns
 from model.errors import DataError
@@ -55,10 +56,12 @@ def parse(raw: object, where: str, name: str = "", *, needs_answer: bool = True)
     `needs_answer=False` lets the last turn be the user's or a tool's. Raises `RecordError`.
     """
     name = name or where.rpartition(":")[2]
+    fields: list[str] = []
     try:
         if not isinstance(raw, dict):
             raise FieldError("record", f"is {kind_of(raw)}, not an object")
         name = _id(raw, name)
+        raw, fields = as_messages(raw)
         written, inline = read_turns(raw)
         turns = with_system(raw, written)
         check_record_keys(raw, turns)
@@ -72,7 +75,8 @@ def parse(raw: object, where: str, name: str = "", *, needs_answer: bool = True)
         negative_turn = _negative_turn(raw.get("inserted_id"), kept, len(written) - len(kept))
         interrupted = _interrupted(raw.get("end_tag"), len(media["audio"]))
     except FieldError as error:
-        raise RecordError(where, name, *error.args) from None
+        field, reason = error.args
+        raise RecordError(where, name, original_field(field, fields), reason) from None
     return Record(name, kept, ordered, where, len(turns) - len(kept), negative_turn, interrupted, tools)
 
 

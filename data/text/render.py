@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -55,30 +55,36 @@ class Rendering:
     first_round_apart: bool  # tools and the system's words all stand before the first answer
 
 
+@dataclass(frozen=True)
+class TemplateInputs:
+    """Inputs of a template beside the messages."""
+
+    kinds: Sequence[str] = ()  # of media: the template's variable `media_kinds`
+    tools: Sequence[Any] = ()
+    ask: bool = False  # adds the generation prompt
+    switches: Mapping[str, bool] = field(default_factory=dict)  # further variables of the template
+
+
 def apply(
     tokenizer: PreTrainedTokenizerFast,
     source: str,
     messages: Sequence[Message],
-    kinds: Sequence[str] = (),
-    tools: Sequence[object] = (),
-    ask: bool = False,
-    switches: Mapping[str, bool] | None = None,
+    inputs: TemplateInputs = TemplateInputs(),
 ) -> str:
-    """Render the messages with the tokenizer's own chat-template code; `kinds` of media are the template's variable `media_kinds`.
+    """Render the messages with the tokenizer's own chat-template code.
 
-    `ask` adds the generation prompt, `switches` are further variables of the template. Raises `RenderError` with the template's
-    words if the template refuses.
+    Raises `RenderError` with the template's words if the template refuses.
     """
-    given: dict[str, Any] = {"tools": list(tools)} if tools else {}
+    given: dict[str, Any] = {"tools": list(inputs.tools)} if inputs.tools else {}
     try:
         return tokenizer.apply_chat_template(
             list(messages),
             chat_template=source,
             tokenize=False,
-            add_generation_prompt=ask,
-            media_kinds=list(kinds),
+            add_generation_prompt=inputs.ask,
+            media_kinds=list(inputs.kinds),
             **given,
-            **(switches or {}),
+            **inputs.switches,
         )
     except Exception as error:  # a template is foreign code and may raise anything
         raise RenderError(f"the template refuses the conversation: {error}") from error
@@ -110,11 +116,11 @@ class Renderer:
         `late` are learned from their own words on. Raises `RenderError` if the template drops, reorders or rewrites contents or
         ends a turn with nothing.
         """
-        text = apply(self.tokenizer, self.source, messages, kinds, tools)
+        text = apply(self.tokenizer, self.source, messages, TemplateInputs(kinds, tools))
         marker = Marker(self.written, self.tags)
         given = marker.tree(-1, TOOLS, list(tools))
         marked = [marker.message(i, message) for i, message in enumerate(messages)]
-        read = read_marks(apply(self.tokenizer, self.source, marked, kinds, given))
+        read = read_marks(apply(self.tokenizer, self.source, marked, TemplateInputs(kinds, given)))
         if read.text != text:
             raise RenderError("the template rewrites a content of this conversation")
         found, removed = _places(messages, marker.pieces, read)
@@ -174,7 +180,9 @@ def openings(tokenizer: PreTrainedTokenizerFast, source: str, role: str, tail: s
         messages = [question, call, linked] if role == "tool" else [turn]
         for switch in ({}, dict.fromkeys(_SWITCHES, False), dict.fromkeys(_SWITCHES, True)):
             try:
-                prompt, plain = (apply(tokenizer, source, messages, ask=asked, switches=switch) for asked in (True, False))
+                prompt, plain = (
+                    apply(tokenizer, source, messages, TemplateInputs(ask=asked, switches=switch)) for asked in (True, False)
+                )
             except RenderError:
                 continue
             if mark in prompt:

@@ -171,22 +171,28 @@ class Template:
         return RecordError(record.where, record.id, "conversations", reason)
 
 
+@dataclass(frozen=True)
+class TemplateOptions:
+    """Settings of a template that do not come from its name or its tokenizer."""
+
+    placeholders: str = "as_written"  # data.placeholders
+    media_wrap: tuple[str, ...] = ()  # data.media_wrap
+    allowed: Sequence[str] = ()  # control tokens that contents may use, as configured new tokens
+    state_tokens: str = "none"  # data.state_tokens
+    unread: frozenset[int] = frozenset()  # ids that no record may hold
+
+
 def load_template(
     name: str,
     tokenizer: PreTrainedTokenizerFast,
-    *,
-    placeholders: str,
-    media_wrap: tuple[str, ...],
-    allowed: Sequence[str] = (),
-    state_tokens: str = "none",
-    unread: frozenset[int] = frozenset(),
+    options: TemplateOptions = TemplateOptions(),
 ) -> Template:
     """Load template `name` for `tokenizer`, and try it on a short conversation.
 
-    `allowed` are control tokens that contents may use, as configured new tokens; tokens that the template or the tokenizer itself
-    needs stay text all the same. No record may hold an id of `unread`. Raises `ConfigError` if the tokenizer lacks what the
-    template or the states need.
+    Of `options.allowed`, tokens that the template or the tokenizer itself needs stay text all the same. Raises `ConfigError` if the
+    tokenizer lacks what the template or the states need.
     """
+    media_wrap, allowed, state_tokens = options.media_wrap, options.allowed, options.state_tokens
     if name != "auto" and name not in FORMATS:
         raise ConfigError(f"data.template = {name!r} is not known; allowed: auto, {', '.join(FORMATS)}")
     if not tokenizer.is_fast:
@@ -205,7 +211,7 @@ def load_template(
         name=name,
         source=source,
         tokenizer=tokenizer,
-        placeholders=placeholders,
+        placeholders=options.placeholders,
         media_wrap=tuple(media_wrap),
         lead=lead,
         ends=re.compile(re.escape(FORMATS[name].end) if name in FORMATS else control),
@@ -214,7 +220,7 @@ def load_template(
         placeholder_ids={m: known[PLACEHOLDERS[m]] for m in sorted(set(READ_BY.values())) if PLACEHOLDERS[m] in known},
         allowed=tuple(allowed),
         state_tokens=state_tokens,
-        unread=unread,
+        unread=options.unread,
         tags=tags_of(source, re.compile(control)),
         abilities=find_abilities(lambda messages: apply(tokenizer, source, messages)),
     )

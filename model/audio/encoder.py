@@ -82,10 +82,10 @@ def audio_spec(config: AudioConfig, projector: AudioProjectorConfig, cache_dir: 
     return spec
 
 
-def check_feature_setting(path: str, key: str, told: int, needed: int) -> None:
-    if told != needed:
+def check_feature_setting(path: str, key: str, found: int, needed: int) -> None:
+    if found != needed:
         raise ConfigError(
-            f"{SETTING} = {path!r}: {key} of the feature extractor makes {told}, the encoder of config.json needs {needed}"
+            f"{SETTING} = {path!r}: {key} of the feature extractor makes {found}, the encoder of config.json needs {needed}"
         )
 
 

@@ -59,7 +59,7 @@ class WeightSet:
 
     files: list[Path]
     index: Path | None = None
-    places: dict[str, str] = field(default_factory=dict)  # file of each tensor, according to the index; {} without an index
+    file_of: dict[str, str] = field(default_factory=dict)  # file of each tensor, according to the index; {} without an index
 
 
 def weight_files(setting: str, path: str, cache_dir: str = "") -> list[Path]:
@@ -76,12 +76,12 @@ def weight_set(setting: str, path: str, cache_dir: str = "") -> WeightSet:
         if index := find_file(setting, path, f"{stem}.{suffix}.index.json", cache_dir):
             found = _indexed(setting, path, index, cache_dir)
             rival = index.parent / f"{stem}.{suffix}"
-            if rival.name not in found.places.values() and rival.is_file():
+            if rival.name not in found.file_of.values() and rival.is_file():
                 raise ConfigError(_two_sets(setting, path, index.name, rival.name))
-            _check_strays(setting, path, found.files[0].parent, stem, suffix, {file.name for file in found.files}, index.name)
+            _check_strays(setting, path, index, rf"{stem}-\d+-of-\d+\.{suffix}", {file.name for file in found.files})
             return found
         if single := find_file(setting, path, f"{stem}.{suffix}", cache_dir):
-            _check_strays(setting, path, single.parent, stem, suffix, set(), single.name)
+            _check_strays(setting, path, single, rf"{stem}-\d+-of-\d+\.{suffix}", set())
             return WeightSet([single])
     raise ConfigError(f"{setting} = {path!r} holds no model.safetensors and no pytorch_model.bin{_near_miss(path)}")
 
@@ -102,7 +102,7 @@ def folder_tensors(setting: str, path: str, cache_dir: str = "") -> Tensors:
                     "save the model again"
                 )
             found[name], where[name] = rows, file.name
-    wrong = [(name, file) for name, file in chosen.places.items() if where.get(name) != file]
+    wrong = [(name, file) for name, file in chosen.file_of.items() if where.get(name) != file]
     if wrong and chosen.index is not None:
         (name, shard), more = wrong[0], f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise ConfigError(
@@ -127,11 +127,11 @@ def _indexed(setting: str, path: str, index: Path, cache_dir: str) -> WeightSet:
     return WeightSet([file for file in files if file is not None], index, places)
 
 
-def _check_strays(setting: str, path: str, folder: Path, stem: str, suffix: str, known: set[str], reader: str) -> None:
-    """Refuse shards that no index names: either the shards or the index are left over from another set of weights."""
-    shard = re.compile(rf"{stem}-\d+-of-\d+\.{suffix}")
-    if strays := sorted(file.name for file in folder.iterdir() if shard.fullmatch(file.name) and file.name not in known):
-        raise ConfigError(_two_sets(setting, path, reader, strays[0]))
+def _check_strays(setting: str, path: str, chosen: Path, shard: str, known: set[str]) -> None:
+    """Refuse shards beside `chosen`, an index or the one file, that are not `known`: one of the two is left from other weights."""
+    names = (file.name for file in chosen.parent.iterdir())
+    if strays := sorted(name for name in names if re.fullmatch(shard, name) and name not in known):
+        raise ConfigError(_two_sets(setting, path, chosen.name, strays[0]))
 
 
 def _two_sets(setting: str, path: str, first: str, second: str) -> str:

@@ -67,12 +67,12 @@ class ShardPlan:
     """Layout of a rank's file before anything is written: its header, its tensors in order, and the contents of its JSON file."""
 
     header: bytes
-    places: list[ByteRange]
+    ranges: list[ByteRange]
     layout: dict[str, RowsFacts]
 
     def name_at(self, position: int) -> str:
         """Return the name of the tensor that contains byte `position` of the data section."""
-        return self.places[bisect_right(self.places, position, key=lambda place: place.begin) - 1].name
+        return self.ranges[bisect_right(self.ranges, position, key=lambda byte_range: byte_range.begin) - 1].name
 
 
 Chunks = Callable[[], Iterator[tuple[torch.dtype, memoryview]]]
@@ -94,7 +94,7 @@ def plan_shard(tensors: dict[str, Tensor]) -> ShardPlan:
     for name in file_order(entries):
         begin, end = end, end + entries[name].num_bytes
         places.append(ByteRange(name, entries[name].dtype, begin, end))
-    return ShardPlan(header(entries, [place.name for place in places]), places, layout)
+    return ShardPlan(header(entries, [byte_range.name for byte_range in places]), places, layout)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -131,8 +131,8 @@ def write_chunks(dtype: torch.dtype, data: memoryview) -> Iterator[tuple[torch.d
 
 def tensor_chunks(plan: ShardPlan, tensors: dict[str, Tensor]) -> Iterator[tuple[torch.dtype, memoryview]]:
     """Yield the chunks of a shard file from the tensors themselves; one tensor at a time is on the host."""
-    for place in plan.places:
-        yield from write_chunks(place.dtype, as_bytes(local(tensors[place.name])))
+    for byte_range in plan.ranges:
+        yield from write_chunks(byte_range.dtype, as_bytes(local(tensors[byte_range.name])))
 
 
 def _checked(plan: ShardPlan, chunks: Chunks) -> Iterator[memoryview]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,8 @@ def causal_attention(
     if attention_mask is not None or key.shape[2] != length:
         raise ValueError(f"{NAME} takes whole right-padded sequences: no mask, no cache")
     if softcap is not None:
-        return _capped(query, key, value, _band(query, sliding_window), softcap, **kwargs), None
+        scores = CappedScores(softcap, kwargs.get("scaling"), kwargs.get("dropout", 0.0))
+        return _capped(query, key, value, _band(query, sliding_window), scores), None
     if sliding_window is not None and length > sliding_window:
         attention_mask = _band(query, sliding_window)[None, None]
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -69,24 +70,22 @@ def _band(query: Tensor, sliding_window: int | None) -> Tensor:
     return ones if sliding_window is None else ones.triu_(1 - sliding_window)
 
 
-def _capped(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    seen: Tensor,
-    softcap: float,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **_: object,
-) -> Tensor:
+class CappedScores(NamedTuple):
+    """How capped scores become shares."""
+
+    cap: float
+    scaling: float | None  # None: 1 / sqrt(D)
+    dropout: float
+
+
+def _capped(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, how: CappedScores) -> Tensor:
     """Compute attention whose scores are cap * tanh(score / cap), as in Gemma 2. No kernel of sdpa or varlen caps scores."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
+    scale = query.shape[-1] ** -0.5 if how.scaling is None else how.scaling
+    scores = how.cap * torch.tanh(query @ key.transpose(2, 3) * scale / how.cap)
     shares = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=torch.float32).to(query.dtype)
-    return (F.dropout(shares, dropout) @ value).transpose(1, 2).contiguous()
+    return (F.dropout(shares, how.dropout) @ value).transpose(1, 2).contiguous()
 
 
 def packed_attention(
@@ -113,7 +112,9 @@ def packed_attention(
     if attention_mask is not None or key.shape[2] != length or kwargs.get("position_bias") is not None:
         raise ValueError(f"{PACKED} takes whole packed rows: no mask, no cache, no position bias")
     if takes_varlen(query, value, **kwargs):
-        return _varlen(query, key, value, segment_lengths, segment_borders, **kwargs), None
+        window = kwargs.get("sliding_window")
+        options = {"scale": kwargs.get("scaling"), "window_size": (-1 if window is None else window - 1, 0)}
+        return _varlen(query, key, value, segment_borders, max(segment_lengths), options), None
     parts = zip(*(tensor.split(segment_lengths, 2) for tensor in (query, key, value)))
     return torch.cat([causal_attention(module, q, k, v, None, **kwargs)[0] for q, k, v in parts], 1), None
 
@@ -135,25 +136,14 @@ def takes_varlen(
     return fits and not dropout and is_causal is not False and torch.cuda.get_device_capability(query.device) >= VARLEN_CAPABILITY
 
 
-def _varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segment_lengths: tuple[int, ...],
-    borders: Tensor,
-    *,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **_: object,
-) -> Tensor:
+def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, options: dict[str, object]) -> Tensor:
+    """Compute all segments with one kernel; `options` are those of `varlen_attn`."""
     groups = query.shape[1] // key.shape[1]
-    options: dict[str, object] = {"scale": scaling, "window_size": (-1 if sliding_window is None else sliding_window - 1, 0)}
     if "enable_gqa" in VARLEN_OPTIONS:
-        options["enable_gqa"] = groups > 1
+        options = {**options, "enable_gqa": groups > 1}
     else:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))  # (T, H, D)
-    longest = max(segment_lengths)
     assert varlen_attn is not None  # `takes_varlen` has seen its options
     out = cast(Tensor, varlen_attn(q, k, v, borders, borders, longest, longest, **options))
     return out[None]

@@ -31,17 +31,17 @@ class RouterTap:
                 f"model.llm.router_loss = {coefficient} has no effect: {type(decoder).__name__} is no mixture of experts "
                 f"(no module of it is called ...{ROUTER}); set it to 0"
             )
-        self.kept: list[Tensor] | None = None
+        self.logits: list[Tensor] | None = None
         for module in self.routers:
             module.register_forward_hook(self._keep)
 
     def listen(self) -> None:
         """Start collecting router logits, until `term` takes them."""
-        self.kept = []
+        self.logits = []
 
     def _keep(self, module: nn.Module, inputs: object, output: tuple[Tensor, ...]) -> None:
-        if self.kept is not None:
-            self.kept.append(output[0].flatten(0, -2))
+        if self.logits is not None:
+            self.logits.append(output[0].flatten(0, -2))
 
     def count(self, batch: Batch) -> float:
         """Return the number of samples."""
@@ -52,7 +52,7 @@ class RouterTap:
 
         Raises `RuntimeError` if a router was not called.
         """
-        logits, self.kept = self.kept or [], None
+        logits, self.logits = self.logits or [], None
         if len(logits) != len(self.routers):
             raise RuntimeError(f"{len(logits)} of {len(self.routers)} routers were called: their balance is not known")
         losses = balancing_losses(logits, token_owners(batch), len(batch.lengths), self.routers[0].top_k)

@@ -126,9 +126,9 @@ class VisionTower(Encoder):
         """Return the position embeddings, which `tune = "positions"` trains."""
         return self.tower.get_parameter(self.kind.positions)
 
-    def is_behind(self, name: str) -> bool:
+    def is_unused(self, name: str) -> bool:
         """Tell whether no hidden state that is read needs a tensor of the tower's class, such as a norm after the last block."""
-        return any(name == path or name.startswith(f"{path}.") for path in self.kind.behind)
+        return any(name == path or name.startswith(f"{path}.") for path in self.kind.unused)
 
     def valid_rows(self, lengths: Tensor | None) -> None:
         """Return None: every row of a picture is valid."""

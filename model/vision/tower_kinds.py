@@ -26,7 +26,7 @@ class TowerFamily:
 
     positions: str  # name of the position embeddings, (P, C) or (1, P, C)
     num_prefix: int  # rows before the patches, without registers; each has a position of its own
-    behind: dict[
+    unused: dict[
         str, Callable[[], nn.Module | None]
     ]  # replacements of modules and parameters that the last block's output does not need
     antialias: bool = False  # as its authors resize the position embeddings
@@ -35,7 +35,7 @@ class TowerFamily:
 
 def remove_unused_layers(tower: PreTrainedModel) -> nn.Module:
     """Remove what the last block's output does not need, so that the loss reaches every remaining parameter."""
-    for path, replacement in TOWERS[tower.config.model_type].behind.items():
+    for path, replacement in TOWERS[tower.config.model_type].unused.items():
         owner, _, name = path.rpartition(".")
         if getattr(tower.get_submodule(owner), name, None) is not None:
             setattr(tower.get_submodule(owner), name, replacement())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -48,7 +49,8 @@ def check_llm(setting: str, path: str, tensors: Tensors, llm: CausalLM, own: dic
     matrix = llm.get_output_embeddings().weight
     head = [name for name, parameter in llm.named_parameters(remove_duplicate=False) if parameter is matrix]
     num_blocks = getattr(llm.config, "num_hidden_layers", 0)
-    refuse_unknown(setting, path, tensors, own, excused, type(llm).__name__, num_blocks, partial(converted, llm))
+    known = KnownNames(own, excused, type(llm).__name__, num_blocks, partial(converted, llm))
+    refuse_unknown(setting, path, tensors, known)
     if not any(name in tensors for name in head) and any(name in tensors for name in own):
         raise ConfigError(
             f"{setting} = {path!r} holds no {head[0]}, and config.json does not tie the head to the embedding "
@@ -58,25 +60,33 @@ def check_llm(setting: str, path: str, tensors: Tensors, llm: CausalLM, own: dic
     check_ties(setting, path, tensors, own)
 
 
-def refuse_unknown(
-    setting: str, path: str, names: Iterable[str], own: Collection[str], excused: Callable[[str], bool], what: str, num_blocks: int,
-    convertible: Callable[[Collection[str]], list[str]] = lambda names: [],
-) -> None:  # fmt: skip
-    """Raise `ConfigError` if there are names neither in `own` nor `excused`. `num_blocks`: number of layers in config.json;
-    `convertible`: returns those of some names that transformers computes with while it loads.
-    """
-    names = dict.fromkeys(names)
-    unknown = [name for name in names if name not in own and not excused(name)]
+@dataclass(frozen=True)
+class KnownNames:
+    """Names of tensors that a class reads or may ignore, and what messages say of the class."""
+
+    own: Collection[str]  # names of its parameters
+    excused: Callable[[str], bool]  # whether another name may be ignored
+    what: str  # the class
+    num_blocks: int = 0  # layers according to config.json; 0: unknown
+    convertible: Callable[[Collection[str]], list[str]] = lambda names: []  # those that transformers computes with while it loads
+
+
+def refuse_unknown(setting: str, path: str, names: Iterable[str], known: KnownNames) -> None:
+    """Raise `ConfigError` if there are `names` that are not `known`."""
+    names, own, num_blocks = dict.fromkeys(names), known.own, known.num_blocks
+    unknown = [name for name in names if name not in own and not known.excused(name)]
     if not unknown:
         return
     listed = ", ".join(unknown[:SHOWN]) + (f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else "")
-    lines = [f"{setting} = {path!r} holds {len(unknown)} tensor(s) that {what} has no place for, which would be lost: {listed}"]
+    lines = [
+        f"{setting} = {path!r} holds {len(unknown)} tensor(s) that {known.what} has no place for, which would be lost: {listed}"
+    ]
     blocks = {int(match[1]) for name in unknown if (match := BLOCK.search(name))}
     if num_blocks and blocks and min(blocks) >= num_blocks:
         lines.append(f"config.json has {num_blocks} layers, the files go on to layer {max(blocks)} (counted from 0)")
     if missing := [name for name in own if name not in names]:
         lines.append(f"and holds none of {', '.join(missing[:2])}" + (f" and {len(missing) - 2} more" if len(missing) > 2 else ""))
-    lines.append(_advice(unknown, own, convertible))
+    lines.append(_advice(unknown, own, known.convertible))
     raise ConfigError("; ".join(lines))
 
 
@@ -136,17 +146,28 @@ def prefixed(tensors: Tensors, own: Collection[str], prefix: str) -> Tensors:
     return {begin + name if begin + name in own else name: rows for name, rows in tensors.items()}
 
 
-def check_encoder(
-    setting: str, path: str, outside: Collection[str], inside: Tensors, own: Collection[str], behind: Callable[[str], bool],
-    *, num_blocks: tuple[int, int], nested: bool, what: str,
-) -> None:  # fmt: skip
-    """Check that all tensors in the file of a tower or encoder are known. `inside`: tensors by the names of its class; `outside`:
-    names in the file without the encoder's prefix.
+@dataclass(frozen=True)
+class EncoderFiles:
+    """Tensors in the files of a tower or encoder."""
 
-    Names in `own` are read. `behind` returns True for names that the output does not need. `num_blocks` = (built, all): blocks that
-    are not built may be in the file. `nested`: the folder is that of a larger model, whose other parts are not checked.
-    """
-    built, total = num_blocks
+    inside: Tensors  # by the names of its class
+    outside: Collection[str]  # names without the encoder's prefix
+    nested: bool  # the folder is that of a larger model, whose other parts are not checked
+
+
+@dataclass(frozen=True)
+class EncoderNames:
+    """Names that a tower or encoder reads of its files, and those that it may leave there."""
+
+    own: Collection[str]  # names that are read
+    num_blocks: tuple[int, int]  # (built, all): blocks that are not built may be in the files
+    what: str  # its class, for messages
+    is_unused: Callable[[str], bool] = lambda name: False  # whether the output does not depend on a name
+
+
+def check_encoder(setting: str, path: str, files: EncoderFiles, names: EncoderNames) -> None:
+    """Check that all tensors in the files of a tower or encoder are known. Raises `ConfigError` otherwise."""
+    (built, total), own = names.num_blocks, names.own
     suffixes = {name[match.end() :] for name in own if (match := BLOCK.search(name))}
 
     def excused(name: str) -> bool:
@@ -155,8 +176,9 @@ def check_encoder(
         match = BLOCK.search(name)
         if match and built <= int(match[1]) < total:
             return not suffixes or name[match.end() :] in suffixes
-        return is_recomputed_buffer(name, inside[name]) or behind(name)
+        return is_recomputed_buffer(name, files.inside[name]) or names.is_unused(name)
 
-    refuse_unknown(setting, path, inside, own, excused, what, total)
-    if not nested:
-        refuse_unknown(setting, path, outside, (), lambda name: bool(OTHER_PARTS.match(name)), what, 0)
+    refuse_unknown(setting, path, files.inside, KnownNames(own, excused, names.what, total))
+    if not files.nested:
+        others = KnownNames((), lambda name: bool(OTHER_PARTS.match(name)), names.what)
+        refuse_unknown(setting, path, files.outside, others)

@@ -22,7 +22,7 @@ from model.vision import tower as vision
 from model.vision.position_embeddings import resize_positions
 from model.vision.tower import VisionTower
 from model.vision.tower_kinds import tower_tensors_in_files
-from model.weights.accounting import check_encoder, check_llm, prefixed
+from model.weights.accounting import EncoderFiles, EncoderNames, check_encoder, check_llm, prefixed
 from model.weights.initial_values import grow_embedding
 from model.weights.materialise import Layer, kept_buffers, owners
 from model.weights.peft_adapter import CONFIG, PICKLED, WEIGHTS
@@ -151,10 +151,8 @@ def tower_tensors(path: str, tower: VisionTower, cache_dir: str, others: tuple[s
     check_plain(vision.SETTING, path, None, here, wanted)
     nested = "vision_config" in read_json(vision.SETTING, path, "config.json", cache_dir)
     outside = [name for name in files if not name.startswith(prefix)]
-    check_encoder(
-        vision.SETTING, path, outside, here, wanted, tower.is_behind,
-        num_blocks=tower.num_blocks, nested=nested, what=type(tower.tower).__name__,
-    )  # fmt: skip
+    names = EncoderNames(wanted, tower.num_blocks, type(tower.tower).__name__, tower.is_unused)
+    check_encoder(vision.SETTING, path, EncoderFiles(here, outside, nested), names)
     found = {name: here[name] for name in wanted if name in here}
     name = tower.kind.positions
     if tower.resizes and name in found:
@@ -178,8 +176,6 @@ def audio_tensors(path: str, encoder: audio.AudioEncoder, cache_dir: str = "", d
     nested = bool(read_json(audio.SETTING, path, "config.json", cache_dir).get("audio_config"))
     outside = [name for name in files if not name.startswith(prefix)]
     total = len(encoder.tower.layers)
-    check_encoder(
-        audio.SETTING, path, outside, here, wanted, lambda name: False,
-        num_blocks=(total, total), nested=nested, what="the audio encoder",
-    )  # fmt: skip
+    names = EncoderNames(wanted, (total, total), "the audio encoder")
+    check_encoder(audio.SETTING, path, EncoderFiles(here, outside, nested), names)
     return {f"audio.tower.{name}": here[name] for name in wanted if name in here}

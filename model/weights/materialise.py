@@ -96,16 +96,17 @@ def materialise(
     *,
     frozen_dtype: torch.dtype,
     device: torch.device,
-    alive: Callable[[str], object] = lambda name: None,
+    on_progress: Callable[[str], object] = lambda name: None,
 ) -> None:
     """Give every parameter its value and its device: trainable ones in float32, frozen ones in `frozen_dtype`.
 
     A sharded parameter reads only its own rows, and a quantised matrix is packed piece by piece, so no rank ever holds the whole
-    model. `alive` is called with each name before it is read. Raises `ConfigError` when a value is missing or has another shape.
+    model. `on_progress` is called with each name before it is read. Raises `ConfigError` when a value is missing or has another
+    shape.
     """
     values: dict[str, Tensor] = {}
     for owner, names, rows in find_values(model, layers):
-        alive(names[0])
+        on_progress(names[0])
         if isinstance(owner, Quantised):
             values |= _packed(owner, names[0], rows, device)
             continue

@@ -38,8 +38,8 @@ def weight_layers(card: ModelCard, model: MultimodalLM, seed: int) -> list[Layer
     return [*layers, new]
 
 
-def configured_layers(card: ModelCard, model: MultimodalLM, held: Collection[str] = (), proof: Check = "full") -> list[Layer]:
-    """Return the origins that the configuration names beside the bases, except for parts that are in `held` already.
+def configured_layers(card: ModelCard, model: MultimodalLM, loaded: Collection[str] = (), proof: Check = "full") -> list[Layer]:
+    """Return the origins that the configuration names beside the bases, except for parts that are in `loaded` already.
 
     Raises `ConfigError` when two origins hold the same part.
     """
@@ -47,10 +47,10 @@ def configured_layers(card: ModelCard, model: MultimodalLM, held: Collection[str
     if config.init_from:
         layers += run_layers(Path(config.init_from), card, model, "model.init_from", proof)
     # Check conflicts against the named run only; its own bases are opened lazily.
-    claimed = {name for layer in layers[:2] for name in layer.tensors}
-    layers += projector_layers(config, model, held, claimed)
-    if card.lora.path and not any(map(is_adapter, held)):
-        if any(map(is_adapter, claimed)):
+    inherited = {name for layer in layers[:2] for name in layer.tensors}
+    layers += projector_layers(config, model, loaded, inherited)
+    if card.lora.path and not any(map(is_adapter, loaded)):
+        if any(map(is_adapter, inherited)):
             raise ConfigError("lora.path and model.init_from both hold adapters: name one of them")
         check_llavas_parts(card)
         parts = {name: model.get_submodule(name) for name in sorted(card.lora_parts)}

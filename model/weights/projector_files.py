@@ -28,13 +28,13 @@ LLAVA_BESIDE = {
 """Tensors that LLaVA and its derivatives write beside a projector, by a part of their names."""
 
 
-def projector_layers(config: ModelConfig, model: nn.Module, held: Collection[str], claimed: Collection[str]) -> list[Layer]:
-    """Return layers for projectors that have a `path`, except those in `held`. Raises `ConfigError` for one in `claimed`."""
+def projector_layers(config: ModelConfig, model: nn.Module, loaded: Collection[str], inherited: Collection[str]) -> list[Layer]:
+    """Return layers for projectors that have a `path`, except those in `loaded`. Raises `ConfigError` for one in `inherited`."""
     layers = []
     for part, projector in (("vision_projector", config.vision_projector), ("audio_projector", config.audio_projector)):
-        if projector is None or not projector.path or _holds(held, part):
+        if projector is None or not projector.path or _holds(loaded, part):
             continue
-        if _holds(claimed, part):
+        if _holds(inherited, part):
             raise ConfigError(f"model.{part}.path and model.init_from both hold the projector: name one of them")
         layers.append(
             Layer(

@@ -240,7 +240,7 @@ def test_sounds_are_measured_in_seconds_and_cut_ones_are_found(tmp_path: Path) -
     source = SourceConfig(str(tmp_path / "mix.jsonl"), media_root=str(tmp_path))
     tokenizer = tiny_tokenizer("qwen")
     tokenizer.add_tokens([AddedToken("<audio>", special=True, normalized=False)], special_tokens=True)
-    made = load_template("auto", tokenizer, placeholders="as_written", media_wrap=())
+    made = load_template("auto", tokenizer)
     data = open_dataset((source,), DataConfig(), made, {**SPECS, "audio": AUDIO}, tmp_path / "index")
     (found,) = check_dataset(data, tmp_path / "index")
     counts = summarise_source(found.found)
@@ -302,11 +302,11 @@ def test_every_record_and_every_part_that_is_done_is_told(tmp_path: Path, monkey
     monkeypatch.setattr(check_run, "PART", 2)
     data = datasets(tmp_path, {name: [talk("Hi", "Hello.")] * 5 for name in ("a", "b")})
     told: list[str] = []
-    check_dataset(data, tmp_path / "index", alive=told.append)
+    check_dataset(data, tmp_path / "index", on_progress=told.append)
     assert set(told) == {f"{name}.jsonl:{line}" for name in ("a", "b") for line in range(1, 6)} and len(told) == 10 + 6
     told.clear()
-    check_dataset(data, tmp_path / "index", workers=2, alive=told.append)
+    check_dataset(data, tmp_path / "index", workers=2, on_progress=told.append)
     assert sorted(told) == [f"{name}.jsonl:{line}" for name in ("a", "b") for line in (1, 3, 5)]  # found on disk, part by part
     told.clear()
-    check_dataset(data, tmp_path / "anew", workers=2, alive=told.append)
+    check_dataset(data, tmp_path / "anew", workers=2, on_progress=told.append)
     assert len(told) >= 6 + 1 and {place.partition(":")[0] for place in told} == {"a.jsonl", "b.jsonl"}

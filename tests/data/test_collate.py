@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from data.collate import collate
 from data.dataset import MultimodalDataset
-from data.loader import BatchPlan, MicroBatch, _spread, prefetch_factor, train_batches, validation_batches
+from data.loader import BatchPlan, LoadOptions, MicroBatch, _spread, prefetch_factor, train_batches, validation_batches
 from data.order.sampler import Sampler
 from model.batch import IGNORE_INDEX, Batch
 from model.errors import DataError
@@ -109,8 +109,8 @@ def steps(data: MultimodalDataset, **options: Any) -> Iterator[list[MicroBatch]]
     sampler = Sampler(data.lengths, data.modalities, 5, 0, "modality_length")
     last = 2 * sampler.steps_per_epoch
     plan = BatchPlan(options.pop("world_size", 1), 2)
-    settings = {"rank": 0, "first_step": 0, "last_step": last, "workers": 0} | options
-    return train_batches(data, sampler, plan, pad_id=PAD, pin_memory=False, **settings)
+    steps = range(options.pop("first_step", 0), options.pop("last_step", last))
+    return train_batches(data, sampler, plan, LoadOptions(**{"pad_id": PAD, "rank": 0, "workers": 0, **options}), steps)
 
 
 def contents(batch: Batch) -> list[Any]:
@@ -191,7 +191,7 @@ def test_validation_is_spread_over_every_source(folder: Path, max_samples: int, 
 
     def run(rank: int, world_size: int) -> list[MicroBatch]:
         plan = BatchPlan(world_size, 3)
-        return list(validation_batches(data, plan, pad_id=PAD, rank=rank, max_samples=max_samples, workers=0))
+        return list(validation_batches(data, plan, LoadOptions(pad_id=PAD, rank=rank, workers=0), max_samples))
 
     for world_size in (1, 2, 4):
         ranks = [run(rank, world_size) for rank in range(world_size)]

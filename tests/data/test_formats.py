@@ -146,7 +146,7 @@ def test_placeholders_are_counted_by_the_modality_that_reads_them() -> None:
     assert made.encode(record).input_ids.count(made.placeholder_ids["image"]) == 2
     with pytest.raises(RecordError, match="image: 2 placeholders in the ids, 1 files"):
         made.encode(dataclasses.replace(record, media=record.media[:1]))
-    deaf = load_template("chatml", NAMES["bytes"](), placeholders="as_written", media_wrap=())
+    deaf = load_template("chatml", NAMES["bytes"]())
     for kind in ("video", "audio"):
         with pytest.raises(RecordError, match=f"{kind}: 1 files, but the model has no part for this modality"):
             deaf.encode(talk(f"<{kind}>", "a"))

@@ -197,7 +197,7 @@ def test_files_that_are_no_list_of_records_are_refused(tmp_path: Path, name: str
     [
         ("none.json", "none.json' is no file"),
         ("x*.json", "matches no file"),
-        ("a.csv", r"a.csv' is of no kind that is read \(.json, .jsonl, .parquet, .tar\)"),
+        ("a.csv", r"a.csv' is of no kind that is read \(.json, .jsonl, .parquet, .arrow, .tar\)"),
         ("b.*", r"matches '.*b.tar.gz', which is of no kind that is read .*; unpack it"),
         ("[ac].*", "matches '.*', which is of no kind"),
         ("d.*", r"d.json' and '.*d.jsonl'.*: make each a source"),

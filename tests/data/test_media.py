@@ -52,7 +52,7 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(path: Path, records: list[dict[str, Any]], spec: AudioSpec, **config: Any) -> MultimodalDataset:
     tokenizer = copy.deepcopy(tiny_tokenizer("qwen"))
     tokenizer.add_tokens([AddedToken("<audio>", special=True, normalized=False)], special_tokens=True)
-    template = load_template("auto", tokenizer, placeholders="as_written", media_wrap=())
+    template = load_template("auto", tokenizer)
     source = path / f"{len(list(path.glob('*.jsonl')))}.jsonl"
     source.write_text("".join(json.dumps(record) + "\n" for record in records))
     specs: dict[str, MediaSpec] = {"image": IMAGE, "audio": spec}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from data.collate import collate, collate_packed
 from data.dataset import MultimodalDataset
-from data.loader import BatchPlan, MicroBatch, train_batches, validation_batches
+from data.loader import BatchPlan, LoadOptions, MicroBatch, train_batches, validation_batches
 from data.order.packing import deal_packed
 from data.order.sampler import Sampler
 from model.batch import IGNORE_INDEX
@@ -130,8 +130,9 @@ def test_a_packed_row_is_its_samples_without_padding(data: MultimodalDataset) ->
 def steps(data: MultimodalDataset, rank: int = 0, world_size: int = 1, budget: int = 70, **options: Any) -> list[list[MicroBatch]]:
     sampler = Sampler(data.lengths, data.modalities, 5, 0, "random")
     last = 2 * sampler.steps_per_epoch
-    known = {"pad_id": PAD, "rank": rank, "first_step": 0, "last_step": last, "workers": 0, "pin_memory": False, **options}
-    return list(train_batches(data, sampler, BatchPlan(world_size, 4, budget), **known))
+    first, costs = options.pop("first_step", 0), options.pop("costs", None)
+    how = LoadOptions(**{"pad_id": PAD, "rank": rank, "workers": 0, **options})
+    return list(train_batches(data, sampler, BatchPlan(world_size, 4, budget), how, range(first, last), costs))
 
 
 def ids_of(step: list[MicroBatch]) -> list[int]:
@@ -159,8 +160,8 @@ def test_a_step_holds_what_the_sampler_says_on_any_ranks_with_any_workers_and_bu
 
 def test_validation_is_packed_and_whole(data: MultimodalDataset) -> None:
     for world_size in (1, 3):
-        options: dict[str, Any] = {"pad_id": PAD, "max_samples": 0, "workers": 0}
-        ranks = [list(validation_batches(data, BatchPlan(world_size, 4, 70), rank=r, **options)) for r in range(world_size)]
+        plan = BatchPlan(world_size, 4, 70)
+        ranks = [list(validation_batches(data, plan, LoadOptions(pad_id=PAD, rank=r, workers=0), 0)) for r in range(world_size)]
         assert len({len(rank) for rank in ranks}) == 1
         assert sorted(i for rank in ranks for i in ids_of(rank)) == list(range(12))
         assert all(micro.batch.segment_lengths is not None for rank in ranks for micro in rank)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from data.dataset import MultimodalDataset
-from data.loader import BatchPlan, MicroBatch, train_batches
+from data.loader import BatchPlan, LoadOptions, MicroBatch, train_batches
 from data.order.sampler import Sampler
 from data.prefetch import AHEAD_BYTES, micro_batches_together, planned_bytes, prefetch_factor
 from data.workers import OpenFilesError, WorkerError
@@ -36,8 +36,7 @@ def pictures(folder: Path, count: int) -> MultimodalDataset:
 
 def steps(data: MultimodalDataset, per_step: int, workers: int, last: int = 2) -> Iterator[list[MicroBatch]]:
     sampler = Sampler(data.lengths, data.modalities, per_step, 0, "modality_length")
-    settings: dict[str, Any] = {"rank": 0, "first_step": 0, "last_step": last, "workers": workers, "pin_memory": False}
-    return train_batches(data, sampler, BatchPlan(1, 1), pad_id=PAD, **settings)
+    return train_batches(data, sampler, BatchPlan(1, 1), LoadOptions(pad_id=PAD, rank=0, workers=workers), range(last))
 
 
 def told(value: Any) -> Any:

@@ -130,9 +130,7 @@ def test_bytes_inside_parts_are_refused_by_name(tmp_path: Path) -> None:
     ]
     turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": "A cat on a mat."}]}]
     index = opened(written(tmp_path / "m.parquet", {"messages": [turns]}))
-    with pytest.raises(
-        RecordError, match=r"messages\[0\].content\[0\]: has 'image' without a path; only paths of local files are read"
-    ):
+    with pytest.raises(RecordError, match=r"messages\[0\].content\[0\]: has 'image' without a path; name the path of a local file"):
         parse(index.raw(0), "x:1")
 
 
@@ -187,7 +185,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         broken.write_bytes(damaged)
         with pytest.raises(DataError, match=f"broken.parquet: {message}"):
             opened(broken)
-    with pytest.raises(DataError, match="has no column conversations or messages; its columns: id, text"):
+    with pytest.raises(DataError, match=r"has no columns .* \(conversations, messages, .*\); it has id, text"):
         opened(written(tmp_path / "n.parquet", {"id": ["1"], "text": ["a"]}))
     with pytest.raises(DataError, match="holds no record"):
         opened(written(tmp_path / "o.parquet", {"conversations": pyarrow.array([], pyarrow.string())}))

@@ -13,7 +13,7 @@ from data.collate import collate
 from data.config import DataConfig
 from data.processor import Processor, make_processor
 from data.records.record import RecordError
-from data.text.template import load_template
+from data.text.template import TemplateOptions, load_template
 from model.batch import IGNORE_INDEX, Batch
 from model.errors import ConfigError
 from tests.support.tiny_data import SPECS, WIDTH, dataset, grey, image_id, level, sample, talk, template
@@ -21,7 +21,7 @@ from tests.support.tiny_tokenizers import tiny_tokenizer
 
 
 def processor(name: str = "auto", tokenizer: str = "qwen", **config: object) -> Processor:
-    made = load_template(name, tiny_tokenizer(tokenizer), placeholders="as_written", media_wrap=())
+    made = load_template(name, tiny_tokenizer(tokenizer))
     return make_processor(made, SPECS, DataConfig(name, **config))  # type: ignore[arg-type]
 
 
@@ -132,7 +132,7 @@ def test_new_tokens_and_wraps_of_the_run_come_back(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer("qwen").__class__.from_pretrained(saved_copy(tmp_path))
     tokenizer.add_tokens(["<new>", "<im_start>", "<im_end>"], special_tokens=True)
     options = {"placeholders": "first", "media_wrap": ("<im_start>", "<im_end>")}
-    made_of = load_template("auto", tokenizer, allowed=("<new>", "<im_start>", "<im_end>"), **options)
+    made_of = load_template("auto", tokenizer, TemplateOptions(allowed=("<new>", "<im_start>", "<im_end>"), **options))
     made = make_processor(made_of, SPECS, DataConfig(**options))
     made.save(tmp_path / "final")
     loaded = load_processor(tmp_path / "final")

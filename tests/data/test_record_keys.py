@@ -341,8 +341,8 @@ def test_keys_that_other_trainers_act_on_are_refused_by_name(keys: dict[str, Any
 
 
 def test_records_of_other_formats_are_told_so() -> None:
-    assert reason({"id": "7", "instruction": "2+2?", "output": "4"}).endswith(
-        "it has 'instruction', 'output', which are not read as turns"
+    assert reason({"id": "7", "instruction": "2+2?", "text": "4"}).endswith(
+        "it has 'instruction', 'text', which are not read as turns"
     )
 
 
@@ -379,18 +379,11 @@ def test_pictures_inside_parts_are_paths_or_the_records_own() -> None:
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        *(
-            (
-                part,
-                f"messages[0].content[0]: holds the bytes of a medium ({key}); only paths of local files are read here: save it as",
-            )
-            for key, part in {
-                "bytes": {"type": "image", "image": {"bytes": "AAAA", "path": "a.jpg"}},
-                "base64": {"type": "image", "base64": "AAAA"},
-                "data": {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}},
-            }.items()
+        ({"type": "image", "base64": 3}, "messages[0].content[0].base64: is a number, not a string of base64"),
+        (
+            {"type": "image", "image": "data:image/png,AAAA"},
+            "messages[0].content[0]: 'data:image/png,AAAA' is a URL; only paths of local",
         ),
-        ({"type": "image", "image": "data:image/png;base64,AAAA"}, "messages[0].content[0]: 'data:image/png;base64,AAAA' is a URL"),
         (
             {"type": "image", "image": "file:///data/a.jpg"},
             "messages[0].content[0]: 'file:///data/a.jpg' is a URL; only paths of local ",
@@ -399,7 +392,7 @@ def test_pictures_inside_parts_are_paths_or_the_records_own() -> None:
         ({"type": "image", "image": [1]}, "messages[0].content[0]: is a list, not a path"),
         (
             {"type": "image", "image": {}},
-            "messages[0].content[0]: has 'image' without a path; only paths of local files are read here",
+            "messages[0].content[0]: has 'image' without a path; name the path of a local file, or give the record",
         ),
         ({"type": "image", "index": 1}, "messages[0].content[0].index: is 1, but this is image 0: media stand in reading order"),
         (
@@ -424,7 +417,7 @@ def test_what_a_part_holds_beside_a_path_is_refused_by_name(part: dict[str, Any]
 
 def test_file_urls_and_bytes_are_told_what_to_write() -> None:
     assert reason(seen({"type": "image", "image": "file:///data/a.jpg"})).endswith(": write the path without file://")
-    assert reason(seen({"type": "image", "base64": "AA"})).endswith(
+    assert reason(seen({"type": "image", "image": {}})).endswith(
         'give the record a key "images" beside {"type": "image"} (a column of .parquet may hold bytes)'
     )
 

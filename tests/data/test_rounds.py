@@ -22,7 +22,7 @@ LIMIT = 64
 
 
 def template(tokenizer: str, name: str) -> Template:
-    return load_template(name, tiny_tokenizer(tokenizer), placeholders="as_written", media_wrap=())
+    return load_template(name, tiny_tokenizer(tokenizer))
 
 
 def talk(num_rounds: int, question: str = "What is this?", answer: str = "A cat sits on a mat.") -> Record:
@@ -127,7 +127,7 @@ LAST = """\
 def test_rounds_go_together_where_the_template_writes_the_systems_words_last() -> None:
     base = tiny_tokenizer("bytes").backend_tokenizer
     copy = type(tiny_tokenizer("bytes"))(tokenizer_object=base, chat_template=LAST)
-    made = load_template("auto", copy, placeholders="as_written", media_wrap=())
+    made = load_template("auto", copy)
     with_system = lambda n: dataclasses.replace(talk(n), turns=(Turn("system", "Be brief."), *talk(n).turns))  # noqa: E731
     encoded = made.encode(with_system(3), 4096)
     assert encoded.round_ends == [len(encoded.input_ids)] and len(made.encode(talk(3)).round_ends) == 3

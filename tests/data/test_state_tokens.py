@@ -14,7 +14,7 @@ from data.config import DataConfig
 from data.processor import Processor, load_processor, make_processor
 from data.records.record import Record, RecordError, parse
 from data.text.state_tokens import STATE_TOKENS, split_state
-from data.text.template import Template, load_template
+from data.text.template import Template, TemplateOptions, load_template
 from model.batch import Batch
 from model.errors import ConfigError
 from tests.support.formats import index_of, talk, template, text
@@ -122,15 +122,14 @@ def test_an_answer_that_has_a_state_already_is_named() -> None:
 
 def test_a_tokenizer_that_cannot_write_them_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"data.state_tokens = 'glyphs': the tokenizer only knows '☞' as <unk>; add it with "):
-        load_template("vicuna_v1", unigram(), placeholders="as_written", media_wrap=(), state_tokens="glyphs")
+        load_template("vicuna_v1", unigram(), TemplateOptions(state_tokens="glyphs"))
 
 
 def single(name: str) -> Template:
     """A template of a tokenizer that has the glyphs as special tokens, as model.llm.new_tokens adds them."""
     tokenizer = NAMES[name]()
     tokenizer.add_tokens(["<image>", "<audio>", *GLYPHS.values()], special_tokens=True)
-    options: dict[str, Any] = {"placeholders": "as_written", "media_wrap": (), "state_tokens": "glyphs"}
-    return load_template("vita_mixtral" if name == "llama" else "vita_qwen", tokenizer, **options)
+    return load_template("vita_mixtral" if name == "llama" else "vita_qwen", tokenizer, TemplateOptions(state_tokens="glyphs"))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen"])

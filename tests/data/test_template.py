@@ -21,7 +21,7 @@ from data.config import SourceConfig
 from data.index.record_index import RecordIndex
 from data.records.record import Record, RecordError, parse
 from data.text.chat_formats import freeze_date
-from data.text.template import Encoded, Template, load_template
+from data.text.template import Encoded, Template, TemplateOptions, load_template
 from model.errors import ConfigError, DataError
 from tests.support import tiny_tokenizers
 from tests.support.tiny_tokenizers import tiny_tokenizer, unigram
@@ -113,7 +113,7 @@ def records(draw: st.DrawFn, name: str, controls: bool) -> Record:
 
 
 def template_for(name: str, tokenizer: str, **options: Any) -> Template:
-    return load_template(name, tiny_tokenizer(tokenizer), **{"placeholders": "as_written", "media_wrap": (), **options})
+    return load_template(name, tiny_tokenizer(tokenizer), TemplateOptions(**options))
 
 
 def llava_text(name: str, messages: list[tuple[str, str]]) -> str:
@@ -335,7 +335,7 @@ def test_plain_keeps_only_placeholders_and_the_answer() -> None:
 
 def test_configured_tokens_may_be_written() -> None:
     allowed = ["<|endoftext|>", "<s>", "<|im_end|>"]
-    template = load_template("chatml", tiny_tokenizer("bytes"), placeholders="as_written", media_wrap=(), allowed=allowed)
+    template = load_template("chatml", tiny_tokenizer("bytes"), TemplateOptions(allowed=allowed))
     ids, known = template.encode(chat("<|endoftext|><s><|im_end|>", "ok")).input_ids, template.tokenizer.get_vocab()
     # The tokenizer's own BOS and the format's own end are nobody's to write.
     assert [ids.count(known[token]) for token in allowed] == [1, 0, 2]
@@ -384,7 +384,7 @@ def test_templates_that_do_not_fit_are_refused(name: str, tokenizer: str, messag
 
 def with_chat_template(source: str, tokenizer: str = "bytes") -> Template:
     copy = type(tiny_tokenizer(tokenizer))(tokenizer_object=tiny_tokenizer(tokenizer).backend_tokenizer, chat_template=source)
-    return load_template("auto", copy, placeholders="as_written", media_wrap=())
+    return load_template("auto", copy)
 
 
 @pytest.mark.parametrize(
@@ -409,7 +409,7 @@ def test_a_content_that_the_template_rewrites_is_a_data_error() -> None:
 
 
 def test_unigram_dangers_are_data_errors() -> None:
-    template = load_template("vicuna_v1", unigram(), placeholders="as_written", media_wrap=())
+    template = load_template("vicuna_v1", unigram())
     template.encode(chat("q", "fine"))
     with pytest.raises(RecordError, match="makes a control token of a content's plain text"):
         template.encode(chat("q </s>", "a"))
@@ -420,7 +420,7 @@ def test_unigram_dangers_are_data_errors() -> None:
 
 def test_media_that_the_model_cannot_take() -> None:
     tokenizer = tiny_tokenizers.NAMES["bytes"]()
-    template = load_template("chatml", tokenizer, placeholders="as_written", media_wrap=())
+    template = load_template("chatml", tokenizer)
     with pytest.raises(RecordError, match="image: 1 files, but the model has no part for this modality"):
         template.encode(chat("<image>", "a", image="a"))
 

@@ -59,11 +59,11 @@ QUOTED = """\
 
 def own(source: str, tokenizer: str = "bytes") -> Template:
     copy = type(tiny_tokenizer(tokenizer))(tokenizer_object=tiny_tokenizer(tokenizer).backend_tokenizer, chat_template=source)
-    return load_template("auto", copy, placeholders="as_written", media_wrap=())
+    return load_template("auto", copy)
 
 
 def qwen3() -> Template:
-    return load_template("auto", tiny_tokenizer("qwen3"), placeholders="as_written", media_wrap=())
+    return load_template("auto", tiny_tokenizer("qwen3"))
 
 
 def talk(*turns: Turn | str, **extra: Any) -> Record:
@@ -144,7 +144,7 @@ def test_tools_and_calls_are_the_templates_own() -> None:
 )
 def test_a_template_that_drops_a_key_is_refused_by_the_keys_name(record: Record, message: str) -> None:
     with pytest.raises(RecordError, match=re.escape(message)):
-        load_template("vicuna_v1", tiny_tokenizer("llama"), placeholders="as_written", media_wrap=()).encode(record)
+        load_template("vicuna_v1", tiny_tokenizer("llama")).encode(record)
 
 
 def test_turns_that_are_not_to_be_learned_are_read() -> None:

@@ -38,7 +38,7 @@ from trainer.config import OptimConfig
 from trainer.distributed.parallelize import replicate
 from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.step import train_step
+from trainer.step import StepOptions, train_step
 
 PAIRS = (
     ("linear", "linear"),
@@ -166,7 +166,7 @@ def losses(world: World, folder: Path) -> list[list[float]]:
         for step in range(2):
             batches = [collate([sample], 0) for sample in samples(model)[world.rank :: world.size]]
             litter()
-            result = train_step(wrapped, optimizer, batches, world, seed=0, step=step, clip_norm=1.0)
+            result = train_step(wrapped, optimizer, batches, world, StepOptions(seed=0, step=step, clip_norm=1.0))
             numbers += [world.sum(result.losses.sum()).item(), result.grad_norm.item(), result.skipped.item()]
         found.append(numbers)
     return found

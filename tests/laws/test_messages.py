@@ -73,7 +73,7 @@ def test_every_error_is_bounded_at_the_door(tmp_path: Path, capsys: pytest.Captu
         raise ConfigError(LONG)
 
     assert cli.run_command("tool", fails) == 2
-    exit_report.write_exit_report(tmp_path, 2, LONG, None, 0)
+    exit_report.write_exit_report(tmp_path, exit_report.RunEnd(2, LONG, None, 0))
     assert len(capsys.readouterr().err) < 3 * LINE
     assert len(json.loads((tmp_path / "exit.json").read_text())["reason"]) < 2 * LINE
 

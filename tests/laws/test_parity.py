@@ -28,7 +28,7 @@ from tools.export_adapter import main as export
 from trainer.config import OptimConfig
 from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.step import train_step
+from trainer.step import StepOptions, train_step
 
 NUM_STEPS, GLOBAL_BATCH, MICRO_BATCH, LR = 30, 4, 2, 1e-3
 WORLD = World(0, 0, 1, torch.device("cpu"))
@@ -152,7 +152,7 @@ def our_losses(pair: Pair, samples: list[Sample]) -> list[float]:
     for step in range(NUM_STEPS):
         first = step * GLOBAL_BATCH % len(samples)
         batches = [collate(samples[i : i + MICRO_BATCH], 0) for i in range(first, first + GLOBAL_BATCH, MICRO_BATCH)]
-        result = train_step(model, optimizer, batches, WORLD, seed=0, step=step, clip_norm=0.0)
+        result = train_step(model, optimizer, batches, WORLD, StepOptions(seed=0, step=step, clip_norm=0.0))
         rows = torch.cat(result.addends).double()
         found.append(float(rows.sum() / len(rows)))
     return found

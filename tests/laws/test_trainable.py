@@ -22,7 +22,7 @@ from trainer.distributed.parallelize import replicate, shard
 from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.setup import prove_gradients
-from trainer.step import train_step
+from trainer.step import StepOptions, train_step
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,13 @@ def test_exactly_the_promised_tensors_change(folder: Path, llm: str, vision: str
     set_learning_rates(optimizer, 1.0)
     width = num_tokens(model.specs["image"], MediaMeta())
     for step in range(2):  # twice: B is zero at first, so A gets its first gradient in the second step
-        train_step(replicate(model, ALONE), optimizer, step_batches(step, ALONE, 4, width), ALONE, seed=0, step=step, clip_norm=0.0)
+        train_step(
+            replicate(model, ALONE),
+            optimizer,
+            step_batches(step, ALONE, 4, width),
+            ALONE,
+            StepOptions(seed=0, step=step, clip_norm=0.0),
+        )
     after = dict([*model.named_parameters(), *model.named_buffers()])
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     # The bias of a key cancels in the softmax, so its gradient is rounding or nothing.

@@ -37,7 +37,7 @@ from trainer.config import OptimConfig, ParallelConfig
 from trainer.distributed.parallelize import is_sharded, replicate, shard
 from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.step import train_step
+from trainer.step import StepOptions, train_step
 
 SIZE = 4
 LAYOUTS = list(product(((), ("image",), ("audio",), ("image", "audio")), repeat=SIZE))
@@ -89,7 +89,7 @@ def step_through(world: World, folder: Path, strategy: str, tune: str) -> list[f
         order = random.Random(turn).sample(LAYOUTS, len(LAYOUTS))
         for i, layout in enumerate(order):
             batches = [batch_of(model, layout[world.rank], SIZE * i + world.rank)]
-            result = train_step(wrapped, optimizer, batches, world, seed=0, step=turn * len(order) + i, clip_norm=1.0)
+            result = train_step(wrapped, optimizer, batches, world, StepOptions(seed=0, step=turn * len(order) + i, clip_norm=1.0))
             norms.append(result.grad_norm.item())
     return norms
 

@@ -36,7 +36,7 @@ def sample(store: dist.Store) -> Sample:
 def start_sampled(world: World, parts: Path, output_dir: Path, sections: dict[str, Any]) -> tuple[Start, list[Sample]]:
     """A run and what it held after every hundredth step, right after the step."""
     found: list[Sample] = []
-    inner, number = loop.Loop._due, 0
+    inner, number = loop.Loop._finish_step, 0
 
     def due(self: Any, done: int, *args: Any) -> None:
         nonlocal number
@@ -45,7 +45,7 @@ def start_sampled(world: World, parts: Path, output_dir: Path, sections: dict[st
         if number % (STEPS // SAMPLES) == 50:  # between two saves
             found.append(sample(world.store))
 
-    loop.Loop._due = due  # type: ignore[method-assign]
+    loop.Loop._finish_step = due  # type: ignore[method-assign]
     return start(world, parts, output_dir, sections), found
 
 

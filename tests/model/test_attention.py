@@ -37,7 +37,7 @@ from trainer.distributed.parallelize import checkpoint_activations, gradient_syn
 from trainer.distributed.world import World
 from trainer.isolation import prove_isolation
 from trainer.optim import build_optimizer
-from trainer.step import train_step
+from trainer.step import StepOptions, train_step
 
 WIDTH, NUM_SAMPLES = 4, 7
 Gradients = dict[str, Tensor]
@@ -326,7 +326,7 @@ def test_a_packed_step_never_waits_for_the_device(folders: Path) -> None:
     optimizer = build_optimizer(model, config_of(folders / "mistral", "lora"), OptimConfig())
     batches = [collate_packed(samples(), 0), collate_packed([], 0)]
     with Counter() as counter, hidden_syncs(counter):
-        train_step(model, optimizer, batches, ALONE, seed=0, step=0, clip_norm=1.0)
+        train_step(model, optimizer, batches, ALONE, StepOptions(seed=0, step=0, clip_norm=1.0))
     assert counter.num_syncs == 0 and counter.num_ops > 100
 
 

@@ -21,7 +21,7 @@ from model.files.hub import hugging_face_config
 from model.llm.causal_lm import VocabularyLayout, build_llm, check_supported, head_weight
 from model.llm.interface import LogitChange
 from model.logit_scaling import logit_change
-from model.loss import text_term
+from model.loss import HeadOptions, text_term
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
 from tests.support.llm import BASE, TOLERANCE, gradients, ours, theirs
@@ -32,7 +32,7 @@ from trainer.config import OptimConfig, ParallelConfig
 from trainer.distributed.parallelize import replicate, shard
 from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.step import train_step
+from trainer.step import StepOptions, train_step
 
 SHARDED = ("qwen3", "phi3", "gemma2", "gemma3", "granite", "cohere")
 LENGTHS = (21, 13, 5)  # two are longer than the sliding window of 8 and the 16 positions that rope was trained for
@@ -62,7 +62,7 @@ def test_every_family_computes_what_transformers_does(
     tmp_path: Path, family: str, layout: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_llm(tmp_path, family)
-    monkeypatch.setattr(loss.text_term, "__defaults__", (5,))  # chunks of 5 rows; the last one is not full
+    monkeypatch.setattr(loss.HeadOptions.__init__, "__defaults__", (5, loss.UNCHANGED, None))  # chunks of 5 rows, the last not full
     model, plain = ours(tmp_path), theirs(tmp_path)
     batch, padded = layout(samples(), 0), collate(samples(), 0)
     hidden: list[Tensor] = []
@@ -115,7 +115,7 @@ def trained_losses(world: World, folder: Path, strategy: str) -> dict[str, list[
         found[family] = []
         for step in range(2):
             mine = samples((9, 14, 5), step)[world.rank :: world.size]
-            result = train_step(wrapped, optimizer, [collate(mine, 0)], world, seed=0, step=step, clip_norm=1.0)
+            result = train_step(wrapped, optimizer, [collate(mine, 0)], world, StepOptions(seed=0, step=step, clip_norm=1.0))
             total = world.sum(torch.cat(result.addends).sum())
             found[family] += [total.item(), result.grad_norm.item()]
     return found
@@ -170,7 +170,7 @@ def test_logits_that_nothing_explains_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [LogitChange(0.25), LogitChange(cap=2.0), LogitChange(3.0, 1.5)])
 def test_gradients_go_through_the_change_of_logits(change: LogitChange) -> None:
     hidden, weight, labels, supervised = case(10)
-    term = text_term(hidden, weight, labels, supervised, 4, change=change)
+    term = text_term(hidden, weight, labels, supervised, HeadOptions(4, change))
     (term.sum * 0.5).backward()
     found = [term.sum.detach(), hidden.grad, weight.grad]
     hidden.grad = weight.grad = None

@@ -41,7 +41,7 @@ def test_loss_and_every_gradient_equal_those_of_full_logits(
 ) -> None:
     save_llm(tmp_path, family)
     data = batch()
-    monkeypatch.setattr(loss.text_term, "__defaults__", (5,))  # chunks of 5 rows; the last one is not full
+    monkeypatch.setattr(loss.HeadOptions.__init__, "__defaults__", (5, loss.UNCHANGED, None))  # chunks of 5 rows, the last not full
     assert data.num_supervised > 5 and data.num_supervised % 5
     model, plain = ours(tmp_path, name), theirs(tmp_path)
     term = model(data)["text"]

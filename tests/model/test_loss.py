@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.batch import IGNORE_INDEX
-from model.loss import text_term
+from model.loss import HeadOptions, text_term
 from tests.support.loss import B, D, T, V, case
 
 
@@ -19,7 +19,7 @@ def expected_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 @pytest.mark.parametrize("num_supervised", [1, 4, 5, 6, 10, 14])
 def test_sum_rows_and_gradients_equal_those_of_full_logits(num_supervised: int, chunk: int) -> None:
     hidden, weight, labels, supervised = case(num_supervised)
-    term = text_term(hidden, weight, labels, supervised, chunk)
+    term = text_term(hidden, weight, labels, supervised, HeadOptions(chunk))
     (term.sum * 0.25).backward()
     found = [term.sum.detach(), hidden.grad, weight.grad]
     hidden.grad = weight.grad = None
@@ -44,12 +44,12 @@ def test_no_supervised_row_is_zero_with_zero_gradients() -> None:
 
 def test_a_frozen_head_still_passes_the_gradient_on_and_a_leaf_hidden_needs_none() -> None:
     hidden, weight, labels, supervised = case(6)
-    text_term(hidden, weight.detach(), labels, supervised, 4).sum.backward()
+    text_term(hidden, weight.detach(), labels, supervised, HeadOptions(4)).sum.backward()
     alone = hidden.grad
     hidden.grad = None
     expected_sum(hidden, weight.detach(), labels).backward()
     torch.testing.assert_close(alone, hidden.grad, rtol=1e-5, atol=1e-6)
-    text_term(hidden.detach(), weight, labels, supervised, 4).sum.backward()
+    text_term(hidden.detach(), weight, labels, supervised, HeadOptions(4)).sum.backward()
     assert weight.grad is not None and weight.grad.any()
     with torch.no_grad():
         assert text_term(hidden, weight, labels, supervised).sum.grad_fn is None
@@ -60,7 +60,7 @@ def test_a_tied_matrix_gets_the_gradients_of_both_its_uses() -> None:
     weight = torch.randn(V, D, requires_grad=True)
     ids = torch.randint(0, V, (B, T))
     _, _, labels, supervised = case(9)
-    text_term(F.embedding(ids, weight).tanh(), weight, labels, supervised, 5).sum.backward()
+    text_term(F.embedding(ids, weight).tanh(), weight, labels, supervised, HeadOptions(5)).sum.backward()
     found = weight.grad
     weight.grad = None
     expected_sum(F.embedding(ids, weight).tanh(), weight, labels).backward()
@@ -70,7 +70,7 @@ def test_a_tied_matrix_gets_the_gradients_of_both_its_uses() -> None:
 def test_bfloat16_sums_are_kept_in_float32() -> None:
     """Rows are near 3: their sum in bfloat16 would be off by whole units."""
     hidden, weight, labels, supervised = case(14, torch.bfloat16)
-    term = text_term(hidden, weight, labels, supervised, 5)
+    term = text_term(hidden, weight, labels, supervised, HeadOptions(5))
     assert term.sum.dtype == term.addends.dtype == torch.float32
     torch.testing.assert_close(term.sum, term.addends.sum(), rtol=1e-6, atol=0)
     exact = expected_sum(hidden.detach().float(), weight.detach().float(), labels)

@@ -37,7 +37,7 @@ from trainer.config import OptimConfig, ParallelConfig
 from trainer.distributed.parallelize import replicate, shard
 from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.step import train_step
+from trainer.step import StepOptions, train_step
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 IDS = (VOCAB, VOCAB + 2)  # VOCAB + 1 is new too, and is not to learn: a placeholder
@@ -82,7 +82,9 @@ def trained_model(folder: Path, tune: str, steps: int, layout: Any = collate) ->
     set_learning_rates(optimizer, 1.0)
     for step in range(steps):
         parts = samples(step)
-        train_step(model, optimizer, [layout(parts[:2], 0), layout(parts[2:], 0)], ALONE, seed=0, step=step, clip_norm=1.0)
+        train_step(
+            model, optimizer, [layout(parts[:2], 0), layout(parts[2:], 0)], ALONE, StepOptions(seed=0, step=step, clip_norm=1.0)
+        )
     return model
 
 
@@ -138,7 +140,7 @@ def stepped(world: World, folder: Path, strategy: str, dtype: str) -> list[float
     found: list[float] = []
     for step in range(3):
         mine = samples(step)[: 1 if step == 2 else 6][world.rank :: world.size]
-        result = train_step(wrapped, optimizer, [collate(mine, 0)], world, seed=0, step=step, clip_norm=0.0)
+        result = train_step(wrapped, optimizer, [collate(mine, 0)], world, StepOptions(seed=0, step=step, clip_norm=0.0))
         found += [world.sum(torch.cat(result.addends).sum()).item(), result.grad_norm.item()]
     return found
 

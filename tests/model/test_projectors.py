@@ -36,7 +36,7 @@ from trainer.config import OptimConfig
 from trainer.distributed.parallelize import replicate
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.runfile.part_checks import vision_problems
-from trainer.step import train_step
+from trainer.step import StepOptions, train_step
 
 KINDS = {"linear": 16, "mlp3x_gelu": 16, **dict.fromkeys(GRID_KINDS, 4), "resampler": 64}
 """Tokens of a view of 4 x 4 patches."""
@@ -229,7 +229,7 @@ def test_exactly_the_promised_tensors_change(tmp_path: Path, tower: str, tune: s
     set_learning_rates(optimizer, 1.0)
     for step in range(2):  # twice: B of LoRA is zero at first, so A gets its first gradient in the second step
         batches = step_batches(step, ALONE, 4, num_tokens(model.specs["image"], MediaMeta()))
-        train_step(replicate(model, ALONE), optimizer, batches, ALONE, seed=0, step=step, clip_norm=0.0)
+        train_step(replicate(model, ALONE), optimizer, batches, ALONE, StepOptions(seed=0, step=step, clip_norm=0.0))
     after = dict([*model.named_parameters(), *model.named_buffers()])
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     words = {"positions": "position_embedding", "lora": "lora_", "full": "", "frozen": "nothing"}

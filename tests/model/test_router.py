@@ -34,7 +34,7 @@ from trainer.distributed.parallelize import checkpoint_activations, replicate, s
 from trainer.distributed.world import World
 from trainer.isolation import prove_isolation
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.step import train_step
+from trainer.step import StepOptions, train_step
 
 COEFFICIENT = 0.5
 LENGTHS = (7, 19, 4, 11, 9, 13, 5)
@@ -178,9 +178,9 @@ def test_nothing_is_kept_outside_a_forward_of_training(folders: Path) -> None:
     model = build_model(config_of(folders / "mixtral")).eval()
     assert model.routers is not None
     model.generate(collate(samples(2), 0, "left"), 3)
-    assert model.routers.kept is None
+    assert model.routers.logits is None
     loss_and_gradients(model, [collate(samples(2), 0)])
-    assert model.routers.kept is None
+    assert model.routers.logits is None
 
 
 def test_a_dense_model_has_no_routers(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def steps_on_ranks(world: World, folder: Path, strategy: str, recompute: bool, l
         own = samples()[world.rank :: world.size]
         num = -(-len(samples()) // world.size)
         batches = [make(own[i : i + size], 0) for i in range(0, num, size)]
-        result = train_step(wrapped, optimizer, batches, world, seed=0, step=step, clip_norm=1.0)
+        result = train_step(wrapped, optimizer, batches, world, StepOptions(seed=0, step=step, clip_norm=1.0))
         ratio = world.sum(torch.stack([r["router_loss"] for r in result.ratios]).sum(0))
         text = world.sum(
             torch.stack([torch.cat(result.addends).sum(), torch.tensor(float(sum(b.num_supervised for b in batches)))])

@@ -31,7 +31,7 @@ from trainer.distributed.parallelize import checkpoint_activations, replicate, s
 from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.runfile.load import parse_config
-from trainer.step import train_step
+from trainer.step import StepOptions, train_step
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def steps_on_ranks(world: World, folder: Path, llm: str, tune: str, strategy: st
         own = samples(spec_of(config))[world.rank :: world.size]
         make = (collate, collate_packed)[step % 2]
         batches = [make(own[i : i + size], 0) for i in range(0, -(-NUM_SAMPLES // world.size), size)]
-        result = train_step(wrapped, optimizer, batches, world, seed=0, step=step, clip_norm=1.0)
+        result = train_step(wrapped, optimizer, batches, world, StepOptions(seed=0, step=step, clip_norm=1.0))
         names = list(result.ratios[0])
         ratios = world.sum(torch.stack([torch.stack([r[name] for name in names]) for r in result.ratios]).sum(0))
         text = world.sum(torch.cat(result.addends).sum())

@@ -28,7 +28,7 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from data.records.record import RecordError, parse
-from data.text.template import load_template
+from data.text.template import TemplateOptions, load_template
 from data.text.tokenizer import load_tokenizer, save_tokenizer
 from model.build import build_model
 from model.config import AudioConfig, AudioProjectorConfig, LlmConfig, ModelConfig, VisionConfig, VisionProjectorConfig
@@ -297,10 +297,10 @@ def test_a_record_that_would_hold_an_unread_token_is_refused_by_name() -> None:
     tokenizer.add_tokens([AddedToken("<pad>", special=True)], special_tokens=True)
     unread = frozenset(tokenizer.convert_tokens_to_ids(["<pad>"]))
     record = parse({"conversations": [{"from": "human", "value": "a <pad>"}, {"from": "gpt", "value": "b"}]}, "x:1", "x")
-    template = load_template("auto", tokenizer, placeholders="as_written", media_wrap=(), unread=unread)
+    template = load_template("auto", tokenizer, TemplateOptions(unread=unread))
     assert unread.isdisjoint(template.encode(record).input_ids)
     tokenizer.chat_template = "<pad>" + tokenizer.chat_template
-    template = load_template("auto", tokenizer, placeholders="as_written", media_wrap=(), unread=unread)
+    template = load_template("auto", tokenizer, TemplateOptions(unread=unread))
     with pytest.raises(RecordError, match="the template writes '<pad>', which has no row in the base's embedding"):
         template.encode(record)
 

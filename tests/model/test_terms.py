@@ -36,7 +36,7 @@ from trainer.distributed.parallelize import checkpoint_activations, replicate
 from trainer.distributed.world import World
 from trainer.metrics import Meter, Ratios, ratio_means
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.step import StepResult, loss_divisors, ratios_of, total_loss, train_step
+from trainer.step import StepOptions, StepResult, loss_divisors, ratios_of, total_loss, train_step
 
 NUM_RECORDS = 10
 STATES = [1, 0, 2, 2, 1, 0, 1, 2, 0, 1]
@@ -200,7 +200,7 @@ def test_a_step_of_three_terms_never_waits_for_the_device(folders: Path, layout:
     batches = [layout(data[:4], 0), layout([], 0), layout(data[4:], 0)]
     for step in range(3):
         with Counter() as counter, hidden_syncs(counter):
-            result = train_step(wrapped, optimizer, batches, ALONE, seed=0, step=step, clip_norm=1.0)
+            result = train_step(wrapped, optimizer, batches, ALONE, StepOptions(seed=0, step=step, clip_norm=1.0))
             meter.add(batches, result, 0.0)
         assert counter.num_syncs == 0
 

@@ -24,7 +24,7 @@ from trainer.config import OptimConfig, ParallelConfig
 from trainer.distributed.parallelize import checkpoint_activations, is_sharded, replicate, shard
 from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.step import train_step
+from trainer.step import StepOptions, train_step
 
 NUM_STEPS, GLOBAL_BATCH = 5, 10
 
@@ -126,7 +126,7 @@ def take_steps(
     for step in range(NUM_STEPS):
         batches = step_batches(step, world, micro_batch_size, width)
         count = world.sum(torch.tensor(float(sum(b.num_supervised for b in batches))))
-        result = train_step(wrapped, optimizer, batches, world, seed=0, step=step, clip_norm=optim.clip_norm)
+        result = train_step(wrapped, optimizer, batches, world, StepOptions(seed=0, step=step, clip_norm=optim.clip_norm))
         total = world.sum(torch.cat(result.addends).sum())
         found += [(total / count.clamp(min=1)).item(), result.grad_norm.item()]
     return found, model

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data.config import DataConfig
 from data.processor import Processor, make_processor
-from data.text.template import load_template
+from data.text.template import TemplateOptions, load_template
 from data.text.tokenizer import load_tokenizer, pad_id, save_tokenizer
 from model.build import DTYPES, assemble
 from model.card import ModelCard, base_digests, make_card, media_specs, write_card
@@ -28,7 +28,7 @@ from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
 from tests.support.tiny import save_llm, save_tower
 from tests.support.tiny_tokenizers import NAMES
-from trainer.checkpoint.write_final import write_final
+from trainer.checkpoint.write_final import FinalRun, write_final
 from trainer.distributed.world import World
 from trainer.records.vocabulary import tuned_ids
 
@@ -69,19 +69,15 @@ def build(config: ModelConfig, lora: LoraConfig = NO_LORA, seed: int = 3, quanti
     template = load_template(
         settings.template,
         vocabulary.tokenizer,
-        placeholders=settings.placeholders,
-        media_wrap=settings.media_wrap,
-        allowed=config.llm.new_tokens,
+        TemplateOptions(placeholders=settings.placeholders, media_wrap=settings.media_wrap, allowed=config.llm.new_tokens),
     )
     card = make_card(
         config,
         lora,
         VocabularyLayout(len(vocabulary.tokenizer), vocabulary.num_known, vocabulary.new_ids, tuned_ids(config.llm, vocabulary)),
-        stop_ids=template.stop_ids,
-        pad_id=pad_id(vocabulary.tokenizer),
         quantize=quantize,
     )
-    card = replace(card, bases=base_digests(config))
+    card = replace(card, stop_ids=template.stop_ids, pad_id=pad_id(vocabulary.tokenizer), bases=base_digests(config))
     model = assemble(card, DTYPES[config.dtype])
     materialise(model, weight_layers(card, model, seed), frozen_dtype=model.dtype, device=torch.device("cpu"))
     return Run(card, model, make_processor(template, specs, settings))
@@ -104,7 +100,7 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 def save_final(run: Run, folder: Path) -> Path:
     """folder/final, by the trainer's own writer."""
     with one_process() as world:
-        return write_final(run.model, run.card, run.processor, folder, 1, world)
+        return write_final(run.model, FinalRun(run.card, run.processor, folder, 1), world)
 
 
 def save_checkpoint(run: Run, folder: Path, num_ranks: int = 2, step: int = 7) -> Path:

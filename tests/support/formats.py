@@ -12,7 +12,7 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 from data.config import SourceConfig
 from data.index.record_index import RecordIndex
 from data.records.record import Record, parse
-from data.text.template import Template, load_template
+from data.text.template import Template, TemplateOptions, load_template
 from tests.support.tiny_tokenizers import NAMES
 
 # A tokenizer for each format, and what ends a turn there.
@@ -42,8 +42,7 @@ def tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 @cache
 def template(name: str, of: str = "", **options: Any) -> Template:
-    settings = {"placeholders": "as_written", "media_wrap": (), **options}
-    return load_template(name, tokenizer(of or FITTING[name][0]), **settings)
+    return load_template(name, tokenizer(of or FITTING[name][0]), TemplateOptions(**options))
 
 
 def talk(*values: str, **extra: Any) -> Record:

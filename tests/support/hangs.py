@@ -50,7 +50,7 @@ def start_failing(world: World, parts: Path, output_dir: Path, sections: dict[st
 
 
 def _spoil_marks(how: str, output_dir: Path, phase: str, step: int) -> None:
-    mark, at, numbers = PhaseTracker.mark, PhaseTracker.at, itertools.count()
+    mark, at, numbers = PhaseTracker.mark, PhaseTracker.begin, itertools.count()
 
     def spoilt(original: Callable[..., None]) -> Callable[..., None]:
         def marking(self: PhaseTracker, name: str, *rest: Any) -> None:
@@ -60,7 +60,7 @@ def _spoil_marks(how: str, output_dir: Path, phase: str, step: int) -> None:
 
         return marking
 
-    PhaseTracker.mark, PhaseTracker.at = spoilt(mark), spoilt(at)  # type: ignore[method-assign]
+    PhaseTracker.mark, PhaseTracker.begin = spoilt(mark), spoilt(at)  # type: ignore[method-assign]
 
 
 def _spoil_reading(how: str, output_dir: Path, number: int) -> None:
@@ -114,10 +114,10 @@ def words_of(how: str, phase: str, step: int) -> list[str]:
         "stopped": ["has been stopped (SIGSTOP", where],
         "killed": ["is dead", where],
         "raising": ["RuntimeError: a bug", where],
-        "sleeping": ["has not come on for", where],
-        "worker sleeping": ["has not come on for", "in data of step"],
+        "sleeping": ["has made no progress for", where],
+        "worker sleeping": ["has made no progress for", "in data of step"],
         "worker killed": ["was killed by SIGKILL while it read r", "out of memory"],
-        "worker stopped": ["has not come on for", "in data of step"],
+        "worker stopped": ["has made no progress for", "in data of step"],
         "worker raising": ["RuntimeError while r", "a bug"],
     }[how]
 

@@ -22,7 +22,7 @@ def start_planted(world: World, parts: Path, folder: Path, sections: dict[str, A
     forward, original, current = MultimodalLM.forward, loop.train_step, [-1]
 
     def stepping(*args: Any, **kwargs: Any) -> Any:
-        current[0] = kwargs["step"]
+        current[0] = args[4].step
         return original(*args, **kwargs)
 
     def planted(self: MultimodalLM, batch: Any) -> Any:

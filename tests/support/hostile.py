@@ -79,7 +79,9 @@ def placeholder_kinds() -> dict[str, Kind]:
         "path is empty": (record(""), "empty path"),
         "a path is null": (record(["sound.png", None], "<image><image>"), "is a null, not a path"),
         "web address": (record("https://example.org/a.png"), "is a URL"),
-        "data address": (record("data:image/png;base64,AAAA"), "is a URL"),
+        "data address without base64": (record("data:image/png,AAAA"), "is a URL"),
+        "data address of broken base64": (record("data:image/png;base64,A*"), "the data URI cannot be decoded"),
+        "data address of no picture": (record("data:image/png;base64,AAAA"), "data URI of 3 bytes"),
     }
 
 

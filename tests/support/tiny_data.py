@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 
 from data.config import DataConfig, SourceConfig
 from data.dataset import MultimodalDataset, Sample, open_dataset
-from data.text.template import Template, load_template
+from data.text.template import Template, TemplateOptions, load_template
 from model.media_spec import ImageSpec
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
@@ -23,14 +23,14 @@ WIDTH = 4  # tokens of a picture
 
 
 def template(**options: Any) -> Template:
-    return load_template("auto", tiny_tokenizer("qwen"), **{"placeholders": "as_written", "media_wrap": (), **options})
+    return load_template("auto", tiny_tokenizer("qwen"), TemplateOptions(**options))
 
 
 def hearing_template() -> Template:
     """The same for a model that has a part for sound."""
     tokenizer = copy.deepcopy(tiny_tokenizer("qwen"))
     tokenizer.add_tokens([AddedToken("<audio>", special=True, normalized=False)], special_tokens=True)
-    return load_template("auto", tokenizer, placeholders="as_written", media_wrap=())
+    return load_template("auto", tokenizer)
 
 
 def image_id() -> int:
@@ -70,7 +70,9 @@ def dataset(folder: Path, records: list[Any], excluded: frozenset[int] = frozens
 
 def datasets(folder: Path, named: dict[str, list[Any]], excluded: frozenset[int] = frozenset(), **config: Any) -> MultimodalDataset:
     sources = tuple(source(folder, records, name) for name, records in named.items())
-    return open_dataset(sources, DataConfig(**config), template(), SPECS, folder / "index", excluded)
+    data = open_dataset(sources, DataConfig(**config), template(), SPECS, folder / "index")
+    data.exclude(excluded)
+    return data
 
 
 def sample(data: MultimodalDataset, i: int) -> Sample:

@@ -127,14 +127,14 @@ def sound(made: Path, record: dict[str, Any]) -> np.ndarray:
 
 def test_the_curriculum_is_accepted_and_never_reads_what_is_held_out(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(made)
-    places = list_stages(load_config("omni/omni.toml"))
-    assert [place.name for place in places] == STAGES
-    assert [known(place) for place in places] == [["text"], *[["text", "image", "video"]] * 2, *[list(KINDS)] * 2]
-    for place in places:
-        assert set(media_specs(place.config.model)) == {"image", "audio"} & set(known(place))
-        assert all(Path(source.path).is_file() for source in place.config.data.sources)
-        learned = {Path(source.path).name for source in place.config.data.sources}
-        assert f"{TEACHES[place.name]}_train.json" in learned and all(name.endswith("_train.json") for name in learned)
+    stages = list_stages(load_config("omni/omni.toml"))
+    assert [stage.name for stage in stages] == STAGES
+    assert [known(stage) for stage in stages] == [["text"], *[["text", "image", "video"]] * 2, *[list(KINDS)] * 2]
+    for stage in stages:
+        assert set(media_specs(stage.config.model)) == {"image", "audio"} & set(known(stage))
+        assert all(Path(source.path).is_file() for source in stage.config.data.sources)
+        learned = {Path(source.path).name for source in stage.config.data.sources}
+        assert f"{TEACHES[stage.name]}_train.json" in learned and all(name.endswith("_train.json") for name in learned)
 
 
 GOOD: list[dict[str, float]] = [

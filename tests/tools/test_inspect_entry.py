@@ -61,7 +61,7 @@ AUDIO = AudioSpec(num_mels=8, window_frames=50, full_window=True, strides=(2, 2)
 def media_template() -> Template:
     tokenizer = NAMES["qwen"]()
     tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in ("<image>", "<audio>")], special_tokens=True)
-    return load_template("auto", tokenizer, placeholders="as_written", media_wrap=())
+    return load_template("auto", tokenizer)
 
 
 @pytest.fixture(scope="module")

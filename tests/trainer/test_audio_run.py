@@ -36,7 +36,7 @@ from trainer.distributed.parallelize import replicate
 from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.runfile.load import parse_config
-from trainer.step import train_step
+from trainer.step import StepOptions, train_step
 
 TUNES = ("frozen", "lora", "full")
 ALONE = World(0, 0, 1, torch.device("cpu"))
@@ -256,7 +256,7 @@ def test_exactly_the_promised_tensors_change(hearing: Path, audio: str, projecto
     wrapped = replicate(model, ALONE)
     model.train()
     for step in range(2):  # twice: B is zero at first, so A gets its first gradient in the second step
-        train_step(wrapped, optimizer, [batch_of(model, step)], ALONE, seed=0, step=step, clip_norm=0.0)
+        train_step(wrapped, optimizer, [batch_of(model, step)], ALONE, StepOptions(seed=0, step=step, clip_norm=0.0))
     after = values(model)
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert changed == {name for name in before if promised(name, audio, projector)}

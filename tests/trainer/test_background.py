@@ -258,7 +258,11 @@ def test_files_are_the_library_s_and_facts_are_those_of_the_files(tmp_path: Path
     found = load_file(tmp_path / "rank-00000-of-00001.safetensors")
     assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
     plan = plan_shard(tensors)
-    assert all(plan.name_at(position) == place.name for place in plan.places for position in (place.begin, place.end - 1))
+    assert all(
+        plan.name_at(position) == byte_range.name
+        for byte_range in plan.ranges
+        for position in (byte_range.begin, byte_range.end - 1)
+    )
 
 
 def agree(world: World, problems: dict[int, list[str]]) -> tuple[list[str], int]:

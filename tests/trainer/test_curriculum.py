@@ -29,7 +29,7 @@ def parsed(*stages: Any, **changes: Any) -> RunConfig:
 
 
 def configs(*stages: Any, **changes: Any) -> list[RunConfig]:
-    return [place.config for place in list_stages(parsed(*stages, **changes))]
+    return [stage.config for stage in list_stages(parsed(*stages, **changes))]
 
 
 def problems(*stages: Any, **changes: Any) -> list[str]:
@@ -153,7 +153,7 @@ def test_the_resolved_file_says_the_same() -> None:
     text = to_toml(to_tables(config))
     again = parse_config(tomllib.loads(text), "again")
     assert again == config and to_toml(to_tables(again)) == text
-    assert [place.config for place in list_stages(again)] == [place.config for place in list_stages(config)]
+    assert [stage.config for stage in list_stages(again)] == [stage.config for stage in list_stages(config)]
     assert len(flatten_tables(to_tables(config)["stage"])) < 40  # what is the same is not said again
 
 

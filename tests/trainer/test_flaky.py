@@ -30,7 +30,7 @@ def start_on_a_flaky_disk(world: World, parts: Path, output_dir: Path, sections:
         return read(self, i)
 
     def stepping(*args: Any, **kwargs: Any) -> Any:
-        done.append(kwargs["step"])
+        done.append(args[4].step)
         return step(*args, **kwargs)
 
     MultimodalDataset._sample, loop.train_step = reading, stepping  # type: ignore[method-assign]
@@ -62,5 +62,5 @@ def test_what_is_out_depends_on_the_epoch_alone(tmp_path: Path) -> None:
     met = {3: 9, 4: 10, 5: 14, 6: 15, 7: 31}
     found._count([{**row, "split": "train", "sample_id": i, "step": step} for i, step in met.items()])
     found._count([{**row, "split": "validation", "sample_id": 8, "step": 1}])
-    assert found.out_at(15, 10) == {3, 6, 7}
-    assert found.out_at(10, 10) == {3, 4, 5, 6, 7} == found.out_at(20, 10)
+    assert found.excluded_at(15, 10) == {3, 6, 7}
+    assert found.excluded_at(10, 10) == {3, 4, 5, 6, 7} == found.excluded_at(20, 10)

@@ -23,7 +23,7 @@ from trainer import step as step_module
 from trainer.distributed.world import World
 from trainer.health.deferred_read import DeferredRead
 from trainer.health.loss_monitor import Health, scalars_to_read, split_scalars
-from trainer.health.spike_detector import ENOUGH, WINDOW, Spikes
+from trainer.health.spike_detector import ENOUGH, WINDOW, SpikeDetector
 from trainer.records.sample_log import read_step
 from trainer.step import StepResult
 
@@ -179,7 +179,7 @@ def test_a_spike_is_noted_with_its_samples_and_the_window_survives(parts: Path, 
 def test_ordinary_noise_is_no_spike_and_three_times_as_much_is_one(noise: float) -> None:
     draw = random.Random(0)
     for seen in ("steady", "falling", "two kinds"):
-        judge, found = Spikes().judge, []
+        judge, found = SpikeDetector().judge, []
         for step in range(10_000):
             level = (
                 1 + 9 * math.exp(-step / 500) if seen == "falling" else 2.5 if seen == "two kinds" and draw.random() < 0.3 else 1.0
@@ -190,40 +190,40 @@ def test_ordinary_noise_is_no_spike_and_three_times_as_much_is_one(noise: float)
 
 
 def test_the_first_losses_and_a_new_level_are_told_apart() -> None:
-    window = Spikes()
+    window = SpikeDetector()
     assert all(window.judge(1.0) is None for _ in range(ENOUGH - 1)) and window.judge(100.0) is None  # too early to tell
-    window = Spikes([1.0] * WINDOW)
+    window = SpikeDetector([1.0] * WINDOW)
     assert window.judge(3.0) == pytest.approx(1.0)
     assert [window.judge(3.0) for _ in range(200)] == [None] * 200
-    assert Spikes(window.losses).losses == window.losses and len(window.losses) == WINDOW
-    assert Spikes([0.0] * WINDOW).judge(0.5) is not None
+    assert SpikeDetector(window.losses).losses == window.losses and len(window.losses) == WINDOW
+    assert SpikeDetector([0.0] * WINDOW).judge(0.5) is not None
 
 
 def test_judging_a_step_never_waits_for_the_device() -> None:
     """But when there is something to tell."""
-    setup: Any = SimpleNamespace(
-        world=ALONE, place=None, config=SimpleNamespace(faults=SimpleNamespace(max_nonfinite=3)), trained=None
+    prepared: Any = SimpleNamespace(
+        world=ALONE, stage=None, config=SimpleNamespace(faults=SimpleNamespace(max_nonfinite=3)), trained=None
     )
-    health, later, batches = Health(setup, None), DeferredRead(torch.device("cpu")), step_batches(0, ALONE, 3, 4)
+    health, deferred, batches = Health(prepared, None), DeferredRead(torch.device("cpu")), step_batches(0, ALONE, 3, 4)
     addends = [torch.ones(batch.num_supervised) for batch in batches]
     for step in range(4):
         with Counter() as counter, hidden_syncs(counter):
-            told = health.told()
-            heard = torch.stack([torch.zeros(()), torch.as_tensor(told)])
+            shared = health.shared_loss()
+            extra_sums = torch.stack([torch.zeros(()), torch.as_tensor(shared)])
             losses = torch.full((len(batches),), 1.0 + step)
-            result = StepResult(addends, torch.ones(()), torch.zeros(()), [], losses, torch.ones(5), heard)
+            result = StepResult(addends, torch.ones(()), torch.zeros(()), [], losses, torch.ones(5), extra_sums)
             notes = scalars_to_read(result)
             health.add(step, batches, result)
         assert counter.num_syncs == 0
-        health.kept.pop()
-        values = later.push(notes)  # looks at the numbers of the step before, which is over
+        health.unjudged.pop()
+        values = deferred.swap(notes)  # looks at the numbers of the step before, which is over
         if values is not None:
             (_, loss), own = split_scalars(values, 2)
-            health.hear(loss, *own)
+            health.observe(loss, *own)
         health.add(step, batches, result)
     assert health.spikes.losses == [len(batches) * (1.0 + step) for step in range(2)]
-    values = later.pop()
+    values = deferred.flush()
     assert values is not None
-    health.hear(values[1], *values[2:])
-    health.settle()
-    assert health.spikes.losses == [len(batches) * (1.0 + step) for step in range(4)] and health.told() == 0.0
+    health.observe(values[1], *values[2:])
+    health.drain()
+    assert health.spikes.losses == [len(batches) * (1.0 + step) for step in range(4)] and health.shared_loss() == 0.0

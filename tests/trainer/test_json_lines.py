@@ -55,12 +55,12 @@ def test_a_damaged_row_of_the_quarantine_is_an_error_that_names_it(line: bytes, 
 
 def test_a_ledger_that_cannot_be_made_is_not_what_ended_a_run(tmp_path: Path) -> None:
     write(tmp_path / "quarantine.jsonl", ROW, b"not a row")
-    accounts: Any = object.__new__(Bookkeeping)
-    accounts.place, accounts.world = SimpleNamespace(run_folder=tmp_path, folder=tmp_path, name=""), ALONE
-    accounts.sampler, accounts.num_steps, accounts.total_steps = None, 1, 2
-    accounts.leave()
+    books: Any = object.__new__(Bookkeeping)
+    books.stage, books.world = SimpleNamespace(run_folder=tmp_path, folder=tmp_path, name=""), ALONE
+    books.sampler, books.num_steps, books.total_steps = None, 1, 2
+    books.close_failed()
     with pytest.raises(DataError, match="quarantine"):
-        accounts.close()
+        books.close()
 
 
 def test_what_a_power_cut_leaves_is_no_damage(tmp_path: Path) -> None:

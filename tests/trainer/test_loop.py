@@ -25,7 +25,7 @@ from trainer.config import OptimConfig
 from trainer.distributed.parallelize import checkpoint_activations, replicate
 from trainer.metrics import FOLD, Meter, SourceSums
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.step import train_step
+from trainer.step import StepOptions, train_step
 
 
 def test_validation_loss_is_token_weighted_per_source_and_the_same_on_any_ranks(parts: Path, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_step_that_is_not_logged_never_waits_for_the_device(plain: Path, tunes
         batches = step_batches(step, ALONE, 3, 4)
         with Counter() as counter, hidden_syncs(counter):
             set_learning_rates(optimizer, 0.5)
-            meter.add(batches, train_step(wrapped, optimizer, batches, ALONE, seed=0, step=step, clip_norm=1.0), 0.0)
+            meter.add(batches, train_step(wrapped, optimizer, batches, ALONE, StepOptions(seed=0, step=step, clip_norm=1.0)), 0.0)
         assert counter.num_syncs == 0 and counter.num_ops > 100
     with Counter() as counter, hidden_syncs(counter):
         meter.read()
@@ -180,7 +180,7 @@ def test_recomputation_changes_no_bit_under_dropout(plain: Path) -> None:
         optimizer = build_optimizer(model, config, OptimConfig(lr=1e-2))
         set_learning_rates(optimizer, 1.0)
         for step in range(3):
-            train_step(model, optimizer, step_batches(step, ALONE, 4, 4), ALONE, seed=seed, step=step, clip_norm=1.0)
+            train_step(model, optimizer, step_batches(step, ALONE, 4, 4), ALONE, StepOptions(seed=seed, step=step, clip_norm=1.0))
         return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
     plainly, again, other = weights(False, 0), weights(True, 0), weights(False, 1)

@@ -53,12 +53,12 @@ def test_all_of_a_small_source_is_looked_at(parts: Path, tmp_path: Path) -> None
 def test_a_large_source_is_looked_at_in_parts_that_are_spread(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(looking, "MAX_RECORDS", 40)
     data, _ = opened(parts, tmp_path, {"large": records(900, set()), "small": records(20, set())})
-    looks = plan_checks(data, tmp_path / "run" / "index")
-    assert [len(look.drawn) for look in looks] == [39, 16]
-    assert np.diff(np.sort(looks[0].drawn)).max() <= 24 and looks[1].drawn.min() >= 900
-    assert np.diff(np.sort(looks[0].drawn[:10])).max() < 400  # what comes first is spread as well
-    run_checks(looks, 0.0)
-    assert sum(look.num_checked for look in looks) == 1  # no time: one record all the same
+    checks = plan_checks(data, tmp_path / "run" / "index")
+    assert [len(check.drawn) for check in checks] == [39, 16]
+    assert np.diff(np.sort(checks[0].drawn)).max() <= 24 and checks[1].drawn.min() >= 900
+    assert np.diff(np.sort(checks[0].drawn[:10])).max() < 400  # what comes first is spread as well
+    run_checks(checks, 0.0)
+    assert sum(check.num_checked for check in checks) == 1  # no time: one record all the same
 
 
 def test_what_a_check_found_is_looked_at_first_and_judged_as_it_is_now(
@@ -68,20 +68,20 @@ def test_what_a_check_found_is_looked_at_first_and_judged_as_it_is_now(
     data, _ = opened(parts, tmp_path, {"a": records(3000, {1000, 2999}), "b": records(9, {8})})
     assert data.train is not None
     check_dataset(data.train, tmp_path / "run" / "index")
-    looks = plan_checks(data, tmp_path / "run" / "index")
-    assert [look.known.tolist() for look in looks] == [[1000, 2999], [3008]]
-    assert not set(looks[0].drawn.tolist()) & {1000, 2999}
-    run_checks(looks, 60.0)
-    assert [[problem.where for problem in look.bad] for look in looks] == [["a.jsonl:1001"], ["b.jsonl:9"]]
-    assert "of them 2 that tools.check_data found bad" in str(looks[0])
+    checks = plan_checks(data, tmp_path / "run" / "index")
+    assert [check.known.tolist() for check in checks] == [[1000, 2999], [3008]]
+    assert not set(checks[0].drawn.tolist()) & {1000, 2999}
+    run_checks(checks, 60.0)
+    assert [[problem.where for problem in check.bad] for check in checks] == [["a.jsonl:1001"], ["b.jsonl:9"]]
+    assert "of them 2 that tools.check_data found bad" in str(checks[0])
 
 
 def judged(parts: Path, folder: Path, sources: dict[str, list[Any]], **data: Any) -> str:
     """Why a run of these would not start."""
     opened_, config = opened(parts, folder, sources, **data)
-    looks = plan_checks(opened_, folder / "run" / "index")
-    run_checks(looks, 60.0)
-    return "; ".join(bad_record_reasons(looks, config))
+    checks = plan_checks(opened_, folder / "run" / "index")
+    run_checks(checks, 60.0)
+    return "; ".join(bad_record_reasons(checks, config))
 
 
 def test_the_limit_is_that_of_the_run(parts: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from trainer import errors, loop, run
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.distributed.world import World
 from trainer.faults import exit_report, signals
+from trainer.faults.exit_report import RunEnd
 from trainer.faults.requests import EVALUATE, SAVE, STOP, Requests
 
 NEVER = {"checkpoint": {"every": 99, "keep": 99}, "log": {"every": 99}}
@@ -225,7 +226,7 @@ def leave_hanging(world: World, parts: Path, folder: Path, sections: dict[str, A
     def hanging(*args: Any, **kwargs: Any) -> Any:
         if next(step) == 2:
             for what in asks:
-                exit_report.record_exit(folder, 70, "of a peer", 2, 1) if what == "peer" else ask(folder, what)
+                exit_report.record_exit(folder, RunEnd(70, "of a peer", 2, 1)) if what == "peer" else ask(folder, what)
             time.sleep(60)
         return original(*args, **kwargs)
 
@@ -267,16 +268,16 @@ def test_before_the_first_step_a_signal_ends_the_run_at_once(parts: Path, tmp_pa
 
 
 def test_handlers_are_there_while_a_run_is_and_only_then(tmp_path: Path) -> None:
-    progress, before = exit_report.RunStatus(), [signal.getsignal(number) for number in signals.SIGNALS]
-    progress.steering.heeded = True
-    with signals.listening(tmp_path, 0, progress, 60.0):
+    status, before = exit_report.RunStatus(), [signal.getsignal(number) for number in signals.SIGNALS]
+    status.requests.accepting = True
+    with signals.listening(tmp_path, 0, status, 60.0):
         os.kill(os.getpid(), signal.SIGCHLD)  # none of ours
         time.sleep(0.05)
-        assert not progress.steering.wished
+        assert not status.requests.reasons
         os.kill(os.getpid(), signal.SIGTERM)
-        while not progress.steering.wished:
+        while not status.requests.reasons:
             time.sleep(0.01)
-    assert progress.steering.wished == {STOP: "SIGTERM"}
+    assert status.requests.reasons == {STOP: "SIGTERM"}
     assert [signal.getsignal(number) for number in signals.SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1 and "signals" not in [thread.name for thread in threading.enumerate()]
 
@@ -315,20 +316,20 @@ def test_a_data_worker_hears_nothing_and_passes_nothing_on(tmp_path: Path) -> No
 
 def test_a_wish_is_told_once_and_fulfilled_once() -> None:
     """The step it is fulfilled in has told its own notes already."""
-    steering = Requests()
-    steering.wish(SAVE, "SAVE")
-    assert (steering.told(), steering.told()) == ([0.0, 1.0, 0.0], [0.0, 0.0, 0.0])
-    steering.hear([0.0, 1.0, 0.0])
-    assert steering.reason(SAVE) == "SAVE" and steering.take(SAVE) and not steering.take(SAVE)
-    steering.wish(SAVE, "again")
-    assert steering.told() == [0.0, 1.0, 0.0]
-    steering.hear([2.0, 0.0, 1.0])
-    assert steering.reason(STOP) == "asked of another rank" and steering.take(EVALUATE) and steering.take(STOP)
+    requests = Requests()
+    requests.add(SAVE, "SAVE")
+    assert (requests.announce(), requests.announce()) == ([0.0, 1.0, 0.0], [0.0, 0.0, 0.0])
+    requests.observe([0.0, 1.0, 0.0])
+    assert requests.reason(SAVE) == "SAVE" and requests.consume(SAVE) and not requests.consume(SAVE)
+    requests.add(SAVE, "again")
+    assert requests.announce() == [0.0, 1.0, 0.0]
+    requests.observe([2.0, 0.0, 1.0])
+    assert requests.reason(STOP) == "asked of another rank" and requests.consume(EVALUATE) and requests.consume(STOP)
 
 
 def test_torchrun_does_not_restart_what_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
-    exit_report.record_exit(tmp_path, 75, "STOP", 3, 0)
+    exit_report.record_exit(tmp_path, RunEnd(75, "STOP", 3, 0))
     signals.check_restart(tmp_path)  # the first start of a launch
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(errors.StopRequested, match="not restarted: STOP"):
@@ -338,7 +339,7 @@ def test_torchrun_does_not_restart_what_was_stopped(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
     for code, reason in ((70, "failed"), (75, "SIGTERM before the first step; there is no checkpoint yet")):
         (tmp_path / "exit.json").unlink()
-        exit_report.record_exit(tmp_path, code, reason, 3, 0)
+        exit_report.record_exit(tmp_path, RunEnd(code, reason, 3, 0))
         signals.check_restart(tmp_path)
 
 

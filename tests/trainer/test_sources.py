@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data.dataset import Rejected
-from data.loader import BatchPlan, validation_batches
+from data.loader import BatchPlan, LoadOptions, validation_batches
 from data.order.mixing import Pool, make_pools
 from model.errors import ConfigError, DataError
 from tests.support.ranks import run_ranks
@@ -30,8 +30,8 @@ def fed(bits: list[int], modalities: tuple[str, ...], take: str = "all") -> tupl
     half = len(bits) // 2
     pools = make_pools(["a", "b"], [half, len(bits) - half], ["all", take], [1.0, 1.0], 0, False)
     index = SimpleNamespace(where=lambda row: f"records:{row}")
-    place = {"place": lambda i: (0, index, i)}
-    return SimpleNamespace(modalities=np.array(bits, dtype=np.int8), specs=dict.fromkeys(modalities), **place), pools
+    locate = {"locate": lambda i: (0, index, i)}
+    return SimpleNamespace(modalities=np.array(bits, dtype=np.int8), specs=dict.fromkeys(modalities), **locate), pools
 
 
 @pytest.mark.parametrize(
@@ -81,8 +81,8 @@ def test_validation_reads_what_take_leaves_of_each_source(tmp_path: Path) -> Non
 
     def ids(max_samples: int, world_size: int) -> list[int]:
         plan = BatchPlan(world_size, 3)
-        options: dict[str, Any] = {"pad_id": 0, "max_samples": max_samples, "workers": 0, "pools": pools}
-        micros = [m for rank in range(world_size) for m in validation_batches(data, plan, rank=rank, **options)]
+        options = [LoadOptions(pad_id=0, rank=rank, workers=0) for rank in range(world_size)]
+        micros = [m for own in options for m in validation_batches(data, plan, own, max_samples, pools)]
         return sorted(i for micro in micros for i in micro.batch.sample_ids.tolist() if i >= 0)
 
     assert ids(0, 1) == ids(0, 2) == [*range(10, 20), *range(20, 24), 24]
@@ -127,7 +127,7 @@ def wait_for_rank_0(world: World) -> int:
         signs += 1
         return tell(*said)
 
-    tell, freeze_lengths._tell = freeze_lengths._tell, sign
+    tell, freeze_lengths._sum_done = freeze_lengths._sum_done, sign
     if world.is_main:
         for _ in range(3):
             sign(world, False)

@@ -43,7 +43,7 @@ def start_recorded(world: World, parts: Path, run: Path) -> tuple[Start, Recorde
     class Recording(Loop):
         def run(self) -> None:
             for state in found:
-                state.append({name: value.clone() for name, value in values(self.setup.model).items()})
+                state.append({name: value.clone() for name, value in values(self.prepared.model).items()})
                 super().run() if state is found.starts else None
 
     run_module.Loop = Recording  # type: ignore[misc]

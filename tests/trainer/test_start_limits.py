@@ -155,24 +155,24 @@ def test_what_takes_long_at_a_start_tells_where_it_is(tmp_path: Path) -> None:
     good = [json.dumps(talk("Hi", "Hello."))] * 3
     (tmp_path / "mix.jsonl").write_text("\n".join(good))
     sources = (SourceConfig(str(tmp_path / "mix.jsonl")),)
-    data = open_dataset(sources, DataConfig(), template(), SPECS, tmp_path / "index", alive=told.append)
+    data = open_dataset(sources, DataConfig(), template(), SPECS, tmp_path / "index", on_progress=told.append)
     assert told == ["mix.jsonl"]
-    certify(data.template, data.indexes[0], "mix", alive=told.append)
+    certify(data.template, data.indexes[0], "mix", on_progress=told.append)
     assert sorted(told[1:]) == ["mix.jsonl:1", "mix.jsonl:2", "mix.jsonl:3"]
     with parameters_on_meta():
         model = nn.Linear(2, 2)
     values = {name: LazyTensor((2,) * p.ndim, lambda a, b, p=p: torch.ones(p.shape)[a:b]) for name, p in model.named_parameters()}
-    materialise(model, [Layer("", lambda: values)], frozen_dtype=torch.float32, device=torch.device("cpu"), alive=told.append)
+    materialise(model, [Layer("", lambda: values)], frozen_dtype=torch.float32, device=torch.device("cpu"), on_progress=told.append)
     assert told[4:] == ["weight", "bias"]
 
 
 def test_a_long_index_is_told_to_the_ranks_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     turns_of_wait: list[bool] = []
-    monkeypatch.setattr(plan_lengths, "_tell", lambda world, done: turns_of_wait.append(done))
+    monkeypatch.setattr(plan_lengths, "_sum_done", lambda world, done: turns_of_wait.append(done))
     clock = iter(range(0, 1000, 25))
     monkeypatch.setattr(plan_lengths.time, "monotonic", lambda: float(next(clock)))
-    signs = plan_lengths.Signs(World(0, 0, 2, torch.device("cpu")), told.append)
+    signs = plan_lengths.MainRankProgress(World(0, 0, 2, torch.device("cpu")), told.append)
     for k in range(8):
         signs(str(k))
     assert told == [str(k) for k in range(8)] and turns_of_wait == [False, False]

@@ -130,11 +130,13 @@ def test_exit_json_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_text", full)
-        assert exit_report.record_exit(tmp_path, 70, "a", 1, 1, speaks=True) and not exit_report.record_exit(
-            tmp_path, 70, "a", 1, 1
+        assert exit_report.record_exit(tmp_path, exit_report.RunEnd(70, "a", 1, 1), speaks=True) and not exit_report.record_exit(
+            tmp_path, exit_report.RunEnd(70, "a", 1, 1)
         )
     assert not list(tmp_path.iterdir())
-    assert exit_report.record_exit(tmp_path, 70, "a", 1, 1) and not exit_report.record_exit(tmp_path, 75, "b", 1, 0)
+    assert exit_report.record_exit(tmp_path, exit_report.RunEnd(70, "a", 1, 1)) and not exit_report.record_exit(
+        tmp_path, exit_report.RunEnd(75, "b", 1, 0)
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["exit.json"]
     assert json.loads((tmp_path / "exit.json").read_text())["reason"] == "a"
 

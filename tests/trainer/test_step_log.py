@@ -34,7 +34,7 @@ def check(folder: Path, num_steps: int) -> None:
 def test_every_step_is_read_back_over_short_ones_and_epochs(tmp_path: Path) -> None:
     log = SampleLog(tmp_path, sampler(), 0, ALONE)
     for step in range(15):
-        log.done(step + 1)
+        log.mark_completed(step + 1)
         if step in (3, 4, 9):
             log.flush()
             check(tmp_path, step + 1)
@@ -48,13 +48,13 @@ def test_every_step_is_read_back_over_short_ones_and_epochs(tmp_path: Path) -> N
 @pytest.mark.parametrize("left", [0, 4 * 32, 7 * 32, 9 * 32 + 5, 12 * 32])
 def test_a_resumed_log_is_cut_back_or_filled_up_to_its_step(tmp_path: Path, left: int) -> None:
     log = SampleLog(tmp_path, sampler(), 0, ALONE)
-    log.done(12)
+    log.mark_completed(12)
     log.flush()
     path = tmp_path / "samples.bin"
     path.write_bytes(path.read_bytes()[:left])
     again = SampleLog(tmp_path, sampler(), 7, ALONE)
     check(tmp_path, 7)
-    again.done(9)
+    again.mark_completed(9)
     again.flush()
     check(tmp_path, 9)
     SampleLog(tmp_path, sampler(), 0, ALONE)
@@ -63,7 +63,7 @@ def test_a_resumed_log_is_cut_back_or_filled_up_to_its_step(tmp_path: Path, left
 
 def test_only_the_first_rank_writes(tmp_path: Path) -> None:
     log = SampleLog(tmp_path, sampler(), 0, World(1, 1, 2, ALONE.device))
-    log.done(3)
+    log.mark_completed(3)
     log.flush()
     assert not list(tmp_path.iterdir())
     with pytest.raises(ConfigError, match="no record of its steps"):
@@ -99,7 +99,7 @@ def test_a_log_that_the_plan_does_not_bear_out_is_written_anew(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     log = SampleLog(tmp_path, sampler(), 0, ALONE)
-    log.done(12)
+    log.mark_completed(12)
     log.flush()
     path = tmp_path / "samples.bin"
     rows = np.fromfile(path, "<i4").reshape(12, 8)

@@ -43,9 +43,9 @@ def opened(parts: Path, folder: Path, sources: dict[str, list[Any]], take: str =
 
 
 def reasons(data: RunData, config: RunConfig) -> list[str]:
-    looks = plan_checks(data, Path(config.output_dir) / "index")
-    run_checks(looks, 60.0)
-    return too_long_reasons(looks, config)
+    checks = plan_checks(data, Path(config.output_dir) / "index")
+    run_checks(checks, 60.0)
+    return too_long_reasons(checks, config)
 
 
 def lengths_of(data: RunData, config: RunConfig) -> list[int]:

@@ -45,7 +45,7 @@ def start_noting(world: World, parts: Path, output_dir: Path, sections: dict[str
     def noting(wrapped: Any, optimizer: Any, batches: Any, *args: Any, **kwargs: Any) -> Any:
         ids = [i for batch in batches for i in batch.sample_ids.tolist() if i >= 0]
         with (notes / f"{world.rank}.jsonl").open("a") as out:
-            out.write(json.dumps([kwargs["step"], ids]) + "\n")
+            out.write(json.dumps([args[1].step, ids]) + "\n")
         return original(wrapped, optimizer, batches, *args, **kwargs)
 
     loop.train_step = noting

@@ -23,7 +23,7 @@ from trainer.distributed.rank_consistency import differences
 from trainer.distributed.world import World
 from trainer.faults import hang_diagnosis as judge_module
 from trainer.faults import phase_tracker as watch_module
-from trainer.faults.hang_diagnosis import LEAST_AT_START, Judge, describe_position
+from trainer.faults.hang_diagnosis import LEAST_AT_START, HangDetector, describe_position
 from trainer.faults.phase_tracker import STARTING, WAITING, PhaseTracker
 from trainer.faults.watchdog import is_of_peers
 from trainer.machine.processes import GONE, HALTED, RUNNING, Process, current_process
@@ -47,17 +47,17 @@ def test_all_ranks_leave_and_the_culprit_is_named(
 
 
 def beat(number: int, phase: str = "forward", place: tuple[int, int] = (3, 2), **more: Any) -> dict[str, Any]:
-    return {"number": number, "phase": phase, "step": place[0], "place": list(place), "moves": 7, "waiting": False, **more}
+    return {"number": number, "phase": phase, "step": place[0], "position": list(place), "moves": 7, "waiting": False, **more}
 
 
 def judged(beats: dict[int, list[dict[str, Any]]], seconds: float = 10.0) -> tuple[tuple[int, ...], str] | None:
     """What comes of ranks whose beats are these at one second each, and whose last one is told again until `seconds`."""
-    judge = Judge(beats, 5.0, 0.0)
+    judge = HangDetector(beats, 5.0, 0.0)
     number = 0
     for second in range(int(seconds) + 1):
         for rank, told in beats.items():
             number += 1
-            judge.hear(rank, {**told[min(second, len(told) - 1)], "number": number}, float(second))
+            judge.observe(rank, {**told[min(second, len(told) - 1)], "number": number}, float(second))
         if found := judge.absent(float(second)) or judge.stuck(float(second)):
             return found.culprits, found.what
     return None
@@ -65,7 +65,7 @@ def judged(beats: dict[int, list[dict[str, Any]]], seconds: float = 10.0) -> tup
 
 def test_the_one_behind_is_to_blame() -> None:
     waits = beat(0, "backward", (3, 3), waiting=True)
-    assert judged({0: [waits], 1: [beat(0)], 2: [waits]}) == ((1,), "has not come on for 5 s")
+    assert judged({0: [waits], 1: [beat(0)], 2: [waits]}) == ((1,), "has made no progress for 5 s")
     # Behind by a step, though it began to wait last.
     moving = [beat(0, place=(2, k)) for k in range(4)]
     found = judged({0: [waits], 1: moving, 2: [waits]})
@@ -74,7 +74,7 @@ def test_the_one_behind_is_to_blame() -> None:
 
 def test_of_those_at_one_place_the_one_that_waits_for_nobody_is_to_blame() -> None:
     waits = beat(0, waiting=True)
-    assert judged({0: [waits], 1: [beat(0)], 2: [waits]}) == ((1,), "has not come on for 5 s")
+    assert judged({0: [waits], 1: [beat(0)], 2: [waits]}) == ((1,), "has made no progress for 5 s")
     found = judged({0: [waits], 1: [waits]})
     assert found is not None and found[0] == (0, 1) and "the network" in found[1]
 
@@ -97,8 +97,8 @@ def test_phases_of_a_start_are_watched_with_more_patience() -> None:
     certifies = beat(0, "certify", (-1, 3), at="mix.json:17") | {"step": None}
     waits = certifies | {"waiting": True}
     assert judged({0: [certifies], 1: [waits]}, LEAST_AT_START - 1) is None
-    assert judged({0: [certifies], 1: [waits]}, LEAST_AT_START) == ((0,), "has not come on for 20 s")
-    assert judged({0: [certifies]}, LEAST_AT_START) == ((0,), "has not come on for 20 s")  # a process alone judges itself
+    assert judged({0: [certifies], 1: [waits]}, LEAST_AT_START) == ((0,), "has made no progress for 20 s")
+    assert judged({0: [certifies]}, LEAST_AT_START) == ((0,), "has made no progress for 20 s")  # a process alone judges itself
     assert describe_position(certifies, []) == "in certify, before the first step, at mix.json:17"
     for phase in STARTING:
         found = judged({0: [waits | {"phase": phase}], 1: [certifies | {"phase": phase}]}, LEAST_AT_START)
@@ -109,14 +109,14 @@ def test_phases_of_a_start_are_watched_with_more_patience() -> None:
 
 def test_a_watch_tells_how_far_a_long_phase_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch_module, "traffic", lambda: 5)
-    watch = PhaseTracker()
-    watch.mark("load")
-    place = watch.now()["place"]
-    watch.alive("llm.head.weight")
-    now = watch.now()
-    assert (now["at"], now["bytes"], now["place"]) == ("llm.head.weight", 5, place)  # other ranks tell other names
-    watch.mark("certify")
-    assert (watch.now()["at"], watch.now()["bytes"]) == ("", 0)
+    tracker = PhaseTracker()
+    tracker.mark("load")
+    place = tracker.now()["position"]
+    tracker.report_progress("llm.head.weight")
+    now = tracker.now()
+    assert (now["at"], now["bytes"], now["position"]) == ("llm.head.weight", 5, place)  # other ranks tell other names
+    tracker.mark("certify")
+    assert (tracker.now()["at"], tracker.now()["bytes"]) == ("", 0)
 
 
 def start_stuck(world: World, parts: Path, output_dir: Path, culprit: int, where: str) -> int:
@@ -138,24 +138,24 @@ def test_a_start_that_is_stuck_on_a_record_ends_and_names_it(
     told = json.loads((tmp_path / "run" / "exit.json").read_text())
     assert ends.codes == [1] * size and (told["code"], told["rank"]) == (1, culprit), told
     expected = (
-        rf"rank {culprit} has not come on for \d+ s in {where}, before the first step, at train.json:\d+; stacks of all ranks"
+        rf"rank {culprit} has made no progress for \d+ s in {where}, before the first step, at train.json:\d+; stacks of all ranks"
     )
     assert re.match(expected, told["reason"]), told
     assert "File" in (tmp_path / "run" / "stacks" / f"rank-{culprit:05d}.txt").read_text()
 
 
 def test_a_rank_that_is_not_heard_of_is_to_blame_and_a_judge_that_was_stopped_itself_is_not_hasty() -> None:
-    judge = Judge(range(2), 5.0, 0.0)
+    judge = HangDetector(range(2), 5.0, 0.0)
     for second in range(5):
-        judge.hear(0, beat(second), float(second))
-        judge.hear(1, beat(0), float(second))
+        judge.observe(0, beat(second), float(second))
+        judge.observe(1, beat(0), float(second))
     assert judge.absent(4.9) is None
     assert (found := judge.absent(5.0)) is not None and found.culprits == (1,) and "no sign of life for 5 s" in found.what
-    judge.forgive(100.0)
+    judge.extend_deadlines(100.0)
     assert judge.absent(104.9) is None and judge.absent(105.0) is not None
     judge.broken = True  # a collective has broken: five seconds are enough, however long ranks may take otherwise
-    patient = Judge(range(2), 600.0, 0.0)
-    patient.hear(0, beat(1), 90.0)
+    patient = HangDetector(range(2), 600.0, 0.0)
+    patient.observe(0, beat(1), 90.0)
     assert patient.absent(95.0) is None
     patient.broken = True
     assert (found := patient.absent(94.0)) is not None and found.culprits == (1,)
@@ -169,17 +169,17 @@ def test_processes_are_known_again() -> None:
 
 
 def test_a_watch_tells_the_samples_of_the_micro_batch() -> None:
-    watch = PhaseTracker()
-    watch.at("copy", 6, [[4, 9], [2, -1]])
-    assert watch.now()["samples"] == [4, 9, 2]
-    watch.mark("forward")
-    watch.mark("backward")
-    watch.mark("forward")
-    now = watch.now()
-    assert (now["phase"], now["step"], now["samples"], now["place"]) == ("forward", 6, [2], (6, 3))
+    tracker = PhaseTracker()
+    tracker.begin("copy", 6, [[4, 9], [2, -1]])
+    assert tracker.now()["samples"] == [4, 9, 2]
+    tracker.mark("forward")
+    tracker.mark("backward")
+    tracker.mark("forward")
+    now = tracker.now()
+    assert (now["phase"], now["step"], now["samples"], now["position"]) == ("forward", 6, [2], (6, 3))
     assert describe_position(now, ["r2 (a.json:3)"]) == "in forward of step 7, sample r2 (a.json:3)"
-    watch.at("log", 7)
-    assert describe_position(watch.now(), []) == "in log after step 7" and watch.now()["place"] == (7, 0)
+    tracker.begin("log", 7)
+    assert describe_position(tracker.now(), []) == "in log after step 7" and tracker.now()["position"] == (7, 0)
 
 
 def start_apart(world: World, parts: Path, output_dir: Path) -> int:

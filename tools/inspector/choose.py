@@ -120,17 +120,17 @@ def stage_to_inspect(cfg: str | None, run: str | None, overrides: list[str], sta
     return stage_for_reading(replace(load_config(str(Path(str(run)) / "run.toml"), overrides), output_dir=str(run)), stage)
 
 
-def open_sources(place: Stage) -> Opened:
+def open_sources(stage: Stage) -> Opened:
     """Open the data of a run; indexes are written where the run itself looks for them."""
     # Bad records are shown as such, whatever the run does about them.
-    config = replace(place.config, data=replace(place.config.data, on_bad_sample="quarantine"))
-    data = open_data(config, World(0, 0, 1, torch.device("cpu")), place=place)
+    config = replace(stage.config, data=replace(stage.config.data, on_bad_sample="quarantine"))
+    data = open_data(config, World(0, 0, 1, torch.device("cpu")), stage=stage)
     tables = {"sources": data.train, "validation": data.validation}
-    rows = read_rows(place.run_folder, place.name)
+    rows = read_rows(stage.run_folder, stage.name)
     found = {table: {row["sample_id"]: row for row in rows if row["split"] == split} for table, split in SPLITS.items()}
     datasets = {table: dataset for table, dataset in tables.items() if dataset is not None}
     pools = {"sources": data.pools, "validation": data.validation_pools}
-    return Opened(place, datasets, pools, found, data.lengths_kind)
+    return Opened(stage, datasets, pools, found, data.lengths_kind)
 
 
 def choose_samples(opened: Opened, wanted: Wanted) -> list[Source]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from data.dataset import MultimodalDataset, Rejected
 from data.media.record_media import RecordMedia
+from data.records.fields import shorten
 from data.records.record import MediaRef, Record, RecordError
 from data.sample import Sample, SampleMedia
 from data.text.template import Encoded, Template
@@ -120,7 +121,7 @@ def entry_of(dataset: MultimodalDataset, i: int, quarantined: dict[int, Quaranti
 def _rejected(
     dataset: MultimodalDataset, i: int, planned: int, item: Sample | Rejected, row: QuarantineRow | None
 ) -> InspectorEntry:
-    _, index, number = dataset.place(i)
+    _, index, number = dataset.locate(i)
     try:
         record: Record | None = dataset.record(i)
     except RecordError:
@@ -187,7 +188,7 @@ def _boxes(sample: Sample, record: Record, media: RecordMedia) -> Iterator[Box]:
     for modality, found in sample.media.items():
         refs = [ref for ref in record.media if ref.modality == modality]
         for medium, ref in zip(found, refs):  # media of dropped rounds have no place in the sample
-            yield Box(ref.path, medium, media.specs[modality], _grid(medium, ref, media), ref.span)
+            yield Box(shorten(ref.path), medium, media.specs[modality], _grid(medium, ref, media), ref.span)
 
 
 def _grid(medium: SampleMedia, ref: MediaRef, media: RecordMedia) -> tuple[int, int]:

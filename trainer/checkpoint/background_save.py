@@ -128,7 +128,7 @@ class Agreement:
         return json.loads(self.store.get(key))
 
 
-def raise_problem(problem: Problem, told: Callable[[str], str]) -> None:
-    """Raise a reported problem as the exception class of its kind, if there is one; `told` makes the message from its text."""
+def raise_problem(problem: Problem, describe: Callable[[str], str]) -> None:
+    """Raise a reported problem as the exception class of its kind, if there is one; `describe` makes the message from its text."""
     if problem:
-        raise KINDS[problem[0]](told(problem[1]))
+        raise KINDS[problem[0]](describe(problem[1]))

@@ -36,27 +36,29 @@ from trainer.state import CheckpointState
 class Checkpointer:
     """Writes the checkpoints of one run folder beside training: one at a time, each complete before it gets its final name."""
 
-    def __init__(self, folder: Path, keep: int, world: World, alive: Callable[[], None] = lambda: None) -> None:
-        """Prepare to save into `folder`. Collective. `alive` is called when a save that training waits for makes progress."""
-        self.folder, self.keep, self.world, self.alive = folder, keep, world, alive
+    def __init__(self, folder: Path, keep: int, world: World, on_progress: Callable[[], None] = lambda: None) -> None:
+        """Prepare to save into `folder`. Collective. `on_progress` is called when a save that training waits for makes progress."""
+        self.folder, self.keep, self.world, self.on_progress = folder, keep, world, on_progress
         self.run_id = str(world.broadcast_json(uuid.uuid4().hex))
         self.agreement = Agreement(world.channel("save"), self.run_id, world.rank, world.size)
         self.task: Task | None = None
         self.staging: Staging | None = None  # None where host memory is short: training then waits for each save
-        self.papers: dict[str, bytes] | None = None  # files that are the same in all checkpoints, by name
-        self.room: SpaceNeeded | None = None  # disk space that saves need, once it was proven that they fit
-        self.num_chunks = self.num_told = 0  # chunks written by this rank, and those reported to `alive`
+        self.static_files: dict[str, bytes] | None = None  # files that are the same in all checkpoints, by name
+        self.space: SpaceNeeded | None = None  # disk space that saves need, once it was proven that they fit
+        self.num_chunks = self.num_reported = 0  # chunks written by this rank, and those reported to `on_progress`
 
     def prepare(self, trained: Trained, card: ModelCard, processor: Processor) -> None:
         """Allocate the memory of all saves, moments to come included, and build the files that are the same in all of them.
 
         Collective; the first save does it if nobody has. Raises SaveError on every rank when the folder cannot be written.
         """
-        problem, papers = attempt(lambda: _static_files(self.folder, card, processor) if self.world.is_main else {}, self.folder)
+        problem, static_files = attempt(
+            lambda: _static_files(self.folder, card, processor) if self.world.is_main else {}, self.folder
+        )
         needed = (1 + len(MOMENTS)) * sum(local(t).nbytes for t in _tensors(trained, self.world, moments=False).values())
         answers = self.world.gather_json([problem, platform.node(), needed, available_bytes()])
         raise_problem(answers[0][0], self._message)
-        self.papers = papers
+        self.static_files = static_files
         short = short_of_memory([(host, need, free) for _, host, need, free in answers])
         try:
             self.staging = None if short else Staging(needed, self.world.device)
@@ -83,7 +85,7 @@ class Checkpointer:
         SaveError or ProofError when that save failed.
         """
         self.wait()
-        if self.papers is None:
+        if self.static_files is None:
             self.prepare(trained, card, processor)
         tensors = _tensors(trained, self.world)
         note = CheckpointMeta(step, json.loads(dump_json(state)), [*trained.parameters], _steps(trained), before or {})
@@ -105,12 +107,12 @@ class Checkpointer:
             task.outcome(self._report_progress)
 
     def _report_progress(self) -> None:
-        """Call `alive` if this rank has written chunks since the last call."""
-        if self.num_told != self.num_chunks:
-            self.num_told = self.num_chunks
-            self.alive()
+        """Call `on_progress` if this rank has written chunks since the last call."""
+        if self.num_reported != self.num_chunks:
+            self.num_reported = self.num_chunks
+            self.on_progress()
 
-    def settle(self, seconds: float) -> None:
+    def drain(self, seconds: float) -> None:
         """Let a save under way finish, for at most `seconds`, in a run that has failed already. It raises nothing."""
         if self.task is not None:
             self.task.thread.join(seconds)
@@ -124,8 +126,8 @@ class Checkpointer:
             if not problem:
                 problem, _ = attempt(lambda: self._finish(temporary, note, facts), self.folder)
             if problem:  # free the space first: reporting the problem may need it
-                if problem[0] == "write" and self.room is not None:
-                    problem[1] += f". {describe_shortage(self.folder, self.room.checkpoint, written_bytes(temporary))}"
+                if problem[0] == "write" and self.space is not None:
+                    problem[1] += f". {describe_shortage(self.folder, self.space.checkpoint, written_bytes(temporary))}"
                 with suppress(OSError):
                     remove_folder(temporary)
             self.agreement.rule(problem)
@@ -151,7 +153,7 @@ class Checkpointer:
 
     def _finish(self, temporary: Path, note: CheckpointMeta, facts: list[Facts]) -> None:
         """Complete the checkpoint on rank 0, when every shard is on disk: other files, manifest, final name, then pruning."""
-        for name, data in (self.papers or {}).items():
+        for name, data in (self.static_files or {}).items():
             (temporary / name).write_bytes(data)
         (temporary / STATE).write_text(dump_json(note.all()))
         stage = {"stage": note.state["stage"]} if note.state.get("stage") else {}
@@ -163,7 +165,7 @@ class Checkpointer:
         target = self.folder / f"{PREFIX}{note.step}"
         put_in_place(temporary, target)
         prune(self.folder, self.keep, target)
-        if self.room is not None and (warning := warn_if_next_save_will_not_fit(self.room)):
+        if self.space is not None and (warning := warn_if_next_save_will_not_fit(self.space)):
             tqdm.write(warning)
 
     def _message(self, text: str) -> str:
@@ -193,7 +195,7 @@ def _static_files(folder: Path, card: ModelCard, processor: Processor) -> dict[s
     Called once, on the main thread: two threads must not use one tokenizer at a time.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f"{TRIAL}papers-", dir=folder) as name:
+    with TemporaryDirectory(prefix=f"{TRIAL}static-", dir=folder) as name:
         write_card(card, Path(name))
         processor.save(Path(name))
         return {path.name: path.read_bytes() for path in sorted(Path(name).iterdir())}

@@ -97,13 +97,13 @@ def _runs(plan: ShardPlan) -> Iterator[Run]:
     """Yield the groups of consecutive tensors that are copied at once, by SMALL and TOGETHER."""
     names: list[str] = []
     begin = 0
-    for place, following in zip(plan.places, [*plan.places[1:], None]):
+    for byte_range, following in zip(plan.ranges, [*plan.ranges[1:], None]):
         if not names:
-            begin = place.begin
-        names.append(place.name)
-        alone = max(place.end - place.begin, following.end - following.begin if following else 0) >= SMALL
-        if alone or following is None or following.dtype != place.dtype or following.end - begin > TOGETHER:
-            yield Run(names, place.dtype, begin, place.end)
+            begin = byte_range.begin
+        names.append(byte_range.name)
+        alone = max(byte_range.end - byte_range.begin, following.end - following.begin if following else 0) >= SMALL
+        if alone or following is None or following.dtype != byte_range.dtype or following.end - begin > TOGETHER:
+            yield Run(names, byte_range.dtype, begin, byte_range.end)
             names = []
 
 

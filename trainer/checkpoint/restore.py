@@ -17,19 +17,19 @@ from trainer.optim import Trained
 
 
 def restore(
-    folder: Path, trained: Trained, optimizer_steps: dict[str, float], alive: Callable[[str], object] = lambda name: None
+    folder: Path, trained: Trained, optimizer_steps: dict[str, float], on_progress: Callable[[str], object] = lambda name: None
 ) -> None:
     """Load a checkpoint's weights and moments into the live tensors: each rank reads its own rows, whatever ranks wrote them.
 
-    `alive` is called with each parameter name before it is read. Raises ProofError when the checkpoint holds other parameters or
-    shapes than the run trains.
+    `on_progress` is called with each parameter name before it is read. Raises ProofError when the checkpoint holds other parameters
+    or shapes than the run trains.
     """
     saved = checkpoint_tensors(folder)
     names = {name.removeprefix(WEIGHTS) for name in saved if name.startswith(WEIGHTS)}
     if names != set(trained.parameters):
         raise ProofError(f"{folder} holds other parameters than this run trains: {sorted(names ^ set(trained.parameters))[:5]}")
     for name, parameter in trained.parameters.items():
-        alive(name)
+        on_progress(name)
         _fill(parameter.data, saved, WEIGHTS + name)
         if f"{MOMENTS[0]}/{name}" not in saved:  # saved before the first update of this parameter
             continue

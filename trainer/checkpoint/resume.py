@@ -89,13 +89,13 @@ def _clean(folder: Path, world: World) -> list[str]:
     return list(notes)
 
 
-def run_state(place: Stage, lengths: str) -> CheckpointState:
+def run_state(stage: Stage, lengths: str) -> CheckpointState:
     """Return what a checkpoint records of the run: enough to resume in the right stage, and to refuse to resume another run.
 
     `lengths`: the `digest_of` the data.
     """
-    state: CheckpointState = {"config": to_tables(place.root), "lengths": lengths}
-    return {**state, "stage": place.name, "first_step": place.first_step} if place.name else state
+    state: CheckpointState = {"config": to_tables(stage.root), "lengths": lengths}
+    return {**state, "stage": stage.name, "first_step": stage.first_step} if stage.name else state
 
 
 def digest_of(data: RunData) -> str:
@@ -145,17 +145,17 @@ def read_state(path: Path, root: RunConfig, finished: Collection[str] = ()) -> C
     return state
 
 
-def remaining_stages(checkpoint: Path, places: list[Stage], world: World) -> tuple[list[Stage], CheckpointState | None]:
+def remaining_stages(checkpoint: Path, stages: list[Stage], world: World) -> tuple[list[Stage], CheckpointState | None]:
     """Return the stages still to do of a run resumed from `checkpoint`, and the state to resume the first of them from. Collective.
 
     The state is None when that stage has not begun.
     """
-    place = stage_of_checkpoint(places, load_state(checkpoint))
-    step, after = step_of(checkpoint), places[place.number :]
+    stage = stage_of_checkpoint(stages, load_state(checkpoint))
+    step, after = step_of(checkpoint), stages[stage.number :]
     # A stage is over when its final/ is proven; the last stage always continues, as its length may have been raised.
-    over = bool(after) and bool(world.broadcast_json(final_step(place.folder) == step))
-    state = read_state(checkpoint, place.root, [earlier.name for earlier in places[: place.number - (not over)]])
-    return ([replace(after[0], first_step=step), *after[1:]], None) if over else ([place, *after], state)
+    over = bool(after) and bool(world.broadcast_json(final_step(stage.folder) == step))
+    state = read_state(checkpoint, stage.root, [earlier.name for earlier in stages[: stage.number - (not over)]])
+    return ([replace(after[0], first_step=step), *after[1:]], None) if over else ([stage, *after], state)
 
 
 def check_state(path: Path, state: CheckpointState, data: RunData, accepted: bool = False) -> None:

@@ -27,53 +27,58 @@ from trainer.machine.disk_space import (
     final_bytes,
     format_bytes,
     free_bytes,
-    prove_room,
+    prove_space,
 )
 from trainer.setup import PreparedRun
 from trainer.state import CheckpointState
 
 
-def prove_saving(setup: PreparedRun, checkpointer: Checkpointer, step: int, state: CheckpointState) -> SpaceNeeded:
+def prove_saving(prepared: PreparedRun, checkpointer: Checkpointer, step: int, state: CheckpointState) -> SpaceNeeded:
     """Prove that checkpoints can be written and that the next ones fit; return the space they need. Collective.
 
     `step`: completed steps of the run. `state`: what a checkpoint records of them. Where space is missing, checkpoints beyond
     checkpoint.keep are removed: that setting may have been lowered. Raises SaveError on every rank when a save fails or the next
     ones do not fit.
     """
-    place, world, folder = setup.place, setup.world, setup.place.run_folder
-    parameters = setup.trained.parameters if setup.trained else {}
-    final, final_largest = final_bytes(final_files(setup.model, setup.data.card, world, bool(place.name)))
+    stage, world, folder = prepared.stage, prepared.world, prepared.stage.run_folder
+    parameters = prepared.trained.parameters if prepared.trained else {}
+    final, final_largest = final_bytes(final_files(prepared.model, prepared.data.card, world, bool(stage.name)))
     shards, largest = checkpoint_bytes(parameters, world)
-    if checkpointer.papers is None and setup.trained:
-        checkpointer.prepare(setup.trained, setup.data.card, setup.data.processor)
-    problem, others = trial_save(folder, step, parameters, state, checkpointer.papers or {}, world)
+    if checkpointer.static_files is None and prepared.trained:
+        checkpointer.prepare(prepared.trained, prepared.data.card, prepared.data.processor)
+    problem, others = trial_save(folder, step, parameters, state, checkpointer.static_files or {}, world)
     if problem:
         shortage = world.broadcast_json(describe_shortage(folder, shards + final) if world.is_main else "")
         raise SaveError(f"nothing can be saved to {folder}, found out before training: {problem}. {shortage}")
     # final/ holds the card and the processor files as well, of the same size.
-    room = SpaceNeeded(folder, shards + others, final + others, max(largest, final_largest), checkpointer.keep)
-    if world.is_main and free_bytes(folder) < room.checkpoint + room.final:
+    space = SpaceNeeded(folder, shards + others, final + others, max(largest, final_largest), checkpointer.keep)
+    if world.is_main and free_bytes(folder) < space.checkpoint + space.final:
         newest = folder / f"{PREFIX}{step}"
         if newest.is_dir() and is_whole(newest):
             with suppress(OSError):
                 prune(folder, checkpointer.keep, newest)
-    prove_room(room, world)
+    prove_space(space, world)
     if world.is_main:
-        print(f"disk      {room}{space_warning(room)}", flush=True)
-    return room
+        print(f"disk      {space}{space_warning(space)}", flush=True)
+    return space
 
 
-def space_warning(room: SpaceNeeded) -> str:
+def space_warning(space: SpaceNeeded) -> str:
     """Return a warning for when the next checkpoint fits, but not as many as are to be kept; "" when they fit."""
-    free, held = free_bytes(room.folder), len(checkpoints(room.folder)) * room.checkpoint
-    missing = room.in_the_long_run - held - free
+    free, held = free_bytes(space.folder), len(checkpoints(space.folder)) * space.checkpoint
+    missing = space.in_the_long_run - held - free
     if missing <= 0:
         return ""
     return f"; {format_bytes(missing)} ARE MISSING for as many checkpoints: the run will end when the disk is full. {ADVICE}"
 
 
 def trial_save(
-    folder: Path, step: int, parameters: Mapping[str, Tensor], state: CheckpointState, papers: Mapping[str, bytes], world: World
+    folder: Path,
+    step: int,
+    parameters: Mapping[str, Tensor],
+    state: CheckpointState,
+    static_files: Mapping[str, bytes],
+    world: World,
 ) -> tuple[str, int]:
     """Save a checkpoint of one small tensor per rank, then remove it. Collective.
 
@@ -89,7 +94,7 @@ def trial_save(
         return problem, 0
 
     def finish() -> int:
-        for name, data in papers.items():
+        for name, data in static_files.items():
             (temporary / name).write_bytes(data)
         text = dump_json({**state, "step": step, "optimizer_steps": dict.fromkeys(parameters, float(step))})
         (temporary / STATE).write_text(text)

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,18 +29,26 @@ from trainer.machine.atomic_files import SAVING, fresh_folder, put_in_place, rem
 from trainer.machine.disk_space import describe_shortage, final_bytes, written_bytes
 
 
-def write_final(
-    model: MultimodalLM, card: ModelCard, processor: Processor, folder: Path, step: int, world: World, alone: bool = False
-) -> Path:
-    """Write `folder`/final, prove it and return its path. Collective.
+@dataclass(frozen=True)
+class FinalRun:
+    """Facts that final/ records beside the weights."""
+
+    card: ModelCard
+    processor: Processor
+    folder: Path  # of the run or stage
+    step: int  # completed steps of the run
+
+
+def write_final(model: MultimodalLM, run: FinalRun, world: World, *, alone: bool = False) -> Path:
+    """Write `run.folder`/final, prove it and return its path. Collective.
 
     `alone`: it also holds the tensors that come from the run named by model.init_from, and does not need that run any more. Raises
     ProofError when the files on disk are not what was trained, SaveError when they cannot be written.
     """
-    temporary, target = folder / f".final{SAVING}", folder / "final"
+    temporary, target = run.folder / f".final{SAVING}", run.folder / "final"
     problem, digests = "", {}
     check_masters(model)
-    files = final_files(model, card, world, alone)
+    files = final_files(model, run.card, world, alone)
     try:
         if world.is_main:
             problem = _attempt(lambda: fresh_folder(temporary))
@@ -47,7 +56,7 @@ def write_final(
         for name, entries in files:
             digests[name] = _stream(temporary / name, entries, world)
         if world.is_main:
-            problem = _attempt(lambda: _finish(temporary, target, card, processor, digests, step, folder))
+            problem = _attempt(lambda: _finish(temporary, target, run, digests))
         _raise_together(problem, world, SaveError)
     except SaveError as error:  # on every rank
         hint = _discard(temporary, final_bytes(files)[0]) if world.is_main else ""
@@ -114,16 +123,14 @@ class Drain:
                 self.error = self.error or error
 
 
-def _finish(
-    temporary: Path, target: Path, card: ModelCard, processor: Processor, digests: dict[str, dict[str, str]], step: int, run: Path
-) -> None:
+def _finish(temporary: Path, target: Path, run: FinalRun, digests: dict[str, dict[str, str]]) -> None:
     """Add card, processor and provenance to the unfinished folder, prove its weights and give it its final name."""
-    write_card(card_without_init_from(temporary, card), temporary)
-    processor.save(temporary)
+    write_card(card_without_init_from(temporary, run.card), temporary)
+    run.processor.save(temporary)
     prove(temporary, digests)
     provenance = {
-        "run": str(run),
-        "step": step,
+        "run": str(run.folder),
+        "step": run.step,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "torch": torch.__version__,
     }

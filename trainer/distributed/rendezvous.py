@@ -25,28 +25,28 @@ def join_start(store: dist.Store, rank: int, size: int, seconds: float) -> dist.
     name, keys = uuid.uuid4().hex, arrival_keys(size)
     store.append(HELLO, name + " ")  # type: ignore[attr-defined]  # torch declares it nowhere
     if rank == 0:
-        place = dist.PrefixStore(name, store)
-        place.set(keys[0], "")
-        if not _answer_all(store, name, place, keys, seconds):
-            raise RendezvousTimeout(_missing(place, keys))
-        return place
+        start = dist.PrefixStore(name, store)
+        start.set(keys[0], "")
+        if not _answer_all(store, name, start, keys, seconds):
+            raise RendezvousTimeout(_missing(start, keys))
+        return start
     try:
         store.wait([name], timedelta(seconds=seconds))
     except RuntimeError as error:
         raise RendezvousTimeout([0]) from error
-    place = dist.PrefixStore(store.get(name).decode(), store)
-    place.set(keys[rank], "")
+    start = dist.PrefixStore(store.get(name).decode(), store)
+    start.set(keys[rank], "")
     try:
-        place.wait(keys, timedelta(seconds=seconds))
+        start.wait(keys, timedelta(seconds=seconds))
     except RuntimeError as error:
-        raise RendezvousTimeout(_missing(place, keys)) from error
-    return place
+        raise RendezvousTimeout(_missing(start, keys)) from error
+    return start
 
 
-def _missing(place: dist.Store, keys: list[str]) -> list[int]:
+def _missing(start: dist.Store, keys: list[str]) -> list[int]:
     """Return the ranks whose key is not set; rank 0, where the store itself is gone."""
     try:
-        return [rank for rank, key in enumerate(keys) if not place.check([key])]
+        return [rank for rank, key in enumerate(keys) if not start.check([key])]
     except RuntimeError:
         return [0]
 
@@ -63,19 +63,19 @@ def arrival_keys(size: int) -> list[str]:
     return [f"here/{rank}" for rank in range(size)]
 
 
-def _answer_all(store: dist.Store, place_name: str, place: dist.Store, keys: list[str], seconds: float) -> bool:
-    """Answer every name under HELLO with `place_name`, on rank 0, until the keys of all ranks are set.
+def _answer_all(store: dist.Store, start_name: str, start: dist.Store, keys: list[str], seconds: float) -> bool:
+    """Answer every name under HELLO with `start_name`, on rank 0, until the keys of all ranks are set.
 
     Returns False when they are not set within `seconds`. Names that dead ranks have left do no harm.
     """
     answered: set[str] = set()
     end = time.monotonic() + seconds
-    while not place.check(keys):
+    while not start.check(keys):
         if time.monotonic() > end:
             return False
         for name in store.get(HELLO).decode().split():
             if name not in answered:
                 answered.add(name)
-                store.set(name, place_name)
+                store.set(name, start_name)
         time.sleep(POLL_SECONDS)
     return True

@@ -136,12 +136,12 @@ def join_store() -> dist.Store:
             "one process with `python -m trainer.main`, which needs none"
         ) from error
     try:
-        place = join_start(store, rank, size, START_SECONDS)
+        start = join_start(store, rank, size, START_SECONDS)
     except RendezvousTimeout as error:
         who = describe_missing(error.missing, size)
         raise ConfigError(f"{who} {START_SECONDS:.0f} s to {address}: look at what their machines say") from error
-    place.set_timeout(TIMEOUT)
-    return place
+    start.set_timeout(TIMEOUT)
+    return start
 
 
 def open_store(rank: int, size: int) -> dist.Store:

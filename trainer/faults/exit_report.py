@@ -8,7 +8,7 @@ import sys
 import threading
 import traceback
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
@@ -37,8 +37,8 @@ class RunStatus:
 
     step: int | None = None
     has_met: bool = False  # this rank has joined the others, and so the rank that holds the run folder
-    steering: Requests = field(default_factory=Requests)
-    watch: PhaseTracker = field(default_factory=PhaseTracker)
+    requests: Requests = field(default_factory=Requests)
+    tracker: PhaseTracker = field(default_factory=PhaseTracker)
 
 
 def clear_exit_report(output_dir: Path) -> None:
@@ -46,19 +46,27 @@ def clear_exit_report(output_dir: Path) -> None:
     (output_dir / NAME).unlink(missing_ok=True)
 
 
-def record_exit(
-    output_dir: Path | None, code: int, reason: str, step: int | None, rank: int, *, speaks: bool | None = None
-) -> bool:
+@dataclass(frozen=True)
+class RunEnd:
+    """Reason and step of the end of a run, as exit.json holds them."""
+
+    code: int
+    reason: str
+    step: int | None  # completed steps of the run
+    rank: int  # the rank to blame
+
+
+def record_exit(output_dir: Path | None, end: RunEnd, *, speaks: bool | None = None) -> bool:
     """Write exit.json unless another rank was first; return whether this rank prints the message.
 
     Where the file cannot be written, the rank that `speaks` prints it, by default rank 0.
     """
-    speaks, reason = rank == 0 if speaks is None else speaks, bound_message(reason)
+    speaks = end.rank == 0 if speaks is None else speaks
     if output_dir is None:
         return speaks
     launch = {"launch": os.environ["TORCHELASTIC_RUN_ID"]} if "TORCHELASTIC_RUN_ID" in os.environ else {}
-    value = {"code": code, "reason": reason, "step": step, "rank": rank, **launch}
-    temporary = output_dir / f".{NAME}-{rank}-{threading.get_ident()}{NEW}"
+    value = {**asdict(end), "reason": bound_message(end.reason), **launch}
+    temporary = output_dir / f".{NAME}-{end.rank}-{threading.get_ident()}{NEW}"
     try:
         temporary.write_text(dump_json(value))  # written first: on a full disk no rank claims the report
         (output_dir / NAME).open("x").close()  # fails when the file exists: the first reason is the true one
@@ -83,22 +91,16 @@ def read_exit_report(output_dir: Path) -> ExitReport | None:
 
 
 def write_exit_report(
-    output_dir: Path | None,
-    code: int,
-    reason: str,
-    step: int | None,
-    rank: int,
-    speaks: bool | None = None,
-    error: BaseException | None = None,
+    output_dir: Path | None, end: RunEnd, *, speaks: bool | None = None, error: BaseException | None = None
 ) -> None:
-    """Write exit.json and print one line for people, on the rank that is the first to report; `rank` is the one to blame.
+    """Write exit.json and print one line for people, on the rank that is the first to report.
 
     With `error`, its traceback is printed as well.
     """
-    if record_exit(output_dir, code, reason, step, rank, speaks=speaks):
+    if record_exit(output_dir, end, speaks=speaks):
         if error is not None:
             traceback.print_exception(error, file=sys.stderr)
-        where = "" if step is None else f" after step {step}"
-        line_of_its_own = "" if step is None else "\n"  # the cursor is at the end of a progress bar
-        text = f"{line_of_its_own}trainer: rank {rank} stopped{where}: {bound_message(reason)}"
+        where = "" if end.step is None else f" after step {end.step}"
+        line_of_its_own = "" if end.step is None else "\n"  # the cursor is at the end of a progress bar
+        text = f"{line_of_its_own}trainer: rank {end.rank} stopped{where}: {bound_message(end.reason)}"
         print(printable(text, keep="\n\t"), file=sys.stderr, flush=True)

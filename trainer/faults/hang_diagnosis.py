@@ -61,7 +61,7 @@ class _Seen:
     gone: bool = False  # its process did not exist at the previous check of this heartbeat
 
 
-class Judge:
+class HangDetector:
     """Collects the heartbeats of `ranks`. All times are those of this process: clocks of machines are never compared."""
 
     def __init__(self, ranks: Iterable[int], stall_seconds: float, now: float) -> None:
@@ -69,16 +69,16 @@ class Judge:
         self.broken = False  # a collective broke on this rank
         self.seen = {rank: _Seen(now, now) for rank in ranks}
 
-    def hear(self, rank: int, beat: Heartbeat, now: float) -> None:
+    def observe(self, rank: int, beat: Heartbeat, now: float) -> None:
         """Take in the newest heartbeat of a rank, which may be one that is known already."""
         seen = self.seen[rank]
         if beat.get("number") != seen.beat.get("number"):
             seen.renewed, seen.gone = now, False
-        if any(beat.get(key) != seen.beat.get(key) for key in ("place", "moves", "bytes")):
+        if any(beat.get(key) != seen.beat.get(key) for key in ("position", "moves", "bytes")):
             seen.moved = now
         seen.beat = beat
 
-    def forgive(self, seconds: float) -> None:
+    def extend_deadlines(self, seconds: float) -> None:
         """Extend all deadlines: this process itself was stopped for `seconds`, and no rank is blamed for that time."""
         for seen in self.seen.values():
             seen.renewed += seconds
@@ -104,7 +104,7 @@ class Judge:
         return None
 
     def _silent(self, now: float) -> Finding | None:
-        """Return a rank without a new heartbeat for too long: `stall_seconds`, or NO_WORD_SECONDS after a collective broke."""
+        """Return a rank without a new heartbeat for too long: `stall_seconds`, SILENCE_SECONDS after a collective broke."""
         broken = self.broken or any(seen.beat.get("broken") for seen in self.seen.values())
         limit = min(self.stall_seconds, SILENCE_SECONDS) if broken else self.stall_seconds
         silent = {rank: now - seen.renewed for rank, seen in self._running().items() if now - seen.renewed >= limit}
@@ -127,8 +127,8 @@ class Judge:
         ranks = self._running()
         if any(not seen.beat for seen in ranks.values()) or not any(self._is_still(seen, now) for seen in ranks.values()):
             return None
-        behind = min(tuple(seen.beat["place"]) for seen in ranks.values())
-        last = {rank: seen for rank, seen in ranks.items() if tuple(seen.beat["place"]) == behind}
+        behind = min(tuple(seen.beat["position"]) for seen in ranks.values())
+        last = {rank: seen for rank, seen in ranks.items() if tuple(seen.beat["position"]) == behind}
         if not all(self._is_still(seen, now) for seen in last.values()):
             return None
         # Among ranks in the same phase, those that do not wait in a collective block the others.
@@ -139,7 +139,7 @@ class Judge:
             return Finding(halted, SILENT[HALTED].format(seconds))  # its last heartbeat is so recent that it is not silent yet
         several = len(last) > 1
         hint = ", all waiting in one collective (is the network down?)," if several and not busy else ""
-        return Finding(tuple(last), f"{'have' if several else 'has'} not come on for {seconds:.0f} s{hint}", answers=True)
+        return Finding(tuple(last), f"{'have' if several else 'has'} made no progress for {seconds:.0f} s{hint}", answers=True)
 
     def _is_still(self, seen: _Seen, now: float) -> bool:
         """Return whether a rank has made no progress for longer than its phase may take."""

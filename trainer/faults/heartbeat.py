@@ -13,7 +13,7 @@ class Heartbeat(TypedDict, total=False):
     phase: str
     step: int | None  # completed steps of the run
     samples: list[int]
-    place: tuple[int, int] | list[int]  # orders the positions of ranks; JSON has lists
+    position: tuple[int, int] | list[int]  # orders the positions of ranks; JSON has lists
     page: str | None  # file of its shared memory
     moves: int
     bytes: int

@@ -18,22 +18,26 @@ NO_VERDICT = "none"
 ASK_SECONDS = 2.0  # longest wait for the store: one whose process is stopped never answers
 
 
-class Beats:
+class Heartbeats:
     """Connection of this rank to the store, with a thread of its own: a store whose process is stopped blocks every caller.
 
     Rank 0 reads the heartbeats of all ranks, the others only that of rank 0, and all of them read the verdict: each tick costs as
     many reads in one place as there are ranks, not their square.
     """
 
-    def __init__(self, world: World, tell: Callable[[], Heartbeat], tick: float) -> None:
-        """Connect to the store; `start` begins the exchange. `tell`: called from the thread, returns this rank's heartbeat."""
+    def __init__(self, world: World, own_heartbeat: Callable[[], Heartbeat], tick: float) -> None:
+        """Connect to the store; `start` begins the exchange. `own_heartbeat` is called from the thread."""
         self.tick = tick  # seconds between two exchanges
-        self.heard: dict[int, Heartbeat] = {}  # newest heartbeat of each rank that has sent one
-        self.heard_at = time.monotonic()
+        self.received: dict[int, Heartbeat] = {}  # newest heartbeat of each rank that has sent one
+        self.received_at = time.monotonic()
         self.error: tuple[float, str] | None = None  # since when the store fails, and its message
         self.verdict: Verdict | None = None
         self.agreed, self._over = threading.Event(), threading.Event()
-        self._rank, self._wanted, self._tell = world.rank, range(world.size) if world.is_main else (0,), tell
+        self._rank, self._watched_ranks, self._own_heartbeat = (
+            world.rank,
+            range(world.size) if world.is_main else (0,),
+            own_heartbeat,
+        )
         self._number = 0
         # A process may do several runs in one world; all ranks do equally many, so the counts agree.
         run = world.channel("runs").add(str(world.rank), 1)
@@ -64,7 +68,7 @@ class Beats:
             is_last = self._over.is_set()
             try:
                 self._exchange()
-                self.heard_at, self.error = time.monotonic(), None
+                self.received_at, self.error = time.monotonic(), None
             except RuntimeError as error:
                 self.error = self.error or (time.monotonic(), (str(error).strip() or type(error).__name__).splitlines()[0])
             if is_last:
@@ -74,10 +78,10 @@ class Beats:
     def _exchange(self) -> None:
         """Send this rank's heartbeat; read those of the other ranks and the verdict, if there is one."""
         self._number += 1
-        self._store.set(f"beat/{self._rank}", json.dumps({**self._tell(), "number": self._number}))
-        there = [rank for rank in self._wanted if rank in self.heard or self._store.check([f"beat/{rank}"])]
+        self._store.set(f"beat/{self._rank}", json.dumps({**self._own_heartbeat(), "number": self._number}))
+        there = [rank for rank in self._watched_ranks if rank in self.received or self._store.check([f"beat/{rank}"])]
         verdict, *beats = self._store.multi_get(["verdict", *(f"beat/{rank}" for rank in there)])
-        self.heard = {rank: json.loads(text) for rank, text in zip(there, beats, strict=True)}
+        self.received = {rank: json.loads(text) for rank, text in zip(there, beats, strict=True)}
         if verdict != NO_VERDICT.encode() and self.verdict is None:
             self.verdict = Verdict.loads(verdict)
             self.agreed.set()

@@ -40,7 +40,7 @@ class Beat:
     at: str = ""  # a file, a record, a tensor: how far the phase has come
 
     @property
-    def place(self) -> tuple[int, int]:
+    def position(self) -> tuple[int, int]:
         """Return (step, part), with step -1 before the first step: it orders the positions of ranks."""
         return (-1 if self.step is None else self.step, self.part)
 
@@ -52,7 +52,7 @@ class PhaseTracker:
         self.beat = Beat(since=time.monotonic())
         self.names: dict[str, Callable[[int], str]] = {}  # by split, "train" and "validation": readable name of a sample
         self.reading: Reading | None = None  # which samples the data workers read
-        self.page: SharedPage | None = None  # shared memory that gets every beat at once
+        self.shared_page: SharedPage | None = None  # shared memory that gets every beat at once
         self._groups: list[tuple[int, ...]] = []  # samples of each micro-batch of the step
         self._forwards = 0
         self._main = threading.get_ident()
@@ -66,7 +66,7 @@ class PhaseTracker:
             samples = tuple(i for group in self._groups for i in group)
         self._set(Beat(phase, beat.step, samples, beat.part + 1, beat.moves + 1, time.monotonic()))
 
-    def at(self, phase: str, step: int | None, samples: Sequence[Sequence[int]] = ()) -> None:
+    def begin(self, phase: str, step: int | None, samples: Sequence[Sequence[int]] = ()) -> None:
         """Begin `phase` after `step` completed steps of the run, on `samples`, given by micro-batch."""
         beat = self.beat
         self._groups, self._forwards = [tuple(group) for group in samples], 0
@@ -74,7 +74,7 @@ class PhaseTracker:
         flat = tuple(i for group in self._groups for i in group)
         self._set(Beat(phase, step, flat, part, beat.moves + 1, time.monotonic()))
 
-    def alive(self, at: str = "") -> None:
+    def report_progress(self, at: str = "") -> None:
         """Report progress inside a long phase, `at` some position, without counting a new part.
 
         For rank-local work: `mark` must not count what other ranks do not do.
@@ -84,12 +84,12 @@ class PhaseTracker:
 
     def _set(self, beat: Beat) -> None:
         """Replace the beat, and write it to the shared memory."""
-        if self.page is not None:
+        if self.shared_page is not None:
             samples = None if beat.samples is self.beat.samples else beat.samples
-            self.page.note(beat.phase, beat.step, beat.part, beat.moves, samples)
+            self.shared_page.note(beat.phase, beat.step, beat.part, beat.moves, samples)
         self.beat = beat
 
-    def read(self, reading: Reading, names: Callable[[int], str], split: str = "train") -> Reading:
+    def watch_workers(self, reading: Reading, names: Callable[[int], str], split: str = "train") -> Reading:
         """Register the data workers that the main thread waits for, and the readable names of their samples; return `reading`."""
         self.reading, self.names[split] = reading, names
         return reading
@@ -103,8 +103,8 @@ class PhaseTracker:
             "phase": beat.phase,
             "step": beat.step,
             "samples": samples[:32],
-            "place": beat.place,
-            "page": str(self.page.path) if self.page else None,
+            "position": beat.position,
+            "page": str(self.shared_page.path) if self.shared_page else None,
             "moves": beat.moves,
             "bytes": traffic() if beat.phase in BY_BYTES else 0,
             "at": beat.at,

@@ -74,7 +74,7 @@ def read_last_position(beat: Heartbeat) -> Heartbeat:
     found: Heartbeat = {
         "phase": phase.rstrip(b"\0").decode(),
         "step": None if step < 0 else step,
-        "place": [step, part],
+        "position": [step, part],
         "moves": moves,
     }
     if not reads:

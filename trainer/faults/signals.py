@@ -38,14 +38,14 @@ TORCHRUN_SECONDS = 30
 
 
 @contextmanager
-def listening(folder: Path, rank: int, progress: RunStatus, grace_seconds: float) -> Iterator[None]:
-    """Turn signals and request files into requests of `progress.steering` inside the `with`.
+def listening(folder: Path, rank: int, status: RunStatus, grace_seconds: float) -> Iterator[None]:
+    """Turn signals and request files into requests of `status.requests` inside the `with`.
 
     KeyboardInterrupt does not occur there. The process exits at once with code 75 before the first step, at a second request, and
     when the run has not ended `grace_seconds` after the first one. Only the main thread can handle signals: in another thread they
     are left alone.
     """
-    listener = Listener(folder, rank, progress, grace_seconds)
+    listener = Listener(folder, rank, status, grace_seconds)
     main = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in SIGNALS} if main else {}
     # Ignored signals stay ignored: shells set that for background jobs.
@@ -71,11 +71,11 @@ def _ignore(number: int, frame: FrameType | None) -> None:
 class Listener:
     """Thread that receives requests, and the state that it keeps of them."""
 
-    def __init__(self, folder: Path, rank: int, progress: RunStatus, grace_seconds: float) -> None:
-        self.folder, self.rank, self.progress, self.grace = folder, rank, progress, grace_seconds
+    def __init__(self, folder: Path, rank: int, status: RunStatus, grace_seconds: float) -> None:
+        self.folder, self.rank, self.status, self.grace = folder, rank, status, grace_seconds
         self.inbox, self.outbox = socket.socketpair()
         self.outbox.setblocking(False)
-        self.asked: float | None = None  # when this rank was asked to stop, or learned that another rank was
+        self.requested_at: float | None = None  # when this rank was asked to stop, or learned that another rank was
         self.first_signal: float | None = None
         self.ended = False
         self.thread = threading.Thread(target=self._run, name="signals", daemon=True)
@@ -113,8 +113,8 @@ class Listener:
     def _received(self) -> list[int]:
         """Wait up to LOOK_SECONDS for signals; return their numbers."""
         seconds = LOOK_SECONDS
-        if self.asked is not None:
-            seconds = min(seconds, max(0.01, self.asked + self.grace - time.monotonic()))
+        if self.requested_at is not None:
+            seconds = min(seconds, max(0.01, self.requested_at + self.grace - time.monotonic()))
         self.inbox.settimeout(seconds)
         try:
             return [number for number in self.inbox.recv(4096) if number in SIGNALS]
@@ -144,16 +144,16 @@ class Listener:
         if REQUESTS[name] == STOP:
             self._stop(f"{name} in {self.folder}")
         else:
-            self.progress.steering.wish(REQUESTS[name], name)
+            self.status.requests.add(REQUESTS[name], name)
             self._say(f"{name}: after one of the next steps")
 
     def _stop(self, reason: str) -> None:
         """Request a stop of the run; leave at once before the first step."""
-        if not self.progress.steering.heeded:
+        if not self.status.requests.accepting:
             self._leave(f"{reason} {TOO_EARLY}")
         self._follow_peer()
-        self.asked = self.asked if self.asked is not None else time.monotonic()
-        self.progress.steering.wish(STOP, reason)
+        self.requested_at = self.requested_at if self.requested_at is not None else time.monotonic()
+        self.status.requests.add(STOP, reason)
         if self.rank == 0:
             self._say(f"{reason}: finishing the step, then saving")
 
@@ -167,17 +167,18 @@ class Listener:
 
     def _check_grace(self) -> None:
         """Leave at once when `grace` seconds have passed since the request to stop."""
-        if self.asked is None and STOP in self.progress.steering.agreed:
-            self.asked = time.monotonic()
-        if self.asked is not None and time.monotonic() - self.asked >= self.grace:
+        if self.requested_at is None and STOP in self.status.requests.agreed:
+            self.requested_at = time.monotonic()
+        if self.requested_at is not None and time.monotonic() - self.requested_at >= self.grace:
             self._leave(f"could not save within faults.grace_seconds = {self.grace:g}")
 
     def _leave(self, reason: str) -> None:
         """Record the reason in exit.json, and exit at once."""
         last = _last_checkpoint(self.folder)
         # Only rank 0 holds the folder lock: before the ranks have met, the folder may belong to another run.
-        knows = self.rank == 0 or self.progress.has_met
-        if knows and exit_report.record_exit(self.folder, errors.STOPPED, f"{reason}; {last}", self.progress.step, self.rank):
+        knows = self.rank == 0 or self.status.has_met
+        end = exit_report.RunEnd(errors.STOPPED, f"{reason}; {last}", self.status.step, self.rank)
+        if knows and exit_report.record_exit(self.folder, end):
             self._say(f"rank {self.rank} stopped at once: {reason}; {last}")
         os._exit(errors.STOPPED)
 

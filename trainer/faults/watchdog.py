@@ -15,9 +15,9 @@ from data.workers import WorkerError
 from trainer import errors
 from trainer.distributed.world import World
 from trainer.faults import exit_report
-from trainer.faults.hang_diagnosis import SHOWN, Finding, Judge, Verdict, describe_position
+from trainer.faults.hang_diagnosis import SHOWN, Finding, HangDetector, Verdict, describe_position
 from trainer.faults.heartbeat import Heartbeat
-from trainer.faults.heartbeats import Beats, run_within
+from trainer.faults.heartbeats import Heartbeats, run_within
 from trainer.faults.phase_tracker import PhaseTracker
 from trainer.faults.shared_page import SharedPage, read_last_position, remove_page
 from trainer.faults.stack_dumps import Stacks
@@ -35,45 +35,45 @@ OF_PEERS = re.compile(r"\bgloo\b|nccl|connection (was )?(closed|reset)|broken pi
 
 
 class Watchdog:
-    """Watchdog of one run: sends the phases of `watch` to the other ranks, and judges theirs. Its threads end with `stop`."""
+    """Watchdog of one run: sends the phases of `tracker` to the other ranks, and judges theirs. Its threads end with `stop`."""
 
     def __init__(
-        self, watch: PhaseTracker, world: World, run_folder: Path, stall_seconds: float, lock: FolderLock | None = None
+        self, tracker: PhaseTracker, world: World, run_folder: Path, stall_seconds: float, lock: FolderLock | None = None
     ) -> None:
         """Prepare the watchdog; `start` begins its threads. `lock`: the lock of the run folder, on the rank that holds it."""
-        self.watch, self.world, self.run_folder, self.stall_seconds = watch, world, run_folder, stall_seconds
+        self.tracker, self.world, self.run_folder, self.stall_seconds = tracker, world, run_folder, stall_seconds
         self.lock = lock
         self.tick = min(max(stall_seconds / 10, 0.1), TICK_SECONDS)
         self.process = current_process()
         self.stacks = Stacks(run_folder, world.rank, world.size)
-        watch.page = SharedPage(run_folder, world.rank)
-        self.judge = Judge(range(world.size) if world.is_main else (0,), stall_seconds, time.monotonic())
-        self.beats = Beats(world, self._heartbeat, self.tick)
+        tracker.shared_page = SharedPage(run_folder, world.rank)
+        self.detector = HangDetector(range(world.size) if world.is_main else (0,), stall_seconds, time.monotonic())
+        self.heartbeats = Heartbeats(world, self._heartbeat, self.tick)
         self._over, self._finishing = threading.Event(), threading.Lock()
         self._ending = self._finished = False  # the main thread is exiting; stacks are written
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> Watchdog:
         """Start the threads, and return the watchdog."""
-        self.beats.start()
+        self.heartbeats.start()
         self._thread.start()
         return self
 
     def stop(self) -> None:
         """Tell the other ranks that this rank is done, and end the threads."""
-        self.watch.mark("done")
+        self.tracker.mark("done")
         self._over.set()
-        self.beats.stop()
+        self.heartbeats.stop()
         if self._thread.is_alive():
             self._thread.join(2.0)
         self.stacks.close()
-        if self.watch.page is not None:
-            self.watch.page.close()
-            self.watch.page = None
+        if self.tracker.shared_page is not None:
+            self.tracker.shared_page.close()
+            self.tracker.shared_page = None
 
-    def failed(self, error: BaseException, code: int, reason: str) -> Verdict:
+    def agree_on_failure(self, error: BaseException, code: int, reason: str) -> Verdict:
         """Return the verdict that ends the run after the main thread has failed: on all ranks the first one that was found."""
-        self._ending, rank, beat = True, self.world.rank, self.watch.now()
+        self._ending, rank, beat = True, self.world.rank, self.tracker.now()
         if code == errors.STOPPED:  # all ranks stop by themselves, with everything saved
             return Verdict(code, reason, rank, rank, beat["step"], raised=True, stacks=False)
         if code == errors.INTERNAL:
@@ -86,18 +86,18 @@ class Watchdog:
         elif code == errors.INTERNAL:
             reason = f"rank {rank} {self._where(beat)}: {describe_error(error)}; {self._stacks_hint()}"
         own = Verdict(code, reason, rank, rank, beat["step"], raised=True, stacks=code == errors.INTERNAL)
-        verdict = self.beats.agree(own)
+        verdict = self.heartbeats.agree(own)
         self._finish(verdict)
         return verdict
 
     def _find_broken_peer(self) -> Verdict | None:
         """Find the rank that broke the collective of this rank. Returns None when no verdict is found within the deadline."""
-        self.judge.broken, self.beats.tick = True, BROKEN_TICK_SECONDS
+        self.detector.broken, self.heartbeats.tick = True, BROKEN_TICK_SECONDS
         end = time.monotonic() + min(self.stall_seconds, LOST_SECONDS) + 4 * self.tick
-        while not self.beats.agreed.wait(BROKEN_TICK_SECONDS) and time.monotonic() < end:
+        while not self.heartbeats.agreed.wait(BROKEN_TICK_SECONDS) and time.monotonic() < end:
             if found := self._reported_exit():
-                return self.beats.agree(found)
-        return self.beats.verdict
+                return self.heartbeats.agree(found)
+        return self.heartbeats.verdict
 
     def _reported_exit(self) -> Verdict | None:
         """Return the exit report of a rank that left without agreeing with the others, one stopped by a signal, for example."""
@@ -108,56 +108,56 @@ class Watchdog:
 
     def _heartbeat(self) -> Heartbeat:
         """Return the heartbeat of this rank."""
-        beat: Heartbeat = {**self.watch.now(), "process": self.process.to_json(), "broken": self.judge.broken}
+        beat: Heartbeat = {**self.tracker.now(), "process": self.process.to_json(), "broken": self.detector.broken}
         return {**beat, "phase": "done"} if self._over.is_set() else beat
 
     def _run(self) -> None:
         """Judge the heartbeats every tick, until `stop` or until a verdict ends this process."""
         while not self._over.is_set():
             began = time.monotonic()
-            self._over.wait(self.beats.tick)
-            late = time.monotonic() - began - self.beats.tick
+            self._over.wait(self.heartbeats.tick)
+            late = time.monotonic() - began - self.heartbeats.tick
             if late > 1.0:  # this process itself was stopped, or got no CPU time
-                self.judge.forgive(late)
-                self.beats.heard_at += late
-            if self.beats.verdict is None and not self._over.is_set() and (own := self._judged()):
-                self.beats.agree(own)
-            if self.beats.verdict is not None:
-                self._leave(self.beats.verdict)
+                self.detector.extend_deadlines(late)
+                self.heartbeats.received_at += late
+            if self.heartbeats.verdict is None and not self._over.is_set() and (own := self._find_failure()):
+                self.heartbeats.agree(own)
+            if self.heartbeats.verdict is not None:
+                self._leave(self.heartbeats.verdict)
 
-    def _judged(self) -> Verdict | None:
+    def _find_failure(self) -> Verdict | None:
         """Return a verdict when this rank finds a failure: a lost lock, a lost store, or an absent or stuck rank."""
         now = time.monotonic()
         if self.lock is not None and self.lock.problem:
             rank = self.world.rank
-            return Verdict(errors.CANNOT_WRITE, self.lock.problem, rank, rank, self.watch.beat.step, stacks=False)
-        for rank, beat in self.beats.heard.items():
-            self.judge.hear(rank, beat, now)
+            return Verdict(errors.CANNOT_WRITE, self.lock.problem, rank, rank, self.tracker.beat.step, stacks=False)
+        for rank, beat in self.heartbeats.received.items():
+            self.detector.observe(rank, beat, now)
         if found := self._lost_store(now):
             return found
-        finding = self.judge.absent(now) or (self.judge.stuck(now) if self.world.is_main else None)
+        finding = self.detector.absent(now) or (self.detector.stuck(now) if self.world.is_main else None)
         return None if finding is None else self._reported_exit() or self._blame(finding)
 
     def _lost_store(self, now: float) -> Verdict | None:
         """Return a verdict when the process that keeps the store is gone or stopped: rank 0, or its launcher."""
-        main, error, silent = self.judge.seen[0].beat, self.beats.error, now - self.beats.heard_at
+        main, error, silent = self.detector.seen[0].beat, self.heartbeats.error, now - self.heartbeats.received_at
         is_broken = error is not None and now - error[0] >= min(self.stall_seconds, LOST_SECONDS)
         # Rank 0 sees all ranks and may know the true cause: its deadline comes first.
         limit = self.stall_seconds + (0 if self.world.is_main else 1 + 3 * self.tick)
         if main.get("phase") == "done" or not (is_broken or silent >= limit):
             return None
-        if self.judge.halted():
-            return None  # `Judge.absent` blames that rank instead
+        if self.detector.halted():
+            return None  # `HangDetector.absent` blames that rank instead
         reason = (
             f"rank {self.world.rank} has not reached the other ranks for {silent:.0f} s{f' ({error[1]})' if error else ''}: the "
             f"process they meet in, rank 0 or its launcher, is dead, stopped or cannot be reached; "
-            f"{self._where(self.watch.now())}; {self._stacks_hint()}"
+            f"{self._where(self.tracker.now())}; {self._stacks_hint()}"
         )
-        return self._verdict(reason, 0, self.watch.beat.step)
+        return self._verdict(reason, 0, self.tracker.beat.step)
 
     def _blame(self, finding: Finding) -> Verdict:
         """Return the verdict on the ranks of a finding, with their last position."""
-        beats = {rank: self._last(self.judge.seen[rank].beat) for rank in finding.culprits}
+        beats = {rank: self._last(self.detector.seen[rank].beat) for rank in finding.culprits}
         first, beat = next(iter(beats.items()))
         for last in beats.values() if not finding.answers else ():
             remove_page(last)
@@ -178,7 +178,7 @@ class Watchdog:
     def _where(self, beat: Heartbeat) -> str:
         """Describe the position of a rank, with names of its samples if they can be looked up in time."""
         ids = beat.get("samples", [])[:SHOWN]
-        names = run_within(lambda: [self.watch.name(i, beat["phase"]) for i in ids], NAME_SECONDS)
+        names = run_within(lambda: [self.tracker.name(i, beat["phase"]) for i in ids], NAME_SECONDS)
         return describe_position(beat, [f"sample {i}" for i in ids] if names is None else names)
 
     def _stacks_hint(self) -> str:
@@ -191,8 +191,8 @@ class Watchdog:
             self._over.wait(GRACE_SECONDS)
         if not self._over.is_set():
             run_within(lambda: self._last_words(verdict), LEAVE_SECONDS)
-            if self.watch.page is not None:
-                self.watch.page.remove()
+            if self.tracker.shared_page is not None:
+                self.tracker.shared_page.remove()
             os._exit(verdict.code)
 
     def _last_words(self, verdict: Verdict) -> None:
@@ -200,7 +200,8 @@ class Watchdog:
         is_speaker = verdict.by == self.world.rank
         if not is_speaker:
             time.sleep(0.5)  # the rank that found the failure reports first, unless it has died since
-        exit_report.write_exit_report(self.run_folder, verdict.code, verdict.reason, verdict.step, verdict.culprit, is_speaker)
+        end = exit_report.RunEnd(verdict.code, verdict.reason, verdict.step, verdict.culprit)
+        exit_report.write_exit_report(self.run_folder, end, speaks=is_speaker)
         self._finish(verdict)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -211,7 +212,7 @@ class Watchdog:
             if self._finished or not verdict.stacks:
                 return
             self._finished = True
-            for pid in self.watch.reading.pids() if self.watch.reading else ():
+            for pid in self.tracker.reading.pids() if self.tracker.reading else ():
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGUSR2)
             self.stacks.dump()

@@ -14,9 +14,9 @@ class DeferredRead:
         self.copy: Tensor | None = None
         self.event = torch.cuda.Event() if device.type == "cuda" else None
 
-    def push(self, values: Tensor) -> list[float] | None:
+    def swap(self, values: Tensor) -> list[float] | None:
         """Keep `values` (n,) for the next call; return those of the previous call, None at the first one."""
-        before = self.pop()
+        before = self.flush()
         if self.event is None:
             self.copy = values.detach()
         else:
@@ -25,7 +25,7 @@ class DeferredRead:
             self.event.record()
         return before
 
-    def pop(self) -> list[float] | None:
+    def flush(self) -> list[float] | None:
         """Return the kept values and forget them. Host sync with the step that made them, which is normally over."""
         copy, self.copy = self.copy, None
         if copy is None:

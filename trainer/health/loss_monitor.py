@@ -23,8 +23,8 @@ from data.records.record import RecordError
 from model.batch import Batch
 from model.files.untrusted import Json
 from trainer.errors import ProofError
-from trainer.health.spike_detector import Spikes
-from trainer.health.suspects import NUM_SUSPECTS, Evidence, bad_samples, first_bad, highest
+from trainer.health.spike_detector import SpikeDetector
+from trainer.health.suspects import NUM_SUSPECTS, StepTensors, bad_samples, first_bad, highest
 from trainer.machine.atomic_files import replace_text
 from trainer.machine.json_lines import read_valid_lines
 from trainer.optim import Trained, in_norm_order
@@ -40,54 +40,56 @@ NUM_NAMED = 8
 class Health:
     """Monitor of every step of a stage. All methods are called alike on all ranks, after the same steps."""
 
-    def __init__(self, setup: PreparedRun, totals: HealthState | None) -> None:
+    def __init__(self, prepared: PreparedRun, totals: HealthState | None) -> None:
         """Resume from `totals`, the `state` in the checkpoint that the stage continues; None for a new stage."""
-        self.setup, self.world, self.place = setup, setup.world, setup.place
-        self.limit = setup.config.faults.max_nonfinite
+        self.prepared, self.world, self.stage = prepared, prepared.world, prepared.stage
+        self.limit = prepared.config.faults.max_nonfinite
         self.in_a_row = int((totals or {}).get("in_a_row", 0))
         # Old checkpoints have no count of updates: assume that there were some.
         self.num_updates = int((totals or {"num_updates": 0}).get("num_updates", 1))
-        self.spikes = Spikes((totals or {}).get("losses", []))
+        self.spikes = SpikeDetector((totals or {}).get("losses", []))
         self.last: Json = {}  # the row of the last step that was not finite
-        self.kept: list[Evidence] = []  # the last two steps at most
+        self.unjudged: list[StepTensors] = []  # the last two steps at most
 
     def state(self) -> HealthState:
-        """Return what a checkpoint stores. Call `settle` first, or the last step is missing."""
+        """Return what a checkpoint stores. Call `drain` first, or the last step is missing."""
         return {"in_a_row": self.in_a_row, "losses": self.spikes.losses, "num_updates": self.num_updates}
 
-    def told(self) -> Tensor | float:
+    def shared_loss(self) -> Tensor | float:
         """Return what this rank adds to the collective of the next step: its share of the loss of the last step added."""
-        return self.kept[-1].losses.sum() if self.kept else 0.0
+        return self.unjudged[-1].losses.sum() if self.unjudged else 0.0
 
     def add(self, step: int, batches: list[Batch], result: StepResult) -> None:
-        """Keep the tensors of the `step` just made. Call `hear` for the previous step first. No host sync."""
-        self.kept.append(Evidence(step, [replace(b, media={}) for b in batches], result.addends, result.losses, result.norms))
+        """Keep the tensors of the `step` just made. Call `observe` for the previous step first. No host sync."""
+        self.unjudged.append(
+            StepTensors(step, [replace(b, media={}) for b in batches], result.addends, result.losses, result.norms)
+        )
 
-    def hear(self, loss: float, skipped: float, grad_norm: float) -> None:
+    def observe(self, loss: float, skipped: float, grad_norm: float) -> None:
         """Judge the last step added, by `skipped` and `grad_norm`, and the step before it, by its `loss` summed over all ranks.
 
         Collective when there is a fault to report. Raises ProofError when too many steps in a row were skipped.
         """
-        if len(self.kept) > 1:
-            self._judge_loss(self.kept.pop(0), loss)
+        if len(self.unjudged) > 1:
+            self._judge_loss(self.unjudged.pop(0), loss)
         if not skipped:
             self.in_a_row = 0
             self.num_updates += 1
             return
         self.in_a_row += 1
-        self.kept[-1] = replace(self.kept[-1], skipped=True)
-        self._report_nonfinite(self.kept[-1], grad_norm)
+        self.unjudged[-1] = replace(self.unjudged[-1], skipped=True)
+        self._report_nonfinite(self.unjudged[-1], grad_norm)
         if self.in_a_row >= self.limit:
             raise ProofError(self._verdict())
 
-    def settle(self) -> None:
-        """Judge all steps made so far, before a checkpoint, after `hear`. Collective, host sync."""
-        for evidence in self.kept:
-            self._judge_loss(evidence, self.world.sum(evidence.losses.sum()).item())
-        self.kept = []
+    def drain(self) -> None:
+        """Judge all steps made so far, before a checkpoint, after `observe`. Collective, host sync."""
+        for tensors in self.unjudged:
+            self._judge_loss(tensors, self.world.sum(tensors.losses.sum()).item())
+        self.unjudged = []
 
     def check_updates(self, num_steps: int) -> None:
-        """Check that some update of the stage's `num_steps` steps was not skipped. Call `settle` first.
+        """Check that some update of the stage's `num_steps` steps was not skipped. Call `drain` first.
 
         Raises ProofError otherwise.
         """
@@ -98,27 +100,27 @@ class Health:
                 "samples"
             )
 
-    def _judge_loss(self, evidence: Evidence, loss: float) -> None:
+    def _judge_loss(self, tensors: StepTensors, loss: float) -> None:
         """Report a spike if `loss` is one. Collective then."""
-        if evidence.skipped or not math.isfinite(loss):
+        if tensors.skipped or not math.isfinite(loss):
             return
         usual = self.spikes.judge(loss)
         if usual is not None:
-            self._report_spike(evidence, loss, usual)
+            self._report_spike(tensors, loss, usual)
 
-    def _report_nonfinite(self, evidence: Evidence, grad_norm: float) -> None:
+    def _report_nonfinite(self, tensors: StepTensors, grad_norm: float) -> None:
         """Report a skipped update: gather losses, bad samples and the first bad parameter of all ranks, write the row.
 
         Collective, host sync.
         """
-        own = {"losses": evidence.losses.tolist(), "samples": bad_samples(evidence), "parameter": first_bad(evidence.norms)}
+        own = {"losses": tensors.losses.tolist(), "samples": bad_samples(tensors), "parameter": first_bad(tensors.norms)}
         ranks = self.world.gather_json(own)
         found = [rank["parameter"] for rank in ranks if rank["parameter"] is not None]
-        name = _names(self.setup.trained)[min(found)] if found else None
+        name = _names(self.prepared.trained)[min(found)] if found else None
         origins = [i for i, rank in enumerate(ranks) if not all(map(math.isfinite, rank["losses"]))]
-        samples = sorted({i for rank in ranks for i in rank["samples"]}) or sorted(self._samples(evidence.step))
+        samples = sorted({i for rank in ranks for i in rank["samples"]}) or sorted(self._samples(tensors.step))
         self.last = {
-            **self._row("nonfinite", evidence.step),
+            **self._row("nonfinite", tensors.step),
             "samples": samples,
             "records": self._records(samples),
             "part": name.partition(".")[0] if name else None,
@@ -129,41 +131,41 @@ class Health:
         }
         self._write(self.last, f"step {self.last['step']}: {_described(self.last)}; the update was skipped")
 
-    def _report_spike(self, evidence: Evidence, loss: float, usual: float) -> None:
+    def _report_spike(self, tensors: StepTensors, loss: float, usual: float) -> None:
         """Report a loss spike with the samples of highest loss of every rank. Collective, host sync."""
-        ranks = self.world.gather_json(highest(evidence))
-        samples = self._samples(evidence.step)
+        ranks = self.world.gather_json(highest(tensors))
+        samples = self._samples(tensors.step)
         suspects = [[{"sample": i, "loss": _plain(own)} for i, own in rank] for rank in ranks]
         worst = [i for _, i in sorted(((own, i) for rank in ranks for i, own in rank), reverse=True)][:NUM_SUSPECTS]
-        row = {**self._row("spike", evidence.step), "loss": loss, "usual": usual, "samples": samples, "highest": suspects}
+        row = {**self._row("spike", tensors.step), "loss": loss, "usual": usual, "samples": samples, "highest": suspects}
         text = f"step {row['step']}: loss {loss:.4g}, usually {usual:.4g}; highest are samples {', '.join(map(str, worst))}"
         self._write({**row, "records": self._records(worst)}, text)
 
     def _row(self, kind: str, step: int) -> Json:
         """Return the first fields of a row: kind, step of the run and stage."""
-        stage = {"stage": self.place.name} if self.place.name else {}
-        return {"kind": kind, "step": self.place.first_step + step + 1, **stage}
+        stage = {"stage": self.stage.name} if self.stage.name else {}
+        return {"kind": kind, "step": self.stage.first_step + step + 1, **stage}
 
     def _samples(self, step: int) -> list[int]:
         """Return the samples of a step, over all ranks."""
-        _, sampler = self.setup.data.training()
+        _, sampler = self.prepared.data.training()
         return [int(i) for i in sampler.step(step)]
 
     def _records(self, samples: list[int]) -> list[str]:
         """Return `file:line id` of the first NUM_NAMED samples, in their order; [] except on rank 0, which writes the rows."""
-        dataset, _ = self.setup.data.training()
+        dataset, _ = self.prepared.data.training()
         return [_record(dataset, i) for i in samples[:NUM_NAMED]] if self.world.is_main else []
 
     def _write(self, row: Json, text: str) -> None:
         """Append a row to faults.jsonl and print its text, on rank 0."""
         if self.world.is_main:
-            with (self.place.run_folder / NAME).open("a") as out:
+            with (self.stage.run_folder / NAME).open("a") as out:
                 out.write(json.dumps(row) + "\n")
-            tqdm.write(f"{text} ({self.place.run_folder / NAME})")
+            tqdm.write(f"{text} ({self.stage.run_folder / NAME})")
 
     def _verdict(self) -> str:
         """Return the message of a run that ends by too many skipped updates. Only the records in it differ between ranks."""
-        last = self.place.first_step + self.kept[-1].step + 1
+        last = self.stage.first_step + self.unjudged[-1].step + 1
         steps = f"steps {last - self.in_a_row + 1} to {last}" if self.in_a_row > 1 else f"step {last}"
         return (
             f"loss or gradient was not finite for {self.in_a_row} steps in a row (faults.max_nonfinite = {self.limit}), {steps}; "
@@ -190,7 +192,7 @@ def _names(trained: Trained | None) -> list[str]:
 
 def _record(dataset: MultimodalDataset, i: int) -> str:
     """Return where a sample stands and its id; where the record cannot be read, only where it stands."""
-    _, index, row = dataset.place(i)
+    _, index, row = dataset.locate(i)
     try:
         return f"{index.where(row)} {shorten(dataset.record(i).id)}"
     except (RecordError, OSError):
@@ -215,9 +217,9 @@ def scalars_to_read(result: StepResult) -> Tensor:
 
     No host sync.
     """
-    return torch.cat([result.heard, torch.stack([result.skipped.float(), result.grad_norm.float()])])
+    return torch.cat([result.extra_sums, torch.stack([result.skipped.float(), result.grad_norm.float()])])
 
 
 def split_scalars(values: Sequence[float], num_notes: int) -> tuple[list[float], list[float]]:
-    """Split the values of `hearable` into the `num_notes` notes and the rest."""
+    """Split the values of `scalars_to_read` into the `num_notes` notes and the rest."""
     return list(values[:num_notes]), list(values[num_notes:])

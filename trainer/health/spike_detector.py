@@ -13,7 +13,7 @@ SIGMA = 1.4826
 TINY = 1e-12
 
 
-class Spikes:
+class SpikeDetector:
     """Losses of the last WINDOW steps, judged in logarithms: noise grows with the loss, at 10 as at 0.001."""
 
     def __init__(self, losses: Sequence[float] = ()) -> None:

@@ -15,7 +15,7 @@ NUM_SUSPECTS = 4
 
 
 @dataclass(frozen=True)
-class Evidence:
+class StepTensors:
     """Small tensors of a step, kept on the device until its numbers are read."""
 
     step: int  # 0-based, of the stage
@@ -32,26 +32,26 @@ def own_losses(batch: Batch, addends: Tensor) -> Tensor:
     return sums.index_add_(0, batch.owners, addends)
 
 
-def bad_samples(evidence: Evidence) -> list[int]:
+def bad_samples(tensors: StepTensors) -> list[int]:
     """Return the samples of this rank whose own cross entropy is not finite. Host sync.
 
     Where there are none, return those of the micro-batches whose loss is not finite.
     """
     found, near = [], []
-    for batch, addends, loss in zip(evidence.batches, evidence.addends, evidence.losses.tolist()):
+    for batch, addends, loss in zip(tensors.batches, tensors.addends, tensors.losses.tolist()):
         ids = batch.sample_ids.tolist()
         found += [i for i, own in zip(ids, own_losses(batch, addends).tolist()) if i >= 0 and not math.isfinite(own)]
         near += [i for i in ids if i >= 0 and not math.isfinite(loss)]
     return found or near
 
 
-def highest(evidence: Evidence) -> list[tuple[int, float]]:
+def highest(tensors: StepTensors) -> list[tuple[int, float]]:
     """Return the NUM_SUSPECTS samples of this rank with the highest mean cross entropy, and that value, highest first.
 
     Host sync.
     """
     found: list[tuple[int, float]] = []
-    for batch, addends in zip(evidence.batches, evidence.addends):
+    for batch, addends in zip(tensors.batches, tensors.addends):
         counts = torch.bincount(batch.owners, minlength=len(batch.sample_ids)).clamp(min=1)
         means = own_losses(batch, addends) / counts
         found += [(i, own) for i, own in zip(batch.sample_ids.tolist(), means.tolist()) if i >= 0]

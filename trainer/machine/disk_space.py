@@ -59,7 +59,7 @@ def checkpoint_bytes(parameters: Mapping[str, Tensor], world: World, others: int
 def shard_bytes(parameters: Mapping[str, Tensor]) -> tuple[int, int]:
     """Return the bytes of a safetensors file with these parameters and their two moments, and of its JSON layout."""
     plan = plan_shard({kind + name: p for kind in (WEIGHTS, *(f"{m}/" for m in MOMENTS)) for name, p in parameters.items()})
-    data = plan.places[-1].end if plan.places else 0
+    data = plan.ranges[-1].end if plan.ranges else 0
     return len(plan.header) + data, len(dump_json(plan.layout).encode())
 
 
@@ -93,7 +93,7 @@ def written_bytes(folder: Path) -> int:
         return 0
 
 
-def prove_room(room: SpaceNeeded, world: World) -> None:
+def prove_space(space: SpaceNeeded, world: World) -> None:
     """Check that the next checkpoint and final/ fit on the disk and in the file size limit. Collective.
 
     Raises SaveError on every rank when they do not.
@@ -101,41 +101,41 @@ def prove_room(room: SpaceNeeded, world: World) -> None:
     problem = ""
     if world.is_main:
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-        needed = room.checkpoint + room.final
-        if free_bytes(room.folder) < needed:
-            problem = f"the next checkpoint and final/ do not fit. {describe_shortage(room.folder, needed)}"
-        elif limit != resource.RLIM_INFINITY and limit < room.largest:
+        needed = space.checkpoint + space.final
+        if free_bytes(space.folder) < needed:
+            problem = f"the next checkpoint and final/ do not fit. {describe_shortage(space.folder, needed)}"
+        elif limit != resource.RLIM_INFINITY and limit < space.largest:
             problem = (
-                f"a file of {format_bytes(room.largest)} is to be written to {room.folder}, and this process may write files of "
-                f"{format_bytes(limit)}: {format_bytes(room.largest - limit)} are missing. Raise the limit (`ulimit -f`)"
+                f"a file of {format_bytes(space.largest)} is to be written to {space.folder}, and this process may write files of "
+                f"{format_bytes(limit)}: {format_bytes(space.largest - limit)} are missing. Raise the limit (`ulimit -f`)"
             )
     if problem := world.broadcast_json(problem):
         raise SaveError(problem)
 
 
-def as_save_error(error: BaseException, folder: Path, room: SpaceNeeded | None) -> SaveError | None:
+def as_save_error(error: BaseException, folder: Path, space: SpaceNeeded | None) -> SaveError | None:
     """Turn an OSError from writing a run file into a SaveError that states the missing bytes; return None for other errors."""
     if not isinstance(error, OSError):
         return None
     name = str(error.filename or "")
     if error.errno not in FULL and not (error.errno in NO_WRITING and name.startswith(str(folder))):
         return None
-    needed = room.checkpoint if room else 0
+    needed = space.checkpoint if space else 0
     return SaveError(
         f"{name or 'a file of the run'} cannot be written: {error.strerror}. {describe_shortage(folder, needed)}. Checkpoints are "
         "intact"
     )
 
 
-def warn_if_next_save_will_not_fit(room: SpaceNeeded) -> str:
+def warn_if_next_save_will_not_fit(space: SpaceNeeded) -> str:
     """Return a warning when the next checkpoint does not fit after a save; "" when it does."""
     try:
-        free = free_bytes(room.folder)
+        free = free_bytes(space.folder)
     except OSError:
         return ""  # the next save will report the error
-    if free >= room.checkpoint:
+    if free >= space.checkpoint:
         return ""
-    return f"THE NEXT CHECKPOINT DOES NOT FIT and will end the run. {describe_shortage(room.folder, room.checkpoint)}"
+    return f"THE NEXT CHECKPOINT DOES NOT FIT and will end the run. {describe_shortage(space.folder, space.checkpoint)}"
 
 
 def format_bytes(count: float, digits: int = 1) -> str:

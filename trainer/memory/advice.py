@@ -57,84 +57,84 @@ class MemoryScenario:
         return footprint(self.card, parallel or self.config.parallel, self.num_ranks, self.batch(count), micros)
 
 
-def advice(heavy: MemoryScenario, limit: Callable[[Footprint], float]) -> str:
+def advice(scenario: MemoryScenario, limit: Callable[[Footprint], float]) -> str:
     """Describe for people which settings make a rank need at most `limit(its simulated memory now)` bytes."""
     try:
-        now = heavy.needed()
+        now = scenario.needed()
     except ConfigError as error:
         return f"What would fit is not known: {error}. A smaller micro-batch takes less, and so does {RECOMPUTES}"
-    fitting, least = weigh_changes(heavy, now, limit(now))
+    fitting, least = weigh_changes(scenario, now, limit(now))
     if not fitting:
         return f"No one setting makes it fit; {least} comes nearest: use more or larger devices, or a smaller model"
     return "What fits: " + "; ".join(map(str, fitting[:SHOWN]))
 
 
-def weigh_changes(heavy: MemoryScenario, now: Footprint, allowed: float) -> tuple[list[Change], Change]:
+def weigh_changes(scenario: MemoryScenario, now: Footprint, allowed: float) -> tuple[list[Change], Change]:
     """Return the changes that need at most `allowed` bytes, and the one that needs least, fitting or not; each is simulated once.
 
     Those that do not alter the numbers of training come first. `now`: what the run needs as it is.
     """
-    parallel = heavy.config.parallel
+    parallel = scenario.config.parallel
     recomputing = replace(parallel, activation_checkpointing="full")
-    found = [*smaller_batches(heavy, parallel, allowed)]
-    found += [Change(settings, heavy.needed(other)) for settings, other in other_parallel(heavy)]
+    found = [*smaller_batches(scenario, parallel, allowed)]
+    found += [Change(settings, scenario.needed(other)) for settings, other in other_parallel(scenario)]
     if parallel != recomputing:
-        with_both = smaller_batches(heavy, recomputing, allowed)
+        with_both = smaller_batches(scenario, recomputing, allowed)
         found += [replace(change, settings=f"{change.settings} with {RECOMPUTES}") for change in with_both]
-    for settings, card in other_trainings(heavy):
+    for settings, card in other_trainings(scenario):
         with suppress(ConfigError):  # no linear layers to adapt, or a mixture of experts, which 4 bits do not reach
-            found.append(Change(settings, replace(heavy, card=card).needed()))
+            found.append(Change(settings, replace(scenario, card=card).needed()))
     least = min([Change("the run as it is", now), *found], key=lambda change: change.needed.total)
     return [change for change in found if change.needed.total <= allowed], least
 
 
-def smaller_batches(heavy: MemoryScenario, parallel: ParallelConfig, allowed: float) -> Iterator[Change]:
+def smaller_batches(scenario: MemoryScenario, parallel: ParallelConfig, allowed: float) -> Iterator[Change]:
     """Yield half the heaviest micro-batch, a quarter and so on, up to the first that needs at most `allowed` bytes."""
-    count, least = len(heavy.samples), _fewest(heavy)
+    count, least = len(scenario.samples), _fewest(scenario)
     while count > least:
         count = max(count // 2, least)
-        yield (change := Change(_size_setting(heavy, count), heavy.needed(parallel, count)))
+        yield (change := Change(_size_setting(scenario, count), scenario.needed(parallel, count)))
         if change.needed.total <= allowed:
             return
 
 
-def other_parallel(heavy: MemoryScenario) -> Iterator[tuple[str, ParallelConfig]]:
+def other_parallel(scenario: MemoryScenario) -> Iterator[tuple[str, ParallelConfig]]:
     """Yield other tables of [parallel], with the settings in words."""
-    parallel = heavy.config.parallel
+    parallel = scenario.config.parallel
     recomputing = replace(parallel, activation_checkpointing="full")
     if parallel != recomputing:
         yield RECOMPUTES, recomputing
-    if heavy.num_ranks > 1 and parallel.strategy != "fsdp":
+    if scenario.num_ranks > 1 and parallel.strategy != "fsdp":
         yield SHARDS, replace(parallel, strategy="fsdp", shard_size=0)
         if parallel != recomputing:
             yield f"{SHARDS} with {RECOMPUTES}", replace(recomputing, strategy="fsdp", shard_size=0)
 
 
-def other_trainings(heavy: MemoryScenario) -> Iterator[tuple[str, ModelCard]]:
+def other_trainings(scenario: MemoryScenario) -> Iterator[tuple[str, ModelCard]]:
     """Yield cards whose language model is not trained whole, or is stored in 4 bits, with the settings in words."""
-    card = heavy.card
+    card = scenario.card
     if card.model.llm.tune == "full":
         model = replace(card.model, llm=replace(card.model.llm, tune="lora"))
-        yield f"model.llm.tune = 'lora' (lora.rank = {heavy.config.lora.rank})", replace(card, model=model)
+        yield f"model.llm.tune = 'lora' (lora.rank = {scenario.config.lora.rank})", replace(card, model=model)
     elif card.quantize.bits == 16:
         yield "quantize.bits = 4", replace(card, quantize=QuantizeConfig(bits=4))
 
 
-def _fewest(heavy: MemoryScenario) -> int:
+def _fewest(scenario: MemoryScenario) -> int:
     """Return the fewest samples that a micro-batch may have: a packed one is filled up to at least data.max_length tokens."""
-    if not heavy.config.data.packing:
+    if not scenario.config.data.packing:
         return 1
-    counts = range(2, len(heavy.samples) + 1)
-    return max((count for count in counts if _tokens(heavy, count) <= heavy.config.data.max_length), default=1)
+    counts = range(2, len(scenario.samples) + 1)
+    return max((count for count in counts if _tokens(scenario, count) <= scenario.config.data.max_length), default=1)
 
 
-def _tokens(heavy: MemoryScenario, count: int) -> int:
+def _tokens(scenario: MemoryScenario, count: int) -> int:
     """Return the tokens of the first `count` samples."""
-    return sum(len(sample.input_ids) for sample in heavy.samples[:count])
+    return sum(len(sample.input_ids) for sample in scenario.samples[:count])
 
 
-def _size_setting(heavy: MemoryScenario, count: int) -> str:
+def _size_setting(scenario: MemoryScenario, count: int) -> str:
     """Return the setting that limits a micro-batch to `count` samples."""
-    if heavy.config.data.packing:
-        return f"batch.micro_batch_tokens = {max(_tokens(heavy, count), heavy.config.data.max_length)}"
+    if scenario.config.data.packing:
+        return f"batch.micro_batch_tokens = {max(_tokens(scenario, count), scenario.config.data.max_length)}"
     return f"batch.micro_batch_size = {count}"

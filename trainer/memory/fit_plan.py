@@ -26,7 +26,7 @@ GIB = 2**30
 class Plan:
     """Everything that the tool reports."""
 
-    heavy: MemoryScenario
+    scenario: MemoryScenario
     strategies: dict[str, Footprint]  # the configured one first
     calendar: dict[str, int]  # steps, samples and tokens; empty without data
     lengths: str  # exact | partly exact | estimated: the lengths behind the calendar and the heaviest micro-batch
@@ -44,20 +44,20 @@ class Plan:
 
 def plan_run(config: RunConfig, data: RunData, num_ranks: int, memory: float) -> Plan:
     """Plan a run on `num_ranks` ranks of `memory` bytes each."""
-    heavy, calendar = heaviest_of(config, data, num_ranks)
-    now, parallel = heavy.needed(), config.parallel
+    scenario, calendar = heaviest_of(config, data, num_ranks)
+    now, parallel = scenario.needed(), config.parallel
     strategies: dict[str, Footprint] = {parallel.strategy: now}
     for other in other_strategies(parallel, num_ranks):
-        strategies[other.strategy] = heavy.needed(other)
+        strategies[other.strategy] = scenario.needed(other)
     changes: list[Change] = []
     nearest = None
     if memory and now.total > memory:
-        changes, least = weigh_changes(heavy, now, memory)
+        changes, least = weigh_changes(scenario, now, memory)
         nearest = None if changes else least
     model = on_meta(data.card, parallel, computes=False)
     shards = planned_checkpoint_bytes(model, sharing_ranks(parallel, num_ranks), num_ranks)
     final, _ = final_bytes(weight_files_of(model, data.card))
-    return Plan(heavy, strategies, calendar, data.lengths_kind, shards, final, memory, changes, nearest)
+    return Plan(scenario, strategies, calendar, data.lengths_kind, shards, final, memory, changes, nearest)
 
 
 def planned_checkpoint_bytes(model: MultimodalLM, ways: int, num_ranks: int) -> int:

@@ -33,22 +33,22 @@ class RankMemory(TypedDict):
     optimizer: int
 
 
-def rehearse(setup: PreparedRun, first_step: int) -> str:
+def rehearse(prepared: PreparedRun, first_step: int) -> str:
     """Run the heaviest micro-batch of the epoch; return a line on the memory of the rank with the least headroom. Collective.
 
     It runs forward and backward as in a step, with what accumulation keeps between two micro-batches, and no update. Nothing else
     changes: gradients are dropped, buffers and random generators are restored, and no record is quarantined for what it does here.
     Raises ConfigError, which names what would fit, when memory runs out or the optimizer's moments would not fit beside.
     """
-    world, heaviest = setup.world, find_heaviest_batch(setup, first_step)
-    train, _ = setup.data.training()
-    samples = read_batch_samples(train, heaviest.ids, setup.batch_plan.is_packed)
-    heavy = MemoryScenario(setup.config, setup.data.card, world.size, samples, heaviest.num_micro_batches)
-    batch = heavy.batch()
+    world, heaviest = prepared.world, find_heaviest_batch(prepared, first_step)
+    train, _ = prepared.data.training()
+    samples = read_batch_samples(train, heaviest.ids, prepared.batch_plan.is_packed)
+    scenario = MemoryScenario(prepared.config, prepared.data.card, world.size, samples, heaviest.num_micro_batches)
+    batch = scenario.batch()
     reset_peak(world.device)
     before = usage(world.device)
-    if not _fits_in_memory(setup, batch, passes=min(heaviest.num_micro_batches, 2)):
-        raise ConfigError(_out_of_memory_message(setup, heavy, before))
+    if not _fits_in_memory(prepared, batch, passes=min(heaviest.num_micro_batches, 2)):
+        raise ConfigError(_out_of_memory_message(prepared, scenario, before))
     used = usage(world.device)
     mine: RankMemory = {
         "now": used.now,
@@ -56,47 +56,47 @@ def rehearse(setup: PreparedRun, first_step: int) -> str:
         "free": used.free,
         "total": used.total,
         "host": socket.gethostname(),
-        "optimizer": moments_to_come(setup),
+        "optimizer": moments_to_come(prepared),
     }
-    return _verdict(setup, heavy, world.gather_json(mine))  # collective
+    return _verdict(prepared, scenario, world.gather_json(mine))  # collective
 
 
-def find_heaviest_batch(setup: PreparedRun, first_step: int) -> Heaviest:
+def find_heaviest_batch(prepared: PreparedRun, first_step: int) -> Heaviest:
     """Find the heaviest micro-batch of the epoch that `first_step` is in. The result is the same on every rank."""
-    config, plan = setup.config, setup.batch_plan
-    train, sampler = setup.data.training()
-    media = media_memory(setup.model, train, config.parallel.activation_checkpointing == "full")
-    costs = sample_costs(setup.model, config.model, train) if plan.is_packed else None
-    return find_heaviest(sampler, plan, media, costs, first_step, setup.total_steps)
+    config, plan = prepared.config, prepared.batch_plan
+    train, sampler = prepared.data.training()
+    media = media_memory(prepared.model, train, config.parallel.activation_checkpointing == "full")
+    costs = sample_costs(prepared.model, config.model, train) if plan.is_packed else None
+    return find_heaviest(sampler, plan, media, costs, first_step, prepared.total_steps)
 
 
-def _fits_in_memory(setup: PreparedRun, batch: Batch, passes: int) -> bool:
+def _fits_in_memory(prepared: PreparedRun, batch: Batch, passes: int) -> bool:
     """Run the passes; return whether memory sufficed. Nothing of the passes is left on return."""
     try:
-        _run_passes(setup, batch, passes)
+        _run_passes(prepared, batch, passes)
         fits = True
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
         fits = False  # the error holds frames, which hold all activations: it must be gone before they can be freed
-    for p in setup.model.parameters():
+    for p in prepared.model.parameters():
         p.grad = None
     if not fits:
         gc.collect()
-        if setup.world.device.type == "cuda":
+        if prepared.world.device.type == "cuda":
             torch.cuda.empty_cache()
     return fits
 
 
-def _run_passes(setup: PreparedRun, batch: Batch, passes: int) -> None:
+def _run_passes(prepared: PreparedRun, batch: Batch, passes: int) -> None:
     """Run forward and backward `passes` times; restore buffers and random generators."""
-    device = setup.world.device
-    buffers = [(buffer, buffer.clone()) for buffer in setup.model.buffers()]
+    device = prepared.world.device
+    buffers = [(buffer, buffer.clone()) for buffer in prepared.model.buffers()]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for n in range(passes):
             here = batch.to(device)
-            with gradient_sync(setup.wrapped, last=n == passes - 1):
-                terms = setup.wrapped(here)
+            with gradient_sync(prepared.wrapped, last=n == passes - 1):
+                terms = prepared.wrapped(here)
                 loss: Tensor = torch.stack([term.sum for term in terms.values()]).sum()
                 loss.backward()
             del terms, loss
@@ -109,35 +109,35 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: " in str(error)
 
 
-def _out_of_memory_message(setup: PreparedRun, heavy: MemoryScenario, before: Usage) -> str:
+def _out_of_memory_message(prepared: PreparedRun, scenario: MemoryScenario, before: Usage) -> str:
     """Return the message of a rank that is out of memory. No collective: other ranks may still wait for this one."""
-    optimizer = moments_to_come(setup)
-    fits = advice(heavy, lambda now: min(now.weights + before.free, now.total - 1))
+    optimizer = moments_to_come(prepared)
+    fits = advice(scenario, lambda now: min(now.weights + before.free, now.total - 1))
     return (
-        f"out of memory on rank {setup.world.rank} in the heaviest micro-batch of the epoch ({describe_batch(heavy.batch())}): "
-        f"{format_gib(before.free)} of {format_gib(before.total)} GiB were left beside the weights, of which the optimizer takes "
-        f"{format_gib(optimizer)}. {fits}"
+        f"out of memory on rank {prepared.world.rank} in the heaviest micro-batch of the epoch "
+        f"({describe_batch(scenario.batch())}): {format_gib(before.free)} of {format_gib(before.total)} GiB were left "
+        f"beside the weights, of which the optimizer takes {format_gib(optimizer)}. {fits}"
     )
 
 
-def _verdict(setup: PreparedRun, heavy: MemoryScenario, ranks: list[RankMemory]) -> str:
+def _verdict(prepared: PreparedRun, scenario: MemoryScenario, ranks: list[RankMemory]) -> str:
     """Return the line to print. Raises the same ConfigError on all ranks when one of them has negative headroom."""
-    left = [_headroom(row, ranks, setup.world.device) for row in ranks]
+    left = [_headroom(row, ranks, prepared.world.device) for row in ranks]
     worst = min(range(len(ranks)), key=left.__getitem__)
     row = ranks[worst]
     line = (
         f"peak {format_gib(row['peak'])} GiB of {format_gib(row['total'])} on rank {worst} in the heaviest micro-batch "
-        f"({describe_batch(heavy.batch())}), optimizer {format_gib(row['optimizer'])} more, headroom {format_gib(left[worst])}"
+        f"({describe_batch(scenario.batch())}), optimizer {format_gib(row['optimizer'])} more, headroom {format_gib(left[worst])}"
     )
     if left[worst] < 0:
-        raise ConfigError(f"{line}: it does not fit. {advice(heavy, lambda now: now.total + left[worst])}")
+        raise ConfigError(f"{line}: it does not fit. {advice(scenario, lambda now: now.total + left[worst])}")
     return f"memory    {line}"
 
 
-def moments_to_come(setup: PreparedRun) -> int:
+def moments_to_come(prepared: PreparedRun) -> int:
     """Return the bytes that this rank's optimizer will allocate: the first update creates two moments of each parameter."""
-    state = setup.trained.optimizer.state if setup.trained else {}
-    new = [p for p in setup.model.parameters() if p.requires_grad and p not in state]
+    state = prepared.trained.optimizer.state if prepared.trained else {}
+    new = [p for p in prepared.model.parameters() if p.requires_grad and p not in state]
     return sum((p.to_local() if hasattr(p, "to_local") else p).numel() * 2 * MASTER for p in new)
 
 

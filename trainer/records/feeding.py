@@ -26,8 +26,8 @@ def inherited_modalities(model: ModelConfig) -> frozenset[str]:
     return frozenset(kind for kind, names in ENCODERS.items() if model.init_from and frozen.issuperset(names))
 
 
-def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...], carried: Collection[str] = ()) -> None:
-    """Check that records feed every configured part, unless it is `carried`, and that a part reads every medium of the records.
+def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...], inherited: Collection[str] = ()) -> None:
+    """Check that records feed every configured part, unless it is `inherited`, and that a part reads every medium of the records.
 
     Raises `DataError` without any record, `UnfedError` for a part without records, `ConfigError` for a medium without a part.
     """
@@ -38,7 +38,7 @@ def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...], carried: Coll
     kinds = {kind: [name for name, bits in found.items() if bits >> n & 1] for n, kind in enumerate(PLACEHOLDERS)}
     for modality in dataset.specs:
         read = [kind for kind in PLACEHOLDERS if READ_BY[kind] == modality]
-        if modality not in carried and not any(kinds[kind] for kind in read):
+        if modality not in inherited and not any(kinds[kind] for kind in read):
             raise UnfedError(
                 f"[model.{PART_OF_MODALITY[modality]}] can never be fed: no record of data.sources has "
                 f"{' or '.join(map(_one, read))}; "
@@ -48,7 +48,7 @@ def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...], carried: Coll
         if names and READ_BY[kind] not in dataset.specs:
             ids = np.concatenate([pool.ids for pool in pools])
             held = ids[dataset.modalities[ids] >> n & 1 > 0]
-            _, index, row = dataset.place(int(held[0]))
+            _, index, row = dataset.locate(int(held[0]))
             raise ConfigError(
                 f"records of data.sources {', '.join(map(repr, names))} have {_one(kind)}, but no "
                 f"[model.{PART_OF_MODALITY[READ_BY[kind]]}] is configured to read them: {len(held):,} in all, "

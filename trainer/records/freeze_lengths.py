@@ -22,24 +22,24 @@ from trainer.distributed.world import World
 SIGN_SECONDS = 60.0
 
 
-class Signs:
+class MainRankProgress:
     """Heartbeats of rank 0 while it works alone, to its own watchdog and to the ranks that `wait`.
 
     No single collective may take half an hour, and indexing or measuring millions of records can.
     """
 
-    def __init__(self, world: World, alive: Callable[[str], object]) -> None:
-        self._world, self._alive, self._last_sent = world, alive, time.monotonic()
+    def __init__(self, world: World, on_progress: Callable[[str], object]) -> None:
+        self._world, self._on_progress, self._last_sent = world, on_progress, time.monotonic()
 
     def __call__(self, at: str) -> None:
         """Send a heartbeat. Once in SIGN_SECONDS it is a collective, with one turn of `wait` on the other ranks."""
-        self._alive(at)
+        self._on_progress(at)
         if time.monotonic() - self._last_sent > SIGN_SECONDS:
-            _tell(self._world, False)
+            _sum_done(self._world, False)
             self._last_sent = time.monotonic()
 
 
-def measure_and_freeze(datasets: dict[str, MultimodalDataset], config: RunConfig, folder: Path, signs: Signs) -> None:
+def measure_and_freeze(datasets: dict[str, MultimodalDataset], config: RunConfig, folder: Path, signs: MainRankProgress) -> None:
     """Freeze the best lengths there are in `folder`, for the whole life of the run. Runs on rank 0, while the other ranks `wait`.
 
     Packing needs exact lengths: records that no check has measured yet are measured now, by one process per available CPU.
@@ -50,17 +50,17 @@ def measure_and_freeze(datasets: dict[str, MultimodalDataset], config: RunConfig
             print(
                 f"data.packing: measuring the {len(dataset):,} records of {split}, as python -m tools.check_data would", flush=True
             )
-            check_dataset(dataset, index_folder, workers=available_cpus(), name=f"measure {split}", alive=signs)
+            check_dataset(dataset, index_folder, workers=available_cpus(), name=f"measure {split}", on_progress=signs)
     freeze_lengths(datasets, folder, index_folder)
 
 
 def wait_for_main_rank(world: World) -> None:
-    """Wait until rank 0 makes the same call; rank 0 sends `Signs` until then. Collective."""
-    while not _tell(world, world.is_main):
+    """Wait until rank 0 makes the same call; rank 0 sends `MainRankProgress` until then. Collective."""
+    while not _sum_done(world, world.is_main):
         pass
 
 
-def _tell(world: World, done: bool) -> bool:
+def _sum_done(world: World, done: bool) -> bool:
     """Return on every rank whether rank 0 is done. Collective, and a host sync."""
     return bool(world.sum(torch.full((1,), float(done), device=world.device)).item())
 

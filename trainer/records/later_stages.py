@@ -14,21 +14,21 @@ from trainer.runfile.stages import Stage, stage_for_reading
 from trainer.setup import resolve_config
 
 
-def check_later_stages(root: RunConfig, places: Sequence[Stage], world: World) -> Iterator[str]:
+def check_later_stages(root: RunConfig, stages: Sequence[Stage], world: World) -> Iterator[str]:
     """Open, certify and check the data of each stage as the start of the stage will; no weight is read. Yields lines for people.
 
     Tokens that earlier stages add are known from the run file. Indexes that are built here are reused when the stage begins.
     Raises `ConfigError` or `DataError` with the stage's name. Collective.
     """
-    for place in places:
-        early = stage_for_reading(root, place.name)  # without the final/ that the stage starts from, which does not exist yet
+    for stage in stages:
+        early = stage_for_reading(root, stage.name)  # without the final/ that the stage starts from, which does not exist yet
         early = replace(early, config=resolve_config(early.config, world))
         try:
-            data = open_data(early.config, world, place=early)
-            certify_all(data, place.config)
-            found = quick_check(data, place.config, world)
+            data = open_data(early.config, world, stage=early)
+            certify_all(data, stage.config)
+            found = quick_check(data, stage.config, world)
         except ConfigError as error:
-            raise ConfigError(f"stage {place.name}: {error}") from error
+            raise ConfigError(f"stage {stage.name}: {error}") from error
         except DataError as error:
-            raise DataError(f"stage {place.name}: {error}") from error
-        yield from (f"later     {place.name}: {line}" for line in found)
+            raise DataError(f"stage {stage.name}: {error}") from error
+        yield from (f"later     {stage.name}: {line}" for line in found)

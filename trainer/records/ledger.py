@@ -67,16 +67,16 @@ def count_records(sampler: Sampler, step: int, total_steps: int, rows: Sequence[
     return found
 
 
-def write_ledger(place: Stage, sampler: Sampler, step: int, total_steps: int) -> list[SourceLedger]:
+def write_ledger(stage: Stage, sampler: Sampler, step: int, total_steps: int) -> list[SourceLedger]:
     """Write ledger.json of a run or stage, from its plan and its rows of quarantine.jsonl, and return the ledger."""
-    found = count_records(sampler, step, total_steps, read_rows(place.run_folder, place.name))
-    replace_text(place.folder / NAME, _text(found, step))
+    found = count_records(sampler, step, total_steps, read_rows(stage.run_folder, stage.name))
+    replace_text(stage.folder / NAME, _text(found, step))
     return found
 
 
-def ledger_file(place: Stage, sampler: Sampler, step: int, total_steps: int) -> dict[Path, str]:
+def ledger_file(stage: Stage, sampler: Sampler, step: int, total_steps: int) -> dict[Path, str]:
     """Return path and content of ledger.json, for the caller to write."""
-    return {place.folder / NAME: _text(count_records(sampler, step, total_steps, read_rows(place.run_folder, place.name)), step)}
+    return {stage.folder / NAME: _text(count_records(sampler, step, total_steps, read_rows(stage.run_folder, stage.name)), step)}
 
 
 def num_left_out(folder: Path, step: int) -> int:

@@ -109,7 +109,7 @@ class Quarantine:
                 _cut_torn(out)
                 out.writelines(f"{json.dumps(row)}\n".encode() for row in new)  # ASCII: no id can break a line
 
-    def out_at(self, step: int, steps_per_epoch: int) -> frozenset[int]:
+    def excluded_at(self, step: int, steps_per_epoch: int) -> frozenset[int]:
         """Return the sample ids that are excluded from 0-based `step` to the end of its epoch.
 
         These are ids met before this epoch, and ids that an earlier start met in a step which is now done again. A record that an

@@ -90,7 +90,9 @@ class SourceCheck:
         )
 
 
-def quick_check(data: RunData, config: RunConfig, world: World, alive: Callable[[str], object] = lambda at: None) -> list[str]:
+def quick_check(
+    data: RunData, config: RunConfig, world: World, on_progress: Callable[[str], object] = lambda at: None
+) -> list[str]:
     """Return one entry per source: how much was checked, and the first problems by file, line and id. Collective.
 
     Rank 0 checks; nothing is checked where nothing will be trained. Raises the same `DataError` on every rank: when more records
@@ -99,12 +101,12 @@ def quick_check(data: RunData, config: RunConfig, world: World, alive: Callable[
     """
     answer: dict[str, list[str]] = {"said": [], "error": []}
     if world.is_main and config.train.max_steps != 0:
-        looks = plan_checks(data, Path(config.output_dir) / "index")
-        run_checks(looks, MAX_SECONDS, alive)
-        reasons = [*bad_record_reasons(looks, config), *too_long_reasons(looks, config)]
+        checks = plan_checks(data, Path(config.output_dir) / "index")
+        run_checks(checks, MAX_SECONDS, on_progress)
+        reasons = [*bad_record_reasons(checks, config), *too_long_reasons(checks, config)]
         if data.train is not None and not reasons:
             reasons = unfed_parts(data.train, data.pools, PART_OF_MODALITY, inherited_modalities(config.model))
-        answer = {"said": [str(look) for look in looks], "error": reasons}
+        answer = {"said": [str(check) for check in checks], "error": reasons}
     answer = world.broadcast_json(answer)
     if answer["error"]:
         raise DataError("; ".join(answer["error"]))
@@ -115,7 +117,7 @@ def plan_checks(data: RunData, index_folder: Path) -> list[SourceCheck]:
     """Plan what to check: of every source a share of MAX_RECORDS in proportion to its size, and at least LEAST records."""
     splits = ((TRAIN, data.train, data.pools), (VALIDATION, data.validation, data.validation_pools))
     total = sum(len(pool.ids) for _, _, pools in splits for pool in pools)
-    looks = []
+    checks = []
     for split, dataset, pools in splits:
         if dataset is None:
             continue
@@ -125,36 +127,36 @@ def plan_checks(data: RunData, index_folder: Path) -> list[SourceCheck]:
             is_known = np.isin(pool.ids, bad)  # not numpy's functions for sets: they take minutes for millions
             num_measured = 0 if measurement is None else int((measurement.lengths[pool.ids[~is_known] - first] == 0).sum())
             share = max(LEAST, MAX_RECORDS * len(pool.ids) // total)
-            looks.append(SourceCheck(split, pool, dataset, pool.ids[is_known], _spread(pool.ids[~is_known], share), num_measured))
+            checks.append(SourceCheck(split, pool, dataset, pool.ids[is_known], _spread(pool.ids[~is_known], share), num_measured))
             first += pool.size
-    return looks
+    return checks
 
 
-def run_checks(looks: list[SourceCheck], seconds: float, alive: Callable[[str], object] = lambda at: None) -> None:
+def run_checks(checks: list[SourceCheck], seconds: float, on_progress: Callable[[str], object] = lambda at: None) -> None:
     """Check all planned records, or as many as `seconds` allow: known bad ones of every source first, then all sources alike."""
     end = time.monotonic() + seconds
-    queue = [(look, int(i), False) for look in looks for i in look.known[:MAX_RECORDS]]
-    drawn = [((k + 1) / len(look.drawn), look, int(i), True) for look in looks for k, i in enumerate(look.drawn)]
-    queue += [(look, i, is_drawn) for _, look, i, is_drawn in sorted(drawn, key=lambda item: item[0])]
-    for look, i, is_drawn in queue:
-        alive(look.dataset.where(i))
-        look.add(check_record(look.dataset, i, keys=False), is_drawn)
+    queue = [(check, int(i), False) for check in checks for i in check.known[:MAX_RECORDS]]
+    drawn = [((k + 1) / len(check.drawn), check, int(i), True) for check in checks for k, i in enumerate(check.drawn)]
+    queue += [(check, i, is_drawn) for _, check, i, is_drawn in sorted(drawn, key=lambda item: item[0])]
+    for check, i, is_drawn in queue:
+        on_progress(check.dataset.where(i))
+        check.add(check_record(check.dataset, i, keys=False), is_drawn)
         if time.monotonic() > end:
             return
 
 
-def bad_record_reasons(looks: Iterable[SourceCheck], config: RunConfig) -> list[str]:
+def bad_record_reasons(checks: Iterable[SourceCheck], config: RunConfig) -> list[str]:
     """Return why the run cannot start, for bad records; an empty list if it may start."""
     reasons = []
     for split in (TRAIN, VALIDATION):
-        own = [look for look in looks if look.split == split]
-        bad = [problem for look in own for problem in look.bad]
+        own = [check for check in checks if check.split == split]
+        bad = [problem for check in own for problem in check.bad]
         if not bad:
             continue
         if config.data.on_bad_sample == "error":
             reasons.append(f"{bad[0]}" + (f" (and {len(bad) - 1} more bad records)" if len(bad) > 1 else ""))
             continue
-        num, num_bad = sum(len(look.pool.ids) for look in own), sum(look.at_least() for look in own)
+        num, num_bad = sum(len(check.pool.ids) for check in own), sum(check.at_least() for check in own)
         limit = max(FLOOR, int(num * config.data.max_bad_fraction))
         if num_bad > limit:
             worst = max(own, key=SourceCheck.at_least)
@@ -165,18 +167,18 @@ def bad_record_reasons(looks: Iterable[SourceCheck], config: RunConfig) -> list[
     return reasons
 
 
-def too_long_reasons(looks: Iterable[SourceCheck], config: RunConfig) -> list[str]:
+def too_long_reasons(checks: Iterable[SourceCheck], config: RunConfig) -> list[str]:
     """Return one reason for each source of which too many records do not fit."""
     found = [
         too_long_reason(
-            f"{look.split} source {look.pool.name!r}",
-            look.too_long_at_least(),
-            len(look.pool.ids),
-            look.lengths,
-            look.media,
+            f"{check.split} source {check.pool.name!r}",
+            check.too_long_at_least(),
+            len(check.pool.ids),
+            check.lengths,
+            check.media,
             config.data,
         )
-        for look in looks
+        for check in checks
     ]
     return [reason for reason in found if reason]
 

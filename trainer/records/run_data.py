@@ -14,7 +14,7 @@ from data.dataset import MultimodalDataset, open_dataset
 from data.order.mixing import Pool, make_pools
 from data.order.sampler import Sampler
 from data.processor import Processor, make_processor
-from data.text.template import Template, load_template
+from data.text.template import Template, TemplateOptions, load_template
 from data.text.tokenizer import load_tokenizer, pad_id
 from model.card import ModelCard, base_digests, make_card, media_specs, read_card
 from model.config import AudioProjectorConfig, VisionProjectorConfig
@@ -69,33 +69,34 @@ def open_data(
     world: World,
     *,
     first_start: bool = False,
-    place: Stage | None = None,
-    alive: Callable[[str], object] = lambda at: None,
+    stage: Stage | None = None,
+    on_progress: Callable[[str], object] = lambda at: None,
 ) -> RunData:
-    """Open all data of the run, or of its stage `place`; no weight is loaded. Collective.
+    """Open all data of the run, or of one `stage` of it; no weight is loaded. Collective.
 
     Rank 0 builds missing indexes, which the other ranks then map. `first_start`: the run or stage begins at step 0, and its
-    planned lengths are frozen now. `alive` is called now and then with what is being read.
+    planned lengths are frozen now. `on_progress` is called now and then with what is being read.
     """
-    place = place or Stage(config, config)
+    stage = stage or Stage(config, config)
     template, card = open_vocabulary(config, world)
     specs, data, folder = card.specs, config.data, Path(config.output_dir)
     check_folder(folder)
     check_positions(card.hugging_face["llm"], data.max_length)
 
-    def opened(sources: tuple[SourceConfig, ...], excluded: frozenset[int], report: Callable[[str], object]) -> MultimodalDataset:
-        return open_dataset(sources, data, template, specs, folder / "index", excluded, report)
+    def opened(sources: tuple[SourceConfig, ...], report: Callable[[str], object]) -> MultimodalDataset:
+        return open_dataset(sources, data, template, specs, folder / "index", report)
 
     tables = {TRAIN: data.sources, VALIDATION: data.validation}
     if world.is_main:
-        signs = freeze_lengths.Signs(world, alive)
-        found = {split: opened(sources, frozenset(), signs) for split, sources in tables.items() if sources}
+        signs = freeze_lengths.MainRankProgress(world, on_progress)
+        found = {split: opened(sources, signs) for split, sources in tables.items() if sources}
         if first_start:
-            freeze_lengths.measure_and_freeze(found, config, place.folder, signs)
+            freeze_lengths.measure_and_freeze(found, config, stage.folder, signs)
     freeze_lengths.wait_for_main_rank(world)  # collective: the indexes exist now, and lengths are frozen
-    excluded = {TRAIN: read_excluded(folder, place.name), VALIDATION: frozenset[int]()}
-    datasets = {split: opened(sources, excluded[split], alive) for split, sources in tables.items() if sources}
-    kinds = freeze_lengths.load_lengths(datasets, config, place.folder)
+    datasets = {split: opened(sources, on_progress) for split, sources in tables.items() if sources}
+    if TRAIN in datasets:
+        datasets[TRAIN].exclude(read_excluded(folder, stage.name))
+    kinds = freeze_lengths.load_lengths(datasets, config, stage.folder)
     freeze_lengths.check_same_lengths(datasets, world)  # collective
     train, validation = (datasets.get(split) for split in tables)
     pools, held_out = (() if dataset is None else pools_of(dataset, config) for dataset in (train, validation))
@@ -118,22 +119,17 @@ def open_vocabulary(config: RunConfig, world: World) -> tuple[Template, ModelCar
     template = load_template(
         data.template,
         vocabulary.tokenizer,
-        placeholders=data.placeholders,
-        media_wrap=data.media_wrap,
-        allowed=added,
-        state_tokens=data.state_tokens,
-        unread=surplus.unread,
+        TemplateOptions(
+            placeholders=data.placeholders,
+            media_wrap=data.media_wrap,
+            allowed=added,
+            state_tokens=data.state_tokens,
+            unread=surplus.unread,
+        ),
     )
-    card = make_card(
-        config.model,
-        config.lora,
-        plan_vocabulary(config.model, vocabulary, num_rows),
-        tokens=added,
-        stop_ids=template.stop_ids,
-        pad_id=pad_id(vocabulary.tokenizer),
-        quantize=config.quantize,
-    )
-    return template, card
+    layout = plan_vocabulary(config.model, vocabulary, num_rows)
+    card = make_card(config.model, config.lora, layout, quantize=config.quantize)
+    return template, replace(card, tokens=added, stop_ids=template.stop_ids, pad_id=pad_id(vocabulary.tokenizer))
 
 
 def pools_of(dataset: MultimodalDataset, config: RunConfig) -> tuple[Pool, ...]:
@@ -183,8 +179,8 @@ def given_digests(card: ModelCard) -> dict[str, str]:
     return found
 
 
-def certify_all(data: RunData, config: RunConfig, alive: Callable[[str], object] = lambda at: None) -> list[str]:
-    """Certify every source and return one line per source: what was proven of its rows. `alive` is called with the next row.
+def certify_all(data: RunData, config: RunConfig, on_progress: Callable[[str], object] = lambda at: None) -> list[str]:
+    """Certify every source and return one line per source: what was proven of its rows. `on_progress` is called with the next row.
 
     Raises `DataError` when a source cannot be proven, `ConfigError` when the model's parts and the data do not go together.
     """
@@ -199,7 +195,7 @@ def certify_all(data: RunData, config: RunConfig, alive: Callable[[str], object]
             raise ConfigError(f"{error}; {refused}" if refused else str(error)) from error
     opened = [dataset for dataset in (data.train, data.validation) if dataset is not None]
     return [
-        str(certify(data.processor.template, index, source.key, max_length=config.data.max_length, alive=alive))
+        str(certify(data.processor.template, index, source.key, max_length=config.data.max_length, on_progress=on_progress))
         for dataset in opened
         for source, index in zip(dataset.sources, dataset.indexes)
     ]

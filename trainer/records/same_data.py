@@ -26,7 +26,7 @@ NAME, CHANGES = "data.json", "data_changes.jsonl"
 SHOWN = 8  # changes that a message names
 
 
-def same_data(place: Stage, data: RunData, world: World, step: int | None) -> list[str]:
+def same_data(stage: Stage, data: RunData, world: World, step: int | None) -> list[str]:
     """Compare the data with those that the run or stage began with, and return lines for people. Collective.
 
     `step`: completed steps of a resumed run; None at a first start, which only writes data.json. With data.on_change = "accept"
@@ -36,7 +36,7 @@ def same_data(place: Stage, data: RunData, world: World, step: int | None) -> li
     problem, cannot_write, lines = "", False, []
     if world.is_main:
         try:
-            lines = _write_note(place, data) if step is None else _compare(place, data, step)
+            lines = _write_note(stage, data) if step is None else _compare(stage, data, step)
         except (ConfigError, SaveError) as error:
             problem, cannot_write = str(error), isinstance(error, SaveError)
         except OSError as error:
@@ -47,17 +47,17 @@ def same_data(place: Stage, data: RunData, world: World, step: int | None) -> li
     return list(lines)
 
 
-def is_accepted(place: Stage, data: RunData) -> bool:
+def is_accepted(stage: Stage, data: RunData) -> bool:
     """Tell whether changed data are accepted and keep the order that the run was planned with.
 
     True with data.on_change = "accept" where the planned lengths and modalities are those of data.json.
     """
-    return place.config.data.on_change == "accept" and (read_data_json(place.folder / NAME) or {}).get("plan") == _plan(data)
+    return stage.config.data.on_change == "accept" and (read_data_json(stage.folder / NAME) or {}).get("plan") == _plan(data)
 
 
-def _write_note(place: Stage, data: RunData) -> list[str]:
+def _write_note(stage: Stage, data: RunData) -> list[str]:
     found = {split: data_fingerprint(dataset) for split, dataset in _splits(data).items()}
-    path = place.folder / NAME
+    path = stage.folder / NAME
     with _writing(path):
         replace_text(path, dump_json({"plan": _plan(data), "splits": found}))
     return []
@@ -72,12 +72,12 @@ def _writing(path: Path) -> Iterator[None]:
         raise SaveError(f"{path}, which says what the data are, cannot be written: {error.strerror}") from error
 
 
-def _compare(place: Stage, data: RunData, step: int) -> list[str]:
-    path = place.folder / NAME
+def _compare(stage: Stage, data: RunData, step: int) -> list[str]:
+    path = stage.folder / NAME
     before = read_data_json(path)
     if before is None:
         state = "is damaged" if path.exists() else "is not there"
-        _write_note(place, data)
+        _write_note(stage, data)
         return [f"{path} {state}: whether the data changed up to step {step} is unknown"]
     each = [line for split, found in _splits(data).items() for line in changed_files(before["splits"].get(split, {}), found)]
     lines = list(dict.fromkeys(each))  # what several sources hold is reported once
@@ -85,16 +85,16 @@ def _compare(place: Stage, data: RunData, step: int) -> list[str]:
         return []
     more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
     listed = "".join(f"\n  - {line}" for line in [*lines[:SHOWN], *more])
-    if place.config.data.on_change != "accept":
+    if stage.config.data.on_change != "accept":
         raise ConfigError(
-            f"{place.run_folder}: the data of this run has changed since it began; restore it, use another output_dir, or set "
+            f"{stage.run_folder}: the data of this run has changed since it began; restore it, use another output_dir, or set "
             f"data.on_change = 'accept' to go on with what there is now:{listed}"
         )
-    row = {"step": step, **({"stage": place.name} if place.name else {}), "changes": lines}
-    with _writing(place.run_folder / CHANGES), (place.run_folder / CHANGES).open("a") as out:
+    row = {"step": step, **({"stage": stage.name} if stage.name else {}), "changes": lines}
+    with _writing(stage.run_folder / CHANGES), (stage.run_folder / CHANGES).open("a") as out:
         out.write(json.dumps(row) + "\n")
     if before["plan"] == _plan(data):  # otherwise this start fails, and the next one must report the change again
-        _write_note(place, data)
+        _write_note(stage, data)
     return [f"data.on_change = 'accept': from step {step} on the run goes on with other data, as {CHANGES} says:{listed}"]
 
 

@@ -48,7 +48,7 @@ class SampleLog:
             print(f"{self.path} holds other samples than the plan for step {steps_before + wrong}: it is written anew", flush=True)
             os.truncate(self.path, 0)
             self.num_written = 0
-        self.done(first_step)
+        self.mark_completed(first_step)
         self.flush()
 
     def _wrong_step(self) -> int | None:
@@ -65,7 +65,7 @@ class SampleLog:
         row[: len(ids)] = ids
         return row
 
-    def done(self, step: int) -> None:
+    def mark_completed(self, step: int) -> None:
         """Note that `step` steps are completed."""
         self.num_done = step
 

@@ -49,10 +49,10 @@ class LengthStatistics:
             return ""
         return (
             f"{self.num_cut:,} of {self.num:,} lose rounds at their end to data.max_length = {max_length}: "
-            f"{self.kept / total:.0%} of the tokens are trained on; {self.told()}"
+            f"{self.kept / total:.0%} of the tokens are trained on; {self.percentiles()}"
         )
 
-    def told(self) -> str:
+    def percentiles(self) -> str:
         """Describe the percentiles of the lengths, and the length that would hold 99 % of the records whole."""
         values = np.percentile(self.whole, PERCENTILES, method="higher")
         shares = ", ".join(f"{share} % {value:,.0f}" for share, value in zip(PERCENTILES, values))
@@ -98,7 +98,7 @@ def too_long_reason(where: str, num: int, total: int, lengths: LengthStatistics,
     return (
         f"{where}: {exact}{num:,} of {total:,} records cannot fit data.max_length = {config.max_length}{because}: not even their "
         f"first round does, and they would be left out, which data.max_too_long_fraction = {config.max_too_long_fraction:g} allows "
-        f"for {limit:,}" + (f"; {lengths.told()}" if lengths.whole else "")
+        f"for {limit:,}" + (f"; {lengths.percentiles()}" if lengths.whole else "")
     )
 
 

@@ -67,61 +67,61 @@ def stage_for_reading(root: RunConfig, name: str = "") -> Stage:
     Without the final/ of the stage before, the tokens that earlier stages add are taken from the run file. Raises `ConfigError`
     when the run has no such stage, or when it has stages and none is named.
     """
-    places = {place.name: place for place in list_stages(root)}
-    if name not in places:
-        known = ", ".join(repr(known) for known in places if known)
+    stages = {stage.name: stage for stage in list_stages(root)}
+    if name not in stages:
+        known = ", ".join(repr(known) for known in stages if known)
         raise ConfigError(
             f"--stage {name!r}: " + (f"the run's stages are {known}: name one of them" if known else "the run has no [[stage]]")
         )
-    place = places[name]
-    if place.number == 1 or Path(place.config.model.init_from).is_dir():
-        return place
+    stage = stages[name]
+    if stage.number == 1 or Path(stage.config.model.init_from).is_dir():
+        return stage
     # The stage before has not run, so its card does not exist: take the added tokens from the run file.
-    earlier = list(places.values())[: place.number]
+    earlier = list(stages.values())[: stage.number]
     tokens = tuple(dict.fromkeys(token for one in earlier for token in one.config.model.llm.new_tokens))
-    model = place.config.model
+    model = stage.config.model
     model = replace(model, init_from=root.model.init_from, llm=replace(model.llm, new_tokens=tokens))
-    return replace(place, config=replace(place.config, model=model))
+    return replace(stage, config=replace(stage.config, model=model))
 
 
-def describe_stages(places: list[Stage]) -> list[str]:
+def describe_stages(stages: list[Stage]) -> list[str]:
     """Describe every stage in one line, for people; return an empty list without a curriculum."""
     lines = []
-    for place in places:
-        if place.name:
-            train, tunes = place.config.train, {name: part.tune for name, part in place.config.model.parts().items()}
+    for stage in stages:
+        if stage.name:
+            train, tunes = stage.config.train, {name: part.tune for name, part in stage.config.model.parts().items()}
             learns = ", ".join(f"{name} {tune}" for name, tune in tunes.items() if tune != "frozen") or "nothing"
             length = f"{train.epochs:g} epoch(s)" if train.max_steps is None else f"{train.max_steps} step(s)"
-            lines.append(f"stage     {place.number} of {place.count}: {place.name}, {length}, learns {learns}")
+            lines.append(f"stage     {stage.number} of {stage.count}: {stage.name}, {length}, learns {learns}")
     return lines
 
 
-def stage_of_checkpoint(places: list[Stage], state: CheckpointState) -> Stage:
+def stage_of_checkpoint(stages: list[Stage], state: CheckpointState) -> Stage:
     """Return the stage that a checkpoint with this `state` was written in. Raises `ConfigError` when the run has no such stage."""
     name = state.get("stage", "")
-    for place in places:
-        if place.name == name:
-            return replace(place, first_step=state.get("first_step", 0))
-    known = ", ".join(repr(place.name) for place in places if place.name) or "none"
+    for stage in stages:
+        if stage.name == name:
+            return replace(stage, first_step=state.get("first_step", 0))
+    known = ", ".join(repr(stage.name) for stage in stages if stage.name) or "none"
     raise ConfigError(
         f"the checkpoint is of stage {name!r}, and this run's stages are {known}: use its run file, or another output_dir"
     )
 
 
-def check_stages(places: list[Stage]) -> None:
+def check_stages(stages: list[Stage]) -> None:
     """Check that the parts and sources of every stage exist, as far as names and JSON tell, before the first stage trains for days.
 
     A run of a single stage is not checked here: it finds out when it opens them. Raises one `ConfigError` for all stages.
     """
     problems = []
-    for place in places if len(places) > 1 else ():
-        data = place.config.data
-        checks: list[Callable[[], object]] = [partial(media_specs, place.config.model)]
+    for stage in stages if len(stages) > 1 else ():
+        data = stage.config.data
+        checks: list[Callable[[], object]] = [partial(media_specs, stage.config.model)]
         checks += [partial(source_files, source) for source in (*data.sources, *data.validation)]
         for check in checks:
             try:
                 check()
             except ConfigError as error:
-                problems.append(f"\n  - stage {place.name}: {error}")
+                problems.append(f"\n  - stage {stage.name}: {error}")
     if problems:
         raise ConfigError("what later stages need is not there:" + "".join(dict.fromkeys(problems)))
