@@ -137,8 +137,8 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dropped: Tensor, x: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         lora_a, lora_b, (ctx.scale, ctx.rate, ctx.gradient, ctx.dense), *stored = rest
-        low = F.linear(dropped.flatten(0, -2), lora_a)
-        out = torch.ops.multimodal_lora.adapted(x.flatten(0, -2), ctx.dense(*stored, x.dtype), bias, low, lora_b, ctx.scale)
+        low = F.linear(_rows(dropped), lora_a)
+        out = torch.ops.multimodal_lora.adapted(_rows(x), ctx.dense(*stored, x.dtype), bias, low, lora_b, ctx.scale)
         trained = x if stored[0].requires_grad else None
         ctx.save_for_backward(dropped, low, lora_a, lora_b, trained, *stored)
         return out.view(*x.shape[:-1], len(lora_b)).detach()  # not a view to autograd: callers may write to it
@@ -147,7 +147,7 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dropped, low, lora_a, lora_b, x, *stored = ctx.saved_tensors
         of_input, _, of_bias, of_a, of_b, *_ = ctx.needs_input_grad
-        grad = grads[0].flatten(0, -2)
+        grad = _rows(grads[0])
         grad_low = _scaled_product(grad, lora_b, ctx.scale)
         if of_input:
             ctx.gradient.add("input", grad, ctx.dense(*stored, grad.dtype))
@@ -156,10 +156,10 @@ class _Adapted(torch.autograd.Function):
             None,
             None,
             grad.sum(0) if of_bias else None,
-            grad_low.t() @ dropped.flatten(0, -2) if of_a else None,
+            grad_low.t() @ _rows(dropped) if of_a else None,
             _scaled_product(grad.t(), low, ctx.scale) if of_b else None,
             None,
-            None if x is None else grad.t() @ x.flatten(0, -2),
+            None if x is None else grad.t() @ _rows(x),
             *(None,) * (len(stored) - 1),
         )
 
@@ -176,6 +176,11 @@ def _adapted(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, lora_b
     writes to.
     """
     return F.linear(x, weight, bias).addmm_(low, lora_b.t(), alpha=scale)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """View x (..., n) as rows (N, n)."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
