@@ -19,6 +19,7 @@ COMMANDS = {
     "inspect": "tools.inspect_data:main",
     "chat": "tools.chat:main",
     "evaluate": "tools.evaluate:main",
+    "import": "tools.import_model:main",
     "export": "tools.export_adapter:main",
     "merge": "tools.merge_lora:main",
     "plot": "tools.plot_run:main",

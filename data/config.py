@@ -69,6 +69,7 @@ class DataConfig:
     """Settings of `[data]`."""
 
     template: TemplateName = "auto"
+    system: str = ""  # system text of records that have none; "" = the template's own
     max_length: int = 2048
     placeholders: Literal["as_written", "first"] = "as_written"
     media_wrap: tuple[str, ...] = ()
@@ -102,6 +103,8 @@ class DataConfig:
         found = []
         if self.max_length < 1:
             found.append(f"data.max_length = {self.max_length} is not positive")
+        if self.system and self.template == "plain":
+            found.append(f"data.system = {shorten(repr(self.system), 40)} with data.template = 'plain', which has no system turn")
         if len(self.media_wrap) not in (0, 2):
             found.append(f"data.media_wrap = {list(self.media_wrap)} is not a pair [before, after]")
         if self.max_images < 0:

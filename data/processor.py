@@ -26,7 +26,7 @@ from data.text.tokenizer import check_fingerprint, load_tokenizer, pad_id, save_
 from model.batch import Batch
 from model.errors import ConfigError
 from model.files.untrusted import Json, load_json
-from model.media_spec import MediaSpec, spec_from_json, spec_to_json
+from model.media_spec import MediaSpec, placeholder_tokens, spec_from_json, spec_to_json
 
 FILE = "processor.json"
 _VERSION = 2
@@ -120,6 +120,7 @@ class Processor:
         described = {
             "name": template.name,
             "jinja": template.source,
+            "system": template.system,
             "placeholders": template.placeholders,
             "media_wrap": list(template.media_wrap),
             "allowed": list(template.allowed),
@@ -151,7 +152,8 @@ def load_processor(folder: str | Path) -> Processor:
     try:
         described, specs = stored["template"], {m: spec_from_json(spec) for m, spec in stored["specs"].items()}
         placeholders, media_wrap = described["placeholders"], tuple(described["media_wrap"])
-        config = DataConfig(described["name"], placeholders=placeholders, media_wrap=media_wrap)
+        system = described.get("system", "")  # runs of earlier versions have none
+        config = DataConfig(described["name"], system=system, placeholders=placeholders, media_wrap=media_wrap)
         config = replace(config, **{key: stored[key] for key in _CONFIG_KEYS})
         config = replace(config, image_grid=tuple(tuple(s) if isinstance(s, list) else s for s in stored["image_grid"]))
         expected, jinja, allowed = stored["fingerprint"], described["jinja"], described["allowed"]
@@ -163,7 +165,14 @@ def load_processor(folder: str | Path) -> Processor:
     template = load_template(
         config.template,
         tokenizer,
-        TemplateOptions(placeholders=placeholders, media_wrap=media_wrap, allowed=allowed, state_tokens=config.state_tokens),
+        TemplateOptions(
+            placeholders=placeholders,
+            media_wrap=media_wrap,
+            allowed=allowed,
+            state_tokens=config.state_tokens,
+            system=system,
+            tokens=placeholder_tokens(specs),
+        ),
     )
     # What is stored has its date frozen already; loading may freeze it once more, which changes the text but not what it renders.
     if template.source not in (jinja, freeze_date(jinja)) or template.stop_ids != stop_ids:

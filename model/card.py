@@ -23,14 +23,15 @@ from model.config import (
     VisionProjectorConfig,
 )
 from model.errors import ConfigError
-from model.files.hub import weight_files
 from model.files.quantised_base import check_dequantizable, check_settings, quantisation, without_quantisation
 from model.files.tensor_files import dump_json, sampled_digest
 from model.files.untrusted import Json, load_json
 from model.llm.causal_lm import VocabularyLayout, llm_config
 from model.media_spec import MediaSpec, spec_from_json, spec_to_json
+from model.published.table import part_files
 from model.vision.projector import projected_spec
 from model.vision.tower import vision_config, vision_spec
+from model.weights.merged_adapter import adapter_files
 
 NAME = "model.json"
 MOVED = (
@@ -117,7 +118,9 @@ def media_specs(config: ModelConfig) -> dict[str, MediaSpec]:
 def base_digests(config: ModelConfig) -> dict[str, str]:
     """Compute a fingerprint of the base weights of each part."""
     paths = {name: getattr(config, name).path for name in ("llm", "vision", "audio") if getattr(config, name) is not None}
-    return {name: sampled_digest(weight_files(f"model.{name}.path", path, config.cache_dir)) for name, path in paths.items()}
+    beside = {"llm": adapter_files(config.llm, config.cache_dir)}
+    files = {n: [*part_files(f"model.{n}.path", path, config.cache_dir), *beside.get(n, [])] for n, path in paths.items()}
+    return {name: sampled_digest(found) for name, found in files.items()}
 
 
 def write_card(card: ModelCard, folder: Path) -> None:

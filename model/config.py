@@ -16,6 +16,7 @@ class LlmConfig:
     path: str
     tune: Literal["frozen", "lora", "full", "new_tokens"] = "lora"
     new_tokens: tuple[str, ...] = ()
+    adapter: str = ""  # a LoRA adapter that is merged into the weights when they are read; lora.path is one that goes on
     dequantize: bool = False  # read an FP8 folder as its matrices times their scales, as transformers with dequantize=True
     router_loss: float = 0.0  # coefficient of the load-balancing loss of a mixture of experts
     lr: float = 0.0  # 0 = optim.lr
@@ -30,13 +31,15 @@ class VisionConfig:
     layer: int = -2
     select: Literal["patch", "cls_patch"] = "patch"
     image_size: int = 0  # 0 = the tower's own; otherwise its position embeddings are resized
+    placeholder: str = ""  # token whose positions take features; "" = <image>
     scales: tuple[int, ...] = ()  # S2: further square sizes, features concatenated on channels
+    weights: str = ""  # what was trained on top of `path`: vision.safetensors of an export, or its folder
     lr: float = 0.0
 
 
 @dataclass(frozen=True)
 class VisionProjectorConfig:
-    kind: str = "mlp2x_gelu"  # linear | mlpNx_gelu | identity | pixel_shuffle_mlp | pool_mlp | conv_mlp | resampler
+    kind: str = "mlp2x_gelu"  # linear | mlpNx_gelu | identity | pixel_shuffle(_v1)_mlp | pool_mlp | conv_mlp | vita_mlp | resampler
     tune: Literal["frozen", "full"] = "full"
     path: str = ""
     queries: int = 0  # resampler: tokens of each view; 0 = 64
@@ -46,17 +49,19 @@ class VisionProjectorConfig:
 
 @dataclass(frozen=True)
 class AudioConfig:
-    """Settings of the audio encoder, a Whisper encoder."""
+    """Settings of the audio encoder: Whisper's, Qwen2-Audio's or VITA's."""
 
     path: str
     tune: Literal["frozen", "lora", "full"] = "frozen"
+    placeholder: str = ""  # token whose positions take features; "" = <audio>
     window: Literal["full", "clip"] = "full"  # full: every clip padded to the encoder's window | clip: the clip's own frames only
+    weights: str = ""  # what was trained on top of `path`: audio.safetensors of an export, or its folder
     lr: float = 0.0
 
 
 @dataclass(frozen=True)
 class AudioProjectorConfig:
-    kind: str = "conv_mlp"  # linear | mlpNx_gelu | pool_mlp | conv_mlp
+    kind: str = "conv_mlp"  # linear | mlpNx_gelu | pool_mlp | conv_mlp | vita_conv
     tune: Literal["frozen", "full", "prompts"] = "full"
     prompts: int = 0  # learned vectors put before every clip
     path: str = ""
@@ -71,6 +76,7 @@ class StateHeadConfig:
     class_weights: tuple[float, ...] = ()  # one per class; () = all 1
     loss_weight: float = 1.0
     tune: Literal["frozen", "full"] = "full"
+    path: str = ""
     lr: float = 0.0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,10 @@ PLACEHOLDERS = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
 
 READ_BY = {"image": "image", "video": "image", "audio": "audio"}
 """Modality whose encoder reads a kind of medium: frames of a video are rows of pictures, and `<video>` is not a token."""
+
+
+DEFAULT_TOKENS = {modality: PLACEHOLDERS[modality] for modality in sorted(set(READ_BY.values()))}
+"""Token whose positions take the features of a modality, where a model has none of its own."""
 
 
 @dataclass(frozen=True)
@@ -34,21 +39,33 @@ class ImageSpec:
     shrink: int = 1  # the projector makes one token of shrink x shrink patches
     queries: int = 0  # tokens the projector makes of each view, whatever its size; 0: as many as patches
     newline: bool = False  # the projector has a line break: after each line of tiles, or after a picture or video without tiles
+    placeholder: str = PLACEHOLDERS["image"]  # token whose positions take features
 
 
 @dataclass(frozen=True)
 class AudioSpec:
-    """JSON-able facts about an audio encoder: log-mel frames in, one token per `strides` frames out."""
+    """JSON-able facts about an audio encoder: log-mel frames in, one token per `strides` frames out.
+
+    Frames overlap or are padded as `features` says, an entry of `data.media.audio.FEATURES`.
+    """
 
     num_mels: int
     window_frames: int  # the longest row the encoder takes; longer clips are split
     full_window: bool  # every row is padded with silence to the whole window, as Whisper was trained
-    strides: tuple[int, ...]  # of the layers that shorten a row, one after the other: n -> (n - 1) // stride + 1
+    strides: tuple[int, ...]  # of the layers that shorten a row, one after the other: n -> (n - kernel) // stride + 1
     sampling_rate: int = 16_000  # samples per second
     n_fft: int = 400  # samples
     hop: int = 160  # samples per frame
     num_prompts: int = 0  # learned rows before every clip
     num_states: int = 0  # classes of the user's state after a clip; 0: no state head
+    placeholder: str = PLACEHOLDERS["audio"]  # token whose positions take features
+    drops_odd: bool = False  # the encoder's second stride is a mean of pairs, and a last row without a partner gives no token
+    features: str = "whisper"  # whisper: log10 of the mel power, scaled to the clip's maximum | kaldi: Kaldi's filter banks
+    kernels: tuple[int, ...] = ()  # rows that each of these layers needs for one, where it pads nothing; () = 1 for each
+    num_early: int = 1  # the first strides, which stand before the encoder's blocks
+    dither: float = 0.0  # kaldi: deviation of the noise on samples of 16 bits
+    means: tuple[float, ...] = ()  # kaldi: of each band over the encoder's training data, subtracted; () = none
+    scales: tuple[float, ...] = ()  # kaldi: factor of each band after that
 
 
 MediaSpec = ImageSpec | AudioSpec
@@ -61,6 +78,11 @@ def image_spec(specs: dict[str, MediaSpec]) -> ImageSpec:
     if not isinstance(spec, ImageSpec):
         raise TypeError(f"the image spec is {type(spec).__name__}")
     return spec
+
+
+def placeholder_tokens(specs: Mapping[str, MediaSpec]) -> dict[str, str]:
+    """Return the token of each modality whose positions take its features; the usual one of a modality that the model lacks."""
+    return DEFAULT_TOKENS | {modality: spec.placeholder for modality, spec in specs.items()}
 
 
 def spec_from_json(value: Json) -> MediaSpec:
@@ -151,24 +173,43 @@ def _tile_map(spec: ImageSpec, meta: MediaMeta) -> TileMap | None:
 
 
 def row_frames(spec: AudioSpec, meta: MediaMeta) -> tuple[int, ...]:
-    """Return the valid mel frames of each encoder row of a clip: whole windows, then the rest."""
+    """Return the valid mel frames of each encoder row of a clip: whole windows, then the rest.
+
+    A rest that is too short for one token takes what it lacks from the window before it.
+    """
     whole, rest = divmod(meta.num_frames, spec.window_frames)
-    return (spec.window_frames,) * whole + ((rest,) if rest else ())
+    found = (spec.window_frames,) * whole + ((rest,) if rest else ())
+    if whole and 0 < rest < (least := least_frames(spec)):
+        return (*found[:-2], spec.window_frames + rest - least, least)
+    return found
+
+
+def least_frames(spec: AudioSpec) -> int:
+    """Return the fewest mel frames of which the encoder and the projector make one token."""
+    least = 1
+    for stride, kernel in reversed(layers(spec)):
+        least = (least - 1) * stride + kernel
+    return least
+
+
+def layers(spec: AudioSpec) -> tuple[tuple[int, int], ...]:
+    """Return the stride and the kernel of each layer that shortens a row."""
+    return tuple(zip(spec.strides, spec.kernels or (1,) * len(spec.strides), strict=True))
 
 
 def row_width(spec: MediaSpec, num_frames: int = 0) -> int:
     """Return the tokens L that the encoder makes of each row of a batch. `num_frames`: mel frames that rows are padded to."""
-    return _shortened(spec, num_frames) if isinstance(spec, AudioSpec) else view_tokens(spec)
+    return _shortened(dataclasses.replace(spec, drops_odd=False), num_frames) if isinstance(spec, AudioSpec) else view_tokens(spec)
 
 
 def row_shape(spec: MediaSpec) -> tuple[int, ...]:
     """Return the shape of one blank encoder row: the shortest possible one, where rows differ in length."""
     if isinstance(spec, AudioSpec):
-        return (spec.num_mels, spec.window_frames if spec.full_window else 2)
+        return (spec.num_mels, spec.window_frames if spec.full_window else max(2, least_frames(spec)))
     return (3, spec.size, spec.size)
 
 
 def _shortened(spec: AudioSpec, frames: int) -> int:
-    for stride in spec.strides:
-        frames = (frames - 1) // stride + 1
+    for i, (stride, kernel) in enumerate(layers(spec)):
+        frames = max(1, frames // stride) if spec.drops_odd and i == 1 else max(0, (frames - kernel) // stride + 1)
     return frames

@@ -2,10 +2,15 @@
 
 W + scale * B A is computed in float32 and rounded to the run's dtype once. Where W was stored in 4 or 8 bits, W is the
 dequantised matrix: the adapter was trained beside that matrix, and makes up for its errors. Logits are compared before OUT appears.
+
+OUT is a folder of this trainer (model.json, llm.safetensors ...): for tools.chat, for load_model, and as model.init_from of a next
+run. It is no Hugging Face folder: tools.export_adapter SOURCE OUT --for llm writes the merged language model as one, --for hf the
+whole model. Both take SOURCE or OUT.
 """
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +48,12 @@ def merge(source: Path, out: Path) -> None:
         rounding = rounding_of(source, folder, processor)
     print(f"float32 logits: merged and unmerged within {difference:.1e} of the largest")
     print(f"weights are stored in {read_card(out).model.dtype}: rounding them moves logits by {rounding:.1e}")
-    print(f"{out}:\n{listing(out)}\nnext: python -m tools.chat {out}")
+    place = shlex.quote(str(out))
+    print(f"{out}:\n{listing(out)}\nnext: python -m tools.chat {place}")
+    print(
+        f"{out} is a folder of this trainer, and no Hugging Face folder: for one, python -m tools.export_adapter {place} HF_OUT "
+        "--for hf (the whole model) or --for llm (the language model)"
+    )
 
 
 def prove_merge(source: Path, processor: Processor) -> float:

@@ -10,7 +10,7 @@ from data.index.record_index import RecordIndex
 from data.records.record import Record, RecordError, parse
 from data.records.turns import MARKS
 from data.text.abilities import Message
-from data.text.chat_formats import FORMATS
+from data.text.chat_formats import FORMATS, with_system_text
 from data.text.messages import media_kinds
 from data.text.render import TemplateInputs, apply
 from data.text.rounds import TooLongError
@@ -140,7 +140,8 @@ def _reference_problem(template: Template, record: Record, ids: list[int]) -> st
     if any(match["ours"] is None for match in template.written.finditer(said)):
         return ""
     own = template.name in FORMATS  # a format of ours: the tokenizer itself decides what comes before the text
-    text = _reference_text(template, record, messages, FORMATS[template.name].source if own else template.source)
+    source = with_system_text(FORMATS[template.name].source, template.system) if own else template.source
+    text = _reference_text(template, record, messages, source)
     reference = template.tokenizer(text, add_special_tokens=own, verbose=False)["input_ids"]
     if list(reference) == ids or any(m["role"] == "assistant" and (m["content"] or "")[:1].isspace() for m in messages):
         return ""

@@ -22,7 +22,7 @@ from data.records.record import Record, RecordError, parse
 from data.records.shapes import shapes_of
 from data.records.turn_keys import THOUGHT_KEYS
 from model.files.untrusted import MAX_JSON_DEPTH, Json, is_deeper
-from model.media_spec import READ_BY, AudioSpec, MediaMeta, MediaSpec, num_tokens, row_shape
+from model.media_spec import READ_BY, AudioSpec, MediaMeta, MediaSpec, least_frames, num_tokens, row_shape
 
 BYTES_PER_TOKEN = 4
 _AUDIO_SECONDS = 10.0
@@ -67,7 +67,7 @@ def media_bytes(specs: dict[str, MediaSpec], config: DataConfig) -> dict[str, in
 def _usual(kind: str, spec: MediaSpec, config: DataConfig) -> MediaMeta:
     if isinstance(spec, AudioSpec):
         seconds = min(_AUDIO_SECONDS, config.max_seconds)
-        return MediaMeta(num_frames=max(1, int(seconds * spec.sampling_rate) // spec.hop))
+        return MediaMeta(num_frames=max(least_frames(spec), int(seconds * spec.sampling_rate) // spec.hop))
     if kind == "video":
         return MediaMeta(num_rows=config.max_frames)
     if config.image_fit == "anyres":
@@ -84,7 +84,8 @@ def least_tokens(specs: dict[str, MediaSpec], config: DataConfig) -> dict[str, i
     for kind in KINDS:
         spec = specs.get(READ_BY[kind])
         rows = {"image": config.min_tiles if config.image_fit == "tiles" else 1, "video": config.min_frames}.get(kind, 1)
-        found[kind] = 0 if spec is None else num_tokens(spec, MediaMeta(num_rows=rows, num_frames=1))
+        frames = least_frames(spec) if isinstance(spec, AudioSpec) else 0
+        found[kind] = 0 if spec is None else num_tokens(spec, MediaMeta(num_rows=rows, num_frames=frames))
     return found
 
 

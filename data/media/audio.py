@@ -1,11 +1,13 @@
 """Audio clips: from a path in a record to the log-mel rows its audio encoder was trained on.
 
-The features equal those of transformers' WhisperFeatureExtractor to 1e-6. A clip longer than the encoder's window is split into
-whole windows and a rest, each normalised by its own maximum, as if Whisper heard them one after the other.
+Whisper's features equal those of transformers' WhisperFeatureExtractor to 1e-6. A clip longer than its window is split into whole
+windows and a rest, each normalised by its own maximum, as if Whisper heard them one after the other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -13,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.config import DataConfig
+from data.media import filter_banks
 from data.media.blob import Blob, MediaError
 from data.media.resample import resample, resampled_length
 from data.media.sound import check_sound, read_audio, sound_length
 from data.records.record import MediaRef
-from model.media_spec import AudioSpec, MediaMeta
+from model.media_spec import AudioSpec, MediaMeta, least_frames
 
 _SILENCE = 1e-10
 """Floor of the power of a mel band, as in Whisper."""
@@ -26,14 +29,15 @@ _HIGHEST = 8000.0
 
 
 def measure(blob: Blob, ref: MediaRef, spec: AudioSpec, config: DataConfig, num_media: int) -> MediaMeta:
-    """Return the clip's mel frames, one per begun `spec.hop` samples.
+    """Return the clip's mel frames. The count is exact: taken from the header of a WAV file, by decoding any other file.
 
-    The count is exact: taken from the header of a WAV file, by decoding any other file.
-
-    Raises MediaError.
+    Raises MediaError, also for a clip that is too short for one token.
     """
     length = sound_length(blob, config.max_seconds)
-    return MediaMeta(num_frames=_num_frames(resampled_length(length.num_samples, length.rate, spec.sampling_rate), spec))
+    frames = num_frames(resampled_length(length.num_samples, length.rate, spec.sampling_rate), spec)
+    if frames < (least := least_frames(spec)):
+        raise MediaError(f"{blob.name!r} is too short: it makes {frames} frames, and the audio encoder needs {least} for one token")
+    return MediaMeta(num_frames=frames)
 
 
 def load(blob: Blob, ref: MediaRef, spec: AudioSpec, config: DataConfig, meta: MediaMeta) -> Tensor:
@@ -46,12 +50,22 @@ def load(blob: Blob, ref: MediaRef, spec: AudioSpec, config: DataConfig, meta: M
     """
     rate, samples = read_audio(blob, config.max_seconds)
     wave = resample(samples, rate, spec.sampling_rate)
-    if _num_frames(len(wave), spec) != meta.num_frames:
-        raise MediaError(f"{blob.name!r} was measured as {meta.num_frames} frames and decodes to {_num_frames(len(wave), spec)}")
-    return log_mel_rows(wave, spec)
+    if (frames := num_frames(len(wave), spec)) != meta.num_frames:
+        raise MediaError(f"{blob.name!r} was measured as {meta.num_frames} frames and decodes to {frames}")
+    return feature_rows(wave, spec)
 
 
 check = check_sound
+
+
+def num_frames(num_samples: int, spec: AudioSpec) -> int:
+    """Return the mel frames of `num_samples` samples at spec.sampling_rate."""
+    return FEATURES[spec.features].num_frames(num_samples, spec)
+
+
+def feature_rows(wave: Tensor, spec: AudioSpec) -> Tensor:
+    """Compute rows (n, M, F), as `load` describes them, of (n,) samples at spec.sampling_rate."""
+    return FEATURES[spec.features].rows(wave, spec)
 
 
 def log_mel_rows(wave: Tensor, spec: AudioSpec) -> Tensor:
@@ -69,7 +83,7 @@ def _whole_window(wave: Tensor, spec: AudioSpec) -> Tensor:
 
 
 def _own_frames(wave: Tensor, spec: AudioSpec) -> Tensor:
-    return _log_mel(wave, spec)[0][:, : _num_frames(len(wave), spec)]
+    return _log_mel(wave, spec)[0][:, : _begun_hops(len(wave), spec)]
 
 
 def _log_mel(wave: Tensor, spec: AudioSpec) -> tuple[Tensor, float]:
@@ -88,7 +102,7 @@ def _log_mel(wave: Tensor, spec: AudioSpec) -> tuple[Tensor, float]:
     return (torch.maximum(mel, least) + 4) / 4, float((silence + 4) / 4)
 
 
-def _num_frames(num_samples: int, spec: AudioSpec) -> int:
+def _begun_hops(num_samples: int, spec: AudioSpec) -> int:
     return -(-num_samples // spec.hop)
 
 
@@ -102,3 +116,18 @@ def _filters(num_mels: int, n_fft: int, sampling_rate: int) -> Tensor:
 
     bank = mel_filter_bank(n_fft // 2 + 1, num_mels, 0.0, _HIGHEST, sampling_rate, norm="slaney", mel_scale="slaney")
     return torch.from_numpy(bank).float().T.contiguous()
+
+
+@dataclass(frozen=True)
+class Features:
+    """One kind of features: its frames for a number of samples, and its rows (n, M, F) of (n,) samples."""
+
+    num_frames: Callable[[int, AudioSpec], int]
+    rows: Callable[[Tensor, AudioSpec], Tensor]
+
+
+FEATURES = {
+    "whisper": Features(_begun_hops, log_mel_rows),
+    "kaldi": Features(filter_banks.num_windows, filter_banks.filter_bank_rows),
+}
+"""Kinds of features by `AudioSpec.features`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from model.media_spec import PLACEHOLDERS, READ_BY
 
@@ -11,7 +11,6 @@ KINDS = {token: kind for kind, token in PLACEHOLDERS.items()}
 """Kind of medium that each placeholder stands for."""
 
 _PLACEHOLDER = re.compile("|".join(map(re.escape, KINDS)))
-_SEEN = re.compile("|".join(re.escape(token) for kind, token in PLACEHOLDERS.items() if READ_BY[kind] == "image"))
 
 
 def kinds_in(content: str) -> list[str]:
@@ -40,20 +39,21 @@ def only_placeholders(content: str) -> str:
     return "".join(_PLACEHOLDER.findall(content))
 
 
-def by_modality(content: str) -> str:
-    """Replace every placeholder by that of the modality that reads its medium: `<video>` becomes `<image>`."""
-    return _PLACEHOLDER.sub(lambda found: PLACEHOLDERS[READ_BY[KINDS[found[0]]]], content)
+def with_tokens(content: str, tokens: Mapping[str, str], media_wrap: tuple[str, ...]) -> str:
+    """Replace every placeholder by the token of the modality that reads its medium: both `<video>` and `<image>` are pictures.
+
+    That of a picture or a video stands between the pair `media_wrap`, as LLaVA writes it, if there is one.
+    """
+    before, after = media_wrap or ("", "")
+
+    def token(found: re.Match[str]) -> str:
+        modality = READ_BY[KINDS[found[0]]]
+        return before + tokens[modality] + after if modality == "image" else tokens[modality]
+
+    return _PLACEHOLDER.sub(token, content)
 
 
-def wrap(content: str, media_wrap: tuple[str, ...]) -> str:
-    """Put every placeholder of a picture or a video between the pair `media_wrap`, as LLaVA does; without a pair, do nothing."""
-    if not media_wrap:
-        return content
-    before, after = media_wrap
-    return _SEEN.sub(lambda found: before + found[0] + after, content)
-
-
-def wrapped_pattern(media_wrap: tuple[str, ...]) -> str:
-    """Return a pattern that finds what `wrap` writes."""
-    before, after = map(re.escape, media_wrap or ("", ""))
-    return f"{before}(?:{_SEEN.pattern}){after}"
+def wrapped_pattern(tokens: Mapping[str, str], media_wrap: tuple[str, ...]) -> str:
+    """Return a pattern that finds what `with_tokens` writes of pictures and videos."""
+    before, after = media_wrap or ("", "")
+    return re.escape(before + tokens["image"] + after)

@@ -7,6 +7,7 @@ part of a format.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 
@@ -158,6 +159,14 @@ FORMATS = {
     "vita_mixtral": ChatFormat(_vita(_VITA_MIXTRAL), "</s>", ("</s>",)),  # VITA mixtral_two
     "vita_qwen": ChatFormat(_vita(_VITA_QWEN), "<|im_end|>", _IM),  # VITA 1.5 qwen2p5_instruct
 }
+
+
+def with_system_text(source: str, system: str) -> str:
+    """Return the template with `system` as the system turn of conversations that have none; unchanged where `system` is ""."""
+    turn = "[{'role': 'system', 'content': " + json.dumps(system, ensure_ascii=False) + "}]"
+    start = "{%- set messages = messages if messages[0]['role'] == 'system' else " + turn + " + messages +%}"
+    return source if not system or start in source else start + source  # a run's own tokenizer has it already
+
 
 # 26 July 2024 by strftime's directives; longer ones first, since they are replaced one after the other.
 _FROZEN = {

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerFast
 
+from data.text.chat_formats import FORMATS
 from model.errors import ConfigError
 
 
@@ -22,6 +23,16 @@ def check_single(name: str, tokenizer: PreTrainedTokenizerFast, needs: Sequence[
             f'choose another template, or add {which} with model.llm.new_tokens = [{listed}] and model.llm.tune = "new_tokens" '
             '(nothing else of the language model learns) or "full"'
         )
+
+
+def needed_tokens(name: str, tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
+    """Return the texts that must be single tokens for template `name`. Raises `ConfigError` for those that are not."""
+    if name != "auto" and name not in FORMATS:
+        raise ConfigError(f"data.template = {name!r} is not known; allowed: auto, {', '.join(FORMATS)}")
+    if not tokenizer.is_fast:
+        raise ConfigError(f"data.template: {type(tokenizer).__name__} gives no offsets; a folder with tokenizer.json is needed")
+    check_single(name, tokenizer, needs := FORMATS[name].needs if name in FORMATS else ())
+    return needs
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast, free: Collection[str]) -> dict[str, int]:

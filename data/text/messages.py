@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from data.records.placeholders import by_modality, only_placeholders, placeholders_first, wrap
+from data.records.placeholders import only_placeholders, placeholders_first, with_tokens
 from data.records.record import Record, RecordError
 from data.text.abilities import Message
 from data.text.state_tokens import STATE_TOKENS, reply_state, split_state
@@ -18,6 +19,7 @@ class Wording:
     placeholders: str  # as_written | first
     media_wrap: tuple[str, ...]
     state_tokens: str  # none | glyphs | digits
+    tokens: Mapping[str, str]  # what stands for a medium in the contents, by modality
     placeholders_only: bool  # keep nothing of the question but its placeholders
 
 
@@ -40,7 +42,7 @@ def write_messages(record: Record, wording: Wording) -> list[Message]:
             raise _error(record, f"no placeholder in the question; template {wording.template!r} keeps nothing else of it")
     if wording.placeholders == "first":
         contents = [placeholders_first(content) for content in contents]
-    contents = [wrap(by_modality(content), wording.media_wrap) for content in contents]
+    contents = [with_tokens(content, wording.tokens, wording.media_wrap) for content in contents]
     if tokens := STATE_TOKENS[wording.state_tokens]:
         for i, turn in enumerate(record.turns):
             if turn.role == "assistant":

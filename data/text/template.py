@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerFast
@@ -11,18 +11,19 @@ from transformers import PreTrainedTokenizerFast
 from data.records.placeholders import wrapped_pattern
 from data.records.record import Record, RecordError, Turn
 from data.text.abilities import Abilities, Message, find_abilities, probe_call
-from data.text.chat_formats import FORMATS, freeze_date
-from data.text.control_tokens import check_single, lead_token, special_ids, thought_tags, unknown_only_id
+from data.text.chat_formats import FORMATS, with_system_text
+from data.text.control_tokens import lead_token, needed_tokens, special_ids, thought_tags, unknown_only_id
 from data.text.encoded import Encoded, Row, check_row, round_ends
 from data.text.marks import tags_of
 from data.text.messages import Wording, media_kinds, write_messages
+from data.text.parts_template import content_tokens, named_source, template_tokens
 from data.text.render import Renderer, RenderError, Rendering, apply
 from data.text.rounds import TooLongError, first_rounds, round_starts, rounds_that_may_fit, shortened_turn
 from data.text.state_tokens import STATE_TOKENS, check_state_tokens
 from data.text.tokens import Tokens, supervise, tokenize
 from data.text.turn_ends import check_cut, closing_id, last_id
 from model.errors import ConfigError
-from model.media_spec import PLACEHOLDERS, READ_BY
+from model.media_spec import DEFAULT_TOKENS, PLACEHOLDERS
 
 _NOTHING = re.compile("(?!)")
 
@@ -41,9 +42,11 @@ class Template:
     written: re.Pattern[str]  # control tokens that a content may not use, or, as group "ours", wrapped placeholders
     control_ids: frozenset[int]
     placeholder_ids: dict[str, int]  # by modality
+    tokens: dict[str, str]  # what stands for a medium in the contents that the template gets, by modality
     stop_ids: tuple[int, ...] = ()  # ids that end an assistant's turn
     allowed: tuple[str, ...] = ()  # control tokens that contents may use
     state_tokens: str = "none"  # none | glyphs | digits
+    system: str = ""  # system text of conversations that have none; "": the template's own
     unread: frozenset[int] = frozenset()  # ids whose embedding rows mean nothing: padding beyond the base's matrix
     tags: re.Pattern[str] = _NOTHING  # tags that the template names, such as <think>
     abilities: Abilities = field(default_factory=Abilities)
@@ -95,7 +98,9 @@ class Template:
     def messages(self, record: Record) -> list[Message]:
         """Return the turns in the form that the template reads. Raises `RecordError` for what it does not write."""
         only = self.name in FORMATS and FORMATS[self.name].placeholders_only
-        messages = write_messages(record, Wording(self.name, self.placeholders, self.media_wrap, self.state_tokens, only))
+        messages = write_messages(
+            record, Wording(self.name, self.placeholders, self.media_wrap, self.state_tokens, self.tokens, only)
+        )
         if key := next((key for message in messages if (key := self.abilities.lacking(message))), ""):
             what = "turns of tools" if key == "tool" else "them"
             reason = f"the chat template does not render {what}; remove them or take another template"
@@ -180,6 +185,8 @@ class TemplateOptions:
     allowed: Sequence[str] = ()  # control tokens that contents may use, as configured new tokens
     state_tokens: str = "none"  # data.state_tokens
     unread: frozenset[int] = frozenset()  # ids that no record may hold
+    system: str = ""  # text of conversations without one
+    tokens: Mapping[str, str] = field(default_factory=lambda: DEFAULT_TOKENS)  # by modality, whose positions take features
 
 
 def load_template(
@@ -192,19 +199,15 @@ def load_template(
     Of `options.allowed`, tokens that the template or the tokenizer itself needs stay text all the same. Raises `ConfigError` if the
     tokenizer lacks what the template or the states need.
     """
-    media_wrap, allowed, state_tokens = options.media_wrap, options.allowed, options.state_tokens
-    if name != "auto" and name not in FORMATS:
-        raise ConfigError(f"data.template = {name!r} is not known; allowed: auto, {', '.join(FORMATS)}")
-    if not tokenizer.is_fast:
-        raise ConfigError(f"data.template: {type(tokenizer).__name__} gives no offsets; a folder with tokenizer.json is needed")
-    needs = FORMATS[name].needs if name in FORMATS else ()
-    check_single(name, tokenizer, needs)
+    media_wrap, allowed, state_tokens, tokens = options.media_wrap, options.allowed, options.state_tokens, options.tokens
+    needs = needed_tokens(name, tokenizer)
     check_state_tokens(tokenizer, state_tokens)
-    states = STATE_TOKENS[state_tokens].values()
     lead = lead_token(tokenizer) if name in FORMATS else ""
-    source = ("{{ bos_token }}" if lead else "") + FORMATS[name].source if name in FORMATS else _own_source(tokenizer)
-    free = {*PLACEHOLDERS.values(), *allowed, *states, *thought_tags(source)}
-    special = special_ids(tokenizer, free - {*needs, *tokenizer.special_tokens_map.values()})
+    source = with_system_text(named_source(name, lead, tokenizer, tokens), options.system)
+    written = content_tokens(source, tokens, media_wrap)
+    free = {*PLACEHOLDERS.values(), *written.values(), *allowed, *STATE_TOKENS[state_tokens].values(), *thought_tags(source)}
+    free = free - {*needs, *tokenizer.special_tokens_map.values()} | {*written.values()}
+    special = special_ids(tokenizer, free - template_tokens(tokens, written, media_wrap))
     control = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)"
     known = tokenizer.get_vocab()
     template = Template(
@@ -215,23 +218,18 @@ def load_template(
         media_wrap=tuple(media_wrap),
         lead=lead,
         ends=re.compile(re.escape(FORMATS[name].end) if name in FORMATS else control),
-        written=re.compile(f"(?P<ours>{wrapped_pattern(media_wrap)})|{control}"),
+        written=re.compile(f"(?P<ours>{wrapped_pattern(written, media_wrap)})|{control}"),
         control_ids=frozenset(special.values()) - unknown_only_id(tokenizer),
-        placeholder_ids={m: known[PLACEHOLDERS[m]] for m in sorted(set(READ_BY.values())) if PLACEHOLDERS[m] in known},
+        placeholder_ids={modality: known[token] for modality, token in sorted(tokens.items()) if token in known},
+        tokens=written,
         allowed=tuple(allowed),
         state_tokens=state_tokens,
         unread=options.unread,
-        tags=tags_of(source, re.compile(control)),
+        system=options.system,
+        tags=tags_of(source, re.compile(f"{re.escape(written['image'])}|{control}" if media_wrap else control)),
         abilities=find_abilities(lambda messages: apply(tokenizer, source, messages)),
     )
     return _with_ends(template)
-
-
-def _own_source(tokenizer: PreTrainedTokenizerFast) -> str:
-    try:
-        return freeze_date(tokenizer.get_chat_template())
-    except ValueError:
-        raise ConfigError(f"data.template = 'auto': the tokenizer has no chat template; name one: {', '.join(FORMATS)}") from None
 
 
 def _with_ends(template: Template) -> Template:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 
 from model.errors import ConfigError
+from model.files.untrusted import load_json
 
 MAX_TOKENIZER_BYTES = 1 << 28
 """Bytes of each file of a tokenizer; the largest vocabularies take a tenth of it."""
@@ -50,7 +54,9 @@ def load_tokenizer(path: str, added: Sequence[str], cache_dir: str = "") -> Load
     """
     _check_files(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir or None, trust_remote_code=False)
+        name, revision = _split(path)
+        with _without_doubts_about_config():
+            tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir or None, revision=revision, trust_remote_code=False)
     except Exception as error:  # transformers raises nearly every kind here, for one reason: no tokenizer can be loaded
         raise ConfigError(f"model.llm.path = {path!r}: no tokenizer can be loaded: {_hint(path) or error}") from error
     if not tokenizer.is_fast:
@@ -59,12 +65,26 @@ def load_tokenizer(path: str, added: Sequence[str], cache_dir: str = "") -> Load
         )
     if bad := [token for token in added if not token or token != token.strip()]:
         raise ConfigError(f"model.llm.new_tokens: {bad[0]!r} is blank or has white space around it")
+    if template := _processors_template(path, cache_dir):
+        tokenizer.chat_template = template
     known = tokenizer.get_vocab()
     num_known = len(tokenizer)
     wanted = list(dict.fromkeys(added))
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in wanted], special_tokens=True)
     new_ids = tuple(tokenizer.convert_tokens_to_ids(t) for t in wanted if t not in known)
     return LoadedTokenizer(tokenizer, num_known, new_ids)
+
+
+@contextmanager
+def _without_doubts_about_config() -> Iterator[None]:
+    """Hide what transformers says of a config.json whose model_type it does not know: a tokenizer needs none of it."""
+    logger = logging.getLogger("transformers.configuration_utils")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _check_files(path: str) -> None:
@@ -86,7 +106,28 @@ def _check_files(path: str) -> None:
                 raise ConfigError(f"model.llm.path: {file} has more than {MAX_TOKENIZER_BYTES} bytes, which no tokenizer has")
 
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+def _split(path: str) -> tuple[str, str]:
+    """Split a hub id `owner/name@revision` into its name and its revision; a folder has none, and is `main` to transformers."""
+    name, _, revision = (path, "", "") if Path(path).is_dir() else path.partition("@")
+    return name, revision or "main"
+
+
+def _processors_template(path: str, cache_dir: str) -> str:
+    """Return the chat template in chat_template.json, where older multimodal folders keep that of their processor; "" without."""
+    folder, revision = _split(path)
+    options = {"cache_dir": cache_dir or None, "revision": revision, "_raise_exceptions_for_missing_entries": False}
+    found = [cached_file(folder, name, **options) for name in _TEMPLATES]
+    if found[0] or not found[1]:
+        return ""
+    try:
+        value = load_json(Path(found[1]))
+        return str(value["chat_template"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"model.llm.path = {path!r}: chat_template.json holds no chat_template ({error})") from error
+
+
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}(@[A-Za-z0-9][A-Za-z0-9._/-]{0,254})?")
 _SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 
 

@@ -1,162 +1,109 @@
-"""The audio encoder: log-mel rows to features, as Whisper's encoder in transformers computes them."""
+"""The audio encoder: log-mel rows to features, by a table of the families of encoders."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from transformers import WhisperConfig
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from torch import Tensor, nn
 
-from model.audio.projector import convolved, masked, mean_of_pairs, projector_strides, shortened, valid_mask
+from model.audio.projector import projector_strides, shortened
+from model.audio.whale import KERNEL, WhaleTower, whale_config, whale_spec
+from model.audio.whisper import SETTING, build_qwen2_audio, build_whisper, encoder_config, whisper_spec
 from model.config import AudioConfig, AudioProjectorConfig
 from model.encoder import Encoder
 from model.errors import ConfigError
-from model.files.hub import find_file, hugging_face_config, read_json
+from model.files.hub import find_file, read_json
 from model.files.quantised_base import check_settings
 from model.files.untrusted import Json
-from model.media_spec import AudioSpec
+from model.media_spec import PLACEHOLDERS, AudioSpec
+from model.published.table import part_config
 
-SETTING = "model.audio.path"
 PREFIXES = ("model.encoder.", "encoder.", "", "audio_tower.", "model.audio_tower.")
 """Prefixes of the encoder's tensor names in files of: all of Whisper, Whisper without its head, the encoder alone, Qwen2-Audio."""
-STRUCTURE = (
-    "num_mel_bins",
-    "d_model",
-    "encoder_layers",
-    "encoder_attention_heads",
-    "encoder_ffn_dim",
-    "activation_function",
-    "max_source_positions",
-    "dropout",
-    "attention_dropout",
-    "activation_dropout",
-)
-"""Keys of config.json that define an encoder. Layer drop is left out: ranks would drop different layers and run different
-collectives.
-"""
 
 
 @dataclass(frozen=True)
 class EncoderFamily:
-    """Differences of the encoders of one model_type from Whisper's."""
+    """The encoders of one model_type; `Json` is their config.json."""
 
-    pooled: bool = False  # the mean of every two rows is taken before the last norm
-    masked: bool = False  # even in the full window no row attends to rows beyond its clip
+    build: Callable[[Json], nn.Module]
+    width: Callable[[Json], int]  # channels of a feature
+    spec: Callable[[str, Json, tuple[int, ...], str], AudioSpec]  # of a folder, its config.json, the strides, a cache folder
+    strides: tuple[int, ...]  # of the convolutions, and of a pooling behind the blocks
+    kernels: tuple[int, ...] = ()  # see AudioSpec
+    constants: tuple[str, ...] = ()  # parameters that are never trained
+    drops_odd: bool = False  # see AudioSpec
 
 
-KINDS = {"whisper": EncoderFamily(), "qwen2_audio_encoder": EncoderFamily(pooled=True, masked=True)}
+POSITIONS = ("embed_positions.weight",)
+"""Whisper's positions: they are sinusoids, which no Whisper model has trained."""
+KINDS = {
+    "whisper": EncoderFamily(build_whisper, lambda value: encoder_config(value).d_model, whisper_spec, (2,), constants=POSITIONS),
+    "qwen2_audio_encoder": EncoderFamily(
+        build_qwen2_audio, lambda value: encoder_config(value).d_model, whisper_spec, (2, 2), constants=POSITIONS, drops_odd=True
+    ),
+    "whale": EncoderFamily(WhaleTower, lambda value: whale_config(value).hidden_size, whale_spec, (2, 2), (KERNEL, KERNEL)),
+}
 """Supported encoders by model_type of config.json."""
 
 
 def audio_config(config: AudioConfig, cache_dir: str = "") -> Json:
     """Read config.json of the encoder, which Qwen2-Audio nests in the whole model's. Raises `ConfigError` for other encoders."""
-    whole = read_json(SETTING, config.path, "config.json", cache_dir)
-    check_settings(SETTING, config.path, whole)
-    value = whole.get("audio_config") or whole
+    if find_file(SETTING, config.path, "config.json", cache_dir):
+        check_settings(SETTING, config.path, read_json(SETTING, config.path, "config.json", cache_dir))
+    value = part_config(SETTING, "audio", config.path, cache_dir)
+    value = value.get("audio_config") or value
     if value.get("model_type") not in KINDS:
         raise ConfigError(f"{SETTING} = {config.path!r}: {value.get('model_type')!r} is not {' | '.join(KINDS)}")
     return value
 
 
 def audio_spec(config: AudioConfig, projector: AudioProjectorConfig, cache_dir: str = "") -> AudioSpec:
-    """Return the facts that `data` needs, from JSON files alone. Feature settings missing in a folder have Whisper's values."""
+    """Return the facts that `data` needs, from JSON files alone."""
     value = audio_config(config, cache_dir)
-    structure = encoder_config(value)
-    found = feature_config(config.path, cache_dir)
-    spec = AudioSpec(
-        num_mels=structure.num_mel_bins,
-        window_frames=2 * structure.max_source_positions,
-        full_window=config.window == "full",
-        strides=(*encoder_strides(value), *projector_strides(projector.kind)),
-        sampling_rate=found.get("sampling_rate", 16_000),
-        n_fft=found.get("n_fft", 400),
-        hop=found.get("hop_length", 160),
+    kind, behind = KINDS[value["model_type"]], projector_strides(projector.kind)
+    spec = kind.spec(config.path, value, (*kind.strides, *behind), cache_dir)
+    return dataclasses.replace(
+        spec,
+        full_window=spec.full_window and config.window == "full",
+        kernels=(*kind.kernels, *(1 for _ in behind)) if kind.kernels else (),
         num_prompts=projector.prompts,
+        placeholder=config.placeholder or PLACEHOLDERS["audio"],
+        drops_odd=kind.drops_odd,
     )
-    window = spec.window_frames * spec.hop
-    check_feature_setting(config.path, "feature_size", found.get("feature_size", spec.num_mels), spec.num_mels)
-    check_feature_setting(config.path, "chunk_length", found.get("chunk_length", 0) * spec.sampling_rate or window, window)
-    return spec
-
-
-def check_feature_setting(path: str, key: str, found: int, needed: int) -> None:
-    if found != needed:
-        raise ConfigError(
-            f"{SETTING} = {path!r}: {key} of the feature extractor makes {found}, the encoder of config.json needs {needed}"
-        )
-
-
-def feature_config(path: str, cache_dir: str) -> Json:
-    """Read the feature extractor's settings: flat, or nested in processor_config.json as in newer folders; {} without any."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if find_file(SETTING, path, name, cache_dir):
-            value = read_json(SETTING, path, name, cache_dir)
-            found: Json = value.get("feature_extractor", value)
-            return found
-    return {}
-
-
-def encoder_config(value: Json) -> WhisperConfig:
-    """Return the encoder's part of config.json `value` as a Whisper config."""
-    config = hugging_face_config(SETTING, value)
-    return WhisperConfig(**{key: getattr(config, key) for key in STRUCTURE})
-
-
-def encoder_strides(value: Json) -> tuple[int, ...]:
-    """Return the strides of the second convolution, and of the pooling if the encoder has one."""
-    return (2, 2) if KINDS[value["model_type"]].pooled else (2,)
-
-
-class Tower(WhisperEncoder):
-    """Whisper's layers with a forward of our own: transformers' forward accepts whole windows only and ignores its mask."""
-
-    kind = EncoderFamily()
-
-    def forward(self, values: Tensor, lengths: Tensor | None, full_window: bool) -> Tensor:  # type: ignore[override]
-        """Encode log-mel (N, M, F) with (N,) valid frames -> (N, L, C).
-
-        Rows of valid frames do not depend on other rows, except on silence in the full window, with which Whisper was trained.
-        """
-        kept = None if full_window else lengths
-        rows = F.gelu(convolved(self.conv1, masked(values.transpose(1, 2), kept).transpose(1, 2)))
-        rows = F.gelu(convolved(self.conv2, masked(rows.transpose(1, 2), kept).transpose(1, 2))).transpose(1, 2)
-        lengths = shortened(lengths, 2)
-        rows = rows + self.embed_positions(torch.arange(rows.shape[1], device=rows.device))
-        rows = F.dropout(rows, self.dropout, self.training)
-        attended = None
-        if lengths is not None and (self.kind.masked or not full_window):
-            attended = valid_mask(lengths, rows.shape[1])[:, None, None]
-        for layer in self.layers:
-            rows = layer(rows, attended)
-        return self.layer_norm(mean_of_pairs(rows, lengths) if self.kind.pooled else rows)
 
 
 class AudioEncoder(Encoder):
-    """A Whisper encoder: log-mel (N, M, F) -> features (N, L, C). full_window: F is the whole window, with silence at the end."""
+    """An audio encoder: log-mel (N, M, F) -> features (N, L, C).
+
+    full_window: F is the whole window, with silence at the end. An encoder without a window takes no notice of it.
+    """
 
     def __init__(self, value: Json, full_window: bool) -> None:
         super().__init__()
-        config = encoder_config(value)
+        self.kind = KINDS[value["model_type"]]
         self.full_window = full_window
-        self.strides = encoder_strides(value)
-        self.hidden_size = config.d_model
+        self.hidden_size = self.kind.width(value)
         self.blank_length = 2  # rows
-        self.tower: Tower = Tower._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-        self.tower.kind = KINDS[value["model_type"]]
+        self.tower = self.kind.build(value)
 
     def requires_grad_(self, requires_grad: bool = True) -> AudioEncoder:
-        """Set requires_grad of all parameters but the positions: they are sinusoids, which no Whisper model has trained."""
+        """Set requires_grad of all parameters but the constants of the family."""
         super().requires_grad_(requires_grad)
-        self.tower.embed_positions.requires_grad_(False)
+        for name in self.kind.constants:
+            self.tower.get_parameter(name).requires_grad_(False)
         return self
 
     def valid_rows(self, lengths: Tensor | None) -> Tensor | None:
         """Return the number of features of each row that come from valid frames, (N,)."""
-        for stride in self.strides:
-            lengths = shortened(lengths, stride)
+        strides, kernels = self.kind.strides, self.kind.kernels or (1,) * len(self.kind.strides)
+        for i, (stride, kernel) in enumerate(zip(strides, kernels, strict=True)):
+            if self.kind.drops_odd and i == 1 and lengths is not None:
+                lengths = (lengths // stride).clamp(min=1)  # as transformers counts them: without a last row that has no partner
+            else:
+                lengths = shortened(lengths, stride, kernel)
         return lengths
 
     def forward(self, values: Tensor, lengths: Tensor | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,10 @@ from model.config import AudioProjectorConfig
 from model.errors import ConfigError
 from model.projector import Pointwise, set_spread
 
-STRIDES: dict[str, tuple[int, ...]] = {"linear": (), "pool_mlp": (2,), "conv_mlp": (2, 2)}
+STRIDES: dict[str, tuple[int, ...]] = {"linear": (), "pool_mlp": (2,), "conv_mlp": (2, 2), "vita_conv": (2,)}
 """Strides by which each kind shortens a row, layer by layer: n -> (n - 1) // stride + 1. mlpNx_gelu shortens nothing."""
 MLP = re.compile(r"mlp([1-9])x_gelu")
+VITA_EPS = 1e-3
 KERNEL = 5  # kernel size of the convolutions in rows, as in VITA's adapter
 PROMPT_SPREAD = 0.02  # standard deviation of new prompts: about that of an embedding
 
@@ -34,8 +36,8 @@ def build_audio_projector(config: AudioProjectorConfig, in_features: int, out_fe
     """
     projector_strides(config.kind)
     module: nn.Module
-    if config.kind == "conv_mlp":
-        module = StridedConvMlp(in_features, out_features)
+    if config.kind in CONVOLUTIONS:
+        module = CONVOLUTIONS[config.kind](in_features, out_features)
     elif config.kind == "pool_mlp":
         module = PoolPairsMlp(*mlp(2, in_features, out_features))
     else:
@@ -83,6 +85,27 @@ class StridedConvMlp(nn.Module):
         return self.linear(F.gelu(self.norm(rows)))
 
 
+class RightConv(nn.Module):
+    """The adapter of VITA's published models, (N, L, in) -> (N, ceil(L / 2), out): each token looks at five rows from its own on.
+
+    A convolution of stride 2 to twice as many channels, LayerNorm, GELU, a projection. Rows beyond the valid length are zeros.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(in_features, 2 * in_features, KERNEL, stride=2)
+        self.norm = nn.LayerNorm(2 * in_features, eps=VITA_EPS)
+        self.linear = nn.Linear(2 * in_features, out_features)
+
+    def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+        rows = F.pad(masked(features, lengths), (0, 0, 0, KERNEL - 1))
+        return self.linear(F.gelu(self.norm(self.conv(rows.transpose(1, 2)).transpose(1, 2))))
+
+
+CONVOLUTIONS: dict[str, Callable[[int, int], nn.Module]] = {"conv_mlp": StridedConvMlp, "vita_conv": RightConv}
+"""Kinds with convolutions."""
+
+
 def convolved(layer: nn.Conv1d, rows: Tensor) -> Tensor:
     """Apply a convolution whose padding keeps the length, stride aside, to rows (N, C, L) -> (N, C', ceil(L / stride)).
 
@@ -95,9 +118,12 @@ def convolved(layer: nn.Conv1d, rows: Tensor) -> Tensor:
     return layer(F.pad(rows, (0, missing)))[..., : (length - 1) // layer.stride[0] + 1]
 
 
-def shortened(lengths: Tensor | None, stride: int) -> Tensor | None:
-    """Return the valid rows (N,) after a layer of that stride, by the rule of `model.media_spec.row_tokens`."""
-    return None if lengths is None else (lengths - 1) // stride + 1
+def shortened(lengths: Tensor | None, stride: int, kernel: int = 1) -> Tensor | None:
+    """Return the valid rows (N,) after a layer of that stride, by the rule of `model.media_spec.row_tokens`.
+
+    `kernel`: the rows that it needs for one, where it pads nothing.
+    """
+    return None if lengths is None else ((lengths - kernel) // stride + 1).clamp(min=0)
 
 
 def valid_mask(lengths: Tensor, width: int) -> Tensor:

@@ -16,7 +16,7 @@ from model.llm.new_tokens import is_new_rows
 from model.load import card_to_build
 from model.weights.materialise import resolve_value
 from model.weights.origins import of_adapter, run_layers, saved_tensors
-from model.weights.peft_adapter import OURS, peft_name
+from model.weights.peft_adapter import OURS
 
 PROJECTOR = "vision_projector"
 PROJECTORS = (PROJECTOR, "audio_projector")
@@ -68,8 +68,8 @@ def changed_parts(folder: Path, card: ModelCard) -> set[str]:
     return {name.partition(".")[0] for layer in layers for name in (*layer.tensors, *layer.adapters, *layer.stored)}
 
 
-def llm_adapter(folder: Path, card: ModelCard) -> tuple[Tensors, list[str]]:
-    """Return the language model's adapter under PEFT's names, and the full paths of the adapted modules. Raises `ConfigError` when
+def adapter_tensors(folder: Path, card: ModelCard) -> Tensors:
+    """Return the language model's adapter under our full names, biases that learned with it included. Raises `ConfigError` when
     there is none, or when other parts have adapters too.
     """
     if others := sorted(card.lora_parts - {"llm"}):
@@ -79,9 +79,7 @@ def llm_adapter(folder: Path, card: ModelCard) -> tuple[Tensors, list[str]]:
         )
     if "llm" not in card.lora_parts:
         raise ConfigError(f"model.llm.tune = {card.model.llm.tune!r}: the run has no LoRA adapter to export")
-    found = {name: rows for name, rows in saved_tensors(folder, check_sizes).items() if of_adapter(name, card)}
-    paths = [name.removesuffix(".lora_A") for name in found if name.endswith(".lora_A")]
-    return {peft_name(name, set(paths)): rows for name, rows in found.items()}, paths
+    return {name: rows for name, rows in saved_tensors(folder, check_sizes).items() if of_adapter(name, card)}
 
 
 def write_file(path: Path, tensors: Tensors) -> None:

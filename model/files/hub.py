@@ -13,9 +13,11 @@ from model.errors import ConfigError
 from model.files.tensor_files import Tensors, read_weights
 from model.files.untrusted import Json, load_json
 
-HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-"""owner/name, and nothing that could be read as a path or a URL."""
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}(@[A-Za-z0-9][A-Za-z0-9._/-]{0,254})?")
+"""owner/name or owner/name@revision, and nothing that could be read as a path or a URL."""
 
+WEIGHT_NAMES = tuple(f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in (".index.json", ""))
+"""Files by which a folder of a whole model is known: an index of shards, or the one file."""
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".npz", ".onnx")
 """Ends of files that hold weights under a name, or in a format, that is not looked for."""
 
@@ -31,11 +33,20 @@ def find_file(setting: str, path: str, name: str, cache_dir: str = "") -> Path |
     if not HUB_ID.fullmatch(path) or ".." in path:
         raise ConfigError(f"{setting} = {path!r} is no folder: give a Hugging Face folder or a hub id like 'org/name'")
     try:
-        found = cached_file(path, name, cache_dir=cache_dir or None, _raise_exceptions_for_missing_entries=False)
+        owner_name, revision = split_revision(path)
+        found = cached_file(
+            owner_name, name, cache_dir=cache_dir or None, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{setting} = {path!r} is neither a folder nor a hub id that can be read: {reason}") from error
     return Path(found) if found else None
+
+
+def split_revision(path: str) -> tuple[str, str | None]:
+    """Split a hub id `owner/name@revision` into its name and its revision: a branch, a tag or a commit; None for the newest."""
+    name, _, revision = path.partition("@")
+    return (name, revision or None) if not Path(path).is_dir() else (path, None)
 
 
 def read_json(setting: str, path: str, name: str, cache_dir: str = "") -> Json:

@@ -12,11 +12,13 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelF
 
 from model.config import OUR_ATTENTION, LlmConfig
 from model.errors import ConfigError
-from model.files.hub import hugging_face_config, read_json
+from model.files.hub import hugging_face_config
 from model.files.untrusted import Json
 from model.llm import attention
 from model.llm.interface import CausalLM
 from model.logit_scaling import logit_change
+from model.published.refused import REFUSED
+from model.published.table import part_config
 
 log = logging.getLogger(__name__)
 CAPPED_ATTENTION = (*OUR_ATTENTION, "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -43,8 +45,11 @@ class VocabularyLayout:
 
 
 def llm_config(config: LlmConfig, cache_dir: str = "") -> Json:
-    """Read config.json of the language model. Raises `ConfigError` when the folder is known to hold another kind of model."""
-    value = read_json("model.llm.path", config.path, "config.json", cache_dir)
+    """Read config.json of the language model, its own inside a published model's.
+
+    Raises `ConfigError` when the folder is known to hold another kind of model.
+    """
+    value = part_config("model.llm.path", "llm", config.path, cache_dir)
     check_language_model(config.path, value)
     return value
 
@@ -55,6 +60,8 @@ def check_language_model(path: str, value: Json) -> None:
     Without this check, an error about a missing tokenizer or head would come first.
     """
     kind, text = value.get("model_type"), value.get("text_config")
+    if reason := REFUSED.get(str(kind)):
+        raise ConfigError(f"model.llm.path = {path!r}: {kind!r} is not supported: {reason}")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         return  # `hugging_face_config` reports an unknown model_type
     text_kind = str(text.get("model_type")) if isinstance(text, dict) else None

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 SHRINK = 2
 """Side, in patches, of the square that becomes one token."""
+VITA_SCALE = 0.5
 
 
 def squares(features: Tensor) -> Tensor:
@@ -34,6 +35,27 @@ class PixelShuffleMlp(nn.Sequential):
 
     def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
         return super().forward(squares(features).flatten(3).flatten(1, 2))
+
+
+class ShuffledMlp(nn.Sequential):
+    """VITA's InternViT features and `mlp2x_gelu` without LayerNorm: features (N, g * g, C) -> (N, g * g / 4, out).
+
+    VITA multiplies the features by the 0.5 that was meant as the scale of its pixel shuffle; its models are trained so.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        wide = in_features * SHRINK**2
+        super().__init__(nn.Linear(wide, out_features), nn.GELU(), nn.Linear(out_features, out_features))
+
+    def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+        return super().forward(squares(features * VITA_SCALE).flatten(3).flatten(1, 2))
+
+
+class PixelShuffleV1Mlp(PixelShuffleMlp):
+    """InternVL's `mlp1` after version 1 of its pixel shuffle, which gives the squares column by column (InternVL-Chat 1.2)."""
+
+    def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+        return nn.Sequential.forward(self, squares(features).transpose(1, 2).flatten(3).flatten(1, 2))
 
 
 class PoolMlp(nn.Sequential):

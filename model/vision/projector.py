@@ -12,7 +12,7 @@ from model.config import VisionProjectorConfig
 from model.errors import ConfigError
 from model.media_spec import ImageSpec
 from model.projector import POINTWISE, build_projector, is_pointwise, set_spread
-from model.vision.grid_projector import SHRINK, ConvMlp, PixelShuffleMlp, PoolMlp
+from model.vision.grid_projector import SHRINK, ConvMlp, PixelShuffleMlp, PixelShuffleV1Mlp, PoolMlp, ShuffledMlp
 from model.vision.resampler import QUERIES, Resampler
 
 SETTING = "model.vision_projector"
@@ -20,8 +20,10 @@ SETTING = "model.vision_projector"
 
 GRID_KINDS: dict[str, Callable[[int, int], nn.Module]] = {
     "pixel_shuffle_mlp": PixelShuffleMlp,
+    "pixel_shuffle_v1_mlp": PixelShuffleV1Mlp,
     "pool_mlp": PoolMlp,
     "conv_mlp": ConvMlp,
+    "vita_mlp": ShuffledMlp,
 }
 """Kinds that make one token of a square of patches."""
 

@@ -12,7 +12,8 @@ from model.errors import ConfigError
 from model.files.hub import find_file, hugging_face_config, read_json
 from model.files.quantised_base import check_settings
 from model.files.untrusted import Json
-from model.media_spec import ImageSpec
+from model.media_spec import PLACEHOLDERS, ImageSpec
+from model.published.table import part_config, part_processor
 from model.vision.multi_scale import merge_scales, scale_tiles
 from model.vision.tower_kinds import TOWERS, num_prefix, remove_unused_layers, square_side, transformers_config
 
@@ -24,6 +25,9 @@ RESIZE = {
     "SiglipImageProcessor": "exact",
     "ViTImageProcessor": "exact",
     "GotOcr2ImageProcessor": "exact",
+    "LlavaImageProcessor": "shortest_edge",
+    "LlavaNextImageProcessor": "shortest_edge",
+    "LlavaOnevisionImageProcessor": "exact",
 }
 """Resize mode by image processor class, without `Fast` or `Pil`; `shortest_edge` resizes to the side of the processor's crop."""
 
@@ -32,7 +36,8 @@ def vision_config(config: VisionConfig, cache_dir: str = "") -> Json:
     """Read config.json of the tower in the form of transformers' class; folders of larger models nest it in their own."""
     whole = read_json(SETTING, config.path, "config.json", cache_dir)
     check_settings(SETTING, config.path, whole)
-    value = whole.get("vision_config", whole)
+    value = part_config(SETTING, "vision", config.path, cache_dir)
+    value = value.get("vision_config", value)
     if "model_type" not in value:
         raise ConfigError(f"{SETTING} = {config.path!r}: config.json names no model_type for the vision tower")
     return transformers_config(f"{SETTING} = {config.path!r}", value)
@@ -61,6 +66,7 @@ def vision_spec(config: VisionConfig, cache_dir: str = "") -> ImageSpec:
         std=tuple(processor["image_std"]),
         resample=processor.get("resample", 3),
         rescale=processor.get("rescale_factor", 1 / 255),
+        placeholder=config.placeholder or PLACEHOLDERS["image"],
     )
 
 
@@ -83,7 +89,10 @@ def view_sizes(config: VisionConfig, value: PretrainedConfig) -> tuple[int, ...]
 
 def image_processor_config(path: str, cache_dir: str) -> Json:
     """Read the image processor's settings: preprocessor_config.json, or nested in processor_config.json as in newer folders."""
-    if find_file(SETTING, path, "preprocessor_config.json", cache_dir):
+    inside = part_processor(SETTING, path, cache_dir)
+    if inside is not None:
+        found = inside
+    elif find_file(SETTING, path, "preprocessor_config.json", cache_dir):
         found = read_json(SETTING, path, "preprocessor_config.json", cache_dir)
     else:
         found = read_json(SETTING, path, "processor_config.json", cache_dir).get("image_processor", {})

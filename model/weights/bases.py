@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,13 +11,15 @@ from torch import nn
 from model.audio import encoder as audio
 from model.card import ModelCard
 from model.errors import ConfigError
-from model.files.hub import folder_tensors, hugging_face_config, read_json, weight_files
+from model.files.hub import hugging_face_config, read_json
 from model.files.quantised_base import check_dequantizable, check_plain, dequantised_fp8, quantisation
 from model.files.tensor_files import Tensors, sampled_digest
+from model.llm.causal_lm import blocks
 from model.llm.experts import fuse_experts
 from model.llm.new_tokens import is_new_rows
 from model.lora import is_adapter
 from model.multimodal import MultimodalLM
+from model.published.table import find_layout, part_config, part_files, part_tensors
 from model.vision import tower as vision
 from model.vision.position_embeddings import resize_positions
 from model.vision.tower import VisionTower
@@ -25,6 +27,7 @@ from model.vision.tower_kinds import tower_tensors_in_files
 from model.weights.accounting import EncoderFiles, EncoderNames, check_encoder, check_llm, prefixed
 from model.weights.initial_values import grow_embedding
 from model.weights.materialise import Layer, kept_buffers, owners
+from model.weights.merged_adapter import adapter_files, with_adapter
 from model.weights.peft_adapter import CONFIG, PICKLED, WEIGHTS
 from model.weights.renamed import renamed
 
@@ -47,24 +50,28 @@ def base_layers(card: ModelCard, model: MultimodalLM) -> list[Layer]:
     return layers
 
 
-def base_tensors(part: str, path: str, cache_dir: str, digest: str) -> Tensors:
-    """Return every tensor of a base. Raises `ConfigError` when the fingerprint of its files is not `digest` ("" = unknown)."""
-    files = weight_files(f"model.{part}.path", path, cache_dir)
+def base_tensors(part: str, path: str, cache_dir: str, digest: str, beside: Sequence[Path] = ()) -> Tensors:
+    """Return every tensor of a base, or those of its part in a published model.
+
+    `beside`: further files of its fingerprint. Raises `ConfigError` when that is not `digest` ("" = unknown).
+    """
+    files = [*part_files(f"model.{part}.path", path, cache_dir), *beside]
     if digest and sampled_digest(files) != digest:
         raise ConfigError(
             f"model.{part}.path = {path!r} holds other weights than the ones this run was trained on: restore them, or name "
             f"the folder where they are, as load_model(..., base={{{part!r}: path}})"
         )
-    return folder_tensors(f"model.{part}.path", path, cache_dir)
+    return part_tensors(f"model.{part}.path", part, path, cache_dir)
 
 
 def llm_tensors(card: ModelCard, model: MultimodalLM) -> Tensors:
     """Return the language model's tensors by full name, with vocabulary matrices grown to the model's size."""
     config = card.model
-    found = base_tensors("llm", config.llm.path, config.cache_dir, card.bases.get("llm", ""))
-    settings = quantisation(read_json(LLM, config.llm.path, "config.json", config.cache_dir))
+    beside = adapter_files(config.llm, config.cache_dir)
+    found = base_tensors("llm", config.llm.path, config.cache_dir, card.bases.get("llm", ""), beside)
+    settings = quantisation(part_config(LLM, "llm", config.llm.path, config.cache_dir))
     own = file_names(model.llm)
-    check_adapter_beside(config.llm.path, card.lora.path)
+    check_adapter_beside(config.llm.path, card.lora.path or config.llm.adapter)
     if config.llm.dequantize:
         check_dequantizable(config.llm.path, settings)
         found = dequantised_fp8(f"{LLM} = {config.llm.path!r}", found, settings or {})
@@ -75,6 +82,9 @@ def llm_tensors(card: ModelCard, model: MultimodalLM) -> Tensors:
     check_llm(LLM, config.llm.path, found, model.llm, own)
     found = {f"llm.{name}": rows for name, rows in found.items()}
     check_vocabulary(card, found, model)
+    if config.llm.adapter:
+        inside = find_layout(LLM, config.llm.path, config.cache_dir) is not None
+        found = with_adapter(found, beside[0].parent, model.llm, inside)
     return resize_vocabulary(found, card, None, model)
 
 
@@ -173,9 +183,9 @@ def audio_tensors(path: str, encoder: audio.AudioEncoder, cache_dir: str = "", d
     prefix = prefixes[0] if prefixes else ""
     here = {name.removeprefix(prefix): rows for name, rows in files.items() if name.startswith(prefix)}
     check_plain(audio.SETTING, path, None, here, wanted)
-    nested = bool(read_json(audio.SETTING, path, "config.json", cache_dir).get("audio_config"))
+    nested = bool(part_config(audio.SETTING, "audio", path, cache_dir).get("audio_config"))
     outside = [name for name in files if not name.startswith(prefix)]
-    total = len(encoder.tower.layers)
+    total = len(blocks(encoder.tower))
     names = EncoderNames(wanted, (total, total), "the audio encoder")
     check_encoder(audio.SETTING, path, EncoderFiles(here, outside, nested), names)
     return {f"audio.tower.{name}": here[name] for name in wanted if name in here}

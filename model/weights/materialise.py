@@ -42,6 +42,12 @@ class Adapter:
         )
 
 
+def adapter_pairs(tensors: Tensors, scale: float) -> dict[str, Adapter]:
+    """Return the adapters among `tensors` by the full name of the weight that each is merged into."""
+    paths = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
+    return {f"{p}.weight": Adapter(tensors[f"{p}.lora_A"], tensors[f"{p}.lora_B"], scale) for p in paths}
+
+
 @dataclass(frozen=True)
 class Layer:
     """One origin of weights. It is opened when a name that begins with `prefix` is first looked up and is in no newer layer."""

@@ -19,13 +19,14 @@ from model.llm.new_tokens import is_new_rows
 from model.llm.quantized_linear import matrices
 from model.lora import adapted, is_adapter
 from model.multimodal import MultimodalLM
+from model.published.table import find_layout
 from model.weights.bases import base_layers, resize_vocabulary
 from model.weights.compatibility import check_same_bases, continued_parts
 from model.weights.initial_values import initial_adapter, initial_tensors
-from model.weights.materialise import Adapter, Layer
+from model.weights.materialise import Layer, adapter_pairs
 from model.weights.new_token_rows import first_rows, row_patches
-from model.weights.peft_adapter import read_adapter
-from model.weights.projector_files import check_llavas_parts, projector_layers
+from model.weights.part_layers import check_parts_beside, part_layers, trained_layers
+from model.weights.peft_adapter import local_adapter, read_adapter
 
 
 def weight_layers(card: ModelCard, model: MultimodalLM, seed: int) -> list[Layer]:
@@ -48,13 +49,15 @@ def configured_layers(card: ModelCard, model: MultimodalLM, loaded: Collection[s
         layers += run_layers(Path(config.init_from), card, model, "model.init_from", proof)
     # Check conflicts against the named run only; its own bases are opened lazily.
     inherited = {name for layer in layers[:2] for name in layer.tensors}
-    layers += projector_layers(config, model, loaded, inherited)
+    layers += [*part_layers(card, model, loaded, inherited), *trained_layers(card, model, inherited)]
     if card.lora.path and not any(map(is_adapter, loaded)):
         if any(map(is_adapter, inherited)):
             raise ConfigError("lora.path and model.init_from both hold adapters: name one of them")
-        check_llavas_parts(card)
+        check_parts_beside(card)
         parts = {name: model.get_submodule(name) for name in sorted(card.lora_parts)}
-        layers.append(Layer(card.lora.path, lambda: read_adapter(Path(card.lora.path), card.lora, parts)))
+        inside = find_layout("model.llm.path", card.model.llm.path, card.model.cache_dir) is not None
+        path = local_adapter("lora.path", card.lora.path, card.model.cache_dir)
+        layers.append(Layer(card.lora.path, lambda: read_adapter(path, card.lora, parts, inside)))
     return layers
 
 
@@ -124,11 +127,6 @@ def saved_tensors(folder: Path, check: Callable[[Path], object] = verify, proof:
         prefix = "" if part == "lora" or path.name == NEW_ROWS else f"{part}."
         found |= {prefix + name: rows for name, rows in read_weights(path).items()}
     return found
-
-
-def adapter_pairs(tensors: Tensors, scale: float) -> dict[str, Adapter]:
-    paths = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
-    return {f"{p}.weight": Adapter(tensors[f"{p}.lora_A"], tensors[f"{p}.lora_B"], scale) for p in paths}
 
 
 def new_tensors(card: ModelCard, model: MultimodalLM, seed: int) -> Tensors:

@@ -2,53 +2,83 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
 from model.config import LoraConfig
 from model.errors import ConfigError
+from model.files.hub import HUB_ID, find_file
 from model.files.quantised_base import is_coded
 from model.files.tensor_files import LazyTensor, Tensors, dump_json, read_safetensors, read_weights
 from model.files.untrusted import SHOWN, Json, load_json, shown
 from model.lora import HEAD_STAYS, SUFFIXES, adapted, at_head, is_adapter, learning_biases
+from model.weights.adapter_names import ELSEWHERE, PREFIX, PROJECTORS, is_inside, is_saved_projector, module_path, our_name
 from model.weights.peft_settings import DEFAULTS, problems
 
-PREFIX = "base_model.model."
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 OURS, OUR_CONFIG, CARD = "lora.safetensors", "lora.json", "model.json"
 INHERITS = "inherits"
 """Key of lora.json: the adapter was trained on weights that an earlier run changed, not on the base's."""
 BIASES = ("none", "lora_only", "all")
 """Values of `bias`, in ascending number of trained biases."""
-IN_LARGER = re.compile(r"llm\.(model\.)?(language_model|text_model|thinker|vision_tower|vision_model|visual|audio_tower)\.")
-"""Names of modules inside a model of several parts, as PEFT writes them for its adapters."""
+PEFT_SUFFIXES = tuple(f"{suffix}.weight" for suffix in SUFFIXES)
 TO_MERGE = "merge it into its base with PEFT (merge_and_unload) and name the result as model.llm.path"
 
 
-def read_adapter(path: Path, lora: LoraConfig, parts: Mapping[str, nn.Module]) -> Tensors:
+def read_adapter(path: Path, lora: LoraConfig, parts: Mapping[str, nn.Module], inside: bool = False) -> Tensors:
     """Read every tensor of an adapter by full name, from our lora.safetensors, a folder that holds it, or a PEFT folder.
 
-    `parts`: the modules that have adapters now. Raises `ConfigError` unless the file's adapters are exactly those of `parts`, its
+    `parts`: the modules that have adapters now. `inside`: whether the language model is read out of a published
+    model, whose adapters have names of its parts. Raises `ConfigError` unless the file's adapters are exactly those of `parts`, its
     biases are those that it declares trained, and [lora] has the scale they were trained with.
     """
-    folder = path.parent if path.name in (WEIGHTS, PICKLED) else path
-    if (folder / CONFIG).is_file():
-        if (folder / OURS).is_file():
-            raise ConfigError(f"lora.path = {str(path)!r} holds two adapters, a {CONFIG} of PEFT and a {OURS}: keep one of them")
-        found, bias = _read_peft(folder, lora)
-    else:
-        found, bias = _read_ours(path, lora, parts)
+    found, bias = read_stored(Named("lora.path", path), lora, parts, inside)
     _check_bias(path, bias, lora.bias)
-    if coded := [name for name, rows in found.items() if is_coded(rows.dtype)]:
-        raise ConfigError(
-            f"lora.path = {str(path)!r}: {shown(coded[0])} is {found[coded[0]].dtype}: codes without their scales are no weights; "
-            "save the adapter in bfloat16, float16 or float32"
-        )
     _check_names(path, set(found), bias, parts)
     return found
+
+
+def local_adapter(setting: str, path: str, cache_dir: str = "") -> Path:
+    """Return the folder or file of a stored adapter; that of a hub id in the cache. Raises `ConfigError` for an unknown id."""
+    if Path(path).exists() or not HUB_ID.fullmatch(path):
+        return Path(path)
+    config = find_file(setting, path, CONFIG, cache_dir)
+    any(find_file(setting, path, name, cache_dir) for name in (WEIGHTS, PICKLED))  # the first that is there is downloaded
+    return config.parent if config else Path(path)
+
+
+@dataclass(frozen=True)
+class Named:
+    """A stored adapter, and the setting that names it."""
+
+    setting: str
+    path: Path
+
+    def error(self, text: str) -> ConfigError:
+        return ConfigError(f"{self.setting} = {str(self.path)!r}{text}")
+
+
+def read_stored(named: Named, lora: LoraConfig, parts: Mapping[str, nn.Module], inside: bool) -> tuple[Tensors, str]:
+    """Read a stored adapter in any form. Return its tensors by full name, and the value of `bias` they were trained with.
+
+    Raises `ConfigError` when it is damaged, uses what is not supported, or was trained with another scale than `lora` has.
+    """
+    folder = named.path.parent if named.path.name in (WEIGHTS, PICKLED) else named.path
+    if (folder / CONFIG).is_file():
+        if (folder / OURS).is_file():
+            raise named.error(f" holds two adapters, a {CONFIG} of PEFT and a {OURS}: keep one of them")
+        found, bias = _read_peft(replace(named, path=folder), lora, parts, inside)
+    else:
+        found, bias = _read_ours(named, lora, parts)
+    if coded := [name for name, rows in found.items() if is_coded(rows.dtype)]:
+        raise named.error(
+            f": {shown(coded[0])} is {found[coded[0]].dtype}: codes without their scales are no weights; "
+            "save the adapter in bfloat16, float16 or float32"
+        )
+    return found, bias
 
 
 def _check_names(path: Path, found: set[str], bias: str, parts: Mapping[str, nn.Module]) -> None:
@@ -60,12 +90,6 @@ def _check_names(path: Path, found: set[str], bias: str, parts: Mapping[str, nn.
         raise ConfigError(
             f"lora.path = {str(path)!r} holds {shown(foreign[0])} ({len(foreign)} such), which is no part of an adapter here: "
             f"{TO_MERGE}"
-        )
-    if larger := sorted(name for name in adapters if IN_LARGER.match(name)):
-        raise ConfigError(
-            f"lora.path = {str(path)!r} adapts {shown(larger[0].removeprefix('llm.'))}, a part of a larger model: "
-            "it was trained on that one's weights; merge it there with PEFT (merge_and_unload), save its language model, and "
-            "name that as model.llm.path"
         )
     wanted = {f"{part}.{name}{suffix}" for part, module in parts.items() for name, _ in adapted(module) for suffix in SUFFIXES}
     _compare(path, adapters, wanted, "lora.targets must name the layers it was trained on")
@@ -92,87 +116,91 @@ def _check_bias(path: Path, then: object, now: str) -> None:
         )
 
 
-def _read_ours(path: Path, lora: LoraConfig, parts: Collection[str]) -> tuple[Tensors, str]:
+def _read_ours(named: Named, lora: LoraConfig, parts: Collection[str]) -> tuple[Tensors, str]:
     """Read lora.safetensors. Return its tensors, and the value of `bias` they were trained with."""
+    path = named.path
     file = path / OURS if path.is_dir() else path
     if not file.is_file():
-        raise ConfigError(f"lora.path = {str(path)!r} is neither a PEFT folder nor a {OURS}")
+        raise named.error(f" is neither a PEFT folder nor a {OURS}")
     found, recorded = read_safetensors(file), []
     for name in (OUR_CONFIG, CARD):
         beside = file.with_name(name)
         if beside.is_file():
-            value = _read_json(beside)
+            value = stored_json(named.setting, beside)
             config = value.get("lora") if name == CARD else value
             if not isinstance(config, dict) or not config.keys() >= {"rank", "alpha", "rslora"}:
-                raise ConfigError(f"lora.path = {str(path)!r}: {beside.name} does not say rank, alpha and rslora")
-            _check(path, {key: config[key] for key in ("rank", "alpha", "rslora")}, lora)
+                raise named.error(f": {beside.name} does not say rank, alpha and rslora")
+            _check(named, {key: config[key] for key in ("rank", "alpha", "rslora")}, lora)
             recorded += [config["bias"]] if "bias" in config else []
-            _check_base(path, file.parent, value, parts)
+            _check_base(named, file.parent, value, parts)
     # Early files record no `bias`: any biases in them must be those that are trained now, which `read_adapter` checks.
     learned = lora.bias if any(not is_adapter(name) for name in found) else "none"
     return found, recorded[0] if recorded else learned
 
 
-def _check_base(path: Path, folder: Path, described: Json, parts: Collection[str]) -> None:
+def _check_base(named: Named, folder: Path, described: Json, parts: Collection[str]) -> None:
     """Refuse an adapter that was trained on other weights than the base's: it is valid on those weights only."""
     model = described.get("model")
     earlier = model.get("init_from") if isinstance(model, dict) else described.get(INHERITS)
     beside = [file.name for part in parts for file in sorted(folder.glob(f"{part}[.-]*safetensors"))] if model else []
     if earlier or beside:
         what = f"beside it in {beside[0]}" if beside else "that an earlier run trained"
-        raise ConfigError(
-            f"lora.path = {str(path)!r} holds an adapter of weights {what}, not of the base's: name its run as model.init_from "
-            "instead"
-        )
+        raise named.error(f" holds an adapter of weights {what}, not of the base's: name its run as model.init_from instead")
 
 
-def _read_json(file: Path) -> Json:
+def stored_json(setting: str, file: Path) -> Json:
     try:
         value = load_json(file)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"lora.path: {file} cannot be read: {error}") from error
+        raise ConfigError(f"{setting}: {file} cannot be read: {error}") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"lora.path: {file} is not a JSON object")
+        raise ConfigError(f"{setting}: {file} is not a JSON object")
     return value
 
 
-def _check(path: Path, config: Json, lora: LoraConfig) -> None:
+def _check(named: Named, config: Json, lora: LoraConfig) -> None:
     for key, value in config.items():
         if getattr(lora, key) != value:
-            raise ConfigError(
-                f"lora.path = {str(path)!r} was trained with {key} = {shown(value)}, but lora.{key} = {getattr(lora, key)!r}"
-            )
+            raise named.error(f" was trained with {key} = {shown(value)}, but lora.{key} = {getattr(lora, key)!r}")
 
 
-def _read_peft(folder: Path, lora: LoraConfig) -> tuple[Tensors, str]:
+def _read_peft(named: Named, lora: LoraConfig, parts: Mapping[str, nn.Module], inside: bool) -> tuple[Tensors, str]:
     """Read a PEFT folder. Return its tensors under our names, and the value of `bias` they were trained with."""
-    config = {**DEFAULTS, **_read_json(folder / CONFIG)}
+    folder = named.path
+    config = {**DEFAULTS, **stored_json(named.setting, folder / CONFIG)}
     # As in PEFT: the pickle is read only when there is no other file.
     file = next((folder / name for name in (WEIGHTS, PICKLED) if (folder / name).is_file()), None)
     if file is None:
-        raise ConfigError(f"lora.path = {str(folder)!r} holds no {WEIGHTS}")
+        raise named.error(f" holds no {WEIGHTS}")
+    stored = read_weights(file)
+    saved = config.get("modules_to_save")
+    if isinstance(saved, list) and all(str(name).rpartition(".")[2] in PROJECTORS for name in saved):
+        # A projector that was saved whole is what model.vision_projector.path reads.
+        config["modules_to_save"] = None
+        stored = {name: rows for name, rows in stored.items() if not is_saved_projector(name)}
+    check_inside(named, stored, inside)
     found: dict[str, LazyTensor] = {}
-    for name, rows in read_weights(file).items():
-        if not name.startswith(PREFIX) or (ours := our_name(name)) in found:
-            raise ConfigError(
-                f"lora.path = {str(folder)!r}: {file.name} holds {shown(name)}, which PEFT would not read: its names "
-                f"begin with {PREFIX!r}"
-            )
+    decoder = getattr(parts.get("llm"), "base_model_prefix", "model")
+    for name, rows in stored.items():
+        if not name.startswith(PREFIX) or (ours := our_name(name, decoder)) in found:
+            raise named.error(f": {file.name} holds {shown(name)}, which PEFT would not read: its names begin with {PREFIX!r}")
         found[ours] = rows
-    paths = {name.rpartition(".")[0].removeprefix("llm.") for name in found if is_adapter(name)}
+    paths = {module_path(name) for name in stored if name.endswith(PEFT_SUFFIXES)}
     if wrong := list(problems(config, paths)):
-        raise ConfigError(f"lora.path = {str(folder)!r} " + "; it ".join(wrong))
-    _check(folder, {"rank": config["r"], "alpha": config["lora_alpha"], "rslora": config["use_rslora"]}, lora)
+        raise named.error(" " + "; it ".join(wrong))
+    _check(named, {"rank": config["r"], "alpha": config["lora_alpha"], "rslora": config["use_rslora"]}, lora)
     return found, config["bias"]
 
 
-def our_name(name: str) -> str:
-    """Return our full name of a tensor that PEFT calls `name`: the inverse of `peft_name`."""
-    plain = name.removeprefix(PREFIX)
-    for suffix in SUFFIXES:
-        plain = plain.removesuffix(".weight") if plain.endswith(f"{suffix}.weight") else plain
-    path, _, kind = plain.rpartition(".")
-    return f"llm.{path.removesuffix('.base_layer')}.{kind}"
+def check_inside(named: Named, names: Collection[str], inside: bool) -> None:
+    """Refuse an adapter of a model of several parts beside a language model that is not `inside` one."""
+    larger = sorted(name for name in names if is_inside(name))
+    if (larger and not inside) or any(ELSEWHERE.match(name.removeprefix(PREFIX)) for name in larger):
+        raise named.error(
+            f" adapts {shown(larger[0].removeprefix(PREFIX))}, a part of a larger model: it was trained "
+            "on that one's weights; name that model as model.init_from, or merge it there with PEFT (merge_and_unload), save its "
+            "language model, and name that as model.llm.path"
+        )
 
 
 def peft_name(name: str, paths: Collection[str]) -> str:

@@ -47,6 +47,7 @@ PAIRS = (
     ("conv_mlp", "conv_mlp"),
     ("pixel_shuffle_mlp", "conv_mlp"),
     ("resampler", "conv_mlp"),
+    ("vita_mlp", "vita_conv"),
 )
 """Kinds of the vision and the audio projector: together every kind there is."""
 FRAMES = (1, 2, 3, 37)

@@ -20,7 +20,7 @@ MAY_IMPORT = {
 DATA_MAY_IMPORT = {"model.batch", "model.media_spec", "model.errors", "model.files.untrusted"}
 """Modules of model/ that data/ may import: the contract between the two, and what costs nothing."""
 ORDER = {
-    "model": ("files", "audio", "llm", "vision", "weights", "exports"),
+    "model": ("files", "published", "audio", "llm", "vision", "weights", "exports"),
     "data": ("order", "records", "media", "text", "index", "check"),
     "trainer": ("runfile", "distributed", "machine", "health", "records", "checkpoint", "faults", "memory"),
     "tools": ("demos", "exports", "inspector"),

@@ -21,7 +21,6 @@ from data.config import DataConfig
 from data.dataset import open_dataset
 from data.sample import Sample
 from model.batch import IGNORE_INDEX, Batch
-from model.exports.hugging_face import PREFIXES
 from tests.support.finals import Run, build, config_of, save_final, save_parts, trainable
 from tests.support.tiny_data import source, talk
 from tools.export_adapter import main as export
@@ -180,8 +179,10 @@ def test_thirty_steps_have_the_losses_of_hugging_faces_trainer(tmp_path: Path, t
 
 def their_name(name: str) -> str:
     """Where a parameter of ours stands in memory; the folder's names are those of older versions."""
-    old, new = next((old, new) for old, new in PREFIXES if name.startswith(old))
-    renamed = new + name.removeprefix(old)
+    names = {"llm.": "language_model.", "vision.tower.": "vision_tower.vision_model."}
+    names |= {f"vision_projector.{2 * i}.": f"multi_modal_projector.linear_{i + 1}." for i in range(2)}
+    old = next(old for old in names if name.startswith(old))
+    renamed = names[old] + name.removeprefix(old)
     heads = {"language_model.lm_head.": "lm_head.", "language_model.model.": "model.language_model."}
     heads |= {"vision_tower.vision_model.": "model.vision_tower.", "multi_modal_projector.": "model.multi_modal_projector."}
     prefix = next(prefix for prefix in heads if renamed.startswith(prefix))

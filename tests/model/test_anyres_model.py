@@ -21,7 +21,10 @@ from data.processor import load_processor
 from model.batch import IGNORE_INDEX, Batch
 from model.config import ModelConfig
 from model.errors import ConfigError
-from model.exports.hugging_face import model_config, weights, write_weights
+from model.exports.hf_classes import NEXT as NEXT_CLASS
+from model.exports.hf_classes import ONEVISION as ONEVISION_CLASS
+from model.exports.hf_classes import class_config
+from model.exports.hf_weights import weights, write_weights
 from model.files.tensor_files import dump_json
 from model.load import load_model
 from tests.support.anyres import NEXT, ONEVISION, SIZES, pinpoints
@@ -32,6 +35,7 @@ from tests.support.runs import merged, save_records, start, start_alone, tables
 from tests.support.runs import save_parts as save_run_parts
 from tests.support.tiny_data import talk
 from tools.export_adapter import main as export
+from tools.exports.hf_folder import facts_of
 from trainer.runfile.load import parse_config
 from trainer.runfile.part_checks import anyres_problems
 
@@ -68,17 +72,11 @@ def records(folder: Path, with_several: bool) -> list[dict[str, Any]]:
 
 def theirs(folder: Path, run: Run, kind: str) -> Any:
     """transformers' model with the weights of `run`."""
-    cls, _, _, data = KINDS[kind]
-    grid = pinpoints(ONEVISION if data else NEXT, SIDE)
-    image_id = run.processor.template.placeholder_ids["image"]
-    config = model_config(run.card, run.model, image_id) | {"image_grid_pinpoints": grid, "architectures": [cls.__name__]}
-    config["model_type"] = cls.config_class.model_type
-    if data:
-        config |= {"vision_aspect_ratio": f"anyres_max_{data['anyres_max']}", "video_token_index": image_id + 1}
-        config.pop("image_seq_length")
+    cls, target = KINDS[kind][0], ONEVISION_CLASS if kind == "onevision" else NEXT_CLASS
+    config = class_config(target, run.card, run.model, facts_of(run.processor))
     folder.mkdir()
     (folder / "config.json").write_text(dump_json(config))
-    write_weights(folder, weights(run.card, run.model))
+    write_weights(folder, weights(target, run.card, run.model))
     model, report = cls.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model
@@ -157,14 +155,18 @@ def test_the_line_break_is_saved_exported_and_restored(tmp_path: Path, kind: str
 
 
 def test_a_line_break_goes_to_llava_and_comes_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = trained(settings_of(tmp_path), image_fit="anyres")
+    config = settings_of(tmp_path)
+    assert config.vision is not None
+    frozen = replace(config, llm=replace(config.llm, tune="frozen"), vision=replace(config.vision, tune="frozen"))
+    run = trained(frozen, image_fit="anyres")
     final = save_final(run, tmp_path)
     assert export([str(final), str(tmp_path / "out"), "--for", "llava"]) == 0
     file = tmp_path / "out" / "mm_projector.bin"
     assert "model.image_newline" in torch.load(file, weights_only=True)
     again = replace(run.card.model, vision_projector=replace(run.card.model.vision_projector, path=str(file)))  # type: ignore[type-var]
     same(*(values(one.model.get_submodule("vision_projector")) for one in (build(again), run)))
-    assert export([str(final), str(tmp_path / "hf"), "--for", "hf"]) == 2
+    padded = save_final(trained(frozen, image_fit="pad"), tmp_path / "padded")
+    assert export([str(padded), str(tmp_path / "hf"), "--for", "hf"]) == 2
     assert "model.vision_projector.newline = true" in capsys.readouterr().err and not (tmp_path / "hf").exists()
 
 

@@ -23,12 +23,13 @@ from model.weights.materialise import Layer, materialise, parameters_on_meta
 from tests.support.tiny_audio import MELS, joined, save_qwen2_audio, save_whisper, wave
 
 CLIPS = [0.3, 0.37, 3.54, 29.9, 65.0]  # an odd number of frames is where a stride could reach past the end
-KINDS = ["linear", "mlp2x_gelu", "pool_mlp", "conv_mlp"]
+KINDS = ["linear", "mlp2x_gelu", "pool_mlp", "conv_mlp", "vita_conv"]
 TOKENS = {  # of the clips, by hand: halved by the encoder, then by each stride of the projector, always rounded up
     "linear": [15, 19, 177, 1495, 1500 + 1500 + 250],
     "mlp2x_gelu": [15, 19, 177, 1495, 3250],
     "pool_mlp": [8, 10, 89, 748, 750 + 750 + 125],
     "conv_mlp": [4, 5, 45, 374, 375 + 375 + 63],
+    "vita_conv": [8, 10, 89, 748, 1625],
 }
 
 
@@ -148,10 +149,10 @@ def test_pairs_are_means_of_valid_rows_alone() -> None:
     assert mean_of_pairs(rows, None)[0, :, 0].tolist() == [1.5, 3.5, 5.0]
 
 
-@pytest.mark.parametrize("seconds", [1.0, 0.4])
+@pytest.mark.parametrize("seconds", [1.0, 0.4, 0.37])
 @pytest.mark.parametrize("together", [False, True])
 def test_qwen2_audio_is_read_as_transformers_reads_it(tmp_path: Path, seconds: float, together: bool) -> None:
-    """Its encoder, which pools, and its linear projector: features and logits, for even numbers of rows."""
+    """Its encoder, which pools, and its linear projector: features and logits; the last of 19 rows gives none."""
     theirs = save_qwen2_audio(tmp_path, seconds=2)
     spec = spec_of(tmp_path)
     waves = [wave(seconds), wave(2.0)] if together else [wave(seconds)]
@@ -208,10 +209,10 @@ def test_what_a_folder_says_of_its_features_is_believed_or_refused(whisper: Path
     write("preprocessor_config.json", {**flat, "chunk_length": 15})
     with pytest.raises(ConfigError, match=r"chunk_length of the feature extractor makes 240000, the encoder .* needs 480000"):
         spec_of(tmp_path)
-    with pytest.raises(ConfigError, match=r"kind = 'resampler' is not 'linear' \| 'pool_mlp' \| 'conv_mlp' \| 'mlp1x_gelu' \.\.\."):
+    with pytest.raises(ConfigError, match=r"kind = 'resampler' is not 'linear' \| .* \| 'vita_conv' \| 'mlp1x_gelu' \.\.\."):
         spec_of(whisper, kind="resampler")
     write("config.json", {"model_type": "wav2vec2"})
-    with pytest.raises(ConfigError, match=r"'wav2vec2' is not whisper \| qwen2_audio_encoder"):
+    with pytest.raises(ConfigError, match=r"'wav2vec2' is not whisper \| qwen2_audio_encoder \| whale"):
         spec_of(tmp_path)
 
 

@@ -56,6 +56,7 @@ def test_one_file_per_part_that_was_trained(parts: Path, tmp_path: Path, save: C
         "vision_projector.safetensors",
         "lora.safetensors",
         "lora.json",
+        "README.md",
     }
     for part in ("vision", "vision_projector"):
         same(load_file(tmp_path / "out" / f"{part}.safetensors"), part_values(run, part))
@@ -67,7 +68,7 @@ def test_one_file_per_part_that_was_trained(parts: Path, tmp_path: Path, save: C
 def test_the_language_models_own_weights_are_left_where_they_are(parts: Path, tmp_path: Path, save: Callable[..., Path]) -> None:
     run = trained(config_of(parts, "full"))
     assert export([str(save(run, tmp_path)), str(tmp_path / "out")]) == 0
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["vision_projector.safetensors"]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"vision_projector.safetensors", "README.md"}
     same(load_file(tmp_path / "out" / "vision_projector.safetensors"), part_values(run, "vision_projector"))
 
 
@@ -130,7 +131,8 @@ def destroy(file: Path, chosen: Callable[[str], bool]) -> None:
     file.write_bytes(data)
 
 
-def test_a_checkpoint_with_a_frozen_projector_gives_the_one_it_was_started_with(parts: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_with_a_frozen_projector_gives_the_one_it_was_started_with(tmp_path: Path) -> None:
+    parts = save_parts(tmp_path / "llama", "llama")  # whose LoRA folders LLaVA loads
     first = trained(config_of(parts, "frozen"), seed=1)
     start = str(save_final(first, tmp_path))
     run = trained(config_of(parts, "lora", projector="frozen", init_from=start), seed=2)
@@ -144,7 +146,7 @@ def test_a_checkpoint_with_a_frozen_projector_gives_the_one_it_was_started_with(
 
 @pytest.mark.parametrize("kind", ["linear", "mlp1x_gelu", "mlp2x_gelu", "mlp3x_gelu"])
 def test_llavas_projector_has_llavas_keys_and_comes_back(parts: Path, tmp_path: Path, kind: str) -> None:
-    run = trained(config_of(parts, kind=kind))
+    run = trained(config_of(parts, "frozen", kind=kind))
     assert export([str(save_final(run, tmp_path)), str(tmp_path / "out"), "--for", "llava"]) == 0
     file = tmp_path / "out" / "mm_projector.bin"
     stored = torch.load(file, weights_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration
 
-from model.exports.hugging_face import write_weights
+from model.exports.hf_classes import LLAVA
+from model.exports.hf_weights import weights, write_weights
 from model.load import load_model
 from tests.support.finals import Run, config_of, same, save_checkpoint, save_final, save_parts, trained
 from tests.support.tiny_data import talk
@@ -127,7 +127,7 @@ def test_logits_that_llavas_class_would_not_make_are_refused_before_anything_is_
     run = trained(config_of(parts))
     final = save_final(run, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("tools.export_adapter.load_model", None)
+        patch.setattr("tools.exports.hf_folder.load_model", None)
         assert export([str(final), str(tmp_path / "hf"), "--for", "hf"]) == 2
     said = capsys.readouterr().err
     assert does in said and "LLaVA's classes apply the bare head" in said and not (tmp_path / "hf").exists()
@@ -152,20 +152,18 @@ def test_weights_are_rounded_once_and_a_tied_head_is_left_out(tmp_path: Path) ->
     projector = run.model.get_parameter("vision_projector.2.weight").detach()
     assert torch.equal(stored["multi_modal_projector.linear_2.weight"], projector.bfloat16())
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert config["vision_config"]["num_hidden_layers"] == 2 and config["vision_feature_layer"] == -1
+    assert config["vision_config"]["num_hidden_layers"] == 3 and config["vision_feature_layer"] == -2
     assert config["tie_word_embeddings"] is True and config["dtype"] == "bfloat16"
     assert config["text_config"]["architectures"] == ["Qwen2ForCausalLM"] and config["text_config"]["vocab_size"] % 64 == 0
 
 
 def test_large_weights_are_written_in_shards(parts: Path, tmp_path: Path) -> None:
-    from model.exports.hugging_face import weights
-
     folder = save_final(trained(config_of(parts)), tmp_path)
     export([str(folder), str(tmp_path / "hf"), "--for", "hf"])
     expected = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf").state_dict()
     (tmp_path / "hf" / "model.safetensors").unlink()
     net = load_model(folder)
-    write_weights(tmp_path / "hf", weights(trained(config_of(parts)).card, net), max_bytes=50_000)
+    write_weights(tmp_path / "hf", weights(LLAVA, trained(config_of(parts)).card, net), max_bytes=50_000)
     assert len(list((tmp_path / "hf").glob("model-*-of-*.safetensors"))) > 3
     same(dict(LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf").state_dict()), dict(expected))
 
@@ -174,15 +172,14 @@ def test_a_wrong_export_is_a_failed_proof_and_leaves_nothing(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save_final(trained(config_of(parts)), tmp_path)
-    weights = sys.modules["tools.exports.hf_folder"].weights  # type: ignore[attr-defined]
 
-    def swapped(card: Any, net: Any) -> Any:
-        entries = weights(card, net)
+    def swapped(target: Any, card: Any, net: Any) -> Any:
+        entries = weights(target, card, net)
         a, b = (f"language_model.model.layers.{i}.self_attn.k_proj.weight" for i in range(2))
         return {**entries, a: entries[b], b: entries[a]}
 
-    def without(card: Any, net: Any) -> Any:
-        return {n: e for n, e in weights(card, net).items() if "post_layernorm" not in n}
+    def without(target: Any, card: Any, net: Any) -> Any:
+        return {n: e for n, e in weights(target, card, net).items() if "post_layernorm" not in n}
 
     for wrong, reason in ((swapped, "logits differ by"), (without, "does not load every tensor")):
         monkeypatch.setattr("tools.exports.hf_folder.weights", wrong)

@@ -42,11 +42,11 @@ def hearing(parts: Path, **head: Any) -> ModelConfig:
 CASES: dict[str, tuple[Callable[[Path], ModelConfig], str]] = {
     "adapter and projector": (lambda parts: config_of(parts, "lora"), "lora.path="),
     "adapters of two parts": (lambda parts: config_of(parts, "lora", "lora"), "lora.path="),
-    "positions": (lambda parts: config_of(parts, "lora", "positions"), "model.init_from="),
-    "a whole tower": (lambda parts: config_of(parts, "frozen", "full"), "model.init_from="),
+    "positions": (lambda parts: config_of(parts, "lora", "positions"), "model.vision.weights="),
+    "a whole tower": (lambda parts: config_of(parts, "frozen", "full"), "model.vision.weights="),
     "a whole language model": (lambda parts: config_of(parts, "full"), "model.init_from="),
     "two projectors": (hearing, "model.audio_projector.path="),
-    "a state head": (lambda parts: hearing(parts, state_head=StateHeadConfig(3)), "model.init_from="),
+    "a state head": (lambda parts: hearing(parts, state_head=StateHeadConfig(3)), "model.state_head.path="),
 }
 
 
@@ -87,5 +87,5 @@ def test_what_the_runs_own_file_names_gives_way(tmp_path: Path, capsys: pytest.C
     capsys.readouterr()
     assert export([str(save_final(run, tmp_path / "named")), str(tmp_path / "out2")]) == 0
     said = capsys.readouterr().out
-    assert "no setting reads vision.safetensors alone" in said and "model.vision_projector.path=" in said
+    assert "model.vision.weights=" in said and "model.vision_projector.path=" in said
     same(values(build(*followed(said, named, NO_LORA), seed=9).model), values(run.model))

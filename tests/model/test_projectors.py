@@ -102,6 +102,13 @@ def convolved(built: Any, rows: Tensor) -> Tensor:
     return built[2](F.gelu(found))
 
 
+def shuffled(built: Any, rows: Tensor) -> Tensor:
+    """Halved features, four patches side by side, without a norm."""
+    picture = rows.unflatten(1, (4, 4)) / 2
+    squares = [picture[:, y : y + 2, x : x + 2].flatten(1) for y in (0, 2) for x in (0, 2)]
+    return built[2](F.gelu(built[0](torch.stack(squares, dim=1))))
+
+
 def perceived(built: Any, rows: Tensor) -> Tensor:
     """Idefics' perceiver with the activation of Flamingo, and our projection behind it."""
     config: Any = SimpleNamespace(
@@ -120,7 +127,9 @@ def perceived(built: Any, rows: Tensor) -> Tensor:
     return built.proj(reference(rows))
 
 
-@pytest.mark.parametrize(("kind", "reference"), [("pool_mlp", pooled), ("conv_mlp", convolved), ("resampler", perceived)])
+@pytest.mark.parametrize(
+    ("kind", "reference"), [("pool_mlp", pooled), ("conv_mlp", convolved), ("vita_mlp", shuffled), ("resampler", perceived)]
+)
 def test_every_kind_equals_its_reference(kind: str, reference: Any) -> None:
     built = projector(kind)
     torch.testing.assert_close(built(features()), reference(built, features()), rtol=0, atol=1e-5)

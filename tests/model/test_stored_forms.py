@@ -36,6 +36,7 @@ from model.errors import ConfigError
 from model.exports.llm_folder import write_llm
 from model.files.quantised_base import dequantised_fp8
 from model.files.tensor_files import in_memory
+from model.load import load_model
 from tests.support.finals import config_of as run_config
 from tests.support.finals import save_final, save_parts, trained
 from tests.support.router import save_mixture
@@ -208,7 +209,7 @@ def test_a_folder_written_for_an_adapter_keeps_what_buffers_hold(plain: Path, tm
     shutil.copytree(plain / "corrected", folder / "llm")
     save_tokenizer(NAMES["qwen"](), folder / "llm")
     run = trained(run_config(folder, "lora"))
-    write_llm(save_final(run, tmp_path), tmp_path, run.card)
+    write_llm(load_model(save_final(run, tmp_path), merge_lora=False), tmp_path, run.card)
     written, expected = read(tmp_path), read(plain / "corrected")
     kept = [name for name in expected if name.endswith("correction_bias")]
     assert kept and all(torch.equal(written[name], expected[name]) for name in kept)

@@ -64,7 +64,7 @@ WHOLE = QuantizeConfig()
 def build(config: ModelConfig, lora: LoraConfig = NO_LORA, seed: int = 3, quantize: QuantizeConfig = WHOLE, **data: Any) -> Run:
     """A model as a run starts with it."""
     specs = media_specs(config)
-    vocabulary = load_tokenizer(config.llm.path, ("<image>", *config.llm.new_tokens))
+    vocabulary = load_tokenizer(config.llm.path, ("<image>", *(["<audio>"] if "audio" in specs else []), *config.llm.new_tokens))
     settings = DataConfig(**data)
     template = load_template(
         settings.template,

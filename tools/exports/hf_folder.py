@@ -1,103 +1,161 @@
-"""A run as a folder for `LlavaForConditionalGeneration` and `AutoProcessor`, reopened with transformers and compared."""
+"""A run as a folder for a class of transformers and AutoProcessor, reopened with transformers and compared."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from pathlib import Path
 
 import torch
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+import transformers
+from transformers import AddedToken, PreTrainedTokenizerFast
 
-from data.processor import Processor
+from data.media.tiling import grids
+from data.processor import Processor, load_processor
+from data.text.parts_template import takes_parts
 from data.text.tokenizer import pad_id, save_tokenizer
-from model.batch import Batch
 from model.card import ModelCard
-from model.errors import ConfigError
-from model.exports.hugging_face import model_config, processor_files, weights, write_weights
+from model.exports.hf_classes import INTERN_VL, NEXT, QWEN2_AUDIO, HfClass, choose_class, class_config
+from model.exports.hf_processors import named_tokens, processor_files, wraps
+from model.exports.hf_weights import weights, write_weights
+from model.exports.media_facts import MediaFacts
 from model.files.tensor_files import dump_json
 from model.files.untrusted import Json
+from model.load import load_model
 from model.media_spec import PLACEHOLDERS, image_spec
 from model.multimodal import MultimodalLM
-from model.vision.normalise import normalised
+from tools.exports.hf_inputs import their_inputs
 from tools.exports.proofs import batch_of, check_close, in_float32, logits, sample
+from tools.exports.task import Exported, ExportTask, python_line
 from trainer.errors import ProofError
 
-PLACEHOLDER = PLACEHOLDERS["image"]
+CLIP_ENDS = ("<|audio_bos|>", "<|audio_eos|>")
+"""Tokens that Qwen2-Audio's chat template writes around a clip."""
 
 
-def write_folder(folder: Path, card: ModelCard, model: MultimodalLM, processor: Processor) -> None:
-    """Write config.json, weights, processor and tokenizer files. `model` is merged, in the dtype that is written.
+def to_hf(task: ExportTask) -> Exported:
+    """Write a merged folder for the class of transformers that has these parts, and AutoProcessor, reopened and compared."""
+    card, processor = task.card, load_processor(task.source)
+    target = choose_class(card, facts_of(processor))
+    model = load_model(task.source)
+    write_folder(task.folder, target, card, model, processor)
+    difference = prove_folder(task.folder, target, model, processor)
+    print(f"reopened with transformers ({target.name}): ids and media equal, logits within {difference:.1e} of the largest")
+    line = python_line(
+        f"from transformers import AutoProcessor as P, {target.name} as M; "
+        f"M.from_pretrained({task.literal()}); P.from_pretrained({task.literal()})"
+    )
+    what = f"a whole model for transformers' {target.name}, adapters merged"
+    return Exported(line, what, "transformers", pipeline_of(target), tuple(class_differences(target, card)))
 
-    Raises ConfigError if the run cut pictures into tiles.
-    """
-    spec, fit, template = image_spec(card.specs), processor.config.image_fit, processor.template
-    if fit in ("tiles", "anyres"):
-        raise ConfigError(
-            f"cannot be written for LlavaForConditionalGeneration: data.image_fit = {fit!r}, its processor has one view"
-        )
+
+def pipeline_of(target: HfClass) -> str:
+    """Return the pipeline_tag of a class."""
+    return "audio-text-to-text" if target.modality == "audio" else "image-text-to-text"
+
+
+def class_differences(target: HfClass, card: ModelCard) -> Iterator[str]:
+    """Yield what the class makes of some inputs otherwise than training did."""
+    if target is NEXT:
+        yield "several pictures in one conversation: training saw one view of each, this class cuts each into tiles"
+    if target is INTERN_VL:
+        yield "several pictures in one conversation: training shared data.max_tiles among them, this class gives each of them all"
+    if target is QWEN2_AUDIO:
+        yield "clips longer than the encoder's window: training split them, this class cuts them off"
+
+
+def facts_of(processor: Processor) -> MediaFacts:
+    """Return how the run showed its media, as its processor has it."""
+    config, template = processor.config, processor.template
+    video = PLACEHOLDERS["video"]
+    anyres = config.image_fit == "anyres" and "image" in processor.specs
+    return MediaFacts(
+        fit=config.image_fit,
+        grids=grids(config.image_grid, image_spec(processor.specs).size) if anyres else (),
+        anyres_max=config.anyres_max,
+        min_tiles=config.min_tiles,
+        max_tiles=config.max_tiles,
+        thumbnail=config.thumbnail,
+        wrap=template.media_wrap,
+        wrap_is_tokens=all(text in processor.tokenizer.get_vocab() for text in template.media_wrap),
+        around_clips=CLIP_ENDS if all(text in template.source for text in CLIP_ENDS) else ("", ""),
+        tokens={kind: str(processor.tokenizer.convert_ids_to_tokens(id_)) for kind, id_ in template.placeholder_ids.items()},
+        ids={**template.placeholder_ids, "video": processor.tokenizer.get_vocab().get(video, len(processor.tokenizer))},
+    )
+
+
+def write_folder(folder: Path, target: HfClass, card: ModelCard, model: MultimodalLM, processor: Processor) -> None:
+    """Write config.json, weights, processor and tokenizer files. The adapters of `model` are left out."""
+    facts = facts_of(processor)
     files = {
-        "config.json": model_config(card, model, template.placeholder_ids["image"]),
+        "config.json": class_config(target, card, model, facts),
         "generation_config.json": {"eos_token_id": list(processor.stop_ids), "pad_token_id": pad_id(processor.tokenizer)},
-        **processor_files(spec, fit, PLACEHOLDER),
+        **processor_files(target, processor.specs[target.modality], facts),
     }
     for name, value in files.items():
         (folder / name).write_text(dump_json(value))
-    save_tokenizer(processor.tokenizer, folder, chat_template=for_parts(processor))
+    source = for_parts(processor, target)
+    named = named_tokens(target, facts)
+    save_tokenizer(grown_tokenizer(processor.tokenizer, named.values()), folder, chat_template=source)
+    (folder / "chat_template.json").write_text(dump_json({"chat_template": source}))  # where processors of 4.x look
     config = folder / "tokenizer_config.json"
-    extra = {"additional_special_tokens": [PLACEHOLDER]}
+    extra: Json = {"additional_special_tokens": [facts.tokens[target.modality]]}
+    if named:
+        extra["extra_special_tokens"] = named
     config.write_text(json.dumps({**json.loads(config.read_text()), **extra}, indent=2, ensure_ascii=False) + "\n")
-    write_weights(folder, weights(card, model))
+    write_weights(folder, weights(target, card, model))
 
 
-def for_parts(processor: Processor) -> str:
+def grown_tokenizer(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Return the tokenizer with each text as a token: vLLM shows a processor a video before it serves, and none may be missing."""
+    if missing := [text for text in texts if text and text not in tokenizer.get_vocab()]:
+        tokenizer = deepcopy(tokenizer)
+        tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in missing], special_tokens=True)
+    return tokenizer
+
+
+def for_parts(processor: Processor, target: HfClass) -> str:
     """Return the run's chat template for contents as transformers users write them: lists of parts, or strings with `<image>`.
 
-    Both become the string that training rendered: parts on lines of their own, pictures first or as written, wrapped.
+    Both become the string that training rendered: parts on lines of their own, media first or as written, wrapped.
     """
     template = processor.template
-    before, after = template.media_wrap or ("", "")
-    image, wrapped = json.dumps(PLACEHOLDER), json.dumps(before + PLACEHOLDER + after)
-    first = f"(({image} + '\\n') * (text.split({image}) | length - 1) + text.replace({image}, '') | trim) | trim"
+    if takes_parts(template.source):
+        return template.source
+    before, after = template.media_wrap if template.media_wrap and not wraps(target) and target.modality == "image" else ("", "")
+    placeholder = PLACEHOLDERS[target.modality]
+    token = facts_of(processor).tokens[target.modality]
+    medium, wrapped = json.dumps(placeholder), json.dumps(before + token + after)
+    first = f"(({medium} + '\\n') * (text.split({medium}) | length - 1) + text.replace({medium}, '') | trim) | trim"
     arranged = first if template.placeholders == "first" else "text"
     return (
         "{%- set flat = namespace(messages=[], lines=[]) -%}{%- for message in messages -%}"
         "{%- if message['content'] is string -%}{%- set text = message['content'] -%}{%- else -%}"
         "{%- set flat.lines = [] -%}{%- for part in message['content'] -%}"
-        f"{{%- set flat.lines = flat.lines + [part['text'] if part['type'] == 'text' else {image}] -%}}"
+        f"{{%- set flat.lines = flat.lines + [part['text'] if part['type'] == 'text' else {medium}] -%}}"
         "{%- endfor -%}{%- set text = flat.lines | join('\\n') -%}{%- endif -%}"
-        f"{{%- if {image} in text -%}}{{%- set text = {arranged} -%}}"
-        f"{{%- set text = text.replace({image}, {wrapped}) -%}}{{%- endif -%}}"
+        f"{{%- if {medium} in text -%}}{{%- set text = {arranged} -%}}"
+        f"{{%- set text = text.replace({medium}, {wrapped}) -%}}{{%- endif -%}}"
         "{%- set flat.messages = flat.messages + [dict(message, content=text)] -%}"
         "{%- endfor -%}{%- set messages = flat.messages -%}"
     ) + template.source
 
 
-def prove_folder(folder: Path, model: MultimodalLM, processor: Processor) -> float:
-    """Open `folder` with transformers and compare ids, pixels and logits on a sample.
+def prove_folder(folder: Path, target: HfClass, model: MultimodalLM, processor: Processor) -> float:
+    """Open `folder` with transformers and compare ids, media and logits on a sample.
 
     Both models run in float32 on the weights that were written. Returns the largest relative difference of the logits. Raises
-    ProofError where ids, pixels or logits differ.
+    ProofError where ids, pixels, sound features or logits differ.
     """
     with sample(processor) as record:
         batch = batch_of(processor, record)
-        inputs = _inputs(folder, record, batch, processor)
+        inputs = their_inputs(folder, target, record, batch, processor)
     expected = logits(in_float32(model), batch)
-    theirs, report = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    theirs, report = getattr(transformers, target.name).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names and kind != "error_msgs"}
     if wrong:
         raise ProofError(f"transformers does not load every tensor of the export: {wrong}")
     with torch.no_grad():
         found = theirs.eval()(**inputs).logits[0]
-    return check_close(found, expected, "LlavaForConditionalGeneration and this model")
-
-
-def _inputs(folder: Path, record: Json, batch: Batch, processor: Processor) -> Json:
-    reader = AutoProcessor.from_pretrained(folder, backend="pil")
-    inputs = reader.apply_chat_template(record["messages"], tokenize=True, return_dict=True, return_tensors="pt")
-    if inputs["input_ids"].tolist() != batch.input_ids.tolist():
-        raise ProofError(f"AutoProcessor gives other ids: {inputs['input_ids'].tolist()} and not {batch.input_ids.tolist()}")
-    values = batch.media["image"].values
-    seen = normalised(values, image_spec(processor.specs), torch.float32)
-    if not torch.allclose(inputs["pixel_values"], seen, rtol=0, atol=1e-6 if values.dtype == torch.uint8 else 0):
-        raise ProofError("AutoProcessor gives other pixels than training saw")
-    return dict(inputs)
+    return check_close(found, expected, f"{target.name} and this model")

@@ -1,7 +1,9 @@
-"""The comparison that export tools make before they report success: one sample with a picture, through two models."""
+"""The comparison that export tools make before they report success: one sample with a picture and a clip, through two models."""
 
 from __future__ import annotations
 
+import struct
+import wave
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,13 +27,17 @@ TOLERANCE = 1e-4
 
 @contextmanager
 def sample(processor: Processor) -> Iterator[Json]:
-    """Provide a record of one round, with a picture that is not square if the model sees; the picture is deleted afterwards."""
+    """Provide a record of one round, with a picture that is not square if the model sees, and a clip if it hears; both are deleted
+    afterwards.
+    """
     with TemporaryDirectory() as folder:
         parts: list[Json] = []
         if "image" in processor.specs:
             file = Path(folder) / "sample.png"
             sample_picture().save(file)
             parts.append({"type": "image", "path": str(file)})
+        if "audio" in processor.specs:
+            parts.append({"type": "audio", "path": str(sample_clip(Path(folder) / "sample.wav"))})
         if processor.template.name != "plain":
             parts.append({"type": "text", "text": "What is this?"})
         answer = {"role": "assistant", "content": [{"type": "text", "text": "A picture."}]}
@@ -43,6 +49,17 @@ def sample_picture() -> Image.Image:
     image = Image.new("RGB", (37, 23))
     image.putdata([((7 * i) % 256, (31 * i) % 256, (101 * i) % 256) for i in range(37 * 23)])
     return image
+
+
+def sample_clip(file: Path) -> Path:
+    """Write a clip of 0.6 seconds in which no two moments are alike, 16-bit at 16 kHz, and return its path."""
+    samples = [(7919 * i * i) % 20011 - 10005 for i in range(9600)]
+    with wave.open(str(file), "wb") as out:
+        out.setnchannels(1)
+        out.setsampwidth(2)
+        out.setframerate(16_000)
+        out.writeframes(struct.pack(f"<{len(samples)}h", *samples))
+    return file
 
 
 def batch_of(processor: Processor, record: Json) -> Batch:

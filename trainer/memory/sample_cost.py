@@ -5,6 +5,7 @@ Both count the tokens of a sample and the encoders behind its media.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -68,7 +69,8 @@ def encoder_positions(encoder: nn.Module, spec: MediaSpec, tokens: int) -> float
     if isinstance(spec, AudioSpec):
         in_window = sum(row_tokens(spec, MediaMeta(num_frames=spec.window_frames)))
         windows = (tokens - spec.num_prompts) / in_window
-        return (np.ceil(windows) if spec.full_window else windows) * (spec.window_frames // spec.strides[0])
+        early = math.prod(spec.strides[: spec.num_early])
+        return (np.ceil(windows) if spec.full_window else windows) * (spec.window_frames // early)
     if not isinstance(encoder, VisionTower):
         raise TypeError(f"pictures are read by a VisionTower, not by {type(encoder).__name__}")
     squares = sum((size // encoder.sizes[0]) ** 2 for size in encoder.sizes)

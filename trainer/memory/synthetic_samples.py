@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from data.config import DataConfig
 from data.sample import Sample, SampleMedia
 from model.batch import IGNORE_INDEX
-from model.media_spec import AudioSpec, MediaMeta, MediaSpec, num_tokens, row_frames, row_shape, row_width, token_rows
+from model.media_spec import AudioSpec, MediaMeta, MediaSpec, least_frames, num_tokens, row_frames, row_shape, row_width, token_rows
 from trainer.config import RunConfig
 from trainer.records.run_data import RunData
 
@@ -16,18 +17,18 @@ def build_synthetic_samples(config: RunConfig, data: RunData) -> list[Sample]:
     """Build a micro-batch of samples of data.max_length tokens, for the media that the model reads.
 
     Each sample has an image of one view and a clip of one window, where the model reads them; half of its other tokens are
-    supervised.
+    supervised. A clip that is not filled up to the window lasts data.max_seconds at most.
     """
     length = config.data.max_length
     count = max(1, config.batch.micro_batch_tokens // length) if config.data.packing else config.batch.micro_batch_size
-    return [_sample(i, length, data.card.specs) for i in range(count)]
+    return [_sample(i, config.data, data.card.specs) for i in range(count)]
 
 
-def _sample(i: int, length: int, specs: dict[str, MediaSpec]) -> Sample:
-    """Build one sample with a medium of each modality that still fits into `length` tokens."""
-    media, start = {}, 0
+def _sample(i: int, config: DataConfig, specs: dict[str, MediaSpec]) -> Sample:
+    """Build one sample with a medium of each modality that still fits into data.max_length tokens."""
+    media, start, length = {}, 0, config.max_length
     for modality, spec in specs.items():
-        made = _medium(modality, spec, start)
+        made = _medium(modality, spec, start, config.max_seconds)
         if start + made.length < length:
             media[modality] = [made]
             start += made.length
@@ -36,9 +37,12 @@ def _sample(i: int, length: int, specs: dict[str, MediaSpec]) -> Sample:
     return Sample(i, 0, ids, labels, media)
 
 
-def _medium(modality: str, spec: MediaSpec, start: int) -> SampleMedia:
-    """Build one blank medium that begins at token `start`."""
-    frames = spec.window_frames if isinstance(spec, AudioSpec) else 0
+def _medium(modality: str, spec: MediaSpec, start: int, max_seconds: float) -> SampleMedia:
+    """Build one blank medium that begins at token `start`; a clip is at most `max_seconds` long."""
+    frames = 0
+    if isinstance(spec, AudioSpec):
+        longest = max(least_frames(spec), int(max_seconds * spec.sampling_rate) // spec.hop)
+        frames = spec.window_frames if spec.full_window else min(spec.window_frames, longest)
     meta = MediaMeta(num_frames=frames)
     width = row_width(spec, frames)
     values = torch.zeros(1, *row_shape(spec), dtype=torch.float32 if frames else torch.uint8)

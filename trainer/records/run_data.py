@@ -17,11 +17,11 @@ from data.processor import Processor, make_processor
 from data.text.template import Template, TemplateOptions, load_template
 from data.text.tokenizer import load_tokenizer, pad_id
 from model.card import ModelCard, base_digests, make_card, media_specs, read_card
-from model.config import AudioProjectorConfig, VisionProjectorConfig
+from model.config import AudioConfig, VisionConfig
 from model.errors import ConfigError, DataError
 from model.files.tensor_files import sampled_digest
 from model.llm.causal_lm import check_positions
-from model.media_spec import PLACEHOLDERS
+from model.media_spec import placeholder_tokens
 from trainer.config import RunConfig
 from trainer.distributed.world import World
 from trainer.machine.run_folder import check_folder
@@ -125,6 +125,8 @@ def open_vocabulary(config: RunConfig, world: World) -> tuple[Template, ModelCar
             allowed=added,
             state_tokens=data.state_tokens,
             unread=surplus.unread,
+            system=data.system,
+            tokens=placeholder_tokens(media_specs(config.model)),
         ),
     )
     layout = plan_vocabulary(config.model, vocabulary, num_rows)
@@ -164,11 +166,12 @@ def with_base_digests(data: RunData, world: World) -> RunData:
 
 def given_digests(card: ModelCard) -> dict[str, str]:
     """Return fingerprints of the files that are named beside the bases, so that a resumed run notices when one was replaced."""
-    parts, projectors = card.model.parts().items(), VisionProjectorConfig | AudioProjectorConfig
+    parts = card.model.parts().items()
     named = {
         "model.init_from": card.model.init_from,
         "lora.path": card.lora.path,
-        **{f"model.{name}.path": part.path for name, part in parts if isinstance(part, projectors)},
+        **{f"model.{name}.path": part.path for name, part in parts if name not in ("llm", "vision", "audio")},
+        **{f"model.{name}.weights": part.weights for name, part in parts if isinstance(part, VisionConfig | AudioConfig)},
     }
     found = {}
     for key, path in named.items():
@@ -204,5 +207,5 @@ def certify_all(data: RunData, config: RunConfig, on_progress: Callable[[str], o
 def added_tokens(config: RunConfig) -> tuple[str, ...]:
     """Return the tokens added to the base tokenizer, in order: those of the run it starts from, placeholders, new ones."""
     inherited = read_card(Path(config.model.init_from)).tokens if config.model.init_from else ()
-    placeholders = tuple(PLACEHOLDERS[modality] for modality in media_specs(config.model))
+    placeholders = tuple(spec.placeholder for spec in media_specs(config.model).values())
     return tuple(dict.fromkeys((*inherited, *placeholders, *config.model.llm.new_tokens)))

@@ -72,6 +72,7 @@ def check_surplus(model: ModelConfig, tokens: Tokens, num_rows: int) -> Surplus:
         found = {token: i for token, i in found.items() if i >= read_card(Path(model.init_from)).vocabulary.size}
     encoders = {"image": model.vision, "audio": model.audio}
     read = {PLACEHOLDERS[kind] for kind, modality in READ_BY.items() if encoders[modality] is not None}
+    read |= {part.placeholder for part in encoders.values() if part is not None}
     found = {token: i for token, i in sorted(found.items(), key=lambda item: item[1]) if token not in read}
     if model.llm.tune == "full":
         return Surplus(found, frozenset())

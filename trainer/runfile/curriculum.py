@@ -121,9 +121,10 @@ def _inherited_keys(earlier: list[Draft]) -> list[str]:
     """Return the keys that name files of weights, for parts whose weights come from an earlier stage."""
     keys = ["model.init_from"] if earlier else []
     configs = [draft.config for draft in earlier if draft.config is not None]
-    for name in ("vision_projector", "audio_projector"):
+    for name in ("vision_projector", "audio_projector", "state_head"):
         if any(name in config.model.parts() for config in configs):
             keys.append(f"model.{name}.path")
+    keys += [f"model.{name}.weights" for name in ("vision", "audio") if any(name in config.model.parts() for config in configs)]
     if any(part.tune == "lora" for config in configs for part in config.model.parts().values()):
         keys.append("lora.path")
     return keys
@@ -145,7 +146,7 @@ def _transition_problems(name: str, before: RunConfig, now: RunConfig) -> Iterat
 
 
 def _meaning_problems(part: str, name: str, old: PartConfig, new: PartConfig) -> Iterator[str]:
-    free = FREE | ({"path"} if part.endswith("_projector") else set())
+    free = FREE | ({"path"} if part not in ("llm", "vision", "audio") else {"weights"})
     for setting in fields(old):
         then, now = getattr(old, setting.name), getattr(new, setting.name)
         dropped = setting.name in ("prompts", "newline") and then and now != then

@@ -11,6 +11,8 @@ from model.files.untrusted import Json, shown
 from trainer.config import RunConfig
 from trainer.runfile.checks import problems_of
 from trainer.runfile.curriculum import read_curriculum
+from trainer.runfile.published import resolve_published
+from trainer.runfile.revisions import with_revisions
 from trainer.runfile.schema import SchemaReader
 from trainer.runfile.toml_files import apply_override, read_toml
 
@@ -28,7 +30,12 @@ def parse_config(tables: Json, origin: str, overrides: Sequence[str] = ()) -> Ru
 
     A problem that is about one of the `overrides`, which are applied already, names it.
     """
+    try:
+        tables, contradictions = resolve_published(with_revisions(tables))
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from error
     config, problems = read_curriculum(tables, with_defaults) if tables.get("stage") else read_run(tables)
+    problems = [*contradictions, *problems]
     if config is None or problems:
         raise ConfigError(f"{origin}:\n" + "\n".join(f"  - {_with_override(line, overrides)}" for line in problems))
     return config

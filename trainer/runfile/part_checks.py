@@ -64,8 +64,8 @@ def term_problems(config: ModelConfig) -> Iterator[str]:
         yield from _state_head(config.state_head)
         if config.audio is None:
             yield "[model.state_head] has no effect without [model.audio]: it reads the end of every clip"
-        if config.state_head.tune == "frozen" and not config.init_from:
-            yield "model.state_head.tune = 'frozen' without weights: name model.init_from"
+        if config.state_head.tune == "frozen" and not config.state_head.path and not config.init_from:
+            yield "model.state_head.tune = 'frozen' without weights: name its path, or model.init_from"
 
 
 def _state_head(head: StateHeadConfig) -> Iterator[str]:

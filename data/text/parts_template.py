@@ -1,0 +1,102 @@
+"""Chat templates that read contents as lists of parts: a prelude turns the strings of records into the parts that they take.
+
+Templates of published multimodal models write a medium's placeholder themselves, for a part `{"type": "image"}`, and most of them
+drop a content that is a string.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from transformers import PreTrainedTokenizerFast
+
+from data.text.chat_formats import FORMATS, freeze_date
+from data.text.render import RenderError, apply
+from model.errors import ConfigError
+from model.media_spec import PLACEHOLDERS
+
+_WORD = "qzword"
+# A placeholder stands on a line of its own in records; the line breaks beside it belong to it, and the template writes its own.
+PRELUDE = """\
+{%- set flat = namespace(messages=[], parts=[], text='') -%}
+{%- for message in messages -%}
+{%- if message['content'] is string -%}
+{%- set flat.parts = [] -%}
+{%- set seen = message['content'].split('<image>') -%}
+{%- for between in seen -%}
+{%- if not loop.first -%}{%- set flat.parts = flat.parts + [{'type': 'image', 'image': ''}] -%}{%- endif -%}
+{%- set last_seen = loop.last -%}{%- set first_seen = loop.first -%}
+{%- for piece in between.split('<audio>') -%}
+{%- if not loop.first -%}{%- set flat.parts = flat.parts + [{'type': 'audio', 'audio': '', 'audio_url': ''}] -%}{%- endif -%}
+{%- set flat.text = piece -%}
+{%- if not (loop.first and first_seen) and flat.text[:1] == '\\n' -%}{%- set flat.text = flat.text[1:] -%}{%- endif -%}
+{%- if not (loop.last and last_seen) and flat.text[-1:] == '\\n' -%}{%- set flat.text = flat.text[:-1] -%}{%- endif -%}
+{%- if flat.text -%}{%- set flat.parts = flat.parts + [{'type': 'text', 'text': flat.text}] -%}{%- endif -%}
+{%- endfor -%}{%- endfor -%}
+{%- set flat.messages = flat.messages + [dict(message, content=flat.parts)] -%}
+{%- else -%}{%- set flat.messages = flat.messages + [message] -%}{%- endif -%}
+{%- endfor -%}{%- set messages = flat.messages -%}"""
+
+
+def named_source(name: str, lead: str, tokenizer: PreTrainedTokenizerFast, tokens: Mapping[str, str]) -> str:
+    """Return the Jinja source of template `name`: a format of ours behind the token `lead`, or the tokenizer's own template."""
+    return ("{{ bos_token }}" if lead else "") + FORMATS[name].source if name in FORMATS else own_source(tokenizer, tokens)
+
+
+def own_source(tokenizer: PreTrainedTokenizerFast, tokens: Mapping[str, str]) -> str:
+    """Return the tokenizer's own template, which takes contents that are strings, without today's date."""
+    try:
+        source: str = tokenizer.get_chat_template()
+    except ValueError:
+        raise ConfigError(f"data.template = 'auto': the tokenizer has no chat template; name one: {', '.join(FORMATS)}") from None
+    return source if takes_parts(source) else with_parts(tokenizer, freeze_date(source), tokens)
+
+
+def with_parts(tokenizer: PreTrainedTokenizerFast, source: str, tokens: Mapping[str, str]) -> str:
+    """Return the template `source` so that it takes contents that are strings with placeholders.
+
+    A template that writes such strings as it writes the parts they stand for is returned as it is, and so is one that knows no
+    parts and prints the list. `tokens`: the token that the template would write for a medium of each modality.
+    """
+    for modality in (None, *tokens):
+        parts = [{"type": "text", "text": _WORD}]
+        string, needed = _WORD, [_WORD]
+        if modality is not None:
+            parts = [{"type": modality, modality: ""}, *parts]
+            string, needed = f"{tokens[modality]}\n{_WORD}", [_WORD, tokens[modality]]
+        as_parts, as_string = _rendered(tokenizer, source, parts), _rendered(tokenizer, source, string)
+        if all(word in as_parts for word in needed) and as_parts != as_string and "'type'" not in as_parts:
+            return PRELUDE + source
+    return source
+
+
+def _rendered(tokenizer: PreTrainedTokenizerFast, source: str, content: object) -> str:
+    """Render one question; return an empty string if the template fails."""
+    try:
+        return apply(tokenizer, source, [{"role": "user", "content": content}])
+    except RenderError:
+        return ""
+
+
+def takes_parts(source: str) -> bool:
+    """Tell whether `with_parts` has put the prelude before the template."""
+    return PRELUDE in source
+
+
+def template_tokens(tokens: Mapping[str, str], written: Mapping[str, str], media_wrap: Sequence[str]) -> set[str]:
+    """Return the placeholder tokens that stand for no medium where a person writes them, and are text like any other.
+
+    Those that the template writes itself, and a model's own that is one only between the pair `media_wrap`.
+    """
+    wrapped = {written["image"]} - {*PLACEHOLDERS.values()} if media_wrap else set()
+    return {*tokens.values()} - {*written.values()} | wrapped
+
+
+def content_tokens(source: str, tokens: Mapping[str, str], media_wrap: Sequence[str] = ()) -> dict[str, str]:
+    """Return what stands for a medium in the contents that the template gets, by modality: as in records, if it takes parts.
+
+    Raises `ConfigError` for a `media_wrap` around placeholders that the template writes itself.
+    """
+    if media_wrap and takes_parts(source):
+        raise ConfigError(f"data.media_wrap = {list(media_wrap)}: the chat template writes placeholders itself; remove it")
+    return {modality: PLACEHOLDERS[modality] if takes_parts(source) else token for modality, token in tokens.items()}

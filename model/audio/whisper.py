@@ -1,0 +1,112 @@
+"""Whisper's encoder, and Qwen2-Audio's, which is one: log-mel rows to features as in transformers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from model.audio.projector import convolved, masked, mean_of_pairs, shortened, valid_mask
+from model.errors import ConfigError
+from model.files.hub import find_file, hugging_face_config, read_json
+from model.files.untrusted import Json
+from model.media_spec import AudioSpec
+
+SETTING = "model.audio.path"
+STRUCTURE = (
+    "num_mel_bins",
+    "d_model",
+    "encoder_layers",
+    "encoder_attention_heads",
+    "encoder_ffn_dim",
+    "activation_function",
+    "max_source_positions",
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+)
+"""Keys of config.json that define an encoder. Layer drop is left out: ranks would drop different layers and run different
+collectives.
+"""
+
+
+def encoder_config(value: Json) -> WhisperConfig:
+    """Return the encoder's part of config.json `value` as a Whisper config."""
+    config = hugging_face_config(SETTING, value)
+    return WhisperConfig(**{key: getattr(config, key) for key in STRUCTURE})
+
+
+def whisper_spec(path: str, value: Json, strides: tuple[int, ...], cache_dir: str) -> AudioSpec:
+    """Return the encoder's spec, by config.json `value` and the folder's feature extractor; what that leaves out is Whisper's."""
+    structure = encoder_config(value)
+    found = feature_config(path, cache_dir)
+    spec = AudioSpec(
+        num_mels=structure.num_mel_bins,
+        window_frames=2 * structure.max_source_positions,
+        full_window=True,
+        strides=strides,
+        sampling_rate=found.get("sampling_rate", 16_000),
+        n_fft=found.get("n_fft", 400),
+        hop=found.get("hop_length", 160),
+    )
+    window = spec.window_frames * spec.hop
+    check_feature_setting(path, "feature_size", found.get("feature_size", spec.num_mels), spec.num_mels)
+    check_feature_setting(path, "chunk_length", found.get("chunk_length", 0) * spec.sampling_rate or window, window)
+    return spec
+
+
+def check_feature_setting(path: str, key: str, found: int, needed: int) -> None:
+    if found != needed:
+        raise ConfigError(
+            f"{SETTING} = {path!r}: {key} of the feature extractor makes {found}, the encoder of config.json needs {needed}"
+        )
+
+
+def feature_config(path: str, cache_dir: str) -> Json:
+    """Read the feature extractor's settings: flat, or nested in processor_config.json as in newer folders; {} without any."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if find_file(SETTING, path, name, cache_dir):
+            value = read_json(SETTING, path, name, cache_dir)
+            found: Json = value.get("feature_extractor", value)
+            return found
+    return {}
+
+
+def build_whisper(value: Json) -> Tower:
+    """Build Whisper's encoder of config.json `value`."""
+    tower: Tower = Tower._from_config(encoder_config(value), dtype=torch.float32, attn_implementation="sdpa")
+    return tower
+
+
+def build_qwen2_audio(value: Json) -> Tower:
+    """Build Qwen2-Audio's encoder of config.json `value`."""
+    tower = build_whisper(value)
+    tower.is_pooled = tower.is_masked = True
+    return tower
+
+
+class Tower(WhisperEncoder):
+    """Whisper's layers with a forward of our own: transformers' forward accepts whole windows only and ignores its mask."""
+
+    is_pooled = False  # the mean of every two rows is taken before the last norm
+    is_masked = False  # even in the full window no row attends to rows beyond its clip
+
+    def forward(self, values: Tensor, lengths: Tensor | None, full_window: bool) -> Tensor:  # type: ignore[override]
+        """Encode log-mel (N, M, F) with (N,) valid frames -> (N, L, C).
+
+        Rows of valid frames do not depend on other rows, except on silence in the full window, with which Whisper was trained.
+        """
+        kept = None if full_window else lengths
+        rows = F.gelu(convolved(self.conv1, masked(values.transpose(1, 2), kept).transpose(1, 2)))
+        rows = F.gelu(convolved(self.conv2, masked(rows.transpose(1, 2), kept).transpose(1, 2))).transpose(1, 2)
+        lengths = shortened(lengths, 2)
+        rows = rows + self.embed_positions(torch.arange(rows.shape[1], device=rows.device))
+        rows = F.dropout(rows, self.dropout, self.training)
+        attended = None
+        if lengths is not None and (self.is_masked or not full_window):
+            attended = valid_mask(lengths, rows.shape[1])[:, None, None]
+        for layer in self.layers:
+            rows = layer(rows, attended)
+        return self.layer_norm(mean_of_pairs(rows, lengths) if self.is_pooled else rows)

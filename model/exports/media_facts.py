@@ -1,0 +1,31 @@
+"""Facts about a run's media that processors of other libraries need: plain values, so that model/ need not know data/."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class MediaFacts:
+    """How a run showed its media to its encoders."""
+
+    fit: str = "pad"  # data.image_fit
+    grids: tuple[tuple[int, int], ...] = ()  # anyres: tiles across and down, in the order that decides between equals
+    anyres_max: int = 0
+    min_tiles: int = 1
+    max_tiles: int = 1
+    thumbnail: bool = True
+    wrap: tuple[str, ...] = ()  # texts before and after every medium
+    wrap_is_tokens: bool = True  # each of them is one token of the tokenizer
+    around_clips: tuple[str, str] = ("", "")  # texts that the chat template itself writes before and after every clip
+    tokens: dict[str, str] = field(default_factory=dict)  # placeholder by modality
+    ids: dict[str, int] = field(default_factory=dict)  # token id of that placeholder
+
+    @property
+    def around(self) -> tuple[str, str]:
+        """Return the texts before and after every medium, empty ones without data.media_wrap."""
+        return (self.wrap[0], self.wrap[1]) if self.wrap else ("", "")
+
+    def pinpoints(self, side: int) -> list[list[int]]:
+        """Return `image_grid_pinpoints` for views of `side` pixels: height first."""
+        return [[down * side, across * side] for across, down in self.grids]

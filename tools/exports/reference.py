@@ -1,0 +1,50 @@
+"""The class of transformers that a published model belongs to, run on a batch of ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from model.batch import Batch
+from model.media_spec import ImageSpec, MediaSpec
+from model.vision.normalise import normalised
+from tools.exports.proofs import check_close, sample_picture
+from trainer.errors import ProofError
+
+TILED = ("LlavaNextForConditionalGeneration", "LlavaOnevisionForConditionalGeneration")
+
+
+def prove_against(name: str, source: str, cache_dir: str, batch: Batch, specs: dict[str, MediaSpec], ours: Tensor) -> float:
+    """Open `source` with transformers' class `name` and compare float32 logits on the sample `batch` with `ours` (T, V).
+
+    Returns the largest relative difference. Raises ProofError when it is more than rounding, or when a tensor is missing there.
+    """
+    cls: Any = getattr(transformers, name)
+    options = {"dtype": torch.float32, "output_loading_info": True, "cache_dir": cache_dir or None}
+    theirs, report = cls.from_pretrained(source, trust_remote_code=False, **options)
+    if missing := sorted(map(str, report["missing_keys"])):
+        raise ProofError(f"{source}: {name} finds no value for {missing[:3]}: the folder is not complete")
+    with torch.no_grad():
+        found = theirs.eval()(**reference_inputs(name, batch, specs)).logits[0]
+    return check_close(found[:, : ours.shape[1]], ours[:, : found.shape[1]], f"{name} and this model")
+
+
+def reference_inputs(name: str, batch: Batch, specs: dict[str, MediaSpec]) -> dict[str, Tensor]:
+    """Return the sample `batch` as the arguments of transformers' class `name`."""
+    found = {"input_ids": batch.input_ids, "attention_mask": torch.ones_like(batch.input_ids)}
+    if (heard := batch.media.get("audio")) is not None:
+        frames = torch.arange(heard.values.shape[-1]) if heard.lengths is None else heard.lengths
+        mask = torch.arange(heard.values.shape[-1]) < frames[:, None]
+        found |= {"input_features": heard.values, "feature_attention_mask": mask.long()}
+    if (seen := batch.media.get("image")) is not None and isinstance(spec := specs["image"], ImageSpec):
+        values = normalised(seen.values, spec, torch.float32)
+        tiled = name in TILED
+        found["pixel_values"] = values[None] if tiled else values
+        if tiled:
+            found["image_sizes"] = torch.tensor([sample_picture().size[::-1]])
+        if name == TILED[1]:
+            found["batch_num_images"] = torch.tensor([1])
+    return found

@@ -1,0 +1,71 @@
+"""Resolution of `model.init_from = <published model>` into the settings that follow from it, before the run file is checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from model.card import NAME
+from model.files.hub import HUB_ID
+from model.published.table import published_settings
+from model.published.vita_audio import SETTINGS
+from trainer.runfile.merge_tables import has_key, merge, value_of, without_key
+from trainer.runfile.schema import flatten_tables
+from trainer.runfile.toml_files import to_toml
+
+KEY = "model.init_from"
+KNOWN_BY = ("config.json", SETTINGS)
+"""Files by which a published folder is known; the second is that of VITA's sound encoder."""
+
+
+def resolve_published(tables: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the tables with a published model in model.init_from taken apart, and one line per setting that contradicts it.
+
+    The parts' paths, and what follows from the model, are filled in where they are not written; model.init_from is removed. Tables
+    whose model.init_from is a run of ours, or absent, are returned as they are. Raises `ConfigError` for a model that is not
+    supported.
+    """
+    path, cache_dir = value_of(tables, KEY), value_of(tables, "model.cache_dir") or ""
+    if not isinstance(path, str) or not isinstance(cache_dir, str) or not is_published(path):
+        return tables, []
+    name, settings = published_settings(path, cache_dir, written_settings(tables))
+    problems = []
+    tables = without_key(tables, KEY)
+    for key, given in settings.items():
+        if given.when and value_of(tables, given.when[0]) != given.when[1]:
+            continue
+        if not has_key(tables, key):
+            tables = merge(tables, _table(key, given.value))
+        elif not given.allows(written := value_of(tables, key)):
+            problems.append(
+                f"{key} = {_as_toml(written)}, but {path!r}, {name}, has {_as_toml(given.value)}: remove the line, it follows "
+                f"from {KEY}"
+            )
+    return tables, problems
+
+
+def written_settings(tables: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that a run file writes, by dotted key; of a curriculum, those of its first stage."""
+    stages = tables.get("stage")
+    first = stages[0] if isinstance(stages, list) and stages and isinstance(stages[0], dict) else {}
+    return flatten_tables(merge({key: value for key, value in tables.items() if key != "stage"}, first))
+
+
+def is_published(path: str) -> bool:
+    """Tell whether a value of model.init_from names a published model, which may be a hub id, and no run of ours."""
+    folder = Path(path)
+    if folder.is_dir():
+        return not (folder / NAME).is_file() and any((folder / name).is_file() for name in KNOWN_BY)
+    is_run = folder.name == "final" or folder.name.startswith("checkpoint-")  # the run that writes it may not have been started
+    return not is_run and not folder.exists() and HUB_ID.fullmatch(path) is not None
+
+
+def _as_toml(value: Any) -> str:
+    """Return a value as a run file writes it."""
+    return to_toml({"value": value}).removeprefix("value = ").strip()
+
+
+def _table(key: str, value: Any) -> dict[str, Any]:
+    """Return nested tables that hold `value` at the dotted `key`."""
+    word, _, rest = key.partition(".")
+    return {word: _table(rest, value) if rest else value}
