@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from transformers import Qwen2Config, Qwen2Model
 
 from model.config import LoraConfig
+from model.errors import ConfigError
 from model.llm import attention
 from model.lora import add_lora, is_adapter
 from tools.cli import command_parser, run_command
@@ -49,7 +50,7 @@ ALLOCATES = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_str
 
 @dataclass
 class Cost:
-    """What one pass costs."""
+    """Cost of one pass."""
 
     num_ops: int = 0  # views left out
     moved: int = 0  # bytes read and written outside matrix products
@@ -58,7 +59,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What one layer costs with `num_tokens` tokens."""
+    """Cost of one layer with `num_tokens` tokens."""
 
     forward: Cost
     backward: Cost
@@ -123,8 +124,10 @@ def our_layer(rank: int, dropout: float) -> nn.Module:
 
 def peft_layer(rank: int, dropout: float, dtype: torch.dtype) -> nn.Module:
     """Return a layer with PEFT's adapters of type `dtype` on all linear layers."""
-    import peft
-
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError(f"PEFT's rows need peft ({error}): pip install peft") from error
     model, layer = decoder_layer()
     targets = [f"layers.0.{path}" for path in linear_paths(layer)]
     config = peft.LoraConfig(r=rank, lora_alpha=16, lora_dropout=dropout, target_modules=targets)
@@ -202,6 +205,8 @@ def line(name: str, cost: LayerCost) -> str:
 
 
 def bench(options: argparse.Namespace) -> None:
+    if options.rank < 1 or options.tokens < 1 or not 0 <= options.dropout < 1:
+        raise ConfigError("--rank and --tokens are positive, --dropout is in [0, 1)")
     print(f"LoRA of rank {options.rank}, dropout {options.dropout}, {options.tokens} tokens; per token: MB, GFLOP, kept kB")
     print(f"{'':<28}{'operators':>12}{'forward':>10}{'backward':>10}{'moved':>10}{'GFLOP':>10}{'kept':>10}")
     for name, build in rows(options.rank, options.dropout).items():
