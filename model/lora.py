@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import LoraConfig
 from model.errors import ConfigError
 from model.files.untrusted import shown
+from model.lora_product import Adapter, Matrix, SharedInputs, adapted_product
 
 ALL_LINEAR = "all-linear"
 SUFFIXES = (".lora_A", ".lora_B")
@@ -23,9 +24,12 @@ HEAD_STAYS = (
 
 
 class LoraLinear(nn.Linear):
-    """A linear layer with an adapter: x (..., in) -> W x + b + scale * B A dropout(x). It keeps its name, weight and bias."""
+    """A linear layer with an adapter: x (..., in) -> W x + b + scale * B A dropout(x). It keeps its name, weight and bias.
 
-    def __init__(self, linear: nn.Linear, config: LoraConfig) -> None:
+    Layers with the same `inputs` that read the same tensor share one dropout mask.
+    """
+
+    def __init__(self, linear: nn.Linear, config: LoraConfig, inputs: SharedInputs | None = None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
@@ -34,13 +38,15 @@ class LoraLinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.empty(self.out_features, config.rank, device=device))
         self.scale = config.scale
         self.dropout = nn.Dropout(config.dropout)
+        self.inputs = SharedInputs() if inputs is None else inputs
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """Compute W x + b, without the adapter."""
-        return F.linear(x, self.weight, self.bias)
+    def stored(self) -> Matrix:
+        """Return W as it is stored."""
+        return Matrix((self.weight,), lambda weight, dtype: weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(x) + self.scale * F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)
+        read = self.inputs.read(x, self.dropout.p if self.dropout.training else 0.0, self)
+        return adapted_product(x, read, self.stored(), self.bias, Adapter(self.lora_A, self.lora_B, self.scale))
 
 
 def target_paths(parts: dict[str, nn.Module], targets: str | tuple[str, ...]) -> list[str]:
@@ -100,12 +106,16 @@ def at_head(path: str, parts: Mapping[str, nn.Module]) -> bool:
 
 
 def add_lora(root: nn.Module, paths: list[str], config: LoraConfig) -> None:
-    """Replace the linear layers at `paths` by adapted ones that share their parameters."""
+    """Replace the linear layers at `paths` by adapted ones that share their parameters.
+
+    Layers of one module, as the projections of an attention, share the dropout masks of their inputs.
+    """
+    inputs: defaultdict[str, SharedInputs] = defaultdict(SharedInputs)
     for path in paths:
         parent, _, name = path.rpartition(".")
         linear = root.get_submodule(path)
         assert isinstance(linear, nn.Linear)  # `target_paths` selects no other layers
-        setattr(root.get_submodule(parent), name, LoraLinear(linear, config))
+        setattr(root.get_submodule(parent), name, LoraLinear(linear, config, inputs[parent]))
 
 
 def adapted(root: nn.Module) -> Iterator[tuple[str, LoraLinear]]:

@@ -42,7 +42,7 @@ class ParallelConfig:
     strategy: Literal["ddp", "fsdp", "hsdp"] = "fsdp"
     shard_size: int = 0  # hsdp: ranks that share one copy
     reshard_after_forward: bool = True
-    activation_checkpointing: Literal["none", "full"] = "none"
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
 
 
 @dataclass(frozen=True)

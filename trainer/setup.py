@@ -76,8 +76,8 @@ def build_run(stage: Stage, data: RunData, world: World, on_progress: Callable[[
     """
     config = stage.config
     model = assemble(data.card, DTYPES[config.model.dtype])
-    if config.parallel.activation_checkpointing == "full":
-        checkpoint_activations(model)
+    if config.parallel.activation_checkpointing != "none":
+        checkpoint_activations(model, config.parallel.activation_checkpointing)
     sharded = is_sharded(config.parallel, world)
     if sharded:
         shard(model, config.parallel, world)

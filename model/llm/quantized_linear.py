@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from model.llm.experts import fused_parameters
 from model.llm.interface import CausalLM
 from model.llm.quantize import Packed, dense, functional, layout, product
 from model.lora import LoraLinear
+from model.lora_product import Matrix
 
 STORED = (".codes", ".scales")
 
@@ -76,7 +79,16 @@ class QuantLoraLinear(Quantised, LoraLinear):
         nn.Module.__init__(self)
         self.store(linear, config)
         self.lora_A, self.lora_B = linear.lora_A, linear.lora_B
-        self.scale, self.dropout = linear.scale, linear.dropout
+        self.scale, self.dropout, self.inputs = linear.scale, linear.dropout, linear.inputs
+
+    def stored(self) -> Matrix:
+        return Matrix((self.codes, self.scales, self.nested, self.offset), functools.partial(_dense, self.shape, self.quantize))
+
+
+def _dense(shape: tuple[int, int], config: QuantizeConfig, *stored: Any) -> Tensor:
+    """Dequantise a matrix from the tensors of its `Packed` form, and the dtype."""
+    *tensors, dtype = stored
+    return dense(Packed(*tensors), shape, config, dtype)
 
 
 def quantise(llm: CausalLM, config: QuantizeConfig) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from tests.support.equivalence import GLOBAL_BATCH, TUNES, config_of, run_steps
+from tests.support.equivalence import GLOBAL_BATCH, TUNES, WHOLE, config_of, run_steps
 from tests.support.ranks import run_ranks
 from tests.support.tiny import save_llm, save_tower
 from trainer.distributed.world import World
@@ -21,7 +21,7 @@ class Case(NamedTuple):
 
     tune: str
     strategy: str
-    recompute: bool
+    recompute: bool | str
     micro_batch_size: int
     dtype: str = "float32"
     clip_norm: float = 1.0
@@ -56,7 +56,10 @@ LAYOUTS = [
     (4, "ddp", False, 3),
     (4, "fsdp", True, 1),
 ]
-LONG_LAYOUTS = [(4, "fsdp", False, 3), (4, "hsdp", True, 1), (4, "hsdp", False, 3)]
+LONG_LAYOUTS = [
+    *((4, "fsdp", False, 3), (4, "hsdp", True, 1), (4, "hsdp", False, 3)),
+    *((1, "ddp", "selective", 4), (2, "fsdp", "selective", 3)),
+]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +86,7 @@ def test_same_numbers_however_it_is_run(
     tune: str,
     size: int,
     strategy: str,
-    recompute: bool,
+    recompute: bool | str,
     micro_batch_size: int,
 ) -> None:
     case = Case(tune, strategy, recompute, micro_batch_size)
@@ -105,3 +108,18 @@ def test_strategies_cast_alike_to_the_bit_in_bfloat16(cast: dict[Case, list[floa
     ddp, fsdp = (found for case, found in cast.items() if case.tune == tune)
     assert ddp[::2] == fsdp[::2]
     torch.testing.assert_close(torch.tensor(ddp), torch.tensor(fsdp), rtol=1e-6, atol=0)
+
+
+def with_dropout(world: World, folder: Path) -> list[list[float]]:
+    """Loss and gradient norm of five steps of LoRA: kept, recomputed whole or but for products; the same without dropout."""
+    config = config_of(folder, "lora")
+    how = (("ddp", False, 0.5), ("fsdp", True, 0.5), ("fsdp", "selective", 0.5), ("ddp", False, 0.0))
+    return [run_steps(world, config, strategy, again, 2, "float32", 1.0, WHOLE, rate) for strategy, again, rate in how]
+
+
+def test_masks_are_the_same_however_it_is_run(parts: Path) -> None:
+    """Backward draws a mask again, and a recomputed block the whole forward: neither may draw another one."""
+    *found, without = run_ranks(with_dropout, 2, parts)[0]
+    for other in found[1:]:
+        torch.testing.assert_close(torch.tensor(other), torch.tensor(found[0]), rtol=1e-6, atol=1e-7)
+    assert abs(found[0][-2] - without[-2]) > 1e-4

@@ -83,32 +83,34 @@ def run_steps(
     world: World,
     config: ModelConfig,
     strategy: str,
-    recompute: bool,
+    recompute: bool | str,
     micro_batch_size: int,
     dtype: str = "float32",
     clip_norm: float = 1.0,
     quantize: QuantizeConfig = WHOLE,
+    dropout: float = 0.0,
 ) -> list[float]:
     """The same, of any model whose pictures are 16 pixels wide."""
-    return take_steps(world, config, strategy, recompute, micro_batch_size, dtype, clip_norm, quantize)[0]
+    return take_steps(world, config, strategy, recompute, micro_batch_size, dtype, clip_norm, quantize, dropout)[0]
 
 
 def take_steps(
     world: World,
     config: ModelConfig,
     strategy: str,
-    recompute: bool,
+    recompute: bool | str,
     micro_batch_size: int,
     dtype: str,
     clip_norm: float,
     quantize: QuantizeConfig,
+    dropout: float = 0.0,
 ) -> tuple[list[float], MultimodalLM]:
     """Loss and gradient norm of five steps, and the model they leave."""
-    lora = LoraConfig(rank=2, dropout=0.0)
+    lora = LoraConfig(rank=2, dropout=dropout)
     card = make_card(config, lora, VocabularyLayout(321, 320, (320,)), quantize=quantize)
     model = assemble(card, getattr(torch, dtype))
     if recompute:
-        checkpoint_activations(model)
+        checkpoint_activations(model, recompute if isinstance(recompute, str) else "full")
     parallel = parallel_of(strategy)
     sharded = is_sharded(parallel, world)
     if sharded:

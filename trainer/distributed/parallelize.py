@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from model.errors import ConfigError
 from model.llm.causal_lm import blocks, head_weight
@@ -25,16 +25,33 @@ from model.multimodal import ENCODERS, MultimodalLM
 from trainer.config import ParallelConfig
 from trainer.distributed.world import World
 
+KEPT_OPERATORS = {
+    *("mm", "addmm", "adapted", "_grouped_mm", "_varlen_attn"),
+    *("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"),
+    *("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu"),
+}
+"""Operators whose results selective recomputation keeps: products of weights, and attention in one kernel."""
 
-def checkpoint_activations(model: MultimodalLM) -> None:
+
+def checkpoint_activations(model: MultimodalLM, kind: str = "full") -> None:
     """Make backward recompute the blocks of every part on the gradient's path. Names of parameters do not change.
 
-    Transformers' own switch does nothing in eval mode, which frozen parts are in.
+    `kind`: full | selective, which keeps the results of matrix products and attention. Transformers' own switch does nothing in
+    eval mode, which frozen parts are in.
     """
+    options: dict[str, Any] = {"use_reentrant": False}
+    if kind == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keeps)
     parts = [block_owner(model, name) for name in ("llm", *model.trainable_parts - {"llm"}) if has_blocks(model, name)]
     for part in parts:
         for block in blocks(part):
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = functools.partial(checkpoint, block.forward, **options)
+
+
+def keeps(context: object, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Tell selective recomputation whether backward keeps an operator's result."""
+    is_kept = operator.overloadpacket.__name__ in KEPT_OPERATORS
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def block_owner(model: MultimodalLM, part: str) -> nn.Module:

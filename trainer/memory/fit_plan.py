@@ -92,7 +92,7 @@ def heaviest_of(config: RunConfig, data: RunData, num_ranks: int) -> tuple[Memor
         return MemoryScenario(config, data.card, num_ranks, build_synthetic_samples(config, data), micros), {}
     deal = BatchPlan(num_ranks, batch.micro_batch_size, batch.micro_batch_tokens)
     model = on_meta(data.card, config.parallel, computes=False)
-    media = media_memory(model, data.train, config.parallel.activation_checkpointing != "none")
+    media = media_memory(model, data.train, config.parallel.activation_checkpointing == "full")
     costs = sample_costs(model, config.model, data.train) if deal.is_packed else None
     found = find_heaviest(sampler, deal, media, costs, 0, sampler.steps_per_epoch)
     if deal.is_packed and data.lengths_kind != EXACT:  # a run measures before it packs; here records may be longer than planned

@@ -101,8 +101,8 @@ def on_meta(card: ModelCard, config: ParallelConfig, *, computes: bool) -> Multi
     are used.
     """
     model = assemble(card, DTYPES[card.model.dtype])
-    if config.activation_checkpointing == "full":
-        checkpoint_activations(model)
+    if config.activation_checkpointing != "none":
+        checkpoint_activations(model, config.activation_checkpointing)
     made: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay tied
     for module in model.modules():
         for name, p in module._parameters.items():

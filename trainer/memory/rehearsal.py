@@ -65,7 +65,7 @@ def find_heaviest_batch(prepared: PreparedRun, first_step: int) -> Heaviest:
     """Find the heaviest micro-batch of the epoch that `first_step` is in. The result is the same on every rank."""
     config, plan = prepared.config, prepared.batch_plan
     train, sampler = prepared.data.training()
-    media = media_memory(prepared.model, train, config.parallel.activation_checkpointing != "none")
+    media = media_memory(prepared.model, train, config.parallel.activation_checkpointing == "full")
     costs = sample_costs(prepared.model, config.model, train) if plan.is_packed else None
     return find_heaviest(sampler, plan, media, costs, first_step, prepared.total_steps)
 

@@ -31,10 +31,10 @@ def live_bytes(model: nn.Module, forward: Callable[[], Tensor], known: Iterable[
 
     Attention counts as its fused kernels: what they save is linear in the length. The gradients of parameters are dropped.
     """
-    counter = _Counter([*model.parameters(), *model.buffers(), *known])
+    counter = LiveCounter([*model.parameters(), *model.buffers(), *known])
     hooks = [p.register_post_accumulate_grad_hook(counter.take_gradient) for p in model.parameters() if p.requires_grad]
     try:
-        with _shape_stand_ins(), counter:
+        with shape_stand_ins(), counter:
             loss = forward()
             if loss.requires_grad:
                 loss.backward()
@@ -44,14 +44,14 @@ def live_bytes(model: nn.Module, forward: Callable[[], Tensor], known: Iterable[
     return Live(counter.peak, counter.peak_with_gradients)
 
 
-class _Counter(TorchDispatchMode):
+class LiveCounter(TorchDispatchMode):
     """Counts live storages. A gradient is no longer counted as an activation once it is assigned to its parameter."""
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
         self._seen = {_key(tensor) for tensor in known}
         self._known = known  # kept alive, so that no new storage reuses one of their addresses
-        self._live = self._gradients = 0
+        self.live = self._gradients = 0
         self.peak = self.peak_with_gradients = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -59,8 +59,8 @@ class _Counter(TorchDispatchMode):
         for leaf in tree_leaves(found):
             if isinstance(leaf, Tensor):
                 self._allocated(leaf)
-        self.peak = max(self.peak, self._live)
-        self.peak_with_gradients = max(self.peak_with_gradients, self._live + self._gradients)
+        self.peak = max(self.peak, self.live)
+        self.peak_with_gradients = max(self.peak_with_gradients, self.live + self._gradients)
         return found
 
     def _allocated(self, tensor: Tensor) -> None:
@@ -71,12 +71,12 @@ class _Counter(TorchDispatchMode):
         storage = tensor.untyped_storage()
         size = storage.nbytes()
         self._seen.add(key)
-        self._live += size
+        self.live += size
         weakref.finalize(storage, self._freed, key, size)
 
     def _freed(self, key: int, size: int) -> None:
         self._seen.discard(key)
-        self._live -= size
+        self.live -= size
 
     def take_gradient(self, parameter: Tensor) -> None:
         """Count the complete gradient of `parameter` apart from the activations, and drop it."""
@@ -91,7 +91,7 @@ def _key(tensor: Tensor) -> int:
 
 
 @contextmanager
-def _shape_stand_ins() -> Iterator[None]:
+def shape_stand_ins() -> Iterator[None]:
     """Replace operations that do not run on meta, or wastefully, by stand-ins that save what their kernels save."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
@@ -113,13 +113,32 @@ def _shape_stand_ins() -> Iterator[None]:
             setattr(module, name, original)
 
 
+# Operators under the names of the kernels, by which selective recomputation knows what it keeps.
+_OPERATORS = torch.library.Library("simulated", "DEF")
+_OPERATORS.define("_grouped_mm(Tensor rows, Tensor weights) -> Tensor")
+_OPERATORS.define("_scaled_dot_product_flash_attention(Tensor query, Tensor key, Tensor value) -> (Tensor, Tensor)")
+
+
+@torch.library.impl(_OPERATORS, "_grouped_mm", "CompositeExplicitAutograd")
+def _shaped_product(rows: Tensor, weights: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weights.shape[-1])
+
+
+@torch.library.impl(_OPERATORS, "_scaled_dot_product_flash_attention", "CompositeExplicitAutograd")
+def _shaped_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    # The kernels write (..., T, H, D) and return a transposed view, which the caller need not copy.
+    shape = (*query.shape[:-3], query.shape[-2], query.shape[-3], value.shape[-1])
+    return query.new_empty(shape).transpose(-2, -3), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
 class _Grouped(torch.autograd.Function):
     """Grouped matrix product: rows (S, in), each times the weights (E, in, out) of its group -> (S, out). Shapes only."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weights)
-        return rows.new_empty(rows.shape[0], weights.shape[-1])
+        product: Tensor = torch.ops.simulated._grouped_mm(rows, weights)
+        return product
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -133,10 +152,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # The kernels write (..., T, H, D) and return a transposed view, which the caller need not copy.
-        shape = (*query.shape[:-3], query.shape[-2], query.shape[-3], value.shape[-1])
-        found = query.new_empty(shape).transpose(-2, -3)
-        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        found: Tensor
+        found, sums = torch.ops.simulated._scaled_dot_product_flash_attention(query, key, value)
         ctx.save_for_backward(query, key, value, found, sums)
         return found
 

@@ -21,7 +21,6 @@ PLANNED_KEYS = (
 PLANNED_VALUES = (
     "model.dtype = 'float16'",
     "optim.schedule = 'wsd'",
-    "parallel.activation_checkpointing = 'selective'",
 )
 PLANNED = {
     **dict.fromkeys(PLANNED_KEYS, "is planned and not built yet: remove it"),
