@@ -43,7 +43,7 @@ def make_case(folder: Path, case: str) -> Json:
         if code := train(load_config(str(run_file))):
             raise ProofError(f"{case}: the tiny run ended with code {code}")
     final = folder / "run" / "final"
-    for name, target, inside in (("hf", "hf", ""), ("peft", "peft", "hf"), ("llm", "llm", "")):
+    for name, target, inside in (("hf", "hf", ""), ("peft", "peft", "hf"), ("llm_alone", "llm", "")):
         if not (folder / name).is_dir():
             export(final, folder / name, target, inside)
     model, processor = load_model(final, dtype="float32"), load_processor(final)
@@ -56,7 +56,7 @@ def make_case(folder: Path, case: str) -> Json:
     return {"questions": asked, "prompts": prompts, "answers": answers, "stops": list(processor.stop_ids)}
 
 
-def ask(python: str, folder: Path, case: str, reader: str, expected: Json) -> str:
+def ask_reader(python: str, folder: Path, case: str, reader: str, expected: Json) -> str:
     """Ask one library and return a line of the report."""
     model, adapter = READERS[reader]
     out = folder / f"{reader}.json"
@@ -102,13 +102,13 @@ def _before_stop(ids: list[int], stops: list[int]) -> list[int]:
     return ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))]
 
 
-def check(folder: Path, python: str, cases: list[str], readers: list[str]) -> None:
+def check_cases(folder: Path, python: str, cases: list[str], readers: list[str]) -> None:
     """Make each case and ask each reader, one line each. Raises ProofError when one differs or fails."""
     lines = []
     for case in cases:
         expected = make_case(folder / case, case)
         for reader in readers:
-            lines.append(ask(python, folder / case, case, reader, expected))
+            lines.append(ask_reader(python, folder / case, case, reader, expected))
             print(lines[-1], flush=True)
     if wrong := [line for line in lines if "failed" in line or any(f" {n}/{m}" in line for m in (3, 4) for n in range(m))]:
         raise ProofError(f"{len(wrong)} of {len(lines)} differ")
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     if not Path(given.python).exists():
         raise ConfigError(f"--python {given.python}: there is no such file")
     readers = [reader for reader in READERS if given.vllm or not reader.startswith("vllm")]
-    return run_command("check_serving", lambda: check(given.folder, given.python, given.classes, readers))
+    return run_command("check_serving", lambda: check_cases(given.folder, given.python, given.classes, readers))
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ from tools.exports.original_internvl import to_internvl
 from tools.exports.output_folder import listing, new_folder
 from tools.exports.part_files import to_safetensors
 from tools.exports.peft_folder import to_peft
-from tools.exports.task import Exported, Task
+from tools.exports.task import Exported, ExportTask
 from tools.exports.vita_folder import to_vita
 
-TARGETS: dict[str, Callable[[Task], Exported]] = {
+TARGETS: dict[str, Callable[[ExportTask], Exported]] = {
     "safetensors": to_safetensors,
     "llm": to_llm,
     "peft": to_peft,
@@ -45,7 +45,7 @@ def export(source: Path, out: Path, target: str = "safetensors", inside: str = "
         raise ConfigError(f"--inside {inside} belongs to --for peft, not to --for {target}")
     card = read_card(source)
     with new_folder(out) as folder:
-        task = Task(source, folder, out, card, inside)
+        task = ExportTask(source, folder, out, card, inside)
         exported = TARGETS[target](task)
         write_model_card(task, exported)
     for note in exported.notes:

@@ -47,7 +47,7 @@ S2_SCALES = "336,672,1008"
 
 
 def class_of(config: Json) -> str:
-    """Return the name of LLaVA's class in config.json; "" when it is none of LLAVA's."""
+    """Return the name of LLaVA's class in config.json; "" when it is none of them."""
     names = [name for name in config.get("architectures") or () if name in LANGUAGE_MODELS]
     return names[0] if names else MODEL_TYPES.get(str(config.get("model_type")), "")
 
@@ -74,14 +74,14 @@ def _language_model(source: Published) -> Json:
 
 def _tower_source(source: Published) -> Published:
     """Return the folder or hub id that config.json names as the tower, with its own config.json. Raises `ConfigError`."""
-    path = source.written.get("model.vision.path") or source.config["mm_vision_tower"]
-    setting = (
-        f"mm_vision_tower in config.json of {source.path}" if "model.vision.path" not in source.written else "model.vision.path"
-    )
+    written = "" if holds_tower(source) else source.written.get("model.vision.path")
+    path, setting = written or source.config["mm_vision_tower"], f"mm_vision_tower in config.json of {source.path}"
+    setting = "model.vision.path" if written else setting
     try:
         whole = read_json(setting, str(path), "config.json", source.cache_dir)
     except ConfigError as error:
-        raise ConfigError(f"{error}; write the folder where the tower is as model.vision.path") from error
+        where = "name the folder there" if holds_tower(source) else "write the folder where the tower is as model.vision.path"
+        raise ConfigError(f"{error}; {where}") from error
     return Published(setting, str(path), source.cache_dir, whole)
 
 

@@ -85,6 +85,8 @@ def _adapter(source: Published) -> Settings:
 def _targets(source: Published) -> list[str]:
     """Return lora.targets: a pattern for each kind of layer that has an adapter, or full paths where the adapter names those."""
     named = source.json(ADAPTER).get("target_modules")
+    if "lora.targets" in source.written:
+        return []  # the run file's own hold
     if isinstance(named, str):
         raise source.refused(f"target_modules = {shown(named)} in {ADAPTER} is a pattern of PEFT: write lora.targets")
     names = [name for name in named or () if isinstance(name, str)]

@@ -33,7 +33,8 @@ def part_layers(card: ModelCard, model: MultimodalLM, held: Collection[str], cla
         if not path or _holds(held, part):
             continue
         if _holds(claimed, part):
-            raise ConfigError(f"model.{part}.path and model.init_from both hold the {part.replace('_', ' ')}: name one of them")
+            what = "projector" if part.endswith("projector") else "state head"
+            raise ConfigError(f"model.{part}.path and model.init_from both hold the {what}: name one of them")
         beside = _read_elsewhere(card, path, part)
         opened = partial(whole_projector, Path(path), part, model.get_submodule(part), card.model.cache_dir, beside)
         layers += [*_row_layers(card, model, path, part), Layer(path, opened, prefix=f"{part}.")]

@@ -18,7 +18,7 @@ ADD = {"name": "add", "parameters": {"type": "object", "properties": {"a": {"typ
 ARGUMENTS = {"b": 2, "a": 2}
 CALL = {"type": "function", "id": "c1", "function": {"name": "add", "arguments": ARGUMENTS}}
 RESULT = {"role": "tool", "tool_call_id": "c1", "content": "4"}
-WORDING = Wording("auto", "as_written", (), "none", False)
+WORDING = Wording("auto", "as_written", (), "none", {"image": "<image>", "audio": "<audio>"}, False)
 
 
 def chat(*turns: dict[str, Any], **keys: Any) -> dict[str, Any]:

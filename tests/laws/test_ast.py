@@ -18,7 +18,7 @@ READER = "model/files/tensor_files.py"
 HEADERS = "data/index/tar_headers.py"
 """The one file that reads the headers of archives; nothing is ever unpacked to where they say."""
 STARTERS = {
-    *("tools/demo.py", "tools/demo_omni.py", "tools/bench_checkpoint.py", "tools/bench_starts.py"),
+    *("tools/demo.py", "tools/demo_omni.py", "tools/bench_checkpoint.py", "tools/bench_starts.py", "tools/check_serving.py"),
 }
 """Files that start other programs: commands as lists, never through a shell."""
 MODULES = {
@@ -104,6 +104,7 @@ def _call_problems(node: ast.Call, name: str) -> Iterator[str]:
 
 WRITTEN_BY_US = {
     "tools/exports/hf_folder.py",
+    "tools/exports/ask_library.py",
     "tools/bench_images.py",
     "tools/bench_step.py",
     "tools/bench_data.py",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,18 +16,20 @@ from tests.support.tiny import save_llm, save_tower
 from trainer.distributed.world import World
 
 
-def losses_and_norms(
-    world: World,
-    folder: Path,
-    tune: str,
-    strategy: str,
-    recompute: bool,
-    micro_batch_size: int,
-    dtype: str = "float32",
-    clip_norm: float = 1.0,
-) -> list[float]:
-    """Loss and gradient norm of five steps."""
-    return run_steps(world, config_of(folder, tune), strategy, recompute, micro_batch_size, dtype, clip_norm)
+class Case(NamedTuple):
+    """How a model is trained, on however many ranks."""
+
+    tune: str
+    strategy: str
+    recompute: bool
+    micro_batch_size: int
+    dtype: str = "float32"
+    clip_norm: float = 1.0
+
+
+def losses_and_norms(world: World, folder: Path, cases: list[Case]) -> dict[Case, list[float]]:
+    """Loss and gradient norm of five steps of every case; all in one process per rank: starting it takes longer than a case."""
+    return {case: run_steps(world, config_of(folder, case.tune), *case[1:]) for case in cases}
 
 
 @pytest.fixture(scope="module")
@@ -38,39 +43,65 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(parts: Path) -> dict[str, list[float]]:
     """One process, the whole step in one micro-batch."""
-    return {tune: run_ranks(losses_and_norms, 1, parts, tune, "ddp", False, GLOBAL_BATCH)[0] for tune in TUNES}
+    cases = [Case(tune, "ddp", False, GLOBAL_BATCH) for tune in TUNES]
+    return {case.tune: found for case, found in run_ranks(losses_and_norms, 1, parts, cases)[0].items()}
+
+
+LAYOUTS = [
+    (1, "ddp", True, 3),
+    (2, "ddp", False, 2),
+    (2, "fsdp", True, 2),
+    (3, "ddp", True, 1),
+    (3, "fsdp", False, 4),
+    (4, "ddp", False, 3),
+    (4, "fsdp", True, 1),
+]
+LONG_LAYOUTS = [(4, "fsdp", False, 3), (4, "hsdp", True, 1), (4, "hsdp", False, 3)]
+
+
+@pytest.fixture(scope="module")
+def found_by(parts: Path) -> Callable[[int, bool], list[dict[Case, list[float]]]]:
+    """What each of so many ranks found in all layouts of their number, those of the long suite or the others."""
+
+    @cache
+    def found(size: int, is_long: bool) -> list[dict[Case, list[float]]]:
+        layouts = [layout[1:] for layout in (LONG_LAYOUTS if is_long else LAYOUTS) if layout[0] == size]
+        cases = [Case(tune, *layout) for layout in layouts for tune in TUNES]
+        return run_ranks(losses_and_norms, size, parts, cases, seconds=300)
+
+    return found
 
 
 @pytest.mark.parametrize("tune", TUNES)
 @pytest.mark.parametrize(
     ("size", "strategy", "recompute", "micro_batch_size"),
-    [
-        (1, "ddp", True, 3),
-        (2, "ddp", False, 2),
-        (2, "fsdp", True, 2),
-        (3, "ddp", True, 1),
-        (3, "fsdp", False, 4),
-        (4, "ddp", False, 3),
-        (4, "fsdp", True, 1),
-        (4, "fsdp", False, 3),
-        pytest.param(4, "hsdp", True, 1, marks=pytest.mark.long),
-        pytest.param(4, "hsdp", False, 3, marks=pytest.mark.long),
-    ],
+    [*LAYOUTS, *(pytest.param(*layout, marks=pytest.mark.long) for layout in LONG_LAYOUTS)],
 )
 def test_same_numbers_however_it_is_run(
-    parts: Path, expected: dict[str, list[float]], tune: str, size: int, strategy: str, recompute: bool, micro_batch_size: int
+    found_by: Callable[[int, bool], list[dict[Case, list[float]]]],
+    expected: dict[str, list[float]],
+    tune: str,
+    size: int,
+    strategy: str,
+    recompute: bool,
+    micro_batch_size: int,
 ) -> None:
-    found = run_ranks(losses_and_norms, size, parts, tune, strategy, recompute, micro_batch_size)
-    for rank in found:
-        assert rank == found[0]
-    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(expected[tune]), rtol=1e-6, atol=1e-7)
+    case = Case(tune, strategy, recompute, micro_batch_size)
+    first, *others = (rank[case] for rank in found_by(size, (size, strategy, recompute, micro_batch_size) in LONG_LAYOUTS))
+    assert all(rank == first for rank in others)
+    torch.testing.assert_close(torch.tensor(first), torch.tensor(expected[tune]), rtol=1e-6, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def cast(parts: Path) -> dict[Case, list[float]]:
+    """Two ranks in bfloat16, without clipping, whose norm sums shards in another order."""
+    ways = (("ddp", True), ("fsdp", False))
+    return run_ranks(losses_and_norms, 2, parts, [Case(t, *way, 2, "bfloat16", 0.0) for t in TUNES for way in ways], seconds=300)[0]
 
 
 @pytest.mark.parametrize("tune", TUNES)
-def test_strategies_cast_alike_to_the_bit_in_bfloat16(parts: Path, tune: str) -> None:
-    """Without clipping, whose norm sums shards in another order: the losses of five steps are equal bit for bit."""
-    ddp, fsdp = (
-        run_ranks(losses_and_norms, 2, parts, tune, s, r, 2, "bfloat16", 0.0)[0] for s, r in (("ddp", True), ("fsdp", False))
-    )
+def test_strategies_cast_alike_to_the_bit_in_bfloat16(cast: dict[Case, list[float]], tune: str) -> None:
+    """The losses of five steps are equal bit for bit."""
+    ddp, fsdp = (found for case, found in cast.items() if case.tune == tune)
     assert ddp[::2] == fsdp[::2]
     torch.testing.assert_close(torch.tensor(ddp), torch.tensor(fsdp), rtol=1e-6, atol=0)

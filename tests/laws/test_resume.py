@@ -16,7 +16,14 @@ from tests.support.runs import failure_of, start, start_alone
 
 @pytest.mark.parametrize(
     ("size", "strategy", "stops"),
-    [(1, "ddp", (1, 3, 5)), (2, "ddp", (1, 4)), (2, "fsdp", (3,)), (3, "ddp", (4,)), (4, "ddp", (2,)), (4, "fsdp", (3,))],
+    [
+        (1, "ddp", (1, 3, 5)),
+        (2, "ddp", (1, 4)),
+        (2, "fsdp", (3,)),
+        (3, "ddp", (4,)),
+        pytest.param(4, "ddp", (2,), marks=pytest.mark.long),
+        (4, "fsdp", (3,)),
+    ],
 )
 def test_stopped_anywhere_ends_with_the_same_bytes(
     parts: Path, tmp_path: Path, size: int, strategy: str, stops: tuple[int, ...]

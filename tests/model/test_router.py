@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -192,7 +194,23 @@ def test_a_dense_model_has_no_routers(tmp_path: Path) -> None:
 NUM_STEPS = 3
 
 
-def steps_on_ranks(world: World, folder: Path, strategy: str, recompute: bool, layout: str, size: int, tune: str) -> list[float]:
+class Case(NamedTuple):
+    """How a mixture is trained, on however many ranks."""
+
+    family: str
+    tune: str
+    strategy: str
+    recompute: bool
+    layout: str
+    size: int
+
+
+def steps_on_ranks(world: World, folders: Path, cases: list[Case]) -> dict[Case, list[float]]:
+    """What every case found; all in one process per rank: starting it takes longer than a case."""
+    return {case: steps_of(world, folders / case.family, *case[1:]) for case in cases}
+
+
+def steps_of(world: World, folder: Path, tune: str, strategy: str, recompute: bool, layout: str, size: int) -> list[float]:
     """Text loss, router loss and gradient norm of three steps; samples are the same for every world."""
     config = config_of(folder, tune=tune)
     card = make_card(config, LoraConfig(rank=2, dropout=0.0), VocabularyLayout())
@@ -227,37 +245,37 @@ def steps_on_ranks(world: World, folder: Path, strategy: str, recompute: bool, l
 
 @pytest.fixture(scope="module")
 def expected(folders: Path) -> dict[tuple[str, str], list[float]]:
-    one = ("ddp", False, "padded", len(LENGTHS))
     pairs = [("mixtral", "full"), ("mixtral", "lora"), ("qwen3_moe", "full")]
-    return {(f, tune): run_ranks(steps_on_ranks, 1, folders / f, *one, tune)[0] for f, tune in pairs}
+    cases = [Case(*pair, "ddp", False, "padded", len(LENGTHS)) for pair in pairs]
+    return {case[:2]: found for case, found in run_ranks(steps_on_ranks, 1, folders, cases)[0].items()}
 
 
-@pytest.mark.parametrize(
-    ("family", "tune", "world", "strategy", "recompute", "layout", "size"),
-    [
-        ("mixtral", "full", 1, "ddp", True, "packed", 2),
-        ("mixtral", "full", 2, "ddp", False, "padded", 2),
-        ("mixtral", "full", 2, "fsdp", True, "packed", 3),
-        ("mixtral", "full", 4, "ddp", True, "packed", 1),
-        ("mixtral", "full", 4, "fsdp", True, "padded", 1),
-        ("mixtral", "full", 4, "fsdp", False, "padded", 2),
-        ("mixtral", "lora", 2, "fsdp", True, "padded", 2),
-        ("mixtral", "lora", 2, "ddp", False, "packed", 4),
-        ("qwen3_moe", "full", 2, "fsdp", True, "packed", 2),
-    ],
-)
+CASES = [
+    (1, Case("mixtral", "full", "ddp", True, "packed", 2)),
+    (2, Case("mixtral", "full", "ddp", False, "padded", 2)),
+    (2, Case("mixtral", "full", "fsdp", True, "packed", 3)),
+    (4, Case("mixtral", "full", "ddp", True, "packed", 1)),
+    (4, Case("mixtral", "full", "fsdp", True, "padded", 1)),
+    (4, Case("mixtral", "full", "fsdp", False, "padded", 2)),
+    (2, Case("mixtral", "lora", "fsdp", True, "padded", 2)),
+    (2, Case("mixtral", "lora", "ddp", False, "packed", 4)),
+    (2, Case("qwen3_moe", "full", "fsdp", True, "packed", 2)),
+]
+
+
+@pytest.fixture(scope="module")
+def found_by(folders: Path) -> Callable[[int], list[dict[Case, list[float]]]]:
+    """What each of so many ranks found in all cases of their number."""
+    return cache(lambda world: run_ranks(steps_on_ranks, world, folders, [case for ranks, case in CASES if ranks == world]))
+
+
+@pytest.mark.parametrize(("world", "case"), CASES, ids=[f"{world}-{'-'.join(map(str, case))}" for world, case in CASES])
 def test_same_numbers_on_any_ranks_and_layout(
-    folders: Path,
+    found_by: Callable[[int], list[dict[Case, list[float]]]],
     expected: dict[tuple[str, str], list[float]],
-    family: str,
-    tune: str,
     world: int,
-    strategy: str,
-    recompute: bool,
-    layout: str,
-    size: int,
+    case: Case,
 ) -> None:
-    found = run_ranks(steps_on_ranks, world, folders / family, strategy, recompute, layout, size, tune)
-    for rank in found:
-        assert rank == found[0]
-    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(expected[family, tune]), rtol=1e-6, atol=1e-7)
+    first, *others = (rank[case] for rank in found_by(world))
+    assert all(rank == first for rank in others)
+    torch.testing.assert_close(torch.tensor(first), torch.tensor(expected[case[:2]]), rtol=1e-6, atol=1e-7)

@@ -21,15 +21,7 @@ import torch.distributed as dist
 from trainer.distributed.world import World
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    [
-        "torch.distributed.fsdp",
-        "torch.distributed.tensor",
-        "transformers.models.qwen2.modeling_qwen2",
-        "transformers.models.clip.modeling_clip",
-        "trainer.main",
-    ]
-)
+SERVER.set_forkserver_preload(["tests.support.preload"])
 
 
 def run_ranks(fn: Callable[..., Any], size: int, *args: Any, seconds: float = 90) -> list[Any]:

@@ -12,7 +12,7 @@ from tests.support.finals import config_of, save_final, save_parts, trained
 from tests.support.runs import save_parts as save_run_parts
 from tests.support.runs import save_records, start_alone
 from tools.export_adapter import main as export
-from tools.exports.model_card import draw
+from tools.exports.model_card import draw_curve
 from tools.merge_lora import main as merge
 
 
@@ -50,8 +50,8 @@ def test_a_folder_without_its_run_has_a_card_too(tmp_path: Path, capsys: pytest.
 
 
 def test_a_curve_falls_from_left_to_right() -> None:
-    lines = draw([(step, 10.0 / step) for step in range(1, 201)]).splitlines()
+    lines = draw_curve([(step, 10.0 / step) for step in range(1, 201)]).splitlines()
     columns = [line.partition("|")[2] for line in lines[:-2]]
     assert columns[0].startswith("*") and columns[-1].endswith("*") and all(line.count("*") <= 60 for line in columns)
     assert lines[-1].split() == ["step", "1", "200"]
-    assert draw([(1, 2.0), (2, 2.0)]).count("*") == 2
+    assert draw_curve([(1, 2.0), (2, 2.0)]).count("*") == 2

@@ -344,8 +344,8 @@ def test_ranks_of_a_machine_share_its_memory_and_a_device_that_is_not_there_has_
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     out, found = planned(parts, tmp_path / "plan", capsys, "--device", "cuda")
     assert (found["memory"], found["fits"]) == (None, None) and "fits: not known" in out and "--memory" in out
-    monkeypatch.setattr(plan, "total_memory", lambda device: 3000)
-    for device, ranks, memory in (("cpu", 1, 3000), ("cpu", 3, 1000), ("cuda", 3, 3000)):
+    monkeypatch.setattr(plan, "total_memory", lambda device: 3 << 40)  # room enough: no advice to work out
+    for device, ranks, memory in (("cpu", 1, 3 << 40), ("cpu", 3, 1 << 40), ("cuda", 3, 3 << 40)):
         assert planned(parts, tmp_path / "plan", capsys, "--device", device, "--ranks", str(ranks))[1]["memory"] == memory
 
 

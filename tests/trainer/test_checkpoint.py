@@ -36,13 +36,22 @@ def values(trained: Trained) -> dict[str, torch.Tensor]:
     return found
 
 
-def write(world: World, folder: Path, strategy: str) -> dict[str, torch.Tensor]:
-    trained = toy(world, strategy)
-    write_shard(folder, world.rank, world.size, module._tensors(trained, world))
-    return values(trained)
+def write(world: World, folders: dict[str, Path]) -> dict[str, dict[str, torch.Tensor]]:
+    """Under every strategy that `folders` names; by strategy what was written."""
+    found = {}
+    for strategy, folder in folders.items():
+        trained = toy(world, strategy)
+        write_shard(folder, world.rank, world.size, module._tensors(trained, world))
+        found[strategy] = values(trained)
+    return found
 
 
-def read(world: World, folder: Path, strategy: str) -> dict[str, torch.Tensor]:
+def read(world: World, folders: list[Path], strategies: list[str]) -> dict[tuple[Path, str], dict[str, torch.Tensor]]:
+    """Every folder under every strategy."""
+    return {(folder, strategy): read_one(world, folder, strategy) for strategy in strategies for folder in folders}
+
+
+def read_one(world: World, folder: Path, strategy: str) -> dict[str, torch.Tensor]:
     trained = toy(world, strategy)
     for p in trained.parameters.values():
         p.data.zero_()
@@ -51,26 +60,33 @@ def read(world: World, folder: Path, strategy: str) -> dict[str, torch.Tensor]:
     return values(trained)
 
 
+READERS: dict[int, list[str]] = {4: ["fsdp", "hsdp"], 2: ["fsdp", "ddp"], 1: ["ddp"]}
+
+
 @pytest.mark.parametrize(
-    ("strategy", "size"),
-    [
-        ("fsdp", 4),
-        pytest.param("fsdp", 3, marks=pytest.mark.long),
-        ("hsdp", 4),
-        ("ddp", 2),
-        pytest.param("ddp", 1, marks=pytest.mark.long),
-    ],
+    "writers",
+    [{4: ["fsdp", "hsdp"], 2: ["ddp"]}, pytest.param({3: ["fsdp"], 1: ["ddp"]}, marks=pytest.mark.long)],
+    ids=["4 and 2 ranks", "3 and 1 ranks"],
 )
-def test_written_under_one_strategy_and_read_under_any_other(tmp_path: Path, strategy: str, size: int) -> None:
-    expected = run_ranks(write, size, tmp_path, strategy)[0]
-    for other, ranks in (("fsdp", 2), ("fsdp", 4), ("hsdp", 4), ("ddp", 2), ("ddp", 1)):
-        for found in run_ranks(read, ranks, tmp_path, other):
-            assert found.keys() == expected.keys()
-            assert all(torch.equal(found[name], expected[name]) for name in expected)
+def test_written_under_one_strategy_and_read_under_any_other(tmp_path: Path, writers: dict[int, list[str]]) -> None:
+    """Ranks write and read under all strategies of their number, one after the other: starting them takes longest."""
+    expected: dict[Path, dict[str, torch.Tensor]] = {}
+    for size, strategies in writers.items():
+        folders = {strategy: tmp_path / f"{strategy}-{size}" for strategy in strategies}
+        for folder in folders.values():
+            folder.mkdir()
+        written = run_ranks(write, size, folders)[0]
+        expected |= {folders[strategy]: written[strategy] for strategy in strategies}
+    for size, strategies in READERS.items():
+        for rank in run_ranks(read, size, list(expected), strategies):
+            assert rank.keys() == {(folder, strategy) for folder in expected for strategy in strategies}
+            for (folder, strategy), found in rank.items():
+                assert found.keys() == expected[folder].keys(), (folder, size, strategy)
+                assert all(torch.equal(found[name], value) for name, value in expected[folder].items()), (folder, size, strategy)
 
 
 def test_missing_rows_are_noticed(tmp_path: Path) -> None:
-    run_ranks(write, 3, tmp_path, "fsdp")
+    run_ranks(write, 3, {"fsdp": tmp_path})
     for path in tmp_path.glob("rank-00001-*"):
         path.unlink()
     with pytest.raises(UnsoundCheckpoint, match=r"do not fit together|are missing") as caught:
@@ -97,15 +113,17 @@ def test_what_a_checkpoint_does_not_say_is_named(tmp_path: Path, left_out: str, 
         restore(tmp_path, trained, {} if steps is None else dict.fromkeys(trained.parameters, steps))
 
 
-def gather_all(world: World, strategy: str) -> list[Any]:
-    trained = toy(world, strategy)
-    hooks = gather_hooks({name: p.data for name, p in trained.parameters.items()})
-    return [(hook(), p.full_tensor()) for hook, p in zip(hooks.values(), trained.parameters.values())]  # type: ignore[attr-defined]
+def gather_all(world: World, strategies: list[str]) -> list[Any]:
+    found: list[Any] = []
+    for strategy in strategies:
+        trained = toy(world, strategy)
+        hooks = gather_hooks({name: p.data for name, p in trained.parameters.items()})
+        found += [(hook(), p.full_tensor()) for hook, p in zip(hooks.values(), trained.parameters.values())]  # type: ignore[attr-defined]
+    return found
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "hsdp"])
-def test_gather_hooks_make_parameters_whole_on_rank_0_alone(strategy: str) -> None:
-    first, *others = run_ranks(gather_all, 4, strategy)
+def test_gather_hooks_make_parameters_whole_on_rank_0_alone() -> None:
+    first, *others = run_ranks(gather_all, 4, ["fsdp", "hsdp"])
     assert all(torch.equal(ours, whole) for ours, whole in first)
     assert all(ours is None for rank in others for ours, _ in rank)
 

@@ -12,20 +12,21 @@ from typing import Any
 
 import pytest
 
+from tests.support.ranks import run_ranks
+from tests.support.runs import start
 from tests.support.torchrun import ROOT, command, wait_until_gone, weights
 
 
 def test_killed_with_its_launcher_and_started_again_it_ends_with_the_same_bytes(parts: Path, tmp_path: Path) -> None:
+    """As the ranks of one that nobody launched nor killed."""
     sections: dict[str, Any] = {
-        "train": {"max_steps": 40},
+        "train": {"max_steps": 24},
         "checkpoint": {"every": 1, "keep": 3},
         "parallel": {"strategy": "fsdp"},
         "data": {"workers": 1},
     }
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    first = subprocess.run(command(parts, whole, **sections), cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
-    assert first.returncode == 0, first.stderr
-    assert json.loads((whole / "exit.json").read_text())["code"] == 0
+    assert {answer.code for answer in run_ranks(start, 2, parts, whole, sections)} == {0}
     launcher = subprocess.Popen(command(parts, killed, **sections), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list(killed.glob("checkpoint-*")):
         assert launcher.poll() is None
@@ -36,6 +37,7 @@ def test_killed_with_its_launcher_and_started_again_it_ends_with_the_same_bytes(
     assert not (killed / "final").exists()
     again = subprocess.run(command(parts, killed, **sections), cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
     assert again.returncode == 0, again.stderr
+    assert json.loads((killed / "exit.json").read_text())["code"] == 0
     assert "start     from " in again.stdout
     assert weights(killed) == weights(whole)
 

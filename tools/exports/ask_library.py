@@ -38,14 +38,14 @@ def _sound(path: str) -> Any:
 def _transformers(task: dict[str, Any]) -> dict[str, Any]:
     torch, transformers = import_module("torch"), import_module("transformers")
     cls = getattr(transformers, task["class"])
-    model = cls.from_pretrained(task["folder"], dtype=torch.float32)
+    model = cls.from_pretrained(task["folder"], dtype=torch.float32, trust_remote_code=False)
     if task["adapter"]:
         model = import_module("peft").PeftModel.from_pretrained(model, task["adapter"])
     model.eval()
-    reader = transformers.AutoProcessor.from_pretrained(task["folder"])
+    reader = transformers.AutoProcessor.from_pretrained(task["folder"], trust_remote_code=False)
     if hasattr(reader, "image_processor"):  # Pillow's resizing, as in training
         options = {"backend": "pil"} if int(transformers.__version__.split(".")[0]) > 4 else {"use_fast": False}
-        reader.image_processor = transformers.AutoImageProcessor.from_pretrained(task["folder"], **options)
+        reader.image_processor = transformers.AutoImageProcessor.from_pretrained(task["folder"], trust_remote_code=False, **options)
     prompts, answers = [], []
     for messages in task["questions"]:
         (part,) = [part for part in messages[0]["content"] if part["type"] != "text"]

@@ -27,14 +27,14 @@ from model.media_spec import PLACEHOLDERS, image_spec
 from model.multimodal import MultimodalLM
 from tools.exports.hf_inputs import their_inputs
 from tools.exports.proofs import batch_of, check_close, in_float32, logits, sample
-from tools.exports.task import Exported, Task, python_line
+from tools.exports.task import Exported, ExportTask, python_line
 from trainer.errors import ProofError
 
 CLIP_ENDS = ("<|audio_bos|>", "<|audio_eos|>")
 """Tokens that Qwen2-Audio's chat template writes around a clip."""
 
 
-def to_hf(task: Task) -> Exported:
+def to_hf(task: ExportTask) -> Exported:
     """Write a merged folder for the class of transformers that has these parts, and AutoProcessor, reopened and compared."""
     card, processor = task.card, load_processor(task.source)
     target = choose_class(card, facts_of(processor))
@@ -47,7 +47,7 @@ def to_hf(task: Task) -> Exported:
         f"M.from_pretrained({task.literal()}); P.from_pretrained({task.literal()})"
     )
     what = f"a whole model for transformers' {target.name}, adapters merged"
-    return Exported(line, what, "transformers", pipeline_of(target), tuple(differences(target, card)))
+    return Exported(line, what, "transformers", pipeline_of(target), tuple(class_differences(target, card)))
 
 
 def pipeline_of(target: HfClass) -> str:
@@ -55,7 +55,7 @@ def pipeline_of(target: HfClass) -> str:
     return "audio-text-to-text" if target.modality == "audio" else "image-text-to-text"
 
 
-def differences(target: HfClass, card: ModelCard) -> Iterator[str]:
+def class_differences(target: HfClass, card: ModelCard) -> Iterator[str]:
     """Yield what the class makes of some inputs otherwise than training did."""
     if target is NEXT:
         yield "several pictures in one conversation: training saw one view of each, this class cuts each into tiles"

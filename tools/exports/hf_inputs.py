@@ -32,12 +32,15 @@ def open_processor(folder: Path, target: HfClass) -> Any:
     A class that also reads videos cannot be opened without torchvision: it is then made of its other parts.
     """
     if target.modality == "audio":
-        return AutoProcessor.from_pretrained(folder)
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     if not (folder / VIDEO).is_file():
-        return AutoProcessor.from_pretrained(folder, backend="pil")
-    image, tokenizer = AutoImageProcessor.from_pretrained(folder, backend="pil"), AutoTokenizer.from_pretrained(folder)
+        return AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    image, tokenizer = (
+        AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False),
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
+    )
     if is_torchvision_available():
-        reader = AutoProcessor.from_pretrained(folder)
+        reader = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         reader.image_processor = image
         return reader
     settings = {key: value for key, value in load_json(folder / NESTED).items() if key not in PARTS}

@@ -18,13 +18,13 @@ from model.files.tensor_files import dump_json, read_weights
 from model.load import load_model
 from model.weights.peft_adapter import WEIGHTS, adapter_config, peft_name, write_config
 from tools.exports.hf_folder import facts_of
-from tools.exports.task import Exported, Task, python_line
+from tools.exports.task import Exported, ExportTask, python_line
 from trainer.errors import ProofError
 
 LOAD = "from llava.model.builder import load_pretrained_model as load; "
 
 
-def to_llava(task: Task) -> Exported:
+def to_llava(task: ExportTask) -> Exported:
     """Write LLaVA's own layout: mm_projector.bin; of a run that trained more, its LoRA folder or its whole folder too."""
     llava.check_exportable_llava(task.card)
     changed = changed_parts(task.source, task.card)
@@ -37,7 +37,7 @@ def to_llava(task: Task) -> Exported:
     return Exported(line, "LLaVA's projector", notes=_left_out(task))
 
 
-def _projector_file(task: Task, before: str = "", name: str = llava.NAME) -> Path:
+def _projector_file(task: ExportTask, before: str = "", name: str = llava.NAME) -> Path:
     tensors = projector(task.source, task.card)
     path = llava.write_projector(task.folder, tensors, before, name)
     stored = read_weights(path)
@@ -47,7 +47,7 @@ def _projector_file(task: Task, before: str = "", name: str = llava.NAME) -> Pat
     return path
 
 
-def _left_out(task: Task) -> tuple[str, ...]:
+def _left_out(task: ExportTask) -> tuple[str, ...]:
     held = {"llm", "vision", "vision_projector"}
     others = [name for name, part in task.card.model.parts().items() if part.tune != "frozen" and name not in held]
     if task.card.model.llm.tune == "new_tokens":
@@ -55,7 +55,7 @@ def _left_out(task: Task) -> tuple[str, ...]:
     return (f"not exported: {', '.join(others)}: LLaVA has no place for them",) if others else ()
 
 
-def _lora_folder(task: Task) -> Exported:
+def _lora_folder(task: ExportTask) -> Exported:
     card, source, folder = task.card, task.source, task.folder
     processor = load_processor(source)
     facts = facts_of(processor)
@@ -81,7 +81,7 @@ def _lora_folder(task: Task) -> Exported:
     return Exported(line, f"LLaVA's LoRA folder, beside {base}", "peft", "image-text-to-text", tuple(notes))
 
 
-def _whole_folder(task: Task) -> Exported:
+def _whole_folder(task: ExportTask) -> Exported:
     card, source, folder = task.card, task.source, task.folder
     processor = load_processor(source)
     facts = facts_of(processor)

@@ -14,13 +14,13 @@ from model.exports.llm_folder import write_llm
 from model.load import load_model
 from model.multimodal import MultimodalLM
 from tools.exports.proofs import check_close, in_float32
-from tools.exports.task import Exported, Task, python_line
+from tools.exports.task import Exported, ExportTask, python_line
 from trainer.errors import ProofError
 
 WORDS = "What do you see? A red car, seven trees and 2 dogs."
 
 
-def to_llm(task: Task) -> Exported:
+def to_llm(task: ExportTask) -> Exported:
     """Write the language model alone, adapters merged, as a folder for AutoModelForCausalLM, reopened and compared."""
     model, processor = load_model(task.source), load_processor(task.source)
     write_llm(model, task.folder, task.card)
@@ -42,10 +42,12 @@ def prove_llm(folder: Path, model: MultimodalLM, processor: Processor) -> float:
     Returns the largest relative difference of the logits. Raises ProofError where ids or logits differ.
     """
     expected_ids = processor.tokenizer(WORDS)["input_ids"]
-    found_ids = AutoTokenizer.from_pretrained(folder)(WORDS)["input_ids"]
+    found_ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(WORDS)["input_ids"]
     if list(found_ids) != list(expected_ids):
         raise ProofError(f"AutoTokenizer gives other ids: {list(found_ids)} and not {list(expected_ids)}")
-    theirs, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    theirs, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+    )
     if wrong := {kind: sorted(map(str, names)) for kind, names in report.items() if names and kind != "error_msgs"}:
         raise ProofError(f"transformers does not load every tensor of the export: {wrong}")
     llm: Any = in_float32(model).llm

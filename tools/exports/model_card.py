@@ -18,7 +18,7 @@ import transformers
 
 from model.card import ModelCard
 from model.files.untrusted import Json, load_json
-from tools.exports.task import Exported, Task
+from tools.exports.task import Exported, ExportTask
 
 NAME = "README.md"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -44,12 +44,12 @@ class Recorded:
     step: int | None = None
 
 
-def write_model_card(task: Task, exported: Exported) -> None:
+def write_model_card(task: ExportTask, exported: Exported) -> None:
     """Write README.md into the export."""
     (task.folder / NAME).write_text(model_card(task, exported), encoding="utf-8")
 
 
-def model_card(task: Task, exported: Exported) -> str:
+def model_card(task: ExportTask, exported: Exported) -> str:
     """Return the text of the card."""
     run, card = recorded(task.source), task.card
     sections = [
@@ -191,10 +191,10 @@ def _curve(run: Recorded) -> str:
     (first, begun), (last, ended) = run.losses[0], run.losses[-1]
     said = f"Training loss {begun:.4g} at step {first}, {ended:.4g} at step {last}"
     said += f"; validation {run.last_validation:.4g} at the end." if run.last_validation is not None else "."
-    return f"{said}\n\n```text\n{draw(run.losses)}\n```"
+    return f"{said}\n\n```text\n{draw_curve(run.losses)}\n```"
 
 
-def draw(points: list[tuple[int, float]], width: int = WIDTH, height: int = HEIGHT) -> str:
+def draw_curve(points: list[tuple[int, float]], width: int = WIDTH, height: int = HEIGHT) -> str:
     """Draw a curve as text: each column is the mean of its share of the points, which are in the order of their steps."""
     width = min(width, len(points))
     shares = [points[i * len(points) // width : (i + 1) * len(points) // width] for i in range(width)]

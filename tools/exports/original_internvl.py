@@ -17,10 +17,10 @@ from model.load import load_model
 from model.media_spec import image_spec
 from model.multimodal import MultimodalLM
 from tools.exports.hf_folder import facts_of
-from tools.exports.task import Exported, Task, python_line
+from tools.exports.task import Exported, ExportTask, python_line
 
 
-def to_internvl(task: Task) -> Exported:
+def to_internvl(task: ExportTask) -> Exported:
     """Write a merged folder in the original layout of InternVLChatModel, for OpenGVLab's own code."""
     card, processor = task.card, load_processor(task.source)
     facts = facts_of(processor)
@@ -58,7 +58,7 @@ def all_entries(card: ModelCard, model: MultimodalLM) -> dict[str, Entry]:
     return {**dict(model_entries(model)), **tower}
 
 
-def rename_token(task: Task, placeholder: str) -> None:
+def rename_token(task: ExportTask, placeholder: str) -> None:
     """Give the placeholder the name that InternVL's code looks for; its id, and every row of the vocabulary, stay."""
     file = task.folder / "tokenizer.json"
     value = json.loads(file.read_text())

@@ -12,10 +12,10 @@ from model.exports.trained_files import PROJECTORS, changed_parts, trained_files
 from model.files.tensor_files import dump_json
 from model.files.untrusted import Json
 from model.weights.peft_adapter import INHERITS, OUR_CONFIG, OURS
-from tools.exports.task import Exported, Task
+from tools.exports.task import Exported, ExportTask
 
 
-def to_safetensors(task: Task) -> Exported:
+def to_safetensors(task: ExportTask) -> Exported:
     """Write one file per part that was trained beside the language model's own weights."""
     source, card = task.source, task.card
     files = trained_files(source, card)
@@ -37,7 +37,7 @@ def to_safetensors(task: Task) -> Exported:
     return Exported(following, "the parts that this run trained, for the trainer that wrote them", notes=(*notes, *alone))
 
 
-def to_go_on(task: Task, files: set[str], inherits: bool) -> tuple[str, list[str]]:
+def to_go_on(task: ExportTask, files: set[str], inherits: bool) -> tuple[str, list[str]]:
     """Return settings, beside those of the run's own file, with which a run starts from everything that it has learned.
 
     The settings name the exported `files`, if each file has a setting and no weight comes from elsewhere; else the run that made

@@ -17,16 +17,16 @@ from model.files.tensor_files import Tensors
 from model.load import load_model
 from model.lora import is_adapter, merge_rows
 from model.weights.peft_adapter import WEIGHTS, adapter_config, peft_name, write_config
-from tools.exports.hf_folder import differences, facts_of, pipeline_of, write_folder
+from tools.exports.hf_folder import class_differences, facts_of, pipeline_of, write_folder
 from tools.exports.hf_inputs import their_inputs
 from tools.exports.proofs import batch_of, check_close, in_float32, logits, sample
-from tools.exports.task import Exported, Task, python_line
+from tools.exports.task import Exported, ExportTask, python_line
 
 INSIDE = "model.language_model."
 """Place of the decoder inside every class of transformers that is exported, since version 4.52."""
 
 
-def to_peft(task: Task) -> Exported:
+def to_peft(task: ExportTask) -> Exported:
     """Write a PEFT adapter folder for the language model, with the model it belongs to if an earlier run trained that.
 
     With --inside hf: for the language model inside base/, a folder as --for hf writes it, but without the adapter.
@@ -58,7 +58,7 @@ def to_peft(task: Task) -> Exported:
     return Exported(line, f"a PEFT adapter of the language model {base}", "peft", "text-generation", tuple(notes))
 
 
-def _inside_hf(task: Task) -> Exported:
+def _inside_hf(task: ExportTask) -> Exported:
     source, card, processor = task.source, task.card, load_processor(task.source)
     found = adapter_tensors(source, card)
     target = choose_class(card, facts_of(processor))
@@ -80,7 +80,7 @@ def _inside_hf(task: Task) -> Exported:
     )
     notes = (
         "base/ holds every other part as it was trained, and the language model without the adapter",
-        *differences(target, card),
+        *class_differences(target, card),
     )
     return Exported(line, f"a PEFT adapter of the model in base/ ({target.name})", "peft", pipeline_of(target), notes)
 
@@ -102,7 +102,7 @@ def prove_inside(base: Path, target: HfClass, tensors: Tensors, scale: float, mo
     with sample(processor) as record:
         batch = batch_of(processor, record)
         inputs = their_inputs(base, target, record, batch, processor)
-    theirs = getattr(transformers, target.name).from_pretrained(base, dtype=torch.float32).eval()
+    theirs = getattr(transformers, target.name).from_pretrained(base, dtype=torch.float32, trust_remote_code=False).eval()
     places = {f"llm.{name}": parameter for name, parameter in theirs.named_parameters()}
     with torch.no_grad():
         for name, rows in tensors.items():

@@ -10,7 +10,7 @@ from model.card import ModelCard
 
 
 @dataclass(frozen=True)
-class Task:
+class ExportTask:
     """An export under way."""
 
     source: Path  # a final/ folder or a checkpoint

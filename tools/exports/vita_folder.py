@@ -28,7 +28,7 @@ from model.published.table import part_tensors
 from model.vision.tower_kinds import intern_vit
 from tools.exports.hf_folder import facts_of
 from tools.exports.llava_folder import old_tokenizer
-from tools.exports.task import Exported, Task, python_line
+from tools.exports.task import Exported, ExportTask, python_line
 from trainer.errors import ProofError
 
 TYPES = {"vita-mixtral": "mixtral-8x7b", "vita-Qwen2": "qwen2p5_instruct", "vita-fo-Qwen2": "qwen2p5_fo_instruct"}
@@ -40,7 +40,7 @@ FILES = ("configuration_intern_vit.py", "modeling_intern_vit.py")
 START = "model.vision_tower.vision_tower.", "model.audio_encoder."
 
 
-def to_vita(task: Task) -> Exported:
+def to_vita(task: ExportTask) -> Exported:
     """Write a merged folder in VITA's own layout, 1.0 of a Mixtral and 1.5 of a Qwen2, for VITA's own code."""
     card, processor = task.card, load_processor(task.source)
     facts = facts_of(processor)
@@ -112,7 +112,7 @@ def _same(entry: Entry, rows: torch.Tensor) -> bool:
     return value is not None and torch.equal(value, rows)
 
 
-def _line(task: Task, kind: str) -> str:
+def _line(task: ExportTask, kind: str) -> str:
     code = "from vita.model.builder import load_pretrained_model as load; "
     if kind == OLD:
         call = python_line(f"{code}load('.', None, 'vita', {TYPES[kind]!r})")
@@ -121,7 +121,7 @@ def _line(task: Task, kind: str) -> str:
     return f"cd {task.quoted()} && PYTHONPATH=VITA {call}"
 
 
-def _notes(task: Task, kind: str) -> Iterator[str]:
+def _notes(task: ExportTask, kind: str) -> Iterator[str]:
     yield f"config.json names {TOWER!r} and {SOUND!r}, folders beside it: start VITA there, or write their places into it"
     yield "prompts follow VITA's own conversation: its system text is not the one of data.template"
     if kind == OLD:
