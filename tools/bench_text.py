@@ -167,7 +167,7 @@ def check_row_line(name: str, template: Template, rounds: int) -> str:
     return f"| {name} | {checked:.2f} | {encoded:.2f} | {peer:.2f} |"
 
 
-def report(folders: Sequence[str], rounds: int, turns: Sequence[int]) -> None:
+def print_tables(folders: Sequence[str], rounds: int, turns: Sequence[int]) -> None:
     """Print both tables."""
     measured = templates(folders)
     gc.freeze()
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, nargs="+", default=TURNS, help="questions of a conversation")
     options = parser.parse_args(argv)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return run_command("bench_text", lambda: report(options.folders, options.rounds, options.turns))
+    return run_command("bench_text", lambda: print_tables(options.folders, options.rounds, options.turns))
 
 
 if __name__ == "__main__":

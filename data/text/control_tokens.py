@@ -37,8 +37,9 @@ def needed_tokens(name: str, tokenizer: PreTrainedTokenizerFast) -> tuple[str, .
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast, free: Collection[str]) -> dict[str, int]:
-    """Return the id of each control token by its text, except the tokens in `free`, which contents may use."""
-    return {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special and t.content not in free}
+    """Return the id of each control token by its text, the longest text first, but of none in `free`, which contents may use."""
+    found = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special and t.content not in free}
+    return dict(sorted(found.items(), key=lambda pair: len(pair[0]), reverse=True))
 
 
 def written_pattern(control: Sequence[str], ours: str) -> re.Pattern[str]:

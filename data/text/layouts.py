@@ -45,7 +45,7 @@ class Rendering:
 
 
 @dataclass(frozen=True)
-class Layout:
+class TextLayout:
     """A rendering without its words."""
 
     between: tuple[str, ...]  # texts before the first words, between words, and behind the last words
@@ -67,7 +67,7 @@ class Layout:
         return Rendering(text, spans, [], 0, self.first_round_apart)
 
 
-def layout_of(found: Rendering, messages: Sequence[Message]) -> Layout | None:
+def layout_of(found: Rendering, messages: Sequence[Message]) -> TextLayout | None:
     """Return the layout of a rendering in which all words stand unchanged and in their order; None for others."""
     text, spans = found.text, found.spans
     edges = [0, *(edge for span in spans for edge in (span.start, span.stop)), len(text)]
@@ -76,16 +76,16 @@ def layout_of(found: Rendering, messages: Sequence[Message]) -> Layout | None:
         return None
     between = tuple(sys.intern(text[low:high]) for low, high in zip(edges[::2], edges[1::2]))
     reach = tuple((span.start - span.prompt, span.end - span.stop) for span in spans)
-    return Layout(between, reach, found.first_round_apart)
+    return TextLayout(between, reach, found.first_round_apart)
 
 
 @dataclass(frozen=True)
-class Layouts:
-    """Layouts of one template by shape, the latest of each shape."""
+class TextLayouts:
+    """TextLayouts of one template by shape, the latest of each shape."""
 
     written: re.Pattern[str]  # control tokens that a person may not write, or, as group "ours", wrapped placeholders
     tags: re.Pattern[str]
-    _known: dict[Shape, Layout] = field(default_factory=dict)
+    _known: dict[Shape, TextLayout] = field(default_factory=dict)
 
     def shape(self, messages: Sequence[Message], kinds: Sequence[str], tools: Sequence[object]) -> Shape | None:
         """Return the shape of a conversation whose contents are words alone; None for others, which need marks.

@@ -12,13 +12,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from data.text.abilities import Abilities, Message, probe_call
-from data.text.layouts import Layouts, Rendering, Span
+from data.text.layouts import Rendering, Span, TextLayouts
 from data.text.marks import CALL, CLOSE, CONTENT, OPEN, REASONING, TOOLS, MarkedPiece, Marker, Read, read_marks
 
 # Names of the template variables that choose between an answer with and without a thought, where the caller may choose.
@@ -79,7 +79,10 @@ class Renderer:
     closes: re.Pattern[str]  # after tool calls, its first match ends the turn, if there is one
     written: re.Pattern[str]  # control tokens that a person may not write, or, as group "ours", wrapped placeholders
     tags: re.Pattern[str]
-    layouts: Layouts
+
+    @cached_property
+    def _layouts(self) -> TextLayouts:
+        return TextLayouts(self.written, self.tags)
 
     def render(
         self,
@@ -98,11 +101,11 @@ class Renderer:
         """
         given = TemplateInputs(kinds, tools)
         text = apply(self.tokenizer, self.source, messages, given)
-        shape = None if late else self.layouts.shape(messages, kinds, tools)
-        found = self.layouts.place(shape, text, messages, learn)
+        shape = None if late else self._layouts.shape(messages, kinds, tools)
+        found = self._layouts.place(shape, text, messages, learn)
         if found is None:
             found = self._marked(text, messages, learn, given, late)
-            self.layouts.remember(shape, found, messages)
+            self._layouts.remember(shape, found, messages)
         return found
 
     def _marked(

@@ -15,7 +15,7 @@ from data.text.abilities import Abilities, Message, find_abilities, probe_call
 from data.text.chat_formats import FORMATS, with_system_text
 from data.text.control_tokens import lead_token, needed_tokens, special_ids, thought_tags, unknown_only_id, written_pattern
 from data.text.encoded import Encoded, Row, check_row, round_ends
-from data.text.layouts import Layouts, Rendering
+from data.text.layouts import Rendering
 from data.text.marks import tags_of
 from data.text.messages import Wording, media_kinds, write_messages
 from data.text.parts_template import content_tokens, named_source, template_tokens
@@ -69,7 +69,7 @@ class Template:
         messages = self.messages(record)
         trimmed = first_rounds(record, self._kept(record, messages, max_length))
         row = self._encode(trimmed, messages if trimmed is record else self.messages(trimmed), media_kinds(record))
-        ends, num_rounds = round_ends(row), len(round_starts([turn.role for turn in record.turns]))
+        ends = round_ends(row)
         if trimmed is not record:
             if not row.rendering.first_round_apart:
                 raise self._too_long(
@@ -82,10 +82,9 @@ class Template:
                 raise self._too_long(record, "no round that fits has an answer to learn", max_length)
             raise self._error(record, "no token is supervised")
         unknown = self.tokenizer.unk_token_id
-        learns_unknown = unknown in ids and any(s and i == unknown for i, s in zip(ids, supervised))
-        if learns_unknown and unknown not in self.stop_ids:
+        if unknown in ids and unknown not in self.stop_ids and any(s and i == unknown for i, s in zip(ids, supervised)):
             raise self._error(record, f"an answer holds what the tokenizer only knows as {self.tokenizer.unk_token}")
-        num_rounds = len(ends) if trimmed is record else num_rounds
+        num_rounds = len(ends) if trimmed is record else len(round_starts([turn.role for turn in record.turns]))
         return Encoded(ids, supervised, ends, num_rounds, row.rendering.removed, row.rendering.text)
 
     def prompt(self, record: Record, like: Turn | None = None) -> list[int]:
@@ -163,8 +162,7 @@ class Template:
 
     @cached_property
     def _renderer(self) -> Renderer:
-        layouts = Layouts(self.written, self.tags)
-        return Renderer(self.tokenizer, self.source, self.ends, self.closes, self.written, self.tags, layouts)
+        return Renderer(self.tokenizer, self.source, self.ends, self.closes, self.written, self.tags)
 
     def _tokenize(self, text: str, written: Sequence[tuple[int, int]]) -> Tokens:
         """Tokenise a rendering, with BOS as the tokenizer would put it: as an id, for as text it changes what follows in some."""
@@ -213,8 +211,7 @@ def load_template(
     free = {*PLACEHOLDERS.values(), *written.values(), *allowed, *STATE_TOKENS[state_tokens].values(), *thought_tags(source)}
     free = free - {*needs, *tokenizer.special_tokens_map.values()} | {*written.values()}
     special = special_ids(tokenizer, free - template_tokens(tokens, written, media_wrap))
-    longest_first = sorted(special, key=len, reverse=True)
-    control = "|".join(map(re.escape, longest_first)) or "(?!)"
+    control = "|".join(map(re.escape, special)) or "(?!)"
     known = tokenizer.get_vocab()
     template = Template(
         name=name,
@@ -224,7 +221,7 @@ def load_template(
         media_wrap=tuple(media_wrap),
         lead=lead,
         ends=re.compile(re.escape(FORMATS[name].end) if name in FORMATS else control),
-        written=written_pattern(longest_first, wrapped_placeholder(written, media_wrap)),
+        written=written_pattern([*special], wrapped_placeholder(written, media_wrap)),
         control_ids=frozenset(special.values()) - unknown_only_id(tokenizer),
         placeholder_ids={modality: known[token] for modality, token in sorted(tokens.items()) if token in known},
         tokens=written,
