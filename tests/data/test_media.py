@@ -20,6 +20,7 @@ from data.collate import collate, collate_packed
 from data.config import DataConfig, SourceConfig
 from data.dataset import MultimodalDataset, Rejected, open_dataset
 from data.text.template import load_template
+from data.workers import prepare_worker
 from model.batch import IGNORE_INDEX, Batch, Media
 from model.media_spec import AudioSpec, ImageSpec, MediaMeta, MediaSpec, row_tokens, row_width
 from tests.support.tiny_data import sample, talk
@@ -197,8 +198,8 @@ def test_the_promised_counts() -> None:
 
 def test_workers_decode_what_the_parent_decodes(media: Path) -> None:
     source = data(media, RECORDS, OWN)
-    collect = partial(collate, pad_id=PAD)
-    alone, helped = (list(DataLoader(source, 2, num_workers=workers, collate_fn=collect)) for workers in (0, 2))
+    options: dict[str, Any] = {"collate_fn": partial(collate, pad_id=PAD), "worker_init_fn": prepare_worker}
+    alone, helped = (list(DataLoader(source, 2, num_workers=workers, **options)) for workers in (0, 2))
     for one, other in zip(alone, helped, strict=True):
         assert torch.equal(one.input_ids, other.input_ids) and one.media.keys() == other.media.keys()
         assert all(torch.equal(one.media[m].values, other.media[m].values) for m in one.media)
