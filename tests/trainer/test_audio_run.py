@@ -183,7 +183,7 @@ def test_a_head_may_begin_to_read_what_was_learned_without_one_and_never_goes_un
     headed = merged(given, {"model": {"state_head": {"classes": 3}}})
     assert start_alone(hearing, tmp_path / "headed", headed).code == 0
     assert export_adapter.main([str(tmp_path / "headed/final"), str(tmp_path / "out"), "--for", "hf"]) == 2
-    assert "[model.audio], [model.audio_projector], [model.state_head]" in capsys.readouterr().err
+    assert "[model.state_head]: it has none" in capsys.readouterr().err
     dropped = merged(given, {"model": {"init_from": str(tmp_path / "headed/final")}})
     code, said = failure_of(hearing, tmp_path / "dropped", dropped)
     assert code == 2 and "audio num_states = 0, but" in said and "was trained with 3" in said
