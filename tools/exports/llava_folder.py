@@ -12,7 +12,7 @@ from data.text.tokenizer import save_tokenizer
 from model.exports import llava
 from model.exports.hf_text import sizes_of
 from model.exports.hf_weights import model_entries, whole_tower, write_weights
-from model.exports.llm_folder import inherited_parts, write_llm
+from model.exports.llm_folder import why_own_base, write_llm
 from model.exports.trained_files import adapter_tensors, changed_parts, projector, write_file
 from model.files.tensor_files import dump_json, read_weights
 from model.load import load_model
@@ -61,14 +61,14 @@ def _lora_folder(task: Task) -> Exported:
     facts = facts_of(processor)
     llava.check_whole_llava(card, facts, adapts=True)
     base, notes, text = card.model.llm.path, list(_left_out(task)), dict(card.hugging_face["llm"])
-    if "llm" in inherited_parts(source, card):
+    if reason := why_own_base(source, card, opened="LLaVA (original"):
         base = str(task.out / "base")
         (folder / "base").mkdir()
         model = load_model(source, merge_lora=False)
         write_llm(model, folder / "base", card)
         old_tokenizer(processor, folder / "base")
         text = sizes_of(card, model)[0]
-        notes.append(f"an earlier run trained the language model: it stands in {base}, where the adapter belongs")
+        notes.append(f"{reason}; the language model without the adapter stands in {base}, where the adapter belongs")
     tensors = adapter_tensors(source, card)
     paths = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
     write_file(folder / WEIGHTS, {peft_name(name, paths): rows for name, rows in tensors.items()})
