@@ -176,7 +176,9 @@ def test_pixels_that_the_tower_would_not_get_are_refused(tmp_path: Path, change:
         run_from(tmp_path, tmp_path / "run")
 
 
-def test_an_adapter_of_a_whole_models_language_model_comes_with_what_it_belongs_to(tmp_path: Path) -> None:
+def test_an_adapter_of_a_whole_models_language_model_comes_with_what_it_belongs_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A class for language models opens no LLaVA."""
     MAKERS["LlavaForConditionalGeneration-hub"].write(tmp_path / "llava")
     lora = {"rank": 4, "alpha": 8, "dropout": 0.0}
@@ -185,6 +187,7 @@ def test_an_adapter_of_a_whole_models_language_model_comes_with_what_it_belongs_
     run = trained(config.model, config.lora)
     save_final(run, tmp_path)
     assert export([str(tmp_path / "final"), str(tmp_path / "out"), "--for", "peft"]) == 0
+    assert "is more than a language model: LLaVA (transformers)" in capsys.readouterr().out
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base", dtype=torch.float32)
     wrapped = peft.PeftModel.from_pretrained(base, str(tmp_path / "out"))
     known = run.card.vocabulary.num_known
