@@ -25,6 +25,8 @@ def resolve_published(tables: dict[str, Any]) -> tuple[dict[str, Any], list[str]
     whose model.init_from is a run of ours, or absent, are returned as they are. Raises `ConfigError` for a model that is not
     supported.
     """
+    if problems := _in_stages(tables):
+        return tables, problems
     path, cache_dir = value_of(tables, KEY), value_of(tables, "model.cache_dir") or ""
     if not isinstance(path, str) or not isinstance(cache_dir, str) or not is_published(path):
         return tables, _unknown(path, tables)
@@ -42,6 +44,17 @@ def resolve_published(tables: dict[str, Any]) -> tuple[dict[str, Any], list[str]
                 f"from {KEY}"
             )
     return tables, problems
+
+
+def _in_stages(tables: dict[str, Any]) -> list[str]:
+    """Return one line per [[stage]] that names a published model: it gives the parts of the whole run."""
+    stages = tables.get("stage")
+    found = [value_of(stage, KEY) if isinstance(stage, dict) else None for stage in (stages if isinstance(stages, list) else [])]
+    return [
+        f"stage {i}: {KEY} = {path!r} is a published model, which gives the parts of the whole run: write it in [model]"
+        for i, path in enumerate(found, 1)
+        if isinstance(path, str) and is_published(path)
+    ]
 
 
 def _unknown(path: object, tables: dict[str, Any]) -> list[str]:

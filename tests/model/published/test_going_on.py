@@ -209,3 +209,12 @@ def test_a_folder_that_gives_no_parts_is_named_beside_what_is_missing(tmp_path: 
     (tmp_path / file).write_text("{}")
     with pytest.raises(ConfigError, match=said):
         run_from(tmp_path, tmp_path / "run")
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_stage_names_no_published_model(tmp_path: Path, before: bool) -> None:
+    MAKERS["LlavaForConditionalGeneration-hub"].write(tmp_path)
+    model = {"init_from": str(tmp_path)} if before else {}
+    stage = {"name": "a", "model": {"init_from": str(tmp_path)}, "train": {"max_steps": 1}}
+    with pytest.raises(ConfigError, match=r"stage 1: model.init_from = .* write it in \[model\]"):
+        parse_config({"output_dir": "run", "model": model, "stage": [stage]}, "test")
