@@ -61,7 +61,10 @@ def import_model(source: str, out: Path, *, link: bool = False, cache_dir: str =
         (folder / "run.toml").write_text(to_toml(run_file(source, cache_dir)))
         seal(folder)
         proof = prove_import(source, model, processor, cache_dir)
-    print(f"{proof}\n{out}:\n{listing(out)}\nnext: python -m trainer.main --cfg {out / 'run.toml'} data.sources.0.path=YOUR.json")
+    print(f"{proof}\n{out}:\n{listing(out)}")
+    print(
+        f"next: python -m trainer.main --cfg {out / 'run.toml'} data.sources.0.path=YOUR.json data.sources.0.media_root=ITS_MEDIA"
+    )
 
 
 ALONE = World(0, 0, 1, torch.device("cpu"))

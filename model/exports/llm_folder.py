@@ -13,6 +13,7 @@ from model.exports.hf_weights import model_entries, write_weights
 from model.files.tensor_files import dump_json
 from model.lora import is_adapter
 from model.multimodal import MultimodalLM
+from model.published.table import find_layout
 from model.weights.origins import run_layers
 
 
@@ -22,6 +23,19 @@ def inherited_parts(folder: Path, card: ModelCard) -> set[str]:
     names = {name for layer in below for name in (*layer.tensors, *layer.adapters, *layer.stored)}
     merged = {"llm"} if card.model.llm.adapter else set()
     return merged | {name.partition(".")[0] for name in names if not is_adapter(name)}
+
+
+def why_own_base(folder: Path, card: ModelCard, opened: str = "") -> str:
+    """Return why an adapter of this run needs a base beside it; "" where the run's own base is opened as a language model.
+
+    `opened`: the beginning of the names of the layouts that the adapter's reader opens as a language model too.
+    """
+    if "llm" in inherited_parts(folder, card):
+        return "an earlier run trained the language model"
+    found = find_layout("model.llm.path", card.model.llm.path, card.model.cache_dir)
+    if found is None or (opened and found[0].name.startswith(opened)):
+        return ""
+    return f"{card.model.llm.path} is more than a language model: {found[0].name}"
 
 
 def write_llm(model: MultimodalLM, folder: Path, card: ModelCard) -> None:

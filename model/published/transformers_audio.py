@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from model.published.layout import Given, Layout, Published, Settings
-from model.published.processor_files import placeholder_setting, template_setting
+from model.published.processor_files import feature_token, template_setting
 from model.published.transformers_names import ENCODER, LLM, is_class, projector_view
 
 
@@ -11,7 +11,7 @@ def qwen2_audio_settings(source: Published) -> Settings:
     """Return what follows from a Qwen2-Audio."""
     return {
         "model.audio.window": Given("full"),
-        "model.audio.placeholder": placeholder_setting(source, "audio_token", "<|AUDIO|>"),
+        "model.audio.placeholder": feature_token(source, "audio_token", "<|AUDIO|>"),
         "model.audio_projector.kind": Given("linear"),
         "model.audio_projector.prompts": Given(0, free=True),
         "data.template": template_setting(source),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from model.published.layout import Given, Layout, Published, Settings
-from model.published.processor_files import pixel_settings, placeholder_setting
+from model.published.processor_files import feature_token, pixel_settings, placeholder_setting
 from model.published.transformers_llava import check_gelu, tower_settings
 from model.published.transformers_names import LLM, TOWER, is_class, projector_view
 
@@ -24,7 +24,7 @@ def internvl_settings(source: Published) -> Settings:
     before, after = (placeholder_setting(source, f"{end}_image_token", tag) for end, tag in (("start", "<img>"), ("end", "</img>")))
     return {
         **tower_settings(source),
-        "model.vision.placeholder": placeholder_setting(source, "context_image_token", "<IMG_CONTEXT>"),
+        "model.vision.placeholder": feature_token(source, "context_image_token", "<IMG_CONTEXT>"),
         "model.vision_projector.kind": Given("pixel_shuffle_mlp"),
         "model.vision_projector.newline": Given(False),
         "data.media_wrap": Given([before.value, after.value]),

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from model.published.layout import Given, Layout, Published, Settings
-from model.published.processor_files import fit_setting, placeholder_setting, template_setting
+from model.published.processor_files import check_pixels, feature_token, fit_setting, template_setting
 from model.published.transformers_names import LLM, TOWER, is_class, projector_view
 
 HAS_CLS = ("clip_vision_model", "dinov2", "internvl_vision")
@@ -18,6 +18,7 @@ MAX = re.compile(r"anyres_max_(\d+)")
 def tower_settings(source: Published) -> Settings:
     """Return the settings of [model.vision]: the layer that is read, and which of its rows."""
     whole: Any = source.whole
+    check_pixels(source)
     layer, strategy = whole.vision_feature_layer, whole.vision_feature_select_strategy
     if not isinstance(layer, int):
         raise source.refused(f"vision_feature_layer = {layer} in config.json reads several layers, and one is read here")
@@ -44,7 +45,7 @@ def mlp_settings(source: Published, newline: bool) -> Settings:
     return {
         "model.vision_projector.kind": Given("mlp2x_gelu"),
         "model.vision_projector.newline": Given(newline),
-        "model.vision.placeholder": placeholder_setting(source, "image_token", "<image>"),
+        "model.vision.placeholder": feature_token(source, "image_token", "<image>"),
     }
 
 

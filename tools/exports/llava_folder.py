@@ -9,13 +9,15 @@ import torch
 
 from data.processor import Processor, load_processor
 from data.text.tokenizer import save_tokenizer
+from model.card import ModelCard
 from model.exports import llava
 from model.exports.hf_text import sizes_of
 from model.exports.hf_weights import model_entries, whole_tower, write_weights
-from model.exports.llm_folder import inherited_parts, write_llm
+from model.exports.llm_folder import why_own_base, write_llm
 from model.exports.trained_files import adapter_tensors, changed_parts, projector, write_file
 from model.files.tensor_files import dump_json, read_weights
 from model.load import load_model
+from model.published.table import find_layout
 from model.weights.peft_adapter import WEIGHTS, adapter_config, peft_name, write_config
 from tools.exports.hf_folder import facts_of
 from tools.exports.task import Exported, ExportTask, python_line
@@ -61,14 +63,14 @@ def _lora_folder(task: ExportTask) -> Exported:
     facts = facts_of(processor)
     llava.check_whole_llava(card, facts, adapts=True)
     base, notes, text = card.model.llm.path, list(_left_out(task)), dict(card.hugging_face["llm"])
-    if "llm" in inherited_parts(source, card):
+    if reason := why_own_base(source, card, opened="LLaVA (original"):
         base = str(task.out / "base")
         (folder / "base").mkdir()
         model = load_model(source, merge_lora=False)
         write_llm(model, folder / "base", card)
         old_tokenizer(processor, folder / "base")
         text = sizes_of(card, model)[0]
-        notes.append(f"an earlier run trained the language model: it stands in {base}, where the adapter belongs")
+        notes.append(f"{reason}; the language model without the adapter stands in {base}, where the adapter belongs")
     tensors = adapter_tensors(source, card)
     paths = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
     write_file(folder / WEIGHTS, {peft_name(name, paths): rows for name, rows in tensors.items()})
@@ -76,7 +78,7 @@ def _lora_folder(task: ExportTask) -> Exported:
     _projector_file(task)
     _projector_file(task, llava.BEFORE_LORA, llava.TRAINED)
     (folder / "config.json").write_text(dump_json(llava.llava_config(card, facts, text)))
-    notes.append(_prompts(processor))
+    notes += [*_tower_to_name(card), _prompts(processor)]
     line = f"(in LLaVA) {python_line(f'{LOAD}load({task.literal()}, {base!r}, {_name(text, lora=True)!r})')}"
     return Exported(line, f"LLaVA's LoRA folder, beside {base}", "peft", "image-text-to-text", tuple(notes))
 
@@ -100,8 +102,20 @@ def _whole_folder(task: ExportTask) -> Exported:
     old_tokenizer(processor, folder)
     _projector_file(task)
     line = f"(in LLaVA) {python_line(f'{LOAD}load({task.literal()}, None, {_name(text)!r})')}"
-    notes = (*_left_out(task), _prompts(processor))
+    notes = (*_left_out(task), *_tower_to_name(card), _prompts(processor))
     return Exported(line, "a whole model in LLaVA's own layout", "transformers", "image-text-to-text", notes)
+
+
+def _tower_to_name(card: ModelCard) -> tuple[str, ...]:
+    """Return what is left to the user where the tower is part of a whole model, out of which LLaVA loads none."""
+    vision = card.model.vision
+    found = find_layout("model.vision.path", vision.path, card.model.cache_dir) if vision else None
+    if vision is None or found is None:
+        return ()
+    return (
+        f"before LLaVA opens it: mm_vision_tower in config.json names {vision.path}, a whole {found[0].name}; write the folder or "
+        "hub id of its tower alone there",
+    )
 
 
 def _prompts(processor: Processor) -> str:

@@ -11,7 +11,7 @@ import transformers
 from data.processor import Processor, load_processor
 from data.text.tokenizer import save_tokenizer
 from model.exports.hf_classes import HfClass, choose_class
-from model.exports.llm_folder import inherited_parts, write_llm
+from model.exports.llm_folder import why_own_base, write_llm
 from model.exports.trained_files import adapter_tensors, write_file
 from model.files.tensor_files import Tensors
 from model.load import load_model
@@ -27,7 +27,8 @@ INSIDE = "model.language_model."
 
 
 def to_peft(task: ExportTask) -> Exported:
-    """Write a PEFT adapter folder for the language model, with the model it belongs to if an earlier run trained that.
+    """Write a PEFT adapter folder for the language model, with the model it belongs to if an earlier run trained that, or if
+    the run's base is a whole published model.
 
     With --inside hf: for the language model inside base/, a folder as --for hf writes it, but without the adapter.
     """
@@ -37,12 +38,12 @@ def to_peft(task: ExportTask) -> Exported:
     tensors = adapter_tensors(source, card)
     paths = _paths(tensors)
     base, notes = card.model.llm.path, []
-    if "llm" in inherited_parts(source, card):
+    if reason := why_own_base(source, card):
         base = str(named / "base")
         (task.folder / "base").mkdir()
         write_llm(load_model(source, merge_lora=False), task.folder / "base", card)
         save_tokenizer(load_processor(source).tokenizer, task.folder / "base")
-        notes.append(f"an earlier run trained the language model: it stands in {base}, where the adapter belongs")
+        notes.append(f"{reason}; the language model without the adapter stands in {base}, where the adapter belongs")
     elif card.quantize.bits != 16:
         notes.append(f"the adapter was trained beside {base} in {card.quantize.bits} bits: load that so, or use tools.merge_lora")
     if base == card.model.llm.path and card.vocabulary.new_ids:

@@ -25,9 +25,11 @@ def resolve_published(tables: dict[str, Any]) -> tuple[dict[str, Any], list[str]
     whose model.init_from is a run of ours, or absent, are returned as they are. Raises `ConfigError` for a model that is not
     supported.
     """
+    if problems := _in_stages(tables):
+        return tables, problems
     path, cache_dir = value_of(tables, KEY), value_of(tables, "model.cache_dir") or ""
     if not isinstance(path, str) or not isinstance(cache_dir, str) or not is_published(path):
-        return tables, []
+        return tables, _unknown(path, tables)
     name, settings = published_settings(path, cache_dir, written_settings(tables))
     problems = []
     tables = without_key(tables, KEY)
@@ -42,6 +44,33 @@ def resolve_published(tables: dict[str, Any]) -> tuple[dict[str, Any], list[str]
                 f"from {KEY}"
             )
     return tables, problems
+
+
+def _in_stages(tables: dict[str, Any]) -> list[str]:
+    """Return one line per [[stage]] that names a published model: it gives the parts of the whole run."""
+    stages = tables.get("stage")
+    found = [value_of(stage, KEY) if isinstance(stage, dict) else None for stage in (stages if isinstance(stages, list) else [])]
+    return [
+        f"stage {i}: {KEY} = {path!r} is a published model, which gives the parts of the whole run: write it in [model]"
+        for i, path in enumerate(found, 1)
+        if isinstance(path, str) and is_published(path)
+    ]
+
+
+def _unknown(path: object, tables: dict[str, Any]) -> list[str]:
+    """Return what is wrong with a model.init_from that no parts are written beside, and that gives none."""
+    if not isinstance(path, str) or not path or has_key(tables, "model.llm"):
+        return []
+    folder = Path(path)
+    if (folder / NAME).is_file():
+        return [
+            f"{KEY} = {path!r} is a run of ours, which gives weights: write its [model] tables and [data] too, as in its run.toml"
+        ]
+    if (folder / "adapter_config.json").is_file():
+        return [f"{KEY} = {path!r} is an adapter: name the model that it belongs to, and the adapter as lora.path"]
+    if (folder / "final").is_dir():
+        return [f"{KEY} = {path!r} is the folder of a run: name its final/ or a checkpoint-N, and write [model] as it has it"]
+    return [f"{KEY} = {path!r} is no published model: neither a folder with config.json nor a hub id"]
 
 
 def written_settings(tables: dict[str, Any]) -> dict[str, Any]:

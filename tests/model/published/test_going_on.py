@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from model.config import LlmConfig, VisionConfig
 from model.errors import ConfigError
@@ -17,7 +20,10 @@ from model.published.refused import REFUSED
 from model.published.table import LAYOUTS
 from model.vision.tower import vision_config
 from tests.model.published.test_come_in import question, run_from
+from tests.support.finals import save_final, trained
+from tests.support.lora import logits
 from tests.support.published import MAKERS
+from tools.export_adapter import main as export
 from trainer.main import run
 from trainer.runfile.load import parse_config
 
@@ -141,6 +147,8 @@ def test_anything_else_is_refused_with_the_layouts_that_are_read(tmp_path: Path)
         ("LlavaOnevision", {"vision_aspect_ratio": "spatial"}, "neither 'anyres' nor 'anyres_max_N'"),
         ("LlavaNext", {"image_grid_pinpoints": [[16, 33]]}, "not made of views of 16 pixels"),
         ("InternVL", {"downsample_ratio": 0.25}, "joins 2 x 2 patches"),
+        ("Llava", {"image_token_index": 3}, "token 3 by config.json, and its tokenizer has '<image>' as"),
+        ("Qwen2Audio", {"audio_token_index": 3}, "token 3 by config.json"),
     ],
 )
 def test_settings_of_a_model_that_cannot_be_expressed_are_named(tmp_path: Path, name: str, change: Any, said: str) -> None:
@@ -149,3 +157,64 @@ def test_settings_of_a_model_that_cannot_be_expressed_are_named(tmp_path: Path, 
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(ConfigError, match=said):
         run_from(tmp_path, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"crop_size": {"height": 32, "width": 32}}, "crop_size = 32 .*image_size = 16"),
+        ({"size": {"shortest_edge": 24}}, "size = 24 .*image_size = 16"),
+        ({"size": 24}, "size = 24 .*image_size = 16"),
+        ({"do_normalize": False}, "do_normalize = false"),
+    ],
+)
+def test_pixels_that_the_tower_would_not_get_are_refused(tmp_path: Path, change: Any, said: str) -> None:
+    MAKERS["LlavaForConditionalGeneration-hub"].write(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ConfigError, match=said):
+        run_from(tmp_path, tmp_path / "run")
+
+
+def test_an_adapter_of_a_whole_models_language_model_comes_with_what_it_belongs_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A class for language models opens no LLaVA."""
+    MAKERS["LlavaForConditionalGeneration-hub"].write(tmp_path / "llava")
+    lora = {"rank": 4, "alpha": 8, "dropout": 0.0}
+    config = run_from(tmp_path / "llava", tmp_path / "run", lora=lora)
+    config = replace(config, model=replace(config.model, llm=replace(config.model.llm, tune="lora")))
+    run = trained(config.model, config.lora)
+    save_final(run, tmp_path)
+    assert export([str(tmp_path / "final"), str(tmp_path / "out"), "--for", "peft"]) == 0
+    assert "is more than a language model: LLaVA (transformers)" in capsys.readouterr().out
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base", dtype=torch.float32)
+    wrapped = peft.PeftModel.from_pretrained(base, str(tmp_path / "out"))
+    known = run.card.vocabulary.num_known
+    found, expected = logits(wrapped.eval())[:, :known], logits(run.model.eval())[:, :known]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("adapter_config.json", "is an adapter: name the model that it belongs to"),
+        ("final/model.json", "is the folder of a run: name its final/"),
+        ("model.json", "is a run of ours, which gives weights"),
+        ("mm_projector.bin", "is no published model: neither a folder with config.json"),
+    ],
+)
+def test_a_folder_that_gives_no_parts_is_named_beside_what_is_missing(tmp_path: Path, file: str, said: str) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(ConfigError, match=said):
+        run_from(tmp_path, tmp_path / "run")
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_stage_names_no_published_model(tmp_path: Path, before: bool) -> None:
+    MAKERS["LlavaForConditionalGeneration-hub"].write(tmp_path)
+    model = {"init_from": str(tmp_path)} if before else {}
+    stage = {"name": "a", "model": {"init_from": str(tmp_path)}, "train": {"max_steps": 1}}
+    with pytest.raises(ConfigError, match=r"stage 1: model.init_from = .* write it in \[model\]"):
+        parse_config({"output_dir": "run", "model": model, "stage": [stage]}, "test")
