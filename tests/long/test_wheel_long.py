@@ -32,7 +32,18 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # A .pth inside a folder that a .pth names is not read: the editable install of this tree stays out.
     (site / "third_party.pth").write_text(sysconfig.get_path("purelib") + "\n")
     (built,) = folder.glob("*.whl")
-    into = [sys.executable, "-m", "pip", "--python", str(folder / "env"), "install", "-q", "--no-deps", str(built)]
+    into = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(folder / "env"),
+        "install",
+        "-q",
+        "--no-deps",
+        "--ignore-installed",
+        str(built),
+    ]
     subprocess.run(into, check=True)
     return folder / "env" / "bin"
 
