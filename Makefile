@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: install demo demo-omni test test-long lint
+.PHONY: install demo demo-omni test test-parts test-runs test-long lint
 
 install: $(READY)
 
@@ -20,8 +20,15 @@ demo: $(READY)
 demo-omni: $(READY)
 	$(BIN)/python -m tools.demo_omni runs/omni
 
+# Two halves at once, on two cores: most of the time a test waits for processes that it has started.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" tests
+	$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=line test-runs test-parts
+
+test-runs: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" tests/trainer tests/laws tests/long
+
+test-parts: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" tests/data tests/model tests/tools
 
 test-long: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long tests

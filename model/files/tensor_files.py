@@ -106,7 +106,8 @@ def read_bin(path: Path) -> Tensors:
     except Exception as error:  # damaged bytes can raise any exception in the reader
         if is_pointer(path):
             raise ConfigError(f"{path} is a Git LFS pointer, not the file itself: run 'git lfs pull' in its folder") from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # The first sentence alone: torch goes on with the advice to read the file unsafely.
+        reason = str(error).strip().splitlines()[0].split(". ")[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"{path} is cut short, or holds more than tensors ({reason}): download it again, or convert it to safetensors"
         ) from error

@@ -16,7 +16,7 @@ from data.processor import Processor, load_processor
 from data.text.parts_template import takes_parts
 from data.text.tokenizer import pad_id, save_tokenizer
 from model.card import ModelCard
-from model.exports.hf_classes import INTERN_VL, NEXT, QWEN2_AUDIO, HfClass, choose_class, class_config
+from model.exports.hf_classes import INTERN_VL, NEXT, ONEVISION, QWEN2_AUDIO, HfClass, choose_class, class_config
 from model.exports.hf_processors import named_tokens, processor_files, wraps
 from model.exports.hf_weights import weights, write_weights
 from model.exports.media_facts import MediaFacts
@@ -27,6 +27,7 @@ from model.media_spec import PLACEHOLDERS, image_spec
 from model.multimodal import MultimodalLM
 from tools.exports.hf_inputs import their_inputs
 from tools.exports.proofs import batch_of, check_close, in_float32, logits, sample
+from tools.exports.served_prompt import prompt_notes
 from tools.exports.task import Exported, ExportTask, python_line
 from trainer.errors import ProofError
 
@@ -47,7 +48,7 @@ def to_hf(task: ExportTask) -> Exported:
         f"M.from_pretrained({task.literal()}); P.from_pretrained({task.literal()})"
     )
     what = f"a whole model for transformers' {target.name}, adapters merged"
-    return Exported(line, what, "transformers", pipeline_of(target), tuple(class_differences(target, card)))
+    return Exported(line, what, "transformers", pipeline_of(target), (*class_differences(target, card), *prompt_notes(processor)))
 
 
 def pipeline_of(target: HfClass) -> str:
@@ -61,6 +62,8 @@ def class_differences(target: HfClass, card: ModelCard) -> Iterator[str]:
         yield "several pictures in one conversation: training saw one view of each, this class cuts each into tiles"
     if target is INTERN_VL:
         yield "several pictures in one conversation: training shared data.max_tiles among them, this class gives each of them all"
+    if target in (ONEVISION, INTERN_VL):
+        yield "AutoProcessor of this class needs torchvision, for videos"
     if target is QWEN2_AUDIO:
         yield "clips longer than the encoder's window: training split them, this class cuts them off"
 
