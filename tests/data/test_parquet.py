@@ -17,10 +17,9 @@ from data.index.record_index import RecordIndex
 from data.media.blob import MediaError
 from data.records.record import MediaRef, RecordError, parse
 from model.errors import ConfigError, DataError
-from model.media_spec import ImageSpec, MediaMeta, num_tokens
+from model.media_spec import MediaMeta, num_tokens
+from tests.support.columns import PICTURES, SPEC, TURNS, content
 
-SPEC = ImageSpec(28, 14, 1, "patch", "exact", (0.5,) * 3, (0.5,) * 3)
-TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat on a mat."}]
 TEXT, IMAGE = 1 + 15 // 4, num_tokens(SPEC, MediaMeta())
 
 
@@ -31,14 +30,6 @@ def written(path: Path, columns: dict[str, Any], row_group_size: int = 2) -> Pat
 
 def opened(path: Path, media_root: str = "") -> RecordIndex:
     return RecordIndex.open(SourceConfig(str(path), media_root=media_root), path.parent / "index", {"image": SPEC})
-
-
-def content(index: RecordIndex, i: int, name: str) -> bytes | None:
-    blob = index.blob(i, MediaRef("image", name))
-    if blob is None:
-        return None
-    with blob.open() as file:
-        return file.read()
 
 
 def test_rows_are_what_their_json_would_be(tmp_path: Path) -> None:
@@ -55,20 +46,6 @@ def test_rows_are_what_their_json_would_be(tmp_path: Path) -> None:
             assert index.blob(i, MediaRef("image", f"{i}.png")) is None
         assert index.lengths.tolist() == lines.lengths.tolist() == [TEXT + IMAGE] + [TEXT] + [TEXT + IMAGE] * 3
         assert index.modalities.tolist() == [1, 0, 1, 1, 1]
-
-
-PICTURES: list[tuple[Any, list[str], list[bytes | None]]] = [
-    ({"bytes": b"one", "path": "a/1.png"}, ["a/1.png"], [b"one"]),
-    ({"bytes": b"one", "path": None}, ["image[0]"], [b"one"]),
-    ({"bytes": b"one", "path": "hf://x/1.png"}, ["image[0]"], [b"one"]),
-    ({"bytes": None, "path": "1.png"}, ["1.png"], [None]),
-    ([{"bytes": b"1", "path": "1.png"}, {"bytes": b"2", "path": "2.png"}], ["1.png", "2.png"], [b"1", b"2"]),
-    ([{"bytes": b"1", "path": "same"}, {"bytes": b"2", "path": "same"}], ["image[0]", "image[1]"], [b"1", b"2"]),
-    ([{"bytes": b"1"}, {"bytes": b"2"}], ["image[0]", "image[1]"], [b"1", b"2"]),
-    ([b"1", b"2"], ["image[0]", "image[1]"], [b"1", b"2"]),
-    (b"one", ["image[0]"], [b"one"]),
-    ("1.png", ["1.png"], [None]),
-]
 
 
 @pytest.mark.parametrize(("value", "names", "contents"), PICTURES)

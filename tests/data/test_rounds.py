@@ -11,6 +11,7 @@ from data.records.record import Record, Turn
 from data.text import render, rounds, tokens
 from data.text.rounds import TooLongError
 from data.text.template import Template, load_template
+from tests.support.template_records import talk
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
 PAIRS = [
@@ -23,11 +24,6 @@ LIMIT = 64
 
 def template(tokenizer: str, name: str) -> Template:
     return load_template(name, tiny_tokenizer(tokenizer))
-
-
-def talk(num_rounds: int, question: str = "What is this?", answer: str = "A cat sits on a mat.") -> Record:
-    turns = [turn for k in range(num_rounds) for turn in (Turn("user", f"{question} {k}"), Turn("assistant", f"{answer} {k}"))]
-    return Record("r", tuple(turns), (), "f.json:7")
 
 
 @pytest.fixture()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import subprocess
+import re
 import sys
 from pathlib import Path
 
@@ -150,3 +151,9 @@ def test_the_contract_is_cheap_to_import() -> None:
     code = f"import sys, model.batch, model, data; print([m for m in sys.modules if m in {heavy}])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_no_test_module_imports_another() -> None:
+    """What several of them need stands in tests/support."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        assert not [name for name in imports(path) if re.search(r"^tests\.(.+\.)?test_", name)], path

@@ -7,27 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from model.batch import Batch
 from model.multimodal import MultimodalLM
 from tests.support.finals import one_process
 from tests.support.published import MAKERS, reader_of
-from tests.support.tiny_audio import wave
-from tests.support.tiny_media import wav
-from tools.exports.proofs import logits, sample_picture
+from tests.support.published.asking import clip, question, run_from
+from tools.exports.proofs import logits
 from trainer.config import RunConfig
 from trainer.records.run_data import RunData, open_data
-from trainer.runfile.load import parse_config
 from trainer.runfile.merge_tables import value_of
 from trainer.runfile.schema import to_tables
 from trainer.runfile.stages import Stage
 from trainer.setup import build_run
-
-
-def run_from(folder: Path, output: Path, **sections: Any) -> RunConfig:
-    tables = {"output_dir": str(output), "model": {"init_from": str(folder), "dtype": "float32"}, "train": {"max_steps": 0}}
-    return parse_config({**tables, **sections}, "test")
 
 
 def built(config: RunConfig) -> tuple[RunData, MultimodalLM]:
@@ -35,28 +27,6 @@ def built(config: RunConfig) -> tuple[RunData, MultimodalLM]:
     with one_process() as world:
         data = open_data(config, world, first_start=True)
         return data, build_run(Stage(config, config), data, world).model.eval()
-
-
-def question(folder: Path, specs: dict[str, Any]) -> dict[str, Any]:
-    """A record with a picture of odd shape or a clip, after a first round without any."""
-    parts: list[dict[str, Any]] = []
-    if "image" in specs:
-        sample_picture().save(folder / "odd.png")
-        parts.append({"type": "image", "path": str(folder / "odd.png")})
-    if "audio" in specs:
-        (folder / "clip.wav").write_bytes(wav(clip()[:, None].numpy(), 16_000))
-        parts.append({"type": "audio", "path": str(folder / "clip.wav")})
-    said = [("user", "Hello."), ("assistant", "Yes?"), ("user", None), ("assistant", "A cat.")]
-    text = [{"type": "text", "text": "What is this?"}]
-    return {
-        "messages": [
-            {"role": role, "content": [{"type": "text", "text": words}] if words else [*parts, *text]} for role, words in said
-        ]
-    }
-
-
-def clip() -> Tensor:
-    return (wave(1.3) * 2**15).round().clamp(-(2**15), 2**15 - 1) / 2**15
 
 
 def their_inputs(folder: Path, cls: Any, record: dict[str, Any]) -> dict[str, Any]:

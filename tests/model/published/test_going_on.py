@@ -19,10 +19,10 @@ from model.llm.causal_lm import llm_config
 from model.published.refused import REFUSED
 from model.published.table import LAYOUTS
 from model.vision.tower import vision_config
-from tests.model.published.test_come_in import question, run_from
 from tests.support.finals import save_final, trained
 from tests.support.lora import logits
 from tests.support.published import MAKERS
+from tests.support.published.asking import question, run_from
 from tools.export_adapter import main as export
 from trainer.main import run
 from trainer.runfile.load import parse_config

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from data.processor import load_processor
 from model.exports.hf_classes import CLASSES
-from tests.model.published.test_come_in import question
 from tests.support.published import MAKERS
+from tests.support.published.asking import question
 from tools.export_adapter import main as export
 from tools.exports.hf_inputs import open_processor
 from tools.exports.proofs import batch_of
