@@ -1,4 +1,6 @@
 # `make install` puts everything into .venv in this checkout; every other target uses it and installs it first where it is missing.
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
@@ -20,15 +22,15 @@ demo: $(READY)
 demo-omni: $(READY)
 	$(BIN)/python -m tools.demo_omni runs/omni
 
-# Two halves at once, on two cores: most of the time a test waits for processes that it has started.
+# Two halves at once, on two cores: most of the time a test waits for processes that it has started. Each line says whose it is.
 test: $(READY)
-	$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=line test-runs test-parts
+	$(MAKE) --no-print-directory --jobs=2 --keep-going test-runs test-parts
 
 test-runs: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" tests/trainer tests/laws tests/long
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" tests/trainer tests/laws tests/long | sed -u 's/^/runs   /'
 
 test-parts: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" tests/data tests/model tests/tools
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" tests/data tests/model tests/tools | sed -u 's/^/parts  /'
 
 test-long: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long tests
