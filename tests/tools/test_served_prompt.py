@@ -17,11 +17,11 @@ TURN = "{% for m in messages %}<|im_start|>{{ m['role'] }}SPACE\n{{ m['content']
 TEMPLATE = TURN + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 
-def notes(name: str, space: str | None) -> list[str]:
+def notes(name: str, space: str | None, template_name: Any = "auto") -> list[str]:
     tokenizer: Any = copy.deepcopy(tiny_tokenizer("qwen" if space is not None else name))
     if space is not None:
         tokenizer.chat_template = TEMPLATE.replace("SPACE", space)
-    template = load_template("auto", tokenizer)
+    template = load_template(template_name, tokenizer)
     return list(prompt_notes(cast(Processor, SimpleNamespace(template=template, tokenizer=tokenizer))))
 
 
@@ -35,3 +35,8 @@ def test_a_template_that_asks_otherwise_than_it_answers_is_told() -> None:
 @pytest.mark.parametrize("name", ["qwen", "llama3", "mistral", "phi3"])
 def test_templates_that_ask_as_they_answer_are_not_mentioned(name: str) -> None:
     assert notes(name, None) == []
+
+
+@pytest.mark.parametrize("name", ["plain", "vicuna_v1", "chatml"])
+def test_our_own_formats_ask_as_they_answer(name: str) -> None:
+    assert notes("bytes", None, name) == []

@@ -89,21 +89,33 @@ def _whole_folder(task: ExportTask) -> Exported:
     facts = facts_of(processor)
     llava.check_whole_llava(card, facts, adapts=False)
     model = load_model(source)
-    tuned = "vision" in changed_parts(source, card)
+    named = named_tower(card)
+    inside = "vision" in changed_parts(source, card) or named is not None
     # LLaVA-NeXT removes SigLIP's last block itself.
     drops = card.hugging_face["vision"]["model_type"] == "siglip_vision_model"
-    tower = whole_tower(card, model, dropped=int(drops)) if tuned else {}
+    tower = whole_tower(card, model, dropped=int(drops)) if inside else {}
     write_weights(folder, llava.whole_names(dict(model_entries(model)), tower))
     text, _, _ = sizes_of(card, model)
-    own = {"unfreeze_mm_vision_tower": True} if tuned else {}
-    (folder / "config.json").write_text(dump_json(llava.llava_config(card, facts, text) | own))
+    config = llava.llava_config(card, facts, text)
+    own = {"unfreeze_mm_vision_tower": True, "mm_vision_tower": named or config["mm_vision_tower"]} if inside else {}
+    (folder / "config.json").write_text(dump_json(config | own))
     stops = {"eos_token_id": list(processor.stop_ids), "pad_token_id": card.pad_id}
     (folder / "generation_config.json").write_text(dump_json(stops))
     old_tokenizer(processor, folder)
     _projector_file(task)
     line = f"(in LLaVA) {python_line(f'{LOAD}load({task.literal()}, None, {_name(text)!r})')}"
-    notes = (*_left_out(task), *_tower_to_name(card), _prompts(processor))
+    notes = (*_left_out(task), *(() if named else _tower_to_name(card)), _prompts(processor))
     return Exported(line, "a whole model in LLaVA's own layout", "transformers", "image-text-to-text", notes)
+
+
+def named_tower(card: ModelCard) -> str | None:
+    """Return the tower that a whole model of LLaVA's names, whose own, tuned tower the run started from.
+
+    Returns "" where a whole model of another layout names none, None where the run's tower has a folder of its own.
+    """
+    vision = card.model.vision
+    found = find_layout("model.vision.path", vision.path, card.model.cache_dir) if vision else None
+    return None if found is None else str(found[1].config.get("mm_vision_tower", ""))
 
 
 def _tower_to_name(card: ModelCard) -> tuple[str, ...]:

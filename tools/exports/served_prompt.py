@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from data.processor import Processor
 from data.records.record import parse
+from data.text.chat_formats import FORMATS
 
 _ASKED: list[dict[str, str]] = [{"role": "user", "content": "x"}]
 _SHOWN = 24
@@ -19,6 +20,8 @@ def prompt_notes(processor: Processor) -> Iterator[str]:
     is still to come. Who serves the folder by its template asks otherwise than training did; tools.chat does not.
     """
     template, tokenizer = processor.template, processor.tokenizer
+    if template.name in FORMATS:  # they ask as they answer; `plain` has no question without a medium
+        return
     trained = template.prompt(parse({"messages": _ASKED}, "prompt:1", needs_answer=False))
     text = tokenizer.apply_chat_template(_ASKED, chat_template=template.source, add_generation_prompt=True, tokenize=False)
     served = tokenizer(text, add_special_tokens=False)["input_ids"]

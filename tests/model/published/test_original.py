@@ -4,72 +4,31 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from data.processor import Processor
-from model.card import ModelCard
 from model.errors import ConfigError
 from model.load import load_model
-from model.multimodal import MultimodalLM
-from tests.support.finals import Run, one_process, save_final
-from tests.support.published.original import Original, first_stage, internvl, llava, llava_next, lora, onevision, save_adapter
+from tests.support.finals import Run, save_final
+from tests.support.published.opening import ORIGINALS, opened, opened_whole, pictures
+from tests.support.published.original import Original, first_stage, llava, lora, save_adapter
 from tests.support.runs import merged
 from tests.support.tiny import save_tower
 from tests.support.tiny_data import talk
 from trainer.config import RunConfig
-from trainer.records.run_data import open_data
 from trainer.runfile.load import parse_config
 from trainer.runfile.merge_tables import value_of
 from trainer.runfile.schema import to_tables
-from trainer.runfile.stages import Stage
-from trainer.setup import build_run
-
-SIZES = [(90, 31), (25, 77), (16, 16), (3, 120)]
-ORIGINALS: dict[str, Callable[[Path], Original]] = {
-    "llava": llava,
-    "llava, tuned tower, safetensors": lambda root: llava(root, "safetensors", tuned=True),
-    "llava, square, shards of .bin": lambda root: llava(root, "bin shards", image_aspect_ratio="square"),
-    "llava-next": llava_next,
-    "onevision": onevision,
-    "internvl, tiles": internvl,
-    "internvl, one view, Qwen3": lambda root: internvl(root, kind="qwen3", dynamic_image_size=False),
-    "internvl, transposed pixel shuffle of 1.2": lambda root: internvl(
-        root, kind="llama", ps_version="v1", dynamic_image_size=False
-    ),
-    "internvl, Llama, Hermes-2": lambda root: internvl(root, "bin shards", "llama", template="Hermes-2"),
-}
 
 
 def run_from(path: Path | str, root: Path, **sections: Any) -> RunConfig:
     tables = {"output_dir": str(root / "run"), "model": {"init_from": str(path), "dtype": "float32"}, "train": {"max_steps": 0}}
     return parse_config(merged(tables, sections), "test")
-
-
-def opened_whole(config: RunConfig) -> tuple[MultimodalLM, Processor, ModelCard]:
-    with one_process() as world:
-        data = open_data(config, world, first_start=True)
-        return build_run(Stage(config, config), data, world).model.eval(), data.processor, data.card  # type: ignore[return-value]
-
-
-def opened(config: RunConfig) -> tuple[MultimodalLM, Processor]:
-    return opened_whole(config)[:2]
-
-
-def pictures(root: Path) -> list[Image.Image]:
-    found = []
-    for i, (width, height) in enumerate(SIZES):
-        pixels = np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        found.append(Image.fromarray(pixels))
-        found[-1].save(root / f"{i}.png")
-    return found
 
 
 def compare(original: Original, model: Any, processor: Processor, root: Path) -> None:
