@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from model.config import LoraConfig
 from model.errors import ConfigError
 from model.files.untrusted import shown
-from model.lora_product import Adapter, Matrix, SharedInputs, adapted_product
+from model.lora_product import LoraPair, Matrix, SharedInputs, adapted_product
 
 ALL_LINEAR = "all-linear"
 SUFFIXES = (".lora_A", ".lora_B")
@@ -46,7 +46,7 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         read = self.inputs.read(x, self.dropout.p if self.dropout.training else 0.0, self)
-        return adapted_product(x, read, self.stored(), self.bias, Adapter(self.lora_A, self.lora_B, self.scale))
+        return adapted_product(x, read, self.stored(), self.bias, LoraPair(self.lora_A, self.lora_B, self.scale))
 
 
 def target_paths(parts: dict[str, nn.Module], targets: str | tuple[str, ...]) -> list[str]:

@@ -95,7 +95,7 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class LoraPair:
     """An adapter scale * lora_b @ lora_a of a layer: lora_a (r, in), lora_b (out, r)."""
 
     lora_a: Tensor
@@ -103,7 +103,7 @@ class Adapter:
     scale: float
 
 
-def adapted_product(x: Tensor, read: ReadInput, matrix: Matrix, bias: Tensor | None, adapter: Adapter) -> Tensor:
+def adapted_product(x: Tensor, read: ReadInput, matrix: Matrix, bias: Tensor | None, adapter: LoraPair) -> Tensor:
     """Compute W x + b + scale * B A dropout(x) for x (..., in), whose shared form is `read`: (..., out)."""
     scale = adapter.scale / (1 - read.rate)  # the dropped-out input is not scaled: one rounding and one pass less
     how = (scale, read.rate, read.gradient, matrix.dense)  # not `read`: backward is not to hold more than what it saves

@@ -49,7 +49,7 @@ ALLOCATES = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_str
 
 
 @dataclass
-class Cost:
+class PassCost:
     """Cost of one pass."""
 
     num_ops: int = 0  # views left out
@@ -61,8 +61,8 @@ class Cost:
 class LayerCost:
     """Cost of one layer with `num_tokens` tokens."""
 
-    forward: Cost
-    backward: Cost
+    forward: PassCost
+    backward: PassCost
     kept: int  # bytes that live from forward to backward
     num_tokens: int
 
@@ -72,7 +72,7 @@ class CostCounter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.cost = Cost()
+        self.cost = PassCost()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
