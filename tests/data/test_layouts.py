@@ -16,7 +16,7 @@ from data.text import layouts, render
 from data.text.control_tokens import written_pattern
 from data.text.template import Template, load_template
 from data.text.tokens import tokenize
-from tests.support.template_records import PAIRS, records, talk
+from tests.support.data.template_records import PAIRS, records, talk
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
 WARM = {pair: load_template(pair[1], tiny_tokenizer(pair[0])) for pair in PAIRS}

@@ -15,7 +15,7 @@ from data.config import SourceConfig
 from data.index.record_index import RecordIndex, source_files
 from data.records.record import parse
 from model.errors import ConfigError, DataError
-from tests.support.columns import PICTURES, SPEC, TURNS, content
+from tests.support.data.columns import PICTURES, SPEC, TURNS, content
 
 QUERY = {"query": "What?", "response": "A cat on a mat."}
 RECORDS = [{"id": str(k), "image": f"{k}.png", "conversations": TURNS} for k in range(3)] + [{"id": "q", **QUERY}]

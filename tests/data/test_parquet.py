@@ -18,7 +18,7 @@ from data.media.blob import MediaError
 from data.records.record import MediaRef, RecordError, parse
 from model.errors import ConfigError, DataError
 from model.media_spec import MediaMeta, num_tokens
-from tests.support.columns import PICTURES, SPEC, TURNS, content
+from tests.support.data.columns import PICTURES, SPEC, TURNS, content
 
 TEXT, IMAGE = 1 + 15 // 4, num_tokens(SPEC, MediaMeta())
 

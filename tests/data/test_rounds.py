@@ -11,7 +11,7 @@ from data.records.record import Record, Turn
 from data.text import render, rounds, tokens
 from data.text.rounds import TooLongError
 from data.text.template import Template, load_template
-from tests.support.template_records import talk
+from tests.support.data.template_records import talk
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
 PAIRS = [

@@ -25,7 +25,7 @@ from data.text.chat_formats import freeze_date
 from data.text.template import Encoded, Template, TemplateOptions, load_template
 from model.errors import ConfigError, DataError
 from tests.support import tiny_tokenizers
-from tests.support.template_records import PAIRS, records
+from tests.support.data.template_records import PAIRS, records
 from tests.support.tiny_tokenizers import tiny_tokenizer, unigram
 
 VICUNA = (
