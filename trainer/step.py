@@ -66,7 +66,7 @@ def train_step(
         with gradient_sync(wrapped, last=i == len(batches) - 1):
             mark("forward")
             terms: dict[str, Term] = wrapped(batch)
-            # One backward on the sum of all terms: FSDP2 gathers and frees a block's weights once per backward.
+            # One backward on the sum: in a backward of its own, a router's term would reach a sharded block before the text's.
             loss = total_loss(terms, divisors)
             mark("backward")
             # A non-finite loss may have finite gradients. Times NaN they are not finite either, and every rank skips the update.

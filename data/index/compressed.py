@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import shutil
 import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 from data.index.sidecar import open_atomically
 from model.errors import ConfigError, DataError
@@ -17,20 +17,17 @@ from model.errors import ConfigError, DataError
 _CHUNK = 1 << 20
 _KEPT_FREE = 1 << 30  # bytes of the disk that unpacking leaves free
 _PACKED = (".json", ".jsonl")
-Open = Callable[[Path], IO[bytes]]
+Open = Callable[[Path], io.BufferedIOBase]
 
 
-def _zstd() -> Open | None:
-    """Return the function that opens .zst files; None where this Python has none (it came with 3.14)."""
-    if sys.version_info >= (3, 14):
-        from compression import zstd
+OPENERS: dict[str, Open | None] = {".gz": gzip.GzipFile, ".zst": None}
+"""Functions that open a compressed file for reading, by the end of its name; None where Python has none (.zst: before 3.14)."""
+_DAMAGE: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile)
+if sys.version_info >= (3, 14):
+    from compression import zstd
 
-        return zstd.open
-    return None
-
-
-OPENERS: dict[str, Open | None] = {".gz": gzip.open, ".zst": _zstd()}  # type: ignore[dict-item]  # gzip's has more parameters
-"""Functions that open a compressed file for reading, by the end of its name."""
+    OPENERS[".zst"] = zstd.ZstdFile
+    _DAMAGE += (zstd.ZstdError,)
 
 
 def is_compressed(path: str) -> bool:
@@ -54,7 +51,8 @@ def unpacked(path: Path, folder: Path, on_progress: Callable[[str], object]) -> 
     copy = folder / "unpacked" / place / f"{state.st_size}-{state.st_mtime_ns}" / name
     if not copy.is_file():
         for old in (folder / "unpacked" / place).glob("*"):
-            shutil.rmtree(old, ignore_errors=True)  # of an earlier version of the file
+            if old != copy.parent:  # which another process may be writing
+                shutil.rmtree(old, ignore_errors=True)  # of an earlier version of the file
         _unpack(path, copy, on_progress)
     return copy
 
@@ -69,5 +67,5 @@ def _unpack(path: Path, copy: Path, on_progress: Callable[[str], object]) -> Non
                     raise ConfigError(f"data.sources: {path} unpacks to more than the disk of {copy.parent} has room for")
                 out.write(chunk)
                 on_progress(path.name)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except _DAMAGE as error:
         raise DataError(f"{path}: is cut short or damaged: {error}") from None

@@ -16,6 +16,7 @@ from model.files.untrusted import Json
 
 TURN_KEYS = ("conversations", "messages")
 _TURN = re.compile(r"messages\[(\d+)\](\.content)?")
+_CONTENT = ".content"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Shape:
     needs: tuple[str, ...]
     may: tuple[str, ...]
     turns: Callable[[Json], list[tuple[str, Json]]]
-    """Return (field in the record, OpenAI message) for each turn. Raises `FieldError`."""
+    """Return (field of the record that holds the content, OpenAI message) for each turn. Raises `FieldError`."""
 
 
 def as_messages(raw: Json) -> tuple[Json, list[str]]:
@@ -56,7 +57,10 @@ def shapes_of(raw: Json) -> list[Shape]:
 def original_field(field: str, fields: list[str]) -> str:
     """Return the field of the record that a field of its message was read from; `fields`: from `as_messages`."""
     match = _TURN.match(field)
-    return fields[int(match[1])] + field[match.end() :] if match and fields else field
+    if not match or not fields:
+        return field
+    content = fields[int(match[1])]
+    return (content if match[2] else content.removesuffix(_CONTENT)) + field[match.end() :]
 
 
 def _said(raw: Json, key: str, role: str) -> tuple[str, Json]:
@@ -99,8 +103,8 @@ def _completion(raw: Json) -> list[tuple[str, Json]]:
         raise FieldError("completion", "is of another kind than prompt; both are strings, or both lists of messages")
     if not isinstance(prompt, list):
         return [_said(raw, "prompt", "user"), _said(raw, "completion", "assistant")]
-    read = [(f"prompt[{i}]", _unlearned(turn, f"prompt[{i}]")) for i, turn in enumerate(prompt)]
-    return read + [(f"completion[{i}]", turn) for i, turn in enumerate(completion)]
+    read = [(f"prompt[{i}]{_CONTENT}", _unlearned(turn, f"prompt[{i}]")) for i, turn in enumerate(prompt)]
+    return read + [(f"completion[{i}]{_CONTENT}", turn) for i, turn in enumerate(completion)]
 
 
 def _unlearned(turn: Json, field: str) -> Json:

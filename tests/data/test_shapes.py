@@ -25,7 +25,7 @@ def reason(raw: dict[str, Any]) -> str:
     return str(caught.value).removeprefix("m.json:1 7: ")
 
 
-def message(role: str, content: str, **keys: Any) -> dict[str, Any]:
+def message(role: str, content: object, **keys: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **keys}
 
 
@@ -73,6 +73,12 @@ def test_of_prompt_and_completion_only_the_completion_is_learned() -> None:
         ({"prompt": [message(*ASKED)], "completion": [message("assistant", "4", audio={})]}, ""),
         ({"prompt": [message(*ASKED)], "completion": [message("user", "4")]}, "conversations: turn 2 is the user's"),
         ({"prompt": [message(*ASKED)], "completion": [message("assistant", "4", prefix=True)]}, "completion[0].prefix: "),
+        ({"prompt": [message("user", [{"type": "smell"}])], "completion": [message(*SAID)]}, "prompt[0].content[0]: is no text"),
+        ({"prompt": ["2+2?"], "completion": [message(*SAID)]}, "prompt[0]: is a string, not an object"),
+        (
+            {"prompt": [message(*ASKED)], "completion": [message("assistant", "")]},
+            "completion[0].content: is an empty answer",
+        ),
         ({"texts": [{"user": "2+2?"}]}, "texts[0].assistant: is a null, not a string"),
         ({"texts": [{"user": "2+2?", "assistant": "4", "mask": 1}]}, "texts[0].mask: is not read here"),
         (
