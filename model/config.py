@@ -101,7 +101,7 @@ class ModelConfig:
     audio_projector: AudioProjectorConfig | None = None
     state_head: StateHeadConfig | None = None
     init_from: str = ""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute type; trainable parameters are kept in float32
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # compute type; trainable parameters are kept in float32
     attention: str = "sdpa"  # sdpa | varlen | eager | any name transformers registers
     cache_dir: str = ""
 

@@ -25,9 +25,26 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     clip_norm: float = 1.0
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    kind: Literal["adamw", "adamw8bit", "muon", "sgd"] = "adamw"
+    momentum: float = 0.95  # muon and sgd
+    nesterov: bool = True  # muon and sgd
+    ns_steps: int = 5  # muon: Newton-Schulz iterations that make an update orthogonal
+    adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"  # muon: how the rate of a matrix depends on its shape
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup_ratio: float | None = None  # neither warmup_ratio nor warmup_steps: 0.03
     warmup_steps: int | None = None
+    decay_ratio: float | None = None  # wsd: part of all steps at the end; neither decay_ratio nor decay_steps: 0.1
+    decay_steps: int | None = None  # wsd
+    decay_shape: Literal["linear", "cosine", "1-sqrt"] = "linear"  # wsd
+
+
+@dataclass(frozen=True)
+class LossScaleConfig:
+    """Loss scaling under model.dtype = "float16": powers of two, so that scaling changes no digit."""
+
+    initial: float = 65536.0
+    growth_interval: int = 2000  # updates in a row without an overflow after which the scale doubles; an overflow halves it
+    floor: float = 1.0  # an overflow at this scale ends the run
 
 
 @dataclass(frozen=True)
@@ -97,6 +114,7 @@ class RunConfig:
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -21,9 +21,11 @@ from trainer.config import RunConfig
 from trainer.distributed.parallelize import check_sharing, checkpoint_activations, is_sharded, replicate, shard
 from trainer.distributed.world import World
 from trainer.isolation import prove_isolation
+from trainer.loss_scale import LossScale
 from trainer.optim import Trained, build_optimizer
 from trainer.records.run_data import RunData
 from trainer.runfile.stages import Stage
+from trainer.schedule import check_schedule
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def build_run(stage: Stage, data: RunData, world: World, on_progress: Callable[[
     materialise(model, layers, frozen_dtype=model.dtype, device=world.device, on_progress=on_progress)
     learns = {name: p for name, p in model.named_parameters() if p.requires_grad}
     total = num_steps(config, data)
+    check_schedule(config.optim, total)
     if not learns or total == 0:
         return PreparedRun(config, world, data, model, model, None, total, stage)
     wrapped = model if sharded else replicate(model, world)
@@ -93,7 +96,8 @@ def build_run(stage: Stage, data: RunData, world: World, on_progress: Callable[[
     if config.data.packing:
         prove_isolation(model, data.pad_id, world)
     optimizer = build_optimizer(model, config.model, config.optim)
-    return PreparedRun(config, world, data, model, wrapped, Trained(dict(learns), optimizer), total, stage)
+    scaling = LossScale(config.loss_scale, world.device) if model.dtype == torch.float16 else None
+    return PreparedRun(config, world, data, model, wrapped, Trained(dict(learns), optimizer, scaling), total, stage)
 
 
 def prove_gradients(wrapped: nn.Module, model: MultimodalLM, pad_id: int, world: World) -> None:

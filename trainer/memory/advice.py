@@ -54,7 +54,7 @@ class MemoryScenario:
         micros = self.num_micro_batches
         if count is not None and not self.config.data.packing:
             micros = num_micro_batches(self.config.batch.global_batch_size, self.num_ranks, count)
-        return footprint(self.card, parallel or self.config.parallel, self.num_ranks, self.batch(count), micros)
+        return footprint(self.card, parallel or self.config.parallel, self.num_ranks, self.batch(count), micros, self.config.optim)
 
 
 def advice(scenario: MemoryScenario, limit: Callable[[Footprint], float]) -> str:

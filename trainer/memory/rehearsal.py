@@ -14,9 +14,9 @@ from model.errors import ConfigError
 from trainer.distributed.parallelize import gradient_sync
 from trainer.machine.memory_info import Usage, reset_peak, usage
 from trainer.memory.advice import MemoryScenario, advice
-from trainer.memory.footprint import MASTER
 from trainer.memory.heaviest_batch import Heaviest, find_heaviest, read_batch_samples
 from trainer.memory.sample_cost import media_memory, sample_costs
+from trainer.optim_state import rules_of, state_bytes
 from trainer.setup import PreparedRun
 
 GIB = 2**30
@@ -135,10 +135,11 @@ def _verdict(prepared: PreparedRun, scenario: MemoryScenario, ranks: list[RankMe
 
 
 def moments_to_come(prepared: PreparedRun) -> int:
-    """Return the bytes that this rank's optimizer will allocate: the first update creates two moments of each parameter."""
-    state = prepared.trained.optimizer.state if prepared.trained else {}
-    new = [p for p in prepared.model.parameters() if p.requires_grad and p not in state]
-    return sum((p.to_local() if hasattr(p, "to_local") else p).numel() * 2 * MASTER for p in new)
+    """Return the bytes that this rank's optimizer will allocate: the first update creates the state of each parameter."""
+    if prepared.trained is None:
+        return 0
+    optimizer = prepared.trained.optimizer
+    return state_bytes(rules_of(optimizer), [p for p in prepared.trained.parameters.values() if p not in optimizer.state])
 
 
 def _headroom(row: RankMemory, ranks: list[RankMemory], device: torch.device) -> int:

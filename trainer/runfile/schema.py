@@ -18,10 +18,7 @@ PLANNED_KEYS = (
     "log.project",
     "log.run_name",
 )
-PLANNED_VALUES = (
-    "model.dtype = 'float16'",
-    "optim.schedule = 'wsd'",
-)
+PLANNED_VALUES: tuple[str, ...] = ()
 PLANNED = {
     **dict.fromkeys(PLANNED_KEYS, "is planned and not built yet: remove it"),
     **dict.fromkeys(PLANNED_VALUES, "is planned and not built yet: use another value"),
