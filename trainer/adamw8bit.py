@@ -1,7 +1,7 @@
 """AdamW with moments in 8 bits (Dettmers et al. 2022, "8-bit optimizers via block-wise quantization"), by bitsandbytes' kernels.
 
-The numbers are those of `bitsandbytes.optim.AdamW8bit`. That class is not used: it waits for the device after every parameter, knows
-no sharded parameters, cannot skip an update, and keeps a state that only as many ranks as wrote it can read.
+The numbers are those of `bitsandbytes.optim.AdamW8bit`. That class is not used: it waits for the device after every parameter,
+takes no sharded ones, cannot skip an update, and keeps a state that only as many ranks as wrote it can read.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Muon (Jordan 2024, "Muon: An optimizer for hidden layers in neural networks"): momentum, made orthogonal, is the update of a matrix.
+"""Muon (Jordan 2024, "Muon: An optimizer for hidden layers in neural networks"): a matrix moves along its orthogonal momentum.
 
-The numbers are those of `torch.optim.Muon`, to the bit. That class is not used: it has no way to skip an update without a host sync,
-and on sharded matrices each of its products is a collective of its own.
+The numbers are those of `torch.optim.Muon`, to the bit. That class is not used: it cannot skip an update without a host sync, and
+on sharded matrices each of its products is a collective of its own.
 """
 
 from __future__ import annotations

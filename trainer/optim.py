@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from model.config import ModelConfig
+from model.errors import ConfigError
 from model.files.sharding import is_first_copy
 from model.multimodal import MultimodalLM
 from trainer.adamw8bit import AdamW8bit
 from trainer.config import OptimConfig
 from trainer.loss_scale import LossScale
 from trainer.muon import Muon
-from trainer.optim_state import assign_rules, new_state, rules_of, stand_ins
+from trainer.optim_state import BLOCK, Rule, assign_rules, rules_of, stand_ins
+from trainer.sgd import SGD
 
 
 def learning_rates(model: ModelConfig, optim: OptimConfig) -> dict[str, float]:
@@ -47,23 +49,25 @@ def build_optimizer(model: MultimodalLM, config: ModelConfig, optim: OptimConfig
                 group = {"name": f"{part}/{kind}/{rule}", "rule": rule, "lr": lr, "peak_lr": lr, "weight_decay": decay}
                 groups += [{"params": chosen, **group}] if chosen else []
     check_groups(model, groups)
+    check_rules(model, rules, optim)
     if optim.kind == "muon":
         return Muon(groups, optim)
     if optim.kind == "adamw8bit":
         return AdamW8bit(groups, optim)
     if optim.kind == "sgd":
-        return SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov and optim.momentum > 0, fused=True)
+        return SGD(groups, optim)
     return torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps, fused=True)
 
 
-class SGD(torch.optim.SGD):
-    """Fused SGD whose momentum begins at zero: torch's is left without values where the first update is skipped."""
-
-    def step(self, closure: Any = None) -> Any:
-        """Update all parameters; skip the update where `found_inf` is 1. No host sync."""
-        for parameter, rule in rules_of(self).items() if not self.state else ():
-            self.state[parameter] = new_state(rule, parameter)
-        return super().step(closure)
+def check_rules(model: nn.Module, rules: dict[Tensor, Rule], optim: OptimConfig) -> None:
+    """Raise `ConfigError` when optim.kind would update no parameter by its own rule."""
+    what = {"muon": "no matrix of a linear layer, head aside", "adamw8bit": f"no matrix in rows of a multiple of {BLOCK} numbers"}
+    if optim.kind in what and optim.kind not in rules.values():
+        shapes = sorted({(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad})[:2]
+        raise ConfigError(
+            f"optim.kind = {optim.kind!r} has no effect: {what[optim.kind]} learns, only, for example, "
+            f"{' and '.join(f'{name} of shape {list(shape)}' for name, shape in shapes)}; use optim.kind = 'adamw'"
+        )
 
 
 def check_groups(model: nn.Module, groups: list[dict[str, Any]]) -> None:

@@ -31,12 +31,10 @@ def assign_rules(model: MultimodalLM, optim: OptimConfig) -> dict[Tensor, Rule]:
     trained = [p for p in model.parameters() if p.requires_grad]
     if optim.kind == "sgd":
         return dict.fromkeys(trained, "sgd" if optim.momentum else "sgd without momentum")
-    chosen: set[Tensor] = set()
-    if optim.kind == "muon":
-        chosen = _hidden_matrices(model)
-    elif optim.kind == "adamw8bit":
-        embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-        chosen = {p for p in trained if p.dim() > 1 and _row_length(p) % BLOCK == 0} - embeddings
+    chosen: set[Tensor] = _hidden_matrices(model) if optim.kind == "muon" else set()
+    if optim.kind == "adamw8bit":
+        chosen.update(p for p in trained if p.dim() > 1 and _row_length(p) % BLOCK == 0)
+        chosen.difference_update(p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False))
     return {p: optim.kind if p in chosen else "adamw" for p in trained}
 
 

@@ -21,6 +21,12 @@ def decay_steps(config: OptimConfig, total: int) -> int:
     return math.ceil(total * (config.decay_ratio or 0.0))
 
 
+def describe_schedule(config: OptimConfig, total: int) -> str:
+    """Describe warm-up and schedule of `total` steps for people."""
+    text = f"{warmup_steps(config, total)} of warm-up, {config.schedule}"
+    return f"{text}, the last {decay_steps(config, total)} {config.decay_shape} to 0" if config.schedule == "wsd" else text
+
+
 def check_schedule(config: OptimConfig, total: int) -> None:
     """Raise `ConfigError` when warm-up and decay of the wsd schedule do not fit into `total` steps."""
     warmup, decay = warmup_steps(config, total), decay_steps(config, total)

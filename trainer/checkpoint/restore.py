@@ -10,16 +10,18 @@ from torch import Tensor
 from model.files.sharding import local_range
 from model.files.shards import WEIGHTS, checkpoint_tensors
 from model.files.tensor_files import Tensors
+from model.files.untrusted import shown
 from trainer.checkpoint.retention import STATE
 from trainer.errors import ProofError
 from trainer.optim import Trained
 from trainer.optim_state import STEP, new_state, rules_of
+from trainer.state import CheckpointState
 
 
 def restore(
     folder: Path, trained: Trained, optimizer_steps: dict[str, float], on_progress: Callable[[str], object] = lambda name: None
 ) -> None:
-    """Load a checkpoint's weights and the optimizer's state into the live tensors: each rank reads its own rows, whatever ranks wrote them.
+    """Load a checkpoint's weights and optimizer state into the live tensors: each rank reads its own rows, whatever wrote them.
 
     `on_progress` is called with each parameter name before it is read. Raises ProofError when the checkpoint holds other parameters
     or shapes than the run trains.
@@ -43,6 +45,17 @@ def restore(
             else:
                 raise ProofError(f"{folder / STATE} does not say how many updates {name} had")
         trained.optimizer.state[parameter] = state
+
+
+def restore_loss_scale(folder: Path, trained: Trained, state: CheckpointState) -> None:
+    """Go on with the loss scale of a checkpoint, where the run has one. Raises ProofError when the checkpoint has none."""
+    if trained.loss_scale is None:
+        return
+    found = state.get("loss_scale")
+    keys = ("scale", "updates")
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), int | float) for key in keys) or not found["scale"] > 0:
+        raise ProofError(f"{folder / STATE} does not say which loss scale the run had reached: {shown(found)}")
+    trained.loss_scale.restore(found)
 
 
 def _fill(tensor: Tensor, saved: Tensors, name: str) -> None:

@@ -18,11 +18,7 @@ PLANNED_KEYS = (
     "log.project",
     "log.run_name",
 )
-PLANNED_VALUES: tuple[str, ...] = ()
-PLANNED = {
-    **dict.fromkeys(PLANNED_KEYS, "is planned and not built yet: remove it"),
-    **dict.fromkeys(PLANNED_VALUES, "is planned and not built yet: use another value"),
-}
+PLANNED = dict.fromkeys(PLANNED_KEYS, "is planned and not built yet: remove it")
 """Settings that the contract names and that are not built yet: a run file that uses one is refused with a reason, never ignored."""
 
 
@@ -52,9 +48,6 @@ class SchemaReader:
 
     def value(self, hint: Any, value: Any, path: str) -> Any:
         """Return `value` as type `hint`; None, and a problem added to `problems`, when the value has another type."""
-        if f"{path} = {value!r}" in PLANNED:
-            self.problems.append(f"{path} = {value!r} {PLANNED[f'{path} = {value!r}']}")
-            return None
         if dataclasses.is_dataclass(hint):
             return self.table(hint, value, path)
         origin, args = get_origin(hint), get_args(hint)
