@@ -1,13 +1,14 @@
 """Muon (Jordan 2024, "Muon: An optimizer for hidden layers in neural networks"): a matrix moves along its orthogonal momentum.
 
-The numbers are those of `torch.optim.Muon`, to the bit. That class is not used: it cannot skip an update without a host sync, and
-on sharded matrices each of its products is a collective of its own.
+In bfloat16 the numbers are those of `torch.optim.Muon`, to the bit. That class is not used: it cannot skip an update without a host
+sync, and on sharded matrices each of its products is a collective of its own.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -31,15 +32,17 @@ class Muon(MixedOptimizer):
     Sharded matrices are gathered a few at a time, one whole matrix on each rank, and the rows of the result go back to their ranks.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], optim: OptimConfig) -> None:
+    def __init__(self, groups: list[dict[str, Any]], optim: OptimConfig, dtype: torch.dtype) -> None:
+        """Prepare to update `groups`. `dtype`: of the products; bfloat16 is enough, but its rounding depends on how ranks sum."""
         super().__init__(groups, optim)
+        self.iteration = NewtonSchulz(optim.ns_steps, dtype)
         self.settings = optim
 
     def update(self) -> None:
         """Update the matrices; skip the update where `found_inf` is 1. Collective if they are sharded. No host sync."""
         for group in self.own:
             for matrices in _together(group["params"]):
-                directions = orthogonal([self._momentum(p) for p in matrices], matrices, self.settings.ns_steps)
+                directions = orthogonal([self._momentum(p) for p in matrices], matrices, self.iteration)
                 for p, direction in zip(matrices, directions):
                     self._move(p, direction, group)
 
@@ -82,24 +85,50 @@ def _ranks(p: Tensor) -> int:
     return p.device_mesh.size(p.device_mesh.ndim - 1) if isinstance(p, DTensor) else 1
 
 
-def orthogonal(rows: list[Tensor], matrices: list[Tensor], steps: int) -> list[Tensor]:
-    """Return this rank's rows of the orthogonal factors, in bfloat16, given its rows of at most one matrix per sharing rank.
+@dataclass(frozen=True)
+class NewtonSchulz:
+    """The iteration that makes a matrix orthogonal, roughly."""
+
+    steps: int
+    dtype: torch.dtype
+
+    @property
+    def read_dtype(self) -> torch.dtype:
+        """Return the dtype in which matrices are read. float16 cannot hold every momentum, only what is divided by its norm."""
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+
+    def factor(self, matrix: Tensor) -> Tensor:
+        """Return the orthogonal factor of `matrix` (m, n), in `dtype`: its singular values become about 1. No host sync."""
+        a, b, c = COEFFICIENTS
+        x = matrix.to(self.read_dtype)
+        is_tall = matrix.shape[0] > matrix.shape[1]
+        x = x.T if is_tall else x
+        x = (x / x.norm().clamp(min=EPSILON)).to(self.dtype)
+        for _ in range(self.steps):
+            gram = x @ x.T
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x.T if is_tall else x
+
+
+def orthogonal(rows: list[Tensor], matrices: list[Tensor], iteration: NewtonSchulz) -> list[Tensor]:
+    """Return this rank's rows of the orthogonal factors, given its rows of at most one matrix per rank that shares them.
 
     Two collectives where matrices are sharded: each rank gathers one matrix whole, and gives the rows of the result back.
     """
     first = matrices[0]
     ranks = _ranks(first)
     if ranks == 1:
-        return [newton_schulz(own, steps) for own in rows]
+        return [iteration.factor(own) for own in rows]
     assert isinstance(first, DTensor)
     mesh = first.device_mesh
     group, rank = mesh.get_group(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
     shape = matrices[rank].shape if rank < len(matrices) else torch.Size((0, 1))
     received = [count * shape[1] for count in _row_counts(shape[0], ranks)]  # of this rank's matrix, from each rank
     sent = [own.numel() for own in rows] + [0] * (ranks - len(rows))
-    # Newton-Schulz begins with a cast to bfloat16: nothing is lost by making it before the exchange.
-    flat = _exchange(torch.cat([own.bfloat16().reshape(-1) for own in rows]), sent, received, group)  # collective
-    factor = newton_schulz(flat.view(shape), steps) if flat.numel() else flat
+    # The iteration begins with this cast: nothing is lost by making it before the exchange.
+    own_rows = torch.cat([own.to(iteration.read_dtype).reshape(-1) for own in rows])
+    flat = _exchange(own_rows, sent, received, group)  # collective
+    factor = iteration.factor(flat.view(shape)) if flat.numel() else flat.to(iteration.dtype)
     back = _exchange(factor.reshape(-1), received, sent, group)  # collective
     ends = list(accumulate(sent, initial=0))
     return [back[begin:end].view(own.shape) for own, (begin, end) in zip(rows, pairwise(ends))]
@@ -116,16 +145,3 @@ def _exchange(values: Tensor, sent: list[int], received: list[int], group: dist.
     found = values.new_empty(sum(received))
     dist.all_to_all_single(found, values, received, sent, group=group)
     return found
-
-
-def newton_schulz(matrix: Tensor, steps: int) -> Tensor:
-    """Return the orthogonal factor of `matrix` (m, n), roughly: its singular values become about 1. bfloat16, no host sync."""
-    a, b, c = COEFFICIENTS
-    x = matrix.bfloat16()
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    x = x.T if is_tall else x
-    x = x / x.norm().clamp(min=EPSILON)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if is_tall else x

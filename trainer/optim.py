@@ -51,7 +51,7 @@ def build_optimizer(model: MultimodalLM, config: ModelConfig, optim: OptimConfig
     check_groups(model, groups)
     check_rules(model, rules, optim)
     if optim.kind == "muon":
-        return Muon(groups, optim)
+        return Muon(groups, optim, model.dtype)
     if optim.kind == "adamw8bit":
         return AdamW8bit(groups, optim)
     if optim.kind == "sgd":

@@ -82,7 +82,7 @@ def _optimizer(prepared: PreparedRun) -> list[str]:
     optim, scaling, sizes = prepared.config.optim, prepared.trained.loss_scale, dict[str, int]()
     for p, rule in rules_of(prepared.trained.optimizer).items():
         sizes[rule] = sizes.get(rule, 0) + p.numel()
-    text = optim.kind
+    text: str = optim.kind
     if optim.kind in ("muon", "adamw8bit"):
         text += f" for {sizes[optim.kind] / sum(sizes.values()):.1%} of the trained numbers, adamw for the others"
     if scaling is not None:
