@@ -103,14 +103,13 @@ def state_bytes(rules: Mapping[Tensor, Rule], parameters: Iterable[Tensor]) -> i
 class MixedOptimizer(torch.optim.Optimizer):
     """Base of optimizers with a rule of their own: they update the groups of that rule, fused AdamW all others.
 
-    The state of all parameters is in this object. `found_inf` and `grad_scale` are set before `step`, as for torch's fused ones.
+    The state of all parameters is in this object. `found_inf` and `grad_scale` may be set before `step`, as for torch's fused ones.
     """
-
-    found_inf: Tensor
-    grad_scale: Tensor
 
     def __init__(self, groups: list[dict[str, Any]], optim: OptimConfig) -> None:
         super().__init__(groups, {})
+        device = local(groups[0]["params"][0]).device
+        self.found_inf, self.grad_scale = torch.zeros((), device=device), torch.ones((), device=device)
         self.own = [group for group in self.param_groups if group["rule"] == optim.kind]
         # The same dictionaries, so that a new learning rate reaches both.
         others = [group for group in self.param_groups if group["rule"] != optim.kind]

@@ -20,8 +20,8 @@ class SGD(torch.optim.Optimizer):
     first update is skipped. Here momentum begins at zero.
     """
 
-    found_inf: Tensor
-    grad_scale: Tensor
+    found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None
 
     def __init__(self, groups: list[dict[str, Any]], optim: OptimConfig) -> None:
         super().__init__(groups, {})

@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from model.files.shards import write_shard
 from tests.support.equivalence import GLOBAL_BATCH, WHOLE, config_of, take_steps
 from tests.support.ranks import run_ranks
+from tests.support.resume import cut, metrics, weights
+from tests.support.runs import save_parts, save_records, start
 from tests.support.tiny import save_llm, save_tower
 from trainer.adamw8bit import AdamW8bit
 from trainer.checkpoint import checkpointer
@@ -27,6 +29,7 @@ from trainer.optim import Trained, clipped_update
 from trainer.sgd import SGD
 
 KINDS = ("muon", "sgd")
+LONG_RESUMES = (("adamw8bit", "ddp"), ("muon", "fsdp"), ("muon", "ddp"), ("sgd", "fsdp"))
 WAYS = {1: [("ddp", GLOBAL_BATCH)], 2: [("ddp", 2), ("fsdp", 3)], 4: [("hsdp", 1), ("fsdp", 2)]}
 
 
@@ -62,6 +65,23 @@ def test_ranks_step_as_one_process_with_every_kind(parts: Path, tune: str, size:
         expected, expected_total = alone[kind, "ddp"]
         torch.testing.assert_close(torch.tensor(numbers), torch.tensor(expected), rtol=1e-6, atol=1e-6, msg=f"{kind} {strategy}")
         assert total == pytest.approx(expected_total, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategy"), [("adamw8bit", "fsdp"), *(pytest.param(*way, marks=pytest.mark.long) for way in LONG_RESUMES)]
+)
+def test_a_run_stopped_and_started_again_ends_with_the_same_bytes(tmp_path: Path, kind: str, strategy: str) -> None:
+    save_parts(tmp_path, hidden_size=256, intermediate_size=256)
+    save_records(tmp_path)
+    sections = {"optim": {"kind": kind, "weight_decay": 0.1}, "parallel": {"strategy": strategy}}
+    for answer in run_ranks(start, 2, tmp_path, tmp_path / "whole", sections):
+        assert answer.code == 0
+    again = cut(tmp_path / "whole", tmp_path / "again", 3)
+    for answer in run_ranks(start, 2, tmp_path, again, sections):
+        assert answer.code == 0 and len(answer.seen) == 3
+    assert weights(again) == weights(tmp_path / "whole")
+    assert metrics(again) == metrics(tmp_path / "whole")
+    assert f"optimizer {kind}" in run_ranks(start, 1, tmp_path, again, sections)[0].said
 
 
 OPTIMIZERS: dict[str, Any] = {"muon": partial(Muon, dtype=torch.bfloat16), "adamw8bit": AdamW8bit, "sgd": SGD}
