@@ -58,8 +58,8 @@ class Muon(MixedOptimizer):
     def _move(self, p: Tensor, direction: Tensor, group: dict[str, Any]) -> None:
         """Move this rank's rows of `p` along `direction`, after weight decay, unless the update is skipped."""
         rows, lr = local(p.detach()), group["lr"]
-        moved = (rows * (1 - lr * group["weight_decay"])).add_(direction, alpha=-lr * self._ratio(p))
-        rows.copy_(torch.where(self.found_inf.bool(), rows, moved))
+        rows.mul_(torch.where(self.found_inf.bool(), 1.0, 1 - lr * group["weight_decay"]))
+        rows.add_(direction.mul_(1 - self.found_inf), alpha=-lr * self._ratio(p))
 
     def _ratio(self, p: Tensor) -> float:
         """Return the factor on the learning rate of a matrix of this shape.
