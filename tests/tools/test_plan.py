@@ -309,7 +309,7 @@ def test_each_change_is_simulated_once_and_the_largest_half_that_fits_is_named(
     """A made-up memory: 10 a sample, which recomputing halves, 16 of states, which two ranks share, and 4 of a trained model."""
     asked: list[tuple[Any, ...]] = []
 
-    def made_up(card: ModelCard, config: ParallelConfig, ranks: int, batch: Batch, micros: int) -> Footprint:
+    def made_up(card: ModelCard, config: ParallelConfig, ranks: int, batch: Batch, micros: int, _: OptimConfig) -> Footprint:
         asked.append((config, card.model.llm.tune, card.quantize.bits, len(batch.sample_ids)))
         samples = len(batch.sample_ids) * (5 if config.activation_checkpointing == "full" else 10)
         states = 16 // (ranks if config.strategy == "fsdp" else 1)

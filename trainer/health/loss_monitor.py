@@ -98,7 +98,7 @@ class Health:
 
         Raises ProofError otherwise.
         """
-        if self.num_updates == 0 and not self.last:
+        if self.num_updates == 0 and not self.last and self.prepared.config.model.dtype == "float16":
             raise ProofError(
                 f"nothing was learned: all {num_steps} updates were skipped while the loss scale of float16 was falling. No final/ "
                 "is written. Train longer, or lower loss_scale.initial"
