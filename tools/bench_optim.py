@@ -18,6 +18,7 @@ from trainer.adamw8bit import AdamW8bit
 from trainer.config import OptimConfig
 from trainer.muon import Muon
 from trainer.optim import clipped_update
+from trainer.optim_state import Group
 from trainer.sgd import SGD
 
 SHAPES = [(1024, 1024)] * 4 + [(4096, 1024)] * 2 + [(1024, 4096)]
@@ -27,37 +28,37 @@ Update = Callable[[], object]
 Made = tuple[list[nn.Parameter], torch.optim.Optimizer, Update]
 
 
-def ours(kind: str, build: Callable[[list[dict[str, object]]], torch.optim.Optimizer]) -> Made:
+def our_kind(kind: str, build: Callable[[list[Group]], torch.optim.Optimizer]) -> Made:
     """Return parameters, our optimizer over them and its update, clipped."""
-    parameters = weights()
+    parameters = layer_weights()
     optimizer = build([{"params": parameters, "rule": kind, "lr": LR, "weight_decay": 0.1}])
     return parameters, optimizer, lambda: clipped_update(optimizer, torch.tensor(1.0), 1.0)
 
 
-def peer(build: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Made:
+def library_class(build: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Made:
     """Return parameters, a library's optimizer over them and its update."""
-    parameters = weights()
+    parameters = layer_weights()
     optimizer = build(parameters)
     return parameters, optimizer, optimizer.step
 
 
-def weights() -> list[nn.Parameter]:
+def layer_weights() -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(shape) * 0.02) for shape in SHAPES]
 
 
-def rows() -> dict[str, Made]:
+def all_kinds() -> dict[str, Made]:
     """Return every optimizer by its name in the table."""
     functional()  # imports bitsandbytes, or says how to install it
     from bitsandbytes.optim import AdamW8bit as Peer8bit
 
     return {
-        "adamw": ours("adamw", lambda groups: torch.optim.AdamW(groups, fused=True)),
-        "sgd": ours("sgd", lambda groups: SGD(groups, OptimConfig(kind="sgd"))),
-        "adamw8bit": ours("adamw8bit", lambda groups: AdamW8bit(groups, OptimConfig(kind="adamw8bit"))),
-        "bitsandbytes AdamW8bit": peer(lambda parameters: Peer8bit(parameters, lr=LR)),
-        "muon, bfloat16": ours("muon", lambda groups: Muon(groups, OptimConfig(kind="muon"), torch.bfloat16)),
-        "muon, float32": ours("muon", lambda groups: Muon(groups, OptimConfig(kind="muon"), torch.float32)),
-        "torch Muon (bfloat16)": peer(lambda parameters: torch.optim.Muon(parameters, lr=LR)),
+        "adamw": our_kind("adamw", lambda groups: torch.optim.AdamW(groups, fused=True)),
+        "sgd": our_kind("sgd", lambda groups: SGD(groups, OptimConfig(kind="sgd"))),
+        "adamw8bit": our_kind("adamw8bit", lambda groups: AdamW8bit(groups, OptimConfig(kind="adamw8bit"))),
+        "bitsandbytes AdamW8bit": library_class(lambda parameters: Peer8bit(parameters, lr=LR)),
+        "muon, bfloat16": our_kind("muon", lambda groups: Muon(groups, OptimConfig(kind="muon"), torch.bfloat16)),
+        "muon, float32": our_kind("muon", lambda groups: Muon(groups, OptimConfig(kind="muon"), torch.float32)),
+        "torch Muon (bfloat16)": library_class(lambda parameters: torch.optim.Muon(parameters, lr=LR)),
     }
 
 
@@ -65,7 +66,7 @@ def bench(rounds: int) -> None:
     """Print the table."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    made, seconds = rows(), dict[str, list[float]]()
+    made, seconds = all_kinds(), dict[str, list[float]]()
     count = sum(a * b for a, b in SHAPES)
     for i in range(rounds + 1):
         for name, (parameters, _, update) in made.items():

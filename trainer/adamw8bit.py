@@ -6,8 +6,6 @@ takes no sharded ones, cannot skip an update, and keeps a state that only as man
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -15,15 +13,15 @@ from model.errors import ConfigError
 from model.files.shards import MOMENTS, local
 from model.llm.quantize import functional
 from trainer.config import OptimConfig
-from trainer.optim_state import BLOCK, CODES, SCALES, STEP, MixedOptimizer, new_state
+from trainer.optim_state import BLOCK, CODES, SCALES, STEP, Group, MixedOptimizer, new_state
 
 
 class AdamW8bit(MixedOptimizer):
     """AdamW with 8-bit moments for the groups whose rule is `adamw8bit`, fused AdamW for the others."""
 
-    def __init__(self, groups: list[dict[str, Any]], optim: OptimConfig) -> None:
+    def __init__(self, groups: list[Group], optim: OptimConfig) -> None:
         super().__init__(groups, optim)
-        self.settings, self.maps = optim, dict[torch.device, list[Tensor]]()
+        self.maps = dict[torch.device, list[Tensor]]()
         for device in {local(p).device for group in self.own for p in group["params"]}:
             self._prove_kernel(device)
 
@@ -55,9 +53,7 @@ class AdamW8bit(MixedOptimizer):
                 if local(p).numel():
                     self._move(local(p.detach()), local(p.grad), state, group, (1 / scale, int(updates) + 1))
 
-    def _move(
-        self, rows: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any], how: tuple[float, int]
-    ) -> None:
+    def _move(self, rows: Tensor, gradient: Tensor, state: dict[str, Tensor], group: Group, how: tuple[float, int]) -> None:
         """Update this rank's rows of a parameter and of its state. `how`: the factor on the gradient, and which update it is."""
         factor, step = how
         codes, scales = ([local(state[name + suffix]) for name in MOMENTS] for suffix in (CODES, SCALES))

@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from model.files.shards import local
 from trainer.config import OptimConfig
-from trainer.optim_state import MOMENTUM, MixedOptimizer
+from trainer.optim_state import MOMENTUM, Group, MixedOptimizer
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic polynomial, whose slope at 0 is as steep as possible while it maps [0, 1] to about 1."""
@@ -32,11 +31,10 @@ class Muon(MixedOptimizer):
     Sharded matrices are gathered a few at a time, one whole matrix on each rank, and the rows of the result go back to their ranks.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], optim: OptimConfig, dtype: torch.dtype) -> None:
+    def __init__(self, groups: list[Group], optim: OptimConfig, dtype: torch.dtype) -> None:
         """Prepare to update `groups`. `dtype`: of the products; bfloat16 is enough, but its rounding depends on how ranks sum."""
         super().__init__(groups, optim)
         self.iteration = NewtonSchulz(optim.ns_steps, dtype)
-        self.settings = optim
 
     def update(self) -> None:
         """Update the matrices; skip the update where `found_inf` is 1. Collective if they are sharded. No host sync."""
@@ -55,7 +53,7 @@ class Muon(MixedOptimizer):
         buffer.lerp_(gradient, 1 - weight)
         return gradient.lerp(buffer, weight) if self.settings.nesterov else buffer
 
-    def _move(self, p: Tensor, direction: Tensor, group: dict[str, Any]) -> None:
+    def _move(self, p: Tensor, direction: Tensor, group: Group) -> None:
         """Move this rank's rows of `p` along `direction`, after weight decay, unless the update is skipped."""
         rows, lr = local(p.detach()), group["lr"]
         rows.mul_(torch.where(self.found_inf.bool(), 1.0, 1 - lr * group["weight_decay"]))

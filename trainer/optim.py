@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,7 @@ from trainer.adamw8bit import AdamW8bit
 from trainer.config import OptimConfig
 from trainer.loss_scale import LossScale
 from trainer.muon import Muon
-from trainer.optim_state import BLOCK, Rule, assign_rules, rules_of, stand_ins
+from trainer.optim_state import BLOCK, Group, Rule, assign_rules, rules_of, stand_ins
 from trainer.sgd import SGD
 
 
@@ -38,7 +37,7 @@ def build_optimizer(model: MultimodalLM, config: ModelConfig, optim: OptimConfig
     Norms, biases and other vectors are never decayed. Without weight decay the parameters of a part that have one rule are one
     group, because every group is a kernel launch of its own. Raises `ConfigError` when the device has no kernels for it.
     """
-    groups: list[dict[str, Any]] = []
+    groups: list[Group] = []
     rules = assign_rules(model, optim)
     for part, lr in learning_rates(config, optim).items():
         named = [(name, p) for name, p in model.get_submodule(part).named_parameters() if p.requires_grad]
@@ -70,7 +69,7 @@ def check_rules(model: nn.Module, rules: dict[Tensor, Rule], optim: OptimConfig)
         )
 
 
-def check_groups(model: nn.Module, groups: list[dict[str, Any]]) -> None:
+def check_groups(model: nn.Module, groups: list[Group]) -> None:
     """Raise `RuntimeError` unless every trainable parameter is in exactly one group."""
     grouped = [id(p) for group in groups for p in group["params"]]
     trainable = [id(p) for p in model.parameters() if p.requires_grad]

@@ -17,6 +17,8 @@ from model.multimodal import MultimodalLM
 from trainer.config import OptimConfig
 
 Rule = Literal["adamw", "adamw8bit", "muon", "sgd", "sgd without momentum"]
+Group = dict[str, Any]
+"""A parameter group of an optimizer: params, name, rule, lr, peak_lr and weight_decay."""
 STEP = "step"
 """Name of the number of updates in the state of a parameter, () float32. Rules without bias correction keep none."""
 BLOCK = 256
@@ -75,8 +77,7 @@ def _zeros(like: Tensor, device: torch.device, row: tuple[int, ...] | None = Non
         return zeros
     whole = torch.Size((*like.shape[:1], *zeros.shape[1:]))
     strides = tuple(math.prod(whole[i + 1 :]) for i in range(len(whole)))
-    options: dict[str, Any] = {"run_check": False, "shape": whole, "stride": strides}
-    return DTensor.from_local(zeros, like.device_mesh, like.placements, **options)
+    return DTensor.from_local(zeros, like.device_mesh, like.placements, run_check=False, shape=whole, stride=strides)
 
 
 def stand_ins(parameters: Mapping[str, Tensor], rules: Mapping[Tensor, Rule]) -> dict[str, Tensor]:
@@ -106,19 +107,20 @@ class MixedOptimizer(torch.optim.Optimizer):
     The state of all parameters is in this object. `found_inf` and `grad_scale` may be set before `step`, as for torch's fused ones.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], optim: OptimConfig) -> None:
+    def __init__(self, groups: list[Group], optim: OptimConfig) -> None:
         super().__init__(groups, {})
         device = local(groups[0]["params"][0]).device
         self.found_inf, self.grad_scale = torch.zeros((), device=device), torch.ones((), device=device)
-        self.own = [group for group in self.param_groups if group["rule"] == optim.kind]
+        self.settings = optim
+        self.own = [group for group in self.param_groups if group["rule"] != "adamw"]
         # The same dictionaries, so that a new learning rate reaches both.
-        others = [group for group in self.param_groups if group["rule"] != optim.kind]
+        others = [group for group in self.param_groups if group["rule"] == "adamw"]
         self.adamw = torch.optim.AdamW(others, betas=optim.betas, eps=optim.eps, fused=True) if others else None
         if self.adamw is not None:
             self.adamw.state = self.state
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def step(self, closure: object = None) -> Any:
         """Update all parameters, each by its rule; skip the update where `found_inf` is 1."""
         if self.adamw is not None:
             vars(self.adamw).update(found_inf=self.found_inf, grad_scale=self.grad_scale)

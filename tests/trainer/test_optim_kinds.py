@@ -191,6 +191,16 @@ def test_moments_in_8_bits_need_rows_of_whole_blocks_and_no_embedding(folders: P
     assert untied == in_layers(ATTENTION | MLP - narrow) | {"vision_projector.2.weight", "llm.lm_head.weight"}
 
 
+def test_a_new_rate_reaches_parameters_of_both_rules() -> None:
+    moved, kept = parameters(), parameters()
+    optimizer = ours("adamw8bit", moved)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    give_gradients(moved, 0)
+    clipped_update(optimizer, torch.tensor(1.0), 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(moved, kept))
+
+
 def test_a_kind_that_would_update_nothing_is_refused(tmp_path: Path) -> None:
     config = ModelConfig(LlmConfig(str(save_llm(tmp_path / "llm")), "full"), dtype="float32")
     with pytest.raises(
