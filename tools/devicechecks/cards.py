@@ -11,8 +11,10 @@ PEAKS: tuple[tuple[str, float], ...] = (
     *(("RTX 5090", 209.5), ("RTX 4090", 165.2), ("RTX 4080", 97.5), ("RTX 3090 TI", 80.0), ("RTX 3090", 71.0), ("RTX 3080", 59.5)),
     *(("V100-PCIE", 112.0), ("V100", 125.0), ("T4", 65.1), ("MI300X", 1307.4), ("MI250", 383.0)),
 )
-"""Part of a card's name and its TFLOP/s of dense products of 16-bit numbers, summed in float32, by the maker's data sheets; for V100
-and T4 of float16. The first that fits counts, so longer names come before shorter ones."""
+"""Part of a card's name and its TFLOP/s of dense products of 16-bit numbers, summed in float32, by the maker's data sheets.
+
+Those of V100 and T4 are of float16. The first that fits counts, so longer names come before shorter ones.
+"""
 
 
 def peak_of(name: str) -> float | None:

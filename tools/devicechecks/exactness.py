@@ -40,7 +40,7 @@ def taken(context: Context, recipe: Recipe, *, packed: bool = False, num_steps: 
     """Return losses and gradients of a run of the small shape with made-up samples; packed or not, they are the same samples."""
     shape = small(context)
     prepared = build(shape, recipe, context)
-    return take_steps(prepared, steps_of(prepared.model, num_steps, packed=packed, longest=LONGEST[shape.name]))
+    return take_steps(prepared, steps_of(prepared.data.card, num_steps, packed=packed, longest=LONGEST[shape.name]))
 
 
 def same_numbers(found: Taken, expected: Taken, *, bounds: tuple[float, float] = (LOSS_BOUND, GRADIENT_BOUND)) -> Finding:

@@ -50,7 +50,7 @@ def check_syncs(context: Context) -> Finding:
     half = context.on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     recipe = Recipe(llm="lora", dropout=0.1, packing=True, dtype="bfloat16" if half else "float32")
     prepared = build(small(context), recipe, context)
-    batches = [batch for step in steps_of(prepared.model, 2, packed=True, longest=60) for batch in step]
+    batches = [batch for step in steps_of(prepared.data.card, 2, packed=True, longest=60) for batch in step]
     stepper = Stepper(prepared, batches)
     stepper.warm_up(WARM_UP + len(batches))
     if context.on_gpu:
@@ -70,7 +70,7 @@ def check_staging(context: Context) -> Finding:
     if not context.on_gpu:
         raise Skipped("pages are locked for a GPU only")
     prepared = build(small(context), Recipe(), context)
-    (batch,) = steps_of(prepared.model, 1, longest=LONGEST[small(context).name])[0][:1]
+    (batch,) = steps_of(prepared.data.card, 1, longest=LONGEST[small(context).name])[0][:1]
     locked = batch.pin_memory()
     are_locked = all(tensor.is_pinned() for tensor in tensors_of(locked))
     with syncs_refused(context.device):
@@ -120,7 +120,7 @@ def check_memory(context: Context) -> Finding:
     recipe = Recipe(dtype="bfloat16", packing=True, optim=OptimConfig(lr=1e-5))
     before = torch.cuda.memory_allocated(context.device)
     prepared = build(shape, recipe, context, made_on=context.device)
-    batch = packed_batches(mixed_samples(prepared.model, 32), PLAN_TOKENS)[0]
+    batch = packed_batches(mixed_samples(prepared.data.card, 32), PLAN_TOKENS)[0]
     config = replace(prepared.config, output_dir=str(context.folder / "plan"))
     planned = footprint(card_of(config), config.parallel, 1, batch, 1).total
     if planned > free:

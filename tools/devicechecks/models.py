@@ -14,12 +14,10 @@ from torch import Tensor, nn
 
 from data.config import DataConfig
 from data.processor import Processor
-from model.build import DTYPES, assemble
 from model.card import ModelCard, make_card
 from model.config import LlmConfig, LoraConfig, ModelConfig, QuantizeConfig, VisionConfig, VisionProjectorConfig
 from model.files.tensor_files import LazyTensor, Tensors
 from model.llm.causal_lm import VocabularyLayout
-from model.multimodal import MultimodalLM
 from model.weights.initial_values import seed_of
 from model.weights.materialise import Layer, owners
 from tools.devicechecks.outcome import Context
@@ -127,11 +125,6 @@ def _random(name: str, shape: tuple[int, ...], device: str | torch.device) -> La
         return drawn.mul_(SPREAD).add_(1.0 if name.endswith(".weight") else 0.0)
 
     return LazyTensor(shape, read)
-
-
-def on_meta_model(card: ModelCard) -> MultimodalLM:
-    """Return the structure of a model without values, for what only asks for sizes."""
-    return assemble(card, DTYPES["float32"])
 
 
 def on_cpu(context: Context) -> Context:

@@ -14,7 +14,7 @@ from model.batch import Batch
 from tools.devicechecks.batches import mixed_samples, packed_batches
 from tools.devicechecks.cards import peak_of
 from tools.devicechecks.flops import useful_flops
-from tools.devicechecks.models import PLAIN, Recipe, build, card_of, compiled, on_meta_model, run_config
+from tools.devicechecks.models import PLAIN, Recipe, build, card_of, compiled, run_config
 from tools.devicechecks.outcome import Context, Figure, Finding, Skipped
 from tools.devicechecks.shapes import TINY, Shape
 from tools.devicechecks.stepping import Stepper
@@ -110,7 +110,9 @@ def measure_training(load: Load, is_compiled: bool, context: Context) -> Finding
     num_tokens, kind = TINY_SETTING if context.tiny else choose_setting(shape, recipe, context)
     recipe = replace(recipe, parallel=replace(parallel, activation_checkpointing=kind))
     prepared = build(shape, recipe, context, made_on=context.device)
-    batches = packed_batches(mixed_samples(prepared.model, samples_for(num_tokens), longest=100 if context.tiny else 0), num_tokens)
+    batches = packed_batches(
+        mixed_samples(prepared.data.card, samples_for(num_tokens), longest=100 if context.tiny else 0), num_tokens
+    )
     batches = batches[:NUM_ROWS]
     stepper = Stepper(prepared, batches)
     if context.on_gpu:
@@ -166,11 +168,9 @@ def choose_setting(shape: Shape, recipe: Recipe, context: Context) -> tuple[int,
         raise Skipped("for a GPU; --tiny measures a small shape")
     free, _ = torch.cuda.mem_get_info(context.device)
     free += torch.cuda.memory_reserved(context.device) - torch.cuda.memory_allocated(context.device)
-    least = float("inf")
+    least, card = float("inf"), card_of(run_config(shape, recipe, context))
     for num_tokens, kind in SETTINGS:
-        config = run_config(shape, recipe, context)
-        card = card_of(config)
-        batch = packed_batches(mixed_samples(on_meta_model(card), samples_for(num_tokens)), num_tokens)[0]
+        batch = packed_batches(mixed_samples(card, samples_for(num_tokens)), num_tokens)[0]
         needed = footprint(card, ParallelConfig(strategy="ddp", activation_checkpointing=kind), 1, batch, 1).total
         if needed <= FILL * free:
             return num_tokens, kind

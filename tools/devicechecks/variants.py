@@ -59,7 +59,7 @@ def wrapped(context: Context, recipe: Recipe, strategy: Literal["ddp", "fsdp"]) 
     # DDP wraps a model where there are several ranks: their group, which is asked for sums, is this process.
     world = replace(context.world, size=2) if strategy == "ddp" else context.world
     prepared = build_from(config, world, random_values("cpu"), sharded=strategy == "fsdp")
-    return take_steps(prepared, steps_of(prepared.model, NUM_STEPS, longest=LONGEST[small(context).name]))
+    return take_steps(prepared, steps_of(prepared.data.card, NUM_STEPS, longest=LONGEST[small(context).name]))
 
 
 def together(findings: dict[str, Finding]) -> Finding:
