@@ -4,9 +4,9 @@
     python -m tools.check_device --only packed --only syncs
     python -m tools.check_device --device cpu --tiny        # what can be checked without a GPU, about a minute
 
-Weights are made up, no file is needed. Every check runs in a process that another replaces where the check breaks it. The table goes
-to stdout and the same as JSON to --json; docs/gpu.md says what each check proves. Exit code 0: nothing failed; 1: something did;
-2: the command line is wrong.
+Weights are made up, no file is needed. Checks run in a process of their own, which another replaces where a check breaks it.
+The table goes to stdout and the same as JSON to --json; docs/gpu.md says what each check proves. Exit code 0: nothing failed;
+1: something did; 2: the command line is wrong.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,9 +14,9 @@ from model.batch import Batch
 from tools.bench_step import Counter, hidden_syncs
 from tools.devicechecks.batches import mixed_samples, packed_batches, steps_of
 from tools.devicechecks.exactness import LONGEST, small
-from tools.devicechecks.models import Recipe, build, card_of
+from tools.devicechecks.models import Recipe, build, card_of, run_config
 from tools.devicechecks.outcome import MEBI, Context, Figure, Finding, Skipped
-from tools.devicechecks.shapes import HALF_B
+from tools.devicechecks.shapes import HALF_B, TINY
 from tools.devicechecks.stepping import Stepper
 from trainer.checkpoint.host_staging import Staging
 from trainer.config import OptimConfig
@@ -72,15 +71,18 @@ def check_staging(context: Context) -> Finding:
     prepared = build(small(context), Recipe(), context)
     (batch,) = steps_of(prepared.data.card, 1, longest=LONGEST[small(context).name])[0][:1]
     locked = batch.pin_memory()
-    are_locked = all(tensor.is_pinned() for tensor in tensors_of(locked))
+    are_locked = all(tensor.is_pinned() for tensor in tensors_of(locked) if tensor.numel())
     with syncs_refused(context.device):
         here = locked.to(context.device)
     torch.cuda.synchronize(context.device)
     arrived = all(torch.equal(a.cpu(), b) for a, b in zip(tensors_of(here), tensors_of(batch), strict=True))
-    staged, rate = staged_bytes(context.device)
+    same, staged_locked, rate = staged_bytes(context.device, 64 * MEBI)
     figures: dict[str, Figure] = {"gigabytes_per_second": rate}
-    text = f"batch page-locked: {are_locked}, arrived: {arrived}; checkpoint staged: {staged}, {rate:.1f} GB/s to the host"
-    return Finding(are_locked and arrived and staged, text, figures)
+    batch_text = f"batch {'' if are_locked else 'not '}page-locked, {'arrived' if arrived else 'changed on the way'}"
+    text = (
+        f"{batch_text}; checkpoint {'' if staged_locked else 'not '}page-locked, {'equal' if same else 'changed'}, {rate:.1f} GB/s"
+    )
+    return Finding(are_locked and arrived and same and staged_locked, text, figures)
 
 
 def tensors_of(batch: Batch) -> list[Tensor]:
@@ -89,12 +91,15 @@ def tensors_of(batch: Batch) -> list[Tensor]:
     return found + [value for media in batch.media.values() for value in vars(media).values() if isinstance(value, Tensor)]
 
 
-def staged_bytes(device: torch.device) -> tuple[bool, float]:
-    """Stage tensors as a checkpoint does, change them at once, and compare the copy with what they were: GB/s beside."""
-    sizes = {"large": 64 * MEBI, "small": 1000, "other": 1001}
+def staged_bytes(device: torch.device, size: int) -> tuple[bool, bool, float]:
+    """Stage tensors, one of `size` numbers, as a checkpoint does, and change them at once.
+
+    Return whether the copy is what they were, whether it is in page-locked memory, and the GB/s of copying.
+    """
+    sizes = {"large": size, "small": 1000, "other": 1001}
     tensors = {name: torch.randn(size, device=device) for name, size in sizes.items()}
     tensors["moments"] = torch.randn(257, 33, device=device).bfloat16()
-    before = {name: tensor.cpu() for name, tensor in tensors.items()}
+    before = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
     staging = Staging(sum(t.nbytes for t in tensors.values()) + MEBI, device)
     staging.take(tensors)
     staging.ready()
@@ -106,32 +111,33 @@ def staged_bytes(device: torch.device) -> tuple[bool, float]:
     staging.ready()
     seconds = time.perf_counter() - began
     data = staging.buffer
-    ranges = {r.name: data[r.begin : r.end] for r in staging.plan.ranges}
-    same = all(torch.equal(ranges[name].view(t.dtype), t.reshape(-1)) for name, t in before.items())
-    return same and bool(data.is_pinned()), sum(t.nbytes for t in tensors.values()) / seconds / 1e9
+    copied = {r.name: data[r.begin : r.end].view(r.dtype) for r in staging.plan.ranges}
+    same = all(torch.equal(copied[name], tensor.reshape(-1)) for name, tensor in before.items())
+    return same, device.type == "cuda" and data.is_pinned(), sum(t.nbytes for t in tensors.values()) / seconds / 1e9
 
 
 def check_memory(context: Context) -> Finding:
     """Compare the plan's bytes of a step with the most that the allocator has held: a 0.5B model, all but its tower tuned."""
     if not context.on_gpu:
         raise Skipped("the CPU's allocator keeps no peak; tests/tools/test_plan.py holds the plan to torch's profiler")
-    shape = small(context) if context.tiny else HALF_B
-    free, _ = torch.cuda.mem_get_info(context.device)
+    shape, device = TINY if context.tiny else HALF_B, context.device
     recipe = Recipe(dtype="bfloat16", packing=True, optim=OptimConfig(lr=1e-5))
-    before = torch.cuda.memory_allocated(context.device)
-    prepared = build(shape, recipe, context, made_on=context.device)
-    batch = packed_batches(mixed_samples(prepared.data.card, 32), PLAN_TOKENS)[0]
-    config = replace(prepared.config, output_dir=str(context.folder / "plan"))
-    planned = footprint(card_of(config), config.parallel, 1, batch, 1).total
+    config = run_config(shape, recipe, context)
+    card = card_of(config)
+    batch = packed_batches(mixed_samples(card, 32), PLAN_TOKENS)[0]
+    planned = footprint(card, config.parallel, 1, batch, 1).total
+    free, _ = torch.cuda.mem_get_info(device)
     if planned > free:
         raise Skipped(f"takes {planned / 2**30:.1f} GiB, and {free / 2**30:.1f} are free")
+    before = torch.cuda.memory_allocated(device)
+    prepared = build(shape, recipe, context, made_on=device)
     stepper = Stepper(prepared, [batch])
     stepper.warm_up(2)
     gc.collect()
-    torch.cuda.reset_peak_memory_stats(context.device)
+    torch.cuda.reset_peak_memory_stats(device)
     stepper.warm_up(2)
-    torch.cuda.synchronize(context.device)
-    peak = torch.cuda.max_memory_allocated(context.device) - before
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
     return compare_memory(planned, peak)
 
 

@@ -18,6 +18,7 @@ from tools.devicechecks.outcome import Context, Figure, Finding, Skipped
 from tools.devicechecks.shapes import HALF_B, TINY, Shape
 from tools.devicechecks.speed import Load, describe, half_dtype, measure_training, rates, synchronise
 from trainer.config import OptimConfig
+from trainer.distributed.world import stop_world
 
 ROWS, STEPS, WARM_UP = 8, 10, 3
 """Samples of a step, steps that are timed, and steps before them."""
@@ -34,7 +35,11 @@ def measure_trainer(context: Context) -> Finding:
     shape, rows = (TINY, 4) if context.tiny else (HALF_B, ROWS)
     card = card_of(run_config(shape, Recipe(), context))
     samples = mixed_samples(card, rows * (STEPS + WARM_UP), longest=60 if context.tiny else 0)
-    seconds = trainer_seconds(shape, samples, rows, context)
+    stop_world()  # Trainer would take this process's group for one of its own
+    try:
+        seconds = trainer_seconds(shape, samples, rows, context)
+    except torch.OutOfMemoryError as error:
+        raise Skipped("Trainer ran out of memory") from error
     timed = [collate(samples[start : start + rows], 0) for start in range(WARM_UP * rows, len(samples), rows)]
     theirs = rates(timed, seconds, useful_of(shape, timed, context), context)
     if context.on_gpu:
@@ -78,6 +83,8 @@ def trainer_seconds(shape: Shape, samples: list[Sample], rows: int, context: Con
         remove_unused_columns=False,
         dataloader_num_workers=0 if context.tiny else 2,
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # it would share one batch among all cards
     model = library_model(shape, context)
     trainer = Trainer(model=model, args=arguments, train_dataset=list(samples), data_collator=padded, callbacks=[Clock()])
     trainer.train()
