@@ -38,7 +38,7 @@ LARGE_EPS = OptimConfig(lr=0.1, eps=1.0)
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run learns, and how it computes."""
+    """Choice of what a run learns, and how it computes."""
 
     llm: Literal["frozen", "lora", "full"] = "full"
     vision: Literal["frozen", "lora", "full"] = "frozen"

@@ -1,4 +1,4 @@
-"""What a device check is: its name, what it expects, and what it found on a machine."""
+"""Device checks: name, what each expects, and what it found on a machine."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check has seen."""
+    """Result of a check that ran: what it has seen."""
 
     passed: bool
     seen: str

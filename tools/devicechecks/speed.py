@@ -37,7 +37,7 @@ SECONDS, MOST_STEPS = 6.0, 40
 
 @dataclass(frozen=True)
 class Load:
-    """What is trained."""
+    """Training that is timed."""
 
     shape: Shape
     llm: Literal["frozen", "lora", "full"]
