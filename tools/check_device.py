@@ -25,12 +25,14 @@ import torch
 
 from model.errors import ConfigError
 from tools.cli import command_parser, printable_lines, run_command
-from tools.devicechecks.outcome import Check, Outcome
+from tools.devicechecks.outcome import Check, ReportRow
 from tools.devicechecks.registry import all_checks
-from tools.devicechecks.report import as_json, row_lines, summary
+from tools.devicechecks.report import report_json, row_lines, summary
 from tools.devicechecks.runner import Limits, run_apart, worker
 
 FAILED = 1
+CPU_PATIENCE = 6.0
+"""Factor on what a check may take on a CPU, which others may share and where compiling is slow."""
 
 
 def chosen_checks(options: argparse.Namespace) -> dict[str, Check]:
@@ -41,7 +43,7 @@ def chosen_checks(options: argparse.Namespace) -> dict[str, Check]:
     return {name: check for name, check in known.items() if not options.only or name in options.only}
 
 
-def check_device(options: argparse.Namespace) -> list[Outcome]:
+def check_device(options: argparse.Namespace) -> list[ReportRow]:
     """Run the checks, print each row when it is there, write the JSON, and return the rows."""
     checks = chosen_checks(options)
     if not (options.minutes > 0 and math.isfinite(options.minutes)):
@@ -51,17 +53,17 @@ def check_device(options: argparse.Namespace) -> list[Outcome]:
     target = Path(options.json)
     if not target.parent.is_dir():
         raise ConfigError(f"--json {options.json}: there is no folder {str(target.parent)!r}")
-    outcomes: list[Outcome] = []
+    outcomes: list[ReportRow] = []
 
-    def on_outcome(outcome: Outcome) -> None:
+    def on_outcome(outcome: ReportRow) -> None:
         outcomes.append(outcome)
         print(printable_lines("\n".join(row_lines(outcome))), flush=True)
 
     began = time.time()
     command = [sys.executable, "-m", "tools.check_device", "--device", options.device]
     command += ["--until", str(began + 60 * options.minutes), *(["--tiny"] if options.tiny else [])]
-    run_apart(checks, command, on_outcome)
-    value = as_json(outcomes, options.device, time.time() - began, tiny=options.tiny)
+    run_apart(checks, command, on_outcome, 1.0 if options.device == "cuda" else CPU_PATIENCE)
+    value = report_json(outcomes, options.device, time.time() - began, tiny=options.tiny)
     target.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     print(f"{summary(outcomes)}; {time.time() - began:.0f} s; {target}")
     return outcomes
@@ -88,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.worker is not None:
         with os.fdopen(options.worker, "w") as out:
             return run_command("check_device", lambda: run_worker(options, out))
-    outcomes: list[Outcome] = []
+    outcomes: list[ReportRow] = []
     code = run_command("check_device", lambda: outcomes.extend(check_device(options)))
     return code or (FAILED if any(outcome.status == "failed" for outcome in outcomes) else 0)
 

@@ -23,7 +23,7 @@ from tools.devicechecks import exactness, machine, models, products, resume, run
 from tools.devicechecks.batches import mixed_samples, packed_batches
 from tools.devicechecks.cards import PEAKS, peak_of
 from tools.devicechecks.flops import useful_flops
-from tools.devicechecks.outcome import Check, Context, Finding, Outcome, Skipped, run_check
+from tools.devicechecks.outcome import Check, CheckResult, Context, ReportRow, Skipped, run_check
 from tools.devicechecks.registry import all_checks
 from tools.devicechecks.runner import Limits, run_apart, run_here
 from tools.devicechecks.shapes import SEVEN_B, TINY
@@ -38,7 +38,7 @@ def context(tmp_path: Path) -> Context:
     return Context(ALONE, tmp_path, tiny=True)
 
 
-def outcome_of(check: Callable[[Context], Finding], context: Context) -> Outcome:
+def outcome_of(check: Callable[[Context], CheckResult], context: Context) -> ReportRow:
     return run_check(Check("planned", "", check, 60), context)
 
 
@@ -198,8 +198,8 @@ def test_the_shapes_are_qwen2s() -> None:
     assert SEVEN_B.llm_config()["hidden_size"] == 3584 and SEVEN_B.vision_config()["intermediate_size"] == 4096
 
 
-def raising(error: BaseException) -> Callable[[Context], Finding]:
-    def check(context: Context) -> Finding:
+def raising(error: BaseException) -> Callable[[Context], CheckResult]:
+    def check(context: Context) -> CheckResult:
         raise error
 
     return check
@@ -209,14 +209,14 @@ def test_a_check_that_breaks_leaves_the_others_alone(context: Context, monkeypat
     checks = [
         Check("out of memory", "-", raising(torch.OutOfMemoryError("CUDA out of memory.\nmore")), 5),
         Check("cannot", "-", raising(Skipped("no such device")), 5),
-        Check("works", "-", lambda context: Finding(True, "yes"), 5),
+        Check("works", "-", lambda context: CheckResult(True, "yes"), 5),
     ]
     monkeypatch.setattr(runner, "clean_up", lambda context: None)
-    found: list[Outcome] = []
+    found: list[ReportRow] = []
     run_here(checks, context, Limits(until=2**40), lambda name, outcome: found.append(outcome) if outcome else None)
     assert [o.status for o in found] == ["failed", "skipped", "passed"]
     assert found[0].seen.startswith("OutOfMemoryError: CUDA out of memory. (tests/tools/test_check_device.py:")
-    late: list[Outcome] = []
+    late: list[ReportRow] = []
     run_here(checks[2:], context, Limits(until=0), lambda name, outcome: late.append(outcome) if outcome else None)
     assert [o.status for o in late] == ["skipped"] and "--minutes" in late[0].seen
 
@@ -241,7 +241,7 @@ def test_a_process_that_dies_or_hangs_costs_its_check_alone(tmp_path: Path) -> N
     script = tmp_path / "dying.py"
     script.write_text(DYING)
     checks = {name: Check(name, "-", raising(AssertionError()), 1.0) for name in ("first", "dies", "second", "hangs", "third")}
-    found: list[Outcome] = []
+    found: list[ReportRow] = []
     run_apart(checks, [sys.executable, str(script)], found.append)
     assert {o.name: o.status for o in found} == {
         **{"first": "passed", "dies": "failed", "second": "passed", "hangs": "failed", "third": "passed"}
@@ -280,14 +280,14 @@ def test_every_check_that_a_cpu_can_make_passes(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_a_resumed_run_that_ends_elsewhere_fails(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = resume.write_run
+    original = resume.write_run_toml
 
     def other_rate(folder: Path, name: str, steps: int) -> Path:
         path = original(folder, name, steps)
         path.write_text(path.read_text().replace("lr = 0.001", "lr = 0.002") if name == "killed" else path.read_text())
         return path
 
-    monkeypatch.setattr(resume, "write_run", other_rate)
+    monkeypatch.setattr(resume, "write_run_toml", other_rate)
     found = outcome_of(resume.check_resume, context)
     assert found.status == "failed" and "differ" in found.seen
 

@@ -15,7 +15,7 @@ from tools.bench_step import Counter, hidden_syncs
 from tools.devicechecks.batches import mixed_samples, packed_batches, steps_of
 from tools.devicechecks.exactness import LONGEST, small
 from tools.devicechecks.models import Recipe, build, card_of, run_config
-from tools.devicechecks.outcome import MEBI, Context, Figure, Finding, Skipped
+from tools.devicechecks.outcome import MEBI, CheckResult, Context, Figure, Skipped
 from tools.devicechecks.shapes import HALF_B, TINY
 from tools.devicechecks.stepping import Stepper
 from trainer.checkpoint.host_staging import Staging
@@ -41,7 +41,7 @@ def syncs_refused(device: torch.device) -> Iterator[None]:
             torch.cuda.set_sync_debug_mode(mode)
 
 
-def check_syncs(context: Context) -> Finding:
+def check_syncs(context: Context) -> CheckResult:
     """Train LoRA with dropout on packed rows: no step waits for the device, copies to it and the deferred read included.
 
     On a CPU the operators that would wait are counted: one a step, the read of the step before.
@@ -56,36 +56,36 @@ def check_syncs(context: Context) -> Finding:
         torch.cuda.synchronize(context.device)
         with syncs_refused(context.device):
             stepper.warm_up(WATCHED)
-        return Finding(True, f"none in {WATCHED} steps", {"syncs_per_step": 0})
+        return CheckResult(True, f"none in {WATCHED} steps", {"syncs_per_step": 0})
     with Counter() as counter, hidden_syncs(counter):
         stepper.warm_up(WATCHED)
     per_step = counter.num_syncs / WATCHED
     text = f"{per_step:g} a step, of which 1 reads the step before"
-    return Finding(per_step == 1, text, {"syncs_per_step": per_step - 1})
+    return CheckResult(per_step == 1, text, {"syncs_per_step": per_step - 1})
 
 
-def check_staging(context: Context) -> Finding:
+def check_staging(context: Context) -> CheckResult:
     """Copy batches to the device and what a checkpoint holds from it through page-locked memory, without waiting."""
     if not context.on_gpu:
         raise Skipped("pages are locked for a GPU only")
     prepared = build(small(context), Recipe(), context)
     (batch,) = steps_of(prepared.data.card, 1, longest=LONGEST[small(context).name])[0][:1]
     locked = batch.pin_memory()
-    are_locked = all(tensor.is_pinned() for tensor in tensors_of(locked) if tensor.numel())
+    are_locked = all(tensor.is_pinned() for tensor in batch_tensors(locked) if tensor.numel())
     with syncs_refused(context.device):
         here = locked.to(context.device)
     torch.cuda.synchronize(context.device)
-    arrived = all(torch.equal(a.cpu(), b) for a, b in zip(tensors_of(here), tensors_of(batch), strict=True))
+    arrived = all(torch.equal(a.cpu(), b) for a, b in zip(batch_tensors(here), batch_tensors(batch), strict=True))
     same, staged_locked, rate = staged_bytes(context.device, 64 * MEBI)
     figures: dict[str, Figure] = {"gigabytes_per_second": rate}
     batch_text = f"batch {'' if are_locked else 'not '}page-locked, {'arrived' if arrived else 'changed on the way'}"
     text = (
         f"{batch_text}; checkpoint {'' if staged_locked else 'not '}page-locked, {'equal' if same else 'changed'}, {rate:.1f} GB/s"
     )
-    return Finding(are_locked and arrived and same and staged_locked, text, figures)
+    return CheckResult(are_locked and arrived and same and staged_locked, text, figures)
 
 
-def tensors_of(batch: Batch) -> list[Tensor]:
+def batch_tensors(batch: Batch) -> list[Tensor]:
     """Return every tensor of a batch."""
     found = [value for value in vars(batch).values() if isinstance(value, Tensor)]
     return found + [value for media in batch.media.values() for value in vars(media).values() if isinstance(value, Tensor)]
@@ -116,7 +116,7 @@ def staged_bytes(device: torch.device, size: int) -> tuple[bool, bool, float]:
     return same, device.type == "cuda" and data.is_pinned(), sum(t.nbytes for t in tensors.values()) / seconds / 1e9
 
 
-def check_memory(context: Context) -> Finding:
+def check_memory(context: Context) -> CheckResult:
     """Compare the plan's bytes of a step with the most that the allocator has held: a 0.5B model, all but its tower tuned."""
     if not context.on_gpu:
         raise Skipped("the CPU's allocator keeps no peak; tests/tools/test_plan.py holds the plan to torch's profiler")
@@ -141,8 +141,8 @@ def check_memory(context: Context) -> Finding:
     return compare_memory(planned, peak)
 
 
-def compare_memory(planned: int, peak: int) -> Finding:
+def compare_memory(planned: int, peak: int) -> CheckResult:
     """Return whether a plan is near enough to the peak."""
     share = planned / peak - 1
     text = f"plan {planned / 2**30:.2f} GiB, allocator {peak / 2**30:.2f} GiB ({share:+.1%})"
-    return Finding(abs(share) <= PLAN_BOUND, text, {"planned_bytes": planned, "peak_bytes": peak})
+    return CheckResult(abs(share) <= PLAN_BOUND, text, {"planned_bytes": planned, "peak_bytes": peak})

@@ -21,7 +21,7 @@ from model.llm.causal_lm import VocabularyLayout
 from model.weights.initial_values import seed_of
 from model.weights.materialise import Layer, owners
 from tools.devicechecks.outcome import Context
-from tools.devicechecks.shapes import Shape
+from tools.devicechecks.shapes import ModelShape
 from trainer import setup
 from trainer.config import BatchConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from trainer.distributed.world import World
@@ -57,7 +57,7 @@ def compiled(parallel: ParallelConfig = PLAIN) -> ParallelConfig | None:
     return replace(parallel, **changes) if "compile" in known else None
 
 
-def run_config(shape: Shape, recipe: Recipe, context: Context) -> RunConfig:
+def run_config(shape: ModelShape, recipe: Recipe, context: Context) -> RunConfig:
     """Return the settings of a run; writes the JSON files of its parts."""
     folder = shape.write(context.folder / shape.name)
     llm = LlmConfig(str(folder / "llm"), recipe.llm)
@@ -79,7 +79,7 @@ def card_of(config: RunConfig) -> ModelCard:
     return make_card(config.model, config.lora, VocabularyLayout(), quantize=config.quantize)
 
 
-def build(shape: Shape, recipe: Recipe, context: Context, *, made_on: torch.device | None = None) -> PreparedRun:
+def build(shape: ModelShape, recipe: Recipe, context: Context, *, made_on: torch.device | None = None) -> PreparedRun:
     """Build a run on the device of `context`. `made_on`: where its random values are drawn, by default on the CPU, so that runs on
     several devices have the same.
     """

@@ -38,7 +38,7 @@ def take_steps(prepared: PreparedRun, steps: list[list[Batch]]) -> Taken:
 
     def keep(*_: object) -> None:
         if not gradients:
-            gradients.update({n: whole(p.grad) for n, p in prepared.model.named_parameters() if p.grad is not None})
+            gradients.update({n: full_copy(p.grad) for n, p in prepared.model.named_parameters() if p.grad is not None})
 
     hook = optimizer.register_step_pre_hook(keep)
     losses = []
@@ -53,7 +53,7 @@ def take_steps(prepared: PreparedRun, steps: list[list[Batch]]) -> Taken:
     return Taken(losses, gradients)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_copy(tensor: Tensor) -> Tensor:
     """Return a copy of a tensor, sharded or not, as float32 on the CPU."""
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full.detach().to("cpu", torch.float32, copy=True)  # DDP writes the next gradients to the same memory

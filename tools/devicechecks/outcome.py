@@ -40,7 +40,7 @@ class Skipped(Exception):
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """Result of a check that ran: what it has seen."""
 
     passed: bool
@@ -54,13 +54,13 @@ class Check:
 
     name: str
     expected: str
-    run: Callable[[Context], Finding]
+    run: Callable[[Context], CheckResult]
     seconds: float  # that it may take: it is stopped after them
     measures: bool = False  # it measures speed: what it finds is neither right nor wrong
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ReportRow:
     """A row of the report."""
 
     name: str
@@ -74,7 +74,7 @@ class Outcome:
         return asdict(self)
 
 
-def run_check(check: Check, context: Context) -> Outcome:
+def run_check(check: Check, context: Context) -> ReportRow:
     """Run one check and return its row; no error of a check gets out of here, but one that asks this process to end."""
     began = time.monotonic()
     try:
@@ -85,7 +85,7 @@ def run_check(check: Check, context: Context) -> Outcome:
         status, seen, figures = "skipped", str(reason), {}
     except Exception as error:
         status, seen, figures = "failed", first_line(error), {}
-    return Outcome(check.name, check.expected, status, seen, time.monotonic() - began, figures)
+    return ReportRow(check.name, check.expected, status, seen, time.monotonic() - began, figures)
 
 
 def first_line(error: BaseException) -> str:

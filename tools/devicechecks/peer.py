@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +13,8 @@ from model.batch import Batch
 from tools.devicechecks.batches import mixed_samples
 from tools.devicechecks.flops import useful_flops
 from tools.devicechecks.models import Recipe, build, card_of, run_config
-from tools.devicechecks.outcome import Context, Figure, Finding, Skipped
-from tools.devicechecks.shapes import HALF_B, TINY, Shape
+from tools.devicechecks.outcome import CheckResult, Context, Figure, Skipped
+from tools.devicechecks.shapes import HALF_B, TINY, ModelShape
 from tools.devicechecks.speed import Load, describe, half_dtype, measure_training, rates, synchronise
 from trainer.config import OptimConfig
 from trainer.distributed.world import stop_world
@@ -24,7 +23,7 @@ ROWS, STEPS, WARM_UP = 8, 10, 3
 """Samples of a step, steps that are timed, and steps before them."""
 
 
-def measure_trainer(context: Context) -> Finding:
+def measure_trainer(context: Context) -> CheckResult:
     """Train with Trainer and with ours, and compare their useful tokens per second."""
     try:
         from transformers import Trainer  # noqa: F401
@@ -47,23 +46,25 @@ def measure_trainer(context: Context) -> Finding:
     ours = measure_training(Load(shape, "full"), False, context).figures
     ratio = float(ours["tokens_per_second"]) / float(theirs["tokens_per_second"])
     figures: dict[str, Figure] = {f"trainer_{key}": value for key, value in theirs.items()}
-    return Finding(True, f"ours {ratio:.2f} times as fast; Trainer: {describe(theirs)}", {"ours_over_trainer": ratio, **figures})
+    return CheckResult(
+        True, f"ours {ratio:.2f} times as fast; Trainer: {describe(theirs)}", {"ours_over_trainer": ratio, **figures}
+    )
 
 
-def useful_of(shape: Shape, batches: list[Batch], context: Context) -> float:
+def useful_of(shape: ModelShape, batches: list[Batch], context: Context) -> float:
     """Return the useful operations of batches of our model of the shape."""
     prepared = build(shape, Recipe(dtype=half_dtype(context), optim=OptimConfig(lr=1e-5)), context, made_on=context.device)
     return sum(useful_flops(prepared.model, batch).total for batch in batches)
 
 
-def trainer_seconds(shape: Shape, samples: list[Sample], rows: int, context: Context) -> float:
+def trainer_seconds(shape: ModelShape, samples: list[Sample], rows: int, context: Context) -> float:
     """Return the seconds that Trainer takes for all steps after the first `WARM_UP`."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
     marks: list[float] = []
 
     class Clock(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_step_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
             if state.global_step in (WARM_UP, WARM_UP + STEPS):
                 synchronise(context.device)
                 marks.append(time.perf_counter())
@@ -91,7 +92,7 @@ def trainer_seconds(shape: Shape, samples: list[Sample], rows: int, context: Con
     return marks[1] - marks[0]
 
 
-def library_model(shape: Shape, context: Context) -> torch.nn.Module:
+def library_model(shape: ModelShape, context: Context) -> torch.nn.Module:
     """Return transformers' LLaVA of the shape with made-up weights and a frozen tower."""
     from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 

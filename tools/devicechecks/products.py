@@ -14,7 +14,7 @@ from model.lora import LoraLinear, add_lora
 from model.lora_product import keep_mask, random_state
 from tools.devicechecks.models import QUANTISED
 from tools.devicechecks.numbers import strict_float32
-from tools.devicechecks.outcome import Context, Figure, Finding, Skipped
+from tools.devicechecks.outcome import CheckResult, Context, Figure, Skipped
 
 ROWS, WIDTH, RANK = 96, 256, 16
 FLOAT32_BOUND, HALF_BOUND = 1e-5, 2e-2
@@ -32,7 +32,7 @@ class Projections(nn.Module):
         return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
 
 
-def check_lora(context: Context) -> Finding:
+def check_lora(context: Context) -> CheckResult:
     """Compare the fused product, its shared mask and its gradients with the formula, written out in plain operations."""
     found: dict[str, tuple[float, float]] = {}
     with strict_float32():
@@ -81,7 +81,7 @@ def apart(found: Tensor, expected: Tensor) -> float:
     return value if value == value else float("inf")
 
 
-def check_quantised(context: Context) -> Finding:
+def check_quantised(context: Context) -> CheckResult:
     """Compare matrices in few bits, and products with them and back, on the device with those on the CPU."""
     try:
         functional()
@@ -117,8 +117,8 @@ def product_distance(device: torch.device, config: QuantizeConfig, dtype: torch.
     return max(apart(a, b) for a, b in zip(numbers(device), numbers(torch.device("cpu"))))
 
 
-def bounded(found: dict[str, tuple[float, float]]) -> Finding:
+def bounded(found: dict[str, tuple[float, float]]) -> CheckResult:
     """Return a finding that passes where every distance is within its bound."""
     figures: dict[str, Figure] = {name: distance for name, (distance, _) in found.items()}
     passed = all(distance <= bound for distance, bound in found.values())
-    return Finding(passed, ", ".join(f"{name} {distance:.1e}" for name, (distance, _) in found.items()), figures)
+    return CheckResult(passed, ", ".join(f"{name} {distance:.1e}" for name, (distance, _) in found.items()), figures)

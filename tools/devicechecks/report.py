@@ -12,13 +12,13 @@ import transformers
 
 from model.files.untrusted import Json
 from tools.devicechecks.cards import peak_of
-from tools.devicechecks.outcome import Outcome
+from tools.devicechecks.outcome import ReportRow
 
 SCHEMA = 1
 NAME_WIDTH, WIDTH = 22, 120
 
 
-def row_lines(outcome: Outcome) -> list[str]:
+def row_lines(outcome: ReportRow) -> list[str]:
     """Return the lines of a row: check, whether it passed, its seconds, what was seen, and what was expected."""
     head = f"{outcome.name:<{NAME_WIDTH}}{outcome.status:<9}{outcome.seconds:>7.1f} s  "
     seen = textwrap.wrap(outcome.seen, WIDTH - len(head)) or [""]
@@ -28,7 +28,7 @@ def row_lines(outcome: Outcome) -> list[str]:
     return lines
 
 
-def summary(outcomes: Sequence[Outcome]) -> str:
+def summary(outcomes: Sequence[ReportRow]) -> str:
     """Return the last line: how many passed, failed and were skipped."""
     counts = {status: sum(o.status == status for o in outcomes) for status in ("passed", "failed", "skipped")}
     failed = [o.name for o in outcomes if o.status == "failed"]
@@ -60,7 +60,7 @@ def machine_facts(device: str) -> Json:
     return found
 
 
-def as_json(outcomes: Sequence[Outcome], device: str, seconds: float, *, tiny: bool) -> Json:
+def report_json(outcomes: Sequence[ReportRow], device: str, seconds: float, *, tiny: bool) -> Json:
     """Return the whole report as one object; docs/gpu.md describes it."""
     return {
         "schema": SCHEMA,

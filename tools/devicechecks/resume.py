@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tools.devicechecks.outcome import Context, Finding, Skipped
+from tools.devicechecks.outcome import CheckResult, Context, Skipped
 from tools.make_demo import CORPUS, SIDE, VOCAB, train_tokenizer, write_parts
 from trainer.runfile.toml_files import to_toml
 
@@ -23,16 +23,16 @@ STEPS, EVERY = 60, 10
 POLL_SECONDS = 0.02
 
 
-def check_resume(context: Context) -> Finding:
+def check_resume(context: Context) -> CheckResult:
     """Train twice with `train.deterministic`, LoRA with dropout on packed rows; kill one run and start it again."""
     folder = context.folder / "resume"
-    write_data(folder)
+    write_records(folder)
     steps = STEPS // 2 if context.tiny else STEPS
-    whole, killed = (write_run(folder, name, steps) for name in ("whole", "killed"))
-    started = [start(whole, context.on_gpu), start(killed, context.on_gpu)]
+    whole, killed = (write_run_toml(folder, name, steps) for name in ("whole", "killed"))
+    started = [start_run(whole, context.on_gpu), start_run(killed, context.on_gpu)]
     try:
         kill_after_checkpoint(started[1], folder / "runs" / "killed")
-        again = start(killed, context.on_gpu)
+        again = start_run(killed, context.on_gpu)
         started.append(again)
         for process in (started[0], again):
             finished(process)
@@ -43,10 +43,10 @@ def check_resume(context: Context) -> Finding:
     digests = [final_digest(folder / "runs" / name / "final") for name in ("whole", "killed")]
     resumed = went_on(folder / "runs" / "killed")
     text = f"killed after step {EVERY}, resumed; final bytes {'equal' if digests[0] == digests[1] else 'differ'}"
-    return Finding(digests[0] == digests[1] and resumed, text if resumed else f"{text}; it did not go on from a checkpoint")
+    return CheckResult(digests[0] == digests[1] and resumed, text if resumed else f"{text}; it did not go on from a checkpoint")
 
 
-def write_data(folder: Path) -> None:
+def write_records(folder: Path) -> None:
     """Write untrained parts, pictures and records with one picture, or text alone."""
     write_parts(folder, train_tokenizer(CORPUS, VOCAB), VOCAB)
     (folder / "images").mkdir()
@@ -65,7 +65,7 @@ def _round(question: str, answer: str) -> list[dict[str, str]]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
-def write_run(folder: Path, name: str, steps: int) -> Path:
+def write_run_toml(folder: Path, name: str, steps: int) -> Path:
     """Write the run file of a run of `steps` steps and return its path."""
     tables = {
         "output_dir": str(folder / "runs" / name),
@@ -90,7 +90,7 @@ def write_run(folder: Path, name: str, steps: int) -> Path:
     return path
 
 
-def start(run_file: Path, on_gpu: bool) -> subprocess.Popen[str]:
+def start_run(run_file: Path, on_gpu: bool) -> subprocess.Popen[str]:
     """Start a run in a process of its own, whose output goes to a file beside the run file."""
     environment = {**os.environ, **({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""})}
     command = [sys.executable, "-m", "trainer.main", "--cfg", str(run_file)]

@@ -18,7 +18,7 @@ from typing import TextIO
 import torch
 
 from model.errors import ConfigError
-from tools.devicechecks.outcome import Check, Context, Outcome, run_check
+from tools.devicechecks.outcome import Check, Context, ReportRow, run_check
 from trainer.distributed.world import start_world, stop_world
 
 START_SECONDS = 120.0
@@ -31,11 +31,11 @@ class Limits:
 
     until: float
 
-    def too_late(self, check: Check) -> Outcome | None:
+    def too_late(self, check: Check) -> ReportRow | None:
         """Return the row of a check for which no time is left, else None."""
         if time.time() < self.until:
             return None
-        return Outcome(check.name, check.expected, "skipped", "no time was left: give --minutes more, or --only NAME")
+        return ReportRow(check.name, check.expected, "skipped", "no time was left: give --minutes more, or --only NAME")
 
 
 def open_context(device: str, folder: Path, tiny: bool) -> Context:
@@ -46,7 +46,7 @@ def open_context(device: str, folder: Path, tiny: bool) -> Context:
     return Context(replace(world, device=torch.device("cpu")) if device == "cpu" else world, folder, tiny)
 
 
-def run_here(checks: Iterable[Check], context: Context, limits: Limits, report: Callable[[str, Outcome | None], None]) -> None:
+def run_here(checks: Iterable[Check], context: Context, limits: Limits, report: Callable[[str, ReportRow | None], None]) -> None:
     """Run the checks one after the other; `report` gets the name of each before it and its row after it."""
     for check in checks:
         outcome = limits.too_late(check)
@@ -68,7 +68,7 @@ def clean_up(context: Context) -> None:
 def worker(checks: Sequence[Check], device: str, tiny: bool, limits: Limits, out: TextIO) -> None:
     """Run the checks in this process and write a line of JSON before and after each."""
 
-    def report(name: str, outcome: Outcome | None) -> None:
+    def report(name: str, outcome: ReportRow | None) -> None:
         out.write(json.dumps({"name": name, "outcome": None if outcome is None else outcome.to_json()}) + "\n")
         out.flush()
 
@@ -78,15 +78,16 @@ def worker(checks: Sequence[Check], device: str, tiny: bool, limits: Limits, out
         stop_world()
 
 
-def run_apart(checks: dict[str, Check], command: list[str], on_outcome: Callable[[Outcome], None]) -> None:
+def run_apart(checks: dict[str, Check], command: list[str], on_outcome: Callable[[ReportRow], None], patience: float = 1.0) -> None:
     """Run the checks in other processes: `command` with names behind it starts one, which writes to the descriptor behind --worker.
 
-    A process that ends too early, or takes longer for a check than it may, costs that check alone.
+    A process that ends too early, or takes longer for a check than it may, costs that check alone. `patience`: factor on all limits
+    of time.
     """
     left = dict(checks)
     while left:
         before = len(left)
-        done, last = _one_process([*left.values()], command, on_outcome)
+        done, last = _one_process([*left.values()], command, on_outcome, patience)
         for name in done:
             del left[name]
         if last is not None:
@@ -97,8 +98,8 @@ def run_apart(checks: dict[str, Check], command: list[str], on_outcome: Callable
 
 
 def _one_process(
-    checks: list[Check], command: list[str], on_outcome: Callable[[Outcome], None]
-) -> tuple[list[str], Outcome | None]:
+    checks: list[Check], command: list[str], on_outcome: Callable[[ReportRow], None], patience: float
+) -> tuple[list[str], ReportRow | None]:
     """Run as many checks as one process can; return their names, and the row of the one that broke the process, if one did."""
     read, write = os.pipe()
     names = [word for check in checks for word in ("--only", check.name)]
@@ -106,17 +107,17 @@ def _one_process(
     os.close(write)
     by_name = {check.name: check for check in checks}
     done, current, began = list[str](), checks[0], time.monotonic()
-    deadline = _Deadline(process, START_SECONDS + current.seconds)
+    deadline = _Deadline(process, patience * (START_SECONDS + current.seconds))
     with os.fdopen(read) as lines:
         for line in lines:
             row = json.loads(line)
             current, began = by_name[row["name"]], time.monotonic()
             if row["outcome"] is None:
-                deadline.move(current.seconds)
+                deadline.move(patience * current.seconds)
                 continue
-            on_outcome(Outcome(**row["outcome"]))
+            on_outcome(ReportRow(**row["outcome"]))
             done.append(current.name)
-            deadline.move(START_SECONDS)
+            deadline.move(patience * START_SECONDS)
     code = process.wait()
     deadline.end()
     unfinished = [check for check in checks if check.name not in done]
@@ -125,8 +126,8 @@ def _one_process(
     broken = current if current in unfinished else unfinished[0]
     if current not in unfinished and done:  # it ended between two checks: the device was broken by the one before
         return done, None
-    why = f"took more than {broken.seconds:.0f} s" if deadline.passed else f"its process ended with {_ending(code)}"
-    return done, Outcome(broken.name, broken.expected, "failed", why, time.monotonic() - began)
+    why = f"took more than {patience * broken.seconds:.0f} s" if deadline.passed else f"its process ended with {_ending(code)}"
+    return done, ReportRow(broken.name, broken.expected, "failed", why, time.monotonic() - began)
 
 
 def _ending(code: int) -> str:

@@ -12,7 +12,7 @@ CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.261302
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """Sizes of a language model of Qwen2's kind and of a tower of CLIP's."""
 
     name: str
@@ -67,11 +67,11 @@ class Shape:
         return folder
 
 
-SMALL = Shape("small", 256, 512, 4, 4, 2, 2048, True, 128, 3, 4, 56, 14)
+SMALL = ModelShape("small", 256, 512, 4, 4, 2, 2048, True, 128, 3, 4, 56, 14)
 """For checks that compare numbers: heads of 64, as the kernels of GPUs like them, 16 tokens a picture."""
-TINY = Shape("tiny", 64, 128, 2, 4, 2, 320, True, 32, 3, 4, 32, 8)
+TINY = ModelShape("tiny", 64, 128, 2, 4, 2, 320, True, 32, 3, 4, 32, 8)
 """The same on a CPU, in a second."""
-HALF_B = Shape("0.5b", 896, 4864, 24, 14, 2, 151936, True)
-ONE_AND_A_HALF_B = Shape("1.5b", 1536, 8960, 28, 12, 2, 151936, True)
-SEVEN_B = Shape("7b", 3584, 18944, 28, 28, 4, 152064, False)
+HALF_B = ModelShape("0.5b", 896, 4864, 24, 14, 2, 151936, True)
+ONE_AND_A_HALF_B = ModelShape("1.5b", 1536, 8960, 28, 12, 2, 151936, True)
+SEVEN_B = ModelShape("7b", 3584, 18944, 28, 28, 4, 152064, False)
 """Qwen2's three smaller models, each with CLIP ViT-L/14 of 336 pixels: 576 tokens a picture."""

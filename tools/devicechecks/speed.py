@@ -15,8 +15,8 @@ from tools.devicechecks.batches import mixed_samples, packed_batches
 from tools.devicechecks.cards import peak_of
 from tools.devicechecks.flops import useful_flops
 from tools.devicechecks.models import PLAIN, Recipe, build, card_of, compiled, run_config
-from tools.devicechecks.outcome import Context, Figure, Finding, Skipped
-from tools.devicechecks.shapes import TINY, Shape
+from tools.devicechecks.outcome import CheckResult, Context, Figure, Skipped
+from tools.devicechecks.shapes import TINY, ModelShape
 from tools.devicechecks.stepping import Stepper
 from trainer.config import OptimConfig, ParallelConfig
 from trainer.memory.footprint import footprint
@@ -39,7 +39,7 @@ SECONDS, MOST_STEPS = 6.0, 40
 class Load:
     """Training that is timed."""
 
-    shape: Shape
+    shape: ModelShape
     llm: Literal["frozen", "lora", "full"]
     rank: int = 64
     dropout: float = 0.05
@@ -51,13 +51,13 @@ def half_dtype(context: Context) -> Literal["float32", "bfloat16"]:
     return "bfloat16" if fits else "float32"
 
 
-def measure_matmul(context: Context) -> Finding:
+def measure_matmul(context: Context) -> CheckResult:
     """Time a large product of matrices of random numbers."""
     peak = peak_of(device_name(context))
     rate = matmul_rate(context)
     share = f", {rate / peak:.0%} of {peak:g}" if peak else ", a card that is not in the table of peaks"
     figures: dict[str, Figure] = {"tflops": rate, "peak_tflops": peak or 0.0, "card": device_name(context)}
-    return Finding(rate > 0, f"{rate:.3g} TFLOP/s{share if context.on_gpu else ''}", figures)
+    return CheckResult(rate > 0, f"{rate:.3g} TFLOP/s{share if context.on_gpu else ''}", figures)
 
 
 def device_name(context: Context) -> str:
@@ -99,11 +99,13 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure_training(load: Load, is_compiled: bool, context: Context) -> Finding:
+def measure_training(load: Load, is_compiled: bool, context: Context) -> CheckResult:
     """Train a model of `load`'s shape on packed rows with pictures; count real tokens and useful operations per second."""
     parallel = compiled() if is_compiled else PLAIN
     if parallel is None:
         raise Skipped("this version has no parallel.compile")
+    if context.tiny and is_compiled and load.llm != "lora":
+        raise Skipped("--tiny compiles one of the shapes")
     shape = TINY if context.tiny else load.shape
     optim = OptimConfig(lr=1e-5)
     recipe = Recipe(load.llm, "frozen", half_dtype(context), True, load.rank, load.dropout, parallel, optim)
@@ -127,7 +129,7 @@ def measure_training(load: Load, is_compiled: bool, context: Context) -> Finding
     flops = sum(useful_flops(prepared.model, batch).total for batch in batches)
     found = rates(batches, each, flops, context)
     found |= {"steps": rounds * len(batches), "warm_up_seconds": first, "tokens_per_micro_batch": num_tokens, "recomputed": kind}
-    return Finding(True, describe(found), found)
+    return CheckResult(True, describe(found), found)
 
 
 def samples_for(num_tokens: int) -> int:
@@ -162,7 +164,7 @@ def describe(found: dict[str, Figure]) -> str:
     return f"{speed}{memory} ({how})"
 
 
-def choose_setting(shape: Shape, recipe: Recipe, context: Context) -> tuple[int, Kind]:
+def choose_setting(shape: ModelShape, recipe: Recipe, context: Context) -> tuple[int, Kind]:
     """Return the tokens of a micro-batch and the recomputation that the plan expects to fit. Raises `Skipped` where none does."""
     if not context.on_gpu:
         raise Skipped("for a GPU; --tiny measures a small shape")

@@ -9,27 +9,27 @@ from tools.devicechecks.batches import steps_of
 from tools.devicechecks.exactness import LONGEST, NUM_STEPS, same_numbers, small, taken, within_rounding
 from tools.devicechecks.models import PLAIN, Recipe, build_from, compiled, random_values, run_config
 from tools.devicechecks.numbers import Taken, strict_float32, take_steps
-from tools.devicechecks.outcome import Context, Figure, Finding, Skipped
+from tools.devicechecks.outcome import CheckResult, Context, Figure, Skipped
 from trainer.config import ParallelConfig
 
 DROPOUT = 0.1
 LORA = Recipe(llm="lora", vision="lora", dropout=DROPOUT, packing=True)
 
 
-def check_recomputation(context: Context) -> Finding:
+def check_recomputation(context: Context) -> CheckResult:
     """Train LoRA with dropout on packed rows, keeping all activations, products alone, and none."""
     kinds: list[Literal["selective", "full"]] = ["selective", "full"]
     with strict_float32():
         kept = taken(context, LORA, packed=True)
-        found = {kind: taken(context, replace(LORA, parallel=recomputed(kind)), packed=True) for kind in kinds}
+        found = {kind: taken(context, replace(LORA, parallel=recomputing(kind)), packed=True) for kind in kinds}
     return together({kind: same_numbers(numbers, kept) for kind, numbers in found.items()})
 
 
-def recomputed(kind: Literal["none", "selective", "full"]) -> ParallelConfig:
+def recomputing(kind: Literal["none", "selective", "full"]) -> ParallelConfig:
     return replace(PLAIN, activation_checkpointing=kind)
 
 
-def check_compiled(context: Context) -> Finding:
+def check_compiled(context: Context) -> CheckResult:
     """Train with compiled blocks and without: equal in float32, and within rounding in bfloat16."""
     parallel = compiled()
     if parallel is None:
@@ -38,13 +38,15 @@ def check_compiled(context: Context) -> Finding:
     with strict_float32():
         eager = taken(context, recipe, packed=True)
         found = same_numbers(taken(context, replace(recipe, parallel=parallel), packed=True), eager)
+    if context.tiny:  # every type is another graph
+        return found
     half = replace(recipe, dtype="bfloat16")
     fast = taken(context, replace(half, parallel=parallel), packed=True)
     rounded = within_rounding(fast, taken(context, half, packed=True), eager, "eager")
     return together({"float32": found, "bfloat16": rounded})
 
 
-def check_sharded(context: Context) -> Finding:
+def check_sharded(context: Context) -> CheckResult:
     """Train in one process, in DDP and in FSDP2, both around a group of this process alone."""
     recipe = Recipe(llm="full", vision="full")
     with strict_float32():
@@ -62,8 +64,8 @@ def wrapped(context: Context, recipe: Recipe, strategy: Literal["ddp", "fsdp"]) 
     return take_steps(prepared, steps_of(prepared.data.card, NUM_STEPS, longest=LONGEST[small(context).name]))
 
 
-def together(findings: dict[str, Finding]) -> Finding:
+def together(findings: dict[str, CheckResult]) -> CheckResult:
     """Join the findings of several ways into one, which passes where all do."""
     figures: dict[str, Figure] = {f"{way}_{key}": v for way, found in findings.items() for key, v in found.figures.items()}
     text = "; ".join(f"{way}: {found.seen}" for way, found in findings.items())
-    return Finding(all(found.passed for found in findings.values()), text, figures)
+    return CheckResult(all(found.passed for found in findings.values()), text, figures)

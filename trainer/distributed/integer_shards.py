@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +14,7 @@ def integers_without_gradient() -> Iterator[None]:
     """Make parameters of integers, inside the context, without a gradient whatever their maker asks for."""
     original = vars(nn.Parameter)["__new__"]
 
-    def new(cls: Any, data: torch.Tensor | None = None, requires_grad: bool = True) -> Any:
+    def new(cls: type[nn.Parameter], data: torch.Tensor | None = None, requires_grad: bool = True) -> object:
         can_learn = data is None or data.is_floating_point() or data.is_complex()
         return original(cls, data, requires_grad and can_learn)
 
