@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.build import DTYPES
 from model.llm import attention, quantize
 from model.lora import LoraLinear
 from tests.support.ranks import run_ranks
@@ -274,7 +275,7 @@ def test_every_check_that_a_cpu_can_make_passes(tmp_path: Path) -> None:
     assert value["schema"] == 1 and value["failed"] == [] and value["machine"]["torch"] == torch.__version__
     assert [row["name"] for row in value["checks"]] == [*all_checks(with_peer=False)]
     skipped = {row["name"]: row["seen"] for row in value["checks"] if row["status"] == "skipped"}
-    assert {name for name in skipped if "compiled" not in name} == {"staging", "memory"}
+    assert {name for name in skipped if "compiled" not in name} == {"staging", "memory", "offloaded"} | ({"float16"} - set(DTYPES))
     assert all(row["figures"]["useful_tflops"] > 0 for row in value["checks"] if row["name"] in ("0.5b-full", "7b-lora"))
 
 

@@ -20,7 +20,7 @@ from model.files.tensor_files import LazyTensor, Tensors
 from model.llm.causal_lm import VocabularyLayout
 from model.weights.initial_values import seed_of
 from model.weights.materialise import Layer, owners
-from tools.devicechecks.outcome import Context
+from tools.devicechecks.outcome import Context, Skipped
 from tools.devicechecks.shapes import ModelShape
 from trainer import setup
 from trainer.config import BatchConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
@@ -36,13 +36,16 @@ LARGE_EPS = OptimConfig(lr=0.1, eps=1.0)
 """A large eps keeps Adam from turning rounding into signs."""
 
 
+Dtype = Literal["float32", "bfloat16"]  # float16 too in versions that have it
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Choice of what a run learns, and how it computes."""
 
     llm: Literal["frozen", "lora", "full"] = "full"
     vision: Literal["frozen", "lora", "full"] = "frozen"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     packing: bool = False
     rank: int = 8
     dropout: float = 0.0
@@ -50,11 +53,12 @@ class Recipe:
     optim: OptimConfig = LARGE_EPS
 
 
-def compiled(parallel: ParallelConfig = PLAIN) -> ParallelConfig | None:
-    """Return `parallel` with compiled blocks; None in a version that has no such setting."""
-    known = {field.name for field in fields(ParallelConfig)}
-    changes: dict[str, Any] = {"compile": True}
-    return replace(parallel, **changes) if "compile" in known else None
+def parallel_with(setting: str, parallel: ParallelConfig = PLAIN) -> ParallelConfig:
+    """Return `parallel` with a setting turned on. Raises `Skipped` in a version that has no such setting."""
+    if setting not in {field.name for field in fields(ParallelConfig)}:
+        raise Skipped(f"this version has no parallel.{setting}")
+    changes: dict[str, Any] = {setting: True}
+    return replace(parallel, **changes)
 
 
 def run_config(shape: ModelShape, recipe: Recipe, context: Context) -> RunConfig:
@@ -62,7 +66,7 @@ def run_config(shape: ModelShape, recipe: Recipe, context: Context) -> RunConfig
     folder = shape.write(context.folder / shape.name)
     llm = LlmConfig(str(folder / "llm"), recipe.llm)
     vision = VisionConfig(str(folder / "vision"), recipe.vision)
-    model = ModelConfig(llm, vision, VisionProjectorConfig(), dtype=recipe.dtype)
+    model = ModelConfig(llm, vision, VisionProjectorConfig(), dtype=cast(Dtype, recipe.dtype))
     return RunConfig(
         output_dir=str(context.folder / "run"),
         model=model,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from trainer.step import StepOptions, train_step
 
 LOSS_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
 """Largest distance of float32 numbers that were summed in another order."""
+MOST_SKIPPED = 20
+"""Steps that may be made again because of an overflow in float16."""
 FLOOR = 1e-3
 """A gradient that is a smaller part of all of them is compared with this part of all."""
 
@@ -33,24 +36,50 @@ def take_steps(prepared: PreparedRun, steps: list[list[Batch]]) -> Taken:
     """Train `steps` with `trainer.step.train_step`, each a list of micro-batches."""
     if prepared.trained is None:
         raise ValueError("nothing to train")
-    optimizer, device = prepared.trained.optimizer, prepared.world.device
+    optimizer, device, scaling = prepared.trained.optimizer, prepared.world.device, scaling_of(prepared)
     gradients: dict[str, Tensor] = {}
 
     def keep(*_: object) -> None:
         if not gradients:
-            gradients.update({n: full_copy(p.grad) for n, p in prepared.model.named_parameters() if p.grad is not None})
+            scale = 1.0 if scaling is None else float(scaling.scale)
+            gradients.update({n: full_copy(p.grad) / scale for n, p in prepared.model.named_parameters() if p.grad is not None})
 
     hook = optimizer.register_step_pre_hook(keep)
-    losses = []
+    losses: list[float] = []
     try:
         set_learning_rates(optimizer, 1.0)
-        for step, batches in enumerate(steps):
-            options = StepOptions(seed=0, step=step, clip_norm=0.0)
-            result = train_step(prepared.wrapped, optimizer, [b.to(device) for b in batches], prepared.world, options)
+        for _ in range(MOST_SKIPPED + len(steps)):
+            step = len(losses)
+            options = step_options(prepared, step, clip_norm=0.0)
+            result = train_step(prepared.wrapped, optimizer, [b.to(device) for b in steps[step]], prepared.world, options)
+            if scaling is not None and result.skipped:  # float16: an overflow has halved the scale, and the step is made again
+                gradients.clear()
+                continue
             losses.append(float(result.losses.sum()))
+            if len(losses) == len(steps):
+                break
     finally:
         hook.remove()
     return Taken(losses, gradients)
+
+
+class Scaling(Protocol):
+    """The scale of the loss in float16, which versions without float16 do not have."""
+
+    scale: Tensor
+
+
+def scaling_of(prepared: PreparedRun) -> Scaling | None:
+    """Return the loss scale of a run; None where it has none."""
+    found: Scaling | None = getattr(prepared.trained, "loss_scale", None)
+    return found
+
+
+def step_options(prepared: PreparedRun, step: int, *, clip_norm: float, extra: Sequence[float | Tensor] = ()) -> StepOptions:
+    """Return the settings of a step, with the run's loss scale where it has one."""
+    options, scaling = StepOptions(seed=0, step=step, clip_norm=clip_norm, extra=extra), scaling_of(prepared)
+    more: dict[str, Any] = {} if scaling is None else {"scaling": scaling}
+    return replace(options, **more)
 
 
 def full_copy(tensor: Tensor) -> Tensor:

@@ -25,11 +25,13 @@ GOALS = {
 PROOFS = (
     Check("float32", "losses within 1e-5 and gradients within 1e-4 of the CPU's", exactness.check_float32, 60),
     Check("bfloat16", "at most twice as far from float32 as the CPU's bfloat16", exactness.check_bfloat16, 60),
+    Check("float16", "at most twice as far from float32 as the CPU's bfloat16", exactness.check_float16, 60),
     Check("packed", "as padded; on a GPU by the varlen kernel", exactness.check_packed, 60),
     Check("lora", "fused product and shared mask as the plain formula", products.check_lora, 30),
     Check("quantised", "8 bits and nf4: matrices and products as on the CPU", products.check_quantised, 60),
     Check("recomputed", "selective and full: as keeping everything", variants.check_recomputation, 60),
     Check("compiled", "as eager; in bfloat16 within rounding", variants.check_compiled, 180),
+    Check("offloaded", "masters and moments on the host: as on the device", variants.check_offloaded, 60),
     Check("sharded", "FSDP2 and DDP on one rank: as one process", variants.check_sharded, 60),
     Check("syncs", "no step waits for the device", machine.check_syncs, 60),
     Check("staging", "page-locked, right, and without waiting", machine.check_staging, 60),

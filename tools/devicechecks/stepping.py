@@ -7,6 +7,7 @@ import itertools
 from torch import Tensor
 
 from model.batch import Batch
+from tools.devicechecks.numbers import step_options
 from trainer.faults.requests import Requests
 from trainer.health.deferred_read import DeferredRead
 from trainer.health.loss_monitor import scalars_to_read
@@ -14,7 +15,7 @@ from trainer.metrics import Meter
 from trainer.optim import set_learning_rates
 from trainer.schedule import multiplier
 from trainer.setup import PreparedRun
-from trainer.step import StepOptions, train_step
+from trainer.step import train_step
 
 
 class Stepper:
@@ -41,7 +42,7 @@ class Stepper:
         batch = next(self.batches)
         here = [batch.to(prepared.world.device)]
         extra = [*self.requests.announce(), self.share]
-        options = StepOptions(seed=config.seed, step=self.done, clip_norm=config.optim.clip_norm, extra=extra)
+        options = step_options(prepared, self.done, clip_norm=config.optim.clip_norm, extra=extra)
         result = train_step(prepared.wrapped, self.optimizer, here, prepared.world, options)
         self.deferred.swap(scalars_to_read(result))
         self.share = result.losses.sum()
