@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from model.errors import ConfigError
 from tools.cli import command_parser, printable_lines, run_command
@@ -97,6 +98,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_worker(options: argparse.Namespace, out: TextIO) -> None:
     """Run checks for another process of this command."""
+    disable_progress_bar()
     worker([*chosen_checks(options).values()], options.device, options.tiny, Limits(options.until), out)
 
 
