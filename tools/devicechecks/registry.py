@@ -46,7 +46,7 @@ MEASUREMENTS = (
         for name, load in LOADS.items()
     ),
 )
-PEER = Check("peer", "ours at least 1.3 times as fast", peer.measure_trainer, 180, measures=True)
+PEER = Check("peer", "goal: ours at least 1.3 times as fast", peer.measure_trainer, 180, measures=True)
 
 
 def all_checks(*, with_peer: bool) -> dict[str, Check]:
