@@ -56,7 +56,6 @@ class Check:
     expected: str
     run: Callable[[Context], CheckResult]
     seconds: float  # that it may take: it is stopped after them
-    measures: bool = False  # it measures speed: what it finds is neither right nor wrong
 
 
 @dataclass(frozen=True)

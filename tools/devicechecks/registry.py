@@ -39,14 +39,14 @@ PROOFS = (
     Check("resume", "killed and started again: the same final bytes", resume.check_resume, 240),
 )
 MEASUREMENTS = (
-    Check("matmul", "-", speed.measure_matmul, 30, measures=True),
+    Check("matmul", "-", speed.measure_matmul, 30),
     *(
-        Check(f"{name}{mode}", GOALS.get(name, "-"), partial(speed.measure_training, load, bool(mode)), 150, measures=True)
+        Check(f"{name}{mode}", GOALS.get(name, "-"), partial(speed.measure_training, load, bool(mode)), 150)
         for mode in ("", "-compiled")
         for name, load in LOADS.items()
     ),
 )
-PEER = Check("peer", "goal: ours at least 1.3 times as fast", peer.measure_trainer, 180, measures=True)
+PEER = Check("peer", "goal: ours at least 1.3 times as fast", peer.measure_trainer, 180)
 
 
 def all_checks(*, with_peer: bool) -> dict[str, Check]:
