@@ -15,6 +15,7 @@ ROWS = {
     "weights": "weights",
     "gradients": "gradients",
     "optimizer": "optimizer",
+    "copies": "copies for computing",
     "activations": "activations, at most",
     "gathered": "whole blocks gathered",
     "unsummed": "gradients before the sum",

@@ -43,6 +43,7 @@ class ParallelConfig:
     shard_size: int = 0  # hsdp: ranks that share one copy
     reshard_after_forward: bool = True
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    compute_copies: Literal["auto", "always", "never"] = "auto"  # without FSDP2: cast float32 masters once per update
 
 
 @dataclass(frozen=True)

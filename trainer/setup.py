@@ -87,7 +87,7 @@ def build_run(stage: Stage, data: RunData, world: World, on_progress: Callable[[
     total = num_steps(config, data)
     if not learns or total == 0:
         return PreparedRun(config, world, data, model, model, None, total, stage)
-    wrapped = model if sharded else replicate(model, world)
+    wrapped = model if sharded else replicate(model, world, config.parallel)
     model.train()
     prove_gradients(wrapped, model, data.pad_id, world)
     if config.data.packing:

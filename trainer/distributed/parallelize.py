@@ -23,6 +23,8 @@ from model.errors import ConfigError
 from model.llm.causal_lm import blocks, head_weight
 from model.multimodal import ENCODERS, MultimodalLM
 from trainer.config import ParallelConfig
+from trainer.distributed.casting import cast_for_compute
+from trainer.distributed.compute_copies import keeps_copies
 from trainer.distributed.world import World
 
 KEPT_OPERATORS = {
@@ -119,82 +121,12 @@ def shard(model: MultimodalLM, config: ParallelConfig, world: World) -> None:
         raise RuntimeError("sharding untied the head from the embedding")
 
 
-def cast_for_compute(model: nn.Module, dtype: torch.dtype) -> None:
-    """Make every module compute with its own parameters in `dtype`, for models without FSDP.
-
-    The float32 masters stay, and names do not change.
-    """
-    owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None and p.is_floating_point() and p.dtype != dtype:  # codes of a quantised matrix are not cast
-                owners.setdefault(p, []).append((module, name))
-    for module in {module for pairs in owners.values() for module, _ in pairs}:
-        module.forward = _cast_inside(module, module.forward, dtype)
-    if shared := {p: pairs for p, pairs in owners.items() if len(pairs) > 1}:
-        model.forward = functools.partial(_cast_shared, shared, model.forward, dtype)
-
-
-def _cast_inside(module: nn.Module, forward: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
-    """Wrap `forward` so that the module's own parameters are cast.
-
-    A recomputed block is cast inside `checkpoint`, because backward runs what is inside a second time.
-    """
-    if isinstance(forward, functools.partial) and forward.func is checkpoint:
-        inner = functools.partial(_cast_forward, module, forward.args[0], dtype)
-        return functools.partial(checkpoint, inner, **forward.keywords)
-    return functools.partial(_cast_forward, module, forward, dtype)
-
-
-def _cast_shared(
-    shared: dict[nn.Parameter, list[tuple[nn.Module, str]]],
-    forward: Callable[..., Any],
-    dtype: torch.dtype,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """Run `forward` with every tied matrix cast once for all modules that use it.
-
-    Its gradients then add up in `dtype`, as they do under FSDP2.
-    """
-    try:
-        for p, pairs in shared.items():
-            cast = p.to(dtype)
-            for module, name in pairs:
-                set_tensor(module, name, cast)
-        return forward(*args, **kwargs)
-    finally:
-        for p, pairs in shared.items():
-            for module, name in pairs:
-                module._parameters[name] = p
-
-
-def set_tensor(module: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Let `module` compute with `value` in place of its parameter `name`: a plain tensor, with the parameter in its graph."""
-    parameters: dict[str, torch.Tensor | None] = vars(module)["_parameters"]
-    parameters[name] = value
-
-
-def _cast_forward(module: nn.Module, forward: Callable[..., Any], dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
-    masters = dict(module._parameters)
-    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
-        # Callers may have prepared the input in the dtype of the masters, as CLIP's embeddings do.
-        args = tuple(a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
-    try:
-        for name, p in masters.items():
-            if p is not None and p.is_floating_point():
-                set_tensor(module, name, p.to(dtype))
-        return forward(*args, **kwargs)
-    finally:
-        module._parameters.update(masters)
-
-
-def replicate(model: MultimodalLM, world: World) -> nn.Module:
+def replicate(model: MultimodalLM, world: World, config: ParallelConfig | None = None) -> nn.Module:
     """Wrap the model in DDP, or return the bare model in a world of one rank.
 
     Every rank has read the same weights: nothing is broadcast.
     """
-    cast_for_compute(model, model.dtype)
+    cast_for_compute(model, model.dtype, copies=keeps_copies(config or ParallelConfig()))
     if world.size == 1:
         return model
     known = inspect.signature(DistributedDataParallel).parameters

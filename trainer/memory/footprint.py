@@ -15,7 +15,9 @@ from model.llm.causal_lm import blocks, head_weight
 from model.llm.quantized_linear import without_kernels
 from model.multimodal import MultimodalLM
 from trainer.config import ParallelConfig
-from trainer.distributed.parallelize import block_owner, cast_for_compute, checkpoint_activations, has_blocks
+from trainer.distributed.casting import cast_for_compute
+from trainer.distributed.compute_copies import copies_of, keeps_copies
+from trainer.distributed.parallelize import block_owner, checkpoint_activations, has_blocks
 from trainer.memory.simulate import Live, live_bytes
 
 MASTER = 4  # bytes of a trained number, of its gradient and of each of its two moments: all float32
@@ -41,6 +43,7 @@ class Footprint:
     activations: int  # peak, including copies made for computing
     gathered: int  # what sharding gathers for a while: whole weights and gradients of the blocks that compute
     unsummed: int  # whole gradients before the last micro-batch, where sharding reduces them only there
+    copies: int = 0  # of trained weights in the dtype of computation, made once per update
 
     @property
     def weights(self) -> int:
@@ -60,7 +63,7 @@ class Footprint:
     @property
     def total(self) -> int:
         """Return the bytes of everything together."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.gathered + self.unsummed
+        return self.weights + self.gradients + self.optimizer + self.activations + self.gathered + self.unsummed + self.copies
 
 
 def sharing_ranks(config: ParallelConfig, num_ranks: int) -> int:
@@ -91,7 +94,8 @@ def footprint(card: ModelCard, config: ParallelConfig, num_ranks: int, batch: Ba
     if num_ranks == 1 and num_micro_batches == 1:
         # Gradients appear as activations are freed; with DDP, and from the second micro-batch on, all exist from the start.
         activations = live.with_gradients - sum(part.gradients for part in held)
-    return Footprint(held, activations, gathers, unsummed)
+    copies = sum(copy.nbytes for copy in copies_of(model))
+    return Footprint(held, activations, gathers, unsummed, copies)
 
 
 def on_meta(card: ModelCard, config: ParallelConfig, *, computes: bool) -> MultimodalLM:
@@ -113,7 +117,7 @@ def on_meta(card: ModelCard, config: ParallelConfig, *, computes: bool) -> Multi
             module._buffers[name] = None if buffer is None else buffer.to("meta")
     model.train()
     if not computes:
-        cast_for_compute(model, model.dtype)
+        cast_for_compute(model, model.dtype, copies=keeps_copies(config))
     return model
 
 
@@ -148,7 +152,7 @@ def simulated(model: MultimodalLM, batch: Batch) -> Live:
         return torch.stack([term.sum for term in model(here).values()]).sum()
 
     with without_kernels():
-        found = live_bytes(model, loss, known)
+        found = live_bytes(model, loss, [*known, *copies_of(model)])
     size = sum(value.numel() * value.itemsize for value in known)
     return Live(found.activations + size, found.with_gradients + size)
 
