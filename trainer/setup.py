@@ -18,7 +18,8 @@ from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
 from trainer.config import RunConfig
-from trainer.distributed.parallelize import check_sharing, checkpoint_activations, is_sharded, replicate, shard
+from trainer.distributed.parallelize import check_sharing, checkpoint_activations, is_sharded, replicate
+from trainer.distributed.shards import shard
 from trainer.distributed.world import World
 from trainer.isolation import prove_isolation
 from trainer.optim import Trained, build_optimizer

@@ -29,7 +29,8 @@ from tests.support.loss import case
 from tests.support.ranks import run_ranks
 from tests.support.tiny import FAMILIES, VOCAB, save_llm
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.distributed.parallelize import replicate, shard
+from trainer.distributed.parallelize import replicate
+from trainer.distributed.shards import shard
 from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.step import StepOptions, train_step

@@ -19,7 +19,7 @@ from tests.support.equivalence import config_of
 from tests.support.ranks import run_ranks
 from tests.support.tiny import save_llm, save_tower
 from trainer.config import ParallelConfig
-from trainer.distributed.parallelize import shard
+from trainer.distributed.shards import shard
 from trainer.distributed.world import World
 
 

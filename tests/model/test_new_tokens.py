@@ -34,7 +34,8 @@ from tests.support.runs import failure_of, start_alone
 from tests.support.tiny import VOCAB, save_llm
 from tools.export_adapter import main as export
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.distributed.parallelize import replicate, shard
+from trainer.distributed.parallelize import replicate
+from trainer.distributed.shards import shard
 from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.step import StepOptions, train_step

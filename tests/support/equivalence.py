@@ -21,7 +21,8 @@ from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.distributed.parallelize import checkpoint_activations, is_sharded, replicate, shard
+from trainer.distributed.parallelize import checkpoint_activations, is_sharded, replicate
+from trainer.distributed.shards import shard
 from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.step import StepOptions, train_step
@@ -75,10 +76,10 @@ def step_batches(step: int, world: World, micro_batch_size: int, width: int) -> 
 
 
 def parallel_of(strategy: str | ParallelConfig) -> ParallelConfig:
-    """hsdp: two ranks to a copy."""
+    """hsdp: two ranks to a copy. Every block is a unit, as those of large models are."""
     if isinstance(strategy, ParallelConfig):
         return strategy
-    return ParallelConfig(strategy, 2 if strategy == "hsdp" else 0)  # type: ignore[arg-type]
+    return ParallelConfig(strategy, 2 if strategy == "hsdp" else 0, unit_mib=0)  # type: ignore[arg-type]
 
 
 def run_steps(

@@ -27,7 +27,7 @@ from tests.support.ranks import run_ranks
 from tests.support.resume import cut, weights
 from tests.support.runs import start, start_alone
 from trainer.config import ParallelConfig
-from trainer.distributed.parallelize import shard
+from trainer.distributed.shards import shard
 from trainer.distributed.world import World
 
 LONG = pytest.mark.long

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,13 @@ class Cast:
         return parameter.to(self.dtype)
 
 
-def cast_for_compute(model: nn.Module, dtype: torch.dtype, *, copies: bool = False) -> None:
+def cast_for_compute(
+    model: nn.Module, dtype: torch.dtype, *, copies: bool = False, read_by_root: Iterable[nn.Parameter] = ()
+) -> None:
     """Make every module compute with its own parameters in `dtype`, for models without FSDP.
 
-    The float32 masters stay, and names do not change. `copies`: trained parameters are cast once per update, not in each forward.
+    The float32 masters stay, and names do not change. `copies`: trained parameters are cast once per update, not in each forward;
+    those in `read_by_root` too, which the forward of `model` reads by itself.
     """
     owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
@@ -40,7 +43,7 @@ def cast_for_compute(model: nn.Module, dtype: torch.dtype, *, copies: bool = Fal
     cast = Cast(dtype, ComputeCopies(model, owners, dtype) if copies and owners else None)
     for module in {module for pairs in owners.values() for module, _ in pairs}:
         module.forward = _cast_inside(module, module.forward, cast)
-    if shared := {p: pairs for p, pairs in owners.items() if len(pairs) > 1}:
+    if shared := {p: pairs for p, pairs in owners.items() if len(pairs) > 1 or (copies and p in {*read_by_root})}:
         model.forward = functools.partial(_cast_shared, shared, model.forward, cast)
 
 

@@ -17,13 +17,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from trainer.config import ParallelConfig
 
 _KEPT: WeakKeyDictionary[nn.Module, ComputeCopies] = WeakKeyDictionary()
-_updates = 0
+_UPDATES = [0]
+"""Number of updates of all optimizers: their fused kernels change parameters without a trace in version counters."""
 
 
 def _count_update(*_: object) -> None:
-    """Count the updates of all optimizers: fused kernels change parameters without a trace in their version counters."""
-    global _updates
-    _updates += 1
+    """Count an update of some optimizer."""
+    _UPDATES[0] += 1
 
 
 register_optimizer_step_post_hook(_count_update)
@@ -58,7 +58,9 @@ class ComputeCopies:
     """The copies of a model's trained parameters; each is made anew when it is used for the first time after an update."""
 
     def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
-        self.uses: dict[Tensor, Use] = {p: Use(torch.empty_like(p, dtype=dtype, requires_grad=False)) for p in parameters if p.requires_grad}
+        self.uses: dict[Tensor, Use] = {
+            p: Use(torch.empty_like(p, dtype=dtype, requires_grad=False)) for p in parameters if p.requires_grad
+        }
         _KEPT[model] = self
 
     def __contains__(self, parameter: Tensor) -> bool:
@@ -67,7 +69,7 @@ class ComputeCopies:
     def used(self, parameter: Tensor) -> Tensor:
         """Return the copy of `parameter` for one use, with the parameter in its graph."""
         use = self.uses[parameter]
-        if use.seen != (now := (_updates, parameter._version)):
+        if use.seen != (now := (_UPDATES[0], parameter._version)):
             use.copy.copy_(parameter.detach())
             use.seen, use.open, use.most = now, 0, 0
         # A recomputed block uses it again, inside backward; only the first use has a backward of its own.

@@ -11,13 +11,14 @@ from model.batch import Batch
 from model.build import DTYPES, assemble
 from model.card import ModelCard
 from model.errors import ConfigError
-from model.llm.causal_lm import blocks, head_weight
+from model.llm.causal_lm import head_weight
 from model.llm.quantized_linear import without_kernels
 from model.multimodal import MultimodalLM
 from trainer.config import ParallelConfig
 from trainer.distributed.casting import cast_for_compute
 from trainer.distributed.compute_copies import copies_of, keeps_copies
-from trainer.distributed.parallelize import block_owner, checkpoint_activations, has_blocks
+from trainer.distributed.parallelize import checkpoint_activations
+from trainer.distributed.shards import REDUCED, parts_with_blocks, units_of, whole_bytes
 from trainer.memory.simulate import Live, live_bytes
 
 MASTER = 4  # bytes of a trained number, of its gradient and of each of its two moments: all float32
@@ -117,7 +118,7 @@ def on_meta(card: ModelCard, config: ParallelConfig, *, computes: bool) -> Multi
             module._buffers[name] = None if buffer is None else buffer.to("meta")
     model.train()
     if not computes:
-        cast_for_compute(model, model.dtype, copies=keeps_copies(config))
+        cast_for_compute(model, model.dtype, copies=keeps_copies(config), read_by_root=(head_weight(model.llm),))
     return model
 
 
@@ -160,20 +161,18 @@ def simulated(model: MultimodalLM, batch: Batch) -> Live:
 def gathered_bytes(model: MultimodalLM, config: ParallelConfig) -> int:
     """Return the most bytes of whole weights and gradients that one rank holds under sharding.
 
-    Embedding, head and projectors are whole all the time, and the two largest blocks, as the next block is gathered while one
-    computes; all blocks without parallel.reshard_after_forward. Trained blocks add their gradient, and that gradient in float32 on
-    the way to its owner.
+    Embedding, head, projectors and parts smaller than a unit are whole all the time, and the two largest units, as the next one is
+    gathered while one computes; all units without parallel.reshard_after_forward. Trained units add their gradient, and that
+    gradient in the type of the sum on the way to its owner.
     """
-    units = {name: list(blocks(block_owner(model, name))) for name, _ in model.named_children() if has_blocks(model, name)}
-    inside = {id(p) for unit in units.values() for block in unit for p in block.parameters()}
+    units = [unit for name in parts_with_blocks(model) for unit in units_of(model, name, config)]
+    inside = {id(p) for unit in units for block in unit for p in block.parameters()}
     root = [p for p in model.parameters() if id(p) not in inside]
     kept = sum(p.numel() * p.itemsize for p in root)
-    sizes = [_whole(block) for unit in units.values() for block in unit]
-    grads = [sum(p.numel() * (p.itemsize + MASTER) for p in b.parameters() if p.requires_grad) for u in units.values() for b in u]
+    sizes = [whole_bytes(unit, model.dtype) for unit in units]
+    sent = REDUCED[config.reduce_dtype].itemsize
+    trained = [[p for block in unit for p in block.parameters() if p.requires_grad] for unit in units]
+    trained.append([p for p in root if p.requires_grad])
+    grads = [sum(p.numel() * (p.itemsize + sent) for p in unit) for unit in trained]
     here = sum(sizes) if not config.reshard_after_forward else sum(sorted(sizes)[-2:])
     return kept + here + max(grads)
-
-
-def _whole(module: nn.Module) -> int:
-    """Return the bytes of all parameters of a module, unsharded."""
-    return sum(p.numel() * p.itemsize for p in module.parameters())
