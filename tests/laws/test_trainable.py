@@ -114,7 +114,7 @@ def prove_with_stray(world: World, folder: Path, strategy: str, planted: bool) -
     if strategy == "fsdp":
         from trainer.config import ParallelConfig
 
-        shard(model, ParallelConfig(), world)
+        shard(model, ParallelConfig(unit_mib=0), world)
         wrapped: nn.Module = model
     else:
         wrapped = replicate(model, world)

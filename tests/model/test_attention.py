@@ -105,7 +105,7 @@ def step_on_ranks(world: World, folder: Path, strategy: str, recompute: bool, tu
     if recompute:
         checkpoint_activations(model)
     if strategy == "fsdp":
-        shard(model, ParallelConfig(), world)
+        shard(model, ParallelConfig(unit_mib=0), world)
     materialise(model, weight_layers(card, model, 7), frozen_dtype=torch.float32, device=world.device)
     wrapped = model if strategy == "fsdp" else replicate(model, world)
     model.train()

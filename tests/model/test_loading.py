@@ -44,7 +44,7 @@ def load_sharded(world: World, folder: Path) -> tuple[int, int, dict[str, torch.
     try:
         card = make_card(config_of(folder, "lora"), LoraConfig(rank=2), VocabularyLayout())
         model = assemble(card, torch.float32)
-        shard(model, ParallelConfig(), world)
+        shard(model, ParallelConfig(unit_mib=0), world)
         materialise(model, weight_layers(card, model, 7), frozen_dtype=torch.float32, device=world.device)
     finally:
         files.read_safetensors = original

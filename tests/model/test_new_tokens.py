@@ -133,7 +133,7 @@ def stepped(world: World, folder: Path, strategy: str, dtype: str) -> list[float
     card = make_card(config, LoraConfig(), VOCABULARY)
     model = assemble(card, getattr(torch, dtype))
     if strategy == "fsdp":
-        shard(model, ParallelConfig(), world)
+        shard(model, ParallelConfig(unit_mib=0), world)
     materialise(model, weight_layers(card, model, 7), frozen_dtype=model.dtype, device=world.device)
     wrapped = model if strategy == "fsdp" else replicate(model, world)
     optimizer = build_optimizer(model, config, OPTIM)

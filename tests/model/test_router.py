@@ -220,7 +220,7 @@ def steps_of(world: World, folder: Path, tune: str, strategy: str, recompute: bo
         checkpoint_activations(model)
     sharded = strategy == "fsdp" and world.size > 1
     if sharded:
-        shard(model, ParallelConfig(), world)
+        shard(model, ParallelConfig(unit_mib=0), world)
     materialise(model, weight_layers(card, model, 7), frozen_dtype=torch.float32, device=world.device)
     wrapped = model if sharded else replicate(model, world)
     model.train()

@@ -158,7 +158,7 @@ def steps_of(world: World, folder: Path, llm: str, tune: str, strategy: str, rec
         checkpoint_activations(model)
     sharded = strategy == "fsdp" and world.size > 1
     if sharded:
-        shard(model, ParallelConfig(), world)
+        shard(model, ParallelConfig(unit_mib=0), world)
     materialise(model, weight_layers(card, model, 7), frozen_dtype=torch.float32, device=world.device)
     wrapped = model if sharded else replicate(model, world)
     model.train()

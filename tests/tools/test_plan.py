@@ -216,7 +216,7 @@ def sharded_peak(world: World, folder: Path, config: ParallelConfig, tunes: Tune
 def test_blocks_that_sharding_gathers_are_within_a_quarter(
     folder: Path, tmp_path: Path, recomputes: Any, tunes: Tunes, dtype: str
 ) -> None:
-    config = ParallelConfig("fsdp", activation_checkpointing=recomputes)
+    config = ParallelConfig("fsdp", unit_mib=0, activation_checkpointing=recomputes)
     planned = footprint(card_of(folder, tunes, dtype), config, 2, heavy_batch(), 1)
     for peak in run_ranks(sharded_peak, 2, folder, config, tunes, dtype, str(tmp_path / "trace")):
         assert planned.activations + planned.gathered == pytest.approx(peak, rel=0.25)

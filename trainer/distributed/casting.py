@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from trainer.distributed.compute_copies import ComputeCopies
+from trainer.distributed.host_masters import HostMasters
 
 
 @dataclass(frozen=True)
@@ -28,22 +29,32 @@ class Cast:
 
 
 def cast_for_compute(
-    model: nn.Module, dtype: torch.dtype, *, copies: bool = False, read_by_root: Iterable[nn.Parameter] = ()
+    model: nn.Module,
+    dtype: torch.dtype,
+    *,
+    copies: bool = False,
+    read_by_root: Iterable[nn.Parameter] = (),
+    offload_from: torch.device | None = None,
 ) -> None:
     """Make every module compute with its own parameters in `dtype`, for models without FSDP.
 
     The float32 masters stay, and names do not change. `copies`: trained parameters are cast once per update, not in each forward;
-    those in `read_by_root` too, which the forward of `model` reads by itself.
+    those in `read_by_root` too, which the forward of `model` reads by itself. `offload_from`: the masters are on the host, and the
+    copies on this device, even where they have the same dtype.
     """
+    away = offload_from is not None
     owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, p in module._parameters.items():
-            if p is not None and p.is_floating_point() and p.dtype != dtype:  # codes of a quantised matrix are not cast
+            if p is None or not p.is_floating_point():  # codes of a quantised matrix are not cast
+                continue
+            if p.dtype != dtype or (away and p.requires_grad):
                 owners.setdefault(p, []).append((module, name))
-    cast = Cast(dtype, ComputeCopies(model, owners, dtype) if copies and owners else None)
+    kept: ComputeCopies | None = ComputeCopies(model, owners, dtype) if copies and owners and not away else None
+    cast = Cast(dtype, kept if offload_from is None else HostMasters(model, owners, dtype, offload_from))
     for module in {module for pairs in owners.values() for module, _ in pairs}:
         module.forward = _cast_inside(module, module.forward, cast)
-    if shared := {p: pairs for p, pairs in owners.items() if len(pairs) > 1 or (copies and p in {*read_by_root})}:
+    if shared := {p: pairs for p, pairs in owners.items() if len(pairs) > 1 or away or (copies and p in {*read_by_root})}:
         model.forward = functools.partial(_cast_shared, shared, model.forward, cast)
 
 

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from model.errors import ConfigError
 from model.llm.causal_lm import blocks, head_weight
-from model.multimodal import MultimodalLM
+from model.multimodal import OWN_ROWS, MultimodalLM
 from trainer.config import ParallelConfig
 from trainer.distributed.casting import cast_for_compute
 from trainer.distributed.compute_copies import keeps_copies
@@ -67,6 +67,7 @@ def check_sharing(config: ParallelConfig, num_ranks: int) -> None:
 
     A single process has nothing to share.
     """
+    check_offload(config, num_ranks)
     size = config.shard_size
     if config.strategy != "hsdp" or num_ranks == 1 or (1 < size < num_ranks and num_ranks % size == 0):
         return
@@ -78,6 +79,22 @@ def check_sharing(config: ParallelConfig, num_ranks: int) -> None:
     )
 
 
+def check_offload(config: ParallelConfig, num_ranks: int) -> None:
+    """Raise `ConfigError` when `num_ranks` cannot compute with masters in host memory as [parallel] says."""
+    if not config.cpu_offload:
+        return
+    if config.strategy == "ddp" and num_ranks > 1:
+        raise ConfigError(
+            f"parallel.cpu_offload = true with parallel.strategy = 'ddp' and {num_ranks} ranks: each would keep all weights and "
+            "moments in the host's memory; use 'fsdp', or 'hsdp', under which ranks share them, or one process"
+        )
+    if config.compute_copies == "never" and num_ranks == 1:
+        raise ConfigError(
+            "parallel.compute_copies = 'never' with parallel.cpu_offload = true: one process computes with copies of the weights "
+            "that are on the host; use 'auto'"
+        )
+
+
 def replicate(model: MultimodalLM, world: World, config: ParallelConfig | None = None) -> nn.Module:
     """Wrap the model in DDP, or return the bare model in a world of one rank.
 
@@ -85,7 +102,8 @@ def replicate(model: MultimodalLM, world: World, config: ParallelConfig | None =
     """
     config = config or ParallelConfig()
     copies = keeps_copies(config)
-    cast_for_compute(model, model.dtype, copies=copies, read_by_root=(head_weight(model.llm),))
+    away = world.device if config.cpu_offload else None
+    cast_for_compute(model, model.dtype, copies=copies, read_by_root=read_by_root(model), offload_from=away)
     if world.size == 1:
         return model
     known = inspect.signature(DistributedDataParallel).parameters
@@ -94,6 +112,14 @@ def replicate(model: MultimodalLM, world: World, config: ParallelConfig | None =
     ddp = DistributedDataParallel(model, **options)
     ddp.register_comm_hook(REDUCED[config.reduce_dtype], sum_gradients)
     return ddp
+
+
+def read_by_root(model: MultimodalLM) -> list[nn.Parameter]:
+    """Return the parameters that the model's own forward reads, not that of the module which holds them."""
+    head = model.llm.get_output_embeddings()
+    found = [head_weight(model.llm), head._parameters.get("new_rows")]
+    found += [getattr(part, name, None) for part in model.children() for name in OWN_ROWS]
+    return [p for p in found if isinstance(p, nn.Parameter)]
 
 
 def sum_gradients(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

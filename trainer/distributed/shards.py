@@ -9,7 +9,7 @@ from typing import TypedDict
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from model.llm.causal_lm import blocks, head_weight
 from model.multimodal import ENCODERS, MultimodalLM
@@ -25,6 +25,7 @@ class Options(TypedDict):
 
     mesh: DeviceMesh
     mp_policy: MixedPrecisionPolicy
+    offload_policy: OffloadPolicy
 
 
 def block_owner(model: MultimodalLM, part: str) -> nn.Module:
@@ -78,7 +79,10 @@ def shard(model: MultimodalLM, config: ParallelConfig, world: World) -> None:
         cast_forward_inputs=False,
     )
     tied = model.llm.get_input_embeddings().weight is head_weight(model.llm)
-    options: Options = {"mesh": world.mesh(config.shard_size if config.strategy == "hsdp" else 0), "mp_policy": policy}
+    mesh = world.mesh(config.shard_size if config.strategy == "hsdp" else 0)
+    # Weights come from page-locked memory whenever a unit is gathered, and its reduced gradients go back to the host.
+    offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if config.cpu_offload else OffloadPolicy()
+    options: Options = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
     for name in parts_with_blocks(model):
         shard_part(model, name, config, options)
     # Embedding, norm, head and projectors: gathered once per micro-batch and kept to the end of backward.
