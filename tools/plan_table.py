@@ -20,6 +20,7 @@ ROWS = {
     "gathered": "whole blocks gathered",
     "unsummed": "gradients before the sum",
     "total": "total",
+    "host": "beside it, of host memory",
 }
 
 

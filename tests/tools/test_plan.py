@@ -388,3 +388,18 @@ def test_a_model_that_looks_at_values_is_told(
     path.write_text(to_toml({**tables(parts), "output_dir": str(tmp_path / "run")}))
     assert plan.main(["--cfg", str(path)]) == 2
     assert "takes cannot be told without running it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_is_offloaded_is_host_memory_instead(folder: Path, size: int) -> None:
+    """Of one GPU the masters, of a sharded one all weights; on a CPU both are one memory."""
+    card = card_of(folder, ("full", "frozen", "full"), "bfloat16")
+    away, here = (footprint(card, ParallelConfig(cpu_offload=how), size, heavy_batch(), 2) for how in (True, False))
+    model = on_meta(card, ParallelConfig(), computes=False)
+    trained = sum(held_rows(p, size).numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(held_rows(p, size).nbytes for p in model.parameters() if not p.requires_grad)
+    steps = 4 * sum(p.requires_grad for p in model.parameters())
+    staged = 2 * trained if size == 1 else frozen
+    assert away.host == 16 * trained + steps + staged and here.host == 0
+    assert here.total - away.total == 16 * trained + steps + (frozen if size > 1 else 0)
+    assert replace(away, on_host=True).total == here.total + (staged if size == 1 else 0)

@@ -1,6 +1,7 @@
 """Copies of float32 masters in the dtype of computation, made once per update instead of in every forward and recomputation.
 
-With parallel.cpu_offload the masters are on the host and the copies on the device (`host_masters`). For models without FSDP, which casts what it gathers by itself. Values and gradients are those of casting in forward, to the bit.
+For models without FSDP, which casts what it gathers by itself. Values and gradients are those of casting in forward, to the bit.
+With parallel.cpu_offload the masters are on the host and the copies on the device (`host_masters`).
 """
 
 from __future__ import annotations

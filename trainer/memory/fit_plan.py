@@ -42,9 +42,10 @@ class Plan:
         return configured.total <= self.memory if self.memory else None
 
 
-def plan_run(config: RunConfig, data: RunData, num_ranks: int, memory: float) -> Plan:
-    """Plan a run on `num_ranks` ranks of `memory` bytes each."""
+def plan_run(config: RunConfig, data: RunData, num_ranks: int, memory: float, *, on_host: bool = False) -> Plan:
+    """Plan a run on `num_ranks` ranks of `memory` bytes each. `on_host`: they compute on the CPU."""
     scenario, calendar = heaviest_of(config, data, num_ranks)
+    scenario = replace(scenario, on_host=on_host)
     now, parallel = scenario.needed(), config.parallel
     strategies: dict[str, Footprint] = {parallel.strategy: now}
     for other in other_strategies(parallel, num_ranks):

@@ -45,6 +45,9 @@ class Footprint:
     gathered: int  # what sharding gathers for a while: whole weights and gradients of the blocks that compute
     unsummed: int  # whole gradients before the last micro-batch, where sharding reduces them only there
     copies: int = 0  # of trained weights in the dtype of computation, made once per update
+    offloaded: int = 0  # of weights, gradients and moments: what is in host memory
+    staged: int = 0  # host memory through which values pass to the device and back
+    on_host: bool = False  # the device is the host: what is offloaded takes the same memory
 
     @property
     def weights(self) -> int:
@@ -62,9 +65,15 @@ class Footprint:
         return sum(part.optimizer for part in self.holdings)
 
     @property
+    def host(self) -> int:
+        """Return the bytes of host memory beside a device."""
+        return 0 if self.on_host else self.offloaded + self.staged
+
+    @property
     def total(self) -> int:
-        """Return the bytes of everything together."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.gathered + self.unsummed + self.copies
+        """Return the bytes of everything on the device together."""
+        everywhere = self.weights + self.gradients + self.optimizer + self.activations + self.gathered + self.unsummed + self.copies
+        return everywhere + self.staged if self.on_host else everywhere - self.offloaded
 
 
 def sharing_ranks(config: ParallelConfig, num_ranks: int) -> int:
@@ -92,11 +101,21 @@ def footprint(card: ModelCard, config: ParallelConfig, num_ranks: int, batch: Ba
     if ways > 1 and num_micro_batches > 1 and not head_weight(model.llm).requires_grad:
         unsummed = sum(p.numel() * MASTER for p in model.parameters() if p.requires_grad)
     activations = live.activations
-    if num_ranks == 1 and num_micro_batches == 1:
+    if num_ranks == 1 and num_micro_batches == 1 and not config.cpu_offload:
         # Gradients appear as activations are freed; with DDP, and from the second micro-batch on, all exist from the start.
         activations = live.with_gradients - sum(part.gradients for part in held)
     copies = sum(copy.nbytes for copy in copies_of(model))
-    return Footprint(held, activations, gathers, unsummed, copies)
+    staged = copies if config.cpu_offload and ways == 1 else 0
+    return Footprint(held, activations, gathers, unsummed, copies, offloaded_bytes(held, config, ways), staged)
+
+
+def offloaded_bytes(held: tuple[Holding, ...], config: ParallelConfig, ways: int) -> int:
+    """Return the bytes of weights, gradients and moments that are in host memory: under sharding those of frozen weights too."""
+    if not config.cpu_offload:
+        return 0
+    trained = sum(part.gradients for part in held)  # float32 masters are as large as their gradients
+    weights = trained if ways == 1 else sum(part.weights for part in held)
+    return weights + trained + sum(part.optimizer for part in held)
 
 
 def on_meta(card: ModelCard, config: ParallelConfig, *, computes: bool) -> MultimodalLM:
