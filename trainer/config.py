@@ -35,6 +35,7 @@ class TrainConfig:
     epochs: float | None = None  # neither epochs nor max_steps: 1 epoch
     max_steps: int | None = None
     deterministic: bool = False
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products on a GPU: float32, TF32, bfloat16
 
 
 @dataclass(frozen=True)

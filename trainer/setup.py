@@ -56,7 +56,9 @@ def resolve_config(config: RunConfig, world: World) -> RunConfig:
     return replace(config, model=replace(config.model, dtype=resolve_dtype(config.model.dtype, world.device)))
 
 
-def make_deterministic(config: RunConfig) -> None:
+def set_arithmetic(config: RunConfig) -> None:
+    """Set how torch multiplies float32 matrices, and whether all kernels must repeat exactly."""
+    torch.set_float32_matmul_precision(config.train.matmul_precision)
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
