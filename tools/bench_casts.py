@@ -8,33 +8,14 @@ is not casting. A step is some micro-batches and one update.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 from model.errors import ConfigError
-from tools.bench_layer import SHAPE, decoder_layer, moved_bytes, recomputed, stand_ins
+from tools.bench_layer import SHAPE, CostCounter, decoder_layer, recomputed, stand_ins
 from tools.cli import command_parser, run_command
 from trainer.distributed.casting import cast_for_compute
-
-CASTS = {"_to_copy", "copy_"}
-
-
-class CastCounter(TorchDispatchMode):
-    """Adds up in `moved` the bytes that changes of the number type move, of tensors as large as a vector of the model or larger."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.moved = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        source = args[1] if func.overloadpacket.__name__ == "copy_" else args[0] if args else None
-        if func.overloadpacket.__name__ in CASTS and isinstance(source, Tensor) and source.dtype != found.dtype:
-            self.moved += moved_bytes(source) + moved_bytes(found)
-        return found
 
 
 def full_layer(copies: bool) -> nn.Module:
@@ -57,17 +38,17 @@ def cast_bytes(layer: nn.Module, num_micro_batches: int, num_tokens: int) -> flo
     moved = 0
     with stand_ins():
         for _ in range(2):
-            with CastCounter() as counter:
+            with CostCounter() as counter:
                 for _ in range(num_micro_batches):
                     out = layer(hidden, position_embeddings=angles, attention_mask=None)
                     (out[0] if isinstance(out, tuple) else out).backward(hidden.detach())
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            moved = counter.moved
+            moved = counter.cost.cast
     return moved / num_micro_batches
 
 
-def bench(num_tokens: int) -> None:
+def count_casts(num_tokens: int) -> None:
     if num_tokens < 1:
         raise ConfigError("--tokens is positive")
     # Norms compute in float32: their casts depend on the tokens, are the same in all rows, and are left out.
@@ -95,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = command_parser("bench_casts", __doc__)
     parser.add_argument("--tokens", type=int, default=2048, help="of a micro-batch (2048)")
     options = parser.parse_args(argv)
-    return run_command("bench_casts", lambda: bench(options.tokens))
+    return run_command("bench_casts", lambda: count_casts(options.tokens))
 
 
 if __name__ == "__main__":

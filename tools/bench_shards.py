@@ -12,16 +12,15 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.batch import Batch
 from model.build import DTYPES, assemble
@@ -35,18 +34,18 @@ from tools.bench_step import make_batches, our_loop
 from tools.make_demo import CORPUS, VOCAB, train_tokenizer, write_parts
 from trainer.config import ParallelConfig
 from trainer.distributed.parallelize import replicate
-from trainer.distributed.shards import block_owner, has_blocks, shard
+from trainer.distributed.shards import Options, block_owner, has_blocks, shard
 from trainer.distributed.world import World, start_world, stop_world
 
 Run = Callable[[int], None]
 
 
-def card_of(folder: str, dtype: Any) -> ModelCard:
+def card_of(folder: str, dtype: Literal["float32", "bfloat16"]) -> ModelCard:
     llm, vision = LlmConfig(f"{folder}/llm", "full"), VisionConfig(f"{folder}/vision", "full")
     return make_card(ModelConfig(llm, vision, VisionProjectorConfig(), dtype=dtype), LoraConfig(), VocabularyLayout())
 
 
-def built(card: ModelCard, world: World, wrap: Callable[[MultimodalLM], None] | None = None) -> MultimodalLM:
+def build_model_of(card: ModelCard, world: World, wrap: Callable[[MultimodalLM], None] | None = None) -> MultimodalLM:
     """Build the model; `wrap` shards it while it is on meta."""
     model = assemble(card, DTYPES[card.model.dtype])
     if wrap:
@@ -58,10 +57,8 @@ def built(card: ModelCard, world: World, wrap: Callable[[MultimodalLM], None] | 
 def bare_shard(model: MultimodalLM, world: World) -> None:
     """Shard a model as the manual of FSDP2 does: every block, then the rest."""
     dtype = None if model.dtype == torch.float32 else model.dtype
-    options: Any = {
-        "mesh": world.mesh(),
-        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
-    }
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    options: Options = {"mesh": world.mesh(), "mp_policy": policy, "offload_policy": OffloadPolicy()}
     for name in [name for name, _ in model.named_children() if has_blocks(model, name)]:
         for block in blocks(block_owner(model, name)):
             fully_shard(block, **options)
@@ -85,28 +82,15 @@ def bare_loop(wrapped: nn.Module, batches: list[Batch], world: World) -> Run:
     return run
 
 
-class Collectives(TorchDispatchMode):
-    """Counts the collectives inside the `with` by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self.counts[func.overloadpacket.__name__.strip("_")] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def loops(folder: str, options: argparse.Namespace, world: World) -> dict[str, Run]:
     """Return the loops to be compared, by the name of their row; each has a model and an optimizer of its own."""
     card = card_of(folder, options.dtype)
     sharded, copied = ParallelConfig("fsdp"), ParallelConfig("ddp")
     models = {
-        "ours, ddp": built(card, world),
-        "ours, fsdp": built(card, world, lambda model: shard(model, sharded, world)),
-        "bare, ddp": built(card, world),
-        "bare, fsdp": built(card, world, lambda model: bare_shard(model, world)),
+        "ours, ddp": build_model_of(card, world),
+        "ours, fsdp": build_model_of(card, world, lambda model: shard(model, sharded, world)),
+        "bare, ddp": build_model_of(card, world),
+        "bare, fsdp": build_model_of(card, world, lambda model: bare_shard(model, world)),
     }
     batches = make_batches(models["ours, ddp"], 4, options.batch)
     runs: dict[str, Run] = {}
@@ -120,7 +104,7 @@ def loops(folder: str, options: argparse.Namespace, world: World) -> dict[str, R
     return runs
 
 
-def cpu_seconds(run: Run, steps: int, world: World) -> float:
+def seconds_per_step(run: Run, steps: int, world: World) -> float:
     """Return the CPU seconds per step of this rank; the ranks begin together."""
     world.barrier()
     start = time.process_time()
@@ -129,16 +113,16 @@ def cpu_seconds(run: Run, steps: int, world: World) -> float:
 
 
 def report(runs: dict[str, Run], options: argparse.Namespace, world: World) -> None:
-    counts: dict[str, Counter[str]] = {}
+    counts: dict[str, dict[str, int]] = {}
     for name, run in runs.items():
         run(3)  # lazy initialisation, buckets, moments
-        with Collectives() as seen:
+        with CommDebugMode() as seen:
             run(1)
-        counts[name] = seen.counts
+        counts[name] = {str(kind).rpartition(".")[2].strip("_"): count for kind, count in seen.get_comm_counts().items()}
     rounds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(options.rounds):
         for name, run in runs.items():
-            own = cpu_seconds(run, options.steps, world)
+            own = seconds_per_step(run, options.steps, world)
             rounds[name].append(statistics.mean(world.gather_json(own)))
     if not world.is_main:
         return
@@ -158,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=16, help="samples per rank and step (16)")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (5)")
     parser.add_argument("--steps", type=int, default=20, help="steps of each in a round (20)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     world = start_world()

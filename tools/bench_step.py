@@ -105,8 +105,7 @@ def our_loop(
     model: MultimodalLM, config: ModelConfig, batches: list[Batch], world: World, wrapped: nn.Module | None = None
 ) -> Callable[[int], None]:
     """Return a function that does what the training loop does in steps that are not logged. `wrapped`: what is called."""
-    optim = OptimConfig(lr=1e-4)
-    wrapped = wrapped or replicate(model, world)
+    optim, wrapped = OptimConfig(lr=1e-4), wrapped or replicate(model, world)
     optimizer, meter = build_optimizer(model, config, optim), Meter(["bench"], world)
     requests, tracker, deferred = Requests(), PhaseTracker(), DeferredRead(world.device)
     ids = [[b.sample_ids.tolist()] for b in batches]  # the loop reads them from batches that are not on the device yet

@@ -6,7 +6,6 @@ What DeepSpeed's ZeRO-Offload does on one GPU (Ren et al. 2021): the device hold
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +40,7 @@ class HostMasters(ComputeCopies):
     def receive(self, parameter: Tensor, use: Use, grad: Tensor, is_only_use: bool) -> None:
         """Send the gradient to the host, once all uses of the copy have given theirs."""
         if not self.sent and not self.sums:
-            engine: Any = Variable._execution_engine  # type: ignore[attr-defined]  # torch declares it nowhere
+            engine = Variable._execution_engine  # type: ignore[attr-defined]  # torch declares it nowhere
             engine.queue_callback(self.collect)
         if is_only_use:
             self.send(parameter, grad, self.staged[parameter])

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -137,6 +138,10 @@ def sum_gradients(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.
     return dist.all_reduce(sent, async_op=True).get_future().then(received)
 
 
+_LAST: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Whether a sharded model was last told that its micro-batch is the last one."""
+
+
 @contextmanager
 def gradient_sync(wrapped: nn.Module, *, last: bool) -> Iterator[None]:
     """Sum gradients over ranks on the last micro-batch only; the context goes around forward AND backward of one micro-batch.
@@ -152,6 +157,8 @@ def gradient_sync(wrapped: nn.Module, *, last: bool) -> Iterator[None]:
     if isinstance(wrapped, FSDPModule):
         assert isinstance(wrapped, MultimodalLM)
         tunes_whole_llm = head_weight(wrapped.llm).requires_grad
-        wrapped.set_requires_gradient_sync(last or tunes_whole_llm)
-        wrapped.set_requires_all_reduce(last)  # without copies there is no all-reduce
+        if _LAST.get(wrapped) != last:  # each of the two walks over all modules
+            wrapped.set_requires_gradient_sync(last or tunes_whole_llm)
+            wrapped.set_requires_all_reduce(last)  # without copies there is no all-reduce
+            _LAST[wrapped] = last
     yield
