@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -116,7 +117,8 @@ def report(runs: dict[str, Run], options: argparse.Namespace, world: World) -> N
     counts: dict[str, dict[str, int]] = {}
     for name, run in runs.items():
         run(3)  # lazy initialisation, buckets, moments
-        with CommDebugMode() as seen:
+        with warnings.catch_warnings(), CommDebugMode() as seen:
+            warnings.simplefilter("ignore")  # about hooks of that mode on outputs that are no tensors
             run(1)
         counts[name] = {str(kind).rpartition(".")[2].strip("_"): count for kind, count in seen.get_comm_counts().items()}
     rounds: dict[str, list[float]] = {name: [] for name in runs}

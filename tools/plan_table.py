@@ -19,8 +19,9 @@ ROWS = {
     "activations": "activations, at most",
     "gathered": "whole blocks gathered",
     "unsummed": "gradients before the sum",
+    "offloaded": "of these, on the host",
     "total": "total",
-    "host": "beside it, of host memory",
+    "host": "host memory beside it",
 }
 
 

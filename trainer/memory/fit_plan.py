@@ -80,7 +80,8 @@ def other_strategies(parallel: ParallelConfig, num_ranks: int) -> list[ParallelC
     if num_ranks == 1:
         return []
     size = parallel.shard_size or (num_ranks // 2 if num_ranks % 2 == 0 and num_ranks > 2 else 0)
-    known = [replace(parallel, strategy="ddp", shard_size=0), replace(parallel, strategy="fsdp", shard_size=0)]
+    whole = replace(parallel, strategy="ddp", shard_size=0, cpu_offload=False)  # DDP keeps everything on the device
+    known = [whole, replace(parallel, strategy="fsdp", shard_size=0)]
     known += [replace(parallel, strategy="hsdp", shard_size=size)] if size else []
     return [other for other in known if other.strategy != parallel.strategy]
 
