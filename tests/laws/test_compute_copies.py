@@ -17,6 +17,7 @@ from trainer.distributed.casting import cast_for_compute
 from trainer.distributed.compute_copies import copies_of
 from trainer.distributed.world import World
 
+Way = tuple[str, bool | str]  # what is tuned, and whether blocks are recomputed
 Taken = tuple[list[float], dict[str, Tensor], int]
 
 
@@ -28,25 +29,36 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def steps_with(world: World, folder: Path, micro_batch_size: int) -> list[tuple[Taken, Taken]]:
-    """Five steps of every tune, kept and recomputed: with casts in forward, and with copies."""
+def steps_with(world: World, folder: Path, ways: list[Way], micro_batch_size: int) -> list[tuple[Taken, Taken]]:
+    """Five steps of every way to train: with casts in forward, and with copies."""
     found = []
-    for tune in TUNES:
-        for again in (False, "full"):
-            pair = []
-            for how in ("never", "always"):
-                parallel = ParallelConfig("ddp", compute_copies=how)  # type: ignore[arg-type]
-                config, rest = config_of(folder, tune), (again, micro_batch_size, "bfloat16", 1.0, WHOLE, 0.5)
-                numbers, model = take_steps(world, config, parallel, *rest)
-                pair.append((numbers, {name: p.detach() for name, p in model.named_parameters()}, len(copies_of(model))))
-            found.append((pair[0], pair[1]))
+    for tune, again in ways:
+        pair = []
+        for how in ("never", "always"):
+            parallel = ParallelConfig("ddp", compute_copies=how)  # type: ignore[arg-type]
+            config, rest = config_of(folder, tune), (again, micro_batch_size, "bfloat16", 1.0, WHOLE, 0.5)
+            numbers, model = take_steps(world, config, parallel, *rest)
+            pair.append((numbers, {name: p.detach() for name, p in model.named_parameters()}, len(copies_of(model))))
+        found.append((pair[0], pair[1]))
     return found
 
 
-@pytest.mark.parametrize(("size", "micro_batch_size"), [(1, 3), (2, 2), pytest.param(1, GLOBAL_BATCH, marks=pytest.mark.long)])
-def test_copies_are_casts_to_the_bit(parts: Path, size: int, micro_batch_size: int) -> None:
+WAYS: list[Way] = [(tune, again) for tune in TUNES for again in (False, "full")]
+
+
+@pytest.mark.parametrize(
+    ("size", "ways", "micro_batch_size"),
+    [
+        (1, [("full", "full")], 3),
+        (2, [("full", False), ("lora", "full")], 2),
+        pytest.param(1, WAYS, GLOBAL_BATCH, marks=pytest.mark.long),
+        pytest.param(1, WAYS, 3, marks=pytest.mark.long),
+        pytest.param(3, WAYS, 2, marks=pytest.mark.long),
+    ],
+)
+def test_copies_are_casts_to_the_bit(parts: Path, size: int, ways: list[Way], micro_batch_size: int) -> None:
     """Losses, norms and final weights, with several micro-batches in a step, dropout and a tied embedding."""
-    for casts, copies in run_ranks(steps_with, size, parts, micro_batch_size)[0]:
+    for casts, copies in run_ranks(steps_with, size, parts, ways, micro_batch_size, seconds=300)[0]:
         assert casts[0] == copies[0]
         assert all(torch.equal(casts[1][name], value) for name, value in copies[1].items())
         assert casts[2] == 0 and copies[2] > 0
