@@ -29,6 +29,7 @@ class HostMasters(ComputeCopies):
         self.grads = {p: torch.zeros_like(p, requires_grad=False) for p in self.uses}  # allocated once: fresh pages cost more
         self.sums: dict[Tensor, Tensor] = {}  # of parameters that are used more than once in a forward, float32, on the device
         self.sent: dict[Tensor, Tensor] = {}  # on the host, or on their way to it
+        self.task = -1  # number of the backward that they belong to
 
     def copy(self, parameter: Tensor, use: Use) -> None:
         """Make the copy of `parameter` anew: cast on the host, half the bytes go over the bus."""
@@ -39,7 +40,10 @@ class HostMasters(ComputeCopies):
 
     def receive(self, parameter: Tensor, use: Use, grad: Tensor, is_only_use: bool) -> None:
         """Send the gradient to the host, once all uses of the copy have given theirs."""
-        if not self.sent and not self.sums:
+        if (task := torch._C._current_graph_task_id()) != self.task:
+            self.task = task
+            self.sent.clear()  # of a backward that failed
+            self.sums.clear()
             engine = Variable._execution_engine  # type: ignore[attr-defined]  # torch declares it nowhere
             engine.queue_callback(self.collect)
         if is_only_use:
