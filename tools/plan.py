@@ -45,7 +45,7 @@ def plan(options: argparse.Namespace) -> None:
     data = open_data(config, alone, stage=replace(stage, config=config))
     sharing = options.ranks if device.type == "cpu" else 1  # processes of one machine; a GPU is its rank's alone
     memory = options.memory * GIB if options.memory else total_memory(device) / sharing
-    found = plan_run(config, data, options.ranks, memory)
+    found = plan_run(config, data, options.ranks, memory, on_host=device.type == "cpu")
     print(printable_lines("\n".join(report_lines(found))))
     print(json.dumps(as_json(found)))
 

@@ -52,6 +52,7 @@ class TrainConfig:
     epochs: float | None = None  # neither epochs nor max_steps: 1 epoch
     max_steps: int | None = None
     deterministic: bool = False
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products on a GPU: float32, TF32, bfloat16
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ class ParallelConfig:
     shard_size: int = 0  # hsdp: ranks that share one copy
     reshard_after_forward: bool = True
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    cpu_offload: bool = False  # trained weights, gradients and moments in host memory; under FSDP2 frozen weights too
+    unit_mib: int = 64  # FSDP2 gathers neighbouring blocks together until they have so many MiB; 0: each block alone
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # in which gradients are summed over ranks
+    compute_copies: Literal["auto", "always", "never"] = "auto"  # without FSDP2: cast float32 masters once per update
 
 
 @dataclass(frozen=True)

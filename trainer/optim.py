@@ -20,6 +20,7 @@ from trainer.loss_scale import LossScale
 from trainer.muon import Muon
 from trainer.optim_state import BLOCK, Group, Rule, assign_rules, rules_of, stand_ins
 from trainer.sgd import SGD
+from trainer.sharded_adamw import ShardedAdamW
 
 
 def learning_rates(model: ModelConfig, optim: OptimConfig) -> dict[str, float]:
@@ -55,7 +56,7 @@ def build_optimizer(model: MultimodalLM, config: ModelConfig, optim: OptimConfig
         return AdamW8bit(groups, optim)
     if optim.kind == "sgd":
         return SGD(groups, optim)
-    return torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps, fused=True)
+    return ShardedAdamW(groups, betas=optim.betas, eps=optim.eps, fused=True)
 
 
 def check_rules(model: nn.Module, rules: dict[Tensor, Rule], optim: OptimConfig) -> None:
@@ -82,6 +83,7 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, multiplier: float) -> N
         group["lr"] = group["peak_lr"] * multiplier
 
 
+@torch.no_grad()  # with gradients, taking the local rows of a DTensor is an operator of autograd's
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
     """Return the gradient norm over all ranks (), identical on each, and the norms of this rank's own gradients (parameters,).
 

@@ -15,6 +15,7 @@ from model.files.shards import MOMENTS, WEIGHTS, local
 from model.llm.causal_lm import head_weight
 from model.multimodal import MultimodalLM
 from trainer.config import OptimConfig
+from trainer.sharded_adamw import ShardedAdamW
 
 Rule = Literal["adamw", "adamw8bit", "muon", "sgd", "sgd without momentum"]
 Group = dict[str, Any]
@@ -115,7 +116,7 @@ class MixedOptimizer(torch.optim.Optimizer):
         self.own = [group for group in self.param_groups if group["rule"] != "adamw"]
         # The same dictionaries, so that a new learning rate reaches both.
         others = [group for group in self.param_groups if group["rule"] == "adamw"]
-        self.adamw = torch.optim.AdamW(others, betas=optim.betas, eps=optim.eps, fused=True) if others else None
+        self.adamw = ShardedAdamW(others, betas=optim.betas, eps=optim.eps, fused=True) if others else None
         if self.adamw is not None:
             self.adamw.state = self.state
 

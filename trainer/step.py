@@ -85,6 +85,9 @@ def train_step(
     skipped = clipped_update(optimizer, norm, options.clip_norm, scale)
     if options.scaling:
         options.scaling.update(skipped)
+    # With parallel.cpu_offload gradients are on the host, and so is what was found of them.
+    norm, skipped = (found.to(world.device, non_blocking=True) for found in (norm, skipped))
+    scale = None if scale is None else scale.to(world.device, non_blocking=True)
     return StepResult(addends, norm, skipped, ratios, torch.stack(losses), norms, extra_sums, scale)
 
 

@@ -243,6 +243,12 @@ def test_wrong_settings_are_named(tmp_path: Path, optim: dict[str, Any], reason:
     assert reason in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["muon", "adamw8bit"])
+def test_what_cannot_update_on_the_host_is_refused(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(ConfigError, match=rf"optim.kind = '{kind}' with parallel.cpu_offload = true, .*; use optim.kind = 'adamw'"):
+        config_of(tmp_path, optim={"kind": kind}, parallel={"strategy": "fsdp", "cpu_offload": True})
+
+
 def test_8_bits_name_the_extra_where_bitsandbytes_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.runfile.optim_checks.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs bitsandbytes, which is not installed: pip install -e '.\[quantize\]'"):

@@ -33,7 +33,7 @@ def restore(
     rules = rules_of(trained.optimizer)
     for name, parameter in trained.parameters.items():
         on_progress(name)
-        _fill(parameter.data, saved, WEIGHTS + name)
+        _fill(parameter.detach(), saved, WEIGHTS + name)  # not `.data`: copies made for computing go by the version counter
         state = new_state(rules[parameter], parameter)
         if not any(f"{key}/{name}" in saved for key in state):  # saved before the first update of this parameter
             continue

@@ -29,6 +29,15 @@ def optim_problems(config: RunConfig) -> Iterator[str]:
         yield f"optim.ns_steps = {optim.ns_steps} is not in 1 to {MOST_NS_STEPS}; 5 is usual"
     if optim.kind == "adamw8bit" and find_spec("bitsandbytes") is None:
         yield "optim.kind = 'adamw8bit' needs bitsandbytes, which is not installed: pip install -e '.[quantize]', or use 'adamw'"
+    if config.parallel.cpu_offload and optim.kind in ("adamw8bit", "muon"):
+        why = {
+            "adamw8bit": "has slow kernels there, and offloaded moments need not be small",
+            "muon": "would multiply matrices there",
+        }
+        yield (
+            f"optim.kind = {optim.kind!r} with parallel.cpu_offload = true, which updates on the host: it {why[optim.kind]}; use "
+            "optim.kind = 'adamw', or parallel.cpu_offload = false"
+        )
     yield from _schedule(optim)
     yield from _loss_scale(config.loss_scale)
 
