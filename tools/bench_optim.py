@@ -62,7 +62,7 @@ def all_kinds() -> dict[str, Made]:
     }
 
 
-def bench(rounds: int) -> None:
+def bench_updates(rounds: int) -> None:
     """Print the table."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = command_parser("bench_optim", __doc__)
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="measured updates of each (5)")
     options = parser.parse_args(argv)
-    return run_command("bench_optim", lambda: bench(options.rounds))
+    return run_command("bench_optim", lambda: bench_updates(options.rounds))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from trainer.adamw8bit import AdamW8bit
 from trainer.config import OptimConfig
 from trainer.loss_scale import LossScale
 from trainer.muon import Muon
-from trainer.optim_state import BLOCK, Group, Rule, assign_rules, rules_of, stand_ins
+from trainer.optim_state import BLOCK, Group, Rule, assign_rules, rules_of, tensors_to_save
 from trainer.sgd import SGD
 from trainer.sharded_adamw import ShardedAdamW
 
@@ -135,4 +135,4 @@ class Trained:
 
     def saved(self) -> dict[str, Tensor]:
         """Return what a checkpoint holds after the first update, by name in its files: tensors without values."""
-        return stand_ins(self.parameters, rules_of(self.optimizer))
+        return tensors_to_save(self.parameters, rules_of(self.optimizer))

@@ -81,7 +81,7 @@ def _zeros(like: Tensor, device: torch.device, row: tuple[int, ...] | None = Non
     return DTensor.from_local(zeros, like.device_mesh, like.placements, run_check=False, shape=whole, stride=strides)
 
 
-def stand_ins(parameters: Mapping[str, Tensor], rules: Mapping[Tensor, Rule]) -> dict[str, Tensor]:
+def tensors_to_save(parameters: Mapping[str, Tensor], rules: Mapping[Tensor, Rule]) -> dict[str, Tensor]:
     """Return what a checkpoint holds of each parameter after its first update, by name in the files; tensors without values."""
     meta, found = torch.device("meta"), {}
     for name, parameter in parameters.items():

@@ -64,16 +64,18 @@ def losses(world: World, folder: Path, ways: list[tuple[str, str, str | bool, st
     return [take_steps(world, model_config(folder, way[0]), way[1], way[2], 2, way[3], 1.0, WHOLE)[0] for way in ways]
 
 
-def test_losses_are_float32_s_within_rounding_however_it_is_run(tiny: Path) -> None:
+@pytest.mark.parametrize(("tune", "recompute"), [("full", "full"), pytest.param("lora", False, marks=pytest.mark.long)])
+def test_losses_are_float32_s_within_rounding_however_it_is_run(tiny: Path, tune: str, recompute: bool | str) -> None:
     """DDP and FSDP2, several micro-batches, recomputed or not."""
-    exact: list[Any] = [(tune, "ddp", False, "float32") for tune in ("full", "lora")]
-    half: list[Any] = [("full", "ddp", False, "float16"), ("full", "fsdp", "full", "float16"), ("lora", "fsdp", False, "float16")]
-    ranks = run_ranks(losses, 2, tiny, exact + half, seconds=200)
+    ways: list[Any] = [
+        (tune, "ddp", False, "float32"),
+        (tune, "ddp", False, "float16"),
+        (tune, "fsdp", recompute, "float16"),
+    ]
+    ranks = run_ranks(losses, 2, tiny, ways, seconds=200)
     assert ranks[0] == ranks[1]
-    by_tune = dict(zip(("full", "lora"), ranks[0]))
-    for (tune, *_), found in zip(half, ranks[0][len(exact) :]):
-        loss, norm = torch.tensor(found).view(-1, 2).T
-        exact_loss, exact_norm = torch.tensor(by_tune[tune]).view(-1, 2).T
+    (exact_loss, exact_norm), *half = (torch.tensor(found).view(-1, 2).T for found in ranks[0])
+    for loss, norm in half:
         torch.testing.assert_close(loss, exact_loss, rtol=2**-10, atol=0)
         torch.testing.assert_close(norm, exact_norm, rtol=2**-7, atol=0)
 
@@ -143,6 +145,10 @@ def test_at_its_floor_the_run_stops_and_says_what_to_do(parts: Path, tmp_path: P
     assert code == 70 and "even at a loss scale of 2, the smallest that is allowed (loss_scale.floor = 2)" in reason
     assert "Use model.dtype = 'bfloat16' where the device computes in it, or 'float32'; or lower optim.lr" in reason
     assert len(rows(tmp_path / "run")) == 4  # the fifth step was not logged
+
+
+@pytest.mark.long
+def test_a_run_that_only_overflows_has_learned_nothing(parts: Path, tmp_path: Path) -> None:
     sections = {**HALF, "loss_scale": {"initial": 1024.0}, "train": {"max_steps": 4}}
     ((code, reason),) = run_ranks(overflow_everywhere, 1, parts, tmp_path / "short", sections)
     assert code == 70 and "all 4 updates were skipped while the loss scale of float16 was falling" in reason

@@ -16,7 +16,7 @@ from trainer.memory.footprint import Footprint, held_rows, on_meta, sharing_rank
 from trainer.memory.heaviest_batch import find_heaviest, read_batch_samples
 from trainer.memory.sample_cost import media_memory, sample_costs
 from trainer.memory.synthetic_samples import build_synthetic_samples
-from trainer.optim_state import assign_rules, stand_ins
+from trainer.optim_state import assign_rules, tensors_to_save
 from trainer.records.run_data import RunData
 from trainer.setup import num_steps
 
@@ -73,7 +73,7 @@ def planned_checkpoint_bytes(model: MultimodalLM, ways: int, num_ranks: int, opt
     total = 0
     for rank in range(num_ranks):
         rows = {name: held_rows(p, ways, rank).detach() for name, p in trained.items()} if rank < ways else {}
-        total += shard_bytes(stand_ins(rows, {own: rules[trained[name]] for name, own in rows.items()}))[0]
+        total += shard_bytes(tensors_to_save(rows, {own: rules[trained[name]] for name, own in rows.items()}))[0]
     return total
 
 

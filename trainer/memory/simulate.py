@@ -101,9 +101,9 @@ def shape_stand_ins() -> Iterator[None]:
         return _Grouped.apply(rows, weights)
 
     # The functions are patched by name: a mode would not be active in backward, where blocks are recomputed.
-    stand_ins = [(F, "scaled_dot_product_attention", attention), (F, "grouped_mm", grouped), (torch, "_grouped_mm", grouped)]
-    originals = [(module, name, getattr(module, name)) for module, name, _ in stand_ins if hasattr(module, name)]
-    for module, name, stand_in in stand_ins:
+    tensors_to_save = [(F, "scaled_dot_product_attention", attention), (F, "grouped_mm", grouped), (torch, "_grouped_mm", grouped)]
+    originals = [(module, name, getattr(module, name)) for module, name, _ in tensors_to_save if hasattr(module, name)]
+    for module, name, stand_in in tensors_to_save:
         if hasattr(module, name):
             setattr(module, name, stand_in)
     try:
