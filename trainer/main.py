@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from trainer.config import RunConfig
 from trainer.distributed.world import World
-from trainer.errors import code_of
+from trainer.errors import DONE, STOPPED, code_of
 from trainer.run import train
 from trainer.runfile.load import load_config
 from trainer.runfile.toml_files import without_dashes
@@ -37,16 +37,19 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load_config(arguments.cfg, arguments.overrides)
     except Exception as error:
-        # Every rank reads the same file and fails in the same way: rank 0 reports.
-        if int(os.environ.get("RANK", "0")) == 0:
-            refuse(error, arguments.cfg, arguments.overrides)
+        refuse(error, arguments.cfg, arguments.overrides)
         return code_of(error)
     return run(config)
 
 
 def command() -> NoReturn:
-    """Run the command line and leave the process with its exit code."""
+    """Run the command line and leave the process with its exit code: under torchrun 0 for a run that was stopped on request.
+
+    torchrun calls any other code a failure, with a traceback of its own, and makes 1 of it; exit.json keeps 75.
+    """
     code = main()
+    if code == STOPPED and "TORCHELASTIC_RUN_ID" in os.environ:
+        code = DONE
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: a failed rank must leave at once, while its peers may still hang in a collective with it.

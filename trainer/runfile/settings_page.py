@@ -61,7 +61,8 @@ def settings_page() -> str:
             lines += ["", f"## {table or 'Above all tables'}", ""]
             lines += [sentences[table], ""] if table in sentences else []
             lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
-        cells = (f"`{setting.name}`", type_words(setting.hint), f"`{default_words(setting.default)}`", setting.sentence)
+        default = "required" if setting.default is NO_DEFAULT else f"`{default_words(setting.default)}`"
+        cells = (f"`{setting.name}`", type_words(setting.hint), default, setting.sentence)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
