@@ -11,11 +11,13 @@ import os
 import sys
 from typing import NoReturn
 
+from model.errors import ConfigError
 from trainer.config import RunConfig
 from trainer.distributed.world import World
 from trainer.errors import DONE, STOPPED, code_of
 from trainer.run import train
-from trainer.runfile.load import load_config
+from trainer.runfile.load import load_run
+from trainer.runfile.settings_page import schema_text, settings_page, settings_text
 from trainer.runfile.toml_files import without_dashes
 from trainer.supervise import refuse, run_supervised
 
@@ -27,19 +29,49 @@ def run(config: RunConfig, world: World | None = None) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, load the run file, train, and return the exit code."""
-    parser = argparse.ArgumentParser(prog="trainer.main", description="Train a multimodal model as a run.toml describes it.")
-    parser.add_argument("--cfg", required=True, help="the run file, or recipe:NAME")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
-    arguments = parser.parse_args(without_dashes(argv))
+    arguments = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # Many ranks and workers share a machine; the tokenizer's own threads would fight them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if arguments.settings is not None or arguments.schema or arguments.markdown:
+        return show_settings(arguments)
     try:
-        config = load_config(arguments.cfg, arguments.overrides)
+        config, aside = load_run(arguments.cfg, arguments.overrides)
     except Exception as error:
         refuse(error, arguments.cfg, arguments.overrides)
         return code_of(error)
+    if int(os.environ.get("RANK", "0")) == 0:
+        for line in aside:
+            print(f"aside     {line}", flush=True)
     return run(config)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Return what stands on the command line: `argv`, or that of this process."""
+    parser = argparse.ArgumentParser(prog="trainer.main", description="Train a multimodal model as a run.toml describes it.")
+    parser.add_argument("--cfg", help="the run file, or recipe:NAME")
+    parser.add_argument("--settings", nargs="?", const="", metavar="WORD", help="print all settings, or those that hold a word")
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema of run files, for editors")
+    parser.add_argument("--markdown", action="store_true", help="print the page of all settings")
+    described = "settings that replace those of the file; KEY= takes one out"
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=described)
+    arguments = parser.parse_intermixed_args(without_dashes(argv))
+    if arguments.cfg is None and not (arguments.settings is not None or arguments.schema or arguments.markdown):
+        parser.error("the following arguments are required: --cfg")
+    return arguments
+
+
+def show_settings(arguments: argparse.Namespace) -> int:
+    """Print what the command line asks about settings, and return the exit code."""
+    try:
+        if arguments.schema or arguments.markdown:
+            print(schema_text() if arguments.schema else settings_page(), end="")
+        else:
+            print(settings_text(arguments.settings))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return code_of(error)
+    return DONE
 
 
 def command() -> NoReturn:
