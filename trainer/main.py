@@ -14,12 +14,13 @@ from typing import NoReturn
 from model.errors import ConfigError
 from trainer.config import RunConfig
 from trainer.distributed.world import World
-from trainer.errors import DONE, STOPPED, code_of
+from trainer.errors import DONE, INTERNAL, STOPPED, code_of
 from trainer.run import train
 from trainer.runfile.load import load_run
 from trainer.runfile.settings_page import schema_text, settings_page, settings_text
 from trainer.runfile.toml_files import without_dashes
 from trainer.supervise import refuse, run_supervised
+from trainer.trial.dry_run import dry_run
 
 
 def run(config: RunConfig, world: World | None = None) -> int:
@@ -35,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if arguments.settings is not None or arguments.schema or arguments.markdown:
         return show_settings(arguments)
+    if arguments.dry_run:
+        return try_out(arguments)
     try:
         config, aside = load_run(arguments.cfg, arguments.overrides)
     except Exception as error:
@@ -50,6 +53,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Return what stands on the command line: `argv`, or that of this process."""
     parser = argparse.ArgumentParser(prog="trainer.main", description="Train a multimodal model as a run.toml describes it.")
     parser.add_argument("--cfg", help="the run file, or recipe:NAME")
+    described = "try the run file: what it trains at full size, and two steps on small parts with made-up weights; keeps nothing"
+    parser.add_argument("--dry-run", action="store_true", help=described)
     parser.add_argument("--settings", nargs="?", const="", metavar="WORD", help="print all settings, or those that hold a word")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of run files, for editors")
     parser.add_argument("--markdown", action="store_true", help="print the page of all settings")
@@ -59,6 +64,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if arguments.cfg is None and not (arguments.settings is not None or arguments.schema or arguments.markdown):
         parser.error("the following arguments are required: --cfg")
     return arguments
+
+
+def try_out(arguments: argparse.Namespace) -> int:
+    """Make a dry run of the run file, and return the exit code."""
+    try:
+        return dry_run(arguments.cfg, arguments.overrides)
+    except Exception as error:
+        if (code := code_of(error)) == INTERNAL:
+            raise
+        print(f"trainer: {error}", file=sys.stderr, flush=True)
+        return code
 
 
 def show_settings(arguments: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from model.errors import ConfigError
@@ -23,10 +23,16 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     return load_run(path, overrides)[0]
 
 
-def load_run(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, list[str]]:
-    """Return the run as `load_config` does, and one line per setting of the file that the overrides set aside."""
+def load_run(
+    path: str, overrides: Sequence[str] = (), changed: Callable[[Json], Json] = lambda tables: tables
+) -> tuple[RunConfig, list[str]]:
+    """Return the run as `load_config` does, and one line per setting of the file that the overrides set aside.
+
+    `changed` is called with tables before they are read, and returns those to read.
+    """
     alone = read_toml(path)
     tables, notes = apply_overrides(copy.deepcopy(alone), overrides)
+    tables, alone = changed(tables), changed(alone)
     tables, idle = without_idle(tables, overrides, lambda some: checked(some, path)[1], alone)
     return parse_config(tables, path, overrides), [*notes, *idle]
 
