@@ -58,8 +58,8 @@ def read_json(setting: str, path: str, name: str, cache_dir: str = "") -> Json:
         there = "" if Path(path).is_dir() else ", or it cannot be reached: give a folder, or a model.cache_dir that holds it"
         if (Path(path) / CARD).is_file():
             there = (
-                f": it is what a run of this trainer wrote, which gives weights and not a base. Name it as model.init_from = {path!r}, "
-                f"and as {setting} the base that its {CARD} names"
+                f": it is what a run of this trainer wrote, which gives weights and not a base. Name it as model.init_from = "
+                f"{path!r}, and as {setting} the base that its {CARD} names"
             )
         raise ConfigError(f"{setting} = {path!r} holds no {name}{there}")
     try:

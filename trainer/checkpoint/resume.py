@@ -142,8 +142,8 @@ def read_state(path: Path, root: RunConfig, finished: Collection[str] = ()) -> C
     if lines:
         differences = "".join(f"\n  - {line}" for line in lines)
         raise ConfigError(
-            f"{path} is of a run with other settings:{differences}\nUse those of the checkpoint to go on with it, or start from its "
-            f"weights with the new ones: output_dir=ANOTHER_FOLDER model.init_from={path}"
+            f"{path} is of a run with other settings:{differences}\nUse those of the checkpoint to go on with it, or start from "
+            f"its weights with the new ones: output_dir=ANOTHER_FOLDER model.init_from={path}"
         )
     return state
 

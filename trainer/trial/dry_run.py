@@ -16,12 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from data.text.tokenizer import load_tokenizer, save_tokenizer
 from model.card import language_model_config
-from model.errors import ConfigError
 from model.files.tensor_files import dump_json
 from model.files.untrusted import Json
 from trainer.config import RunConfig
 from trainer.distributed.world import World, start_world, stop_world
-from trainer.errors import DONE, code_of
+from trainer.errors import CONFIG, DONE
 from trainer.metrics import NAME as METRICS
 from trainer.run import train
 from trainer.runfile.load import load_run
@@ -42,23 +41,30 @@ def dry_run(path: str, overrides: Sequence[str]) -> int:
     Everything is written into a temporary folder that is removed. Raises `ConfigError` for a run file that is wrong.
     """
     world = start_world()
-    with TemporaryDirectory(prefix="dry-run-") as folder:
-        trial = Trial(Path(folder), world)
-        error: Exception | None = None
-        tables: Json | None = None
-        if world.is_main:
-            try:
-                tables = to_tables(trial.prepare(path, overrides))
-            except Exception as caught:
-                error = caught
-        tables = world.broadcast_json(tables)
-        if error is not None:
-            raise error
-        if tables is None:
-            return code_of(ConfigError())
-        code = trial.run(SchemaReader().table(RunConfig, tables, ""))
-        world.barrier()
-    stop_world()
+    try:
+        with TemporaryDirectory(prefix="dry-run-") as folder:
+            return _try_out(Trial(Path(folder), world), path, overrides)
+    finally:
+        if world.size == 1:
+            stop_world()
+
+
+def _try_out(trial: Trial, path: str, overrides: Sequence[str]) -> int:
+    """Prepare the dry run on rank 0, and run it on all ranks of this machine. Collective."""
+    error: Exception | None = None
+    tables: Json | None = None
+    if trial.world.is_main:
+        try:
+            tables = to_tables(trial.prepare(path, overrides))
+        except Exception as caught:
+            error = caught
+    tables = trial.world.broadcast_json(tables)
+    if error is not None:
+        raise error
+    if tables is None:  # rank 0 tells why
+        return CONFIG
+    code = trial.run(SchemaReader().table(RunConfig, tables, ""))
+    trial.world.barrier()  # the folder of rank 0 stays until all are done
     return code
 
 

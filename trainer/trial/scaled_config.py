@@ -19,7 +19,9 @@ _LLM_SIZES = {
 
 def scaled_llm(value: Json, rows: int) -> Json:
     """Return config.json of a language model with few narrow layers and `rows` rows in its vocabulary."""
-    found = {key: _LLM_SIZES.get(key, item) for key, item in value.items() if key not in ("quantization_config", "rope_scaling")}
+    found: Json = {
+        key: _LLM_SIZES.get(key, item) for key, item in value.items() if key not in ("quantization_config", "rope_scaling")
+    }
     kinds = value.get("layer_types")
     if isinstance(kinds, list):
         found["layer_types"] = (list(dict.fromkeys(kinds)) * _LAYERS)[: max(_LAYERS, len(set(kinds)))]
