@@ -1,4 +1,4 @@
-"""Overrides: they unset, win over what contradicts them in the file, say what they set aside, and are named where they are wrong."""
+"""Overrides: they unset, win over what contradicts them in the file and say so, and are named where they are wrong."""
 
 from __future__ import annotations
 

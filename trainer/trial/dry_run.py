@@ -24,13 +24,13 @@ from trainer.errors import CONFIG, DONE
 from trainer.metrics import NAME as METRICS
 from trainer.run import train
 from trainer.runfile.load import load_run
-from trainer.runfile.schema import SchemaReader, to_tables
+from trainer.runfile.schema import to_tables
 from trainer.runfile.stages import list_stages
 from trainer.supervise import run_supervised
 from trainer.trial.full_size import describe_full_size
 from trainer.trial.made_up_tokenizer import make_tokenizer
 from trainer.trial.reachable_parts import with_reachable
-from trainer.trial.small_run import SAMPLES, STEPS, SmallRun
+from trainer.trial.small_run import SAMPLES, STEPS, SmallRun, run_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -63,7 +63,7 @@ def _try_out(trial: Trial, path: str, overrides: Sequence[str]) -> int:
         raise error
     if tables is None:  # rank 0 tells why
         return CONFIG
-    code = trial.run(SchemaReader().table(RunConfig, tables, ""))
+    code = trial.run(run_of(tables))
     trial.world.barrier()  # the folder of rank 0 stays until all are done
     return code
 

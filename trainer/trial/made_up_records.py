@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import wave
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ _WORDS = {
 """Words of a path that tell which media its records have."""
 
 
-def kinds_of(source: Json, read: set[str]) -> tuple[str, ...]:
+def kinds_of(source: Json, read: Collection[str]) -> tuple[str, ...]:
     """Guess which media the records of a source have: those that its folders of media and its name tell, of the kinds `read`.
 
     "" stands for text alone.

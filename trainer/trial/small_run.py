@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -12,7 +12,8 @@ from data.index.record_index import source_files
 from model.config import AudioConfig, VisionConfig
 from model.errors import ConfigError, DataError
 from model.files.untrusted import Json
-from trainer.config import RunConfig
+from model.multimodal import ENCODERS
+from trainer.config import RunConfig, StageConfig
 from trainer.runfile.merge_tables import merge, value_of, without_key
 from trainer.runfile.schema import SchemaReader, to_tables
 from trainer.runfile.stages import list_stages
@@ -21,9 +22,17 @@ from trainer.trial.reachable_parts import PARTS
 from trainer.trial.small_parts import make_encoder, make_llm, make_tower
 
 STEPS, SAMPLES = 2, 2
-MODALITY = {"image": "vision", "audio": "audio"}
 _EMPTIED = ("model.init_from", "model.llm.adapter", "model.vision.weights", "model.audio.weights", "lora.path")
 _PROJECTORS = ("vision_projector", "audio_projector", "state_head")
+
+
+@dataclass(frozen=True)
+class Fed:
+    """What the parts of a stage read: kinds of media, those that they cannot do without, and classes that clips name."""
+
+    read: frozenset[str]
+    needed: frozenset[str]
+    num_states: int
 
 
 @dataclass
@@ -44,8 +53,9 @@ class SmallRun:
                 if part is not None and (name, getattr(part, "path", "")) not in self.places:
                     self._make_part(name, part, stage.config)
         tables = to_tables(self.root)
-        read = {stage.name: self._read(stage.config) for stage in list_stages(self.root)}
-        small = self._shrunk(tables, read.get("", set().union(*read.values())))
+        stages = list_stages(self.root)
+        fed = [self._fed(stage.config, is_first=stage.number == 1) for stage in stages]
+        small = self._shrunk(tables, fed[0])  # above all stages stands the first one
         small |= {
             "output_dir": str(self.folder / "run"),
             "train": {"max_steps": STEPS, "deterministic": self.root.train.deterministic},
@@ -57,20 +67,23 @@ class SmallRun:
         if small["parallel"]["strategy"] == "hsdp":
             small["parallel"] |= {"strategy": "fsdp", "shard_size": 0}
             self.notes.append("parallel.strategy = 'hsdp' is tried as 'fsdp'")
-        small["stage"] = [self._stage(stage, read[stage["name"]]) for stage in tables["stage"]]
-        config: RunConfig = SchemaReader().table(RunConfig, small, "")
-        return config
+        small["stage"] = [self._stage(stage, own) for stage, own in zip(tables["stage"], fed)]
+        return run_of(small)
 
-    def _stage(self, stage: Json, read: set[str]) -> Json:
+    def _stage(self, stage: Json, fed: Fed) -> Json:
         """Return a stage of the small run; the length and the batch of the stage are those of the run."""
-        found = self._shrunk(stage, read)
+        found = self._shrunk(stage, fed)
         for key in ("train", "batch.global_batch_size", "batch.micro_batch_size", "checkpoint", "log", "data.workers"):
             found = without_key(found, key)
         return found
 
-    def _read(self, config: RunConfig) -> set[str]:
-        """Return the modalities that the parts of a stage read."""
-        return {modality for modality, part in MODALITY.items() if part in config.model.parts()}
+    def _fed(self, config: RunConfig, *, is_first: bool) -> Fed:
+        """Return what the parts of a stage read. A frozen part of an earlier stage needs no records."""
+        parts = config.model.parts()
+        read = {modality: names for modality, names in ENCODERS.items() if set(names) <= parts.keys()}
+        learn = {kind for kind, names in read.items() if is_first or any(parts[name].tune != "frozen" for name in names)}
+        head = config.model.state_head
+        return Fed(frozenset(read), frozenset(learn), head.classes if head is not None else 0)
 
     def _make_part(self, name: str, part: object, config: RunConfig) -> None:
         model, path = config.model, getattr(part, "path", "")
@@ -86,7 +99,7 @@ class SmallRun:
                 made = make_encoder(part, model.cache_dir, llm, folder)
         self.places[name, path] = str(made)
 
-    def _shrunk(self, tables: Json, read: set[str]) -> Json:
+    def _shrunk(self, tables: Json, fed: Fed) -> Json:
         """Return the tables of the run, or of a stage, with small parts, no weights of others and sources that exist."""
         model = dict(tables.get("model", {}))
         for name in ("llm", "vision", "audio"):
@@ -107,27 +120,37 @@ class SmallRun:
         data = dict(found.get("data", {}))
         for split in ("sources", "validation"):
             if data.get(split):
-                data[split] = self._sources(data[split], read, split)
+                data[split] = self._sources(data[split], fed, split)
         return {**found, "data": data} if data else found
 
-    def _sources(self, sources: list[Json], read: set[str], split: str) -> list[Json]:
+    def _sources(self, sources: list[Json], fed: Fed, split: str) -> list[Json]:
         """Return the sources of a split: the run's own where their files are there, made-up ones elsewhere."""
-        found, kinds = [], [kinds_of(source, read) for source in sources]
-        unfed = read - {"image" if kind == "video" else kind for of in kinds for kind in of}
+        found, kinds = [], [kinds_of(source, fed.read) for source in sources]
+        unfed = fed.needed - {"image" if kind == "video" else kind for of in kinds for kind in of}
         for source, own in zip(sources, kinds):
             reason = missing(source)
             if not reason:
                 found.append(source)
                 continue
-            own, unfed = (*own, *sorted(unfed)), set()
-            config = self.root.model.state_head
-            states = [stage.config.model.state_head for stage in list_stages(self.root)]
-            classes = max((head.classes for head in (config, *states) if head is not None), default=0)
+            own = (*(kind for kind in own if kind or not unfed), *sorted(unfed))
+            unfed = frozenset()
             name = source.get("name") or Path(source["path"]).stem
-            made = make_source(self.folder / split / name, name, own, classes)
+            made = make_source(self.folder / split / name, name, own, fed.num_states)
             found.append({**source, **made, "take": "all"})
             self.notes.append(f"records of data.{split} {name!r}, {' and '.join(kind or 'text' for kind in own)}: {reason}")
         return found
+
+
+def run_of(tables: Json) -> RunConfig:
+    """Return the run of the tables that `to_tables` makes of one, unchecked. Raises `ValueError` where they are not such tables."""
+    reader = SchemaReader()
+    config: RunConfig | None = reader.table(RunConfig, {key: value for key, value in tables.items() if key != "stage"}, "")
+    if config is None:
+        raise ValueError(f"no tables of a run: {reader.problems}")
+    stages = [
+        StageConfig(stage["name"], {key: value for key, value in stage.items() if key != "name"}) for stage in tables["stage"]
+    ]
+    return replace(config, stage=tuple(stages))
 
 
 def missing(source: Json) -> str:
