@@ -28,7 +28,7 @@ _PROJECTORS = ("vision_projector", "audio_projector", "state_head")
 
 @dataclass(frozen=True)
 class Fed:
-    """What the parts of a stage read: kinds of media, those that they cannot do without, and classes that clips name."""
+    """Media that the parts of a stage read: kinds, those that they cannot do without, and classes that clips name."""
 
     read: frozenset[str]
     needed: frozenset[str]
