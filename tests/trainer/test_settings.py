@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from model.errors import ConfigError
-from tests.support.config import MINIMAL
-from tests.support.json_schema import violations
+from tests.support.config import MINIMAL, violations
 from tests.support.runs import merged
 from trainer.config import RunConfig
 from trainer.main import main
