@@ -258,9 +258,10 @@ def planned(
     path.write_text(to_toml({**tables(parts, **sections), "output_dir": str(folder / "run")}))
     code = plan.main(["--cfg", str(path), *options])
     out, err = capsys.readouterr()
-    assert code == 0, err
     assert max(map(len, out.splitlines()[:-1])) <= 100
-    return out, json.loads(out.splitlines()[-1])
+    found = json.loads(out.splitlines()[-1])
+    assert code == (69 if found["fits"] is False else 0) and ("does not fit" in err) == bool(code), err
+    return out, found
 
 
 @pytest.mark.parametrize(("size", "strategy"), [(1, "ddp"), pytest.param(3, "fsdp", marks=LONG)])
