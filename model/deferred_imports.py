@@ -1,0 +1,195 @@
+"""Import of transformers' model classes without the packages that only others of its users need, for a process that starts often.
+
+`transformers.modeling_utils` imports torch's compiler, DTensor with sympy, FSDP, distributed checkpoints and scipy, 2 of the 4 CPU
+seconds that a start took before it read anything. Here these modules are stood in for while it is imported: what it takes from
+them is a `Deferred` name, which imports the real module when it is first used. Afterwards whoever imports them gets the real ones.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
+from importlib import import_module  # only of the names in DEFERRED
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import cast
+
+import torch
+
+Function = Callable[..., object]
+COMPILER = "torch._dynamo"
+DEFERRED = {
+    COMPILER: "decorators of caches and kernels; the compiler is for torch.compile",
+    f"{COMPILER}._trace_wrapped_higher_order_op": "masks of flex attention",
+    "torch.distributed.tensor": "tensor parallelism of transformers, which is not used; imports sympy",
+    "torch.distributed.tensor._utils": "the same",
+    "torch.distributed.tensor.placement_types": "the same",
+    "torch.distributed.fsdp": "transformers' own sharding, which is not used",
+    "torch.distributed._composable.fsdp": "the same",
+    "torch.distributed.checkpoint.hf_storage": "distributed checkpoints of transformers, which are not used",
+    "scipy.optimize": "losses of object detection",
+    "sklearn.metrics": "assisted generation",
+}
+"""Modules that are not imported with transformers' model classes, and what those take them for."""
+
+
+class Deferred:
+    """A name of a module that is not imported yet. It is imported when the name is called, or asked for an attribute."""
+
+    def __init__(self, module: str, value: Callable[[], object]) -> None:
+        self._module, self._value = module, value
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        if isinstance(sys.modules.get(self._module), _StandIn):  # called while transformers is imported: a constant of a module
+            return Deferred(self._module, lambda: self._called(*args, **kwargs))
+        return self._called(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._value(), name)
+
+    def __instancecheck__(self, value: object) -> bool:
+        """Tell whether `value` is of this class. Nothing is, before the module of the class has been imported."""
+        kind = self._value() if self._module in sys.modules else None
+        return isinstance(kind, type) and isinstance(value, kind)
+
+    def __or__(self, other: object) -> object:
+        return object  # in an annotation, which nobody evaluates
+
+    __ror__ = __or__
+
+    def _called(self, *args: object, **kwargs: object) -> object:
+        value = self._value()
+        if not callable(value):
+            raise TypeError(f"{value!r} is not callable")
+        return value(*args, **kwargs)
+
+
+class _StandIn(ModuleType):
+    """What stands for a module while transformers is imported; every name in it is deferred."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__: list[str] = []
+        self.__spec__ = ModuleSpec(name, None, is_package=True)  # transformers asks whether the package is there
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        module = self.__name__
+        if module == COMPILER and name in DECORATORS:
+            return DECORATORS[name]
+        return Deferred(module, lambda: getattr(import_module(module), name))
+
+
+def _disable(function: Function | None = None, recursive: bool = True, **options: object) -> Function:
+    """Do what `torch.compiler.disable` does, at the first call instead of at once."""
+    if function is None:
+        return cast(Function, partial(_disable, recursive=recursive, **options))
+    disabled: list[Function] = []
+
+    @wraps(function)
+    def call(*args: object, **kwargs: object) -> object:
+        if not disabled:
+            disabled.append(cast(Function, torch.compiler.disable(function, recursive)))
+        return disabled[0](*args, **kwargs)
+
+    return call
+
+
+def _keep(function: Function) -> Function:
+    """Return a function as it is: its decorator matters while kernels of 8 bits are compiled, which are not used here."""
+    return function
+
+
+DECORATORS: dict[str, Callable[..., Function]] = {
+    "disable": _disable,
+    "allow_in_graph": _keep,
+    "assume_constant_result": _keep,
+}
+"""What stands for the compiler's decorators."""
+
+
+def import_transformers() -> None:
+    """Import transformers' model classes without the modules in DEFERRED. Does nothing where they have been imported already.
+
+    For the first lines of a command: who imports a model class before, or this module alone, gets transformers as it is.
+    """
+    import transformers  # noqa: F401  # lists the model classes, and imports none
+
+    if "transformers.modeling_utils" in sys.modules:
+        return
+    before = set(sys.modules)
+    try:
+        with _stand_ins(), _models_listed_once():
+            _import_model_classes()
+    except Exception:
+        # A version of transformers that does more with these names while it is imported: it gets the real ones.
+        for name in set(sys.modules) - before:
+            if name.startswith("transformers."):
+                del sys.modules[name]
+        _import_model_classes()
+
+
+def _import_model_classes() -> None:
+    """Import all that takes names of the modules in DEFERRED and that every model class imports."""
+    import transformers.generation.utils
+    import transformers.masking_utils
+    import transformers.modeling_utils  # noqa: F401
+
+
+@contextmanager
+def _stand_ins() -> Iterator[None]:
+    """Put stand-ins in the place of the modules in DEFERRED that are not imported yet."""
+    added = {name: _StandIn(name) for name in DEFERRED if name not in sys.modules}
+    sys.modules.update(added)
+    try:
+        yield
+    finally:
+        for name, module in added.items():
+            if sys.modules.get(name) is module:
+                del sys.modules[name]
+
+
+@contextmanager
+def _models_listed_once() -> Iterator[None]:
+    """Have `transformers.models` take the list of its classes from `transformers`, which has read its 1,600 files already."""
+    from transformers.utils import import_utils
+
+    listed = import_utils.define_import_structure
+
+    def known(module_path: str, prefix: str | None = None) -> object:
+        is_models = prefix is None and Path(module_path).parent == Path(import_utils.__file__).parents[1] / "models"
+        return models_structure() if is_models else listed(module_path, prefix)
+
+    with patched(import_utils, "define_import_structure", known):
+        yield
+
+
+def models_structure() -> dict[frozenset[str], dict[str, set[str]]]:
+    """Return the names of all modules and classes of `transformers.models`, by the packages that are missing for them."""
+    whole = sys.modules["transformers"]
+    found: dict[frozenset[str], dict[str, set[str]]] = {frozenset(): {}}
+    for key, names in whole._import_structure.items():
+        folder, _, module = key.partition(".")
+        if folder != "models" or not module:
+            continue
+        for name in names or [key]:
+            missing = frozenset(whole._object_missing_backend.get(name, ()))
+            found.setdefault(missing, {}).setdefault(module, set()).update([name] if names else [])
+    return found
+
+
+@contextmanager
+def patched(module: ModuleType, name: str, value: object) -> Iterator[None]:
+    """Give `module` another value of `name` inside the `with`."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
