@@ -22,7 +22,6 @@ import torch
 Function = Callable[..., object]
 COMPILER = "torch._dynamo"
 DEFERRED = {
-    COMPILER: "decorators of caches and kernels; the compiler is for torch.compile",
     f"{COMPILER}._trace_wrapped_higher_order_op": "masks of flex attention",
     "torch.distributed.tensor": "tensor parallelism of transformers, which is not used; imports sympy",
     "torch.distributed.tensor._utils": "the same",
@@ -30,6 +29,10 @@ DEFERRED = {
     "torch.distributed.fsdp": "transformers' own sharding, which is not used",
     "torch.distributed._composable.fsdp": "the same",
     "torch.distributed.checkpoint.hf_storage": "distributed checkpoints of transformers, which are not used",
+    "accelerate": "models spread over devices; not needed, but often installed",
+    "accelerate.hooks": "the same",
+    "accelerate.utils": "the same",
+    "accelerate.utils.modeling": "the same",
     "scipy.optimize": "losses of object detection",
     "sklearn.metrics": "assisted generation",
 }
@@ -81,37 +84,81 @@ class _StandIn(ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         module = self.__name__
-        if module == COMPILER and name in DECORATORS:
-            return DECORATORS[name]
         return Deferred(module, lambda: getattr(import_module(module), name))
 
 
-def _disable(function: Function | None = None, recursive: bool = True, **options: object) -> Function:
-    """Do what `torch.compiler.disable` does, at the first call instead of at once."""
-    if function is None:
-        return cast(Function, partial(_disable, recursive=recursive, **options))
-    disabled: list[Function] = []
+class _Compiler(ModuleType):
+    """What stands for torch's compiler until somebody compiles. torch itself imports it for its optimizers, to ask it for nothing.
 
-    @wraps(function)
-    def call(*args: object, **kwargs: object) -> object:
-        if not disabled:
-            disabled.append(cast(Function, torch.compiler.disable(function, recursive)))
-        return disabled[0](*args, **kwargs)
+    What it can answer without the compiler, it does; any other name imports the compiler, and so does any of its modules.
+    """
 
-    return call
+    def __init__(self) -> None:
+        super().__init__(COMPILER)
+        self._marked: list[tuple[str, Function]] = []  # functions with a mark of the compiler, by the name of its decorator
+
+    def __getattr__(self, name: str) -> object:
+        if name in MARKS and sys.modules.get(COMPILER) is self:
+            return partial(self._mark, name)
+        if name in ANSWERS and sys.modules.get(COMPILER) is self:
+            return _CompilerPart(self, name)
+        if name in ("__spec__", "__file__"):
+            raise AttributeError(name)  # asked by who looks through all modules
+        return getattr(self._imported(), name)
+
+    def _mark(self, name: str, function: Function) -> Function:
+        self._marked.append((name, function))
+        return function
+
+    def _imported(self) -> ModuleType:
+        """Import the compiler in the place of this module, and give it the functions that were marked."""
+        if sys.modules.get(COMPILER) is self:
+            del sys.modules[COMPILER]
+            compiler = import_module(COMPILER)
+            for name, function in self._marked:
+                getattr(compiler, name)(function)
+        return sys.modules[COMPILER]
+
+    def disable(self, fn: Function | None = None, recursive: bool = True, **options: object) -> Function:
+        """Return `fn` as torch's own `disable` does, which is asked for once the compiler is there."""
+        if fn is None:
+            return cast(Function, partial(self.disable, recursive=recursive, **options))
+        disabled: list[Function] = []
+
+        def call(*args: object, **kwargs: object) -> object:
+            if sys.modules.get(COMPILER) is self:
+                return fn(*args, **kwargs)  # nothing is compiled
+            if not disabled:
+                disabled.append(getattr(sys.modules[COMPILER], "disable")(fn, recursive, **options))  # noqa: B009
+            return disabled[0](*args, **kwargs)
+
+        return wraps(fn)(call)
+
+    def graph_break(self, msg: str = "") -> None:
+        """Do what torch's own does where nothing is compiled: nothing."""
+        if sys.modules.get(COMPILER) is not self:
+            getattr(sys.modules[COMPILER], "graph_break")(msg)  # noqa: B009
 
 
-def _keep(function: Function) -> Function:
-    """Return a function as it is: its decorator matters while kernels of 8 bits are compiled, which are not used here."""
-    return function
+class _CompilerPart:
+    """A module of the compiler, with the answers that torch.distributed asks it for; any other name imports the compiler."""
+
+    def __init__(self, compiler: _Compiler, name: str) -> None:
+        self._compiler, self._name = compiler, name
+
+    def __getattr__(self, name: str) -> object:
+        if name in ANSWERS[self._name]:
+            return lambda: ANSWERS[self._name][name]
+        return getattr(getattr(self._compiler._imported(), self._name), name)
 
 
-DECORATORS: dict[str, Callable[..., Function]] = {
-    "disable": _disable,
-    "allow_in_graph": _keep,
-    "assume_constant_result": _keep,
+ANSWERS: dict[str, dict[str, str | None]] = {
+    "trace_rules": {"clear_lru_cache": None},  # init_process_group
+    "utils": {"get_optimize_ddp_mode": "ddp_optimizer"},  # DistributedDataParallel; the compiler's default
 }
-"""What stands for the compiler's decorators."""
+"""What functions of the compiler's modules return while it is not imported: torch.distributed calls them at every start."""
+MARKS = ("allow_in_graph", "assume_constant_result", "disallow_in_graph")
+"""Decorators of the compiler that return the function itself."""
 
 
 def import_transformers() -> None:
@@ -123,6 +170,8 @@ def import_transformers() -> None:
 
     if "transformers.modeling_utils" in sys.modules:
         return
+    if COMPILER not in sys.modules:
+        sys.modules[COMPILER] = _Compiler()
     before = set(sys.modules)
     try:
         with _stand_ins(), _models_listed_once():

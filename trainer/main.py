@@ -9,19 +9,22 @@ import argparse
 import logging
 import os
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from trainer.config import RunConfig
-from trainer.distributed.world import World
 from trainer.errors import code_of
-from trainer.run import train
-from trainer.runfile.load import load_config
 from trainer.runfile.toml_files import without_dashes
-from trainer.supervise import refuse, run_supervised
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
+    from trainer.distributed.world import World
 
 
 def run(config: RunConfig, world: World | None = None) -> int:
     """Train as `config` says and return the exit code. An error is reported by one rank, and in exit.json."""
+    # Here, as in `main`: what comes first decides what transformers imports (model/deferred_imports.py), and --help needs nothing.
+    from trainer.run import train
+    from trainer.supervise import run_supervised
+
     return run_supervised(train, config, world)
 
 
@@ -34,6 +37,12 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # Many ranks and workers share a machine; the tokenizer's own threads would fight them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from model.deferred_imports import import_transformers
+
+    import_transformers()  # before anything else imports it
+    from trainer.runfile.load import load_config
+    from trainer.supervise import refuse
+
     try:
         config = load_config(arguments.cfg, arguments.overrides)
     except Exception as error:

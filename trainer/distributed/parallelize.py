@@ -15,11 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from model.errors import ConfigError
+from model.files.sharding import is_sharded_module
 from model.llm.causal_lm import blocks, head_weight
 from model.multimodal import ENCODERS, MultimodalLM
 from trainer.config import ParallelConfig
@@ -90,6 +90,9 @@ def shard(model: MultimodalLM, config: ParallelConfig, world: World) -> None:
     With hsdp every `shard_size` ranks share a copy (Zhao et al. 2023, PyTorch FSDP, "hybrid sharding"): gradients are summed among
     these ranks, then over the copies.
     """
+    # Here: FSDP2 and DTensor take 0.8 CPU seconds to import, and most runs have one rank, or DDP.
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     mesh = world.mesh(config.shard_size if config.strategy == "hsdp" else 0)
     policy = MixedPrecisionPolicy(
         param_dtype=None if model.dtype == torch.float32 else model.dtype,
@@ -107,12 +110,12 @@ def shard(model: MultimodalLM, config: ParallelConfig, world: World) -> None:
             if name not in model.trainable_parts:
                 # The output of this tower carries no gradient, so backward never needs its weights: do not gather them again.
                 for module in owner.modules():
-                    if isinstance(module, FSDPModule):
+                    if is_sharded_module(module):
                         module.set_unshard_in_backward(False)
     # Embedding, norm, head and projectors: gathered once per micro-batch and kept to the end of backward.
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if is_sharded_module(module):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
     if tied and model.llm.get_input_embeddings().weight is not head_weight(model.llm):
@@ -225,7 +228,7 @@ def gradient_sync(wrapped: nn.Module, *, last: bool) -> Iterator[None]:
         with nullcontext() if last else wrapped.no_sync():
             yield
         return
-    if isinstance(wrapped, FSDPModule):
+    if is_sharded_module(wrapped):
         assert isinstance(wrapped, MultimodalLM)
         tunes_whole_llm = head_weight(wrapped.llm).requires_grad
         wrapped.set_requires_gradient_sync(last or tunes_whole_llm)
@@ -239,5 +242,5 @@ def reshard(model: nn.Module) -> None:
     Until then `parameters()` are the copies made for computing.
     """
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if is_sharded_module(module):
             module.reshard()
