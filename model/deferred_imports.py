@@ -17,8 +17,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import cast
 
-import torch
-
 Function = Callable[..., object]
 COMPILER = "torch._dynamo"
 DEFERRED = {

@@ -35,6 +35,7 @@ class TrainConfig:
     epochs: float | None = None  # neither epochs nor max_steps: 1 epoch
     max_steps: int | None = None
     deterministic: bool = False
+    rehearsal: Literal["auto", "always"] = "auto"  # auto: the heaviest micro-batch is run first only where it may not fit
 
 
 @dataclass(frozen=True)
