@@ -15,7 +15,7 @@ from importlib import import_module  # only of the names in DEFERRED
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
 Function = Callable[..., object]
 COMPILER = "torch._dynamo"
@@ -117,7 +117,7 @@ class _Compiler(ModuleType):
                 getattr(compiler, name)(function)
         return sys.modules[COMPILER]
 
-    def disable(self, fn: Function | None = None, recursive: bool = True, **options: object) -> Function:
+    def disable(self, fn: Function | None = None, recursive: bool = True, **options: Any) -> Function:
         """Return `fn` as torch's own `disable` does, which is asked for once the compiler is there."""
         if fn is None:
             return cast(Function, partial(self.disable, recursive=recursive, **options))

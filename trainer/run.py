@@ -20,6 +20,7 @@ from trainer.loop import Loop
 from trainer.machine.atomic_files import make_folder, replace_text
 from trainer.machine.open_files import check_limit
 from trainer.memory.rehearsal import rehearse
+from trainer.records.hub_look_ups import share_look_ups
 from trainer.records.later_stages import check_later_stages
 from trainer.records.look_beside import looking_beside
 from trainer.records.quarantine import NAME as QUARANTINE
@@ -41,6 +42,7 @@ def train(root: RunConfig, world: World, status: exit_report.RunStatus) -> None:
     checkpoint, notes = find_resume_point(root, world)
     stages = [replace(stage, config=resolve_config(stage.config, world)) for stage in list_stages(root)]
     check_stages(stages)
+    share_look_ups((stage.config for stage in stages), world)
     for line in (*describe_stages(stages), *signals.launcher_lines(root.faults.grace_seconds)):
         say(world, line)
     state = None

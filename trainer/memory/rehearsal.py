@@ -14,8 +14,8 @@ from model.errors import ConfigError
 from trainer.distributed.parallelize import gradient_sync
 from trainer.machine.memory_info import Usage, reset_peak, usage
 from trainer.memory.advice import MemoryScenario, advice
-from trainer.memory.footprint import MASTER
 from trainer.memory.doubt import without_rehearsal
+from trainer.memory.footprint import MASTER
 from trainer.memory.heaviest_batch import Heaviest, find_heaviest, read_batch_samples
 from trainer.memory.sample_cost import media_memory, sample_costs
 from trainer.setup import PreparedRun
