@@ -86,7 +86,7 @@ def train_stage(stage: Stage, start: ResumePoint, world: World, status: exit_rep
     certificates = certify_all(data, config, tracker.report_progress)
     check_limit(config.data)
     tracker.mark("check")
-    changes = same_data(stage, data, world, state["step"] if state else None)
+    changes = same_data(stage, data, world, state["step"] if state else None, tracker.report_progress)
     if checkpoint and state:
         check_state(checkpoint, state, data, is_accepted(stage, data))
         if config.train.max_steps == 0:
@@ -118,7 +118,7 @@ def train_stage(stage: Stage, start: ResumePoint, world: World, status: exit_rep
 def build_and_look(stage: Stage, data: RunData, world: World, tracker: PhaseTracker) -> tuple[PreparedRun, list[str]]:
     """Build and load the model while rank 0 looks at the data; return both, or raise what either found. Collective.
 
-    An error of the model comes first: it is known on all ranks at the same place.
+    What is wrong with the data is told first, whichever of the two is found first.
     """
     tracker.mark("load")
     with looking_beside(data, stage.config, world) as beside:
@@ -127,7 +127,11 @@ def build_and_look(stage: Stage, data: RunData, world: World, tracker: PhaseTrac
             tracker.report_progress(at)
             beside.stop_early()
 
-        prepared = build_run(stage, data, world, progress)
+        try:
+            prepared = build_run(stage, data, world, progress)
+        except ConfigError:
+            beside.precede()
+            raise
         tracker.mark("check")
         return prepared, beside.finish(tracker.report_progress)
 

@@ -65,7 +65,7 @@ def _asked(setting: str, name: str, revision: str | None) -> Repository:
         return Repository()
     except Exception as error:  # transport errors of httpx or requests, by the version of the library
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        log.warning("the hub cannot be reached (%s): files of hub ids come from the cache; HF_HUB_OFFLINE=1 says so at once", reason)
+        log.warning("the hub cannot be reached (%s): its files come from the cache; HF_HUB_OFFLINE=1 says so at once", reason)
         constants.HF_HUB_OFFLINE = True
         return Repository(unreachable=reason)
     return Repository(found.sha, frozenset(file.rfilename for file in found.siblings or ()) or None)

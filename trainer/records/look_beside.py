@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 
 from trainer.config import RunConfig
 from trainer.distributed.world import World
-from trainer.records.quick_check import Answer, look, raise_error, shared_answer
+from trainer.records.quick_check import MAX_SECONDS, Answer, look, raise_error, shared_answer
 from trainer.records.run_data import RunData
 
 PATIENCE = 2.0
 """Seconds that loading goes on after the check has found that the run cannot start: then all ranks end with it together."""
 POLL_SECONDS = 0.1
+WAIT_SECONDS = MAX_SECONDS + 5.0
+"""Longest wait of a rank that has failed, for the answer of rank 0."""
+KEY = "answer"
+_numbers = itertools.count()
 
 
 class LookBeside:
@@ -26,6 +33,8 @@ class LookBeside:
         self._failure: BaseException | None = None
         self._at, self._ended_at = "", 0.0
         self._awaited, self._dropped = threading.Event(), threading.Event()
+        number = next(_numbers)  # alike on all ranks, which start the same stages
+        self._channel = world.channel(f"look/{number}") if world.size > 1 else None
         self._thread = threading.Thread(target=self._run, args=(data, config), name="quick check", daemon=True)
         if world.is_main:
             self._thread.start()
@@ -36,6 +45,8 @@ class LookBeside:
         except BaseException as error:  # of whatever kind: `finish` raises it in the main thread
             self._failure = error
         self._ended_at = time.monotonic()
+        if self._channel is not None:
+            self._channel.set(KEY, json.dumps(self.answer))
 
     def _note(self, at: str) -> None:
         # Not the tracker's own report: the main thread marks its phases meanwhile, and one of the two would be lost.
@@ -51,12 +62,30 @@ class LookBeside:
         if self._ended_at and time.monotonic() - self._ended_at > PATIENCE:
             self._raise()
 
+    def precede(self) -> None:
+        """Raise what the check has found, which comes before an error of the model, on every rank that has failed to build it.
+
+        Not a collective: a rank may have failed alone.
+        """
+        self._awaited.set()
+        if self.world.is_main:
+            self._thread.join(WAIT_SECONDS)
+            raise_error(self.answer)
+        elif self._channel is not None:
+            with suppress(RuntimeError):  # no answer in time: rank 0 has ended, or is stuck, which the watchdog tells
+                self._channel.wait([KEY], timedelta(seconds=WAIT_SECONDS))
+                self.answer = json.loads(self._channel.get(KEY))
+            raise_error(self.answer)
+
     def finish(self, on_progress: Callable[[str], object]) -> list[str]:
         """Wait for the check, and return its lines for people. Raises its `DataError` on every rank. Collective."""
         self._awaited.set()
+        told = ""
         while self._thread.is_alive():
             self._thread.join(POLL_SECONDS)
-            on_progress(self._at)
+            if told != self._at:  # a check that is stuck on a record makes no progress
+                told = self._at
+                on_progress(told)
         if self._failure is not None:
             raise self._failure
         return shared_answer(self.answer, self.world)
@@ -73,7 +102,7 @@ class LookBeside:
 
 @contextmanager
 def looking_beside(data: RunData, config: RunConfig, world: World) -> Iterator[LookBeside]:
-    """Check the data on rank 0 while the `with` builds and loads the model. What fails there is what the run reports."""
+    """Check the data on rank 0 while the `with` builds and loads the model."""
     beside = LookBeside(data, config, world)
     try:
         yield beside
