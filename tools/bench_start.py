@@ -110,9 +110,9 @@ def ours(folder: Path, clock: Clock) -> int:
         clock.ended("step")
         clock.report()
 
-    with patch.object(PhaseTracker, "mark", noted(mark)), patch.object(PhaseTracker, "begin", noted(begin)):
-        with patch.object(loop, "train_step", first):
-            return main(["--cfg", str(folder / "digit.toml"), f"output_dir={folder / 'out'}"])
+    patches = patch.multiple(PhaseTracker, mark=noted(mark), begin=noted(begin))
+    with patches, patch.object(loop, "train_step", first):
+        return main(["--cfg", str(folder / "digit.toml"), f"output_dir={folder / 'out'}"])
 
 
 def trainer(folder: Path, clock: Clock) -> None:

@@ -28,7 +28,7 @@ LORA = {"model": {"llm": {"tune": "lora"}, "vision": {"tune": "frozen"}}, "lora"
 
 @pytest.mark.parametrize("sections", [FULL, LORA, {}], ids=["full", "lora", "projector"])
 def test_the_bound_is_above_what_the_plan_simulates(parts: Path, tmp_path: Path, sections: dict[str, Any]) -> None:
-    """Above, and not so far that it would say nothing: within 30 times for parts this small, whose vocabulary is large beside them."""
+    """Above, and not so far that it would say nothing."""
     config = config_of(
         parts, output_dir=str(tmp_path / "run"), **{**sections, "model": {**sections.get("model", {}), "dtype": "float32"}}
     )
