@@ -44,13 +44,15 @@ class Deferred:
         self._module, self._value = module, value
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        if isinstance(sys.modules.get(self._module), _StandIn):  # called while transformers is imported: a constant of a module
+        if self._is_stood_in():  # called while transformers is imported: a constant of a module
             return Deferred(self._module, lambda: self._called(*args, **kwargs))
         return self._called(*args, **kwargs)
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
+        if self._is_stood_in():
+            return Deferred(self._module, lambda: getattr(self._value(), name))
         return getattr(self._value(), name)
 
     def __instancecheck__(self, value: object) -> bool:
@@ -62,6 +64,9 @@ class Deferred:
         return object  # in an annotation, which nobody evaluates
 
     __ror__ = __or__
+
+    def _is_stood_in(self) -> bool:
+        return isinstance(sys.modules.get(self._module), _StandIn)
 
     def _called(self, *args: object, **kwargs: object) -> object:
         value = self._value()

@@ -93,6 +93,7 @@ def ours(folder: Path, clock: Clock) -> int:
     from trainer import loop
     from trainer.faults.phase_tracker import PhaseTracker
     from trainer.main import main
+    from trainer.run import train  # noqa: F401  # as `main` imports it
 
     clock.ended("modules")
     mark, begin, step = PhaseTracker.mark, PhaseTracker.begin, loop.train_step
@@ -115,50 +116,41 @@ def ours(folder: Path, clock: Clock) -> int:
         return main(["--cfg", str(folder / "digit.toml"), f"output_dir={folder / 'out'}"])
 
 
-def trainer(folder: Path, clock: Clock) -> None:
-    """Train LlavaForConditionalGeneration with Trainer, as its documentation does."""
-    import torch
-    from PIL import Image
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        CLIPImageProcessor,
-        CLIPVisionModel,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
+def llava(folder: Path) -> tuple[Any, Any]:
+    """Return LlavaForConditionalGeneration out of the demo's parts, and its tokenizer with <image>."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 
     llm = AutoModelForCausalLM.from_pretrained(folder / "llm", trust_remote_code=False)
     tower = CLIPVisionModel.from_pretrained(folder / "vision", trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(folder / "llm", trust_remote_code=False)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    pictures = CLIPImageProcessor.from_pretrained(folder / "vision", trust_remote_code=False)
-    image_id, num_rows = tokenizer.convert_tokens_to_ids("<image>"), (tower.config.image_size // tower.config.patch_size) ** 2
-    config = LlavaConfig(
-        vision_config=tower.config,
-        text_config=llm.config,
-        image_token_id=image_id,
-        vision_feature_layer=-1,
-        image_seq_length=num_rows,
-    )
-    model = LlavaForConditionalGeneration(config)
+    rows = (tower.config.image_size // tower.config.patch_size) ** 2
+    settings = {"image_token_id": tokenizer.convert_tokens_to_ids("<image>"), "image_seq_length": rows, "vision_feature_layer": -1}
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=tower.config, text_config=llm.config, **settings))
     model.model.language_model.load_state_dict(llm.model.state_dict())
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.resize_token_embeddings(-(-len(tokenizer) // 64) * 64)
-    records = json.loads((folder / "digit_train.json").read_text())
+    return model, tokenizer
 
-    def collated(chosen: list[dict[str, Any]]) -> dict[str, Any]:
+
+def collator(folder: Path, tokenizer: Any, num_rows: int) -> Callable[[list[Any]], dict[str, Any]]:
+    """Return a function that makes a padded batch of records: the chat template, its prompt not learned, and CLIP's processor."""
+    import torch
+    from PIL import Image
+    from transformers import CLIPImageProcessor
+
+    pictures = CLIPImageProcessor.from_pretrained(folder / "vision", trust_remote_code=False)
+
+    def ids_of(turns: list[dict[str, str]], **options: Any) -> list[int]:
+        return list(tokenizer.apply_chat_template(turns, return_dict=True, **options)["input_ids"])
+
+    def collated(chosen: list[Any]) -> dict[str, Any]:
         rows, images = [], []
         for record in chosen:
             asked, said = (turn["value"] for turn in record["conversations"])
-            asked = asked.replace("<image>", "<image>" * num_rows)
-            turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
-            whole = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
-            prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
-            rows.append((whole, len(prompt)))
+            turns = [{"role": "user", "content": asked.replace("<image>", "<image>" * num_rows)}]
+            whole = ids_of([*turns, {"role": "assistant", "content": said}])
+            rows.append((whole, len(ids_of(turns, add_generation_prompt=True))))
             images.append(Image.open(folder / "images" / record["image"], formats=["PNG"]).convert("RGB"))
         width = max(len(ids) for ids, _ in rows)
         ids = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in rows])
@@ -167,10 +159,18 @@ def trainer(folder: Path, clock: Clock) -> None:
         pixels = pictures(images, return_tensors="pt")["pixel_values"]
         return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "labels": ids.masked_fill(~learned, -100)}
 
+    return collated
+
+
+def trainer(folder: Path, clock: Clock) -> None:
+    """Train LlavaForConditionalGeneration with Trainer, as its documentation does."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
     class Stop(TrainerCallback):
         def on_step_end(self, *args: Any, **options: Any) -> None:
             clock.report()
 
+    model, tokenizer = llava(folder)
     arguments = TrainingArguments(
         output_dir=str(folder / "out"),
         max_steps=250,
@@ -182,7 +182,9 @@ def trainer(folder: Path, clock: Clock) -> None:
         use_cpu=True,
         remove_unused_columns=False,
     )
-    Trainer(model=model, args=arguments, train_dataset=records, data_collator=collated, callbacks=[Stop()]).train()
+    records = json.loads((folder / "digit_train.json").read_text())
+    batches = collator(folder, tokenizer, model.config.image_seq_length)
+    Trainer(model=model, args=arguments, train_dataset=records, data_collator=batches, callbacks=[Stop()]).train()
 
 
 def run(options: argparse.Namespace) -> None:
