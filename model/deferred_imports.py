@@ -76,7 +76,7 @@ class Deferred:
 
 
 class _StandIn(ModuleType):
-    """What stands for a module while transformers is imported; every name in it is deferred."""
+    """Stand-in for a module while transformers is imported; every name in it is deferred."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -91,7 +91,7 @@ class _StandIn(ModuleType):
 
 
 class _Compiler(ModuleType):
-    """What stands for torch's compiler until somebody compiles. torch itself imports it for its optimizers, to ask it for nothing.
+    """Stand-in for torch's compiler until somebody compiles. torch itself imports it for its optimizers, to ask it for nothing.
 
     What it can answer without the compiler, it does; any other name imports the compiler, and so does any of its modules.
     """

@@ -39,7 +39,7 @@ ENDS = {"load": "open", "heaviest": "load", "data": "prepare"}
 CASES = ("import torch", "ours", "Trainer")
 
 
-def start(case: str, folder: Path) -> dict[str, float]:
+def start_process(case: str, folder: Path) -> dict[str, float]:
     """Start one case in a process of its own; return its CPU seconds by phase, with "total", and seconds and MiB."""
     out = folder / "out"
     command = [sys.executable, "-m", "tools.bench_start", "--child", case, "--folder", str(folder)]
@@ -68,20 +68,20 @@ class Clock:
         os._exit(0)
 
 
-def child(case: str, folder: Path) -> int:
+def run_case(case: str, folder: Path) -> int:
     """Run one case in this process, until the end of its first step."""
     clock = Clock()
     if case == "ours":
-        return ours(folder, clock)
+        return start_ours(folder, clock)
     if case == "Trainer":
-        trainer(folder, clock)
+        start_trainer(folder, clock)
     import torch  # noqa: F401  # here: what is measured
 
     clock.report()
     return 0
 
 
-def ours(folder: Path, clock: Clock) -> int:
+def start_ours(folder: Path, clock: Clock) -> int:
     """Train as the command does."""
     import torch  # noqa: F401  # here and below: each phase of importing by itself
 
@@ -116,7 +116,7 @@ def ours(folder: Path, clock: Clock) -> int:
         return main(["--cfg", str(folder / "digit.toml"), f"output_dir={folder / 'out'}"])
 
 
-def llava(folder: Path) -> tuple[Any, Any]:
+def build_llava(folder: Path) -> tuple[Any, Any]:
     """Return LlavaForConditionalGeneration out of the demo's parts, and its tokenizer with <image>."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 
@@ -133,7 +133,7 @@ def llava(folder: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def collator(folder: Path, tokenizer: Any, num_rows: int) -> Callable[[list[Any]], dict[str, Any]]:
+def picture_collator(folder: Path, tokenizer: Any, num_rows: int) -> Callable[[list[Any]], dict[str, Any]]:
     """Return a function that makes a padded batch of records: the chat template, its prompt not learned, and CLIP's processor."""
     import torch
     from PIL import Image
@@ -162,7 +162,7 @@ def collator(folder: Path, tokenizer: Any, num_rows: int) -> Callable[[list[Any]
     return collated
 
 
-def trainer(folder: Path, clock: Clock) -> None:
+def start_trainer(folder: Path, clock: Clock) -> None:
     """Train LlavaForConditionalGeneration with Trainer, as its documentation does."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -170,7 +170,7 @@ def trainer(folder: Path, clock: Clock) -> None:
         def on_step_end(self, *args: Any, **options: Any) -> None:
             clock.report()
 
-    model, tokenizer = llava(folder)
+    model, tokenizer = build_llava(folder)
     arguments = TrainingArguments(
         output_dir=str(folder / "out"),
         max_steps=250,
@@ -183,11 +183,11 @@ def trainer(folder: Path, clock: Clock) -> None:
         remove_unused_columns=False,
     )
     records = json.loads((folder / "digit_train.json").read_text())
-    batches = collator(folder, tokenizer, model.config.image_seq_length)
+    batches = picture_collator(folder, tokenizer, model.config.image_seq_length)
     Trainer(model=model, args=arguments, train_dataset=records, data_collator=batches, callbacks=[Stop()]).train()
 
 
-def run(options: argparse.Namespace) -> None:
+def compare(options: argparse.Namespace) -> None:
     """Write the demo's parts, measure, print one line per phase and the ratio."""
     from tools.make_demo import make
 
@@ -197,7 +197,7 @@ def run(options: argparse.Namespace) -> None:
         found: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
         for _ in range(options.times):
             for case in CASES:
-                found[case].append(start(case, folder))
+                found[case].append(start_process(case, folder))
     medians = {case: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for case, rows in found.items()}
     for key, what in PHASES.items():
         print(f"ours: {what:<75}{medians['ours'][key]:>7.2f}")
@@ -214,8 +214,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.child:
-        return child(options.child, options.folder)
-    return run_command("bench_start", lambda: run(options))
+        return run_case(options.child, options.folder)
+    return run_command("bench_start", lambda: compare(options))
 
 
 if __name__ == "__main__":

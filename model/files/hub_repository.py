@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Repository:
-    """What the hub said of an id: the commit that all its files are read at, and their names. Neither without the hub."""
+    """Answer of the hub about an id: the commit that all its files are read at, and their names. Neither without the hub."""
 
     commit: str | None = None
     files: frozenset[str] | None = None
@@ -77,12 +77,12 @@ def _is_cached(name: str, cache_dir: str) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
-def known() -> Json:
+def known_look_ups() -> Json:
     """Return everything that was looked up, as JSON."""
     return {key: [at.commit, None if at.files is None else sorted(at.files), at.unreachable] for key, at in _looked_up.items()}
 
 
-def adopt(found: Json) -> None:
+def adopt_look_ups(found: Json) -> None:
     """Take what another rank has looked up: all ranks read the same commit, and none asks again."""
     for key, (commit, files, unreachable) in found.items():
         _looked_up[key] = Repository(commit, None if files is None else frozenset(files), unreachable)

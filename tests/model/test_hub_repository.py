@@ -117,7 +117,7 @@ def test_rank_0_asks_for_all_ranks(parts: Path, cache: Path, asked: list[Any], m
     config = config_of(parts, model={"llm": {"path": "org/name"}, "cache_dir": str(cache)})
     assert list(hub_ids(config)) == [("model.llm.path", "org/name")]
     share_look_ups([config], World(0, 0, 1, None))  # type: ignore[arg-type]
-    told = {"known": hub_repository.known()}
+    told = {"known": hub_repository.known_look_ups()}
     monkeypatch.setattr(hub_repository, "_looked_up", {})
     share_look_ups([config], Follower(told))  # type: ignore[arg-type]
     assert find_file("model.llm.path", "org/name", "config.json", str(cache)) is not None

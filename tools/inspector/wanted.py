@@ -1,4 +1,4 @@
-"""What a user of the inspector asks for. A module of its own: the command line knows it before anything is opened."""
+"""The selection that a user of the inspector asks for. A module of its own: the command line knows it before anything is opened."""
 
 from __future__ import annotations
 

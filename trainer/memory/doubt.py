@@ -27,7 +27,7 @@ NUMBER = 4  # bytes, whatever the type that is computed in
 
 
 class RankBound(TypedDict):
-    """What one rank takes at most beside what it holds already, and what is free there, in bytes."""
+    """Bytes that one rank takes at most beside what it holds already, and what is free there."""
 
     bound: int
     free: int

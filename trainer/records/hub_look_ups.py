@@ -7,7 +7,7 @@ from pathlib import Path
 
 from model.errors import ConfigError
 from model.files.hub import HUB_ID, split_revision
-from model.files.hub_repository import adopt, known, look_up
+from model.files.hub_repository import adopt_look_ups, known_look_ups, look_up
 from trainer.config import RunConfig
 from trainer.distributed.world import World
 
@@ -20,13 +20,13 @@ def share_look_ups(configs: Iterable[RunConfig], world: World) -> None:
             for config in configs:
                 for setting, path in hub_ids(config):
                     look_up(setting, *split_revision(path), config.model.cache_dir)
-            answer = {"known": known()}
+            answer = {"known": known_look_ups()}
         except ConfigError as error:
             answer = {"error": str(error)}
     found = world.broadcast_json(answer)
     if "error" in found:
         raise ConfigError(found["error"])
-    adopt(found["known"])
+    adopt_look_ups(found["known"])
 
 
 def hub_ids(config: RunConfig) -> Iterator[tuple[str, str]]:

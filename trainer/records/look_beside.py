@@ -20,7 +20,7 @@ PATIENCE = 2.0
 POLL_SECONDS = 0.1
 WAIT_SECONDS = MAX_SECONDS + 5.0
 """Longest wait of a rank that has failed, for the answer of rank 0."""
-KEY = "answer"
+ANSWER_KEY = "answer"
 _numbers = itertools.count()
 
 
@@ -46,7 +46,7 @@ class LookBeside:
             self._failure = error
         self._ended_at = time.monotonic()
         if self._channel is not None:
-            self._channel.set(KEY, json.dumps(self.answer))
+            self._channel.set(ANSWER_KEY, json.dumps(self.answer))
 
     def _note(self, at: str) -> None:
         # Not the tracker's own report: the main thread marks its phases meanwhile, and one of the two would be lost.
@@ -73,8 +73,8 @@ class LookBeside:
             raise_error(self.answer)
         elif self._channel is not None:
             with suppress(RuntimeError):  # no answer in time: rank 0 has ended, or is stuck, which the watchdog tells
-                self._channel.wait([KEY], timedelta(seconds=WAIT_SECONDS))
-                self.answer = json.loads(self._channel.get(KEY))
+                self._channel.wait([ANSWER_KEY], timedelta(seconds=WAIT_SECONDS))
+                self.answer = json.loads(self._channel.get(ANSWER_KEY))
             raise_error(self.answer)
 
     def finish(self, on_progress: Callable[[str], object]) -> list[str]:

@@ -105,7 +105,7 @@ def quick_check(
 
 
 class Answer(TypedDict, total=False):
-    """What the check found: lines for people, and why the run cannot start."""
+    """Result of the check: lines for people, and why the run cannot start."""
 
     said: list[str]
     error: list[str]
