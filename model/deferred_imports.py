@@ -15,7 +15,7 @@ from importlib import import_module  # only of the names in DEFERRED
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import cast
 
 Function = Callable[..., object]
 COMPILER = "torch._dynamo"
@@ -122,17 +122,19 @@ class _Compiler(ModuleType):
                 getattr(compiler, name)(function)
         return sys.modules[COMPILER]
 
-    def disable(self, fn: Function | None = None, recursive: bool = True, **options: Any) -> Function:
+    def disable(
+        self, fn: Function | None = None, recursive: bool = True, *, reason: str | None = None, wrapping: bool = True
+    ) -> Function:
         """Return `fn` as torch's own `disable` does, which is asked for once the compiler is there."""
         if fn is None:
-            return cast(Function, partial(self.disable, recursive=recursive, **options))
+            return cast(Function, partial(self.disable, recursive=recursive, reason=reason, wrapping=wrapping))
         disabled: list[Function] = []
 
         def call(*args: object, **kwargs: object) -> object:
             if sys.modules.get(COMPILER) is self:
                 return fn(*args, **kwargs)  # nothing is compiled
             if not disabled:
-                disabled.append(getattr(sys.modules[COMPILER], "disable")(fn, recursive, **options))  # noqa: B009
+                disabled.append(getattr(sys.modules[COMPILER], "disable")(fn, recursive, reason=reason, wrapping=wrapping))  # noqa: B009
             return disabled[0](*args, **kwargs)
 
         return wraps(fn)(call)
@@ -165,7 +167,7 @@ MARKS = ("allow_in_graph", "assume_constant_result", "disallow_in_graph")
 
 
 def import_transformers() -> None:
-    """Import transformers' model classes without the modules in DEFERRED. Does nothing where they have been imported already.
+    """Import transformers' model classes without the modules in DEFERRED, unless they have been imported already.
 
     For the first lines of a command: who imports a model class before, or this module alone, gets transformers as it is.
     """
