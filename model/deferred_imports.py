@@ -211,7 +211,7 @@ def _stand_ins() -> Iterator[None]:
 
 @contextmanager
 def _models_listed_once() -> Iterator[None]:
-    """Have `transformers.models` take the list of its classes from `transformers`, which has read its 1,600 files already."""
+    """Give `transformers.models` the list of its classes that `transformers` has already made out of its 1,600 files."""
     from transformers.utils import import_utils
 
     listed = import_utils.define_import_structure
