@@ -114,7 +114,7 @@ class _Compiler(ModuleType):
         return function
 
     def _imported(self) -> ModuleType:
-        """Import the compiler in the place of this module, and give it the functions that were marked."""
+        """Load the compiler in the place of this module, and give it the functions that were marked."""
         if sys.modules.get(COMPILER) is self:
             del sys.modules[COMPILER]
             compiler = import_module(COMPILER)
@@ -167,7 +167,7 @@ MARKS = ("allow_in_graph", "assume_constant_result", "disallow_in_graph")
 
 
 def import_transformers() -> None:
-    """Import transformers' model classes without the modules in DEFERRED, unless they have been imported already.
+    """Load transformers' model classes without the modules in DEFERRED, unless they have been imported already.
 
     For the first lines of a command: who imports a model class before, or this module alone, gets transformers as it is.
     """
@@ -190,7 +190,7 @@ def import_transformers() -> None:
 
 
 def _import_model_classes() -> None:
-    """Import all that takes names of the modules in DEFERRED and that every model class imports."""
+    """Load all that takes names of the modules in DEFERRED and that every model class imports."""
     import transformers.generation.utils
     import transformers.masking_utils
     import transformers.modeling_utils  # noqa: F401
