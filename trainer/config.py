@@ -55,6 +55,8 @@ class TrainConfig:
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """How products of float32 matrices are computed on a GPU: highest in float32, high in TF32, medium in bfloat16; lower ones are
     several times as fast where dtype is float32."""
+    rehearsal: Literal["auto", "always"] = "auto"
+    """Whether the heaviest micro-batch is run before step 1: auto, only where its memory is in doubt; always."""
 
 
 @dataclass(frozen=True)

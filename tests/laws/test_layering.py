@@ -27,8 +27,8 @@ ORDER = {
     "tools": ("demos", "devicechecks", "exports", "inspector"),
 }
 """Sub-folders from the lowest up: each may import those before it. Files beside them may be imported by all, and import all."""
-EXTERNAL = {"torch", "transformers", "safetensors", "PIL", "numpy", "tqdm", "jinja2", "tokenizers"}
-"""What is always there; jinja2 comes with torch, tokenizers with transformers."""
+EXTERNAL = {"torch", "transformers", "safetensors", "PIL", "numpy", "tqdm", "jinja2", "tokenizers", "huggingface_hub"}
+"""What is always there; jinja2 comes with torch, tokenizers and huggingface_hub with transformers."""
 EXTRAS = {"av", "bitsandbytes", "matplotlib", "pyarrow", "sklearn", "peft"}
 """Imported where they are used, never with a module."""
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "base", "misc"}
