@@ -11,6 +11,7 @@ decoded at a fraction of its size, with the same geometry; the error is stated i
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -110,14 +111,20 @@ def _rows(squares: list[Image.Image], spec: ImageSpec, config: DataConfig) -> Te
     The processors multiply by spec.rescale in float64, then subtract the mean and divide by the std in float32. A byte has 256
     values, so one table per channel is enough.
     """
-    planes = [[np.asarray(plane) for plane in square.split()] for square in squares]
+    bytes_of = [np.asarray(square) for square in squares]  # (S, S, 3) each
     if config.image_decode == "fast":
-        return torch.from_numpy(np.array(planes))
+        return torch.from_numpy(np.ascontiguousarray(np.stack(bytes_of).transpose(0, 3, 1, 2)))
+    tables = _tables(spec)
+    pixels = np.empty((len(squares), 3, spec.size, spec.size), dtype=np.float32)
+    for row, square in enumerate(bytes_of):
+        for channel, table in enumerate(tables):
+            np.take(table, square[:, :, channel], out=pixels[row, channel], mode="clip")  # "raise" would copy `out` first
+    return torch.from_numpy(pixels)
+
+
+@lru_cache(maxsize=8)
+def _tables(spec: ImageSpec) -> np.ndarray:
+    """Return the pixel that each byte becomes in each channel, (3, 256) float32."""
     levels = (np.arange(256, dtype=np.float64) * spec.rescale).astype(np.float32)
     mean, std = np.array(spec.mean, dtype=np.float32), np.array(spec.std, dtype=np.float32)
-    tables = (levels - mean[:, None]) / std[:, None]
-    pixels = np.empty((len(squares), 3, spec.size, spec.size), dtype=np.float32)
-    for row, channels in enumerate(planes):
-        for channel, plane in enumerate(channels):
-            np.take(tables[channel], plane, out=pixels[row, channel], mode="clip")  # "raise" would copy `out` first
-    return torch.from_numpy(pixels)
+    return (levels - mean[:, None]) / std[:, None]
