@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -43,18 +42,20 @@ def media_by_kind(raw: Json, inline: list[MediaRef]) -> dict[str, list[MediaRef]
     named = {kind: _named(raw, kind) for kind in PLACEHOLDERS}
     if inline and (twice := next((kind for kind, refs in named.items() if refs), None)):
         raise FieldError(twice, "media are named both by the record and by its content parts; keep one")
-    for kind, count in Counter(ref.kind for ref in inline).items():
-        _check_limit(kind, count, kind)
-    found = {kind: [ref for ref in inline if ref.kind == kind] for kind in PLACEHOLDERS} if inline else named
+    found = named
+    if inline:
+        found = {kind: [ref for ref in inline if ref.kind == kind] for kind in PLACEHOLDERS}
+        for kind, refs in found.items():
+            _check_limit(kind, len(refs), kind)
     images, videos, clips = found["image"], found["video"], found["audio"]
     folders = _sets(raw.get("set"), len(images), len(videos))
-    seen = [replace(ref, set=folder) for ref, folder in zip([*images, *videos], folders)]
+    seen = [replace(ref, set=folder) if folder else ref for ref, folder in zip([*images, *videos], folders)]
     spans = _spans(raw.get("video_range"), len(videos))
     states = _states(raw.get("audio_state"), len(clips))
     return {
         "image": seen[: len(images)],
-        "video": [replace(ref, span=span) for ref, span in zip(seen[len(images) :], spans)],
-        "audio": [replace(ref, label=state) for ref, state in zip(clips, states)],
+        "video": [replace(ref, span=span) if span else ref for ref, span in zip(seen[len(images) :], spans)],
+        "audio": [replace(ref, label=state) if state != IGNORE_INDEX else ref for ref, state in zip(clips, states)],
     }
 
 
