@@ -40,7 +40,7 @@ def remember_proof(template: Template, layout: TextLayout, answered: Rendering) 
 
 
 def begins_as_prompt(template: Template, encoded: Encoded, start: int) -> bool:
-    """Return whether the ids before `start`, where the last answer of a row with a proven layout begins, are those of its prompt."""
+    """Return whether the ids before `start`, where a row's last answer begins, are those of its prompt; its layout is proven."""
     rendering, ids = encoded.rendering, encoded.input_ids
     if rendering is None or rendering.layout is None:
         return False

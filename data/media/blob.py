@@ -77,11 +77,24 @@ class Blob:
         size = self.num_bytes()
         if size <= 3 * count:
             return self.tail(size)
-        places = (0, (size - count) // 2, size - count)
+        places = _places(size, count)
         if self.data is not None:
             return b"".join(self.data[at : at + count] for at in places)
         with open_regular(self.path) as file:
             return b"".join(os.pread(file.fileno(), count, self.start + at) for at in places)
+
+
+def sampled_bytes(stream: BinaryIO, size: int, count: int) -> bytes:
+    """Return what `Blob.sampled` returns, of an open file of `size` bytes."""
+    found = []
+    for at in _places(size, count) if size > 3 * count else (0,):
+        stream.seek(at)
+        found.append(stream.read(count if size > 3 * count else size))
+    return b"".join(found)
+
+
+def _places(size: int, count: int) -> tuple[int, int, int]:
+    return 0, (size - count) // 2, size - count
 
 
 def inline_blob(path: str) -> Blob | None:

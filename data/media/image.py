@@ -10,8 +10,11 @@ decoded at a fraction of its size, with the same geometry; the error is stated i
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -22,7 +25,7 @@ from data.config import DataConfig
 from data.media import image_decode as decode
 from data.media import image_truncation
 from data.media import tiling as tiles
-from data.media.blob import Blob, MediaError
+from data.media.blob import Blob, MediaError, sampled_bytes
 from data.media.image_decode import Picture, Size
 from data.media.image_fit import fitted_views, needed_size, resized_size, whole
 from data.records.record import MediaRef
@@ -37,12 +40,17 @@ def measure(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, num_
 
     Raises MediaError.
     """
+    return plan(lambda: size(blob, spec, config), spec, config, num_media)
+
+
+def plan(size: Callable[[], Size], spec: ImageSpec, config: DataConfig, num_media: int) -> MediaMeta:
+    """Return the rows of a picture; its size is asked for only where it decides them."""
     if config.image_fit == "anyres" and num_media == 1:
-        return tiles.plan_anyres(size(blob, spec, config), spec.size, config)
+        return tiles.plan_anyres(size(), spec.size, config)
     if config.image_fit != "tiles":
         return MediaMeta()
     max_tiles = tiles.budget(config.max_tiles, num_media)
-    return tiles.plan_tiles(size(blob, spec, config), spec.size, config.min_tiles, max_tiles, config.thumbnail)
+    return tiles.plan_tiles(size(), spec.size, config.min_tiles, max_tiles, config.thumbnail)
 
 
 def load(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, meta: MediaMeta) -> Tensor:
@@ -87,9 +95,30 @@ def check_file(blob: Blob) -> None:
     A BMP that is cut short passes: only decoding finds it.
     """
     with decode.open_picture(blob) as (stream, picture):
-        find_missing = image_truncation.MISSING.get(str(picture.format))
-        if find_missing and (missing := find_missing(stream, blob.num_bytes())):
-            raise MediaError(f"{blob.name!r} is cut short or damaged: {missing}")
+        _check_end(blob.name, stream, picture, blob.num_bytes())
+
+
+def _check_end(name: str, stream: BinaryIO, picture: Image.Image, num_bytes: int) -> None:
+    find_missing = image_truncation.MISSING.get(str(picture.format))
+    if find_missing and (missing := find_missing(stream, num_bytes)):
+        raise MediaError(f"{name!r} is cut short or damaged: {missing}")
+
+
+class PictureFile:
+    """All that one look into a picture's file tells, as `size` and `check_file` tell it; nothing is decoded."""
+
+    def __init__(self, blob: Blob, spec: ImageSpec, config: DataConfig, sampled: int) -> None:
+        """Look into the file. Raises MediaError for sizes that `load` refuses and for what is no picture."""
+        self.fault = ""  # why it is not whole
+        with decode.open_picture(blob) as (stream, picture):
+            judge(blob.name, picture.size, spec, config)
+            self.size = decode.upright_size(picture, stream)
+            self.num_bytes = stream.seek(0, os.SEEK_END)
+            self.sampled = sampled_bytes(stream, self.num_bytes, sampled)
+            try:
+                _check_end(blob.name, stream, picture, self.num_bytes)
+            except MediaError as error:
+                self.fault = str(error)
 
 
 def judge(name: str, size: Size, spec: ImageSpec, config: DataConfig) -> None:

@@ -70,7 +70,12 @@ def header_size(blob: Blob, judge: Callable[[Size], None]) -> Size:
     """Return the size of the upright picture, by its header alone. Raises MediaError, also if `judge` refuses the size."""
     with open_picture(blob) as (stream, picture):
         judge(picture.size)
-        return _upright(picture.size, _orientation(picture, stream))
+        return upright_size(picture, stream)
+
+
+def upright_size(picture: Image.Image, stream: BinaryIO) -> Size:
+    """Return the size of an open picture, turned upright, by its header."""
+    return _upright(picture.size, _orientation(picture, stream))
 
 
 def decode(blob: Blob, judge: Callable[[Size], None], needed: Callable[[Size], Size] | None = None) -> Picture:

@@ -49,18 +49,13 @@ class RecordMedia:
 
     def measure(self, ref: MediaRef) -> MediaMeta:
         """Measure a medium by its header, or by decoding it where the header is not enough."""
-        with self._named(ref):
-            return READERS[ref.kind].measure(self.blob(ref), ref, self.specs[ref.modality], self.config, self._counts[ref.kind])
+        with self.named(ref):
+            return READERS[ref.kind].measure(self.blob(ref), ref, self.specs[ref.modality], self.config, self.counts[ref.kind])
 
     def load(self, ref: MediaRef, meta: MediaMeta) -> Tensor:
         """Decode a medium that was measured as `meta` to encoder rows (n, ...)."""
-        with self._named(ref):
+        with self.named(ref):
             return READERS[ref.kind].load(self.blob(ref), ref, self.specs[ref.modality], self.config, meta)
-
-    def check(self, ref: MediaRef) -> None:
-        """Raise `RecordError` if the file is missing, of a foreign format or cut short; nothing is decoded."""
-        with self._named(ref):
-            READERS[ref.kind].check(self.blob(ref))
 
     @cached_property
     def blob(self) -> Callable[[MediaRef], Blob]:
@@ -68,12 +63,13 @@ class RecordMedia:
         return cache(self.locate)
 
     @cached_property
-    def _counts(self) -> Counter[str]:
+    def counts(self) -> Counter[str]:
         """Count the media of each kind in the record."""
         return Counter([ref.kind for ref in self.record.media])
 
     @contextmanager
-    def _named(self, ref: MediaRef) -> Iterator[None]:
+    def named(self, ref: MediaRef) -> Iterator[None]:
+        """Raise what is wrong with a medium inside the context as `RecordError`, with the record's place."""
         try:
             yield
         except MediaError as error:

@@ -11,7 +11,6 @@ from data.text.layouts import Rendering
 from data.text.tokens import Tokens
 from model.media_spec import READ_BY
 
-
 _MODALITIES = sorted(set(READ_BY.values()))
 
 
@@ -24,7 +23,7 @@ class Encoded:
     round_ends: list[int]  # number of ids up to and including round k, a user's turn and all turns that answer it
     num_rounds: int = 0  # rounds of the record; more than `round_ends` holds where the last ones cannot fit and were not tokenised
     removed: int = 0  # answers that the template shortens: it leaves out the thoughts before the last question
-    rendering: Rendering | None = field(default=None, repr=False, compare=False)  # of the ids, and of a round that stands in for others
+    rendering: Rendering | None = field(default=None, repr=False, compare=False)  # with a short round where rounds were left out
 
 
 @dataclass(frozen=True)
