@@ -95,6 +95,9 @@ def measure_encoded(
 
     Raises `TooLongError` as it does.
     """
+    length = len(encoded.input_ids) + sum(counts) - len(counts)
+    if length <= max_length and len(encoded.round_ends) >= encoded.num_rounds:  # all of it fits
+        return Measured(length, sum(encoded.supervised[1:]), sum(counts), length, encoded.removed)
     ids = np.array(encoded.input_ids, dtype=np.int64)
     is_medium = _is_medium(ids, placeholder_ids)
     widths = np.ones(len(ids), dtype=np.int64)

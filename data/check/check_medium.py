@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
-from functools import cache
 
 from data.check.picture_hash import picture_hash
 from data.dataset import MultimodalDataset, root_of
@@ -74,12 +73,17 @@ class MediumCheck:
     def _image(self, blob: Blob, spec: ImageSpec) -> int:
         """Measure and check a picture; return the key of its content."""
         config = self._media.config
-        look = cache(lambda: image.PictureFile(blob, spec, config, _SAMPLED))
-        self.meta = image.plan(lambda: look().size, spec, config, self._media.counts["image"])
-        if fault := look().fault:
-            raise MediaError(fault)
-        self._size = look().size
-        return hash_key(look().num_bytes.to_bytes(8, "little") + look().sampled)
+        found: list[image.PictureFile] = []
+
+        def size() -> tuple[int, int]:
+            found.append(image.PictureFile(blob, spec, config, _SAMPLED))
+            return found[0].size
+
+        self.meta = image.plan(size, spec, config, self._media.counts["image"])
+        self._size = found[0].size if found else size()
+        if found[0].fault:
+            raise MediaError(found[0].fault)
+        return hash_key(found[0].num_bytes.to_bytes(8, "little") + found[0].sampled)
 
     def _sound(self, blob: Blob, spec: AudioSpec) -> int:
         """Measure and check a clip; return the key of its content."""

@@ -149,6 +149,9 @@ def _text_key(record: Record) -> int:
 
 def _words_key(record: Record) -> int:
     """Hash the words that a record says, without regard to case, spaces, punctuation and placeholders."""
-    texts = [(turn.role, turn.content + json.dumps(dict(turn.extra) or "", ensure_ascii=False)) for turn in record.turns]
+    texts = [
+        (turn.role, turn.content + json.dumps(dict(turn.extra), ensure_ascii=False) if turn.extra else turn.content)
+        for turn in record.turns
+    ]
     texts += [("tools", json.dumps(tool, ensure_ascii=False)) for tool in record.tools]
     return hash_key(json.dumps([[role, _WORD.findall(without_placeholders(text).casefold())] for role, text in texts]).encode())

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -57,10 +57,15 @@ class RecordMedia:
         with self.named(ref):
             return READERS[ref.kind].load(self.blob(ref), ref, self.specs[ref.modality], self.config, meta)
 
+    def blob(self, ref: MediaRef) -> Blob:
+        """Locate a medium, once for all that is done with it. May raise MediaError."""
+        if (found := self._blobs.get(ref)) is None:
+            found = self._blobs[ref] = self.locate(ref)
+        return found
+
     @cached_property
-    def blob(self) -> Callable[[MediaRef], Blob]:
-        """Locate a medium once for all that is done with it. May raise MediaError."""
-        return cache(self.locate)
+    def _blobs(self) -> dict[MediaRef, Blob]:
+        return {}
 
     @cached_property
     def counts(self) -> Counter[str]:
