@@ -1,4 +1,4 @@
-"""A check does each thing once per record, and finds by what it remembers of a layout all that it finds by proving each row anew."""
+"""A check does each thing once per record, and finds by what it remembers of a layout all that it finds by proving it anew."""
 
 from __future__ import annotations
 
