@@ -23,6 +23,7 @@ from model.errors import ConfigError
 from model.llm.causal_lm import blocks, head_weight
 from model.multimodal import ENCODERS, MultimodalLM
 from trainer.config import ParallelConfig
+from trainer.distributed.integer_shards import integers_without_gradient
 from trainer.distributed.world import World
 
 KEPT_OPERATORS = {
@@ -84,6 +85,7 @@ def check_sharing(config: ParallelConfig, num_ranks: int) -> None:
     )
 
 
+@integers_without_gradient()
 def shard(model: MultimodalLM, config: ParallelConfig, world: World) -> None:
     """Shard a model that is still on meta with FSDP2 (ZeRO-3): every block is a unit, then every tower, then the rest.
 
