@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import itertools
 import time
@@ -47,7 +46,8 @@ def row(rate: int, seconds: int, rounds: int) -> str:
     line = f"| {rate}, {seconds} | {ours:.1f} |"
     if importlib.util.find_spec("soxr") is None:
         return f"{line} not installed | | {wrong:.1e} | |"
-    soxr = importlib.import_module("soxr")
+    import soxr
+
     theirs = cpu_ms(lambda: soxr.resample(samples, rate, NEW_RATE), rounds)
     other = error(soxr.resample(samples, rate, NEW_RATE))
     return f"{line} {theirs:.1f} | {ours / theirs:.2f} | {wrong:.1e} | {other:.1e} |"

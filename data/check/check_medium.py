@@ -79,7 +79,7 @@ class MediumCheck:
             found.append(image.PictureFile(blob, spec, config, _SAMPLED))
             return found[0].size
 
-        self.meta = image.plan(size, spec, config, self._media.counts["image"])
+        self.meta = image.picture_meta(size, spec, config, self._media.counts["image"])
         self._size = found[0].size if found else size()
         if found[0].fault:
             raise MediaError(found[0].fault)
@@ -88,7 +88,7 @@ class MediumCheck:
     def _sound(self, blob: Blob, spec: AudioSpec) -> int:
         """Measure and check a clip; return the key of its content."""
         length = sound_length(blob, self._media.config.max_seconds)
-        self.meta = audio.plan(blob.name, length, spec)
+        self.meta = audio.clip_meta(blob.name, length, spec)
         self._unsized = length.is_open
         return _content_key(blob)
 

@@ -33,10 +33,10 @@ def measure(blob: Blob, ref: MediaRef, spec: AudioSpec, config: DataConfig, num_
 
     Raises MediaError, also for a clip that is too short for one token.
     """
-    return plan(blob.name, sound_length(blob, config.max_seconds), spec)
+    return clip_meta(blob.name, sound_length(blob, config.max_seconds), spec)
 
 
-def plan(name: str, length: Length, spec: AudioSpec) -> MediaMeta:
+def clip_meta(name: str, length: Length, spec: AudioSpec) -> MediaMeta:
     """Return the mel frames of a clip of a known length. Raises MediaError for one that is too short for a token."""
     frames = num_frames(resampled_length(length.num_samples, length.rate, spec.sampling_rate), spec)
     if frames < (least := least_frames(spec)):

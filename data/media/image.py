@@ -40,10 +40,10 @@ def measure(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, num_
 
     Raises MediaError.
     """
-    return plan(lambda: size(blob, spec, config), spec, config, num_media)
+    return picture_meta(lambda: size(blob, spec, config), spec, config, num_media)
 
 
-def plan(size: Callable[[], Size], spec: ImageSpec, config: DataConfig, num_media: int) -> MediaMeta:
+def picture_meta(size: Callable[[], Size], spec: ImageSpec, config: DataConfig, num_media: int) -> MediaMeta:
     """Return the rows of a picture; its size is asked for only where it decides them."""
     if config.image_fit == "anyres" and num_media == 1:
         return tiles.plan_anyres(size(), spec.size, config)
