@@ -43,6 +43,7 @@ class MultimodalLM(nn.Module):
         self.routers: RouterTap | None = None
         self.stop_ids: tuple[int, ...] = ()
         self.pad_id = 0
+        self.compute_device: torch.device | None = None  # where weights are kept elsewhere than they are computed with
 
     @property
     def other_terms(self) -> dict[str, LossTerm]:
@@ -136,7 +137,7 @@ class MultimodalLM(nn.Module):
         return Media(torch.zeros(1, *row_shape(self.specs[modality]), device=device), none, none)
 
     def _device(self) -> torch.device:
-        return next(self.llm.parameters()).device
+        return self.compute_device or next(self.llm.parameters()).device
 
     def train(self, mode: bool = True) -> MultimodalLM:
         """Set training mode for trainable parts; frozen parts stay in eval mode, whatever `mode` is."""

@@ -2,8 +2,8 @@
 
 Parameters, gradients and the optimizer are exact; activations are simulated: the heaviest micro-batch of the epoch goes through the
 real model without values. The tool reads JSON files, the tokenizer, the index of the data and the records of that micro-batch; with
---no-data, samples of data.max_length tokens replace them. The last line of stdout is JSON. Exit code 0: the plan is made, and its
-"fits" says whether the run fits as configured; 2: the run file is wrong.
+--no-data, samples of data.max_length tokens replace them. The last line of stdout is JSON. Exit code 0: the run fits as configured,
+or the memory is not known; 69: it does not fit; 2: the run file is wrong.
 """
 
 from __future__ import annotations
@@ -13,12 +13,17 @@ import json
 import math
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from model.build import assemble
+from model.card import ModelCard
 from model.errors import ConfigError
+from model.published.table import find_layout
+from model.weights.peft_adapter import local_adapter, read_adapter
 from tools.cli import command_parser, printable_lines, run_command
-from tools.plan_table import as_json, report_lines
+from tools.plan_table import as_json, exact_size, report_lines
 from trainer.distributed.parallelize import check_sharing
 from trainer.distributed.world import World
 from trainer.machine.memory_info import total_memory
@@ -28,6 +33,12 @@ from trainer.runfile.load import load_config
 from trainer.runfile.stages import stage_for_reading
 from trainer.runfile.toml_files import without_dashes
 from trainer.setup import resolve_config
+
+
+class NotFitting(Exception):
+    """A run that does not fit as configured."""
+
+    exit_code = 69
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -43,11 +54,26 @@ def plan(options: argparse.Namespace) -> None:
     if options.no_data:
         config = replace(config, data=replace(config.data, sources=(), validation=()))
     data = open_data(config, alone, stage=replace(stage, config=config))
+    check_adapter(data.card)
     sharing = options.ranks if device.type == "cpu" else 1  # processes of one machine; a GPU is its rank's alone
     memory = options.memory * GIB if options.memory else total_memory(device) / sharing
-    found = plan_run(config, data, options.ranks, memory)
+    found = plan_run(config, data, options.ranks, memory, on_host=device.type == "cpu")
     print(printable_lines("\n".join(report_lines(found))))
-    print(json.dumps(as_json(found)))
+    print(json.dumps(as_json(found)), flush=True)
+    if found.fits is False:
+        raise NotFitting(f"the run does not fit in {exact_size(memory)} per rank as it is configured")
+
+
+def check_adapter(card: ModelCard) -> None:
+    """Check the names and shapes of the adapter that lora.path names, if it is there yet; no value is read.
+
+    Raises `ConfigError` when it is damaged or does not belong to the model.
+    """
+    if card.lora.path and Path(card.lora.path).exists():
+        model = assemble(card, torch.float32)
+        inside = find_layout("model.llm.path", card.model.llm.path, card.model.cache_dir) is not None
+        parts = {name: model.get_submodule(name) for name in sorted(card.lora_parts)}
+        read_adapter(local_adapter("lora.path", card.lora.path, card.model.cache_dir), card.lora, parts, inside)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from model.config import ModelConfig
 from model.files.sharding import is_first_copy
 from model.multimodal import MultimodalLM
 from trainer.config import OptimConfig
+from trainer.sharded_adamw import ShardedAdamW
 
 
 def learning_rates(model: ModelConfig, optim: OptimConfig) -> dict[str, float]:
@@ -40,7 +41,7 @@ def build_optimizer(model: MultimodalLM, config: ModelConfig, optim: OptimConfig
             if chosen:
                 groups.append({"params": chosen, "name": f"{part}/{kind}", "lr": lr, "peak_lr": lr, "weight_decay": decay})
     check_groups(model, groups)
-    return torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps, fused=True)
+    return ShardedAdamW(groups, betas=optim.betas, eps=optim.eps, fused=True)
 
 
 def check_groups(model: nn.Module, groups: list[dict]) -> None:
@@ -56,6 +57,7 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, multiplier: float) -> N
         group["lr"] = group["peak_lr"] * multiplier
 
 
+@torch.no_grad()  # with gradients, taking the local rows of a DTensor is an operator of autograd's
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
     """Return the gradient norm over all ranks (), identical on each, and the norms of this rank's own gradients (parameters,).
 

@@ -29,14 +29,14 @@ from trainer.report import describe_run
 from trainer.runfile.schema import to_tables
 from trainer.runfile.stages import Stage, check_stages, describe_stages, list_stages
 from trainer.runfile.toml_files import to_toml
-from trainer.setup import PreparedRun, build_run, make_deterministic, resolve_config
+from trainer.setup import PreparedRun, build_run, resolve_config, set_arithmetic
 from trainer.state import CheckpointState
 
 
 def train(root: RunConfig, world: World, status: exit_report.RunStatus) -> None:
     """Train every stage that is left of a run, one after the other; most runs are one stage. Collective."""
     check_limit(root.data)  # first: too few file handles would otherwise look like a missing file
-    make_deterministic(root)
+    set_arithmetic(root)
     checkpoint, notes = find_resume_point(root, world)
     stages = [replace(stage, config=resolve_config(stage.config, world)) for stage in list_stages(root)]
     check_stages(stages)

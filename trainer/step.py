@@ -77,6 +77,8 @@ def train_step(
     mark("update")
     norm, norms = gradient_norm(p for group in optimizer.param_groups for p in group["params"])  # collective if sharded
     skipped = clipped_update(optimizer, norm, options.clip_norm)
+    # With parallel.cpu_offload gradients are on the host, and so is what was found of them.
+    norm, skipped = (found.to(world.device, non_blocking=True) for found in (norm, skipped))
     return StepResult(addends, norm, skipped, ratios, torch.stack(losses), norms, extra_sums)
 
 

@@ -96,12 +96,21 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
+@dataclass(frozen=True)
+class Devices:
+    """Where the tensors of a model are kept."""
+
+    trained: torch.device
+    frozen: torch.device
+    buffers: torch.device
+
+
 def materialise(
     model: nn.Module,
     layers: list[Layer],
     *,
     frozen_dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device | Devices,
     on_progress: Callable[[str], object] = lambda name: None,
 ) -> None:
     """Give every parameter its value and its device: trainable ones in float32, frozen ones in `frozen_dtype`.
@@ -111,18 +120,20 @@ def materialise(
     shape.
     """
     values: dict[str, Tensor] = {}
+    on = device if isinstance(device, Devices) else Devices(device, device, device)
     for owner, names, rows in find_values(model, layers):
         on_progress(names[0])
         if isinstance(owner, Quantised):
-            values |= _packed(owner, names[0], rows, device)
+            values |= _packed(owner, names[0], rows, on.frozen)
             continue
-        value = nn.Parameter(_local(owner, rows, frozen_dtype, device), requires_grad=owner.requires_grad)
+        here = on.trained if owner.requires_grad else on.frozen
+        value = nn.Parameter(_local(owner, rows, frozen_dtype, here), requires_grad=owner.requires_grad)
         values.update(dict.fromkeys(names, value))  # tied parameters stay tied
     model.load_state_dict(values, strict=False, assign=True)
     _load_buffers(model, layers)
     for module in model.modules():
         for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to(device)
+            module._buffers[name] = None if buffer is None else buffer.to(on.buffers)
 
 
 Owner = nn.Parameter | Quantised

@@ -23,7 +23,7 @@ DATA_MAY_IMPORT = {"model.batch", "model.media_spec", "model.errors", "model.fil
 ORDER = {
     "model": ("files", "published", "audio", "llm", "vision", "weights", "exports"),
     "data": ("order", "records", "media", "text", "index", "check"),
-    "trainer": ("runfile", "distributed", "machine", "health", "records", "checkpoint", "faults", "memory"),
+    "trainer": ("runfile", "distributed", "machine", "health", "records", "checkpoint", "faults", "memory", "trial"),
     "tools": ("demos", "devicechecks", "exports", "inspector"),
 }
 """Sub-folders from the lowest up: each may import those before it. Files beside them may be imported by all, and import all."""

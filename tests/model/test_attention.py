@@ -33,7 +33,8 @@ from tests.support.tiny import LLMS, save_llm, save_tower
 from tests.support.trainable import ALONE
 from tools.bench_step import Counter, hidden_syncs
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.distributed.parallelize import checkpoint_activations, gradient_sync, replicate, shard
+from trainer.distributed.parallelize import checkpoint_activations, gradient_sync, replicate
+from trainer.distributed.shards import shard
 from trainer.distributed.world import World
 from trainer.isolation import prove_isolation
 from trainer.optim import build_optimizer
@@ -104,7 +105,7 @@ def step_on_ranks(world: World, folder: Path, strategy: str, recompute: bool, tu
     if recompute:
         checkpoint_activations(model)
     if strategy == "fsdp":
-        shard(model, ParallelConfig(), world)
+        shard(model, ParallelConfig(unit_mib=0), world)
     materialise(model, weight_layers(card, model, 7), frozen_dtype=torch.float32, device=world.device)
     wrapped = model if strategy == "fsdp" else replicate(model, world)
     model.train()

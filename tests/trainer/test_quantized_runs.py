@@ -28,7 +28,7 @@ from tests.support.resume import cut, weights
 from tests.support.runs import start, start_alone
 from trainer.config import ParallelConfig
 from trainer.distributed.integer_shards import integers_without_gradient
-from trainer.distributed.parallelize import shard
+from trainer.distributed.shards import shard
 from trainer.distributed.world import World
 
 LONG = pytest.mark.long
@@ -85,7 +85,7 @@ def stored_by(world: World, folder: Path, quantize: QuantizeConfig) -> tuple[int
     card = make_card(config_of(folder, "lora"), LoraConfig(rank=2), VocabularyLayout(), quantize=quantize)
     model = assemble(card, torch.bfloat16)
     if world.size > 1:
-        shard(model, ParallelConfig(), world)
+        shard(model, ParallelConfig(unit_mib=0), world)
     materialise(model, weight_layers(card, model, 7), frozen_dtype=model.dtype, device=world.device)
     layers = list(quantised(model))
     tensors = {f"{path}.{kind}": getattr(layer, kind) for path, layer in layers for kind in ("codes", "scales")}

@@ -178,7 +178,9 @@ class Listener:
         # Only rank 0 holds the folder lock: before the ranks have met, the folder may belong to another run.
         knows = self.rank == 0 or self.status.has_met
         end = exit_report.RunEnd(errors.STOPPED, f"{reason}; {last}", self.status.step, self.rank)
-        if knows and exit_report.record_exit(self.folder, end):
+        speaks = knows and exit_report.record_exit(self.folder, end)
+        exit_report.write_error_file(end, is_first=speaks)
+        if speaks:
             self._say(f"rank {self.rank} stopped at once: {reason}; {last}")
         os._exit(errors.STOPPED)
 
