@@ -23,7 +23,7 @@ def tones(rate: int, count: int) -> np.ndarray:
     return np.sum([np.sin(2 * np.pi * hertz * moments) for hertz in HERTZ], axis=0) / 4
 
 
-def cpu_ms(action: Callable[[], object], rounds: int) -> float:
+def least_cpu_ms(action: Callable[[], object], rounds: int) -> float:
     """Return the least CPU time of an action."""
     found = []
     for _ in range(rounds):
@@ -33,7 +33,7 @@ def cpu_ms(action: Callable[[], object], rounds: int) -> float:
     return 1000 * min(found)
 
 
-def error(made: np.ndarray) -> float:
+def largest_error(made: np.ndarray) -> float:
     """Return the largest difference from the tones themselves, in float64."""
     return float(np.abs(made - tones(NEW_RATE, len(made)))[_EDGE:-_EDGE].max())
 
@@ -42,14 +42,17 @@ def row(rate: int, seconds: int, rounds: int) -> str:
     """Return the line of the table for one rate and length."""
     samples = tones(rate, rate * seconds).astype(np.float32)
     wave = torch.from_numpy(samples)
-    ours, wrong = cpu_ms(lambda: resample(wave, rate, NEW_RATE), rounds), error(resample(wave, rate, NEW_RATE).numpy())
+    ours, wrong = (
+        least_cpu_ms(lambda: resample(wave, rate, NEW_RATE), rounds),
+        largest_error(resample(wave, rate, NEW_RATE).numpy()),
+    )
     line = f"| {rate}, {seconds} | {ours:.1f} |"
     if importlib.util.find_spec("soxr") is None:
         return f"{line} not installed | | {wrong:.1e} | |"
     import soxr
 
-    theirs = cpu_ms(lambda: soxr.resample(samples, rate, NEW_RATE), rounds)
-    other = error(soxr.resample(samples, rate, NEW_RATE))
+    theirs = least_cpu_ms(lambda: soxr.resample(samples, rate, NEW_RATE), rounds)
+    other = largest_error(soxr.resample(samples, rate, NEW_RATE))
     return f"{line} {theirs:.1f} | {ours / theirs:.2f} | {wrong:.1e} | {other:.1e} |"
 
 
