@@ -117,9 +117,9 @@ def _text(num: int, words: list[str], rng: np.random.Generator) -> str:
 def _record(i: int, words: list[str], rng: np.random.Generator) -> Json:
     """Return one record of the mix: 80 % show a picture and answer shortly or at length, 20 % are text with a long tail."""
     if rng.random() < 0.2:
-        num = int(np.clip(rng.lognormal(5.6, 0.9), 20, LONGEST))
+        num = int(np.clip(rng.lognormal(5.4, 0.72), 20, LONGEST))
         return _talk(f"t{i}", _text(20, words, rng), _text(num, words, rng))
-    num = int(rng.integers(2, 9)) if rng.random() < 0.5 else int(np.clip(rng.lognormal(4.9, 0.6), 30, 600))
+    num = int(rng.integers(2, 9)) if rng.random() < 0.5 else int(np.clip(rng.lognormal(5.2, 0.6), 30, 600))
     return _with_picture(f"p{i}", i % NUM_PICTURES, num, words, rng)
 
 
