@@ -14,7 +14,7 @@ from model.llm.interface import UNCHANGED, LogitChange
 LEAST_ROWS, MOST_ROWS = 128, 2048
 """Bounds of the supervised rows whose logits exist at one time."""
 PARTS = 8
-"""Parts in which the supervised rows are taken between the bounds, and a gradient of the head in bfloat16 is added up and rounded."""
+"""Parts in which supervised rows are taken, within the bounds, and in which a bfloat16 head's gradient is added up and rounded."""
 
 
 class Term(NamedTuple):

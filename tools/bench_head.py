@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,7 +137,7 @@ def measure(inputs: Inputs, device: str, rounds: int) -> dict[str, Cost]:
     for name, head in ways.items():
         mine, rows = inputs.run(head)
         errors = float((mine.double() - loss).abs() / loss), float((rows.double() - gradient).abs().max() / gradient.abs().max())
-        found[name] = Cost(statistics.median(seconds[name]), extra_bytes(lambda: inputs.run(head), device), *errors)
+        found[name] = Cost(statistics.median(seconds[name]), extra_bytes(partial(inputs.run, head), device), *errors)
     return found
 
 

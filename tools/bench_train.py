@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -57,6 +57,7 @@ def measure(bench: Bench, names: list[str]) -> dict[str, list[Found]]:
         for name in names:
             print(f"round {i + 1} of {bench.rounds}: {name}", file=sys.stderr, flush=True)
             found[name].append(_run(bench, name))
+            print(json.dumps(asdict(found[name][-1])), file=sys.stderr, flush=True)
     return found
 
 

@@ -1,4 +1,4 @@
-"""What all contenders of `tools.bench_train` train: records of unequal lengths, pictures, parts with random weights, and a run file."""
+"""What all contenders of `tools.bench_train` train: records of unequal lengths, pictures, untrained parts, and a run file."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SIZES = {
     "34m": _LARGE,
     "34m-short": replace(_LARGE, batch=4, is_short=True, num_records=64),
     "small": _SMALL,
-    "tiny": replace(_SMALL, llm=_square(2, 32, 64, 2), vision={**_square(2, 32, 64, 2), "image_size": 32, "patch_size": 8}),
+    "tiny": replace(_SMALL, llm=_square(2, 32, 64, 2), vision={**_SMALL.vision, **_square(2, 32, 64, 2)}, batch=4, num_records=64),
     "digits": replace(_SMALL, batch=32, micro_batch=32, num_records=1500, is_digits=True),
 }
 
@@ -85,7 +85,7 @@ def write_run(folder: Path, name: str, size: Size, steps: int, changes: Json) ->
             "dtype": changes.get("dtype", "float32"),
         },
         "data": {
-            "max_length": 512 if size.is_digits else MAX_LENGTH,
+            "max_length": 512 if size.is_digits else size.micro_tokens,
             "workers": 0,
             "order": "sequential",
             "packing": bool(changes.get("packing")),

@@ -1,4 +1,4 @@
-"""The other contenders of `tools.bench_train`: a bare loop, Hugging Face's Trainer and TRL's SFTTrainer around one model of transformers.
+"""The other contenders of `tools.bench_train`, around one model of transformers: a bare loop, Trainer and TRL's SFTTrainer.
 
 They read the same records with the library's own chat template, tokenizer and picture processor, and train all of
 LlavaForConditionalGeneration with fused AdamW, on batches padded to their longest sample.

@@ -1,4 +1,4 @@
-"""Puts everything a contender needs into one folder: the model as our parts and as a folder of transformers, and the steps' records."""
+"""Puts all that contenders need into one folder: the model as our parts and as a folder of transformers, and the steps' records."""
 
 from __future__ import annotations
 

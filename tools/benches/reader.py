@@ -40,7 +40,7 @@ class Reader(Dataset[dict[str, Any]]):
         name = self.records[i].get("image")
         if name is None:
             return None
-        with Image.open(self.images / name) as image:
+        with Image.open(self.images / name, formats=("JPEG", "PNG")) as image:
             return image.convert("RGB")
 
     def __getitem__(self, i: int) -> dict[str, Any]:
