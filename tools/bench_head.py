@@ -32,7 +32,7 @@ Head = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Cost(NamedTuple):
-    """What one way costs."""
+    """Cost and errors of one way."""
 
     seconds: float
     extra_bytes: int
@@ -122,7 +122,7 @@ def extra_bytes(action: Callable[[], object], device: str) -> int:
     return peak
 
 
-def measure(inputs: Inputs, device: str, rounds: int) -> dict[str, Cost]:
+def cost_of_ways(inputs: Inputs, device: str, rounds: int) -> dict[str, Cost]:
     """Return what every way costs on `inputs`; they take turns."""
     loss, gradient = exact(inputs)
     ways, seconds = heads(), {name: [] for name in heads()}  # type: dict[str, Head], dict[str, list[float]]
@@ -141,7 +141,7 @@ def measure(inputs: Inputs, device: str, rounds: int) -> dict[str, Cost]:
     return found
 
 
-def report(options: argparse.Namespace) -> None:
+def print_costs(options: argparse.Namespace) -> None:
     """Print one line per case and way."""
     print(f"{TOKENS:,} tokens, width {WIDTH}, {options.device}, one thread, {platform.machine()}, torch {torch.__version__}")
     print("| vocabulary | supervised | type | head | way | ms | extra MB | ours / it: time | bytes | loss error | gradient error |")
@@ -151,7 +151,7 @@ def report(options: argparse.Namespace) -> None:
             for dtype in (torch.float32, torch.bfloat16):
                 for tuned in (False, True):
                     inputs = make_inputs(vocab, int(TOKENS * share), dtype, tuned, options.device)
-                    found = measure(inputs, options.device, options.rounds)
+                    found = cost_of_ways(inputs, options.device, options.rounds)
                     case = f"| {vocab:,} | {share:.0%} | {str(dtype).removeprefix('torch.')} | {'tuned' if tuned else 'frozen'} "
                     for name, cost in found.items():
                         ratios = found["ours"].seconds / cost.seconds, found["ours"].extra_bytes / cost.extra_bytes
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     torch.set_num_threads(1)
-    report(parser.parse_args(argv))
+    print_costs(parser.parse_args(argv))
     return 0
 
 

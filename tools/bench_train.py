@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tools.benches.contender import CONTENDERS, GROUPED, RANDOM
-from tools.benches.meter import COMPUTE, DATA, UPDATE, Found
+from tools.benches.meter import COMPUTE, DATA, UPDATE, Figures
 from tools.cli import command_parser, run_command
 from trainer.errors import ProofError
 
@@ -40,7 +40,7 @@ NEEDS = {"trl": ("trl", "datasets"), "trainer": ("accelerate",)}
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured, and how often."""
+    """Settings of a measurement, and how often it is repeated."""
 
     folder: Path
     size: str
@@ -50,9 +50,9 @@ class Bench:
     device: str
 
 
-def measure(bench: Bench, names: list[str]) -> dict[str, list[Found]]:
+def take_turns(bench: Bench, names: list[str]) -> dict[str, list[Figures]]:
     """Return what every contender found, round after round; they take turns."""
-    found: dict[str, list[Found]] = {name: [] for name in names}
+    found: dict[str, list[Figures]] = {name: [] for name in names}
     for i in range(bench.rounds):
         for name in names:
             print(f"round {i + 1} of {bench.rounds}: {name}", file=sys.stderr, flush=True)
@@ -61,7 +61,7 @@ def measure(bench: Bench, names: list[str]) -> dict[str, list[Found]]:
     return found
 
 
-def _run(bench: Bench, name: str) -> Found:
+def _run(bench: Bench, name: str) -> Figures:
     """Run one contender in a process of its own. RuntimeError if it fails."""
     options = ["--steps", str(bench.steps), "--batch", str(bench.batch), "--device", bench.device]
     command = [sys.executable, "-m", "tools.benches.contender", name, str(bench.folder), *options]
@@ -69,7 +69,7 @@ def _run(bench: Bench, name: str) -> Found:
     done = subprocess.run(command, env={**os.environ, **threads}, text=True, capture_output=True)
     if done.returncode:
         raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
-    return Found(**json.loads(done.stdout.splitlines()[-1]))
+    return Figures(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def useful_tokens(bench: Bench, name: str) -> int:
@@ -78,7 +78,7 @@ def useful_tokens(bench: Bench, name: str) -> int:
     return sum(json.loads(text)[1 : bench.steps])
 
 
-def check_losses(bench: Bench, found: dict[str, list[Found]]) -> dict[str, float]:
+def check_losses(bench: Bench, found: dict[str, list[Figures]]) -> dict[str, float]:
     """Return, by order of the steps, the greatest relative difference of the loss of a step between contenders.
 
     Raises `ProofError` where it is more than rounding: the contenders did not do the same work.
@@ -95,7 +95,7 @@ def check_losses(bench: Bench, found: dict[str, list[Found]]) -> dict[str, float
     return differences
 
 
-def table(bench: Bench, found: dict[str, list[Found]]) -> list[str]:
+def table_lines(bench: Bench, found: dict[str, list[Figures]]) -> list[str]:
     """Return the lines of the table, one per contender; ratios are medians of the rounds' own ratios to the first contender."""
     steps, first = bench.steps - 1, next(iter(found))
     lines = [
@@ -124,7 +124,7 @@ def missing(name: str) -> list[str]:
     return [package for package in NEEDS.get(kind, ()) if find_spec(package) is None]
 
 
-def run(options: argparse.Namespace) -> None:
+def run_bench(options: argparse.Namespace) -> None:
     """Prepare the folder, measure, check and print."""
     from tools.benches.mix import SIZES
     from tools.benches.prepare import prepare
@@ -140,8 +140,8 @@ def run(options: argparse.Namespace) -> None:
             f"thread, {platform.machine()}, Python {platform.python_version()}; of a padded batch are useful: {shares[RANDOM]:.2f} "
             f"at random, {shares[GROUPED]:.2f} grouped by length"
         )
-        found = measure(bench, [name for name in names if not missing(name)])
-        print("\n".join(table(bench, found)))
+        found = take_turns(bench, [name for name in names if not missing(name)])
+        print("\n".join(table_lines(bench, found)))
         for name in names:
             if absent := missing(name):
                 print(f"| {name} | not installed: {', '.join(absent)} |")
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="contenders; the others are compared with the first")
     options = parser.parse_args(argv)
-    return run_command("bench_train", lambda: run(options))
+    return run_command("bench_train", lambda: run_bench(options))
 
 
 if __name__ == "__main__":

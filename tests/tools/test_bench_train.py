@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from tools import bench_train
-from tools.bench_train import Bench, check_losses, table, useful_tokens
+from tools.bench_train import Bench, check_losses, table_lines, useful_tokens
 from tools.benches.contender import CONTENDERS, RANDOM
-from tools.benches.meter import PHASES, Found, StepMeter
+from tools.benches.meter import PHASES, Figures, StepMeter
 from tools.benches.ours import run_ours
 from tools.benches.peers import Task, run_bare
 from tools.benches.prepare import prepare
@@ -53,8 +53,8 @@ def test_ours_packed_and_a_bare_loop_find_the_same_losses(folder: Path) -> None:
     assert set(ours._spent) == set(PHASES) and all(ours._spent[phase] > 0 for phase in PHASES)
 
 
-def found(rate: float, slots: int, loss: float) -> Found:
-    return Found(5.0, 100 / rate, 1.0, dict.fromkeys(PHASES, 0.1), 200.0 / rate, [slots, slots], [loss, loss])
+def found(rate: float, slots: int, loss: float) -> Figures:
+    return Figures(5.0, 100 / rate, 1.0, dict.fromkeys(PHASES, 0.1), 200.0 / rate, [slots, slots], [loss, loss])
 
 
 def test_the_table_and_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,7 +62,7 @@ def test_the_table_and_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[s
     bench = Bench(tmp_path, "tiny", 4, STEPS, 2, "cpu")
     runs = {"ours, packed": [found(4, 100, 2.0)] * 2, "Trainer": [found(2, 200, 2.0)] * 2}
     assert useful_tokens(bench, "Trainer") == 100
-    head, line, ours, trainer = ([cell.strip() for cell in row.strip("|").split("|")] for row in table(bench, runs))
+    head, line, ours, trainer = ([cell.strip() for cell in row.strip("|").split("|")] for row in table_lines(bench, runs))
     assert len(head) == len(line) == len(ours) == len(trainer) == 12
     assert ours[:6] == ["ours, packed", "4", "100", "1.00", "1.00", "50"]
     assert trainer[:8] == ["Trainer", "2", "100", "2.00", "0.50", "100", "0.50", "50.000"]

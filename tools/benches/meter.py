@@ -1,4 +1,4 @@
-"""What one contender's process measures of itself: CPU seconds by phase, peak memory, slots and losses of its steps."""
+"""Measures of one contender's process, by itself: CPU seconds by phase, peak memory, slots and losses of its steps."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ PHASES = (DATA, COMPUTE, UPDATE, REST)
 
 
 @dataclass
-class Found:
-    """What was measured. Phases, CPU and seconds are of the steps after the first."""
+class Figures:
+    """Measured figures. Phases, CPU and seconds are of the steps after the first."""
 
     start_cpu: float = 0.0  # CPU seconds from the start of the process to the end of step 1
     cpu: float = 0.0
@@ -34,7 +34,7 @@ class StepMeter:
     """Meter of a process that trains `steps` steps and then ends."""
 
     def __init__(self, steps: int) -> None:
-        self.steps, self.found = steps, Found()
+        self.steps, self.found = steps, Figures()
         self._spent = dict.fromkeys(PHASES, 0.0)
         self._phase, self._since, self._began = REST, time.process_time(), (0.0, 0.0)
         self._losses: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""What all contenders of `tools.bench_train` train: records of unequal lengths, pictures, untrained parts, and a run file."""
+"""Material of `tools.bench_train`: records of unequal lengths, pictures, untrained parts, and a run file."""
 
 from __future__ import annotations
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
+from model.batch import Batch
 from tools.benches.meter import COMPUTE, DATA, REST, UPDATE, StepMeter
 from trainer import loop
+from trainer.distributed.world import World
 from trainer.faults.phase_tracker import Beat, PhaseTracker
 from trainer.main import main
-from trainer.step import StepResult, train_step
+from trainer.step import StepOptions, StepResult, train_step
 
 PHASE_OF = {"data": DATA, "copy": COMPUTE, "count": COMPUTE, "forward": COMPUTE, "backward": COMPUTE, "update": UPDATE}
 
@@ -25,8 +28,8 @@ def run_ours(run_file: str, meter: StepMeter) -> None:
             meter.enter(PHASE_OF.get(beat.phase, REST))
         set_beat(tracker, beat)
 
-    def step(wrapped: Any, optimizer: Any, batches: list[Any], *rest: Any) -> StepResult:
-        result = train_step(wrapped, optimizer, batches, *rest)
+    def step(wrapped: nn.Module, optimizer: Optimizer, batches: list[Batch], world: World, options: StepOptions) -> StepResult:
+        result = train_step(wrapped, optimizer, batches, world, options)
         meter.end_step(sum(batch.input_ids.numel() for batch in batches), torch.cat(result.addends).mean())
         return result
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from model.files.untrusted import Json
 from tools.benches.meter import COMPUTE, DATA, REST, UPDATE, StepMeter
 from tools.benches.mix import CLIP_NORM, LR
-from tools.benches.reader import Reader
+from tools.benches.reader import ProcessorReader
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,12 @@ class Task:
     def micro_batch(self) -> int:
         return self.batch // self.accumulate
 
-    def reader(self) -> Reader:
+    def reader(self) -> ProcessorReader:
         """Return the records of the order."""
         from transformers import AutoProcessor
 
         records = json.loads((self.folder / f"{self.order}.json").read_text(encoding="utf-8"))
-        return Reader(self.folder, records, AutoProcessor.from_pretrained(self.folder / "hf", trust_remote_code=False))
+        return ProcessorReader(self.folder, records, AutoProcessor.from_pretrained(self.folder / "hf", trust_remote_code=False))
 
     def model(self) -> Any:
         """Return the untrained model, float32, on the device."""
@@ -91,11 +93,11 @@ def run_trl(task: Task) -> None:
     _train(SFTTrainer, task.meter, model=task.model(), **options)
 
 
-def _conversations(reader: Reader) -> Any:
+def _conversations(reader: ProcessorReader) -> object:
     """Return the records as prompts, completions and pictures, a data set of the library `datasets`."""
     from datasets import Dataset, Features, Image, List, Value
 
-    def rows() -> Any:
+    def rows() -> Iterator[Json]:
         for i, record in enumerate(reader.records):
             asked, answered = reader.messages(i)
             asked = {**asked, "content": asked["content"].removeprefix("<image>\n")}
@@ -107,7 +109,7 @@ def _conversations(reader: Reader) -> Any:
     return Dataset.from_list(list(rows()), features=features)
 
 
-def _arguments(task: Task) -> dict[str, Any]:
+def _arguments(task: Task) -> Json:
     """Return the settings of Trainer and SFTTrainer; batches come in the order of the file, which is the order that was planned."""
     return {
         "output_dir": tempfile.mkdtemp(dir=task.folder),
@@ -129,7 +131,7 @@ def _arguments(task: Task) -> dict[str, Any]:
     }
 
 
-def _train(trainer_class: type, meter: StepMeter, **options: Any) -> None:
+def _train(trainer_class: type, meter: StepMeter, **options: object) -> None:
     """Build the trainer with the meter told of its phases, and train."""
     from transformers import TrainerCallback
 
@@ -139,13 +141,13 @@ def _train(trainer_class: type, meter: StepMeter, **options: Any) -> None:
         slots = 0
         loss: Tensor | float = 0.0
 
-        def get_batch_samples(self, *args: Any, **options: Any) -> Any:
+        def get_batch_samples(self, *args: object, **options: object) -> object:
             meter.enter(DATA)
             found = super().get_batch_samples(*args, **options)
             meter.enter(REST)
             return found
 
-        def training_step(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        def training_step(self, model: object, inputs: dict[str, Tensor], *args: object, **options: object) -> Tensor:
             meter.enter(COMPUTE)
             self.slots += inputs["input_ids"].numel()
             found = super().training_step(model, inputs, *args, **options)
@@ -156,7 +158,7 @@ def _train(trainer_class: type, meter: StepMeter, **options: Any) -> None:
     class StepEnds(TrainerCallback):
         """Tells the meter when a step has ended."""
 
-        def on_step_end(self, *args: Any, **options: Any) -> None:
+        def on_step_end(self, *args: object, **options: object) -> None:
             slots, loss = trainer.slots, trainer.loss
             trainer.slots, trainer.loss = 0, 0.0
             meter.end_step(slots, loss)

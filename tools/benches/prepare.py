@@ -15,7 +15,7 @@ from transformers.utils import logging
 from model.files.untrusted import Json
 from tools.benches.contender import CONTENDERS, GROUPED, RANDOM
 from tools.benches.mix import SIZES, Size, write_mix, write_run
-from tools.benches.reader import Reader
+from tools.benches.reader import ProcessorReader
 from tools.export_adapter import export
 from trainer.main import main as train
 
@@ -31,7 +31,7 @@ def prepare(folder: Path, size_name: str, steps: int, dtype: str) -> dict[str, f
     size = SIZES[size_name]
     records = write_mix(folder, size)
     _write_model(folder, size, records)
-    lengths = Reader(folder, records, AutoProcessor.from_pretrained(folder / HF, trust_remote_code=False)).lengths()
+    lengths = ProcessorReader(folder, records, AutoProcessor.from_pretrained(folder / HF, trust_remote_code=False)).lengths()
     shares = {}
     for order, batches in _plan(lengths, size.batch).items():
         slots = np.array([lengths[batch].max() * len(batch) for batch in batches])

@@ -17,7 +17,7 @@ from model.files.untrusted import Json
 ROLES = {"human": "user", "gpt": "assistant"}
 
 
-class Reader(Dataset[dict[str, Any]]):
+class ProcessorReader(Dataset[Json]):
     """Records as token ids, labels of the answer, and pixels, each made when it is asked for."""
 
     def __init__(self, folder: Path, records: list[Json], processor: Any) -> None:
@@ -43,10 +43,10 @@ class Reader(Dataset[dict[str, Any]]):
         with Image.open(self.images / name, formats=("JPEG", "PNG")) as image:
             return image.convert("RGB")
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def __getitem__(self, i: int) -> Json:
         ids, labels = self.text(i)
         picture = self.picture(i)
-        sample: dict[str, Any] = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+        sample: Json = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
         if picture is not None:
             sample["pixel_values"] = self.processor.image_processor(picture, return_tensors="pt")["pixel_values"]
         return sample
@@ -64,7 +64,7 @@ class Reader(Dataset[dict[str, Any]]):
         """Return the tokens of every record, (N,)."""
         return np.array([len(self.text(i)[0]) for i in range(len(self))])
 
-    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def collate(self, samples: list[Json]) -> dict[str, Tensor]:
         """Collate samples into rows padded on the right."""
         pad = self.processor.tokenizer.pad_token_id
         rows = torch.nn.utils.rnn.pad_sequence
