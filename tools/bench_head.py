@@ -31,8 +31,8 @@ Head = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Hidden rows (S, D), weight (V, D), targets (S,) -> summed loss ()."""
 
 
-class Cost(NamedTuple):
-    """Cost and errors of one way."""
+class HeadCost(NamedTuple):
+    """HeadCost and errors of one way."""
 
     seconds: float
     extra_bytes: int
@@ -122,7 +122,7 @@ def extra_bytes(action: Callable[[], object], device: str) -> int:
     return peak
 
 
-def cost_of_ways(inputs: Inputs, device: str, rounds: int) -> dict[str, Cost]:
+def cost_of_ways(inputs: Inputs, device: str, rounds: int) -> dict[str, HeadCost]:
     """Return what every way costs on `inputs`; they take turns."""
     loss, gradient = exact(inputs)
     ways, seconds = heads(), {name: [] for name in heads()}  # type: dict[str, Head], dict[str, list[float]]
@@ -137,7 +137,7 @@ def cost_of_ways(inputs: Inputs, device: str, rounds: int) -> dict[str, Cost]:
     for name, head in ways.items():
         mine, rows = inputs.run(head)
         errors = float((mine.double() - loss).abs() / loss), float((rows.double() - gradient).abs().max() / gradient.abs().max())
-        found[name] = Cost(statistics.median(seconds[name]), extra_bytes(partial(inputs.run, head), device), *errors)
+        found[name] = HeadCost(statistics.median(seconds[name]), extra_bytes(partial(inputs.run, head), device), *errors)
     return found
 
 

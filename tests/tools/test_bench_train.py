@@ -14,7 +14,7 @@ from tools.bench_train import Bench, check_losses, table_lines, useful_tokens
 from tools.benches.contender import CONTENDERS, RANDOM
 from tools.benches.meter import PHASES, Figures, StepMeter
 from tools.benches.ours import run_ours
-from tools.benches.peers import Task, run_bare
+from tools.benches.peers import PeerRun, run_bare
 from tools.benches.prepare import prepare
 from trainer.errors import ProofError
 
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_ours_packed_and_a_bare_loop_find_the_same_losses(folder: Path) -> None:
     bare, ours = Recorder(STEPS), Recorder(STEPS + 1)
     with pytest.raises(Ended):
-        run_bare(Task(folder, RANDOM, 4, 1, "cpu", bare))
+        run_bare(PeerRun(folder, RANDOM, 4, 1, "cpu", bare))
     with pytest.raises(RuntimeError, match="ended with exit code 0 before its last step"):
         run_ours(str(folder / "packed.toml"), ours)
     losses = [[float(loss) for loss in meter._losses] for meter in (bare, ours)]

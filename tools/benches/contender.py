@@ -57,7 +57,7 @@ def main() -> None:
         return
     from tools.benches import peers
 
-    task = peers.Task(options.folder, contender.order, options.batch, contender.accumulate, options.device, meter)
+    task = peers.PeerRun(options.folder, contender.order, options.batch, contender.accumulate, options.device, meter)
     {"bare": peers.run_bare, "trainer": peers.run_trainer, "trl": peers.run_trl}[contender.kind](task)
 
 

@@ -24,7 +24,7 @@ from tools.benches.reader import ProcessorReader
 
 
 @dataclass(frozen=True)
-class Task:
+class PeerRun:
     """One contender's run."""
 
     folder: Path  # of `prepare`
@@ -53,7 +53,7 @@ class Task:
         return model.to(self.device).train()
 
 
-def run_bare(task: Task) -> None:
+def run_bare(task: PeerRun) -> None:
     """Train by the shortest loop: forward, backward, clipping, fused AdamW."""
     reader, model, meter = task.reader(), task.model(), task.meter
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
@@ -73,7 +73,7 @@ def run_bare(task: Task) -> None:
         meter.end_step(batch["input_ids"].numel(), loss)
 
 
-def run_trainer(task: Task) -> None:
+def run_trainer(task: PeerRun) -> None:
     """Train by Hugging Face's Trainer, everything optional switched off."""
     from transformers import Trainer, TrainingArguments
 
@@ -83,7 +83,7 @@ def run_trainer(task: Task) -> None:
     _train(Trainer, task.meter, model=task.model(), **options)
 
 
-def run_trl(task: Task) -> None:
+def run_trl(task: PeerRun) -> None:
     """Train by TRL's SFTTrainer with its own collator, on conversations as it wants them."""
     from trl import SFTConfig, SFTTrainer
 
@@ -109,7 +109,7 @@ def _conversations(reader: ProcessorReader) -> object:
     return Dataset.from_list(list(rows()), features=features)
 
 
-def _arguments(task: Task) -> Json:
+def _arguments(task: PeerRun) -> Json:
     """Return the settings of Trainer and SFTTrainer; batches come in the order of the file, which is the order that was planned."""
     return {
         "output_dir": tempfile.mkdtemp(dir=task.folder),
