@@ -7,12 +7,12 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from model.audio.state_head import StateHead
 from model.batch import Batch, Media
 from model.encoder import Encoder
 from model.errors import ConfigError
+from model.files.sharding import is_sharded_module
 from model.generate import GenerationOptions, generate
 from model.llm.attention import decoder_options, masked_attention
 from model.llm.causal_lm import head_weight
@@ -43,6 +43,7 @@ class MultimodalLM(nn.Module):
         self.routers: RouterTap | None = None
         self.stop_ids: tuple[int, ...] = ()
         self.pad_id = 0
+        self.compute_device: torch.device | None = None  # where weights are kept elsewhere than they are computed with
 
     @property
     def other_terms(self) -> dict[str, LossTerm]:
@@ -117,7 +118,7 @@ class MultimodalLM(nn.Module):
         encoder_name, projector_name = ENCODERS[modality]
         encoder, projector = self.encoder(encoder_name), self.get_submodule(projector_name)
         trainable = encoder_name in self.trainable_parts
-        if media is None and not trainable and not isinstance(encoder.tower, FSDPModule):
+        if media is None and not trainable and not is_sharded_module(encoder.tower):
             media, shape = self._no_media(modality), (1, encoder.blank_length, encoder.hidden_size)
             encoded = torch.zeros(shape, dtype=self.dtype, device=self._device())
         else:
@@ -136,7 +137,7 @@ class MultimodalLM(nn.Module):
         return Media(torch.zeros(1, *row_shape(self.specs[modality]), device=device), none, none)
 
     def _device(self) -> torch.device:
-        return next(self.llm.parameters()).device
+        return self.compute_device or next(self.llm.parameters()).device
 
     def train(self, mode: bool = True) -> MultimodalLM:
         """Set training mode for trainable parts; frozen parts stay in eval mode, whatever `mode` is."""

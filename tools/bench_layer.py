@@ -30,7 +30,8 @@ from model.errors import ConfigError
 from model.llm import attention
 from model.lora import add_lora, is_adapter
 from tools.cli import command_parser, run_command
-from trainer.distributed.parallelize import cast_for_compute, keeps
+from trainer.distributed.casting import cast_for_compute
+from trainer.distributed.parallelize import keeps
 from trainer.memory.simulate import LiveCounter, shape_stand_ins
 
 SHAPE = {
@@ -45,6 +46,7 @@ SHAPE = {
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"}
 WRITES = {"bernoulli_", "copy_", "zero_", "fill_"}
 """Operators that do not read what they write to."""
+CASTS = {"_to_copy", "copy_"}
 ALLOCATES = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 
 
@@ -55,6 +57,7 @@ class PassCost:
     num_ops: int = 0  # views left out
     moved: int = 0  # bytes read and written outside matrix products
     flops: int = 0  # of matrix products
+    cast: int = 0  # bytes read and written to change the number type
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,9 @@ class CostCounter(TorchDispatchMode):
             read = tree_leaves((args[name in WRITES :], kwargs))
             self.cost.moved += sum({id(t): moved_bytes(t) for t in read if isinstance(t, Tensor)}.values())
             self.cost.moved += sum(moved_bytes(t) for t in tree_leaves(found) if isinstance(t, Tensor))
+            source = args[1] if name == "copy_" else args[0]
+            if name in CASTS and source.dtype != found.dtype:
+                self.cost.cast += moved_bytes(source) + moved_bytes(found)
         return found
 
 

@@ -32,7 +32,8 @@ from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
 from tools.cli import command_parser
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.distributed.parallelize import replicate, shard
+from trainer.distributed.parallelize import replicate
+from trainer.distributed.shards import shard
 from trainer.distributed.world import World, start_world, stop_world
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.step import StepOptions, train_step

@@ -101,10 +101,12 @@ def make_batches(model: MultimodalLM, num: int, size: int) -> list[Batch]:
     return [collate([sample(i) for i in range(size)], 0) for _ in range(num)]
 
 
-def our_loop(model: MultimodalLM, config: ModelConfig, batches: list[Batch], world: World) -> Callable[[int], None]:
-    """Return a function that does what the training loop does in steps that are not logged."""
-    optim = OptimConfig(lr=1e-4)
-    wrapped, optimizer, meter = replicate(model, world), build_optimizer(model, config, optim), Meter(["bench"], world)
+def our_loop(
+    model: MultimodalLM, config: ModelConfig, batches: list[Batch], world: World, wrapped: nn.Module | None = None
+) -> Callable[[int], None]:
+    """Return a function that does what the training loop does in steps that are not logged. `wrapped`: what is called."""
+    optim, wrapped = OptimConfig(lr=1e-4), wrapped or replicate(model, world)
+    optimizer, meter = build_optimizer(model, config, optim), Meter(["bench"], world)
     requests, tracker, deferred = Requests(), PhaseTracker(), DeferredRead(world.device)
     ids = [[b.sample_ids.tolist()] for b in batches]  # the loop reads them from batches that are not on the device yet
 

@@ -15,10 +15,13 @@ ROWS = {
     "weights": "weights",
     "gradients": "gradients",
     "optimizer": "optimizer",
+    "copies": "copies for computing",
     "activations": "activations, at most",
     "gathered": "whole blocks gathered",
     "unsummed": "gradients before the sum",
+    "offloaded": "of these, on the host",
     "total": "total",
+    "host": "host memory beside it",
 }
 
 

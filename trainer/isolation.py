@@ -11,7 +11,7 @@ from data.sample import Sample
 from model.batch import IGNORE_INDEX, Batch
 from model.errors import ConfigError
 from model.multimodal import MultimodalLM
-from trainer.distributed.parallelize import reshard
+from trainer.distributed.shards import reshard
 from trainer.distributed.world import World
 
 LENGTH = 8  # tokens of each of the two samples

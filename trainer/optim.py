@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from model.config import ModelConfig
-from model.files.sharding import is_first_copy
+from model.files.sharding import is_first_copy, is_sharded_tensor
 from model.multimodal import MultimodalLM
 from trainer.config import OptimConfig
+from trainer.sharded_adamw import ShardedAdamW
 
 
 def learning_rates(model: ModelConfig, optim: OptimConfig) -> dict[str, float]:
@@ -40,7 +40,7 @@ def build_optimizer(model: MultimodalLM, config: ModelConfig, optim: OptimConfig
             if chosen:
                 groups.append({"params": chosen, "name": f"{part}/{kind}", "lr": lr, "peak_lr": lr, "weight_decay": decay})
     check_groups(model, groups)
-    return torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps, fused=True)
+    return ShardedAdamW(groups, betas=optim.betas, eps=optim.eps, fused=True)
 
 
 def check_groups(model: nn.Module, groups: list[dict]) -> None:
@@ -56,6 +56,7 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, multiplier: float) -> N
         group["lr"] = group["peak_lr"] * multiplier
 
 
+@torch.no_grad()  # with gradients, taking the local rows of a DTensor is an operator of autograd's
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
     """Return the gradient norm over all ranks (), identical on each, and the norms of this rank's own gradients (parameters,).
 
@@ -64,7 +65,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
     rounding, and the copies would differ from then on.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    shards, whole = [g for g in grads if isinstance(g, DTensor)], [g for g in grads if not isinstance(g, DTensor)]
+    shards, whole = [g for g in grads if is_sharded_tensor(g)], [g for g in grads if not is_sharded_tensor(g)]
     norms = torch.stack(torch._foreach_norm([*(g.to_local() for g in shards), *whole], dtype=torch.float32))
     if not shards:
         return torch.linalg.vector_norm(norms), norms
@@ -78,7 +79,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
 
 def in_norm_order(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     """Return `parameters` in the order in which `gradient_norm` returns the norms of single gradients."""
-    return sorted(parameters, key=lambda p: not isinstance(p, DTensor))  # shards first, else in the given order
+    return sorted(parameters, key=lambda p: not is_sharded_tensor(p))  # shards first, else in the given order
 
 
 def clipped_update(optimizer: torch.optim.Optimizer, norm: Tensor, clip_norm: float) -> Tensor:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from data.check.measured_lengths import EXACT
 from model.llm.causal_lm import positions_note
 from model.llm.experts import fused_parameters
 from model.llm.quantized_linear import quantised
 from model.trainable import part_table
 from trainer.config import ParallelConfig
+from trainer.distributed.compute_copies import keeps_copies
+from trainer.distributed.parallelize import is_sharded
+from trainer.distributed.world import World
 from trainer.optim import learning_rates
 from trainer.schedule import warmup_steps
 from trainer.setup import PreparedRun
@@ -58,6 +63,7 @@ def _batches(prepared: PreparedRun) -> list[str]:
         f"batch     {config.batch.global_batch_size} samples per step on {world.size} rank(s): {shared}",
         f"parallel  {strategy} on {world.device.type}, computing in {config.model.dtype}, "
         f"activation checkpointing {config.parallel.activation_checkpointing}",
+        *(f"          {note}" for note in describe_storage(config.parallel, prepared.model.dtype, world)),
         *_quantised(prepared),
     ]
     if sampler is not None:
@@ -80,6 +86,21 @@ def describe_sharing(config: ParallelConfig, num_ranks: int) -> str:
     if config.strategy == "hsdp":
         return f"hsdp: {num_ranks // config.shard_size} copies of {config.shard_size} ranks"
     return config.strategy
+
+
+def describe_storage(config: ParallelConfig, dtype: torch.dtype, world: World) -> list[str]:
+    """Describe where masters are, how they become what is computed with, and how gradients are summed, as far as it is unusual."""
+    notes = []
+    sharded = is_sharded(config, world)
+    if config.cpu_offload:
+        what = "all weights" if sharded else "trained weights"
+        here = "; here that is the device's memory as well, so nothing is saved" if world.device.type == "cpu" else ""
+        notes.append(f"cpu_offload: {what}, their gradients and moments are in the host's memory{here}")
+    elif not sharded and dtype != torch.float32 and keeps_copies(config):
+        notes.append("float32 weights are cast once per update (compute_copies)")
+    if config.reduce_dtype != "float32" and world.size > 1:
+        notes.append(f"gradients are summed over ranks in {config.reduce_dtype}, which rounds them (reduce_dtype)")
+    return notes
 
 
 def _quantised(prepared: PreparedRun) -> list[str]:

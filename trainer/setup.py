@@ -15,10 +15,11 @@ from data.loader import BatchPlan
 from model.build import DTYPES, assemble, resolve_dtype
 from model.errors import ConfigError
 from model.multimodal import MultimodalLM
-from model.weights.materialise import materialise
+from model.weights.materialise import Devices, materialise
 from model.weights.origins import weight_layers
 from trainer.config import RunConfig
-from trainer.distributed.parallelize import check_sharing, checkpoint_activations, is_sharded, replicate, shard
+from trainer.distributed.parallelize import check_sharing, checkpoint_activations, is_sharded, replicate
+from trainer.distributed.shards import shard
 from trainer.distributed.world import World
 from trainer.isolation import prove_isolation
 from trainer.optim import Trained, build_optimizer
@@ -55,7 +56,9 @@ def resolve_config(config: RunConfig, world: World) -> RunConfig:
     return replace(config, model=replace(config.model, dtype=resolve_dtype(config.model.dtype, world.device)))
 
 
-def make_deterministic(config: RunConfig) -> None:
+def set_arithmetic(config: RunConfig) -> None:
+    """Set how torch multiplies float32 matrices, and whether all kernels must repeat exactly."""
+    torch.set_float32_matmul_precision(config.train.matmul_precision)
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -82,18 +85,28 @@ def build_run(stage: Stage, data: RunData, world: World, on_progress: Callable[[
     if sharded:
         shard(model, config.parallel, world)
     layers = weight_layers(data.card, model, config.seed)
-    materialise(model, layers, frozen_dtype=model.dtype, device=world.device, on_progress=on_progress)
+    materialise(model, layers, frozen_dtype=model.dtype, device=place(model, config, world), on_progress=on_progress)
     learns = {name: p for name, p in model.named_parameters() if p.requires_grad}
     total = num_steps(config, data)
     if not learns or total == 0:
         return PreparedRun(config, world, data, model, model, None, total, stage)
-    wrapped = model if sharded else replicate(model, world)
+    wrapped = model if sharded else replicate(model, world, config.parallel)
     model.train()
     prove_gradients(wrapped, model, data.pad_id, world)
     if config.data.packing:
         prove_isolation(model, data.pad_id, world)
     optimizer = build_optimizer(model, config.model, config.optim)
     return PreparedRun(config, world, data, model, wrapped, Trained(dict(learns), optimizer), total, stage)
+
+
+def place(model: MultimodalLM, config: RunConfig, world: World) -> Devices:
+    """Return where the tensors of `model` are kept, and tell the model where it computes.
+
+    With parallel.cpu_offload trained weights are in host memory. FSDP2 wants all weights there: it gathers units from it.
+    """
+    model.compute_device = world.device
+    host = torch.device("cpu") if config.parallel.cpu_offload else world.device
+    return Devices(host, host if is_sharded(config.parallel, world) else world.device, world.device)
 
 
 def prove_gradients(wrapped: nn.Module, model: MultimodalLM, pad_id: int, world: World) -> None:

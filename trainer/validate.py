@@ -8,7 +8,7 @@ import torch
 
 from data.loader import LoadOptions, validation_batches
 from data.workers import Reading, describe_sample
-from trainer.distributed.parallelize import reshard
+from trainer.distributed.shards import reshard
 from trainer.faults.phase_tracker import PhaseTracker
 from trainer.metrics import Ratios, SourceSums, mean_losses, ratio_means
 from trainer.records.quarantine import VALIDATION, Quarantine

@@ -12,6 +12,7 @@ from model.files.untrusted import Json
 from model.published.layout import PartView, Published
 
 LLM_NAMES = (
+    (r"language_model\.model\.(?=model\.)", ""),  # as transformers 5.17 saves Qwen2-Audio
     (r"language_model\.(?=model\.|transformer\.|lm_head\.)", ""),
     (r"model\.language_model\.", ""),  # without the prefix of the decoder, which the reader of the language model adds
     (r"(?=lm_head\.)", ""),

@@ -18,7 +18,8 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny import save_llm, save_tower
 from tests.support.trainable import ALONE, build
 from trainer.config import OptimConfig
-from trainer.distributed.parallelize import replicate, shard
+from trainer.distributed.parallelize import replicate
+from trainer.distributed.shards import shard
 from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.setup import prove_gradients
@@ -113,7 +114,7 @@ def prove_with_stray(world: World, folder: Path, strategy: str, planted: bool) -
     if strategy == "fsdp":
         from trainer.config import ParallelConfig
 
-        shard(model, ParallelConfig(), world)
+        shard(model, ParallelConfig(unit_mib=0), world)
         wrapped: nn.Module = model
     else:
         wrapped = replicate(model, world)

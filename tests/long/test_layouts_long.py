@@ -34,7 +34,8 @@ from tests.support.ranks import run_ranks
 from tests.support.runs import save_parts
 from tests.support.tiny_audio import save_whisper
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.distributed.parallelize import is_sharded, replicate, shard
+from trainer.distributed.parallelize import is_sharded, replicate
+from trainer.distributed.shards import shard
 from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.step import StepOptions, train_step

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,8 @@ from tests.support.tiny import LLMS, save_llm, save_tower
 from tests.support.trainable import ALONE
 from tools.bench_step import Counter, hidden_syncs
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.distributed.parallelize import checkpoint_activations, gradient_sync, replicate, shard
+from trainer.distributed.parallelize import checkpoint_activations, gradient_sync, replicate
+from trainer.distributed.shards import shard
 from trainer.distributed.world import World
 from trainer.isolation import prove_isolation
 from trainer.optim import build_optimizer
@@ -104,7 +104,7 @@ def step_on_ranks(world: World, folder: Path, strategy: str, recompute: bool, tu
     if recompute:
         checkpoint_activations(model)
     if strategy == "fsdp":
-        shard(model, ParallelConfig(), world)
+        shard(model, ParallelConfig(unit_mib=0), world)
     materialise(model, weight_layers(card, model, 7), frozen_dtype=torch.float32, device=world.device)
     wrapped = model if strategy == "fsdp" else replicate(model, world)
     model.train()
@@ -288,8 +288,7 @@ def test_the_one_kernel_is_asked_for_what_the_segments_compute(
     options: dict[str, Any] = {"scaling": 0.2, "sliding_window": window, **segments(lengths)}
     expected, _ = packed_attention(Layer(), q, k, v, None, **options)
     kernel = fake_varlen(has_gqa)
-    monkeypatch.setattr(attention, "varlen_attn", kernel)
-    monkeypatch.setattr(attention, "VARLEN_OPTIONS", inspect.signature(kernel).parameters.keys())
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: kernel)
     monkeypatch.setattr(attention, "takes_varlen", lambda *_, **__: True)
     torch.testing.assert_close(packed_attention(Layer(), q, k, v, None, **options)[0], expected)
 

@@ -29,7 +29,8 @@ from tests.support.loss import case
 from tests.support.ranks import run_ranks
 from tests.support.tiny import FAMILIES, VOCAB, save_llm
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.distributed.parallelize import replicate, shard
+from trainer.distributed.parallelize import replicate
+from trainer.distributed.shards import shard
 from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.step import StepOptions, train_step
@@ -107,7 +108,7 @@ def trained_losses(world: World, folder: Path, strategy: str) -> dict[str, list[
         card = make_card(config, LoraConfig(), VocabularyLayout())
         model = assemble(card, torch.float32)
         if strategy == "fsdp":
-            shard(model, ParallelConfig(), world)
+            shard(model, ParallelConfig(unit_mib=0), world)
         materialise(model, weight_layers(card, model, 7), frozen_dtype=torch.float32, device=world.device)
         wrapped = model if strategy == "fsdp" else replicate(model, world)
         optimizer = build_optimizer(model, config, OptimConfig(lr=0.1, eps=1.0))

@@ -19,7 +19,7 @@ from tests.support.equivalence import config_of
 from tests.support.ranks import run_ranks
 from tests.support.tiny import save_llm, save_tower
 from trainer.config import ParallelConfig
-from trainer.distributed.parallelize import shard
+from trainer.distributed.shards import shard
 from trainer.distributed.world import World
 
 
@@ -44,7 +44,7 @@ def load_sharded(world: World, folder: Path) -> tuple[int, int, dict[str, torch.
     try:
         card = make_card(config_of(folder, "lora"), LoraConfig(rank=2), VocabularyLayout())
         model = assemble(card, torch.float32)
-        shard(model, ParallelConfig(), world)
+        shard(model, ParallelConfig(unit_mib=0), world)
         materialise(model, weight_layers(card, model, 7), frozen_dtype=torch.float32, device=world.device)
     finally:
         files.read_safetensors = original

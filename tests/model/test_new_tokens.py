@@ -34,7 +34,8 @@ from tests.support.runs import failure_of, start_alone
 from tests.support.tiny import VOCAB, save_llm
 from tools.export_adapter import main as export
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.distributed.parallelize import replicate, shard
+from trainer.distributed.parallelize import replicate
+from trainer.distributed.shards import shard
 from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.step import StepOptions, train_step
@@ -132,7 +133,7 @@ def stepped(world: World, folder: Path, strategy: str, dtype: str) -> list[float
     card = make_card(config, LoraConfig(), VOCABULARY)
     model = assemble(card, getattr(torch, dtype))
     if strategy == "fsdp":
-        shard(model, ParallelConfig(), world)
+        shard(model, ParallelConfig(unit_mib=0), world)
     materialise(model, weight_layers(card, model, 7), frozen_dtype=model.dtype, device=world.device)
     wrapped = model if strategy == "fsdp" else replicate(model, world)
     optimizer = build_optimizer(model, config, OPTIM)

@@ -32,7 +32,8 @@ from tests.support.router import MIXTURES, save_mixture
 from tests.support.tiny import VOCAB, save_llm
 from tests.support.trainable import ALONE
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.distributed.parallelize import checkpoint_activations, replicate, shard
+from trainer.distributed.parallelize import checkpoint_activations, replicate
+from trainer.distributed.shards import shard
 from trainer.distributed.world import World
 from trainer.isolation import prove_isolation
 from trainer.optim import build_optimizer, set_learning_rates
@@ -219,7 +220,7 @@ def steps_of(world: World, folder: Path, tune: str, strategy: str, recompute: bo
         checkpoint_activations(model)
     sharded = strategy == "fsdp" and world.size > 1
     if sharded:
-        shard(model, ParallelConfig(), world)
+        shard(model, ParallelConfig(unit_mib=0), world)
     materialise(model, weight_layers(card, model, 7), frozen_dtype=torch.float32, device=world.device)
     wrapped = model if sharded else replicate(model, world)
     model.train()

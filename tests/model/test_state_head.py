@@ -29,7 +29,8 @@ from tests.support.state_head import CLASSES, FACTOR, NUM_SAMPLES, WEIGHTS, conf
 from tests.support.tiny import save_llm
 from tests.support.tiny_audio import save_whisper
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.distributed.parallelize import checkpoint_activations, replicate, shard
+from trainer.distributed.parallelize import checkpoint_activations, replicate
+from trainer.distributed.shards import shard
 from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.runfile.load import parse_config
@@ -157,7 +158,7 @@ def steps_of(world: World, folder: Path, llm: str, tune: str, strategy: str, rec
         checkpoint_activations(model)
     sharded = strategy == "fsdp" and world.size > 1
     if sharded:
-        shard(model, ParallelConfig(), world)
+        shard(model, ParallelConfig(unit_mib=0), world)
     materialise(model, weight_layers(card, model, 7), frozen_dtype=torch.float32, device=world.device)
     wrapped = model if sharded else replicate(model, world)
     model.train()

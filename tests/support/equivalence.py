@@ -21,7 +21,8 @@ from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.distributed.parallelize import checkpoint_activations, is_sharded, replicate, shard
+from trainer.distributed.parallelize import checkpoint_activations, is_sharded, replicate
+from trainer.distributed.shards import shard
 from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.step import StepOptions, train_step
@@ -74,15 +75,17 @@ def step_batches(step: int, world: World, micro_batch_size: int, width: int) -> 
     return [collate([samples[i] for i in ids], 0) for ids in dealt[world.rank]]
 
 
-def parallel_of(strategy: str) -> ParallelConfig:
-    """hsdp: two ranks to a copy."""
-    return ParallelConfig(strategy, 2 if strategy == "hsdp" else 0)  # type: ignore[arg-type]
+def parallel_of(strategy: str | ParallelConfig) -> ParallelConfig:
+    """hsdp: two ranks to a copy. Every block is a unit, as those of large models are."""
+    if isinstance(strategy, ParallelConfig):
+        return strategy
+    return ParallelConfig(strategy, 2 if strategy == "hsdp" else 0, unit_mib=0)  # type: ignore[arg-type]
 
 
 def run_steps(
     world: World,
     config: ModelConfig,
-    strategy: str,
+    strategy: str | ParallelConfig,
     recompute: bool | str,
     micro_batch_size: int,
     dtype: str = "float32",
@@ -97,7 +100,7 @@ def run_steps(
 def take_steps(
     world: World,
     config: ModelConfig,
-    strategy: str,
+    strategy: str | ParallelConfig,
     recompute: bool | str,
     micro_batch_size: int,
     dtype: str,
@@ -116,7 +119,7 @@ def take_steps(
     if sharded:
         shard(model, parallel, world)
     materialise(model, weight_layers(card, model, 7), frozen_dtype=model.dtype, device=world.device)
-    wrapped = model if sharded else replicate(model, world)
+    wrapped = model if sharded else replicate(model, world, parallel)
     # A large eps keeps Adam from turning rounding into signs, a modest rate from amplifying it step by step.
     optim = OptimConfig(lr=0.1, eps=1.0, clip_norm=clip_norm)
     optimizer = build_optimizer(model, config, optim)

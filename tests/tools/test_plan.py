@@ -30,8 +30,10 @@ from tests.support.runs import start, tables
 from tests.support.tiny import save_llm, save_tower
 from tools import plan
 from trainer.config import BatchConfig, OptimConfig, ParallelConfig
-from trainer.distributed.parallelize import checkpoint_activations, gradient_sync, is_sharded, replicate, shard
+from trainer.distributed.parallelize import checkpoint_activations, gradient_sync, is_sharded, replicate
+from trainer.distributed.shards import shard
 from trainer.distributed.world import World
+from trainer.machine import memory_info
 from trainer.memory import advice
 from trainer.memory.footprint import Footprint, footprint, held_rows, holdings, on_meta, sharing_ranks
 from trainer.memory.simulate import live_bytes
@@ -215,7 +217,7 @@ def sharded_peak(world: World, folder: Path, config: ParallelConfig, tunes: Tune
 def test_blocks_that_sharding_gathers_are_within_a_quarter(
     folder: Path, tmp_path: Path, recomputes: Any, tunes: Tunes, dtype: str
 ) -> None:
-    config = ParallelConfig("fsdp", activation_checkpointing=recomputes)
+    config = ParallelConfig("fsdp", unit_mib=0, activation_checkpointing=recomputes)
     planned = footprint(card_of(folder, tunes, dtype), config, 2, heavy_batch(), 1)
     for peak in run_ranks(sharded_peak, 2, folder, config, tunes, dtype, str(tmp_path / "trace")):
         assert planned.activations + planned.gathered == pytest.approx(peak, rel=0.25)
@@ -257,9 +259,10 @@ def planned(
     path.write_text(to_toml({**tables(parts, **sections), "output_dir": str(folder / "run")}))
     code = plan.main(["--cfg", str(path), *options])
     out, err = capsys.readouterr()
-    assert code == 0, err
     assert max(map(len, out.splitlines()[:-1])) <= 100
-    return out, json.loads(out.splitlines()[-1])
+    found = json.loads(out.splitlines()[-1])
+    assert code == (69 if found["fits"] is False else 0) and ("does not fit" in err) == bool(code), err
+    return out, found
 
 
 @pytest.mark.parametrize(("size", "strategy"), [(1, "ddp"), pytest.param(3, "fsdp", marks=LONG)])
@@ -347,7 +350,7 @@ def test_ranks_of_a_machine_share_its_memory_and_a_device_that_is_not_there_has_
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     out, found = planned(parts, tmp_path / "plan", capsys, "--device", "cuda")
     assert (found["memory"], found["fits"]) == (None, None) and "fits: not known" in out and "--memory" in out
-    monkeypatch.setattr(plan, "total_memory", lambda device: 3 << 40)  # room enough: no advice to work out
+    monkeypatch.setattr(memory_info, "total_memory", lambda device: 3 << 40)  # room enough: no advice to work out
     for device, ranks, memory in (("cpu", 1, 3 << 40), ("cpu", 3, 1 << 40), ("cuda", 3, 3 << 40)):
         assert planned(parts, tmp_path / "plan", capsys, "--device", device, "--ranks", str(ranks))[1]["memory"] == memory
 
@@ -387,3 +390,18 @@ def test_a_model_that_looks_at_values_is_told(
     path.write_text(to_toml({**tables(parts), "output_dir": str(tmp_path / "run")}))
     assert plan.main(["--cfg", str(path)]) == 2
     assert "takes cannot be told without running it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_is_offloaded_is_host_memory_instead(folder: Path, size: int) -> None:
+    """Of one GPU the masters, of a sharded one all weights; on a CPU both are one memory."""
+    card = card_of(folder, ("full", "frozen", "full"), "bfloat16")
+    away, here = (footprint(card, ParallelConfig(cpu_offload=how), size, heavy_batch(), 2) for how in (True, False))
+    model = on_meta(card, ParallelConfig(), computes=False)
+    trained = sum(held_rows(p, size).numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(held_rows(p, size).nbytes for p in model.parameters() if not p.requires_grad)
+    steps = 4 * sum(p.requires_grad for p in model.parameters())
+    staged = 2 * trained if size == 1 else frozen
+    assert away.host == 16 * trained + steps + staged and here.host == 0
+    assert here.total - away.total == 16 * trained + steps + (frozen if size > 1 else 0)
+    assert replace(away, on_host=True).total == here.total + (staged if size == 1 else 0)

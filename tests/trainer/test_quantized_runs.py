@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.build import assemble
 from model.card import make_card
@@ -27,7 +27,8 @@ from tests.support.ranks import run_ranks
 from tests.support.resume import cut, weights
 from tests.support.runs import start, start_alone
 from trainer.config import ParallelConfig
-from trainer.distributed.parallelize import shard
+from trainer.distributed.integer_shards import integers_without_gradient
+from trainer.distributed.shards import shard
 from trainer.distributed.world import World
 
 LONG = pytest.mark.long
@@ -84,7 +85,7 @@ def stored_by(world: World, folder: Path, quantize: QuantizeConfig) -> tuple[int
     card = make_card(config_of(folder, "lora"), LoraConfig(rank=2), VocabularyLayout(), quantize=quantize)
     model = assemble(card, torch.bfloat16)
     if world.size > 1:
-        shard(model, ParallelConfig(), world)
+        shard(model, ParallelConfig(unit_mib=0), world)
     materialise(model, weight_layers(card, model, 7), frozen_dtype=model.dtype, device=world.device)
     layers = list(quantised(model))
     tensors = {f"{path}.{kind}": getattr(layer, kind) for path, layer in layers for kind in ("codes", "scales")}
@@ -148,3 +149,14 @@ def test_the_loss_is_close_to_that_of_lora_on_the_whole_base(parts: Path, tmp_pa
 def test_a_run_whose_llm_cannot_be_quantised_ends_with_its_reason(parts: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="a matrix stored in 4 bits cannot learn"):
         start_alone(parts, tmp_path / "run", {"quantize": {"bits": 4}})
+
+
+def test_codes_are_parameters_without_a_gradient_whatever_is_asked() -> None:
+    """FSDP2 of torch 2.11 asks for one. Outside, and for numbers that can learn, nothing changes."""
+    codes = torch.zeros(2, dtype=torch.uint8)
+    with integers_without_gradient():
+        assert not nn.Parameter(codes).requires_grad and nn.Parameter(torch.zeros(2)).requires_grad
+        assert not nn.Parameter(torch.zeros(2), requires_grad=False).requires_grad
+    with pytest.raises(RuntimeError, match="floating point"):
+        nn.Parameter(codes)
+    assert isinstance(vars(nn.Parameter)["__new__"], staticmethod)

@@ -45,7 +45,8 @@ def _transformers(task: dict[str, Any]) -> dict[str, Any]:
     reader = transformers.AutoProcessor.from_pretrained(task["folder"], trust_remote_code=False)
     if hasattr(reader, "image_processor"):  # Pillow's resizing, as in training
         options = {"backend": "pil"} if int(transformers.__version__.split(".")[0]) > 4 else {"use_fast": False}
-        reader.image_processor = transformers.AutoImageProcessor.from_pretrained(task["folder"], trust_remote_code=False, **options)
+        images = import_module("transformers.models.auto.image_processing_auto")  # 5.17 exports it with torchvision only
+        reader.image_processor = images.AutoImageProcessor.from_pretrained(task["folder"], trust_remote_code=False, **options)
     prompts, answers = [], []
     for messages in task["questions"]:
         (part,) = [part for part in messages[0]["content"] if part["type"] != "text"]

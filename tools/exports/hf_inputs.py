@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # transformers 5.17 exports it with torchvision only
 from transformers.utils import is_torchvision_available
 
 from data.media.blob import Blob

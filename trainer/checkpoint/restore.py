@@ -30,7 +30,7 @@ def restore(
         raise ProofError(f"{folder} holds other parameters than this run trains: {sorted(names ^ set(trained.parameters))[:5]}")
     for name, parameter in trained.parameters.items():
         on_progress(name)
-        _fill(parameter.data, saved, WEIGHTS + name)
+        _fill(parameter.detach(), saved, WEIGHTS + name)  # not `.data`: copies made for computing go by the version counter
         if f"{MOMENTS[0]}/{name}" not in saved:  # saved before the first update of this parameter
             continue
         if not isinstance(optimizer_steps.get(name), int | float):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import cast
 
@@ -44,6 +44,8 @@ MAY_CHANGE = (
     "model.cache_dir",
 )
 LENGTH = ("train.max_steps", "train.epochs")
+DEFAULTS = flatten_tables({f.name: to_tables(f.default_factory()) for f in fields(RunConfig) if f.default_factory is not MISSING})
+"""Settings that have a default, by dotted key."""
 
 
 def find_resume_point(config: RunConfig, world: World) -> tuple[Path | None, list[str]]:
@@ -136,12 +138,18 @@ def read_state(path: Path, root: RunConfig, finished: Collection[str] = ()) -> C
     for name in dict.fromkeys([*before, *now]):
         old, new = flatten_tables(before.get(name, {})), flatten_tables(now.get(name, {}))
         for key in sorted({*old, *new}):
-            if old.get(key) != new.get(key) and ((name in finished and key in LENGTH) or not key.startswith(MAY_CHANGE)):
+            # A setting that is younger than the checkpoint had its default's effect.
+            if old.get(key, DEFAULTS.get(key)) != new.get(key) and (
+                (name in finished and key in LENGTH) or not key.startswith(MAY_CHANGE)
+            ):
                 where = f"stage {name}: " if name else ""
                 lines.append(f"{where}{key}: {old.get(key)!r} in the checkpoint, {new.get(key)!r} now")
     if lines:
         differences = "".join(f"\n  - {line}" for line in lines)
-        raise ConfigError(f"{path} is of a run with other settings; use them, or another output_dir:{differences}")
+        raise ConfigError(
+            f"{path} is of a run with other settings:{differences}\nUse those of the checkpoint to go on with it, or start from "
+            f"its weights with the new ones: output_dir=ANOTHER_FOLDER model.init_from={path}"
+        )
     return state
 
 

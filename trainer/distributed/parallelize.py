@@ -1,4 +1,4 @@
-"""Parallelism that is applied to a model from outside: activation checkpointing, then FSDP2 per block, or DDP.
+"""Parallelism that is applied to a model from outside: activation checkpointing, then FSDP2 (`shards`), or DDP.
 
 Both mean the same: backward leaves gradients summed over ranks, in float32, and parameters compute in the model's dtype in the
 modules that own them.
@@ -8,21 +8,25 @@ No `from __future__ import annotations` here: DDP refuses a communication hook w
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from model.errors import ConfigError
+from model.files.sharding import is_sharded_module
 from model.llm.causal_lm import blocks, head_weight
-from model.multimodal import ENCODERS, MultimodalLM
+from model.multimodal import OWN_ROWS, MultimodalLM
 from trainer.config import ParallelConfig
+from trainer.distributed.casting import cast_for_compute
+from trainer.distributed.compute_copies import keeps_copies
+from trainer.distributed.shards import REDUCED, block_owner, has_blocks
 from trainer.distributed.world import World
 
 KEPT_OPERATORS = {
@@ -54,15 +58,6 @@ def keeps(context: object, operator: Any, *args: Any, **kwargs: Any) -> Checkpoi
     return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def block_owner(model: MultimodalLM, part: str) -> nn.Module:
-    """Return the module whose blocks are sharded and recomputed: the decoder, or the tower inside its wrapper."""
-    return model.llm.get_decoder() if part == "llm" else model.encoder(part).tower
-
-
-def has_blocks(model: MultimodalLM, part: str) -> bool:
-    return part == "llm" or part in {encoder for encoder, _ in ENCODERS.values()}
-
-
 def is_sharded(config: ParallelConfig, world: World) -> bool:
     """Tell whether ranks share copies of the weights. A single process holds all weights, whatever the strategy."""
     return config.strategy != "ddp" and world.size > 1
@@ -73,6 +68,7 @@ def check_sharing(config: ParallelConfig, num_ranks: int) -> None:
 
     A single process has nothing to share.
     """
+    check_offload(config, num_ranks)
     size = config.shard_size
     if config.strategy != "hsdp" or num_ranks == 1 or (1 < size < num_ranks and num_ranks % size == 0):
         return
@@ -84,133 +80,66 @@ def check_sharing(config: ParallelConfig, num_ranks: int) -> None:
     )
 
 
-def shard(model: MultimodalLM, config: ParallelConfig, world: World) -> None:
-    """Shard a model that is still on meta with FSDP2 (ZeRO-3): every block is a unit, then every tower, then the rest.
-
-    With hsdp every `shard_size` ranks share a copy (Zhao et al. 2023, PyTorch FSDP, "hybrid sharding"): gradients are summed among
-    these ranks, then over the copies.
-    """
-    mesh = world.mesh(config.shard_size if config.strategy == "hsdp" else 0)
-    policy = MixedPrecisionPolicy(
-        param_dtype=None if model.dtype == torch.float32 else model.dtype,
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,
-    )
-    tied = model.llm.get_input_embeddings().weight is head_weight(model.llm)
-    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": config.reshard_after_forward}
-    for name in [n for n, _ in model.named_children() if has_blocks(model, n)]:
-        owner = block_owner(model, name)
-        for block in blocks(owner):
-            fully_shard(block, **options)
-        if name != "llm":
-            fully_shard(owner, **options)
-            if name not in model.trainable_parts:
-                # The output of this tower carries no gradient, so backward never needs its weights: do not gather them again.
-                for module in owner.modules():
-                    if isinstance(module, FSDPModule):
-                        module.set_unshard_in_backward(False)
-    # Embedding, norm, head and projectors: gathered once per micro-batch and kept to the end of backward.
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
-    if tied and model.llm.get_input_embeddings().weight is not head_weight(model.llm):
-        raise RuntimeError("sharding untied the head from the embedding")
+def check_offload(config: ParallelConfig, num_ranks: int) -> None:
+    """Raise `ConfigError` when `num_ranks` cannot compute with masters in host memory as [parallel] says."""
+    if not config.cpu_offload:
+        return
+    if config.strategy == "ddp" and num_ranks > 1:
+        raise ConfigError(
+            f"parallel.cpu_offload = true with parallel.strategy = 'ddp' and {num_ranks} ranks: each would keep all weights and "
+            "moments in the host's memory; use 'fsdp', or 'hsdp', under which ranks share them, or one process"
+        )
+    if config.compute_copies == "never" and num_ranks == 1:
+        raise ConfigError(
+            "parallel.compute_copies = 'never' with parallel.cpu_offload = true: one process computes with copies of the weights "
+            "that are on the host; use 'auto'"
+        )
 
 
-def cast_for_compute(model: nn.Module, dtype: torch.dtype) -> None:
-    """Make every module compute with its own parameters in `dtype`, for models without FSDP.
-
-    The float32 masters stay, and names do not change.
-    """
-    owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None and p.is_floating_point() and p.dtype != dtype:  # codes of a quantised matrix are not cast
-                owners.setdefault(p, []).append((module, name))
-    for module in {module for pairs in owners.values() for module, _ in pairs}:
-        module.forward = _cast_inside(module, module.forward, dtype)
-    if shared := {p: pairs for p, pairs in owners.items() if len(pairs) > 1}:
-        model.forward = functools.partial(_cast_shared, shared, model.forward, dtype)
-
-
-def _cast_inside(module: nn.Module, forward: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
-    """Wrap `forward` so that the module's own parameters are cast.
-
-    A recomputed block is cast inside `checkpoint`, because backward runs what is inside a second time.
-    """
-    if isinstance(forward, functools.partial) and forward.func is checkpoint:
-        inner = functools.partial(_cast_forward, module, forward.args[0], dtype)
-        return functools.partial(checkpoint, inner, **forward.keywords)
-    return functools.partial(_cast_forward, module, forward, dtype)
-
-
-def _cast_shared(
-    shared: dict[nn.Parameter, list[tuple[nn.Module, str]]],
-    forward: Callable[..., Any],
-    dtype: torch.dtype,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """Run `forward` with every tied matrix cast once for all modules that use it.
-
-    Its gradients then add up in `dtype`, as they do under FSDP2.
-    """
-    try:
-        for p, pairs in shared.items():
-            cast = p.to(dtype)
-            for module, name in pairs:
-                set_tensor(module, name, cast)
-        return forward(*args, **kwargs)
-    finally:
-        for p, pairs in shared.items():
-            for module, name in pairs:
-                module._parameters[name] = p
-
-
-def set_tensor(module: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Let `module` compute with `value` in place of its parameter `name`: a plain tensor, with the parameter in its graph."""
-    parameters: dict[str, torch.Tensor | None] = vars(module)["_parameters"]
-    parameters[name] = value
-
-
-def _cast_forward(module: nn.Module, forward: Callable[..., Any], dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
-    masters = dict(module._parameters)
-    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
-        # Callers may have prepared the input in the dtype of the masters, as CLIP's embeddings do.
-        args = tuple(a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
-    try:
-        for name, p in masters.items():
-            if p is not None and p.is_floating_point():
-                set_tensor(module, name, p.to(dtype))
-        return forward(*args, **kwargs)
-    finally:
-        module._parameters.update(masters)
-
-
-def replicate(model: MultimodalLM, world: World) -> nn.Module:
+def replicate(model: MultimodalLM, world: World, config: ParallelConfig | None = None) -> nn.Module:
     """Wrap the model in DDP, or return the bare model in a world of one rank.
 
     Every rank has read the same weights: nothing is broadcast.
     """
-    cast_for_compute(model, model.dtype)
+    config = config or ParallelConfig()
+    copies = keeps_copies(config)
+    away = world.device if config.cpu_offload else None
+    cast_for_compute(model, model.dtype, copies=copies, read_by_root=read_by_root(model), offload_from=away)
     if world.size == 1:
         return model
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # renamed in torch 2.13
     options: dict[str, Any] = {"init_sync": False, "gradient_as_bucket_view": True, name: False}
     ddp = DistributedDataParallel(model, **options)
-    ddp.register_comm_hook(None, sum_gradients)
+    ddp.register_comm_hook(REDUCED[config.reduce_dtype], sum_gradients)
     return ddp
 
 
-def sum_gradients(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Sum a bucket of gradients over ranks, as a DDP hook in place of the mean. Collective.
+def read_by_root(model: MultimodalLM) -> list[nn.Parameter]:
+    """Return the parameters that the model's own forward reads, not that of the module which holds them."""
+    head = model.llm.get_output_embeddings()
+    found = [head_weight(model.llm), head._parameters.get("new_rows")]
+    found += [getattr(part, name, None) for part in model.children() for name in OWN_ROWS]
+    return [p for p in found if isinstance(p, nn.Parameter)]
+
+
+def sum_gradients(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Sum a bucket of float32 gradients over ranks in `dtype`, as a DDP hook in place of the mean. Collective.
 
     The loss already carries the denominator of the whole step.
     """
-    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0])
+    whole = bucket.buffer()
+    sent = whole if dtype == whole.dtype else whole.to(dtype)
+
+    def received(future: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
+        found = future.value()[0]
+        return found if found.dtype == whole.dtype else whole.copy_(found)
+
+    return dist.all_reduce(sent, async_op=True).get_future().then(received)
+
+
+_LAST: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Whether a sharded model was last told that its micro-batch is the last one."""
 
 
 @contextmanager
@@ -225,19 +154,11 @@ def gradient_sync(wrapped: nn.Module, *, last: bool) -> Iterator[None]:
         with nullcontext() if last else wrapped.no_sync():
             yield
         return
-    if isinstance(wrapped, FSDPModule):
+    if is_sharded_module(wrapped):
         assert isinstance(wrapped, MultimodalLM)
         tunes_whole_llm = head_weight(wrapped.llm).requires_grad
-        wrapped.set_requires_gradient_sync(last or tunes_whole_llm)
-        wrapped.set_requires_all_reduce(last)  # without copies there is no all-reduce
+        if _LAST.get(wrapped) != last:  # each of the two walks over all modules
+            wrapped.set_requires_gradient_sync(last or tunes_whole_llm)
+            wrapped.set_requires_all_reduce(last)  # without copies there is no all-reduce
+            _LAST[wrapped] = last
     yield
-
-
-def reshard(model: nn.Module) -> None:
-    """Release the weights that a forward without backward left gathered.
-
-    Until then `parameters()` are the copies made for computing.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()

@@ -92,6 +92,7 @@ class World:
 def start_world() -> World:
     """Join the process group that torchrun describes in the environment, or make a group of this process alone, without a port."""
     rank, local_rank, size = (int(os.environ.get(name, default)) for name, default in ENVIRONMENT)
+    use_expandable_segments()  # read once, when CUDA starts
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -103,6 +104,19 @@ def start_world() -> World:
     store = dist.HashStore() if size == 1 else join_store()
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=TIMEOUT)
     return World(rank, local_rank, size, device, store)
+
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Variables that configure the allocator of a GPU, by their names of today and before."""
+
+
+def use_expandable_segments() -> None:
+    """Let the allocator of a GPU grow its segments: shapes change at every step, and fixed ones would fragment.
+
+    What a user has configured stays as it is.
+    """
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def check_devices(rank: int, local_rank: int) -> None:

@@ -41,6 +41,7 @@ class MemoryScenario:
     num_ranks: int
     samples: Sequence[Sample]
     num_micro_batches: int
+    on_host: bool = False  # the ranks compute on the CPU
 
     def batch(self, count: int | None = None) -> Batch:
         """Collate the first `count` samples, which are the longest ones; None: all of them."""
@@ -54,7 +55,8 @@ class MemoryScenario:
         micros = self.num_micro_batches
         if count is not None and not self.config.data.packing:
             micros = num_micro_batches(self.config.batch.global_batch_size, self.num_ranks, count)
-        return footprint(self.card, parallel or self.config.parallel, self.num_ranks, self.batch(count), micros)
+        found = footprint(self.card, parallel or self.config.parallel, self.num_ranks, self.batch(count), micros)
+        return replace(found, on_host=self.on_host)
 
 
 def advice(scenario: MemoryScenario, limit: Callable[[Footprint], float]) -> str:

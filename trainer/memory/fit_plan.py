@@ -42,9 +42,10 @@ class Plan:
         return configured.total <= self.memory if self.memory else None
 
 
-def plan_run(config: RunConfig, data: RunData, num_ranks: int, memory: float) -> Plan:
-    """Plan a run on `num_ranks` ranks of `memory` bytes each."""
+def plan_run(config: RunConfig, data: RunData, num_ranks: int, memory: float, *, on_host: bool = False) -> Plan:
+    """Plan a run on `num_ranks` ranks of `memory` bytes each. `on_host`: they compute on the CPU."""
     scenario, calendar = heaviest_of(config, data, num_ranks)
+    scenario = replace(scenario, on_host=on_host)
     now, parallel = scenario.needed(), config.parallel
     strategies: dict[str, Footprint] = {parallel.strategy: now}
     for other in other_strategies(parallel, num_ranks):
@@ -79,7 +80,8 @@ def other_strategies(parallel: ParallelConfig, num_ranks: int) -> list[ParallelC
     if num_ranks == 1:
         return []
     size = parallel.shard_size or (num_ranks // 2 if num_ranks % 2 == 0 and num_ranks > 2 else 0)
-    known = [replace(parallel, strategy="ddp", shard_size=0), replace(parallel, strategy="fsdp", shard_size=0)]
+    whole = replace(parallel, strategy="ddp", shard_size=0, cpu_offload=False)  # DDP keeps everything on the device
+    known = [whole, replace(parallel, strategy="fsdp", shard_size=0)]
     known += [replace(parallel, strategy="hsdp", shard_size=size)] if size else []
     return [other for other in known if other.strategy != parallel.strategy]
 

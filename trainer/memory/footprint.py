@@ -11,11 +11,14 @@ from model.batch import Batch
 from model.build import DTYPES, assemble
 from model.card import ModelCard
 from model.errors import ConfigError
-from model.llm.causal_lm import blocks, head_weight
+from model.llm.causal_lm import head_weight
 from model.llm.quantized_linear import without_kernels
 from model.multimodal import MultimodalLM
 from trainer.config import ParallelConfig
-from trainer.distributed.parallelize import block_owner, cast_for_compute, checkpoint_activations, has_blocks
+from trainer.distributed.casting import cast_for_compute
+from trainer.distributed.compute_copies import copies_of, keeps_copies
+from trainer.distributed.parallelize import checkpoint_activations
+from trainer.distributed.shards import REDUCED, parts_with_blocks, units_of, whole_bytes
 from trainer.memory.simulate import Live, live_bytes
 
 MASTER = 4  # bytes of a trained number, of its gradient and of each of its two moments: all float32
@@ -41,6 +44,10 @@ class Footprint:
     activations: int  # peak, including copies made for computing
     gathered: int  # what sharding gathers for a while: whole weights and gradients of the blocks that compute
     unsummed: int  # whole gradients before the last micro-batch, where sharding reduces them only there
+    copies: int = 0  # of trained weights in the dtype of computation, made once per update
+    offloaded: int = 0  # of weights, gradients and moments: what is in host memory
+    staged: int = 0  # host memory through which values pass to the device and back
+    on_host: bool = False  # the device is the host: what is offloaded takes the same memory
 
     @property
     def weights(self) -> int:
@@ -58,9 +65,15 @@ class Footprint:
         return sum(part.optimizer for part in self.holdings)
 
     @property
+    def host(self) -> int:
+        """Return the bytes of host memory beside a device."""
+        return 0 if self.on_host else self.offloaded + self.staged
+
+    @property
     def total(self) -> int:
-        """Return the bytes of everything together."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.gathered + self.unsummed
+        """Return the bytes of everything on the device together."""
+        everywhere = self.weights + self.gradients + self.optimizer + self.activations + self.gathered + self.unsummed + self.copies
+        return everywhere + self.staged if self.on_host else everywhere - self.offloaded
 
 
 def sharing_ranks(config: ParallelConfig, num_ranks: int) -> int:
@@ -88,10 +101,21 @@ def footprint(card: ModelCard, config: ParallelConfig, num_ranks: int, batch: Ba
     if ways > 1 and num_micro_batches > 1 and not head_weight(model.llm).requires_grad:
         unsummed = sum(p.numel() * MASTER for p in model.parameters() if p.requires_grad)
     activations = live.activations
-    if num_ranks == 1 and num_micro_batches == 1:
+    if num_ranks == 1 and num_micro_batches == 1 and not config.cpu_offload:
         # Gradients appear as activations are freed; with DDP, and from the second micro-batch on, all exist from the start.
         activations = live.with_gradients - sum(part.gradients for part in held)
-    return Footprint(held, activations, gathers, unsummed)
+    copies = sum(copy.nbytes for copy in copies_of(model))
+    staged = copies if config.cpu_offload and ways == 1 else 0
+    return Footprint(held, activations, gathers, unsummed, copies, offloaded_bytes(held, config, ways), staged)
+
+
+def offloaded_bytes(held: tuple[Holding, ...], config: ParallelConfig, ways: int) -> int:
+    """Return the bytes of weights, gradients and moments that are in host memory: under sharding those of frozen weights too."""
+    if not config.cpu_offload:
+        return 0
+    trained = sum(part.gradients for part in held)  # float32 masters are as large as their gradients
+    weights = trained if ways == 1 else sum(part.weights for part in held)
+    return weights + trained + sum(part.optimizer for part in held)
 
 
 def on_meta(card: ModelCard, config: ParallelConfig, *, computes: bool) -> MultimodalLM:
@@ -113,7 +137,7 @@ def on_meta(card: ModelCard, config: ParallelConfig, *, computes: bool) -> Multi
             module._buffers[name] = None if buffer is None else buffer.to("meta")
     model.train()
     if not computes:
-        cast_for_compute(model, model.dtype)
+        cast_for_compute(model, model.dtype, copies=keeps_copies(config), read_by_root=(head_weight(model.llm),))
     return model
 
 
@@ -148,7 +172,7 @@ def simulated(model: MultimodalLM, batch: Batch) -> Live:
         return torch.stack([term.sum for term in model(here).values()]).sum()
 
     with without_kernels():
-        found = live_bytes(model, loss, known)
+        found = live_bytes(model, loss, [*known, *copies_of(model)])
     size = sum(value.numel() * value.itemsize for value in known)
     return Live(found.activations + size, found.with_gradients + size)
 
@@ -156,20 +180,18 @@ def simulated(model: MultimodalLM, batch: Batch) -> Live:
 def gathered_bytes(model: MultimodalLM, config: ParallelConfig) -> int:
     """Return the most bytes of whole weights and gradients that one rank holds under sharding.
 
-    Embedding, head and projectors are whole all the time, and the two largest blocks, as the next block is gathered while one
-    computes; all blocks without parallel.reshard_after_forward. Trained blocks add their gradient, and that gradient in float32 on
-    the way to its owner.
+    Embedding, head, projectors and parts smaller than a unit are whole all the time, and the two largest units, as the next one is
+    gathered while one computes; all units without parallel.reshard_after_forward. Trained units add their gradient, and that
+    gradient in the type of the sum on the way to its owner.
     """
-    units = {name: list(blocks(block_owner(model, name))) for name, _ in model.named_children() if has_blocks(model, name)}
-    inside = {id(p) for unit in units.values() for block in unit for p in block.parameters()}
+    units = [unit for name in parts_with_blocks(model) for unit in units_of(model, name, config)]
+    inside = {id(p) for unit in units for block in unit for p in block.parameters()}
     root = [p for p in model.parameters() if id(p) not in inside]
     kept = sum(p.numel() * p.itemsize for p in root)
-    sizes = [_whole(block) for unit in units.values() for block in unit]
-    grads = [sum(p.numel() * (p.itemsize + MASTER) for p in b.parameters() if p.requires_grad) for u in units.values() for b in u]
+    sizes = [whole_bytes(unit, model.dtype) for unit in units]
+    sent = REDUCED[config.reduce_dtype].itemsize
+    trained = [[p for block in unit for p in block.parameters() if p.requires_grad] for unit in units]
+    trained.append([p for p in root if p.requires_grad])
+    grads = [sum(p.numel() * (p.itemsize + sent) for p in unit) for unit in trained]
     here = sum(sizes) if not config.reshard_after_forward else sum(sorted(sizes)[-2:])
     return kept + here + max(grads)
-
-
-def _whole(module: nn.Module) -> int:
-    """Return the bytes of all parameters of a module, unsharded."""
-    return sum(p.numel() * p.itemsize for p in module.parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import socket
+from dataclasses import replace
 from typing import TypedDict
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 from model.batch import Batch
 from model.errors import ConfigError
 from trainer.distributed.parallelize import gradient_sync
-from trainer.machine.memory_info import Usage, reset_peak, usage
+from trainer.machine.memory_info import Usage, available_bytes, reset_peak, usage
 from trainer.memory.advice import MemoryScenario, advice
+from trainer.memory.doubt import without_rehearsal
 from trainer.memory.footprint import MASTER
 from trainer.memory.heaviest_batch import Heaviest, find_heaviest, read_batch_samples
 from trainer.memory.sample_cost import media_memory, sample_costs
@@ -36,14 +38,19 @@ class RankMemory(TypedDict):
 def rehearse(prepared: PreparedRun, first_step: int) -> str:
     """Run the heaviest micro-batch of the epoch; return a line on the memory of the rank with the least headroom. Collective.
 
+    Nothing is run where memory is not in doubt (`without_rehearsal`), unless train.rehearsal is "always".
     It runs forward and backward as in a step, with what accumulation keeps between two micro-batches, and no update. Nothing else
     changes: gradients are dropped, buffers and random generators are restored, and no record is quarantined for what it does here.
     Raises ConfigError, which names what would fit, when memory runs out or the optimizer's moments would not fit beside.
     """
+    check_host_memory(prepared)
     world, heaviest = prepared.world, find_heaviest_batch(prepared, first_step)
+    if line := without_rehearsal(prepared, heaviest, moments_to_come(prepared)):
+        return line
     train, _ = prepared.data.training()
     samples = read_batch_samples(train, heaviest.ids, prepared.batch_plan.is_packed)
     scenario = MemoryScenario(prepared.config, prepared.data.card, world.size, samples, heaviest.num_micro_batches)
+    scenario = replace(scenario, on_host=world.device.type == "cpu")
     batch = scenario.batch()
     reset_peak(world.device)
     before = usage(world.device)
@@ -135,10 +142,39 @@ def _verdict(prepared: PreparedRun, scenario: MemoryScenario, ranks: list[RankMe
 
 
 def moments_to_come(prepared: PreparedRun) -> int:
-    """Return the bytes that this rank's optimizer will allocate: the first update creates two moments of each parameter."""
+    """Return the bytes that this rank's optimizer will allocate on its device: the first update creates the moments of each weight.
+
+    Those that will be in host memory are looked at apart (`check_host_memory`).
+    """
+    if prepared.config.parallel.cpu_offload and prepared.world.device.type != "cpu":
+        return 0
+    return _moments(prepared)
+
+
+def _moments(prepared: PreparedRun) -> int:
+    """Return the bytes of all moments that are still to come on this rank."""
     state = prepared.trained.optimizer.state if prepared.trained else {}
     new = [p for p in prepared.model.parameters() if p.requires_grad and p not in state]
     return sum((p.to_local() if hasattr(p, "to_local") else p).numel() * 2 * MASTER for p in new)
+
+
+def check_host_memory(prepared: PreparedRun) -> None:
+    """Check that the moments of parallel.cpu_offload fit into the memory of every host. Collective.
+
+    Raises the same ConfigError on all ranks.
+    """
+    if not prepared.config.parallel.cpu_offload or prepared.world.device.type == "cpu":
+        return
+    mine = [socket.gethostname(), _moments(prepared), available_bytes()]
+    ranks = prepared.world.gather_json(mine)
+    for host in dict.fromkeys(host for host, _, _ in ranks):
+        needed = sum(size for of, size, _ in ranks if of == host)
+        free = min(left for of, _, left in ranks if of == host)
+        if needed > free:
+            raise ConfigError(
+                f"parallel.cpu_offload = true: the moments of {host}'s ranks take {format_gib(needed)} GiB of host memory beside "
+                f"the weights, and {format_gib(free)} GiB are free there: use more machines, or train less"
+            )
 
 
 def _headroom(row: RankMemory, ranks: list[RankMemory], device: torch.device) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from data.config import DataConfig
 from model.config import OUR_ATTENTION, LoraConfig
-from trainer.config import BatchConfig, RunConfig, ValidationConfig
+from trainer.config import BatchConfig, ParallelConfig, RunConfig, ValidationConfig
 from trainer.runfile.part_checks import anyres_problems, quantize_problems, term_problems, vision_problems
 
 
@@ -53,6 +53,7 @@ def _values(config: RunConfig) -> Iterator[str]:
         "optim.weight_decay": config.optim.weight_decay,
         "optim.clip_norm": config.optim.clip_norm,
         "optim.warmup_steps": config.optim.warmup_steps or 0,
+        "parallel.unit_mib": config.parallel.unit_mib,
         "train.max_steps": config.train.max_steps or 0,
         **{f"model.{name}.lr": part.lr for name, part in config.model.parts().items()},
     }
@@ -166,6 +167,8 @@ def idle_settings(config: RunConfig) -> Iterator[str]:
         )
     if config.parallel.strategy == "ddp" and not config.parallel.reshard_after_forward:
         yield "parallel.reshard_after_forward = false has no effect with parallel.strategy = 'ddp'"
+    if config.parallel.strategy == "ddp" and config.parallel.unit_mib != ParallelConfig().unit_mib:
+        yield f"parallel.unit_mib = {config.parallel.unit_mib} has no effect with parallel.strategy = 'ddp'"
     yield from _unread_media_settings(config)
     if config.data.on_bad_sample == "error" and config.data.max_bad_fraction != DataConfig().max_bad_fraction:
         yield "data.max_bad_fraction has no effect with data.on_bad_sample = 'error': the first bad record stops the run"

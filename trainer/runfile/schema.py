@@ -12,7 +12,6 @@ from trainer.runfile.toml_files import TOML_INTEGERS
 
 PLANNED_KEYS = (
     "parallel.compile",
-    "parallel.cpu_offload",
     "log.tensorboard",
     "log.wandb",
     "log.project",

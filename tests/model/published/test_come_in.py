@@ -10,6 +10,7 @@ import torch
 
 from model.batch import Batch
 from model.multimodal import MultimodalLM
+from model.published.transformers_names import LLM
 from tests.support.finals import one_process
 from tests.support.published import MAKERS, reader_of
 from tests.support.published.asking import clip, question, run_from
@@ -73,3 +74,10 @@ def test_ids_media_and_logits_are_those_of_transformers(tmp_path: Path, name: st
     with torch.no_grad():
         expected = theirs(**inputs).logits[0]
     torch.testing.assert_close(logits(model, batch), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.model.", "language_model.model.", "model.language_model."])
+def test_a_decoder_has_its_name_under_each_prefix(prefix: str) -> None:
+    """Transformers 5.17 saves Qwen2-Audio with the first, the hub and 5.x have the others."""
+    found = LLM.name_of(f"{prefix}layers.0.mlp.up_proj.weight")
+    assert found is not None and found.removeprefix("model.") == "layers.0.mlp.up_proj.weight"

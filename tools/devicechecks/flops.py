@@ -1,0 +1,85 @@
+"""Useful operations of a step: what the task needs, whatever a program computes beside it.
+
+Real tokens alone count: no padding, nothing twice, the head on supervised rows only, causal attention half. A product of a frozen
+matrix counts forward and the gradient of its input, a trained one the gradient of the matrix too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from model.batch import Batch
+from model.llm.causal_lm import blocks, head_weight
+from model.llm.quantized_linear import Quantised
+from model.lora import LoraLinear
+from model.multimodal import MultimodalLM
+from model.vision.tower import VisionTower
+
+FORWARD, INPUT, WEIGHT = 2, 2, 2
+"""Operations per number of a matrix and row: the product, the gradient of its input and its own."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Useful floating-point operations of one micro-batch, forward and backward."""
+
+    decoder: float
+    attention: float  # of the language model
+    head: float
+    tower: float  # its attention included
+    projector: float
+
+    @property
+    def total(self) -> float:
+        return self.decoder + self.attention + self.head + self.tower + self.projector
+
+
+def useful_flops(model: MultimodalLM, batch: Batch) -> Flops:
+    """Count the useful operations of a micro-batch of text and pictures; a trained projector or a trained decoder is assumed."""
+    tokens, layers = batch.num_real_tokens, blocks(model.llm.get_decoder())
+    decoder = sum(matrix_flops(layer) for _, layer in products(layers)) * tokens
+    config = model.llm.config
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # Scores and their products with the values, 2 operations each, half of them causal; backward is twice forward.
+    attention = 6.0 * len(layers) * config.num_attention_heads * head_width * sum(n * n for n in batch.lengths)
+    weight = head_weight(model.llm)
+    head = (FORWARD + INPUT + WEIGHT * weight.requires_grad) * weight.numel() * batch.num_supervised
+    tower, projector = media_flops(model, batch)
+    return Flops(float(decoder), attention, float(head), tower, projector)
+
+
+def media_flops(model: MultimodalLM, batch: Batch) -> tuple[float, float]:
+    """Return the operations of the tower and of its projector."""
+    media = batch.media.get("image")
+    if media is None:
+        return 0.0, 0.0
+    encoder = model.encoder("vision")
+    assert isinstance(encoder, VisionTower)
+    pictures, rows = len(media.values), encoder.blank_length + encoder.num_prefix
+    learns = "vision" in model.trainable_parts
+    layers = blocks(encoder.tower)
+    matrices = sum(layer.weight.numel() for _, layer in products(layers)) * rows
+    patches = sum(m.weight.numel() for m in encoder.tower.modules() if isinstance(m, nn.Conv2d)) * encoder.blank_length
+    forward = FORWARD * (matrices + patches) + 4.0 * len(layers) * encoder.hidden_size * rows**2
+    projector = [layer for _, layer in products(model.get_submodule("vision_projector"))]
+    each = [matrix_flops(layer) for layer in projector]
+    each[0] -= 0 if learns else INPUT * projector[0].weight.numel()  # nothing below the projector learns
+    return pictures * forward * (3 if learns else 1), float(pictures * encoder.blank_length * sum(each))
+
+
+def products(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield the linear layers of a module."""
+    yield from ((name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear))
+
+
+def matrix_flops(layer: nn.Linear) -> int:
+    """Return the operations per row of a linear layer on the gradient's path, with those of its adapter."""
+    size = layer.in_features * layer.out_features
+    is_trained = not isinstance(layer, Quantised) and layer.weight.requires_grad
+    found = (FORWARD + INPUT + WEIGHT * is_trained) * size
+    if isinstance(layer, LoraLinear):
+        found += (FORWARD + INPUT + WEIGHT) * (layer.lora_A.numel() + layer.lora_B.numel())
+    return found

@@ -1,0 +1,112 @@
+"""Computing in a narrower dtype than that of the masters, for models without FSDP: each module casts its own parameters."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from trainer.distributed.compute_copies import ComputeCopies
+from trainer.distributed.host_masters import HostMasters
+
+
+@dataclass(frozen=True)
+class Cast:
+    """How modules get their parameters in the dtype of computation: cast where they are used, or from copies."""
+
+    dtype: torch.dtype
+    copies: ComputeCopies | None = None
+
+    def __call__(self, parameter: torch.Tensor) -> torch.Tensor:
+        if self.copies is not None and parameter in self.copies:
+            return self.copies.used(parameter)
+        return parameter.to(self.dtype)
+
+
+def cast_for_compute(
+    model: nn.Module,
+    dtype: torch.dtype,
+    *,
+    copies: bool = False,
+    read_by_root: Iterable[nn.Parameter] = (),
+    offload_from: torch.device | None = None,
+) -> None:
+    """Make every module compute with its own parameters in `dtype`, for models without FSDP.
+
+    The float32 masters stay, and names do not change. `copies`: trained parameters are cast once per update, not in each forward;
+    those in `read_by_root` too, which the forward of `model` reads by itself. `offload_from`: the masters are on the host, and the
+    copies on this device, even where they have the same dtype.
+    """
+    away = offload_from is not None
+    owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is None or not p.is_floating_point():  # codes of a quantised matrix are not cast
+                continue
+            if p.dtype != dtype or (away and p.requires_grad):
+                owners.setdefault(p, []).append((module, name))
+    kept: ComputeCopies | None = ComputeCopies(model, owners, dtype) if copies and owners and not away else None
+    cast = Cast(dtype, kept if offload_from is None else HostMasters(model, owners, dtype, offload_from))
+    for module in {module for pairs in owners.values() for module, _ in pairs}:
+        module.forward = _cast_inside(module, module.forward, cast)
+    if shared := {p: pairs for p, pairs in owners.items() if len(pairs) > 1 or away or (copies and p in {*read_by_root})}:
+        model.forward = functools.partial(_cast_shared, shared, model.forward, cast)
+
+
+def _cast_inside(module: nn.Module, forward: Callable[..., Any], cast: Cast) -> Callable[..., Any]:
+    """Wrap `forward` so that the module's own parameters are cast.
+
+    A recomputed block is cast inside `checkpoint`, because backward runs what is inside a second time.
+    """
+    if isinstance(forward, functools.partial) and forward.func is checkpoint:
+        inner = functools.partial(_cast_forward, module, forward.args[0], cast)
+        return functools.partial(checkpoint, inner, **forward.keywords)
+    return functools.partial(_cast_forward, module, forward, cast)
+
+
+def _cast_shared(
+    shared: dict[nn.Parameter, list[tuple[nn.Module, str]]],
+    forward: Callable[..., Any],
+    cast: Cast,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Run `forward` with every tied matrix cast once for all modules that use it.
+
+    Its gradients then add up in the dtype of computation, as they do under FSDP2.
+    """
+    try:
+        for p, pairs in shared.items():
+            found = cast(p)
+            for module, name in pairs:
+                set_tensor(module, name, found)
+        return forward(*args, **kwargs)
+    finally:
+        for p, pairs in shared.items():
+            for module, name in pairs:
+                module._parameters[name] = p
+
+
+def set_tensor(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Let `module` compute with `value` in place of its parameter `name`: a plain tensor, with the parameter in its graph."""
+    parameters: dict[str, torch.Tensor | None] = vars(module)["_parameters"]
+    parameters[name] = value
+
+
+def _cast_forward(module: nn.Module, forward: Callable[..., Any], cast: Cast, *args: Any, **kwargs: Any) -> Any:
+    masters = dict(module._parameters)
+    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+        # Callers may have prepared the input in the dtype of the masters, as CLIP's embeddings do.
+        args = tuple(a.to(cast.dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+    try:
+        for name, p in masters.items():
+            if p is not None and p.is_floating_point():
+                set_tensor(module, name, cast(p))
+        return forward(*args, **kwargs)
+    finally:
+        module._parameters.update(masters)
