@@ -46,7 +46,7 @@ def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return found
 
 
-def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the loss of full logits, which are cast to float32 as transformers does."""
     return F.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
 
@@ -64,7 +64,7 @@ def chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 def heads() -> dict[str, Head]:
     """Return the ways by name; torch's operator where this torch has it."""
-    found: dict[str, Head] = {"ours": ours, "full logits": plain}
+    found: dict[str, Head] = {"ours": ours, "full logits": full_logits}
     if hasattr(F, "linear_cross_entropy"):
         found["fused"] = fused
         if hasattr(torch.nn, "LinearCrossEntropyOptions"):

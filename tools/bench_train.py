@@ -118,7 +118,7 @@ def table_lines(bench: Bench, found: dict[str, list[Figures]]) -> list[str]:
     return lines
 
 
-def missing(name: str) -> list[str]:
+def not_installed(name: str) -> list[str]:
     """Return the packages that a contender needs and that are not installed."""
     kind = CONTENDERS[name].kind
     return [package for package in NEEDS.get(kind, ()) if find_spec(package) is None]
@@ -140,10 +140,10 @@ def run_bench(options: argparse.Namespace) -> None:
             f"thread, {platform.machine()}, Python {platform.python_version()}; of a padded batch are useful: {shares[RANDOM]:.2f} "
             f"at random, {shares[GROUPED]:.2f} grouped by length"
         )
-        found = take_turns(bench, [name for name in names if not missing(name)])
+        found = take_turns(bench, [name for name in names if not not_installed(name)])
         print("\n".join(table_lines(bench, found)))
         for name in names:
-            if absent := missing(name):
+            if absent := not_installed(name):
                 print(f"| {name} | not installed: {', '.join(absent)} |")
         for order, worst in check_losses(bench, found).items():
             print(f"steps {order}: the loss of every step equal within {worst:.1e} for all contenders that saw them")

@@ -73,8 +73,8 @@ def test_the_table_and_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_train, "find_spec", lambda name: None)
-    assert {name for name in CONTENDERS if bench_train.missing(name)} == {name for name in CONTENDERS if name.startswith("T")}
-    assert bench_train.missing("TRL") == ["trl", "datasets"]
+    assert {name for name in CONTENDERS if bench_train.not_installed(name)} == {name for name in CONTENDERS if name.startswith("T")}
+    assert bench_train.not_installed("TRL") == ["trl", "datasets"]
 
 
 @pytest.mark.long

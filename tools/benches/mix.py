@@ -73,7 +73,7 @@ def write_mix(folder: Path, size: Size, seed: int = 0) -> list[Json]:
     return [_record(i, words, rng) for i in range(size.num_records)]
 
 
-def write_run(folder: Path, name: str, size: Size, steps: int, changes: Json) -> Path:
+def write_bench_run(folder: Path, name: str, size: Size, steps: int, changes: Json) -> Path:
     """Write folder/NAME.toml, which trains on folder/NAME.json in its order, and return its path."""
     images = folder / "images"
     tables: Json = {

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from model.files.untrusted import Json
 from tools.benches.contender import CONTENDERS, GROUPED, RANDOM
-from tools.benches.mix import SIZES, Size, write_mix, write_run
+from tools.benches.mix import SIZES, Size, write_mix, write_bench_run
 from tools.benches.reader import ProcessorReader
 from tools.export_adapter import export
 from trainer.main import main as train
@@ -44,7 +44,7 @@ def prepare(folder: Path, size_name: str, steps: int, dtype: str) -> dict[str, f
     for contender in CONTENDERS.values():
         if name := contender.run:
             (folder / f"{name}.json").write_text((folder / f"{contender.order}.json").read_text(encoding="utf-8"), encoding="utf-8")
-            write_run(folder, name, size, steps, {"packing": name == "packed", "dtype": dtype})
+            write_bench_run(folder, name, size, steps, {"packing": name == "packed", "dtype": dtype})
     return shares
 
 
@@ -53,7 +53,7 @@ def _write_model(folder: Path, size: Size, records: list[Json]) -> None:
     (folder / "start.json").write_text(json.dumps(records[: size.batch]), encoding="utf-8")
     said = StringIO()
     with redirect_stdout(said):
-        code = train(["--cfg", str(write_run(folder, "start", size, 0, {}))])
+        code = train(["--cfg", str(write_bench_run(folder, "start", size, 0, {}))])
         if code == 0:
             export(folder / "runs" / "start" / "final", folder / HF, "hf")
     if code:
