@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from model.files.untrusted import Json
 from tools.benches.contender import CONTENDERS, GROUPED, RANDOM
-from tools.benches.mix import SIZES, Size, write_mix, write_bench_run
+from tools.benches.mix import SIZES, Size, write_bench_run, write_mix
 from tools.benches.reader import ProcessorReader
 from tools.export_adapter import export
 from trainer.main import main as train
