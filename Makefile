@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: install demo demo-omni test test-parts test-runs test-long lint
+.PHONY: install demo demo-omni test test-parts test-runs test-long lint settings
 
 install: $(READY)
 
@@ -39,3 +39,8 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The page of all settings and the schema that editors read, from the config classes.
+settings: $(READY)
+	$(BIN)/python -m trainer.main --markdown > docs/settings.md
+	$(BIN)/python -m trainer.main --schema > docs/run.schema.json

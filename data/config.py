@@ -46,11 +46,17 @@ TemplateName = Literal[
 class SourceConfig:
     """Records of one kind: a file, or all files of a pattern."""
 
-    path: str  # .json | .jsonl | .parquet | .tar; with * ? [] every file that matches, in the order of their names
-    name: str = ""  # metrics key; default: the file's stem
-    media_root: str | dict[str, str] = ""  # one folder, or one per kind of medium and per `set` of records
-    weight: float = 1.0  # how often each record is drawn per epoch; 0.25: a quarter, the next epoch another one
-    take: str = "all"  # all | first:N | end:N | random:N, N records or N%: what takes part at all
+    path: str
+    """Records: .json, .jsonl, .parquet or .tar; with * ? [] every file that matches, in the order of their names."""
+    name: str = ""
+    """Key in metrics and messages; '' = the file's stem. Two sources need two names."""
+    media_root: str | dict[str, str] = ""
+    """Folder that media paths begin in; or a table with one folder per kind of medium (image, video, audio) and per set of
+    records."""
+    weight: float = 1.0
+    """Times each record is drawn per epoch: 0.25 = a quarter, another one the next epoch; 2 = twice. For sources alone."""
+    take: str = "all"
+    """Records that take part at all: all, first:N, end:N or random:N; N is a number of records or a percentage, as 10%."""
 
     @property
     def key(self) -> str:
@@ -69,34 +75,67 @@ class DataConfig:
     """Settings of `[data]`."""
 
     template: TemplateName = "auto"
-    system: str = ""  # system text of records that have none; "" = the template's own
+    """How a conversation becomes text: auto, the tokenizer's own chat template, or one of the families' formats; use what the
+    model knows."""
+    system: str = ""
+    """System text of records that have none; '' = the template's own."""
     max_length: int = 2048
+    """Most tokens of a sample, media included: whole rounds beyond it are dropped. Raise it for long answers; memory grows
+    with it."""
     placeholders: Literal["as_written", "first"] = "as_written"
+    """Where media stand: as_written, where the text says so; first, in front of their turn (LLaVA, VITA)."""
     media_wrap: tuple[str, ...] = ()
+    """Pair of strings written before and after every picture, as ['<im_start>', '<im_end>']; () = none."""
     image_fit: Literal["pad", "square", "tiles", "anyres"] = "pad"
+    """What the tower sees of a picture: pad, on a square of the mean colour; square, as its own processor; tiles (InternVL);
+    anyres (LLaVA-NeXT)."""
     image_decode: Literal["exact", "fast"] = "exact"
+    """exact equals the Hugging Face processors to the bit; fast decodes large JPEGs at a fraction of their size."""
     min_tiles: int = 1
+    """Fewest tiles of a picture under image_fit = 'tiles'."""
     max_tiles: int = 1
+    """Most tiles of a picture under image_fit = 'tiles', 6 or 12 as a rule; each costs as many tokens as a whole view."""
     thumbnail: bool = True
-    image_grid: tuple[GridSize, ...] = ()  # anyres: grids of tiles to choose from; () = LLaVA-NeXT's
-    anyres_max: int = 0  # anyres: a picture has at most about as many tokens as this many tiles (anyres_max_9); 0 = no limit
+    """Add the whole picture to its tiles as one more view, under image_fit = 'tiles'."""
+    image_grid: tuple[GridSize, ...] = ()
+    """Grids to choose from under anyres, as '2x1', '1x1...6x6' or [width, height] in pixels; () = LLaVA-NeXT's."""
+    anyres_max: int = 0
+    """A picture has at most about as many tokens as this many tiles under anyres (anyres_max_9); 0 = no limit."""
     max_images: int = 0
+    """Most pictures of one record, more is a bad record; 0 = no limit."""
     order: Literal["modality_length", "length", "random", "sequential"] = "modality_length"
+    """How a step is filled: modality_length, alike in media and length (fastest); length; random; sequential, as in the file."""
     packing: bool = False
+    """Put several samples into one row without padding, by batch.micro_batch_tokens; faster where lengths differ much."""
     state_tokens: Literal["none", "glyphs", "digits"] = "none"
+    """Begin every answer with a token that says what it replies to: glyphs (VITA 1.5), digits (VITA 1.0), or none."""
     fps: float = 1.0
+    """Frames of a video that are looked at per second; fewer where min_frames and max_frames say so."""
     min_frames: int = 4
+    """Fewest frames of a video."""
     max_frames: int = 16
+    """Most frames of a video, spread evenly; each costs as many tokens as a picture."""
     max_seconds: float = 30.0
+    """Longest clip in seconds; a longer one is a bad record. 30 is one window of Whisper."""
     max_pixels: int = 64_000_000
+    """Most pixels of a picture, judged before it is decoded; more is a bad record. Lower it where memory is short."""
     workers: int = 4
+    """Processes of each rank that read ahead; 0 = the rank reads by itself. 2 to 16 are usual; raise it while perf/data_wait
+    is not 0."""
     follow_links: bool = False
+    """Follow symbolic links that leave media_root; false refuses them. For data of your own alone."""
     on_bad_sample: Literal["quarantine", "error"] = "quarantine"
-    on_change: Literal["refuse", "accept"] = "refuse"  # when a run is resumed and its sources changed since it began
+    """What a bad record does: quarantine, it is left out, counted and named; error, it ends the run."""
+    on_change: Literal["refuse", "accept"] = "refuse"
+    """What happens when sources changed since the run began: refuse to go on, or accept it."""
     max_bad_fraction: float = 0.001
-    max_too_long_fraction: float = 0.1  # of each source; the start fails if more records cannot fit max_length
+    """Share of bad records beyond which the run ends, in [0, 1); eight are always borne."""
+    max_too_long_fraction: float = 0.1
+    """Share of a source's records that cannot fit max_length beyond which the start fails; 1 allows any number."""
     sources: tuple[SourceConfig, ...] = field(default=())
+    """Training data: one [[data.sources]] table per source."""
     validation: tuple[SourceConfig, ...] = field(default=())
+    """Held-out data: one [[data.validation]] table per source, with the same keys but weight."""
 
     def problems(self) -> list[str]:
         """List what is wrong with the values, one line each; keys as in run.toml."""

@@ -7,6 +7,7 @@ is spoken needs no text: "". A model trained with state tokens says whether it a
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -61,9 +62,18 @@ def converse(answer: Callable[[Turns], Answer], media: Media, *, prompt: str) ->
             asked.append({"from": "gpt", "value": text})
             parse(record(asked, media), "conversation")
         except RecordError as error:
-            print(f"chat: {error.field}: {printable_lines(error.reason)}; this round is not kept", file=sys.stderr)
+            print(f"chat: {printable_lines(told(error))}; this round is not kept", file=sys.stderr)
             continue
         turns = turns if state == "negative" else asked
+
+
+def told(error: RecordError) -> str:
+    """Return what is wrong with a round in the words of a conversation: its record was made here, and nobody wrote one."""
+    counted = re.fullmatch(r"(\d+) <(\w+)> in the turns, (\d+) \w+ files in the record", error.reason)
+    if counted:
+        number, kind, given = counted.groups()
+        return f"{kind}: {number} <{kind}> in the text, and {given} --{kind} FILE named: give as many of one as of the other"
+    return f"{error.field}: {error.reason}"
 
 
 def show(state: str | None, text: str, note: str = "") -> None:
@@ -107,7 +117,7 @@ def chat(options: argparse.Namespace) -> None:
         try:
             show(*answer([{"from": "human", "value": options.question}]))
         except RecordError as error:  # the record was made here: its place and id mean nothing to the user
-            raise DataError(f"{error.field}: {error.reason}") from error
+            raise DataError(told(error)) from error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,6 +8,7 @@ float32 logits of a sample with a picture or a clip are compared before OUT appe
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -58,13 +59,13 @@ def import_model(source: str, out: Path, *, link: bool = False, cache_dir: str =
         model = built(card)
         write_all_parts(model, card, folder, link)
         processor.save(folder)
-        (folder / "run.toml").write_text(to_toml(run_file(source, cache_dir)))
+        (folder / "run.toml").write_text(to_toml(run_file(source, cache_dir, out)))
         seal(folder)
         proof = prove_import(source, model, processor, cache_dir)
     print(f"{proof}\n{out}:\n{listing(out)}")
-    print(
-        f"next: python -m trainer.main --cfg {out / 'run.toml'} data.sources.0.path=YOUR.json data.sources.0.media_root=ITS_MEDIA"
-    )
+    print(f"{out / 'run.toml'} starts from {source}, whose tensors {out} holds too, and writes into {out.absolute()}-run")
+    cfg = shlex.quote(str(out / "run.toml"))
+    print(f"next: python -m trainer.main --cfg {cfg} data.sources.0.path=YOUR.json data.sources.0.media_root=ITS_MEDIA")
 
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
@@ -130,12 +131,16 @@ def prove_import(source: str, model: MultimodalLM, processor: Processor, cache_d
     return f"float32 logits: {name} and this model within {difference:.1e} of the largest"
 
 
-def run_file(source: str, cache_dir: str) -> dict[str, Any]:
-    """Return a run file that starts from `source`: what follows from it, LoRA on the language model, the user's own records."""
+def run_file(source: str, cache_dir: str, out: Path) -> dict[str, Any]:
+    """Return a run file that starts from `source`: what follows from it, LoRA on the language model, the user's own records.
+
+    It works from any folder, and its run is written beside `out`.
+    """
+    source = str(Path(source).absolute()) if Path(source).is_dir() else source
     model: dict[str, Any] = {"init_from": source, "llm": {"tune": "lora"}}
     if cache_dir:
         model["cache_dir"] = cache_dir
-    resolved, _ = resolve_published({"output_dir": "run", "model": model, "data": {}})
+    resolved, _ = resolve_published({"output_dir": f"{out.absolute()}-run", "model": model, "data": {}})
     base = resolved["model"]["llm"]["path"]
     positions = part_config(SETTING, "llm", base, cache_dir).get("max_position_embeddings", MAX_LENGTH)
     resolved["data"]["max_length"] = min(positions, MAX_LENGTH)

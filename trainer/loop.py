@@ -21,6 +21,7 @@ from trainer.metrics import Meter, MetricsLog
 from trainer.optim import set_learning_rates
 from trainer.records.bookkeeping import Bookkeeping
 from trainer.schedule import multiplier
+from trainer.screen import Screen
 from trainer.setup import PreparedRun
 from trainer.state import CheckpointState, MeterState
 from trainer.step import StepOptions, train_step
@@ -80,22 +81,14 @@ class Loop:
             self.prepared, self.checkpointer, self.stage.first_step + self.first_step, self._state()
         )
         total = self.prepared.total_steps
-        bar = tqdm(
-            desc=self.stage.name or None,
-            total=total,
-            initial=self.first_step,
-            unit="step",
-            disable=not self.prepared.world.is_main,
-            dynamic_ncols=True,
-        )
-        with bar:
+        with Screen(self.stage.name, self.first_step, total, speaks=self.prepared.world.is_main) as screen:
             for step in range(self.first_step, total):
                 micro_batches, wait = self.feed.next(step)
                 self.requests.accepting = True
                 self._step(step, micro_batches, wait)
                 self.status.step = self.stage.first_step + step + 1
-                bar.update()
-                self._finish_step(step + 1, bar)
+                screen.stepped()
+                self._finish_step(step + 1, screen)
         self.checkpointer.wait()
 
     def _step(self, step: int, micro_batches: list[MicroBatch], wait: float) -> None:
@@ -137,7 +130,7 @@ class Loop:
         self._observe(self.deferred.flush())
         self.health.drain()
 
-    def _finish_step(self, done: int, bar: tqdm) -> None:
+    def _finish_step(self, done: int, screen: Screen) -> None:
         """Log, validate, save and stop where `done` completed steps or a request make it due, in this order on every rank."""
         config, last = self.prepared.config, done == self.prepared.total_steps
         should_save = self.requests.consume(SAVE) or STOP in self.requests.agreed or last or done % config.checkpoint.every == 0
@@ -151,11 +144,13 @@ class Loop:
         should_validate = self._should_validate(done, last, should_stop)
         self.tracker.begin("log", self.stage.first_step + done)
         if last or done == 1 or done % config.log.every == 0:
-            self._log(done, bar)
+            self._log(done, screen)
         started = time.perf_counter()
         if should_validate:
             self.tracker.mark("validation")
-            self.log.write(self.stage.first_step + done, validate(self.prepared, self.books.quarantine, done, self.tracker))
+            values = validate(self.prepared, self.books.quarantine, done, self.tracker)
+            self.log.write(self.stage.first_step + done, values)
+            screen.validated(done, values, time.perf_counter() - started)
             self.books.quarantine.check()
         if should_save:
             self.tracker.mark("save")
@@ -182,16 +177,14 @@ class Loop:
             tqdm.write("EVAL was asked for, and the run has no [[data.validation]]")
         return there and (asked or ((last or done % self.prepared.config.validation.every == 0) and not should_stop))
 
-    def _log(self, done: int, bar: tqdm) -> None:
+    def _log(self, done: int, screen: Screen) -> None:
         self.books.flush(done)
         values = self.meter.read()
         rates: dict[str, float] = {}
         for group in self.optimizer.param_groups:
             rates[f"train/lr/{group['name'].partition('/')[0]}"] = group["lr"]
         self.log.write(self.stage.first_step + done, values | rates)
-        bar.set_postfix_str(
-            f"loss {values['train/loss']:.4f}, lr {max(rates.values()):.2e}, {values['perf/tokens_per_second']:,.0f} tokens/s"
-        )
+        screen.logged(done, values, max(rates.values()))
 
     def _save(self, done: int) -> None:
         prepared, first_step = self.prepared, self.stage.first_step

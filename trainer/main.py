@@ -9,44 +9,106 @@ import argparse
 import logging
 import os
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from trainer.config import RunConfig
-from trainer.distributed.world import World
-from trainer.errors import code_of
-from trainer.run import train
-from trainer.runfile.load import load_config
+from model.errors import ConfigError
+from trainer.errors import DONE, INTERNAL, STOPPED, code_of
 from trainer.runfile.toml_files import without_dashes
-from trainer.supervise import refuse, run_supervised
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
+    from trainer.distributed.world import World
 
 
 def run(config: RunConfig, world: World | None = None) -> int:
     """Train as `config` says and return the exit code. An error is reported by one rank, and in exit.json."""
+    # Here, as in `main`: what comes first decides what transformers imports (model/deferred_imports.py), and --help needs nothing.
+    from trainer.run import train
+    from trainer.supervise import run_supervised
+
     return run_supervised(train, config, world)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, load the run file, train, and return the exit code."""
-    parser = argparse.ArgumentParser(prog="trainer.main", description="Train a multimodal model as a run.toml describes it.")
-    parser.add_argument("--cfg", required=True, help="the run file, or recipe:NAME")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
-    arguments = parser.parse_args(without_dashes(argv))
+    arguments = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # Many ranks and workers share a machine; the tokenizer's own threads would fight them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if arguments.settings is not None or arguments.schema or arguments.markdown:
+        return show_settings(arguments)
+    from model.deferred_imports import import_transformers
+
+    import_transformers()  # before anything else imports it
+    if arguments.dry_run:
+        return try_out(arguments)
+    from trainer.runfile.load import load_run
+    from trainer.supervise import refuse
+
     try:
-        config = load_config(arguments.cfg, arguments.overrides)
+        config, aside = load_run(arguments.cfg, arguments.overrides)
     except Exception as error:
-        # Every rank reads the same file and fails in the same way: rank 0 reports.
-        if int(os.environ.get("RANK", "0")) == 0:
-            refuse(error, arguments.cfg, arguments.overrides)
+        refuse(error, arguments.cfg, arguments.overrides)
         return code_of(error)
+    if int(os.environ.get("RANK", "0")) == 0:
+        for line in aside:
+            print(f"aside     {line}", flush=True)
     return run(config)
 
 
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Return what stands on the command line: `argv`, or that of this process."""
+    parser = argparse.ArgumentParser(prog="trainer.main", description="Train a multimodal model as a run.toml describes it.")
+    parser.add_argument("--cfg", help="the run file, or recipe:NAME")
+    described = "try the run file: what it trains at full size, and two steps on small parts with made-up weights; keeps nothing"
+    parser.add_argument("--dry-run", action="store_true", help=described)
+    parser.add_argument("--settings", nargs="?", const="", metavar="WORD", help="print all settings, or those that hold a word")
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema of run files, for editors")
+    parser.add_argument("--markdown", action="store_true", help="print the page of all settings")
+    described = "settings that replace those of the file; KEY= takes one out"
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=described)
+    arguments = parser.parse_intermixed_args(without_dashes(argv))
+    if arguments.cfg is None and not (arguments.settings is not None or arguments.schema or arguments.markdown):
+        parser.error("the following arguments are required: --cfg")
+    return arguments
+
+
+def try_out(arguments: argparse.Namespace) -> int:
+    """Make a dry run of the run file, and return the exit code."""
+    from trainer.trial.dry_run import dry_run  # here, as in `run`
+
+    try:
+        return dry_run(arguments.cfg, arguments.overrides)
+    except Exception as error:
+        if (code := code_of(error)) == INTERNAL:
+            raise
+        print(f"trainer: {error}", file=sys.stderr, flush=True)
+        return code
+
+
+def show_settings(arguments: argparse.Namespace) -> int:
+    """Print what the command line asks about settings, and return the exit code."""
+    from trainer.runfile.settings_page import schema_text, settings_page, settings_text  # here, as in `run`
+
+    try:
+        if arguments.schema or arguments.markdown:
+            print(schema_text() if arguments.schema else settings_page(), end="")
+        else:
+            print(settings_text(arguments.settings))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return code_of(error)
+    return DONE
+
+
 def command() -> NoReturn:
-    """Run the command line and leave the process with its exit code."""
+    """Run the command line and leave the process with its exit code: under torchrun 0 for a run that was stopped on request.
+
+    torchrun calls any other code a failure, with a traceback of its own, and makes 1 of it; exit.json keeps 75.
+    """
     code = main()
+    if code == STOPPED and "TORCHELASTIC_RUN_ID" in os.environ:
+        code = DONE
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: a failed rank must leave at once, while its peers may still hang in a collective with it.

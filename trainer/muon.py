@@ -14,8 +14,8 @@ from itertools import accumulate, pairwise
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from model.files.sharding import is_sharded_tensor
 from model.files.shards import local
 from trainer.config import OptimConfig
 from trainer.optim_state import MOMENTUM, Group, MixedOptimizer
@@ -80,7 +80,7 @@ def _together(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
 
 def _ranks(p: Tensor) -> int:
     """Return the number of ranks that share a copy of `p`."""
-    return p.device_mesh.size(p.device_mesh.ndim - 1) if isinstance(p, DTensor) else 1
+    return p.device_mesh.size(p.device_mesh.ndim - 1) if is_sharded_tensor(p) else 1
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def orthogonal(rows: list[Tensor], matrices: list[Tensor], iteration: NewtonSchu
     ranks = _ranks(first)
     if ranks == 1:
         return [iteration.factor(own) for own in rows]
-    assert isinstance(first, DTensor)
+    assert is_sharded_tensor(first)
     mesh = first.device_mesh
     group, rank = mesh.get_group(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
     shape = matrices[rank].shape if rank < len(matrices) else torch.Size((0, 1))

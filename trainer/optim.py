@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from model.config import ModelConfig
 from model.errors import ConfigError
-from model.files.sharding import is_first_copy
+from model.files.sharding import is_first_copy, is_sharded_tensor
 from model.multimodal import MultimodalLM
 from trainer.adamw8bit import AdamW8bit
 from trainer.config import OptimConfig
@@ -92,7 +91,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
     rounding, and the copies would differ from then on.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    shards, whole = [g for g in grads if isinstance(g, DTensor)], [g for g in grads if not isinstance(g, DTensor)]
+    shards, whole = [g for g in grads if is_sharded_tensor(g)], [g for g in grads if not is_sharded_tensor(g)]
     norms = torch.stack(torch._foreach_norm([*(g.to_local() for g in shards), *whole], dtype=torch.float32))
     if not shards:
         return torch.linalg.vector_norm(norms), norms
@@ -106,7 +105,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
 
 def in_norm_order(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     """Return `parameters` in the order in which `gradient_norm` returns the norms of single gradients."""
-    return sorted(parameters, key=lambda p: not isinstance(p, DTensor))  # shards first, else in the given order
+    return sorted(parameters, key=lambda p: not is_sharded_tensor(p))  # shards first, else in the given order
 
 
 def clipped_update(optimizer: torch.optim.Optimizer, norm: Tensor, clip_norm: float, loss_scale: Tensor | None = None) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from model.audio.state_head import StateHead
+from model.files.sharding import is_sharded_tensor
 from model.files.shards import MOMENTS, WEIGHTS, local
 from model.llm.causal_lm import head_weight
 from model.multimodal import MultimodalLM
@@ -74,8 +74,10 @@ def _zeros(like: Tensor, device: torch.device, row: tuple[int, ...] | None = Non
     rows = local(like)
     shape = rows.shape if row is None else (*rows.shape[:1], *row)
     zeros = torch.zeros(shape, dtype=dtype, device=device)
-    if not isinstance(like, DTensor):
+    if not is_sharded_tensor(like):
         return zeros
+    from torch.distributed.tensor import DTensor  # here: it takes long to import, and is when something is sharded
+
     whole = torch.Size((*like.shape[:1], *zeros.shape[1:]))
     strides = tuple(math.prod(whole[i + 1 :]) for i in range(len(whole)))
     return DTensor.from_local(zeros, like.device_mesh, like.placements, run_check=False, shape=whole, stride=strides)

@@ -17,6 +17,7 @@ from trainer.distributed.world import World, die_with_parent, start_world, stop_
 from trainer.errors import INTERNAL, SaveError, code_of
 from trainer.faults import exit_report, signals
 from trainer.faults.exit_report import INTERRUPT, RunEnd, RunStatus, clear_exit_report, write_exit_report
+from trainer.faults.requests import OF_ANOTHER
 from trainer.faults.watchdog import Watchdog
 from trainer.machine.atomic_files import make_folder
 from trainer.machine.folder_lock import FolderLock
@@ -25,6 +26,8 @@ from trainer.machine.run_folder import check_folder, check_names
 from trainer.runfile.toml_files import apply_override, read_toml
 from trainer.setup import resolve_config
 
+REFUSE_SECONDS = 10.0
+"""Patience of the other ranks with the report of rank 0 about a wrong run file."""
 Train = Callable[[RunConfig, World, RunStatus], None]
 
 
@@ -102,8 +105,8 @@ def report_failure(
         return code
     found = watchdog.agree_on_failure(error, code, reason)
     speaks, is_own = found.by == rank, found.by == found.culprit == rank
-    if not speaks:
-        time.sleep(0.5)  # the rank that found out reports, unless it has died since
+    if not speaks or OF_ANOTHER in found.reason:
+        time.sleep(0.5)  # the rank that found out, or was asked, reports, unless it has died since
     end = RunEnd(found.code, found.reason, step if is_own else found.step, found.culprit)
     write_exit_report(output_dir, end, speaks=speaks, error=shown if is_own else None)
     return found.code
@@ -129,7 +132,14 @@ def hold(folder: Path, *, waits: bool = True) -> FolderLock:
 
 
 def refuse(error: Exception, run_file: str, overrides: list[str]) -> None:
-    """Report what is wrong with a run file, in exit.json too unless another process trains into the folder that it names."""
+    """Report what is wrong with a run file, in exit.json too unless another process trains into the folder that it names.
+
+    Every rank finds the same, and rank 0 reports; the others wait for it, because torchrun ends all ranks as soon as one leaves.
+    """
+    if int(os.environ.get("RANK", "0")) != 0:
+        exit_report.write_error_file(RunEnd(code_of(error), str(error), None, 0), is_first=False)
+        time.sleep(REFUSE_SECONDS)
+        return
     folder, lock = named_folder(run_file, overrides), None
     try:
         lock = hold(folder, waits=False) if folder else None

@@ -10,12 +10,15 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
 
 from model.errors import ConfigError
+from model.files.hub_repository import look_up
 from model.files.tensor_files import Tensors, read_weights
 from model.files.untrusted import Json, load_json
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}(@[A-Za-z0-9][A-Za-z0-9._/-]{0,254})?")
 """owner/name or owner/name@revision, and nothing that could be read as a path or a URL."""
 
+CARD = "model.json"
+"""Name of the file that describes a model of ours in a final/ or checkpoint."""
 WEIGHT_NAMES = tuple(f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in (".index.json", ""))
 """Files by which a folder of a whole model is known: an index of shards, or the one file."""
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".npz", ".onnx")
@@ -32,10 +35,17 @@ def find_file(setting: str, path: str, name: str, cache_dir: str = "") -> Path |
         return folder / name if (folder / name).is_file() else None
     if not HUB_ID.fullmatch(path) or ".." in path:
         raise ConfigError(f"{setting} = {path!r} is no folder: give a Hugging Face folder or a hub id like 'org/name'")
+    owner_name, revision = split_revision(path)
+    repository = look_up(setting, owner_name, revision, cache_dir)
+    if repository.files is not None and name not in repository.files:
+        return None
     try:
-        owner_name, revision = split_revision(path)
         found = cached_file(
-            owner_name, name, cache_dir=cache_dir or None, revision=revision, _raise_exceptions_for_missing_entries=False
+            owner_name,
+            name,
+            cache_dir=cache_dir or None,
+            revision=repository.commit or revision,
+            _raise_exceptions_for_missing_entries=False,
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -54,6 +64,11 @@ def read_json(setting: str, path: str, name: str, cache_dir: str = "") -> Json:
     file = find_file(setting, path, name, cache_dir)
     if file is None:
         there = "" if Path(path).is_dir() else ", or it cannot be reached: give a folder, or a model.cache_dir that holds it"
+        if (Path(path) / CARD).is_file():
+            there = (
+                f": it is what a run of this trainer wrote, which gives weights and not a base. Name it as model.init_from = "
+                f"{path!r}, and as {setting} the base that its {CARD} names"
+            )
         raise ConfigError(f"{setting} = {path!r} holds no {name}{there}")
     try:
         value = load_json(file)

@@ -43,8 +43,9 @@ from tests.support.tiny_media import animation, film, greys, tone, wav
 from trainer.checkpoint.resume import read_state
 from trainer.errors import ProofError
 from trainer.runfile.load import load_config, parse_config
+from trainer.runfile.overrides import apply_overrides
 from trainer.runfile.schema import to_tables
-from trainer.runfile.toml_files import apply_override, to_toml
+from trainer.runfile.toml_files import to_toml
 
 TOLD = (ConfigError, DataError)
 """DataError has RecordError, MediaError and TooLongError below it."""
@@ -84,13 +85,14 @@ def overrides(folder: Path) -> Target:
         b"data.sources.0.path=x.json",
         b'model.llm.new_tokens=["<a>"]',
         b"train.max_steps=3",
+        b"optim.lr=",
         b"a=\n[b]\nc=1",
     ]
 
     def run(data: bytes) -> None:
         base = tables(folder)
         with suppress(ConfigError):
-            apply_override(base, data.decode("utf-8", "surrogateescape"))
+            base, _ = apply_overrides(base, [data.decode("utf-8", "surrogateescape")])
             config = parse_config(base, "fuzz")
             to_toml(to_tables(config)).encode()
 

@@ -33,6 +33,7 @@ from trainer.config import BatchConfig, OptimConfig, ParallelConfig
 from trainer.distributed.parallelize import checkpoint_activations, gradient_sync, is_sharded, replicate
 from trainer.distributed.shards import shard
 from trainer.distributed.world import World
+from trainer.machine import memory_info
 from trainer.memory import advice
 from trainer.memory.footprint import Footprint, footprint, held_rows, holdings, on_meta, sharing_ranks
 from trainer.memory.simulate import live_bytes
@@ -263,9 +264,10 @@ def planned(
     path.write_text(to_toml({**tables(parts, **sections), "output_dir": str(folder / "run")}))
     code = plan.main(["--cfg", str(path), *options])
     out, err = capsys.readouterr()
-    assert code == 0, err
     assert max(map(len, out.splitlines()[:-1])) <= 100
-    return out, json.loads(out.splitlines()[-1])
+    found = json.loads(out.splitlines()[-1])
+    assert code == (69 if found["fits"] is False else 0) and ("does not fit" in err) == bool(code), err
+    return out, found
 
 
 @pytest.mark.parametrize(
@@ -356,7 +358,7 @@ def test_ranks_of_a_machine_share_its_memory_and_a_device_that_is_not_there_has_
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     out, found = planned(parts, tmp_path / "plan", capsys, "--device", "cuda")
     assert (found["memory"], found["fits"]) == (None, None) and "fits: not known" in out and "--memory" in out
-    monkeypatch.setattr(plan, "total_memory", lambda device: 3 << 40)  # room enough: no advice to work out
+    monkeypatch.setattr(memory_info, "total_memory", lambda device: 3 << 40)  # room enough: no advice to work out
     for device, ranks, memory in (("cpu", 1, 3 << 40), ("cpu", 3, 1 << 40), ("cuda", 3, 3 << 40)):
         assert planned(parts, tmp_path / "plan", capsys, "--device", device, "--ranks", str(ranks))[1]["memory"] == memory
 

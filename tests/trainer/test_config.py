@@ -97,7 +97,7 @@ def test_a_problem_with_a_setting_of_the_command_line_names_it(tmp_path: Path, o
         load_config(str(path), ["seed=7", override])
     lines = str(caught.value).splitlines()
     assert sorted(lines[1:]) == sorted(
-        [f"  - {override!r} on the command line: {expected}", "  - trains is not a setting; did you mean 'train'?"]
+        [f"  - override {override!r}: {expected}", "  - trains is not a setting; did you mean 'train'?"]
     )
 
 

@@ -12,6 +12,7 @@ from model.exports.trained_files import PROJECTORS, changed_parts, trained_files
 from model.files.tensor_files import dump_json
 from model.files.untrusted import Json
 from model.weights.peft_adapter import INHERITS, OUR_CONFIG, OURS
+from tools.exports.model_card import run_folder
 from tools.exports.task import Exported, ExportTask
 
 
@@ -33,8 +34,19 @@ def to_safetensors(task: ExportTask) -> Exported:
     if card.model.llm.tune == "full":
         notes.append("not exported: llm (tune = 'full'), which is the language model itself; --for llm or --for hf writes it")
     settings_line, alone = to_go_on(task, set(files), inherits)
-    following = f"python -m trainer.main --cfg run.toml {settings_line}"
+    following = f"python -m trainer.main --cfg {run_file_of(source)} {settings_line}"
     return Exported(following, "the parts that this run trained, for the trainer that wrote them", notes=(*notes, *alone))
+
+
+def run_file_of(source: Path) -> str:
+    """Return, for a command line, the run file behind `source` and a folder of its own for what goes on from there.
+
+    The run's own folder is complete: a start on it would find nothing left to do.
+    """
+    folder = run_folder(source)
+    if not (folder / "run.toml").is_file():
+        return "run.toml"
+    return f"{shlex.quote(str(folder / 'run.toml'))} output_dir={shlex.quote(f'{folder}-next')}"
 
 
 def to_go_on(task: ExportTask, files: set[str], inherits: bool) -> tuple[str, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -27,7 +28,7 @@ from trainer.checkpoint.host_staging import Staging, short_of_memory
 from trainer.checkpoint.retention import PREFIX, STATE, prune
 from trainer.distributed.world import World
 from trainer.machine.atomic_files import SAVING, TRIAL, make_folder, put_in_place, remove_folder, replace_text, sync_run
-from trainer.machine.disk_space import SpaceNeeded, describe_shortage, warn_if_next_save_will_not_fit, written_bytes
+from trainer.machine.disk_space import SpaceNeeded, describe_shortage, format_bytes, warn_if_next_save_will_not_fit, written_bytes
 from trainer.machine.memory_info import available_bytes
 from trainer.optim import Trained
 from trainer.optim_state import STEP
@@ -132,6 +133,8 @@ class Checkpointer:
                 with suppress(OSError):
                     remove_folder(temporary)
             self.agreement.rule(problem)
+            if not problem:
+                _say_saved(note.step, facts)
         raise_problem(self.agreement.ruling(), self._message)
 
     def _write_shard(self, temporary: Path, shard: ShardPlan | dict[str, Tensor]) -> Facts:
@@ -172,6 +175,14 @@ class Checkpointer:
     def _message(self, text: str) -> str:
         """Return the message of a SaveError or ProofError about a save of this folder."""
         return f"a checkpoint cannot be written to {self.folder}: {text}. Earlier checkpoints are intact"
+
+
+def _say_saved(step: int, facts: list[Facts]) -> None:
+    """Print one line about a checkpoint that is complete. A screen that is gone, as a pipe may be, does not fail the save."""
+    size = sum(of["size"] for files in facts for of in files.values())
+    with suppress(OSError):
+        tqdm.write(f"saved     {PREFIX}{step}, {format_bytes(size)} of tensors")
+        sys.stdout.flush()
 
 
 @dataclass(frozen=True)

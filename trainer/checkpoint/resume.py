@@ -146,7 +146,10 @@ def read_state(path: Path, root: RunConfig, finished: Collection[str] = ()) -> C
                 lines.append(f"{where}{key}: {old.get(key)!r} in the checkpoint, {new.get(key)!r} now")
     if lines:
         differences = "".join(f"\n  - {line}" for line in lines)
-        raise ConfigError(f"{path} is of a run with other settings; use them, or another output_dir:{differences}")
+        raise ConfigError(
+            f"{path} is of a run with other settings:{differences}\nUse those of the checkpoint to go on with it, or start from "
+            f"its weights with the new ones: output_dir=ANOTHER_FOLDER model.init_from={path}"
+        )
     return state
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import threading
+import time
 import traceback
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -90,6 +91,23 @@ def read_exit_report(output_dir: Path) -> ExitReport | None:
         return None
 
 
+def write_error_file(end: RunEnd, *, is_first: bool) -> None:
+    """Write the file from which torchrun's report takes what a rank said; nothing without torchrun.
+
+    `is_first`: this rank reports for all. The others count as later: torchrun calls the earliest failure the root cause.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    where = "" if end.step is None else f" after step {end.step}"
+    text = printable(f"rank {end.rank} stopped{where}: {bound_message(end.reason)}", keep="\n\t")
+    if not is_first and str(end.rank) != os.environ.get("RANK"):
+        text = f"ended with {text.splitlines()[0]}"
+    shown = {"py_callstack": text, "timestamp": str(int(time.time()) + (not is_first))}
+    with suppress(OSError):
+        Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": shown}}))
+
+
 def write_exit_report(
     output_dir: Path | None, end: RunEnd, *, speaks: bool | None = None, error: BaseException | None = None
 ) -> None:
@@ -97,7 +115,9 @@ def write_exit_report(
 
     With `error`, its traceback is printed as well.
     """
-    if record_exit(output_dir, end, speaks=speaks):
+    speaks = record_exit(output_dir, end, speaks=speaks)
+    write_error_file(end, is_first=speaks)
+    if speaks:
         if error is not None:
             traceback.print_exception(error, file=sys.stderr)
         where = "" if end.step is None else f" after step {end.step}"

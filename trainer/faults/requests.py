@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from trainer.distributed.world import World
 
 STOP, SAVE, EVALUATE = REQUEST_NAMES = ("stop", "save", "eval")
+OF_ANOTHER = "asked of another rank"
+"""Reason of a request that was made to another rank."""
 
 
 class Requests:
@@ -44,7 +46,7 @@ class Requests:
 
     def reason(self, name: str) -> str:
         """Return who made a request, as far as this rank knows."""
-        return self.reasons.get(name, "asked of another rank")
+        return self.reasons.get(name, OF_ANOTHER)
 
     def consume(self, name: str) -> bool:
         """Return whether all ranks know of the request, and remove it. The result is the same on every rank after the same step."""

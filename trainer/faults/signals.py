@@ -17,8 +17,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from torch.distributed.launcher.api import LaunchConfig
-
 from trainer import errors
 from trainer.checkpoint.retention import checkpoints
 from trainer.errors import StopRequested
@@ -178,7 +176,9 @@ class Listener:
         # Only rank 0 holds the folder lock: before the ranks have met, the folder may belong to another run.
         knows = self.rank == 0 or self.status.has_met
         end = exit_report.RunEnd(errors.STOPPED, f"{reason}; {last}", self.status.step, self.rank)
-        if knows and exit_report.record_exit(self.folder, end):
+        speaks = knows and exit_report.record_exit(self.folder, end)
+        exit_report.write_error_file(end, is_first=speaks)
+        if speaks:
             self._say(f"rank {self.rank} stopped at once: {reason}; {last}")
         os._exit(errors.STOPPED)
 
@@ -220,6 +220,8 @@ def launcher_lines(grace_seconds: float) -> list[str]:
     """Return a warning when the launcher kills its ranks sooner than the run may need to save."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return []
+    from torch.distributed.launcher.api import LaunchConfig  # here: only ranks of torchrun need it, which has imported it
+
     seconds, can_wait = TORCHRUN_SECONDS, "shutdown_timeout" in LaunchConfig.__dataclass_fields__
     if can_wait and (text := os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "")).isdigit():
         seconds = int(text)

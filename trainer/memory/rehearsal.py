@@ -15,6 +15,7 @@ from model.errors import ConfigError
 from trainer.distributed.parallelize import gradient_sync
 from trainer.machine.memory_info import Usage, available_bytes, reset_peak, usage
 from trainer.memory.advice import MemoryScenario, advice
+from trainer.memory.doubt import without_rehearsal
 from trainer.memory.heaviest_batch import Heaviest, find_heaviest, read_batch_samples
 from trainer.memory.sample_cost import media_memory, sample_costs
 from trainer.optim_state import rules_of, state_bytes
@@ -37,12 +38,15 @@ class RankMemory(TypedDict):
 def rehearse(prepared: PreparedRun, first_step: int) -> str:
     """Run the heaviest micro-batch of the epoch; return a line on the memory of the rank with the least headroom. Collective.
 
+    Nothing is run where memory is not in doubt (`without_rehearsal`), unless train.rehearsal is "always".
     It runs forward and backward as in a step, with what accumulation keeps between two micro-batches, and no update. Nothing else
     changes: gradients are dropped, buffers and random generators are restored, and no record is quarantined for what it does here.
     Raises ConfigError, which names what would fit, when memory runs out or the optimizer's moments would not fit beside.
     """
     check_host_memory(prepared)
     world, heaviest = prepared.world, find_heaviest_batch(prepared, first_step)
+    if line := without_rehearsal(prepared, heaviest, moments_to_come(prepared)):
+        return line
     train, _ = prepared.data.training()
     samples = read_batch_samples(train, heaviest.ids, prepared.batch_plan.is_packed)
     scenario = MemoryScenario(prepared.config, prepared.data.card, world.size, samples, heaviest.num_micro_batches)

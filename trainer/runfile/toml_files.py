@@ -62,34 +62,48 @@ def check_depth(value: object, where: str) -> None:
 
 
 def apply_override(tables: Json, text: str) -> None:
-    """Put `section.key=value` into `tables`. The value is TOML; text that is no TOML is taken as a string.
+    """Put `section.key=value` into `tables`. The value is TOML; text that is no TOML is a string; no text takes the key out.
 
     Raises `ConfigError` when the override is malformed, too long or too deep, or names no key of a table.
     """
     if len(text) > MAX_OVERRIDE:
-        raise ConfigError(f"{shown(text)} has {len(text)} characters; an override has at most {MAX_OVERRIDE}")
+        raise ConfigError(f"override {shown(text)} has {len(text)} characters, and an override has at most {MAX_OVERRIDE}")
     key, equals, value = text.partition("=")
+    where = f"override {shown(text)}"
     if not equals or not key.strip():
-        raise ConfigError(f"{shown(text)} is no override: write section.key=value")
+        raise ConfigError(f"{where} is no override: write section.key=value")
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise ConfigError(f"{shown(text)} is no UTF-8: it cannot be written down in the run's own run.toml")
+        raise ConfigError(f"{where} is no UTF-8: it cannot be written down in the run's own run.toml")
     *path, last = key.strip().split(".")
     if len(path) >= MAX_DEPTH:
-        raise ConfigError(f"{shown(text)}: nested deeper than {MAX_DEPTH}")
+        raise ConfigError(f"{where}: nested deeper than {MAX_DEPTH}")
     here: object = tables
     for word in path:
         if isinstance(here, list):
-            if not (word.isascii() and word.isdigit() and len(word) < 10) or int(word) >= len(here):
-                raise ConfigError(f"{shown(text)}: {shown(word)} is no index of a list of {len(here)}")
-            here = here[int(word)]
+            here = here[_index(here, word, where)]
+        elif isinstance(here, dict) and not value.strip() and word not in here:
+            return  # nothing to take out
         elif isinstance(here, dict) and isinstance(here.setdefault(word, {}), dict | list):
             here = here[word]
         else:
-            raise ConfigError(f"{shown(text)}: {shown(word)} is a value, not a table")
+            raise ConfigError(f"{where}: {shown(word)} is a value, not a table")
+    if isinstance(here, list) and not value.strip():
+        here.pop(_index(here, last, where))
+        return
     if not isinstance(here, dict):
-        raise ConfigError(f"{shown(text)} names no key of a table")
+        raise ConfigError(f"{where} names no key of a table")
+    if not value.strip():
+        here.pop(last, None)
+        return
     here[last] = _override_value(value)
-    check_depth(tables, shown(text))
+    check_depth(tables, where)
+
+
+def _index(items: list[object], word: str, where: str) -> int:
+    """Return the index in `items` that a word of a key is. Raises `ConfigError` where it is none."""
+    if not (word.isascii() and word.isdigit() and len(word) < 10) or int(word) >= len(items):
+        raise ConfigError(f"{where}: {shown(word)} is no index of a list of {len(items)}")
+    return int(word)
 
 
 def without_dashes(words: list[str] | None) -> list[str]:
