@@ -9,7 +9,14 @@ from typing import TypedDict
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from model.llm.causal_lm import blocks, head_weight
 from model.multimodal import ENCODERS, MultimodalLM
@@ -89,6 +96,7 @@ def shard(model: MultimodalLM, config: ParallelConfig, world: World) -> None:
         shard_part(model, name, config, options)
     # Embedding, norm, head and projectors: gathered once per micro-batch and kept to the end of backward.
     fully_shard(model, **options)
+    register_fsdp_forward_method(model, "generate")  # it gathers what `forward` gathers
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
