@@ -16,7 +16,7 @@ from data.config import DataConfig
 from data.media.blob import Blob, inline_blob, resolve_path
 from data.media.record_media import RecordMedia
 from data.prompts import encode_prompt
-from data.records.record import MediaRef, parse
+from data.records.record import MediaRef, Record, parse
 from data.sample import Sample, assemble_sample, check_media
 from data.text.chat_formats import freeze_date
 from data.text.state_tokens import split_state
@@ -94,8 +94,12 @@ class Processor:
         check_media(record, self.specs, self.config.max_images)
         limit = self.config.max_length if answers else None
         encoded = self.template.encode(record, limit) if answers else encode_prompt(self.template, record, thinking)
-        media = RecordMedia(record, lambda ref: self._locate(ref, media_root), self.specs, self.config)
+        media = self.media(record, media_root)
         return assemble_sample(encoded, self.template.placeholder_ids, media, max_length=limit, sample_id=i, source_id=0)
+
+    def media(self, record: Record, media_root: str | None = None) -> RecordMedia:
+        """Return the media of `record`, located as in a call."""
+        return RecordMedia(record, lambda ref: self._locate(ref, media_root), self.specs, self.config)
 
     def _locate(self, ref: MediaRef, media_root: str | None) -> Blob:
         if (inline := inline_blob(ref.path)) is not None:

@@ -44,7 +44,7 @@ class Screen:
             self.say("step", f"{self._place(done)}, {text}, {self._time_left(done)} left")
 
     def validated(self, done: int, values: Mapping[str, float], seconds: float) -> None:
-        """Show a validation after `done` steps: its loss over all sources, and of each where there are several, and its measures."""
+        """Show a validation after `done` steps: its loss in all and per source where there are several, and its measures."""
         sources = {key.split("/")[1]: value for key, value in values.items() if key.count("/") == 2 and key.endswith("/loss")}
         each = f" ({', '.join(f'{name} {value:.4f}' for name, value in sources.items())})" if len(sources) > 1 else ""
         loss = values.get("val/loss", math.nan)

@@ -159,7 +159,11 @@ def test_measures_of_libraries() -> None:
     # 1 of 11 characters differs; 3 of 14 are too many; "no" and "yes" have nothing in common, which counts 0.
     assert found["anls"] == pytest.approx((1 - 1 / 11 + 1 - 3 / 14 + 0) / 3)
     assert found["wer"] == pytest.approx((2 + 1 + 1) / 6)
-    assert measure(["anls", "wer", "bleu"], expected, expected) == {"anls": 1.0, "wer": 0.0, "bleu": pytest.approx(0, abs=101)}
+    long = ["the cat sat on the mat", "a dog ran in the park"]
+    assert measure(["anls", "wer", "bleu"], long, long) == {"anls": 1.0, "wer": 0.0, "bleu": pytest.approx(100)}
+    # Precisions of 1 to 4 words are 5/6, 4/5, 3/4 and 2/3; both texts are as long.
+    said = ["the cat sat on the rug"]
+    assert measure(["bleu"], said, long[:1])["bleu"] == pytest.approx(100 * (5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def card(entry: InspectorEntry, source: str, place: int, max_length: int, album:
         f'<article tabindex=0 data-source="{visible(source)}" data-kinds="{kinds}" data-status="{entry.status}"'
         f' data-tokens="{tokens}" data-place="{place}" aria-label="sample {visible(shorten(entry.id))}">\n'
         f"<header>{_headline(entry, source)}{_share(entry, max_length)}{_note(entry)}</header>\n"
-        f"<div class=body>\n{_media(entry.boxes, album)}{_text(entry)}</div>\n</article>\n"
+        f"<div class=body>\n{media_html(entry.boxes, album)}{_text(entry)}</div>\n</article>\n"
     )
 
 
@@ -112,7 +112,8 @@ def _inline(box: Box, number: int) -> str:
     return f'<span class=box title="{visible(title)}">{box.medium.kind} {number}: {visible(box.path)} · {box.facts}</span>'
 
 
-def _media(boxes: list[Box], album: Album) -> str:
+def media_html(boxes: list[Box], album: Album) -> str:
+    """Return figures of all media of a record, as the model receives them; "" without any."""
     if not boxes:
         return ""
     return f"<div class=media>\n{''.join(_figure(box, number, album) for number, box in enumerate(boxes, 1))}</div>\n"

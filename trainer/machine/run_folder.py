@@ -21,6 +21,7 @@ FILES = (
         "previous-quarantine.jsonl",
     ),
     *(
+        "generations.jsonl",
         "ledger.json",
         "trainer_state.json",
         "samples.bin",

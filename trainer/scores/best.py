@@ -40,10 +40,10 @@ class BestValue:
 
 
 def write_best(prepared: PreparedRun, best: BestState, step: int) -> tuple[Path, bool]:
-    """Write best/ of a stage from its best checkpoint, proven like final/, which holds `step` steps; return path and whether it was written.
+    """Write best/ of a stage from its best checkpoint, proven like final/; return its path and whether it was written now.
 
-    The live weights become those of the checkpoint. Nothing is done where best/ holds them already. Collective. Raises ProofError
-    when the checkpoint is gone or damaged.
+    `step`: that of final/. The live weights become those of the checkpoint. Nothing is done where best/ holds them already.
+    Collective. Raises ProofError when the checkpoint is gone or damaged.
     """
     stage, world = prepared.stage, prepared.world
     target, checkpoint = stage.folder / "best", stage.run_folder / f"{PREFIX}{best['step']}"

@@ -111,4 +111,4 @@ def measure(names: Sequence[str], answers: Texts, expected: Texts) -> dict[str, 
 def lower_is_better(value: str) -> bool:
     """Tell whether less of a validation's value, such as val/loss or val/wer, is better."""
     name = value.rpartition("/")[2]
-    return METRICS[name].lower_is_better if name in METRICS else True
+    return METRICS[name].lower_is_better if name in METRICS else name.endswith("loss")

@@ -73,9 +73,7 @@ def _answer(prepared: PreparedRun, dataset: MultimodalDataset, ids: list[int]) -
     if not samples and not together:
         return []
     batch = collate(samples, prepared.data.pad_id, "left")
-    longest = (
-        prepared.config.validation.max_new_tokens if samples else 1
-    )  # a blank has ended after one, and goes on with the others
+    longest = prepared.config.validation.max_new_tokens if samples else 1  # a blank ends at once, and then follows the others
     generated = prepared.model.generate(batch, longest, together=together)
     said = prepared.data.processor.answers(generated[: len(samples)])
     return [_row(dataset, sample.sample_id, text) for sample, (_, text) in zip(samples, said)]
