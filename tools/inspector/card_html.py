@@ -49,7 +49,7 @@ def card(entry: InspectorEntry, source: str, place: int, max_length: int, album:
         f'<article tabindex=0 data-source="{visible(source)}" data-kinds="{kinds}" data-status="{entry.status}"'
         f' data-tokens="{tokens}" data-place="{place}" aria-label="sample {visible(shorten(entry.id))}">\n'
         f"<header>{_headline(entry, source)}{_share(entry, max_length)}{_note(entry)}</header>\n"
-        f"<div class=body>\n{media_html(entry.boxes, album)}{_text(entry)}</div>\n</article>\n"
+        f"<div class=body>\n{_media(entry.boxes, album)}{_text(entry)}</div>\n</article>\n"
     )
 
 
@@ -112,8 +112,7 @@ def _inline(box: Box, number: int) -> str:
     return f'<span class=box title="{visible(title)}">{box.medium.kind} {number}: {visible(box.path)} · {box.facts}</span>'
 
 
-def media_html(boxes: list[Box], album: Album) -> str:
-    """Return figures of all media of a record, as the model receives them; "" without any."""
+def _media(boxes: list[Box], album: Album) -> str:
     if not boxes:
         return ""
     return f"<div class=media>\n{''.join(_figure(box, number, album) for number, box in enumerate(boxes, 1))}</div>\n"
@@ -123,7 +122,7 @@ def _figure(box: Box, number: int, album: Album) -> str:
     name = f"{box.medium.kind} {number}"
     wide = " class=wide" if box.medium.kind != "image" else ""
     caption = f"<figcaption><b>{name}</b> {visible(box.path)}<br>{box.facts}{_resolution(box)}</figcaption>"
-    made = "".join(_rows(box, album, f'alt="{name}: {visible(box.path)}"'))
+    made = "".join(media_rows(box, album, f'alt="{name}: {visible(box.path)}"'))
     seen = f"<button aria-label='{name} in full size'>{made}</button>" if made else f"<div class=gone>{album.full}</div>"
     return f"<figure{wide}>{seen}{caption}</figure>\n"
 
@@ -134,7 +133,7 @@ def _resolution(box: Box) -> str:
     return f", {box.spec.num_mels} pitches{', grey: padding' * (sum(box.medium.frames) < box.num_columns)}"
 
 
-def _rows(box: Box, album: Album, alt: str) -> Iterator[str]:
+def media_rows(box: Box, album: Album, alt: str) -> Iterator[str]:
     """Yield rows of pictures: the tiles of a grid and their thumbnail, frames one after the other, a drawing per window of sound.
 
     Yields nothing when the album has no room for all of them: half a medium would mislead.
