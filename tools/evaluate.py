@@ -124,7 +124,8 @@ def run_on_ranks(options: argparse.Namespace) -> None:
         stop_world()
 
 
-def main(argv: list[str] | None = None) -> int:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = command_parser("evaluate", __doc__)
     add_model_options(parser)
     parser.add_argument("--data", required=True, help="held-out records, .json or .jsonl, in the form that training reads")
@@ -139,7 +140,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--predictions", default="", metavar="FILE", help="also write every answer, one JSON object per line")
     known = "write --predictions as LLaVA's evaluation of a benchmark reads them"
     parser.add_argument("--format", default="", choices=["", *FORMATS], metavar="NAME", help=f"{known}: {', '.join(FORMATS)}")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parser().parse_args(argv)
     return run_command("evaluate", lambda: run_on_ranks(options))
 
 

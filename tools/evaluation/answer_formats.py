@@ -11,7 +11,8 @@ from data.records.record import Record, RecordError
 from model.files.untrusted import Json
 from model.media_spec import PLACEHOLDERS
 
-NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(), "0 0 1 2 3 4 5 6 7 8 9 10".split()))
+NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
+NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(NUMBER_WORDS.split())}}
 ARTICLES = {"a", "an", "the"}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 CONTRACTED = """
@@ -21,9 +22,10 @@ how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn'
 someone's something'd something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll they're
 they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll
 who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
-""".split()
+"""
 """Contractions that VQA's evaluation spells in one way (Antol et al. 2015), however an apostrophe is left out."""
-SPELLED = {word[:i] + word[i + 1 :]: word for word in CONTRACTED for i, c in enumerate(word) if c == "'"}
+SPELLED = {word[:i] + word[i + 1 :]: word for word in CONTRACTED.split() for i, c in enumerate(word) if c == "'"}
+SPELLED["somebody'd"] = "somebodyd"  # the one entry of VQA's table that takes the apostrophe away
 
 
 def vqa_answer(text: str) -> str:

@@ -55,12 +55,12 @@ class Totals:
         return found
 
     def result(self, metrics: Sequence[str] = ("exact_match",)) -> dict[str, float]:
-        """Return the number of records, the value of each measure that has one, and the loss per supervised token."""
+        """Return the number of records, the value of each measure, NaN where it has none, and the loss per supervised token."""
         numbers = [*self.texts]
         values = measure(metrics, [self.texts[i] for i in numbers], [self.expected[i] for i in numbers])
         count = sum(count for _, count in self.losses.values())
         loss = math.fsum(total for total, _ in self.losses.values()) / count if count else math.nan
-        return {"samples": len(numbers), **values, "loss": loss}
+        return {"samples": len(numbers), **{name: values.get(name, math.nan) for name in metrics}, "loss": loss}
 
 
 def expected(record: Record) -> str:
