@@ -114,6 +114,7 @@ class Loop:
                 clip_norm=config.optim.clip_norm,
                 extra=[*self.requests.announce(), self.health.shared_loss()],
                 mark=self.tracker.mark,
+                scaling=self.trained.loss_scale,
             ),
         )
         self._observe(self.deferred.swap(scalars_to_read(result)))
@@ -218,7 +219,9 @@ class Loop:
 
     def _state(self) -> CheckpointState:
         """Return the state of the loop that a checkpoint holds. Collective, host sync."""
-        state = run_state(self.stage, self.lengths)
+        state: CheckpointState = {"meter": {**self.meter.state(), "health": self.health.state()}}
+        if self.trained.loss_scale:
+            state["loss_scale"] = self.trained.loss_scale.state()
         if self.best.state is not None:
             state["best"] = self.best.state
-        return {**state, "meter": {**self.meter.state(), "health": self.health.state()}}
+        return {**run_state(self.stage, self.lengths), **state}

@@ -15,6 +15,13 @@ class HealthState(TypedDict, total=False):
     num_updates: int
 
 
+class LossScaleState(TypedDict):
+    """State of the loss scale of float16 (trainer.loss_scale)."""
+
+    scale: float
+    updates: int  # in a row since it changed
+
+
 class MeterTotals(TypedDict):
     """Sums since the last logged line, over all ranks (trainer.metrics.Meter)."""
 
@@ -49,4 +56,5 @@ class CheckpointState(TypedDict, total=False):
     first_step: int  # of that stage
     step: int
     best: BestState  # absent without checkpoint.best, and before the first validation
+    loss_scale: LossScaleState  # absent unless the run computes in float16
     optimizer_steps: dict[str, float]

@@ -76,9 +76,9 @@ def wrong_answers_page(
 def _card(wrong: WrongAnswer, processor: Processor, media_root: str, album: Album) -> str:
     record, question = wrong.record, wrong.record.turns[-2].content
     texts = {
-        "Asked": f"<dd>{visible(question)}</dd>",
-        "Expected": f"<dd><span class=right>{visible(wrong.expected)}</span></dd>",
-        "Answered": f"<dd><span class=said>{visible(wrong.text) or '(nothing)'}</span></dd>",
+        "Asked": f"<dd>{_lines(question)}</dd>",
+        "Expected": f"<dd><span class=right>{_lines(wrong.expected)}</span></dd>",
+        "Answered": f"<dd><span class=said>{_lines(wrong.text) or '(nothing)'}</span></dd>",
     }
     listed = "".join(f"<dt>{name}</dt>{text}" for name, text in texts.items())
     return (
@@ -86,6 +86,11 @@ def _card(wrong: WrongAnswer, processor: Processor, media_root: str, album: Albu
         f"</header>\n<div class=body>\n{''.join(_figures(record, processor, media_root, album))}"
         f"<dl class=answer>{listed}</dl>\n</div>\n</article>\n"
     )
+
+
+def _lines(text: str) -> str:
+    """Escape text, keeping its line ends."""
+    return "\n".join(map(visible, text.split("\n")))
 
 
 def _figures(record: Record, processor: Processor, media_root: str, album: Album) -> Iterator[str]:

@@ -43,7 +43,7 @@ def prove_saving(prepared: PreparedRun, checkpointer: Checkpointer, step: int, s
     stage, world, folder = prepared.stage, prepared.world, prepared.stage.run_folder
     parameters = prepared.trained.parameters if prepared.trained else {}
     final, final_largest = final_bytes(final_files(prepared.model, prepared.data.card, world, bool(stage.name)))
-    shards, largest = checkpoint_bytes(parameters, world)
+    shards, largest = checkpoint_bytes(prepared.trained.saved() if prepared.trained else {}, world)
     if checkpointer.static_files is None and prepared.trained:
         checkpointer.prepare(prepared.trained, prepared.data.card, prepared.data.processor)
     problem, others = trial_save(folder, step, parameters, state, checkpointer.static_files or {}, world)
@@ -51,7 +51,8 @@ def prove_saving(prepared: PreparedRun, checkpointer: Checkpointer, step: int, s
         shortage = world.broadcast_json(describe_shortage(folder, shards + final) if world.is_main else "")
         raise SaveError(f"nothing can be saved to {folder}, found out before training: {problem}. {shortage}")
     # final/ holds the card and the processor files as well, of the same size.
-    space = SpaceNeeded(folder, shards + others, final + others, max(largest, final_largest), checkpointer.keep)
+    best = prepared.config.checkpoint.best
+    space = SpaceNeeded(folder, shards + others, final + others, max(largest, final_largest), checkpointer.keep, bool(best))
     if world.is_main and free_bytes(folder) < space.checkpoint + space.final:
         newest = folder / f"{PREFIX}{step}"
         if newest.is_dir() and is_whole(newest):
