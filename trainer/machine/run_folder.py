@@ -9,10 +9,19 @@ from pathlib import Path
 from trainer.errors import SaveError
 from trainer.machine.atomic_files import places
 
-FOLDERS = ("index", "final", "stages", "stacks", "check")
+FOLDERS = ("index", "final", "best", "stages", "stacks", "check")
 FILES = (
-    *("run.toml", "exit.json", "metrics.jsonl", "faults.jsonl", "quarantine.jsonl", "previous-quarantine.jsonl"),
     *(
+        "run.toml",
+        "exit.json",
+        "metrics.jsonl",
+        "faults.jsonl",
+        "generations.jsonl",
+        "quarantine.jsonl",
+        "previous-quarantine.jsonl",
+    ),
+    *(
+        "generations.jsonl",
         "ledger.json",
         "trainer_state.json",
         "samples.bin",
