@@ -108,6 +108,14 @@ def test_the_schema_allows_a_source_by_name() -> None:
     assert not violations(merged(MINIMAL, {"data": {"catalog": "c.toml", "sources": [{"name": "a"}]}}), schema, schema)
 
 
+def test_what_a_run_records_needs_no_catalogue(shared: Path) -> None:
+    config = load(shared, sources=[{"name": "coco"}], stage={"one": {"data": {"sources": [{"name": "vqa"}]}}, "two": {}})
+    (recorded := shared.with_name("recorded.toml")).write_text(to_toml(to_tables(config)))
+    shared.unlink()
+    assert load_config(str(recorded)) == config
+
+
+@pytest.mark.long
 def test_a_run_keeps_the_sets_it_began_with(parts: Path, tmp_path: Path) -> None:
     catalog = tmp_path / "catalog.toml"
     one = {"path": str(parts / "train.json"), "media_root": str(parts / "images")}

@@ -10,7 +10,6 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from data.config import SourceConfig
-from model.errors import ConfigError
 from model.files.untrusted import SHOWN, Json, shown
 from trainer.runfile.merge_tables import value_of, without_key
 from trainer.runfile.schema import SchemaReader
