@@ -61,7 +61,7 @@ def _unused(name: str, used: Collection[str]) -> str:
 
 
 def _copy_source(index: RecordIndex, one: SourceFound, folder: Path) -> Json:
-    """Write the files of a source without its bad records; return what became of them, as JSON. A file that would be empty is not."""
+    """Write the files of a source without its bad records, none that would be empty; return what became of them, as JSON."""
     bad = {(row, field_of(problem)) for row, problem in one.found.problems if problem.kind == BAD}
     kept = np.ones(len(index), dtype=bool)
     kept[[row for row, _ in bad]] = False

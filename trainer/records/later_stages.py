@@ -19,8 +19,9 @@ def check_later_stages(
 ) -> Iterator[str]:
     """Open, certify and check the data of each stage as the start of the stage will; no weight is read. Yields lines for people.
 
-    `on_progress` is called now and then with what is being read: data of many hours are no stall. Tokens that earlier stages add are known from the run file. Indexes that are built here are reused when the stage begins.
-    Raises `ConfigError` or `DataError` with the stage's name. Collective.
+    `on_progress` is called now and then with what is being read: hours of it are no stall. Tokens that earlier stages add are known
+    from the run file. Indexes that are built here are reused when the stage begins. Raises `ConfigError` or `DataError` with the
+    stage's name. Collective.
     """
     for stage in stages:
         early = stage_for_reading(root, stage.name)  # without the final/ that the stage starts from, which does not exist yet
