@@ -36,7 +36,7 @@ class Numbers(NamedTuple):
 
 
 def full(rate: float, *parts: str) -> dict[str, tuple[str, float]]:
-    return {part: ("full", rate) for part in parts}
+    return dict.fromkeys(parts, ("full", rate))
 
 
 def lora(rate: float, projector: float = 0.0) -> dict[str, tuple[str, float]]:

@@ -50,7 +50,7 @@ LLMS = {
     "Mixtral": ("mixtral", "llama"),
 }
 TOWERS = {"siglip": "siglip", "InternViT": "internvit"}
-"""Tiny parts by a word of the path that a recipe names: kind and tokenizer of a language model, kind of a tower; else Qwen2 and CLIP."""
+"""Tiny parts by a word of the path that a recipe names: kind and tokenizer of a model, kind of a tower; else Qwen2, CLIP."""
 
 
 @pytest.fixture(scope="module")
