@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 
 import numpy as np
 
@@ -28,11 +29,11 @@ _BLOCKS, _BLOCK_BYTES = 64, 1 << 16
 _MEDIUM_BLOCKS, _MEDIUM_BLOCK_BYTES = 16, 1 << 14  # and the end; a medium of up to 256 KiB is read whole
 
 
-def data_fingerprint(dataset: MultimodalDataset) -> Json:
+def data_fingerprint(dataset: MultimodalDataset, on_progress: Callable[[str], object] = lambda at: None) -> Json:
     """Return the fingerprint of every source as JSON-able values, by source key.
 
     "files" holds rows [path, size, time in ns, digest of blocks, digest of all bytes or ""]; "media" holds rows [name, size, time,
-    digest of blocks] with the names that records use.
+    digest of blocks] with the names that records use. `on_progress` is called with each record that is read.
     """
     found, left = {}, WHOLE_BYTES
     for number, source in enumerate(dataset.sources):
@@ -41,12 +42,12 @@ def data_fingerprint(dataset: MultimodalDataset) -> Json:
             size, time = _stamp(path)
             left -= size
             files.append([path, size, time, _digest_of_blocks(path, size, len(paths)), _digest_of_all(path) if left >= 0 else ""])
-        media = [[name, *known] for name, path in _media(dataset, number).items() if (known := _stamp_and_ends(path))]
+        media = [[name, *known] for name, path in _media(dataset, number, on_progress).items() if (known := _stamp_and_ends(path))]
         found[source.key] = {"files": files, "media": media}
     return found
 
 
-def changed_files(before: Json, dataset: MultimodalDataset) -> list[str]:
+def changed_files(before: Json, dataset: MultimodalDataset, on_progress: Callable[[str], object] = lambda at: None) -> list[str]:
     """Return what differs from the fingerprint `before`, as one readable line per file.
 
     A file with the same size and time is compared by its blocks; one whose time alone differs is compared by all of its bytes.
@@ -61,7 +62,7 @@ def changed_files(before: Json, dataset: MultimodalDataset) -> list[str]:
         lines += [f"{path} is gone" for name, (path, *_) in known.items() if name not in names]
         both = [(path, known[name][1:]) for name, path in names.items() if name in known]
         lines += [line for path, rest in both if (line := _file_change(path, len(paths), *rest))]
-        media = _media(dataset, number)
+        media = _media(dataset, number, on_progress)
         lines += [line for name, *rest in then["media"] if name in media and (line := _medium_change(media[name], *rest))]
     return lines
 
@@ -96,13 +97,14 @@ def _medium_change(path: str, size: int, time: int, blocks: str) -> str:
         return ""
 
 
-def _media(dataset: MultimodalDataset, source_id: int) -> dict[str, str]:
+def _media(dataset: MultimodalDataset, source_id: int, on_progress: Callable[[str], object]) -> dict[str, str]:
     """Return the paths of media files by the names that records give them, for records spread over the source.
 
     Media that cannot be found are skipped; the step that reads them reports them.
     """
     ids, found = np.flatnonzero(dataset.source_ids == source_id), {}
     for i in ids[:: max(1, -(-len(ids) // MEDIA))].tolist():
+        on_progress(dataset.where(i))
         try:
             record = dataset.record(i)
             locate = dataset.media(i, record).locate

@@ -7,12 +7,12 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from model.audio.state_head import StateHead
 from model.batch import Batch, Media
 from model.encoder import Encoder
 from model.errors import ConfigError
+from model.files.sharding import is_sharded_module
 from model.generate import GenerationOptions, generate
 from model.llm.attention import decoder_options, masked_attention
 from model.llm.causal_lm import head_weight
@@ -118,7 +118,7 @@ class MultimodalLM(nn.Module):
         encoder_name, projector_name = ENCODERS[modality]
         encoder, projector = self.encoder(encoder_name), self.get_submodule(projector_name)
         trainable = encoder_name in self.trainable_parts
-        if media is None and not trainable and not isinstance(encoder.tower, FSDPModule):
+        if media is None and not trainable and not is_sharded_module(encoder.tower):
             media, shape = self._no_media(modality), (1, encoder.blank_length, encoder.hidden_size)
             encoded = torch.zeros(shape, dtype=self.dtype, device=self._device())
         else:

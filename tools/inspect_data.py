@@ -13,15 +13,17 @@ import itertools
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from data.check.certificate import certify
 from data.records.fields import shorten
 from model.errors import ConfigError, DataError
 from tools.cli import command_parser, printable_lines, run_command
-from tools.inspector.choose import KINDS, Source, Wanted, choose_samples, open_sources, stage_to_inspect
-from tools.inspector.entry import Box, InspectorEntry, Piece
-from tools.inspector.page_html import Shown, page
+from tools.inspector.wanted import KINDS, Wanted
 from trainer.runfile.toml_files import without_dashes
+
+if TYPE_CHECKING:
+    from tools.inspector.choose import Source
+    from tools.inspector.entry import Box, InspectorEntry, Piece
 
 GREEN, GREY, DIM, RESET = "\x1b[32m", "\x1b[90m", "\x1b[2m", "\x1b[0m"
 MARKS = {"learned": (GREEN, "{+", "+}"), "passed over": (GREY, "{-", "-}")}
@@ -31,6 +33,8 @@ NUM_PRINTED, NUM_ON_PAGE = 3, 50
 
 def certified(source: Source) -> tuple[str, bool]:
     """Return the certificate of a source or why it has none, and whether the run would refuse it."""
+    from data.check.certificate import certify  # here, as below: --help needs no torch
+
     index = source.dataset.indexes[source.source_id]
     try:
         return str(certify(source.dataset.template, index, source.config.key, max_length=source.dataset.config.max_length)), False
@@ -77,6 +81,8 @@ def _modality(box: Box) -> str:
 
 def sample_text(entry: InspectorEntry, colour: bool) -> str:
     """Return the sample as text: stretches of supervised tokens, of other ones, and media, in their order."""
+    from tools.inspector.entry import Box
+
     stretches: list[str] = []
     for mark, group in itertools.groupby(entry.pieces, key=_mark):
         if mark == "box":
@@ -90,6 +96,8 @@ def sample_text(entry: InspectorEntry, colour: bool) -> str:
 
 
 def _mark(piece: Piece | Box) -> str:
+    from tools.inspector.entry import Box
+
     if isinstance(piece, Box):
         return "box"
     return "learned" if piece.learned else "passed over" if piece.passed_over else "read"
@@ -97,6 +105,8 @@ def _mark(piece: Piece | Box) -> str:
 
 def write_page(file: Path, title: str, words: str, sources: list[Source]) -> list[bool]:
     """Write the page; return, for each source, whether the run would refuse it."""
+    from tools.inspector.page_html import Shown, page
+
     shown = []
     for source in sources:
         certificate, refused = certified(source)
@@ -137,6 +147,11 @@ def wanted_of(options: argparse.Namespace) -> Wanted:
 
 def inspect(options: argparse.Namespace) -> None:
     wanted = wanted_of(options)
+    from model.deferred_imports import import_transformers
+
+    import_transformers()
+    from tools.inspector.choose import choose_samples, open_sources, stage_to_inspect
+
     sources = choose_samples(open_sources(stage_to_inspect(options.cfg, options.run, options.overrides, options.stage)), wanted)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     if options.html:

@@ -14,25 +14,14 @@ import math
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from model.build import assemble
-from model.card import ModelCard
 from model.errors import ConfigError
-from model.published.table import find_layout
-from model.weights.peft_adapter import local_adapter, read_adapter
 from tools.cli import command_parser, printable_lines, run_command
-from tools.plan_table import as_json, exact_size, report_lines
-from trainer.distributed.parallelize import check_sharing
-from trainer.distributed.world import World
-from trainer.machine.memory_info import total_memory
-from trainer.memory.fit_plan import GIB, plan_run
-from trainer.records.run_data import open_data
-from trainer.runfile.load import load_config
-from trainer.runfile.stages import stage_for_reading
 from trainer.runfile.toml_files import without_dashes
-from trainer.setup import resolve_config
+
+if TYPE_CHECKING:
+    from model.card import ModelCard
 
 
 class NotFitting(Exception):
@@ -42,13 +31,29 @@ class NotFitting(Exception):
 
 
 def plan(options: argparse.Namespace) -> None:
+    # Here: --help and a wrong option need none of it.
+    from model.deferred_imports import import_transformers
+
+    import_transformers()
+    import torch
+
+    from tools.plan_table import as_json, exact_size, report_lines
+    from trainer.distributed.parallelize import check_sharing
+    from trainer.distributed.world import World
+    from trainer.machine import memory_info
+    from trainer.memory.fit_plan import GIB, plan_run
+    from trainer.records.run_data import open_data
+    from trainer.runfile.load import load_config
+    from trainer.runfile.stages import stage_for_reading
+    from trainer.setup import resolve_config
+
     if options.ranks < 1:
         raise ConfigError(f"--ranks {options.ranks} is not positive")
     if options.memory is not None and not (options.memory > 0 and math.isfinite(options.memory)):
         raise ConfigError(f"--memory {options.memory} is not a positive number of GiB")
     stage = stage_for_reading(load_config(options.cfg, options.overrides), options.stage)
     check_sharing(stage.config.parallel, options.ranks)
-    device = torch.device(options.device)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     alone = World(0, 0, 1, torch.device("cpu"))
     config = resolve_config(stage.config, replace(alone, device=device))
     if options.no_data:
@@ -56,7 +61,7 @@ def plan(options: argparse.Namespace) -> None:
     data = open_data(config, alone, stage=replace(stage, config=config))
     check_adapter(data.card)
     sharing = options.ranks if device.type == "cpu" else 1  # processes of one machine; a GPU is its rank's alone
-    memory = options.memory * GIB if options.memory else total_memory(device) / sharing
+    memory = options.memory * GIB if options.memory else memory_info.total_memory(device) / sharing
     found = plan_run(config, data, options.ranks, memory, on_host=device.type == "cpu")
     print(printable_lines("\n".join(report_lines(found))))
     print(json.dumps(as_json(found)), flush=True)
@@ -69,6 +74,12 @@ def check_adapter(card: ModelCard) -> None:
 
     Raises `ConfigError` when it is damaged or does not belong to the model.
     """
+    import torch
+
+    from model.build import assemble
+    from model.published.table import find_layout
+    from model.weights.peft_adapter import local_adapter, read_adapter
+
     if card.lora.path and Path(card.lora.path).exists():
         model = assemble(card, torch.float32)
         inside = find_layout("model.llm.path", card.model.llm.path, card.model.cache_dir) is not None
@@ -78,14 +89,13 @@ def check_adapter(card: ModelCard) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser("plan", __doc__)
-    cuda = torch.cuda.is_available()
     parser.add_argument("--cfg", required=True, help="the run file")
     parser.add_argument("--stage", default="", metavar="NAME", help="of a file with [[stage]] tables: this one")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes that train together (1)")
     parser.add_argument(
         "--memory", type=float, metavar="GIB", help="of each rank (default: this machine's GPU, or its share of the RAM)"
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if cuda else "cpu", help="what it will run on")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="what it will run on (default: a GPU where there is one)")
     parser.add_argument("--no-data", action="store_true", help="the data are elsewhere: plan by data.max_length")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
     options = parser.parse_intermixed_args(without_dashes(argv))

@@ -109,6 +109,7 @@ class Loop:
                 clip_norm=config.optim.clip_norm,
                 extra=[*self.requests.announce(), self.health.shared_loss()],
                 mark=self.tracker.mark,
+                scaling=self.trained.loss_scale,
             ),
         )
         self._observe(self.deferred.swap(scalars_to_read(result)))
@@ -200,4 +201,7 @@ class Loop:
 
     def _state(self) -> CheckpointState:
         """Return the state of the loop that a checkpoint holds. Collective, host sync."""
-        return {**run_state(self.stage, self.lengths), "meter": {**self.meter.state(), "health": self.health.state()}}
+        state: CheckpointState = {"meter": {**self.meter.state(), "health": self.health.state()}}
+        if self.trained.loss_scale:
+            state["loss_scale"] = self.trained.loss_scale.state()
+        return {**run_state(self.stage, self.lengths), **state}

@@ -9,22 +9,23 @@ import argparse
 import logging
 import os
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from model.errors import ConfigError
-from trainer.config import RunConfig
-from trainer.distributed.world import World
 from trainer.errors import DONE, INTERNAL, STOPPED, code_of
-from trainer.run import train
-from trainer.runfile.load import load_run
-from trainer.runfile.settings_page import schema_text, settings_page, settings_text
 from trainer.runfile.toml_files import without_dashes
-from trainer.supervise import refuse, run_supervised
-from trainer.trial.dry_run import dry_run
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
+    from trainer.distributed.world import World
 
 
 def run(config: RunConfig, world: World | None = None) -> int:
     """Train as `config` says and return the exit code. An error is reported by one rank, and in exit.json."""
+    # Here, as in `main`: what comes first decides what transformers imports (model/deferred_imports.py), and --help needs nothing.
+    from trainer.run import train
+    from trainer.supervise import run_supervised
+
     return run_supervised(train, config, world)
 
 
@@ -36,8 +37,14 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if arguments.settings is not None or arguments.schema or arguments.markdown:
         return show_settings(arguments)
+    from model.deferred_imports import import_transformers
+
+    import_transformers()  # before anything else imports it
     if arguments.dry_run:
         return try_out(arguments)
+    from trainer.runfile.load import load_run
+    from trainer.supervise import refuse
+
     try:
         config, aside = load_run(arguments.cfg, arguments.overrides)
     except Exception as error:
@@ -68,6 +75,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def try_out(arguments: argparse.Namespace) -> int:
     """Make a dry run of the run file, and return the exit code."""
+    from trainer.trial.dry_run import dry_run  # here, as in `run`
+
     try:
         return dry_run(arguments.cfg, arguments.overrides)
     except Exception as error:
@@ -79,6 +88,8 @@ def try_out(arguments: argparse.Namespace) -> int:
 
 def show_settings(arguments: argparse.Namespace) -> int:
     """Print what the command line asks about settings, and return the exit code."""
+    from trainer.runfile.settings_page import schema_text, settings_page, settings_text  # here, as in `run`
+
     try:
         if arguments.schema or arguments.markdown:
             print(schema_text() if arguments.schema else settings_page(), end="")

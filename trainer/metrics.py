@@ -97,6 +97,7 @@ class Meter:
     def __init__(self, source_names: list[str], world: World) -> None:
         self.names, self.world = source_names, world
         self.grad_norm = torch.zeros((), device=world.device)
+        self.loss_scale: Tensor | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -114,6 +115,7 @@ class Meter:
         for ratios in result.ratios:
             self.ratios.add(ratios)
         self.skipped.append(result.skipped)
+        self.loss_scale = result.loss_scale
         self.grad_norm = result.grad_norm
         self.wait += wait
 
@@ -174,6 +176,8 @@ class Meter:
             "perf/data_wait": totals["wait"] / self.world.size / seconds,
             "mem/peak_gib": peak_gib(self.world.device),
         }
+        if self.loss_scale is not None:
+            line["train/loss_scale"] = self.loss_scale.item()
         self.reset()
         return line
 

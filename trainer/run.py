@@ -7,23 +7,25 @@ from pathlib import Path
 
 from model.errors import ConfigError
 from trainer import errors
-from trainer.checkpoint.restore import restore
+from trainer.checkpoint.restore import restore, restore_loss_scale
 from trainer.checkpoint.resume import check_state, find_resume_point, remaining_stages
 from trainer.checkpoint.retention import set_aside, step_of
 from trainer.checkpoint.write_final import FinalRun, final_step, publish, write_final
 from trainer.config import RunConfig
 from trainer.distributed.world import World
 from trainer.faults import exit_report, signals
+from trainer.faults.phase_tracker import PhaseTracker
 from trainer.faults.requests import STOP
 from trainer.loop import Loop
 from trainer.machine.atomic_files import make_folder, replace_text
 from trainer.machine.open_files import check_limit
 from trainer.memory.rehearsal import rehearse
+from trainer.records.hub_look_ups import share_look_ups
 from trainer.records.later_stages import check_later_stages
+from trainer.records.look_beside import looking_beside
 from trainer.records.quarantine import NAME as QUARANTINE
 from trainer.records.quarantine import drop_old_rows, read_rows
-from trainer.records.quick_check import quick_check
-from trainer.records.run_data import certify_all, open_data, with_base_digests
+from trainer.records.run_data import RunData, certify_all, open_data, with_base_digests
 from trainer.records.same_data import is_accepted, same_data
 from trainer.report import describe_run
 from trainer.runfile.schema import to_tables
@@ -40,6 +42,7 @@ def train(root: RunConfig, world: World, status: exit_report.RunStatus) -> None:
     checkpoint, notes = find_resume_point(root, world)
     stages = [replace(stage, config=resolve_config(stage.config, world)) for stage in list_stages(root)]
     check_stages(stages)
+    share_look_ups((stage.config for stage in stages), world)
     for line in (*describe_stages(stages), *signals.launcher_lines(root.faults.grace_seconds)):
         say(world, line)
     state = None
@@ -83,10 +86,7 @@ def train_stage(stage: Stage, start: ResumePoint, world: World, status: exit_rep
     certificates = certify_all(data, config, tracker.report_progress)
     check_limit(config.data)
     tracker.mark("check")
-    for line in quick_check(data, config, world, tracker.report_progress):
-        say(world, f"data      {line}")
-    for line in same_data(stage, data, world, state["step"] if state else None):
-        say(world, f"data      {line}")
+    changes = same_data(stage, data, world, state["step"] if state else None, tracker.report_progress)
     if checkpoint and state:
         check_state(checkpoint, state, data, is_accepted(stage, data))
         if config.train.max_steps == 0:
@@ -94,13 +94,15 @@ def train_stage(stage: Stage, start: ResumePoint, world: World, status: exit_rep
                 f"train.max_steps = 0 builds a model without training, but {config.output_dir} holds {checkpoint.name}: use "
                 "another output_dir; tools load and export from a checkpoint as from final/"
             )
-    tracker.mark("load")
-    prepared = build_run(stage, data, world, tracker.report_progress)
+    prepared, found = build_and_look(stage, data, world, tracker)
+    for line in (*found, *changes):
+        say(world, f"data      {line}")
     first_step = state["step"] - stage.first_step if state else 0
     status.step = stage.first_step + first_step
     if checkpoint and state and prepared.trained:
         tracker.mark("restore")
         restore(checkpoint, prepared.trained, state["optimizer_steps"], tracker.report_progress)
+        restore_loss_scale(checkpoint, prepared.trained, state)
     if world.is_main:
         if start.checkpoint and config.checkpoint.resume not in ("auto", "none"):
             start.notes.extend(set_aside(stage.run_folder, step_of(start.checkpoint)))
@@ -112,6 +114,27 @@ def train_stage(stage: Stage, start: ResumePoint, world: World, status: exit_rep
         Loop(prepared, first_step, state["meter"] if state else None, status).run()
     tracker.mark("final")
     return finish(prepared, first_step, world)
+
+
+def build_and_look(stage: Stage, data: RunData, world: World, tracker: PhaseTracker) -> tuple[PreparedRun, list[str]]:
+    """Build and load the model while rank 0 looks at the data; return both, or raise what either found. Collective.
+
+    What is wrong with the data is told first, whichever of the two is found first.
+    """
+    tracker.mark("load")
+    with looking_beside(data, stage.config, world) as beside:
+
+        def progress(at: str) -> None:
+            tracker.report_progress(at)
+            beside.stop_early()
+
+        try:
+            prepared = build_run(stage, data, world, progress)
+        except ConfigError:
+            beside.precede()
+            raise
+        tracker.mark("check")
+        return prepared, beside.finish(tracker.report_progress)
 
 
 def finish(prepared: PreparedRun, first_step: int, world: World) -> int:

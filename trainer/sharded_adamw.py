@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim.adam import adam
+
+from model.files.sharding import is_sharded_tensor
 
 
 class ShardedAdamW(torch.optim.AdamW):
@@ -17,7 +18,7 @@ class ShardedAdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch overloads it
         """Update all parameters that have a gradient; skip the update where `found_inf` is 1. No host sync."""
         groups = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        if closure is not None or not all(isinstance(p, DTensor) and p in self.state for group in groups for p in group):
+        if closure is not None or not all(is_sharded_tensor(p) and p in self.state for group in groups for p in group):
             return super().step(closure)  # the first update creates the state
         for group, parameters in zip(self.param_groups, groups):
             if not parameters:
@@ -46,4 +47,4 @@ class ShardedAdamW(torch.optim.AdamW):
 
 def local_rows(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return this rank's rows of sharded tensors, without copies."""
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    return [t.to_local() if is_sharded_tensor(t) else t for t in tensors]

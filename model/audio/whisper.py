@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from transformers import WhisperConfig
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from typing import TYPE_CHECKING
 
-from model.audio.projector import convolved, masked, mean_of_pairs, shortened, valid_mask
+import torch
+from transformers import WhisperConfig
+
 from model.errors import ConfigError
 from model.files.hub import find_file, hugging_face_config, read_json
 from model.files.untrusted import Json
 from model.media_spec import AudioSpec
+
+if TYPE_CHECKING:
+    from model.audio.whisper_tower import Tower
 
 SETTING = "model.audio.path"
 STRUCTURE = (
@@ -76,6 +77,8 @@ def feature_config(path: str, cache_dir: str) -> Json:
 
 def build_whisper(value: Json) -> Tower:
     """Build Whisper's encoder of config.json `value`."""
+    from model.audio.whisper_tower import Tower  # here: transformers' Whisper is imported for models that hear, and no others
+
     tower: Tower = Tower._from_config(encoder_config(value), dtype=torch.float32, attn_implementation="sdpa")
     return tower
 
@@ -85,28 +88,3 @@ def build_qwen2_audio(value: Json) -> Tower:
     tower = build_whisper(value)
     tower.is_pooled = tower.is_masked = True
     return tower
-
-
-class Tower(WhisperEncoder):
-    """Whisper's layers with a forward of our own: transformers' forward accepts whole windows only and ignores its mask."""
-
-    is_pooled = False  # the mean of every two rows is taken before the last norm
-    is_masked = False  # even in the full window no row attends to rows beyond its clip
-
-    def forward(self, values: Tensor, lengths: Tensor | None, full_window: bool) -> Tensor:  # type: ignore[override]
-        """Encode log-mel (N, M, F) with (N,) valid frames -> (N, L, C).
-
-        Rows of valid frames do not depend on other rows, except on silence in the full window, with which Whisper was trained.
-        """
-        kept = None if full_window else lengths
-        rows = F.gelu(convolved(self.conv1, masked(values.transpose(1, 2), kept).transpose(1, 2)))
-        rows = F.gelu(convolved(self.conv2, masked(rows.transpose(1, 2), kept).transpose(1, 2))).transpose(1, 2)
-        lengths = shortened(lengths, 2)
-        rows = rows + self.embed_positions(torch.arange(rows.shape[1], device=rows.device))
-        rows = F.dropout(rows, self.dropout, self.training)
-        attended = None
-        if lengths is not None and (self.is_masked or not full_window):
-            attended = valid_mask(lengths, rows.shape[1])[:, None, None]
-        for layer in self.layers:
-            rows = layer(rows, attended)
-        return self.layer_norm(mean_of_pairs(rows, lengths) if self.is_pooled else rows)

@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
 
 from model.errors import ConfigError
+from model.files.hub_repository import look_up
 from model.files.tensor_files import Tensors, read_weights
 from model.files.untrusted import Json, load_json
 
@@ -34,10 +35,17 @@ def find_file(setting: str, path: str, name: str, cache_dir: str = "") -> Path |
         return folder / name if (folder / name).is_file() else None
     if not HUB_ID.fullmatch(path) or ".." in path:
         raise ConfigError(f"{setting} = {path!r} is no folder: give a Hugging Face folder or a hub id like 'org/name'")
+    owner_name, revision = split_revision(path)
+    repository = look_up(setting, owner_name, revision, cache_dir)
+    if repository.files is not None and name not in repository.files:
+        return None
     try:
-        owner_name, revision = split_revision(path)
         found = cached_file(
-            owner_name, name, cache_dir=cache_dir or None, revision=revision, _raise_exceptions_for_missing_entries=False
+            owner_name,
+            name,
+            cache_dir=cache_dir or None,
+            revision=repository.commit or revision,
+            _raise_exceptions_for_missing_entries=False,
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

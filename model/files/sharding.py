@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded_tensor(tensor: object) -> TypeGuard[DTensor]:
+    """Tell whether a tensor is a DTensor. Only sharding imports that class, which takes 0.7 CPU seconds with sympy behind it."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return False
+    from torch.distributed.tensor import DTensor  # here: see above
+
+    return isinstance(tensor, DTensor)
+
+
+def is_sharded_module(module: nn.Module) -> TypeGuard[FSDPModule]:
+    """Tell whether FSDP2 gathers the parameters of a module. Only sharding imports it, as it does DTensor."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return False
+    from torch.distributed.fsdp import FSDPModule  # here: see above
+
+    return isinstance(module, FSDPModule)
 
 
 def local_range(tensor: Tensor) -> tuple[int, int]:
@@ -13,7 +35,7 @@ def local_range(tensor: Tensor) -> tuple[int, int]:
 
     `fully_shard` leaves the last ranks empty when rows are few.
     """
-    if not isinstance(tensor, DTensor):
+    if not is_sharded_tensor(tensor):
         return 0, tensor.shape[0] if tensor.dim() else 1
     mesh: Any = tensor.device_mesh
     chunk = -(-tensor.shape[0] // mesh.size(mesh.ndim - 1))
@@ -23,7 +45,7 @@ def local_range(tensor: Tensor) -> tuple[int, int]:
 
 def is_first_copy(tensor: Tensor, rank: int) -> bool:
     """Tell whether this rank writes its rows. With replicas (HSDP or DDP) several ranks hold the same rows; the first writes."""
-    if not isinstance(tensor, DTensor):
+    if not is_sharded_tensor(tensor):
         return rank == 0
     mesh: Any = tensor.device_mesh
     return all(mesh.get_local_rank(dim) == 0 for dim in range(mesh.ndim - 1))

@@ -6,8 +6,9 @@ Rows padded on the right need no mask: no real token sees what comes after it. I
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,7 +22,9 @@ from model.config import OUR_ATTENTION
 from model.llm.interface import CausalLM
 
 
-def _varlen_kernel() -> Callable[..., object] | None:
+@cache
+def varlen_kernel() -> Callable[..., object] | None:
+    """Return torch's kernel for packed rows; None where torch has none. Its module imports the compiler: only GPUs ask for it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -29,8 +32,12 @@ def _varlen_kernel() -> Callable[..., object] | None:
     return varlen_attn
 
 
-varlen_attn = _varlen_kernel()
-VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters.keys() if varlen_attn is not None else frozenset()
+def varlen_options() -> Set[str]:
+    """Return the names of the arguments of `varlen_kernel()`; none where there is no kernel."""
+    kernel = varlen_kernel()
+    return inspect.signature(kernel).parameters.keys() if kernel is not None else frozenset()
+
+
 NAME = "trainer_causal"
 PACKED = "trainer_packed"
 VARLEN_DTYPES = (torch.bfloat16, torch.float16)
@@ -129,7 +136,7 @@ def takes_varlen(
     **_: object,
 ) -> bool:
     """Tell whether the varlen kernel supports these inputs and options on this device."""
-    if softcap is not None or not query.is_cuda or not {"window_size", "scale"} <= VARLEN_OPTIONS:
+    if softcap is not None or not query.is_cuda or not {"window_size", "scale"} <= varlen_options():
         return False
     width = query.shape[-1]
     fits = query.dtype in VARLEN_DTYPES and width == value.shape[-1] <= VARLEN_HEAD and width % 8 == 0
@@ -137,15 +144,16 @@ def takes_varlen(
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, options: dict[str, object]) -> Tensor:
-    """Compute all segments with one kernel; `options` are those of `varlen_attn`."""
+    """Compute all segments with one kernel; `options` are those of `varlen_kernel()`."""
     groups = query.shape[1] // key.shape[1]
-    if "enable_gqa" in VARLEN_OPTIONS:
+    if "enable_gqa" in varlen_options():
         options = {**options, "enable_gqa": groups > 1}
     else:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))  # (T, H, D)
-    assert varlen_attn is not None  # `takes_varlen` has seen its options
-    out = cast(Tensor, varlen_attn(q, k, v, borders, borders, longest, longest, **options))
+    kernel = varlen_kernel()
+    assert kernel is not None  # `takes_varlen` has seen its options
+    out = cast(Tensor, kernel(q, k, v, borders, borders, longest, longest, **options))
     return out[None]
 
 

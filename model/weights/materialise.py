@@ -10,11 +10,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 
 from model.config import QuantizeConfig
 from model.errors import ConfigError
-from model.files.sharding import local_range
+from model.files.sharding import is_sharded_tensor, local_range
 from model.files.tensor_files import LazyTensor, Tensors
 from model.llm.quantize import dequantised, pack
 from model.llm.quantized_linear import STORED, Quantised, quantised
@@ -79,6 +79,22 @@ def resolve_value(name: str, layers: list[Layer]) -> LazyTensor | None:
     return None
 
 
+INITIALISERS = ("torch.nn.init", "transformers.initialization")
+"""Modules whose functions fill a tensor; the second stands in for the first while transformers initialises."""
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Skips the initialisation of what is on meta and has no values. Torch would import its compiler for the first random one."""
+
+    def __torch_function__(
+        self, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        target = args[0] if args else kwargs.get("tensor")
+        draws = func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", "") in INITIALISERS
+        return target if draws and isinstance(target, Tensor) and target.is_meta else func(*args, **kwargs)
+
+
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Build modules, inside the context, with parameters on meta and real buffers: no file holds buffers like `inv_freq`."""
@@ -91,7 +107,8 @@ def parameters_on_meta() -> Iterator[None]:
 
     nn.Module.register_parameter = register  # type: ignore[method-assign]
     try:
-        yield
+        with _NoInitialValues():
+            yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
@@ -211,8 +228,10 @@ def _packed(layer: Quantised, name: str, rows: LazyTensor, device: torch.device)
 
 def _placed(parameter: nn.Parameter, value: Tensor) -> Tensor:
     """Wrap this rank's rows as a DTensor if the parameter is one."""
-    if not isinstance(parameter, DTensor):
+    if not is_sharded_tensor(parameter):
         return value
+    from torch.distributed.tensor import DTensor  # here: only what is sharded needs it, see is_sharded_tensor
+
     return DTensor.from_local(
         value, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
     )

@@ -19,6 +19,7 @@ HEADERS = "data/index/tar_headers.py"
 """The one file that reads the headers of archives; nothing is ever unpacked to where they say."""
 STARTERS = {
     *("tools/demo.py", "tools/demo_omni.py", "tools/bench_checkpoint.py", "tools/bench_starts.py", "tools/check_serving.py"),
+    *("tools/bench_start.py", "tools/bench_train.py"),
     *("tools/devicechecks/runner.py", "tools/devicechecks/resume.py"),
 }
 """Files that start other programs: commands as lists, never through a shell."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -289,8 +288,7 @@ def test_the_one_kernel_is_asked_for_what_the_segments_compute(
     options: dict[str, Any] = {"scaling": 0.2, "sliding_window": window, **segments(lengths)}
     expected, _ = packed_attention(Layer(), q, k, v, None, **options)
     kernel = fake_varlen(has_gqa)
-    monkeypatch.setattr(attention, "varlen_attn", kernel)
-    monkeypatch.setattr(attention, "VARLEN_OPTIONS", inspect.signature(kernel).parameters.keys())
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: kernel)
     monkeypatch.setattr(attention, "takes_varlen", lambda *_, **__: True)
     torch.testing.assert_close(packed_attention(Layer(), q, k, v, None, **options)[0], expected)
 

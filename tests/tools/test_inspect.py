@@ -18,6 +18,7 @@ from tests.support.inspect_reader import Page
 from tests.support.runs import save_records, tables
 from tests.support.tiny_data import sample, talk
 from tools import inspect_data
+from tools.inspector import choose
 from tools.inspector.entry import InspectorEntry, entry_of
 from tools.inspector.page_html import SCRIPT, STYLE
 from tools.inspector.pictures import pixels
@@ -61,7 +62,7 @@ def folder(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def seen(folder: Path) -> tuple[MultimodalDataset, dict[int, InspectorEntry]]:
-    opened = inspect_data.open_sources(inspect_data.stage_to_inspect(str(folder / "run.toml"), None, []))
+    opened = choose.open_sources(choose.stage_to_inspect(str(folder / "run.toml"), None, []))
     data = opened.datasets["sources"]
     return data, {i: entry_of(data, i, {}) for i in range(len(data))}
 

@@ -28,6 +28,7 @@ from trainer.memory.heaviest_batch import cost_of, find_heaviest
 from trainer.memory.sample_cost import encoder_positions, used_weights
 
 CPU = torch.device("cpu")
+REHEARSED = {"rehearsal": "always"}
 
 
 @given(
@@ -121,7 +122,12 @@ def with_a_bad_record(parts: Path, folder: Path) -> Path:
 def test_it_leaves_no_trace(parts: Path, tmp_path: Path, size: int, strategy: str) -> None:
     """Dropout, a bad record in the very micro-batch: weights, losses and quarantine are those of a run without it, to the byte."""
     source = {"path": str(with_a_bad_record(parts, tmp_path)), "media_root": str(parts / "images")}
-    sections = {**LORA, "data": {"sources": [source], "max_bad_fraction": 0.5}, "parallel": {"strategy": strategy}}
+    sections = {
+        **LORA,
+        "train": REHEARSED,
+        "data": {"sources": [source], "max_bad_fraction": 0.5},
+        "parallel": {"strategy": strategy},
+    }
     for name, rehearses in (("with", True), ("without", False)):
         answers = run_ranks(started, size, parts, tmp_path / name, sections, rehearses)
         assert {answer.code for answer in answers} == {0}
@@ -155,15 +161,17 @@ def short_of_memory(
 
 def test_out_of_memory_names_the_batch_and_a_micro_batch_that_fits(parts: Path, tmp_path: Path) -> None:
     """The run ends before its first step; with what the message says it fits."""
-    answer = run_ranks(short_of_memory, 1, parts, tmp_path / "run", {"train": {"max_steps": 2}}, 60)[0]
+    answer = run_ranks(short_of_memory, 1, parts, tmp_path / "run", {"train": {"max_steps": 2, **REHEARSED}}, 60)[0]
     written = json.loads((tmp_path / "run" / "exit.json").read_text())
     assert answer.code == written["code"] == 2 and not answer.seen
     reason = written["reason"]
     assert reason.startswith("out of memory on rank 0 in the heaviest micro-batch of the epoch (2 samples, 2 x 5")
     assert "What fits: batch.micro_batch_size = 1 (" in reason and "parallel.activation_checkpointing = 'full'" in reason
-    smaller = {"train": {"max_steps": 2}, "batch": {"micro_batch_size": 1}}
+    smaller = {"train": {"max_steps": 2, **REHEARSED}, "batch": {"micro_batch_size": 1}}
     assert run_ranks(short_of_memory, 1, parts, tmp_path / "run", smaller, 60)[0].code == 0
-    assert run_ranks(short_of_memory, 1, parts, tmp_path / "other", {"train": {"max_steps": 2}}, 60, False)[0].code == 2
+    assert (
+        run_ranks(short_of_memory, 1, parts, tmp_path / "other", {"train": {"max_steps": 2, **REHEARSED}}, 60, False)[0].code == 2
+    )
     reason = json.loads((tmp_path / "other" / "exit.json").read_text())["reason"]
     assert reason.startswith("out of memory on rank 0") and "cannot be told without running it (it looks at values)" in reason
 
@@ -177,7 +185,7 @@ def less_left(world: World, folder: Path, output_dir: Path, sections: dict[str, 
 def test_moments_that_will_not_fit_beside_are_counted_before_there_are_any(parts: Path, tmp_path: Path) -> None:
     """45,600 parameters learn, with two float32 moments each: one byte too little ends the run."""
     moments = (13_760 + 1_856 + 29_984) * 8
-    sections = {"train": {"max_steps": 1}}
+    sections = {"train": {"max_steps": 1, **REHEARSED}}
     assert run_ranks(less_left, 1, parts, tmp_path / "run", sections, moments - 1)[0].code == 2
     reason = json.loads((tmp_path / "run" / "exit.json").read_text())["reason"]
     assert "it does not fit" in reason and "batch.micro_batch_size = 1" in reason

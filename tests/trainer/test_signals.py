@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.launcher.api import LaunchConfig
 
 from data.workers import prepare_worker
 from tests.support import ranks
@@ -350,10 +351,10 @@ def test_a_launcher_that_kills_too_soon_is_told_of(monkeypatch: pytest.MonkeyPat
     (line,) = signals.launcher_lines(120.0)
     assert "30 s after SIGTERM" in line and ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT=130" in line or "30 or less" in line)
     assert signals.launcher_lines(30.0) == []
-    monkeypatch.setattr(signals.LaunchConfig, "__dataclass_fields__", {"shutdown_timeout": None})
+    monkeypatch.setattr(LaunchConfig, "__dataclass_fields__", {"shutdown_timeout": None})
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "130")
     assert signals.launcher_lines(120.0) == []
-    monkeypatch.setattr(signals.LaunchConfig, "__dataclass_fields__", {})
+    monkeypatch.setattr(LaunchConfig, "__dataclass_fields__", {})
     assert "30 or less" in signals.launcher_lines(120.0)[0]
 
 

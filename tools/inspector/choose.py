@@ -15,6 +15,7 @@ from data.order.mixing import Pool
 from model.errors import ConfigError
 from model.media_spec import PLACEHOLDERS
 from tools.inspector.entry import InspectorEntry, entry_of
+from tools.inspector.wanted import Wanted
 from trainer.config import RunConfig
 from trainer.distributed.world import World
 from trainer.records.quarantine import TRAIN, VALIDATION, QuarantineRow, read_rows
@@ -27,29 +28,6 @@ KIND_BITS = {kind: 1 << n for n, kind in enumerate(PLACEHOLDERS)}
 """Bits of `MultimodalDataset.modalities` by kind."""
 SPLITS = {"sources": TRAIN, "validation": VALIDATION}
 """The split of quarantine.jsonl by the table of run.toml."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """The selection that a user asks for."""
-
-    num: int | None  # of each source; None: all
-    source: str = ""
-    kind: str = ""  # image | video | audio | text
-    longest: bool = False
-    quarantined: bool = False
-    spread: bool = False  # evenly over each source, not its first ones
-    step: int | None = None
-
-    @property
-    def words(self) -> str:
-        """Describe the selection in words."""
-        if self.step is not None:
-            return f"the samples of step {self.step}"
-        which = "the longest" if self.longest else "quarantined ones" if self.quarantined else ""
-        which = which or ("spread evenly over the file" if self.spread else "the first ones")
-        only = {"": "", "text": ", text only"}.get(self.kind, f", with {self.kind}")
-        return f"{'all' if self.num is None else f'up to {self.num}'} records of each source{only}: {which}"
 
 
 @dataclass(frozen=True)
@@ -161,7 +139,3 @@ def _chosen(opened: Opened, table: str, source_id: int, wanted: Wanted, step: np
     if wanted.longest:
         return ids[np.argsort(-dataset.lengths[ids], kind="stable")][:num]
     return ids[np.arange(num) * len(ids) // max(num, 1)] if wanted.spread else ids[:num]
-
-
-KINDS = (*PLACEHOLDERS, "text")
-"""Values of --modality."""

@@ -7,9 +7,8 @@ from functools import partial
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from model.files.sharding import is_first_copy
+from model.files.sharding import is_first_copy, is_sharded_tensor
 
 GatherHook = Callable[[], Tensor | None]
 
@@ -28,7 +27,7 @@ def gathered(tensor: Tensor) -> Tensor | None:
     Collective for sharded tensors, among the ranks that share the first copy.
     """
     is_main = dist.get_rank() == 0
-    if not isinstance(tensor, DTensor):
+    if not is_sharded_tensor(tensor):
         return tensor.detach().cpu() if is_main else None
     mesh = tensor.device_mesh
     if not is_first_copy(tensor, dist.get_rank()):

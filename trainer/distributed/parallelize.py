@@ -16,11 +16,11 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from model.errors import ConfigError
+from model.files.sharding import is_sharded_module
 from model.llm.causal_lm import blocks, head_weight
 from model.multimodal import OWN_ROWS, MultimodalLM
 from trainer.config import ParallelConfig
@@ -154,7 +154,7 @@ def gradient_sync(wrapped: nn.Module, *, last: bool) -> Iterator[None]:
         with nullcontext() if last else wrapped.no_sync():
             yield
         return
-    if isinstance(wrapped, FSDPModule):
+    if is_sharded_module(wrapped):
         assert isinstance(wrapped, MultimodalLM)
         tunes_whole_llm = head_weight(wrapped.llm).requires_grad
         if _LAST.get(wrapped) != last:  # each of the two walks over all modules

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from model.files.sharding import is_sharded_module
 from model.llm.causal_lm import blocks, head_weight
 from model.multimodal import ENCODERS, MultimodalLM
 from trainer.config import ParallelConfig
 from trainer.distributed.integer_shards import integers_without_gradient
 from trainer.distributed.world import World
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
 REDUCED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Types in which gradients are summed over ranks, by `parallel.reduce_dtype`."""
@@ -75,6 +78,9 @@ def shard(model: MultimodalLM, config: ParallelConfig, world: World) -> None:
     With hsdp every `shard_size` ranks share a copy (Zhao et al. 2023, PyTorch FSDP, "hybrid sharding"): gradients are summed among
     these ranks, then over the copies.
     """
+    # Here: FSDP2 and DTensor take 0.8 CPU seconds to import, and most runs have one rank, or DDP.
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
     policy = MixedPrecisionPolicy(
         param_dtype=None if model.dtype == torch.float32 else model.dtype,
         reduce_dtype=REDUCED[config.reduce_dtype],
@@ -90,7 +96,7 @@ def shard(model: MultimodalLM, config: ParallelConfig, world: World) -> None:
     # Embedding, norm, head and projectors: gathered once per micro-batch and kept to the end of backward.
     fully_shard(model, **options)
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if is_sharded_module(module):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
     if tied and model.llm.get_input_embeddings().weight is not head_weight(model.llm):
@@ -99,6 +105,8 @@ def shard(model: MultimodalLM, config: ParallelConfig, world: World) -> None:
 
 def shard_part(model: MultimodalLM, name: str, config: ParallelConfig, options: Options) -> None:
     """Shard the blocks of one part, and what else a tower holds."""
+    from torch.distributed.fsdp import fully_shard  # here: see shard
+
     owner, units = block_owner(model, name), units_of(model, name, config)
     if not units:
         return
@@ -110,7 +118,7 @@ def shard_part(model: MultimodalLM, name: str, config: ParallelConfig, options: 
         if name not in model.trainable_parts:
             # The output of this tower carries no gradient, so backward never needs its weights: do not gather them again.
             for module in owner.modules():
-                if isinstance(module, FSDPModule):
+                if is_sharded_module(module):
                     module.set_unshard_in_backward(False)
 
 
@@ -121,7 +129,7 @@ def prefetch(units: list[list[nn.Module]]) -> None:
     """
     for unit, following in pairwise(units):
         first, second = unit[0], following[0]
-        assert isinstance(first, FSDPModule) and isinstance(second, FSDPModule)
+        assert is_sharded_module(first) and is_sharded_module(second)
         first.set_modules_to_forward_prefetch([second])
         second.set_modules_to_backward_prefetch([first])
 
@@ -132,5 +140,5 @@ def reshard(model: nn.Module) -> None:
     Until then `parameters()` are the copies made for computing.
     """
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if is_sharded_module(module):
             module.reshard()

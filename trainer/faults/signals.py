@@ -17,8 +17,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from torch.distributed.launcher.api import LaunchConfig
-
 from trainer import errors
 from trainer.checkpoint.retention import checkpoints
 from trainer.errors import StopRequested
@@ -222,6 +220,8 @@ def launcher_lines(grace_seconds: float) -> list[str]:
     """Return a warning when the launcher kills its ranks sooner than the run may need to save."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return []
+    from torch.distributed.launcher.api import LaunchConfig  # here: only ranks of torchrun need it, which has imported it
+
     seconds, can_wait = TORCHRUN_SECONDS, "shutdown_timeout" in LaunchConfig.__dataclass_fields__
     if can_wait and (text := os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "")).isdigit():
         seconds = int(text)

@@ -42,7 +42,7 @@ def media_memory(model: MultimodalLM, dataset: MultimodalDataset, recomputes: bo
     """
 
     def share(part: str) -> float:
-        return _position_memory(model, part, recomputes) / _position_memory(model, "llm", recomputes)
+        return position_memory(model, part, recomputes) / position_memory(model, "llm", recomputes)
 
     return _media_costs(model, dataset, share)
 
@@ -98,7 +98,7 @@ def _experts_of(model: MultimodalLM, part: str) -> int:
     return int(getattr(model.llm.config, "num_experts_per_tok", 1) or 1) if part == "llm" else 1
 
 
-def _position_memory(model: MultimodalLM, part: str, recomputes: bool) -> float:
+def position_memory(model: MultimodalLM, part: str, recomputes: bool) -> float:
     """Return the numbers alive at once for one position: outputs of all blocks on the gradient's path, of one block elsewhere."""
     widths = [
         float(sum(linear.out_features for linear in block.modules() if isinstance(linear, nn.Linear)))

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from trainer.records.too_long import LengthStatistics, OversizedMedia, large_med
 
 MAX_RECORDS, MAX_SECONDS = 2000, 5.0
 LEAST = 16  # records that are checked of each source, however small its share
+ENOUGH = 128  # records that are checked even where nothing else takes time meanwhile: 0.1 s
 SHOWN = 3  # problems of each source that are reported
 CERTAIN = 4  # standard deviations of chance that are subtracted before a part of a source stands for the whole
 
@@ -99,18 +101,44 @@ def quick_check(
     are bad for sure than data.max_bad_fraction allows, or, with data.on_bad_sample = "error", when any is; when more of a source
     are too long than data.max_too_long_fraction allows; and when all media of a part are too large for a sample.
     """
-    answer: dict[str, list[str]] = {"said": [], "error": []}
-    if world.is_main and config.train.max_steps != 0:
-        checks = plan_checks(data, Path(config.output_dir) / "index")
-        run_checks(checks, MAX_SECONDS, on_progress)
-        reasons = [*bad_record_reasons(checks, config), *too_long_reasons(checks, config)]
-        if data.train is not None and not reasons:
-            reasons = unfed_parts(data.train, data.pools, PART_OF_MODALITY, inherited_modalities(config.model))
-        answer = {"said": [str(check) for check in checks], "error": reasons}
+    return shared_answer(look(data, config, on_progress) if world.is_main else Answer(), world)
+
+
+class Answer(TypedDict, total=False):
+    """Result of the check: lines for people, and why the run cannot start."""
+
+    said: list[str]
+    error: list[str]
+
+
+def look(
+    data: RunData,
+    config: RunConfig,
+    on_progress: Callable[[str], object] = lambda at: None,
+    is_awaited: Callable[[], bool] = lambda: False,
+) -> Answer:
+    """Check the data on this rank alone. Once somebody waits for it (`is_awaited`), ENOUGH records are enough."""
+    if config.train.max_steps == 0:
+        return {}
+    checks = plan_checks(data, Path(config.output_dir) / "index")
+    run_checks(checks, MAX_SECONDS, on_progress, is_awaited)
+    reasons = [*bad_record_reasons(checks, config), *too_long_reasons(checks, config)]
+    if data.train is not None and not reasons:
+        reasons = unfed_parts(data.train, data.pools, PART_OF_MODALITY, inherited_modalities(config.model))
+    return {"said": [str(check) for check in checks], "error": reasons}
+
+
+def shared_answer(answer: Answer, world: World) -> list[str]:
+    """Return what rank 0 says on every rank, or raise its `DataError`. Collective."""
     answer = world.broadcast_json(answer)
-    if answer["error"]:
-        raise DataError("; ".join(answer["error"]))
-    return answer["said"]
+    raise_error(answer)
+    return answer.get("said", [])
+
+
+def raise_error(answer: Answer) -> None:
+    """Raise the `DataError` of an answer that has reasons."""
+    if reasons := answer.get("error"):
+        raise DataError("; ".join(reasons))
 
 
 def plan_checks(data: RunData, index_folder: Path) -> list[SourceCheck]:
@@ -132,16 +160,26 @@ def plan_checks(data: RunData, index_folder: Path) -> list[SourceCheck]:
     return checks
 
 
-def run_checks(checks: list[SourceCheck], seconds: float, on_progress: Callable[[str], object] = lambda at: None) -> None:
-    """Check all planned records, or as many as `seconds` allow: known bad ones of every source first, then all sources alike."""
+def run_checks(
+    checks: list[SourceCheck],
+    seconds: float,
+    on_progress: Callable[[str], object] = lambda at: None,
+    is_awaited: Callable[[], bool] = lambda: False,
+) -> None:
+    """Check all planned records, or as many as `seconds` allow: known bad ones of every source first, then all sources alike.
+
+    While somebody waits for it, it ends after ENOUGH records, one of each source at least.
+    """
     end = time.monotonic() + seconds
     queue = [(check, int(i), False) for check in checks for i in check.known[:MAX_RECORDS]]
     drawn = [((k + 1) / len(check.drawn), check, int(i), True) for check in checks for k, i in enumerate(check.drawn)]
     queue += [(check, i, is_drawn) for _, check, i, is_drawn in sorted(drawn, key=lambda item: item[0])]
-    for check, i, is_drawn in queue:
+    for num, (check, i, is_drawn) in enumerate(queue, 1):
         on_progress(check.dataset.where(i))
         check.add(check_record(check.dataset, i, keys=False), is_drawn)
         if time.monotonic() > end:
+            return
+        if num >= ENOUGH and is_awaited() and all(other.num_checked or not len(other.pool.ids) for other in checks):
             return
 
 

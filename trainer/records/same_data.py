@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +26,9 @@ NAME, CHANGES = "data.json", "data_changes.jsonl"
 SHOWN = 8  # changes that a message names
 
 
-def same_data(stage: Stage, data: RunData, world: World, step: int | None) -> list[str]:
+def same_data(
+    stage: Stage, data: RunData, world: World, step: int | None, on_progress: Callable[[str], object] = lambda at: None
+) -> list[str]:
     """Compare the data with those that the run or stage began with, and return lines for people. Collective.
 
     `step`: completed steps of a resumed run; None at a first start, which only writes data.json. With data.on_change = "accept"
@@ -36,7 +38,7 @@ def same_data(stage: Stage, data: RunData, world: World, step: int | None) -> li
     problem, cannot_write, lines = "", False, []
     if world.is_main:
         try:
-            lines = _write_note(stage, data) if step is None else _compare(stage, data, step)
+            lines = _write_note(stage, data, on_progress) if step is None else _compare(stage, data, step, on_progress)
         except (ConfigError, SaveError) as error:
             problem, cannot_write = str(error), isinstance(error, SaveError)
         except OSError as error:
@@ -55,8 +57,8 @@ def is_accepted(stage: Stage, data: RunData) -> bool:
     return stage.config.data.on_change == "accept" and (read_data_json(stage.folder / NAME) or {}).get("plan") == _plan(data)
 
 
-def _write_note(stage: Stage, data: RunData) -> list[str]:
-    found = {split: data_fingerprint(dataset) for split, dataset in _splits(data).items()}
+def _write_note(stage: Stage, data: RunData, on_progress: Callable[[str], object]) -> list[str]:
+    found = {split: data_fingerprint(dataset, on_progress) for split, dataset in _splits(data).items()}
     path = stage.folder / NAME
     with _writing(path):
         replace_text(path, dump_json({"plan": _plan(data), "splits": found}))
@@ -72,14 +74,18 @@ def _writing(path: Path) -> Iterator[None]:
         raise SaveError(f"{path}, which says what the data are, cannot be written: {error.strerror}") from error
 
 
-def _compare(stage: Stage, data: RunData, step: int) -> list[str]:
+def _compare(stage: Stage, data: RunData, step: int, on_progress: Callable[[str], object]) -> list[str]:
     path = stage.folder / NAME
     before = read_data_json(path)
     if before is None:
         state = "is damaged" if path.exists() else "is not there"
-        _write_note(stage, data)
+        _write_note(stage, data, on_progress)
         return [f"{path} {state}: whether the data changed up to step {step} is unknown"]
-    each = [line for split, found in _splits(data).items() for line in changed_files(before["splits"].get(split, {}), found)]
+    each = [
+        line
+        for split, found in _splits(data).items()
+        for line in changed_files(before["splits"].get(split, {}), found, on_progress)
+    ]
     lines = list(dict.fromkeys(each))  # what several sources hold is reported once
     if not lines:
         return []
@@ -94,7 +100,7 @@ def _compare(stage: Stage, data: RunData, step: int) -> list[str]:
     with _writing(stage.run_folder / CHANGES), (stage.run_folder / CHANGES).open("a") as out:
         out.write(json.dumps(row) + "\n")
     if before["plan"] == _plan(data):  # otherwise this start fails, and the next one must report the change again
-        _write_note(stage, data)
+        _write_note(stage, data, on_progress)
     return [f"data.on_change = 'accept': from step {step} on the run goes on with other data, as {CHANGES} says:{listed}"]
 
 

@@ -1,0 +1,110 @@
+"""The quick check of the data beside the building and loading of the model: a thread of rank 0, so that no start waits for it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+from trainer.config import RunConfig
+from trainer.distributed.world import World
+from trainer.records.quick_check import MAX_SECONDS, Answer, look, raise_error, shared_answer
+from trainer.records.run_data import RunData
+
+PATIENCE = 2.0
+"""Seconds that loading goes on after the check has found that the run cannot start: then all ranks end with it together."""
+POLL_SECONDS = 0.1
+WAIT_SECONDS = MAX_SECONDS + 5.0
+"""Longest wait of a rank that has failed, for the answer of rank 0."""
+ANSWER_KEY = "answer"
+_numbers = itertools.count()
+
+
+class LookBeside:
+    """A quick check that has been started. All of it stays in the memory of rank 0 until `finish`."""
+
+    def __init__(self, data: RunData, config: RunConfig, world: World) -> None:
+        self.world = world
+        self.answer: Answer = {}
+        self._failure: BaseException | None = None
+        self._at, self._ended_at = "", 0.0
+        self._awaited, self._dropped = threading.Event(), threading.Event()
+        number = next(_numbers)  # alike on all ranks, which start the same stages
+        self._channel = world.channel(f"look/{number}") if world.size > 1 else None
+        self._thread = threading.Thread(target=self._run, args=(data, config), name="quick check", daemon=True)
+        if world.is_main:
+            self._thread.start()
+
+    def _run(self, data: RunData, config: RunConfig) -> None:
+        try:
+            self.answer = look(data, config, self._note, self._awaited.is_set)
+        except BaseException as error:  # of whatever kind: `finish` raises it in the main thread
+            self._failure = error
+        self._ended_at = time.monotonic()
+        if self._channel is not None:
+            self._channel.set(ANSWER_KEY, json.dumps(self.answer))
+
+    def _note(self, at: str) -> None:
+        # Not the tracker's own report: the main thread marks its phases meanwhile, and one of the two would be lost.
+        self._at = at
+        if self._dropped.is_set():
+            raise RuntimeError("the start has failed")
+
+    def stop_early(self) -> None:
+        """Raise what the check found, on rank 0 alone, where the model is still being loaded PATIENCE seconds later.
+
+        The watchdog ends the other ranks with the same reason, as after any error of one rank.
+        """
+        if self._ended_at and time.monotonic() - self._ended_at > PATIENCE:
+            self._raise()
+
+    def precede(self) -> None:
+        """Raise what the check has found, which comes before an error of the model, on every rank that has failed to build it.
+
+        Not a collective: a rank may have failed alone.
+        """
+        self._awaited.set()
+        if self.world.is_main:
+            self._thread.join(WAIT_SECONDS)
+            raise_error(self.answer)
+        elif self._channel is not None:
+            with suppress(RuntimeError):  # no answer in time: rank 0 has ended, or is stuck, which the watchdog tells
+                self._channel.wait([ANSWER_KEY], timedelta(seconds=WAIT_SECONDS))
+                self.answer = json.loads(self._channel.get(ANSWER_KEY))
+            raise_error(self.answer)
+
+    def finish(self, on_progress: Callable[[str], object]) -> list[str]:
+        """Wait for the check, and return its lines for people. Raises its `DataError` on every rank. Collective."""
+        self._awaited.set()
+        told = ""
+        while self._thread.is_alive():
+            self._thread.join(POLL_SECONDS)
+            if told != self._at:  # a check that is stuck on a record makes no progress
+                told = self._at
+                on_progress(told)
+        if self._failure is not None:
+            raise self._failure
+        return shared_answer(self.answer, self.world)
+
+    def drop(self) -> None:
+        """End the thread, whatever it has found: the start has failed for another reason."""
+        self._dropped.set()
+
+    def _raise(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        raise_error(self.answer)
+
+
+@contextmanager
+def looking_beside(data: RunData, config: RunConfig, world: World) -> Iterator[LookBeside]:
+    """Check the data on rank 0 while the `with` builds and loads the model."""
+    beside = LookBeside(data, config, world)
+    try:
+        yield beside
+    finally:
+        beside.drop()
