@@ -53,7 +53,7 @@ def train(root: RunConfig, world: World, status: exit_report.RunStatus) -> None:
     if checkpoint:
         stages, state = remaining_stages(checkpoint, stages, world)
     status.tracker.mark("index")
-    for line in check_later_stages(root, stages[1:], world):
+    for line in check_later_stages(root, stages[1:], world, status.tracker.report_progress):
         say(world, line)
     first_step = stages[0].first_step
     for stage in stages:
