@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
@@ -25,10 +26,19 @@ from trainer.screen import Screen
 from trainer.setup import PreparedRun
 from trainer.state import CheckpointState, MeterState
 from trainer.step import StepOptions, train_step
+from trainer.trackers.open_trackers import Trackers
 from trainer.validate import validate
 
 FAILURE_GRACE_SECONDS = 5.0
 """Seconds that a save under way gets when a run ends by an internal error, or by that of another rank."""
+
+
+@dataclass(frozen=True)
+class LoopStart:
+    """What a loop begins with beside the prepared run."""
+
+    totals: MeterState | None = None  # of the checkpoint that it goes on from
+    trackers: Trackers = field(default_factory=Trackers)
 
 
 class Loop:
@@ -39,8 +49,8 @@ class Loop:
     metrics, counts the steps of earlier stages too.
     """
 
-    def __init__(self, prepared: PreparedRun, first_step: int, totals: MeterState | None, status: RunStatus) -> None:
-        config, world = prepared.config, prepared.world
+    def __init__(self, prepared: PreparedRun, first_step: int, start: LoopStart, status: RunStatus) -> None:
+        config, world, totals = prepared.config, prepared.world, start.totals
         if prepared.trained is None:
             raise ValueError("nothing to train")
         self.prepared, self.first_step, self.status = prepared, first_step, status
@@ -50,7 +60,8 @@ class Loop:
         self.meter = Meter(dataset.source_names, world)
         if totals is not None:
             self.meter.restore(totals)
-        self.log = MetricsLog(stage.run_folder, stage.first_step + first_step, world, stage.name)
+        self.log = MetricsLog(stage.run_folder, stage.first_step + first_step, world, stage.name, start.trackers)
+        self.trackers = start.trackers
         self.books = Bookkeeping(prepared, first_step)
         self.lengths = digest_of(prepared.data)
         self.requests, self.tracker, self.deferred = status.requests, status.tracker, DeferredRead(world.device)
@@ -200,4 +211,8 @@ class Loop:
 
     def _state(self) -> CheckpointState:
         """Return the state of the loop that a checkpoint holds. Collective, host sync."""
-        return {**run_state(self.stage, self.lengths), "meter": {**self.meter.state(), "health": self.health.state()}}
+        state: CheckpointState = {
+            **run_state(self.stage, self.lengths),
+            "meter": {**self.meter.state(), "health": self.health.state()},
+        }
+        return {**state, "trackers": self.trackers.ids} if self.trackers.ids else state

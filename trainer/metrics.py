@@ -22,6 +22,7 @@ from trainer.machine.atomic_files import replace_text
 from trainer.machine.json_lines import read_valid_lines
 from trainer.state import MeterTotals
 from trainer.step import StepResult
+from trainer.trackers.open_trackers import Trackers
 
 NAME = "metrics.jsonl"
 HUGGING_FACE_NAMES = {"train/loss": "loss", "train/grad_norm": "grad_norm", "val/loss": "eval_loss"}
@@ -195,8 +196,9 @@ def peak_gib(device: torch.device) -> float:
 class MetricsLog:
     """Writer of metrics.jsonl and of the content of trainer_state.json, on rank 0."""
 
-    def __init__(self, folder: Path, resumed_step: int, world: World, stage: str = "") -> None:
+    def __init__(self, folder: Path, resumed_step: int, world: World, stage: str = "", trackers: Trackers | None = None) -> None:
         """Open metrics.jsonl and keep its lines up to `resumed_step` of the whole run. `stage`: the mark of every new line."""
+        self.trackers = trackers or Trackers()
         self.path, self.active, self.stage = folder / NAME, world.is_main, {"stage": stage} if stage else {}
         self.history: list[Mapping[str, object]] = []
         self.rows: list[str] = []  # entries of trainer_state.json that were formatted so far
@@ -218,6 +220,7 @@ class MetricsLog:
         self.history.append(line)
         with self.path.open("a") as out:
             out.write(json.dumps(line) + "\n")
+        self.trackers.log(step, plain)
 
     def trainer_state(self, step: int, max_steps: int) -> dict[Path, str]:
         """Return path and content of trainer_state.json: the log as scripts for Hugging Face's Trainer read it. On rank 0."""

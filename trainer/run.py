@@ -8,7 +8,7 @@ from pathlib import Path
 from model.errors import ConfigError
 from trainer import errors
 from trainer.checkpoint.restore import restore
-from trainer.checkpoint.resume import check_state, find_resume_point, remaining_stages
+from trainer.checkpoint.resume import check_state, find_resume_point, load_state, remaining_stages
 from trainer.checkpoint.retention import set_aside, step_of
 from trainer.checkpoint.write_final import FinalRun, final_step, publish, write_final
 from trainer.config import RunConfig
@@ -16,7 +16,7 @@ from trainer.distributed.world import World
 from trainer.faults import exit_report, signals
 from trainer.faults.phase_tracker import PhaseTracker
 from trainer.faults.requests import STOP
-from trainer.loop import Loop
+from trainer.loop import Loop, LoopStart
 from trainer.machine.atomic_files import make_folder, replace_text
 from trainer.machine.open_files import check_limit
 from trainer.memory.rehearsal import rehearse
@@ -33,6 +33,7 @@ from trainer.runfile.stages import Stage, check_stages, describe_stages, list_st
 from trainer.runfile.toml_files import to_toml
 from trainer.setup import PreparedRun, build_run, resolve_config, set_arithmetic
 from trainer.state import CheckpointState
+from trainer.trackers.open_trackers import Trackers, tracked
 
 
 def train(root: RunConfig, world: World, status: exit_report.RunStatus) -> None:
@@ -51,14 +52,22 @@ def train(root: RunConfig, world: World, status: exit_report.RunStatus) -> None:
     status.tracker.mark("index")
     for line in check_later_stages(root, stages[1:], world):
         say(world, line)
+    saved = load_state(checkpoint).get("trackers") if checkpoint else None
+    with tracked(root, world, step_of(checkpoint) if checkpoint else 0, saved) as trackers:
+        train_stages(stages, ResumePoint(checkpoint, state, notes, trackers), world, status)
+
+
+def train_stages(stages: list[Stage], start: ResumePoint, world: World, status: exit_report.RunStatus) -> None:
+    """Train `stages`, the first of them from `start`. Collective."""
+    if start.trackers.text:
+        say(world, f"tracked   {start.trackers.text}")
     first_step = stages[0].first_step
     for stage in stages:
-        resume_point = ResumePoint(checkpoint, state, notes)
-        first_step = train_stage(replace(stage, first_step=first_step), resume_point, world, status)
+        first_step = train_stage(replace(stage, first_step=first_step), start, world, status)
         status.requests.accepting = False
         if not stage.is_last and status.requests.consume_between_stages(STOP, world):
             raise errors.StopRequested(f"stopped on request after {stage}, whose final/ is written; the same command goes on")
-        checkpoint, state, notes = None, None, []
+        start = ResumePoint(None, None, [], start.trackers)
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,7 @@ class ResumePoint:
     checkpoint: Path | None
     state: CheckpointState | None  # of the checkpoint; None when the stage begins at its first step
     notes: list[str]  # lines about checkpoints that were moved aside or removed
+    trackers: Trackers
 
 
 def train_stage(stage: Stage, start: ResumePoint, world: World, status: exit_report.RunStatus) -> int:
@@ -110,7 +120,7 @@ def train_stage(stage: Stage, start: ResumePoint, world: World, status: exit_rep
     if prepared.trained and first_step < prepared.total_steps:
         tracker.begin("heaviest", stage.first_step + first_step)
         say(world, rehearse(prepared, first_step))
-        Loop(prepared, first_step, state["meter"] if state else None, status).run()
+        Loop(prepared, first_step, LoopStart(state["meter"] if state else None, start.trackers), status).run()
     tracker.mark("final")
     return finish(prepared, first_step, world)
 

@@ -41,3 +41,4 @@ class CheckpointState(TypedDict, total=False):
     first_step: int  # of that stage
     step: int
     optimizer_steps: dict[str, float]
+    trackers: dict[str, str]  # id of the run by tracker; absent without trackers that have one

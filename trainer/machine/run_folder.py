@@ -9,7 +9,7 @@ from pathlib import Path
 from trainer.errors import SaveError
 from trainer.machine.atomic_files import places
 
-FOLDERS = ("index", "final", "stages", "stacks", "check")
+FOLDERS = ("index", "final", "stages", "stacks", "check", "tensorboard", "wandb")
 FILES = (
     *("run.toml", "exit.json", "metrics.jsonl", "faults.jsonl", "quarantine.jsonl", "previous-quarantine.jsonl"),
     *(
