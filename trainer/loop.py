@@ -20,6 +20,7 @@ from trainer.health.loss_monitor import Health, forget_after, scalars_to_read, s
 from trainer.machine.disk_space import as_save_error
 from trainer.metrics import Meter, MetricsLog
 from trainer.optim import set_learning_rates
+from trainer.part_norms import PartNorms
 from trainer.records.bookkeeping import Bookkeeping
 from trainer.schedule import multiplier
 from trainer.screen import Screen
@@ -57,7 +58,7 @@ class Loop:
         self.trained, self.optimizer = prepared.trained, prepared.trained.optimizer
         dataset, _ = prepared.data.training()
         stage = self.stage = prepared.stage
-        self.meter = Meter(dataset.source_names, world)
+        self.meter = Meter(dataset.source_names, world, PartNorms(self.optimizer, world))
         if totals is not None:
             self.meter.restore(totals)
         self.log = MetricsLog(stage.run_folder, stage.first_step + first_step, world, stage.name, start.trackers)

@@ -20,6 +20,7 @@ from model.files.tensor_files import dump_json
 from trainer.distributed.world import World
 from trainer.machine.atomic_files import replace_text
 from trainer.machine.json_lines import read_valid_lines
+from trainer.part_norms import PartNorms
 from trainer.state import MeterTotals
 from trainer.step import StepResult
 from trainer.trackers.open_trackers import Trackers
@@ -95,8 +96,10 @@ def mean_losses(sums: Tensor, names: list[str], prefix: str) -> dict[str, float]
 class Meter:
     """Sums about training since the last logged line. Adding costs no host sync; reading is a collective and a host sync."""
 
-    def __init__(self, source_names: list[str], world: World) -> None:
-        self.names, self.world = source_names, world
+    def __init__(self, source_names: list[str], world: World, parts: PartNorms | None = None) -> None:
+        self.names, self.world, self.parts = source_names, world, parts
+        self.norms: Tensor | None = None  # of the single gradients of the last step, on this rank
+        self.part_squares: list[float] = []  # over all ranks, as of the last `totals`
         self.grad_norm = torch.zeros((), device=world.device)
         self.reset()
 
@@ -115,7 +118,7 @@ class Meter:
         for ratios in result.ratios:
             self.ratios.add(ratios)
         self.skipped.append(result.skipped)
-        self.grad_norm = result.grad_norm
+        self.grad_norm, self.norms = result.grad_norm, result.norms
         self.wait += wait
 
     def totals(self) -> MeterTotals:
@@ -123,13 +126,15 @@ class Meter:
         self._count_skipped()
         sums = self.sums.total()
         wait = torch.tensor([self.wait], dtype=torch.float64, device=self.world.device)
-        flat = self.world.sum(torch.cat([sums.flatten(), wait]))
-        found = flat[:-1].view_as(sums).tolist()
+        squares = self.parts.squares(self.norms) if self.parts else wait[:0]
+        flat = self.world.sum(torch.cat([sums.flatten(), wait, squares])).cpu()
+        found = flat[: sums.numel()].view_as(sums).tolist()
+        self.part_squares = flat[sums.numel() + 1 :].tolist()
         seconds = time.perf_counter() - self.started_at
         return {
             "sums": found,
             "ratios": self.ratios.total(self.world),
-            "wait": flat[-1].item(),
+            "wait": flat[sums.numel()].item(),
             "skipped": self.num_skipped,
             "seconds": seconds,
         }
@@ -168,6 +173,7 @@ class Meter:
             **{f"train/{name}/tokens": int(count) for name, count in zip(self.names, sums[2])},
             **{f"train/{name}/supervised_tokens": int(count) for name, count in zip(self.names, sums[1])},
             "train/grad_norm": self.grad_norm.item(),
+            **{f"train/grad_norm/{name}": x**0.5 for name, x in zip(self.parts.names if self.parts else (), self.part_squares)},
             "train/skipped_steps": totals["skipped"],
             "train/tokens": num_tokens,
             "train/supervised_tokens": num_supervised,

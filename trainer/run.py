@@ -32,6 +32,7 @@ from trainer.runfile.schema import to_tables
 from trainer.runfile.stages import Stage, check_stages, describe_stages, list_stages
 from trainer.runfile.toml_files import to_toml
 from trainer.setup import PreparedRun, build_run, resolve_config, set_arithmetic
+from trainer.start_note import write_start
 from trainer.state import CheckpointState
 from trainer.trackers.open_trackers import Trackers, tracked
 
@@ -116,7 +117,9 @@ def train_stage(stage: Stage, start: ResumePoint, world: World, status: exit_rep
         if start.checkpoint and config.checkpoint.resume not in ("auto", "none"):
             start.notes.extend(set_aside(stage.run_folder, step_of(start.checkpoint)))
         replace_text(Path(config.output_dir, "run.toml"), to_toml(to_tables(stage.root)))
-        print(describe_run(prepared, certificates, checkpoint, start.notes), flush=True)
+        plan = describe_run(prepared, certificates, checkpoint, start.notes)
+        write_start(prepared, first_step, plan)
+        print(plan, flush=True)
     if prepared.trained and first_step < prepared.total_steps:
         tracker.begin("heaviest", stage.first_step + first_step)
         say(world, rehearse(prepared, first_step))

@@ -11,7 +11,7 @@ from trainer.machine.atomic_files import places
 
 FOLDERS = ("index", "final", "stages", "stacks", "check", "tensorboard", "wandb")
 FILES = (
-    *("run.toml", "exit.json", "metrics.jsonl", "faults.jsonl", "quarantine.jsonl", "previous-quarantine.jsonl"),
+    *("run.toml", "start.json", "exit.json", "metrics.jsonl", "faults.jsonl", "quarantine.jsonl", "previous-quarantine.jsonl"),
     *(
         "ledger.json",
         "trainer_state.json",
