@@ -1,4 +1,4 @@
-"""A server for one page, on this machine's loopback alone. It knows three questions and opens no file by a name that it is asked."""
+"""A server for one page, on the loopback of this machine alone: it knows three questions and opens no file that it is asked for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class Watched:
     def look(self) -> tuple[int, str]:
         """Return the values and their version, which rises when something has changed."""
         with self._looking:
-            if any([run.has_changed() for run in self.runs]) or not self.text:
+            changed = [run.has_changed() for run in self.runs]  # of every run: each reads on
+            if any(changed) or not self.text:
                 self.version, self.text = self.version + 1, values_text(self.runs, live=True)
             return self.version, self.text
 
