@@ -131,7 +131,7 @@ class Chart {
       for (const x of part || []) if (usable(x)) { if (x < low) low = x; if (x > high) high = x; }
     if (!(low <= high)) { low = log ? 1 : 0; high = log ? 10 : 1; }
     if (!log && low > 0 && low < 0.6 * high) low = 0;
-    if (low === high) { const room = Math.abs(low) * 0.1 || 1; high += room; low = log ? low / 1.1 : low === 0 ? 0 : low - room; }
+    if (high - low <= 1e-4 * Math.abs(high)) { const room = Math.abs(low) * 0.1 || 1; high += room; low = log ? low / 1.1 : low === 0 ? 0 : Math.max(0, low - room); }
     const scale = log ? Math.log10 : x => x, bottom = scale(low), top = scale(high) + (scale(high) - scale(low)) * 0.04;
     const X = step => LEFT + (step - this.first) / (this.last - this.first) * (this.wide - LEFT - RIGHT);
     const Y = value => HIGH - BOTTOM - (scale(value) - bottom) / (top - bottom) * (HIGH - TOP - BOTTOM);
@@ -276,7 +276,7 @@ function facts() {
     }
     if (run.start.parts) found.push(sheet(of(run) + "What learns", table([["part", r => r.part], ["tune", r => r.tune], ["parameters", r => r.num_parameters, 1],
       ["trained", r => r.num_trainable, 1], ["peak rate", r => r.lr == null ? "" : short(r.lr), 1]], run.start.parts)));
-    if (run.generations.length) found.push(generations(run));
+    if (run.generations.rows.length) found.push(generations(run));
     if (run.progress.done) found.push(samples(run, number));
     if (run.start.machine) found.push(sheet(of(run) + "Machine", make("p", { text: Object.entries(run.start.machine).map(([key, value]) => key === "device" ? value : `${key.replace("_gib", " GiB")} ${value}`).join(", ") })));
     if (run.exit.code != null) found.push(sheet(of(run) + "Exit", make("p", { text: `code ${run.exit.code}, after step ${run.exit.step ?? "none"}, rank ${run.exit.rank}: ${run.exit.reason}` })));
@@ -286,9 +286,8 @@ function facts() {
   return found;
 }
 function generations(run) {
-  const keys = [...new Set(run.generations.flatMap(row => Object.keys(row)))].filter(key => run.generations.some(row => ["string", "number", "boolean"].includes(typeof row[key])));
-  return sheet(of(run) + "Answers in validation", table(keys.map(key => [key.replaceAll("_", " "), row => typeof row[key] === "object" ? "" : typeof row[key] === "boolean" ? String(row[key]) : row[key],
-    run.generations.every(row => typeof (row[key] ?? 0) === "number")]), [...run.generations].reverse()));
+  const { steps, rows } = run.generations, each = steps.map((step, i) => ["step " + step.toLocaleString("en"), row => row.answers[i] ?? ""]);
+  return sheet(of(run) + "Answers of validations", table([["record", row => `${row.source} ${row.id}`], ["question", row => row.prompt], ["expected", row => row.expected], ...each], rows));
 }
 function settings() {
   const keys = [...new Set(data.runs.flatMap(run => Object.keys(run.settings)))].sort();

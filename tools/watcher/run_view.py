@@ -8,6 +8,7 @@ import re
 import time
 import tomllib
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from model.errors import ConfigError
@@ -29,6 +30,8 @@ MOST_STEPS = 40
 MOST_BYTES = 64 << 20
 """Bytes of a list in a run folder that are read; a larger one is not shown."""
 GENERATIONS = "generations.jsonl"
+MOST_VALIDATIONS, MOST_ANSWERS, ANSWER, TAIL = 6, 40, 300, 4 << 20
+"""Validations and records whose answers are shown, characters of an answer, and bytes at the end of the file that are read."""
 TEXT = 2000
 
 
@@ -72,7 +75,7 @@ class RunView:
             "faults": {"count": len(faults), "rows": [_fault(row) for row in faults[-MOST_ROWS:]]},
             "quarantine": _quarantine(_rows(self.folder / QUARANTINE)),
             "ledger": self._ledger(),
-            "generations": _rows(self.folder / GENERATIONS)[-MOST_ROWS:],
+            "generations": answers_over_time(_last_rows(self.folder / GENERATIONS)),
             "samples": self._samples(faults) if with_samples else {},
         }
 
@@ -119,6 +122,23 @@ class RunView:
                 continue
             return _with_sources(ids, _object(place / LEDGER).get("sources"))
         return []
+
+
+def answers_over_time(rows: list[Json]) -> Json:
+    """Return the last validations' steps, and for each of MOST_ANSWERS records what was expected and the answer at each step."""
+    rows = [row for row in rows if isinstance(row.get("step"), int)]
+    steps = sorted({row["step"] for row in rows})[-MOST_VALIDATIONS:]
+    records: dict[str, Json] = {}
+    for row in rows:
+        if row["step"] not in steps:
+            continue
+        key = f"{row.get('stage', '')} {row.get('sample', row.get('id', ''))}"
+        if key not in records and len(records) >= MOST_ANSWERS:
+            continue
+        told = {name: str(row.get(name, ""))[:ANSWER] for name in ("source", "id", "prompt", "expected")}
+        record = records.setdefault(key, {**told, "answers": [None] * len(steps)})
+        record["answers"][steps.index(row["step"])] = str(row.get("answer", ""))[:ANSWER]
+    return {"steps": steps, "rows": list(records.values())}
 
 
 def _with_sources(ids: list[int], sources: object) -> list[Json]:
@@ -186,6 +206,23 @@ def _rows(path: Path) -> list[Json]:
         return read_lines(path, {})[0] if _is_small(path) else []
     except OSError:
         return []
+
+
+def _last_rows(path: Path) -> list[Json]:
+    """Return the rows at the end of a file that may be long."""
+    try:
+        if path.is_symlink() or not path.is_file():
+            return []
+        with path.open("rb") as file:
+            file.seek(max(0, os.path.getsize(path) - TAIL))
+            lines = file.read().split(b"\n")
+    except OSError:
+        return []
+    rows = []
+    for line in lines[:-1]:
+        with suppress(ValueError, RecursionError):  # the first may be half a line
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def _is_small(path: Path) -> bool:
