@@ -202,7 +202,7 @@ def test_the_server_answers_three_questions_of_its_own_page(tmp_path: Path) -> N
             "?run=0&step=999",
             "?run=0&step=-1",
             "?run=x&step=y",
-            "?run=0&step=²",
+            "?run=0&step=%C2%B2",
             f"?step={'9' * 5000}",
         ):
             assert json.loads(ask(server, f"/step{query}")[1]) == []

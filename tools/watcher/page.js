@@ -60,8 +60,9 @@ function plan() {
   });
   const drawn = [...found, ...more.values()].filter(chart => chart.lines.length);
   // A single source has the loss of all.
-  return drawn.filter(chart => chart.title !== "Loss per source" || new Set(chart.lines.map(line => line.label)).size > 2
-    || data.runs.length > 1 && chart.lines.length > 2 * data.runs.length);
+  const sources = (chart, kind, run) => chart.lines.filter(line => line.run === run && line.key.startsWith(kind)).length;
+  return drawn.filter(chart => chart.title !== "Loss per source"
+    || data.runs.some((_, run) => sources(chart, "train/", run) > 1 || sources(chart, "val/", run) > 1));
 }
 function colour(chart) {
   const labels = [...new Set(chart.lines.map(line => line.label.replace(/, (validation|learned)$/, "")))];
