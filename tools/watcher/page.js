@@ -1,7 +1,7 @@
 "use strict";
 const find = id => document.getElementById(id), SVG = "http://www.w3.org/2000/svg", COLOURS = 8;
 const live = document.body.dataset.live === "yes";
-let data = JSON.parse(find("values").textContent), charts = [];
+let data = JSON.parse(find("values").textContent), charts = [], seen = Date.now();
 const hidden = new Set();  // curves that a click in a legend has taken out
 
 function make(tag, options = {}, ...inside) {
@@ -228,7 +228,7 @@ function heads() {
     const kind = !ended ? "" : run.exit.code === 0 ? "good" : run.exit.code === 75 ? "warn" : "bad";
     const last = key => run.curves[key] && short(run.curves[key].m.at(-1)), pairs = [
       ["step", p.done.toLocaleString("en") + (p.last ? " of " + p.last.toLocaleString("en") : "")],
-      p.left != null ? ["left", duration(p.left)] : null,
+      p.left != null ? ["left", duration(Math.max(0, p.left - (Date.now() - seen) / 1000))] : null,
       p.rate ? ["steps/s", short(p.rate)] : null,
       last("train/loss") ? ["loss", last("train/loss")] : null,
       last("val/loss") ? ["validation", last("val/loss")] : null,
@@ -324,7 +324,8 @@ addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(r
 async function look() {
   try {
     const found = await fetch("/values?version=" + data.version).then(answer => answer.json());
-    if (found.version) { data = found; show(false); }
+    if (found.version) { data = found; seen = Date.now(); show(false); }
+    else find("head").lastChild.replaceChildren(...heads());
     find("state").textContent = data.runs.every(run => run.exit.code != null) ? "ended" : "live";
   } catch { find("state").textContent = "the server of this page has ended"; }
   setTimeout(look, document.hidden ? 10000 : 2000);
