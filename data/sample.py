@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from torch import Tensor
@@ -95,6 +96,9 @@ def measure_encoded(
 
     Raises `TooLongError` as it does.
     """
+    length = len(encoded.input_ids) + sum(counts) - len(counts)
+    if length <= max_length and len(encoded.round_ends) >= encoded.num_rounds:  # all of it fits
+        return Measured(length, sum(encoded.supervised[1:]), sum(counts), length, encoded.removed)
     ids = np.array(encoded.input_ids, dtype=np.int64)
     is_medium = _is_medium(ids, placeholder_ids)
     widths = np.ones(len(ids), dtype=np.int64)
@@ -117,8 +121,16 @@ def _placed(spec: MediaSpec, ref: MediaRef, meta: MediaMeta, values: Tensor, sta
     """Make the medium that stands at `start` of the expanded ids."""
     frames = row_frames(spec, meta) if isinstance(spec, AudioSpec) else ()
     width = row_width(spec, values.shape[-1])
-    rows = token_rows(spec, meta, width)
+    rows = _fixed_rows(spec, meta, width) if meta.size == (0, 0) else token_rows(spec, meta, width)
     return SampleMedia(ref.kind, values, start, len(rows), rows, width, frames, ref.label, token_weights(spec, meta))
+
+
+@lru_cache(maxsize=64)
+def _fixed_rows(spec: MediaSpec, meta: MediaMeta, width: int) -> np.ndarray:
+    """Return `token_rows` of media that are mostly alike, once for all of them; nobody may write into it."""
+    rows = token_rows(spec, meta, width)
+    rows.flags.writeable = False
+    return rows
 
 
 def check_media(record: Record, specs: dict[str, MediaSpec], max_images: int) -> None:

@@ -25,10 +25,12 @@ from model.vision.tower import VisionTower
 from model.weights.materialise import materialise, parameters_on_meta
 from model.weights.origins import weight_layers
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def resolve_dtype(name: Literal["auto", "float32", "bfloat16"], device: torch.device) -> Literal["float32", "bfloat16"]:
+def resolve_dtype(
+    name: Literal["auto", "float32", "bfloat16", "float16"], device: torch.device
+) -> Literal["float32", "bfloat16", "float16"]:
     """Resolve `auto` to bfloat16 on CUDA and to float32 elsewhere."""
     return name if name != "auto" else "bfloat16" if device.type == "cuda" else "float32"
 

@@ -155,8 +155,9 @@ class ModelConfig:
     init_from: str = ""
     """Weights to start from: a final/ or checkpoint-N of ours, to go on with other settings, or a published model, which
     gives the parts too."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of numbers in the computation; auto = bfloat16 on CUDA, float32 elsewhere. What learns is kept in float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of numbers in the computation; auto = bfloat16 on CUDA, float32 elsewhere; float16, with [loss_scale], for GPUs
+    without bfloat16. What learns is kept in float32."""
     attention: str = "sdpa"
     """Kernel of attention: sdpa, ours; varlen, ours for packed samples; eager, or any name that transformers registers."""
     cache_dir: str = ""

@@ -11,8 +11,10 @@ from torch import Tensor
 from model.batch import Batch
 from model.llm.interface import UNCHANGED, LogitChange
 
-CHUNK = 2048
-"""Supervised rows whose logits exist at one time."""
+LEAST_ROWS, MOST_ROWS = 128, 2048
+"""Bounds of the supervised rows whose logits exist at one time."""
+PARTS = 8
+"""Parts in which supervised rows are taken, within the bounds, and in which a bfloat16 head's gradient is added up and rounded."""
 
 
 class Term(NamedTuple):
@@ -48,9 +50,16 @@ class NewRows(NamedTuple):
 class HeadOptions:
     """How the head's logits are computed."""
 
-    chunk: int = CHUNK  # supervised rows at a time
+    chunk: int | None = None  # supervised rows at a time; None: an eighth of them, in bounds
     change: LogitChange = UNCHANGED  # what the model does to its logits
     new: NewRows | None = None  # rows that take the place of those of the head's matrix
+
+    def chunk_of(self, num_rows: int) -> int:
+        """Return how many of `num_rows` supervised rows are computed at a time.
+
+        Few enough that the logits take fewer bytes than any operator that keeps them all, and enough for products to be efficient.
+        """
+        return self.chunk or min(max(-(-num_rows // PARTS), LEAST_ROWS), MOST_ROWS)
 
 
 class LossTerm(Protocol):
@@ -83,7 +92,7 @@ class ChunkedLoss(torch.autograd.Function):
         targets: Tensor,
         options: HeadOptions,
     ) -> tuple[Tensor, Tensor]:
-        chunk, change = options.chunk, options.change
+        chunk, change = options.chunk_of(hidden.shape[0]), options.change
         new = None if new_rows is None or options.new is None else NewRows(options.new.ids, new_rows)
         rows = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -91,22 +100,18 @@ class ChunkedLoss(torch.autograd.Function):
         d_new = torch.zeros_like(new.rows, dtype=torch.float32) if new is not None else None
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
-            h, target = hidden[part], targets[part, None]
-            products = h @ weight.T if new is None else new.onto(h @ weight.T, h)
-            logits = change(products.float())
-            log_z = logits.logsumexp(-1, keepdim=True)
-            rows[part] = (log_z - logits.gather(1, target)).squeeze(1)
+            h = hidden[part]
+            rows[part], p = _chunk(h, weight, new, targets[part, None], change)
             if not any(ctx.needs_input_grad):
                 continue
-            p = (logits - log_z).exp_().scatter_add_(1, target, torch.full_like(log_z, -1.0))
-            p = change.gradient(logits, p).to(weight.dtype)
             p_new = None if new is None else new.taken_out(p)
             if d_hidden is not None:
                 d_hidden[part] = p @ weight if new is None or p_new is None else torch.addmm(p @ weight, p_new, new.rows)
             if d_weight is not None:
-                d_weight += (p.T @ h).float()
+                _add_product(d_weight, p, h)
             if d_new is not None and p_new is not None:
-                d_new += (p_new.T @ h).float()
+                _add_product(d_new, p_new, h)
+            del p  # or it would live beside the logits of the next chunk
         ctx.save_for_backward(d_hidden, d_weight, d_new)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(rows)
@@ -117,8 +122,47 @@ class ChunkedLoss(torch.autograd.Function):
         grad = grads[0]
         d_hidden, d_weight, d_new = ctx.saved_tensors
         hidden = None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype)
-        weight, new = (None if d is None else (d * grad).to(ctx.weight_dtype) for d in (d_weight, d_new))
+        weight, new = (None if d is None else _scaled(d, grad, ctx.weight_dtype) for d in (d_weight, d_new))
         return hidden, weight, new, None, None
+
+
+def _chunk(h: Tensor, weight: Tensor, new: NewRows | None, target: Tensor, change: LogitChange) -> tuple[Tensor, Tensor]:
+    """Return the cross entropy (s,) float32 of rows h (s, D) against target (s, 1), and its gradient (s, V) of the products, in the
+    type of `weight`.
+
+    The softmax is computed in float32 and in place: at most one float32 matrix (s, V) and one of the weight's type are alive.
+    """
+    products = h @ weight.T if new is None else new.onto(h @ weight.T, h)
+    logits = change(products.float())
+    kept = logits if change.cap is None else logits.clone()  # the gradient of a cap needs the logits themselves
+    del products
+    highest = kept.amax(-1, keepdim=True)
+    of_target = kept.gather(1, target)
+    total = kept.sub_(highest).exp_().sum(-1, keepdim=True)
+    loss = total.log() + (highest - of_target)
+    p = kept.div_(total).scatter_add_(1, target, torch.full_like(total, -1.0))
+    return loss.squeeze(1), change.gradient(logits, p).to(weight.dtype)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left.T @ right, (s, a) and (s, b), to total (a, b) float32 in place, without a float32 copy of the whole product."""
+    if left.dtype == total.dtype:
+        total.addmm_(left.T, right)
+        return
+    size = max(1, -(-total.shape[0] // PARTS))
+    for rows, columns in zip(total.split(size), left.split(size, 1)):
+        rows += columns.T @ right
+
+
+def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return total (a, b) float32 times `factor` () in `dtype`, without a second float32 copy of it."""
+    if total.dtype == dtype:
+        return total * factor
+    scaled = torch.empty_like(total, dtype=dtype)
+    size = max(1, -(-total.shape[0] // PARTS))
+    for source, rows in zip(total.split(size), scaled.split(size)):
+        rows.copy_(source * factor)
+    return scaled
 
 
 def text_term(

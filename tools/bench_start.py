@@ -19,10 +19,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from tools.cli import command_parser, run_command
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from model.files.untrusted import Json
 
 PHASES = {
     "torch": "import torch",
@@ -99,7 +104,7 @@ def start_ours(folder: Path, clock: Clock) -> int:
     mark, begin, step = PhaseTracker.mark, PhaseTracker.begin, loop.train_step
 
     def noted(original: Callable[..., None]) -> Callable[..., None]:
-        def call(self: PhaseTracker, phase: str, *args: Any) -> None:
+        def call(self: PhaseTracker, phase: str, *args: object) -> None:
             if phase in ENDS:
                 clock.ended(ENDS[phase])
             original(self, phase, *args)
@@ -133,7 +138,7 @@ def build_llava(folder: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def picture_collator(folder: Path, tokenizer: Any, num_rows: int) -> Callable[[list[Any]], dict[str, Any]]:
+def picture_collator(folder: Path, tokenizer: Any, num_rows: int) -> Callable[[list[Json]], dict[str, Tensor]]:
     """Return a function that makes a padded batch of records: the chat template, its prompt not learned, and CLIP's processor."""
     import torch
     from PIL import Image
@@ -141,10 +146,10 @@ def picture_collator(folder: Path, tokenizer: Any, num_rows: int) -> Callable[[l
 
     pictures = CLIPImageProcessor.from_pretrained(folder / "vision", trust_remote_code=False)
 
-    def ids_of(turns: list[dict[str, str]], **options: Any) -> list[int]:
+    def ids_of(turns: list[dict[str, str]], **options: object) -> list[int]:
         return list(tokenizer.apply_chat_template(turns, return_dict=True, **options)["input_ids"])
 
-    def collated(chosen: list[Any]) -> dict[str, Any]:
+    def collated(chosen: list[Json]) -> dict[str, Tensor]:
         rows, images = [], []
         for record in chosen:
             asked, said = (turn["value"] for turn in record["conversations"])
@@ -167,7 +172,7 @@ def start_trainer(folder: Path, clock: Clock) -> None:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     class Stop(TrainerCallback):
-        def on_step_end(self, *args: Any, **options: Any) -> None:
+        def on_step_end(self, *args: object, **options: object) -> None:
             clock.report()
 
     model, tokenizer = build_llava(folder)

@@ -55,7 +55,7 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.num_ops = self.num_syncs = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         self.num_ops += 1
         name = func.overloadpacket.__name__
         indexes = args[1] if name in ("index", "index_put", "index_put_") and len(args) > 1 else ()
@@ -70,7 +70,7 @@ def hidden_syncs(counter: Counter) -> Iterator[None]:
     originals = {name: getattr(Tensor, name) for name in HIDDEN_SYNCS}
 
     def counted(original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: object, **kwargs: object) -> Any:
             counter.num_syncs += 1
             return original(*args, **kwargs)
 
@@ -150,7 +150,7 @@ class ForTrainer(nn.Module):
         super().__init__()
         self.model, self.batches = model, batches
 
-    def forward(self, labels: Tensor, num_items_in_batch: Any = None) -> dict[str, Tensor]:
+    def forward(self, labels: Tensor, num_items_in_batch: object = None) -> dict[str, Tensor]:
         term = self.model(self.batches[labels.shape[0] % len(self.batches)])["text"]
         return {"loss": term.sum / term.num_addends}
 
@@ -199,7 +199,7 @@ def count_ops(run: Callable[[int], None], steps: int) -> tuple[float, ...]:
 def count_calls(run: Callable[[int], None], steps: int) -> tuple[float, ...]:
     calls = 0
 
-    def profile(frame: Any, event: str, argument: Any) -> None:
+    def profile(frame: Any, event: str, argument: object) -> None:
         nonlocal calls
         calls += event in ("call", "c_call")
 

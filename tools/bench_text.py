@@ -13,6 +13,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -139,32 +140,39 @@ def one_call(template: Template, record: Record) -> object:
     return template.tokenizer.apply_chat_template(messages, chat_template=template.source, tokenize=True, return_dict=False)
 
 
-def picture_dataset(folder: Path, template: Template) -> MultimodalDataset:
-    """Write records with one picture and one question each, and open them."""
+def checked_dataset(folder: Path, template: Template, num_rounds: int, pictures: bool) -> MultimodalDataset:
+    """Write records of `num_rounds` questions, each record with a picture if `pictures`, and open them."""
     draw = random.Random(1)
     lines = []
     for k in range(NUM_CHECKED):
-        Image.frombytes("RGB", (64, 48), draw.randbytes(64 * 48 * 3)).save(folder / f"{k}.png")
-        lines.append(json.dumps({**conversation(draw, 1, f"{k}.png"), "id": str(k)}))
+        if pictures:
+            Image.frombytes("RGB", (64, 48), draw.randbytes(64 * 48 * 3)).save(folder / f"{k}.png")
+        lines.append(json.dumps({**conversation(draw, num_rounds, f"{k}.png" if pictures else ""), "id": str(k)}))
     (folder / "mix.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     source = SourceConfig(str(folder / "mix.jsonl"), media_root=str(folder))
     return open_dataset((source,), DataConfig(max_length=MAX_LENGTH), template, {"image": SPEC}, folder / "index")
 
 
-def check_row_line(name: str, template: Template, rounds: int) -> str:
-    """Return the line of the table about the check of records with a picture."""
+CHECKED = {"text, 1 question": (1, False), "text, 4 questions": (4, False), "a picture, 1 question": (1, True)}
+"""Records that are checked: their questions, and whether they have a picture."""
+
+
+def over_all(action: Callable[[int], object], count: int, _: int) -> None:
+    for i in range(count):
+        action(i)
+
+
+def check_row_line(name: str, template: Template, kind: str, rounds: int) -> str:
+    """Return the line of the table about the check of one kind of records; each action runs over all of them, as a check does."""
     with tempfile.TemporaryDirectory() as temporary:
-        dataset = picture_dataset(Path(temporary), template)
-        checked, encoded, peer = cpu_ms(
-            [
-                lambda i: check_record(dataset, i),
-                lambda i: template.encode(dataset.record(i), MAX_LENGTH),
-                lambda i: one_call(template, dataset.record(i)),
-            ],
-            len(dataset),
-            rounds,
-        )
-    return f"| {name} | {checked:.2f} | {encoded:.2f} | {peer:.2f} |"
+        dataset = checked_dataset(Path(temporary), template, *CHECKED[kind])
+        actions: list[Callable[[int], object]] = [
+            lambda i: check_record(dataset, i),
+            lambda i: template.encode(dataset.record(i), MAX_LENGTH),
+            lambda i: one_call(template, dataset.record(i)),
+        ]
+        times = [cpu_ms([partial(over_all, action, len(dataset))], 1, rounds)[0] / len(dataset) for action in actions]
+    return f"| {name} | {kind} | " + " | ".join(f"{ms:.2f}" for ms in times) + f" | {times[0] / times[2]:.2f} |"
 
 
 def print_tables(folders: Sequence[str], rounds: int, turns: Sequence[int]) -> None:
@@ -178,9 +186,11 @@ def print_tables(folders: Sequence[str], rounds: int, turns: Sequence[int]) -> N
     for name, template in measured.items():
         for num_rounds in turns:
             print(text_row(name, template, num_rounds, rounds), flush=True)
-    print("\n| a record with a picture | check ms | read and encode ms | read and one call ms |\n|---|---|---|---|")
+    print("\n| template | records | check ms | read and encode ms | read and one call ms | check / one call |")
+    print("|---|---|---|---|---|---|")
     for name, template in measured.items():
-        print(check_row_line(name, template, rounds), flush=True)
+        for kind in CHECKED:
+            print(check_row_line(name, template, kind, rounds), flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

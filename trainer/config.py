@@ -29,19 +29,48 @@ class OptimConfig:
     projector_lr: float = 0.0
     """Peak learning rate of the projectors; 0 = optim.lr. LLaVA's LoRA uses a tenth of optim.lr for them."""
     weight_decay: float = 0.0
-    """Weight decay of AdamW, never on norms, biases and other vectors; 0 = none, as LLaVA has it; 0.01 to 0.1 for long runs."""
+    """Weight decay, never on norms, biases and other vectors; 0 = none, as LLaVA has it; 0.01 to 0.1 for long runs."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of AdamW's two moments, each in [0, 1); 0.95 to 0.98 as the second where spikes of the loss are a problem."""
     eps: float = 1e-8
     """Number that AdamW adds to the denominator of its update; leave it unless a recipe says otherwise."""
     clip_norm: float = 1.0
     """Largest norm of the whole gradient, beyond which it is scaled down; 0 = off."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Course of the learning rate behind the warm-up: constant, or linear or cosine down to 0 at the last step."""
+    kind: Literal["adamw", "adamw8bit", "muon", "sgd"] = "adamw"
+    """Optimizer: adamw; adamw8bit, with a quarter of its state; muon, on the matrices of hidden layers; sgd with momentum."""
+    momentum: float = 0.95
+    """Decay rate of the momentum of muon and sgd, in [0, 1); 0.9 is usual for sgd."""
+    nesterov: bool = True
+    """Look one step ahead along the momentum of muon and sgd; false for the plain form."""
+    ns_steps: int = 5
+    """Newton-Schulz iterations that make an update of muon orthogonal, 1 to 20; leave it unless a recipe says otherwise."""
+    adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Learning rate of a matrix under muon by its shape: match_rms_adamw takes the rates of AdamW, original such as 0.02."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """Course of the learning rate behind the warm-up: constant; linear or cosine down to 0 at the last step; wsd, constant and
+    then down to 0 in a decay at the end."""
     warmup_ratio: float | None = None
     """Share of all steps in which the rate rises from 0 to its peak, in [0, 1]; 0.03 where warmup_steps is not named either."""
     warmup_steps: int | None = None
     """Steps in which the rate rises from 0 to its peak, in place of warmup_ratio; 0 = none."""
+    decay_ratio: float | None = None
+    """Share of all steps at the end in which the rate of wsd falls to 0, in [0, 1]; 0.1 where decay_steps is not named either."""
+    decay_steps: int | None = None
+    """Steps at the end in which the rate of wsd falls to 0, in place of decay_ratio."""
+    decay_shape: Literal["linear", "cosine", "1-sqrt"] = "linear"
+    """Curve by which the rate of wsd falls."""
+
+
+@dataclass(frozen=True)
+class LossScaleConfig:
+    """Loss scaling under model.dtype = "float16": powers of two, so that scaling changes no digit."""
+
+    initial: float = 65536.0
+    """Scale of the first step, a power of two; lower it where the first steps are all skipped."""
+    growth_interval: int = 2000
+    """Updates in a row after which the scale doubles; an overflow halves it."""
+    floor: float = 1.0
+    """Smallest scale, a power of two: an overflow at it ends the run."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +203,9 @@ class RunConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     """Size of a step, and of what a rank computes at once."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """AdamW, learning rates and their schedule."""
+    """Optimizer, learning rates and their schedule."""
+    loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
+    """Loss scaling of float16."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Length of the run."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -121,6 +121,7 @@ class Loop:
                 clip_norm=config.optim.clip_norm,
                 extra=[*self.requests.announce(), self.health.shared_loss()],
                 mark=self.tracker.mark,
+                scaling=self.trained.loss_scale,
             ),
         )
         self._observe(self.deferred.swap(scalars_to_read(result)))
@@ -212,8 +213,9 @@ class Loop:
 
     def _state(self) -> CheckpointState:
         """Return the state of the loop that a checkpoint holds. Collective, host sync."""
-        state: CheckpointState = {
-            **run_state(self.stage, self.lengths),
-            "meter": {**self.meter.state(), "health": self.health.state()},
-        }
-        return {**state, "trackers": self.trackers.ids} if self.trackers.ids else state
+        state: CheckpointState = {"meter": {**self.meter.state(), "health": self.health.state()}}
+        if self.trained.loss_scale:
+            state["loss_scale"] = self.trained.loss_scale.state()
+        if self.trackers.ids:
+            state["trackers"] = self.trackers.ids
+        return {**run_state(self.stage, self.lengths), **state}

@@ -101,6 +101,7 @@ class Meter:
         self.norms: Tensor | None = None  # of the single gradients of the last step, on this rank
         self.part_squares: list[float] = []  # over all ranks, as of the last `totals`
         self.grad_norm = torch.zeros((), device=world.device)
+        self.loss_scale: Tensor | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -118,6 +119,7 @@ class Meter:
         for ratios in result.ratios:
             self.ratios.add(ratios)
         self.skipped.append(result.skipped)
+        self.loss_scale = result.loss_scale
         self.grad_norm, self.norms = result.grad_norm, result.norms
         self.wait += wait
 
@@ -161,6 +163,12 @@ class Meter:
             self.sums.values += torch.tensor(totals["sums"], dtype=torch.float64, device=device)
             self.wait += totals["wait"]
 
+    def _part_norms(self) -> dict[str, float]:
+        """Return the gradient norm of each part as of the last `totals`. Host sync under float16, whose gradients are scaled."""
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.item()
+        names = self.parts.names if self.parts else []
+        return {f"train/grad_norm/{name}": square**0.5 / scale for name, square in zip(names, self.part_squares)}
+
     def read(self) -> dict[str, float]:
         """Return the metrics of a line and reset the meter. Collective, host sync."""
         totals = self.totals()
@@ -173,7 +181,7 @@ class Meter:
             **{f"train/{name}/tokens": int(count) for name, count in zip(self.names, sums[2])},
             **{f"train/{name}/supervised_tokens": int(count) for name, count in zip(self.names, sums[1])},
             "train/grad_norm": self.grad_norm.item(),
-            **{f"train/grad_norm/{name}": x**0.5 for name, x in zip(self.parts.names if self.parts else (), self.part_squares)},
+            **self._part_norms(),
             "train/skipped_steps": totals["skipped"],
             "train/tokens": num_tokens,
             "train/supervised_tokens": num_supervised,
@@ -181,6 +189,8 @@ class Meter:
             "perf/data_wait": totals["wait"] / self.world.size / seconds,
             "mem/peak_gib": peak_gib(self.world.device),
         }
+        if self.loss_scale is not None:
+            line["train/loss_scale"] = self.loss_scale.item()
         self.reset()
         return line
 

@@ -1,4 +1,4 @@
-"""AdamW groups (part x decay, each named) and the clipped, skippable update."""
+"""Optimizer groups (part x rule x decay, each named) and the clipped, skippable update."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.errors import ConfigError
 from model.files.sharding import is_first_copy, is_sharded_tensor
 from model.multimodal import MultimodalLM
+from trainer.adamw8bit import AdamW8bit
 from trainer.config import OptimConfig
+from trainer.loss_scale import LossScale
+from trainer.muon import Muon
+from trainer.optim_state import BLOCK, Group, Rule, assign_rules, rules_of, tensors_to_save
+from trainer.sgd import SGD
 from trainer.sharded_adamw import ShardedAdamW
 
 
@@ -25,25 +31,45 @@ def learning_rates(model: ModelConfig, optim: OptimConfig) -> dict[str, float]:
     return rates
 
 
-def build_optimizer(model: MultimodalLM, config: ModelConfig, optim: OptimConfig) -> torch.optim.AdamW:
-    """Build fused AdamW over the trainable parameters.
+def build_optimizer(model: MultimodalLM, config: ModelConfig, optim: OptimConfig) -> torch.optim.Optimizer:
+    """Build the optimizer of optim.kind over the trainable parameters.
 
-    Norms, biases and other vectors are never decayed. Without weight decay a part is one group, because every group is a kernel
-    launch of its own.
+    Norms, biases and other vectors are never decayed. Without weight decay the parameters of a part that have one rule are one
+    group, because every group is a kernel launch of its own. Raises `ConfigError` when the device has no kernels for it.
     """
-    groups = []
+    groups: list[Group] = []
+    rules = assign_rules(model, optim)
     for part, lr in learning_rates(config, optim).items():
         named = [(name, p) for name, p in model.get_submodule(part).named_parameters() if p.requires_grad]
         kinds = {"decay": optim.weight_decay, "no_decay": 0.0} if optim.weight_decay else {"no_decay": 0.0}
-        for kind, decay in kinds.items():
-            chosen = [p for _, p in named if len(kinds) == 1 or (p.dim() > 1) == (kind == "decay")]
-            if chosen:
-                groups.append({"params": chosen, "name": f"{part}/{kind}", "lr": lr, "peak_lr": lr, "weight_decay": decay})
+        for rule in dict.fromkeys(rules[p] for _, p in named):
+            for kind, decay in kinds.items():
+                chosen = [p for _, p in named if rules[p] == rule and (len(kinds) == 1 or (p.dim() > 1) == (kind == "decay"))]
+                group = {"name": f"{part}/{kind}/{rule}", "rule": rule, "lr": lr, "peak_lr": lr, "weight_decay": decay}
+                groups += [{"params": chosen, **group}] if chosen else []
     check_groups(model, groups)
+    check_rules(model, rules, optim)
+    if optim.kind == "muon":
+        return Muon(groups, optim, model.dtype)
+    if optim.kind == "adamw8bit":
+        return AdamW8bit(groups, optim)
+    if optim.kind == "sgd":
+        return SGD(groups, optim)
     return ShardedAdamW(groups, betas=optim.betas, eps=optim.eps, fused=True)
 
 
-def check_groups(model: nn.Module, groups: list[dict]) -> None:
+def check_rules(model: nn.Module, rules: dict[Tensor, Rule], optim: OptimConfig) -> None:
+    """Raise `ConfigError` when optim.kind would update no parameter by its own rule."""
+    what = {"muon": "no matrix of a linear layer, head aside", "adamw8bit": f"no matrix in rows of a multiple of {BLOCK} numbers"}
+    if optim.kind in what and optim.kind not in rules.values():
+        shapes = sorted({(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad})[:2]
+        raise ConfigError(
+            f"optim.kind = {optim.kind!r} has no effect: {what[optim.kind]} learns, only, for example, "
+            f"{' and '.join(f'{name} of shape {list(shape)}' for name, shape in shapes)}; use optim.kind = 'adamw'"
+        )
+
+
+def check_groups(model: nn.Module, groups: list[Group]) -> None:
     """Raise `RuntimeError` unless every trainable parameter is in exactly one group."""
     grouped = [id(p) for group in groups for p in group["params"]]
     trainable = [id(p) for p in model.parameters() if p.requires_grad]
@@ -82,15 +108,16 @@ def in_norm_order(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     return sorted(parameters, key=lambda p: not is_sharded_tensor(p))  # shards first, else in the given order
 
 
-def clipped_update(optimizer: torch.optim.Optimizer, norm: Tensor, clip_norm: float) -> Tensor:
+def clipped_update(optimizer: torch.optim.Optimizer, norm: Tensor, clip_norm: float, loss_scale: Tensor | None = None) -> Tensor:
     """Update once with gradients scaled to at most `clip_norm` (0 = off); skip the update where `norm` is not finite.
 
-    The fused kernel clips and skips by itself, so the host never waits. Returns 1.0 where the update was skipped, (), on
-    the device. The norm is the same on all ranks, so all skip alike.
+    Gradients are `loss_scale` times as large as `norm` says; None: once. The optimizer clips and skips by itself, so the host does
+    not wait. Returns 1.0 where the update was skipped, (), on the device. The norm is the same on all ranks, so all skip alike.
     """
     # Zero times a norm that is not finite is NaN, which differs from zero.
     skipped = (norm * 0).ne(0).float()
     scale = torch.clamp(norm / clip_norm, min=1.0) if clip_norm else torch.ones_like(norm)
+    scale = scale if loss_scale is None else scale * loss_scale
     vars(optimizer).update(found_inf=skipped, grad_scale=scale)  # what GradScaler sets: torch declares neither
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -99,7 +126,12 @@ def clipped_update(optimizer: torch.optim.Optimizer, norm: Tensor, clip_norm: fl
 
 @dataclass(frozen=True)
 class Trained:
-    """Trainable parameters by full name, and the optimizer over them."""
+    """Trainable parameters by full name, the optimizer over them, and the loss scale of float16."""
 
     parameters: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
+    loss_scale: LossScale | None = None
+
+    def saved(self) -> dict[str, Tensor]:
+        """Return what a checkpoint holds after the first update, by name in its files: tensors without values."""
+        return tensors_to_save(self.parameters, rules_of(self.optimizer))

@@ -16,7 +16,8 @@ from trainer.distributed.compute_copies import keeps_copies
 from trainer.distributed.parallelize import is_sharded
 from trainer.distributed.world import World
 from trainer.optim import learning_rates
-from trainer.schedule import warmup_steps
+from trainer.optim_state import rules_of
+from trainer.schedule import describe_schedule
 from trainer.setup import PreparedRun
 
 
@@ -65,11 +66,12 @@ def _batches(prepared: PreparedRun) -> list[str]:
         f"activation checkpointing {config.parallel.activation_checkpointing}",
         *(f"          {note}" for note in describe_storage(config.parallel, prepared.model.dtype, world)),
         *_quantised(prepared),
+        *_optimizer(prepared),
     ]
     if sampler is not None:
         lines.append(
             f"steps     {prepared.total_steps} in all, {sampler.steps_per_epoch} per epoch of {sampler.samples_per_epoch:,} "
-            f"samples, {warmup_steps(config.optim, prepared.total_steps)} of warm-up, {config.optim.schedule}"
+            f"samples, {describe_schedule(config.optim, prepared.total_steps)}"
         )
         hint = "" if prepared.data.lengths_kind == EXACT else "; before a first start, python -m tools.check_data makes them exact"
         lines.append(f"lengths   {prepared.data.lengths_kind}, for the whole run{hint}")
@@ -77,6 +79,22 @@ def _batches(prepared: PreparedRun) -> list[str]:
             lines.append(f"positions {note}")
         lines += [f"mix       {text}" for pool in prepared.data.pools if (text := str(pool))]
     return lines
+
+
+def _optimizer(prepared: PreparedRun) -> list[str]:
+    """Describe the optimizer, and the share of the trained numbers that it updates by its own rule."""
+    if prepared.trained is None:
+        return []
+    optim, scaling, sizes = prepared.config.optim, prepared.trained.loss_scale, dict[str, int]()
+    for p, rule in rules_of(prepared.trained.optimizer).items():
+        sizes[rule] = sizes.get(rule, 0) + p.numel()
+    text: str = optim.kind
+    if optim.kind in ("muon", "adamw8bit"):
+        text += f" for {sizes[optim.kind] / sum(sizes.values()):.1%} of the trained numbers, adamw for the others"
+    if scaling is not None:
+        scale = prepared.config.loss_scale
+        text += f"; loss scale {scaling.scale.item():g}, doubled after {scale.growth_interval} updates in a row"
+    return [f"optimizer {text}"]
 
 
 def describe_sharing(config: ParallelConfig, num_ranks: int) -> str:

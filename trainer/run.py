@@ -7,7 +7,7 @@ from pathlib import Path
 
 from model.errors import ConfigError
 from trainer import errors
-from trainer.checkpoint.restore import restore
+from trainer.checkpoint.restore import restore, restore_loss_scale
 from trainer.checkpoint.resume import check_state, find_resume_point, load_state, remaining_stages
 from trainer.checkpoint.retention import set_aside, step_of
 from trainer.checkpoint.write_final import FinalRun, final_step, publish, write_final
@@ -113,6 +113,7 @@ def train_stage(stage: Stage, start: ResumePoint, world: World, status: exit_rep
     if checkpoint and state and prepared.trained:
         tracker.mark("restore")
         restore(checkpoint, prepared.trained, state["optimizer_steps"], tracker.report_progress)
+        restore_loss_scale(checkpoint, prepared.trained, state)
     if world.is_main:
         if start.checkpoint and config.checkpoint.resume not in ("auto", "none"):
             start.notes.extend(set_aside(stage.run_folder, step_of(start.checkpoint)))

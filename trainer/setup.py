@@ -14,6 +14,7 @@ from data.collate import collate
 from data.loader import BatchPlan
 from model.build import DTYPES, assemble, resolve_dtype
 from model.errors import ConfigError
+from model.files.shards import local
 from model.multimodal import MultimodalLM
 from model.weights.materialise import Devices, materialise
 from model.weights.origins import weight_layers
@@ -22,9 +23,11 @@ from trainer.distributed.parallelize import check_sharing, checkpoint_activation
 from trainer.distributed.shards import shard
 from trainer.distributed.world import World
 from trainer.isolation import prove_isolation
+from trainer.loss_scale import LossScale
 from trainer.optim import Trained, build_optimizer
 from trainer.records.run_data import RunData
 from trainer.runfile.stages import Stage
+from trainer.schedule import check_schedule
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ def build_run(stage: Stage, data: RunData, world: World, on_progress: Callable[[
     materialise(model, layers, frozen_dtype=model.dtype, device=place(model, config, world), on_progress=on_progress)
     learns = {name: p for name, p in model.named_parameters() if p.requires_grad}
     total = num_steps(config, data)
+    check_schedule(config.optim, total)
     if not learns or total == 0:
         return PreparedRun(config, world, data, model, model, None, total, stage)
     wrapped = model if sharded else replicate(model, world, config.parallel)
@@ -96,7 +100,9 @@ def build_run(stage: Stage, data: RunData, world: World, on_progress: Callable[[
     if config.data.packing:
         prove_isolation(model, data.pad_id, world)
     optimizer = build_optimizer(model, config.model, config.optim)
-    return PreparedRun(config, world, data, model, wrapped, Trained(dict(learns), optimizer), total, stage)
+    masters = local(next(iter(learns.values()))).device  # with parallel.cpu_offload the host
+    scaling = LossScale(config.loss_scale, masters) if model.dtype == torch.float16 else None
+    return PreparedRun(config, world, data, model, wrapped, Trained(dict(learns), optimizer, scaling), total, stage)
 
 
 def place(model: MultimodalLM, config: RunConfig, world: World) -> Devices:

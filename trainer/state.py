@@ -15,6 +15,13 @@ class HealthState(TypedDict, total=False):
     num_updates: int
 
 
+class LossScaleState(TypedDict):
+    """State of the loss scale of float16 (trainer.loss_scale)."""
+
+    scale: float
+    updates: int  # in a row since it changed
+
+
 class MeterTotals(TypedDict):
     """Sums since the last logged line, over all ranks (trainer.metrics.Meter)."""
 
@@ -40,5 +47,6 @@ class CheckpointState(TypedDict, total=False):
     stage: str  # absent in a run without stages
     first_step: int  # of that stage
     step: int
+    loss_scale: LossScaleState  # absent unless the run computes in float16
     optimizer_steps: dict[str, float]
     trackers: dict[str, str]  # id of the run by tracker; absent without trackers that have one

@@ -15,6 +15,7 @@ from model.loss import Term
 from model.weights.initial_values import seed_of
 from trainer.distributed.parallelize import gradient_sync
 from trainer.distributed.world import World
+from trainer.loss_scale import LossScale
 from trainer.optim import clipped_update, gradient_norm
 
 
@@ -29,6 +30,7 @@ class StepResult:
     losses: Tensor  # (micro-batches,) this rank's part of the loss
     norms: Tensor  # (parameters,) of this rank's gradients, in the order of the optimizer's groups: which one was not finite
     extra_sums: Tensor  # (len(extra),) sums of `extra` over all ranks
+    loss_scale: Tensor | None = None  # () of this step, where the run computes in float16
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class StepOptions:
     clip_norm: float  # 0: no clipping
     extra: Sequence[float | Tensor] = ()  # numbers of this rank, summed over ranks in the same collective as the counts
     mark: Callable[[str], None] = lambda phase: None  # called with the name of each phase
+    scaling: LossScale | None = None  # float16: changed by the step
 
 
 def train_step(
@@ -55,6 +58,7 @@ def train_step(
     divided by it, and gradients are summed over ranks, so the result does not depend on how the samples were distributed.
     """
     mark = options.mark
+    scale = options.scaling.scale if options.scaling else None
     mark("count")
     divisors, extra_sums = loss_divisors(wrapped, batches, world, options.extra)
     addends: list[Tensor] = []
@@ -71,16 +75,21 @@ def train_step(
             mark("backward")
             # A non-finite loss may have finite gradients. Times NaN they are not finite either, and every rank skips the update.
             # A factor, not an argument of `backward`: for one of those torch imports sympy, 0.4 CPU seconds.
-            (loss * (1 + 0 * loss.detach())).backward()
+            factor = 1 + 0 * loss.detach()
+            (loss * (factor if scale is None else factor * scale)).backward()
         addends.append(terms["text"].addends)
         ratios.append(ratios_of(terms))
         losses.append(loss.detach())
     mark("update")
     norm, norms = gradient_norm(p for group in optimizer.param_groups for p in group["params"])  # collective if sharded
-    skipped = clipped_update(optimizer, norm, options.clip_norm)
+    norm = norm if scale is None else norm / scale
+    skipped = clipped_update(optimizer, norm, options.clip_norm, scale)
+    if options.scaling:
+        options.scaling.update(skipped)
     # With parallel.cpu_offload gradients are on the host, and so is what was found of them.
     norm, skipped = (found.to(world.device, non_blocking=True) for found in (norm, skipped))
-    return StepResult(addends, norm, skipped, ratios, torch.stack(losses), norms, extra_sums)
+    scale = None if scale is None else scale.to(world.device, non_blocking=True)
+    return StepResult(addends, norm, skipped, ratios, torch.stack(losses), norms, extra_sums, scale)
 
 
 def loss_divisors(

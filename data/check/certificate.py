@@ -7,8 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
-
+from data.check.layout_proof import begins_as_prompt, layout_in_force, remember_proof
 from data.index.record_index import RecordIndex
 from data.records.record import Record, RecordError, parse
 from data.records.turns import MARKS
@@ -43,20 +42,18 @@ class UnprovenError(RecordError):
     """A record whose ids or whose supervision are not what they have to be."""
 
 
-def encode_proven(template: Template, record: Record, max_length: int | None = None) -> Encoded:
+def encode_proven(template: Template, record: Record, max_length: int | None = None, *, in_full: bool = True) -> Encoded:
     """Encode the record, and prove it as every row of a certificate is proven: what passes here passes at the start of a run.
 
-    Last rounds that cannot fit into `max_length` have no part in the proof. Raises `RecordError`; `UnprovenError` if the proof
-    fails.
+    Last rounds that cannot fit into `max_length` have no part in the proof. Unless `in_full`, what was proven of another row of the
+    same layout is not proven again: only what this row's words can change, without rendering it or tokenising all of it once more.
+    Raises `RecordError`; `UnprovenError` if the proof fails.
     """
-    if max_length is None:
-        encoded = of = template.encode(record)
-    else:
-        encoded = of = template.encode(record, max_length)
-        fitted = template.fitting(record, max_length)
-        if fitted is not record:
-            record, of = fitted, template.encode(fitted)
-    if problem := _problem(template, record, of):
+    encoded = of = template.encode(record) if max_length is None else template.encode(record, max_length)
+    if max_length is not None and len(encoded.round_ends) < encoded.num_rounds:
+        record = template.fitting(record, max_length)
+        of = template.encode(record)
+    if problem := _problem(template, record, of, in_full):
         raise UnprovenError(record.where, record.id, f"data.template {template.name!r} is not proven", problem)
     return encoded
 
@@ -110,27 +107,45 @@ def _spread(length: int, count: int) -> Iterator[int]:
         yield row
 
 
-def _problem(template: Template, record: Record, encoded: Encoded) -> str:
+def _problem(template: Template, record: Record, encoded: Encoded, in_full: bool) -> str:
     """Return what is wrong with a row, or an empty string. Every check takes another path than the code under proof."""
     ids, supervised = encoded.input_ids, encoded.supervised
     if not set(template.placeholder_ids.values()).isdisjoint(itertools.compress(ids, supervised)):
         return "a placeholder is supervised"
-    edges = np.flatnonzero(np.diff(np.array([False, *supervised, False], dtype=np.int8))).tolist()
-    runs, ends = edges[::2], [edge - 1 for edge in edges[1::2]]
+    runs, ends = _stretches(supervised)
     answers = sum(turn.role == "assistant" and turn.learn for turn in record.turns)
     if len(runs) != answers:
         return f"{len(runs)} supervised stretches, {answers} answers"
     is_last = record.turns[-1].role == "assistant" and record.turns[-1].learn
     if template.end_is_token and not (record.interrupted and is_last):
-        inner = template.control_ids.union(template.stop_ids)  # answers before the last may end otherwise, as those of gpt-oss do
-        ending = [ids[k] in (template.stop_ids if is_last and k == ends[-1] else inner) for k in ends]
-        if not all(ending):
+        # Answers before the last may end otherwise, as those of gpt-oss do.
+        inner = ends[:-1] if is_last else ends
+        if not all(ids[k] in template.stop_ids or (k in inner and ids[k] in template.control_ids) for k in ends):
             return "an answer's last supervised token does not end its turn"
     if record.interrupted and is_last and (ends[-1] != len(ids) - 1 or (template.end_is_token and ids[-1] in template.stop_ids)):
         return "something follows an interrupted answer"
-    if is_last and template.prompt(replace(record, turns=record.turns[:-1]), record.turns[-1]) != ids[: runs[-1]]:
+    layout = layout_in_force(record, encoded)
+    if not in_full and layout in template.layouts.proven and not (is_last and not begins_as_prompt(template, encoded, runs[-1])):
+        return ""
+    asked = replace(record, turns=record.turns[:-1])
+    if is_last and template.prompt(asked, record.turns[-1]) != ids[: runs[-1]]:
         return "the prompt's ids are not the row's up to its last answer"
-    return _reference_problem(template, record, encoded)
+    if not (problem := _reference_problem(template, record, encoded)) and is_last and layout is not None:
+        remember_proof(template, layout, template.answered(asked, record.turns[-1]))
+    return problem
+
+
+def _stretches(supervised: list[bool]) -> tuple[list[int], list[int]]:
+    """Return the first and the last place of each stretch of supervised ids."""
+    flags, first, last = bytes(supervised), [], []
+    at = flags.find(1)
+    while at >= 0:
+        stop = flags.find(0, at)
+        stop = len(flags) if stop < 0 else stop
+        first.append(at)
+        last.append(stop - 1)
+        at = flags.find(1, stop)
+    return first, last
 
 
 def _reference_problem(template: Template, record: Record, encoded: Encoded) -> str:
@@ -149,7 +164,7 @@ def _reference_problem(template: Template, record: Record, encoded: Encoded) -> 
         source = with_system_text(FORMATS[template.name].source, template.system) if own else template.source
         text = _reference_text(template, record, messages, source)
     else:  # as nothing was stripped, the row's text is what the template writes for these messages, behind our BOS
-        text = encoded.text[len(template.lead) :]
+        text = "" if encoded.rendering is None else encoded.rendering.text[len(template.lead) :]
     reference = template.tokenizer(text, add_special_tokens=own, verbose=False)["input_ids"]
     ids = encoded.input_ids
     if list(reference) == ids:

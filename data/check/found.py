@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.check.check_record import Checked, CheckedMedium, Problem
+from data.check.check_medium import CheckedMedium
+from data.check.check_record import Checked, Problem
 from data.index.sidecar import read_arrays, text_array, write_arrays
 from data.index.table import KINDS
 from model.files.untrusted import parse_json

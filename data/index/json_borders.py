@@ -15,6 +15,7 @@ BOM = b"\xef\xbb\xbf"
 _OUTSIDE, _INSIDE = re.compile(rb'["{}\[\]]'), re.compile(rb'["\\]')  # what counts outside and inside a string
 _PIECE = 1 << 20  # bytes
 _LONGEST_KEY, _NUM_KEYS = 200, 8  # bytes of a key, and how many keys, that an error message names
+_LAST_SPACE = 0x20  # no white space has a larger byte
 _SPACE = re.compile(rb"[ \t\r\n]*+")
 
 
@@ -59,6 +60,8 @@ def _list_keys(data: mmap.mmap, at: int, name: str) -> list[str]:
 
 def skip_space(data: mmap.mmap, at: int) -> int:
     """Return the place of the first byte from `at` on that is no JSON white space, or the end of the file."""
+    if at < len(data) and data[at] > _LAST_SPACE:
+        return at
     match = _SPACE.match(data, at)
     return match.end() if match else at
 
@@ -104,4 +107,6 @@ def refuse(data: mmap.mmap, at: int, name: str, reason: str) -> NoReturn:
 
 def count_lines(data: mmap.mmap, start: int, stop: int) -> int:
     """Count the line ends in [start, stop), a piece at a time because a slice is a copy."""
+    if stop - start <= _PIECE:
+        return data[start:stop].count(b"\n")
     return sum(data[at : min(at + _PIECE, stop)].count(b"\n") for at in range(start, stop, _PIECE))

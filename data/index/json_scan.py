@@ -97,7 +97,7 @@ class _Window:
     """Text of a part of the file, from which objects that follow one another are decoded."""
 
     def __init__(self, data: mmap.mmap) -> None:
-        self._data, self._text = data, ""
+        self._data, self._text, self._is_ascii = data, "", True
         self._byte, self._char = 0, 0  # one place of the file, counted in bytes of the file and in characters of the text
 
     def decode(self, at: int) -> tuple[int, Any] | None:
@@ -106,12 +106,14 @@ class _Window:
         if self._char >= len(self._text):
             # Bytes that are no UTF-8 become one character each and are encoded to the same bytes again.
             self._text, self._char = self._data[at : at + WINDOW].decode("utf-8", "surrogateescape"), 0
+            self._is_ascii = self._text.isascii()
         try:
             value, end = _DECODER.raw_decode(self._text, self._char)
         except (ValueError, RecursionError):
             self._text = ""
             return None
-        self._byte = at + len(self._text[self._char : end].encode("utf-8", "surrogateescape"))
+        length = end - self._char
+        self._byte = at + (length if self._is_ascii else len(self._text[self._char : end].encode("utf-8", "surrogateescape")))
         self._char = end
         return self._byte, value
 

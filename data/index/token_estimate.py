@@ -123,17 +123,25 @@ def plan_value(value: object, num_bytes: int) -> Plan:
 
 def _plain_texts(record: Json) -> int | None:
     """Return the tokens of the texts in the lists of a record; None if it has content parts, calls or tools, to be parsed."""
-    tokens, optional = 0, [record.get(key) for key in ("system", *_TOOL_KEYS)]
+    tokens, optional = 0, [record[key] for key in ("system", *_TOOL_KEYS) if key in record]
     for value in record.values():
         members = value if isinstance(value, list) else value.values() if isinstance(value, dict) else ()
         for turn in members:
-            for key, text in turn.items() if isinstance(turn, dict) else ():
+            if not isinstance(turn, dict):
+                continue
+            said = turn["value"] if "value" in turn else turn.get("content")
+            if isinstance(said, str) and len(turn) == 2 and ("from" in turn or "role" in turn):  # most turns say nothing more
+                tokens += _tokens_of(said)
+                continue
+            for key, text in turn.items():
                 if key in _TEXT_KEYS:
                     if isinstance(text, list):
                         return None
                     tokens += _tokens_of(text)
                 elif key in _OPTIONAL_KEYS:
                     optional.append(text)
+    if not optional:
+        return tokens
     if any(isinstance(text, list | dict) for text in optional):
         return None
     return tokens + sum(_tokens_of(text) for text in optional if text)
@@ -142,8 +150,9 @@ def _plain_texts(record: Json) -> int | None:
 def _plain_media(record: Json) -> tuple[int, ...] | None:
     """Count the media that the record's own keys name as strings; None if they are named otherwise, to be parsed."""
     found = dict.fromkeys(KINDS, 0)
-    for key in _MEDIA_KEYS.keys() & record.keys():
-        named = record[key]
+    for key, named in record.items():
+        if key not in _MEDIA_KEYS:
+            continue
         if isinstance(named, str):
             found[_MEDIA_KEYS[key]] += 1
         elif isinstance(named, list):
@@ -167,7 +176,9 @@ def plan_by_parsing(value: object, num_bytes: int) -> Plan:
 
 def _tokens_of(text: object) -> int:
     """Estimate the tokens of a text; 0 for a value that is none."""
-    return len(text.encode("utf-8", "surrogatepass")) // BYTES_PER_TOKEN or 1 if isinstance(text, str) else 0
+    if not isinstance(text, str):
+        return 0
+    return (len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))) // BYTES_PER_TOKEN or 1
 
 
 def _record_texts(record: Record) -> Iterator[str]:

@@ -18,7 +18,7 @@ from data.config import DataConfig
 from data.media import filter_banks
 from data.media.blob import Blob, MediaError
 from data.media.resample import resample, resampled_length
-from data.media.sound import check_sound, read_audio, sound_length
+from data.media.sound import Length, check_sound, read_audio, sound_length
 from data.records.record import MediaRef
 from model.media_spec import AudioSpec, MediaMeta, least_frames
 
@@ -33,10 +33,14 @@ def measure(blob: Blob, ref: MediaRef, spec: AudioSpec, config: DataConfig, num_
 
     Raises MediaError, also for a clip that is too short for one token.
     """
-    length = sound_length(blob, config.max_seconds)
+    return clip_meta(blob.name, sound_length(blob, config.max_seconds), spec)
+
+
+def clip_meta(name: str, length: Length, spec: AudioSpec) -> MediaMeta:
+    """Return the mel frames of a clip of a known length. Raises MediaError for one that is too short for a token."""
     frames = num_frames(resampled_length(length.num_samples, length.rate, spec.sampling_rate), spec)
     if frames < (least := least_frames(spec)):
-        raise MediaError(f"{blob.name!r} is too short: it makes {frames} frames, and the audio encoder needs {least} for one token")
+        raise MediaError(f"{name!r} is too short: it makes {frames} frames, and the audio encoder needs {least} for one token")
     return MediaMeta(num_frames=frames)
 
 

@@ -10,7 +10,11 @@ decoded at a fraction of its size, with the same geometry; the error is stated i
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -21,7 +25,7 @@ from data.config import DataConfig
 from data.media import image_decode as decode
 from data.media import image_truncation
 from data.media import tiling as tiles
-from data.media.blob import Blob, MediaError
+from data.media.blob import Blob, MediaError, sampled_bytes
 from data.media.image_decode import Picture, Size
 from data.media.image_fit import fitted_views, needed_size, resized_size, whole
 from data.records.record import MediaRef
@@ -36,12 +40,17 @@ def measure(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, num_
 
     Raises MediaError.
     """
+    return picture_meta(lambda: size(blob, spec, config), spec, config, num_media)
+
+
+def picture_meta(size: Callable[[], Size], spec: ImageSpec, config: DataConfig, num_media: int) -> MediaMeta:
+    """Return the rows of a picture; its size is asked for only where it decides them."""
     if config.image_fit == "anyres" and num_media == 1:
-        return tiles.plan_anyres(size(blob, spec, config), spec.size, config)
+        return tiles.plan_anyres(size(), spec.size, config)
     if config.image_fit != "tiles":
         return MediaMeta()
     max_tiles = tiles.budget(config.max_tiles, num_media)
-    return tiles.plan_tiles(size(blob, spec, config), spec.size, config.min_tiles, max_tiles, config.thumbnail)
+    return tiles.plan_tiles(size(), spec.size, config.min_tiles, max_tiles, config.thumbnail)
 
 
 def load(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, meta: MediaMeta) -> Tensor:
@@ -86,9 +95,30 @@ def check_file(blob: Blob) -> None:
     A BMP that is cut short passes: only decoding finds it.
     """
     with decode.open_picture(blob) as (stream, picture):
-        find_missing = image_truncation.MISSING.get(str(picture.format))
-        if find_missing and (missing := find_missing(stream, blob.num_bytes())):
-            raise MediaError(f"{blob.name!r} is cut short or damaged: {missing}")
+        _check_end(blob.name, stream, picture, blob.num_bytes())
+
+
+def _check_end(name: str, stream: BinaryIO, picture: Image.Image, num_bytes: int) -> None:
+    find_missing = image_truncation.MISSING.get(str(picture.format))
+    if find_missing and (missing := find_missing(stream, num_bytes)):
+        raise MediaError(f"{name!r} is cut short or damaged: {missing}")
+
+
+class PictureFile:
+    """All that one look into a picture's file tells, as `size` and `check_file` tell it; nothing is decoded."""
+
+    def __init__(self, blob: Blob, spec: ImageSpec, config: DataConfig, sampled: int) -> None:
+        """Look into the file. Raises MediaError for sizes that `load` refuses and for what is no picture."""
+        self.fault = ""  # why it is not whole
+        with decode.open_picture(blob) as (stream, picture):
+            judge(blob.name, picture.size, spec, config)
+            self.size = decode.upright_size(picture, stream)
+            self.num_bytes = stream.seek(0, os.SEEK_END)
+            self.sampled = sampled_bytes(stream, self.num_bytes, sampled)
+            try:
+                _check_end(blob.name, stream, picture, self.num_bytes)
+            except MediaError as error:
+                self.fault = str(error)
 
 
 def judge(name: str, size: Size, spec: ImageSpec, config: DataConfig) -> None:
@@ -110,14 +140,20 @@ def _rows(squares: list[Image.Image], spec: ImageSpec, config: DataConfig) -> Te
     The processors multiply by spec.rescale in float64, then subtract the mean and divide by the std in float32. A byte has 256
     values, so one table per channel is enough.
     """
-    planes = [[np.asarray(plane) for plane in square.split()] for square in squares]
+    bytes_of = [np.asarray(square) for square in squares]  # (S, S, 3) each
     if config.image_decode == "fast":
-        return torch.from_numpy(np.array(planes))
+        return torch.from_numpy(np.ascontiguousarray(np.stack(bytes_of).transpose(0, 3, 1, 2)))
+    tables = _tables(spec)
+    pixels = np.empty((len(squares), 3, spec.size, spec.size), dtype=np.float32)
+    for row, square in enumerate(bytes_of):
+        for channel, table in enumerate(tables):
+            np.take(table, square[:, :, channel], out=pixels[row, channel], mode="clip")  # "raise" would copy `out` first
+    return torch.from_numpy(pixels)
+
+
+@lru_cache(maxsize=8)
+def _tables(spec: ImageSpec) -> np.ndarray:
+    """Return the pixel that each byte becomes in each channel, (3, 256) float32."""
     levels = (np.arange(256, dtype=np.float64) * spec.rescale).astype(np.float32)
     mean, std = np.array(spec.mean, dtype=np.float32), np.array(spec.std, dtype=np.float32)
-    tables = (levels - mean[:, None]) / std[:, None]
-    pixels = np.empty((len(squares), 3, spec.size, spec.size), dtype=np.float32)
-    for row, channels in enumerate(planes):
-        for channel, plane in enumerate(channels):
-            np.take(tables[channel], plane, out=pixels[row, channel], mode="clip")  # "raise" would copy `out` first
-    return torch.from_numpy(pixels)
+    return (levels - mean[:, None]) / std[:, None]

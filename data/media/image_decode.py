@@ -70,7 +70,12 @@ def header_size(blob: Blob, judge: Callable[[Size], None]) -> Size:
     """Return the size of the upright picture, by its header alone. Raises MediaError, also if `judge` refuses the size."""
     with open_picture(blob) as (stream, picture):
         judge(picture.size)
-        return _upright(picture.size, _orientation(picture, stream))
+        return upright_size(picture, stream)
+
+
+def upright_size(picture: Image.Image, stream: BinaryIO) -> Size:
+    """Return the size of an open picture, turned upright, by its header."""
+    return _upright(picture.size, _orientation(picture, stream))
 
 
 def decode(blob: Blob, judge: Callable[[Size], None], needed: Callable[[Size], Size] | None = None) -> Picture:
@@ -81,7 +86,9 @@ def decode(blob: Blob, judge: Callable[[Size], None], needed: Callable[[Size], S
     """
     with open_picture(blob) as (stream, picture):
         judge(picture.size)
-        orientation = _orientation(picture, stream)
+        if is_png := picture.format == "PNG":
+            picture.load()  # as all of it is decoded anyway, metadata behind the pixels need not be looked for
+        orientation = _orientation(picture, None if is_png else stream)
         size = _upright(picture.size, orientation)
         drafted = picture.draft(None, _upright(needed(size), orientation)) if needed else None
         extent = (drafted[1][2], drafted[1][3]) if drafted else picture.size
@@ -127,14 +134,16 @@ def _header(stream: BinaryIO, name: str) -> Image.Image:
     raise MediaError(f"{name!r} is none of {', '.join(_FORMATS)}: it begins with {start!r}")
 
 
-def _orientation(picture: Image.Image, stream: BinaryIO) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 if the file has none that can be read.
+def _orientation(picture: Image.Image, stream: BinaryIO | None) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 if the file has none that can be read. `stream`: None for a PNG that is decoded.
 
     Pillow reads it from a PNG by decoding everything, in case metadata stand behind the pixels; here the PNG is decoded only if
     they do.
     """
-    if picture.format == "PNG" and _has_late_metadata(stream):
+    if stream is not None and picture.format == "PNG" and _has_late_metadata(stream):
         picture.load()
+    if not any(isinstance(value, bytes | str) for value in picture.info.values()):
+        return 1  # EXIF and XMP are one of them, whatever their key
     try:
         found = Image.Image.getexif(picture).get(_ORIENTATION, 1)
     except Exception:  # broken bytes may raise anything, as in decoders; the pixels are valid without an orientation

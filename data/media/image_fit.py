@@ -76,6 +76,8 @@ def _padded(picture: Picture, spec: ImageSpec) -> Image.Image:
     less cost.
     """
     image, (left, top, right, bottom) = picture.image, picture.box
+    if picture.size[0] == picture.size[1]:
+        return image.resize((spec.size, spec.size), spec.resample, picture.box)
     (width, height), side, wide = picture.size, max(picture.size), picture.size[0] >= picture.size[1]
     if wide:
         image = image.resize((spec.size, image.height), spec.resample, (left, 0, right, image.height))

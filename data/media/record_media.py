@@ -43,32 +43,38 @@ class RecordMedia:
     """The media of one record. A fault of a medium is raised as `RecordError`."""
 
     record: Record
-    locate: Callable[[MediaRef], Blob]  # may raise MediaError
+    locate: Callable[[MediaRef], Blob]  # asked through `blob`
     specs: dict[str, MediaSpec]
     config: DataConfig
 
     def measure(self, ref: MediaRef) -> MediaMeta:
         """Measure a medium by its header, or by decoding it where the header is not enough."""
-        with self._named(ref):
-            return READERS[ref.kind].measure(self.locate(ref), ref, self.specs[ref.modality], self.config, self._counts[ref.kind])
+        with self.named(ref):
+            return READERS[ref.kind].measure(self.blob(ref), ref, self.specs[ref.modality], self.config, self.counts[ref.kind])
 
     def load(self, ref: MediaRef, meta: MediaMeta) -> Tensor:
         """Decode a medium that was measured as `meta` to encoder rows (n, ...)."""
-        with self._named(ref):
-            return READERS[ref.kind].load(self.locate(ref), ref, self.specs[ref.modality], self.config, meta)
+        with self.named(ref):
+            return READERS[ref.kind].load(self.blob(ref), ref, self.specs[ref.modality], self.config, meta)
 
-    def check(self, ref: MediaRef) -> None:
-        """Raise `RecordError` if the file is missing, of a foreign format or cut short; nothing is decoded."""
-        with self._named(ref):
-            READERS[ref.kind].check(self.locate(ref))
+    def blob(self, ref: MediaRef) -> Blob:
+        """Locate a medium, once for all that is done with it. May raise MediaError."""
+        if (found := self._blobs.get(ref)) is None:
+            found = self._blobs[ref] = self.locate(ref)
+        return found
 
     @cached_property
-    def _counts(self) -> Counter[str]:
+    def _blobs(self) -> dict[MediaRef, Blob]:
+        return {}
+
+    @cached_property
+    def counts(self) -> Counter[str]:
         """Count the media of each kind in the record."""
-        return Counter(ref.kind for ref in self.record.media)
+        return Counter([ref.kind for ref in self.record.media])
 
     @contextmanager
-    def _named(self, ref: MediaRef) -> Iterator[None]:
+    def named(self, ref: MediaRef) -> Iterator[None]:
+        """Raise what is wrong with a medium inside the context as `RecordError`, with the record's place."""
         try:
             yield
         except MediaError as error:

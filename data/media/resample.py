@@ -6,6 +6,7 @@ amplitude falls to less than 2e-5, so nothing aliases.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import ceil, gcd
 
 import numpy as np
@@ -21,6 +22,8 @@ KAISER = 9.0
 """Shape of the window: 90 dB in the stop band."""
 _TOGETHER = 64
 """Outputs that one matrix computes: wide enough for a fast product, narrow enough not to be mostly zeros."""
+_AT_ONCE = 512
+"""Strips that are multiplied at once: they overlap, so the product copies them, and so many copies stay in the cache."""
 
 
 def resampled_length(num_samples: int, rate: int, new_rate: int) -> int:
@@ -45,12 +48,19 @@ def resample(wave: Tensor, rate: int, new_rate: int) -> Tensor:
     padded = F.pad(wave, (reach, blocks * inputs + reach + inputs - len(wave)))
     out = torch.empty(blocks, outputs)
     for first in range(0, outputs, _TOGETHER):
-        start = first * inputs // outputs
-        places = np.arange(first, min(first + _TOGETHER, outputs)) * inputs / outputs - start
-        weights = _weights(places, reach, CUTOFF / max(1.0, inputs / outputs))
+        start, weights = _group(first, outputs, inputs, reach)
         strips = padded[start:].unfold(0, len(weights), inputs)[:blocks]
-        out[:, first : first + weights.shape[1]] = strips @ weights
+        for part in range(0, blocks, _AT_ONCE):
+            out[part : part + _AT_ONCE, first : first + weights.shape[1]] = strips[part : part + _AT_ONCE] @ weights
     return out.flatten()[:length]
+
+
+@lru_cache(maxsize=32)
+def _group(first: int, outputs: int, inputs: int, reach: int) -> tuple[int, Tensor]:
+    """Return the first input of a group of outputs and the group's weights, which take longer to make than ten seconds of sound."""
+    start = first * inputs // outputs
+    places = np.arange(first, min(first + _TOGETHER, outputs)) * inputs / outputs - start
+    return start, _weights(places, reach, CUTOFF / max(1.0, inputs / outputs))
 
 
 def _weights(places: np.ndarray, reach: int, cutoff: float) -> Tensor:

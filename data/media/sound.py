@@ -27,6 +27,7 @@ _EXACT_LENGTHS = ("flac", "mov", "wav", "aiff", "caf")
 class Length:
     rate: int  # samples per second
     num_samples: int  # per channel
+    is_open: bool = False  # a WAV file whose header gives no length, so that it is read to its end
 
 
 def sound_length(blob: Blob, max_seconds: float) -> Length:
@@ -38,7 +39,7 @@ def sound_length(blob: Blob, max_seconds: float) -> Length:
     if header is None:
         return _decoded(blob, max_seconds, keep=False)[0]
     _check_length(blob.name, header.num_samples, header.rate, max_seconds)
-    return Length(header.rate, header.num_samples)
+    return Length(header.rate, header.num_samples, header.is_open)
 
 
 def read_audio(blob: Blob, max_seconds: float) -> tuple[int, Tensor]:
@@ -61,12 +62,6 @@ def check_sound(blob: Blob) -> None:
         with open_stream(blob, "audio") as (_, stream):
             facts = sound_facts(stream)
             _check_header(blob.name, facts.rate, facts.num_channels)
-
-
-def is_unsized(blob: Blob) -> bool:
-    """Return whether the blob is a WAV file whose header gives no length, so that it is read to its end. Raises MediaError."""
-    header = _wav_header(blob)
-    return header is not None and header.is_open
 
 
 def _wav_header(blob: Blob) -> WavHeader | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from data.records.fields import FieldError, inline_path, is_absent, kind_of, local_path
 from data.records.media_refs import MediaRef
 from model.files.untrusted import Json
@@ -33,8 +31,8 @@ class Parts:
     def __init__(self, raw: Json) -> None:
         """Prepare to read the parts of the record `raw`: parts of media that the record's own keys name need no path."""
         self.media: list[MediaRef] = []
-        self._named = {kind for kind in PLACEHOLDERS if not (is_absent(raw.get(kind)) and is_absent(raw.get(f"{kind}s")))}
-        self._seen: Counter[str] = Counter()  # parts of each kind of medium
+        self._raw = raw
+        self._seen = dict.fromkeys(PLACEHOLDERS, 0)  # parts of each kind of medium
 
     def text(self, parts: list[object], field: str) -> str:
         """Return the text of a content, with a placeholder for each medium. Raises `FieldError`."""
@@ -58,13 +56,16 @@ class Parts:
         named = [local_path(value, field) for value in places if value is not None]
         paths = list(dict.fromkeys(held or named))  # beside its bytes, a path is the medium's name
         if (
-            isinstance(holder, dict) and not paths and kind not in self._named
+            isinstance(holder, dict) and not paths and not self._is_named(kind)
         ):  # a .parquet file may hold the bytes there, which are not read with the text
             raise FieldError(field, f"has {name!r} without a path; {_readable(kind)}")
         if len(paths) > 1:
             raise FieldError(field, f"names {paths[0][:60]!r} and {paths[1][:60]!r}; keep one")
         self.media += [MediaRef(kind, path) for path in paths]
         return PLACEHOLDERS[kind]
+
+    def _is_named(self, kind: str) -> bool:
+        return not (is_absent(self._raw.get(kind)) and is_absent(self._raw.get(f"{kind}s")))
 
     def _check_index(self, index: object, kind: str, field: str) -> None:
         """Count a part and check its index: the k-th part of a kind is the record's k-th medium of that kind.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +14,9 @@ from model.media_spec import PLACEHOLDERS, READ_BY
 MAX_MEDIA = 1 << 13
 """Media of one kind in one record: the frames of two hours, one a second. Each of them is a file to be opened."""
 _KEYS = {kind: (kind, f"{kind}s") for kind in PLACEHOLDERS}
+_KIND_OF = {key: kind for kind, keys in _KEYS.items() for key in keys}
+_SAID = frozenset({"set", "video_range", "audio_state"})
+"""Keys that say something of a record's media."""
 _MAX_CLASS = 2**31 - 1
 
 
@@ -40,12 +42,17 @@ def media_by_kind(raw: Json, inline: list[MediaRef]) -> dict[str, list[MediaRef]
     `set` is the folder of pictures and videos, `video_range` the seconds that are watched, `audio_state` a class per clip. Raises
     `FieldError`, also for media that are named in both places: their order would be a guess.
     """
-    named = {kind: _named(raw, kind) for kind in PLACEHOLDERS}
+    present = {_KIND_OF[key] for key in raw if key in _KIND_OF}
+    named = {kind: _named(raw, kind) if kind in present else [] for kind in PLACEHOLDERS}
     if inline and (twice := next((kind for kind, refs in named.items() if refs), None)):
         raise FieldError(twice, "media are named both by the record and by its content parts; keep one")
-    for kind, count in Counter(ref.kind for ref in inline).items():
-        _check_limit(kind, count, kind)
-    found = {kind: [ref for ref in inline if ref.kind == kind] for kind in PLACEHOLDERS} if inline else named
+    found = named
+    if inline:
+        found = {kind: [ref for ref in inline if ref.kind == kind] for kind in PLACEHOLDERS}
+        for kind, refs in found.items():
+            _check_limit(kind, len(refs), kind)
+    if raw.keys().isdisjoint(_SAID):
+        return found
     images, videos, clips = found["image"], found["video"], found["audio"]
     folders = _sets(raw.get("set"), len(images), len(videos))
     seen = [replace(ref, set=folder) for ref, folder in zip([*images, *videos], folders)]

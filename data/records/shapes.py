@@ -49,8 +49,9 @@ def as_messages(raw: Json) -> tuple[Json, list[str]]:
 
 def shapes_of(raw: Json) -> list[Shape]:
     """Return the formats whose keys a record has; none for a record with turns."""
-    if any(raw.get(key) is not None for key in TURN_KEYS):
-        return []
+    for key in TURN_KEYS:
+        if raw.get(key) is not None:
+            return []
     return [shape for shape in SHAPES if all(raw.get(key) is not None for key in shape.needs)]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -116,9 +115,11 @@ def check_words(value: object, field: str) -> None:
 
 def check_text(text: str, field: str) -> None:
     """Raise `FieldError` for a text that holds what the trainer reserves, or what is no character."""
+    if text.isascii():
+        return
     if mark := next((m for m in MARKS if m in text), None):
         raise FieldError(field, f"holds the private-use character U+{ord(mark):04X}, which the trainer reserves")
-    if not text.isascii() and re.search("[\ud800-\udfff]", text):
+    if re.search("[\ud800-\udfff]", text):
         raise FieldError(field, "holds half of a surrogate pair, which is no character")
 
 
@@ -142,10 +143,9 @@ def place_unplaced(turns: tuple[Turn, ...], media: dict[str, list[MediaRef]]) ->
 def in_reading_order(turns: tuple[Turn, ...], media: dict[str, list[MediaRef]]) -> tuple[MediaRef, ...]:
     """Return all media in the order of their placeholders: the k-th `<image>` is the k-th image, and so on. Raises `FieldError`."""
     written = [kind for turn in turns for kind in kinds_in(turn.content)]
-    counts = Counter(written)
     for kind, refs in media.items():
-        if counts[kind] != len(refs):
-            raise FieldError(kind, f"{counts[kind]} {PLACEHOLDERS[kind]} in the turns, {len(refs)} {kind} files in the record")
+        if (count := written.count(kind)) != len(refs):
+            raise FieldError(kind, f"{count} {PLACEHOLDERS[kind]} in the turns, {len(refs)} {kind} files in the record")
     left = {kind: iter(refs) for kind, refs in media.items()}
     return tuple(next(left[kind]) for kind in written)
 

@@ -11,6 +11,8 @@ from data.text.layouts import Rendering
 from data.text.tokens import Tokens
 from model.media_spec import READ_BY
 
+_MODALITIES = sorted(set(READ_BY.values()))
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -21,7 +23,7 @@ class Encoded:
     round_ends: list[int]  # number of ids up to and including round k, a user's turn and all turns that answer it
     num_rounds: int = 0  # rounds of the record; more than `round_ends` holds where the last ones cannot fit and were not tokenised
     removed: int = 0  # answers that the template shortens: it leaves out the thoughts before the last question
-    text: str = field(default="", repr=False, compare=False)  # what was rendered; of the ids, unless some of it cannot fit
+    rendering: Rendering | None = field(default=None, repr=False, compare=False)  # with a short round where rounds were left out
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def check_row(
         raise RecordError(record.where, record.id, "conversations", f"{reason} and learns none")
     if _control_in_plain(row, tokenizer, control_ids):
         raise RecordError(record.where, record.id, "conversations", "the tokenizer makes a control token of a content's plain text")
-    for modality in sorted(set(READ_BY.values())):
+    for modality in _MODALITIES:
         given = [media.kind for media in record.media if media.modality == modality]
         if given and modality not in placeholder_ids:
             raise RecordError(record.where, record.id, given[0], f"{len(given)} files, but the model has no part for this modality")

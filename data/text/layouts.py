@@ -42,6 +42,7 @@ class Rendering:
     written: list[tuple[int, int]]  # borders of the control tokens that a person wrote
     removed: int  # number of answers that the template shortened
     first_round_apart: bool  # tools and the system's words all stand before the first answer
+    layout: TextLayout | None = None  # the remembered layout that the text was held to
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class TextLayout:
             start = at + len(before)
             at, role = start + len(word), message["role"]
             spans.append(Span(role, start - ahead, start, at, at + behind, learned and role == "assistant"))
-        return Rendering(text, spans, [], 0, self.first_round_apart)
+        return Rendering(text, spans, [], 0, self.first_round_apart, self)
 
 
 def layout_of(found: Rendering, messages: Sequence[Message]) -> TextLayout | None:
@@ -80,12 +81,27 @@ def layout_of(found: Rendering, messages: Sequence[Message]) -> TextLayout | Non
 
 
 @dataclass(frozen=True)
+class Anchor:
+    """Place of a layout's last control token before its last answer, from where on a prompt is tokenised on its own."""
+
+    place: int  # number of the text between words that holds the token
+    start: int  # its first character in that text
+
+    def position(self, rendering: Rendering) -> int:
+        """Return the character at which the token begins in a rendering of the layout."""
+        before = rendering.spans[self.place - 1].stop if self.place else 0
+        return before + self.start
+
+
+@dataclass(frozen=True)
 class TextLayouts:
-    """TextLayouts of one template by shape, the latest of each shape."""
+    """Layouts of one template by shape, the latest of each shape."""
 
     written: re.Pattern[str]  # control tokens that a person may not write, or, as group "ours", wrapped placeholders
     tags: re.Pattern[str]
     _known: dict[Shape, TextLayout] = field(default_factory=dict)
+    proven: dict[TextLayout, Anchor | None] = field(default_factory=dict)
+    """Layouts of which a row was proven in full (`data.check.layout_proof`)."""
 
     def shape(self, messages: Sequence[Message], kinds: Sequence[str], tools: Sequence[object]) -> Shape | None:
         """Return the shape of a conversation whose contents are words alone; None for others, which need marks.

@@ -81,7 +81,7 @@ class Renderer:
     tags: re.Pattern[str]
 
     @cached_property
-    def _layouts(self) -> TextLayouts:
+    def layouts(self) -> TextLayouts:
         return TextLayouts(self.written, self.tags)
 
     def render(
@@ -101,11 +101,11 @@ class Renderer:
         """
         given = TemplateInputs(kinds, tools)
         text = apply(self.tokenizer, self.source, messages, given)
-        shape = None if late else self._layouts.shape(messages, kinds, tools)
-        found = self._layouts.place(shape, text, messages, learn)
+        shape = None if late else self.layouts.shape(messages, kinds, tools)
+        found = self.layouts.place(shape, text, messages, learn)
         if found is None:
             found = self._marked(text, messages, learn, given, late)
-            self._layouts.remember(shape, found, messages)
+            self.layouts.remember(shape, found, messages)
         return found
 
     def _marked(

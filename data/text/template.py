@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerFast
 
 from data.records.placeholders import wrapped_placeholder
 from data.records.record import Record, RecordError, Turn
-from data.text.abilities import Abilities, Message, find_abilities, probe_call
+from data.text.abilities import Abilities, Message, find_abilities
 from data.text.chat_formats import FORMATS, with_system_text
 from data.text.control_tokens import lead_token, needed_tokens, special_ids, thought_tags, unknown_only_id, written_pattern
 from data.text.encoded import Encoded, Row, check_row, round_ends
-from data.text.layouts import Rendering
+from data.text.layouts import Rendering, TextLayouts
 from data.text.marks import tags_of
 from data.text.messages import Wording, media_kinds, write_messages
 from data.text.parts_template import content_tokens, named_source, template_tokens
@@ -85,25 +85,25 @@ class Template:
         if unknown in ids and unknown not in self.stop_ids and any(s and i == unknown for i, s in zip(ids, supervised)):
             raise self._error(record, f"an answer holds what the tokenizer only knows as {self.tokenizer.unk_token}")
         num_rounds = len(ends) if trimmed is record else len(round_starts([turn.role for turn in record.turns]))
-        return Encoded(ids, supervised, ends, num_rounds, row.rendering.removed, row.rendering.text)
+        return Encoded(ids, supervised, ends, num_rounds, row.rendering.removed, row.rendering)
 
     def prompt(self, record: Record, like: Turn | None = None) -> list[int]:
-        """Return the ids up to where the answer to the record's last turn starts. Raises `RecordError`.
+        """Return the ids up to where an answer (`like` the given one: with a thought or without) to the last turn starts."""
+        return self.prompt_of(self.answered(record, like)).ids
 
-        Templates with thoughts have two prompts: for an answer without a thought, and for an answer `like` the given one.
-        """
+    def prompt_of(self, row: Rendering) -> Tokens:
+        """Tokenise a rendering up to where its last answer starts, whatever the answer is."""
+        cut = row.spans[-1].prompt  # not a generation prompt: some templates write more before an answer than that says
+        return self._tokenize(row.text[:cut], [pair for pair in row.written if pair[1] <= cut])
+
+    def answered(self, record: Record, like: Turn | None = None) -> Rendering:
+        """Render the record with a short answer to its last turn. Raises `RecordError`."""
         record = replace(record, turns=(*record.turns, Turn("assistant", "x") if like is None else shortened_turn(like, self.tags)))
-        row = self._encode(record, self.messages(record), media_kinds(record)).rendering
-        # Cut from the same rendering: some templates write more before an answer than their generation prompt says.
-        cut = row.spans[-1].prompt
-        return self._tokenize(row.text[:cut], [pair for pair in row.written if pair[1] <= cut]).ids
+        return self._encode(record, self.messages(record), media_kinds(record)).rendering
 
     def messages(self, record: Record) -> list[Message]:
         """Return the turns in the form that the template reads. Raises `RecordError` for what it does not write."""
-        only = self.name in FORMATS and FORMATS[self.name].placeholders_only
-        messages = write_messages(
-            record, Wording(self.name, self.placeholders, self.media_wrap, self.state_tokens, self.tokens, only)
-        )
+        messages = write_messages(record, self._wording)
         if key := next((key for message in messages if (key := self.abilities.lacking(message))), ""):
             what = "turns of tools" if key == "tool" else "them"
             reason = f"the chat template does not render {what}; remove them or take another template"
@@ -161,6 +161,15 @@ class Template:
         return found, tail
 
     @cached_property
+    def _wording(self) -> Wording:
+        only = self.name in FORMATS and FORMATS[self.name].placeholders_only
+        return Wording(self.name, self.placeholders, self.media_wrap, self.state_tokens, self.tokens, only)
+
+    @property
+    def layouts(self) -> TextLayouts:
+        return self._renderer.layouts
+
+    @cached_property
     def _renderer(self) -> Renderer:
         return Renderer(self.tokenizer, self.source, self.ends, self.closes, self.written, self.tags)
 
@@ -192,11 +201,7 @@ class TemplateOptions:
     tokens: Mapping[str, str] = field(default_factory=lambda: DEFAULT_TOKENS)  # by modality, whose positions take features
 
 
-def load_template(
-    name: str,
-    tokenizer: PreTrainedTokenizerFast,
-    options: TemplateOptions = TemplateOptions(),
-) -> Template:
+def load_template(name: str, tokenizer: PreTrainedTokenizerFast, options: TemplateOptions = TemplateOptions()) -> Template:
     """Load template `name` for `tokenizer`, and try it on a short conversation.
 
     Of `options.allowed`, tokens that the template or the tokenizer itself needs stay text all the same. Raises `ConfigError` if the
@@ -237,9 +242,8 @@ def load_template(
 
 def _with_ends(template: Template) -> Template:
     """Return the template with what ends its answers and its tool calls, as short conversations show it, and the EOS id."""
-    question: Message = {"role": "user", "content": "a"}
     try:
-        end = last_id(template._renderer, [question, {"role": "assistant", "content": "b"}], template.lead, template.control_ids)
+        end = last_id(template._renderer, template.lead, template.control_ids)
     except RenderError as error:
         raise ConfigError(f"data.template = {template.name!r} cannot be used with this tokenizer: {error}") from error
     if end is None:
@@ -247,14 +251,10 @@ def _with_ends(template: Template) -> Template:
     tokenizer, found = template.tokenizer, [end]
     if template.name not in FORMATS:
         template = replace(template, closes=re.compile(re.escape(tokenizer.convert_ids_to_tokens(end))))
-    if template.abilities.calls:
-        try:
-            call = probe_call(template.abilities.null_content, template.abilities.text_arguments)
-            if (called := closing_id(template._renderer, [question, call])) != end:
-                found.append(called)
-                closes = "|".join(re.escape(tokenizer.convert_ids_to_tokens(id)) for id in found)
-                template = replace(template, closes=re.compile(closes))
-        except RenderError:
-            pass  # records with calls are refused for this later, each with the reason
+    called = closing_id(template._renderer, template.abilities)
+    if called is not None and called != end:
+        found.append(called)
+        closes = "|".join(re.escape(tokenizer.convert_ids_to_tokens(id)) for id in found)
+        template = replace(template, closes=re.compile(closes))
     eos = tokenizer.eos_token_id
     return replace(template, stop_ids=tuple(dict.fromkeys([*found, *([] if eos is None else [eos])])))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from data.text.abilities import Message
+from data.text.abilities import Abilities, Message, probe_call
 from data.text.render import Renderer, RenderError
 from data.text.tokens import supervise, tokenize
 
@@ -19,20 +19,29 @@ def check_cut(message: Message, tags: re.Pattern[str]) -> None:
         raise RenderError(f"is false, but the last answer ends with {what}, and only words can be cut off: remove it", "end_tag")
 
 
-def last_id(renderer: Renderer, messages: list[Message], lead: str, control_ids: Collection[int]) -> int | None:
-    """Return the last id that is learned in a conversation; None if none is."""
-    rendering = renderer.render(messages, [True] * len(messages))
+_QUESTION: Message = {"role": "user", "content": "a"}
+
+
+def last_id(renderer: Renderer, lead: str, control_ids: Collection[int]) -> int | None:
+    """Return the last id that is learned in a short conversation; None if none is."""
+    rendering = renderer.render([_QUESTION, {"role": "assistant", "content": "b"}], [True, True])
     tokens = tokenize(renderer.tokenizer, rendering.text, [], len(lead))
     supervised, _ = supervise(rendering.spans, tokens, frozenset(control_ids))
     return next((id for id, learned in zip(reversed(tokens.ids), reversed(supervised)) if learned), None)
 
 
-def closing_id(renderer: Renderer, messages: list[Message]) -> int:
+def closing_id(renderer: Renderer, abilities: Abilities) -> int | None:
     """Return the id that ends a turn with calls: what ends other answers, or the last control token behind the calls.
 
-    Not the first one, which may be a quotation mark of an argument (Gemma 4). Raises `RenderError` if there is none.
+    Not the first one, which may be a quotation mark of an argument (Gemma 4). None for a template that writes no calls, or refuses
+    them: records with calls are refused for this later, each with the reason.
     """
-    rendering = renderer.render(messages, [True] * len(messages))
+    if not abilities.calls:
+        return None
+    try:
+        rendering = renderer.render([_QUESTION, probe_call(abilities.null_content, abilities.text_arguments)], [True, True])
+    except RenderError:
+        return None
     behind = rendering.text[rendering.spans[-1].stop :]
     *_, closing = renderer.closes.findall(behind)[:1] or renderer.ends.findall(behind)
     return int(renderer.tokenizer.convert_tokens_to_ids(closing))

@@ -22,7 +22,7 @@ from data.media import audio
 from data.media.audio import log_mel_rows
 from data.media.blob import Blob, MediaError
 from data.media.resample import resample, resampled_length
-from data.media.sound import is_unsized, read_audio, sound_length
+from data.media.sound import read_audio, sound_length
 from data.records.record import MediaRef
 from model.media_spec import AudioSpec, MediaMeta, row_frames
 from tests.support.tiny_media import compressed, tone, wav
@@ -112,7 +112,8 @@ def test_a_file_from_a_pipe_is_read_to_its_end(size: int) -> None:
     expected = read_audio(in_memory(wav(samples, 16_000)), 30)[1]
     data = in_memory(wav(samples, 16_000, size=size, junk=b"LIST\4\0\0\0abcd") + b"\x01")  # cut within a sample
     audio.check(data)
-    assert sound_length(data, 30).num_samples == 1001 and is_unsized(data) and not is_unsized(in_memory(wav(samples, 16_000)))
+    assert sound_length(data, 30).num_samples == 1001 and sound_length(data, 30).is_open
+    assert not sound_length(in_memory(wav(samples, 16_000)), 30).is_open
     assert torch.equal(read_audio(data, 30)[1], expected)
     with pytest.raises(MediaError, match=r"lasts 0\.06 s; data\.max_seconds allows 0\.05"):
         read_audio(data, 0.05)
@@ -135,7 +136,7 @@ def test_a_size_of_64_bits_is_read(kind: bytes, size: int) -> None:
         with pytest.raises(MediaError, match="declares 2002 bytes of samples and holds 2000: it is cut off"):
             read_audio(data, 30)
     else:
-        assert is_unsized(data) == (size != 2000)
+        assert sound_length(data, 30).is_open == (size != 2000)
         assert torch.equal(read_audio(data, 30)[1], read_audio(in_memory(wav(samples, 16_000)), 30)[1])
 
 

@@ -63,13 +63,13 @@ def test_a_template_that_looks_into_the_words_is_held_to_its_own_text() -> None:
 def test_a_layout_that_is_not_the_texts_is_not_taken() -> None:
     made = fresh(WARM["qwen", "chatml"])
     expected = made.encode(talk(2))
-    (shape, layout), *_ = ((s, k) for s, k in made._renderer._layouts._known.items() if len(s[0]) == 4)
+    (shape, layout), *_ = ((s, k) for s, k in made.layouts._known.items() if len(s[0]) == 4)
     for k in range(len(layout.between)):
         changed = list(layout.between)
         changed[k] += "\n"
-        made._renderer._layouts._known[shape] = dataclasses.replace(layout, between=tuple(changed))
+        made.layouts._known[shape] = dataclasses.replace(layout, between=tuple(changed))
         assert made.encode(talk(2)) == expected
-        assert made._renderer._layouts._known[shape] == layout
+        assert made.layouts._known[shape] == layout
 
 
 def test_few_shapes_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +77,7 @@ def test_few_shapes_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     made = fresh(WARM["qwen", "chatml"])
     for num_rounds in range(1, 9):
         made.encode(talk(num_rounds))
-    assert len(made._renderer._layouts._known) == 3
+    assert len(made.layouts._known) == 3
 
 
 @pytest.mark.parametrize("content", [" a", "a\n", "<think>t</think>a", "a<|im_end|>", ""])

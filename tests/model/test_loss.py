@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.batch import IGNORE_INDEX
-from model.loss import HeadOptions, text_term
+from model.loss import ChunkedLoss, HeadOptions, text_term
 from tests.support.loss import B, D, T, V, case
+from tools.bench_head import extra_bytes
 
 
 def expected_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -77,3 +78,41 @@ def test_bfloat16_sums_are_kept_in_float32() -> None:
     torch.testing.assert_close(term.sum, exact, rtol=1e-2, atol=0)
     term.sum.backward()
     assert hidden.grad is not None and hidden.grad.dtype == torch.bfloat16 and weight.grad.dtype == torch.bfloat16  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_holds_fewer_bytes_than_one_copy_of_the_logits(dtype: torch.dtype, tuned: bool) -> None:
+    """Counted by the allocator: one float32 matrix and one of the weight's type of an eighth of the rows, and what is returned."""
+    rows, vocab = 2048, 1024
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, 16).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, 16).to(dtype).requires_grad_(tuned)
+    targets = torch.randint(0, vocab, (rows,))
+
+    def run() -> None:
+        hidden.grad = weight.grad = None
+        ChunkedLoss.apply(hidden, weight, None, targets, HeadOptions())[0].backward()
+
+    run()
+    size = dtype.itemsize
+    returned = 2 * rows * 16 * size + (vocab * 16 * (4 + 4) if tuned else 0)
+    chunk = rows // 8 * vocab * (4 if dtype == torch.float32 else 4 + size)
+    assert extra_bytes(run, "cpu") <= (chunk + returned) * 1.1 < rows * vocab * size
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this torch has no fused operator")
+def test_the_fused_operator_finds_the_same_in_float32_and_errs_more_in_bfloat16() -> None:
+    """Why ours is used although torch has one: a softmax in bfloat16 is off by a thousandth, and it holds every row's logits."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(300, 32, requires_grad=True), torch.randn(500, 32, requires_grad=True)
+    targets = torch.randint(0, 500, (300,))
+    found = ChunkedLoss.apply(hidden, weight, None, targets, HeadOptions())[0]
+    expected = F.linear_cross_entropy(hidden, weight, targets, reduction="sum")
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    for mine, theirs in zip(*(torch.autograd.grad(loss, (hidden, weight)) for loss in (found, expected))):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=2e-6)
+    h, w = hidden.detach().bfloat16(), weight.detach().bfloat16()
+    exact = F.cross_entropy(h.double() @ w.double().T, targets, reduction="sum")
+    ours = (ChunkedLoss.apply(h, w, None, targets, HeadOptions())[0] - exact).abs()
+    assert ours < 0.1 * (F.linear_cross_entropy(h, w, targets, reduction="sum") - exact).abs()

@@ -1,4 +1,4 @@
-"""Helpers of tests/trainer/test_disk.py that other tests share."""
+"""Helpers of tests/trainer/checkpoint/test_disk.py that other tests share."""
 
 from __future__ import annotations
 

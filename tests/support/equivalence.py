@@ -107,6 +107,7 @@ def take_steps(
     clip_norm: float,
     quantize: QuantizeConfig,
     dropout: float = 0.0,
+    optim: OptimConfig | None = None,
 ) -> tuple[list[float], MultimodalLM]:
     """Loss and gradient norm of five steps, and the model they leave."""
     lora = LoraConfig(rank=2, dropout=dropout)
@@ -121,7 +122,7 @@ def take_steps(
     materialise(model, weight_layers(card, model, 7), frozen_dtype=model.dtype, device=world.device)
     wrapped = model if sharded else replicate(model, world, parallel)
     # A large eps keeps Adam from turning rounding into signs, a modest rate from amplifying it step by step.
-    optim = OptimConfig(lr=0.1, eps=1.0, clip_norm=clip_norm)
+    optim = optim or OptimConfig(lr=0.1, eps=1.0, clip_norm=clip_norm)
     optimizer = build_optimizer(model, config, optim)
     set_learning_rates(optimizer, 1.0)
     width = num_tokens(model.specs["image"], MediaMeta())

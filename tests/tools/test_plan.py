@@ -53,6 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     larger = {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4}
     save_llm(root / "llm", "qwen2", **larger)
     save_llm(root / "tied", "qwen2_tied", **larger)
+    save_llm(root / "wide", "qwen2", **{**larger, "hidden_size": 256, "num_hidden_layers": 1})
     save_tower(root / "vision", hidden_size=48, intermediate_size=128, num_hidden_layers=4, image_size=SIZE)
     return root
 
@@ -101,20 +102,23 @@ def bytes_of(tensors: Any) -> int:
     return sum(t.numel() * t.itemsize for t in local)
 
 
-HELD: dict[str, tuple[Tunes, Any, str]] = {
-    "full": (("full", "full", "full"), "float32", "llm"),
-    "lora": (("lora", "frozen", "full"), "bfloat16", "llm"),
-    "tied": (("full", "frozen", "full"), "bfloat16", "tied"),
+HELD: dict[str, tuple[Tunes, Any, str, Any]] = {
+    "full": (("full", "full", "full"), "float32", "llm", "adamw"),
+    "lora": (("lora", "frozen", "full"), "bfloat16", "llm", "adamw"),
+    "tied": (("full", "frozen", "full"), "bfloat16", "tied", "adamw"),
+    "8 bits": (("full", "frozen", "full"), "float16", "wide", "adamw8bit"),
+    "muon": (("full", "frozen", "full"), "bfloat16", "tied", "muon"),
+    "sgd": (("full", "frozen", "full"), "bfloat16", "llm", "sgd"),
 }
 
 
 def held(world: World, folder: Path, config: ParallelConfig) -> dict[str, dict[str, list[int]]]:
     """By kind of run and part: bytes of weights, gradients, optimizer and buffers of this rank."""
     found: dict[str, dict[str, list[int]]] = {}
-    for name, (tunes, dtype, llm) in HELD.items():
+    for name, (tunes, dtype, llm, kind) in HELD.items():
         card = card_of(folder, tunes, dtype, llm)
         model, wrapped = built(card, config, world)
-        optimizer = build_optimizer(model, card.model, OptimConfig())
+        optimizer = build_optimizer(model, card.model, OptimConfig(kind=kind))
         forward_backward(wrapped, heavy_batch())
         found[name] = {
             part: [bytes_of(p.grad for p in model.get_submodule(part).parameters() if p.grad is not None)]
@@ -141,10 +145,11 @@ def test_every_byte_a_rank_holds_is_known_before_it_is_built(folder: Path, strat
     config, size = STRATEGIES[strategy]
     ranks = run_ranks(held, size, folder, config)
     ways = sharing_ranks(config, size)
-    for name, (tunes, dtype, llm) in HELD.items():
+    for name, (tunes, dtype, llm, kind) in HELD.items():
         card = card_of(folder, tunes, dtype, llm)
         model = on_meta(card, config, computes=False)
-        planned = {h.part: [h.weights, h.gradients, h.optimizer, h.buffers] for h in holdings(model, card, ways)}
+        parts = holdings(model, card, ways, OptimConfig(kind=kind))
+        planned = {h.part: [h.weights, h.gradients, h.optimizer, h.buffers] for h in parts}
         assert ranks[0][name] == planned
         for rank, found in enumerate(ranks):
             for part, sizes in found[name].items():
@@ -265,15 +270,18 @@ def planned(
     return out, found
 
 
-@pytest.mark.parametrize(("size", "strategy"), [(1, "ddp"), pytest.param(3, "fsdp", marks=LONG)])
+@pytest.mark.parametrize(
+    ("size", "strategy", "kind"), [(1, "ddp", "adamw"), pytest.param(3, "fsdp", "adamw", marks=LONG), (1, "ddp", "muon")]
+)
 def test_files_have_the_sizes_that_were_planned(
-    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int, strategy: str
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int, strategy: str, kind: str
 ) -> None:
     sections: dict[str, Any] = {
         "parallel": {"strategy": strategy},
         "train": {"max_steps": 2},
         "model": {"llm": {"tune": "lora"}},
         "lora": {"rank": 2},
+        "optim": {"kind": kind},
     }
     out, found = planned(parts, tmp_path / "plan", capsys, "--ranks", str(size), **sections)
     assert {answer.code for answer in run_ranks(start, size, parts, tmp_path / "run", sections)} == {0}
@@ -304,7 +312,7 @@ def test_each_change_is_simulated_once_and_the_largest_half_that_fits_is_named(
     """A made-up memory: 10 a sample, which recomputing halves, 16 of states, which two ranks share, and 4 of a trained model."""
     asked: list[tuple[Any, ...]] = []
 
-    def made_up(card: ModelCard, config: ParallelConfig, ranks: int, batch: Batch, micros: int) -> Footprint:
+    def made_up(card: ModelCard, config: ParallelConfig, ranks: int, batch: Batch, micros: int, _: OptimConfig) -> Footprint:
         asked.append((config, card.model.llm.tune, card.quantize.bits, len(batch.sample_ids)))
         samples = len(batch.sample_ids) * (5 if config.activation_checkpointing == "full" else 10)
         states = 16 // (ranks if config.strategy == "fsdp" else 1)

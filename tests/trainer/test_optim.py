@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import get_scheduler
+from transformers import get_scheduler, get_wsd_schedule
 
 from model.build import build_model
 from model.config import LlmConfig, ModelConfig, VisionConfig, VisionProjectorConfig
+from model.errors import ConfigError
 from tests.support.tiny import save_llm, save_tower
 from trainer.config import OptimConfig
 from trainer.optim import build_optimizer, clipped_update, gradient_norm, set_learning_rates
-from trainer.schedule import multiplier
+from trainer.schedule import check_schedule, multiplier
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -91,3 +92,32 @@ def test_schedules_equal_transformers_at_every_step(ours: str, theirs: str, warm
         assert multiplier(config, step, total) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine", "1-sqrt"])
+@pytest.mark.parametrize(("warmup", "decay", "total"), [(0, 10, 10), (3, 4, 12), (0, 0, 5), (2, 8, 10)])
+def test_wsd_equals_transformers_at_every_step(shape: str, warmup: int, decay: int, total: int) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_wsd_schedule(optimizer, warmup, decay, num_training_steps=total, decay_type=shape)
+    config = OptimConfig(schedule="wsd", warmup_steps=warmup, decay_steps=decay, decay_shape=shape)  # type: ignore[arg-type]
+    for step in range(total):
+        assert multiplier(config, step, total) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_wsd_is_the_same_before_its_decay_however_long_the_run() -> None:
+    """So a run can be stopped in its stable phase and given more steps."""
+    config = OptimConfig(schedule="wsd", warmup_steps=2, decay_ratio=0.25)
+    assert [multiplier(config, step, 20) for step in range(20)] == [
+        0,
+        0.5,
+        *[1.0] * 14,
+        0.8,
+        0.6,
+        pytest.approx(0.4),
+        pytest.approx(0.2),
+    ]
+    assert [multiplier(config, step, 40) for step in range(15)] == [multiplier(config, step, 20) for step in range(15)]
+    with pytest.raises(ConfigError, match=r"2 steps of warm-up and 1 of decay does not fit into 2 steps: lower optim.warmup_steps"):
+        check_schedule(config, 2)

@@ -21,7 +21,7 @@ from data.processor import Processor
 from model.card import ModelCard, write_card
 from model.files.manifest import Facts, write_manifest
 from model.files.sharding import is_first_copy
-from model.files.shards import MOMENTS, WEIGHTS, Chunks, ShardPlan, local, plan_shard, tensor_chunks, write_planned
+from model.files.shards import WEIGHTS, Chunks, ShardPlan, local, plan_shard, tensor_chunks, write_planned
 from model.files.tensor_files import dump_json
 from trainer.checkpoint.background_save import Agreement, Task, attempt, raise_problem
 from trainer.checkpoint.host_staging import Staging, short_of_memory
@@ -31,6 +31,7 @@ from trainer.machine.atomic_files import SAVING, TRIAL, make_folder, put_in_plac
 from trainer.machine.disk_space import SpaceNeeded, describe_shortage, format_bytes, warn_if_next_save_will_not_fit, written_bytes
 from trainer.machine.memory_info import available_bytes
 from trainer.optim import Trained
+from trainer.optim_state import STEP
 from trainer.state import CheckpointState
 
 
@@ -56,7 +57,7 @@ class Checkpointer:
         problem, static_files = attempt(
             lambda: _static_files(self.folder, card, processor) if self.world.is_main else {}, self.folder
         )
-        needed = (1 + len(MOMENTS)) * sum(local(t).nbytes for t in _tensors(trained, self.world, moments=False).values())
+        needed = sum(local(t).nbytes for t in trained.saved().values() if is_first_copy(t, self.world.rank))
         answers = self.world.gather_json([problem, platform.node(), needed, available_bytes()])
         raise_problem(answers[0][0], self._message)
         self.static_files = static_files
@@ -212,17 +213,15 @@ def _static_files(folder: Path, card: ModelCard, processor: Processor) -> dict[s
         return {path.name: path.read_bytes() for path in sorted(Path(name).iterdir())}
 
 
-def _tensors(trained: Trained, world: World, *, moments: bool = True) -> dict[str, Tensor]:
+def _tensors(trained: Trained, world: World) -> dict[str, Tensor]:
     """Return the tensors that this rank writes: its shards of the first copy. Rank 0 writes those that all ranks hold whole."""
     found: dict[str, Tensor] = {}
     for name, parameter in trained.parameters.items():
         if not is_first_copy(parameter, world.rank):
             continue
         found[WEIGHTS + name] = parameter
-        state = trained.optimizer.state.get(parameter, {}) if moments else {}
-        for moment in MOMENTS:
-            if moment in state:
-                found[f"{moment}/{name}"] = state[moment]
+        state = trained.optimizer.state.get(parameter, {})
+        found |= {f"{key}/{name}": value for key, value in state.items() if key != STEP}
     return found
 
 
@@ -230,4 +229,4 @@ def _steps(trained: Trained) -> Tensor:
     """Return (parameters,) the number of updates of each, 0 where there was none yet. No host sync."""
     states = [trained.optimizer.state.get(parameter, {}) for parameter in trained.parameters.values()]
     device = next(iter(trained.parameters.values())).device
-    return torch.stack([state["step"] if "step" in state else torch.zeros((), device=device) for state in states])
+    return torch.stack([state[STEP] if STEP in state else torch.zeros((), device=device) for state in states])

@@ -43,7 +43,7 @@ def prove_saving(prepared: PreparedRun, checkpointer: Checkpointer, step: int, s
     stage, world, folder = prepared.stage, prepared.world, prepared.stage.run_folder
     parameters = prepared.trained.parameters if prepared.trained else {}
     final, final_largest = final_bytes(final_files(prepared.model, prepared.data.card, world, bool(stage.name)))
-    shards, largest = checkpoint_bytes(parameters, world)
+    shards, largest = checkpoint_bytes(prepared.trained.saved() if prepared.trained else {}, world)
     if checkpointer.static_files is None and prepared.trained:
         checkpointer.prepare(prepared.trained, prepared.data.card, prepared.data.processor)
     problem, others = trial_save(folder, step, parameters, state, checkpointer.static_files or {}, world)

@@ -73,8 +73,8 @@ def _cast_shared(
     shared: dict[nn.Parameter, list[tuple[nn.Module, str]]],
     forward: Callable[..., Any],
     cast: Cast,
-    *args: Any,
-    **kwargs: Any,
+    *args: object,
+    **kwargs: object,
 ) -> Any:
     """Run `forward` with every tied matrix cast once for all modules that use it.
 
@@ -98,7 +98,7 @@ def set_tensor(module: nn.Module, name: str, value: torch.Tensor) -> None:
     parameters[name] = value
 
 
-def _cast_forward(module: nn.Module, forward: Callable[..., Any], cast: Cast, *args: Any, **kwargs: Any) -> Any:
+def _cast_forward(module: nn.Module, forward: Callable[..., Any], cast: Cast, *args: object, **kwargs: object) -> Any:
     masters = dict(module._parameters)
     if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
         # Callers may have prepared the input in the dtype of the masters, as CLIP's embeddings do.

@@ -23,6 +23,7 @@ from data.records.record import RecordError
 from model.batch import Batch
 from model.files.untrusted import Json
 from trainer.errors import ProofError
+from trainer.health.overflow import is_overflow, range_hint
 from trainer.health.spike_detector import SpikeDetector
 from trainer.health.suspects import NUM_SUSPECTS, StepTensors, bad_samples, first_bad, highest
 from trainer.machine.atomic_files import replace_text
@@ -65,10 +66,12 @@ class Health:
             StepTensors(step, [replace(b, media={}) for b in batches], result.addends, result.losses, result.norms)
         )
 
-    def observe(self, loss: float, skipped: float, grad_norm: float) -> None:
+    def observe(self, loss: float, skipped: float, grad_norm: float, loss_scale: float | None = None) -> None:
         """Judge the last step added, by `skipped` and `grad_norm`, and the step before it, by its `loss` summed over all ranks.
 
-        Collective when there is a fault to report. Raises ProofError when too many steps in a row were skipped.
+        `loss_scale`: of the last step, in float16, where an update that is skipped although every loss is finite is no fault: the
+        scale falls for it. Collective when the update was skipped. Raises ProofError when too many steps in a row were skipped, or
+        when the scale cannot fall any more.
         """
         if len(self.unjudged) > 1:
             self._judge_loss(self.unjudged.pop(0), loss)
@@ -76,8 +79,10 @@ class Health:
             self.in_a_row = 0
             self.num_updates += 1
             return
-        self.in_a_row += 1
         self.unjudged[-1] = replace(self.unjudged[-1], skipped=True)
+        if loss_scale and is_overflow(self.unjudged[-1], loss_scale, self.prepared.config.loss_scale.floor, self.world):
+            return
+        self.in_a_row += 1
         self._report_nonfinite(self.unjudged[-1], grad_norm)
         if self.in_a_row >= self.limit:
             raise ProofError(self._verdict())
@@ -93,6 +98,11 @@ class Health:
 
         Raises ProofError otherwise.
         """
+        if self.num_updates == 0 and not self.last and self.prepared.config.model.dtype == "float16":
+            raise ProofError(
+                f"nothing was learned: all {num_steps} updates were skipped while the loss scale of float16 was falling. No final/ "
+                "is written. Train longer, or lower loss_scale.initial"
+            )
         if self.num_updates == 0:
             raise ProofError(
                 f"nothing was learned: all {num_steps} updates were skipped, because loss or gradient was not finite. In the last "
@@ -170,7 +180,7 @@ class Health:
         return (
             f"loss or gradient was not finite for {self.in_a_row} steps in a row (faults.max_nonfinite = {self.limit}), {steps}; "
             f"those updates were skipped and the weights are sound. In the last one: {_described(self.last)}. {NAME} has all of "
-            "them. Lower optim.lr, or look at these samples"
+            f"them. Lower optim.lr, or look at these samples{range_hint(self.prepared.config.model.dtype)}"
         )
 
 
@@ -213,11 +223,13 @@ def _plain(value: float) -> float | str:
 
 
 def scalars_to_read(result: StepResult) -> Tensor:
-    """Return (notes + 2,) what is read of a step one step late: the summed notes, whether it was skipped, its gradient norm.
+    """Return (notes + 2 or 3,) what is read of a step one step late: the summed notes, whether it was skipped, its gradient norm,
+    and its loss scale in float16.
 
     No host sync.
     """
-    return torch.cat([result.extra_sums, torch.stack([result.skipped.float(), result.grad_norm.float()])])
+    scale = [] if result.loss_scale is None else [result.loss_scale]
+    return torch.cat([result.extra_sums, torch.stack([result.skipped.float(), result.grad_norm.float(), *scale])])
 
 
 def split_scalars(values: Sequence[float], num_notes: int) -> tuple[list[float], list[float]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from model.files.sharding import is_first_copy
-from model.files.shards import MOMENTS, WEIGHTS, plan_shard
+from model.files.shards import plan_shard
 from model.files.tensor_files import Entry, dump_json, file_order, header
 from trainer.distributed.world import World
 from trainer.errors import NO_WRITING, SaveError
@@ -46,19 +46,19 @@ class SpaceNeeded:
         return (self.keep + 1) * self.checkpoint + self.final
 
 
-def checkpoint_bytes(parameters: Mapping[str, Tensor], world: World, others: int = 0) -> tuple[int, int]:
-    """Return the bytes of the next checkpoint in all, and of its largest file. Collective.
+def checkpoint_bytes(tensors: Mapping[str, Tensor], world: World, others: int = 0) -> tuple[int, int]:
+    """Return the bytes of a checkpoint of `tensors` in all, and of its largest file. Collective.
 
-    Exact for weights and two moments with their headers and layouts. `others`: bytes of the files that rank 0 writes beside them.
+    Exact for tensors with their headers and layouts. `others`: bytes of the files that rank 0 writes beside them.
     """
-    own = shard_bytes({name: p.detach() for name, p in parameters.items() if is_first_copy(p, world.rank)})
+    own = shard_bytes({name: tensor.detach() for name, tensor in tensors.items() if is_first_copy(tensor, world.rank)})
     answers = world.gather_json(own)
     return sum(map(sum, answers)) + others, max(map(max, answers))
 
 
-def shard_bytes(parameters: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Return the bytes of a safetensors file with these parameters and their two moments, and of its JSON layout."""
-    plan = plan_shard({kind + name: p for kind in (WEIGHTS, *(f"{m}/" for m in MOMENTS)) for name, p in parameters.items()})
+def shard_bytes(tensors: dict[str, Tensor]) -> tuple[int, int]:
+    """Return the bytes of a safetensors file with these tensors, and of its JSON layout. Their values are not read."""
+    plan = plan_shard(tensors)
     data = plan.ranges[-1].end if plan.ranges else 0
     return len(plan.header) + data, len(dump_json(plan.layout).encode())
 

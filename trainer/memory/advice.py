@@ -55,7 +55,8 @@ class MemoryScenario:
         micros = self.num_micro_batches
         if count is not None and not self.config.data.packing:
             micros = num_micro_batches(self.config.batch.global_batch_size, self.num_ranks, count)
-        found = footprint(self.card, parallel or self.config.parallel, self.num_ranks, self.batch(count), micros)
+        batch, config = self.batch(count), self.config
+        found = footprint(self.card, parallel or config.parallel, self.num_ranks, batch, micros, config.optim)
         return replace(found, on_host=self.on_host)
 
 

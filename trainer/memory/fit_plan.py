@@ -9,13 +9,14 @@ from data.loader import BatchPlan
 from data.sample import Sample
 from model.multimodal import MultimodalLM
 from trainer.checkpoint.final_files import weight_files_of
-from trainer.config import ParallelConfig, RunConfig
+from trainer.config import OptimConfig, ParallelConfig, RunConfig
 from trainer.machine.disk_space import final_bytes, shard_bytes
 from trainer.memory.advice import Change, MemoryScenario, weigh_changes
 from trainer.memory.footprint import Footprint, held_rows, on_meta, sharing_ranks
 from trainer.memory.heaviest_batch import find_heaviest, read_batch_samples
 from trainer.memory.sample_cost import media_memory, sample_costs
 from trainer.memory.synthetic_samples import build_synthetic_samples
+from trainer.optim_state import assign_rules, tensors_to_save
 from trainer.records.run_data import RunData
 from trainer.setup import num_steps
 
@@ -56,20 +57,24 @@ def plan_run(config: RunConfig, data: RunData, num_ranks: int, memory: float, *,
         changes, least = weigh_changes(scenario, now, memory)
         nearest = None if changes else least
     model = on_meta(data.card, parallel, computes=False)
-    shards = planned_checkpoint_bytes(model, sharing_ranks(parallel, num_ranks), num_ranks)
+    shards = planned_checkpoint_bytes(model, sharing_ranks(parallel, num_ranks), num_ranks, config.optim)
     final, _ = final_bytes(weight_files_of(model, data.card))
     return Plan(scenario, strategies, calendar, data.lengths_kind, shards, final, memory, changes, nearest)
 
 
-def planned_checkpoint_bytes(model: MultimodalLM, ways: int, num_ranks: int) -> int:
+def planned_checkpoint_bytes(model: MultimodalLM, ways: int, num_ranks: int, optim: OptimConfig) -> int:
     """Return the bytes of all tensor files of a checkpoint after the first update, from the structure of the model alone.
 
     `ways`: number of the `num_ranks` ranks that share one copy by rows; of several copies the first is written. 1: every rank has
     its own.
     """
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    written = [{name: held_rows(p, ways, rank) for name, p in trained.items()} if rank < ways else {} for rank in range(num_ranks)]
-    return sum(shard_bytes(tensors)[0] for tensors in written)
+    rules = assign_rules(model, optim)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    total = 0
+    for rank in range(num_ranks):
+        rows = {name: held_rows(p, ways, rank).detach() for name, p in trained.items()} if rank < ways else {}
+        total += shard_bytes(tensors_to_save(rows, {own: rules[trained[name]] for name, own in rows.items()}))[0]
+    return total
 
 
 def other_strategies(parallel: ParallelConfig, num_ranks: int) -> list[ParallelConfig]:

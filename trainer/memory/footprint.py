@@ -14,15 +14,16 @@ from model.errors import ConfigError
 from model.llm.causal_lm import head_weight
 from model.llm.quantized_linear import without_kernels
 from model.multimodal import MultimodalLM
-from trainer.config import ParallelConfig
+from trainer.config import OptimConfig, ParallelConfig
 from trainer.distributed.casting import cast_for_compute
 from trainer.distributed.compute_copies import copies_of, keeps_copies
 from trainer.distributed.parallelize import checkpoint_activations
 from trainer.distributed.shards import REDUCED, parts_with_blocks, units_of, whole_bytes
 from trainer.memory.simulate import Live, live_bytes
+from trainer.optim_state import assign_rules, state_bytes
 
-MASTER = 4  # bytes of a trained number, of its gradient and of each of its two moments: all float32
-STEP = 4  # bytes of the optimizer's count of updates, one per parameter
+DEFAULT = OptimConfig()
+MASTER = 4  # bytes of a trained number and of its gradient: both float32
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,16 @@ def sharing_ranks(config: ParallelConfig, num_ranks: int) -> int:
     return config.shard_size if config.strategy == "hsdp" else num_ranks
 
 
-def footprint(card: ModelCard, config: ParallelConfig, num_ranks: int, batch: Batch, num_micro_batches: int) -> Footprint:
+def footprint(
+    card: ModelCard, config: ParallelConfig, num_ranks: int, batch: Batch, num_micro_batches: int, optim: OptimConfig = DEFAULT
+) -> Footprint:
     """Compute the footprint of a model on one `batch`, which may be on any device: only its shapes count. No weight is read.
 
     Raises ConfigError where some operation of the model cannot run without values.
     """
     ways = sharing_ranks(config, num_ranks)
     model = on_meta(card, config, computes=ways > 1)
-    held = tuple(holdings(model, card, ways))
+    held = tuple(holdings(model, card, ways, optim))
     try:
         live = simulated(model, batch)
     except RuntimeError as error:
@@ -141,16 +144,17 @@ def on_meta(card: ModelCard, config: ParallelConfig, *, computes: bool) -> Multi
     return model
 
 
-def holdings(model: MultimodalLM, card: ModelCard, ways: int) -> list[Holding]:
+def holdings(model: MultimodalLM, card: ModelCard, ways: int, optim: OptimConfig = DEFAULT) -> list[Holding]:
     """Return what the first of `ways` ranks that share a copy by rows holds of every part. Trained weights are float32 masters."""
-    found = []
+    rules, found = assign_rules(model, optim), []
     for name in card.model.parts():
         part = model.get_submodule(name)
         learns = [p for p in part.parameters() if p.requires_grad]
         rows = sum(held_rows(p, ways).numel() for p in learns)
         frozen = sum(held_rows(p, ways).nbytes for p in part.parameters() if not p.requires_grad)
         buffers = sum(b.numel() * b.dtype.itemsize for b in part.buffers())
-        found.append(Holding(name, frozen + rows * MASTER, rows * MASTER, rows * 2 * MASTER + len(learns) * STEP, buffers))
+        state = sum(state_bytes({own: rules[p]}, [own]) for p in learns for own in [held_rows(p, ways)])
+        found.append(Holding(name, frozen + rows * MASTER, rows * MASTER, state, buffers))
     return found
 
 

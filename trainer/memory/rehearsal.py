@@ -16,9 +16,9 @@ from trainer.distributed.parallelize import gradient_sync
 from trainer.machine.memory_info import Usage, available_bytes, reset_peak, usage
 from trainer.memory.advice import MemoryScenario, advice
 from trainer.memory.doubt import without_rehearsal
-from trainer.memory.footprint import MASTER
 from trainer.memory.heaviest_batch import Heaviest, find_heaviest, read_batch_samples
 from trainer.memory.sample_cost import media_memory, sample_costs
+from trainer.optim_state import rules_of, state_bytes
 from trainer.setup import PreparedRun
 
 GIB = 2**30
@@ -142,9 +142,9 @@ def _verdict(prepared: PreparedRun, scenario: MemoryScenario, ranks: list[RankMe
 
 
 def moments_to_come(prepared: PreparedRun) -> int:
-    """Return the bytes that this rank's optimizer will allocate on its device: the first update creates the moments of each weight.
+    """Return the bytes that this rank's optimizer will allocate on its device: the first update creates the state of each weight.
 
-    Those that will be in host memory are looked at apart (`check_host_memory`).
+    What will be in host memory is looked at apart (`check_host_memory`).
     """
     if prepared.config.parallel.cpu_offload and prepared.world.device.type != "cpu":
         return 0
@@ -152,10 +152,11 @@ def moments_to_come(prepared: PreparedRun) -> int:
 
 
 def _moments(prepared: PreparedRun) -> int:
-    """Return the bytes of all moments that are still to come on this rank."""
-    state = prepared.trained.optimizer.state if prepared.trained else {}
-    new = [p for p in prepared.model.parameters() if p.requires_grad and p not in state]
-    return sum((p.to_local() if hasattr(p, "to_local") else p).numel() * 2 * MASTER for p in new)
+    """Return the bytes of all state of the optimizer that is still to come on this rank."""
+    if prepared.trained is None:
+        return 0
+    optimizer = prepared.trained.optimizer
+    return state_bytes(rules_of(optimizer), [p for p in prepared.trained.parameters.values() if p not in optimizer.state])
 
 
 def check_host_memory(prepared: PreparedRun) -> None:

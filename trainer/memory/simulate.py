@@ -54,7 +54,7 @@ class LiveCounter(TorchDispatchMode):
         self.live = self._gradients = 0
         self.peak = self.peak_with_gradients = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(found):
             if isinstance(leaf, Tensor):
@@ -94,16 +94,16 @@ def _key(tensor: Tensor) -> int:
 def shape_stand_ins() -> Iterator[None]:
     """Replace operations that do not run on meta, or wastefully, by stand-ins that save what their kernels save."""
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+    def attention(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Any:
         return _Attention.apply(query, key, value)
 
-    def grouped(rows: Tensor, weights: Tensor, *_: Any, **__: Any) -> Any:
+    def grouped(rows: Tensor, weights: Tensor, *_: object, **__: object) -> Any:
         return _Grouped.apply(rows, weights)
 
     # The functions are patched by name: a mode would not be active in backward, where blocks are recomputed.
-    stand_ins = [(F, "scaled_dot_product_attention", attention), (F, "grouped_mm", grouped), (torch, "_grouped_mm", grouped)]
-    originals = [(module, name, getattr(module, name)) for module, name, _ in stand_ins if hasattr(module, name)]
-    for module, name, stand_in in stand_ins:
+    tensors_to_save = [(F, "scaled_dot_product_attention", attention), (F, "grouped_mm", grouped), (torch, "_grouped_mm", grouped)]
+    originals = [(module, name, getattr(module, name)) for module, name, _ in tensors_to_save if hasattr(module, name)]
+    for module, name, stand_in in tensors_to_save:
         if hasattr(module, name):
             setattr(module, name, stand_in)
     try:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from data.config import DataConfig
 from model.config import OUR_ATTENTION, LoraConfig
 from trainer.config import BatchConfig, ParallelConfig, RunConfig, ValidationConfig
+from trainer.runfile.optim_checks import idle_optim_settings, optim_problems
 from trainer.runfile.part_checks import anyres_problems, quantize_problems, term_problems, vision_problems
 
 
@@ -23,6 +24,7 @@ def problems_of(config: RunConfig) -> list[str]:
         *anyres_problems(config.data, config.model),
         *term_problems(config.model),
         *quantize_problems(config.quantize, config.model),
+        *optim_problems(config),
         *idle_settings(config),
     ]
 
@@ -52,7 +54,6 @@ def _values(config: RunConfig) -> Iterator[str]:
         "optim.projector_lr": config.optim.projector_lr,
         "optim.weight_decay": config.optim.weight_decay,
         "optim.clip_norm": config.optim.clip_norm,
-        "optim.warmup_steps": config.optim.warmup_steps or 0,
         "parallel.unit_mib": config.parallel.unit_mib,
         "train.max_steps": config.train.max_steps or 0,
         **{f"model.{name}.lr": part.lr for name, part in config.model.parts().items()},
@@ -62,8 +63,6 @@ def _values(config: RunConfig) -> Iterator[str]:
             yield f"{name} = {value} is negative or not finite"
     if config.train.epochs is not None and not 0 < config.train.epochs < math.inf:
         yield f"train.epochs = {config.train.epochs} is not positive; train.max_steps = 0 builds a model without training"
-    if not 0 <= (config.optim.warmup_ratio or 0) <= 1:
-        yield f"optim.warmup_ratio = {config.optim.warmup_ratio} is not in [0, 1]"
     if not 0 <= config.lora.dropout < 1:
         yield f"lora.dropout = {config.lora.dropout} is not in [0, 1)"
     if not all(0 <= beta < 1 for beta in config.optim.betas):
@@ -73,8 +72,6 @@ def _values(config: RunConfig) -> Iterator[str]:
 def _pairs(config: RunConfig) -> Iterator[str]:
     if config.train.epochs is not None and config.train.max_steps is not None:
         yield "train.epochs and train.max_steps are both named: name one"
-    if config.optim.warmup_ratio is not None and config.optim.warmup_steps is not None:
-        yield "optim.warmup_ratio and optim.warmup_steps are both named: name one"
     if not config.data.sources and config.train.max_steps != 0:
         yield "data.sources is empty: name at least one [[data.sources]] with its path (train.max_steps = 0 needs none)"
     # A micro-batch larger than the step it is part of could never be filled.
@@ -172,6 +169,7 @@ def idle_settings(config: RunConfig) -> Iterator[str]:
     yield from _unread_media_settings(config)
     if config.data.on_bad_sample == "error" and config.data.max_bad_fraction != DataConfig().max_bad_fraction:
         yield "data.max_bad_fraction has no effect with data.on_bad_sample = 'error': the first bad record stops the run"
+    yield from idle_optim_settings(config)
     wandb = config.log.wandb
     if not wandb.project:
         for name, value, usual in (("name", wandb.name, ""), ("mode", wandb.mode, "online")):

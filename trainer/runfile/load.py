@@ -81,4 +81,6 @@ def with_defaults(config: RunConfig) -> RunConfig:
         train = replace(train, epochs=1.0)
     if optim.warmup_ratio is None and optim.warmup_steps is None:
         optim = replace(optim, warmup_ratio=0.03)
+    if optim.schedule == "wsd" and optim.decay_ratio is None and optim.decay_steps is None:
+        optim = replace(optim, decay_ratio=0.1)
     return replace(config, train=train, optim=optim)

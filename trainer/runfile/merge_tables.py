@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from model.files.untrusted import Json
 
-PAIRS = (("train", "epochs", "max_steps"), ("optim", "warmup_ratio", "warmup_steps"))
+PAIRS = (
+    ("train", "epochs", "max_steps"),
+    ("optim", "warmup_ratio", "warmup_steps"),
+    ("optim", "decay_ratio", "decay_steps"),
+)
 """Settings that exclude each other: a stage that names one of a pair replaces the other one."""
 
 

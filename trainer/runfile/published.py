@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from model.card import NAME
 from model.files.hub import HUB_ID
+from model.files.untrusted import Json
 from model.published.table import published_settings
 from model.published.vita_audio import SETTINGS
 from trainer.runfile.merge_tables import has_key, merge, value_of, without_key
@@ -18,7 +18,7 @@ KNOWN_BY = ("config.json", SETTINGS)
 """Files by which a published folder is known; the second is that of VITA's sound encoder."""
 
 
-def resolve_published(tables: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def resolve_published(tables: Json) -> tuple[Json, list[str]]:
     """Return the tables with a published model in model.init_from taken apart, and one line per setting that contradicts it.
 
     The parts' paths, and what follows from the model, are filled in where they are not written; model.init_from is removed. Tables
@@ -46,7 +46,7 @@ def resolve_published(tables: dict[str, Any]) -> tuple[dict[str, Any], list[str]
     return tables, problems
 
 
-def _in_stages(tables: dict[str, Any]) -> list[str]:
+def _in_stages(tables: Json) -> list[str]:
     """Return one line per [[stage]] that names a published model: it gives the parts of the whole run."""
     stages = tables.get("stage")
     found = [value_of(stage, KEY) if isinstance(stage, dict) else None for stage in (stages if isinstance(stages, list) else [])]
@@ -57,7 +57,7 @@ def _in_stages(tables: dict[str, Any]) -> list[str]:
     ]
 
 
-def _unknown(path: object, tables: dict[str, Any]) -> list[str]:
+def _unknown(path: object, tables: Json) -> list[str]:
     """Return what is wrong with a model.init_from that no parts are written beside, and that gives none."""
     if not isinstance(path, str) or not path or has_key(tables, "model.llm"):
         return []
@@ -73,7 +73,7 @@ def _unknown(path: object, tables: dict[str, Any]) -> list[str]:
     return [f"{KEY} = {path!r} is no published model: neither a folder with config.json nor a hub id"]
 
 
-def written_settings(tables: dict[str, Any]) -> dict[str, Any]:
+def written_settings(tables: Json) -> Json:
     """Return the settings that a run file writes, by dotted key; of a curriculum, those of its first stage."""
     stages = tables.get("stage")
     first = stages[0] if isinstance(stages, list) and stages and isinstance(stages[0], dict) else {}
@@ -89,12 +89,12 @@ def is_published(path: str) -> bool:
     return not is_run and not folder.exists() and HUB_ID.fullmatch(path) is not None
 
 
-def _as_toml(value: Any) -> str:
+def _as_toml(value: object) -> str:
     """Return a value as a run file writes it."""
     return to_toml({"value": value}).removeprefix("value = ").strip()
 
 
-def _table(key: str, value: Any) -> dict[str, Any]:
+def _table(key: str, value: object) -> Json:
     """Return nested tables that hold `value` at the dotted `key`."""
     word, _, rest = key.partition(".")
     return {word: _table(rest, value) if rest else value}

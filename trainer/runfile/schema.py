@@ -11,14 +11,7 @@ from model.files.untrusted import SHOWN, Json, shown
 from trainer.runfile.toml_files import TOML_INTEGERS
 
 PLANNED_KEYS = ("parallel.compile",)
-PLANNED_VALUES = (
-    "model.dtype = 'float16'",
-    "optim.schedule = 'wsd'",
-)
-PLANNED = {
-    **dict.fromkeys(PLANNED_KEYS, "is planned and not built yet: remove it"),
-    **dict.fromkeys(PLANNED_VALUES, "is planned and not built yet: use another value"),
-}
+PLANNED = dict.fromkeys(PLANNED_KEYS, "is planned and not built yet: remove it")
 """Settings that the contract names and that are not built yet: a run file that uses one is refused with a reason, never ignored."""
 
 
@@ -28,7 +21,7 @@ class SchemaReader:
     def __init__(self) -> None:
         self.problems: list[str] = []
 
-    def table(self, cls: Any, value: Any, path: str) -> Any:
+    def table(self, cls: Any, value: object, path: str) -> Any:
         """Return an instance of dataclass `cls`; None, and the problems added to `problems`, when something in it is wrong."""
         if not isinstance(value, dict):
             self.problems.append(f"{path or 'the file'} = {shown(value)} is not a table")
@@ -46,11 +39,8 @@ class SchemaReader:
                 self.problems.append(f"{path + '.' if path else ''}{key} is required")
         return cls(**given) if len(self.problems) == before else None
 
-    def value(self, hint: Any, value: Any, path: str) -> Any:
+    def value(self, hint: object, value: object, path: str) -> Any:
         """Return `value` as type `hint`; None, and a problem added to `problems`, when the value has another type."""
-        if f"{path} = {value!r}" in PLANNED:
-            self.problems.append(f"{path} = {value!r} {PLANNED[f'{path} = {value!r}']}")
-            return None
         if dataclasses.is_dataclass(hint):
             return self.table(hint, value, path)
         origin, args = get_origin(hint), get_args(hint)
@@ -59,11 +49,11 @@ class SchemaReader:
         if origin is tuple:
             return self._tuple(args, value, path)
         if self._fits(hint, value):
-            return float(value) if hint is float else value
+            return float(value) if hint is float and isinstance(value, int | float) else value
         self.problems.append(f"{path} = {shown(value)} is not {_words(hint)}{_nearest(value, hint)}")
         return None
 
-    def _union(self, args: tuple[Any, ...], value: Any, path: str) -> Any:
+    def _union(self, args: tuple[Any, ...], value: object, path: str) -> Any:
         options = [arg for arg in args if arg is not types.NoneType]
         if len(options) == 1:
             return self.value(options[0], value, path)
@@ -75,7 +65,7 @@ class SchemaReader:
         self.problems.append(f"{path} = {shown(value)} is not {' or '.join(_words(option) for option in options)}")
         return None
 
-    def _tuple(self, args: tuple[Any, ...], value: Any, path: str) -> Any:
+    def _tuple(self, args: tuple[Any, ...], value: object, path: str) -> Any:
         if not isinstance(value, list) or (Ellipsis not in args and len(value) != len(args)):
             length = "" if Ellipsis in args else f" of {len(args)}"
             self.problems.append(f"{path} = {shown(value)} is not a list{length}")
@@ -84,7 +74,7 @@ class SchemaReader:
         return tuple(self.value(hint, item, f"{path}.{i}") for i, (hint, item) in enumerate(zip(hints, value)))
 
     @staticmethod
-    def _fits(hint: Any, value: Any) -> bool:
+    def _fits(hint: object, value: object) -> bool:
         if get_origin(hint) is Literal:
             return value in get_args(hint) and not isinstance(value, bool)
         if get_origin(hint) is tuple:
@@ -95,7 +85,7 @@ class SchemaReader:
             return False
         if hint is float:
             return isinstance(value, int | float) and not isinstance(value, bool)
-        return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+        return isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool))
 
     def _unknown(self, name: str, key: str, known: list[str]) -> str:
         plain = ".".join(word for word in name.split(".") if not word.isdigit())
@@ -108,14 +98,14 @@ class SchemaReader:
         return f"{name} is not a setting; {hint}"
 
 
-def _words(hint: Any) -> str:
+def _words(hint: object) -> str:
     if get_origin(hint) is Literal:
         return " | ".join(map(repr, get_args(hint)))
-    names: dict[Any, str] = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+    names: dict[object, str] = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
     return names.get(hint, "a table of strings" if get_origin(hint) is dict else "a list of strings")
 
 
-def _nearest(value: Any, hint: Any) -> str:
+def _nearest(value: object, hint: object) -> str:
     if get_origin(hint) is not Literal or not isinstance(value, str):
         return ""
     near = difflib.get_close_matches(value[:SHOWN], [str(v) for v in get_args(hint)], 1, 0.5)
@@ -125,7 +115,7 @@ def _nearest(value: Any, hint: Any) -> str:
 def to_tables(config: Any) -> Json:
     """Return a dataclass as plain tables; None, which TOML does not have, is left out."""
 
-    def plain(value: Any) -> Any:
+    def plain(value: object) -> Any:
         if hasattr(value, "to_tables"):
             return value.to_tables()
         if dataclasses.is_dataclass(value) and not isinstance(value, type):

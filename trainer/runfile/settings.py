@@ -25,7 +25,7 @@ class Setting:
     """One setting of run.toml."""
 
     key: str  # as on a command line: data.sources.N.path
-    hint: Any  # its type
+    hint: object  # its type
     default: object  # NO_DEFAULT where it has to be written
     sentence: str
 
@@ -72,7 +72,7 @@ def _settings_of(cls: type, path: str) -> list[Setting]:
     return own + inside
 
 
-def table_class(hint: Any) -> type | None:
+def table_class(hint: object) -> type | None:
     """Return the class of a table, or of each table of a list; None for the type of a value."""
     for option in (hint, *get_args(hint)):
         if isinstance(option, type) and dataclasses.is_dataclass(option):
@@ -104,7 +104,7 @@ def sentences_of(cls: type) -> dict[str, str]:
     return found
 
 
-def type_words(hint: Any) -> str:
+def type_words(hint: object) -> str:
     """Describe the type of a value, for people."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:

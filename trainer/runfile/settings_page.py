@@ -6,7 +6,7 @@ import dataclasses
 import json
 import textwrap
 import types
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 from model.files.untrusted import Json
 from trainer.config import RunConfig, StageConfig
@@ -121,7 +121,7 @@ def _table(cls: type, path: str) -> Json:
     }
 
 
-def _value(hint: Any) -> Json:
+def _value(hint: object) -> Json:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         return {"enum": list(args)}

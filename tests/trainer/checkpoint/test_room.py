@@ -80,7 +80,7 @@ def files_up_to(count: int) -> Iterator[None]:
 
 def shards_and_bytes(world: World, folder: Path, strategy: str) -> tuple[int, int, int, int]:
     trained = toy(world, strategy)
-    total, largest = checkpoint_bytes(trained.parameters, world)
+    total, largest = checkpoint_bytes(trained.saved(), world)
     checkpointer = Checkpointer(folder, 1, world)
     checkpointer.save(1, trained, {"config": {}, "meter": {}}, CARD, Nothing())  # type: ignore[arg-type]
     checkpointer.wait()
