@@ -36,7 +36,7 @@ FAILURE_GRACE_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class LoopStart:
-    """What a loop begins with beside the prepared run."""
+    """Start of a loop: all that it begins with beside the prepared run."""
 
     totals: MeterState | None = None  # of the checkpoint that it goes on from
     trackers: Trackers = field(default_factory=Trackers)

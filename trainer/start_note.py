@@ -1,4 +1,4 @@
-"""What a start found, in start.json: the plan that it printed, what learns, how far it goes, and the machine. Pages show it."""
+"""Note of a start, start.json: the plan that it printed, what learns, how far it goes, and the machine. Pages show it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run folder tells, as plain values for the page. Files that are missing or damaged leave their place empty."""
+"""Values that a run folder tells, as plain values for the page. Files that are missing or damaged leave their place empty."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a tracker is: a program beside the trainer that keeps and draws the numbers of runs, such as TensorBoard or wandb."""
+"""Interface of a tracker, a program beside the trainer that keeps and draws the numbers of runs, such as TensorBoard or wandb."""
 
 from __future__ import annotations
 

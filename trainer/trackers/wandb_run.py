@@ -14,7 +14,7 @@ PROMPT_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class WandbOptions:
-    """What a run in wandb begins with."""
+    """Beginning of a run in wandb."""
 
     config: WandbConfig
     folder: str  # of the run, where wandb makes its own
