@@ -143,9 +143,23 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
+class WandbConfig:
+    project: str = ""
+    """Project of wandb that the run is logged to; '' = not logged to wandb."""
+    name: str = ""
+    """Name of the run in wandb; '' = one that wandb makes up."""
+    mode: Literal["online", "offline"] = "online"
+    """online sends as the run goes; offline writes RUN/wandb for `wandb sync`, where a machine reaches no network."""
+
+
+@dataclass(frozen=True)
 class LogConfig:
     every: int = 10
     """Steps between two lines of metrics.jsonl, and on the screen where it is no terminal; step 1 and the last are logged too."""
+    tensorboard: bool = False
+    """Write all metrics as TensorBoard's event files too, in RUN/tensorboard; needs the extra `track`."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """The run in wandb, one over all resumes; needs the extra `track`."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +223,7 @@ class RunConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """Validation during training; has an effect with [[data.validation]]."""
     log: LogConfig = field(default_factory=LogConfig)
-    """How often numbers are logged."""
+    """How often numbers are logged, and to which trackers beside metrics.jsonl."""
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     """What a run bears before it ends, and how long it waits."""
     stage: tuple[StageConfig, ...] = ()

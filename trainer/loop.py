@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
@@ -19,6 +20,7 @@ from trainer.health.loss_monitor import Health, forget_after, scalars_to_read, s
 from trainer.machine.disk_space import as_save_error
 from trainer.metrics import Meter, MetricsLog
 from trainer.optim import set_learning_rates
+from trainer.part_norms import PartNorms
 from trainer.records.bookkeeping import Bookkeeping
 from trainer.schedule import multiplier
 from trainer.scores.best import BestValue
@@ -27,10 +29,19 @@ from trainer.screen import Screen
 from trainer.setup import PreparedRun
 from trainer.state import CheckpointState
 from trainer.step import StepOptions, train_step
+from trainer.trackers.open_trackers import Trackers
 from trainer.validate import validate
 
 FAILURE_GRACE_SECONDS = 5.0
 """Seconds that a save under way gets when a run ends by an internal error, or by that of another rank."""
+
+
+@dataclass(frozen=True)
+class LoopStart:
+    """Start of a loop: all that it begins with beside the prepared run."""
+
+    state: CheckpointState | None = None  # of the checkpoint that it goes on from; None: nothing was saved before
+    trackers: Trackers = field(default_factory=Trackers)
 
 
 class Loop:
@@ -41,21 +52,21 @@ class Loop:
     metrics, counts the steps of earlier stages too.
     """
 
-    def __init__(self, prepared: PreparedRun, first_step: int, state: CheckpointState | None, status: RunStatus) -> None:
-        """Prepare to go on from `state`, that of a checkpoint of `first_step` steps; None: nothing was saved before."""
-        config, world, totals = prepared.config, prepared.world, state["meter"] if state else None
+    def __init__(self, prepared: PreparedRun, first_step: int, start: LoopStart, status: RunStatus) -> None:
+        config, world, totals = prepared.config, prepared.world, start.state["meter"] if start.state else None
         if prepared.trained is None:
             raise ValueError("nothing to train")
         self.prepared, self.first_step, self.status = prepared, first_step, status
         self.trained, self.optimizer = prepared.trained, prepared.trained.optimizer
         dataset, _ = prepared.data.training()
         stage = self.stage = prepared.stage
-        self.meter = Meter(dataset.source_names, world)
+        self.meter = Meter(dataset.source_names, world, PartNorms(self.optimizer, world))
         if totals is not None:
             self.meter.restore(totals)
-        self.log = MetricsLog(stage.run_folder, stage.first_step + first_step, world, stage.name)
+        self.log = MetricsLog(stage.run_folder, stage.first_step + first_step, world, stage.name, start.trackers)
         self.answers = AnswerLog(stage.run_folder, stage.first_step + first_step, world, stage.name)
-        self.best = BestValue(config.checkpoint.best, state.get("best") if state else None)
+        self.best = BestValue(config.checkpoint.best, start.state.get("best") if start.state else None)
+        self.trackers = start.trackers
         self.books = Bookkeeping(prepared, first_step)
         self.lengths = digest_of(prepared.data)
         self.requests, self.tracker, self.deferred = status.requests, status.tracker, DeferredRead(world.device)
@@ -224,4 +235,6 @@ class Loop:
             state["loss_scale"] = self.trained.loss_scale.state()
         if self.best.state is not None:
             state["best"] = self.best.state
+        if self.trackers.ids:
+            state["trackers"] = self.trackers.ids
         return {**run_state(self.stage, self.lengths), **state}

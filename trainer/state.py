@@ -58,3 +58,4 @@ class CheckpointState(TypedDict, total=False):
     best: BestState  # absent without checkpoint.best, and before the first validation
     loss_scale: LossScaleState  # absent unless the run computes in float16
     optimizer_steps: dict[str, float]
+    trackers: dict[str, str]  # id of the run by tracker; absent without trackers that have one

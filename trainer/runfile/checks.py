@@ -173,6 +173,11 @@ def idle_settings(config: RunConfig) -> Iterator[str]:
     if config.data.on_bad_sample == "error" and config.data.max_bad_fraction != DataConfig().max_bad_fraction:
         yield "data.max_bad_fraction has no effect with data.on_bad_sample = 'error': the first bad record stops the run"
     yield from idle_optim_settings(config)
+    wandb = config.log.wandb
+    if not wandb.project:
+        for name, value, usual in (("name", wandb.name, ""), ("mode", wandb.mode, "online")):
+            if value != usual:
+                yield f"log.wandb.{name} = {value!r} has no effect: log.wandb.project, the project to log to, is not named"
     if config.validation != ValidationConfig() and not config.data.validation:
         yield "[validation] has no effect without [[data.validation]]"
 
