@@ -24,7 +24,7 @@ ORDER = {
     "model": ("files", "published", "audio", "llm", "vision", "weights", "exports"),
     "data": ("order", "records", "media", "text", "index", "check"),
     "trainer": ("runfile", "distributed", "machine", "health", "records", "checkpoint", "faults", "memory", "trial"),
-    "tools": ("demos", "devicechecks", "exports", "inspector", "benches"),
+    "tools": ("demos", "devicechecks", "exports", "inspector", "asking", "benches"),
 }
 """Sub-folders from the lowest up: each may import those before it. Files beside them may be imported by all, and import all."""
 EXTERNAL = {"torch", "transformers", "safetensors", "PIL", "numpy", "tqdm", "jinja2", "tokenizers", "huggingface_hub"}
