@@ -7,11 +7,12 @@ EXTRAS = {
     "quantize": ["bitsandbytes"],
     "track": ["tensorboard", "wandb"],
     "plot": ["matplotlib"],
+    "metrics": ["jiwer", "rapidfuzz", "sacrebleu"],
     "demo": ["scikit-learn"],
     "parquet": ["pyarrow"],
     "sentencepiece": ["sentencepiece"],
 }
-USED_BY_TESTS = ("media", "plot", "demo", "sentencepiece", "parquet", "quantize")
+USED_BY_TESTS = ("media", "plot", "demo", "sentencepiece", "parquet", "quantize", "metrics")
 COMMANDS = {
     "train": "trainer.main:command",
     "plan": "tools.plan:main",
@@ -23,6 +24,7 @@ COMMANDS = {
     "export": "tools.export_adapter:main",
     "merge": "tools.merge_lora:main",
     "plot": "tools.plot_run:main",
+    "watch": "tools.watch:main",
     "templates": "tools.check_templates:main",
     "demo": "tools.demo:main",
     "demo-omni": "tools.demo_omni:main",
@@ -31,6 +33,7 @@ COMMANDS = {
 DATA_FILES = {
     "tools.demos": ["*.toml"],
     "tools.inspector": ["*.css", "*.js"],
+    "tools.watcher": ["*.css", "*.js"],
     "trainer.recipes": ["*.toml", "*.sh"],
 }
 PACKAGES = ["model", "data", "trainer", "tools"]

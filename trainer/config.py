@@ -121,6 +121,9 @@ class CheckpointConfig:
     """Steps between two checkpoints; a crash costs at most that many. They are written beside training."""
     keep: int = 3
     """Sound checkpoints that stay; older ones are removed once a newer one is proven. Raise it to go back further."""
+    best: str = ""
+    """Value of the validation whose best checkpoint stays too and becomes best/ at the end, as "val/anls" or "val/loss"; "" = none.
+    A validation that is better than all before it saves a checkpoint."""
     resume: str = "auto"
     """Where a start goes on: auto, the newest sound checkpoint of output_dir; none, a fresh start; or a checkpoint-N folder."""
 
@@ -132,12 +135,31 @@ class ValidationConfig:
     max_samples: int = 512
     """Records of [[data.validation]] that a validation reads at most, the same ones every time; lower it where validations
     take too long."""
+    metrics: tuple[Literal["exact_match", "anls", "wer", "choice", "contains", "bleu"], ...] = ()
+    """Measures of greedy answers to these records, logged as val/NAME; none = the loss alone. Answering takes far longer than
+    the loss."""
+    max_new_tokens: int = 64
+    """Tokens of an answer at most where there are metrics; raise it where expected answers are longer."""
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    project: str = ""
+    """Project of wandb that the run is logged to; '' = not logged to wandb."""
+    name: str = ""
+    """Name of the run in wandb; '' = one that wandb makes up."""
+    mode: Literal["online", "offline"] = "online"
+    """online sends as the run goes; offline writes RUN/wandb for `wandb sync`, where a machine reaches no network."""
 
 
 @dataclass(frozen=True)
 class LogConfig:
     every: int = 10
     """Steps between two lines of metrics.jsonl, and on the screen where it is no terminal; step 1 and the last are logged too."""
+    tensorboard: bool = False
+    """Write all metrics as TensorBoard's event files too, in RUN/tensorboard; needs the extra `track`."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """The run in wandb, one over all resumes; needs the extra `track`."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +223,7 @@ class RunConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """Validation during training; has an effect with [[data.validation]]."""
     log: LogConfig = field(default_factory=LogConfig)
-    """How often numbers are logged."""
+    """How often numbers are logged, and to which trackers beside metrics.jsonl."""
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     """What a run bears before it ends, and how long it waits."""
     stage: tuple[StageConfig, ...] = ()

@@ -20,8 +20,10 @@ from model.files.tensor_files import dump_json
 from trainer.distributed.world import World
 from trainer.machine.atomic_files import replace_text
 from trainer.machine.json_lines import read_valid_lines
+from trainer.part_norms import PartNorms
 from trainer.state import MeterTotals
 from trainer.step import StepResult
+from trainer.trackers.open_trackers import Trackers
 
 NAME = "metrics.jsonl"
 HUGGING_FACE_NAMES = {"train/loss": "loss", "train/grad_norm": "grad_norm", "val/loss": "eval_loss"}
@@ -94,8 +96,10 @@ def mean_losses(sums: Tensor, names: list[str], prefix: str) -> dict[str, float]
 class Meter:
     """Sums about training since the last logged line. Adding costs no host sync; reading is a collective and a host sync."""
 
-    def __init__(self, source_names: list[str], world: World) -> None:
-        self.names, self.world = source_names, world
+    def __init__(self, source_names: list[str], world: World, parts: PartNorms | None = None) -> None:
+        self.names, self.world, self.parts = source_names, world, parts
+        self.norms: Tensor | None = None  # of the single gradients of the last step, on this rank
+        self.part_squares: list[float] = []  # over all ranks, as of the last `totals`
         self.grad_norm = torch.zeros((), device=world.device)
         self.loss_scale: Tensor | None = None
         self.reset()
@@ -116,7 +120,7 @@ class Meter:
             self.ratios.add(ratios)
         self.skipped.append(result.skipped)
         self.loss_scale = result.loss_scale
-        self.grad_norm = result.grad_norm
+        self.grad_norm, self.norms = result.grad_norm, result.norms
         self.wait += wait
 
     def totals(self) -> MeterTotals:
@@ -124,13 +128,15 @@ class Meter:
         self._count_skipped()
         sums = self.sums.total()
         wait = torch.tensor([self.wait], dtype=torch.float64, device=self.world.device)
-        flat = self.world.sum(torch.cat([sums.flatten(), wait]))
-        found = flat[:-1].view_as(sums).tolist()
+        squares = self.parts.squares(self.norms) if self.parts else wait[:0]
+        flat = self.world.sum(torch.cat([sums.flatten(), wait, squares])).cpu()
+        found = flat[: sums.numel()].view_as(sums).tolist()
+        self.part_squares = flat[sums.numel() + 1 :].tolist()
         seconds = time.perf_counter() - self.started_at
         return {
             "sums": found,
             "ratios": self.ratios.total(self.world),
-            "wait": flat[-1].item(),
+            "wait": flat[sums.numel()].item(),
             "skipped": self.num_skipped,
             "seconds": seconds,
         }
@@ -157,6 +163,12 @@ class Meter:
             self.sums.values += torch.tensor(totals["sums"], dtype=torch.float64, device=device)
             self.wait += totals["wait"]
 
+    def _part_norms(self) -> dict[str, float]:
+        """Return the gradient norm of each part as of the last `totals`. Host sync under float16, whose gradients are scaled."""
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.item()
+        names = self.parts.names if self.parts else []
+        return {f"train/grad_norm/{name}": square**0.5 / scale for name, square in zip(names, self.part_squares)}
+
     def read(self) -> dict[str, float]:
         """Return the metrics of a line and reset the meter. Collective, host sync."""
         totals = self.totals()
@@ -169,6 +181,7 @@ class Meter:
             **{f"train/{name}/tokens": int(count) for name, count in zip(self.names, sums[2])},
             **{f"train/{name}/supervised_tokens": int(count) for name, count in zip(self.names, sums[1])},
             "train/grad_norm": self.grad_norm.item(),
+            **self._part_norms(),
             "train/skipped_steps": totals["skipped"],
             "train/tokens": num_tokens,
             "train/supervised_tokens": num_supervised,
@@ -199,8 +212,9 @@ def peak_gib(device: torch.device) -> float:
 class MetricsLog:
     """Writer of metrics.jsonl and of the content of trainer_state.json, on rank 0."""
 
-    def __init__(self, folder: Path, resumed_step: int, world: World, stage: str = "") -> None:
+    def __init__(self, folder: Path, resumed_step: int, world: World, stage: str = "", trackers: Trackers | None = None) -> None:
         """Open metrics.jsonl and keep its lines up to `resumed_step` of the whole run. `stage`: the mark of every new line."""
+        self.trackers = trackers or Trackers()
         self.path, self.active, self.stage = folder / NAME, world.is_main, {"stage": stage} if stage else {}
         self.history: list[Mapping[str, object]] = []
         self.rows: list[str] = []  # entries of trainer_state.json that were formatted so far
@@ -222,6 +236,7 @@ class MetricsLog:
         self.history.append(line)
         with self.path.open("a") as out:
             out.write(json.dumps(line) + "\n")
+        self.trackers.log(step, plain)
 
     def trainer_state(self, step: int, max_steps: int) -> dict[Path, str]:
         """Return path and content of trainer_state.json: the log as scripts for Hugging Face's Trainer read it. On rank 0."""

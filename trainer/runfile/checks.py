@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from data.config import DataConfig
 from model.config import OUR_ATTENTION, LoraConfig
 from trainer.config import BatchConfig, ParallelConfig, RunConfig, ValidationConfig
+from trainer.runfile.choosing_checks import choosing_problems
 from trainer.runfile.optim_checks import idle_optim_settings, optim_problems
 from trainer.runfile.part_checks import anyres_problems, quantize_problems, term_problems, vision_problems
 
@@ -23,6 +24,7 @@ def problems_of(config: RunConfig) -> list[str]:
         *vision_problems(config.model),
         *anyres_problems(config.data, config.model),
         *term_problems(config.model),
+        *choosing_problems(config),
         *quantize_problems(config.quantize, config.model),
         *optim_problems(config),
         *idle_settings(config),
@@ -41,6 +43,7 @@ def _values(config: RunConfig) -> Iterator[str]:
         "checkpoint.keep": config.checkpoint.keep,
         "validation.every": config.validation.every,
         "validation.max_samples": config.validation.max_samples,
+        "validation.max_new_tokens": config.validation.max_new_tokens,
         "log.every": config.log.every,
         "faults.max_nonfinite": config.faults.max_nonfinite,
         "faults.stall_seconds": config.faults.stall_seconds,
@@ -170,6 +173,11 @@ def idle_settings(config: RunConfig) -> Iterator[str]:
     if config.data.on_bad_sample == "error" and config.data.max_bad_fraction != DataConfig().max_bad_fraction:
         yield "data.max_bad_fraction has no effect with data.on_bad_sample = 'error': the first bad record stops the run"
     yield from idle_optim_settings(config)
+    wandb = config.log.wandb
+    if not wandb.project:
+        for name, value, usual in (("name", wandb.name, ""), ("mode", wandb.mode, "online")):
+            if value != usual:
+                yield f"log.wandb.{name} = {value!r} has no effect: log.wandb.project, the project to log to, is not named"
     if config.validation != ValidationConfig() and not config.data.validation:
         yield "[validation] has no effect without [[data.validation]]"
 

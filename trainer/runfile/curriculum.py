@@ -16,7 +16,10 @@ from trainer.runfile.merge_tables import difference, has_key, merge, value_of, w
 from trainer.runfile.schema import SchemaReader, to_tables
 
 NAME = re.compile(r"[a-z0-9_-]+")
-RUN_WIDE = ("output_dir", "stage", "checkpoint.resume", "train.deterministic", "faults.grace_seconds")
+RUN_WIDE = (
+    *("output_dir", "stage", "checkpoint.resume", "train.deterministic", "faults.grace_seconds"),
+    *("log.tensorboard", "log.wandb"),
+)
 """Settings of the whole run: a single stage cannot set them."""
 FREE = {"tune", "lr", "router_loss", "new_tokens", "prompts", "newline", "class_weights", "loss_weight"}
 """Settings of a part that may change from stage to stage; the meaning of its weights depends on all others."""

@@ -10,13 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from model.files.untrusted import SHOWN, Json, shown
 from trainer.runfile.toml_files import TOML_INTEGERS
 
-PLANNED_KEYS = (
-    "parallel.compile",
-    "log.tensorboard",
-    "log.wandb",
-    "log.project",
-    "log.run_name",
-)
+PLANNED_KEYS = ("parallel.compile",)
 PLANNED = dict.fromkeys(PLANNED_KEYS, "is planned and not built yet: remove it")
 """Settings that the contract names and that are not built yet: a run file that uses one is refused with a reason, never ignored."""
 

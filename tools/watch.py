@@ -1,0 +1,57 @@
+"""Show runs on a page in a browser of this machine: progress, curves, faults, records, settings; live while they go.
+
+Several runs are drawn over one another. --html writes the page once, as one file that needs no server and no network.
+Nothing but the run folders is read, and nothing is written into them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from model.errors import ConfigError
+from tools.cli import command_parser, run_command
+from tools.watcher.page_html import page, values_text
+from tools.watcher.run_view import RunView
+from tools.watcher.serve import PageServer, Watched
+
+
+def watch(options: argparse.Namespace) -> None:
+    """Write the page, or serve it until Ctrl-C. Raises `ConfigError` for what is no run, or a file or port that cannot be had."""
+    runs = [RunView(folder) for folder in options.runs]
+    title = ", ".join(run.folder.resolve().name for run in runs)
+    for run in runs:
+        run.has_changed()
+    if options.html:
+        write_page(options.html, page(values_text(runs, live=False), title, live=False))
+        return
+    try:
+        server = PageServer(Watched(runs, title), options.port)
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not from 0 to 65535"
+        raise ConfigError(f"--port {options.port}: {reason}; leave it out, and a free one is taken") from error
+    print(f"{server.address} shows {title}: open it in a browser of this machine; Ctrl-C ends it", flush=True)
+    with server:
+        server.serve_forever()
+
+
+def write_page(file: Path, text: str) -> None:
+    """Write the page as one file. Raises `ConfigError` where that is impossible."""
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--html {file} cannot be written: {error.strerror}") from error
+    print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB: open it in a browser")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command_parser("watch", __doc__)
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="the output_dir of a run; it may still be going")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the page once, in place of serving it")
+    parser.add_argument("--port", type=int, default=0, help="port of the page (default: a free one)")
+    options = parser.parse_args(argv)
+    return run_command("watch", lambda: watch(options))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

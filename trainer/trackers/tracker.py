@@ -1,0 +1,16 @@
+"""Interface of a tracker, a program beside the trainer that keeps and draws the numbers of runs, such as TensorBoard or wandb."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+
+class Tracker(Protocol):
+    """A tracker that is open. A thread of its own calls every method (trainer.trackers.background), so each may take its time."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Take finite numbers by name, as metrics.jsonl has them, after `step` completed steps of the run."""
+
+    def close(self) -> None:
+        """Hand over what was not handed over yet, and end."""
