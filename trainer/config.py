@@ -43,6 +43,7 @@ class ParallelConfig:
     shard_size: int = 0  # hsdp: ranks that share one copy
     reshard_after_forward: bool = True
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    compile: bool | Literal["or_eager"] = False  # blocks by torch.compile; or_eager: blocks that cannot be compiled run as they are
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ from tests.support.router import MIXTURES, save_mixture
 from tests.support.tiny import VOCAB, save_llm
 from tests.support.trainable import ALONE
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.distributed.parallelize import checkpoint_activations, replicate, shard
+from trainer.distributed.blocks import checkpoint_activations
+from trainer.distributed.parallelize import replicate, shard
 from trainer.distributed.world import World
 from trainer.isolation import prove_isolation
 from trainer.optim import build_optimizer, set_learning_rates

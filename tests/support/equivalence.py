@@ -21,7 +21,8 @@ from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.distributed.parallelize import checkpoint_activations, is_sharded, replicate, shard
+from trainer.distributed.blocks import checkpoint_activations
+from trainer.distributed.parallelize import is_sharded, replicate, shard
 from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.step import StepOptions, train_step

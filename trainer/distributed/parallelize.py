@@ -1,4 +1,4 @@
-"""Parallelism that is applied to a model from outside: activation checkpointing, then FSDP2 per block, or DDP.
+"""Parallelism that is applied to a model from outside, after `trainer.distributed.blocks`: FSDP2 per block, or DDP.
 
 Both mean the same: backward leaves gradients summed over ranks, in float32, and parameters compute in the model's dtype in the
 modules that own them.
@@ -17,50 +17,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from model.errors import ConfigError
 from model.llm.causal_lm import blocks, head_weight
-from model.multimodal import ENCODERS, MultimodalLM
+from model.multimodal import MultimodalLM
 from trainer.config import ParallelConfig
+from trainer.distributed.blocks import block_owner, has_blocks
+from trainer.distributed.compiled_blocks import is_compiled
 from trainer.distributed.world import World
-
-KEPT_OPERATORS = {
-    *("mm", "addmm", "adapted", "_grouped_mm", "_varlen_attn"),
-    *("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"),
-    *("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu"),
-}
-"""Operators whose results selective recomputation keeps: products of weights, and attention in one kernel."""
-
-
-def checkpoint_activations(model: MultimodalLM, kind: str = "full") -> None:
-    """Make backward recompute the blocks of every part on the gradient's path. Names of parameters do not change.
-
-    `kind`: full | selective, which keeps the results of matrix products and attention. Transformers' own switch does nothing in
-    eval mode, which frozen parts are in.
-    """
-    options: dict[str, Any] = {"use_reentrant": False}
-    if kind == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keeps)
-    parts = [block_owner(model, name) for name in ("llm", *model.trainable_parts - {"llm"}) if has_blocks(model, name)]
-    for part in parts:
-        for block in blocks(part):
-            block.forward = functools.partial(checkpoint, block.forward, **options)
-
-
-def keeps(context: object, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Tell selective recomputation whether backward keeps an operator's result."""
-    is_kept = operator.overloadpacket.__name__ in KEPT_OPERATORS
-    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def block_owner(model: MultimodalLM, part: str) -> nn.Module:
-    """Return the module whose blocks are sharded and recomputed: the decoder, or the tower inside its wrapper."""
-    return model.llm.get_decoder() if part == "llm" else model.encoder(part).tower
-
-
-def has_blocks(model: MultimodalLM, part: str) -> bool:
-    return part == "llm" or part in {encoder for encoder, _ in ENCODERS.values()}
 
 
 def is_sharded(config: ParallelConfig, world: World) -> bool:
@@ -129,21 +94,28 @@ def cast_for_compute(model: nn.Module, dtype: torch.dtype) -> None:
         for name, p in module._parameters.items():
             if p is not None and p.is_floating_point() and p.dtype != dtype:  # codes of a quantised matrix are not cast
                 owners.setdefault(p, []).append((module, name))
-    for module in {module for pairs in owners.values() for module, _ in pairs}:
-        module.forward = _cast_inside(module, module.forward, dtype)
+    compiled = [block for block in model.modules() if is_compiled(block)]
+    own = {module for pairs in owners.values() for module, _ in pairs}
+    inside = {module for block in compiled for module in block.modules()}
+    # Compiled blocks are cast whole, before their graph: one in each layer would make every block another graph.
+    groups: list[tuple[nn.Module, tuple[nn.Module, ...]]] = [(module, (module,)) for module in own - inside]
+    groups += [(block, tuple(module for module in block.modules() if module in own)) for block in compiled]
+    for module, group in groups:
+        if group:
+            module.forward = _cast_inside(group, module.forward, dtype)
     if shared := {p: pairs for p, pairs in owners.items() if len(pairs) > 1}:
         model.forward = functools.partial(_cast_shared, shared, model.forward, dtype)
 
 
-def _cast_inside(module: nn.Module, forward: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
-    """Wrap `forward` so that the module's own parameters are cast.
+def _cast_inside(modules: tuple[nn.Module, ...], forward: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+    """Wrap `forward` so that the own parameters of `modules` are cast.
 
     A recomputed block is cast inside `checkpoint`, because backward runs what is inside a second time.
     """
     if isinstance(forward, functools.partial) and forward.func is checkpoint:
-        inner = functools.partial(_cast_forward, module, forward.args[0], dtype)
+        inner = functools.partial(_cast_forward, modules, forward.args[0], dtype)
         return functools.partial(checkpoint, inner, **forward.keywords)
-    return functools.partial(_cast_forward, module, forward, dtype)
+    return functools.partial(_cast_forward, modules, forward, dtype)
 
 
 def _cast_shared(
@@ -175,18 +147,22 @@ def set_tensor(module: nn.Module, name: str, value: torch.Tensor) -> None:
     parameters[name] = value
 
 
-def _cast_forward(module: nn.Module, forward: Callable[..., Any], dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
-    masters = dict(module._parameters)
-    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+def _cast_forward(
+    modules: tuple[nn.Module, ...], forward: Callable[..., Any], dtype: torch.dtype, *args: Any, **kwargs: Any
+) -> Any:
+    masters = [(module, dict(module._parameters)) for module in modules]
+    if isinstance(modules[0], nn.Linear | nn.Conv1d | nn.Conv2d):
         # Callers may have prepared the input in the dtype of the masters, as CLIP's embeddings do.
         args = tuple(a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
     try:
-        for name, p in masters.items():
-            if p is not None and p.is_floating_point():
-                set_tensor(module, name, p.to(dtype))
+        for module, owned in masters:
+            for name, p in owned.items():
+                if p is not None and p.is_floating_point():
+                    set_tensor(module, name, p.to(dtype))
         return forward(*args, **kwargs)
     finally:
-        module._parameters.update(masters)
+        for module, owned in masters:
+            module._parameters.update(owned)
 
 
 def replicate(model: MultimodalLM, world: World) -> nn.Module:

@@ -15,7 +15,8 @@ from model.llm.causal_lm import blocks, head_weight
 from model.llm.quantized_linear import without_kernels
 from model.multimodal import MultimodalLM
 from trainer.config import ParallelConfig
-from trainer.distributed.parallelize import block_owner, cast_for_compute, checkpoint_activations, has_blocks
+from trainer.distributed.blocks import block_owner, checkpoint_activations, has_blocks
+from trainer.distributed.parallelize import cast_for_compute
 from trainer.memory.simulate import Live, live_bytes
 
 MASTER = 4  # bytes of a trained number, of its gradient and of each of its two moments: all float32

@@ -11,7 +11,6 @@ from model.files.untrusted import SHOWN, Json, shown
 from trainer.runfile.toml_files import TOML_INTEGERS
 
 PLANNED_KEYS = (
-    "parallel.compile",
     "parallel.cpu_offload",
     "log.tensorboard",
     "log.wandb",

@@ -1,0 +1,125 @@
+"""Compilation of blocks with `torch.compile`: blocks that are alike share one graph, which holds for batches of any lengths.
+
+A block keeps its class and the names of its parameters: only its `forward` is another one. What surrounds the block, such as
+gathering of weights, casting and full recomputation, stays outside of the graph.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from model.errors import ConfigError
+from model.lora import LoraLinear
+from model.lora_product import SharedInputs
+
+log = logging.getLogger(__name__)
+MAX_GRAPHS = 64
+"""Graphs of all blocks, beyond which something that changes from batch to batch is taken for a part of the graph."""
+SETTING = "parallel.compile"
+
+
+class Compiler:
+    """Compiles blocks and counts their graphs. `saves_memory`: backward computes all again that is cheap."""
+
+    def __init__(self, saves_memory: bool) -> None:
+        import torch._dynamo as dynamo  # not above: it takes a second, which runs that do not compile need not wait for
+
+        dynamo.config.optimize_ddp = False  # DDP's buckets would split the graphs of blocks, which are small already
+        dynamo.config.recompile_limit = MAX_GRAPHS
+        self.num_graphs = 0
+        self.saves_memory = saves_memory
+        self.mark_dynamic = dynamo.maybe_mark_dynamic
+        self.errors: tuple[type[Exception], ...] = (dynamo.exc.TorchDynamoException, dynamo.exc.FailOnRecompileLimitHit)
+        self.call: Callable[..., Any] = torch.compile(_traced, backend=self._graph, fullgraph=True)
+
+    def _graph(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        """Compile one graph, forward and backward."""
+        from torch._functorch import config
+
+        self.num_graphs += 1
+        # Masks of dropout are drawn again in backward, as they are without a compiler: no list of torch's knows their operator.
+        bans: dict[str, Any] = {"ban_recompute_not_in_allowlist": False}
+        if self.saves_memory:
+            bans |= {"ban_recompute_used_far_apart": False, "ban_recompute_long_fusible_chains": False}
+        with config.patch(bans):
+            return compile_graph(graph, inputs)
+
+
+def compile_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    """Compile a graph with inductor."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return cast("Callable[..., Any]", compile_fx(graph, inputs))
+
+
+def _traced(forward: Callable[..., Any], inputs: tuple[SharedInputs, ...], *args: Any, **kwargs: Any) -> Any:
+    """Run the forward of a block, as the compiler traces it."""
+    found = forward(*args, **kwargs)
+    for shared in inputs:
+        shared.end_trace()
+    return found
+
+
+class CompiledForward:
+    """The forward of one block, compiled at its first call. `name`: the full path of the block."""
+
+    def __init__(self, block: nn.Module, name: str, compiler: Compiler, goes_on: bool) -> None:
+        self.forward, self.kind, self.name, self.compiler, self.goes_on = (
+            block.forward,
+            type(block).__name__,
+            name,
+            compiler,
+            goes_on,
+        )
+        layers = [module for module in block.modules() if isinstance(module, LoraLinear)]
+        self.inputs = tuple({id(layer.inputs): layer.inputs for layer in layers}.values())
+        self.failed = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises ConfigError with the name of the block when it cannot be compiled, or goes on without."""
+        if not self.failed:
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, Tensor):
+                    self.compiler.mark_dynamic(leaf, _changing(leaf))
+            try:
+                return self.compiler.call(self.forward, self.inputs, *args, **kwargs)
+            except self.compiler.errors as error:
+                self._report(error)
+        return self.forward(*args, **kwargs)
+
+    def _report(self, error: Exception) -> None:
+        for shared in self.inputs:
+            shared.end_trace()
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        problem = f"{self.name} ({self.kind}) cannot be compiled: {(lines or [type(error).__name__])[0][:300]}"
+        if not self.goes_on:
+            raise ConfigError(
+                f"{SETTING} = true: {problem}; use {SETTING} = 'or_eager' to run such blocks as they are, or {SETTING} = false"
+            ) from error
+        self.failed = True
+        log.warning("%s = 'or_eager': %s; it runs as it is", SETTING, problem)
+
+
+def _changing(tensor: Tensor) -> list[int]:
+    """Return the dimensions of an argument of a block that change from batch to batch: of features (..., D) all but the last."""
+    return list(range(tensor.dim() - (tensor.dim() == 3)))
+
+
+def compile_blocks(named: Iterable[tuple[str, nn.Module]], *, saves_memory: bool, goes_on: bool) -> Compiler:
+    """Have each of the blocks, which come with their full paths, compiled at its first call."""
+    compiler = Compiler(saves_memory)
+    for name, block in named:
+        vars(block)["forward"] = CompiledForward(block, name, compiler, goes_on)
+        vars(block)["is_compiled"] = True
+    return compiler
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether a module is a block that is compiled."""
+    return bool(vars(module).get("is_compiled", False))
