@@ -42,7 +42,7 @@ class ParallelConfig:
     strategy: Literal["ddp", "fsdp", "hsdp"] = "fsdp"
     shard_size: int = 0  # hsdp: ranks that share one copy
     reshard_after_forward: bool = True
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing: Literal["none", "selective", "full", "auto"] = "none"
     compile: bool | Literal["or_eager"] = False  # blocks by torch.compile; or_eager: blocks that cannot be compiled run as they are
 
 

@@ -18,6 +18,7 @@ from trainer.faults.requests import STOP
 from trainer.loop import Loop
 from trainer.machine.atomic_files import make_folder, replace_text
 from trainer.machine.open_files import check_limit
+from trainer.memory.chosen_at_start import settle_recomputation
 from trainer.memory.rehearsal import rehearse
 from trainer.records.later_stages import check_later_stages
 from trainer.records.quarantine import NAME as QUARANTINE
@@ -94,6 +95,9 @@ def train_stage(stage: Stage, start: ResumePoint, world: World, status: exit_rep
                 f"train.max_steps = 0 builds a model without training, but {config.output_dir} holds {checkpoint.name}: use "
                 "another output_dir; tools load and export from a checkpoint as from final/"
             )
+    stage, chosen = settle_recomputation(stage, data, world, state)
+    if chosen:
+        say(world, f"memory    {chosen}")
     tracker.mark("load")
     prepared = build_run(stage, data, world, tracker.report_progress)
     first_step = state["step"] - stage.first_step if state else 0
@@ -104,7 +108,7 @@ def train_stage(stage: Stage, start: ResumePoint, world: World, status: exit_rep
     if world.is_main:
         if start.checkpoint and config.checkpoint.resume not in ("auto", "none"):
             start.notes.extend(set_aside(stage.run_folder, step_of(start.checkpoint)))
-        replace_text(Path(config.output_dir, "run.toml"), to_toml(to_tables(stage.root)))
+        replace_text(Path(config.output_dir, "run.toml"), to_toml(to_tables(stage.root)) + (f"# {chosen}\n" if chosen else ""))
         print(describe_run(prepared, certificates, checkpoint, start.notes), flush=True)
     if prepared.trained and first_step < prepared.total_steps:
         tracker.begin("heaviest", stage.first_step + first_step)

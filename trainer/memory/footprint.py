@@ -102,7 +102,7 @@ def on_meta(card: ModelCard, config: ParallelConfig, *, computes: bool) -> Multi
     are used.
     """
     model = assemble(card, DTYPES[card.model.dtype])
-    if config.activation_checkpointing != "none":
+    if config.activation_checkpointing in ("selective", "full"):
         checkpoint_activations(model, config.activation_checkpointing)
     made: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay tied
     for module in model.modules():
