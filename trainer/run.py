@@ -12,6 +12,7 @@ from trainer.checkpoint.resume import check_state, find_resume_point, remaining_
 from trainer.checkpoint.retention import set_aside, step_of
 from trainer.checkpoint.write_final import FinalRun, final_step, publish, write_final
 from trainer.config import RunConfig
+from trainer.distributed.compile_environment import prepare_compiling
 from trainer.distributed.world import World
 from trainer.faults import exit_report, signals
 from trainer.faults.requests import STOP
@@ -43,6 +44,9 @@ def train(root: RunConfig, world: World, status: exit_report.RunStatus) -> None:
     check_stages(stages)
     for line in (*describe_stages(stages), *signals.launcher_lines(root.faults.grace_seconds)):
         say(world, line)
+    for line in dict.fromkeys(prepare_compiling(stage.config.parallel, world.device) for stage in stages):
+        if line:
+            say(world, f"compile   {line}")
     state = None
     if checkpoint:
         stages, state = remaining_stages(checkpoint, stages, world)

@@ -33,6 +33,7 @@ class Compiler:
         dynamo.config.optimize_ddp = False  # DDP's buckets would split the graphs of blocks, which are small already
         dynamo.config.recompile_limit = MAX_GRAPHS
         self.num_graphs = 0
+        self.failed: set[type[nn.Module]] = set()  # classes of which a block could not be compiled
         self.saves_memory = saves_memory
         self.mark_dynamic = dynamo.maybe_mark_dynamic
         self.errors: tuple[type[Exception], ...] = (dynamo.exc.TorchDynamoException, dynamo.exc.FailOnRecompileLimitHit)
@@ -46,7 +47,8 @@ class Compiler:
         # Masks of dropout are drawn again in backward, as they are without a compiler: no list of torch's knows their operator.
         bans: dict[str, Any] = {"ban_recompute_not_in_allowlist": False}
         if self.saves_memory:
-            bans |= {"ban_recompute_used_far_apart": False, "ban_recompute_long_fusible_chains": False}
+            bans |= dict.fromkeys(("ban_recompute_used_far_apart", "ban_recompute_long_fusible_chains"), False)
+            bans |= dict.fromkeys(("ban_recompute_materialized_backward", "ban_recompute_reductions"), False)
         with config.patch(bans):
             return compile_graph(graph, inputs)
 
@@ -70,20 +72,14 @@ class CompiledForward:
     """The forward of one block, compiled at its first call. `name`: the full path of the block."""
 
     def __init__(self, block: nn.Module, name: str, compiler: Compiler, goes_on: bool) -> None:
-        self.forward, self.kind, self.name, self.compiler, self.goes_on = (
-            block.forward,
-            type(block).__name__,
-            name,
-            compiler,
-            goes_on,
-        )
+        self.forward, self.kind, self.name = block.forward, type(block), name
+        self.compiler, self.goes_on = compiler, goes_on
         layers = [module for module in block.modules() if isinstance(module, LoraLinear)]
         self.inputs = tuple({id(layer.inputs): layer.inputs for layer in layers}.values())
-        self.failed = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Raises ConfigError with the name of the block when it cannot be compiled, or goes on without."""
-        if not self.failed:
+        if self.kind not in self.compiler.failed:
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, Tensor):
                     self.compiler.mark_dynamic(leaf, _changing(leaf))
@@ -97,13 +93,13 @@ class CompiledForward:
         for shared in self.inputs:
             shared.end_trace()
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        problem = f"{self.name} ({self.kind}) cannot be compiled: {(lines or [type(error).__name__])[0][:300]}"
+        problem = f"{self.name} ({self.kind.__name__}) cannot be compiled: {(lines or [type(error).__name__])[0][:300]}"
         if not self.goes_on:
             raise ConfigError(
                 f"{SETTING} = true: {problem}; use {SETTING} = 'or_eager' to run such blocks as they are, or {SETTING} = false"
             ) from error
-        self.failed = True
-        log.warning("%s = 'or_eager': %s; it runs as it is", SETTING, problem)
+        self.compiler.failed.add(self.kind)
+        log.warning("%s = 'or_eager': %s; blocks of this class run as they are", SETTING, problem)
 
 
 def _changing(tensor: Tensor) -> list[int]:
