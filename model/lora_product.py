@@ -202,13 +202,17 @@ def _adapted(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, lora_b
 @torch.library.impl(_OPERATORS, "draw_state", "CompositeExplicitAutograd")
 def _draw_state(x: Tensor, rate: float) -> Tensor:
     """Return the state of the generator, and draw a mask for `x` (..., in) from it as the eager layer does."""
-    state = default_generator(x.device).get_state()
+    state = random_state(x.device)
+    if state is None:
+        return _fake_state(x, rate)
     keep_mask(x.shape, rate, x.device)  # the generator moves on by as much
     return state
 
 
 @torch.library.impl(_OPERATORS, "mask_of", "CompositeExplicitAutograd")
 def _mask_of(x: Tensor, rate: float, state: Tensor) -> Tensor:
+    if x.device.type == "meta":
+        return _fake_mask(x, rate, state)
     return keep_mask(x.shape, rate, x.device, state)
 
 

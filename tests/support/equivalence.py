@@ -87,9 +87,7 @@ def _blocks_of(recompute: bool | str) -> dict[str, Any]:
     kind = recompute if isinstance(recompute, str) else "full" if recompute else "none"
     if not kind.startswith("compiled "):
         return {"activation_checkpointing": kind}
-    from torch._dynamo.backends.debugging import aot_eager_decomp_partition
-
-    compiled_blocks.compile_graph = aot_eager_decomp_partition  # this process ends with its cases
+    compiled_blocks.compile_graph = compiled_blocks.partition_graph  # this process ends with its cases
     return {"activation_checkpointing": kind.removeprefix("compiled "), "compile": True}
 
 

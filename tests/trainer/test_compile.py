@@ -30,16 +30,14 @@ from trainer.distributed.compiled_blocks import CompiledForward
 from trainer.distributed.parallelize import replicate
 
 LONG = pytest.mark.long
-LENGTHS = ((12, 7, 9), (5, 8), (17, 3, 4, 6), (9, 9))
+LENGTHS = ((90, 60, 70), (80, 84), (50, 30, 61, 47), (99, 99))
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced, differentiated and cut into forward and backward as inductor does it, without its kernels: they take a minute."""
-    from torch._dynamo.backends.debugging import aot_eager_decomp_partition
-
-    monkeypatch.setattr(compiled_blocks, "compile_graph", aot_eager_decomp_partition)
+    monkeypatch.setattr(compiled_blocks, "compile_graph", compiled_blocks.partition_graph)
 
 
 def build(folder: Path, tune: Any, parallel: ParallelConfig, dtype: Any = "float32", **options: Any) -> MultimodalLM:
@@ -118,7 +116,7 @@ def test_one_graph_computes_all_blocks_and_lengths_with_the_masks_of_eager(quick
     kinds: dict[str, Any] = {"activation_checkpointing": kind}
     eager, none = steps(build(tmp_path, tune, ParallelConfig(**kinds)), packed)
     found, counts = steps(build(tmp_path, tune, ParallelConfig(compile=True, **kinds)), packed)
-    assert distance(found, eager) < 2e-6 and none == [0] * len(LENGTHS)
+    assert distance(found, eager) < 1e-5 and none == [0] * len(LENGTHS)
     assert counts == [1] * len(LENGTHS)
 
 
@@ -140,7 +138,7 @@ def test_inductor_rounds_as_eager_does(tmp_path: Path) -> None:
     save_llm(tmp_path, "qwen2")
     right, _ = steps(build(tmp_path, "lora", ParallelConfig()), True)
     found, _ = steps(build(tmp_path, "lora", ParallelConfig(compile=True)), True)
-    assert distance(found, right) < 2e-6
+    assert distance(found, right) < 1e-5
     half, _ = steps(build(tmp_path, "lora", ParallelConfig(), "bfloat16"), True)
     found, _ = steps(build(tmp_path, "lora", ParallelConfig(compile=True), "bfloat16"), True)
     assert distance(found, right) < 1.5 * distance(half, right)

@@ -7,12 +7,15 @@ gathering of weights, casting and full recomputation, stays outside of the graph
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointPolicy
 
 from model.errors import ConfigError
 from model.lora import LoraLinear
@@ -22,6 +25,7 @@ log = logging.getLogger(__name__)
 MAX_GRAPHS = 64
 """Graphs of all blocks, beyond which something that changes from batch to batch is taken for a part of the graph."""
 SETTING = "parallel.compile"
+WITHOUT_CODE = ContextVar("WITHOUT_CODE", default=False)
 
 
 class Compiler:
@@ -44,13 +48,31 @@ class Compiler:
         from torch._functorch import config
 
         self.num_graphs += 1
+        keep_products(graph)
         # Masks of dropout are drawn again in backward, as they are without a compiler: no list of torch's knows their operator.
         bans: dict[str, Any] = {"ban_recompute_not_in_allowlist": False}
         if self.saves_memory:
             bans |= dict.fromkeys(("ban_recompute_used_far_apart", "ban_recompute_long_fusible_chains"), False)
             bans |= dict.fromkeys(("ban_recompute_materialized_backward", "ban_recompute_reductions"), False)
         with config.patch(bans):
-            return compile_graph(graph, inputs)
+            return (partition_graph if WITHOUT_CODE.get() else compile_graph)(graph, inputs)
+
+
+def keep_products(graph: torch.fx.GraphModule) -> None:
+    """Mark operators of other libraries, as kernels of attention and draws of random states: no list of torch's knows them.
+
+    Their results are kept for backward: a product would be computed twice, and a state would be another one.
+    """
+    for module in graph.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket) and not _is_cheap(node.target):
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def _is_cheap(operator: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> bool:
+    """Tell whether an operator is one of torch's own, whose cost torch knows, or a mask of dropout."""
+    name = str(operator)
+    return name.startswith(("aten.", "prims.", "multimodal_lora.mask_of"))
 
 
 def compile_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -58,6 +80,23 @@ def compile_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable
     from torch._inductor.compile_fx import compile_fx
 
     return cast("Callable[..., Any]", compile_fx(graph, inputs))
+
+
+def partition_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    """Cut a graph into forward and backward as inductor does, with what passes between them, and run its operators one by one."""
+    from torch._dynamo.backends.debugging import aot_eager_decomp_partition
+
+    return cast("Callable[..., Any]", aot_eager_decomp_partition(graph, inputs))
+
+
+@contextmanager
+def without_code() -> Iterator[None]:
+    """Make no code of graphs that are compiled inside the context, as on meta, where only shapes count."""
+    token = WITHOUT_CODE.set(True)
+    try:
+        yield
+    finally:
+        WITHOUT_CODE.reset(token)
 
 
 def _traced(forward: Callable[..., Any], inputs: tuple[SharedInputs, ...], *args: Any, **kwargs: Any) -> Any:
