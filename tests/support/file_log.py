@@ -70,16 +70,25 @@ class FileLog:
         self.events.append(Event(caption, self.photograph(), synced, self.done))
 
     def photograph(self) -> Photograph:
+        """All files as of one moment: taken again where another thread or rank renamed or removed something meanwhile.
+
+        What such a photograph misses under either name would look new, and half written, in the next one.
+        """
+        for _ in range(100):
+            try:
+                return self.walk()
+            except OSError:
+                continue
+        raise AssertionError(f"{self.folder} never stood still for a photograph")
+
+    def walk(self) -> Photograph:
         found: Photograph = {}
         pending = [self.folder]
         while pending:
             path = pending.pop()
-            try:
-                facts = path.lstat()
-                inner = sorted(path.iterdir()) if stat.S_ISDIR(facts.st_mode) else None
-                data = None if inner is not None else path.read_bytes()
-            except OSError:  # another thread or rank has removed or renamed it in the meantime
-                continue
+            facts = path.lstat()
+            inner = sorted(path.iterdir()) if stat.S_ISDIR(facts.st_mode) else None
+            data = None if inner is not None else path.read_bytes()
             found[str(path.relative_to(self.folder))] = Node(
                 facts.st_ino, None if data is None else self.known.setdefault(data, data)
             )
@@ -159,13 +168,19 @@ def within(folder: Path, path: Any) -> bool:
 
 
 def killed(events: list[Event]) -> Iterator[tuple[str, str, State]]:
-    """Caption, promise and state of every SIGKILL; files that were written between two photographs also half as far."""
-    before: dict[int, bytes | None] = {}
+    """Caption, promise and state of every SIGKILL; files that were written between two photographs also half as far.
+
+    What the first photograph shows was written before the record began, by a process that ended: it is whole.
+    """
+    before = {node.identity: node.data for node in events[0].photograph.values()} if events else {}
     for event in events:
         state: State = {name: node.data for name, node in event.photograph.items()}
         for name, node in event.photograph.items():
             if node.data and before.get(node.identity) != node.data:
-                yield f"{event.caption}, {name} half written", event.done, {**state, name: node.data[: len(node.data) // 2]}
+                old = before.get(node.identity) or b""
+                kept = len(old) if node.data.startswith(old) else 0  # what is added to the end of a file takes nothing from it
+                half = node.data[: kept + (len(node.data) - kept) // 2]
+                yield f"{event.caption}, {name} half written", event.done, {**state, name: half}
         yield event.caption, event.done, state
         before = {node.identity: node.data for node in event.photograph.values()}
 
