@@ -34,7 +34,6 @@ SHAPE = {"hidden_size": 320, "intermediate_size": 864, "num_attention_heads": 5,
 WAYS = {
     "eager": ("none", False),
     "compiled": ("none", True),
-    "selective": ("selective", False),
     "compiled selective": ("selective", True),
 }
 
