@@ -11,7 +11,6 @@ import resource
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +43,7 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in spent)
 
 
-def built(folder: Path, options: argparse.Namespace, way: str) -> MultimodalLM:
+def trained_way(folder: Path, options: argparse.Namespace, way: str) -> MultimodalLM:
     """Return the model that trains `way`."""
     kind, compiles = WAYS[way]
     config = ModelConfig(LlmConfig(str(folder), options.tune), dtype=options.dtype)
@@ -54,7 +53,7 @@ def built(folder: Path, options: argparse.Namespace, way: str) -> MultimodalLM:
     return model
 
 
-def batch_of(step: int, num_tokens: int) -> Batch:
+def packed_batch(step: int, num_tokens: int) -> Batch:
     """Return a packed batch of about `num_tokens` tokens, whose samples have other lengths in every step."""
     generator = torch.Generator().manual_seed(step)
     samples: list[Sample] = []
@@ -84,7 +83,7 @@ def kept_bytes(model: MultimodalLM, batch: Batch) -> int:
     return sum(kept.values())
 
 
-def step(model: MultimodalLM, batch: Batch) -> tuple[float, float]:
+def timed_step(model: MultimodalLM, batch: Batch) -> tuple[float, float]:
     """Return the loss of a forward and backward, and its CPU seconds."""
     torch.manual_seed(1)
     before = cpu_seconds()
@@ -100,21 +99,21 @@ def bench(options: argparse.Namespace) -> None:
         raise ConfigError("--rounds and --layers are positive, --tokens is 64 or more")
     with tempfile.TemporaryDirectory() as name:
         Qwen2ForCausalLM(Qwen2Config(**SHAPE, num_hidden_layers=options.layers)).save_pretrained(name)
-        models = {way: built(Path(name), options, way) for way in WAYS}
+        models = {way: trained_way(Path(name), options, way) for way in WAYS}
     first: dict[str, float] = {}
     spent: dict[str, list[float]] = {way: [] for way in WAYS}
     losses: dict[str, list[float]] = {way: [] for way in WAYS}
     for way, model in models.items():
-        first[way] = step(model, batch_of(0, options.tokens))[1]
+        first[way] = timed_step(model, packed_batch(0, options.tokens))[1]
     for n in range(1, options.rounds + 1):
         for way, model in models.items():
-            loss, seconds = step(model, batch_of(n, options.tokens))
+            loss, seconds = timed_step(model, packed_batch(n, options.tokens))
             spent[way].append(seconds)
             losses[way].append(loss)
     print(f"{options.layers} layers, {options.tune}, {options.dtype}, {options.tokens} packed tokens, {options.rounds} rounds")
     print(f"{'':<20}{'CPU s/step':>12}{'/ eager':>9}{'kept MiB':>10}{'/ eager':>9}{'first step':>12}{'largest change of loss':>24}")
-    kept = {way: kept_bytes(model, batch_of(1, options.tokens)) for way, model in models.items()}
-    base: Any = statistics.median(spent["eager"]), kept["eager"]
+    kept = {way: kept_bytes(model, packed_batch(1, options.tokens)) for way, model in models.items()}
+    base = statistics.median(spent["eager"]), kept["eager"]
     for way in WAYS:
         seconds = statistics.median(spent[way])
         change = max(abs(a - b) for a, b in zip(losses[way], losses["eager"], strict=True))

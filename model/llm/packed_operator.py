@@ -28,6 +28,11 @@ class SegmentOptions:
     softcap: float = 0.0  # 0: scores are not capped
 
 
+def options_of(how: tuple[float, ...]) -> SegmentOptions:
+    """Return the options for scale, window and cap as the operator takes them."""
+    return SegmentOptions(how[0], int(how[1]), how[2])
+
+
 def _one_segment(options: SegmentOptions) -> Segment:
     """Return the attention of one segment, the same as `causal_attention` computes."""
 
@@ -57,7 +62,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, options: 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, *how: Any) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, *how: float) -> Tensor:
         ctx.save_for_backward(query, key, value, lengths)
         ctx.how = how
         found: Tensor = torch.ops.multimodal_attention.packed(query, key, value, lengths, *how)
@@ -76,19 +81,19 @@ _OPERATORS.define(f"packed_backward(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, 
 
 
 @torch.library.impl(_OPERATORS, "packed", "CompositeExplicitAutograd")
-def _packed(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, *how: Any) -> Tensor:
+def _packed(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, *how: float) -> Tensor:
     """Raises ValueError if the lengths do not add up: the model would attend across samples."""
     sizes = lengths.tolist()
     if sum(sizes) != query.shape[2]:
         raise ValueError(f"segment lengths {sizes} do not describe a query of shape {tuple(query.shape)}")
-    one = _one_segment(SegmentOptions(*how))
+    one = _one_segment(options_of(how))
     parts = zip(*(tensor.split(sizes, 2) for tensor in (query, key, value)), strict=True)
     return torch.cat([one(q, k, v) for q, k, v in parts], 1)
 
 
 @torch.library.impl(_OPERATORS, "packed_backward", "CompositeExplicitAutograd")
-def _packed_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, *how: Any) -> tuple[Tensor, ...]:
-    sizes, one = lengths.tolist(), _one_segment(SegmentOptions(*how))
+def _packed_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, *how: float) -> tuple[Tensor, ...]:
+    sizes, one = lengths.tolist(), _one_segment(options_of(how))
     pieces: list[tuple[Tensor, ...]] = []
     # The dispatcher has left automatic differentiation when it calls an operator.
     with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
@@ -99,10 +104,10 @@ def _packed_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, le
 
 
 @torch.library.register_fake("multimodal_attention::packed", lib=_OPERATORS)
-def _fake_packed(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, *how: Any) -> Tensor:
+def _fake_packed(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, *how: float) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
 
 @torch.library.register_fake("multimodal_attention::packed_backward", lib=_OPERATORS)
-def _fake_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _fake_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor, ...]:
     return tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))

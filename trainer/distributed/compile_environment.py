@@ -1,4 +1,4 @@
-"""What compiling needs of a machine: compilers, and a folder in which compiled blocks are kept between starts."""
+"""Needs of compiling on a machine: compilers, and a folder in which compiled blocks are kept between starts."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from model.errors import ConfigError
 from model.lora import LoraLinear
 from model.lora_product import SharedInputs
 
+Call = Callable[..., Any]
 log = logging.getLogger(__name__)
 MAX_GRAPHS = 64
 """Graphs of all blocks, beyond which something that changes from batch to batch is taken for a part of the graph."""
@@ -41,16 +42,16 @@ class Compiler:
         self.saves_memory = saves_memory
         self.mark_dynamic = dynamo.maybe_mark_dynamic
         self.errors: tuple[type[Exception], ...] = (dynamo.exc.TorchDynamoException, dynamo.exc.FailOnRecompileLimitHit)
-        self.call: Callable[..., Any] = torch.compile(_traced, backend=self._graph, fullgraph=True)
+        self.call: Call = torch.compile(_traced, backend=self._graph, fullgraph=True)
 
-    def _graph(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    def _graph(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Call:
         """Compile one graph, forward and backward."""
         from torch._functorch import config
 
         self.num_graphs += 1
         keep_products(graph)
         # Masks of dropout are drawn again in backward, as they are without a compiler: no list of torch's knows their operator.
-        bans: dict[str, Any] = {"ban_recompute_not_in_allowlist": False}
+        bans: dict[str, bool] = {"ban_recompute_not_in_allowlist": False}
         if self.saves_memory:
             bans |= dict.fromkeys(("ban_recompute_used_far_apart", "ban_recompute_long_fusible_chains"), False)
             bans |= dict.fromkeys(("ban_recompute_materialized_backward", "ban_recompute_reductions"), False)
@@ -75,22 +76,22 @@ def _is_cheap(operator: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> 
     return name.startswith(("aten.", "prims.", "multimodal_lora.mask_of"))
 
 
-def compile_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+def compile_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Call:
     """Compile a graph with inductor."""
     from torch._inductor.compile_fx import compile_fx
 
-    return cast("Callable[..., Any]", compile_fx(graph, inputs))
+    return cast(Call, compile_fx(graph, inputs))
 
 
-def partition_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+def partition_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Call:
     """Cut a graph into forward and backward as inductor does, with what passes between them, and run its operators one by one."""
     from torch._dynamo.backends.debugging import aot_eager_decomp_partition
 
-    return cast("Callable[..., Any]", aot_eager_decomp_partition(graph, inputs))
+    return cast(Call, aot_eager_decomp_partition(graph, inputs))
 
 
 @contextmanager
-def without_code() -> Iterator[None]:
+def cutting_graphs_only() -> Iterator[None]:
     """Make no code of graphs that are compiled inside the context, as on meta, where only shapes count."""
     token = WITHOUT_CODE.set(True)
     try:
@@ -99,7 +100,7 @@ def without_code() -> Iterator[None]:
         WITHOUT_CODE.reset(token)
 
 
-def _traced(forward: Callable[..., Any], inputs: tuple[SharedInputs, ...], *args: Any, **kwargs: Any) -> Any:
+def _traced(forward: Call, inputs: tuple[SharedInputs, ...], *args: object, **kwargs: object) -> object:
     """Run the forward of a block, as the compiler traces it."""
     found = forward(*args, **kwargs)
     for shared in inputs:
@@ -116,7 +117,7 @@ class CompiledForward:
         layers = [module for module in block.modules() if isinstance(module, LoraLinear)]
         self.inputs = tuple({id(layer.inputs): layer.inputs for layer in layers}.values())
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         """Raises ConfigError with the name of the block when it cannot be compiled, or goes on without."""
         if self.kind not in self.compiler.failed:
             for leaf in tree_leaves((args, kwargs)):
@@ -147,7 +148,7 @@ def _changing(tensor: Tensor) -> list[int]:
 
 
 def compile_blocks(named: Iterable[tuple[str, nn.Module]], *, saves_memory: bool, goes_on: bool) -> Compiler:
-    """Have each of the blocks, which come with their full paths, compiled at its first call."""
+    """Compile each of the blocks, which come with their full paths, at its first call."""
     compiler = Compiler(saves_memory)
     for name, block in named:
         vars(block)["forward"] = CompiledForward(block, name, compiler, goes_on)

@@ -1,4 +1,4 @@
-"""What a start puts in place of `parallel.activation_checkpointing = "auto"`: the same on every rank."""
+"""Choice of a start in place of `parallel.activation_checkpointing = "auto"`: the same on every rank."""
 
 from __future__ import annotations
 

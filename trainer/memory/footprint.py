@@ -16,7 +16,7 @@ from model.llm.quantized_linear import without_kernels
 from model.multimodal import MultimodalLM
 from trainer.config import ParallelConfig
 from trainer.distributed.blocks import block_owner, has_blocks, prepare_blocks
-from trainer.distributed.compiled_blocks import without_code
+from trainer.distributed.compiled_blocks import cutting_graphs_only
 from trainer.distributed.parallelize import cast_for_compute
 from trainer.memory.simulate import Live, live_bytes
 
@@ -81,7 +81,7 @@ def footprint(card: ModelCard, config: ParallelConfig, num_ranks: int, batch: Ba
     model = on_meta(card, config, computes=ways > 1, lowers=True)
     held = tuple(holdings(model, card, ways))
     try:
-        with without_code():
+        with cutting_graphs_only():
             live = simulated(model, batch)
     except RuntimeError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -19,7 +19,7 @@ MARGIN = 1.1
 
 @dataclass(frozen=True)
 class Choice:
-    """What "auto" stands for, and why, as a sentence for people."""
+    """The kind that "auto" stands for, and the reason, as a sentence for people."""
 
     kind: Kind
     reason: str
