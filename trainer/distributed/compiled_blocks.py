@@ -133,7 +133,7 @@ class CompiledForward:
         for shared in self.inputs:
             shared.end_trace()
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        problem = f"{self.name} ({self.kind.__name__}) cannot be compiled: {(lines or [type(error).__name__])[0][:300]}"
+        problem = f"{self.name} ({self.kind.__name__}) cannot be compiled: {' '.join(lines[:2] or [type(error).__name__])[:300]}"
         if not self.goes_on:
             raise ConfigError(
                 f"{SETTING} = true: {problem}; use {SETTING} = 'or_eager' to run such blocks as they are, or {SETTING} = false"
