@@ -200,4 +200,7 @@ class Loop:
 
     def _state(self) -> CheckpointState:
         """Return the state of the loop that a checkpoint holds. Collective, host sync."""
-        return {**run_state(self.stage, self.lengths), "meter": {**self.meter.state(), "health": self.health.state()}}
+        return {
+            **run_state(self.stage, self.lengths, self.prepared.world.size),
+            "meter": {**self.meter.state(), "health": self.health.state()},
+        }

@@ -41,3 +41,5 @@ class CheckpointState(TypedDict, total=False):
     first_step: int  # of that stage
     step: int
     optimizer_steps: dict[str, float]
+    num_ranks: int
+    activation_checkpointing: str  # none | selective | full, also where the run file says auto

@@ -59,6 +59,7 @@ LAYOUTS = [
 LONG_LAYOUTS = [
     *((4, "fsdp", False, 3), (4, "hsdp", True, 1), (4, "hsdp", False, 3)),
     *((1, "ddp", "selective", 4), (2, "fsdp", "selective", 3)),
+    *((1, "ddp", "compiled none", 4), (2, "ddp", "compiled full", 3), (2, "fsdp", "compiled selective", 2)),
 ]
 
 

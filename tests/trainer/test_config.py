@@ -125,6 +125,12 @@ def test_values_that_are_not_built_yet_are_refused(value: str) -> None:
     assert f"{value} is planned and not built yet" in problems(**changes)
 
 
+def test_blocks_are_compiled_or_not_or_where_they_can_be() -> None:
+    assert parse_config({**MINIMAL, "parallel": {"compile": "or_eager"}}, "x").parallel.compile == "or_eager"
+    assert "parallel.compile = 'always' is not true or false or 'or_eager'" in problems(parallel={"compile": "always"})
+    assert "'none' | 'selective' | 'full' | 'auto'" in problems(parallel={"activation_checkpointing": "some"})
+
+
 def test_overrides(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(to_toml(MINIMAL))

@@ -11,7 +11,6 @@ from model.files.untrusted import SHOWN, Json, shown
 from trainer.runfile.toml_files import TOML_INTEGERS
 
 PLANNED_KEYS = (
-    "parallel.compile",
     "log.tensorboard",
     "log.wandb",
     "log.project",
