@@ -100,6 +100,15 @@ def distance(found: list[dict[str, Tensor]], right: list[dict[str, Tensor]]) -> 
     )
 
 
+def moved_by_rounding(model: MultimodalLM) -> MultimodalLM:
+    """The model after each weight was moved by half a unit of its last place: how far a correct program may be."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 2**-24 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 CASES = {
     "lora packed": ("lora", "none", True),
     "full": ("full", "none", False),
@@ -115,8 +124,9 @@ def test_one_graph_computes_all_blocks_and_lengths_with_the_masks_of_eager(quick
     save_llm(tmp_path, "qwen2", num_hidden_layers=3)
     kinds: dict[str, Any] = {"activation_checkpointing": kind}
     eager, none = steps(build(tmp_path, tune, ParallelConfig(**kinds)), packed)
+    rounded, _ = steps(moved_by_rounding(build(tmp_path, tune, ParallelConfig(**kinds))), packed)
     found, counts = steps(build(tmp_path, tune, ParallelConfig(compile=True, **kinds)), packed)
-    assert distance(found, eager) < 1e-5 and none == [0] * len(LENGTHS)
+    assert distance(found, eager) < 2 * distance(rounded, eager) < 3e-5 and none == [0] * len(LENGTHS)
     assert counts == [1] * len(LENGTHS)
 
 

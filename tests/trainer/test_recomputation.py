@@ -14,7 +14,8 @@ from model.config import LlmConfig, LoraConfig, ModelConfig
 from model.errors import ConfigError
 from model.llm.causal_lm import VocabularyLayout
 from tests.support.ranks import run_ranks
-from tests.support.runs import Start, start
+from tests.support.resume import metrics, weights
+from tests.support.runs import Start, start, start_alone
 from trainer.config import ParallelConfig
 from trainer.distributed.world import World
 from trainer.memory import advice, chosen_at_start
@@ -67,6 +68,15 @@ def test_advice_names_selective_where_it_is_enough(scenario: MemoryScenario) -> 
 
     assert named(70) == [advice.RECOMPUTES_LITTLE]
     assert named(69) == [advice.RECOMPUTES]
+
+
+def test_auto_has_the_numbers_of_what_it_chose(parts: Path, tmp_path: Path) -> None:
+    """Losses and final files, to the bit: it changes nothing but memory and time."""
+    sections: dict[str, Any] = {"parallel": {"activation_checkpointing": "full"}, "train": {"max_steps": 2}}
+    assert run_ranks(starts, 1, parts, tmp_path / "auto", [1], [2])[0][0].code == 0
+    assert start_alone(parts, tmp_path / "full", sections).code == 0
+    assert metrics(tmp_path / "auto") == metrics(tmp_path / "full") and len(metrics(tmp_path / "full")) == 2
+    assert weights(tmp_path / "auto") == weights(tmp_path / "full")
 
 
 def starts(world: World, folder: Path, output: Path, memories: list[int], steps: list[int]) -> list[Start]:
