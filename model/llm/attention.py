@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -23,9 +22,11 @@ from model.llm.packed_operator import SegmentOptions, attend
 from model.llm.scores import CappedScores, band, capped
 
 
-@cache
 def varlen_kernel() -> Callable[..., object] | None:
-    """Return torch's kernel for packed rows; None where torch has none. Its module imports the compiler: only GPUs ask for it."""
+    """Return torch's kernel for packed rows; None where torch has none. Its module imports the compiler: only GPUs ask for it.
+
+    Not cached: a compiler that traces this warns of caches.
+    """
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
