@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,21 @@ from model.config import LlmConfig, LoraConfig, ModelConfig
 from model.errors import ConfigError
 from model.llm.causal_lm import blocks
 from model.multimodal import MultimodalLM
+from tests.support.ranks import run_ranks
+from tests.support.resume import LORA, cut, metrics
 from tests.support.router import save_mixture
+from tests.support.runs import merged, start
 from tests.support.tiny import FAMILIES, save_llm
 from tests.support.trainable import ALONE
 from trainer.config import ParallelConfig
 from trainer.distributed import compiled_blocks
 from trainer.distributed.blocks import prepare_blocks
-from trainer.distributed.compile_environment import CACHE_VARIABLE, cache_folder, prepare_compiling
+from trainer.distributed.compile_environment import CACHE_VARIABLE, cache_folder, missing_compiler, prepare_compiling
 from trainer.distributed.compiled_blocks import CompiledForward
+from trainer.distributed.compute_copies import keeps_copies
 from trainer.distributed.parallelize import replicate
+from trainer.distributed.world import World
+from trainer.runfile.load import parse_config
 
 LONG = pytest.mark.long
 LENGTHS = ((90, 60, 70), (80, 84), (50, 30, 61, 47), (99, 99))
@@ -51,7 +58,7 @@ def build(folder: Path, tune: Any, parallel: ParallelConfig, dtype: Any = "float
     model.llm.get_input_embeddings().register_forward_hook(lambda module, inputs, rows: rows.requires_grad_())
     names = list(model.state_dict())
     prepare_blocks(model, parallel)
-    replicate(model, ALONE)
+    replicate(model, ALONE, parallel)
     assert list(model.state_dict()) == names
     return model
 
@@ -152,6 +159,53 @@ def test_inductor_rounds_as_eager_does(tmp_path: Path) -> None:
     half, _ = steps(build(tmp_path, "lora", ParallelConfig(), "bfloat16"), True)
     found, _ = steps(build(tmp_path, "lora", ParallelConfig(compile=True), "bfloat16"), True)
     assert distance(found, right) < 1.5 * distance(half, right)
+
+
+def starts(world: World, parts: Path, folder: Path) -> list[list[tuple[int, float]]]:
+    """Steps and losses of four runs of LoRA with dropout: eager, compiled, and each resumed half-way with the other setting."""
+    os.environ[CACHE_VARIABLE] = str(folder / "cache")  # this process ends with its runs
+    compiled_blocks.compile_graph = compiled_blocks.partition_graph
+
+    def run(name: str, compiles: bool) -> list[tuple[int, float]]:
+        sections = merged(LORA, {"parallel": {"compile": compiles}, "train": {"max_steps": 4}})
+        assert start(world, parts, folder / name, sections).code == 0
+        return metrics(folder / name)
+
+    found = [run("eager", False), run("compiled", True)]
+    for name, compiles in (("eager", True), ("compiled", False)):
+        cut(folder / name, folder / f"{name}, then not", 2)
+        found.append(run(f"{name}, then not", compiles))
+    return found
+
+
+@pytest.mark.long
+def test_a_run_goes_on_with_the_other_setting(parts: Path, tmp_path: Path) -> None:
+    if missing_compiler(CPU):
+        pytest.skip("no compiler")
+    eager, *others = run_ranks(starts, 1, parts, tmp_path, seconds=600)[0]
+    assert [step for step, _ in eager] == [1, 2, 3, 4]
+    for found in others:
+        assert [step for step, _ in found] == [1, 2, 3, 4]
+        assert [loss for _, loss in found] == pytest.approx([loss for _, loss in eager], rel=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("offloads", [False, True])
+def test_masters_are_cast_before_the_graph(quickly: None, tmp_path: Path, offloads: bool) -> None:
+    """In bfloat16, masters cast in every forward, or kept on the host: no further from float32 than eager is."""
+    save_llm(tmp_path, "qwen2")
+    right, _ = steps(build(tmp_path, "full", ParallelConfig()), True)
+    kept = ParallelConfig(cpu_offload=offloads)
+    eager, _ = steps(build(tmp_path, "full", kept, "bfloat16"), True)
+    found, counts = steps(build(tmp_path, "full", replace(kept, compile=True), "bfloat16"), True)
+    assert distance(found, right) < 1.5 * distance(eager, right) and counts == [1] * len(LENGTHS)
+
+
+def test_copies_of_masters_and_compiled_blocks_exclude_each_other() -> None:
+    assert not keeps_copies(ParallelConfig(compile=True)) and keeps_copies(ParallelConfig())
+    run: dict[str, Any] = {"output_dir": "x", "model": {"llm": {"path": "x"}}, "train": {"max_steps": 0}}
+    with pytest.raises(ConfigError, match=r"parallel\.compute_copies = 'always' with parallel\.compile = True: .*; use 'auto'"):
+        parse_config({**run, "parallel": {"compile": True, "compute_copies": "always"}}, "x")
 
 
 def test_a_block_that_cannot_be_compiled_is_named_or_runs_as_it_is(
