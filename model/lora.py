@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import LoraConfig
@@ -44,9 +45,20 @@ class LoraLinear(nn.Linear):
         """Return W as it is stored."""
         return Matrix((self.weight,), lambda weight, dtype: weight)
 
+    def base(self, x: Tensor) -> Tensor:
+        """Compute W x + b."""
+        return F.linear(x, self.weight, self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._traced(x)
         read = self.inputs.read(x, self.dropout.p if self.dropout.training else 0.0, self)
         return adapted_product(x, read, self.stored(), self.bias, LoraPair(self.lora_A, self.lora_B, self.scale))
+
+    def _traced(self, x: Tensor) -> Tensor:
+        rate = self.dropout.p if self.dropout.training else 0.0
+        low = F.linear(self.inputs.traced(x, rate), self.lora_A) * (self.scale / (1 - rate))
+        return self.base(x) + F.linear(low, self.lora_B)
 
 
 def target_paths(parts: dict[str, nn.Module], targets: str | tuple[str, ...]) -> list[str]:

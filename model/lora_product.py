@@ -62,6 +62,7 @@ class SharedInputs:
         self._key: tuple[float, int, bool] | None = None
         self._read: ReadInput | None = None
         self._readers: set[int] = set()
+        self._traced: tuple[Tensor, float, Tensor] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedInputs:
         return SharedInputs()
@@ -84,6 +85,22 @@ class SharedInputs:
     def _forget(self, tensor: weakref.ref[Tensor]) -> None:
         if tensor is self._tensor:
             self._read = None
+
+    def traced(self, x: Tensor, rate: float) -> Tensor:
+        """Return `x` (..., in) after dropout, not yet scaled, as `read` does: in a form that a compiler can trace.
+
+        Whoever traces ends with `end_trace`, so that nothing of one forward is there when the next one begins.
+        """
+        if not rate:
+            return x
+        if self._traced is None or self._traced[0] is not x or self._traced[1] != rate:
+            state = torch.ops.multimodal_lora.draw_state(x, rate)
+            self._traced = (x, rate, x * torch.ops.multimodal_lora.mask_of(x, rate, state))
+        return self._traced[2]
+
+    def end_trace(self) -> None:
+        """Forget what `traced` has read."""
+        self._traced = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +182,10 @@ class _Adapted(torch.autograd.Function):
 
 
 _OPERATORS = torch.library.Library("multimodal_lora", "DEF")
+_OPERATORS.define(
+    "draw_state(Tensor x, float rate) -> Tensor", tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag)
+)
+_OPERATORS.define("mask_of(Tensor x, float rate, Tensor state) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _OPERATORS.define("adapted(Tensor x, Tensor weight, Tensor? bias, Tensor low, Tensor lora_b, float scale) -> Tensor")
 
 
@@ -176,6 +197,33 @@ def _adapted(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, lora_b
     writes to.
     """
     return F.linear(x, weight, bias).addmm_(low, lora_b.t(), alpha=scale)
+
+
+@torch.library.impl(_OPERATORS, "draw_state", "CompositeExplicitAutograd")
+def _draw_state(x: Tensor, rate: float) -> Tensor:
+    """Return the state of the generator, and draw a mask for `x` (..., in) from it as the eager layer does."""
+    state = random_state(x.device)
+    if state is None:
+        return _fake_state(x, rate)
+    keep_mask(x.shape, rate, x.device)  # the generator moves on by as much
+    return state
+
+
+@torch.library.impl(_OPERATORS, "mask_of", "CompositeExplicitAutograd")
+def _mask_of(x: Tensor, rate: float, state: Tensor) -> Tensor:
+    if x.device.type == "meta":
+        return _fake_mask(x, rate, state)
+    return keep_mask(x.shape, rate, x.device, state)
+
+
+@torch.library.register_fake("multimodal_lora::draw_state", lib=_OPERATORS)
+def _fake_state(x: Tensor, rate: float) -> Tensor:
+    return torch.empty(16 if x.device.type == "cuda" else 5056, dtype=torch.uint8, device="cpu")
+
+
+@torch.library.register_fake("multimodal_lora::mask_of", lib=_OPERATORS)
+def _fake_mask(x: Tensor, rate: float, state: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.bool, device=x.device)
 
 
 def _rows(x: Tensor) -> Tensor:

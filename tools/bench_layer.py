@@ -30,8 +30,8 @@ from model.errors import ConfigError
 from model.llm import attention
 from model.lora import add_lora, is_adapter
 from tools.cli import command_parser, run_command
+from trainer.distributed.blocks import keeps
 from trainer.distributed.casting import cast_for_compute
-from trainer.distributed.parallelize import keeps
 from trainer.memory.simulate import LiveCounter, shape_stand_ins
 
 SHAPE = {

@@ -34,8 +34,9 @@ from model.weights.origins import weight_layers
 from tools.bench_step import make_batches, our_loop
 from tools.make_demo import CORPUS, VOCAB, train_tokenizer, write_parts
 from trainer.config import ParallelConfig
+from trainer.distributed.blocks import block_owner, has_blocks
 from trainer.distributed.parallelize import replicate
-from trainer.distributed.shards import Options, block_owner, has_blocks, shard
+from trainer.distributed.shards import Options, shard
 from trainer.distributed.world import World, start_world, stop_world
 
 Run = Callable[[int], None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from textwrap import wrap
 
 from data.check.measured_lengths import EXACT
 from model.trainable import part_table
@@ -71,6 +72,8 @@ def _run(plan: Plan) -> list[str]:
         f"heaviest    {describe_batch(scenario.batch())}",
         f"            one of {scenario.num_micro_batches} micro-batch(es) in its step, computing in {scenario.card.model.dtype}",
     ]
+    if plan.recomputation:
+        lines += wrap(f"recompute   {plan.recomputation}", 100, subsequent_indent=" " * 12)
     if calendar:
         lines.append(
             f"steps       {calendar['steps']:,} in all, {calendar['steps_per_epoch']:,} per epoch of "
@@ -122,6 +125,7 @@ def as_json(plan: Plan) -> dict[str, object]:
         "final_bytes": plan.final_bytes,
         "memory": int(plan.memory) or None,
         "fits": plan.fits,
+        "activation_checkpointing": scenario.config.parallel.activation_checkpointing,
         "would_fit": {change.settings: change.needed.total for change in plan.changes},
     }
 

@@ -99,9 +99,12 @@ class ParallelConfig:
     reshard_after_forward: bool = True
     """Give gathered blocks back after forward and gather them again for backward; false (ZeRO-2) is faster and takes more
     memory."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What backward recomputes: none; selective, the cheap rest between matrix products; full, every block. More of it saves
-    memory, costs time."""
+    activation_checkpointing: Literal["none", "selective", "full", "auto"] = "none"
+    """What backward recomputes: none; selective, the cheap rest between matrix products; full, every block; auto, the least that
+    fits the memory by the plan. More of it saves memory, costs time."""
+    compile: bool | Literal["or_eager"] = False
+    """Compile blocks with torch.compile, for long runs on a GPU; or_eager: what cannot be compiled runs as it is. Off by default:
+    the first start compiles for half a minute or more."""
     cpu_offload: bool = False
     """Keep trained weights, gradients and moments in host memory, and under FSDP2 frozen weights too; for what does not fit the
     device, at the cost of copies in every step."""

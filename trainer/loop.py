@@ -237,4 +237,4 @@ class Loop:
             state["best"] = self.best.state
         if self.trackers.ids:
             state["trackers"] = self.trackers.ids
-        return {**run_state(self.stage, self.lengths), **state}
+        return {**run_state(self.stage, self.lengths, self.prepared.world.size), **state}

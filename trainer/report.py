@@ -63,7 +63,8 @@ def _batches(prepared: PreparedRun) -> list[str]:
     lines = [
         f"batch     {config.batch.global_batch_size} samples per step on {world.size} rank(s): {shared}",
         f"parallel  {strategy} on {world.device.type}, computing in {config.model.dtype}, "
-        f"activation checkpointing {config.parallel.activation_checkpointing}",
+        f"activation checkpointing {config.parallel.activation_checkpointing}"
+        f"{', blocks compiled at their first use' if config.parallel.compile else ''}",
         *(f"          {note}" for note in describe_storage(config.parallel, prepared.model.dtype, world)),
         *_quantised(prepared),
         *_optimizer(prepared),

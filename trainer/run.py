@@ -12,6 +12,7 @@ from trainer.checkpoint.resume import check_state, find_resume_point, load_state
 from trainer.checkpoint.retention import set_aside, step_of
 from trainer.checkpoint.write_final import FinalRun, final_step, publish, write_final
 from trainer.config import RunConfig
+from trainer.distributed.compile_environment import prepare_compiling
 from trainer.distributed.world import World
 from trainer.faults import exit_report, signals
 from trainer.faults.phase_tracker import PhaseTracker
@@ -19,6 +20,7 @@ from trainer.faults.requests import STOP
 from trainer.loop import Loop, LoopStart
 from trainer.machine.atomic_files import make_folder, replace_text
 from trainer.machine.open_files import check_limit
+from trainer.memory.chosen_at_start import settle_recomputation
 from trainer.memory.rehearsal import rehearse
 from trainer.records.hub_look_ups import share_look_ups
 from trainer.records.later_stages import check_later_stages
@@ -51,6 +53,9 @@ def train(root: RunConfig, world: World, status: exit_report.RunStatus) -> None:
     share_look_ups((stage.config for stage in stages), world)
     for line in (*describe_stages(stages), *signals.launcher_lines(root.faults.grace_seconds)):
         say(world, line)
+    for line in dict.fromkeys(prepare_compiling(stage.config.parallel, world.device) for stage in stages):
+        if line:
+            say(world, f"compile   {line}")
     state = None
     if checkpoint:
         stages, state = remaining_stages(checkpoint, stages, world)
@@ -109,6 +114,9 @@ def train_stage(stage: Stage, start: ResumePoint, world: World, status: exit_rep
                 f"train.max_steps = 0 builds a model without training, but {config.output_dir} holds {checkpoint.name}: use "
                 "another output_dir; tools load and export from a checkpoint as from final/"
             )
+    stage, chosen = settle_recomputation(stage, data, world, state)
+    if chosen:
+        say(world, f"memory    {chosen}")
     prepared, found = build_and_look(stage, data, world, tracker)
     for line in (*found, *changes):
         say(world, f"data      {line}")
@@ -121,7 +129,7 @@ def train_stage(stage: Stage, start: ResumePoint, world: World, status: exit_rep
     if world.is_main:
         if start.checkpoint and config.checkpoint.resume not in ("auto", "none"):
             start.notes.extend(set_aside(stage.run_folder, step_of(start.checkpoint)))
-        replace_text(Path(config.output_dir, "run.toml"), to_toml(to_tables(stage.root)))
+        replace_text(Path(config.output_dir, "run.toml"), to_toml(to_tables(stage.root)) + (f"# {chosen}\n" if chosen else ""))
         plan = describe_run(prepared, certificates, checkpoint, start.notes)
         write_start(prepared, first_step, plan)
         print(plan, flush=True)

@@ -19,7 +19,8 @@ from model.multimodal import MultimodalLM
 from model.weights.materialise import Devices, materialise
 from model.weights.origins import weight_layers
 from trainer.config import RunConfig
-from trainer.distributed.parallelize import check_sharing, checkpoint_activations, is_sharded, replicate
+from trainer.distributed.blocks import prepare_blocks
+from trainer.distributed.parallelize import check_sharing, is_sharded, replicate
 from trainer.distributed.shards import shard
 from trainer.distributed.world import World
 from trainer.isolation import prove_isolation
@@ -82,8 +83,7 @@ def build_run(stage: Stage, data: RunData, world: World, on_progress: Callable[[
     """
     config = stage.config
     model = assemble(data.card, DTYPES[config.model.dtype])
-    if config.parallel.activation_checkpointing != "none":
-        checkpoint_activations(model, config.parallel.activation_checkpointing)
+    prepare_blocks(model, config.parallel)
     sharded = is_sharded(config.parallel, world)
     if sharded:
         shard(model, config.parallel, world)

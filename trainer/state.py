@@ -59,3 +59,5 @@ class CheckpointState(TypedDict, total=False):
     loss_scale: LossScaleState  # absent unless the run computes in float16
     optimizer_steps: dict[str, float]
     trackers: dict[str, str]  # id of the run by tracker; absent without trackers that have one
+    num_ranks: int
+    activation_checkpointing: str  # none | selective | full, also where the run file says auto

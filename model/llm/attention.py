@@ -8,11 +8,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
-from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -20,11 +18,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from model.batch import Batch
 from model.config import OUR_ATTENTION
 from model.llm.interface import CausalLM
+from model.llm.packed_operator import SegmentOptions, attend
+from model.llm.scores import CappedScores, band, capped
 
 
-@cache
 def varlen_kernel() -> Callable[..., object] | None:
-    """Return torch's kernel for packed rows; None where torch has none. Its module imports the compiler: only GPUs ask for it."""
+    """Return torch's kernel for packed rows; None where torch has none. Its module imports the compiler: only GPUs ask for it.
+
+    Not cached: a compiler that traces this warns of caches.
+    """
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -65,34 +67,10 @@ def causal_attention(
         raise ValueError(f"{NAME} takes whole right-padded sequences: no mask, no cache")
     if softcap is not None:
         scores = CappedScores(softcap, kwargs.get("scaling"), kwargs.get("dropout", 0.0))
-        return _capped(query, key, value, _band(query, sliding_window), scores), None
+        return capped(query, key, value, band(query, sliding_window), scores), None
     if sliding_window is not None and length > sliding_window:
-        attention_mask = _band(query, sliding_window)[None, None]
+        attention_mask = band(query, sliding_window)[None, None]
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-
-
-def _band(query: Tensor, sliding_window: int | None) -> Tensor:
-    """Return the positions that each position sees within the sliding window, (T, T)."""
-    ones = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril_()
-    return ones if sliding_window is None else ones.triu_(1 - sliding_window)
-
-
-class CappedScores(NamedTuple):
-    """How capped scores become shares."""
-
-    cap: float
-    scaling: float | None  # None: 1 / sqrt(D)
-    dropout: float
-
-
-def _capped(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, how: CappedScores) -> Tensor:
-    """Compute attention whose scores are cap * tanh(score / cap), as in Gemma 2. No kernel of sdpa or varlen caps scores."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scale = query.shape[-1] ** -0.5 if how.scaling is None else how.scaling
-    scores = how.cap * torch.tanh(query @ key.transpose(2, 3) * scale / how.cap)
-    shares = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=torch.float32).to(query.dtype)
-    return (F.dropout(shares, how.dropout) @ value).transpose(1, 2).contiguous()
 
 
 def packed_attention(
@@ -104,6 +82,8 @@ def packed_attention(
     *,
     segment_lengths: tuple[int, ...] | None = None,
     segment_borders: Tensor | None = None,
+    segment_table: Tensor | None = None,
+    longest_segment: int = 0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute causal attention within each segment of a packed row: query (1, H, T, D), key and value (1, Hkv, T, D), T =
@@ -113,17 +93,34 @@ def packed_attention(
     (`torch.nn.attention.varlen`), else one call per segment. Neither waits for the device. Raises `ValueError` if the lengths do
     not arrive or do not add up: a model that drops unknown arguments would otherwise attend across samples unnoticed.
     """
+    if torch.compiler.is_compiling():  # a graph in which the lengths stood as numbers would be of one batch alone
+        return _packed_in_graph(query, key, value, (segment_borders, segment_table, longest_segment), **kwargs), None
     length = query.shape[2]
     if segment_lengths is None or segment_borders is None or (1, sum(segment_lengths)) != (query.shape[0], length):
         raise ValueError(f"{PACKED}: segment lengths {segment_lengths} do not describe a query of shape {tuple(query.shape)}")
     if attention_mask is not None or key.shape[2] != length or kwargs.get("position_bias") is not None:
         raise ValueError(f"{PACKED} takes whole packed rows: no mask, no cache, no position bias")
     if takes_varlen(query, value, **kwargs):
-        window = kwargs.get("sliding_window")
-        options = {"scale": kwargs.get("scaling"), "window_size": (-1 if window is None else window - 1, 0)}
-        return _varlen(query, key, value, segment_borders, max(segment_lengths), options), None
+        return _varlen(query, key, value, segment_borders, max(segment_lengths), _varlen_options(**kwargs)), None
     parts = zip(*(tensor.split(segment_lengths, 2) for tensor in (query, key, value)))
     return torch.cat([causal_attention(module, q, k, v, None, **kwargs)[0] for q, k, v in parts], 1), None
+
+
+def _packed_in_graph(query: Tensor, key: Tensor, value: Tensor, segments: Any, **kwargs: Any) -> Tensor:
+    """Compute `packed_attention` where a compiler traces it. `segments`: borders, lengths (n,) on the CPU, the longest one."""
+    borders, table, longest = segments
+    if borders is None or table is None or kwargs.get("dropout"):
+        raise ValueError(f"{PACKED} has no segments, or dropout of attention, which is not compiled: parallel.compile = false")
+    if takes_varlen(query, value, **kwargs):
+        return _varlen(query, key, value, borders, longest, _varlen_options(**kwargs))
+    scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
+    options = SegmentOptions(scale, kwargs.get("sliding_window") or 0, kwargs.get("softcap") or 0.0)
+    return attend(query, key, value, table, options)
+
+
+def _varlen_options(*, scaling: float | None = None, sliding_window: int | None = None, **_: object) -> dict[str, object]:
+    """Return the options of `varlen_attn` for those of transformers."""
+    return {"scale": scaling, "window_size": (-1 if sliding_window is None else sliding_window - 1, 0)}
 
 
 def takes_varlen(
@@ -140,7 +137,8 @@ def takes_varlen(
         return False
     width = query.shape[-1]
     fits = query.dtype in VARLEN_DTYPES and width == value.shape[-1] <= VARLEN_HEAD and width % 8 == 0
-    return fits and not dropout and is_causal is not False and torch.cuda.get_device_capability(query.device) >= VARLEN_CAPABILITY
+    device = torch.cuda.get_device_properties(query.device)
+    return fits and not dropout and is_causal is not False and (device.major, device.minor) >= VARLEN_CAPABILITY
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, options: dict[str, object]) -> Tensor:
@@ -185,7 +183,13 @@ def decoder_options(llm: CausalLM, batch: Batch) -> dict[str, object]:
     if not is_ours:
         raise ValueError(f"a packed batch under attention {config._attn_implementation!r} would attend across its samples")
     config._attn_implementation = PACKED
-    return {"attention_mask": None, "segment_lengths": batch.segment_lengths, "segment_borders": batch.segment_borders}
+    return {
+        "attention_mask": None,
+        "segment_lengths": batch.segment_lengths,
+        "segment_borders": batch.segment_borders,
+        "segment_table": torch.tensor(batch.segment_lengths),  # compiled blocks read these two in place of the tuple
+        "longest_segment": max(batch.segment_lengths, default=0),
+    }
 
 
 @contextmanager

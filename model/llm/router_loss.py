@@ -31,17 +31,18 @@ class RouterTap:
                 f"model.llm.router_loss = {coefficient} has no effect: {type(decoder).__name__} is no mixture of experts "
                 f"(no module of it is called ...{ROUTER}); set it to 0"
             )
-        self.logits: list[Tensor] | None = None
+        self.listening = False
         for module in self.routers:
             module.register_forward_hook(self._keep)
 
     def listen(self) -> None:
         """Start collecting router logits, until `term` takes them."""
-        self.logits = []
+        self.listening = True
 
-    def _keep(self, module: nn.Module, inputs: object, output: tuple[Tensor, ...]) -> None:
-        if self.logits is not None:
-            self.logits.append(output[0].flatten(0, -2))
+    def _keep(self, module: Any, inputs: object, output: tuple[Tensor, ...]) -> None:
+        if self.listening:
+            # On the module: a list that grows from layer to layer would make every compiled layer another graph.
+            module.seen_logits = output[0].flatten(0, -2)
 
     def count(self, batch: Batch) -> float:
         """Return the number of samples."""
@@ -52,7 +53,8 @@ class RouterTap:
 
         Raises `RuntimeError` if a router was not called.
         """
-        logits, self.logits = self.logits or [], None
+        self.listening = False
+        logits: list[Tensor] = [vars(module).pop("seen_logits") for module in self.routers if "seen_logits" in vars(module)]
         if len(logits) != len(self.routers):
             raise RuntimeError(f"{len(logits)} of {len(self.routers)} routers were called: their balance is not known")
         losses = balancing_losses(logits, token_owners(batch), len(batch.lengths), self.routers[0].top_k)

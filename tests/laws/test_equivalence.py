@@ -95,6 +95,22 @@ def test_same_numbers_however_it_is_run(
     torch.testing.assert_close(torch.tensor(first), torch.tensor(expected[tune]), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("size", "case"),
+    [
+        (1, Case("full", "ddp", "compiled none", 4)),
+        (2, Case("lora", "ddp", "compiled full", 3)),
+        (2, Case("full", "fsdp", "compiled selective", 2)),
+    ],
+)
+def test_compiled_blocks_take_the_same_steps(parts: Path, expected: dict[str, list[float]], size: int, case: Case) -> None:
+    """Traced, differentiated and cut as for kernels, without them: each rank spends half a minute of CPU on that."""
+    first, *others = (found[case] for found in run_ranks(losses_and_norms, size, parts, [case], seconds=600))
+    assert all(rank == first for rank in others)
+    torch.testing.assert_close(torch.tensor(first), torch.tensor(expected[case.tune]), rtol=1e-6, atol=1e-7)
+
+
 @pytest.fixture(scope="module")
 def cast(parts: Path) -> dict[Case, list[float]]:
     """Two ranks in bfloat16, without clipping, whose norm sums shards in another order."""

@@ -19,7 +19,8 @@ from model.multimodal import MultimodalLM
 from tests.support.router import MIXTURES, save_mixture
 from tests.support.tiny import FAMILIES, save_llm
 from tests.support.trainable import ALONE
-from trainer.distributed.parallelize import checkpoint_activations, replicate
+from trainer.distributed.blocks import checkpoint_activations
+from trainer.distributed.parallelize import replicate
 from trainer.isolation import prove_isolation
 
 DTYPES = ("float32", "bfloat16")

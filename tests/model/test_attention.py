@@ -32,7 +32,8 @@ from tests.support.tiny import LLMS, save_llm, save_tower
 from tests.support.trainable import ALONE
 from tools.bench_step import Counter, hidden_syncs
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.distributed.parallelize import checkpoint_activations, gradient_sync, replicate
+from trainer.distributed.blocks import checkpoint_activations
+from trainer.distributed.parallelize import gradient_sync, replicate
 from trainer.distributed.shards import shard
 from trainer.distributed.world import World
 from trainer.isolation import prove_isolation

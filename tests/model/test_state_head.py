@@ -29,7 +29,8 @@ from tests.support.state_head import CLASSES, FACTOR, NUM_SAMPLES, WEIGHTS, conf
 from tests.support.tiny import save_llm
 from tests.support.tiny_audio import save_whisper
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.distributed.parallelize import checkpoint_activations, replicate
+from trainer.distributed.blocks import checkpoint_activations
+from trainer.distributed.parallelize import replicate
 from trainer.distributed.shards import shard
 from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates

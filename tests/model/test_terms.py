@@ -32,7 +32,8 @@ from tests.support.tiny_tokenizers import NAMES
 from tests.support.trainable import ALONE
 from tools.bench_step import Counter, hidden_syncs
 from trainer.config import OptimConfig
-from trainer.distributed.parallelize import checkpoint_activations, replicate
+from trainer.distributed.blocks import checkpoint_activations
+from trainer.distributed.parallelize import replicate
 from trainer.distributed.world import World
 from trainer.metrics import Meter, Ratios, ratio_means
 from trainer.optim import build_optimizer, set_learning_rates

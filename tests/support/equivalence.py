@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.distributed.parallelize import checkpoint_activations, is_sharded, replicate
+from trainer.distributed import compiled_blocks
+from trainer.distributed.blocks import prepare_blocks
+from trainer.distributed.parallelize import is_sharded, replicate
 from trainer.distributed.shards import shard
 from trainer.distributed.world import World
 from trainer.optim import build_optimizer, set_learning_rates
@@ -82,6 +85,15 @@ def parallel_of(strategy: str | ParallelConfig) -> ParallelConfig:
     return ParallelConfig(strategy, 2 if strategy == "hsdp" else 0, unit_mib=0)  # type: ignore[arg-type]
 
 
+def _blocks_of(recompute: bool | str) -> dict[str, Any]:
+    """Settings of [parallel] for whether and how blocks are recomputed; "compiled ..." compiles them too, without kernels."""
+    kind = recompute if isinstance(recompute, str) else "full" if recompute else "none"
+    if not kind.startswith("compiled "):
+        return {"activation_checkpointing": kind}
+    compiled_blocks.compile_graph = compiled_blocks.partition_graph  # this process ends with its cases
+    return {"activation_checkpointing": kind.removeprefix("compiled "), "compile": True}
+
+
 def run_steps(
     world: World,
     config: ModelConfig,
@@ -113,9 +125,8 @@ def take_steps(
     lora = LoraConfig(rank=2, dropout=dropout)
     card = make_card(config, lora, VocabularyLayout(321, 320, (320,)), quantize=quantize)
     model = assemble(card, getattr(torch, dtype))
-    if recompute:
-        checkpoint_activations(model, recompute if isinstance(recompute, str) else "full")
-    parallel = parallel_of(strategy)
+    parallel = replace(parallel_of(strategy), **_blocks_of(recompute))
+    prepare_blocks(model, parallel)
     sharded = is_sharded(parallel, world)
     if sharded:
         shard(model, parallel, world)

@@ -30,7 +30,8 @@ from tests.support.runs import start, tables
 from tests.support.tiny import save_llm, save_tower
 from tools import plan
 from trainer.config import BatchConfig, OptimConfig, ParallelConfig
-from trainer.distributed.parallelize import checkpoint_activations, gradient_sync, is_sharded, replicate
+from trainer.distributed.blocks import checkpoint_activations
+from trainer.distributed.parallelize import gradient_sync, is_sharded, replicate
 from trainer.distributed.shards import shard
 from trainer.distributed.world import World
 from trainer.machine import memory_info

@@ -14,7 +14,7 @@ from model.errors import ConfigError
 from tests.support.config import MINIMAL, VALUES_OF_TOML, problems
 from tests.support.runs import merged
 from trainer.runfile.load import load_config, parse_config
-from trainer.runfile.schema import PLANNED_KEYS, to_tables
+from trainer.runfile.schema import to_tables
 from trainer.runfile.toml_files import to_toml
 
 
@@ -101,19 +101,10 @@ def test_a_problem_with_a_setting_of_the_command_line_names_it(tmp_path: Path, o
     )
 
 
-@pytest.mark.parametrize("key", PLANNED_KEYS)
-def test_what_is_not_built_yet_is_refused(key: str) -> None:
-    table: dict[str, Any] = {}
-    here = table
-    *path, last = key.split(".")
-    for word in path:
-        here = here.setdefault(word, {})
-    here[last] = {}
-    if table.get("data"):
-        for name in ("sources", "validation"):
-            if name in table["data"]:
-                table["data"][name] = [{"path": "a.json", **table["data"][name]}]
-    assert "is planned and not built yet" in problems(**table)
+def test_blocks_are_compiled_or_not_or_where_they_can_be() -> None:
+    assert parse_config({**MINIMAL, "parallel": {"compile": "or_eager"}}, "x").parallel.compile == "or_eager"
+    assert "parallel.compile = 'always' is not true or false or 'or_eager'" in problems(parallel={"compile": "always"})
+    assert "'none' | 'selective' | 'full' | 'auto'" in problems(parallel={"activation_checkpointing": "some"})
 
 
 def test_overrides(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from tests.support.trainable import ALONE, build
 from tools.bench_step import Counter, hidden_syncs
 from trainer import metrics
 from trainer.config import OptimConfig
-from trainer.distributed.parallelize import checkpoint_activations, replicate
+from trainer.distributed.blocks import checkpoint_activations
+from trainer.distributed.parallelize import replicate
 from trainer.metrics import FOLD, Meter, SourceSums
 from trainer.optim import build_optimizer, set_learning_rates
 from trainer.step import StepOptions, train_step

@@ -17,7 +17,8 @@ from tests.support.router import save_mixture
 from tests.support.tiny import FAMILIES, save_llm
 from tests.support.trainable import ALONE
 from tools.bench_layer import measure, our_layer, recomputed, selected
-from trainer.distributed.parallelize import checkpoint_activations, replicate
+from trainer.distributed.blocks import checkpoint_activations
+from trainer.distributed.parallelize import replicate
 
 IDS = torch.arange(5, 45).reshape(2, 20)
 QUICK = ("qwen2", "mixtral")

@@ -91,12 +91,14 @@ def _clean(folder: Path, world: World) -> list[str]:
     return list(notes)
 
 
-def run_state(stage: Stage, lengths: str) -> CheckpointState:
+def run_state(stage: Stage, lengths: str, num_ranks: int) -> CheckpointState:
     """Return what a checkpoint records of the run: enough to resume in the right stage, and to refuse to resume another run.
 
     `lengths`: the `digest_of` the data.
     """
-    state: CheckpointState = {"config": to_tables(stage.root), "lengths": lengths}
+    chosen = stage.config.parallel.activation_checkpointing
+    state: CheckpointState = {"config": to_tables(stage.root), "lengths": lengths, "num_ranks": num_ranks}
+    state["activation_checkpointing"] = chosen
     return {**state, "stage": stage.name, "first_step": stage.first_step} if stage.name else state
 
 

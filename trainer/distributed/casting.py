@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from trainer.distributed.compiled_blocks import is_compiled
 from trainer.distributed.compute_copies import ComputeCopies
 from trainer.distributed.host_masters import HostMasters
 
@@ -52,21 +53,41 @@ def cast_for_compute(
                 owners.setdefault(p, []).append((module, name))
     kept: ComputeCopies | None = ComputeCopies(model, owners, dtype) if copies and owners and not away else None
     cast = Cast(dtype, kept if offload_from is None else HostMasters(model, owners, dtype, offload_from))
-    for module in {module for pairs in owners.values() for module, _ in pairs}:
-        module.forward = _cast_inside(module, module.forward, cast)
+    for group in _cast_together(model, {module for pairs in owners.values() for module, _ in pairs}):
+        group.caller.forward = _cast_inside(group.modules, group.caller.forward, cast)
     if shared := {p: pairs for p, pairs in owners.items() if len(pairs) > 1 or away or (copies and p in {*read_by_root})}:
         model.forward = functools.partial(_cast_shared, shared, model.forward, cast)
 
 
-def _cast_inside(module: nn.Module, forward: Callable[..., Any], cast: Cast) -> Callable[..., Any]:
-    """Wrap `forward` so that the module's own parameters are cast.
+class CastGroup(NamedTuple):
+    """Modules whose own parameters are cast when `caller` is called."""
+
+    caller: nn.Module
+    modules: tuple[nn.Module, ...]
+
+
+def _cast_together(model: nn.Module, own: set[nn.Module]) -> Iterator[CastGroup]:
+    """Yield the modules `own` by where they are cast: each by itself, those in a compiled block before its graph.
+
+    A cast in each layer of a compiled block would make every block another graph.
+    """
+    compiled = [block for block in model.modules() if is_compiled(block)]
+    inside = {module for block in compiled for module in block.modules()}
+    yield from (CastGroup(module, (module,)) for module in own - inside)
+    for block in compiled:
+        if group := tuple(module for module in block.modules() if module in own):
+            yield CastGroup(block, group)
+
+
+def _cast_inside(modules: tuple[nn.Module, ...], forward: Callable[..., Any], cast: Cast) -> Callable[..., Any]:
+    """Wrap `forward` so that the own parameters of `modules` are cast.
 
     A recomputed block is cast inside `checkpoint`, because backward runs what is inside a second time.
     """
     if isinstance(forward, functools.partial) and forward.func is checkpoint:
-        inner = functools.partial(_cast_forward, module, forward.args[0], cast)
+        inner = functools.partial(_cast_forward, modules, forward.args[0], cast)
         return functools.partial(checkpoint, inner, **forward.keywords)
-    return functools.partial(_cast_forward, module, forward, cast)
+    return functools.partial(_cast_forward, modules, forward, cast)
 
 
 def _cast_shared(
@@ -98,15 +119,17 @@ def set_tensor(module: nn.Module, name: str, value: torch.Tensor) -> None:
     parameters[name] = value
 
 
-def _cast_forward(module: nn.Module, forward: Callable[..., Any], cast: Cast, *args: object, **kwargs: object) -> Any:
-    masters = dict(module._parameters)
-    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+def _cast_forward(modules: tuple[nn.Module, ...], forward: Callable[..., Any], cast: Cast, *args: object, **kwargs: object) -> Any:
+    masters = [(module, dict(module._parameters)) for module in modules]
+    if isinstance(modules[0], nn.Linear | nn.Conv1d | nn.Conv2d):
         # Callers may have prepared the input in the dtype of the masters, as CLIP's embeddings do.
         args = tuple(a.to(cast.dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
     try:
-        for name, p in masters.items():
-            if p is not None and p.is_floating_point():
-                set_tensor(module, name, cast(p))
+        for module, owned in masters:
+            for name, p in owned.items():
+                if p is not None and p.is_floating_point():
+                    set_tensor(module, name, cast(p))
         return forward(*args, **kwargs)
     finally:
-        module._parameters.update(masters)
+        for module, owned in masters:
+            module._parameters.update(owned)

@@ -34,10 +34,12 @@ def keeps_copies(config: ParallelConfig) -> bool:
     """Tell whether a model without FSDP computes with copies of its masters.
 
     Without recomputation they cost no memory at the peak: what forward casts lives until backward as well. Masters on the host
-    cannot be computed with at all.
+    cannot be computed with at all. Not under compile: a copy adds to `.grad` in place, which no graph of a compiler may hold.
     """
     if config.cpu_offload:
         return True
+    if config.compile:
+        return False
     if config.compute_copies == "auto":
         return config.activation_checkpointing == "none"
     return config.compute_copies == "always"

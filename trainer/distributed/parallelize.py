@@ -1,4 +1,4 @@
-"""Parallelism that is applied to a model from outside: activation checkpointing, then FSDP2 (`shards`), or DDP.
+"""Parallelism that is applied to a model from outside, after `blocks`: FSDP2 (`shards`), or DDP.
 
 Both mean the same: backward leaves gradients summed over ranks, in float32, and parameters compute in the model's dtype in the
 modules that own them.
@@ -6,7 +6,6 @@ modules that own them.
 No `from __future__ import annotations` here: DDP refuses a communication hook whose annotations are strings.
 """
 
-import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,45 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from model.errors import ConfigError
 from model.files.sharding import is_sharded_module
-from model.llm.causal_lm import blocks, head_weight
+from model.llm.causal_lm import head_weight
 from model.multimodal import OWN_ROWS, MultimodalLM
 from trainer.config import ParallelConfig
 from trainer.distributed.casting import cast_for_compute
 from trainer.distributed.compute_copies import keeps_copies
-from trainer.distributed.shards import REDUCED, block_owner, has_blocks
+from trainer.distributed.shards import REDUCED
 from trainer.distributed.world import World
-
-KEPT_OPERATORS = {
-    *("mm", "addmm", "adapted", "_grouped_mm", "_varlen_attn"),
-    *("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"),
-    *("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu"),
-}
-"""Operators whose results selective recomputation keeps: products of weights, and attention in one kernel."""
-
-
-def checkpoint_activations(model: MultimodalLM, kind: str = "full") -> None:
-    """Make backward recompute the blocks of every part on the gradient's path. Names of parameters do not change.
-
-    `kind`: full | selective, which keeps the results of matrix products and attention. Transformers' own switch does nothing in
-    eval mode, which frozen parts are in.
-    """
-    options: dict[str, Any] = {"use_reentrant": False}
-    if kind == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keeps)
-    parts = [block_owner(model, name) for name in ("llm", *model.trainable_parts - {"llm"}) if has_blocks(model, name)]
-    for part in parts:
-        for block in blocks(part):
-            block.forward = functools.partial(checkpoint, block.forward, **options)
-
-
-def keeps(context: object, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Tell selective recomputation whether backward keeps an operator's result."""
-    is_kept = operator.overloadpacket.__name__ in KEPT_OPERATORS
-    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def is_sharded(config: ParallelConfig, world: World) -> bool:

@@ -11,8 +11,9 @@ from torch import nn
 
 from model.files.sharding import is_sharded_module
 from model.llm.causal_lm import blocks, head_weight
-from model.multimodal import ENCODERS, MultimodalLM
+from model.multimodal import MultimodalLM
 from trainer.config import ParallelConfig
+from trainer.distributed.blocks import block_owner, has_blocks
 from trainer.distributed.integer_shards import integers_without_gradient
 from trainer.distributed.world import World
 
@@ -30,15 +31,6 @@ class Options(TypedDict):
     mesh: DeviceMesh
     mp_policy: MixedPrecisionPolicy
     offload_policy: OffloadPolicy
-
-
-def block_owner(model: MultimodalLM, part: str) -> nn.Module:
-    """Return the module whose blocks are sharded and recomputed: the decoder, or the tower inside its wrapper."""
-    return model.llm.get_decoder() if part == "llm" else model.encoder(part).tower
-
-
-def has_blocks(model: MultimodalLM, part: str) -> bool:
-    return part == "llm" or part in {encoder for encoder, _ in ENCODERS.values()}
 
 
 def whole_bytes(modules: Sequence[nn.Module], dtype: torch.dtype) -> int:

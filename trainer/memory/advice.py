@@ -19,6 +19,7 @@ from trainer.memory.footprint import Footprint, footprint
 
 SHOWN = 4
 RECOMPUTES, SHARDS = "parallel.activation_checkpointing = 'full'", "parallel.strategy = 'fsdp'"
+RECOMPUTES_LITTLE = "parallel.activation_checkpointing = 'selective'"
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def weigh_changes(scenario: MemoryScenario, now: Footprint, allowed: float) -> t
     parallel = scenario.config.parallel
     recomputing = replace(parallel, activation_checkpointing="full")
     found = [*smaller_batches(scenario, parallel, allowed)]
-    found += [Change(settings, scenario.needed(other)) for settings, other in other_parallel(scenario)]
+    found += parallel_changes(scenario, allowed)
     if parallel != recomputing:
         with_both = smaller_batches(scenario, recomputing, allowed)
         found += [replace(change, settings=f"{change.settings} with {RECOMPUTES}") for change in with_both]
@@ -88,7 +89,21 @@ def weigh_changes(scenario: MemoryScenario, now: Footprint, allowed: float) -> t
         with suppress(ConfigError):  # no linear layers to adapt, or a mixture of experts, which 4 bits do not reach
             found.append(Change(settings, replace(scenario, card=card).needed()))
     least = min([Change("the run as it is", now), *found], key=lambda change: change.needed.total)
-    return [change for change in found if change.needed.total <= allowed], least
+    return [change for change in found if fits(change, allowed)], least
+
+
+def parallel_changes(scenario: MemoryScenario, allowed: float) -> Iterator[Change]:
+    """Yield other tables of [parallel]; full recomputation by itself only where selective does not fit in `allowed` bytes."""
+    is_enough = False
+    for settings, other in other_parallel(scenario):
+        if settings != RECOMPUTES or not is_enough:
+            yield (change := Change(settings, scenario.needed(other)))
+            is_enough |= settings == RECOMPUTES_LITTLE and fits(change, allowed)
+
+
+def fits(change: Change, allowed: float) -> bool:
+    """Tell whether a change needs at most `allowed` bytes."""
+    return change.needed.total <= allowed
 
 
 def smaller_batches(scenario: MemoryScenario, parallel: ParallelConfig, allowed: float) -> Iterator[Change]:
@@ -105,6 +120,8 @@ def other_parallel(scenario: MemoryScenario) -> Iterator[tuple[str, ParallelConf
     """Yield other tables of [parallel], with the settings in words."""
     parallel = scenario.config.parallel
     recomputing = replace(parallel, activation_checkpointing="full")
+    if parallel.activation_checkpointing == "none":
+        yield RECOMPUTES_LITTLE, replace(parallel, activation_checkpointing="selective")
     if parallel != recomputing:
         yield RECOMPUTES, recomputing
     if scenario.num_ranks > 1 and parallel.strategy != "fsdp":

@@ -14,6 +14,7 @@ from trainer.machine.disk_space import final_bytes, shard_bytes
 from trainer.memory.advice import Change, MemoryScenario, weigh_changes
 from trainer.memory.footprint import Footprint, held_rows, on_meta, sharing_ranks
 from trainer.memory.heaviest_batch import find_heaviest, read_batch_samples
+from trainer.memory.recomputation import choose
 from trainer.memory.sample_cost import media_memory, sample_costs
 from trainer.memory.synthetic_samples import build_synthetic_samples
 from trainer.optim_state import assign_rules, tensors_to_save
@@ -36,6 +37,7 @@ class Plan:
     memory: float  # bytes of a rank; 0: not known
     changes: list[Change]  # changes that would make the run fit, when it does not
     nearest: Change | None  # the change that comes nearest, when none makes it fit
+    recomputation: str = ""  # what activation_checkpointing = "auto" picks, and why
 
     @property
     def fits(self) -> bool | None:
@@ -47,6 +49,11 @@ def plan_run(config: RunConfig, data: RunData, num_ranks: int, memory: float, *,
     """Plan a run on `num_ranks` ranks of `memory` bytes each. `on_host`: they compute on the CPU."""
     scenario, calendar = heaviest_of(config, data, num_ranks)
     scenario = replace(scenario, on_host=on_host)
+    chosen = ""
+    if config.parallel.activation_checkpointing == "auto":
+        choice = choose(scenario, memory)
+        config = replace(config, parallel=replace(config.parallel, activation_checkpointing=choice.kind))
+        scenario, chosen = replace(scenario, config=config), f"'auto' picks '{choice.kind}': {choice.reason}"
     now, parallel = scenario.needed(), config.parallel
     strategies: dict[str, Footprint] = {parallel.strategy: now}
     for other in other_strategies(parallel, num_ranks):
@@ -59,7 +66,7 @@ def plan_run(config: RunConfig, data: RunData, num_ranks: int, memory: float, *,
     model = on_meta(data.card, parallel, computes=False)
     shards = planned_checkpoint_bytes(model, sharing_ranks(parallel, num_ranks), num_ranks, config.optim)
     final, _ = final_bytes(weight_files_of(model, data.card))
-    return Plan(scenario, strategies, calendar, data.lengths_kind, shards, final, memory, changes, nearest)
+    return Plan(scenario, strategies, calendar, data.lengths_kind, shards, final, memory, changes, nearest, chosen)
 
 
 def planned_checkpoint_bytes(model: MultimodalLM, ways: int, num_ranks: int, optim: OptimConfig) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,10 @@ from model.llm.causal_lm import head_weight
 from model.llm.quantized_linear import without_kernels
 from model.multimodal import MultimodalLM
 from trainer.config import OptimConfig, ParallelConfig
+from trainer.distributed.blocks import prepare_blocks
 from trainer.distributed.casting import cast_for_compute
+from trainer.distributed.compiled_blocks import cutting_graphs_only
 from trainer.distributed.compute_copies import copies_of, keeps_copies
-from trainer.distributed.parallelize import checkpoint_activations
 from trainer.distributed.shards import REDUCED, parts_with_blocks, units_of, whole_bytes
 from trainer.memory.simulate import Live, live_bytes
 from trainer.optim_state import assign_rules, state_bytes
@@ -92,10 +93,11 @@ def footprint(
     Raises ConfigError where some operation of the model cannot run without values.
     """
     ways = sharing_ranks(config, num_ranks)
-    model = on_meta(card, config, computes=ways > 1)
+    model = on_meta(card, config, computes=ways > 1, lowers=True)
     held = tuple(holdings(model, card, ways, optim))
     try:
-        live = simulated(model, batch)
+        with cutting_graphs_only():
+            live = simulated(model, batch)
     except RuntimeError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"what {type(model.llm).__name__} takes cannot be told without running it ({reason})") from error
@@ -121,15 +123,14 @@ def offloaded_bytes(held: tuple[Holding, ...], config: ParallelConfig, ways: int
     return weights + trained + sum(part.optimizer for part in held)
 
 
-def on_meta(card: ModelCard, config: ParallelConfig, *, computes: bool) -> MultimodalLM:
+def on_meta(card: ModelCard, config: ParallelConfig, *, computes: bool, lowers: bool = False) -> MultimodalLM:
     """Build the model as `trainer.setup.build_run` makes it, on the meta device.
 
     `computes`: trained weights have the dtype of computation, as sharding gathers them; else they are float32 and cast where they
-    are used.
+    are used. `lowers`: blocks are compiled where `config` says so.
     """
     model = assemble(card, DTYPES[card.model.dtype])
-    if config.activation_checkpointing != "none":
-        checkpoint_activations(model, config.activation_checkpointing)
+    prepare_blocks(model, config if lowers else replace(config, compile=False))
     made: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay tied
     for module in model.modules():
         for name, p in module._parameters.items():

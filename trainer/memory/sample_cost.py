@@ -19,7 +19,7 @@ from model.llm.experts import fused_parameters
 from model.media_spec import READ_BY, AudioSpec, MediaMeta, MediaSpec, row_tokens, view_tokens
 from model.multimodal import ENCODERS, MultimodalLM
 from model.vision.tower import VisionTower
-from trainer.distributed.shards import block_owner
+from trainer.distributed.blocks import block_owner
 
 
 def sample_costs(model: MultimodalLM, config: ModelConfig, dataset: MultimodalDataset) -> np.ndarray:

@@ -54,6 +54,11 @@ class LiveCounter(TorchDispatchMode):
         self.live = self._gradients = 0
         self.peak = self.peak_with_gradients = 0
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let blocks be compiled inside the mode; it sees what their graphs run."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(found):

@@ -88,6 +88,11 @@ def _pairs(config: RunConfig) -> Iterator[str]:
             f"parallel.shard_size = {config.parallel.shard_size} with parallel.strategy = 'hsdp': name the ranks that share one "
             "copy, 2 or more and a divisor of all ranks, as a rule the accelerators of one machine"
         )
+    if config.parallel.compile and config.parallel.compute_copies == "always":
+        yield (
+            f"parallel.compute_copies = 'always' with parallel.compile = {config.parallel.compile!r}: compiled blocks cast their "
+            "weights in every forward; use 'auto', or parallel.compile = false"
+        )
     if config.checkpoint.resume not in ("auto", "none") and "checkpoint-" not in config.checkpoint.resume:
         yield f"checkpoint.resume = {config.checkpoint.resume!r} is not 'auto' | 'none' | a checkpoint-N folder"
 

@@ -10,10 +10,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from model.files.untrusted import SHOWN, Json, shown
 from trainer.runfile.toml_files import TOML_INTEGERS
 
-PLANNED_KEYS = ("parallel.compile",)
-PLANNED = dict.fromkeys(PLANNED_KEYS, "is planned and not built yet: remove it")
-"""Settings that the contract names and that are not built yet: a run file that uses one is refused with a reason, never ignored."""
-
 
 class SchemaReader:
     """Converter of tables to dataclasses that collects all problems."""
@@ -89,8 +85,6 @@ class SchemaReader:
 
     def _unknown(self, name: str, key: str, known: list[str]) -> str:
         plain = ".".join(word for word in name.split(".") if not word.isdigit())
-        if plain in PLANNED:
-            return f"{name} {PLANNED[plain]}"
         near = difflib.get_close_matches(key[:SHOWN], known, 1, 0.5)
         table = name.removesuffix(key)
         name = name if len(name) <= SHOWN else f"{name[:SHOWN]}..."
