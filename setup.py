@@ -7,11 +7,12 @@ EXTRAS = {
     "quantize": ["bitsandbytes"],
     "track": ["tensorboard", "wandb"],
     "plot": ["matplotlib"],
+    "metrics": ["jiwer", "rapidfuzz", "sacrebleu"],
     "demo": ["scikit-learn"],
     "parquet": ["pyarrow"],
     "sentencepiece": ["sentencepiece"],
 }
-USED_BY_TESTS = ("media", "plot", "demo", "sentencepiece", "parquet", "quantize")
+USED_BY_TESTS = ("media", "plot", "demo", "sentencepiece", "parquet", "quantize", "metrics")
 COMMANDS = {
     "train": "trainer.main:command",
     "plan": "tools.plan:main",

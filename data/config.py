@@ -49,7 +49,8 @@ class SourceConfig:
     path: str
     """Records: .json, .jsonl, .parquet or .tar; with * ? [] every file that matches, in the order of their names."""
     name: str = ""
-    """Key in metrics and messages; '' = the file's stem. Two sources need two names."""
+    """Key in metrics and messages; '' = the file's stem. Two sources need two names. Without a path: a data set of
+    data.catalog."""
     media_root: str | dict[str, str] = ""
     """Folder that media paths begin in; or a table with one folder per kind of medium (image, video, audio) and per set of
     records."""
@@ -74,6 +75,8 @@ class SourceConfig:
 class DataConfig:
     """Settings of `[data]`."""
 
+    catalog: str = ""
+    """File of named data sets, a TOML table for each: sources that have a name and no path are taken from it; '' = none."""
     template: TemplateName = "auto"
     """How a conversation becomes text: auto, the tokenizer's own chat template, or one of the families' formats; use what the
     model knows."""

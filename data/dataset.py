@@ -14,6 +14,7 @@ from data.config import DataConfig, SourceConfig
 from data.index.record_index import RecordIndex
 from data.media.blob import Blob, MediaError, inline_blob, resolve_path
 from data.media.record_media import RecordMedia
+from data.prompts import encode_prompt
 from data.records.fields import LINE, shorten
 from data.records.record import MediaRef, Record, RecordError, parse
 from data.sample import Sample, assemble_sample, check_media, measure_encoded
@@ -130,6 +131,13 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
         media = self.media(i, record)
         counts = [num_tokens(self.specs[ref.modality], media.measure(ref)) for ref in record.media]
         return measure_encoded(encoded, self.template.placeholder_ids, record, counts, self.config.max_length).length
+
+    def prompt(self, i: int) -> Sample:
+        """Return the prompt of sample `i`: all before its last answer, of any length, without labels. Raises `RecordError`."""
+        record = self.record(i)
+        encoded = encode_prompt(self.template, record)
+        ids, source_id = self.template.placeholder_ids, int(self.source_ids[i])
+        return assemble_sample(encoded, ids, self.media(i, record), max_length=None, sample_id=i, source_id=source_id)
 
     def _sample(self, i: int) -> Sample:
         record = self.record(i)

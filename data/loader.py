@@ -119,18 +119,26 @@ def validation_batches(
     max_samples: int,
     pools: Sequence[Pool] = (),
 ) -> Iterator[MicroBatch]:
-    """Return the share of rank `options.rank` of at most `max_samples` records of `pools`, the same ones at every call.
+    """Return the share of rank `options.rank` of the `validation_ids`, the same ones at every call.
 
-    0 samples: all of them; no pools: all records. The records are spread evenly over each source, in proportion to its size and at
-    least one of each, even where there are more sources than `max_samples`. Every rank gets equally many micro-batches, blank ones
+    Every rank gets equally many micro-batches, blank ones
     where it has no sample. No record is rejected for its length when packing: without a graph, a micro-batch somewhat over its
     budget does no harm.
     """
-    taken = [pool.ids for pool in pools] or np.split(np.arange(len(dataset)), np.cumsum(np.bincount(dataset.source_ids))[:-1])
-    ids = np.concatenate(taken)[_spread(np.array([len(rows) for rows in taken]), max_samples)]
+    ids = validation_ids(dataset, max_samples, pools)
     shares = (_Share([part], True) for part in plan.deal(ids, dataset.lengths)[options.rank])
     made = _MicroBatches(dataset, plan.is_packed, None, options)
     return (micro_batch for share in _load(made, shares, replace(options, pin_memory=False)) for micro_batch in share)
+
+
+def validation_ids(dataset: MultimodalDataset, max_samples: int, pools: Sequence[Pool] = ()) -> np.ndarray:
+    """Return the ids of at most `max_samples` records of `pools`; 0 samples: all of them; no pools: all records.
+
+    They are spread evenly over each source, in proportion to its size and at least one of each, even where there are more sources
+    than `max_samples`.
+    """
+    taken = [pool.ids for pool in pools] or np.split(np.arange(len(dataset)), np.cumsum(np.bincount(dataset.source_ids))[:-1])
+    return np.concatenate(taken)[_spread(np.array([len(rows) for rows in taken]), max_samples)]
 
 
 def _spread(sizes: np.ndarray, max_samples: int) -> np.ndarray:

@@ -15,11 +15,10 @@ from data.collate import collate
 from data.config import DataConfig
 from data.media.blob import Blob, inline_blob, resolve_path
 from data.media.record_media import RecordMedia
+from data.prompts import encode_prompt
 from data.records.record import MediaRef, Record, parse
 from data.sample import Sample, assemble_sample, check_media
 from data.text.chat_formats import freeze_date
-from data.text.encoded import Encoded
-from data.text.rounds import THOUGHTFUL
 from data.text.state_tokens import split_state
 from data.text.template import Template, TemplateOptions, load_template
 from data.text.tokenizer import check_fingerprint, load_tokenizer, pad_id, save_tokenizer, tokenizer_fingerprint
@@ -94,22 +93,19 @@ class Processor:
         record = parse(raw, f"records:{i}", needs_answer=answers)
         check_media(record, self.specs, self.config.max_images)
         limit = self.config.max_length if answers else None
-        encoded = self.template.encode(record, limit) if answers else self._prompt(record, thinking)
-        media = RecordMedia(record, lambda ref: self._locate(ref, media_root), self.specs, self.config)
+        encoded = self.template.encode(record, limit) if answers else encode_prompt(self.template, record, thinking)
+        media = self.media(record, media_root)
         return assemble_sample(encoded, self.template.placeholder_ids, media, max_length=limit, sample_id=i, source_id=0)
+
+    def media(self, record: Record, media_root: str | None = None) -> RecordMedia:
+        """Return the media of `record`, located as in a call."""
+        return RecordMedia(record, lambda ref: self._locate(ref, media_root), self.specs, self.config)
 
     def _locate(self, ref: MediaRef, media_root: str | None) -> Blob:
         if (inline := inline_blob(ref.path)) is not None:
             return inline
         path = ref.path if media_root is None else resolve_path(ref.path, media_root, follow_links=self.config.follow_links)
         return Blob(path, path)
-
-    def _prompt(self, record: Record, thinking: bool) -> Encoded:
-        answer = THOUGHTFUL if thinking else None
-        if record.turns[-1].role == "assistant":
-            record, answer = replace(record, turns=record.turns[:-1]), record.turns[-1]
-        ids = self.template.prompt(record, answer)
-        return Encoded(ids, [False] * len(ids), [len(ids)])
 
     def _before_stop(self, ids: Sequence[int]) -> Sequence[int]:
         stop = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))

@@ -28,6 +28,7 @@ class GenerationOptions:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+    together: bool = False  # go on until all ranks have ended: they share the weights, and each pass gathers them
 
 
 def generate(llm: CausalLM, embeds: Tensor, mask: Tensor, options: GenerationOptions) -> list[list[int]]:
@@ -50,7 +51,7 @@ def generate(llm: CausalLM, embeds: Tensor, mask: Tensor, options: GenerationOpt
     with torch.no_grad(), masked_attention(llm), no_settings(llm), torch.random.fork_rng(enabled=options.seed is not None):
         if options.seed is not None:
             torch.manual_seed(options.seed)
-        ids = llm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config)
+        ids = llm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config, synced_gpus=options.together)
     return [_until_stop(row, options.stop_ids) for row in ids.tolist()]
 
 

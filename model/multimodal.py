@@ -153,13 +153,20 @@ class MultimodalLM(nn.Module):
         return term.sum, term.num_addends
 
     def generate(
-        self, batch: Batch, max_new_tokens: int = 32, *, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None
+        self,
+        batch: Batch,
+        max_new_tokens: int = 32,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        together: bool = False,
     ) -> list[list[int]]:
         """Generate token ids for each row, up to the stop token, which is left out. Prompts are padded on the left.
 
-        `temperature`, `top_p` and `seed` are those of `model.generate.GenerationOptions`.
+        `temperature`, `top_p`, `seed` and `together`, a collective, are those of `model.generate.GenerationOptions`.
         """
-        options = GenerationOptions(max_new_tokens, self.stop_ids, self.pad_id, temperature, top_p, seed)
+        options = GenerationOptions(max_new_tokens, self.stop_ids, self.pad_id, temperature, top_p, seed, together)
         batch = batch.to(self._device())
         mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
         with torch.no_grad():

@@ -3,7 +3,7 @@
 Records are parsed, rendered and counted; media are looked up and their headers and ends read. Results are kept in the run
 folder: a check that was stopped resumes, one of unchanged data takes seconds, and a run that starts afterwards plans by exact
 lengths. Exit code 65 when a record breaks the rules. Records that are too long, duplicates, and what validation shares with
-training are reported and leave it at 0.
+training are reported and leave it at 0. With --write-clean the records that break no rule are copied, and it is 0.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from data.check.report import field_of, match_row, problem_rows, summarise_sourc
 from data.dataset import MultimodalDataset
 from model.errors import ConfigError, DataError
 from model.files.untrusted import Json
+from tools.clean_copy import check_target, write_clean
 from tools.cli import command_parser, printable_lines, run_command
 from trainer.checkpoint.retention import checkpoints
 from trainer.config import RunConfig
@@ -49,6 +50,8 @@ MATCHES = {
 def check(options: argparse.Namespace) -> None:
     if options.workers < 1:
         raise ConfigError(f"--workers {options.workers} is not positive")
+    if options.write_clean:
+        check_target(Path(options.write_clean))
     stage = stage_for_reading(load_config(options.cfg, options.overrides), options.stage)
     config = stage.config
     datasets = open_datasets(stage)
@@ -65,9 +68,11 @@ def check(options: argparse.Namespace) -> None:
     counts = report_sources(datasets, found, out)
     matches = report_duplicates(datasets, found, out, options.near)
     print(lengths_note(config))
+    if options.write_clean:
+        print("\n".join(write_clean(datasets, found, Path(options.write_clean))))
     num_bad = sum(source["bad"] for sources in counts.values() for source in sources.values())
     print(json.dumps({"bad": num_bad, "duplicates": matches, **counts}))
-    if num_bad:
+    if num_bad and not options.write_clean:
         count = f"{num_bad} records break" if num_bad > 1 else "1 record breaks"
         raise DataError(f"{count} the rules; all stand in {out / BAD_FILE}")
 
@@ -154,6 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stage", default="", metavar="NAME", help="of a file with [[stage]] tables: this one")
     parser.add_argument("--workers", type=int, default=available_cpus(), help="processes (one per processor)")
     parser.add_argument("--out", default="", help=f"folder of {BAD_FILE} and {DUPLICATES_FILE} (the run's)")
+    parser.add_argument("--write-clean", default="", metavar="DIR", help="copy every source without its bad records to this folder")
     parser.add_argument("--decode", action="store_true", help="decode all media in full: slow, and finds what headers hide")
     parser.add_argument("--near", action="store_true", help="decode pictures small, to find those that look alike: slow")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")

@@ -1,9 +1,11 @@
 """Generate greedy answers to held-out records and compare them with the records' own.
 
-A record's prompt is everything before its last answer. exact_match: the share of records whose generated text equals that answer,
-without its state token, white space around both stripped. loss: cross entropy per supervised token, over all answers of the kept
-rounds, as in training.
-Progress goes to stderr; the last line of stdout is JSON: {"samples", "exact_match", "loss"}.
+A record's prompt is everything before its last answer. Measures, by --metrics: exact_match, the share of records whose generated
+text equals that answer, without its state token, white space around both stripped; anls, wer, choice, contains, bleu: see
+docs/training.md. loss: cross entropy per supervised token, over all answers of the kept rounds, as in training. Under torchrun the
+ranks share the records; the numbers are the same.
+
+Progress goes to stderr, a table to stdout; the last line of stdout is JSON: {"samples", every measure, "loss"}.
 """
 
 from __future__ import annotations
@@ -11,124 +13,139 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from tqdm import tqdm
 
-from data.config import SourceConfig
 from data.index.record_index import RecordIndex
 from data.processor import Processor, load_processor
-from data.records.record import Record, RecordError, parse
+from data.records.record import Record, parse
 from model.errors import ConfigError
-from model.multimodal import MultimodalLM
 from tools.cli import command_parser, run_command
+from tools.evaluation.answer_formats import FORMATS, format_answers
+from tools.evaluation.answering import Answered, Totals, answers, open_records
+from tools.evaluation.wrong_answers_page import WrongAnswer, is_wrong, wrong_answers_page
 from tools.model_options import add_model_options, load
+from trainer.distributed.world import World, start_world, stop_world
+from trainer.scores.text_metrics import METRICS, check_metrics
+
+__all__ = ["Answered", "Totals", "answers", "evaluate", "main"]
 
 
-@dataclass(frozen=True)
-class Answered:
-    """A few records and the model's answers to them."""
-
-    records: list[Record]
-    texts: list[str]  # generated
-    loss_sum: float
-    num_supervised: int
-
-
-@dataclass
-class Totals:
-    samples: int = 0
-    exact: int = 0
-    loss_sum: float = 0.0
-    num_supervised: int = 0
-
-    def add(self, answered: Answered) -> None:
-        self.samples += len(answered.records)
-        self.exact += sum(text == expected(record) for record, text in zip(answered.records, answered.texts))
-        self.loss_sum += answered.loss_sum
-        self.num_supervised += answered.num_supervised
-
-    def result(self) -> dict[str, float]:
-        return {"samples": self.samples, "exact_match": self.exact / self.samples, "loss": self.loss_sum / self.num_supervised}
-
-
-def expected(record: Record) -> str:
-    return record.turns[-1].content.strip()
-
-
-def open_records(path: str, processor: Processor, folder: str) -> RecordIndex:
-    """Open the records of `path` and read each once, so that a broken one raises `RecordError` before any model is loaded."""
-    index = RecordIndex.open(SourceConfig(path), Path(folder), processor.specs)
-    for i in range(len(index)):
-        parse(index.raw(i), index.where(i), index.name(i))
-    return index
-
-
-def answers(
-    net: MultimodalLM, processor: Processor, index: RecordIndex, *, media_root: str, max_new_tokens: int, batch_size: int
-) -> Iterator[Answered]:
-    """Answer all records, longest first, so that a batch that does not fit into memory fails at once. Raises `RecordError`."""
-    order = np.argsort(-index.lengths, kind="stable")
-    for ids in np.split(order, range(batch_size, len(order), batch_size)):
-        raw = [index.raw(i) for i in ids]
-        records = [parse(value, index.where(i), index.name(i)) for i, value in zip(ids, raw)]
-        try:
-            prompts, whole = processor(raw, media_root=media_root), processor(raw, answers=True, media_root=media_root)
-        except RecordError as error:  # the processor only knows which of these records it was
-            record = records[int(error.where.rpartition(":")[2])]
-            raise RecordError(record.where, record.id, error.field, error.reason) from None
-        said = processor.answers(net.generate(prompts, max_new_tokens=max_new_tokens))
-        loss_sum, num_supervised = net.loss(whole)
-        yield Answered(records, [text for _, text in said], loss_sum.item(), num_supervised)
-
-
-def evaluate(options: argparse.Namespace) -> None:
-    for name in ("max_new_tokens", "batch_size"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)} is not positive")
-    totals, predictions = Totals(), []
+def evaluate(options: argparse.Namespace, world: World) -> None:
+    """Answer, measure, and write on rank 0 what the options ask for. Collective."""
+    metrics = check_options(options)
+    totals = Totals()
     with tempfile.TemporaryDirectory() as folder:
         processor = load_processor(options.final)
         index = open_records(options.data, processor, folder)
         net = load(options)
         settings: dict[str, Any] = {key: getattr(options, key) for key in ("media_root", "max_new_tokens", "batch_size")}
-        with tqdm(total=len(index), unit="sample", desc="evaluate", dynamic_ncols=True) as bar:
-            for answered in answers(net, processor, index, **settings):
+        own = answers(net, processor, index, **settings, share=(world.rank, world.size))
+        with tqdm(total=len(index), unit="sample", desc="evaluate", dynamic_ncols=True, disable=not world.is_main) as bar:
+            for answered in own:
                 totals.add(answered)
-                predictions += [
-                    {"id": r.id, "where": r.where, "expected": expected(r), "generated": text}
-                    for r, text in zip(answered.records, answered.texts)
-                ]
-                bar.update(len(answered.records))
-                bar.set_postfix_str(f"exact match {totals.exact / totals.samples:.3f}")
+                bar.update(len(answered.records) * world.size if bar.n + len(answered.records) * world.size <= len(index) else 0)
+        totals = totals.shared(world)
+        if world.is_main:
+            report(options, metrics, totals, processor, index)
+
+
+def check_options(options: argparse.Namespace) -> list[str]:
+    """Return the measures that are asked for. Raises `ConfigError` for options that cannot be."""
+    for name in ("max_new_tokens", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)} is not positive")
+    metrics = list(dict.fromkeys(filter(None, options.metrics.split(","))))
+    if not metrics:
+        raise ConfigError(f"--metrics {options.metrics!r} names none: write some of {','.join(METRICS)}")
+    check_metrics(metrics, "--metrics")
+    if options.format and not options.predictions:
+        raise ConfigError(f"--format {options.format} is of the file that --predictions FILE names: name it")
+    return metrics
+
+
+def report(options: argparse.Namespace, metrics: list[str], totals: Totals, processor: Processor, index: RecordIndex) -> None:
+    """Write predictions and page where they are asked for, and print the table and the line of JSON."""
+    result = totals.result(metrics)
+    records = {i: parse(index.raw(i), index.where(i), index.name(i)) for i in totals.texts}
     if options.predictions:
-        write_predictions(options.predictions, predictions)
-    result = totals.result()
+        write_text("--predictions", options.predictions, predictions_of(options.format, records, totals))
+    if options.page:
+        found = [(i, text, totals.expected[i]) for i, text in totals.texts.items()]
+        wrong = [WrongAnswer(records[i], text, right) for i, text, right in found if is_wrong(metrics[0], text, right)]
+        title = f"{options.final} on {options.data}"
+        write_text("--page", options.page, wrong_answers_page(title, result, wrong, processor, options.media_root))
+    if not options.json:
+        print(table(result), flush=True)
     print(json.dumps({key: value if math.isfinite(value) else None for key, value in result.items()}))
 
 
-def write_predictions(path: str, values: list[dict[str, str]]) -> None:
+def predictions_of(name: str, records: dict[int, Record], totals: Totals) -> str:
+    """Return the file of all answers, in the form `name`; "": ours, a JSON object per line."""
+    if name:
+        return format_answers(name, list(records.values()), list(totals.texts.values()))
+    rows = [
+        {"id": record.id, "where": record.where, "expected": totals.expected[i], "generated": totals.texts[i]}
+        for i, record in records.items()
+    ]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def table(result: dict[str, float]) -> str:
+    """Return the numbers for people, a line each."""
+    return "\n".join(
+        f"{name:<12} {value:>10,.4f}" if name != "samples" else f"{name:<12} {value:>10,}" for name, value in result.items()
+    )
+
+
+def write_text(option: str, path: str, text: str) -> None:
+    """Write a file that an option names. Raises `ConfigError` when it cannot be written."""
     try:
-        Path(path).write_text("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values), encoding="utf-8")
+        Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--predictions {path!r} cannot be written: {error.strerror}") from error
+        raise ConfigError(f"{option} {path!r} cannot be written: {error.strerror}") from error
 
 
-def main(argv: list[str] | None = None) -> int:
+def run_on_ranks(options: argparse.Namespace) -> None:
+    """Evaluate on the ranks that a launcher started, or in this process alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return evaluate(options, World(0, 0, 1, torch.device("cpu")))
+    world = start_world()
+    if options.device == "auto":
+        options.device = str(world.device)
+    try:
+        evaluate(options, world)
+    finally:
+        stop_world()
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = command_parser("evaluate", __doc__)
     add_model_options(parser)
     parser.add_argument("--data", required=True, help="held-out records, .json or .jsonl, in the form that training reads")
     parser.add_argument("--media-root", default="", metavar="DIR", help="the folder media must stand in; default: this one")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (128)")
     parser.add_argument("--batch-size", type=int, default=16, help="records answered at once (16)")
+    parser.add_argument("--metrics", default="exact_match", metavar="LIST", help=f"of {','.join(METRICS)} (exact_match)")
+    parser.add_argument("--json", action="store_true", help="print the line of JSON alone")
+    parser.add_argument(
+        "--page", default="", metavar="FILE", help="also write a page of the answers that the first measure finds wrong"
+    )
     parser.add_argument("--predictions", default="", metavar="FILE", help="also write every answer, one JSON object per line")
-    options = parser.parse_args(argv)
-    return run_command("evaluate", lambda: evaluate(options))
+    known = "write --predictions as LLaVA's evaluation of a benchmark reads them"
+    parser.add_argument("--format", default="", choices=["", *FORMATS], metavar="NAME", help=f"{known}: {', '.join(FORMATS)}")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    return run_command("evaluate", lambda: run_on_ranks(options))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,11 @@ from model.multimodal import MultimodalLM
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("final", metavar="FINAL", help="a final/ folder or a checkpoint-N of a run")
+    add_place_options(parser)
+
+
+def add_place_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `add_model_options` but the folder."""
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; default: cuda where there is one")
     moved = "where a base model stands now, if it moved: --base llm=/models/qwen; PART is llm, vision, audio or init_from"
     parser.add_argument("--base", metavar="PART=PATH", action="append", default=[], help=moved)

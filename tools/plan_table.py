@@ -83,8 +83,10 @@ def _run(plan: Plan) -> list[str]:
     kept = scenario.config.checkpoint.keep
     lines.append(f"checkpoint  {exact_size(plan.checkpoint_bytes)} of tensors each")
     lines.append(f"final       {exact_size(plan.final_bytes)} of weights")
-    most = plan.checkpoint_bytes * (kept + 1) + plan.final_bytes
-    lines.append(f"disk        {exact_size(most)} at most: checkpoint.keep = {kept}, one more being written, and final/")
+    best = bool(scenario.config.checkpoint.best)
+    most = plan.checkpoint_bytes * (kept + 1 + best) + plan.final_bytes * (1 + best)
+    more = "the best, one more being written, final/ and best/" if best else "one more being written, and final/"
+    lines.append(f"disk        {exact_size(most)} at most: checkpoint.keep = {kept}, {more}")
     return lines
 
 

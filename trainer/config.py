@@ -121,6 +121,9 @@ class CheckpointConfig:
     """Steps between two checkpoints; a crash costs at most that many. They are written beside training."""
     keep: int = 3
     """Sound checkpoints that stay; older ones are removed once a newer one is proven. Raise it to go back further."""
+    best: str = ""
+    """Value of the validation whose best checkpoint stays too and becomes best/ at the end, as "val/anls" or "val/loss"; "" = none.
+    A validation that is better than all before it saves a checkpoint."""
     resume: str = "auto"
     """Where a start goes on: auto, the newest sound checkpoint of output_dir; none, a fresh start; or a checkpoint-N folder."""
 
@@ -132,6 +135,11 @@ class ValidationConfig:
     max_samples: int = 512
     """Records of [[data.validation]] that a validation reads at most, the same ones every time; lower it where validations
     take too long."""
+    metrics: tuple[Literal["exact_match", "anls", "wer", "choice", "contains", "bleu"], ...] = ()
+    """Measures of greedy answers to these records, logged as val/NAME; none = the loss alone. Answering takes far longer than
+    the loss."""
+    max_new_tokens: int = 64
+    """Tokens of an answer at most where there are metrics; raise it where expected answers are longer."""
 
 
 @dataclass(frozen=True)

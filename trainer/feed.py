@@ -5,19 +5,29 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from functools import partial
+from typing import Protocol
 
 from data.loader import LoadOptions, MicroBatch, train_batches
 from data.workers import Reading, describe_sample
 from trainer.faults.phase_tracker import PhaseTracker
 from trainer.memory.sample_cost import sample_costs
-from trainer.records.bookkeeping import Bookkeeping
+from trainer.records.quarantine import Quarantine
 from trainer.setup import PreparedRun
+
+
+class LeftOut(Protocol):
+    """What a feed asks about records that are left out; `trainer.records.bookkeeping.Bookkeeping` is one."""
+
+    quarantine: Quarantine
+
+    def flush(self, done: int) -> None:
+        """Bring the quarantine up to date with `done` completed steps. Collective."""
 
 
 class Feed:
     """The micro-batches of a stage's steps, in order."""
 
-    def __init__(self, prepared: PreparedRun, books: Bookkeeping, tracker: PhaseTracker) -> None:
+    def __init__(self, prepared: PreparedRun, books: LeftOut, tracker: PhaseTracker) -> None:
         self.train, self.sampler = prepared.data.training()
         self.prepared, self.books, self.tracker = prepared, books, tracker
         self._left_out: frozenset[int] = frozenset()

@@ -23,9 +23,11 @@ from trainer.optim import set_learning_rates
 from trainer.part_norms import PartNorms
 from trainer.records.bookkeeping import Bookkeeping
 from trainer.schedule import multiplier
+from trainer.scores.best import BestValue
+from trainer.scores.validation_answers import AnswerLog, answer_records, score_rows
 from trainer.screen import Screen
 from trainer.setup import PreparedRun
-from trainer.state import CheckpointState, MeterState
+from trainer.state import CheckpointState
 from trainer.step import StepOptions, train_step
 from trainer.trackers.open_trackers import Trackers
 from trainer.validate import validate
@@ -38,7 +40,7 @@ FAILURE_GRACE_SECONDS = 5.0
 class LoopStart:
     """Start of a loop: all that it begins with beside the prepared run."""
 
-    totals: MeterState | None = None  # of the checkpoint that it goes on from
+    state: CheckpointState | None = None  # of the checkpoint that it goes on from; None: nothing was saved before
     trackers: Trackers = field(default_factory=Trackers)
 
 
@@ -51,7 +53,7 @@ class Loop:
     """
 
     def __init__(self, prepared: PreparedRun, first_step: int, start: LoopStart, status: RunStatus) -> None:
-        config, world, totals = prepared.config, prepared.world, start.totals
+        config, world, totals = prepared.config, prepared.world, start.state["meter"] if start.state else None
         if prepared.trained is None:
             raise ValueError("nothing to train")
         self.prepared, self.first_step, self.status = prepared, first_step, status
@@ -62,6 +64,8 @@ class Loop:
         if totals is not None:
             self.meter.restore(totals)
         self.log = MetricsLog(stage.run_folder, stage.first_step + first_step, world, stage.name, start.trackers)
+        self.answers = AnswerLog(stage.run_folder, stage.first_step + first_step, world, stage.name)
+        self.best = BestValue(config.checkpoint.best, start.state.get("best") if start.state else None)
         self.trackers = start.trackers
         self.books = Bookkeeping(prepared, first_step)
         self.lengths = digest_of(prepared.data)
@@ -160,10 +164,12 @@ class Loop:
         started = time.perf_counter()
         if should_validate:
             self.tracker.mark("validation")
-            values = validate(self.prepared, self.books.quarantine, done, self.tracker)
-            self.log.write(self.stage.first_step + done, values)
+            values = self._validate(done)
             screen.validated(done, values, time.perf_counter() - started)
             self.books.quarantine.check()
+            if self.best.observe(values, self.stage.first_step + done) and not should_save:
+                should_save = True
+                self._drain()
         if should_save:
             self.tracker.mark("save")
             self.books.flush(done)
@@ -188,6 +194,17 @@ class Loop:
         if asked and not there and self.prepared.world.is_main:
             tqdm.write("EVAL was asked for, and the run has no [[data.validation]]")
         return there and (asked or ((last or done % self.prepared.config.validation.every == 0) and not should_stop))
+
+    def _validate(self, done: int) -> dict[str, float]:
+        """Return the values of a validation, written down with the answers that were generated for them. Collective."""
+        prepared, metrics, step = self.prepared, self.prepared.config.validation.metrics, self.stage.first_step + done
+        values = validate(prepared, self.books.quarantine, done, self.tracker)
+        if metrics and prepared.data.validation is not None:
+            rows = answer_records(prepared, self.tracker)
+            self.answers.write(step, rows)
+            values |= score_rows(metrics, rows, prepared.data.validation.source_names, prepared.world)
+        self.log.write(step, values)
+        return values
 
     def _log(self, done: int, screen: Screen) -> None:
         self.books.flush(done)
@@ -216,6 +233,8 @@ class Loop:
         state: CheckpointState = {"meter": {**self.meter.state(), "health": self.health.state()}}
         if self.trained.loss_scale:
             state["loss_scale"] = self.trained.loss_scale.state()
+        if self.best.state is not None:
+            state["best"] = self.best.state
         if self.trackers.ids:
             state["trackers"] = self.trackers.ids
         return {**run_state(self.stage, self.lengths), **state}

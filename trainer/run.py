@@ -31,9 +31,11 @@ from trainer.report import describe_run
 from trainer.runfile.schema import to_tables
 from trainer.runfile.stages import Stage, check_stages, describe_stages, list_stages
 from trainer.runfile.toml_files import to_toml
+from trainer.scores.best import BestValue, write_best
+from trainer.scores.text_metrics import check_metrics
 from trainer.setup import PreparedRun, build_run, resolve_config, set_arithmetic
 from trainer.start_note import write_start
-from trainer.state import CheckpointState
+from trainer.state import BestState, CheckpointState
 from trainer.trackers.open_trackers import Trackers, tracked
 
 
@@ -44,6 +46,8 @@ def train(root: RunConfig, world: World, status: exit_report.RunStatus) -> None:
     checkpoint, notes = find_resume_point(root, world)
     stages = [replace(stage, config=resolve_config(stage.config, world)) for stage in list_stages(root)]
     check_stages(stages)
+    for stage in stages:
+        check_metrics(stage.config.validation.metrics, "validation.metrics")
     share_look_ups((stage.config for stage in stages), world)
     for line in (*describe_stages(stages), *signals.launcher_lines(root.faults.grace_seconds)):
         say(world, line)
@@ -51,7 +55,7 @@ def train(root: RunConfig, world: World, status: exit_report.RunStatus) -> None:
     if checkpoint:
         stages, state = remaining_stages(checkpoint, stages, world)
     status.tracker.mark("index")
-    for line in check_later_stages(root, stages[1:], world):
+    for line in check_later_stages(root, stages[1:], world, status.tracker.report_progress):
         say(world, line)
     saved = load_state(checkpoint).get("trackers") if checkpoint else None
     with tracked(root, world, step_of(checkpoint) if checkpoint else 0, saved) as trackers:
@@ -121,12 +125,15 @@ def train_stage(stage: Stage, start: ResumePoint, world: World, status: exit_rep
         plan = describe_run(prepared, certificates, checkpoint, start.notes)
         write_start(prepared, first_step, plan)
         print(plan, flush=True)
+    best = BestValue(config.checkpoint.best, state.get("best") if state else None)
     if prepared.trained and first_step < prepared.total_steps:
         tracker.begin("heaviest", stage.first_step + first_step)
         say(world, rehearse(prepared, first_step))
-        Loop(prepared, first_step, LoopStart(state["meter"] if state else None, start.trackers), status).run()
+        loop = Loop(prepared, first_step, LoopStart(state, start.trackers), status)
+        loop.run()
+        best = loop.best
     tracker.mark("final")
-    return finish(prepared, first_step, world)
+    return finish(prepared, first_step, world, best.state)
 
 
 def build_and_look(stage: Stage, data: RunData, world: World, tracker: PhaseTracker) -> tuple[PreparedRun, list[str]]:
@@ -150,8 +157,10 @@ def build_and_look(stage: Stage, data: RunData, world: World, tracker: PhaseTrac
         return prepared, beside.finish(tracker.report_progress)
 
 
-def finish(prepared: PreparedRun, first_step: int, world: World) -> int:
-    """Write final/, unless an earlier start of this run has and nothing was trained since. Returns the run's completed steps."""
+def finish(prepared: PreparedRun, first_step: int, world: World, best: BestState | None = None) -> int:
+    """Write final/, and best/ where there is a `best` validation, unless an earlier start of this run has and nothing was trained
+    since. Returns the run's completed steps.
+    """
     stage = prepared.stage
     step = stage.first_step + max(first_step, prepared.total_steps)
     finished = first_step > 0 and first_step >= prepared.total_steps and final_step(stage.folder) == step
@@ -163,9 +172,16 @@ def finish(prepared: PreparedRun, first_step: int, world: World) -> int:
         if num_left_out := len(read_rows(stage.run_folder, stage.name)):
             say(world, f"{num_left_out} records could not be used: {stage.run_folder / QUARANTINE} says why")
         say(world, f"wrote and proved {target}")
+    names = ["final"]
+    if best is not None:
+        target, is_new = write_best(prepared, best, step)
+        names.append("best")
+        if is_new:
+            say(world, f"wrote and proved {target}: step {best['step']}, {best['key']} = {best['value']:.4g}")
     if stage.name and stage.is_last:
-        publish(stage.folder / "final", stage.run_folder / "final", world)
-        say(world, f"it is {stage.run_folder / 'final'} as well")
+        for name in names:
+            publish(stage.folder / name, stage.run_folder / name, world)
+            say(world, f"it is {stage.run_folder / name} as well")
     return step
 
 

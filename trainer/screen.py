@@ -11,6 +11,8 @@ from typing import Self
 
 from tqdm import tqdm
 
+from trainer.scores.text_metrics import METRICS
+
 
 class Screen:
     """The screen of one stage. Every method but `__init__` is called on every rank, and prints on rank 0 alone."""
@@ -42,11 +44,12 @@ class Screen:
             self.say("step", f"{self._place(done)}, {text}, {self._time_left(done)} left")
 
     def validated(self, done: int, values: Mapping[str, float], seconds: float) -> None:
-        """Show the losses of a validation after `done` steps: over all sources, and of each where there are several."""
+        """Show a validation after `done` steps: its loss in all and per source where there are several, and its measures."""
         sources = {key.split("/")[1]: value for key, value in values.items() if key.count("/") == 2 and key.endswith("/loss")}
         each = f" ({', '.join(f'{name} {value:.4f}' for name, value in sources.items())})" if len(sources) > 1 else ""
         loss = values.get("val/loss", math.nan)
-        self.say("validated", f"{self._place(done)}, loss {loss:.4f}{each} in {seconds:.1f} s")
+        measured = "".join(f", {name} {values[key]:.4g}" for name in METRICS if (key := f"val/{name}") in values)
+        self.say("validated", f"{self._place(done)}, loss {loss:.4f}{each}{measured} in {seconds:.1f} s")
 
     def say(self, word: str, text: str) -> None:
         """Print a line that begins with `word`, above the bar where there is one."""

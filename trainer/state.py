@@ -38,6 +38,14 @@ class MeterState(MeterTotals, total=False):
     health: HealthState
 
 
+class BestState(TypedDict):
+    """The best validation so far (trainer.scores.best)."""
+
+    key: str  # the value that decides, as in checkpoint.best
+    value: float
+    step: int  # of the run, when its checkpoint was written
+
+
 class CheckpointState(TypedDict, total=False):
     """The whole state file. `load_state` has proven the keys that every checkpoint has: config, lengths, meter, steps."""
 
@@ -47,6 +55,7 @@ class CheckpointState(TypedDict, total=False):
     stage: str  # absent in a run without stages
     first_step: int  # of that stage
     step: int
+    best: BestState  # absent without checkpoint.best, and before the first validation
     loss_scale: LossScaleState  # absent unless the run computes in float16
     optimizer_steps: dict[str, float]
     trackers: dict[str, str]  # id of the run by tracker; absent without trackers that have one

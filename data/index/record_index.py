@@ -21,6 +21,7 @@ from data.index.parquet import ParquetRows, scan_parquet
 from data.index.reader import JsonRows, RecordReader, RowError
 from data.index.sidecar import safe_name
 from data.index.source_files import Shards
+from data.index.subsets import write_json_subset, write_rows_subset, write_tar_subset
 from data.index.table import KINDS, Table, file_stamps, join_tables, map_table, read_table_header, write_table
 from data.index.tar_records import TarRows, scan_tar
 from data.index.token_estimate import media_tokens
@@ -35,19 +36,20 @@ _DEFAULTS = DataConfig()
 
 @dataclass(frozen=True)
 class SourceFormat:
-    """The functions that index and read one kind of file."""
+    """The functions that index, read and copy one kind of file."""
 
     scan: Callable[[Path, Advance], Table]
     rows: Callable[[Shards, Table], RecordReader]
+    subset: Callable[[Path, Table, int, np.ndarray, Path], None]  # write a copy without some records
     holds_media: bool = False  # media stand beside the records, in the same file
 
 
 FORMATS = {
-    ".json": SourceFormat(scan, JsonRows),
-    ".jsonl": SourceFormat(scan, JsonRows),
-    ".parquet": SourceFormat(scan_parquet, ParquetRows, holds_media=True),
-    ".arrow": SourceFormat(scan_parquet, ParquetRows, holds_media=True),
-    ".tar": SourceFormat(scan_tar, TarRows, holds_media=True),
+    ".json": SourceFormat(scan, JsonRows, write_json_subset),
+    ".jsonl": SourceFormat(scan, JsonRows, write_json_subset),
+    ".parquet": SourceFormat(scan_parquet, ParquetRows, write_rows_subset, holds_media=True),
+    ".arrow": SourceFormat(scan_parquet, ParquetRows, write_rows_subset, holds_media=True),
+    ".tar": SourceFormat(scan_tar, TarRows, write_tar_subset, holds_media=True),
 }
 """Formats by lower-case suffix. To add a kind of file, add an entry here, not a branch."""
 
@@ -132,6 +134,16 @@ class RecordIndex:
     def where(self, i: int) -> str:
         """Return the file name and the line, row or key of record `i`; lines and rows count from 1."""
         return f"{self._shards.names[self._table.file_of(i)]}:{self._rows.describe_position(i)}"
+
+    def files(self) -> list[tuple[str, range]]:
+        """Return the name of each file, with as much of its folder as distinguishes it, and the numbers of its records."""
+        stops = self._table.file_stops.tolist()
+        return [(name, range(*span)) for name, span in zip(self._shards.names, zip([0, *stops], stops))]
+
+    def write_subset(self, file: int, kept: np.ndarray, target: Path) -> None:
+        """Write a copy of a file, by its place in `files()`, with those of its records for which `kept` (N,) bool is true."""
+        path, first = Path(self._shards.paths[file]), self.files()[file][1].start
+        FORMATS[path.suffix.lower()].subset(path, self._table, first, kept, target)
 
     def name(self, i: int) -> str:
         """Return the name of a record `i` that has no id: its line, row or key.

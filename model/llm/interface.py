@@ -60,6 +60,8 @@ class CausalLM(nn.Module):
         """Write config.json and the weights into `folder`."""
         raise NotImplementedError
 
-    def generate(self, *, inputs_embeds: Tensor, attention_mask: Tensor, generation_config: GenerationConfig) -> Tensor:
+    def generate(
+        self, *, inputs_embeds: Tensor, attention_mask: Tensor, generation_config: GenerationConfig, synced_gpus: bool
+    ) -> Tensor:
         """Return the generated ids (B, new tokens)."""
         raise NotImplementedError

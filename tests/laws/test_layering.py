@@ -23,13 +23,28 @@ DATA_MAY_IMPORT = {"model.batch", "model.media_spec", "model.errors", "model.fil
 ORDER = {
     "model": ("files", "published", "audio", "llm", "vision", "weights", "exports"),
     "data": ("order", "records", "media", "text", "index", "check"),
-    "trainer": ("runfile", "distributed", "machine", "trackers", "health", "records", "checkpoint", "faults", "memory", "trial"),
-    "tools": ("demos", "devicechecks", "exports", "inspector", "benches", "watcher"),
+    "trainer": (
+        "runfile",
+        "distributed",
+        "machine",
+        "trackers",
+        "health",
+        "records",
+        "checkpoint",
+        "faults",
+        "scores",
+        "memory",
+        "trial",
+    ),
+    "tools": ("demos", "devicechecks", "exports", "inspector", "asking", "evaluation", "benches", "watcher"),
 }
 """Sub-folders from the lowest up: each may import those before it. Files beside them may be imported by all, and import all."""
 EXTERNAL = {"torch", "transformers", "safetensors", "PIL", "numpy", "tqdm", "jinja2", "tokenizers", "huggingface_hub"}
 """What is always there; jinja2 comes with torch, tokenizers and huggingface_hub with transformers."""
-EXTRAS = {"av", "bitsandbytes", "matplotlib", "pyarrow", "sklearn", "peft", "soxr", "trl", "datasets", "tensorboard", "wandb"}
+EXTRAS = {
+    *("av", "bitsandbytes", "matplotlib", "pyarrow", "sklearn", "peft", "soxr", "trl", "datasets", "tensorboard", "wandb"),
+    *("jiwer", "rapidfuzz", "sacrebleu"),
+}
 """Imported where they are used, never with a module."""
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "base", "misc"}
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))

@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.text.tokenizer import save_tokenizer
 from tests.support.ranks import run_ranks
-from tests.support.runs import Start, merged, save_parts
+from tests.support.router import save_mixture
+from tests.support.runs import Start, merged
+from tests.support.tiny import VOCAB, save_llm, save_tower
 from tests.support.tiny_audio import save_whisper, wave
 from tests.support.tiny_media import wav
+from tests.support.tiny_tokenizers import NAMES
 from trainer.distributed.world import World
 from trainer.main import run
 from trainer.runfile.load import parse_config
@@ -26,6 +30,9 @@ STEPS, GLOBAL_BATCH, NUM_RECORDS = 2, 12, 30
 KINDS = {
     "blip_laion_cc_sbu_558k": ("image",),
     "captions": ("image",),
+    "chat": ("image",),
+    "onevision": ("image", "video"),
+    "pictures_and_videos_task": ("image", "video"),
     "transcripts": ("audio",),
     "pictures_and_videos": ("image", "video"),
     "questions_by_voice": ("image", "audio"),
@@ -36,13 +43,20 @@ KINDS = {
 """Media of a source's records in turn, by the name of its file; of any other file pictures and text."""
 
 
+LLMS = {
+    "vicuna": ("llama", "llama"),
+    "TinyLlama": ("llama", "llama"),
+    "llava-v1.5": ("llama", "llama"),
+    "Mixtral": ("mixtral", "llama"),
+}
+TOWERS = {"siglip": "siglip", "InternViT": "internvit"}
+"""Tiny parts by a word of the path that a recipe names: kind and tokenizer of a model, kind of a tower; else Qwen2, CLIP."""
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Parts for each kind of recipe, and media: pictures, videos as folders of frames, clips."""
+    """A folder that tiny parts are written to when a recipe needs them, and media: pictures, videos as folders of frames, clips."""
     folder = tmp_path_factory.mktemp("recipes")
-    save_parts(folder / "llava", "llama", "clip", "llama")
-    save_parts(folder / "one_gpu", "qwen2_tied", "clip", "qwen")
-    save_parts(folder / "vita", "qwen2", "internvit", "qwen")
     save_whisper(folder / "audio", seconds=1)
     rng = np.random.default_rng(0)
     for i in range(NUM_RECORDS):
@@ -52,6 +66,26 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(rng.integers(0, 256, (20, 24 + 10 * (i % 3), 3), dtype=np.uint8)).save(path)
         (folder / "media" / f"{i}.wav").write_bytes(wav(wave(0.02 + 0.3 * (i % 4), i).numpy()[:, None], 16_000))
     return folder
+
+
+def tiny_llm(tiny: Path, path: str) -> str:
+    """The folder of a tiny language model in place of `path`."""
+    family, tokenizer = next((found for word, found in LLMS.items() if word in path), ("qwen2", "qwen"))
+    folder, made = tiny / family, NAMES[tokenizer]()
+    if not folder.exists():
+        if family == "mixtral":
+            save_mixture(folder, family, max(VOCAB, len(made)))
+        else:
+            save_llm(folder, family, vocab_size=max(VOCAB, len(made)))
+        save_tokenizer(made, folder)
+    return str(folder)
+
+
+def tiny_tower(tiny: Path, path: str) -> str:
+    family = next((found for word, found in TOWERS.items() if word in path), "clip")
+    if not (folder := tiny / family).exists():
+        save_tower(folder, family)
+    return str(folder)
 
 
 def source(tiny: Path, path: str) -> dict[str, Any]:
@@ -71,25 +105,29 @@ def source(tiny: Path, path: str) -> dict[str, Any]:
     return {"path": str(file), "name": name, "media_root": str(tiny / "media")}
 
 
-def shrunk(tables: dict[str, Any], tiny: Path, parts: Path) -> dict[str, Any]:
+def shrunk(tables: dict[str, Any], tiny: Path) -> dict[str, Any]:
     """The tables of a recipe, or of one of its stages, with the paths of tiny parts and data; every other number as it is."""
     model, data = dict(tables.get("model", {})), dict(tables.get("data", {}))
-    for part, path in {"llm": parts / "llm", "vision": parts / "vision", "audio": tiny / "audio"}.items():
+    if published := model.pop("init_from", ""):
+        model["llm"] = {"path": published, **model["llm"]}
+        model["vision"] = {"path": "", **model["vision"]}
+    for part, place in (("llm", tiny_llm), ("vision", tiny_tower), ("audio", lambda tiny, path: str(tiny / "audio"))):
         if "path" in model.get(part, {}):
-            model[part] = {**model[part], "path": str(path)}
+            model[part] = {**model[part], "path": place(tiny, model[part]["path"])}
     if "vision_projector" in model:
         model["vision_projector"] = {key: value for key, value in model["vision_projector"].items() if key != "path"}
     for key in ("sources", "validation"):
         if key in data:
             data[key] = [source(tiny, one["path"]) for one in data[key]]
+    if "image_grid" in data:  # pixels of a tower of 336 become those of one of 16
+        data["image_grid"] = [size if isinstance(size, str) else [side // 336 * 16 for side in size] for size in data["image_grid"]]
     return {**tables, **{key: value for key, value in (("model", model), ("data", data)) if value}}
 
 
 def tables_of(name: str, tiny: Path, output_dir: Path) -> dict[str, Any]:
     recipe = read_toml(str(RECIPES[name]))
-    parts = tiny / next(kind for kind in ("llava", "one_gpu", "vita") if name.startswith(kind))
-    found = shrunk(recipe, tiny, parts)
-    micro = min(recipe["batch"].get("micro_batch_size", 4), GLOBAL_BATCH // 3)
+    found = shrunk(recipe, tiny)
+    micro = min(recipe.get("batch", {}).get("micro_batch_size", 4), GLOBAL_BATCH // 3)
     changes: dict[str, Any] = {
         "output_dir": str(output_dir),
         "batch": {"global_batch_size": GLOBAL_BATCH, "micro_batch_size": micro},
@@ -100,7 +138,10 @@ def tables_of(name: str, tiny: Path, output_dir: Path) -> dict[str, Any]:
     if "lora" in recipe:
         changes["lora"] = {"dropout": 0.0}  # its draws hang on the rank
     if "stage" in found:
-        changes["stage"] = [shrunk(stage, tiny, parts) for stage in found["stage"]]
+        found["stage"] = [shrunk(stage, tiny) for stage in found["stage"]]
+        for stage in found["stage"]:
+            if "batch" in stage:
+                stage["batch"] = {**stage["batch"], "global_batch_size": GLOBAL_BATCH, "micro_batch_size": micro}
     return merged(found, changes)
 
 

@@ -73,7 +73,7 @@ def test_every_recipe_and_its_resolved_file_fit_the_schema_and_name_it(path: Pat
         ({"optim": {"lr": "fast"}}, ".optim.lr: 'fast' is no number"),
         ({"model": {"llm": {"tune": "some"}}}, ".model.llm.tune: 'some' is not in"),
         ({"optim": {"betas": [0.9]}}, ".optim.betas: 1 items"),
-        ({"data": {"sources": [{"name": "a"}]}}, ".data.sources.0.path is required"),
+        ({"data": {"sources": [{"nam": "a"}]}}, ".data.sources.0.nam is unknown"),
         ({"stage": [{"optim": {"lr": 1.0}}]}, ".stage.0.name is required"),
         ({"output_dir": None}, ".output_dir is required"),
     ],

@@ -122,7 +122,7 @@ def _figure(box: Box, number: int, album: Album) -> str:
     name = f"{box.medium.kind} {number}"
     wide = " class=wide" if box.medium.kind != "image" else ""
     caption = f"<figcaption><b>{name}</b> {visible(box.path)}<br>{box.facts}{_resolution(box)}</figcaption>"
-    made = "".join(_rows(box, album, f'alt="{name}: {visible(box.path)}"'))
+    made = "".join(media_rows(box, album, f'alt="{name}: {visible(box.path)}"'))
     seen = f"<button aria-label='{name} in full size'>{made}</button>" if made else f"<div class=gone>{album.full}</div>"
     return f"<figure{wide}>{seen}{caption}</figure>\n"
 
@@ -133,7 +133,7 @@ def _resolution(box: Box) -> str:
     return f", {box.spec.num_mels} pitches{', grey: padding' * (sum(box.medium.frames) < box.num_columns)}"
 
 
-def _rows(box: Box, album: Album, alt: str) -> Iterator[str]:
+def media_rows(box: Box, album: Album, alt: str) -> Iterator[str]:
     """Yield rows of pictures: the tiles of a grid and their thumbnail, frames one after the other, a drawing per window of sound.
 
     Yields nothing when the album has no room for all of them: half a medium would mislead.

@@ -155,7 +155,7 @@ def _rounds(encoded: Encoded, sample: Sample) -> tuple[int, int]:
 def _pieces(sample: Sample, record: Record, media: RecordMedia, template: Template, encoded: Encoded) -> Iterator[Piece | Box]:
     """Yield all text pieces and media of the sample in order."""
     learned = [False, *(sample.labels[:-1] != IGNORE_INDEX).tolist()]  # labels are shifted: position t says what t + 1 is
-    boxes = sorted(_boxes(sample, record, media), key=lambda box: box.medium.start)
+    boxes = sorted(boxes_of(sample, record, media), key=lambda box: box.medium.start)
     answers = _answers(record, template, encoded.input_ids, boxes)[: len(learned)] if record.num_unlearned else learned
     ids, at = sample.input_ids.tolist(), 0
     for start, box in [*((box.medium.start, box) for box in boxes), (len(ids), None)]:
@@ -184,7 +184,8 @@ def _matching(one: list[int], other: list[int]) -> list[tuple[int, int, int]]:
     return [(block.a, block.b, block.size) for block in blocks]
 
 
-def _boxes(sample: Sample, record: Record, media: RecordMedia) -> Iterator[Box]:
+def boxes_of(sample: Sample, record: Record, media: RecordMedia) -> Iterator[Box]:
+    """Yield the media that `sample` kept of `record`, by modality."""
     for modality, found in sample.media.items():
         refs = [ref for ref in record.media if ref.modality == modality]
         for medium, ref in zip(found, refs):  # media of dropped rounds have no place in the sample

@@ -65,7 +65,7 @@ def page(title: str, chosen: str, max_length: int, sources: Sequence[tuple[Shown
     shown = [source for source, _ in sources]
     return "".join(
         [
-            f"<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n{_policy()}\n",
+            f"<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n{content_policy(STYLE, SCRIPT)}\n",
             "<meta name=viewport content='width=device-width, initial-scale=1'>\n",
             f"<title>What the model sees: {visible(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n",
             _head(title, chosen, shown),
@@ -81,13 +81,13 @@ def page(title: str, chosen: str, max_length: int, sources: Sequence[tuple[Shown
     )
 
 
-def _policy() -> str:
-    """Return a content security policy that allows only our style and script, by digest.
+def content_policy(style: str, script: str) -> str:
+    """Return a content security policy that allows only this style and script, by digest.
 
     So even a mistake in escaping could load nothing and run nothing.
     """
-    style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (STYLE, SCRIPT))
-    rules = f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; script-src 'sha256-{script}'; base-uri 'none'"
+    of_style, of_script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script))
+    rules = f"default-src 'none'; img-src data:; style-src 'sha256-{of_style}'; script-src 'sha256-{of_script}'; base-uri 'none'"
     return f'<meta http-equiv=Content-Security-Policy content="{rules}">'
 
 

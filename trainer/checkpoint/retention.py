@@ -25,7 +25,7 @@ SHOWN_BYTES = 1 << 30
 
 
 def prune(folder: Path, keep: int, written: Path) -> None:
-    """Remove sound checkpoints except the newest `keep`, the one just `written`, and those that a run or a final/ is based on.
+    """Remove sound checkpoints except the newest `keep`, the one just `written`, the best, and those that a run or a final/ needs.
 
     Unsound checkpoints are not counted and stay for the next start to move aside: so the last sound one is never removed. Raises
     OSError when one cannot be removed.
@@ -33,10 +33,17 @@ def prune(folder: Path, keep: int, written: Path) -> None:
     sound = [path for path in reversed(checkpoints(folder)) if is_whole(path)]
     kept = {written, *sound[:keep]}
     if doomed := [path for path in sound if path not in kept]:
-        needed = bases(folder, written)
+        needed = bases(folder, written) | {best_of(folder, written)}
         for path in reversed(doomed):  # oldest first: if a removal fails, the newest are left
             if path.resolve() not in needed:
                 remove_folder(path)
+
+
+def best_of(folder: Path, written: Path) -> Path | None:
+    """Return the best checkpoint of `folder`, as the state of `written` names it; None when it names none."""
+    best = _json(written / STATE).get("best")
+    step = best.get("step") if isinstance(best, dict) else None
+    return (folder / f"{PREFIX}{step}").resolve() if isinstance(step, int) else None
 
 
 def is_whole(path: Path) -> bool:
@@ -55,7 +62,7 @@ def bases(folder: Path, written: Path) -> frozenset[Path]:
     of `written`. A final/ names what it needs in its card.
     """
     named = list(_strings(_json(written / STATE).get("config")))
-    named += [text for place in places(folder) for text in _origins(place / "final")]
+    named += [text for place in places(folder) for name in ("final", "best") for text in _origins(place / name)]
     found: set[Path] = set()
     while named:
         path = checkpoint_of(folder, named.pop())

@@ -51,7 +51,8 @@ def prove_saving(prepared: PreparedRun, checkpointer: Checkpointer, step: int, s
         shortage = world.broadcast_json(describe_shortage(folder, shards + final) if world.is_main else "")
         raise SaveError(f"nothing can be saved to {folder}, found out before training: {problem}. {shortage}")
     # final/ holds the card and the processor files as well, of the same size.
-    space = SpaceNeeded(folder, shards + others, final + others, max(largest, final_largest), checkpointer.keep)
+    best = prepared.config.checkpoint.best
+    space = SpaceNeeded(folder, shards + others, final + others, max(largest, final_largest), checkpointer.keep, bool(best))
     if world.is_main and free_bytes(folder) < space.checkpoint + space.final:
         newest = folder / f"{PREFIX}{step}"
         if newest.is_dir() and is_whole(newest):

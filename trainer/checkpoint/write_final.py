@@ -37,15 +37,16 @@ class FinalRun:
     processor: Processor
     folder: Path  # of the run or stage
     step: int  # completed steps of the run
+    name: str = "final"  # of the folder in it
 
 
 def write_final(model: MultimodalLM, run: FinalRun, world: World, *, alone: bool = False) -> Path:
-    """Write `run.folder`/final, prove it and return its path. Collective.
+    """Write final/, or the folder that `run` names, prove it and return its path. Collective.
 
     `alone`: it also holds the tensors that come from the run named by model.init_from, and does not need that run any more. Raises
     ProofError when the files on disk are not what was trained, SaveError when they cannot be written.
     """
-    temporary, target = run.folder / f".final{SAVING}", run.folder / "final"
+    temporary, target = run.folder / f".{run.name}{SAVING}", run.folder / run.name
     problem, digests = "", {}
     check_masters(model)
     files = final_files(model, run.card, world, alone)
@@ -138,10 +139,10 @@ def _finish(temporary: Path, target: Path, run: FinalRun, digests: dict[str, dic
     put_in_place(temporary, target)
 
 
-def final_step(folder: Path) -> int | None:
-    """Return the step that final/ holds; None when there is no readable final/."""
+def final_step(folder: Path, name: str = "final") -> int | None:
+    """Return the step that final/ holds, or the folder `name` beside it; None when there is no readable one."""
     try:
-        step = json.loads((folder / "final" / "provenance.json").read_bytes())["step"]
+        step = json.loads((folder / name / "provenance.json").read_bytes())["step"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # missing or edited: final/ will be written again
     return step if isinstance(step, int) else None
@@ -166,7 +167,7 @@ def _same_proof(source: Path, target: Path) -> bool:
 
 def _link(source: Path, target: Path) -> None:
     """Put the files of `source` into `target`, as hard links or copies, atomically."""
-    temporary = target.with_name(f".final{SAVING}")
+    temporary = target.with_name(f".{target.name}{SAVING}")
     fresh_folder(temporary)
     for path in sorted(source.iterdir()):
         try:

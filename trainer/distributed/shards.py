@@ -80,6 +80,7 @@ def shard(model: MultimodalLM, config: ParallelConfig, world: World) -> None:
     """
     # Here: FSDP2 and DTensor take 0.8 CPU seconds to import, and most runs have one rank, or DDP.
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.fsdp import register_fsdp_forward_method as gather_for
 
     policy = MixedPrecisionPolicy(
         param_dtype=None if model.dtype == torch.float32 else model.dtype,
@@ -95,6 +96,7 @@ def shard(model: MultimodalLM, config: ParallelConfig, world: World) -> None:
         shard_part(model, name, config, options)
     # Embedding, norm, head and projectors: gathered once per micro-batch and kept to the end of backward.
     fully_shard(model, **options)
+    gather_for(model, "generate")  # as for `forward`
     for module in model.modules():
         if is_sharded_module(module):
             module.set_gradient_divide_factor(1.0)

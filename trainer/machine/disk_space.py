@@ -32,18 +32,19 @@ class SpaceNeeded:
     final: int
     largest: int  # bytes of the largest single file
     keep: int
+    best: bool = False  # the best checkpoint stays beside the newest, and best/ is written beside final/
 
     def __str__(self) -> str:
         return (
             f"a checkpoint takes {format_bytes(self.checkpoint)}, final/ {format_bytes(self.final)}, "
-            f"checkpoint.keep = {self.keep}; "
+            f"checkpoint.keep = {self.keep}{' and the best, which becomes best/' * self.best}; "
             f"{format_bytes(free_bytes(self.folder))} are free"
         )
 
     @property
     def in_the_long_run(self) -> int:
-        """Return the most bytes on disk at any time: the checkpoints that are kept, one being written, and final/."""
-        return (self.keep + 1) * self.checkpoint + self.final
+        """Return the most bytes on disk at any time: the checkpoints that are kept, one being written, final/ and best/."""
+        return (self.keep + 1 + self.best) * self.checkpoint + (1 + self.best) * self.final
 
 
 def checkpoint_bytes(tensors: Mapping[str, Tensor], world: World, others: int = 0) -> tuple[int, int]:

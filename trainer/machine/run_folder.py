@@ -9,10 +9,11 @@ from pathlib import Path
 from trainer.errors import SaveError
 from trainer.machine.atomic_files import places
 
-FOLDERS = ("index", "final", "stages", "stacks", "check", "tensorboard", "wandb")
+FOLDERS = ("index", "final", "best", "stages", "stacks", "check", "tensorboard", "wandb")
 FILES = (
     *("run.toml", "start.json", "exit.json", "metrics.jsonl", "faults.jsonl", "quarantine.jsonl", "previous-quarantine.jsonl"),
     *(
+        "generations.jsonl",
         "ledger.json",
         "trainer_state.json",
         "samples.bin",

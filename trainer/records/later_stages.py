@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from model.errors import ConfigError, DataError
@@ -14,19 +14,22 @@ from trainer.runfile.stages import Stage, stage_for_reading
 from trainer.setup import resolve_config
 
 
-def check_later_stages(root: RunConfig, stages: Sequence[Stage], world: World) -> Iterator[str]:
+def check_later_stages(
+    root: RunConfig, stages: Sequence[Stage], world: World, on_progress: Callable[[str], object] = lambda at: None
+) -> Iterator[str]:
     """Open, certify and check the data of each stage as the start of the stage will; no weight is read. Yields lines for people.
 
-    Tokens that earlier stages add are known from the run file. Indexes that are built here are reused when the stage begins.
-    Raises `ConfigError` or `DataError` with the stage's name. Collective.
+    `on_progress` is called now and then with what is being read: hours of it are no stall. Tokens that earlier stages add are known
+    from the run file. Indexes that are built here are reused when the stage begins. Raises `ConfigError` or `DataError` with the
+    stage's name. Collective.
     """
     for stage in stages:
         early = stage_for_reading(root, stage.name)  # without the final/ that the stage starts from, which does not exist yet
         early = replace(early, config=resolve_config(early.config, world))
         try:
-            data = open_data(early.config, world, stage=early)
-            certify_all(data, stage.config)
-            found = quick_check(data, stage.config, world)
+            data = open_data(early.config, world, stage=early, on_progress=on_progress)
+            certify_all(data, stage.config, on_progress)
+            found = quick_check(data, stage.config, world, on_progress)
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error}") from error
         except DataError as error:

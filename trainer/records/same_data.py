@@ -65,6 +65,16 @@ def _write_note(stage: Stage, data: RunData, on_progress: Callable[[str], object
     return []
 
 
+def data_changes(before: Json, data: RunData, on_progress: Callable[[str], object] = lambda at: None) -> list[str]:
+    """Return a line for each file that differs from `before`, the content of data.json. Writes nothing."""
+    each = [
+        line
+        for split, found in _splits(data).items()
+        for line in changed_files(before["splits"].get(split, {}), found, on_progress)
+    ]
+    return list(dict.fromkeys(each))  # what several sources hold is reported once
+
+
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
     """Raise `SaveError` in place of an OSError: the fault is of the run folder, not of the data."""
@@ -81,12 +91,7 @@ def _compare(stage: Stage, data: RunData, step: int, on_progress: Callable[[str]
         state = "is damaged" if path.exists() else "is not there"
         _write_note(stage, data, on_progress)
         return [f"{path} {state}: whether the data changed up to step {step} is unknown"]
-    each = [
-        line
-        for split, found in _splits(data).items()
-        for line in changed_files(before["splits"].get(split, {}), found, on_progress)
-    ]
-    lines = list(dict.fromkeys(each))  # what several sources hold is reported once
+    lines = data_changes(before, data, on_progress)
     if not lines:
         return []
     more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []

@@ -84,6 +84,23 @@ def read_step(folder: str | Path, step: int) -> np.ndarray:
     This step brought the run from `step` to `step + 1` completed steps, steps of earlier stages counted. Raises `ConfigError` when
     no such step is on record.
     """
+    path, (steps, width, dtype) = Path(folder) / NAME, _shape_of(folder)
+    if step not in steps:
+        there = f"steps {steps.start} to {steps.stop - 1}" if steps else "no step"
+        raise ConfigError(f"step {step} is not on record: {path} holds {there}")
+    row = np.fromfile(path, dtype, width, offset=(step - steps.start) * width * dtype.itemsize)
+    if row.min() < EMPTY:
+        raise ConfigError(f"{path} is damaged at step {step}: its row is no list of samples; a start of the run writes it anew")
+    return row[row != EMPTY].astype(np.int64)
+
+
+def recorded_steps(folder: str | Path) -> range:
+    """Return the 0-based steps of the run that samples.bin in `folder` holds. Raises `ConfigError` where it cannot be read."""
+    return _shape_of(folder)[0]
+
+
+def _shape_of(folder: str | Path) -> tuple[range, int, np.dtype]:
+    """Return the steps that samples.bin in `folder` holds, and the width and type of its rows."""
     shape_path, path = Path(folder) / SHAPE, Path(folder) / NAME
     try:
         shape = json.loads(shape_path.read_text())
@@ -94,11 +111,4 @@ def read_step(folder: str | Path, step: int) -> np.ndarray:
         num_bytes = path.stat().st_size
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder} has no record of its steps: {SHAPE} or {NAME} cannot be read ({error})") from error
-    num_steps = num_bytes // (width * dtype.itemsize)
-    if not 0 <= step - before < num_steps:
-        there = f"steps {before} to {before + num_steps - 1}" if num_steps else "no step"
-        raise ConfigError(f"step {step} is not on record: {path} holds {there}")
-    row = np.fromfile(path, dtype, width, offset=(step - before) * width * dtype.itemsize)
-    if row.min() < EMPTY:
-        raise ConfigError(f"{path} is damaged at step {step}: its row is no list of samples; a start of the run writes it anew")
-    return row[row != EMPTY].astype(np.int64)
+    return range(before, before + num_bytes // (width * dtype.itemsize)), width, dtype

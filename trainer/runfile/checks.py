@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from data.config import DataConfig
 from model.config import OUR_ATTENTION, LoraConfig
 from trainer.config import BatchConfig, ParallelConfig, RunConfig, ValidationConfig
+from trainer.runfile.choosing_checks import choosing_problems
 from trainer.runfile.optim_checks import idle_optim_settings, optim_problems
 from trainer.runfile.part_checks import anyres_problems, quantize_problems, term_problems, vision_problems
 
@@ -23,6 +24,7 @@ def problems_of(config: RunConfig) -> list[str]:
         *vision_problems(config.model),
         *anyres_problems(config.data, config.model),
         *term_problems(config.model),
+        *choosing_problems(config),
         *quantize_problems(config.quantize, config.model),
         *optim_problems(config),
         *idle_settings(config),
@@ -41,6 +43,7 @@ def _values(config: RunConfig) -> Iterator[str]:
         "checkpoint.keep": config.checkpoint.keep,
         "validation.every": config.validation.every,
         "validation.max_samples": config.validation.max_samples,
+        "validation.max_new_tokens": config.validation.max_new_tokens,
         "log.every": config.log.every,
         "faults.max_nonfinite": config.faults.max_nonfinite,
         "faults.stall_seconds": config.faults.stall_seconds,

@@ -9,6 +9,7 @@ from dataclasses import replace
 from model.errors import ConfigError
 from model.files.untrusted import Json
 from trainer.config import RunConfig
+from trainer.runfile.catalog import with_catalog
 from trainer.runfile.checks import problems_of
 from trainer.runfile.curriculum import read_curriculum
 from trainer.runfile.overrides import apply_overrides, with_override, without_idle
@@ -55,14 +56,15 @@ def parse_config(tables: Json, origin: str, overrides: Sequence[str] = ()) -> Ru
 def checked(tables: Json, origin: str) -> tuple[RunConfig | None, list[str]]:
     """Return the run of plain tables and all its problems; the run may be None where there are some.
 
-    Raises `ConfigError`, `origin` in front, where the model that it starts from cannot be read.
+    Raises `ConfigError`, `origin` in front, where its catalogue or the model that it starts from cannot be read.
     """
     try:
+        tables, unnamed = with_catalog(tables)
         tables, contradictions = resolve_published(with_revisions(tables))
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from error
     config, problems = read_curriculum(tables, with_defaults) if tables.get("stage") else read_run(tables)
-    return config, [*contradictions, *problems]
+    return config, [*unnamed, *contradictions, *problems]
 
 
 def read_run(tables: Json) -> tuple[RunConfig | None, list[str]]:

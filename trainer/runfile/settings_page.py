@@ -8,6 +8,7 @@ import textwrap
 import types
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
+from data.config import SourceConfig
 from model.files.untrusted import Json
 from trainer.config import RunConfig, StageConfig
 from trainer.runfile.revisions import NAMED_BY
@@ -94,7 +95,7 @@ def _object(properties: Json, required: list[str]) -> Json:
 
 
 def _table(cls: type, path: str) -> Json:
-    """Return the schema of a table. What a published model fills in is not required of [model]."""
+    """Return the schema of a table. What a published model or a catalogue fills in is not required."""
     hints, sentences, properties = get_type_hints(cls), sentences_of(cls), {}
     for field in dataclasses.fields(cls):
         key, hint = f"{path}.{field.name}" if path else field.name, hints[field.name]
@@ -112,7 +113,8 @@ def _table(cls: type, path: str) -> Json:
         properties[field.name] = {"description": sentences[field.name], **found}
     if path.partition(".")[0] in ("model", "lora") and any(name in properties for name in NAMED_BY):
         properties["revision"] = {"type": "string", "description": REVISION}
-    required = [f.name for f in dataclasses.fields(cls) if default_of(f) is NO_DEFAULT and not path.startswith("model")]
+    filled = path.startswith("model") or cls is SourceConfig  # by a published model, by data.catalog
+    required = [f.name for f in dataclasses.fields(cls) if default_of(f) is NO_DEFAULT and not filled]
     return {
         "type": "object",
         "additionalProperties": False,

@@ -31,17 +31,25 @@ def read_toml(path: str) -> Json:
     Raises `ConfigError` when the file is missing, too large, malformed or nested too deep.
     """
     file = recipe_file(path.removeprefix(RECIPE)) if path.startswith(RECIPE) else Path(path)
+    return read_tables(file, f"--cfg {path}")
+
+
+def read_tables(file: Path, where: str) -> Json:
+    """Read the tables of a TOML file; `where` names the setting in errors.
+
+    Raises `ConfigError` when the file is missing, too large, malformed or nested too deep.
+    """
     if not file.is_file():
-        raise ConfigError(f"--cfg {path}: no such file")
+        raise ConfigError(f"{where}: no such file")
     if file.stat().st_size > MAX_BYTES:
-        raise ConfigError(f"--cfg {path}: larger than {MAX_BYTES} bytes, which no run file is")
+        raise ConfigError(f"{where}: larger than {MAX_BYTES} bytes, which no run file is")
     try:
         tables = tomllib.loads(file.read_bytes().decode("utf-8"))
     except ValueError as error:  # broken syntax, broken UTF-8, a number of thousands of digits
-        raise ConfigError(f"--cfg {path}: not TOML: {error}") from error
+        raise ConfigError(f"{where}: not TOML: {error}") from error
     except RecursionError as error:
-        raise ConfigError(f"--cfg {path}: nested deeper than {MAX_DEPTH}") from error
-    check_depth(tables, f"--cfg {path}")
+        raise ConfigError(f"{where}: nested deeper than {MAX_DEPTH}") from error
+    check_depth(tables, where)
     return tables
 
 

@@ -15,6 +15,13 @@ def _llm(kind: str, sizes: tuple[int, int, int, int, int, int], positions: int, 
     return {**found, "tie_word_embeddings": False, "rms_norm_eps": 1e-6 if kind.startswith("qwen") else 1e-5, **more}
 
 
+def _llava(sizes: tuple[int, int, int, int, int, int]) -> Json:
+    """Return config.json of a LLaVA-1.5 of its authors; `sizes` of the language model as in `_llm`."""
+    tower = {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_hidden_size": 1024, "mm_vision_select_layer": -2}
+    more = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch", "image_aspect_ratio": "pad"}
+    return _llm("llava_llama", sizes, 4096, architectures=["LlavaLlamaForCausalLM"], **tower, **more)
+
+
 def _tower(kind: str, sizes: tuple[int, int, int, int, int, int], **more: object) -> Json:
     """Return config.json of a tower. `sizes`: width, inner width, layers, heads, side of a picture, side of a patch in pixels."""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
@@ -46,6 +53,8 @@ _INTERN_6B: Json = {"qkv_bias": False, "qk_normalization": True, "norm_type": "r
 _CONFIGS: dict[str, Json] = {
     "lmsys/vicuna-7b-v1.5": _llm("llama", (4096, 11008, 32, 32, 32, 32000), 4096),
     "lmsys/vicuna-13b-v1.5": _llm("llama", (5120, 13824, 40, 40, 40, 32000), 4096),
+    "liuhaotian/llava-v1.5-7b": _llava((4096, 11008, 32, 32, 32, 32000)),
+    "liuhaotian/llava-v1.5-13b": _llava((5120, 13824, 40, 40, 40, 32000)),
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": _llm("llama", (2048, 5632, 22, 32, 4, 32000), 2048),
     "meta-llama/Meta-Llama-3-8B-Instruct": _llm("llama", (4096, 14336, 32, 32, 8, 128256), 8192, rope_theta=500000.0),
     "NousResearch/Nous-Hermes-2-Yi-34B": _llm("llama", (7168, 20480, 60, 56, 8, 64000), 4096),
@@ -59,6 +68,7 @@ _CONFIGS: dict[str, Json] = {
         for size, sizes in _QWEN.items()
         for end in ("", "-Instruct")
     },
+    "Qwen/Qwen1.5-4B-Chat": _llm("qwen2", (2560, 6912, 40, 20, 20, 151936), 32768),
     **{
         f"Qwen/Qwen3-{size}": _llm("qwen3", sizes, 40960, tie_word_embeddings=size != "8B", head_dim=128)
         for size, sizes in _QWEN3.items()

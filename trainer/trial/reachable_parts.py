@@ -33,6 +33,7 @@ def with_reachable(tables: Json, folder: Path, places: dict[str, str]) -> Json:
                     continue
                 if not _is_reached(key, path, cache_dir if isinstance(cache_dir, str) else ""):
                     places[path] = str(_write_shape(key, path, folder))
+                    _write_tower(places[path], cache_dir if isinstance(cache_dir, str) else "", folder, places)
     return renamed_paths(tables, places)
 
 
@@ -56,6 +57,16 @@ def renamed_paths(tables: Json, places: dict[str, str]) -> Json:
         return places.get(value, value) if key in ("path", "init_from") and isinstance(value, str) else value
 
     return {key: moved(value, key) if key in ("model", "stage") else value for key, value in tables.items()}
+
+
+def _write_tower(place: str, cache_dir: str, folder: Path, places: dict[str, str]) -> None:
+    """Write the shape of the tower that the config.json in `place` names beside its own parts (LLaVA's) unless it is reached."""
+    file = Path(place, "config.json")
+    config = json.loads(file.read_text())
+    tower = config.get("mm_vision_tower")
+    if tower and not _is_reached("model.vision.path", tower, cache_dir):
+        places[tower] = str(_write_shape("model.vision.path", tower, folder))
+        file.write_text(json.dumps({**config, "mm_vision_tower": places[tower]}))
 
 
 def _is_reached(key: str, path: str, cache_dir: str) -> bool:

@@ -1,0 +1,89 @@
+"""Which picture tokens the loss of the answer depends on: input gradient times input, per projected row."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.collate import collate
+from data.sample import Sample, SampleMedia
+from data.text.tokenizer import pad_id
+from model.media_spec import ImageSpec
+from model.multimodal import MultimodalLM
+from tools.inspector.pictures import pixels
+
+LEAST_SIDE = 224
+"""Least side of a drawing, in pixels: smaller pictures are enlarged, so that each token is seen."""
+COLOUR = np.array([235, 40, 30], dtype=np.float64)
+STRONGEST = 0.75
+"""Share of the colour where the heat is highest."""
+
+
+def position_heat(net: MultimodalLM, sample: Sample, pad: int) -> Tensor:
+    """Return (T,) float64: how much the loss changes, to first order, if the embedding at a position were taken away.
+
+    The absolute value of gradient times input, summed over the embedding.
+    """
+    given: list[Tensor] = []
+
+    def capture(_: object, args: tuple[()], options: dict[str, object]) -> tuple[tuple[()], dict[str, object]]:
+        embeds = options["inputs_embeds"]
+        assert isinstance(embeds, Tensor)
+        given.append(embeds.detach().requires_grad_())
+        return args, {**options, "inputs_embeds": given[0]}
+
+    hook = net.llm.get_decoder().register_forward_pre_hook(capture, with_kwargs=True)
+    try:
+        with torch.enable_grad():
+            term = net(collate([sample], pad).to(net._device()))["text"]
+    finally:
+        hook.remove()
+    (gradient,) = torch.autograd.grad(term.sum, given)
+    return (gradient.double() * given[0].detach().double()).sum(-1).abs()[0].cpu()
+
+
+def view_heat(heat: Tensor, medium: SampleMedia) -> np.ndarray | None:
+    """Return (n, g, g): the heat of each place of each of the medium's n views; None where its tokens are no square of places.
+
+    `heat` (T,) is that of the sample. A token that is a sum of four rows gives each its part.
+    """
+    of_medium = heat[medium.start : medium.start + medium.length].numpy()
+    num_views = len(medium.values)
+    rows = medium.rows if medium.rows.ndim == 2 else medium.rows[:, None]
+    weights = medium.weights if medium.weights is not None else np.eye(1, rows.shape[1])
+    by_row = np.zeros(num_views * medium.width)
+    parts = np.broadcast_to(of_medium[:, None] * weights, rows.shape)
+    kept = (rows >= 0) & (rows < len(by_row))  # the projector's own rows, such as a line break, have no place
+    np.add.at(by_row, rows[kept], parts[kept])
+    views = by_row.reshape(num_views, medium.width)
+    side = math.isqrt(medium.width)
+    if side * side != medium.width:
+        views, side = views[:, 1:], math.isqrt(medium.width - 1)  # the tower's CLS row comes first
+    return views.reshape(num_views, side, side) if side * side == views.shape[1] else None
+
+
+def drawn(medium: SampleMedia, spec: ImageSpec, views: np.ndarray) -> list[np.ndarray]:
+    """Draw the heat (n, g, g) on the pictures of a medium -> n pictures (H, W, 3) of bytes; the highest heat of all is full."""
+    highest = views.max() or 1.0
+    drawings = []
+    for picture, heat in zip(pixels(medium.values, spec), views):
+        times = -(-LEAST_SIDE // picture.shape[0])
+        large = picture.repeat(times, 0).repeat(times, 1).astype(np.float64)
+        places = np.arange(large.shape[0]) * heat.shape[0] // large.shape[0]
+        share = (heat / highest * STRONGEST)[places][:, places][:, :, None]
+        grey = large.mean(2, keepdims=True)
+        drawings.append((grey * (1 - share) + COLOUR * share).round().astype(np.uint8))
+    return drawings
+
+
+def heat_of(net: MultimodalLM, sample: Sample, tokenizer: object) -> list[tuple[SampleMedia, np.ndarray]]:
+    """Return the pictures and videos of a sample with the heat of their views."""
+    heat = position_heat(net, sample, pad_id(tokenizer))  # type: ignore[arg-type]
+    found = []
+    for medium in (medium for of in sample.media.values() for medium in of if medium.kind != "audio"):
+        if (views := view_heat(heat, medium)) is not None:
+            found.append((medium, views))
+    return found
