@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tarfile
-from collections.abc import Iterator
+import mmap
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,6 +11,7 @@ import numpy as np
 from data.index.row_groups import arrow
 from data.index.sidecar import open_atomically
 from data.index.table import Table
+from data.index.tar_headers import ArchiveMap, members
 
 _PIECE = 1 << 20  # bytes
 
@@ -35,19 +34,13 @@ def write_tar_subset(source: Path, table: Table, first: int, kept: np.ndarray, t
     """Write a .tar archive byte for byte, but without the members of the records that do not stay."""
     starts = {start for i in np.flatnonzero(~kept) + first for _, start, _ in table.members_of(int(i))}
     with source.open("rb") as file, open_atomically(target) as out:
+        data = ArchiveMap(file.fileno(), 0, access=mmap.ACCESS_READ)
         at = 0
-        for begin, end in list(_members_at(source, starts)):
-            _copy(file, out, at, begin)
-            at = end
-        _copy(file, out, at, os.fstat(file.fileno()).st_size)
-
-
-def _members_at(source: Path, starts: set[int]) -> Iterator[tuple[int, int]]:
-    """Yield first byte, headers included, and end of the members whose contents begin at one of `starts`."""
-    with tarfile.open(source, "r:") as archive:
-        for member in archive:
-            if member.offset_data in starts:
-                yield member.offset, member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        for member in members(data, str(source)):
+            if member.start in starts:
+                _copy(file, out, at, member.begin)
+                at = member.end
+        _copy(file, out, at, len(data))
 
 
 def write_rows_subset(source: Path, table: Table, first: int, kept: np.ndarray, target: Path) -> None:

@@ -24,6 +24,8 @@ class Member:
     name: str  # its path, without "./"
     start: int  # first byte of its contents in the archive
     size: int  # bytes
+    begin: int = 0  # first byte of its headers
+    end: int = 0  # one past its last block
 
 
 class ArchiveMap(mmap.mmap):
@@ -60,7 +62,7 @@ def members(data: ArchiveMap, name: str) -> Iterator[Member]:
             at = archive.offset
             if member.isreg():
                 path = os.path.normpath(member.name) if member.name.startswith("./") else member.name
-                yield Member(path, member.offset_data, member.size)
+                yield Member(path, member.offset_data, member.size, member.offset, at)
     except (tarfile.TarError, ValueError, OverflowError, IndexError, RecursionError) as error:
         _damaged(at, name, f"no header of a member, or a damaged one ({error})")
     _check_end(data, at, name)

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from model.errors import ConfigError
 from model.files.manifest import UnsoundCheckpoint
 from model.files.untrusted import Json
-from trainer.checkpoint.restore import restore
+from trainer.checkpoint.restore import restore, restore_loss_scale
 from trainer.checkpoint.resume import check_state, load_state
 from trainer.checkpoint.retention import checkpoints, is_whole, step_of, verify_together
 from trainer.config import RunConfig
@@ -144,6 +144,7 @@ def prepared_step(past: PastStep, world: World) -> Iterator[tuple[PreparedRun, C
             raise ConfigError(f"{stage.run_folder} trains nothing: there is no step to do again")
         if past.checkpoint and state:
             restore(past.checkpoint, prepared.trained, state["optimizer_steps"])
+            restore_loss_scale(past.checkpoint, prepared.trained, state)
         yield prepared, state
         world.barrier()  # the links are there until every rank is done with them
 

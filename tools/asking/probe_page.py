@@ -43,8 +43,8 @@ def probe_page(
             *(f"<p><b>{visible(use.verdict)}</b></p>\n" for use in uses if not use.source),
             f"<div class=wide-table>{_table(uses)}</div>\n",
             "<p class=soft>Loss per learned token in nats, with 95 % intervals over records (bootstrap). Red on a picture: the"
-            " tokens that the loss of the answer depends on (input gradient times input); full red is the highest of its medium. That is a"
-            " first-order picture: it shows where the loss is sensitive, not why.</p>\n</header>\n<main>\n",
+            " tokens that the loss of the answer depends on (input gradient times input); full red is the highest of its medium."
+            " That is a first-order picture: it shows where the loss is sensitive, not why.</p>\n</header>\n<main>\n",
             *cards,
             "</main>\n</body>\n</html>\n",
         ]

@@ -17,6 +17,7 @@ from trainer.faults.phase_tracker import PhaseTracker
 from trainer.feed import Feed
 from trainer.metrics import Meter
 from trainer.optim import in_norm_order, set_learning_rates
+from trainer.part_norms import PartNorms
 from trainer.schedule import multiplier
 from trainer.setup import PreparedRun
 from trainer.state import CheckpointState
@@ -54,9 +55,9 @@ class Replayed:
     again: dict[str, float]  # the same numbers of the replay
 
     @property
-    def differences(self) -> dict[str, tuple[object, object]]:
+    def differences(self) -> Mapping[str, tuple[object, object]]:
         """Return what is not equal to the bit: recorded and replayed value by name. Speed and memory are not compared."""
-        found = {}
+        found = dict[str, tuple[object, object]]()
         for name in sorted({*self.again, *(key for key in self.row if key.startswith("train/"))}):
             before, now = self.row.get(name), self.again.get(name)
             now = None if isinstance(now, float) and not math.isfinite(now) else now
@@ -76,7 +77,8 @@ def replay(past: PastStep, prepared: PreparedRun, state: CheckpointState | None)
     rows = world.broadcast_json(sorted(recorded_rows(past)) if world.is_main else None)
     row_step = next((step for step in rows if step >= past.number), None)
     last = (row_step or past.number) - 1 - first
-    meter = Meter(dataset.source_names, world)
+    assert prepared.trained is not None
+    meter = Meter(dataset.source_names, world, PartNorms(prepared.trained.optimizer, world))
     if state:
         meter.restore(state["meter"])
     feed = Feed(prepared, PastRecords(prepared.data, stage, last), PhaseTracker())
@@ -114,7 +116,8 @@ def _train(prepared: PreparedRun, feed: Feed, step: int) -> tuple[list[Batch], l
     micro_batches, _ = feed.next(step)
     set_learning_rates(prepared.trained.optimizer, multiplier(config.optim, step, prepared.total_steps))
     batches = [micro.batch.to(world.device) for micro in micro_batches]
-    options = StepOptions(seed=config.seed, step=step, clip_norm=config.optim.clip_norm)
+    scaling = prepared.trained.loss_scale
+    options = StepOptions(seed=config.seed, step=step, clip_norm=config.optim.clip_norm, scaling=scaling)
     result = train_step(prepared.wrapped, prepared.trained.optimizer, batches, world, options)
     return batches, [item for micro in micro_batches for item in micro.rejected], result
 
@@ -153,7 +156,8 @@ def part_norms(prepared: PreparedRun, result: StepResult) -> dict[str, float]:
         copies = world.size // p.device_mesh.size() if is_sharded_tensor(p) else 1
         squares[int(not is_sharded_tensor(p)), parts.index(names[id(p)].partition(".")[0])] += norm.double().square() / copies
     total = world.sum(squares[0].clone()) + squares[1]
-    return dict(zip(parts, total.sqrt().tolist()))
+    scale = 1.0 if result.loss_scale is None else result.loss_scale.double()  # float16's gradients are scaled
+    return dict(zip(parts, (total.sqrt() / scale).tolist()))
 
 
 def largest_difference(differences: Mapping[str, tuple[object, object]]) -> float:
