@@ -11,7 +11,7 @@ from pathlib import Path
 
 from model.errors import ConfigError
 from tools.cli import command_parser, run_command
-from tools.watcher.page_html import page, values_text
+from tools.watcher.page_html import run_page, values_text
 from tools.watcher.run_view import RunView
 from tools.watcher.serve import PageServer, Watched
 
@@ -23,7 +23,7 @@ def watch(options: argparse.Namespace) -> None:
     for run in runs:
         run.has_changed()
     if options.html:
-        write_page(options.html, page(values_text(runs, live=False), title, live=False))
+        save_page(options.html, run_page(values_text(runs, live=False), title, live=False))
         return
     try:
         server = PageServer(Watched(runs, title), options.port)
@@ -35,7 +35,7 @@ def watch(options: argparse.Namespace) -> None:
         server.serve_forever()
 
 
-def write_page(file: Path, text: str) -> None:
+def save_page(file: Path, text: str) -> None:
     """Write the page as one file. Raises `ConfigError` where that is impossible."""
     try:
         file.write_text(text, encoding="utf-8")

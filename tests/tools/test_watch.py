@@ -19,7 +19,7 @@ import pytest
 
 from tools.watch import main
 from tools.watcher.curves import MetricsTail, thinned
-from tools.watcher.page_html import LEAST_POINTS, page, values_text
+from tools.watcher.page_html import LEAST_POINTS, run_page, values_text
 from tools.watcher.run_view import RunView, answers_over_time
 from tools.watcher.serve import PageServer, Watched
 
@@ -212,7 +212,7 @@ def test_a_link_that_leads_out_of_the_folder_is_not_followed(tmp_path: Path) -> 
     run = make_run(tmp_path / "run")
     (tmp_path / "secret.json").write_text('{"reason": "secret"}')
     (run / "exit.json").symlink_to(tmp_path / "secret.json")
-    assert "secret" not in page(values_text([view_of(run)], live=False), "run", live=False)
+    assert "secret" not in run_page(values_text([view_of(run)], live=False), "run", live=False)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")

@@ -65,11 +65,11 @@ function plan() {
     || data.runs.some((_, run) => sources(chart, "train/", run) > 1 || sources(chart, "val/", run) > 1));
 }
 function colour(chart) {
-  const labels = [...new Set(chart.lines.map(line => line.label.replace(/, (validation|learned)$/, "")))];
+  const label = line => line.label.replace(/, (validation|learned)$/, ""), labels = [...new Set(chart.lines.map(label))];
+  const pairs = [...new Set(chart.lines.map(line => line.run + label(line)))];  // what is dashed has the colour of what is not
   const alone = chart.title === "Loss" || labels.length === 1;
   for (const line of chart.lines) {
-    const own = labels.indexOf(line.label.replace(/, (validation|learned)$/, ""));
-    const place = alone ? (data.runs.length > 1 ? line.run : line.dash ? 1 : 0) : data.runs.length > 1 ? own * data.runs.length + line.run : own;
+    const place = alone ? (several() ? line.run : line.dash ? 1 : 0) : pairs.indexOf(line.run + label(line));
     line.colour = place % COLOURS;
     line.name = (data.runs.length > 1 ? data.runs[line.run].name + (alone && labels.length === 1 ? "" : ": ") : "")
       + (data.runs.length > 1 && alone && labels.length === 1 ? "" : line.label);

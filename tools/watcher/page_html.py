@@ -36,7 +36,7 @@ def policy(*, live: bool) -> str:
     return POLICY.format(style=style, script=script, connect="'self'" if live else "'none'")
 
 
-def page(values: str, title: str, *, live: bool) -> str:
+def run_page(values: str, title: str, *, live: bool) -> str:
     """Return the whole document. `values`: of `values_text`."""
     safe = values.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")  # no value can end the element
     return (

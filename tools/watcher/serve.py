@@ -6,7 +6,7 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from tools.watcher.page_html import page, policy, values_text
+from tools.watcher.page_html import policy, run_page, values_text
 from tools.watcher.run_view import RunView
 
 HOST = "127.0.0.1"
@@ -59,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
         asked = {key: value for key, _, value in (pair.partition("=") for pair in query.split("&"))}
         if path == "/":
             version, values = self.server.watched.look()
-            self._answer(200, "text/html", page(f'{{"version":{version},{values[1:]}', self.server.watched.title, live=True))
+            self._answer(200, "text/html", run_page(f'{{"version":{version},{values[1:]}', self.server.watched.title, live=True))
         elif path == "/values":
             version, values = self.server.watched.look()
             same = asked.get("version") == str(version)

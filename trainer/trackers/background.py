@@ -30,7 +30,7 @@ class BackgroundTracker:
         self.thread.start()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Hand a line over without waiting."""
+        """Pass a line on without waiting."""
         if not self.is_out:
             self._put((step, values))
 

@@ -39,7 +39,7 @@ class Trackers:
         return "; ".join(member.name for member in self.members)
 
     def log(self, step: int, values: Mapping[str, object]) -> None:
-        """Hand the finite numbers among `values` to every tracker, without waiting."""
+        """Pass the finite numbers among `values` on to every tracker, without waiting."""
         if self.members:
             numbers = numbers_of(values)
             for member in self.members:

@@ -13,4 +13,4 @@ class Tracker(Protocol):
         """Take finite numbers by name, as metrics.jsonl has them, after `step` completed steps of the run."""
 
     def close(self) -> None:
-        """Hand over what was not handed over yet, and end."""
+        """Deliver what was not delivered yet, and end."""
