@@ -84,7 +84,6 @@ class SchemaReader:
         return isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool))
 
     def _unknown(self, name: str, key: str, known: list[str]) -> str:
-        plain = ".".join(word for word in name.split(".") if not word.isdigit())
         near = difflib.get_close_matches(key[:SHOWN], known, 1, 0.5)
         table = name.removesuffix(key)
         name = name if len(name) <= SHOWN else f"{name[:SHOWN]}..."
