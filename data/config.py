@@ -75,8 +75,6 @@ class SourceConfig:
 class DataConfig:
     """Settings of `[data]`."""
 
-    catalog: str = ""
-    """File of named data sets, a TOML table for each: sources that have a name and no path are taken from it; '' = none."""
     template: TemplateName = "auto"
     """How a conversation becomes text: auto, the tokenizer's own chat template, or one of the families' formats; use what the
     model knows."""
@@ -135,6 +133,8 @@ class DataConfig:
     """Share of bad records beyond which the run ends, in [0, 1); eight are always borne."""
     max_too_long_fraction: float = 0.1
     """Share of a source's records that cannot fit max_length beyond which the start fails; 1 allows any number."""
+    catalog: str = ""
+    """File of named data sets, a TOML table for each: sources that have a name and no path are taken from it; '' = none."""
     sources: tuple[SourceConfig, ...] = field(default=())
     """Training data: one [[data.sources]] table per source."""
     validation: tuple[SourceConfig, ...] = field(default=())

@@ -95,7 +95,7 @@ class SharedInputs:
             return x
         if self._traced is None or self._traced[0] is not x or self._traced[1] != rate:
             state = torch.ops.multimodal_lora.draw_state(x, rate)
-            self._traced = (x, rate, x * torch.ops.multimodal_lora.mask_of(x, rate, state))
+            self._traced = (x, rate, torch.where(torch.ops.multimodal_lora.mask_of(x, rate, state), x, 0))
         return self._traced[2]
 
     def end_trace(self) -> None:
@@ -138,7 +138,7 @@ class _Dropped(torch.autograd.Function):
         if not rate:
             return x.detach()
         ctx.state = random_state(x.device)
-        return x * keep_mask(x.shape, rate, x.device)
+        return torch.where(keep_mask(x.shape, rate, x.device), x, 0)  # a product would widen the mask on the CPU
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -94,7 +94,7 @@ def timed_step(model: MultimodalLM, batch: Batch) -> tuple[float, float]:
     return loss.item() / batch.num_supervised, spent
 
 
-def bench(options: argparse.Namespace) -> None:
+def compare_ways(options: argparse.Namespace) -> None:
     if options.rounds < 1 or options.layers < 1 or options.tokens < 64:
         raise ConfigError("--rounds and --layers are positive, --tokens is 64 or more")
     with tempfile.TemporaryDirectory() as name:
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=1024, help="of a packed micro-batch (1024)")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(argv)
-    return run_command("bench_compile", lambda: bench(options))
+    return run_command("bench_compile", lambda: compare_ways(options))
 
 
 if __name__ == "__main__":

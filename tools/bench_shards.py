@@ -42,7 +42,7 @@ from trainer.distributed.world import World, start_world, stop_world
 Run = Callable[[int], None]
 
 
-def card_of(folder: str, dtype: Literal["float32", "bfloat16"]) -> ModelCard:
+def bench_card(folder: str, dtype: Literal["float32", "bfloat16"]) -> ModelCard:
     llm, vision = LlmConfig(f"{folder}/llm", "full"), VisionConfig(f"{folder}/vision", "full")
     return make_card(ModelConfig(llm, vision, VisionProjectorConfig(), dtype=dtype), LoraConfig(), VocabularyLayout())
 
@@ -86,7 +86,7 @@ def bare_loop(wrapped: nn.Module, batches: list[Batch], world: World) -> Run:
 
 def loops(folder: str, options: argparse.Namespace, world: World) -> dict[str, Run]:
     """Return the loops to be compared, by the name of their row; each has a model and an optimizer of its own."""
-    card = card_of(folder, options.dtype)
+    card = bench_card(folder, options.dtype)
     sharded, copied = ParallelConfig("fsdp"), ParallelConfig("ddp")
     models = {
         "ours, ddp": build_model_of(card, world),
@@ -114,7 +114,7 @@ def seconds_per_step(run: Run, steps: int, world: World) -> float:
     return (time.process_time() - start) / steps
 
 
-def report(runs: dict[str, Run], options: argparse.Namespace, world: World) -> None:
+def print_ratios(runs: dict[str, Run], options: argparse.Namespace, world: World) -> None:
     counts: dict[str, dict[str, int]] = {}
     for name, run in runs.items():
         run(3)  # lazy initialisation, buckets, moments
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         if world.is_main:
             write_parts(Path(folder), train_tokenizer(CORPUS, VOCAB), VOCAB)
-        report(loops(str(world.broadcast_json(folder)), options, world), options, world)
+        print_ratios(loops(str(world.broadcast_json(folder)), options, world), options, world)
         world.barrier()
     stop_world()
     return 0

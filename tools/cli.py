@@ -6,8 +6,10 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from data.records import fields
+from model.errors import ConfigError
 from trainer.errors import INTERNAL, code_of
 
 INTERRUPTED, BROKEN_PIPE = 130, 141
@@ -43,3 +45,11 @@ def run_command(name: str, action: Callable[[], None]) -> int:
 def printable_lines(text: str) -> str:
     """Return the text made safe for a terminal, with its line breaks: records and models could hold control sequences."""
     return fields.printable(text, keep="\n\t")
+
+
+def write_named(option: str, path: str | Path, text: str) -> None:
+    """Write a file that an option names. Raises `ConfigError` when it cannot be written."""
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{option} {path!r} cannot be written: {error.strerror}") from error

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from data.index.record_index import RecordIndex
 from data.processor import Processor, load_processor
 from data.records.record import Record, parse
 from model.errors import ConfigError
-from tools.cli import command_parser, run_command
+from tools.cli import command_parser, run_command, write_named
 from tools.evaluation.answer_formats import FORMATS, format_answers
 from tools.evaluation.answering import Answered, Totals, answers, open_records
 from tools.evaluation.wrong_answers_page import WrongAnswer, is_wrong, wrong_answers_page
@@ -52,7 +51,7 @@ def evaluate(options: argparse.Namespace, world: World) -> None:
                 bar.update(len(answered.records) * world.size if bar.n + len(answered.records) * world.size <= len(index) else 0)
         totals = totals.shared(world)
         if world.is_main:
-            report(options, metrics, totals, processor, index)
+            write_results(options, metrics, totals, processor, index)
 
 
 def check_options(options: argparse.Namespace) -> list[str]:
@@ -69,19 +68,21 @@ def check_options(options: argparse.Namespace) -> list[str]:
     return metrics
 
 
-def report(options: argparse.Namespace, metrics: list[str], totals: Totals, processor: Processor, index: RecordIndex) -> None:
+def write_results(
+    options: argparse.Namespace, metrics: list[str], totals: Totals, processor: Processor, index: RecordIndex
+) -> None:
     """Write predictions and page where they are asked for, and print the table and the line of JSON."""
     result = totals.result(metrics)
     records = {i: parse(index.raw(i), index.where(i), index.name(i)) for i in totals.texts}
     if options.predictions:
-        write_text("--predictions", options.predictions, predictions_of(options.format, records, totals))
+        write_named("--predictions", options.predictions, predictions_of(options.format, records, totals))
     if options.page:
         found = [(i, text, totals.expected[i]) for i, text in totals.texts.items()]
         wrong = [WrongAnswer(records[i], text, right) for i, text, right in found if is_wrong(metrics[0], text, right)]
         title = f"{options.final} on {options.data}"
-        write_text("--page", options.page, wrong_answers_page(title, result, wrong, processor, options.media_root))
+        write_named("--page", options.page, wrong_answers_page(title, result, wrong, processor, options.media_root))
     if not options.json:
-        print(table(result), flush=True)
+        print(score_lines(result), flush=True)
     print(json.dumps({key: value if math.isfinite(value) else None for key, value in result.items()}))
 
 
@@ -96,19 +97,11 @@ def predictions_of(name: str, records: dict[int, Record], totals: Totals) -> str
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def table(result: dict[str, float]) -> str:
+def score_lines(result: dict[str, float]) -> str:
     """Return the numbers for people, a line each."""
     return "\n".join(
         f"{name:<12} {value:>10,.4f}" if name != "samples" else f"{name:<12} {value:>10,}" for name, value in result.items()
     )
-
-
-def write_text(option: str, path: str, text: str) -> None:
-    """Write a file that an option names. Raises `ConfigError` when it cannot be written."""
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{option} {path!r} cannot be written: {error.strerror}") from error
 
 
 def run_on_ranks(options: argparse.Namespace) -> None:

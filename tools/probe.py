@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.errors import ConfigError, DataError
-from tools.cli import command_parser, printable_lines, run_command
+from tools.cli import command_parser, printable_lines, run_command, write_named
 
 if TYPE_CHECKING:
     from model.multimodal import MultimodalLM
-    from tools.asking.media_use import RecordLosses, Use
+    from tools.asking.media_use import MediaUse, RecordLosses
     from tools.inspector.choose import Opened
 
 RECORDS = 200
@@ -61,7 +61,7 @@ def words_of(table: str, num: int, num_left_out: int) -> str:
     return f"{num} {kind}" + (f"; {num_left_out} could not be used" if num_left_out else "")
 
 
-def report(uses: list[Use], words: str) -> str:
+def result_text(uses: list[MediaUse], words: str) -> str:
     """Return all that is printed."""
     from tools.asking.media_use import NAMES
 
@@ -76,7 +76,7 @@ def report(uses: list[Use], words: str) -> str:
     return printable_lines("\n".join([*lines, *(use.verdict for use in uses if not use.source)]))
 
 
-def write_page(options: argparse.Namespace, opened: Opened, net: MultimodalLM, found: Found) -> None:
+def save_page(options: argparse.Namespace, opened: Opened, net: MultimodalLM, found: ProbeResult) -> None:
     """Write the page, with the first --heat records of each source."""
     from data.sample import Sample
     from model.media_spec import ImageSpec
@@ -97,19 +97,12 @@ def write_page(options: argparse.Namespace, opened: Opened, net: MultimodalLM, f
             shown.append((entry_of(dataset, i, {}), source, losses, heat_of(net, sample, dataset.template.tokenizer)))
     specs = {modality: spec for modality, spec in dataset.specs.items() if isinstance(spec, ImageSpec)}
     text = probe_page(str(options.run), found.words, found.uses, shown, specs, dataset.config.max_length)
-    write(options.page, text)
+    write_named("--page", options.page, text)
     print(f"{options.page}: {len(text) / 2**20:.1f} MiB, {len(shown)} records: open it in a browser")
 
 
-def write(file: Path, text: str) -> None:
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be written: {error.strerror}") from error
-
-
-class Found:
-    """What a probe found."""
+class ProbeResult:
+    """Losses of the probed records, and what they say of each kind of medium."""
 
     def __init__(self, table: str, words: str, losses: list[RecordLosses]) -> None:
         from tools.asking.media_use import summarise
@@ -145,12 +138,16 @@ def probe(options: argparse.Namespace) -> None:
             bar.update(min(options.batch_size, len(ids) - start))
     if not losses:
         raise DataError(f"none of {len(ids)} records of data.{table} can be used: tools.inspect_data --run {options.run} shows why")
-    found = Found(table, words_of(table, len({item.sample for item in losses}), measure.num_left_out), losses)
-    print(report(found.uses, f"{options.final}: {found.words}"))
+    found = ProbeResult(table, words_of(table, len({item.sample for item in losses}), measure.num_left_out), losses)
+    print(result_text(found.uses, f"{options.final}: {found.words}"))
     if options.json:
-        write(options.json, json.dumps({"records": found.words, "losses": [asdict(item) for item in losses]}, indent=1) + "\n")
+        write_named(
+            "--json",
+            options.json,
+            json.dumps({"records": found.words, "losses": [asdict(item) for item in losses]}, indent=1) + "\n",
+        )
     if options.page:
-        write_page(options, opened, net, found)
+        save_page(options, opened, net, found)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.errors import ConfigError
-from tools.cli import command_parser, printable_lines, run_command
+from tools.cli import command_parser, printable_lines, run_command, write_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -27,7 +27,7 @@ ROUNDING = 1e-5
 """Relative difference up to which numbers are called equal to rounding."""
 
 
-def told(found: Replayed, past: PastStep) -> list[str]:
+def replayed_lines(found: Replayed, past: PastStep) -> list[str]:
     """Return the verdict of the comparison with metrics.jsonl."""
     from tools.asking.replay_step import largest_difference
 
@@ -53,7 +53,7 @@ def sample_lines(sample: SampleLoss, tokenizer: PreTrainedTokenizerFast, num_tok
     return lines + ([printable_lines("            " + "  ".join(words))] if words else [])
 
 
-def report(found: Replayed, past: PastStep, tokenizer: PreTrainedTokenizerFast, num_tokens: int) -> str:
+def replay_text(found: Replayed, past: PastStep, tokenizer: PreTrainedTokenizerFast, num_tokens: int) -> str:
     """Return all that is printed."""
     tokens = [loss for sample in found.samples for loss in sample.losses]
     mean = math.fsum(tokens) / len(tokens) if tokens else math.nan
@@ -68,10 +68,10 @@ def report(found: Replayed, past: PastStep, tokenizer: PreTrainedTokenizerFast, 
     for sample in order:
         lines += sample_lines(sample, tokenizer, num_tokens)
     lines += [printable_lines(f"  left out: {line}") for line in found.left_out]
-    return "\n".join([*lines, *told(found, past)])
+    return "\n".join([*lines, *replayed_lines(found, past)])
 
 
-def as_json(found: Replayed, past: PastStep, tokenizer: PreTrainedTokenizerFast) -> str:
+def replay_json(found: Replayed, past: PastStep, tokenizer: PreTrainedTokenizerFast) -> str:
     samples = [
         asdict(sample) | {"loss": sample.loss if sample.losses else None, "tokens": [tokenizer.decode([i]) for i in sample.ids]}
         for sample in found.samples
@@ -111,18 +111,11 @@ def replay_run(options: argparse.Namespace) -> None:
         with prepared_step(past, world) as (prepared, state):
             found, tokenizer = replay(past, prepared, state), prepared.data.processor.tokenizer
         if world.is_main:
-            print(report(found, past, tokenizer, options.tokens))
+            print(replay_text(found, past, tokenizer, options.tokens))
             if options.json:
-                write(options.json, as_json(found, past, tokenizer))
+                write_named("--json", options.json, replay_json(found, past, tokenizer))
     finally:
         stop_world()
-
-
-def write(file: Path, text: str) -> None:
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be written: {error.strerror}") from error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,12 +16,12 @@ from trainer.setup import PreparedRun
 
 
 class LeftOut(Protocol):
-    """What a feed asks about records that are left out; `trainer.records.bookkeeping.Bookkeeping` is one."""
+    """Bookkeeping that a feed asks about records that are left out; `trainer.records.bookkeeping.Bookkeeping` is one."""
 
     quarantine: Quarantine
 
     def flush(self, done: int) -> None:
-        """Bring the quarantine up to date with `done` completed steps. Collective."""
+        """Write the quarantine as it is after `done` completed steps. Collective."""
 
 
 class Feed:

@@ -43,12 +43,12 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.dry_run:
         return try_out(arguments)
     from trainer.runfile.load import load_run
-    from trainer.supervise import refuse
+    from trainer.supervise import report_refusal
 
     try:
         config, aside = load_run(arguments.cfg, arguments.overrides)
     except Exception as error:
-        refuse(error, arguments.cfg, arguments.overrides)
+        report_refusal(error, arguments.cfg, arguments.overrides)
         return code_of(error)
     if int(os.environ.get("RANK", "0")) == 0:
         for line in aside:

@@ -109,11 +109,7 @@ def train_stage(stage: Stage, start: ResumePoint, world: World, status: exit_rep
     changes = same_data(stage, data, world, state["step"] if state else None, tracker.report_progress)
     if checkpoint and state:
         check_state(checkpoint, state, data, is_accepted(stage, data))
-        if config.train.max_steps == 0:
-            raise ConfigError(
-                f"train.max_steps = 0 builds a model without training, but {config.output_dir} holds {checkpoint.name}: use "
-                "another output_dir; tools load and export from a checkpoint as from final/"
-            )
+        check_trains(config, checkpoint)
     stage, chosen = settle_recomputation(stage, data, world, state)
     if chosen:
         say(world, f"memory    {chosen}")
@@ -129,8 +125,8 @@ def train_stage(stage: Stage, start: ResumePoint, world: World, status: exit_rep
     if world.is_main:
         if start.checkpoint and config.checkpoint.resume not in ("auto", "none"):
             start.notes.extend(set_aside(stage.run_folder, step_of(start.checkpoint)))
-        replace_text(Path(config.output_dir, "run.toml"), to_toml(to_tables(stage.root)) + (f"# {chosen}\n" if chosen else ""))
         plan = describe_run(prepared, certificates, checkpoint, start.notes)
+        write_settings(stage, chosen)
         write_start(prepared, first_step, plan)
         print(plan, flush=True)
     best = BestValue(config.checkpoint.best, state.get("best") if state else None)
@@ -142,6 +138,21 @@ def train_stage(stage: Stage, start: ResumePoint, world: World, status: exit_rep
         best = loop.best
     tracker.mark("final")
     return finish(prepared, first_step, world, best.state)
+
+
+def check_trains(config: RunConfig, checkpoint: Path) -> None:
+    """Refuse to build a model without training where there is a checkpoint. Raises `ConfigError`."""
+    if config.train.max_steps == 0:
+        raise ConfigError(
+            f"train.max_steps = 0 builds a model without training, but {config.output_dir} holds {checkpoint.name}: use "
+            "another output_dir; tools load and export from a checkpoint as from final/"
+        )
+
+
+def write_settings(stage: Stage, chosen: str) -> None:
+    """Write run.toml of the whole run, with what was `chosen` at the start as a comment."""
+    text = to_toml(to_tables(stage.root)) + (f"# {chosen}\n" if chosen else "")
+    replace_text(Path(stage.config.output_dir, "run.toml"), text)
 
 
 def build_and_look(stage: Stage, data: RunData, world: World, tracker: PhaseTracker) -> tuple[PreparedRun, list[str]]:

@@ -131,7 +131,7 @@ def hold(folder: Path, *, waits: bool = True) -> FolderLock:
         raise SaveError(f"output_dir = {str(folder)!r} cannot be written: {error.strerror}{where}") from error
 
 
-def refuse(error: Exception, run_file: str, overrides: list[str]) -> None:
+def report_refusal(error: Exception, run_file: str, overrides: list[str]) -> None:
     """Report what is wrong with a run file, in exit.json too unless another process trains into the folder that it names.
 
     Every rank finds the same, and rank 0 reports; the others wait for it, because torchrun ends all ranks as soon as one leaves.

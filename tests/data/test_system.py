@@ -42,7 +42,7 @@ def test_a_record_without_a_system_turn_is_read_as_if_it_had_the_configured_one(
     )
     assert given.prompt(question) == plain.prompt(written)
     assert given.stop_ids == plain.stop_ids
-    assert _problem(given, asked(), found) == ""
+    assert _problem(given, asked(), found, in_full=True) == ""
 
 
 def test_the_shape_of_llavas_and_internvls_prompts() -> None:

@@ -105,6 +105,7 @@ def test_a_recipe_trains_what_its_script_does(tmp_path: Path, name: str) -> None
     found = {f"{name}/{stage.name}".rstrip("/"): numbers(stage.config) for stage in list_stages(root)}
     expected = {key: value for key, value in PUBLISHED.items() if key.partition("/")[0] == name}
     assert expected or name in OWN
+    assert root.output_dir == f"runs/{name}"
     assert not expected or found == expected
     assert all(stage.config.optim.weight_decay == 0 and stage.config.optim.clip_norm == 1 for stage in list_stages(root))
     if name in LORA:

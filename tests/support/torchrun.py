@@ -1,4 +1,4 @@
-"""Helpers of tests/trainer/test_torchrun.py that other tests share."""
+"""Helpers of tests/trainer/distributed/test_torchrun.py that other tests share."""
 
 from __future__ import annotations
 

@@ -32,6 +32,7 @@ from tools.inspector.entry import RAW_LIMIT, Box, entry_of, token_pieces
 from tools.inspector.page_html import Shown, page
 from tools.inspector.pictures import EXACT_SIDE, Album, picture_address, pixels, sound_address
 from trainer.runfile.load import parse_config
+from trainer.runfile.toml_files import to_toml
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -170,7 +171,7 @@ def test_a_rejected_record_is_shown_as_it_stands(tmp_path: Path) -> None:
     assert entry_of(data, 2, {2: row}).reason == "at step 3: image: was cut"
 
 
-def test_records_and_sources_of_the_docs_are_accepted() -> None:
+def test_records_and_sources_of_the_docs_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     docs = Path(__file__).parents[2] / "docs" / "data.md"
     blocks = re.findall(r"```(json|toml)\n(.*?)```", docs.read_text(encoding="utf-8"), re.DOTALL)
     (lines,) = (text for kind, text in blocks if kind == "json")
@@ -181,8 +182,13 @@ def test_records_and_sources_of_the_docs_are_accepted() -> None:
     ]
     assert [record.num_unlearned for record in records] == [0] * 6 + [1, 0] and len(records[-1].tools) == 1
     run = {"output_dir": "run", "model": {"llm": {"path": "llm"}}}
-    mixed, *others = (tomllib.loads(text) for kind, text in blocks if kind == "toml")
+    tables = [tomllib.loads(text) for kind, text in blocks if kind == "toml"]
+    catalog = next(one for one in tables if "data" not in one)
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "catalog.toml").write_text(to_toml(catalog))
+    monkeypatch.chdir(tmp_path)
+    mixed, *others = (one for one in tables if "data" in one)
     config = parse_config({**run, **mixed}, "data.md")
     assert [source.key for source in config.data.sources] == ["llava_v1_5_mix665k", "speech"]
-    for tables in others:  # they show other settings of the same data
-        parse_config({**run, **tables, "data": {**tables["data"], "sources": mixed["data"]["sources"]}}, "data.md")
+    for other in others:  # they show other settings of the same data
+        parse_config({**run, **other, "data": {"sources": mixed["data"]["sources"], **other["data"]}}, "data.md")

@@ -172,8 +172,23 @@ def measured_peak(model: torch.nn.Module, batch: Batch, trace: Path) -> int:
     with profile(profile_memory=True, activities=[ProfilerActivity.CPU]) as seen:
         forward_backward(model, batch)
     seen.export_chrome_trace(str(trace))
-    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
-    return int(np.cumsum([e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])]).max())
+    events = sorted((e for e in json.loads(trace.read_text())["traceEvents"] if "ts" in e), key=lambda e: e["ts"])
+    products = [(e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] in ("aten::mm", "aten::addmm") and "dur" in e]
+    memory = [(e["ts"], e["args"]["Addr"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]"]
+    return int(np.cumsum([size for _, _, size in without_scratch(memory, products)]).max())
+
+
+def without_scratch(memory: list[tuple[float, int, int]], products: list[tuple[float, float]]) -> list[tuple[float, int, int]]:
+    """Leave out what a matrix product allocates and frees while it runs: rows that oneDNN repacks for the CPU, and no GPU does."""
+    kept = []
+    for event in memory:
+        at, address, size = event
+        running = next(((start, stop) for start, stop in products if start <= at <= stop), None)
+        if running and size < 0 and kept and kept[-1][1:] == (address, -size) and kept[-1][0] >= running[0]:
+            kept.pop()
+        else:
+            kept.append(event)
+    return kept
 
 
 ACTIVATIONS: dict[str, tuple[dict[str, Any], str, bool]] = {

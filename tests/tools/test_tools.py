@@ -28,7 +28,7 @@ from tests.support.runs import save_parts, save_records, tables
 from tools import chat, cli, evaluate, inspect_data, plot_run
 from tools.cli import printable_lines
 from trainer.main import run
-from trainer.runfile.load import load_config, parse_config
+from trainer.runfile.load import parse_config
 from trainer.runfile.toml_files import to_toml
 
 ROOT = Path(__file__).parents[2]
@@ -304,12 +304,6 @@ def test_plot_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert plot_run.main([str(tmp_path)]) == 2
     assert "the extra `plot`" in one_line(capsys)
-
-
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
-def test_recipes_are_accepted(recipe: Path) -> None:
-    config = load_config(str(recipe))
-    assert config.output_dir == f"runs/{recipe.stem}" and f"--cfg recipes/{recipe.name}" in recipe.read_text()
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

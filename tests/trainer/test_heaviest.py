@@ -183,8 +183,11 @@ def less_left(world: World, folder: Path, output_dir: Path, sections: dict[str, 
 
 
 def test_moments_that_will_not_fit_beside_are_counted_before_there_are_any(parts: Path, tmp_path: Path) -> None:
-    """45,600 parameters learn, with two float32 moments each: one byte too little ends the run."""
-    moments = (13_760 + 1_856 + 29_984) * 8
+    """45,600 parameters learn, with two float32 moments each, in 67 tensors, with a count of updates each.
+
+    One byte too little ends the run.
+    """
+    moments = (13_760 + 1_856 + 29_984) * 8 + 67 * 4
     sections = {"train": {"max_steps": 1, **REHEARSED}}
     assert run_ranks(less_left, 1, parts, tmp_path / "run", sections, moments - 1)[0].code == 2
     reason = json.loads((tmp_path / "run" / "exit.json").read_text())["reason"]

@@ -19,7 +19,7 @@ from trainer import loop
 from trainer.machine.json_lines import read_lines
 from trainer.scores import text_metrics
 from trainer.scores.best import BestValue
-from trainer.scores.text_metrics import choice_of, measure
+from trainer.scores.text_metrics import choice_of, score_texts
 
 OWN = ["exact_match", "choice", "contains"]
 
@@ -146,8 +146,8 @@ def test_ties_keep_the_earlier_and_less_is_better_for_errors() -> None:
 
 def test_measures_have_the_values_of_their_definitions() -> None:
     said, expected = ["B. a dog", "Two  cats", "hello wrld"], ["B", "two cats", "hello world"]
-    assert measure(OWN, said, expected) == {"exact_match": 0.0, "choice": 1.0, "contains": pytest.approx(1 / 3 + 1 / 3)}
-    assert measure(OWN, [], []) == {} and "choice" not in measure(OWN, ["x"], ["no letter"])
+    assert score_texts(OWN, said, expected) == {"exact_match": 0.0, "choice": 1.0, "contains": pytest.approx(1 / 3 + 1 / 3)}
+    assert score_texts(OWN, [], []) == {} and "choice" not in score_texts(OWN, ["x"], ["no letter"])
     texts = {"B": "B", "(C)": "C", "D.": "D", "The answer is A.": "A", "A. one\ntwo": "A", "A dog": "", "": "", "Both": ""}
     assert {text: choice_of(text) for text in texts} == texts
 
@@ -155,15 +155,15 @@ def test_measures_have_the_values_of_their_definitions() -> None:
 def test_measures_of_libraries() -> None:
     pytest.importorskip("jiwer"), pytest.importorskip("rapidfuzz"), pytest.importorskip("sacrebleu")
     said, expected = ["Hello wrld", "the cat sat on", "no"], ["hello world", "the cat sat", "yes"]
-    found = measure(["anls", "wer", "bleu"], said, expected)
+    found = score_texts(["anls", "wer", "bleu"], said, expected)
     # 1 of 11 characters differs; 3 of 14 are too many; "no" and "yes" have nothing in common, which counts 0.
     assert found["anls"] == pytest.approx((1 - 1 / 11 + 1 - 3 / 14 + 0) / 3)
     assert found["wer"] == pytest.approx((2 + 1 + 1) / 6)
     long = ["the cat sat on the mat", "a dog ran in the park"]
-    assert measure(["anls", "wer", "bleu"], long, long) == {"anls": 1.0, "wer": 0.0, "bleu": pytest.approx(100)}
+    assert score_texts(["anls", "wer", "bleu"], long, long) == {"anls": 1.0, "wer": 0.0, "bleu": pytest.approx(100)}
     # Precisions of 1 to 4 words are 5/6, 4/5, 3/4 and 2/3; both texts are as long.
     said = ["the cat sat on the rug"]
-    assert measure(["bleu"], said, long[:1])["bleu"] == pytest.approx(100 * (5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25)
+    assert score_texts(["bleu"], said, long[:1])["bleu"] == pytest.approx(100 * (5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25)
 
 
 @pytest.mark.parametrize(

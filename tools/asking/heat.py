@@ -1,4 +1,4 @@
-"""Which picture tokens the loss of the answer depends on: input gradient times input, per projected row."""
+"""Heat of picture tokens, by how much the loss of the answer depends on each: input gradient times input, per projected row."""
 
 from __future__ import annotations
 

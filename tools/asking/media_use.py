@@ -123,8 +123,8 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Use:
-    """What the records of one kind of medium show, of one source or of all."""
+class MediaUse:
+    """How much the records of one kind of medium, of one source or of all, depend on it."""
 
     kind: str
     source: str  # "": all
@@ -150,7 +150,7 @@ class Use:
         return f"{name}: the model uses its {name}: {facts}"
 
 
-def summarise(found: Sequence[RecordLosses]) -> list[Use]:
+def summarise(found: Sequence[RecordLosses]) -> list[MediaUse]:
     """Return what each kind shows over all sources, and after it per source where there are several."""
     uses = []
     for kind in PLACEHOLDERS:
@@ -161,9 +161,9 @@ def summarise(found: Sequence[RecordLosses]) -> list[Use]:
     return uses
 
 
-def _use(kind: str, source: str, found: list[RecordLosses]) -> Use:
+def _use(kind: str, source: str, found: list[RecordLosses]) -> MediaUse:
     rises = [item.other - item.own for item in found if item.other is not None]
-    return Use(
+    return MediaUse(
         kind,
         source,
         interval([item.own for item in found]),

@@ -10,7 +10,7 @@ import numpy as np
 from data.sample import SampleMedia
 from model.media_spec import ImageSpec
 from tools.asking.heat import drawn
-from tools.asking.media_use import NAMES, RecordLosses, Use
+from tools.asking.media_use import NAMES, MediaUse, RecordLosses
 from tools.inspector.card_html import card, visible
 from tools.inspector.entry import InspectorEntry
 from tools.inspector.page_html import MAX_PICTURE_BYTES, STYLE, content_policy
@@ -27,7 +27,7 @@ OWN_STYLE = (
 
 
 def probe_page(
-    title: str, words: str, uses: Sequence[Use], shown: Iterable[Heated], specs: dict[str, ImageSpec], longest: int
+    title: str, words: str, uses: Sequence[MediaUse], shown: Iterable[Heated], specs: dict[str, ImageSpec], longest: int
 ) -> str:
     """Return the whole document. `words` say which records were measured; `longest`: tokens that a sample may have."""
     style, album = STYLE + OWN_STYLE, Album(MAX_PICTURE_BYTES)
@@ -44,14 +44,14 @@ def probe_page(
             f"<div class=wide-table>{_table(uses)}</div>\n",
             "<p class=soft>Loss per learned token in nats, with 95 % intervals over records (bootstrap). Red on a picture: the"
             " tokens that the loss of the answer depends on (input gradient times input); full red is the highest of its medium."
-            " That is a first-order picture: it shows where the loss is sensitive, not why.</p>\n</header>\n<main>\n",
+            " It is a first-order view: it shows where the loss is sensitive, not why.</p>\n</header>\n<main>\n",
             *cards,
             "</main>\n</body>\n</html>\n",
         ]
     )
 
 
-def _table(uses: Sequence[Use]) -> str:
+def _table(uses: Sequence[MediaUse]) -> str:
     rows = []
     for use in uses:
         other = f"+ {use.other}" if use.other else "no other"
@@ -81,5 +81,5 @@ def _figures(heated: list[tuple[SampleMedia, np.ndarray]], specs: dict[str, Imag
         drawings = drawn(medium, specs["image"], views)
         for drawing, address in zip(drawings, album.add(partial(_addresses, drawings))):
             height, width = drawing.shape[:2]
-            made.append(f'<img src="{address}" width={width} height={height} alt="heat of a {medium.kind}" decoding=async>')
+            made.append(f'<img src="{address}" width={width} height={height} alt="heat: {medium.kind}" decoding=async>')
     return f"<div class=heat>{''.join(made)}</div>\n" if made else ""

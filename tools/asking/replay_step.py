@@ -42,7 +42,7 @@ class SampleLoss:
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a replay found."""
+    """Losses, gradient and metrics of a step done again, beside what the run has logged."""
 
     samples: list[SampleLoss]  # in the order of ranks and micro-batches
     left_out: list[str]  # records of the step that could not be used

@@ -15,7 +15,7 @@ from data.processor import Processor
 from data.records.record import Record, RecordError, parse
 from model.multimodal import MultimodalLM
 from trainer.distributed.world import World
-from trainer.scores.text_metrics import measure
+from trainer.scores.text_metrics import score_texts
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Totals:
     def result(self, metrics: Sequence[str] = ("exact_match",)) -> dict[str, float]:
         """Return the number of records, the value of each measure, NaN where it has none, and the loss per supervised token."""
         numbers = [*self.texts]
-        values = measure(metrics, [self.texts[i] for i in numbers], [self.expected[i] for i in numbers])
+        values = score_texts(metrics, [self.texts[i] for i in numbers], [self.expected[i] for i in numbers])
         count = sum(count for _, count in self.losses.values())
         loss = math.fsum(total for total, _ in self.losses.values()) / count if count else math.nan
         return {"samples": len(numbers), **{name: values.get(name, math.nan) for name in metrics}, "loss": loss}

@@ -15,7 +15,7 @@ from tools.inspector.card_html import media_rows, visible
 from tools.inspector.entry import Box, boxes_of
 from tools.inspector.page_html import STYLE
 from tools.inspector.pictures import Album
-from trainer.scores.text_metrics import METRICS, measure
+from trainer.scores.text_metrics import METRICS, score_texts
 
 MOST = 500
 """Wrong answers that a page shows at most; the first ones of the file."""
@@ -44,7 +44,7 @@ def is_wrong(name: str, text: str, expected: str) -> bool:
     """Tell whether the measure `name` finds anything wrong with one answer; an answer that is the expected text never is."""
     if text.strip() == expected.strip():
         return False
-    if name == "bleu" or (value := measure([name], [text], [expected]).get(name)) is None:
+    if name == "bleu" or (value := score_texts([name], [text], [expected]).get(name)) is None:
         return True  # BLEU is none of single answers; without a value nothing speaks for the answer
     return value > 0 if METRICS[name].lower_is_better else value < 1
 

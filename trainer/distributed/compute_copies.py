@@ -51,7 +51,7 @@ def copies_of(model: nn.Module) -> list[Tensor]:
 
 
 @dataclass
-class Use:
+class CopyUse:
     """The copy of one parameter, and how often this micro-batch uses it."""
 
     copy: Tensor
@@ -67,8 +67,8 @@ class ComputeCopies:
         self, model: nn.Module, parameters: Iterable[nn.Parameter], dtype: torch.dtype, device: torch.device | None = None
     ) -> None:
         """Allocate the copies of the trained ones of `parameters`, on `device`; None: beside each."""
-        self.uses: dict[Tensor, Use] = {
-            p: Use(torch.empty_like(p, dtype=dtype, device=device, requires_grad=False)) for p in parameters if p.requires_grad
+        self.uses: dict[Tensor, CopyUse] = {
+            p: CopyUse(torch.empty_like(p, dtype=dtype, device=device, requires_grad=False)) for p in parameters if p.requires_grad
         }
         _KEPT[model] = self
 
@@ -88,11 +88,11 @@ class ComputeCopies:
         found: Tensor = _CopyOf.apply(parameter, use, self)
         return found
 
-    def copy(self, parameter: Tensor, use: Use) -> None:
+    def copy(self, parameter: Tensor, use: CopyUse) -> None:
         """Make the copy of `parameter` anew."""
         use.copy.copy_(parameter.detach())
 
-    def receive(self, parameter: Tensor, use: Use, grad: Tensor, is_only_use: bool) -> Tensor | None:
+    def receive(self, parameter: Tensor, use: CopyUse, grad: Tensor, is_only_use: bool) -> Tensor | None:
         """Take the gradient of one use of a copy; return it where autograd is to add it."""
         if parameter.grad is None or not is_only_use:
             return grad  # autograd casts it; several uses are summed before they are added, as without copies
@@ -108,13 +108,13 @@ class _CopyOf(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, use: Use, copies: ComputeCopies) -> Tensor:
+    def forward(ctx: Any, parameter: Tensor, use: CopyUse, copies: ComputeCopies) -> Tensor:
         ctx.parameter, ctx.use, ctx.copies = parameter, use, copies
         return use.copy.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        use: Use = ctx.use
+        use: CopyUse = ctx.use
         is_only_use = use.most == 1
         use.open = max(use.open - 1, 0)
         if not use.open:

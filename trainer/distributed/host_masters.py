@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from trainer.distributed.compute_copies import ComputeCopies, Use
+from trainer.distributed.compute_copies import ComputeCopies, CopyUse
 
 
 class HostMasters(ComputeCopies):
@@ -31,14 +31,14 @@ class HostMasters(ComputeCopies):
         self.sent: dict[Tensor, Tensor] = {}  # on the host, or on their way to it
         self.task = -1  # number of the backward that they belong to
 
-    def copy(self, parameter: Tensor, use: Use) -> None:
+    def copy(self, parameter: Tensor, use: CopyUse) -> None:
         """Make the copy of `parameter` anew: cast on the host, half the bytes go over the bus."""
         staged = self.staged[parameter]
         staged.copy_(parameter.detach())
         # Ordered before the next gradient that is sent through the same memory: its stream waits for this one.
         use.copy.copy_(staged, non_blocking=True)
 
-    def receive(self, parameter: Tensor, use: Use, grad: Tensor, is_only_use: bool) -> None:
+    def receive(self, parameter: Tensor, use: CopyUse, grad: Tensor, is_only_use: bool) -> None:
         """Send the gradient to the host, once all uses of the copy have given theirs."""
         if (task := torch._C._current_graph_task_id()) != self.task:
             self.task = task

@@ -102,7 +102,7 @@ def check_metrics(names: Sequence[str], setting: str) -> None:
         raise ConfigError(f"{setting}: {needing} needs {', '.join(missing)}: pip install -e '.[metrics]'")
 
 
-def measure(names: Sequence[str], answers: Texts, expected: Texts) -> dict[str, float]:
+def score_texts(names: Sequence[str], answers: Texts, expected: Texts) -> dict[str, float]:
     """Return the value of each measure that can be measured, by name; none of no answers."""
     found = {name: METRICS[name].score(answers, expected) for name in names} if answers else {}
     return {name: value for name, value in found.items() if value is not None}

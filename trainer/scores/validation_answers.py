@@ -21,7 +21,7 @@ from trainer.distributed.world import World
 from trainer.faults.phase_tracker import VALIDATION, PhaseTracker
 from trainer.machine.atomic_files import replace_text
 from trainer.machine.json_lines import read_valid_lines
-from trainer.scores.text_metrics import measure
+from trainer.scores.text_metrics import score_texts
 from trainer.setup import PreparedRun
 
 NAME = "generations.jsonl"
@@ -109,7 +109,7 @@ def score_rows(names: tuple[str, ...], rows: list[AnswerRow], sources: list[str]
     if world.is_main:  # once: libraries need not be fast
         groups = {"val": rows, **{f"val/{source}": [row for row in rows if row["source"] == source] for source in sources}}
         for prefix, group in groups.items():
-            values = measure(names, [row["answer"] for row in group], [row["expected"] for row in group])
+            values = score_texts(names, [row["answer"] for row in group], [row["expected"] for row in group])
             found |= {f"{prefix}/{name}": value for name, value in values.items()}
         found["val/answers"] = len(rows)
     shared: dict[str, float] = world.broadcast_json(found)

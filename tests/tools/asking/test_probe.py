@@ -68,7 +68,7 @@ def test_a_model_that_needs_its_pictures_is_found_to_use_them(tmp_path: Path, ca
     losses = json.loads((tmp_path / "p.json").read_text())["losses"]
     assert np.mean([item["own"] for item in losses]) < np.mean([item["other"] for item in losses]) - 0.05
     page = (tmp_path / "p.html").read_text()
-    assert page.count('alt="heat of a image"') == 12 and "the model uses its pictures" in page
+    assert page.count('alt="heat: image"') == 12 and "the model uses its pictures" in page
     assert not re.search(r"(src|href)=[\"']?(?!data:)[a-z/]", page.replace('"data:', "data:")) and "<script" not in page
 
 

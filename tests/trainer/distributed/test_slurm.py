@@ -11,7 +11,7 @@ import pytest
 
 from trainer.config import FaultsConfig
 
-SCRIPT = Path(__file__).parents[2] / "recipes" / "slurm.sh"
+SCRIPT = Path(__file__).parents[3] / "recipes" / "slurm.sh"
 
 SRUN = """#!/usr/bin/env bash
 printf '%s\\n' "$@" > "$LOG/srun"
