@@ -32,6 +32,7 @@ COMMANDS = {
 """Commands by name, installed as `mmt-NAME`: unlike `python -m`, they never look for packages in the current folder."""
 DATA_FILES = {
     "tools.demos": ["*.toml"],
+    "tools.chatting": ["*.css", "*.js"],
     "tools.inspector": ["*.css", "*.js"],
     "tools.watcher": ["*.css", "*.js"],
     "trainer.recipes": ["*.toml", "*.sh"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -29,15 +29,19 @@ class GenerationOptions:
     top_p: float = 1.0
     seed: int | None = None
     together: bool = False  # go on until all ranks have ended: they share the weights, and each pass gathers them
+    on_token: Callable[[int], None] | None = None  # told each id of the only row as it is chosen; what it raises ends the row
 
 
 def generate(llm: CausalLM, embeds: Tensor, mask: Tensor, options: GenerationOptions) -> list[list[int]]:
     """Generate new ids for each row, cut before its first stop id. embeds (B, T, D) and mask (B, T) are prompts padded on the LEFT.
 
-    Raises `ValueError` for max_new_tokens < 1.
+    Raises `ValueError` for max_new_tokens < 1, and for on_token with several rows.
     """
     if options.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {options.max_new_tokens} is not positive")
+    if options.on_token and len(embeds) != 1:
+        raise ValueError(f"on_token is told the ids of one row, and there are {len(embeds)}")
+    told = None if options.on_token is None else TokenListener(options.on_token, options.stop_ids)
     sampling: dict[str, bool | float] = {"do_sample": options.temperature > 0}
     if options.temperature > 0:
         sampling |= {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
@@ -51,8 +55,26 @@ def generate(llm: CausalLM, embeds: Tensor, mask: Tensor, options: GenerationOpt
     with torch.no_grad(), masked_attention(llm), no_settings(llm), torch.random.fork_rng(enabled=options.seed is not None):
         if options.seed is not None:
             torch.manual_seed(options.seed)
-        ids = llm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config, synced_gpus=options.together)
+        ids = llm.generate(
+            inputs_embeds=embeds, attention_mask=mask, generation_config=config, synced_gpus=options.together, streamer=told
+        )
     return [_until_stop(row, options.stop_ids) for row in ids.tolist()]
+
+
+class TokenListener:
+    """Passes on the ids of one row up to its stop id. A host sync per token."""
+
+    def __init__(self, on_token: Callable[[int], None], stop_ids: tuple[int, ...]) -> None:
+        self.on_token, self.stop_ids = on_token, stop_ids
+
+    def put(self, value: Tensor) -> None:
+        """Pass on new ids; the first call has the ids of the prompt, of which there are none beside its embeddings."""
+        for token in value.reshape(-1).tolist():
+            if token not in self.stop_ids:
+                self.on_token(token)
+
+    def end(self) -> None:
+        """Do nothing: whoever asked for the ids sees the end."""
 
 
 @contextmanager

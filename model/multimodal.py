@@ -167,6 +167,10 @@ class MultimodalLM(nn.Module):
         `temperature`, `top_p`, `seed` and `together`, a collective, are those of `model.generate.GenerationOptions`.
         """
         options = GenerationOptions(max_new_tokens, self.stop_ids, self.pad_id, temperature, top_p, seed, together)
+        return self.generate_with(batch, options)
+
+    def generate_with(self, batch: Batch, options: GenerationOptions) -> list[list[int]]:
+        """Generate token ids for each row as `options` say."""
         batch = batch.to(self._device())
         mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
         with torch.no_grad():

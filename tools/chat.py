@@ -1,96 +1,77 @@
 """Answer one question or, without a question, hold a conversation: one line of stdin per turn, until it ends.
 
 Media belong to the first turn; they stand before its text, or where the text says <image>, <video> and <audio>. A question that
-is spoken needs no text: "". A model trained with state tokens says whether it accepts the sound.
+is spoken needs no text: "". Answers are printed as they come. A model trained with state tokens says whether it accepts the sound.
+In a conversation /image FILE, /audio FILE and /video FILE attach to the next turn, whose line may be blank; /new starts anew.
+--page holds conversations on a page in a browser of this machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-from collections.abc import Callable
-from typing import Any
+import tempfile
+from pathlib import Path
 
 from data.processor import Processor, load_processor
-from data.records.record import Record, RecordError, Turn, parse
+from data.records.record import Record, RecordError, Turn
 from data.text.rounds import THOUGHTFUL
 from model.errors import ConfigError, DataError
-from model.files.untrusted import Json
 from model.media_spec import PLACEHOLDERS
-from model.multimodal import MultimodalLM
+from tools.chatting.conversation import STATES, Answerer, Conversation, make_answerer
+from tools.chatting.serve import ChatServer
 from tools.cli import command_parser, printable_lines, run_command
 from tools.model_options import add_model_options, load
 
-Turns = list[dict[str, str]]  # "from" and "value", as in records
-Media = dict[str, list[str]]  # files by kind
-Answer = tuple[str | None, str]  # the state that the model reports, see `data.text.state_tokens`, and the text
-STATES = {
-    "audio": "accepted: speech that was meant for the model",
-    "text": "accepted: a question in writing",
-    "negative": "rejected: the sound was not meant for the model",
-}
+KINDS = tuple(f"/{kind}" for kind in PLACEHOLDERS)
 
 
-def answerer(net: MultimodalLM, processor: Processor, media: Media, options: argparse.Namespace) -> Callable[[Turns], Answer]:
-    """Return a function that answers the last of some turns."""
-    sampling: dict[str, Any] = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
-
-    def answer(turns: Turns) -> Answer:
-        batch = processor([record(turns, media)], thinking=options.thinking)
-        ids = net.generate(batch, max_new_tokens=options.max_new_tokens, **sampling)
-        return processor.answers(ids)[0]  # the text has no state token: the template writes it again in the next round
-
-    return answer
-
-
-def record(turns: Turns, media: Media) -> Json:
-    return {"conversations": turns, **{kind: files for kind, files in media.items() if files}}
-
-
-def converse(answer: Callable[[Turns], Answer], media: Media, *, prompt: str) -> None:
-    """Answer line by line.
-
-    A round is shown and then forgotten if no record could hold it, such as one with an empty answer, or if the model rejects it.
-    """
-    turns: Turns = []
-    while (line := read_line(prompt)) is not None:
-        asked = [*turns, {"from": "human", "value": line}]
-        try:
-            state, text = answer(asked)
-            show(state, text, "; this round is not kept" if state == "negative" else "")
-            asked.append({"from": "gpt", "value": text})
-            parse(record(asked, media), "conversation")
-        except RecordError as error:
-            print(f"chat: {printable_lines(told(error))}; this round is not kept", file=sys.stderr)
-            continue
-        turns = turns if state == "negative" else asked
-
-
-def told(error: RecordError) -> str:
-    """Return what is wrong with a round in the words of a conversation: its record was made here, and nobody wrote one."""
-    counted = re.fullmatch(r"(\d+) <(\w+)> in the turns, (\d+) \w+ files in the record", error.reason)
-    if counted:
-        number, kind, given = counted.groups()
-        return f"{kind}: {number} <{kind}> in the text, and {given} --{kind} FILE named: give as many of one as of the other"
-    return f"{error.field}: {error.reason}"
-
-
-def show(state: str | None, text: str, note: str = "") -> None:
-    """Print the answer on stdout and the state that the model reports on stderr."""
+def show(state: str | None, piece: str) -> None:
+    """Print a piece of an answer on stdout, and the state that the model reports on stderr."""
     if state is not None:
-        print(f"chat: {STATES[state]}{note}", file=sys.stderr, flush=True)
-    print(printable_lines(text), flush=True)
+        print(f"chat: {STATES[state]}", file=sys.stderr, flush=True)
+    print(printable_lines(piece), end="", flush=True)
+
+
+def ask(talk: Conversation, words: str, answer: Answerer) -> None:
+    """Ask, and print the answer as it comes. Raises `RecordError`."""
+    told: list[str] = []
+
+    def tell(state: str | None, piece: str) -> None:
+        show(state, piece)
+        told.append(piece)
+
+    try:
+        state, _ = talk.ask(words, answer, tell)
+    finally:
+        if any(told):
+            print(flush=True)
+    if state == "negative":
+        print("chat: this round is not kept", file=sys.stderr, flush=True)
+
+
+def converse(talk: Conversation, answer: Answerer, *, prompt: str) -> None:
+    """Answer line by line."""
+    while (line := read_line(prompt)) is not None:
+        command, _, value = line.partition(" ")
+        if command == "/new":
+            talk.restart()
+        elif command in KINDS:
+            count = talk.attach(command[1:], value.strip())
+            print(f"chat: attached to the next turn: {count} x {command[1:]}", file=sys.stderr, flush=True)
+        elif line or talk.waiting:
+            try:
+                ask(talk, line, answer)
+            except RecordError as error:
+                print(f"chat: {printable_lines(talk.explain(error))}; this round is not kept", file=sys.stderr)
 
 
 def read_line(prompt: str) -> str | None:
-    """Return the next line that is not blank, or None at the end of stdin."""
-    while True:
-        try:
-            if line := input(prompt).strip():
-                return line
-        except EOFError:
-            return None
+    """Return the next line, or None at the end of stdin."""
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        return None
 
 
 def prompts_alike(processor: Processor) -> bool:
@@ -109,28 +90,52 @@ def chat(options: argparse.Namespace) -> None:
     processor = load_processor(options.final)
     if options.thinking and prompts_alike(processor):
         raise ConfigError("--thinking has no effect: the run's template has the same prompt for answers with and without a thought")
-    media = {kind: getattr(options, kind) for kind in PLACEHOLDERS}
-    answer = answerer(load(options), processor, media, options)
-    if options.question is None:
-        converse(answer, media, prompt="> " if sys.stdin.isatty() else "")
-    else:
+    if options.page and (options.question is not None or any(getattr(options, kind) for kind in PLACEHOLDERS)):
+        raise ConfigError("--page takes questions and media on the page: leave those of the command line out")
+    answer = make_answerer(load(options), processor, options)
+    with tempfile.TemporaryDirectory(prefix="chat") as folder:
+        if options.page:
+            serve(answer, Path(folder), options)
+            return
+        talk = Conversation(Path(folder))
+        for kind in PLACEHOLDERS:
+            for file in getattr(options, kind):
+                talk.attach(kind, file)
+        if options.question is None:
+            converse(talk, answer, prompt="> " if sys.stdin.isatty() else "")
+            return
         try:
-            show(*answer([{"from": "human", "value": options.question}]))
+            ask(talk, options.question, answer)
         except RecordError as error:  # the record was made here: its place and id mean nothing to the user
-            raise DataError(told(error)) from error
+            raise DataError(talk.explain(error)) from error
+
+
+def serve(answer: Answerer, folder: Path, options: argparse.Namespace) -> None:
+    """Serve the page until Ctrl-C. Raises `ConfigError` for a port that cannot be had."""
+    try:
+        server = ChatServer(answer, folder, str(options.final), options.port)
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not from 0 to 65535"
+        raise ConfigError(f"--port {options.port}: {reason}; leave it out, and a free one is taken") from error
+    print(f"{server.address}: open it in a browser of this machine; Ctrl-C ends it", flush=True)
+    with server:
+        server.serve_forever()
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser("chat", __doc__)
     add_model_options(parser)
     parser.add_argument("question", nargs="?", help="without it, a conversation is read from stdin")
-    for kind, what in (("image", "a picture"), ("audio", "a clip"), ("video", "a video, or a folder of its frames")):
+    media = {"image": "a picture, or a folder of some", "audio": "a clip", "video": "a video, or a folder of its frames"}
+    for kind, what in media.items():
         parser.add_argument(f"--{kind}", action="append", default=[], metavar="FILE", help=f"{what}; may be given more than once")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (512)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token; above, samples")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this much probability (1)")
     parser.add_argument("--seed", type=int, default=None, help="of the sampling")
     parser.add_argument("--thinking", action="store_true", help="ask as for answers that begin with a thought (docs/thinking.md)")
+    parser.add_argument("--page", action="store_true", help="hold conversations on a page in a browser of this machine")
+    parser.add_argument("--port", type=int, default=0, help="port of the page (default: a free one)")
     options = parser.parse_intermixed_args(argv)  # options may stand before the last positional
     return run_command("chat", lambda: chat(options))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,16 @@ class LogitChange:
 
 
 UNCHANGED = LogitChange()
+
+
+class IdListener(Protocol):
+    """Follower of a row that is generated, as transformers' streamers are."""
+
+    def put(self, value: Tensor) -> None:
+        """Take new ids."""
+
+    def end(self) -> None:
+        """Take note of the end."""
 
 
 class CausalLM(nn.Module):
@@ -61,7 +72,13 @@ class CausalLM(nn.Module):
         raise NotImplementedError
 
     def generate(
-        self, *, inputs_embeds: Tensor, attention_mask: Tensor, generation_config: GenerationConfig, synced_gpus: bool
+        self,
+        *,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        generation_config: GenerationConfig,
+        synced_gpus: bool,
+        streamer: IdListener | None,
     ) -> Tensor:
-        """Return the generated ids (B, new tokens)."""
+        """Return the generated ids (B, new tokens), and tell `streamer` each as it is chosen."""
         raise NotImplementedError

@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig, LlavaForConditionalGeneration
 
 from data.processor import Processor
+from model.generate import GenerationOptions
 from model.llm.attention import NAME
 from model.load import load_model
 from model.multimodal import MultimodalLM
@@ -136,3 +137,26 @@ def test_training_attention_is_back_afterwards_even_after_an_error(
     with pytest.raises(ValueError, match="feature rows"):
         net.generate(replace(batch, media={"image": replace(image, slots=image.slots[1:])}), max_new_tokens=1)
     assert net.llm.config._attn_implementation == NAME  # type: ignore[union-attr]
+
+
+def test_ids_are_told_as_they_are_chosen(run: tuple[Path, MultimodalLM, Processor], tmp_path: Path) -> None:
+    """Up to the stop id; what the listener raises ends the row, and several rows are refused."""
+    _, net, processor = run
+    net.stop_ids = ()
+    records = prompts(tmp_path)
+    batch = processor(records[:1], media_root=str(tmp_path))
+    ids = net.generate(batch, NEW)[0]
+    told: list[int] = []
+    options = GenerationOptions(NEW, (ids[-1],), net.pad_id, on_token=told.append)
+    assert net.generate_with(batch, options) == [ids[: ids.index(ids[-1])]] == [told]
+
+    def leave(token: int) -> None:
+        told.append(token)
+        raise ConnectionResetError
+
+    told.clear()
+    with pytest.raises(ConnectionResetError):
+        net.generate_with(batch, replace(options, stop_ids=(), on_token=leave))
+    assert told == ids[:1]
+    with pytest.raises(ValueError, match="one row, and there are 2"):
+        net.generate_with(processor(records[:2], media_root=str(tmp_path)), options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -191,27 +190,6 @@ def test_chat_answers_one_question(
     assert capsys.readouterr().out == printable_lines(expected(question)) + "\n"
     assert chat.main([*given, "--top-p", "0.5", question]) == 2
     assert "--top-p and --seed have no effect at --temperature 0" in one_line(capsys)
-
-
-def test_a_conversation_keeps_its_history_and_forgets_what_failed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    heard: list[list[str]] = []
-
-    def answer(turns: list[dict[str, str]]) -> tuple[str | None, str]:
-        heard.append([turn["value"] for turn in turns])
-        state = {"noise": "negative", "two": "audio"}.get(turns[-1]["value"])
-        return state, "" if turns[-1]["value"] == "silence" else f"heard \x1b[31m{len(turns)}"
-
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\nsilence\nnoise\ntwo\n"))
-    chat.converse(answer, {"image": ["a.png"]}, prompt="")
-    first = "heard \x1b[31m1"
-    assert heard == [["one"], ["one", first, "silence"], ["one", first, "noise"], ["one", first, "two"]]
-    printed = capsys.readouterr()
-    assert printed.out == "heard \\x1b[31m1\n\nheard \\x1b[31m3\nheard \\x1b[31m3\n", "no control sequence reaches the terminal"
-    assert "is an empty answer; this round is not kept" in printed.err
-    assert "rejected: the sound was not meant for the model; this round is not kept" in printed.err
-    assert "accepted: speech" in printed.err
 
 
 def test_inspect_shows_what_is_learned(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

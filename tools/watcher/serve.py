@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from tools.local_page import LocalHandler, LocalServer
 from tools.watcher.page_html import policy, run_page, values_text
 from tools.watcher.run_view import RunView
-
-HOST = "127.0.0.1"
 
 
 class Watched:
@@ -28,46 +26,37 @@ class Watched:
             return self.version, self.text
 
 
-class PageServer(ThreadingHTTPServer):
-    """The server; `port` 0 takes a free one."""
-
-    daemon_threads = True
+class PageServer(LocalServer):
+    """The server of the page; `port` 0 takes a free one."""
 
     def __init__(self, watched: Watched, port: int = 0) -> None:
-        super().__init__((HOST, port), Handler)
+        super().__init__(Handler, port)
         self.watched = watched
 
-    @property
-    def address(self) -> str:
-        return f"http://{HOST}:{self.server_address[1]}/"
 
-
-class Handler(BaseHTTPRequestHandler):
+class Handler(LocalHandler):
     """Answers of the server."""
 
     server: PageServer
-    protocol_version = "HTTP/1.1"
+    policy = policy(live=True)
 
     def do_GET(self) -> None:
         """Answer with the page, the values if they are new, or the samples of a step."""
-        port = self.server.server_address[1]
-        # A page from elsewhere can reach this port under a name that it made lead here, but not under these.
-        if self.headers.get("Host") not in (f"{HOST}:{port}", f"localhost:{port}"):
-            self._answer(403, "text/plain", "this page is asked for by its own address alone\n")
+        if not self.is_for_us():
             return
         path, _, query = self.path.partition("?")
         asked = {key: value for key, _, value in (pair.partition("=") for pair in query.split("&"))}
         if path == "/":
             version, values = self.server.watched.look()
-            self._answer(200, "text/html", run_page(f'{{"version":{version},{values[1:]}', self.server.watched.title, live=True))
+            self.answer(200, "text/html", run_page(f'{{"version":{version},{values[1:]}', self.server.watched.title, live=True))
         elif path == "/values":
             version, values = self.server.watched.look()
             same = asked.get("version") == str(version)
-            self._answer(200, "application/json", "{}" if same else f'{{"version":{version},{values[1:]}')
+            self.answer(200, "application/json", "{}" if same else f'{{"version":{version},{values[1:]}')
         elif path == "/step":
-            self._answer(200, "application/json", self._samples(asked))
+            self.answer(200, "application/json", self._samples(asked))
         else:
-            self._answer(404, "text/plain", "there is nothing here\n")
+            self.answer(404, "text/plain", "there is nothing here\n")
 
     def _samples(self, asked: dict[str, str]) -> str:
         """Return the samples of a step of a run, both given by number."""
@@ -76,21 +65,3 @@ class Handler(BaseHTTPRequestHandler):
         if not (run.isascii() and run.isdigit() and step.isascii() and step.isdigit() and len(run + step) < 20):
             return "[]"
         return json.dumps(runs[int(run)].samples_of(int(step)) if int(run) < len(runs) else [])
-
-    def _answer(self, code: int, kind: str, text: str) -> None:
-        data = text.encode()
-        self.send_response(code)
-        for name, value in (
-            ("Content-Type", f"{kind}; charset=utf-8"),
-            ("Content-Length", str(len(data))),
-            ("Content-Security-Policy", f"{policy(live=True)}; frame-ancestors 'none'"),
-            ("X-Content-Type-Options", "nosniff"),
-            ("Referrer-Policy", "no-referrer"),
-            ("Cache-Control", "no-store"),
-        ):
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Print nothing for a request."""

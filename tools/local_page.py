@@ -1,0 +1,64 @@
+"""Pages on the loopback of this machine alone: a server that answers nobody who asks for it by another name."""
+
+from __future__ import annotations
+
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+HOST = "127.0.0.1"
+
+
+class LocalServer(ThreadingHTTPServer):
+    """The server; `port` 0 takes a free one. Raises `OSError` and `OverflowError` for a port that cannot be had."""
+
+    daemon_threads = True
+
+    def __init__(self, handler: type[LocalHandler], port: int = 0) -> None:
+        super().__init__((HOST, port), handler)
+
+    @property
+    def address(self) -> str:
+        return f"http://{HOST}:{self.server_address[1]}/"
+
+
+class LocalHandler(BaseHTTPRequestHandler):
+    """Answers with the headers of a page that loads nothing from elsewhere and stands in no other."""
+
+    server: LocalServer
+    protocol_version = "HTTP/1.1"
+    policy = "default-src 'none'"
+
+    def is_for_us(self) -> bool:
+        """Tell whether the page is asked for by its own address, from its own address; if not, answer that.
+
+        A page from elsewhere can reach this port under a name that it made lead here, but not under these.
+        """
+        port = self.server.server_address[1]
+        names = (f"{HOST}:{port}", f"localhost:{port}")
+        origin = self.headers.get("Origin")
+        if self.headers.get("Host") in names and origin in (None, *(f"http://{name}" for name in names)):
+            return True
+        self.answer(403, "text/plain", "this page is asked for by its own address alone\n")
+        return False
+
+    def answer(self, code: int, kind: str, text: str) -> None:
+        """Answer with a whole text."""
+        data = text.encode()
+        self.start_answer(code, kind, {"Content-Length": str(len(data))})
+        self.wfile.write(data)
+
+    def start_answer(self, code: int, kind: str, more: dict[str, str]) -> None:
+        """Send status and headers."""
+        self.send_response(code)
+        headers = {
+            "Content-Type": f"{kind}; charset=utf-8",
+            "Content-Security-Policy": f"{self.policy}; frame-ancestors 'none'",
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-store",
+        }
+        for name, value in {**headers, **more}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Print nothing for a request."""
