@@ -22,6 +22,8 @@ COMMANDS = {
     "evaluate": "tools.evaluate:main",
     "import": "tools.import_model:main",
     "export": "tools.export_adapter:main",
+    "probe": "tools.probe:main",
+    "replay": "tools.replay:main",
     "merge": "tools.merge_lora:main",
     "plot": "tools.plot_run:main",
     "watch": "tools.watch:main",

@@ -57,13 +57,18 @@ def converse(talk: Conversation, answer: Answerer, *, prompt: str) -> None:
         if command == "/new":
             talk.restart()
         elif command in KINDS:
-            count = talk.attach(command[1:], value.strip())
-            print(f"chat: attached to the next turn: {count} x {command[1:]}", file=sys.stderr, flush=True)
+            attach(talk, command[1:], value.strip())
         elif line or talk.waiting:
             try:
                 ask(talk, line, answer)
             except RecordError as error:
                 print(f"chat: {printable_lines(talk.explain(error))}; this round is not kept", file=sys.stderr)
+
+
+def attach(talk: Conversation, kind: str, path: str) -> None:
+    """Attach what a line of the conversation names, and say so."""
+    said = f"attached to the next turn: {talk.attach(kind, path)} x {kind}" if Path(path).exists() else f"{path!r} does not exist"
+    print(f"chat: {printable_lines(said)}", file=sys.stderr, flush=True)
 
 
 def read_line(prompt: str) -> str | None:
@@ -111,7 +116,7 @@ def chat(options: argparse.Namespace) -> None:
 
 
 def serve(answer: Answerer, folder: Path, options: argparse.Namespace) -> None:
-    """Serve the page until Ctrl-C. Raises `ConfigError` for a port that cannot be had."""
+    """Run the server of the page until Ctrl-C. Raises `ConfigError` for a port that cannot be had."""
     try:
         server = ChatServer(answer, folder, str(options.final), options.port)
     except (OSError, OverflowError) as error:

@@ -17,7 +17,7 @@ READER = "model/files/tensor_files.py"
 """The one file that reads other people's pickled weights."""
 HEADERS = "data/index/tar_headers.py"
 """The one file that reads the headers of archives; nothing is ever unpacked to where they say."""
-SERVER = "tools/watcher/serve.py"
+SERVER = "tools/local_page.py"
 """The one file that listens, on the loopback alone, and reads no file by a name that it is asked for."""
 STARTERS = {
     *("tools/demo.py", "tools/demo_omni.py", "tools/bench_checkpoint.py", "tools/bench_starts.py", "tools/check_serving.py"),

@@ -36,7 +36,7 @@ ORDER = {
         "memory",
         "trial",
     ),
-    "tools": ("demos", "devicechecks", "exports", "inspector", "asking", "evaluation", "benches", "watcher"),
+    "tools": ("demos", "devicechecks", "exports", "inspector", "asking", "evaluation", "benches", "watcher", "chatting"),
 }
 """Sub-folders from the lowest up: each may import those before it. Files beside them may be imported by all, and import all."""
 EXTERNAL = {"torch", "transformers", "safetensors", "PIL", "numpy", "tqdm", "jinja2", "tokenizers", "huggingface_hub"}

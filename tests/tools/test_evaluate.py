@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from data.records.record import Record, RecordError, parse
+from tests.support.pages.browser import CHROMIUM, browser
 from tests.support.ranks import run_ranks
 from tests.support.runs import save_parts, save_records, tables
 from tools import evaluate
@@ -100,6 +101,14 @@ def test_the_page_shows_wrong_answers_alone_with_their_pictures(folder: Path, tm
     assert re.findall(r"<h2>(.*?)</h2>", text) == [record["id"] for record in records]
     assert "&lt;b&gt;something&lt;/b&gt; else" in text and "<b>something" not in text
     assert "exact_match</th><td>0.6667" in text
+    if CHROMIUM is None:
+        return
+    with browser(tmp_path) as seen:
+        seen.open((tmp_path / "wrong.html").as_uri())
+        assert seen.run("[...document.images].map((image) => image.naturalWidth > 0)") == [True] * pictures
+        for width in (360, 1400):
+            seen.resize(width, 900)
+            assert seen.run("document.documentElement.scrollWidth <= innerWidth"), width
 
 
 def test_what_is_wrong_depends_on_the_measure() -> None:

@@ -14,7 +14,7 @@ import pytest
 from data.dataset import MultimodalDataset
 from model.batch import IGNORE_INDEX
 from model.media_spec import ImageSpec
-from tests.support.inspect_reader import Page
+from tests.support.pages.inspect_reader import Page
 from tests.support.runs import save_records, tables
 from tests.support.tiny_data import sample, talk
 from tools import inspect_data

@@ -24,7 +24,7 @@ from data.dataset import MultimodalDataset, open_dataset
 from data.records.record import parse
 from data.text.template import Template, load_template
 from model.media_spec import AudioSpec, ImageSpec, MediaSpec
-from tests.support.inspect_reader import Page
+from tests.support.pages.inspect_reader import Page
 from tests.support.tiny_data import SPEC, dataset, grey, sample, source, talk
 from tests.support.tiny_tokenizers import NAMES, tiny_tokenizer
 from tools import inspect_data

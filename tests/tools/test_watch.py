@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import re
-import shutil
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.pages.browser import CHROMIUM, browser
 from tools.watch import main
 from tools.watcher.curves import MetricsTail, thinned
 from tools.watcher.page_html import LEAST_POINTS, run_page, values_text
 from tools.watcher.run_view import RunView, answers_over_time
 from tools.watcher.serve import PageServer, Watched
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "</script><script>document.title='owned'</script><b>&"
 
 
@@ -219,22 +216,37 @@ def test_a_link_that_leads_out_of_the_folder_is_not_followed(tmp_path: Path) -> 
 def test_a_real_browser_draws_the_page(tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     assert main([str(make_run(tmp_path / "run")), str(make_run(tmp_path / "two", 10)), "--html", str(out)]) == 0
-    options = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--virtual-time-budget=3000",
-    ]
-    done = subprocess.run(
-        [str(CHROMIUM), *options, "--dump-dom", out.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "HOME": str(tmp_path)},
-    )
-    drawn = done.stdout
-    assert "<title>run, two</title>" in drawn, done.stderr[-2000:]
-    titles = re.findall(r'class="sheet chart"><h2>([^<]*)</h2>', drawn)
-    assert titles == ["Loss", "Loss per source", "Learning rate", "Gradient norm", "Tokens per second"]
-    assert len(re.findall(r'<path class="curve k\d', drawn)) > 2 * 7 and "Settings that differ: 0" in drawn and "&lt;b&gt;" in drawn
+    with browser(tmp_path) as page:
+        page.open(out.as_uri())
+        assert page.run("document.title") == "run, two"
+        titles = page.run("[...document.querySelectorAll('.sheet.chart h2')].map((title) => title.textContent)")
+        assert titles == ["Loss", "Loss per source", "Learning rate", "Gradient norm", "Tokens per second"]
+        assert page.run("document.querySelectorAll('path.curve').length") > 2 * 7
+        said = page.run("document.body.innerText")
+        assert "Settings that differ: 0" in said and EVIL in said, "what a run wrote is text"
+        for width in (360, 1400):
+            page.resize(width, 900)
+            assert page.run("document.documentElement.scrollWidth <= innerWidth"), width
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_a_page_that_is_open_follows_the_run_and_tells_what_a_step_held(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    with served(run) as server, browser(tmp_path) as page:
+        page.open(server.address)
+        assert "30 of 40" in page.run("find('head').innerText")
+        with (run / "metrics.jsonl").open("a") as out:
+            out.write('in/loss": 1.0}\n{"step": 32, "train/loss": 0.5}\n')
+        page.wait("find('head').innerText.includes('32 of 40')")
+        asked = "document.querySelector('#facts input[type=number]')"
+        page.run(f"{asked}.value = 7; {asked}.dispatchEvent(new Event('change')); 0")
+        page.wait("find('facts').innerText.includes('samples brought the run to step 7')")
+        with (run / "metrics.jsonl").open("a") as out:
+            out.write('{"step": 33, "train/loss": 0.5}\n')
+        page.wait("find('head').innerText.includes('33 of 40')")
+        page.wait("find('facts').innerText.includes('samples brought the run to step 7')")
+        titles = "[...document.querySelectorAll('#facts .ids span')].map((one) => one.title)"
+        assert page.run(titles) == [
+            f"sample {sample}"
+            for sample in page.run("fetch('/step?run=0&step=7').then((a) => a.json()).then((rows) => rows.map((row) => row.id))")
+        ]

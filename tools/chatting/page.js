@@ -9,7 +9,9 @@ const make = (tag, name, text) => {
   if (text !== undefined) found.textContent = text;
   return found;
 };
-const post = (path, body, signal) => fetch(path, {method: "POST", body, signal, headers: {"X-Chat": conversation}});
+const ascii = (text) => JSON.stringify(text).replace(/[^ -~]/g, (c) => "\\u" + c.charCodeAt(0).toString(16).padStart(4, "0"));
+const post = (path, body, {signal, name = ""} = {}) =>
+  fetch(path, {method: "POST", body, signal, headers: {"X-Chat": conversation, "X-Name": ascii(name)}});
 
 async function begin() {
   conversation = (await (await post("/new", "")).json()).conversation;
@@ -30,7 +32,7 @@ async function attach(file) {
     return;
   }
   state.textContent = `attaching ${file.name} ...`;
-  const answer = await post(`/attach/${kind}/${encodeURIComponent(file.name)}`, file);
+  const answer = await post(`/attach/${kind}`, file, {name: file.name});
   state.textContent = answer.ok ? "" : await answer.text();
   if (!answer.ok) return;
   waiting.push([kind, URL.createObjectURL(file), file.name]);
@@ -90,7 +92,7 @@ async function ask() {
     note.scrollIntoView({block: "nearest"});
   };
   try {
-    const answer = await post("/ask", text, running.signal);
+    const answer = await post("/ask", text, running);
     if (!answer.ok) throw new Error(await answer.text());
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
     for (let rest = "", found = await reader.read(); !found.done; found = await reader.read()) {

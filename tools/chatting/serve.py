@@ -11,7 +11,6 @@ import threading
 from collections.abc import Mapping
 from io import BufferedIOBase
 from pathlib import Path
-from urllib.parse import unquote
 
 from data.records.fields import shorten
 from data.records.record import RecordError
@@ -24,6 +23,8 @@ from tools.local_page import LocalHandler, LocalServer
 MOST_UPLOAD, MOST_QUESTION = 1 << 30, 1 << 16
 """Bytes of an upload and of a question."""
 MOST_CONVERSATIONS = 32
+NAME = "X-Name"
+"""A header with the name of an upload, in JSON of ASCII alone."""
 ASKED_BY_THE_PAGE = "X-Chat"
 """A header with the word of a conversation, which a page from elsewhere cannot send without being allowed to: nobody is."""
 
@@ -72,24 +73,27 @@ class ChatHandler(LocalHandler):
         if not word or not re.fullmatch("[0-9]{1,12}", length):
             self.answer(400, "text/plain", "this is no question of the page\n")
             return
-        talk, (_, kind, name) = self.server.talks.get(word), (*self.path.split("/", 2), "", "")[:3]
-        most = MOST_UPLOAD if self.path.startswith("/attach/") else MOST_QUESTION
+        talk, kind = self.server.talks.get(word), self.path.removeprefix("/attach/")
+        most = MOST_UPLOAD if kind in PLACEHOLDERS else MOST_QUESTION
         if int(length) > most:
             self.answer(413, "text/plain", f"{int(length):,} bytes are more than {most:,}\n")
         elif self.path == "/new":
             self.answer(200, "application/json", json.dumps({"conversation": self.server.open()}))
         elif talk is None:
             self.answer(404, "text/plain", "this conversation has ended: open the page anew\n")
-        elif kind == "attach" and name.partition("/")[0] in PLACEHOLDERS:
-            kind, _, name = name.partition("/")
-            self._attach(talk, kind, unquote(name), int(length))
+        elif kind in PLACEHOLDERS:
+            self._attach(talk, kind, int(length))
         elif self.path == "/ask":
             self._reply(talk, self.rfile.read(int(length)).decode("utf-8", "replace"))
         else:
             self.answer(404, "text/plain", "there is nothing here\n")
 
-    def _attach(self, talk: Conversation, kind: str, name: str, length: int) -> None:
-        """Attach an upload to the next question. Of its name only the end says what it is."""
+    def _attach(self, talk: Conversation, kind: str, length: int) -> None:
+        """Attach an upload to the next question. Of its name, which is for messages, the end says what it is."""
+        try:
+            name = str(json.loads(self.headers.get(NAME, '""')))
+        except ValueError:
+            name = ""
         end = re.fullmatch(r".*(\.[A-Za-z0-9]{1,5})", name)
         with tempfile.NamedTemporaryFile(dir=self.server.folder, suffix=end[1].lower() if end else "") as file:
             shutil.copyfileobj(_Limited(self.rfile, length), file, 1 << 20)

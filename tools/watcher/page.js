@@ -245,19 +245,21 @@ function heads() {
       bar, make("div", { class: "numbers" }, ...pairs.filter(Boolean).map(([name, value]) => make("span", {}, make("span", { class: "soft", text: name + " " }), make("b", { text: value })))), stages, reason);
   });
 }
+const chosen = new Map();  // the step that was asked for, by run: it stays when the page is drawn anew
 function samples(run, number) {
-  const box = make("div", { class: "ids" }), field = make("input", { type: "number", min: 1, max: run.progress.done, value: run.progress.done || 1, "aria-label": "completed step" });
+  const box = make("div", { class: "ids" }), field = make("input", { type: "number", min: 1, max: run.progress.done, value: chosen.get(number) ?? (run.progress.done || 1), "aria-label": "completed step" });
   const told = make("p", { class: "soft" });
   const show = async () => {
     const step = Number(field.value);
     let rows = (run.samples || {})[step] || [];
     if (live) rows = await fetch(`/step?run=${number}&step=${step}`).then(answer => answer.json()).catch(() => []);
+    if (Number(field.value) !== step) return;  // another was asked for meanwhile
     box.replaceChildren(...rows.map(row => make("span", { text: row.source ? `${row.source} ${row.row}` : row.id, title: "sample " + row.id })));
     told.textContent = rows.length ? `${rows.length} samples brought the run to step ${step}, each by source and place in it from 0. As the model sees them: `
       : live ? "This step is not on record." : "This page holds the last steps and those with a fault; ask the run folder: ";
     if (rows.length || !live) told.append(make("code", { text: `python -m tools.inspect_data --run RUN --step ${Math.max(0, step - 1)} --html step.html` }));
   };
-  field.addEventListener("change", show);
+  field.addEventListener("change", () => { chosen.set(number, Number(field.value)); show(); });
   if (run.progress.done) show();
   return sheet(of(run) + "Samples of a step", make("label", { class: "soft" }, "Step ", field), told, box);
 }

@@ -64,11 +64,12 @@ def test_a_recording_belongs_to_the_turn_it_was_made_for_whatever_its_name(
     assert talk.attach("audio", str(clip)) == 1
     talk.ask("", model, no_piece)
     clip.write_bytes(b"second")
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"/audio {clip}\nnoise\n/audio {clip}\n\nthree"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"/audio none.wav\n/audio {clip}\nnoise\n/audio {clip}\n\nthree"))
     chat.converse(talk, model, prompt="")
     assert [heard[-1] for heard in model.heard] == ["<audio>", "<audio>noise", "<audio>", "three"]
     assert model.media == [[b"first"], [b"first", b"second"], [b"first", b"second", b"second"], [b"first", b"second", b"second"]]
-    assert capsys.readouterr().err.count("attached to the next turn: 1 x audio") == 2
+    said = capsys.readouterr().err
+    assert said.count("attached to the next turn: 1 x audio") == 2 and said.startswith("chat: 'none.wav' does not exist\n")
 
 
 def test_a_folder_of_pictures_is_its_pictures_by_name(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.browser import CHROMIUM, browser
+from tests.support.pages.browser import CHROMIUM, browser
 from tests.support.tiny_data import grey
 from tools.chatting.conversation import Answerer, Media, OnPiece, Reply, Turns
 from tools.chatting.serve import MOST_CONVERSATIONS, ChatServer
@@ -58,7 +58,7 @@ def rows(text: str) -> list[Any]:
 def test_a_question_is_answered_piece_by_piece_and_with_what_was_attached(tmp_path: Path) -> None:
     with served(tmp_path) as server:
         talk = begin(server)
-        assert post(server, "/attach/audio/a%20b.wav", b"12345", X_Chat=talk)[0] == 200
+        assert post(server, "/attach/audio", b"12345", X_Chat=talk, X_Name='"a b.wav"')[0] == 200
         found = rows(post(server, "/ask", b"Hi", X_Chat=talk)[1])
         assert found[0] == {"text": "You said ", "state": "accepted: speech that was meant for the model"}
         assert "".join(row.get("text", "") for row in found) == "You said '[audio]Hi', 1 turns, {'audio': [5]}."
@@ -78,10 +78,10 @@ def test_only_the_page_itself_may_ask(tmp_path: Path) -> None:
             assert post(server, "/ask", b"Hi", X_Chat=talk, **wrong)[0] == 403
         assert post(server, "/ask", b"Hi")[0] == 400, "a form of another page cannot send the header"
         assert post(server, "/ask", b"Hi", X_Chat="0123456789abcdef")[0] == 404
-        for path in ("/attach/image", "/attach/../x.png", "/attach/text/a", "/etc/passwd", "/", "//"):
-            assert post(server, path, b"Hi", X_Chat=talk)[0] in (200, 404), path
+        for path in ("/attach/image/x", "/attach/../x.png", "/attach/text", "/etc/passwd", "/", "//"):
+            assert post(server, path, b"Hi", X_Chat=talk)[0] == 404, path
         assert post(server, "/ask", b"x" * 70_000, X_Chat=talk)[0] == 413
-        assert post(server, "/attach/image/..%2F..%2Fup.png", b"png", X_Chat=talk)[0] == 200
+        assert post(server, "/attach/image", b"png", X_Chat=talk, X_Name='"../../up.png"')[0] == 200
         inside = [path for path in tmp_path.rglob("*") if path.is_file()]
         assert {path.suffix for path in inside} <= {".png", ""} and not (tmp_path.parent / "up.png").exists()
 
@@ -89,7 +89,7 @@ def test_only_the_page_itself_may_ask(tmp_path: Path) -> None:
 def test_the_oldest_conversation_is_forgotten_with_its_files(tmp_path: Path) -> None:
     with served(tmp_path) as server:
         first = begin(server)
-        post(server, "/attach/image/a.png", b"png", X_Chat=first)
+        post(server, "/attach/image", b"png", X_Chat=first, X_Name='"a.png"')
         assert (tmp_path / first / "0.png").exists()
         for _ in range(MOST_CONVERSATIONS):
             begin(server)
@@ -98,7 +98,7 @@ def test_the_oldest_conversation_is_forgotten_with_its_files(tmp_path: Path) -> 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 def test_a_real_browser_holds_a_conversation(tmp_path: Path) -> None:
-    picture = tmp_path / grey(tmp_path, 90)
+    picture = (tmp_path / grey(tmp_path, 90)).rename(tmp_path / "Größe 90🐈.png")
     (tmp_path / "chat").mkdir()
     with served(tmp_path / "chat") as server, browser(tmp_path) as page:
         page.open(server.address)
@@ -109,6 +109,7 @@ def test_a_real_browser_holds_a_conversation(tmp_path: Path) -> None:
         page.call("DOM.setFileInputFiles", nodeId=chosen, files=[str(picture)])
         page.wait("document.querySelector('#attached img') && document.querySelector('#attached img').naturalWidth > 0")
         page.run("document.getElementById('words').value = 'What is <b>it</b>?'; ask()")
+        assert [name for talk in server.talks.values() for name in talk.names.values()] == [picture.name]
         said = page.run("document.querySelector('.turn:not(.mine)').textContent")
         assert said == f"You said '[image]\\nWhat is <b>it</b>?', 1 turns, {{'image': [{picture.stat().st_size}]}}."
         assert page.run("document.querySelectorAll('b').length") == 0
