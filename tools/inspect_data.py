@@ -31,19 +31,10 @@ MARKS = {"learned": (GREEN, "{+", "+}"), "passed over": (GREY, "{-", "-}")}
 NUM_PRINTED, NUM_ON_PAGE = 3, 50
 
 
-def certified(source: Source) -> tuple[str, bool]:
-    """Return the certificate of a source or why it has none, and whether the run would refuse it."""
-    from data.check.certificate import certify  # here, as below: --help needs no torch
-
-    index = source.dataset.indexes[source.source_id]
-    try:
-        return str(certify(source.dataset.template, index, source.config.key, max_length=source.dataset.config.max_length)), False
-    except DataError as error:
-        return str(error), True
-
-
 def print_source(source: Source, colour: bool) -> bool:
     """Print one source; return whether the run would refuse it."""
+    from tools.inspector.sources_page import certified  # here, as below: --help needs no torch
+
     name = printable_lines(f"data.{source.table} {source.config.key}: {source.config.path}")
     ids = source.pool.ids
     media = [f"{int((source.dataset.modalities[ids] > 0).sum()):,} with media"]
@@ -105,32 +96,15 @@ def _mark(piece: Piece | Box) -> str:
 
 def write_page(file: Path, title: str, words: str, sources: list[Source]) -> list[bool]:
     """Write the page; return, for each source, whether the run would refuse it."""
-    from tools.inspector.page_html import Shown, page
+    from tools.inspector.sources_page import sources_page
 
-    shown = []
-    for source in sources:
-        certificate, refused = certified(source)
-        about = Shown(
-            table=source.table,
-            name=source.config.key,
-            path=source.config.path,
-            size=source.pool.size,
-            part=source.part,
-            kinds=source.kinds,
-            lengths=source.dataset.lengths[source.pool.ids],
-            lengths_kind=source.opened.lengths_kind,
-            certificate=certificate,
-            refused=refused,
-            num_shown=len(source.chosen),
-        )
-        shown.append((about, source.entries()))
-    text = page(title, words, sources[0].opened.config.data.max_length, shown)
+    text, refusals = sources_page(title, words, sources)
     try:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--html {file} cannot be written: {error.strerror}") from error
     print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB, {sum(len(s.chosen) for s in sources):,} records: open it in a browser")
-    return [source.refused for source, _ in shown]
+    return refusals
 
 
 def wanted_of(options: argparse.Namespace) -> Wanted:

@@ -40,10 +40,11 @@ class LocalHandler(BaseHTTPRequestHandler):
         self.answer(403, "text/plain", "this page is asked for by its own address alone\n")
         return False
 
-    def answer(self, code: int, kind: str, text: str) -> None:
-        """Answer with a whole text."""
+    def answer(self, code: int, kind: str, text: str, policy: str = "") -> None:
+        """Answer with a whole text, a document under `policy` where it has its own."""
         data = text.encode()
-        self.start_answer(code, kind, {"Content-Length": str(len(data))})
+        more = {"Content-Security-Policy": f"{policy}; frame-ancestors 'none'"} if policy else {}
+        self.start_answer(code, kind, {"Content-Length": str(len(data)), **more})
         self.wfile.write(data)
 
     def start_answer(self, code: int, kind: str, more: dict[str, str]) -> None:

@@ -1,7 +1,7 @@
 """Show runs on a page in a browser of this machine: progress, curves, faults, records, settings; live while they go.
 
 Several runs are drawn over one another. --html writes the page once, as one file that needs no server and no network.
-Nothing but the run folders is read, and nothing is written into them.
+Nothing is written. Run folders are read, and the data of a run when somebody asks for the samples of a step.
 """
 
 from __future__ import annotations

@@ -22,6 +22,8 @@ from tools.inspector import choose
 from tools.inspector.entry import InspectorEntry, entry_of
 from tools.inspector.page_html import SCRIPT, STYLE
 from tools.inspector.pictures import pixels
+from tools.watcher.run_view import RunView
+from tools.watcher.step_page import StepPages
 from trainer.main import run
 from trainer.records.quarantine import NAME
 from trainer.records.sample_log import read_step
@@ -183,6 +185,9 @@ def test_the_samples_of_a_step_are_those_it_was_trained_on(folder: Path, tmp_pat
     wanted = read_step(folder / "run", 1).tolist()
     assert sorted(ids_of(made)) == sorted(wanted) and 0 < len(wanted) < 9
     assert [i for i in ids_of(made) if i < 8] == [i for i in wanted if i < 8], "in the order of the step"
+    kind, text = StepPages().page(RunView(folder / "run"), 2)  # the run page counts what is completed
+    assert kind == "text/html" and ids_of(Page(text)) == ids_of(made)
+    assert StepPages().page(RunView(folder / "run"), 999) == ("text/plain", "step 999 of run is not on record\n")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import pytest
 
 from tests.support.runs import config_of, start_alone, tables
 from tools import check_data, inspect_data
+from tools.watcher.run_view import RunView
+from tools.watcher.step_page import StepPages
 from trainer.records.quarantine import read_rows
 from trainer.records.sample_log import read_step
 from trainer.runfile.toml_files import to_toml
@@ -54,6 +56,7 @@ def test_steps_and_bad_records_are_those_of_the_stage(run: Path, capsys: pytest.
     assert capsys.readouterr().out.count("cats on a mat") == 2 - (2 in read_step(stages / "02-talk", 3))
     assert inspect_data.main(["--run", str(run / "run"), "--stage", "talk", "--step", "0"]) == 2
     assert "holds steps 2 to 3" in capsys.readouterr().err
+    assert [StepPages().page(RunView(run / "run"), step)[1].count("<article") for step in (1, 2, 3, 4)] == [6, 6, 6, 2]
 
 
 def test_a_stage_is_checked_by_name_before_it_has_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -250,3 +250,5 @@ def test_a_page_that_is_open_follows_the_run_and_tells_what_a_step_held(tmp_path
             f"sample {sample}"
             for sample in page.run("fetch('/step?run=0&step=7').then((a) => a.json()).then((rows) => rows.map((row) => row.id))")
         ]
+        page.open(f"{server.address}inspect?run=0&step=7")
+        assert "model is required" in page.run("document.body.innerText"), "a run whose data cannot be opened says why"

@@ -82,13 +82,17 @@ def page(title: str, chosen: str, max_length: int, sources: Sequence[tuple[Shown
 
 
 def content_policy(style: str, script: str) -> str:
-    """Return a content security policy that allows only this style and script, by digest.
+    """Return the element of a content security policy that allows only this style and script, by digest.
 
     So even a mistake in escaping could load nothing and run nothing.
     """
+    return f'<meta http-equiv=Content-Security-Policy content="{policy_rules(style, script)}">'
+
+
+def policy_rules(style: str, script: str) -> str:
+    """Return the rules of `content_policy`."""
     of_style, of_script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script))
-    rules = f"default-src 'none'; img-src data:; style-src 'sha256-{of_style}'; script-src 'sha256-{of_script}'; base-uri 'none'"
-    return f'<meta http-equiv=Content-Security-Policy content="{rules}">'
+    return f"default-src 'none'; img-src data:; style-src 'sha256-{of_style}'; script-src 'sha256-{of_script}'; base-uri 'none'"
 
 
 def _head(title: str, chosen: str, sources: list[Shown]) -> str:

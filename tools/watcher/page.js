@@ -257,7 +257,9 @@ function samples(run, number) {
     box.replaceChildren(...rows.map(row => make("span", { text: row.source ? `${row.source} ${row.row}` : row.id, title: "sample " + row.id })));
     told.textContent = rows.length ? `${rows.length} samples brought the run to step ${step}, each by source and place in it from 0. As the model sees them: `
       : live ? "This step is not on record." : "This page holds the last steps and those with a fault; ask the run folder: ";
-    if (rows.length || !live) told.append(make("code", { text: `python -m tools.inspect_data --run RUN --step ${Math.max(0, step - 1)} --html step.html` }));
+    if (rows.length && live) told.append(make("a", { href: `/inspect?run=${number}&step=${step}`, target: "_blank", text: "tokens and media" }), "; with the loss of each token: ",
+      make("code", { text: `python -m tools.replay RUN --step ${step}` }));
+    else if (!live) told.append(make("code", { text: `python -m tools.inspect_data --run RUN --step ${Math.max(0, step - 1)} --html step.html` }));
   };
   field.addEventListener("change", () => { chosen.set(number, Number(field.value)); show(); });
   if (run.progress.done) show();

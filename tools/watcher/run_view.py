@@ -115,13 +115,18 @@ class RunView:
 
     def samples_of(self, step: int) -> list[Json]:
         """Return sample, source and number in its source of what brought the run to `step` completed steps; [] if unknown."""
+        place = self.place_of(step)
+        return _with_sources(read_step(place, step - 1).tolist(), _object(place / LEDGER).get("sources")) if place else []
+
+    def place_of(self, step: int) -> Path | None:
+        """Return the folder of the run, or of its stage, that recorded what brought the run to `step` completed steps."""
         for place in reversed(places(self.folder)):
             try:
-                ids = read_step(place, step - 1).tolist()
+                read_step(place, step - 1)
             except ConfigError:
                 continue
-            return _with_sources(ids, _object(place / LEDGER).get("sources"))
-        return []
+            return place
+        return None
 
 
 def answers_over_time(rows: list[Json]) -> Json:

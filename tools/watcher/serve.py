@@ -1,13 +1,15 @@
-"""A server for one page, on the loopback of this machine alone: it knows three questions and opens no file that it is asked for."""
+"""A server for one page, on the loopback of this machine alone: it knows four questions and opens no file that it is asked for."""
 
 from __future__ import annotations
 
 import json
 import threading
 
+from tools.inspector.page_html import SCRIPT, STYLE, policy_rules
 from tools.local_page import LocalHandler, LocalServer
 from tools.watcher.page_html import policy, run_page, values_text
 from tools.watcher.run_view import RunView
+from tools.watcher.step_page import StepPages
 
 
 class Watched:
@@ -31,7 +33,7 @@ class PageServer(LocalServer):
 
     def __init__(self, watched: Watched, port: int = 0) -> None:
         super().__init__(Handler, port)
-        self.watched = watched
+        self.watched, self.pages = watched, StepPages()
 
 
 class Handler(LocalHandler):
@@ -54,14 +56,19 @@ class Handler(LocalHandler):
             same = asked.get("version") == str(version)
             self.answer(200, "application/json", "{}" if same else f'{{"version":{version},{values[1:]}')
         elif path == "/step":
-            self.answer(200, "application/json", self._samples(asked))
+            run, step = self._step(asked)
+            self.answer(200, "application/json", json.dumps(run.samples_of(step) if run else []))
+        elif path == "/inspect":
+            run, step = self._step(asked)
+            kind, text = self.server.pages.page(run, step) if run else ("text/plain", "there is no such step\n")
+            self.answer(200, kind, text, policy_rules(STYLE, SCRIPT))
         else:
             self.answer(404, "text/plain", "there is nothing here\n")
 
-    def _samples(self, asked: dict[str, str]) -> str:
-        """Return the samples of a step of a run, both given by number."""
+    def _step(self, asked: dict[str, str]) -> tuple[RunView | None, int]:
+        """Return a run and a step of it, both asked for by number; None without such a run."""
         run, step = asked.get("run", ""), asked.get("step", "")
         runs = self.server.watched.runs
         if not (run.isascii() and run.isdigit() and step.isascii() and step.isdigit() and len(run + step) < 20):
-            return "[]"
-        return json.dumps(runs[int(run)].samples_of(int(step)) if int(run) < len(runs) else [])
+            return None, 0
+        return (runs[int(run)] if int(run) < len(runs) else None), int(step)
