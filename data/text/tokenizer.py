@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import re
+import string
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,6 +64,11 @@ def load_tokenizer(path: str, added: Sequence[str], cache_dir: str = "") -> Load
         raise ConfigError(
             f"model.llm.path = {path!r}: {type(tokenizer).__name__} gives no offsets; a folder with tokenizer.json is needed"
         )
+    if not _knows_a_letter(tokenizer):
+        raise ConfigError(
+            f"model.llm.path = {path!r}: its tokenizer knows no letter and no digit, so that any text would be lost: the files of "
+            "the tokenizer are missing or empty (tokenizer.json, tokenizer.model, or vocab.json and merges.txt)"
+        )
     if bad := [token for token in added if not token or token != token.strip()]:
         raise ConfigError(f"model.llm.new_tokens: {bad[0]!r} is blank or has white space around it")
     if template := _processors_template(path, cache_dir):
@@ -73,6 +79,17 @@ def load_tokenizer(path: str, added: Sequence[str], cache_dir: str = "") -> Load
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in wanted], special_tokens=True)
     new_ids = tuple(tokenizer.convert_tokens_to_ids(t) for t in wanted if t not in known)
     return LoadedTokenizer(tokenizer, num_known, new_ids)
+
+
+def _knows_a_letter(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Tell whether any common letter or digit has a token that is not special.
+
+    Of a folder that holds a config.json and no tokenizer, transformers 5.23 makes one without words for many families (qwen2, gpt2,
+    gemma), which reads any text as nothing or as unknown.
+    """
+    special = set(tokenizer.all_special_ids)
+    ids = tokenizer(_LETTERS, add_special_tokens=False).input_ids
+    return any(tokenizer.decode([token]).strip() for row in ids for token in row if token not in special)
 
 
 @contextmanager
@@ -128,6 +145,7 @@ def _processors_template(path: str, cache_dir: str) -> str:
 
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}(@[A-Za-z0-9][A-Za-z0-9._/-]{0,254})?")
+_LETTERS = [*string.ascii_letters, *string.digits, *"\u0451\u4e2d\u3042\uac00\u0639\u0905"]
 _SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 
 
