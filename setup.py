@@ -12,7 +12,7 @@ EXTRAS = {
     "parquet": ["pyarrow"],
     "sentencepiece": ["sentencepiece"],
 }
-USED_BY_TESTS = ("media", "plot", "demo", "sentencepiece", "parquet", "quantize", "metrics")
+USED_BY_TESTS = ("media", "plot", "demo", "sentencepiece", "parquet", "quantize", "metrics", "track")
 COMMANDS = {
     "train": "trainer.main:command",
     "plan": "tools.plan:main",

@@ -62,7 +62,7 @@ def elsewhere() -> float:
 
 def wait_for(trackers: Trackers) -> None:
     """Wait until every tracker has taken what it was given."""
-    while any(not member.lines.empty() and not member.is_out for member in trackers.members):
+    while any(not member.tasks.empty() and not member.is_out for member in trackers.members):
         time.sleep(0.2)
 
 

@@ -202,6 +202,7 @@ class Loop:
         if metrics and prepared.data.validation is not None:
             rows = answer_records(prepared, self.tracker)
             self.answers.write(step, rows)
+            self.trackers.show(step, rows, prepared.data.validation)
             values |= score_rows(metrics, rows, prepared.data.validation.source_names, prepared.world)
         self.log.write(step, values)
         return values

@@ -61,3 +61,15 @@ class CheckpointState(TypedDict, total=False):
     trackers: dict[str, str]  # id of the run by tracker; absent without trackers that have one
     num_ranks: int
     activation_checkpointing: str  # none | selective | full, also where the run file says auto
+
+
+class AnswerRow(TypedDict):
+    """One answer of a validation, as a row of generations.jsonl holds it beside the step."""
+
+    sample: int  # its number in [[data.validation]]
+    source: str
+    id: str
+    where: str  # file:line
+    prompt: str  # the end of the last question, placeholders included
+    answer: str
+    expected: str

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import html
+import io
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from model.errors import ConfigError
 from tests.support.loop import lines_of
@@ -20,6 +23,7 @@ from trainer.metrics import MetricsLog
 from trainer.trackers import background
 from trainer.trackers.background import BackgroundTracker
 from trainer.trackers.open_trackers import Trackers, open_trackers
+from trainer.trackers.shown_answers import ShownAnswer
 
 needs_tensorboard = pytest.mark.skipif(not find_spec("tensorboard"), reason="tensorboard is not installed: the extra `track`")
 needs_wandb = pytest.mark.skipif(not find_spec("wandb"), reason="wandb is not installed: the extra `track`")
@@ -34,6 +38,9 @@ class Recorder:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self.act()
         self.lines.append((step, dict(values)))
+
+    def show(self, step: int, answers: Sequence[ShownAnswer]) -> None:
+        raise AssertionError("no answers are shown here")
 
     def close(self) -> None:
         self.is_closed = True
@@ -142,7 +149,7 @@ def two_starts(parts: Path, run: Path, log: dict[str, Any]) -> None:
     sections: dict[str, Any] = {
         "log": {"every": 1, **log},
         "data": {"validation": [{"path": str(parts / "train.json"), "media_root": str(parts / "images")}]},
-        "validation": {"every": 3, "max_samples": 4},
+        "validation": {"every": 3, "max_samples": 4, "metrics": ["contains"], "max_new_tokens": 4},
     }
     assert start_alone(parts, run, {**sections, "train": {"max_steps": 6}}).code == 0
     back = {"every": 2, "resume": str(run / "checkpoint-4")}
@@ -162,6 +169,33 @@ def test_tensorboards_reader_finds_the_log_and_no_step_twice(parts: Path, tmp_pa
         assert [event.value for event in found.Scalars(key)] == pytest.approx([value for _, value in expected], rel=1e-6)
     text = found.Tensors("run.toml/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert "max_steps = 8" in text and "[optim]" in text
+    answers = answers_of(tmp_path / "run")
+    tables = found.Tensors("validation answers/text_summary")
+    # Its reader drops scalars and pictures of steps that are run again; of texts it keeps both.
+    assert sorted({event.step for event in tables}) == sorted({row["step"] for row in answers}) == [3, 6, 8]
+    lines = tables[-1].tensor_proto.string_val[0].decode().splitlines()
+    last = [row for row in answers if row["step"] == 8]
+    assert len(lines) == 2 + len(last) and len(last) == 4
+    for line, row in zip(lines[2:], last):
+        cells = [html.unescape(cell.strip()) for cell in line.strip("|").split(" | ")]
+        assert cells == [" ".join(row[key].split()) for key in ("source", "id", "prompt", "expected", "answer")]
+    records = json.loads((parts / "train.json").read_text())
+    with_picture = [row for row in last if records[row["sample"]].get("image")]
+    assert with_picture and len(found.Tags()["images"]) == len(with_picture)
+    for row in with_picture:
+        (drawn,) = found.Images(f"validation pictures/{row['source']} {row['id']}")[-1:]
+        names = records[row["sample"]]["image"]
+        with Image.open(parts / "images" / (names if isinstance(names, str) else names[0])) as stored:
+            assert same_picture(Image.open(io.BytesIO(drawn.encoded_image_string)), stored.convert("RGB"))
+
+
+def same_picture(found: Image.Image, stored: Image.Image) -> bool:
+    """Whether a picture of at most 192 pixels is what is stored, which is smaller."""
+    return found.size == stored.size and found.tobytes() == stored.tobytes()
+
+
+def answers_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "generations.jsonl").read_text().splitlines()]
 
 
 @needs_wandb
@@ -178,6 +212,13 @@ def test_wandb_offline_is_one_run_with_every_step_once(parts: Path, tmp_path: Pa
         rows |= history
     lines = lines_of(tmp_path / "run")
     assert sorted(rows) == list(range(1, 9))
+    tables = {step: row["val/answers_table/nrows"] for step, row in rows.items() if "val/answers_table/nrows" in row}
+    assert tables == {3: 4, 6: 4, 8: 4}
+    (file,) = (tmp_path / "run" / "wandb").rglob("answers_table_8_*.table.json")
+    written = json.loads(file.read_text())
+    assert written["columns"] == ["source", "id", "picture", "question", "expected", "answer"]
+    for values, answer in zip(written["data"], [row for row in answers_of(tmp_path / "run") if row["step"] == 8]):
+        assert values[:2] + values[3:] == [answer[key] for key in ("source", "id", "prompt", "expected", "answer")]
     for line in lines:
         if line["step"] <= 4 or line["step"] > 6:  # steps 5 and 6 are those of the first start
             for key in line.keys() - {"step"}:

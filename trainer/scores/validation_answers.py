@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 
@@ -23,22 +22,11 @@ from trainer.machine.atomic_files import replace_text
 from trainer.machine.json_lines import read_valid_lines
 from trainer.scores.text_metrics import score_texts
 from trainer.setup import PreparedRun
+from trainer.state import AnswerRow
 
 NAME = "generations.jsonl"
 PROMPT_TAIL = 500
 """Characters at the end of a question that a row of the file holds."""
-
-
-class AnswerRow(TypedDict):
-    """One answer, as a row of generations.jsonl holds it beside the step."""
-
-    sample: int  # its number in [[data.validation]]
-    source: str
-    id: str
-    where: str  # file:line
-    prompt: str  # the end of the last question, placeholders included
-    answer: str
-    expected: str
 
 
 def answer_records(prepared: PreparedRun, tracker: PhaseTracker | None = None) -> list[AnswerRow]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from tqdm import tqdm
 
+from trainer.trackers.shown_answers import ShownAnswer
 from trainer.trackers.tracker import Tracker
 
 MOST_WAITING = 1000
@@ -15,6 +16,7 @@ MOST_WAITING = 1000
 SHOWN = 200
 """Characters of an error that are shown."""
 Line = tuple[int, Mapping[str, float]]
+Task = Callable[[Tracker], None]
 
 
 class BackgroundTracker:
@@ -23,7 +25,7 @@ class BackgroundTracker:
     def __init__(self, name: str, open_tracker: Callable[[], Tracker], earlier: Sequence[Line] = ()) -> None:
         """Open the tracker in the thread: even that may take long. `earlier`: lines of former starts that it gets first."""
         self.name, self.open_tracker, self.earlier = name, open_tracker, earlier
-        self.lines: queue.Queue[Line | None] = queue.Queue(MOST_WAITING)
+        self.tasks: queue.Queue[Task | None] = queue.Queue(MOST_WAITING)
         self.is_out = False
         self._telling = threading.Lock()
         self.thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
@@ -32,7 +34,12 @@ class BackgroundTracker:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Pass a line on without waiting."""
         if not self.is_out:
-            self._put((step, values))
+            self._put(lambda tracker: tracker.log(step, values))
+
+    def show(self, step: int, answers: Sequence[ShownAnswer]) -> None:
+        """Pass answers on without waiting."""
+        if not self.is_out:
+            self._put(lambda tracker: tracker.show(step, answers))
 
     def close(self, seconds: float) -> None:
         """Give the tracker `seconds` to take what waits for it."""
@@ -43,9 +50,9 @@ class BackgroundTracker:
             if self.thread.is_alive():
                 self._leave_out(f"it was not done {seconds:g} s after the run")
 
-    def _put(self, line: Line | None) -> None:
+    def _put(self, task: Task | None) -> None:
         try:
-            self.lines.put_nowait(line)
+            self.tasks.put_nowait(task)
         except queue.Full:
             self._leave_out(f"it hangs: {MOST_WAITING} lines wait for it")
 
@@ -55,8 +62,8 @@ class BackgroundTracker:
             for step, values in self.earlier:
                 tracker.log(step, values)
             self.earlier = ()
-            while (line := self.lines.get()) is not None and not self.is_out:
-                tracker.log(*line)
+            while (task := self.tasks.get()) is not None and not self.is_out:
+                task(tracker)
             tracker.close()
         except (Exception, SystemExit) as error:  # whatever other people's code raises
             text = " ".join(str(error).split())

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+from data.dataset import MultimodalDataset
 from model.errors import ConfigError
 from trainer.config import RunConfig
 from trainer.distributed.world import World
@@ -18,7 +19,9 @@ from trainer.errors import StopRequested
 from trainer.machine.json_lines import read_lines
 from trainer.runfile.schema import to_tables
 from trainer.runfile.toml_files import to_toml
+from trainer.state import AnswerRow
 from trainer.trackers.background import BackgroundTracker, Line
+from trainer.trackers.shown_answers import AnswerPictures
 from trainer.trackers.tensorboard_files import FOLDER, TensorBoardFiles
 from trainer.trackers.wandb_run import WandbOptions, WandbRun
 
@@ -32,6 +35,7 @@ class Trackers:
 
     def __init__(self, members: tuple[BackgroundTracker, ...] = (), ids: Mapping[str, str] | None = None) -> None:
         self.members, self.ids = members, dict(ids or {})  # ids: what a checkpoint keeps, the same on all ranks
+        self._pictures = AnswerPictures()
 
     @property
     def text(self) -> str:
@@ -44,6 +48,13 @@ class Trackers:
             numbers = numbers_of(values)
             for member in self.members:
                 member.log(step, numbers)
+
+    def show(self, step: int, answers: Sequence[AnswerRow], dataset: MultimodalDataset) -> None:
+        """Pass the first of the `answers` to records of `dataset` on to every tracker, with their pictures."""
+        if self.members and answers:
+            shown = self._pictures.rows(answers, dataset)
+            for member in self.members:
+                member.show(step, shown)
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
         """Let the trackers take what waits for them, for `seconds` each at most."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from model.files.untrusted import Json
 from trainer.config import WandbConfig
+from trainer.trackers.shown_answers import ShownAnswer
 
 PROMPT_SECONDS = 0.1
 """A key that is missing is an error at once: nobody sits in front of a run to type one in."""
@@ -48,6 +50,20 @@ class WandbRun:
         """Log the values of a step. A validation adds to its step's."""
         if step > self.last_step:
             self.run.log(dict(values), step=step)
+
+    def show(self, step: int, answers: Sequence[ShownAnswer]) -> None:
+        """Log a table of the answers with their pictures."""
+        if step <= self.last_step:
+            return
+        import wandb
+        from PIL import Image
+
+        table = wandb.Table(columns=["source", "id", "picture", "question", "expected", "answer"])
+        for answer in answers:
+            picture = wandb.Image(Image.open(io.BytesIO(answer.picture.png), formats=["PNG"])) if answer.picture else None
+            row = answer.row
+            table.add_data(row["source"], row["id"], picture, row["prompt"], row["expected"], row["answer"])
+        self.run.log({"val/answers_table": table}, step=step)
 
     def close(self) -> None:
         """Finish the run."""
