@@ -1,4 +1,4 @@
-"""Types of the state file of a checkpoint: all that it holds beside tensors."""
+"""Types of what a run writes in JSON: the state file of a checkpoint, all that it holds beside tensors, and answers of validations."""
 
 from __future__ import annotations
 
