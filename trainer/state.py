@@ -1,4 +1,4 @@
-"""Types of what a run writes in JSON: the state file of a checkpoint, all that it holds beside tensors, and answers of validations."""
+"""Types of what a run writes in JSON: the state file of a checkpoint, all that it holds beside tensors, and answers."""
 
 from __future__ import annotations
 

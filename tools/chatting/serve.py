@@ -96,8 +96,10 @@ class ChatHandler(LocalHandler):
             name = ""
         end = re.fullmatch(r".*(\.[A-Za-z0-9]{1,5})", name)
         with tempfile.NamedTemporaryFile(dir=self.server.folder, suffix=end[1].lower() if end else "") as file:
-            shutil.copyfileobj(_Limited(self.rfile, length), file, 1 << 20)
+            shutil.copyfileobj(body := _Limited(self.rfile, length), file, 1 << 20)
             file.flush()
+            if body.left:
+                return  # the page was closed in the middle: half a file is none
             talk.attach(kind, file.name, name)
         self.answer(200, "application/json", "{}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -84,6 +85,17 @@ def test_only_the_page_itself_may_ask(tmp_path: Path) -> None:
         assert post(server, "/attach/image", b"png", X_Chat=talk, X_Name='"../../up.png"')[0] == 200
         inside = [path for path in tmp_path.rglob("*") if path.is_file()]
         assert {path.suffix for path in inside} <= {".png", ""} and not (tmp_path.parent / "up.png").exists()
+
+
+def test_half_of_an_upload_is_not_attached(tmp_path: Path) -> None:
+    with served(tmp_path) as server:
+        talk = begin(server)
+        with socket.create_connection(server.server_address[:2], timeout=20) as half:
+            host = f"127.0.0.1:{server.server_address[1]}"
+            half.sendall(f"POST /attach/image HTTP/1.1\r\nHost: {host}\r\nX-Chat: {talk}\r\nContent-Length: 99\r\n\r\npng".encode())
+            half.shutdown(socket.SHUT_WR)
+            assert half.recv(100) == b""
+        assert "1 turns, {}" in post(server, "/ask", b"Hi", X_Chat=talk)[1]
 
 
 def test_the_oldest_conversation_is_forgotten_with_its_files(tmp_path: Path) -> None:
