@@ -33,8 +33,8 @@ def show(state: str | None, piece: str) -> None:
     print(printable_lines(piece), end="", flush=True)
 
 
-def ask(talk: Conversation, words: str, answer: Answerer) -> None:
-    """Ask, and print the answer as it comes. Raises `RecordError`."""
+def ask(talk: Conversation, words: str, answer: Answerer, *, keep: bool = True) -> None:
+    """Ask, and print the answer as it comes; `keep` the round for the next. Raises `RecordError`."""
     told: list[str] = []
 
     def tell(state: str | None, piece: str) -> None:
@@ -42,11 +42,13 @@ def ask(talk: Conversation, words: str, answer: Answerer) -> None:
         told.append(piece)
 
     try:
-        state, _ = talk.ask(words, answer, tell)
-    finally:
+        state, _ = talk.ask(words, answer, tell, keep=keep)
+    except RecordError:
         if any(told):
             print(flush=True)
-    if state == "negative":
+        raise
+    print(flush=True)
+    if keep and state == "negative":
         print("chat: this round is not kept", file=sys.stderr, flush=True)
 
 
@@ -110,7 +112,7 @@ def chat(options: argparse.Namespace) -> None:
             converse(talk, answer, prompt="> " if sys.stdin.isatty() else "")
             return
         try:
-            ask(talk, options.question, answer)
+            ask(talk, options.question, answer, keep=False)
         except RecordError as error:  # the record was made here: its place and id mean nothing to the user
             raise DataError(talk.explain(error)) from error
 

@@ -114,8 +114,8 @@ class Conversation:
             self.waiting.append((kind, copy))
         return len(files)
 
-    def ask(self, words: str, answer: Answerer, on_piece: OnPiece) -> Reply:
-        """Ask with what is attached, and keep the round if the model does not reject it. Raises `RecordError`.
+    def ask(self, words: str, answer: Answerer, on_piece: OnPiece, *, keep: bool = True) -> Reply:
+        """Ask with what is attached, and `keep` the round if the model does not reject it. Raises `RecordError`.
 
         A round that no record could hold, such as one with an empty answer, is not kept; its media are not attached any more.
         """
@@ -126,6 +126,8 @@ class Conversation:
         media = {kind: self.media[kind] + [file for found, file in attached if found == kind] for kind in PLACEHOLDERS}
         asked = [*self.turns, {"from": "human", "value": words}]
         state, text = answer(asked, media, on_piece)
+        if not keep:
+            return state, text
         asked.append({"from": "gpt", "value": text})
         parse(as_record(asked, media), "conversation")
         if state != "negative":

@@ -54,6 +54,14 @@ def test_a_conversation_keeps_its_history_and_forgets_what_failed(
     assert "accepted: speech" in printed.err
 
 
+def test_a_lone_question_may_be_answered_with_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chat.ask(Conversation(tmp_path), "silence", Model(), keep=False)
+    assert capsys.readouterr() == ("\n", "")
+    with pytest.raises(RecordError, match="is an empty answer"):
+        chat.ask(Conversation(tmp_path), "silence", Model())
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_recording_belongs_to_the_turn_it_was_made_for_whatever_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
