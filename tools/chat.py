@@ -21,6 +21,7 @@ from model.media_spec import PLACEHOLDERS
 from tools.chatting.conversation import STATES, Answerer, Conversation, make_answerer
 from tools.chatting.serve import ChatServer
 from tools.cli import command_parser, printable_lines, run_command
+from tools.local_page import serve_page
 from tools.model_options import add_model_options, load
 
 KINDS = tuple(f"/{kind}" for kind in PLACEHOLDERS)
@@ -102,7 +103,8 @@ def chat(options: argparse.Namespace) -> None:
     answer = make_answerer(load(options), processor, options)
     with tempfile.TemporaryDirectory(prefix="chat") as folder:
         if options.page:
-            serve(answer, Path(folder), options)
+            talks_with = f"talks with {options.final}"
+            serve_page(lambda port: ChatServer(answer, Path(folder), str(options.final), port), options.port, talks_with)
             return
         talk = Conversation(Path(folder))
         for kind in PLACEHOLDERS:
@@ -115,18 +117,6 @@ def chat(options: argparse.Namespace) -> None:
             ask(talk, options.question, answer, keep=False)
         except RecordError as error:  # the record was made here: its place and id mean nothing to the user
             raise DataError(talk.explain(error)) from error
-
-
-def serve(answer: Answerer, folder: Path, options: argparse.Namespace) -> None:
-    """Run the server of the page until Ctrl-C. Raises `ConfigError` for a port that cannot be had."""
-    try:
-        server = ChatServer(answer, folder, str(options.final), options.port)
-    except (OSError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not from 0 to 65535"
-        raise ConfigError(f"--port {options.port}: {reason}; leave it out, and a free one is taken") from error
-    print(f"{server.address}: open it in a browser of this machine; Ctrl-C ends it", flush=True)
-    with server:
-        server.serve_forever()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from model.errors import ConfigError
 
 HOST = "127.0.0.1"
 
@@ -18,6 +21,18 @@ class LocalServer(ThreadingHTTPServer):
     @property
     def address(self) -> str:
         return f"http://{HOST}:{self.server_address[1]}/"
+
+
+def serve_page(make: Callable[[int], LocalServer], port: int, what: str) -> None:
+    """Run the server that `make` makes for --port until Ctrl-C; `what` says what it shows. Raises `ConfigError` for a bad port."""
+    try:
+        server = make(port)
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not from 0 to 65535"
+        raise ConfigError(f"--port {port}: {reason}; leave it out, and a free one is taken") from error
+    print(f"{server.address} {what}: open it in a browser of this machine; Ctrl-C ends it", flush=True)
+    with server:
+        server.serve_forever()
 
 
 class LocalHandler(BaseHTTPRequestHandler):

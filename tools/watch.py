@@ -11,6 +11,7 @@ from pathlib import Path
 
 from model.errors import ConfigError
 from tools.cli import command_parser, run_command
+from tools.local_page import serve_page
 from tools.watcher.page_html import run_page, values_text
 from tools.watcher.run_view import RunView
 from tools.watcher.serve import PageServer, Watched
@@ -25,14 +26,7 @@ def watch(options: argparse.Namespace) -> None:
     if options.html:
         save_page(options.html, run_page(values_text(runs, live=False), title, live=False))
         return
-    try:
-        server = PageServer(Watched(runs, title), options.port)
-    except (OSError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not from 0 to 65535"
-        raise ConfigError(f"--port {options.port}: {reason}; leave it out, and a free one is taken") from error
-    print(f"{server.address} shows {title}: open it in a browser of this machine; Ctrl-C ends it", flush=True)
-    with server:
-        server.serve_forever()
+    serve_page(lambda port: PageServer(Watched(runs, title), port), options.port, f"shows {title}")
 
 
 def save_page(file: Path, text: str) -> None:

@@ -10,6 +10,7 @@ from data.collate import collate_packed
 from data.sample import Sample
 from model.batch import IGNORE_INDEX, Batch
 from model.errors import ConfigError
+from model.input_gradient import input_gradient
 from model.multimodal import MultimodalLM
 from trainer.distributed.shards import reshard
 from trainer.distributed.world import World
@@ -53,20 +54,7 @@ def prove_isolation(model: MultimodalLM, pad_id: int, world: World) -> None:
 
 def _losses_and_leak(model: MultimodalLM, batch: Batch, target: int) -> tuple[Tensor, bool]:
     """Return the losses (LENGTH - 1,) of the supervised sample `target`, and whether they depend on the other's embeddings."""
-    given: list[Tensor] = []
-
-    def capture(_: object, args: tuple[()], options: dict[str, object]) -> tuple[tuple[()], dict[str, object]]:
-        embeds = options["inputs_embeds"]
-        assert isinstance(embeds, Tensor)
-        given.append(embeds.detach().requires_grad_())
-        return args, {**options, "inputs_embeds": given[0]}
-
-    hook = model.llm.get_decoder().register_forward_pre_hook(capture, with_kwargs=True)
-    try:
-        term = model(batch)["text"]
-    finally:
-        hook.remove()
-    (gradient,) = torch.autograd.grad(term.sum, given)
+    term, _, gradient = input_gradient(model, batch)
     other = slice(0, LENGTH) if target else slice(LENGTH, None)
     return term.addends, bool(gradient[0, other].ne(0).any().item())
 

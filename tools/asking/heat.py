@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from data.collate import collate
 from data.sample import Sample, SampleMedia
 from data.text.tokenizer import pad_id
+from model.input_gradient import input_gradient
 from model.media_spec import ImageSpec
 from model.multimodal import MultimodalLM
 from tools.inspector.pictures import pixels
@@ -27,22 +27,8 @@ def position_heat(net: MultimodalLM, sample: Sample, pad: int) -> Tensor:
 
     The absolute value of gradient times input, summed over the embedding.
     """
-    given: list[Tensor] = []
-
-    def capture(_: object, args: tuple[()], options: dict[str, object]) -> tuple[tuple[()], dict[str, object]]:
-        embeds = options["inputs_embeds"]
-        assert isinstance(embeds, Tensor)
-        given.append(embeds.detach().requires_grad_())
-        return args, {**options, "inputs_embeds": given[0]}
-
-    hook = net.llm.get_decoder().register_forward_pre_hook(capture, with_kwargs=True)
-    try:
-        with torch.enable_grad():
-            term = net(collate([sample], pad).to(net._device()))["text"]
-    finally:
-        hook.remove()
-    (gradient,) = torch.autograd.grad(term.sum, given)
-    return (gradient.double() * given[0].detach().double()).sum(-1).abs()[0].cpu()
+    _, given, gradient = input_gradient(net, collate([sample], pad).to(net._device()))
+    return (gradient.double() * given.double()).sum(-1).abs()[0].cpu()
 
 
 def view_heat(heat: Tensor, medium: SampleMedia) -> np.ndarray | None:
