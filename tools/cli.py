@@ -52,4 +52,4 @@ def write_named(option: str, path: str | Path, text: str) -> None:
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{option} {path!r} cannot be written: {error.strerror}") from error
+        raise ConfigError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from error

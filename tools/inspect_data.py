@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from data.records.fields import shorten
 from model.errors import ConfigError, DataError
-from tools.cli import command_parser, printable_lines, run_command
+from tools.cli import command_parser, printable_lines, run_command, write_named
 from tools.inspector.wanted import KINDS, Wanted
 from trainer.runfile.toml_files import without_dashes
 
@@ -99,10 +99,7 @@ def write_page(file: Path, title: str, words: str, sources: list[Source]) -> lis
     from tools.inspector.sources_page import sources_page
 
     text, refusals = sources_page(title, words, sources)
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--html {file} cannot be written: {error.strerror}") from error
+    write_named("--html", file, text)
     print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB, {sum(len(s.chosen) for s in sources):,} records: open it in a browser")
     return refusals
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from model.errors import ConfigError
-from tools.cli import command_parser, run_command
+from tools.cli import command_parser, run_command, write_named
 from tools.local_page import serve_page
 from tools.watcher.page_html import run_page, values_text
 from tools.watcher.run_view import RunView
@@ -31,10 +30,7 @@ def watch(options: argparse.Namespace) -> None:
 
 def save_page(file: Path, text: str) -> None:
     """Write the page as one file. Raises `ConfigError` where that is impossible."""
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--html {file} cannot be written: {error.strerror}") from error
+    write_named("--html", file, text)
     print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB: open it in a browser")
 
 

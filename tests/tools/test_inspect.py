@@ -201,7 +201,7 @@ def test_the_samples_of_a_step_are_those_it_was_trained_on(folder: Path, tmp_pat
         (["--cfg", "run.toml", "--step", "0"], "--step shows what one step of a run was trained on: it needs --run"),
         (["--run", "run", "--step", "7"], "step 7 is not on record"),
         (["--cfg", "run.toml", "--quarantined", "output_dir=none"], "--quarantined: 'none' holds no quarantine.jsonl"),
-        (["--cfg", "run.toml", "--html", "no/where.html"], "no/where.html cannot be written: No such file"),
+        (["--cfg", "run.toml", "--html", "no/where.html"], "'no/where.html' cannot be written: No such file"),
     ],
 )
 def test_what_cannot_be_shown_is_named(

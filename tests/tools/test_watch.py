@@ -144,7 +144,7 @@ def test_very_many_curves_get_fewer_points(tmp_path: Path, monkeypatch: pytest.M
     [
         (["nowhere"], "watch: nowhere: no such folder; name the output_dir of a run"),
         (["empty"], "watch: empty holds neither metrics.jsonl nor run.toml"),
-        (["run", "--html", "nowhere/page.html"], "watch: --html nowhere/page.html cannot be written: No such file"),
+        (["run", "--html", "nowhere/page.html"], "watch: --html 'nowhere/page.html' cannot be written: No such file"),
         (["run", "--port", "70000"], "watch: --port 70000: is not from 0 to 65535; leave it out"),
     ],
 )

@@ -79,6 +79,8 @@ def test_a_model_of_text_alone_is_not(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "30 TRAINING records" in said and "pictures: the model uses its pictures" not in said
     assert probe.main([str(run), "--at", "checkpoint-3"]) == 2 and probe.main([str(tmp_path)]) == 2
     assert "no run.toml" in capsys.readouterr().err
+    assert probe.main([str(run), "--records", "4", "--json", str(tmp_path)]) == 2
+    assert f"--json '{tmp_path}' cannot be written: Is a directory" in capsys.readouterr().err
 
 
 def test_an_interval_holds_the_mean_and_shrinks_with_records() -> None:
