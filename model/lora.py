@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -40,6 +41,7 @@ class LoraLinear(nn.Linear):
         self.scale = config.scale
         self.dropout = nn.Dropout(config.dropout)
         self.inputs = SharedInputs() if inputs is None else inputs
+        self.is_on = True
 
     def stored(self) -> Matrix:
         """Return W as it is stored."""
@@ -50,6 +52,8 @@ class LoraLinear(nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.is_on:
+            return self.base(x)
         if torch.compiler.is_compiling():
             return self._traced(x)
         read = self.inputs.read(x, self.dropout.p if self.dropout.training else 0.0, self)
@@ -135,6 +139,19 @@ def adapted(root: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     for name, module in root.named_modules():
         if isinstance(module, LoraLinear):
             yield name, module
+
+
+@contextmanager
+def without_adapters(root: nn.Module) -> Iterator[None]:
+    """Compute, inside the context, as if the adapted layers of `root` had no adapters."""
+    layers = [layer for _, layer in adapted(root)]
+    for layer in layers:
+        layer.is_on = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.is_on = True
 
 
 def learning_biases(part: nn.Module, bias: str) -> Iterator[str]:

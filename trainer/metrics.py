@@ -6,7 +6,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from textwrap import indent
@@ -62,22 +62,32 @@ class SourceSums:
 
 
 class Ratios:
-    """Sums and counts that loss terms other than the text report, by name, on the device; the names are the same on every rank."""
+    """Sums and counts that loss terms report, by name, on the device; the names are the same on every rank."""
 
-    def __init__(self) -> None:
+    def __init__(self, source_names: Sequence[str] = ()) -> None:
         self.values: dict[str, Tensor] = {}
+        self.source_names, self.tables = source_names, dict[str, Tensor]()  # (2, sources) of what is known sample by sample
 
-    def add(self, ratios: dict[str, Tensor]) -> None:
-        """Add the (2,) sum and count of each name. No host sync."""
+    def add(self, ratios: dict[str, Tensor], batch: Batch | None = None) -> None:
+        """Add the (2,) sum and count of each name, or (2, samples) of each sample of `batch`. No host sync."""
         for name, ratio in ratios.items():
+            if ratio.dim() == 2 and batch is not None:
+                table = self.tables.get(name, ratio.new_zeros(2, len(self.source_names), dtype=torch.float64))
+                self.tables[name] = table.index_add(1, batch.source_ids[: ratio.shape[1]], ratio.double())
+                ratio = ratio.sum(1)
             self.values[name] = self.values[name] + ratio if name in self.values else ratio.double()
 
     def total(self, world: World) -> dict[str, list[float]]:
         """Return sum and count of each name over ranks. Collective if there is any name, and a host sync."""
         if not self.values:
             return {}
-        sums = world.sum(torch.stack(list(self.values.values())))
-        return dict(zip(self.values, sums.tolist()))
+        found = dict(self.values)
+        for name, table in self.tables.items():
+            for source, column in zip(self.source_names, table.unbind(1)):
+                key = f"{source}/{name}"
+                found[key] = found[key] + column if key in found else column
+        sums = world.sum(torch.stack(list(found.values())))
+        return dict(zip(found, sums.tolist()))
 
 
 def ratio_means(totals: dict[str, list[float]], prefix: str) -> dict[str, float]:
@@ -106,7 +116,7 @@ class Meter:
 
     def reset(self) -> None:
         self.sums = SourceSums(len(self.names), self.world.device)
-        self.ratios = Ratios()
+        self.ratios = Ratios(self.names)
         self.skipped: list[Tensor] = []
         self.num_skipped = 0
         self.wait = 0.0
@@ -116,8 +126,8 @@ class Meter:
         """Add one step. `wait`: seconds for which this rank waited for its data."""
         for batch, addends in zip(batches, result.addends):
             self.sums.add(batch, addends)
-        for ratios in result.ratios:
-            self.ratios.add(ratios)
+        for batch, ratios in zip(batches, result.ratios):
+            self.ratios.add(ratios, batch)
         self.skipped.append(result.skipped)
         self.loss_scale = result.loss_scale
         self.grad_norm, self.norms = result.grad_norm, result.norms

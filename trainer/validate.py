@@ -28,7 +28,7 @@ def validate(prepared: PreparedRun, quarantine: Quarantine, step: int, tracker: 
         tracker.reading,
         tracker.watch_workers(Reading(config.data.workers), partial(describe_sample, dataset), VALIDATION),
     )
-    sums, ratios = SourceSums(len(dataset.source_names), world.device), Ratios()
+    sums, ratios = SourceSums(len(dataset.source_names), world.device), Ratios(dataset.source_names)
     options = LoadOptions(pad_id=prepared.data.pad_id, rank=world.rank, workers=config.data.workers, reading=reading)
     max_samples, pools = config.validation.max_samples, prepared.data.validation_pools
     batches = validation_batches(dataset, prepared.batch_plan, options, max_samples, pools)
@@ -40,7 +40,7 @@ def validate(prepared: PreparedRun, quarantine: Quarantine, step: int, tracker: 
             batch = micro.batch.to(world.device)
             terms = prepared.wrapped(batch)
             sums.add(batch, terms["text"].addends)
-            ratios.add(ratios_of(terms))
+            ratios.add(ratios_of(terms), batch)
     tracker.reading = trained
     prepared.model.train()
     reshard(prepared.model)

@@ -8,18 +8,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from model.batch import Batch
+from model.batch import Batch, SharedPrompts
 from model.config import OUR_ATTENTION
 from model.llm.interface import CausalLM
 from model.llm.packed_operator import SegmentOptions, attend
-from model.llm.scores import CappedScores, band, capped
+from model.llm.scores import CappedScores, band, capped, seen_behind
 
 
 def varlen_kernel() -> Callable[..., object] | None:
@@ -84,16 +84,18 @@ def packed_attention(
     segment_borders: Tensor | None = None,
     segment_table: Tensor | None = None,
     longest_segment: int = 0,
+    shared_prompts: SharedPrompts | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute causal attention within each segment of a packed row: query (1, H, T, D), key and value (1, Hkv, T, D), T =
     sum(segment_lengths) -> (1, T, H, D), None.
 
-    No token attends across a border between segments, in either direction. One kernel computes all segments where the device has it
+    No token attends across a border between segments, in either direction, but to the prompt that `shared_prompts` lets its segment
+    see. One kernel computes all segments where the device has it
     (`torch.nn.attention.varlen`), else one call per segment. Neither waits for the device. Raises `ValueError` if the lengths do
     not arrive or do not add up: a model that drops unknown arguments would otherwise attend across samples unnoticed.
     """
-    if torch.compiler.is_compiling():  # a graph in which the lengths stood as numbers would be of one batch alone
+    if torch.compiler.is_compiling() and shared_prompts is None:  # a graph in which the lengths stood as numbers would be of one batch alone
         return _packed_in_graph(query, key, value, (segment_borders, segment_table, longest_segment), **kwargs), None
     length = query.shape[2]
     if segment_lengths is None or segment_borders is None or (1, sum(segment_lengths)) != (query.shape[0], length):
@@ -101,9 +103,44 @@ def packed_attention(
     if attention_mask is not None or key.shape[2] != length or kwargs.get("position_bias") is not None:
         raise ValueError(f"{PACKED} takes whole packed rows: no mask, no cache, no position bias")
     if takes_varlen(query, value, **kwargs):
-        return _varlen(query, key, value, segment_borders, max(segment_lengths), _varlen_options(**kwargs)), None
+        if shared_prompts is not None:
+            key, value = (tensor.index_select(2, shared_prompts.keys) for tensor in (key, value))
+        ends = Ends(segment_borders, max(segment_lengths))
+        of_keys = ends if shared_prompts is None else Ends(shared_prompts.borders, shared_prompts.longest)
+        return _varlen(query, key, value, (ends, of_keys), _varlen_options(**kwargs)), None
+    if shared_prompts is not None:
+        return _behind_prompts(module, (query, key, value), segment_lengths, shared_prompts.prefixes, **kwargs), None
     parts = zip(*(tensor.split(segment_lengths, 2) for tensor in (query, key, value)))
     return torch.cat([causal_attention(module, q, k, v, None, **kwargs)[0] for q, k, v in parts], 1), None
+
+
+def _behind_prompts(
+    module: nn.Module,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    lengths: tuple[int, ...],
+    prefixes: tuple[tuple[int, int], ...],
+    **kwargs: Any,
+) -> Tensor:
+    """Compute `packed_attention` where segments see an earlier part of the row: one call per segment."""
+    found, start = [], 0
+    for length, (first, seen) in zip(lengths, prefixes):
+        query, key, value = (tensor[:, :, start : start + length] for tensor in inputs)
+        if seen:
+            key, value = (torch.cat([t[:, :, first : first + seen], own], 2) for t, own in zip(inputs[1:], (key, value)))
+            found.append(_with_mask(module, query, key, value, seen, **kwargs))
+        else:
+            found.append(causal_attention(module, query, key, value, None, **kwargs)[0])
+        start += length
+    return torch.cat(found, 1)
+
+
+def _with_mask(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, seen: int, **kwargs: Any) -> Tensor:
+    """Compute attention of query (1, H, T, D) to key and value (1, Hkv, seen + T, D), causal behind the first `seen` keys."""
+    window, softcap = kwargs.pop("sliding_window", None), kwargs.pop("softcap", None)
+    mask = seen_behind(query, seen, window)
+    if softcap is not None:
+        return capped(query, key, value, mask, CappedScores(softcap, kwargs.get("scaling"), kwargs.get("dropout", 0.0)))
+    return cast(Tensor, sdpa_attention_forward(module, query, key, value, mask[None, None], **kwargs)[0])
 
 
 def _packed_in_graph(query: Tensor, key: Tensor, value: Tensor, segments: Any, **kwargs: Any) -> Tensor:
@@ -112,7 +149,7 @@ def _packed_in_graph(query: Tensor, key: Tensor, value: Tensor, segments: Any, *
     if borders is None or table is None or kwargs.get("dropout"):
         raise ValueError(f"{PACKED} has no segments, or dropout of attention, which is not compiled: parallel.compile = false")
     if takes_varlen(query, value, **kwargs):
-        return _varlen(query, key, value, borders, longest, _varlen_options(**kwargs))
+        return _varlen(query, key, value, (Ends(borders, longest),) * 2, _varlen_options(**kwargs))
     scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
     options = SegmentOptions(scale, kwargs.get("sliding_window") or 0, kwargs.get("softcap") or 0.0)
     return attend(query, key, value, table, options)
@@ -141,8 +178,18 @@ def takes_varlen(
     return fits and not dropout and is_causal is not False and (device.major, device.minor) >= VARLEN_CAPABILITY
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, options: dict[str, object]) -> Tensor:
-    """Compute all segments with one kernel; `options` are those of `varlen_kernel()`."""
+class Ends(NamedTuple):
+    """Where the segments of packed queries, or keys, end."""
+
+    borders: Tensor  # (segments + 1,) int32
+    longest: int
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, ends: tuple[Ends, Ends], options: dict[str, object]) -> Tensor:
+    """Compute all segments with one kernel; `ends`: of queries and of keys; `options` are those of `varlen_kernel()`.
+
+    Where a segment has more keys than queries, its last query sees all of them: the kernel aligns causality there.
+    """
     groups = query.shape[1] // key.shape[1]
     if "enable_gqa" in varlen_options():
         options = {**options, "enable_gqa": groups > 1}
@@ -151,7 +198,8 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest:
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))  # (T, H, D)
     kernel = varlen_kernel()
     assert kernel is not None  # `takes_varlen` has seen its options
-    out = cast(Tensor, kernel(q, k, v, borders, borders, longest, longest, **options))
+    (borders, longest), (of_keys, most_keys) = ends
+    out = cast(Tensor, kernel(q, k, v, borders, of_keys, longest, most_keys, **options))
     return out[None]
 
 
@@ -189,6 +237,7 @@ def decoder_options(llm: CausalLM, batch: Batch) -> dict[str, object]:
         "segment_borders": batch.segment_borders,
         "segment_table": torch.tensor(batch.segment_lengths),  # compiled blocks read these two in place of the tuple
         "longest_segment": max(batch.segment_lengths, default=0),
+        **({} if batch.shared is None else {"shared_prompts": batch.shared}),
     }
 
 

@@ -1,0 +1,98 @@
+"""Losses of preferences by kind, each a term of its own with its own count. docs/preference.md has the formulas and their sources."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.batch import Answers
+from model.loss import Term
+from model.preference.config import PreferenceConfig
+from model.preference.scores import Scores
+
+
+class AnswerTerm(Protocol):
+    """A term of the loss that compares log-probabilities of answers; see `model.loss.LossTerm`."""
+
+    coefficient: float
+
+    def count(self, answers: Answers) -> float:
+        """Return the answers' share of the divisor, known before the forward."""
+
+    def term(self, scores: Scores) -> Term:
+        """Compute the term."""
+
+
+PairLoss = Callable[[PreferenceConfig, Scores], Tensor]
+"""Returns the loss of each pair (P,)."""
+
+
+def dpo(config: PreferenceConfig, scores: Scores) -> Tensor:
+    """Rafailov et al. 2023, equation 7; with label smoothing Mitchell 2023, "conservative" DPO."""
+    logits = config.beta * difference(config, scores)
+    smoothing = config.label_smoothing
+    return -(1 - smoothing) * F.logsigmoid(logits) - smoothing * F.logsigmoid(-logits)
+
+
+def ipo(config: PreferenceConfig, scores: Scores) -> Tensor:
+    """Azar et al. 2023, equation 17."""
+    return (difference(config, scores) - 1 / (2 * config.beta)).square()
+
+
+def simpo(config: PreferenceConfig, scores: Scores) -> Tensor:
+    """Meng et al. 2024, equation 6."""
+    chosen, rejected = (scores.per_token(scores.policy.index_select(0, which), which) for which in _pair(scores))
+    return -F.logsigmoid(config.beta * (chosen - rejected) - config.margin)
+
+
+def orpo(config: PreferenceConfig, scores: Scores) -> Tensor:
+    """Hong et al. 2024, equation 7; its supervised loss is the text term, and beta the coefficient of this one."""
+    chosen, rejected = (log_odds(scores.per_token(scores.policy.index_select(0, which), which)) for which in _pair(scores))
+    return -F.logsigmoid(chosen - rejected)
+
+
+def log_odds(log_prob: Tensor) -> Tensor:
+    """Return log(p / (1 - p)) of log p."""
+    return log_prob - torch.log(-torch.expm1(log_prob))
+
+
+def difference(config: PreferenceConfig, scores: Scores) -> Tensor:
+    """Return log(policy / reference) of the chosen answers less that of the rejected ones (P,)."""
+    chosen, rejected = (scores.ratios(which) for which in _pair(scores))
+    if config.length_normalisation:
+        chosen, rejected = (scores.per_token(values, which) for values, which in zip((chosen, rejected), _pair(scores)))
+    return chosen - rejected
+
+
+def _pair(scores: Scores) -> tuple[Tensor, Tensor]:
+    return scores.answers.chosen, scores.answers.rejected
+
+
+PAIR_LOSSES: dict[str, PairLoss] = {"dpo": dpo, "ipo": ipo, "simpo": simpo, "orpo": orpo, "mpo": dpo}
+"""What compares the two answers of a pair, by kind."""
+
+
+class PairTerm:
+    """The mean over pairs of a loss of the two answers."""
+
+    def __init__(self, config: PreferenceConfig) -> None:
+        self.config, self.loss = config, PAIR_LOSSES[config.kind]
+        self.coefficient = {"orpo": config.beta, "mpo": config.preference_weight}.get(config.kind, 1.0)
+
+    def count(self, answers: Answers) -> float:
+        """Return the number of pairs."""
+        return float(answers.chosen.shape[0])
+
+    def term(self, scores: Scores) -> Term:
+        """Compute the term, and what is logged of the pairs."""
+        losses = self.loss(self.config, scores)
+        return Term(losses.sum(), losses.detach(), {"preference_loss": scores.by_sample(scores.answers.chosen, losses)})
+
+
+def terms_of(config: PreferenceConfig) -> dict[str, AnswerTerm]:
+    """Return the terms of a kind of preference tuning by name, beside the text term."""
+    return {"preference": PairTerm(config)}

@@ -1,0 +1,87 @@
+"""Preference tuning of a model: the log-probabilities of a batch's answers, those of the reference, and the terms made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.batch import Answers, Batch
+from model.llm.causal_lm import head_weight
+from model.llm.new_tokens import new_head_rows
+from model.lora import without_adapters
+from model.loss import HeadOptions, Term
+from model.preference.config import WITH_REFERENCE, PreferenceConfig
+from model.preference.log_probs import token_log_probs
+from model.preference.losses import terms_of
+from model.preference.scores import Scores, no_answers, summed
+
+
+class PreferenceTuning:
+    """What a model learns from preferences. `adapters_off` says that the reference is the model without its adapters."""
+
+    def __init__(self, config: PreferenceConfig) -> None:
+        self.config, self.terms = config, terms_of(config)
+        self.adapters_off = False
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.config.kind in WITH_REFERENCE
+
+    def coefficients(self) -> dict[str, float]:
+        """Return the factor of each term in the loss; that of the text comes first."""
+        return {"text": self.config.sft, **{name: term.coefficient for name, term in self.terms.items()}}
+
+    def counts(self, batches: Sequence[Batch]) -> dict[str, Tensor | float]:
+        """Return the divisor of each term but the text's over `batches`, known before the forward."""
+        found = [batch.answers for batch in batches if batch.answers is not None]
+        return {name: float(sum(term.count(answers) for answers in found)) for name, term in self.terms.items()}
+
+    def compute(self, model: Any, batch: Batch) -> tuple[dict[str, Term], Tensor]:
+        """Compute the text term and those of preferences, and the decoder's output (B, T, D), of a `MultimodalLM`."""
+        answers = no_answers(batch) if batch.answers is None else batch.answers
+        embeds = model.embed(batch)
+        reference = self._reference(model, batch, answers, embeds)
+        hidden = model.decode_embeds(embeds, batch)
+        tokens = answer_log_probs(model, hidden, answers)
+        scores = Scores(summed(tokens, answers), reference, answers, len(batch.lengths))
+        learned = tokens.index_select(0, answers.learned)
+        text = Term(-learned.sum(), -learned.detach(), self._report(scores))
+        return {"text": text, **{name: term.term(scores) for name, term in self.terms.items()}}, hidden
+
+    def _reference(self, model: Any, batch: Batch, answers: Answers, embeds: Tensor) -> Tensor:
+        """Return the log-probability of each answer under the reference (A,)."""
+        if not self.needs_reference or not answers.samples.numel():
+            return torch.zeros_like(answers.tokens)
+        if answers.reference is not None:
+            return answers.reference
+        if not self.adapters_off:
+            raise RuntimeError("the log-probabilities of the reference are not known, and it is not the model without adapters")
+        with torch.no_grad(), without_adapters(model):
+            # What no adapter reaches is the same for both: pictures are encoded once.
+            shared = embeds.detach() if model.trainable_parts == {"llm"} else model.embed(batch)
+            return summed(answer_log_probs(model, model.decode_embeds(shared, batch), answers), answers)
+
+    def _report(self, scores: Scores) -> Mapping[str, Tensor]:
+        """Return what is logged of every sample, (2, samples) sums and counts by name."""
+        answers, beta = scores.answers, self.config.beta
+        found = {
+            "chosen_log_prob": scores.by_sample(answers.chosen, scores.policy.index_select(0, answers.chosen)),
+            "rejected_log_prob": scores.by_sample(answers.rejected, scores.policy.index_select(0, answers.rejected)),
+        }
+        margins = scores.rewards(answers.chosen, beta) - scores.rewards(answers.rejected, beta)
+        found["preference_margin"] = scores.by_sample(answers.chosen, margins)
+        found["preference_accuracy"] = scores.by_sample(answers.chosen, (margins > 0).float())
+        if self.needs_reference:
+            every = torch.arange(answers.tokens.shape[0], device=answers.tokens.device)
+            found["reference_kl"] = scores.by_sample(every, scores.per_token(scores.ratios(every), every))
+        return found
+
+
+def answer_log_probs(model: Any, hidden: Tensor, answers: Answers) -> Tensor:
+    """Compute the log-probability of every token of the answers (R,) from the decoder's output (B, T, D) of a `MultimodalLM`."""
+    rows = hidden.flatten(0, 1).index_select(0, answers.positions)
+    options = HeadOptions(change=model.llm.logit_change, new=new_head_rows(model.llm, model.dtype))
+    return token_log_probs(rows, head_weight(model.llm).to(model.dtype), answers.targets, options)
