@@ -22,6 +22,7 @@ from trainer.machine.atomic_files import make_folder, replace_text
 from trainer.machine.open_files import check_limit
 from trainer.memory.chosen_at_start import settle_recomputation
 from trainer.memory.rehearsal import rehearse
+from trainer.preference.reference import prepare_reference
 from trainer.records.hub_look_ups import share_look_ups
 from trainer.records.later_stages import check_later_stages
 from trainer.records.look_beside import looking_beside
@@ -116,6 +117,9 @@ def train_stage(stage: Stage, start: ResumePoint, world: World, status: exit_rep
     prepared, found = build_and_look(stage, data, world, tracker)
     for line in (*found, *changes):
         say(world, f"data      {line}")
+    tracker.mark("reference")
+    for line in prepare_reference(prepared, tracker):
+        say(world, f"reference {line}")
     first_step = state["step"] - stage.first_step if state else 0
     status.step = stage.first_step + first_step
     if checkpoint and state and prepared.trained:

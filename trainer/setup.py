@@ -16,6 +16,7 @@ from model.build import DTYPES, assemble, resolve_dtype
 from model.errors import ConfigError
 from model.files.shards import local
 from model.multimodal import MultimodalLM
+from model.preference.tuning import PreferenceTuning
 from model.weights.materialise import Devices, materialise
 from model.weights.origins import weight_layers
 from trainer.config import RunConfig
@@ -83,6 +84,8 @@ def build_run(stage: Stage, data: RunData, world: World, on_progress: Callable[[
     """
     config = stage.config
     model = assemble(data.card, DTYPES[config.model.dtype])
+    if config.preference.is_on:
+        model.preference = PreferenceTuning(config.preference)
     prepare_blocks(model, config.parallel)
     sharded = is_sharded(config.parallel, world)
     if sharded:

@@ -25,6 +25,7 @@ class PreferenceTuning:
     def __init__(self, config: PreferenceConfig) -> None:
         self.config, self.terms = config, terms_of(config)
         self.adapters_off = False
+        self.measured: list[Tensor] | None = None  # collects the log-probabilities (A,) of every batch, while it is a list
 
     @property
     def needs_reference(self) -> bool:
@@ -46,14 +47,17 @@ class PreferenceTuning:
         reference = self._reference(model, batch, answers, embeds)
         hidden = model.decode_embeds(embeds, batch)
         tokens = answer_log_probs(model, hidden, answers)
-        scores = Scores(summed(tokens, answers), reference, answers, len(batch.lengths))
+        policy = summed(tokens, answers)
+        if self.measured is not None:
+            self.measured.append(policy.detach())
+        scores = Scores(policy, reference, answers, len(batch.lengths))
         learned = tokens.index_select(0, answers.learned)
         text = Term(-learned.sum(), -learned.detach(), self._report(scores))
         return {"text": text, **{name: term.term(scores) for name, term in self.terms.items()}}, hidden
 
     def _reference(self, model: Any, batch: Batch, answers: Answers, embeds: Tensor) -> Tensor:
         """Return the log-probability of each answer under the reference (A,)."""
-        if not self.needs_reference or not answers.samples.numel():
+        if not self.needs_reference or not answers.samples.numel() or self.measured is not None:
             return torch.zeros_like(answers.tokens)
         if answers.reference is not None:
             return answers.reference
