@@ -24,7 +24,6 @@ from data.workers import Reading, WorkerError, describe_sample, prepare_worker, 
 from model.batch import Batch
 from model.errors import DataError
 
-
 _AT_ONCE = 4096
 """Samples without an order of their own that are dealt to ranks and micro-batches at once."""
 

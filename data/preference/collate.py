@@ -37,7 +37,14 @@ def collate_answers(samples: Sequence[Sample], pad_id: int) -> Batch:
     rows = np.repeat(np.arange(len(pairs)), [len(sample.answers) for sample in pairs])
     answers = _answers(pairs, of_prompts, starts, rows)
     return replace(
-        batch, position_ids=positions, media=media, answers=answers, owners=torch.from_numpy(rows)[batch.owners], **_named(pairs)
+        batch,
+        position_ids=positions,
+        media=media,
+        answers=answers,
+        owners=torch.from_numpy(rows)[batch.owners],
+        sample_ids=torch.tensor([sample.sample_id for sample in pairs]),
+        source_ids=torch.tensor([sample.source_id for sample in pairs]),
+        lengths=tuple(len(sample.input_ids) for sample in pairs),
     )
 
 
@@ -84,15 +91,6 @@ def _preferences(samples: Sequence[Sample]) -> list[PreferenceSample]:
 
 def _of(sample: PreferenceSample, first: int) -> range:
     return range(first, first + len(sample.answers))
-
-
-def _named(samples: Sequence[PreferenceSample]) -> dict[str, object]:
-    """Return the fields of a batch that name its samples, which have a row per answer."""
-    return {
-        "sample_ids": torch.tensor([sample.sample_id for sample in samples]),
-        "source_ids": torch.tensor([sample.source_id for sample in samples]),
-        "lengths": tuple(len(sample.input_ids) for sample in samples),
-    }
 
 
 def _rows(sample: PreferenceSample) -> list[Sample]:

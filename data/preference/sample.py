@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from data.media.record_media import RecordMedia
-from data.records.record import Record, RecordError, Turn
+from data.records.record import Record, RecordError
 from data.sample import Measured, Sample, assemble_sample, measure_encoded
 from data.text.encoded import Encoded
 from data.text.rounds import TooLongError
@@ -111,9 +111,7 @@ def assemble_answers(
     return PreferenceSample(**{f.name: getattr(sample, f.name) for f in fields(sample)}, prompt=prompt, answers=tuple(answers))
 
 
-def measure_answers(
-    found: EncodedAnswers, template: Template, record: Record, counts: Sequence[int], max_length: int
-) -> Measured:
+def measure_answers(found: EncodedAnswers, template: Template, record: Record, counts: Sequence[int], max_length: int) -> Measured:
     """Measure what `assemble_answers` makes of a record whose media take `counts` tokens. Raises `TooLongError` as it does."""
     try:
         return measure_encoded(found.encoded, template.placeholder_ids, record, counts, max_length)
@@ -123,11 +121,7 @@ def measure_answers(
 
 def too_long(error: TooLongError) -> TooLongError:
     """Return the error of a sample whose parts belong together: no round can be dropped."""
-    made = TooLongError(error.where, error.id, error.field, error.reason.replace("the first round takes", "its prompt and answers take"))
+    reason = error.reason.replace("the first round takes", "its prompt and answers take")
+    made = TooLongError(error.where, error.id, error.field, reason)
     made.whole = error.whole
     return made
-
-
-def judged(record: Record) -> tuple[Turn, ...]:
-    """Return the turns of the answer that is judged: all behind the prompt."""
-    return record.turns[record.num_shared :]

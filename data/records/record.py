@@ -148,7 +148,9 @@ def check_answers(record: Record, answers: Answers) -> None:
     field, reason = "", ""
     if answers == "one" and record.is_preference:
         field = "rejected" if record.rejected else "desirable"
-        reason = "says which answer is preferred, which only a run with [preference] learns: name a kind there, or leave the key out"
+        reason = (
+            "says which answer is preferred, which only a run with [preference] learns: name a kind there, or leave the key out"
+        )
     elif answers == "pairs" and not record.rejected:
         field, reason = "chosen", "the record has no chosen and rejected answer, and this kind of [preference] compares two"
     elif answers == "judged" and not record.is_preference:

@@ -95,7 +95,9 @@ def packed_attention(
     (`torch.nn.attention.varlen`), else one call per segment. Neither waits for the device. Raises `ValueError` if the lengths do
     not arrive or do not add up: a model that drops unknown arguments would otherwise attend across samples unnoticed.
     """
-    if torch.compiler.is_compiling() and shared_prompts is None:  # a graph in which the lengths stood as numbers would be of one batch alone
+    if torch.compiler.is_compiling():  # a graph in which the lengths stood as numbers would be of one batch alone
+        if shared_prompts is not None:
+            raise ValueError(f"{PACKED}: segments that share a prompt are not compiled: parallel.compile = false")
         return _packed_in_graph(query, key, value, (segment_borders, segment_table, longest_segment), **kwargs), None
     length = query.shape[2]
     if segment_lengths is None or segment_borders is None or (1, sum(segment_lengths)) != (query.shape[0], length):

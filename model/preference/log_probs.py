@@ -11,7 +11,7 @@ from model.loss import HeadOptions, NewRows, add_product, cross_entropy_chunk
 
 
 def token_log_probs(rows: Tensor, weight: Tensor, targets: Tensor, options: HeadOptions = HeadOptions()) -> Tensor:  # noqa: B008
-    """Compute the log-probability of each of targets (R,) after hidden rows (R, D), of a head with weight (V, D) -> (R,) float32."""
+    """Compute the log-probability (R,) float32 of each of targets (R,) after hidden rows (R, D), for a head of weight (V, D)."""
     new_rows = None if options.new is None else options.new.rows
     found: Tensor = _TokenLogProbs.apply(rows, weight, new_rows, targets, options)
     return found
@@ -25,9 +25,7 @@ class _TokenLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, new_rows: Tensor | None, targets: Tensor, options: HeadOptions
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, new_rows: Tensor | None, targets: Tensor, options: HeadOptions) -> Tensor:
         ctx.options, again = options, ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         rows = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] and not again else None

@@ -1,4 +1,4 @@
-"""Losses of preferences by kind, each a term of its own with its own count. docs/preference.md has the formulas and their sources."""
+"""Losses of preferences by kind, each a term with its own count. docs/preference.md has the formulas and their sources."""
 
 from __future__ import annotations
 

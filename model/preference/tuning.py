@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -82,6 +83,29 @@ class PreferenceTuning:
             every = torch.arange(answers.tokens.shape[0], device=answers.tokens.device)
             found["reference_kl"] = scores.by_sample(every, scores.per_token(scores.ratios(every), every))
         return found
+
+
+@contextmanager
+def measuring(tuning: PreferenceTuning | None) -> Iterator[list[Tensor]]:
+    """Collect, inside the context, the log-probabilities (A,) of the answers of every batch, and ask for no reference."""
+    found: list[Tensor] = []
+    if tuning is not None:
+        tuning.measured = found
+    try:
+        yield found
+    finally:
+        if tuning is not None:
+            tuning.measured = None
+
+
+@contextmanager
+def without_preferences(model: Any) -> Iterator[None]:
+    """Compute, inside the context, the plain terms of a `MultimodalLM`."""
+    tuning, model.preference = model.preference, None
+    try:
+        yield
+    finally:
+        model.preference = tuning
 
 
 def answer_log_probs(model: Any, hidden: Tensor, answers: Answers) -> Tensor:

@@ -29,7 +29,7 @@ from model.errors import ConfigError
 from model.files.shards import local
 from model.files.tensor_files import read_safetensors
 from model.lora import is_adapter
-from model.preference.tuning import PreferenceTuning
+from model.preference.tuning import PreferenceTuning, measuring
 from trainer.distributed.shards import reshard
 from trainer.faults.phase_tracker import PhaseTracker
 from trainer.records.quarantine import TRAIN, VALIDATION
@@ -42,7 +42,7 @@ KEY = "log_probs"
 
 
 def prepare_reference(prepared: PreparedRun, tracker: PhaseTracker) -> list[str]:
-    """Make the reference known to the model and the data, before a checkpoint is restored, and return lines for people. Collective."""
+    """Make the reference known to model and data, before a checkpoint is restored, and return lines for people. Collective."""
     tuning = prepared.model.preference
     if tuning is None or not tuning.needs_reference or prepared.trained is None:
         return []
@@ -153,10 +153,10 @@ def _compute(
     options = LoadOptions(pad_id=prepared.data.pad_id, rank=world.rank, workers=config.data.workers, reading=reading)
     table = torch.zeros(len(dataset), MOST_ANSWERS)
     known = torch.zeros(len(dataset), MOST_ANSWERS)
-    tuning.measured = []
     places: list[tuple[Tensor, Tensor]] = []
     model.eval()
-    with torch.no_grad(), tqdm(total=len(ids), desc=f"reference {split}", leave=False, disable=not world.is_main, delay=3) as bar:
+    bar = tqdm(total=len(ids), desc=f"reference {split}", leave=False, disable=not world.is_main, delay=3)
+    with torch.no_grad(), measuring(tuning) as measured, bar:
         for micro in batches_of(dataset, prepared.batch_plan, options, ids):
             tracker.report_progress(f"sample {micro.batch.sample_ids[0].item()}")
             if micro.batch.answers is not None:
@@ -165,9 +165,8 @@ def _compute(
                 places.append((torch.zeros(0, dtype=torch.long),) * 2)
             prepared.wrapped(micro.batch.to(world.device))
             bar.update(len(micro.batch.lengths) * world.size)
-    for (rows, columns), values in zip(places, tuning.measured):
+    for (rows, columns), values in zip(places, measured):
         table[rows, columns], known[rows, columns] = values.cpu(), 1.0
-    tuning.measured = None
     model.train()
     reshard(model)
     summed = world.sum(torch.stack([table, known]).to(world.device)).cpu()
