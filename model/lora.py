@@ -142,7 +142,7 @@ def adapted(root: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
 
 
 @contextmanager
-def without_adapters(root: nn.Module) -> Iterator[None]:
+def switched_off(root: nn.Module) -> Iterator[None]:
     """Compute, inside the context, as if the adapted layers of `root` had no adapters."""
     layers = [layer for _, layer in adapted(root)]
     for layer in layers:

@@ -115,11 +115,8 @@ def train_stage(stage: Stage, start: ResumePoint, world: World, status: exit_rep
     if chosen:
         say(world, f"memory    {chosen}")
     prepared, found = build_and_look(stage, data, world, tracker)
-    for line in (*found, *changes):
-        say(world, f"data      {line}")
-    tracker.mark("reference")
-    for line in prepare_reference(prepared, tracker):
-        say(world, f"reference {line}")
+    for line in (*found, *(f"data      {line}" for line in changes)):
+        say(world, line)
     first_step = state["step"] - stage.first_step if state else 0
     status.step = stage.first_step + first_step
     if checkpoint and state and prepared.trained:
@@ -160,7 +157,7 @@ def write_settings(stage: Stage, chosen: str) -> None:
 
 
 def build_and_look(stage: Stage, data: RunData, world: World, tracker: PhaseTracker) -> tuple[PreparedRun, list[str]]:
-    """Build and load the model while rank 0 looks at the data; return both, or raise what either found. Collective.
+    """Build and load the model while rank 0 looks at the data, then find its reference; return it and lines for people. Collective.
 
     What is wrong with the data is told first, whichever of the two is found first.
     """
@@ -177,7 +174,9 @@ def build_and_look(stage: Stage, data: RunData, world: World, tracker: PhaseTrac
             beside.precede()
             raise
         tracker.mark("check")
-        return prepared, beside.finish(tracker.report_progress)
+        lines = [f"data      {line}" for line in beside.finish(tracker.report_progress)]
+    tracker.mark("reference")
+    return prepared, [*lines, *(f"reference {line}" for line in prepare_reference(prepared, tracker))]
 
 
 def finish(prepared: PreparedRun, first_step: int, world: World, best: BestState | None = None) -> int:

@@ -10,7 +10,8 @@ from data.loader import LoadOptions, validation_batches
 from data.workers import Reading, describe_sample
 from trainer.distributed.shards import reshard
 from trainer.faults.phase_tracker import PhaseTracker
-from trainer.metrics import Ratios, SourceSums, mean_losses, ratio_means
+from trainer.metrics import SourceSums, mean_losses
+from trainer.ratios import Ratios, ratio_means
 from trainer.records.quarantine import VALIDATION, Quarantine
 from trainer.setup import PreparedRun
 from trainer.step import ratios_of

@@ -74,8 +74,8 @@ def parse(raw: object, where: str, name: str = "", *, needs_answer: bool = True)
         return _parsed(raw, where, name, needs_answer)
     name = name or where.rpartition(":")[2]
     try:
-        found = read_preference(raw)
         name = _id(raw, name)
+        found = read_preference(raw)
     except FieldError as error:
         raise RecordError(where, name, *error.args) from None
     records = []

@@ -32,25 +32,25 @@ PairLoss = Callable[[PreferenceConfig, Scores], Tensor]
 
 
 def dpo(config: PreferenceConfig, scores: Scores) -> Tensor:
-    """Rafailov et al. 2023, equation 7; with label smoothing Mitchell 2023, "conservative" DPO."""
-    logits = config.beta * difference(config, scores)
+    """Compute DPO (Rafailov et al. 2023, equation 7); with label smoothing it is conservative DPO (Mitchell 2023)."""
+    logits = config.beta * log_ratio_difference(config, scores)
     smoothing = config.label_smoothing
     return -(1 - smoothing) * F.logsigmoid(logits) - smoothing * F.logsigmoid(-logits)
 
 
 def ipo(config: PreferenceConfig, scores: Scores) -> Tensor:
-    """Azar et al. 2023, equation 17."""
-    return (difference(config, scores) - 1 / (2 * config.beta)).square()
+    """Compute IPO (Azar et al. 2023, equation 17)."""
+    return (log_ratio_difference(config, scores) - 1 / (2 * config.beta)).square()
 
 
 def simpo(config: PreferenceConfig, scores: Scores) -> Tensor:
-    """Meng et al. 2024, equation 6."""
+    """Compute SimPO (Meng et al. 2024, equation 6)."""
     chosen, rejected = (scores.per_token(scores.policy.index_select(0, which), which) for which in _pair(scores))
     return -F.logsigmoid(config.beta * (chosen - rejected) - config.margin)
 
 
 def orpo(config: PreferenceConfig, scores: Scores) -> Tensor:
-    """Hong et al. 2024, equation 7; its supervised loss is the text term, and beta the coefficient of this one."""
+    """Compute ORPO's odds ratio loss (Hong et al. 2024, equation 7); its supervised loss is the text term, beta the coefficient of this."""
     chosen, rejected = (log_odds(scores.per_token(scores.policy.index_select(0, which), which)) for which in _pair(scores))
     return -F.logsigmoid(chosen - rejected)
 
@@ -60,7 +60,7 @@ def log_odds(log_prob: Tensor) -> Tensor:
     return log_prob - torch.log(-torch.expm1(log_prob))
 
 
-def difference(config: PreferenceConfig, scores: Scores) -> Tensor:
+def log_ratio_difference(config: PreferenceConfig, scores: Scores) -> Tensor:
     """Return log(policy / reference) of the chosen answers less that of the rejected ones (P,)."""
     chosen, rejected = (scores.ratios(which) for which in _pair(scores))
     if config.length_normalisation:

@@ -12,7 +12,7 @@ from torch import Tensor
 from model.batch import Answers, Batch
 from model.llm.causal_lm import head_weight
 from model.llm.new_tokens import new_head_rows
-from model.lora import without_adapters
+from model.lora import switched_off
 from model.loss import HeadOptions, Term
 from model.preference.config import WITH_REFERENCE, PreferenceConfig
 from model.preference.log_probs import token_log_probs
@@ -21,7 +21,7 @@ from model.preference.scores import Scores, no_answers, summed
 
 
 class PreferenceTuning:
-    """What a model learns from preferences. `adapters_off` says that the reference is the model without its adapters."""
+    """Preference tuning of one model. `adapters_off` says that the reference is the model without its adapters."""
 
     def __init__(self, config: PreferenceConfig) -> None:
         self.config, self.terms = config, terms_of(config)
@@ -64,7 +64,7 @@ class PreferenceTuning:
             return answers.reference
         if not self.adapters_off:
             raise RuntimeError("the log-probabilities of the reference are not known, and it is not the model without adapters")
-        with torch.no_grad(), without_adapters(model):
+        with torch.no_grad(), switched_off(model):
             # What no adapter reaches is the same for both: pictures are encoded once.
             shared = embeds.detach() if model.trainable_parts == {"llm"} else model.embed(batch)
             return summed(answer_log_probs(model, model.decode_embeds(shared, batch), answers), answers)

@@ -31,8 +31,8 @@ def prove_answers_apart(model: MultimodalLM, pad_id: int, world: World) -> None:
     reshard(model)
     if any(leaks):
         raise ConfigError(
-            f"data.packing = true with [preference]: answers to one prompt see each other in {type(model.llm).__name__}, or do not see "
-            "the prompt; set data.packing = false"
+            f"data.packing = true with [preference]: answers to one prompt see each other in {type(model.llm).__name__}, "
+            "or do not see the prompt; set data.packing = false"
         )
 
 
