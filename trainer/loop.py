@@ -21,6 +21,7 @@ from trainer.machine.disk_space import as_save_error
 from trainer.metrics import Meter, MetricsLog
 from trainer.optim import set_learning_rates
 from trainer.part_norms import PartNorms
+from trainer.preference.shift_state import restore_shift, shift_state
 from trainer.records.bookkeeping import Bookkeeping
 from trainer.schedule import multiplier
 from trainer.scores.best import BestValue
@@ -67,6 +68,8 @@ class Loop:
         self.answers = AnswerLog(stage.run_folder, stage.first_step + first_step, world, stage.name)
         self.best = BestValue(config.checkpoint.best, start.state.get("best") if start.state else None)
         self.trackers = start.trackers
+        if prepared.model.preference is not None:
+            restore_shift(prepared.model.preference.shift, start.state)
         self.books = Bookkeeping(prepared, first_step)
         self.lengths = digest_of(prepared.data)
         self.requests, self.tracker, self.deferred = status.requests, status.tracker, DeferredRead(world.device)
@@ -234,6 +237,8 @@ class Loop:
         state: CheckpointState = {"meter": {**self.meter.state(), "health": self.health.state()}}
         if self.trained.loss_scale:
             state["loss_scale"] = self.trained.loss_scale.state()
+        if (tuning := self.prepared.model.preference) is not None and tuning.shift.is_used:
+            state["rewards"] = shift_state(tuning.shift, self.prepared.world)
         if self.best.state is not None:
             state["best"] = self.best.state
         if self.trackers.ids:

@@ -50,7 +50,7 @@ def simpo(config: PreferenceConfig, scores: Scores) -> Tensor:
 
 
 def orpo(config: PreferenceConfig, scores: Scores) -> Tensor:
-    """Compute ORPO's odds ratio loss (Hong et al. 2024, equation 7); its supervised loss is the text term, beta the coefficient of this."""
+    """Compute ORPO's loss of odds (Hong et al. 2024, equation 7), whose coefficient is beta beside that of the text term."""
     chosen, rejected = (log_odds(scores.per_token(scores.policy.index_select(0, which), which)) for which in _pair(scores))
     return -F.logsigmoid(chosen - rejected)
 
@@ -93,6 +93,82 @@ class PairTerm:
         return Term(losses.sum(), losses.detach(), {"preference_loss": scores.by_sample(scores.answers.chosen, losses)})
 
 
+class QualityTerm:
+    """The loss of each answer of a pair by itself, BCO's (Jung et al. 2024), as MPO adds it (Wang et al. 2024, equation 5).
+
+    Rewards are measured from `shift`, the mean of all rewards of the steps before.
+    """
+
+    def __init__(self, config: PreferenceConfig) -> None:
+        self.config, self.coefficient = config, config.quality_weight
+
+    def count(self, answers: Answers) -> float:
+        """Return the number of pairs."""
+        return float(answers.chosen.shape[0])
+
+    def term(self, scores: Scores) -> Term:
+        """Compute the term."""
+        chosen, rejected = (scores.rewards(which, self.config.beta) - scores.shift for which in _pair(scores))
+        losses = -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
+        return Term(losses.sum(), losses.detach(), {"quality_loss": scores.by_sample(scores.answers.chosen, losses)})
+
+
+class GenerationTerm:
+    """The supervised loss of chosen answers, each the mean over its own tokens (Wang et al. 2024, equation 7)."""
+
+    def __init__(self, config: PreferenceConfig) -> None:
+        self.coefficient = config.sft
+
+    def count(self, answers: Answers) -> float:
+        """Return the number of chosen answers."""
+        return float(answers.chosen.shape[0])
+
+    def term(self, scores: Scores) -> Term:
+        """Compute the term."""
+        which = scores.answers.chosen
+        losses = -scores.per_token(scores.policy.index_select(0, which), which)
+        return Term(losses.sum(), losses.detach(), {"generation_loss": scores.by_sample(which, losses)})
+
+
+class JudgedTerm:
+    """KTO (Ethayarajh et al. 2024, equation 8) of answers that are wanted or not, both answers of a pair among them.
+
+    Rewards are measured from `shift`, beta times the divergence from the reference in this step.
+    """
+
+    def __init__(self, config: PreferenceConfig) -> None:
+        self.config, self.coefficient = config, 1.0
+
+    def count(self, answers: Answers) -> float:
+        """Return the number of answers that are judged."""
+        return float(sum(which.shape[0] for which in (*wanted(answers), *unwanted(answers))))
+
+    def term(self, scores: Scores) -> Term:
+        """Compute the term."""
+        config, answers = self.config, scores.answers
+        good, bad = torch.cat(wanted(answers)), torch.cat(unwanted(answers))
+        good_losses = config.desirable_weight * (1 - torch.sigmoid(scores.rewards(good, config.beta) - scores.shift))
+        bad_losses = config.undesirable_weight * (1 - torch.sigmoid(scores.shift - scores.rewards(bad, config.beta)))
+        losses = torch.cat([good_losses, bad_losses])
+        found = scores.by_sample(torch.cat([good, bad]), losses)
+        return Term(losses.sum(), losses.detach(), {"preference_loss": found})
+
+
+def wanted(answers: Answers) -> tuple[Tensor, Tensor]:
+    """Return the answers that are chosen, and those that are wanted by themselves."""
+    return answers.chosen, answers.desirable
+
+
+def unwanted(answers: Answers) -> tuple[Tensor, Tensor]:
+    """Return the answers that are rejected, and those that are unwanted by themselves."""
+    return answers.rejected, answers.undesirable
+
+
 def terms_of(config: PreferenceConfig) -> dict[str, AnswerTerm]:
     """Return the terms of a kind of preference tuning by name, beside the text term."""
-    return {"preference": PairTerm(config)}
+    if config.kind == "kto":
+        return {"preference": JudgedTerm(config)}
+    terms: dict[str, AnswerTerm] = {"preference": PairTerm(config)}
+    if config.kind == "mpo":
+        terms |= {"quality": QualityTerm(config), "generation": GenerationTerm(config)}
+    return terms

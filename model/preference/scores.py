@@ -18,6 +18,7 @@ class Scores:
     reference: Tensor  # (A,) without graph; zeros where the kind of loss needs none
     answers: Answers
     num_samples: int
+    shift: Tensor  # () the reward from which kto and mpo measure those of single answers
 
     def rewards(self, which: Tensor, beta: float) -> Tensor:
         """Return beta * log(policy / reference) of the answers `which`."""

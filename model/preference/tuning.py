@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.batch import Answers, Batch
 from model.llm.causal_lm import head_weight
@@ -16,8 +17,9 @@ from model.lora import switched_off
 from model.loss import HeadOptions, Term
 from model.preference.config import WITH_REFERENCE, PreferenceConfig
 from model.preference.log_probs import token_log_probs
-from model.preference.losses import terms_of
+from model.preference.losses import terms_of, unwanted, wanted
 from model.preference.scores import Scores, no_answers, summed
+from model.preference.shift import RewardShift
 
 
 class PreferenceTuning:
@@ -25,8 +27,10 @@ class PreferenceTuning:
 
     def __init__(self, config: PreferenceConfig) -> None:
         self.config, self.terms = config, terms_of(config)
+        self.shift = RewardShift(config)
         self.adapters_off = False
         self.measured: list[Tensor] | None = None  # collects the log-probabilities (A,) of every batch, while it is a list
+        self.seen: list[Scores] | None = None  # collects the scores of every batch, while it is a list
 
     @property
     def needs_reference(self) -> bool:
@@ -34,7 +38,8 @@ class PreferenceTuning:
 
     def coefficients(self) -> dict[str, float]:
         """Return the factor of each term in the loss; that of the text comes first."""
-        return {"text": self.config.sft, **{name: term.coefficient for name, term in self.terms.items()}}
+        text = 0.0 if "generation" in self.terms else self.config.sft
+        return {"text": text, **{name: term.coefficient for name, term in self.terms.items()}}
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, Tensor | float]:
         """Return the divisor of each term but the text's over `batches`, known before the forward."""
@@ -49,12 +54,19 @@ class PreferenceTuning:
         hidden = model.decode_embeds(embeds, batch)
         tokens = answer_log_probs(model, hidden, answers)
         policy = summed(tokens, answers)
-        if self.measured is not None:
-            self.measured.append(policy.detach())
-        scores = Scores(policy, reference, answers, len(batch.lengths))
+        scores = Scores(policy, reference, answers, len(batch.lengths), self.shift.value(policy))
+        self._note(scores)
         learned = tokens.index_select(0, answers.learned)
         text = Term(-learned.sum(), -learned.detach(), self._report(scores))
         return {"text": text, **{name: term.term(scores) for name, term in self.terms.items()}}, hidden
+
+    def _note(self, scores: Scores) -> None:
+        if self.measured is not None:
+            self.measured.append(scores.policy.detach())
+        elif self.seen is not None:
+            self.seen.append(scores)
+        elif torch.is_grad_enabled() and self.config.kind == "mpo":
+            self.shift.add(scores)
 
     def _reference(self, model: Any, batch: Batch, answers: Answers, embeds: Tensor) -> Tensor:
         """Return the log-probability of each answer under the reference (A,)."""
@@ -72,17 +84,43 @@ class PreferenceTuning:
     def _report(self, scores: Scores) -> Mapping[str, Tensor]:
         """Return what is logged of every sample, (2, samples) sums and counts by name."""
         answers, beta = scores.answers, self.config.beta
+        good, bad = torch.cat(wanted(answers)), torch.cat(unwanted(answers))
         found = {
-            "chosen_log_prob": scores.by_sample(answers.chosen, scores.policy.index_select(0, answers.chosen)),
-            "rejected_log_prob": scores.by_sample(answers.rejected, scores.policy.index_select(0, answers.rejected)),
+            "chosen_log_prob": scores.by_sample(good, scores.policy.index_select(0, good)),
+            "rejected_log_prob": scores.by_sample(bad, scores.policy.index_select(0, bad)),
         }
-        margins = scores.rewards(answers.chosen, beta) - scores.rewards(answers.rejected, beta)
+        rewards = (scores.rewards(which, beta) for which in (answers.chosen, answers.rejected))
+        if not self.needs_reference:  # the rewards of simpo and orpo are of the model alone, per token
+            rewards = (scores.per_token(values, which) for values, which in zip(rewards, (answers.chosen, answers.rejected)))
+        margins = torch.sub(*rewards)
         found["preference_margin"] = scores.by_sample(answers.chosen, margins)
         found["preference_accuracy"] = scores.by_sample(answers.chosen, (margins > 0).float())
         if self.needs_reference:
-            every = torch.arange(answers.tokens.shape[0], device=answers.tokens.device)
+            every = torch.cat([good, bad])
+            found["chosen_reward"] = scores.by_sample(good, scores.rewards(good, beta))
+            found["rejected_reward"] = scores.by_sample(bad, scores.rewards(bad, beta))
             found["reference_kl"] = scores.by_sample(every, scores.per_token(scores.ratios(every), every))
         return found
+
+    def prepare(self, wrapped: nn.Module, batches: list[Batch]) -> list[Batch]:
+        """Return the micro-batches of a step as it computes them, after what has to be known of all of them before. Collective."""
+        if self.config.kind != "kto":
+            return batches
+        training, self.seen = wrapped.training, []
+        wrapped.eval()
+        with torch.no_grad():
+            for batch in batches:
+                wrapped(batch)
+        wrapped.train(training)
+        seen, self.seen = self.seen, None
+        for scores in seen:
+            self.shift.add(scores)
+        return [_with_reference(batch, scores) for batch, scores in zip(batches, seen)]
+
+
+def _with_reference(batch: Batch, scores: Scores) -> Batch:
+    """Return the batch with the reference that was computed for it."""
+    return batch if batch.answers is None else replace(batch, answers=replace(batch.answers, reference=scores.reference))
 
 
 @contextmanager
