@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoTokenizer,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -65,9 +66,8 @@ def native_reader(folder: Path, maker: NativeMaker) -> Any:
     template = folder / "chat_template.jinja"
     text = template.read_text() if template.is_file() else json.loads((folder / "chat_template.json").read_text())["chat_template"]
     with without_videos():
-        return maker.processor(
-            maker.pixels.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), None, chat_template=text
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return maker.processor(maker.pixels.from_pretrained(folder), tokenizer, None, chat_template=text)
 
 
 QWEN_FACTS: dict[str, Any] = {
