@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -55,15 +56,26 @@ def _normalised(cut: np.ndarray, rule: NativeRule) -> np.ndarray:
     As in data/media/image.py, a byte has 256 values, so one table per channel is enough.
     """
     if rule.name == "naflex":
-        return _tables(rule)[np.arange(3), cut]
+        return tables_of(rule)[np.arange(3), cut]
     values = np.empty((*cut.shape[:6], rule.frames, *cut.shape[7:]), dtype=np.float32)
-    for channel, table in enumerate(_tables(rule)):
+    for channel, table in enumerate(tables_of(rule)):
         values[:, :, :, :, :, channel] = table[cut[:, :, :, :, :, channel]]
     return values
 
 
+class Normalising(Protocol):
+    """The numbers by which bytes of pixels become the values that a tower was trained on."""
+
+    @property
+    def rescale(self) -> float: ...
+    @property
+    def mean(self) -> tuple[float, ...]: ...
+    @property
+    def std(self) -> tuple[float, ...]: ...
+
+
 @lru_cache(maxsize=8)
-def _tables(rule: NativeRule) -> np.ndarray:
+def tables_of(rule: Normalising) -> np.ndarray:
     """Return the value that each byte becomes in each channel, (3, 256) float32, computed as the processors do.
 
     They multiply by rule.rescale in float64, then subtract the mean and divide by the deviation in float32.

@@ -101,7 +101,7 @@ def packed_attention(
     if attention_mask is not None or key.shape[2] != length or kwargs.get("position_bias") is not None:
         raise ValueError(f"{PACKED} takes whole packed rows: no mask, no cache, no position bias")
     if takes_varlen(query, value, **kwargs):
-        return _varlen(query, key, value, segment_borders, max(segment_lengths), _varlen_options(**kwargs)), None
+        return varlen_segments(query, key, value, segment_borders, max(segment_lengths), _varlen_options(**kwargs)), None
     parts = zip(*(tensor.split(segment_lengths, 2) for tensor in (query, key, value)))
     return torch.cat([causal_attention(module, q, k, v, None, **kwargs)[0] for q, k, v in parts], 1), None
 
@@ -112,7 +112,7 @@ def _packed_in_graph(query: Tensor, key: Tensor, value: Tensor, segments: Any, *
     if borders is None or table is None or kwargs.get("dropout"):
         raise ValueError(f"{PACKED} has no segments, or dropout of attention, which is not compiled: parallel.compile = false")
     if takes_varlen(query, value, **kwargs):
-        return _varlen(query, key, value, borders, longest, _varlen_options(**kwargs))
+        return varlen_segments(query, key, value, borders, longest, _varlen_options(**kwargs))
     scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
     options = SegmentOptions(scale, kwargs.get("sliding_window") or 0, kwargs.get("softcap") or 0.0)
     return attend(query, key, value, table, options)
@@ -141,7 +141,7 @@ def takes_varlen(
     return fits and not dropout and is_causal is not False and (device.major, device.minor) >= VARLEN_CAPABILITY
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, options: dict[str, object]) -> Tensor:
+def varlen_segments(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, options: dict[str, object]) -> Tensor:
     """Compute all segments with one kernel; `options` are those of `varlen_kernel()`."""
     groups = query.shape[1] // key.shape[1]
     if "enable_gqa" in varlen_options():

@@ -111,11 +111,11 @@ def check_packed(context: Context) -> CheckResult:
 @contextmanager
 def kernel_calls() -> Iterator[list[int]]:
     """Count calls of the kernel that computes all segments of a packed row at once."""
-    original, calls = attention._varlen, list[int]()
+    original, calls = attention.varlen_segments, list[int]()
 
     def counted(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, options: dict[str, object]) -> Tensor:
         calls.append(q.shape[2])
         return original(q, k, v, borders, longest, options)
 
-    with patch.object(attention, "_varlen", counted):
+    with patch.object(attention, "varlen_segments", counted):
         yield calls
