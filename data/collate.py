@@ -13,6 +13,7 @@ from torch import Tensor
 from data.sample import Sample, SampleMedia
 from model.batch import IGNORE_INDEX, Batch, Media
 from model.media_spec import ONE_ROW
+from model.patch_layout import patch_layout
 
 BLANK = -1  # sample id and source id of a row that is only padding
 
@@ -35,6 +36,10 @@ def collate(samples: Sequence[Sample], pad_id: int, side: Literal["right", "left
         labels[row, start : start + length] = sample.labels
         mask[row, start : start + length] = 1
     positions = np.maximum(mask.cumsum(1) - 1, 0) if side == "left" else np.tile(np.arange(width), (num_rows, 1))
+    if any(sample.positions is not None for sample in samples):
+        positions = np.repeat(positions[None], 3, axis=0)
+        for row, (sample, start, length) in enumerate(zip(samples, starts, lengths)):
+            positions[:, row, start : start + length] = own_positions(sample, 3)
     supervised = np.flatnonzero(labels != IGNORE_INDEX)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
@@ -63,7 +68,7 @@ def collate_packed(samples: Sequence[Sample], pad_id: int) -> Batch:
         input_ids=torch.from_numpy(np.concatenate(ids)[None]),
         labels=torch.from_numpy(labels[None]),
         attention_mask=None,
-        position_ids=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])[None]),
+        position_ids=torch.from_numpy(packed_positions(samples, lengths)),
         supervised=torch.from_numpy(supervised),
         owners=torch.from_numpy(np.searchsorted(borders, supervised, side="right") - 1),
         **_names(samples),
@@ -71,6 +76,18 @@ def collate_packed(samples: Sequence[Sample], pad_id: int) -> Batch:
         segment_borders=torch.from_numpy(borders.astype(np.int32)),
         media=_media(samples, borders[:-1].tolist()),
     )
+
+
+def own_positions(sample: Sample, axes: int) -> np.ndarray:
+    """Return the positions of a sample's tokens (axes, T): its own, or 0, 1, 2 ... on all axes."""
+    return np.tile(np.arange(len(sample.input_ids)), (axes, 1)) if sample.positions is None else sample.positions
+
+
+def packed_positions(samples: Sequence[Sample], lengths: Sequence[int]) -> np.ndarray:
+    """Return the positions (1, T) of a packed row, which start anew with every sample; (3, 1, T) where one has three axes."""
+    if any(sample.positions is not None for sample in samples):
+        return np.concatenate([own_positions(sample, 3) for sample in samples], axis=1)[:, None]
+    return np.concatenate([np.arange(length) for length in lengths])[None]
 
 
 class _Names(TypedDict):
@@ -99,13 +116,12 @@ def _media(samples: Sequence[Sample], offsets: list[int]) -> dict[str, Media]:
 
 
 def _joined(placed: list[tuple[int, SampleMedia]]) -> Media:
-    """Join all media of one modality. Rows of clips are padded with zeros to the longest, and no padding becomes a token."""
+    """Join all media of one modality. No padding becomes a token."""
     media = [medium for _, medium in placed]
-    slots = torch.cat([torch.arange(first, first + medium.length) for first, medium in placed])
-    longest = max(medium.values.shape[-1] for medium in media)
-    values = torch.cat([_filled(medium.values, longest) for medium in media])
+    slots = torch.cat([_slots(first, medium) for first, medium in placed])
+    values = _values(media)
     width = max(medium.width for medium in media)
-    firsts = np.cumsum([0, *(len(medium.values) for medium in media)])
+    firsts = np.cumsum([0, *(len(medium.values) // _joined_rows(medium) for medium in media)])
     moved = [_moved(medium, first, width, int(firsts[-1])) for medium, first in zip(media, firsts)]
     frames = [count for medium in media for count in medium.frames]
     weighted = any(medium.weights is not None for medium in media)
@@ -117,7 +133,27 @@ def _joined(placed: list[tuple[int, SampleMedia]]) -> Media:
         ends=torch.tensor([first + medium.length - 1 for first, medium in placed]),
         labels=torch.tensor([medium.label for medium in media]),
         weights=torch.from_numpy(np.concatenate([_weights(medium) for medium in media])) if weighted else None,
+        patches=None if media[0].native is None else patch_layout([medium.grid for medium in media], media[0].native),
     )
+
+
+def _slots(first: int, medium: SampleMedia) -> Tensor:
+    """Return the flat positions of a medium's features; its first token stands at `first`."""
+    return torch.arange(first, first + medium.length) if medium.places is None else torch.from_numpy(medium.places + first)
+
+
+def _joined_rows(medium: SampleMedia) -> int:
+    """Return how many of a medium's values become one row of features: the patches of a token, or 1."""
+    return 1 if medium.native is None else medium.native.shrink**2
+
+
+def _values(media: Sequence[SampleMedia]) -> Tensor:
+    """Join the encoder's input: clips filled with zeros to the longest, still pictures repeated over frames beside videos."""
+    if media[0].native is not None:
+        frames = max(medium.values.shape[2] for medium in media)
+        return torch.cat([medium.values.expand(-1, -1, frames, -1, -1) for medium in media])
+    longest = max(medium.values.shape[-1] for medium in media)
+    return torch.cat([_filled(medium.values, longest) for medium in media])
 
 
 def _four(rows: np.ndarray) -> np.ndarray:

@@ -87,9 +87,9 @@ class DataConfig:
     """Where media stand: as_written, where the text says so; first, in front of their turn (LLaVA, VITA)."""
     media_wrap: tuple[str, ...] = ()
     """Pair of strings written before and after every picture, as ['<im_start>', '<im_end>']; () = none."""
-    image_fit: Literal["pad", "square", "tiles", "anyres"] = "pad"
+    image_fit: Literal["pad", "square", "tiles", "anyres", "native"] = "pad"
     """What the tower sees of a picture: pad, on a square of the mean colour; square, as its own processor; tiles (InternVL);
-    anyres (LLaVA-NeXT)."""
+    anyres (LLaVA-NeXT); native, at its own size, by towers that can."""
     image_decode: Literal["exact", "fast"] = "exact"
     """exact equals the Hugging Face processors to the bit; fast decodes large JPEGs at a fraction of their size."""
     min_tiles: int = 1

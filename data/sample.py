@@ -6,23 +6,34 @@ Training and `data.processor` both use this module, so a model sees at inference
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 from torch import Tensor
 
 from data.media.record_media import RecordMedia
+from data.positions import FeatureRun, feature_places, feature_runs, positions_of, write_inside
 from data.records.record import MediaRef, Record, RecordError
 from data.text.rounds import TooLongError
 from data.text.template import Encoded
 from model.batch import IGNORE_INDEX
-from model.media_spec import AudioSpec, MediaMeta, MediaSpec, num_tokens, row_frames, row_width, token_rows, token_weights
+from model.media_spec import (
+    AudioSpec,
+    MediaMeta,
+    MediaSpec,
+    NativeSpec,
+    num_tokens,
+    row_frames,
+    row_width,
+    token_rows,
+    token_weights,
+)
 
 
 @dataclass(frozen=True)
 class SampleMedia:
-    """One medium and the positions that its features take: [start, start + length)."""
+    """One medium and the tokens that it takes: [start, start + length). All are features, but those inside it at other `places`."""
 
     kind: str  # image | video | audio
     values: Tensor  # (n, ...) encoder rows: (n, 3, S, S) pixels or (n, M, F) log-mel
@@ -33,6 +44,9 @@ class SampleMedia:
     frames: tuple[int, ...] = ()  # (n,) valid mel frames of each row
     label: int = IGNORE_INDEX  # user state after the medium
     weights: np.ndarray | None = None  # (length, 4) float32, weights of the rows of each token
+    places: np.ndarray | None = None  # (K,) int64 where its K features stand among its tokens; None: all of them are features
+    native: NativeSpec | None = None  # of a picture or video at its own size, a row of whose values is one patch
+    grid: tuple[int, int, int] = (1, 1, 1)  # its patches: pairs of frames, down and across
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,7 @@ class Sample:
     input_ids: np.ndarray  # (T,) int64, placeholders expanded
     labels: np.ndarray  # (T,) int64, shifted: the target of position t, or IGNORE_INDEX
     media: dict[str, list[SampleMedia]]  # by modality, in reading order
+    positions: np.ndarray | None = None  # (3, T) int64 for a language model with positions of three axes; None: 0, 1, 2 ...
 
 
 @dataclass(frozen=True)
@@ -81,12 +96,21 @@ def assemble_sample(
     ends = np.cumsum(widths)
     kept = len(ids) if max_length is None else _fitting(record, ends, encoded, max_length)
     placed: dict[str, list[SampleMedia]] = {}
-    for position, ref, meta in zip(at[at < kept], refs, metas):
-        start = int(ends[position] - widths[position])
-        placed.setdefault(ref.modality, []).append(_placed(specs[ref.modality], ref, meta, media.load(ref, meta), start))
     expanded = np.repeat(ids[:kept], widths[:kept])
+    runs: list[FeatureRun] = []
+    for position, ref, meta in zip(at[at < kept], refs, metas):
+        start, spec = int(ends[position] - widths[position]), specs[ref.modality]
+        placed.setdefault(ref.modality, []).append(_placed(spec, ref, meta, media.load(ref, meta), start))
+        if isinstance(spec, NativeSpec):
+            write_inside(expanded, start, ref.kind, spec, meta, media.feature_ids)
+            runs += feature_runs(start, spec, meta)
     supervised = np.repeat(np.array(encoded.supervised[:kept], dtype=bool), widths[:kept])
-    return Sample(sample_id, source_id, expanded, _shifted(expanded, supervised), placed)
+    positions = positions_of(len(expanded), runs) if _axes(specs) == 3 else None
+    return Sample(sample_id, source_id, expanded, _shifted(expanded, supervised), placed, positions)
+
+
+def _axes(specs: dict[str, MediaSpec]) -> int:
+    return max((spec.axes for spec in specs.values() if isinstance(spec, NativeSpec)), default=1)
 
 
 def measure_encoded(
@@ -122,7 +146,10 @@ def _placed(spec: MediaSpec, ref: MediaRef, meta: MediaMeta, values: Tensor, sta
     frames = row_frames(spec, meta) if isinstance(spec, AudioSpec) else ()
     width = row_width(spec, values.shape[-1])
     rows = _fixed_rows(spec, meta, width) if meta.size == (0, 0) else token_rows(spec, meta, width)
-    return SampleMedia(ref.kind, values, start, len(rows), rows, width, frames, ref.label, token_weights(spec, meta))
+    found = SampleMedia(ref.kind, values, start, len(rows), rows, width, frames, ref.label, token_weights(spec, meta))
+    if not isinstance(spec, NativeSpec):
+        return found
+    return replace(found, length=num_tokens(spec, meta), places=feature_places(spec, meta), native=spec, grid=meta.patches)
 
 
 @lru_cache(maxsize=64)

@@ -1,8 +1,8 @@
 """The contract between `data` and `model`: the contents of one micro-batch.
 
 Shape legend, used in every docstring of this project:
-B batch, T tokens, D hidden, V vocabulary, N media rows, L tokens per row, K spliced rows, M media, S supervised positions,
-n samples, A answers, R tokens of answers, P pairs of them.
+B batch, T tokens, D hidden, V vocabulary, N media rows, P packed patches, L tokens per row, K spliced rows, M media,
+S supervised positions, n samples, A answers, R tokens of answers, Q pairs of answers.
 
 Every index that would cost a search or a host sync on the device is computed by `collate` on the CPU and stored in the batch.
 """
@@ -21,6 +21,31 @@ IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
+class Patches:
+    """Where the packed patches (P, ...) of pictures at their own size stand, and which of them attend to each other.
+
+    The shrink x shrink patches of one token stand one behind the other, so G = P / shrink**2 groups follow one another. Blocks with
+    windows read the groups in the order `window_order`, and their results come back by `window_places`.
+    """
+
+    positions: Tensor  # (P, 2) int64 row and column of each patch in its picture
+    lengths: tuple[int, ...]  # patches of each picture or pair of frames, on the CPU
+    borders: Tensor  # (pictures + 1,) int32 first patch of each, and the end of the last
+    window_order: Tensor | None = None  # (G,) int64 group that stands at each place
+    window_places: Tensor | None = None  # (G,) int64 its inverse
+    window_lengths: tuple[int, ...] | None = None  # patches of each window, on the CPU
+    window_borders: Tensor | None = None  # (windows + 1,) int32
+    corners: Tensor | None = None  # (P, N) int64 rows of the table of positions that each patch mixes
+    shares: Tensor | None = None  # (P, N) float32 their weights
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> Patches:
+        """Return the same with `move` applied to every tensor."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        moved: dict[str, Any] = {name: move(t) for name, t in fields.items() if isinstance(t, Tensor)}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
 class Media:
     """Encoder input of one modality, for all samples of a batch in reading order.
 
@@ -28,13 +53,14 @@ class Media:
     are the projector's own rows: a line break between rows of tiles, prompts before a clip.
     """
 
-    values: Tensor  # (N, 3, H, W) pixels, float32 or bytes not yet normalised; (N, M, F) log-mel float32
+    values: Tensor  # (N, 3, H, W) pixels, float32 or bytes not yet normalised; (P, 3, F, p, p) patches; (N, M, F) log-mel float32
     rows: Tensor  # (K,) int64, or (K, 4)
     slots: Tensor  # (K,) int64
     lengths: Tensor | None = None  # (N,) valid mel frames of each row; None: whole rows are valid
     ends: Tensor | None = None  # (M,) flat position of the last token of each picture, video or clip
     labels: Tensor | None = None  # (M,) user state after each clip, or IGNORE_INDEX
     weights: Tensor | None = None  # (K, 4) float32: a token is the sum of its four rows times these; None: a token is one row
+    patches: Patches | None = None  # of pictures at their own size: a row of `values` is one patch
 
     def to(self, device: torch.device) -> Media:
         return self._map(lambda t: t.to(device, non_blocking=True))
@@ -43,8 +69,9 @@ class Media:
         return self._map(lambda t: t.pin_memory())
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> Media:
-        tensors: dict[str, Tensor | None] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return replace(self, **{name: move(t) for name, t in tensors.items() if t is not None})
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        moved: dict[str, Any] = {name: move(t) for name, t in fields.items() if isinstance(t, Tensor)}
+        return replace(self, **moved, patches=self.patches and self.patches.map(move))
 
 
 @dataclass(frozen=True)
@@ -60,8 +87,8 @@ class Answers:
     learned: Tensor  # (S,) of the R tokens, those at `Batch.supervised`, in that order
     samples: Tensor  # (A,) sample of the batch that each answer belongs to
     tokens: Tensor  # (A,) float32, tokens of each answer
-    chosen: Tensor  # (P,) answers that are preferred to those of `rejected`
-    rejected: Tensor  # (P,)
+    chosen: Tensor  # (Q,) answers that are preferred to those of `rejected`
+    rejected: Tensor  # (Q,)
     desirable: Tensor  # (d,) answers that are wanted, or not, without another one to compare with
     undesirable: Tensor  # (u,)
     other: Tensor  # (m,) answers to the prompts of other records
@@ -94,7 +121,7 @@ class Batch:
     input_ids: Tensor  # (B, T) placeholders already expanded: one id per feature row
     labels: Tensor  # (B, T) already shifted: the target of position t, or IGNORE_INDEX
     attention_mask: Tensor | None  # (B, T) 1 for real tokens; None when nothing is padded
-    position_ids: Tensor  # (B, T)
+    position_ids: Tensor  # (B, T); (3, B, T) time, row and column, for a language model with positions of three axes
     supervised: Tensor  # (S,) flat positions b * T + t that carry a label
     owners: Tensor  # (S,) sample of the batch that each supervised position belongs to
     sample_ids: Tensor  # (n,) index of each sample over all sources; -1 for padding in place of a sample

@@ -11,8 +11,9 @@ from model.audio.encoder import AudioEncoder
 from model.audio.projector import build_audio_projector
 from model.audio.state_head import StateHead
 from model.card import ModelCard, make_card
-from model.config import LoraConfig, ModelConfig, QuantizeConfig
+from model.config import LoraConfig, ModelConfig, QuantizeConfig, VisionConfig
 from model.errors import ConfigError
+from model.files.untrusted import Json
 from model.llm.causal_lm import VocabularyLayout, build_llm, head_weight
 from model.llm.new_tokens import add_new_rows
 from model.llm.quantized_linear import quantise
@@ -20,6 +21,8 @@ from model.llm.router_loss import RouterTap
 from model.lora import add_lora, target_paths
 from model.multimodal import ENCODERS, MultimodalLM
 from model.trainable import apply_tune
+from model.vision.native_kinds import NATIVE_TOWERS
+from model.vision.native_tower import NativeTower
 from model.vision.projector import build_vision_projector
 from model.vision.tower import VisionTower
 from model.weights.materialise import materialise, parameters_on_meta
@@ -62,9 +65,9 @@ def assemble(card: ModelCard, dtype: torch.dtype) -> MultimodalLM:
         head_weight(llm)
         width = llm.get_input_embeddings().embedding_dim
         if config.vision is not None and config.vision_projector is not None:
-            tower = VisionTower(card.hugging_face["vision"], config.vision)
+            tower = build_tower(card.hugging_face["vision"], config.vision)
             parts["vision"] = tower
-            parts["vision_projector"] = build_vision_projector(config.vision_projector, tower.hidden_size, width)
+            parts["vision_projector"] = build_vision_projector(config.vision_projector, tower.hidden_size, width, tower.levels)
         if config.audio is not None and config.audio_projector is not None:
             encoder = AudioEncoder(card.hugging_face["audio"], config.audio.window == "full")
             parts["audio"] = encoder
@@ -83,6 +86,11 @@ def assemble(card: ModelCard, dtype: torch.dtype) -> MultimodalLM:
         add_new_rows(llm, card.vocabulary.tuned_ids)
     apply_tune(model, config, card.lora)
     return model
+
+
+def build_tower(value: Json, config: VisionConfig) -> VisionTower | NativeTower:
+    """Build the vision tower of config.json `value`: of one square, or of variable size."""
+    return (NativeTower if value["model_type"] in NATIVE_TOWERS else VisionTower)(value, config)
 
 
 def inject(model: MultimodalLM, card: ModelCard) -> None:

@@ -27,7 +27,8 @@ from model.files.quantised_base import check_dequantizable, check_settings, quan
 from model.files.tensor_files import dump_json, sampled_digest
 from model.files.untrusted import Json, load_json
 from model.llm.causal_lm import VocabularyLayout, llm_config
-from model.media_spec import MediaSpec, spec_from_json, spec_to_json
+from model.llm.multi_axis_rope import SECTIONS
+from model.media_spec import MediaSpec, NativeSpec, spec_from_json, spec_to_json
 from model.published.table import part_files
 from model.vision.projector import projected_spec
 from model.vision.tower import vision_config, vision_spec
@@ -108,7 +109,11 @@ def media_specs(config: ModelConfig) -> dict[str, MediaSpec]:
     """Return the facts that `data` needs, by modality, from JSON files alone; no weight is read."""
     specs: dict[str, MediaSpec] = {}
     if config.vision is not None and config.vision_projector is not None:
-        specs["image"] = projected_spec(vision_spec(config.vision, config.cache_dir), config.vision_projector)
+        seen = projected_spec(vision_spec(config.vision, config.cache_dir), config.vision_projector)
+        if isinstance(seen, NativeSpec):
+            text = llm_config(config.llm, config.cache_dir)
+            seen = replace(seen, axes=3 if text.get(SECTIONS) else 1)
+        specs["image"] = seen
     if config.audio is not None and config.audio_projector is not None:
         spec = audio_spec(config.audio, config.audio_projector, config.cache_dir)
         specs["audio"] = replace(spec, num_states=config.state_head.classes if config.state_head is not None else 0)

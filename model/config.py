@@ -47,6 +47,8 @@ class VisionConfig:
     """Side of the square that the tower sees, in pixels; 0 = the tower's own; otherwise its position embeddings are resized."""
     placeholder: str = ""
     """Token whose positions take the features; '' = <image>. Set it for a model that was trained with another one."""
+    video_placeholder: str = ""
+    """Token whose positions take the features of videos, for a tower that reads pictures at their own size; '' = placeholder."""
     scales: tuple[int, ...] = ()
     """S2: further square sizes in pixels at which every picture is seen too, features side by side; () = none."""
     weights: str = ""

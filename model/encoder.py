@@ -15,6 +15,9 @@ class Encoder(nn.Module):
     blank_length: int
     """Rows of features, L, of the blank row that stands for a batch without media."""
 
+    levels: int = 1
+    """Hidden states that stand side by side in a row of features: further ones are for early layers of the language model."""
+
     def valid_rows(self, lengths: Tensor | None) -> Tensor | None:
         """Return the number of features of each row that come from valid input, (N,); None when all rows are valid."""
         raise NotImplementedError

@@ -32,15 +32,24 @@ class GenerationOptions:
     on_token: Callable[[int], None] | None = None  # told each id of the only row as it is chosen; what it raises ends the row
 
 
-def generate(llm: CausalLM, embeds: Tensor, mask: Tensor, options: GenerationOptions) -> list[list[int]]:
-    """Generate new ids for each row, cut before its first stop id. embeds (B, T, D) and mask (B, T) are prompts padded on the LEFT.
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts that are padded on the LEFT."""
+
+    embeds: Tensor  # (B, T, D)
+    mask: Tensor  # (B, T) 1 for real tokens
+    position_ids: Tensor | None = None  # (3, B, T) positions of three axes; None: real tokens are counted
+
+
+def generate(llm: CausalLM, prompts: Prompts, options: GenerationOptions) -> list[list[int]]:
+    """Generate new ids for each row, cut before its first stop id. The first one follows the largest position of its prompt.
 
     Raises `ValueError` for max_new_tokens < 1, and for on_token with several rows.
     """
     if options.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {options.max_new_tokens} is not positive")
-    if options.on_token and len(embeds) != 1:
-        raise ValueError(f"on_token is told the ids of one row, and there are {len(embeds)}")
+    if options.on_token and len(prompts.mask) != 1:
+        raise ValueError(f"on_token is told the ids of one row, and there are {len(prompts.mask)}")
     told = None if options.on_token is None else TokenListener(options.on_token, options.stop_ids)
     sampling: dict[str, bool | float] = {"do_sample": options.temperature > 0}
     if options.temperature > 0:
@@ -52,11 +61,17 @@ def generate(llm: CausalLM, embeds: Tensor, mask: Tensor, options: GenerationOpt
         use_cache=True,
         **sampling,
     )
+    positions = {} if prompts.position_ids is None else {"position_ids": prompts.position_ids}
     with torch.no_grad(), masked_attention(llm), no_settings(llm), torch.random.fork_rng(enabled=options.seed is not None):
         if options.seed is not None:
             torch.manual_seed(options.seed)
         ids = llm.generate(
-            inputs_embeds=embeds, attention_mask=mask, generation_config=config, synced_gpus=options.together, streamer=told
+            inputs_embeds=prompts.embeds,
+            attention_mask=prompts.mask,
+            generation_config=config,
+            synced_gpus=options.together,
+            streamer=told,
+            **positions,
         )
     return [_until_stop(row, options.stop_ids) for row in ids.tolist()]
 

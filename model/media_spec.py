@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -40,6 +41,29 @@ class ImageSpec:
     queries: int = 0  # tokens the projector makes of each view, whatever its size; 0: as many as patches
     newline: bool = False  # the projector has a line break: after each line of tiles, or after a picture or video without tiles
     placeholder: str = PLACEHOLDERS["image"]  # token whose positions take features
+
+
+@dataclass(frozen=True)
+class NativeSpec(ImageSpec):
+    """JSON-able facts about a tower that reads pictures at their own size, as packed patches.
+
+    `size` is the side of the smallest picture, and `resize` the rule by which sizes are chosen, an entry of
+    `data.media.native_size.FITTED`.
+    """
+
+    frames: int = 1  # frames of a video that make one patch; a still picture is repeated
+    multiple: int = 1  # sides of pictures are multiples of this many patches
+    min_pixels: int = 0  # of a resized picture
+    max_pixels: int = 0  # of a resized picture
+    longest: int = 0  # longest side of a resized picture in pixels; 0: any
+    max_patches: int = 0  # most patches of a picture; 0: any
+    video_pixels: tuple[int, ...] = ()  # least and most pixels of a video, each times its frames; () = those of a picture
+    window: int = 0  # side in pixels of the squares that most blocks attend in; 0: in the whole picture
+    table: int = 0  # side of the square table of learned positions, which is interpolated to each picture; 0: none
+    align_corners: bool = True  # the table's corner rows stand at the centres of a picture's corner patches
+    axes: int = 1  # of the language model's positions: 1, or 3 for time, row and column
+    ticks: float = 0.0  # positions per second of a video on the axis of time; 0: one per pair of frames
+    video_placeholder: str = ""  # token of a video's features; "" = that of pictures
 
 
 @dataclass(frozen=True)
@@ -98,7 +122,8 @@ def spec_to_json(spec: MediaSpec) -> Json:
     return {"kind": kind, **fields}
 
 
-_SPECS: dict[str, type[MediaSpec]] = {"image": ImageSpec, "audio": AudioSpec}
+_SPECS: dict[str, type[MediaSpec]] = {"native": NativeSpec, "image": ImageSpec, "audio": AudioSpec}
+"""Kinds of spec; the more special one stands first."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +135,9 @@ class MediaMeta:
     grid: tuple[int, int] = (1, 1)  # tiles across and down, without the thumbnail or the base view
     size: tuple[int, int] = (0, 0)  # of a picture whose tiles keep its aspect, in pixels (width, height); else (0, 0)
     max_tiles: int = 0  # a picture with more tokens than this many tiles is shrunk to that number; 0: never
+    patches: tuple[int, int, int] = (0, 0, 0)  # of a picture at its own size: pairs of frames, patches down and across
+    seconds: float = 0.0  # of a video at its own size: from one pair of frames to the next
+    inside: tuple[tuple[int, tuple[int, ...]], ...] = ()  # token ids that stand inside the medium, each before its k-th feature
 
 
 def num_tokens(spec: MediaSpec, meta: MediaMeta) -> int:
@@ -119,9 +147,16 @@ def num_tokens(spec: MediaSpec, meta: MediaMeta) -> int:
     """
     if isinstance(spec, AudioSpec):
         return spec.num_prompts + sum(row_tokens(spec, meta))
+    if isinstance(spec, NativeSpec):
+        return num_features(spec, meta) + sum(len(ids) for _, ids in meta.inside)
     if (tiles := _tile_map(spec, meta)) is not None:
         return view_tokens(spec) + tiles.num_tokens
     return sum(row_tokens(spec, meta)) + spec.newline
+
+
+def num_features(spec: NativeSpec, meta: MediaMeta) -> int:
+    """Return the number of tokens of a picture or video at its own size that are features: one per shrink x shrink patches."""
+    return math.prod(meta.patches) // spec.shrink**2
 
 
 def row_tokens(spec: MediaSpec, meta: MediaMeta) -> tuple[int, ...]:
@@ -146,6 +181,8 @@ def token_rows(spec: MediaSpec, meta: MediaMeta, width: int) -> np.ndarray:
         found = map_rows(tiles, width)
         base = np.arange(view_tokens(spec))
         return np.concatenate([base if found.ndim == 1 else np.repeat(base[:, None], 4, axis=1), found])
+    if isinstance(spec, NativeSpec):
+        return np.arange(num_features(spec, meta))
     tokens = np.array(row_tokens(spec, meta), dtype=np.int64)
     rows = np.flatnonzero(np.arange(width) < tokens[:, None])
     if isinstance(spec, AudioSpec):
@@ -167,7 +204,7 @@ ONE_ROW = (1.0, 0.0, 0.0, 0.0)
 
 
 def _tile_map(spec: ImageSpec, meta: MediaMeta) -> TileMap | None:
-    if meta.size == (0, 0):
+    if meta.size == (0, 0) or isinstance(spec, NativeSpec):
         return None
     return tile_map(meta.size, meta.grid, spec.size // spec.patch // spec.shrink, meta.max_tiles)
 
@@ -198,12 +235,18 @@ def layers(spec: AudioSpec) -> tuple[tuple[int, int], ...]:
 
 
 def row_width(spec: MediaSpec, num_frames: int = 0) -> int:
-    """Return the tokens L that the encoder makes of each row of a batch. `num_frames`: mel frames that rows are padded to."""
+    """Return the tokens L that the encoder makes of each row of a batch, or of each group of patches. `num_frames`: mel frames that
+    rows are padded to.
+    """
+    if isinstance(spec, NativeSpec):
+        return 1
     return _shortened(dataclasses.replace(spec, drops_odd=False), num_frames) if isinstance(spec, AudioSpec) else view_tokens(spec)
 
 
 def row_shape(spec: MediaSpec) -> tuple[int, ...]:
-    """Return the shape of one blank encoder row: the shortest possible one, where rows differ in length."""
+    """Return the shape of one blank encoder row: the shortest possible one, where rows differ in length; of a patch."""
+    if isinstance(spec, NativeSpec):
+        return (3, spec.frames, spec.patch, spec.patch)
     if isinstance(spec, AudioSpec):
         return (spec.num_mels, spec.window_frames if spec.full_window else max(2, least_frames(spec)))
     return (3, spec.size, spec.size)

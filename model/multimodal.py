@@ -13,14 +13,15 @@ from model.batch import Batch, Media
 from model.encoder import Encoder
 from model.errors import ConfigError
 from model.files.sharding import is_sharded_module
-from model.generate import GenerationOptions, generate
+from model.generate import GenerationOptions, Prompts, generate
 from model.llm.attention import decoder_options, masked_attention
 from model.llm.causal_lm import head_weight
 from model.llm.interface import CausalLM
 from model.llm.new_tokens import new_head_rows
 from model.llm.router_loss import RouterTap
 from model.loss import HeadOptions, LossTerm, Term, text_term
-from model.media_spec import MediaSpec, row_shape
+from model.media_spec import MediaSpec
+from model.patch_layout import blank_media
 from model.preference.tuning import PreferenceTuning
 from model.projector import OWN_ROWS
 from model.splice import placeholder_rows, splice
@@ -130,12 +131,14 @@ class MultimodalLM(nn.Module):
         encoder, projector = self.encoder(encoder_name), self.get_submodule(projector_name)
         trainable = encoder_name in self.trainable_parts
         if media is None and not trainable and not is_sharded_module(encoder.tower):
-            media, shape = self._no_media(modality), (1, encoder.blank_length, encoder.hidden_size)
+            media = self._no_media(modality)
+            shape = (1, encoder.blank_length * len(media.values), encoder.hidden_size)
             encoded = torch.zeros(shape, dtype=self.dtype, device=self._device())
         else:
             media = media or self._no_media(modality)
             with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
-                encoded = encoder(normalised(media.values, self.specs[modality], self.dtype), media.lengths)  # (N, L, C)
+                values = normalised(media.values, self.specs[modality], self.dtype)
+                encoded = encoder(values, media.lengths, media.patches)  # (N, L, C)
         rows = projector(encoded, encoder.valid_rows(media.lengths)).flatten(0, 1)
         for name in OWN_ROWS:
             if (extra := getattr(projector, name, None)) is not None:
@@ -143,9 +146,7 @@ class MultimodalLM(nn.Module):
         return placeholder_rows(rows, media)
 
     def _no_media(self, modality: str) -> Media:
-        device = self._device()
-        none = torch.zeros(0, dtype=torch.long, device=device)
-        return Media(torch.zeros(1, *row_shape(self.specs[modality]), device=device), none, none)
+        return blank_media(self.specs[modality], self._device())
 
     def _device(self) -> torch.device:
         return self.compute_device or next(self.llm.parameters()).device
@@ -186,4 +187,4 @@ class MultimodalLM(nn.Module):
         mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
         with torch.no_grad():
             embeds = self.embed(batch)
-        return generate(self.llm, embeds, mask, options)
+        return generate(self.llm, Prompts(embeds, mask, batch.position_ids if batch.position_ids.ndim == 3 else None), options)

@@ -7,7 +7,7 @@ from math import ceil
 from PIL import Image
 
 from data.media.image_decode import Picture, Size
-from data.media.tiling import fitted_size
+from data.media.tiling import size_in_grid
 from model.media_spec import ImageSpec, MediaMeta
 
 
@@ -25,7 +25,7 @@ def fitted_views(picture: Picture, spec: ImageSpec, fit: str, meta: MediaMeta) -
 def _anyres_views(picture: Picture, spec: ImageSpec, meta: MediaMeta) -> list[Image.Image]:
     """Return the base view of a picture, then its tiles row by row."""
     (across, down), side = meta.grid, spec.size
-    width, height = fitted_size(meta.size, meta.grid, side)
+    width, height = size_in_grid(meta.size, meta.grid, side)
     canvas = Image.new("RGB", (across * side, down * side))
     resized = picture.image.resize((width, height), spec.resample, picture.box)
     canvas.paste(resized, ((canvas.width - width) // 2, (canvas.height - height) // 2))
@@ -64,7 +64,7 @@ def needed_size(size: Size, spec: ImageSpec, fit: str, meta: MediaMeta) -> Size:
     if fit == "tiles":
         return meta.grid[0] * spec.size, meta.grid[1] * spec.size
     if fit == "anyres":
-        width, height = fitted_size(size, meta.grid, spec.size)
+        width, height = size_in_grid(size, meta.grid, spec.size)
         return max(width, spec.size), max(height, spec.size)
     return resized_size(size, spec, fit)
 

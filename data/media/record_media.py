@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
 from data.config import DataConfig
-from data.media import audio, image, video
+from data.media import audio, image, native_image, video
 from data.media.blob import Blob, MediaError
 from data.records.record import MediaRef, Record, RecordError
-from model.media_spec import MediaMeta, MediaSpec
+from model.media_spec import MediaMeta, MediaSpec, NativeSpec
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,15 @@ READERS = {
 """Readers by kind of medium. To add a kind, add an entry here and in `model.media_spec`, not a branch."""
 
 
+NATIVE_READERS = {"image": MediaReader(native_image.measure, native_image.load, image.check_file)}
+"""Readers of towers that read pictures at their own size."""
+
+
+def reader_of(kind: str, spec: MediaSpec) -> MediaReader:
+    """Return the reader of one kind of medium for the encoder that `spec` describes."""
+    return (NATIVE_READERS if isinstance(spec, NativeSpec) else READERS)[kind]
+
+
 @dataclass(frozen=True)
 class RecordMedia:
     """The media of one record. A fault of a medium is raised as `RecordError`."""
@@ -46,16 +55,21 @@ class RecordMedia:
     locate: Callable[[MediaRef], Blob]  # asked through `blob`
     specs: dict[str, MediaSpec]
     config: DataConfig
+    feature_ids: dict[str, int] = field(default_factory=dict)  # id of a feature, by kinds of media that have one of their own
 
     def measure(self, ref: MediaRef) -> MediaMeta:
         """Measure a medium by its header, or by decoding it where the header is not enough."""
         with self.named(ref):
-            return READERS[ref.kind].measure(self.blob(ref), ref, self.specs[ref.modality], self.config, self.counts[ref.kind])
+            return reader_of(ref.kind, self.specs[ref.modality]).measure(
+                self.blob(ref), ref, self.specs[ref.modality], self.config, self.counts[ref.kind]
+            )
 
     def load(self, ref: MediaRef, meta: MediaMeta) -> Tensor:
         """Decode a medium that was measured as `meta` to encoder rows (n, ...)."""
         with self.named(ref):
-            return READERS[ref.kind].load(self.blob(ref), ref, self.specs[ref.modality], self.config, meta)
+            return reader_of(ref.kind, self.specs[ref.modality]).load(
+                self.blob(ref), ref, self.specs[ref.modality], self.config, meta
+            )
 
     def blob(self, ref: MediaRef) -> Blob:
         """Locate a medium, once for all that is done with it. May raise MediaError."""

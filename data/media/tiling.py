@@ -111,7 +111,7 @@ def best_anyres_grid(size: Size, side: int, grids: tuple[Size, ...]) -> Size:
     return best
 
 
-def fitted_size(size: Size, grid: Size, side: int) -> Size:
+def size_in_grid(size: Size, grid: Size, side: int) -> Size:
     """Return the largest size of a picture of `size` that fits the grid, at least one pixel either way."""
     (width, height), (wide, high) = size, (grid[0] * side, grid[1] * side)
     if wide / width < high / height:

@@ -97,10 +97,11 @@ def _rows(sample: PreferenceSample) -> list[Sample]:
     """Return the conversation with each answer as a sample; the media are those of the first."""
     first, *others = sample.answers
     ids, labels = sample.input_ids, sample.labels
-    rows = [Sample(sample.sample_id, sample.source_id, ids[: first.stop], labels[: first.stop], sample.media)]
+    own = None if sample.positions is None else sample.positions[:, : first.stop]
+    rows = [Sample(sample.sample_id, sample.source_id, ids[: first.stop], labels[: first.stop], sample.media, own)]
     for answer in others:
-        own = np.concatenate([ids[: sample.prompt], ids[answer.start : answer.stop]])
-        rows.append(Sample(sample.sample_id, sample.source_id, own, np.full(len(own), IGNORE_INDEX), {}))
+        whole = np.concatenate([ids[: sample.prompt], ids[answer.start : answer.stop]])
+        rows.append(Sample(sample.sample_id, sample.source_id, whole, np.full(len(whole), IGNORE_INDEX), {}))
     return rows
 
 

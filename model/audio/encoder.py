@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from model.audio.projector import projector_strides, shortened
 from model.audio.whale import KERNEL, WhaleTower, whale_config, whale_spec
 from model.audio.whisper import SETTING, build_qwen2_audio, build_whisper, encoder_config, whisper_spec
+from model.batch import Patches
 from model.config import AudioConfig, AudioProjectorConfig
 from model.encoder import Encoder
 from model.errors import ConfigError
@@ -106,5 +107,5 @@ class AudioEncoder(Encoder):
                 lengths = shortened(lengths, stride, kernel)
         return lengths
 
-    def forward(self, values: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def forward(self, values: Tensor, lengths: Tensor | None = None, patches: Patches | None = None) -> Tensor:
         return self.tower(values, lengths, self.full_window)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,7 +20,8 @@ from model.batch import Batch, SharedPrompts
 from model.config import OUR_ATTENTION
 from model.llm.interface import CausalLM
 from model.llm.packed_operator import SegmentOptions, attend
-from model.llm.scores import CappedScores, band, capped, seen_behind
+from model.llm.scores import CappedScores, band, capped
+from model.llm.shared_prompts import behind_prompts
 
 
 def varlen_kernel() -> Callable[..., object] | None:
@@ -105,44 +107,15 @@ def packed_attention(
     if attention_mask is not None or key.shape[2] != length or kwargs.get("position_bias") is not None:
         raise ValueError(f"{PACKED} takes whole packed rows: no mask, no cache, no position bias")
     if takes_varlen(query, value, **kwargs):
+        options = _varlen_options(**kwargs)
         if shared_prompts is not None:
-            key, value = (tensor.index_select(2, shared_prompts.keys) for tensor in (key, value))
-        ends = Ends(segment_borders, max(segment_lengths))
-        of_keys = ends if shared_prompts is None else Ends(shared_prompts.borders, shared_prompts.longest)
-        return _varlen(query, key, value, (ends, of_keys), _varlen_options(**kwargs)), None
+            return varlen_behind_prompts((query, key, value), segment_borders, segment_lengths, shared_prompts, options), None
+        return varlen_segments(query, key, value, segment_borders, max(segment_lengths), options), None
     if shared_prompts is not None:
-        return _behind_prompts(module, (query, key, value), segment_lengths, shared_prompts.prefixes, **kwargs), None
+        alone = partial(causal_attention, module, attention_mask=None, **kwargs)
+        return behind_prompts(module, (query, key, value), segment_lengths, shared_prompts.prefixes, alone, **kwargs), None
     parts = zip(*(tensor.split(segment_lengths, 2) for tensor in (query, key, value)))
     return torch.cat([causal_attention(module, q, k, v, None, **kwargs)[0] for q, k, v in parts], 1), None
-
-
-def _behind_prompts(
-    module: nn.Module,
-    inputs: tuple[Tensor, Tensor, Tensor],
-    lengths: tuple[int, ...],
-    prefixes: tuple[tuple[int, int], ...],
-    **kwargs: Any,
-) -> Tensor:
-    """Compute `packed_attention` where segments see an earlier part of the row: one call per segment."""
-    found, start = [], 0
-    for length, (first, seen) in zip(lengths, prefixes):
-        query, key, value = (tensor[:, :, start : start + length] for tensor in inputs)
-        if seen:
-            key, value = (torch.cat([t[:, :, first : first + seen], own], 2) for t, own in zip(inputs[1:], (key, value)))
-            found.append(_with_mask(module, query, key, value, seen, **kwargs))
-        else:
-            found.append(causal_attention(module, query, key, value, None, **kwargs)[0])
-        start += length
-    return torch.cat(found, 1)
-
-
-def _with_mask(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, seen: int, **kwargs: Any) -> Tensor:
-    """Compute attention of query (1, H, T, D) to key and value (1, Hkv, seen + T, D), causal behind the first `seen` keys."""
-    window, softcap = kwargs.pop("sliding_window", None), kwargs.pop("softcap", None)
-    mask = seen_behind(query, seen, window)
-    if softcap is not None:
-        return capped(query, key, value, mask, CappedScores(softcap, kwargs.get("scaling"), kwargs.get("dropout", 0.0)))
-    return cast(Tensor, sdpa_attention_forward(module, query, key, value, mask[None, None], **kwargs)[0])
 
 
 def _packed_in_graph(query: Tensor, key: Tensor, value: Tensor, segments: Any, **kwargs: Any) -> Tensor:
@@ -151,7 +124,7 @@ def _packed_in_graph(query: Tensor, key: Tensor, value: Tensor, segments: Any, *
     if borders is None or table is None or kwargs.get("dropout"):
         raise ValueError(f"{PACKED} has no segments, or dropout of attention, which is not compiled: parallel.compile = false")
     if takes_varlen(query, value, **kwargs):
-        return _varlen(query, key, value, (Ends(borders, longest),) * 2, _varlen_options(**kwargs))
+        return varlen_segments(query, key, value, borders, longest, _varlen_options(**kwargs))
     scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
     options = SegmentOptions(scale, kwargs.get("sliding_window") or 0, kwargs.get("softcap") or 0.0)
     return attend(query, key, value, table, options)
@@ -180,6 +153,12 @@ def takes_varlen(
     return fits and not dropout and is_causal is not False and (device.major, device.minor) >= VARLEN_CAPABILITY
 
 
+def varlen_segments(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, options: dict[str, object]) -> Tensor:
+    """Compute all segments with one kernel; `options` are those of `varlen_kernel()`."""
+    ends = Ends(borders, longest)
+    return _varlen(query, key, value, (ends, ends), options)
+
+
 class Ends(NamedTuple):
     """Where the segments of packed queries, or keys, end."""
 
@@ -187,8 +166,20 @@ class Ends(NamedTuple):
     longest: int
 
 
+def varlen_behind_prompts(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    borders: Tensor,
+    lengths: tuple[int, ...],
+    shared: SharedPrompts,
+    options: dict[str, object],
+) -> Tensor:
+    """Compute all segments with one kernel, each with the earlier part of the row that it sees as its first keys."""
+    key, value = (tensor.index_select(2, shared.keys) for tensor in inputs[1:])
+    return _varlen(inputs[0], key, value, (Ends(borders, max(lengths)), Ends(shared.borders, shared.longest)), options)
+
+
 def _varlen(query: Tensor, key: Tensor, value: Tensor, ends: tuple[Ends, Ends], options: dict[str, object]) -> Tensor:
-    """Compute all segments with one kernel; `ends`: of queries and of keys; `options` are those of `varlen_kernel()`.
+    """Compute all segments of queries and keys, which end at `ends`, with one kernel.
 
     Where a segment has more keys than queries, its last query sees all of them: the kernel aligns causality there.
     """

@@ -16,6 +16,7 @@ from model.files.hub import hugging_face_config
 from model.files.untrusted import Json
 from model.llm import attention
 from model.llm.interface import CausalLM
+from model.llm.multi_axis_rope import add_axes
 from model.logit_scaling import logit_change
 from model.published.refused import REFUSED
 from model.published.table import part_config
@@ -98,6 +99,7 @@ def build_llm(value: Json, attention_name: str, vocabulary: VocabularyLayout) ->
         raise ConfigError(f"model.llm or model.attention = {attention_name!r}: {type(error).__name__}: {error}") from error
     check_causal(llm, attention_name)
     head_weight(llm)
+    add_axes(llm)
     llm.logit_change = logit_change(llm)
     return llm
 

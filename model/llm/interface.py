@@ -79,6 +79,9 @@ class CausalLM(nn.Module):
         generation_config: GenerationConfig,
         synced_gpus: bool,
         streamer: IdListener | None,
+        position_ids: Tensor = ...,
     ) -> Tensor:
-        """Return the generated ids (B, new tokens), and tell `streamer` each as it is chosen."""
+        """Return the generated ids (B, new tokens), and tell `streamer` each as it is chosen. `position_ids` are those of the
+        prompt, on whose last ones later positions follow.
+        """
         raise NotImplementedError

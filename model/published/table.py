@@ -16,6 +16,7 @@ from model.published import (
     transformers_audio,
     transformers_internvl,
     transformers_llava,
+    transformers_qwen_vl,
     vita,
     vita_audio,
 )
@@ -26,6 +27,7 @@ LAYOUTS: tuple[Layout, ...] = (
     *transformers_llava.LAYOUTS,
     *transformers_internvl.LAYOUTS,
     *transformers_audio.LAYOUTS,
+    *transformers_qwen_vl.LAYOUTS,
     *original_lora.LAYOUTS,
     *original_llava.LAYOUTS,
     *original_internvl.LAYOUTS,

@@ -24,7 +24,9 @@ NEWLINE = (r"(model\.)?(?=image_newline$)", "")
 
 def llm_part(source: Published) -> Json:
     """Return config.json of the language model. Whether its head is tied is what transformers' class of the whole model says."""
-    found = _nested(source, "text_config") | {"tie_word_embeddings": bool(getattr(source.whole, "tie_word_embeddings", False))}
+    found = nested_config(source, "text_config") | {
+        "tie_word_embeddings": bool(getattr(source.whole, "tie_word_embeddings", False))
+    }
     if "quantization_config" in source.config:
         found.setdefault("quantization_config", source.config["quantization_config"])
     return found
@@ -32,15 +34,15 @@ def llm_part(source: Published) -> Json:
 
 def tower_part(source: Published) -> Json:
     """Return config.json of the vision tower."""
-    return _nested(source, "vision_config")
+    return nested_config(source, "vision_config")
 
 
 def encoder_part(source: Published) -> Json:
     """Return config.json of the audio encoder."""
-    return _nested(source, "audio_config")
+    return nested_config(source, "audio_config")
 
 
-def _nested(source: Published, key: str) -> Json:
+def nested_config(source: Published, key: str) -> Json:
     """Return a part's config.json as it is written, with what transformers' class of the whole model fills in."""
     part: PretrainedConfig = getattr(source.whole, key)
     filled = {name: value for name, value in without_code(part.to_diff_dict()).items() if _is_plain(value) and name != "dtype"}

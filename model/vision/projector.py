@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,9 +11,10 @@ from torch import nn
 
 from model.config import VisionProjectorConfig
 from model.errors import ConfigError
-from model.media_spec import ImageSpec
+from model.media_spec import ImageSpec, NativeSpec
 from model.projector import POINTWISE, build_projector, is_pointwise, set_spread
 from model.vision.grid_projector import SHRINK, ConvMlp, PixelShuffleMlp, PixelShuffleV1Mlp, PoolMlp, ShuffledMlp
+from model.vision.merger import DEEP_MERGER, MERGE, MERGERS, DeepMerger
 from model.vision.resampler import QUERIES, Resampler
 
 SETTING = "model.vision_projector"
@@ -31,12 +33,22 @@ GRID_KINDS: dict[str, Callable[[int, int], nn.Module]] = {
 RESAMPLER = "resampler"
 
 
-VISION_KINDS = f"{POINTWISE} | {' | '.join(map(repr, GRID_KINDS))} | {RESAMPLER!r}"
+NATIVE_KINDS = (*MERGERS, DEEP_MERGER)
+"""Kinds that make one token of a square of packed patches."""
+VISION_KINDS = f"{POINTWISE} | {' | '.join(map(repr, (*GRID_KINDS, *NATIVE_KINDS)))} | {RESAMPLER!r}"
 
 
-def build_vision_projector(config: VisionProjectorConfig, in_features: int, out_features: int) -> nn.Module:
-    """Build the projector of a tower's patches. With a line break it has `image_newline` (out,), initialised as in LLaVA-NeXT."""
-    module = _vision_layers(config, in_features, out_features)
+def build_vision_projector(config: VisionProjectorConfig, in_features: int, out_features: int, levels: int = 1) -> nn.Module:
+    """Build the projector of a tower's patches. With a line break it has `image_newline` (out,), initialised as in LLaVA-NeXT.
+
+    `levels`: hidden states that stand side by side in the features. Raises `ConfigError` for a kind that reads only one of several.
+    """
+    if (levels > 1) != (config.kind == DEEP_MERGER):
+        raise ConfigError(
+            f"{SETTING}.kind = {config.kind!r} with a tower that gives {levels} hidden states per patch: {DEEP_MERGER!r} reads "
+            "several, every other kind one"
+        )
+    module = DeepMerger(in_features, out_features, levels) if levels > 1 else _vision_layers(config, in_features, out_features)
     if config.newline:
         module.image_newline = nn.Parameter(torch.empty(out_features))
         set_spread(module, "image_newline", out_features**-0.5)
@@ -45,8 +57,8 @@ def build_vision_projector(config: VisionProjectorConfig, in_features: int, out_
 
 def _vision_layers(config: VisionProjectorConfig, in_features: int, out_features: int) -> nn.Module:
     """Build pointwise layers, or one of the kinds that give fewer tokens. Raises `ConfigError` for an unknown kind."""
-    if config.kind in GRID_KINDS:
-        return GRID_KINDS[config.kind](in_features, out_features)
+    if (build := {**GRID_KINDS, **MERGERS}.get(config.kind)) is not None:
+        return build(in_features, out_features)
     if config.kind == RESAMPLER:
         return Resampler(in_features, out_features, config.queries or QUERIES)
     if not is_pointwise(config.kind):
@@ -56,6 +68,10 @@ def _vision_layers(config: VisionProjectorConfig, in_features: int, out_features
 
 def projected_spec(spec: ImageSpec, projector: VisionProjectorConfig) -> ImageSpec:
     """Return the tower's spec with the projector's effect on its tokens. Raises `ConfigError` when the kind does not fit it."""
+    if isinstance(spec, NativeSpec):
+        return _native_spec(spec, projector)
+    if projector.kind in NATIVE_KINDS:
+        raise ConfigError(f"{SETTING}.kind = {projector.kind!r} joins packed patches; this tower sees one square: {VISION_KINDS}")
     spec = dataclasses.replace(spec, newline=projector.newline)
     if projector.kind == RESAMPLER:
         return dataclasses.replace(spec, queries=projector.queries or QUERIES)
@@ -70,3 +86,16 @@ def projected_spec(spec: ImageSpec, projector: VisionProjectorConfig) -> ImageSp
             f"{grid} x {grid}: choose a model.vision.image_size that is a multiple of {SHRINK * spec.patch}, or another kind"
         )
     return dataclasses.replace(spec, shrink=SHRINK)
+
+
+def _native_spec(spec: NativeSpec, projector: VisionProjectorConfig) -> NativeSpec:
+    """Return the spec of a tower of variable size with the projector's effect. Raises `ConfigError` for kinds that do not fit."""
+    if projector.newline or (projector.kind not in NATIVE_KINDS and not is_pointwise(projector.kind)):
+        given = f"kind = {projector.kind!r}, newline = {str(projector.newline).lower()}"
+        raise ConfigError(
+            f"{SETTING}: {given} does not fit a tower that reads pictures at their own size: use {POINTWISE} or "
+            f"{' | '.join(map(repr, NATIVE_KINDS))}, without newline"
+        )
+    if projector.kind not in NATIVE_KINDS:
+        return spec
+    return dataclasses.replace(spec, shrink=MERGE, multiple=math.lcm(spec.multiple, MERGE))

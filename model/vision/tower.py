@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
+from model.batch import Patches
 from model.config import VisionConfig
 from model.encoder import Encoder
 from model.errors import ConfigError
@@ -15,7 +16,9 @@ from model.files.untrusted import Json
 from model.media_spec import PLACEHOLDERS, ImageSpec
 from model.published.table import part_config, part_processor
 from model.vision.multi_scale import merge_scales, scale_tiles
-from model.vision.tower_kinds import TOWERS, num_prefix, remove_unused_layers, square_side, transformers_config
+from model.vision.native_kinds import NATIVE_TOWERS
+from model.vision.native_tower import native_spec
+from model.vision.tower_kinds import TOWERS, num_blocks, num_prefix, remove_unused_layers, square_side, transformers_config
 
 SETTING = "model.vision.path"
 RESIZE = {
@@ -40,6 +43,8 @@ def vision_config(config: VisionConfig, cache_dir: str = "") -> Json:
     value = value.get("vision_config", value)
     if "model_type" not in value:
         raise ConfigError(f"{SETTING} = {config.path!r}: config.json names no model_type for the vision tower")
+    if value["model_type"] in NATIVE_TOWERS:
+        return value
     return transformers_config(f"{SETTING} = {config.path!r}", value)
 
 
@@ -47,6 +52,8 @@ def vision_spec(config: VisionConfig, cache_dir: str = "") -> ImageSpec:
     """Return the facts that `data` needs, from config.json and the image processor's JSON alone."""
     value = hugging_face_config(SETTING, vision_config(config, cache_dir))
     processor = image_processor_config(config.path, cache_dir)
+    if value.model_type in NATIVE_TOWERS:
+        return native_spec(config, value, processor)
     kind = str(processor.get("image_processor_type", processor.get("feature_extractor_type", "CLIPImageProcessor")))
     resize = RESIZE.get(kind.removesuffix("Pil").removesuffix("Fast"))
     if resize is None:
@@ -101,14 +108,6 @@ def image_processor_config(path: str, cache_dir: str) -> Json:
     return found
 
 
-def num_blocks(layer: int, total: int) -> int:
-    """Return the number of blocks needed for hidden_states[layer], which has `total` + 1 entries."""
-    wanted = layer if layer >= 0 else total + 1 + layer
-    if not 0 <= wanted <= total:
-        raise ConfigError(f"model.vision.layer = {layer} is not in [{-total - 1}, {total}]: the tower has {total} blocks")
-    return wanted
-
-
 class VisionTower(Encoder):
     """A vision tower: pixels (N, 3, S, S) -> features (N, L, C), the raw output of the last block that is built.
 
@@ -142,7 +141,7 @@ class VisionTower(Encoder):
     def valid_rows(self, lengths: Tensor | None) -> None:
         """Return None: every row of a picture is valid."""
 
-    def forward(self, values: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def forward(self, values: Tensor, lengths: Tensor | None = None, patches: Patches | None = None) -> Tensor:
         if len(self.sizes) == 1:
             return self._encode(values)
         # One call for the squares of all sizes: ranks run the same collectives, and small squares use the whole device.

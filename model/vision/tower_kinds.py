@@ -83,6 +83,14 @@ def tower_tensors_in_files(setting: str, tensors: Tensors, wanted: list[str], ki
     return best, found[best]
 
 
+def num_blocks(layer: int, total: int) -> int:
+    """Return the number of blocks needed for hidden_states[layer], which has `total` + 1 entries."""
+    wanted = layer if layer >= 0 else total + 1 + layer
+    if not 0 <= wanted <= total:
+        raise ConfigError(f"model.vision.layer = {layer} is not in [{-total - 1}, {total}]: the tower has {total} blocks")
+    return wanted
+
+
 def transformers_config(setting: str, value: Json) -> Json:
     """Return config.json of a tower in the form of transformers' class. Raises `ConfigError` for an unsupported model_type."""
     kind = value["model_type"]

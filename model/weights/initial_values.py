@@ -39,7 +39,7 @@ def first_value(full: str, layer: nn.Module, kind: str, shape: tuple[int, ...], 
         return normal(full, shape, spreads[kind], seed)
     if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
         return uniform(full, shape, 1 / math.sqrt(math.prod(layer.weight.shape[1:])), seed)
-    if isinstance(layer, nn.LayerNorm):
+    if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
         return constant(shape, 1.0 if kind == "weight" else 0.0)
     raise TypeError(f"{full}: {type(layer).__name__} does not say how its {kind} starts")
 

@@ -34,7 +34,9 @@ def made_sample(
         where = first.start - 1 + np.flatnonzero(first.counted)
         labels[where] = flat[where + 1]
     pictures = [SampleMedia("image", noise_of(rng), 1 + k * (width + 1), width, np.arange(width), width) for k in range(num_images)]
-    return PreferenceSample(index, index % 2, flat, labels, {"image": pictures} if pictures else {}, prompt, tuple(answers))
+    return PreferenceSample(
+        index, index % 2, flat, labels, {"image": pictures} if pictures else {}, prompt=prompt, answers=tuple(answers)
+    )
 
 
 def noise_of(rng: np.random.Generator) -> torch.Tensor:

@@ -78,7 +78,7 @@ class Donors:
             return media.blob(own)
 
         limit = dataset.config.max_length
-        media = RecordMedia(replace(record, media=tuple(refs)), locate, dataset.specs, dataset.config)
+        media = replace(dataset.media(i, record), record=replace(record, media=tuple(refs)), locate=locate)
         encoded = dataset.template.encode(record, limit)
         source = int(dataset.source_ids[i])
         placeholders = dataset.template.placeholder_ids

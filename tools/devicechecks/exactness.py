@@ -12,7 +12,6 @@ from torch import Tensor
 
 from model.build import DTYPES
 from model.llm import attention
-from model.llm.attention import Ends
 from tools.devicechecks.batches import steps_of
 from tools.devicechecks.models import Recipe, build, on_cpu
 from tools.devicechecks.numbers import (
@@ -112,11 +111,11 @@ def check_packed(context: Context) -> CheckResult:
 @contextmanager
 def kernel_calls() -> Iterator[list[int]]:
     """Count calls of the kernel that computes all segments of a packed row at once."""
-    original, calls = attention._varlen, list[int]()
+    original, calls = attention.varlen_segments, list[int]()
 
-    def counted(q: Tensor, k: Tensor, v: Tensor, ends: tuple[Ends, Ends], options: dict[str, object]) -> Tensor:
+    def counted(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, options: dict[str, object]) -> Tensor:
         calls.append(q.shape[2])
-        return original(q, k, v, ends, options)
+        return original(q, k, v, borders, longest, options)
 
-    with patch.object(attention, "_varlen", counted):
+    with patch.object(attention, "varlen_segments", counted):
         yield calls

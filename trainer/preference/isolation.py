@@ -49,4 +49,4 @@ def _sample(roles: tuple[Role, Role], vocabulary: int) -> PreferenceSample:
     """Return a sample of ids that count up."""
     ids = np.arange(3 * LENGTH) % vocabulary
     answers = tuple(Answer(role, (k + 1) * LENGTH, (k + 2) * LENGTH, np.ones(LENGTH, bool)) for k, role in enumerate(roles))
-    return PreferenceSample(0, 0, ids, np.full(len(ids), IGNORE_INDEX), {}, LENGTH, answers)
+    return PreferenceSample(0, 0, ids, np.full(len(ids), IGNORE_INDEX), {}, prompt=LENGTH, answers=answers)

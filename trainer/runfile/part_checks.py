@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from data.config import DataConfig
 from model.config import ModelConfig, QuantizeConfig, StateHeadConfig
 from model.projector import is_pointwise
-from model.vision.projector import GRID_KINDS, RESAMPLER, VISION_KINDS
+from model.vision.projector import GRID_KINDS, NATIVE_KINDS, RESAMPLER, VISION_KINDS
 
 LEARNS_BESIDE = ("frozen", "lora", "new_tokens")
 """Values of model.llm.tune under which no quantised matrix learns."""
@@ -27,7 +27,7 @@ def vision_problems(model: ModelConfig) -> Iterator[str]:
             yield "model.vision.scales with model.vision.select = 'cls_patch': several views have several CLS rows; use 'patch'"
     if projector is None:
         return
-    if not is_pointwise(projector.kind) and projector.kind not in (*GRID_KINDS, RESAMPLER):
+    if not is_pointwise(projector.kind) and projector.kind not in (*GRID_KINDS, *NATIVE_KINDS, RESAMPLER):
         yield f"model.vision_projector.kind = {projector.kind!r} is not {VISION_KINDS}"
     if projector.queries < 0:
         yield f"model.vision_projector.queries = {projector.queries} is negative"

@@ -1,0 +1,92 @@
+"""Tokens inside a medium at its own size, and positions of three axes: time, row and column (M-RoPE).
+
+Text takes the same position on all axes. A picture begins one behind the last position so far: its features have the position of
+its begin plus their time, row and column. What follows begins behind the largest position of the medium, as in the papers of
+Qwen2-VL and Qwen2.5-VL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from model.media_spec import MediaMeta, MediaSpec, NativeSpec, num_features
+
+
+@dataclass(frozen=True)
+class FeatureRun:
+    """Features of a medium that follow one another without other tokens between them."""
+
+    start: int  # token of the first
+    grid: tuple[int, int, int]  # tokens: pairs of frames, down and across
+    ticks: float  # positions from one pair of frames to the next
+
+    @property
+    def length(self) -> int:
+        """Return the number of tokens."""
+        times, high, wide = self.grid
+        return times * high * wide
+
+
+def feature_places(spec: NativeSpec, meta: MediaMeta) -> np.ndarray | None:
+    """Return where the features of a medium stand among its tokens (K,); None where all of its tokens are features."""
+    if not meta.inside:
+        return None
+    places = np.arange(num_features(spec, meta))
+    for first, ids in meta.inside:
+        places[first:] += len(ids)
+    return places
+
+
+def write_inside(ids: np.ndarray, start: int, kind: str, spec: NativeSpec, meta: MediaMeta, feature_ids: Mapping[str, int]) -> None:
+    """Write a medium's tokens, which begin at `start`, into the expanded `ids` (T,): its features' own id, and those inside it.
+
+    `feature_ids`: id of a feature of each kind of medium that has one of its own.
+    """
+    if kind in feature_ids:
+        count = num_features(spec, meta) + sum(len(inside) for _, inside in meta.inside)
+        ids[start : start + count] = feature_ids[kind]
+    before = start
+    for first, inside in meta.inside:
+        ids[before + first : before + first + len(inside)] = inside
+        before += len(inside)
+
+
+def own_feature_ids(tokenizer: PreTrainedTokenizerFast, specs: Mapping[str, MediaSpec]) -> dict[str, int]:
+    """Return the id of a feature, by kinds of media that have a token of their own beside that of their modality."""
+    spec = specs.get("image")
+    if not isinstance(spec, NativeSpec) or not spec.video_placeholder:
+        return {}
+    return {"video": tokenizer.convert_tokens_to_ids(spec.video_placeholder)}
+
+
+def feature_runs(start: int, spec: NativeSpec, meta: MediaMeta) -> list[FeatureRun]:
+    """Return the runs of a medium that begins at token `start`: one, or one for each pair of frames with tokens between them."""
+    times, high, wide = meta.patches
+    high, wide, ticks = high // spec.shrink, wide // spec.shrink, spec.ticks * meta.seconds if spec.ticks and times > 1 else 1.0
+    places = feature_places(spec, meta)
+    if places is None:
+        return [FeatureRun(start, (times, high, wide), ticks)]
+    return [FeatureRun(start + int(places[k * high * wide]), (1, high, wide), ticks) for k in range(times)]
+
+
+def positions_of(length: int, runs: Sequence[FeatureRun]) -> np.ndarray:
+    """Return the positions (3, length) int64 of a sample whose media stand at `runs`, in reading order."""
+    found = np.empty((3, length), dtype=np.int64)
+    token = position = 0
+    for run in runs:
+        text = run.start - token
+        found[:, token : run.start] = np.arange(position, position + text)
+        position += text
+        token = run.start + run.length
+        times, high, wide = run.grid
+        # Whole positions, cut off as the model's own code does.
+        moments = (np.arange(times, dtype=np.float32) * np.float32(run.ticks)).astype(np.int64)
+        axes = np.meshgrid(moments, np.arange(high), np.arange(wide), indexing="ij")
+        found[:, run.start : token] = np.stack(axes).reshape(3, -1) + position
+        position = int(found[:, run.start : token].max()) + 1
+    found[:, token:] = np.arange(position, position + length - token)
+    return found

@@ -1,0 +1,78 @@
+"""Projectors that join the shrink x shrink patches of a token, which stand one behind the other in packed patches.
+
+State keys are those of transformers' classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+MERGE = 2
+"""Side, in patches, of the square that becomes one token."""
+
+
+class PatchMerger(nn.Module):
+    """Qwen2-VL's merger: features (1, P, C) -> (1, P / 4, out): a norm of each patch, then two layers on four patches."""
+
+    def __init__(self, in_features: int, out_features: int, norm: Callable[..., nn.Module] = nn.LayerNorm) -> None:
+        super().__init__()
+        wide = in_features * MERGE**2
+        self.ln_q = norm(in_features, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, out_features))
+
+    def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+        found: Tensor = self.mlp(joined(self.ln_q(features)))
+        return found
+
+
+class RmsPatchMerger(PatchMerger):
+    """Qwen2.5-VL's merger, whose norm is an RMS norm."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, nn.RMSNorm)
+
+
+class MergerLayers(nn.Module):
+    """One merger of Qwen3-VL: features (1, P, C) -> (1, P / 4, out). Its norm stands before or behind the joining."""
+
+    def __init__(self, in_features: int, out_features: int, norm_behind: bool) -> None:
+        super().__init__()
+        wide = in_features * MERGE**2
+        self.norm_behind = norm_behind
+        self.norm = nn.LayerNorm(wide if norm_behind else in_features, eps=1e-6)
+        self.linear_fc1, self.linear_fc2 = nn.Linear(wide, wide), nn.Linear(wide, out_features)
+
+    def forward(self, features: Tensor) -> Tensor:
+        rows = self.norm(joined(features)) if self.norm_behind else joined(self.norm(features))
+        found: Tensor = self.linear_fc2(nn.functional.gelu(self.linear_fc1(rows)))
+        return found
+
+
+class DeepMerger(MergerLayers):
+    """Qwen3-VL's mergers: features (1, P, C * levels) -> (1, P / 4, out * levels).
+
+    The first level is what the language model embeds; each further one is added behind one of its first layers.
+    """
+
+    def __init__(self, in_features: int, out_features: int, levels: int) -> None:
+        width = in_features // levels
+        super().__init__(width, out_features, norm_behind=False)
+        self.levels = levels
+        self.deepstack = nn.ModuleList(MergerLayers(width, out_features, norm_behind=True) for _ in range(levels - 1))
+
+    def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+        first, *others = features.chunk(self.levels, dim=-1)
+        return torch.cat([super().forward(first), *(merger(level) for merger, level in zip(self.deepstack, others))], dim=-1)
+
+
+def joined(features: Tensor) -> Tensor:
+    """Join the patches of each token: (1, P, C) -> (1, P / 4, 4 * C)."""
+    return features.unflatten(1, (-1, MERGE**2)).flatten(2)
+
+
+MERGERS: dict[str, Callable[[int, int], nn.Module]] = {"qwen2_vl_merger": PatchMerger, "qwen2_5_vl_merger": RmsPatchMerger}
+"""Mergers of one level, by kind of projector."""
+DEEP_MERGER = "qwen3_vl_merger"

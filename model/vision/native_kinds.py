@@ -1,0 +1,118 @@
+"""Towers that read pictures at their own size: how each embeds packed patches, and runs transformers' blocks on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from model.batch import Patches
+from model.vision import segment_attention
+from model.vision.tower_kinds import TowerFamily
+
+
+class PatchTower(nn.Module):
+    """Interface of a tower on packed patches: values (P, 3, F, p, p) -> hidden states (1, P, C * levels)."""
+
+    width: int
+    """Numbers in one hidden state, C."""
+    levels: int = 1
+
+    def forward(self, values: Tensor, patches: Patches) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class NativeFamily(TowerFamily):
+    """The properties of one family of towers that read pictures at their own size."""
+
+    build: Callable[[PretrainedConfig], PatchTower] | None = None
+    depth: str = "num_hidden_layers"  # key of config.json with the number of blocks
+
+
+class QwenTower(PatchTower):
+    """Qwen2-VL's tower and its successors without their mergers, which are projectors here."""
+
+    def __init__(self, whole: nn.Module, config: PretrainedConfig) -> None:
+        super().__init__()
+        self.patch_embed = whole.get_submodule("patch_embed")
+        if hasattr(whole, "pos_embed"):
+            self.pos_embed = whole.get_submodule("pos_embed")
+        self.blocks = cast(nn.ModuleList, whole.get_submodule("blocks"))
+        self.width = self.patch_embed.get_parameter("proj.weight").shape[0]
+        self.frames = config.temporal_patch_size
+        self.whole_blocks = frozenset(getattr(config, "fullatt_block_indexes", range(len(self.blocks))))
+        self.kept_blocks = tuple(getattr(config, "deepstack_visual_indexes", ()))
+        self.levels = 1 + len(self.kept_blocks)
+        self.head = self.width // config.num_heads
+        self.theta = float((config.rope_parameters or {}).get("rope_theta", 10_000.0))
+
+    def forward(self, values: Tensor, patches: Patches) -> Tensor:
+        # A still picture is sent once and stands in every frame of its patches.
+        hidden = self.patch_embed(values.expand(-1, -1, self.frames, -1, -1))
+        if patches.corners is not None and patches.shares is not None:
+            mixed = self.pos_embed(patches.corners) * patches.shares[:, :, None].to(hidden.dtype)
+            hidden = hidden + mixed.sum(1)
+        angles = axial_angles(patches.positions, self.head, self.theta)
+        if patches.window_order is not None and patches.window_places is not None:
+            group = values.shape[0] // patches.window_order.shape[0]
+            angles = regrouped(angles, patches.window_order, group)
+            hidden = self._run(regrouped(hidden, patches.window_order, group), angles, patches)
+            return regrouped(hidden, patches.window_places, group)[None]
+        return self._run(hidden, angles, patches)[None]
+
+    def _run(self, hidden: Tensor, angles: Tensor, patches: Patches) -> Tensor:
+        """Run the blocks on hidden states (P, C), and return the last with those of `kept_blocks` beside it."""
+        rotation = (angles.cos(), angles.sin())
+        kept = []
+        for i, block in enumerate(self.blocks):
+            lengths, borders = patches.lengths, patches.borders
+            if i not in self.whole_blocks and patches.window_lengths is not None and patches.window_borders is not None:
+                lengths, borders = patches.window_lengths, patches.window_borders
+            segments = {"segment_lengths": lengths, "segment_borders": borders, "max_seqlen": max(lengths)}
+            hidden = block(hidden, cu_seqlens=borders, position_embeddings=rotation, **segments)
+            if i in self.kept_blocks:
+                kept.append(hidden)
+        return torch.cat([hidden, *kept], dim=-1) if kept else hidden
+
+
+def regrouped(rows: Tensor, order: Tensor, group: int) -> Tensor:
+    """Return rows (P, C) with their groups of `group` rows in the order (G,)."""
+    return rows.unflatten(0, (-1, group)).index_select(0, order).flatten(0, 1)
+
+
+def axial_angles(positions: Tensor, head: int, theta: float) -> Tensor:
+    """Return the angles (P, head) float32 that turn a head's pairs by the row and the column (P, 2) of each patch."""
+    half = head // 2
+    frequencies = theta ** -(torch.arange(0, half, 2, dtype=torch.float32, device=positions.device) / half)
+    turns = (positions[:, :, None].float() * frequencies).flatten(1)
+    return torch.cat([turns, turns], dim=-1)
+
+
+def qwen_tower(module: str, name: str) -> Callable[[PretrainedConfig], PatchTower]:
+    """Return how to build a tower of Qwen from transformers' class `name`, imported when one is built."""
+
+    def build(config: PretrainedConfig) -> PatchTower:
+        segment_attention.register_segments()
+        whole = getattr(import_module(f"transformers.models.{module}"), name)._from_config(config, attn_implementation="sdpa")
+        whole.config._attn_implementation = segment_attention.NAME  # the blocks' own, which they read in every forward
+        return QwenTower(whole, config)
+
+    return build
+
+
+def _qwen(module: str, name: str, positions: str = "") -> NativeFamily:
+    return NativeFamily(positions, 0, {}, build=qwen_tower(module, name), depth="depth")
+
+
+NATIVE_TOWERS: dict[str, NativeFamily] = {
+    "qwen2_vl_vision": _qwen("qwen2_vl.modeling_qwen2_vl", "Qwen2VisionTransformerPretrainedModel"),
+    "qwen2_5_vl_vision": _qwen("qwen2_5_vl.modeling_qwen2_5_vl", "Qwen2_5_VisionTransformerPretrainedModel"),
+    "qwen3_vl_vision": _qwen("qwen3_vl.modeling_qwen3_vl", "Qwen3VLVisionModel", "pos_embed.weight"),
+}
+"""Supported towers of variable size by model_type."""

@@ -1,0 +1,60 @@
+"""Attention of packed patches: each picture or window attends to itself only, in both directions.
+
+It stands under a name with "flash" in it: transformers' towers then hand all segments to one call, and need not read their lengths
+from the device.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from model.llm.attention import takes_varlen, varlen_segments
+
+NAME = "trainer_flash_segments"
+
+
+def segment_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segment_lengths: tuple[int, ...] | None = None,
+    segment_borders: Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Compute attention inside each segment of packed patches: query, key and value (1, H, P, D) -> (1, P, H, D), None.
+
+    One kernel computes all segments where the device has it, else one call per run of segments of equal length. Raises `ValueError`
+    if the lengths do not arrive or do not add up: patches would attend across pictures unnoticed.
+    """
+    if segment_lengths is None or segment_borders is None or sum(segment_lengths) != query.shape[2] or attention_mask is not None:
+        raise ValueError(f"{NAME}: segments {segment_lengths} do not describe a query of shape {tuple(query.shape)}")
+    if takes_varlen(query, value, dropout=dropout):
+        options: dict[str, object] = {"scale": scaling, "window_size": (-1, -1)}
+        return varlen_segments(query, key, value, segment_borders, max(segment_lengths), options), None
+    parts, first = [], 0
+    for length, run in groupby(segment_lengths):
+        count = len(list(run))
+        q, k, v = (
+            tensor[0, :, first : first + count * length].unflatten(1, (count, length)).transpose(0, 1)
+            for tensor in (query, key, value)
+        )
+        found = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
+        parts.append(found.transpose(1, 2).flatten(0, 1))
+        first += count * length
+    return torch.cat(parts)[None], None
+
+
+def register_segments() -> None:
+    """Register the function with transformers by name."""
+    AttentionInterface.register(NAME, segment_attention)

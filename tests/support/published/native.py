@@ -1,0 +1,103 @@
+"""Published models that read pictures at their own size, tiny and random, made by the library's own classes: whole folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLProcessor,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from tests.support.published import PARTS_ONLY, save_processor, tokenizer_with, without_videos
+from tests.support.tiny import SIZES, spread
+
+SIGNS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+TEMPLATE = PARTS_ONLY.replace("'<image>'", "'<|vision_start|><|image_pad|><|vision_end|>'")
+"""The parts' template with Qwen's own tokens around a picture."""
+VISION: dict[str, Any] = {"depth": 3, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+SECTIONS = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
+PIXELS: dict[str, Any] = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 4 * 64, "max_pixels": 40 * 64}
+
+
+@dataclass(frozen=True)
+class NativeMaker:
+    """How a published model is made: `write` fills a folder; `cls` opens it with transformers, `processor` prepares its input."""
+
+    cls: Any
+    write: Callable[[Path, bool], None]
+    processor: Any
+    pixels: Any
+    settings: dict[str, Any]  # what follows from the model, by dotted key of run.toml
+
+
+def qwen_vl(folder: Path, hub: bool, cls: Any, config: Any, vision: dict[str, Any]) -> None:
+    """Qwen2-VL or 2.5: under the names of the hub, or of 5.x."""
+    tokenizer = tokenizer_with(*SIGNS, template=TEMPLATE)
+    ids = dict(zip(("vision_start", "vision_end", "image", "video"), tokenizer.convert_tokens_to_ids(list(SIGNS))))
+    whole = config(
+        vision_config={**VISION, **vision},
+        text_config={**SIZES, "vocab_size": len(tokenizer), "rope_parameters": dict(SECTIONS)},
+        **{f"{name}_token_id": number for name, number in ids.items()},
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(5)
+    model = cls(whole)
+    spread(model)
+    model.save_pretrained(folder, save_original_format=hub)
+    name = cls.__name__.replace("ForConditionalGeneration", "Processor")
+    save_processor(folder, name, hub, tokenizer, {}, image_processor=Qwen2VLImageProcessorPil(**PIXELS))
+
+
+def native_reader(folder: Path, maker: NativeMaker) -> Any:
+    """The folder's own processor, which reads pictures alone: its reader of videos needs torchvision."""
+    template = folder / "chat_template.jinja"
+    text = template.read_text() if template.is_file() else json.loads((folder / "chat_template.json").read_text())["chat_template"]
+    with without_videos():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return maker.processor(maker.pixels.from_pretrained(folder), tokenizer, None, chat_template=text)
+
+
+QWEN_FACTS: dict[str, Any] = {
+    "model.vision.layer": -1,
+    "model.vision.placeholder": "<|image_pad|>",
+    "data.image_fit": "native",
+    "data.media_wrap": [],
+}
+QWEN2_SIZES = {"embed_dim": 32, "hidden_size": 32}
+QWEN25_SIZES = {
+    "hidden_size": 32,
+    "out_hidden_size": 32,
+    "intermediate_size": 48,
+    "window_size": 32,
+    "fullatt_block_indexes": [1],
+    "tokens_per_second": 2,
+}
+NATIVE_MAKERS = {
+    "qwen2_vl": NativeMaker(
+        Qwen2VLForConditionalGeneration,
+        partial(qwen_vl, cls=Qwen2VLForConditionalGeneration, config=Qwen2VLConfig, vision=QWEN2_SIZES),
+        Qwen2VLProcessor,
+        Qwen2VLImageProcessorPil,
+        {**QWEN_FACTS, "model.vision_projector.kind": "qwen2_vl_merger"},
+    ),
+    "qwen2_5_vl": NativeMaker(
+        Qwen2_5_VLForConditionalGeneration,
+        partial(qwen_vl, cls=Qwen2_5_VLForConditionalGeneration, config=Qwen2_5_VLConfig, vision=QWEN25_SIZES),
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessorPil,
+        {**QWEN_FACTS, "model.vision_projector.kind": "qwen2_5_vl_merger"},
+    ),
+}
