@@ -48,4 +48,4 @@ def no_answers(batch: Batch) -> Answers:
     """Return the answers of a batch that holds no sample."""
     none = torch.zeros(0, dtype=torch.long, device=batch.input_ids.device)
     numbers = torch.zeros(0, device=batch.input_ids.device)
-    return Answers(none, none, none, none, none, numbers, none, none, none, none, none, none, numbers)
+    return Answers(none, none, none, none, none, numbers, none, none, none, none, none, none)

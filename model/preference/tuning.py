@@ -70,12 +70,15 @@ class PreferenceTuning:
 
     def _reference(self, model: Any, batch: Batch, answers: Answers, embeds: Tensor) -> Tensor:
         """Return the log-probability of each answer under the reference (A,)."""
-        if not self.needs_reference or not answers.samples.numel() or self.measured is not None:
+        if not self.needs_reference or self.measured is not None:
             return torch.zeros_like(answers.tokens)
         if answers.reference is not None:
             return answers.reference
-        if not self.adapters_off:
+        if not self.adapters_off and answers.samples.numel():
             raise RuntimeError("the log-probabilities of the reference are not known, and it is not the model without adapters")
+        if not self.adapters_off:
+            return torch.zeros_like(answers.tokens)
+        # On a rank without answers too: all ranks have to run the same collectives.
         with torch.no_grad(), switched_off(model):
             # What no adapter reaches is the same for both: pictures are encoded once.
             shared = embeds.detach() if model.trainable_parts == {"llm"} else model.embed(batch)
@@ -119,8 +122,8 @@ class PreferenceTuning:
 
 
 def _with_reference(batch: Batch, scores: Scores) -> Batch:
-    """Return the batch with the reference that was computed for it."""
-    return batch if batch.answers is None else replace(batch, answers=replace(batch.answers, reference=scores.reference))
+    """Return the batch with the reference that was computed for it, also where it has no answers: no rank computes it again."""
+    return replace(batch, answers=replace(scores.answers, reference=scores.reference))
 
 
 @contextmanager
