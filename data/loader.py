@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,13 +11,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data.batch_transport import pack_for_transport
-from data.collate import collate, collate_packed
 from data.dataset import MultimodalDataset, Rejected
 from data.order.mixing import Pool
 from data.order.packing import deal_packed
 from data.order.sampler import Sampler, deal, num_micro_batches
 from data.order.spread import spread_evenly
-from data.preference.collate import collate_answers, collate_answers_packed
+from data.preference.collate import join_samples
 from data.prefetch import micro_batches_together, planned_bytes, prefetch_factor
 from data.sample import Sample
 from data.workers import Reading, WorkerError, describe_sample, prepare_worker, unexpected_error
@@ -54,13 +53,6 @@ class BatchPlan:
         if self.is_packed:
             return math.ceil(global_batch_size * float(lengths.mean()) / (self.world_size * self.micro_batch_tokens))
         return num_micro_batches(global_batch_size, self.world_size, self.micro_batch_size)
-
-
-def joined(dataset: MultimodalDataset, is_packed: bool) -> Callable[[Sequence[Sample], int], Batch]:
-    """Return the function that collates samples of `dataset`: given them and the id of padding."""
-    if dataset.answers != "one":
-        return collate_answers_packed if is_packed else collate_answers
-    return collate_packed if is_packed else collate
 
 
 @dataclass(frozen=True)
@@ -173,7 +165,7 @@ class _MicroBatches(Dataset[list[MicroBatch] | DataError | WorkerError]):
         """Prepare to make micro-batches; `planned` (N,): the tokens that a sample may have at most, by id; None: any number."""
         self._dataset, self._pad_id, self._planned = dataset, options.pad_id, planned
         self.reading = options.reading or Reading(options.workers)
-        self._collate = joined(dataset, is_packed)
+        self._is_packed = is_packed
 
     def __getitem__(self, share: _Share) -> list[MicroBatch] | DataError | WorkerError:
         last = len(share.micro_batches) - 1 if share.ends_step else None
@@ -191,7 +183,7 @@ class _MicroBatches(Dataset[list[MicroBatch] | DataError | WorkerError]):
         items = [self._item(int(i)) for i in ids]
         samples = [item for item in items if isinstance(item, Sample)]
         rejected = tuple(item for item in items if isinstance(item, Rejected))
-        return MicroBatch(self._collate(samples, self._pad_id), rejected, ends_step)
+        return MicroBatch(join_samples(samples, self._pad_id, self._is_packed), rejected, ends_step)
 
     def _item(self, i: int) -> Sample | Rejected:
         """Return sample `i`, rejected if it is longer than it was planned."""

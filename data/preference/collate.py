@@ -15,6 +15,13 @@ from data.sample import Sample
 from model.batch import IGNORE_INDEX, Answers, Batch, Media, SharedPrompts
 
 
+def join_samples(samples: Sequence[Sample], pad_id: int, is_packed: bool) -> Batch:
+    """Collate samples, all of preferences or none of them."""
+    if any(isinstance(sample, PreferenceSample) for sample in samples):
+        return (collate_answers_packed if is_packed else collate_answers)(samples, pad_id)
+    return (collate_packed if is_packed else collate)(samples, pad_id)
+
+
 def collate_answers(samples: Sequence[Sample], pad_id: int) -> Batch:
     """Collate samples into one row per answer, each behind a prompt of its own, padded on the right."""
     pairs = _preferences(samples)

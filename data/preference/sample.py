@@ -94,7 +94,7 @@ def _num_shared(rows: Sequence[Encoded]) -> int:
 
 
 def assemble_answers(
-    found: EncodedAnswers, template: Template, media: RecordMedia, max_length: int, *, sample_id: int, source_id: int
+    found: EncodedAnswers, template: Template, media: RecordMedia, max_length: int | None, *, sample_id: int, source_id: int
 ) -> PreferenceSample:
     """Assemble the sample of a record. Raises `RecordError`; `TooLongError` where prompt and answers do not fit together."""
     try:
