@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
 
 from data.config import DataConfig
 from data.media.blob import MediaError
 from data.media.image_decode import Size
-from data.media.native_size import ClipBudget, NativeRule, fitted_size, fitted_video_size
-from model.media_spec import NativeSpec
+from data.media.native_size import ClipBudget, NativeRule, fitted_size, fitted_video_size, patch_grid
+from model.errors import ConfigError
+from model.media_spec import MediaMeta, MediaSpec, NativeSpec
+
+USUAL: Size = (640, 480)
+"""Width and height of the picture or frame by which sizes that nobody measured are planned."""
 
 
 @lru_cache(maxsize=8)
@@ -102,3 +106,56 @@ def _lowered(fitted: Callable[[int, int], Size], least: int, share: int) -> Size
     while math.prod(found := fitted(max(1, min(least, most)), most)) > share and most > 1:
         most = max(1, min(most - 1, most * share // math.prod(found)))
     return found
+
+
+def usual_meta(kind: str, spec: NativeSpec, config: DataConfig) -> MediaMeta:
+    """Return the facts of a picture of `USUAL` size, or of a video of such frames with as many as it may have."""
+    if kind != "video":
+        return MediaMeta(patches=patch_grid(picture_size(USUAL, spec, config, 1), rule_of(spec, config)))
+    count = config.max_frames
+    size = clip_size(USUAL, count, spec, config)
+    return MediaMeta(num_rows=count, patches=patch_grid(size, rule_of(spec, config), count))
+
+
+def least_meta(kind: str, spec: NativeSpec, config: DataConfig) -> MediaMeta:
+    """Return the facts of the smallest picture, or of the video of the fewest and smallest frames: a token each."""
+    times = -(-config.min_frames // spec.frames) if kind == "video" else 1
+    return MediaMeta(num_rows=config.min_frames if kind == "video" else 1, patches=(times, spec.shrink, spec.shrink))
+
+
+def largest_meta(spec: NativeSpec, config: DataConfig, num_tokens: int) -> MediaMeta:
+    """Return the facts of the largest picture that a record may hold, of at most about `num_tokens` tokens."""
+    rule = rule_of(spec, config)
+    most = {"qwen": rule.max_pixels, "naflex": rule.max_patches * rule.patch**2, "pixtral": rule.longest**2}[rule.name]
+    pixels = min(most, config.record_max_pixels or most)
+    side = max(1, min(math.isqrt(pixels) // rule.patch // spec.shrink, math.isqrt(num_tokens))) * spec.shrink
+    return MediaMeta(patches=(1, side, side))
+
+
+def check_budgets(config: DataConfig, specs: Mapping[str, MediaSpec]) -> None:
+    """Raise `ConfigError` for budgets of pixels that the model's tower cannot keep."""
+    spec = specs.get("image")
+    if isinstance(spec, NativeSpec) and (found := list(_problems(config, spec))):
+        raise ConfigError("; ".join(found))
+
+
+def _problems(config: DataConfig, spec: NativeSpec) -> Iterator[str]:
+    token = (spec.patch * spec.multiple) ** 2
+    least = {"fit_max_pixels": token, "record_max_pixels": token}
+    least["video_max_pixels"] = token * spec.frames * -(-config.max_frames // spec.frames)
+    for key, pixels in least.items():
+        if 0 < (value := getattr(config, key)) < pixels:
+            for_all = f" of each of data.max_frames = {config.max_frames}" if key == "video_max_pixels" else ""
+            yield f"data.{key} = {value} is less than {pixels}: as many are one token{for_all}"
+    if spec.resize != "qwen" and config.fit_min_pixels:
+        yield f"data.fit_min_pixels = {config.fit_min_pixels} has no effect: this model's processor has no least size"
+    elif spec.resize == "qwen" and 0 < config.fit_max_pixels < spec.min_pixels and not config.fit_min_pixels:
+        yield (
+            f"data.fit_max_pixels = {config.fit_max_pixels} is less than the {spec.min_pixels} that this model's processor enlarges "
+            "pictures to: lower data.fit_min_pixels too"
+        )
+    elif spec.resize == "qwen" and config.fit_min_pixels > (config.fit_max_pixels or spec.max_pixels):
+        yield (
+            f"data.fit_min_pixels = {config.fit_min_pixels} is more than the {spec.max_pixels} that this model's processor shrinks "
+            "pictures to: raise data.fit_max_pixels too"
+        )
