@@ -102,4 +102,5 @@ def _layout(name: str, cls: str, kind: str, interleaved: bool = False) -> Layout
 LAYOUTS = (
     _layout("Qwen2-VL", "Qwen2VLForConditionalGeneration", "qwen2_vl_merger"),
     _layout("Qwen2.5-VL", "Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl_merger"),
+    _layout("Qwen3-VL", "Qwen3VLForConditionalGeneration", "qwen3_vl_merger", interleaved=True),
 )
