@@ -42,18 +42,21 @@ def text_part(interleaved: bool) -> Callable[[Published], Json]:
         # The file may have them under an older name beside these, which would be read twice.
         for old in ("rope_scaling", "rope_theta", "vision_config"):
             found.pop(old, None)
-        sections = rope.get("mrope_section") or default_sections(interleaved, whole.text_config)
+        sections = rope.pop("mrope_section", None) or default_sections(interleaved)
+        rope.pop("mrope_interleaved", None)
         found |= {
             "model_type": PLAIN_TEXT[whole.text_config.model_type],
             "tie_word_embeddings": bool(whole.tie_word_embeddings),
-            "rope_parameters": {**rope, "mrope_section": list(sections), "mrope_interleaved": interleaved},
+            "rope_parameters": rope,
+            "mrope_section": list(sections),
+            "mrope_interleaved": interleaved,
         }
         return found
 
     return read
 
 
-def default_sections(interleaved: bool, text: Any) -> list[int]:
+def default_sections(interleaved: bool) -> list[int]:
     """Return the pairs of numbers of each axis where config.json names none, as transformers' classes fill them in."""
     return [24, 20, 20] if interleaved else [16, 24, 24]
 
