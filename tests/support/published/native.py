@@ -95,6 +95,8 @@ QWEN3_SIZES = {
     "num_position_embeddings": 36,
     "deepstack_visual_indexes": [0, 1],
 }
+QWEN3_TEXT = {"head_dim": 8, "num_hidden_layers": 3}
+"""One layer more than those that features are added behind: they reach the answer through it."""
 NATIVE_MAKERS = {
     "qwen2_vl": NativeMaker(
         Qwen2VLForConditionalGeneration,
@@ -112,7 +114,7 @@ NATIVE_MAKERS = {
     ),
     "qwen3_vl": NativeMaker(
         Qwen3VLForConditionalGeneration,
-        partial(qwen_vl, cls=Qwen3VLForConditionalGeneration, config=Qwen3VLConfig, vision=QWEN3_SIZES, head_dim=8),
+        partial(qwen_vl, cls=Qwen3VLForConditionalGeneration, config=Qwen3VLConfig, vision=QWEN3_SIZES, **QWEN3_TEXT),
         Qwen3VLProcessor,
         Qwen2VLImageProcessorPil,
         {**QWEN_FACTS, "model.vision_projector.kind": "qwen3_vl_merger"},
