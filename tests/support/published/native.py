@@ -20,6 +20,8 @@ from transformers import (
     Qwen2VLProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -60,7 +62,7 @@ def qwen_vl(folder: Path, hub: bool, cls: Any, config: Any, vision: dict[str, An
     model = cls(whole)
     spread(model)
     model.save_pretrained(folder, save_original_format=hub)
-    name = cls.__name__.replace("ForConditionalGeneration", "Processor")
+    name = cls.__name__.replace("Moe", "").replace("ForConditionalGeneration", "Processor")
     save_processor(folder, name, hub, tokenizer, {}, image_processor=Qwen2VLImageProcessorPil(**PIXELS))
 
 
@@ -97,6 +99,7 @@ QWEN3_SIZES = {
 }
 QWEN3_TEXT = {"head_dim": 8, "num_hidden_layers": 3}
 """One layer more than those that features are added behind: they reach the answer through it."""
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 NATIVE_MAKERS = {
     "qwen2_vl": NativeMaker(
         Qwen2VLForConditionalGeneration,
@@ -115,6 +118,13 @@ NATIVE_MAKERS = {
     "qwen3_vl": NativeMaker(
         Qwen3VLForConditionalGeneration,
         partial(qwen_vl, cls=Qwen3VLForConditionalGeneration, config=Qwen3VLConfig, vision=QWEN3_SIZES, **QWEN3_TEXT),
+        Qwen3VLProcessor,
+        Qwen2VLImageProcessorPil,
+        {**QWEN_FACTS, "model.vision_projector.kind": "qwen3_vl_merger"},
+    ),
+    "qwen3_vl_moe": NativeMaker(
+        Qwen3VLMoeForConditionalGeneration,
+        partial(qwen_vl, cls=Qwen3VLMoeForConditionalGeneration, config=Qwen3VLMoeConfig, vision=QWEN3_SIZES, **QWEN3_TEXT, **EXPERTS),
         Qwen3VLProcessor,
         Qwen2VLImageProcessorPil,
         {**QWEN_FACTS, "model.vision_projector.kind": "qwen3_vl_merger"},
