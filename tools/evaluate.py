@@ -64,9 +64,9 @@ def evaluate_preferences(
 ) -> None:
     """Compare the answers of all records, and print on rank 0 how often the chosen one is more probable. Collective."""
     pairs: dict[int, Pair] = {}
-    settings: dict[str, Any] = {"media_root": options.media_root, "batch_size": options.batch_size}
+    share, size = (world.rank, world.size), options.batch_size
     with tqdm(total=len(index), unit="sample", desc="compare", dynamic_ncols=True, disable=not world.is_main) as bar:
-        for found in compare_answers(net, processor, index, **settings, share=(world.rank, world.size)):
+        for found in compare_answers(net, processor, index, media_root=options.media_root, batch_size=size, share=share):
             pairs |= found
             bar.update(min(len(found) * world.size, len(index) - bar.n))
     together = {i: pair for rank in world.gather_json(list(pairs.items())) for i, pair in rank}

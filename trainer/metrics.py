@@ -8,6 +8,7 @@ import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from textwrap import indent
 from typing import Any, cast
@@ -93,7 +94,7 @@ class Meter:
         """Add one step. `wait`: seconds for which this rank waited for its data."""
         for batch, addends in zip(batches, result.addends):
             self.sums.add(batch, addends)
-        for batch, ratios in zip(batches, result.ratios):
+        for ratios, batch in zip_longest(result.ratios, batches):
             self.ratios.add(ratios, batch)
         self.skipped.append(result.skipped)
         self.loss_scale = result.loss_scale

@@ -100,7 +100,7 @@ def loss_divisors(
 
     A divisor is the count of the term over all ranks, divided by the coefficient of the term.
     """
-    model = bare(wrapped)
+    model = unwrapped(wrapped)
     shift = [] if model.preference is None else model.preference.shift.shared()
     found = [*model.counts(batches).values(), *shift, *extra]
     on_device = [c if isinstance(c, Tensor) else torch.full((), c, device=world.device) for c in found]
@@ -113,7 +113,7 @@ def loss_divisors(
     return {name: count / factor for (name, factor), count in zip(model.coefficients().items(), counts.unbind())}, extra_sums
 
 
-def bare(wrapped: nn.Module) -> MultimodalLM:
+def unwrapped(wrapped: nn.Module) -> MultimodalLM:
     """Return the model that is trained, without what is wrapped around it."""
     found = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
     assert isinstance(found, MultimodalLM)
@@ -122,7 +122,7 @@ def bare(wrapped: nn.Module) -> MultimodalLM:
 
 def prepared(wrapped: nn.Module, batches: list[Batch]) -> list[Batch]:
     """Return the micro-batches as the step computes them. Some kinds of preference tuning run the model for it, without a graph."""
-    tuning = bare(wrapped).preference
+    tuning = unwrapped(wrapped).preference
     return batches if tuning is None else tuning.prepare(wrapped, batches)
 
 

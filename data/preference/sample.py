@@ -22,7 +22,7 @@ LEARNED = ("chosen", "desirable")
 
 
 @dataclass(frozen=True)
-class Answer:
+class SampleAnswer:
     """One answer of a sample: its tokens stand at [start, stop) of the ids, and follow the prompt."""
 
     role: Role
@@ -36,7 +36,7 @@ class PreferenceSample(Sample):
     """A prompt and its answers in one row of ids; `labels` are those of the first answer where it is one to learn."""
 
     prompt: int = 0  # tokens of the prompt, media included
-    answers: tuple[Answer, ...] = ()
+    answers: tuple[SampleAnswer, ...] = ()
     reference: tuple[float, ...] = ()  # log-probability of each answer under the reference; () where it is not known
 
 
@@ -106,7 +106,7 @@ def assemble_answers(
     at = prompt = len(sample.input_ids) - found.num_answer_tokens
     answers = []
     for role, counted in zip(found.roles, found.counted):
-        answers.append(Answer(role, at, at + len(counted), counted))
+        answers.append(SampleAnswer(role, at, at + len(counted), counted))
         at += len(counted)
     return PreferenceSample(**{f.name: getattr(sample, f.name) for f in fields(sample)}, prompt=prompt, answers=tuple(answers))
 

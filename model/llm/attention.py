@@ -21,7 +21,7 @@ from model.config import OUR_ATTENTION
 from model.llm.interface import CausalLM
 from model.llm.packed_operator import SegmentOptions, attend
 from model.llm.scores import CappedScores, band, capped
-from model.llm.shared_prompts import behind_prompts
+from model.llm.shared_prompts import AnswerScores, behind_prompts
 
 
 def varlen_kernel() -> Callable[..., object] | None:
@@ -113,7 +113,8 @@ def packed_attention(
         return varlen_segments(query, key, value, segment_borders, max(segment_lengths), options), None
     if shared_prompts is not None:
         alone = partial(causal_attention, module, attention_mask=None, **kwargs)
-        return behind_prompts(module, (query, key, value), segment_lengths, shared_prompts.prefixes, alone, **kwargs), None
+        how = AnswerScores(**{key: kwargs[key] for key in AnswerScores._fields if key in kwargs})
+        return behind_prompts(module, (query, key, value), segment_lengths, shared_prompts.prefixes, alone, how), None
     parts = zip(*(tensor.split(segment_lengths, 2) for tensor in (query, key, value)))
     return torch.cat([causal_attention(module, q, k, v, None, **kwargs)[0] for q, k, v in parts], 1), None
 

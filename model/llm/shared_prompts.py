@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,22 @@ Alone = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, None]]
 """Attention of a segment that sees itself alone."""
 
 
+class AnswerScores(NamedTuple):
+    """How tokens of answers attend."""
+
+    sliding_window: int | None = None
+    softcap: float | None = None
+    scaling: float | None = None  # None: 1 / sqrt(D)
+    dropout: float = 0.0
+
+
 def behind_prompts(
     module: nn.Module,
     inputs: tuple[Tensor, Tensor, Tensor],
     lengths: tuple[int, ...],
     prefixes: tuple[tuple[int, int], ...],
     alone: Alone,
-    **kwargs: Any,
+    how: AnswerScores,
 ) -> Tensor:
     """Compute attention within segments of `lengths`, each of which sees the earlier part of the row in `prefixes` as well.
 
@@ -32,25 +41,17 @@ def behind_prompts(
         query, key, value = (tensor[:, :, start : start + length] for tensor in inputs)
         if seen:
             key, value = (torch.cat([t[:, :, first : first + seen], own], 2) for t, own in zip(inputs[1:], (key, value)))
-            found.append(_with_mask(module, (query, key, value), seen, **kwargs))
+            found.append(_with_mask(module, (query, key, value), seen, how))
         else:
             found.append(alone(query, key, value)[0])
         start += length
     return torch.cat(found, 1)
 
 
-def _with_mask(
-    module: nn.Module,
-    inputs: tuple[Tensor, Tensor, Tensor],
-    seen: int,
-    *,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> Tensor:
+def _with_mask(module: nn.Module, inputs: tuple[Tensor, Tensor, Tensor], seen: int, how: AnswerScores) -> Tensor:
     """Compute attention of query (1, H, T, D) to key and value (1, Hkv, seen + T, D), causal behind the first `seen` keys."""
-    mask = seen_behind(inputs[0], seen, sliding_window)
-    if softcap is not None:
-        return capped(*inputs, mask, CappedScores(softcap, kwargs.get("scaling"), kwargs.get("dropout", 0.0)))
-    found: Tensor = sdpa_attention_forward(module, *inputs, mask[None, None], **kwargs)[0]
+    mask = seen_behind(inputs[0], seen, how.sliding_window)
+    if how.softcap is not None:
+        return capped(*inputs, mask, CappedScores(how.softcap, how.scaling, how.dropout))
+    found: Tensor = sdpa_attention_forward(module, *inputs, mask[None, None], dropout=how.dropout, scaling=how.scaling)[0]
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from model.loss import HeadOptions, Term
 from model.preference.config import WITH_REFERENCE, PreferenceConfig
 from model.preference.log_probs import token_log_probs
 from model.preference.losses import terms_of, unwanted, wanted
+from model.preference.scored import ScoredModel
 from model.preference.scores import Scores, no_answers, summed
 from model.preference.shift import RewardShift
 
@@ -46,7 +47,7 @@ class PreferenceTuning:
         found = [batch.answers for batch in batches if batch.answers is not None]
         return {name: float(sum(term.count(answers) for answers in found)) for name, term in self.terms.items()}
 
-    def compute(self, model: Any, batch: Batch) -> tuple[dict[str, Term], Tensor]:
+    def compute(self, model: ScoredModel, batch: Batch) -> tuple[dict[str, Term], Tensor]:
         """Compute the text term and those of preferences, and the decoder's output (B, T, D), of a `MultimodalLM`."""
         answers = no_answers(batch) if batch.answers is None else batch.answers
         embeds = model.embed(batch)
@@ -68,7 +69,7 @@ class PreferenceTuning:
         elif torch.is_grad_enabled() and self.config.kind == "mpo":
             self.shift.add(scores)
 
-    def _reference(self, model: Any, batch: Batch, answers: Answers, embeds: Tensor) -> Tensor:
+    def _reference(self, model: ScoredModel, batch: Batch, answers: Answers, embeds: Tensor) -> Tensor:
         """Return the log-probability of each answer under the reference (A,)."""
         if not self.needs_reference or self.measured is not None:
             return torch.zeros_like(answers.tokens)
@@ -79,7 +80,7 @@ class PreferenceTuning:
         if not self.adapters_off:
             return torch.zeros_like(answers.tokens)
         # On a rank without answers too: all ranks have to run the same collectives.
-        with torch.no_grad(), switched_off(model):
+        with torch.no_grad(), switched_off(cast(nn.Module, model)):
             # What no adapter reaches is the same for both: pictures are encoded once.
             shared = embeds.detach() if model.trainable_parts == {"llm"} else model.embed(batch)
             return summed(answer_log_probs(model, model.decode_embeds(shared, batch), answers), answers)
@@ -140,7 +141,7 @@ def measuring(tuning: PreferenceTuning | None) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def without_preferences(model: Any) -> Iterator[None]:
+def without_preferences(model: ScoredModel) -> Iterator[None]:
     """Compute, inside the context, the plain terms of a `MultimodalLM`."""
     tuning, model.preference = model.preference, None
     try:
@@ -149,7 +150,7 @@ def without_preferences(model: Any) -> Iterator[None]:
         model.preference = tuning
 
 
-def answer_log_probs(model: Any, hidden: Tensor, answers: Answers) -> Tensor:
+def answer_log_probs(model: ScoredModel, hidden: Tensor, answers: Answers) -> Tensor:
     """Compute the log-probability of every token of the answers (R,) from the decoder's output (B, T, D) of a `MultimodalLM`."""
     rows = hidden.flatten(0, 1).index_select(0, answers.positions)
     options = HeadOptions(change=model.llm.logit_change, new=new_head_rows(model.llm, model.dtype))

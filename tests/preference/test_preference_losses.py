@@ -27,7 +27,7 @@ from model.preference.tuning import PreferenceTuning
 from tests.support.equivalence import config_of
 from tests.support.preference import made_sample
 from tests.support.tiny import save_llm, save_tower
-from trainer.step import bare
+from trainer.step import unwrapped
 
 BETA, NUM = 0.3, 5
 JOINS = {"padded": collate_answers, "packed": collate_answers_packed}
@@ -177,7 +177,7 @@ def test_kto_measures_from_the_divergence_of_the_step(parts: Path, join: str) ->
     batches = [with_reference(batches[0], reference[:4]), with_reference(batches[1], reference[4:])]
     batches = tuning.prepare(model, batches)
     tuning.shift.receive(tuning.shift.shared())
-    assert bare(model) is model and model.training
+    assert unwrapped(model) is model and model.training
     ratios = [own - reference[a:b] for own, a, b in zip(flat, starts, starts[1:])]
     divergence = max(0.0, sum(ratio[-1].item() for ratio in ratios) / 4)
     z0 = BETA * divergence

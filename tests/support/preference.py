@@ -14,7 +14,7 @@ from PIL import Image
 from data.order.packing import deal_packed
 from data.order.sampler import deal
 from data.preference.collate import collate_answers, collate_answers_packed
-from data.preference.sample import Answer, PreferenceSample, Role
+from data.preference.sample import SampleAnswer, PreferenceSample, Role
 from data.sample import SampleMedia
 from model.batch import IGNORE_INDEX, Batch
 from model.build import assemble
@@ -51,7 +51,7 @@ def made_sample(
         ids.append(rng.integers(1, 300, length))
         counted = np.ones(length, dtype=bool)
         counted[: index % 2] = False
-        answers.append(Answer(role, at, at + length, counted))
+        answers.append(SampleAnswer(role, at, at + length, counted))
         at += length
     flat = np.concatenate(ids)
     labels = np.full(len(flat), IGNORE_INDEX)

@@ -1,4 +1,4 @@
-"""Which of two answers a model finds more probable, over pairs of held-out records; the numbers do not depend on the ranks."""
+"""Comparison of the two answers of held-out records: how often a model finds the chosen one more probable, on any ranks."""
 
 from __future__ import annotations
 

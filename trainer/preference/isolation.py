@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from data.preference.collate import collate_answers_packed
-from data.preference.sample import Answer, PreferenceSample, Role
+from data.preference.sample import PreferenceSample, Role, SampleAnswer
 from model.batch import IGNORE_INDEX
 from model.errors import ConfigError
 from model.input_gradient import input_gradient
@@ -48,5 +48,5 @@ def _leaks(model: MultimodalLM, sample: PreferenceSample, pad_id: int, world: Wo
 def _sample(roles: tuple[Role, Role], vocabulary: int) -> PreferenceSample:
     """Return a sample of ids that count up."""
     ids = np.arange(3 * LENGTH) % vocabulary
-    answers = tuple(Answer(role, (k + 1) * LENGTH, (k + 2) * LENGTH, np.ones(LENGTH, bool)) for k, role in enumerate(roles))
+    answers = tuple(SampleAnswer(role, (k + 1) * LENGTH, (k + 2) * LENGTH, np.ones(LENGTH, bool)) for k, role in enumerate(roles))
     return PreferenceSample(0, 0, ids, np.full(len(ids), IGNORE_INDEX), {}, prompt=LENGTH, answers=answers)

@@ -1,4 +1,4 @@
-"""What preference tuning remembers from step to step, in a checkpoint."""
+"""Sums that preference tuning carries from step to step, in a checkpoint."""
 
 from __future__ import annotations
 
