@@ -1,7 +1,7 @@
 """Measure preference tuning: ours and TRL's DPOTrainer on the same model, pairs and pictures. `python -m tools.benches.prefer`.
 
 --check trains both by plain gradient descent in float32 and compares the loss of every step and every weight at the end. Else both
-train with AdamW, one thread each, in turns, and medians of samples per CPU second and of peak memory are printed; every pair has one
+train with AdamW, one thread each, in turns, and medians of pairs per CPU second and of peak memory are printed; every pair has one
 picture. Ours computes the reference once, before step 1; TRL in every step. TRL needs `trl` and `datasets`.
 """
 
