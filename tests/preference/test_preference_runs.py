@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.collate import collate
 from tests.support.config import problems
 from tests.support.loop import lines_of
 from tests.support.preference import save_pairs
 from tests.support.ranks import run_ranks
 from tests.support.resume import cut, weights
 from tests.support.runs import failure_of, merged, save_parts, start, start_alone
+from tests.support.tiny_data import dataset, talk
+from tests.support.trainable import ALONE
+from tools.evaluate import main as evaluate_main
+from tools.inspect_data import main as inspect_main
+from trainer.preference.collapse import CollapseWatch
+from trainer.step import StepResult
 
 NAMES = ("chosen_log_prob", "rejected_log_prob", "chosen_reward", "rejected_reward", "preference_margin", "preference_accuracy")
 ADAPTERS: dict[str, Any] = {
@@ -169,3 +177,41 @@ def test_settings_of_other_kinds_and_wrong_values_are_named() -> None:
     found = problems(preference={"kind": "kto", "beta": 0.0, "label_smoothing": 0.6, "sft_weight": -2.0})
     wrong = ("beta = 0.0 is not", "label_smoothing = 0.6 is not", "sft_weight = -2.0 is", "label_smoothing has no effect with")
     assert all(f"preference.{line}" in found for line in wrong)
+
+
+def test_a_final_is_compared_on_held_out_pairs(parts: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the last validation of the run said."""
+    options = ["--data", str(parts / "train.json"), "--media-root", str(parts / "images"), "--batch-size", "3", "--json"]
+    assert evaluate_main([str(whole / "final"), *options, "--preferences"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    validation = [line for line in lines_of(whole) if "val/loss" in line][-1]
+    assert found["samples"] == 22
+    for name in ("preference_accuracy", "chosen_log_prob", "rejected_log_prob"):
+        assert found[name] == pytest.approx(validation[f"val/{name}"], rel=1e-5)
+    assert evaluate_main([str(whole / "final"), *options, "--preferences", "--page", "x.html"]) == 2
+
+
+def test_the_inspector_shows_both_answers(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect_main(["--run", str(whole), "--num", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "\nchosen: {+1 cats on a mat<|im_end|>+}\nrejected: {~no 1 dogs<|im_end|>~}" in said
+    assert "[image 4 tokens: 1_0.png]" in said
+    assert inspect_main(["--run", str(whole), "--html", str(tmp_path / "pairs.html")]) == 0
+    page = (tmp_path / "pairs.html").read_text()
+    assert page.count("<section class='answer'>") == page.count("<section class='answer unwanted'>") == 44
+
+
+def test_chosen_answers_that_fall_throughout_are_told_with_their_samples(tmp_path: Path) -> None:
+    """After five falls in a row below the reference, once; again only after a rise."""
+    data = dataset(tmp_path, [talk("a", "b"), talk("c", "d"), talk("e", "f")])
+    watch = CollapseWatch(data, ALONE)
+    batch = replace(collate([], 0), sample_ids=torch.tensor([2, 0]), lengths=(3, 3))
+    zero = torch.zeros(())
+    watch.add([batch], StepResult([], zero, zero, [{"chosen_reward": torch.tensor([[-4.0, -1.0], [2.0, 1.0]])}], zero, zero, zero))
+    falling = [watch.observe({"train/chosen_reward": value}) for value in (0.4, 0.3, 0.2, 0.1, 0.0, -0.1, -0.2)]
+    assert falling[:5] == [""] * 5 and falling[6] == ""
+    assert "in each of the last 5 logged lines (reward 0.400 to -0.100)" in falling[5]
+    assert falling[5].endswith("lowest in the last step: mix.jsonl:3 (-2.00), mix.jsonl:1 (-1.00)")
+    again = [watch.observe({"train/chosen_reward": value}) for value in (-0.1, -0.2, -0.3, -0.4, -0.5, -0.6)]
+    assert [bool(text) for text in again] == [False] * 5 + [True]
+    assert not any(watch.observe({"train/loss": -value}) for value in range(9))
