@@ -28,8 +28,10 @@ HEAD_STAYS = (
 class LoraLinear(nn.Linear):
     """A linear layer with an adapter: x (..., in) -> W x + b + scale * B A dropout(x). It keeps its name, weight and bias.
 
-    Layers with the same `inputs` that read the same tensor share one dropout mask.
+    Layers with the same `inputs` that read the same tensor share one dropout mask. Switched off, it computes W x + b.
     """
+
+    is_on = True
 
     def __init__(self, linear: nn.Linear, config: LoraConfig, inputs: SharedInputs | None = None) -> None:
         nn.Module.__init__(self)
@@ -41,7 +43,6 @@ class LoraLinear(nn.Linear):
         self.scale = config.scale
         self.dropout = nn.Dropout(config.dropout)
         self.inputs = SharedInputs() if inputs is None else inputs
-        self.is_on = True
 
     def stored(self) -> Matrix:
         """Return W as it is stored."""

@@ -215,3 +215,18 @@ def test_chosen_answers_that_fall_throughout_are_told_with_their_samples(tmp_pat
     again = [watch.observe({"train/chosen_reward": value}) for value in (-0.1, -0.2, -0.3, -0.4, -0.5, -0.6)]
     assert [bool(text) for text in again] == [False] * 5 + [True]
     assert not any(watch.observe({"train/loss": -value}) for value in range(9))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("changes", [{"quantize": {"bits": 4}}, {"model": {"dtype": "bfloat16"}}, {"lora": {"dropout": 0.3}}])
+def test_adapters_are_switched_off_over_any_base(parts: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Few bits, or a narrower type: as new adapters have no effect, the first loss is log 2 unless their dropout draws."""
+    source = {"path": str(parts / "texts.json")}
+    data = {"packing": True, "max_length": 256, "sources": [source], "validation": []}
+    batch = {"micro_batch_tokens": 256, "micro_batch_size": None}
+    base = sections_of(parts, preference={"kind": "dpo"}, data=data, batch=batch, validation=None)
+    answer = start_alone(parts, tmp_path / "run", merged(merged(base, ADAPTERS), changes))
+    assert answer.code == 0 and "reference the model without its adapters" in answer.said
+    first, *_, last = lines_of(tmp_path / "run")
+    assert first["train/preference_loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert last["train/preference_loss"] < first["train/preference_loss"] and last["train/preference_accuracy"] == 1
