@@ -25,6 +25,7 @@ class NativeTower(Encoder):
     """
 
     resizes = False
+    compiles = False
 
     def __init__(self, value: Json, config: VisionConfig) -> None:
         super().__init__()

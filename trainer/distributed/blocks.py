@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 from torch import nn
@@ -11,8 +12,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from model.llm.causal_lm import blocks
 from model.multimodal import ENCODERS, MultimodalLM
 from trainer.config import ParallelConfig
-from trainer.distributed.compiled_blocks import compile_blocks
+from trainer.distributed.compiled_blocks import SETTING, compile_blocks
 
+log = logging.getLogger(__name__)
 KEPT_OPERATORS = {
     *("mm", "addmm", "adapted", "_grouped_mm", "_varlen_attn"),
     *("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"),
@@ -29,6 +31,9 @@ def prepare_blocks(model: MultimodalLM, config: ParallelConfig) -> None:
     kind = config.activation_checkpointing
     if config.compile:
         parts = [name for name, _ in model.named_children() if has_blocks(model, name)]
+        for name in [name for name in parts if name != "llm" and not model.encoder(name).compiles]:
+            parts.remove(name)
+            log.warning("%s = true: the blocks of model.%s run as they are: the lengths of its pictures would be a graph's own", SETTING, name)
         owners = {name: block_owner(model, name) for name in parts}
         named = [(f"{part}.blocks.{i}", block) for part, owner in owners.items() for i, block in enumerate(blocks(owner))]
         compile_blocks(named, saves_memory=kind == "selective", goes_on=config.compile == "or_eager")
