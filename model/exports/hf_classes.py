@@ -12,7 +12,7 @@ from functools import partial
 
 from model.card import ModelCard
 from model.errors import ConfigError
-from model.exports.hf_native import NativeForm, native_config, native_problems, older_text
+from model.exports.hf_native import NativeForm, native_config, native_problems, native_text
 from model.exports.hf_text import head_problems, sizes_of
 from model.exports.media_facts import MediaFacts
 from model.files.untrusted import Json
@@ -49,7 +49,7 @@ class HfClass:
     modality: str = "image"
     llm: tuple[tuple[str, str], ...] = (("", "language_model."),)  # beginnings of our names in the language model, and in files
     tower: str = ""  # what stands before the tower's names in files; "" = as its kind has it
-    text: Callable[[Json], Json] | None = None  # config.json of the language model at the top of the class's; None: `text_config`
+    native: NativeForm | None = None  # of a class that reads pictures at their own size
 
 
 def choose_class(card: ModelCard, facts: MediaFacts) -> HfClass:
@@ -64,13 +64,20 @@ def _nearest(card: ModelCard, facts: MediaFacts) -> HfClass:
     if card.model.vision is None and card.model.audio is not None:
         return QWEN2_AUDIO
     kind = card.model.vision_projector.kind if card.model.vision_projector is not None else ""
-    if kind in BY_MERGER:
-        return BY_MERGER[kind]
+    if (native := _nearest_native(card, kind)) is not None:
+        return native
     if kind == SHUFFLE:
         return INTERN_VL
     if facts.fit == "anyres":
         return ONEVISION if facts.anyres_max else NEXT
     return LLAVA
+
+
+def _nearest_native(card: ModelCard, merger: str) -> HfClass | None:
+    """Return the class with this kind of projector; of several, the one with the run's tower."""
+    fitting = [target for target in NATIVE if target.native and target.native.merger == merger]
+    tower = card.hugging_face.get("vision", {}).get("model_type")
+    return next((target for target in fitting if target.native and target.native.tower == tower), fitting[0] if fitting else None)
 
 
 def _bare_heads(found: HfClass) -> str:
@@ -223,7 +230,8 @@ def _hearing_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> 
 def class_config(target: HfClass, card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> Json:
     """Return the contents of config.json."""
     text, dtype, tied = sizes_of(card, model)
-    whole = {**(target.text(text) if target.text else {"text_config": text}), **target.config(card, model, facts)}
+    inner = native_text(text, target.native) if target.native else {"text_config": text}
+    whole = {**inner, **target.config(card, model, facts)}
     parts = {name: part for name, part in whole.items() if name.endswith("_config")}
     for part in parts.values():
         part.pop("torch_dtype", None)
@@ -253,22 +261,37 @@ QWEN2_AUDIO = HfClass(
 )
 
 
-def _flat_native(name: str, model_type: str, form: NativeForm) -> HfClass:
+def _native(name: str, model_type: str, form: NativeForm) -> HfClass:
     problems, config = partial(native_problems, form=form), partial(native_config, form=form)
-    names = (("", ""),)
-    return HfClass(name, model_type, (("", "visual.merger."),), problems, config, llm=names, tower="visual.", text=older_text)
+    where = "model." if form.inside else ""
+    tower, decoder = f"{where}visual.", (("model.", "model.language_model."), ("", "")) if where else (("", ""),)
+    merger = (("deepstack.", f"{tower}deepstack_merger_list."), ("", f"{tower}merger."))
+    return HfClass(name, model_type, merger, problems, config, llm=decoder, tower=tower, native=form)
 
 
-QWEN2_VL = _flat_native(
-    "Qwen2VLForConditionalGeneration",
-    "qwen2_vl",
-    NativeForm("qwen2_vl_vision", "qwen2_vl_merger", "qwen2", "hidden_size"),
+NATIVE = (
+    _native(
+        "Qwen2VLForConditionalGeneration",
+        "qwen2_vl",
+        NativeForm("qwen2_vl_vision", "qwen2_vl_merger", "qwen2", "hidden_size"),
+    ),
+    _native(
+        "Qwen2_5_VLForConditionalGeneration",
+        "qwen2_5_vl",
+        NativeForm("qwen2_5_vl_vision", "qwen2_5_vl_merger", "qwen2", "out_hidden_size"),
+    ),
+    _native(
+        "Qwen3VLForConditionalGeneration",
+        "qwen3_vl",
+        NativeForm("qwen3_vl_vision", "qwen3_vl_merger", "qwen3", "out_hidden_size", "qwen3_vl_text", "Qwen3VLVideoProcessor"),
+    ),
+    _native(
+        "Qwen3VLMoeForConditionalGeneration",
+        "qwen3_vl_moe",
+        NativeForm(
+            "qwen3_vl_moe_vision", "qwen3_vl_merger", "qwen3_moe", "out_hidden_size", "qwen3_vl_moe_text", "Qwen3VLVideoProcessor"
+        ),
+    ),
 )
-QWEN2_5_VL = _flat_native(
-    "Qwen2_5_VLForConditionalGeneration",
-    "qwen2_5_vl",
-    NativeForm("qwen2_5_vl_vision", "qwen2_5_vl_merger", "qwen2", "out_hidden_size"),
-)
-BY_MERGER = {"qwen2_vl_merger": QWEN2_VL, "qwen2_5_vl_merger": QWEN2_5_VL}
-"""Classes that read pictures at their own size, by kind of projector."""
-CLASSES = (LLAVA, NEXT, ONEVISION, INTERN_VL, QWEN2_AUDIO, QWEN2_VL, QWEN2_5_VL)
+"""Classes that read pictures at their own size."""
+CLASSES = (LLAVA, NEXT, ONEVISION, INTERN_VL, QWEN2_AUDIO, *NATIVE)

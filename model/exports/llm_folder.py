@@ -41,7 +41,7 @@ def why_own_base(folder: Path, card: ModelCard, opened: str = "") -> str:
 
 def has_axes(card: ModelCard) -> bool:
     """Tell whether the language model has positions of three axes."""
-    return bool((card.hugging_face["llm"].get("rope_parameters") or {}).get(SECTIONS))
+    return bool(card.hugging_face["llm"].get(SECTIONS))
 
 
 def write_llm(model: MultimodalLM, folder: Path, card: ModelCard) -> None:
@@ -53,10 +53,7 @@ def write_llm(model: MultimodalLM, folder: Path, card: ModelCard) -> None:
     found = {name.removeprefix("llm."): entry for name, entry in model_entries(model) if name.startswith("llm.")}
     write_weights(folder, found)
     config, dtype, _ = sizes_of(card, model)
-    if has_axes(card):
-        config["rope_parameters"] = {
-            key: value for key, value in config["rope_parameters"].items() if key not in (SECTIONS, INTERLEAVED)
-        }
+    config = {key: value for key, value in config.items() if key not in (SECTIONS, INTERLEAVED)}
     (folder / "config.json").write_text(dump_json({**config, "dtype": dtype}))
     stops = {"eos_token_id": list(card.stop_ids), "pad_token_id": card.pad_id}
     (folder / "generation_config.json").write_text(dump_json(stops))
