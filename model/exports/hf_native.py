@@ -91,6 +91,7 @@ def _head(text: Json) -> int:
 def native_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts, form: NativeForm) -> Json:
     """Return the class's own keys of config.json."""
     vision = {**card.hugging_face["vision"], form.width: model.llm.get_input_embeddings().weight.shape[1]}
+    vision["model_type"] = form.tower.removesuffix("_vision")  # as older versions know it, and later ones still read it
     if vision.get("rope_parameters") == FILLED_IN:
         del vision["rope_parameters"]
     names = ("image", "video", "vision_start", "vision_end")
