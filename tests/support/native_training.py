@@ -58,7 +58,9 @@ def native_sections(folder: Path, tune: str = "full", **changes: Any) -> dict[st
         "checkpoint": {"every": 100, "keep": 1},
         **({"lora": {"rank": 2, "dropout": 0.0}} if tune == "lora" else {}),
     }
-    return merged(sections, changes)
+    found = merged(sections, changes)
+    found["batch"].setdefault("micro_batch_size")  # None takes out what the other tables say
+    return found
 
 
 def trained_natively(world: World, folder: Path, output: Path, cases: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
