@@ -61,9 +61,11 @@ class NativeSpec(ImageSpec):
     window: int = 0  # side in pixels of the squares that most blocks attend in; 0: in the whole picture
     table: int = 0  # side of the square table of learned positions, which is interpolated to each picture; 0: none
     align_corners: bool = True  # the table's corner rows stand at the centres of a picture's corner patches
+    antialias: bool = False  # a table that is larger than the picture is averaged, not sampled; corners are not aligned then
     axes: int = 1  # of the language model's positions: 1, or 3 for time, row and column
     ticks: float = 0.0  # positions per second of a video on the axis of time; 0: one per pair of frames
     video_placeholder: str = ""  # token of a video's features; "" = that of pictures
+    line_ends: tuple[str, ...] = ()  # tokens behind each line of a picture's features, and behind the last one; () = none
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -43,6 +44,14 @@ def measure(blob: Blob, ref: MediaRef, spec: NativeSpec, config: DataConfig, num
     """Return the patches of a picture, by its header. Raises MediaError."""
     width, height = fitted_size(image.size(blob, spec, config), rule_of(spec, config))
     return MediaMeta(patches=(1, height // spec.patch, width // spec.patch))
+
+
+def with_line_ends(meta: MediaMeta, spec: NativeSpec, ids: tuple[int, ...]) -> MediaMeta:
+    """Return the facts of a picture with token ids inside it: ids[0] behind each line of features, ids[1] behind the last one."""
+    times, high, wide = meta.patches
+    lines, width = times * high // spec.shrink, wide // spec.shrink
+    breaks = (*[ids[:1]] * (lines - 1), ids[1:])
+    return replace(meta, inside=tuple(((line + 1) * width, found) for line, found in enumerate(breaks)))
 
 
 def load(blob: Blob, ref: MediaRef, spec: NativeSpec, config: DataConfig, meta: MediaMeta) -> Tensor:

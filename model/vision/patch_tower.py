@@ -1,0 +1,46 @@
+"""The interface of towers on packed patches, and what a family of them is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from model.batch import Patches
+from model.files.untrusted import Json
+from model.vision import segment_attention
+from model.vision.tower_kinds import TowerFamily
+
+
+class PatchTower(nn.Module):
+    """Interface of a tower on packed patches: values (P, 3, F, p, p) -> hidden states (1, P, C * levels)."""
+
+    width: int
+    """Numbers in one hidden state, C."""
+    levels: int = 1
+
+    def forward(self, values: Tensor, patches: Patches) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class NativeFamily(TowerFamily):
+    """The properties of one family of towers that read pictures at their own size."""
+
+    build: Callable[[PretrainedConfig], PatchTower] | None = None
+    facts: Callable[[PretrainedConfig, Json], Json] = lambda value, processor: {}
+    """Fields of NativeSpec that are the family's own, from config.json of the tower and its image processor's settings."""
+    depth: str = "num_hidden_layers"  # key of config.json with the number of blocks
+    processors: tuple[str, ...] = ()  # image processors whose sizes are known, without `Fast` or `Pil`; () = any
+
+
+def whole_tower(module: str, name: str, config: PretrainedConfig) -> PreTrainedModel:
+    """Build transformers' class `name`, imported when one is built, whose blocks attend inside segments of packed patches."""
+    segment_attention.register_segments()
+    cls: type[PreTrainedModel] = getattr(import_module(f"transformers.models.{module}"), name)
+    whole: PreTrainedModel = cls._from_config(config, attn_implementation="sdpa")
+    whole.config._attn_implementation = segment_attention.NAME  # the blocks' own, which they read in every forward
+    return whole
