@@ -103,8 +103,9 @@ def axis_shares(high: int, wide: int, spec: NativeSpec) -> tuple[np.ndarray, np.
 @lru_cache(maxsize=256)
 def _smooth_shares(length: int, table: int) -> np.ndarray:
     """Return the shares (length, table) float32 with which torch resizes a line of `table` numbers: bilinear, with antialias."""
-    unit = torch.eye(table)[None, :, :, None]  # a channel per number
-    return F.interpolate(unit, size=(length, 1), mode="bilinear", align_corners=False, antialias=True)[0, :, :, 0].T.numpy()
+    # As a square: torch 2.13 resizes to (length, 1) with antialias wrongly on the CPU.
+    unit = torch.eye(table)[None, None]
+    return F.interpolate(unit, size=(length, table), mode="bilinear", align_corners=False, antialias=True)[0, 0].numpy()
 
 
 def _neighbours(length: int, spec: NativeSpec) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

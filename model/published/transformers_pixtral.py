@@ -43,8 +43,8 @@ def line_settings(source: Published, merge: int) -> Settings:
     counted = processor.get("patch_size", PATCH), processor.get("spatial_merge_size", 1)
     if counted != (whole.vision_config.patch_size, merge):
         raise source.refused(
-            f"its processor counts patches of {counted[0]} pixels, {counted[1]} x {counted[1]} to a token; the model has patches of "
-            f"{whole.vision_config.patch_size} pixels, {merge} x {merge} to a token: restore processor_config.json"
+            f"its processor counts patches of {counted[0]} pixels, {counted[1]} x {counted[1]} to a token, and the model has those "
+            f"of {whole.vision_config.patch_size} pixels, {merge} x {merge} to a token: restore processor_config.json"
         )
     ends = [placeholder_setting(source, f"image_{key}_token", f"[IMG_{key.upper()}]").value for key in ("break", "end")]
     return {

@@ -113,5 +113,6 @@ def check_processor(path: str, processor: Json, kind: NativeFamily) -> None:
     for key in ("do_resize", "do_rescale", "do_normalize"):
         if processor.get(key) is False:
             raise ConfigError(
-                f"{SETTING} = {path!r}: {key} = false among its image processor's settings; pictures are resized and normalised here"
+                f"{SETTING} = {path!r}: {key} = false among its image processor's settings; here pictures are resized, rescaled "
+                "and normalised"
             )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from transformers import PixtralVisionConfig, PixtralVisionModel, Siglip2VisionConfig, Siglip2VisionModel
@@ -36,8 +39,24 @@ class NativeTowerMaker:
     states: Callable[[Any, Any], Sequence[Tensor]]
 
 
+@contextmanager
+def narrow_tables_resized() -> Iterator[None]:
+    """Resize tables to a width of one patch by their transposes: with antialias, torch 2.13 on the CPU repeats the first row."""
+    plain = F.interpolate
+
+    def interpolate(table: Tensor, size: tuple[int, int], **options: Any) -> Tensor:
+        if size[1] > 1:
+            return plain(table, size=size, **options)
+        return plain(table.transpose(2, 3), size=size[::-1], **options).transpose(2, 3)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "interpolate", interpolate)
+        yield
+
+
 def naflex_states(model: Any, inputs: Any) -> Sequence[Tensor]:
-    found = model(**inputs, output_hidden_states=True).hidden_states
+    with narrow_tables_resized():
+        found = model(**inputs, output_hidden_states=True).hidden_states
     return [state[0, : int(inputs["pixel_attention_mask"].sum())] for state in found]
 
 
