@@ -64,7 +64,8 @@ class VisionConfig:
 class VisionProjectorConfig:
     kind: str = "mlp2x_gelu"
     """What maps features to the language model: linear, mlpNx_gelu, identity, pixel_shuffle_mlp, pixel_shuffle_v1_mlp,
-    pool_mlp, conv_mlp, vita_mlp or resampler."""
+    pool_mlp, conv_mlp, vita_mlp or resampler; with a tower of variable size, the first three, pixel_shuffle_mlp, pool_mlp or a
+    published model's merger."""
     tune: Literal["frozen", "full"] = "full"
     """What learns: frozen, nothing; full, everything."""
     path: str = ""
