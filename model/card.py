@@ -112,7 +112,7 @@ def media_specs(config: ModelConfig) -> dict[str, MediaSpec]:
         seen = projected_spec(vision_spec(config.vision, config.cache_dir), config.vision_projector)
         if isinstance(seen, NativeSpec):
             text = llm_config(config.llm, config.cache_dir)
-            seen = replace(seen, axes=3 if (text.get("rope_parameters") or {}).get(SECTIONS) else 1)
+            seen = replace(seen, axes=3 if text.get(SECTIONS) else 1)
             if seen.axes == 3 and seen.line_ends:
                 raise ConfigError(
                     f"model.vision.line_ends = {list(seen.line_ends)} with a language model whose positions have three axes: they "

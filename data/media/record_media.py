@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from data.config import DataConfig
-from data.media import audio, image, native_image, video
+from data.media import audio, image, native_image, native_video, video
 from data.media.blob import Blob, MediaError
+from data.media.line_ends import with_line_ends
 from data.records.record import MediaRef, Record, RecordError
 from model.media_spec import MediaMeta, MediaSpec, NativeSpec
 
@@ -38,7 +39,10 @@ READERS = {
 """Readers by kind of medium. To add a kind, add an entry here and in `model.media_spec`, not a branch."""
 
 
-NATIVE_READERS = {"image": MediaReader(native_image.measure, native_image.load, image.check_file)}
+NATIVE_READERS = {
+    "image": MediaReader(native_image.measure, native_image.load, image.check_file),
+    "video": MediaReader(native_video.measure, native_video.load, video.check),
+}
 """Readers of towers that read pictures at their own size."""
 
 
@@ -63,7 +67,7 @@ class RecordMedia:
         spec = self.specs[ref.modality]
         with self.named(ref):
             meta = reader_of(ref.kind, spec).measure(self.blob(ref), ref, spec, self.config, self.counts[ref.kind])
-        return native_image.with_line_ends(meta, spec, self.line_ids) if isinstance(spec, NativeSpec) and self.line_ids else meta
+        return with_line_ends(meta, spec, self.line_ids) if isinstance(spec, NativeSpec) else meta
 
     def load(self, ref: MediaRef, meta: MediaMeta) -> Tensor:
         """Decode a medium that was measured as `meta` to encoder rows (n, ...)."""

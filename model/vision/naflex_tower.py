@@ -56,7 +56,7 @@ def build_naflex(config: PretrainedConfig) -> PatchTower:
     return NaflexTower(whole_tower("siglip2.modeling_siglip2", "Siglip2VisionModel", config), config)
 
 
-def naflex_facts(value: PretrainedConfig, processor: Json) -> Json:
+def naflex_facts(value: PretrainedConfig, processor: Json, videos: Json) -> Json:
     """Return the most patches of a picture and the side of the table of positions."""
     return {
         "resize": "naflex",

@@ -80,7 +80,7 @@ def qwen_tower(module: str, name: str) -> Callable[[PretrainedConfig], PatchTowe
     return lambda config: QwenTower(whole_tower(module, name, config), config)
 
 
-def qwen_facts(value: PretrainedConfig, processor: Json) -> Json:
+def qwen_facts(value: PretrainedConfig, processor: Json, videos: Json) -> Json:
     """Return the range of pixels, windows, and how videos are read."""
     size = processor.get("size") or {}
     return {
@@ -91,7 +91,18 @@ def qwen_facts(value: PretrainedConfig, processor: Json) -> Json:
         "window": getattr(value, "window_size", 0),
         "table": int(getattr(value, "num_position_embeddings", 0) ** 0.5),
         "ticks": float(getattr(value, "tokens_per_second", 0)),
+        "video_pixels": _pixel_range(videos),
+        "video_shared": "Qwen3" in videos.get("video_processor_type", ""),
+        "video_tokens": videos.get("max_video_tokens", 128_000) if videos.get("cap_pixels_per_frame") else 0,
     }
+
+
+def _pixel_range(processor: Json) -> tuple[int, ...]:
+    """Return the least and the most pixels that a processor's settings name; () without."""
+    size = processor.get("size") or {}
+    least = processor.get("min_pixels") or size.get("shortest_edge")
+    most = processor.get("max_pixels") or size.get("longest_edge")
+    return (least, most) if least and most else ()
 
 
 def _qwen(module: str, name: str, positions: str = "") -> NativeFamily:
@@ -102,6 +113,7 @@ NATIVE_TOWERS: dict[str, NativeFamily] = {
     "qwen2_vl_vision": _qwen("qwen2_vl.modeling_qwen2_vl", "Qwen2VisionTransformerPretrainedModel"),
     "qwen2_5_vl_vision": _qwen("qwen2_5_vl.modeling_qwen2_5_vl", "Qwen2_5_VisionTransformerPretrainedModel"),
     "qwen3_vl_vision": _qwen("qwen3_vl.modeling_qwen3_vl", "Qwen3VLVisionModel", "pos_embed.weight"),
+    "qwen3_vl_moe_vision": _qwen("qwen3_vl_moe.modeling_qwen3_vl_moe", "Qwen3VLMoeVisionModel", "pos_embed.weight"),
     "siglip2_vision_model": NAFLEX,
     "pixtral": PIXTRAL,
 }

@@ -25,6 +25,7 @@ class NativeTower(Encoder):
     """
 
     resizes = False
+    compiles = False  # their attention goes through segments in Python, and each number of pictures would be a graph
 
     def __init__(self, value: Json, config: VisionConfig) -> None:
         super().__init__()
@@ -79,8 +80,11 @@ def check_native_options(config: VisionConfig, kind: str) -> None:
         raise ConfigError(f"model.vision.line_ends = {list(config.line_ends)} is not a pair: behind a line, behind the last one")
 
 
-def native_spec(config: VisionConfig, value: PretrainedConfig, processor: Json) -> NativeSpec:
-    """Return the facts that `data` needs of a tower of variable size, from its config.json `value` and its image processor's."""
+def native_spec(config: VisionConfig, value: PretrainedConfig, processor: Json, videos: Json) -> NativeSpec:
+    """Return the facts that `data` needs of a tower of variable size, from its config.json `value` and its processors' settings.
+
+    `videos`: settings of the processor of videos, {} where that of pictures reads them too.
+    """
     kind = NATIVE_TOWERS[value.model_type]
     check_native_options(config, value.model_type)
     check_processor(config.path, processor, kind)
@@ -102,7 +106,7 @@ def native_spec(config: VisionConfig, value: PretrainedConfig, processor: Json) 
         "video_placeholder": config.video_placeholder,
         "line_ends": config.line_ends,
     }
-    return NativeSpec(**{**common, **kind.facts(value, processor)})
+    return NativeSpec(**{**common, **kind.facts(value, processor, videos)})
 
 
 def check_processor(path: str, processor: Json, kind: NativeFamily) -> None:

@@ -31,8 +31,8 @@ class NativeFamily(TowerFamily):
     """The properties of one family of towers that read pictures at their own size."""
 
     build: Callable[[PretrainedConfig], PatchTower] | None = None
-    facts: Callable[[PretrainedConfig, Json], Json] = lambda value, processor: {}
-    """Fields of NativeSpec that are the family's own, from config.json of the tower and its image processor's settings."""
+    facts: Callable[[PretrainedConfig, Json, Json], Json] = lambda value, processor, videos: {}
+    """Fields of NativeSpec that are the family's own, from config.json of the tower and its processors' settings."""
     depth: str = "num_hidden_layers"  # key of config.json with the number of blocks
     processors: tuple[str, ...] = ()  # image processors whose sizes are known, without `Fast` or `Pil`; () = any
 

@@ -54,7 +54,7 @@ def build_pixtral(config: PretrainedConfig) -> PatchTower:
     return PixtralTower(whole_tower("pixtral.modeling_pixtral", "PixtralVisionModel", config), config)
 
 
-def pixtral_facts(value: PretrainedConfig, processor: Json) -> Json:
+def pixtral_facts(value: PretrainedConfig, processor: Json, videos: Json) -> Json:
     """Return the longest side of a picture. Raises `ConfigError` for a processor with two different ones."""
     size = processor.get("size") or {"longest_edge": LONGEST}
     sides = [size["longest_edge"]] if size.get("longest_edge") else [size.get("height"), size.get("width")]

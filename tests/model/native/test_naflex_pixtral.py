@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from data.config import DataConfig
 from data.media.image_decode import Picture
-from data.media.native_image import patches_of, resized, rule_of
+from data.media.native_image import patches_of, resized
 from data.media.native_size import fitted_size
+from data.media.pixel_budget import rule_of
 from model.build import build_model
 from model.config import LlmConfig, ModelConfig, VisionConfig, VisionProjectorConfig
 from model.media_spec import MediaMeta, NativeSpec, num_tokens
