@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from data.media.native_image import rule_of
+from data.media.pixel_budget import rule_of
 from data.media.tiling import grids
 from data.processor import Processor, load_processor
 from data.text.parts_template import takes_parts
