@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import reduce
 
 from model.files.untrusted import Json
 from model.published.layout import Given, Layout, PartView, Published, Settings
@@ -27,6 +27,11 @@ MERGER_NAMES = tuple(
 )
 
 
+def fact(source: Published, key: str) -> object:
+    """Return a value of config.json by its dotted key, or what transformers' class has in its place."""
+    return reduce(getattr, key.split("."), source.whole)
+
+
 def has_pixtral(source: Published) -> bool:
     """Tell whether config.json is that of a LLaVA whose tower is Pixtral."""
     tower: Json = source.config.get("vision_config") or {}
@@ -38,13 +43,13 @@ def line_settings(source: Published, merge: int) -> Settings:
 
     `merge`: side, in patches, of the square that becomes one token. Raises `ConfigError` for a processor that counts others.
     """
-    whole: Any = source.whole
+    patch = fact(source, "vision_config.patch_size")
     processor = source.json("processor_config.json")
     counted = processor.get("patch_size", PATCH), processor.get("spatial_merge_size", 1)
-    if counted != (whole.vision_config.patch_size, merge):
+    if counted != (patch, merge):
         raise source.refused(
             f"its processor counts patches of {counted[0]} pixels, {counted[1]} x {counted[1]} to a token, and the model has those "
-            f"of {whole.vision_config.patch_size} pixels, {merge} x {merge} to a token: restore processor_config.json"
+            f"of {patch} pixels, {merge} x {merge} to a token: restore processor_config.json"
         )
     ends = [placeholder_setting(source, f"image_{key}_token", f"[IMG_{key.upper()}]").value for key in ("break", "end")]
     return {
@@ -61,14 +66,13 @@ def pixtral_settings(source: Published) -> Settings:
 
 def mistral_settings(source: Published) -> Settings:
     """Return what follows from a Mistral 3. Raises `ConfigError` for a projector of another form."""
-    whole: Any = source.whole
-    for key, value, built in (
-        ("spatial_merge_size", whole.spatial_merge_size, MERGE),
-        ("multimodal_projector_bias", whole.multimodal_projector_bias, False),
-        ("vision_config.model_type", whole.vision_config.model_type, TOWER_KIND),
-        ("text_config.rms_norm_eps", whole.text_config.rms_norm_eps, EPSILON),
+    for key, built in (
+        ("spatial_merge_size", MERGE),
+        ("multimodal_projector_bias", False),
+        ("vision_config.model_type", TOWER_KIND),
+        ("text_config.rms_norm_eps", EPSILON),
     ):
-        if value != built:
+        if (value := fact(source, key)) != built:
             raise source.refused(f"{key} = {value!r} in config.json; what is built here has {built!r}")
     found = {**tower_settings(source), **mlp_settings(source, newline=False, token="[IMG]", bias=False)}
     return {**found, **line_settings(source, MERGE), "model.vision_projector.kind": Given("mistral3_merger")}

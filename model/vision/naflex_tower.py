@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from model.batch import Patches
 from model.files.untrusted import Json
-from model.vision.patch_tower import NativeFamily, PatchTower, whole_tower
+from model.vision.patch_tower import NativeFamily, PatchTower, segmented_tower
 from model.vision.segment_attention import Segments
 
 MAX_PATCHES = 256
@@ -53,7 +53,7 @@ def resized_table(table: Tensor, patches: Patches) -> Tensor:
 
 def build_naflex(config: PretrainedConfig) -> PatchTower:
     """Build the tower of transformers' class."""
-    return NaflexTower(whole_tower("siglip2.modeling_siglip2", "Siglip2VisionModel", config), config)
+    return NaflexTower(segmented_tower("siglip2.modeling_siglip2", "Siglip2VisionModel", config), config)
 
 
 def naflex_facts(value: PretrainedConfig, processor: Json, videos: Json) -> Json:

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from model.batch import Patches
 from model.files.untrusted import Json
 from model.vision.naflex_tower import NAFLEX
-from model.vision.patch_tower import NativeFamily, PatchTower, whole_tower
+from model.vision.patch_tower import NativeFamily, PatchTower, segmented_tower
 from model.vision.pixtral_tower import PIXTRAL
 
 
@@ -77,7 +77,7 @@ def axial_angles(positions: Tensor, head: int, theta: float) -> Tensor:
 
 def qwen_tower(module: str, name: str) -> Callable[[PretrainedConfig], PatchTower]:
     """Return how to build a tower of Qwen from transformers' class `name`."""
-    return lambda config: QwenTower(whole_tower(module, name, config), config)
+    return lambda config: QwenTower(segmented_tower(module, name, config), config)
 
 
 def qwen_facts(value: PretrainedConfig, processor: Json, videos: Json) -> Json:

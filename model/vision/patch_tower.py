@@ -37,7 +37,7 @@ class NativeFamily(TowerFamily):
     processors: tuple[str, ...] = ()  # image processors whose sizes are known, without `Fast` or `Pil`; () = any
 
 
-def whole_tower(module: str, name: str, config: PretrainedConfig) -> PreTrainedModel:
+def segmented_tower(module: str, name: str, config: PretrainedConfig) -> PreTrainedModel:
     """Build transformers' class `name`, imported when one is built, whose blocks attend inside segments of packed patches."""
     segment_attention.register_segments()
     cls: type[PreTrainedModel] = getattr(import_module(f"transformers.models.{module}"), name)

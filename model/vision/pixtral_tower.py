@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from model.batch import Patches
 from model.errors import ConfigError
 from model.files.untrusted import Json
-from model.vision.patch_tower import NativeFamily, PatchTower, whole_tower
+from model.vision.patch_tower import NativeFamily, PatchTower, segmented_tower
 
 LONGEST = 1024
 """Longest side in pixels where the image processor's settings name none, as in transformers' class."""
@@ -51,7 +51,7 @@ def alternating_angles(positions: Tensor, head: int, theta: float) -> Tensor:
 
 def build_pixtral(config: PretrainedConfig) -> PatchTower:
     """Build the tower of transformers' class."""
-    return PixtralTower(whole_tower("pixtral.modeling_pixtral", "PixtralVisionModel", config), config)
+    return PixtralTower(segmented_tower("pixtral.modeling_pixtral", "PixtralVisionModel", config), config)
 
 
 def pixtral_facts(value: PretrainedConfig, processor: Json, videos: Json) -> Json:
