@@ -12,22 +12,8 @@ from transformers import PretrainedConfig
 from model.batch import Patches
 from model.files.untrusted import Json
 from model.vision.naflex_tower import NAFLEX
-from model.vision.patch_tower import NativeFamily, PatchTower, segmented_tower
+from model.vision.patch_tower import NativeFamily, PatchLinear, PatchTower, segmented_tower
 from model.vision.pixtral_tower import PIXTRAL
-
-
-class PatchLinear(nn.Module):
-    """A convolution whose kernel covers each patch once, as the matrix product that it is: (P, 3, F, p, p) -> (P, C).
-
-    Kernels of convolutions in three dimensions are several times slower, and the names of parameters stay the same.
-    """
-
-    def __init__(self, kernel: nn.Conv3d) -> None:
-        super().__init__()
-        self.weight, self.bias = kernel.weight, kernel.bias
-
-    def forward(self, values: Tensor) -> Tensor:
-        return nn.functional.linear(values.flatten(1), self.weight.flatten(1), self.bias)
 
 
 class QwenTower(PatchTower):

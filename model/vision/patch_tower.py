@@ -37,6 +37,20 @@ class NativeFamily(TowerFamily):
     processors: tuple[str, ...] = ()  # image processors whose sizes are known, without `Fast` or `Pil`; () = any
 
 
+class PatchLinear(nn.Module):
+    """A convolution whose kernel covers each patch once, as the matrix product that it is: (P, 3, F, p, p) -> (P, C).
+
+    Convolutions of many pictures of one patch are several times slower, and the names of parameters stay the same.
+    """
+
+    def __init__(self, kernel: nn.Conv2d | nn.Conv3d) -> None:
+        super().__init__()
+        self.weight, self.bias = kernel.weight, kernel.bias
+
+    def forward(self, values: Tensor) -> Tensor:
+        return nn.functional.linear(values.flatten(1), self.weight.flatten(1), self.bias)
+
+
 def segmented_tower(module: str, name: str, config: PretrainedConfig) -> PreTrainedModel:
     """Build transformers' class `name`, imported when one is built, whose blocks attend inside segments of packed patches."""
     segment_attention.register_segments()

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from model.batch import Patches
 from model.errors import ConfigError
 from model.files.untrusted import Json
-from model.vision.patch_tower import NativeFamily, PatchTower, segmented_tower
+from model.vision.patch_tower import NativeFamily, PatchLinear, PatchTower, segmented_tower
 
 LONGEST = 1024
 """Longest side in pixels where the image processor's settings name none, as in transformers' class."""
@@ -22,7 +22,7 @@ class PixtralTower(PatchTower):
 
     def __init__(self, whole: nn.Module, config: PretrainedConfig) -> None:
         super().__init__()
-        self.patch_conv = whole.get_submodule("patch_conv")
+        self.patch_conv = PatchLinear(cast(nn.Conv2d, whole.get_submodule("patch_conv")))
         self.ln_pre = whole.get_submodule("ln_pre")
         self.transformer = whole.get_submodule("transformer")
         self.width = config.hidden_size
@@ -30,7 +30,7 @@ class PixtralTower(PatchTower):
         self.theta = float(config.rope_parameters["rope_theta"])
 
     def forward(self, values: Tensor, patches: Patches) -> Tensor:
-        hidden = self.ln_pre(self.patch_conv(values.squeeze(2)).flatten(1)[None])
+        hidden = self.ln_pre(self.patch_conv(values)[None])
         angles = alternating_angles(patches.positions, self.head, self.theta)
         rotation = (angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype))
         segments = {"segment_lengths": patches.lengths, "segment_borders": patches.borders}
