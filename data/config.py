@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
+from data.fit_problems import fit_problems
 from data.order.mixing import take_problem
 from data.records.fields import MAX_NAME, shorten
 from model.media_spec import PLACEHOLDERS
 
 MAX_WORKERS = 512
-MAX_TILES = 256
 
 
 GridSize = tuple[int, int] | str
 """A grid of tiles: [width, height] in pixels, its tiles across and down as "2x1", or all from one to another as "1x1...6x6"."""
 NEXT_GRID: tuple[GridSize, ...] = ("1x2", "2x1", "2x2", "3x1", "1x3")
 """Grids of LLaVA-NeXT, in its order."""
-GRID_NAME = re.compile(r"([1-9]\d?)x([1-9]\d?)(?:\.\.\.([1-9]\d?)x([1-9]\d?))?")
 
 
 TemplateName = Literal[
@@ -133,6 +131,14 @@ class DataConfig:
     """Share of bad records beyond which the run ends, in [0, 1); eight are always borne."""
     max_too_long_fraction: float = 0.1
     """Share of a source's records that cannot fit max_length beyond which the start fails; 1 allows any number."""
+    fit_min_pixels: int = 0
+    """Fewest pixels of a picture under image_fit = 'native': a smaller one is enlarged; 0 = those of the model's own processor."""
+    fit_max_pixels: int = 0
+    """Most pixels of a picture under 'native', 500_000 to 2_000_000 as a rule: a larger one is shrunk; 0 = the processor's own."""
+    record_max_pixels: int = 0
+    """Most pixels of all pictures of a record together under 'native', an even share for each; 0 = no limit."""
+    video_max_pixels: int = 0
+    """Most pixels of all frames of a video together under 'native': each is shrunk to its share; 0 = as the processor allows."""
     catalog: str = ""
     """File of named data sets, a TOML table for each: sources that have a name and no path are taken from it; '' = none."""
     sources: tuple[SourceConfig, ...] = field(default=())
@@ -153,7 +159,7 @@ class DataConfig:
             found.append(f"data.max_images = {self.max_images} is negative; 0 means no limit")
         if self.max_pixels < 1:
             found.append(f"data.max_pixels = {self.max_pixels} is not positive")
-        found += [*_tile_problems(self), *_grid_problems(self), *_time_problems(self)]
+        found += [*fit_problems(self), *_time_problems(self)]
         if self.workers < 0:
             found.append(f"data.workers = {self.workers} is negative")
         if self.workers > MAX_WORKERS:
@@ -176,43 +182,6 @@ class DataConfig:
                     )
             found += [line for source in sources for line in (*_share_problems(source, table), *_root_problems(source, table))]
         return found
-
-
-def _tile_problems(config: DataConfig) -> Iterator[str]:
-    if config.image_fit != "tiles":
-        for key, default in (("min_tiles", 1), ("max_tiles", 1), ("thumbnail", True)):
-            if (value := getattr(config, key)) != default:
-                yield f"data.{key} = {str(value).lower()} has no effect unless data.image_fit = 'tiles'"
-    elif not 1 <= config.min_tiles <= config.max_tiles:
-        yield f"data.min_tiles = {config.min_tiles} is not in [1, data.max_tiles = {config.max_tiles}]"
-    elif config.max_tiles == 1:
-        yield "data.image_fit = 'tiles' cuts nothing with data.max_tiles = 1: set it to what a picture may take, as 6 or 12"
-    elif config.max_tiles > MAX_TILES:
-        yield f"data.max_tiles = {config.max_tiles} is more than {MAX_TILES}: they are views of one picture; 6 to 40 are usual"
-
-
-def _grid_problems(config: DataConfig) -> Iterator[str]:
-    if config.image_fit != "anyres":
-        for key, value, default in (("image_grid", list(config.image_grid), []), ("anyres_max", config.anyres_max, 0)):
-            if value != default:
-                yield f"data.{key} = {value} has no effect unless data.image_fit = 'anyres'"
-        return
-    if config.anyres_max < 0:
-        yield f"data.anyres_max = {config.anyres_max} is negative; 0 means no limit"
-    for i, size in enumerate(config.image_grid):
-        if isinstance(size, str):
-            yield from _grid_name_problems(i, size)
-        elif min(size) < 1:
-            yield f"data.image_grid.{i} = {list(size)} is not [width, height] in pixels"
-
-
-def _grid_name_problems(i: int, text: str) -> Iterator[str]:
-    match = GRID_NAME.fullmatch(text)
-    across, down, wide, high = (int(word) for word in match.groups("0")) if match else (0, 0, 0, 0)
-    if match is None or (wide and (wide < across or high < down)):
-        yield f"data.image_grid.{i} = {text!r} is no grid: write '2x1' (tiles across, down), '1x1...6x6' or [width, height]"
-    elif max(across * down, wide * high) > MAX_TILES:
-        yield f"data.image_grid.{i} = {text!r} has more than {MAX_TILES} tiles: they are views of one picture; 4 to 36 are usual"
 
 
 def _time_problems(config: DataConfig) -> Iterator[str]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data.collate import collate
 from data.config import DataConfig
+from data.fit_problems import PIXEL_BUDGETS
 from data.media.blob import Blob, inline_blob, resolve_path
 from data.media.record_media import RecordMedia
 from data.positions import own_feature_ids
@@ -35,6 +36,8 @@ _CONFIG_KEYS = (
     *("max_length", "max_images", "max_pixels"),
     *("state_tokens", "fps", "min_frames", "max_frames", "max_seconds"),
 )
+_LATER_KEYS = PIXEL_BUDGETS
+"""Settings that runs of earlier versions did not have."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ class Processor:
             "specs": {modality: spec_to_json(spec) for modality, spec in self.specs.items()},
             "fingerprint": tokenizer_fingerprint(self.tokenizer),
             "stop_ids": list(self.stop_ids),
-            **{key: getattr(self.config, key) for key in _CONFIG_KEYS},
+            **{key: getattr(self.config, key) for key in (*_CONFIG_KEYS, *_LATER_KEYS)},
         }
 
 
@@ -153,6 +156,7 @@ def load_processor(folder: str | Path) -> Processor:
         system = described.get("system", "")  # runs of earlier versions have none
         config = DataConfig(described["name"], system=system, placeholders=placeholders, media_wrap=media_wrap)
         config = replace(config, **{key: stored[key] for key in _CONFIG_KEYS})
+        config = replace(config, **{key: stored[key] for key in _LATER_KEYS if key in stored})
         config = replace(config, image_grid=tuple(tuple(s) if isinstance(s, list) else s for s in stored["image_grid"]))
         expected, jinja, allowed = stored["fingerprint"], described["jinja"], described["allowed"]
         stop_ids = tuple(stored["stop_ids"])

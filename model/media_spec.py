@@ -57,13 +57,15 @@ class NativeSpec(ImageSpec):
     max_pixels: int = 0  # of a resized picture
     longest: int = 0  # longest side of a resized picture in pixels; 0: any
     max_patches: int = 0  # most patches of a picture; 0: any
-    video_pixels: tuple[int, ...] = ()  # least and most pixels of a video, each times its frames; () = those of a picture
+    video_pixels: tuple[int, ...] = ()  # least and most pixels of a video; () = of each frame those of a picture
     window: int = 0  # side in pixels of the squares that most blocks attend in; 0: in the whole picture
     table: int = 0  # side of the square table of learned positions, which is interpolated to each picture; 0: none
     align_corners: bool = True  # the table's corner rows stand at the centres of a picture's corner patches
     axes: int = 1  # of the language model's positions: 1, or 3 for time, row and column
     ticks: float = 0.0  # positions per second of a video on the axis of time; 0: one per pair of frames
     video_placeholder: str = ""  # token of a video's features; "" = that of pictures
+    video_shared: bool = True  # video_pixels are of all frames together (Qwen3-VL); False: of each frame
+    video_tokens: int = 0  # cap on a video's tokens, or on a frame's if video_shared; 0: none
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from data.check.picture_hash import picture_hash
 from data.dataset import MultimodalDataset, root_of
-from data.media import audio, image, video
+from data.media import audio, image
 from data.media.blob import Blob, MediaError, inline_blob
 from data.media.record_media import RecordMedia
 from data.media.sound import sound_length
 from data.records.record import MediaRef
-from model.media_spec import AudioSpec, ImageSpec, MediaMeta, num_tokens
+from model.media_spec import AudioSpec, ImageSpec, MediaMeta, NativeSpec, num_tokens
 
 _SAMPLED = 4096  # bytes at the start, in the middle and at the end that stand for a file's content
 
@@ -53,7 +53,7 @@ class MediumCheck:
             elif self._ref.kind == "image":
                 content = self._image(blob, self._spec)
             else:
-                self.meta = video.measure(blob, self._ref, self._spec, self._media.config, self._media.counts["video"])
+                self.meta = self._media.measure(self._ref)
                 content = _content_key(blob)
             if decode and self.meta is not None:
                 self._media.load(self._ref, self.meta)
@@ -79,7 +79,10 @@ class MediumCheck:
             found.append(image.PictureFile(blob, spec, config, _SAMPLED))
             return found[0].size
 
-        self.meta = image.picture_meta(size, spec, config, self._media.counts["image"])
+        if isinstance(spec, NativeSpec):
+            self.meta = self._media.measure(self._ref)
+        else:
+            self.meta = image.picture_meta(size, spec, config, self._media.counts["image"])
         self._size = found[0].size if found else size()
         if found[0].fault:
             raise MediaError(found[0].fault)

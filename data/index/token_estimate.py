@@ -16,13 +16,14 @@ import numpy as np
 from data.config import DataConfig
 from data.index.reader import MAX_RECORD_BYTES, RowError, decode_json
 from data.index.table import KINDS
+from data.media.pixel_budget import least_meta, usual_meta
 from data.media.tiling import typical_plan
 from data.records.content_parts import kind_of_part
 from data.records.record import Record, RecordError, parse
 from data.records.shapes import shapes_of
 from data.records.turn_keys import THOUGHT_KEYS
 from model.files.untrusted import MAX_JSON_DEPTH, Json, is_deeper
-from model.media_spec import READ_BY, AudioSpec, MediaMeta, MediaSpec, least_frames, num_tokens, row_shape
+from model.media_spec import READ_BY, AudioSpec, MediaMeta, MediaSpec, NativeSpec, least_frames, num_tokens, row_shape
 
 BYTES_PER_TOKEN = 4
 _AUDIO_SECONDS = 10.0
@@ -38,8 +39,9 @@ _UNREADABLE: Plan = (1, _NO_MEDIA)
 def media_tokens(specs: dict[str, MediaSpec], config: DataConfig) -> dict[str, int]:
     """Return the planned tokens of one medium of each kind; 0 for a kind that no part of the model reads.
 
-    A picture in tiles is planned with the mean of the fewest and the most tiles, in anyres grids with the middle grid; a video with
-    all the frames it may have; a clip with ten seconds.
+    A picture at its own size is planned as one of 640 x 480 pixels, resized as the model reads it; a picture in tiles with the mean
+    of the fewest and the most tiles, in anyres grids with the middle grid; a video with all the frames it may have; a clip with ten
+    seconds.
     """
     found = {}
     for kind in KINDS:
@@ -59,6 +61,9 @@ def media_bytes(specs: dict[str, MediaSpec], config: DataConfig) -> dict[str, in
         elif isinstance(spec, AudioSpec):
             frames = _usual(kind, spec, config).num_frames
             found[kind] = size * spec.num_mels * max(frames, spec.window_frames if spec.full_window else 0)
+        elif isinstance(spec, NativeSpec):
+            patch = math.prod(row_shape(spec)) // (1 if kind == "video" else spec.frames)
+            found[kind] = size * math.prod(_usual(kind, spec, config).patches) * patch
         else:
             found[kind] = size * _usual(kind, spec, config).num_rows * math.prod(row_shape(spec))
     return found
@@ -68,6 +73,8 @@ def _usual(kind: str, spec: MediaSpec, config: DataConfig) -> MediaMeta:
     if isinstance(spec, AudioSpec):
         seconds = min(_AUDIO_SECONDS, config.max_seconds)
         return MediaMeta(num_frames=max(least_frames(spec), int(seconds * spec.sampling_rate) // spec.hop))
+    if isinstance(spec, NativeSpec):
+        return usual_meta(kind, spec, config)
     if kind == "video":
         return MediaMeta(num_rows=config.max_frames)
     if config.image_fit == "anyres":
@@ -83,6 +90,9 @@ def least_tokens(specs: dict[str, MediaSpec], config: DataConfig) -> dict[str, i
     found = {}
     for kind in KINDS:
         spec = specs.get(READ_BY[kind])
+        if isinstance(spec, NativeSpec):
+            found[kind] = num_tokens(spec, least_meta(kind, spec, config))
+            continue
         rows = {"image": config.min_tiles if config.image_fit == "tiles" else 1, "video": config.min_frames}.get(kind, 1)
         frames = least_frames(spec) if isinstance(spec, AudioSpec) else 0
         found[kind] = 0 if spec is None else num_tokens(spec, MediaMeta(num_rows=rows, num_frames=frames))

@@ -17,8 +17,8 @@ from data.media import image
 from data.media.av_files import open_stream
 from data.media.av_video import Timeline, decode_frames, read_timeline, upright
 from data.media.blob import Blob, MediaError, resolve_path
-from data.media.image_decode import open_picture
-from data.records.record import MediaRef
+from data.media.image_decode import Picture, Size, decode, header_size, open_picture
+from data.media.image_fit import needed_size
 from model.media_spec import ImageSpec, MediaMeta
 
 if TYPE_CHECKING:
@@ -35,14 +35,27 @@ _SHORTEST, _UNTIMED = 0.02, 0.1
 """Seconds: an animation's frame that is shown for less than the first counts as shown for the second, as in browsers."""
 
 
+Needed = Callable[[Size], Size] | None
+"""Map from the size of an upright frame to the size that it will be resized to; None: frames are decoded at full size."""
+
+
 @dataclass(frozen=True)
 class Frames:
     """The frames of a video: frame i is shown from starts[i] until the next one, in seconds from the first frame, ascending."""
 
     starts: Sequence[float]
     end: float  # end of the last frame
-    rows: Callable[[Sequence[int]], Iterator[Tensor]]
-    """Decode frames, whose numbers must ascend, to pixels (1, 3, S, S) each. Raises MediaError."""
+    size: Callable[[int], Size]
+    """Return the size of one upright frame. Raises MediaError."""
+    pictures: Callable[[Sequence[int], Needed], Iterator[Picture]]
+    """Decode frames, whose numbers must ascend, to upright pictures. Raises MediaError."""
+
+    def rows(self, wanted: Sequence[int], spec: ImageSpec, config: DataConfig) -> Iterator[Tensor]:
+        """Decode frames, whose numbers must ascend, to pixels (1, 3, S, S) each. Raises MediaError."""
+        fit = image.one_view(config).image_fit
+        needed = (lambda size: needed_size(size, spec, fit, MediaMeta())) if config.image_decode == "fast" else None
+        for picture in self.pictures(wanted, needed):
+            yield image.frame_rows(picture, spec, config)
 
 
 def open_frames(blob: Blob, spec: ImageSpec, config: DataConfig) -> AbstractContextManager[Frames]:
@@ -74,13 +87,18 @@ def _folder(blob: Blob, spec: ImageSpec, config: DataConfig) -> Iterator[Frames]
     """Open a folder of pictures in the natural order of their names; pictures carry no times and count as taken at data.fps."""
     names = _names(blob)
 
-    def rows(wanted: Sequence[int]) -> Iterator[Tensor]:
-        for i in wanted:
-            path = resolve_path(names[i], blob.path, follow_links=config.follow_links)
-            picture = Blob(os.path.join(blob.name, names[i]), path)
-            yield image.load(picture, MediaRef("image", path), spec, config, MediaMeta())
+    def frame(i: int) -> Blob:
+        return Blob(os.path.join(blob.name, names[i]), resolve_path(names[i], blob.path, follow_links=config.follow_links))
 
-    yield Frames([i / config.fps for i in range(len(names))], len(names) / config.fps, rows)
+    def judge(i: int) -> Callable[[Size], None]:
+        return lambda size: image.judge(frame(i).name, size, spec, config)
+
+    def pictures(wanted: Sequence[int], needed: Needed) -> Iterator[Picture]:
+        for i in wanted:
+            yield decode(frame(i), judge(i), needed)
+
+    starts = [i / config.fps for i in range(len(names))]
+    yield Frames(starts, len(names) / config.fps, lambda i: header_size(frame(i), judge(i)), pictures)
 
 
 def _names(blob: Blob) -> list[str]:
@@ -108,12 +126,16 @@ def _animation(blob: Blob, spec: ImageSpec, config: DataConfig) -> Iterator[Fram
             starts.append(starts[-1] + _seconds(picture, i))
             image.judge(blob.name, picture.size, spec, config)  # a later frame of a GIF may make the picture larger
 
-        def rows(wanted: Sequence[int]) -> Iterator[Tensor]:
+        def size(i: int) -> Size:
+            picture.seek(i)
+            return picture.size
+
+        def pictures(wanted: Sequence[int], needed: Needed) -> Iterator[Picture]:
             for i in wanted:
                 picture.seek(i)
-                yield image.frame_rows(picture.convert("RGB"), spec, config)
+                yield Picture.of(picture.convert("RGB"))
 
-        yield Frames(starts[:-1], starts[-1], rows)
+        yield Frames(starts[:-1], starts[-1], size, pictures)
 
 
 def _judge_work(name: str, count: int, size: tuple[int, int], config: DataConfig) -> None:
@@ -140,12 +162,15 @@ def _file(blob: Blob, spec: ImageSpec, config: DataConfig) -> Iterator[Frames]:
         image.judge(blob.name, _size(stream, blob.name), spec, config)
         timeline: Timeline = read_timeline(container, stream, blob.name)
 
-        def rows(wanted: Sequence[int]) -> Iterator[Tensor]:
+        def pictures(wanted: Sequence[int], needed: Needed) -> Iterator[Picture]:
             for frame in decode_frames(container, stream, timeline, wanted, blob.name):
                 image.judge(blob.name, (frame.width, frame.height), spec, config)
-                yield image.frame_rows(upright(frame, blob.name), spec, config)
+                yield Picture.of(upright(frame, blob.name))
 
-        yield Frames(timeline.starts, timeline.end, rows)
+        def size(i: int) -> Size:
+            return next(pictures([i], None)).size  # how it is turned stands with some codecs in the frame alone
+
+        yield Frames(timeline.starts, timeline.end, size, pictures)
 
 
 def _size(stream: VideoStream, name: str) -> tuple[int, int]:

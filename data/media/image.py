@@ -75,13 +75,13 @@ def one_view(config: DataConfig) -> DataConfig:
     return replace(config, image_fit="pad") if config.image_fit == "anyres" else config
 
 
-def frame_rows(picture: Image.Image, spec: ImageSpec, config: DataConfig) -> Tensor:
-    """Convert a decoded RGB picture to pixels (1, 3, S, S), typed as `load` types them.
+def frame_rows(picture: Picture, spec: ImageSpec, config: DataConfig) -> Tensor:
+    """Convert a decoded picture to pixels (1, 3, S, S), typed as `load` types them.
 
     The picture becomes one view: a frame is never cut into tiles.
     """
     config = one_view(config)
-    return _rows([whole(Picture.of(picture), spec, config.image_fit)], spec, config)
+    return _rows([whole(picture, spec, config.image_fit)], spec, config)
 
 
 def size(blob: Blob, spec: ImageSpec, config: DataConfig) -> Size:

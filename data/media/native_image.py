@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import numpy as np
 import torch
 from PIL import Image
@@ -15,33 +13,19 @@ from data.media import image_decode as decode
 from data.media.blob import Blob
 from data.media.image_decode import Picture, Size
 from data.media.native_patches import tables_of
-from data.media.native_size import NativeRule, fitted_size
+from data.media.pixel_budget import picture_size
 from data.records.record import MediaRef
 from model.media_spec import MediaMeta, NativeSpec
 
 
-@lru_cache(maxsize=8)
-def rule_of(spec: NativeSpec, config: DataConfig) -> NativeRule:
-    """Return the rule by which pictures are resized: the model's own, within the pixels that the run file allows."""
-    return NativeRule(
-        spec.resize,
-        spec.patch,
-        spec.mean,
-        spec.std,
-        merge=spec.multiple,
-        frames=spec.frames,
-        min_pixels=spec.min_pixels,
-        max_pixels=spec.max_pixels,
-        longest=spec.longest,
-        max_patches=spec.max_patches,
-        resample=spec.resample,
-        rescale=spec.rescale,
-    )
-
-
 def measure(blob: Blob, ref: MediaRef, spec: NativeSpec, config: DataConfig, num_media: int) -> MediaMeta:
     """Return the patches of a picture, by its header. Raises MediaError."""
-    width, height = fitted_size(image.size(blob, spec, config), rule_of(spec, config))
+    return picture_meta(image.size(blob, spec, config), spec, config, num_media)
+
+
+def picture_meta(size: Size, spec: NativeSpec, config: DataConfig, num_media: int) -> MediaMeta:
+    """Return the patches of a picture of `size` among the `num_media` pictures of its record. Raises MediaError."""
+    width, height = picture_size(size, spec, config, num_media)
     return MediaMeta(patches=(1, height // spec.patch, width // spec.patch))
 
 

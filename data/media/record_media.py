@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from data.config import DataConfig
-from data.media import audio, image, native_image, video
+from data.media import audio, image, native_image, native_video, video
 from data.media.blob import Blob, MediaError
 from data.records.record import MediaRef, Record, RecordError
 from model.media_spec import MediaMeta, MediaSpec, NativeSpec
@@ -38,7 +38,10 @@ READERS = {
 """Readers by kind of medium. To add a kind, add an entry here and in `model.media_spec`, not a branch."""
 
 
-NATIVE_READERS = {"image": MediaReader(native_image.measure, native_image.load, image.check_file)}
+NATIVE_READERS = {
+    "image": MediaReader(native_image.measure, native_image.load, image.check_file),
+    "video": MediaReader(native_video.measure, native_video.load, video.check),
+}
 """Readers of towers that read pictures at their own size."""
 
 

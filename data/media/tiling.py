@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
-from data.config import GRID_NAME, MAX_TILES, NEXT_GRID, DataConfig, GridSize
+from data.config import NEXT_GRID, DataConfig, GridSize
+from data.fit_problems import GRID_NAME, MAX_TILES
 from data.media.image_decode import Size
 from model.errors import ConfigError
 from model.media_spec import MediaMeta

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import ceil
 
 import torch
@@ -51,7 +52,7 @@ def load(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, meta: M
         if len(numbers) != meta.num_rows:
             raise MediaError(f"{blob.name!r} was measured as {meta.num_rows} frames and gives {len(numbers)}")
         distinct = sorted(set(numbers))
-        rows = dict(zip(distinct, video.rows(distinct)))
+        rows = dict(zip(distinct, video.rows(distinct, spec, config)))
     return torch.cat([rows[number] for number in numbers])
 
 
@@ -62,19 +63,29 @@ def chosen(
 
     Raises MediaError for a span that the video does not have.
     """
+    return sampled(starts, end, span, config, name).numbers
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The frames of a video that are taken."""
+
+    numbers: list[int]  # ascending
+    seconds: float  # from one moment at which a frame is taken to the next
+
+
+def sampled(starts: Sequence[float], end: float, span: tuple[float, float] | None, config: DataConfig, name: str) -> Sampled:
+    """Return what `chosen` returns, with the time between."""
     begin, stop = _seconds_of(span, end, name)
     first = bisect_right(starts, begin + _ROUNDING) - 1
     last = max(first, bisect_left(starts, stop - _ROUNDING) - 1)
     due, held = ceil((stop - begin) * config.fps - _ROUNDING), last - first + 1
     count = max(config.min_frames, min(due, config.max_frames, held))
-    if count == due:
-        moments = [begin + k / config.fps for k in range(count)]
-    elif count == 1:
-        moments = [(begin + stop) / 2]
-    else:
-        moments = [begin + k * (max(starts[last], begin) - begin) / (count - 1) for k in range(count)]
+    spread = (starts[last] - begin) / (count - 1) if count > 1 and starts[last] > begin else (stop - begin) / count
+    step = 1 / config.fps if count == due else spread
+    moments = [(begin + stop) / 2] if count == 1 and due != 1 else [begin + k * step for k in range(count)]
     shown = [min(bisect_right(starts, moment + _ROUNDING) - 1, last) for moment in moments]
-    return _distinct(shown, last) if count <= held else shown
+    return Sampled(_distinct(shown, last) if count <= held else shown, step)
 
 
 def _seconds_of(span: tuple[float, float] | None, end: float, name: str) -> tuple[float, float]:

@@ -78,8 +78,11 @@ def check_native_options(config: VisionConfig, kind: str) -> None:
             )
 
 
-def native_spec(config: VisionConfig, value: PretrainedConfig, processor: Json) -> NativeSpec:
-    """Return the facts that `data` needs of a tower of variable size, from its config.json `value` and its image processor's."""
+def native_spec(config: VisionConfig, value: PretrainedConfig, processor: Json, videos: Json) -> NativeSpec:
+    """Return the facts that `data` needs of a tower of variable size, from its config.json `value` and its processors' settings.
+
+    `videos`: settings of the processor of videos, {} where that of pictures reads them too.
+    """
     check_native_options(config, value.model_type)
     size = processor.get("size") or {}
     patch = square_side(processor.get("patch_size", value.patch_size), SETTING, "patch_size")
@@ -106,4 +109,15 @@ def native_spec(config: VisionConfig, value: PretrainedConfig, processor: Json) 
         table=int(table**0.5),
         video_placeholder=config.video_placeholder,
         ticks=float(getattr(value, "tokens_per_second", 0)),
+        video_pixels=_range(videos),
+        video_shared="Qwen3" in videos.get("video_processor_type", ""),
+        video_tokens=videos.get("max_video_tokens", 128_000) if videos.get("cap_pixels_per_frame") else 0,
     )
+
+
+def _range(processor: Json) -> tuple[int, ...]:
+    """Return the least and the most pixels that a processor's settings name; () without."""
+    size = processor.get("size") or {}
+    least = processor.get("min_pixels") or size.get("shortest_edge")
+    most = processor.get("max_pixels") or size.get("longest_edge")
+    return (least, most) if least and most else ()

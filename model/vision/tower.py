@@ -53,7 +53,7 @@ def vision_spec(config: VisionConfig, cache_dir: str = "") -> ImageSpec:
     value = hugging_face_config(SETTING, vision_config(config, cache_dir))
     processor = image_processor_config(config.path, cache_dir)
     if value.model_type in NATIVE_TOWERS:
-        return native_spec(config, value, processor)
+        return native_spec(config, value, processor, video_processor_config(config.path, cache_dir))
     kind = str(processor.get("image_processor_type", processor.get("feature_extractor_type", "CLIPImageProcessor")))
     resize = RESIZE.get(kind.removesuffix("Pil").removesuffix("Fast"))
     if resize is None:
@@ -105,6 +105,16 @@ def image_processor_config(path: str, cache_dir: str) -> Json:
         found = read_json(SETTING, path, "processor_config.json", cache_dir).get("image_processor", {})
     if not {"image_mean", "image_std"} <= found.keys():
         raise ConfigError(f"{SETTING} = {path!r}: no preprocessor_config.json with image_mean and image_std")
+    return found
+
+
+def video_processor_config(path: str, cache_dir: str) -> Json:
+    """Read the settings of the processor of videos, from a file of its own or nested in processor_config.json; {} without any."""
+    if find_file(SETTING, path, "video_preprocessor_config.json", cache_dir):
+        return read_json(SETTING, path, "video_preprocessor_config.json", cache_dir)
+    if not find_file(SETTING, path, "processor_config.json", cache_dir):
+        return {}
+    found: Json = read_json(SETTING, path, "processor_config.json", cache_dir).get("video_processor", {})
     return found
 
 

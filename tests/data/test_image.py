@@ -19,6 +19,7 @@ from transformers.image_utils import load_image
 from data.config import DataConfig
 from data.media import image
 from data.media.blob import Blob, MediaError, resolve_path
+from data.media.image_decode import Picture
 from data.records.record import MediaRef
 from model.media_spec import ImageSpec
 from tests.support.pictures import CLIP, SIGLIP, SIZES, encoded, loaded, noise
@@ -273,7 +274,7 @@ def test_a_pipe_does_not_block(tmp_path: Path) -> None:
 def test_a_frame_is_one_view_like_a_picture(fit: str, decode: str) -> None:
     config = DataConfig(image_fit=fit, image_decode=decode, max_tiles=6 if fit == "tiles" else 1)  # type: ignore[arg-type]
     picture = noise((60, 40))
-    found = image.frame_rows(picture, CLIP, config)
+    found = image.frame_rows(Picture.of(picture), CLIP, config)
     assert found.shape == (1, 3, 30, 30)
     if fit == "tiles":  # what a picture of several tiles has last
         blob, ref = Blob("memory", data=encoded(picture, "PNG")), MediaRef("image", "memory")

@@ -22,6 +22,7 @@ from data.config import DataConfig
 from data.media import image, video
 from data.media.blob import Blob, MediaError
 from data.media.frames import open_frames
+from data.media.image_decode import Picture
 from data.records.record import MediaRef
 from model.media_spec import ImageSpec
 from tests.support.tiny_media import STEP, animation, blob, compressed, film, folder, greys, tone
@@ -126,12 +127,12 @@ def test_the_frames_that_are_due_are_those_of_the_file(kind: str) -> None:
 @pytest.mark.parametrize("kind", [k for k in FILMS if k not in ("GIF", "WEBP")])
 def test_jumping_gives_the_pixels_of_decoding_everything(kind: str) -> None:
     with av.open(io.BytesIO(FILMS[kind])) as container:
-        whole = [image.frame_rows(frame.to_image(), SPEC, DataConfig()) for frame in container.decode(video=0)]
+        whole = [image.frame_rows(Picture.of(frame.to_image()), SPEC, DataConfig()) for frame in container.decode(video=0)]
     draw = random.Random(0)
     with open_frames(Blob(kind, data=FILMS[kind]), SPEC, DataConfig()) as frames:
         assert len(frames.starts) == len(whole) == 30
         for wanted in [[29], [0, 29], *(sorted(draw.sample(range(30), 4)) for _ in range(5))]:
-            assert all(torch.equal(row, whole[i]) for i, row in zip(wanted, frames.rows(wanted), strict=True))
+            assert all(torch.equal(row, whole[i]) for i, row in zip(wanted, frames.rows(wanted, SPEC, DataConfig()), strict=True))
 
 
 @pytest.mark.parametrize("make", ["mkv", "GIF", "WEBP"])
@@ -170,7 +171,7 @@ def test_frames_are_pictures_to_the_bit(tmp_path: Path) -> None:
     pictures = [Image.effect_noise((40, 30), 90).convert("RGB") for _ in range(2)]
     path = folder(tmp_path / "frames", pictures)
     for options in ({"image_fit": "pad"}, {"image_fit": "square"}, {"image_decode": "fast"}):
-        expected = torch.cat([image.frame_rows(picture, SPEC, DataConfig(**options)) for picture in pictures])  # type: ignore[arg-type]
+        expected = torch.cat([image.frame_rows(Picture.of(picture), SPEC, DataConfig(**options)) for picture in pictures])  # type: ignore[arg-type]
         for source in (blob(path), Blob("v", data=animation(pictures, 1000, "WEBP"))):
             assert torch.equal(load(source, **options), expected)
 

@@ -13,7 +13,7 @@ from data.text.tokenizer import pad_id
 from model.input_gradient import input_gradient
 from model.media_spec import ImageSpec
 from model.multimodal import MultimodalLM
-from tools.inspector.pictures import pixels
+from tools.inspector.pictures import seen_views
 
 LEAST_SIDE = 224
 """Least side of a drawing, in pixels: smaller pictures are enlarged, so that each token is seen."""
@@ -32,11 +32,17 @@ def position_heat(net: MultimodalLM, sample: Sample, pad: int) -> Tensor:
 
 
 def view_heat(heat: Tensor, medium: SampleMedia) -> np.ndarray | None:
-    """Return (n, g, g): the heat of each place of each of the medium's n views; None where its tokens are no square of places.
+    """Return (n, g, g): the heat of each place of each of the medium's n views; None where its tokens are no grid of places.
 
-    `heat` (T,) is that of the sample. A token that is a sum of four rows gives each its part.
+    `heat` (T,) is that of the sample. A token that is a sum of four rows gives each its part. Of a picture or video at its own size
+    it is (n, h, w), and frames that share a patch share its heat.
     """
     of_medium = heat[medium.start : medium.start + medium.length].numpy()
+    if medium.native is not None:
+        times, high, wide = medium.grid
+        of_features = of_medium if medium.places is None else of_medium[medium.places]
+        by_place = of_features.reshape(times, high // medium.native.shrink, wide // medium.native.shrink)
+        return by_place.repeat(medium.values.shape[2], axis=0)
     num_views = len(medium.values)
     rows = medium.rows if medium.rows.ndim == 2 else medium.rows[:, None]
     weights = medium.weights if medium.weights is not None else np.eye(1, rows.shape[1])
@@ -52,14 +58,14 @@ def view_heat(heat: Tensor, medium: SampleMedia) -> np.ndarray | None:
 
 
 def drawn(medium: SampleMedia, spec: ImageSpec, views: np.ndarray) -> list[np.ndarray]:
-    """Draw the heat (n, g, g) on the pictures of a medium -> n pictures (H, W, 3) of bytes; the highest heat of all is full."""
+    """Draw the heat (n, h, w) on the pictures of a medium -> n pictures (H, W, 3) of bytes; the highest heat of all is full."""
     highest = views.max() or 1.0
     drawings = []
-    for picture, heat in zip(pixels(medium.values, spec), views):
-        times = -(-LEAST_SIDE // picture.shape[0])
+    for picture, heat in zip(seen_views(medium, spec), views):
+        times = -(-LEAST_SIDE // max(picture.shape[:2]))
         large = picture.repeat(times, 0).repeat(times, 1).astype(np.float64)
-        places = np.arange(large.shape[0]) * heat.shape[0] // large.shape[0]
-        share = (heat / highest * STRONGEST)[places][:, places][:, :, None]
+        rows, columns = (np.arange(large.shape[axis]) * heat.shape[axis] // large.shape[axis] for axis in (0, 1))
+        share = (heat / highest * STRONGEST)[rows][:, columns][:, :, None]
         grey = large.mean(2, keepdims=True)
         drawings.append((grey * (1 - share) + COLOUR * share).round().astype(np.uint8))
     return drawings

@@ -34,7 +34,7 @@ def _empty(values: Tensor, spec: MediaSpec) -> Tensor:
         return torch.full_like(values, values.min().item())
     if values.dtype == torch.uint8:
         level = (torch.tensor(spec.mean) / spec.rescale).round().clamp(0, 255).to(torch.uint8)
-        return level[None, :, None, None].expand_as(values).clone()
+        return level.view(1, -1, *[1] * (values.dim() - 2)).expand_as(values).clone()
     return torch.zeros_like(values)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from data.records.fields import printable, shorten
 from model.media_spec import ImageSpec
 from tools.inspector.entry import Box, InspectorEntry, Piece
-from tools.inspector.pictures import Album, picture_address, pixels, sound_address
+from tools.inspector.pictures import Album, picture_address, seen_views, sound_address
 
 STATUSES = {"trained": "whole", "shortened": "shortened", "too long": "too long", "bad": "bad", "quarantined": "quarantined"}
 """Every status, and its label on the page."""
@@ -128,6 +128,8 @@ def _figure(box: Box, number: int, album: Album) -> str:
 
 
 def _resolution(box: Box) -> str:
+    if box.medium.native is not None:
+        return ""  # among its facts
     if isinstance(box.spec, ImageSpec):
         return f", {box.spec.size} x {box.spec.size} pixels{' each' * (len(box.medium.values) > 1)}"
     return f", {box.spec.num_mels} pitches{', grey: padding' * (sum(box.medium.frames) < box.num_columns)}"
@@ -140,11 +142,12 @@ def media_rows(box: Box, album: Album, alt: str) -> Iterator[str]:
     """
     values = box.medium.values
     if isinstance(box.spec, ImageSpec):
-        views = pixels(values, box.spec)
+        views = seen_views(box.medium, box.spec)
         made = album.add(lambda: [picture_address(view) for view in views])
-        size = box.spec.size
-        side = size * max(1, TINY // size) if box.medium.kind == "image" and len(views) == 1 else size
-        yield from _arranged(box, [_img(address, side, side, alt, side > size or size < TINY) for address in made])
+        height, width = views.shape[1:3]
+        times = max(1, TINY // max(width, height)) if box.medium.kind == "image" and len(views) == 1 else 1
+        is_tiny = times > 1 or max(width, height) < TINY
+        yield from _arranged(box, [_img(address, width * times, height * times, alt, is_tiny) for address in made])
     else:
         width, height = values.shape[-1], values.shape[-2]
         for address in album.add(lambda: [sound_address(row, frames) for row, frames in zip(values, box.medium.frames)]):

@@ -45,11 +45,15 @@ class Box:
 
     @property
     def extent(self) -> str:
-        """Return the medium's size in the unit of its kind; "" for a picture that is seen in one view."""
+        """Return the medium's size in the unit of its kind; "" for a picture that is seen in one view of the tower's size."""
         if isinstance(self.spec, AudioSpec):
             return f"{sum(self.medium.frames) * self.spec.hop / self.spec.sampling_rate:.2f} s"
+        watched = f" from {self.span[0]:g} s to {self.span[1]:g} s" if self.span else ""
+        if (native := self.medium.native) is not None:
+            times, high, wide = self.medium.grid
+            size = f"{wide * native.patch} x {high * native.patch} pixels"
+            return size if self.medium.kind == "image" else f"{times * self.medium.values.shape[2]} frames of {size}{watched}"
         if self.medium.kind == "video":
-            watched = f" from {self.span[0]:g} s to {self.span[1]:g} s" if self.span else ""
             return f"{len(self.medium.values)} frames{watched}"
         if len(self.medium.values) > 1:
             return f"{self.grid[0]} x {self.grid[1]} tiles{' + thumbnail' * self.has_thumbnail}"

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data.sample import SampleMedia
 from model.media_spec import ImageSpec
 
 EXACT_SIDE = 128
@@ -44,6 +45,17 @@ def pixels(values: Tensor, spec: ImageSpec) -> np.ndarray:
         mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (spec.mean, spec.std))
         values = ((values.double() * std + mean) / spec.rescale).round().clamp(0, 255).to(torch.uint8)
     return values.permute(0, 2, 3, 1).numpy()
+
+
+def seen_views(medium: SampleMedia, spec: ImageSpec) -> np.ndarray:
+    """Return the pictures (n, H, W, 3) of bytes that the tower sees of a medium; those cut into patches are put together again."""
+    if medium.native is None:
+        return pixels(medium.values, spec)
+    (times, high, wide), group, side = medium.grid, spec.shrink, spec.patch
+    depth = medium.values.shape[2]
+    parts = pixels(medium.values.transpose(1, 2).flatten(0, 1), spec)
+    parts = parts.reshape(times, high // group, wide // group, group, group, depth, side, side, 3)
+    return parts.transpose(0, 5, 1, 3, 6, 2, 4, 7, 8).reshape(times * depth, high * side, wide * side, 3)
 
 
 def picture_address(view: np.ndarray) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import socket
 from typing import TypedDict
 
+from data.check.measured_lengths import EXACT
 from model.config import OUR_ATTENTION
 from model.llm.causal_lm import head_weight
 from model.llm.experts import fused_parameters
+from model.media_spec import NativeSpec
 from model.multimodal import MultimodalLM
 from trainer.distributed.parallelize import is_sharded
 from trainer.machine.memory_info import usage
@@ -57,10 +59,15 @@ def without_rehearsal(prepared: PreparedRun, heaviest: Heaviest, moments: int) -
 
 
 def can_be_counted(prepared: PreparedRun) -> bool:
-    """Tell whether `upper_bound` holds: experts, quantised layers, sharding and attention that keeps its scores take more."""
+    """Tell whether `upper_bound` holds: experts, quantised layers, sharding and attention that keeps its scores take more.
+
+    So may pictures at their own size that nobody measured.
+    """
     config = prepared.config
+    sized = prepared.data.lengths_kind == EXACT or not isinstance(prepared.data.card.specs.get("image"), NativeSpec)
     return (
-        config.model.attention in OUR_ATTENTION
+        sized
+        and config.model.attention in OUR_ATTENTION
         and config.quantize.bits == 16
         and not is_sharded(config.parallel, prepared.world)
         and not fused_parameters(prepared.model.llm)

@@ -16,23 +16,31 @@ from data.index.token_estimate import media_tokens
 from model.config import ModelConfig
 from model.llm.causal_lm import blocks
 from model.llm.experts import fused_parameters
-from model.media_spec import READ_BY, AudioSpec, MediaMeta, MediaSpec, row_tokens, view_tokens
+from model.media_spec import READ_BY, AudioSpec, MediaMeta, MediaSpec, NativeSpec, row_tokens, view_tokens
 from model.multimodal import ENCODERS, MultimodalLM
+from model.vision.native_tower import NativeTower
 from model.vision.tower import VisionTower
 from trainer.distributed.blocks import block_owner
+from trainer.memory.native_cost import attention_work, planned_patches
 
 
 def sample_costs(model: MultimodalLM, config: ModelConfig, dataset: MultimodalDataset) -> np.ndarray:
     """Return (N,) float32 work of each sample, in tokens of the language model: its length plus the work of its media in encoders.
 
     Media are counted as in the index, before anything is decoded: balancing needs no more precision. Terms that grow with the
-    square of a length are left out: they are small beside the rest at the lengths of one sample.
+    square of a length are left out: they are small beside the rest at the lengths of one sample, but for large pictures in their
+    tower.
     """
 
     def share(part: str) -> float:
         return _position_work(model, config, part) / _position_work(model, config, "llm")
 
-    return dataset.lengths.astype(np.float32) + _media_costs(model, dataset, share)
+    costs = dataset.lengths.astype(np.float32) + _media_costs(model, dataset, share)
+    if (native := _native(model, dataset)) is None:
+        return costs
+    patches = planned_patches(native[1], dataset)
+    work: np.ndarray = costs + patches * attention_work(*native, dataset, patches) * share("vision")
+    return work.astype(np.float32)
 
 
 def media_memory(model: MultimodalLM, dataset: MultimodalDataset, recomputes: bool) -> np.ndarray:
@@ -50,14 +58,26 @@ def media_memory(model: MultimodalLM, dataset: MultimodalDataset, recomputes: bo
 def _media_costs(model: MultimodalLM, dataset: MultimodalDataset, share: Callable[[str], float]) -> np.ndarray:
     """Return (N,) float32 cost of each sample's media. `share(part)`: cost of one position of an encoder, in tokens of the LLM."""
     costs = np.zeros(len(dataset), dtype=np.float32)
+    if native := _native(model, dataset):
+        costs += planned_patches(native[1], dataset) * share("vision")
     for kind, tokens in media_tokens(dataset.specs, dataset.config).items():
-        if tokens:
-            modality = READ_BY[kind]
+        modality = READ_BY[kind]
+        if tokens and (modality != "image" or native is None):
             part = ENCODERS[modality][0]
             counts = np.concatenate([index.num_media(kind) for index in dataset.indexes])
             positions = encoder_positions(model.get_submodule(part), dataset.specs[modality], tokens)
             costs += counts.astype(np.float32) * (positions * share(part))
     return costs
+
+
+def _native(model: MultimodalLM, dataset: MultimodalDataset) -> tuple[NativeTower, NativeSpec] | None:
+    """Return the tower that reads pictures at their own size with its spec; None for a model without."""
+    spec = dataset.specs.get("image")
+    if not isinstance(spec, NativeSpec):
+        return None
+    encoder = model.get_submodule(ENCODERS["image"][0])
+    assert isinstance(encoder, NativeTower)
+    return encoder, spec
 
 
 def encoder_positions(encoder: nn.Module, spec: MediaSpec, tokens: int) -> float:

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
 from data.config import DataConfig
+from data.media.pixel_budget import largest_meta
 from data.sample import Sample, SampleMedia
 from model.batch import IGNORE_INDEX
-from model.media_spec import AudioSpec, MediaMeta, MediaSpec, least_frames, num_tokens, row_frames, row_shape, row_width, token_rows
+from model.media_spec import (
+    AudioSpec,
+    MediaMeta,
+    MediaSpec,
+    NativeSpec,
+    least_frames,
+    num_tokens,
+    row_frames,
+    row_shape,
+    row_width,
+    token_rows,
+)
 from trainer.config import RunConfig
 from trainer.records.run_data import RunData
 
@@ -17,7 +31,8 @@ def build_synthetic_samples(config: RunConfig, data: RunData) -> list[Sample]:
     """Build a micro-batch of samples of data.max_length tokens, for the media that the model reads.
 
     Each sample has an image of one view and a clip of one window, where the model reads them; half of its other tokens are
-    supervised. A clip that is not filled up to the window lasts data.max_seconds at most.
+    supervised. An image at its own size is the largest that is allowed and fits. A clip that is not filled up to the window lasts
+    data.max_seconds at most.
     """
     length = config.data.max_length
     count = max(1, config.batch.micro_batch_tokens // length) if config.data.packing else config.batch.micro_batch_size
@@ -28,13 +43,25 @@ def _sample(i: int, config: DataConfig, specs: dict[str, MediaSpec]) -> Sample:
     """Build one sample with a medium of each modality that still fits into data.max_length tokens."""
     media, start, length = {}, 0, config.max_length
     for modality, spec in specs.items():
-        made = _medium(modality, spec, start, config.max_seconds)
+        if isinstance(spec, NativeSpec):
+            made = _picture(spec, start, largest_meta(spec, config, length - start - 2), config)
+        else:
+            made = _medium(modality, spec, start, config.max_seconds)
         if start + made.length < length:
             media[modality] = [made]
             start += made.length
     ids = np.zeros(length, dtype=np.int64)
     labels = np.where(np.arange(length) < start + (length - start) // 2, IGNORE_INDEX, ids)
-    return Sample(i, 0, ids, labels, media)
+    axes = max((spec.axes for spec in specs.values() if isinstance(spec, NativeSpec)), default=1)
+    return Sample(i, 0, ids, labels, media, np.tile(np.arange(length), (axes, 1)) if axes > 1 else None)
+
+
+def _picture(spec: NativeSpec, start: int, meta: MediaMeta, config: DataConfig) -> SampleMedia:
+    """Build one blank picture at its own size that begins at token `start`."""
+    shape = (math.prod(meta.patches), 3, 1, spec.patch, spec.patch)
+    values = torch.zeros(shape, dtype=torch.uint8 if config.image_decode == "fast" else torch.float32)
+    rows = token_rows(spec, meta, 1)
+    return SampleMedia("image", values, start, num_tokens(spec, meta), rows, 1, native=spec, grid=meta.patches)
 
 
 def _medium(modality: str, spec: MediaSpec, start: int, max_seconds: float) -> SampleMedia:

@@ -11,6 +11,7 @@ from data.check.certificate import certify
 from data.check.measured_lengths import ESTIMATED
 from data.config import SourceConfig
 from data.dataset import MultimodalDataset, open_dataset
+from data.media.pixel_budget import check_budgets
 from data.order.mixing import Pool, make_pools
 from data.order.sampler import Sampler
 from data.processor import Processor, make_processor
@@ -131,6 +132,7 @@ def open_vocabulary(config: RunConfig, world: World) -> tuple[Template, ModelCar
     )
     layout = plan_vocabulary(config.model, vocabulary, num_rows)
     card = make_card(config.model, config.lora, layout, quantize=config.quantize)
+    check_budgets(data, card.specs)
     return template, replace(card, tokens=added, stop_ids=template.stop_ids, pad_id=pad_id(vocabulary.tokenizer))
 
 

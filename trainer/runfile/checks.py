@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from data.config import DataConfig
+from data.fit_problems import PIXEL_BUDGETS
 from model.config import OUR_ATTENTION, LoraConfig
 from trainer.config import BatchConfig, ParallelConfig, RunConfig, ValidationConfig
 from trainer.runfile.choosing_checks import choosing_problems
@@ -187,7 +188,10 @@ def idle_settings(config: RunConfig) -> Iterator[str]:
         yield "[validation] has no effect without [[data.validation]]"
 
 
-VISION_SETTINGS = ("media_wrap", "max_images", "max_pixels", "image_fit", "image_decode", "fps", "min_frames", "max_frames")
+VISION_SETTINGS = (
+    *("media_wrap", "max_images", "max_pixels", "image_fit", "image_decode", "fps", "min_frames", "max_frames"),
+    *PIXEL_BUDGETS,
+)
 """Settings of [data] that have no effect where no part reads images or videos."""
 
 
