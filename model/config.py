@@ -49,6 +49,9 @@ class VisionConfig:
     """Token whose positions take the features; '' = <image>. Set it for a model that was trained with another one."""
     video_placeholder: str = ""
     """Token whose positions take the features of videos, for a tower that reads pictures at their own size; '' = placeholder."""
+    video_stamps: tuple[str, ...] = ()
+    """Tokens before and after each pair of frames of a video, behind its time as text, as ['<|vision_start|>', '<|vision_end|>']
+    (Qwen3-VL: <0.5 seconds><|vision_start|>...<|vision_end|>), for a tower that reads pictures at their own size; () = no times."""
     scales: tuple[int, ...] = ()
     """S2: further square sizes in pixels at which every picture is seen too, features side by side; () = none."""
     weights: str = ""

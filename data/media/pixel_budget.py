@@ -11,6 +11,7 @@ from data.config import DataConfig
 from data.media.blob import MediaError
 from data.media.image_decode import Size
 from data.media.native_size import ClipBudget, NativeRule, fitted_size, fitted_video_size, patch_grid
+from data.media.video_stamps import USUAL_STAMP
 from model.errors import ConfigError
 from model.media_spec import MediaMeta, MediaSpec, NativeSpec
 
@@ -114,7 +115,9 @@ def usual_meta(kind: str, spec: NativeSpec, config: DataConfig) -> MediaMeta:
         return MediaMeta(patches=patch_grid(picture_size(USUAL, spec, config, 1), rule_of(spec, config)))
     count = config.max_frames
     size = clip_size(USUAL, count, spec, config)
-    return MediaMeta(num_rows=count, patches=patch_grid(size, rule_of(spec, config), count))
+    patches = patch_grid(size, rule_of(spec, config), count)
+    inside = ((0, (0,) * USUAL_STAMP * patches[0]),) if spec.video_stamps else ()
+    return MediaMeta(num_rows=count, patches=patches, inside=inside)
 
 
 def least_meta(kind: str, spec: NativeSpec, config: DataConfig) -> MediaMeta:

@@ -76,6 +76,10 @@ def check_native_options(config: VisionConfig, kind: str) -> None:
             raise ConfigError(
                 f"model.vision.{key} = {value!r} has no effect: {kind} reads pictures at their own size; remove the line"
             )
+    if len(config.video_stamps) not in (0, 2):
+        raise ConfigError(
+            f"model.vision.video_stamps = {list(config.video_stamps)} is not a pair: before and behind each pair of frames"
+        )
 
 
 def native_spec(config: VisionConfig, value: PretrainedConfig, processor: Json, videos: Json) -> NativeSpec:
@@ -108,6 +112,7 @@ def native_spec(config: VisionConfig, value: PretrainedConfig, processor: Json, 
         window=getattr(value, "window_size", 0),
         table=int(table**0.5),
         video_placeholder=config.video_placeholder,
+        video_stamps=config.video_stamps,
         ticks=float(getattr(value, "tokens_per_second", 0)),
         video_pixels=_range(videos),
         video_shared="Qwen3" in videos.get("video_processor_type", ""),
