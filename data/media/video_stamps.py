@@ -49,7 +49,8 @@ def own_stamps(tokenizer: PreTrainedTokenizerFast, specs: Mapping[str, MediaSpec
     if not isinstance(spec, NativeSpec) or not spec.video_stamps:
         return None
     for name in spec.video_stamps:
-        if name not in tokenizer.get_vocab():
+        number = tokenizer.convert_tokens_to_ids(name)
+        if number is None or tokenizer.convert_ids_to_tokens(number) != name:  # else it is that of unknown words
             raise ConfigError(
                 f"model.vision.video_stamps: the tokenizer has no token {name!r}: name it in model.llm.new_tokens, or use others"
             )

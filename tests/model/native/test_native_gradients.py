@@ -59,6 +59,7 @@ def test_loss_and_every_gradient_are_those_of_transformers(models: BothModels, t
     assert_same(models.our_gradients(collate_packed(samples, models.data.pad_id)), expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["full", "selective"])
 def test_recomputed_blocks_learn_the_same(models: BothModels, tmp_path: Path, kind: str) -> None:
     batch = models.data.processor(records_of(tmp_path), answers=True)
@@ -75,6 +76,7 @@ def test_a_batch_without_pictures_gives_every_part_a_gradient_of_zeros(models: B
     assert blank.keys() == found.keys() and not any(gradient.any() for gradient in blank.values())
 
 
+@pytest.mark.long
 def test_answers_are_those_of_transformers_whatever_stands_beside_a_prompt(models: BothModels, tmp_path: Path) -> None:
     models.ours.stop_ids = ()
     records = records_of(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,13 @@ from PIL import Image
 from torch import Tensor
 from transformers.video_utils import VideoMetadata
 
+from data.media.video_stamps import own_stamps
+from model.config import VisionConfig
+from model.errors import ConfigError
+from model.media_spec import NativeSpec
 from model.multimodal import MultimodalLM
+from model.published.transformers_qwen_vl import AROUND
+from model.vision.native_tower import check_native_options
 from tests.support.finals import one_process
 from tests.support.published.asking import run_from
 from tests.support.published.native import NATIVE_MAKERS, SIGNS, native_reader
@@ -64,7 +71,7 @@ def written_by(reader: Any, record: dict[str, Any], grids: list[list[int]], fps:
     return found
 
 
-@pytest.mark.parametrize("fps", [2.0, 3.0, 0.7])
+@pytest.mark.parametrize("fps", [2.0, pytest.param(3.0, marks=pytest.mark.long), pytest.param(0.7, marks=pytest.mark.long)])
 def test_times_stand_inside_videos_as_transformers_writes_them(tmp_path: Path, fps: float) -> None:
     maker, published = NATIVE_MAKERS["qwen3_vl"], tmp_path / "published"
     maker.write(published, True)
@@ -76,6 +83,18 @@ def test_times_stand_inside_videos_as_transformers_writes_them(tmp_path: Path, f
     grids = [patches_of(reader, film)[1] for film in films]
     pictures = [{"type": "image"} for _ in shown]  # the test's template knows these alone
     assert batch.input_ids[0].tolist() == written_by(reader, spoken(*pictures), grids, fps)
+
+
+def test_stamps_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
+    published = tmp_path / "published"
+    NATIVE_MAKERS["qwen3_vl"].write(published, True)
+    with pytest.raises(ConfigError, match=r"video_stamps = \['<a>'\] is not a pair"):
+        check_native_options(VisionConfig("x", layer=-1, video_stamps=("<a>",)), "qwen3_vl_vision")
+    data, _ = opened(run_from(published, tmp_path / "run"))
+    spec = data.processor.specs["image"]
+    assert isinstance(spec, NativeSpec) and spec.video_stamps == AROUND
+    with pytest.raises(ConfigError, match="the tokenizer has no token '<b>'"):
+        own_stamps(data.processor.tokenizer, {"image": replace(spec, video_stamps=(AROUND[0], "<b>"))})
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])

@@ -20,7 +20,7 @@ SPEC = NativeSpec(16, 8, 0, "patch", "qwen", (0.5,) * 3, (0.5,) * 3, shrink=2, m
 SIDES = range(2, 96, 2)
 
 
-@pytest.mark.parametrize("table", [7, 12, 48])
+@pytest.mark.parametrize("table", [pytest.param(7, marks=pytest.mark.long), 12, pytest.param(48, marks=pytest.mark.long)])
 def test_the_table_at_200_sizes_is_that_of_torch_and_of_transformers(table: int) -> None:
     """Patches stand in blocks of 2 x 2; every second frame of a video has the same positions."""
     random.seed(table)
