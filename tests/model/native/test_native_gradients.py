@@ -14,12 +14,12 @@ from torch import Tensor
 from data.collate import collate, collate_packed
 from model.llm.causal_lm import blocks
 from model.multimodal import MultimodalLM
-from tests.support.published.native import NATIVE_MAKERS
+from tests.support.published.native import NATIVE_NAMES
 from tests.support.published.native_runs import BothModels, both_models, picture, talk
 from trainer.distributed.blocks import block_owner, checkpoint_activations
 
 
-@pytest.fixture(scope="module", params=NATIVE_MAKERS)
+@pytest.fixture(scope="module", params=NATIVE_NAMES)
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BothModels]:
     folder = tmp_path_factory.mktemp(request.param)
     yield both_models(request.param, folder / "published", folder / "run")

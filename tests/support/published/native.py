@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -147,3 +148,5 @@ NATIVE_MAKERS = {
         {**QWEN_FACTS, "model.vision_projector.kind": "qwen3_vl_merger"},
     ),
 }
+NATIVE_NAMES = [pytest.param(name, marks=pytest.mark.long) if name == "qwen3_vl_moe" else name for name in NATIVE_MAKERS]
+"""Of all makers; what differs from another one in its language model alone is for the long suite."""
