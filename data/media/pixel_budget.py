@@ -12,6 +12,7 @@ from data.media.blob import MediaError
 from data.media.image_decode import Size
 from data.media.line_ends import with_line_ends
 from data.media.native_size import ClipBudget, NativeRule, fitted_size, fitted_video_size, patch_grid
+from data.media.video_stamps import USUAL_STAMP
 from model.errors import ConfigError
 from model.media_spec import MediaMeta, MediaSpec, NativeSpec
 
@@ -115,7 +116,9 @@ def usual_meta(kind: str, spec: NativeSpec, config: DataConfig) -> MediaMeta:
         return with_line_ends(MediaMeta(patches=patch_grid(picture_size(USUAL, spec, config, 1), rule_of(spec, config))), spec)
     count = config.max_frames
     size = clip_size(USUAL, count, spec, config)
-    return with_line_ends(MediaMeta(num_rows=count, patches=patch_grid(size, rule_of(spec, config), count)), spec)
+    patches = patch_grid(size, rule_of(spec, config), count)
+    inside = ((0, (0,) * USUAL_STAMP * patches[0]),) if spec.video_stamps else ()
+    return with_line_ends(MediaMeta(num_rows=count, patches=patches, inside=inside), spec)
 
 
 def least_meta(kind: str, spec: NativeSpec, config: DataConfig) -> MediaMeta:
