@@ -151,11 +151,11 @@ def _problems(config: DataConfig, spec: NativeSpec) -> Iterator[str]:
         yield f"data.fit_min_pixels = {config.fit_min_pixels} has no effect: this model's processor has no least size"
     elif spec.resize == "qwen" and 0 < config.fit_max_pixels < spec.min_pixels and not config.fit_min_pixels:
         yield (
-            f"data.fit_max_pixels = {config.fit_max_pixels} is less than the {spec.min_pixels} that this model's processor enlarges "
-            "pictures to: lower data.fit_min_pixels too"
+            f"data.fit_max_pixels = {config.fit_max_pixels} is less than {spec.min_pixels}, to which this model's processor "
+            "enlarges pictures: lower data.fit_min_pixels too"
         )
     elif spec.resize == "qwen" and config.fit_min_pixels > (config.fit_max_pixels or spec.max_pixels):
         yield (
-            f"data.fit_min_pixels = {config.fit_min_pixels} is more than the {spec.max_pixels} that this model's processor shrinks "
-            "pictures to: raise data.fit_max_pixels too"
+            f"data.fit_min_pixels = {config.fit_min_pixels} is more than {spec.max_pixels}, to which this model's processor "
+            "shrinks pictures: raise data.fit_max_pixels too"
         )
