@@ -15,6 +15,7 @@ from model.config import LoraConfig, ModelConfig, QuantizeConfig, VisionConfig
 from model.errors import ConfigError
 from model.files.untrusted import Json
 from model.llm.causal_lm import VocabularyLayout, build_llm, head_weight
+from model.llm.early_features import EarlyFeatures
 from model.llm.new_tokens import add_new_rows
 from model.llm.quantized_linear import quantise
 from model.llm.router_loss import RouterTap
@@ -75,6 +76,9 @@ def assemble(card: ModelCard, dtype: torch.dtype) -> MultimodalLM:
         if config.state_head is not None:
             parts["state_head"] = StateHead(width, config.state_head)
     model = MultimodalLM(llm, parts, card.specs, dtype)
+    if (levels := getattr(parts.get("vision"), "levels", 1)) > 1:
+        model.levels = levels
+        EarlyFeatures(llm.get_decoder(), width, levels)
     if config.llm.router_loss:
         model.routers = RouterTap(llm.get_decoder(), config.llm.router_loss)
     model.stop_ids, model.pad_id = card.stop_ids, card.pad_id

@@ -112,7 +112,7 @@ def media_specs(config: ModelConfig) -> dict[str, MediaSpec]:
         seen = projected_spec(vision_spec(config.vision, config.cache_dir), config.vision_projector)
         if isinstance(seen, NativeSpec):
             text = llm_config(config.llm, config.cache_dir)
-            seen = replace(seen, axes=3 if (text.get("rope_parameters") or {}).get(SECTIONS) else 1)
+            seen = replace(seen, axes=3 if text.get(SECTIONS) else 1)
         specs["image"] = seen
     if config.audio is not None and config.audio_projector is not None:
         spec = audio_spec(config.audio, config.audio_projector, config.cache_dir)

@@ -16,6 +16,7 @@ from model.files.sharding import is_sharded_module
 from model.generate import GenerationOptions, Prompts, generate
 from model.llm.attention import decoder_options, masked_attention
 from model.llm.causal_lm import head_weight
+from model.llm.early_features import widened
 from model.llm.interface import CausalLM
 from model.llm.new_tokens import new_head_rows
 from model.llm.router_loss import RouterTap
@@ -44,6 +45,7 @@ class MultimodalLM(nn.Module):
         self.routers: RouterTap | None = None
         self.stop_ids: tuple[int, ...] = ()
         self.pad_id = 0
+        self.levels = 1  # rows of numbers, each as wide as the language model, that a position is given (model.llm.early_features)
         self.compute_device: torch.device | None = None  # where weights are kept elsewhere than they are computed with
 
     @property
@@ -95,12 +97,12 @@ class MultimodalLM(nn.Module):
             return head.logits(self.decode(batch), batch).softmax(-1)
 
     def embed(self, batch: Batch) -> Tensor:
-        """Embed input_ids (B, T) with media spliced in -> (B, T, D).
+        """Embed input_ids (B, T) with media spliced in -> (B, T, D), or (B, T, D * levels) for a decoder with early features.
 
         Every modality takes part in every batch, with no rows where there is no media: ranks must run the same collectives, and
         trainable parts must get a gradient, whatever their batch holds.
         """
-        embeds = self.llm.get_input_embeddings()(batch.input_ids)
+        embeds = widened(self.llm.get_input_embeddings()(batch.input_ids), self.levels)
         for modality in self.specs:
             media = batch.media.get(modality)
             features = self._features(modality, media)

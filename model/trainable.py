@@ -11,6 +11,7 @@ from model.llm.new_tokens import is_new_rows
 from model.llm.quantized_linear import num_parameters
 from model.lora import is_adapter, learning_biases
 from model.multimodal import MultimodalLM
+from model.vision.native_tower import NativeTower
 from model.vision.tower import VisionTower
 
 
@@ -35,7 +36,7 @@ def apply_tune(model: MultimodalLM, config: ModelConfig, lora: LoraConfig) -> No
             if part.tune == "new_tokens" and is_new_rows(inner):
                 parameter.requires_grad_(True)
         if part.tune == "positions":
-            assert isinstance(module, VisionTower)
+            assert isinstance(module, VisionTower | NativeTower)
             module.positions.requires_grad_(True)
         if part.tune == "prompts":
             module.get_parameter("extra").requires_grad_(True)

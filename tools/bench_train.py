@@ -32,6 +32,8 @@ CHOSEN = {
     "digits": ("ours, in order", "bare loop", "Trainer", "TRL"),
 }
 """Contenders by size, the first is the one that others are compared with; a size that is not named has those of the first."""
+NATIVE = ("ours, packed", "bare loop", "Trainer", "Trainer, group_by_length")
+"""Contenders on a model that reads pictures at their own size."""
 TOLERANCE = {"cpu": 1e-3, "cuda": 3e-2}
 """Greatest relative difference of the loss of a step between contenders: rounding of float32, or of bfloat16."""
 NEEDS = {"trl": ("trl", "datasets"), "trainer": ("accelerate",)}
@@ -130,11 +132,11 @@ def run_bench(options: argparse.Namespace) -> None:
     from tools.benches.prepare import prepare
 
     size = "digits" if options.digits else options.size
-    names = options.only or CHOSEN.get(size, CHOSEN["34m"])
+    names = options.only or (NATIVE if options.family else CHOSEN.get(size, CHOSEN["34m"]))
     with tempfile.TemporaryDirectory() as made:
         bench = Bench(Path(made), size, SIZES[size].batch, options.steps, options.rounds, options.device)
         dtype = "float32" if options.device == "cpu" else "bfloat16"
-        shares = prepare(bench.folder, size, options.steps, dtype)
+        shares = prepare(bench.folder, size, options.steps, dtype, options.family)
         print(
             f"{size}, {bench.batch} samples a step, {bench.steps} steps, medians of {bench.rounds} rounds, {options.device}, one "
             f"thread, {platform.machine()}, Python {platform.python_version()}; of a padded batch are useful: {shares[RANDOM]:.2f} "
@@ -154,6 +156,9 @@ def main(argv: list[str] | None = None) -> int:
     sizes = ("34m", "34m-short", "small", "tiny")
     parser.add_argument("--size", choices=sizes, default="34m", help="the model: 33 M or 1 M parameters; -short: 4 short samples")
     parser.add_argument("--digits", action="store_true", help="the demo's model and records, 32 samples a step")
+    parser.add_argument(
+        "--family", choices=("qwen2_5_vl",), default="", help="a model that reads pictures at their own size instead"
+    )
     parser.add_argument("--steps", type=int, default=5, help="steps of each run; the first is not in the rates (default 5)")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from model.card import ModelCard
 from model.errors import ConfigError
+from model.exports.hf_native import NativeForm, native_config, native_problems, older_text
 from model.exports.hf_text import head_problems, sizes_of
 from model.exports.media_facts import MediaFacts
 from model.files.untrusted import Json
@@ -45,6 +47,9 @@ class HfClass:
     config: Callable[[ModelCard, MultimodalLM, MediaFacts], Json]  # the class's own keys of config.json
     auto: str = "AutoModelForImageTextToText"  # the automatic class that opens it, besides its own
     modality: str = "image"
+    llm: tuple[tuple[str, str], ...] = (("", "language_model."),)  # beginnings of our names in the language model, and in files
+    tower: str = ""  # what stands before the tower's names in files; "" = as its kind has it
+    text: Callable[[Json], Json] | None = None  # config.json of the language model at the top of the class's; None: `text_config`
 
 
 def choose_class(card: ModelCard, facts: MediaFacts) -> HfClass:
@@ -58,7 +63,10 @@ def choose_class(card: ModelCard, facts: MediaFacts) -> HfClass:
 def _nearest(card: ModelCard, facts: MediaFacts) -> HfClass:
     if card.model.vision is None and card.model.audio is not None:
         return QWEN2_AUDIO
-    if card.model.vision_projector is not None and card.model.vision_projector.kind == SHUFFLE:
+    kind = card.model.vision_projector.kind if card.model.vision_projector is not None else ""
+    if kind in BY_MERGER:
+        return BY_MERGER[kind]
+    if kind == SHUFFLE:
         return INTERN_VL
     if facts.fit == "anyres":
         return ONEVISION if facts.anyres_max else NEXT
@@ -215,8 +223,8 @@ def _hearing_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> 
 def class_config(target: HfClass, card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> Json:
     """Return the contents of config.json."""
     text, dtype, tied = sizes_of(card, model)
-    whole = target.config(card, model, facts)
-    parts = {name: part for name, part in {"text_config": text, **whole}.items() if name.endswith("_config")}
+    whole = {**(target.text(text) if target.text else {"text_config": text}), **target.config(card, model, facts)}
+    parts = {name: part for name, part in whole.items() if name.endswith("_config")}
     for part in parts.values():
         part.pop("torch_dtype", None)
         part["dtype"] = dtype
@@ -243,4 +251,24 @@ QWEN2_AUDIO = HfClass(
     auto="Qwen2AudioForConditionalGeneration",
     modality="audio",
 )
-CLASSES = (LLAVA, NEXT, ONEVISION, INTERN_VL, QWEN2_AUDIO)
+
+
+def _flat_native(name: str, model_type: str, form: NativeForm) -> HfClass:
+    problems, config = partial(native_problems, form=form), partial(native_config, form=form)
+    names = (("", ""),)
+    return HfClass(name, model_type, (("", "visual.merger."),), problems, config, llm=names, tower="visual.", text=older_text)
+
+
+QWEN2_VL = _flat_native(
+    "Qwen2VLForConditionalGeneration",
+    "qwen2_vl",
+    NativeForm("qwen2_vl_vision", "qwen2_vl_merger", "qwen2", "hidden_size"),
+)
+QWEN2_5_VL = _flat_native(
+    "Qwen2_5_VLForConditionalGeneration",
+    "qwen2_5_vl",
+    NativeForm("qwen2_5_vl_vision", "qwen2_5_vl_merger", "qwen2", "out_hidden_size"),
+)
+BY_MERGER = {"qwen2_vl_merger": QWEN2_VL, "qwen2_5_vl_merger": QWEN2_5_VL}
+"""Classes that read pictures at their own size, by kind of projector."""
+CLASSES = (LLAVA, NEXT, ONEVISION, INTERN_VL, QWEN2_AUDIO, QWEN2_VL, QWEN2_5_VL)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from model.exports.hf_classes import INTERN_VL, LLAVA, NEXT, ONEVISION, HfClass, strategy
+from model.exports.hf_classes import INTERN_VL, LLAVA, NEXT, ONEVISION, QWEN2_5_VL, QWEN2_VL, HfClass, strategy
+from model.exports.hf_native import native_pixels
 from model.exports.media_facts import MediaFacts
 from model.files.untrusted import Json
-from model.media_spec import PLACEHOLDERS, AudioSpec, ImageSpec, MediaMeta, MediaSpec, num_tokens, view_tokens
+from model.media_spec import PLACEHOLDERS, AudioSpec, ImageSpec, MediaMeta, MediaSpec, NativeSpec, num_tokens, view_tokens
 
 NESTED, FLAT, VIDEO = "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
 ONE_VIEW = {"shortest_edge": "CLIPImageProcessor", "exact": "SiglipImageProcessor"}
@@ -18,8 +19,8 @@ def processor_files(target: HfClass, spec: MediaSpec, facts: MediaFacts) -> dict
     own, image = _READERS[target.name](spec, facts)
     whole = {"processor_class": target.name.replace("ForConditionalGeneration", "Processor"), **own}
     files = {NESTED: {**whole, "image_processor": image}, FLAT: {**image, "processor_class": whole["processor_class"]}}
-    if target in (ONEVISION, INTERN_VL):
-        files[VIDEO] = _frames(spec, target)
+    if target in SEES_VIDEOS:
+        files[VIDEO] = _frames(spec, facts, target)
         files[NESTED]["video_processor"] = files[VIDEO]
     return files
 
@@ -29,6 +30,8 @@ def named_tokens(target: HfClass, facts: MediaFacts) -> dict[str, str]:
     video = {"video_token": PLACEHOLDERS["video"]}
     if target is ONEVISION:
         return {"image_token": facts.tokens["image"], **video}
+    if target.tower:
+        return {"image_token": facts.tokens["image"], "video_token": facts.tokens["video"]}
     before, after = facts.around
     around = {"start_image_token": before, "end_image_token": after}
     return {**around, "context_image_token": facts.tokens["image"], **video} if target is INTERN_VL else {}
@@ -123,7 +126,14 @@ def _intern(spec: ImageSpec, facts: MediaFacts) -> tuple[Json, Json]:
     return {"image_seq_length": num_tokens(spec, MediaMeta())}, image
 
 
-def _frames(spec: ImageSpec, target: HfClass) -> Json:
+def _native(spec: ImageSpec, facts: MediaFacts) -> tuple[Json, Json]:
+    assert isinstance(spec, NativeSpec)
+    return {}, {"image_processor_type": "Qwen2VLImageProcessor", **native_pixels(spec, facts), **_normalising(spec)}
+
+
+def _frames(spec: ImageSpec, facts: MediaFacts, target: HfClass) -> Json:
+    if isinstance(spec, NativeSpec):
+        return {"video_processor_type": "Qwen2VLVideoProcessor", **native_pixels(spec, facts), **_normalising(spec)}
     kind = target.name.removesuffix("ForConditionalGeneration") + "VideoProcessor"
     return {"video_processor_type": kind, "size": _square(spec), **_normalising(spec)}
 
@@ -152,4 +162,13 @@ def _hearing_files(spec: AudioSpec, facts: MediaFacts) -> dict[str, Json]:
     return {NESTED: {**whole, "feature_extractor": extractor}, FLAT: {**extractor, "processor_class": whole["processor_class"]}}
 
 
-_READERS = {LLAVA.name: _llava, NEXT.name: _next, ONEVISION.name: _onevision, INTERN_VL.name: _intern}
+_READERS = {
+    LLAVA.name: _llava,
+    NEXT.name: _next,
+    ONEVISION.name: _onevision,
+    INTERN_VL.name: _intern,
+    QWEN2_VL.name: _native,
+    QWEN2_5_VL.name: _native,
+}
+SEES_VIDEOS = (ONEVISION, INTERN_VL, QWEN2_VL, QWEN2_5_VL)
+"""Classes whose processors have a reader of videos."""

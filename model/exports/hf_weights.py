@@ -46,13 +46,22 @@ def weights(target: HfClass, card: ModelCard, model: MultimodalLM) -> dict[str, 
     for name, entry in model_entries(model):
         part, _, inner = name.partition(".")
         if part == "llm":
-            found[f"language_model.{inner}"] = entry
+            found[_renamed(inner, target.llm)] = entry
+        elif part == "vision" and target.tower:
+            found[target.tower + inner.removeprefix("tower.")] = entry
         elif part in ("vision", "audio"):
             found[f"{part}.{inner}"] = entry
         else:
-            old, new = next((old, new) for old, new in target.projector if inner.startswith(old))
-            found[new + inner.removeprefix(old)] = entry
+            found[_renamed(inner, target.projector)] = entry
+    if target.tower:
+        return found
     return _with_tower(found, card, model) if "image" in model.specs else _with_encoder(found)
+
+
+def _renamed(name: str, beginnings: tuple[tuple[str, str], ...]) -> str:
+    """Return a name with its beginning in files; the first pair that matches counts."""
+    old, new = next((old, new) for old, new in beginnings if name.startswith(old))
+    return new + name.removeprefix(old)
 
 
 def model_entries(model: MultimodalLM) -> Iterator[tuple[str, Entry]]:

@@ -18,8 +18,10 @@ class MediaFacts:
     wrap: tuple[str, ...] = ()  # texts before and after every medium
     wrap_is_tokens: bool = True  # each of them is one token of the tokenizer
     around_clips: tuple[str, str] = ("", "")  # texts that the chat template itself writes before and after every clip
+    around_pictures: tuple[str, ...] = ()  # texts that the chat template or data.media_wrap writes before and after every picture
+    pixels: tuple[int, int] = (0, 0)  # least and most of a picture that is read at its own size
     tokens: dict[str, str] = field(default_factory=dict)  # placeholder by modality
-    ids: dict[str, int] = field(default_factory=dict)  # token id of that placeholder
+    ids: dict[str, int] = field(default_factory=dict)  # token id of that placeholder, and of texts around pictures
 
     @property
     def around(self) -> tuple[str, str]:

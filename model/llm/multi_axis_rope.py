@@ -13,7 +13,7 @@ from model.errors import ConfigError
 from model.llm.interface import CausalLM
 
 SECTIONS, INTERLEAVED = "mrope_section", "mrope_interleaved"
-"""Keys of rope_parameters in config.json: pairs of each axis, and whether the axes take turns (Qwen3-VL) or follow one another."""
+"""Keys of config.json as it is built here: pairs of each axis, and whether the axes take turns (Qwen3-VL) or follow one another."""
 
 
 class MultiAxisRotary(nn.Module):
@@ -55,7 +55,7 @@ def axis_of(sections: tuple[int, ...], interleaved: bool) -> Tensor:
 
 def axis_sections(config: PretrainedConfig) -> tuple[int, ...]:
     """Return the pairs of numbers that each axis turns; () for positions of one axis."""
-    return tuple((getattr(config, "rope_parameters", None) or {}).get(SECTIONS) or ())
+    return tuple(getattr(config, SECTIONS, None) or ())
 
 
 def add_axes(llm: CausalLM) -> None:
@@ -67,5 +67,5 @@ def add_axes(llm: CausalLM) -> None:
     plain = getattr(decoder, "rotary_emb", None)
     if not isinstance(plain, nn.Module) or "inv_freq" not in dict(plain.named_buffers()):
         raise ConfigError(f"model.llm.path: {SECTIONS} in config.json, but {type(decoder).__name__} has no rotary positions")
-    interleaved = bool(llm.config.rope_parameters.get(INTERLEAVED, False))
+    interleaved = bool(getattr(llm.config, INTERLEAVED, False))
     decoder.rotary_emb = MultiAxisRotary(plain, sections, interleaved)

@@ -6,8 +6,6 @@ NATIVE = "its tower takes pictures at their native resolution, and its language 
 PREFIX = "its language model attends in both directions over the picture and the prompt (prefix attention)"
 CONNECTOR = "it joins picture and text by a connector of its own"
 REFUSED = {
-    "qwen3_vl": NATIVE,
-    "qwen3_vl_moe": NATIVE,
     "qwen2_5_omni": NATIVE,
     "qwen3_omni_moe": NATIVE,
     "glm4v": NATIVE,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from model.files.tensor_files import LazyTensor, Tensors
 from model.files.untrusted import Json
 from model.published.layout import Given, Layout, PartView, Published, Settings
 from model.published.processor_files import feature_token, pixel_settings, placeholder_setting, template_setting
@@ -42,18 +43,23 @@ def text_part(interleaved: bool) -> Callable[[Published], Json]:
         # The file may have them under an older name beside these, which would be read twice.
         for old in ("rope_scaling", "rope_theta", "vision_config"):
             found.pop(old, None)
-        sections = rope.get("mrope_section") or default_sections(interleaved, whole.text_config)
+        sections = rope.pop("mrope_section", None) or default_sections(interleaved)
+        rope.pop("mrope_interleaved", None)
+        if hasattr(whole.text_config, "num_experts"):  # its routers always share the weights out among the chosen experts
+            found |= {"num_experts": whole.text_config.num_experts, "norm_topk_prob": True}
         found |= {
             "model_type": PLAIN_TEXT[whole.text_config.model_type],
             "tie_word_embeddings": bool(whole.tie_word_embeddings),
-            "rope_parameters": {**rope, "mrope_section": list(sections), "mrope_interleaved": interleaved},
+            "rope_parameters": rope,
+            "mrope_section": list(sections),
+            "mrope_interleaved": interleaved,
         }
         return found
 
     return read
 
 
-def default_sections(interleaved: bool, text: Any) -> list[int]:
+def default_sections(interleaved: bool) -> list[int]:
     """Return the pairs of numbers of each axis where config.json names none, as transformers' classes fill them in."""
     return [24, 20, 20] if interleaved else [16, 24, 24]
 
@@ -90,9 +96,30 @@ def visual_settings(kind: str) -> Callable[[Published], Settings]:
     return read
 
 
+def upright_experts(tensors: Tensors) -> Tensors:
+    """Turn the fused matrices of experts, which Qwen3-VL's files on the hub hold lying on their side, as they stand in memory."""
+    found = dict(tensors)
+    for name, rows in tensors.items():
+        block, experts, _ = name.rpartition("experts.gate_up_proj")
+        down = tensors.get(f"{block}experts.down_proj")
+        gate = tensors.get(f"{block}gate.weight")
+        if not experts or down is None or gate is None:
+            continue
+        width = gate.shape[1]
+        if rows.shape[1] == width == down.shape[2] and not rows.shape[2] == width == down.shape[1]:
+            found |= {name: turned(rows), f"{block}experts.down_proj": turned(down)}
+    return found
+
+
+def turned(tensor: LazyTensor) -> LazyTensor:
+    """Return matrices (E, a, b) as (E, b, a)."""
+    experts, high, wide = tensor.shape
+    return LazyTensor((experts, wide, high), lambda a, b: tensor.read(a, b).transpose(1, 2), tensor.dtype)
+
+
 def _layout(name: str, cls: str, kind: str, interleaved: bool = False) -> Layout:
     parts = {
-        "llm": PartView(LLM_NAMES, text_part(interleaved)),
+        "llm": PartView(LLM_NAMES, text_part(interleaved), upright_experts),
         "vision": PartView(VISION_NAMES, visual_part),
         "vision_projector": PartView(MERGER_NAMES),
     }
@@ -102,4 +129,6 @@ def _layout(name: str, cls: str, kind: str, interleaved: bool = False) -> Layout
 LAYOUTS = (
     _layout("Qwen2-VL", "Qwen2VLForConditionalGeneration", "qwen2_vl_merger"),
     _layout("Qwen2.5-VL", "Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl_merger"),
+    _layout("Qwen3-VL", "Qwen3VLForConditionalGeneration", "qwen3_vl_merger", interleaved=True),
+    _layout("Qwen3-VL-MoE", "Qwen3VLMoeForConditionalGeneration", "qwen3_vl_merger", interleaved=True),
 )

@@ -114,5 +114,6 @@ NATIVE_TOWERS: dict[str, NativeFamily] = {
     "qwen2_vl_vision": _qwen("qwen2_vl.modeling_qwen2_vl", "Qwen2VisionTransformerPretrainedModel"),
     "qwen2_5_vl_vision": _qwen("qwen2_5_vl.modeling_qwen2_5_vl", "Qwen2_5_VisionTransformerPretrainedModel"),
     "qwen3_vl_vision": _qwen("qwen3_vl.modeling_qwen3_vl", "Qwen3VLVisionModel", "pos_embed.weight"),
+    "qwen3_vl_moe_vision": _qwen("qwen3_vl_moe.modeling_qwen3_vl_moe", "Qwen3VLMoeVisionModel", "pos_embed.weight"),
 }
 """Supported towers of variable size by model_type."""

@@ -39,6 +39,7 @@ class Size:
     num_records: int = 1024
     is_digits: bool = False
     is_short: bool = False  # pictures with short answers only
+    most_tokens: int = 256  # of a picture at its own size
 
 
 def _square(layers: int, width: int, inner: int, heads: int) -> Json:
@@ -65,31 +66,37 @@ def write_mix(folder: Path, size: Size, seed: int = 0) -> list[Json]:
         _set_template(folder / "llm")
         return records
     rng = np.random.default_rng(seed)
-    words = _words(rng)
+    words = bench_words(rng)
     _write_parts(folder, size, words)
     _write_pictures(folder / "images", rng, int(size.vision["image_size"]))
     if size.is_short:
         return [_with_picture(f"p{i}", i % NUM_PICTURES, int(rng.integers(2, 9)), words, rng) for i in range(size.num_records)]
-    return [_record(i, words, rng) for i in range(size.num_records)]
+    return [mixed_record(i, words, rng) for i in range(size.num_records)]
 
 
 def write_bench_run(folder: Path, name: str, size: Size, steps: int, changes: Json) -> Path:
     """Write folder/NAME.toml, which trains on folder/NAME.json in its order, and return its path."""
-    images = folder / "images"
+    model = {
+        "llm": {"path": str(folder / "llm"), "tune": "full"},
+        "vision": {"path": str(folder / "vision"), "tune": "full"},
+        "vision_projector": {},
+        "dtype": changes.get("dtype", "float32"),
+    }
+    path = folder / f"{name}.toml"
+    path.write_text(to_toml({**run_tables(folder, name, size, steps, changes), "model": model}), encoding="utf-8")
+    return path
+
+
+def run_tables(folder: Path, name: str, size: Size, steps: int, changes: Json) -> Json:
+    """Return the tables of a run file without [model]."""
     tables: Json = {
         "output_dir": str(folder / "runs" / name),
-        "model": {
-            "llm": {"path": str(folder / "llm"), "tune": "full"},
-            "vision": {"path": str(folder / "vision"), "tune": "full"},
-            "vision_projector": {},
-            "dtype": changes.get("dtype", "float32"),
-        },
         "data": {
             "max_length": 512 if size.is_digits else size.micro_tokens,
             "workers": 0,
             "order": "sequential",
             "packing": bool(changes.get("packing")),
-            "sources": [{"path": str(folder / f"{name}.json"), "media_root": str(images)}],
+            "sources": [{"path": str(folder / f"{name}.json"), "media_root": str(folder / "images")}],
         },
         "batch": {"global_batch_size": size.batch, "micro_batch_size": size.micro_batch},
         "optim": {"lr": LR, "clip_norm": CLIP_NORM, "schedule": "constant", "warmup_steps": 0},
@@ -99,12 +106,10 @@ def write_bench_run(folder: Path, name: str, size: Size, steps: int, changes: Js
     }
     if changes.get("packing"):
         tables["batch"]["micro_batch_tokens"] = size.micro_tokens
-    path = folder / f"{name}.toml"
-    path.write_text(to_toml(tables), encoding="utf-8")
-    return path
+    return tables
 
 
-def _words(rng: np.random.Generator) -> list[str]:
+def bench_words(rng: np.random.Generator) -> list[str]:
     """Return 300 words of two or three syllables."""
     syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
     return ["".join(rng.choice(syllables, rng.integers(2, 4))) for _ in range(300)]
@@ -114,7 +119,7 @@ def _text(num: int, words: list[str], rng: np.random.Generator) -> str:
     return " ".join(words[i] for i in rng.integers(0, len(words), num))
 
 
-def _record(i: int, words: list[str], rng: np.random.Generator) -> Json:
+def mixed_record(i: int, words: list[str], rng: np.random.Generator) -> Json:
     """Return one record of the mix: 80 % show a picture and answer shortly or at length, 20 % are text with a long tail."""
     if rng.random() < 0.2:
         num = int(np.clip(rng.lognormal(5.4, 0.72), 20, LONGEST))

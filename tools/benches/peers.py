@@ -1,7 +1,7 @@
 """The other contenders of `tools.bench_train`, around one model of transformers: a bare loop, Trainer and TRL's SFTTrainer.
 
 They read the same records with the library's own chat template, tokenizer and picture processor, and train all of
-LlavaForConditionalGeneration with fused AdamW, on batches padded to their longest sample.
+the model with fused AdamW, on batches padded to their longest sample.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from model.files.untrusted import Json
 from tools.benches.meter import COMPUTE, DATA, REST, UPDATE, StepMeter
 from tools.benches.mix import CLIP_NORM, LR
-from tools.benches.reader import ProcessorReader
+from tools.benches.reader import NativeReader, ProcessorReader
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,25 @@ class PeerRun:
     def micro_batch(self) -> int:
         return self.batch // self.accumulate
 
+    @property
+    def is_native(self) -> bool:
+        """Tell whether the model reads pictures at their own size."""
+        return "qwen2_5_vl" in (self.folder / "hf" / "config.json").read_text(encoding="utf-8")
+
     def reader(self) -> ProcessorReader:
         """Return the records of the order."""
         from transformers import AutoProcessor
 
         records = json.loads((self.folder / f"{self.order}.json").read_text(encoding="utf-8"))
+        if self.is_native:
+            return NativeReader(self.folder, records)
         return ProcessorReader(self.folder, records, AutoProcessor.from_pretrained(self.folder / "hf", trust_remote_code=False))
 
     def model(self) -> Any:
         """Return the untrained model, float32, on the device."""
-        from transformers import LlavaForConditionalGeneration
+        from transformers import AutoModelForImageTextToText
 
-        model = LlavaForConditionalGeneration.from_pretrained(self.folder / "hf", dtype=torch.float32, trust_remote_code=False)
+        model = AutoModelForImageTextToText.from_pretrained(self.folder / "hf", dtype=torch.float32, trust_remote_code=False)
         return model.to(self.device).train()
 
 

@@ -15,23 +15,29 @@ from transformers.utils import logging
 from model.files.untrusted import Json
 from tools.benches.contender import CONTENDERS, GROUPED, RANDOM
 from tools.benches.mix import SIZES, Size, write_bench_run, write_mix
-from tools.benches.reader import ProcessorReader
+from tools.benches.native_mix import write_native_mix, write_native_run
+from tools.benches.reader import NativeReader, ProcessorReader
 from tools.export_adapter import export
 from trainer.main import main as train
 
 HF = "hf"
 
 
-def prepare(folder: Path, size_name: str, steps: int, dtype: str) -> dict[str, float]:
+def prepare(folder: Path, size_name: str, steps: int, dtype: str, family: str = "") -> dict[str, float]:
     """Fill `folder` and return, by order, the useful share of a batch over a whole epoch that is padded to its longest sample.
 
     Every order has one record more than `steps` steps need, times the batch: loaders may read one batch ahead.
     """
     logging.disable_progress_bar()
     size = SIZES[size_name]
-    records = write_mix(folder, size)
-    _write_model(folder, size, records)
-    lengths = ProcessorReader(folder, records, AutoProcessor.from_pretrained(folder / HF, trust_remote_code=False)).lengths()
+    if family:
+        records = write_native_mix(folder, size)
+        lengths = NativeReader(folder, records).lengths()
+    else:
+        records = write_mix(folder, size)
+        _write_model(folder, size, records)
+        lengths = ProcessorReader(folder, records, AutoProcessor.from_pretrained(folder / HF, trust_remote_code=False)).lengths()
+    write_run = write_native_run if family else write_bench_run
     shares = {}
     for order, batches in _plan(lengths, size.batch).items():
         slots = np.array([lengths[batch].max() * len(batch) for batch in batches])
@@ -44,7 +50,7 @@ def prepare(folder: Path, size_name: str, steps: int, dtype: str) -> dict[str, f
     for contender in CONTENDERS.values():
         if name := contender.run:
             (folder / f"{name}.json").write_text((folder / f"{contender.order}.json").read_text(encoding="utf-8"), encoding="utf-8")
-            write_bench_run(folder, name, size, steps, {"packing": name == "packed", "dtype": dtype})
+            write_run(folder, name, size, steps, {"packing": name == "packed", "dtype": dtype})
     return shares
 
 

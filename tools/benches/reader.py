@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import AutoTokenizer
 
 from model.batch import IGNORE_INDEX
 from model.files.untrusted import Json
+from tools.benches.native_mix import END, IMAGE, START, read_pixels
 
 ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -27,6 +30,10 @@ class ProcessorReader(Dataset[Json]):
         self.image_id = processor.tokenizer.convert_ids_to_tokens(token) if isinstance(token, int) else token
         edge = config.crop_size["height"] // processor.patch_size
         self.num_tokens = edge * edge
+
+    def tokens_of(self, i: int) -> int:
+        """Return the tokens of the picture of record i."""
+        return self.num_tokens
 
     def __len__(self) -> int:
         return len(self.records)
@@ -48,7 +55,7 @@ class ProcessorReader(Dataset[Json]):
         picture = self.picture(i)
         sample: Json = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
         if picture is not None:
-            sample["pixel_values"] = self.processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+            sample |= self.processor.image_processor(picture, return_tensors="pt")
         return sample
 
     def text(self, i: int) -> tuple[list[int], list[int]]:
@@ -56,7 +63,7 @@ class ProcessorReader(Dataset[Json]):
         turns, tokenizer = self.messages(i), self.processor.tokenizer
         whole = tokenizer.apply_chat_template(turns, tokenize=False)
         asked = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
-        parts = [text.replace("<image>", self.image_id * self.num_tokens) for text in (asked, whole[len(asked) :])]
+        parts = [text.replace("<image>", self.image_id * self.tokens_of(i)) for text in (asked, whole[len(asked) :])]
         prompt, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in parts)
         return prompt + answer, [IGNORE_INDEX] * len(prompt) + answer
 
@@ -72,6 +79,44 @@ class ProcessorReader(Dataset[Json]):
         labels = rows([sample["labels"] for sample in samples], batch_first=True, padding_value=IGNORE_INDEX)
         mask = rows([torch.ones_like(sample["input_ids"]) for sample in samples], batch_first=True)
         batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
-        if pixels := [sample["pixel_values"] for sample in samples if "pixel_values" in sample]:
-            batch["pixel_values"] = torch.cat(pixels)
+        for key in ("pixel_values", "image_grid_thw"):
+            if found := [sample[key] for sample in samples if key in sample]:
+                batch[key] = torch.cat(found)
         return batch
+
+
+@dataclass(frozen=True)
+class NativeProcessor:
+    """Tokenizer and image processor of a model that reads pictures at their own size; its own processor also wants torchvision."""
+
+    tokenizer: Any
+    image_processor: Any
+    image_token: str
+
+
+class NativeReader(ProcessorReader):
+    """Records of a model that reads pictures at their own size."""
+
+    def __init__(self, folder: Path, records: list[Json]) -> None:
+        self.images, self.records = folder / "images", records
+        tokenizer = AutoTokenizer.from_pretrained(folder / "hf", trust_remote_code=False)
+        self.image_id = IMAGE
+        self.processor = NativeProcessor(tokenizer, read_pixels(folder / "hf"), IMAGE)
+        self.number = tokenizer.convert_tokens_to_ids(IMAGE)
+        self._tokens: dict[str, int] = {}
+
+    def tokens_of(self, i: int) -> int:
+        name = self.records[i].get("image", "")
+        if name and name not in self._tokens:
+            width, height = Image.open(self.images / name, formats=("JPEG",)).size
+            patches = self.processor.image_processor.get_number_of_image_patches(height, width, {})
+            self._tokens[name] = patches // self.processor.image_processor.merge_size**2
+        return self._tokens.get(name, 0)
+
+    def messages(self, i: int) -> list[dict[str, str]]:
+        return [{**turn, "content": turn["content"].replace("<image>\n", f"{START}<image>{END}")} for turn in super().messages(i)]
+
+    def collate(self, samples: list[Json]) -> dict[str, Tensor]:
+        """Collate as others do, with the kind of every token, without which positions have one axis."""
+        batch = super().collate(samples)
+        return {**batch, "mm_token_type_ids": (batch["input_ids"] == self.number).int()}

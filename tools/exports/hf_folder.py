@@ -6,25 +6,28 @@ import json
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from transformers import AddedToken, PreTrainedTokenizerFast
 
+from data.media.pixel_budget import rule_of
 from data.media.tiling import grids
 from data.processor import Processor, load_processor
 from data.text.parts_template import takes_parts
 from data.text.tokenizer import pad_id, save_tokenizer
 from model.card import ModelCard
-from model.exports.hf_classes import INTERN_VL, NEXT, ONEVISION, QWEN2_AUDIO, HfClass, choose_class, class_config
-from model.exports.hf_processors import named_tokens, processor_files, wraps
+from model.exports.hf_classes import INTERN_VL, NEXT, QWEN2_AUDIO, HfClass, choose_class, class_config
+from model.exports.hf_processors import SEES_VIDEOS, named_tokens, processor_files, wraps
 from model.exports.hf_weights import weights, write_weights
 from model.exports.media_facts import MediaFacts
 from model.files.tensor_files import dump_json
 from model.files.untrusted import Json
 from model.load import load_model
-from model.media_spec import PLACEHOLDERS, image_spec
+from model.media_spec import PLACEHOLDERS, NativeSpec, image_spec
 from model.multimodal import MultimodalLM
+from model.published.transformers_qwen_vl import AROUND
 from tools.exports.hf_inputs import their_inputs
 from tools.exports.proofs import batch_of, check_close, in_float32, logits, sample
 from tools.exports.served_prompt import prompt_notes
@@ -62,7 +65,7 @@ def class_differences(target: HfClass, card: ModelCard) -> Iterator[str]:
         yield "several pictures in one conversation: training saw one view of each, this class cuts each into tiles"
     if target is INTERN_VL:
         yield "several pictures in one conversation: training shared data.max_tiles among them, this class gives each of them all"
-    if target in (ONEVISION, INTERN_VL):
+    if target in SEES_VIDEOS:
         yield "AutoProcessor of this class needs torchvision, for videos"
     if target is QWEN2_AUDIO:
         yield "clips longer than the encoder's window: training split them, this class cuts them off"
@@ -71,7 +74,6 @@ def class_differences(target: HfClass, card: ModelCard) -> Iterator[str]:
 def facts_of(processor: Processor) -> MediaFacts:
     """Return how the run showed its media, as its processor has it."""
     config, template = processor.config, processor.template
-    video = PLACEHOLDERS["video"]
     anyres = config.image_fit == "anyres" and "image" in processor.specs
     return MediaFacts(
         fit=config.image_fit,
@@ -83,9 +85,29 @@ def facts_of(processor: Processor) -> MediaFacts:
         wrap=template.media_wrap,
         wrap_is_tokens=all(text in processor.tokenizer.get_vocab() for text in template.media_wrap),
         around_clips=CLIP_ENDS if all(text in template.source for text in CLIP_ENDS) else ("", ""),
-        tokens={kind: str(processor.tokenizer.convert_ids_to_tokens(id_)) for kind, id_ in template.placeholder_ids.items()},
-        ids={**template.placeholder_ids, "video": processor.tokenizer.get_vocab().get(video, len(processor.tokenizer))},
+        around_pictures=AROUND if all(text in template.source for text in AROUND) else template.media_wrap,
+        pixels=_pixels(processor),
+        **_placeholders(processor),
     )
+
+
+def _pixels(processor: Processor) -> tuple[int, int]:
+    """Return the least and the most pixels of a picture at its own size; zeros where pictures are not read so."""
+    spec = processor.specs.get("image")
+    if not isinstance(spec, NativeSpec):
+        return (0, 0)
+    rule = rule_of(spec, processor.config)
+    return (rule.min_pixels, rule.max_pixels)
+
+
+def _placeholders(processor: Processor) -> dict[str, Any]:
+    """Return the placeholder of each kind of medium, and its id; the first free id stands for what the tokenizer lacks."""
+    ids, spec, known = processor.template.placeholder_ids, processor.specs.get("image"), processor.tokenizer.get_vocab()
+    video = (spec.video_placeholder or "<|video_pad|>") if isinstance(spec, NativeSpec) else PLACEHOLDERS["video"]
+    named = {"video": video, "vision_start": AROUND[0], "vision_end": AROUND[1]}
+    tokens = {kind: str(processor.tokenizer.convert_ids_to_tokens(id_)) for kind, id_ in ids.items()}
+    others = {kind: known.get(text, len(processor.tokenizer)) for kind, text in named.items()}
+    return {"tokens": {**tokens, "video": video}, "ids": {**ids, **others}}
 
 
 def write_folder(folder: Path, target: HfClass, card: ModelCard, model: MultimodalLM, processor: Processor) -> None:

@@ -20,7 +20,7 @@ from model.batch import Batch
 from model.exports.hf_classes import HfClass
 from model.exports.hf_processors import NESTED, VIDEO
 from model.files.untrusted import Json, load_json
-from model.media_spec import AudioSpec, image_spec
+from model.media_spec import AudioSpec, ImageSpec, NativeSpec, image_spec
 from model.vision.normalise import normalised
 from trainer.errors import ProofError
 
@@ -66,12 +66,18 @@ def their_inputs(folder: Path, target: HfClass, record: Json, batch: Batch, proc
     inputs = reader.apply_chat_template(record["messages"], tokenize=True, return_dict=True, return_tensors="pt")
     _check_ids(inputs, batch)
     values = batch.media["image"].values
-    expected = normalised(values, image_spec(processor.specs), torch.float32)
-    found: Tensor = inputs["pixel_values"].reshape(-1, *values.shape[1:])
+    expected = seen_pixels(values, image_spec(processor.specs))
+    found: Tensor = inputs["pixel_values"].reshape(-1, *expected.shape[1:])
     atol = 1e-6 if values.dtype == torch.uint8 else 0
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0, atol=atol):
         raise ProofError("AutoProcessor gives other pixels than training saw")
     return dict(inputs)
+
+
+def seen_pixels(values: Tensor, spec: ImageSpec) -> Tensor:
+    """Return pictures (N, 3, H, W), or packed patches as transformers has them: (P, 3 * F * p * p), every frame of a still one."""
+    found = normalised(values, spec, torch.float32)
+    return found.expand(-1, -1, spec.frames, -1, -1).flatten(1) if isinstance(spec, NativeSpec) else found
 
 
 def _heard(reader: Any, record: Json, batch: Batch, processor: Processor) -> Json:

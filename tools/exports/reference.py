@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.batch import Batch
 from model.media_spec import ImageSpec, MediaSpec
-from model.vision.normalise import normalised
+from tools.exports.hf_inputs import seen_pixels
 from tools.exports.proofs import check_close, sample_picture
 from trainer.errors import ProofError
 
@@ -40,11 +40,17 @@ def reference_inputs(name: str, batch: Batch, specs: dict[str, MediaSpec]) -> di
         mask = torch.arange(heard.values.shape[-1]) < frames[:, None]
         found |= {"input_features": heard.values, "feature_attention_mask": mask.long()}
     if (seen := batch.media.get("image")) is not None and isinstance(spec := specs["image"], ImageSpec):
-        values = normalised(seen.values, spec, torch.float32)
+        values = seen_pixels(seen.values, spec)
         tiled = name in TILED
         found["pixel_values"] = values[None] if tiled else values
         if tiled:
             found["image_sizes"] = torch.tensor([sample_picture().size[::-1]])
         if name == TILED[1]:
             found["batch_num_images"] = torch.tensor([1])
+        if seen.patches is not None:
+            high, wide = (seen.patches.positions.amax(0) + 1).tolist()
+            found["image_grid_thw"] = torch.tensor([[1, high, wide]])
+            kinds = torch.zeros_like(batch.input_ids)
+            kinds.view(-1)[seen.slots] = 1
+            found["mm_token_type_ids"] = kinds
     return found

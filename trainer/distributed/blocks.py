@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -24,20 +25,21 @@ KEPT_OPERATORS = {
 def prepare_blocks(model: MultimodalLM, config: ParallelConfig) -> None:
     """Compile the blocks of all parts, and make backward recompute them, as `config` says. Names of parameters do not change.
 
-    A compiler decides itself what backward computes again, so selective recomputation is left to it.
+    A compiler decides itself what backward computes again, so selective recomputation of what it compiles is left to it.
     """
     kind = config.activation_checkpointing
-    if config.compile:
-        parts = [name for name, _ in model.named_children() if has_blocks(model, name)]
-        owners = {name: block_owner(model, name) for name in parts}
+    compiled = [name for name, _ in model.named_children() if config.compile and has_blocks(model, name) and compiles(model, name)]
+    if compiled:
+        owners = {name: block_owner(model, name) for name in compiled}
         named = [(f"{part}.blocks.{i}", block) for part, owner in owners.items() for i, block in enumerate(blocks(owner))]
         compile_blocks(named, saves_memory=kind == "selective", goes_on=config.compile == "or_eager")
-    if kind == "full" or (kind == "selective" and not config.compile):
-        checkpoint_activations(model, kind)
+    if kind in ("full", "selective"):
+        checkpoint_activations(model, kind, compiled if kind == "selective" else ())
 
 
-def checkpoint_activations(model: MultimodalLM, kind: str = "full") -> None:
-    """Make backward recompute the blocks of every part on the gradient's path. Names of parameters do not change.
+def checkpoint_activations(model: MultimodalLM, kind: str = "full", spared: Collection[str] = ()) -> None:
+    """Make backward recompute the blocks of every part on the gradient's path, but for those `spared`. Names of parameters do not
+    change.
 
     `kind`: full | selective, which keeps the results of matrix products and attention. Transformers' own switch does nothing in
     eval mode, which frozen parts are in.
@@ -45,7 +47,7 @@ def checkpoint_activations(model: MultimodalLM, kind: str = "full") -> None:
     options: dict[str, Any] = {"use_reentrant": False}
     if kind == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keeps)
-    parts = [block_owner(model, name) for name in ("llm", *model.trainable_parts - {"llm"}) if has_blocks(model, name)]
+    parts = [block_owner(model, name) for name in {"llm", *model.trainable_parts} - {*spared} if has_blocks(model, name)]
     for part in parts:
         for block in blocks(part):
             block.forward = functools.partial(checkpoint, block.forward, **options)
@@ -60,6 +62,11 @@ def keeps(context: object, operator: Any, *args: Any, **kwargs: Any) -> Checkpoi
 def block_owner(model: MultimodalLM, part: str) -> nn.Module:
     """Return the module whose blocks are sharded and recomputed: the decoder, or the tower inside its wrapper."""
     return model.llm.get_decoder() if part == "llm" else model.encoder(part).tower
+
+
+def compiles(model: MultimodalLM, part: str) -> bool:
+    """Tell whether the blocks of a part become few graphs, whatever its input."""
+    return part == "llm" or model.encoder(part).compiles
 
 
 def has_blocks(model: MultimodalLM, part: str) -> bool:

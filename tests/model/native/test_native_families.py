@@ -3,50 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
-from model.multimodal import MultimodalLM
-from tests.support.finals import one_process
 from tests.support.published.asking import run_from
 from tests.support.published.native import NATIVE_MAKERS, native_reader
+from tests.support.published.native_runs import SIZES, built, picture, talk
 from tools.exports.proofs import logits
-from trainer.config import RunConfig
-from trainer.records.run_data import RunData, open_data
 from trainer.runfile.merge_tables import value_of
 from trainer.runfile.schema import to_tables
-from trainer.runfile.stages import Stage
-from trainer.setup import build_run
-
-SIZES = ((1, 54), (28, 1500), (1333, 777), (56, 56), (10, 10), (97, 61))
-
-
-def built(config: RunConfig) -> tuple[RunData, MultimodalLM]:
-    with one_process() as world:
-        data = open_data(config, world, first_start=True)
-        return data, build_run(Stage(config, config), data, world).model.eval()
-
-
-def picture(folder: Path, width: int, height: int) -> dict[str, str]:
-    file = folder / f"{width}x{height}.png"
-    Image.effect_noise((width, height), 90).convert("RGB").save(file)
-    return {"type": "image", "path": str(file)}
-
-
-def talk(*parts: dict[str, str]) -> dict[str, Any]:
-    """A round without pictures, then one with those of `parts`, words between them."""
-    words = [{"type": "text", "text": f"No. {i}"} for i in range(len(parts))]
-    mixed = [item for pair in zip(parts, words) for item in pair]
-    said = [("user", "Hello."), ("assistant", "Yes?"), ("user", None), ("assistant", "A cat.")]
-    return {
-        "messages": [
-            {"role": role, "content": [{"type": "text", "text": text}] if text else [*mixed, {"type": "text", "text": "What?"}]}
-            for role, text in said
-        ]
-    }
 
 
 @pytest.mark.parametrize("hub", [True, False], ids=["hub", "5.x"])

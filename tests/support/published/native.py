@@ -18,6 +18,11 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+    Qwen3VLProcessor,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -43,13 +48,13 @@ class NativeMaker:
     settings: dict[str, Any]  # what follows from the model, by dotted key of run.toml
 
 
-def qwen_vl(folder: Path, hub: bool, cls: Any, config: Any, vision: dict[str, Any]) -> None:
-    """Qwen2-VL or 2.5: under the names of the hub, or of 5.x."""
+def qwen_vl(folder: Path, hub: bool, cls: Any, config: Any, vision: dict[str, Any], **text: Any) -> None:
+    """Qwen2-VL, 2.5 or 3: under the names of the hub, or of 5.x."""
     tokenizer = tokenizer_with(*SIGNS, template=TEMPLATE)
     ids = dict(zip(("vision_start", "vision_end", "image", "video"), tokenizer.convert_tokens_to_ids(list(SIGNS))))
     whole = config(
         vision_config={**VISION, **vision},
-        text_config={**SIZES, "vocab_size": len(tokenizer), "rope_parameters": dict(SECTIONS)},
+        text_config={**SIZES, "vocab_size": len(tokenizer), "rope_parameters": dict(SECTIONS), **text},
         **{f"{name}_token_id": number for name, number in ids.items()},
         tie_word_embeddings=False,
     )
@@ -57,7 +62,7 @@ def qwen_vl(folder: Path, hub: bool, cls: Any, config: Any, vision: dict[str, An
     model = cls(whole)
     spread(model)
     model.save_pretrained(folder, save_original_format=hub)
-    name = cls.__name__.replace("ForConditionalGeneration", "Processor")
+    name = cls.__name__.replace("Moe", "").replace("ForConditionalGeneration", "Processor")
     save_processor(folder, name, hub, tokenizer, {}, image_processor=Qwen2VLImageProcessorPil(**PIXELS))
 
 
@@ -85,6 +90,16 @@ QWEN25_SIZES = {
     "fullatt_block_indexes": [1],
     "tokens_per_second": 2,
 }
+QWEN3_SIZES = {
+    "hidden_size": 32,
+    "out_hidden_size": 32,
+    "intermediate_size": 48,
+    "num_position_embeddings": 36,
+    "deepstack_visual_indexes": [0, 1],
+}
+QWEN3_TEXT = {"head_dim": 8, "num_hidden_layers": 3}
+"""One layer more than those that features are added behind: they reach the answer through it."""
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 NATIVE_MAKERS = {
     "qwen2_vl": NativeMaker(
         Qwen2VLForConditionalGeneration,
@@ -99,5 +114,19 @@ NATIVE_MAKERS = {
         Qwen2_5_VLProcessor,
         Qwen2VLImageProcessorPil,
         {**QWEN_FACTS, "model.vision_projector.kind": "qwen2_5_vl_merger"},
+    ),
+    "qwen3_vl": NativeMaker(
+        Qwen3VLForConditionalGeneration,
+        partial(qwen_vl, cls=Qwen3VLForConditionalGeneration, config=Qwen3VLConfig, vision=QWEN3_SIZES, **QWEN3_TEXT),
+        Qwen3VLProcessor,
+        Qwen2VLImageProcessorPil,
+        {**QWEN_FACTS, "model.vision_projector.kind": "qwen3_vl_merger"},
+    ),
+    "qwen3_vl_moe": NativeMaker(
+        Qwen3VLMoeForConditionalGeneration,
+        partial(qwen_vl, cls=Qwen3VLMoeForConditionalGeneration, config=Qwen3VLMoeConfig, vision=QWEN3_SIZES, **QWEN3_TEXT, **EXPERTS),
+        Qwen3VLProcessor,
+        Qwen2VLImageProcessorPil,
+        {**QWEN_FACTS, "model.vision_projector.kind": "qwen3_vl_merger"},
     ),
 }

@@ -1,0 +1,109 @@
+"""Patches equal the rows that the families' processors with the PIL back end cut, to the bit."""
+
+import numpy as np
+import pytest
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+
+from data.media.image_decode import Picture
+from data.media.native_patches import fitted_frame, to_patches
+from data.media.native_size import NativeRule, fitted_size, patch_grid
+from tests.support.pictures import noise
+
+Size = tuple[int, int]
+SIZES = [(28, 1500), (333, 177), (1, 1), (47, 65), (300, 2), (112, 112)]
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+QWEN2 = NativeRule("qwen", 14, MEAN, STD, merge=2, frames=2, min_pixels=56 * 56, max_pixels=28 * 28 * 100)
+QWEN3 = NativeRule("qwen", 16, (0.5,) * 3, (0.5,) * 3, merge=2, frames=2, min_pixels=1 << 12, max_pixels=1 << 18)
+NAFLEX = NativeRule("naflex", 16, (0.5, 0.4, 0.5), (0.5, 0.5, 0.3), max_patches=64, resample=2)
+PIXTRAL = NativeRule("pixtral", 16, MEAN, STD, longest=256)
+MISTRAL3 = NativeRule("pixtral", 14, MEAN, STD, merge=2, longest=308)
+
+
+def cut(size: Size, rule: NativeRule, *, as_bytes: bool = False) -> tuple[np.ndarray, tuple[int, int, int]]:
+    picture = noise(size)
+    fitted = fitted_size(size, rule)
+    return to_patches([fitted_frame(Picture.of(picture), fitted, rule)], rule, as_bytes=as_bytes), patch_grid(fitted, rule)
+
+
+def qwen(rule: NativeRule, **options: object) -> Qwen2VLImageProcessorPil:
+    limits = {"shortest_edge": rule.min_pixels, "longest_edge": rule.max_pixels}
+    return Qwen2VLImageProcessorPil(size=limits, patch_size=rule.patch, image_mean=rule.mean, image_std=rule.std, **options)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("rule", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
+def test_qwen_pictures(size: Size, rule: NativeRule) -> None:
+    ours, grid = cut(size, rule)
+    theirs = qwen(rule)(noise(size), return_tensors="np")
+    assert ours.dtype == np.float32 and ours.flags.c_contiguous
+    np.testing.assert_array_equal(theirs["image_grid_thw"][0], grid)
+    np.testing.assert_array_equal(ours, theirs["pixel_values"])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_naflex_pictures(size: Size) -> None:
+    ours, grid = cut(size, NAFLEX)
+    processor = Siglip2ImageProcessorPil(max_num_patches=64, image_mean=NAFLEX.mean, image_std=NAFLEX.std)
+    theirs = processor(noise(size), return_tensors="np")
+    np.testing.assert_array_equal(theirs["spatial_shapes"][0], grid[1:])
+    assert theirs["pixel_attention_mask"][0].sum() == len(ours)
+    np.testing.assert_array_equal(ours, theirs["pixel_values"][0, : len(ours)])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("rule", [PIXTRAL, MISTRAL3], ids=["pixtral", "mistral3"])
+def test_pixtral_pictures(size: Size, rule: NativeRule) -> None:
+    ours, grid = cut(size, rule)
+    theirs = PixtralImageProcessorPil(size={"longest_edge": rule.longest}, patch_size=rule.unit)(noise(size), return_tensors="np")
+    side = rule.patch
+    pixels = theirs["pixel_values"][0]
+    places = [(row * side, column * side) for row in range(grid[1]) for column in range(grid[2])]
+    wanted = [pixels[:, top : top + side, left : left + side] for top, left in places]
+    assert pixels.shape == (3, grid[1] * side, grid[2] * side)
+    np.testing.assert_array_equal(ours.reshape(-1, 3, side, side), wanted)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 5])
+def test_clips_hold_two_frames_per_patch_and_the_last_one_again(frames: int) -> None:
+    """The picture processor repeats each frame in time, so that its rows hold every frame's values at every place."""
+    pictures = [noise((84, 56), seed=seed) for seed in range(frames)]
+    ours = to_patches(pictures, QWEN2).reshape(-1, 24, 3, 2, 14, 14)
+    processor = qwen(QWEN2, do_resize=False)
+    alone = [processor(picture, return_tensors="np")["pixel_values"].reshape(24, 3, 2, 14, 14) for picture in pictures]
+    assert len(ours) == -(-frames // 2) == patch_grid((84, 56), QWEN2, frames)[0]
+    for t, rows in enumerate(ours):
+        np.testing.assert_array_equal(rows[:, :, 0], alone[2 * t][:, :, 0])
+        np.testing.assert_array_equal(rows[:, :, 1], alone[min(2 * t + 1, frames - 1)][:, :, 1])
+
+
+@pytest.mark.parametrize("rule", [QWEN2, NAFLEX, PIXTRAL], ids=["qwen", "naflex", "pixtral"])
+def test_bytes_are_those_that_the_values_are_made_of(rule: NativeRule) -> None:
+    """A picture is stored once, however many frames a patch has."""
+    (bytes_of, grid), (values, _) = cut((47, 65), rule, as_bytes=True), cut((47, 65), rule)
+    assert bytes_of.dtype == np.uint8 and bytes_of.shape == (np.prod(grid), 3 * rule.patch**2)
+    last = (-1, rule.patch**2, 3) if rule.name == "naflex" else (-1, 3, 1, rule.patch**2)
+    mean, std = (np.array(value).reshape(3, *(1,) * (len(last) - 1 - last.index(3))) for value in (rule.mean, rule.std))
+    wanted = (bytes_of.reshape(last) / 255 - mean) / std
+    if rule.frames > 1:
+        wanted = wanted.repeat(rule.frames, axis=2)
+    np.testing.assert_allclose(values, wanted.reshape(values.shape), atol=1e-6)
+
+
+def test_bytes_of_clips_hold_every_frame() -> None:
+    pictures = [noise((56, 56), seed=seed) for seed in range(3)]
+    rows = to_patches(pictures, QWEN2, as_bytes=True)
+    assert rows.shape == (2 * 16, 3 * 2 * 14 * 14) and rows.dtype == np.uint8
+
+
+def test_a_picture_decoded_at_a_fraction_is_cut_from_its_box() -> None:
+    half = Picture(noise((51, 40)), (101, 80), (0, 0, 50.5, 40))
+    frame = fitted_frame(half, fitted_size(half.size, QWEN2), QWEN2)
+    assert frame.size == (112, 84)
+    np.testing.assert_array_equal(np.asarray(frame), np.asarray(half.image.resize((112, 84), 3, half.box)))
+
+
+def test_frames_that_are_not_fitted_are_an_error() -> None:
+    with pytest.raises(ValueError, match="60 x 56 pixels are not whole tokens"):
+        to_patches([noise((60, 56))], QWEN2)
