@@ -81,7 +81,12 @@ class BothModels:
             if any(key in found for found in shown)
         }
         kinds = (ids == self.theirs.config.image_token_id).int()
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask, "mm_token_type_ids": kinds, **pixels}
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids) if mask is None else mask,
+            "mm_token_type_ids": kinds,
+            **pixels,
+        }
 
     def own_name(self, name: str) -> str:
         """Our name of a parameter of transformers' model."""
