@@ -35,9 +35,9 @@ def _whisper(width: int, layers: int, heads: int, mels: int = 80) -> Json:
 
 def _qwen_vl(sizes: tuple[int, int, int, int, int, int], version: str) -> Json:
     """Return config.json of a Qwen2-VL or Qwen2.5-VL; `sizes` of the language model as in `_llm`."""
-    windows = {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": sizes[0], "window_size": 112}
+    windows: Json = {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": sizes[0], "window_size": 112}
     windows |= {"fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2}
-    own = {"embed_dim": 1280, "hidden_size": sizes[0], "mlp_ratio": 4} if version == "2" else windows
+    own: Json = {"embed_dim": 1280, "hidden_size": sizes[0], "mlp_ratio": 4} if version == "2" else windows
     tower = {"depth": 32, "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, **own}
     kind = "qwen2_vl" if version == "2" else "qwen2_5_vl"
     ids = {"vision_start_token_id": 151652, "vision_end_token_id": 151653, "image_token_id": 151655, "video_token_id": 151656}
