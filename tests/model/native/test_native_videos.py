@@ -38,7 +38,7 @@ def patches_of(reader: Any, frames: list[Image.Image]) -> tuple[Tensor, list[int
     return torch.cat([torch.stack(pair, dim=2) for pair in pairs]), [len(pairs), high, wide]
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", [pytest.param("qwen2_vl", marks=pytest.mark.long), "qwen2_5_vl"])
 def test_ids_patches_positions_and_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
     maker, published = NATIVE_MAKERS[name], tmp_path / "published"
     maker.write(published, True)
