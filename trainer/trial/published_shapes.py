@@ -68,7 +68,7 @@ _QWEN3 = {
 }
 _INTERN_300M: Json = {"qkv_bias": True, "qk_normalization": False, "norm_type": "layer_norm"}
 _INTERN_6B: Json = {"qkv_bias": False, "qk_normalization": True, "norm_type": "rms_norm"}
-_CONFIGS: dict[str, Json] = {
+CONFIGS: dict[str, Json] = {
     "lmsys/vicuna-7b-v1.5": _llm("llama", (4096, 11008, 32, 32, 32, 32000), 4096),
     "lmsys/vicuna-13b-v1.5": _llm("llama", (5120, 13824, 40, 40, 40, 32000), 4096),
     "liuhaotian/llava-v1.5-7b": _llava((4096, 11008, 32, 32, 32, 32000)),
@@ -112,7 +112,7 @@ _CONFIGS: dict[str, Json] = {
 
 def published_shape(hub_id: str) -> dict[str, Json] | None:
     """Return the files of JSON that describe a published model's shape, by name; None for one that is not in the table."""
-    config = _CONFIGS.get(hub_id.partition("@")[0])
+    config = CONFIGS.get(hub_id.partition("@")[0])
     if config is None:
         return None
     files = {"config.json": config}

@@ -29,6 +29,7 @@ from model.config import (
 from model.files.untrusted import Json
 from model.llm.causal_lm import VocabularyLayout
 from model.multimodal import MultimodalLM
+from model.vision.merger import DEEP_MERGER
 from model.vision.native_kinds import NATIVE_TOWERS
 from model.vision.tower import image_processor_config, video_processor_config, vision_config
 from model.weights.initial_values import seed_of
@@ -53,8 +54,9 @@ def make_tower(config: VisionConfig, cache_dir: str, llm: Path, folder: Path) ->
     _write_json(folder, "preprocessor_config.json", image_processor_config(config.path, cache_dir))
     if videos := video_processor_config(config.path, cache_dir):
         _write_json(folder, "video_preprocessor_config.json", videos)
+    projector = VisionProjectorConfig(DEEP_MERGER if value.get("deepstack_visual_indexes") else "linear")
     part = VisionConfig(str(folder), layer=-1)
-    _write_weights(_assembled(llm, vision=part, vision_projector=VisionProjectorConfig("linear")), "vision", folder)
+    _write_weights(_assembled(llm, vision=part, vision_projector=projector), "vision", folder)
     return folder
 
 

@@ -89,7 +89,7 @@ def test_frames_of_a_folder_take_the_size_of_the_first(tmp_path: Path) -> None:
 def test_a_budget_shrinks_all_frames_alike() -> None:
     source = Blob("v", data=film(greys(30)))
     meta, _ = measured(source, fps=2.0, video_max_pixels=64 * 30)
-    times, high, wide = meta.patches
+    _, high, wide = meta.patches
     assert meta.num_rows == 6 and high * wide * 16 * 6 <= 64 * 30
-    with pytest.raises(MediaError, match="a video of 6 frames has 63 pixels for each of data.video_max_pixels = 383"):
+    with pytest.raises(MediaError, match=r"a video of 6 frames has 63 pixels for each of data\.video_max_pixels = 383"):
         measured(source, fps=2.0, video_max_pixels=383)
