@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from data.check.picture_hash import picture_hash
 from data.dataset import MultimodalDataset, root_of
-from data.media import audio, image, native_image
+from data.media import audio, image
 from data.media.blob import Blob, MediaError, inline_blob
 from data.media.record_media import RecordMedia
 from data.media.sound import sound_length
@@ -80,7 +80,7 @@ class MediumCheck:
             return found[0].size
 
         if isinstance(spec, NativeSpec):
-            self.meta = native_image.picture_meta(size(), spec, config, self._media.counts["image"])
+            self.meta = self._media.measure(self._ref)  # with the tokens inside it, which its size alone does not tell
         else:
             self.meta = image.picture_meta(size, spec, config, self._media.counts["image"])
         self._size = found[0].size if found else size()
