@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from model.errors import ConfigError
 from model.media_spec import MediaMeta, MediaSpec, NativeSpec, num_features
 
 
@@ -61,6 +62,22 @@ def own_feature_ids(tokenizer: PreTrainedTokenizerFast, specs: Mapping[str, Medi
     if not isinstance(spec, NativeSpec) or not spec.video_placeholder:
         return {}
     return {"video": tokenizer.convert_tokens_to_ids(spec.video_placeholder)}
+
+
+def own_line_ids(tokenizer: PreTrainedTokenizerFast, specs: Mapping[str, MediaSpec]) -> tuple[int, ...]:
+    """Return the ids of the tokens behind each line of a picture's features, and behind the last; () for a tower without.
+
+    Raises `ConfigError` for a token that the tokenizer does not have.
+    """
+    spec = specs.get("image")
+    names = spec.line_ends if isinstance(spec, NativeSpec) else ()
+    found = tuple(tokenizer.convert_tokens_to_ids(name) for name in names)
+    for name, number in zip(names, found):
+        if number is None or tokenizer.convert_ids_to_tokens(number) != name:  # else it is that of unknown words
+            raise ConfigError(
+                f"model.vision.line_ends: the tokenizer has no token {name!r}: name it in model.llm.new_tokens, or use others"
+            )
+    return found
 
 
 def feature_runs(start: int, spec: NativeSpec, meta: MediaMeta) -> list[FeatureRun]:
