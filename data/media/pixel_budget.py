@@ -69,9 +69,10 @@ def picture_size(size: Size, spec: NativeSpec, config: DataConfig, num_pictures:
     return _lowered(lambda least, most: fitted_size(size, replace(rule, min_pixels=least, max_pixels=most)), rule.min_pixels, share)
 
 
-def clip_budget(spec: NativeSpec) -> ClipBudget:
-    """Return the pixels that the model's own processor allows a video."""
-    least, most = spec.video_pixels or (spec.min_pixels, spec.max_pixels)
+def clip_budget(spec: NativeSpec, config: DataConfig) -> ClipBudget:
+    """Return the pixels that the model's own processor allows a video; where it has none of its own, those of a picture a frame."""
+    rule = rule_of(spec, config)
+    least, most = spec.video_pixels or (rule.min_pixels, rule.max_pixels)
     return ClipBudget(least, most, shared=bool(spec.video_pixels) and spec.video_shared, max_tokens=spec.video_tokens)
 
 
@@ -80,7 +81,7 @@ def clip_size(size: Size, num_frames: int, spec: NativeSpec, config: DataConfig)
 
     All frames together, with the repeated ones that fill the last patches, have at most data.video_max_pixels.
     """
-    rule, own = rule_of(spec, config), clip_budget(spec)
+    rule, own = rule_of(spec, config), clip_budget(spec, config)
     counted = -(-num_frames // rule.frames) * rule.frames
 
     def fitted(least: int, most: int) -> Size:
@@ -156,11 +157,11 @@ def _problems(config: DataConfig, spec: NativeSpec) -> Iterator[str]:
         yield f"data.fit_min_pixels = {config.fit_min_pixels} has no effect: this model's processor has no least size"
     elif spec.resize == "qwen" and 0 < config.fit_max_pixels < spec.min_pixels and not config.fit_min_pixels:
         yield (
-            f"data.fit_max_pixels = {config.fit_max_pixels} is less than the {spec.min_pixels} that this model's processor enlarges "
-            "pictures to: lower data.fit_min_pixels too"
+            f"data.fit_max_pixels = {config.fit_max_pixels} is less than {spec.min_pixels}, to which this model's processor "
+            "enlarges pictures: lower data.fit_min_pixels too"
         )
     elif spec.resize == "qwen" and config.fit_min_pixels > (config.fit_max_pixels or spec.max_pixels):
         yield (
-            f"data.fit_min_pixels = {config.fit_min_pixels} is more than the {spec.max_pixels} that this model's processor shrinks "
-            "pictures to: raise data.fit_max_pixels too"
+            f"data.fit_min_pixels = {config.fit_min_pixels} is more than {spec.max_pixels}, to which this model's processor "
+            "shrinks pictures: raise data.fit_max_pixels too"
         )
