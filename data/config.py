@@ -138,7 +138,7 @@ class DataConfig:
     record_max_pixels: int = 0
     """Most pixels of all pictures of a record together under 'native', an even share for each; 0 = no limit."""
     video_max_pixels: int = 0
-    """Most pixels of all frames of a video together under 'native': each is shrunk to its share; 0 = as the processor allows."""
+    """Most pixels of all frames of a video together under 'native', an even share for each; 0 = as the processor allows."""
     catalog: str = ""
     """File of named data sets, a TOML table for each: sources that have a name and no path are taken from it; '' = none."""
     sources: tuple[SourceConfig, ...] = field(default=())
