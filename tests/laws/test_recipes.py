@@ -127,8 +127,8 @@ def shrunk(tables: dict[str, Any], tiny: Path) -> dict[str, Any]:
 def small_data(data: dict[str, Any], tiny: Path) -> dict[str, Any]:
     """The [data] of a recipe with tiny records."""
     found = {**data, **{key: [source(tiny, one["path"]) for one in data[key]] for key in ("sources", "validation") if key in data}}
-    if "image_grid" in data:  # pixels of a tower of 336 become those of one of 16
-        found["image_grid"] = [size if isinstance(size, str) else [side // 336 * 16 for side in size] for size in data["image_grid"]]
+    if sizes := data.get("image_grid"):  # pixels of a tower of 336 become those of one of 16
+        found["image_grid"] = [size if isinstance(size, str) else [side // 336 * 16 for side in size] for size in sizes]
     return found
 
 
