@@ -61,7 +61,7 @@ class VisionConfig:
 class VisionProjectorConfig:
     kind: str = "mlp2x_gelu"
     """What maps features to the language model: linear, mlpNx_gelu, identity, pixel_shuffle_mlp, pixel_shuffle_v1_mlp,
-    pool_mlp, conv_mlp, vita_mlp or resampler."""
+    pool_mlp, conv_mlp, vita_mlp, pixel_shuffleN_linear (N x N patches to a token, 2 to 4) or resampler."""
     tune: Literal["frozen", "full"] = "full"
     """What learns: frozen, nothing; full, everything."""
     path: str = ""
