@@ -52,12 +52,12 @@ def idefics_settings(source: Published) -> Settings:
 
 
 def side_tiles(source: Published) -> int:
-    """Return how many tiles the longer side of a picture becomes. Raises `ConfigError` for a processor that does not fit the model."""
+    """Return how many tiles the longer side of a picture becomes. Raises `ConfigError` for a processor of another model."""
     whole: Any = source.whole
     pixels = pixel_settings(source)
     for key in ("do_resize", "do_rescale", "do_normalize", "do_image_splitting"):
         if pixels.get(key) is False and (key != "do_image_splitting" or "data.side_tiles" not in source.written):
-            more = ": write data.side_tiles = 1 for one view of each picture, resized once" if key == "do_image_splitting" else ""
+            more = ": write data.side_tiles = 1 for one view of each picture, resized in other steps" if key == "do_image_splitting" else ""
             raise source.refused(f"{key} = false among the image processor's settings, which is not so here{more}")
     side, tile = whole.vision_config.image_size, (pixels.get("max_image_size") or {}).get("longest_edge", TILE)
     if tile != side:
