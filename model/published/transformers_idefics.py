@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from model.files.untrusted import Json
 from model.published.layout import Given, Layout, PartView, Published, Settings
 from model.published.processor_files import feature_token, pixel_settings, placeholder_setting, template_setting
@@ -20,19 +18,16 @@ SIDES = (2, 3, 4)
 """Sides of the square of patches that becomes one token."""
 
 
-def tower_part(source: Published) -> Json:
+def square_tower_part(source: Published) -> Json:
     """Return config.json of the tower, under its own model_type: older folders name that of the whole model."""
-    whole: Any = source.whole
-    return {**nested_config(source, "vision_config"), "model_type": type(whole.vision_config).model_type}
+    return {**nested_config(source, "vision_config"), "model_type": source.whole.to_dict()["vision_config"]["model_type"]}
 
 
 def idefics_settings(source: Published) -> Settings:
     """Return what follows from an Idefics3 or a SmolVLM. Raises `ConfigError` for what is read in another way here."""
-    whole: Any = source.whole
-    if whole.scale_factor not in SIDES:
-        raise source.refused(
-            f"scale_factor = {whole.scale_factor} in config.json; the connector here joins squares of {SIDES} patches"
-        )
+    side = source.whole.to_dict()["scale_factor"]
+    if side not in SIDES:
+        raise source.refused(f"scale_factor = {side} in config.json; the connector here joins squares of {SIDES} patches")
     for key, text in WRITTEN.items():
         if (found := placeholder_setting(source, key, text).value) != text:
             raise source.refused(f"{key} = {found!r} among the tokenizer's settings; {text!r} is written around pictures here")
@@ -42,7 +37,7 @@ def idefics_settings(source: Published) -> Settings:
         "model.vision.scales": Given([]),
         "model.vision.image_size": Given(0),
         "model.vision.placeholder": feature_token(source, "image_token", "<image>"),
-        "model.vision_projector.kind": Given(f"pixel_shuffle{whole.scale_factor}_linear"),
+        "model.vision_projector.kind": Given(f"pixel_shuffle{side}_linear"),
         "model.vision_projector.newline": Given(False),
         "data.image_fit": Given("idefics"),
         "data.side_tiles": Given(side_tiles(source), free=True),
@@ -53,19 +48,22 @@ def idefics_settings(source: Published) -> Settings:
 
 def side_tiles(source: Published) -> int:
     """Return how many tiles the longer side of a picture becomes. Raises `ConfigError` for a processor of another model."""
-    whole: Any = source.whole
-    pixels = pixel_settings(source)
-    for key in ("do_resize", "do_rescale", "do_normalize", "do_image_splitting"):
-        if pixels.get(key) is False and (key != "do_image_splitting" or "data.side_tiles" not in source.written):
-            more = ": write data.side_tiles = 1 for one view of each picture, resized in other steps" if key == "do_image_splitting" else ""
-            raise source.refused(f"{key} = false among the image processor's settings, which is not so here{more}")
-    side, tile = whole.vision_config.image_size, (pixels.get("max_image_size") or {}).get("longest_edge", TILE)
+    whole, pixels = source.whole.to_dict(), pixel_settings(source)
+    for key in ("do_resize", "do_rescale", "do_normalize"):
+        if pixels.get(key) is False:
+            raise source.refused(f"{key} = false among the image processor's settings; pictures here are resized and normalised")
+    if pixels.get("do_image_splitting") is False and "data.side_tiles" not in source.written:
+        raise source.refused(
+            "do_image_splitting = false among the image processor's settings; pictures here are cut: write data.side_tiles = 1 for "
+            "one view of each, resized in other steps, or as many as the model knows"
+        )
+    side, tile = whole["vision_config"]["image_size"], (pixels.get("max_image_size") or {}).get("longest_edge", TILE)
     if tile != side:
         raise source.refused(
             f"max_image_size = {tile} among the image processor's settings, and vision_config.image_size = {side} in config.json: "
             "restore the file that belongs to this model"
         )
-    tokens = (side // whole.vision_config.patch_size) ** 2 // whole.scale_factor**2
+    tokens = (side // whole["vision_config"]["patch_size"]) ** 2 // whole["scale_factor"] ** 2
     if (counted := source.json("processor_config.json").get("image_seq_len", TOKENS)) != tokens:
         raise source.refused(f"image_seq_len = {counted} in processor_config.json, and a view of this model takes {tokens} tokens")
     longest = (pixels.get("size") or {}).get("longest_edge", LONGEST)
@@ -77,7 +75,7 @@ def side_tiles(source: Published) -> int:
 def _layout(name: str, cls: str) -> Layout:
     parts = {
         "llm": PartView(LLM_NAMES, llm_part),
-        "vision": PartView(VISION_NAMES, tower_part),
+        "vision": PartView(VISION_NAMES, square_tower_part),
         "vision_projector": PartView(CONNECTOR_NAMES),
     }
     return Layout(f"{name} (transformers)", is_class(cls), parts, idefics_settings, reference=cls)

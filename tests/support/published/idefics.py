@@ -71,10 +71,15 @@ def write_idefics(folder: Path, hub: bool, cls: Any, config: Any, pixels: Any, s
     save_processor(
         folder, cls.__name__.replace("ForConditionalGeneration", "Processor"), hub, tokenizer, options, image_processor=reader
     )
-    if hub:  # as in older folders, where the tower is called as the whole model
+    if hub:  # as in older folders, where the tower is called as the whole model, with keys that nobody reads
         file = folder / "config.json"
         whole = json.loads(file.read_text())
-        whole["vision_config"]["model_type"] = whole["model_type"]
+        whole["vision_config"] |= {
+            "model_type": whole["model_type"],
+            "max_image_size": {"longest_edge": SIDE},
+            "use_base_siglip": True,
+        }
+        whole["text_config"] |= {"architectures": ["VLlama3ForCausalLM"], "perceiver_config": {"model_type": "vllama3"}}
         file.write_text(json.dumps(whole))
 
 

@@ -124,7 +124,9 @@ NATIVE_MAKERS = {
     ),
     "qwen3_vl_moe": NativeMaker(
         Qwen3VLMoeForConditionalGeneration,
-        partial(qwen_vl, cls=Qwen3VLMoeForConditionalGeneration, config=Qwen3VLMoeConfig, vision=QWEN3_SIZES, **QWEN3_TEXT, **EXPERTS),
+        partial(
+            qwen_vl, cls=Qwen3VLMoeForConditionalGeneration, config=Qwen3VLMoeConfig, vision=QWEN3_SIZES, **QWEN3_TEXT, **EXPERTS
+        ),
         Qwen3VLProcessor,
         Qwen2VLImageProcessorPil,
         {**QWEN_FACTS, "model.vision_projector.kind": "qwen3_vl_merger"},
