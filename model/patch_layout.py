@@ -49,15 +49,15 @@ def patch_places(high: int, wide: int, shrink: int) -> np.ndarray:
 
 
 def _with_windows(found: Patches, frames: list[tuple[int, int]], spec: NativeSpec) -> Patches:
-    """Add the squares of spec.window pixels that a frame is cut into, row by row; those at the edges are smaller."""
+    """Add the squares of spec.window pixels that every frame is cut into, the smaller ones at edges first."""
     side = spec.window // spec.patch // spec.shrink
-    orders, lengths, first = [], [], 0
+    windows, first = [], 0
     for high, wide in frames:
-        order, sizes = _windows(high // spec.shrink, wide // spec.shrink, side)
-        orders.append(order + first)
-        lengths += [size * spec.shrink**2 for size in sizes]
-        first += len(order)
-    order = np.concatenate(orders)
+        cut = _windows(high // spec.shrink, wide // spec.shrink, side)
+        windows += [window + first for window in cut]
+        first += sum(len(window) for window in cut)
+    lengths = [len(window) * spec.shrink**2 for window in windows]
+    order = np.concatenate(windows)
     places = np.empty_like(order)
     places[order] = np.arange(len(order))
     return replace(
@@ -70,11 +70,11 @@ def _with_windows(found: Patches, frames: list[tuple[int, int]], spec: NativeSpe
 
 
 @lru_cache(maxsize=256)
-def _windows(high: int, wide: int, side: int) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Return the tokens of a frame (high * wide,) window by window, and the number of tokens of each window."""
+def _windows(high: int, wide: int, side: int) -> tuple[np.ndarray, ...]:
+    """Return the tokens of each window of a frame of high x wide tokens; those of equal size stand together, to be computed so."""
     index = np.arange(high * wide).reshape(high, wide)
     cut = [index[top : top + side, left : left + side].ravel() for top in range(0, high, side) for left in range(0, wide, side)]
-    return np.concatenate(cut), tuple(len(part) for part in cut)
+    return tuple(sorted(cut, key=len))
 
 
 def table_shares(high: int, wide: int, spec: NativeSpec) -> tuple[np.ndarray, np.ndarray]:

@@ -35,12 +35,27 @@ class NativeFamily(TowerFamily):
     depth: str = "num_hidden_layers"  # key of config.json with the number of blocks
 
 
+class PatchLinear(nn.Module):
+    """A convolution whose kernel covers each patch once, as the matrix product that it is: (P, 3, F, p, p) -> (P, C).
+
+    Kernels of convolutions in three dimensions are several times slower, and the names of parameters stay the same.
+    """
+
+    def __init__(self, kernel: nn.Conv3d) -> None:
+        super().__init__()
+        self.weight, self.bias = kernel.weight, kernel.bias
+
+    def forward(self, values: Tensor) -> Tensor:
+        return nn.functional.linear(values.flatten(1), self.weight.flatten(1), self.bias)
+
+
 class QwenTower(PatchTower):
     """Qwen2-VL's tower and its successors without their mergers, which are projectors here."""
 
     def __init__(self, whole: nn.Module, config: PretrainedConfig) -> None:
         super().__init__()
         self.patch_embed = whole.get_submodule("patch_embed")
+        self.patch_embed.proj = PatchLinear(cast(nn.Conv3d, self.patch_embed.get_submodule("proj")))
         if hasattr(whole, "pos_embed"):
             self.pos_embed = whole.get_submodule("pos_embed")
         self.blocks = cast(nn.ModuleList, whole.get_submodule("blocks"))

@@ -42,16 +42,14 @@ def segment_attention(
     if takes_varlen(query, value, dropout=dropout):
         options: dict[str, object] = {"scale": scaling, "window_size": (-1, -1)}
         return varlen_segments(query, key, value, segment_borders, max(segment_lengths), options), None
-    parts, first = [], 0
-    for length, run in groupby(segment_lengths):
-        count = len(list(run))
-        q, k, v = (
-            tensor[0, :, first : first + count * length].unflatten(1, (count, length)).transpose(0, 1)
-            for tensor in (query, key, value)
-        )
+    runs = [(length, len(list(run))) for length, run in groupby(segment_lengths)]
+    sizes = [length * count for length, count in runs]
+    parts = []
+    # Split, not sliced: the gradient of a slice is as large as the whole, with zeros around.
+    for (length, count), *run in zip(runs, *(tensor[0].split(sizes, dim=1) for tensor in (query, key, value))):
+        q, k, v = (part.unflatten(1, (count, length)).transpose(0, 1) for part in run)  # (segments, H, length, D)
         found = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
         parts.append(found.transpose(1, 2).flatten(0, 1))
-        first += count * length
     return torch.cat(parts)[None], None
 
 
