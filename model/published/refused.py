@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 NATIVE = "its tower takes pictures at their native resolution, and its language model has positions in three axes (M-RoPE)"
-PREFIX = "its language model attends in both directions over the picture and the prompt (prefix attention)"
+PREFIX = (
+    "its language model attends in both directions over the picture and the prompt (prefix attention), for which the kernels of "
+    "packed rows and of steps with a cache here have no mask"
+)
 CONNECTOR = "it joins picture and text by a connector of its own"
 REFUSED = {
     "qwen2_5_omni": NATIVE,
@@ -15,7 +18,8 @@ REFUSED = {
     "mistral3": "its tower (Pixtral) takes pictures at their native resolution, and patches are merged by a layer of its own",
     "idefics2": CONNECTOR + " (a perceiver) and its tower takes pictures of any shape",
     "paligemma": PREFIX,
-    "gemma3": "tokens of a picture attend to each other in both directions, and its projector pools 4 x 4 patches behind a norm",
+    "gemma3": "tokens of a picture attend to each other in both directions, in full and in sliding layers, for which the kernels "
+    "of packed rows here have no mask, and its projector pools 4 x 4 patches behind a norm",
     "gemma3n": CONNECTOR + ", and its towers are of other kinds",
     "gemma4": "its tower takes pictures at their native resolution, and tokens of a picture attend in both directions",
     "vipllava": "its projector reads five layers of the tower at once, behind a norm",
