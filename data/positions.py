@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data.config import DataConfig
 from data.media.inside_ids import InsideIds, tile_ids
+from model.errors import ConfigError
 from model.media_spec import ImageSpec, MediaMeta, MediaSpec, NativeSpec, num_features, num_tokens
 
 
@@ -54,14 +55,29 @@ def write_inside(ids: np.ndarray, start: int, kind: str, spec: MediaSpec, meta: 
 
 
 def inside_ids(tokenizer: PreTrainedTokenizerFast, specs: dict[str, MediaSpec], config: DataConfig) -> InsideIds:
-    """Return the ids inside media of a run: those of features of their own, and the texts between tiles. Raises `ConfigError`."""
+    """Return the ids inside media of a run: of features, line ends and texts between tiles. Raises `ConfigError`."""
     spec = specs.get("image")
     if isinstance(spec, NativeSpec):
         name = spec.video_placeholder
-        return InsideIds({"video": tokenizer.convert_tokens_to_ids(name)} if name else {})
+        features = {"video": tokenizer.convert_tokens_to_ids(name)} if name else {}
+        return InsideIds(features, lines=line_ids(tokenizer, spec))
     if isinstance(spec, ImageSpec) and config.image_fit == "idefics":
         return InsideIds(tiles=tile_ids(tokenizer, spec.placeholder, config.side_tiles))
     return InsideIds()
+
+
+def line_ids(tokenizer: PreTrainedTokenizerFast, spec: NativeSpec) -> tuple[int, ...]:
+    """Return the ids of the tokens behind each line of a picture's features, and behind the last; () for a tower without.
+
+    Raises `ConfigError` for a token that the tokenizer does not have.
+    """
+    found = tuple(tokenizer.convert_tokens_to_ids(name) for name in spec.line_ends)
+    for name, number in zip(spec.line_ends, found):
+        if number is None or tokenizer.convert_ids_to_tokens(number) != name:  # else it is that of unknown words
+            raise ConfigError(
+                f"model.vision.line_ends: the tokenizer has no token {name!r}: name it in model.llm.new_tokens, or use others"
+            )
+    return found
 
 
 def feature_runs(start: int, spec: NativeSpec, meta: MediaMeta) -> list[FeatureRun]:

@@ -61,11 +61,13 @@ class NativeSpec(ImageSpec):
     window: int = 0  # side in pixels of the squares that most blocks attend in; 0: in the whole picture
     table: int = 0  # side of the square table of learned positions, which is interpolated to each picture; 0: none
     align_corners: bool = True  # the table's corner rows stand at the centres of a picture's corner patches
+    antialias: bool = False  # a table that is larger than the picture is averaged, not sampled; corners are not aligned then
     axes: int = 1  # of the language model's positions: 1, or 3 for time, row and column
     ticks: float = 0.0  # positions per second of a video on the axis of time; 0: one per pair of frames
     video_placeholder: str = ""  # token of a video's features; "" = that of pictures
     video_shared: bool = True  # video_pixels are of all frames together (Qwen3-VL); False: of each frame
     video_tokens: int = 0  # cap on a video's tokens, or on a frame's if video_shared; 0: none
+    line_ends: tuple[str, ...] = ()  # tokens behind each line of a picture's features, and behind the last one; () = none
 
 
 @dataclass(frozen=True)
@@ -237,9 +239,7 @@ def layers(spec: AudioSpec) -> tuple[tuple[int, int], ...]:
 
 
 def row_width(spec: MediaSpec, num_frames: int = 0) -> int:
-    """Return the tokens L that the encoder makes of each row of a batch, or of each group of patches. `num_frames`: mel frames that
-    rows are padded to.
-    """
+    """Return the tokens L of each row of a batch, or of each group of patches. `num_frames`: mel frames that rows are padded to."""
     if isinstance(spec, NativeSpec):
         return 1
     return _shortened(dataclasses.replace(spec, drops_odd=False), num_frames) if isinstance(spec, AudioSpec) else view_tokens(spec)

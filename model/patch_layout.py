@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.batch import Media, Patches
@@ -29,6 +30,10 @@ def patch_layout(grids: Sequence[Grid], spec: NativeSpec) -> Patches:
         lengths,
         _borders(lengths),
     )
+    if spec.table and spec.antialias:
+        parts = [axis_shares(high, wide, spec) for high, wide in frames]
+        rows, columns = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts))
+        return replace(found, row_shares=rows, column_shares=columns)
     if spec.table:
         mixed = [table_shares(high, wide, spec) for high, wide in frames]
         corners, shares = (torch.from_numpy(np.concatenate(part)) for part in zip(*mixed))
@@ -87,6 +92,20 @@ def table_shares(high: int, wide: int, spec: NativeSpec) -> tuple[np.ndarray, np
     share, along = down[rows], across[columns]
     weights = np.stack([(1 - share) * (1 - along), (1 - share) * along, share * (1 - along), share * along], axis=1)
     return indices, weights.astype(np.float32)
+
+
+def axis_shares(high: int, wide: int, spec: NativeSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Return the shares (P, S) float32 of the S rows, and of the S columns, of the table of positions in each patch's position."""
+    rows, columns = patch_places(high, wide, spec.shrink).T
+    return _smooth_shares(high, spec.table)[rows], _smooth_shares(wide, spec.table)[columns]
+
+
+@lru_cache(maxsize=256)
+def _smooth_shares(length: int, table: int) -> np.ndarray:
+    """Return the shares (length, table) float32 with which torch resizes a line of `table` numbers: bilinear, with antialias."""
+    # As a square: torch 2.13 resizes to (length, 1) with antialias wrongly on the CPU.
+    unit = torch.eye(table)[None, None]
+    return F.interpolate(unit, size=(length, table), mode="bilinear", align_corners=False, antialias=True)[0, 0].numpy()
 
 
 def _neighbours(length: int, spec: NativeSpec) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from data.config import DataConfig
 from data.media.blob import MediaError
 from data.media.image_decode import Size
+from data.media.line_ends import with_line_ends
 from data.media.native_size import ClipBudget, NativeRule, fitted_size, fitted_video_size, patch_grid
 from model.errors import ConfigError
 from model.media_spec import MediaMeta, MediaSpec, NativeSpec
@@ -111,16 +112,17 @@ def _lowered(fitted: Callable[[int, int], Size], least: int, share: int) -> Size
 def usual_meta(kind: str, spec: NativeSpec, config: DataConfig) -> MediaMeta:
     """Return the facts of a picture of `USUAL` size, or of a video of such frames with as many as it may have."""
     if kind != "video":
-        return MediaMeta(patches=patch_grid(picture_size(USUAL, spec, config, 1), rule_of(spec, config)))
+        return with_line_ends(MediaMeta(patches=patch_grid(picture_size(USUAL, spec, config, 1), rule_of(spec, config))), spec)
     count = config.max_frames
     size = clip_size(USUAL, count, spec, config)
-    return MediaMeta(num_rows=count, patches=patch_grid(size, rule_of(spec, config), count))
+    return with_line_ends(MediaMeta(num_rows=count, patches=patch_grid(size, rule_of(spec, config), count)), spec)
 
 
 def least_meta(kind: str, spec: NativeSpec, config: DataConfig) -> MediaMeta:
-    """Return the facts of the smallest picture, or of the video of the fewest and smallest frames: a token each."""
+    """Return the facts of the smallest picture, or of the video of the fewest and smallest frames: a feature each."""
     times = -(-config.min_frames // spec.frames) if kind == "video" else 1
-    return MediaMeta(num_rows=config.min_frames if kind == "video" else 1, patches=(times, spec.shrink, spec.shrink))
+    rows = config.min_frames if kind == "video" else 1
+    return with_line_ends(MediaMeta(num_rows=rows, patches=(times, spec.shrink, spec.shrink)), spec)
 
 
 def largest_meta(spec: NativeSpec, config: DataConfig, num_tokens: int) -> MediaMeta:

@@ -14,8 +14,6 @@ REFUSED = {
     "glm4v": NATIVE,
     "glm4v_moe": NATIVE,
     "kimi_vl": "its tower takes pictures at their native resolution",
-    "pixtral": "its tower takes pictures at their native resolution, as packed patches",
-    "mistral3": "its tower (Pixtral) takes pictures at their native resolution, and patches are merged by a layer of its own",
     "idefics2": CONNECTOR + " (a perceiver) and its tower takes pictures of any shape",
     "paligemma": PREFIX,
     "gemma3": "tokens of a picture attend to each other in both directions, in full and in sliding layers, for which the kernels "
@@ -46,7 +44,7 @@ REFUSED = {
     "deepseek_vl_v2": "its language model has latent attention, and its tiles are joined by a connector of its own",
     "ovis2": "pictures are read through a table of visual words",
     "perception_lm": "its tower and its pooling connector are of other kinds",
-    "lfm2_vl": "its tower takes pictures at their native resolution",
+    "lfm2_vl": "large pictures are cut into tiles with tokens between them, and features are read behind the tower's last norm",
     "llama4": "its tower and its pixel-shuffle connector are of other kinds",
     "phi3_v": "its code is not part of transformers, and its tiles are joined by a layer of its own",
     "phi4_multimodal": "its adapters are switched by the kind of input",

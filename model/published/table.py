@@ -17,6 +17,7 @@ from model.published import (
     transformers_idefics,
     transformers_internvl,
     transformers_llava,
+    transformers_pixtral,
     transformers_qwen_vl,
     vita,
     vita_audio,
@@ -25,6 +26,7 @@ from model.published.layout import Given, Layout, PartView, Published, Settings
 from model.published.refused import REFUSED
 
 LAYOUTS: tuple[Layout, ...] = (
+    *transformers_pixtral.LAYOUTS,
     *transformers_llava.LAYOUTS,
     *transformers_internvl.LAYOUTS,
     *transformers_audio.LAYOUTS,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import import_module
 from typing import cast
 
 import torch
@@ -12,41 +10,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from model.batch import Patches
-from model.vision import segment_attention
-from model.vision.tower_kinds import TowerFamily
-
-
-class PatchTower(nn.Module):
-    """Interface of a tower on packed patches: values (P, 3, F, p, p) -> hidden states (1, P, C * levels)."""
-
-    width: int
-    """Numbers in one hidden state, C."""
-    levels: int = 1
-
-    def forward(self, values: Tensor, patches: Patches) -> Tensor:
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class NativeFamily(TowerFamily):
-    """The properties of one family of towers that read pictures at their own size."""
-
-    build: Callable[[PretrainedConfig], PatchTower] | None = None
-    depth: str = "num_hidden_layers"  # key of config.json with the number of blocks
-
-
-class PatchLinear(nn.Module):
-    """A convolution whose kernel covers each patch once, as the matrix product that it is: (P, 3, F, p, p) -> (P, C).
-
-    Kernels of convolutions in three dimensions are several times slower, and the names of parameters stay the same.
-    """
-
-    def __init__(self, kernel: nn.Conv3d) -> None:
-        super().__init__()
-        self.weight, self.bias = kernel.weight, kernel.bias
-
-    def forward(self, values: Tensor) -> Tensor:
-        return nn.functional.linear(values.flatten(1), self.weight.flatten(1), self.bias)
+from model.files.untrusted import Json
+from model.vision.naflex_tower import NAFLEX
+from model.vision.patch_tower import NativeFamily, PatchLinear, PatchTower, segmented_tower
+from model.vision.pixtral_tower import PIXTRAL
 
 
 class QwenTower(PatchTower):
@@ -110,19 +77,37 @@ def axial_angles(positions: Tensor, head: int, theta: float) -> Tensor:
 
 
 def qwen_tower(module: str, name: str) -> Callable[[PretrainedConfig], PatchTower]:
-    """Return how to build a tower of Qwen from transformers' class `name`, imported when one is built."""
+    """Return how to build a tower of Qwen from transformers' class `name`."""
+    return lambda config: QwenTower(segmented_tower(module, name, config), config)
 
-    def build(config: PretrainedConfig) -> PatchTower:
-        segment_attention.register_segments()
-        whole = getattr(import_module(f"transformers.models.{module}"), name)._from_config(config, attn_implementation="sdpa")
-        whole.config._attn_implementation = segment_attention.NAME  # the blocks' own, which they read in every forward
-        return QwenTower(whole, config)
 
-    return build
+def qwen_facts(value: PretrainedConfig, processor: Json, videos: Json) -> Json:
+    """Return the range of pixels, windows, and how videos are read."""
+    size = processor.get("size") or {}
+    return {
+        "resize": "qwen",
+        "frames": getattr(value, "temporal_patch_size", 1),
+        "min_pixels": processor.get("min_pixels") or size.get("shortest_edge", 56 * 56),
+        "max_pixels": processor.get("max_pixels") or size.get("longest_edge", 28 * 28 * 1280),
+        "window": getattr(value, "window_size", 0),
+        "table": int(getattr(value, "num_position_embeddings", 0) ** 0.5),
+        "ticks": float(getattr(value, "tokens_per_second", 0)),
+        "video_pixels": _pixel_range(videos),
+        "video_shared": "Qwen3" in videos.get("video_processor_type", ""),
+        "video_tokens": videos.get("max_video_tokens", 128_000) if videos.get("cap_pixels_per_frame") else 0,
+    }
+
+
+def _pixel_range(processor: Json) -> tuple[int, ...]:
+    """Return the least and the most pixels that a processor's settings name; () without."""
+    size = processor.get("size") or {}
+    least = processor.get("min_pixels") or size.get("shortest_edge")
+    most = processor.get("max_pixels") or size.get("longest_edge")
+    return (least, most) if least and most else ()
 
 
 def _qwen(module: str, name: str, positions: str = "") -> NativeFamily:
-    return NativeFamily(positions, 0, {}, build=qwen_tower(module, name), depth="depth")
+    return NativeFamily(positions, 0, {}, build=qwen_tower(module, name), facts=qwen_facts, depth="depth")
 
 
 NATIVE_TOWERS: dict[str, NativeFamily] = {
@@ -130,5 +115,7 @@ NATIVE_TOWERS: dict[str, NativeFamily] = {
     "qwen2_5_vl_vision": _qwen("qwen2_5_vl.modeling_qwen2_5_vl", "Qwen2_5_VisionTransformerPretrainedModel"),
     "qwen3_vl_vision": _qwen("qwen3_vl.modeling_qwen3_vl", "Qwen3VLVisionModel", "pos_embed.weight"),
     "qwen3_vl_moe_vision": _qwen("qwen3_vl_moe.modeling_qwen3_vl_moe", "Qwen3VLMoeVisionModel", "pos_embed.weight"),
+    "siglip2_vision_model": NAFLEX,
+    "pixtral": PIXTRAL,
 }
 """Supported towers of variable size by model_type."""

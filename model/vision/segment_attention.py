@@ -6,6 +6,7 @@ from the device.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -19,12 +20,20 @@ from model.llm.attention import takes_varlen, varlen_segments
 NAME = "trainer_flash_segments"
 
 
+@dataclass(frozen=True)
+class Segments:
+    """Where the segments of packed patches end, for blocks that hand attention nothing but the mask, whose place it takes."""
+
+    lengths: tuple[int, ...]  # patches of each segment, on the CPU
+    borders: Tensor  # (segments + 1,) int32 first patch of each, and the end of the last
+
+
 def segment_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | Segments | None,
     *,
     segment_lengths: tuple[int, ...] | None = None,
     segment_borders: Tensor | None = None,
@@ -37,6 +46,8 @@ def segment_attention(
     One kernel computes all segments where the device has it, else one call per run of segments of equal length. Raises `ValueError`
     if the lengths do not arrive or do not add up: patches would attend across pictures unnoticed.
     """
+    if isinstance(attention_mask, Segments):
+        segment_lengths, segment_borders, attention_mask = attention_mask.lengths, attention_mask.borders, None
     if segment_lengths is None or segment_borders is None or sum(segment_lengths) != query.shape[2] or attention_mask is not None:
         raise ValueError(f"{NAME}: segments {segment_lengths} do not describe a query of shape {tuple(query.shape)}")
     if takes_varlen(query, value, dropout=dropout):

@@ -47,7 +47,7 @@ def vision_config(config: VisionConfig, cache_dir: str = "") -> Json:
         raise ConfigError(f"{SETTING} = {config.path!r}: config.json names no model_type for the vision tower")
     if value["model_type"] in NATIVE_TOWERS:
         return value
-    return transformers_config(f"{SETTING} = {config.path!r}", value)
+    return transformers_config(f"{SETTING} = {config.path!r}", value, NATIVE_TOWERS)
 
 
 def vision_spec(config: VisionConfig, cache_dir: str = "") -> ImageSpec:
@@ -56,6 +56,7 @@ def vision_spec(config: VisionConfig, cache_dir: str = "") -> ImageSpec:
     processor = image_processor_config(config.path, cache_dir)
     if value.model_type in NATIVE_TOWERS:
         return native_spec(config, value, processor, video_processor_config(config.path, cache_dir))
+    check_square_options(config, value.model_type)
     kind = str(processor.get("image_processor_type", processor.get("feature_extractor_type", "CLIPImageProcessor")))
     resize = RESIZE.get(kind.removesuffix("Pil").removesuffix("Fast"))
     if resize is None:
@@ -77,6 +78,15 @@ def vision_spec(config: VisionConfig, cache_dir: str = "") -> ImageSpec:
         rescale=processor.get("rescale_factor", 1 / 255),
         placeholder=config.placeholder or PLACEHOLDERS["image"],
     )
+
+
+def check_square_options(config: VisionConfig, kind: str) -> None:
+    """Refuse settings of [model.vision] that only towers of variable size have."""
+    for key in ("video_placeholder", "line_ends"):
+        if given := getattr(config, key):
+            raise ConfigError(
+                f"model.vision.{key} = {given!r} has no effect: {kind} does not read pictures at their own size; remove the line"
+            )
 
 
 def view_sizes(config: VisionConfig, value: PretrainedConfig) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -60,9 +60,9 @@ def num_prefix(config: PretrainedConfig) -> int:
     return TOWERS[config.model_type].num_prefix + getattr(config, "num_register_tokens", 0)
 
 
-def square_side(value: int | list[int] | tuple[int, ...], setting: str, name: str) -> int:
+def square_side(value: int | list[int] | tuple[int, ...] | dict[str, int], setting: str, name: str) -> int:
     """Return an image or patch size as one number of pixels. Raises `ConfigError` when it is not square."""
-    sides = set(value) if isinstance(value, list | tuple) else {value}
+    sides = set(value.values() if isinstance(value, dict) else value) if isinstance(value, list | tuple | dict) else {value}
     if len(sides) != 1:
         raise ConfigError(f"{setting}: {name} = {value!r} in config.json is no square, and views are")
     return int(sides.pop())
@@ -96,13 +96,14 @@ def num_blocks(layer: int, total: int) -> int:
     return wanted
 
 
-def transformers_config(setting: str, value: Json) -> Json:
-    """Return config.json of a tower in the form of transformers' class. Raises `ConfigError` for an unsupported model_type."""
+def transformers_config(setting: str, value: Json, others: Iterable[str] = ()) -> Json:
+    """Return config.json of a tower in the form of transformers' class. `others`: kinds of tower that are not of one square.
+
+    Raises `ConfigError` for an unsupported model_type.
+    """
     kind = value["model_type"]
-    if kind in REFUSED:
-        raise ConfigError(f"{setting}: {kind!r} {REFUSED[kind]}")
     if kind not in (*TOWERS, ORIGINAL_INTERN_VIT):
-        raise ConfigError(f"{setting}: {kind!r} is not {' | '.join(TOWERS)}")
+        raise ConfigError(f"{setting}: {kind!r} is not {' | '.join([*TOWERS, *others])}")
     return intern_vit_config(value) if kind == ORIGINAL_INTERN_VIT else value
 
 
@@ -226,8 +227,3 @@ TOWERS = {
     "internvl_vision": TowerFamily("embeddings.position_embeddings", 1, _DINO, renamed=intern_vit),
 }
 """Supported towers by model_type."""
-REFUSED = {
-    "siglip2_vision_model": "(naflex) takes pictures of any shape as packed patches, which is not supported: choose a SigLIP2 "
-    "checkpoint of a fixed size, whose model_type is 'siglip_vision_model'",
-}
-"""Towers that users may name, and the reason why each is not supported."""
