@@ -37,7 +37,7 @@ from trainer.runfile.merge_tables import value_of
 from trainer.runfile.schema import to_tables
 
 
-@pytest.fixture(scope="module", params=IDEFICS_MAKERS)
+@pytest.fixture(scope="module", params=["smolvlm", pytest.param("idefics3", marks=pytest.mark.long)])
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BothModels]:
     folder = tmp_path_factory.mktemp(request.param)
     yield both_of(IDEFICS_MAKERS[request.param], folder / "published", folder / "run")
