@@ -139,7 +139,7 @@ class DataConfig:
     record_max_pixels: int = 0
     """Most pixels of all pictures of a record together under 'native', an even share for each; 0 = no limit."""
     video_max_pixels: int = 0
-    """Most pixels of all frames of a video together under 'native': each is shrunk to its share; 0 = as the processor allows."""
+    """Most pixels of all frames of a video together under 'native', an even share for each; 0 = as the processor allows."""
     side_tiles: int = SIDE_TILES
     """Tiles along the longer side of a picture under image_fit = 'idefics', up to its square in all; 1 = one view of each."""
     catalog: str = ""

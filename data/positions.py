@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data.config import DataConfig
 from data.media.inside_ids import InsideIds, tile_ids
+from data.media.video_stamps import own_stamps
 from model.errors import ConfigError
 from model.media_spec import ImageSpec, MediaMeta, MediaSpec, NativeSpec, num_features, num_tokens
 
@@ -55,12 +56,12 @@ def write_inside(ids: np.ndarray, start: int, kind: str, spec: MediaSpec, meta: 
 
 
 def inside_ids(tokenizer: PreTrainedTokenizerFast, specs: dict[str, MediaSpec], config: DataConfig) -> InsideIds:
-    """Return the ids inside media of a run: of features, line ends and texts between tiles. Raises `ConfigError`."""
+    """Return the ids inside media of a run: of features, line ends, times and texts between tiles. Raises `ConfigError`."""
     spec = specs.get("image")
     if isinstance(spec, NativeSpec):
         name = spec.video_placeholder
         features = {"video": tokenizer.convert_tokens_to_ids(name)} if name else {}
-        return InsideIds(features, lines=line_ids(tokenizer, spec))
+        return InsideIds(features, line_ids(tokenizer, spec), own_stamps(tokenizer, specs))
     if isinstance(spec, ImageSpec) and config.image_fit == "idefics":
         return InsideIds(tiles=tile_ids(tokenizer, spec.placeholder, config.side_tiles))
     return InsideIds()

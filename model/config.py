@@ -52,6 +52,9 @@ class VisionConfig:
     line_ends: tuple[str, ...] = ()
     """Tokens behind each line of a picture's features and behind its last one, as ['[IMG_BREAK]', '[IMG_END]'] (Pixtral), for a
     tower that reads pictures at their own size; () = none."""
+    video_stamps: tuple[str, ...] = ()
+    """Tokens before and after each pair of frames of a video, behind its time as text, as ['<|vision_start|>', '<|vision_end|>']
+    (Qwen3-VL: <0.5 seconds><|vision_start|>...<|vision_end|>), for a tower that reads pictures at their own size; () = no times."""
     scales: tuple[int, ...] = ()
     """S2: further square sizes in pixels at which every picture is seen too, features side by side; () = none."""
     weights: str = ""

@@ -14,12 +14,8 @@ from model.tile_tokens import TileMap, map_rows, map_weights, tile_map
 
 PLACEHOLDERS = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
 """Placeholder of one medium in a record's text, by the kind of medium."""
-
-
 READ_BY = {"image": "image", "video": "image", "audio": "audio"}
 """Modality whose encoder reads a kind of medium: frames of a video are rows of pictures, and `<video>` is not a token."""
-
-
 DEFAULT_TOKENS = {modality: PLACEHOLDERS[modality] for modality in sorted(set(READ_BY.values()))}
 """Token whose positions take the features of a modality, where a model has none of its own."""
 
@@ -65,6 +61,7 @@ class NativeSpec(ImageSpec):
     axes: int = 1  # of the language model's positions: 1, or 3 for time, row and column
     ticks: float = 0.0  # positions per second of a video on the axis of time; 0: one per pair of frames
     video_placeholder: str = ""  # token of a video's features; "" = that of pictures
+    video_stamps: tuple[str, ...] = ()  # tokens around each pair of frames, whose time stands before them as text; () = no times
     video_shared: bool = True  # video_pixels are of all frames together (Qwen3-VL); False: of each frame
     video_tokens: int = 0  # cap on a video's tokens, or on a frame's if video_shared; 0: none
     line_ends: tuple[str, ...] = ()  # tokens behind each line of a picture's features, and behind the last one; () = none
@@ -141,6 +138,7 @@ class MediaMeta:
     max_tiles: int = 0  # a picture with more tokens than this many tiles is shrunk to that number; 0: never
     patches: tuple[int, int, int] = (0, 0, 0)  # of a picture at its own size: pairs of frames, patches down and across
     seconds: float = 0.0  # of a video at its own size: from one pair of frames to the next
+    moments: tuple[float, ...] = ()  # seconds from a video's start to each pair of frames, where these are written as text
     inside: tuple[tuple[int, tuple[int, ...]], ...] = ()  # token ids that stand inside the medium, each before its k-th feature
 
 

@@ -80,7 +80,7 @@ class MediumCheck:
             return found[0].size
 
         if isinstance(spec, NativeSpec):
-            self.meta = self._media.measure(self._ref)
+            self.meta = self._media.measure(self._ref)  # with the tokens inside it, which its size alone does not tell
         else:
             meta = image.picture_meta(size, spec, config, self._media.counts["image"])
             self.meta = self._media.inside.added("image", spec, meta)

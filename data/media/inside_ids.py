@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from transformers import PreTrainedTokenizerFast
 
 from data.media.line_ends import with_line_ends
+from data.media.video_stamps import Stamps
 from model.errors import ConfigError
 from model.media_spec import ImageSpec, MediaMeta, MediaSpec, NativeSpec, view_tokens
 
@@ -38,12 +39,13 @@ class InsideIds:
 
     features: Mapping[str, int] = field(default_factory=dict)  # of a feature, by kinds of media that have one of their own
     lines: tuple[int, ...] = ()  # behind each line of a picture's features at its own size, and behind the last one; () = none
+    stamps: Stamps | None = None  # write the times of a video inside it
     tiles: TileIds | None = None  # of pictures in tiles, where texts stand between them
 
     def added(self, kind: str, spec: MediaSpec, meta: MediaMeta) -> MediaMeta:
         """Return the facts about a medium of this kind with the ids inside it."""
         if isinstance(spec, NativeSpec):
-            return with_line_ends(meta, spec, self.lines)
+            return with_line_ends(meta, spec, self.lines) if self.stamps is None else self.stamps.write(meta)
         if self.tiles is None or kind != "image" or not isinstance(spec, ImageSpec):
             return meta
         return replace(meta, inside=self.tiles.inside(meta, view_tokens(spec)))

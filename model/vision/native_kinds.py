@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from model.batch import Patches
+from model.errors import ConfigError
 from model.files.untrusted import Json
 from model.vision.naflex_tower import NAFLEX
 from model.vision.patch_tower import NativeFamily, PatchLinear, PatchTower, segmented_tower
@@ -29,7 +31,7 @@ class QwenTower(PatchTower):
         self.width = self.patch_embed.get_parameter("proj.weight").shape[0]
         self.frames = config.temporal_patch_size
         self.whole_blocks = frozenset(getattr(config, "fullatt_block_indexes", range(len(self.blocks))))
-        self.kept_blocks = tuple(getattr(config, "deepstack_visual_indexes", ()))
+        self.kept_blocks = kept_blocks(tuple(getattr(config, "deepstack_visual_indexes", ())), len(self.blocks))
         self.levels = 1 + len(self.kept_blocks)
         self.head = self.width // config.num_heads
         self.theta = float((config.rope_parameters or {}).get("rope_theta", 10_000.0))
@@ -61,6 +63,20 @@ class QwenTower(PatchTower):
             if i in self.kept_blocks:
                 kept.append(hidden)
         return torch.cat([hidden, *kept], dim=-1) if kept else hidden
+
+
+def kept_blocks(indexes: tuple[int, ...], num_blocks: int) -> tuple[int, ...]:
+    """Return the blocks whose features go to early layers of the language model. Raises `ConfigError` for those that cannot."""
+    if any(second <= first for first, second in pairwise((-1, *indexes))):
+        raise ConfigError(
+            f"model.vision: deepstack_visual_indexes = {list(indexes)} in config.json are not ascending block numbers"
+        )
+    if indexes and indexes[-1] >= num_blocks:
+        raise ConfigError(
+            f"model.vision.layer leaves {num_blocks} blocks of the tower, and block {indexes[-1]} (deepstack_visual_indexes in "
+            "config.json) gives features to an early layer of the language model: set model.vision.layer = -1"
+        )
+    return indexes
 
 
 def regrouped(rows: Tensor, order: Tensor, group: int) -> Tensor:

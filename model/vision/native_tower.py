@@ -78,6 +78,12 @@ def check_native_options(config: VisionConfig, kind: str) -> None:
             )
     if len(config.line_ends) not in (0, 2):
         raise ConfigError(f"model.vision.line_ends = {list(config.line_ends)} is not a pair: behind a line, behind the last one")
+    if config.line_ends and config.video_stamps:
+        raise ConfigError("model.vision.line_ends and video_stamps are of two families, which write one or the other: remove one")
+    if len(config.video_stamps) not in (0, 2):
+        raise ConfigError(
+            f"model.vision.video_stamps = {list(config.video_stamps)} is not a pair: before and behind each pair of frames"
+        )
 
 
 def native_spec(config: VisionConfig, value: PretrainedConfig, processor: Json, videos: Json) -> NativeSpec:
@@ -104,6 +110,7 @@ def native_spec(config: VisionConfig, value: PretrainedConfig, processor: Json, 
         "placeholder": config.placeholder or PLACEHOLDERS["image"],
         "multiple": multiple,
         "video_placeholder": config.video_placeholder,
+        "video_stamps": config.video_stamps,
         "line_ends": config.line_ends,
     }
     return NativeSpec(**{**common, **kind.facts(value, processor, videos)})

@@ -82,7 +82,7 @@ def vision_spec(config: VisionConfig, cache_dir: str = "") -> ImageSpec:
 
 def check_square_options(config: VisionConfig, kind: str) -> None:
     """Refuse settings of [model.vision] that only towers of variable size have."""
-    for key in ("video_placeholder", "line_ends"):
+    for key in ("video_placeholder", "video_stamps", "line_ends"):
         if given := getattr(config, key):
             raise ConfigError(
                 f"model.vision.{key} = {given!r} has no effect: {kind} does not read pictures at their own size; remove the line"
