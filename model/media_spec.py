@@ -41,16 +41,15 @@ class ImageSpec:
 
 @dataclass(frozen=True)
 class NativeSpec(ImageSpec):
-    """JSON-able facts about a tower that reads pictures at their own size, as packed patches.
+    """JSON-able facts about a tower that reads pictures at their own size, as packed patches; `size` is the smallest side.
 
-    `size` is the side of the smallest picture, and `resize` the rule by which sizes are chosen, an entry of
-    `data.media.native_size.FITTED`.
+    `resize` is the rule by which sizes are chosen, an entry of `data.media.native_size.FITTED`.
     """
 
     frames: int = 1  # frames of a video that make one patch; a still picture is repeated
     multiple: int = 1  # sides of pictures are multiples of this many patches
     min_pixels: int = 0  # of a resized picture
-    max_pixels: int = 0  # of a resized picture
+    max_pixels: int = 0
     longest: int = 0  # longest side of a resized picture in pixels; 0: any
     max_patches: int = 0  # most patches of a picture; 0: any
     video_pixels: tuple[int, ...] = ()  # least and most pixels of a video; () = of each frame those of a picture
@@ -124,7 +123,6 @@ def spec_to_json(spec: MediaSpec) -> Json:
 
 
 _SPECS: dict[str, type[MediaSpec]] = {"native": NativeSpec, "image": ImageSpec, "audio": AudioSpec}
-"""Kinds of spec; the more special one stands first."""
 
 
 @dataclass(frozen=True)
@@ -238,9 +236,9 @@ def layers(spec: AudioSpec) -> tuple[tuple[int, int], ...]:
 
 def row_width(spec: MediaSpec, num_frames: int = 0) -> int:
     """Return the tokens L of each row of a batch, or of each group of patches. `num_frames`: mel frames that rows are padded to."""
-    if isinstance(spec, NativeSpec):
-        return 1
-    return _shortened(dataclasses.replace(spec, drops_odd=False), num_frames) if isinstance(spec, AudioSpec) else view_tokens(spec)
+    if isinstance(spec, AudioSpec):
+        return _shortened(dataclasses.replace(spec, drops_odd=False), num_frames)
+    return 1 if isinstance(spec, NativeSpec) else view_tokens(spec)
 
 
 def row_shape(spec: MediaSpec) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What classes of transformers that see one size of pictures, or hear, cannot express of a run."""
+"""Reasons why a run cannot become a class of transformers that sees one size of pictures, or hears."""
 
 from __future__ import annotations
 

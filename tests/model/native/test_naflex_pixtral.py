@@ -24,7 +24,7 @@ from model.vision import segment_attention
 from model.vision.naflex_tower import resized_table
 from model.vision.native_tower import NativeTower
 from model.vision.tower import vision_spec
-from tests.support.native_towers import NATIVE_TOWER_MAKERS, narrow_tables_resized, noise, save_native_tower
+from tests.support.published.native_towers import NATIVE_TOWER_MAKERS, narrow_tables_resized, noise, save_native_tower
 from tests.support.tiny import save_llm
 
 ODD_SIZES = (

@@ -19,9 +19,9 @@ from model.patch_layout import patch_places
 from model.vision.grid_projector import PixelShuffleMlp, PoolMlp
 from model.vision.merger import PACKED_KINDS
 from tests.support.finals import one_process
-from tests.support.native_towers import noise, save_native_tower
 from tests.support.published.native import NATIVE_MAKERS
 from tests.support.published.native_runs import built
+from tests.support.published.native_towers import noise, save_native_tower
 from tests.support.ranks import run_ranks
 from tests.support.runs import config_of, save_parts, save_records
 from trainer.config import RunConfig

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.kills import Point, difference, ending_of, start_and_kill
-from tests.support.native_training import (
+from tests.support.published.native import NATIVE_MAKERS
+from tests.support.published.native_training import (
     TUNES,
     final_tensors,
     largest_difference,
@@ -22,7 +23,6 @@ from tests.support.native_training import (
     save_published,
     trained_natively,
 )
-from tests.support.published.native import NATIVE_MAKERS
 from tests.support.ranks import run_ranks
 from tests.support.runs import start, start_alone
 from trainer.distributed import compiled_blocks
