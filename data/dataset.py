@@ -15,7 +15,7 @@ from data.config import DataConfig, SourceConfig
 from data.index.record_index import RecordIndex
 from data.media.blob import Blob, MediaError, inline_blob, resolve_path
 from data.media.record_media import RecordMedia
-from data.positions import own_feature_ids
+from data.positions import inside_ids
 from data.preference.sample import EncodedAnswers, PreferenceSample, assemble_answers, encode_answers, measure_answers
 from data.prompts import encode_prompt
 from data.records.fields import LINE, shorten
@@ -65,7 +65,7 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
         # A longer sample is cut to whole rounds, so it never takes more than max_length.
         planned = np.concatenate([index.lengths for index in indexes])
         self.lengths = np.minimum(planned, config.max_length).astype(np.int32)
-        self._feature_ids = own_feature_ids(template.tokenizer, specs)
+        self._inside = inside_ids(template.tokenizer, specs, config)
         self.modalities = np.concatenate([index.modalities for index in indexes])
         self.source_ids = np.repeat(np.arange(len(sizes)), sizes)
         self.source_names = [source.key for source in sources]
@@ -140,7 +140,7 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
         """Return the media of `record`, which is the record of sample `i`."""
         source_id, index, row = self.locate(i)
         locate = partial(_locate, index, row, self.sources[source_id], self.config.follow_links)
-        return RecordMedia(record, locate, self.specs, self.config, self._feature_ids)
+        return RecordMedia(record, locate, self.specs, self.config, self._inside)
 
     def measure(self, i: int) -> int:
         """Return the exact number of tokens of sample `i`, without decoding its media. Raises `RecordError`."""

@@ -16,7 +16,7 @@ from data.config import DataConfig
 from data.fit_problems import PIXEL_BUDGETS
 from data.media.blob import Blob, inline_blob, resolve_path
 from data.media.record_media import RecordMedia
-from data.positions import own_feature_ids
+from data.positions import inside_ids
 from data.prompts import encode_prompt
 from data.records.record import MediaRef, Record, parse
 from data.sample import Sample, assemble_sample, check_media
@@ -36,7 +36,7 @@ _CONFIG_KEYS = (
     *("max_length", "max_images", "max_pixels"),
     *("state_tokens", "fps", "min_frames", "max_frames", "max_seconds"),
 )
-_LATER_KEYS = PIXEL_BUDGETS
+_LATER_KEYS = (*PIXEL_BUDGETS, "side_tiles")
 """Settings that runs of earlier versions did not have."""
 
 
@@ -103,7 +103,7 @@ class Processor:
 
     def media(self, record: Record, media_root: str | None = None) -> RecordMedia:
         """Return the media of `record`, located as in a call."""
-        ids = own_feature_ids(self.tokenizer, self.specs)
+        ids = inside_ids(self.tokenizer, self.specs, self.config)
         return RecordMedia(record, lambda ref: self._locate(ref, media_root), self.specs, self.config, ids)
 
     def _locate(self, ref: MediaRef, media_root: str | None) -> Blob:

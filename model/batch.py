@@ -37,6 +37,8 @@ class Patches:
     window_borders: Tensor | None = None  # (windows + 1,) int32
     corners: Tensor | None = None  # (P, N) int64 rows of the table of positions that each patch mixes
     shares: Tensor | None = None  # (P, N) float32 their weights
+    row_shares: Tensor | None = None  # (P, S) float32 share of each row of a table of S x S positions that is resized smoothly
+    column_shares: Tensor | None = None  # (P, S) float32 share of each of its columns; a position's share is their product
 
     def map(self, move: Callable[[Tensor], Tensor]) -> Patches:
         """Return the same with `move` applied to every tensor."""

@@ -68,7 +68,10 @@ def assemble(card: ModelCard, dtype: torch.dtype) -> MultimodalLM:
         if config.vision is not None and config.vision_projector is not None:
             tower = build_tower(card.hugging_face["vision"], config.vision)
             parts["vision"] = tower
-            parts["vision_projector"] = build_vision_projector(config.vision_projector, tower.hidden_size, width, tower.levels)
+            packed = isinstance(tower, NativeTower)
+            parts["vision_projector"] = build_vision_projector(
+                config.vision_projector, tower.hidden_size, width, tower.levels, packed=packed
+            )
         if config.audio is not None and config.audio_projector is not None:
             encoder = AudioEncoder(card.hugging_face["audio"], config.audio.window == "full")
             parts["audio"] = encoder

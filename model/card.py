@@ -113,6 +113,11 @@ def media_specs(config: ModelConfig) -> dict[str, MediaSpec]:
         if isinstance(seen, NativeSpec):
             text = llm_config(config.llm, config.cache_dir)
             seen = replace(seen, axes=3 if text.get(SECTIONS) else 1)
+            if seen.axes == 3 and seen.line_ends:
+                raise ConfigError(
+                    f"model.vision.line_ends = {list(seen.line_ends)} with a language model whose positions have three axes: they "
+                    "stand for lines, and tokens between them have no place; remove it"
+                )
         specs["image"] = seen
     if config.audio is not None and config.audio_projector is not None:
         spec = audio_spec(config.audio, config.audio_projector, config.cache_dir)

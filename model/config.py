@@ -35,8 +35,8 @@ class VisionConfig:
     """Settings of the vision tower, which is cut after the hidden state that is read."""
 
     path: str
-    """Vision tower, CLIP, SigLIP, DINOv2 or InternViT: a Hugging Face folder or hub id. It is cut after the hidden state that
-    is read."""
+    """Vision tower, CLIP, SigLIP, DINOv2 or InternViT, or for pictures at their own size SigLIP2 NaFlex, Pixtral or Qwen-VL's:
+    a Hugging Face folder or hub id. It is cut after the hidden state that is read."""
     tune: Literal["frozen", "lora", "full", "positions"] = "frozen"
     """What learns: frozen, nothing; lora, adapters; full, everything; positions, the position embeddings alone."""
     layer: int = -2
@@ -49,6 +49,12 @@ class VisionConfig:
     """Token whose positions take the features; '' = <image>. Set it for a model that was trained with another one."""
     video_placeholder: str = ""
     """Token whose positions take the features of videos, for a tower that reads pictures at their own size; '' = placeholder."""
+    line_ends: tuple[str, ...] = ()
+    """Tokens behind each line of a picture's features and behind its last one, as ['[IMG_BREAK]', '[IMG_END]'] (Pixtral), for a
+    tower that reads pictures at their own size; () = none."""
+    video_stamps: tuple[str, ...] = ()
+    """Tokens before and after each pair of frames of a video, behind its time as text, as ['<|vision_start|>', '<|vision_end|>']
+    (Qwen3-VL: <0.5 seconds><|vision_start|>...<|vision_end|>), for a tower that reads pictures at their own size; () = no times."""
     scales: tuple[int, ...] = ()
     """S2: further square sizes in pixels at which every picture is seen too, features side by side; () = none."""
     weights: str = ""
@@ -61,7 +67,8 @@ class VisionConfig:
 class VisionProjectorConfig:
     kind: str = "mlp2x_gelu"
     """What maps features to the language model: linear, mlpNx_gelu, identity, pixel_shuffle_mlp, pixel_shuffle_v1_mlp,
-    pool_mlp, conv_mlp, vita_mlp or resampler."""
+    pool_mlp, conv_mlp, vita_mlp, pixel_shuffleN_linear (N x N patches to a token, 2 to 4) or resampler; with a tower of variable
+    size, the first three, pixel_shuffle_mlp, pool_mlp or a published model's merger."""
     tune: Literal["frozen", "full"] = "full"
     """What learns: frozen, nothing; full, everything."""
     path: str = ""

@@ -14,12 +14,8 @@ from model.tile_tokens import TileMap, map_rows, map_weights, tile_map
 
 PLACEHOLDERS = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
 """Placeholder of one medium in a record's text, by the kind of medium."""
-
-
 READ_BY = {"image": "image", "video": "image", "audio": "audio"}
 """Modality whose encoder reads a kind of medium: frames of a video are rows of pictures, and `<video>` is not a token."""
-
-
 DEFAULT_TOKENS = {modality: PLACEHOLDERS[modality] for modality in sorted(set(READ_BY.values()))}
 """Token whose positions take the features of a modality, where a model has none of its own."""
 
@@ -45,27 +41,29 @@ class ImageSpec:
 
 @dataclass(frozen=True)
 class NativeSpec(ImageSpec):
-    """JSON-able facts about a tower that reads pictures at their own size, as packed patches.
+    """JSON-able facts about a tower that reads pictures at their own size, as packed patches; `size` is the smallest side.
 
-    `size` is the side of the smallest picture, and `resize` the rule by which sizes are chosen, an entry of
-    `data.media.native_size.FITTED`.
+    `resize` is the rule by which sizes are chosen, an entry of `data.media.native_size.FITTED`.
     """
 
     frames: int = 1  # frames of a video that make one patch; a still picture is repeated
     multiple: int = 1  # sides of pictures are multiples of this many patches
     min_pixels: int = 0  # of a resized picture
-    max_pixels: int = 0  # of a resized picture
+    max_pixels: int = 0
     longest: int = 0  # longest side of a resized picture in pixels; 0: any
     max_patches: int = 0  # most patches of a picture; 0: any
     video_pixels: tuple[int, ...] = ()  # least and most pixels of a video; () = of each frame those of a picture
     window: int = 0  # side in pixels of the squares that most blocks attend in; 0: in the whole picture
     table: int = 0  # side of the square table of learned positions, which is interpolated to each picture; 0: none
     align_corners: bool = True  # the table's corner rows stand at the centres of a picture's corner patches
+    antialias: bool = False  # a table that is larger than the picture is averaged, not sampled; corners are not aligned then
     axes: int = 1  # of the language model's positions: 1, or 3 for time, row and column
     ticks: float = 0.0  # positions per second of a video on the axis of time; 0: one per pair of frames
     video_placeholder: str = ""  # token of a video's features; "" = that of pictures
+    video_stamps: tuple[str, ...] = ()  # tokens around each pair of frames, whose time stands before them as text; () = no times
     video_shared: bool = True  # video_pixels are of all frames together (Qwen3-VL); False: of each frame
     video_tokens: int = 0  # cap on a video's tokens, or on a frame's if video_shared; 0: none
+    line_ends: tuple[str, ...] = ()  # tokens behind each line of a picture's features, and behind the last one; () = none
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,6 @@ def spec_to_json(spec: MediaSpec) -> Json:
 
 
 _SPECS: dict[str, type[MediaSpec]] = {"native": NativeSpec, "image": ImageSpec, "audio": AudioSpec}
-"""Kinds of spec; the more special one stands first."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +136,7 @@ class MediaMeta:
     max_tiles: int = 0  # a picture with more tokens than this many tiles is shrunk to that number; 0: never
     patches: tuple[int, int, int] = (0, 0, 0)  # of a picture at its own size: pairs of frames, patches down and across
     seconds: float = 0.0  # of a video at its own size: from one pair of frames to the next
+    moments: tuple[float, ...] = ()  # seconds from a video's start to each pair of frames, where these are written as text
     inside: tuple[tuple[int, tuple[int, ...]], ...] = ()  # token ids that stand inside the medium, each before its k-th feature
 
 
@@ -147,18 +145,18 @@ def num_tokens(spec: MediaSpec, meta: MediaMeta) -> int:
 
     Index, expansion and splice all call it: no other code counts tokens.
     """
+    return num_features(spec, meta) + sum(len(ids) for _, ids in meta.inside)
+
+
+def num_features(spec: MediaSpec, meta: MediaMeta) -> int:
+    """Return the number of a medium's tokens that its encoder and projector make; at its own size one per square of patches."""
     if isinstance(spec, AudioSpec):
         return spec.num_prompts + sum(row_tokens(spec, meta))
     if isinstance(spec, NativeSpec):
-        return num_features(spec, meta) + sum(len(ids) for _, ids in meta.inside)
+        return math.prod(meta.patches) // spec.shrink**2
     if (tiles := _tile_map(spec, meta)) is not None:
         return view_tokens(spec) + tiles.num_tokens
     return sum(row_tokens(spec, meta)) + spec.newline
-
-
-def num_features(spec: NativeSpec, meta: MediaMeta) -> int:
-    """Return the number of tokens of a picture or video at its own size that are features: one per shrink x shrink patches."""
-    return math.prod(meta.patches) // spec.shrink**2
 
 
 def row_tokens(spec: MediaSpec, meta: MediaMeta) -> tuple[int, ...]:
@@ -237,12 +235,10 @@ def layers(spec: AudioSpec) -> tuple[tuple[int, int], ...]:
 
 
 def row_width(spec: MediaSpec, num_frames: int = 0) -> int:
-    """Return the tokens L that the encoder makes of each row of a batch, or of each group of patches. `num_frames`: mel frames that
-    rows are padded to.
-    """
-    if isinstance(spec, NativeSpec):
-        return 1
-    return _shortened(dataclasses.replace(spec, drops_odd=False), num_frames) if isinstance(spec, AudioSpec) else view_tokens(spec)
+    """Return the tokens L of each row of a batch, or of each group of patches. `num_frames`: mel frames that rows are padded to."""
+    if isinstance(spec, AudioSpec):
+        return _shortened(dataclasses.replace(spec, drops_odd=False), num_frames)
+    return 1 if isinstance(spec, NativeSpec) else view_tokens(spec)
 
 
 def row_shape(spec: MediaSpec) -> tuple[int, ...]:

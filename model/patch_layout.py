@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.batch import Media, Patches
@@ -29,6 +30,10 @@ def patch_layout(grids: Sequence[Grid], spec: NativeSpec) -> Patches:
         lengths,
         _borders(lengths),
     )
+    if spec.table and spec.antialias:
+        parts = [axis_shares(high, wide, spec) for high, wide in frames]
+        rows, columns = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts))
+        return replace(found, row_shares=rows, column_shares=columns)
     if spec.table:
         mixed = [table_shares(high, wide, spec) for high, wide in frames]
         corners, shares = (torch.from_numpy(np.concatenate(part)) for part in zip(*mixed))
@@ -49,15 +54,15 @@ def patch_places(high: int, wide: int, shrink: int) -> np.ndarray:
 
 
 def _with_windows(found: Patches, frames: list[tuple[int, int]], spec: NativeSpec) -> Patches:
-    """Add the squares of spec.window pixels that a frame is cut into, row by row; those at the edges are smaller."""
+    """Add the squares of spec.window pixels that every frame is cut into, the smaller ones at edges first."""
     side = spec.window // spec.patch // spec.shrink
-    orders, lengths, first = [], [], 0
+    windows, first = [], 0
     for high, wide in frames:
-        order, sizes = _windows(high // spec.shrink, wide // spec.shrink, side)
-        orders.append(order + first)
-        lengths += [size * spec.shrink**2 for size in sizes]
-        first += len(order)
-    order = np.concatenate(orders)
+        cut = _windows(high // spec.shrink, wide // spec.shrink, side)
+        windows += [window + first for window in cut]
+        first += sum(len(window) for window in cut)
+    lengths = [len(window) * spec.shrink**2 for window in windows]
+    order = np.concatenate(windows)
     places = np.empty_like(order)
     places[order] = np.arange(len(order))
     return replace(
@@ -70,11 +75,11 @@ def _with_windows(found: Patches, frames: list[tuple[int, int]], spec: NativeSpe
 
 
 @lru_cache(maxsize=256)
-def _windows(high: int, wide: int, side: int) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Return the tokens of a frame (high * wide,) window by window, and the number of tokens of each window."""
+def _windows(high: int, wide: int, side: int) -> tuple[np.ndarray, ...]:
+    """Return the tokens of each window of a frame of high x wide tokens; those of equal size stand together, to be computed so."""
     index = np.arange(high * wide).reshape(high, wide)
     cut = [index[top : top + side, left : left + side].ravel() for top in range(0, high, side) for left in range(0, wide, side)]
-    return np.concatenate(cut), tuple(len(part) for part in cut)
+    return tuple(sorted(cut, key=len))
 
 
 def table_shares(high: int, wide: int, spec: NativeSpec) -> tuple[np.ndarray, np.ndarray]:
@@ -87,6 +92,20 @@ def table_shares(high: int, wide: int, spec: NativeSpec) -> tuple[np.ndarray, np
     share, along = down[rows], across[columns]
     weights = np.stack([(1 - share) * (1 - along), (1 - share) * along, share * (1 - along), share * along], axis=1)
     return indices, weights.astype(np.float32)
+
+
+def axis_shares(high: int, wide: int, spec: NativeSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Return the shares (P, S) float32 of the S rows, and of the S columns, of the table of positions in each patch's position."""
+    rows, columns = patch_places(high, wide, spec.shrink).T
+    return _smooth_shares(high, spec.table)[rows], _smooth_shares(wide, spec.table)[columns]
+
+
+@lru_cache(maxsize=256)
+def _smooth_shares(length: int, table: int) -> np.ndarray:
+    """Return the shares (length, table) float32 with which torch resizes a line of `table` numbers: bilinear, with antialias."""
+    # As a square: torch 2.13 resizes to (length, 1) with antialias wrongly on the CPU.
+    unit = torch.eye(table)[None, None]
+    return F.interpolate(unit, size=(length, table), mode="bilinear", align_corners=False, antialias=True)[0, 0].numpy()
 
 
 def _neighbours(length: int, spec: NativeSpec) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ from data.media.image_decode import Size
 from data.media.native_image import patches_of, resized
 from data.media.native_size import patch_grid
 from data.media.pixel_budget import clip_size, rule_of
+from data.media.video_stamps import pair_moments
 from data.records.record import MediaRef
 from model.media_spec import MediaMeta, NativeSpec
 
@@ -27,7 +28,8 @@ def measure(blob: Blob, ref: MediaRef, spec: NativeSpec, config: DataConfig, num
         size = found.size(taken.numbers[0])
     count = len(taken.numbers)
     patches = patch_grid(clip_size(size, count, spec, config), rule_of(spec, config), count)
-    return MediaMeta(num_rows=count, patches=patches, seconds=spec.frames * taken.seconds)
+    moments = pair_moments([found.starts[number] for number in taken.numbers], spec.frames) if spec.video_stamps else ()
+    return MediaMeta(num_rows=count, patches=patches, seconds=spec.frames * taken.seconds, moments=moments)
 
 
 def load(blob: Blob, ref: MediaRef, spec: NativeSpec, config: DataConfig, meta: MediaMeta) -> Tensor:

@@ -10,7 +10,9 @@ from functools import lru_cache
 from data.config import DataConfig
 from data.media.blob import MediaError
 from data.media.image_decode import Size
+from data.media.line_ends import with_line_ends
 from data.media.native_size import ClipBudget, NativeRule, fitted_size, fitted_video_size, patch_grid
+from data.media.video_stamps import USUAL_STAMP
 from model.errors import ConfigError
 from model.media_spec import MediaMeta, MediaSpec, NativeSpec
 
@@ -67,9 +69,10 @@ def picture_size(size: Size, spec: NativeSpec, config: DataConfig, num_pictures:
     return _lowered(lambda least, most: fitted_size(size, replace(rule, min_pixels=least, max_pixels=most)), rule.min_pixels, share)
 
 
-def clip_budget(spec: NativeSpec) -> ClipBudget:
-    """Return the pixels that the model's own processor allows a video."""
-    least, most = spec.video_pixels or (spec.min_pixels, spec.max_pixels)
+def clip_budget(spec: NativeSpec, config: DataConfig) -> ClipBudget:
+    """Return the pixels that the model's own processor allows a video; where it has none of its own, those of a picture a frame."""
+    rule = rule_of(spec, config)
+    least, most = spec.video_pixels or (rule.min_pixels, rule.max_pixels)
     return ClipBudget(least, most, shared=bool(spec.video_pixels) and spec.video_shared, max_tokens=spec.video_tokens)
 
 
@@ -78,7 +81,7 @@ def clip_size(size: Size, num_frames: int, spec: NativeSpec, config: DataConfig)
 
     All frames together, with the repeated ones that fill the last patches, have at most data.video_max_pixels.
     """
-    rule, own = rule_of(spec, config), clip_budget(spec)
+    rule, own = rule_of(spec, config), clip_budget(spec, config)
     counted = -(-num_frames // rule.frames) * rule.frames
 
     def fitted(least: int, most: int) -> Size:
@@ -111,16 +114,19 @@ def _lowered(fitted: Callable[[int, int], Size], least: int, share: int) -> Size
 def usual_meta(kind: str, spec: NativeSpec, config: DataConfig) -> MediaMeta:
     """Return the facts of a picture of `USUAL` size, or of a video of such frames with as many as it may have."""
     if kind != "video":
-        return MediaMeta(patches=patch_grid(picture_size(USUAL, spec, config, 1), rule_of(spec, config)))
+        return with_line_ends(MediaMeta(patches=patch_grid(picture_size(USUAL, spec, config, 1), rule_of(spec, config))), spec)
     count = config.max_frames
     size = clip_size(USUAL, count, spec, config)
-    return MediaMeta(num_rows=count, patches=patch_grid(size, rule_of(spec, config), count))
+    patches = patch_grid(size, rule_of(spec, config), count)
+    inside = ((0, (0,) * USUAL_STAMP * patches[0]),) if spec.video_stamps else ()
+    return with_line_ends(MediaMeta(num_rows=count, patches=patches, inside=inside), spec)
 
 
 def least_meta(kind: str, spec: NativeSpec, config: DataConfig) -> MediaMeta:
-    """Return the facts of the smallest picture, or of the video of the fewest and smallest frames: a token each."""
+    """Return the facts of the smallest picture, or of the video of the fewest and smallest frames: a feature each."""
     times = -(-config.min_frames // spec.frames) if kind == "video" else 1
-    return MediaMeta(num_rows=config.min_frames if kind == "video" else 1, patches=(times, spec.shrink, spec.shrink))
+    rows = config.min_frames if kind == "video" else 1
+    return with_line_ends(MediaMeta(num_rows=rows, patches=(times, spec.shrink, spec.shrink)), spec)
 
 
 def largest_meta(spec: NativeSpec, config: DataConfig, num_tokens: int) -> MediaMeta:
@@ -151,11 +157,11 @@ def _problems(config: DataConfig, spec: NativeSpec) -> Iterator[str]:
         yield f"data.fit_min_pixels = {config.fit_min_pixels} has no effect: this model's processor has no least size"
     elif spec.resize == "qwen" and 0 < config.fit_max_pixels < spec.min_pixels and not config.fit_min_pixels:
         yield (
-            f"data.fit_max_pixels = {config.fit_max_pixels} is less than the {spec.min_pixels} that this model's processor enlarges "
-            "pictures to: lower data.fit_min_pixels too"
+            f"data.fit_max_pixels = {config.fit_max_pixels} is less than {spec.min_pixels}, to which this model's processor "
+            "enlarges pictures: lower data.fit_min_pixels too"
         )
     elif spec.resize == "qwen" and config.fit_min_pixels > (config.fit_max_pixels or spec.max_pixels):
         yield (
-            f"data.fit_min_pixels = {config.fit_min_pixels} is more than the {spec.max_pixels} that this model's processor shrinks "
-            "pictures to: raise data.fit_max_pixels too"
+            f"data.fit_min_pixels = {config.fit_min_pixels} is more than {spec.max_pixels}, to which this model's processor "
+            "shrinks pictures: raise data.fit_max_pixels too"
         )

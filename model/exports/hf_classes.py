@@ -12,14 +12,15 @@ from functools import partial
 
 from model.card import ModelCard
 from model.errors import ConfigError
-from model.exports.hf_native import NativeForm, native_config, native_problems, older_text
+from model.exports.hf_native import NativeForm, native_config, native_problems, native_text
+from model.exports.hf_problems import INTERN_VIT, REGISTERS, SHUFFLE, hearing_problems, intern_problems, llava_problems
 from model.exports.hf_text import head_problems, sizes_of
 from model.exports.media_facts import MediaFacts
 from model.files.untrusted import Json
 from model.media_spec import ImageSpec, MediaMeta, image_spec, num_tokens, view_tokens
 from model.multimodal import MultimodalLM
+from model.vision.projector import SHUFFLES
 
-MLP, SHUFFLE = "mlp2x_gelu", "pixel_shuffle_mlp"
 MLP_NAMES = (("0.", "multi_modal_projector.linear_1."), ("2.", "multi_modal_projector.linear_2."))
 NEWLINE_NAME = ("image_newline", "image_newline")
 SHUFFLE_NAMES = (
@@ -27,13 +28,8 @@ SHUFFLE_NAMES = (
     ("1.", "multi_modal_projector.linear_1."),
     ("3.", "multi_modal_projector.linear_2."),
 )
-ONE_CLS = ("clip_vision_model", "siglip_vision_model", "dinov2", "internvl_vision")
-"""Towers with at most one row before the patches: `default` drops one row, no more."""
-INTERN_VIT = "internvl_vision"
-REGISTERS = "dinov2_with_registers"
 BACKBONE = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices")
 """Keys that name blocks of a backbone's feature pyramid: they may name blocks that are not built."""
-QWEN2_AUDIO_ENCODER = "qwen2_audio_encoder"
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class HfClass:
     modality: str = "image"
     llm: tuple[tuple[str, str], ...] = (("", "language_model."),)  # beginnings of our names in the language model, and in files
     tower: str = ""  # what stands before the tower's names in files; "" = as its kind has it
-    text: Callable[[Json], Json] | None = None  # config.json of the language model at the top of the class's; None: `text_config`
+    native: NativeForm | None = None  # of a class that reads pictures at their own size
 
 
 def choose_class(card: ModelCard, facts: MediaFacts) -> HfClass:
@@ -64,13 +60,25 @@ def _nearest(card: ModelCard, facts: MediaFacts) -> HfClass:
     if card.model.vision is None and card.model.audio is not None:
         return QWEN2_AUDIO
     kind = card.model.vision_projector.kind if card.model.vision_projector is not None else ""
-    if kind in BY_MERGER:
-        return BY_MERGER[kind]
+    if (native := _nearest_native(card, kind)) is not None:
+        return native
     if kind == SHUFFLE:
         return INTERN_VL
+    if kind in SHUFFLES:
+        raise ConfigError(
+            f"model.vision_projector.kind = {kind!r} is that of Idefics3 and SmolVLM, whose folders are read and not written: "
+            "their processors' files are not made here; --for safetensors writes each part's file, --for llm the language model"
+        )
     if facts.fit == "anyres":
         return ONEVISION if facts.anyres_max else NEXT
     return LLAVA
+
+
+def _nearest_native(card: ModelCard, merger: str) -> HfClass | None:
+    """Return the class with this kind of projector; of several, the one with the run's tower."""
+    fitting = [target for target in NATIVE if target.native and target.native.merger == merger]
+    tower = card.hugging_face.get("vision", {}).get("model_type")
+    return next((target for target in fitting if target.native and target.native.tower == tower), fitting[0] if fitting else None)
 
 
 def _bare_heads(found: HfClass) -> str:
@@ -79,79 +87,6 @@ def _bare_heads(found: HfClass) -> str:
 
 def sees(card: ModelCard) -> bool:
     return card.model.vision is not None and card.model.vision_projector is not None
-
-
-def _shared_vision_problems(card: ModelCard, kind: str, whose: str) -> Iterator[str]:
-    vision, projector = card.model.vision, card.model.vision_projector
-    if vision is None or projector is None:
-        yield "the run has no vision part; --for llm writes the language model alone"
-        return
-    if projector.kind != kind:
-        yield f"model.vision_projector.kind = {projector.kind!r}: {whose} have {kind!r} only"
-    if vision.scales:
-        yield f"model.vision.scales = {list(vision.scales)}: {whose} see one size"
-
-
-def _audio_problems(card: ModelCard) -> Iterator[str]:
-    if parts := [name for name in ("audio", "audio_projector", "state_head") if name in card.model.parts()]:
-        yield (
-            f"[model.{'], [model.'.join(parts)}]: transformers has no class of this kind that hears; "
-            "--for safetensors writes each part's file"
-        )
-
-
-def _llava_problems(card: ModelCard, facts: MediaFacts) -> Iterator[str]:
-    yield from _shared_vision_problems(card, MLP, "LLaVA's classes")
-    vision, projector = card.model.vision, card.model.vision_projector
-    if vision is None or projector is None:
-        return
-    kind, select = card.hugging_face["vision"].get("model_type"), vision.select
-    if kind == REGISTERS and select == "patch":
-        yield (
-            f"model.vision.path: {kind!r} has rows before its patches besides CLS, of which transformers' 'default' drops one; "
-            "select = 'cls_patch' keeps them all"
-        )
-    elif kind not in (*ONE_CLS, REGISTERS):
-        yield f"model.vision.path: {kind!r} is not {' | '.join((*ONE_CLS, REGISTERS))}"
-    if projector.newline and facts.fit != "anyres":
-        yield "model.vision_projector.newline = true: its pictures have no line breaks unless data.image_fit = 'anyres'"
-    if facts.fit == "tiles":
-        yield f"data.image_fit = {facts.fit!r}, its processor has one view; InternVL's class takes tiles of {SHUFFLE!r}"
-    yield from _audio_problems(card)
-
-
-def _intern_problems(card: ModelCard, facts: MediaFacts) -> Iterator[str]:
-    yield from _shared_vision_problems(card, SHUFFLE, "InternVL's classes")
-    yield from _audio_problems(card)
-    spec, kind = image_spec(card.specs), card.hugging_face["vision"].get("model_type")
-    if kind != INTERN_VIT:
-        yield f"model.vision.path: {kind!r} is not {INTERN_VIT}, the one tower of InternVL's classes"
-    if spec.newline:
-        yield "model.vision_projector.newline = true: its pictures have no line breaks"
-    if facts.fit in ("pad", "anyres"):
-        yield f"data.image_fit = {facts.fit!r}: its processor distorts pictures to one view or to tiles, and never pads them"
-    if facts.fit == "square" and spec.resize != "exact":
-        yield "data.image_fit = 'square': this tower's own processor crops, and InternVL's distorts"
-    if facts.fit == "tiles" and not facts.thumbnail:
-        yield "data.thumbnail = false: its processor adds the whole picture to every picture of several tiles"
-    if not facts.wrap_is_tokens:
-        yield f"data.media_wrap = {list(facts.wrap)}: its processor makes one token of each, and this tokenizer several"
-
-
-def _hearing_problems(card: ModelCard, facts: MediaFacts) -> Iterator[str]:
-    audio, projector = card.model.audio, card.model.audio_projector
-    assert audio is not None and projector is not None
-    kind = card.hugging_face["audio"].get("model_type")
-    if kind != QWEN2_AUDIO_ENCODER:
-        yield f"model.audio.path: {kind!r} is not {QWEN2_AUDIO_ENCODER}"
-    if audio.window != "full":
-        yield f"model.audio.window = {audio.window!r}: its processor pads every clip to the whole window"
-    if projector.kind != "linear":
-        yield f"model.audio_projector.kind = {projector.kind!r}: it has 'linear' only"
-    if projector.prompts:
-        yield f"model.audio_projector.prompts = {projector.prompts}: it has no learned rows before a clip"
-    if card.model.state_head is not None:
-        yield "[model.state_head]: it has none; --for safetensors writes the part's file"
 
 
 def strategy(spec: ImageSpec) -> str:
@@ -223,7 +158,8 @@ def _hearing_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> 
 def class_config(target: HfClass, card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> Json:
     """Return the contents of config.json."""
     text, dtype, tied = sizes_of(card, model)
-    whole = {**(target.text(text) if target.text else {"text_config": text}), **target.config(card, model, facts)}
+    inner = native_text(text, target.native) if target.native else {"text_config": text}
+    whole = {**inner, **target.config(card, model, facts)}
     parts = {name: part for name, part in whole.items() if name.endswith("_config")}
     for part in parts.values():
         part.pop("torch_dtype", None)
@@ -232,43 +168,58 @@ def class_config(target: HfClass, card: ModelCard, model: MultimodalLM, facts: M
     return {**whole, **parts, **own}
 
 
-LLAVA = HfClass("LlavaForConditionalGeneration", "llava", MLP_NAMES, _llava_problems, _llava_config)
-NEXT = HfClass("LlavaNextForConditionalGeneration", "llava_next", (*MLP_NAMES, NEWLINE_NAME), _llava_problems, _next_config)
+LLAVA = HfClass("LlavaForConditionalGeneration", "llava", MLP_NAMES, llava_problems, _llava_config)
+NEXT = HfClass("LlavaNextForConditionalGeneration", "llava_next", (*MLP_NAMES, NEWLINE_NAME), llava_problems, _next_config)
 ONEVISION = HfClass(
     "LlavaOnevisionForConditionalGeneration",
     "llava_onevision",
     (*MLP_NAMES, NEWLINE_NAME),
-    _llava_problems,
+    llava_problems,
     _onevision_config,
 )
-INTERN_VL = HfClass("InternVLForConditionalGeneration", "internvl", SHUFFLE_NAMES, _intern_problems, _intern_config)
+INTERN_VL = HfClass("InternVLForConditionalGeneration", "internvl", SHUFFLE_NAMES, intern_problems, _intern_config)
 QWEN2_AUDIO = HfClass(
     "Qwen2AudioForConditionalGeneration",
     "qwen2_audio",
     (("0.", "multi_modal_projector.linear."),),
-    _hearing_problems,
+    hearing_problems,
     _hearing_config,
     auto="Qwen2AudioForConditionalGeneration",
     modality="audio",
 )
 
 
-def _flat_native(name: str, model_type: str, form: NativeForm) -> HfClass:
+def _native(name: str, model_type: str, form: NativeForm) -> HfClass:
     problems, config = partial(native_problems, form=form), partial(native_config, form=form)
-    names = (("", ""),)
-    return HfClass(name, model_type, (("", "visual.merger."),), problems, config, llm=names, tower="visual.", text=older_text)
+    where = "model." if form.inside else ""
+    tower, decoder = f"{where}visual.", (("model.", "model.language_model."), ("", "")) if where else (("", ""),)
+    merger = (("deepstack.", f"{tower}deepstack_merger_list."), ("", f"{tower}merger."))
+    return HfClass(name, model_type, merger, problems, config, llm=decoder, tower=tower, native=form)
 
 
-QWEN2_VL = _flat_native(
-    "Qwen2VLForConditionalGeneration",
-    "qwen2_vl",
-    NativeForm("qwen2_vl_vision", "qwen2_vl_merger", "qwen2", "hidden_size"),
+NATIVE = (
+    _native(
+        "Qwen2VLForConditionalGeneration",
+        "qwen2_vl",
+        NativeForm("qwen2_vl_vision", "qwen2_vl_merger", "qwen2", "hidden_size"),
+    ),
+    _native(
+        "Qwen2_5_VLForConditionalGeneration",
+        "qwen2_5_vl",
+        NativeForm("qwen2_5_vl_vision", "qwen2_5_vl_merger", "qwen2", "out_hidden_size"),
+    ),
+    _native(
+        "Qwen3VLForConditionalGeneration",
+        "qwen3_vl",
+        NativeForm("qwen3_vl_vision", "qwen3_vl_merger", "qwen3", "out_hidden_size", "qwen3_vl_text", "Qwen3VLVideoProcessor"),
+    ),
+    _native(
+        "Qwen3VLMoeForConditionalGeneration",
+        "qwen3_vl_moe",
+        NativeForm(
+            "qwen3_vl_moe_vision", "qwen3_vl_merger", "qwen3_moe", "out_hidden_size", "qwen3_vl_moe_text", "Qwen3VLVideoProcessor"
+        ),
+    ),
 )
-QWEN2_5_VL = _flat_native(
-    "Qwen2_5_VLForConditionalGeneration",
-    "qwen2_5_vl",
-    NativeForm("qwen2_5_vl_vision", "qwen2_5_vl_merger", "qwen2", "out_hidden_size"),
-)
-BY_MERGER = {"qwen2_vl_merger": QWEN2_VL, "qwen2_5_vl_merger": QWEN2_5_VL}
-"""Classes that read pictures at their own size, by kind of projector."""
-CLASSES = (LLAVA, NEXT, ONEVISION, INTERN_VL, QWEN2_AUDIO, QWEN2_VL, QWEN2_5_VL)
+"""Classes that read pictures at their own size."""
+CLASSES = (LLAVA, NEXT, ONEVISION, INTERN_VL, QWEN2_AUDIO, *NATIVE)

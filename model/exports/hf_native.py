@@ -1,16 +1,20 @@
 """Classes of transformers that read pictures at their own size: what each has, as the folders on the hub write it.
 
-Qwen2-VL and Qwen2.5-VL have the keys of their language model at the top of config.json there, with rotary positions under their
-older names: every version of transformers and vLLM reads that form.
+Qwen2-VL and Qwen2.5-VL have the keys of their language model at the top of config.json there, Qwen3-VL in `text_config`, and all
+have rotary positions under their older names: every version of transformers and vLLM that knows the class reads that form.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
 
 from model.card import ModelCard
 from model.exports.media_facts import MediaFacts
+from model.files.tensor_files import Entry
 from model.files.untrusted import Json
 from model.llm.multi_axis_rope import INTERLEAVED, SECTIONS
 from model.media_spec import NativeSpec
@@ -20,6 +24,8 @@ from model.vision.merger import MERGE
 from model.vision.native_kinds import NATIVE_TOWERS
 from model.vision.tower_kinds import num_blocks
 
+FUSED = (".experts.gate_up_proj", ".experts.down_proj")
+NAMED_OTHERWISE = ("rope_parameters", SECTIONS, INTERLEAVED, "model_type", "architectures")
 FILLED_IN = {"rope_type": "axial", "rope_theta": 10_000.0}
 """Rotary positions of towers as transformers fills them in; its older versions know no kind of this name."""
 
@@ -32,7 +38,13 @@ class NativeForm:
     merger: str  # kind of the one projector
     text: str  # model_type of the language model, as a plain one
     width: str  # key of the tower's config.json for the numbers in a token
-    interleaved: bool = False  # the axes of positions take turns
+    inside: str = ""  # model_type of `text_config`; "" = the language model's keys stand at the top
+    videos: str = "Qwen2VLVideoProcessor"
+
+    @property
+    def interleaved(self) -> bool:
+        """Tell whether the axes of positions take turns, as in Qwen3-VL."""
+        return bool(self.inside)
 
 
 def native_problems(card: ModelCard, facts: MediaFacts, form: NativeForm) -> Iterator[str]:
@@ -50,7 +62,7 @@ def native_problems(card: ModelCard, facts: MediaFacts, form: NativeForm) -> Ite
             f"{total}; --for safetensors writes each part's file"
         )
     if tower.get("spatial_merge_size", MERGE) != MERGE:
-        yield f"model.vision.path: spatial_merge_size = {tower['spatial_merge_size']} in config.json, and {MERGE} x {MERGE} are joined"
+        yield f"model.vision.path: spatial_merge_size = {tower['spatial_merge_size']} in config.json; {MERGE} x {MERGE} are joined"
     yield from _text_problems(text, form)
     if facts.around_pictures != AROUND:
         yield (
@@ -62,14 +74,13 @@ def native_problems(card: ModelCard, facts: MediaFacts, form: NativeForm) -> Ite
 
 
 def _text_problems(text: Json, form: NativeForm) -> Iterator[str]:
-    rope = text.get("rope_parameters") or {}
     if text["model_type"] != form.text:
         yield f"model.llm.path: {text['model_type']!r} is not {form.text}, the one language model of this class"
-    elif not rope.get(SECTIONS):
+    elif not text.get(SECTIONS):
         yield f"model.llm.path: its positions have one axis, and those of this class three ({SECTIONS} in config.json)"
-    elif bool(rope.get(INTERLEAVED)) != form.interleaved:
-        yield f"model.llm.path: {INTERLEAVED} = {rope.get(INTERLEAVED)} in config.json, and {form.interleaved} in this class"
-    if text.get("head_dim", _head(text)) != _head(text):
+    elif bool(text.get(INTERLEAVED)) != form.interleaved:
+        yield f"model.llm.path: {INTERLEAVED} = {text.get(INTERLEAVED)} in config.json, and {form.interleaved} in this class"
+    if not form.inside and text.get("head_dim", _head(text)) != _head(text):
         yield f"model.llm.path: head_dim = {text['head_dim']} in config.json; this class shares hidden_size among its heads"
 
 
@@ -80,26 +91,53 @@ def _head(text: Json) -> int:
 def native_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts, form: NativeForm) -> Json:
     """Return the class's own keys of config.json."""
     vision = {**card.hugging_face["vision"], form.width: model.llm.get_input_embeddings().weight.shape[1]}
+    vision["model_type"] = form.tower.removesuffix("_vision")  # as older versions know it, and later ones still read it
     if vision.get("rope_parameters") == FILLED_IN:
         del vision["rope_parameters"]
     names = ("image", "video", "vision_start", "vision_end")
     return {"vision_config": vision, **{f"{name}_token_id": facts.ids[name] for name in names}}
 
 
-def older_text(text: Json) -> Json:
-    """Return config.json of a language model as it stands at the top of the folders on the hub."""
-    rope = {key: value for key, value in text["rope_parameters"].items() if key != INTERLEAVED}
+def native_text(text: Json, form: NativeForm) -> Json:
+    """Return config.json of a language model as it stands in the class's: at its top, or in `text_config`."""
+    rope = {**text["rope_parameters"], SECTIONS: text[SECTIONS]}
     theta, kind = rope.pop("rope_theta"), rope.pop("rope_type", "default")
-    found = {key: value for key, value in text.items() if key not in ("rope_parameters", "model_type", "architectures")}
+    found = {key: value for key, value in text.items() if key not in NAMED_OTHERWISE}
+    if form.inside:
+        scaling = {"rope_type": kind, **rope, INTERLEAVED: text[INTERLEAVED]}
+        return {"text_config": {**found, "model_type": form.inside, "rope_theta": theta, "rope_scaling": scaling}}
     return {**found, "rope_theta": theta, "rope_scaling": {"type": "mrope" if kind == "default" else kind, **rope}}
+
+
+def lying_experts(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """Return tensors with the fused matrices of experts (E, a, b) as (E, b, a), which is how Qwen3-VL's files hold them."""
+    return {name: _lying(entry) if name.endswith(FUSED) else entry for name, entry in entries.items()}
+
+
+def _lying(entry: Entry) -> Entry:
+    experts, high, wide = entry.shape
+    return Entry(entry.dtype, (experts, wide, high), partial(_turned, entry))
+
+
+def _turned(entry: Entry) -> Tensor | None:
+    rows = entry.value()
+    return None if rows is None else rows.transpose(1, 2).contiguous()
 
 
 def native_pixels(spec: NativeSpec, facts: MediaFacts) -> Json:
     """Return the keys of an image processor by which it sizes and cuts pictures."""
     least, most = facts.pixels
+    return {"min_pixels": least, "max_pixels": most, **_cut(spec, least, most)}
+
+
+def native_clips(spec: NativeSpec, facts: MediaFacts, form: NativeForm) -> Json:
+    """Return the keys of the class's processor of videos by which it sizes and cuts frames."""
+    capped = {"cap_pixels_per_frame": True, "max_video_tokens": spec.video_tokens} if spec.video_tokens else {}
+    return {"video_processor_type": form.videos, **_cut(spec, *(spec.video_pixels or facts.pixels)), **capped}
+
+
+def _cut(spec: NativeSpec, least: int, most: int) -> Json:
     return {
-        "min_pixels": least,
-        "max_pixels": most,
         "size": {"shortest_edge": least, "longest_edge": most},
         "patch_size": spec.patch,
         "temporal_patch_size": spec.frames,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from model.exports.hf_classes import INTERN_VL, LLAVA, NEXT, ONEVISION, QWEN2_5_VL, QWEN2_VL, HfClass, strategy
-from model.exports.hf_native import native_pixels
+from model.exports.hf_classes import INTERN_VL, LLAVA, NATIVE, NEXT, ONEVISION, HfClass, strategy
+from model.exports.hf_native import native_clips, native_pixels
 from model.exports.media_facts import MediaFacts
 from model.files.untrusted import Json
 from model.media_spec import PLACEHOLDERS, AudioSpec, ImageSpec, MediaMeta, MediaSpec, NativeSpec, num_tokens, view_tokens
@@ -17,7 +17,7 @@ def processor_files(target: HfClass, spec: MediaSpec, facts: MediaFacts) -> dict
     if isinstance(spec, AudioSpec):
         return _hearing_files(spec, facts)
     own, image = _READERS[target.name](spec, facts)
-    whole = {"processor_class": target.name.replace("ForConditionalGeneration", "Processor"), **own}
+    whole = {"processor_class": processor_class(target), **own}
     files = {NESTED: {**whole, "image_processor": image}, FLAT: {**image, "processor_class": whole["processor_class"]}}
     if target in SEES_VIDEOS:
         files[VIDEO] = _frames(spec, facts, target)
@@ -25,12 +25,17 @@ def processor_files(target: HfClass, spec: MediaSpec, facts: MediaFacts) -> dict
     return files
 
 
+def processor_class(target: HfClass) -> str:
+    """Return the name of the processor's class."""
+    return target.name.replace("MoeFor", "For").replace("ForConditionalGeneration", "Processor")
+
+
 def named_tokens(target: HfClass, facts: MediaFacts) -> dict[str, str]:
     """Return the tokens that a processor looks up by name in its tokenizer."""
     video = {"video_token": PLACEHOLDERS["video"]}
     if target is ONEVISION:
         return {"image_token": facts.tokens["image"], **video}
-    if target.tower:
+    if target.native:
         return {"image_token": facts.tokens["image"], "video_token": facts.tokens["video"]}
     before, after = facts.around
     around = {"start_image_token": before, "end_image_token": after}
@@ -132,8 +137,8 @@ def _native(spec: ImageSpec, facts: MediaFacts) -> tuple[Json, Json]:
 
 
 def _frames(spec: ImageSpec, facts: MediaFacts, target: HfClass) -> Json:
-    if isinstance(spec, NativeSpec):
-        return {"video_processor_type": "Qwen2VLVideoProcessor", **native_pixels(spec, facts), **_normalising(spec)}
+    if isinstance(spec, NativeSpec) and target.native:
+        return {**native_clips(spec, facts, target.native), **_normalising(spec)}
     kind = target.name.removesuffix("ForConditionalGeneration") + "VideoProcessor"
     return {"video_processor_type": kind, "size": _square(spec), **_normalising(spec)}
 
@@ -167,8 +172,7 @@ _READERS = {
     NEXT.name: _next,
     ONEVISION.name: _onevision,
     INTERN_VL.name: _intern,
-    QWEN2_VL.name: _native,
-    QWEN2_5_VL.name: _native,
+    **{target.name: _native for target in NATIVE},
 }
-SEES_VIDEOS = (ONEVISION, INTERN_VL, QWEN2_VL, QWEN2_5_VL)
+SEES_VIDEOS = (ONEVISION, INTERN_VL, *NATIVE)
 """Classes whose processors have a reader of videos."""

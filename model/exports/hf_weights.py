@@ -12,6 +12,7 @@ from torch import Tensor
 from model.card import ModelCard
 from model.errors import ConfigError
 from model.exports.hf_classes import HfClass
+from model.exports.hf_native import lying_experts
 from model.files.tensor_files import SHARD_BYTES, Entry, LazyTensor, dump_json, in_memory, split_by_size, write_safetensors
 from model.llm.causal_lm import blocks
 from model.llm.quantized_linear import STORED, quantised
@@ -53,8 +54,8 @@ def weights(target: HfClass, card: ModelCard, model: MultimodalLM) -> dict[str, 
             found[f"{part}.{inner}"] = entry
         else:
             found[_renamed(inner, target.projector)] = entry
-    if target.tower:
-        return found
+    if target.native:
+        return lying_experts(found) if target.native.inside else found
     return _with_tower(found, card, model) if "image" in model.specs else _with_encoder(found)
 
 

@@ -11,6 +11,7 @@ from model.card import ModelCard
 from model.exports.hf_text import sizes_of
 from model.exports.hf_weights import model_entries, write_weights
 from model.files.tensor_files import dump_json
+from model.llm.multi_axis_rope import INTERLEAVED, SECTIONS
 from model.lora import is_adapter
 from model.multimodal import MultimodalLM
 from model.published.table import find_layout
@@ -38,14 +39,21 @@ def why_own_base(folder: Path, card: ModelCard, opened: str = "") -> str:
     return f"{card.model.llm.path} is more than a language model: {found[0].name}"
 
 
+def has_axes(card: ModelCard) -> bool:
+    """Tell whether the language model has positions of three axes."""
+    return bool(card.hugging_face["llm"].get(SECTIONS))
+
+
 def write_llm(model: MultimodalLM, folder: Path, card: ModelCard) -> None:
     """Write config.json, model*.safetensors and generation_config.json of the language model of `model`, without its adapters.
 
-    Matrices that are stored quantised are written dequantised, as the model computes with them.
+    Matrices that are stored quantised are written dequantised, as the model computes with them. Positions of three axes are equal
+    for text alone, and the class has one.
     """
     found = {name.removeprefix("llm."): entry for name, entry in model_entries(model) if name.startswith("llm.")}
     write_weights(folder, found)
     config, dtype, _ = sizes_of(card, model)
+    config = {key: value for key, value in config.items() if key not in (SECTIONS, INTERLEAVED)}
     (folder / "config.json").write_text(dump_json({**config, "dtype": dtype}))
     stops = {"eos_token_id": list(card.stop_ids), "pad_token_id": card.pad_id}
     (folder / "generation_config.json").write_text(dump_json(stops))

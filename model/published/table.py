@@ -14,8 +14,10 @@ from model.published import (
     original_llava,
     original_lora,
     transformers_audio,
+    transformers_idefics,
     transformers_internvl,
     transformers_llava,
+    transformers_pixtral,
     transformers_qwen_vl,
     vita,
     vita_audio,
@@ -24,10 +26,12 @@ from model.published.layout import Given, Layout, PartView, Published, Settings
 from model.published.refused import REFUSED
 
 LAYOUTS: tuple[Layout, ...] = (
+    *transformers_pixtral.LAYOUTS,
     *transformers_llava.LAYOUTS,
     *transformers_internvl.LAYOUTS,
     *transformers_audio.LAYOUTS,
     *transformers_qwen_vl.LAYOUTS,
+    *transformers_idefics.LAYOUTS,
     *original_lora.LAYOUTS,
     *original_llava.LAYOUTS,
     *original_internvl.LAYOUTS,

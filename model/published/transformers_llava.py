@@ -19,7 +19,7 @@ def tower_settings(source: Published) -> Settings:
     """Return the settings of [model.vision]: the layer that is read, and which of its rows."""
     whole: Any = source.whole
     check_pixels(source)
-    layer, strategy = whole.vision_feature_layer, whole.vision_feature_select_strategy
+    layer, strategy = whole.vision_feature_layer, getattr(whole, "vision_feature_select_strategy", "full")
     if not isinstance(layer, int):
         raise source.refused(f"vision_feature_layer = {layer} in config.json reads several layers, and one is read here")
     has_cls = whole.vision_config.model_type in HAS_CLS
@@ -36,16 +36,16 @@ def tower_settings(source: Published) -> Settings:
     }
 
 
-def mlp_settings(source: Published, newline: bool) -> Settings:
-    """Return the settings of [model.vision_projector]: two matrices with a GELU between them."""
+def mlp_settings(source: Published, newline: bool, token: str = "<image>", bias: bool = True) -> Settings:
+    """Return the settings of [model.vision_projector]: two matrices and a GELU between them. `token`: the usual one of features."""
     whole: Any = source.whole
     check_gelu(source)
-    if not getattr(whole, "multimodal_projector_bias", True):
+    if bias and not getattr(whole, "multimodal_projector_bias", True):
         raise source.refused("multimodal_projector_bias = false in config.json; the projector here has biases")
     return {
         "model.vision_projector.kind": Given("mlp2x_gelu"),
         "model.vision_projector.newline": Given(newline),
-        "model.vision.placeholder": feature_token(source, "image_token", "<image>"),
+        "model.vision.placeholder": feature_token(source, "image_token", token),
     }
 
 

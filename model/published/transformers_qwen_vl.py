@@ -70,8 +70,8 @@ def visual_part(source: Published) -> Json:
     return {**nested_config(source, "vision_config"), "model_type": whole.vision_config.model_type}
 
 
-def visual_settings(kind: str) -> Callable[[Published], Settings]:
-    """Return what follows from a model whose merger is of this kind."""
+def visual_settings(kind: str, stamps: tuple[str, ...]) -> Callable[[Published], Settings]:
+    """Return what follows from a model whose merger is of this kind, and which has these tokens around frames."""
 
     def read(source: Published) -> Settings:
         pixels = pixel_settings(source)
@@ -86,6 +86,7 @@ def visual_settings(kind: str) -> Callable[[Published], Settings]:
             "model.vision.scales": Given([]),
             "model.vision.placeholder": feature_token(source, "image_token", "<|image_pad|>"),
             "model.vision.video_placeholder": placeholder_setting(source, "video_token", "<|video_pad|>"),
+            "model.vision.video_stamps": Given(list(stamps)),
             "model.vision_projector.kind": Given(kind),
             "model.vision_projector.newline": Given(False),
             "data.image_fit": Given("native"),
@@ -123,7 +124,9 @@ def _layout(name: str, cls: str, kind: str, interleaved: bool = False) -> Layout
         "vision": PartView(VISION_NAMES, visual_part),
         "vision_projector": PartView(MERGER_NAMES),
     }
-    return Layout(f"{name} (transformers)", is_class(cls), parts, visual_settings(kind), reference=cls)
+    return Layout(
+        f"{name} (transformers)", is_class(cls), parts, visual_settings(kind, AROUND if interleaved else ()), reference=cls
+    )
 
 
 LAYOUTS = (

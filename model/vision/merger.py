@@ -10,8 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from model.vision.grid_projector import PixelShuffleMlp, PoolMlp
+
 MERGE = 2
 """Side, in patches, of the square that becomes one token."""
+MISTRAL_EPSILON = 1e-5
+"""Of the norm of Mistral 3's projector, which is that of its language models."""
 
 
 class PatchMerger(nn.Module):
@@ -33,6 +37,39 @@ class RmsPatchMerger(PatchMerger):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, nn.RMSNorm)
+
+
+class MistralMerger(nn.Module):
+    """Mistral 3's projector: features (1, P, C) -> (1, P / 4, out): a norm, a matrix that joins four patches, then two layers.
+
+    The matrix reads the four patches' first channels, then their second ones, and so on.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(in_features, eps=MISTRAL_EPSILON)
+        self.merging_layer = nn.Linear(in_features * MERGE**2, in_features, bias=False)
+        self.linear_1 = nn.Linear(in_features, out_features, bias=False)
+        self.linear_2 = nn.Linear(out_features, out_features, bias=False)
+
+    def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+        fours = self.norm(features).unflatten(1, (-1, MERGE**2)).transpose(2, 3).flatten(2)
+        found: Tensor = self.linear_2(nn.functional.gelu(self.linear_1(self.merging_layer(fours))))
+        return found
+
+
+class PackedShuffleMlp(PixelShuffleMlp):
+    """InternVL's `mlp1` on packed patches: features (1, P, C) -> (1, P / 4, out)."""
+
+    def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+        return nn.Sequential.forward(self, joined(features))
+
+
+class PackedPoolMlp(PoolMlp):
+    """The mean of a token's four patches, then `mlp2x_gelu`, on packed patches: features (1, P, C) -> (1, P / 4, out)."""
+
+    def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+        return nn.Sequential.forward(self, features.unflatten(1, (-1, MERGE**2)).mean(dim=2))
 
 
 class MergerLayers(nn.Module):
@@ -73,6 +110,12 @@ def joined(features: Tensor) -> Tensor:
     return features.unflatten(1, (-1, MERGE**2)).flatten(2)
 
 
-MERGERS: dict[str, Callable[[int, int], nn.Module]] = {"qwen2_vl_merger": PatchMerger, "qwen2_5_vl_merger": RmsPatchMerger}
+MERGERS: dict[str, Callable[[int, int], nn.Module]] = {
+    "qwen2_vl_merger": PatchMerger,
+    "qwen2_5_vl_merger": RmsPatchMerger,
+    "mistral3_merger": MistralMerger,
+}
 """Mergers of one level, by kind of projector."""
+PACKED_KINDS: dict[str, Callable[[int, int], nn.Module]] = {"pixel_shuffle_mlp": PackedShuffleMlp, "pool_mlp": PackedPoolMlp}
+"""Kinds of towers of one square that read packed patches too."""
 DEEP_MERGER = "qwen3_vl_merger"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import import_module
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -12,27 +11,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from model.batch import Patches
-from model.vision import segment_attention
-from model.vision.tower_kinds import TowerFamily
-
-
-class PatchTower(nn.Module):
-    """Interface of a tower on packed patches: values (P, 3, F, p, p) -> hidden states (1, P, C * levels)."""
-
-    width: int
-    """Numbers in one hidden state, C."""
-    levels: int = 1
-
-    def forward(self, values: Tensor, patches: Patches) -> Tensor:
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class NativeFamily(TowerFamily):
-    """The properties of one family of towers that read pictures at their own size."""
-
-    build: Callable[[PretrainedConfig], PatchTower] | None = None
-    depth: str = "num_hidden_layers"  # key of config.json with the number of blocks
+from model.errors import ConfigError
+from model.files.untrusted import Json
+from model.vision.naflex_tower import NAFLEX
+from model.vision.patch_tower import NativeFamily, PatchLinear, PatchTower, segmented_tower
+from model.vision.pixtral_tower import PIXTRAL
 
 
 class QwenTower(PatchTower):
@@ -41,13 +24,14 @@ class QwenTower(PatchTower):
     def __init__(self, whole: nn.Module, config: PretrainedConfig) -> None:
         super().__init__()
         self.patch_embed = whole.get_submodule("patch_embed")
+        self.patch_embed.proj = PatchLinear(cast(nn.Conv3d, self.patch_embed.get_submodule("proj")))
         if hasattr(whole, "pos_embed"):
             self.pos_embed = whole.get_submodule("pos_embed")
         self.blocks = cast(nn.ModuleList, whole.get_submodule("blocks"))
         self.width = self.patch_embed.get_parameter("proj.weight").shape[0]
         self.frames = config.temporal_patch_size
         self.whole_blocks = frozenset(getattr(config, "fullatt_block_indexes", range(len(self.blocks))))
-        self.kept_blocks = tuple(getattr(config, "deepstack_visual_indexes", ()))
+        self.kept_blocks = kept_blocks(tuple(getattr(config, "deepstack_visual_indexes", ())), len(self.blocks))
         self.levels = 1 + len(self.kept_blocks)
         self.head = self.width // config.num_heads
         self.theta = float((config.rope_parameters or {}).get("rope_theta", 10_000.0))
@@ -81,6 +65,20 @@ class QwenTower(PatchTower):
         return torch.cat([hidden, *kept], dim=-1) if kept else hidden
 
 
+def kept_blocks(indexes: tuple[int, ...], num_blocks: int) -> tuple[int, ...]:
+    """Return the blocks whose features go to early layers of the language model. Raises `ConfigError` for those that cannot."""
+    if any(second <= first for first, second in pairwise((-1, *indexes))):
+        raise ConfigError(
+            f"model.vision: deepstack_visual_indexes = {list(indexes)} in config.json are not ascending block numbers"
+        )
+    if indexes and indexes[-1] >= num_blocks:
+        raise ConfigError(
+            f"model.vision.layer leaves {num_blocks} blocks of the tower, and block {indexes[-1]} (deepstack_visual_indexes in "
+            "config.json) gives features to an early layer of the language model: set model.vision.layer = -1"
+        )
+    return indexes
+
+
 def regrouped(rows: Tensor, order: Tensor, group: int) -> Tensor:
     """Return rows (P, C) with their groups of `group` rows in the order (G,)."""
     return rows.unflatten(0, (-1, group)).index_select(0, order).flatten(0, 1)
@@ -95,19 +93,37 @@ def axial_angles(positions: Tensor, head: int, theta: float) -> Tensor:
 
 
 def qwen_tower(module: str, name: str) -> Callable[[PretrainedConfig], PatchTower]:
-    """Return how to build a tower of Qwen from transformers' class `name`, imported when one is built."""
+    """Return how to build a tower of Qwen from transformers' class `name`."""
+    return lambda config: QwenTower(segmented_tower(module, name, config), config)
 
-    def build(config: PretrainedConfig) -> PatchTower:
-        segment_attention.register_segments()
-        whole = getattr(import_module(f"transformers.models.{module}"), name)._from_config(config, attn_implementation="sdpa")
-        whole.config._attn_implementation = segment_attention.NAME  # the blocks' own, which they read in every forward
-        return QwenTower(whole, config)
 
-    return build
+def qwen_facts(value: PretrainedConfig, processor: Json, videos: Json) -> Json:
+    """Return the range of pixels, windows, and how videos are read."""
+    size = processor.get("size") or {}
+    return {
+        "resize": "qwen",
+        "frames": getattr(value, "temporal_patch_size", 1),
+        "min_pixels": processor.get("min_pixels") or size.get("shortest_edge", 56 * 56),
+        "max_pixels": processor.get("max_pixels") or size.get("longest_edge", 28 * 28 * 1280),
+        "window": getattr(value, "window_size", 0),
+        "table": int(getattr(value, "num_position_embeddings", 0) ** 0.5),
+        "ticks": float(getattr(value, "tokens_per_second", 0)),
+        "video_pixels": _pixel_range(videos),
+        "video_shared": "Qwen3" in videos.get("video_processor_type", ""),
+        "video_tokens": videos.get("max_video_tokens", 128_000) if videos.get("cap_pixels_per_frame") else 0,
+    }
+
+
+def _pixel_range(processor: Json) -> tuple[int, ...]:
+    """Return the least and the most pixels that a processor's settings name; () without."""
+    size = processor.get("size") or {}
+    least = processor.get("min_pixels") or size.get("shortest_edge")
+    most = processor.get("max_pixels") or size.get("longest_edge")
+    return (least, most) if least and most else ()
 
 
 def _qwen(module: str, name: str, positions: str = "") -> NativeFamily:
-    return NativeFamily(positions, 0, {}, build=qwen_tower(module, name), depth="depth")
+    return NativeFamily(positions, 0, {}, build=qwen_tower(module, name), facts=qwen_facts, depth="depth")
 
 
 NATIVE_TOWERS: dict[str, NativeFamily] = {
@@ -115,5 +131,7 @@ NATIVE_TOWERS: dict[str, NativeFamily] = {
     "qwen2_5_vl_vision": _qwen("qwen2_5_vl.modeling_qwen2_5_vl", "Qwen2_5_VisionTransformerPretrainedModel"),
     "qwen3_vl_vision": _qwen("qwen3_vl.modeling_qwen3_vl", "Qwen3VLVisionModel", "pos_embed.weight"),
     "qwen3_vl_moe_vision": _qwen("qwen3_vl_moe.modeling_qwen3_vl_moe", "Qwen3VLMoeVisionModel", "pos_embed.weight"),
+    "siglip2_vision_model": NAFLEX,
+    "pixtral": PIXTRAL,
 }
 """Supported towers of variable size by model_type."""

@@ -76,6 +76,14 @@ def check_native_options(config: VisionConfig, kind: str) -> None:
             raise ConfigError(
                 f"model.vision.{key} = {value!r} has no effect: {kind} reads pictures at their own size; remove the line"
             )
+    if len(config.line_ends) not in (0, 2):
+        raise ConfigError(f"model.vision.line_ends = {list(config.line_ends)} is not a pair: behind a line, behind the last one")
+    if config.line_ends and config.video_stamps:
+        raise ConfigError("model.vision.line_ends and video_stamps are of two families, which write one or the other: remove one")
+    if len(config.video_stamps) not in (0, 2):
+        raise ConfigError(
+            f"model.vision.video_stamps = {list(config.video_stamps)} is not a pair: before and behind each pair of frames"
+        )
 
 
 def native_spec(config: VisionConfig, value: PretrainedConfig, processor: Json, videos: Json) -> NativeSpec:
@@ -83,41 +91,39 @@ def native_spec(config: VisionConfig, value: PretrainedConfig, processor: Json, 
 
     `videos`: settings of the processor of videos, {} where that of pictures reads them too.
     """
+    kind = NATIVE_TOWERS[value.model_type]
     check_native_options(config, value.model_type)
-    size = processor.get("size") or {}
+    check_processor(config.path, processor, kind)
     patch = square_side(processor.get("patch_size", value.patch_size), SETTING, "patch_size")
     if patch != square_side(value.patch_size, SETTING, "patch_size"):
         raise ConfigError(f"{SETTING} = {config.path!r}: its image processor cuts patches of {patch} pixels, its tower has others")
     multiple = processor.get("merge_size", getattr(value, "spatial_merge_size", 1))
-    table = getattr(value, "num_position_embeddings", 0)
-    return NativeSpec(
-        size=patch * multiple,
-        patch=patch,
-        num_prefix=0,
-        select="patch",
-        resize="qwen",
-        mean=tuple(processor["image_mean"]),
-        std=tuple(processor["image_std"]),
-        resample=processor.get("resample", 3),
-        rescale=processor.get("rescale_factor", 1 / 255),
-        placeholder=config.placeholder or PLACEHOLDERS["image"],
-        frames=getattr(value, "temporal_patch_size", 1),
-        multiple=multiple,
-        min_pixels=processor.get("min_pixels") or size.get("shortest_edge", 56 * 56),
-        max_pixels=processor.get("max_pixels") or size.get("longest_edge", 28 * 28 * 1280),
-        window=getattr(value, "window_size", 0),
-        table=int(table**0.5),
-        video_placeholder=config.video_placeholder,
-        ticks=float(getattr(value, "tokens_per_second", 0)),
-        video_pixels=_range(videos),
-        video_shared="Qwen3" in videos.get("video_processor_type", ""),
-        video_tokens=videos.get("max_video_tokens", 128_000) if videos.get("cap_pixels_per_frame") else 0,
-    )
+    common: Json = {
+        "size": patch * multiple,
+        "patch": patch,
+        "num_prefix": 0,
+        "select": "patch",
+        "mean": tuple(processor["image_mean"]),
+        "std": tuple(processor["image_std"]),
+        "resample": processor.get("resample", 3),
+        "rescale": processor.get("rescale_factor", 1 / 255),
+        "placeholder": config.placeholder or PLACEHOLDERS["image"],
+        "multiple": multiple,
+        "video_placeholder": config.video_placeholder,
+        "video_stamps": config.video_stamps,
+        "line_ends": config.line_ends,
+    }
+    return NativeSpec(**{**common, **kind.facts(value, processor, videos)})
 
 
-def _range(processor: Json) -> tuple[int, ...]:
-    """Return the least and the most pixels that a processor's settings name; () without."""
-    size = processor.get("size") or {}
-    least = processor.get("min_pixels") or size.get("shortest_edge")
-    most = processor.get("max_pixels") or size.get("longest_edge")
-    return (least, most) if least and most else ()
+def check_processor(path: str, processor: Json, kind: NativeFamily) -> None:
+    """Refuse an image processor whose sizes or pixels are not those that the tower is given here."""
+    name = str(processor.get("image_processor_type", "")).removesuffix("Pil").removesuffix("Fast")
+    if name and kind.processors and name not in kind.processors:
+        raise ConfigError(f"{SETTING} = {path!r}: image processor {name!r} is not {' | '.join(kind.processors)}")
+    for key in ("do_resize", "do_rescale", "do_normalize"):
+        if processor.get(key) is False:
+            raise ConfigError(
+                f"{SETTING} = {path!r}: {key} = false among its image processor's settings; here pictures are resized, rescaled "
+                "and normalised"
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,19 +14,30 @@ from model.config import VisionProjectorConfig
 from model.errors import ConfigError
 from model.media_spec import ImageSpec, NativeSpec
 from model.projector import POINTWISE, build_projector, is_pointwise, set_spread
-from model.vision.grid_projector import SHRINK, ConvMlp, PixelShuffleMlp, PixelShuffleV1Mlp, PoolMlp, ShuffledMlp
-from model.vision.merger import DEEP_MERGER, MERGE, MERGERS, DeepMerger
+from model.vision.grid_projector import (
+    SHRINK,
+    ConvMlp,
+    PixelShuffleMlp,
+    PixelShuffleV1Mlp,
+    PoolMlp,
+    ShuffledLinear,
+    ShuffledMlp,
+)
+from model.vision.merger import DEEP_MERGER, MERGE, MERGERS, PACKED_KINDS, DeepMerger
 from model.vision.resampler import QUERIES, Resampler
 
 SETTING = "model.vision_projector"
 
 
+SHUFFLES = {f"pixel_shuffle{side}_linear": side for side in (2, 3, 4)}
+"""Kinds that join squares of this side, in patches, by one matrix."""
 GRID_KINDS: dict[str, Callable[[int, int], nn.Module]] = {
     "pixel_shuffle_mlp": PixelShuffleMlp,
     "pixel_shuffle_v1_mlp": PixelShuffleV1Mlp,
     "pool_mlp": PoolMlp,
     "conv_mlp": ConvMlp,
     "vita_mlp": ShuffledMlp,
+    **{kind: partial(ShuffledLinear, side=side) for kind, side in SHUFFLES.items()},
 }
 """Kinds that make one token of a square of patches."""
 
@@ -38,17 +50,24 @@ NATIVE_KINDS = (*MERGERS, DEEP_MERGER)
 VISION_KINDS = f"{POINTWISE} | {' | '.join(map(repr, (*GRID_KINDS, *NATIVE_KINDS)))} | {RESAMPLER!r}"
 
 
-def build_vision_projector(config: VisionProjectorConfig, in_features: int, out_features: int, levels: int = 1) -> nn.Module:
+def build_vision_projector(
+    config: VisionProjectorConfig, in_features: int, out_features: int, levels: int = 1, *, packed: bool = False
+) -> nn.Module:
     """Build the projector of a tower's patches. With a line break it has `image_newline` (out,), initialised as in LLaVA-NeXT.
 
-    `levels`: hidden states that stand side by side in the features. Raises `ConfigError` for a kind that reads only one of several.
+    `levels`: hidden states that stand side by side in the features; `packed`: patches are those of pictures of any shape.
+    Raises `ConfigError` for a kind that reads only one of several hidden states.
     """
     if (levels > 1) != (config.kind == DEEP_MERGER):
         raise ConfigError(
             f"{SETTING}.kind = {config.kind!r} with a tower that gives {levels} hidden states per patch: {DEEP_MERGER!r} reads "
             "several, every other kind one"
         )
-    module = DeepMerger(in_features, out_features, levels) if levels > 1 else _vision_layers(config, in_features, out_features)
+    if levels > 1:
+        return DeepMerger(in_features, out_features, levels)
+    if packed and (build := PACKED_KINDS.get(config.kind)) is not None:
+        return build(in_features, out_features)
+    module = _vision_layers(config, in_features, out_features)
     if config.newline:
         module.image_newline = nn.Parameter(torch.empty(out_features))
         set_spread(module, "image_newline", out_features**-0.5)
@@ -77,25 +96,27 @@ def projected_spec(spec: ImageSpec, projector: VisionProjectorConfig) -> ImageSp
         return dataclasses.replace(spec, queries=projector.queries or QUERIES)
     if projector.kind not in GRID_KINDS:
         return spec
-    grid = spec.size // spec.patch
+    grid, side = spec.size // spec.patch, SHUFFLES.get(projector.kind, SHRINK)
     if spec.select != "patch":
         raise ConfigError(f"{SETTING}.kind = {projector.kind!r} takes patches alone: set model.vision.select = 'patch'")
-    if grid % SHRINK:
+    if grid % side:
         raise ConfigError(
-            f"{SETTING}.kind = {projector.kind!r} makes one token of {SHRINK} x {SHRINK} patches, but a view has "
-            f"{grid} x {grid}: choose a model.vision.image_size that is a multiple of {SHRINK * spec.patch}, or another kind"
+            f"{SETTING}.kind = {projector.kind!r} makes one token of {side} x {side} patches, but a view has "
+            f"{grid} x {grid}: choose a model.vision.image_size that is a multiple of {side * spec.patch}, or another kind"
         )
-    return dataclasses.replace(spec, shrink=SHRINK)
+    return dataclasses.replace(spec, shrink=side)
 
 
 def _native_spec(spec: NativeSpec, projector: VisionProjectorConfig) -> NativeSpec:
     """Return the spec of a tower of variable size with the projector's effect. Raises `ConfigError` for kinds that do not fit."""
-    if projector.newline or (projector.kind not in NATIVE_KINDS and not is_pointwise(projector.kind)):
+    joining = (*NATIVE_KINDS, *PACKED_KINDS)
+    if projector.newline or (projector.kind not in joining and not is_pointwise(projector.kind)):
         given = f"kind = {projector.kind!r}, newline = {str(projector.newline).lower()}"
         raise ConfigError(
             f"{SETTING}: {given} does not fit a tower that reads pictures at their own size: use {POINTWISE} or "
-            f"{' | '.join(map(repr, NATIVE_KINDS))}, without newline"
+            f"{' | '.join(map(repr, joining))}, without newline"
         )
-    if projector.kind not in NATIVE_KINDS:
+    if projector.kind not in joining:
         return spec
-    return dataclasses.replace(spec, shrink=MERGE, multiple=math.lcm(spec.multiple, MERGE))
+    multiple = math.lcm(spec.multiple, MERGE)
+    return dataclasses.replace(spec, shrink=MERGE, multiple=multiple, size=spec.patch * multiple)

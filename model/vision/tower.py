@@ -31,6 +31,8 @@ RESIZE = {
     "LlavaImageProcessor": "shortest_edge",
     "LlavaNextImageProcessor": "shortest_edge",
     "LlavaOnevisionImageProcessor": "exact",
+    "Idefics3ImageProcessor": "exact",
+    "SmolVLMImageProcessor": "exact",
 }
 """Resize mode by image processor class, without `Fast` or `Pil`; `shortest_edge` resizes to the side of the processor's crop."""
 
@@ -45,7 +47,7 @@ def vision_config(config: VisionConfig, cache_dir: str = "") -> Json:
         raise ConfigError(f"{SETTING} = {config.path!r}: config.json names no model_type for the vision tower")
     if value["model_type"] in NATIVE_TOWERS:
         return value
-    return transformers_config(f"{SETTING} = {config.path!r}", value)
+    return transformers_config(f"{SETTING} = {config.path!r}", value, NATIVE_TOWERS)
 
 
 def vision_spec(config: VisionConfig, cache_dir: str = "") -> ImageSpec:
@@ -54,6 +56,7 @@ def vision_spec(config: VisionConfig, cache_dir: str = "") -> ImageSpec:
     processor = image_processor_config(config.path, cache_dir)
     if value.model_type in NATIVE_TOWERS:
         return native_spec(config, value, processor, video_processor_config(config.path, cache_dir))
+    check_square_options(config, value.model_type)
     kind = str(processor.get("image_processor_type", processor.get("feature_extractor_type", "CLIPImageProcessor")))
     resize = RESIZE.get(kind.removesuffix("Pil").removesuffix("Fast"))
     if resize is None:
@@ -75,6 +78,15 @@ def vision_spec(config: VisionConfig, cache_dir: str = "") -> ImageSpec:
         rescale=processor.get("rescale_factor", 1 / 255),
         placeholder=config.placeholder or PLACEHOLDERS["image"],
     )
+
+
+def check_square_options(config: VisionConfig, kind: str) -> None:
+    """Refuse settings of [model.vision] that only towers of variable size have."""
+    for key in ("video_placeholder", "video_stamps", "line_ends"):
+        if given := getattr(config, key):
+            raise ConfigError(
+                f"model.vision.{key} = {given!r} has no effect: {kind} does not read pictures at their own size; remove the line"
+            )
 
 
 def view_sizes(config: VisionConfig, value: PretrainedConfig) -> tuple[int, ...]:
@@ -133,11 +145,18 @@ class VisionTower(Encoder):
         self.num_blocks = num_blocks(config.layer, found.num_hidden_layers), found.num_hidden_layers  # built, all
         found.num_hidden_layers = self.num_blocks[0]
         self.kind = TOWERS[found.model_type]
+        if self.kind.final_norm and self.num_blocks[0] != self.num_blocks[1]:
+            raise ConfigError(
+                f"model.vision.layer = {config.layer}: {found.model_type} is read behind the norm of its last block: set it to -1"
+            )
         self.num_prefix = num_prefix(found) if config.select == "patch" else 0
         self.hidden_size = found.hidden_size * len(self.sizes)
         grid = self.sizes[0] // square_side(found.patch_size, SETTING, "patch_size")
         self.blank_length = grid**2 + num_prefix(found) - self.num_prefix  # rows of one view
-        self.tower = remove_unused_layers(AutoModel.from_config(found, dtype=torch.float32, attn_implementation="sdpa"))
+        if self.kind.built_as:
+            found = hugging_face_config(SETTING, self.kind.built_as(found))
+        built = AutoModel.from_config(found, dtype=torch.float32, attn_implementation="sdpa")
+        self.tower = remove_unused_layers(built, self.kind)
 
     @property
     def positions(self) -> nn.Parameter:

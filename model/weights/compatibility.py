@@ -59,7 +59,8 @@ def _same_layer(one: ModelCard, other: ModelCard) -> bool:
     """Tell whether two cards read the same layer: layers may be counted from either end."""
     config = hugging_face_config("model.vision.path", one.hugging_face["vision"])
     layers = {card.model.vision.layer for card in (one, other) if card.model.vision is not None}
-    return len({num_blocks(layer, config.num_hidden_layers) for layer in layers}) == 1
+    total = getattr(config, "num_hidden_layers", 0) or config.depth  # Qwen-VL's towers say depth
+    return len({num_blocks(layer, total) for layer in layers}) == 1
 
 
 LORA_SHAPE = ("rank", "alpha", "rslora", "targets")

@@ -82,7 +82,7 @@ PUBLISHED: dict[str, Numbers] = {
     "vita_progressive/duplex": Numbers({"audio_projector": ("prompts", 1e-4), "state_head": ("full", 1e-4)}, 128, 6200, **VITA),
 }
 """Numbers of the scripts that the recipes name, but where a recipe's head says that they are its own."""
-OWN = {"one_gpu_lora", "one_gpu_3b_24gb", "full_72b_64gpus"}
+OWN = {"one_gpu_lora", "one_gpu_3b_24gb", "full_72b_64gpus", "qwen2_5_vl_3b_lora"}
 LORA = {"trainllava_lora": (32, 8, 0.05, 4), "llava15_lora": (128, 256, 0.05, 0), "llava15_task_lora": (128, 256, 0.05, 0)}
 LORA["llava15_task_qlora"] = (64, 16, 0.05, 0)
 LORA["llava15_dpo"] = (64, 16, 0.0, 0)

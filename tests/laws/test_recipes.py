@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from data.text.tokenizer import save_tokenizer
+from tests.support.published.native import NATIVE_MAKERS
 from tests.support.ranks import run_ranks
 from tests.support.router import save_mixture
 from tests.support.runs import Start, merged
@@ -38,6 +39,7 @@ KINDS = {
     "questions_by_voice": ("image", "audio"),
     "text": ("",),
     "negative": ("audio",),
+    "mixed": ("image", "video", ""),
     "duplex": ("audio",),
 }
 """Media of a source's records in turn, by the name of its file; of any other file pictures and text."""
@@ -114,6 +116,8 @@ def source(tiny: Path, of: dict[str, Any]) -> dict[str, Any]:
 def shrunk(tables: dict[str, Any], tiny: Path) -> dict[str, Any]:
     """The tables of a recipe, or of one of its stages, with the paths of tiny parts and data; every other number as it is."""
     model, data = dict(tables.get("model", {})), dict(tables.get("data", {}))
+    if "Qwen2.5-VL" in model.get("init_from", ""):
+        return {**tables, "model": {**model, "init_from": tiny_native(tiny)}, "data": small_data(data, tiny)}
     if published := model.pop("init_from", ""):
         model["llm"] = {"path": published, **model["llm"]}
         model["vision"] = {"path": "", **model["vision"]}
@@ -124,12 +128,23 @@ def shrunk(tables: dict[str, Any], tiny: Path) -> dict[str, Any]:
             model[part] = {**model[part], "path": place(tiny, model[part]["path"])}
     if "vision_projector" in model:
         model["vision_projector"] = {key: value for key, value in model["vision_projector"].items() if key != "path"}
-    for key in ("sources", "validation"):
-        if key in data:
-            data[key] = [source(tiny, one) for one in data[key]]
-    if "image_grid" in data:  # pixels of a tower of 336 become those of one of 16
-        data["image_grid"] = [size if isinstance(size, str) else [side // 336 * 16 for side in size] for size in data["image_grid"]]
+    data = small_data(data, tiny)
     return {**tables, **{key: value for key, value in (("model", model), ("data", data)) if value}}
+
+
+def small_data(data: dict[str, Any], tiny: Path) -> dict[str, Any]:
+    """The [data] of a recipe with tiny records."""
+    found = {**data, **{key: [source(tiny, one) for one in data[key]] for key in ("sources", "validation") if key in data}}
+    if sizes := data.get("image_grid"):  # pixels of a tower of 336 become those of one of 16
+        found["image_grid"] = [size if isinstance(size, str) else [side // 336 * 16 for side in size] for size in sizes]
+    return found
+
+
+def tiny_native(tiny: Path) -> str:
+    """The folder of a tiny published model that reads pictures at their own size."""
+    if not (folder := tiny / "native").exists():
+        NATIVE_MAKERS["qwen2_5_vl"].write(folder, True)
+    return str(folder)
 
 
 def tables_of(name: str, tiny: Path, output_dir: Path) -> dict[str, Any]:

@@ -215,7 +215,6 @@ def test_sizes_that_cannot_be_are_named(tmp_path: Path, settings: dict[str, Any]
 def test_towers_that_are_not_supported_are_refused_by_name(tmp_path: Path) -> None:
     folder = save_tower(tmp_path)
     for value, expected in (
-        ({"model_type": "siglip2", "vision_config": {"model_type": "siglip2_vision_model"}}, "naflex"),
         ({"model_type": "vit"}, "'vit' is not clip_vision_model | siglip"),
         ({"model_type": "clip_vision_model", "image_size": [16, 32]}, "image_size = .* is no square"),
     ):

@@ -220,7 +220,7 @@ def test_chosen_answers_that_fall_throughout_are_told_with_their_samples(tmp_pat
 @pytest.mark.long
 @pytest.mark.parametrize("changes", [{"quantize": {"bits": 4}}, {"model": {"dtype": "bfloat16"}}, {"lora": {"dropout": 0.3}}])
 def test_adapters_are_switched_off_over_any_base(parts: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    """Few bits, or a narrower type: as new adapters have no effect, the first loss is log 2 unless their dropout draws."""
+    """Few bits, or a narrower type: as new adapters have no effect, dropped out or not, the first loss is log 2."""
     source = {"path": str(parts / "texts.json")}
     data = {"packing": True, "max_length": 256, "sources": [source], "validation": []}
     batch = {"micro_batch_tokens": 256, "micro_batch_size": None}

@@ -46,7 +46,7 @@ def start_observed(
 
         return call
 
-    for name in ("__init__", "mark", "at"):  # this process is the run's own
+    for name in ("__init__", "mark", "begin"):  # this process is the run's own
         setattr(PhaseTracker, name, observed(getattr(PhaseTracker, name)))
     fsync = os.fsync
     os.fsync = lambda descriptor: (visit(FSYNC), fsync(descriptor))[1]  # type: ignore[assignment,func-returns-value]

@@ -14,7 +14,7 @@ from PIL import Image
 from data.order.packing import deal_packed
 from data.order.sampler import deal
 from data.preference.collate import collate_answers, collate_answers_packed
-from data.preference.sample import SampleAnswer, PreferenceSample, Role
+from data.preference.sample import PreferenceSample, Role, SampleAnswer
 from data.sample import SampleMedia
 from model.batch import IGNORE_INDEX, Batch
 from model.build import assemble

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.profiler import ProfilerActivity, profile
 
 from data.collate import collate, collate_packed
 from data.sample import Sample, SampleMedia
@@ -24,6 +22,7 @@ from model.llm.causal_lm import VocabularyLayout
 from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
+from tests.support.peak import bytes_of, forward_backward, measured_peak
 from tests.support.ranks import run_ranks
 from tests.support.router import save_mixture
 from tests.support.runs import start, tables
@@ -31,7 +30,7 @@ from tests.support.tiny import save_llm, save_tower
 from tools import plan
 from trainer.config import BatchConfig, OptimConfig, ParallelConfig
 from trainer.distributed.blocks import checkpoint_activations
-from trainer.distributed.parallelize import gradient_sync, is_sharded, replicate
+from trainer.distributed.parallelize import is_sharded, replicate
 from trainer.distributed.shards import shard
 from trainer.distributed.world import World
 from trainer.machine import memory_info
@@ -91,16 +90,6 @@ def built(card: ModelCard, config: ParallelConfig, world: World) -> tuple[Multim
     materialise(model, weight_layers(card, model, 7), frozen_dtype=model.dtype, device=world.device)
     model.train()
     return model, model if sharded else replicate(model, world)
-
-
-def forward_backward(wrapped: torch.nn.Module, batch: Batch) -> None:
-    with gradient_sync(wrapped, last=True):
-        torch.stack([term.sum for term in wrapped(batch).values()]).sum().backward()
-
-
-def bytes_of(tensors: Any) -> int:
-    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-    return sum(t.numel() * t.itemsize for t in local)
 
 
 HELD: dict[str, tuple[Tunes, Any, str, Any]] = {
@@ -164,31 +153,6 @@ def test_codes_of_a_quantised_model_count_as_they_are_stored(folder: Path) -> No
     planned = {h.part: (h.weights, h.buffers) for h in holdings(on_meta(card, ParallelConfig(), computes=False), card, 1)}
     found = {part: model.get_submodule(part) for part in card.model.parts()}
     assert planned == {part: (bytes_of(module.parameters()), bytes_of(module.buffers())) for part, module in found.items()}
-
-
-def measured_peak(model: torch.nn.Module, batch: Batch, trace: Path) -> int:
-    """Bytes that the allocator of the CPU held at most in a forward and backward, above what was there: gradients were."""
-    forward_backward(model, batch)
-    with profile(profile_memory=True, activities=[ProfilerActivity.CPU]) as seen:
-        forward_backward(model, batch)
-    seen.export_chrome_trace(str(trace))
-    events = sorted((e for e in json.loads(trace.read_text())["traceEvents"] if "ts" in e), key=lambda e: e["ts"])
-    products = [(e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] in ("aten::mm", "aten::addmm") and "dur" in e]
-    memory = [(e["ts"], e["args"]["Addr"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]"]
-    return int(np.cumsum([size for _, _, size in without_scratch(memory, products)]).max())
-
-
-def without_scratch(memory: list[tuple[float, int, int]], products: list[tuple[float, float]]) -> list[tuple[float, int, int]]:
-    """Leave out what a matrix product allocates and frees while it runs: rows that oneDNN repacks for the CPU, and no GPU does."""
-    kept = []
-    for event in memory:
-        at, address, size = event
-        running = next(((start, stop) for start, stop in products if start <= at <= stop), None)
-        if running and size < 0 and kept and kept[-1][1:] == (address, -size) and kept[-1][0] >= running[0]:
-            kept.pop()
-        else:
-            kept.append(event)
-    return kept
 
 
 ACTIVATIONS: dict[str, tuple[dict[str, Any], str, bool]] = {

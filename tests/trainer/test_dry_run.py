@@ -9,11 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
+from transformers import AutoConfig
 
+from model.build import assemble
+from model.card import make_card
+from model.config import LoraConfig
+from model.llm.causal_lm import VocabularyLayout
+from tests.support.published.asking import run_from
+from tests.support.published.native import NATIVE_MAKERS
 from tests.support.runs import merged, save_parts
 from tests.support.tiny_audio import save_whisper
 from trainer.main import main
 from trainer.runfile.toml_files import to_toml
+from trainer.trial.published_shapes import CONFIGS, published_shape
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +116,38 @@ def test_data_that_are_there_are_read_and_a_failure_is_told(
     said = capsys.readouterr().out
     assert "failed" in said and "made up   records" not in said and "trained" not in said
     shutil.rmtree(tmp_path / "images")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", NATIVE_MAKERS)
+def test_a_model_of_pictures_at_their_own_size_is_tried(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    NATIVE_MAKERS[name].write(tmp_path / "published", False)
+    source = {"path": "clips.json", "media_root": {"image": "pictures", "video": "films"}}
+    run = {
+        "output_dir": str(tmp_path / "run"),
+        "model": {"init_from": str(tmp_path / "published"), "llm": {"tune": "full"}},
+        "data": {"max_length": 512, "sources": [source]},
+        "batch": {"global_batch_size": 8},
+    }
+    code = dry_run(tmp_path, run)
+    said, wrong = capsys.readouterr()
+    assert code == 0 and "image and video: data.sources path 'clips.json'" in said, said + wrong
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "-VL-" in name])
+def test_built_in_shapes_of_qwen_vl_have_their_parameters(tmp_path: Path, name: str) -> None:
+    for file, value in (published_shape(name) or {}).items():
+        (tmp_path / file).write_text(json.dumps(value))
+    config = AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        theirs = getattr(transformers, config.architectures[0])(config)
+    parts = run_from(tmp_path, tmp_path / "run", model={"init_from": str(tmp_path), "llm": {"tune": "full"}}).model
+    card = make_card(parts, LoraConfig(), VocabularyLayout())
+    assert num_parameters(assemble(card, torch.float32)) == num_parameters(theirs)
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers import AddedToken, PreTrainedTokenizerFast
 
+from data.config import DataConfig
 from data.media.pixel_budget import rule_of
 from data.media.tiling import grids
 from data.processor import Processor, load_processor
@@ -51,7 +52,8 @@ def to_hf(task: ExportTask) -> Exported:
         f"M.from_pretrained({task.literal()}); P.from_pretrained({task.literal()})"
     )
     what = f"a whole model for transformers' {target.name}, adapters merged"
-    return Exported(line, what, "transformers", pipeline_of(target), (*class_differences(target, card), *prompt_notes(processor)))
+    notes = (*class_differences(target, card), *budget_differences(processor.config), *prompt_notes(processor))
+    return Exported(line, what, "transformers", pipeline_of(target), notes)
 
 
 def pipeline_of(target: HfClass) -> str:
@@ -69,6 +71,13 @@ def class_differences(target: HfClass, card: ModelCard) -> Iterator[str]:
         yield "AutoProcessor of this class needs torchvision, for videos"
     if target is QWEN2_AUDIO:
         yield "clips longer than the encoder's window: training split them, this class cuts them off"
+
+
+def budget_differences(config: DataConfig) -> Iterator[str]:
+    """Yield the budgets of pixels that no processor of transformers has."""
+    for key, of in (("record_max_pixels", "all pictures of a conversation"), ("video_max_pixels", "all frames of a video")):
+        if value := getattr(config, key):
+            yield f"{of}: training gave them data.{key} = {value} together, this class's processor sizes each by itself"
 
 
 def facts_of(processor: Processor) -> MediaFacts:

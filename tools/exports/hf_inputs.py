@@ -18,7 +18,7 @@ from data.media.sound import read_audio
 from data.processor import Processor
 from model.batch import Batch
 from model.exports.hf_classes import HfClass
-from model.exports.hf_processors import NESTED, VIDEO
+from model.exports.hf_processors import NESTED, VIDEO, processor_class
 from model.files.untrusted import Json, load_json
 from model.media_spec import AudioSpec, ImageSpec, NativeSpec, image_spec
 from model.vision.normalise import normalised
@@ -45,7 +45,7 @@ def open_processor(folder: Path, target: HfClass) -> Any:
         reader.image_processor = image
         return reader
     settings = {key: value for key, value in load_json(folder / NESTED).items() if key not in PARTS}
-    kind = _without_videos(getattr(transformers, target.name.replace("ForConditionalGeneration", "Processor")))
+    kind = _without_videos(getattr(transformers, processor_class(target)))
     return kind(image_processor=image, tokenizer=tokenizer, chat_template=tokenizer.chat_template, **settings)
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.processor import Processor, load_processor
 from data.text.tokenizer import save_tokenizer
-from model.exports.llm_folder import write_llm
+from model.exports.llm_folder import has_axes, write_llm
 from model.load import load_model
 from model.multimodal import MultimodalLM
 from tools.exports.proofs import check_close, in_float32
@@ -28,12 +28,16 @@ def to_llm(task: ExportTask) -> Exported:
     difference = prove_llm(task.folder, model, processor)
     print(f"reopened with transformers: ids equal, logits within {difference:.1e} of the largest")
     parts = [part for part in task.card.model.parts() if part != "llm"]
-    notes = (f"left out: {', '.join(parts)}; this is the language model alone, for text",) if parts else ()
+    notes = [f"left out: {', '.join(parts)}; this is the language model alone, for text"] if parts else []
+    if has_axes(task.card):
+        notes.append(
+            "positions of three axes (time, row and column) became one: they are equal for text, and this class has no others"
+        )
     line = python_line(
         "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
         f"M.from_pretrained({task.literal()}); T.from_pretrained({task.literal()})"
     )
-    return Exported(line, "the language model alone, adapters merged", "transformers", "text-generation", notes)
+    return Exported(line, "the language model alone, adapters merged", "transformers", "text-generation", tuple(notes))
 
 
 def prove_llm(folder: Path, model: MultimodalLM, processor: Processor) -> float:

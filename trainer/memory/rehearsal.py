@@ -189,7 +189,10 @@ def describe_batch(batch: Batch) -> str:
     count = sum(i >= 0 for i in batch.sample_ids.tolist())
     rows, width = batch.input_ids.shape
     tokens = f"{width:,} packed tokens" if batch.segment_lengths is not None else f"{rows} x {width:,} tokens"
-    media = [f"{len(found.values):,} {name} rows for {len(found.slots):,} of them" for name, found in batch.media.items()]
+    media = [
+        f"{len(found.values):,} {name} {'rows' if found.patches is None else 'patches'} for {len(found.slots):,} of them"
+        for name, found in batch.media.items()
+    ]
     return ", ".join([f"{count} sample{'s' * (count != 1)}", tokens, *media])
 
 

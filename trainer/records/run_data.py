@@ -32,6 +32,7 @@ from trainer.records import freeze_lengths
 from trainer.records.feeding import UnfedError, check_fed, inherited_modalities, refused_records
 from trainer.records.quarantine import TRAIN, VALIDATION, read_excluded
 from trainer.records.vocabulary import check_surplus, num_base_rows, plan_vocabulary
+from trainer.runfile.part_checks import check_fit
 from trainer.runfile.stages import Stage
 
 log = logging.getLogger(__name__)
@@ -141,6 +142,7 @@ def open_vocabulary(config: RunConfig, world: World) -> tuple[Template, ModelCar
     )
     layout = plan_vocabulary(config.model, vocabulary, num_rows)
     card = make_card(config.model, config.lora, layout, quantize=config.quantize)
+    check_fit(data, card.specs)
     check_budgets(data, card.specs)
     return template, replace(card, tokens=added, stop_ids=template.stop_ids, pad_id=pad_id(vocabulary.tokenizer))
 

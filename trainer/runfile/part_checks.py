@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 
 from data.config import DataConfig
 from model.config import ModelConfig, QuantizeConfig, StateHeadConfig
+from model.errors import ConfigError
+from model.media_spec import ImageSpec, MediaSpec, NativeSpec
 from model.projector import is_pointwise
 from model.vision.projector import GRID_KINDS, NATIVE_KINDS, RESAMPLER, VISION_KINDS
 
@@ -54,6 +56,23 @@ def anyres_problems(data: DataConfig, model: ModelConfig) -> Iterator[str]:
         yield f"{why}: set model.vision.select = 'patch'"
     if projector.kind == RESAMPLER:
         yield f"{why}, and model.vision_projector.kind = {RESAMPLER!r} leaves none: use another kind"
+
+
+def check_fit(data: DataConfig, specs: Mapping[str, MediaSpec]) -> None:
+    """Raise `ConfigError` where data.image_fit is not how the tower reads pictures: at their own size, or as squares."""
+    spec = specs.get("image")
+    if not isinstance(spec, ImageSpec) or isinstance(spec, NativeSpec) == (data.image_fit == "native"):
+        return
+    if data.image_fit == "native":
+        raise ConfigError(
+            "data.image_fit = 'native': the tower of model.vision.path reads squares of "
+            f"{spec.size} pixels, not pictures at their own size; use 'pad', 'square', 'tiles' or 'anyres', or a tower that can: "
+            "SigLIP2 NaFlex, Pixtral, or that of a Qwen-VL"
+        )
+    raise ConfigError(
+        f"data.image_fit = {data.image_fit!r}: the tower of model.vision.path reads pictures at their own size; set "
+        "data.image_fit = 'native'"
+    )
 
 
 def term_problems(config: ModelConfig) -> Iterator[str]:

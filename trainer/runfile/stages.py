@@ -12,6 +12,7 @@ from model.card import media_specs
 from model.errors import ConfigError
 from trainer.config import RunConfig
 from trainer.runfile.merge_tables import stage_tables
+from trainer.runfile.part_checks import check_fit
 from trainer.runfile.schema import SchemaReader, to_tables
 from trainer.state import CheckpointState
 
@@ -108,6 +109,10 @@ def stage_of_checkpoint(stages: list[Stage], state: CheckpointState) -> Stage:
     )
 
 
+def _check_media(config: RunConfig) -> None:
+    check_fit(config.data, media_specs(config.model))
+
+
 def check_stages(stages: list[Stage]) -> None:
     """Check that the parts and sources of every stage exist, as far as names and JSON tell, before the first stage trains for days.
 
@@ -116,7 +121,7 @@ def check_stages(stages: list[Stage]) -> None:
     problems = []
     for stage in stages if len(stages) > 1 else ():
         data = stage.config.data
-        checks: list[Callable[[], object]] = [partial(media_specs, stage.config.model)]
+        checks: list[Callable[[], object]] = [partial(_check_media, stage.config)]
         checks += [partial(source_files, source) for source in (*data.sources, *data.validation)]
         for check in checks:
             try:

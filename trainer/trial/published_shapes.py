@@ -33,6 +33,24 @@ def _whisper(width: int, layers: int, heads: int, mels: int = 80) -> Json:
     return {"model_type": "whisper", **found, "num_mel_bins": mels, "max_source_positions": 1500}
 
 
+def _qwen_vl(sizes: tuple[int, int, int, int, int, int], version: str) -> Json:
+    """Return config.json of a Qwen2-VL or Qwen2.5-VL; `sizes` of the language model as in `_llm`."""
+    windows: Json = {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": sizes[0], "window_size": 112}
+    windows |= {"fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2}
+    own: Json = {"embed_dim": 1280, "hidden_size": sizes[0], "mlp_ratio": 4} if version == "2" else windows
+    tower = {"depth": 32, "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, **own}
+    kind = "qwen2_vl" if version == "2" else "qwen2_5_vl"
+    ids = {"vision_start_token_id": 151652, "vision_end_token_id": 151653, "image_token_id": 151655, "video_token_id": 151656}
+    rope = {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+    cls = "Qwen2VLForConditionalGeneration" if version == "2" else "Qwen2_5_VLForConditionalGeneration"
+    tied = sizes[0] < 3584
+    return _llm(kind, sizes, 32768, **ids, **rope, vision_config=tower, architectures=[cls], tie_word_embeddings=tied)
+
+
+_QWEN_PIXELS = {
+    **{"image_processor_type": "Qwen2VLImageProcessor", "image_mean": _CLIP_MEAN, "image_std": _CLIP_STD, "resample": 3},
+    **{"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 3136, "max_pixels": 12_845_056},
+}
 _QWEN = {
     "0.5B": (896, 4864, 24, 14, 2, 151936),
     "1.5B": (1536, 8960, 28, 12, 2, 151936),
@@ -50,7 +68,7 @@ _QWEN3 = {
 }
 _INTERN_300M: Json = {"qkv_bias": True, "qk_normalization": False, "norm_type": "layer_norm"}
 _INTERN_6B: Json = {"qkv_bias": False, "qk_normalization": True, "norm_type": "rms_norm"}
-_CONFIGS: dict[str, Json] = {
+CONFIGS: dict[str, Json] = {
     "lmsys/vicuna-7b-v1.5": _llm("llama", (4096, 11008, 32, 32, 32, 32000), 4096),
     "lmsys/vicuna-13b-v1.5": _llm("llama", (5120, 13824, 40, 40, 40, 32000), 4096),
     "liuhaotian/llava-v1.5-7b": _llava((4096, 11008, 32, 32, 32, 32000)),
@@ -73,6 +91,10 @@ _CONFIGS: dict[str, Json] = {
         f"Qwen/Qwen3-{size}": _llm("qwen3", sizes, 40960, tie_word_embeddings=size != "8B", head_dim=128)
         for size, sizes in _QWEN3.items()
     },
+    **{
+        f"Qwen/Qwen{version}-VL-{size}-Instruct": _qwen_vl(_QWEN[base], version)
+        for version, size, base in (("2", "2B", "1.5B"), ("2", "7B", "7B"), ("2.5", "3B", "3B"), ("2.5", "7B", "7B"))
+    },
     "openai/clip-vit-large-patch14-336": _tower("clip_vision_model", (1024, 4096, 24, 16, 336, 14)),
     "openai/clip-vit-large-patch14": _tower("clip_vision_model", (1024, 4096, 24, 16, 224, 14)),
     "google/siglip-so400m-patch14-384": _tower("siglip_vision_model", (1152, 4304, 27, 16, 384, 14)),
@@ -90,12 +112,14 @@ _CONFIGS: dict[str, Json] = {
 
 def published_shape(hub_id: str) -> dict[str, Json] | None:
     """Return the files of JSON that describe a published model's shape, by name; None for one that is not in the table."""
-    config = _CONFIGS.get(hub_id.partition("@")[0])
+    config = CONFIGS.get(hub_id.partition("@")[0])
     if config is None:
         return None
     files = {"config.json": config}
     if "patch_size" in config:
         files["preprocessor_config.json"] = _processor(config)
+    if "vision_config" in config:
+        files["preprocessor_config.json"] = dict(_QWEN_PIXELS)
     return files
 
 

@@ -33,6 +33,8 @@ def scaled_llm(value: Json, rows: int) -> Json:
     for name in ("rope_scaling", "rope_parameters"):
         if isinstance(value.get(name), dict):
             found[name] = {key: _factors(item) for key, item in value[name].items()}
+    if "mrope_section" in value:  # pairs of the channels of a head, shared out among three axes
+        found["mrope_section"] = [_HEAD // 2 - 2 * (_HEAD // 6), _HEAD // 6, _HEAD // 6]
     return found
 
 
@@ -46,6 +48,21 @@ def scaled_tower(value: Json, layer: int) -> Json:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": _HEADS}
     depth = max(_LAYERS + 1, -layer) if layer < 0 else max(_LAYERS + 1, layer)
     return {**value, **{key: size for key, size in sizes.items() if key in value}, "num_hidden_layers": depth}
+
+
+def scaled_native(value: Json, depth_key: str) -> Json:
+    """Return config.json of a tower of variable size, whose blocks are counted under `depth_key`, with the same patches.
+
+    It keeps as many levels of features, and of blocks that see a whole picture the last one.
+    """
+    sizes = {
+        **{"hidden_size": 64, "embed_dim": 64, "out_hidden_size": 64, "intermediate_size": 128},
+        **{"num_heads": _HEADS, "num_attention_heads": _HEADS, "head_dim": 64 // _HEADS},
+    }
+    kept = len(value.get("deepstack_visual_indexes") or ())
+    depth = max(_LAYERS + 1, kept + 1)
+    places = {"deepstack_visual_indexes": list(range(kept)), "fullatt_block_indexes": [depth - 1]}
+    return {**value, **{key: size for key, size in {**sizes, **places}.items() if key in value}, depth_key: depth}
 
 
 def scaled_audio(value: Json) -> Json:

@@ -29,10 +29,12 @@ from model.config import (
 from model.files.untrusted import Json
 from model.llm.causal_lm import VocabularyLayout
 from model.multimodal import MultimodalLM
-from model.vision.tower import image_processor_config, vision_config
+from model.vision.merger import DEEP_MERGER
+from model.vision.native_kinds import NATIVE_TOWERS
+from model.vision.tower import image_processor_config, video_processor_config, vision_config
 from model.weights.initial_values import seed_of
 from model.weights.materialise import kept_buffers
-from trainer.trial.scaled_config import scaled_audio, scaled_llm, scaled_tower
+from trainer.trial.scaled_config import scaled_audio, scaled_llm, scaled_native, scaled_tower
 
 
 def make_llm(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
@@ -46,10 +48,15 @@ def make_llm(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 def make_tower(config: VisionConfig, cache_dir: str, llm: Path, folder: Path) -> Path:
     """Write a small vision tower of the kind that `config` names. `llm`: any small language model, to build it beside."""
-    _write_json(folder, "config.json", scaled_tower(vision_config(config, cache_dir), config.layer))
+    value = vision_config(config, cache_dir)
+    native = NATIVE_TOWERS.get(value["model_type"])
+    _write_json(folder, "config.json", scaled_native(value, native.depth) if native else scaled_tower(value, config.layer))
     _write_json(folder, "preprocessor_config.json", image_processor_config(config.path, cache_dir))
+    if videos := video_processor_config(config.path, cache_dir):
+        _write_json(folder, "video_preprocessor_config.json", videos)
+    projector = VisionProjectorConfig(DEEP_MERGER if value.get("deepstack_visual_indexes") else "linear")
     part = VisionConfig(str(folder), layer=-1)
-    _write_weights(_assembled(llm, vision=part, vision_projector=VisionProjectorConfig("linear")), "vision", folder)
+    _write_weights(_assembled(llm, vision=part, vision_projector=projector), "vision", folder)
     return folder
 
 

@@ -15,6 +15,7 @@ from model.build import assemble
 from model.errors import ConfigError
 from model.files.sharding import is_sharded_module
 from model.llm.early_features import EarlyFeatures
+from model.vision.native_kinds import kept_blocks
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
 from tests.support.published.asking import run_from
@@ -68,15 +69,24 @@ def test_each_level_is_added_behind_its_block_and_plain_embeddings_pass(decoder:
 def test_a_call_that_fails_leaves_nothing_behind(decoder: Any) -> None:
     rows, plain = torch.randn(1, 5, LEVELS * WIDTH), torch.randn(1, 5, WIDTH)
     expected = decoder(inputs_embeds=plain).last_hidden_state
-    with pytest.raises(RuntimeError):
+    with pytest.raises((RuntimeError, IndexError)):
         decoder(inputs_embeds=rows, position_ids=torch.zeros(5, dtype=torch.long))
     assert torch.equal(decoder(inputs_embeds=plain).last_hidden_state, expected)
 
 
 def test_a_language_model_with_too_few_layers_is_refused() -> None:
     small = Qwen2ForCausalLM(Qwen2Config(**{**SIZES, "num_hidden_layers": 1}))
-    with pytest.raises(ConfigError, match="features for 2 layers of the language model .* and it has 1"):
+    with pytest.raises(ConfigError, match=r"features for 2 layers of the language model .* and it has 1"):
         EarlyFeatures(small.get_decoder(), WIDTH, LEVELS)
+
+
+@pytest.mark.parametrize(
+    ("indexes", "problem"), [((2, 1), "are not ascending"), ((0, 0), "are not ascending"), ((1, 3), "block 3 .*layer = -1")]
+)
+def test_blocks_that_cannot_give_features_are_refused(indexes: tuple[int, ...], problem: str) -> None:
+    assert kept_blocks((0, 2), 3) == (0, 2)
+    with pytest.raises(ConfigError, match=problem):
+        kept_blocks(indexes, 3)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.support.published.asking import run_from
-from tests.support.published.native import NATIVE_MAKERS, native_reader
+from tests.support.published.native import NATIVE_MAKERS, NATIVE_NAMES, native_reader
 from tests.support.published.native_runs import SIZES, built, picture, talk
 from tools.exports.proofs import logits
 from trainer.runfile.merge_tables import value_of
@@ -16,7 +16,7 @@ from trainer.runfile.schema import to_tables
 
 
 @pytest.mark.parametrize("hub", [True, False], ids=["hub", "5.x"])
-@pytest.mark.parametrize("name", NATIVE_MAKERS)
+@pytest.mark.parametrize("name", NATIVE_NAMES)
 def test_ids_patches_and_logits_are_those_of_transformers(tmp_path: Path, name: str, hub: bool) -> None:
     maker, folder = NATIVE_MAKERS[name], tmp_path / "published"
     maker.write(folder, hub)

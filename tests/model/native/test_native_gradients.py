@@ -14,12 +14,12 @@ from torch import Tensor
 from data.collate import collate, collate_packed
 from model.llm.causal_lm import blocks
 from model.multimodal import MultimodalLM
-from tests.support.published.native import NATIVE_MAKERS
+from tests.support.published.native import NATIVE_NAMES
 from tests.support.published.native_runs import BothModels, both_models, picture, talk
 from trainer.distributed.blocks import block_owner, checkpoint_activations
 
 
-@pytest.fixture(scope="module", params=NATIVE_MAKERS)
+@pytest.fixture(scope="module", params=NATIVE_NAMES)
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BothModels]:
     folder = tmp_path_factory.mktemp(request.param)
     yield both_models(request.param, folder / "published", folder / "run")
@@ -47,7 +47,7 @@ def assert_same(found: tuple[float, dict[str, Tensor]], expected: tuple[float, d
     for name, gradient in expected[1].items():
         assert gradient.any(), name
         scale = max(1.0, float(gradient.abs().max()))
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-5 * scale, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-5 * scale)
 
 
 def test_loss_and_every_gradient_are_those_of_transformers(models: BothModels, tmp_path: Path) -> None:
@@ -59,6 +59,7 @@ def test_loss_and_every_gradient_are_those_of_transformers(models: BothModels, t
     assert_same(models.our_gradients(collate_packed(samples, models.data.pad_id)), expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["full", "selective"])
 def test_recomputed_blocks_learn_the_same(models: BothModels, tmp_path: Path, kind: str) -> None:
     batch = models.data.processor(records_of(tmp_path), answers=True)
@@ -75,6 +76,7 @@ def test_a_batch_without_pictures_gives_every_part_a_gradient_of_zeros(models: B
     assert blank.keys() == found.keys() and not any(gradient.any() for gradient in blank.values())
 
 
+@pytest.mark.long
 def test_answers_are_those_of_transformers_whatever_stands_beside_a_prompt(models: BothModels, tmp_path: Path) -> None:
     models.ours.stop_ids = ()
     records = records_of(tmp_path)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.video_utils import VideoMetadata
 
+from data.media.video_stamps import own_stamps
+from model.config import VisionConfig
+from model.errors import ConfigError
+from model.media_spec import NativeSpec
 from model.multimodal import MultimodalLM
+from model.published.transformers_qwen_vl import AROUND
+from model.vision.native_tower import check_native_options
 from tests.support.finals import one_process
 from tests.support.published.asking import run_from
 from tests.support.published.native import NATIVE_MAKERS, SIGNS, native_reader
@@ -49,7 +58,46 @@ def patches_of(reader: Any, frames: list[Image.Image]) -> tuple[Tensor, list[int
     return torch.cat([torch.stack(pair, dim=2) for pair in pairs]), [len(pairs), high, wide]
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def written_by(reader: Any, record: dict[str, Any], grids: list[list[int]], fps: float) -> list[int]:
+    """Ids of a record's videos, of which the reader is told the grids and that every frame at `fps` was taken, and no pictures."""
+    reader.video_processor = SimpleNamespace(merge_size=2, temporal_patch_size=2)
+    facts = [VideoMetadata(total_num_frames=count, fps=fps, frames_indices=list(range(count))) for count in FRAMES]
+    told = {"video_grid_thw": torch.tensor(grids), "video_metadata": facts}
+    text = reader.apply_chat_template(record["messages"], tokenize=False).replace("<|image_pad|>", "<|video_pad|>")
+    whole, _ = reader.get_text_with_replacements(
+        [text], videos_replacements=[reader.replace_video_token(told, i) for i in range(len(grids))]
+    )
+    found: list[int] = reader.tokenizer(whole[0])["input_ids"]
+    return found
+
+
+@pytest.mark.parametrize("fps", [2.0, pytest.param(3.0, marks=pytest.mark.long), pytest.param(0.7, marks=pytest.mark.long)])
+def test_times_stand_inside_videos_as_transformers_writes_them(tmp_path: Path, fps: float) -> None:
+    maker, published = NATIVE_MAKERS["qwen3_vl"], tmp_path / "published"
+    maker.write(published, True)
+    data, _ = opened(run_from(published, tmp_path / "run", data={"fps": fps, "min_frames": 1}))
+    reader = native_reader(published, maker)
+    films = [noise(count, (60 + count, 30)) for count in FRAMES]
+    shown = [{"type": "video", "path": str(folder(tmp_path / str(len(film)), film))} for film in films]
+    batch = data.processor([spoken(*shown)], answers=True)
+    grids = [patches_of(reader, film)[1] for film in films]
+    pictures = [{"type": "image"} for _ in shown]  # the test's template knows these alone
+    assert batch.input_ids[0].tolist() == written_by(reader, spoken(*pictures), grids, fps)
+
+
+def test_stamps_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
+    published = tmp_path / "published"
+    NATIVE_MAKERS["qwen3_vl"].write(published, True)
+    with pytest.raises(ConfigError, match=r"video_stamps = \['<a>'\] is not a pair"):
+        check_native_options(VisionConfig("x", layer=-1, video_stamps=("<a>",)), "qwen3_vl_vision")
+    data, _ = opened(run_from(published, tmp_path / "run"))
+    spec = data.processor.specs["image"]
+    assert isinstance(spec, NativeSpec) and spec.video_stamps == AROUND
+    with pytest.raises(ConfigError, match="the tokenizer has no token '<b>'"):
+        own_stamps(data.processor.tokenizer, {"image": replace(spec, video_stamps=(AROUND[0], "<b>"))})
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_ids_patches_positions_and_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
     maker, published = NATIVE_MAKERS[name], tmp_path / "published"
     maker.write(published, True)
