@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from model.batch import Batch
 from model.llm.interface import CausalLM
-
-if TYPE_CHECKING:
-    from model.preference.tuning import PreferenceTuning
 
 
 class ScoredModel(Protocol):
@@ -20,7 +17,6 @@ class ScoredModel(Protocol):
     llm: CausalLM
     dtype: torch.dtype
     trainable_parts: frozenset[str]
-    preference: PreferenceTuning | None
 
     def embed(self, batch: Batch) -> Tensor:
         """Embed input_ids (B, T) with media -> (B, T, D)."""

@@ -140,16 +140,6 @@ def measuring(tuning: PreferenceTuning | None) -> Iterator[list[Tensor]]:
             tuning.measured = None
 
 
-@contextmanager
-def without_preferences(model: ScoredModel) -> Iterator[None]:
-    """Compute, inside the context, the plain terms of a `MultimodalLM`."""
-    tuning, model.preference = model.preference, None
-    try:
-        yield
-    finally:
-        model.preference = tuning
-
-
 def answer_log_probs(model: ScoredModel, hidden: Tensor, answers: Answers) -> Tensor:
     """Compute the log-probability of every token of the answers (R,) from the decoder's output (B, T, D) of a `MultimodalLM`."""
     rows = hidden.flatten(0, 1).index_select(0, answers.positions)

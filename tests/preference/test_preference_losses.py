@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.collate import collate
 from data.preference.collate import collate_answers, collate_answers_packed
@@ -20,6 +20,8 @@ from data.sample import Sample
 from model.batch import Batch
 from model.build import build_model
 from model.config import LoraConfig
+from model.errors import ConfigError
+from model.llm import attention
 from model.llm.causal_lm import VocabularyLayout, head_weight
 from model.multimodal import MultimodalLM
 from model.preference.config import PreferenceConfig
@@ -27,7 +29,12 @@ from model.preference.tuning import PreferenceTuning
 from tests.support.equivalence import config_of
 from tests.support.preference import made_sample
 from tests.support.tiny import save_llm, save_tower
-from trainer.step import unwrapped
+from tests.support.trainable import ALONE
+from tools.bench_step import Counter, hidden_syncs
+from trainer.config import OptimConfig
+from trainer.optim import build_optimizer
+from trainer.preference.isolation import prove_answers_apart
+from trainer.step import StepOptions, train_step, unwrapped
 
 BETA, NUM = 0.3, 5
 JOINS = {"padded": collate_answers, "packed": collate_answers_packed}
@@ -240,3 +247,35 @@ def test_a_batch_without_samples_has_every_term(parts: Path) -> None:
         loss = torch.stack([term.sum for term in terms.values()]).sum()
         loss.backward()
         assert loss.item() == 0 and all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_model_that_lets_answers_see_each_other_is_refused(parts: Path) -> None:
+    model = built(parts, "full")
+    model.preference = PreferenceTuning(PreferenceConfig("dpo"))
+    prove_answers_apart(model, 0, ALONE)
+    assert model.training and model.preference.measured is None
+
+    def leaking(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **options: Any) -> Any:
+        kept = {name: value for name, value in options.items() if name != "shared_prompts" and "segment" not in name}
+        return attention.causal_attention(module, query, key, value, mask, **kept)
+
+    attention.AttentionInterface.register(attention.PACKED, leaking)
+    try:
+        with pytest.raises(ConfigError, match="answers to one prompt see each other in Qwen2ForCausalLM"):
+            prove_answers_apart(model, 0, ALONE)
+    finally:
+        attention.register()
+
+
+@pytest.mark.parametrize("join", JOINS)
+def test_a_step_of_pairs_never_waits_for_the_device(parts: Path, samples: list[PreferenceSample], join: str) -> None:
+    """Adapters switched off for the reference; mpo, whose terms have a shift from step to step."""
+    model = built(parts, "lora")
+    tuning = model.preference = PreferenceTuning(PreferenceConfig("mpo"))
+    tuning.adapters_off = True
+    tuning.shift.receive(torch.zeros(2).unbind())
+    optimizer = build_optimizer(model, config_of(parts, "lora"), OptimConfig())
+    batches = [JOINS[join](samples, 0), JOINS[join]([], 0)]
+    with Counter() as counter, hidden_syncs(counter):
+        train_step(model, optimizer, batches, ALONE, StepOptions(seed=0, step=0, clip_norm=1.0))
+    assert counter.num_syncs == 0 and counter.num_ops > 100
