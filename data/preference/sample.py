@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -64,9 +65,11 @@ def encode_answers(template: Template, record: Record, other: Record | None = No
     if record.rejected:
         roles.append("rejected")
         rows.append(template.encode(with_rejected(record)))
-    if other is not None:
-        roles.append("other")
-        rows.append(template.encode(replace(record, turns=(*record.turns[: record.num_shared], *other.turns[other.num_shared :]))))
+    with suppress(RecordError):  # an answer that this template cannot write says nothing against the record
+        if other is not None:
+            turns = (*record.turns[: record.num_shared], *other.turns[other.num_shared :])
+            rows.append(template.encode(replace(record, turns=turns)))
+            roles.append("other")
     shared = _num_shared(rows)
     if shared == 0:
         raise RecordError(record.where, record.id, "conversations", "nothing stands before its answers")
