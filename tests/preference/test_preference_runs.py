@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from data.collate import collate
-from tests.support.config import problems
+from tests.support.config import MINIMAL, problems
 from tests.support.loop import lines_of
 from tests.support.preference import save_pairs
 from tests.support.ranks import run_ranks
@@ -25,6 +25,7 @@ from tests.support.trainable import ALONE
 from tools.evaluate import main as evaluate_main
 from tools.inspect_data import main as inspect_main
 from trainer.preference.collapse import CollapseWatch
+from trainer.runfile.load import parse_config
 from trainer.step import StepResult
 
 NAMES = ("chosen_log_prob", "rejected_log_prob", "chosen_reward", "rejected_reward", "preference_margin", "preference_accuracy")
@@ -177,6 +178,9 @@ def test_settings_of_other_kinds_and_wrong_values_are_named() -> None:
     found = problems(preference={"kind": "kto", "beta": 0.0, "label_smoothing": 0.6, "sft_weight": -2.0})
     wrong = ("beta = 0.0 is not", "label_smoothing = 0.6 is not", "sft_weight = -2.0 is", "label_smoothing has no effect with")
     assert all(f"preference.{line}" in found for line in wrong)
+    held_out = {"data": {"validation": [{"path": "b.json"}]}, "checkpoint": {"best": "val/preference_accuracy"}}
+    parse_config(merged(MINIMAL, {**held_out, "preference": {"kind": "dpo"}}), "run.toml")
+    assert "checkpoint.best = 'val/preference_accuracy' is not" in problems(**held_out, preference={"kind": "kto"})
 
 
 def test_a_final_is_compared_on_held_out_pairs(parts: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from model.preference.config import PAIRED
 from trainer.config import RunConfig, ValidationConfig
 
 
@@ -26,6 +27,10 @@ def best_values(config: RunConfig) -> set[str]:
     """Return every value that the validations of this run have: of all sources together, and of each."""
     prefixes = ["val", *(f"val/{source.key}" for source in config.data.validation)]
     names = ["loss", *config.validation.metrics]
+    if config.preference.is_on:
+        names.append("preference_loss")
+    if config.preference.kind in PAIRED:
+        names += ["preference_accuracy", "preference_margin"]
     terms = {"val/state_loss", "val/state_accuracy"} if config.model.state_head is not None else set()
     terms |= {"val/router_loss"} if config.model.llm.router_loss else set()
     return {f"{prefix}/{name}" for prefix in prefixes for name in names} | terms
