@@ -10,10 +10,10 @@ import torch
 from tests.support.preference import PairCase, pair_steps
 from tests.support.ranks import run_ranks
 from tests.support.tiny import save_llm, save_tower
+from tests.support.trainable import ALONE
 from trainer.distributed.world import World
 
 BASES = [PairCase("dpo"), PairCase("dpo", "lora"), PairCase("kto"), PairCase("kto", "lora"), PairCase("mpo"), PairCase("orpo")]
-FEW = [PairCase("dpo", "lora"), PairCase("mpo")]
 LAYOUTS = {
     1: [("ddp", False, 3, False), ("ddp", False, 70, True)],
     2: [("fsdp", True, 70, True), ("ddp", False, 2, False)],
@@ -21,7 +21,11 @@ LAYOUTS = {
     4: [("hsdp", False, 2, False), ("ddp", False, 60, True)],
 }
 """Strategy, recomputation, samples or tokens of a micro-batch, and packing, by ranks."""
-SIZES = [pytest.param(2, FEW, id="2 few"), *(pytest.param(size, BASES, marks=pytest.mark.long) for size in LAYOUTS)]
+QUICK = {2: [("fsdp", True, 70, True)]}
+SIZES = [
+    pytest.param(2, [PairCase("dpo", "lora")], QUICK, id="2 quick"),
+    *(pytest.param(size, BASES, LAYOUTS, id=f"{size}", marks=pytest.mark.long) for size in LAYOUTS),
+]
 
 
 def steps_of(world: World, folder: Path, cases: list[PairCase]) -> dict[PairCase, list[float]]:
@@ -36,13 +40,14 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("size", "bases"), SIZES)
-def test_same_numbers_however_preferences_are_learned(parts: Path, size: int, bases: list[PairCase]) -> None:
+@pytest.mark.parametrize(("size", "bases", "layouts"), SIZES)
+def test_same_numbers_however_preferences_are_learned(
+    parts: Path, size: int, bases: list[PairCase], layouts: dict[int, list[tuple[str, bool, int, bool]]]
+) -> None:
     """The last step has fewer samples than four ranks are."""
-    expected = run_ranks(steps_of, 1, parts, bases)[0]
-    cases = {
-        case._replace(strategy=s, recompute=r, micro_batch=m, packed=p): case for case in bases for s, r, m, p in LAYOUTS[size]
-    }
+    expected = steps_of(ALONE, parts, bases)
+    ways = layouts[size]
+    cases = {case._replace(strategy=s, recompute=r, micro_batch=m, packed=p): case for case in bases for s, r, m, p in ways}
     first, *others = run_ranks(steps_of, size, parts, list(cases), seconds=300)
     for case, base in cases.items():
         assert all(rank[case] == first[case] for rank in others)

@@ -88,19 +88,21 @@ def test_a_run_logs_what_it_prefers(whole: Path) -> None:
     assert validation["val/chosen_reward"] - validation["val/rejected_reward"] == pytest.approx(validation["val/preference_margin"])
 
 
-def test_a_run_that_was_stopped_ends_with_the_same_bytes(parts: Path, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("step", "is_lost"), [(3, True), pytest.param(2, False, marks=pytest.mark.long)])
+def test_a_run_that_was_stopped_ends_with_the_same_bytes(
+    parts: Path, whole: Path, tmp_path: Path, step: int, is_lost: bool
+) -> None:
     """Weights, logs and the file of the reference; the same where that file was lost."""
-    for step, lost in ((2, False), (3, True)):
-        again = cut(whole, tmp_path / str(step), step)
-        if lost:
-            reference_of(again).unlink()
-        answer = start_alone(parts, again, sections_of(parts))
-        assert answer.code == 0
-        said = "computed: there was no file of an earlier start" if lost else "of an earlier start"
-        assert f"reference reference-train.safetensors {said}" in answer.said
-        assert weights(again) == weights(whole)
-        assert reference_of(again).read_bytes() == reference_of(whole).read_bytes()
-        assert [untimed(line) for line in lines_of(again)] == [untimed(line) for line in lines_of(whole)]
+    again = cut(whole, tmp_path / "again", step)
+    if is_lost:
+        reference_of(again).unlink()
+    answer = start_alone(parts, again, sections_of(parts))
+    assert answer.code == 0
+    said = "computed: there was no file of an earlier start" if is_lost else "of an earlier start"
+    assert f"reference reference-train.safetensors {said}" in answer.said
+    assert weights(again) == weights(whole)
+    assert reference_of(again).read_bytes() == reference_of(whole).read_bytes()
+    assert [untimed(line) for line in lines_of(again)] == [untimed(line) for line in lines_of(whole)]
 
 
 @pytest.mark.long
