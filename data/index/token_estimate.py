@@ -20,6 +20,7 @@ from data.media.idefics_tiles import usual_idefics
 from data.media.pixel_budget import least_meta, usual_meta
 from data.media.tiling import typical_plan
 from data.records.content_parts import kind_of_part
+from data.records.preferences import is_preference
 from data.records.record import Record, RecordError, parse
 from data.records.shapes import shapes_of
 from data.records.turn_keys import THOUGHT_KEYS
@@ -129,7 +130,7 @@ def plan_value(value: object, num_bytes: int) -> Plan:
     if not isinstance(value, dict):
         return tokens_of_size(num_bytes), _NO_MEDIA
     tokens, media = _plain_texts(value), _plain_media(value)
-    if tokens is None or media is None or shapes_of(value):
+    if tokens is None or media is None or shapes_of(value) or is_preference(value):
         return plan_by_parsing(value, num_bytes)
     return tokens or tokens_of_size(num_bytes), media
 
@@ -196,7 +197,7 @@ def _tokens_of(text: object) -> int:
 
 def _record_texts(record: Record) -> Iterator[str]:
     """Yield every text of a record that a template writes."""
-    for turn in record.turns:
+    for turn in (*record.turns, *record.rejected):
         yield turn.content
         if thought := turn.extra.get("reasoning_content"):
             yield thought
