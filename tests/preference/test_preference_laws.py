@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.preference import PairCase, pair_steps
+from tests.support.preference.pairs import PairCase, pair_steps
 from tests.support.ranks import run_ranks
 from tests.support.tiny import save_llm, save_tower
 from tests.support.trainable import ALONE

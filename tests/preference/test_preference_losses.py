@@ -27,7 +27,7 @@ from model.multimodal import MultimodalLM
 from model.preference.config import PreferenceConfig
 from model.preference.tuning import PreferenceTuning
 from tests.support.equivalence import config_of
-from tests.support.preference import made_sample
+from tests.support.preference.pairs import made_sample
 from tests.support.tiny import save_llm, save_tower
 from tests.support.trainable import ALONE
 from tools.bench_step import Counter, hidden_syncs

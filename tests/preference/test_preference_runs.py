@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from data.collate import collate
 from tests.support.config import MINIMAL, problems
 from tests.support.loop import lines_of
-from tests.support.preference import save_pairs
+from tests.support.preference.pairs import save_pairs
 from tests.support.ranks import run_ranks
 from tests.support.resume import cut, weights
 from tests.support.runs import failure_of, merged, save_parts, start, start_alone

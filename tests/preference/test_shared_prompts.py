@@ -15,7 +15,7 @@ from data.preference.collate import collate_answers_packed
 from model.llm import attention
 from model.llm.attention import causal_attention, packed_attention
 from model.llm.router_loss import token_owners
-from tests.support.preference import PAIR, made_sample
+from tests.support.preference.pairs import PAIR, made_sample
 
 HEADS, GROUPS, WIDTH = 4, 2, 8
 

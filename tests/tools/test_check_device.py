@@ -89,13 +89,13 @@ def test_attention_over_a_border_fails(context: Context, monkeypatch: pytest.Mon
 
 
 def test_an_answer_that_sees_no_prompt_fails(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert outcome_of(answers.check_answers, context).status == "passed"
+    assert outcome_of(answers.check_shared_prompts, context).status == "passed"
 
     def forgetful(*args: Any, shared_prompts: object, **options: Any) -> Any:
         return attention.packed_attention(*args, **options)
 
     monkeypatch.setattr(answers, "packed_attention", forgetful)
-    assert outcome_of(answers.check_answers, context).status == "failed"
+    assert outcome_of(answers.check_shared_prompts, context).status == "failed"
 
 
 def test_a_mask_that_is_not_the_formulas_fails(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,7 @@ def write_pairs(bench: PairBench) -> None:
     (bench.folder / "pairs.toml").write_text(to_toml(tables), encoding="utf-8")
 
 
-def run_ours(bench: PairBench) -> list[float]:
+def train_ours(bench: PairBench) -> list[float]:
     """Train ours; return the loss of every step, or, where it is measured, print the figures and leave the process."""
     meter = None if bench.is_check else StepMeter(bench.steps)
     losses: list[float] = []
@@ -103,8 +103,8 @@ def run_ours(bench: PairBench) -> list[float]:
     return losses
 
 
-def run_trl(bench: PairBench) -> list[float]:
-    """Train by TRL's DPOTrainer with its own collator; as `run_ours`."""
+def train_trl(bench: PairBench) -> list[float]:
+    """Train by TRL's DPOTrainer with its own collator; as `train_ours`."""
     from transformers import AutoProcessor
     from trl import DPOConfig, DPOTrainer
 
@@ -126,7 +126,20 @@ def run_trl(bench: PairBench) -> list[float]:
             super().log(*args, **options)
 
     task = PeerRun(bench.folder, "pairs", bench.size.batch, 1, "cpu", meter)
-    settings: Json = {
+    trainer = WatchedPairs(
+        model=task.model(),
+        args=DPOConfig(**trl_settings(bench)),
+        train_dataset=trl_pairs(bench.folder),
+        processing_class=AutoProcessor.from_pretrained(bench.folder / HF, trust_remote_code=False),
+    )
+    trainer.train()
+    trainer.model.save_pretrained(bench.folder / "trl")
+    return losses
+
+
+def trl_settings(bench: PairBench) -> Json:
+    """Return the settings of DPOConfig, everything optional switched off."""
+    return {
         "output_dir": tempfile.mkdtemp(dir=bench.folder),
         "max_steps": bench.steps,
         "per_device_train_batch_size": bench.size.batch,
@@ -139,24 +152,14 @@ def run_trl(bench: PairBench) -> list[float]:
         "save_strategy": "no",
         "report_to": "none",
         "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
+        **{"bf16": False, "disable_tqdm": True},
         "beta": BETA,
         "max_length": None,
         "gradient_checkpointing": False,
     }
-    trainer = WatchedPairs(
-        model=task.model(),
-        args=DPOConfig(**settings),
-        train_dataset=conversations(bench.folder),
-        processing_class=AutoProcessor.from_pretrained(bench.folder / HF, trust_remote_code=False),
-    )
-    trainer.train()
-    trainer.model.save_pretrained(bench.folder / "trl")
-    return losses
 
 
-def conversations(folder: Path) -> object:
+def trl_pairs(folder: Path) -> object:
     """Return the pairs as TRL wants them, a data set of the library `datasets`."""
     from datasets import Dataset, Features, Image, List, Value
 
@@ -171,7 +174,7 @@ def conversations(folder: Path) -> object:
     return Dataset.from_list(list(rows()), features=Features({**answers, "images": List(Image())}))
 
 
-def check(bench: PairBench) -> list[str]:
+def compare_with_trl(bench: PairBench) -> list[str]:
     """Train both and compare losses and weights. Raises `ProofError` where they differ by more than rounding."""
     losses = {name: json.loads(_run(bench, name)) for name in WAYS}
     export(bench.folder / "runs" / "pairs" / "final", bench.folder / "ours", "hf")
@@ -225,10 +228,10 @@ def run_one(words: list[str]) -> None:
     torch.set_num_threads(1)
     name, folder, steps, how, batch = words
     bench = PairBench(Path(folder), replace(SIZES["small"], batch=int(batch)), int(steps), how == "check")
-    print(json.dumps({"ours": run_ours, "TRL": run_trl}[name](bench)), flush=True)
+    print(json.dumps({"ours": train_ours, "TRL": train_trl}[name](bench)), flush=True)
 
 
-def run_bench(options: argparse.Namespace) -> None:
+def bench_pairs(options: argparse.Namespace) -> None:
     """Prepare the folder, then check or measure, and print."""
     if options.run:
         return run_one(options.run)
@@ -238,7 +241,7 @@ def run_bench(options: argparse.Namespace) -> None:
         with redirect_stdout(StringIO()):
             write_pairs(bench)
         print(f"{options.size}, {size.batch} pairs a step, {bench.steps} steps, one picture each, packed, float32, one thread")
-        print("\n".join(check(bench) if options.check else measure(bench, options.rounds)))
+        print("\n".join(compare_with_trl(bench) if options.check else measure(bench, options.rounds)))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -250,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare losses and weights in place of measuring")
     parser.add_argument("--run", nargs=5, metavar="WORD", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    return run_command("benches.prefer", lambda: run_bench(options))
+    return run_command("benches.prefer", lambda: bench_pairs(options))
 
 
 if __name__ == "__main__":

@@ -36,12 +36,12 @@ def write_preferences(folder: Path) -> None:
             pairs.append({**pair, "chosen": said["value"], "rejected": wrong})
             if i % WRONG == 0:
                 said["value"] = wrong
-        write_records(folder / f"pairs_{split}.json", pairs)
+        write_answers(folder / f"pairs_{split}.json", pairs)
         if split == "train":
-            write_records(folder / "noisy_train.json", records)
+            write_answers(folder / "noisy_train.json", records)
 
 
-def write_records(path: Path, records: list[Json]) -> None:
+def write_answers(path: Path, records: list[Json]) -> None:
     path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 

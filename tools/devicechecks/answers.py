@@ -24,7 +24,7 @@ class Grouped(nn.Module):
     num_key_value_groups = HEADS // GROUPS
 
 
-def check_answers(context: Context) -> CheckResult:
+def check_shared_prompts(context: Context) -> CheckResult:
     """Compute packed attention of two answers to each prompt, outputs and gradients, with and without a sliding window."""
     worst, exact, names = 0.0, 0.0, []
     for dtype in (torch.float32, *(VARLEN_DTYPES if context.on_gpu else ())):
