@@ -64,7 +64,7 @@ def _apart(dtype: torch.dtype, window: int | None, context: Context) -> float:
     gradients = torch.autograd.grad((found.double().cpu() * weights).sum(), row)
     wanted = torch.autograd.grad((expected * weights).sum(), exact)
     pairs = [(found, expected), *zip(gradients, wanted)]
-    return max(float((one.detach().double().cpu() - two.detach()).abs().max() / two.abs().max()) for one, two in pairs)
+    return max(float((one.detach().double().cpu() - two.detach()).abs().max() / two.detach().abs().max()) for one, two in pairs)
 
 
 def _layout(device: torch.device) -> tuple[tuple[int, ...], SharedPrompts, list[tuple[Tensor, int]]]:
