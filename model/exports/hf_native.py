@@ -55,12 +55,7 @@ def native_problems(card: ModelCard, facts: MediaFacts, form: NativeForm) -> Ite
     if tower["model_type"] != form.tower:
         yield f"model.vision.path: {tower['model_type']!r} is not {form.tower}, the one tower of this class"
         return
-    total = tower[NATIVE_TOWERS[form.tower].depth]
-    if (built := num_blocks(vision.layer, total)) != total:
-        yield (
-            f"model.vision.layer = {vision.layer}: this class reads its tower's last block, and the run read block {built} of "
-            f"{total}; --for safetensors writes each part's file"
-        )
+    yield from layer_problems(card, NATIVE_TOWERS[form.tower].depth)
     if tower.get("spatial_merge_size", MERGE) != MERGE:
         yield f"model.vision.path: spatial_merge_size = {tower['spatial_merge_size']} in config.json; {MERGE} x {MERGE} are joined"
     yield from _text_problems(text, form)
@@ -71,6 +66,17 @@ def native_problems(card: ModelCard, facts: MediaFacts, form: NativeForm) -> Ite
         )
     if parts := [name for name in ("audio", "audio_projector", "state_head") if name in card.model.parts()]:
         yield f"[model.{'], [model.'.join(parts)}]: this class does not hear; --for safetensors writes each part's file"
+
+
+def layer_problems(card: ModelCard, depth: str) -> Iterator[str]:
+    """Yield a tower whose last block is not read. `depth`: key of its config.json with the number of blocks."""
+    vision, total = card.model.vision, card.hugging_face["vision"][depth]
+    assert vision is not None
+    if (built := num_blocks(vision.layer, total)) != total:
+        yield (
+            f"model.vision.layer = {vision.layer}: this class reads its tower's last block, and the run read block {built} of "
+            f"{total}; --for safetensors writes each part's file"
+        )
 
 
 def _text_problems(text: Json, form: NativeForm) -> Iterator[str]:
@@ -133,7 +139,7 @@ def native_pixels(spec: NativeSpec, facts: MediaFacts) -> Json:
 def native_clips(spec: NativeSpec, facts: MediaFacts, form: NativeForm) -> Json:
     """Return the keys of the class's processor of videos by which it sizes and cuts frames."""
     capped = {"cap_pixels_per_frame": True, "max_video_tokens": spec.video_tokens} if spec.video_tokens else {}
-    return {"video_processor_type": form.videos, **_cut(spec, *(spec.video_pixels or facts.pixels)), **capped}
+    return {"video_processor_type": form.videos, **_cut(spec, *facts.clip_pixels), **capped}
 
 
 def _cut(spec: NativeSpec, least: int, most: int) -> Json:
