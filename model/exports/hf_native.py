@@ -86,6 +86,13 @@ def _text_problems(text: Json, form: NativeForm) -> Iterator[str]:
         yield f"model.llm.path: its positions have one axis, and those of this class three ({SECTIONS} in config.json)"
     elif bool(text.get(INTERLEAVED)) != form.interleaved:
         yield f"model.llm.path: {INTERLEAVED} = {text.get(INTERLEAVED)} in config.json, and {form.interleaved} in this class"
+    hidden, wide = text["hidden_size"], text.get("moe_intermediate_size")
+    if form.text == "qwen3_moe" and hidden in (wide, 2 * (wide or 0)):
+        yield (
+            f"model.llm.path: hidden_size = {hidden} and moe_intermediate_size = {wide}: a matrix of each expert is square, and "
+            "transformers tells by the shape alone whether it lies on its side, as this class's files hold it; --for safetensors "
+            "writes each part's file"
+        )
     if not form.inside and text.get("head_dim", _head(text)) != _head(text):
         yield f"model.llm.path: head_dim = {text['head_dim']} in config.json; this class shares hidden_size among its heads"
 
