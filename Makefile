@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: install demo demo-omni test test-parts test-runs test-long lint settings
+.PHONY: install demo demo-omni demo-prefer test test-parts test-runs test-long lint settings
 
 install: $(READY)
 
@@ -22,6 +22,10 @@ demo: $(READY)
 demo-omni: $(READY)
 	$(BIN)/python -m tools.demo_omni runs/omni
 
+# Labels of which a tenth are wrong, then right answers preferred to wrong ones, on two processes.
+demo-prefer: $(READY)
+	$(BIN)/python -m tools.demos.prefer runs/prefer
+
 # Two halves at once, on two cores: most of the time a test waits for processes that it has started. Each line says whose it is.
 test: $(READY)
 	$(MAKE) --no-print-directory --jobs=2 --keep-going test-runs test-parts
@@ -30,7 +34,7 @@ test-runs: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" tests/trainer tests/laws tests/long | sed -u 's/^/runs   /'
 
 test-parts: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" tests/data tests/model tests/tools | sed -u 's/^/parts  /'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" tests/data tests/model tests/preference tests/tools | sed -u 's/^/parts  /'
 
 test-long: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long tests

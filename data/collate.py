@@ -163,7 +163,7 @@ def _four(rows: np.ndarray) -> np.ndarray:
 
 def _weights(medium: SampleMedia) -> np.ndarray:
     """Return the weights (K, 4) float32 of a medium's tokens, also of a medium each token of which is one row."""
-    return np.tile(np.array(ONE_ROW, dtype=np.float32), (medium.length, 1)) if medium.weights is None else medium.weights
+    return np.tile(np.array(ONE_ROW, dtype=np.float32), (len(medium.rows), 1)) if medium.weights is None else medium.weights
 
 
 def _moved(medium: SampleMedia, first: int, width: int, num_rows: int) -> np.ndarray:

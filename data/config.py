@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from data.fit_problems import fit_problems
+from data.fit_problems import SIDE_TILES, fit_problems
 from data.order.mixing import take_problem
 from data.records.fields import MAX_NAME, shorten
 from model.media_spec import PLACEHOLDERS
@@ -85,9 +85,10 @@ class DataConfig:
     """Where media stand: as_written, where the text says so; first, in front of their turn (LLaVA, VITA)."""
     media_wrap: tuple[str, ...] = ()
     """Pair of strings written before and after every picture, as ['<im_start>', '<im_end>']; () = none."""
-    image_fit: Literal["pad", "square", "tiles", "anyres", "native"] = "pad"
+    image_fit: Literal["pad", "square", "tiles", "anyres", "native", "idefics"] = "pad"
     """What the tower sees of a picture: pad, on a square of the mean colour; square, as its own processor; tiles (InternVL);
-    anyres (LLaVA-NeXT); native, at its own size, by towers that can."""
+    anyres (LLaVA-NeXT); native, at its own size, by towers that can; idefics, tiles with their rows and columns written between
+    them (Idefics3, SmolVLM)."""
     image_decode: Literal["exact", "fast"] = "exact"
     """exact equals the Hugging Face processors to the bit; fast decodes large JPEGs at a fraction of their size."""
     min_tiles: int = 1
@@ -139,6 +140,8 @@ class DataConfig:
     """Most pixels of all pictures of a record together under 'native', an even share for each; 0 = no limit."""
     video_max_pixels: int = 0
     """Most pixels of all frames of a video together under 'native', an even share for each; 0 = as the processor allows."""
+    side_tiles: int = SIDE_TILES
+    """Tiles along the longer side of a picture under image_fit = 'idefics', up to its square in all; 1 = one view of each."""
     catalog: str = ""
     """File of named data sets, a TOML table for each: sources that have a name and no path are taken from it; '' = none."""
     sources: tuple[SourceConfig, ...] = field(default=())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +15,11 @@ from data.config import DataConfig, SourceConfig
 from data.index.record_index import RecordIndex
 from data.media.blob import Blob, MediaError, inline_blob, resolve_path
 from data.media.record_media import RecordMedia
-from data.media.video_stamps import own_stamps
-from data.positions import own_feature_ids, own_line_ids
+from data.positions import inside_ids
+from data.preference.sample import EncodedAnswers, PreferenceSample, assemble_answers, encode_answers, measure_answers
 from data.prompts import encode_prompt
 from data.records.fields import LINE, shorten
-from data.records.record import MediaRef, Record, RecordError, parse
+from data.records.record import Answers, MediaRef, Record, RecordError, check_answers, parse
 from data.sample import Sample, assemble_sample, check_media, measure_encoded
 from data.text.rounds import TooLongError
 from data.text.template import Template
@@ -57,13 +58,14 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
         self.indexes, self.sources, self.template = indexes, sources, template
         self.specs, self.config = specs, config
         self._excluded: frozenset[int] = frozenset()
+        self.answers: Answers = "one"
+        self.reference: np.ndarray | None = None  # (N, answers) float32, see `data.preference.sample`
         sizes = [len(index) for index in indexes]
         self._starts = np.cumsum([0, *sizes])
         # A longer sample is cut to whole rounds, so it never takes more than max_length.
         planned = np.concatenate([index.lengths for index in indexes])
         self.lengths = np.minimum(planned, config.max_length).astype(np.int32)
-        self._own_ids = own_feature_ids(template.tokenizer, specs), own_line_ids(template.tokenizer, specs)
-        self._stamps = own_stamps(template.tokenizer, specs)
+        self._inside = inside_ids(template.tokenizer, specs, config)
         self.modalities = np.concatenate([index.modalities for index in indexes])
         self.source_ids = np.repeat(np.arange(len(sizes)), sizes)
         self.source_names = [source.key for source in sources]
@@ -120,20 +122,35 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
         _, index, row = self.locate(i)
         record = parse(index.raw(row), index.where(row), index.name(row))
         check_media(record, self.specs, self.config.max_images)
+        check_answers(record, self.answers)
         return record
+
+    def encode_answers(self, i: int, record: Record) -> EncodedAnswers:
+        """Encode the answers of `record`, that of sample `i`, and under "judged" that of the next record to the same prompt."""
+        other = None
+        if self.answers == "judged":
+            source_id, index, row = self.locate(i)
+            try:
+                other = self.record(int(self._starts[source_id]) + (row + 1) % len(index))
+            except RecordError:  # it is rejected in its own place
+                other = None
+        return encode_answers(self.template, record, other)
 
     def media(self, i: int, record: Record) -> RecordMedia:
         """Return the media of `record`, which is the record of sample `i`."""
         source_id, index, row = self.locate(i)
         locate = partial(_locate, index, row, self.sources[source_id], self.config.follow_links)
-        return RecordMedia(record, locate, self.specs, self.config, *self._own_ids, stamps=self._stamps)
+        return RecordMedia(record, locate, self.specs, self.config, self._inside)
 
     def measure(self, i: int) -> int:
         """Return the exact number of tokens of sample `i`, without decoding its media. Raises `RecordError`."""
         record = self.record(i)
-        encoded = self.template.encode(record, self.config.max_length)
         media = self.media(i, record)
         counts = [num_tokens(self.specs[ref.modality], media.measure(ref)) for ref in record.media]
+        if self.answers != "one":
+            answers = self.encode_answers(i, record)
+            return measure_answers(answers, self.template, record, counts, self.config.max_length).length
+        encoded = self.template.encode(record, self.config.max_length)
         return measure_encoded(encoded, self.template.placeholder_ids, record, counts, self.config.max_length).length
 
     def prompt(self, i: int) -> Sample:
@@ -145,6 +162,8 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
 
     def _sample(self, i: int) -> Sample:
         record = self.record(i)
+        if self.answers != "one":
+            return self._preference(i, record)
         return assemble_sample(
             self.template.encode(record, self.config.max_length),
             self.template.placeholder_ids,
@@ -153,6 +172,19 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
             sample_id=i,
             source_id=int(self.source_ids[i]),
         )
+
+    def _preference(self, i: int, record: Record) -> PreferenceSample:
+        """Return the sample of a record with preferences, with the log-probabilities of the reference where those are known."""
+        found, length = self.encode_answers(i, record), self.config.max_length
+        source_id, media = int(self.source_ids[i]), self.media(i, record)
+        sample = assemble_answers(found, self.template, media, length, sample_id=i, source_id=source_id)
+        if self.reference is None:
+            return sample
+        values = tuple(self.reference[i, : len(sample.answers)].tolist())
+        if not all(map(math.isfinite, values)):
+            reason = "the log-probabilities of its answers under the reference were not computed: it could not be read then"
+            raise RecordError(record.where, record.id, "reference", reason)
+        return replace(sample, reference=values)
 
 
 def _locate(index: RecordIndex, row: int, source: SourceConfig, follow_links: bool, ref: MediaRef) -> Blob:

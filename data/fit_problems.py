@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Protocol
 
 MAX_TILES = 256
+SIDE_TILES = 4
+"""Of Idefics3 and SmolVLM: tiles along the longer side of a picture."""
 GRID_NAME = re.compile(r"([1-9]\d?)x([1-9]\d?)(?:\.\.\.([1-9]\d?)x([1-9]\d?))?")
 PIXEL_BUDGETS = ("fit_min_pixels", "fit_max_pixels", "record_max_pixels", "video_max_pixels")
 """Settings of pixels after resizing, of towers that read pictures at their own size."""
@@ -26,12 +29,15 @@ class FitSettings(Protocol):
     @property
     def anyres_max(self) -> int: ...
     @property
+    def side_tiles(self) -> int: ...
+    @property
     def fit_min_pixels(self) -> int: ...
 
 
 def fit_problems(config: FitSettings) -> Iterator[str]:
     """Yield what is wrong with tiles, grids and budgets of pixels, one line each; keys as in run.toml."""
     yield from _tile_problems(config)
+    yield from _side_problems(config)
     yield from _grid_problems(config)
     yield from _budget_problems(config)
 
@@ -47,6 +53,13 @@ def _tile_problems(config: FitSettings) -> Iterator[str]:
         yield "data.image_fit = 'tiles' cuts nothing with data.max_tiles = 1: set it to what a picture may take, as 6 or 12"
     elif config.max_tiles > MAX_TILES:
         yield f"data.max_tiles = {config.max_tiles} is more than {MAX_TILES}: they are views of one picture; 6 to 40 are usual"
+
+
+def _side_problems(config: FitSettings) -> Iterator[str]:
+    if config.image_fit != "idefics" and config.side_tiles != SIDE_TILES:
+        yield f"data.side_tiles = {config.side_tiles} has no effect unless data.image_fit = 'idefics'"
+    elif not 1 <= config.side_tiles <= math.isqrt(MAX_TILES):
+        yield f"data.side_tiles = {config.side_tiles} is not in [1, {math.isqrt(MAX_TILES)}]; 4 is usual, 1 is one view"
 
 
 def _grid_problems(config: FitSettings) -> Iterator[str]:

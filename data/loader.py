@@ -11,16 +11,20 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data.batch_transport import pack_for_transport
-from data.collate import collate, collate_packed
 from data.dataset import MultimodalDataset, Rejected
 from data.order.mixing import Pool
 from data.order.packing import deal_packed
 from data.order.sampler import Sampler, deal, num_micro_batches
+from data.order.spread import spread_evenly
+from data.preference.collate import join_samples
 from data.prefetch import micro_batches_together, planned_bytes, prefetch_factor
 from data.sample import Sample
 from data.workers import Reading, WorkerError, describe_sample, prepare_worker, unexpected_error
 from model.batch import Batch
 from model.errors import DataError
+
+_AT_ONCE = 4096
+"""Samples without an order of their own that are dealt to ranks and micro-batches at once."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,13 @@ def validation_batches(
     where it has no sample. No record is rejected for its length when packing: without a graph, a micro-batch somewhat over its
     budget does no harm.
     """
-    ids = validation_ids(dataset, max_samples, pools)
-    shares = (_Share([part], True) for part in plan.deal(ids, dataset.lengths)[options.rank])
+    return batches_of(dataset, plan, options, validation_ids(dataset, max_samples, pools))
+
+
+def batches_of(dataset: MultimodalDataset, plan: BatchPlan, options: LoadOptions, ids: np.ndarray) -> Iterator[MicroBatch]:
+    """Return the share of rank `options.rank` of the samples `ids`, with as many micro-batches on every rank."""
+    chunks = np.split(ids, range(_AT_ONCE, len(ids), _AT_ONCE))
+    shares = (_Share([part], True) for some in chunks for part in plan.deal(some, dataset.lengths)[options.rank])
     made = _MicroBatches(dataset, plan.is_packed, None, options)
     return (micro_batch for share in _load(made, shares, replace(options, pin_memory=False)) for micro_batch in share)
 
@@ -138,33 +147,7 @@ def validation_ids(dataset: MultimodalDataset, max_samples: int, pools: Sequence
     than `max_samples`.
     """
     taken = [pool.ids for pool in pools] or np.split(np.arange(len(dataset)), np.cumsum(np.bincount(dataset.source_ids))[:-1])
-    return np.concatenate(taken)[_spread(np.array([len(rows) for rows in taken]), max_samples)]
-
-
-def _spread(sizes: np.ndarray, max_samples: int) -> np.ndarray:
-    """Choose min(max_samples, all) distinct ids over all sources, or one per source if that is more.
-
-    Source s holds sizes[s] consecutive ids.
-    """
-    starts = np.cumsum(sizes) - sizes
-    least = np.minimum(sizes, 1)
-    total = int(sizes.sum())
-    wanted = max(min(max_samples or total, total), int(least.sum()))
-    # In proportion to size; a source whose share is less than one gets one, and the others share what is left.
-    shares = least.copy()
-    open_ = sizes > 0
-    while open_.any():
-        rest = wanted - int(least[~open_].sum())
-        parts = sizes * rest
-        whole = int(sizes[open_].sum())
-        small = open_ & (parts < whole)
-        if not small.any():
-            shares[open_] = parts[open_] // whole
-            order = np.flatnonzero(open_)[np.argsort(-(parts[open_] % whole), kind="stable")]
-            shares[order[: wanted - int(shares.sum())]] += 1  # to those that rounding cost most
-            break
-        open_ = open_ & ~small
-    return np.concatenate([start + np.arange(n) * size // n for start, n, size in zip(starts, shares, sizes) if n])
+    return np.concatenate(taken)[spread_evenly(np.array([len(rows) for rows in taken]), max_samples)]
 
 
 @dataclass(frozen=True)
@@ -182,7 +165,7 @@ class _MicroBatches(Dataset[list[MicroBatch] | DataError | WorkerError]):
         """Prepare to make micro-batches; `planned` (N,): the tokens that a sample may have at most, by id; None: any number."""
         self._dataset, self._pad_id, self._planned = dataset, options.pad_id, planned
         self.reading = options.reading or Reading(options.workers)
-        self._collate = collate_packed if is_packed else collate
+        self._is_packed = is_packed
 
     def __getitem__(self, share: _Share) -> list[MicroBatch] | DataError | WorkerError:
         last = len(share.micro_batches) - 1 if share.ends_step else None
@@ -200,7 +183,7 @@ class _MicroBatches(Dataset[list[MicroBatch] | DataError | WorkerError]):
         items = [self._item(int(i)) for i in ids]
         samples = [item for item in items if isinstance(item, Sample)]
         rejected = tuple(item for item in items if isinstance(item, Rejected))
-        return MicroBatch(self._collate(samples, self._pad_id), rejected, ends_step)
+        return MicroBatch(join_samples(samples, self._pad_id, self._is_packed), rejected, ends_step)
 
     def _item(self, i: int) -> Sample | Rejected:
         """Return sample `i`, rejected if it is longer than it was planned."""

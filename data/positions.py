@@ -1,4 +1,4 @@
-"""Tokens inside a medium at its own size, and positions of three axes: time, row and column (M-RoPE).
+"""Tokens inside a medium, and positions of three axes: time, row and column (M-RoPE).
 
 Text takes the same position on all axes. A picture begins one behind the last position so far: its features have the position of
 its begin plus their time, row and column. What follows begins behind the largest position of the medium, as in the papers of
@@ -7,14 +7,17 @@ Qwen2-VL and Qwen2.5-VL.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from data.config import DataConfig
+from data.media.inside_ids import InsideIds, tile_ids
+from data.media.video_stamps import own_stamps
 from model.errors import ConfigError
-from model.media_spec import MediaMeta, MediaSpec, NativeSpec, num_features
+from model.media_spec import ImageSpec, MediaMeta, MediaSpec, NativeSpec, num_features, num_tokens
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class FeatureRun:
         return times * high * wide
 
 
-def feature_places(spec: NativeSpec, meta: MediaMeta) -> np.ndarray | None:
+def feature_places(spec: MediaSpec, meta: MediaMeta) -> np.ndarray | None:
     """Return where the features of a medium stand among its tokens (K,); None where all of its tokens are features."""
     if not meta.inside:
         return None
@@ -42,37 +45,35 @@ def feature_places(spec: NativeSpec, meta: MediaMeta) -> np.ndarray | None:
     return places
 
 
-def write_inside(ids: np.ndarray, start: int, kind: str, spec: NativeSpec, meta: MediaMeta, feature_ids: Mapping[str, int]) -> None:
-    """Write a medium's tokens, which begin at `start`, into the expanded `ids` (T,): its features' own id, and those inside it.
-
-    `feature_ids`: id of a feature of each kind of medium that has one of its own.
-    """
-    if kind in feature_ids:
-        count = num_features(spec, meta) + sum(len(inside) for _, inside in meta.inside)
-        ids[start : start + count] = feature_ids[kind]
+def write_inside(ids: np.ndarray, start: int, kind: str, spec: MediaSpec, meta: MediaMeta, own: InsideIds) -> None:
+    """Write a medium's tokens, which begin at `start`, into the expanded `ids` (T,): its features' own id, and those inside it."""
+    if kind in own.features:
+        ids[start : start + num_tokens(spec, meta)] = own.features[kind]
     before = start
     for first, inside in meta.inside:
         ids[before + first : before + first + len(inside)] = inside
         before += len(inside)
 
 
-def own_feature_ids(tokenizer: PreTrainedTokenizerFast, specs: Mapping[str, MediaSpec]) -> dict[str, int]:
-    """Return the id of a feature, by kinds of media that have a token of their own beside that of their modality."""
+def inside_ids(tokenizer: PreTrainedTokenizerFast, specs: dict[str, MediaSpec], config: DataConfig) -> InsideIds:
+    """Return the ids inside media of a run: of features, line ends, times and texts between tiles. Raises `ConfigError`."""
     spec = specs.get("image")
-    if not isinstance(spec, NativeSpec) or not spec.video_placeholder:
-        return {}
-    return {"video": tokenizer.convert_tokens_to_ids(spec.video_placeholder)}
+    if isinstance(spec, NativeSpec):
+        name = spec.video_placeholder
+        features = {"video": tokenizer.convert_tokens_to_ids(name)} if name else {}
+        return InsideIds(features, line_ids(tokenizer, spec), own_stamps(tokenizer, specs))
+    if isinstance(spec, ImageSpec) and config.image_fit == "idefics":
+        return InsideIds(tiles=tile_ids(tokenizer, spec.placeholder, config.side_tiles))
+    return InsideIds()
 
 
-def own_line_ids(tokenizer: PreTrainedTokenizerFast, specs: Mapping[str, MediaSpec]) -> tuple[int, ...]:
+def line_ids(tokenizer: PreTrainedTokenizerFast, spec: NativeSpec) -> tuple[int, ...]:
     """Return the ids of the tokens behind each line of a picture's features, and behind the last; () for a tower without.
 
     Raises `ConfigError` for a token that the tokenizer does not have.
     """
-    spec = specs.get("image")
-    names = spec.line_ends if isinstance(spec, NativeSpec) else ()
-    found = tuple(tokenizer.convert_tokens_to_ids(name) for name in names)
-    for name, number in zip(names, found):
+    found = tuple(tokenizer.convert_tokens_to_ids(name) for name in spec.line_ends)
+    for name, number in zip(spec.line_ends, found):
         if number is None or tokenizer.convert_ids_to_tokens(number) != name:  # else it is that of unknown words
             raise ConfigError(
                 f"model.vision.line_ends: the tokenizer has no token {name!r}: name it in model.llm.new_tokens, or use others"

@@ -16,8 +16,7 @@ from data.config import DataConfig
 from data.fit_problems import PIXEL_BUDGETS
 from data.media.blob import Blob, inline_blob, resolve_path
 from data.media.record_media import RecordMedia
-from data.media.video_stamps import own_stamps
-from data.positions import own_feature_ids, own_line_ids
+from data.positions import inside_ids
 from data.prompts import encode_prompt
 from data.records.record import MediaRef, Record, parse
 from data.sample import Sample, assemble_sample, check_media
@@ -37,7 +36,7 @@ _CONFIG_KEYS = (
     *("max_length", "max_images", "max_pixels"),
     *("state_tokens", "fps", "min_frames", "max_frames", "max_seconds"),
 )
-_LATER_KEYS = PIXEL_BUDGETS
+_LATER_KEYS = (*PIXEL_BUDGETS, "side_tiles")
 """Settings that runs of earlier versions did not have."""
 
 
@@ -104,9 +103,8 @@ class Processor:
 
     def media(self, record: Record, media_root: str | None = None) -> RecordMedia:
         """Return the media of `record`, located as in a call."""
-        ids = own_feature_ids(self.tokenizer, self.specs), own_line_ids(self.tokenizer, self.specs)
-        stamps = own_stamps(self.tokenizer, self.specs)
-        return RecordMedia(record, lambda ref: self._locate(ref, media_root), self.specs, self.config, *ids, stamps=stamps)
+        ids = inside_ids(self.tokenizer, self.specs, self.config)
+        return RecordMedia(record, lambda ref: self._locate(ref, media_root), self.specs, self.config, ids)
 
     def _locate(self, ref: MediaRef, media_root: str | None) -> Blob:
         if (inline := inline_blob(ref.path)) is not None:

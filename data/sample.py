@@ -101,8 +101,8 @@ def assemble_sample(
     for position, ref, meta in zip(at[at < kept], refs, metas):
         start, spec = int(ends[position] - widths[position]), specs[ref.modality]
         placed.setdefault(ref.modality, []).append(_placed(spec, ref, meta, media.load(ref, meta), start))
+        write_inside(expanded, start, ref.kind, spec, meta, media.inside)
         if isinstance(spec, NativeSpec):
-            write_inside(expanded, start, ref.kind, spec, meta, media.feature_ids)
             runs += feature_runs(start, spec, meta)
     supervised = np.repeat(np.array(encoded.supervised[:kept], dtype=bool), widths[:kept])
     positions = positions_of(len(expanded), runs) if _axes(specs) == 3 else None
@@ -146,10 +146,9 @@ def _placed(spec: MediaSpec, ref: MediaRef, meta: MediaMeta, values: Tensor, sta
     frames = row_frames(spec, meta) if isinstance(spec, AudioSpec) else ()
     width = row_width(spec, values.shape[-1])
     rows = _fixed_rows(spec, meta, width) if meta.size == (0, 0) else token_rows(spec, meta, width)
-    found = SampleMedia(ref.kind, values, start, len(rows), rows, width, frames, ref.label, token_weights(spec, meta))
-    if not isinstance(spec, NativeSpec):
-        return found
-    return replace(found, length=num_tokens(spec, meta), places=feature_places(spec, meta), native=spec, grid=meta.patches)
+    length, weights, places = num_tokens(spec, meta), token_weights(spec, meta), feature_places(spec, meta)
+    found = SampleMedia(ref.kind, values, start, length, rows, width, frames, ref.label, weights, places)
+    return replace(found, native=spec, grid=meta.patches) if isinstance(spec, NativeSpec) else found
 
 
 @lru_cache(maxsize=64)

@@ -2,7 +2,7 @@
 
 Shape legend, used in every docstring of this project:
 B batch, T tokens, D hidden, V vocabulary, N media rows, P packed patches, L tokens per row, K spliced rows, M media,
-S supervised positions, n samples.
+S supervised positions, n samples, A answers, R tokens of answers, Q pairs of answers.
 
 Every index that would cost a search or a host sync on the device is computed by `collate` on the CPU and stored in the batch.
 """
@@ -77,6 +77,43 @@ class Media:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """Answers whose probabilities are compared: A answers of the samples of a batch, in their order, with R tokens in all.
+
+    A sample's answers stand behind one prompt. The token that predicts the first one of each is the prompt's last.
+    """
+
+    positions: Tensor  # (R,) flat position whose hidden state predicts each token
+    targets: Tensor  # (R,) the tokens
+    owners: Tensor  # (R,) answer that each token belongs to
+    learned: Tensor  # (S,) of the R tokens, those at `Batch.supervised`, in that order
+    samples: Tensor  # (A,) sample of the batch that each answer belongs to
+    tokens: Tensor  # (A,) float32, tokens of each answer
+    chosen: Tensor  # (Q,) answers that are preferred to those of `rejected`
+    rejected: Tensor  # (Q,)
+    desirable: Tensor  # (d,) answers that are wanted, or not, without another one to compare with
+    undesirable: Tensor  # (u,)
+    other: Tensor  # (m,) answers to the prompts of other records
+    rows: Tensor  # (B,) sample of each row, or, packed, (segments,) of each segment
+    reference: Tensor | None = None  # (A,) float32 log-probability under the reference; None: it is computed with the model
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> Answers:
+        """Return the answers with `move` applied to every tensor."""
+        tensors: dict[str, Tensor | None] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return replace(self, **{name: move(t) for name, t in tensors.items() if t is not None})
+
+
+@dataclass(frozen=True)
+class SharedPrompts:
+    """Segments of a packed row that see an earlier part of it too: answers behind a prompt that stands in the row once."""
+
+    prefixes: tuple[tuple[int, int], ...]  # (segments) first position and length of the part that each sees; length 0: none
+    keys: Tensor  # (Tk,) position in the row of each key, segment by segment: the part seen, then the segment itself
+    borders: Tensor  # (segments + 1,) int32, start of each segment among the keys, and the end of the last
+    longest: int  # keys of a segment at most
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch: a row per sample padded on the right, or, packed, all samples one after the other in one row.
 
@@ -95,6 +132,8 @@ class Batch:
     segment_lengths: tuple[int, ...] | None = None  # packed: tokens of each segment of the row; else None
     segment_borders: Tensor | None = None  # (n + 1,) int32, packed: start of each segment, and the end of the last
     media: dict[str, Media] = field(default_factory=dict)  # by modality; a modality that no sample has is absent
+    answers: Answers | None = None  # of samples of preferences; None where there are none
+    shared: SharedPrompts | None = None  # packed: None where each segment sees itself alone
 
     @property
     def num_real_tokens(self) -> int:
@@ -115,4 +154,6 @@ class Batch:
     def _map(self, move: Callable[[Tensor], Tensor], media: dict[str, Media]) -> Batch:
         tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         moved: dict[str, Any] = {name: move(t) for name, t in tensors.items() if isinstance(t, Tensor)}
-        return dataclasses.replace(self, **moved, media=media)
+        answers = None if self.answers is None else self.answers.map(move)
+        shared = self.shared and replace(self.shared, keys=move(self.shared.keys), borders=move(self.shared.borders))
+        return dataclasses.replace(self, **moved, media=media, answers=answers, shared=shared)

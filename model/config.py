@@ -67,8 +67,8 @@ class VisionConfig:
 class VisionProjectorConfig:
     kind: str = "mlp2x_gelu"
     """What maps features to the language model: linear, mlpNx_gelu, identity, pixel_shuffle_mlp, pixel_shuffle_v1_mlp,
-    pool_mlp, conv_mlp, vita_mlp or resampler; with a tower of variable size, the first three, pixel_shuffle_mlp, pool_mlp or a
-    published model's merger."""
+    pool_mlp, conv_mlp, vita_mlp, pixel_shuffleN_linear (N x N patches to a token, 2 to 4) or resampler; with a tower of variable
+    size, the first three, pixel_shuffle_mlp, pool_mlp or a published model's merger."""
     tune: Literal["frozen", "full"] = "full"
     """What learns: frozen, nothing; full, everything."""
     path: str = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -27,8 +28,10 @@ HEAD_STAYS = (
 class LoraLinear(nn.Linear):
     """A linear layer with an adapter: x (..., in) -> W x + b + scale * B A dropout(x). It keeps its name, weight and bias.
 
-    Layers with the same `inputs` that read the same tensor share one dropout mask.
+    Layers with the same `inputs` that read the same tensor share one dropout mask. Switched off, it computes W x + b.
     """
+
+    is_on = True
 
     def __init__(self, linear: nn.Linear, config: LoraConfig, inputs: SharedInputs | None = None) -> None:
         nn.Module.__init__(self)
@@ -50,6 +53,8 @@ class LoraLinear(nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.is_on:
+            return self.base(x)
         if torch.compiler.is_compiling():
             return self._traced(x)
         read = self.inputs.read(x, self.dropout.p if self.dropout.training else 0.0, self)
@@ -135,6 +140,19 @@ def adapted(root: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     for name, module in root.named_modules():
         if isinstance(module, LoraLinear):
             yield name, module
+
+
+@contextmanager
+def switched_off(root: nn.Module) -> Iterator[None]:
+    """Compute, inside the context, as if the adapted layers of `root` had no adapters."""
+    layers = [layer for _, layer in adapted(root)]
+    for layer in layers:
+        layer.is_on = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.is_on = True
 
 
 def learning_biases(part: nn.Module, bias: str) -> Iterator[str]:

@@ -101,16 +101,16 @@ class ChunkedLoss(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             h = hidden[part]
-            rows[part], p = _chunk(h, weight, new, targets[part, None], change)
+            rows[part], p = cross_entropy_chunk(h, weight, new, targets[part, None], change)
             if not any(ctx.needs_input_grad):
                 continue
             p_new = None if new is None else new.taken_out(p)
             if d_hidden is not None:
                 d_hidden[part] = p @ weight if new is None or p_new is None else torch.addmm(p @ weight, p_new, new.rows)
             if d_weight is not None:
-                _add_product(d_weight, p, h)
+                add_product(d_weight, p, h)
             if d_new is not None and p_new is not None:
-                _add_product(d_new, p_new, h)
+                add_product(d_new, p_new, h)
             del p  # or it would live beside the logits of the next chunk
         ctx.save_for_backward(d_hidden, d_weight, d_new)
         ctx.weight_dtype = weight.dtype
@@ -126,7 +126,9 @@ class ChunkedLoss(torch.autograd.Function):
         return hidden, weight, new, None, None
 
 
-def _chunk(h: Tensor, weight: Tensor, new: NewRows | None, target: Tensor, change: LogitChange) -> tuple[Tensor, Tensor]:
+def cross_entropy_chunk(
+    h: Tensor, weight: Tensor, new: NewRows | None, target: Tensor, change: LogitChange
+) -> tuple[Tensor, Tensor]:
     """Return the cross entropy (s,) float32 of rows h (s, D) against target (s, 1), and its gradient (s, V) of the products, in the
     type of `weight`.
 
@@ -144,7 +146,7 @@ def _chunk(h: Tensor, weight: Tensor, new: NewRows | None, target: Tensor, chang
     return loss.squeeze(1), change.gradient(logits, p).to(weight.dtype)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left.T @ right, (s, a) and (s, b), to total (a, b) float32 in place, without a float32 copy of the whole product."""
     if left.dtype == total.dtype:
         total.addmm_(left.T, right)

@@ -14,12 +14,8 @@ from model.tile_tokens import TileMap, map_rows, map_weights, tile_map
 
 PLACEHOLDERS = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
 """Placeholder of one medium in a record's text, by the kind of medium."""
-
-
 READ_BY = {"image": "image", "video": "image", "audio": "audio"}
 """Modality whose encoder reads a kind of medium: frames of a video are rows of pictures, and `<video>` is not a token."""
-
-
 DEFAULT_TOKENS = {modality: PLACEHOLDERS[modality] for modality in sorted(set(READ_BY.values()))}
 """Token whose positions take the features of a modality, where a model has none of its own."""
 
@@ -149,18 +145,18 @@ def num_tokens(spec: MediaSpec, meta: MediaMeta) -> int:
 
     Index, expansion and splice all call it: no other code counts tokens.
     """
+    return num_features(spec, meta) + sum(len(ids) for _, ids in meta.inside)
+
+
+def num_features(spec: MediaSpec, meta: MediaMeta) -> int:
+    """Return the number of a medium's tokens that its encoder and projector make; at its own size one per square of patches."""
     if isinstance(spec, AudioSpec):
         return spec.num_prompts + sum(row_tokens(spec, meta))
     if isinstance(spec, NativeSpec):
-        return num_features(spec, meta) + sum(len(ids) for _, ids in meta.inside)
+        return math.prod(meta.patches) // spec.shrink**2
     if (tiles := _tile_map(spec, meta)) is not None:
         return view_tokens(spec) + tiles.num_tokens
     return sum(row_tokens(spec, meta)) + spec.newline
-
-
-def num_features(spec: NativeSpec, meta: MediaMeta) -> int:
-    """Return the number of tokens of a picture or video at its own size that are features: one per shrink x shrink patches."""
-    return math.prod(meta.patches) // spec.shrink**2
 
 
 def row_tokens(spec: MediaSpec, meta: MediaMeta) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from model.llm.router_loss import RouterTap
 from model.loss import HeadOptions, LossTerm, Term, text_term
 from model.media_spec import MediaSpec
 from model.patch_layout import blank_media
+from model.preference.tuning import PreferenceTuning
 from model.projector import OWN_ROWS
 from model.splice import placeholder_rows, splice
 from model.vision.normalise import normalised
@@ -43,6 +44,7 @@ class MultimodalLM(nn.Module):
         self.dtype = dtype  # compute type; parameters may be stored in another one
         self.trainable_parts: frozenset[str] = frozenset()
         self.routers: RouterTap | None = None
+        self.preference: PreferenceTuning | None = None  # what is learned from answers that are compared
         self.stop_ids: tuple[int, ...] = ()
         self.pad_id = 0
         self.levels = 1  # rows of numbers, each as wide as the language model, that a position is given (model.llm.early_features)
@@ -56,11 +58,14 @@ class MultimodalLM(nn.Module):
 
     def coefficients(self) -> dict[str, float]:
         """Return the factor of each term in the loss; that of the text comes first and is 1."""
-        return {"text": 1.0, **{name: source.coefficient for name, source in self.other_terms.items()}}
+        first = {"text": 1.0} if self.preference is None else self.preference.coefficients()
+        return {**first, **{name: source.coefficient for name, source in self.other_terms.items()}}
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, Tensor | float]:
         """Return the divisor of the sum of each term over `batches`, known before the forward. No host sync."""
         counts: dict[str, Tensor | float] = {"text": float(sum(batch.num_supervised for batch in batches))}
+        if self.preference is not None:
+            counts |= self.preference.counts(batches)
         for name, source in self.other_terms.items():
             counts[name] = sum(source.count(batch) for batch in batches)
         return counts
@@ -69,6 +74,9 @@ class MultimodalLM(nn.Module):
         """Compute the loss terms of a micro-batch, named as in `coefficients`; `text` is the cross entropy of supervised tokens."""
         if self.routers is not None:
             self.routers.listen()
+        if self.preference is not None:
+            found, hidden = self.preference.compute(self, batch)
+            return {**found, **{name: source.term(hidden, batch) for name, source in self.other_terms.items()}}
         hidden = self.decode(batch)
         weight = head_weight(self.llm).to(self.dtype)
         new = new_head_rows(self.llm, self.dtype)
@@ -77,9 +85,12 @@ class MultimodalLM(nn.Module):
 
     def decode(self, batch: Batch) -> Tensor:
         """Compute the decoder's last hidden state (B, T, D)."""
+        return self.decode_embeds(self.embed(batch), batch)
+
+    def decode_embeds(self, embeds: Tensor, batch: Batch) -> Tensor:
+        """Compute the decoder's last hidden state (B, T, D) from embeddings (B, T, D)."""
         decoder = self.llm.get_decoder()
         options = decoder_options(self.llm, batch)
-        embeds = self.embed(batch)
         return decoder(inputs_embeds=embeds, position_ids=batch.position_ids, use_cache=False, **options).last_hidden_state
 
     def user_state(self, batch: Batch) -> Tensor:

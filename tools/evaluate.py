@@ -2,8 +2,9 @@
 
 A record's prompt is everything before its last answer. Measures, by --metrics: exact_match, the share of records whose generated
 text equals that answer, without its state token, white space around both stripped; anls, wer, choice, contains, bleu: see
-docs/training.md. loss: cross entropy per supervised token, over all answers of the kept rounds, as in training. Under torchrun the
-ranks share the records; the numbers are the same.
+docs/training.md. loss: cross entropy per supervised token, over all answers of the kept rounds, as in training. --preferences
+compares the chosen and the rejected answer of every record in place of answering. Under torchrun the ranks share the records; the
+numbers are the same.
 
 Progress goes to stderr, a table to stdout; the last line of stdout is JSON: {"samples", every measure, "loss"}.
 """
@@ -24,9 +25,11 @@ from data.index.record_index import RecordIndex
 from data.processor import Processor, load_processor
 from data.records.record import Record, parse
 from model.errors import ConfigError
+from model.multimodal import MultimodalLM
 from tools.cli import command_parser, run_command, write_named
 from tools.evaluation.answer_formats import FORMATS, format_answers
 from tools.evaluation.answering import Answered, Totals, answers, open_records
+from tools.evaluation.preferring import Pair, compare_answers, preference_result
 from tools.evaluation.wrong_answers_page import WrongAnswer, is_wrong, wrong_answers_page
 from tools.model_options import add_model_options, load
 from trainer.distributed.world import World, start_world, stop_world
@@ -43,6 +46,8 @@ def evaluate(options: argparse.Namespace, world: World) -> None:
         processor = load_processor(options.final)
         index = open_records(options.data, processor, folder)
         net = load(options)
+        if options.preferences:
+            return evaluate_preferences(options, world, net, processor, index)
         settings: dict[str, Any] = {key: getattr(options, key) for key in ("media_root", "max_new_tokens", "batch_size")}
         own = answers(net, processor, index, **settings, share=(world.rank, world.size))
         with tqdm(total=len(index), unit="sample", desc="evaluate", dynamic_ncols=True, disable=not world.is_main) as bar:
@@ -54,6 +59,28 @@ def evaluate(options: argparse.Namespace, world: World) -> None:
             write_results(options, metrics, totals, processor, index)
 
 
+def evaluate_preferences(
+    options: argparse.Namespace, world: World, net: MultimodalLM, processor: Processor, index: RecordIndex
+) -> None:
+    """Compare the answers of all records, and print on rank 0 how often the chosen one is more probable. Collective."""
+    pairs: dict[int, Pair] = {}
+    share, size = (world.rank, world.size), options.batch_size
+    with tqdm(total=len(index), unit="sample", desc="compare", dynamic_ncols=True, disable=not world.is_main) as bar:
+        for found in compare_answers(net, processor, index, media_root=options.media_root, batch_size=size, share=share):
+            pairs |= found
+            bar.update(min(len(found) * world.size, len(index) - bar.n))
+    together = {i: pair for rank in world.gather_json(list(pairs.items())) for i, pair in rank}
+    if world.is_main:
+        print_result(options, preference_result(together))
+
+
+def print_result(options: argparse.Namespace, result: dict[str, float]) -> None:
+    """Print the table, unless the line of JSON alone is asked for, and that line."""
+    if not options.json:
+        print(score_lines(result), flush=True)
+    print(json.dumps({key: value if math.isfinite(value) else None for key, value in result.items()}))
+
+
 def check_options(options: argparse.Namespace) -> list[str]:
     """Return the measures that are asked for. Raises `ConfigError` for options that cannot be."""
     for name in ("max_new_tokens", "batch_size"):
@@ -63,6 +90,8 @@ def check_options(options: argparse.Namespace) -> list[str]:
     if not metrics:
         raise ConfigError(f"--metrics {options.metrics!r} names none: write some of {','.join(METRICS)}")
     check_metrics(metrics, "--metrics")
+    if options.preferences and (options.page or options.predictions):
+        raise ConfigError("--preferences generates nothing: it goes without --page and --predictions")
     if options.format and not options.predictions:
         raise ConfigError(f"--format {options.format} is of the file that --predictions FILE names: name it")
     return metrics
@@ -81,9 +110,7 @@ def write_results(
         wrong = [WrongAnswer(records[i], text, right) for i, text, right in found if is_wrong(metrics[0], text, right)]
         title = f"{options.final} on {options.data}"
         write_named("--page", options.page, wrong_answers_page(title, result, wrong, processor, options.media_root))
-    if not options.json:
-        print(score_lines(result), flush=True)
-    print(json.dumps({key: value if math.isfinite(value) else None for key, value in result.items()}))
+    print_result(options, result)
 
 
 def predictions_of(name: str, records: dict[int, Record], totals: Totals) -> str:
@@ -99,8 +126,10 @@ def predictions_of(name: str, records: dict[int, Record], totals: Totals) -> str
 
 def score_lines(result: dict[str, float]) -> str:
     """Return the numbers for people, a line each."""
+    width = max(12, *map(len, result))
     return "\n".join(
-        f"{name:<12} {value:>10,.4f}" if name != "samples" else f"{name:<12} {value:>10,}" for name, value in result.items()
+        f"{name:<{width}} {value:>10,.4f}" if name != "samples" else f"{name:<{width}} {value:>10,}"
+        for name, value in result.items()
     )
 
 
@@ -126,6 +155,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (128)")
     parser.add_argument("--batch-size", type=int, default=16, help="records answered at once (16)")
     parser.add_argument("--metrics", default="exact_match", metavar="LIST", help=f"of {','.join(METRICS)} (exact_match)")
+    parser.add_argument(
+        "--preferences", action="store_true", help="compare chosen and rejected answers of the records; nothing is generated"
+    )
     parser.add_argument("--json", action="store_true", help="print the line of JSON alone")
     parser.add_argument(
         "--page", default="", metavar="FILE", help="also write a page of the answers that the first measure finds wrong"

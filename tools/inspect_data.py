@@ -1,7 +1,8 @@
 """Show what the model will see: samples of every source as they reach it, with learned tokens marked, in the terminal or as a page.
 
 In the terminal supervised tokens are green, or stand in {+ +} where there is no colour or NO_COLOR is set; answers that are not
-learned, because their turns say so, are grey, or stand in {- -}; a medium is shown by the tokens it takes and its file. --html
+learned, because their turns say so, are grey, or stand in {- -}; answers to which others are preferred are red, or stand in {~ ~};
+a medium is shown by the tokens it takes and its file. --html
 writes one file for a browser, with the pictures, the frames and the sounds that the model receives.
 Indexes are written where the run itself will look for them; no weight is read.
 """
@@ -22,11 +23,12 @@ from tools.inspector.wanted import KINDS, Wanted
 from trainer.runfile.toml_files import without_dashes
 
 if TYPE_CHECKING:
+    from tools.inspector.answers import AnswerText
     from tools.inspector.choose import Source
     from tools.inspector.entry import Box, InspectorEntry, Piece
 
-GREEN, GREY, DIM, RESET = "\x1b[32m", "\x1b[90m", "\x1b[2m", "\x1b[0m"
-MARKS = {"learned": (GREEN, "{+", "+}"), "passed over": (GREY, "{-", "-}")}
+GREEN, RED, GREY, DIM, RESET = "\x1b[32m", "\x1b[31m", "\x1b[90m", "\x1b[2m", "\x1b[0m"
+MARKS = {"learned": (GREEN, "{+", "+}"), "passed over": (GREY, "{-", "-}"), "unwanted": (RED, "{~", "~}")}
 """The colour of a stretch of tokens, and the marks around it where there is no colour."""
 NUM_PRINTED, NUM_ON_PAGE = 3, 50
 
@@ -83,7 +85,18 @@ def sample_text(entry: InspectorEntry, colour: bool) -> str:
         text = printable_lines("".join(piece.text for piece in group if not isinstance(piece, Box)))
         hue, left, right = MARKS.get(mark, ("", "", ""))
         stretches.append(f"{hue}{text}{RESET if hue else ''}" if colour else f"{left}{text}{right}")
-    return "".join(stretches).rstrip("\n")
+    answers = (f"\n{answer.role}: {_answer_text(answer, colour)}" for answer in entry.answers)
+    return "".join(stretches).rstrip("\n") + "".join(answers)
+
+
+def _answer_text(answer: AnswerText, colour: bool) -> str:
+    """Return an answer that is compared with another one, in the colour of those that are wanted, or are not."""
+    made = []
+    for counts, group in itertools.groupby(answer.pieces, key=lambda piece: piece.learned):
+        text = printable_lines("".join(piece.text for piece in group))
+        hue, left, right = MARKS["learned" if answer.is_wanted else "unwanted"] if counts else ("", "", "")
+        made.append(f"{hue}{text}{RESET if hue else ''}" if colour else f"{left}{text}{right}")
+    return "".join(made).rstrip("\n")
 
 
 def _mark(piece: Piece | Box) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from data.config import DataConfig
 from model.config import LoraConfig, ModelConfig, QuantizeConfig
 from model.files.untrusted import Json
+from model.preference.config import PreferenceConfig
 
 
 @dataclass(frozen=True)
@@ -229,5 +230,7 @@ class RunConfig:
     """How often numbers are logged, and to which trackers beside metrics.jsonl."""
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     """What a run bears before it ends, and how long it waits."""
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    """Learning from answers that are preferred to others."""
     stage: tuple[StageConfig, ...] = ()
     """Stages of a curriculum, one after the other, each as [[stage]] with a name and what is different in it."""

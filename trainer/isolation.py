@@ -54,7 +54,11 @@ def prove_isolation(model: MultimodalLM, pad_id: int, world: World) -> None:
 
 def _losses_and_leak(model: MultimodalLM, batch: Batch, target: int) -> tuple[Tensor, bool]:
     """Return the losses (LENGTH - 1,) of the supervised sample `target`, and whether they depend on the other's embeddings."""
-    term, _, gradient = input_gradient(model, batch)
+    tuning, model.preference = model.preference, None  # answers that are compared have a proof of their own
+    try:
+        term, _, gradient = input_gradient(model, batch)
+    finally:
+        model.preference = tuning
     other = slice(0, LENGTH) if target else slice(LENGTH, None)
     return term.addends, bool(gradient[0, other].ne(0).any().item())
 

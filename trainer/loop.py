@@ -21,6 +21,8 @@ from trainer.machine.disk_space import as_save_error
 from trainer.metrics import Meter, MetricsLog
 from trainer.optim import set_learning_rates
 from trainer.part_norms import PartNorms
+from trainer.preference.collapse import CollapseWatch
+from trainer.preference.shift_state import restore_shift, shift_state
 from trainer.records.bookkeeping import Bookkeeping
 from trainer.schedule import multiplier
 from trainer.scores.best import BestValue
@@ -67,6 +69,9 @@ class Loop:
         self.answers = AnswerLog(stage.run_folder, stage.first_step + first_step, world, stage.name)
         self.best = BestValue(config.checkpoint.best, start.state.get("best") if start.state else None)
         self.trackers = start.trackers
+        self.collapse = None if prepared.model.preference is None else CollapseWatch(dataset, world)
+        if prepared.model.preference is not None:
+            restore_shift(prepared.model.preference.shift, start.state)
         self.books = Bookkeeping(prepared, first_step)
         self.lengths = digest_of(prepared.data)
         self.requests, self.tracker, self.deferred = status.requests, status.tracker, DeferredRead(world.device)
@@ -132,6 +137,8 @@ class Loop:
         self.checkpointer.check()
         self.health.add(step, batches, result)
         self.meter.add(batches, result, wait)
+        if self.collapse:
+            self.collapse.add(batches, result)
         self.books.sample_log.mark_completed(step + 1)
 
     def _observe(self, values: list[float] | None) -> None:
@@ -215,6 +222,8 @@ class Loop:
             rates[f"train/lr/{group['name'].partition('/')[0]}"] = group["lr"]
         self.log.write(self.stage.first_step + done, values | rates)
         screen.logged(done, values, max(rates.values()))
+        if self.collapse and (text := self.collapse.observe(values)):  # collective where it warns
+            screen.say("warning", text)
 
     def _save(self, done: int) -> None:
         prepared, first_step = self.prepared, self.stage.first_step
@@ -234,6 +243,8 @@ class Loop:
         state: CheckpointState = {"meter": {**self.meter.state(), "health": self.health.state()}}
         if self.trained.loss_scale:
             state["loss_scale"] = self.trained.loss_scale.state()
+        if (tuning := self.prepared.model.preference) is not None and tuning.shift.is_used:
+            state["rewards"] = shift_state(tuning.shift, self.prepared.world)
         if self.best.state is not None:
             state["best"] = self.best.state
         if self.trackers.ids:

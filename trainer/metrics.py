@@ -8,6 +8,7 @@ import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from textwrap import indent
 from typing import Any, cast
@@ -21,6 +22,7 @@ from trainer.distributed.world import World
 from trainer.machine.atomic_files import replace_text
 from trainer.machine.json_lines import read_valid_lines
 from trainer.part_norms import PartNorms
+from trainer.ratios import Ratios, ratio_means
 from trainer.state import MeterTotals
 from trainer.step import StepResult
 from trainer.trackers.open_trackers import Trackers
@@ -61,30 +63,6 @@ class SourceSums:
         return self.values
 
 
-class Ratios:
-    """Sums and counts that loss terms other than the text report, by name, on the device; the names are the same on every rank."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Tensor] = {}
-
-    def add(self, ratios: dict[str, Tensor]) -> None:
-        """Add the (2,) sum and count of each name. No host sync."""
-        for name, ratio in ratios.items():
-            self.values[name] = self.values[name] + ratio if name in self.values else ratio.double()
-
-    def total(self, world: World) -> dict[str, list[float]]:
-        """Return sum and count of each name over ranks. Collective if there is any name, and a host sync."""
-        if not self.values:
-            return {}
-        sums = world.sum(torch.stack(list(self.values.values())))
-        return dict(zip(self.values, sums.tolist()))
-
-
-def ratio_means(totals: dict[str, list[float]], prefix: str) -> dict[str, float]:
-    """Return the result of `Ratios.total` as quotients; a name with a count of zero is left out."""
-    return {f"{prefix}/{name}": total / count for name, (total, count) in totals.items() if count}
-
-
 def mean_losses(sums: Tensor, names: list[str], prefix: str) -> dict[str, float]:
     """Return token-weighted losses from summed (3, sources): over all sources, and per source that had supervised positions."""
     losses, counts, _ = sums.tolist()
@@ -106,7 +84,7 @@ class Meter:
 
     def reset(self) -> None:
         self.sums = SourceSums(len(self.names), self.world.device)
-        self.ratios = Ratios()
+        self.ratios = Ratios(self.names)
         self.skipped: list[Tensor] = []
         self.num_skipped = 0
         self.wait = 0.0
@@ -116,8 +94,8 @@ class Meter:
         """Add one step. `wait`: seconds for which this rank waited for its data."""
         for batch, addends in zip(batches, result.addends):
             self.sums.add(batch, addends)
-        for ratios in result.ratios:
-            self.ratios.add(ratios)
+        for ratios, batch in zip_longest(result.ratios, batches):
+            self.ratios.add(ratios, batch)
         self.skipped.append(result.skipped)
         self.loss_scale = result.loss_scale
         self.grad_norm, self.norms = result.grad_norm, result.norms

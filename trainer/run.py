@@ -22,6 +22,7 @@ from trainer.machine.atomic_files import make_folder, replace_text
 from trainer.machine.open_files import check_limit
 from trainer.memory.chosen_at_start import settle_recomputation
 from trainer.memory.rehearsal import rehearse
+from trainer.preference.reference import prepare_reference
 from trainer.records.hub_look_ups import share_look_ups
 from trainer.records.later_stages import check_later_stages
 from trainer.records.look_beside import looking_beside
@@ -114,8 +115,8 @@ def train_stage(stage: Stage, start: ResumePoint, world: World, status: exit_rep
     if chosen:
         say(world, f"memory    {chosen}")
     prepared, found = build_and_look(stage, data, world, tracker)
-    for line in (*found, *changes):
-        say(world, f"data      {line}")
+    for line in (*found, *(f"data      {line}" for line in changes)):
+        say(world, line)
     first_step = state["step"] - stage.first_step if state else 0
     status.step = stage.first_step + first_step
     if checkpoint and state and prepared.trained:
@@ -156,7 +157,7 @@ def write_settings(stage: Stage, chosen: str) -> None:
 
 
 def build_and_look(stage: Stage, data: RunData, world: World, tracker: PhaseTracker) -> tuple[PreparedRun, list[str]]:
-    """Build and load the model while rank 0 looks at the data; return both, or raise what either found. Collective.
+    """Build and load the model while rank 0 looks at the data, then find its reference; return it and lines for people. Collective.
 
     What is wrong with the data is told first, whichever of the two is found first.
     """
@@ -173,7 +174,9 @@ def build_and_look(stage: Stage, data: RunData, world: World, tracker: PhaseTrac
             beside.precede()
             raise
         tracker.mark("check")
-        return prepared, beside.finish(tracker.report_progress)
+        lines = [f"data      {line}" for line in beside.finish(tracker.report_progress)]
+    tracker.mark("reference")
+    return prepared, [*lines, *(f"reference {line}" for line in prepare_reference(prepared, tracker))]
 
 
 def finish(prepared: PreparedRun, first_step: int, world: World, best: BestState | None = None) -> int:

@@ -37,7 +37,8 @@ class Screen:
 
     def logged(self, done: int, values: Mapping[str, float], lr: float) -> None:
         """Show the metrics of the line that is logged after `done` steps."""
-        text = f"loss {values['train/loss']:.4f}, lr {lr:.2e}, {values['perf/tokens_per_second']:,.0f} tokens/s"
+        loss = f"loss {values['train/loss']:.4f},{_preference(values, 'train')}"
+        text = f"{loss} lr {lr:.2e}, {values['perf/tokens_per_second']:,.0f} tokens/s"
         if not self.bar.disable:
             self.bar.set_postfix_str(text)
         else:
@@ -49,7 +50,10 @@ class Screen:
         each = f" ({', '.join(f'{name} {value:.4f}' for name, value in sources.items())})" if len(sources) > 1 else ""
         loss = values.get("val/loss", math.nan)
         measured = "".join(f", {name} {values[key]:.4g}" for name in METRICS if (key := f"val/{name}") in values)
-        self.say("validated", f"{self._place(done)}, loss {loss:.4f}{each}{measured} in {seconds:.1f} s")
+        prefers = _preference(values, "val").rstrip(",")
+        self.say(
+            "validated", f"{self._place(done)}, loss {loss:.4f}{each}{',' * bool(prefers)}{prefers}{measured} in {seconds:.1f} s"
+        )
 
     def say(self, word: str, text: str) -> None:
         """Print a line that begins with `word`, above the bar where there is one."""
@@ -63,3 +67,12 @@ class Screen:
     def _time_left(self, done: int) -> str:
         seconds = (time.perf_counter() - self.started_at) / max(1, done - self.first_step) * (self.total - done)
         return tqdm.format_interval(seconds)
+
+
+def _preference(values: Mapping[str, float], prefix: str) -> str:
+    """Return the loss of preferences and how often the chosen answer is preferred, as part of a line; "" where none are learned."""
+    if f"{prefix}/preference_loss" not in values:
+        return ""
+    accuracy = values.get(f"{prefix}/preference_accuracy")
+    rate = "" if accuracy is None else f" {accuracy:.0%} right,"
+    return f" preference {values[f'{prefix}/preference_loss']:.4f},{rate}"

@@ -16,6 +16,7 @@ from model.build import DTYPES, assemble, resolve_dtype
 from model.errors import ConfigError
 from model.files.shards import local
 from model.multimodal import MultimodalLM
+from model.preference.tuning import PreferenceTuning
 from model.weights.materialise import Devices, materialise
 from model.weights.origins import weight_layers
 from trainer.config import RunConfig
@@ -26,6 +27,7 @@ from trainer.distributed.world import World
 from trainer.isolation import prove_isolation
 from trainer.loss_scale import LossScale
 from trainer.optim import Trained, build_optimizer
+from trainer.preference.isolation import prove_answers_apart
 from trainer.records.run_data import RunData
 from trainer.runfile.stages import Stage
 from trainer.schedule import check_schedule
@@ -83,6 +85,8 @@ def build_run(stage: Stage, data: RunData, world: World, on_progress: Callable[[
     """
     config = stage.config
     model = assemble(data.card, DTYPES[config.model.dtype])
+    if config.preference.is_on:
+        model.preference = PreferenceTuning(config.preference)
     prepare_blocks(model, config.parallel)
     sharded = is_sharded(config.parallel, world)
     if sharded:
@@ -99,6 +103,8 @@ def build_run(stage: Stage, data: RunData, world: World, on_progress: Callable[[
     prove_gradients(wrapped, model, data.pad_id, world)
     if config.data.packing:
         prove_isolation(model, data.pad_id, world)
+        if model.preference is not None:
+            prove_answers_apart(model, data.pad_id, world)
     optimizer = build_optimizer(model, config.model, config.optim)
     masters = local(next(iter(learns.values()))).device  # with parallel.cpu_offload the host
     scaling = LossScale(config.loss_scale, masters) if model.dtype == torch.float16 else None

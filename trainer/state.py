@@ -57,10 +57,18 @@ class CheckpointState(TypedDict, total=False):
     step: int
     best: BestState  # absent without checkpoint.best, and before the first validation
     loss_scale: LossScaleState  # absent unless the run computes in float16
+    rewards: RewardState  # absent unless the kind of preference tuning needs them
     optimizer_steps: dict[str, float]
     trackers: dict[str, str]  # id of the run by tracker; absent without trackers that have one
     num_ranks: int
     activation_checkpointing: str  # none | selective | full, also where the run file says auto
+
+
+class RewardState(TypedDict):
+    """Sums of the rewards from which preference tuning measures (model.preference.shift)."""
+
+    total: float
+    count: float
 
 
 class AnswerRow(TypedDict):

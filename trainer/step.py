@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.batch import Batch
 from model.loss import Term
+from model.multimodal import MultimodalLM
 from model.weights.initial_values import seed_of
 from trainer.distributed.parallelize import gradient_sync
 from trainer.distributed.world import World
@@ -60,6 +60,7 @@ def train_step(
     mark = options.mark
     scale = options.scaling.scale if options.scaling else None
     mark("count")
+    batches = prepared(wrapped, batches)
     divisors, extra_sums = loss_divisors(wrapped, batches, world, options.extra)
     addends: list[Tensor] = []
     ratios: list[dict[str, Tensor]] = []
@@ -99,14 +100,30 @@ def loss_divisors(
 
     A divisor is the count of the term over all ranks, divided by the coefficient of the term.
     """
-    model: Any = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
-    found = [*model.counts(batches).values(), *extra]
+    model = unwrapped(wrapped)
+    shift = [] if model.preference is None else model.preference.shift.shared()
+    found = [*model.counts(batches).values(), *shift, *extra]
     on_device = [c if isinstance(c, Tensor) else torch.full((), c, device=world.device) for c in found]
     sums = world.sum(torch.stack(on_device))  # collective
-    counts, extra_sums = sums[: len(sums) - len(extra)], sums[len(sums) - len(extra) :]
+    counts, shifts, extra_sums = sums.split([len(found) - len(shift) - len(extra), len(shift), len(extra)])
+    if model.preference is not None:
+        model.preference.shift.receive(shifts.unbind())
     # Where nothing was counted the sum is zero as well. A count may be a sum of weights, and lie between 0 and 1.
     counts = counts + (counts == 0)
     return {name: count / factor for (name, factor), count in zip(model.coefficients().items(), counts.unbind())}, extra_sums
+
+
+def unwrapped(wrapped: nn.Module) -> MultimodalLM:
+    """Return the model that is trained, without what is wrapped around it."""
+    found = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
+    assert isinstance(found, MultimodalLM)
+    return found
+
+
+def prepared(wrapped: nn.Module, batches: list[Batch]) -> list[Batch]:
+    """Return the micro-batches as the step computes them. Some kinds of preference tuning run the model for it, without a graph."""
+    tuning = unwrapped(wrapped).preference
+    return batches if tuning is None else tuning.prepare(wrapped, batches)
 
 
 def total_loss(terms: dict[str, Term], divisors: dict[str, Tensor]) -> Tensor:

@@ -10,7 +10,8 @@ from data.loader import LoadOptions, validation_batches
 from data.workers import Reading, describe_sample
 from trainer.distributed.shards import reshard
 from trainer.faults.phase_tracker import PhaseTracker
-from trainer.metrics import Ratios, SourceSums, mean_losses, ratio_means
+from trainer.metrics import SourceSums, mean_losses
+from trainer.ratios import Ratios, ratio_means
 from trainer.records.quarantine import VALIDATION, Quarantine
 from trainer.setup import PreparedRun
 from trainer.step import ratios_of
@@ -28,7 +29,7 @@ def validate(prepared: PreparedRun, quarantine: Quarantine, step: int, tracker: 
         tracker.reading,
         tracker.watch_workers(Reading(config.data.workers), partial(describe_sample, dataset), VALIDATION),
     )
-    sums, ratios = SourceSums(len(dataset.source_names), world.device), Ratios()
+    sums, ratios = SourceSums(len(dataset.source_names), world.device), Ratios(dataset.source_names)
     options = LoadOptions(pad_id=prepared.data.pad_id, rank=world.rank, workers=config.data.workers, reading=reading)
     max_samples, pools = config.validation.max_samples, prepared.data.validation_pools
     batches = validation_batches(dataset, prepared.batch_plan, options, max_samples, pools)
@@ -40,7 +41,7 @@ def validate(prepared: PreparedRun, quarantine: Quarantine, step: int, tracker: 
             batch = micro.batch.to(world.device)
             terms = prepared.wrapped(batch)
             sums.add(batch, terms["text"].addends)
-            ratios.add(ratios_of(terms))
+            ratios.add(ratios_of(terms), batch)
     tracker.reading = trained
     prepared.model.train()
     reshard(prepared.model)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from data.check.layout_proof import begins_as_prompt, layout_in_force, remember_proof
 from data.index.record_index import RecordIndex
+from data.preference.sample import with_rejected
 from data.records.record import Record, RecordError, parse
 from data.records.turns import MARKS
 from data.text.abilities import Message
@@ -81,6 +82,8 @@ def certify(
         on_progress(index.where(i))
         try:
             record = parse(index.raw(i), index.where(i), index.name(i))
+            if record.rejected:
+                encode_proven(template, with_rejected(record), max_length)
             encoded = encode_proven(template, record, max_length)
         except UnprovenError as error:
             raise DataError(str(error)) from None

@@ -82,7 +82,8 @@ class MediumCheck:
         if isinstance(spec, NativeSpec):
             self.meta = self._media.measure(self._ref)  # with the tokens inside it, which its size alone does not tell
         else:
-            self.meta = image.picture_meta(size, spec, config, self._media.counts["image"])
+            meta = image.picture_meta(size, spec, config, self._media.counts["image"])
+            self.meta = self._media.inside.added("image", spec, meta)
         self._size = found[0].size if found else size()
         if found[0].fault:
             raise MediaError(found[0].fault)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from data.check.certificate import encode_proven
 from data.check.check_medium import CheckedMedium, MediumCheck, hash_key
 from data.dataset import MultimodalDataset
+from data.preference.sample import measure_answers, with_rejected
 from data.records.fields import record_line
 from data.records.placeholders import without_placeholders
 from data.records.record import Record, RecordError
@@ -87,12 +88,8 @@ def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, ne
         metas += [] if medium.meta is None else [medium.meta]
     size, whole, removed, is_too_long = None, 0, 0, False
     try:
-        encoded = encode_proven(dataset.template, record, dataset.config.max_length, in_full=i % IN_FULL == 0)
-        removed = encoded.removed
-        if len(metas) == len(record.media):
-            counts = [num_tokens(dataset.specs[ref.modality], meta) for ref, meta in zip(record.media, metas)]
-            size = measure_encoded(encoded, dataset.template.placeholder_ids, record, counts, dataset.config.max_length)
-            whole = size.whole
+        size, removed = _measured(dataset, i, record, metas)
+        whole = size.whole if size else 0
     except Exception as error:
         whole = getattr(error, "whole", 0)
         problems.append(_problem(dataset, i, error))
@@ -101,6 +98,20 @@ def check_record(dataset: MultimodalDataset, i: int, *, decode: bool = False, ne
         whole = _whole_length(dataset, record, metas)
     text_keys = (_text_key(record), _words_key(record)) if keys else (0, 0)
     return Checked(tuple(problems), size, *text_keys, tuple(found), whole, unlearned=record.num_unlearned, removed=removed)
+
+
+def _measured(dataset: MultimodalDataset, i: int, record: Record, metas: list[MediaMeta]) -> tuple[Measured | None, int]:
+    """Prove the record's ids and return its size, None without the sizes of all its media, and how many answers are shortened."""
+    template, limit, in_full = dataset.template, dataset.config.max_length, i % IN_FULL == 0
+    sized = len(metas) == len(record.media)
+    counts = [num_tokens(dataset.specs[ref.modality], meta) for ref, meta in zip(record.media, metas)]
+    if dataset.answers != "one":
+        for one in (record, *([with_rejected(record)] if record.rejected else [])):
+            encode_proven(template, one, in_full=in_full)
+        answers = dataset.encode_answers(i, record)
+        return measure_answers(answers, template, record, counts, limit) if sized else None, answers.encoded.removed
+    encoded = encode_proven(template, record, limit, in_full=in_full)
+    return measure_encoded(encoded, template.placeholder_ids, record, counts, limit) if sized else None, encoded.removed
 
 
 def _whole_length(dataset: MultimodalDataset, record: Record, metas: list[MediaMeta]) -> int:
@@ -142,7 +153,7 @@ def _problem(dataset: MultimodalDataset, i: int, error: Exception) -> Problem:
 
 def _text_key(record: Record) -> int:
     """Hash all that a record says, media by their kind and settings only."""
-    turns = [[turn.role, turn.content, turn.learn, dict(turn.extra)] for turn in record.turns]
+    turns = [[turn.role, turn.content, turn.learn, dict(turn.extra)] for turn in (*record.turns, *record.rejected)]
     marks = [[ref.kind, ref.span, ref.label] for ref in record.media]
     return hash_key(json.dumps([turns, marks, record.negative_turn, record.interrupted, record.tools]).encode())
 

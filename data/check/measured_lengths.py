@@ -41,15 +41,25 @@ def source_identities(dataset: MultimodalDataset) -> list[str]:
 
     That is its files, the template, the tokenizer and the settings.
     """
+    shared = {"version": _VERSION, **identity_parts(dataset)}
+    return [_digest(shared | _of_source(source)) for source in dataset.sources]
+
+
+def identity_parts(dataset: MultimodalDataset) -> dict[str, object]:
+    """Return what decides the ids and pixels of every record beside its own file and media, as JSON, by its name."""
     template, config = dataset.template, dataset.config
-    shared: dict[str, object] = {
-        "version": _VERSION,
+    return {
         "template": [template.name, template.source, template.placeholders, template.media_wrap, template.allowed, template.lead],
         "tokenizer": hashlib.sha256(template.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "specs": {modality: spec_to_json(spec) for modality, spec in dataset.specs.items()},
         "config": {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _IRRELEVANT},
+        **({} if dataset.answers == "one" else {"answers": dataset.answers}),
     }
-    return [_digest(shared | _of_source(source)) for source in dataset.sources]
+
+
+def identities_of_files(dataset: MultimodalDataset) -> list[dict[str, object]]:
+    """Return what the files and media folders of each source are known by, as JSON."""
+    return [_of_source(source) for source in dataset.sources]
 
 
 def _of_source(source: SourceConfig) -> dict[str, object]:

@@ -25,6 +25,7 @@ from data.index.table import Table
 from data.index.token_estimate import Plan, plan_columns, plan_record
 from data.media.blob import Blob, MediaError
 from data.records.media_refs import MediaRef
+from data.records.preferences import PAIR_KEYS
 from data.records.shapes import SHAPES, TURN_KEYS
 from model.errors import DataError
 from model.files.untrusted import Json
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
     from pyarrow import Table as ArrowTable
 
 _TOOL_COLUMNS = ("tools", "functions")
+_PAIR_COLUMNS = ("prompt", *PAIR_KEYS)
 _ROWS_AT_ONCE = 1024
-_NEEDED = tuple((key,) for key in TURN_KEYS) + tuple(shape.needs for shape in SHAPES)
+_NEEDED = tuple((key,) for key in TURN_KEYS) + tuple(shape.needs for shape in SHAPES) + (PAIR_KEYS,)
 """Columns of which a file needs one group."""
 
 
@@ -162,7 +164,7 @@ def _record(row: Json) -> Json:
         if column in found:
             names = names_of(column, present_media(found[column]))
             found[column] = names if isinstance(found[column], list) else next(iter(names), None)
-    for column in (*TURN_KEYS, *_TOOL_COLUMNS):
+    for column in (*TURN_KEYS, *_TOOL_COLUMNS, *_PAIR_COLUMNS):
         if isinstance(found.get(column), str) and column in TURN_KEYS:
             found[column] = decode_json(found[column].encode("utf-8", "surrogatepass"))
         elif column in found:

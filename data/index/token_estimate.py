@@ -16,9 +16,11 @@ import numpy as np
 from data.config import DataConfig
 from data.index.reader import MAX_RECORD_BYTES, RowError, decode_json
 from data.index.table import KINDS
+from data.media.idefics_tiles import usual_idefics
 from data.media.pixel_budget import least_meta, usual_meta
 from data.media.tiling import typical_plan
 from data.records.content_parts import kind_of_part
+from data.records.preferences import is_preference
 from data.records.record import Record, RecordError, parse
 from data.records.shapes import shapes_of
 from data.records.turn_keys import THOUGHT_KEYS
@@ -39,9 +41,9 @@ _UNREADABLE: Plan = (1, _NO_MEDIA)
 def media_tokens(specs: dict[str, MediaSpec], config: DataConfig) -> dict[str, int]:
     """Return the planned tokens of one medium of each kind; 0 for a kind that no part of the model reads.
 
-    A picture at its own size is planned as one of 640 x 480 pixels, resized as the model reads it; a picture in tiles with the mean
-    of the fewest and the most tiles, in anyres grids with the middle grid; a video with all the frames it may have; a clip with ten
-    seconds.
+    A picture at its own size or in tiles as Idefics3 cuts it is planned as one of 640 x 480 pixels; a picture in other tiles with
+    the mean of the fewest and the most tiles, in anyres grids with the middle grid; a video with all the frames it may have; a clip
+    with ten seconds.
     """
     found = {}
     for kind in KINDS:
@@ -79,6 +81,8 @@ def _usual(kind: str, spec: MediaSpec, config: DataConfig) -> MediaMeta:
         return MediaMeta(num_rows=config.max_frames)
     if config.image_fit == "anyres":
         return typical_plan(spec.size, config)
+    if config.image_fit == "idefics":
+        return usual_idefics(spec, config.side_tiles)
     if config.image_fit != "tiles":
         return MediaMeta()
     tiles = math.ceil((config.min_tiles + config.max_tiles) / 2)
@@ -126,7 +130,7 @@ def plan_value(value: object, num_bytes: int) -> Plan:
     if not isinstance(value, dict):
         return tokens_of_size(num_bytes), _NO_MEDIA
     tokens, media = _plain_texts(value), _plain_media(value)
-    if tokens is None or media is None or shapes_of(value):
+    if tokens is None or media is None or shapes_of(value) or is_preference(value):
         return plan_by_parsing(value, num_bytes)
     return tokens or tokens_of_size(num_bytes), media
 
@@ -193,7 +197,7 @@ def _tokens_of(text: object) -> int:
 
 def _record_texts(record: Record) -> Iterator[str]:
     """Yield every text of a record that a template writes."""
-    for turn in record.turns:
+    for turn in (*record.turns, *record.rejected):
         yield turn.content
         if thought := turn.extra.get("reasoning_content"):
             yield thought

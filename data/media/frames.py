@@ -52,8 +52,8 @@ class Frames:
 
     def rows(self, wanted: Sequence[int], spec: ImageSpec, config: DataConfig) -> Iterator[Tensor]:
         """Decode frames, whose numbers must ascend, to pixels (1, 3, S, S) each. Raises MediaError."""
-        fit = image.one_view(config).image_fit
-        needed = (lambda size: needed_size(size, spec, fit, MediaMeta())) if config.image_decode == "fast" else None
+        fitted = image.one_view(config)
+        needed = (lambda size: needed_size(size, spec, fitted, MediaMeta())) if config.image_decode == "fast" else None
         for picture in self.pictures(wanted, needed):
             yield image.frame_rows(picture, spec, config)
 

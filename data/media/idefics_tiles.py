@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
 from data.media.blob import MediaError
 from data.media.image_decode import Picture, Size
+from data.media.pixel_budget import USUAL
+from model.media_spec import ImageSpec, MediaMeta
 
 MAX_SIDE = 4096
 """Longest side in pixels that the processors resize a picture to, whatever their settings say."""
@@ -32,7 +34,7 @@ def idefics_plan(size: Size, longest_edge: int, tile: int, *, split: bool = True
     """
     if min(size) < 1:
         raise MediaError(f"a picture of {size[0]} x {size[1]} pixels is empty")
-    first = _first_size(size, longest_edge)
+    first = first_size(size, longest_edge)
     if not split:
         return IdeficsPlan(0, 0, first, (tile, tile), tile)
     width, height = _whole_tiles(first, tile)
@@ -40,6 +42,24 @@ def idefics_plan(size: Size, longest_edge: int, tile: int, *, split: bool = True
         raise MediaError(f"{size[0]} x {size[1]} pixels are too narrow: no tile of {tile} pixels is left of them; crop the picture")
     rows, cols = (height // tile, width // tile) if max(width, height) > tile else (0, 0)
     return IdeficsPlan(rows, cols, first, (width, height), tile)
+
+
+def picture_plan(size: Size, tile: int, side_tiles: int) -> IdeficsPlan:
+    """Return the plan of a picture whose longer side becomes `side_tiles` tiles of `tile` pixels. Raises MediaError."""
+    return idefics_plan(size, side_tiles * tile, tile)
+
+
+def plan_idefics(size: Size, tile: int, side_tiles: int) -> MediaMeta:
+    """Return the rows and the grid of a picture; one that is not cut is a single view. Raises MediaError."""
+    plan = picture_plan(size, tile, side_tiles)
+    return MediaMeta(plan.rows * plan.cols + 1, grid=(max(plan.cols, 1), max(plan.rows, 1)))
+
+
+def usual_idefics(spec: ImageSpec, side_tiles: int) -> MediaMeta:
+    """Return the facts of a picture of `USUAL` size, with two ids before each view and one behind each line of tiles."""
+    meta = plan_idefics(USUAL, spec.size, side_tiles)
+    down = meta.grid[1] if meta.num_rows > 1 else 0
+    return replace(meta, inside=((0, (0,) * (2 * meta.num_rows + down + 1)),))
 
 
 def idefics_views(picture: Picture, plan: IdeficsPlan, resample: int = Image.Resampling.LANCZOS) -> list[Image.Image]:
@@ -55,7 +75,7 @@ def idefics_views(picture: Picture, plan: IdeficsPlan, resample: int = Image.Res
     return [*tiles, image.resize((plan.tile, plan.tile), resample)]
 
 
-def _first_size(size: Size, longest: int) -> Size:
+def first_size(size: Size, longest: int) -> Size:
     """Return the size whose longer side is `longest`; the shorter one is even, unless `MAX_SIDE` shrinks both once more."""
     width, height = _scaled(size, longest)
     width, height = (width, _even(height)) if size[0] >= size[1] else (_even(width), height)

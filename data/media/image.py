@@ -26,6 +26,7 @@ from data.media import image_decode as decode
 from data.media import image_truncation
 from data.media import tiling as tiles
 from data.media.blob import Blob, MediaError, sampled_bytes
+from data.media.idefics_tiles import first_size, plan_idefics
 from data.media.image_decode import Picture, Size
 from data.media.image_fit import fitted_views, needed_size, resized_size, whole
 from data.records.record import MediaRef
@@ -47,6 +48,8 @@ def picture_meta(size: Callable[[], Size], spec: ImageSpec, config: DataConfig, 
     """Return the rows of a picture; its size is asked for only where it decides them."""
     if config.image_fit == "anyres" and num_media == 1:
         return tiles.plan_anyres(size(), spec.size, config)
+    if config.image_fit == "idefics":
+        return plan_idefics(size(), spec.size, config.side_tiles)
     if config.image_fit != "tiles":
         return MediaMeta()
     max_tiles = tiles.budget(config.max_tiles, num_media)
@@ -59,12 +62,12 @@ def load(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, meta: M
     config.image_fit: pad (to a square of the mean colour first, as LLaVA) | square (the tower's own processor: CLIP crops, SigLIP
     distorts) | tiles (distorted to whole tiles, row by row; then the whole picture in one, if there are several and
     config.thumbnail) | anyres (the whole picture distorted to one view, then tiles that keep its aspect, on black; one of several
-    pictures as pad). Raises MediaError.
+    pictures as pad) | idefics (tiles, then the whole picture; see `data.media.idefics_tiles`). Raises MediaError.
     """
     config = config if meta.num_rows > 1 else one_view(config)
-    needed = (lambda size: needed_size(size, spec, config.image_fit, meta)) if config.image_decode == "fast" else None
+    needed = (lambda size: needed_size(size, spec, config, meta)) if config.image_decode == "fast" else None
     picture = decode.decode(blob, lambda size: judge(blob.name, size, spec, config), needed)
-    return _rows(fitted_views(picture, spec, config.image_fit, meta), spec, config)
+    return _rows(fitted_views(picture, spec, config, meta), spec, config)
 
 
 def one_view(config: DataConfig) -> DataConfig:
@@ -127,7 +130,9 @@ def judge(name: str, size: Size, spec: ImageSpec, config: DataConfig) -> None:
     limit = config.max_pixels
     if width * height > limit:
         raise MediaError(f"{name!r} is {width} x {height} = {width * height} pixels; data.max_pixels allows {limit}")
-    resized_width, resized_height = resized_size(size, spec, config.image_fit)
+    idefics = config.image_fit == "idefics"
+    fitted = first_size(size, config.side_tiles * spec.size) if idefics else resized_size(size, spec, config.image_fit)
+    resized_width, resized_height = fitted
     # Pillow resizes a picture to its new width first, at its old height.
     grown = max(size) ** 2 if config.image_fit == "pad" else resized_width * max(height, resized_height)
     if grown > MAX_GROWTH * max(limit, spec.size**2):

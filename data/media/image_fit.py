@@ -6,15 +6,20 @@ from math import ceil
 
 from PIL import Image
 
+from data.config import DataConfig
+from data.media.idefics_tiles import first_size, idefics_views, picture_plan
 from data.media.image_decode import Picture, Size
 from data.media.tiling import size_in_grid
 from model.media_spec import ImageSpec, MediaMeta
 
 
-def fitted_views(picture: Picture, spec: ImageSpec, fit: str, meta: MediaMeta) -> list[Image.Image]:
-    """Return the meta.num_rows squares (S, S) of a picture; `fit` is data.image_fit."""
+def fitted_views(picture: Picture, spec: ImageSpec, config: DataConfig, meta: MediaMeta) -> list[Image.Image]:
+    """Return the meta.num_rows squares (S, S) of a picture, fitted as data.image_fit says."""
+    fit = config.image_fit
     if fit == "anyres":
         return _anyres_views(picture, spec, meta)
+    if fit == "idefics":
+        return idefics_views(picture, picture_plan(picture.size, spec.size, config.side_tiles), spec.resample)
     if fit != "tiles":
         return [whole(picture, spec, fit)]
     (across, down), side = meta.grid, spec.size
@@ -57,8 +62,11 @@ def resized_size(size: Size, spec: ImageSpec, fit: str) -> Size:
     return (spec.size, long) if width <= height else (long, spec.size)
 
 
-def needed_size(size: Size, spec: ImageSpec, fit: str, meta: MediaMeta) -> Size:
+def needed_size(size: Size, spec: ImageSpec, config: DataConfig, meta: MediaMeta) -> Size:
     """Return the size that a picture of `size` is resized to, without bars: decoding more pixels than these is useless."""
+    fit = config.image_fit
+    if fit == "idefics":
+        return first_size(size, config.side_tiles * spec.size)
     if fit == "pad":
         return ceil(size[0] * spec.size / max(size)), ceil(size[1] * spec.size / max(size))
     if fit == "tiles":

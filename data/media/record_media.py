@@ -14,8 +14,7 @@ from torch import Tensor
 from data.config import DataConfig
 from data.media import audio, image, native_image, native_video, video
 from data.media.blob import Blob, MediaError
-from data.media.line_ends import with_line_ends
-from data.media.video_stamps import Stamps
+from data.media.inside_ids import InsideIds
 from data.records.record import MediaRef, Record, RecordError
 from model.media_spec import MediaMeta, MediaSpec, NativeSpec
 
@@ -60,18 +59,14 @@ class RecordMedia:
     locate: Callable[[MediaRef], Blob]  # asked through `blob`
     specs: dict[str, MediaSpec]
     config: DataConfig
-    feature_ids: dict[str, int] = field(default_factory=dict)  # id of a feature, by kinds of media that have one of their own
-    line_ids: tuple[int, ...] = ()  # ids behind each line of a picture's features, and behind the last one; () = none
-    stamps: Stamps | None = None  # write the times of a video inside it
+    inside: InsideIds = field(default_factory=InsideIds)
 
     def measure(self, ref: MediaRef) -> MediaMeta:
         """Measure a medium by its header, or by decoding it where the header is not enough."""
         spec = self.specs[ref.modality]
         with self.named(ref):
             meta = reader_of(ref.kind, spec).measure(self.blob(ref), ref, spec, self.config, self.counts[ref.kind])
-        if self.stamps is not None:
-            return self.stamps.write(meta)
-        return with_line_ends(meta, spec, self.line_ids) if isinstance(spec, NativeSpec) else meta
+        return self.inside.added(ref.kind, spec, meta)
 
     def load(self, ref: MediaRef, meta: MediaMeta) -> Tensor:
         """Decode a medium that was measured as `meta` to encoder rows (n, ...)."""

@@ -38,6 +38,11 @@ def measure(blob: Blob, ref: MediaRef, spec: ImageSpec, config: DataConfig, num_
 
     Raises MediaError.
     """
+    if config.image_fit == "idefics":
+        raise MediaError(
+            "data.image_fit = 'idefics' reads pictures alone: in Idefics3 there are no videos, and SmolVLM's stand under a text "
+            "with the time of each frame, which is not written here; name frames as pictures"
+        )
     with frames.open_frames(blob, spec, config) as video:
         return MediaMeta(num_rows=len(chosen(video.starts, video.end, ref.span, config, blob.name)))
 

@@ -10,9 +10,9 @@ from data.records.turn_keys import LEARN_KEYS
 from data.records.turns import Turn, check_text
 from model.files.untrusted import Json
 
-_PREFERENCES = ("chosen", "rejected", "chosen_response", "rejected_response", "rejected_messages", "rejected_images", "kto_tag")
+_PREFERENCES = ("chosen_response", "rejected_messages", "rejected_images")
 _REFUSED = {
-    **dict.fromkeys(_PREFERENCES, "says which answer is preferred; preferences are not learned here"),
+    **dict.fromkeys(_PREFERENCES, "says which answer is preferred, and is not read here; write it as chosen and rejected"),
     **dict.fromkeys(("chat_template_kwargs", "enable_thinking"), "changes what the template writes and is not read here"),
     "documents": "changes what the template writes and is not read here",
     "history": "holds earlier turns and is not read here; write them as turns",
@@ -50,8 +50,6 @@ def check_record_keys(raw: Json, turns: tuple[Turn, ...]) -> None:
             continue
         if key in _REFUSED:
             raise FieldError(key, f"{_REFUSED[key]}: remove it")
-        if key == "label" and isinstance(value, bool):  # of any other kind it is a note
-            raise FieldError(key, "says whether the answer is wanted; preferences are not learned here: remove it")
         if key in LEARN_KEYS and _unlearned(key, value):
             raise FieldError(key, "says that the record is not learned; say it of its answers, or leave the record out")
         if key == "objects" and any(mark in turn.content for turn in turns for mark in _BOXES):

@@ -31,6 +31,7 @@ from model.files.untrusted import Json
 from model.media_spec import ImageSpec, MediaMeta, image_spec, num_tokens, view_tokens
 from model.multimodal import MultimodalLM
 from model.vision.merger import MISTRAL_EPSILON
+from model.vision.projector import SHUFFLES
 
 MLP_NAMES = (("0.", "multi_modal_projector.linear_1."), ("2.", "multi_modal_projector.linear_2."))
 NEWLINE_NAME = ("image_newline", "image_newline")
@@ -80,6 +81,11 @@ def _nearest(card: ModelCard, facts: MediaFacts) -> HfClass:
         return LLAVA_PIXTRAL
     if kind == SHUFFLE:
         return INTERN_VL
+    if kind in SHUFFLES:
+        raise ConfigError(
+            f"model.vision_projector.kind = {kind!r} is that of Idefics3 and SmolVLM, whose folders are read and not written: "
+            "their processors' files are not made here; --for safetensors writes each part's file, --for llm the language model"
+        )
     if facts.fit == "anyres":
         return ONEVISION if facts.anyres_max else NEXT
     return LLAVA

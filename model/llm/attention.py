@@ -8,18 +8,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
-from typing import Any, cast
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from model.batch import Batch
+from model.batch import Batch, SharedPrompts
 from model.config import OUR_ATTENTION
 from model.llm.interface import CausalLM
 from model.llm.packed_operator import SegmentOptions, attend
 from model.llm.scores import CappedScores, band, capped
+from model.llm.shared_prompts import AnswerScores, behind_prompts
 
 
 def varlen_kernel() -> Callable[..., object] | None:
@@ -84,16 +86,20 @@ def packed_attention(
     segment_borders: Tensor | None = None,
     segment_table: Tensor | None = None,
     longest_segment: int = 0,
+    shared_prompts: SharedPrompts | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute causal attention within each segment of a packed row: query (1, H, T, D), key and value (1, Hkv, T, D), T =
     sum(segment_lengths) -> (1, T, H, D), None.
 
-    No token attends across a border between segments, in either direction. One kernel computes all segments where the device has it
+    No token attends across a border between segments, in either direction, but to the prompt that `shared_prompts` lets its segment
+    see. One kernel computes all segments where the device has it
     (`torch.nn.attention.varlen`), else one call per segment. Neither waits for the device. Raises `ValueError` if the lengths do
     not arrive or do not add up: a model that drops unknown arguments would otherwise attend across samples unnoticed.
     """
     if torch.compiler.is_compiling():  # a graph in which the lengths stood as numbers would be of one batch alone
+        if shared_prompts is not None:
+            raise ValueError(f"{PACKED}: segments that share a prompt are not compiled: parallel.compile = false")
         return _packed_in_graph(query, key, value, (segment_borders, segment_table, longest_segment), **kwargs), None
     length = query.shape[2]
     if segment_lengths is None or segment_borders is None or (1, sum(segment_lengths)) != (query.shape[0], length):
@@ -101,7 +107,14 @@ def packed_attention(
     if attention_mask is not None or key.shape[2] != length or kwargs.get("position_bias") is not None:
         raise ValueError(f"{PACKED} takes whole packed rows: no mask, no cache, no position bias")
     if takes_varlen(query, value, **kwargs):
-        return varlen_segments(query, key, value, segment_borders, max(segment_lengths), _varlen_options(**kwargs)), None
+        options = _varlen_options(**kwargs)
+        if shared_prompts is not None:
+            return varlen_behind_prompts((query, key, value), segment_borders, segment_lengths, shared_prompts, options), None
+        return varlen_segments(query, key, value, segment_borders, max(segment_lengths), options), None
+    if shared_prompts is not None:
+        alone = partial(causal_attention, module, attention_mask=None, **kwargs)
+        how = AnswerScores(**{key: kwargs[key] for key in AnswerScores._fields if key in kwargs})
+        return behind_prompts(module, (query, key, value), segment_lengths, shared_prompts.prefixes, alone, how), None
     parts = zip(*(tensor.split(segment_lengths, 2) for tensor in (query, key, value)))
     return torch.cat([causal_attention(module, q, k, v, None, **kwargs)[0] for q, k, v in parts], 1), None
 
@@ -143,6 +156,34 @@ def takes_varlen(
 
 def varlen_segments(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, options: dict[str, object]) -> Tensor:
     """Compute all segments with one kernel; `options` are those of `varlen_kernel()`."""
+    ends = Ends(borders, longest)
+    return _varlen(query, key, value, (ends, ends), options)
+
+
+class Ends(NamedTuple):
+    """Where the segments of packed queries, or keys, end."""
+
+    borders: Tensor  # (segments + 1,) int32
+    longest: int
+
+
+def varlen_behind_prompts(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    borders: Tensor,
+    lengths: tuple[int, ...],
+    shared: SharedPrompts,
+    options: dict[str, object],
+) -> Tensor:
+    """Compute all segments with one kernel, each with the earlier part of the row that it sees as its first keys."""
+    key, value = (tensor.index_select(2, shared.keys) for tensor in inputs[1:])
+    return _varlen(inputs[0], key, value, (Ends(borders, max(lengths)), Ends(shared.borders, shared.longest)), options)
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, ends: tuple[Ends, Ends], options: dict[str, object]) -> Tensor:
+    """Compute all segments of queries and keys, which end at `ends`, with one kernel.
+
+    Where a segment has more keys than queries, its last query sees all of them: the kernel aligns causality there.
+    """
     groups = query.shape[1] // key.shape[1]
     if "enable_gqa" in varlen_options():
         options = {**options, "enable_gqa": groups > 1}
@@ -151,7 +192,8 @@ def varlen_segments(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, 
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))  # (T, H, D)
     kernel = varlen_kernel()
     assert kernel is not None  # `takes_varlen` has seen its options
-    out = cast(Tensor, kernel(q, k, v, borders, borders, longest, longest, **options))
+    (borders, longest), (of_keys, most_keys) = ends
+    out = cast(Tensor, kernel(q, k, v, borders, of_keys, longest, most_keys, **options))
     return out[None]
 
 
@@ -189,6 +231,7 @@ def decoder_options(llm: CausalLM, batch: Batch) -> dict[str, object]:
         "segment_borders": batch.segment_borders,
         "segment_table": torch.tensor(batch.segment_lengths),  # compiled blocks read these two in place of the tuple
         "longest_segment": max(batch.segment_lengths, default=0),
+        **({} if batch.shared is None else {"shared_prompts": batch.shared}),
     }
 
 

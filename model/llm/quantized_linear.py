@@ -81,6 +81,9 @@ class QuantLoraLinear(Quantised, LoraLinear):
         self.lora_A, self.lora_B = linear.lora_A, linear.lora_B
         self.scale, self.dropout, self.inputs = linear.scale, linear.dropout, linear.inputs
 
+    def base(self, x: Tensor) -> Tensor:
+        return self.multiply(x)
+
     def stored(self) -> Matrix:
         return Matrix((self.codes, self.scales, self.nested, self.offset), functools.partial(_dense, self.shape, self.quantize))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,7 +84,13 @@ def balancing_losses(logits: list[Tensor], owners: Tensor, num_samples: int, top
 
 
 def token_owners(batch: Batch) -> Tensor:
-    """Return the sample of `batch` that each position belongs to, (B * T,) int64; padding gets their number. No host sync."""
+    """Return the sample of `batch` that each position belongs to, (B * T,) int64; padding gets their number. No host sync.
+
+    Samples of preferences have a row, or a segment, for each of their answers.
+    """
+    if batch.answers is not None:
+        plain = token_owners(replace(batch, answers=None, lengths=batch.lengths[:1] * batch.answers.rows.shape[0]))
+        return torch.cat([batch.answers.rows, plain.new_full((1,), len(batch.lengths))]).index_select(0, plain)
     num_rows, length = batch.input_ids.shape
     device = batch.input_ids.device
     if batch.segment_borders is not None:

@@ -15,6 +15,12 @@ def band(query: Tensor, sliding_window: int | None) -> Tensor:
     return ones if sliding_window is None else ones.triu_(1 - sliding_window)
 
 
+def seen_behind(query: Tensor, prefix: int, sliding_window: int | None) -> Tensor:
+    """Return the keys that each query sees, (T, prefix + T): those of a prefix, and those of its segment up to its own."""
+    ones = torch.ones(query.shape[2], prefix + query.shape[2], dtype=torch.bool, device=query.device).tril_(prefix)
+    return ones if sliding_window is None else ones.triu_(prefix + 1 - sliding_window)
+
+
 class CappedScores(NamedTuple):
     """How capped scores become shares."""
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 NATIVE = "its tower takes pictures at their native resolution, and its language model has positions in three axes (M-RoPE)"
-PREFIX = "its language model attends in both directions over the picture and the prompt (prefix attention)"
+PREFIX = (
+    "its language model attends in both directions over the picture and the prompt (prefix attention), for which the kernels of "
+    "packed rows and of steps with a cache here have no mask"
+)
 CONNECTOR = "it joins picture and text by a connector of its own"
 REFUSED = {
     "qwen2_5_omni": NATIVE,
@@ -11,11 +14,10 @@ REFUSED = {
     "glm4v": NATIVE,
     "glm4v_moe": NATIVE,
     "kimi_vl": "its tower takes pictures at their native resolution",
-    "smolvlm": "its tower takes tiles of the picture's own shape, and its connector shuffles more than 2 x 2 patches",
     "idefics2": CONNECTOR + " (a perceiver) and its tower takes pictures of any shape",
-    "idefics3": "its tower takes tiles of the picture's own shape, and its connector shuffles more than 2 x 2 patches",
     "paligemma": PREFIX,
-    "gemma3": "tokens of a picture attend to each other in both directions, and its projector pools 4 x 4 patches behind a norm",
+    "gemma3": "tokens of a picture attend to each other in both directions, in full and in sliding layers, for which the kernels "
+    "of packed rows here have no mask, and its projector pools 4 x 4 patches behind a norm",
     "gemma3n": CONNECTOR + ", and its towers are of other kinds",
     "gemma4": "its tower takes pictures at their native resolution, and tokens of a picture attend in both directions",
     "vipllava": "its projector reads five layers of the tower at once, behind a norm",

@@ -1,4 +1,4 @@
-"""Projectors that make one token of 2 x 2 patches: a quarter of the tokens."""
+"""Projectors that make one token of a square of patches: of 2 x 2 a quarter of the tokens, of 3 x 3 or 4 x 4 yet fewer."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import math
 from torch import Tensor, nn
 
 SHRINK = 2
-"""Side, in patches, of the square that becomes one token."""
+"""Usual side, in patches, of the square that becomes one token."""
 VITA_SCALE = 0.5
 
 
-def squares(features: Tensor) -> Tensor:
-    """Group the patches (N, g * g, C) of square views, row by row -> (N, g / 2, g / 2, 2, 2, C).
+def squares(features: Tensor, side: int = SHRINK) -> Tensor:
+    """Group the patches (N, g * g, C) of square views, row by row -> (N, g / side, g / side, side, side, C).
 
     Dims 3 and 4 are the rows and columns inside each square.
     """
     grid = math.isqrt(features.shape[1])
-    cut = features.unflatten(1, (grid // SHRINK, SHRINK, grid // SHRINK, SHRINK))
+    cut = features.unflatten(1, (grid // side, side, grid // side, side))
     return cut.transpose(2, 3)
 
 
@@ -35,6 +35,22 @@ class PixelShuffleMlp(nn.Sequential):
 
     def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
         return super().forward(squares(features).flatten(3).flatten(1, 2))
+
+
+class ShuffledLinear(nn.Module):
+    """Idefics3's and SmolVLM's connector: features (N, g * g, C) -> (N, g * g / side ** 2, out), one matrix without bias.
+
+    The channels of a square's patches are concatenated row by row. The state key is theirs.
+    """
+
+    def __init__(self, in_features: int, out_features: int, side: int) -> None:
+        super().__init__()
+        self.side = side
+        self.proj = nn.Linear(in_features * side**2, out_features, bias=False)
+
+    def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+        found: Tensor = self.proj(squares(features, self.side).flatten(3).flatten(1, 2))
+        return found
 
 
 class ShuffledMlp(nn.Sequential):

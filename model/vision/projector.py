@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,19 +14,30 @@ from model.config import VisionProjectorConfig
 from model.errors import ConfigError
 from model.media_spec import ImageSpec, NativeSpec
 from model.projector import POINTWISE, build_projector, is_pointwise, set_spread
-from model.vision.grid_projector import SHRINK, ConvMlp, PixelShuffleMlp, PixelShuffleV1Mlp, PoolMlp, ShuffledMlp
+from model.vision.grid_projector import (
+    SHRINK,
+    ConvMlp,
+    PixelShuffleMlp,
+    PixelShuffleV1Mlp,
+    PoolMlp,
+    ShuffledLinear,
+    ShuffledMlp,
+)
 from model.vision.merger import DEEP_MERGER, MERGE, MERGERS, PACKED_KINDS, DeepMerger
 from model.vision.resampler import QUERIES, Resampler
 
 SETTING = "model.vision_projector"
 
 
+SHUFFLES = {f"pixel_shuffle{side}_linear": side for side in (2, 3, 4)}
+"""Kinds that join squares of this side, in patches, by one matrix."""
 GRID_KINDS: dict[str, Callable[[int, int], nn.Module]] = {
     "pixel_shuffle_mlp": PixelShuffleMlp,
     "pixel_shuffle_v1_mlp": PixelShuffleV1Mlp,
     "pool_mlp": PoolMlp,
     "conv_mlp": ConvMlp,
     "vita_mlp": ShuffledMlp,
+    **{kind: partial(ShuffledLinear, side=side) for kind, side in SHUFFLES.items()},
 }
 """Kinds that make one token of a square of patches."""
 
@@ -84,15 +96,15 @@ def projected_spec(spec: ImageSpec, projector: VisionProjectorConfig) -> ImageSp
         return dataclasses.replace(spec, queries=projector.queries or QUERIES)
     if projector.kind not in GRID_KINDS:
         return spec
-    grid = spec.size // spec.patch
+    grid, side = spec.size // spec.patch, SHUFFLES.get(projector.kind, SHRINK)
     if spec.select != "patch":
         raise ConfigError(f"{SETTING}.kind = {projector.kind!r} takes patches alone: set model.vision.select = 'patch'")
-    if grid % SHRINK:
+    if grid % side:
         raise ConfigError(
-            f"{SETTING}.kind = {projector.kind!r} makes one token of {SHRINK} x {SHRINK} patches, but a view has "
-            f"{grid} x {grid}: choose a model.vision.image_size that is a multiple of {SHRINK * spec.patch}, or another kind"
+            f"{SETTING}.kind = {projector.kind!r} makes one token of {side} x {side} patches, but a view has "
+            f"{grid} x {grid}: choose a model.vision.image_size that is a multiple of {side * spec.patch}, or another kind"
         )
-    return dataclasses.replace(spec, shrink=SHRINK)
+    return dataclasses.replace(spec, shrink=side)
 
 
 def _native_spec(spec: NativeSpec, projector: VisionProjectorConfig) -> NativeSpec:

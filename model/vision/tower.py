@@ -31,6 +31,8 @@ RESIZE = {
     "LlavaImageProcessor": "shortest_edge",
     "LlavaNextImageProcessor": "shortest_edge",
     "LlavaOnevisionImageProcessor": "exact",
+    "Idefics3ImageProcessor": "exact",
+    "SmolVLMImageProcessor": "exact",
 }
 """Resize mode by image processor class, without `Fast` or `Pil`; `shortest_edge` resizes to the side of the processor's crop."""
 
@@ -143,11 +145,18 @@ class VisionTower(Encoder):
         self.num_blocks = num_blocks(config.layer, found.num_hidden_layers), found.num_hidden_layers  # built, all
         found.num_hidden_layers = self.num_blocks[0]
         self.kind = TOWERS[found.model_type]
+        if self.kind.final_norm and self.num_blocks[0] != self.num_blocks[1]:
+            raise ConfigError(
+                f"model.vision.layer = {config.layer}: {found.model_type} is read behind the norm of its last block: set it to -1"
+            )
         self.num_prefix = num_prefix(found) if config.select == "patch" else 0
         self.hidden_size = found.hidden_size * len(self.sizes)
         grid = self.sizes[0] // square_side(found.patch_size, SETTING, "patch_size")
         self.blank_length = grid**2 + num_prefix(found) - self.num_prefix  # rows of one view
-        self.tower = remove_unused_layers(AutoModel.from_config(found, dtype=torch.float32, attn_implementation="sdpa"))
+        if self.kind.built_as:
+            found = hugging_face_config(SETTING, self.kind.built_as(found))
+        built = AutoModel.from_config(found, dtype=torch.float32, attn_implementation="sdpa")
+        self.tower = remove_unused_layers(built, self.kind)
 
     @property
     def positions(self) -> nn.Parameter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -31,11 +32,15 @@ class TowerFamily:
     ]  # replacements of modules and parameters that the last block's output does not need
     antialias: bool = False  # as its authors resize the position embeddings
     renamed: Callable[[Tensors], Tensors] | None = None  # renames tensors of files to the names of transformers' class
+    built_as: Callable[[PretrainedConfig], Json] | None = (
+        None  # config.json of the tower that it is but for its name and final_norm
+    )
+    final_norm: bool = False  # what is read are the last block's rows behind the norm that follows it
 
 
-def remove_unused_layers(tower: PreTrainedModel) -> nn.Module:
-    """Remove what the last block's output does not need, so that the loss reaches every remaining parameter."""
-    for path, replacement in TOWERS[tower.config.model_type].unused.items():
+def remove_unused_layers(tower: PreTrainedModel, kind: TowerFamily) -> nn.Module:
+    """Remove what the rows that are read do not need, so that the loss reaches every remaining parameter."""
+    for path, replacement in kind.unused.items():
         owner, _, name = path.rpartition(".")
         if getattr(tower.get_submodule(owner), name, None) is not None:
             setattr(tower.get_submodule(owner), name, replacement())
@@ -185,6 +190,30 @@ def _nothing() -> None:
 
 ORIGINAL_INTERN_VIT = "intern_vit_6b"
 """model_type of every InternViT as it was published, whatever its size."""
+_SIGLIP = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size", "patch_size"),
+    *("hidden_act", "layer_norm_eps", "attention_dropout"),
+)
+
+
+def siglip_config(config: PretrainedConfig) -> Json:
+    """Return config.json of the SigLIP that Idefics3's tower is on squares of its own size, whose patches are positions 0, 1 ...
+
+    transformers' class rounds fractions to positions. That of version 5.17 does so in the type of the pixels, and in bfloat16 some
+    patches get their neighbours' positions there. Raises `ConfigError` for squares whose patches it confuses in float32 too.
+    """
+    side = square_side(config.image_size, "model.vision.path", "image_size")
+    side //= square_side(config.patch_size, "model.vision.path", "patch_size")
+    borders, fractions = torch.arange(1 / side, 1.0, 1 / side), torch.arange(side) * (1.0 / torch.tensor(side))
+    if not torch.equal(torch.bucketize(fractions.clamp(max=1.0 - 1e-6), borders, right=True), torch.arange(side)):
+        raise ConfigError(
+            f"model.vision.path: in a view of {side} x {side} patches transformers' {config.model_type} gives several the same "
+            "position, by rounding; use a model with views of another size"
+        )
+    return {"model_type": "siglip_vision_model", **{key: getattr(config, key) for key in _SIGLIP}}
+
+
+_IDEFICS = TowerFamily("embeddings.position_embedding.weight", 0, {"head": _nothing}, built_as=siglip_config, final_norm=True)
 _DINO: dict[str, Callable[[], nn.Module | None]] = {"layernorm": nn.Identity, "embeddings.mask_token": _nothing}
 TOWERS = {
     "clip_vision_model": TowerFamily("embeddings.position_embedding.weight", 1, {"post_layernorm": nn.Identity}),
@@ -193,6 +222,8 @@ TOWERS = {
     ),
     "dinov2": TowerFamily("embeddings.position_embeddings", 1, _DINO, renamed=dino),
     "dinov2_with_registers": TowerFamily("embeddings.position_embeddings", 1, _DINO, antialias=True, renamed=dino),
+    "idefics3_vision": _IDEFICS,
+    "smolvlm_vision": _IDEFICS,
     "internvl_vision": TowerFamily("embeddings.position_embeddings", 1, _DINO, renamed=intern_vit),
 }
 """Supported towers by model_type."""

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from data.collate import collate
 from data.dataset import MultimodalDataset
-from data.loader import BatchPlan, LoadOptions, MicroBatch, _spread, prefetch_factor, train_batches, validation_batches
+from data.loader import BatchPlan, LoadOptions, MicroBatch, prefetch_factor, train_batches, validation_batches
 from data.order.sampler import Sampler
+from data.order.spread import spread_evenly
 from model.batch import IGNORE_INDEX, Batch
 from model.errors import DataError
 from tests.support.tiny_data import WIDTH, dataset, datasets, grey, image_id, level, sample, talk
@@ -205,7 +206,7 @@ def test_validation_is_spread_over_every_source(folder: Path, max_samples: int, 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(0, 200))
 def test_validation_records_are_distinct_as_many_as_asked_for_and_of_every_source(sizes: list[int], max_samples: int) -> None:
-    ids = _spread(np.array(sizes), max_samples)
+    ids = spread_evenly(np.array(sizes), max_samples)
     assert len(set(ids.tolist())) == len(ids) == max(min(max_samples or sum(sizes), sum(sizes)), len(sizes))
     found = np.bincount(np.repeat(np.arange(len(sizes)), sizes)[ids], minlength=len(sizes))
     assert found.min() >= 1 and (found <= sizes).all()
@@ -214,7 +215,7 @@ def test_validation_records_are_distinct_as_many_as_asked_for_and_of_every_sourc
 
 
 def test_a_record_of_a_small_source_is_not_validated_twice() -> None:
-    assert len(set(_spread(np.array([1, 10, 10, 10]), 17).tolist())) == 17
+    assert len(set(spread_evenly(np.array([1, 10, 10, 10]), 17).tolist())) == 17
 
 
 @pytest.mark.parametrize(("per_step", "workers", "expected"), [(16, 4, 5), (17, 4, 6), (1, 4, 2), (4, 1, 5), (8, 0, None)])

@@ -319,11 +319,8 @@ def test_notes_on_turns_and_records_change_nothing() -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"chosen": [ANSWER]}, "chosen: says which answer is preferred; preferences are not learned here: remove it"),
-        ({"rejected_response": "5"}, "rejected_response: says which answer is preferred"),
-        ({"kto_tag": False}, "kto_tag: says which answer is preferred"),
-        ({"label": False}, "label: says whether the answer is wanted; preferences are not learned here"),
-        ({"label": True}, "label: says whether the answer is wanted"),
+        ({"chosen": [ANSWER]}, "rejected: missing; 'chosen' is there, and a pair has both"),
+        ({"rejected_messages": [ANSWER]}, "rejected_messages: says which answer is preferred, and is not read here"),
         (
             {"chat_template_kwargs": {"enable_thinking": False}},
             "chat_template_kwargs: changes what the template writes and is not read",

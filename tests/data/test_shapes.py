@@ -86,7 +86,7 @@ def test_of_prompt_and_completion_only_the_completion_is_learned() -> None:
             "query: the record can be read as ms-swift (query, response) and TRL (prompt, completion); keep the keys of one",
         ),
         ({"query": "2+2?", "response": "4", "input": "5"}, "input: holds what no turn of the record says"),
-        ({"query": "2+2?", "response": "4", "rejected_response": "5"}, "rejected_response: says which answer is preferred"),
+        ({"query": "2+2?", "response": "4", "rejected_response": "5"}, "rejected_response: is read beside messages that end with"),
     ],
 )
 def test_what_a_shape_cannot_mean_is_refused_by_its_own_field(raw: dict[str, Any], text: str) -> None:

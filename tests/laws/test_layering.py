@@ -21,8 +21,8 @@ MAY_IMPORT = {
 DATA_MAY_IMPORT = {"model.batch", "model.media_spec", "model.patch_layout", "model.errors", "model.files.untrusted"}
 """Modules of model/ that data/ may import: the contract between the two, and what costs nothing."""
 ORDER = {
-    "model": ("files", "published", "audio", "llm", "vision", "weights", "exports"),
-    "data": ("order", "records", "media", "text", "index", "check"),
+    "model": ("files", "published", "audio", "llm", "vision", "preference", "weights", "exports"),
+    "data": ("order", "records", "media", "text", "preference", "index", "check"),
     "trainer": (
         "runfile",
         "distributed",
@@ -33,6 +33,7 @@ ORDER = {
         "checkpoint",
         "faults",
         "scores",
+        "preference",
         "memory",
         "trial",
     ),

@@ -61,6 +61,8 @@ PUBLISHED: dict[str, Numbers] = {
     "trainllava_freeze_vision": Numbers(full(2e-5, *BOTH), 192, 2048, "auto", "square", **QWEN_CHAT),
     "internvl_llava_pretrain": FIRST,
     "internvl_llava_finetune": Numbers(full(2e-5, *BOTH), 128, 2048, "vicuna_v1", "pad"),
+    "llava15_dpo": Numbers({"llm": ("lora", 1e-5)}, 8, 2048, "vicuna_v1", "pad", 0.0, warmup=0.05, order="random"),
+    "internvl_mpo": Numbers(full(5e-6, *BOTH, "vision"), 256, 8192, "auto", "tiles", order="random"),
     "llava_next/align": FIRST._replace(length=8192),
     "llava_next/finetune": Numbers(ALL, 128, 8192, "auto", "anyres"),
     "llava_onevision/align": FIRST._replace(batch=512, length=8192),
@@ -80,9 +82,10 @@ PUBLISHED: dict[str, Numbers] = {
     "vita_progressive/duplex": Numbers({"audio_projector": ("prompts", 1e-4), "state_head": ("full", 1e-4)}, 128, 6200, **VITA),
 }
 """Numbers of the scripts that the recipes name, but where a recipe's head says that they are its own."""
-OWN = {"one_gpu_lora", "one_gpu_3b_24gb", "full_72b_64gpus"}
+OWN = {"one_gpu_lora", "one_gpu_3b_24gb", "full_72b_64gpus", "qwen2_5_vl_3b_lora"}
 LORA = {"trainllava_lora": (32, 8, 0.05, 4), "llava15_lora": (128, 256, 0.05, 0), "llava15_task_lora": (128, 256, 0.05, 0)}
 LORA["llava15_task_qlora"] = (64, 16, 0.05, 0)
+LORA["llava15_dpo"] = (64, 16, 0.0, 0)
 """Rank, alpha, dropout, and the number of patterns of layers; 0 = all linear ones."""
 
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from data.text.tokenizer import save_tokenizer
+from tests.support.published.native import NATIVE_MAKERS
 from tests.support.ranks import run_ranks
 from tests.support.router import save_mixture
 from tests.support.runs import Start, merged
@@ -38,9 +39,14 @@ KINDS = {
     "questions_by_voice": ("image", "audio"),
     "text": ("",),
     "negative": ("audio",),
+    "mixed": ("image", "video", ""),
     "duplex": ("audio",),
 }
 """Media of a source's records in turn, by the name of its file; of any other file pictures and text."""
+
+
+PAIRS = ("rlaif_v", "mmpr")
+"""Sources with two answers to each question."""
 
 
 LLMS = {
@@ -88,9 +94,9 @@ def tiny_tower(tiny: Path, path: str) -> str:
     return str(folder)
 
 
-def source(tiny: Path, path: str) -> dict[str, Any]:
+def source(tiny: Path, of: dict[str, Any]) -> dict[str, Any]:
     """Tiny records in place of those of a recipe's file."""
-    name, lines = Path(path).stem, []
+    name, lines = Path(of["path"]).stem.replace("*", of.get("name", "")), []
     kinds = KINDS.get(name, ("image", "", "image"))
     for i in range(NUM_RECORDS):
         kind = kinds[i % len(kinds)]
@@ -98,6 +104,8 @@ def source(tiny: Path, path: str) -> dict[str, Any]:
         question = f"<{kind}>\n" * bool(kind) + "What is this? " + "red " * (i % 5)
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"{i} cats on a mat"}]
         more: dict[str, Any] = {kind: media} if media else {}
+        if name in PAIRS:
+            more |= {"chosen": turns.pop()["value"], "rejected": f"{i} dogs"}
         more |= {"inserted_id": 1} if name == "negative" else {"audio_state": i % 3} if name == "duplex" else {}
         lines.append(json.dumps({"conversations": turns, **more}))
     file = tiny / f"{name}.jsonl"
@@ -108,20 +116,35 @@ def source(tiny: Path, path: str) -> dict[str, Any]:
 def shrunk(tables: dict[str, Any], tiny: Path) -> dict[str, Any]:
     """The tables of a recipe, or of one of its stages, with the paths of tiny parts and data; every other number as it is."""
     model, data = dict(tables.get("model", {})), dict(tables.get("data", {}))
+    if "Qwen2.5-VL" in model.get("init_from", ""):
+        return {**tables, "model": {**model, "init_from": tiny_native(tiny)}, "data": small_data(data, tiny)}
     if published := model.pop("init_from", ""):
         model["llm"] = {"path": published, **model["llm"]}
         model["vision"] = {"path": "", **model["vision"]}
+        if model["vision_projector"]["tune"] == "frozen":  # without published weights it is new
+            model["vision_projector"] = {**model["vision_projector"], "tune": "full"}
     for part, place in (("llm", tiny_llm), ("vision", tiny_tower), ("audio", lambda tiny, path: str(tiny / "audio"))):
         if "path" in model.get(part, {}):
             model[part] = {**model[part], "path": place(tiny, model[part]["path"])}
     if "vision_projector" in model:
         model["vision_projector"] = {key: value for key, value in model["vision_projector"].items() if key != "path"}
-    for key in ("sources", "validation"):
-        if key in data:
-            data[key] = [source(tiny, one["path"]) for one in data[key]]
-    if "image_grid" in data:  # pixels of a tower of 336 become those of one of 16
-        data["image_grid"] = [size if isinstance(size, str) else [side // 336 * 16 for side in size] for size in data["image_grid"]]
+    data = small_data(data, tiny)
     return {**tables, **{key: value for key, value in (("model", model), ("data", data)) if value}}
+
+
+def small_data(data: dict[str, Any], tiny: Path) -> dict[str, Any]:
+    """The [data] of a recipe with tiny records."""
+    found = {**data, **{key: [source(tiny, one) for one in data[key]] for key in ("sources", "validation") if key in data}}
+    if sizes := data.get("image_grid"):  # pixels of a tower of 336 become those of one of 16
+        found["image_grid"] = [size if isinstance(size, str) else [side // 336 * 16 for side in size] for size in sizes]
+    return found
+
+
+def tiny_native(tiny: Path) -> str:
+    """The folder of a tiny published model that reads pictures at their own size."""
+    if not (folder := tiny / "native").exists():
+        NATIVE_MAKERS["qwen2_5_vl"].write(folder, True)
+    return str(folder)
 
 
 def tables_of(name: str, tiny: Path, output_dir: Path) -> dict[str, Any]:

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import InternVLConfig, InternVLForConditionalGeneration
+from transformers import Idefics3Config, InternVLConfig, InternVLForConditionalGeneration
 from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
+from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 
 from data.collate import collate
 from data.sample import Sample, SampleMedia
@@ -25,7 +26,7 @@ from model.errors import ConfigError
 from model.load import load_model
 from model.media_spec import ImageSpec, MediaMeta, num_tokens
 from model.multimodal import MultimodalLM
-from model.vision.projector import GRID_KINDS, build_vision_projector, projected_spec
+from model.vision.projector import GRID_KINDS, SHUFFLES, build_vision_projector, projected_spec
 from model.weights.initial_values import initial_tensors
 from tests.support.equivalence import step_batches
 from tests.support.finals import build, config_of, same, save_checkpoint, save_final, save_parts, trained, values
@@ -39,6 +40,8 @@ from trainer.runfile.part_checks import vision_problems
 from trainer.step import StepOptions, train_step
 
 KINDS = {"linear": 16, "mlp3x_gelu": 16, **dict.fromkeys(GRID_KINDS, 4), "resampler": 64}
+KINDS |= {kind: 16 // side**2 for kind, side in SHUFFLES.items()}
+del KINDS["pixel_shuffle3_linear"]  # for views of 3 x 3 patches and more
 """Tokens of a view of 4 x 4 patches."""
 SPEC = ImageSpec(32, 8, 1, "patch", "exact", (0.0,) * 3, (1.0,) * 3)
 
@@ -52,6 +55,17 @@ def projector(kind: str, **settings: Any) -> nn.Module:
         for name, parameter in built.named_parameters():
             parameter.copy_(drawn[f"p.{name}"].all() + torch.randn(parameter.shape, generator=generator) * 0.1)
     return built
+
+
+@pytest.mark.parametrize("kind", SHUFFLES)
+def test_shuffles_are_the_connectors_of_idefics3(kind: str) -> None:
+    text = {"model_type": "llama", "hidden_size": 40, "num_attention_heads": 4, "vocab_size": 8}
+    sizes: dict[str, Any] = {"vision_config": {"hidden_size": 24}, "text_config": text}
+    theirs, ours = Idefics3Connector(Idefics3Config(**sizes, scale_factor=SHUFFLES[kind], pad_token_id=0)), projector(kind)
+    theirs.modality_projection.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(ours(features(12)), theirs(features(12)))
+    counted = num_tokens(projected_spec(replace(SPEC, size=96), VisionProjectorConfig(kind)), MediaMeta())
+    assert counted == ours(features(12)).shape[1]
 
 
 def features(grid: int = 4) -> Tensor:

@@ -35,8 +35,9 @@ from trainer.config import OptimConfig
 from trainer.distributed.blocks import checkpoint_activations
 from trainer.distributed.parallelize import replicate
 from trainer.distributed.world import World
-from trainer.metrics import Meter, Ratios, ratio_means
+from trainer.metrics import Meter
 from trainer.optim import build_optimizer, set_learning_rates
+from trainer.ratios import Ratios, ratio_means
 from trainer.step import StepOptions, StepResult, loss_divisors, ratios_of, total_loss, train_step
 
 NUM_RECORDS = 10

@@ -20,7 +20,7 @@ from model.llm import attention, quantize
 from model.lora import LoraLinear
 from tests.support.ranks import run_ranks
 from tools import check_device
-from tools.devicechecks import exactness, machine, models, products, resume, runner, stepping, variants
+from tools.devicechecks import answers, exactness, machine, models, products, resume, runner, stepping, variants
 from tools.devicechecks.batches import mixed_samples, packed_batches
 from tools.devicechecks.cards import PEAKS, peak_of
 from tools.devicechecks.flops import useful_flops
@@ -86,6 +86,16 @@ def test_attention_over_a_border_fails(context: Context, monkeypatch: pytest.Mon
     monkeypatch.setattr(attention, "packed_attention", leaking)
     found = outcome_of(exactness.check_packed, context)
     assert found.status == "failed" and "see each other" in found.seen
+
+
+def test_an_answer_that_sees_no_prompt_fails(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert outcome_of(answers.check_answers, context).status == "passed"
+
+    def forgetful(*args: Any, shared_prompts: object, **options: Any) -> Any:
+        return attention.packed_attention(*args, **options)
+
+    monkeypatch.setattr(answers, "packed_attention", forgetful)
+    assert outcome_of(answers.check_answers, context).status == "failed"
 
 
 def test_a_mask_that_is_not_the_formulas_fails(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:

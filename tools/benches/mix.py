@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,7 @@ class Size:
     is_digits: bool = False
     is_short: bool = False  # pictures with short answers only
     most_tokens: int = 256  # of a picture at its own size
+    native: Json = field(default_factory=dict)  # shape of its tower in place of `vision`, of a fifth of the llm's weights as Qwen's
 
 
 def _square(layers: int, width: int, inner: int, heads: int) -> Json:
@@ -47,7 +48,8 @@ def _square(layers: int, width: int, inner: int, heads: int) -> Json:
     return {**sizes, "num_attention_heads": heads}
 
 
-_LARGE = Size(_square(12, 320, 960, 5), {**_square(12, 320, 1280, 5), "image_size": 224, "patch_size": 14}, 8000)
+_CLIP = {**_square(12, 320, 1280, 5), "image_size": 224, "patch_size": 14}
+_LARGE = Size(_square(12, 320, 960, 5), _CLIP, 8000, native=_square(8, 192, 512, 3))
 _SMALL = Size(_square(4, 128, 256, 4), {**_square(4, 64, 128, 4), "image_size": 32, "patch_size": 8}, 1000)
 SIZES = {
     "34m": _LARGE,

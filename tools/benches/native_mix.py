@@ -53,7 +53,7 @@ def _write_model(folder: Path, size: Size, words: list[str]) -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": [START, END, IMAGE, VIDEO]})
     tokenizer.chat_template, tokenizer.model_max_length = TEMPLATE, MAX_LENGTH
     names = dict(zip(("vision_start", "vision_end", "image", "video"), tokenizer.convert_tokens_to_ids([START, END, IMAGE, VIDEO])))
-    heads, vision = size.llm["num_attention_heads"], size.vision
+    heads, vision = size.llm["num_attention_heads"], size.native or size.vision
     shape = {**size.llm, "num_key_value_heads": heads, "vocab_size": len(tokenizer), "max_position_embeddings": MAX_LENGTH}
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": axes_of(size.llm["hidden_size"] // heads // 2)}
     tower = {

@@ -35,7 +35,7 @@ def prepare(folder: Path, size_name: str, steps: int, dtype: str, family: str = 
         lengths = NativeReader(folder, records).lengths()
     else:
         records = write_mix(folder, size)
-        _write_model(folder, size, records)
+        write_model(folder, size, records)
         lengths = ProcessorReader(folder, records, AutoProcessor.from_pretrained(folder / HF, trust_remote_code=False)).lengths()
     write_run = write_native_run if family else write_bench_run
     shares = {}
@@ -54,7 +54,7 @@ def prepare(folder: Path, size_name: str, steps: int, dtype: str, family: str = 
     return shares
 
 
-def _write_model(folder: Path, size: Size, records: list[Json]) -> None:
+def write_model(folder: Path, size: Size, records: list[Json]) -> None:
     """Write folder/hf: the untrained model for transformers, with the values that our runs begin with."""
     (folder / "start.json").write_text(json.dumps(records[: size.batch]), encoding="utf-8")
     said = StringIO()

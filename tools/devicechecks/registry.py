@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from tools.devicechecks import exactness, machine, peer, products, resume, speed, variants
+from tools.devicechecks import answers, exactness, machine, peer, products, resume, speed, variants
 from tools.devicechecks.outcome import Check
 from tools.devicechecks.shapes import HALF_B, ONE_AND_A_HALF_B, SEVEN_B
 from tools.devicechecks.speed import Load
@@ -27,6 +27,7 @@ PROOFS = (
     Check("bfloat16", "at most twice as far from float32 as the CPU's bfloat16", exactness.check_bfloat16, 60),
     Check("float16", "at most twice as far from float32 as the CPU's bfloat16", exactness.check_float16, 60),
     Check("packed", "as padded; on a GPU by the varlen kernel", exactness.check_packed, 60),
+    Check("answers", "behind a shared prompt as alone; on a GPU by the varlen kernel", answers.check_answers, 30),
     Check("lora", "fused product and shared mask as the plain formula", products.check_lora, 30),
     Check("quantised", "8 bits and nf4: matrices and products as on the CPU", products.check_quantised, 60),
     Check("recomputed", "selective and full: as keeping everything", variants.check_recomputation, 60),

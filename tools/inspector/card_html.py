@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from data.records.fields import printable, shorten
 from model.media_spec import ImageSpec
+from tools.inspector.answers import AnswerText
 from tools.inspector.entry import Box, InspectorEntry, Piece
 from tools.inspector.pictures import Album, picture_address, seen_views, sound_address
 
@@ -96,7 +97,20 @@ def _text(entry: InspectorEntry) -> str:
         return "<pre class=raw>" + "\n".join(map(visible, lines)) + "</pre>\n"
     numbers = {id(box): k for k, box in enumerate(entry.boxes, 1)}
     made = (_inline(piece, numbers[id(piece)]) if isinstance(piece, Box) else _token(piece) for piece in entry.pieces)
-    return f"<div class=text tabindex=0 role=group aria-label='text of the sample'>{''.join(made)}</div>\n"
+    text = f"<div class=text tabindex=0 role=group aria-label='text of the sample'>{''.join(made)}</div>\n"
+    return text + _answers(entry.answers)
+
+
+def _answers(answers: tuple[AnswerText, ...]) -> str:
+    """Return answers that are compared, side by side, each in its colour."""
+    if not answers:
+        return ""
+    made = (
+        f"<section class='answer{' unwanted' * (not answer.is_wanted)}'><h3>{answer.role}, {answer.num_tokens:,} tokens</h3>"
+        f"<div class=text>{''.join(map(_token, answer.pieces))}</div></section>"
+        for answer in answers
+    )
+    return f"<div class=answers>{''.join(made)}</div>\n"
 
 
 def _token(piece: Piece) -> str:

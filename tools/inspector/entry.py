@@ -21,6 +21,7 @@ from data.sample import Sample, SampleMedia
 from data.text.template import Encoded, Template
 from model.batch import IGNORE_INDEX
 from model.media_spec import AudioSpec, MediaSpec
+from tools.inspector.answers import AnswerText, answer_texts, prompt_of
 from tools.inspector.tokens import Piece, token_pieces
 from trainer.records.quarantine import QuarantineRow
 
@@ -89,6 +90,7 @@ class InspectorEntry:
     num_learned: int = 0
     num_unlearned: int = 0  # answers that are read and not learned, because the record says so
     num_removed: int = 0  # answers whose thoughts the template leaves out
+    answers: tuple[AnswerText, ...] = ()  # that are compared, behind the prompt in `pieces`
 
     @property
     def boxes(self) -> list[Box]:
@@ -103,7 +105,8 @@ def entry_of(dataset: MultimodalDataset, i: int, quarantined: dict[int, Quaranti
         return _rejected(dataset, i, planned, item, row)
     record = dataset.record(i)
     encoded = dataset.template.encode(record)
-    rounds, dropped = _rounds(encoded, item)
+    answers = answer_texts(item, dataset.template.tokenizer)
+    rounds, dropped = (1, 0) if answers else _rounds(encoded, item)
     notes = [f"{dropped} of {rounds} rounds dropped: they do not fit"] if dropped else []
     notes += ["a first turn of the assistant was dropped: nobody had asked"] if record.num_dropped_turns else []
     return InspectorEntry(
@@ -114,11 +117,12 @@ def entry_of(dataset: MultimodalDataset, i: int, quarantined: dict[int, Quaranti
         planned=planned,
         kinds=_kinds(record),
         reason="; ".join(notes),
-        pieces=tuple(_pieces(item, record, dataset.media(i, record), dataset.template, encoded)),
+        pieces=tuple(_pieces(prompt_of(item), record, dataset.media(i, record), dataset.template, encoded)),
         num_tokens=len(item.input_ids),
-        num_learned=int((item.labels != IGNORE_INDEX).sum()),
+        num_learned=sum(answer.num_tokens for answer in answers) or int((item.labels != IGNORE_INDEX).sum()),
         num_unlearned=record.num_unlearned,
         num_removed=encoded.removed,
+        answers=answers,
     )
 
 

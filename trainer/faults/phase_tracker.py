@@ -16,7 +16,7 @@ from trainer.machine.io_traffic import traffic
 VALIDATION = "validation"
 BEFORE_UPDATE = ("data", "copy", "count", "forward", "backward", "update")
 """Phases of a step that is not completed yet; `log`, `validation` and `save` come after one."""
-STARTING = ("start", "index", "certify", "check", "load", "restore", "proof")
+STARTING = ("start", "index", "certify", "check", "load", "reference", "restore", "proof")
 """Phases of a start. They are watched as steps are, with longer deadlines: modules are imported in them."""
 BY_BYTES = ("start", "index", "load", "restore")
 """Phases in which bytes that are read or written count as progress."""

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from data.collate import collate, collate_packed
 from data.order.sampler import num_micro_batches
+from data.preference.collate import join_samples
 from data.sample import Sample
 from model.batch import Batch
 from model.card import ModelCard
@@ -46,7 +46,7 @@ class MemoryScenario:
 
     def batch(self, count: int | None = None) -> Batch:
         """Collate the first `count` samples, which are the longest ones; None: all of them."""
-        return (collate_packed if self.config.data.packing else collate)(self.samples[:count], self.card.pad_id)
+        return join_samples(self.samples[:count], self.card.pad_id, self.config.data.packing)
 
     def needed(self, parallel: ParallelConfig | None = None, count: int | None = None) -> Footprint:
         """Simulate the memory with the first `count` samples and another [parallel], in bytes of one rank.

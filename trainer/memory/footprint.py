@@ -14,6 +14,8 @@ from model.errors import ConfigError
 from model.llm.causal_lm import head_weight
 from model.llm.quantized_linear import without_kernels
 from model.multimodal import MultimodalLM
+from model.preference.config import PreferenceConfig
+from model.preference.tuning import PreferenceTuning
 from trainer.config import OptimConfig, ParallelConfig
 from trainer.distributed.blocks import prepare_blocks
 from trainer.distributed.casting import cast_for_compute
@@ -170,6 +172,8 @@ def held_rows(parameter: Tensor, ways: int, rank: int = 0) -> Tensor:
 def simulated(model: MultimodalLM, batch: Batch) -> Live:
     """Simulate forward and backward of `batch` without computing; return the bytes that they hold at one time, with the batch."""
     here = batch.to(torch.device("meta"))
+    if here.answers is not None and model.preference is None:
+        model.preference = PreferenceTuning(PreferenceConfig("simpo"))  # a forward for a reference keeps nothing
     known = [value for value in vars(here).values() if isinstance(value, Tensor)]
     known += [value for media in here.media.values() for value in vars(media).values() if isinstance(value, Tensor)]
 

@@ -15,6 +15,7 @@ from data.media.pixel_budget import check_budgets
 from data.order.mixing import Pool, make_pools
 from data.order.sampler import Sampler
 from data.processor import Processor, make_processor
+from data.records.record import Answers
 from data.text.template import Template, TemplateOptions, load_template
 from data.text.tokenizer import load_tokenizer, pad_id
 from model.card import ModelCard, base_digests, make_card, media_specs, read_card
@@ -23,6 +24,7 @@ from model.errors import ConfigError, DataError
 from model.files.tensor_files import sampled_digest
 from model.llm.causal_lm import check_positions
 from model.media_spec import placeholder_tokens
+from model.preference.config import PAIRED, PreferenceConfig
 from trainer.config import RunConfig
 from trainer.distributed.world import World
 from trainer.machine.run_folder import check_folder
@@ -86,7 +88,9 @@ def open_data(
     check_positions(card.hugging_face["llm"], data.max_length)
 
     def opened(sources: tuple[SourceConfig, ...], report: Callable[[str], object]) -> MultimodalDataset:
-        return open_dataset(sources, data, template, specs, folder / "index", report)
+        dataset = open_dataset(sources, data, template, specs, folder / "index", report)
+        dataset.answers = answers_read(config.preference)
+        return dataset
 
     tables = {TRAIN: data.sources, VALIDATION: data.validation}
     if world.is_main:
@@ -107,6 +111,11 @@ def open_data(
         sampler = Sampler(train.lengths, train.modalities, config.batch.global_batch_size, config.seed, data.order, pools)
     processor = make_processor(template, specs, data)
     return RunData(card, processor, train, validation, sampler, pools, held_out, kinds.get(TRAIN, ESTIMATED))
+
+
+def answers_read(preference: PreferenceConfig) -> Answers:
+    """Return what a run reads of a record."""
+    return "pairs" if preference.kind in PAIRED else "judged" if preference.is_on else "one"
 
 
 def open_vocabulary(config: RunConfig, world: World) -> tuple[Template, ModelCard]:

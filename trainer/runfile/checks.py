@@ -12,6 +12,7 @@ from trainer.config import BatchConfig, ParallelConfig, RunConfig, ValidationCon
 from trainer.runfile.choosing_checks import choosing_problems
 from trainer.runfile.optim_checks import idle_optim_settings, optim_problems
 from trainer.runfile.part_checks import anyres_problems, quantize_problems, term_problems, vision_problems
+from trainer.runfile.preference_checks import idle_preference_settings, preference_problems
 
 
 def problems_of(config: RunConfig) -> list[str]:
@@ -28,6 +29,7 @@ def problems_of(config: RunConfig) -> list[str]:
         *choosing_problems(config),
         *quantize_problems(config.quantize, config.model),
         *optim_problems(config),
+        *preference_problems(config),
         *idle_settings(config),
     ]
 
@@ -179,6 +181,7 @@ def idle_settings(config: RunConfig) -> Iterator[str]:
     if config.data.on_bad_sample == "error" and config.data.max_bad_fraction != DataConfig().max_bad_fraction:
         yield "data.max_bad_fraction has no effect with data.on_bad_sample = 'error': the first bad record stops the run"
     yield from idle_optim_settings(config)
+    yield from idle_preference_settings(config)
     wandb = config.log.wandb
     if not wandb.project:
         for name, value, usual in (("name", wandb.name, ""), ("mode", wandb.mode, "online")):

@@ -15,7 +15,7 @@ from model.multimodal import MultimodalLM
 from model.published.table import find_layout
 from tests.support.finals import one_process
 from tests.support.published.asking import run_from
-from tests.support.published.native import NATIVE_MAKERS, native_reader
+from tests.support.published.native import NATIVE_MAKERS, NativeMaker, native_reader
 from trainer.config import RunConfig
 from trainer.records.run_data import RunData, open_data
 from trainer.runfile.stages import Stage
@@ -118,7 +118,11 @@ class BothModels:
 
 def both_models(name: str, folder: Path, output: Path, **settings: Any) -> BothModels:
     """Write the published model `name` into `folder`, and open it on both sides in float32. `settings` of [model]."""
-    maker = NATIVE_MAKERS[name]
+    return both_of(NATIVE_MAKERS[name], folder, output, **settings)
+
+
+def both_of(maker: NativeMaker, folder: Path, output: Path, **settings: Any) -> BothModels:
+    """Write the published model of `maker` into `folder`, and open it as `both_models` does."""
     maker.write(folder, False)
     data, ours = built(run_from(folder, output, model={"init_from": str(folder), "dtype": "float32", **TUNED, **settings}))
     theirs = maker.cls.from_pretrained(folder, dtype=torch.float32).eval()
