@@ -129,6 +129,7 @@ def not_installed(name: str) -> list[str]:
 def run_bench(options: argparse.Namespace) -> None:
     """Prepare the folder, measure, check and print."""
     from tools.benches.mix import SIZES
+    from tools.benches.native_mix import padded_shares
     from tools.benches.prepare import prepare
 
     size = "digits" if options.digits else options.size
@@ -142,6 +143,9 @@ def run_bench(options: argparse.Namespace) -> None:
             f"thread, {platform.machine()}, Python {platform.python_version()}; of a padded batch are useful: {shares[RANDOM]:.2f} "
             f"at random, {shares[GROUPED]:.2f} grouped by length"
         )
+        if options.family:
+            padded = {name: f"{share:.2f}" for name, share in padded_shares(bench.folder, bench.batch).items()}
+            print(f"patches of {bench.batch} pictures of the mix that are useful: ours 1.00; padded by the processor of {padded}")
         found = take_turns(bench, [name for name in names if not not_installed(name)])
         print("\n".join(table_lines(bench, found)))
         for name in names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from data.media.native_size import NativeRule, fitted_size, patch_grid
 from data.text.tokenizer import save_tokenizer
 from model.files.untrusted import Json
 from tools.benches.mix import MAX_LENGTH, NUM_PICTURES, Size, bench_words, mixed_record, run_tables
@@ -96,6 +98,24 @@ def write_native_run(folder: Path, name: str, size: Size, steps: int, changes: J
     path = folder / f"{name}.toml"
     path.write_text(to_toml({**run_tables(folder, name, size, steps, changes), "model": model}), encoding="utf-8")
     return path
+
+
+def padded_shares(folder: Path, batch: int) -> dict[str, float]:
+    """Return the useful share of the patches that padded batches of the mix's pictures compute, by processor.
+
+    NaFlex's pads every picture to the most patches of one, Pixtral's to the largest height and width of its batch.
+    """
+    sizes = []
+    for i in range(NUM_PICTURES):
+        with Image.open(folder / "images" / f"{i}.jpg", formats=("JPEG",)) as picture:
+            sizes.append(picture.size)
+    naflex = NativeRule("naflex", 16, (0.5,) * 3, (0.5,) * 3, max_patches=256)
+    pixtral = NativeRule("pixtral", 16, (0.5,) * 3, (0.5,) * 3, longest=1024)
+    grids = [patch_grid(fitted_size(size, pixtral), pixtral)[1:] for size in sizes]
+    batches = [grids[i : i + batch] for i in range(0, len(grids), batch)]
+    computed = sum(len(part) * max(high for high, _ in part) * max(wide for _, wide in part) for part in batches)
+    filled = sum(math.prod(patch_grid(fitted_size(size, naflex), naflex)) for size in sizes)
+    return {"NaFlex": filled / (256 * len(sizes)), "Pixtral": sum(high * wide for high, wide in grids) / computed}
 
 
 def read_pixels(folder: Path) -> Qwen2VLImageProcessorPil:
