@@ -89,7 +89,7 @@ def native_forward(encoder: NativeTower, media: Media) -> float:
     windowed = media.patches.window_lengths
     whole = len(layers) if windowed is None else len(getattr(tower, "whole_blocks", layers))
     pairs = whole * sum(n * n for n in media.patches.lengths) + (len(layers) - whole) * sum(n * n for n in windowed or ())
-    return float(FORWARD * matrices * len(media.values)) + 4.0 * tower.width * pairs
+    return float(FORWARD * matrices * len(media.values)) + 4.0 * encoder.hidden_size / encoder.levels * pairs
 
 
 def products(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def facts_of(processor: Processor) -> MediaFacts:
     """Return how the run showed its media, as its processor has it."""
     config, template = processor.config, processor.template
     anyres = config.image_fit == "anyres" and "image" in processor.specs
-    return MediaFacts(
+    found = MediaFacts(
         fit=config.image_fit,
         grids=grids(config.image_grid, image_spec(processor.specs).size) if anyres else (),
         anyres_max=config.anyres_max,
@@ -98,19 +99,19 @@ def facts_of(processor: Processor) -> MediaFacts:
         wrap_is_tokens=all(text in processor.tokenizer.get_vocab() for text in template.media_wrap),
         around_clips=CLIP_ENDS if all(text in template.source for text in CLIP_ENDS) else ("", ""),
         around_pictures=AROUND if all(text in template.source for text in AROUND) else template.media_wrap,
-        **_limits(processor),
         **_placeholders(processor),
     )
+    return _limited(found, processor)
 
 
-def _limits(processor: Processor) -> dict[str, Any]:
-    """Return the least and the most of pictures and videos at their own size; nothing where they are not read so."""
+def _limited(facts: MediaFacts, processor: Processor) -> MediaFacts:
+    """Return the facts with the least and the most of pictures and videos, where these are read at their own size."""
     spec = processor.specs.get("image")
     if not isinstance(spec, NativeSpec):
-        return {}
+        return facts
     rule, clips = rule_of(spec, processor.config), clip_budget(spec, processor.config)
-    pixels = {"pixels": (rule.min_pixels, rule.max_pixels), "clip_pixels": (clips.min_pixels, clips.max_pixels)}
-    return {**pixels, "longest": rule.longest}
+    pixels, of_clips = (rule.min_pixels, rule.max_pixels), (clips.min_pixels, clips.max_pixels)
+    return replace(facts, pixels=pixels, clip_pixels=of_clips, longest=rule.longest)
 
 
 def _placeholders(processor: Processor) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # transformers 5.17 exports it with torchvision only
 from transformers.utils import is_torchvision_available
 
@@ -54,7 +54,7 @@ def open_processor(folder: Path, target: HfClass) -> Any:
     return kind(image_processor=image, tokenizer=tokenizer, chat_template=tokenizer.chat_template, **settings)
 
 
-def _pixtral_reader(folder: Path) -> Any:
+def _pixtral_reader(folder: Path) -> ProcessorMixin:
     """Open Pixtral's processor without torchvision, which its module imports for one function that Pillow's has too."""
     package, name = "transformers.models.pixtral", "transformers.models.pixtral.image_processing_pixtral"
     pillow = import_module(f"{package}.image_processing_pil_pixtral")
@@ -65,8 +65,9 @@ def _pixtral_reader(folder: Path) -> Any:
         del sys.modules[name]
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     settings = {key: value for key, value in load_json(folder / NESTED).items() if key not in PARTS}
-    pixels = pillow.PixtralImageProcessorPil.from_pretrained(folder)
-    return kind(image_processor=pixels, tokenizer=tokenizer, chat_template=tokenizer.chat_template, **settings)
+    pixels = pillow.PixtralImageProcessorPil.from_pretrained(folder, trust_remote_code=False)
+    found: ProcessorMixin = kind(pixels, tokenizer, chat_template=tokenizer.chat_template, **settings)
+    return found
 
 
 def _without_videos(kind: Any) -> Any:
