@@ -13,12 +13,24 @@ from functools import partial
 from model.card import ModelCard
 from model.errors import ConfigError
 from model.exports.hf_native import NativeForm, native_config, native_problems, native_text
-from model.exports.hf_problems import INTERN_VIT, REGISTERS, SHUFFLE, hearing_problems, intern_problems, llava_problems
+from model.exports.hf_pixtral import (
+    MERGER_NAMES,
+    MISTRAL_MERGER,
+    OF_LLAVA,
+    OF_MISTRAL,
+    PROCESSOR,
+    TOWER,
+    PixtralForm,
+    pixtral_config,
+    pixtral_problems,
+)
+from model.exports.hf_problems import INTERN_VIT, MLP, REGISTERS, SHUFFLE, hearing_problems, intern_problems, llava_problems
 from model.exports.hf_text import head_problems, sizes_of
 from model.exports.media_facts import MediaFacts
 from model.files.untrusted import Json
 from model.media_spec import ImageSpec, MediaMeta, image_spec, num_tokens, view_tokens
 from model.multimodal import MultimodalLM
+from model.vision.merger import MISTRAL_EPSILON
 from model.vision.projector import SHUFFLES
 
 MLP_NAMES = (("0.", "multi_modal_projector.linear_1."), ("2.", "multi_modal_projector.linear_2."))
@@ -45,7 +57,8 @@ class HfClass:
     modality: str = "image"
     llm: tuple[tuple[str, str], ...] = (("", "language_model."),)  # beginnings of our names in the language model, and in files
     tower: str = ""  # what stands before the tower's names in files; "" = as its kind has it
-    native: NativeForm | None = None  # of a class that reads pictures at their own size
+    native: NativeForm | None = None  # of a Qwen-VL, which reads pictures at their own size
+    processor: str = ""  # class of its processor; "" = as the model's class is named
 
 
 def choose_class(card: ModelCard, facts: MediaFacts) -> HfClass:
@@ -62,6 +75,10 @@ def _nearest(card: ModelCard, facts: MediaFacts) -> HfClass:
     kind = card.model.vision_projector.kind if card.model.vision_projector is not None else ""
     if (native := _nearest_native(card, kind)) is not None:
         return native
+    if kind == MISTRAL_MERGER:
+        return MISTRAL3
+    if card.hugging_face.get("vision", {}).get("model_type") == TOWER:
+        return LLAVA_PIXTRAL
     if kind == SHUFFLE:
         return INTERN_VL
     if kind in SHUFFLES:
@@ -221,5 +238,16 @@ NATIVE = (
         ),
     ),
 )
-"""Classes that read pictures at their own size."""
-CLASSES = (LLAVA, NEXT, ONEVISION, INTERN_VL, QWEN2_AUDIO, *NATIVE)
+"""Classes of Qwen-VL, which read pictures at their own size."""
+
+
+def _pixtral(name: str, model_type: str, names: tuple[tuple[str, str], ...], form: PixtralForm) -> HfClass:
+    problems, config = partial(pixtral_problems, form=form), partial(pixtral_config, form=form)
+    return HfClass(name, model_type, names, problems, config, tower="vision_tower.", processor=PROCESSOR)
+
+
+LLAVA_PIXTRAL = _pixtral(LLAVA.name, LLAVA.model_type, MLP_NAMES, PixtralForm(MLP, OF_LLAVA))
+MISTRAL3 = _pixtral(
+    "Mistral3ForConditionalGeneration", "mistral3", MERGER_NAMES, PixtralForm(MISTRAL_MERGER, OF_MISTRAL, MISTRAL_EPSILON)
+)
+CLASSES = (LLAVA, NEXT, ONEVISION, INTERN_VL, QWEN2_AUDIO, *NATIVE, LLAVA_PIXTRAL, MISTRAL3)

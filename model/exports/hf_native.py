@@ -55,12 +55,7 @@ def native_problems(card: ModelCard, facts: MediaFacts, form: NativeForm) -> Ite
     if tower["model_type"] != form.tower:
         yield f"model.vision.path: {tower['model_type']!r} is not {form.tower}, the one tower of this class"
         return
-    total = tower[NATIVE_TOWERS[form.tower].depth]
-    if (built := num_blocks(vision.layer, total)) != total:
-        yield (
-            f"model.vision.layer = {vision.layer}: this class reads its tower's last block, and the run read block {built} of "
-            f"{total}; --for safetensors writes each part's file"
-        )
+    yield from layer_problems(card, NATIVE_TOWERS[form.tower].depth)
     if tower.get("spatial_merge_size", MERGE) != MERGE:
         yield f"model.vision.path: spatial_merge_size = {tower['spatial_merge_size']} in config.json; {MERGE} x {MERGE} are joined"
     yield from _text_problems(text, form)
@@ -73,6 +68,17 @@ def native_problems(card: ModelCard, facts: MediaFacts, form: NativeForm) -> Ite
         yield f"[model.{'], [model.'.join(parts)}]: this class does not hear; --for safetensors writes each part's file"
 
 
+def layer_problems(card: ModelCard, depth: str) -> Iterator[str]:
+    """Yield a tower whose last block is not read. `depth`: key of its config.json with the number of blocks."""
+    vision, total = card.model.vision, card.hugging_face["vision"][depth]
+    assert vision is not None
+    if (built := num_blocks(vision.layer, total)) != total:
+        yield (
+            f"model.vision.layer = {vision.layer}: this class reads its tower's last block, and the run read block {built} of "
+            f"{total}; --for safetensors writes each part's file"
+        )
+
+
 def _text_problems(text: Json, form: NativeForm) -> Iterator[str]:
     if text["model_type"] != form.text:
         yield f"model.llm.path: {text['model_type']!r} is not {form.text}, the one language model of this class"
@@ -80,6 +86,13 @@ def _text_problems(text: Json, form: NativeForm) -> Iterator[str]:
         yield f"model.llm.path: its positions have one axis, and those of this class three ({SECTIONS} in config.json)"
     elif bool(text.get(INTERLEAVED)) != form.interleaved:
         yield f"model.llm.path: {INTERLEAVED} = {text.get(INTERLEAVED)} in config.json, and {form.interleaved} in this class"
+    hidden, wide = text["hidden_size"], text.get("moe_intermediate_size")
+    if form.text == "qwen3_moe" and hidden in (wide, 2 * (wide or 0)):
+        yield (
+            f"model.llm.path: hidden_size = {hidden} and moe_intermediate_size = {wide}: a matrix of each expert is square, and "
+            "transformers tells by the shape alone whether it lies on its side, as this class's files hold it; --for safetensors "
+            "writes each part's file"
+        )
     if not form.inside and text.get("head_dim", _head(text)) != _head(text):
         yield f"model.llm.path: head_dim = {text['head_dim']} in config.json; this class shares hidden_size among its heads"
 
@@ -133,7 +146,7 @@ def native_pixels(spec: NativeSpec, facts: MediaFacts) -> Json:
 def native_clips(spec: NativeSpec, facts: MediaFacts, form: NativeForm) -> Json:
     """Return the keys of the class's processor of videos by which it sizes and cuts frames."""
     capped = {"cap_pixels_per_frame": True, "max_video_tokens": spec.video_tokens} if spec.video_tokens else {}
-    return {"video_processor_type": form.videos, **_cut(spec, *(spec.video_pixels or facts.pixels)), **capped}
+    return {"video_processor_type": form.videos, **_cut(spec, *facts.clip_pixels), **capped}
 
 
 def _cut(spec: NativeSpec, least: int, most: int) -> Json:

@@ -27,7 +27,8 @@ def _shared_vision_problems(card: ModelCard, kind: str, whose: str) -> Iterator[
         yield f"model.vision.scales = {list(vision.scales)}: {whose} see one size"
 
 
-def _audio_problems(card: ModelCard) -> Iterator[str]:
+def audio_problems(card: ModelCard) -> Iterator[str]:
+    """Yield the parts for sound that no class which only sees can hold."""
     if parts := [name for name in ("audio", "audio_projector", "state_head") if name in card.model.parts()]:
         yield (
             f"[model.{'], [model.'.join(parts)}]: transformers has no class of this kind that hears; "
@@ -52,12 +53,12 @@ def llava_problems(card: ModelCard, facts: MediaFacts) -> Iterator[str]:
         yield "model.vision_projector.newline = true: its pictures have no line breaks unless data.image_fit = 'anyres'"
     if facts.fit == "tiles":
         yield f"data.image_fit = {facts.fit!r}, its processor has one view; InternVL's class takes tiles of {SHUFFLE!r}"
-    yield from _audio_problems(card)
+    yield from audio_problems(card)
 
 
 def intern_problems(card: ModelCard, facts: MediaFacts) -> Iterator[str]:
     yield from _shared_vision_problems(card, SHUFFLE, "InternVL's classes")
-    yield from _audio_problems(card)
+    yield from audio_problems(card)
     spec, kind = image_spec(card.specs), card.hugging_face["vision"].get("model_type")
     if kind != INTERN_VIT:
         yield f"model.vision.path: {kind!r} is not {INTERN_VIT}, the one tower of InternVL's classes"

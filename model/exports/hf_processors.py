@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from model.exports.hf_classes import INTERN_VL, LLAVA, NATIVE, NEXT, ONEVISION, HfClass, strategy
 from model.exports.hf_native import native_clips, native_pixels
+from model.exports.hf_pixtral import PROCESSOR, pixtral_reader
 from model.exports.media_facts import MediaFacts
 from model.files.untrusted import Json
 from model.media_spec import PLACEHOLDERS, AudioSpec, ImageSpec, MediaMeta, MediaSpec, NativeSpec, num_tokens, view_tokens
@@ -16,7 +17,7 @@ def processor_files(target: HfClass, spec: MediaSpec, facts: MediaFacts) -> dict
     """Return the processor's JSON files by name; it gives the same input as ours."""
     if isinstance(spec, AudioSpec):
         return _hearing_files(spec, facts)
-    own, image = _READERS[target.name](spec, facts)
+    own, image = _READERS[target.processor or target.name](spec, facts)
     whole = {"processor_class": processor_class(target), **own}
     files = {NESTED: {**whole, "image_processor": image}, FLAT: {**image, "processor_class": whole["processor_class"]}}
     if target in SEES_VIDEOS:
@@ -27,7 +28,7 @@ def processor_files(target: HfClass, spec: MediaSpec, facts: MediaFacts) -> dict
 
 def processor_class(target: HfClass) -> str:
     """Return the name of the processor's class."""
-    return target.name.replace("MoeFor", "For").replace("ForConditionalGeneration", "Processor")
+    return target.processor or target.name.replace("MoeFor", "For").replace("ForConditionalGeneration", "Processor")
 
 
 def named_tokens(target: HfClass, facts: MediaFacts) -> dict[str, str]:
@@ -136,6 +137,11 @@ def _native(spec: ImageSpec, facts: MediaFacts) -> tuple[Json, Json]:
     return {}, {"image_processor_type": "Qwen2VLImageProcessor", **native_pixels(spec, facts), **_normalising(spec)}
 
 
+def _pixtral(spec: ImageSpec, facts: MediaFacts) -> tuple[Json, Json]:
+    own, image = pixtral_reader(spec, facts)
+    return own, {**image, **_normalising(spec)}
+
+
 def _frames(spec: ImageSpec, facts: MediaFacts, target: HfClass) -> Json:
     if isinstance(spec, NativeSpec) and target.native:
         return {**native_clips(spec, facts, target.native), **_normalising(spec)}
@@ -173,6 +179,7 @@ _READERS = {
     ONEVISION.name: _onevision,
     INTERN_VL.name: _intern,
     **{target.name: _native for target in NATIVE},
+    PROCESSOR: _pixtral,
 }
 SEES_VIDEOS = (ONEVISION, INTERN_VL, *NATIVE)
 """Classes whose processors have a reader of videos."""

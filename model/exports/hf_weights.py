@@ -54,8 +54,8 @@ def weights(target: HfClass, card: ModelCard, model: MultimodalLM) -> dict[str, 
             found[f"{part}.{inner}"] = entry
         else:
             found[_renamed(inner, target.projector)] = entry
-    if target.native:
-        return lying_experts(found) if target.native.inside else found
+    if target.tower:
+        return lying_experts(found) if target.native and target.native.inside else found
     return _with_tower(found, card, model) if "image" in model.specs else _with_encoder(found)
 
 

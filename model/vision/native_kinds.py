@@ -47,8 +47,8 @@ class QwenTower(PatchTower):
             group = values.shape[0] // patches.window_order.shape[0]
             angles = regrouped(angles, patches.window_order, group)
             hidden = self._run(regrouped(hidden, patches.window_order, group), angles, patches)
-            return regrouped(hidden, patches.window_places, group)[None]
-        return self._run(hidden, angles, patches)[None]
+            return regrouped(hidden, patches.window_places, group)
+        return self._run(hidden, angles, patches)
 
     def _run(self, hidden: Tensor, angles: Tensor, patches: Patches) -> Tensor:
         """Run the blocks on hidden states (P, C), and return the last with those of `kept_blocks` beside it."""
@@ -80,8 +80,9 @@ def kept_blocks(indexes: tuple[int, ...], num_blocks: int) -> tuple[int, ...]:
 
 
 def regrouped(rows: Tensor, order: Tensor, group: int) -> Tensor:
-    """Return rows (P, C) with their groups of `group` rows in the order (G,)."""
-    return rows.unflatten(0, (-1, group)).index_select(0, order).flatten(0, 1)
+    """Return rows (P, C) with their groups of `group` rows in the order (G,), in memory of their own."""
+    places = order[:, None] * group + torch.arange(group, device=order.device)
+    return rows.index_select(0, places.flatten())
 
 
 def axial_angles(positions: Tensor, head: int, theta: float) -> Tensor:

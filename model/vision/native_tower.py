@@ -62,7 +62,7 @@ class NativeTower(Encoder):
         if patches is None:
             raise ValueError("pictures at their own size come with the places of their patches")
         features: Tensor = self.tower(values, patches)
-        return features
+        return features.view(1, -1, self.hidden_size)
 
 
 def check_native_options(config: VisionConfig, kind: str) -> None:

@@ -16,7 +16,10 @@ from model.vision.tower_kinds import TowerFamily
 
 
 class PatchTower(nn.Module):
-    """Interface of a tower on packed patches: values (P, 3, F, p, p) -> hidden states (1, P, C * levels)."""
+    """Interface of a tower on packed patches: values (P, 3, F, p, p) -> hidden states (P, C * levels) or (1, P, C * levels).
+
+    They are as a block or an operation made them, and no view: FSDP2 would not see gradients that reach a view another way.
+    """
 
     width: int
     """Numbers in one hidden state, C."""

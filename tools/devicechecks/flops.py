@@ -11,11 +11,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from model.batch import Batch
+from model.batch import Batch, Media
 from model.llm.causal_lm import blocks, head_weight
 from model.llm.quantized_linear import Quantised
 from model.lora import LoraLinear
+from model.media_spec import image_spec
 from model.multimodal import MultimodalLM
+from model.vision.native_tower import NativeTower
+from model.vision.patch_tower import PatchLinear
 from model.vision.tower import VisionTower
 
 FORWARD, INPUT, WEIGHT = 2, 2, 2
@@ -56,18 +59,37 @@ def media_flops(model: MultimodalLM, batch: Batch) -> tuple[float, float]:
     media = batch.media.get("image")
     if media is None:
         return 0.0, 0.0
-    encoder = model.encoder("vision")
-    assert isinstance(encoder, VisionTower)
-    pictures, rows = len(media.values), encoder.blank_length + encoder.num_prefix
+    encoder, projector = model.encoder("vision"), model.get_submodule("vision_projector")
+    if isinstance(encoder, NativeTower):
+        patches, forward = len(media.values), native_forward(encoder, media)
+    else:
+        assert isinstance(encoder, VisionTower)
+        patches, forward = len(media.values) * encoder.blank_length, len(media.values) * view_forward(encoder)
     learns = "vision" in model.trainable_parts
-    layers = blocks(encoder.tower)
+    layers = [layer for _, layer in products(projector)]
+    each = [matrix_flops(layer) for layer in layers]
+    if not learns and next(projector.parameters()) is layers[0].weight:  # nothing below this product learns
+        each[0] -= INPUT * layers[0].weight.numel()
+    return forward * (3 if learns else 1), float(patches // image_spec(model.specs).shrink ** 2 * sum(each))
+
+
+def view_forward(encoder: VisionTower) -> float:
+    """Return the operations of a forward of one view."""
+    rows, layers = encoder.blank_length + encoder.num_prefix, blocks(encoder.tower)
     matrices = sum(layer.weight.numel() for _, layer in products(layers)) * rows
     patches = sum(m.weight.numel() for m in encoder.tower.modules() if isinstance(m, nn.Conv2d)) * encoder.blank_length
-    forward = FORWARD * (matrices + patches) + 4.0 * len(layers) * encoder.hidden_size * rows**2
-    projector = [layer for _, layer in products(model.get_submodule("vision_projector"))]
-    each = [matrix_flops(layer) for layer in projector]
-    each[0] -= 0 if learns else INPUT * projector[0].weight.numel()  # nothing below the projector learns
-    return pictures * forward * (3 if learns else 1), float(pictures * encoder.blank_length * sum(each))
+    return FORWARD * (matrices + patches) + 4.0 * len(layers) * encoder.hidden_size * rows**2
+
+
+def native_forward(encoder: NativeTower, media: Media) -> float:
+    """Return the operations of a forward of packed patches; each attends to those of its picture, or in some blocks its window."""
+    assert media.patches is not None
+    tower, layers = encoder.tower, blocks(encoder.tower)
+    matrices = sum(m.weight.numel() for m in tower.modules() if isinstance(m, nn.Linear | PatchLinear))
+    windowed = media.patches.window_lengths
+    whole = len(layers) if windowed is None else len(getattr(tower, "whole_blocks", layers))
+    pairs = whole * sum(n * n for n in media.patches.lengths) + (len(layers) - whole) * sum(n * n for n in windowed or ())
+    return float(FORWARD * matrices * len(media.values)) + 4.0 * encoder.hidden_size / encoder.levels * pairs
 
 
 def products(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import transformers
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from data.config import DataConfig
-from data.media.pixel_budget import rule_of
+from data.media.pixel_budget import clip_budget, rule_of
 from data.media.tiling import grids
 from data.processor import Processor, load_processor
 from data.text.parts_template import takes_parts
 from data.text.tokenizer import pad_id, save_tokenizer
 from model.card import ModelCard
 from model.exports.hf_classes import INTERN_VL, NEXT, QWEN2_AUDIO, HfClass, choose_class, class_config
+from model.exports.hf_pixtral import PROCESSOR
 from model.exports.hf_processors import SEES_VIDEOS, named_tokens, processor_files, wraps
 from model.exports.hf_weights import weights, write_weights
 from model.exports.media_facts import MediaFacts
@@ -69,6 +71,8 @@ def class_differences(target: HfClass, card: ModelCard) -> Iterator[str]:
         yield "several pictures in one conversation: training shared data.max_tiles among them, this class gives each of them all"
     if target in SEES_VIDEOS:
         yield "AutoProcessor of this class needs torchvision, for videos"
+    if target.processor == PROCESSOR:
+        yield "AutoProcessor of this class needs torchvision"
     if target is QWEN2_AUDIO:
         yield "clips longer than the encoder's window: training split them, this class cuts them off"
 
@@ -84,7 +88,7 @@ def facts_of(processor: Processor) -> MediaFacts:
     """Return how the run showed its media, as its processor has it."""
     config, template = processor.config, processor.template
     anyres = config.image_fit == "anyres" and "image" in processor.specs
-    return MediaFacts(
+    found = MediaFacts(
         fit=config.image_fit,
         grids=grids(config.image_grid, image_spec(processor.specs).size) if anyres else (),
         anyres_max=config.anyres_max,
@@ -95,18 +99,19 @@ def facts_of(processor: Processor) -> MediaFacts:
         wrap_is_tokens=all(text in processor.tokenizer.get_vocab() for text in template.media_wrap),
         around_clips=CLIP_ENDS if all(text in template.source for text in CLIP_ENDS) else ("", ""),
         around_pictures=AROUND if all(text in template.source for text in AROUND) else template.media_wrap,
-        pixels=_pixels(processor),
         **_placeholders(processor),
     )
+    return _limited(found, processor)
 
 
-def _pixels(processor: Processor) -> tuple[int, int]:
-    """Return the least and the most pixels of a picture at its own size; zeros where pictures are not read so."""
+def _limited(facts: MediaFacts, processor: Processor) -> MediaFacts:
+    """Return the facts with the least and the most of pictures and videos, where these are read at their own size."""
     spec = processor.specs.get("image")
     if not isinstance(spec, NativeSpec):
-        return (0, 0)
-    rule = rule_of(spec, processor.config)
-    return (rule.min_pixels, rule.max_pixels)
+        return facts
+    rule, clips = rule_of(spec, processor.config), clip_budget(spec, processor.config)
+    pixels, of_clips = (rule.min_pixels, rule.max_pixels), (clips.min_pixels, clips.max_pixels)
+    return replace(facts, pixels=pixels, clip_pixels=of_clips, longest=rule.longest)
 
 
 def _placeholders(processor: Processor) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # transformers 5.17 exports it with torchvision only
 from transformers.utils import is_torchvision_available
 
@@ -16,8 +18,9 @@ from data.media.blob import Blob
 from data.media.resample import resample
 from data.media.sound import read_audio
 from data.processor import Processor
-from model.batch import Batch
+from model.batch import Batch, Media
 from model.exports.hf_classes import HfClass
+from model.exports.hf_pixtral import PROCESSOR
 from model.exports.hf_processors import NESTED, VIDEO, processor_class
 from model.files.untrusted import Json, load_json
 from model.media_spec import AudioSpec, ImageSpec, NativeSpec, image_spec
@@ -34,6 +37,8 @@ def open_processor(folder: Path, target: HfClass) -> Any:
     """
     if target.modality == "audio":
         return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    if target.processor == PROCESSOR and not is_torchvision_available():
+        return _pixtral_reader(folder)
     if not (folder / VIDEO).is_file():
         return AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     image, tokenizer = (
@@ -47,6 +52,22 @@ def open_processor(folder: Path, target: HfClass) -> Any:
     settings = {key: value for key, value in load_json(folder / NESTED).items() if key not in PARTS}
     kind = _without_videos(getattr(transformers, processor_class(target)))
     return kind(image_processor=image, tokenizer=tokenizer, chat_template=tokenizer.chat_template, **settings)
+
+
+def _pixtral_reader(folder: Path) -> ProcessorMixin:
+    """Open Pixtral's processor without torchvision, which its module imports for one function that Pillow's has too."""
+    package, name = "transformers.models.pixtral", "transformers.models.pixtral.image_processing_pixtral"
+    pillow = import_module(f"{package}.image_processing_pil_pixtral")
+    sys.modules[name] = pillow
+    try:
+        kind = import_module(f"{package}.processing_pixtral").PixtralProcessor
+    finally:
+        del sys.modules[name]
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    settings = {key: value for key, value in load_json(folder / NESTED).items() if key not in PARTS}
+    pixels = pillow.PixtralImageProcessorPil.from_pretrained(folder, trust_remote_code=False)
+    found: ProcessorMixin = kind(pixels, tokenizer, chat_template=tokenizer.chat_template, **settings)
+    return found
 
 
 def _without_videos(kind: Any) -> Any:
@@ -65,19 +86,34 @@ def their_inputs(folder: Path, target: HfClass, record: Json, batch: Batch, proc
         return _heard(reader, record, batch, processor)
     inputs = reader.apply_chat_template(record["messages"], tokenize=True, return_dict=True, return_tensors="pt")
     _check_ids(inputs, batch)
-    values = batch.media["image"].values
-    expected = seen_pixels(values, image_spec(processor.specs))
+    media = batch.media["image"]
+    expected = seen_pixels(media, image_spec(processor.specs))
     found: Tensor = inputs["pixel_values"].reshape(-1, *expected.shape[1:])
-    atol = 1e-6 if values.dtype == torch.uint8 else 0
+    atol = 1e-6 if media.values.dtype == torch.uint8 else 0
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0, atol=atol):
         raise ProofError("AutoProcessor gives other pixels than training saw")
     return dict(inputs)
 
 
-def seen_pixels(values: Tensor, spec: ImageSpec) -> Tensor:
-    """Return pictures (N, 3, H, W), or packed patches as transformers has them: (P, 3 * F * p * p), every frame of a still one."""
-    found = normalised(values, spec, torch.float32)
-    return found.expand(-1, -1, spec.frames, -1, -1).flatten(1) if isinstance(spec, NativeSpec) else found
+def seen_pixels(media: Media, spec: ImageSpec) -> Tensor:
+    """Return what transformers' class reads of the pictures of a batch: pictures (N, 3, H, W), or packed patches.
+
+    These are (P, 3 * F * p * p), every frame of a still picture. Pixtral reads its one picture whole, (1, 3, H, W).
+    """
+    found = normalised(media.values, spec, torch.float32)
+    if media.patches is None or not isinstance(spec, NativeSpec):
+        return found
+    if spec.resize == "pixtral":
+        return _whole(found, media.patches.positions)
+    return found.expand(-1, -1, spec.frames, -1, -1).flatten(1)
+
+
+def _whole(patches: Tensor, positions: Tensor) -> Tensor:
+    """Return the picture (1, 3, H, W) whose patches (P, 3, 1, p, p) stand at rows and columns (P, 2)."""
+    high, wide = (positions.amax(0) + 1).tolist()
+    grid = patches.new_empty(high, wide, *patches[0, :, 0].shape)
+    grid[positions[:, 0], positions[:, 1]] = patches[:, :, 0]
+    return grid.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)[None]
 
 
 def _heard(reader: Any, record: Json, batch: Batch, processor: Processor) -> Json:

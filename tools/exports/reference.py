@@ -40,14 +40,16 @@ def reference_inputs(name: str, batch: Batch, specs: dict[str, MediaSpec]) -> di
         mask = torch.arange(heard.values.shape[-1]) < frames[:, None]
         found |= {"input_features": heard.values, "feature_attention_mask": mask.long()}
     if (seen := batch.media.get("image")) is not None and isinstance(spec := specs["image"], ImageSpec):
-        values = seen_pixels(seen.values, spec)
+        values = seen_pixels(seen, spec)
         tiled = name in TILED
         found["pixel_values"] = values[None] if tiled else values
         if tiled:
             found["image_sizes"] = torch.tensor([sample_picture().size[::-1]])
         if name == TILED[1]:
             found["batch_num_images"] = torch.tensor([1])
-        if seen.patches is not None:
+        if seen.patches is not None and values.dim() == 4:
+            found["image_sizes"] = torch.tensor([values.shape[2:]])
+        elif seen.patches is not None:
             high, wide = (seen.patches.positions.amax(0) + 1).tolist()
             found["image_grid_thw"] = torch.tensor([[1, high, wide]])
             kinds = torch.zeros_like(batch.input_ids)

@@ -90,11 +90,12 @@ def test_packed_pictures_are_as_alone_and_nothing_is_padded(tmp_path: Path, name
     save_native_tower(tmp_path / name, name)
     tower, spec = built(tmp_path / name)
     values, grids = prepared([noise(*size) for size in ODD_SIZES], spec)
-    computed = []
+    computed, viewed = [], []
     block = next(module for module in tower.tower.modules() if isinstance(module, nn.ModuleList))[0]
     block.register_forward_pre_hook(lambda _, args: computed.append(args[0].shape[:2]))
+    tower.tower.register_forward_hook(lambda _, args, states: viewed.append(states._base))
     packed = encoded(tower, values, grids, spec)
-    assert computed == [(1, sum(high * wide for _, high, wide in grids))]
+    assert computed == [(1, sum(high * wide for _, high, wide in grids))] and viewed == [None]
     alone = [encoded(tower, [rows], [grid], spec) for rows, grid in zip(values, grids)]
     torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-6, atol=2e-6)
 
