@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from data.config import DataConfig
 from data.processor import Processor, load_processor
 from model.card import read_card
 from model.errors import ConfigError
@@ -24,7 +25,7 @@ from model.multimodal import MultimodalLM
 from tests.support.published.native import EXPERTS, NATIVE_MAKERS, QWEN3_SIZES, QWEN3_TEXT, NativeMaker, native_reader, qwen_vl
 from tests.support.published.native_runs import picture
 from tools.export_adapter import export
-from tools.exports.hf_folder import facts_of
+from tools.exports.hf_folder import budget_differences, facts_of
 from tools.import_model import main as import_model
 from trainer.errors import ProofError
 
@@ -190,3 +191,10 @@ def test_square_experts_are_refused_as_transformers_reads_them_wrongly(tmp_path:
     with pytest.raises(ProofError, match="logits differ"):
         export(tmp_path / "ours", tmp_path / "out", "hf")
     assert not (tmp_path / "out").exists()
+
+
+def test_budgets_without_a_setting_in_the_class_are_said() -> None:
+    assert list(budget_differences(DataConfig(image_fit="native", fit_max_pixels=9999))) == []
+    pictures, videos = budget_differences(DataConfig(image_fit="native", record_max_pixels=5000, video_max_pixels=7000))
+    assert "training gave them data.record_max_pixels = 5000 together" in pictures
+    assert "training gave them data.video_max_pixels = 7000 together" in videos
