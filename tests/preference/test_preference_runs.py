@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,11 +21,13 @@ from tests.support.loop import lines_of
 from tests.support.preference.pairs import save_pairs
 from tests.support.ranks import run_ranks
 from tests.support.resume import cut, weights
-from tests.support.runs import failure_of, merged, save_parts, start, start_alone
+from tests.support.runs import Start, failure_of, merged, save_parts, start, start_alone
 from tests.support.tiny_data import dataset, talk
 from tests.support.trainable import ALONE
 from tools.evaluate import main as evaluate_main
 from tools.inspect_data import main as inspect_main
+from trainer.distributed.world import World
+from trainer.preference import reference
 from trainer.preference.collapse import CollapseWatch
 from trainer.runfile.load import parse_config
 from trainer.step import StepResult
@@ -103,6 +107,31 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(
     assert weights(again) == weights(whole)
     assert reference_of(again).read_bytes() == reference_of(whole).read_bytes()
     assert [untimed(line) for line in lines_of(again)] == [untimed(line) for line in lines_of(whole)]
+
+
+def ends_in_the_pass(world: World, parts: Path, output_dir: Path, sections: dict[str, Any]) -> Start:
+    """A start that ends when the second micro-batch of the reference is computed."""
+    places, calls = reference._places, count()
+
+    def fails(*args: Any) -> Any:
+        if next(calls) == 1:
+            raise OSError("the disk is gone")
+        return places(*args)
+
+    with patch.object(reference, "_places", fails):
+        return start(world, parts, output_dir, sections)
+
+
+@pytest.mark.long
+def test_a_run_that_ended_while_its_reference_was_computed_ends_with_the_same_bytes(
+    parts: Path, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert run_ranks(ends_in_the_pass, 1, parts, run, sections_of(parts))[0].code != 0
+    assert not reference_of(run).exists()
+    assert start_alone(parts, run, sections_of(parts)).code == 0
+    assert weights(run) == weights(whole)
+    assert reference_of(run).read_bytes() == reference_of(whole).read_bytes()
 
 
 @pytest.mark.long
