@@ -113,6 +113,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_the_clean_remainder_is_trained_in_its_order_on_any_number_of_ranks_and_after_a_stop(
     corpus: dict[str, Any], parts: Path, tmp_path: Path
 ) -> None:

@@ -168,7 +168,7 @@ def test_a_rank_with_a_sample_more_holds_shorter_ones() -> None:
     ]
 
 
-@pytest.mark.parametrize("world_size,scale", [(8, 0.25), (64, 1.0)])
+@pytest.mark.parametrize("world_size,scale", [(8, 0.25), pytest.param(64, 1.0, marks=pytest.mark.long)])
 def test_padded_work_beats_the_goal_and_llava(world_size: int, scale: float) -> None:
     lengths, modalities = llava_like_mix(scale)
     ours = efficiency(our_steps(lengths, modalities, world_size, 16), lengths)

@@ -99,7 +99,7 @@ def save_and_poison(world: World, folder: Path, strategy: str) -> None:
     checkpointer.wait()
 
 
-@pytest.mark.parametrize(("strategy", "size"), [("many", 1), ("ddp", 2), ("fsdp", 2)])
+@pytest.mark.parametrize(("strategy", "size"), [pytest.param("many", 1, marks=pytest.mark.long), ("ddp", 2), ("fsdp", 2)])
 def test_what_changes_after_the_save_was_asked_for_is_not_in_it(tmp_path: Path, strategy: str, size: int) -> None:
     run_ranks(save_and_poison, size, tmp_path, strategy)
     folder = tmp_path / "checkpoint-4"

@@ -46,7 +46,7 @@ def test_killed_with_its_launcher_and_started_again_it_ends_with_the_same_bytes(
     assert weights(killed) == weights(whole)
 
 
-@pytest.mark.parametrize("case", ["every rank", "one rank"])
+@pytest.mark.parametrize("case", [pytest.param("every rank", marks=pytest.mark.long), "one rank"])
 def test_failing_ranks_leave_one_message_and_nobody_behind(parts: Path, tmp_path: Path, case: str) -> None:
     """Every rank: a setting that cannot work. One rank: a record that only rank 1 meets, in the middle of a step."""
     records = json.loads((parts / "train.json").read_text())
