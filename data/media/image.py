@@ -148,7 +148,7 @@ def _rows(squares: list[Image.Image], spec: ImageSpec, config: DataConfig) -> Te
     bytes_of = [np.asarray(square) for square in squares]  # (S, S, 3) each
     if config.image_decode == "fast":
         return torch.from_numpy(np.ascontiguousarray(np.stack(bytes_of).transpose(0, 3, 1, 2)))
-    tables = _tables(spec)
+    tables = level_tables(spec)
     pixels = np.empty((len(squares), 3, spec.size, spec.size), dtype=np.float32)
     for row, square in enumerate(bytes_of):
         for channel, table in enumerate(tables):
@@ -157,7 +157,7 @@ def _rows(squares: list[Image.Image], spec: ImageSpec, config: DataConfig) -> Te
 
 
 @lru_cache(maxsize=8)
-def _tables(spec: ImageSpec) -> np.ndarray:
+def level_tables(spec: ImageSpec) -> np.ndarray:
     """Return the pixel that each byte becomes in each channel, (3, 256) float32."""
     levels = (np.arange(256, dtype=np.float64) * spec.rescale).astype(np.float32)
     mean, std = np.array(spec.mean, dtype=np.float32), np.array(spec.std, dtype=np.float32)

@@ -12,7 +12,6 @@ from data.media import image
 from data.media import image_decode as decode
 from data.media.blob import Blob
 from data.media.image_decode import Picture, Size
-from data.media.native_patches import tables_of
 from data.media.pixel_budget import picture_size
 from data.records.record import MediaRef
 from model.media_spec import MediaMeta, NativeSpec
@@ -58,6 +57,6 @@ def patches_of(frames: list[Image.Image], spec: NativeSpec, config: DataConfig) 
     if config.image_decode == "fast":
         return torch.from_numpy(np.ascontiguousarray(cut))
     values = np.empty(cut.shape, dtype=np.float32)
-    for channel, table in enumerate(tables_of(spec)):
+    for channel, table in enumerate(image.level_tables(spec)):
         np.take(table, cut[:, channel], out=values[:, channel], mode="clip")
     return torch.from_numpy(values)

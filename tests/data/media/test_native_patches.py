@@ -1,14 +1,18 @@
 """Patches equal the rows that the families' processors with the PIL back end cut, to the bit."""
 
+from typing import Literal
+
 import numpy as np
 import pytest
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
+from data.config import DataConfig
 from data.media.image_decode import Picture
-from data.media.native_patches import fitted_frame, to_patches
+from data.media.native_image import patches_of, resized
 from data.media.native_size import NativeRule, fitted_size, patch_grid
+from model.media_spec import NativeSpec
 from tests.support.pictures import noise
 
 Size = tuple[int, int]
@@ -21,10 +25,18 @@ PIXTRAL = NativeRule("pixtral", 16, MEAN, STD, longest=256)
 MISTRAL3 = NativeRule("pixtral", 14, MEAN, STD, merge=2, longest=308)
 
 
-def cut(size: Size, rule: NativeRule, *, as_bytes: bool = False) -> tuple[np.ndarray, tuple[int, int, int]]:
-    picture = noise(size)
-    fitted = fitted_size(size, rule)
-    return to_patches([fitted_frame(Picture.of(picture), fitted, rule)], rule, as_bytes=as_bytes), patch_grid(fitted, rule)
+def spec_of(rule: NativeRule) -> NativeSpec:
+    """The spec of a tower that reads pictures by the rule; only Qwen's tokens are joined of patches that stand together."""
+    facts = {"resample": rule.resample, "frames": rule.frames, "multiple": rule.merge}
+    shrink = rule.merge if rule.name == "qwen" else 1
+    return NativeSpec(rule.unit, rule.patch, 0, "patch", rule.name, rule.mean, rule.std, shrink=shrink, **facts)
+
+
+def cut(size: Size, rule: NativeRule, decode: Literal["exact", "fast"] = "exact") -> tuple[np.ndarray, tuple[int, int, int]]:
+    """The patches (P, 3, 1, p, p) of a picture, and their grid."""
+    fitted, spec = fitted_size(size, rule), spec_of(rule)
+    frame = resized(Picture.of(noise(size)), fitted, spec)
+    return patches_of([frame], spec, DataConfig(image_decode=decode)).numpy(), patch_grid(fitted, rule)
 
 
 def qwen(rule: NativeRule, **options: object) -> Qwen2VLImageProcessorPil:
@@ -37,9 +49,9 @@ def qwen(rule: NativeRule, **options: object) -> Qwen2VLImageProcessorPil:
 def test_qwen_pictures(size: Size, rule: NativeRule) -> None:
     ours, grid = cut(size, rule)
     theirs = qwen(rule)(noise(size), return_tensors="np")
-    assert ours.dtype == np.float32 and ours.flags.c_contiguous
+    assert ours.dtype == np.float32 and ours.shape[2] == 1
     np.testing.assert_array_equal(theirs["image_grid_thw"][0], grid)
-    np.testing.assert_array_equal(ours, theirs["pixel_values"])
+    np.testing.assert_array_equal(ours.repeat(2, axis=2).reshape(len(ours), -1), theirs["pixel_values"])
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -49,7 +61,8 @@ def test_naflex_pictures(size: Size) -> None:
     theirs = processor(noise(size), return_tensors="np")
     np.testing.assert_array_equal(theirs["spatial_shapes"][0], grid[1:])
     assert theirs["pixel_attention_mask"][0].sum() == len(ours)
-    np.testing.assert_array_equal(ours, theirs["pixel_values"][0, : len(ours)])
+    rows = ours[:, :, 0].transpose(0, 2, 3, 1).reshape(len(ours), -1)  # theirs hold the channels of a pixel together
+    np.testing.assert_array_equal(rows, theirs["pixel_values"][0, : len(ours)])
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -62,14 +75,15 @@ def test_pixtral_pictures(size: Size, rule: NativeRule) -> None:
     places = [(row * side, column * side) for row in range(grid[1]) for column in range(grid[2])]
     wanted = [pixels[:, top : top + side, left : left + side] for top, left in places]
     assert pixels.shape == (3, grid[1] * side, grid[2] * side)
-    np.testing.assert_array_equal(ours.reshape(-1, 3, side, side), wanted)
+    np.testing.assert_array_equal(ours[:, :, 0], wanted)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 5])
 def test_clips_hold_two_frames_per_patch_and_the_last_one_again(frames: int) -> None:
     """The picture processor repeats each frame in time, so that its rows hold every frame's values at every place."""
     pictures = [noise((84, 56), seed=seed) for seed in range(frames)]
-    ours = to_patches(pictures, QWEN2).reshape(-1, 24, 3, 2, 14, 14)
+    found = patches_of(pictures, spec_of(QWEN2), DataConfig()).numpy()
+    ours = (found.repeat(2, axis=2) if frames == 1 else found).reshape(-1, 24, 3, 2, 14, 14)
     processor = qwen(QWEN2, do_resize=False)
     alone = [processor(picture, return_tensors="np")["pixel_values"].reshape(24, 3, 2, 14, 14) for picture in pictures]
     assert len(ours) == -(-frames // 2) == patch_grid((84, 56), QWEN2, frames)[0]
@@ -81,29 +95,26 @@ def test_clips_hold_two_frames_per_patch_and_the_last_one_again(frames: int) -> 
 @pytest.mark.parametrize("rule", [QWEN2, NAFLEX, PIXTRAL], ids=["qwen", "naflex", "pixtral"])
 def test_bytes_are_those_that_the_values_are_made_of(rule: NativeRule) -> None:
     """A picture is stored once, however many frames a patch has."""
-    (bytes_of, grid), (values, _) = cut((47, 65), rule, as_bytes=True), cut((47, 65), rule)
-    assert bytes_of.dtype == np.uint8 and bytes_of.shape == (np.prod(grid), 3 * rule.patch**2)
-    last = (-1, rule.patch**2, 3) if rule.name == "naflex" else (-1, 3, 1, rule.patch**2)
-    mean, std = (np.array(value).reshape(3, *(1,) * (len(last) - 1 - last.index(3))) for value in (rule.mean, rule.std))
-    wanted = (bytes_of.reshape(last) / 255 - mean) / std
-    if rule.frames > 1:
-        wanted = wanted.repeat(rule.frames, axis=2)
-    np.testing.assert_allclose(values, wanted.reshape(values.shape), atol=1e-6)
+    (bytes_of, grid), (values, _) = cut((47, 65), rule, "fast"), cut((47, 65), rule)
+    assert bytes_of.dtype == np.uint8 and bytes_of.shape == (np.prod(grid), 3, 1, rule.patch, rule.patch)
+    mean, std = (np.array(value).reshape(3, 1, 1, 1) for value in (rule.mean, rule.std))
+    np.testing.assert_allclose(values, (bytes_of / 255 - mean) / std, atol=1e-6)
 
 
 def test_bytes_of_clips_hold_every_frame() -> None:
     pictures = [noise((56, 56), seed=seed) for seed in range(3)]
-    rows = to_patches(pictures, QWEN2, as_bytes=True)
-    assert rows.shape == (2 * 16, 3 * 2 * 14 * 14) and rows.dtype == np.uint8
+    rows = patches_of(pictures, spec_of(QWEN2), DataConfig(image_decode="fast")).numpy()
+    assert rows.shape == (2 * 16, 3, 2, 14, 14) and rows.dtype == np.uint8
+    np.testing.assert_array_equal(rows[0, :, 1], np.asarray(pictures[1])[:14, :14].transpose(2, 0, 1))
 
 
 def test_a_picture_decoded_at_a_fraction_is_cut_from_its_box() -> None:
     half = Picture(noise((51, 40)), (101, 80), (0, 0, 50.5, 40))
-    frame = fitted_frame(half, fitted_size(half.size, QWEN2), QWEN2)
+    frame = resized(half, fitted_size(half.size, QWEN2), spec_of(QWEN2))
     assert frame.size == (112, 84)
     np.testing.assert_array_equal(np.asarray(frame), np.asarray(half.image.resize((112, 84), 3, half.box)))
 
 
-def test_frames_that_are_not_fitted_are_an_error() -> None:
+def test_a_size_that_is_not_fitted_has_no_grid() -> None:
     with pytest.raises(ValueError, match="60 x 56 pixels are not whole tokens"):
-        to_patches([noise((60, 56))], QWEN2)
+        patch_grid((60, 56), QWEN2)
