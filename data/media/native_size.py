@@ -23,20 +23,16 @@ _MAX_SCALE = 100.0
 
 @dataclass(frozen=True)
 class NativeRule:
-    """How one family sizes a picture and cuts it into patches."""
+    """How one family chooses the size of a picture."""
 
     name: str  # an entry of `FITTED`: qwen | naflex | pixtral
     patch: int  # side of a patch in pixels
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     merge: int = 1  # patches per side of a token
     frames: int = 1  # frames per patch
     min_pixels: int = 0  # qwen: of a picture after resizing
     max_pixels: int = 0  # qwen: of a picture after resizing; a picture narrower than a token may exceed it
     longest: int = 0  # pixtral: longest side in pixels before rounding up
     max_patches: int = 0  # naflex: patches of a picture
-    resample: int = 3  # PIL's number of the filter; 3 is bicubic
-    rescale: float = 1 / 255
 
     @property
     def unit(self) -> int:

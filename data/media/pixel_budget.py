@@ -26,16 +26,12 @@ def rule_of(spec: NativeSpec, config: DataConfig) -> NativeRule:
     rule = NativeRule(
         spec.resize,
         spec.patch,
-        spec.mean,
-        spec.std,
         merge=spec.multiple,
         frames=spec.frames,
         min_pixels=config.fit_min_pixels or spec.min_pixels,
         max_pixels=spec.max_pixels,
         longest=spec.longest,
         max_patches=spec.max_patches,
-        resample=spec.resample,
-        rescale=spec.rescale,
     )
     return within(rule, config.fit_max_pixels) if config.fit_max_pixels else rule
 

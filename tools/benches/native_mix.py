@@ -109,8 +109,8 @@ def padded_shares(folder: Path, batch: int) -> dict[str, float]:
     for i in range(NUM_PICTURES):
         with Image.open(folder / "images" / f"{i}.jpg", formats=("JPEG",)) as picture:
             sizes.append(picture.size)
-    naflex = NativeRule("naflex", 16, (0.5,) * 3, (0.5,) * 3, max_patches=256)
-    pixtral = NativeRule("pixtral", 16, (0.5,) * 3, (0.5,) * 3, longest=1024)
+    naflex = NativeRule("naflex", 16, max_patches=256)
+    pixtral = NativeRule("pixtral", 16, longest=1024)
     grids = [patch_grid(fitted_size(size, pixtral), pixtral)[1:] for size in sizes]
     batches = [grids[i : i + batch] for i in range(0, len(grids), batch)]
     computed = sum(len(part) * max(high for high, _ in part) * max(wide for _, wide in part) for part in batches)

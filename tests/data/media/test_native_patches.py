@@ -18,18 +18,23 @@ from tests.support.pictures import noise
 Size = tuple[int, int]
 SIZES = [(28, 1500), (333, 177), (1, 1), (47, 65), (300, 2), (112, 112)]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-QWEN2 = NativeRule("qwen", 14, MEAN, STD, merge=2, frames=2, min_pixels=56 * 56, max_pixels=28 * 28 * 100)
-QWEN3 = NativeRule("qwen", 16, (0.5,) * 3, (0.5,) * 3, merge=2, frames=2, min_pixels=1 << 12, max_pixels=1 << 18)
-NAFLEX = NativeRule("naflex", 16, (0.5, 0.4, 0.5), (0.5, 0.5, 0.3), max_patches=64, resample=2)
-PIXTRAL = NativeRule("pixtral", 16, MEAN, STD, longest=256)
-MISTRAL3 = NativeRule("pixtral", 14, MEAN, STD, merge=2, longest=308)
+QWEN2 = NativeRule("qwen", 14, merge=2, frames=2, min_pixels=56 * 56, max_pixels=28 * 28 * 100)
+QWEN3 = NativeRule("qwen", 16, merge=2, frames=2, min_pixels=1 << 12, max_pixels=1 << 18)
+NAFLEX = NativeRule("naflex", 16, max_patches=64)
+PIXTRAL = NativeRule("pixtral", 16, longest=256)
+MISTRAL3 = NativeRule("pixtral", 14, merge=2, longest=308)
+
+
+LOOKS = {QWEN3: ((0.5,) * 3, (0.5,) * 3, 3), NAFLEX: ((0.5, 0.4, 0.5), (0.5, 0.5, 0.3), 2)}
+"""Mean, deviation and filter of the families that have not Qwen2's."""
 
 
 def spec_of(rule: NativeRule) -> NativeSpec:
     """The spec of a tower that reads pictures by the rule; only Qwen's tokens are joined of patches that stand together."""
-    facts = {"resample": rule.resample, "frames": rule.frames, "multiple": rule.merge}
+    mean, std, resample = LOOKS.get(rule, (MEAN, STD, 3))
     shrink = rule.merge if rule.name == "qwen" else 1
-    return NativeSpec(rule.unit, rule.patch, 0, "patch", rule.name, rule.mean, rule.std, shrink=shrink, **facts)
+    options = {"resample": resample, "frames": rule.frames, "multiple": rule.merge, "shrink": shrink}
+    return NativeSpec(rule.unit, rule.patch, 0, "patch", rule.name, mean, std, **options)
 
 
 def cut(size: Size, rule: NativeRule, decode: Literal["exact", "fast"] = "exact") -> tuple[np.ndarray, tuple[int, int, int]]:
@@ -41,7 +46,9 @@ def cut(size: Size, rule: NativeRule, decode: Literal["exact", "fast"] = "exact"
 
 def qwen(rule: NativeRule, **options: object) -> Qwen2VLImageProcessorPil:
     limits = {"shortest_edge": rule.min_pixels, "longest_edge": rule.max_pixels}
-    return Qwen2VLImageProcessorPil(size=limits, patch_size=rule.patch, image_mean=rule.mean, image_std=rule.std, **options)
+    return Qwen2VLImageProcessorPil(
+        size=limits, patch_size=rule.patch, image_mean=spec_of(rule).mean, image_std=spec_of(rule).std, **options
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -57,7 +64,7 @@ def test_qwen_pictures(size: Size, rule: NativeRule) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_naflex_pictures(size: Size) -> None:
     ours, grid = cut(size, NAFLEX)
-    processor = Siglip2ImageProcessorPil(max_num_patches=64, image_mean=NAFLEX.mean, image_std=NAFLEX.std)
+    processor = Siglip2ImageProcessorPil(max_num_patches=64, image_mean=LOOKS[NAFLEX][0], image_std=LOOKS[NAFLEX][1])
     theirs = processor(noise(size), return_tensors="np")
     np.testing.assert_array_equal(theirs["spatial_shapes"][0], grid[1:])
     assert theirs["pixel_attention_mask"][0].sum() == len(ours)
@@ -97,7 +104,7 @@ def test_bytes_are_those_that_the_values_are_made_of(rule: NativeRule) -> None:
     """A picture is stored once, however many frames a patch has."""
     (bytes_of, grid), (values, _) = cut((47, 65), rule, "fast"), cut((47, 65), rule)
     assert bytes_of.dtype == np.uint8 and bytes_of.shape == (np.prod(grid), 3, 1, rule.patch, rule.patch)
-    mean, std = (np.array(value).reshape(3, 1, 1, 1) for value in (rule.mean, rule.std))
+    mean, std = (np.array(value).reshape(3, 1, 1, 1) for value in (spec_of(rule).mean, spec_of(rule).std))
     np.testing.assert_allclose(values, (bytes_of / 255 - mean) / std, atol=1e-6)
 
 

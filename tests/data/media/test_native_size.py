@@ -14,12 +14,11 @@ from data.media.blob import MediaError
 from data.media.native_size import ClipBudget, NativeRule, fitted_size, fitted_video_size, patch_grid
 
 Size = tuple[int, int]
-GREY = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-QWEN2 = NativeRule("qwen", 14, merge=2, frames=2, min_pixels=56 * 56, max_pixels=28 * 28 * 1280, **GREY)
+QWEN2 = NativeRule("qwen", 14, merge=2, frames=2, min_pixels=56 * 56, max_pixels=28 * 28 * 1280)
 QWEN3 = replace(QWEN2, patch=16, min_pixels=1 << 16, max_pixels=1 << 24)
 SMALL = replace(QWEN2, min_pixels=28 * 28 * 4, max_pixels=28 * 28 * 16)
-NAFLEX = NativeRule("naflex", 16, max_patches=256, **GREY)
-PIXTRAL = NativeRule("pixtral", 16, longest=1024, **GREY)
+NAFLEX = NativeRule("naflex", 16, max_patches=256)
+PIXTRAL = NativeRule("pixtral", 16, longest=1024)
 ODD = [
     (28, 1500),
     (1333, 777),
