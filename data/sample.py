@@ -73,13 +73,7 @@ class Measured:
 
 
 def assemble_sample(
-    encoded: Encoded,
-    placeholder_ids: dict[str, int],
-    media: RecordMedia,
-    *,
-    max_length: int | None,
-    sample_id: int,
-    source_id: int,
+    encoded: Encoded, placeholder_ids: dict[str, int], media: RecordMedia, *, max_length: int | None, sample_id: int, source_id: int
 ) -> Sample:
     """Assemble the sample of a record that its template rendered as `encoded`, where each placeholder is still one id.
 
