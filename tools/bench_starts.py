@@ -13,12 +13,11 @@ import os
 import resource
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,6 +27,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from model.files.untrusted import Json
+from tools.benches.turns import in_turns, run_child
 from tools.cli import command_parser
 from tools.make_demo import CORPUS, SIDE, VOCAB, train_tokenizer, write_parts
 from trainer.runfile.toml_files import to_toml
@@ -108,15 +108,10 @@ def _write_case(folder: Path, name: str, good: list[Json], records: list[Json]) 
 
 def start(run: Path) -> Cost:
     """Start one run in a process of its own and return its cost. RuntimeError if it does not reach its first step."""
-    out = run.parent / "run" / run.stem
-    command = [sys.executable, "-m", "tools.bench_starts", "--child", str(run)]
     began = time.perf_counter()
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True)
+    cpu, mib = map(float, run_child(run.stem, "tools.bench_starts", "--child", str(run)).split())
     seconds = time.perf_counter() - began
-    shutil.rmtree(out, ignore_errors=True)
-    if done.returncode:
-        raise RuntimeError(f"{run.stem}: {done.stderr[-2000:]}")
-    cpu, mib = map(float, done.stdout.split()[-2:])
+    shutil.rmtree(run.parent / "run" / run.stem, ignore_errors=True)
     return Cost(cpu, seconds, mib)
 
 
@@ -139,10 +134,7 @@ def child(run: str) -> int:
 
 def measure(cases: dict[str, Path], times: int) -> dict[str, Cost]:
     """Return the medians of `times` starts of each case, which take turns."""
-    found: dict[str, list[Cost]] = {name: [] for name in cases}
-    for _ in range(times):
-        for name, run in cases.items():
-            found[name].append(start(run))
+    found = in_turns({name: partial(start, run) for name, run in cases.items()}, times)
     return {
         name: Cost(*(statistics.median(values) for values in zip(*((c.cpu, c.seconds, c.mib) for c in costs))))
         for name, costs in found.items()
