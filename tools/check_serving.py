@@ -9,7 +9,6 @@ For each class a tiny model is made and trained for some steps in DIR, exported 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -20,7 +19,7 @@ from data.processor import load_processor
 from model.errors import ConfigError
 from model.files.untrusted import Json
 from model.load import load_model
-from tools.cli import run_command
+from tools.cli import command_parser, run_command
 from tools.export_adapter import export
 from tools.exports import ask_library
 from tools.exports.serving_models import CASES, ROOM, questions, write_run
@@ -115,9 +114,7 @@ def check_cases(folder: Path, python: str, cases: list[str], readers: list[str])
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="tools.check_serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("check_serving", __doc__)
     parser.add_argument("folder", metavar="DIR", type=Path, help="where the tiny models are made; what is there is kept")
     parser.add_argument("--python", default=sys.executable, help="the Python that has the libraries; default: this one")
     parser.add_argument("--vllm", action="store_true", help="ask vLLM too, merged and with the adapter")

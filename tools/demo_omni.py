@@ -13,8 +13,7 @@ from pathlib import Path
 
 from model.errors import ConfigError
 from model.files.untrusted import Json
-from tools.cli import command_parser, run_command
-from tools.demo import clear_demo_folder, module, run_step, trained_by
+from tools.demo import clear_demo_folder, demo_command, module, run_step, trained_by
 from tools.make_omni import KINDS, WHICH
 from trainer.config import TrainConfig, ValidationConfig
 from trainer.errors import ProofError
@@ -150,11 +149,7 @@ def demo(folder: Path, ranks: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_parser("demo_omni", __doc__)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/omni"), metavar="DIR", help="default: runs/omni")
-    parser.add_argument("--ranks", type=int, default=2, help="processes that train together (2)")
-    options = parser.parse_args(argv)
-    return run_command("demo_omni", lambda: demo(options.folder, options.ranks))
+    return demo_command("demo_omni", __doc__, demo, argv, Path("runs/omni"))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -18,6 +19,13 @@ def in_turns(cases: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, lis
         for name, run in cases.items():
             found[name].append(run())
     return found
+
+
+def cpu_seconds(action: Callable[[], object]) -> float:
+    """Return the CPU seconds that this process takes for `action`."""
+    start = time.process_time()
+    action()
+    return time.process_time() - start
 
 
 def run_child(case: str, module: str, *words: str) -> str:
