@@ -33,7 +33,9 @@ COMMANDS = {
 }
 """Commands by name, installed as `mmt-NAME`: unlike `python -m`, they never look for packages in the current folder."""
 DATA_FILES = {
-    "tools.demos": ["*.toml"],
+    "data.text": ["*.jinja", "formats/*.jinja"],
+    "tools.benches": ["*.jinja"],
+    "tools.demos": ["*.toml", "*.jinja"],
     "tools.chatting": ["*.css", "*.js"],
     "tools.inspector": ["*.css", "*.js"],
     "tools.watcher": ["*.css", "*.js"],

@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
+from data.text.chat_formats import jinja_file
 from data.text.tokenizer import save_tokenizer
 from model.errors import ConfigError
 from model.files.untrusted import Json
@@ -25,11 +26,7 @@ from tools.demos.run_files import QUESTIONS, write_run_file
 NUM_TRAIN = 1500  # of 1,797; the rest is held out
 SIDE, VOCAB, SEED = 32, 300, 0
 MEAN, STD = 0.5, 0.5
-CHAT_TEMPLATE = """\
-{%- for message in messages %}
-    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
+CHAT_TEMPLATE = jinja_file("tools.demos", "chatml.jinja")
 
 
 def answer(task: str, digit: int) -> str:

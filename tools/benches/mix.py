@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen2ForCausalLM
 
+from data.text.chat_formats import jinja_file
 from data.text.tokenizer import save_tokenizer
 from model.files.untrusted import Json
 from tools.make_demo import image_processor, make, train_tokenizer
@@ -18,11 +19,7 @@ from trainer.runfile.toml_files import to_toml
 
 LR, CLIP_NORM, MAX_LENGTH, NUM_PICTURES = 1e-4, 1.0, 2048, 32
 LONGEST = 1650  # words of a text; with its question that is about 1,700 tokens
-CHAT_TEMPLATE = """\
-{%- for message in messages %}
-    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
+CHAT_TEMPLATE = jinja_file(__package__, "chatml.jinja")
 """ChatML without a line break behind a turn: an answer then ends where every contender stops to learn."""
 
 
