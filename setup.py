@@ -32,13 +32,12 @@ COMMANDS = {
     "demo-omni": "tools.demo_omni:main",
 }
 """Commands by name, installed as `mmt-NAME`: unlike `python -m`, they never look for packages in the current folder."""
+PAGE_FILES = ["*.html", "*.css", "*.js"]
 DATA_FILES = {
     "data.text": ["*.jinja", "formats/*.jinja"],
     "tools.benches": ["*.jinja"],
     "tools.demos": ["*.toml", "*.jinja"],
-    "tools.chatting": ["*.css", "*.js"],
-    "tools.inspector": ["*.css", "*.js"],
-    "tools.watcher": ["*.css", "*.js"],
+    **dict.fromkeys(("tools.asking", "tools.chatting", "tools.evaluation", "tools.inspector", "tools.watcher"), PAGE_FILES),
     "trainer.recipes": ["*.toml", "*.sh"],
 }
 PACKAGES = ["model", "data", "trainer", "tools"]

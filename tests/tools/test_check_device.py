@@ -26,7 +26,7 @@ from tools.devicechecks.cards import PEAKS, peak_of
 from tools.devicechecks.flops import useful_flops
 from tools.devicechecks.outcome import Check, CheckResult, Context, ReportRow, Skipped, run_check
 from tools.devicechecks.registry import all_checks
-from tools.devicechecks.runner import Limits, run_apart, run_here
+from tools.devicechecks.runner import run_apart, run_here
 from tools.devicechecks.shapes import SEVEN_B, TINY
 from trainer import setup
 from trainer.distributed.world import World
@@ -224,11 +224,11 @@ def test_a_check_that_breaks_leaves_the_others_alone(context: Context, monkeypat
     ]
     monkeypatch.setattr(runner, "clean_up", lambda context: None)
     found: list[ReportRow] = []
-    run_here(checks, context, Limits(until=2**40), lambda name, outcome: found.append(outcome) if outcome else None)
+    run_here(checks, context, 2**40, lambda name, outcome: found.append(outcome) if outcome else None)
     assert [o.status for o in found] == ["failed", "skipped", "passed"]
     assert found[0].seen.startswith("OutOfMemoryError: CUDA out of memory. (tests/tools/test_check_device.py:")
     late: list[ReportRow] = []
-    run_here(checks[2:], context, Limits(until=0), lambda name, outcome: late.append(outcome) if outcome else None)
+    run_here(checks[2:], context, 0, lambda name, outcome: late.append(outcome) if outcome else None)
     assert [o.status for o in late] == ["skipped"] and "--minutes" in late[0].seen
 
 
