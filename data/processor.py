@@ -42,7 +42,7 @@ _LATER_KEYS = (*PIXEL_BUDGETS, "side_tiles")
 
 @dataclass(frozen=True)
 class Processor:
-    """Converter of records into batches and of ids into text. Made by `make_processor` or `load_processor`."""
+    """Converter of records into batches and of ids into text. `load_processor` makes that of a run."""
 
     template: Template
     specs: dict[str, MediaSpec]
@@ -135,11 +135,6 @@ class Processor:
             "stop_ids": list(self.stop_ids),
             **{key: getattr(self.config, key) for key in (*_CONFIG_KEYS, *_LATER_KEYS)},
         }
-
-
-def make_processor(template: Template, specs: dict[str, MediaSpec], config: DataConfig) -> Processor:
-    """Make the processor of a run that trains with `template`, `specs` and `config`."""
-    return Processor(template, specs, config)
 
 
 def load_processor(folder: str | Path) -> Processor:

@@ -29,7 +29,7 @@ from transformers.utils import logging
 from model.files.untrusted import Json
 from tools.benches.turns import in_turns, run_child
 from tools.cli import command_parser
-from tools.make_demo import CORPUS, SIDE, VOCAB, train_tokenizer, write_parts
+from tools.make_demo import CORPUS, SIDE, VOCAB, one_round, train_tokenizer, write_parts
 from trainer.runfile.toml_files import to_toml
 
 NUM_GOOD, NUM_PICTURES = 200, 8
@@ -44,17 +44,13 @@ BEYOND, WITHIN = (50_000, 20_000, 60 << 20), (16_000, 8_000, 15 << 20)
 
 def hostile(num_rounds: int, num_pictures: int, num_bytes: int) -> dict[str, Json]:
     """Return the hostile records, by what they have too much of."""
-    rounds = [turn for _ in range(num_rounds) for turn in _round(ASKED, "seven")]
+    rounds = [turn for _ in range(num_rounds) for turn in one_round(ASKED, "seven")]
     names = ["0.png"] * num_pictures
     return {
         "rounds": {"id": "rounds", "conversations": rounds},
-        "pictures": {"id": "pictures", "image": names, "conversations": _round("<image>\n" * num_pictures, "seven")},
-        "text": {"id": "text", "conversations": _round(ASKED * (num_bytes // len(ASKED)), "seven")},
+        "pictures": {"id": "pictures", "image": names, "conversations": one_round("<image>\n" * num_pictures, "seven")},
+        "text": {"id": "text", "conversations": one_round(ASKED * (num_bytes // len(ASKED)), "seven")},
     }
-
-
-def _round(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ def make(folder: Path, chosen: list[str], sizes: tuple[int, int, int]) -> dict[s
     for i in range(NUM_PICTURES):
         Image.fromarray(random.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(folder / "images" / f"{i}.png")
     good = [
-        {"id": f"r{i}", "image": f"{i % NUM_PICTURES}.png", "conversations": _round("<image>\nWhich digit is this?", "seven")}
+        {"id": f"r{i}", "image": f"{i % NUM_PICTURES}.png", "conversations": one_round("<image>\nWhich digit is this?", "seven")}
         for i in range(NUM_GOOD)
     ]
     bad = hostile(*sizes)

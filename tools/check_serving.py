@@ -18,6 +18,7 @@ from pathlib import Path
 from data.processor import load_processor
 from model.errors import ConfigError
 from model.files.untrusted import Json
+from model.generate import until_stop
 from model.load import load_model
 from tools.cli import command_parser, run_command
 from tools.export_adapter import export
@@ -89,16 +90,12 @@ def ask_reader(python: str, folder: Path, case: str, reader: str, expected: Json
 
 def compared(found: Json, expected: Json) -> str:
     """Return how many prompts and answers are equal, and the versions of the libraries."""
-    whole = [_before_stop(answer, expected["stops"]) for answer in expected["answers"]]
-    answers = [_before_stop(answer, expected["stops"]) for answer in found["answers"]]
+    whole = [until_stop(answer, expected["stops"]) for answer in expected["answers"]]
+    answers = [until_stop(answer, expected["stops"]) for answer in found["answers"]]
     num, prompts = len(whole), sum(a == b for a, b in zip(found["prompts"], expected["prompts"], strict=True))
     equal = sum(a == b for a, b in zip(answers, whole, strict=True))
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     return f"prompt ids {prompts}/{num}, greedy answers {equal}/{num}, {len({tuple(a) for a in whole})} different ({versions})"
-
-
-def _before_stop(ids: list[int], stops: list[int]) -> list[int]:
-    return ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))]
 
 
 def check_cases(folder: Path, python: str, cases: list[str], readers: list[str]) -> None:

@@ -11,10 +11,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from model.errors import ConfigError
 from model.files.untrusted import Json
 from tools.demo import clear_demo_folder, demo_command, module, run_step, trained_by
 from tools.make_omni import KINDS, WHICH
+from tools.plot_run import empty_figure
 from trainer.config import TrainConfig, ValidationConfig
 from trainer.errors import ProofError
 from trainer.runfile.load import load_config
@@ -103,13 +103,7 @@ def accuracy_table(names: list[str], found: list[Accuracy]) -> str:
 
 def draw(out: Path, names: list[str], found: list[Accuracy]) -> None:
     """Draw one curve per kind over the stages, as a PNG."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("drawing needs matplotlib, the extra `plot`: pip install -e '.[plot]'") from error
-    figure = Figure(figsize=(8, 4.2), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty_figure(8, 4.2)
     axes = figure.subplots()
     for kind in KINDS:
         steps = [i for i, values in enumerate(found) if kind in values]

@@ -63,9 +63,13 @@ def load_pictures() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def record(task: str, split: str, number: int, digit: int) -> Json:
-    asked = {"from": "human", "value": f"<image>\n{QUESTIONS[task]}"}
-    said = {"from": "gpt", "value": answer(task, digit)}
-    return {"id": f"{task}-{number:04d}", "image": f"{split}/{number:04d}.png", "conversations": [asked, said]}
+    turns = one_round(f"<image>\n{QUESTIONS[task]}", answer(task, digit))
+    return {"id": f"{task}-{number:04d}", "image": f"{split}/{number:04d}.png", "conversations": turns}
+
+
+def one_round(question: str, answer: str) -> list[dict[str, str]]:
+    """Return a question and its answer as turns of a record."""
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
 def train_tokenizer(corpus: Sequence[str], vocab: int) -> PreTrainedTokenizerFast:

@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen2Fo
 from data.text.chat_formats import jinja_file
 from data.text.tokenizer import save_tokenizer
 from model.files.untrusted import Json
-from tools.make_demo import image_processor, make, train_tokenizer
+from tools.make_demo import image_processor, make, one_round, train_tokenizer
 from trainer.runfile.toml_files import to_toml
 
 LR, CLIP_NORM, MAX_LENGTH, NUM_PICTURES = 1e-4, 1.0, 2048, 32
@@ -132,7 +132,7 @@ def _with_picture(name: str, picture: int, num: int, words: list[str], rng: np.r
 
 
 def _talk(name: str, question: str, answer: str) -> Json:
-    return {"id": name, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+    return {"id": name, "conversations": one_round(question, answer)}
 
 
 def _write_pictures(folder: Path, rng: np.random.Generator, side: int) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from tools.devicechecks.outcome import CheckResult, Context, Skipped
-from tools.make_demo import CORPUS, SIDE, VOCAB, train_tokenizer, write_parts
+from tools.make_demo import CORPUS, SIDE, VOCAB, one_round, train_tokenizer, write_parts
 from trainer.runfile.toml_files import to_toml
 
 NUM_RECORDS = 40
@@ -53,16 +53,12 @@ def write_records(folder: Path) -> None:
     random = np.random.default_rng(0)
     records = []
     for i in range(NUM_RECORDS):
-        record = {"id": f"r{i}", "conversations": _round("Which digit is this? " * (1 + i % 7), "seven " * (1 + i % 3))}
+        record = {"id": f"r{i}", "conversations": one_round("Which digit is this? " * (1 + i % 7), "seven " * (1 + i % 3))}
         if i % 4:
             Image.fromarray(random.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(folder / "images" / f"{i}.png")
-            record |= {"image": f"{i}.png", "conversations": _round("<image>\nWhich digit is this?", "seven " * (1 + i % 3))}
+            record |= {"image": f"{i}.png", "conversations": one_round("<image>\nWhich digit is this?", "seven " * (1 + i % 3))}
         records.append(record)
     (folder / "data.json").write_text(json.dumps(records))
-
-
-def _round(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
 def write_run_toml(folder: Path, name: str, steps: int) -> Path:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
-import wave
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,8 @@ from PIL import Image
 
 from data.text.tokenizer import save_tokenizer
 from model.files.untrusted import Json
-from tools.make_demo import train_tokenizer
+from tools.exports.proofs import write_clip
+from tools.make_demo import one_round, train_tokenizer
 
 SIDE, VOCAB, ROOM = 28, 512, 2048
 SECONDS = 4
@@ -100,8 +99,7 @@ def _record(folder: Path, kind: str, i: int) -> Json:
     name = f"{i}.png" if kind == "image" else f"{i}.wav"
     _picture(folder / name, i, (40 + 9 * i, 70 - 6 * i)) if kind == "image" else _clip(folder / name, i, 6400 + 640 * i)
     ask = "What colour is it?" if kind == "image" else "What do you hear?"
-    said = [{"from": "human", "value": f"<{kind}>\n{ask}"}, {"from": "gpt", "value": f"It is {COLOURS[i % 4]}."}]
-    return {"id": str(i), kind: name, "conversations": said}
+    return {"id": str(i), kind: name, "conversations": one_round(f"<{kind}>\n{ask}", f"It is {COLOURS[i % 4]}.")}
 
 
 def _picture(path: Path, i: int, size: tuple[int, int]) -> Path:
@@ -112,13 +110,7 @@ def _picture(path: Path, i: int, size: tuple[int, int]) -> Path:
 
 
 def _clip(path: Path, i: int, length: int) -> Path:
-    tone = 9000 * np.sin(2 * np.pi * (300 + 400 * (i % 4)) * np.arange(length) / 16_000)
-    with wave.open(str(path), "wb") as out:
-        out.setnchannels(1)
-        out.setsampwidth(2)
-        out.setframerate(16_000)
-        out.writeframes(struct.pack(f"<{length}h", *tone.astype(int).tolist()))
-    return path
+    return write_clip(path, 9000 * np.sin(2 * np.pi * (300 + 400 * (i % 4)) * np.arange(length) / 16_000))
 
 
 def _llm(folder: Path, tokenizer: Any) -> None:
