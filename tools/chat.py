@@ -20,7 +20,7 @@ from model.errors import ConfigError, DataError
 from model.media_spec import PLACEHOLDERS
 from tools.chatting.conversation import STATES, Answerer, Conversation, make_answerer
 from tools.chatting.serve import ChatServer
-from tools.cli import command_parser, printable_lines, run_command
+from tools.cli import check_positive, command_parser, printable_lines, run_command
 from tools.local_page import serve_page
 from tools.model_options import add_model_options, load
 
@@ -89,8 +89,7 @@ def prompts_alike(processor: Processor) -> bool:
 
 
 def chat(options: argparse.Namespace) -> None:
-    if options.max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens {options.max_new_tokens} is not positive")
+    check_positive(options, "max_new_tokens")
     if options.temperature < 0 or not 0 < options.top_p <= 1:
         raise ConfigError(f"--temperature {options.temperature} must be at least 0 and --top-p {options.top_p} in (0, 1]")
     if options.temperature == 0 and (options.top_p < 1 or options.seed is not None):

@@ -19,7 +19,7 @@ from model.lora import is_adapter, merge_rows
 from model.weights.peft_adapter import WEIGHTS, adapter_config, peft_name, write_config
 from tools.exports.hf_folder import class_differences, facts_of, pipeline_of, write_folder
 from tools.exports.hf_inputs import their_inputs
-from tools.exports.proofs import batch_of, check_close, in_float32, logits, sample
+from tools.exports.proofs import batch_of, check_close, in_float32, logits, reopened, sample
 from tools.exports.task import Exported, ExportTask, python_line
 
 INSIDE = "model.language_model."
@@ -103,7 +103,7 @@ def prove_inside(base: Path, target: HfClass, tensors: Tensors, scale: float, mo
     with sample(processor) as record:
         batch = batch_of(processor, record)
         inputs = their_inputs(base, target, record, batch, processor)
-    theirs = getattr(transformers, target.name).from_pretrained(base, dtype=torch.float32, trust_remote_code=False).eval()
+    theirs = reopened(getattr(transformers, target.name), base)
     places = {f"llm.{name}": parameter for name, parameter in theirs.named_parameters()}
     with torch.no_grad():
         for name, rows in tensors.items():

@@ -71,6 +71,14 @@ def batch_of(processor: Processor, record: Json) -> Batch:
     return replace(processor, config=replace(processor.config, max_length=1 << 20))([record], answers=True)
 
 
+def reopened(kind: Any, folder: Path) -> Any:
+    """Open an export in float32 with a class of transformers. Raises ProofError when it does not load every tensor."""
+    model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
+    if wrong := {key: sorted(map(str, names)) for key, names in report.items() if names and key != "error_msgs"}:
+        raise ProofError(f"transformers does not load every tensor of the export: {wrong}")
+    return model.eval()
+
+
 def logits(model: MultimodalLM, batch: Batch) -> Tensor:
     """Compute the logits (T, V) float32 of the one row of `batch`."""
     llm: Any = model.llm
