@@ -99,12 +99,9 @@ def assemble_sample(
         if isinstance(spec, NativeSpec):
             runs += feature_runs(start, spec, meta)
     supervised = np.repeat(np.array(encoded.supervised[:kept], dtype=bool), widths[:kept])
-    positions = positions_of(len(expanded), runs) if _axes(specs) == 3 else None
+    has_axes = any(isinstance(spec, NativeSpec) and spec.axes == 3 for spec in specs.values())
+    positions = positions_of(len(expanded), runs) if has_axes else None
     return Sample(sample_id, source_id, expanded, _shifted(expanded, supervised), placed, positions)
-
-
-def _axes(specs: dict[str, MediaSpec]) -> int:
-    return max((spec.axes for spec in specs.values() if isinstance(spec, NativeSpec)), default=1)
 
 
 def measure_encoded(

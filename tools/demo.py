@@ -91,11 +91,8 @@ def hand_over(folder: Path) -> None:
         run_step(f"Draw the curves of {task}", module("tools.plot_run", folder / task))
     record = json.loads((folder / "parity_test.json").read_text())[0]
     picture = folder / "images" / record["image"]
-    run_step(f"Ask about one picture; right would be {record['conversations'][1]['value']!r}", picture_command(final, picture))
-
-
-def picture_command(final: Path, picture: Path) -> list[str]:
-    return module("tools.chat", final, "--image", picture, QUESTIONS["parity"])
+    command = module("tools.chat", final, "--image", picture, QUESTIONS["parity"])
+    run_step(f"Ask about one picture; right would be {record['conversations'][1]['value']!r}", command)
 
 
 def demo_summary(folder: Path, scores: list[Score], seconds: float) -> str:

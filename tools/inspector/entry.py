@@ -16,7 +16,7 @@ import numpy as np
 from data.dataset import MultimodalDataset, Rejected
 from data.media.record_media import RecordMedia
 from data.records.fields import shorten
-from data.records.record import MediaRef, Record, RecordError
+from data.records.record import Record, RecordError
 from data.sample import Sample, SampleMedia
 from data.text.template import Encoded, Template
 from model.batch import IGNORE_INDEX
@@ -197,8 +197,5 @@ def boxes_of(sample: Sample, record: Record, media: RecordMedia) -> Iterator[Box
     for modality, found in sample.media.items():
         refs = [ref for ref in record.media if ref.modality == modality]
         for medium, ref in zip(found, refs):  # media of dropped rounds have no place in the sample
-            yield Box(shorten(ref.path), medium, media.specs[modality], _grid(medium, ref, media), ref.span)
-
-
-def _grid(medium: SampleMedia, ref: MediaRef, media: RecordMedia) -> tuple[int, int]:
-    return media.measure(ref).grid if medium.kind == "image" else (len(medium.values), 1)
+            grid = media.measure(ref).grid if medium.kind == "image" else (len(medium.values), 1)
+            yield Box(shorten(ref.path), medium, media.specs[modality], grid, ref.span)
