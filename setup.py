@@ -34,6 +34,7 @@ COMMANDS = {
 """Commands by name, installed as `mmt-NAME`: unlike `python -m`, they never look for packages in the current folder."""
 PAGE_FILES = ["*.html", "*.css", "*.js"]
 DATA_FILES = {
+    "data.media": ["*.toml"],
     "data.text": ["*.jinja", "formats/*.jinja"],
     "tools": ["py.typed", "*.toml"],
     "tools.benches": ["*.jinja", "*.toml"],
