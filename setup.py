@@ -39,8 +39,9 @@ DATA_FILES = {
     "tools": ["py.typed", "*.toml"],
     "tools.benches": ["*.jinja", "*.toml"],
     "tools.devicechecks": ["*.toml"],
+    "tools.exports": ["*.toml"],
     "tools.demos": ["*.toml", "*.jinja"],
-    **dict.fromkeys(("tools.asking", "tools.chatting", "tools.evaluation", "tools.inspector", "tools.watcher"), PAGE_FILES),
+    **{f"tools.{name}": PAGE_FILES for name in ("asking", "chatting", "evaluation", "inspector", "watcher")},
     "trainer.recipes": ["*.toml", "*.sh"],
 }
 PACKAGES = ["model", "data", "trainer", "tools"]

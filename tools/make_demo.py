@@ -89,28 +89,31 @@ def train_tokenizer(corpus: Sequence[str], vocab: int) -> PreTrainedTokenizerFas
 
 def write_parts(folder: Path, tokenizer: PreTrainedTokenizerFast, vocab: int) -> None:
     """Write folder/llm and folder/vision: random weights, in the layout of the hub."""
-    tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     sizes: Json = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
     # The 0.02 of wide models would leave the tied head too small: run 2, which cannot change it, would never be sure of an answer.
     shape: Json = {"num_key_value_heads": 2, "initializer_range": 0.1, "tie_word_embeddings": True}
-    llm = Qwen2Config(vocab_size=vocab, max_position_embeddings=512, **shape, **sizes, **tokens)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
-    tower = CLIPVisionConfig(image_size=SIDE, patch_size=8, **sizes)
+    tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        Qwen2ForCausalLM(llm).save_pretrained(folder / "llm")
-        CLIPVisionModel(tower).save_pretrained(folder / "vision")
-    save_tokenizer(tokenizer, folder / "llm")
+        write_llm(folder / "llm", tokenizer, vocab_size=vocab, max_position_embeddings=512, **shape, **sizes)
+        CLIPVisionModel(CLIPVisionConfig(image_size=SIDE, patch_size=8, **tower)).save_pretrained(folder / "vision")
     text = json.dumps(image_processor(), indent=2, sort_keys=True)
     (folder / "vision" / "preprocessor_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def image_processor() -> Json:
+def write_llm(folder: Path, tokenizer: PreTrainedTokenizerFast, **shape: object) -> None:
+    """Write a Qwen2 of `shape` with random weights, drawn from the global generator, and its tokenizer."""
+    tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    Qwen2ForCausalLM(Qwen2Config(**shape, **tokens)).save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+
+
+def image_processor(side: int = SIDE) -> Json:
     """Return the settings that CLIPImageProcessor reads."""
-    square = {"height": SIDE, "width": SIDE}
+    square = {"height": side, "width": side}
     return {
         "image_processor_type": "CLIPImageProcessor",
-        **{"do_convert_rgb": True, "do_resize": True, "size": {"shortest_edge": SIDE}, "resample": 3},
+        **{"do_convert_rgb": True, "do_resize": True, "size": {"shortest_edge": side}, "resample": 3},
         **{"do_center_crop": True, "crop_size": square, "do_rescale": True, "rescale_factor": 1 / 255},
         **{"do_normalize": True, "image_mean": [MEAN] * 3, "image_std": [STD] * 3},
     }
