@@ -39,7 +39,7 @@ DATA_FILES = {
     "tools": ["py.typed", "*.toml"],
     "tools.benches": ["*.jinja", "*.toml"],
     "tools.devicechecks": ["*.toml"],
-    "tools.exports": ["*.toml"],
+    "tools.exports": ["*.toml", "*.jinja"],
     "tools.demos": ["*.toml", "*.jinja"],
     **{f"tools.{name}": PAGE_FILES for name in ("asking", "chatting", "evaluation", "inspector", "watcher")},
     "trainer.recipes": ["*.toml", "*.sh"],

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from data.config import DataConfig
 from data.media.pixel_budget import clip_budget, rule_of
 from data.media.tiling import grids
 from data.processor import Processor, load_processor
+from data.text.chat_formats import jinja_file
 from data.text.parts_template import takes_parts
 from data.text.tokenizer import pad_id, save_tokenizer
 from model.card import ModelCard
@@ -167,17 +169,8 @@ def for_parts(processor: Processor, target: HfClass) -> str:
     medium, wrapped = json.dumps(placeholder), json.dumps(before + token + after)
     first = f"(({medium} + '\\n') * (text.split({medium}) | length - 1) + text.replace({medium}, '') | trim) | trim"
     arranged = first if template.placeholders == "first" else "text"
-    return (
-        "{%- set flat = namespace(messages=[], lines=[]) -%}{%- for message in messages -%}"
-        "{%- if message['content'] is string -%}{%- set text = message['content'] -%}{%- else -%}"
-        "{%- set flat.lines = [] -%}{%- for part in message['content'] -%}"
-        f"{{%- set flat.lines = flat.lines + [part['text'] if part['type'] == 'text' else {medium}] -%}}"
-        "{%- endfor -%}{%- set text = flat.lines | join('\\n') -%}{%- endif -%}"
-        f"{{%- if {medium} in text -%}}{{%- set text = {arranged} -%}}"
-        f"{{%- set text = text.replace({medium}, {wrapped}) -%}}{{%- endif -%}}"
-        "{%- set flat.messages = flat.messages + [dict(message, content=text)] -%}"
-        "{%- endfor -%}{%- set messages = flat.messages -%}"
-    ) + template.source
+    prelude = "".join(jinja_file(__package__, "strings_of_parts.jinja").splitlines())
+    return Template(prelude).substitute(medium=medium, wrapped=wrapped, arranged=arranged) + template.source
 
 
 def prove_folder(folder: Path, target: HfClass, model: MultimodalLM, processor: Processor) -> float:
