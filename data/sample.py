@@ -155,24 +155,15 @@ def check_media(record: Record, specs: dict[str, MediaSpec], max_images: int) ->
     for ref in record.media:
         if ref.modality not in specs:
             raise RecordError(record.where, record.id, ref.kind, "the record has one, the model has no part that reads it")
-        if ref.label != IGNORE_INDEX and (problem := _state_problem(specs[ref.modality], ref.label)):
+        spec = specs[ref.modality]
+        # A model without a state head does not read the class, and may share the file.
+        classes = spec.num_states if isinstance(spec, AudioSpec) else 0
+        if ref.label != IGNORE_INDEX and ref.label >= classes > 0:
+            problem = f"{ref.label} is no class: model.state_head.classes = {classes}, so they are 0 to {classes - 1}"
             raise RecordError(record.where, record.id, "audio_state", problem)
     num_images = sum(ref.kind == "image" for ref in record.media)
     if 0 < max_images < num_images:
         raise RecordError(record.where, record.id, "image", f"{num_images} images; data.max_images allows {max_images}")
-
-
-def _state_problem(spec: MediaSpec, state: int) -> str:
-    """Return what is wrong with the class `state` of a clip, or an empty string.
-
-    A model without a state head does not read the class, and may share the file.
-    """
-    classes = spec.num_states if isinstance(spec, AudioSpec) else 0
-    return (
-        ""
-        if state < classes or classes == 0
-        else f"{state} is no class: model.state_head.classes = {classes}, so they are 0 to {classes - 1}"
-    )
 
 
 def _fitting(record: Record, ends: np.ndarray, encoded: Encoded, max_length: int) -> int:
