@@ -55,7 +55,11 @@ def ask(talk: Conversation, words: str, answer: Answerer, *, keep: bool = True) 
 
 def converse(talk: Conversation, answer: Answerer, *, prompt: str) -> None:
     """Answer line by line."""
-    while (line := read_line(prompt)) is not None:
+    while True:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            return
         command, _, value = line.partition(" ")
         if command == "/new":
             talk.restart()
@@ -72,14 +76,6 @@ def attach(talk: Conversation, kind: str, path: str) -> None:
     """Attach what a line of the conversation names, and say so."""
     said = f"attached to the next turn: {talk.attach(kind, path)} x {kind}" if Path(path).exists() else f"{path!r} does not exist"
     print(f"chat: {printable_lines(said)}", file=sys.stderr, flush=True)
-
-
-def read_line(prompt: str) -> str | None:
-    """Return the next line, or None at the end of stdin."""
-    try:
-        return input(prompt).strip()
-    except EOFError:
-        return None
 
 
 def prompts_alike(processor: Processor) -> bool:

@@ -179,17 +179,13 @@ def _answers(record: Record, template: Template, ids: list[int], boxes: list[Box
     other = template.encode(replace(record, turns=tuple(replace(turn, learn=True) for turn in record.turns)))
     answers = np.zeros(len(ids), dtype=bool)
     # The ids are nearly always the same; white space at the start of an answer may be tokenised in two ways.
-    for theirs, ours, length in [(0, 0, len(ids))] if ids == other.input_ids else _matching(other.input_ids, ids):
+    matcher = difflib.SequenceMatcher(None, other.input_ids, ids, autojunk=False)
+    for theirs, ours, length in [(0, 0, len(ids))] if ids == other.input_ids else matcher.get_matching_blocks():
         answers[ours : ours + length] = other.supervised[theirs : theirs + length]
     widths = np.ones(len(ids), dtype=np.int64)
     placeholders = np.flatnonzero(np.isin(ids, list(template.placeholder_ids.values())))
     widths[placeholders[: len(boxes)]] = [box.medium.length for box in boxes]
     return np.repeat(answers, widths).tolist()
-
-
-def _matching(one: list[int], other: list[int]) -> list[tuple[int, int, int]]:
-    blocks = difflib.SequenceMatcher(None, one, other, autojunk=False).get_matching_blocks()
-    return [(block.a, block.b, block.size) for block in blocks]
 
 
 def boxes_of(sample: Sample, record: Record, media: RecordMedia) -> Iterator[Box]:
