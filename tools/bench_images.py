@@ -25,7 +25,7 @@ from data.media.blob import Blob
 from data.records.record import MediaRef
 from model.media_spec import ImageSpec, MediaMeta
 from model.vision.normalise import normalised
-from tools.benches.turns import cpu_seconds, in_turns
+from tools.benches.turns import cpu_time, in_turns
 from tools.cli import command_parser
 
 SIDE = 336
@@ -92,7 +92,7 @@ def time_paths(paths: dict[str, Prepare], pictures: list[bytes], repeats: int) -
     """Time each path over all pictures, `repeats` times in turns after one that is not counted."""
 
     def seconds(prepare: Prepare) -> float:
-        return cpu_seconds(lambda: [prepare(data) for data in pictures]) / len(pictures)
+        return cpu_time(lambda: [prepare(data) for data in pictures]) / len(pictures)
 
     found = in_turns({name: partial(seconds, prepare) for name, prepare in paths.items()}, repeats + 1)
     return {name: Timed(min(taken[1:]), statistics.median(taken[1:])) for name, taken in found.items()}

@@ -31,7 +31,7 @@ from model.multimodal import MultimodalLM
 from model.weights.materialise import materialise
 from model.weights.origins import weight_layers
 from tools.bench_step import bare_loop, make_batches, our_loop
-from tools.benches.turns import cpu_seconds, in_turns
+from tools.benches.turns import cpu_time, in_turns
 from tools.cli import command_parser
 from tools.make_demo import CORPUS, VOCAB, train_tokenizer, write_parts
 from trainer.config import ParallelConfig
@@ -94,7 +94,7 @@ def loops(folder: str, options: argparse.Namespace, world: World) -> dict[str, R
 def seconds_per_step(run: Run, steps: int, world: World) -> float:
     """Return the CPU seconds per step, the mean over the ranks, which begin together. Collective."""
     world.barrier()
-    return statistics.mean(world.gather_json(cpu_seconds(lambda: run(steps)) / steps))
+    return statistics.mean(world.gather_json(cpu_time(lambda: run(steps)) / steps))
 
 
 def print_ratios(runs: dict[str, Run], options: argparse.Namespace, world: World) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from data.media.resample import resample
-from tools.benches.turns import cpu_seconds
+from tools.benches.turns import cpu_time
 from tools.cli import command_parser, run_command
 
 RATES, NEW_RATE, SECONDS = (44_100, 48_000, 8_000, 22_050), 16_000, (10, 60)
@@ -24,7 +24,7 @@ def tones(rate: int, count: int) -> np.ndarray:
 
 
 def least_cpu_ms(action: Callable[[], object], rounds: int) -> float:
-    return 1000 * min(cpu_seconds(action) for _ in range(rounds))
+    return 1000 * min(cpu_time(action) for _ in range(rounds))
 
 
 def largest_error(made: np.ndarray) -> float:

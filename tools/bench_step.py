@@ -28,7 +28,7 @@ from model.build import build_model
 from model.config import LlmConfig, ModelConfig, VisionConfig, VisionProjectorConfig
 from model.media_spec import MediaMeta, image_spec, num_tokens
 from model.multimodal import MultimodalLM
-from tools.benches.turns import cpu_seconds, in_turns
+from tools.benches.turns import cpu_time, in_turns
 from tools.cli import command_parser
 from tools.make_demo import CORPUS, VOCAB, train_tokenizer, write_parts
 from trainer.config import OptimConfig
@@ -219,7 +219,7 @@ def count_calls(run: Callable[[int], None], steps: int) -> tuple[float, ...]:
 
 
 def count_seconds(run: Callable[[int], None], steps: int) -> tuple[float, ...]:
-    return (cpu_seconds(lambda: run(steps)),)
+    return (cpu_time(lambda: run(steps)),)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -95,13 +95,13 @@ def write_parts(folder: Path, tokenizer: PreTrainedTokenizerFast, vocab: int) ->
     tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        write_llm(folder / "llm", tokenizer, vocab_size=vocab, max_position_embeddings=512, **shape, **sizes)
+        write_small_llm(folder / "llm", tokenizer, vocab_size=vocab, max_position_embeddings=512, **shape, **sizes)
         CLIPVisionModel(CLIPVisionConfig(image_size=SIDE, patch_size=8, **tower)).save_pretrained(folder / "vision")
     text = json.dumps(image_processor(), indent=2, sort_keys=True)
     (folder / "vision" / "preprocessor_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def write_llm(folder: Path, tokenizer: PreTrainedTokenizerFast, **shape: object) -> None:
+def write_small_llm(folder: Path, tokenizer: PreTrainedTokenizerFast, **shape: object) -> None:
     """Write a Qwen2 of `shape` with random weights, drawn from the global generator, and its tokenizer."""
     tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     Qwen2ForCausalLM(Qwen2Config(**shape, **tokens)).save_pretrained(folder)

@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from data.text.chat_formats import jinja_file
 from model.files.untrusted import Json
-from tools.make_demo import image_processor, make, one_round, train_tokenizer, write_llm
+from tools.make_demo import image_processor, make, one_round, train_tokenizer, write_small_llm
 from trainer.runfile.toml_files import to_toml
 
 LR, CLIP_NORM, MAX_LENGTH, NUM_PICTURES = 1e-4, 1.0, 2048, 32
@@ -149,7 +149,7 @@ def _write_parts(folder: Path, size: Size, words: list[str]) -> None:
     shape: Json = {**size.llm, "num_key_value_heads": heads, "tie_word_embeddings": True}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        write_llm(folder / "llm", tokenizer, vocab_size=size.vocab, max_position_embeddings=MAX_LENGTH, **shape)
+        write_small_llm(folder / "llm", tokenizer, vocab_size=size.vocab, max_position_embeddings=MAX_LENGTH, **shape)
         CLIPVisionModel(CLIPVisionConfig(**size.vision)).save_pretrained(folder / "vision")
     settings = image_processor(size.vision["image_size"])
     (folder / "vision" / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")

@@ -21,7 +21,7 @@ def in_turns(cases: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, lis
     return found
 
 
-def cpu_seconds(action: Callable[[], object]) -> float:
+def cpu_time(action: Callable[[], object]) -> float:
     """Return the CPU seconds that this process takes for `action`."""
     start = time.process_time()
     action()

@@ -15,7 +15,7 @@ from PIL import Image
 
 from model.files.untrusted import Json
 from tools.exports.proofs import write_clip
-from tools.make_demo import image_processor, one_round, train_tokenizer, write_llm
+from tools.make_demo import image_processor, one_round, train_tokenizer, write_small_llm
 
 SIDE, VOCAB, ROOM = 28, 512, 2048
 SECONDS = 4
@@ -94,7 +94,7 @@ def _llm(folder: Path, tokenizer: Any) -> None:
     """Write a Qwen2 whose heads are 64 wide, as kernels that serve want them."""
     sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2}
     shape = {"num_key_value_heads": 1, "initializer_range": 0.1, "tie_word_embeddings": False}
-    write_llm(folder, tokenizer, vocab_size=VOCAB, max_position_embeddings=ROOM, **sizes, **shape)
+    write_small_llm(folder, tokenizer, vocab_size=VOCAB, max_position_embeddings=ROOM, **sizes, **shape)
 
 
 def _tower(folder: Path, kind: str) -> None:
