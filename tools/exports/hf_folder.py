@@ -20,7 +20,7 @@ from data.processor import Processor, load_processor
 from data.text.parts_template import takes_parts
 from data.text.tokenizer import pad_id, save_tokenizer
 from model.card import ModelCard
-from model.exports.hf_classes import INTERN_VL, NEXT, QWEN2_AUDIO, HfClass, choose_class, class_config
+from model.exports.hf_classes import INTERN_VL, NEXT, QWEN2_AUDIO, SMOLVLM, HfClass, choose_class, class_config
 from model.exports.hf_pixtral import PROCESSOR
 from model.exports.hf_processors import SEES_VIDEOS, named_tokens, processor_files, wraps
 from model.exports.hf_weights import weights, write_weights
@@ -73,6 +73,8 @@ def class_differences(target: HfClass, card: ModelCard) -> Iterator[str]:
         yield "AutoProcessor of this class needs torchvision, for videos"
     if target.processor == PROCESSOR:
         yield "AutoProcessor of this class needs torchvision"
+    if target is SMOLVLM:
+        yield "AutoProcessor of this class needs torchvision and num2words, for videos"
     if target is QWEN2_AUDIO:
         yield "clips longer than the encoder's window: training split them, this class cuts them off"
 
@@ -105,8 +107,10 @@ def facts_of(processor: Processor) -> MediaFacts:
 
 
 def _limited(facts: MediaFacts, processor: Processor) -> MediaFacts:
-    """Return the facts with the least and the most of pictures and videos, where these are read at their own size."""
+    """Return the facts with the least and the most of pictures and videos, where these are cut or read at their own size."""
     spec = processor.specs.get("image")
+    if facts.fit == "idefics":
+        return replace(facts, longest=processor.config.side_tiles * image_spec(processor.specs).size)
     if not isinstance(spec, NativeSpec):
         return facts
     rule, clips = rule_of(spec, processor.config), clip_budget(spec, processor.config)

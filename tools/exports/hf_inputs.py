@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,14 +13,14 @@ import transformers
 from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # transformers 5.17 exports it with torchvision only
-from transformers.utils import is_torchvision_available
+from transformers.utils import is_num2words_available, is_torchvision_available
 
 from data.media.blob import Blob
 from data.media.resample import resample
 from data.media.sound import read_audio
 from data.processor import Processor
 from model.batch import Batch, Media
-from model.exports.hf_classes import HfClass
+from model.exports.hf_classes import SMOLVLM, HfClass
 from model.exports.hf_pixtral import PROCESSOR
 from model.exports.hf_processors import NESTED, VIDEO, processor_class
 from model.files.untrusted import Json, load_json
@@ -39,7 +40,9 @@ def open_processor(folder: Path, target: HfClass) -> Any:
         return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     if target.processor == PROCESSOR and not is_torchvision_available():
         return _pixtral_reader(folder)
-    if not (folder / VIDEO).is_file():
+    if target is SMOLVLM and not (is_torchvision_available() and is_num2words_available()):
+        return _smolvlm_reader(folder)
+    if not (folder / VIDEO).is_file() and target is not SMOLVLM:
         return AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     image, tokenizer = (
         AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False),
@@ -67,6 +70,23 @@ def _pixtral_reader(folder: Path) -> ProcessorMixin:
     settings = {key: value for key, value in load_json(folder / NESTED).items() if key not in PARTS}
     pixels = pillow.PixtralImageProcessorPil.from_pretrained(folder, trust_remote_code=False)
     found: ProcessorMixin = kind(pixels, tokenizer, chat_template=tokenizer.chat_template, **settings)
+    return found
+
+
+def _smolvlm_reader(folder: Path) -> ProcessorMixin:
+    """Open SmolVLM's processor for pictures, without the packages that it asks for to read videos and to count their frames."""
+    module = import_module("transformers.models.smolvlm.processing_smolvlm")
+    image = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    settings = {key: value for key, value in load_json(folder / NESTED).items() if key not in PARTS}
+    kind, names = _without_videos(module.SmolVLMProcessor), vars(module)
+    installed = names["num2words"]
+    names["num2words"] = installed or str
+    try:
+        found: ProcessorMixin = kind(image, tokenizer, None, chat_template=tokenizer.chat_template, **settings)
+    finally:
+        names["num2words"] = installed
+    found.video_processor = SimpleNamespace(num_frames=1, fps=1)  # asked for of conversations without videos too
     return found
 
 
