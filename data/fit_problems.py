@@ -31,6 +31,8 @@ class FitSettings(Protocol):
     @property
     def side_tiles(self) -> int: ...
     @property
+    def cut_tiles(self) -> bool: ...
+    @property
     def fit_min_pixels(self) -> int: ...
 
 
@@ -58,6 +60,8 @@ def _tile_problems(config: FitSettings) -> Iterator[str]:
 def _side_problems(config: FitSettings) -> Iterator[str]:
     if config.image_fit != "idefics" and config.side_tiles != SIDE_TILES:
         yield f"data.side_tiles = {config.side_tiles} has no effect unless data.image_fit = 'idefics'"
+    elif config.image_fit != "idefics" and not config.cut_tiles:
+        yield "data.cut_tiles = false has no effect unless data.image_fit = 'idefics'"
     elif not 1 <= config.side_tiles <= math.isqrt(MAX_TILES):
         yield f"data.side_tiles = {config.side_tiles} is not in [1, {math.isqrt(MAX_TILES)}]; 4 is usual, 1 is one view"
 

@@ -36,7 +36,7 @@ _CONFIG_KEYS = (
     *("max_length", "max_images", "max_pixels"),
     *("state_tokens", "fps", "min_frames", "max_frames", "max_seconds"),
 )
-_LATER_KEYS = (*PIXEL_BUDGETS, "side_tiles")
+_LATER_KEYS = (*PIXEL_BUDGETS, "side_tiles", "cut_tiles")
 """Settings that runs of earlier versions did not have."""
 
 

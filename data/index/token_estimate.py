@@ -82,7 +82,7 @@ def _usual(kind: str, spec: MediaSpec, config: DataConfig) -> MediaMeta:
     if config.image_fit == "anyres":
         return typical_plan(spec.size, config)
     if config.image_fit == "idefics":
-        return usual_idefics(spec, config.side_tiles)
+        return usual_idefics(spec, config)
     if config.image_fit != "tiles":
         return MediaMeta()
     tiles = math.ceil((config.min_tiles + config.max_tiles) / 2)

@@ -48,8 +48,8 @@ def picture_meta(size: Callable[[], Size], spec: ImageSpec, config: DataConfig, 
     """Return the rows of a picture; its size is asked for only where it decides them."""
     if config.image_fit == "anyres" and num_media == 1:
         return tiles.plan_anyres(size(), spec.size, config)
-    if config.image_fit == "idefics":
-        return plan_idefics(size(), spec.size, config.side_tiles)
+    if config.image_fit == "idefics" and config.cut_tiles:
+        return plan_idefics(size(), spec.size, config)
     if config.image_fit != "tiles":
         return MediaMeta()
     max_tiles = tiles.budget(config.max_tiles, num_media)

@@ -48,7 +48,7 @@ def idefics_reader(spec: ImageSpec, facts: MediaFacts, kind: str) -> tuple[Json,
     sides = {"size": {"longest_edge": facts.longest}, "max_image_size": {"longest_edge": spec.size}}
     return {"image_seq_len": view_tokens(spec)}, {
         "image_processor_type": kind,
-        "do_image_splitting": True,
+        "do_image_splitting": facts.cut,
         "do_pad": True,
         **sides,
     }

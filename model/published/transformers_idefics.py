@@ -41,6 +41,7 @@ def idefics_settings(source: Published) -> Settings:
         "model.vision_projector.newline": Given(False),
         "data.image_fit": Given("idefics"),
         "data.side_tiles": Given(side_tiles(source), free=True),
+        "data.cut_tiles": Given(pixel_settings(source).get("do_image_splitting") is not False, free=True),
         "data.media_wrap": Given([]),
         "data.template": template_setting(source),
     }
@@ -52,11 +53,6 @@ def side_tiles(source: Published) -> int:
     for key in ("do_resize", "do_rescale", "do_normalize"):
         if pixels.get(key) is False:
             raise source.refused(f"{key} = false among the image processor's settings; pictures here are resized and normalised")
-    if pixels.get("do_image_splitting") is False and "data.side_tiles" not in source.written:
-        raise source.refused(
-            "do_image_splitting = false among the image processor's settings; pictures here are cut: write data.side_tiles = 1 for "
-            "one view of each, resized in other steps, or as many as the model knows"
-        )
     side, tile = whole["vision_config"]["image_size"], (pixels.get("max_image_size") or {}).get("longest_edge", TILE)
     if tile != side:
         raise source.refused(

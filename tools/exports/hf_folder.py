@@ -110,7 +110,8 @@ def _limited(facts: MediaFacts, processor: Processor) -> MediaFacts:
     """Return the facts with the least and the most of pictures and videos, where these are cut or read at their own size."""
     spec = processor.specs.get("image")
     if facts.fit == "idefics":
-        return replace(facts, longest=processor.config.side_tiles * image_spec(processor.specs).size)
+        config = processor.config
+        return replace(facts, longest=config.side_tiles * image_spec(processor.specs).size, cut=config.cut_tiles)
     if not isinstance(spec, NativeSpec):
         return facts
     rule, clips = rule_of(spec, processor.config), clip_budget(spec, processor.config)

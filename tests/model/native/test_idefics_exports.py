@@ -102,6 +102,17 @@ def test_answers_equal_those_of_transformers(exported: Exported, tmp_path: Path,
         assert model.generate(prompt, max_new_tokens=NEW) == answers.tolist()
 
 
+def test_pictures_that_are_not_cut_go_back_as_that(tmp_path: Path) -> None:
+    """The export itself compares ids and pixels with those of the run."""
+    IDEFICS_MAKERS["smolvlm"].write(tmp_path / "published", True)
+    file = tmp_path / "published" / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "do_image_splitting": False}))
+    assert import_model([str(tmp_path / "published"), str(tmp_path / "ours")]) == 0
+    export(tmp_path / "ours", tmp_path / "out", "hf")
+    theirs = settings(tmp_path / "published", "preprocessor_config.json")
+    assert {key: settings(tmp_path / "out", "preprocessor_config.json")[key] for key in theirs} == theirs
+
+
 def test_what_a_class_cannot_express_is_named(exported: Exported) -> None:
     folder = exported("smolvlm") / "ours"
     card, facts = read_card(folder), facts_of(load_processor(folder))
