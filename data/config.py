@@ -144,6 +144,9 @@ class DataConfig:
     """Tiles along the longer side of a picture under image_fit = 'idefics', up to its square in all; 1 = one view of each."""
     cut_tiles: bool = True
     """Cut pictures into these tiles; false: one view of each, which is enlarged to them and shrunk again (do_image_splitting)."""
+    frame_times: bool = False
+    """Read videos under image_fit = 'idefics' as SmolVLM does: texts before them say how many frames there are and how long the
+    video lasts, and before each frame its time."""
     catalog: str = ""
     """File of named data sets, a TOML table for each: sources that have a name and no path are taken from it; '' = none."""
     sources: tuple[SourceConfig, ...] = field(default=())

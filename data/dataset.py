@@ -123,7 +123,7 @@ class MultimodalDataset(Dataset[Sample | Rejected]):
         record = parse(index.raw(row), index.where(row), index.name(row))
         check_media(record, self.specs, self.config.max_images)
         check_answers(record, self.answers)
-        return record
+        return self.media(i, record).timed()
 
     def encode_answers(self, i: int, record: Record) -> EncodedAnswers:
         """Encode the answers of `record`, that of sample `i`, and under "judged" that of the next record to the same prompt."""

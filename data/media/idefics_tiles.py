@@ -14,6 +14,8 @@ from model.media_spec import ImageSpec, MediaMeta
 
 MAX_SIDE = 4096
 """Longest side in pixels that the processors resize a picture to, whatever their settings say."""
+USUAL_INTRO, USUAL_TIME = 30, 13
+"""Tokens of the texts before a video of SmolVLM, and before each of its frames."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ def usual_idefics(spec: ImageSpec, config: DataConfig) -> MediaMeta:
     meta = plan_idefics(USUAL, spec.size, config)
     down = meta.grid[1] if meta.num_rows > 1 else 0
     return replace(meta, inside=((0, (0,) * (2 * meta.num_rows + down + 1)),))
+
+
+def usual_frame_texts(count: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Return as many ids as stand around `count` frames of a video of SmolVLM, as a rule."""
+    return ((0, (0,) * (USUAL_INTRO + USUAL_TIME * count)),)
 
 
 def idefics_views(picture: Picture, plan: IdeficsPlan, resample: int = Image.Resampling.LANCZOS) -> list[Image.Image]:

@@ -43,6 +43,18 @@ def idefics_config(card: ModelCard, model: MultimodalLM, facts: MediaFacts) -> J
     return {"vision_config": {**card.hugging_face["vision"], "image_size": image_spec(card.specs).size}, **own}
 
 
+def frame_reader(spec: ImageSpec, facts: MediaFacts) -> Json:
+    """Return the keys of SmolVLM's processor of videos by which it chooses and sizes frames."""
+    sides = {"size": {"longest_edge": facts.longest}, "max_image_size": {"longest_edge": spec.size}}
+    return {"video_processor_type": "SmolVLMVideoProcessor", "do_pad": True, **sides, "video_sampling": frame_sampling(facts)}
+
+
+def frame_sampling(facts: MediaFacts) -> Json:
+    """Return how many frames of a video SmolVLM looks at."""
+    fps, most = facts.sampling
+    return {"fps": fps, "max_frames": most, "video_size": {"longest_edge": facts.longest}}
+
+
 def idefics_reader(spec: ImageSpec, facts: MediaFacts, kind: str) -> tuple[Json, Json]:
     """Return the keys of the processor, and those of its image processor, of class `kind`, by which pictures are cut."""
     sides = {"size": {"longest_edge": facts.longest}, "max_image_size": {"longest_edge": spec.size}}
@@ -51,4 +63,5 @@ def idefics_reader(spec: ImageSpec, facts: MediaFacts, kind: str) -> tuple[Json,
         "do_image_splitting": facts.cut,
         "do_pad": True,
         **sides,
+        **({"video_sampling": frame_sampling(facts)} if kind.startswith("SmolVLM") else {}),  # where older versions look
     }

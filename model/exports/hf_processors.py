@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from model.exports.hf_classes import IDEFICS3, INTERN_VL, LLAVA, NATIVE, NEXT, ONEVISION, SMOLVLM, HfClass, strategy
-from model.exports.hf_idefics import idefics_reader
+from model.exports.hf_idefics import frame_reader, idefics_reader
 from model.exports.hf_native import native_clips, native_pixels
 from model.exports.hf_pixtral import PROCESSOR, pixtral_reader
 from model.exports.media_facts import MediaFacts
@@ -156,6 +156,8 @@ def _idefics(spec: ImageSpec, facts: MediaFacts, kind: str) -> tuple[Json, Json]
 def _frames(spec: ImageSpec, facts: MediaFacts, target: HfClass) -> Json:
     if isinstance(spec, NativeSpec) and target.native:
         return {**native_clips(spec, facts, target.native), **_normalising(spec)}
+    if target is SMOLVLM:
+        return {**frame_reader(spec, facts), **_normalising(spec)}
     kind = target.name.removesuffix("ForConditionalGeneration") + "VideoProcessor"
     return {"video_processor_type": kind, "size": _square(spec), **_normalising(spec)}
 
@@ -194,5 +196,5 @@ _READERS: dict[str, Callable[[ImageSpec, MediaFacts], tuple[Json, Json]]] = {
     IDEFICS3.name: partial(_idefics, kind="Idefics3ImageProcessor"),
     SMOLVLM.name: partial(_idefics, kind="SmolVLMImageProcessor"),
 }
-SEES_VIDEOS = (ONEVISION, INTERN_VL, *NATIVE)
+SEES_VIDEOS = (ONEVISION, INTERN_VL, *NATIVE, SMOLVLM)
 """Classes whose processors have a reader of videos."""

@@ -23,6 +23,7 @@ class MediaFacts:
     longest: int = 0  # longest side in pixels of such a picture, or of one before it is cut as 'idefics' does; 0 = any
     clip_pixels: tuple[int, int] = (0, 0)  # least and most of a video that is read at its own size, or of each of its frames
     cut: bool = True  # pictures are cut into tiles as 'idefics' does
+    sampling: tuple[float, int] = (1.0, 1)  # frames of a video per second, and the most of them
     tokens: dict[str, str] = field(default_factory=dict)  # placeholder by modality
     ids: dict[str, int] = field(default_factory=dict)  # token id of that placeholder, and of texts around pictures
 

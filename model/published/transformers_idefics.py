@@ -14,6 +14,7 @@ WRITTEN = {"fake_image_token": "<fake_token_around_image>", "global_image_token"
 """Texts that the processors write around views, by the tokenizer's key that may name others."""
 LONGEST, TILE, TOKENS = 4 * 364, 364, 169
 """Where the processor's files name none, as in transformers' classes: sides in pixels, and tokens of a view."""
+SMOLVLM = "smolvlm"
 SIDES = (2, 3, 4)
 """Sides of the square of patches that becomes one token."""
 
@@ -44,7 +45,27 @@ def idefics_settings(source: Published) -> Settings:
         "data.cut_tiles": Given(pixel_settings(source).get("do_image_splitting") is not False, free=True),
         "data.media_wrap": Given([]),
         "data.template": template_setting(source),
+        **_video_settings(source),
     }
+
+
+def _video_settings(source: Published) -> Settings:
+    """Return how videos are read: by Idefics3 not at all, by SmolVLM where its frames take the size of pictures on their way.
+
+    Their settings stand in the processor's file, a file of their own or that of pictures, whichever transformers reads first.
+    """
+    if source.whole.model_type != SMOLVLM:
+        return {"data.frame_times": Given(False)}
+    nested, own = source.json("processor_config.json").get("video_processor"), source.json("video_preprocessor_config.json")
+    found, pixels = nested or own or pixel_settings(source), pixel_settings(source)
+    sampling = found.get("video_sampling") or {}
+    sides = found.get("size") or sampling.get("video_size") or {"longest_edge": LONGEST}
+    same = sides.get("longest_edge") == (pixels.get("size") or {}).get("longest_edge", LONGEST)
+    settings = {"data.frame_times": Given(same, free=True), "data.min_frames": Given(1, free=True)}
+    for key, kind in (("fps", float), ("max_frames", int)):
+        if isinstance(value := sampling.get(key), (int, float)) and value > 0:
+            settings[f"data.{key}"] = Given(kind(value), free=True)
+    return settings
 
 
 def side_tiles(source: Published) -> int:

@@ -70,11 +70,10 @@ def class_differences(target: HfClass, card: ModelCard) -> Iterator[str]:
     if target is INTERN_VL:
         yield "several pictures in one conversation: training shared data.max_tiles among them, this class gives each of them all"
     if target in SEES_VIDEOS:
-        yield "AutoProcessor of this class needs torchvision, for videos"
+        needs = "torchvision and num2words" if target is SMOLVLM else "torchvision"
+        yield f"AutoProcessor of this class needs {needs}, for videos"
     if target.processor == PROCESSOR:
         yield "AutoProcessor of this class needs torchvision"
-    if target is SMOLVLM:
-        yield "AutoProcessor of this class needs torchvision and num2words, for videos"
     if target is QWEN2_AUDIO:
         yield "clips longer than the encoder's window: training split them, this class cuts them off"
 
@@ -84,6 +83,8 @@ def budget_differences(config: DataConfig) -> Iterator[str]:
     for key, of in (("record_max_pixels", "all pictures of a conversation"), ("video_max_pixels", "all frames of a video")):
         if value := getattr(config, key):
             yield f"{of}: training gave them data.{key} = {value} together, this class's processor sizes each by itself"
+    if config.frame_times and config.min_frames > 1:
+        yield f"videos: training took data.min_frames = {config.min_frames} frames of the shortest, this class's processor one"
 
 
 def facts_of(processor: Processor) -> MediaFacts:
@@ -111,7 +112,8 @@ def _limited(facts: MediaFacts, processor: Processor) -> MediaFacts:
     spec = processor.specs.get("image")
     if facts.fit == "idefics":
         config = processor.config
-        return replace(facts, longest=config.side_tiles * image_spec(processor.specs).size, cut=config.cut_tiles)
+        facts = replace(facts, cut=config.cut_tiles, sampling=(config.fps, config.max_frames))
+        return replace(facts, longest=config.side_tiles * image_spec(processor.specs).size)
     if not isinstance(spec, NativeSpec):
         return facts
     rule, clips = rule_of(spec, processor.config), clip_budget(spec, processor.config)

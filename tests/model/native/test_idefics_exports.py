@@ -19,15 +19,18 @@ from model.errors import ConfigError
 from model.exports.hf_classes import choose_class
 from model.load import load_model
 from tests.support.published.asking import run_from
-from tests.support.published.idefics import IDEFICS_MAKERS
+from tests.support.published.idefics import IDEFICS_MAKERS, SIDE, SIDE_TILES
 from tests.support.published.native import native_reader
 from tests.support.published.native_runs import picture, talk
+from tests.support.tiny_media import folder as folder_of
+from tests.support.tiny_media import greys
 from tools.export_adapter import export
 from tools.exports.hf_folder import facts_of
 from tools.import_model import main as import_model
 from trainer.main import run
 
 NEW = 8
+SAMPLING = {"fps": 2, "max_frames": 5, "video_size": {"longest_edge": SIDE * SIDE_TILES}}
 BOTH = pytest.mark.parametrize("name", ["smolvlm", pytest.param("idefics3", marks=pytest.mark.long)])
 Exported = Callable[[str], Path]
 
@@ -40,6 +43,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     def made(name: str) -> Path:
         root = tmp_path_factory.mktemp(name)
         IDEFICS_MAKERS[name].write(root / "published", True)
+        if name == "smolvlm":
+            file = root / "published" / "preprocessor_config.json"
+            file.write_text(json.dumps({**json.loads(file.read_text()), "video_sampling": SAMPLING}))
         assert import_model([str(root / "published"), str(root / "ours")]) == 0
         export(root / "ours", root / "out", "hf")
         return root
@@ -61,6 +67,9 @@ def test_what_comes_in_goes_out_again_bit_for_bit(exported: Exported, name: str)
     for file in ("preprocessor_config.json", "processor_config.json"):
         theirs = settings(published, file)
         assert {key: settings(out, file)[key] for key in theirs} == theirs
+    if name == "smolvlm":
+        videos, whole = settings(out, "video_preprocessor_config.json"), settings(out, "processor_config.json")
+        assert videos["video_sampling"] == SAMPLING and whole["video_processor"] == videos
     theirs, ours = (IDEFICS_MAKERS[name].cls.config_class.from_pretrained(folder).to_dict() for folder in (published, out))
     for found in (theirs, ours):
         for part in (found, found["text_config"], found["vision_config"]):
@@ -136,13 +145,15 @@ def test_what_a_run_has_trained_goes_back(exported: Exported, tmp_path: Path, ll
     """The export itself compares ids, pixels and logits of the class with those of the run; adapters are merged."""
     folder = exported("smolvlm") / "published"
     shown = {**picture(tmp_path, 97, 61), "path": "97x61.png"}
-    (tmp_path / "train.json").write_text(json.dumps([{**talk(shown), "id": str(i)} for i in range(2)]))
+    moving = {"type": "video", "path": folder_of(tmp_path / "shots", greys(3)).name}
+    (tmp_path / "train.json").write_text(json.dumps([{**talk(one), "id": str(i)} for i, one in enumerate((shown, moving))]))
+    sources = [{"path": str(tmp_path / "train.json"), "media_root": str(tmp_path)}]
     tuned = {"llm": {"tune": llm}, "vision": {"tune": "full"}, "vision_projector": {"tune": "full"}}
     config = run_from(
         folder,
         tmp_path / "run",
         model={"init_from": str(folder), "dtype": "float32", **tuned},
-        data={"sources": [{"path": str(tmp_path / "train.json"), "media_root": str(tmp_path)}], "workers": 0},
+        data={"sources": sources, "workers": 0, "on_bad_sample": "error"},
         batch={"global_batch_size": 2, "micro_batch_size": 2},
         optim={"lr": 1e-2},
         train={"max_steps": 2},

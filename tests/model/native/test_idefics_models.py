@@ -20,7 +20,6 @@ from data.config import DataConfig
 from data.media.idefics_tiles import plan_idefics
 from data.media.inside_ids import tile_ids
 from data.positions import inside_ids
-from data.records.record import RecordError
 from model.batch import Batch
 from model.config import VisionConfig
 from model.errors import ConfigError
@@ -184,12 +183,6 @@ def test_pictures_stay_whole_where_their_processor_cuts_none(tmp_path: Path, nam
     batch = data.processor([record], answers=True)
     assert inputs["input_ids"].tolist() == batch.input_ids.tolist()
     assert torch.equal(inputs["pixel_values"][0], batch.media["image"].values)
-
-
-def test_videos_are_refused_by_name(smolvlm: Path, tmp_path: Path) -> None:
-    data, _ = built(run_from(smolvlm, tmp_path / "run"))
-    with pytest.raises(RecordError, match="'idefics' reads pictures alone"):
-        data.processor([{**talk(), "video": str(tmp_path), "messages": [{"role": "user", "content": "<video>Hm?"}]}])
 
 
 @pytest.mark.parametrize(
