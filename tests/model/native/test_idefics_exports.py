@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from data.processor import load_processor
@@ -167,3 +168,16 @@ def test_what_a_run_has_trained_goes_back(exported: Exported, tmp_path: Path, ll
     moved = {key for key, rows in before.items() if not torch.equal(rows, after[key])}
     for part in ("vision_model", "connector", "text_model"):
         assert any(key.startswith(f"model.{part}.") for key in moved), part
+    if llm == "lora":
+        beside_its_class(tmp_path)
+
+
+def beside_its_class(folder: Path) -> None:
+    """The adapter as PEFT adds it to the class in base/, against the merged folder in out/."""
+    export(folder / "run" / "final", folder / "adapter", "peft", "hf")
+    cls = IDEFICS_MAKERS["smolvlm"].cls
+    merged = cls.from_pretrained(folder / "out", dtype=torch.float32).eval()
+    added = PeftModel.from_pretrained(cls.from_pretrained(folder / "adapter" / "base", dtype=torch.float32), folder / "adapter")
+    ids = torch.arange(30, 40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(added.eval()(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
