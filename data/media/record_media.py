@@ -68,8 +68,7 @@ class RecordMedia:
         return replace(self.record, media=tuple(self._timed(ref) for ref in self.record.media))
 
     def _timed(self, ref: MediaRef) -> MediaRef:
-        spec = self.specs[ref.modality]
-        if ref.kind != "video" or not isinstance(spec, ImageSpec):
+        if ref.kind != "video" or not isinstance(spec := self.specs[ref.modality], ImageSpec):
             return ref
         with self.named(ref):
             return replace(ref, times=video.frame_times(self.blob(ref), ref, spec, self.config))

@@ -66,12 +66,12 @@ def spelled(number: int) -> str:
 def with_frame_texts(content: str, times: Iterator[FrameTimes | None], *, parts: bool) -> str:
     """Write the texts around each video of a content.
 
-    `times`: those of every medium that a placeholder stands for, in reading order; None for media without any. `parts`: the
-    template takes a line break on each side of a placeholder as belonging to it, and so does this.
+    `times`: those of every medium that a placeholder stands for, in reading order; None for media without any, and where
+    they are fewer. `parts`: the template takes a line break on each side of a placeholder as belonging to it, and so does this.
     """
 
     def told(found: re.Match[str]) -> str:
-        if (one := next(times)) is None:
+        if (one := next(times, None)) is None:
             return found[0]
         return one.before + _VIDEO + "\n" * parts + AFTER
 

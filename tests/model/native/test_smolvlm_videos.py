@@ -189,7 +189,7 @@ def test_numbers_are_written_as_words() -> None:
 def test_texts_stand_where_a_template_of_strings_has_its_placeholder() -> None:
     times = FrameTimes((0,), (61.0,), 3700.0)
     intro = "You are provided the following series of one frames from a 1:01:40 [H:MM:SS] video.\n\nFrame from 01:01:"
-    assert with_frame_texts("a\n<video>\nb<image>", iter([times, None]), parts=False) == f"a\n{intro}<video>\n\n\nb<image>"
+    assert with_frame_texts("a\n<video>\nb<image>", iter([times]), parts=False) == f"a\n{intro}<video>\n\n\nb<image>"
 
 
 def test_lengths_are_measured_as_samples_have_them(published: Path, tmp_path: Path) -> None:
