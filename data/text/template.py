@@ -162,9 +162,8 @@ class Template:
 
     @cached_property
     def _wording(self) -> Wording:
-        only = self.name in FORMATS and FORMATS[self.name].placeholders_only
-        parts = takes_parts(self.source)
-        return Wording(self.name, self.placeholders, self.media_wrap, self.state_tokens, self.tokens, only, parts)
+        wrap, only = self.media_wrap, self.name in FORMATS and FORMATS[self.name].placeholders_only
+        return Wording(self.name, self.placeholders, wrap, self.state_tokens, self.tokens, only, takes_parts(self.source))
 
     @property
     def layouts(self) -> TextLayouts:
