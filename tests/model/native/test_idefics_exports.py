@@ -112,6 +112,7 @@ def test_answers_equal_those_of_transformers(exported: Exported, tmp_path: Path,
         assert model.generate(prompt, max_new_tokens=NEW) == answers.tolist()
 
 
+@pytest.mark.long
 def test_pictures_that_are_not_cut_go_back_as_that(tmp_path: Path) -> None:
     """The export itself compares ids and pixels with those of the run."""
     IDEFICS_MAKERS["smolvlm"].write(tmp_path / "published", True)

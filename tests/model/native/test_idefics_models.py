@@ -161,7 +161,7 @@ def test_one_view_of_each_picture_may_be_asked_for(smolvlm: Path, tmp_path: Path
     assert "<fake_token_around_image><global-img><image>" in data.processor.tokenizer.decode(batch.input_ids[0])
 
 
-@pytest.mark.parametrize("name", IDEFICS_MAKERS)
+@pytest.mark.parametrize("name", ["smolvlm", pytest.param("idefics3", marks=pytest.mark.long)])
 def test_pictures_stay_whole_where_their_processor_cuts_none(tmp_path: Path, name: str) -> None:
     """Tokens at 120 sizes, then ids, pixels and the way back: views are resized in the processor's own steps."""
     maker, folder = IDEFICS_MAKERS[name], tmp_path / "published"
