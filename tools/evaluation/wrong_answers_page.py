@@ -83,6 +83,7 @@ def _figures(record: Record, processor: Processor, media_root: str, album: Album
     """Yield the media of the prompt, as the model receives them."""
     if not record.media:
         return
+    record = processor.media(record, media_root).timed()
     media, ids = processor.media(record, media_root), processor.template.placeholder_ids
     encoded = encode_prompt(processor.template, record)
     sample = assemble_sample(encoded, ids, media, max_length=None, sample_id=0, source_id=0)

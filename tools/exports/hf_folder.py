@@ -22,7 +22,7 @@ from data.text.chat_formats import jinja_file
 from data.text.parts_template import takes_parts
 from data.text.tokenizer import pad_id, save_tokenizer
 from model.card import ModelCard
-from model.exports.hf_classes import INTERN_VL, NEXT, QWEN2_AUDIO, HfClass, choose_class, class_config
+from model.exports.hf_classes import INTERN_VL, NEXT, QWEN2_AUDIO, SMOLVLM, HfClass, choose_class, class_config
 from model.exports.hf_pixtral import PROCESSOR
 from model.exports.hf_processors import SEES_VIDEOS, named_tokens, processor_files, wraps
 from model.exports.hf_weights import weights, write_weights
@@ -71,7 +71,8 @@ def class_differences(target: HfClass, card: ModelCard) -> Iterator[str]:
     if target is INTERN_VL:
         yield "several pictures in one conversation: training shared data.max_tiles among them, this class gives each of them all"
     if target in SEES_VIDEOS:
-        yield "AutoProcessor of this class needs torchvision, for videos"
+        needs = "torchvision and num2words" if target is SMOLVLM else "torchvision"
+        yield f"AutoProcessor of this class needs {needs}, for videos"
     if target.processor == PROCESSOR:
         yield "AutoProcessor of this class needs torchvision"
     if target is QWEN2_AUDIO:
@@ -83,6 +84,8 @@ def budget_differences(config: DataConfig) -> Iterator[str]:
     for key, of in (("record_max_pixels", "all pictures of a conversation"), ("video_max_pixels", "all frames of a video")):
         if value := getattr(config, key):
             yield f"{of}: training gave them data.{key} = {value} together, this class's processor sizes each by itself"
+    if config.frame_times and config.min_frames > 1:
+        yield f"videos: training took data.min_frames = {config.min_frames} frames of the shortest, this class's processor one"
 
 
 def facts_of(processor: Processor) -> MediaFacts:
@@ -106,8 +109,12 @@ def facts_of(processor: Processor) -> MediaFacts:
 
 
 def _limited(facts: MediaFacts, processor: Processor) -> MediaFacts:
-    """Return the facts with the least and the most of pictures and videos, where these are read at their own size."""
+    """Return the facts with the least and the most of pictures and videos, where these are cut or read at their own size."""
     spec = processor.specs.get("image")
+    if facts.fit == "idefics":
+        config = processor.config
+        facts = replace(facts, cut=config.cut_tiles, sampling=(config.fps, config.max_frames))
+        return replace(facts, longest=config.side_tiles * image_spec(processor.specs).size)
     if not isinstance(spec, NativeSpec):
         return facts
     rule, clips = rule_of(spec, processor.config), clip_budget(spec, processor.config)

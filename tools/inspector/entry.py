@@ -131,7 +131,7 @@ def _rejected(
 ) -> InspectorEntry:
     _, index, number = dataset.locate(i)
     try:
-        record: Record | None = dataset.record(i)
+        record: Record | None = dataset.record(i, timed=False)
     except RecordError:
         record = None
     try:
