@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,12 +22,12 @@ from trainer.schedule import describe_schedule
 from trainer.setup import PreparedRun
 
 
-def describe_run(prepared: PreparedRun, certificates: list[str], resume: Path | None, damaged: list[str]) -> str:
+def describe_run(prepared: PreparedRun, resume: Path | None, damaged: Sequence[str]) -> str:
     """Describe parts, batch arithmetic, sharding, data and the resume point, for people."""
     stage, origin = prepared.stage, prepared.config.model.init_from or "the bases"
     lines = ["", f"{stage}, from {origin}"] if stage.name else []
     lines += [*_parts(prepared), "", *_batches(prepared)]
-    lines += [f"data      {line}" for line in certificates]
+    lines += [f"data      {line}" for line in prepared.data.certificates]
     lines += [f"aside     {text}" for text in damaged]
     lines.append(f"start     {'from ' + str(resume) if resume else 'fresh'}, writing to {stage.folder}")
     return "\n".join(lines)

@@ -14,13 +14,34 @@ import transformers
 from model.files.tensor_files import dump_json
 from model.files.untrusted import Json
 from model.trainable import part_table
+from trainer.checkpoint.resume import StageStart
+from trainer.checkpoint.retention import set_aside, step_of
 from trainer.distributed.world import World
 from trainer.machine.atomic_files import replace_text
 from trainer.machine.memory_info import usage
 from trainer.optim import learning_rates
+from trainer.report import describe_run
+from trainer.runfile.schema import to_tables
+from trainer.runfile.toml_files import to_toml
 from trainer.setup import PreparedRun
 
 NAME = "start.json"
+
+
+def write_plan(prepared: PreparedRun, start: StageStart, first_step: int, chosen: str) -> None:
+    """Print the plan of a stage that goes on behind `first_step` steps of its own; write run.toml and start.json. For rank 0.
+
+    Checkpoints beyond the one that the user named as the beginning are moved aside: they would be mistaken for this run's.
+    `chosen`: a line about what was chosen at the start, which run.toml holds as a comment.
+    """
+    stage, notes = prepared.stage, start.notes
+    if start.checkpoint and stage.config.checkpoint.resume not in ("auto", "none"):
+        notes = [*notes, *set_aside(stage.run_folder, step_of(start.checkpoint))]
+    plan = describe_run(prepared, start.checkpoint if start.state else None, notes)
+    comment = f"# {chosen}\n" if chosen else ""
+    replace_text(stage.run_folder / "run.toml", to_toml(to_tables(stage.root)) + comment)
+    write_start(prepared, first_step, plan)
+    print(plan, flush=True)
 
 
 def write_start(prepared: PreparedRun, first_step: int, plan: str) -> None:

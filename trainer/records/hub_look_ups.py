@@ -5,28 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from model.errors import ConfigError
 from model.files.hub import HUB_ID, split_revision
 from model.files.hub_repository import adopt_look_ups, known_look_ups, look_up
+from model.files.untrusted import Json
 from trainer.config import RunConfig
+from trainer.distributed.main_rank import on_main_rank
 from trainer.distributed.world import World
 
 
 def share_look_ups(configs: Iterable[RunConfig], world: World) -> None:
     """Look up every hub id of a run on rank 0, and give all ranks what was found. Raises its `ConfigError` on all. Collective."""
-    answer: dict[str, object] = {}
-    if world.is_main:
-        try:
-            for config in configs:
-                for setting, path in hub_ids(config):
-                    look_up(setting, *split_revision(path), config.model.cache_dir)
-            answer = {"known": known_look_ups()}
-        except ConfigError as error:
-            answer = {"error": str(error)}
-    found = world.broadcast_json(answer)
-    if "error" in found:
-        raise ConfigError(found["error"])
-    adopt_look_ups(found["known"])
+
+    def found() -> Json:
+        for config in configs:
+            for setting, path in hub_ids(config):
+                look_up(setting, *split_revision(path), config.model.cache_dir)
+        return known_look_ups()
+
+    adopt_look_ups(on_main_rank(world, found))
 
 
 def hub_ids(config: RunConfig) -> Iterator[tuple[str, str]]:

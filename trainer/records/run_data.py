@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+
+import numpy as np
 
 from data.check.certificate import certify
 from data.check.measured_lengths import ESTIMATED
@@ -26,6 +30,7 @@ from model.llm.causal_lm import check_positions
 from model.media_spec import placeholder_tokens
 from model.preference.config import PAIRED, PreferenceConfig
 from trainer.config import RunConfig
+from trainer.distributed.main_rank import on_main_rank
 from trainer.distributed.world import World
 from trainer.machine.run_folder import check_folder
 from trainer.records import freeze_lengths
@@ -50,6 +55,7 @@ class RunData:
     pools: tuple[Pool, ...] = ()  # what each source of `train` gives
     validation_pools: tuple[Pool, ...] = ()
     lengths_kind: str = ESTIMATED  # exact | partly exact | estimated: the lengths that the run is planned by
+    certificates: Sequence[str] = ()  # one line per source, once it is certified: what was proven of its rows
 
     @property
     def num_records(self) -> dict[str, int]:
@@ -60,6 +66,19 @@ class RunData:
     @property
     def pad_id(self) -> int:
         return self.card.pad_id
+
+    @cached_property
+    def digest(self) -> str:
+        """Return the fingerprint of what decides the order of the data (planned lengths, modalities) and of the record sizes.
+
+        The planned lengths were frozen at the first start: they alone would not reveal that a data file was edited since.
+        """
+        if self.train is None:
+            return ""
+        digest = hashlib.sha256()
+        for array in (self.train.lengths, self.train.modalities, *(index.lengths for index in self.train.indexes)):
+            digest.update(np.ascontiguousarray(array, dtype=np.int32).tobytes())
+        return digest.hexdigest()
 
     def training(self) -> tuple[MultimodalDataset, Sampler]:
         """Return the training data and the order of its samples. Raises `ValueError` for a run without [[data.sources]]."""
@@ -165,16 +184,8 @@ def with_base_digests(data: RunData, world: World) -> RunData:
 
     Rank 0 computes them, so a hub id is downloaded once. Raises `ConfigError` on all ranks alike.
     """
-    answer: dict[str, str] = {}
-    if world.is_main:
-        try:
-            answer = base_digests(data.card.model) | given_digests(data.card)
-        except ConfigError as error:
-            answer = {"error": str(error)}
-    found = world.broadcast_json(answer)
-    if "error" in found:
-        raise ConfigError(found["error"])
-    return replace(data, card=replace(data.card, bases=found))
+    bases = on_main_rank(world, lambda: base_digests(data.card.model) | given_digests(data.card))
+    return replace(data, card=replace(data.card, bases=bases))
 
 
 def given_digests(card: ModelCard) -> dict[str, str]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import textwrap
 import types
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 from data.config import SourceConfig
+from model.errors import ConfigError
 from model.files.untrusted import Json
 from trainer.config import RunConfig, StageConfig
+from trainer.errors import CONFIG, DONE
 from trainer.runfile.revisions import NAMED_BY
 from trainer.runfile.settings import (
     NO_DEFAULT,
@@ -38,6 +41,19 @@ the file again. Beside any `path` or `init_from` of [model] and [lora], `revisio
 REVISION = "Branch, tag or commit of the hub id beside it."
 JSON_TYPES: dict[object, str] = {str: "string", int: "integer", float: "number", bool: "boolean"}
 WIDTH = 100
+
+
+def print_settings(word: str, *, schema: bool, page: bool) -> int:
+    """Print the JSON schema, the page of all settings, or the settings that hold `word`, and return the exit code."""
+    try:
+        if schema or page:
+            print(schema_text() if schema else settings_page(), end="")
+        else:
+            print(settings_text(word))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return CONFIG
+    return DONE
 
 
 def settings_text(word: str = "") -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -17,10 +18,9 @@ from transformers import PreTrainedTokenizerFast
 from data.text.tokenizer import load_tokenizer, save_tokenizer
 from model.card import language_model_config
 from model.files.tensor_files import dump_json
-from model.files.untrusted import Json
 from trainer.config import RunConfig
 from trainer.distributed.world import World, start_world, stop_world
-from trainer.errors import CONFIG, DONE
+from trainer.errors import CONFIG, DONE, INTERNAL, code_of
 from trainer.metrics import NAME as METRICS
 from trainer.run import train
 from trainer.runfile.load import load_run
@@ -36,36 +36,41 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer
 
 
 def dry_run(path: str, overrides: Sequence[str]) -> int:
-    """Try a run file and print one screen about it; return the exit code. Collective under torchrun.
+    """Try a run file and print one screen about it, or what is wrong with it; return the exit code. Collective under torchrun."""
+    try:
+        return _try_out(path, overrides)
+    except Exception as error:
+        if (code := code_of(error)) == INTERNAL:
+            raise
+        print(f"trainer: {error}", file=sys.stderr, flush=True)
+        return code
 
-    Everything is written into a temporary folder that is removed. Raises `ConfigError` for a run file that is wrong.
+
+def _try_out(path: str, overrides: Sequence[str]) -> int:
+    """Prepare the dry run on rank 0, and run it on all ranks of this machine. Collective.
+
+    Everything is written into a temporary folder that is removed.
     """
     world = start_world()
     try:
         with TemporaryDirectory(prefix="dry-run-") as folder:
-            return _try_out(Trial(Path(folder), world), path, overrides)
+            trial, error, tables = Trial(Path(folder), world), None, None
+            if world.is_main:
+                try:
+                    tables = to_tables(trial.prepare(path, overrides))
+                except Exception as caught:
+                    error = caught
+            tables = world.broadcast_json(tables)
+            if error is not None:
+                raise error
+            if tables is None:  # rank 0 tells why
+                return CONFIG
+            code = trial.run(run_of(tables))
+            world.barrier()  # the folder of rank 0 stays until all are done
+            return code
     finally:
         if world.size == 1:
             stop_world()
-
-
-def _try_out(trial: Trial, path: str, overrides: Sequence[str]) -> int:
-    """Prepare the dry run on rank 0, and run it on all ranks of this machine. Collective."""
-    error: Exception | None = None
-    tables: Json | None = None
-    if trial.world.is_main:
-        try:
-            tables = to_tables(trial.prepare(path, overrides))
-        except Exception as caught:
-            error = caught
-    tables = trial.world.broadcast_json(tables)
-    if error is not None:
-        raise error
-    if tables is None:  # rank 0 tells why
-        return CONFIG
-    code = trial.run(run_of(tables))
-    trial.world.barrier()  # the folder of rank 0 stays until all are done
-    return code
 
 
 @dataclass

@@ -24,7 +24,7 @@ from tests.support.disk import ALONE, CARD, Nothing, failing, names, save
 from tests.support.ranks import run_ranks
 from tests.support.resume import LORA, weights
 from tests.support.runs import Start, start
-from trainer import loop, run
+from trainer import finish, loop
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.retention import newest_sound
 from trainer.checkpoint.trial_save import space_warning, trial_save
@@ -276,18 +276,18 @@ def no_new_weights() -> Iterator[None]:
 def final_without_room(world: World, parts: Path, folder: Path) -> list[Start]:
     """Rank 0 fails in the middle of a file of final/, then at its first byte, while the others give their rows to it."""
     sections = {**STEPS, "model": {}, "lora": None, "parallel": {"strategy": "fsdp"}}
-    original, found = run.write_final, []
+    original, found = finish.write_final, []
     for fault in (lambda: files_up_to(30_000), no_new_weights):
 
         def failing_final(*args: Any, fault: Callable[[], AbstractContextManager[None]] = fault, **kwargs: Any) -> Any:
             with fault():
                 return original(*args, **kwargs)
 
-        run.write_final = failing_final
+        finish.write_final = failing_final
         try:
             found.append(start(world, parts, folder, sections))
         finally:
-            run.write_final = original
+            finish.write_final = original
         world.barrier()
         assert "final" not in names(folder)
         if world.is_main:
