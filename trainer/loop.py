@@ -16,8 +16,10 @@ from trainer.faults.exit_report import RunStatus
 from trainer.faults.requests import EVALUATE, REQUEST_NAMES, SAVE, STOP
 from trainer.feed import Feed
 from trainer.health.deferred_read import DeferredRead
-from trainer.health.loss_monitor import Health, forget_after, scalars_to_read, split_scalars
+from trainer.health.loss_monitor import NAME as FAULTS
+from trainer.health.loss_monitor import Health, scalars_to_read, split_scalars
 from trainer.machine.disk_space import as_save_error
+from trainer.machine.json_lines import rows_up_to
 from trainer.optim import set_learning_rates
 from trainer.records.bookkeeping import Bookkeeping
 from trainer.schedule import multiplier
@@ -57,7 +59,7 @@ class Loop:
         self.health = Health(prepared, start.state["meter"].get("health") if start.state else None)
         self.deferred = DeferredRead(prepared.world.device)
         if prepared.world.is_main:
-            forget_after(self.stage.run_folder, self.stage.first_step + first_step)
+            rows_up_to(self.stage.run_folder / FAULTS, self.stage.first_step + first_step)
         keep = prepared.config.checkpoint.keep
         self.checkpointer = Checkpointer(self.stage.run_folder, keep, prepared.world, self.tracker.report_progress)
 

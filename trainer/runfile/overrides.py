@@ -9,7 +9,7 @@ from model.errors import ConfigError
 from model.files.untrusted import Json, shown
 from trainer.runfile.merge_tables import PAIRS, has_key, value_of, without_key
 from trainer.runfile.settings import list_settings
-from trainer.runfile.toml_files import apply_override, to_toml
+from trainer.runfile.toml_files import apply_override, as_toml
 
 IDLE = re.compile(r"(?:every stage: |stage (?P<stage>[a-z0-9_-]+): )?\[?(?P<key>[a-z_]+(?:\.[a-z_]+)*)\]?(?: = .*?)? has no effect")
 """Beginning of a problem with a setting that has no effect beside the others."""
@@ -111,7 +111,7 @@ def _line(tables: Json, key: str) -> str:
     value = value_of(tables, key)
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         return f"[[{key}]]"
-    return f"[{key}]" if isinstance(value, dict) else f"{key} = {to_toml({'v': value}).removeprefix('v = ').strip()}"
+    return f"[{key}]" if isinstance(value, dict) else f"{key} = {as_toml(value)}"
 
 
 def check_known(text: str) -> None:

@@ -9,9 +9,9 @@ from model.files.hub import HUB_ID
 from model.files.untrusted import Json
 from model.published.table import published_settings
 from model.published.vita_audio import SETTINGS
-from trainer.runfile.merge_tables import has_key, merge, value_of, without_key
+from trainer.runfile.merge_tables import has_key, levels_of, merge, nested, value_of, without_key
 from trainer.runfile.schema import flatten_tables
-from trainer.runfile.toml_files import to_toml
+from trainer.runfile.toml_files import as_toml
 
 KEY = "model.init_from"
 KNOWN_BY = ("config.json", SETTINGS)
@@ -37,10 +37,10 @@ def resolve_published(tables: Json) -> tuple[Json, list[str]]:
         if given.when and value_of(tables, given.when[0]) != given.when[1]:
             continue
         if not has_key(tables, key):
-            tables = merge(tables, _table(key, given.value))
+            tables = merge(tables, nested(key, given.value))
         elif not given.allows(written := value_of(tables, key)):
             problems.append(
-                f"{key} = {_as_toml(written)}, but {path!r}, {name}, has {_as_toml(given.value)}: remove the line, it follows "
+                f"{key} = {as_toml(written)}, but {path!r}, {name}, has {as_toml(given.value)}: remove the line, it follows "
                 f"from {KEY}"
             )
     return tables, problems
@@ -48,12 +48,10 @@ def resolve_published(tables: Json) -> tuple[Json, list[str]]:
 
 def _in_stages(tables: Json) -> list[str]:
     """Return one line per [[stage]] that names a published model: it gives the parts of the whole run."""
-    stages = tables.get("stage")
-    found = [value_of(stage, KEY) if isinstance(stage, dict) else None for stage in (stages if isinstance(stages, list) else [])]
     return [
         f"stage {i}: {KEY} = {path!r} is a published model, which gives the parts of the whole run: write it in [model]"
-        for i, path in enumerate(found, 1)
-        if isinstance(path, str) and is_published(path)
+        for i, stage in enumerate(levels_of(tables)[1:], 1)
+        if isinstance(path := value_of(stage, KEY), str) and is_published(path)
     ]
 
 
@@ -75,9 +73,8 @@ def _unknown(path: object, tables: Json) -> list[str]:
 
 def written_settings(tables: Json) -> Json:
     """Return the settings that a run file writes, by dotted key; of a curriculum, those of its first stage."""
-    stages = tables.get("stage")
-    first = stages[0] if isinstance(stages, list) and stages and isinstance(stages[0], dict) else {}
-    return flatten_tables(merge({key: value for key, value in tables.items() if key != "stage"}, first))
+    base, first, *_ = *levels_of(tables), {}
+    return flatten_tables(merge({key: value for key, value in base.items() if key != "stage"}, first))
 
 
 def is_published(path: str) -> bool:
@@ -87,14 +84,3 @@ def is_published(path: str) -> bool:
         return not (folder / NAME).is_file() and any((folder / name).is_file() for name in KNOWN_BY)
     is_run = folder.name == "final" or folder.name.startswith("checkpoint-")  # the run that writes it may not have been started
     return not is_run and not folder.exists() and HUB_ID.fullmatch(path) is not None
-
-
-def _as_toml(value: object) -> str:
-    """Return a value as a run file writes it."""
-    return to_toml({"value": value}).removeprefix("value = ").strip()
-
-
-def _table(key: str, value: object) -> Json:
-    """Return nested tables that hold `value` at the dotted `key`."""
-    word, _, rest = key.partition(".")
-    return {word: _table(rest, value) if rest else value}

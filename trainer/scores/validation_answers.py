@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +17,7 @@ from trainer.distributed.parallelize import is_sharded
 from trainer.distributed.shards import reshard
 from trainer.distributed.world import World
 from trainer.faults.phase_tracker import VALIDATION, PhaseTracker
-from trainer.machine.atomic_files import replace_text
-from trainer.machine.json_lines import read_valid_lines
+from trainer.machine.json_lines import append_lines, rows_up_to
 from trainer.scores.text_metrics import score_texts
 from trainer.setup import PreparedRun
 from trainer.state import AnswerRow
@@ -108,18 +106,12 @@ class AnswerLog:
     """Writer of generations.jsonl, on rank 0: every answer of every validation."""
 
     def __init__(self, folder: Path, resumed_step: int, world: World, stage: str = "") -> None:
-        """Open the file and keep its rows up to `resumed_step` of the whole run: those of steps to come would be there twice."""
+        """Open the file and keep its rows up to `resumed_step` of the whole run."""
         self.path, self.active, self.stage = folder / NAME, world.is_main, {"stage": stage} if stage else {}
-        if self.active and self.path.exists():
-            rows = read_valid_lines(self.path, {"step": int}) if resumed_step else []
-            replace_text(self.path, "".join(_line(row) for row in rows if row["step"] <= resumed_step))
+        if self.active:
+            rows_up_to(self.path, resumed_step)
 
     def write(self, step: int, rows: list[AnswerRow]) -> None:
         """Append the `rows` of a validation after `step` steps of the run."""
         if self.active and rows:
-            with self.path.open("a", encoding="utf-8") as out:
-                out.write("".join(_line({"step": step, **self.stage, **row}) for row in rows))
-
-
-def _line(row: object) -> str:
-    return json.dumps(row) + "\n"
+            append_lines(self.path, ({"step": step, **self.stage, **row} for row in rows))
