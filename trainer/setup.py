@@ -33,7 +33,7 @@ from trainer.loss_scale import LossScale
 from trainer.optim import Trained, build_optimizer
 from trainer.preference.isolation import prove_answers_apart
 from trainer.records.hub_look_ups import share_look_ups
-from trainer.records.look_beside import looking_beside
+from trainer.records.look_beside import LookBeside
 from trainer.records.run_data import RunData
 from trainer.runfile.stages import Stage, check_stages, describe_stages, list_stages
 from trainer.schedule import check_schedule
@@ -108,7 +108,7 @@ def build_beside_check(stage: Stage, data: RunData, world: World, tracker: Phase
     What is wrong with the data is told first, whichever of the two is found first.
     """
     tracker.mark("load")
-    with looking_beside(data, stage.config, world) as beside:
+    with LookBeside(data, stage.config, world) as beside:
 
         def progress(at: str) -> None:
             tracker.report_progress(at)

@@ -15,7 +15,7 @@ from tests.support.runs import config_of
 from trainer.config import RunConfig
 from trainer.distributed.world import World
 from trainer.records import look_beside
-from trainer.records.look_beside import LookBeside, looking_beside
+from trainer.records.look_beside import LookBeside
 from trainer.records.quick_check import ENOUGH, Answer, look
 from trainer.records.run_data import RunData, open_data
 
@@ -71,7 +71,7 @@ def test_what_fails_in_the_thread_is_raised_where_the_run_waits(
         raise MemoryError("planted")
 
     monkeypatch.setattr(look_beside, "look", broken)
-    with looking_beside(*opened(parts, tmp_path), ALONE) as beside, pytest.raises(MemoryError, match="planted"):
+    with LookBeside(*opened(parts, tmp_path), ALONE) as beside, pytest.raises(MemoryError, match="planted"):
         beside.finish(lambda at: None)
 
 

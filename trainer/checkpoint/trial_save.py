@@ -86,7 +86,7 @@ def trial_save(
     Returns what went wrong on which ranks ("" if nothing did), and the bytes of all files of a checkpoint beside the tensors.
     """
     temporary, target = folder / f"{TRIAL}save{SAVING}", folder / f"{TRIAL}save"
-    if problem := _problem(world, attempt(lambda: fresh_folder(temporary), folder)[0] if world.is_main else []):
+    if problem := _describe(world.gather_json(attempt(lambda: fresh_folder(temporary), folder)[0] if world.is_main else [])):
         return problem, 0
     failed, facts = attempt(lambda: write_shard(temporary, world.rank, world.size, _small(parameters, world)), folder)
     answers = world.gather_json([failed, facts])
@@ -110,7 +110,7 @@ def trial_save(
     if failed:
         with suppress(OSError):
             remove_folder(temporary)
-    problem = _problem(world, failed)
+    problem = _describe(world.gather_json(failed))
     return problem, int(world.broadcast_json(total) or 0)
 
 
@@ -119,11 +119,6 @@ def _small(parameters: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
     own = {name: p.detach() for name, p in parameters.items() if is_first_copy(p, world.rank) and local(p).numel()}
     name = min(own, key=lambda name: (local(own[name]).numel(), name), default=None)
     return {} if name is None else {WEIGHTS + name: own[name]}
-
-
-def _problem(world: World, failed: list[str]) -> str:
-    """Gather the failures of all ranks and return them as one text, "" without any. Collective."""
-    return _describe(world.gather_json(failed))
 
 
 def _describe(failures: list[list[str]]) -> str:

@@ -47,14 +47,14 @@ class SpaceNeeded:
         return (self.keep + 1 + self.best) * self.checkpoint + (1 + self.best) * self.final
 
 
-def checkpoint_bytes(tensors: Mapping[str, Tensor], world: World, others: int = 0) -> tuple[int, int]:
+def checkpoint_bytes(tensors: Mapping[str, Tensor], world: World) -> tuple[int, int]:
     """Return the bytes of a checkpoint of `tensors` in all, and of its largest file. Collective.
 
-    Exact for tensors with their headers and layouts. `others`: bytes of the files that rank 0 writes beside them.
+    Exact for tensors with their headers and layouts; the files that rank 0 writes beside them are not counted.
     """
     own = shard_bytes({name: tensor.detach() for name, tensor in tensors.items() if is_first_copy(tensor, world.rank)})
     answers = world.gather_json(own)
-    return sum(map(sum, answers)) + others, max(map(max, answers))
+    return sum(map(sum, answers)), max(map(max, answers))
 
 
 def shard_bytes(tensors: dict[str, Tensor]) -> tuple[int, int]:

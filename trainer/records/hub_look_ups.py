@@ -30,11 +30,6 @@ def hub_ids(config: RunConfig) -> Iterator[tuple[str, str]]:
     named = {"model.init_from": config.model.init_from, "lora.path": config.lora.path}
     named |= {f"model.{name}.path": part.path for name, part in config.model.parts().items()}
     for setting, path in named.items():
-        if path and not Path(path).exists() and HUB_ID.fullmatch(path) and ".." not in path and not _is_of_a_run(path):
+        of_a_run = Path(path).name == "final" or Path(path).name.startswith("checkpoint-")  # which a stage is still to write
+        if path and not Path(path).exists() and HUB_ID.fullmatch(path) and ".." not in path and not of_a_run:
             yield setting, path
-
-
-def _is_of_a_run(path: str) -> bool:
-    """Tell whether a value is the folder of a run that an earlier stage is still to write."""
-    name = Path(path).name
-    return name == "final" or name.startswith("checkpoint-")

@@ -6,9 +6,10 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
+from typing import Self
 
 from trainer.config import RunConfig
 from trainer.distributed.world import World
@@ -25,7 +26,7 @@ _numbers = itertools.count()
 
 
 class LookBeside:
-    """A quick check that has been started. All of it stays in the memory of rank 0 until `finish`."""
+    """A quick check on rank 0, beside what the `with` does. All of it stays in the memory of rank 0 until `finish`."""
 
     def __init__(self, data: RunData, config: RunConfig, world: World) -> None:
         self.world = world
@@ -90,21 +91,14 @@ class LookBeside:
             raise self._failure
         return shared_answer(self.answer, self.world)
 
-    def drop(self) -> None:
-        """End the thread, whatever it has found: the start has failed for another reason."""
-        self._dropped.set()
-
     def _raise(self) -> None:
         if self._failure is not None:
             raise self._failure
         raise_error(self.answer)
 
+    def __enter__(self) -> Self:
+        return self
 
-@contextmanager
-def looking_beside(data: RunData, config: RunConfig, world: World) -> Iterator[LookBeside]:
-    """Check the data on rank 0 while the `with` builds and loads the model."""
-    beside = LookBeside(data, config, world)
-    try:
-        yield beside
-    finally:
-        beside.drop()
+    def __exit__(self, *why: object) -> None:
+        """End the thread, whatever it has found: where it still runs, the start has failed for another reason."""
+        self._dropped.set()

@@ -19,7 +19,6 @@ from data.media.pixel_budget import check_budgets
 from data.order.mixing import Pool, make_pools
 from data.order.sampler import Sampler
 from data.processor import Processor, make_processor
-from data.records.record import Answers
 from data.text.template import Template, TemplateOptions, load_template
 from data.text.tokenizer import load_tokenizer, pad_id
 from model.card import ModelCard, base_digests, make_card, media_specs, read_card
@@ -28,7 +27,7 @@ from model.errors import ConfigError, DataError
 from model.files.tensor_files import sampled_digest
 from model.llm.causal_lm import check_positions
 from model.media_spec import placeholder_tokens
-from model.preference.config import PAIRED, PreferenceConfig
+from model.preference.config import PAIRED
 from trainer.config import RunConfig
 from trainer.distributed.main_rank import on_main_rank
 from trainer.distributed.world import World
@@ -108,7 +107,7 @@ def open_data(
 
     def opened(sources: tuple[SourceConfig, ...], report: Callable[[str], object]) -> MultimodalDataset:
         dataset = open_dataset(sources, data, template, specs, folder / "index", report)
-        dataset.answers = answers_read(config.preference)
+        dataset.answers = "pairs" if config.preference.kind in PAIRED else "judged" if config.preference.is_on else "one"
         return dataset
 
     tables = {TRAIN: data.sources, VALIDATION: data.validation}
@@ -130,11 +129,6 @@ def open_data(
         sampler = Sampler(train.lengths, train.modalities, config.batch.global_batch_size, config.seed, data.order, pools)
     processor = make_processor(template, specs, data)
     return RunData(card, processor, train, validation, sampler, pools, held_out, kinds.get(TRAIN, ESTIMATED))
-
-
-def answers_read(preference: PreferenceConfig) -> Answers:
-    """Return what a run reads of a record."""
-    return "pairs" if preference.kind in PAIRED else "judged" if preference.is_on else "one"
 
 
 def open_vocabulary(config: RunConfig, world: World) -> tuple[Template, ModelCard]:

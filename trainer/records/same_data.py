@@ -65,11 +65,8 @@ def _write_note(stage: Stage, data: RunData, on_progress: Callable[[str], object
 
 def data_changes(before: Json, data: RunData, on_progress: Callable[[str], object] = lambda at: None) -> list[str]:
     """Return a line for each file that differs from `before`, the content of data.json. Writes nothing."""
-    each = [
-        line
-        for split, found in _splits(data).items()
-        for line in changed_files(before["splits"].get(split, {}), found, on_progress)
-    ]
+    splits = _splits(data).items()
+    each = [line for split, found in splits for line in changed_files(before["splits"].get(split, {}), found, on_progress)]
     return list(dict.fromkeys(each))  # what several sources hold is reported once
 
 
