@@ -6,12 +6,15 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
 
 from data.collate import collate
-from data.loader import BatchPlan
+from data.dataset import MultimodalDataset
+from data.loader import BatchPlan, LoadOptions
+from data.workers import Reading, describe_sample
 from model.build import DTYPES, assemble, resolve_dtype
 from model.errors import ConfigError
 from model.files.shards import local
@@ -28,10 +31,9 @@ from trainer.distributed.shards import shard
 from trainer.distributed.world import World
 from trainer.faults.phase_tracker import PhaseTracker
 from trainer.faults.signals import launcher_lines
-from trainer.isolation import prove_isolation
+from trainer.isolation import prove_answers_apart, prove_isolation
 from trainer.loss_scale import LossScale
 from trainer.optim import Trained, build_optimizer
-from trainer.preference.isolation import prove_answers_apart
 from trainer.records.hub_look_ups import share_look_ups
 from trainer.records.look_beside import LookBeside
 from trainer.records.run_data import RunData
@@ -58,6 +60,12 @@ class PreparedRun:
         """Return the plan by which steps and validation become micro-batches, on this number of ranks."""
         batch = self.config.batch
         return BatchPlan(self.world.size, batch.micro_batch_size, batch.micro_batch_tokens)
+
+    def load_options(self, dataset: MultimodalDataset, split: str, tracker: PhaseTracker) -> LoadOptions:
+        """Return how this rank reads `dataset`, whose data workers `tracker` watches from now on."""
+        workers = self.config.data.workers
+        reading = tracker.watch_workers(Reading(workers), partial(describe_sample, dataset), split)
+        return LoadOptions(pad_id=self.data.pad_id, rank=self.world.rank, workers=workers, reading=reading)
 
 
 def resolve_config(config: RunConfig, world: World) -> RunConfig:

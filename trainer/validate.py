@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
-from data.loader import LoadOptions, validation_batches
-from data.workers import Reading, describe_sample
+from data.loader import validation_batches
 from trainer.distributed.shards import reshard
 from trainer.faults.phase_tracker import PhaseTracker
 from trainer.metrics import SourceSums, mean_losses
@@ -46,12 +43,8 @@ def validate(prepared: PreparedRun, quarantine: Quarantine, step: int, tracker: 
     dataset, world, config, tracker = prepared.data.validation, prepared.world, prepared.config, tracker or PhaseTracker()
     if dataset is None:
         return {}
-    trained, reading = (
-        tracker.reading,
-        tracker.watch_workers(Reading(config.data.workers), partial(describe_sample, dataset), VALIDATION),
-    )
+    trained, options = tracker.reading, prepared.load_options(dataset, VALIDATION, tracker)
     sums, ratios = SourceSums(len(dataset.source_names), world.device), Ratios(dataset.source_names)
-    options = LoadOptions(pad_id=prepared.data.pad_id, rank=world.rank, workers=config.data.workers, reading=reading)
     max_samples, pools = config.validation.max_samples, prepared.data.validation_pools
     batches = validation_batches(dataset, prepared.batch_plan, options, max_samples, pools)
     prepared.model.eval()

@@ -178,7 +178,7 @@ def prove(folder: Path, digests: dict[str, dict[str, str]]) -> None:
 
 
 def _write_together(world: World, write: Callable[[], None]) -> None:
-    """Have rank 0 `write`. Raises on every rank SaveError for a file that cannot be written, ProofError for any other error."""
+    """Call `write` on rank 0. Raises on every rank SaveError for a file that cannot be written, ProofError for any other error."""
 
     def written() -> None:
         try:

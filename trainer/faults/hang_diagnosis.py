@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
-from trainer.faults.heartbeat import Heartbeat
 from trainer.faults.phase_tracker import BEFORE_UPDATE, STARTING, UNLIMITED
+from trainer.faults.shared_page import Heartbeat
 from trainer.machine.processes import DEFUNCT, GONE, HALTED, Process, ProcessFacts
 
 SILENCE_SECONDS = 5.0

@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from data.workers import Reading, explain_worker_death
-from trainer.faults.heartbeat import Heartbeat
-from trainer.faults.shared_page import SharedPage
-from trainer.machine.io_traffic import traffic
+from trainer.faults.shared_page import Heartbeat, SharedPage
+from trainer.machine.processes import traffic
 
 VALIDATION = "validation"
 BEFORE_UPDATE = ("data", "copy", "count", "forward", "backward", "update")

@@ -16,10 +16,9 @@ from trainer import errors
 from trainer.distributed.world import World
 from trainer.faults import exit_report
 from trainer.faults.hang_diagnosis import SHOWN, Finding, HangDetector, Verdict, describe_position
-from trainer.faults.heartbeat import Heartbeat
 from trainer.faults.heartbeats import Heartbeats, run_within
 from trainer.faults.phase_tracker import PhaseTracker
-from trainer.faults.shared_page import SharedPage, read_last_position, remove_page
+from trainer.faults.shared_page import Heartbeat, SharedPage, read_last_position, remove_page
 from trainer.faults.stack_dumps import Stacks
 from trainer.machine.folder_lock import FolderLock
 from trainer.machine.processes import DEFUNCT, GONE, Process, ProcessFacts, current_process, show_and_end

@@ -21,9 +21,8 @@ from data.records.record import RecordError
 from model.batch import Batch
 from model.files.untrusted import Json
 from trainer.errors import ProofError
-from trainer.health.overflow import is_overflow, range_hint
 from trainer.health.spike_detector import SpikeDetector
-from trainer.health.suspects import NUM_SUSPECTS, StepTensors, bad_samples, first_bad, highest
+from trainer.health.suspects import NUM_SUSPECTS, StepTensors, bad_samples, first_bad, highest, is_overflow, range_hint
 from trainer.machine.json_lines import append_lines
 from trainer.optim import Trained, in_norm_order
 from trainer.setup import PreparedRun

@@ -14,7 +14,7 @@ from model.errors import ConfigError
 from model.files.untrusted import Json
 from trainer.config import RunConfig, StageConfig
 from trainer.errors import CONFIG, DONE
-from trainer.runfile.revisions import NAMED_BY
+from trainer.runfile.published import NAMED_BY
 from trainer.runfile.settings import (
     NO_DEFAULT,
     Setting,
