@@ -1,4 +1,4 @@
-"""What rank 0 does for all ranks: work whose result or error all of them get, and lines for people."""
+"""Work of rank 0 for all ranks: they get its result or its error, and people its lines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainer.errors import ProofError, SaveError
 
 T = TypeVar("T")
 KINDS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (ConfigError, DataError, SaveError, ProofError)}
-"""Errors that all ranks raise together. Any other one is raised on rank 0 alone, and the watchdog ends the others."""
+"""Errors that all ranks raise together. Others are raised on rank 0 alone, and the watchdog ends the rest."""
 
 
 def on_main_rank(world: World, work: Callable[[], T]) -> T:

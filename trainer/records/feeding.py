@@ -41,8 +41,7 @@ def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...], inherited: Co
         if modality not in inherited and not any(kinds[kind] for kind in read):
             raise UnfedError(
                 f"[model.{PART_OF_MODALITY[modality]}] can never be fed: no record of data.sources has "
-                f"{' or '.join(map(_one, read))}; "
-                "remove the part or add data"
+                f"{' or '.join(map(_one, read))}; remove the part or add data"
             )
     for n, (kind, names) in enumerate(kinds.items()):
         if names and READ_BY[kind] not in dataset.specs:

@@ -17,7 +17,6 @@ from trainer.errors import CONFIG, DONE
 from trainer.runfile.published import NAMED_BY
 from trainer.runfile.settings import (
     NO_DEFAULT,
-    Setting,
     default_of,
     default_words,
     find_settings,
@@ -60,7 +59,8 @@ def settings_text(word: str = "") -> str:
     """Return the settings whose key or sentence holds `word` as lines for a terminal; all for ""."""
     lines = []
     for setting in find_settings(word):
-        lines.append(f"{setting.key}   {type_words(setting.hint)}; {_default(setting)}")
+        default = f"{'default ' * (setting.default is not NO_DEFAULT)}{default_words(setting.default)}"
+        lines.append(f"{setting.key}   {type_words(setting.hint)}; {default}")
         lines += textwrap.wrap(setting.sentence, WIDTH, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)
 
@@ -82,10 +82,6 @@ def settings_page() -> str:
         cells = (f"`{setting.name}`", type_words(setting.hint), default, setting.sentence)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _default(setting: Setting) -> str:
-    return "required" if setting.default is NO_DEFAULT else f"default {default_words(setting.default)}"
 
 
 def schema_text() -> str:
@@ -131,12 +127,7 @@ def _table(cls: type, path: str) -> Json:
         properties["revision"] = {"type": "string", "description": REVISION}
     filled = path.startswith("model") or cls is SourceConfig  # by a published model, by data.catalog
     required = [f.name for f in dataclasses.fields(cls) if default_of(f) is NO_DEFAULT and not filled]
-    return {
-        "type": "object",
-        "additionalProperties": False,
-        "properties": properties,
-        **({"required": required} if required else {}),
-    }
+    return _object(properties, required)
 
 
 def _value(hint: object) -> Json:

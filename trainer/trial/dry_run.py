@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -79,10 +79,8 @@ class Trial:
 
     folder: Path
     world: World
-
-    def __post_init__(self) -> None:
-        self.started_at = time.perf_counter()
-        self.places: dict[str, str] = {}  # folders in place of parts that cannot be reached, by their paths
+    started_at: float = field(default_factory=time.perf_counter)
+    places: dict[str, str] = field(default_factory=dict)  # folders in place of parts that cannot be reached, by their paths
 
     def prepare(self, path: str, overrides: Sequence[str]) -> RunConfig:
         """Print what the run is at full size and what is made up; return the small run. On rank 0."""
@@ -90,9 +88,8 @@ class Trial:
         for line in aside:
             self._say("aside", line)
         for name in self.places:
-            self._say(
-                "made up", f"shape of {name!r}, which is no folder and not in the cache of the hub: the one of the built-in table"
-            )
+            where = "which is no folder and not in the cache of the hub: the one of the built-in table"
+            self._say("made up", f"shape of {name!r}, {where}")
         tokenizer, root = self._tokenizer(root)
         self._say("at full size", "")
         for line in describe_full_size(root, self.folder / "paper", self.world):
@@ -132,9 +129,8 @@ class Trial:
         for line in self._losses(Path(config.output_dir) / METRICS):
             self._say("trained", line)
         seconds = time.perf_counter() - self.started_at
-        self._say(
-            "passed", f"in {seconds:.0f} s: {STEPS} steps of {SAMPLES} samples on small parts of the same kinds, nothing kept"
-        )
+        steps = f"{STEPS} steps of {SAMPLES} samples on small parts of the same kinds, nothing kept"
+        self._say("passed", f"in {seconds:.0f} s: {steps}")
         return code
 
     def _losses(self, path: Path) -> Iterator[str]:

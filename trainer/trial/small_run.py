@@ -47,13 +47,13 @@ class SmallRun:
 
     def make(self) -> RunConfig:
         """Write the parts and records that are needed, and return the run."""
-        for stage in list_stages(self.root):
+        stages = list_stages(self.root)
+        for stage in stages:
             for name in PARTS:  # the language model first: the others are built beside it
                 part = stage.config.model.parts().get(name)
                 if part is not None and (name, getattr(part, "path", "")) not in self.places:
                     self._make_part(name, part, stage.config)
         tables = to_tables(self.root)
-        stages = list_stages(self.root)
         fed = [self._fed(stage.config, is_first=stage.number == 1) for stage in stages]
         small = self._shrunk(tables, fed[0])  # above all stages stands the first one
         small |= {
