@@ -16,10 +16,10 @@ def stage_tables(tables: Json) -> dict[str, Json]:
     """Return the complete tables of every stage of a resolved run, by name; a run without stages is there under the name ""."""
     base = {key: value for key, value in tables.items() if key != "stage"}
     stages = tables.get("stage") or [{"name": ""}]
-    return {stage["name"]: merge(base, {k: v for k, v in stage.items() if k != "name"}) for stage in stages}
+    return {stage["name"]: merge_into(base, {k: v for k, v in stage.items() if k != "name"}) for stage in stages}
 
 
-def merge(base: Json, own: Json) -> Json:
+def merge_into(base: Json, own: Json) -> Json:
     """Merge `own` into `base`: tables are merged, arrays and values are replaced.
 
     Of two settings that exclude each other, the one of `own` holds.

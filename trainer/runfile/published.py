@@ -12,7 +12,7 @@ from model.files.hub import HUB_ID
 from model.files.untrusted import Json, shown
 from model.published.table import published_settings
 from model.published.vita_audio import SETTINGS
-from trainer.runfile.merge_tables import has_key, levels_of, merge, nested, value_of, without_key
+from trainer.runfile.merge_tables import has_key, levels_of, merge_into, nested, value_of, without_key
 from trainer.runfile.schema import flatten_tables
 from trainer.runfile.toml_files import as_toml
 
@@ -40,7 +40,7 @@ def resolve_published(tables: Json) -> tuple[Json, list[str]]:
         if given.when and value_of(tables, given.when[0]) != given.when[1]:
             continue
         if not has_key(tables, key):
-            tables = merge(tables, nested(key, given.value))
+            tables = merge_into(tables, nested(key, given.value))
         elif not given.allows(written := value_of(tables, key)):
             problems.append(
                 f"{key} = {as_toml(written)}, but {path!r}, {name}, has {as_toml(given.value)}: remove the line, it follows "
@@ -77,7 +77,7 @@ def _unknown(path: object, tables: Json) -> list[str]:
 def written_settings(tables: Json) -> Json:
     """Return the settings that a run file writes, by dotted key; of a curriculum, those of its first stage."""
     base, first, *_ = *levels_of(tables), {}
-    return flatten_tables(merge({key: value for key, value in base.items() if key != "stage"}, first))
+    return flatten_tables(merge_into({key: value for key, value in base.items() if key != "stage"}, first))
 
 
 def is_published(path: str) -> bool:

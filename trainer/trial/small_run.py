@@ -14,7 +14,7 @@ from model.errors import ConfigError, DataError
 from model.files.untrusted import Json
 from model.multimodal import ENCODERS
 from trainer.config import RunConfig, StageConfig
-from trainer.runfile.merge_tables import merge, nested, value_of, without_key
+from trainer.runfile.merge_tables import merge_into, nested, value_of, without_key
 from trainer.runfile.schema import SchemaReader, to_tables
 from trainer.runfile.stages import list_stages
 from trainer.trial.made_up_records import kinds_of, make_source
@@ -113,9 +113,9 @@ class SmallRun:
         for key in _EMPTIED:
             if path := value_of(found, key):
                 self.notes.append(f"weights of {key} = {path!r}")
-                found = merge(found, nested(key, ""))
+                found = merge_into(found, nested(key, ""))
         if value_of(found, "model.llm.dequantize"):
-            found = merge(found, nested("model.llm.dequantize", False))
+            found = merge_into(found, nested("model.llm.dequantize", False))
         data = dict(found.get("data", {}))
         for split in ("sources", "validation"):
             if data.get(split):
