@@ -104,7 +104,6 @@ def _leaks(model: MultimodalLM, sample: PreferenceSample, pad_id: int, world: Wo
 
 
 def _sample(roles: tuple[Role, Role], vocabulary: int) -> PreferenceSample:
-    """Return a sample of ids that count up."""
     ids = np.arange(3 * LENGTH) % vocabulary
     answers = tuple(SampleAnswer(role, (k + 1) * LENGTH, (k + 2) * LENGTH, np.ones(LENGTH, bool)) for k, role in enumerate(roles))
     return PreferenceSample(0, 0, ids, np.full(len(ids), IGNORE_INDEX), {}, prompt=LENGTH, answers=answers)

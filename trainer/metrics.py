@@ -19,7 +19,7 @@ from model.batch import Batch
 from model.files.tensor_files import dump_json
 from trainer.distributed.world import World
 from trainer.machine.json_lines import append_lines, rows_up_to
-from trainer.part_norms import PartNorms
+from trainer.optim import PartNorms
 from trainer.ratios import Ratios, ratio_means
 from trainer.state import MeterTotals
 from trainer.step import StepResult

@@ -25,10 +25,10 @@ from trainer.records.later_stages import check_later_stages
 from trainer.records.quarantine import drop_old_rows
 from trainer.records.run_data import RunData, certify_all, open_data, with_base_digests
 from trainer.records.same_data import is_accepted, same_data
+from trainer.report import write_plan
 from trainer.runfile.stages import Stage
 from trainer.scores.best import BestValue
 from trainer.setup import build_beside_check, resolve_stages, set_arithmetic
-from trainer.start_note import write_plan
 from trainer.trackers.open_trackers import tracked
 
 

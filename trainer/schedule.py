@@ -13,7 +13,6 @@ def warmup_steps(config: OptimConfig, total: int) -> int:
 
 
 def decay_steps(config: OptimConfig, total: int) -> int:
-    """Return the steps of the last phase of the wsd schedule."""
     return math.ceil(total * (config.decay_ratio or 0.0)) if config.decay_steps is None else config.decay_steps
 
 

@@ -32,7 +32,6 @@ class Screen:
         self.bar.close()
 
     def stepped(self) -> None:
-        """Count one step in the bar."""
         self.bar.update()
 
     def logged(self, done: int, values: Mapping[str, float], lr: float) -> None:

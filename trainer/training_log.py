@@ -7,7 +7,7 @@ import torch
 from model.batch import Batch
 from trainer.checkpoint.resume import StageStart
 from trainer.metrics import Meter, MetricsLog
-from trainer.part_norms import PartNorms
+from trainer.optim import PartNorms
 from trainer.preference.collapse import CollapseWatch
 from trainer.screen import Screen
 from trainer.setup import PreparedRun

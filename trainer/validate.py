@@ -35,12 +35,12 @@ class Validation:
         return values
 
 
-def validate(prepared: PreparedRun, quarantine: Quarantine, step: int, tracker: PhaseTracker | None = None) -> dict[str, float]:
+def validate(prepared: PreparedRun, quarantine: Quarantine, step: int, tracker: PhaseTracker) -> dict[str, float]:
     """Return val/loss, val/<source>/loss and val/<term>_loss over the same records at every call. Collective.
 
     Bad records go to the quarantine. Every micro-batch is marked in `tracker`.
     """
-    dataset, world, config, tracker = prepared.data.validation, prepared.world, prepared.config, tracker or PhaseTracker()
+    dataset, world, config = prepared.data.validation, prepared.world, prepared.config
     if dataset is None:
         return {}
     trained, options = tracker.reading, prepared.load_options(dataset, VALIDATION, tracker)

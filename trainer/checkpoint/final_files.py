@@ -23,7 +23,7 @@ from trainer.distributed.world import World
 Files = list[tuple[str, dict[str, Entry]]]
 
 
-def final_files(model: MultimodalLM, card: ModelCard, world: World, alone: bool = False) -> Files:
+def final_files(model: MultimodalLM, card: ModelCard, world: World, alone: bool) -> Files:
     """Return all weight files of final/. No tensor is read yet.
 
     `alone`: include the tensors that come from the run named by model.init_from.

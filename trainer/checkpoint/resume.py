@@ -68,14 +68,15 @@ def find_resume_point(config: RunConfig, world: World) -> tuple[Path | None, lis
     if resume == "auto":
         path, damaged = newest_sound(folder, world)
         return path, notes + damaged
-    problem = ""
-    if resume == "none":
-        if world.is_main and (found := checkpoints(folder)):
-            problem = f"'none', but {folder} holds {found[-1].name}: use another output_dir, or resume = 'auto'"
-    elif world.is_main and not Path(resume).is_dir():
-        problem = f"{resume!r}: no such folder"
-    if problem := world.broadcast_json(problem):
-        raise ConfigError(f"checkpoint.resume = {problem}")
+
+    def check_there() -> None:
+        if resume != "none" and not Path(resume).is_dir():
+            raise ConfigError(f"checkpoint.resume = {resume!r}: no such folder")
+        if resume == "none" and (found := checkpoints(folder)):
+            text = f"'none', but {folder} holds {found[-1].name}: use another output_dir, or resume = 'auto'"
+            raise ConfigError(f"checkpoint.resume = {text}")
+
+    on_main_rank(world, check_there)
     if resume == "none":
         return None, notes
     if problem := verify_together(Path(resume), world):

@@ -111,7 +111,6 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """Return the step in the name of a checkpoint folder."""
     return int(path.name.removeprefix(PREFIX))
 
 

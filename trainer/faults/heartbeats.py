@@ -43,7 +43,6 @@ class Heartbeats:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
-        """Start the exchange of heartbeats."""
         self._thread.start()
 
     def stop(self) -> None:

@@ -88,7 +88,7 @@ class PhaseTracker:
             self.shared_page.note(beat.phase, beat.step, beat.part, beat.moves, samples)
         self.beat = beat
 
-    def watch_workers(self, reading: Reading, names: Callable[[int], str], split: str = "train") -> Reading:
+    def watch_workers(self, reading: Reading, names: Callable[[int], str], split: str) -> Reading:
         """Register the data workers that the main thread waits for, and the readable names of their samples; return `reading`."""
         self.reading, self.names[split] = reading, names
         return reading

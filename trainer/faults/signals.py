@@ -76,7 +76,6 @@ class Listener:
                 self._say(f"{folder / name} was left from before this start; removed")
 
     def close(self) -> None:
-        """End the thread, and close its sockets."""
         self.ended = True
         with suppress(BlockingIOError):
             self.outbox.send(b"\0")
@@ -110,7 +109,6 @@ class Listener:
             return []
 
     def _removed(self, name: str) -> bool:
-        """Remove a request file; return whether it was there."""
         try:
             (self.folder / name).unlink()
         except OSError:
@@ -128,7 +126,6 @@ class Listener:
         self._stop(name)
 
     def _requested(self, name: str) -> None:
-        """Handle a request file."""
         if REQUESTS[name] == STOP:
             self._stop(f"{name} in {self.folder}")
         else:

@@ -62,5 +62,4 @@ class Stacks:
 
 
 def stack_file(run_folder: Path, rank: int) -> Path:
-    """Return the path of a rank's stack file."""
     return run_folder / FOLDER / f"rank-{rank:05d}.txt"

@@ -53,7 +53,6 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> Watchdog:
-        """Start the threads, and return the watchdog."""
         self.heartbeats.start()
         self._thread.start()
         return self
@@ -106,7 +105,6 @@ class Watchdog:
         return Verdict(found["code"], found["reason"], found["rank"], found["rank"], found["step"], stacks=False)
 
     def _heartbeat(self) -> Heartbeat:
-        """Return the heartbeat of this rank."""
         beat: Heartbeat = {**self.tracker.now(), "process": self.process.to_json(), "broken": self.detector.broken}
         return {**beat, "phase": "done"} if self._over.is_set() else beat
 
@@ -181,7 +179,6 @@ class Watchdog:
         return describe_position(beat, [f"sample {i}" for i in ids] if names is None else names)
 
     def _stacks_hint(self) -> str:
-        """Return the hint where the stacks are."""
         return f"stacks of all ranks: {self.stacks.folder}"
 
     def _leave(self, verdict: Verdict) -> None:

@@ -153,7 +153,6 @@ class Health:
         return {"kind": kind, "step": self.stage.first_step + step + 1, **stage}
 
     def _samples(self, step: int) -> list[int]:
-        """Return the samples of a step, over all ranks."""
         _, sampler = self.prepared.data.training()
         return [int(i) for i in sampler.step(step)]
 

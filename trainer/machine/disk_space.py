@@ -94,24 +94,16 @@ def written_bytes(folder: Path) -> int:
         return 0
 
 
-def prove_space(space: SpaceNeeded, world: World) -> None:
-    """Check that the next checkpoint and final/ fit on the disk and in the file size limit. Collective.
-
-    Raises SaveError on every rank when they do not.
-    """
-    problem = ""
-    if world.is_main:
-        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-        needed = space.checkpoint + space.final
-        if free_bytes(space.folder) < needed:
-            problem = f"the next checkpoint and final/ do not fit. {describe_shortage(space.folder, needed)}"
-        elif limit != resource.RLIM_INFINITY and limit < space.largest:
-            problem = (
-                f"a file of {format_bytes(space.largest)} is to be written to {space.folder}, and this process may write files of "
-                f"{format_bytes(limit)}: {format_bytes(space.largest - limit)} are missing. Raise the limit (`ulimit -f`)"
-            )
-    if problem := world.broadcast_json(problem):
-        raise SaveError(problem)
+def prove_space(space: SpaceNeeded) -> None:
+    """Check that the next checkpoint and final/ fit on the disk and in the file size limit. Raises SaveError otherwise."""
+    limit, needed = resource.getrlimit(resource.RLIMIT_FSIZE)[0], space.checkpoint + space.final
+    if free_bytes(space.folder) < needed:
+        raise SaveError(f"the next checkpoint and final/ do not fit. {describe_shortage(space.folder, needed)}")
+    if limit != resource.RLIM_INFINITY and limit < space.largest:
+        raise SaveError(
+            f"a file of {format_bytes(space.largest)} is to be written to {space.folder}, and this process may write files of "
+            f"{format_bytes(limit)}: {format_bytes(space.largest - limit)} are missing. Raise the limit (`ulimit -f`)"
+        )
 
 
 def as_save_error(error: BaseException, folder: Path, space: SpaceNeeded | None) -> SaveError | None:

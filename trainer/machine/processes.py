@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
+END_SECONDS = 2.0
 GONE, DEFUNCT, HALTED, RUNNING = "gone", "defunct", "stopped", "running"
 
 
@@ -73,28 +74,28 @@ def _stat(pid: int) -> tuple[str, str]:
         return "?", ""
 
 
-def show_and_end(process: Process, seconds: float = 4.0) -> None:
+def show_and_end(process: Process) -> None:
     """Wake a process, so that it leaves by itself; else have it write its stacks (`trainer.faults.stack_dumps`), then kill it.
 
-    Waits `seconds` at most. Nothing is done to this process, to an ended one or to one on another machine.
+    Waits 2 * END_SECONDS at most. Nothing is done to this process, to an ended one or to one on another machine.
     """
     if process.state() in (None, GONE, DEFUNCT) or process.pid == os.getpid():
         return
     try:
         os.kill(process.pid, signal.SIGCONT)
-        if _has_ended(process, seconds / 2):
+        if _has_ended(process):
             return
         # Not earlier: an interpreter that dumps stacks from a signal handler while other threads run may crash.
         os.kill(process.pid, signal.SIGUSR2)
-        if not _has_ended(process, seconds / 2):
+        if not _has_ended(process):
             os.kill(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         return
 
 
-def _has_ended(process: Process, seconds: float) -> bool:
-    """Return whether a process ends within `seconds`."""
-    end = time.monotonic() + seconds
+def _has_ended(process: Process) -> bool:
+    """Return whether a process ends within END_SECONDS."""
+    end = time.monotonic() + END_SECONDS
     while process.state() not in (GONE, DEFUNCT):
         if time.monotonic() > end:
             return False

@@ -30,7 +30,7 @@ from model.lora import is_adapter
 from model.preference.tuning import PreferenceTuning, measuring
 from trainer.distributed.shards import reshard
 from trainer.faults.phase_tracker import PhaseTracker
-from trainer.records.quarantine import TRAIN, VALIDATION
+from trainer.records.quarantine import TRAIN
 from trainer.setup import PreparedRun
 
 MOST_ANSWERS = 3  # of one record
@@ -48,10 +48,7 @@ def prepare_reference(prepared: PreparedRun, tracker: PhaseTracker) -> list[str]
         tuning.adapters_off = True
         return ["the model without its adapters"]
     lines = [] if prepared.config.preference.reference == "stored" else [f"stored: {why}"]
-    for split, dataset in ((TRAIN, prepared.data.train), (VALIDATION, prepared.data.validation)):
-        if dataset is not None:
-            lines.append(_load_or_compute(prepared, tuning, split, dataset, tracker))
-    return lines
+    return lines + [_load_or_compute(prepared, tuning, *found, tracker) for found in prepared.data.datasets.items()]
 
 
 def _why_stored(prepared: PreparedRun) -> str:

@@ -15,6 +15,8 @@ from model.errors import ConfigError, DataError
 from model.media_spec import PLACEHOLDERS, READ_BY
 from model.multimodal import ENCODERS
 
+LOOKED_AT = 200
+
 
 class UnfedError(ConfigError):
     """Error that no record feeds a configured part."""
@@ -26,7 +28,7 @@ def inherited_modalities(model: ModelConfig) -> frozenset[str]:
     return frozenset(kind for kind, names in ENCODERS.items() if model.init_from and frozen.issuperset(names))
 
 
-def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...], inherited: Collection[str] = ()) -> None:
+def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...], inherited: Collection[str]) -> None:
     """Check that records feed every configured part, unless it is `inherited`, and that a part reads every medium of the records.
 
     Raises `DataError` without any record, `UnfedError` for a part without records, `ConfigError` for a medium without a part.
@@ -55,14 +57,14 @@ def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...], inherited: Co
             )
 
 
-def refused_records(dataset: MultimodalDataset, pools: Sequence[Pool], count: int = 200) -> tuple[float, str]:
-    """Return the share of up to `count` records, spread over all, that break the rules, and the reasons as text.
+def refused_records(dataset: MultimodalDataset, pools: Sequence[Pool]) -> tuple[float, str]:
+    """Return the share of up to LOOKED_AT records, spread over all, that break the rules, and the reasons as text.
 
     The text has the three most frequent reasons, each with its number of records and the first one; it is empty where all records
     are good.
     """
     ids = np.concatenate([pool.ids for pool in pools])
-    looked_at = ids[:: -(-len(ids) // count)]
+    looked_at = ids[:: -(-len(ids) // LOOKED_AT)]
     found: dict[str, list[str]] = {}
     for i in looked_at:
         try:

@@ -15,7 +15,7 @@ from trainer.setup import resolve_config
 
 
 def check_later_stages(
-    root: RunConfig, stages: Sequence[Stage], world: World, on_progress: Callable[[str], object] = lambda at: None
+    root: RunConfig, stages: Sequence[Stage], world: World, on_progress: Callable[[str], object]
 ) -> Iterator[str]:
     """Open, certify and check the data of each stage as the start of the stage will; no weight is read. Yields lines for people.
 

@@ -39,12 +39,12 @@ class QuarantineRow(TypedDict, total=False):
     too_long: bool
 
 
-def read_excluded(folder: Path, stage: str = "") -> frozenset[int]:
+def read_excluded(folder: Path, stage: str) -> frozenset[int]:
     """Read the training sample ids of a stage that earlier starts quarantined."""
     return frozenset(row["sample_id"] for row in read_rows(folder, stage) if row["split"] == TRAIN)
 
 
-def drop_old_rows(folder: Path, finished: Collection[str] = ()) -> None:
+def drop_old_rows(folder: Path, finished: Collection[str]) -> None:
     """Drop the rows of earlier starts, because a start at step 0 checks its records again.
 
     Records may have been repaired since, and a sample id may mean another record now. Rows of `finished` stages stay; without

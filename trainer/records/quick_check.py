@@ -125,13 +125,10 @@ def look(
 
 def plan_checks(data: RunData, index_folder: Path) -> list[SourceCheck]:
     """Plan what to check: of every source a share of MAX_RECORDS in proportion to its size, and at least LEAST records."""
-    splits = ((TRAIN, data.train, data.pools), (VALIDATION, data.validation, data.validation_pools))
-    total = sum(len(pool.ids) for _, _, pools in splits for pool in pools)
-    checks = []
-    for split, dataset, pools in splits:
-        if dataset is None:
-            continue
-        first = 0
+    pools_of = {TRAIN: data.pools, VALIDATION: data.validation_pools}
+    total, checks = sum(data.num_records.values()), []
+    for split, dataset in data.datasets.items():
+        pools, first = pools_of[split], 0
         for pool, measurement in zip(pools, read_measurements(dataset, index_folder)):
             bad = np.empty(0, dtype=np.int64) if measurement is None else measurement.bad + first
             is_known = np.isin(pool.ids, bad)  # not numpy's functions for sets: they take minutes for millions

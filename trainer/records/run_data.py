@@ -63,6 +63,12 @@ class RunData:
         return {split: sum(len(pool.ids) for pool in found) for split, found in pools.items() if found}
 
     @property
+    def datasets(self) -> dict[str, MultimodalDataset]:
+        """Return the datasets by split; a split without sources is absent."""
+        splits = {TRAIN: self.train, VALIDATION: self.validation}
+        return {split: dataset for split, dataset in splits.items() if dataset is not None}
+
+    @property
     def pad_id(self) -> int:
         return self.card.pad_id
 
@@ -214,10 +220,9 @@ def certify_all(data: RunData, config: RunConfig, on_progress: Callable[[str], o
             if share > 0.5:
                 raise DataError(refused if share == 1 else f"{refused}. Without them {error}") from error
             raise ConfigError(f"{error}; {refused}" if refused else str(error)) from error
-    opened = [dataset for dataset in (data.train, data.validation) if dataset is not None]
     return [
         str(certify(data.processor.template, index, source.key, max_length=config.data.max_length, on_progress=on_progress))
-        for dataset in opened
+        for dataset in data.datasets.values()
         for source, index in zip(dataset.sources, dataset.indexes)
     ]
 

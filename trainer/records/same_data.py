@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from data.dataset import MultimodalDataset
 from data.fingerprint import changed_files, data_fingerprint
 from model.errors import ConfigError
 from model.files.tensor_files import dump_json
@@ -20,7 +19,6 @@ from trainer.distributed.world import World
 from trainer.errors import SaveError
 from trainer.machine.atomic_files import replace_text
 from trainer.machine.json_lines import append_lines
-from trainer.records.quarantine import TRAIN, VALIDATION
 from trainer.records.run_data import RunData
 from trainer.runfile.stages import Stage
 
@@ -56,7 +54,7 @@ def is_accepted(stage: Stage, data: RunData) -> bool:
 
 
 def _write_note(stage: Stage, data: RunData, on_progress: Callable[[str], object]) -> list[str]:
-    found = {split: data_fingerprint(dataset, on_progress) for split, dataset in _splits(data).items()}
+    found = {split: data_fingerprint(dataset, on_progress) for split, dataset in data.datasets.items()}
     path = stage.folder / NAME
     with _writing(path):
         replace_text(path, dump_json({"plan": _plan(data), "splits": found}))
@@ -65,7 +63,7 @@ def _write_note(stage: Stage, data: RunData, on_progress: Callable[[str], object
 
 def data_changes(before: Json, data: RunData, on_progress: Callable[[str], object] = lambda at: None) -> list[str]:
     """Return a line for each file that differs from `before`, the content of data.json. Writes nothing."""
-    splits = _splits(data).items()
+    splits = data.datasets.items()
     each = [line for split, found in splits for line in changed_files(before["splits"].get(split, {}), found, on_progress)]
     return list(dict.fromkeys(each))  # what several sources hold is reported once
 
@@ -102,11 +100,6 @@ def _compare(stage: Stage, data: RunData, step: int, on_progress: Callable[[str]
     if before["plan"] == _plan(data):  # otherwise this start fails, and the next one must report the change again
         _write_note(stage, data, on_progress)
     return [f"data.on_change = 'accept': from step {step} on the run goes on with other data, as {CHANGES} says:{listed}"]
-
-
-def _splits(data: RunData) -> dict[str, MultimodalDataset]:
-    splits = {TRAIN: data.train, VALIDATION: data.validation}
-    return {split: dataset for split, dataset in splits.items() if dataset is not None}
 
 
 def _plan(data: RunData) -> str:

@@ -49,7 +49,6 @@ def nested(key: str, value: object) -> Json:
 
 
 def has_key(tables: object, key: str) -> bool:
-    """Tell whether the tables hold the dotted `key`."""
     for word in key.split("."):
         if not isinstance(tables, dict) or word not in tables:
             return False
@@ -58,7 +57,6 @@ def has_key(tables: object, key: str) -> bool:
 
 
 def without_key(tables: Json, key: str) -> Json:
-    """Return the tables without the dotted `key`."""
     if not has_key(tables, key):
         return tables
     word, _, rest = key.partition(".")

@@ -17,7 +17,6 @@ NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 def override_key(text: str) -> str:
-    """Return the dotted key that an override is about."""
     return text.partition("=")[0].strip()
 
 

@@ -55,7 +55,7 @@ def print_settings(word: str, *, schema: bool, page: bool) -> int:
     return DONE
 
 
-def settings_text(word: str = "") -> str:
+def settings_text(word: str) -> str:
     """Return the settings whose key or sentence holds `word` as lines for a terminal; all for ""."""
     lines = []
     for setting in find_settings(word):

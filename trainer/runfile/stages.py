@@ -58,7 +58,7 @@ def list_stages(root: RunConfig) -> list[Stage]:
     return found
 
 
-def stage_for_reading(root: RunConfig, name: str = "") -> Stage:
+def stage_for_reading(root: RunConfig, name: str) -> Stage:
     """Return the stage `name` for callers that only read its data, also when the stages before it have not run.
 
     Without the final/ of the stage before, the tokens that earlier stages add are taken from the run file. Raises `ConfigError`

@@ -27,7 +27,7 @@ PROMPT_TAIL = 500
 """Characters at the end of a question that a row of the file holds."""
 
 
-def answer_records(prepared: PreparedRun, tracker: PhaseTracker | None = None) -> list[AnswerRow]:
+def answer_records(prepared: PreparedRun, tracker: PhaseTracker) -> list[AnswerRow]:
     """Answer the records of a validation; return all rows on every rank, in the order of the records. Collective.
 
     A record whose prompt cannot be made, or does not fit data.max_length, is left out: the loss of the validation reports it. No
@@ -36,7 +36,6 @@ def answer_records(prepared: PreparedRun, tracker: PhaseTracker | None = None) -
     dataset, config, world, model = prepared.data.validation, prepared.config, prepared.world, prepared.model
     if dataset is None:
         return []
-    tracker = tracker or PhaseTracker()
     ids = validation_ids(dataset, config.validation.max_samples, prepared.data.validation_pools)
     order = ids[np.argsort(-dataset.lengths[ids], kind="stable")]  # longest first: what does not fit into memory fails at once
     batches = np.split(order, range(config.batch.micro_batch_size, len(order), config.batch.micro_batch_size))
@@ -105,7 +104,7 @@ def score_rows(names: tuple[str, ...], rows: list[AnswerRow], sources: list[str]
 class AnswerLog:
     """Writer of generations.jsonl, on rank 0: every answer of every validation."""
 
-    def __init__(self, folder: Path, resumed_step: int, world: World, stage: str = "") -> None:
+    def __init__(self, folder: Path, resumed_step: int, world: World, stage: str) -> None:
         """Open the file and keep its rows up to `resumed_step` of the whole run."""
         self.path, self.active, self.stage = folder / NAME, world.is_main, {"stage": stage} if stage else {}
         if self.active:

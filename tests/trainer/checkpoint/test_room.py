@@ -108,10 +108,10 @@ def test_what_final_takes_is_known_to_the_byte(tmp_path: Path) -> None:
 def test_what_is_missing_is_told_and_never_rounded_away(tmp_path: Path) -> None:
     found = SpaceNeeded(tmp_path, 10 * MIB, 5 * MIB, 9 * MIB, 3)
     with free(15 * MIB):
-        prove_space(found, ALONE)
+        prove_space(found)
         assert warn_if_next_save_will_not_fit(found) == ""
     with free(15 * MIB - 1), pytest.raises(SaveError) as caught:
-        prove_space(found, ALONE)
+        prove_space(found)
     text = f"A save takes 15.0 MiB, and 15.0 MiB are free on the file system of {tmp_path}: 1 bytes are missing. Free space"
     assert text in str(caught.value) and "checkpoint.keep" in str(caught.value) and "output_dir" in str(caught.value)
     with free(9 * MIB):
@@ -120,9 +120,9 @@ def test_what_is_missing_is_told_and_never_rounded_away(tmp_path: Path) -> None:
         ) and "1.0 MiB are missing" in warn_if_next_save_will_not_fit(found)
         assert "that is enough" in describe_shortage(tmp_path, 10 * MIB, spent=2 * MIB)
     with files_up_to(9 * MIB):
-        prove_space(found, ALONE)
+        prove_space(found)
     with files_up_to(9 * MIB - 1024), pytest.raises(SaveError, match=r"1\.0 KiB are missing. Raise the limit .`ulimit -f`"):
-        prove_space(found, ALONE)
+        prove_space(found)
     with free(44 * MIB):  # four checkpoints and final/ are 45
         assert space_warning(found).startswith("; 1.0 MiB ARE MISSING")
         (tmp_path / "checkpoint-1").mkdir()
