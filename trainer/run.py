@@ -45,6 +45,8 @@ def train(root: RunConfig, world: World, status: RunStatus) -> None:
         say(world, line)
     saved = load_state(checkpoint).get("trackers") if checkpoint else None
     with tracked(root, world, step_of(checkpoint) if checkpoint else 0, saved) as trackers:
+        if trackers.text:
+            say(world, f"tracked   {trackers.text}")
         start, step = StageStart(checkpoint, state, notes, trackers), stages[0].first_step
         for stage in stages:
             step = train_stage(replace(stage, first_step=step), start, world, status)

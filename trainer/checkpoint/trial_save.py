@@ -16,7 +16,7 @@ from trainer.checkpoint.background_save import attempt
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.final_files import final_files
 from trainer.checkpoint.retention import PREFIX, STATE, checkpoints, is_whole, prune
-from trainer.distributed.main_rank import on_main_rank, say
+from trainer.distributed.main_rank import on_main_rank
 from trainer.distributed.world import World
 from trainer.errors import SaveError
 from trainer.machine.atomic_files import SAVING, TRIAL, fresh_folder, put_in_place, remove_folder
@@ -61,7 +61,7 @@ def prove_saving(prepared: PreparedRun, checkpointer: Checkpointer, step: int, s
                 prune(folder, checkpointer.keep, newest)
     on_main_rank(world, lambda: prove_space(space))
     if world.is_main:
-        say(world, f"disk      {space}{space_warning(space)}")
+        print(f"disk      {space}{space_warning(space)}", flush=True)
     return space
 
 

@@ -71,12 +71,13 @@ class Bookkeeping:
 
     def close(self) -> None:
         """Write ledger.json, on rank 0, and print it as a table for people."""
-        for path, text in self.ledger().items():
-            replace_text(path, text)
-            print(f"records after step {self.num_steps}\n{format_ledger(self._count())}", flush=True)
+        if self.world.is_main:
+            ledger = self._count()
+            replace_text(self.stage.folder / LEDGER, ledger_text(ledger, self.num_steps))
+            print(f"records after step {self.num_steps}\n{format_ledger(ledger)}", flush=True)
 
     def close_failed(self) -> None:
         """Write ledger.json, on rank 0, of a run that has failed. Raises nothing: the error that ended the run is reported."""
-        with suppress(OSError, DataError):
-            for path, text in self.ledger().items():
-                replace_text(path, text)
+        if self.world.is_main:
+            with suppress(OSError, DataError):
+                replace_text(self.stage.folder / LEDGER, ledger_text(self._count(), self.num_steps))
