@@ -130,16 +130,12 @@ class Meter:
             self.sums.values += torch.tensor(totals["sums"], dtype=torch.float64, device=device)
             self.wait += totals["wait"]
 
-    def _part_norms(self) -> dict[str, float]:
-        """Return the gradient norm of each part as of the last `totals`. Host sync under float16, whose gradients are scaled."""
-        scale = 1.0 if self.loss_scale is None else self.loss_scale.item()
-        names = self.parts.names if self.parts else []
-        return {f"train/grad_norm/{name}": square**0.5 / scale for name, square in zip(names, self.part_squares)}
-
     def read(self) -> dict[str, float]:
         """Return the metrics of a line and reset the meter. Collective, host sync."""
         totals = self.totals()
         seconds = totals["seconds"]
+        # Gradients of float16 are scaled, and so are their norms.
+        scale, parts = 1.0 if self.loss_scale is None else self.loss_scale.item(), self.parts.names if self.parts else []
         sums = torch.tensor(totals["sums"], dtype=torch.float64)
         num_supervised, num_tokens = int(sums[1].sum()), int(sums[2].sum())
         line = {
@@ -148,7 +144,7 @@ class Meter:
             **{f"train/{name}/tokens": int(count) for name, count in zip(self.names, sums[2])},
             **{f"train/{name}/supervised_tokens": int(count) for name, count in zip(self.names, sums[1])},
             "train/grad_norm": self.grad_norm.item(),
-            **self._part_norms(),
+            **{f"train/grad_norm/{name}": square**0.5 / scale for name, square in zip(parts, self.part_squares)},
             "train/skipped_steps": totals["skipped"],
             "train/tokens": num_tokens,
             "train/supervised_tokens": num_supervised,
@@ -157,7 +153,7 @@ class Meter:
             "mem/peak_gib": peak_gib(self.world.device),
         }
         if self.loss_scale is not None:
-            line["train/loss_scale"] = self.loss_scale.item()
+            line["train/loss_scale"] = scale
         self.reset()
         return line
 
