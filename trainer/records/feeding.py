@@ -28,7 +28,7 @@ def inherited_modalities(model: ModelConfig) -> frozenset[str]:
     return frozenset(kind for kind, names in ENCODERS.items() if model.init_from and frozen.issuperset(names))
 
 
-def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...], inherited: Collection[str]) -> None:
+def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...], inherited: Collection[str] = ()) -> None:
     """Check that records feed every configured part, unless it is `inherited`, and that a part reads every medium of the records.
 
     Raises `DataError` without any record, `UnfedError` for a part without records, `ConfigError` for a medium without a part.
