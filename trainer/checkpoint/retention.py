@@ -36,7 +36,9 @@ def prune(folder: Path, keep: int, written: Path) -> None:
     kept = {written, *sound[:keep]}
     if doomed := [path for path in sound if path not in kept]:
         best = _json(written / STATE).get("best")
-        needed = bases(folder, written) | ({(folder / f"{PREFIX}{best['step']}").resolve()} if best else set())
+        needed = bases(folder, written)
+        if isinstance(best, dict) and isinstance(best.get("step"), int):
+            needed |= {(folder / f"{PREFIX}{best['step']}").resolve()}
         for path in reversed(doomed):  # oldest first: if a removal fails, the newest are left
             if path.resolve() not in needed:
                 remove_folder(path)
