@@ -23,8 +23,7 @@ from tools.cli import command_parser
 from trainer.config import LogConfig, OptimConfig, RunConfig, WandbConfig
 from trainer.distributed.world import World, start_world
 from trainer.metrics import Meter, MetricsLog
-from trainer.optim import build_optimizer
-from trainer.part_norms import PartNorms
+from trainer.optim import PartNorms, build_optimizer
 from trainer.step import StepOptions, train_step
 from trainer.trackers.open_trackers import Trackers, open_trackers
 

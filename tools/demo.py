@@ -78,7 +78,7 @@ def score(folder: Path, final: Path, task: str, when: str) -> float:
     return result["exact_match"]
 
 
-def train(folder: Path, task: str, ranks: int, before: float, title: str) -> Score:
+def train_and_score(folder: Path, task: str, ranks: int, before: float, title: str) -> Score:
     run_step(title, trained_by(ranks, folder / f"{task}.toml"))
     return Score(task, before, score(folder, folder / task / "final", task, "After"))
 
@@ -116,9 +116,9 @@ def demo(folder: Path, ranks: int) -> None:
     nothing = ("train.max_steps=0", f"output_dir={untrained}")
     run_step("Put the parts together without training", module("trainer.main", "--cfg", folder / "digit.toml", *nothing))
     before = score(folder, untrained / "final", "digit", "Before")
-    first = train(folder, "digit", ranks, before, f"Train everything, on {ranks} processes (FSDP2)")
+    first = train_and_score(folder, "digit", ranks, before, f"Train everything, on {ranks} processes (FSDP2)")
     before = score(folder, folder / "digit" / "final", "parity", "Before")
-    second = train(
+    second = train_and_score(
         folder, "parity", ranks, before, f"Train an adapter and the projector for another question, on {ranks} processes (DDP)"
     )
     hand_over(folder)

@@ -23,12 +23,12 @@ def watch(options: argparse.Namespace) -> None:
     for run in runs:
         run.has_changed()
     if options.html:
-        save_page(options.html, run_page(values_text(runs, live=False), title, live=False))
+        write_html(options.html, run_page(values_text(runs, live=False), title, live=False))
         return
     serve_page(lambda port: PageServer(Watched(runs, title), port), options.port, f"shows {title}")
 
 
-def save_page(file: Path, text: str) -> None:
+def write_html(file: Path, text: str) -> None:
     """Write the page as one file. Raises `ConfigError` where that is impossible."""
     write_named("--html", file, text)
     print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB: open it in a browser")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
 from typing import Protocol
 
-from data.loader import LoadOptions, MicroBatch, train_batches
-from data.workers import Reading, describe_sample
+from data.loader import MicroBatch, train_batches
 from trainer.faults.phase_tracker import PhaseTracker
 from trainer.memory.sample_cost import sample_costs
-from trainer.records.quarantine import Quarantine
+from trainer.records.quarantine import TRAIN, Quarantine
 from trainer.setup import PreparedRun
 
 
@@ -59,17 +58,8 @@ class Feed:
         """Return the batches from `first_step` on, made by new workers that know which records are left out."""
         prepared, config = self.prepared, self.prepared.config
         self.train.exclude(left_out)
-        return train_batches(
-            self.train,
-            self.sampler,
-            prepared.batch_plan,
-            LoadOptions(
-                pad_id=prepared.data.pad_id,
-                rank=prepared.world.rank,
-                workers=config.data.workers,
-                pin_memory=prepared.world.device.type == "cuda",
-                reading=self.tracker.watch_workers(Reading(config.data.workers), partial(describe_sample, self.train)),
-            ),
-            range(first_step, prepared.total_steps),
-            costs=sample_costs(prepared.model, config.model, self.train) if config.data.packing else None,
-        )
+        options = prepared.load_options(self.train, TRAIN, self.tracker)
+        options = replace(options, pin_memory=prepared.world.device.type == "cuda")
+        costs = sample_costs(prepared.model, config.model, self.train) if config.data.packing else None
+        steps = range(first_step, prepared.total_steps)
+        return train_batches(self.train, self.sampler, prepared.batch_plan, options, steps, costs=costs)

@@ -3,47 +3,36 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
 from data.loader import MicroBatch
 from trainer.checkpoint.checkpointer import Checkpointer
-from trainer.checkpoint.resume import digest_of, run_state
+from trainer.checkpoint.resume import StageStart
+from trainer.checkpoint.run_state import restore_shift, run_state
 from trainer.checkpoint.trial_save import prove_saving
 from trainer.errors import INTERNAL, StopRequested, code_of
 from trainer.faults.exit_report import RunStatus
 from trainer.faults.requests import EVALUATE, REQUEST_NAMES, SAVE, STOP
 from trainer.feed import Feed
 from trainer.health.deferred_read import DeferredRead
-from trainer.health.loss_monitor import Health, forget_after, scalars_to_read, split_scalars
+from trainer.health.loss_monitor import NAME as FAULTS
+from trainer.health.loss_monitor import Health, scalars_to_read, split_scalars
 from trainer.machine.disk_space import as_save_error
-from trainer.metrics import Meter, MetricsLog
+from trainer.machine.json_lines import rows_up_to
 from trainer.optim import set_learning_rates
-from trainer.part_norms import PartNorms
-from trainer.preference.collapse import CollapseWatch
-from trainer.preference.shift_state import restore_shift, shift_state
 from trainer.records.bookkeeping import Bookkeeping
 from trainer.schedule import multiplier
 from trainer.scores.best import BestValue
-from trainer.scores.validation_answers import AnswerLog, answer_records, score_rows
 from trainer.screen import Screen
 from trainer.setup import PreparedRun
-from trainer.state import CheckpointState
+from trainer.state import CheckpointState, MeterState
 from trainer.step import StepOptions, train_step
-from trainer.trackers.open_trackers import Trackers
-from trainer.validate import validate
+from trainer.training_log import TrainingLog
+from trainer.validate import Validation
 
 FAILURE_GRACE_SECONDS = 5.0
 """Seconds that a save under way gets when a run ends by an internal error, or by that of another rank."""
-
-
-@dataclass(frozen=True)
-class LoopStart:
-    """Start of a loop: all that it begins with beside the prepared run."""
-
-    state: CheckpointState | None = None  # of the checkpoint that it goes on from; None: nothing was saved before
-    trackers: Trackers = field(default_factory=Trackers)
 
 
 class Loop:
@@ -54,32 +43,25 @@ class Loop:
     metrics, counts the steps of earlier stages too.
     """
 
-    def __init__(self, prepared: PreparedRun, first_step: int, start: LoopStart, status: RunStatus) -> None:
-        config, world, totals = prepared.config, prepared.world, start.state["meter"] if start.state else None
+    def __init__(self, prepared: PreparedRun, first_step: int, start: StageStart, best: BestValue, status: RunStatus) -> None:
+        """Open the files of the stage, and go on from the state of `start`. Collective."""
         if prepared.trained is None:
             raise ValueError("nothing to train")
-        self.prepared, self.first_step, self.status = prepared, first_step, status
-        self.trained, self.optimizer = prepared.trained, prepared.trained.optimizer
-        dataset, _ = prepared.data.training()
-        stage = self.stage = prepared.stage
-        self.meter = Meter(dataset.source_names, world, PartNorms(self.optimizer, world))
-        if totals is not None:
-            self.meter.restore(totals)
-        self.log = MetricsLog(stage.run_folder, stage.first_step + first_step, world, stage.name, start.trackers)
-        self.answers = AnswerLog(stage.run_folder, stage.first_step + first_step, world, stage.name)
-        self.best = BestValue(config.checkpoint.best, start.state.get("best") if start.state else None)
-        self.trackers = start.trackers
-        self.collapse = None if prepared.model.preference is None else CollapseWatch(dataset, world)
+        self.prepared, self.first_step, self.best, self.status = prepared, first_step, best, status
+        self.stage, self.trained, self.trackers = prepared.stage, prepared.trained, start.trackers
+        self.requests, self.tracker = status.requests, status.tracker
         if prepared.model.preference is not None:
             restore_shift(prepared.model.preference.shift, start.state)
+        self.log = TrainingLog(prepared, self.trained.optimizer, first_step, start)
+        self.validation = Validation(prepared, first_step, start.trackers, self.tracker)
         self.books = Bookkeeping(prepared, first_step)
-        self.lengths = digest_of(prepared.data)
-        self.requests, self.tracker, self.deferred = status.requests, status.tracker, DeferredRead(world.device)
         self.feed = Feed(prepared, self.books, self.tracker)
-        self.health = Health(prepared, totals["health"] if totals and "health" in totals else None)
-        if world.is_main:
-            forget_after(stage.run_folder, stage.first_step + first_step)
-        self.checkpointer = Checkpointer(stage.run_folder, config.checkpoint.keep, world, self.tracker.report_progress)
+        self.health = Health(prepared, start.state["meter"].get("health") if start.state else None)
+        self.deferred = DeferredRead(prepared.world.device)
+        if prepared.world.is_main:
+            rows_up_to(self.stage.run_folder / FAULTS, self.stage.first_step + first_step)
+        keep = prepared.config.checkpoint.keep
+        self.checkpointer = Checkpointer(self.stage.run_folder, keep, prepared.world, self.tracker.report_progress)
 
     def run(self) -> None:
         """Train all steps that are left and save the last one. A run that fails leaves a ledger too. Collective."""
@@ -87,9 +69,8 @@ class Loop:
             self._run()
         except BaseException as error:
             # A checkpoint that is nearly there is worth a wait; if a rank has died it will never be complete.
-            self.checkpointer.drain(
-                FAILURE_GRACE_SECONDS if code_of(error) == INTERNAL else self.prepared.config.faults.grace_seconds
-            )
+            grace = FAILURE_GRACE_SECONDS if code_of(error) == INTERNAL else self.prepared.config.faults.grace_seconds
+            self.checkpointer.drain(grace)
             self.books.close_failed()
             if save_error := as_save_error(error, self.stage.run_folder, self.checkpointer.space):
                 raise save_error from error
@@ -97,11 +78,9 @@ class Loop:
         self.books.close()
 
     def _run(self) -> None:
-        self.tracker.begin("proof", self.stage.first_step + self.first_step)
-        self.checkpointer.space = prove_saving(
-            self.prepared, self.checkpointer, self.stage.first_step + self.first_step, self._state()
-        )
-        total = self.prepared.total_steps
+        begun, total = self.stage.first_step + self.first_step, self.prepared.total_steps
+        self.tracker.begin("proof", begun)
+        self.checkpointer.space = prove_saving(self.prepared, self.checkpointer, begun, self._state())
         with Screen(self.stage.name, self.first_step, total, speaks=self.prepared.world.is_main) as screen:
             for step in range(self.first_step, total):
                 micro_batches, wait = self.feed.next(step)
@@ -113,32 +92,20 @@ class Loop:
         self.checkpointer.wait()
 
     def _step(self, step: int, micro_batches: list[MicroBatch], wait: float) -> None:
-        prepared, config = self.prepared, self.prepared.config
+        """Make one step, and look at the numbers of the step before it, which the device has long computed."""
+        world, config = self.prepared.world, self.prepared.config
         for micro_batch in micro_batches:
             self.books.quarantine.add(micro_batch.rejected, step)
-        set_learning_rates(self.optimizer, multiplier(config.optim, step, prepared.total_steps))
+        set_learning_rates(self.trained.optimizer, multiplier(config.optim, step, self.prepared.total_steps))
         self.tracker.begin("copy", self.stage.first_step + step, [m.batch.sample_ids.tolist() for m in micro_batches])
-        batches = [micro_batch.batch.to(prepared.world.device) for micro_batch in micro_batches]
-        result = train_step(
-            prepared.wrapped,
-            self.optimizer,
-            batches,
-            prepared.world,
-            StepOptions(
-                seed=config.seed,
-                step=step,
-                clip_norm=config.optim.clip_norm,
-                extra=[*self.requests.announce(), self.health.shared_loss()],
-                mark=self.tracker.mark,
-                scaling=self.trained.loss_scale,
-            ),
-        )
+        batches = [micro_batch.batch.to(world.device) for micro_batch in micro_batches]
+        extra = [*self.requests.announce(), self.health.shared_loss()]
+        options = StepOptions(config.seed, step, config.optim.clip_norm, extra, self.tracker.mark, self.trained.loss_scale)
+        result = train_step(self.prepared.wrapped, self.trained.optimizer, batches, world, options)
         self._observe(self.deferred.swap(scalars_to_read(result)))
         self.checkpointer.check()
         self.health.add(step, batches, result)
-        self.meter.add(batches, result, wait)
-        if self.collapse:
-            self.collapse.add(batches, result)
+        self.log.add(batches, result, wait)
         self.books.sample_log.mark_completed(step + 1)
 
     def _observe(self, values: list[float] | None) -> None:
@@ -160,18 +127,22 @@ class Loop:
         if should_save:
             self._drain()
             self.requests.consume(SAVE)  # a request that was agreed on while draining is served by this save
-        if last:
-            self._check_trained(done)
+        if last:  # before the last step is saved: a start after this one must come to the same end
+            self.health.check_updates(done)  # collective, host sync
+            self.books.flush(done)
+            self.books.check_used()
         reason = self.requests.reason(STOP)
         should_stop = not last and self.requests.consume(STOP)  # a finished stage needs no stop: `train` asks between stages
         should_validate = self._should_validate(done, last, should_stop)
         self.tracker.begin("log", self.stage.first_step + done)
         if last or done == 1 or done % config.log.every == 0:
-            self._log(done, screen)
+            self.books.flush(done)
+            self.log.write(done, screen)
         started = time.perf_counter()
         if should_validate:
             self.tracker.mark("validation")
-            values = self._validate(done)
+            values = self.validation.run(done, self.books.quarantine)
+            self.log.file.write(self.stage.first_step + done, values)
             screen.validated(done, values, time.perf_counter() - started)
             self.books.quarantine.check()
             if self.best.observe(values, self.stage.first_step + done) and not should_save:
@@ -180,21 +151,12 @@ class Loop:
         if should_save:
             self.tracker.mark("save")
             self.books.flush(done)
-            self._save(done)
-        self.meter.started_at += time.perf_counter() - started  # tokens per second are those of training
+            self._save(self.stage.first_step + done)
+        self.log.meter.started_at += time.perf_counter() - started  # tokens per second are those of training
         if should_stop:
             self.checkpointer.wait()
             name = f"checkpoint-{self.stage.first_step + done}"
             raise StopRequested(f"stopped on request ({reason}); {name} is written, and the same command goes on from there")
-
-    def _check_trained(self, done: int) -> None:
-        """Check that something was learned, before the last step is saved: a start after this one must come to the same end.
-
-        Collective, host sync.
-        """
-        self.health.check_updates(done)
-        self.books.flush(done)
-        self.books.check_used()
 
     def _should_validate(self, done: int, last: bool, should_stop: bool) -> bool:
         asked, there = self.requests.consume(EVALUATE), self.prepared.data.validation is not None
@@ -202,51 +164,15 @@ class Loop:
             tqdm.write("EVAL was asked for, and the run has no [[data.validation]]")
         return there and (asked or ((last or done % self.prepared.config.validation.every == 0) and not should_stop))
 
-    def _validate(self, done: int) -> dict[str, float]:
-        """Return the values of a validation, written down with the answers that were generated for them. Collective."""
-        prepared, metrics, step = self.prepared, self.prepared.config.validation.metrics, self.stage.first_step + done
-        values = validate(prepared, self.books.quarantine, done, self.tracker)
-        if metrics and prepared.data.validation is not None:
-            rows = answer_records(prepared, self.tracker)
-            self.answers.write(step, rows)
-            self.trackers.show(step, rows, prepared.data.validation)
-            values |= score_rows(metrics, rows, prepared.data.validation.source_names, prepared.world)
-        self.log.write(step, values)
-        return values
-
-    def _log(self, done: int, screen: Screen) -> None:
-        self.books.flush(done)
-        values = self.meter.read()
-        rates: dict[str, float] = {}
-        for group in self.optimizer.param_groups:
-            rates[f"train/lr/{group['name'].partition('/')[0]}"] = group["lr"]
-        self.log.write(self.stage.first_step + done, values | rates)
-        screen.logged(done, values, max(rates.values()))
-        if self.collapse and (text := self.collapse.observe(values)):  # collective where it warns
-            screen.say("warning", text)
-
-    def _save(self, done: int) -> None:
-        prepared, first_step = self.prepared, self.stage.first_step
+    def _save(self, step: int) -> None:
+        """Begin to save `step` completed steps of the run. Collective, host sync."""
+        prepared, last_step = self.prepared, self.stage.first_step + self.prepared.total_steps
         # Written before the checkpoint: a start after the last one has nothing left to do and would never write them.
-        run_files = self.log.trainer_state(first_step + done, first_step + prepared.total_steps) | self.books.ledger()
-        self.checkpointer.save(
-            first_step + done,
-            self.trained,
-            self._state(),
-            prepared.data.card,
-            prepared.data.processor,
-            run_files,
-        )
+        run_files = self.log.file.trainer_state(step, last_step) | self.books.ledger()
+        data = prepared.data
+        self.checkpointer.save(step, self.trained, self._state(), data.card, data.processor, run_files)
 
     def _state(self) -> CheckpointState:
-        """Return the state of the loop that a checkpoint holds. Collective, host sync."""
-        state: CheckpointState = {"meter": {**self.meter.state(), "health": self.health.state()}}
-        if self.trained.loss_scale:
-            state["loss_scale"] = self.trained.loss_scale.state()
-        if (tuning := self.prepared.model.preference) is not None and tuning.shift.is_used:
-            state["rewards"] = shift_state(tuning.shift, self.prepared.world)
-        if self.best.state is not None:
-            state["best"] = self.best.state
-        if self.trackers.ids:
-            state["trackers"] = self.trackers.ids
-        return {**run_state(self.stage, self.lengths, self.prepared.world.size), **state}
+        """Return what a checkpoint holds beside tensors. Collective, host sync."""
+        meter: MeterState = {**self.log.meter.state(), "health": self.health.state()}
+        return run_state(self.prepared, meter, self.best.state, self.trackers.ids)

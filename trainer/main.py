@@ -11,8 +11,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from model.errors import ConfigError
-from trainer.errors import DONE, INTERNAL, STOPPED, code_of
+from trainer.errors import DONE, STOPPED, code_of
 from trainer.runfile.toml_files import without_dashes
 
 if TYPE_CHECKING:
@@ -36,12 +35,16 @@ def main(argv: list[str] | None = None) -> int:
     # Many ranks and workers share a machine; the tokenizer's own threads would fight them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if arguments.settings is not None or arguments.schema or arguments.markdown:
-        return show_settings(arguments)
+        from trainer.runfile.settings_page import print_settings
+
+        return print_settings(arguments.settings or "", schema=arguments.schema, page=arguments.markdown)
     from model.deferred_imports import import_transformers
 
     import_transformers()  # before anything else imports it
     if arguments.dry_run:
-        return try_out(arguments)
+        from trainer.trial.dry_run import dry_run
+
+        return dry_run(arguments.cfg, arguments.overrides)
     from trainer.runfile.load import load_run
     from trainer.supervise import report_refusal
 
@@ -71,34 +74,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if arguments.cfg is None and not (arguments.settings is not None or arguments.schema or arguments.markdown):
         parser.error("the following arguments are required: --cfg")
     return arguments
-
-
-def try_out(arguments: argparse.Namespace) -> int:
-    """Make a dry run of the run file, and return the exit code."""
-    from trainer.trial.dry_run import dry_run  # here, as in `run`
-
-    try:
-        return dry_run(arguments.cfg, arguments.overrides)
-    except Exception as error:
-        if (code := code_of(error)) == INTERNAL:
-            raise
-        print(f"trainer: {error}", file=sys.stderr, flush=True)
-        return code
-
-
-def show_settings(arguments: argparse.Namespace) -> int:
-    """Print what the command line asks about settings, and return the exit code."""
-    from trainer.runfile.settings_page import schema_text, settings_page, settings_text  # here, as in `run`
-
-    try:
-        if arguments.schema or arguments.markdown:
-            print(schema_text() if arguments.schema else settings_page(), end="")
-        else:
-            print(settings_text(arguments.settings))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return code_of(error)
-    return DONE
 
 
 def command() -> NoReturn:

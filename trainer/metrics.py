@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import resource
 import time
@@ -19,9 +18,8 @@ from torch import Tensor
 from model.batch import Batch
 from model.files.tensor_files import dump_json
 from trainer.distributed.world import World
-from trainer.machine.atomic_files import replace_text
-from trainer.machine.json_lines import read_valid_lines
-from trainer.part_norms import PartNorms
+from trainer.machine.json_lines import append_lines, rows_up_to
+from trainer.optim import PartNorms
 from trainer.ratios import Ratios, ratio_means
 from trainer.state import MeterTotals
 from trainer.step import StepResult
@@ -103,30 +101,21 @@ class Meter:
 
     def totals(self) -> MeterTotals:
         """Return the sums over ranks as plain numbers; NaN after a step whose loss was not finite. Collective, host sync."""
-        self._count_skipped()
+        self.num_skipped += int(torch.stack(self.skipped).sum().item()) if self.skipped else 0  # alike on all ranks; host sync
+        self.skipped = []
         sums = self.sums.total()
-        wait = torch.tensor([self.wait], dtype=torch.float64, device=self.world.device)
-        squares = self.parts.squares(self.norms) if self.parts else wait[:0]
-        flat = self.world.sum(torch.cat([sums.flatten(), wait, squares])).cpu()
+        waited = torch.tensor([self.wait], dtype=torch.float64, device=self.world.device)
+        squares = self.parts.squares(self.norms) if self.parts else waited[:0]
+        flat = self.world.sum(torch.cat([sums.flatten(), waited, squares])).cpu()
         found = flat[: sums.numel()].view_as(sums).tolist()
         self.part_squares = flat[sums.numel() + 1 :].tolist()
         seconds = time.perf_counter() - self.started_at
-        return {
-            "sums": found,
-            "ratios": self.ratios.total(self.world),
-            "wait": flat[sums.numel()].item(),
-            "skipped": self.num_skipped,
-            "seconds": seconds,
-        }
+        wait, ratios = flat[sums.numel()].item(), self.ratios.total(self.world)
+        return {"sums": found, "ratios": ratios, "wait": wait, "skipped": self.num_skipped, "seconds": seconds}
 
     def state(self) -> MeterTotals:
         """Return `totals` as JSON for a checkpoint, with null in place of numbers that are not finite. Collective, host sync."""
         return cast(MeterTotals, _changed(self.totals(), lambda number: number if math.isfinite(number) else None))
-
-    def _count_skipped(self) -> None:
-        """Count the steps skipped since the last call. Host sync. The same on every rank, because the norm that decides is."""
-        self.num_skipped += int(torch.stack(self.skipped).sum().item()) if self.skipped else 0
-        self.skipped = []
 
     def restore(self, totals: MeterTotals) -> None:
         """Restore the `state` of a checkpoint; rank 0 holds all sums, so that they count once."""
@@ -141,16 +130,12 @@ class Meter:
             self.sums.values += torch.tensor(totals["sums"], dtype=torch.float64, device=device)
             self.wait += totals["wait"]
 
-    def _part_norms(self) -> dict[str, float]:
-        """Return the gradient norm of each part as of the last `totals`. Host sync under float16, whose gradients are scaled."""
-        scale = 1.0 if self.loss_scale is None else self.loss_scale.item()
-        names = self.parts.names if self.parts else []
-        return {f"train/grad_norm/{name}": square**0.5 / scale for name, square in zip(names, self.part_squares)}
-
     def read(self) -> dict[str, float]:
         """Return the metrics of a line and reset the meter. Collective, host sync."""
         totals = self.totals()
         seconds = totals["seconds"]
+        # Gradients of float16 are scaled, and so are their norms.
+        scale, parts = 1.0 if self.loss_scale is None else self.loss_scale.item(), self.parts.names if self.parts else []
         sums = torch.tensor(totals["sums"], dtype=torch.float64)
         num_supervised, num_tokens = int(sums[1].sum()), int(sums[2].sum())
         line = {
@@ -159,7 +144,7 @@ class Meter:
             **{f"train/{name}/tokens": int(count) for name, count in zip(self.names, sums[2])},
             **{f"train/{name}/supervised_tokens": int(count) for name, count in zip(self.names, sums[1])},
             "train/grad_norm": self.grad_norm.item(),
-            **self._part_norms(),
+            **{f"train/grad_norm/{name}": square**0.5 / scale for name, square in zip(parts, self.part_squares)},
             "train/skipped_steps": totals["skipped"],
             "train/tokens": num_tokens,
             "train/supervised_tokens": num_supervised,
@@ -168,7 +153,7 @@ class Meter:
             "mem/peak_gib": peak_gib(self.world.device),
         }
         if self.loss_scale is not None:
-            line["train/loss_scale"] = self.loss_scale.item()
+            line["train/loss_scale"] = scale
         self.reset()
         return line
 
@@ -194,17 +179,13 @@ class MetricsLog:
         """Open metrics.jsonl and keep its lines up to `resumed_step` of the whole run. `stage`: the mark of every new line."""
         self.trackers = trackers or Trackers()
         self.path, self.active, self.stage = folder / NAME, world.is_main, {"stage": stage} if stage else {}
-        self.history: list[Mapping[str, object]] = []
         self.rows: list[str] = []  # entries of trainer_state.json that were formatted so far
-        if self.active and resumed_step and not self.path.exists():
-            print(f"{self.path} is not there: the curve begins anew after step {resumed_step}", flush=True)
-        if self.active and self.path.exists():
-            # Lines of steps that will be run again are dropped: they would be there twice.
-            lines = read_valid_lines(self.path, {"step": int}) if resumed_step else []
-            self.history = [line for line in lines if line["step"] <= resumed_step]
-            if resumed_step and not self.history:
-                print(f"{self.path} holds no step up to {resumed_step}: the curve begins anew after it", flush=True)
-            replace_text(self.path, "".join(json.dumps(line) + "\n" for line in self.history))
+        was_there = self.path.exists()
+        self.history: list[Mapping[str, object]] = [*rows_up_to(self.path, resumed_step)] if self.active else []
+        if self.active and resumed_step and not self.history:
+            where = f"holds no step up to {resumed_step}: the curve begins anew after it"
+            gone = f"is not there: the curve begins anew after step {resumed_step}"
+            print(f"{self.path} {where if was_there else gone}", flush=True)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if not self.active:
@@ -212,8 +193,7 @@ class MetricsLog:
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         line = {"step": step, **self.stage, **plain}
         self.history.append(line)
-        with self.path.open("a") as out:
-            out.write(json.dumps(line) + "\n")
+        append_lines(self.path, [line])
         self.trackers.log(step, plain)
 
     def trainer_state(self, step: int, max_steps: int) -> dict[Path, str]:
@@ -230,9 +210,6 @@ class MetricsLog:
 def _as_hugging_face(line: Mapping[str, object]) -> str:
     """Return one entry of log_history, as `dump_json` would write it there."""
     names = {new: line[old] for old, new in HUGGING_FACE_NAMES.items() if old in line}
-    return indent(dump_json({**names, **_rate(line), "step": line["step"]}).rstrip(), "    ")
-
-
-def _rate(line: Mapping[str, object]) -> dict[str, float]:
     rates = [value for key, value in line.items() if key.startswith("train/lr/") and isinstance(value, int | float)]
-    return {"learning_rate": max(rates)} if rates else {}
+    rate = {"learning_rate": max(rates)} if rates else {}
+    return indent(dump_json({**names, **rate, "step": line["step"]}).rstrip(), "    ")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from model.batch import Batch
+from model.loss import Term
 from trainer.distributed.world import World
 
 
@@ -38,6 +39,11 @@ class Ratios:
                 found[key] = found[key] + column if key in found else column
         sums = world.sum(torch.stack(list(found.values())))
         return dict(zip(found, sums.tolist()))
+
+
+def ratios_of(terms: dict[str, Term]) -> dict[str, Tensor]:
+    """Return the (2,) sum and count of everything that terms other than the text report, by name."""
+    return {name: ratio for term in terms.values() for name, ratio in term.ratios.items()}
 
 
 def ratio_means(totals: dict[str, list[float]], prefix: str) -> dict[str, float]:

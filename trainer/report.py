@@ -1,32 +1,103 @@
-"""Plan of a run as text, which the run prints before it starts."""
+"""Plan of a run as text, printed before it starts, and what notes of the start are written: run.toml and start.json."""
 
 from __future__ import annotations
 
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import transformers
 
 from data.check.measured_lengths import EXACT
+from model.files.tensor_files import dump_json
+from model.files.untrusted import Json
 from model.llm.causal_lm import positions_note
 from model.llm.experts import fused_parameters
 from model.llm.quantized_linear import quantised
 from model.trainable import part_table
+from trainer.checkpoint.resume import StageStart
+from trainer.checkpoint.retention import set_aside, step_of
 from trainer.config import ParallelConfig
 from trainer.distributed.compute_copies import keeps_copies
 from trainer.distributed.parallelize import is_sharded
 from trainer.distributed.world import World
+from trainer.machine.atomic_files import replace_text
+from trainer.machine.memory_info import usage
 from trainer.optim import learning_rates
 from trainer.optim_state import rules_of
+from trainer.runfile.schema import to_tables
+from trainer.runfile.toml_files import to_toml
 from trainer.schedule import describe_schedule
 from trainer.setup import PreparedRun
 
+NAME = "start.json"
 
-def describe_run(prepared: PreparedRun, certificates: list[str], resume: Path | None, damaged: list[str]) -> str:
+
+def write_plan(prepared: PreparedRun, start: StageStart, first_step: int, chosen: str) -> None:
+    """Print the plan of a stage that goes on behind `first_step` steps of its own; write run.toml and start.json. For rank 0.
+
+    Checkpoints beyond the one that the user named as the beginning are moved aside: they would be mistaken for this run's.
+    `chosen`: a line about what was chosen at the start, which run.toml holds as a comment.
+    """
+    stage, notes = prepared.stage, start.notes
+    if start.checkpoint and stage.config.checkpoint.resume not in ("auto", "none"):
+        notes = [*notes, *set_aside(stage.run_folder, step_of(start.checkpoint))]
+    plan = describe_run(prepared, start.checkpoint if start.state else None, notes)
+    comment = f"# {chosen}\n" if chosen else ""
+    replace_text(stage.run_folder / "run.toml", to_toml(to_tables(stage.root)) + comment)
+    write_start(prepared, first_step, plan)
+    print(plan, flush=True)
+
+
+def write_start(prepared: PreparedRun, first_step: int, plan: str) -> None:
+    """Write start.json of a run or stage that goes on behind `first_step` steps of its own. For rank 0.
+
+    `plan`: as it was printed.
+    """
+    stage, config = prepared.stage, prepared.config
+    rates = learning_rates(config.model, config.optim)
+    parts = [
+        {**asdict(row), "lr": rates.get(row.part) if row.num_trainable else None}
+        for row in part_table(prepared.model, config.model)
+    ]
+    note = {
+        "at": round(time.time(), 3),  # seconds since 1970
+        "stage": stage.name,
+        "number": stage.number,
+        "count": stage.count,
+        "step": stage.first_step + first_step,
+        "last_step": stage.first_step + prepared.total_steps,
+        "parts": parts,
+        "machine": describe_machine(prepared.world),
+        "plan": plan,
+    }
+    replace_text(Path(stage.run_folder, NAME), dump_json(note))
+
+
+def describe_machine(world: World) -> Json:
+    """Describe where a run computes, without a name of the machine or of a person."""
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine()
+    return {
+        "device": f"{world.size} x {device}" if world.device.type == "cuda" else f"{world.size} process(es) on {device}",
+        "memory_gib": round(usage(world.device).total / 2**30, 1),
+        "cores": os.cpu_count() or 0,
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": str(transformers.__version__),
+    }
+
+
+def describe_run(prepared: PreparedRun, resume: Path | None, damaged: Sequence[str]) -> str:
     """Describe parts, batch arithmetic, sharding, data and the resume point, for people."""
     stage, origin = prepared.stage, prepared.config.model.init_from or "the bases"
     lines = ["", f"{stage}, from {origin}"] if stage.name else []
     lines += [*_parts(prepared), "", *_batches(prepared)]
-    lines += [f"data      {line}" for line in certificates]
+    lines += [f"data      {line}" for line in prepared.data.certificates]
     lines += [f"aside     {text}" for text in damaged]
     lines.append(f"start     {'from ' + str(resume) if resume else 'fresh'}, writing to {stage.folder}")
     return "\n".join(lines)
@@ -40,15 +111,11 @@ def _parts(prepared: PreparedRun) -> list[str]:
     for row in part_table(prepared.model, config.model):
         lr, decay = ("-", "-") if row.num_trainable == 0 else (f"{rates[row.part]:.3g}", f"{config.optim.weight_decay:g}")
         rows.append(f"{row.part:<18}{row.num_parameters:>15,}{row.num_trainable:>15,}  {row.tune:<10}{lr:>10}{decay:>14}")
-    return [*rows, *_experts(prepared)]
-
-
-def _experts(prepared: PreparedRun) -> list[str]:
-    """Describe the expert weights that LoRA does not reach, where a person looks for the parts that learn."""
     experts = fused_parameters(prepared.model.llm)
-    if not experts or prepared.config.model.llm.tune != "lora":
-        return []
-    return [f"experts   stay as they are: LoRA reaches linear layers, not the {len(experts)} fused parameters as llm.{experts[0]}"]
+    if experts and config.model.llm.tune == "lora":  # where a person looks for the parts that learn
+        text = f"LoRA reaches linear layers, not the {len(experts)} fused parameters as llm.{experts[0]}"
+        rows.append(f"experts   stay as they are: {text}")
+    return rows
 
 
 def _batches(prepared: PreparedRun) -> list[str]:

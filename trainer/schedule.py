@@ -9,16 +9,11 @@ from trainer.config import OptimConfig
 
 
 def warmup_steps(config: OptimConfig, total: int) -> int:
-    if config.warmup_steps is not None:
-        return config.warmup_steps
-    return math.ceil(total * (config.warmup_ratio or 0.0))
+    return math.ceil(total * (config.warmup_ratio or 0.0)) if config.warmup_steps is None else config.warmup_steps
 
 
 def decay_steps(config: OptimConfig, total: int) -> int:
-    """Return the steps of the last phase of the wsd schedule."""
-    if config.decay_steps is not None:
-        return config.decay_steps
-    return math.ceil(total * (config.decay_ratio or 0.0))
+    return math.ceil(total * (config.decay_ratio or 0.0)) if config.decay_steps is None else config.decay_steps
 
 
 def describe_schedule(config: OptimConfig, total: int) -> str:

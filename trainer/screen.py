@@ -32,7 +32,6 @@ class Screen:
         self.bar.close()
 
     def stepped(self) -> None:
-        """Count one step in the bar."""
         self.bar.update()
 
     def logged(self, done: int, values: Mapping[str, float], lr: float) -> None:
@@ -42,7 +41,8 @@ class Screen:
         if not self.bar.disable:
             self.bar.set_postfix_str(text)
         else:
-            self.say("step", f"{self._place(done)}, {text}, {self._time_left(done)} left")
+            seconds = (time.perf_counter() - self.started_at) / max(1, done - self.first_step) * (self.total - done)
+            self.say("step", f"{self._place(done)}, {text}, {tqdm.format_interval(seconds)} left")
 
     def validated(self, done: int, values: Mapping[str, float], seconds: float) -> None:
         """Show a validation after `done` steps: its loss in all and per source where there are several, and its measures."""
@@ -63,10 +63,6 @@ class Screen:
 
     def _place(self, done: int) -> str:
         return f"{self.stage} {done} of {self.total}".strip()
-
-    def _time_left(self, done: int) -> str:
-        seconds = (time.perf_counter() - self.started_at) / max(1, done - self.first_step) * (self.total - done)
-        return tqdm.format_interval(seconds)
 
 
 def _preference(values: Mapping[str, float], prefix: str) -> str:

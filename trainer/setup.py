@@ -6,12 +6,15 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
 
 from data.collate import collate
-from data.loader import BatchPlan
+from data.dataset import MultimodalDataset
+from data.loader import BatchPlan, LoadOptions
+from data.workers import Reading, describe_sample
 from model.build import DTYPES, assemble, resolve_dtype
 from model.errors import ConfigError
 from model.files.shards import local
@@ -21,16 +24,22 @@ from model.weights.materialise import Devices, materialise
 from model.weights.origins import weight_layers
 from trainer.config import RunConfig
 from trainer.distributed.blocks import prepare_blocks
+from trainer.distributed.compile_environment import prepare_compiling
+from trainer.distributed.main_rank import say
 from trainer.distributed.parallelize import check_sharing, is_sharded, replicate
 from trainer.distributed.shards import shard
 from trainer.distributed.world import World
-from trainer.isolation import prove_isolation
+from trainer.faults.phase_tracker import PhaseTracker
+from trainer.faults.signals import launcher_lines
+from trainer.isolation import prove_answers_apart, prove_isolation
 from trainer.loss_scale import LossScale
 from trainer.optim import Trained, build_optimizer
-from trainer.preference.isolation import prove_answers_apart
+from trainer.records.hub_look_ups import share_look_ups
+from trainer.records.look_beside import LookBeside
 from trainer.records.run_data import RunData
-from trainer.runfile.stages import Stage
+from trainer.runfile.stages import Stage, check_stages, describe_stages, list_stages
 from trainer.schedule import check_schedule
+from trainer.scores.text_metrics import check_metrics
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,12 @@ class PreparedRun:
         batch = self.config.batch
         return BatchPlan(self.world.size, batch.micro_batch_size, batch.micro_batch_tokens)
 
+    def load_options(self, dataset: MultimodalDataset, split: str, tracker: PhaseTracker) -> LoadOptions:
+        """Return how this rank reads `dataset`, whose data workers `tracker` watches from now on."""
+        workers = self.config.data.workers
+        reading = tracker.watch_workers(Reading(workers), partial(describe_sample, dataset), split)
+        return LoadOptions(pad_id=self.data.pad_id, rank=self.world.rank, workers=workers, reading=reading)
+
 
 def resolve_config(config: RunConfig, world: World) -> RunConfig:
     """Return the configuration with the settings that depend on the machine filled in.
@@ -60,6 +75,23 @@ def resolve_config(config: RunConfig, world: World) -> RunConfig:
     """
     check_sharing(config.parallel, world.size)
     return replace(config, model=replace(config.model, dtype=resolve_dtype(config.model.dtype, world.device)))
+
+
+def resolve_stages(root: RunConfig, world: World) -> list[Stage]:
+    """Return the stages of a run with the settings that depend on the machine filled in, checked together, and say what they are.
+
+    Collective. Raises `ConfigError` for what can be known before data are opened.
+    """
+    stages = [replace(stage, config=resolve_config(stage.config, world)) for stage in list_stages(root)]
+    check_stages(stages)
+    for stage in stages:
+        check_metrics(stage.config.validation.metrics, "validation.metrics")
+    share_look_ups((stage.config for stage in stages), world)
+    say(world, *describe_stages(stages), *launcher_lines(root.faults.grace_seconds))
+    for line in dict.fromkeys(prepare_compiling(stage.config.parallel, world.device) for stage in stages):
+        if line:
+            say(world, f"compile   {line}")
+    return stages
 
 
 def set_arithmetic(config: RunConfig) -> None:
@@ -76,6 +108,27 @@ def num_steps(config: RunConfig, data: RunData) -> int:
         return config.train.max_steps
     steps = data.sampler.steps_per_epoch if data.sampler else 0
     return math.ceil((config.train.epochs or 0) * steps)
+
+
+def build_beside_check(stage: Stage, data: RunData, world: World, tracker: PhaseTracker) -> tuple[PreparedRun, list[str]]:
+    """Build and load the model while rank 0 looks at the data; return it, and lines for people. Collective.
+
+    What is wrong with the data is told first, whichever of the two is found first.
+    """
+    tracker.mark("load")
+    with LookBeside(data, stage.config, world) as beside:
+
+        def progress(at: str) -> None:
+            tracker.report_progress(at)
+            beside.stop_early()
+
+        try:
+            prepared = build_run(stage, data, world, progress)
+        except ConfigError:
+            beside.precede()
+            raise
+        tracker.mark("check")
+        return prepared, [f"data      {line}" for line in beside.finish(tracker.report_progress)]
 
 
 def build_run(stage: Stage, data: RunData, world: World, on_progress: Callable[[str], object] = lambda at: None) -> PreparedRun:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 from torch.optim.adam import adam
 
 from model.files.sharding import is_sharded_tensor
+from model.files.shards import local
 
 
 class ShardedAdamW(torch.optim.AdamW):
@@ -25,10 +25,10 @@ class ShardedAdamW(torch.optim.AdamW):
                 continue
             states = [self.state[p] for p in parameters]
             adam(
-                local_rows(parameters),
-                local_rows([p.grad for p in parameters if p.grad is not None]),
-                local_rows([state["exp_avg"] for state in states]),
-                local_rows([state["exp_avg_sq"] for state in states]),
+                [local(p) for p in parameters],
+                [local(p.grad) for p in parameters if p.grad is not None],
+                [local(state["exp_avg"]) for state in states],
+                [local(state["exp_avg_sq"]) for state in states],
                 [],
                 [state["step"] for state in states],
                 fused=True,
@@ -43,8 +43,3 @@ class ShardedAdamW(torch.optim.AdamW):
                 **{name: value for name in ("grad_scale", "found_inf") if (value := getattr(self, name, None)) is not None},
             )
         return None
-
-
-def local_rows(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return this rank's rows of sharded tensors, without copies."""
-    return [t.to_local() if is_sharded_tensor(t) else t for t in tensors]

@@ -17,6 +17,7 @@ from trainer.distributed.parallelize import gradient_sync
 from trainer.distributed.world import World
 from trainer.loss_scale import LossScale
 from trainer.optim import clipped_update, gradient_norm
+from trainer.ratios import ratios_of
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def train_step(
     mark = options.mark
     scale = options.scaling.scale if options.scaling else None
     mark("count")
-    batches = prepared(wrapped, batches)
+    if (tuning := unwrapped(wrapped).preference) is not None:
+        batches = tuning.prepare(wrapped, batches)  # some kinds run the model for it, without a graph
     divisors, extra_sums = loss_divisors(wrapped, batches, world, options.extra)
     addends: list[Tensor] = []
     ratios: list[dict[str, Tensor]] = []
@@ -120,20 +122,9 @@ def unwrapped(wrapped: nn.Module) -> MultimodalLM:
     return found
 
 
-def prepared(wrapped: nn.Module, batches: list[Batch]) -> list[Batch]:
-    """Return the micro-batches as the step computes them. Some kinds of preference tuning run the model for it, without a graph."""
-    tuning = unwrapped(wrapped).preference
-    return batches if tuning is None else tuning.prepare(wrapped, batches)
-
-
 def total_loss(terms: dict[str, Term], divisors: dict[str, Tensor]) -> Tensor:
     """Return () this micro-batch's part of the loss of the step."""
     return torch.stack([term.sum / divisors[name] for name, term in terms.items()]).sum()
-
-
-def ratios_of(terms: dict[str, Term]) -> dict[str, Tensor]:
-    """Return the (2,) sum and count of everything that terms other than the text report, by name."""
-    return {name: ratio for term in terms.values() for name, ratio in term.ratios.items()}
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:

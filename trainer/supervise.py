@@ -16,7 +16,7 @@ from trainer.distributed.rank_consistency import check_same_settings
 from trainer.distributed.world import World, die_with_parent, start_world, stop_world
 from trainer.errors import INTERNAL, SaveError, code_of
 from trainer.faults import exit_report, signals
-from trainer.faults.exit_report import INTERRUPT, RunEnd, RunStatus, clear_exit_report, write_exit_report
+from trainer.faults.exit_report import INTERRUPT, RunEnd, RunStatus, write_exit_report
 from trainer.faults.requests import OF_ANOTHER
 from trainer.faults.watchdog import Watchdog
 from trainer.machine.atomic_files import make_folder
@@ -122,7 +122,7 @@ def hold(folder: Path, *, waits: bool = True) -> FolderLock:
     try:
         make_folder(folder)
         lock = FolderLock(folder, waits=waits)
-        clear_exit_report(folder)
+        (folder / exit_report.NAME).unlink(missing_ok=True)
         return lock
     except OSError as error:
         if lock is not None:

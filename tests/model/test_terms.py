@@ -37,8 +37,8 @@ from trainer.distributed.parallelize import replicate
 from trainer.distributed.world import World
 from trainer.metrics import Meter
 from trainer.optim import build_optimizer, set_learning_rates
-from trainer.ratios import Ratios, ratio_means
-from trainer.step import StepOptions, StepResult, loss_divisors, ratios_of, total_loss, train_step
+from trainer.ratios import Ratios, ratio_means, ratios_of
+from trainer.step import StepOptions, StepResult, loss_divisors, total_loss, train_step
 
 NUM_RECORDS = 10
 STATES = [1, 0, 2, 2, 1, 0, 1, 2, 0, 1]

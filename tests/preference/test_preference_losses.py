@@ -32,8 +32,8 @@ from tests.support.tiny import save_llm, save_tower
 from tests.support.trainable import ALONE
 from tools.bench_step import Counter, hidden_syncs
 from trainer.config import OptimConfig
+from trainer.isolation import prove_answers_apart
 from trainer.optim import build_optimizer
-from trainer.preference.isolation import prove_answers_apart
 from trainer.step import StepOptions, train_step, unwrapped
 
 BETA, NUM = 0.3, 5

@@ -12,7 +12,7 @@ import torch
 
 from model.errors import ConfigError, DataError
 from trainer.distributed.world import World
-from trainer.health.loss_monitor import forget_after
+from trainer.machine.json_lines import rows_up_to
 from trainer.metrics import MetricsLog
 from trainer.records.bookkeeping import Bookkeeping
 from trainer.records.quarantine import Quarantine, read_rows
@@ -38,7 +38,7 @@ def test_a_damaged_line_of_a_log_is_left_out_with_a_word(kind: str, tmp_path: Pa
     for name in ("metrics.jsonl", "faults.jsonl"):
         write(tmp_path / name, {"step": 1, "a": 0.1}, DAMAGED[kind])
     log = MetricsLog(tmp_path, 2, ALONE)
-    forget_after(tmp_path, 2)
+    rows_up_to(tmp_path / "faults.jsonl", 2)
     for name in ("metrics.jsonl", "faults.jsonl"):
         assert [json.loads(line) for line in (tmp_path / name).read_text().splitlines()] == [{"step": i, "a": 0.1} for i in (1, 2)]
     assert len(log.history) == 2

@@ -120,10 +120,8 @@ def test_a_folder_in_the_place_of_a_note_cannot_be_written(parts: Path, begun: P
 
 
 def test_a_note_that_cannot_be_written_is_no_fault_of_the_settings(tmp_path: Path) -> None:
-    place, data = (
-        SimpleNamespace(folder=tmp_path / "nowhere"),
-        SimpleNamespace(train=dataset(tmp_path, [talk("Hi", "a")]), validation=None),
-    )
+    train, place = dataset(tmp_path, [talk("Hi", "a")]), SimpleNamespace(folder=tmp_path / "nowhere")
+    data = SimpleNamespace(train=train, datasets={"train": train})
     with pytest.raises(SaveError, match=r"nowhere/data.json, .* cannot be written: No such file"):
         same_data(place, data, World(0, 0, 1, torch.device("cpu")), None)  # type: ignore[arg-type]
 

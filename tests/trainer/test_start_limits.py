@@ -29,7 +29,7 @@ from model.files.tensor_files import LazyTensor
 from model.weights.materialise import Layer, materialise, parameters_on_meta
 from tests.support.tiny_data import SPECS, dataset, grey, talk, template
 from trainer.distributed.world import World
-from trainer.machine import io_traffic as traffic
+from trainer.machine import processes
 from trainer.records import freeze_lengths as plan_lengths
 
 MANY = 50
@@ -179,11 +179,11 @@ def test_a_long_index_is_told_to_the_ranks_that_wait(monkeypatch: pytest.MonkeyP
 
 
 def test_bytes_that_pass_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = traffic.traffic()
-    (tmp_path / "big").write_bytes(bytes(2 * traffic.STEP))
-    between = traffic.traffic()
+    before = processes.traffic()
+    (tmp_path / "big").write_bytes(bytes(2 * processes.STEP))
+    between = processes.traffic()
     (tmp_path / "big").read_bytes()
-    assert between - before in (2, 3) and traffic.traffic() - between in (2, 3)
-    monkeypatch.setattr(traffic, "COUNTERS", tmp_path / "missing")
-    monkeypatch.setattr(traffic.time, "monotonic", lambda: 17.5)
-    assert traffic.traffic() == 17  # nothing is known, and nobody is blamed
+    assert between - before in (2, 3) and processes.traffic() - between in (2, 3)
+    monkeypatch.setattr(processes, "COUNTERS", tmp_path / "missing")
+    monkeypatch.setattr(processes.time, "monotonic", lambda: 17.5)
+    assert processes.traffic() == 17  # nothing is known, and nobody is blamed

@@ -151,7 +151,8 @@ def two_starts(parts: Path, run: Path, log: dict[str, Any]) -> None:
         "data": {"validation": [{"path": str(parts / "train.json"), "media_root": str(parts / "images")}]},
         "validation": {"every": 3, "max_samples": 4, "metrics": ["contains"], "max_new_tokens": 4},
     }
-    assert start_alone(parts, run, {**sections, "train": {"max_steps": 6}}).code == 0
+    first = start_alone(parts, run, {**sections, "train": {"max_steps": 6}})
+    assert first.code == 0 and f"tracked   {'tensorboard in' if 'tensorboard' in log else 'wandb, project'} " in first.said
     back = {"every": 2, "resume": str(run / "checkpoint-4")}
     assert start_alone(parts, run, {**sections, "train": {"max_steps": 8}, "checkpoint": back}).code == 0
 

@@ -15,7 +15,7 @@ from tests.support.loop import lines_of
 from tests.support.ranks import run_ranks
 from tests.support.resume import cut
 from tests.support.runs import config_of, merged, save_parts, save_records, start, start_alone
-from trainer import loop
+from trainer import validate
 from trainer.machine.json_lines import read_lines
 from trainer.scores import text_metrics
 from trainer.scores.best import BestValue
@@ -89,17 +89,17 @@ VALUES = {1: 0.2, 2: 0.9, 3: 0.4, 4: 0.9, 5: 0.1, 6: 0.3}
 
 def start_with_values(world: Any, parts: Path, run: Path, sections: dict[str, Any], values: dict[int, float]) -> Any:
     """A run whose validations have the given values of contains, by step; nothing is answered."""
-    loop.answer_records = lambda prepared, tracker=None: []
+    validate.answer_records = lambda prepared, tracker=None: []
     steps = iter(())
-    original = loop.validate
+    original = validate.validate
 
     def counted(prepared: Any, quarantine: Any, step: int, tracker: Any = None) -> dict[str, float]:
         nonlocal steps
         steps = iter([step])
         return original(prepared, quarantine, step, tracker)
 
-    loop.validate = counted
-    loop.score_rows = lambda *_: {"val/contains": values[next(steps)]}
+    validate.validate = counted
+    validate.score_rows = lambda *_: {"val/contains": values[next(steps)]}
     return start(world, parts, run, sections)
 
 

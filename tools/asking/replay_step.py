@@ -16,8 +16,7 @@ from trainer.distributed.world import World
 from trainer.faults.phase_tracker import PhaseTracker
 from trainer.feed import Feed
 from trainer.metrics import Meter
-from trainer.optim import in_norm_order, set_learning_rates
-from trainer.part_norms import PartNorms
+from trainer.optim import PartNorms, in_norm_order, set_learning_rates
 from trainer.schedule import multiplier
 from trainer.setup import PreparedRun
 from trainer.state import CheckpointState

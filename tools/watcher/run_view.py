@@ -20,8 +20,8 @@ from trainer.machine.json_lines import read_lines
 from trainer.records.ledger import NAME as LEDGER
 from trainer.records.quarantine import NAME as QUARANTINE
 from trainer.records.sample_log import read_step
+from trainer.report import NAME as START
 from trainer.runfile.schema import flatten_tables
-from trainer.start_note import NAME as START
 
 MOST_ROWS = 100
 """Rows of a list that the page shows at most; how many there are is told."""

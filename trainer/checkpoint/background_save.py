@@ -40,10 +40,9 @@ class Task:
 
     @property
     def under_way(self) -> bool:
-        """Return whether the work is still running."""
         return self.thread.is_alive()
 
-    def outcome(self, waiting: Callable[[], None] = lambda: None) -> None:
+    def outcome(self, waiting: Callable[[], None]) -> None:
         """Wait for the end of the work, and raise what the work raised. `waiting` is called every PAUSE seconds meanwhile."""
         while self.under_way:
             waiting()

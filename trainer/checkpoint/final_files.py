@@ -23,7 +23,7 @@ from trainer.distributed.world import World
 Files = list[tuple[str, dict[str, Entry]]]
 
 
-def final_files(model: MultimodalLM, card: ModelCard, world: World, alone: bool = False) -> Files:
+def final_files(model: MultimodalLM, card: ModelCard, world: World, alone: bool) -> Files:
     """Return all weight files of final/. No tensor is read yet.
 
     `alone`: include the tensors that come from the run named by model.init_from.
@@ -65,16 +65,12 @@ def with_inherited(files: Files, card: ModelCard, world: World) -> Files:
         part, _, inner = name.partition(".")
         # A quantised matrix is packed again from this file: it must hold exactly the values it was packed from.
         rounds = part in card.hugging_face and card.quantize.bits == 16
-        value = rows.all if world.is_main else _nothing
+        value = rows.all if world.is_main else lambda: None  # rank 0 reads it from a file by itself
         added.setdefault(part, {})[inner] = Entry(DTYPES[card.model.dtype] if rounds else torch.float32, rows.shape, value)
     for part, entries in added.items():
         own = {name: entry for file, group in files if part_of(file) == part for name, entry in group.items()}
         files = [item for item in files if part_of(item[0]) != part] + list(split_files(part, {**own, **entries}))
     return files
-
-
-def _nothing() -> None:
-    """Return no value: the hook of ranks other than 0 for a tensor that rank 0 reads from a file by itself."""
 
 
 def part_of(file: str) -> str:

@@ -46,8 +46,9 @@ class Staging:
         except OSError as error:
             raise MemoryError(f"{num_bytes:,} bytes of host memory for checkpoints cannot be had: {error}") from error
         # Forked workers would share the pages, and every page written while they live would be copied first.
-        _advise(memory, "MADV_DONTFORK")
-        _advise(memory, "MADV_HUGEPAGE")
+        for name in ("MADV_DONTFORK", "MADV_HUGEPAGE"):
+            with suppress(OSError, AttributeError):  # where the system has no such option
+                memory.madvise(getattr(mmap, name))
         self.names: list[str] | None = None
         self.plan, self.runs = ShardPlan(b"", [], {}), list[Run]()
         self.buffer = torch.frombuffer(memory, dtype=torch.uint8)
@@ -105,13 +106,6 @@ def _runs(plan: ShardPlan) -> Iterator[Run]:
         if alone or following is None or following.dtype != byte_range.dtype or following.end - begin > TOGETHER:
             yield Run(names, byte_range.dtype, begin, byte_range.end)
             names = []
-
-
-def _advise(memory: mmap.mmap, name: str) -> None:
-    """Give the system the madvise option `name`, where it has one."""
-    if hasattr(mmap, name):
-        with suppress(OSError):
-            memory.madvise(getattr(mmap, name))
 
 
 def _page_lock(staging: Staging) -> None:

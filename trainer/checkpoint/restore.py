@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from model.files.sharding import local_range
-from model.files.shards import WEIGHTS, checkpoint_tensors
+from model.files.shards import WEIGHTS, checkpoint_tensors, local
 from model.files.tensor_files import Tensors
 from model.files.untrusted import shown
 from trainer.checkpoint.retention import STATE
@@ -60,8 +60,7 @@ def restore_loss_scale(folder: Path, trained: Trained, state: CheckpointState) -
 
 def _fill(tensor: Tensor, saved: Tensors, name: str) -> None:
     """Copy this rank's rows of the saved tensor `name` into `tensor`. Raises ProofError when it is missing or has another shape."""
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     if name not in saved or saved[name].shape != tuple(tensor.shape):
         found = list(saved[name].shape) if name in saved else "no values"
         raise ProofError(f"{name} has {found} in the checkpoint and shape {list(tensor.shape)} in the model")
-    local.copy_(saved[name].read(*local_range(tensor)))
+    local(tensor).copy_(saved[name].read(*local_range(tensor)))

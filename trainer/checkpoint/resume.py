@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Collection
-from dataclasses import MISSING, fields, replace
+from collections.abc import Collection, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import cast
-
-import numpy as np
 
 from data.check.measured_lengths import FROZEN
 from model.card import ModelCard, read_card
@@ -17,6 +14,7 @@ from model.errors import ConfigError
 from trainer.checkpoint.retention import STATE, checkpoints, newest_sound, step_of, verify_together
 from trainer.checkpoint.write_final import final_step
 from trainer.config import RunConfig
+from trainer.distributed.main_rank import on_main_rank
 from trainer.distributed.world import World
 from trainer.errors import ProofError, SaveError
 from trainer.machine.atomic_files import clean_leftovers
@@ -25,6 +23,7 @@ from trainer.runfile.merge_tables import stage_tables
 from trainer.runfile.schema import flatten_tables, to_tables
 from trainer.runfile.stages import Stage, stage_of_checkpoint
 from trainer.state import CheckpointState
+from trainer.trackers.open_trackers import Trackers
 
 MAY_CHANGE = (
     "output_dir",
@@ -48,6 +47,16 @@ DEFAULTS = flatten_tables({f.name: to_tables(f.default_factory()) for f in field
 """Settings that have a default, by dotted key."""
 
 
+@dataclass(frozen=True)
+class StageStart:
+    """Beginning of a stage."""
+
+    checkpoint: Path | None = None  # the newest one of the run, which may be of the stage before
+    state: CheckpointState | None = None  # of the checkpoint; None when the stage begins at its first step
+    notes: Sequence[str] = ()  # lines about checkpoints that were moved aside or removed
+    trackers: Trackers = field(default_factory=Trackers)
+
+
 def find_resume_point(config: RunConfig, world: World) -> tuple[Path | None, list[str]]:
     """Return the checkpoint to resume from, or None, and lines about unfinished or damaged files. Collective.
 
@@ -59,14 +68,15 @@ def find_resume_point(config: RunConfig, world: World) -> tuple[Path | None, lis
     if resume == "auto":
         path, damaged = newest_sound(folder, world)
         return path, notes + damaged
-    problem = ""
-    if resume == "none":
-        if world.is_main and (found := checkpoints(folder)):
-            problem = f"'none', but {folder} holds {found[-1].name}: use another output_dir, or resume = 'auto'"
-    elif world.is_main and not Path(resume).is_dir():
-        problem = f"{resume!r}: no such folder"
-    if problem := world.broadcast_json(problem):
-        raise ConfigError(f"checkpoint.resume = {problem}")
+
+    def check_there() -> None:
+        if resume != "none" and not Path(resume).is_dir():
+            raise ConfigError(f"checkpoint.resume = {resume!r}: no such folder")
+        if resume == "none" and (found := checkpoints(folder)):
+            text = f"'none', but {folder} holds {found[-1].name}: use another output_dir, or resume = 'auto'"
+            raise ConfigError(f"checkpoint.resume = {text}")
+
+    on_main_rank(world, check_there)
     if resume == "none":
         return None, notes
     if problem := verify_together(Path(resume), world):
@@ -79,40 +89,16 @@ def _clean(folder: Path, world: World) -> list[str]:
 
     Raises SaveError when one cannot be removed.
     """
-    problem, notes = "", []
-    if world.is_main:
+
+    def cleaned() -> list[str]:
         try:
-            notes = clean_leftovers(folder)
+            return clean_leftovers(folder)
         except OSError as error:
-            problem = f"what an earlier start left in {folder} cannot be removed: {error.strerror}: {error.filename}"
-    problem, notes = world.broadcast_json([problem, notes])
-    if problem:
-        raise SaveError(problem)
-    return list(notes)
+            raise SaveError(
+                f"what an earlier start left in {folder} cannot be removed: {error.strerror}: {error.filename}"
+            ) from error
 
-
-def run_state(stage: Stage, lengths: str, num_ranks: int) -> CheckpointState:
-    """Return what a checkpoint records of the run: enough to resume in the right stage, and to refuse to resume another run.
-
-    `lengths`: the `digest_of` the data.
-    """
-    chosen = stage.config.parallel.activation_checkpointing
-    state: CheckpointState = {"config": to_tables(stage.root), "lengths": lengths, "num_ranks": num_ranks}
-    state["activation_checkpointing"] = chosen
-    return {**state, "stage": stage.name, "first_step": stage.first_step} if stage.name else state
-
-
-def digest_of(data: RunData) -> str:
-    """Return the fingerprint of what decides the order of the data (planned lengths, modalities) and of the record sizes.
-
-    The planned lengths were frozen at the first start: they alone would not reveal that a data file was edited since.
-    """
-    if data.train is None:
-        return ""
-    digest = hashlib.sha256()
-    for array in (data.train.lengths, data.train.modalities, *(index.lengths for index in data.train.indexes)):
-        digest.update(np.ascontiguousarray(array, dtype=np.int32).tobytes())
-    return digest.hexdigest()
+    return on_main_rank(world, cleaned)
 
 
 def load_state(path: Path) -> CheckpointState:
@@ -173,7 +159,7 @@ def check_state(path: Path, state: CheckpointState, data: RunData, accepted: boo
 
     `accepted`: the user accepts other lengths of the same number of records.
     """
-    if state["lengths"] != digest_of(data) and not accepted:
+    if state["lengths"] != data.digest and not accepted:
         raise ConfigError(
             f"{path}: the data of this run has changed since (number or lengths of records), or {FROZEN}, which it is "
             "planned by, was lost: restore it, or use another output_dir"
@@ -193,3 +179,12 @@ def check_same_model(path: Path, card: ModelCard) -> None:
                 f"{path}: {key} of the model changed since ({getattr(saved, key)} in the checkpoint, {getattr(card, key)} now): "
                 "restore the files that model.*.path and model.init_from name, or use another output_dir"
             )
+
+
+def check_trains(config: RunConfig, checkpoint: Path) -> None:
+    """Refuse to build a model without training where there is a checkpoint. Raises `ConfigError`."""
+    if config.train.max_steps == 0:
+        raise ConfigError(
+            f"train.max_steps = 0 builds a model without training, but {config.output_dir} holds {checkpoint.name}: use "
+            "another output_dir; tools load and export from a checkpoint as from final/"
+        )

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from model.card import NAME as CARD
 from model.files.manifest import UnsoundCheckpoint, changed, check_sizes
 from model.files.untrusted import Json
+from trainer.distributed.main_rank import on_main_rank
 from trainer.distributed.world import World
 from trainer.errors import ProofError, SaveError
 from trainer.machine.atomic_files import move, move_aside, places, remove_folder
@@ -33,17 +35,13 @@ def prune(folder: Path, keep: int, written: Path) -> None:
     sound = [path for path in reversed(checkpoints(folder)) if is_whole(path)]
     kept = {written, *sound[:keep]}
     if doomed := [path for path in sound if path not in kept]:
-        needed = bases(folder, written) | {best_of(folder, written)}
+        best = _json(written / STATE).get("best")
+        needed = bases(folder, written)
+        if isinstance(best, dict) and isinstance(best.get("step"), int):
+            needed |= {(folder / f"{PREFIX}{best['step']}").resolve()}
         for path in reversed(doomed):  # oldest first: if a removal fails, the newest are left
             if path.resolve() not in needed:
                 remove_folder(path)
-
-
-def best_of(folder: Path, written: Path) -> Path | None:
-    """Return the best checkpoint of `folder`, as the state of `written` names it; None when it names none."""
-    best = _json(written / STATE).get("best")
-    step = best.get("step") if isinstance(best, dict) else None
-    return (folder / f"{PREFIX}{step}").resolve() if isinstance(step, int) else None
 
 
 def is_whole(path: Path) -> bool:
@@ -115,7 +113,6 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """Return the step in the name of a checkpoint folder."""
     return int(path.name.removeprefix(PREFIX))
 
 
@@ -146,7 +143,7 @@ def newest_sound(folder: Path, world: World | None = None) -> tuple[Path | None,
         problem = verify_together(folder / name, world)
         if not problem:
             return folder / name, damaged
-        damaged.append(f"{problem}; moved to {_move_damaged(folder / name, world)}")
+        damaged.append(f"{problem}; moved to {on_main_rank(world, partial(_move_damaged, folder / name))}")
     if damaged or world.broadcast_json(any(folder.glob(f"damaged-{PREFIX}*"))):
         raise ProofError(
             f"{folder} has checkpoints and none is sound: {'; '.join(damaged) or 'all were moved aside before'}. "
@@ -155,24 +152,20 @@ def newest_sound(folder: Path, world: World | None = None) -> tuple[Path | None,
     return None, []
 
 
-def _move_damaged(path: Path, world: World) -> str:
-    """Move a damaged checkpoint aside on rank 0; return its new name. Collective. Raises SaveError when it cannot be moved.
+def _move_damaged(path: Path) -> str:
+    """Move a damaged checkpoint aside and return its new name. Raises SaveError when it cannot be moved.
 
     Checkpoints that were moved aside before are kept: one of them may be all that is left.
     """
-    aside, number, problem = path.with_name(f"damaged-{path.name}"), 1, ""
-    if world.is_main:
-        while os.path.lexists(aside):
-            number += 1
-            aside = path.with_name(f"damaged-{path.name}-{number}")
-        try:
-            move(path, aside)
-        except OSError as error:
-            problem = f"{path} is damaged and cannot be moved aside: {error.strerror}"
-    problem, name = world.broadcast_json([problem, aside.name])
-    if problem:
-        raise SaveError(problem)
-    return str(name)
+    aside, number = path.with_name(f"damaged-{path.name}"), 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"damaged-{path.name}-{number}")
+    try:
+        move(path, aside)
+    except OSError as error:
+        raise SaveError(f"{path} is damaged and cannot be moved aside: {error.strerror}") from error
+    return aside.name
 
 
 def verify_together(path: Path, world: World) -> str:
@@ -180,15 +173,16 @@ def verify_together(path: Path, world: World) -> str:
 
     Raises ProofError when a rank does not see the files that rank 0 sees: then nothing is known of the checkpoint.
     """
-    problem = digest = ""
-    if world.is_main:
+
+    def digest_there() -> list[str]:
         try:
-            digest = check_sizes(path)["digest"]
+            return ["", check_sizes(path)["digest"]]
         except UnsoundCheckpoint as error:
-            problem = str(error)
-    problem, digest = world.broadcast_json([problem, digest])
+            return [str(error), ""]
+
+    problem, digest = on_main_rank(world, digest_there)
     if problem:
-        return str(problem)
+        return problem
     answers = world.gather_json(_read_share(path, digest, world))
     if unseen := [f"rank {rank}: {text}" for rank, (text, _) in enumerate(answers) if text]:
         raise ProofError(f"{path} is not what rank 0 sees: {'; '.join(unseen[:8])}. Every machine needs the same output_dir")

@@ -16,6 +16,7 @@ from trainer.checkpoint.background_save import attempt
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.final_files import final_files
 from trainer.checkpoint.retention import PREFIX, STATE, checkpoints, is_whole, prune
+from trainer.distributed.main_rank import on_main_rank
 from trainer.distributed.world import World
 from trainer.errors import SaveError
 from trainer.machine.atomic_files import SAVING, TRIAL, fresh_folder, put_in_place, remove_folder
@@ -58,7 +59,7 @@ def prove_saving(prepared: PreparedRun, checkpointer: Checkpointer, step: int, s
         if newest.is_dir() and is_whole(newest):
             with suppress(OSError):
                 prune(folder, checkpointer.keep, newest)
-    prove_space(space, world)
+    on_main_rank(world, lambda: prove_space(space))
     if world.is_main:
         print(f"disk      {space}{space_warning(space)}", flush=True)
     return space
@@ -86,7 +87,7 @@ def trial_save(
     Returns what went wrong on which ranks ("" if nothing did), and the bytes of all files of a checkpoint beside the tensors.
     """
     temporary, target = folder / f"{TRIAL}save{SAVING}", folder / f"{TRIAL}save"
-    if problem := _problem(world, attempt(lambda: fresh_folder(temporary), folder)[0] if world.is_main else []):
+    if problem := _describe(world.gather_json(attempt(lambda: fresh_folder(temporary), folder)[0] if world.is_main else [])):
         return problem, 0
     failed, facts = attempt(lambda: write_shard(temporary, world.rank, world.size, _small(parameters, world)), folder)
     answers = world.gather_json([failed, facts])
@@ -110,7 +111,7 @@ def trial_save(
     if failed:
         with suppress(OSError):
             remove_folder(temporary)
-    problem = _problem(world, failed)
+    problem = _describe(world.gather_json(failed))
     return problem, int(world.broadcast_json(total) or 0)
 
 
@@ -119,11 +120,6 @@ def _small(parameters: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
     own = {name: p.detach() for name, p in parameters.items() if is_first_copy(p, world.rank) and local(p).numel()}
     name = min(own, key=lambda name: (local(own[name]).numel(), name), default=None)
     return {} if name is None else {WEIGHTS + name: own[name]}
-
-
-def _problem(world: World, failed: list[str]) -> str:
-    """Gather the failures of all ranks and return them as one text, "" without any. Collective."""
-    return _describe(world.gather_json(failed))
 
 
 def _describe(failures: list[list[str]]) -> str:

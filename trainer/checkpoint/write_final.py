@@ -23,6 +23,7 @@ from model.files.tensor_files import Entry, dump_json, tensor_digests, write_saf
 from model.load import card_without_init_from, check_loadable
 from model.multimodal import MultimodalLM
 from trainer.checkpoint.final_files import final_files
+from trainer.distributed.main_rank import on_main_rank
 from trainer.distributed.world import World
 from trainer.errors import ProofError, SaveError
 from trainer.machine.atomic_files import SAVING, fresh_folder, put_in_place, remove_folder
@@ -47,23 +48,19 @@ def write_final(model: MultimodalLM, run: FinalRun, world: World, *, alone: bool
     ProofError when the files on disk are not what was trained, SaveError when they cannot be written.
     """
     temporary, target = run.folder / f".{run.name}{SAVING}", run.folder / run.name
-    problem, digests = "", {}
-    check_masters(model)
+    digests: dict[str, dict[str, str]] = {}
+    # One of another dtype would be a rounded copy made for computing.
+    if rounded := [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]:
+        raise ProofError(f"{len(rounded)} trained parameters are not float32, for example {rounded[0]}: final/ would be rounded")
     files = final_files(model, run.card, world, alone)
     try:
-        if world.is_main:
-            problem = _attempt(lambda: fresh_folder(temporary))
-        _raise_together(problem, world, SaveError)
+        _write_together(world, lambda: fresh_folder(temporary))
         for name, entries in files:
             digests[name] = _stream(temporary / name, entries, world)
-        if world.is_main:
-            problem = _attempt(lambda: _finish(temporary, target, run, digests))
-        _raise_together(problem, world, SaveError)
+        _write_together(world, lambda: _finish(temporary, target, run, digests))
     except SaveError as error:  # on every rank
-        hint = _discard(temporary, final_bytes(files)[0]) if world.is_main else ""
-        raise SaveError(
-            f"{target} cannot be written: {error}. {world.broadcast_json(hint)}. Checkpoints are intact: the same command goes on"
-        ) from error
+        hint = on_main_rank(world, lambda: _discard(temporary, final_bytes(files)[0]))
+        raise SaveError(f"{target} cannot be written: {error}. {hint}. Checkpoints are intact: the same command goes on") from error
     return target
 
 
@@ -75,12 +72,6 @@ def _discard(temporary: Path, needed: int) -> str:
     return shortage
 
 
-def check_masters(model: MultimodalLM) -> None:
-    """Check that every trained parameter is float32. Raises ProofError otherwise: it would be a rounded copy made for computing."""
-    if rounded := [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]:
-        raise ProofError(f"{len(rounded)} trained parameters are not float32, for example {rounded[0]}: final/ would be rounded")
-
-
 def _stream(path: Path, entries: dict[str, Entry], world: World) -> dict[str, str]:
     """Write one file; return the digest that each tensor had when it was written. Collective. Raises SaveError on every rank."""
     out = Drain(path) if world.is_main else None
@@ -89,7 +80,8 @@ def _stream(path: Path, entries: dict[str, Entry], world: World) -> dict[str, st
     finally:
         if out is not None:
             out.close()
-    _raise_together("" if out is None or out.error is None else f"{out.error.strerror}: {path}", world, SaveError)
+    if problem := world.broadcast_json("" if out is None or out.error is None else f"{out.error.strerror}: {path}"):
+        raise SaveError(problem)
     return digests
 
 
@@ -129,12 +121,8 @@ def _finish(temporary: Path, target: Path, run: FinalRun, digests: dict[str, dic
     write_card(card_without_init_from(temporary, run.card), temporary)
     run.processor.save(temporary)
     prove(temporary, digests)
-    provenance = {
-        "run": str(run.folder),
-        "step": run.step,
-        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "torch": torch.__version__,
-    }
+    written = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    provenance = {"run": str(run.folder), "step": run.step, "written": written, "torch": torch.__version__}
     (temporary / "provenance.json").write_text(dump_json(provenance))
     put_in_place(temporary, target)
 
@@ -153,10 +141,7 @@ def publish(source: Path, target: Path, world: World) -> None:
 
     Nothing is done if the same final/ is there already. Collective. Raises SaveError on every rank when it cannot be written.
     """
-    problem = ""
-    if world.is_main and not _same_proof(source, target):
-        problem = _attempt(lambda: _link(source, target))
-    _raise_together(problem, world, SaveError)
+    _write_together(world, lambda: None if _same_proof(source, target) else _link(source, target))
 
 
 def _same_proof(source: Path, target: Path) -> bool:
@@ -192,19 +177,15 @@ def prove(folder: Path, digests: dict[str, dict[str, str]]) -> None:
     (folder / "proof.json").write_text(dump_json(proof))
 
 
-def _attempt(action: Callable[[], object]) -> str:
-    """Run `action`; return "" or what went wrong. A problem other than an OSError begins with "proof: "."""
-    try:
-        action()
-    except OSError as error:
-        return f"{error.strerror or error}: {error.filename or ''}"
-    except Exception as error:
-        return f"proof: final/ cannot be used: {error}"
-    return ""
+def _write_together(world: World, write: Callable[[], None]) -> None:
+    """Call `write` on rank 0. Raises on every rank SaveError for a file that cannot be written, ProofError for any other error."""
 
+    def written() -> None:
+        try:
+            write()
+        except OSError as error:
+            raise SaveError(f"{error.strerror or error}: {error.filename or ''}") from error
+        except Exception as error:
+            raise ProofError(f"final/ cannot be used: {error}") from error
 
-def _raise_together(problem: str, world: World, kind: type[Exception]) -> None:
-    """Raise on every rank the problem that rank 0 found, as ProofError or else as `kind`. Collective."""
-    text = world.broadcast_json(problem)
-    if text:
-        raise (ProofError if text.startswith("proof: ") else kind)(text.removeprefix("proof: "))
+    on_main_rank(world, written)

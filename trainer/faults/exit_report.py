@@ -11,7 +11,7 @@ import traceback
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from data.records.fields import bound_message, printable
 from model.files.tensor_files import dump_json
@@ -30,6 +30,7 @@ class ExitReport(TypedDict):
     reason: str
     step: int | None  # completed steps
     rank: int  # the one to blame
+    launch: NotRequired[str]  # id of torchrun's launch
 
 
 @dataclass
@@ -40,11 +41,6 @@ class RunStatus:
     has_met: bool = False  # this rank has joined the others, and so the rank that holds the run folder
     requests: Requests = field(default_factory=Requests)
     tracker: PhaseTracker = field(default_factory=PhaseTracker)
-
-
-def clear_exit_report(output_dir: Path) -> None:
-    """Remove the exit report of the previous start."""
-    (output_dir / NAME).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
-from trainer.faults.heartbeat import Heartbeat
 from trainer.faults.phase_tracker import BEFORE_UPDATE, STARTING, UNLIMITED
+from trainer.faults.shared_page import Heartbeat
 from trainer.machine.processes import DEFUNCT, GONE, HALTED, Process, ProcessFacts
 
 SILENCE_SECONDS = 5.0
@@ -41,12 +41,10 @@ class Verdict:
     end: tuple[ProcessFacts, ...] = ()  # processes to end if they do not exit by themselves
 
     def dumps(self) -> str:
-        """Return the verdict as JSON, for the store."""
         return json.dumps(asdict(self))
 
     @staticmethod
     def loads(text: bytes) -> Verdict:
-        """Read a verdict that `dumps` wrote."""
         found = json.loads(text)
         return Verdict(**{**found, "end": tuple(found["end"])})
 
@@ -85,11 +83,9 @@ class HangDetector:
             seen.moved += seconds
 
     def absent(self, now: float) -> Finding | None:
-        """Return a rank that is dead or silent, if any."""
         return self._dead(now) or self._silent(now)
 
     def _running(self) -> dict[int, _Seen]:
-        """Return the ranks that are not done yet."""
         return {rank: seen for rank, seen in self.seen.items() if seen.beat.get("phase") != "done"}
 
     def _dead(self, now: float) -> Finding | None:

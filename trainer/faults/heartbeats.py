@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from trainer.distributed.world import World
 from trainer.faults.hang_diagnosis import Verdict
-from trainer.faults.heartbeat import Heartbeat
+from trainer.faults.shared_page import Heartbeat
 
 T = TypeVar("T")
 NO_VERDICT = "none"
@@ -33,11 +33,8 @@ class Heartbeats:
         self.error: tuple[float, str] | None = None  # since when the store fails, and its message
         self.verdict: Verdict | None = None
         self.agreed, self._over = threading.Event(), threading.Event()
-        self._rank, self._watched_ranks, self._own_heartbeat = (
-            world.rank,
-            range(world.size) if world.is_main else (0,),
-            own_heartbeat,
-        )
+        self._rank, self._own_heartbeat = world.rank, own_heartbeat
+        self._watched_ranks = range(world.size) if world.is_main else range(1)
         self._number = 0
         # A process may do several runs in one world; all ranks do equally many, so the counts agree.
         run = world.channel("runs").add(str(world.rank), 1)
@@ -46,7 +43,6 @@ class Heartbeats:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
-        """Start the exchange of heartbeats."""
         self._thread.start()
 
     def stop(self) -> None:

@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from data.workers import Reading, explain_worker_death
-from trainer.faults.heartbeat import Heartbeat
-from trainer.faults.shared_page import SharedPage
-from trainer.machine.io_traffic import traffic
+from trainer.faults.shared_page import Heartbeat, SharedPage
+from trainer.machine.processes import traffic
 
 VALIDATION = "validation"
 BEFORE_UPDATE = ("data", "copy", "count", "forward", "backward", "update")
@@ -89,7 +88,7 @@ class PhaseTracker:
             self.shared_page.note(beat.phase, beat.step, beat.part, beat.moves, samples)
         self.beat = beat
 
-    def watch_workers(self, reading: Reading, names: Callable[[int], str], split: str = "train") -> Reading:
+    def watch_workers(self, reading: Reading, names: Callable[[int], str], split: str) -> Reading:
         """Register the data workers that the main thread waits for, and the readable names of their samples; return `reading`."""
         self.reading, self.names[split] = reading, names
         return reading

@@ -12,12 +12,31 @@ import struct
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypedDict
 
-from trainer.faults.heartbeat import Heartbeat
+from trainer.machine.processes import ProcessFacts
 
 SHARED = Path("/dev/shm")
 PLACE, SAMPLES = struct.Struct("<16sqqq"), struct.Struct("<33q")  # phase, step, part, moves; number of samples, their ids
 MOST = 32
+
+
+class Heartbeat(TypedDict, total=False):
+    """Phase, position and process of a rank, which it sends of itself. A rank that has sent none yet has an empty one."""
+
+    phase: str
+    step: int | None  # completed steps of the run
+    samples: list[int]
+    position: tuple[int, int] | list[int]  # orders the positions of ranks; JSON has lists
+    page: str | None  # file of its shared memory
+    moves: int
+    bytes: int
+    at: str
+    seconds: float
+    waiting: bool  # in a collective
+    process: ProcessFacts
+    broken: bool  # a collective broke on it
+    number: int
 
 
 class SharedPage:

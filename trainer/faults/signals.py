@@ -6,7 +6,6 @@ whatever happens here: they cannot be torn, so leaving at once costs the steps s
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -15,7 +14,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 
 from trainer import errors
 from trainer.checkpoint.retention import checkpoints
@@ -50,7 +48,7 @@ def listening(folder: Path, rank: int, status: RunStatus, grace_seconds: float) 
     handlers = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
     before = signal.set_wakeup_fd(listener.outbox.fileno(), warn_on_full_buffer=False) if main else -1
     for number in handlers:
-        signal.signal(number, _ignore)  # without a Python handler nothing is written to the wakeup descriptor
+        signal.signal(number, lambda number, frame: None)  # without a handler nothing is written to the wakeup descriptor
     listener.thread.start()
     try:
         yield
@@ -60,10 +58,6 @@ def listening(folder: Path, rank: int, status: RunStatus, grace_seconds: float) 
         if main:
             signal.set_wakeup_fd(before)
         listener.close()
-
-
-def _ignore(number: int, frame: FrameType | None) -> None:
-    """Ignore the signal in Python: the thread gets it through the wakeup descriptor."""
 
 
 class Listener:
@@ -77,10 +71,11 @@ class Listener:
         self.first_signal: float | None = None
         self.ended = False
         self.thread = threading.Thread(target=self._run, name="signals", daemon=True)
-        self._remove_old_requests()
+        for name in REQUESTS if rank == 0 else ():  # made before this start: meant for an earlier run
+            if self._removed(name):
+                self._say(f"{folder / name} was left from before this start; removed")
 
     def close(self) -> None:
-        """End the thread, and close its sockets."""
         self.ended = True
         with suppress(BlockingIOError):
             self.outbox.send(b"\0")
@@ -88,12 +83,6 @@ class Listener:
         if not self.thread.is_alive():  # it may be blocked by a file system that hangs, and then is left alone
             self.inbox.close()
             self.outbox.close()
-
-    def _remove_old_requests(self) -> None:
-        """Remove request files that were made before this start: they were meant for an earlier run."""
-        for name in REQUESTS if self.rank == 0 else ():
-            if self._removed(name):
-                self._say(f"{self.folder / name} was left from before this start; removed")
 
     def _run(self) -> None:
         """Handle signals and request files, and watch the grace time, until `close`."""
@@ -120,7 +109,6 @@ class Listener:
             return []
 
     def _removed(self, name: str) -> bool:
-        """Remove a request file; return whether it was there."""
         try:
             (self.folder / name).unlink()
         except OSError:
@@ -138,7 +126,6 @@ class Listener:
         self._stop(name)
 
     def _requested(self, name: str) -> None:
-        """Handle a request file."""
         if REQUESTS[name] == STOP:
             self._stop(f"{name} in {self.folder}")
         else:
@@ -157,11 +144,8 @@ class Listener:
 
     def _follow_peer(self) -> None:
         """Exit when another rank has ended the run: a launcher then stops the others, and there is no step to finish."""
-        try:
-            code = json.loads((self.folder / exit_report.NAME).read_text())["code"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return
-        os._exit(code)
+        if found := exit_report.read_exit_report(self.folder):
+            os._exit(found["code"])
 
     def _check_grace(self) -> None:
         """Leave at once when `grace` seconds have passed since the request to stop."""
@@ -206,13 +190,9 @@ def check_restart(folder: Path) -> None:
     """
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return
-    try:
-        last = json.loads((folder / exit_report.NAME).read_text())
-        stopped = last["code"] == errors.STOPPED and last["launch"] == os.environ.get("TORCHELASTIC_RUN_ID")
-        stopped = stopped and TOO_EARLY not in last["reason"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if stopped:
+    last = exit_report.read_exit_report(folder)
+    is_of_launch = last is not None and last.get("launch") == os.environ.get("TORCHELASTIC_RUN_ID")
+    if last and is_of_launch and last["code"] == errors.STOPPED and TOO_EARLY not in last["reason"]:
         raise StopRequested(f"not restarted: {last['reason']}")
 
 

@@ -6,6 +6,7 @@ import faulthandler
 import os
 import signal
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -37,20 +38,15 @@ class Stacks:
         """Write the stacks of all threads; before them, with `error`, its traceback."""
         if self._file is None:
             return
-        try:
+        with suppress(OSError, ValueError):
             if error is not None:
                 self._file.write("".join(traceback.format_exception(error)))
             faulthandler.dump_traceback(self._file, all_threads=True)
-        except (OSError, ValueError):
-            return
 
     def note(self, rank: int, text: str) -> None:
         """Append a text to the file of a rank that cannot write any more."""
-        try:
-            with stack_file(self.folder.parent, rank).open("a") as out:
-                out.write(text + "\n")
-        except OSError:
-            return
+        with suppress(OSError), stack_file(self.folder.parent, rank).open("a") as out:
+            out.write(text + "\n")
 
     def close(self) -> None:
         """Close the file. An empty file is removed, and the folder with its last file."""
@@ -59,14 +55,11 @@ class Stacks:
         faulthandler.unregister(signal.SIGUSR2)
         name, file, self._file = self._file.name, self._file, None
         file.close()
-        try:
+        with suppress(OSError):
             if not os.path.getsize(name):
                 os.unlink(name)
                 self.folder.rmdir()
-        except OSError:
-            return
 
 
 def stack_file(run_folder: Path, rank: int) -> Path:
-    """Return the path of a rank's stack file."""
     return run_folder / FOLDER / f"rank-{rank:05d}.txt"

@@ -16,10 +16,9 @@ from trainer import errors
 from trainer.distributed.world import World
 from trainer.faults import exit_report
 from trainer.faults.hang_diagnosis import SHOWN, Finding, HangDetector, Verdict, describe_position
-from trainer.faults.heartbeat import Heartbeat
 from trainer.faults.heartbeats import Heartbeats, run_within
 from trainer.faults.phase_tracker import PhaseTracker
-from trainer.faults.shared_page import SharedPage, read_last_position, remove_page
+from trainer.faults.shared_page import Heartbeat, SharedPage, read_last_position, remove_page
 from trainer.faults.stack_dumps import Stacks
 from trainer.machine.folder_lock import FolderLock
 from trainer.machine.processes import DEFUNCT, GONE, Process, ProcessFacts, current_process, show_and_end
@@ -54,7 +53,6 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> Watchdog:
-        """Start the threads, and return the watchdog."""
         self.heartbeats.start()
         self._thread.start()
         return self
@@ -107,7 +105,6 @@ class Watchdog:
         return Verdict(found["code"], found["reason"], found["rank"], found["rank"], found["step"], stacks=False)
 
     def _heartbeat(self) -> Heartbeat:
-        """Return the heartbeat of this rank."""
         beat: Heartbeat = {**self.tracker.now(), "process": self.process.to_json(), "broken": self.detector.broken}
         return {**beat, "phase": "done"} if self._over.is_set() else beat
 
@@ -182,7 +179,6 @@ class Watchdog:
         return describe_position(beat, [f"sample {i}" for i in ids] if names is None else names)
 
     def _stacks_hint(self) -> str:
-        """Return the hint where the stacks are."""
         return f"stacks of all ranks: {self.stacks.folder}"
 
     def _leave(self, verdict: Verdict) -> None:

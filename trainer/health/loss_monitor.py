@@ -7,11 +7,9 @@ written to faults.jsonl, one object per line.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,11 +21,9 @@ from data.records.record import RecordError
 from model.batch import Batch
 from model.files.untrusted import Json
 from trainer.errors import ProofError
-from trainer.health.overflow import is_overflow, range_hint
 from trainer.health.spike_detector import SpikeDetector
-from trainer.health.suspects import NUM_SUSPECTS, StepTensors, bad_samples, first_bad, highest
-from trainer.machine.atomic_files import replace_text
-from trainer.machine.json_lines import read_valid_lines
+from trainer.health.suspects import NUM_SUSPECTS, StepTensors, bad_samples, first_bad, highest, is_overflow, range_hint
+from trainer.machine.json_lines import append_lines
 from trainer.optim import Trained, in_norm_order
 from trainer.setup import PreparedRun
 from trainer.state import HealthState
@@ -157,7 +153,6 @@ class Health:
         return {"kind": kind, "step": self.stage.first_step + step + 1, **stage}
 
     def _samples(self, step: int) -> list[int]:
-        """Return the samples of a step, over all ranks."""
         _, sampler = self.prepared.data.training()
         return [int(i) for i in sampler.step(step)]
 
@@ -169,8 +164,7 @@ class Health:
     def _write(self, row: Json, text: str) -> None:
         """Append a row to faults.jsonl and print its text, on rank 0."""
         if self.world.is_main:
-            with (self.stage.run_folder / NAME).open("a") as out:
-                out.write(json.dumps(row) + "\n")
+            append_lines(self.stage.run_folder / NAME, [row])
             tqdm.write(f"{text} ({self.stage.run_folder / NAME})")
 
     def _verdict(self) -> str:
@@ -182,15 +176,6 @@ class Health:
             f"those updates were skipped and the weights are sound. In the last one: {_described(self.last)}. {NAME} has all of "
             f"them. Lower optim.lr, or look at these samples{range_hint(self.prepared.config.model.dtype)}"
         )
-
-
-def forget_after(folder: Path, step: int) -> None:
-    """Remove faults of steps beyond `step` from faults.jsonl: those steps run again, and so are found again. On rank 0."""
-    path = folder / NAME
-    if not path.exists():
-        return
-    kept = [row for row in read_valid_lines(path, {"step": int}) if row["step"] <= step]
-    replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _names(trained: Trained | None) -> list[str]:

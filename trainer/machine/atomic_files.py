@@ -32,13 +32,6 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_to_disk(folder: Path) -> None:
-    """Wait until the disk has a folder and its files: else a machine that stops may leave their names without their content."""
-    for path in sorted(folder.iterdir()):
-        sync_file(path)
-    sync_file(folder)
-
-
 def sync_run(folder: Path) -> None:
     """Wait until the disk has the files of a run folder and of its stages, except the files inside checkpoints.
 
@@ -97,7 +90,8 @@ def put_in_place(temporary: Path, target: Path) -> None:
 
     The disk has it on return. Between the two renames of a replacement no folder has the name: `recover` repairs a crash there.
     """
-    sync_to_disk(temporary)
+    for path in (*sorted(temporary.iterdir()), temporary):  # or a machine that stops may leave names without their content
+        sync_file(path)
     previous = target.with_name(f".{target.name}{PREVIOUS}")
     if target.exists():
         move_aside(target, previous)

@@ -47,14 +47,14 @@ class SpaceNeeded:
         return (self.keep + 1 + self.best) * self.checkpoint + (1 + self.best) * self.final
 
 
-def checkpoint_bytes(tensors: Mapping[str, Tensor], world: World, others: int = 0) -> tuple[int, int]:
+def checkpoint_bytes(tensors: Mapping[str, Tensor], world: World) -> tuple[int, int]:
     """Return the bytes of a checkpoint of `tensors` in all, and of its largest file. Collective.
 
-    Exact for tensors with their headers and layouts. `others`: bytes of the files that rank 0 writes beside them.
+    Exact for tensors with their headers and layouts; the files that rank 0 writes beside them are not counted.
     """
     own = shard_bytes({name: tensor.detach() for name, tensor in tensors.items() if is_first_copy(tensor, world.rank)})
     answers = world.gather_json(own)
-    return sum(map(sum, answers)) + others, max(map(max, answers))
+    return sum(map(sum, answers)), max(map(max, answers))
 
 
 def shard_bytes(tensors: dict[str, Tensor]) -> tuple[int, int]:
@@ -94,24 +94,16 @@ def written_bytes(folder: Path) -> int:
         return 0
 
 
-def prove_space(space: SpaceNeeded, world: World) -> None:
-    """Check that the next checkpoint and final/ fit on the disk and in the file size limit. Collective.
-
-    Raises SaveError on every rank when they do not.
-    """
-    problem = ""
-    if world.is_main:
-        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-        needed = space.checkpoint + space.final
-        if free_bytes(space.folder) < needed:
-            problem = f"the next checkpoint and final/ do not fit. {describe_shortage(space.folder, needed)}"
-        elif limit != resource.RLIM_INFINITY and limit < space.largest:
-            problem = (
-                f"a file of {format_bytes(space.largest)} is to be written to {space.folder}, and this process may write files of "
-                f"{format_bytes(limit)}: {format_bytes(space.largest - limit)} are missing. Raise the limit (`ulimit -f`)"
-            )
-    if problem := world.broadcast_json(problem):
-        raise SaveError(problem)
+def prove_space(space: SpaceNeeded) -> None:
+    """Check that the next checkpoint and final/ fit on the disk and in the file size limit. Raises SaveError otherwise."""
+    limit, needed = resource.getrlimit(resource.RLIMIT_FSIZE)[0], space.checkpoint + space.final
+    if free_bytes(space.folder) < needed:
+        raise SaveError(f"the next checkpoint and final/ do not fit. {describe_shortage(space.folder, needed)}")
+    if limit != resource.RLIM_INFINITY and limit < space.largest:
+        raise SaveError(
+            f"a file of {format_bytes(space.largest)} is to be written to {space.folder}, and this process may write files of "
+            f"{format_bytes(limit)}: {format_bytes(space.largest - limit)} are missing. Raise the limit (`ulimit -f`)"
+        )
 
 
 def as_save_error(error: BaseException, folder: Path, space: SpaceNeeded | None) -> SaveError | None:

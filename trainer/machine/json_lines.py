@@ -1,12 +1,13 @@
-"""Files of a run folder with one JSON object per line, appended at the end: reading the valid lines and reporting the others."""
+"""Files of a run folder with one JSON object per line, appended at the end: written, read back, and cut to the step of a resume."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from model.files.untrusted import Json
+from trainer.machine.atomic_files import replace_text
 
 
 def read_lines(path: Path, fields: Mapping[str, type]) -> tuple[list[Json], list[str]]:
@@ -36,6 +37,26 @@ def read_valid_lines(path: Path, fields: Mapping[str, type]) -> list[Json]:
     for problem in problems:
         print(f"left out: {problem}", flush=True)
     return rows
+
+
+def rows_up_to(path: Path, step: int) -> list[Json]:
+    """Drop the lines of steps beyond `step`: those steps run again, and their lines would be there twice. Return the others."""
+    rows = read_valid_lines(path, {"step": int}) if step else []
+    kept = [row for row in rows if row["step"] <= step]
+    if path.exists():
+        replace_text(path, lines_of(kept))
+    return kept
+
+
+def append_lines(path: Path, rows: Iterable[object]) -> None:
+    """Append a line for each row."""
+    with path.open("a") as out:
+        out.write(lines_of(rows))
+
+
+def lines_of(rows: Iterable[object]) -> str:
+    """Return rows as text, one line each, in ASCII: nothing in them can break a line."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def _row(line: bytes, fields: Mapping[str, type]) -> Json:

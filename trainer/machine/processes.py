@@ -1,4 +1,4 @@
-"""Other processes of this machine: their state, and a way to make one write its stacks and end."""
+"""Processes of this machine: their state, a way to make one write its stacks and end, and how much this one reads and writes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
+END_SECONDS = 2.0
 GONE, DEFUNCT, HALTED, RUNNING = "gone", "defunct", "stopped", "running"
 
 
@@ -73,30 +74,51 @@ def _stat(pid: int) -> tuple[str, str]:
         return "?", ""
 
 
-def show_and_end(process: Process, seconds: float = 4.0) -> None:
+def show_and_end(process: Process) -> None:
     """Wake a process, so that it leaves by itself; else have it write its stacks (`trainer.faults.stack_dumps`), then kill it.
 
-    Waits `seconds` at most. Nothing is done to this process, to an ended one or to one on another machine.
+    Waits 2 * END_SECONDS at most. Nothing is done to this process, to an ended one or to one on another machine.
     """
     if process.state() in (None, GONE, DEFUNCT) or process.pid == os.getpid():
         return
     try:
         os.kill(process.pid, signal.SIGCONT)
-        if _has_ended(process, seconds / 2):
+        if _has_ended(process):
             return
         # Not earlier: an interpreter that dumps stacks from a signal handler while other threads run may crash.
         os.kill(process.pid, signal.SIGUSR2)
-        if not _has_ended(process, seconds / 2):
+        if not _has_ended(process):
             os.kill(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         return
 
 
-def _has_ended(process: Process, seconds: float) -> bool:
-    """Return whether a process ends within `seconds`."""
-    end = time.monotonic() + seconds
+def _has_ended(process: Process) -> bool:
+    """Return whether a process ends within END_SECONDS."""
+    end = time.monotonic() + END_SECONDS
     while process.state() not in (GONE, DEFUNCT):
         if time.monotonic() > end:
             return False
         time.sleep(0.05)
     return True
+
+
+COUNTERS = Path("/proc/self/io")
+STEP = 1 << 24
+"""Bytes that count as a sign of progress; what the threads of a rank read and write beside its work is a thousandth of it in a
+minute."""
+COUNTED = ("rchar", "wchar", "read_bytes")
+"""Counters of /proc/self/io: bytes of read and write calls, cached ones included, and bytes read from a disk, by mapped files too.
+"""
+
+
+def traffic() -> int:
+    """Return how many times STEP bytes have been read or written since the process began.
+
+    Where the system does not count them, the result grows with time: then no phase that is judged by it is found to hang.
+    """
+    try:
+        facts = dict(line.split(": ") for line in COUNTERS.read_text().splitlines())
+        return sum(int(facts[name]) for name in COUNTED) // STEP
+    except (OSError, ValueError, KeyError):
+        return int(time.monotonic())

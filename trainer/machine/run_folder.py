@@ -12,18 +12,8 @@ from trainer.machine.atomic_files import places
 FOLDERS = ("index", "final", "best", "stages", "stacks", "check", "tensorboard", "wandb")
 FILES = (
     *("run.toml", "start.json", "exit.json", "metrics.jsonl", "faults.jsonl", "quarantine.jsonl", "previous-quarantine.jsonl"),
-    *(
-        "generations.jsonl",
-        "ledger.json",
-        "trainer_state.json",
-        "samples.bin",
-        "samples.json",
-        "planned_lengths.npz",
-        "data.json",
-        "data_changes.jsonl",
-        ".lock",
-        ".lease",
-    ),
+    *("generations.jsonl", "ledger.json", "trainer_state.json", "samples.bin", "samples.json", "planned_lengths.npz"),
+    *("data.json", "data_changes.jsonl", ".lock", ".lease"),
 )
 NUMBERED = re.compile(r"checkpoint-\d+|\d\d-[a-z0-9_-]+")
 """Names of checkpoints and of the folders of stages."""

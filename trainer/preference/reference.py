@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +21,7 @@ from tqdm import tqdm
 from data.check.measured_lengths import identities_of_files, identity_parts
 from data.dataset import MultimodalDataset
 from data.index.sidecar import open_atomically
-from data.loader import LoadOptions, batches_of, validation_ids
-from data.workers import Reading, describe_sample
+from data.loader import batches_of, validation_ids
 from model.batch import Answers
 from model.errors import ConfigError
 from model.files.shards import local
@@ -32,7 +30,7 @@ from model.lora import is_adapter
 from model.preference.tuning import PreferenceTuning, measuring
 from trainer.distributed.shards import reshard
 from trainer.faults.phase_tracker import PhaseTracker
-from trainer.records.quarantine import TRAIN, VALIDATION
+from trainer.records.quarantine import TRAIN
 from trainer.setup import PreparedRun
 
 MOST_ANSWERS = 3  # of one record
@@ -50,10 +48,7 @@ def prepare_reference(prepared: PreparedRun, tracker: PhaseTracker) -> list[str]
         tuning.adapters_off = True
         return ["the model without its adapters"]
     lines = [] if prepared.config.preference.reference == "stored" else [f"stored: {why}"]
-    for split, dataset in ((TRAIN, prepared.data.train), (VALIDATION, prepared.data.validation)):
-        if dataset is not None:
-            lines.append(_load_or_compute(prepared, tuning, split, dataset, tracker))
-    return lines
+    return lines + [_load_or_compute(prepared, tuning, *found, tracker) for found in prepared.data.datasets.items()]
 
 
 def _why_stored(prepared: PreparedRun) -> str:
@@ -72,7 +67,8 @@ def _load_or_compute(
     prepared: PreparedRun, tuning: PreferenceTuning, split: str, dataset: MultimodalDataset, tracker: PhaseTracker
 ) -> str:
     """Give `dataset` the log-probabilities of its answers, from the file where that is valid. Collective."""
-    path = reference_path(prepared, split)
+    stage = prepared.stage
+    path = stage.run_folder / "index" / f"reference-{stage.name + '-' * bool(stage.name)}{split}.safetensors"
     identity = reference_identity(prepared, dataset)
     found = prepared.world.broadcast_json(_problem(path, identity, len(dataset)) if prepared.world.is_main else None)
     if found:
@@ -81,15 +77,8 @@ def _load_or_compute(
             _write(path, dataset.reference, identity)
         prepared.world.barrier()
         return f"{path.name} computed: {found}"
-    dataset.reference = read_reference(path)
+    dataset.reference = read_safetensors(path)[KEY].all().numpy().copy()
     return f"{path.name} of an earlier start"
-
-
-def reference_path(prepared: PreparedRun, split: str) -> Path:
-    """Return the file that holds the reference's log-probabilities of `split`."""
-    stage = prepared.stage
-    name = f"reference-{stage.name}-{split}" if stage.name else f"reference-{split}"
-    return stage.run_folder / "index" / f"{name}.safetensors"
 
 
 def reference_identity(prepared: PreparedRun, dataset: MultimodalDataset) -> dict[str, str]:
@@ -106,11 +95,6 @@ def reference_identity(prepared: PreparedRun, dataset: MultimodalDataset) -> dic
         "the records": identities_of_files(dataset),
     }
     return {key: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16] for key, part in parts.items()}
-
-
-def read_reference(path: Path) -> np.ndarray:
-    """Return the log-probabilities (N, MOST_ANSWERS) of a file that was found valid."""
-    return read_safetensors(path)[KEY].all().numpy().copy()
 
 
 def _problem(path: Path, identity: dict[str, str], num_records: int) -> str:
@@ -149,8 +133,7 @@ def _compute(
     config, world, model = prepared.config, prepared.world, prepared.model
     pools = prepared.data.pools if split == TRAIN else prepared.data.validation_pools
     ids = validation_ids(dataset, 0 if split == TRAIN else config.validation.max_samples, pools)
-    reading = tracker.watch_workers(Reading(config.data.workers), partial(describe_sample, dataset), split)
-    options = LoadOptions(pad_id=prepared.data.pad_id, rank=world.rank, workers=config.data.workers, reading=reading)
+    options = prepared.load_options(dataset, split, tracker)
     table = torch.zeros(len(dataset), MOST_ANSWERS)
     known = torch.zeros(len(dataset), MOST_ANSWERS)
     places: list[tuple[Tensor, Tensor]] = []

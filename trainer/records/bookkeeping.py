@@ -6,8 +6,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from model.errors import DataError
+from trainer.machine.atomic_files import replace_text
 from trainer.records.ledger import NAME as LEDGER
-from trainer.records.ledger import count_records, format_ledger, ledger_file, num_left_out, write_ledger
+from trainer.records.ledger import SourceLedger, count_records, format_ledger, ledger_text, num_left_out
 from trainer.records.quarantine import NAME as QUARANTINE
 from trainer.records.quarantine import TRAIN, VALIDATION, Quarantine, check_rows, read_rows
 from trainer.records.run_data import RunData
@@ -49,8 +50,7 @@ class Bookkeeping:
         """Raise `DataError`, on all ranks alike, when no sample of any step so far could be used. Collective, after `flush`."""
         unused = None
         if self.world.is_main:
-            rows = read_rows(self.stage.run_folder, self.stage.name)
-            ledger = count_records(self.sampler, self.num_steps, self.total_steps, rows)
+            rows, ledger = read_rows(self.stage.run_folder, self.stage.name), self._count()
             if not any(row.trained for row in ledger):
                 num = sum(row.too_long + row.quarantined for row in ledger)
                 reason = next((f"{row['where']} {row['id']}: {row['reason']}" for row in rows if row["split"] == TRAIN), "")
@@ -63,16 +63,21 @@ class Bookkeeping:
 
     def ledger(self) -> dict[Path, str]:
         """Return path and content of ledger.json, for a checkpoint to write; empty on ranks other than 0."""
-        return ledger_file(self.stage, self.sampler, self.num_steps, self.total_steps) if self.world.is_main else {}
+        return {self.stage.folder / LEDGER: ledger_text(self._count(), self.num_steps)} if self.world.is_main else {}
+
+    def _count(self) -> list[SourceLedger]:
+        rows = read_rows(self.stage.run_folder, self.stage.name)
+        return count_records(self.sampler, self.num_steps, self.total_steps, rows)
 
     def close(self) -> None:
         """Write ledger.json, on rank 0, and print it as a table for people."""
         if self.world.is_main:
-            ledger = write_ledger(self.stage, self.sampler, self.num_steps, self.total_steps)
+            ledger = self._count()
+            replace_text(self.stage.folder / LEDGER, ledger_text(ledger, self.num_steps))
             print(f"records after step {self.num_steps}\n{format_ledger(ledger)}", flush=True)
 
     def close_failed(self) -> None:
         """Write ledger.json, on rank 0, of a run that has failed. Raises nothing: the error that ended the run is reported."""
         if self.world.is_main:
             with suppress(OSError, DataError):
-                write_ledger(self.stage, self.sampler, self.num_steps, self.total_steps)
+                replace_text(self.stage.folder / LEDGER, ledger_text(self._count(), self.num_steps))

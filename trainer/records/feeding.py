@@ -15,6 +15,8 @@ from model.errors import ConfigError, DataError
 from model.media_spec import PLACEHOLDERS, READ_BY
 from model.multimodal import ENCODERS
 
+LOOKED_AT = 200
+
 
 class UnfedError(ConfigError):
     """Error that no record feeds a configured part."""
@@ -41,8 +43,7 @@ def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...], inherited: Co
         if modality not in inherited and not any(kinds[kind] for kind in read):
             raise UnfedError(
                 f"[model.{PART_OF_MODALITY[modality]}] can never be fed: no record of data.sources has "
-                f"{' or '.join(map(_one, read))}; "
-                "remove the part or add data"
+                f"{' or '.join(map(_one, read))}; remove the part or add data"
             )
     for n, (kind, names) in enumerate(kinds.items()):
         if names and READ_BY[kind] not in dataset.specs:
@@ -56,14 +57,14 @@ def check_fed(dataset: MultimodalDataset, pools: tuple[Pool, ...], inherited: Co
             )
 
 
-def refused_records(dataset: MultimodalDataset, pools: Sequence[Pool], count: int = 200) -> tuple[float, str]:
-    """Return the share of up to `count` records, spread over all, that break the rules, and the reasons as text.
+def refused_records(dataset: MultimodalDataset, pools: Sequence[Pool]) -> tuple[float, str]:
+    """Return the share of up to LOOKED_AT records, spread over all, that break the rules, and the reasons as text.
 
     The text has the three most frequent reasons, each with its number of records and the first one; it is empty where all records
     are good.
     """
     ids = np.concatenate([pool.ids for pool in pools])
-    looked_at = ids[:: -(-len(ids) // count)]
+    looked_at = ids[:: -(-len(ids) // LOOKED_AT)]
     found: dict[str, list[str]] = {}
     for i in looked_at:
         try:

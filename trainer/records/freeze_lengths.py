@@ -47,9 +47,8 @@ def measure_and_freeze(datasets: dict[str, MultimodalDataset], config: RunConfig
     index_folder = Path(config.output_dir) / "index"
     if config.data.packing:
         for split, dataset in datasets.items():
-            print(
-                f"data.packing: measuring the {len(dataset):,} records of {split}, as python -m tools.check_data would", flush=True
-            )
+            text = f"data.packing: measuring the {len(dataset):,} records of {split}, as python -m tools.check_data would"
+            print(text, flush=True)
             check_dataset(dataset, index_folder, workers=available_cpus(), name=f"measure {split}", on_progress=signs)
     freeze_lengths(datasets, folder, index_folder)
 

@@ -15,7 +15,7 @@ from trainer.setup import resolve_config
 
 
 def check_later_stages(
-    root: RunConfig, stages: Sequence[Stage], world: World, on_progress: Callable[[str], object] = lambda at: None
+    root: RunConfig, stages: Sequence[Stage], world: World, on_progress: Callable[[str], object]
 ) -> Iterator[str]:
     """Open, certify and check the data of each stage as the start of the stage will; no weight is read. Yields lines for people.
 
@@ -30,8 +30,7 @@ def check_later_stages(
             data = open_data(early.config, world, stage=early, on_progress=on_progress)
             certify_all(data, stage.config, on_progress)
             found = quick_check(data, stage.config, world, on_progress)
-        except ConfigError as error:
-            raise ConfigError(f"stage {stage.name}: {error}") from error
-        except DataError as error:
-            raise DataError(f"stage {stage.name}: {error}") from error
+        except (ConfigError, DataError) as error:
+            kind = ConfigError if isinstance(error, ConfigError) else DataError
+            raise kind(f"stage {stage.name}: {error}") from error
         yield from (f"later     {stage.name}: {line}" for line in found)

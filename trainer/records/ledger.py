@@ -11,9 +11,7 @@ import numpy as np
 
 from data.order.sampler import Sampler
 from model.files.tensor_files import dump_json
-from trainer.machine.atomic_files import replace_text
-from trainer.records.quarantine import TRAIN, QuarantineRow, read_rows
-from trainer.runfile.stages import Stage
+from trainer.records.quarantine import TRAIN, QuarantineRow
 
 NAME = "ledger.json"
 
@@ -67,16 +65,9 @@ def count_records(sampler: Sampler, step: int, total_steps: int, rows: Sequence[
     return found
 
 
-def write_ledger(stage: Stage, sampler: Sampler, step: int, total_steps: int) -> list[SourceLedger]:
-    """Write ledger.json of a run or stage, from its plan and its rows of quarantine.jsonl, and return the ledger."""
-    found = count_records(sampler, step, total_steps, read_rows(stage.run_folder, stage.name))
-    replace_text(stage.folder / NAME, _text(found, step))
-    return found
-
-
-def ledger_file(stage: Stage, sampler: Sampler, step: int, total_steps: int) -> dict[Path, str]:
-    """Return path and content of ledger.json, for the caller to write."""
-    return {stage.folder / NAME: _text(count_records(sampler, step, total_steps, read_rows(stage.run_folder, stage.name)), step)}
+def ledger_text(ledger: Sequence[SourceLedger], step: int) -> str:
+    """Return the content of ledger.json after `step` steps."""
+    return dump_json({"step": step, "sources": [asdict(row) for row in ledger]})
 
 
 def num_left_out(folder: Path, step: int) -> int:
@@ -87,10 +78,6 @@ def num_left_out(folder: Path, step: int) -> int:
         return sum(int(row["too_long"]) + int(row["quarantined"]) for row in rows)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return 0
-
-
-def _text(ledger: list[SourceLedger], step: int) -> str:
-    return dump_json({"step": step, "sources": [asdict(row) for row in ledger]})
 
 
 def format_ledger(ledger: Sequence[SourceLedger]) -> str:

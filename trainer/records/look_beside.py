@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import json
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
+from typing import Self
 
+from model.errors import DataError
 from trainer.config import RunConfig
+from trainer.distributed.main_rank import on_main_rank
 from trainer.distributed.world import World
-from trainer.records.quick_check import MAX_SECONDS, Answer, look, raise_error, shared_answer
+from trainer.records.quick_check import MAX_SECONDS, look
 from trainer.records.run_data import RunData
 
 PATIENCE = 2.0
@@ -20,16 +22,16 @@ PATIENCE = 2.0
 POLL_SECONDS = 0.1
 WAIT_SECONDS = MAX_SECONDS + 5.0
 """Longest wait of a rank that has failed, for the answer of rank 0."""
-ANSWER_KEY = "answer"
+REASON_KEY = "reason"
 _numbers = itertools.count()
 
 
 class LookBeside:
-    """A quick check that has been started. All of it stays in the memory of rank 0 until `finish`."""
+    """A quick check on rank 0, beside what the `with` does. All of it stays in the memory of rank 0 until `finish`."""
 
     def __init__(self, data: RunData, config: RunConfig, world: World) -> None:
         self.world = world
-        self.answer: Answer = {}
+        self._lines: list[str] = []
         self._failure: BaseException | None = None
         self._at, self._ended_at = "", 0.0
         self._awaited, self._dropped = threading.Event(), threading.Event()
@@ -41,12 +43,12 @@ class LookBeside:
 
     def _run(self, data: RunData, config: RunConfig) -> None:
         try:
-            self.answer = look(data, config, self._note, self._awaited.is_set)
+            self._lines = look(data, config, self._note, self._awaited.is_set)
         except BaseException as error:  # of whatever kind: `finish` raises it in the main thread
             self._failure = error
         self._ended_at = time.monotonic()
         if self._channel is not None:
-            self._channel.set(ANSWER_KEY, json.dumps(self.answer))
+            self._channel.set(REASON_KEY, str(self._failure) if isinstance(self._failure, DataError) else "")
 
     def _note(self, at: str) -> None:
         # Not the tracker's own report: the main thread marks its phases meanwhile, and one of the two would be lost.
@@ -60,7 +62,7 @@ class LookBeside:
         The watchdog ends the other ranks with the same reason, as after any error of one rank.
         """
         if self._ended_at and time.monotonic() - self._ended_at > PATIENCE:
-            self._raise()
+            self._found()
 
     def precede(self) -> None:
         """Raise what the check has found, which comes before an error of the model, on every rank that has failed to build it.
@@ -70,12 +72,13 @@ class LookBeside:
         self._awaited.set()
         if self.world.is_main:
             self._thread.join(WAIT_SECONDS)
-            raise_error(self.answer)
+            if isinstance(self._failure, DataError):
+                raise self._failure
         elif self._channel is not None:
             with suppress(RuntimeError):  # no answer in time: rank 0 has ended, or is stuck, which the watchdog tells
-                self._channel.wait([ANSWER_KEY], timedelta(seconds=WAIT_SECONDS))
-                self.answer = json.loads(self._channel.get(ANSWER_KEY))
-            raise_error(self.answer)
+                self._channel.wait([REASON_KEY], timedelta(seconds=WAIT_SECONDS))
+                if reason := self._channel.get(REASON_KEY).decode():
+                    raise DataError(reason)
 
     def finish(self, on_progress: Callable[[str], object]) -> list[str]:
         """Wait for the check, and return its lines for people. Raises its `DataError` on every rank. Collective."""
@@ -86,25 +89,16 @@ class LookBeside:
             if told != self._at:  # a check that is stuck on a record makes no progress
                 told = self._at
                 on_progress(told)
+        return on_main_rank(self.world, self._found)
+
+    def _found(self) -> list[str]:
         if self._failure is not None:
             raise self._failure
-        return shared_answer(self.answer, self.world)
+        return self._lines
 
-    def drop(self) -> None:
-        """End the thread, whatever it has found: the start has failed for another reason."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *why: object) -> None:
+        """End the thread, whatever it has found: where it still runs, the start has failed for another reason."""
         self._dropped.set()
-
-    def _raise(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-        raise_error(self.answer)
-
-
-@contextmanager
-def looking_beside(data: RunData, config: RunConfig, world: World) -> Iterator[LookBeside]:
-    """Check the data on rank 0 while the `with` builds and loads the model."""
-    beside = LookBeside(data, config, world)
-    try:
-        yield beside
-    finally:
-        beside.drop()

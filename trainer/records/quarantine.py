@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -16,7 +15,7 @@ from data.dataset import MultimodalDataset, Rejected
 from model.errors import DataError
 from trainer.distributed.world import World
 from trainer.machine.atomic_files import move, replace_text
-from trainer.machine.json_lines import read_lines
+from trainer.machine.json_lines import lines_of, read_lines
 
 NAME = "quarantine.jsonl"
 TRAIN, VALIDATION = "train", "validation"
@@ -40,12 +39,12 @@ class QuarantineRow(TypedDict, total=False):
     too_long: bool
 
 
-def read_excluded(folder: Path, stage: str = "") -> frozenset[int]:
+def read_excluded(folder: Path, stage: str) -> frozenset[int]:
     """Read the training sample ids of a stage that earlier starts quarantined."""
     return frozenset(row["sample_id"] for row in read_rows(folder, stage) if row["split"] == TRAIN)
 
 
-def drop_old_rows(folder: Path, finished: Collection[str] = ()) -> None:
+def drop_old_rows(folder: Path, finished: Collection[str]) -> None:
     """Drop the rows of earlier starts, because a start at step 0 checks its records again.
 
     Records may have been repaired since, and a sample id may mean another record now. Rows of `finished` stages stay; without
@@ -55,7 +54,7 @@ def drop_old_rows(folder: Path, finished: Collection[str] = ()) -> None:
     if finished:
         kept = [row for row in read_rows(folder, None) if row.get("stage", "") in finished]
         if path.exists():
-            replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+            replace_text(path, lines_of(kept))
     elif path.exists():
         move(path, folder / f"previous-{NAME}")
 
@@ -107,7 +106,7 @@ class Quarantine:
         if world.is_main:
             with (self.folder / NAME).open("ab+") as out:
                 _cut_torn(out)
-                out.writelines(f"{json.dumps(row)}\n".encode() for row in new)  # ASCII: no id can break a line
+                out.write(lines_of(new).encode())
 
     def excluded_at(self, step: int, steps_per_epoch: int) -> frozenset[int]:
         """Return the sample ids that are excluded from 0-based `step` to the end of its epoch.

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from data.dataset import MultimodalDataset
 from data.order.mixing import Pool
 from model.errors import DataError
 from trainer.config import RunConfig
+from trainer.distributed.main_rank import on_main_rank
 from trainer.distributed.world import World
 from trainer.records.feeding import PART_OF_MODALITY, inherited_modalities
 from trainer.records.quarantine import FLOOR, TRAIN, VALIDATION
@@ -101,14 +101,7 @@ def quick_check(
     are bad for sure than data.max_bad_fraction allows, or, with data.on_bad_sample = "error", when any is; when more of a source
     are too long than data.max_too_long_fraction allows; and when all media of a part are too large for a sample.
     """
-    return shared_answer(look(data, config, on_progress) if world.is_main else Answer(), world)
-
-
-class Answer(TypedDict, total=False):
-    """Result of the check: lines for people, and why the run cannot start."""
-
-    said: list[str]
-    error: list[str]
+    return on_main_rank(world, lambda: look(data, config, on_progress))
 
 
 def look(
@@ -116,40 +109,26 @@ def look(
     config: RunConfig,
     on_progress: Callable[[str], object] = lambda at: None,
     is_awaited: Callable[[], bool] = lambda: False,
-) -> Answer:
-    """Check the data on this rank alone. Once somebody waits for it (`is_awaited`), ENOUGH records are enough."""
+) -> list[str]:
+    """Make the check on this rank alone. Once somebody waits for it (`is_awaited`), ENOUGH records are enough."""
     if config.train.max_steps == 0:
-        return {}
+        return []
     checks = plan_checks(data, Path(config.output_dir) / "index")
     run_checks(checks, MAX_SECONDS, on_progress, is_awaited)
     reasons = [*bad_record_reasons(checks, config), *too_long_reasons(checks, config)]
     if data.train is not None and not reasons:
         reasons = unfed_parts(data.train, data.pools, PART_OF_MODALITY, inherited_modalities(config.model))
-    return {"said": [str(check) for check in checks], "error": reasons}
-
-
-def shared_answer(answer: Answer, world: World) -> list[str]:
-    """Return what rank 0 says on every rank, or raise its `DataError`. Collective."""
-    answer = world.broadcast_json(answer)
-    raise_error(answer)
-    return answer.get("said", [])
-
-
-def raise_error(answer: Answer) -> None:
-    """Raise the `DataError` of an answer that has reasons."""
-    if reasons := answer.get("error"):
+    if reasons:
         raise DataError("; ".join(reasons))
+    return [str(check) for check in checks]
 
 
 def plan_checks(data: RunData, index_folder: Path) -> list[SourceCheck]:
     """Plan what to check: of every source a share of MAX_RECORDS in proportion to its size, and at least LEAST records."""
-    splits = ((TRAIN, data.train, data.pools), (VALIDATION, data.validation, data.validation_pools))
-    total = sum(len(pool.ids) for _, _, pools in splits for pool in pools)
-    checks = []
-    for split, dataset, pools in splits:
-        if dataset is None:
-            continue
-        first = 0
+    pools_of = {TRAIN: data.pools, VALIDATION: data.validation_pools}
+    total, checks = sum(data.num_records.values()), []
+    for split, dataset in data.datasets.items():
+        pools, first = pools_of[split], 0
         for pool, measurement in zip(pools, read_measurements(dataset, index_folder)):
             bad = np.empty(0, dtype=np.int64) if measurement is None else measurement.bad + first
             is_known = np.isin(pool.ids, bad)  # not numpy's functions for sets: they take minutes for millions
@@ -207,18 +186,11 @@ def bad_record_reasons(checks: Iterable[SourceCheck], config: RunConfig) -> list
 
 def too_long_reasons(checks: Iterable[SourceCheck], config: RunConfig) -> list[str]:
     """Return one reason for each source of which too many records do not fit."""
-    found = [
-        too_long_reason(
-            f"{check.split} source {check.pool.name!r}",
-            check.too_long_at_least(),
-            len(check.pool.ids),
-            check.lengths,
-            check.media,
-            config.data,
-        )
-        for check in checks
-    ]
-    return [reason for reason in found if reason]
+    reasons = []
+    for check in checks:
+        where, num = f"{check.split} source {check.pool.name!r}", check.too_long_at_least()
+        reasons.append(too_long_reason(where, num, len(check.pool.ids), check.lengths, check.media, config.data))
+    return [reason for reason in reasons if reason]
 
 
 def _spread(ids: np.ndarray, count: int) -> np.ndarray:

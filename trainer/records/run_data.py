@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+
+import numpy as np
 
 from data.check.certificate import certify
 from data.check.measured_lengths import ESTIMATED
@@ -15,7 +19,6 @@ from data.media.pixel_budget import check_budgets
 from data.order.mixing import Pool, make_pools
 from data.order.sampler import Sampler
 from data.processor import Processor
-from data.records.record import Answers
 from data.text.template import Template, TemplateOptions, load_template
 from data.text.tokenizer import load_tokenizer, pad_id
 from model.card import ModelCard, base_digests, make_card, media_specs, read_card
@@ -24,8 +27,9 @@ from model.errors import ConfigError, DataError
 from model.files.tensor_files import sampled_digest
 from model.llm.causal_lm import check_positions
 from model.media_spec import placeholder_tokens
-from model.preference.config import PAIRED, PreferenceConfig
+from model.preference.config import PAIRED
 from trainer.config import RunConfig
+from trainer.distributed.main_rank import on_main_rank
 from trainer.distributed.world import World
 from trainer.machine.run_folder import check_folder
 from trainer.records import freeze_lengths
@@ -50,6 +54,7 @@ class RunData:
     pools: tuple[Pool, ...] = ()  # what each source of `train` gives
     validation_pools: tuple[Pool, ...] = ()
     lengths_kind: str = ESTIMATED  # exact | partly exact | estimated: the lengths that the run is planned by
+    certificates: Sequence[str] = ()  # one line per source, once it is certified: what was proven of its rows
 
     @property
     def num_records(self) -> dict[str, int]:
@@ -58,8 +63,27 @@ class RunData:
         return {split: sum(len(pool.ids) for pool in found) for split, found in pools.items() if found}
 
     @property
+    def datasets(self) -> dict[str, MultimodalDataset]:
+        """Return the datasets by split; a split without sources is absent."""
+        splits = {TRAIN: self.train, VALIDATION: self.validation}
+        return {split: dataset for split, dataset in splits.items() if dataset is not None}
+
+    @property
     def pad_id(self) -> int:
         return self.card.pad_id
+
+    @cached_property
+    def digest(self) -> str:
+        """Return the fingerprint of what decides the order of the data (planned lengths, modalities) and of the record sizes.
+
+        The planned lengths were frozen at the first start: they alone would not reveal that a data file was edited since.
+        """
+        if self.train is None:
+            return ""
+        digest = hashlib.sha256()
+        for array in (self.train.lengths, self.train.modalities, *(index.lengths for index in self.train.indexes)):
+            digest.update(np.ascontiguousarray(array, dtype=np.int32).tobytes())
+        return digest.hexdigest()
 
     def training(self) -> tuple[MultimodalDataset, Sampler]:
         """Return the training data and the order of its samples. Raises `ValueError` for a run without [[data.sources]]."""
@@ -89,7 +113,7 @@ def open_data(
 
     def opened(sources: tuple[SourceConfig, ...], report: Callable[[str], object]) -> MultimodalDataset:
         dataset = open_dataset(sources, data, template, specs, folder / "index", report)
-        dataset.answers = answers_read(config.preference)
+        dataset.answers = "pairs" if config.preference.kind in PAIRED else "judged" if config.preference.is_on else "one"
         return dataset
 
     tables = {TRAIN: data.sources, VALIDATION: data.validation}
@@ -111,11 +135,6 @@ def open_data(
         sampler = Sampler(train.lengths, train.modalities, config.batch.global_batch_size, config.seed, data.order, pools)
     processor = Processor(template, specs, data)
     return RunData(card, processor, train, validation, sampler, pools, held_out, kinds.get(TRAIN, ESTIMATED))
-
-
-def answers_read(preference: PreferenceConfig) -> Answers:
-    """Return what a run reads of a record."""
-    return "pairs" if preference.kind in PAIRED else "judged" if preference.is_on else "one"
 
 
 def open_vocabulary(config: RunConfig, world: World) -> tuple[Template, ModelCard]:
@@ -165,16 +184,8 @@ def with_base_digests(data: RunData, world: World) -> RunData:
 
     Rank 0 computes them, so a hub id is downloaded once. Raises `ConfigError` on all ranks alike.
     """
-    answer: dict[str, str] = {}
-    if world.is_main:
-        try:
-            answer = base_digests(data.card.model) | given_digests(data.card)
-        except ConfigError as error:
-            answer = {"error": str(error)}
-    found = world.broadcast_json(answer)
-    if "error" in found:
-        raise ConfigError(found["error"])
-    return replace(data, card=replace(data.card, bases=found))
+    bases = on_main_rank(world, lambda: base_digests(data.card.model) | given_digests(data.card))
+    return replace(data, card=replace(data.card, bases=bases))
 
 
 def given_digests(card: ModelCard) -> dict[str, str]:
@@ -209,10 +220,9 @@ def certify_all(data: RunData, config: RunConfig, on_progress: Callable[[str], o
             if share > 0.5:
                 raise DataError(refused if share == 1 else f"{refused}. Without them {error}") from error
             raise ConfigError(f"{error}; {refused}" if refused else str(error)) from error
-    opened = [dataset for dataset in (data.train, data.validation) if dataset is not None]
     return [
         str(certify(data.processor.template, index, source.key, max_length=config.data.max_length, on_progress=on_progress))
-        for dataset in opened
+        for dataset in data.datasets.values()
         for source, index in zip(dataset.sources, dataset.indexes)
     ]
 

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from data.dataset import MultimodalDataset
 from data.fingerprint import changed_files, data_fingerprint
 from model.errors import ConfigError
 from model.files.tensor_files import dump_json
 from model.files.untrusted import Json
+from trainer.distributed.main_rank import on_main_rank
 from trainer.distributed.world import World
 from trainer.errors import SaveError
 from trainer.machine.atomic_files import replace_text
-from trainer.records.quarantine import TRAIN, VALIDATION
+from trainer.machine.json_lines import append_lines
 from trainer.records.run_data import RunData
 from trainer.runfile.stages import Stage
 
@@ -35,18 +35,14 @@ def same_data(
     a change is written down and, unless it changes the plan, the next start compares with the new data. Otherwise raises
     `ConfigError`, on all ranks alike.
     """
-    problem, cannot_write, lines = "", False, []
-    if world.is_main:
+
+    def compared() -> list[str]:
         try:
-            lines = _write_note(stage, data, on_progress) if step is None else _compare(stage, data, step, on_progress)
-        except (ConfigError, SaveError) as error:
-            problem, cannot_write = str(error), isinstance(error, SaveError)
+            return _write_note(stage, data, on_progress) if step is None else _compare(stage, data, step, on_progress)
         except OSError as error:
-            problem = f"{error.filename}, which the data of this run are known by: {error.strerror}"
-    problem, cannot_write, lines = world.broadcast_json([problem, cannot_write, lines])
-    if problem:
-        raise SaveError(problem) if cannot_write else ConfigError(problem)
-    return list(lines)
+            raise ConfigError(f"{error.filename}, which the data of this run are known by: {error.strerror}") from error
+
+    return on_main_rank(world, compared)
 
 
 def is_accepted(stage: Stage, data: RunData) -> bool:
@@ -58,7 +54,7 @@ def is_accepted(stage: Stage, data: RunData) -> bool:
 
 
 def _write_note(stage: Stage, data: RunData, on_progress: Callable[[str], object]) -> list[str]:
-    found = {split: data_fingerprint(dataset, on_progress) for split, dataset in _splits(data).items()}
+    found = {split: data_fingerprint(dataset, on_progress) for split, dataset in data.datasets.items()}
     path = stage.folder / NAME
     with _writing(path):
         replace_text(path, dump_json({"plan": _plan(data), "splits": found}))
@@ -67,11 +63,8 @@ def _write_note(stage: Stage, data: RunData, on_progress: Callable[[str], object
 
 def data_changes(before: Json, data: RunData, on_progress: Callable[[str], object] = lambda at: None) -> list[str]:
     """Return a line for each file that differs from `before`, the content of data.json. Writes nothing."""
-    each = [
-        line
-        for split, found in _splits(data).items()
-        for line in changed_files(before["splits"].get(split, {}), found, on_progress)
-    ]
+    splits = data.datasets.items()
+    each = [line for split, found in splits for line in changed_files(before["splits"].get(split, {}), found, on_progress)]
     return list(dict.fromkeys(each))  # what several sources hold is reported once
 
 
@@ -102,16 +95,11 @@ def _compare(stage: Stage, data: RunData, step: int, on_progress: Callable[[str]
             f"data.on_change = 'accept' to go on with what there is now:{listed}"
         )
     row = {"step": step, **({"stage": stage.name} if stage.name else {}), "changes": lines}
-    with _writing(stage.run_folder / CHANGES), (stage.run_folder / CHANGES).open("a") as out:
-        out.write(json.dumps(row) + "\n")
+    with _writing(stage.run_folder / CHANGES):
+        append_lines(stage.run_folder / CHANGES, [row])
     if before["plan"] == _plan(data):  # otherwise this start fails, and the next one must report the change again
         _write_note(stage, data, on_progress)
     return [f"data.on_change = 'accept': from step {step} on the run goes on with other data, as {CHANGES} says:{listed}"]
-
-
-def _splits(data: RunData) -> dict[str, MultimodalDataset]:
-    splits = {TRAIN: data.train, VALIDATION: data.validation}
-    return {split: dataset for split, dataset in splits.items() if dataset is not None}
 
 
 def _plan(data: RunData) -> str:

@@ -66,7 +66,6 @@ class SampleLog:
         return row
 
     def mark_completed(self, step: int) -> None:
-        """Note that `step` steps are completed."""
         self.num_done = step
 
     def flush(self) -> None:

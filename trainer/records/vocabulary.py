@@ -77,7 +77,10 @@ def check_surplus(model: ModelConfig, tokens: Tokens, num_rows: int) -> Surplus:
     if model.llm.tune == "full":
         return Surplus(found, frozenset())
     learned = {t: i for t, i in found.items() if model.llm.tune == "new_tokens" and t in model.llm.new_tokens}
-    padding = _padding(tokens)
+    tokenizer = tokens.tokenizer
+    # Rows are filled up with the padding token, behind a mask, if it has no other meaning.
+    other_roles = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token)
+    padding = tokenizer.pad_token if tokenizer.pad_token not in other_roles else None
     if lost := {token: i for token, i in found.items() if token not in learned and token != padding}:
         raise ConfigError(
             f"model.llm.path = {model.llm.path!r}: its tokenizer has {len(lost)} token(s) beyond the {num_rows} rows of the "
@@ -91,10 +94,3 @@ def check_surplus(model: ModelConfig, tokens: Tokens, num_rows: int) -> Surplus:
 def _listed(tokens: dict[str, int]) -> str:
     names = ", ".join(f"{token!r} ({i})" for token, i in list(tokens.items())[:SHOWN])
     return names + (f" and {len(tokens) - SHOWN} more" if len(tokens) > SHOWN else "")
-
-
-def _padding(tokens: Tokens) -> str | None:
-    """Return the padding token, if it has no other meaning: rows are filled up with it, behind a mask."""
-    tokenizer = tokens.tokenizer
-    other_roles = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token)
-    return tokenizer.pad_token if tokenizer.pad_token not in other_roles else None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data.config import SourceConfig
 from model.files.untrusted import SHOWN, Json, shown
-from trainer.runfile.merge_tables import value_of, without_key
+from trainer.runfile.merge_tables import levels_of, value_of, without_key
 from trainer.runfile.schema import SchemaReader
 from trainer.runfile.toml_files import read_tables
 
@@ -23,20 +23,19 @@ def with_catalog(tables: Json) -> tuple[Json, list[str]]:
 
     A stage without a catalogue of its own has that of the run. Raises `ConfigError` for a catalogue that cannot be read.
     """
-    stages = tables.get("stage")
-    inner = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
-    paths = [value_of(level, KEY) for level in (tables, *inner)]
+    levels = levels_of(tables)
+    paths = [value_of(level, KEY) for level in levels]
     if not any(isinstance(path, str) and path for path in paths):
         return tables, []
     catalogs: dict[str, Catalog] = {}
     problems: list[str] = []
     found = []
-    for level, own in zip((tables, *inner), paths):
+    for level, own in zip(levels, paths):
         path = own if own is not None else paths[0]
         if not isinstance(path, str) or not path:  # of another type: the schema says so
             found.append(level)
             continue
-        catalog = catalogs.setdefault(path, Catalog.read(path)) if path not in catalogs else catalogs[path]
+        catalog = catalogs[path] = catalogs.get(path) or Catalog.read(path)
         completed, lines = catalog.completed(level)
         found.append(without_key(completed, KEY))
         problems += lines
@@ -45,7 +44,7 @@ def with_catalog(tables: Json) -> tuple[Json, list[str]]:
         for catalog in catalogs.values()
         if not catalog.used
     ]
-    if inner:
+    if levels[1:]:
         replaced = iter(found[1:])
         found[0] = {**found[0], "stage": [next(replaced) if isinstance(stage, dict) else stage for stage in tables["stage"]]}
     return found[0], problems

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
-from data.config import DataConfig
 from data.fit_problems import PIXEL_BUDGETS
 from model.config import OUR_ATTENTION, LoraConfig
-from trainer.config import BatchConfig, ParallelConfig, RunConfig, ValidationConfig
-from trainer.runfile.choosing_checks import choosing_problems
-from trainer.runfile.optim_checks import idle_optim_settings, optim_problems
+from model.preference.config import PAIRED, PreferenceConfig
+from trainer.config import LossScaleConfig, RunConfig, ValidationConfig
+from trainer.runfile.limits import is_set, range_problems, unread_settings
+from trainer.runfile.optim_checks import optim_problems
 from trainer.runfile.part_checks import anyres_problems, quantize_problems, term_problems, vision_problems
-from trainer.runfile.preference_checks import idle_preference_settings, preference_problems
 
 
 def problems_of(config: RunConfig) -> list[str]:
     """Return every problem of a well-typed configuration, one line each."""
     return [
         *config.data.problems(),
-        *_values(config),
+        *range_problems(config),
         *_pairs(config),
         *_packing(config),
         *_parts(config),
@@ -29,53 +27,12 @@ def problems_of(config: RunConfig) -> list[str]:
         *choosing_problems(config),
         *quantize_problems(config.quantize, config.model),
         *optim_problems(config),
-        *preference_problems(config),
         *idle_settings(config),
     ]
 
 
-def _values(config: RunConfig) -> Iterator[str]:
-    positive = {
-        "batch.global_batch_size": config.batch.global_batch_size,
-        "batch.micro_batch_size": config.batch.micro_batch_size,
-        "optim.lr": config.optim.lr,
-        "optim.eps": config.optim.eps,
-        "lora.rank": config.lora.rank,
-        "lora.alpha": config.lora.alpha,
-        "checkpoint.every": config.checkpoint.every,
-        "checkpoint.keep": config.checkpoint.keep,
-        "validation.every": config.validation.every,
-        "validation.max_samples": config.validation.max_samples,
-        "validation.max_new_tokens": config.validation.max_new_tokens,
-        "log.every": config.log.every,
-        "faults.max_nonfinite": config.faults.max_nonfinite,
-        "faults.stall_seconds": config.faults.stall_seconds,
-    }
-    for name, value in positive.items():
-        if not value > 0 or not math.isfinite(value):
-            yield f"{name} = {value} is not positive"
-    not_negative: dict[str, float] = {
-        "seed": config.seed,
-        "batch.micro_batch_tokens": config.batch.micro_batch_tokens,
-        "optim.projector_lr": config.optim.projector_lr,
-        "optim.weight_decay": config.optim.weight_decay,
-        "optim.clip_norm": config.optim.clip_norm,
-        "parallel.unit_mib": config.parallel.unit_mib,
-        "train.max_steps": config.train.max_steps or 0,
-        **{f"model.{name}.lr": part.lr for name, part in config.model.parts().items()},
-    }
-    for name, value in not_negative.items():
-        if not value >= 0 or not math.isfinite(value):
-            yield f"{name} = {value} is negative or not finite"
-    if config.train.epochs is not None and not 0 < config.train.epochs < math.inf:
-        yield f"train.epochs = {config.train.epochs} is not positive; train.max_steps = 0 builds a model without training"
-    if not 0 <= config.lora.dropout < 1:
-        yield f"lora.dropout = {config.lora.dropout} is not in [0, 1)"
-    if not all(0 <= beta < 1 for beta in config.optim.betas):
-        yield f"optim.betas = {list(config.optim.betas)} are not in [0, 1)"
-
-
 def _pairs(config: RunConfig) -> Iterator[str]:
+    """Yield the settings that contradict each other, one line each."""
     if config.train.epochs is not None and config.train.max_steps is not None:
         yield "train.epochs and train.max_steps are both named: name one"
     if not config.data.sources and config.train.max_steps != 0:
@@ -90,6 +47,11 @@ def _pairs(config: RunConfig) -> Iterator[str]:
         yield (
             f"parallel.shard_size = {config.parallel.shard_size} with parallel.strategy = 'hsdp': name the ranks that share one "
             "copy, 2 or more and a divisor of all ranks, as a rule the accelerators of one machine"
+        )
+    if config.preference.is_on and config.data.packing and config.parallel.compile:
+        yield (
+            f"parallel.compile = {config.parallel.compile!r} with data.packing = true and [preference]: blocks are not compiled "
+            "for answers that share a prompt; set one of the two to false"
         )
     if config.parallel.compile and config.parallel.compute_copies == "always":
         yield (
@@ -139,11 +101,36 @@ def _parts(config: RunConfig) -> Iterator[str]:
     for name, projector in (("vision_projector", model.vision_projector), ("audio_projector", model.audio_projector)):
         if projector is not None and projector.tune != "full" and not projector.path and not model.init_from:
             yield f"model.{name}.tune = {projector.tune!r} without weights: name its path, or model.init_from"
-    if (audio := model.audio_projector) is not None:
-        if audio.prompts < 0:
-            yield f"model.audio_projector.prompts = {audio.prompts} is negative"
-        if audio.tune == "prompts" and audio.prompts == 0:
-            yield "model.audio_projector.tune = 'prompts' has nothing to learn: set model.audio_projector.prompts"
+    if (audio := model.audio_projector) is not None and audio.tune == "prompts" and audio.prompts == 0:
+        yield "model.audio_projector.tune = 'prompts' has nothing to learn: set model.audio_projector.prompts"
+
+
+def choosing_problems(config: RunConfig) -> Iterator[str]:
+    """Yield the problems of validation.metrics and checkpoint.best, one line each."""
+    validation, best = config.validation, config.checkpoint.best
+    if len(set(validation.metrics)) < len(validation.metrics):
+        yield f"validation.metrics = {list(validation.metrics)} names one twice"
+    if validation.metrics and not config.data.validation:
+        yield "validation.metrics has no effect without [[data.validation]]: name held-out records"
+    if validation.max_new_tokens != ValidationConfig().max_new_tokens and not validation.metrics:
+        yield f"validation.max_new_tokens = {validation.max_new_tokens} has no effect without validation.metrics"
+    if best and not config.data.validation:
+        yield f"checkpoint.best = {best!r} needs [[data.validation]]: name held-out records"
+    elif best and not (allowed := best_values(config)).intersection([best]):
+        yield f"checkpoint.best = {best!r} is not {' | '.join(map(repr, sorted(allowed)))}"
+
+
+def best_values(config: RunConfig) -> set[str]:
+    """Return every value that the validations of this run have: of all sources together, and of each."""
+    prefixes = ["val", *(f"val/{source.key}" for source in config.data.validation)]
+    names = ["loss", *config.validation.metrics]
+    if config.preference.is_on:
+        names.append("preference_loss")
+    if config.preference.kind in PAIRED:
+        names += ["preference_accuracy", "preference_margin"]
+    terms = {"val/state_loss", "val/state_accuracy"} if config.model.state_head is not None else set()
+    terms |= {"val/router_loss"} if config.model.llm.router_loss else set()
+    return {f"{prefix}/{name}" for prefix in prefixes for name in names} | terms
 
 
 def idle_settings(config: RunConfig) -> Iterator[str]:
@@ -163,7 +150,7 @@ def idle_settings(config: RunConfig) -> Iterator[str]:
     batch = config.batch
     if batch.micro_batch_tokens > 0 and not config.data.packing:
         yield f"batch.micro_batch_tokens = {batch.micro_batch_tokens} has no effect with data.packing = false"
-    if config.data.packing and batch.micro_batch_size != BatchConfig().micro_batch_size:
+    if config.data.packing and is_set(config, "batch.micro_batch_size"):
         yield (
             f"batch.micro_batch_size = {batch.micro_batch_size} has no effect with data.packing = true: "
             "micro-batches are filled up to batch.micro_batch_tokens"
@@ -175,13 +162,18 @@ def idle_settings(config: RunConfig) -> Iterator[str]:
         )
     if config.parallel.strategy == "ddp" and not config.parallel.reshard_after_forward:
         yield "parallel.reshard_after_forward = false has no effect with parallel.strategy = 'ddp'"
-    if config.parallel.strategy == "ddp" and config.parallel.unit_mib != ParallelConfig().unit_mib:
+    if config.parallel.strategy == "ddp" and is_set(config, "parallel.unit_mib"):
         yield f"parallel.unit_mib = {config.parallel.unit_mib} has no effect with parallel.strategy = 'ddp'"
     yield from _unread_media_settings(config)
-    if config.data.on_bad_sample == "error" and config.data.max_bad_fraction != DataConfig().max_bad_fraction:
+    if config.data.on_bad_sample == "error" and is_set(config, "data.max_bad_fraction"):
         yield "data.max_bad_fraction has no effect with data.on_bad_sample = 'error': the first bad record stops the run"
-    yield from idle_optim_settings(config)
-    yield from idle_preference_settings(config)
+    yield from unread_settings(config)
+    if config.optim.kind == "sgd" and config.optim.momentum == 0 and is_set(config, "optim.nesterov"):
+        yield "optim.nesterov has no effect with optim.momentum = 0"
+    if config.loss_scale != LossScaleConfig() and model.dtype != "float16":
+        yield f"[loss_scale] has no effect with model.dtype = {model.dtype!r}: it is a table of 'float16'"
+    if config.preference != PreferenceConfig() and not config.preference.is_on:
+        yield "[preference] has no effect with preference.kind = 'none': name a kind, as 'dpo'"
     wandb = config.log.wandb
     if not wandb.project:
         for name, value, usual in (("name", wandb.name, ""), ("mode", wandb.mode, "online")):
@@ -204,5 +196,5 @@ def _unread_media_settings(config: RunConfig) -> Iterator[str]:
     for readers, keys in needed.items():
         if not config.model.parts().keys() & set(readers.split(" or ")):
             for key in keys:
-                if getattr(config.data, key) != getattr(DataConfig(), key):
+                if is_set(config, f"data.{key}"):
                     yield f"data.{key} has no effect: no [model.{readers.replace(' or ', '] or [model.')}] is configured"

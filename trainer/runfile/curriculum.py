@@ -12,7 +12,7 @@ from model.files.untrusted import Json, shown
 from model.weights.compatibility import LORA_SHAPE
 from trainer.config import RunConfig, StageConfig
 from trainer.runfile.checks import idle_settings, problems_of
-from trainer.runfile.merge_tables import difference, has_key, merge, value_of, without_key
+from trainer.runfile.merge_tables import difference, has_key, merge_into, value_of, without_key
 from trainer.runfile.schema import SchemaReader, to_tables
 
 NAME = re.compile(r"[a-z0-9_-]+")
@@ -89,7 +89,7 @@ def _read(draft: Draft, base: Json, earlier: list[Draft], filled: Callable[[RunC
             draft.problems.append(f"{key} has no effect: the part comes from the stage before it")
     for key in inherited:
         base = without_key(base, key)
-    tables = merge(base, draft.own)
+    tables = merge_into(base, draft.own)
     if (
         earlier
         and value_of(tables, "model.llm.tune") in (None, "frozen", "lora")

@@ -13,8 +13,7 @@ from trainer.runfile.catalog import with_catalog
 from trainer.runfile.checks import problems_of
 from trainer.runfile.curriculum import read_curriculum
 from trainer.runfile.overrides import apply_overrides, with_override, without_idle
-from trainer.runfile.published import resolve_published
-from trainer.runfile.revisions import with_revisions
+from trainer.runfile.published import resolve_published, with_revisions
 from trainer.runfile.schema import SchemaReader
 from trainer.runfile.toml_files import read_toml
 

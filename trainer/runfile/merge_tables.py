@@ -16,36 +16,39 @@ def stage_tables(tables: Json) -> dict[str, Json]:
     """Return the complete tables of every stage of a resolved run, by name; a run without stages is there under the name ""."""
     base = {key: value for key, value in tables.items() if key != "stage"}
     stages = tables.get("stage") or [{"name": ""}]
-    return {stage["name"]: merge(base, {k: v for k, v in stage.items() if k != "name"}) for stage in stages}
+    return {stage["name"]: merge_into(base, {k: v for k, v in stage.items() if k != "name"}) for stage in stages}
 
 
-def merge(base: Json, own: Json) -> Json:
+def merge_into(base: Json, own: Json) -> Json:
     """Merge `own` into `base`: tables are merged, arrays and values are replaced.
 
     Of two settings that exclude each other, the one of `own` holds.
     """
-    base = _without_rivals(base, own)
+    for section, *pair in PAIRS:
+        for named, rival in (pair, pair[::-1]):
+            if has_key(own, f"{section}.{named}"):
+                base = without_key(base, f"{section}.{rival}")
     return _merged(base, own)
 
 
 def _merged(base: Json, own: Json) -> Json:
-    found = dict(base)
-    for key, value in own.items():
-        both = isinstance(value, dict) and isinstance(found.get(key), dict)
-        found[key] = _merged(found[key], value) if both else value
-    return found
+    tables = [key for key, value in own.items() if isinstance(value, dict) and isinstance(base.get(key), dict)]
+    return base | own | {key: _merged(base[key], own[key]) for key in tables}
 
 
-def _without_rivals(base: Json, own: Json) -> Json:
-    for section, one, other in PAIRS:
-        for named, rival in ((one, other), (other, one)):
-            if has_key(own, f"{section}.{named}"):
-                base = without_key(base, f"{section}.{rival}")
-    return base
+def levels_of(tables: Json) -> list[Json]:
+    """Return the tables of the run and of each of its stages."""
+    stages = tables.get("stage")
+    return [tables, *(stage for stage in (stages if isinstance(stages, list) else []) if isinstance(stage, dict))]
+
+
+def nested(key: str, value: object) -> Json:
+    """Return tables that hold `value` at the dotted `key`."""
+    word, _, rest = key.partition(".")
+    return {word: nested(rest, value) if rest else value}
 
 
 def has_key(tables: object, key: str) -> bool:
-    """Tell whether the tables hold the dotted `key`."""
     for word in key.split("."):
         if not isinstance(tables, dict) or word not in tables:
             return False
@@ -54,7 +57,6 @@ def has_key(tables: object, key: str) -> bool:
 
 
 def without_key(tables: Json, key: str) -> Json:
-    """Return the tables without the dotted `key`."""
     if not has_key(tables, key):
         return tables
     word, _, rest = key.partition(".")

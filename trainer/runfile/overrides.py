@@ -9,7 +9,7 @@ from model.errors import ConfigError
 from model.files.untrusted import Json, shown
 from trainer.runfile.merge_tables import PAIRS, has_key, value_of, without_key
 from trainer.runfile.settings import list_settings
-from trainer.runfile.toml_files import apply_override, to_toml
+from trainer.runfile.toml_files import apply_override, as_toml
 
 IDLE = re.compile(r"(?:every stage: |stage (?P<stage>[a-z0-9_-]+): )?\[?(?P<key>[a-z_]+(?:\.[a-z_]+)*)\]?(?: = .*?)? has no effect")
 """Beginning of a problem with a setting that has no effect beside the others."""
@@ -17,7 +17,6 @@ NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 def override_key(text: str) -> str:
-    """Return the dotted key that an override is about."""
     return text.partition("=")[0].strip()
 
 
@@ -34,13 +33,15 @@ def apply_overrides(tables: Json, overrides: Sequence[str]) -> tuple[Json, list[
     notes: list[str] = []
     given = {override_key(text): text for text in overrides}
     for key, text in given.items():
-        stages = tables.get("stage") if not key.startswith("stage") else None
-        inside = [
-            f"stage.{i}.{name}" for i in range(len(stages) if isinstance(stages, list) else 0) for name in (key, *rivals(key))
-        ]
-        for other in (*rivals(key), *inside):
+        for other in rivals(key):
             if other not in given:
                 tables = _without(tables, other, text, notes)
+        stages = tables.get("stage") if not key.startswith("stage") else None
+        for i, stage in enumerate(stages if isinstance(stages, list) else ()):
+            for other in (key, *rivals(key)):
+                if f"stage.{i}.{other}" not in given and isinstance(stage, dict):  # what is no table is told later
+                    stage = _without(stage, other, text, notes)
+            tables = {**tables, "stage": [stage if k == i else own for k, own in enumerate(tables["stage"])]}
     return tables, notes
 
 
@@ -83,27 +84,15 @@ def _without_in_stage(tables: Json, name: str, key: str) -> Json:
 def rivals(key: str) -> list[str]:
     """Return the keys that exclude `key`, in the same tables."""
     section, _, name = key.rpartition(".")
-    return [
-        f"{section}.{other}"
-        for table, one, two in PAIRS
-        for named, other in ((one, two), (two, one))
-        if name == named and section.rpartition(".")[2] == table
-    ]
+    pairs = [pair for table, *pair in PAIRS if name in pair and section.rpartition(".")[2] == table]
+    return [f"{section}.{other}" for pair in pairs for other in pair if other != name]
 
 
 def _without(tables: Json, key: str, text: str, notes: list[str]) -> Json:
-    """Return the tables without `key`, which may lie in a stage; a line is added to `notes` where it was there."""
-    if match := re.match(r"stage\.(\d+)\.(.+)", key):
-        stages = tables.get("stage")
-        i, rest = int(match[1]), match[2]
-        if (
-            isinstance(stages, list) and i < len(stages) and has_key(stages[i], rest)
-        ):  # a stage may be no table, which is told later
-            notes.append(f"stage {stages[i].get('name')}: {_line(stages[i], rest)} of the file: override {shown(text)} holds")
-            return {**tables, "stage": [without_key(s, rest) if k == i else s for k, s in enumerate(stages)]}
-        return tables
+    """Return the tables without `key`; a line is added to `notes` where it was there."""
     if has_key(tables, key):
-        notes.append(f"{_line(tables, key)} of the file: override {shown(text)} holds")
+        stage = f"stage {tables['name']}: " if "name" in tables else ""
+        notes.append(f"{stage}{_line(tables, key)} of the file: override {shown(text)} holds")
     return without_key(tables, key)
 
 
@@ -111,7 +100,7 @@ def _line(tables: Json, key: str) -> str:
     value = value_of(tables, key)
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         return f"[[{key}]]"
-    return f"[{key}]" if isinstance(value, dict) else f"{key} = {to_toml({'v': value}).removeprefix('v = ').strip()}"
+    return f"[{key}]" if isinstance(value, dict) else f"{key} = {as_toml(value)}"
 
 
 def check_known(text: str) -> None:

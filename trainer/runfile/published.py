@@ -1,17 +1,20 @@
-"""Resolution of `model.init_from = <published model>` into the settings that follow from it, before the run file is checked."""
+"""Resolution of what run files name, before they are checked: a published model into the settings that follow from it, and a
+`revision` into the path beside it, as org/name@revision."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from model.card import NAME
+from model.errors import ConfigError
 from model.files.hub import HUB_ID
-from model.files.untrusted import Json
+from model.files.untrusted import Json, shown
 from model.published.table import published_settings
 from model.published.vita_audio import SETTINGS
-from trainer.runfile.merge_tables import has_key, merge, value_of, without_key
+from trainer.runfile.merge_tables import has_key, levels_of, merge_into, nested, value_of, without_key
 from trainer.runfile.schema import flatten_tables
-from trainer.runfile.toml_files import to_toml
+from trainer.runfile.toml_files import as_toml
 
 KEY = "model.init_from"
 KNOWN_BY = ("config.json", SETTINGS)
@@ -37,10 +40,10 @@ def resolve_published(tables: Json) -> tuple[Json, list[str]]:
         if given.when and value_of(tables, given.when[0]) != given.when[1]:
             continue
         if not has_key(tables, key):
-            tables = merge(tables, _table(key, given.value))
+            tables = merge_into(tables, nested(key, given.value))
         elif not given.allows(written := value_of(tables, key)):
             problems.append(
-                f"{key} = {_as_toml(written)}, but {path!r}, {name}, has {_as_toml(given.value)}: remove the line, it follows "
+                f"{key} = {as_toml(written)}, but {path!r}, {name}, has {as_toml(given.value)}: remove the line, it follows "
                 f"from {KEY}"
             )
     return tables, problems
@@ -48,12 +51,10 @@ def resolve_published(tables: Json) -> tuple[Json, list[str]]:
 
 def _in_stages(tables: Json) -> list[str]:
     """Return one line per [[stage]] that names a published model: it gives the parts of the whole run."""
-    stages = tables.get("stage")
-    found = [value_of(stage, KEY) if isinstance(stage, dict) else None for stage in (stages if isinstance(stages, list) else [])]
     return [
         f"stage {i}: {KEY} = {path!r} is a published model, which gives the parts of the whole run: write it in [model]"
-        for i, path in enumerate(found, 1)
-        if isinstance(path, str) and is_published(path)
+        for i, stage in enumerate(levels_of(tables)[1:], 1)
+        if isinstance(path := value_of(stage, KEY), str) and is_published(path)
     ]
 
 
@@ -75,9 +76,8 @@ def _unknown(path: object, tables: Json) -> list[str]:
 
 def written_settings(tables: Json) -> Json:
     """Return the settings that a run file writes, by dotted key; of a curriculum, those of its first stage."""
-    stages = tables.get("stage")
-    first = stages[0] if isinstance(stages, list) and stages and isinstance(stages[0], dict) else {}
-    return flatten_tables(merge({key: value for key, value in tables.items() if key != "stage"}, first))
+    base, first, *_ = *levels_of(tables), {}
+    return flatten_tables(merge_into({key: value for key, value in base.items() if key != "stage"}, first))
 
 
 def is_published(path: str) -> bool:
@@ -89,12 +89,34 @@ def is_published(path: str) -> bool:
     return not is_run and not folder.exists() and HUB_ID.fullmatch(path) is not None
 
 
-def _as_toml(value: object) -> str:
-    """Return a value as a run file writes it."""
-    return to_toml({"value": value}).removeprefix("value = ").strip()
+NAMED_BY = ("path", "init_from")
+"""Keys that name a folder or a hub id; a `revision` in their table is that of the hub id."""
+TABLES = ("model", "lora", "stage")
 
 
-def _table(key: str, value: object) -> Json:
-    """Return nested tables that hold `value` at the dotted `key`."""
-    word, _, rest = key.partition(".")
-    return {word: _table(rest, value) if rest else value}
+def with_revisions(tables: Json) -> Json:
+    """Return the tables with every `revision` written into its path. Raises `ConfigError` for one without a hub id."""
+    return {key: _folded(value, key) if key in TABLES else value for key, value in tables.items()}
+
+
+def _folded(value: Any, where: str) -> Any:
+    """Return the table or list `value`, whose dotted key is `where`, with the revisions in it written into their paths."""
+    if isinstance(value, list):
+        return [_folded(item, f"{where}.{i}") for i, item in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    found = {key: _folded(item, f"{where}.{key}") for key, item in value.items() if key != "revision"}
+    if (revision := value.get("revision", "")) == "":
+        return found
+    if not isinstance(revision, str):
+        raise ConfigError(f"{where}.revision = {shown(revision)} is no string")
+    name = next((key for key in NAMED_BY if value.get(key)), None)
+    if name is None:
+        raise ConfigError(f"{where}.revision = {shown(revision)} is of no path: name the hub id that it belongs to as {where}.path")
+    path, setting = value[name], f"{where}.{name} = {shown(value[name])}"
+    if not isinstance(path, str) or Path(path).is_dir() or "@" in path or not HUB_ID.fullmatch(f"{path}@{revision}"):
+        raise ConfigError(
+            f"{where}.revision = {shown(revision)} with {setting}: a revision is a branch, a tag or a commit of a hub id, as "
+            f'path = "org/name" with revision = "main"; a folder has none'
+        )
+    return {**found, name: f"{path}@{revision}"}

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import textwrap
 import types
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 from data.config import SourceConfig
+from model.errors import ConfigError
 from model.files.untrusted import Json
 from trainer.config import RunConfig, StageConfig
-from trainer.runfile.revisions import NAMED_BY
+from trainer.errors import CONFIG, DONE
+from trainer.runfile.published import NAMED_BY
 from trainer.runfile.settings import (
     NO_DEFAULT,
-    Setting,
     default_of,
     default_words,
     find_settings,
@@ -40,11 +42,25 @@ JSON_TYPES: dict[object, str] = {str: "string", int: "integer", float: "number",
 WIDTH = 100
 
 
-def settings_text(word: str = "") -> str:
+def print_settings(word: str, *, schema: bool, page: bool) -> int:
+    """Print the JSON schema, the page of all settings, or the settings that hold `word`, and return the exit code."""
+    try:
+        if schema or page:
+            print(schema_text() if schema else settings_page(), end="")
+        else:
+            print(settings_text(word))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return CONFIG
+    return DONE
+
+
+def settings_text(word: str) -> str:
     """Return the settings whose key or sentence holds `word` as lines for a terminal; all for ""."""
     lines = []
     for setting in find_settings(word):
-        lines.append(f"{setting.key}   {type_words(setting.hint)}; {_default(setting)}")
+        default = f"{'default ' * (setting.default is not NO_DEFAULT)}{default_words(setting.default)}"
+        lines.append(f"{setting.key}   {type_words(setting.hint)}; {default}")
         lines += textwrap.wrap(setting.sentence, WIDTH, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)
 
@@ -66,10 +82,6 @@ def settings_page() -> str:
         cells = (f"`{setting.name}`", type_words(setting.hint), default, setting.sentence)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _default(setting: Setting) -> str:
-    return "required" if setting.default is NO_DEFAULT else f"default {default_words(setting.default)}"
 
 
 def schema_text() -> str:
@@ -115,12 +127,7 @@ def _table(cls: type, path: str) -> Json:
         properties["revision"] = {"type": "string", "description": REVISION}
     filled = path.startswith("model") or cls is SourceConfig  # by a published model, by data.catalog
     required = [f.name for f in dataclasses.fields(cls) if default_of(f) is NO_DEFAULT and not filled]
-    return {
-        "type": "object",
-        "additionalProperties": False,
-        "properties": properties,
-        **({"required": required} if required else {}),
-    }
+    return _object(properties, required)
 
 
 def _value(hint: object) -> Json:

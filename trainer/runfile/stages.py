@@ -35,7 +35,7 @@ class Stage:
     @property
     def folder(self) -> Path:
         """Return the folder of the files of this stage alone: final/, planned lengths, samples.bin and ledger.json."""
-        return stage_folder(self.run_folder, self.number, self.name) if self.name else self.run_folder
+        return self.run_folder / "stages" / f"{self.number:02d}-{self.name}" if self.name else self.run_folder
 
     @property
     def is_last(self) -> bool:
@@ -43,10 +43,6 @@ class Stage:
 
     def __str__(self) -> str:
         return f"stage {self.number} of {self.count}, {self.name!r}"
-
-
-def stage_folder(run_folder: Path, number: int, name: str) -> Path:
-    return run_folder / "stages" / f"{number:02d}-{name}"
 
 
 def list_stages(root: RunConfig) -> list[Stage]:
@@ -62,7 +58,7 @@ def list_stages(root: RunConfig) -> list[Stage]:
     return found
 
 
-def stage_for_reading(root: RunConfig, name: str = "") -> Stage:
+def stage_for_reading(root: RunConfig, name: str) -> Stage:
     """Return the stage `name` for callers that only read its data, also when the stages before it have not run.
 
     Without the final/ of the stage before, the tokens that earlier stages add are taken from the run file. Raises `ConfigError`
@@ -109,10 +105,6 @@ def stage_of_checkpoint(stages: list[Stage], state: CheckpointState) -> Stage:
     )
 
 
-def _check_media(config: RunConfig) -> None:
-    check_fit(config.data, media_specs(config.model))
-
-
 def check_stages(stages: list[Stage]) -> None:
     """Check that the parts and sources of every stage exist, as far as names and JSON tell, before the first stage trains for days.
 
@@ -120,9 +112,9 @@ def check_stages(stages: list[Stage]) -> None:
     """
     problems = []
     for stage in stages if len(stages) > 1 else ():
-        data = stage.config.data
-        checks: list[Callable[[], object]] = [partial(_check_media, stage.config)]
-        checks += [partial(source_files, source) for source in (*data.sources, *data.validation)]
+        config = stage.config
+        checks: list[Callable[[], object]] = [partial(lambda c: check_fit(c.data, media_specs(c.model)), config)]
+        checks += [partial(source_files, source) for source in (*config.data.sources, *config.data.validation)]
         for check in checks:
             try:
                 check()

@@ -133,6 +133,11 @@ def _override_value(text: str) -> object:
     return tables["value"] if tables.keys() == {"value"} else text
 
 
+def as_toml(value: object) -> str:
+    """Return one value as a run file writes it."""
+    return to_toml({"v": value}).removeprefix("v = ").strip()
+
+
 def to_toml(tables: Json) -> str:
     """Return TOML text that reads back as `tables`."""
     lines: list[str] = []

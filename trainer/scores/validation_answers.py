@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +17,7 @@ from trainer.distributed.parallelize import is_sharded
 from trainer.distributed.shards import reshard
 from trainer.distributed.world import World
 from trainer.faults.phase_tracker import VALIDATION, PhaseTracker
-from trainer.machine.atomic_files import replace_text
-from trainer.machine.json_lines import read_valid_lines
+from trainer.machine.json_lines import append_lines, rows_up_to
 from trainer.scores.text_metrics import score_texts
 from trainer.setup import PreparedRun
 from trainer.state import AnswerRow
@@ -29,7 +27,7 @@ PROMPT_TAIL = 500
 """Characters at the end of a question that a row of the file holds."""
 
 
-def answer_records(prepared: PreparedRun, tracker: PhaseTracker | None = None) -> list[AnswerRow]:
+def answer_records(prepared: PreparedRun, tracker: PhaseTracker) -> list[AnswerRow]:
     """Answer the records of a validation; return all rows on every rank, in the order of the records. Collective.
 
     A record whose prompt cannot be made, or does not fit data.max_length, is left out: the loss of the validation reports it. No
@@ -38,7 +36,6 @@ def answer_records(prepared: PreparedRun, tracker: PhaseTracker | None = None) -
     dataset, config, world, model = prepared.data.validation, prepared.config, prepared.world, prepared.model
     if dataset is None:
         return []
-    tracker = tracker or PhaseTracker()
     ids = validation_ids(dataset, config.validation.max_samples, prepared.data.validation_pools)
     order = ids[np.argsort(-dataset.lengths[ids], kind="stable")]  # longest first: what does not fit into memory fails at once
     batches = np.split(order, range(config.batch.micro_batch_size, len(order), config.batch.micro_batch_size))
@@ -107,19 +104,13 @@ def score_rows(names: tuple[str, ...], rows: list[AnswerRow], sources: list[str]
 class AnswerLog:
     """Writer of generations.jsonl, on rank 0: every answer of every validation."""
 
-    def __init__(self, folder: Path, resumed_step: int, world: World, stage: str = "") -> None:
-        """Open the file and keep its rows up to `resumed_step` of the whole run: those of steps to come would be there twice."""
+    def __init__(self, folder: Path, resumed_step: int, world: World, stage: str) -> None:
+        """Open the file and keep its rows up to `resumed_step` of the whole run."""
         self.path, self.active, self.stage = folder / NAME, world.is_main, {"stage": stage} if stage else {}
-        if self.active and self.path.exists():
-            rows = read_valid_lines(self.path, {"step": int}) if resumed_step else []
-            replace_text(self.path, "".join(_line(row) for row in rows if row["step"] <= resumed_step))
+        if self.active:
+            rows_up_to(self.path, resumed_step)
 
     def write(self, step: int, rows: list[AnswerRow]) -> None:
         """Append the `rows` of a validation after `step` steps of the run."""
         if self.active and rows:
-            with self.path.open("a", encoding="utf-8") as out:
-                out.write("".join(_line({"step": step, **self.stage, **row}) for row in rows))
-
-
-def _line(row: object) -> str:
-    return json.dumps(row) + "\n"
+            append_lines(self.path, ({"step": step, **self.stage, **row} for row in rows))

@@ -5,11 +5,25 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 from tqdm import tqdm
 
 from trainer.trackers.shown_answers import ShownAnswer
-from trainer.trackers.tracker import Tracker
+
+
+class Tracker(Protocol):
+    """A program that keeps and draws the numbers of runs. Calls come from a thread of its own, and may take long."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Take finite numbers by name, as metrics.jsonl has them, after `step` completed steps of the run."""
+
+    def show(self, step: int, answers: Sequence[ShownAnswer]) -> None:
+        """Take answers of the validation after `step` completed steps; the numbers of the same step come later."""
+
+    def close(self) -> None:
+        """Deliver what was not delivered yet, and end."""
+
 
 MOST_WAITING = 1000
 """Lines that wait for a tracker at most; one that is further behind hangs, and is left out."""
@@ -33,18 +47,15 @@ class BackgroundTracker:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Pass a line on without waiting."""
-        if not self.is_out:
-            self._put(lambda tracker: tracker.log(step, values))
+        self._put(lambda tracker: tracker.log(step, values))
 
     def show(self, step: int, answers: Sequence[ShownAnswer]) -> None:
         """Pass answers on without waiting."""
-        if not self.is_out:
-            self._put(lambda tracker: tracker.show(step, answers))
+        self._put(lambda tracker: tracker.show(step, answers))
 
     def close(self, seconds: float) -> None:
         """Give the tracker `seconds` to take what waits for it."""
-        if not self.is_out:
-            self._put(None)
+        self._put(None)
         if not self.is_out:
             self.thread.join(seconds)
             if self.thread.is_alive():
@@ -52,7 +63,8 @@ class BackgroundTracker:
 
     def _put(self, task: Task | None) -> None:
         try:
-            self.tasks.put_nowait(task)
+            if not self.is_out:
+                self.tasks.put_nowait(task)
         except queue.Full:
             self._leave_out(f"it hangs: {MOST_WAITING} lines wait for it")
 

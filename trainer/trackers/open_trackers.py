@@ -20,7 +20,7 @@ from trainer.machine.json_lines import read_lines
 from trainer.runfile.schema import to_tables
 from trainer.runfile.toml_files import to_toml
 from trainer.state import AnswerRow
-from trainer.trackers.background import BackgroundTracker, Line
+from trainer.trackers.background import BackgroundTracker, Tracker
 from trainer.trackers.shown_answers import AnswerPictures
 from trainer.trackers.tensorboard_files import FOLDER, TensorBoardFiles
 from trainer.trackers.wandb_run import WandbOptions, WandbRun
@@ -86,17 +86,31 @@ def open_trackers(root: RunConfig, world: World, first_step: int, saved: object 
     `saved`: the ids that the resumed checkpoint keeps. Raises `ConfigError` on rank 0 where a package is not installed.
     """
     ids = _ids(root, world, saved if first_step else None)
-    if not world.is_main:
+    wandb, needed = root.log.wandb, {"tensorboard": "log.tensorboard = true"} if root.log.tensorboard else {}
+    if wandb.project:
+        needed["wandb"] = f"log.wandb.project = {wandb.project!r}"
+    if not world.is_main or not needed:
         return Trackers(ids=ids)
-    folder, openers = Path(root.output_dir), dict[str, Callable[[], BackgroundTracker]]()
+    for package, setting in needed.items():
+        if find_spec(package) is None:
+            raise ConfigError(
+                f"{setting} needs {package}, which is not installed: pip install -e '.[track]', or remove the setting"
+            )
+    folder, members = Path(root.output_dir), list[BackgroundTracker]()
+    rows = read_lines(folder / "metrics.jsonl", {"step": int})[0]
+    earlier = [(row["step"], numbers_of(row)) for row in rows if first_step and row["step"] <= first_step]
     if root.log.tensorboard:
-        _require("tensorboard", "log.tensorboard = true")
-        openers["tensorboard"] = partial(_tensorboard, root, folder, first_step)
-    if root.log.wandb.project:
-        _require("wandb", f"log.wandb.project = {root.log.wandb.project!r}")
+        opener: Callable[[], Tracker] = partial(TensorBoardFiles, folder, first_step, to_toml(to_tables(root)))
+        unseen = () if (folder / FOLDER).is_dir() else earlier
+        members.append(BackgroundTracker(f"tensorboard in {folder / FOLDER}", opener, unseen))
+    if wandb.project:
         is_same = isinstance(saved, dict) and saved.get("wandb") == ids["wandb"]
-        openers["wandb"] = partial(_wandb, root, folder, first_step, ids["wandb"] if is_same else "", ids["wandb"])
-    return Trackers(tuple(opener() for opener in openers.values()), ids)
+        last = max((row["step"] for row in rows), default=-1) if is_same else -1
+        opener = partial(WandbRun, WandbOptions(wandb, str(folder), ids["wandb"], to_tables(root), last))
+        offline = f", offline in {folder / 'wandb'}" if wandb.mode == "offline" else ""
+        where = f"wandb, project {wandb.project}, run {ids['wandb']}{offline}"
+        members.append(BackgroundTracker(where, opener, () if is_same else earlier))
+    return Trackers(tuple(members), ids)
 
 
 def _ids(root: RunConfig, world: World, saved: object) -> dict[str, str]:
@@ -106,34 +120,3 @@ def _ids(root: RunConfig, world: World, saved: object) -> dict[str, str]:
     found = saved.get("wandb") if isinstance(saved, dict) else None
     known = isinstance(found, str) and RUN_ID.fullmatch(found)
     return {"wandb": str(world.broadcast_json(found if known else secrets.token_hex(4)))}
-
-
-def _require(package: str, setting: str) -> None:
-    if find_spec(package) is None:
-        raise ConfigError(f"{setting} needs {package}, which is not installed: pip install -e '.[track]', or remove the setting")
-
-
-def _earlier(folder: Path, first_step: int) -> list[Line]:
-    """Return the lines of metrics.jsonl up to `first_step`, for a tracker that has not seen them."""
-    return [(row["step"], numbers_of(row)) for row in _rows(folder) if row["step"] <= first_step] if first_step else []
-
-
-def _rows(folder: Path) -> list[dict[str, int]]:
-    return read_lines(folder / "metrics.jsonl", {"step": int})[0]
-
-
-def _tensorboard(root: RunConfig, folder: Path, first_step: int) -> BackgroundTracker:
-    has_files = (folder / FOLDER).is_dir()
-    text = to_toml(to_tables(root))
-    opener = partial(TensorBoardFiles, folder, first_step, text)
-    return BackgroundTracker(f"tensorboard in {folder / FOLDER}", opener, () if has_files else _earlier(folder, first_step))
-
-
-def _wandb(root: RunConfig, folder: Path, first_step: int, known_id: str, run_id: str) -> BackgroundTracker:
-    wandb = root.log.wandb
-    last = max((row["step"] for row in _rows(folder)), default=-1) if known_id else -1
-    options = WandbOptions(wandb, str(folder), run_id, to_tables(root), last)
-    where = f"wandb, project {wandb.project}, run {run_id}" + (
-        f", offline in {folder / 'wandb'}" if wandb.mode == "offline" else ""
-    )
-    return BackgroundTracker(where, partial(WandbRun, options), () if known_id else _earlier(folder, first_step))

@@ -57,7 +57,6 @@ class TensorBoardFiles:
         self.writer._get_file_writer().add_summary(Summary(value=pictures), step)
 
     def close(self) -> None:
-        """Write what is left."""
         self.writer.close()
 
 

@@ -66,5 +66,4 @@ class WandbRun:
         self.run.log({"val/answers_table": table}, step=step)
 
     def close(self) -> None:
-        """Finish the run."""
         self.run.finish()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,10 +18,9 @@ from transformers import PreTrainedTokenizerFast
 from data.text.tokenizer import load_tokenizer, save_tokenizer
 from model.card import language_model_config
 from model.files.tensor_files import dump_json
-from model.files.untrusted import Json
 from trainer.config import RunConfig
 from trainer.distributed.world import World, start_world, stop_world
-from trainer.errors import CONFIG, DONE
+from trainer.errors import CONFIG, DONE, INTERNAL, code_of
 from trainer.metrics import NAME as METRICS
 from trainer.run import train
 from trainer.runfile.load import load_run
@@ -36,36 +36,41 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer
 
 
 def dry_run(path: str, overrides: Sequence[str]) -> int:
-    """Try a run file and print one screen about it; return the exit code. Collective under torchrun.
+    """Try a run file and print one screen about it, or what is wrong with it; return the exit code. Collective under torchrun."""
+    try:
+        return _try_out(path, overrides)
+    except Exception as error:
+        if (code := code_of(error)) == INTERNAL:
+            raise
+        print(f"trainer: {error}", file=sys.stderr, flush=True)
+        return code
 
-    Everything is written into a temporary folder that is removed. Raises `ConfigError` for a run file that is wrong.
+
+def _try_out(path: str, overrides: Sequence[str]) -> int:
+    """Prepare the dry run on rank 0, and run it on all ranks of this machine. Collective.
+
+    Everything is written into a temporary folder that is removed.
     """
     world = start_world()
     try:
         with TemporaryDirectory(prefix="dry-run-") as folder:
-            return _try_out(Trial(Path(folder), world), path, overrides)
+            trial, error, tables = Trial(Path(folder), world), None, None
+            if world.is_main:
+                try:
+                    tables = to_tables(trial.prepare(path, overrides))
+                except Exception as caught:
+                    error = caught
+            tables = world.broadcast_json(tables)
+            if error is not None:
+                raise error
+            if tables is None:  # rank 0 tells why
+                return CONFIG
+            code = trial.run(run_of(tables))
+            world.barrier()  # the folder of rank 0 stays until all are done
+            return code
     finally:
         if world.size == 1:
             stop_world()
-
-
-def _try_out(trial: Trial, path: str, overrides: Sequence[str]) -> int:
-    """Prepare the dry run on rank 0, and run it on all ranks of this machine. Collective."""
-    error: Exception | None = None
-    tables: Json | None = None
-    if trial.world.is_main:
-        try:
-            tables = to_tables(trial.prepare(path, overrides))
-        except Exception as caught:
-            error = caught
-    tables = trial.world.broadcast_json(tables)
-    if error is not None:
-        raise error
-    if tables is None:  # rank 0 tells why
-        return CONFIG
-    code = trial.run(run_of(tables))
-    trial.world.barrier()  # the folder of rank 0 stays until all are done
-    return code
 
 
 @dataclass
@@ -74,10 +79,8 @@ class Trial:
 
     folder: Path
     world: World
-
-    def __post_init__(self) -> None:
-        self.started_at = time.perf_counter()
-        self.places: dict[str, str] = {}  # folders in place of parts that cannot be reached, by their paths
+    started_at: float = field(default_factory=time.perf_counter)
+    places: dict[str, str] = field(default_factory=dict)  # folders in place of parts that cannot be reached, by their paths
 
     def prepare(self, path: str, overrides: Sequence[str]) -> RunConfig:
         """Print what the run is at full size and what is made up; return the small run. On rank 0."""
@@ -85,9 +88,8 @@ class Trial:
         for line in aside:
             self._say("aside", line)
         for name in self.places:
-            self._say(
-                "made up", f"shape of {name!r}, which is no folder and not in the cache of the hub: the one of the built-in table"
-            )
+            where = "which is no folder and not in the cache of the hub: the one of the built-in table"
+            self._say("made up", f"shape of {name!r}, {where}")
         tokenizer, root = self._tokenizer(root)
         self._say("at full size", "")
         for line in describe_full_size(root, self.folder / "paper", self.world):
@@ -127,9 +129,8 @@ class Trial:
         for line in self._losses(Path(config.output_dir) / METRICS):
             self._say("trained", line)
         seconds = time.perf_counter() - self.started_at
-        self._say(
-            "passed", f"in {seconds:.0f} s: {STEPS} steps of {SAMPLES} samples on small parts of the same kinds, nothing kept"
-        )
+        steps = f"{STEPS} steps of {SAMPLES} samples on small parts of the same kinds, nothing kept"
+        self._say("passed", f"in {seconds:.0f} s: {steps}")
         return code
 
     def _losses(self, path: Path) -> Iterator[str]:

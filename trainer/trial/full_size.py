@@ -41,7 +41,7 @@ def describe_full_size(root: RunConfig, folder: Path, world: World) -> Iterator[
         yield f"{part:<19}{size:>15,}" + "".join(f"{cells.get(part, '-'):>{widths[name]}}" for name, cells in columns.items())
     for ranks in (1, world.size if world.size > 1 else max(USUAL_RANKS, root.parallel.shard_size)):
         cells = [f"{_memory(config, data, ranks):>{widths[name or 'learns']}}" for name, (config, data) in opened.items()]
-        yield f"{_memory_row(ranks):<34}" + "".join(cells)
+        yield f"{'memory of one rank' if ranks == 1 else f'memory, {ranks} ranks':<34}" + "".join(cells)
 
 
 def _opened(root: RunConfig, name: str, world: World) -> tuple[RunConfig, RunData]:
@@ -54,15 +54,9 @@ def _opened(root: RunConfig, name: str, world: World) -> tuple[RunConfig, RunDat
 
 
 def _cell(row: PartRow, rate: float) -> str:
-    return f"{row.tune} {_millions(row.num_trainable)}, lr {rate:.3g}" if row.num_trainable else "frozen"
-
-
-def _millions(number: int) -> str:
-    return f"{number / 1e6:,.1f} M" if number >= 100_000 else f"{number:,}"
-
-
-def _memory_row(ranks: int) -> str:
-    return "memory of one rank" if ranks == 1 else f"memory, {ranks} ranks"
+    number = row.num_trainable
+    size = f"{number / 1e6:,.1f} M" if number >= 100_000 else f"{number:,}"
+    return f"{row.tune} {size}, lr {rate:.3g}" if number else "frozen"
 
 
 def _memory(config: RunConfig, data: RunData, ranks: int) -> str:

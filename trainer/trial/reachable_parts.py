@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from transformers.utils import cached_file
@@ -11,7 +10,7 @@ from transformers.utils import cached_file
 from model.errors import ConfigError
 from model.files.hub import HUB_ID, find_file, split_revision
 from model.files.untrusted import Json
-from trainer.runfile.merge_tables import value_of
+from trainer.runfile.merge_tables import levels_of, value_of
 from trainer.runfile.published import is_published
 from trainer.trial.published_shapes import published_shape
 
@@ -24,7 +23,7 @@ def with_reachable(tables: Json, folder: Path, places: dict[str, str]) -> Json:
     `places`: these folders by the paths that they replace; new ones are added. Raises `ConfigError` that names the files needed
     where a shape is not in the built-in table.
     """
-    for level in levels(tables):
+    for level in levels_of(tables):
         cache_dir = value_of(tables, "model.cache_dir")
         for key in ("model.init_from", *(f"model.{part}.path" for part in PARTS)):
             path = value_of(level, key)
@@ -35,13 +34,6 @@ def with_reachable(tables: Json, folder: Path, places: dict[str, str]) -> Json:
                     places[path] = str(_write_shape(key, path, folder))
                     _write_tower(places[path], cache_dir if isinstance(cache_dir, str) else "", folder, places)
     return renamed_paths(tables, places)
-
-
-def levels(tables: Json) -> Iterator[Json]:
-    """Yield the tables of the run and of each of its stages."""
-    yield tables
-    stages = tables.get("stage")
-    yield from (stage for stage in (stages if isinstance(stages, list) else []) if isinstance(stage, dict))
 
 
 def renamed_paths(tables: Json, places: dict[str, str]) -> Json:

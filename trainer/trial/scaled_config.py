@@ -32,15 +32,11 @@ def scaled_llm(value: Json, rows: int) -> Json:
     found |= {"vocab_size": rows, "pad_token_id": None, "hidden_size": _WIDTH, "num_attention_heads": _HEADS}
     for name in ("rope_scaling", "rope_parameters"):
         if isinstance(value.get(name), dict):
-            found[name] = {key: _factors(item) for key, item in value[name].items()}
+            # The factors of a stretched rope are one per pair of the channels of a head.
+            found[name] = {k: item[: _HEAD // 2] if isinstance(item, list) else item for k, item in value[name].items()}
     if "mrope_section" in value:  # pairs of the channels of a head, shared out among three axes
         found["mrope_section"] = [_HEAD // 2 - 2 * (_HEAD // 6), _HEAD // 6, _HEAD // 6]
     return found
-
-
-def _factors(value: object) -> object:
-    """Return the factors of a stretched rope, one per pair of the channels of a head; other values as they are."""
-    return value[: _HEAD // 2] if isinstance(value, list) else value
 
 
 def scaled_tower(value: Json, layer: int) -> Json:

@@ -14,7 +14,7 @@ from model.errors import ConfigError, DataError
 from model.files.untrusted import Json
 from model.multimodal import ENCODERS
 from trainer.config import RunConfig, StageConfig
-from trainer.runfile.merge_tables import merge, value_of, without_key
+from trainer.runfile.merge_tables import merge_into, nested, value_of, without_key
 from trainer.runfile.schema import SchemaReader, to_tables
 from trainer.runfile.stages import list_stages
 from trainer.trial.made_up_records import kinds_of, make_source
@@ -47,13 +47,13 @@ class SmallRun:
 
     def make(self) -> RunConfig:
         """Write the parts and records that are needed, and return the run."""
-        for stage in list_stages(self.root):
+        stages = list_stages(self.root)
+        for stage in stages:
             for name in PARTS:  # the language model first: the others are built beside it
                 part = stage.config.model.parts().get(name)
                 if part is not None and (name, getattr(part, "path", "")) not in self.places:
                     self._make_part(name, part, stage.config)
         tables = to_tables(self.root)
-        stages = list_stages(self.root)
         fed = [self._fed(stage.config, is_first=stage.number == 1) for stage in stages]
         small = self._shrunk(tables, fed[0])  # above all stages stands the first one
         small |= {
@@ -113,10 +113,9 @@ class SmallRun:
         for key in _EMPTIED:
             if path := value_of(found, key):
                 self.notes.append(f"weights of {key} = {path!r}")
-                section, _, name = key.rpartition(".")
-                found = merge(found, _nested(section, {name: ""}))
+                found = merge_into(found, nested(key, ""))
         if value_of(found, "model.llm.dequantize"):
-            found = merge(found, _nested("model.llm", {"dequantize": False}))
+            found = merge_into(found, nested("model.llm.dequantize", False))
         data = dict(found.get("data", {}))
         for split in ("sources", "validation"):
             if data.get(split):
@@ -162,10 +161,3 @@ def missing(source: Json) -> str:
         return str(error).partition(":")[2].strip() or str(error)
     absent = [folder for folder in config.roots.values() if not Path(folder).is_dir()]
     return f"media_root = {absent[0]!r} is not there" if absent else ""
-
-
-def _nested(path: str, table: Json) -> Json:
-    """Return nested tables that hold `table` at the dotted `path`."""
-    for word in reversed(path.split(".")):
-        table = {word: table}
-    return table

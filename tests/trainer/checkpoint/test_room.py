@@ -24,7 +24,7 @@ from tests.support.disk import ALONE, CARD, Nothing, failing, names, save
 from tests.support.ranks import run_ranks
 from tests.support.resume import LORA, weights
 from tests.support.runs import Start, start
-from trainer import loop, run
+from trainer import finish, loop
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.retention import newest_sound
 from trainer.checkpoint.trial_save import space_warning, trial_save
@@ -108,10 +108,10 @@ def test_what_final_takes_is_known_to_the_byte(tmp_path: Path) -> None:
 def test_what_is_missing_is_told_and_never_rounded_away(tmp_path: Path) -> None:
     found = SpaceNeeded(tmp_path, 10 * MIB, 5 * MIB, 9 * MIB, 3)
     with free(15 * MIB):
-        prove_space(found, ALONE)
+        prove_space(found)
         assert warn_if_next_save_will_not_fit(found) == ""
     with free(15 * MIB - 1), pytest.raises(SaveError) as caught:
-        prove_space(found, ALONE)
+        prove_space(found)
     text = f"A save takes 15.0 MiB, and 15.0 MiB are free on the file system of {tmp_path}: 1 bytes are missing. Free space"
     assert text in str(caught.value) and "checkpoint.keep" in str(caught.value) and "output_dir" in str(caught.value)
     with free(9 * MIB):
@@ -120,9 +120,9 @@ def test_what_is_missing_is_told_and_never_rounded_away(tmp_path: Path) -> None:
         ) and "1.0 MiB are missing" in warn_if_next_save_will_not_fit(found)
         assert "that is enough" in describe_shortage(tmp_path, 10 * MIB, spent=2 * MIB)
     with files_up_to(9 * MIB):
-        prove_space(found, ALONE)
+        prove_space(found)
     with files_up_to(9 * MIB - 1024), pytest.raises(SaveError, match=r"1\.0 KiB are missing. Raise the limit .`ulimit -f`"):
-        prove_space(found, ALONE)
+        prove_space(found)
     with free(44 * MIB):  # four checkpoints and final/ are 45
         assert space_warning(found).startswith("; 1.0 MiB ARE MISSING")
         (tmp_path / "checkpoint-1").mkdir()
@@ -276,18 +276,18 @@ def no_new_weights() -> Iterator[None]:
 def final_without_room(world: World, parts: Path, folder: Path) -> list[Start]:
     """Rank 0 fails in the middle of a file of final/, then at its first byte, while the others give their rows to it."""
     sections = {**STEPS, "model": {}, "lora": None, "parallel": {"strategy": "fsdp"}}
-    original, found = run.write_final, []
+    original, found = finish.write_final, []
     for fault in (lambda: files_up_to(30_000), no_new_weights):
 
         def failing_final(*args: Any, fault: Callable[[], AbstractContextManager[None]] = fault, **kwargs: Any) -> Any:
             with fault():
                 return original(*args, **kwargs)
 
-        run.write_final = failing_final
+        finish.write_final = failing_final
         try:
             found.append(start(world, parts, folder, sections))
         finally:
-            run.write_final = original
+            finish.write_final = original
         world.barrier()
         assert "final" not in names(folder)
         if world.is_main:
