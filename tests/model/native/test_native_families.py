@@ -146,6 +146,16 @@ def test_a_batch_without_pictures_gives_every_part_a_gradient_of_zeros(models: B
     assert blank.keys() == found.keys() and not any(gradient.any() for gradient in blank.values())
 
 
+def test_bytes_are_the_pixels_within_rounding(models: BothModels, tmp_path: Path) -> None:
+    processor = models.data.processor
+    fast = replace(processor, config=replace(processor.config, image_decode="fast"))
+    record = talk(picture(tmp_path, 97, 61), picture(tmp_path, 12, 16))
+    exact, found = (reader([record], answers=True) for reader in (processor, fast))
+    assert [batch.media["image"].values.dtype for batch in (exact, found)] == [torch.float32, torch.uint8]
+    with torch.no_grad():
+        torch.testing.assert_close(models.ours.embed(found), models.ours.embed(exact), rtol=1e-5, atol=1e-5)
+
+
 @contextmanager
 def recomputing(model: MultimodalLM, kind: str) -> Iterator[None]:
     """Backward recomputes all blocks inside the context."""

@@ -75,13 +75,10 @@ def few_records(folder: Path) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class BothModels:
-    """A published folder opened by a run of ours, all of which is tuned, and by transformers' own class and processor."""
+class Theirs:
+    """A folder of a family opened by transformers' own class and processor, in float32."""
 
-    folder: Path
     maker: NativeMaker
-    data: RunData
-    ours: MultimodalLM
     theirs: Any
     reader: Any
 
@@ -89,15 +86,6 @@ class BothModels:
         """What transformers' processor makes of a record."""
         options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
         return dict(self.reader.apply_chat_template(record["messages"], **options))
-
-    def batch(self, record: dict[str, Any]) -> Batch:
-        """What a run makes of the same."""
-        return self.data.processor([record], answers=True)
-
-    def packed(self, records: list[dict[str, Any]]) -> Batch:
-        """What a run makes of all in one packed row."""
-        samples = [self.data.processor._sample(i, record, True, None, False) for i, record in enumerate(records)]
-        return collate_packed(samples, self.data.pad_id)
 
     def prompt_inputs(self, records: list[dict[str, Any]], batch: Batch) -> dict[str, Tensor]:
         """What transformers' model reads of prompts that are padded on the left, `batch` being ours of the same records."""
@@ -115,6 +103,28 @@ class BothModels:
             found = self.theirs.generate(**self.prompt_inputs(records, batch), **limits)
         answers: list[list[int]] = found[:, batch.input_ids.shape[1] :].tolist()
         return answers
+
+
+def opened_by_transformers(maker: NativeMaker, folder: Path) -> Theirs:
+    return Theirs(maker, maker.cls.from_pretrained(folder, dtype=torch.float32).eval(), maker.read(folder))
+
+
+@dataclass(frozen=True)
+class BothModels(Theirs):
+    """A folder opened by a run of ours, all of which is tuned, and by transformers' own class and processor."""
+
+    folder: Path
+    data: RunData
+    ours: MultimodalLM
+
+    def batch(self, record: dict[str, Any]) -> Batch:
+        """What a run makes of a record."""
+        return self.data.processor([record], answers=True)
+
+    def packed(self, records: list[dict[str, Any]]) -> Batch:
+        """What a run makes of all in one packed row."""
+        samples = [self.data.processor._sample(i, record, True, None, False) for i, record in enumerate(records)]
+        return collate_packed(samples, self.data.pad_id)
 
     def own_name(self, name: str) -> str:
         """Our name of a parameter of transformers' model."""
@@ -159,8 +169,7 @@ def both_models(name: str, folder: Path, output: Path, hub: bool = False, **sett
     config = run_from(folder, output, **merged(maker.sections(folder), {"model": {"dtype": "float32", **TUNED, **settings}}))
     resolved = to_tables(config)
     assert {key: value_of(resolved, key) for key in maker.settings} == maker.settings
-    theirs = maker.cls.from_pretrained(folder, dtype=torch.float32).eval()
-    return BothModels(folder, maker, *built(config), theirs, maker.read(folder))
+    return BothModels(*vars(opened_by_transformers(maker, folder)).values(), folder, *built(config))
 
 
 def assert_same_gradients(found: tuple[float, dict[str, Tensor]], expected: tuple[float, dict[str, Tensor]]) -> None:
