@@ -67,7 +67,7 @@ class NativeMaker:
     sections: Callable[[Path], dict[str, Any]] = lambda folder: {"model": {"init_from": str(folder)}}  # run.toml that starts there
     joined_along: int = 0  # dimension of inputs that pictures of several records are joined along
     has_videos: bool = False
-    not_exported: str = ""  # what `--for hf` says instead of writing the model's own class
+    not_exported: str = ""  # why `--for hf` writes no class of transformers, as it says
 
 
 def qwen_vl(folder: Path, hub: bool, cls: Any, config: Any, vision: dict[str, Any], **text: Any) -> None:

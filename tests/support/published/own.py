@@ -126,6 +126,6 @@ OWN_MAKERS = {
         naflex_pixels,
         naflex_tokens,
         own_sections,
-        not_exported="no class",
+        not_exported="'siglip2_vision_model' is not clip_vision_model",
     )
 }

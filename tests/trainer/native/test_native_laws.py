@@ -13,8 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.processor import load_processor
+from model.errors import ConfigError
+from model.load import load_model
 from tests.support.kills import Point, difference, ending_of, start_and_kill
+from tests.support.published.asking import run_from
 from tests.support.published.families import FAMILIES, families
+from tests.support.published.native import NativeMaker
+from tests.support.published.native_runs import built, opened_by_transformers, picture, talk
 from tests.support.published.native_training import (
     TUNES,
     final_tensors,
@@ -25,6 +31,8 @@ from tests.support.published.native_training import (
 )
 from tests.support.ranks import run_ranks
 from tests.support.runs import start, start_alone
+from tools.export_adapter import export
+from tools.exports.proofs import logits
 from trainer.distributed import compiled_blocks
 from trainer.distributed.world import World
 
@@ -104,13 +112,30 @@ def test_only_what_learns_moves(made: Callable[[str], Path], expected: Expected,
 
 
 @pytest.mark.parametrize("name", families((QUICK,)))
-def test_adapters_stand_where_paths_say(made: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+def test_adapters_stand_where_paths_say_and_go_out_merged(made: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     tower = f"vision.tower.{FAMILIES[name].query}"
     wanted = ["llm.*.q_proj", tower.replace("tower", "*")]
     sections = native_sections(made(name), "lora", lora={"targets": wanted}, train={"max_steps": 2})
     assert start_alone(made(name), tmp_path / "run", sections).code == 0
     found = {path.rpartition(".")[0] for path in load_file(tmp_path / "run" / "final" / "lora.safetensors")}
     assert found == {tower, *(f"llm.model.layers.{i}.self_attn.q_proj" for i in range(len(found) - 1))} and len(found) > 2
+    check_way_out(FAMILIES[name], tmp_path / "run" / "final", tmp_path / "out")
+
+
+def check_way_out(maker: NativeMaker, final: Path, out: Path) -> None:
+    """What was learned is what the class of transformers computes with the folder written for it, and a run that starts there."""
+    if maker.not_exported:
+        with pytest.raises(ConfigError, match=maker.not_exported):
+            export(final, out, "hf")
+        return
+    export(final, out, "hf")
+    model, processor, theirs = load_model(final), load_processor(final), opened_by_transformers(maker, out)
+    record = talk(picture(final.parent, 97, 61), picture(final.parent, 12, 30))
+    data, again = built(run_from(out, out / "run"))
+    with torch.no_grad():
+        expected = theirs.theirs(**theirs.inputs(record)).logits[0]
+    for opened, reader in ((model.eval(), processor), (again, data.processor)):
+        torch.testing.assert_close(logits(opened, reader([record], answers=True)), expected, rtol=1e-5, atol=1e-5)
 
 
 KILLS = [(2, "fsdp", Point(1, "backward", 8)), (1, "ddp", Point(0, "backward", 13))]
