@@ -31,7 +31,9 @@ from tests.support.published.native_runs import (
     talk,
 )
 from tools.exports.proofs import logits
-from trainer.distributed.blocks import block_owner, checkpoint_activations
+from trainer.config import ParallelConfig
+from trainer.distributed import compiled_blocks
+from trainer.distributed.blocks import block_owner, checkpoint_activations, prepare_blocks
 
 
 @pytest.fixture(scope="module", params=families())
@@ -173,3 +175,24 @@ def test_recomputed_blocks_learn_the_same(models: BothModels, tmp_path: Path, ki
     expected = models.our_gradients(batch)
     with recomputing(models.ours, kind):
         assert_same_gradients(models.our_gradients(batch), expected)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", families(()))
+def test_compiled_blocks_learn_the_same_by_few_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Graphs of the second pass over batches of any number of pictures, of any size, are those of the first."""
+    monkeypatch.setattr(compiled_blocks, "compile_graph", compiled_blocks.partition_graph)
+    models = both_models(name, tmp_path / "published", tmp_path / "run")
+    records = [talk(picture(tmp_path, 20 + 8 * i, 60)) for i in range(3)] + few_records(tmp_path)
+    batches = [*(models.batch(record) for record in records), models.packed(records[:3]), models.packed(records[3:])]
+    expected = [models.our_gradients(batch) for batch in batches]
+    prepare_blocks(models.ours, ParallelConfig(compile=True))
+    (compiler,) = {vars(blocks(block_owner(models.ours, part))[0])["forward"].compiler for part in ("llm", "vision")}
+    counts = []
+    for batch, wanted in [*zip(batches, expected)] * 2:
+        found = models.our_gradients(batch)
+        assert found[0] == pytest.approx(wanted[0], rel=1e-6) and found[1].keys() == wanted[1].keys()
+        for path, gradient in wanted[1].items():
+            torch.testing.assert_close(found[1][path], gradient, rtol=1e-5, atol=1e-5 * max(1.0, float(gradient.abs().max())))
+        counts.append(compiler.num_graphs)
+    assert counts[len(batches) - 1] == counts[-1] <= 10, counts

@@ -30,7 +30,7 @@ from tests.support.published.native_training import (
     trained_natively,
 )
 from tests.support.ranks import run_ranks
-from tests.support.runs import start, start_alone
+from tests.support.runs import merged, start, start_alone
 from tools.export_adapter import export
 from tools.exports.proofs import logits
 from trainer.distributed import compiled_blocks
@@ -157,14 +157,18 @@ def test_killed_in_the_middle_it_ends_with_the_same_bytes(
     assert difference(ending_of(tmp_path / "killed"), ending_of(tmp_path / "whole")) == []
 
 
-def compiled_natively(world: World, folder: Path, output: Path) -> list[float]:
+def compiled_natively(world: World, folder: Path, output: Path, strategy: str) -> list[float]:
     """What compiled blocks find, cut as for kernels but without them."""
     compiled_blocks.compile_graph = compiled_blocks.partition_graph  # this process ends here
-    return trained_natively(world, folder, output, {"full": {"parallel": {"compile": True}}})["full"]
+    return trained_natively(world, folder, output, {"full": merged(layout(strategy), {"parallel": {"compile": True}})})["full"]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", FAMILIES)
-def test_compiled_the_steps_are_the_same(made: Callable[[str], Path], expected: Expected, tmp_path: Path, name: str) -> None:
-    found = run_ranks(compiled_natively, 1, made(name), tmp_path, seconds=300)[0]
+@pytest.mark.parametrize(
+    ("name", "size", "strategy"), [*((name, 1, "ddp") for name in FAMILIES), (QUICK, 2, "fsdp"), ("naflex", 2, "fsdp")]
+)
+def test_compiled_the_steps_are_the_same(
+    made: Callable[[str], Path], expected: Expected, tmp_path: Path, name: str, size: int, strategy: str
+) -> None:
+    found = run_ranks(compiled_natively, size, made(name), tmp_path, strategy, seconds=300)[0]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected(name, TWO)["full"]), rtol=1e-6, atol=1e-7)
