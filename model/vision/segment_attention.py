@@ -49,8 +49,8 @@ def segment_attention(
     """Compute attention inside each segment of packed patches: query, key and value (1, H, P, D) -> (1, P, H, D), None.
 
     Blocks that hand attention nothing but the mask have the segments in its place. One kernel computes all segments where the
-    device has it, else one call per run of segments of equal length. Raises `ValueError` if the segments do not arrive or do not add
-    up: patches would attend across pictures unnoticed.
+    device has it, else one call per run of segments of equal length. Raises `ValueError` if the segments do not arrive or do not
+    add up: patches would attend across pictures unnoticed.
     """
     if isinstance(attention_mask, Segments):
         segments, attention_mask = attention_mask, None
