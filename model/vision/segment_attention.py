@@ -7,7 +7,6 @@ from the device.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +43,7 @@ def segment_attention(
     segments: Segments | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **_: Any,
+    **_: object,
 ) -> tuple[Tensor, None]:
     """Compute attention inside each segment of packed patches: query, key and value (1, H, P, D) -> (1, P, H, D), None.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -41,16 +41,25 @@ def attend_in_graph(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, 
     return found
 
 
+class _Saved(Protocol):
+    """What stays from forward to backward."""
+
+    saved_tensors: tuple[Tensor, ...]
+    scale: float | None
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float | None) -> Tensor:
+    def forward(ctx: _Saved, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float | None) -> Tensor:
         ctx.save_for_backward(query, key, value, lengths)
         ctx.scale = scale
         found: Tensor = torch.ops.multimodal_patches.segments(query, key, value, lengths, scale)
         return found
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Saved, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return (*torch.ops.multimodal_patches.segments_backward(grads[0], *ctx.saved_tensors, ctx.scale), None, None)
 
 
