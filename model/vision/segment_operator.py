@@ -42,7 +42,7 @@ def attend_in_graph(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, 
 
 
 class _Saved(Protocol):
-    """What stays from forward to backward."""
+    """The context of a call, which keeps tensors and the scale for backward."""
 
     saved_tensors: tuple[Tensor, ...]
     scale: float | None

@@ -111,6 +111,7 @@ def _maker(cls: Any, config: Any, processor: Any, pixels: Any, side: int) -> Nat
         "model.vision_projector.kind": f"pixel_shuffle{side}_linear",
         "data.image_fit": "idefics",
         "data.side_tiles": SIDE_TILES,
+        "data.cut_tiles": True,
         "data.media_wrap": [],
     }
     opened = partial(idefics_reader, cls=processor, tokens=(SIDE // PATCH // side) ** 2)
@@ -123,7 +124,6 @@ def _maker(cls: Any, config: Any, processor: Any, pixels: Any, side: int) -> Nat
         lambda inputs: inputs["pixel_values"][0],
         idefics_tokens,
         joined_along=1,
-        not_exported="no class",
     )
 
 
