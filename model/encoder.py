@@ -17,8 +17,6 @@ class Encoder(nn.Module):
 
     levels: int = 1
     """Hidden states that stand side by side in a row of features: further ones are for early layers of the language model."""
-    compiles: bool = True
-    """Few graphs hold for the tower's blocks, whatever a batch holds."""
 
     def valid_rows(self, lengths: Tensor | None) -> Tensor | None:
         """Return the number of features of each row that come from valid input, (N,); None when all rows are valid."""

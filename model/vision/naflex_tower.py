@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from model.batch import Patches
 from model.files.untrusted import Json
 from model.vision.patch_tower import NativeFamily, PatchTower, segmented_tower
-from model.vision.segment_attention import Segments
+from model.vision.segment_attention import segments_of
 
 MAX_PATCHES = 256
 """Most patches of a picture where the image processor's settings name no number, as in transformers' class."""
@@ -33,7 +33,7 @@ class NaflexTower(PatchTower):
         table = self.embeddings.get_parameter("position_embedding.weight")
         embedded = self.embeddings.get_submodule("patch_embedding")(pixels[None])
         hidden = embedded + resized_table(table, patches).to(embedded.dtype)
-        segments = Segments(patches.lengths, patches.borders)
+        segments = segments_of(patches.lengths, patches.borders)
         for block in cast(nn.ModuleList, self.encoder.get_submodule("layers")):
             hidden = block(hidden, segments)
         return hidden

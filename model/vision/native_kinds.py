@@ -16,6 +16,7 @@ from model.files.untrusted import Json
 from model.vision.naflex_tower import NAFLEX
 from model.vision.patch_tower import NativeFamily, PatchLinear, PatchTower, segmented_tower
 from model.vision.pixtral_tower import PIXTRAL
+from model.vision.segment_attention import segments_of
 
 
 class QwenTower(PatchTower):
@@ -54,12 +55,13 @@ class QwenTower(PatchTower):
         """Run the blocks on hidden states (P, C), and return the last with those of `kept_blocks` beside it."""
         rotation = (angles.cos(), angles.sin())
         kept = []
+        pictures = windows = segments_of(patches.lengths, patches.borders)
+        if patches.window_lengths is not None and patches.window_borders is not None:
+            windows = segments_of(patches.window_lengths, patches.window_borders)
         for i, block in enumerate(self.blocks):
-            lengths, borders = patches.lengths, patches.borders
-            if i not in self.whole_blocks and patches.window_lengths is not None and patches.window_borders is not None:
-                lengths, borders = patches.window_lengths, patches.window_borders
-            segments = {"segment_lengths": lengths, "segment_borders": borders, "max_seqlen": max(lengths)}
-            hidden = block(hidden, cu_seqlens=borders, position_embeddings=rotation, **segments)
+            inside = pictures if i in self.whole_blocks else windows
+            places = {"cu_seqlens": inside.borders, "max_seqlen": inside.longest, "position_embeddings": rotation}
+            hidden = block(hidden, segments=inside, **places)
             if i in self.kept_blocks:
                 kept.append(hidden)
         return torch.cat([hidden, *kept], dim=-1) if kept else hidden

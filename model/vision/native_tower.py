@@ -25,7 +25,6 @@ class NativeTower(Encoder):
     """
 
     resizes = False
-    compiles = False  # their attention goes through segments in Python, and each number of pictures would be a graph
 
     def __init__(self, value: Json, config: VisionConfig) -> None:
         super().__init__()

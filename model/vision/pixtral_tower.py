@@ -12,6 +12,7 @@ from model.batch import Patches
 from model.errors import ConfigError
 from model.files.untrusted import Json
 from model.vision.patch_tower import NativeFamily, PatchLinear, PatchTower, segmented_tower
+from model.vision.segment_attention import segments_of
 
 LONGEST = 1024
 """Longest side in pixels where the image processor's settings name none, as in transformers' class."""
@@ -33,9 +34,9 @@ class PixtralTower(PatchTower):
         hidden = self.ln_pre(self.patch_conv(values)[None])
         angles = alternating_angles(patches.positions, self.head, self.theta)
         rotation = (angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype))
-        segments = {"segment_lengths": patches.lengths, "segment_borders": patches.borders}
+        segments = segments_of(patches.lengths, patches.borders)
         for block in cast(nn.ModuleList, self.transformer.get_submodule("layers")):
-            hidden = block(hidden, None, position_embeddings=rotation, **segments)
+            hidden = block(hidden, None, position_embeddings=rotation, segments=segments)
         return hidden
 
 

@@ -21,7 +21,7 @@ def prepare_blocks(model: MultimodalLM, config: ParallelConfig) -> None:
     A compiler decides itself what backward computes again, so selective recomputation of what it compiles is left to it.
     """
     kind = config.activation_checkpointing
-    compiled = [name for name, _ in model.named_children() if config.compile and has_blocks(model, name) and compiles(model, name)]
+    compiled = [name for name, _ in model.named_children() if config.compile and has_blocks(model, name)]
     if compiled:
         owners = {name: block_owner(model, name) for name in compiled}
         named = [(f"{part}.blocks.{i}", block) for part, owner in owners.items() for i, block in enumerate(blocks(owner))]
@@ -48,11 +48,6 @@ def checkpoint_activations(model: MultimodalLM, kind: str = "full", spared: Coll
 def block_owner(model: MultimodalLM, part: str) -> nn.Module:
     """Return the module whose blocks are sharded and recomputed: the decoder, or the tower inside its wrapper."""
     return model.llm.get_decoder() if part == "llm" else model.encoder(part).tower
-
-
-def compiles(model: MultimodalLM, part: str) -> bool:
-    """Tell whether the blocks of a part become few graphs, whatever its input."""
-    return part == "llm" or model.encoder(part).compiles
 
 
 def has_blocks(model: MultimodalLM, part: str) -> bool:

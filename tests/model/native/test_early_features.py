@@ -23,7 +23,6 @@ from tests.support.published.native_runs import TUNED, BothModels, both_models, 
 from tests.support.ranks import run_ranks
 from tests.support.tiny import SIZES
 from trainer.config import ParallelConfig
-from trainer.distributed import compiled_blocks
 from trainer.distributed.blocks import prepare_blocks
 from trainer.distributed.parallelize import gradient_sync, replicate
 from trainer.distributed.shards import shard
@@ -106,25 +105,6 @@ def test_bfloat16_is_near_transformers(qwen3: BothModels, tmp_path: Path) -> Non
         theirs = other.theirs.bfloat16().model(**other.inputs(record)).last_hidden_state.float()
         distance = (other.ours.decode(batch).float() - exact).abs().mean()
     assert distance <= 1.2 * (theirs - exact).abs().mean()
-
-
-@pytest.mark.long
-def test_compiled_blocks_learn_the_same_and_those_of_the_tower_run_as_they_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compiled_blocks, "compile_graph", compiled_blocks.partition_graph)
-    models = both_models("qwen3_vl", tmp_path / "published", tmp_path / "run")
-    records = [talk(picture(tmp_path, 20 + 8 * i, 60)) for i in range(3)] + [talk()]
-    batches = [models.data.processor([record], answers=True) for record in records]
-    expected = [models.our_gradients(batch) for batch in batches]
-    prepare_blocks(models.ours, ParallelConfig(compile=True))
-    for batch, (loss, gradients) in zip(batches, expected):
-        found = models.our_gradients(batch)
-        assert found[0] == pytest.approx(loss, rel=1e-5)
-        assert_close(found[1], gradients)
-    compiler = vars(models.ours.llm.get_decoder().layers[0])["forward"].compiler  # type: ignore[index]
-    assert compiler.num_graphs <= 2
-    assert "forward" not in vars(models.ours.vision.tower.blocks[0])  # type: ignore[union-attr, index]
 
 
 def assert_close(found: Gradients, expected: Gradients) -> None:

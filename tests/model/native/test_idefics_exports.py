@@ -21,7 +21,6 @@ from model.exports.hf_classes import choose_class
 from model.load import load_model
 from tests.support.published.asking import run_from
 from tests.support.published.idefics import IDEFICS_MAKERS, SIDE, SIDE_TILES
-from tests.support.published.native import native_reader
 from tests.support.published.native_runs import picture, talk
 from tests.support.tiny_media import folder as folder_of
 from tests.support.tiny_media import greys
@@ -85,7 +84,7 @@ def test_what_comes_in_goes_out_again_bit_for_bit(exported: Exported, name: str)
 @BOTH
 def test_the_processor_reads_pictures_as_the_published_one(exported: Exported, tmp_path: Path, name: str) -> None:
     record = talk(picture(tmp_path, 97, 61), picture(tmp_path, 10, 130), picture(tmp_path, 7, 5))
-    readers = [native_reader(exported(name) / folder, IDEFICS_MAKERS[name]) for folder in ("published", "out")]
+    readers = [IDEFICS_MAKERS[name].read(exported(name) / folder) for folder in ("published", "out")]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     before, after = (reader.apply_chat_template(record["messages"], **options) for reader in readers)
     assert before.keys() == after.keys()
@@ -97,12 +96,10 @@ def test_answers_equal_those_of_transformers(exported: Exported, tmp_path: Path,
     model, processor = load_model(exported(name) / "ours"), load_processor(exported(name) / "ours")
     model.stop_ids = ()
     theirs = IDEFICS_MAKERS[name].cls.from_pretrained(exported(name) / "out", dtype=torch.float32).eval()
-    reader = native_reader(exported(name) / "out", IDEFICS_MAKERS[name])
+    reader = IDEFICS_MAKERS[name].read(exported(name) / "out")
     limits: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
     for shown in ([], [(44, 31)], [(97, 20), (12, 16)]):
         record = {"messages": talk(*(picture(tmp_path, *size) for size in shown))["messages"][:-1]}
-        if shown:
-            record["messages"][2]["content"].pop()  # texts side by side are joined by a line break in records, and not there
         options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
         inputs = reader.apply_chat_template(record["messages"], **options)
         prompt = processor([record])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from model.patch_layout import Grid, patch_layout
 from model.vision import segment_attention
 from model.vision.naflex_tower import resized_table
 from model.vision.native_tower import NativeTower
+from model.vision.segment_operator import attend_in_graph
 from model.vision.tower import vision_spec
 from tests.support.published.native_towers import NATIVE_TOWER_MAKERS, narrow_tables_resized, noise, save_native_tower
 from tests.support.tiny import save_llm
@@ -100,20 +100,6 @@ def test_packed_pictures_are_as_alone_and_nothing_is_padded(tmp_path: Path, name
     torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-6, atol=2e-6)
 
 
-@TOGETHER
-def test_tokens_are_as_many_as_the_processor_makes_patches(tmp_path: Path, name: str) -> None:
-    save_native_tower(tmp_path / name, name)
-    spec = vision_spec(VisionConfig(str(tmp_path / name)))
-    assert isinstance(spec, NativeSpec)
-    chance, pixels = random.Random(3), NATIVE_TOWER_MAKERS[name].pixels
-    for _ in range(60):
-        size = (chance.choice([chance.randint(1, 40), chance.randint(1, 900)]), chance.randint(1, 900))
-        width, height = fitted_size(size, rule_of(spec, DataConfig()))
-        inputs = pixels(Image.new("RGB", size), return_tensors="pt")
-        shape = inputs["spatial_shapes"][0] if name == "naflex" else inputs["image_sizes"][0] // spec.patch
-        assert (height // spec.patch, width // spec.patch) == tuple(shape.tolist()), size
-
-
 def test_every_size_resizes_the_table_as_torch_does(tmp_path: Path) -> None:
     """Also where the table is larger than the picture, along one side or both, and the average is over many of its rows."""
     theirs = save_native_tower(tmp_path / "naflex", "naflex", num_patches=256)
@@ -128,9 +114,31 @@ def test_every_size_resizes_the_table_as_torch_does(tmp_path: Path) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
+def segments_of(*lengths: int) -> segment_attention.Segments:
+    return segment_attention.segments_of(lengths, torch.tensor([0, *lengths]).cumsum(0).int())
+
+
 def test_segments_that_do_not_add_up_are_refused() -> None:
     rows = torch.zeros(1, 2, 6, 4)
     for lengths in ((4,), (4, 4)):
-        segments = segment_attention.Segments(lengths, torch.tensor([0, *lengths]).cumsum(0).int())
         with pytest.raises(ValueError, match="do not describe"):
-            segment_attention.segment_attention(nn.Identity(), rows, rows, rows, segments)
+            segment_attention.segment_attention(nn.Identity(), rows, rows, rows, segments_of(*lengths))
+        with pytest.raises(ValueError, match="do not describe"):
+            attend_in_graph(rows, rows, rows, torch.tensor(lengths), None)
+    with pytest.raises(ValueError, match="no segments"):
+        segment_attention.segment_attention(nn.Identity(), rows, rows, rows, None)
+
+
+def test_the_operator_of_compiled_blocks_attends_as_eager_ones_do() -> None:
+    lengths = (3, 3, 1, 7, 2)
+    inputs = [torch.randn(1, 2, sum(lengths), 4, requires_grad=True) for _ in range(3)]
+    eager, _ = segment_attention.segment_attention(nn.Identity(), *inputs, segments_of(*lengths), scaling=0.3)
+    in_graph = attend_in_graph(*inputs, torch.tensor(lengths), 0.3)
+    assert torch.equal(in_graph, eager)
+    weights = torch.randn_like(eager)
+    expected, found = (torch.autograd.grad(result, inputs, weights, retain_graph=True) for result in (eager, in_graph))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected))
+    operator = torch.ops.multimodal_patches.segments.default
+    torch.library.opcheck(
+        operator, ([t.detach() for t in inputs] + [torch.tensor(lengths), 0.3]), test_utils=("test_schema", "test_faketensor")
+    )

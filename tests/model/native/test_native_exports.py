@@ -11,26 +11,30 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from data.config import DataConfig
-from data.processor import Processor, load_processor
+from data.processor import load_processor
 from model.card import read_card
 from model.errors import ConfigError
 from model.exports import hf_native
 from model.exports.hf_classes import choose_class
+from model.exports.hf_processors import processor_files
 from model.load import load_model
-from model.multimodal import MultimodalLM
-from tests.support.published.native import EXPERTS, NATIVE_MAKERS, QWEN3_SIZES, QWEN3_TEXT, NativeMaker, native_reader, qwen_vl
-from tests.support.published.native_runs import picture
+from tests.support.published.families import FAMILIES, families
+from tests.support.published.native import EXPERTS, NATIVE_MAKERS, QWEN3_SIZES, QWEN3_TEXT, qwen_vl
+from tests.support.published.native_runs import opened_by_transformers, picture, talk
 from tools.export_adapter import export
 from tools.exports.hf_folder import budget_differences, facts_of
 from tools.import_model import main as import_model
 from trainer.errors import ProofError
 
-QUICK = ("qwen2_5_vl",)
-NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in NATIVE_MAKERS]
+ALL = pytest.mark.parametrize("name", families(("qwen2_5_vl", "pixtral", "mistral3"), lambda maker: not maker.not_exported))
+ASIDE = (
+    *("transformers_version", "_name_or_path", "dtype", "architectures", "image_seq_length"),
+    *("tie_word_embeddings", "norm_topk_prob", "type"),
+)
+"""Keys of config.json that follow from versions and from other keys."""
 NEW = 8
 
 
@@ -44,15 +48,17 @@ class Exported:
     """A published folder taken in and written out again: published/, ours/ and out/ in `root`."""
 
     def __init__(self, root: Path, name: str) -> None:
-        self.maker: NativeMaker = NATIVE_MAKERS[name]
+        self.maker = FAMILIES[name]
         self.source, self.ours, self.out = root / "published", root / "ours", root / "out"
         self.maker.write(self.source, True)
-        (self.source / "video_preprocessor_config.json").write_text(json.dumps(clips_of(name)))
+        if name in NATIVE_MAKERS:
+            (self.source / "video_preprocessor_config.json").write_text(json.dumps(clips_of(name)))
         assert import_model([str(self.source), str(self.ours)]) == 0
         export(self.ours, self.out, "hf")
 
-    def opened(self) -> tuple[MultimodalLM, Processor]:
-        return load_model(self.ours), load_processor(self.ours)
+    def settings(self, file: str) -> list[dict[str, Any]]:
+        """A file of settings as published and as written out, and that of the image processor inside or beside it."""
+        return [json.loads((folder / file).read_text()) for folder in (self.source, self.out)]
 
 
 @pytest.fixture(scope="module")
@@ -60,100 +66,58 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
     return cache(lambda name: Exported(tmp_path_factory.mktemp(name), name))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@ALL
 def test_what_comes_in_goes_out_again_bit_for_bit(exported: Callable[[str], Exported], name: str) -> None:
     found = exported(name)
     before, after = (load_file(folder / "model.safetensors") for folder in (found.source, found.out))
     assert before.keys() == after.keys()
     assert [key for key, rows in after.items() if not torch.equal(rows, before[key])] == []
-    ours, theirs = (facts_of_class(found.maker, folder) for folder in (found.out, found.source))
+    theirs, ours = (without(found.maker.cls.config_class.from_pretrained(folder).to_dict()) for folder in (found.source, found.out))
     assert ours == theirs
 
 
-def facts_of_class(maker: NativeMaker, folder: Path) -> dict[str, Any]:
-    """What transformers reads in config.json, but for what follows from versions and the other keys."""
-    config = maker.cls.config_class.from_pretrained(folder)
-    parts = {"text": config.text_config.to_dict(), "vision": config.vision_config.to_dict()}
-    aside = (
-        "transformers_version",
-        "_name_or_path",
-        "dtype",
-        "architectures",
-        "tie_word_embeddings",
-        "rope_parameters",
-        "norm_topk_prob",
-    )
-    found = {f"{part}.{key}": value for part, keys in parts.items() for key, value in keys.items() if key not in aside}
-    rope = config.text_config.rope_parameters
-    ids = {key: getattr(config, f"{key}_token_id") for key in ("image", "video", "vision_start", "vision_end")}
-    return {**found, **ids, **{key: rope[key] for key in ("mrope_section", "rope_theta", "rope_type")}}
+def without(value: Any) -> Any:
+    """A configuration without the keys that say nothing of their own."""
+    return {key: without(inner) for key, inner in value.items() if key not in ASIDE} if isinstance(value, dict) else value
 
 
-@pytest.mark.parametrize("name", NAMES)
+@ALL
 def test_the_processor_reads_pictures_as_the_published_one(exported: Callable[[str], Exported], tmp_path: Path, name: str) -> None:
     found = exported(name)
-    record = question(tmp_path, "Hello.", (97, 61), (10, 10))
-    theirs, ours = (native_reader(folder, found.maker) for folder in (found.source, found.out))
+    record = talk(picture(tmp_path, 97, 61), picture(tmp_path, 10, 130), picture(tmp_path, 10, 10))
+    readers = [found.maker.read(folder) for folder in (found.source, found.out)]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    before, after = (reader.apply_chat_template(record["messages"], **options) for reader in (theirs, ours))
+    before, after = (reader.apply_chat_template(record["messages"], **options) for reader in readers)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    pixels = json.loads((found.out / "preprocessor_config.json").read_text())
-    facts = {"min_pixels": 256, "max_pixels": 2560, "patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
-    assert {key: pixels[key] for key in facts} == facts
-    videos = json.loads((found.out / "video_preprocessor_config.json").read_text())
-    assert {key: videos.get(key) for key in clips_of(name)} == clips_of(name)
-    assert json.loads((found.out / "processor_config.json").read_text())["video_processor"] == videos
+    for file, aside in (("preprocessor_config.json", {"do_pad"}), ("processor_config.json", {"image_processor"})):
+        if (found.source / file).is_file():
+            theirs, ours = found.settings(file)
+            assert {key: ours.get(key) for key in theirs.keys() - aside} == {key: theirs[key] for key in theirs.keys() - aside}
 
 
-def question(folder: Path, text: str, *sizes: tuple[int, int]) -> dict[str, Any]:
-    """A record that asks about pictures of these sizes."""
-    parts = [*(picture(folder, *size) for size in sizes), {"type": "text", "text": text}]
-    return {"messages": [{"role": "user", "content": parts}]}
+@pytest.mark.parametrize("name", families(("qwen2_5_vl",), lambda maker: maker in NATIVE_MAKERS.values()))
+def test_the_processor_reads_videos_as_the_published_one(exported: Callable[[str], Exported], name: str) -> None:
+    theirs, ours = exported(name).settings("video_preprocessor_config.json")
+    assert {key: ours.get(key) for key in theirs} == theirs
+    assert json.loads((exported(name).out / "processor_config.json").read_text())["video_processor"] == ours
 
 
-def pictures_of(records: list[dict[str, Any]]) -> list[dict[str, str]]:
-    return [part for record in records for part in record["messages"][0]["content"] if part["type"] == "image"]
-
-
-@pytest.mark.parametrize("name", NAMES)
+@ALL
 def test_answers_together_equal_each_alone_and_transformers(exported: Callable[[str], Exported], tmp_path: Path, name: str) -> None:
     """Prompts of no, one and two pictures, padded on the left; positions go on behind the largest one of each prompt."""
     found = exported(name)
-    model, processor = found.opened()
+    model, processor = load_model(found.ours), load_processor(found.ours)
     model.stop_ids = ()
-    records = [
-        question(tmp_path, "Say it."),
-        question(tmp_path, "What is this? A red car on a mat.", (44, 31)),
-        question(tmp_path, "And?", (97, 20), (12, 16)),
-    ]
-    together = model.generate(processor(records), max_new_tokens=NEW)
-    assert together == [model.generate(processor([record]), max_new_tokens=NEW)[0] for record in records]
-    assert [len(row) for row in together] == [NEW] * 3
-    theirs = found.maker.cls.from_pretrained(found.out, dtype=torch.float32).eval()
-    reader = native_reader(found.out, found.maker)
+    shown = [[], [picture(tmp_path, 44, 31)], [picture(tmp_path, 97, 20), picture(tmp_path, 12, 16)]]
+    records = [talk(*parts) for parts in shown]
     prompts = processor(records)
-    pixels = reader.image_processor(images=[Image.open(part["path"]) for part in pictures_of(records)], return_tensors="pt")
-    kinds = (prompts.input_ids == theirs.config.image_token_id).int()
-    inputs = {"input_ids": prompts.input_ids, "attention_mask": prompts.attention_mask, "mm_token_type_ids": kinds, **pixels}
-    with torch.no_grad():
-        answers = theirs.generate(**inputs, do_sample=False, min_new_tokens=NEW, max_new_tokens=NEW, eos_token_id=None)
-    assert answers[:, prompts.input_ids.shape[1] :].tolist() == together
+    together = model.generate(prompts, max_new_tokens=NEW)
+    assert together == [model.generate(processor([record]), max_new_tokens=NEW)[0] for record in records]
+    assert together == opened_by_transformers(found.maker, found.out).their_answers(records, prompts, NEW)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_bytes_are_the_pixels_within_rounding(exported: Callable[[str], Exported], tmp_path: Path, name: str) -> None:
-    model, processor = exported(name).opened()
-    fast = replace(processor, config=replace(processor.config, image_decode="fast"))
-    record = question(tmp_path, "And?", (97, 61), (12, 16))
-    batches = [reader([record]) for reader in (processor, fast)]
-    assert [batch.media["image"].values.dtype for batch in batches] == [torch.float32, torch.uint8]
-    with torch.no_grad():
-        exact, found = (model.embed(batch) for batch in batches)
-    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", families(("qwen2_5_vl",), lambda maker: maker in NATIVE_MAKERS.values()))
 def test_the_language_model_alone_has_one_axis(
     exported: Callable[[str], Exported], tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,9 +126,9 @@ def test_the_language_model_alone_has_one_axis(
     assert not {"mrope_section", "mrope_interleaved"} & json.loads((tmp_path / "llm" / "config.json").read_text()).keys()
 
 
-def test_what_the_class_cannot_express_is_named(exported: Callable[[str], Exported]) -> None:
-    _, processor = exported("qwen2_5_vl").opened()
-    card, facts = read_card(exported("qwen2_5_vl").ours), facts_of(processor)
+def test_what_qwen_cannot_express_is_named(exported: Callable[[str], Exported]) -> None:
+    folder = exported("qwen2_5_vl").ours
+    card, facts = read_card(folder), facts_of(load_processor(folder))
     vision = card.model.vision
     assert vision is not None
     cases = {
@@ -198,3 +162,34 @@ def test_budgets_without_a_setting_in_the_class_are_said() -> None:
     pictures, videos = budget_differences(DataConfig(image_fit="native", record_max_pixels=5000, video_max_pixels=7000))
     assert "training gave them data.record_max_pixels = 5000 together" in pictures
     assert "training gave them data.video_max_pixels = 7000 together" in videos
+
+
+def test_what_mistral_cannot_express_is_named(exported: Callable[[str], Exported]) -> None:
+    folder = exported("mistral3").ours
+    card, facts = read_card(folder), facts_of(load_processor(folder))
+    vision, projector = card.model.vision, card.model.vision_projector
+    assert vision is not None and projector is not None
+    spec: Any = card.specs["image"]
+    other = {**card.hugging_face["vision"], "model_type": "siglip2_vision_model"}
+    cases: dict[str, Any] = {
+        "model.vision.layer = -2: this class reads its tower's last block": {"vision": replace(vision, layer=-2)},
+        r"line_ends = \[\]: PixtralProcessor writes a token behind each line": {"specs": {"image": replace(spec, line_ends=())}},
+        "rms_norm_eps = 1e-06, by which this class norms pictures too": {"llm": {**card.hugging_face["llm"], "rms_norm_eps": 1e-6}},
+        "'siglip2_vision_model' is not pixtral": {"tower": other},
+        "kind = 'pool_mlp': with pixtral, transformers has 'mlp2x_gelu' or": {"projector": replace(projector, kind="pool_mlp")},
+    }
+    for said, change in cases.items():
+        model = replace(card.model, vision=change.get("vision", vision), vision_projector=change.get("projector", projector))
+        files = {"vision": change.get("tower", card.hugging_face["vision"]), "llm": change.get("llm", card.hugging_face["llm"])}
+        changed = replace(card, model=model, hugging_face={**card.hugging_face, **files}, specs=change.get("specs", card.specs))
+        with pytest.raises(ConfigError, match=said):
+            choose_class(changed, facts)
+
+
+def test_a_lower_budget_becomes_the_longest_side(exported: Callable[[str], Exported]) -> None:
+    """Of whole tokens, as sides are rounded up to them: 16 x 16 pixels each."""
+    folder = exported("mistral3").ours
+    processor = load_processor(folder)
+    lower = replace(processor, config=replace(processor.config, fit_max_pixels=70 * 70))
+    files = processor_files(choose_class(read_card(folder), facts_of(lower)), processor.specs["image"], facts_of(lower))
+    assert files["preprocessor_config.json"]["size"] == {"longest_edge": 64}

@@ -13,9 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.vision.native_tower import NativeTower
 from model.vision.patch_tower import PatchLinear
 from tests.support.published.asking import run_from
-from tests.support.published.native import NATIVE_MAKERS
+from tests.support.published.families import FAMILIES
 from tests.support.published.native_runs import TUNED, built, picture, talk
-from tests.support.published.pixtral import PIXTRAL_MAKERS
 from tools.devicechecks.flops import media_flops, native_forward
 
 
@@ -25,7 +24,6 @@ def of_attention(query: tuple[int, ...], key: tuple[int, ...], *_: Any, **__: An
 
 
 KERNELS: Any = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: of_attention}
-MAKERS: dict[str, Any] = {**NATIVE_MAKERS, **PIXTRAL_MAKERS}
 
 
 @pytest.mark.parametrize(
@@ -34,7 +32,7 @@ MAKERS: dict[str, Any] = {**NATIVE_MAKERS, **PIXTRAL_MAKERS}
 @pytest.mark.parametrize("learns", [False, True])
 def test_operations_are_those_that_torch_counts(tmp_path: Path, name: str, learns: bool) -> None:
     """To the last one, but for the gradient of pixels, which nobody needs."""
-    MAKERS[name].write(tmp_path / "published", True)
+    FAMILIES[name].write(tmp_path / "published", True)
     tuned = TUNED if learns else {**TUNED, "vision": {"tune": "frozen"}}
     folder = tmp_path / "published"
     data, model = built(run_from(folder, tmp_path / "run", model={"init_from": str(folder), "dtype": "float32", **tuned}))

@@ -22,7 +22,8 @@ from model.published.transformers_qwen_vl import AROUND
 from model.vision.native_tower import check_native_options
 from tests.support.finals import one_process
 from tests.support.published.asking import run_from
-from tests.support.published.native import NATIVE_MAKERS, SIGNS, native_reader
+from tests.support.published.families import families
+from tests.support.published.native import NATIVE_MAKERS, SIGNS
 from tests.support.tiny_media import folder
 from tools.exports.proofs import logits
 from trainer.config import RunConfig
@@ -76,7 +77,7 @@ def test_times_stand_inside_videos_as_transformers_writes_them(tmp_path: Path, f
     maker, published = NATIVE_MAKERS["qwen3_vl"], tmp_path / "published"
     maker.write(published, True)
     data, _ = opened(run_from(published, tmp_path / "run", data={"fps": fps, "min_frames": 1}))
-    reader = native_reader(published, maker)
+    reader = maker.read(published)
     films = [noise(count, (60 + count, 30)) for count in FRAMES]
     shown = [{"type": "video", "path": str(folder(tmp_path / str(len(film)), film))} for film in films]
     batch = data.processor([spoken(*shown)], answers=True)
@@ -97,12 +98,12 @@ def test_stamps_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
         own_stamps(data.processor.tokenizer, {"image": replace(spec, video_stamps=(AROUND[0], "<b>"))})
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("name", families(where=lambda maker: maker.has_videos))
 def test_ids_patches_positions_and_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
     maker, published = NATIVE_MAKERS[name], tmp_path / "published"
     maker.write(published, True)
     data, model = opened(run_from(published, tmp_path / "run", data={"fps": 2.0, "min_frames": 1}))
-    reader, theirs = native_reader(published, maker), maker.cls.from_pretrained(published, dtype=torch.float32).eval()
+    reader, theirs = maker.read(published), maker.cls.from_pretrained(published, dtype=torch.float32).eval()
     films = [noise(count, (60 + count, 30)) for count in FRAMES]
     parts = [{"type": "video", "path": str(folder(tmp_path / str(len(film)), film))} for film in films]
     still = noise(1, (33, 50))

@@ -69,17 +69,19 @@ def test_a_run_learns(parts: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["mlp2x_gelu", "pixel_shuffle_mlp"])
-def test_sharded_ranks_learn_what_one_process_learns(parts: Path, tmp_path: Path, kind: str) -> None:
-    """Ranks and micro-batches without pictures take part; blocks are computed again in backward, and rows are packed."""
+def test_sharded_ranks_learn_what_one_process_learns(parts: Path, tmp_path: Path) -> None:
+    """Ranks and micro-batches without pictures take part; blocks are computed again in backward, and rows are packed.
+
+    With a projector that joins patches; one without stands among all families.
+    """
     # A large eps keeps Adam from turning rounding into signs.
-    same = {"kind": kind, "train": {"max_steps": 4}, "optim": {"lr": 0.1, "eps": 1.0}, "checkpoint": {"every": 100}}
+    same = {"kind": "pixel_shuffle_mlp", "train": {"max_steps": 4}, "optim": {"lr": 0.1, "eps": 1.0}, "checkpoint": {"every": 100}}
     sharded = {"strategy": "fsdp", "unit_mib": 0, "activation_checkpointing": "full"}
     packed = {"data": {"packing": True, "max_length": 300}, "batch": {"micro_batch_tokens": 300, "micro_batch_size": None}}
     expected = run_ranks(learned, 1, parts, tmp_path / "alone", same)[0]
     for ranks, sections in ((2, {"parallel": sharded}), (3, {"parallel": sharded, **packed})):
         found = run_ranks(learned, ranks, parts, tmp_path / str(ranks), {**same, **sections})[0]
-        assert found == [pytest.approx(step, rel=2e-6) for step in expected]
+        assert found == [pytest.approx(step, rel=1e-6) for step in expected]
 
 
 def learned(world: World, parts: Path, output: Path, sections: dict[str, Any]) -> list[list[float]]:

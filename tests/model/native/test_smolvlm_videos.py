@@ -29,7 +29,6 @@ from model.errors import ConfigError
 from model.multimodal import MultimodalLM
 from tests.support.published.asking import run_from
 from tests.support.published.idefics import IDEFICS_MAKERS, SIDE, SIDE_TILES
-from tests.support.published.native import native_reader
 from tests.support.published.native_runs import built, picture
 from tests.support.tiny_media import film, folder, greys
 from tools.exports.proofs import logits
@@ -70,7 +69,7 @@ def ours(published: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run
 
 @pytest.fixture
 def reader(published: Path) -> Iterator[Any]:
-    found = native_reader(published, IDEFICS_MAKERS["smolvlm"])
+    found = IDEFICS_MAKERS["smolvlm"].read(published)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processing_smolvlm, "num2words", WORDS.__getitem__)
         yield found

@@ -24,7 +24,7 @@ from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from tests.support.published import save_processor, tokenizer_with
-from tests.support.published.native import NativeMaker
+from tests.support.published.native import NativeMaker, Size, native_reader
 from tests.support.tiny import SIZES, spread
 
 TEMPLATE = """\
@@ -96,8 +96,15 @@ def idefics_reader(
     return found
 
 
+def idefics_tokens(reader: Any, size: Size) -> int:
+    """Tokens of the text that the processor writes for a picture."""
+    options = {"size": {"longest_edge": SIDE * SIDE_TILES}, "max_image_size": {"longest_edge": SIDE}}
+    _, rows, cols = reader.image_processor.get_number_of_image_patches(*size[::-1], options)
+    text = reader.replace_image_token({"rows": [[rows]], "cols": [[cols]]}, 0)
+    return len(reader.tokenizer(text, add_special_tokens=False).input_ids)
+
+
 def _maker(cls: Any, config: Any, processor: Any, pixels: Any, side: int) -> NativeMaker:
-    write = partial(write_idefics, cls=cls, config=config, pixels=pixels, side=side)
     facts: dict[str, Any] = {
         "model.vision.layer": -1,
         "model.vision.placeholder": "<image>",
@@ -107,7 +114,17 @@ def _maker(cls: Any, config: Any, processor: Any, pixels: Any, side: int) -> Nat
         "data.cut_tiles": True,
         "data.media_wrap": [],
     }
-    return NativeMaker(cls, write, partial(idefics_reader, cls=processor, tokens=(SIDE // PATCH // side) ** 2), pixels, facts)
+    opened = partial(idefics_reader, cls=processor, tokens=(SIDE // PATCH // side) ** 2)
+    return NativeMaker(
+        cls,
+        partial(write_idefics, cls=cls, config=config, pixels=pixels, side=side),
+        partial(native_reader, processor=opened, pixels=pixels),
+        facts,
+        "encoder.layers.1.self_attn.q_proj",
+        lambda inputs: inputs["pixel_values"][0],
+        idefics_tokens,
+        joined_along=1,
+    )
 
 
 IDEFICS_MAKERS = {

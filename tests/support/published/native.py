@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import (
     AutoTokenizer,
     Qwen2_5_VLConfig,
@@ -39,15 +39,35 @@ SECTIONS = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2,
 PIXELS: dict[str, Any] = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 4 * 64, "max_pixels": 40 * 64}
 
 
+Inputs = Mapping[str, Tensor]
+"""What a processor of transformers makes of a record."""
+Size = tuple[int, int]
+"""Width and height of a picture in pixels."""
+
+
+def told_tokens(reader: Any, size: Size) -> int | None:
+    """Tokens of a picture as the processor counts them; None where it refuses the picture."""
+    try:
+        return int(reader._get_num_multimodal_tokens(image_sizes=[size[::-1]])["num_image_tokens"][0])
+    except ValueError:
+        return None
+
+
 @dataclass(frozen=True)
 class NativeMaker:
-    """How a published model is made: `write` fills a folder; `cls` opens it with transformers, `processor` prepares its input."""
+    """How a model that reads pictures at their own size is made, and what the laws for all of them ask of it."""
 
-    cls: Any
-    write: Callable[[Path, bool], None]
-    processor: Any
-    pixels: Any
+    cls: Any  # opens a folder with transformers
+    write: Callable[[Path, bool], None]  # fills a folder, with the names of the hub or of 5.x
+    read: Callable[[Path], Any]  # a folder's own processor
     settings: dict[str, Any]  # what follows from the model, by dotted key of run.toml
+    query: str  # path of a layer of the tower that makes queries, in its block 1
+    pixels: Callable[[Inputs], Tensor]  # what ours reads of a record's pictures
+    tokens: Callable[[Any, Size], int | None] = told_tokens
+    sections: Callable[[Path], dict[str, Any]] = lambda folder: {"model": {"init_from": str(folder)}}  # run.toml that starts there
+    joined_along: int = 0  # dimension of inputs that pictures of several records are joined along
+    has_videos: bool = False
+    not_exported: str = ""  # why `--for hf` writes no class of transformers, as it says
 
 
 def qwen_vl(folder: Path, hub: bool, cls: Any, config: Any, vision: dict[str, Any], **text: Any) -> None:
@@ -82,13 +102,24 @@ def as_on_hub(folder: Path) -> None:
     save_file(lying, folder / "model.safetensors", {"format": "pt"})
 
 
-def native_reader(folder: Path, maker: NativeMaker) -> Any:
+def template_of(folder: Path) -> str:
+    """The folder's chat template, in the file of the hub or of 5.x."""
+    file = folder / "chat_template.jinja"
+    return file.read_text() if file.is_file() else str(json.loads((folder / "chat_template.json").read_text())["chat_template"])
+
+
+def native_reader(folder: Path, processor: Any, pixels: Any) -> Any:
     """The folder's own processor, which reads pictures alone: its reader of videos needs torchvision."""
-    template = folder / "chat_template.jinja"
-    text = template.read_text() if template.is_file() else json.loads((folder / "chat_template.json").read_text())["chat_template"]
     with without_videos():
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        return maker.processor(maker.pixels.from_pretrained(folder), tokenizer, None, chat_template=text)
+        return processor(pixels.from_pretrained(folder), tokenizer, None, chat_template=template_of(folder))
+
+
+def qwen_pixels(inputs: Inputs) -> Tensor:
+    """Patches (P, 3, 1, p, p); a picture stands in both frames of a patch."""
+    frames = inputs["pixel_values"].unflatten(1, (3, 2, 4, 4))
+    assert torch.equal(frames[:, :, 0], frames[:, :, 1])
+    return frames[:, :, :1]
 
 
 QWEN_FACTS: dict[str, Any] = {
@@ -116,37 +147,31 @@ QWEN3_SIZES = {
 QWEN3_TEXT = {"head_dim": 8, "num_hidden_layers": 3}
 """One layer more than those that features are added behind: they reach the answer through it."""
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+
+def _qwen(cls: Any, config: Any, processor: Any, merger: str, vision: dict[str, Any], **text: Any) -> NativeMaker:
+    return NativeMaker(
+        cls,
+        partial(qwen_vl, cls=cls, config=config, vision=vision, **text),
+        partial(native_reader, processor=processor, pixels=Qwen2VLImageProcessorPil),
+        {**QWEN_FACTS, "model.vision_projector.kind": merger},
+        "blocks.1.attn.qkv",
+        qwen_pixels,
+        has_videos=True,
+    )
+
+
 NATIVE_MAKERS = {
-    "qwen2_vl": NativeMaker(
-        Qwen2VLForConditionalGeneration,
-        partial(qwen_vl, cls=Qwen2VLForConditionalGeneration, config=Qwen2VLConfig, vision=QWEN2_SIZES),
-        Qwen2VLProcessor,
-        Qwen2VLImageProcessorPil,
-        {**QWEN_FACTS, "model.vision_projector.kind": "qwen2_vl_merger"},
+    "qwen2_vl": _qwen(Qwen2VLForConditionalGeneration, Qwen2VLConfig, Qwen2VLProcessor, "qwen2_vl_merger", QWEN2_SIZES),
+    "qwen2_5_vl": _qwen(
+        Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig, Qwen2_5_VLProcessor, "qwen2_5_vl_merger", QWEN25_SIZES
     ),
-    "qwen2_5_vl": NativeMaker(
-        Qwen2_5_VLForConditionalGeneration,
-        partial(qwen_vl, cls=Qwen2_5_VLForConditionalGeneration, config=Qwen2_5_VLConfig, vision=QWEN25_SIZES),
-        Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessorPil,
-        {**QWEN_FACTS, "model.vision_projector.kind": "qwen2_5_vl_merger"},
+    "qwen3_vl": _qwen(
+        Qwen3VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLProcessor, "qwen3_vl_merger", QWEN3_SIZES, **QWEN3_TEXT
     ),
-    "qwen3_vl": NativeMaker(
-        Qwen3VLForConditionalGeneration,
-        partial(qwen_vl, cls=Qwen3VLForConditionalGeneration, config=Qwen3VLConfig, vision=QWEN3_SIZES, **QWEN3_TEXT),
-        Qwen3VLProcessor,
-        Qwen2VLImageProcessorPil,
-        {**QWEN_FACTS, "model.vision_projector.kind": "qwen3_vl_merger"},
-    ),
-    "qwen3_vl_moe": NativeMaker(
-        Qwen3VLMoeForConditionalGeneration,
-        partial(
-            qwen_vl, cls=Qwen3VLMoeForConditionalGeneration, config=Qwen3VLMoeConfig, vision=QWEN3_SIZES, **QWEN3_TEXT, **EXPERTS
-        ),
-        Qwen3VLProcessor,
-        Qwen2VLImageProcessorPil,
-        {**QWEN_FACTS, "model.vision_projector.kind": "qwen3_vl_merger"},
+    "qwen3_vl_moe": _qwen(
+        *(Qwen3VLMoeForConditionalGeneration, Qwen3VLMoeConfig, Qwen3VLProcessor, "qwen3_vl_merger", QWEN3_SIZES),
+        **QWEN3_TEXT,
+        **EXPERTS,
     ),
 }
-NATIVE_NAMES = [pytest.param(name, marks=pytest.mark.long) if name == "qwen3_vl_moe" else name for name in NATIVE_MAKERS]
-"""Of all makers; what differs from another one in its language model alone is for the long suite."""

@@ -1,4 +1,4 @@
-"""Tiny runs that start from a published model of variable size: records with pictures of mixed sizes, and how they are trained."""
+"""Tiny runs of the families that read pictures at their own size: records with pictures of mixed sizes, and how they train."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.support.published.native import NATIVE_MAKERS
+from tests.support.published.families import FAMILIES
 from tests.support.runs import merged, start
 from trainer.distributed.world import World
 
@@ -29,8 +29,10 @@ TUNES: dict[str, dict[str, Any]] = {
 
 
 def save_published(folder: Path, name: str) -> Path:
-    """folder/published, folder/train.json and folder/images: pictures of mixed sizes, none, one or two to a record."""
-    NATIVE_MAKERS[name].write(folder / "published", True)
+    """folder/published, how a run starts there, and records: pictures of mixed sizes, none, one or two to a record."""
+    maker = FAMILIES[name]
+    maker.write(folder / "published", True)
+    (folder / "start.json").write_text(json.dumps(maker.sections(folder / "published")))
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     records = []
@@ -48,9 +50,10 @@ def save_published(folder: Path, name: str) -> Path:
 
 def native_sections(folder: Path, tune: str = "full", **changes: Any) -> dict[str, Any]:
     """What a run from folder/published has beside `tests.support.runs.tables`; `changes` are merged in."""
+    start = json.loads((folder / "start.json").read_text())
     parts = merged({"llm": {"path": None}, "vision": {"path": None}}, TUNES[tune])
     sections: dict[str, Any] = {
-        "model": {"init_from": str(folder / "published"), "dtype": "float32", **parts},
+        "model": {"dtype": "float32", **parts},
         "data": {"order": "sequential", "max_length": 512},
         "batch": {"global_batch_size": len(PICTURES[0]), "micro_batch_size": len(PICTURES[0])},
         # A large eps keeps Adam from turning rounding into signs, a modest rate from amplifying it step by step.
@@ -59,7 +62,7 @@ def native_sections(folder: Path, tune: str = "full", **changes: Any) -> dict[st
         "checkpoint": {"every": 100, "keep": 1},
         **({"lora": {"rank": 2, "dropout": 0.0}} if tune == "lora" else {}),
     }
-    found = merged(sections, changes)
+    found = merged(merged(sections, start), changes)
     found["batch"].setdefault("micro_batch_size")  # None takes out what the other tables say
     return found
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import Tensor
 from transformers import (
     AutoTokenizer,
     LlavaConfig,
@@ -21,9 +22,11 @@ from transformers import (
     MistralConfig,
     PixtralVisionConfig,
 )
+from transformers.image_utils import ChannelDimension
 from transformers.models.pixtral import image_processing_pil_pixtral as pil
 
 from tests.support.published import PARTS_ONLY, save_model, save_processor, tokenizer_with
+from tests.support.published.native import Inputs, NativeMaker, Size, template_of
 from tests.support.tiny import SIZES
 
 SIGNS = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
@@ -37,15 +40,6 @@ TOWER: dict[str, Any] = {
     "image_size": 96,
 }
 LONGEST = 90
-
-
-@dataclass(frozen=True)
-class PixtralMaker:
-    """How a published model is made: `write` fills a folder; `cls` opens it with transformers."""
-
-    cls: Any
-    write: Callable[[Path, bool], None]
-    settings: dict[str, Any]  # what follows from the model, by dotted key of run.toml
 
 
 def pixtral(folder: Path, hub: bool, cls: Any, config: Any, merge: int, **options: Any) -> None:
@@ -77,12 +71,30 @@ def processor_class() -> Any:
 
 def pixtral_reader(folder: Path) -> Any:
     """The folder's own processor."""
-    file = folder / "chat_template.jinja"
-    template = file.read_text() if file.is_file() else json.loads((folder / "chat_template.json").read_text())["chat_template"]
     facts = json.loads((folder / "processor_config.json").read_text())
     kept = {key: facts[key] for key in ("patch_size", "spatial_merge_size")}
     pixels, tokenizer = pil.PixtralImageProcessorPil.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    return processor_class()(pixels, tokenizer, chat_template=template, **kept)
+    return processor_class()(pixels, tokenizer, chat_template=template_of(folder), **kept)
+
+
+def pixtral_pixels(inputs: Inputs, merge: int) -> Tensor:
+    """Patches (P, 3, 1, p, p) of every picture without what pads it; those of one token stand together."""
+    side, found = TOWER["patch_size"], []
+    for picture, (high, wide) in zip(inputs["pixel_values"], inputs["image_sizes"].tolist(), strict=True):
+        rows = picture[:, :high, :wide].reshape(3, high // side // merge, merge, side, wide // side // merge, merge, side)
+        found.append(rows.permute(1, 4, 2, 5, 0, 3, 6).flatten(0, 3))
+    return torch.cat(found)[:, :, None]
+
+
+def pixtral_tokens(reader: Any, size: Size) -> int | None:
+    """Tokens of a picture with its line ends; None where the processor resizes a side to nothing.
+
+    The processor's own count takes a picture of one or three rows for channels, and counts line ends of one that is nothing.
+    """
+    patch = reader.image_processor.patch_size["height"] * reader.spatial_merge_size
+    picture = np.broadcast_to(np.uint8(0), (3, *size[::-1]))
+    high, wide = pil.get_resize_output_image_size(picture, LONGEST, patch, ChannelDimension.FIRST)
+    return high // patch * (wide // patch + 1) if min(high, wide) else None
 
 
 PIXTRAL_FACTS: dict[str, Any] = {
@@ -91,15 +103,21 @@ PIXTRAL_FACTS: dict[str, Any] = {
     "model.vision.line_ends": ["[IMG_BREAK]", "[IMG_END]"],
     "data.image_fit": "native",
 }
+
+
+def _maker(cls: Any, config: Any, merge: int, kind: str, **options: Any) -> NativeMaker:
+    return NativeMaker(
+        cls,
+        partial(pixtral, cls=cls, config=config, merge=merge, **options),
+        pixtral_reader,
+        {**PIXTRAL_FACTS, "model.vision_projector.kind": kind},
+        "transformer.layers.1.attention.q_proj",
+        partial(pixtral_pixels, merge=merge),
+        pixtral_tokens,
+    )
+
+
 PIXTRAL_MAKERS = {
-    "pixtral": PixtralMaker(
-        LlavaForConditionalGeneration,
-        partial(pixtral, cls=LlavaForConditionalGeneration, config=LlavaConfig, merge=1, vision_feature_select_strategy="full"),
-        {**PIXTRAL_FACTS, "model.vision_projector.kind": "mlp2x_gelu"},
-    ),
-    "mistral3": PixtralMaker(
-        Mistral3ForConditionalGeneration,
-        partial(pixtral, cls=Mistral3ForConditionalGeneration, config=Mistral3Config, merge=2),
-        {**PIXTRAL_FACTS, "model.vision_projector.kind": "mistral3_merger"},
-    ),
+    "pixtral": _maker(LlavaForConditionalGeneration, LlavaConfig, 1, "mlp2x_gelu", vision_feature_select_strategy="full"),
+    "mistral3": _maker(Mistral3ForConditionalGeneration, Mistral3Config, 2, "mistral3_merger"),
 }

@@ -13,8 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.processor import load_processor
+from model.errors import ConfigError
+from model.load import load_model
 from tests.support.kills import Point, difference, ending_of, start_and_kill
-from tests.support.published.native import NATIVE_MAKERS
+from tests.support.published.asking import run_from
+from tests.support.published.families import FAMILIES, families
+from tests.support.published.native import NativeMaker
+from tests.support.published.native_runs import built, opened_by_transformers, picture, talk
 from tests.support.published.native_training import (
     TUNES,
     final_tensors,
@@ -24,13 +30,14 @@ from tests.support.published.native_training import (
     trained_natively,
 )
 from tests.support.ranks import run_ranks
-from tests.support.runs import start, start_alone
+from tests.support.runs import merged, start, start_alone
+from tools.export_adapter import export
+from tools.exports.proofs import logits
 from trainer.distributed import compiled_blocks
 from trainer.distributed.world import World
 
 Expected = Callable[[str, tuple[str, ...]], dict[str, list[float]]]
 QUICK = "qwen2_5_vl"
-FAMILIES = [name if name == QUICK else pytest.param(name, marks=pytest.mark.long) for name in NATIVE_MAKERS]
 ONE_EACH = {"batch": {"micro_batch_size": 1}}
 PACKED = {"data": {"packing": True}, "batch": {"micro_batch_size": None, "micro_batch_tokens": 600}}
 
@@ -55,7 +62,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 TWO = ("full", "lora")
 ALL = [
     pytest.param(QUICK, "2 ranks, fsdp, selective", ("full",)),
-    *(pytest.param(name, how, tuple(TUNES), marks=pytest.mark.long) for name in NATIVE_MAKERS for how in LAYOUTS),
+    *(pytest.param(name, how, tuple(TUNES), marks=pytest.mark.long) for name in FAMILIES for how in LAYOUTS),
 ]
 
 
@@ -91,7 +98,7 @@ def test_same_steps_however_they_are_shared_out(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", NATIVE_MAKERS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_only_what_learns_moves(made: Callable[[str], Path], expected: Expected, name: str) -> None:
     """A step without pictures moves the language model alone."""
     norms = {tune: numbers[1::2] for tune, numbers in expected(name, tuple(TUNES)).items()}
@@ -104,14 +111,31 @@ def test_only_what_learns_moves(made: Callable[[str], Path], expected: Expected,
         assert {key.partition(".safetensors")[0] for key in written} == files
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_adapters_stand_where_paths_say(made: Callable[[str], Path], tmp_path: Path, name: str) -> None:
-    wanted = ["llm.*.q_proj", "vision.*.blocks.1.attn.qkv"]
+@pytest.mark.parametrize("name", families((QUICK,)))
+def test_adapters_stand_where_paths_say_and_go_out_merged(made: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    tower = f"vision.tower.{FAMILIES[name].query}"
+    wanted = ["llm.*.q_proj", tower.replace("tower", "*")]
     sections = native_sections(made(name), "lora", lora={"targets": wanted}, train={"max_steps": 2})
     assert start_alone(made(name), tmp_path / "run", sections).code == 0
     found = {path.rpartition(".")[0] for path in load_file(tmp_path / "run" / "final" / "lora.safetensors")}
-    depth = 3 if name.startswith("qwen3") else 2
-    assert found == {"vision.tower.blocks.1.attn.qkv", *(f"llm.model.layers.{i}.self_attn.q_proj" for i in range(depth))}
+    assert found == {tower, *(f"llm.model.layers.{i}.self_attn.q_proj" for i in range(len(found) - 1))} and len(found) > 2
+    check_way_out(FAMILIES[name], tmp_path / "run" / "final", tmp_path / "out")
+
+
+def check_way_out(maker: NativeMaker, final: Path, out: Path) -> None:
+    """What was learned is what the class of transformers computes with the folder written for it, and a run that starts there."""
+    if maker.not_exported:
+        with pytest.raises(ConfigError, match=maker.not_exported):
+            export(final, out, "hf")
+        return
+    export(final, out, "hf")
+    model, processor, theirs = load_model(final), load_processor(final), opened_by_transformers(maker, out)
+    record = talk(picture(final.parent, 97, 61), picture(final.parent, 12, 30))
+    data, again = built(run_from(out, out / "run"))
+    with torch.no_grad():
+        expected = theirs.theirs(**theirs.inputs(record)).logits[0]
+    for opened, reader in ((model.eval(), processor), (again, data.processor)):
+        torch.testing.assert_close(logits(opened, reader([record], answers=True)), expected, rtol=1e-5, atol=1e-5)
 
 
 KILLS = [(2, "fsdp", Point(1, "backward", 8)), (1, "ddp", Point(0, "backward", 13))]
@@ -119,7 +143,7 @@ KILLS = [(2, "fsdp", Point(1, "backward", 8)), (1, "ddp", Point(0, "backward", 1
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", NATIVE_MAKERS)
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(("size", "strategy", "point"), KILLS)
 def test_killed_in_the_middle_it_ends_with_the_same_bytes(
     made: Callable[[str], Path], tmp_path: Path, name: str, size: int, strategy: str, point: Point
@@ -133,14 +157,18 @@ def test_killed_in_the_middle_it_ends_with_the_same_bytes(
     assert difference(ending_of(tmp_path / "killed"), ending_of(tmp_path / "whole")) == []
 
 
-def compiled_natively(world: World, folder: Path, output: Path) -> list[float]:
+def compiled_natively(world: World, folder: Path, output: Path, strategy: str) -> list[float]:
     """What compiled blocks find, cut as for kernels but without them."""
     compiled_blocks.compile_graph = compiled_blocks.partition_graph  # this process ends here
-    return trained_natively(world, folder, output, {"full": {"parallel": {"compile": True}}})["full"]
+    return trained_natively(world, folder, output, {"full": merged(layout(strategy), {"parallel": {"compile": True}})})["full"]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", NATIVE_MAKERS)
-def test_compiled_the_steps_are_the_same(made: Callable[[str], Path], expected: Expected, tmp_path: Path, name: str) -> None:
-    found = run_ranks(compiled_natively, 1, made(name), tmp_path, seconds=300)[0]
+@pytest.mark.parametrize(
+    ("name", "size", "strategy"), [*((name, 1, "ddp") for name in FAMILIES), (QUICK, 2, "fsdp"), ("naflex", 2, "fsdp")]
+)
+def test_compiled_the_steps_are_the_same(
+    made: Callable[[str], Path], expected: Expected, tmp_path: Path, name: str, size: int, strategy: str
+) -> None:
+    found = run_ranks(compiled_natively, size, made(name), tmp_path, strategy, seconds=300)[0]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected(name, TWO)["full"]), rtol=1e-6, atol=1e-7)
