@@ -49,7 +49,7 @@ def made(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         model = build(shape(**TINY, num_key_value_heads=2, head_dim=8, pad_token_id=0))
     with torch.no_grad():
         for p in model.parameters():
-            p += 0.05 * torch.randn_like(p)
+            p.add_(torch.randn_like(p), alpha=0.05)
     return model.to(dtype)
 
 
