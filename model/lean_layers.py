@@ -21,7 +21,7 @@ ROTARY = "apply_rotary_pos_emb"
 SLOPE = 1.702  # of quick GELU
 
 
-class Context(Protocol):
+class GradContext(Protocol):
     """What these functions use of autograd's context."""
 
     saved_tensors: tuple[Tensor, ...]
@@ -49,7 +49,7 @@ class _RmsNorm(torch.autograd.Function):
     """x (..., D), weight (D,) -> weight * x / sqrt(mean(x^2) + eps) (..., D), computed in float32 up to the weight."""
 
     @staticmethod
-    def forward(ctx: Context, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: GradContext, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.to(torch.float32)
         squares = wide * wide
         scale = squares.mean(-1, keepdim=True).add_(eps).rsqrt_()
@@ -58,9 +58,11 @@ class _RmsNorm(torch.autograd.Function):
         return found.mul_(weight) if weight.dtype == found.dtype else weight * found
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: GradContext, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
-        wide, unit = grad.to(torch.float32), x * scale
+        wide = grad.to(torch.float32)
+        # Of mixed types a CPU would make a widened copy that no plan of memory sees.
+        unit = x * scale if x.dtype == torch.float32 else x.to(torch.float32).mul_(scale)
         part = wide * unit
         of_weight = part.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         mean = part.mul_(weight).mean(-1, keepdim=True)
@@ -72,12 +74,12 @@ class _Gated(torch.autograd.Function):
     """gate and up (..., D) -> silu(gate) * up (..., D)."""
 
     @staticmethod
-    def forward(ctx: Context, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: GradContext, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: GradContext, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         of_up = F.silu(gate).mul_(grad)
         of_gate = grad * up
@@ -89,12 +91,12 @@ class _QuickGelu(torch.autograd.Function):
     """x -> x * sigmoid(1.702 x), whose derivative is that of silu at 1.702 x."""
 
     @staticmethod
-    def forward(ctx: Context, x: Tensor) -> Tensor:
+    def forward(ctx: GradContext, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return (SLOPE * x).sigmoid_().mul_(x)
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> Tensor:
+    def backward(ctx: GradContext, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         steep = SLOPE * x
         torch.ops.aten.silu_backward.grad_input(grad, steep, grad_input=steep)
@@ -105,7 +107,7 @@ class _Rotated(torch.autograd.Function):
     """x (B, H, T, D), cos and sin (B, 1, T, D) -> x with its two halves rotated against each other (B, H, T, D)."""
 
     @staticmethod
-    def forward(ctx: Context, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: GradContext, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         (first, second), (sin_first, sin_second) = x.chunk(2, -1), sin.chunk(2, -1)
         found = x * cos
@@ -115,7 +117,7 @@ class _Rotated(torch.autograd.Function):
         return found
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: GradContext, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         (first, second), (sin_first, sin_second) = grad.chunk(2, -1), sin.chunk(2, -1)
         found = grad * cos
