@@ -46,28 +46,24 @@ class GatedLayers(Protocol):
 
 
 class _RmsNorm(torch.autograd.Function):
-    """x (..., D), weight (D,) -> weight * x / sqrt(mean(x^2) + eps) (..., D), computed in float32 up to the weight."""
+    """x (..., D) float32, weight (D,) float32 -> weight * x / sqrt(mean(x^2) + eps) (..., D)."""
 
     @staticmethod
     def forward(ctx: GradContext, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.float32)
-        squares = wide * wide
+        squares = x * x
         scale = squares.mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        found = torch.mul(wide, scale, out=squares).to(x.dtype)
-        return found.mul_(weight) if weight.dtype == found.dtype else weight * found
+        return torch.mul(x, scale, out=squares).mul_(weight)
 
     @staticmethod
     def backward(ctx: GradContext, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
-        wide = grad.to(torch.float32)
-        # Of mixed types a CPU would make a widened copy that no plan of memory sees.
-        unit = x * scale if x.dtype == torch.float32 else x.to(torch.float32).mul_(scale)
-        part = wide * unit
-        of_weight = part.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        unit = x * scale
+        part = grad * unit
+        of_weight = part.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         mean = part.mul_(weight).mean(-1, keepdim=True)
-        of_x = torch.mul(wide, weight, out=part).addcmul_(unit, mean, value=-1).mul_(scale)
-        return of_x.to(x.dtype), of_weight, None
+        of_x = torch.mul(grad, weight, out=part).addcmul_(unit, mean, value=-1).mul_(scale)
+        return of_x, of_weight, None
 
 
 class _Gated(torch.autograd.Function):
@@ -130,7 +126,8 @@ class _Rotated(torch.autograd.Function):
 def normed(module: NormLayer, hidden_states: Tensor) -> Tensor:
     """Compute the RMS norm of hidden_states (..., D) with the weight and the epsilon of `module`."""
     weight, eps = module.weight, module.variance_epsilon
-    if torch.compiler.is_compiling():
+    # In few bits a CPU needs memory for the function that the plan of memory does not count: there it is the chain as well.
+    if torch.compiler.is_compiling() or not hidden_states.dtype == weight.dtype == torch.float32:
         wide = hidden_states.to(torch.float32)
         unit = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         return weight * unit.to(hidden_states.dtype)

@@ -89,7 +89,7 @@ def test_the_layers_of_a_family_that_are_taken(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 def test_bfloat16_is_no_further_from_float32_than_transformers(family: str) -> None:
-    """Outputs are the same to the bit; gradients of norms are computed in float32 throughout, so they may only be nearer."""
+    """Outputs are the same to the bit, gradients of gated products and rotation within their rounding."""
     _, exact = backward(made(family, torch.bfloat16).float())
     plain, lean = made(family, torch.bfloat16), made(family, torch.bfloat16)
     make_lean(lean)
